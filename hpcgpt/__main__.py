@@ -1,0 +1,34 @@
+"""``hpcgpt NAME ...`` is ``python -m hpcgpt.NAME ...``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from hpcgpt import cli
+
+COMMANDS = {
+    "train": "pretrain a model, or go on with a run",
+    "submit": "queue a training job on Slurm",
+    "status": "how a run is going",
+    "sample": "generate text from a run's newest checkpoint",
+}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:10} {about}" for name, about in COMMANDS.items())
+        print(f"usage: hpcgpt COMMAND [...]\n\n{rows}\n\n`hpcgpt COMMAND --help` tells more.")
+        return
+    name = sys.argv.pop(1)
+    if name not in COMMANDS:
+        sys.exit(
+            cli.complain(
+                ValueError(f"no command '{name}'; there are {', '.join(COMMANDS)}"), cli.USER_MISTAKE
+            )
+        )
+    cli.run(importlib.import_module(f"hpcgpt.{name}").main)
+
+
+if __name__ == "__main__":
+    main()

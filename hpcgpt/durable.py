@@ -1,0 +1,89 @@
+"""Files that are whole or absent, also after a power cut.
+
+A file is written under a temporary name beside its target, flushed to the disk, and renamed; then the
+folder is flushed, since the new name is the folder's content. Temporary names start with a dot and
+carry host and process, so two writers never share one, and only what this call made is ever removed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OSError: the file could not be written; the message names it, and `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            raise explained(error, path) from error
+        raise
+    sync_folder(path.parent)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Make `path` hold `content`, or leave it as it was and raise OSError."""
+    with writing(path) as file:
+        file.write(content)
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Make `path`, whole, unless it exists; True if this call made it.
+
+    Of several processes on any hosts exactly one gets True: a hard link either appears or fails, also
+    on network file systems that do not keep locks.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    except OSError as error:
+        raise explained(error, path) from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def explained(error: OSError, path: Path) -> OSError:
+    """The same kind of error, saying which file it was about and how much room its disk has."""
+    try:
+        status = os.statvfs(path.parent)
+        room = f"; {status.f_bavail * status.f_frsize / 1e6:,.1f} MB free there"
+    except OSError:
+        room = ""
+    reason = error.strerror or str(error)
+    return type(error)(error.errno, f"cannot write {path}: {reason}{room}")
