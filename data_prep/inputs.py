@@ -129,8 +129,10 @@ def _lines(piece: Piece, text_key: str) -> Iterator[str]:
             text = row.get(text_key) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 keys = f"it has {', '.join(row) or 'no keys'}" if isinstance(row, dict) else "it is no object"
-                raise ValueError(f"{path}, line at byte {offset}: no text under '{text_key}' ({keys}); "
-                                 "name the right one with --text-key")  # fmt: skip
+                raise ValueError(
+                    f"{path}, line at byte {offset}: no text under '{text_key}' ({keys}); "
+                    "name the right one with --text-key"
+                )
             yield text
 
 
@@ -140,8 +142,9 @@ def _decoded(content: bytes, path: Path, offset: int) -> str:
     except UnicodeDecodeError as error:
         # utf-8-sig counts from behind the byte-order mark.
         place = offset + error.start + (3 if offset == 0 and content.startswith(b"\xef\xbb\xbf") else 0)
-        raise ValueError(f"{path}, byte {place}: not UTF-8; convert it first, as with "
-                         "`iconv -f GB18030 -t UTF-8`") from None  # fmt: skip
+        raise ValueError(
+            f"{path}, byte {place}: not UTF-8; convert it first, as with `iconv -f GB18030 -t UTF-8`"
+        ) from None
 
 
 def _without_lone_surrogates(text: str) -> str:

@@ -52,9 +52,7 @@ class Plan:
 
     def as_json(self) -> bytes:
         body = {
-            "inputs": [
-                {"name": s.name, "bytes": s.bytes, "modified_ns": s.modified_ns} for s in self.sources
-            ],
+            "inputs": [{"name": s.name, "bytes": s.bytes, "modified_ns": s.modified_ns} for s in self.sources],
             "tokenizer": self.tokenizer.fingerprint,
             "text_key": self.text_key,
             "val_fraction": self.val_fraction,
@@ -119,9 +117,7 @@ def make(plan: Plan, out: Path, workers: int) -> None:
     _summary(out, manifest, time.monotonic() - started_at)
 
 
-def make_unit(
-    out: Path, number: int, unit: inputs.Unit, tokens: Tokenizer, text_key: str, fraction: float
-) -> int:
+def make_unit(out: Path, number: int, unit: inputs.Unit, tokens: Tokenizer, text_key: str, fraction: float) -> int:
     """Make the shards of one unit, and its record; returns the bytes of input that it took."""
     with ExitStack() as stack:
         writers: dict[str, shards.ShardWriter] = {}
@@ -138,24 +134,21 @@ def make_unit(
 def _work(plan: Plan, out: Path, todo: Sequence[int], workers: int) -> None:
     job = partial(make_unit, tokens=plan.tokenizer, text_key=plan.text_key, fraction=plan.val_fraction)
     size = sum(piece.stop - piece.start for number in todo for piece in plan.units[number])
-    with tqdm(
-        total=size, unit="B", unit_scale=True, desc="text read", disable=not sys.stderr.isatty()
-    ) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="text read", disable=not sys.stderr.isatty()) as bar:
         for done in _each(job, plan, out, todo, workers):
             bar.update(done)
 
 
-def _each(job: Callable[[Path, int, inputs.Unit], int], plan: Plan, out: Path, todo: Sequence[int],
-          workers: int) -> Iterator[int]:  # fmt: skip
+def _each(
+    job: Callable[[Path, int, inputs.Unit], int], plan: Plan, out: Path, todo: Sequence[int], workers: int
+) -> Iterator[int]:
     if workers == 1 or len(todo) < 2:
         yield from (job(out, number, plan.units[number]) for number in todo)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_ignore_interrupts) as pool:
         try:
-            for future in as_completed(
-                [pool.submit(job, out, number, plan.units[number]) for number in todo]
-            ):
+            for future in as_completed([pool.submit(job, out, number, plan.units[number]) for number in todo]):
                 yield future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -172,14 +165,14 @@ def _claim(out: Path, plan: Plan) -> bool:
     text = plan.as_json()
     path = out / "prep" / "plan.json"
     if out.is_dir() and any(out.iterdir()) and not path.is_file():
-        raise ValueError(
-            f"{out} is not empty, and what is in it was not made by this command: choose another --out"
-        )
+        raise ValueError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not durable.create(path, text) and path.read_bytes() != text:
         differences = ", ".join(_differences(json.loads(path.read_bytes()), json.loads(text)))
-        raise ValueError(f"{out} holds shards that were made differently ({differences} changed): choose another --out, "
-                         "or remove that folder yourself")  # fmt: skip
+        raise ValueError(
+            f"{out} holds shards that were made differently ({differences} changed): choose another --out, "
+            "or remove that folder yourself"
+        )
     return (out / "manifest.json").is_file()
 
 
@@ -194,8 +187,7 @@ def _record(out: Path, number: int) -> Path:
 def _check_splits(made: Sequence[Shard], plan: Plan) -> None:
     documents = {name: sum(s.documents for s in made if s.split == name) for name in ("train", "val")}
     if not documents["train"]:
-        raise ValueError(f"no document is left for training ({documents['val']} for validation): "
-                         "lower --val-fraction")  # fmt: skip
+        raise ValueError(f"no document is left for training ({documents['val']} for validation): lower --val-fraction")
     if plan.val_fraction and not documents["val"]:
         raise ValueError(
             f"no document fell into validation ({documents['train']} documents, --val-fraction {plan.val_fraction}): "
@@ -207,30 +199,40 @@ def _summary(out: Path, manifest: shards.Manifest, elapsed_s: float) -> None:
     for name in manifest.splits:
         of = [shard for shard in manifest.shards if shard.split == name]
         tokens, text = sum(s.tokens for s in of), sum(s.text_bytes for s in of)
-        print(f"{name:5}  {tokens:,} tokens in {sum(s.documents for s in of):,} documents, {len(of)} shards, "
-              f"{text / tokens:.2f} bytes a token")  # fmt: skip
+        print(
+            f"{name:5}  {tokens:,} tokens in {sum(s.documents for s in of):,} documents, {len(of)} shards, "
+            f"{text / tokens:.2f} bytes a token"
+        )
     print(f"{out}: complete in {elapsed_s:.1f} s (digest {manifest.digest[:12]})")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.make_shards", description="Text -> token shards."
+    parser = argparse.ArgumentParser(prog="python -m data_prep.make_shards", description="Text -> token shards.")
+    parser.add_argument(
+        "INPUT",
+        nargs="+",
+        help="files ending in .txt (a document each) or .jsonl (a document a line), or folders of them",
     )
-    parser.add_argument("INPUT", nargs="+", help="files ending in .txt (a document each) or .jsonl (a document a "
-                        "line), or folders of them")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a tokenizer (default: gpt2)")
+    parser.add_argument("--text-key", default="text", help="jsonl: the key that the text is under (default: text)")
     parser.add_argument(
-        "--tokenizer", default="gpt2", help="gpt2, or the folder of a tokenizer (default: gpt2)"
+        "--val-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="share of the documents held out for validation (default: 0.01)",
     )
     parser.add_argument(
-        "--text-key", default="text", help="jsonl: the key that the text is under (default: text)"
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: the cores of this machine)",
     )
-    parser.add_argument("--val-fraction", type=float, default=0.01, metavar="F",
-                        help="share of the documents held out for validation (default: 0.01)")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes (default: the cores of this machine)")  # fmt: skip
-    parser.add_argument("--unit-mb", type=int, default=256, metavar="MB",
-                        help="text a unit of work, and so a shard (default: 256)")  # fmt: skip
+    parser.add_argument(
+        "--unit-mb", type=int, default=256, metavar="MB", help="text a unit of work, and so a shard (default: 256)"
+    )
     return parser
 
 

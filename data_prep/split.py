@@ -16,6 +16,4 @@ def is_validation(text: str, fraction: float) -> bool:
 
 def rule(fraction: float) -> str:
     """The rule in words, for the manifest."""
-    return (
-        f"val if the first 8 bytes of SHA-256(text), as a big-endian fraction of 2**64, are below {fraction}"
-    )
+    return f"val if the first 8 bytes of SHA-256(text), as a big-endian fraction of 2**64, are below {fraction}"

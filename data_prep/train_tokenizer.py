@@ -29,9 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if out.exists():
         raise ValueError(f"{out} exists already: choose another --out")
     if not 257 <= options.vocab_size < shards.LARGEST_VOCABULARY:
-        raise ValueError(
-            f"--vocab-size {options.vocab_size}: expected 257 to {shards.LARGEST_VOCABULARY - 1}"
-        )
+        raise ValueError(f"--vocab-size {options.vocab_size}: expected 257 to {shards.LARGEST_VOCABULARY - 1}")
     units = inputs.units(inputs.find(options.INPUT), unit_bytes=64_000_000)
     texts = (text for unit in units for text in inputs.documents(unit, options.text_key))
     trained = train(
@@ -70,16 +68,14 @@ def train(texts: Iterator[str], vocab_size: int, name: str) -> Tokenizer:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.train_tokenizer",
-                                     description="Train a byte-level BPE.")  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m data_prep.train_tokenizer", description="Train a byte-level BPE.")
     parser.add_argument("INPUT", nargs="+", help="as for data_prep.make_shards")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the tokenizer")
     parser.add_argument("--vocab-size", type=int, default=32768, metavar="N", help="ids (default: 32768)")
+    parser.add_argument("--text-key", default="text", help="jsonl: the key that the text is under (default: text)")
     parser.add_argument(
-        "--text-key", default="text", help="jsonl: the key that the text is under (default: text)"
+        "--val-fraction", type=float, default=0.01, metavar="F", help="as given to make_shards later (default: 0.01)"
     )
-    parser.add_argument("--val-fraction", type=float, default=0.01, metavar="F",
-                        help="as given to make_shards later (default: 0.01)")  # fmt: skip
     return parser
 
 

@@ -17,9 +17,7 @@ from hpcgpt import cli, shards, tokenizer
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify", description="Check a folder of shards."
-    )
+    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check a folder of shards.")
     parser.add_argument("DIR", help="folder of shards")
     folder = Path(parser.parse_args(argv).DIR)
     manifest = shards.read_manifest(folder)

@@ -22,11 +22,7 @@ def main() -> None:
         return
     name = sys.argv.pop(1)
     if name not in COMMANDS:
-        sys.exit(
-            cli.complain(
-                ValueError(f"no command '{name}'; there are {', '.join(COMMANDS)}"), cli.USER_MISTAKE
-            )
-        )
+        sys.exit(cli.complain(ValueError(f"no command '{name}'; there are {', '.join(COMMANDS)}"), cli.USER_MISTAKE))
     cli.run(importlib.import_module(f"hpcgpt.{name}").main)
 
 

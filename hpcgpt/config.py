@@ -21,8 +21,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import operator
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -32,10 +33,17 @@ import tomli_w
 PRESETS = Path(__file__).parent / "presets"
 
 
-def option(default: Any, help: str, *, low: float | None = None, above: float | None = None,
-           high: float | None = None, below: float | None = None) -> Any:  # fmt: skip
+def option(
+    default: Any,
+    about: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> Any:
     """A documented field. ``low <= value <= high``, ``above < value < below``."""
-    metadata = {"help": help, "low": low, "above": above, "high": high, "below": below}
+    metadata = {"help": about, "low": low, "above": above, "high": high, "below": below}
     return field(default=default, metadata=metadata)
 
 
@@ -48,9 +56,7 @@ class Run:
         "auto", "auto: the GPUs that Slurm gave or that are visible, else the CPU"
     )
     backend: Literal["auto", "gloo", "nccl"] = option("auto", "collectives; auto: nccl on GPUs, gloo on CPUs")
-    rendezvous_timeout_s: float = option(
-        60.0, "how long ranks wait for each other at the start, in seconds", above=0
-    )
+    rendezvous_timeout_s: float = option(60.0, "how long ranks wait for each other at the start, in seconds", above=0)
     threads: int = option(0, "CPU threads a rank; 0: the cores that this rank was given", low=0)
 
 
@@ -116,9 +122,7 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Eval:
     every: int = option(250, "steps between two evaluations; 0: none", low=0)
-    batches: int = option(
-        20, "evaluation size, in batches of train.micro_batch sequences; 0: the whole split", low=0
-    )
+    batches: int = option(20, "evaluation size, in batches of train.micro_batch sequences; 0: the whole split", low=0)
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,7 @@ class Requeue:
     max_crashes: int = option(
         3, "a job that crashed this often in a row without a new checkpoint is not requeued", low=1
     )
-    end_margin_s: float = option(
-        60.0, "save and leave when the job's own end is this near, in seconds", low=0
-    )
+    end_margin_s: float = option(60.0, "save and leave when the job's own end is this near, in seconds", low=0)
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,9 @@ def find(name: str) -> Path:
     if preset.is_file():
         return preset
     names = sorted(p.stem for p in PRESETS.glob("*.toml"))
-    raise ValueError(f"no configuration '{name}': it is neither a file nor a preset ({', '.join(names)})"
-                     + _nearest(name, names))  # fmt: skip
+    raise ValueError(
+        f"no configuration '{name}': it is neither a file nor a preset ({', '.join(names)})" + _nearest(name, names)
+    )
 
 
 class _Text(str):
@@ -239,8 +242,12 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("CONFIG", nargs="?", default="", help="a TOML file, or the name of a preset: "
-                        + ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))))  # fmt: skip
+    parser.add_argument(
+        "CONFIG",
+        nargs="?",
+        default="",
+        help="a TOML file, or the name of a preset: " + ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))),
+    )
     for section, cls in _sections().items():
         group = parser.add_argument_group(f"[{section}]")
         for item in dataclasses.fields(cls):
@@ -329,18 +336,22 @@ def _checked(section: str, key: str, value: Any) -> Any:
     item = next(f for f in dataclasses.fields(cls) if f.name == key)
     limits = item.metadata
     if isinstance(value, int | float) and not isinstance(value, bool):
-        # Written so that NaN, which compares false with everything, fails each test.
-        for name, holds in (("low", lambda v, b: v >= b), ("above", lambda v, b: v > b),
-                            ("high", lambda v, b: v <= b), ("below", lambda v, b: v < b)):  # fmt: skip
+        # `not holds`, so that NaN, which compares false with everything, passes no test.
+        for name, (holds, words) in _BOUNDS.items():
             bound = limits[name]
             if bound is not None and not holds(value, bound):
-                raise ValueError(f"{value} must be {_BOUND[name]} {bound}")
+                raise ValueError(f"{value} must be {words} {bound}")
     return value
 
 
 _LENGTHS = ("steps", "tokens", "epochs")
 _KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_BOUND = {"low": "at least", "above": "greater than", "high": "at most", "below": "less than"}
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "greater than"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
 
 
 def _from_text(text: str, hint: type) -> Any:
@@ -372,15 +383,16 @@ def _contradictions(config: Config) -> Iterator[str]:
     if model.n_embd % model.n_head:
         yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
     if config.stride > model.block_size:
-        yield (f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
-               "the tokens between would never be trained on")  # fmt: skip
+        yield (
+            f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
+            "the tokens between would never be trained on"
+        )
     lengths = [name for name in _LENGTHS if getattr(train, name)]
     if len(lengths) != 1:
         found = " and ".join(f"train.{name}" for name in lengths) or "none"
         yield f"give exactly one of train.steps, train.tokens and train.epochs (found {found})"
     if train.global_batch % train.micro_batch:
-        yield (f"train.global_batch {train.global_batch} must be a multiple of train.micro_batch "
-               f"{train.micro_batch}")  # fmt: skip
+        yield (f"train.global_batch {train.global_batch} must be a multiple of train.micro_batch {train.micro_batch}")
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
     name = config.run.name
@@ -401,9 +413,7 @@ def _nearest_key(section: str, key: str, prefix: str = "") -> str:
     """' (did you mean ...?)': a key of the same section, else the same key of another section."""
     sections = _sections()
     here = [f"{section}.{f.name}" for f in dataclasses.fields(sections[section])]
-    elsewhere = [
-        f"{s}.{key}" for s, cls in sections.items() if key in {f.name for f in dataclasses.fields(cls)}
-    ]
+    elsewhere = [f"{s}.{key}" for s, cls in sections.items() if key in {f.name for f in dataclasses.fields(cls)}]
     if elsewhere:
         return f" (did you mean {prefix}{elsewhere[0]}?)"
     return _nearest(f"{section}.{key}", here, prefix) or f" (valid: {', '.join(here)})"

@@ -206,14 +206,11 @@ def read_manifest(folder: Path) -> Manifest:
         body = json.loads(path.read_bytes())
         kind = (body["format"], body["version"])
         if kind != (FORMAT, FORMAT_VERSION):
-            raise ValueError(
-                f"{path}: format {kind[0]} version {kind[1]}, expected {FORMAT} {FORMAT_VERSION}"
-            )
+            raise ValueError(f"{path}: format {kind[0]} version {kind[1]}, expected {FORMAT} {FORMAT_VERSION}")
         if body["digest"] != _digest(body):
             raise ValueError(f"{path}: its digest does not fit its content: the file was changed or damaged")
         shards = [Shard(**shard) for shard in body["shards"]]
-        return Manifest(body["dtype"], body["tokenizer"], body["inputs"], body["split_rule"], shards,
-                        body["digest"])  # fmt: skip
+        return Manifest(body["dtype"], body["tokenizer"], body["inputs"], body["split_rule"], shards, body["digest"])
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a manifest of shards: {error!r}") from None
 
@@ -294,9 +291,7 @@ def open_tokens(path: Path) -> Tokens:
     size = os.stat(path).st_size
     header = np.fromfile(path, dtype="<i4", count=256) if size >= HEADER_BYTES else np.zeros(256, dtype="<i4")
     if header[0] != MAGIC or header[1] != VERSION:
-        raise ValueError(
-            f"{path}: not a token shard: header {header[0]}, {header[1]}; expected {MAGIC}, {VERSION}"
-        )
+        raise ValueError(f"{path}: not a token shard: header {header[0]}, {header[1]}; expected {MAGIC}, {VERSION}")
     if size != HEADER_BYTES + 2 * int(header[2]):
         raise ValueError(f"{path}: {size:,} bytes do not fit the {header[2]:,} tokens of its header")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)

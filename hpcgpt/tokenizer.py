@@ -124,16 +124,16 @@ def load(folder: Path, fingerprint: str = "") -> Tokenizer:
         about = json.loads((folder / "tokenizer.json").read_bytes())
         lines = (folder / "vocab.tiktoken").read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-        found = Tokenizer(
-            about["name"], about["pattern"], ranks, about["special_tokens"], about["end_of_text"]
-        )
+        found = Tokenizer(about["name"], about["pattern"], ranks, about["special_tokens"], about["end_of_text"])
     except OSError as error:
         raise ValueError(f"no tokenizer in {folder}: {error.strerror} ({error.filename})") from None
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise ValueError(f"{folder}: the tokenizer is damaged: {error!r}") from None
     if fingerprint and found.fingerprint != fingerprint:
-        raise ValueError(f"{folder}: tokenizer {found.name} has fingerprint {found.fingerprint[:12]}, but the shards "
-                         f"were made with {fingerprint[:12]}")  # fmt: skip
+        raise ValueError(
+            f"{folder}: tokenizer {found.name} has fingerprint {found.fingerprint[:12]}, but the shards "
+            f"were made with {fingerprint[:12]}"
+        )
     return found
 
 

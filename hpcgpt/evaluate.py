@@ -1,0 +1,83 @@
+"""Validation: the loss over held-out windows, shared out over the ranks.
+
+The windows are spread evenly over the split and are the same for any number of ranks: batch b belongs
+to rank b mod R, and sums are taken in float64. Dropout is off, no gradient is made, and no random
+generator is touched.
+
+Bits per byte compare models with different tokenizers: the loss of all targets, end-of-text tokens
+included, in bits, over the bytes of the text that they stand for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+
+from hpcgpt.loader import Windows, widen
+from hpcgpt.world import Ranks
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    windows: Windows,
+    batches: int,
+    micro_batch: int,
+    token_bytes: NDArray[np.int64],
+    ranks: Ranks,
+    precision: Callable[[], AbstractContextManager[None]],
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """The ``val/...`` figures, the same on every rank; None if `stopped` said so first. A collective.
+
+    `batches` of `micro_batch` windows are evaluated, 0: the whole split. `stopped` is asked, by all
+    ranks together, before each round of one batch a rank.
+    """
+    count = windows.count if batches == 0 else min(windows.count, batches * micro_batch)
+    chosen = np.arange(count) * windows.count // count
+    parts = [chosen[i : i + micro_batch] for i in range(0, count, micro_batch)]
+    # loss in nats, targets, bytes of text
+    sums = torch.zeros(3, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(parts), ranks.world.size):
+            if stopped():
+                return None
+            number = first + ranks.world.rank
+            if number < len(parts):
+                sums += _batch_sums(model, windows, parts[number], token_bytes, ranks, precision)
+    finally:
+        model.train(training)
+    if ranks.control is not None:
+        dist.all_reduce(sums, group=ranks.control)
+    nats, targets, text_bytes = sums.tolist()
+    loss = nats / targets
+    return {
+        "val/loss": loss,
+        "val/perplexity": math.exp(min(loss, 700.0)),
+        "val/bits_per_byte": nats / math.log(2) / text_bytes,
+    }
+
+
+def _batch_sums(
+    model: nn.Module,
+    windows: Windows,
+    part: NDArray[np.int64],
+    token_bytes: NDArray[np.int64],
+    ranks: Ranks,
+    precision: Callable[[], AbstractContextManager[None]],
+) -> torch.Tensor:
+    batch = windows.read(part)
+    inputs, targets = widen(batch, ranks.device)
+    with precision():
+        loss = model(inputs, targets)
+    text_bytes = int(token_bytes[batch.numpy().view(np.uint16)[:, 1:]].sum())
+    return torch.tensor([float(loss) * targets.numel(), targets.numel(), text_bytes], dtype=torch.float64)

@@ -1,0 +1,157 @@
+"""One writer: of all attempts at a run, only the newest may publish.
+
+After a node failure the old ranks can still be alive, training and writing, while the requeued job runs
+on other nodes. Locks do not help: many network file systems do not keep them. So each attempt takes the
+next generation number before it does anything::
+
+    generations/000003.json    who took it (host, pid, attempt, time); made by a link, so exactly once
+    generations/000003.alive   a counter that its holder writes every HEARTBEAT_S seconds
+    generations/000003.done    it left in peace
+
+A holder that finds a higher number leaves at once: its heartbeat looks every few seconds, and
+``Generation.check`` before each commit. A newcomer that finds a holder watches the counter: if it moves
+the holder is alive, and the newcomer says who it is and leaves. Only counters are compared, never
+clocks of different hosts. An attempt of the same Slurm job with a higher restart count does not need
+to watch: Slurm itself has ended, or given up on, the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcgpt import durable
+from hpcgpt.runfolder import SUPERSEDED
+
+HEARTBEAT_S = 2.0
+WATCH_S = 5 * HEARTBEAT_S
+
+
+@dataclass
+class Generation:
+    """The number that this process holds. Rank 0 alone has one."""
+
+    folder: Path
+    number: int
+    _stop: threading.Event
+
+    def superseded_by(self) -> int | None:
+        """A higher number, if somebody took one."""
+        newest = _newest(self.folder)
+        return newest if newest > self.number else None
+
+    def check(self) -> None:
+        """Leave the process, now, if a newer attempt has taken the folder."""
+        newer = self.superseded_by()
+        if newer is not None:
+            print(
+                f"error: generation {newer} has taken this run folder: this attempt (generation {self.number}, "
+                f"{socket.gethostname()} pid {os.getpid()}) leaves without writing another byte",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Not sys.exit: the main thread may hang in a collective with ranks that are gone.
+            os._exit(SUPERSEDED)
+
+    def release(self) -> None:
+        """Say that this attempt has left in peace: the next one need not watch."""
+        self._stop.set()
+        durable.write(self.folder / f"{self.number:06d}.done", b"")
+
+    def _beat(self) -> None:
+        path = self.folder / f"{self.number:06d}.alive"
+        beats = 0
+        while not self._stop.wait(HEARTBEAT_S):
+            self.check()
+            beats += 1
+            try:
+                path.write_text(str(beats))
+            except OSError as error:
+                # A full disk must not end the run; the worst case is that a newcomer takes over.
+                print(f"warning: no heartbeat: {error}", file=sys.stderr, flush=True)
+
+
+def take(run_folder: Path, attempt: str) -> Generation:
+    """The next generation of a run folder. `attempt` is world.job_attempt: '<job>_<restart>' or ''.
+
+    Raises:
+        ValueError: another attempt holds the folder and is alive, or took it at the same moment.
+    """
+    folder = run_folder / "generations"
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = _newest(folder)
+    if newest:
+        _wait_until_gone(folder, newest, attempt)
+    number = newest + 1
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "attempt": attempt, "time": time.time()}
+    if not durable.create(folder / f"{number:06d}.json", json.dumps(who).encode()):
+        raise ValueError(f"{run_folder} was taken by another job at this very moment: {_who(folder, number)}")
+    generation = Generation(folder, number, threading.Event())
+    threading.Thread(target=generation._beat, name="heartbeat", daemon=True).start()
+    return generation
+
+
+def _wait_until_gone(folder: Path, number: int, attempt: str) -> None:
+    holder = _holder(folder, number)
+    if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), attempt):
+        return
+    if holder.get("host") == socket.gethostname() and not _runs(holder.get("pid", 0)):
+        return
+    print(f"{_who(folder, number)} did not say that it left: watching it for {WATCH_S:.0f} s", flush=True)
+    before = _beats(folder, number)
+    deadline = time.monotonic() + WATCH_S
+    while time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_S / 4)
+        if _beats(folder, number) != before:
+            raise ValueError(
+                f"{folder.parent} is held by {_who(folder, number)}, which is alive: end it first, or give "
+                "this run another --run.name"
+            )
+        if (folder / f"{number:06d}.done").exists():
+            return
+
+
+def _is_next_start(before: str, now: str) -> bool:
+    """Is `now` a later start of the same Slurm job as `before`?"""
+    job, _, restart = before.rpartition("_")
+    new_job, _, new_restart = now.rpartition("_")
+    return bool(job) and job == new_job and int(new_restart) > int(restart)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _newest(folder: Path) -> int:
+    return max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0)
+
+
+def _holder(folder: Path, number: int) -> dict[str, Any]:
+    found = json.loads((folder / f"{number:06d}.json").read_bytes())
+    return dict(found)
+
+
+def _who(folder: Path, number: int) -> str:
+    holder = _holder(folder, number)
+    job = f"Slurm job {holder['attempt'].rpartition('_')[0]}, " if holder["attempt"] else ""
+    return f"generation {number} ({job}host {holder['host']}, pid {holder['pid']})"
+
+
+def _beats(folder: Path, number: int) -> str:
+    try:
+        return (folder / f"{number:06d}.alive").read_text()
+    except OSError:
+        return ""

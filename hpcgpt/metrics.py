@@ -1,0 +1,122 @@
+"""What a run tells while it goes: metrics.jsonl, and the console.
+
+metrics.jsonl has one JSON object a line, one line an optimizer step: ``step`` (counted from 1), ``tokens``,
+``samples``, ``time`` (unix seconds), ``attempt`` (the generation), the ``train/...`` figures, and on steps
+that evaluate the ``val/...`` ones. It never has a step twice: a resumed run first cuts off what an
+attempt that was killed had written beyond its last checkpoint.
+
+The console shows a bar on a terminal, and one plain line every few seconds in a log file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hpcgpt import durable
+from hpcgpt.runfolder import read_rows
+
+LINE_EVERY_S = 5.0
+
+# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. No entry, no MFU: a
+# utilisation of the wrong chip is worse than none. The longer name is found first.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU in FLOP/s; None if it is not in the table."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+
+
+class MetricsFile:
+    """Appends rows to metrics.jsonl. Rank 0 only.
+
+    A full disk does not end the run: rows wait in memory until there is room again.
+    """
+
+    def __init__(self, path: Path, keep_below: int) -> None:
+        """Open it for going on: rows of step `keep_below` and beyond are cut off first."""
+        kept = [row for row in read_rows(path) if row["step"] < keep_below]
+        content = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        durable.write(path, content)
+        self._path, self._end, self._waiting = path, len(content), b""
+        self._descriptor = os.open(path, os.O_WRONLY)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._waiting += json.dumps(row).encode() + b"\n"
+        try:
+            written = os.pwrite(self._descriptor, self._waiting, self._end)
+        except OSError as error:
+            print(f"warning: {durable.explained(error, self._path)}; trying again", file=sys.stderr, flush=True)
+        else:
+            self._end += written
+            self._waiting = self._waiting[written:]
+
+    def sync(self) -> None:
+        """Flush to the disk: rows must not be younger than the checkpoint that follows them."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class Console:
+    """Progress for a person. Rank 0 only."""
+
+    def __init__(self, step: int, total_steps: int) -> None:
+        self._total = total_steps
+        self._started_at, self._first_step = time.monotonic(), step
+        self._next_line_at = 0.0
+        self._bar = (
+            tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, leave=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def step(self, row: dict[str, Any]) -> None:
+        figures = f"loss {row['train/loss']:.4f}  {row['train/tokens_per_s']:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        now = time.monotonic()
+        evaluated = "val/loss" in row
+        if evaluated:
+            self.say(
+                f"step {row['step']:,}: validation loss {row['val/loss']:.4f}, perplexity "
+                f"{row['val/perplexity']:.2f}, {row['val/bits_per_byte']:.4f} bits per byte"
+            )
+        if self._bar is None and (now >= self._next_line_at or row["step"] == self._total):
+            self._next_line_at = now + LINE_EVERY_S
+            left_s = (self._total - row["step"]) * (now - self._started_at) / (row["step"] - self._first_step)
+            self.say(
+                f"step {row['step']:,}/{self._total:,}  {figures}  lr {row['train/lr']:.2e}  "
+                f"grad norm {row['train/grad_norm']:.3f}  {_clock(left_s)} left"
+            )
+
+    def say(self, text: str) -> None:
+        """A line of text that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -1,0 +1,113 @@
+"""Signals -> one agreed step: every rank stops at the same step boundary, for the same reason.
+
+A handler sets a flag and returns. ``agree`` takes the largest flag of all ranks, so one rank's signal
+stops all of them together. Flags come from
+
+    SIGUSR1, SIGUSR2   Slurm's warning before the time limit (#SBATCH --signal)
+    SIGTERM            preemption, requeue, cancel; it may come twice
+    SIGINT             Ctrl-C; a second one leaves at once
+    the clock          the job's own end, SLURM_JOB_END_TIME, is near
+    a file             STOP in the run folder
+
+Children must not die of signals that Slurm sends to every process of a step: start them inside
+``shielded()``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpcgpt.world import Ranks
+
+
+class Stop(IntEnum):
+    """Why to stop; of several reasons the largest counts."""
+
+    NO = 0
+    FILE = 1
+    TIME_LIMIT = 2
+    INTERRUPT = 3
+    TERMINATED = 4
+
+    @property
+    def words(self) -> str:
+        return _WORDS[self]
+
+
+_WORDS = {
+    Stop.NO: "",
+    Stop.FILE: "a STOP file",
+    Stop.TIME_LIMIT: "the time limit is near",
+    Stop.INTERRUPT: "interrupted",
+    Stop.TERMINATED: "told to terminate",
+}
+SIGNALS = {
+    signal.SIGUSR1: Stop.TIME_LIMIT,
+    signal.SIGUSR2: Stop.TIME_LIMIT,
+    signal.SIGTERM: Stop.TERMINATED,
+    signal.SIGINT: Stop.INTERRUPT,
+}
+
+
+class StopFlag:
+    """Why this process was told to stop, so far."""
+
+    def __init__(self, stop_file: Path | None, end_margin_s: float, env: Mapping[str, str] = os.environ) -> None:
+        """`stop_file` is None where another rank looks for it: one look a step is enough."""
+        self._told = Stop.NO
+        self._file = stop_file
+        end = env.get("SLURM_JOB_END_TIME", "")
+        self._leave_at = float(end) - end_margin_s if end.isdigit() else float("inf")
+
+    def install(self) -> None:
+        """Take over the signals of this process. Main thread only."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._told == Stop.INTERRUPT:
+            os._exit(130)
+        self._told = max(self._told, SIGNALS[signal.Signals(number)])
+
+    def here(self) -> Stop:
+        """The reason that this process knows of."""
+        if self._told:
+            return self._told
+        if time.time() >= self._leave_at:
+            return Stop.TIME_LIMIT
+        return Stop.FILE if self._file and self._file.exists() else Stop.NO
+
+    def agree(self, ranks: Ranks) -> Stop:
+        """The reason that all ranks stop for, the same on each. A collective: every rank calls it."""
+        here = self.here()
+        if ranks.control is None:
+            return here
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor([int(here)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=ranks.control)
+        return Stop(int(flag))
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Processes started inside are deaf to our signals; those that arrive meanwhile reach us afterwards.
+
+    The mask is inherited through fork and exec. Ignoring the signals instead would not do: the Go
+    runtime of wandb's core installs its own handlers, but it keeps the mask.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,115 @@
+"""The run folder, which is the truth: what lies where, and the small files that tell a run's story.
+
+::
+
+    runs/<name>/
+      config.toml          the resolved configuration
+      run.json             the run's id (also wandb's), made once
+      metrics.jsonl        see hpcgpt.metrics
+      events.jsonl         one JSON object a line: time, event, attempt, and what the event tells
+      exit.json            how the newest attempt ended: written by rank 0, read by hpcgpt.requeue
+      checkpoints/         see hpcgpt.checkpoint
+      generations/         see hpcgpt.generation
+      rendezvous/          see hpcgpt.world
+      tokenizer/           a copy of the shards' tokenizer
+      logs/                one file a job attempt
+      wandb/
+
+A file called STOP in it asks a running job to save and leave, and keeps others from starting.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import string
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcgpt import durable
+
+# Exit status of `hpcgpt train`, beside cli's 2.
+FINISHED, FAILED, AGAIN, SUPERSEDED = 0, 1, 75, 76
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How an attempt ended. `attempt` is world.job_attempt, `reason` why it stopped, in a few words."""
+
+    attempt: str
+    status: int
+    reason: str
+    step: int
+    saved: bool
+
+
+def prepare(folder: Path) -> str:
+    """Make the folder and its run.json unless they are there; returns the run's id."""
+    for name in ("checkpoints", "logs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    letters = string.ascii_lowercase + string.digits
+    made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time()}
+    durable.create(folder / "run.json", (json.dumps(made) + "\n").encode())
+    return run_id(folder)
+
+
+def run_id(folder: Path) -> str:
+    path = folder / "run.json"
+    try:
+        return str(json.loads(path.read_bytes())["id"])
+    except OSError as error:
+        raise ValueError(f"no run in {folder}: {error.strerror} ({path.name})") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+
+
+def record(folder: Path, event: str, **fields: Any) -> None:
+    """Append one event. The line is written in one piece, so that writers on one host never mix theirs."""
+    line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
+    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The events so far. A line that a crash cut short is left out."""
+    return read_rows(folder / "events.jsonl")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file, one a line, without a torn last line; [] if there is no file.
+
+    Raises:
+        ValueError: a line before the last one is no JSON object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            if number < len(lines) - 1:
+                raise ValueError(f"{path}, line {number + 1} is damaged: {line[:80]!r}") from None
+    return rows
+
+
+def write_exit(folder: Path, ended: Exit) -> None:
+    durable.write(folder / "exit.json", (json.dumps(asdict(ended)) + "\n").encode())
+
+
+def read_exit(folder: Path) -> Exit | None:
+    """How the newest attempt that could still tell ended; None if none did."""
+    try:
+        return Exit(**json.loads((folder / "exit.json").read_bytes()))
+    except (OSError, TypeError, ValueError):
+        return None

@@ -1,0 +1,46 @@
+"""Doing a thing together: every rank learns every other's result, or error, before anyone goes on.
+
+A stage that can fail on one rank (a full disk, a damaged file) must not leave the others waiting in a
+collective for somebody who has left. Here the error itself is what is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from hpcgpt.world import Ranks
+
+T = TypeVar("T")
+
+
+def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Rank 0 does `work`; its result is returned, or its OSError or ValueError raised, on every rank."""
+    outcome: list[Any] = [_attempt(work) if ranks.world.is_first else None]
+    if ranks.control is not None:
+        dist.broadcast_object_list(outcome, src=0, group=ranks.control)
+    return _results(outcome)[0]  # type: ignore[no-any-return]
+
+
+def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """Every rank does `work`; all results by rank, or the first rank's OSError or ValueError, on every rank."""
+    outcomes: list[Any] = [_attempt(work)] * ranks.world.size
+    if ranks.control is not None:
+        dist.all_gather_object(outcomes, outcomes[0], group=ranks.control)
+    return _results(outcomes)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except (OSError, ValueError) as error:
+        return None, error
+
+
+def _results(outcomes: list[Any]) -> list[Any]:
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]

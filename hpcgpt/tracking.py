@@ -1,0 +1,114 @@
+"""Weights & Biases: one run, however often the job is requeued. The only module that imports wandb.
+
+The run's id is the one in run.json, for every attempt. Without a key or without a network the attempt
+is kept offline below ``<run folder>/wandb``, where ``wandb sync`` finds it. metrics.jsonl stays the
+truth; wandb gets the same names, and ``step`` as the axis, since wandb's own counter cannot go back
+when a crash has cost a few steps.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+from hpcgpt.config import Config
+from hpcgpt.preempt import shielded
+
+_KEY_HOST = "api.wandb.ai"
+
+
+class Tracker:
+    """Sends rows to wandb, or to nowhere if tracking is disabled. Rank 0 only."""
+
+    def __init__(self, config: Config, run_id: str, resolved: dict[str, Any]) -> None:
+        """`resolved` is shown as the run's configuration."""
+        self.mode = choose_mode(config.tracking.wandb)
+        self._run: Any = None
+        if self.mode == "disabled":
+            return
+        import wandb
+
+        folder = config.run_folder
+        (folder / "wandb").mkdir(exist_ok=True)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            x_disable_meta=True,
+            # Rows are otherwise kept in memory for 15 s, and lost when the job is killed.
+            x_transaction_log_flush_interval=1.0,
+        )
+        # wandb's core process would die of the signals that Slurm sends to a whole step.
+        with shielded():
+            self._run = wandb.init(
+                project=config.tracking.project,
+                id=run_id,
+                name=config.run.name,
+                dir=folder,
+                mode="online" if self.mode == "online" else "offline",
+                resume="allow" if self.mode == "online" else None,
+                config=resolved,
+                settings=settings,
+            )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log(row)
+
+    def sample(self, step: int, text: str) -> None:
+        """A piece of generated text."""
+        if self._run is not None:
+            import wandb
+
+            self._run.log({"step": step, "sample": wandb.Html(f"<pre>{_escaped(text)}</pre>")})
+
+    def close(self, exit_code: int) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+            self._run = None
+
+
+def choose_mode(wanted: str) -> str:
+    """'online', 'offline' or 'disabled'. WANDB_MODE wins over "auto", as wandb's users expect.
+
+    Raises:
+        ValueError: "online" was asked for, and there is no key.
+    """
+    if wanted == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        wanted = os.environ["WANDB_MODE"]
+    if wanted == "online" and not _has_key():
+        raise ValueError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
+    if wanted == "auto":
+        return "online" if _has_key() and _reachable() else "offline"
+    return wanted
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(_server()[0])
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return found is not None
+
+
+def _reachable() -> bool:
+    try:
+        with socket.create_connection(_server(), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _server() -> tuple[str, int]:
+    address = urlsplit(os.environ.get("WANDB_BASE_URL", f"https://{_KEY_HOST}"))
+    return address.hostname or _KEY_HOST, address.port or (443 if address.scheme == "https" else 80)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,43 @@
+"""``python -m hpcgpt.train [CONFIG] [--section.key value]...``: pretrain, or go on with a run.
+
+This file is the command: who am I, what is asked, what can be checked before torch is loaded, and how
+the process ends. The training itself is in ``hpcgpt/loop.py``, one step in ``hpcgpt/step.py``.
+
+Exit status: 0 training is finished; 75 saved before the end, please run me again; 76 another attempt has
+taken over; 2 a mistake in what was asked; anything else is a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from hpcgpt import cli, config, plan, preempt, runfolder, world
+
+
+def main(argv: Sequence[str]) -> int:
+    settings = config.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
+    here = world.discover()
+    folder = settings.run_folder
+    stop_file = folder / "STOP"
+    # Before the seconds that loading torch takes: a signal must never find the default handler.
+    flag = preempt.StopFlag(stop_file if here.is_first else None, settings.requeue.end_margin_s)
+    flag.install()
+    try:
+        if stop_file.exists():
+            raise ValueError(f"{stop_file} asks this run to stay stopped: remove it to go on")
+        planned = plan.make(settings, here.size)
+
+        from hpcgpt import loop
+
+        return loop.train(planned, here, flag)
+    except (ValueError, OSError) as error:
+        if here.is_first and folder.is_dir():
+            mistake = cli.USER_MISTAKE if isinstance(error, ValueError) else runfolder.FAILED
+            with suppress(OSError):  # the disk that is full may be this one
+                runfolder.write_exit(folder, runfolder.Exit(world.job_attempt(), mistake, str(error), 0, saved=False))
+        raise
+
+
+if __name__ == "__main__":
+    cli.run(main)

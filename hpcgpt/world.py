@@ -1,0 +1,401 @@
+"""Who am I: rank, world size, host and device; and how the ranks find each other.
+
+Three launchers are told apart by variables that only they set:
+
+    torchrun   TORCHELASTIC_RUN_ID, with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE
+    srun       SLURM_STEP_NUM_TASKS, with SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST
+    alone      neither: also a shell inside an allocation, where SLURM_* is set but there is no step
+
+torchrun is asked first, since it may itself have been started by srun, and then its ranks are the true
+ones. No other module reads these variables.
+
+Ranks meet at a TCPStore on rank 0. Rank 0 binds a free port and publishes address and port in the run
+folder, in ``rendezvous/<attempt>.json``, which the others read; MASTER_ADDR and MASTER_PORT win where
+both are set. Each rank then reports in at the store, so that a missing one is named instead of waited for.
+
+Torch is imported where it is used: the first half of this file serves commands on login nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hpcgpt import durable
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import TCPStore
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """`hosts` are the nodes of the srun step, in Slurm's order; empty for the other launchers."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    launcher: Literal["srun", "torchrun", "alone"]
+    attempt: str
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size} on {socket.gethostname()}"
+
+
+def discover(env: Mapping[str, str] = os.environ) -> World:
+    """This process's place, from the launcher's variables.
+
+    Raises:
+        ValueError: the launcher's variables contradict each other.
+    """
+    if "TORCHELASTIC_RUN_ID" in env:
+        attempt = f"torchrun_{env['TORCHELASTIC_RUN_ID']}_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        found = World(
+            int(env["RANK"]),
+            int(env["LOCAL_RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env["LOCAL_WORLD_SIZE"]),
+            "torchrun",
+            re.sub(r"\W", "_", attempt),
+        )
+    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        hosts = expand_hosts(env.get("SLURM_STEP_NODELIST", ""))
+        step = env.get("SLURM_STEP_ID", "0")
+        found = World(
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_LOCALID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            _tasks_here(env),
+            "srun",
+            f"{job_attempt(env)}_{step}",
+            tuple(hosts),
+        )
+    else:
+        found = World(0, 0, 1, 1, "alone", f"alone_{socket.gethostname()}_{os.getpid()}")
+    if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
+        raise ValueError(f"{found.launcher} started an impossible process: {found}")
+    return found
+
+
+def job_attempt(env: Mapping[str, str] = os.environ) -> str:
+    """One name for this start of this Slurm job; '' outside of a job. A requeue makes another one."""
+    job = env.get("SLURM_JOB_ID", "")
+    return f"{job}_{env.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Slurm's short form of host names written out: 'n[1-2,07],m' -> n1, n2, n07, m."""
+    hosts = []
+    for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        hosts += _expand(name)
+    return hosts
+
+
+def _expand(name: str) -> list[str]:
+    found = re.match(r"([^\[]*)\[([^\]]*)\](.*)", name)
+    if not found:
+        return [name]
+    before, ranges, after = found.groups()
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        numbers += [f"{n:0{len(low)}d}" for n in range(int(low), int(high or low) + 1)]
+    return [before + number + tail for number in numbers for tail in _expand(after)]
+
+
+def _tasks_here(env: Mapping[str, str]) -> int:
+    """Tasks of the step on this node, from Slurm's '2(x3),1': two on each of the first three nodes, one."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
+
+
+# --- the device ------------------------------------------------------------------------------------
+
+
+def device_index(world: World, visible: int, requested: str, promised: bool) -> int | None:
+    """Which of the `visible` GPUs this rank uses; None: the CPU.
+
+    `promised` says that Slurm gave this job GPUs. The device is the local rank if that many are visible,
+    else 0 if exactly one is: Slurm then hides the others' from each task.
+
+    Raises:
+        ValueError: a GPU was asked for or promised and there is none, or they are too few.
+    """
+    if requested == "cpu":
+        return None
+    if not visible:
+        if requested == "cuda" or promised:
+            why = "run.device is cuda" if requested == "cuda" else "Slurm gave this job GPUs"
+            raise ValueError(
+                f"{why}, but torch sees none ({world}): check the driver and that torch is a CUDA "
+                "build, or pass --run.device cpu"
+            )
+        return None
+    if world.local_rank < visible:
+        return world.local_rank
+    if visible == 1:
+        return 0
+    raise ValueError(
+        f"{world} is local rank {world.local_rank}, but only {visible} GPUs are visible: ask for as "
+        "many GPUs a node as tasks a node"
+    )
+
+
+def pick_device(world: World, requested: str, env: Mapping[str, str] = os.environ) -> torch.device:
+    """The device of this rank. CUDA_VISIBLE_DEVICES is read by torch and never changed here."""
+    import torch
+
+    promised = bool(env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS") or env.get("SLURM_GPUS_ON_NODE"))
+    index = device_index(world, torch.cuda.device_count(), requested, promised and world.launcher == "srun")
+    if index is None:
+        return torch.device("cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def cores(world: World, env: Mapping[str, str] = os.environ) -> int:
+    """CPU cores that belong to this rank: Slurm's count for a task, else a fair share of this process's."""
+    allowed = len(os.sched_getaffinity(0))
+    if world.launcher == "srun" and env.get("SLURM_CPUS_PER_TASK"):
+        return min(allowed, int(env["SLURM_CPUS_PER_TASK"]))
+    return max(1, allowed // world.local_size)
+
+
+# --- the rendezvous --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The connected ranks. `control` is the CPU group for agreements; None when there is one rank."""
+
+    world: World
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+
+def connect(world: World, device: torch.device, folder: Path, backend: str, timeout_s: float) -> Ranks:
+    """Meet the other ranks and start the process groups.
+
+    Raises:
+        ValueError: rank 0 did not appear, a rank is missing or there twice, or two ranks share one GPU, all
+            within `timeout_s`; the message names them.
+    """
+    import torch.distributed as dist
+
+    if world.size == 1:
+        return Ranks(world, device, None)
+    backend = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
+    if backend == "nccl" and device.type != "cuda":
+        raise ValueError("run.backend nccl needs GPUs, and this run is on the CPU: use gloo, or auto")
+    store = _meet(world, folder, timeout_s)
+    _report_in(store, world, device, timeout_s)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if backend == "nccl" else None,
+    )
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    return Ranks(world, device, control)
+
+
+def disconnect() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _meet(world: World, folder: Path, timeout_s: float) -> TCPStore:
+    """The store on rank 0. Sets the network interface of gloo and NCCL, unless the user did."""
+    from torch.distributed import TCPStore
+
+    limit = timedelta(seconds=timeout_s)
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        _use_interface_towards(_resolve(host), port)
+        # torchrun's agent holds the port already and serves its own store there.
+        serve = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        with _explaining(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
+            return TCPStore(host, port, None, serve, limit, wait_for_workers=False)
+    card = folder / "rendezvous" / f"{world.attempt}.json"
+    if world.is_first:
+        return _host(world, card, limit)
+    return _join(world, card, timeout_s)
+
+
+def _host(world: World, card: Path, limit: timedelta) -> TCPStore:
+    from torch.distributed import TCPStore
+
+    address = _own_address(world)
+    listener = socket.create_server(("", 0), backlog=1024)
+    port = listener.getsockname()[1]
+    _use_interface_towards(address, port)
+    token = secrets.token_hex(8)
+    # The store takes the descriptor over and closes it in the end.
+    store = TCPStore(address, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach())
+    store.set("token", token)
+    card.parent.mkdir(parents=True, exist_ok=True)
+    durable.write(card, json.dumps({"address": address, "port": port, "token": token}).encode())
+    return store
+
+
+def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
+    from torch.distributed import DistError, TCPStore
+
+    deadline = time.monotonic() + timeout_s
+    seen = "it never published its address"
+    while time.monotonic() < deadline:
+        # Listing the folder makes NFS look again; a mere open may be answered "absent" from its cache.
+        with suppress(OSError):
+            os.listdir(card.parent)
+        try:
+            found = json.loads(card.read_bytes())
+        except (OSError, ValueError):
+            time.sleep(0.1)
+            continue
+        # What is there may be left from a job of the same number: then nobody, or somebody else, answers.
+        address, port = found["address"], int(found["port"])
+        seen = f"its address {address}:{port} does not answer"
+        if not _answers(address, port):
+            time.sleep(0.5)
+            continue
+        _use_interface_towards(address, port)
+        with suppress(DistError, RuntimeError):
+            left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+            store = TCPStore(address, port, None, False, left, wait_for_workers=False)
+            if store.get("token").decode() == found["token"]:
+                return store
+        time.sleep(0.5)
+    raise ValueError(
+        f"{world} waited {timeout_s:.0f} s for rank 0: {seen} (looked in {card}). Do all nodes see this "
+        "folder, and did rank 0 start?"
+    )
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _report_in(store: TCPStore, world: World, device: torch.device, timeout_s: float) -> None:
+    """Every rank says that it is there and waits for the others, so that whoever is missing is named."""
+    import torch
+    from torch.distributed import DistError
+
+    host = socket.gethostname()
+    if store.add(f"there/{world.rank}", 1) > 1:
+        raise ValueError(f"{world}: another process has this rank already: was the job started twice, or without srun?")
+    if device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        if store.add(f"gpu/{host}/{gpu}", 1) > 1:
+            raise ValueError(f"{world}: another rank uses {device} as well: ask for one GPU a task")
+    names = [f"ready/{rank}" for rank in range(world.size)]
+    store.set(names[world.rank], host)
+    try:
+        store.wait(names, timedelta(seconds=timeout_s))
+    except (DistError, RuntimeError):
+        missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+        raise ValueError(
+            f"{world} waited {timeout_s:.0f} s: {world.size - len(missing)} of {world.size} ranks are there, missing: "
+            f"{', '.join(missing)}. Start as many processes as the world size says"
+        ) from None
+
+
+class _explaining:  # noqa: N801 (used like a function)
+    """Turns torch's errors while connecting into a sentence."""
+
+    def __init__(self, world: World, where: str, timeout_s: float) -> None:
+        self.sentence = f"{world} could not reach rank 0 at {where} within {timeout_s:.0f} s"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise ValueError(f"{self.sentence}: {str(error).splitlines()[0]}") from None
+
+
+# --- addresses and interfaces ----------------------------------------------------------------------
+
+
+def _own_address(world: World) -> str:
+    """The address under which the other hosts of the step reach this one."""
+    here = socket.gethostname()
+    others = [host for host in world.hosts if host.split(".")[0] != here.split(".")[0]]
+    if others:
+        # The source address of the route to another node; a host's own name may resolve to loopback.
+        return _route(_resolve(others[0]), 9)
+    return "127.0.0.1" if world.local_size == world.size else _resolve(here)
+
+
+def _resolve(host: str) -> str:
+    try:
+        return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]  # type: ignore[return-value]
+    except socket.gaierror as error:
+        raise ValueError(
+            f"{socket.gethostname()} cannot resolve the host name '{host}': {error.strerror}; set "
+            "MASTER_ADDR and MASTER_PORT to an address that all nodes reach"
+        ) from None
+
+
+def _route(address: str, port: int) -> str:
+    """This host's address on the route to another; connecting a UDP socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, port))
+        except OSError as error:
+            raise ValueError(f"{socket.gethostname()} has no route to {address}: {error.strerror}") from None
+        return str(probe.getsockname()[0])
+
+
+def _use_interface_towards(address: str, port: int) -> None:
+    """Point gloo and NCCL at the interface that leads to rank 0: their own guess is often loopback."""
+    name = _interface_of(_route(address, port))
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        # NCCL knows the shared-memory and NVLink paths itself; loopback would only hide the network.
+        if name != "lo":
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _interface_of(address: str) -> str | None:
+    import fcntl
+
+    siocgifaddr = 0x8915  # see netdevice(7)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an IPv4 address
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(probe.fileno(), siocgifaddr, request)[20:24]
+                if socket.inet_ntoa(found) == address:
+                    return name
+    return None
