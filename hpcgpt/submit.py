@@ -1,0 +1,177 @@
+"""``python -m hpcgpt.submit --nodes N [CONFIG] [--section.key value]...``: queue a training job.
+
+Through submitit, which knows Slurm's parameters, checks them and submits. What it submits is no pickled
+state but a command: the batch script that it writes sets the resources and then becomes
+``slurm/pretrain.sbatch TRAIN_ARGUMENTS``. So a job that was submitted from Python and one that was
+submitted with sbatch run the same lines, with the same signals and the same requeue policy.
+
+Everything that can be checked without a GPU is checked here, before anything is queued.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcgpt import cli, config, plan, runfolder
+
+SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = _parser()
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        print("\nAll other arguments are those of `hpcgpt train`; see `hpcgpt train --help`.")
+        return 0
+    options, training = parser.parse_known_args(argv)
+    settings = config.from_command_line(training, "submit", "")
+    tasks = options.tasks_per_node
+    planned = plan.make(settings, options.nodes * tasks)
+    parameters = slurm_parameters(options, settings.run.name)
+    if not SCRIPT.is_file():
+        raise ValueError(f"{SCRIPT} is missing: submit from a checkout of hpcgpt, installed with `pip install -e`")
+    if options.dry_run:
+        print(batch_text(settings.run_folder, parameters, training))
+        return 0
+    runfolder.prepare(settings.run_folder)
+    job = _submit(settings.run_folder, parameters, training)
+    if options.json:
+        print(json.dumps({"job": job, "run": str(settings.run_folder), "steps": planned.total_steps}))
+        return 0
+    print(
+        f"job {job}: {options.nodes} nodes x {tasks} ranks, {planned.total_steps:,} steps of "
+        f"{planned.tokens_per_step:,} tokens, {planned.micro_steps} micro-steps a rank"
+    )
+    print(f"run folder: {settings.run_folder}\nfollow it:  tail -F {settings.run_folder}/logs/{job}_0.log")
+    return 0
+
+
+def slurm_parameters(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What submitit is told, in its own names."""
+    extra: dict[str, Any] = {"requeue": True}
+    for pair in options.sbatch:
+        key, _, value = pair.partition("=")
+        extra[key.lstrip("-")] = value or True
+    wanted = {
+        "job_name": name,
+        "nodes": options.nodes,
+        "ntasks_per_node": options.tasks_per_node,
+        "gpus_per_node": options.gpus_per_node,
+        "cpus_per_task": options.cpus_per_task,
+        "mem": options.mem,
+        "time": minutes(options.time),
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "exclude": options.exclude,
+        "signal_delay_s": options.signal_lead_s,
+        "stderr_to_stdout": True,
+        "additional_parameters": extra,
+    }
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def minutes(text: str) -> int:
+    """Slurm's ways to write a duration, in minutes, seconds rounded up.
+
+    M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; see sbatch(1), --time.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
+        raise ValueError(f"--time {text}: expected minutes, HH:MM:SS or D-HH:MM:SS")
+    days, _, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, mins, secs = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, mins, secs = parts
+    else:
+        hours, mins, secs = 0, *[*parts, 0][:2]
+    return int(days or 0) * 1440 + hours * 60 + mins + (secs > 0)
+
+
+def command(training: Sequence[str]) -> list[str]:
+    """What the job runs: the same script, with the same arguments, as with sbatch."""
+    return ["bash", str(SCRIPT), *training]
+
+
+def batch_text(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> str:
+    """The batch script that submitit would submit."""
+    return str(_executor(folder, parameters, training)._make_submission_file_text("unreached", "dry-run"))
+
+
+def _executor(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> Any:
+    from submitit import SlurmExecutor
+
+    try:
+        executor = SlurmExecutor(folder=folder / "submit")
+    except RuntimeError:
+        raise ValueError(
+            "there is no srun on this machine: submit from a login node, or try a cluster on this machine with `make lab`"
+        ) from None
+    # `exec` leaves the shell no chance to go on to the pickled call that submitit writes behind it.
+    executor.update_parameters(**parameters, setup=["exec " + shlex.join(command(training))])
+    return executor
+
+
+def _submit(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> str:
+    from submitit.core.utils import CommandFunction, FailedJobError
+
+    executor = _executor(folder, parameters, training)
+    try:
+        job = executor.submit(CommandFunction(command(training)))
+    except FailedJobError as error:
+        raise ValueError(f"Slurm refused the job: {error}") from None
+    return str(job.job_id)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hpcgpt submit",
+        usage="hpcgpt submit [--nodes N] [Slurm flags] [CONFIG] [--section.key value]...",
+        description="Queue a training job on Slurm.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    slurm = parser.add_argument_group("Slurm")
+    slurm.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    slurm.add_argument(
+        "--tasks-per-node", type=int, default=1, metavar="N", help="ranks a node, one a GPU (default: 1)"
+    )
+    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs a node")
+    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores a rank")
+    slurm.add_argument("--mem", metavar="SIZE", help="memory a node, as Slurm writes it: 64G")
+    slurm.add_argument("--time", default="24:00:00", help="time limit (default: 24:00:00)")
+    slurm.add_argument("--partition", help="partition")
+    slurm.add_argument("--account", help="account")
+    slurm.add_argument("--qos", help="quality of service")
+    slurm.add_argument("--constraint", help="node features")
+    slurm.add_argument("--exclude", help="nodes to keep away from")
+    slurm.add_argument(
+        "--signal-lead-s",
+        type=int,
+        default=120,
+        metavar="S",
+        help="warn the ranks this long before the time limit, in seconds (default: 120)",
+    )
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help="any other flag of sbatch; may be repeated"
+    )
+    slurm.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
+    slurm.add_argument("--json", action="store_true", help="print the job's id and run folder as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)
