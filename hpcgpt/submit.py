@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import cli, config, plan, runfolder
+from hpcgpt import cli, config, runfolder
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
 
@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     options, training = parser.parse_known_args(argv)
     settings = config.from_command_line(training, "submit", "")
     tasks = options.tasks_per_node
+    from hpcgpt import plan  # late, so that --help does not load numpy
+
     planned = plan.make(settings, options.nodes * tasks)
     parameters = slurm_parameters(options, settings.run.name)
     if not SCRIPT.is_file():
@@ -118,7 +120,7 @@ def _executor(folder: Path, parameters: dict[str, Any], training: Sequence[str])
         executor = SlurmExecutor(folder=folder / "submit")
     except RuntimeError:
         raise ValueError(
-            "there is no srun on this machine: submit from a login node, or try a cluster on this machine with `make lab`"
+            "there is no srun on this machine: submit from a login node, or bring one up here with `make lab`"
         ) from None
     # `exec` leaves the shell no chance to go on to the pickled call that submitit writes behind it.
     executor.update_parameters(**parameters, setup=["exec " + shlex.join(command(training))])

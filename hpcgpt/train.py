@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hpcgpt import cli, config, plan, preempt, runfolder, world
+from hpcgpt import cli, config, preempt, runfolder, world
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +26,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if stop_file.exists():
             raise ValueError(f"{stop_file} asks this run to stay stopped: remove it to go on")
+        # Late, so that --help costs neither numpy nor torch.
+        from hpcgpt import plan
+
         planned = plan.make(settings, here.size)
 
         from hpcgpt import loop

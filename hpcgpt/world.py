@@ -212,6 +212,8 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
         raise ValueError("run.backend nccl needs GPUs, and this run is on the CPU: use gloo, or auto")
     store = _meet(world, folder, timeout_s)
     _report_in(store, world, device, timeout_s)
+    if world.is_first:
+        _card(world, folder).unlink(missing_ok=True)
     dist.init_process_group(
         backend,
         store=store,
@@ -243,10 +245,14 @@ def _meet(world: World, folder: Path, timeout_s: float) -> TCPStore:
         serve = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         with _explaining(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
             return TCPStore(host, port, None, serve, limit, wait_for_workers=False)
-    card = folder / "rendezvous" / f"{world.attempt}.json"
+    card = _card(world, folder)
     if world.is_first:
         return _host(world, card, limit)
     return _join(world, card, timeout_s)
+
+
+def _card(world: World, folder: Path) -> Path:
+    return folder / "rendezvous" / f"{world.attempt}.json"
 
 
 def _host(world: World, card: Path, limit: timedelta) -> TCPStore:

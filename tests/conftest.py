@@ -1,0 +1,137 @@
+"""What the tests share: a small corpus of real text (this project's own sources) as shards, a tiny model's
+configuration, ways to run our commands as real processes, and the lab.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import inputs, make_shards, train_tokenizer
+from hpcgpt import tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two layers, 12 steps: long enough to be interrupted twice, short enough for one second.
+TINY = """
+[run]
+threads = 1
+device = "cpu"
+
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+block_size = 32
+
+[schedule]
+warmup_steps = 3
+
+[train]
+steps = 12
+global_batch = 8
+micro_batch = 2
+
+[checkpoint]
+every = 4
+
+[eval]
+every = 6
+batches = 8
+
+[sample]
+tokens = 5
+
+[tracking]
+wandb = "disabled"
+"""
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 40 real text files: the sources of this project, one document each."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted([*ROOT.glob("hpcgpt/*.py"), *ROOT.glob("data_prep/*.py")]):
+        name = path.relative_to(ROOT).as_posix().replace("/", "_")
+        (folder / f"{name}.txt").write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 512 ids, trained on the corpus."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe512"
+    unit = inputs.units(inputs.find([str(text_folder)]), 10**9)[0]
+    tokenizer.save(train_tokenizer.train(inputs.documents(unit, "text"), 512, "bpe512"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards_folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of the corpus, in several shards, with a validation split. Read-only: copy it to break it."""
+    out = tmp_path_factory.mktemp("data") / "shards"
+    make_shards.main([
+        str(text_folder), "--out", str(out), "--tokenizer", str(tokenizer_folder), "--val-fraction", "0.2",
+        "--workers", "1", "--unit-mb", "1",
+    ])  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, shards_folder: Path) -> Path:
+    """A configuration file for a run of 12 small steps, in tmp_path/runs/tiny."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace(
+            "[run]", f'[run]\nname = "tiny"\ndir = "{tmp_path / "runs"}"'
+        )
+    )
+    return path
+
+
+def command(module: str, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 120,
+            cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run ``python -m module arguments`` to its end, as a user would."""
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=cwd,
+                          env=clean_env() | (env or {}), timeout=timeout_s, check=False)  # fmt: skip
+
+
+def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run ``torchrun -m arguments`` with that many processes on this host."""
+    return command("torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m", *arguments,
+                   timeout_s=timeout_s)  # fmt: skip
+
+
+def clean_env() -> dict[str, str]:
+    """This environment without what a launcher, Slurm or wandb would have set."""
+    drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"WANDB_MODE": "offline"}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tensors(checkpoint: Path) -> dict[str, bytes]:
+    """Every tensor of a checkpoint as bytes, whichever rank wrote it."""
+    from safetensors import safe_open
+
+    found: dict[str, bytes] = {}
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            found |= {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def curve(folder: Path) -> list[tuple[Any, ...]]:
+    """What must not depend on interruptions, of every row of metrics.jsonl."""
+    keys: Sequence[str] = ("step", "tokens", "samples", "train/loss", "train/lr", "train/grad_norm", "val/loss",
+                           "val/perplexity", "val/bits_per_byte")  # fmt: skip
+    return [tuple(row.get(key) for key in keys) for row in rows(folder / "metrics.jsonl")]

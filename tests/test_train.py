@@ -1,0 +1,91 @@
+"""hpcgpt.train: one process from start to end, and across interruptions."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env, command, curve, rows, tensors
+
+from hpcgpt.runfolder import AGAIN, FINISHED
+
+
+def test_a_run_trains_evaluates_saves_and_finishes(tiny: Path, tmp_path: Path) -> None:
+    done = command("hpcgpt.train", str(tiny))
+    assert done.returncode == FINISHED, done.stderr
+    folder = tmp_path / "runs" / "tiny"
+    metrics = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 13))
+    assert [row["step"] for row in metrics if "val/loss" in row] == [6, 12]
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+    assert metrics[-1]["samples"] == 12 * 8
+    assert metrics[-1]["tokens"] == 12 * 8 * 32
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step_000000004", "step_000000008", "step_000000012"]  # fmt: skip
+    assert "step 12/12" in done.stdout
+
+
+def test_a_second_start_says_that_it_is_done_and_changes_nothing(tiny: Path, tmp_path: Path) -> None:
+    assert command("hpcgpt.train", str(tiny)).returncode == FINISHED
+    folder = tmp_path / "runs" / "tiny"
+    before = (folder / "metrics.jsonl").read_bytes(), tensors(folder / "checkpoints" / "step_000000012")
+    again = command("hpcgpt.train", str(tiny))
+    assert again.returncode == FINISHED
+    assert "finished already" in again.stdout
+    assert before == ((folder / "metrics.jsonl").read_bytes(), tensors(folder / "checkpoints" / "step_000000012"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_the_next_start_ends_with_the_same_bytes(
+    number: signal.Signals, tiny: Path, tmp_path: Path
+) -> None:
+    """Dropout is on, so a generator that was not restored would show."""
+    flags = [str(tiny), "--model.dropout", "0.1", "--train.steps", "150", "--eval.every", "50"]
+    assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
+    folder = tmp_path / "runs" / "cut"
+    statuses = []
+    for _ in range(3):
+        interrupted = start(*flags, "--run.name", "cut")
+        wait_for_rows(folder / "metrics.jsonl", more=10)
+        interrupted.send_signal(number)
+        statuses.append(interrupted.wait(60))
+        if statuses[-1] != AGAIN:
+            break
+    assert statuses[0] == AGAIN
+    assert command("hpcgpt.train", *flags, "--run.name", "cut").returncode == FINISHED
+    whole = tmp_path / "runs" / "whole"
+    assert curve(folder) == curve(whole)
+    name = "checkpoints/step_000000150"
+    assert tensors(folder / name) == tensors(whole / name)
+
+
+def test_sigkill_costs_the_steps_since_the_checkpoint_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
+    flags = [str(tiny), "--model.dropout", "0.1", "--train.steps", "150", "--eval.every", "50"]
+    assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
+    folder = tmp_path / "runs" / "killed"
+    killed = start(*flags, "--run.name", "killed")
+    wait_for_rows(folder / "metrics.jsonl", more=30)
+    killed.kill()
+    killed.wait(10)
+    assert command("hpcgpt.train", *flags, "--run.name", "killed").returncode == FINISHED
+    assert curve(folder) == curve(tmp_path / "runs" / "whole")
+    name = "checkpoints/step_000000150"
+    assert tensors(folder / name) == tensors(tmp_path / "runs" / "whole" / name)
+
+
+def start(*flags: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "hpcgpt.train", *flags], cwd=ROOT, env=clean_env(),
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def wait_for_rows(path: Path, more: int) -> None:
+    """Until the file has `more` rows than now."""
+    before = len(rows(path)) if path.exists() else 0
+    deadline = time.monotonic() + 60
+    while not path.exists() or len(path.read_bytes().splitlines()) < before + more:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
