@@ -303,7 +303,8 @@ class Reporter:
         self.metrics = metrics.MetricsFile(
             self.folder / "metrics.jsonl", progress.step + (0 if progress.pending else 1)
         )
-        self.tracker = Tracker(settings, runfolder.run_id(self.folder), asdict(settings))
+        run_id = runfolder.run_id(self.folder)
+        self.tracker = Tracker(settings, run_id, asdict(settings), self.metrics.newest)
         self.console = metrics.Console(progress.step, total)
         done = progress.step >= total and not progress.pending
         tokens = attempt.plan.tokens_per_step
@@ -373,6 +374,5 @@ def _wrapped(model: GPT, ranks: Ranks, compiled: bool) -> nn.Module:
     return DistributedDataParallel(
         module,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )

@@ -23,6 +23,7 @@ from hpcgpt import durable
 from hpcgpt.runfolder import read_rows
 
 LINE_EVERY_S = 5.0
+NEWEST_S = 5.0
 
 # Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. No entry, no MFU: a
 # utilisation of the wrong chip is worse than none. The longer name is found first.
@@ -43,7 +44,8 @@ def peak_flops(device_name: str) -> float | None:
 class MetricsFile:
     """Appends rows to metrics.jsonl. Rank 0 only.
 
-    A full disk does not end the run: rows wait in memory until there is room again.
+    A full disk does not end the run: rows wait in memory until there is room again. `newest` are the rows
+    of the last few seconds of the attempt before, which may have been lost on their way to elsewhere.
     """
 
     def __init__(self, path: Path, keep_below: int) -> None:
@@ -51,6 +53,7 @@ class MetricsFile:
         kept = [row for row in read_rows(path) if row["step"] < keep_below]
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
         durable.write(path, content)
+        self.newest = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
 

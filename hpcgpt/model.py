@@ -22,8 +22,6 @@ VOCAB_MULTIPLE = 64
 
 
 class GPT(nn.Module):
-    padding_bias: Tensor | None
-
     def __init__(self, config: Model, seed: int = 0) -> None:
         """A model with `config.vocab_size` ids, its weights drawn on the CPU from `seed` alone."""
         super().__init__()
@@ -37,10 +35,6 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
-        # The rows beyond the vocabulary must never win: minus infinity as a bias costs nothing in the
-        # matrix product, and gives those rows no gradient.
-        padding = torch.zeros(rows).index_fill_(0, torch.arange(config.vocab_size, rows), -math.inf)
-        self.register_buffer("padding_bias", padding if rows > config.vocab_size else None, persistent=False)
         self.initialise(seed)
 
     @torch.no_grad()
@@ -70,7 +64,19 @@ class GPT(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.head.weight, self.padding_bias)  # (B, T, V padded)
+        return F.linear(self.norm(x), self.head.weight, self._padding_bias())  # (B, T, V padded)
+
+    def _padding_bias(self) -> Tensor | None:
+        """Minus infinity for the rows beyond the vocabulary (V padded): they never win, and get no gradient.
+
+        As the bias of the matrix product it costs nothing. Not a buffer: DDP would send it around.
+        """
+        weight = self.head.weight
+        if len(weight) == self.config.vocab_size:
+            return None
+        bias = torch.zeros(len(weight), device=weight.device, dtype=weight.dtype)
+        bias[self.config.vocab_size :] = -math.inf
+        return bias
 
     def parameter_count(self) -> int:
         """Parameters that the model can use: without the padding rows, a tied head counted once."""

@@ -101,10 +101,9 @@ class StopFlag:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Processes started inside are deaf to our signals; those that arrive meanwhile reach us afterwards.
+    """Processes and threads started inside do not hear our signals; we hear them afterwards.
 
-    The mask is inherited through fork and exec. Ignoring the signals instead would not do: the Go
-    runtime of wandb's core installs its own handlers, but it keeps the mask.
+    The mask is inherited through fork and exec. A program can still ask for a signal itself.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -5,6 +5,7 @@
 
 The policy, in this order:
 
+    Slurm has requeued it already            leave it: nothing is left to do
     cancelled by a user                      leave it
     training is finished                     leave it
     a mistake in what was asked, a STOP file,
@@ -29,7 +30,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hpcgpt import cli, config, runfolder, world
@@ -38,6 +38,14 @@ from hpcgpt.preempt import Stop
 from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
 
 ABOUT = "What the batch script asks: where the run folder is, and whether the job is to run again."
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm says of the job: its state, and how often it has been restarted."""
+
+    state: str
+    restarts: int
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,15 @@ def main(argv: Sequence[str]) -> int:
     return _act(settings, int(argv[2]))
 
 
-def decide(ended: Exit | None, status: int, job_state: str, crashes_before: int, max_crashes: int) -> Decision:
+def decide(ended: Exit | None, status: int, job: Job, restart: int, crashes_before: int, max_crashes: int) -> Decision:
     """The policy. `ended` is this attempt's exit.json, None if rank 0 could not write one.
 
-    `crashes_before` counts the starts in a row that crashed since the last new checkpoint.
+    `restart` is the number of this start of the job, and `crashes_before` counts the starts in a row that
+    crashed since the last new checkpoint.
     """
-    if job_state == "CANCELLED":
+    if job.restarts > restart:
+        return Decision(False, "Slurm has requeued it already")
+    if job.state == "CANCELLED":
         return Decision(False, "the job was cancelled")
     if ended and ended.status == FINISHED:
         return Decision(False, "training is finished")
@@ -97,14 +108,15 @@ def crashes_in_a_row(events: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _act(settings: config.Config, status: int) -> int:
-    folder, job = settings.run_folder, _job(os.environ)
+    folder, job = settings.run_folder, job_id(os.environ)
     ended = runfolder.read_exit(folder)
     if ended and ended.attempt != world.job_attempt():
         ended = None
     decision = decide(
         ended,
         status,
-        _job_state(job),
+        _ask(job),
+        int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         crashes_in_a_row(runfolder.events(folder)),
         settings.requeue.max_crashes,
     )
@@ -118,25 +130,23 @@ def _act(settings: config.Config, status: int) -> int:
     return _requeue(job)
 
 
-def _job(env: Mapping[str, str]) -> str:
+def job_id(env: Mapping[str, str]) -> str:
     """The id to requeue. The plain id of an array's task may stand for the whole array."""
     if env.get("SLURM_ARRAY_JOB_ID"):
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env.get("SLURM_JOB_ID", "")
 
 
-def _job_state(job: str) -> str:
-    found = _slurm("scontrol", "--oneliner", "show", "job", job)
-    state = re.search(r"\bJobState=(\w+)", found.stdout)
-    return state[1] if state else ""
+def _ask(job: str) -> Job:
+    text = _slurm("scontrol", "--oneliner", "show", "job", job).stdout
+    state, restarts = re.search(r"\bJobState=(\w+)", text), re.search(r"\bRestarts=(\d+)", text)
+    return Job(state[1] if state else "", int(restarts[1]) if restarts else 0)
 
 
 def _requeue(job: str) -> int:
     done = _slurm("scontrol", "requeue", job)
     if done.returncode == 0:
         return 0
-    if _job_state(job) == "PENDING":
-        return 0  # whoever ended the attempt had requeued the job already
     print(
         f"error: Slurm refused to requeue job {job}: {done.stderr.strip()}. Submit the same command again: it goes "
         "on from the newest checkpoint",
@@ -148,11 +158,6 @@ def _requeue(job: str) -> int:
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-
-
-def run_folder(argv: Sequence[str]) -> Path:
-    """The run folder that training with these arguments uses."""
-    return config.from_command_line(argv, "train", ABOUT).run_folder
 
 
 if __name__ == "__main__":

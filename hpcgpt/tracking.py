@@ -4,13 +4,22 @@ The run's id is the one in run.json, for every attempt. Without a key or without
 is kept offline below ``<run folder>/wandb``, where ``wandb sync`` finds it. metrics.jsonl stays the
 truth; wandb gets the same names, and ``step`` as the axis, since wandb's own counter cannot go back
 when a crash has cost a few steps.
+
+wandb's core process cannot be kept from dying of the SIGTERM that Slurm sends to every process of a step
+(it asks for that signal itself, whatever mask it inherits), and a SIGKILL loses what it had not written
+yet. So nothing that wandb does can end a run, and each attempt first sends the newest rows of the one
+before again.
 """
 
 from __future__ import annotations
 
+import html
 import netrc
 import os
 import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,55 +30,78 @@ _KEY_HOST = "api.wandb.ai"
 
 
 class Tracker:
-    """Sends rows to wandb, or to nowhere if tracking is disabled. Rank 0 only."""
+    """Sends rows to wandb, or to nowhere if tracking is disabled or wandb has failed. Rank 0 only."""
 
-    def __init__(self, config: Config, run_id: str, resolved: dict[str, Any]) -> None:
-        """`resolved` is shown as the run's configuration."""
+    def __init__(self, config: Config, run_id: str, resolved: dict[str, Any], again: list[dict[str, Any]]) -> None:
+        """`resolved` is shown as the run's configuration; the rows `again` are sent first.
+
+        Raises:
+            ValueError: "online" was asked for, and there is no key.
+        """
         self.mode = choose_mode(config.tracking.wandb)
         self._run: Any = None
-        if self.mode == "disabled":
-            return
-        import wandb
-
-        folder = config.run_folder
-        (folder / "wandb").mkdir(exist_ok=True)
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            x_disable_meta=True,
-            # Rows are otherwise kept in memory for 15 s, and lost when the job is killed.
-            x_transaction_log_flush_interval=1.0,
-        )
-        # wandb's core process would die of the signals that Slurm sends to a whole step.
-        with shielded():
-            self._run = wandb.init(
-                project=config.tracking.project,
-                id=run_id,
-                name=config.run.name,
-                dir=folder,
-                mode="online" if self.mode == "online" else "offline",
-                resume="allow" if self.mode == "online" else None,
-                config=resolved,
-                settings=settings,
-            )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        if self.mode != "disabled":
+            self._do(lambda: self._start(config, run_id, resolved))
+        for row in again:
+            self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
         if self._run is not None:
-            self._run.log(row)
+            self._do(lambda: self._run.log(row))
 
     def sample(self, step: int, text: str) -> None:
         """A piece of generated text."""
         if self._run is not None:
             import wandb
 
-            self._run.log({"step": step, "sample": wandb.Html(f"<pre>{_escaped(text)}</pre>")})
+            page = f"<pre>{html.escape(text)}</pre>"
+            self._do(lambda: self._run.log({"step": step, "sample": wandb.Html(page)}))
 
     def close(self, exit_code: int) -> None:
         if self._run is not None:
-            self._run.finish(exit_code=exit_code)
+            self._do(lambda: self._run.finish(exit_code=exit_code))
             self._run = None
+
+    def _start(self, config: Config, run_id: str, resolved: dict[str, Any]) -> None:
+        # The mask is inherited by the threads and processes that wandb starts.
+        with shielded():
+            import wandb
+
+            (config.run_folder / "wandb").mkdir(exist_ok=True)
+            self._run = wandb.init(
+                project=config.tracking.project,
+                id=run_id,
+                name=config.run.name,
+                dir=config.run_folder,
+                mode="online" if self.mode == "online" else "offline",
+                resume="allow" if self.mode == "online" else None,
+                config=resolved,
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    # Rows are otherwise kept in memory for 15 s.
+                    x_transaction_log_flush_interval=1.0,
+                ),
+            )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def _do(self, action: Callable[[], object]) -> None:
+        """Ask wandb for something; if it fails, do without it from now on."""
+        try:
+            action()
+        except Exception as error:  # whatever wandb raises, it must not end the run
+            print(
+                f"warning: wandb failed and is left alone for the rest of this attempt, metrics.jsonl has everything: "
+                f"{type(error).__name__}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._run = None
+            with suppress(Exception):  # it would complain once more at exit
+                import wandb
+
+                wandb.teardown()
 
 
 def choose_mode(wanted: str) -> str:
@@ -108,7 +140,3 @@ def _reachable() -> bool:
 def _server() -> tuple[str, int]:
     address = urlsplit(os.environ.get("WANDB_BASE_URL", f"https://{_KEY_HOST}"))
     return address.hostname or _KEY_HOST, address.port or (443 if address.scheme == "https" else 80)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

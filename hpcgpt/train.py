@@ -9,6 +9,7 @@ taken over; 2 a mistake in what was asked; anything else is a failure.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
 
         planned = plan.make(settings, here.size)
 
+        # Torch's own warnings about sockets say less than our errors do.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from hpcgpt import loop
 
         return loop.train(planned, here, flag)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_fixture import lab as lab  # a fixture, for all tests
 
 from data_prep import inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer

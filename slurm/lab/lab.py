@@ -1,0 +1,352 @@
+"""A real Slurm of four nodes on one machine, to try things on and to test with; and no trace of it after.
+
+    sudo python slurm/lab/lab.py up [--nodes 4] [--gpus 2] [--install]
+    eval $(python slurm/lab/lab.py env)
+    sbatch slurm/pretrain.sbatch ...
+    sudo python slurm/lab/lab.py down
+
+Four slurmd and a slurmctld run on hosts that are really apart (lab_hosts.py): a job sees four host names, four
+addresses, and a network that can be cut. The nodes' CPUs and memory are claimed, and their GPUs are fake: a job
+is given CUDA_VISIBLE_DEVICES=0,1 and finds nothing behind it. The partitions (lab_conf.py) are `low`, the
+default; `high`, which preempts it by requeueing; and `grace`, which has 25 s between SIGTERM and that.
+
+    check               can a lab be had here? Status 0, or 3 and what is missing (lab_needs.py)
+    up, down            both may be repeated; `up` clears away what a crash or a reboot left
+    status [--json]     status 0 if every node answers, else 1
+    env                 the line that turns sbatch, srun and squeue to the lab
+    cut NODE            unplugs its network cable; Slurm calls it down 40 to 60 s later
+    heal NODE           plugs it in again
+    kill-slurmd NODE    SIGKILL to its slurmd; the job's processes live on, as on any node
+    start-slurmd NODE   starts it again
+
+All that a lab has is in /run/<name>, on one interface <name> and in its own namespaces. A Slurm or a munged that
+this machine runs itself is not read, stopped or changed. `--name hpcgpt-lab2 --subnet 10.78.0` makes a second
+lab beside the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pwd
+import secrets
+import shlex
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True  # under sudo it would be root's, in a user's checkout
+
+import lab_hosts
+import lab_needs
+from lab_conf import Lab, cgroup_conf, gres_conf, hosts_file, recall, remember, slurm_conf
+from lab_hosts import LabError, run
+
+# sinfo's words for a node that answers and takes jobs; an asterisk behind one says that it doesn't answer.
+RESPONDING = {"idle", "mix", "alloc", "comp", "plnd", "resv"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """`up` means that every daemon runs and every node answers; `fault` says what is not so."""
+
+    up: bool
+    fault: str
+    nodes: dict[str, str]
+
+
+def up(lab: Lab, *, install: bool = False) -> str:
+    """Brings the lab up unless it is up. Returns a sentence; LabError, having cleaned up, if it can't."""
+    if install and os.geteuid() == 0:
+        lab_needs.install_missing()
+    if reason := lab_needs.why_not():
+        raise LabError(reason, lab_needs.CANNOT)
+    with _one_at_a_time():
+        if status(lab.name).up:
+            if (running := recall(lab.name)) != lab:
+                raise LabError(f"what is up is {running}, and not {lab}: take it down first")
+            return f"{lab.name} is up already"
+        began_at = time.monotonic()
+        lab_hosts.remove_everything(lab)
+        lab_hosts.refuse_what_is_taken(lab)
+        try:
+            _bring_up(lab)
+        except BaseException as error:
+            logs = _ends_of_logs(lab)
+            lab_hosts.remove_everything(lab)
+            if isinstance(error, LabError):
+                raise LabError(f"{error}\n{logs}".rstrip()) from error
+            raise
+        elapsed_s = time.monotonic() - began_at
+        return f"{lab.name} is up after {elapsed_s:.1f} s; idle: {' '.join(lab.node_names)}"
+
+
+def down(name: str) -> str:
+    """Takes away everything that a lab of this name has, or left, on this machine. Returns a sentence."""
+    _need_root()
+    with _one_at_a_time():
+        lab = recall(name) or Lab(name)
+        was_there = lab.state.exists() or lab_hosts.link_kind(name) == "veth"
+        if status(name).up:
+            _end_jobs(lab)
+        lab_hosts.remove_everything(lab)
+        return f"{name} is down" if was_there else f"{name} was down already"
+
+
+def status(name: str) -> Status:
+    lab = recall(name)
+    if lab is None:
+        return Status(False, f"there is no lab {name}: bring one up with `up`", {})
+    daemons = [(host, "munged") for host in lab.addresses]
+    daemons += [(host, "slurmctld" if host == "ctl" else "slurmd") for host in lab.addresses]
+    if os.geteuid() != 0:
+        daemons = []  # whose processes live where is root's to see; the rest of us ask slurmctld only
+    absent = [f"{daemon} on {host}" for host, daemon in daemons if not lab_hosts.processes(lab, host, daemon)]
+    nodes = {} if "slurmctld on ctl" in absent else node_states(lab)
+    silent = [f"{node} is {state}" for node, state in nodes.items() if state not in RESPONDING]
+    if absent or silent or len(nodes) != lab.nodes:
+        faults = [*(f"there is no {daemon}" for daemon in absent), *silent] or ["slurmctld knows other nodes"]
+        return Status(False, "; ".join(faults), nodes)
+    return Status(True, "", nodes)
+
+
+def cut(lab: Lab, node: str) -> None:
+    """Unplugs the node's cable. Slurm calls it down after SlurmdTimeout; what runs on it runs on."""
+    lab_hosts.set_link(lab, _node(lab, node), "down")
+
+
+def heal(lab: Lab, node: str) -> None:
+    lab_hosts.set_link(lab, _node(lab, node), "up")
+    # This makes it register, and so it is back at once; by itself slurmctld asked it after 140 s.
+    lab_hosts.send(lab, node, "slurmd", signal.SIGHUP)
+
+
+def kill_slurmd(lab: Lab, node: str) -> None:
+    if not lab_hosts.kill(lab, _node(lab, node), "slurmd"):
+        raise LabError(f"there is no slurmd on {node} to kill; start-slurmd {node} starts one")
+
+
+def start_slurmd(lab: Lab, node: str) -> None:
+    if lab_hosts.processes(lab, _node(lab, node), "slurmd"):
+        raise LabError(f"there is a slurmd on {node} already; kill-slurmd {node} ends it")
+    lab_hosts.start_daemon(lab, node, "slurmd")
+
+
+def slurm(lab: Lab, *command: str, timeout_s: float = 20) -> str:
+    """The output of a Slurm command (squeue, srun, ...) that speaks to this lab."""
+    return run(command, env=lab.environ(), timeout_s=timeout_s)
+
+
+def node_states(lab: Lab) -> dict[str, str]:
+    """What slurmctld thinks of each node: idle, mix, down*, ...; empty if it doesn't answer."""
+    with contextlib.suppress(LabError):
+        words = slurm(lab, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").split()
+        return dict(zip(words[::2], words[1::2], strict=True))
+    return {}
+
+
+def wait_until_idle(lab: Lab, timeout_s: float = 60) -> None:
+    """Returns when every node answers and has nothing to do; LabError with their states after `timeout_s`."""
+    if not _wait_until(lambda: list(node_states(lab).values()) == ["idle"] * lab.nodes, timeout_s):
+        states = node_states(lab) or "slurmctld does not answer"
+        raise LabError(f"the nodes of {lab.name} are not all idle after {timeout_s:g} s: {states}")
+
+
+def _end_jobs(lab: Lab) -> None:
+    """An srun in somebody's terminal has to hear that its job ended, or it waits for dead nodes for ever."""
+
+    def jobs() -> list[str]:
+        return slurm(lab, "squeue", "--noheader", "--array", "--format=%A").split()
+
+    with contextlib.suppress(LabError):  # they end anyway
+        if running := jobs():
+            slurm(lab, "scancel", *running)
+            _wait_until(lambda: not jobs(), timeout_s=8)
+
+
+def _bring_up(lab: Lab) -> None:
+    lab.state.mkdir(mode=0o755)
+    for folder in ("ctld", "dev", "log", "munge", "pid", "spool"):
+        (lab.state / folder).mkdir()
+    remember(lab)
+    lab.conf.write_text(slurm_conf(lab))
+    (lab.state / "gres.conf").write_text(gres_conf(lab))
+    (lab.state / "cgroup.conf").write_text(cgroup_conf(lab_needs.slurm_version()))
+    (lab.state / "hosts").write_text(hosts_file(lab))
+    for gpu in range(lab.gpus):
+        os.mknod(lab.state / f"dev/gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # another /dev/null
+    lab_hosts.build_network(lab)
+    # A munged on each host, as on any cluster: one alone sees every node decode the same credential, which is
+    # a replay, and Slurm lets that pass only if it was built for several slurmd on one host.
+    munged = _prepare_munge(lab)
+    for host in lab.addresses:
+        lab_hosts.start_daemon(lab, host, *munged)
+        lab_hosts.start_daemon(lab, host, "slurmctld" if host == "ctl" else "slurmd")
+    wait_until_idle(lab)
+    # That they are idle says that they can speak to the controller. A job says that they can speak to us.
+    said = slurm(lab, "srun", f"--nodes={lab.nodes}", "--ntasks-per-node=1", "hostname", timeout_s=30).split()
+    if sorted(said) != sorted(lab.node_names):
+        raise LabError(f"the first job printed the host names {said}, not {lab.node_names}")
+    wait_until_idle(lab)
+
+
+def _prepare_munge(lab: Lab) -> tuple[str, ...]:
+    """The command that starts munged on any host. It insists on a user and on folders that are its own."""
+    user = pwd.getpwnam("munge")
+    key = secrets.token_bytes(128)
+    for host in lab.addresses:
+        folder = lab.state / "munge" / host
+        folder.mkdir(mode=0o755)
+        (folder / "key").touch(mode=0o400)
+        (folder / "key").write_bytes(key)
+        for path in (folder, folder / "key"):
+            os.chown(path, user.pw_uid, user.pw_gid)
+    as_munge = ("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups")
+    here = lab.state / "munge/ctl"  # on each host, its own folder is mounted there
+    files = (f"--{name}-file={here}/{name}" for name in ("key", "log", "pid", "seed"))
+    return (*as_munge, "munged", *files, f"--socket={here}/socket")
+
+
+def _ends_of_logs(lab: Lab) -> str:
+    """Of each daemon's log what was fatal to it, or else its last lines."""
+    found = []
+    for log in sorted((lab.state / "log").glob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()
+        found += [f"{log.name}: {line}" for line in [line for line in lines if "fatal:" in line] or lines[-5:]]
+    return "\n".join(found)
+
+
+def _node(lab: Lab, node: str) -> str:
+    if node not in lab.node_names:
+        raise ValueError(f"{lab.name} has no node {node!r}; its nodes are {', '.join(lab.node_names)}")
+    return node
+
+
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    give_up_at = time.monotonic() + timeout_s
+    while not (met := condition()) and time.monotonic() < give_up_at:
+        time.sleep(0.1)
+    return met
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """One `up` or `down` on a machine at a time. The lock is on the folder /run itself: it leaves no file."""
+    folder = os.open("/run", os.O_RDONLY)
+
+    def locked() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    try:
+        if not _wait_until(locked, timeout_s=120):
+            raise LabError("another `up` or `down` has been at work for two minutes: find it with ps and end it")
+        yield
+    finally:
+        os.close(folder)
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise LabError(f"this needs root, and is user id {os.geteuid()}: run it with sudo", lab_needs.CANNOT)
+
+
+def _terminated(_signal: int, _frame: object) -> NoReturn:
+    sys.exit(143)  # as an exception, so that `up` cleans up after itself
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    os.umask(0o022)  # other users of this machine may read slurm.conf
+    try:
+        return _obey(asked)
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return error.status
+    except ValueError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _obey(asked: argparse.Namespace) -> int:
+    name: str = asked.name
+    match asked.command:
+        case "up":
+            lab = Lab(name, asked.subnet, asked.nodes, asked.gpus)
+            print(up(lab, install=asked.install))
+            which = [] if name == Lab().name else ["--name", name]
+            print(f"to use it: eval $({shlex.join([sys.executable, __file__, 'env', *which])})")
+        case "down":
+            print(down(name))
+        case "status":
+            found = status(name)
+            print(json.dumps(dataclasses.asdict(found)) if asked.json else found.fault or f"{name} is up")
+            return 0 if found.up else 1
+        case "check":
+            if reason := lab_needs.why_not():
+                raise LabError(reason, lab_needs.CANNOT)
+            print("a lab can be had here")
+        case "env":
+            print(f"export SLURM_CONF={Lab(name).conf}")
+            if recall(name) is None:
+                print(f"lab: there is no lab {name} yet: bring one up with `up`", file=sys.stderr)
+        case _:
+            _need_root()
+            running = recall(name)
+            if running is None:
+                raise LabError(f"there is no lab {name}: bring one up with `up`")
+            actions = {"cut": cut, "heal": heal, "kill-slurmd": kill_slurmd, "start-slurmd": start_slurmd}
+            actions[asked.command](running, asked.node)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = Lab()
+    parser = argparse.ArgumentParser(
+        prog="lab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, what: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what, description=what)
+        added.add_argument("--name", default=default.name, help="which lab (default: %(default)s)")
+        return added
+
+    bring_up = command("up", "bring the lab up, unless it is up")
+    bring_up.add_argument("--nodes", type=int, default=default.nodes, help="default: %(default)s")
+    bring_up.add_argument("--gpus", type=int, default=default.gpus, help="a node, fake; default: %(default)s")
+    bring_up.add_argument(
+        "--subnet", default=default.subnet, help="first three numbers of its addresses; default: %(default)s"
+    )
+    bring_up.add_argument("--install", action="store_true", help="install missing packages with apt-get")
+    command("down", "take the lab and every trace of it away")
+    state = command("status", "is the lab up, and does every node answer?")
+    state.add_argument("--json", action="store_true", help="one object: up, fault, nodes")
+    command("check", "can a lab be had on this machine?")
+    command("env", "print the line for eval")
+    for name, what in (
+        ("cut", "unplug a node's network cable"),
+        ("heal", "plug it in again"),
+        ("kill-slurmd", "SIGKILL to a node's slurmd"),
+        ("start-slurmd", "start a node's slurmd"),
+    ):
+        command(name, what).add_argument("node", metavar="NODE", help="n1, n2, ...")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

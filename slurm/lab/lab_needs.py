@@ -1,0 +1,101 @@
+"""What a lab needs of this machine, whether that is here, and how to install what can be installed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+from lab_hosts import SYSTEM_PATH, LabError, run
+
+# The exit status that says: a lab cannot be had here.
+CANNOT: Final = 3
+
+# Packages by Debian's names (they are Ubuntu's too), and what we run of each.
+PROGRAMS: Final = {
+    "slurm-wlm": ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo", "squeue", "scancel"),
+    "munge": ("munged",),
+    "iproute2": ("ip",),
+    "util-linux": ("mount", "nsenter", "setpriv", "umount", "unshare"),
+    "hostname": ("hostname",),
+}
+# The services that a package may start when it brings one of these programs.
+SERVICES: Final = {"slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge"}
+
+# Everything that `up` will ask of the kernel, in namespaces that end with this script.
+REHEARSAL: Final = """
+ip link add br0 type bridge
+ip link add v0 type veth peer name v1
+mount -n --bind /etc/hosts /etc/hosts
+mount -n -t tmpfs tmpfs /run
+mknod /run/gpu0 c 1 3
+hostname n1
+"""
+
+
+def why_not() -> str:
+    """The one sentence that says why a lab can't be had here; empty if it can."""
+    if os.geteuid() != 0:
+        return f"a lab needs root, for its namespaces; this is user id {os.geteuid()}: run it with sudo"
+    if packages := " ".join(missing_packages()):
+        return f"a lab needs packages that are not installed: apt-get install {packages}, or `up --install`"
+    try:
+        pwd.getpwnam("munge")
+    except KeyError:
+        return "a lab needs the user that munged runs as, and there is no user munge: useradd --system munge"
+    try:
+        run(["unshare", "--net", "--uts", "--mount", "sh", "-e"], stdin=REHEARSAL)
+    except LabError as error:
+        return (
+            "a lab needs network, UTS and mount namespaces, bridges, veth pairs and mknod, "
+            f"and this kernel or container refuses: {error}"
+        )
+    return ""
+
+
+def missing_packages() -> list[str]:
+    missing = _missing_programs()
+    return [package for package, programs in PROGRAMS.items() if missing & set(programs)]
+
+
+def install_missing() -> None:
+    """Installs what is missing with apt-get; services that only this brought here don't stay running."""
+    programs, packages = _missing_programs(), missing_packages()
+    if not packages:
+        return
+    if shutil.which("apt-get") is None:
+        raise LabError(
+            f"missing are {', '.join(sorted(programs))}, and there is no apt-get here: "
+            "install Slurm, munge, iproute2 and util-linux by the means of your system",
+            CANNOT,
+        )
+    print(f"installing {' '.join(packages)} with apt-get", flush=True)
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    get = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=60"]
+    run([*get, "update"], env=env, timeout_s=300)
+    run([*get, "install", "--yes", "--no-install-recommends", *packages], env=env, timeout_s=900)
+    # A policy-rc.d would have kept them from starting, but that is a file of the system.
+    for service in (service for program, service in SERVICES.items() if program in programs):
+        if Path("/run/systemd/system").is_dir():
+            run(["systemctl", "disable", "--now", service], timeout_s=60)
+        else:
+            with contextlib.suppress(LabError):  # without an init system it may never have started
+                run(["service", service, "stop"], timeout_s=60)
+
+
+def slurm_version() -> tuple[int, int]:
+    said = run(["slurmd", "-V"])
+    found = re.search(r"(\d+)\.(\d+)", said)
+    if not found:
+        raise LabError(f"slurmd -V says {said.strip()!r}; expected a version, such as slurm-wlm 22.05.8")
+    return int(found[1]), int(found[2])
+
+
+def _missing_programs() -> set[str]:
+    path = f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"
+    every = [program for programs in PROGRAMS.values() for program in programs]
+    return {program for program in every if shutil.which(program, path=path) is None}

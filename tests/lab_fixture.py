@@ -1,0 +1,30 @@
+"""The tests' Slurm: one lab for the session, brought up by the first test that asks for it.
+
+A lab that was up before the session is used as it is, and stays up. Where none can be had, every test that asks
+for one is skipped, with the sentence that says what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "slurm/lab"))
+
+import lab as commands
+import lab_needs
+from lab_conf import Lab
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    if reason := lab_needs.why_not():
+        pytest.skip(reason)
+    was_up = commands.status(Lab().name).up
+    commands.up(Lab())
+    yield Lab()
+    if not was_up:
+        commands.down(Lab().name)
