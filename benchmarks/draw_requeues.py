@@ -23,7 +23,7 @@ def main() -> None:
     requeued, alone = (curve(Path(argument)) for argument in sys.argv[1:3])
     low = min(loss for _, loss, _ in requeued + alone)
     high = max(loss for _, loss, _ in requeued + alone)
-    last = requeued[-1][0]
+    last = read_rows(Path(sys.argv[1]) / "metrics.jsonl")[-1]["step"]
 
     def place(step: float, loss: float) -> str:
         x = LEFT + (WIDTH - LEFT - 20) * step / last

@@ -69,12 +69,12 @@ class Generation:
         path = self.folder / f"{self.number:06d}.alive"
         beats = 0
         while not self._stop.wait(HEARTBEAT_S):
-            self.check()
             beats += 1
             try:
+                self.check()
                 path.write_text(str(beats))
             except OSError as error:
-                # A full disk must not end the run; the worst case is that a newcomer takes over.
+                # A full or hanging disk must not end the run; at worst a newcomer takes over.
                 print(f"warning: no heartbeat: {error}", file=sys.stderr, flush=True)
 
 
@@ -96,6 +96,12 @@ def take(run_folder: Path, attempt: str) -> Generation:
     generation = Generation(folder, number, threading.Event())
     threading.Thread(target=generation._beat, name="heartbeat", daemon=True).start()
     return generation
+
+
+def released(run_folder: Path) -> bool:
+    """Has the newest holder of a run folder left in peace?"""
+    folder = run_folder / "generations"
+    return (folder / f"{_newest(folder):06d}.done").exists()
 
 
 def _wait_until_gone(folder: Path, number: int, attempt: str) -> None:

@@ -162,19 +162,22 @@ class Attempt:
             progress = Progress(state.step, state.pending)
             if state.world_size != self.ranks.world.size:
                 torch.manual_seed(settings.run.seed + 7919 * self.ranks.world.rank + 104729 * state.step)
-        if self.held:
-            durable.write(folder / "config.toml", config.to_toml(settings).encode())
-            tokenizer.save(self.words, folder / "tokenizer")
-            runfolder.record(
-                folder,
-                "start",
-                attempt=self.number,
-                job=world.job_attempt(),
-                step=progress.step,
-                world_size=self.ranks.world.size,
-                host=socket.gethostname(),
-            )
+        on_first(self.ranks, lambda: self._write_folder(progress.step))
         return progress
+
+    def _write_folder(self, step: int) -> None:
+        durable.write(self.folder / "config.toml", config.to_toml(self.config).encode())
+        tokenizer.save(self.words, self.folder / "tokenizer")
+        runfolder.record(
+            self.folder,
+            "start",
+            attempt=self.number,
+            job=world.job_attempt(),
+            step=step,
+            total_steps=self.plan.total_steps,
+            world_size=self.ranks.world.size,
+            host=socket.gethostname(),
+        )
 
     def _steps(self, progress: Progress, reporter: Reporter | None) -> Stop:
         """Step until the end or until told to stop; returns why."""
@@ -332,7 +335,10 @@ class Reporter:
             self._record("save_failed", step=step, problem=problem)
         else:
             self._record("save", step=step, seconds=seconds)
-            checkpoint.retain(self.folder / "checkpoints", self.attempt.config.checkpoint.keep_last)
+            try:
+                checkpoint.retain(self.folder / "checkpoints", self.attempt.config.checkpoint.keep_last)
+            except OSError as error:
+                print(f"warning: an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
 
     def leave(self, status: int, words: str, step: int, saved: bool) -> None:
         """The last words of an attempt that ends by itself."""

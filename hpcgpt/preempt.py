@@ -66,7 +66,7 @@ class StopFlag:
         self._told = Stop.NO
         self._file = stop_file
         end = env.get("SLURM_JOB_END_TIME", "")
-        self._leave_at = float(end) - end_margin_s if end.isdigit() else float("inf")
+        self._leave_at = leave_at(float(end), time.time(), end_margin_s) if end.isdigit() else float("inf")
 
     def install(self) -> None:
         """Take over the signals of this process. Main thread only."""
@@ -97,6 +97,14 @@ class StopFlag:
         flag = torch.tensor([int(here)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=ranks.control)
         return Stop(int(flag))
+
+
+def leave_at(end: float, now: float, margin_s: float) -> float:
+    """When to leave a job that ends at `end`, in unix seconds.
+
+    A short job gives up a fifth of its time at most: with the whole margin it might never get anywhere.
+    """
+    return end - min(margin_s, max(0.0, end - now) / 5)
 
 
 @contextmanager

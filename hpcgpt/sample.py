@@ -29,7 +29,7 @@ def _print_samples(folder: Path, settings: config.Config, wanted: config.Sample,
     from hpcgpt.model import GPT
 
     alone = world.World(0, 0, 1, 1, "alone", "sample")
-    ranks = world.Ranks(alone, world.pick_device(alone, settings.run.device), None)
+    ranks = world.Ranks(alone, world.pick_device(alone, "auto"), None)
     newest = checkpoint.newest_valid(folder / "checkpoints", ranks, generation=None)
     if newest is None:
         raise ValueError(f"{folder} has no checkpoint yet")

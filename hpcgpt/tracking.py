@@ -33,11 +33,7 @@ class Tracker:
     """Sends rows to wandb, or to nowhere if tracking is disabled or wandb has failed. Rank 0 only."""
 
     def __init__(self, config: Config, run_id: str, resolved: dict[str, Any], again: list[dict[str, Any]]) -> None:
-        """`resolved` is shown as the run's configuration; the rows `again` are sent first.
-
-        Raises:
-            ValueError: "online" was asked for, and there is no key.
-        """
+        """`resolved` is shown as the run's configuration; the rows `again` are sent first."""
         self.mode = choose_mode(config.tracking.wandb)
         self._run: Any = None
         if self.mode != "disabled":
@@ -104,16 +100,16 @@ class Tracker:
                 wandb.teardown()
 
 
-def choose_mode(wanted: str) -> str:
-    """'online', 'offline' or 'disabled'. WANDB_MODE wins over "auto", as wandb's users expect.
-
-    Raises:
-        ValueError: "online" was asked for, and there is no key.
-    """
-    if wanted == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        wanted = os.environ["WANDB_MODE"]
+def check(wanted: str) -> None:
+    """Raises ValueError if "online" is asked for and there is no key."""
     if wanted == "online" and not _has_key():
         raise ValueError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
+
+
+def choose_mode(wanted: str) -> str:
+    """'online', 'offline' or 'disabled'. WANDB_MODE wins over "auto", as wandb's users expect."""
+    if wanted == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
     if wanted == "auto":
         return "online" if _has_key() and _reachable() else "offline"
     return wanted

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hpcgpt import cli, config, preempt, runfolder, world
+from hpcgpt import cli, config, preempt, runfolder, tracking, world
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if stop_file.exists():
             raise ValueError(f"{stop_file} asks this run to stay stopped: remove it to go on")
+        tracking.check(settings.tracking.wandb)
         # Late, so that --help costs neither numpy nor torch.
         from hpcgpt import plan
 

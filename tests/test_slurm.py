@@ -19,7 +19,7 @@ from lab_conf import Lab
 
 from hpcgpt import runfolder
 
-STEPS = 2000
+STEPS = 1000
 LAST = f"checkpoints/step_{STEPS:09d}"
 SCRIPT = str(ROOT / "slurm" / "pretrain.sbatch")
 SHAPE = ("--nodes=2", "--ntasks-per-node=2")
@@ -131,9 +131,9 @@ class Cluster:
             global_batch = 16
             micro_batch = 2
             [checkpoint]
-            every = 500
+            every = 300
             [eval]
-            every = 1000
+            every = 400
             batches = 16
             [sample]
             tokens = 5
