@@ -42,10 +42,21 @@ ABOUT = "What the batch script asks: where the run folder is, and whether the jo
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm says of the job: its state, and how often it has been restarted."""
+    """What Slurm says of the job after srun has returned.
+
+    A job that srun's end left alone is RUNNING. One that Slurm itself is ending is COMPLETING, and Slurm 22.05
+    does not say why unless it was the time limit: what is left is a person's scancel.
+    """
 
     state: str
-    restarts: int
+    restarts: int = 0
+    preempted: bool = False
+    over_time: bool = False
+
+    @property
+    def cancelled(self) -> bool:
+        ending = self.state in ("COMPLETING", "CANCELLED")
+        return ending and not self.preempted and not self.over_time
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ def decide(ended: Exit | None, status: int, job: Job, restart: int, crashes_befo
     """
     if job.restarts > restart:
         return Decision(False, "Slurm has requeued it already")
-    if job.state == "CANCELLED":
+    if job.cancelled:
         return Decision(False, "the job was cancelled")
     if ended and ended.status == FINISHED:
         return Decision(False, "training is finished")
@@ -139,8 +150,13 @@ def job_id(env: Mapping[str, str]) -> str:
 
 def _ask(job: str) -> Job:
     text = _slurm("scontrol", "--oneliner", "show", "job", job).stdout
-    state, restarts = re.search(r"\bJobState=(\w+)", text), re.search(r"\bRestarts=(\d+)", text)
-    return Job(state[1] if state else "", int(restarts[1]) if restarts else 0)
+    fields = dict(re.findall(r"\b(\w+)=(\S+)", text))
+    return Job(
+        fields.get("JobState", ""),
+        int(fields.get("Restarts", "0")),
+        preempted=fields.get("PreemptTime", "None") != "None",
+        over_time=fields.get("Reason") == "TimeLimit",
+    )
 
 
 def _requeue(job: str) -> int:

@@ -41,7 +41,7 @@ def status(folder: Path, now: float) -> dict[str, Any]:
     starts = [event for event in events if event["event"] == "start"]
     last = rows[-1] if rows else {}
     total = starts[-1]["total_steps"] if starts else None
-    evaluated = next((row for row in reversed(rows) if "val/loss" in row), {})
+    evaluated: dict[str, Any] = next((row for row in reversed(rows) if "val/loss" in row), {})
     step_s = _usual_step_s(rows)
     left = total - last["step"] if rows and total else None
     return {
