@@ -1,0 +1,95 @@
+"""What test_checkpoint runs on 2 ranks: ``torchrun -m tests.ranks_checkpoint RUN_FOLDER [SMALL_DISK]``.
+
+Each rank writes RUN_FOLDER/rank_R.json. SMALL_DISK has no room for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpcgpt import checkpoint, generation, runfolder, world
+from hpcgpt.checkpoint import State
+from hpcgpt.config import Model, Optim
+from hpcgpt.generation import Generation
+from hpcgpt.model import GPT
+from hpcgpt.optim import make_optimizer
+from hpcgpt.world import Ranks
+
+
+def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
+    """A model and its optimizer after some steps on made-up tokens; the same on every rank."""
+    model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100), seed)
+    optimizer = make_optimizer(model, Optim())
+    ids = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(seed))
+    for _ in range(steps):
+        model(ids, ids.roll(-1, 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model, optimizer
+
+
+def content(model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, bytes]:
+    """Every byte of a rank's state that a checkpoint keeps."""
+    found = checkpoint.tensors_of(model, optimizer, ranks)
+    return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
+
+
+def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | None) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    rank = ranks.world.rank
+    model, optimizer = trained(seed=1)
+    torch.manual_seed(100 + rank)
+    before = content(model, optimizer, ranks)
+    state = State(4, 400, 40, ranks.world.size, {"model.n_layer": 2}, {"step": 4, "train/loss": 0.1 + 0.2})
+
+    def save(to: Path, number: int) -> str:
+        numbered = State(number, 400, 40, ranks.world.size, state.identity, state.pending)
+        return checkpoint.save(to, numbered, checkpoint.tensors_of(model, optimizer, ranks), ranks, held)
+
+    told["saved"] = save(folder / "checkpoints", 4)
+    told["rng"] = before[f"rng/{rank}/cpu"].hex()
+
+    other, other_optimizer = trained(seed=2, steps=1)
+    torch.manual_seed(7)
+    chosen = checkpoint.newest_valid(folder / "checkpoints", ranks, held)
+    assert chosen is not None
+    told["chosen"] = chosen.name
+    told["state"] = checkpoint.load(chosen, other, other_optimizer, ranks) == state
+    told["same"] = content(other, other_optimizer, ranks) == before
+
+    if full:
+        told["full"] = save(full, 8)
+
+    # Only the second rank may not write: a limit of its process that is as real as a quota.
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    told["one_rank_fails"] = save(folder / "checkpoints", 8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    told["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    told["again"] = save(folder / "checkpoints", 8)
+    return told
+
+
+def main(folder: Path, full: Path | None) -> None:
+    torch.set_num_threads(1)
+    here = world.discover()
+    ranks = world.connect(here, torch.device("cpu"), folder, "gloo", 60.0)
+    held: Generation | None = None
+    if here.is_first:
+        runfolder.prepare(folder)
+        held = generation.take(folder, "")
+    (folder / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks, held, folder, full)))
+    if held:
+        held.release()
+    world.disconnect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

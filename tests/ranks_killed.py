@@ -1,0 +1,79 @@
+"""What test_checkpoint kills: ``python -m tests.ranks_killed RUN_FOLDER ROUNDS SEED``.
+
+Each round a process goes on from the newest valid checkpoint and saves one after the other, until it gets SIGKILL at
+a random moment. A line of JSON a round tells what it had found, and whether a half written checkpoint was left. The
+rounds are forked from one parent, so that torch is loaded once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpcgpt import checkpoint, generation, world
+from hpcgpt.world import Ranks
+
+ALONE = Ranks(world.World(0, 0, 1, 1, "alone", "test"), torch.device("cpu"), None)
+
+
+def content(step: int) -> dict[str, Tensor]:
+    """The tensors that the checkpoint of a step must hold, half a megabyte."""
+    return {f"model/{name}": torch.full((128, 128), float(step * 10 + name)) for name in range(8)}
+
+
+def save_until_killed(run: Path, found: int) -> None:
+    """Writes to the descriptor `found` which step the newest valid checkpoint has, -1 if its content is wrong."""
+    held = generation.take(run, "")
+    checkpoint.clean(run / "checkpoints", held)
+    newest = checkpoint.newest_valid(run / "checkpoints", ALONE, held)
+    step = checkpoint.read_state(newest).step if newest else 0
+    os.write(found, str(step if newest is None or holds(newest, step) else -1).encode())
+    os.close(found)
+    while True:
+        step += 1
+        state = checkpoint.State(step, step * 100, step * 10, 1, {})
+        assert checkpoint.save(run / "checkpoints", state, content(step), ALONE, held) == ""
+        checkpoint.retain(run / "checkpoints", keep_last=2)
+
+
+def holds(path: Path, step: int) -> bool:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "tensors_00000_of_00001.safetensors")
+    expected = content(step)
+    return set(tensors) == set(expected) and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def main(run: Path, rounds: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    (run / "checkpoints").mkdir(parents=True)
+    dice = random.Random(seed)
+    for _ in range(rounds):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            try:
+                save_until_killed(run, writing)
+            finally:
+                os._exit(1)
+        os.close(writing)
+        found = os.read(reading, 20).decode()
+        os.close(reading)
+        time.sleep(dice.uniform(0.0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        left = sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("."))
+        print(json.dumps({"found": found, "status": status, "left": left}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,147 @@
+"""hpcgpt.durable: files that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env
+
+from hpcgpt import durable
+
+
+def python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=clean_env(),
+                            stdout=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with durable.writing(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_fails_leaves_everything_as_it_was(error: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with pytest.raises(error), durable.writing(path) as file:
+        file.write(b"after")
+        raise error
+    assert path.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_process_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    code = """
+import sys
+from pathlib import Path
+from hpcgpt import durable
+for n in range(10**9):
+    durable.write(Path(sys.argv[1]), bytes([n % 256]) * 1_000_000)
+"""
+    for attempt in range(8):
+        writer = python(code, str(path))
+        started_at = time.monotonic()
+        before = path.read_bytes()[:1] if path.exists() else None
+        while not path.exists() or path.read_bytes()[:1] == before:
+            assert time.monotonic() - started_at < 30
+            time.sleep(0.003)
+        time.sleep(attempt * 0.001)
+        writer.kill()
+        writer.communicate()
+        assert writer.returncode == -signal.SIGKILL
+        found = path.read_bytes()
+        assert len(found) == 1_000_000
+        assert len(set(found)) == 1
+
+
+def test_of_many_processes_exactly_one_creates_a_file(tmp_path: Path) -> None:
+    """Each file in turn is fought for by six processes; whoever wins, what is in it is whole and the winner's."""
+    code = """
+import os, sys
+from pathlib import Path
+from hpcgpt import durable
+folder, me = Path(sys.argv[1]), sys.argv[2]
+sys.stdout.write(" ".join(str(n) for n in range(60) if durable.create(folder / f"{n}", me.encode() * 10_000)))
+"""
+    fighters = [python(code, str(tmp_path), str(n)) for n in range(6)]
+    won = [(str(me), n) for me, fighter in enumerate(fighters) for n in fighter.communicate(timeout=60)[0].split()]
+    assert sorted(n for _, n in won) == sorted(str(n) for n in range(60))
+    assert {n: (tmp_path / n).read_text() for _, n in won} == {n: me * 10_000 for me, n in won}
+    assert sorted(os.listdir(tmp_path)) == sorted(str(n) for n in range(60))
+
+
+def test_creating_a_file_that_exists_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    assert durable.create(path, b"first")
+    assert not durable.create(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_is_named_with_the_reason_and_the_room(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing" / "a.bin", Path("/proc/self/a.bin")):
+        with pytest.raises(OSError, match="No such file or directory") as caught:
+            durable.write(path, b"x")
+        assert path.name in str(caught.value)
+        with pytest.raises(OSError, match=f"cannot write {path}: No such file or directory"):
+            durable.create(path, b"x")
+
+
+def test_a_write_that_the_system_refuses_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files is the refusal that needs neither root nor a full disk."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from hpcgpt import durable
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for call in (durable.write, durable.create):
+    try:
+        call(Path(sys.argv[1]), bytes(1_000_000))
+    except OSError as error:
+        print(type(error).__name__, error)
+"""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    said = python(code, str(path)).communicate(timeout=60)[0].splitlines()
+    assert len(said) == 2
+    for line in said:
+        assert f"cannot write {path}: File too large; " in line
+        assert "MB free there" in line
+    assert path.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_files_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_path: Path) -> None:
+    """What survives a power cut can't be tried here, so the order of the system calls is looked at."""
+    code = """
+import os, sys
+from pathlib import Path
+from hpcgpt import durable
+calls = []
+for name in ("fsync", "replace", "link"):
+    real = getattr(os, name)
+    def watched(*arguments, name=name, real=real):
+        target = arguments[0]
+        calls.append(name + (" folder" if name == "fsync" and os.path.isdir(f"/proc/self/fd/{target}") else ""))
+        return real(*arguments)
+    setattr(os, name, watched)
+durable.write(Path(sys.argv[1], "a"), b"x")
+durable.create(Path(sys.argv[1], "b"), b"x")
+print(",".join(calls))
+"""
+    said = python(code, str(tmp_path)).communicate(timeout=60)[0].strip()
+    assert said == "fsync,replace,fsync folder,fsync,link,fsync folder"

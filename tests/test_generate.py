@@ -1,0 +1,133 @@
+"""hpcgpt.generate: which id comes next, and that asking does not disturb training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpcgpt.config import Model, Sample
+from hpcgpt.generate import choose, generate
+from hpcgpt.model import GPT
+
+CPU = torch.device("cpu")
+# Probabilities 0.1, 0.4, 0.2, 0.3: not in order of their ids.
+CHANCES = torch.tensor([0.1, 0.4, 0.2, 0.3])
+
+
+def drawn(logits: Tensor, draws: int = 2000, **settings: Any) -> dict[int, float]:
+    """How often each id is chosen, as a share of all draws; ids that never are, are left out."""
+    generator = torch.Generator().manual_seed(0)
+    config = Sample(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings)
+    counts = Counter(choose(logits, config, generator) for _ in range(draws))
+    return {number: count / draws for number, count in counts.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}),
+        ({"temperature": 0.0}, {1: 1.0}),
+        ({"temperature": 0.0, "top_k": 3, "top_p": 0.9}, {1: 1.0}),
+        ({"top_k": 1}, {1: 1.0}),
+        ({"top_k": 2}, {1: 4 / 7, 3: 3 / 7}),
+        ({"top_k": 3}, {1: 4 / 9, 3: 3 / 9, 2: 2 / 9}),
+        ({"top_k": 50}, {0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}),
+        ({"top_p": 0.01}, {1: 1.0}),
+        ({"top_p": 0.39}, {1: 1.0}),
+        ({"top_p": 0.41}, {1: 4 / 7, 3: 3 / 7}),
+        ({"top_p": 0.69}, {1: 4 / 7, 3: 3 / 7}),
+        ({"top_p": 0.71}, {1: 4 / 9, 3: 3 / 9, 2: 2 / 9}),
+        ({"top_p": 0.95}, {0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}),
+        ({"temperature": 0.5}, {0: 1 / 30, 1: 16 / 30, 2: 4 / 30, 3: 9 / 30}),
+        ({"temperature": 2.0}, {0: 0.163, 1: 0.325, 2: 0.230, 3: 0.282}),
+        # top_p counts the mass of what top_k has left, at the temperature that was asked for.
+        ({"top_k": 2, "top_p": 0.5}, {1: 1.0}),
+        ({"temperature": 0.5, "top_p": 0.53}, {1: 1.0}),
+        ({"temperature": 0.5, "top_p": 0.54}, {1: 16 / 25, 3: 9 / 25}),
+    ],
+)
+def test_the_choice_follows_temperature_top_k_and_top_p(settings: dict[str, Any], expected: dict[int, float]) -> None:
+    assert drawn(CHANCES.log(), **settings) == pytest.approx(expected, abs=0.04)
+
+
+def test_of_two_equally_likely_ids_greedy_takes_the_first() -> None:
+    assert drawn(torch.tensor([1.0, 3.0, 3.0]), draws=3, temperature=0.0) == {1: 1.0}
+
+
+def test_a_tiny_temperature_and_enormous_logits_are_no_trouble() -> None:
+    assert drawn(torch.tensor([-3e4, 2e4, 1e4]), draws=20, temperature=1e-4) == {1: 1.0}
+
+
+@pytest.fixture
+def model() -> GPT:
+    """A model that repeats itself little, in training mode, with dropout."""
+    model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100, dropout=0.3), seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.dim() > 1 else 1)
+    return model.train()
+
+
+def test_greedy_text_is_the_argmax_of_the_models_logits_step_by_step(model: GPT) -> None:
+    ids = list(generate(model, [1, 2, 3], Sample(tokens=10, temperature=0.0), CPU, seed=0))
+    model.eval()
+    expected = [1, 2, 3]
+    for _ in range(10):
+        expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    assert ids == expected[3:]
+    assert len(set(ids)) > 1, "a constant text would show nothing"
+
+
+def test_a_prompt_longer_than_the_context_is_cut_to_its_end(model: GPT) -> None:
+    prompt = torch.randint(0, 100, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    greedy = Sample(tokens=12, temperature=0.0)
+    ids = list(generate(model, prompt, greedy, CPU, seed=0))
+    assert ids == list(generate(model, prompt[-16:], greedy, CPU, seed=0))
+    assert ids != list(generate(model, prompt[-15:], greedy, CPU, seed=0))
+
+
+def test_text_goes_on_beyond_the_context(model: GPT) -> None:
+    assert len(list(generate(model, [1], Sample(tokens=50), CPU, seed=0))) == 50
+
+
+def test_the_seed_decides_the_text(model: GPT) -> None:
+    config = Sample(tokens=20, temperature=1.0, top_k=0)
+    first, again, other = (list(generate(model, [1], config, CPU, seed)) for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_training_goes_on_as_if_nobody_had_asked_for_text(model: GPT) -> None:
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    assert list(generate(model, [1], Sample(tokens=5), CPU, seed=0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_reader_who_stops_early_leaves_the_model_in_training_mode(model: GPT) -> None:
+    text = generate(model, [1], Sample(tokens=5), CPU, seed=0)
+    next(text)
+    text.close()  # type: ignore[attr-defined]
+    assert model.training
+
+
+def test_gradients_are_still_made_while_a_text_is_half_read(model: GPT) -> None:
+    """A generator that is suspended within no_grad must not switch it off for its reader."""
+    text = generate(model, [1], Sample(tokens=5), CPU, seed=0)
+    next(text)
+    assert torch.is_grad_enabled()
+
+
+def test_no_tokens_asked_for_are_none_given(model: GPT) -> None:
+    assert list(generate(model, [1], Sample(tokens=0), CPU, seed=0)) == []
+
+
+def test_ids_beyond_the_vocabulary_are_never_drawn(model: GPT) -> None:
+    with torch.no_grad():
+        model.head.weight[100:] = 1e3
+    assert max(generate(model, [1], Sample(tokens=60, temperature=5.0, top_k=0), CPU, seed=0)) < 100

@@ -1,0 +1,207 @@
+"""hpcgpt.generation: of all attempts at a run, only the newest may publish. Real processes hold, die and wake up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env, command, rows
+
+from hpcgpt import generation
+from hpcgpt.runfolder import FINISHED, SUPERSEDED
+
+# Takes the run folder, says its number, and then does nothing: its main thread hangs, as in a collective.
+HOLD = """
+import sys, time
+from pathlib import Path
+from hpcgpt import generation
+print(generation.take(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
+time.sleep(600)
+"""
+
+# Takes folder after folder, each at its moment, and tells which it got and what it was told where it did not.
+RACE = """
+import json, sys, threading, time
+from pathlib import Path
+from hpcgpt import generation
+root, rounds, starts_at = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+told = [""] * rounds
+def take(number):
+    time.sleep(max(0.0, starts_at + 0.02 * number - time.time()))
+    try:
+        told[number] = generation.take(root / str(number), "").number
+    except ValueError as error:
+        told[number] = str(error)
+threads = [threading.Thread(target=take, args=[number]) for number in range(rounds)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(told), file=sys.stderr, flush=True)
+sys.stdin.read()  # live on, until all have been told: who won must not look dead to the others
+"""
+
+
+class Holder:
+    """A process that holds a run folder."""
+
+    def __init__(self, folder: Path, attempt: str = "", host: str = "") -> None:
+        arguments = [sys.executable, "-c", HOLD, str(folder), attempt]
+        if host:
+            arguments = ["unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$@"', "sh", *arguments]
+        self.process = subprocess.Popen(arguments, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True)  # fmt: skip
+        assert self.process.stdout is not None
+        self.number = self.process.stdout.readline().strip()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Holder]:
+    """Generation 1, held by the first start of Slurm job 7."""
+    held = Holder(tmp_path, "7_0")
+    assert held.number == "1"
+    yield held
+    held.end()
+
+
+def test_numbers_rise_and_tell_who_took_them(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        taken = generation.take(tmp_path, f"7_{number}")
+        assert taken.number == number
+        assert taken.superseded_by() is None
+        taken.release()
+    told = json.loads((tmp_path / "generations/000003.json").read_text())
+    assert (told["pid"], told["attempt"]) == (os.getpid(), "7_3")
+    assert sorted(path.name for path in (tmp_path / "generations").iterdir()) == [
+        f"00000{number}.{kind}" for number in (1, 2, 3) for kind in ("done", "json")]  # fmt: skip
+
+
+def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: Path) -> None:
+    rounds, starts_at = 40, time.time() + 1.0
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, tmp_path, str(rounds), str(starts_at)], cwd=ROOT,
+                         env=clean_env(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]  # fmt: skip
+    told = [json.loads(racer.stderr.readline()) for racer in racers if racer.stderr]
+    for racer in racers:
+        racer.communicate()
+    for number in range(rounds):
+        winners = [each[number] for each in told if each[number] == 1]
+        losers = [each[number] for each in told if each[number] != 1]
+        assert len(winners) == 1, (number, [each[number] for each in told])
+        assert all("at this very moment" in words or "which is alive" in words for words in losers), losers
+        assert len(list((tmp_path / str(number) / "generations").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("host", ["", "elsewhere"])
+def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: Path, host: str) -> None:
+    if host and os.geteuid() != 0:
+        pytest.skip("another host name needs root")
+    held = Holder(tmp_path, "7_0", host)
+    try:
+        with pytest.raises(ValueError, match=r"generation 1 \(Slurm job 7, host .*, which is alive: end it") as error:
+            generation.take(tmp_path, "8_0")
+        assert f"pid {held.process.pid})" in str(error.value)
+        assert host in str(error.value)
+        assert not list((tmp_path / "generations").glob("000002*"))
+        assert held.process.poll() is None
+    finally:
+        held.end()
+
+
+def test_a_dead_holder_is_taken_over_at_once(tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:
+    holder.end()
+    taken = generation.take(tmp_path, "")
+    assert taken.number == 2
+    assert "watching" not in capfd.readouterr().out
+    taken.release()
+
+
+def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_leave_even_if_they_hang(
+    tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    taken = generation.take(tmp_path, "7_1")
+    assert taken.number == 2
+    assert "watching" not in capfd.readouterr().out
+    assert holder.process.wait(30) == SUPERSEDED
+    assert holder.process.stderr is not None
+    assert holder.process.stderr.read().startswith("error: generation 2 has taken this run folder")
+    taken.release()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ("7_0", "7_1", True),
+        ("7_9", "7_10", True),
+        ("7_0", "7_0", False),
+        ("7_1", "7_0", False),
+        ("7_0", "8_1", False),
+        ("7_0", "77_1", False),
+        ("7_0", "", False),
+        ("", "7_1", False),
+        ("", "", False),
+    ],
+)
+def test_only_a_higher_restart_of_the_same_job_is_its_next_start(before: str, now: str, expected: bool) -> None:
+    assert generation._is_next_start(before, now) == expected
+
+
+def test_a_holder_learns_at_its_commit_that_it_was_superseded(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from hpcgpt import generation
+held = generation.take(Path(sys.argv[1]), "7_0")
+held.check()
+os.link(held.folder / "000001.json", held.folder / "000002.json")
+held.check()
+print("has gone on", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (SUPERSEDED, "")
+    assert "leaves without writing another byte" in done.stderr
+
+
+def test_a_holder_that_slept_through_a_takeover_leaves_on_waking_and_changes_nothing(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """The whole program: a process stopped in mid-training, as by a suspended node, and one that trains instead."""
+    folder = tmp_path / "runs" / "tiny"
+    sleeper = subprocess.Popen([sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "100000",
+                                "--checkpoint.every", "0", "--eval.every", "0"], cwd=ROOT, env=clean_env(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        while not (folder / "metrics.jsonl").exists() or len(rows(folder / "metrics.jsonl")) < 20:
+            assert sleeper.poll() is None
+            time.sleep(0.02)
+        sleeper.send_signal(signal.SIGSTOP)
+        successor = command("hpcgpt.train", str(tiny))
+        assert successor.returncode == FINISHED, successor.stderr
+        assert f"pid {sleeper.pid}) did not say that it left: watching it" in successor.stdout
+        before = content(folder)
+        assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, 13))
+        sleeper.send_signal(signal.SIGCONT)
+        assert sleeper.wait(30) == SUPERSEDED
+        assert content(folder) == before
+        assert sleeper.stderr is not None
+        assert "generation 2 has taken this run folder" in sleeper.stderr.read()
+    finally:
+        sleeper.kill()
+        sleeper.communicate()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

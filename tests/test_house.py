@@ -1,0 +1,267 @@
+"""The house rules that a machine can check: which way imports point, and that nothing is there for nothing."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from conftest import ROOT, command
+
+from hpcgpt.config import Config
+
+HPCGPT = sorted((ROOT / "hpcgpt").glob("*.py"))
+MODULES = {f"{path.parent.name}.{path.stem}".removesuffix(".__init__"): path
+           for path in [*HPCGPT, *(ROOT / "data_prep").glob("*.py")]}  # fmt: skip
+
+# What a login node loads, before anything that it decides to load late.
+WITHOUT_TORCH = ["config", "world", "submit", "requeue", "train", "cli", "runfolder", "generation", "plan", "shards",
+                 "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking", "__main__"]  # fmt: skip
+# The foundation: of our own modules, only what is named here.
+FOUNDATION: dict[str, set[str]] = {"config": set(), "order": set(), "schedule": {"config"}, "world": {"durable"},
+                                   "shards": {"durable"}, "durable": set(), "cli": set()}  # fmt: skip
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(nodes: list[ast.stmt]) -> set[str]:
+    """The modules that these statements import, by their full names."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full here"
+            assert node.module
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def at_import_time(path: Path) -> set[str]:
+    """What importing the file imports itself: all but what stands in functions and under TYPE_CHECKING."""
+    nodes: list[ast.stmt] = []
+    todo: list[ast.stmt] = list(tree(path).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            todo += node.orelse
+            continue
+        nodes.append(node)
+        todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return imported(nodes)
+
+
+def anywhere(path: Path) -> set[str]:
+    return imported([node for node in ast.walk(tree(path)) if isinstance(node, ast.stmt)])
+
+
+def reached(module: str) -> set[str]:
+    """Everything that importing a module imports, through our own modules, however far."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        for name in at_import_time(MODULES[todo.pop()]) - found:
+            found.add(name)
+            if name in MODULES:
+                todo.append(name)
+    return found
+
+
+# --- imports ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_what_a_login_node_loads_never_imports_torch(name: str) -> None:
+    heavy = {found for found in reached(f"hpcgpt.{name}") if found.partition(".")[0] in ("torch", "transformers")}
+    assert not heavy
+
+
+def test_the_walk_sees_torch_where_it_is() -> None:
+    assert "torch" in reached("hpcgpt.loop")
+    assert "torch" not in at_import_time(MODULES["hpcgpt.world"])
+    assert "torch" in anywhere(MODULES["hpcgpt.world"])
+
+
+def test_importing_them_for_real_loads_no_torch_either() -> None:
+    names = ", ".join(f"hpcgpt.{name}" for name in WITHOUT_TORCH)
+    code = f"import sys, {names}; print(sorted({{'torch', 'wandb', 'submitit'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("name", FOUNDATION)
+def test_the_foundation_imports_nothing_of_ours_but_the_foundation(name: str) -> None:
+    ours = {found for found in anywhere(MODULES[f"hpcgpt.{name}"]) if found in MODULES}
+    assert {found.removeprefix("hpcgpt.") for found in ours - {"hpcgpt"}} <= FOUNDATION[name]
+
+
+def test_the_package_never_imports_the_preparation_of_data() -> None:
+    for path in HPCGPT:
+        assert not {found for found in anywhere(path) if found.startswith("data_prep")}, path
+
+
+def test_nothing_imports_the_command_that_trains() -> None:
+    assert [name for name, path in MODULES.items() if "hpcgpt.train" in anywhere(path)] == []
+
+
+def test_only_tracking_imports_wandb() -> None:
+    assert [path.stem for path in HPCGPT if any(n.partition(".")[0] == "wandb" for n in anywhere(path))] == ["tracking"]
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    for name in MODULES:
+        assert name not in reached(name), f"{name} imports itself"
+
+
+def test_importing_a_module_has_no_effect(tmp_path: Path) -> None:
+    """Nothing printed, nothing written, no signal handler, no thread."""
+    names = [name for name in MODULES if not name.endswith("__main__")]
+    code = f"""
+import importlib, signal, threading
+before = [signal.getsignal(n) for n in signal.valid_signals()]
+for name in {names}:
+    importlib.import_module(name)
+    assert before == [signal.getsignal(n) for n in signal.valid_signals()], name
+    assert threading.active_count() == 1, name
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                          env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"},
+                          check=False)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- one place for each thing ----------------------------------------------------------------------
+
+
+def strings(path: Path) -> set[str]:
+    """The string constants of a file that are no docstrings or other bare statements."""
+    bare = {id(node.value) for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)}
+    return {node.value for node in ast.walk(tree(path))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare}  # fmt: skip
+
+
+@pytest.mark.parametrize("variable", ["SLURM_PROCID", "SLURM_LOCALID", "LOCAL_RANK", "WORLD_SIZE", "RANK"])
+def test_only_world_reads_who_this_process_is(variable: str) -> None:
+    assert [path.stem for path in HPCGPT if variable in strings(path)] == ["world"]
+
+
+def test_cuda_visible_devices_is_never_written_or_read() -> None:
+    assert [name for name, path in MODULES.items() if "CUDA_VISIBLE_DEVICES" in strings(path)] == []
+
+
+def test_no_file_runs_pickles() -> None:
+    """Loading runs no code from a file."""
+    for name, path in MODULES.items():
+        assert not {found for found in anywhere(path) if found in ("pickle", "dill", "shelve")}, name
+        calls = {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
+        assert not calls & {"torch.load", "torch.save", "eval", "exec", "__import__"}, name
+
+
+def test_file_names_answer_where_a_thing_is() -> None:
+    vague = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base", "core", "tools"}
+    assert not {path.stem for path in MODULES.values()} & vague
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_module_says_what_it_owns(name: str) -> None:
+    assert ast.get_docstring(tree(MODULES[name]))
+
+
+# --- nothing for nothing ---------------------------------------------------------------------------
+
+
+def options() -> list[tuple[str, str]]:
+    """Every option that has more than one value."""
+    found = []
+    for section in dataclasses.fields(Config):
+        cls = type(getattr(Config(), section.name))
+        for item in dataclasses.fields(cls):
+            hint = get_type_hints(cls)[item.name]
+            if get_origin(hint) is not Literal or len(get_args(hint)) > 1:
+                found.append((section.name, item.name))
+    return found
+
+
+def last_name(node: ast.expr | None) -> str:
+    """`b` of `a.b`, and `a` of `a`."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def read_in(path: Path) -> set[tuple[str, str]]:
+    """The options (section, key) that a file reads: `x.section.key`, or `name.key` where name stands for one.
+
+    A name stands for a section when it is annotated with its class, or is assigned it.
+    """
+    classes = {type(getattr(Config(), item.name)).__name__: item.name for item in dataclasses.fields(Config)}
+    sections = set(classes.values())
+    stands_for = {section: {section} for section in sections}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.arg) and last_name(node.annotation) in classes:
+            stands_for.setdefault(node.arg, set()).add(classes[last_name(node.annotation)])
+    for _ in range(2):  # a name of a name
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    many = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                    pairs = zip(target.elts, node.value.elts, strict=False) if many else [(target, node.value)]  # type: ignore[attr-defined]
+                    for left, right in pairs:
+                        if last_name(left) and last_name(right) in stands_for:
+                            stands_for.setdefault(last_name(left), set()).update(stands_for[last_name(right)])
+    return {
+        (section, node.attr)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+        for section in stands_for.get(last_name(node.value), ())
+    }
+
+
+READ = set().union(*(read_in(path) for path in HPCGPT if path.stem != "config"))
+
+
+@pytest.mark.parametrize(("section", "key"), options())
+def test_every_option_is_read_by_something_else_than_the_configuration(section: str, key: str) -> None:
+    # Read by plan and loader through Config's own properties.
+    through = {("run", "dir"): "run_folder", ("run", "name"): "run_folder", ("data", "stride"): "stride"}
+    if (section, key) in through:
+        used = {node.attr for path in HPCGPT if path.stem != "config"
+                for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}  # fmt: skip
+        assert through[section, key] in used
+    else:
+        assert (section, key) in READ
+
+
+# --- the tools -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])
+def test_the_tools_have_nothing_to_say(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_command_of_the_list_has_its_help() -> None:
+    from hpcgpt.__main__ import COMMANDS
+
+    for name in COMMANDS:
+        done = command(f"hpcgpt.{name}", "--help")
+        assert done.returncode == 0, done.stderr
+        assert f"hpcgpt {name}" in done.stdout
+    listed = command("hpcgpt", "--help").stdout
+    assert all(about in listed for about in COMMANDS.values())
+
+
+def test_a_command_that_is_not_there_is_refused_with_those_that_are() -> None:
+    done = command("hpcgpt", "trian")
+    assert done.returncode == 2
+    assert "no command 'trian'; there are train, " in done.stderr

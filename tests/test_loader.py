@@ -1,0 +1,157 @@
+"""hpcgpt.loader: any number of ranks sees the same samples in the same global batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpcgpt import shards
+from hpcgpt.loader import Loader, Windows, widen
+from hpcgpt.shards import Split
+
+SEED, GLOBAL_BATCH, CONTEXT = 7, 8, 32
+
+
+@pytest.fixture(scope="module")
+def windows(shards_folder: Path) -> Windows:
+    split = shards.open_split(shards_folder, shards.read_manifest(shards_folder), "train")
+    return Windows(split, CONTEXT, CONTEXT, vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def stream(windows: Windows) -> NDArray[np.int64]:
+    """The whole training split, read without the loader."""
+    parts = [
+        np.fromfile(windows.split.folder / f"{shard.name}.bin", dtype="<u2")[shards.HEADER_BYTES // 2 :]
+        for shard in windows.split.shards
+    ]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def global_batch(windows: Windows, step: int, ranks: int, micro_batch: int) -> Tensor:
+    """What all ranks see of one step (GLOBAL_BATCH, T+1): rank after rank, micro-step after micro-step."""
+    seen = []
+    for rank in range(ranks):
+        loader = Loader(windows, SEED, rank, ranks, GLOBAL_BATCH, micro_batch)
+        for micro_step in range(GLOBAL_BATCH // ranks // micro_batch):
+            batch = loader.batch(step, micro_step)
+            assert batch.shape == (micro_batch, CONTEXT + 1)
+            seen.append(batch)
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 1), (1, 4), (2, 4), (2, 1), (4, 2), (4, 1), (8, 1)])
+def test_a_global_batch_is_the_same_however_many_ranks_and_micro_steps_share_it(
+    windows: Windows, ranks: int, micro_batch: int
+) -> None:
+    for step in (0, 1, 5, 1000):
+        expected = global_batch(windows, step, ranks=1, micro_batch=8)
+        assert torch.equal(global_batch(windows, step, ranks, micro_batch), expected)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_an_epoch_shows_every_window_once_to_exactly_one_rank(
+    windows: Windows, stream: NDArray[np.int64], ranks: int
+) -> None:
+    steps = windows.count // GLOBAL_BATCH
+    seen: dict[bytes, int] = {}
+    for step in range(steps):
+        for window in widen_whole(global_batch(windows, step, ranks, GLOBAL_BATCH // ranks)):
+            key = window.numpy().tobytes()
+            seen[key] = seen.get(key, 0) + 1
+    every: dict[bytes, int] = {}
+    for window in range(windows.count):
+        key = stream[window * CONTEXT : (window + 1) * CONTEXT + 1].tobytes()
+        every[key] = every.get(key, 0) + 1
+    assert sum(seen.values()) == steps * GLOBAL_BATCH > windows.count - GLOBAL_BATCH
+    assert all(count <= every.get(key, 0) for key, count in seen.items())
+
+
+def test_the_next_epoch_has_another_order(windows: Windows) -> None:
+    steps = windows.count // GLOBAL_BATCH
+    assert not torch.equal(global_batch(windows, 0, 1, 8), global_batch(windows, steps, 1, 8))
+
+
+def test_another_seed_has_another_order(windows: Windows) -> None:
+    first, other = (Loader(windows, seed, 0, 1, 8, 8).batch(0, 0) for seed in (1, 2))
+    assert not torch.equal(first, other)
+
+
+def test_a_batch_is_computed_and_not_remembered(windows: Windows) -> None:
+    loader = Loader(windows, SEED, 1, 2, GLOBAL_BATCH, 2)
+    later = loader.batch(9, 1)
+    loader.batch(0, 0)
+    assert torch.equal(loader.batch(9, 1), later)
+    assert torch.equal(Loader(windows, SEED, 1, 2, GLOBAL_BATCH, 2).batch(9, 1), later)
+
+
+def test_targets_are_the_inputs_shifted_by_one(windows: Windows, stream: NDArray[np.int64]) -> None:
+    inputs, targets = widen(windows.read(np.array([0, 3, windows.count - 1])), torch.device("cpu"))
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (3, CONTEXT)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    for row, window in enumerate([0, 3, windows.count - 1]):
+        assert np.array_equal(inputs[row], stream[window * CONTEXT :][:CONTEXT])
+        assert np.array_equal(targets[row], stream[window * CONTEXT + 1 :][:CONTEXT])
+
+
+def test_with_a_smaller_stride_windows_overlap(windows: Windows, stream: NDArray[np.int64]) -> None:
+    overlapping = Windows(windows.split, CONTEXT, 5, 512)
+    inputs, _ = widen(overlapping.read(np.array([7])), torch.device("cpu"))
+    assert np.array_equal(inputs[0], stream[35 : 35 + CONTEXT])
+    assert overlapping.count == (len(stream) - CONTEXT - 1) // 5 + 1
+
+
+def test_a_window_may_reach_over_several_shards(tmp_path: Path) -> None:
+    windows = Windows(hand_made(tmp_path, [1, 2, 3], [4, 5], [6, 7, 8, 9]), context=7, stride=1, vocab_size=10)
+    inputs, targets = widen(windows.read(np.array([0, 1])), torch.device("cpu"))
+    assert inputs.tolist() == [[1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7, 8]]
+    assert targets[:, -1].tolist() == [8, 9]
+    assert windows.count == 2
+
+
+def test_ids_above_32767_survive_the_16_bits(tmp_path: Path) -> None:
+    ids = [0, 1, 32767, 32768, 50256, 65535, 12, 40000]
+    windows = Windows(hand_made(tmp_path, ids), context=7, stride=7, vocab_size=65536)
+    inputs, targets = widen(windows.read(np.array([0])), torch.device("cpu"))
+    assert inputs.tolist() == [ids[:-1]]
+    assert targets.tolist() == [ids[1:]]
+
+
+def test_an_id_outside_of_the_vocabulary_names_the_shard_the_token_and_what_to_do(tmp_path: Path) -> None:
+    ids = [5] * 40
+    ids[29] = 100
+    windows = Windows(hand_made(tmp_path, ids), context=8, stride=8, vocab_size=100)
+    assert windows.read(np.array([0, 1, 2])).shape == (3, 9)
+    with pytest.raises(ValueError, match=r"id 100 is outside of the vocabulary of 100 ids") as error:
+        windows.read(np.array([1, 3]))
+    assert f"{tmp_path / 'train_000000'}.bin, token 29" in str(error.value)
+    assert "data_prep.verify" in str(error.value)
+
+
+def test_an_id_in_a_later_shard_is_named_by_its_place_in_that_shard(tmp_path: Path) -> None:
+    windows = Windows(hand_made(tmp_path, [5] * 10, [5, 5, 600, 5, 5]), context=7, stride=7, vocab_size=512)
+    with pytest.raises(ValueError, match=r"id 600 .*train_000001\.bin, token 2"):
+        windows.read(np.array([1]))
+
+
+def hand_made(folder: Path, *contents: list[int]) -> Split:
+    """A split with these ids, one shard each."""
+    made = []
+    for number, ids in enumerate(contents):
+        with shards.writing(folder, "train", number) as writer:
+            writer.add(np.array(ids, dtype=np.uint16), text_bytes=1)
+        assert writer.shard is not None
+        made.append(writer.shard)
+    return Split(folder, "train", made)
+
+
+def widen_whole(batch: Tensor) -> Tensor:
+    """A batch (B, T+1) of 16-bit patterns as int64."""
+    inputs, targets = widen(batch, torch.device("cpu"))
+    return torch.cat([inputs, targets[:, -1:]], dim=1)

@@ -1,0 +1,541 @@
+"""data_prep.make_shards: the same shards however often it is killed and whoever makes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+from conftest import ROOT, clean_env, command
+
+from data_prep import inputs, make_shards, verify
+from hpcgpt import shards, tokenizer
+
+CHINESE = "萧炎,斗之力,三段。\n“三十年河东,三十年河西,莫欺少年穷!”\n"
+
+
+def make(*arguments: str | Path, out: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return command("data_prep.make_shards", *map(str, arguments), "--out", str(out), env=env)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The data set in a folder: everything but the notes of who is to make what, and hidden leftovers."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".") and path.parent.name != "prep"}  # fmt: skip
+
+
+def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Each file's content and time; folders without."""
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else (b"", 0)
+            for path in folder.rglob("*")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3.3 MB of jsonl: the words of these sources, shuffled, and Chinese between them."""
+    words = [word for path in sorted(ROOT.glob("hpcgpt/*.py")) for word in path.read_text().split(" ")]
+    chance = random.Random(1)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with open(path, "w") as file:
+        while file.tell() < 3_300_000:
+            text = " ".join(chance.choices(words, k=chance.randint(1, 2000)))
+            file.write(json.dumps({"text": text + chance.choice(["", CHINESE])}, ensure_ascii=False) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(corpus: Path, tokenizer_folder: Path) -> list[str]:
+    return [str(corpus), "--tokenizer", str(tokenizer_folder), "--unit-mb", "1", "--val-fraction", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus' shards, made by one worker that was left alone."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = make(*options, "--workers", "1", out=out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+# --- what is in them -------------------------------------------------------------------------------
+
+
+class ReferenceGPT2:
+    """GPT-2's encoder as OpenAI published it (encoder.py, 2019), from the list of merges alone."""
+
+    def __init__(self) -> None:
+        merges = (ROOT / "data_prep" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
+        self.rank = {tuple(line.split()): n for n, line in enumerate(merges)}
+        bytes_first = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        rest = [b for b in range(256) if b not in bytes_first]
+        self.letter = {b: chr(b) for b in bytes_first} | {b: chr(256 + n) for n, b in enumerate(rest)}
+        tokens = [*(self.letter[b] for b in bytes_first + rest), *(line.replace(" ", "") for line in merges)]
+        self.id = {token: n for n, token in enumerate(tokens)}
+        self.words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+    def encode(self, text: str) -> list[int]:
+        return [number for word in self.words.findall(text) for number in self._word(word)]
+
+    def _word(self, word: str) -> list[int]:
+        parts = [self.letter[b] for b in word.encode()]
+        while len(parts) > 1:
+            best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, 1 << 30))
+            if best not in self.rank:
+                break
+            merged: list[str] = []
+            while parts:
+                if tuple(parts[:2]) == best:
+                    merged, parts = [*merged, parts[0] + parts[1]], parts[2:]
+                else:
+                    merged, parts = [*merged, parts[0]], parts[1:]
+            parts = merged
+        return [self.id[part] for part in parts]
+
+
+def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(tmp_path: Path) -> None:
+    texts = {"a.txt": "hello world", "b/c.txt": CHINESE * 3, "b/d.txt": (ROOT / "hpcgpt" / "order.py").read_text(),
+             "e.txt": "a literal <|endoftext|> is text\r\n\n  \t it's I'LL 12345 ½ é 👩‍👧\u00a0\u3000x  "}  # fmt: skip
+    for name, text in texts.items():
+        path = tmp_path / "text" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    out = tmp_path / "out"
+    done = make(tmp_path / "text", "--val-fraction", "0", out=out)
+    assert done.returncode == 0, done.stderr
+    reference = ReferenceGPT2()
+    expected = [number for name in sorted(texts) for number in (50256, *reference.encode(texts[name]))]
+    split = shards.open_split(out, shards.read_manifest(out), "train")
+    assert split.read(0, split.tokens).tolist() == expected
+    assert command("data_prep.verify", str(out)).returncode == 0
+
+
+def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus: Path) -> None:
+    words = tokenizer.load(whole / "tokenizer")
+    lines = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    manifest = shards.read_manifest(whole)
+    found: dict[str, list[str]] = {}
+    for name in manifest.splits:
+        split = shards.open_split(whole, manifest, name)
+        ids = split.read(0, split.tokens)
+        assert ids[0] == words.end_of_text
+        borders = np.append(np.flatnonzero(ids == words.end_of_text), len(ids))
+        found[name] = [words.encoding.decode(ids[a + 1 : b].tolist()) for a, b in pairwise(borders)]
+    assert sorted(found["train"] + found["val"]) == sorted(lines)
+    assert 0.05 < len(found["val"]) / len(lines) < 0.2
+    assert [text for text in lines if text in set(found["train"])] == found["train"]
+    assert verify.verify(whole, manifest) == []
+
+
+def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    manifest = shards.read_manifest(whole)
+    assert manifest.inputs == [{"name": "corpus.jsonl", "bytes": corpus.stat().st_size}]
+    assert manifest.tokenizer["fingerprint"] == tokenizer.load(tokenizer_folder).fingerprint
+    assert "below 0.1" in manifest.split_rule
+    text = sum(len(json.loads(line)["text"].encode()) for line in corpus.read_text().splitlines())
+    assert sum(shard.text_bytes for shard in manifest.shards) == text
+
+
+# --- whoever makes them, however often it is killed ------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_changes_no_byte(workers: int, options: list[str], whole: Path, tmp_path: Path) -> None:
+    done = make(*options, "--workers", str(workers), out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "out") == files(whole)
+
+
+@contextmanager
+def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.Popen[bytes]]:
+    """make_shards in a process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)],
+        cwd=ROOT, env=clean_env(), start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_until_finished(out: Path, process: subprocess.Popen[bytes], units: int) -> None:
+    """Until that many units have their record, or the process has ended."""
+    while len(list((out / "prep").glob("unit_*.json"))) < units and process.poll() is None:
+        time.sleep(0.005)
+
+
+def members(session: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(path.name))
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
+    workers: int, options: list[str], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    chance = random.Random(workers)
+    half_done = False
+    for units in (0, 1, 1, 2, 3):
+        with started(options, out, workers) as process:
+            wait_until_finished(out, process, units)
+            time.sleep(chance.uniform(0, 0.1))
+            process.kill()
+        half_done |= (out / "prep" / "unit_000000.json").exists() and not (out / "manifest.json").exists()
+    assert half_done, "every one was killed too early or too late to show anything"
+    done = make(*options, "--workers", str(workers), out=out)
+    assert done.returncode == 0, done.stderr
+    assert "units are finished already" in done.stdout or "complete already" in done.stdout
+    assert files(out) == files(whole)
+
+
+def test_a_finished_unit_is_not_made_again(options: list[str], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(options, out, 1) as process:
+        wait_until_finished(out, process, 1)
+        process.kill()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*_000000.*")}
+    assert before
+    assert make(*options, out=out).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*_000000.*")} == before
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize("moment", ["before the plan", "within the plan"])
+def test_a_start_that_ended_before_its_plan_was_written_is_started_again(moment: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world")
+    out = tmp_path / "out"
+    (out / "prep").mkdir(parents=True)
+    if moment == "within the plan":
+        (out / "prep" / ".plan.json.host-1.new").write_text("{")
+    done = make(tmp_path / "a.txt", "--val-fraction", "0", out=out)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, options: list[str], tmp_path: Path) -> None:
+    """On a login node nobody else would end them."""
+    with started(options, tmp_path / "out", 2) as process:
+        wait_until_finished(tmp_path / "out", process, 1)
+        assert len(members(process.pid)) >= 3
+        process.send_signal(number)
+        process.wait()
+        deadline = time.monotonic() + 15
+        while members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert members(process.pid) == []
+
+
+def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(
+    options: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """As the kernel does when the memory is full."""
+    out = tmp_path / "out"
+    with started(options, out, 2) as process:
+        wait_until_finished(out, process, 1)
+        workers = [pid for pid in members(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(workers[0], signal.SIGKILL)
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode not in (0, 2)
+    assert said.startswith("error: a worker was killed")
+    assert "Traceback" not in said
+    assert not (out / "manifest.json").exists()
+    assert make(*options, out=out).returncode == 0
+    assert files(out) == files(whole)
+
+
+def test_ctrl_c_ends_with_status_130_and_without_a_traceback(options: list[str], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(options, out, 2) as process:
+        wait_until_finished(out, process, 1)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert make(*options, out=out).returncode == 0
+    assert files(out) == files(whole)
+
+
+# --- what is there already -------------------------------------------------------------------------
+
+
+def test_a_rerun_says_that_it_is_complete_and_touches_nothing(options: list[str], whole: Path) -> None:
+    before = everything(whole)
+    done = make(*options, out=whole)
+    assert done.returncode == 0
+    assert "is complete already" in done.stdout
+    assert everything(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (["--val-fraction", "0.2"], "val_fraction"),
+        (["--unit-mb", "2"], "unit_bytes"),
+        (["--text-key", "body"], "text_key"),
+        (["--tokenizer", "gpt2"], "tokenizer"),
+    ],
+)
+def test_other_options_are_refused_and_nothing_is_changed(
+    change: list[str], word: str, options: list[str], whole: Path
+) -> None:
+    before = everything(whole)
+    done = make(*options, *change, out=whole)
+    assert done.returncode == 2
+    assert f"made differently ({word} changed): choose another --out" in done.stderr
+    assert everything(whole) == before
+
+
+def test_other_inputs_are_refused_and_nothing_is_changed(options: list[str], whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("more")
+    before = everything(whole)
+    done = make(str(tmp_path / "more.txt"), *options, out=whole)
+    assert done.returncode == 2
+    assert "made differently (inputs changed)" in done.stderr
+    assert everything(whole) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "train_000000.bin", ".hidden", "prep/notes.txt", "data/x"])
+def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world")
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("years of work")
+    before = everything(tmp_path / "out")
+    done = make(tmp_path / "a.txt", "--val-fraction", "0", out=tmp_path / "out")
+    assert done.returncode == 2
+    assert "is not empty, and what is in it was not made by this command" in done.stderr
+    assert everything(tmp_path / "out") == before
+
+
+def test_a_file_that_is_added_beside_the_shards_stays(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(options, out, 1) as process:
+        wait_until_finished(out, process, 1)
+        process.kill()
+    (out / "NOTES").write_text("years of work")
+    assert make(*options, out=out).returncode == 0
+    assert (out / "NOTES").read_text() == "years of work"
+
+
+# --- bad inputs ------------------------------------------------------------------------------------
+
+GOOD = '{"text": "萧炎"}\n'
+BAD_INPUTS: list[tuple[str, bytes, list[str], str]] = [
+    ("a.txt", b"good\xff", [], "a.txt, byte 4: not UTF-8"),
+    ("a.txt", b"\xef\xbb\xbfab\xff", [], "a.txt, byte 5: not UTF-8"),
+    ("a.txt", "萧炎".encode("gb18030"), [], "iconv -f GB18030 -t UTF-8"),
+    ("a.txt", "hello".encode("utf-16"), [], "a.txt, byte 0: not UTF-8"),
+    ("a.jsonl", GOOD.encode() + b'{"text": "\xff"}\n', [], f"a.jsonl, byte {len(GOOD.encode()) + 10}: not UTF-8"),
+    ("a.jsonl", GOOD.encode() + b'{"text": "x"\n', [], f"a.jsonl, byte {len(GOOD.encode()) + 13}: not JSON"),
+    # The place is told in bytes, and not in characters.
+    ("a.jsonl", (GOOD + '{"text": "萧炎", bad}').encode(), [], f"a.jsonl, byte {len(GOOD.encode()) + 19}: not JSON"),
+    ("a.jsonl", b'\xef\xbb\xbf{"text": bad}', [], "a.jsonl, byte 12: not JSON"),
+    ("a.jsonl", GOOD.encode() + b'{"body": "x", "id": 7}\n', [],
+     f"a.jsonl, line at byte {len(GOOD.encode())}: no text under 'text' (it has body, id)"),
+    ("a.jsonl", GOOD.encode(), ["--text-key", "body"],
+     "no text under 'body' (it has text); name the right one with --text-key"),
+    ("a.jsonl", b"{}\n", [], "it has no keys"),
+    ("a.jsonl", b'["x"]\n', [], "it is no object"),
+    ("a.jsonl", b'{"text": null}\n', [], "line at byte 0: no text under 'text'"),
+    ("a.jsonl", b'{"text": ["x"]}\n', [], "line at byte 0: no text under 'text'"),
+    ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", [], "a.jsonl, line at byte 0: "),
+    ("a.jsonl", b"[" * 100_000 + b"\n", [], "a.jsonl, line at byte 0: "),
+    ("a.pdf", b"%PDF", [], "its name ends in '.pdf', expected .txt or .jsonl"),
+    ("a", b"text", [], "its name ends in '', expected .txt or .jsonl"),
+    ("a.txt", b"", [], "the inputs hold no text: all of their files are empty"),
+    ("a.txt", b"x", ["--val-fraction", "0.000001"], "no document fell into validation (1 documents, "),
+    ("a.txt", b"x", ["--val-fraction", "0.999999"], "no document is left for training"),
+    ("a.txt", b"x", ["--val-fraction", "1"], "--val-fraction 1.0: expected 0 or more, and less than 1"),
+    ("a.txt", b"x", ["--val-fraction", "nan"], "--val-fraction nan: expected"),
+    ("a.txt", b"x", ["--workers", "0"], "--workers and --unit-mb must be at least 1"),
+    ("a.txt", b"x", ["--unit-mb", "0"], "--workers and --unit-mb must be at least 1"),
+    ("a.txt", b"x", ["--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "flags", "sentence"), BAD_INPUTS)
+def test_a_bad_input_is_refused_with_its_place(
+    name: str, content: bytes, flags: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    words = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1", *flags]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        make_shards.main([str(tmp_path / name), "--out", str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert list((tmp_path / "out").glob("*.bin")) == [] or "document" in sentence
+
+
+def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
+    options: list[str], corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    content = corpus.read_bytes()
+    path.write_bytes(content + b'{"text": bad}\n')
+    done = make(path, *options[1:], "--workers", "2", out=tmp_path / "out")
+    assert done.returncode == 2
+    assert f"corpus.jsonl, byte {len(content) + 9}: not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_missing_input_and_a_folder_without_text_are_refused(made: bool, tmp_path: Path) -> None:
+    if made:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "notes.md").write_text("x")
+    done = make(tmp_path / "in", out=tmp_path / "out")
+    assert done.returncode == 2
+    assert ("in has no files ending in .txt or .jsonl" if made else "no such input") in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    ranks = {n.to_bytes(3, "big"): 256 + n for n in range(65_400)} | {bytes([b]): b for b in range(256)}
+    big = tokenizer.Tokenizer("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
+    tokenizer.save(big, tmp_path / "big")
+    (tmp_path / "a.txt").write_text("x")
+    done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "big", out=tmp_path / "out")
+    assert done.returncode == 2
+    assert "tokenizer big has 65,657 ids, but uint16 shards hold 65,536 at most: take a smaller one" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
+    ranks = {bytes([b]): b for b in range(256)} | {n.to_bytes(3, "big"): 256 + n for n in range(65_279)}
+    most = tokenizer.Tokenizer("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
+    tokenizer.save(most, tmp_path / "most")
+    (tmp_path / "a.txt").write_text("ab")
+    done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "most", "--val-fraction", "0", out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert shards.open_tokens(tmp_path / "out" / "train_000000.bin").tolist() == [65535, 97, 98]
+
+
+def test_a_file_name_that_is_no_utf8_is_no_obstacle(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Chinese novels come with names in GB18030."""
+    folder = tmp_path / "novels"
+    folder.mkdir()
+    (folder / os.fsdecode("斗破苍穹.txt".encode("gb18030"))).write_text(CHINESE)
+    done = make(folder, "--tokenizer", tokenizer_folder, "--val-fraction", "0", out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert verify.verify(tmp_path / "out", shards.read_manifest(tmp_path / "out")) == []
+
+
+# --- pieces of files -------------------------------------------------------------------------------
+
+LINES = ['{"text": "one"}\n', "\n", '{"text": "萧炎 two"}\r\n', '   \n{"text": ""}\n', '{"text": "three", "id": 3}']
+
+
+@pytest.mark.parametrize("bom", [True, False])
+def test_jsonl_cut_at_any_byte_gives_the_same_documents(bom: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" * bom + "".join(LINES).encode())
+    size = path.stat().st_size
+    for unit_bytes in range(1, size + 2):
+        units = inputs.units(inputs.find([str(path)]), unit_bytes)
+        assert sum(piece.stop - piece.start for unit in units for piece in unit) == size
+        found = [text for unit in units for text in inputs.documents(unit, "text")]
+        assert found == ["one", "萧炎 two", "three"], f"units of {unit_bytes} bytes"
+
+
+def test_units_hold_whole_text_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/y.txt", "a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name * 3)
+    units = inputs.units(inputs.find([str(tmp_path)]), unit_bytes=1)
+    assert [[piece.source.name for piece in unit] for unit in units] == [
+        ["a.txt"], ["a/y.txt"], ["a/z.txt"], ["b.txt"]]  # fmt: skip
+    assert len(inputs.units(inputs.find([str(tmp_path)]), unit_bytes=10**9)) == 1
+
+
+def test_the_order_of_the_inputs_is_the_one_given(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    sources = inputs.find([str(tmp_path / "b.txt"), str(tmp_path / "a.txt")])
+    assert [source.name for source in sources] == ["b.txt", "a.txt"]
+
+
+def documents(path: Path) -> list[str]:
+    return [text for unit in inputs.units(inputs.find([str(path)]), 10**9) for text in inputs.documents(unit, "text")]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"\xef\xbb\xbfx\xef\xbb\xbf"), ("a.jsonl", b'\xef\xbb\xbf{"text": "x\\ufeff"}')):
+        (tmp_path / name).write_bytes(content)
+        assert documents(tmp_path / name) == ["x\ufeff"]
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character_and_a_pair_its_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\\udc00\\ud800"}\n')
+    assert documents(path) == ["a\ufffdb", "😀", "\ufffd\ufffd"]
+    done = make(path, "--val-fraction", "0", out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+
+def test_line_ends_and_spaces_of_a_text_file_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b" a\r\nb\rc\n\n")
+    assert documents(tmp_path / "a.txt") == [" a\r\nb\rc\n\n"]
+
+
+# --- a full disk -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True,
+                             text=True, check=False)  # fmt: skip
+    if mounted.returncode:
+        pytest.skip(f"this root may not mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("room", "workers"), [(0, 1), (9_000, 1), (30_000, 1), (2_000_000, 1), (2_000_000, 2)])
+def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
+    room: int, workers: int, options: list[str], whole: Path, small_disk: Path
+) -> None:
+    """Full at every stage: at the plan, at the tokenizer, in mid-shard."""
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(free - room))
+    out = small_disk / "out"
+    done = make(*options, "--workers", str(workers), out=out)
+    assert done.returncode == 1
+    one_file = rf"error: (\[Errno 28\] )?cannot write {out}/\S+: No space left on device; [\d.]+ MB free there\n"
+    assert re.fullmatch(one_file, re.sub(r"^\d+ of .*\n", "", done.stderr)), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / "manifest.json").exists()
+    assert [path.name for path in out.rglob(".*")] == []
+    for path in out.glob("*.bin"):
+        assert shards.open_tokens(path).size
+        assert path.with_suffix(".idx").exists()
+    ballast.unlink()
+    done = make(*options, "--workers", str(workers), out=out)
+    assert done.returncode == 0, done.stderr
+    assert files(out) == files(whole)
+    assert list(out.rglob(".*")) == []

@@ -1,0 +1,221 @@
+"""hpcgpt.metrics: every step once in metrics.jsonl, whatever happens; and what a person is told."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, clean_env, rows
+from test_runfolder import fill, small_disk
+
+from hpcgpt.metrics import Console, MetricsFile, peak_flops
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "train/loss": 3.25, "train/tokens_per_s": 12345.6, "train/lr": 6e-4,
+            "train/grad_norm": 0.5, "time": 1e9 + step} | more  # fmt: skip
+
+
+def written(path: Path, steps: range) -> MetricsFile:
+    file = MetricsFile(path, keep_below=steps.start)
+    for step in steps:
+        file.write(row(step))
+    return file
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------
+
+
+def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_below=1)
+    assert path.read_bytes() == b""
+    for step in (1, 2):
+        file.write(row(step, **{"train/loss": 0.1 + 0.2}))
+        assert [each["step"] for each in rows(path)] == list(range(1, step + 1))
+    assert rows(path)[1]["train/loss"] == 0.1 + 0.2
+    file.close()
+
+
+def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 11)).close()
+    before = path.read_bytes().splitlines(keepends=True)
+    resumed = MetricsFile(path, keep_below=5)
+    assert path.read_bytes() == b"".join(before[:4])
+    resumed.write(row(5, attempt=2))
+    resumed.close()
+    assert [(each["step"], each.get("attempt")) for each in rows(path)] == [(1, None), (2, None), (3, None),
+                                                                            (4, None), (5, 2)]  # fmt: skip
+
+
+def test_a_torn_last_line_is_forgotten_and_the_next_row_stands_on_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 4)).close()
+    path.write_bytes(path.read_bytes()[:-20])
+    resumed = written(path, range(3, 5))
+    resumed.close()
+    assert [each["step"] for each in rows(path)] == [1, 2, 3, 4]
+
+
+def test_a_last_line_without_its_line_feed_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 4)).close()
+    path.write_bytes(path.read_bytes()[:-1])
+    written(path, range(4, 5)).close()
+    assert [each["step"] for each in rows(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2', b"5", b"\x00\x00"])
+def test_a_damaged_line_in_the_middle_is_an_error_and_nothing_is_cut(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        MetricsFile(path, keep_below=4)
+    assert path.read_bytes() == before
+
+
+def test_on_a_full_disk_rows_wait_and_are_written_when_there_is_room(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        file = written(folder / "metrics.jsonl", range(1, 4))
+        filler = fill(folder)
+        for step in range(4, 60):  # the rest of the file's page, and beyond
+            file.write(row(step))
+        warnings = capfd.readouterr().err.splitlines()
+        assert re.fullmatch(
+            r"warning: \[Errno 28\] cannot write .*metrics\.jsonl: No space left on device; 0\.0 MB free there; "
+            "trying again",
+            warnings[-1],
+        )
+        filler.unlink()
+        file.write(row(60))
+        assert [each["step"] for each in rows(folder / "metrics.jsonl")] == list(range(1, 61))
+        assert len(capfd.readouterr().err) == 0
+        file.close()
+
+
+def test_before_a_checkpoint_waiting_rows_are_written_too(tmp_path: Path) -> None:
+    """Rows must not be younger than the checkpoint that follows them: nobody would make them again."""
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        file = written(folder / "metrics.jsonl", range(1, 4))
+        filler = fill(folder)
+        for step in range(4, 60):
+            file.write(row(step))
+        filler.unlink()
+        file.sync()
+        assert [each["step"] for each in rows(folder / "metrics.jsonl")] == list(range(1, 60))
+        file.close()
+
+
+def test_rows_that_cannot_be_written_are_no_basis_for_a_checkpoint(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        file = written(folder / "metrics.jsonl", range(1, 4))
+        fill(folder)
+        for step in range(4, 60):
+            file.write(row(step))
+        with pytest.raises(OSError, match="No space left on device"):
+            file.sync()
+        file.close()
+
+
+def test_the_rows_of_the_last_seconds_before_a_resume_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 31)).close()  # a row a second
+    resumed = MetricsFile(path, keep_below=21)
+    assert [each["step"] for each in resumed.newest] == [16, 17, 18, 19, 20]
+    resumed.close()
+    fresh = MetricsFile(tmp_path / "fresh.jsonl", keep_below=1)
+    assert fresh.newest == []
+    fresh.close()
+
+
+# --- the console -----------------------------------------------------------------------------------
+
+
+def test_in_a_log_file_the_first_step_and_the_last_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(0, 1000)
+    for step in range(1, 1001):
+        console.step(row(step))
+    console.close()
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert lines[0].startswith("step 1/1,000  loss 3.2500  12,346 tok/s  lr 6.00e-04  grad norm 0.500  ")
+    assert lines[-1] == "step 1,000/1,000  loss 3.2500  12,346 tok/s  lr 6.00e-04  grad norm 0.500  0:00:00 left"
+    assert len(lines) < 100, "a line a step would fill the log"
+    assert "\r" not in told.out + told.err
+
+
+def test_an_evaluation_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(0, 1000)
+    console.step(row(1))
+    console.step(row(2, **{"val/loss": 2.5, "val/perplexity": 12.1825, "val/bits_per_byte": 1.25}))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "step 2: validation loss 2.5000, perplexity 12.18, 1.2500 bits per byte"]  # fmt: skip
+
+
+def test_the_row_of_the_very_step_that_was_resumed_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run stopped within its evaluation evaluates again, and the row has the step that it resumed at."""
+    Console(6, 12).step(row(6))
+    assert capsys.readouterr().out.startswith("step 6/12")
+
+
+def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
+    code = "from hpcgpt.metrics import Console; import test_metrics as t; c = Console(0, 3)\n"
+    code += "for step in (1, 2, 3): c.step(t.row(step))\n"
+    code += "c.say('a line'); c.close()"
+    reading, writing = pty.openpty()
+    termios.tcsetwinsize(writing, (24, 100))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=clean_env(), stderr=writing,
+                          stdout=subprocess.PIPE, check=True)  # fmt: skip
+    os.close(writing)
+    shown = ""
+    with suppress(OSError):  # EIO is how a terminal says that nobody writes any more
+        while piece := os.read(reading, 1 << 16):
+            shown += piece.decode()
+    os.close(reading)
+    assert done.stdout.decode() == "a line\n"
+    assert "3/3" in shown
+    assert "loss 3.2500" in shown
+
+
+# --- the peak of a GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        # A slice of a chip has a part of its peak, and which part depends on the slice.
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        # Other chips whose names look alike.
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A10", None),
+        ("NVIDIA A800-SXM4-80GB", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("Tesla V100-SXM2-32GB", None),
+        ("AMD Instinct MI300X", None),
+        ("", None),
+    ],
+)
+def test_the_peak_is_that_of_the_chip_or_unknown(name: str, expected: float | None) -> None:
+    assert peak_flops(name) == expected

@@ -1,0 +1,252 @@
+"""hpcgpt.model: GPT-2 as it was published, to the last parameter and to the tenth digit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpcgpt.config import Model
+from hpcgpt.model import GPT
+
+SMALL = Model(n_layer=3, n_head=4, n_embd=48, block_size=24, vocab_size=100)
+
+
+def small(seed: int = 0, **changes: Any) -> GPT:
+    """A model in float64 whose every parameter, biases and gains too, differs from its neutral value."""
+    model = GPT(Model(**vars(SMALL) | changes), seed).double()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def ids(batch: int = 2, length: int = 24, vocab_size: int = 100, seed: int = 5) -> Tensor:
+    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# --- its size --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tied", "qkv_bias", "expected"),
+    [(False, False, 163_009_536), (True, False, 124_412_160), (True, True, 124_439_808)],
+)
+def test_gpt2_small_has_the_published_number_of_parameters(tied: bool, qkv_bias: bool, expected: int) -> None:
+    with torch.device("meta"):
+        model = GPT(Model(vocab_size=50257, block_size=1024, tied=tied, qkv_bias=qkv_bias))
+    assert model.parameter_count() == expected
+    padding = (50304 - 50257) * 768 * (1 if tied else 2)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected + padding
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(1, 64), (63, 64), (64, 64), (65, 128), (100, 128), (50257, 50304)])
+def test_the_tables_have_a_multiple_of_64_rows_and_the_logits_only_the_vocabulary(vocab_size: int, rows: int) -> None:
+    model = GPT(Model(n_layer=1, n_head=1, n_embd=2, block_size=4, vocab_size=vocab_size, tied=False))
+    assert model.token_embedding.weight.shape == model.head.weight.shape == (rows, 2)
+    assert model(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, vocab_size)
+
+
+def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry() -> None:
+    with torch.device("meta"):
+        model = GPT(Model(vocab_size=50257))
+    assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+# --- padding of the vocabulary ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_ids_have_no_probability_and_their_rows_no_gradient(tied: bool) -> None:
+    model = small(tied=tied)
+    with torch.no_grad():
+        model.head.weight[100:] = 1e3  # rows that would win every comparison, were they not masked
+    x = ids()
+    assert torch.equal(model.padded_logits(x).softmax(dim=-1)[..., 100:], torch.zeros(2, 24, 28, dtype=torch.float64))
+    model(x, x.roll(-1, dims=1)).backward()
+    for table in {model.head.weight, model.token_embedding.weight}:
+        assert table.grad is not None
+        assert torch.equal(table.grad[100:], torch.zeros(28, 48, dtype=torch.float64))
+        assert (table.grad[:100] != 0).any()
+
+
+def test_the_loss_is_that_of_a_model_without_padding() -> None:
+    model, x, y = small(), ids(), ids(seed=6)
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    assert (model(x, y) - expected).abs() < 1e-14
+
+
+def test_a_vocabulary_that_needs_no_padding_works_too() -> None:
+    model, x = small(vocab_size=128), ids(vocab_size=128)
+    expected = F.cross_entropy(model(x).flatten(0, 1), x.flatten())
+    assert (model(x, x) - expected).abs() < 1e-14
+
+
+# --- what it computes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_gpt2(tied: bool) -> None:
+    ours, theirs = small(tied=tied), hugging_face(tied)
+    copy_weights(ours, theirs)
+    x, y = ids(batch=3), ids(batch=3, seed=6)
+    expected = theirs(x).logits
+    assert (ours(x) - expected).abs().max() < 1e-10
+    assert expected.std() > 0.5, "the logits hardly differ, so the comparison would show nothing"
+
+    loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
+    assert (loss - reference).abs() < 1e-10
+    loss.backward()
+    reference.backward()
+    seen = 0
+    for mine, his, transposed in pairs(ours, theirs):
+        gradient = mine.grad[: len(his)] if mine.dim() == 2 and not transposed else mine.grad
+        gradient = gradient.T if transposed else gradient
+        assert (gradient - his.grad).abs().max() < 1e-10
+        assert his.grad.abs().max() > 1e-6
+        seen += 1
+    assert seen == len(list(ours.parameters()))
+
+
+def hugging_face(tied: bool) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=100, n_positions=24, n_embd=48, n_layer=3, n_head=4, tie_word_embeddings=tied,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)  # fmt: skip
+    return GPT2LMHeadModel(config).double().train()
+
+
+def copy_weights(ours: GPT, theirs: Any) -> None:
+    with torch.no_grad():
+        for mine, his, transposed in pairs(ours, theirs):
+            his.copy_(mine.T if transposed else mine[: len(his)])
+
+
+def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, Any, bool]]:
+    """Our parameters, theirs, and whether theirs is the transpose (GPT-2's Conv1D keeps inputs first)."""
+    body = theirs.transformer
+    found = [
+        (ours.token_embedding.weight, body.wte.weight, False),
+        (ours.position_embedding.weight, body.wpe.weight, False),
+        (ours.norm.weight, body.ln_f.weight, False),
+        (ours.norm.bias, body.ln_f.bias, False),
+    ]
+    if not ours.config.tied:
+        found.append((ours.head.weight, theirs.lm_head.weight, False))
+    for mine, his in zip(ours.blocks, body.h, strict=True):
+        block: Any = mine
+        found += [
+            (block.attention_norm.weight, his.ln_1.weight, False),
+            (block.mlp_norm.weight, his.ln_2.weight, False),
+        ]
+        found += [(block.attention_norm.bias, his.ln_1.bias, False), (block.mlp_norm.bias, his.ln_2.bias, False)]
+        for linear, conv in [
+            (block.attention.qkv, his.attn.c_attn),
+            (block.attention.residual, his.attn.c_proj),
+            (block.mlp.up, his.mlp.c_fc),
+            (block.mlp.residual, his.mlp.c_proj),
+        ]:
+            found += [(linear.weight, conv.weight, True), (linear.bias, conv.bias, False)]
+    return found
+
+
+def test_without_qkv_bias_it_is_the_model_whose_qkv_biases_are_zero() -> None:
+    with_bias, without = small(), small(qkv_bias=False)
+    for block in with_bias.blocks:
+        torch.nn.init.zeros_(block.attention.qkv.bias)  # type: ignore[arg-type, union-attr]
+    without.load_state_dict({k: v for k, v in with_bias.state_dict().items() if not k.endswith("qkv.bias")})
+    assert torch.equal(without(ids()), with_bias(ids()))
+
+
+def test_a_tied_head_is_the_embedding_itself() -> None:
+    tied, untied = small(tied=True), small(tied=False)
+    assert tied.head.weight is tied.token_embedding.weight
+    assert not torch.equal(untied.head.weight, untied.token_embedding.weight)
+
+
+@pytest.mark.parametrize("place", [1, 11, 23])
+def test_a_token_changes_its_own_logits_and_later_ones_but_none_before(place: int) -> None:
+    model, x = small(), ids()
+    changed = x.clone()
+    changed[:, place] = (changed[:, place] + 1) % 100
+    before, after = model(x), model(changed)
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert (before[:, place:] != after[:, place:]).any(dim=-1).all()
+
+
+def test_a_shorter_context_gives_the_same_logits() -> None:
+    model, x = small(), ids()
+    assert (model(x)[:, :7] - model(x[:, :7])).abs().max() < 1e-12
+
+
+def test_bfloat16_autocast_still_adds_up_the_loss_in_float32() -> None:
+    model = GPT(SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids(), ids())
+    assert loss.dtype == torch.float32
+    assert (loss - model(ids(), ids())).abs() < 0.05
+
+
+# --- how it starts ---------------------------------------------------------------------------------
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    torch.manual_seed(1)
+    first = GPT(SMALL, seed=3).state_dict()
+    torch.manual_seed(2)
+    again, other = GPT(SMALL, seed=3).state_dict(), GPT(SMALL, seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_twice_the_layers() -> None:
+    model = GPT(Model(n_layer=8, n_head=4, n_embd=256, block_size=256, vocab_size=1000, tied=False), seed=1)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
+            continue
+        expected = 0.02 / math.sqrt(16) if name.endswith("residual.weight") else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.02), name
+        assert abs(parameter.mean().item()) < 0.02 * expected, name
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
+    model = GPT(Model(n_layer=2, n_head=2, n_embd=64, block_size=24, vocab_size=1000))
+    loss = model(ids(8, vocab_size=1000), ids(8, vocab_size=1000, seed=6))
+    assert loss.item() == pytest.approx(math.log(1000), rel=0.01)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, reference = small(dropout=0.5), small(dropout=0.0)
+    assert torch.equal(model.eval()(ids()), reference(ids()))
+    assert torch.equal(reference.train()(ids()), reference.eval()(ids()))
+    model.train()
+    torch.manual_seed(0)
+    once, other = model(ids()), model(ids())
+    torch.manual_seed(0)
+    assert torch.equal(once, model(ids()))
+    assert not torch.equal(once, other)
+
+
+def test_dropout_acts_on_embeddings_attention_and_both_residual_branches() -> None:
+    model = small(dropout=0.5, block_size=512)
+    x = torch.randn(1, 512, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    block: Any = model.blocks[0]
+    assert dropped(model.dropout, x) == 0
+    assert dropped(block.mlp, x) < 1e-12
+    # Attention has a second place of its own: its probabilities. So what is left is not merely scaled.
+    assert dropped(block.attention, x) > 0.1
+
+
+def dropped(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """In training, how far the outputs that are left are from the doubled plain ones; half of them are gone."""
+    torch.manual_seed(0)
+    plain, noisy = module.eval()(x), module.train()(x)
+    gone = noisy == 0
+    assert 0.45 < gone.double().mean() < 0.55
+    return (noisy - 2 * plain)[~gone].abs().max()

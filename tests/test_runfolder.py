@@ -1,0 +1,195 @@
+"""hpcgpt.runfolder: the small files that tell a run's story, also when a crash or a full disk tore them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from hpcgpt import runfolder
+from hpcgpt.runfolder import Exit
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of that size at `folder`. Skips the test where none can be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True,
+                             text=True, check=False) if os.geteuid() == 0 else None  # fmt: skip
+    if mounted is None or mounted.returncode:
+        pytest.skip("a small disk needs root and the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Use up the last byte of a disk; the file that does."""
+    path = folder / "filler"
+    with open(path, "ab", buffering=0) as file:
+        for size in (1 << 16, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                continue
+    return path
+
+
+# --- run.json --------------------------------------------------------------------------------------
+
+
+def test_a_run_gets_its_id_once_and_keeps_it(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "deep" / "gpt2"
+    first = runfolder.prepare(folder)
+    assert len(first) == 10
+    assert first.isalnum()
+    assert runfolder.prepare(folder) == runfolder.run_id(folder) == first
+    assert {path.name for path in folder.iterdir()} == {"run.json", "checkpoints", "logs"}
+
+
+def test_two_runs_have_two_ids(tmp_path: Path) -> None:
+    assert runfolder.prepare(tmp_path / "a") != runfolder.prepare(tmp_path / "b")
+
+
+def test_processes_that_prepare_a_folder_at_once_agree_on_one_id(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from hpcgpt import runfolder; sys.stdin.read(); "
+    code += f"print(runfolder.prepare(Path({str(tmp_path / 'run')!r})))"
+    racers = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        for _ in range(6)
+    ]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.close()  # off they go
+    ids = []
+    for racer in racers:
+        assert racer.stdout is not None
+        ids.append(racer.stdout.read())
+        racer.stdout.close()
+        assert racer.wait(30) == 0
+    assert set(ids) == {f"{runfolder.run_id(tmp_path / 'run')}\n".encode()}
+
+
+def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"no run in {tmp_path}: No such file"):
+        runfolder.run_id(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"3", b"\xff\xfe"])
+def test_a_damaged_run_json_says_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        runfolder.run_id(tmp_path)
+
+
+# --- events.jsonl ----------------------------------------------------------------------------------
+
+
+def test_events_come_back_in_their_order_with_their_fields(tmp_path: Path) -> None:
+    assert runfolder.events(tmp_path) == []
+    runfolder.record(tmp_path, "start", attempt=1, job="7_0")
+    runfolder.record(tmp_path, "save", attempt=1, step=4)
+    start, save = runfolder.events(tmp_path)
+    assert {key: start[key] for key in ("event", "attempt", "job")} == {"event": "start", "attempt": 1, "job": "7_0"}
+    assert (save["event"], save["step"]) == ("save", 4)
+    assert start["time"] <= save["time"]
+
+
+def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+    runfolder.record(tmp_path, "start")
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write(b'{"time": 1.5, "eve')
+    assert [event["event"] for event in runfolder.events(tmp_path)] == ["start"]
+
+
+def test_events_go_on_behind_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
+    """The next start of the job appends, and the decision to requeue reads them all."""
+    runfolder.record(tmp_path, "start", attempt=1)
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write(b'{"time": 1.5, "eve')
+    runfolder.record(tmp_path, "start", attempt=2)
+    runfolder.record(tmp_path, "save", attempt=2)
+    assert [(event["event"], event["attempt"]) for event in runfolder.events(tmp_path)] == [
+        ("start", 1), ("start", 2), ("save", 2)]  # fmt: skip
+
+
+def test_events_can_still_be_read_after_the_disk_was_full(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        runfolder.record(folder, "start")
+        filler = fill(folder)
+        refused = 0
+        for number in range(200):  # the rest of the file's last page, and beyond
+            try:
+                runfolder.record(folder, "save", step=number)
+            except OSError as error:
+                assert "No space left" in str(error)
+                refused += 1
+        assert refused
+        filler.unlink()
+        runfolder.record(folder, "end")
+        told = runfolder.events(folder)
+        assert [told[0]["event"], told[-1]["event"]] == ["start", "end"]
+        steps = [event["step"] for event in told[1:-1]]
+        assert steps == sorted(set(steps))
+        assert len(steps) + refused == 200, "what could not be written was not refused"
+
+
+# --- rows of a .jsonl file -------------------------------------------------------------------------
+
+
+def test_rows_of_a_file_that_is_not_there_are_none(tmp_path: Path) -> None:
+    assert runfolder.read_rows(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2', b'{"step": 2}}', b"5", b"null", b'[{"step": 2}]', b"\xff"])
+def test_a_damaged_line_before_the_last_one_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        runfolder.read_rows(path)
+
+
+def test_a_last_line_of_zeros_as_a_power_cut_leaves_it_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + bytes(100))
+    assert runfolder.read_rows(path) == [{"step": 1}]
+
+
+# --- exit.json -------------------------------------------------------------------------------------
+
+
+def test_how_an_attempt_ended_is_written_whole_and_read_back(tmp_path: Path) -> None:
+    assert runfolder.read_exit(tmp_path) is None
+    ended = Exit("7_1", runfolder.AGAIN, "the time limit is near", 1200, saved=True)
+    runfolder.write_exit(tmp_path, ended)
+    assert runfolder.read_exit(tmp_path) == ended
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"status": 0', b'{"status": 0, "more": 1}', b"\xff"])
+def test_an_exit_json_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "exit.json").write_bytes(content)
+    assert runfolder.read_exit(tmp_path) is None
+
+
+def test_a_full_disk_keeps_the_exit_json_that_was_there(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        before = Exit("7_0", runfolder.AGAIN, "interrupted", 4, saved=True)
+        runfolder.write_exit(folder, before)
+        fill(folder)
+        with pytest.raises(OSError, match=r"cannot write .*exit\.json: No space left on device; 0\.0 MB free there"):
+            runfolder.write_exit(folder, Exit("7_1", runfolder.FAILED, "x" * 100, 8, saved=False))
+        assert runfolder.read_exit(folder) == before
+        assert sorted(path.name for path in folder.iterdir()) == ["exit.json", "filler"]
+
+
+def test_the_exit_statuses_are_the_documented_ones() -> None:
+    assert (runfolder.FINISHED, runfolder.FAILED, runfolder.AGAIN, runfolder.SUPERSEDED) == (0, 1, 75, 76)

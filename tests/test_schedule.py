@@ -1,0 +1,81 @@
+"""hpcgpt.schedule: a table of values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+
+from hpcgpt.config import Config, Optim, Schedule
+from hpcgpt.schedule import learning_rate
+
+PEAK, INITIAL, LOW, WARMUP, TOTAL = 6e-4, 3e-5, 1e-6, 10, 100
+
+
+def rate(step: int, kind: Literal["cosine", "wsd", "constant"] = "cosine", warmup: int = WARMUP,
+         total: int = TOTAL, decay_fraction: float = 0.2) -> float:  # fmt: skip
+    schedule = Schedule(kind, warmup, INITIAL, LOW, decay_fraction)
+    return learning_rate(step, total, Config(optim=Optim(lr=PEAK), schedule=schedule))
+
+
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [
+        (0, INITIAL),
+        (1, 8.7e-5),
+        (9, 5.43e-4),
+        (10, PEAK),
+        (55, 3.005e-4),
+        # m + (p - m)/2 (1 + cos(89 pi / 90)), worked out with 30 digits.
+        (99, 1.18244730778082886e-6),
+        (100, LOW),
+        (101, LOW),
+        (10**9, LOW),
+    ],
+)
+def test_cosine_is_the_table(step: int, value: float) -> None:
+    assert rate(step) == pytest.approx(value, rel=1e-12, abs=0)
+
+
+def test_warm_up_climbs_in_equal_steps_to_the_peak() -> None:
+    steps = [rate(g + 1) - rate(g) for g in range(WARMUP)]
+    assert steps == pytest.approx([(PEAK - INITIAL) / WARMUP] * WARMUP, rel=1e-9)
+
+
+def test_cosine_only_falls_after_warm_up() -> None:
+    values = [rate(g) for g in range(WARMUP, TOTAL + 1)]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_without_warm_up_the_first_step_has_the_peak(kind: Literal["cosine", "wsd", "constant"]) -> None:
+    assert rate(0, kind, warmup=0) == PEAK
+
+
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [(0, INITIAL), (9, 5.43e-4), (10, PEAK), (79, PEAK), (80, PEAK), (90, (PEAK + LOW) / 2),
+     (99, LOW + (PEAK - LOW) / 20), (100, LOW), (1000, LOW)],
+)  # fmt: skip
+def test_wsd_stays_at_the_peak_and_falls_in_a_straight_line_to_the_minimum(step: int, value: float) -> None:
+    assert rate(step, "wsd") == pytest.approx(value, rel=1e-12, abs=0)
+
+
+def test_wsd_without_a_decay_stays_at_the_peak_to_the_last_step() -> None:
+    assert rate(99, "wsd", decay_fraction=0.0) == PEAK
+
+
+@pytest.mark.parametrize(("step", "value"), [(0, INITIAL), (9, 5.43e-4), (10, PEAK), (99, PEAK), (100, PEAK)])
+def test_constant_stays_at_the_peak_after_warm_up(step: int, value: float) -> None:
+    assert rate(step, "constant") == pytest.approx(value, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_a_run_shorter_than_its_warm_up_only_climbs(kind: Literal["cosine", "wsd", "constant"]) -> None:
+    assert [rate(g, kind, total=5) for g in range(5)] == [rate(g) for g in range(5)]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_a_run_of_one_step_has_a_rate(kind: Literal["cosine", "wsd"]) -> None:
+    assert rate(0, kind, warmup=0, total=1) == PEAK

@@ -1,0 +1,213 @@
+"""hpcgpt.submit: the same command as with sbatch, and nothing queued that cannot run.
+
+The programs of Slurm are stand-ins here that keep what they are given, so that this file runs on any
+machine; tests/test_slurm.py submits to a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env, command
+
+from hpcgpt.submit import SCRIPT, minutes
+
+# As a user might type them.
+ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; #!*\n\tnew line  "]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Path:
+    """Stand-ins for srun and sbatch; sbatch keeps the script in submitted.sh beside it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {
+        "srun": "exit 1",
+        "sbatch": f'[ "$1" = --help ] && exit; cp "$1" {folder}/submitted.sh; echo Submitted batch job 123',
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def submit(slurm: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return command("hpcgpt.submit", *arguments, env={"PATH": f"{slurm}:{os.environ['PATH']}"})
+
+
+def resources(script: str) -> dict[str, str]:
+    """The #SBATCH lines of a batch script."""
+    pairs = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, flags=re.MULTILINE)
+    return {key: shlex.split(value)[0] if value else "" for key, value in pairs}
+
+
+def run_by(script: str, folder: Path) -> list[str]:
+    """What a batch script runs: its words, as bash itself reads them. Only `bash` and `srun` are stand-ins."""
+    watch = folder / "watch"
+    watch.mkdir()
+    for name in ("bash", "srun"):
+        (watch / name).write_text(f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >> {folder}/ran\n')
+        (watch / name).chmod(0o755)
+    path = folder / "script.sh"
+    path.write_text(script)
+    subprocess.run(["/bin/bash", str(path)], env=clean_env() | {"PATH": f"{watch}:/usr/bin:/bin"}, check=True)
+    return (folder / "ran").read_text().split("\0")[:-1]
+
+
+# --- the same command ------------------------------------------------------------------------------
+
+
+def test_the_job_becomes_the_batch_script_with_exactly_these_arguments(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+    done = submit(slurm, "--nodes", "2", "--tasks-per-node", "2", str(tiny), *ODD, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert run_by(done.stdout, tmp_path) == ["bash", str(ROOT / "slurm" / "pretrain.sbatch"), str(tiny), *ODD]
+
+
+def test_what_is_submitted_is_what_the_dry_run_shows(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+    flags = ["--nodes", "2", "--tasks-per-node", "2", "--time", "1:30:00", str(tiny), *ODD]
+    shown = submit(slurm, *flags, "--dry-run")
+    assert not (slurm / "submitted.sh").exists()
+    done = submit(slurm, *flags)
+    assert done.returncode == 0, done.stderr
+    submitted = (slurm / "submitted.sh").read_text()
+    assert resources(submitted) == resources(shown.stdout)
+    assert run_by(submitted, tmp_path) == ["bash", str(SCRIPT), str(tiny), *ODD]
+
+
+def test_the_resources_are_those_that_were_asked_for(slurm: Path, tiny: Path) -> None:
+    done = submit(
+        slurm, "--nodes", "2", "--tasks-per-node", "2", "--gpus-per-node", "2", "--time", "1-2", "--partition", "low",
+        "--signal-lead-s", "90", "--sbatch", "exclusive", "--sbatch", "comment=a b", str(tiny), "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = resources(done.stdout)
+    expected = {"nodes": "2", "ntasks-per-node": "2", "gpus-per-node": "2", "time": str(26 * 60), "partition": "low",
+                "job-name": "tiny", "requeue": "", "open-mode": "append", "exclusive": "",
+                "comment": "a b"}  # fmt: skip
+    assert found | expected == found
+    assert re.fullmatch(r"(B:)?USR[12]@90", found["signal"])
+
+
+def test_the_defaults_are_those_of_the_batch_script(slurm: Path, tiny: Path) -> None:
+    """Whoever goes from one to the other gets the same time, the same warning and the same appending log."""
+    done = submit(slurm, "--nodes", "1", str(tiny), "--dry-run")
+    ours, theirs = resources(done.stdout), resources(SCRIPT.read_text())
+    assert ours["time"] == str(minutes(theirs["time"]))
+    assert ours["signal"].partition("@")[2] == theirs["signal"].partition("@")[2]
+    assert (ours["requeue"], ours["open-mode"]) == (theirs["requeue"], theirs["open-mode"])
+
+
+def test_the_job_id_comes_back_as_json(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+    done = submit(slurm, "--nodes", "2", str(tiny), "--json")
+    assert json.loads(done.stdout) == {"job": "123", "run": str(tmp_path / "runs" / "tiny"), "steps": 12}
+
+
+# --- checked first ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--nodes", "3"], "train.global_batch 8 is not a multiple of 3 ranks"),
+        (["--nodes", "0"], "--nodes"),
+        (["--nodes", "-1"], "--nodes"),
+        (["--tasks-per-node", "0"], "--tasks-per-node"),
+        (["--modle.n_layer=3"], "unknown flag --modle.n_layer"),
+        (["--partion", "low"], "--partion"),
+        (["--time", "tomorrow"], "--time tomorrow: expected minutes"),
+        (["--data.dir", "nowhere"], "no folder of shards at nowhere"),
+        (["--data.tokenizer", "gpt2"], "data.tokenizer is gpt2, but"),
+        (["--model.block_size", "1000000"], "fewer than one global batch"),
+    ],
+)
+def test_what_cannot_run_is_refused_and_not_queued(
+    flags: list[str], sentence: str, slurm: Path, tiny: Path, tmp_path: Path
+) -> None:
+    done = submit(slurm, str(tiny), *flags)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (slurm / "submitted.sh").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_truncated_shard_is_found_before_the_job_waits_in_the_queue(
+    slurm: Path, tiny: Path, shards_folder: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in shards_folder.glob("*.*"):
+        (broken / path.name).write_bytes(path.read_bytes()[:-2])
+    (broken / "manifest.json").write_bytes((shards_folder / "manifest.json").read_bytes())
+    done = submit(slurm, str(tiny), "--data.dir", str(broken))
+    assert done.returncode == 2
+    assert ".bin is truncated" in done.stderr
+    assert not (slurm / "submitted.sh").exists()
+
+
+def test_slurms_refusal_is_told_in_a_sentence(slurm: Path, tiny: Path) -> None:
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid partition name' >&2\nexit 1\n")
+    done = submit(slurm, "--nodes", "1", str(tiny))
+    assert done.returncode == 2
+    assert "Slurm refused the job" in done.stderr
+    assert "Invalid partition name" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_slurm_it_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
+    done = command("hpcgpt.submit", "--nodes", "1", str(tiny), env={"PATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert "there is no srun on this machine" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- on a login node -------------------------------------------------------------------------------
+
+
+def test_submitting_never_loads_torch(slurm: Path, tiny: Path) -> None:
+    done = command("hpcgpt.submit", "--nodes", "2", str(tiny),
+                   env={"PATH": f"{slurm}:{os.environ['PATH']}", "PYTHONPROFILEIMPORTTIME": "1"})  # fmt: skip
+    assert (slurm / "submitted.sh").exists(), done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "submitit" in loaded
+    assert "torch" not in loaded
+
+
+def test_help_loads_neither_torch_nor_numpy() -> None:
+    done = command("hpcgpt.submit", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "--nodes" in done.stdout
+    assert "hpcgpt.config" in loaded
+    assert not loaded & {"torch", "numpy", "submitit"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 90),
+        ("30:00", 30),
+        ("30:01", 31),
+        ("0:59", 1),
+        ("24:00:00", 1440),
+        ("01:30:00", 90),
+        ("1:0:30", 61),
+        ("1-0", 1440),
+        ("1-12", 2160),
+        ("2-01:30", 2970),
+        ("7-00:00:01", 10081),
+    ],
+)
+def test_slurms_ways_to_write_a_duration(text: str, expected: int) -> None:
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "1h", "-5", "1:2:3:4", "1-", "1-2-3", "1.5", "12:", " 5"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected minutes, HH:MM:SS or D-HH:MM:SS"):
+        minutes(text)

@@ -1,0 +1,410 @@
+"""hpcgpt.world: who am I, which device is mine, and how the ranks find each other.
+
+The second half starts real processes that meet over real sockets. What differs from a cluster is only that
+they are on one host; tests/test_lab.py has several.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env
+
+from hpcgpt import world
+from hpcgpt.world import World, device_index, discover, expand_hosts
+
+# --- who am I --------------------------------------------------------------------------------------
+
+# What every process in a Slurm job sees, whether srun started it or not.
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
+       "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
+
+
+def srun(rank: int, local_rank: int, node: int, tasks: int = 4, here: str = "2(x2)") -> dict[str, str]:
+    step = {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NODELIST": "n[1-2]",
+            "SLURM_STEP_TASKS_PER_NODE": here}  # fmt: skip
+    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NODEID": str(node)}
+    return JOB | step | place
+
+
+def torchrun(rank: int, local_rank: int, size: int, local_size: int) -> dict[str, str]:
+    return {"TORCHELASTIC_RUN_ID": "a-b/c", "RANK": str(rank), "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local_size)}  # fmt: skip
+
+
+def test_two_nodes_with_two_tasks_are_the_ranks_0_to_3() -> None:
+    """The course's script took mp.spawn's local index as the rank, so that two servers collided."""
+    found = [discover(srun(2 * node + local, local, node)) for node in (0, 1) for local in (0, 1)]
+    assert [w.rank for w in found] == [0, 1, 2, 3]
+    assert [w.local_rank for w in found] == [0, 1, 0, 1]
+    assert {(w.size, w.local_size, w.launcher, w.hosts) for w in found} == {(4, 2, "srun", ("n1", "n2"))}
+    assert [w.is_first for w in found] == [True, False, False, False]
+    assert len({w.attempt for w in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("here", "sizes"),
+    [("2(x2)", [2, 2]), ("3,1", [3, 1]), ("2,2", [2, 2]), ("1(x2),2", [1, 1, 2]), ("1,3(x1)", [1, 3])],
+)
+def test_a_node_knows_its_own_tasks_also_where_they_are_uneven(here: str, sizes: list[int]) -> None:
+    assert [discover(srun(0, 0, n, sum(sizes), here)).local_size for n in range(len(sizes))] == sizes
+
+
+def test_a_requeue_and_a_step_are_attempts_of_their_own() -> None:
+    env = srun(0, 0, 0)
+    changes = {"SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "4", "SLURM_JOB_ID": "8"}
+    attempts = [discover(env).attempt, *(discover(env | {key: value}).attempt for key, value in changes.items())]
+    assert len(set(attempts)) == 4
+
+
+def test_torchrun_says_its_own_ranks() -> None:
+    found = discover(torchrun(3, 1, 4, 2))
+    assert (found.rank, found.local_rank, found.size, found.local_size, found.launcher) == (3, 1, 4, 2, "torchrun")
+    assert "/" not in found.attempt
+
+
+def test_torchrun_inside_srun_is_torchrun() -> None:
+    """One srun task a node, torchrun with two processes in each: then torchrun's ranks are the true ones."""
+    found = discover(srun(1, 0, 1, tasks=2, here="1(x2)") | torchrun(3, 1, 4, 2))
+    assert (found.rank, found.local_rank, found.size, found.launcher) == (3, 1, 4, "torchrun")
+
+
+@pytest.mark.parametrize("env", [{}, JOB, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_a_shell_is_alone_also_inside_an_allocation(env: dict[str, str]) -> None:
+    found = discover(env)
+    assert (found.rank, found.local_rank, found.size, found.local_size, found.launcher) == (0, 0, 1, 1, "alone")
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        srun(4, 0, 0),
+        srun(-1, 0, 0),
+        srun(0, 2, 0),
+        srun(0, 0, 0, tasks=1, here="2"),
+        torchrun(2, 0, 2, 2),
+        torchrun(0, 2, 4, 2),
+        torchrun(0, 0, 1, 2),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused(env: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="started an impossible process"):
+        discover(env)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_LOCALID"])
+def test_a_launcher_that_forgot_a_variable_is_named_with_it(missing: str) -> None:
+    env = srun(0, 0, 0) if missing == "SLURM_LOCALID" else torchrun(0, 0, 2, 2)
+    del env[missing]
+    with pytest.raises(ValueError, match=missing):
+        discover(env)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("", []),
+        ("n1", ["n1"]),
+        ("n1,m", ["n1", "m"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[1-2,07],m", ["n1", "n2", "n07", "m"]),
+        ("gpu[008-011]", ["gpu008", "gpu009", "gpu010", "gpu011"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("a[1-2]-ib.site,b-[3]", ["a1-ib.site", "a2-ib.site", "b-3"]),
+    ],
+)
+def test_slurms_short_form_of_host_names_is_written_out(text: str, hosts: list[str]) -> None:
+    assert expand_hosts(text) == hosts
+
+
+# --- which device is mine --------------------------------------------------------------------------
+
+
+def at(local_rank: int, rank: int | None = None) -> World:
+    return World(local_rank if rank is None else rank, local_rank, 64, 8, "srun", "1_0_0")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "requested", "promised", "index"),
+    [
+        (0, 4, "auto", True, 0),
+        (3, 4, "auto", True, 3),
+        (0, 1, "auto", True, 0),
+        (3, 1, "auto", True, 0),  # Slurm shows each task its own GPU only
+        (0, 0, "auto", False, None),
+        (5, 0, "cpu", True, None),
+        (0, 4, "cpu", True, None),
+        (1, 2, "cuda", False, 1),
+        (1, 8, "auto", False, 1),
+    ],
+)
+def test_the_device_is_the_local_rank_or_the_only_one(
+    local_rank: int, visible: int, requested: str, promised: bool, index: int | None
+) -> None:
+    assert device_index(at(local_rank), visible, requested, promised) == index
+
+
+def test_the_device_is_not_the_global_rank() -> None:
+    assert device_index(at(1, rank=13), 4, "auto", True) == 1
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "requested", "promised", "sentence"),
+    [
+        (0, 0, "cuda", False, "run.device is cuda, but torch sees none"),
+        (0, 0, "auto", True, "Slurm gave this job GPUs, but torch sees none"),
+        (2, 2, "auto", True, "local rank 2, but only 2 GPUs are visible"),
+    ],
+)
+def test_no_gpu_or_too_few_of_them_is_an_error_and_no_fallback(
+    local_rank: int, visible: int, requested: str, promised: bool, sentence: str
+) -> None:
+    """The course's script left with status 0, untrained."""
+    with pytest.raises(ValueError, match=sentence):
+        device_index(at(local_rank), visible, requested, promised)
+
+
+def test_a_task_has_the_cores_that_slurm_says_and_never_more_than_it_may_use() -> None:
+    allowed = len(os.sched_getaffinity(0))
+    assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "1"}) == 1
+    assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "100000"}) == allowed
+    assert world.cores(World(0, 0, 1, 1, "alone", ""), {}) == allowed
+    assert world.cores(World(0, 0, 10**6, 10**6, "torchrun", ""), {}) == 1
+
+
+# --- how they find each other ----------------------------------------------------------------------
+
+# A rank: meets the others and says so with the sum of all ranks, as a training process would start.
+RANK = """
+import os
+import torch
+import torch.distributed as dist
+from pathlib import Path
+from hpcgpt import cli, world
+
+def main(argv):
+    Path(argv[0], f"up.{os.getpid()}").touch()
+    ranks = world.connect(world.discover(), torch.device("cpu"), Path(argv[0]), "auto", float(argv[1]))
+    total = torch.tensor([ranks.world.rank])
+    dist.all_reduce(total, group=ranks.control)
+    print("met", ranks.world.rank, int(total), flush=True)
+    world.disconnect()
+    return 0
+
+cli.run(main)
+"""
+
+
+class Rank:
+    """A process that is one rank of a job."""
+
+    def __init__(self, folder: Path, rank: int, size: int, timeout_s: float, **env: str) -> None:
+        place = {"SLURM_JOB_ID": "7", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0",
+                 "SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_NODELIST": socket.gethostname()}  # fmt: skip
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder), str(timeout_s)], cwd=ROOT, env=clean_env() | place | env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    def wait_until_up(self) -> Rank:
+        """Until it has loaded torch, which takes longer than all that follows."""
+        wait_for(self.folder / f"up.{self.process.pid}")
+        return self
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status and all that it said."""
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out + err
+
+
+@contextmanager
+def ended(*ranks: Rank) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                rank.process.send_signal(signal.SIGKILL)
+            rank.process.communicate()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.05)
+
+
+def card(folder: Path) -> Path:
+    return folder / "rendezvous" / "7_0_0.json"
+
+
+def assert_a_sentence(status: int, said: str, *words: str) -> None:
+    assert status == 2, said
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said, said
+
+
+def assert_they_met(*ranks: Rank) -> None:
+    """`ranks` are in order, and each of them knows the sum of all ranks."""
+    total = sum(range(len(ranks)))
+    for number, rank in enumerate(ranks):
+        status, said = rank.end()
+        assert status == 0, said
+        assert f"met {number} {total}\n" in said, said
+
+
+def test_ranks_meet_whoever_comes_first_and_leave_no_card(tmp_path: Path) -> None:
+    second = Rank(tmp_path, 1, 3, 30).wait_until_up()
+    first, third = (Rank(tmp_path, rank, 3, 30) for rank in (0, 2))
+    with ended(first, second, third):
+        assert_they_met(first, second, third)
+    assert not card(tmp_path).exists()
+
+
+def test_a_missing_rank_is_named_by_all_that_are_there(tmp_path: Path) -> None:
+    """Also by those who are still waiting when rank 0 gives up and leaves."""
+    second = Rank(tmp_path, 1, 4, 30).wait_until_up()
+    first = Rank(tmp_path, 0, 4, 3)
+    with ended(first, second):
+        assert_a_sentence(*first.end(), "rank 0 of 4", "missing: 2, 3", "Start as many processes")
+        assert_a_sentence(*second.end(), "rank 1 of 4")
+
+
+def test_a_rank_0_that_never_comes_is_missed_by_the_others(tmp_path: Path) -> None:
+    lonely = Rank(tmp_path, 1, 2, 2)
+    with ended(lonely):
+        assert_a_sentence(*lonely.end(), "rank 1 of 2", "waited 2 s for rank 0", "never published its address")
+
+
+def test_a_rank_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    others = [Rank(tmp_path, rank, 3, 60) for rank in (0, 1, 1)]
+    with ended(*others):
+        while all(rank.process.poll() is None for rank in others):
+            time.sleep(0.1)
+        (second,) = (rank for rank in others if rank.process.poll() is not None)
+        assert_a_sentence(*second.end(), "rank 1 of 3", "another process has this rank already")
+
+
+def test_processes_with_different_world_sizes_do_not_hang(tmp_path: Path) -> None:
+    large = Rank(tmp_path, 2, 3, 30).wait_until_up()
+    small = Rank(tmp_path, 0, 2, 3)
+    with ended(small, large):
+        assert_a_sentence(*small.end(), "rank 0 of 2", "missing: 1")
+        assert_a_sentence(*large.end(), "rank 2 of 3")
+
+
+def stale(folder: Path, port: int) -> None:
+    """What a job of the same number left: a power cut, then a Slurm that counts from 1 again."""
+    card(folder).parent.mkdir()
+    card(folder).write_text(json.dumps({"address": "127.0.0.1", "port": port, "token": "of another job"}))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as closing:
+        return int(closing.getsockname()[1])
+
+
+def test_a_stale_card_where_nobody_answers_fools_nobody(tmp_path: Path) -> None:
+    stale(tmp_path, free_port())
+    second = Rank(tmp_path, 1, 2, 30).wait_until_up()
+    time.sleep(1)
+    first = Rank(tmp_path, 0, 2, 30)
+    with ended(first, second):
+        assert_they_met(first, second)
+
+
+def test_a_stale_card_alone_ends_in_a_sentence(tmp_path: Path) -> None:
+    stale(tmp_path, free_port())
+    lonely = Rank(tmp_path, 1, 2, 3)
+    with ended(lonely):
+        assert_a_sentence(*lonely.end(), "waited 3 s for rank 0", "does not answer")
+
+
+@pytest.mark.parametrize("stranger", ["a store", "a silent server"])
+def test_a_stale_card_where_a_stranger_answers_fools_nobody(stranger: str, tmp_path: Path) -> None:
+    """The port may belong to another job's store by now, or to a server of another kind that never speaks.
+
+    Whoever reads the card before rank 0 has replaced it must look again, and not wait for the stranger.
+    """
+    from torch.distributed import TCPStore
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        held: list[socket.socket] = []
+        if stranger == "a store":
+            store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+            port = store.port
+        else:
+            threading.Thread(target=_accept_and_say_nothing, args=(listener, held), daemon=True).start()
+            port = listener.getsockname()[1]
+        stale(tmp_path, port)
+        second = Rank(tmp_path, 1, 2, 40).wait_until_up()
+        time.sleep(1)
+        first = Rank(tmp_path, 0, 2, 40)
+        with ended(first, second):
+            assert_they_met(first, second)
+        for connection in held:
+            connection.close()
+
+
+def _accept_and_say_nothing(listener: socket.socket, held: list[socket.socket]) -> None:
+    with suppress(OSError):
+        while True:
+            held.append(listener.accept()[0])
+
+
+def test_a_torn_card_is_read_again(tmp_path: Path) -> None:
+    card(tmp_path).parent.mkdir()
+    card(tmp_path).write_text('{"address": "127.')
+    second = Rank(tmp_path, 1, 2, 30).wait_until_up()
+    first = Rank(tmp_path, 0, 2, 30)
+    with ended(first, second):
+        assert_they_met(first, second)
+
+
+def test_master_addr_and_master_port_win(tmp_path: Path) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Rank(tmp_path, n, 2, 30, **where) for n in (0, 1)]
+    with ended(*ranks):
+        assert_they_met(*ranks)
+    assert not card(tmp_path).parent.exists()
+
+
+def test_a_master_that_does_not_answer_ends_in_a_sentence(tmp_path: Path) -> None:
+    port = free_port()
+    lonely = Rank(tmp_path, 1, 2, 3, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with ended(lonely):
+        assert_a_sentence(*lonely.end(), "rank 1 of 2", f"could not reach rank 0 at 127.0.0.1:{port}")
+
+
+def test_a_master_whose_name_does_not_resolve_ends_in_a_sentence_and_no_fallback(tmp_path: Path) -> None:
+    lonely = Rank(tmp_path, 0, 2, 3, MASTER_ADDR="no-such-host.invalid", MASTER_PORT="29500")
+    with ended(lonely):
+        assert_a_sentence(*lonely.end(), "cannot resolve the host name 'no-such-host.invalid'")
+
+
+def test_one_rank_meets_nobody_and_opens_nothing(tmp_path: Path) -> None:
+    import torch
+
+    alone = discover({})
+    assert world.connect(alone, torch.device("cpu"), tmp_path, "auto", 1).control is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nccl_on_cpus_is_refused_before_anybody_is_waited_for(tmp_path: Path) -> None:
+    import torch
+
+    with pytest.raises(ValueError, match=r"run\.backend nccl needs GPUs"):
+        world.connect(discover(srun(1, 1, 0)), torch.device("cpu"), tmp_path, "nccl", 1000)
