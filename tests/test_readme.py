@@ -1,0 +1,107 @@
+"""The README: what it shows is run here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env, command, rows
+from lab_conf import Lab
+
+from hpcgpt import config, shards
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's own files, in a folder without runs and data."""
+    folder = tmp_path_factory.mktemp("readme") / "hpcgpt"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def make(checkout: Path, *words: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    """``make words`` with the environment that runs these tests instead of a new .venv."""
+    environment = clean_env() | {"PYTHONPATH": str(checkout)}
+    return subprocess.run(["make", "--old-file=install", *words, f"BIN={BIN}"], cwd=checkout, env=environment,
+                          capture_output=True, text=True, timeout=timeout_s, check=False)  # fmt: skip
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) > 5
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_every_make_target_exists() -> None:
+    targets = {words[words.index("make") + 1] for words in COMMANDS if "make" in words}
+    assert targets >= {"quickstart", "test", "shards", "lab", "lab-down"}
+    for target in targets:
+        done = subprocess.run(["make", "--dry-run", target, "CORPUS=text"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_configuration_example_is_one(tmp_path: Path) -> None:
+    (example,) = blocks("toml")
+    path = tmp_path / "example.toml"
+    path.write_text(example, encoding="utf-8")
+    assert config.from_file(path).train.epochs == 4
+    training = next(words for words in COMMANDS if "hpcgpt.train" in words)
+    assert config.from_command_line(training[3:], "train", "").optim.lr == 3e-4
+
+
+@pytest.mark.timeout(600)
+def test_the_quick_start_trains_a_model_that_writes_plays(checkout: Path) -> None:
+    """In full: a held-out 2.3 bits per byte, or less; and a second one has nothing left to do."""
+    done = make(checkout, "quickstart")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = checkout / "runs" / "quickstart"
+    last = rows(folder / "metrics.jsonl")[-1]
+    assert last["val/bits_per_byte"] <= 2.3
+    samples = done.stdout[done.stdout.index("== 4. samples") :]
+    assert len(re.findall(r"^[A-Z][A-Z .]+\.$", samples, flags=re.MULTILINE)) >= 3, "nobody speaks"
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = make(checkout, "quickstart")
+    assert again.returncode == 0, again.stderr
+    assert "is complete already" in again.stdout
+    assert "finished already" in again.stdout
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, lab: Lab) -> None:
+    """GPT-2's vocabulary and the gpt2-124m preset, as shown, up to the point where GPUs would be needed."""
+    done = make(checkout, "shards", f"CORPUS={text_folder}", "VAL=0.2")
+    assert done.returncode == 0, done.stderr
+    manifest = shards.read_manifest(checkout / "data" / "shards")
+    assert (manifest.tokenizer["name"], manifest.tokenizer["vocab_size"]) == ("gpt2", 50257)
+    assert command("data_prep.verify", "data/shards", cwd=checkout).returncode == 0
+    submit = next(words for words in COMMANDS if "hpcgpt.submit" in words)
+    small = ["--train.global_batch", "8", "--train.micro_batch", "1"]  # the corpus of the tests is small
+    shown = command("hpcgpt.submit", *submit[3:], *small, "--dry-run", cwd=checkout, env=lab.environ())
+    assert shown.returncode == 0, shown.stderr
+    sbatch = next(words for words in COMMANDS if words and words[0] == "sbatch")
+    script = sbatch.index("slurm/pretrain.sbatch")
+    ran = f"{ROOT / 'slurm' / 'pretrain.sbatch'} {shlex.join([*sbatch[script + 1 :], *small])}"
+    assert f"exec bash {ran}\n" in shown.stdout
+    for flag in sbatch[1:script]:
+        assert f"#SBATCH {flag}\n" in shown.stdout
+    tested = subprocess.run(["sbatch", "--test-only", "--nodes=2", "--ntasks-per-node=2", sbatch[script]],
+                            cwd=checkout, env=clean_env() | lab.environ(), capture_output=True, text=True)  # fmt: skip
+    assert tested.returncode == 0, tested.stderr
