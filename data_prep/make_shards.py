@@ -30,6 +30,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -162,21 +163,25 @@ def _ignore_interrupts() -> None:
 
 def _claim(out: Path, plan: Plan) -> bool:
     """Take `out` for `plan`; True if the data set in it is complete already."""
-    text = plan.as_json()
-    path = out / "prep" / "plan.json"
+    path, complete = out / "prep" / "plan.json", (out / "manifest.json").is_file()
     if out.is_dir() and any(out.iterdir()) and not path.is_file():
         raise ValueError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not durable.create(path, text) and path.read_bytes() != text:
-        differences = ", ".join(_differences(json.loads(path.read_bytes()), json.loads(text)))
-        raise ValueError(
-            f"{out} holds shards that were made differently ({differences} changed): choose another --out, "
-            "or remove that folder yourself"
-        )
-    return (out / "manifest.json").is_file()
+    if not durable.create(path, plan.as_json()):
+        differences = _differences(json.loads(path.read_bytes()), json.loads(plan.as_json()), complete)
+        if differences:
+            raise ValueError(
+                f"{out} holds shards that were made differently ({', '.join(differences)} changed): choose another "
+                "--out, or remove that folder yourself"
+            )
+    return complete
 
 
-def _differences(before: dict[str, object], now: dict[str, object]) -> list[str]:
+def _differences(before: dict[str, Any], now: dict[str, Any], complete: bool) -> list[str]:
+    """What differs between two plans. How old the inputs are matters only while units are still to be made."""
+    if complete:
+        for plan in (before, now):
+            plan["inputs"] = [{**row, "modified_ns": 0} for row in plan["inputs"]]
     return [key for key in now if before.get(key) != now[key]]
 
 

@@ -26,8 +26,8 @@ _CUT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     out = Path(options.out)
-    if out.exists():
-        raise ValueError(f"{out} exists already: choose another --out")
+    if (out / "tokenizer.json").exists():
+        raise ValueError(f"{out} holds a tokenizer already: choose another --out")
     if not 257 <= options.vocab_size < shards.LARGEST_VOCABULARY:
         raise ValueError(f"--vocab-size {options.vocab_size}: expected 257 to {shards.LARGEST_VOCABULARY - 1}")
     units = inputs.units(inputs.find(options.INPUT), unit_bytes=64_000_000)

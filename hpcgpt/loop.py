@@ -47,8 +47,9 @@ def train(planned: Plan, here: World, flag: StopFlag) -> int:
     ranks = world.connect(here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s)
     held = _take(ranks, settings.run_folder)
     try:
-        attempt = Attempt(planned, ranks, held, flag)
-        status = attempt.run()
+        status = Attempt(planned, ranks, held, flag).run()
+        # Rank 0 has more to do at the end, and `srun -K` ends whoever is left when the first rank leaves.
+        on_first(ranks, lambda: None)
     finally:
         if held is not None:
             held.release()

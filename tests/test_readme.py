@@ -98,7 +98,7 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
     assert shown.returncode == 0, shown.stderr
     sbatch = next(words for words in COMMANDS if words and words[0] == "sbatch")
     script = sbatch.index("slurm/pretrain.sbatch")
-    ran = f"{ROOT / 'slurm' / 'pretrain.sbatch'} {shlex.join([*sbatch[script + 1 :], *small])}"
+    ran = f"{checkout / 'slurm' / 'pretrain.sbatch'} {shlex.join([*sbatch[script + 1 :], *small])}"
     assert f"exec bash {ran}\n" in shown.stdout
     for flag in sbatch[1:script]:
         assert f"#SBATCH {flag}\n" in shown.stdout
