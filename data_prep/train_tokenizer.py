@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     out = Path(options.out)
     if (out / "tokenizer.json").exists():
-        raise ValueError(f"{out} holds a tokenizer already: choose another --out")
+        raise ValueError(f"{out} exists already, with a tokenizer in it: choose another --out")
     if not 257 <= options.vocab_size < shards.LARGEST_VOCABULARY:
         raise ValueError(f"--vocab-size {options.vocab_size}: expected 257 to {shards.LARGEST_VOCABULARY - 1}")
     units = inputs.units(inputs.find(options.INPUT), unit_bytes=64_000_000)

@@ -78,6 +78,7 @@ class Model:
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", low=0, below=1)
     qkv_bias: bool = option(True, "biases in the query, key and value projections")
     tied: bool = option(True, "share the token embedding with the output head")
+    init_std: float = option(0.02, "standard deviation of the initial weights; narrow models want more", above=0)
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,15 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:  # the gains of norms, and biases
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             elif name.endswith("residual.weight"):
                 parameter.normal_(0.0, residual_std, generator=generator)
             else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of `ids` (B, T) int64, or the mean loss in nats over `targets` (B, T)."""
