@@ -1,8 +1,8 @@
 """What test_checkpoint kills: ``python -m tests.ranks_killed RUN_FOLDER ROUNDS SEED``.
 
 Each round a process goes on from the newest valid checkpoint and saves one after the other, until it gets SIGKILL at
-a random moment. A line of JSON a round tells what it had found, and whether a half written checkpoint was left. The
-rounds are forked from one parent, so that torch is loaded once.
+a random moment. A line of JSON a round tells what it had found, what was left under a temporary name, and which
+checkpoints are not whole. The rounds are forked from one parent, so that torch is loaded once.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ def holds(path: Path, step: int) -> bool:
     return set(tensors) == set(expected) and all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+def named_but_not_whole(path: Path) -> bool:
+    """Does it have a checkpoint's own name, or was it set aside, without being whole?"""
+    return not path.name.startswith(".") and checkpoint.verify(path) != ""
+
+
 def main(run: Path, rounds: int, seed: int) -> None:
     torch.set_num_threads(1)
     (run / "checkpoints").mkdir(parents=True)
@@ -72,7 +77,8 @@ def main(run: Path, rounds: int, seed: int) -> None:
         os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         left = sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("."))
-        print(json.dumps({"found": found, "status": status, "left": left}), flush=True)
+        broken = [path.name for path in (run / "checkpoints").glob("*step_*") if named_but_not_whole(path)]
+        print(json.dumps({"found": found, "status": status, "left": left, "broken": broken}), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Bench:
         self.ranks, self.micro_steps = ranks, micro_steps
         self.model = GPT(config, seed=1).to(dtype)
         self.forward = loop._wrapped(self.model, ranks, compiled=False)
-        self.optimizer = make_optimizer(self.model, Optim(lr=1e-3))
+        self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
         self.optimizer.register_step_pre_hook(self._remember)
         self.taken: dict[str, Tensor] = {}
         split = shards.open_split(folder, shards.read_manifest(folder), "train")

@@ -376,6 +376,7 @@ def test_sigkill_at_a_random_moment_never_leaves_a_half_checkpoint_to_be_chosen(
     steps = [int(told["found"]) for told in rounds]
     assert steps == sorted(steps), f"a checkpoint was lost, or (-1) not whole: {steps} (seed {seed})"
     assert steps[-1] > 0
+    assert not any(told["broken"] for told in rounds), "half a checkpoint has got its name"
     assert any(told["left"] for told in rounds), "no round was killed while it saved"
     assert all(len(told["left"]) <= 1 for told in rounds), "what a killed process left was not removed"
 

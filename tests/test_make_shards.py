@@ -315,6 +315,26 @@ def test_other_inputs_are_refused_and_nothing_is_changed(options: list[str], who
     assert everything(whole) == before
 
 
+def test_younger_copies_of_the_inputs_are_the_same_once_everything_is_made_and_not_before(
+    corpus: Path, options: list[str], tmp_path: Path
+) -> None:
+    """A fresh clone or a copy of the corpus has new times; half-made shards could be of two corpora."""
+    younger = tmp_path / "corpus.jsonl"
+    younger.write_bytes(corpus.read_bytes())
+    out = tmp_path / "out"
+    with started(options, out, 1) as process:
+        wait_until_finished(out, process, 1)
+        process.kill()
+    done = make(younger, *options[1:], out=out)
+    assert done.returncode == 2
+    assert "made differently (inputs changed)" in done.stderr
+    assert make(*options, out=out).returncode == 0
+    before = everything(out)
+    done = make(younger, *options[1:], out=out)
+    assert (done.returncode, "is complete already" in done.stdout) == (0, True), done.stderr
+    assert everything(out) == before
+
+
 @pytest.mark.parametrize("name", ["thesis.tex", "train_000000.bin", ".hidden", "prep/notes.txt", "data/x"])
 def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")

@@ -17,9 +17,9 @@ from hpcgpt.runfolder import AGAIN, FAILED, FINISHED, SUPERSEDED, Exit
 NOBODY = None  # rank 0 could not write exit.json: killed, or its node is gone
 
 
-def policy(ended: Exit | None, status: int, state: str = "RUNNING", crashes: int = 0, most: int = 3) -> Decision:
-    """What is decided at the job's first start."""
-    return decide(ended, status, Job(state, restarts=0), 0, crashes, most)
+def policy(ended: Exit | None, status: int, crashes: int = 0, most: int = 3) -> Decision:
+    """What is decided at the first start of a job that Slurm leaves alone."""
+    return decide(ended, status, Job("RUNNING"), 0, crashes, most)
 
 
 def left(status: int, reason: str = "", saved: bool = False) -> Exit:
@@ -56,15 +56,26 @@ def test_how_an_attempt_ended_decides(
     assert words in decision.why
 
 
-@pytest.mark.parametrize("ended", [NOBODY, left(AGAIN, Stop.TERMINATED.words, saved=True), left(FAILED, "x")])
-def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: Exit | None) -> None:
-    decision = policy(ended, 143, "CANCELLED")
+TOLD = left(AGAIN, Stop.TERMINATED.words, saved=True)
+ENDS = [NOBODY, TOLD, left(FAILED, "x")]
+
+
+@pytest.mark.parametrize("ended", ENDS)
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
+def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: Exit | None, state: str) -> None:
+    """While its processes are being ended, a cancelled job is COMPLETING."""
+    decision = decide(ended, 143, Job(state), 0, crashes_before=0, max_crashes=3)
     assert (decision.requeue, decision.crashed) == (False, False)
+    assert "cancelled" in decision.why
 
 
-@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "PREEMPTED", "TIMEOUT", "REQUEUED", ""])
-def test_in_any_other_state_a_saved_job_is_requeued_also_when_slurm_preempted_it(state: str) -> None:
-    assert policy(left(AGAIN, Stop.TERMINATED.words, saved=True), 143, state).requeue
+@pytest.mark.parametrize(
+    "job",
+    [Job("RUNNING"), Job("COMPLETING", preempted=True), Job("COMPLETING", over_time=True), Job("PREEMPTED"),
+     Job("TIMEOUT"), Job("")],
+)  # fmt: skip
+def test_in_any_other_state_a_saved_job_is_requeued_also_when_slurm_preempted_it(job: Job) -> None:
+    assert decide(TOLD, 143, job, 0, 0, 3).requeue
 
 
 @pytest.mark.parametrize(
@@ -83,7 +94,7 @@ def test_earlier_crashes_do_not_keep_a_saved_job_from_being_requeued() -> None:
     assert policy(left(AGAIN, Stop.TIME_LIMIT.words, saved=True), AGAIN, crashes=99).requeue
 
 
-@pytest.mark.parametrize("ended", [NOBODY, left(AGAIN, Stop.TERMINATED.words, saved=True), left(FAILED, "x")])
+@pytest.mark.parametrize("ended", ENDS)
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING"])
 def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash(
     ended: Exit | None, state: str
@@ -91,7 +102,7 @@ def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash
     """It may even run again already; a second requeue would hit the new start."""
     decision = decide(ended, 143, Job(state, restarts=2), 1, crashes_before=0, max_crashes=3)
     assert (decision.requeue, decision.crashed) == (False, False)
-    assert decide(left(AGAIN, "told", saved=True), 143, Job(state, restarts=2), 2, 0, 3).requeue
+    assert decide(TOLD, 143, Job("RUNNING", restarts=2), 2, 0, 3).requeue
 
 
 def saved(step: int) -> dict[str, Any]:
@@ -174,12 +185,14 @@ class FakeSlurm:
         self.said = folder / "scontrol.txt"
         self.answers()
 
-    def answers(self, state: str = "RUNNING", restarts: int = 0, refuses: bool = False) -> None:
+    def answers(self, state: str = "RUNNING", restarts: int = 0, refuses: bool = False, **fields: str) -> None:
+        more = {"Reason": "None", "PreemptTime": "None"} | fields
+        said = " ".join(f"{key}={value}" for key, value in more.items())
         script = self.folder / "scontrol"
         script.write_text(
             f'#!/bin/sh\necho "$@" >> {self.said}\n'
             f'if [ "$1" = requeue ]; then {"echo Invalid >&2; exit 1" if refuses else "exit 0"}; fi\n'
-            f"echo 'JobId=7 JobName=x JobState={state} Reason=None Requeue=1 Restarts={restarts} BatchFlag=1'\n"
+            f"echo 'JobId=7 JobName=x JobState={state} {said} Requeue=1 Restarts={restarts} BatchFlag=1'\n"
         )
         script.chmod(0o755)
 
@@ -228,10 +241,20 @@ def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
 
 
 def test_a_cancelled_job_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
-    slurm.answers(state="CANCELLED")
+    slurm.answers(state="COMPLETING")
     runfolder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
     assert "no requeue of job 7" in decided(slurm, run, 143)[1]
     assert slurm.requeued == []
+
+
+@pytest.mark.parametrize("fields", [{"PreemptTime": "2026-01-02T03:04:05"}, {"Reason": "TimeLimit"}])
+def test_a_job_that_slurm_ended_for_another_reason_is_requeued(
+    fields: dict[str, str], slurm: FakeSlurm, run: Path
+) -> None:
+    slurm.answers(state="COMPLETING", **fields)
+    runfolder.write_exit(run, TOLD)
+    assert "requeue of job 7: saved at step 1,200" in decided(slurm, run, 143)[1]
+    assert slurm.requeued == ["7"]
 
 
 def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: FakeSlurm, run: Path) -> None:

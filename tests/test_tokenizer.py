@@ -208,11 +208,24 @@ def test_a_vocabulary_that_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_folder_is_not_overwritten(text_folder: Path, tmp_path: Path) -> None:
-    done = command("data_prep.train_tokenizer", str(text_folder), "--out", str(tmp_path), "--vocab-size", "300")
+def test_a_tokenizer_is_not_overwritten(text_folder: Path, tmp_path: Path) -> None:
+    flags = [str(text_folder), "--out", str(tmp_path / "out"), "--vocab-size"]
+    assert command("data_prep.train_tokenizer", *flags, "300").returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    done = command("data_prep.train_tokenizer", *flags, "310")
     assert done.returncode == 2
-    assert "exists already" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert "choose another --out" in done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_tokenizer_that_was_half_written_is_written_again(text_folder: Path, tmp_path: Path) -> None:
+    """tokenizer.json comes last."""
+    flags = [str(text_folder), "--out", str(tmp_path / "out"), "--vocab-size", "300"]
+    assert command("data_prep.train_tokenizer", *flags).returncode == 0
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    (tmp_path / "out" / "vocab.tiktoken").write_text("")
+    assert command("data_prep.train_tokenizer", *flags).returncode == 0
+    assert tokenizer.load(tmp_path / "out").vocab_size == 300
 
 
 # --- on the disk -----------------------------------------------------------------------------------
