@@ -97,6 +97,8 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _source(path: Path, name: str) -> Source:
     status = path.stat()
+    # A name that is not UTF-8, as from an old Windows, is shown with escapes: manifests are UTF-8.
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
     return Source(name, path.absolute(), status.st_size, status.st_mtime_ns)
 
 
@@ -122,10 +124,15 @@ def _lines(piece: Piece, text_key: str) -> Iterator[str]:
             line = file.readline()
             if not line.strip():
                 continue
+            content = _decoded(line, path, offset)
             try:
-                row = json.loads(_decoded(line, path, offset))
+                row = json.loads(content)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, byte {offset + error.pos}: not JSON: {error.msg}") from None
+                # The error counts characters, and none of a byte-order mark's.
+                place = offset + len(line) - len(content.encode()) + len(content[: error.pos].encode())
+                raise ValueError(f"{path}, byte {place}: not JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:  # a number or a nesting without measure
+                raise ValueError(f"{path}, line at byte {offset}: JSON that cannot be read: {error}") from None
             text = row.get(text_key) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 keys = f"it has {', '.join(row) or 'no keys'}" if isinstance(row, dict) else "it is no object"

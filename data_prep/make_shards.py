@@ -23,9 +23,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -147,24 +149,38 @@ def _each(
         yield from (job(out, number, plan.units[number]) for number in todo)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_start_worker) as pool:
         try:
             for future in as_completed([pool.submit(job, out, number, plan.units[number]) for number in todo]):
                 yield future.result()
+        except BrokenProcessPool:
+            raise OSError(
+                "a worker was killed, perhaps because the memory was full: run this again with fewer --workers; "
+                "what is finished stays"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; the parent alone decides what it means."""
+def _start_worker() -> None:
+    """Ctrl-C reaches the whole process group; the parent alone decides what it means. A parent that was killed
+    cannot end its workers, which would wait for work without end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def _claim(out: Path, plan: Plan) -> bool:
     """Take `out` for `plan`; True if the data set in it is complete already."""
     path, complete = out / "prep" / "plan.json", (out / "manifest.json").is_file()
-    if out.is_dir() and any(out.iterdir()) and not path.is_file():
+    if not path.is_file() and _foreign(out):
         raise ValueError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not durable.create(path, plan.as_json()):
@@ -175,6 +191,12 @@ def _claim(out: Path, plan: Plan) -> bool:
                 "--out, or remove that folder yourself"
             )
     return complete
+
+
+def _foreign(out: Path) -> bool:
+    """Is there anything in `out` but what a start leaves that ended before its plan was written?"""
+    ours = {out / "prep", *(out / "prep").glob(".plan.json.*")}
+    return out.is_dir() and any(path not in ours for path in out.rglob("*"))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], complete: bool) -> list[str]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import operator
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,8 +194,11 @@ def from_command_line(argv: Sequence[str], command: str, about: str) -> Config:
         problems.append(f"unexpected argument '{unknown[0]}': flags are spelled --section.key value")
     written: list[tuple[str, Mapping[str, Any]]] = []
     if flags.CONFIG:
-        path = find(flags.CONFIG)
-        written.append((str(path), _read_toml(path)))
+        try:
+            path = find(flags.CONFIG)
+            written.append((str(path), _read_toml(path)))
+        except ValueError as error:  # the value of an unknown flag is taken for CONFIG, too
+            problems.append(str(error))
     table: dict[str, dict[str, Any]] = {}
     for name, text in vars(flags).items():
         if name != "CONFIG":
@@ -336,8 +340,9 @@ def _checked(section: str, key: str, value: Any) -> Any:
         raise ValueError(f"expected {_KIND[hint]}, found {value!r}")
     item = next(f for f in dataclasses.fields(cls) if f.name == key)
     limits = item.metadata
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number to work with")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        # `not holds`, so that NaN, which compares false with everything, passes no test.
         for name, (holds, words) in _BOUNDS.items():
             bound = limits[name]
             if bound is not None and not holds(value, bound):
@@ -413,11 +418,11 @@ def _unknown_flag(word: str) -> str:
 def _nearest_key(section: str, key: str, prefix: str = "") -> str:
     """' (did you mean ...?)': a key of the same section, else the same key of another section."""
     sections = _sections()
-    here = [f"{section}.{f.name}" for f in dataclasses.fields(sections[section])]
+    keys = [f.name for f in dataclasses.fields(sections[section])]
     elsewhere = [f"{s}.{key}" for s, cls in sections.items() if key in {f.name for f in dataclasses.fields(cls)}]
     if elsewhere:
         return f" (did you mean {prefix}{elsewhere[0]}?)"
-    return _nearest(f"{section}.{key}", here, prefix) or f" (valid: {', '.join(here)})"
+    return _nearest(key, keys, f"{prefix}{section}.") or f" (valid: {', '.join(f'{section}.{k}' for k in keys)})"
 
 
 def _nearest(word: str, valid: Sequence[str], prefix: str = "") -> str:

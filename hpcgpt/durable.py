@@ -32,7 +32,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:
+        # With a cause it is explained already, by a file that was being written inside of this block.
+        if isinstance(error, OSError) and error.filename is None and error.__cause__ is None:
             raise explained(error, path) from error
         raise
     sync_folder(path.parent)
@@ -50,6 +51,8 @@ def create(path: Path, content: bytes) -> bool:
     Of several processes on any hosts exactly one gets True: a hard link either appears or fails, also
     on network file systems that do not keep locks.
     """
+    if path.exists():
+        return False
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.new")
     try:
         with open(temporary, "wb") as file:

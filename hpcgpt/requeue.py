@@ -173,7 +173,11 @@ def _requeue(job: str) -> int:
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    """Ask Slurm. A controller that does not answer counts as a refusal."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer within 20 s")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     options, training = parser.parse_known_args(argv)
     settings = config.from_command_line(training, "submit", "")
     tasks = options.tasks_per_node
+    if options.nodes < 1 or tasks < 1:
+        raise ValueError("--nodes and --tasks-per-node must be at least 1")
     from hpcgpt import plan  # late, so that --help does not load numpy
 
     planned = plan.make(settings, options.nodes * tasks)

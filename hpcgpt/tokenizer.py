@@ -4,11 +4,11 @@ A tokenizer is a folder::
 
     tokenizer/
       vocab.tiktoken    tiktoken's own format: a line an id, the token's bytes in base64 and its rank
-      tokenizer.json    name, pattern (how text is cut before merging), special_tokens, end_of_text
+      tokenizer.json    name, pattern (how text is cut before merging), special_tokens, end_of_text, fingerprint
 
 Its fingerprint is the SHA-256 over vocabulary, pattern and special tokens: two tokenizers with the same
-fingerprint give the same ids. Text is always encoded as plain text: a literal ``<|endoftext|>`` in a
-corpus becomes the tokens of those 13 characters, never the id.
+fingerprint give the same ids, and one that was damaged no longer fits its own. Text is always encoded as
+plain text: a literal ``<|endoftext|>`` in a corpus becomes the tokens of those 13 characters, never the id.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "pattern": tokenizer.pattern,
         "special_tokens": tokenizer.special_tokens,
         "end_of_text": tokenizer.end_of_text,
+        "fingerprint": tokenizer.fingerprint,
     }
     durable.write(folder / "tokenizer.json", (json.dumps(about, indent=1) + "\n").encode())
 
@@ -125,9 +126,11 @@ def load(folder: Path, fingerprint: str = "") -> Tokenizer:
         lines = (folder / "vocab.tiktoken").read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
         found = Tokenizer(about["name"], about["pattern"], ranks, about["special_tokens"], about["end_of_text"])
+        if found.fingerprint != about["fingerprint"]:
+            raise ValueError("its content does not fit its fingerprint")
     except OSError as error:
         raise ValueError(f"no tokenizer in {folder}: {error.strerror} ({error.filename})") from None
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, binascii.Error) as error:
         raise ValueError(f"{folder}: the tokenizer is damaged: {error!r}") from None
     if fingerprint and found.fingerprint != fingerprint:
         raise ValueError(

@@ -24,6 +24,7 @@ import re
 import secrets
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+STRANGER_S = 5.0  # how long a server that may not be rank 0's is listened to
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,21 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
     """This process's place, from the launcher's variables.
 
     Raises:
-        ValueError: the launcher's variables contradict each other.
+        ValueError: the launcher's variables contradict each other, or one is missing.
     """
+    try:
+        found = _found(env)
+    except KeyError as error:
+        raise ValueError(f"the launcher did not set {error.args[0]}: start the ranks with srun or torchrun") from None
+    if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
+        raise ValueError(f"{found.launcher} started an impossible process: {found}")
+    return found
+
+
+def _found(env: Mapping[str, str]) -> World:
     if "TORCHELASTIC_RUN_ID" in env:
         attempt = f"torchrun_{env['TORCHELASTIC_RUN_ID']}_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        found = World(
+        return World(
             int(env["RANK"]),
             int(env["LOCAL_RANK"]),
             int(env["WORLD_SIZE"]),
@@ -78,10 +90,10 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
             "torchrun",
             re.sub(r"\W", "_", attempt),
         )
-    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         hosts = expand_hosts(env.get("SLURM_STEP_NODELIST", ""))
         step = env.get("SLURM_STEP_ID", "0")
-        found = World(
+        return World(
             int(env["SLURM_PROCID"]),
             int(env["SLURM_LOCALID"]),
             int(env["SLURM_STEP_NUM_TASKS"]),
@@ -90,11 +102,7 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
             f"{job_attempt(env)}_{step}",
             tuple(hosts),
         )
-    else:
-        found = World(0, 0, 1, 1, "alone", f"alone_{socket.gethostname()}_{os.getpid()}")
-    if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
-        raise ValueError(f"{found.launcher} started an impossible process: {found}")
-    return found
+    return World(0, 0, 1, 1, "alone", f"alone_{socket.gethostname()}_{os.getpid()}")
 
 
 def job_attempt(env: Mapping[str, str] = os.environ) -> str:
@@ -244,7 +252,14 @@ def _meet(world: World, folder: Path, timeout_s: float) -> TCPStore:
         # torchrun's agent holds the port already and serves its own store there.
         serve = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         with _explaining(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
-            return TCPStore(host, port, None, serve, limit, wait_for_workers=False)
+            if serve:
+                return TCPStore(host, port, None, True, limit, wait_for_workers=False)
+            deadline = time.monotonic() + timeout_s
+            while time.monotonic() < deadline:
+                if store := _open(host, port, timeout_s):
+                    return store
+                time.sleep(0.5)
+            raise RuntimeError("nobody answers there, or no store of torch's")
     card = _card(world, folder)
     if world.is_first:
         return _host(world, card, limit)
@@ -272,7 +287,7 @@ def _host(world: World, card: Path, limit: timedelta) -> TCPStore:
 
 
 def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
-    from torch.distributed import DistError, TCPStore
+    from torch.distributed import DistError
 
     deadline = time.monotonic() + timeout_s
     seen = "it never published its address"
@@ -288,20 +303,38 @@ def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
         # What is there may be left from a job of the same number: then nobody, or somebody else, answers.
         address, port = found["address"], int(found["port"])
         seen = f"its address {address}:{port} does not answer"
-        if not _answers(address, port):
-            time.sleep(0.5)
-            continue
-        _use_interface_towards(address, port)
         with suppress(DistError, RuntimeError):
-            left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-            store = TCPStore(address, port, None, False, left, wait_for_workers=False)
-            if store.get("token").decode() == found["token"]:
+            store = _open(address, port, STRANGER_S)
+            if store and store.get("token").decode() == found["token"]:
+                store.set_timeout(timedelta(seconds=timeout_s))
+                _use_interface_towards(address, port)
                 return store
         time.sleep(0.5)
     raise ValueError(
         f"{world} waited {timeout_s:.0f} s for rank 0: {seen} (looked in {card}). Do all nodes see this "
         "folder, and did rank 0 start?"
     )
+
+
+def _open(address: str, port: int, timeout_s: float) -> TCPStore | None:
+    """The store at an address, whose calls may then take `timeout_s`; None if there is none.
+
+    In a thread of its own, which is left behind then: TCPStore waits without end for a server of another
+    kind that accepts and says nothing.
+    """
+    from torch.distributed import DistError, TCPStore
+
+    opened: list[TCPStore] = []
+
+    def connect() -> None:
+        with suppress(DistError, RuntimeError):
+            opened.append(TCPStore(address, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False))
+
+    if _answers(address, port):
+        thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
+        thread.start()
+        thread.join(STRANGER_S)
+    return opened[0] if opened else None
 
 
 def _answers(address: str, port: int) -> bool:
@@ -329,7 +362,10 @@ def _report_in(store: TCPStore, world: World, device: torch.device, timeout_s: f
     try:
         store.wait(names, timedelta(seconds=timeout_s))
     except (DistError, RuntimeError):
-        missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+        try:
+            missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+        except (DistError, RuntimeError):
+            raise ValueError(f"{world}: rank 0 has left while ranks were waited for; it says why") from None
         raise ValueError(
             f"{world} waited {timeout_s:.0f} s: {world.size - len(missing)} of {world.size} ranks are there, missing: "
             f"{', '.join(missing)}. Start as many processes as the world size says"
