@@ -234,7 +234,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
                     missing.discard(rest)
                 elif kind == "optim" and optimizer is not None:
                     parameter, _, key = rest.rpartition("/")
-                    owner = parameters[parameter]
+                    owner = _named(parameters, parameter)
                     optimizer.state[owner][key] = file.get_tensor(name).to(owner.device)
                 elif rng and name.startswith(rng) and optimizer is not None:
                     _restore_generator(name, file.get_tensor(name), ranks)
@@ -273,11 +273,16 @@ def verify(checkpoint: Path) -> str:
             return f"it lacks {', '.join(sorted(shares - names)[:3])}"
         if checkpoint.name != f"step_{state.step:09d}":
             return f"it holds step {state.step}"
+        for name in sorted(shares):
+            with safe_open(checkpoint / name, framework="pt"):  # reads the header
+                pass
     except FutureFormatError:
         raise
     except OSError as error:
         return f"{Path(error.filename or '').name}: {error.strerror}"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except SafetensorError as error:
+        return f"{name}: {error}"
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         return f"its manifest or state cannot be read: {error!r}"
     return ""
 
@@ -316,10 +321,14 @@ def _choose(checkpoints: Path, generation: Generation | None) -> str | None:
     return None
 
 
-def _fill(parameters: dict[str, nn.Parameter], name: str, value: Tensor) -> None:
+def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
     if name not in parameters:
         raise ValueError(f"the checkpoint has a tensor {name}, and the model has none of that name")
-    target = parameters[name]
+    return parameters[name]
+
+
+def _fill(parameters: dict[str, nn.Parameter], name: str, value: Tensor) -> None:
+    target = _named(parameters, name)
     if target.shape != value.shape:
         raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model")
     with torch.no_grad():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TextIO
 
 USER_MISTAKE = 2
 
@@ -35,6 +37,25 @@ def run(main: Main) -> None:
         sys.exit(complain(error, 1))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Lossy:
+    """A stream for which losing text is better than losing the run: its disk may be full, its reader gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def complain(error: BaseException, status: int) -> int:

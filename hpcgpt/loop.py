@@ -50,6 +50,10 @@ def train(planned: Plan, here: World, flag: StopFlag) -> int:
         status = Attempt(planned, ranks, held, flag).run()
         # Rank 0 has more to do at the end, and `srun -K` ends whoever is left when the first rank leaves.
         on_first(ranks, lambda: None)
+    except RuntimeError as error:
+        if not world.is_broken_connection(error):
+            raise
+        raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its words") from error
     finally:
         if held is not None:
             held.release()
@@ -281,8 +285,6 @@ class Attempt:
     def _save(self, progress: Progress, reporter: Reporter | None) -> str:
         """Save this step; '' or why that failed, on every rank. A failure costs a checkpoint, not the run."""
         started_at = time.monotonic()
-        if reporter:
-            reporter.metrics.sync()
         state = checkpoint.State(
             progress.step,
             progress.step * self.plan.tokens_per_step,
@@ -291,8 +293,13 @@ class Attempt:
             self.plan.identity,
             progress.pending,
         )
-        tensors = checkpoint.tensors_of(self.model, self.optimizer, self.ranks)
-        problem = checkpoint.save(self.folder / "checkpoints", state, tensors, self.ranks, self.held)
+        try:
+            on_first(self.ranks, lambda: reporter.metrics.sync() if reporter else None)
+        except OSError as error:
+            problem = str(error)
+        else:
+            tensors = checkpoint.tensors_of(self.model, self.optimizer, self.ranks)
+            problem = checkpoint.save(self.folder / "checkpoints", state, tensors, self.ranks, self.held)
         if reporter:
             reporter.saved(progress.step, problem, time.monotonic() - started_at)
         return problem

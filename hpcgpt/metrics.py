@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -37,8 +38,11 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s; None if it is not in the table."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+    """Dense bf16 peak of a GPU in FLOP/s; None if it is not in the table, or a slice of a GPU (MIG)."""
+    if " MIG " in device_name:
+        return None
+    # Whole words: an RTX A1000 is no A100.
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 class MetricsFile:
@@ -60,16 +64,27 @@ class MetricsFile:
     def write(self, row: dict[str, Any]) -> None:
         self._waiting += json.dumps(row).encode() + b"\n"
         try:
-            written = os.pwrite(self._descriptor, self._waiting, self._end)
+            self._write_waiting()
         except OSError as error:
-            print(f"warning: {durable.explained(error, self._path)}; trying again", file=sys.stderr, flush=True)
-        else:
-            self._end += written
-            self._waiting = self._waiting[written:]
+            print(f"warning: {error}; trying again", file=sys.stderr, flush=True)
 
     def sync(self) -> None:
-        """Flush to the disk: rows must not be younger than the checkpoint that follows them."""
+        """Flush to the disk: rows must not be younger than the checkpoint that follows them.
+
+        Raises:
+            OSError: there are rows that could not be written.
+        """
+        self._write_waiting()
         os.fsync(self._descriptor)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            try:
+                written = os.pwrite(self._descriptor, self._waiting, self._end)
+            except OSError as error:
+                raise durable.explained(error, self._path) from error
+            self._end += written
+            self._waiting = self._waiting[written:]
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -102,7 +117,9 @@ class Console:
             )
         if self._bar is None and (now >= self._next_line_at or row["step"] == self._total):
             self._next_line_at = now + LINE_EVERY_S
-            left_s = (self._total - row["step"]) * (now - self._started_at) / (row["step"] - self._first_step)
+            # A run stopped within its evaluation tells the row of the very step that it resumed at: none is done yet.
+            done = max(1, row["step"] - self._first_step)
+            left_s = (self._total - row["step"]) * (now - self._started_at) / done
             self.say(
                 f"step {row['step']:,}/{self._total:,}  {figures}  lr {row['train/lr']:.2e}  "
                 f"grad norm {row['train/grad_norm']:.3f}  {_clock(left_s)} left"

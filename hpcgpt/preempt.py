@@ -64,6 +64,7 @@ class StopFlag:
     def __init__(self, stop_file: Path | None, end_margin_s: float, env: Mapping[str, str] = os.environ) -> None:
         """`stop_file` is None where another rank looks for it: one look a step is enough."""
         self._told = Stop.NO
+        self._interrupted = False
         self._file = stop_file
         end = env.get("SLURM_JOB_END_TIME", "")
         self._leave_at = leave_at(float(end), time.time(), end_margin_s) if end.isdigit() else float("inf")
@@ -74,8 +75,10 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._told == Stop.INTERRUPT:
-            os._exit(130)
+        if number == signal.SIGINT:
+            if self._interrupted:
+                os._exit(130)
+            self._interrupted = True
         self._told = max(self._told, SIGNALS[signal.Signals(number)])
 
     def here(self) -> Stop:

@@ -22,6 +22,7 @@ No torch in here.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -69,25 +70,37 @@ def run_id(folder: Path) -> str:
 
 
 def record(folder: Path, event: str, **fields: Any) -> None:
-    """Append one event. The line is written in one piece, so that writers on one host never mix theirs."""
-    line = json.dumps({"time": time.time(), "event": event, **fields}) + "\n"
-    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    """Append one event. The line is written in one piece, so that writers on one host never mix theirs.
+
+    Raises:
+        OSError: there is no room for it; no part of it is there.
+    """
+    line = json.dumps({"time": time.time(), "event": event, **fields}).encode() + b"\n"
+    path = folder / "events.jsonl"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        end = os.fstat(descriptor).st_size
+        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+            line = b"\n" + line  # behind one that a crash cut short
+        if os.write(descriptor, line) < len(line):
+            os.ftruncate(descriptor, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise durable.explained(error, path) from error
     finally:
         os.close(descriptor)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The events so far. A line that a crash cut short is left out."""
-    return read_rows(folder / "events.jsonl")
+    """The events so far. Lines that a crash cut short are left out."""
+    return read_rows(folder / "events.jsonl", torn=True)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a .jsonl file, one a line, without a torn last line; [] if there is no file.
 
     Raises:
-        ValueError: a line before the last one is no JSON object.
+        ValueError: a line before the last one is no JSON object; `torn` leaves it out instead.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -95,10 +108,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for number, line in enumerate(lines):
+        if not line:
+            continue
         try:
-            rows += [json.loads(line)] if line else []
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError
+            rows.append(row)
         except ValueError:
-            if number < len(lines) - 1:
+            if number < len(lines) - 1 and not torn:
                 raise ValueError(f"{path}, line {number + 1} is damaged: {line[:80]!r}") from None
     return rows
 

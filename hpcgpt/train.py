@@ -10,6 +10,7 @@ taken over; 2 a mistake in what was asked; anything else is a failure.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -19,6 +20,7 @@ from hpcgpt import cli, config, preempt, runfolder, tracking, world
 def main(argv: Sequence[str]) -> int:
     settings = config.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
     here = world.discover()
+    sys.stdout, sys.stderr = cli.Lossy(sys.stdout), cli.Lossy(sys.stderr)
     folder = settings.run_folder
     stop_file = folder / "STOP"
     # Before the seconds that loading torch takes: a signal must never find the default handler.
@@ -38,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         from hpcgpt import loop
 
         return loop.train(planned, here, flag)
+    except ConnectionError:
+        raise  # why the run has ended is in the word of another rank
     except (ValueError, OSError) as error:
         if here.is_first and folder.is_dir():
             mistake = cli.USER_MISTAKE if isinstance(error, ValueError) else runfolder.FAILED

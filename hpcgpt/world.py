@@ -234,6 +234,13 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
     return Ranks(world, device, control)
 
 
+def is_broken_connection(error: RuntimeError) -> bool:
+    """Is this what a collective raises when another rank has gone? gloo's errors have no type of their own."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def disconnect() -> None:
     import torch.distributed as dist
 
