@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_env, command, rows
+from test_runfolder import small_disk
 
 from hpcgpt import generation
 from hpcgpt.runfolder import FINISHED, SUPERSEDED
@@ -172,6 +174,16 @@ print("has gone on", flush=True)
                           text=True, check=False)  # fmt: skip
     assert (done.returncode, done.stdout) == (SUPERSEDED, "")
     assert "leaves without writing another byte" in done.stderr
+
+
+def test_a_holder_can_leave_a_disk_that_has_no_room_for_its_farewell(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m,nr_inodes=20") as disk:
+        held = generation.take(disk, "")
+        with suppress(OSError):
+            for number in range(20):
+                (disk / str(number)).touch()
+        held.release()
+        assert not (disk / "generations/000001.done").exists(), "there was room, so this shows nothing"
 
 
 def test_a_holder_that_slept_through_a_takeover_leaves_on_waking_and_changes_nothing(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rows
 
 from hpcgpt import runfolder
 from hpcgpt.runfolder import Exit
@@ -136,6 +136,7 @@ def test_events_can_still_be_read_after_the_disk_was_full(tmp_path: Path) -> Non
         filler.unlink()
         runfolder.record(folder, "end")
         told = runfolder.events(folder)
+        assert told == rows(folder / "events.jsonl"), "a part of a line is left"
         assert [told[0]["event"], told[-1]["event"]] == ["start", "end"]
         steps = [event["step"] for event in told[1:-1]]
         assert steps == sorted(set(steps))

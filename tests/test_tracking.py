@@ -111,7 +111,7 @@ tracker = Tracker(config, "abcdefghij", dataclasses.asdict(config), [])
 for step in range(1, 10**9):
     tracker.write({"step": step, "time": time.time(), "train/loss": 1.0})
     print(step, flush=True)
-    time.sleep(0.05)
+    time.sleep(0.25)  # few enough rows that wandb's buffer does not fill up and flush itself
 """
 
 
