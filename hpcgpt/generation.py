@@ -63,7 +63,11 @@ class Generation:
     def release(self) -> None:
         """Say that this attempt has left in peace: the next one need not watch."""
         self._stop.set()
-        durable.write(self.folder / f"{self.number:06d}.done", b"")
+        try:
+            durable.write(self.folder / f"{self.number:06d}.done", b"")
+        except OSError as error:
+            # The next one then watches for a few seconds, or sees that this process is gone.
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def _beat(self) -> None:
         path = self.folder / f"{self.number:06d}.alive"

@@ -84,17 +84,16 @@ def hundred_steps(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {"norms": norms, "used": used, "digest": digest(bench.model.state_dict())}
 
 
-def reductions(ranks: Ranks, folder: Path) -> dict[int, list[int]]:
-    """How many numbers each all-reduce of a step carried, in order, by number of micro-steps."""
-    carried: dict[int, list[int]] = {}
-    for micro_steps in ACCUMULATIONS:
-        bench = Bench(ranks, folder, micro_steps, torch.float32)
+def reductions(ranks: Ranks, folder: Path) -> list[int]:
+    """How many numbers each all-reduce carried, in order, of a step for each of ACCUMULATIONS."""
+    benches = [Bench(ranks, folder, micro_steps, torch.float32) for micro_steps in ACCUMULATIONS]
+    for bench in benches:
         bench.step(0, clip_norm=1.0)  # DDP makes its buckets
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        for bench in benches:
             bench.step(1, clip_norm=1.0)
-        shapes = [event.input_shapes for event in profiled.events() if event.name == "gloo:all_reduce"]
-        carried[micro_steps] = [math.prod(shape[0]) for shape in shapes]
-    return carried
+    shapes = [event.input_shapes for event in profiled.events() if event.name == "gloo:all_reduce"]
+    return [math.prod(shape[0]) for shape in shapes]
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

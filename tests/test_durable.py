@@ -108,18 +108,19 @@ from pathlib import Path
 from hpcgpt import durable
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for call in (durable.write, durable.create):
+for call, path in ((durable.write, sys.argv[1]), (durable.create, sys.argv[2])):
     try:
-        call(Path(sys.argv[1]), bytes(1_000_000))
+        call(Path(path), bytes(1_000_000))
     except OSError as error:
         print(type(error).__name__, error)
 """
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
-    said = python(code, str(path)).communicate(timeout=60)[0].splitlines()
+    new = tmp_path / "new.bin"
+    said = python(code, str(path), str(new)).communicate(timeout=60)[0].splitlines()
     assert len(said) == 2
-    for line in said:
-        assert f"cannot write {path}: File too large; " in line
+    for line, target in zip(said, (path, new), strict=True):
+        assert f"cannot write {target}: File too large; " in line
         assert "MB free there" in line
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["a.bin"]

@@ -109,7 +109,7 @@ def test_a_step_has_one_gradient_all_reduce_however_many_micro_steps(told: Told,
     everything = sum(parameter.numel() for parameter in model.parameters())
     for rank in told.ranks:
         # The 1 is the loss that is logged.
-        assert rank["reductions"] == {str(micro_steps): [everything, 1] for micro_steps in ranks_step.ACCUMULATIONS}
+        assert rank["reductions"] == [everything, 1] * len(ranks_step.ACCUMULATIONS)
 
 
 def test_alone_the_same_code_gives_the_same_numbers(
