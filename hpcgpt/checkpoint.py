@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -308,7 +309,8 @@ def _choose(checkpoints: Path, generation: Generation | None) -> str | None:
         if generation is not None:
             aside = path.with_name(f"damaged_{path.name}.g{generation.number:04d}")
             path.rename(aside)
-            (aside / "REASON.txt").write_text(problem + "\n")
+            with suppress(OSError):  # on a full disk the warning below has to do
+                (aside / "REASON.txt").write_text(problem + "\n")
             problem += f"; set aside as {aside.name}"
         print(f"warning: checkpoint {path} is damaged: {problem}", file=sys.stderr, flush=True)
     # Also those that earlier starts set aside: there was training, and it must not silently begin anew.

@@ -102,10 +102,11 @@ def take(run_folder: Path, attempt: str) -> Generation:
     return generation
 
 
-def released(run_folder: Path) -> bool:
-    """Has the newest holder of a run folder left in peace?"""
+def is_held(run_folder: Path) -> bool:
+    """Did somebody take this run folder who has not said since that he left?"""
     folder = run_folder / "generations"
-    return (folder / f"{_newest(folder):06d}.done").exists()
+    newest = _newest(folder)
+    return newest > 0 and not (folder / f"{newest:06d}.done").exists()
 
 
 def _wait_until_gone(folder: Path, number: int, attempt: str) -> None:

@@ -70,7 +70,7 @@ def _state(folder: Path, events: Sequence[dict[str, Any]]) -> str:
     if not newest:
         return "new"
     if newest["event"] == "start":
-        return "stopped" if generation.released(folder) else "running"
+        return "running" if generation.is_held(folder) else "stopped"
     return {runfolder.FINISHED: "finished", runfolder.AGAIN: "saved"}.get(newest["status"], "stopped")
 
 

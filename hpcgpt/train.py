@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hpcgpt import cli, config, preempt, runfolder, tracking, world
+from hpcgpt import cli, config, generation, preempt, runfolder, tracking, world
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     except ConnectionError:
         raise  # why the run has ended is in the word of another rank
     except (ValueError, OSError) as error:
-        if here.is_first and folder.is_dir():
+        # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
+        if here.is_first and folder.is_dir() and not generation.is_held(folder):
             mistake = cli.USER_MISTAKE if isinstance(error, ValueError) else runfolder.FAILED
             with suppress(OSError):  # the disk that is full may be this one
                 runfolder.write_exit(folder, runfolder.Exit(world.job_attempt(), mistake, str(error), 0, saved=False))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def shards_folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token shards of the corpus, in several shards, with a validation split. Read-only: copy it to break it."""
+    """Token shards of the corpus, with a validation split. Read-only: copy it to break it."""
     out = tmp_path_factory.mktemp("data") / "shards"
     make_shards.main([
         str(text_folder), "--out", str(out), "--tokenizer", str(tokenizer_folder), "--val-fraction", "0.2",
@@ -105,9 +106,16 @@ def command(module: str, *arguments: str, env: dict[str, str] | None = None, tim
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run ``torchrun -m arguments`` with that many processes on this host."""
-    return command("torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m", *arguments,
-                   timeout_s=timeout_s)  # fmt: skip
+    """Run ``torchrun -m arguments`` with that many processes on this host; on a timeout none of them is left."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
+    with subprocess.Popen([*words, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                          env=clean_env(), start_new_session=True) as running:  # fmt: skip
+        try:
+            out, err = running.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(words, running.returncode, out, err)
 
 
 def clean_env() -> dict[str, str]:
