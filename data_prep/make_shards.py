@@ -216,9 +216,10 @@ def _check_splits(made: Sequence[Shard], plan: Plan) -> None:
     if not documents["train"]:
         raise ValueError(f"no document is left for training ({documents['val']} for validation): lower --val-fraction")
     if plan.val_fraction and not documents["val"]:
-        raise ValueError(
-            f"no document fell into validation ({documents['train']} documents, --val-fraction {plan.val_fraction}): "
-            "raise it, or pass --val-fraction 0 and train with --eval.every 0; in either case with another --out"
+        print(
+            f"warning: no document fell into validation ({documents['train']} documents, --val-fraction "
+            f"{plan.val_fraction}): train with --eval.every 0, or make shards with a larger fraction in another --out",
+            file=sys.stderr,
         )
 
 

@@ -130,7 +130,8 @@ def clean(checkpoints: Path, generation: Generation) -> None:
     for path in checkpoints.glob(".step_*"):
         found = re.fullmatch(r"\.step_\d+\.(g(?P<generation>\d+)\.tmp|removed)", path.name)
         if found and int(found["generation"] or 0) < generation.number:
-            shutil.rmtree(path)
+            # An orphan may still write into it, and NFS keeps open files under other names.
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _begin(final: Path, generation: Generation | None) -> str | None:

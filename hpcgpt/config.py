@@ -289,14 +289,14 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
         lengths = {}
         for section, key, value in _entries(where, table, problems):
             try:
-                checked = _checked(section, key, value)
+                good = checked(section, key, value)
             except ValueError as error:
                 problems.append(f"{where}: {section}.{key}: {error}")
                 continue
             if section == "train" and key in _LENGTHS:
-                lengths[key] = checked
+                lengths[key] = good
             else:
-                values.setdefault(section, {})[key] = checked
+                values.setdefault(section, {})[key] = good
         # A length replaces whatever length an earlier source gave, in whichever unit that was.
         if any(lengths.values()):
             values.setdefault("train", {}).update(dict.fromkeys(_LENGTHS, 0) | {"epochs": 0.0} | lengths)
@@ -324,8 +324,8 @@ def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Itera
                     problems.append(f"{where}: unknown key {section}.{key}{_nearest_key(section, key)}")
 
 
-def _checked(section: str, key: str, value: Any) -> Any:
-    """`value` as the type of its field, or ValueError."""
+def checked(section: str, key: str, value: Any) -> Any:
+    """`value` as the type of its field. Raises ValueError if it is none, or out of range."""
     cls = _sections()[section]
     hint = get_type_hints(cls)[key]
     if get_origin(hint) is Literal:

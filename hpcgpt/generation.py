@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ class Generation:
             # The next one then watches for a few seconds, or sees that this process is gone.
             print(f"warning: {error}", file=sys.stderr, flush=True)
 
+    def _look(self) -> None:
+        while not self._stop.wait(5 * HEARTBEAT_S):
+            with suppress(OSError):
+                self.check()
+
     def _beat(self) -> None:
         path = self.folder / f"{self.number:06d}.alive"
         beats = 0
@@ -80,6 +86,15 @@ class Generation:
             except OSError as error:
                 # A full or hanging disk must not end the run; at worst a newcomer takes over.
                 print(f"warning: no heartbeat: {error}", file=sys.stderr, flush=True)
+
+
+def watch(run_folder: Path, number: int) -> None:
+    """Leave this process as soon as a newer attempt than `number` has the folder.
+
+    For the ranks that hold no generation: if rank 0's node is the one that failed, nobody else tells them.
+    """
+    mine = Generation(run_folder / "generations", number, threading.Event())
+    threading.Thread(target=mine._look, name="generation", daemon=True).start()
 
 
 def take(run_folder: Path, attempt: str) -> Generation:

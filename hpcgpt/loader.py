@@ -75,5 +75,5 @@ def widen(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     The narrow form crosses the bus: 2 bytes a token instead of 16. Torch computes with int16 but hardly
     with uint16, so the sign bit is masked away after widening.
     """
-    ids = batch.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
+    ids = batch.to(device).to(torch.int64) & 0xFFFF
     return ids[:, :-1], ids[:, 1:]

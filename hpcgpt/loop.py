@@ -7,6 +7,7 @@ whether to stop. Told to stop, it saves that very step and leaves with status 75
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 import time
@@ -31,10 +32,10 @@ from hpcgpt.model import GPT
 from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
 from hpcgpt.precision import pick_dtype
-from hpcgpt.preempt import Stop, StopFlag
+from hpcgpt.preempt import Stop, StopFlag, shielded
 from hpcgpt.schedule import learning_rate
 from hpcgpt.step import accumulate, train_step
-from hpcgpt.together import on_first
+from hpcgpt.together import on_all, on_first
 from hpcgpt.tracking import Tracker
 from hpcgpt.world import Ranks, World
 
@@ -89,7 +90,17 @@ class Attempt:
         self.config = settings = planned.config
         self.folder = settings.run_folder
         self.number = on_first(ranks, lambda: held.number if held else 0)
+        if not held:
+            generation.watch(self.folder, self.number)
         self.dtype = pick_dtype(settings.train.dtype, ranks.device)
+        dtypes = on_all(ranks, lambda: str(self.dtype))
+        if len(set(dtypes)) > 1:
+            raise ValueError(f"the ranks would compute in {' and '.join(sorted(set(dtypes)))}: set train.dtype")
+        cuda = ranks.device.type == "cuda"
+        # The table is of bf16 peaks.
+        measured = cuda and self.dtype == torch.bfloat16
+        self._peak_flops = metrics.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
+        self._data_wait_s = 0.0
         self.model = GPT(settings.model, settings.run.seed).to(ranks.device)
         if self.dtype == torch.float64:
             self.model.double()
@@ -116,7 +127,7 @@ class Attempt:
     def run(self) -> int:
         self._warm_up()
         progress = self._resume()
-        reporter = Reporter(self, progress) if self.ranks.world.is_first else None
+        reporter = self._report(progress)
         reason = Stop.NO
         status = runfolder.FAILED
         try:
@@ -136,6 +147,11 @@ class Attempt:
                 reporter.close(status)
         return status
 
+    def _report(self, progress: Progress) -> Reporter | None:
+        made: list[Reporter] = []
+        on_first(self.ranks, lambda: made.append(Reporter(self, progress)))
+        return made[0] if made else None
+
     def _warm_up(self) -> None:
         """One pass whose gradients are thrown away.
 
@@ -144,7 +160,9 @@ class Attempt:
         the same step in a run that was never interrupted. Compilation happens here too.
         """
         self.forward.train()
-        accumulate(self.forward, self._micro_batches(0, 1), 1, self._precision)
+        # The compiler's worker processes must not die of Slurm's warning.
+        with shielded() if self.config.train.compile else nullcontext():
+            accumulate(self.forward, self._micro_batches(0, 1), 1, self._precision)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _resume(self) -> Progress:
@@ -226,6 +244,12 @@ class Attempt:
             self.ranks,
         )
         loss_value, norm_value = float(loss), float(norm)
+        # The same on every rank, so all of them leave here, before anything of it is saved.
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise ValueError(
+                f"step {step + 1:,}: the loss is {loss_value} and the gradient's norm {norm_value}: training has "
+                "diverged, and the checkpoints before are whole; try a lower optim.lr under another --run.name"
+            )
         elapsed_s = time.perf_counter() - started_at
         tokens_per_s = self.plan.tokens_per_step / elapsed_s
         row = {
@@ -252,14 +276,6 @@ class Attempt:
             batch = self.loader.batch(step, micro_step)
             self._data_wait_s += time.perf_counter() - started_at
             yield widen(batch, self.ranks.device)
-
-    _data_wait_s = 0.0
-
-    @property
-    def _peak_flops(self) -> float | None:
-        if self.ranks.device.type != "cuda":
-            return None
-        return metrics.peak_flops(torch.cuda.get_device_name(self.ranks.device))
 
     def _precision(self) -> AbstractContextManager[None]:
         if self.dtype == torch.bfloat16:

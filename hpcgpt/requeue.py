@@ -100,6 +100,11 @@ def decide(ended: Exit | None, status: int, job: Job, restart: int, crashes_befo
         if ended.reason == Stop.FILE.words:
             return Decision(False, "a STOP file asks the run to stay stopped")
         return Decision(True, f"saved at step {ended.step:,}: {ended.reason}")
+    # No word from rank 0, as on a full disk; but srun returns these only if every rank left with them.
+    if ended is None and status == FINISHED:
+        return Decision(False, "training is finished")
+    if ended is None and status == AGAIN:
+        return Decision(True, "saved, by the ranks' exit status")
     what = ended.reason if ended else f"the ranks left with status {status} and no word"
     if crashes_before + 1 >= max_crashes:
         return Decision(
@@ -131,14 +136,17 @@ def _act(settings: config.Config, status: int) -> int:
         crashes_in_a_row(runfolder.events(folder)),
         settings.requeue.max_crashes,
     )
-    if decision.crashed:
-        runfolder.record(folder, "crash", job=world.job_attempt(), status=status, reason=decision.why)
     verb = "requeue" if decision.requeue else "no requeue"
     print(f"hpcgpt: {verb} of job {job}: {decision.why}", file=sys.stderr, flush=True)
-    if not decision.requeue:
-        return 0
-    runfolder.record(folder, "requeue", job=world.job_attempt(), reason=decision.why)
-    return _requeue(job)
+    refused = _requeue(job) if decision.requeue else 0
+    try:  # afterwards: a full disk must not keep the job from running again
+        if decision.crashed:
+            runfolder.record(folder, "crash", job=world.job_attempt(), status=status, reason=decision.why)
+        if decision.requeue:
+            runfolder.record(folder, "requeue", job=world.job_attempt(), reason=decision.why)
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+    return refused
 
 
 def job_id(env: Mapping[str, str]) -> str:

@@ -15,15 +15,19 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.RUN)
     runfolder.run_id(folder)
     settings = config.from_file(folder / "config.toml")
-    chosen = {key: getattr(options, key) for key in ("prompt", "tokens", "temperature", "top_k", "top_p")}
+    chosen = {}
+    for key in ("prompt", "tokens", "temperature", "top_k", "top_p"):
+        value = getattr(options, key)
+        try:
+            chosen[key] = None if value is None else config.checked("sample", key, value)
+        except ValueError as error:
+            raise ValueError(f"--{key.replace('_', '-')}: {error}") from None
     wanted = dataclasses.replace(settings.sample, **{key: value for key, value in chosen.items() if value is not None})
     _print_samples(folder, settings, wanted, options.samples, options.seed)
     return 0
 
 
 def _print_samples(folder: Path, settings: config.Config, wanted: config.Sample, samples: int, seed: int) -> None:
-    import torch
-
     from hpcgpt import checkpoint, tokenizer, world
     from hpcgpt.generate import generate
     from hpcgpt.model import GPT
@@ -40,7 +44,7 @@ def _print_samples(folder: Path, settings: config.Config, wanted: config.Sample,
     prompt = [words.end_of_text, *words.encode(wanted.prompt)]
     for number in range(samples):
         print(f"--- sample {number + 1}\n{wanted.prompt}", end="")
-        ids = generate(model, prompt, wanted, torch.device(ranks.device), seed + number)
+        ids = generate(model, prompt, wanted, ranks.device, seed + number)
         for piece in tokenizer.stream(words, ids):
             print(piece, end="", flush=True)
         print()

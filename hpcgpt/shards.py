@@ -92,7 +92,6 @@ class ShardWriter:
     def __init__(self, bin_file: BinaryIO, name: str, split: str) -> None:
         self._file, self._name, self._split = bin_file, name, split
         self._lengths: list[int] = []
-        self._hash = hashlib.sha256()
         self._tokens = self._text_bytes = 0
         self._min, self._max = LARGEST_VOCABULARY, -1
         self.shard: Shard | None = None

@@ -77,6 +77,8 @@ class Tracker:
                     console="off",
                     # Rows are otherwise kept in memory for 15 s.
                     x_transaction_log_flush_interval=1.0,
+                    # By default it waits for a dead network without end, while Slurm's time runs out.
+                    finish_timeout=20.0,
                 ),
             )
         self._run.define_metric("step")

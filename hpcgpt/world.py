@@ -38,7 +38,7 @@ from hpcgpt import durable
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
-    from torch.distributed import TCPStore
+    from torch.distributed import Store, TCPStore
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 STRANGER_S = 5.0  # how long a server that may not be rank 0's is listened to
@@ -212,13 +212,15 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
             within `timeout_s`; the message names them.
     """
     import torch.distributed as dist
+    from torch.distributed import PrefixStore
 
     if world.size == 1:
         return Ranks(world, device, None)
     backend = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
     if backend == "nccl" and device.type != "cuda":
         raise ValueError("run.backend nccl needs GPUs, and this run is on the CPU: use gloo, or auto")
-    store = _meet(world, folder, timeout_s)
+    # The agent's store outlives a restart by torchrun, so each attempt has its own names in it.
+    store = PrefixStore(world.attempt, _meet(world, folder, timeout_s))
     _report_in(store, world, device, timeout_s)
     if world.is_first:
         _card(world, folder).unlink(missing_ok=True)
@@ -230,7 +232,7 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if backend == "nccl" else None,
     )
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     return Ranks(world, device, control)
 
 
@@ -352,7 +354,7 @@ def _answers(address: str, port: int) -> bool:
         return False
 
 
-def _report_in(store: TCPStore, world: World, device: torch.device, timeout_s: float) -> None:
+def _report_in(store: Store, world: World, device: torch.device, timeout_s: float) -> None:
     """Every rank says that it is there and waits for the others, so that whoever is missing is named."""
     import torch
     from torch.distributed import DistError

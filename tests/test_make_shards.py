@@ -384,7 +384,6 @@ BAD_INPUTS: list[tuple[str, bytes, list[str], str]] = [
     ("a.pdf", b"%PDF", [], "its name ends in '.pdf', expected .txt or .jsonl"),
     ("a", b"text", [], "its name ends in '', expected .txt or .jsonl"),
     ("a.txt", b"", [], "the inputs hold no text: all of their files are empty"),
-    ("a.txt", b"x", ["--val-fraction", "0.000001"], "no document fell into validation (1 documents, "),
     ("a.txt", b"x", ["--val-fraction", "0.999999"], "no document is left for training"),
     ("a.txt", b"x", ["--val-fraction", "1"], "--val-fraction 1.0: expected 0 or more, and less than 1"),
     ("a.txt", b"x", ["--val-fraction", "nan"], "--val-fraction nan: expected"),
@@ -559,3 +558,13 @@ def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
     assert done.returncode == 0, done.stderr
     assert files(out) == files(whole)
     assert list(out.rglob(".*")) == []
+
+
+def test_a_corpus_too_small_for_its_validation_split_is_told_so_and_kept(tmp_path: Path) -> None:
+    """Twenty novels and one in a hundred: tokenizing them all must not have been in vain."""
+    (tmp_path / "a.txt").write_text("x")
+    done = command("data_prep.make_shards", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
+                   "--val-fraction", "0.000001")  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: no document fell into validation (1 documents, ")
+    assert shards.read_manifest(tmp_path / "out").splits == ["train"]

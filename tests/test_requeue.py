@@ -45,7 +45,8 @@ def left(status: int, reason: str = "", saved: bool = False) -> Exit:
         (left(FAILED, "out of memory"), 1, True, True, "crash 1 since the last new checkpoint: out of memory"),
         (NOBODY, 137, True, True, "crash 1 since the last new checkpoint: the ranks left with status 137 and no word"),
         (NOBODY, 1, True, True, "status 1 and no word"),
-        (NOBODY, 0, True, True, "status 0 and no word"),  # nobody said that training is finished
+        (NOBODY, 0, False, False, "finished"),  # every rank said so, and rank 0's disk was full
+        (NOBODY, AGAIN, True, False, "saved"),
     ],
 )
 def test_how_an_attempt_ended_decides(

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, clean_env, command, curve, rows, tensors
 
@@ -89,3 +90,15 @@ def wait_for_rows(path: Path, more: int) -> None:
     while not path.exists() or len(path.read_bytes().splitlines()) < before + more:
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.02)
+
+
+def test_training_that_diverges_ends_before_anything_of_it_is_saved(tiny: Path, tmp_path: Path) -> None:
+    """A learning rate that overflows: no checkpoint holds a NaN, and a person is asked for."""
+    done = command("hpcgpt.train", str(tiny), "--optim.lr", "1e30", "--schedule.warmup_steps", "6")
+    assert done.returncode == 2
+    assert "training has diverged" in done.stderr
+    folder = tmp_path / "runs" / "tiny"
+    assert all(np.isfinite(row["train/loss"]) for row in rows(folder / "metrics.jsonl"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        assert all(np.isfinite(np.frombuffer(value, dtype=np.float32)).all()
+                   for name, value in tensors(checkpoint).items() if name.startswith("model/"))  # fmt: skip
