@@ -55,8 +55,12 @@ class Tracker:
 
     def close(self, exit_code: int) -> None:
         if self._run is not None:
+            import wandb
+
             self._do(lambda: self._run.finish(exit_code=exit_code))
             self._run = None
+            with suppress(Exception):  # its core process should be gone before ours is
+                wandb.teardown()
 
     def _start(self, config: Config, run_id: str, resolved: dict[str, Any]) -> None:
         # The mask is inherited by the threads and processes that wandb starts.

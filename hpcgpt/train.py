@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from hpcgpt import cli, config, generation, preempt, runfolder, tracking, world
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from hpcgpt import loop
 
-        return loop.train(planned, here, flag)
+        status = loop.train(planned, here, flag)
     except ConnectionError:
         raise  # why the run has ended is in the word of another rank
     except (ValueError, OSError) as error:
@@ -49,6 +50,21 @@ def main(argv: Sequence[str]) -> int:
             with suppress(OSError):  # the disk that is full may be this one
                 runfolder.write_exit(folder, runfolder.Exit(world.job_attempt(), mistake, str(error), 0, saved=False))
         raise
+    if here.size > 1:
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End this rank without tearing the interpreter down.
+
+    gloo's threads may still hold Python objects, and a thread that asks for the interpreter while it is going
+    away ends the process with SIGABRT (docs/lab-notes.md): then `srun -K` kills the ranks beside it.
+    Everything is written by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
