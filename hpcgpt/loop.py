@@ -58,7 +58,6 @@ def train(planned: Plan, here: World, flag: StopFlag) -> int:
     finally:
         if held is not None:
             held.release()
-    world.disconnect()
     return status
 
 

@@ -244,6 +244,7 @@ def is_broken_connection(error: RuntimeError) -> bool:
 
 
 def disconnect() -> None:
+    """End the process groups, for a program that goes on afterwards; `hpcgpt train` just leaves."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
