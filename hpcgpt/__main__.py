@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "pretrain a model, or go on with a run",
     "submit": "queue a training job on Slurm",
     "status": "how a run is going",
+    "checkpoint": "list, verify and show a run's checkpoints",
     "sample": "generate text from a run's newest checkpoint",
 }
 

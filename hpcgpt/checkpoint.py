@@ -1,4 +1,4 @@
-"""The on-disk form of a run's state: save, verify, choose the newest valid one, retain.
+"""The on-disk form of a run's state, and ``python -m hpcgpt.checkpoint ls|verify|show RUN``, which looks at it.
 
 ::
 
@@ -7,46 +7,40 @@
         tensors_00000_of_00004.safetensors    a share of all tensors from each rank
         ...
         state.json                            see State
-        manifest.json                         bytes and SHA-256 of the files above; written last
+        manifest.json                         bytes and SHA-256 of the files above, and of itself; written last
       .step_000002000.g0003.tmp/              being written by generation 3
       damaged_step_000000500.g0003/           set aside by generation 3, with the reason in REASON.txt
 
 The tensors, spread over the ranks by size: ``model/<parameter>``, ``optim/<parameter>/<state>``, and
 ``rng/<rank>/cpu`` (and ``/cuda``), the state of each rank's random generators as bytes.
 
-A checkpoint is written under a temporary name that holds the writer's generation. Files are flushed to the
-disk, then the folder; then it gets its name, and the folder above is flushed. A folder without its
-manifest does not exist as far as loading is concerned. safetensors and JSON only: nothing in a
-checkpoint can run code.
+A folder without its manifest does not exist as far as loading is concerned, and nothing is believed that the
+manifest's checksums do not bear out. safetensors and JSON only: nothing in a checkpoint can run code.
 
-Ranks share the outcome of every stage before the next one, so a full disk on one of them costs all of
-them this checkpoint, and nobody waits for somebody who has left.
+Written by ``hpcgpt.saver``, loaded by ``hpcgpt.restore``, removed by ``hpcgpt.retention``. No torch in here.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import os
 import re
-import shutil
+import stat
 import sys
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from hpcgpt import durable
-from hpcgpt.generation import Generation
-from hpcgpt.together import on_all, on_first
-from hpcgpt.world import Ranks
+from hpcgpt import cli, runfolder
 
-FORMAT, VERSION = "hpcgpt-checkpoint", 1
+FORMAT, VERSION = "hpcgpt-checkpoint", 2
+JSON_LIMIT = 64 << 20  # bytes; what is larger is no state.json or manifest.json of ours
 _NAME = re.compile(r"step_(\d{9,})")
 _FILE = re.compile(r"(tensors_\d{5}_of_\d{5}\.safetensors|state\.json)")
 
@@ -56,7 +50,7 @@ class State:
     """Where a run stands, beside its tensors.
 
     `identity` is what must not change between attempts; `pending` is the metrics row of this step, if the
-    run was stopped before its evaluation had ended.
+    run was stopped before its evaluation had ended; `val_loss` in nats, if this very step was evaluated.
     """
 
     step: int
@@ -65,281 +59,278 @@ class State:
     world_size: int
     identity: dict[str, Any]
     pending: dict[str, Any] | None = None
-    format: str = field(default=FORMAT)
-    version: int = field(default=VERSION)
+    val_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.step, self.tokens, self.samples, self.world_size)
+        if not all(type(count) is int and count >= 0 for count in counts) or self.world_size < 1:
+            raise ValueError(f"impossible counts {counts}")
+        if not isinstance(self.identity, dict) or not isinstance(self.pending, dict | None):
+            raise ValueError("identity and pending must be objects")
+        if not isinstance(self.val_loss, float | None):
+            raise ValueError(f"val_loss {self.val_loss!r} is no number")
 
 
-# --- saving ----------------------------------------------------------------------------------------
+class FormatError(ValueError):
+    """A checkpoint of another format version: whole perhaps, so not to be set aside."""
 
 
-def save(
-    checkpoints: Path,
-    state: State,
-    tensors: dict[str, Tensor],
-    ranks: Ranks,
-    generation: Generation | None,
-) -> str:
-    """Write one checkpoint together; '' if it is there now, else why it is not, on every rank alike.
-
-    A collective: every rank calls it, with the same `tensors` but for its own ``rng/``. `generation` is
-    rank 0's; the others pass None.
-    """
-    final = checkpoints / f"step_{state.step:09d}"
-    try:
-        temporary = on_first(ranks, lambda: _begin(final, generation))
-        if temporary is None:
-            return ""  # it is there already
-        share = _share(tensors, ranks)
-        files = on_all(ranks, lambda: _write_share(Path(temporary), share, ranks))
-        on_first(ranks, lambda: _commit(Path(temporary), final, state, dict(files), generation))
-    except OSError as error:
-        # Nobody writes any more: the error was shared. What is half written is ours, and useless.
-        if ranks.world.is_first and generation is not None:
-            shutil.rmtree(_temporary(final, generation), ignore_errors=True)
-        return str(error)
-    return ""
+# --- names -----------------------------------------------------------------------------------------
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name. They are the live ones: not copied."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        found[f"model/{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            found[f"optim/{name}/{key}"] = value
-    rank = ranks.world.rank
-    found[f"rng/{rank}/cpu"] = torch.get_rng_state()
-    if ranks.device.type == "cuda":
-        found[f"rng/{rank}/cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return found
+def path_of(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:09d}"
 
 
-def retain(checkpoints: Path, keep_last: int) -> list[Path]:
-    """Remove all but the `keep_last` newest checkpoints; returns those that went."""
-    old = _found(checkpoints)[keep_last:]
-    for path in old:
-        # Out of sight first: a removal that is cut short must not leave a checkpoint without its files.
-        hidden = path.with_name(f".{path.name}.removed")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
-    return old
+def temporary_of(final: Path, generation: int) -> Path:
+    return final.with_name(f".{final.name}.g{generation:04d}.tmp")
 
 
-def clean(checkpoints: Path, generation: Generation) -> None:
-    """Remove what earlier generations left half written or half removed."""
-    for path in checkpoints.glob(".step_*"):
-        found = re.fullmatch(r"\.step_\d+\.(g(?P<generation>\d+)\.tmp|removed)", path.name)
-        if found and int(found["generation"] or 0) < generation.number:
-            # An orphan may still write into it, and NFS keeps open files under other names.
-            shutil.rmtree(path, ignore_errors=True)
+def share_name(rank: int, world_size: int) -> str:
+    return f"tensors_{rank:05d}_of_{world_size:05d}.safetensors"
 
 
-def _begin(final: Path, generation: Generation | None) -> str | None:
-    if final.exists():
-        return None
-    assert generation is not None
-    temporary = _temporary(final, generation)
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise durable.explained(error, temporary) from error
-    return str(temporary)
+def found(checkpoints: Path) -> list[Path]:
+    """Checkpoints by name, the newest first; valid or not."""
+    paths = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=step_of, reverse=True)
 
 
-def _temporary(final: Path, generation: Generation) -> Path:
-    return final.with_name(f".{final.name}.g{generation.number:04d}.tmp")
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
-def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors that this rank writes: largest first, each to the rank with the least so far."""
-    sizes = [0] * ranks.world.size
-    mine = {name: tensor for name, tensor in tensors.items() if name.startswith("rng/")}
-    common = [(t.numel() * t.element_size(), name) for name, t in tensors.items() if name not in mine]
-    for size, name in sorted(common, key=lambda row: (-row[0], row[1])):
-        rank = sizes.index(min(sizes))
-        sizes[rank] += size
-        if rank == ranks.world.rank:
-            mine[name] = tensors[name]
-    return mine
+# --- writing and reading the small files -----------------------------------------------------------
 
 
-def _write_share(temporary: Path, share: dict[str, Tensor], ranks: Ranks) -> tuple[str, dict[str, Any]]:
-    path = temporary / f"tensors_{ranks.world.rank:05d}_of_{ranks.world.size:05d}.safetensors"
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in share.items()}, path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    except SafetensorError as error:
-        # It hides the operating system's error number in its text.
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else 5
-        raise durable.explained(OSError(code, os.strerror(code)), path) from error
-    return path.name, _fingerprint(path)
+def state_bytes(state: State) -> bytes:
+    return json.dumps(asdict(state)).encode()
 
 
-def _commit(temporary: Path, final: Path, state: State, files: dict[str, Any], generation: Generation | None) -> None:
-    assert generation is not None
-    durable.write(temporary / "state.json", json.dumps(asdict(state)).encode())
-    files["state.json"] = _fingerprint(temporary / "state.json")
-    manifest = {"format": FORMAT, "version": VERSION, "generation": generation.number, "files": files}
-    durable.write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-    generation.check()
-    try:
-        temporary.rename(final)
-    except OSError as error:
-        raise durable.explained(error, final) from error
-    durable.sync_folder(final.parent)
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-# --- choosing and loading --------------------------------------------------------------------------
-
-
-def newest_valid(checkpoints: Path, ranks: Ranks, generation: Generation | None) -> Path | None:
-    """The newest valid checkpoint, chosen by rank 0 for all; None if there never was one.
-
-    Damaged ones are set aside with a loud line. A collective.
-
-    Raises:
-        ValueError: there are checkpoints, and none is valid; or the newest is of a later format.
-    """
-    chosen = on_first(ranks, lambda: _choose(checkpoints, generation))
-    return Path(chosen) if chosen else None
+def manifest_bytes(files: dict[str, Any], generation: int) -> bytes:
+    """`files`: name -> {"bytes": int, "sha256": hex}."""
+    manifest = {"format": FORMAT, "version": VERSION, "generation": generation, "files": files}
+    return json.dumps(manifest | {"digest": _digest(manifest)}, indent=1).encode()
 
 
 def read_state(checkpoint: Path) -> State:
-    return State(**json.loads((checkpoint / "state.json").read_bytes()))
+    """Raises ValueError, TypeError or OSError if it is none; see `verify` first."""
+    return State(**_json(checkpoint / "state.json"))
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> State:
-    """Fill model, optimizer (None: leave it out) and this rank's random generators; returns the rest.
+def read_files(checkpoint: Path) -> dict[str, Any]:
+    """The files of a checkpoint, by name, as its manifest tells. Raises as `read_state`, and KeyError."""
+    return dict(_json(checkpoint / "manifest.json")["files"])
 
-    On another world size than the checkpoint's the generators are left as they are.
 
-    Raises:
-        ValueError: the tensors are not those of this model.
-    """
-    state = read_state(checkpoint)
-    parameters = dict(model.named_parameters())
-    rng = f"rng/{ranks.world.rank}/" if state.world_size == ranks.world.size else None
-    missing = set(parameters)
-    for path in sorted(checkpoint.glob("tensors_*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                kind, _, rest = name.partition("/")
-                if kind == "model":
-                    _fill(parameters, rest, file.get_tensor(name))
-                    missing.discard(rest)
-                elif kind == "optim" and optimizer is not None:
-                    parameter, _, key = rest.rpartition("/")
-                    owner = _named(parameters, parameter)
-                    optimizer.state[owner][key] = file.get_tensor(name).to(owner.device)
-                elif rng and name.startswith(rng) and optimizer is not None:
-                    _restore_generator(name, file.get_tensor(name), ranks)
-    if missing:
-        raise ValueError(f"{checkpoint} lacks {', '.join(sorted(missing)[:3])} of this model")
-    return state
+def _json(path: Path) -> dict[str, Any]:
+    if (problem := _not_a_file(path)) or path.stat().st_size > JSON_LIMIT:
+        raise ValueError(problem or f"{path.name} is larger than {JSON_LIMIT >> 20} MB")
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no object")
+    return content
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+# --- verifying -------------------------------------------------------------------------------------
 
 
 def verify(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; '' if it is whole: manifest, sizes, checksums, state.
+    """What is wrong with a checkpoint; '' if it is whole.
 
     Raises:
-        ValueError: it is of a later format than this program knows: not damage, so not to be set aside.
+        FormatError: it is of another format version.
+        OSError: a file that is there cannot be read.
+    """
+    problem = outline(checkpoint)
+    return problem or damage(checkpoint, read_files(checkpoint))
+
+
+def outline(checkpoint: Path) -> str:
+    """What is wrong with all but the checksums of the files: manifest, names, sizes, state.
+
+    Raises:
+        FormatError: it is of another format version.
     """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+        manifest = _json(checkpoint / "manifest.json")
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']!r}, expected {FORMAT}"
-        if manifest["version"] > VERSION:
-            raise FutureFormatError(
-                f"{checkpoint} has format version {manifest['version']}, and this program knows {VERSION}: use a "
-                "newer hpcgpt"
+        if type(manifest["version"]) is not int:
+            return f"its manifest cannot be read: version {manifest['version']!r}"
+        digest = manifest.pop("digest", None)
+        if manifest["version"] != VERSION and digest in (_digest(manifest), None):
+            raise FormatError(
+                f"{checkpoint} has format version {manifest['version']}, and this program knows {VERSION}: use the "
+                "hpcgpt that wrote it, or start another --run.name"
             )
-        names = set(manifest["files"])
-        if not all(_FILE.fullmatch(name) for name in names) or "state.json" not in names:
-            return f"its manifest names {', '.join(sorted(names)[:3])}"
-        for name, expected in manifest["files"].items():
+        if digest != _digest(manifest):
+            return "its manifest's own SHA-256 does not hold"
+        files = manifest["files"]
+        if not all(_FILE.fullmatch(name) for name in files) or "state.json" not in files:
+            return f"its manifest names {', '.join(sorted(files)[:3])}"
+        for name, expected in files.items():
             path = checkpoint / name
+            if problem := _not_a_file(path):
+                return problem
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
-            if _fingerprint(path) != expected:
-                return f"the SHA-256 of {name} is not the one in the manifest"
         state = read_state(checkpoint)
-        shares = {f"tensors_{r:05d}_of_{state.world_size:05d}.safetensors" for r in range(state.world_size)}
-        if names != shares | {"state.json"}:
-            return f"it lacks {', '.join(sorted(shares - names)[:3])}"
         if checkpoint.name != f"step_{state.step:09d}":
             return f"it holds step {state.step}"
-        for name in sorted(shares):
-            with safe_open(checkpoint / name, framework="pt"):  # reads the header
-                pass
-    except FutureFormatError:
+        shares = [share_name(rank, state.world_size) for rank in range(min(state.world_size, len(files)))]
+        if set(shares) != set(files) - {"state.json"}:
+            return f"it lacks {', '.join(sorted(set(shares) - set(files))[:3]) or 'shares of tensors'}"
+    except FormatError:
         raise
     except OSError as error:
         return f"{Path(error.filename or '').name}: {error.strerror}"
-    except SafetensorError as error:
-        return f"{name}: {error}"
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         return f"its manifest or state cannot be read: {error!r}"
     return ""
 
 
-class FutureFormatError(ValueError):
-    """A checkpoint of a later format version."""
+def damage(checkpoint: Path, names: Iterable[str]) -> str:
+    """Which of the files `names` is not what the manifest of an outlined checkpoint says; '' if none.
+
+    Raises:
+        OSError: it cannot be read, which may be this host's fault and no damage.
+    """
+    files = read_files(checkpoint)
+    for name in names:
+        with open(checkpoint / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != files[name].get("sha256"):
+                return f"the SHA-256 of {name} is not the one in the manifest"
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(checkpoint / name, framework="np"):  # reads the header
+                    pass
+            except SafetensorError as error:
+                return f"{name}: {error}"
+    return ""
 
 
-def _found(checkpoints: Path) -> list[Path]:
-    """Checkpoints by name, the newest first; valid or not."""
-    paths = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+def set_aside(checkpoint: Path, problem: str, generation: int) -> None:
+    """Take a damaged checkpoint out of the way, with a loud line; nothing of it is lost."""
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}.g{generation:04d}")
+    checkpoint.rename(aside)
+    with suppress(OSError):  # on a full disk the warning below has to do
+        (aside / "REASON.txt").write_text(problem + "\n")
+    warn(checkpoint, f"{problem}; set aside as {aside.name}")
 
 
-def _choose(checkpoints: Path, generation: Generation | None) -> str | None:
-    candidates = _found(checkpoints)
-    problems = []
-    for path in candidates:
-        problem = verify(path)
-        if not problem:
-            return str(path)
-        problems.append(f"{path.name}: {problem}")
-        if generation is not None:
-            aside = path.with_name(f"damaged_{path.name}.g{generation.number:04d}")
-            path.rename(aside)
-            with suppress(OSError):  # on a full disk the warning below has to do
-                (aside / "REASON.txt").write_text(problem + "\n")
-            problem += f"; set aside as {aside.name}"
-        print(f"warning: checkpoint {path} is damaged: {problem}", file=sys.stderr, flush=True)
-    # Also those that earlier starts set aside: there was training, and it must not silently begin anew.
-    problems = problems or [path.name for path in checkpoints.glob("damaged_step_*")]
-    if problems:
-        raise ValueError(
-            f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
-            "another --run.name; training is not started over silently"
-        )
-    return None
+def warn(checkpoint: Path, problem: str) -> None:
+    print(f"warning: checkpoint {checkpoint} is damaged: {problem}", file=sys.stderr, flush=True)
 
 
-def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
-    if name not in parameters:
-        raise ValueError(f"the checkpoint has a tensor {name}, and the model has none of that name")
-    return parameters[name]
+def _not_a_file(path: Path) -> str:
+    """Also a pipe or a device, which could be waited for without end."""
+    mode = path.lstat().st_mode
+    return "" if stat.S_ISREG(mode) else f"{path.name} is no regular file"
 
 
-def _fill(parameters: dict[str, nn.Parameter], name: str, value: Tensor) -> None:
-    target = _named(parameters, name)
-    if target.shape != value.shape:
-        raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model")
-    with torch.no_grad():
-        target.copy_(value)
+# --- the command -----------------------------------------------------------------------------------
 
 
-def _restore_generator(name: str, state: Tensor, ranks: Ranks) -> None:
-    if name.endswith("/cpu"):
-        torch.set_rng_state(state)
-    elif ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(state, ranks.device)
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hpcgpt checkpoint", description="Look at a run's checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|show")
+    for name, about in (
+        ("ls", "what there is; sizes and states are checked, checksums not"),
+        ("verify", "check every byte; status 1 if anything is damaged"),
+        ("show", "what is in one: its state, and every tensor's dtype and shape"),
+    ):
+        added = commands.add_parser(name, help=about, description=about)
+        added.add_argument("RUN", help="run folder")
+        added.add_argument("--json", action="store_true", help="JSON, one object a line")
+        if name != "ls":
+            added.add_argument("--step", type=int, help="this step (show: the newest by default; verify: all)")
+    options = parser.parse_args(argv)
+    run = Path(options.RUN)
+    runfolder.run_id(run)
+    paths = found(run / "checkpoints")
+    if options.command == "ls":
+        rows = [_listed(path) for path in paths] + [_set_aside(path) for path in _damaged(run / "checkpoints")]
+        return _print(rows, options.json, f"{run} has no checkpoint yet")
+    if options.step is not None:
+        paths = [path for path in paths if step_of(path) == options.step]
+        if not paths:
+            raise ValueError(f"{run} has no checkpoint of step {options.step}")
+    if options.command == "verify":
+        rows = [_listed(path, verify(path)) for path in paths]
+        _print(rows, options.json, f"{run} has no checkpoint yet")
+        return 1 if any(row["problem"] for row in rows) else 0
+    if not paths:
+        raise ValueError(f"{run} has no checkpoint yet")
+    return _show(paths[0], options.json)
+
+
+def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
+    """`problem`: what `verify` found; None: it was not asked."""
+    whole = "whole" if problem == "" else "sizes fit"
+    problem = outline(path) if problem is None else problem
+    row: dict[str, Any] = {"name": path.name, "step": step_of(path), "problem": problem}
+    row |= {"state": "damaged" if problem else whole, "bytes": None, "val_loss": None, "world_size": None}
+    row["age_s"] = time.time() - path.stat().st_mtime
+    if not problem:
+        state = read_state(path)
+        row["bytes"] = sum(file["bytes"] for file in read_files(path).values())
+        row |= {"val_loss": state.val_loss, "world_size": state.world_size}
+    return row
+
+
+def _damaged(checkpoints: Path) -> list[Path]:
+    return sorted(checkpoints.glob("damaged_step_*"))
+
+
+def _set_aside(path: Path) -> dict[str, Any]:
+    try:
+        problem = (path / "REASON.txt").read_text().strip()
+    except OSError:
+        problem = "no reason is kept"
+    row = dict.fromkeys(("bytes", "val_loss", "world_size")) | {"name": path.name, "problem": problem}
+    return row | {"step": None, "state": "set aside", "age_s": time.time() - path.stat().st_mtime}
+
+
+def _print(rows: Sequence[dict[str, Any]], as_json: bool, none: str) -> int:
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return 0
+    if not rows:
+        print(none)
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:12,.1f} MB" if row["bytes"] is not None else " " * 15
+        ranks = f"{row['world_size']:4} ranks" if row["world_size"] else " " * 10
+        loss = f"  val loss {row['val_loss']:.4f}" if row["val_loss"] is not None else ""
+        problem = f"  {row['problem']}" if row["problem"] else ""
+        print(f"{row['name']:30} {row['state']:9}{size} {ranks} {row['age_s'] / 3600:8.1f} h old{loss}{problem}")
+    return 0
+
+
+def _show(path: Path, as_json: bool) -> int:
+    if problem := outline(path):
+        raise ValueError(f"{path} is damaged: {problem}")
+    state, tensors = read_state(path), {}
+    for name in sorted(set(read_files(path)) - {"state.json"}):
+        with safe_open(path / name, framework="np") as file:
+            for key in sorted(file.keys()):
+                piece = file.get_slice(key)
+                tensors[key] = {"dtype": piece.get_dtype(), "shape": list(piece.get_shape()), "file": name}
+    if as_json:
+        print(json.dumps({"path": str(path), "state": asdict(state), "tensors": tensors}))
+        return 0
+    print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.samples:,} samples, {state.world_size} ranks")
+    for key, value in state.identity.items():
+        print(f"  {key} = {value!r}")
+    for key, told in tensors.items():
+        print(f"  {key:60} {told['dtype']:5} {'x'.join(map(str, told['shape'])) or 'scalar'}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

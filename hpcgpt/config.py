@@ -118,7 +118,10 @@ class Train:
 @dataclass(frozen=True)
 class Checkpoint:
     every: int = option(500, "steps between two checkpoints; 0: only at the end and when told to stop", low=0)
-    keep_last: int = option(3, "how many of the newest checkpoints stay", low=1)
+    keep_last: int = option(3, "how many of the newest valid checkpoints stay", low=1)
+    keep_every: int = option(0, "checkpoints of steps that are a multiple of this stay for ever; 0: none", low=0)
+    keep_best: bool = option(True, "of the checkpoints of steps that were evaluated, the one with the best loss stays")
+    background: bool = option(True, "write checkpoints while training goes on")
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,16 @@ class Requeue:
 
 
 @dataclass(frozen=True)
+class Watchdog:
+    hang_factor: float = option(
+        30.0,
+        "no step for this many times the usual step time is a hang: stacks are written, and it ends; 0: never",
+        low=0,
+    )
+    hang_min_s: float = option(300.0, "but not before this many seconds", above=0)
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -165,6 +178,7 @@ class Config:
     sample: Sample = field(default_factory=Sample)
     tracking: Tracking = field(default_factory=Tracking)
     requeue: Requeue = field(default_factory=Requeue)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def run_folder(self) -> Path:
@@ -401,6 +415,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (f"train.global_batch {train.global_batch} must be a multiple of train.micro_batch {train.micro_batch}")
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
+    keep = config.checkpoint
+    if keep.keep_every and (not keep.every or keep.keep_every % keep.every):
+        yield (
+            f"checkpoint.keep_every {keep.keep_every} must be a multiple of checkpoint.every {keep.every}: other steps "
+            "are not saved"
+        )
     name = config.run.name
     if not name or name.startswith(".") or "/" in name:
         yield f"run.name '{name}' must be a plain folder name"

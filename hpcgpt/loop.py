@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcgpt import checkpoint, config, durable, generation, metrics, plan, runfolder, tokenizer, world
+from hpcgpt import (
+    checkpoint,
+    config,
+    durable,
+    generation,
+    metrics,
+    plan,
+    restore,
+    retention,
+    runfolder,
+    tokenizer,
+    world,
+)
 from hpcgpt.evaluate import evaluate
-from hpcgpt.generate import generate
 from hpcgpt.generation import Generation
 from hpcgpt.loader import Loader, Windows, widen
 from hpcgpt.model import GPT
@@ -33,22 +43,29 @@ from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
 from hpcgpt.precision import pick_dtype
 from hpcgpt.preempt import Stop, StopFlag, shielded
+from hpcgpt.reporter import Reporter, Story
+from hpcgpt.saver import Saved, Saver, tensors_of
 from hpcgpt.schedule import learning_rate
 from hpcgpt.step import accumulate, train_step
 from hpcgpt.together import on_all, on_first
-from hpcgpt.tracking import Tracker
+from hpcgpt.watchdog import Watchdog
 from hpcgpt.world import Ranks, World
 
 
-def train(planned: Plan, here: World, flag: StopFlag) -> int:
-    """Run one attempt to its end; returns its exit status, the same on every rank."""
+def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
+    """Run one attempt to its end; returns its exit status, the same on every rank.
+
+    `began_at` is when this process began, in unix seconds.
+    """
     settings = planned.config
+    times = {"imports_s": time.time() - began_at}
     torch.set_num_threads(settings.run.threads or world.cores(here))
     device = world.pick_device(here, settings.run.device)
     ranks = world.connect(here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s)
     held = _take(ranks, settings.run_folder)
+    times["meet_s"] = time.time() - began_at - times["imports_s"]
     try:
-        status = Attempt(planned, ranks, held, flag).run()
+        status = Attempt(planned, ranks, held, flag, began_at, times).run()
         # Rank 0 has more to do at the end, and `srun -K` ends whoever is left when the first rank leaves.
         on_first(ranks, lambda: None)
     except RuntimeError as error:
@@ -75,22 +92,34 @@ def _take(ranks: Ranks, folder: Path) -> Generation | None:
 
 @dataclass
 class Progress:
-    """`pending` is the row of a step whose evaluation is still to be done."""
+    """`pending` is the row of a step whose evaluation is still to be done, `val_loss` that of this very step."""
 
     step: int = 0
     pending: dict[str, Any] | None = None
+    val_loss: float | None = None
 
 
 class Attempt:
     """One attempt at a run, from its generation to its exit status."""
 
-    def __init__(self, planned: Plan, ranks: Ranks, held: Generation | None, flag: StopFlag) -> None:
+    def __init__(
+        self,
+        planned: Plan,
+        ranks: Ranks,
+        held: Generation | None,
+        flag: StopFlag,
+        began_at: float,
+        times: dict[str, float],
+    ) -> None:
+        """`times` has the seconds that the start took so far; see the event "ready"."""
         self.plan, self.ranks, self.held, self.flag = planned, ranks, held, flag
+        self._began_at, self._times = began_at, times
         self.config = settings = planned.config
         self.folder = settings.run_folder
         self.number = on_first(ranks, lambda: held.number if held else 0)
         if not held:
             generation.watch(self.folder, self.number)
+        self._watchdog = Watchdog(settings, ranks.world, self.number)
         self.dtype = pick_dtype(settings.train.dtype, ranks.device)
         dtypes = on_all(ranks, lambda: str(self.dtype))
         if len(set(dtypes)) > 1:
@@ -117,22 +146,31 @@ class Attempt:
             settings.train.global_batch,
             settings.train.micro_batch,
         )
+        self._hosts = on_all(ranks, socket.gethostname)
         self.words = tokenizer.load(Path(settings.data.dir) / "tokenizer", planned.manifest.tokenizer["fingerprint"])
         self.token_bytes: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         self.token_bytes[: self.words.vocab_size] = self.words.token_bytes
+
+        self.progress = Progress()
+        self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
+        self._saver = Saver(self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows)
 
     # --- from start to end -------------------------------------------------------------------------
 
     def run(self) -> int:
         self._warm_up()
-        progress = self._resume()
-        reporter = self._report(progress)
-        reason = Stop.NO
+        self._resume()
+        on_first(self.ranks, self._report)
         status = runfolder.FAILED
         try:
-            reason = self._steps(progress, reporter)
+            reason = self._steps()
+            progress = self.progress
             finished = progress.step >= self.plan.total_steps and progress.pending is None
-            problem = self._save(progress, reporter)
+            if reporter := self._reporter:
+                reporter.event("stop", step=progress.step, reason=reason.words or "finished")
+            # Who is told to leave has no time for old checkpoints; the next attempt has.
+            self._saver.tidy = finished
+            problem = self._last_save()
             if problem:
                 status, words = runfolder.FAILED, f"the last checkpoint could not be written: {problem}"
             elif finished:
@@ -142,14 +180,10 @@ class Attempt:
             if reporter:
                 reporter.leave(status, words, progress.step, saved=not problem)
         finally:
-            if reporter:
-                reporter.close(status)
+            self._watchdog.off()
+            if self._reporter:
+                self._reporter.close(status)
         return status
-
-    def _report(self, progress: Progress) -> Reporter | None:
-        made: list[Reporter] = []
-        on_first(self.ranks, lambda: made.append(Reporter(self, progress)))
-        return made[0] if made else None
 
     def _warm_up(self) -> None:
         """One pass whose gradients are thrown away.
@@ -158,72 +192,85 @@ class Attempt:
         floats are added. Without this pass the first step after a resume would round differently than
         the same step in a run that was never interrupted. Compilation happens here too.
         """
+        started_at = time.monotonic()
         self.forward.train()
         # The compiler's worker processes must not die of Slurm's warning.
         with shielded() if self.config.train.compile else nullcontext():
             accumulate(self.forward, self._micro_batches(0, 1), 1, self._precision)
         self.optimizer.zero_grad(set_to_none=True)
+        self._times["warm_up_s"] = time.monotonic() - started_at
 
-    def _resume(self) -> Progress:
+    def _resume(self) -> None:
         """Load the newest valid checkpoint, if there is one, and make the folder fit it."""
-        settings, folder = self.config, self.folder
+        started_at = time.monotonic()
+        settings, checkpoints = self.config, self.folder / "checkpoints"
         if self.held:
-            checkpoint.clean(folder / "checkpoints", self.held)
-        newest = checkpoint.newest_valid(folder / "checkpoints", self.ranks, self.held)
-        progress = Progress()
+            retention.clean(checkpoints, self.held)
+        newest = restore.newest_valid(checkpoints, self.ranks, self.held)
         if newest is None:
             torch.manual_seed(settings.run.seed + 7919 * self.ranks.world.rank)
         else:
             changed = plan.changes(checkpoint.read_state(newest).identity, self.plan.identity)
             if changed:
                 raise ValueError(
-                    f"{folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run "
+                    f"{self.folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run "
                     "another --run.name, or restore the settings"
                 )
-            state = checkpoint.load(newest, self.model, self.optimizer, self.ranks)
-            progress = Progress(state.step, state.pending)
+            state = restore.load(newest, self.model, self.optimizer, self.ranks)
+            self.progress = Progress(state.step, state.pending, state.val_loss)
             if state.world_size != self.ranks.world.size:
                 torch.manual_seed(settings.run.seed + 7919 * self.ranks.world.rank + 104729 * state.step)
-        on_first(self.ranks, lambda: self._write_folder(progress.step))
-        return progress
+        self._times["load_s"] = time.monotonic() - started_at
 
-    def _write_folder(self, step: int) -> None:
+    def _report(self) -> None:
+        """Rank 0: write what the folder is to hold, and begin to tell."""
         durable.write(self.folder / "config.toml", config.to_toml(self.config).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
-        runfolder.record(
-            self.folder,
-            "start",
-            attempt=self.number,
-            job=world.job_attempt(),
-            step=step,
-            total_steps=self.plan.total_steps,
-            world_size=self.ranks.world.size,
-            host=socket.gethostname(),
+        slowest_s = max(
+            (event["seconds"] for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
+            default=0.0,
         )
+        progress, pending = self.progress, self.progress.pending is not None
+        story = Story(
+            self.plan, self.ranks, self.number, self._hosts, self.dtype, self._began_at, progress.step, pending
+        )
+        self._reporter = Reporter(story, self.model, self.words)
+        self._mind_the_end(slowest_s)
+        self._reporter.event("ready", step=progress.step, **self._times)
 
-    def _steps(self, progress: Progress, reporter: Reporter | None) -> Stop:
+    def _steps(self) -> Stop:
         """Step until the end or until told to stop; returns why."""
-        total, every = self.plan.total_steps, self.config.checkpoint.every
+        total, every, progress = self.plan.total_steps, self.config.checkpoint.every, self.progress
         while progress.step < total or progress.pending:
             if progress.pending is None:
                 row = self._step(progress.step)
-                progress.step += 1
+                progress.step, progress.val_loss = progress.step + 1, None
+                self._watchdog.step(progress.step)
             else:
                 row, progress.pending = progress.pending, None
             if self._due(self.config.eval.every, progress.step):
+                started_at = time.monotonic()
                 figures = self._evaluate()
                 if figures is None:
                     progress.pending = row
                     return self.flag.agree(self.ranks)
-                row |= figures
-            if reporter:
-                reporter.row(row)
-            reason = self.flag.agree(self.ranks)
+                row |= figures | {"val/elapsed_s": time.monotonic() - started_at}
+                progress.val_loss = figures["val/loss"]
+            if self._reporter:
+                self._reporter.row(row)
+            reason = self._between()
             if reason:
                 return reason
             if every and progress.step % every == 0 and progress.step < total:
-                self._save(progress, reporter)
+                self._tell(self._save())
         return Stop.NO
+
+    def _between(self) -> Stop:
+        """At each step boundary, and between the batches of an evaluation: what all ranks have to agree on."""
+        self._watchdog.alive()
+        if self._saver.busy:
+            self._tell(self._saver.poll())
+        return self.flag.agree(self.ranks)
 
     # --- the parts of a step -----------------------------------------------------------------------
 
@@ -294,12 +341,15 @@ class Attempt:
             self.token_bytes,
             self.ranks,
             self._precision,
-            lambda: self.flag.agree(self.ranks) != Stop.NO,
+            lambda: self._between() != Stop.NO,
         )
 
-    def _save(self, progress: Progress, reporter: Reporter | None) -> str:
-        """Save this step; '' or why that failed, on every rank. A failure costs a checkpoint, not the run."""
-        started_at = time.monotonic()
+    # --- saving ------------------------------------------------------------------------------------
+
+    def _save(self) -> Saved | None:
+        """Begin to save this step; the outcome, if it has one at once. The save before has to end first."""
+        self._tell(self._saver.finish(self._watchdog.alive))
+        progress = self.progress
         state = checkpoint.State(
             progress.step,
             progress.step * self.plan.tokens_per_step,
@@ -307,92 +357,37 @@ class Attempt:
             self.ranks.world.size,
             self.plan.identity,
             progress.pending,
+            progress.val_loss,
         )
-        try:
-            on_first(self.ranks, lambda: reporter.metrics.sync() if reporter else None)
-        except OSError as error:
-            problem = str(error)
-        else:
-            tensors = checkpoint.tensors_of(self.model, self.optimizer, self.ranks)
-            problem = checkpoint.save(self.folder / "checkpoints", state, tensors, self.ranks, self.held)
-        if reporter:
-            reporter.saved(progress.step, problem, time.monotonic() - started_at)
-        return problem
+        saved = self._saver.begin(state, tensors_of(self.model, self.optimizer, self.ranks))
+        if saved is None and not self.config.checkpoint.background:
+            saved = self._saver.finish(self._watchdog.alive)
+        return saved
 
+    def _last_save(self) -> str:
+        """Save this step before leaving; '' or why that failed, on every rank."""
+        saved = self._save() or self._saver.finish(self._watchdog.alive)
+        assert saved is not None
+        self._tell(saved)
+        return saved.problem
 
-class Reporter:
-    """Everything that rank 0 alone tells the world: metrics.jsonl, console, wandb, events, samples."""
+    def _tell(self, saved: Saved | None) -> None:
+        """A save has ended, if one has. A failure costs a checkpoint, not the run."""
+        if saved is None:
+            return
+        if self._reporter:
+            self._reporter.saved(saved)
+            self._mind_the_end(saved.seconds)
 
-    def __init__(self, attempt: Attempt, progress: Progress) -> None:
-        self.attempt, self.folder = attempt, attempt.folder
-        settings, total = attempt.config, attempt.plan.total_steps
-        self.metrics = metrics.MetricsFile(
-            self.folder / "metrics.jsonl", progress.step + (0 if progress.pending else 1)
-        )
-        run_id = runfolder.run_id(self.folder)
-        self.tracker = Tracker(settings, run_id, asdict(settings), self.metrics.newest)
-        self.console = metrics.Console(progress.step, total)
-        done = progress.step >= total and not progress.pending
-        tokens = attempt.plan.tokens_per_step
-        self.console.say(
-            f"run {self.folder}, generation {attempt.number}: {attempt.model.parameter_count():,} parameters, "
-            f"{attempt.ranks.world.size} x {attempt.ranks.device.type}, "
-            f"{str(attempt.dtype).removeprefix('torch.')}, {tokens:,} tokens a step "
-            f"({attempt.plan.micro_steps} micro-steps a rank)"
-        )
-        if done:
-            self.console.say(f"finished already, at step {total:,}: nothing to do")
-        elif progress.step:
-            self.console.say(f"resumed at step {progress.step:,} of {total:,}")
+    def _mind_the_end(self, save_s: float) -> None:
+        lead_s = self.flag.save_takes(save_s)
+        if lead_s is not None and self._reporter:
+            self._reporter.say(f"a save takes {save_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
 
-    def row(self, row: dict[str, Any]) -> None:
-        self.metrics.write(row)
-        self.tracker.write(row)
-        self.console.step(row)
-        if "val/loss" in row and self.attempt.config.sample.tokens:
-            self._sample(row["step"])
-
-    def saved(self, step: int, problem: str, seconds: float) -> None:
-        if problem:
-            print(f"warning: no checkpoint of step {step:,}: {problem}", file=sys.stderr, flush=True)
-            self._record("save_failed", step=step, problem=problem)
-        else:
-            self._record("save", step=step, seconds=seconds)
-            try:
-                checkpoint.retain(self.folder / "checkpoints", self.attempt.config.checkpoint.keep_last)
-            except OSError as error:
-                print(f"warning: an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
-
-    def leave(self, status: int, words: str, step: int, saved: bool) -> None:
-        """The last words of an attempt that ends by itself."""
-        self._record("end", status=status, reason=words, step=step)
-        if status == runfolder.AGAIN:
-            self.console.say(f"saved at step {step:,} and leaving: {words}")
-        elif status == runfolder.FAILED:
-            print(f"error: {words}", file=sys.stderr, flush=True)
-        try:
-            runfolder.write_exit(self.folder, runfolder.Exit(world.job_attempt(), status, words, step, saved))
-        except OSError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-
-    def close(self, status: int) -> None:
-        self.console.close()
-        self.metrics.close()
-        self.tracker.close(status)
-
-    def _sample(self, step: int) -> None:
-        attempt, settings = self.attempt, self.attempt.config.sample
-        prompt = [attempt.words.end_of_text, *attempt.words.encode(settings.prompt)]
-        ids = generate(attempt.model, prompt, settings, attempt.ranks.device, attempt.config.run.seed + step)
-        text = settings.prompt + "".join(tokenizer.stream(attempt.words, ids))
-        self.console.say(f"--- sample at step {step:,}\n{text}\n---")
-        self.tracker.sample(step, text)
-
-    def _record(self, event: str, **fields: Any) -> None:
-        try:
-            runfolder.record(self.folder, event, attempt=self.attempt.number, **fields)
-        except OSError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+    def _sync_rows(self) -> None:
+        """Rows must be on the disk before the checkpoint that follows them: nobody would make them again."""
+        assert self._reporter is not None
+        self._reporter.metrics.sync()
 
 
 def _wrapped(model: GPT, ranks: Ranks, compiled: bool) -> nn.Module:

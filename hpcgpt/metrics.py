@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,27 @@ class MetricsFile:
     """Appends rows to metrics.jsonl. Rank 0 only.
 
     A full disk does not end the run: rows wait in memory until there is room again. `newest` are the rows
-    of the last few seconds of the attempt before, which may have been lost on their way to elsewhere.
+    of the last few seconds of the attempt before, which may have been lost on their way to elsewhere; `cut_off`
+    those that were beyond where this attempt goes on. Any thread may call `sync`.
     """
 
     def __init__(self, path: Path, keep_below: int) -> None:
         """Open it for going on: rows of step `keep_below` and beyond are cut off first."""
-        kept = [row for row in read_rows(path) if row["step"] < keep_below]
+        rows = read_rows(path)
+        kept = [row for row in rows if row["step"] < keep_below]
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
         durable.write(path, content)
+        self.cut_off = [row for row in rows if row["step"] >= keep_below]
         self.newest = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
+        self._lock = threading.Lock()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._waiting += json.dumps(row).encode() + b"\n"
         try:
-            self._write_waiting()
+            with self._lock:
+                self._waiting += json.dumps(row).encode() + b"\n"
+                self._write_waiting()
         except OSError as error:
             print(f"warning: {error}; trying again", file=sys.stderr, flush=True)
 
@@ -74,7 +80,8 @@ class MetricsFile:
         Raises:
             OSError: there are rows that could not be written.
         """
-        self._write_waiting()
+        with self._lock:
+            self._write_waiting()
         os.fsync(self._descriptor)
 
     def _write_waiting(self) -> None:

@@ -15,6 +15,7 @@ Children must not die of signals that Slurm sends to every process of a step: st
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hpcgpt.world import Ranks
+
+SLACK_S = 10.0  # beyond two saves: the step that is under way, and leaving
 
 
 class Stop(IntEnum):
@@ -67,7 +70,8 @@ class StopFlag:
         self._interrupted = False
         self._file = stop_file
         end = env.get("SLURM_JOB_END_TIME", "")
-        self._leave_at = leave_at(float(end), time.time(), end_margin_s) if end.isdigit() else float("inf")
+        self._began, self._end = time.time(), float(end) if end.isdigit() else float("inf")
+        self._leave_at = leave_at(self._end, self._began, end_margin_s) if end.isdigit() else float("inf")
 
     def install(self) -> None:
         """Take over the signals of this process. Main thread only."""
@@ -88,6 +92,20 @@ class StopFlag:
         if time.time() >= self._leave_at:
             return Stop.TIME_LIMIT
         return Stop.FILE if self._file and self._file.exists() else Stop.NO
+
+    def save_takes(self, seconds: float) -> float | None:
+        """A save was seen to take so long: leave earlier if the job's own end would cut one off.
+
+        Returns how many seconds before the end that is, if it is earlier than before.
+        """
+        if math.isinf(self._end):
+            return None
+        # Twice: one that is under way is finished first. At most half of the job: it must get somewhere.
+        lead_s = min(2 * seconds + SLACK_S, (self._end - self._began) / 2)
+        if self._end - lead_s >= self._leave_at:
+            return None
+        self._leave_at = self._end - lead_s
+        return lead_s
 
     def agree(self, ranks: Ranks) -> Stop:
         """The reason that all ranks stop for, the same on each. A collective: every rank calls it."""

@@ -28,17 +28,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_samples(folder: Path, settings: config.Config, wanted: config.Sample, samples: int, seed: int) -> None:
-    from hpcgpt import checkpoint, tokenizer, world
+    from hpcgpt import restore, tokenizer, world
     from hpcgpt.generate import generate
     from hpcgpt.model import GPT
 
     alone = world.World(0, 0, 1, 1, "alone", "sample")
     ranks = world.Ranks(alone, world.pick_device(alone, "auto"), None)
-    newest = checkpoint.newest_valid(folder / "checkpoints", ranks, generation=None)
+    newest = restore.newest_valid(folder / "checkpoints", ranks, None)
     if newest is None:
         raise ValueError(f"{folder} has no checkpoint yet")
     model = GPT(settings.model).to(ranks.device)
-    state = checkpoint.load(newest, model, None, ranks)
+    state = restore.load(newest, model, None, ranks)
     words = tokenizer.load(folder / "tokenizer")
     print(f"{newest}, step {state.step:,}")
     prompt = [words.end_of_text, *words.encode(wanted.prompt)]

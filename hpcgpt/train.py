@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
@@ -19,6 +20,7 @@ from hpcgpt import cli, config, generation, preempt, runfolder, tracking, world
 
 
 def main(argv: Sequence[str]) -> int:
+    began_at = time.time()
     settings = config.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
     here = world.discover()
     sys.stdout, sys.stderr = cli.Lossy(sys.stdout), cli.Lossy(sys.stderr)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from hpcgpt import loop
 
-        status = loop.train(planned, here, flag)
+        status = loop.train(planned, here, flag, began_at)
     except ConnectionError:
         raise  # why the run has ended is in the word of another rank
     except (ValueError, OSError) as error:

@@ -1,0 +1,124 @@
+"""Everything that rank 0 alone tells the world: metrics.jsonl, console, wandb, events, samples, exit.json."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hpcgpt import metrics, runfolder, tokenizer, world
+from hpcgpt.config import Config
+from hpcgpt.generate import generate
+from hpcgpt.model import GPT
+from hpcgpt.plan import Plan
+from hpcgpt.saver import Saved
+from hpcgpt.tokenizer import Tokenizer
+from hpcgpt.tracking import Tracker
+from hpcgpt.world import Ranks
+
+
+@dataclass(frozen=True)
+class Story:
+    """What an attempt tells of itself. `number` is its generation, `hosts` those of its ranks, by rank.
+
+    It goes on behind step `step`; `pending` says that this step's row is still to come.
+    """
+
+    plan: Plan
+    ranks: Ranks
+    number: int
+    hosts: list[str]
+    dtype: torch.dtype
+    began_at: float
+    step: int
+    pending: bool
+
+
+class Reporter:
+    def __init__(self, story: Story, model: GPT, words: Tokenizer) -> None:
+        self._story, self._model, self._words = story, model, words
+        self._config: Config = story.plan.config
+        self._folder = self._config.run_folder
+        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", story.step + (0 if story.pending else 1))
+        lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
+        self.event(
+            "start",
+            job=world.job_attempt(),
+            step=story.step,
+            total_steps=story.plan.total_steps,
+            world_size=story.ranks.world.size,
+            host=story.hosts[0],
+            hosts=story.hosts,
+            began_at=story.began_at,
+            lost_steps=len(lost),
+            lost_s=sum(row["train/step_s"] for row in lost),
+        )
+        run_id = runfolder.run_id(self._folder)
+        self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.newest)
+        self._console = metrics.Console(story.step, story.plan.total_steps)
+        self._greet()
+
+    def _greet(self) -> None:
+        story, total = self._story, self._story.plan.total_steps
+        self._console.say(
+            f"run {self._folder}, generation {story.number}: {self._model.parameter_count():,} parameters, "
+            f"{story.ranks.world.size} x {story.ranks.device.type}, "
+            f"{str(story.dtype).removeprefix('torch.')}, {story.plan.tokens_per_step:,} tokens a step "
+            f"({story.plan.micro_steps} micro-steps a rank)"
+        )
+        if story.step >= total and not story.pending:
+            self._console.say(f"finished already, at step {total:,}: nothing to do")
+        elif story.step:
+            self._console.say(f"resumed at step {story.step:,} of {total:,}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self._tracker.write(row)
+        self._console.step(row)
+        if "val/loss" in row and self._config.sample.tokens:
+            self._sample(row["step"])
+
+    def saved(self, saved: Saved) -> None:
+        if saved.problem:
+            print(f"warning: no checkpoint of step {saved.step:,}: {saved.problem}", file=sys.stderr, flush=True)
+            self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
+        else:
+            figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
+            self.event("save", step=saved.step, **figures)
+
+    def say(self, text: str) -> None:
+        self._console.say(text)
+
+    def leave(self, status: int, words: str, step: int, saved: bool) -> None:
+        """The last words of an attempt that ends by itself."""
+        self.event("end", status=status, reason=words, step=step)
+        if status == runfolder.AGAIN:
+            self._console.say(f"saved at step {step:,} and leaving: {words}")
+        elif status == runfolder.FAILED:
+            print(f"error: {words}", file=sys.stderr, flush=True)
+        try:
+            runfolder.write_exit(self._folder, runfolder.Exit(world.job_attempt(), status, words, step, saved))
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    def close(self, status: int) -> None:
+        self._console.close()
+        self.metrics.close()
+        self._tracker.close(status)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """A line in events.jsonl; a full disk costs the line and no more."""
+        try:
+            runfolder.record(self._folder, event, attempt=self._story.number, **fields)
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    def _sample(self, step: int) -> None:
+        settings = self._config.sample
+        prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
+        ids = generate(self._model, prompt, settings, self._story.ranks.device, self._config.run.seed + step)
+        text = settings.prompt + "".join(tokenizer.stream(self._words, ids))
+        self._console.say(f"--- sample at step {step:,}\n{text}\n---")
+        self._tracker.sample(step, text)

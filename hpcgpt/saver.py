@@ -1,0 +1,256 @@
+"""Saving behind training: the state is copied at a step boundary, and written while the next steps run.
+
+A save has two stages. First each rank writes its share of the tensors, in a thread of its own; when all ranks have,
+which they find out together at a step boundary, rank 0 writes state and manifest, gives the folder its name and
+removes old checkpoints, in a thread too. One save is under way at a time: whoever wants to begin the next waits for it.
+
+Files are flushed to the disk, then the folder; then it gets its name, and the folder above is flushed. Ranks
+share the outcome of each stage before the next one, so a full disk on one of them costs all of them this
+checkpoint, and nobody waits for somebody who has left.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hpcgpt import checkpoint, config, durable, retention, tensorfile
+from hpcgpt.checkpoint import State
+from hpcgpt.generation import Generation
+from hpcgpt.together import on_all, on_first
+from hpcgpt.world import Ranks
+
+POLL_S = 0.005
+SPARE_BYTES = 1 << 20  # state, manifest, headers
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended: '' or the problem, the same on every rank.
+
+    `seconds` is the time from the copy until the checkpoint was there, `stall_s` the time that training stood still
+    for it, `bytes` its size.
+    """
+
+    step: int
+    problem: str
+    seconds: float
+    stall_s: float
+    bytes: int
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name. They are the live ones: not copied."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        found[f"model/{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            found[f"optim/{name}/{key}"] = value
+    rank = ranks.world.rank
+    found[f"rng/{rank}/cpu"] = torch.get_rng_state()
+    if ranks.device.type == "cuda":
+        found[f"rng/{rank}/cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return found
+
+
+class Saver:
+    """Saves the checkpoints of one attempt. Every rank has one, and calls it at the same places.
+
+    All but `busy` are collectives.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        ranks: Ranks,
+        held: Generation | None,
+        keep: config.Checkpoint,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`held` is rank 0's generation, None on the others.
+
+        Rank 0 calls `before_commit` in its thread: what has to be on the disk before the checkpoint is.
+        """
+        self._checkpoints, self._ranks, self._held, self._keep = checkpoints, ranks, held, keep
+        self._before_commit = before_commit
+        self.tidy = True  # remove old checkpoints behind each new one
+        self._verified: set[str] = set()
+        self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
+        self._work: _Work | None = None
+        self._committing = False
+
+    @property
+    def busy(self) -> bool:
+        """Is a save under way? The same on every rank."""
+        return self._work is not None
+
+    def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
+        """Copy `tensors`, the same on every rank but for its own ``rng/``, and start to write them.
+
+        Returns the outcome at once if there is nothing to wait for: it is there already, or there is no room.
+        """
+        assert not self.busy
+        self._state, self._began_at, self._stall_s = state, time.monotonic(), 0.0
+        self._bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        self._final = checkpoint.path_of(self._checkpoints, state.step)
+        try:
+            temporary = on_first(self._ranks, self._make_folder)
+        except OSError as error:
+            return self._ended(str(error))
+        if temporary is None:
+            return self._ended("")
+        self._temporary = Path(temporary)
+        share = self._copied(_share(tensors, self._ranks))
+        path = self._temporary / checkpoint.share_name(self._ranks.world.rank, self._ranks.world.size)
+        self._committing = False
+        self._work = _Work(lambda: (path.name, tensorfile.write(path, share)))
+        self._stall_s += time.monotonic() - self._began_at
+        return None
+
+    def poll(self) -> Saved | None:
+        """At a step boundary while `busy`: go on if all ranks are ready to; the outcome when the save has ended."""
+        started_at = time.monotonic()
+        problem = self._advance()
+        self._stall_s += time.monotonic() - started_at
+        return None if problem is None else self._ended(problem)
+
+    def finish(self, alive: Callable[[], None]) -> Saved | None:
+        """Wait for the save that is under way, if one is; `alive` is called while it lasts."""
+        started_at = time.monotonic()
+        while self.busy:
+            alive()
+            problem = self._advance()
+            if problem is not None:
+                self._stall_s += time.monotonic() - started_at
+                return self._ended(problem)
+            time.sleep(POLL_S)
+        return None
+
+    def _advance(self) -> str | None:
+        """One look: None while it lasts, then '' or the problem."""
+        assert self._work is not None
+        if not self._all_ready(self._work):
+            return None
+        work = self._work
+        try:
+            if self._committing:
+                on_first(self._ranks, work.result)
+                self._work = None
+                return ""
+            files = dict(on_all(self._ranks, work.result))
+        except OSError as error:
+            # Nobody writes any more: the error was shared. What is half written is ours, and useless.
+            if self._held is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            self._work = None
+            return str(error)
+        self._committing = True
+        self._work = _Work((lambda: self._commit(files)) if self._ranks.world.is_first else lambda: None)
+        return None
+
+    def _all_ready(self, work: _Work) -> bool:
+        ready = torch.tensor([int(work.ready)])
+        if self._ranks.control is not None:
+            dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.control)
+        return bool(ready)
+
+    def _ended(self, problem: str) -> Saved:
+        seconds = time.monotonic() - self._began_at
+        stall_s = self._stall_s or seconds
+        return Saved(self._state.step, problem, seconds, stall_s, self._bytes)
+
+    def _make_folder(self) -> str | None:
+        if self._final.exists():
+            return None
+        assert self._held is not None
+        temporary = checkpoint.temporary_of(self._final, self._held.number)
+        status = os.statvfs(self._checkpoints)
+        free, needed = status.f_bavail * status.f_frsize, self._bytes + SPARE_BYTES
+        try:
+            if free < needed:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
+            temporary.mkdir()
+        except OSError as error:
+            raise durable.explained(error, temporary) from error
+        return str(temporary)
+
+    def _copied(self, share: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in share.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[name].copy_(tensor, non_blocking=tensor.is_cuda)
+        if self._ranks.device.type == "cuda":
+            torch.cuda.current_stream(self._ranks.device).synchronize()
+        return {name: self._copies[name] for name in share}
+
+    def _commit(self, files: dict[str, Any]) -> None:
+        held, temporary = self._held, self._temporary
+        assert held is not None
+        self._before_commit()
+        content = checkpoint.state_bytes(self._state)
+        durable.write(temporary / "state.json", content)
+        files["state.json"] = tensorfile.fingerprint(content)
+        durable.write(temporary / "manifest.json", checkpoint.manifest_bytes(files, held.number))
+        held.check()
+        try:
+            temporary.rename(self._final)
+        except OSError as error:
+            raise durable.explained(error, self._final) from error
+        durable.sync_folder(self._checkpoints)
+        if not self.tidy:
+            return
+        try:
+            retention.retire(self._checkpoints, self._keep, held, self._verified)
+        except (OSError, ValueError) as error:
+            print(f"warning: old checkpoints stay: {error}", file=sys.stderr, flush=True)
+
+
+class _Work:
+    """Something done in a thread, whose result or error waits to be taken."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work, self._result = work, None
+        self._error: BaseException | None = None
+        # A daemon: a process that has to leave does not wait for a disk that hangs.
+        self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except BaseException as error:  # it is raised where the result is taken
+            self._error = error
+
+    @property
+    def ready(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors that this rank writes: largest first, each to the rank with the least so far."""
+    sizes = [0] * ranks.world.size
+    mine = {name: tensor for name, tensor in tensors.items() if name.startswith("rng/")}
+    common = [(t.numel() * t.element_size(), name) for name, t in tensors.items() if name not in mine]
+    for size, name in sorted(common, key=lambda row: (-row[0], row[1])):
+        rank = sizes.index(min(sizes))
+        sizes[rank] += size
+        if rank == ranks.world.rank:
+            mine[name] = tensors[name]
+    return mine
