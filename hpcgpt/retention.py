@@ -61,7 +61,7 @@ def clean(checkpoints: Path, held: Generation) -> None:
     """
     for path in sorted(
         checkpoint.entries(checkpoints), reverse=True
-    ):  # what is gone already, before what is to follow it
+    ):  # a .gone before what would become it
         parts = re.fullmatch(r"(\.step_\d+\.g(\d+)\.(tmp|removed))(\.gone)?", path.name)
         if parts and int(parts[2]) < held.number:
             gone = path.with_name(f"{parts[1]}.gone")
