@@ -26,6 +26,7 @@ Written by ``hpcgpt.saver``, loaded by ``hpcgpt.restore``, removed by ``hpcgpt.r
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import re
 import stat
@@ -46,6 +47,8 @@ FORMAT, VERSION = "hpcgpt-checkpoint", 2
 JSON_LIMIT = 64 << 20  # bytes; what is larger is no state.json or manifest.json of ours
 _NAME = re.compile(r"step_(\d{9,})")
 _FILE = re.compile(r"(tensors_\d{5}_of_\d{5}\.safetensors|state\.json)")
+# A file is not there. Any other error may be this host's or the network's, and is no damage.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,20 @@ def share_name(rank: int, world_size: int) -> str:
 
 
 def found(checkpoints: Path) -> list[Path]:
-    """Checkpoints by name, the newest first; valid or not."""
-    paths = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted(paths, key=step_of, reverse=True)
+    """Checkpoints by name, the newest first; valid or not.
+
+    Raises:
+        OSError: the folder is there, and cannot be read.
+    """
+    return sorted((path for path in entries(checkpoints) if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder. Unlike glob, which takes one that cannot be read for an empty one."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def step_of(path: Path) -> int:
@@ -158,6 +172,7 @@ def outline(checkpoint: Path) -> str:
 
     Raises:
         FormatError: it is of another format version.
+        OSError: a file that is there cannot be read.
     """
     try:
         manifest = _json(checkpoint / "manifest.json")
@@ -175,7 +190,7 @@ def outline(checkpoint: Path) -> str:
             return "its manifest's own checksum does not hold"
         files = manifest["files"]
         if not all(_FILE.fullmatch(name) for name in files) or "state.json" not in files:
-            return f"its manifest names {', '.join(sorted(files)[:3])}"
+            return f"its manifest names {', '.join(repr(name[:80]) for name in sorted(files)[:3])}"
         for name, expected in files.items():
             path = checkpoint / name
             if problem := _not_a_file(path):
@@ -191,6 +206,8 @@ def outline(checkpoint: Path) -> str:
     except FormatError:
         raise
     except OSError as error:
+        if error.errno not in _MISSING:
+            raise
         return f"{Path(error.filename or '').name}: {error.strerror}"
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         return f"its manifest or state cannot be read: {error!r}"
@@ -264,7 +281,7 @@ def main(argv: Sequence[str]) -> int:
     runfolder.run_id(run)
     paths = found(run / "checkpoints")
     if options.command == "ls":
-        rows = [_listed(path) for path in paths] + [_set_aside(path) for path in _damaged(run / "checkpoints")]
+        rows = [_listed(path) for path in paths] + [_set_aside(path) for path in damaged(run / "checkpoints")]
         return _print(rows, options.json, f"{run} has no checkpoint yet")
     if options.step is not None:
         paths = [path for path in paths if step_of(path) == options.step]
@@ -293,8 +310,9 @@ def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
     return row
 
 
-def _damaged(checkpoints: Path) -> list[Path]:
-    return sorted(checkpoints.glob("damaged_step_*"))
+def damaged(checkpoints: Path) -> list[Path]:
+    """Those that were set aside."""
+    return sorted(path for path in entries(checkpoints) if path.name.startswith("damaged_step_"))
 
 
 def _set_aside(path: Path) -> dict[str, Any]:
@@ -327,10 +345,13 @@ def _show(path: Path, as_json: bool) -> int:
         raise ValueError(f"{path} is damaged: {problem}")
     state, tensors = read_state(path), {}
     for name in sorted(set(read_files(path)) - {"state.json"}):
-        with safe_open(path / name, framework="np") as file:
-            for key in sorted(file.keys()):
-                piece = file.get_slice(key)
-                tensors[key] = {"dtype": piece.get_dtype(), "shape": list(piece.get_shape()), "file": name}
+        try:
+            with safe_open(path / name, framework="np") as file:
+                for key in sorted(file.keys()):
+                    piece = file.get_slice(key)
+                    tensors[key] = {"dtype": piece.get_dtype(), "shape": list(piece.get_shape()), "file": name}
+        except SafetensorError as error:
+            raise ValueError(f"{path / name} is damaged: {error}") from None
     if as_json:
         print(json.dumps({"path": str(path), "state": asdict(state), "tensors": tensors}))
         return 0

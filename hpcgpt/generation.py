@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -33,6 +34,7 @@ from hpcgpt.runfolder import SUPERSEDED
 
 HEARTBEAT_S = 2.0
 WATCH_S = 5 * HEARTBEAT_S
+_TAKEN = re.compile(r"\d+\.json")
 
 
 @dataclass
@@ -162,7 +164,11 @@ def _runs(pid: int) -> bool:
 
 
 def _newest(folder: Path) -> int:
-    return max((int(path.stem) for path in folder.glob("[0-9]*.json")), default=0)
+    # Not by glob, which takes a folder that cannot be read for an empty one.
+    try:
+        return max((int(name[:-5]) for name in os.listdir(folder) if _TAKEN.fullmatch(name)), default=0)
+    except FileNotFoundError:
+        return 0
 
 
 def _holder(folder: Path, number: int) -> dict[str, Any]:

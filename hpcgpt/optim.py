@@ -7,6 +7,8 @@ from torch import nn
 
 from hpcgpt.config import Optim
 
+STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, from its first step on
+
 
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019), one fused kernel where torch has it.

@@ -6,15 +6,19 @@ damaged is set aside, and the one before is used.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hpcgpt import checkpoint
 from hpcgpt.checkpoint import State
 from hpcgpt.generation import Generation
+from hpcgpt.optim import STATE
 from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
@@ -37,7 +41,7 @@ def newest_valid(checkpoints: Path, ranks: Ranks, held: Generation | None) -> Pa
         problems.append(f"{name}: {problem}")
         on_first(ranks, lambda path=path, problem=problem: _tell(path, problem, held))  # type: ignore[misc]
     # Also those that earlier starts set aside: there was training, and it must not silently begin anew.
-    earlier = on_first(ranks, lambda: sorted(path.name for path in checkpoints.glob("damaged_step_*")))
+    earlier = on_first(ranks, lambda: [path.name for path in checkpoint.damaged(checkpoints)])
     if problems := problems or earlier:
         raise ValueError(
             f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
@@ -75,29 +79,47 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     """
     state = checkpoint.read_state(path)
     parameters = dict(model.named_parameters())
-    rng = f"rng/{ranks.world.rank}/" if state.world_size == ranks.world.size else "none"
+    generators = [f"rng/{ranks.world.rank}/{kind}" for kind in ("cpu", "cuda")]
+    if state.world_size != ranks.world.size:
+        generators = []
     seen: set[str] = set()
-    for rank in range(state.world_size):
-        with safe_open(path / checkpoint.share_name(rank, state.world_size), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in seen:
-                    raise ValueError(f"{path} has the tensor {name} twice")
-                seen.add(name)
-                kind, _, rest = name.partition("/")
-                if kind == "model":
-                    _fill(_named(parameters, rest), rest, file.get_tensor(name), exactly=optimizer is not None)
-                elif kind == "optim" and optimizer is not None:
-                    parameter, _, key = rest.rpartition("/")
-                    owner, value = _named(parameters, parameter), file.get_tensor(name)
-                    if value.dim() and value.shape != owner.shape:
-                        raise ValueError(f"{name} is {tuple(value.shape)} and its parameter {tuple(owner.shape)}")
-                    optimizer.state[owner][key] = value.to(owner.device)
-                elif name.startswith(rng) and optimizer is not None:
-                    _restore_generator(name, file.get_tensor(name), ranks)
-                elif kind not in ("model", "optim", "rng"):
-                    raise ValueError(f"{path} has a tensor {name}, which is nothing that this program knows")
+    for name, value in _tensors(path, state):
+        if name in seen:
+            raise ValueError(f"{path} has the tensor {name} twice")
+        seen.add(name)
+        kind, _, rest = name.partition("/")
+        if kind == "model":
+            _fill(_named(parameters, rest), rest, value(), exactly=optimizer is not None)
+        elif kind == "optim" and optimizer is not None:
+            parameter, _, key = rest.rpartition("/")
+            owner = _named(parameters, parameter)
+            optimizer.state[owner][key] = _checked(name, value(), owner).to(owner.device)
+        elif name in generators and optimizer is not None:
+            _restore_generator(name, value(), ranks)
+        elif kind not in ("model", "optim", "rng"):
+            raise ValueError(f"{path} has a tensor {name}, which is nothing that this program knows")
     _check_complete(path, seen, parameters, optimizer, ranks, state)
     return state
+
+
+def _tensors(path: Path, state: State) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The name of each tensor of a checkpoint, and a way to read it."""
+    for rank in range(state.world_size):
+        share = path / checkpoint.share_name(rank, state.world_size)
+        try:
+            with safe_open(share, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    yield name, partial(_read, share, file, name)
+        except SafetensorError as error:
+            raise ValueError(f"{share}: {error}") from None
+
+
+def _read(share: Path, file: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that this torch does not have
+        raise ValueError(f"{share}: {name} cannot be read: {error}") from None
+    return tensor
 
 
 def _check_complete(
@@ -111,10 +133,8 @@ def _check_complete(
     """A tensor that is not there must not leave its place at what it was by chance."""
     expected = {f"model/{name}" for name in parameters}
     if optimizer is not None:
-        keys = {name.rpartition("/")[2] for name in seen if name.startswith("optim/")}
-        expected |= {f"optim/{name}/{key}" for name in parameters for key in keys}
-        if state.step and not keys:
-            raise ValueError(f"{path} has no state of the optimizer, after {state.step:,} steps")
+        if state.step or any(name.startswith("optim/") for name in seen):
+            expected |= {f"optim/{name}/{key}" for name in parameters for key in STATE}
         if state.world_size == ranks.world.size:
             expected.add(f"rng/{ranks.world.rank}/cpu")
     if missing := sorted(expected - seen):
@@ -125,6 +145,17 @@ def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
     if name not in parameters:
         raise ValueError(f"the checkpoint has a tensor {name}, and the model has none of that name")
     return parameters[name]
+
+
+def _checked(name: str, value: Tensor, owner: nn.Parameter) -> Tensor:
+    """A tensor of the optimizer's state, which no later check would look at."""
+    key = name.rpartition("/")[2]
+    if key not in STATE:
+        raise ValueError(f"{name} is nothing that the optimizer keeps: {', '.join(STATE)}")
+    shape, dtype = ((), torch.float32) if key == "step" else (tuple(owner.shape), owner.dtype)
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)} in the checkpoint, expected {dtype} {shape}")
+    return value
 
 
 def _fill(target: nn.Parameter, name: str, value: Tensor, exactly: bool) -> None:

@@ -37,7 +37,7 @@ def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verifie
         else:
             verified.add(path.name)
             whole.append(path)
-    best = _best([*whole, *waiting]) if keep.keep_best else None
+    best = _best([*whole, *waiting], verified) if keep.keep_best else None
     going = [
         path
         for path in waiting
@@ -59,7 +59,7 @@ def clean(checkpoints: Path, held: Generation) -> None:
     gone, or was quicker, and then its checkpoint is there before ours is chosen. What it begins later fails its
     own look for a newer generation. So none of its checkpoints ever follows one of ours.
     """
-    for path in checkpoints.glob(".step_*"):
+    for path in sorted(checkpoint.entries(checkpoints), reverse=True):  # a .gone before what would become it
         parts = re.fullmatch(r"(\.step_\d+\.g(\d+)\.(tmp|removed))(\.gone)?", path.name)
         if parts and int(parts[2]) < held.number:
             gone = path.with_name(f"{parts[1]}.gone")
@@ -71,8 +71,8 @@ def clean(checkpoints: Path, held: Generation) -> None:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _best(paths: list[Path]) -> Path | None:
-    """The one with the smallest validation loss, the newest of several; None if no one has any."""
+def _best(paths: list[Path], verified: set[str]) -> Path | None:
+    """The whole one with the smallest validation loss, the newest of several; None if no one has any."""
     losses = []
     for path in paths:
         try:
@@ -81,4 +81,8 @@ def _best(paths: list[Path]) -> Path | None:
             continue  # damaged, and no candidate
         if loss is not None and math.isfinite(loss):
             losses.append((loss, -checkpoint.step_of(path), path))
-    return min(losses)[2] if losses else None
+    for _, _, path in sorted(losses):
+        if path.name in verified or not checkpoint.verify(path):
+            verified.add(path.name)
+            return path
+    return None

@@ -176,9 +176,10 @@ class Saver:
             return None
         assert self._held is not None
         temporary = checkpoint.temporary_of(self._final, self._held.number)
-        status = os.statvfs(self._checkpoints)
-        free, needed = status.f_bavail * status.f_frsize, self._bytes + SPARE_BYTES
+        needed = self._bytes + SPARE_BYTES
         try:
+            status = os.statvfs(self._checkpoints)
+            free = status.f_bavail * status.f_frsize
             if free < needed:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
             temporary.mkdir()

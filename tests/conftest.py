@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 from lab_fixture import lab as lab  # a fixture, for all tests
+from small_checkpoints import checkpoints as checkpoints  # fixtures
+from small_checkpoints import held as held
+from small_checkpoints import three as three
 
 from data_prep import inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer

@@ -1,4 +1,4 @@
-"""What test_checkpoint runs on 2 ranks: ``torchrun -m tests.ranks_checkpoint RUN_FOLDER [SMALL_DISK]``.
+"""What test_saver runs on 2 ranks: ``torchrun -m tests.ranks_checkpoint RUN_FOLDER [SMALL_DISK]``.
 
 Each rank writes RUN_FOLDER/rank_R.json. SMALL_DISK has no room for a checkpoint.
 """
@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import tensors
 
-from hpcgpt import checkpoint, generation, runfolder, world
+from hpcgpt import config, generation, restore, runfolder, saver, world
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Model, Optim
 from hpcgpt.generation import Generation
 from hpcgpt.model import GPT
 from hpcgpt.optim import make_optimizer
+from hpcgpt.saver import Saver
 from hpcgpt.world import Ranks
 
 
@@ -36,12 +41,13 @@ def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
 
 def content(model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, bytes]:
     """Every byte of a rank's state that a checkpoint keeps."""
-    found = checkpoint.tensors_of(model, optimizer, ranks)
+    found = saver.tensors_of(model, optimizer, ranks)
     return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
 
 def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | None) -> dict[str, Any]:
     told: dict[str, Any] = {}
+    savers: dict[Path, Saver] = {}
     rank = ranks.world.rank
     model, optimizer = trained(seed=1)
     torch.manual_seed(100 + rank)
@@ -50,17 +56,20 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
 
     def save(to: Path, number: int) -> str:
         numbered = State(number, 400, 40, ranks.world.size, state.identity, state.pending)
-        return checkpoint.save(to, numbered, checkpoint.tensors_of(model, optimizer, ranks), ranks, held)
+        its = savers.setdefault(to, Saver(to, ranks, held, config.Checkpoint()))
+        saved = its.begin(numbered, saver.tensors_of(model, optimizer, ranks)) or its.finish(lambda: None)
+        assert saved is not None
+        return saved.problem
 
     told["saved"] = save(folder / "checkpoints", 4)
     told["rng"] = before[f"rng/{rank}/cpu"].hex()
 
     other, other_optimizer = trained(seed=2, steps=1)
     torch.manual_seed(7)
-    chosen = checkpoint.newest_valid(folder / "checkpoints", ranks, held)
+    chosen = restore.newest_valid(folder / "checkpoints", ranks, held)
     assert chosen is not None
     told["chosen"] = chosen.name
-    told["state"] = checkpoint.load(chosen, other, other_optimizer, ranks) == state
+    told["state"] = restore.load(chosen, other, other_optimizer, ranks) == state
     told["same"] = content(other, other_optimizer, ranks) == before
 
     if full:
@@ -74,7 +83,46 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     told["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     told["again"] = save(folder / "checkpoints", 8)
+    told["behind"] = behind(ranks, held, folder / "checkpoints")
     return told
+
+
+def behind(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str, Any]:
+    """A save behind training: the weights change at once, and rank 1's share is slow to come."""
+    model, optimizer = trained(seed=3)
+    its = Saver(checkpoints, ranks, held, config.Checkpoint())
+    its.begin(State(12, 1200, 120, ranks.world.size, {}), saver.tensors_of(model, optimizer, ranks))
+    before = content(model, optimizer, ranks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    work = its._work
+    assert work is not None
+    work._thread.join()
+    if ranks.world.rank == 1:  # not ready, as far as the others are told, for three more step boundaries
+        its._work = slow = saver._Work(partial(_wait_for, checkpoints / "go", work.result))
+    outcomes = [its.poll() for _ in range(3)]
+    told: dict[str, Any] = {"waits": outcomes == [None] * 3 and its.busy and not its._committing}
+    told["unpublished"] = not (checkpoints / "step_000000012").exists()
+    (checkpoints / "go").touch()
+    if ranks.world.rank == 1:
+        slow._thread.join()
+    polls = [its.poll()]
+    told["second stage"] = polls[0] is None and its._committing
+    saved = its.finish(lambda: None)
+    assert saved is not None
+    told["problem"], told["step"], told["idle"] = saved.problem, saved.step, not its.busy and its.finish(print) is None
+    found = {
+        name: value for name, value in tensors(checkpoints / "step_000000012").items() if name.startswith("model/")
+    }
+    told["as it was"] = found == before
+    return told
+
+
+def _wait_for(path: Path, work: Callable[[], Any]) -> Any:
+    while not path.exists():
+        time.sleep(0.001)
+    return work()
 
 
 def main(folder: Path, full: Path | None) -> None:

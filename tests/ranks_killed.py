@@ -1,7 +1,8 @@
-"""What test_checkpoint kills: ``python -m tests.ranks_killed RUN_FOLDER ROUNDS SEED``.
+"""What test_saver kills: ``python -m tests.ranks_killed RUN_FOLDER ROUNDS SEED``.
 
-Each round a process goes on from the newest valid checkpoint and saves one after the other, until it gets SIGKILL at
-a random moment. A line of JSON a round tells what it had found, what was left under a temporary name, and which
+Each round a process goes on from the newest valid checkpoint and saves one after the other, each written behind
+its (pretended) training, until it gets SIGKILL at a random moment. A line of JSON a round tells what it had found, the
+newest step whose save it had been told to have ended well, what was left under a temporary name, and which
 checkpoints are not whole. The rounds are forked from one parent, so that torch is loaded once.
 """
 
@@ -18,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpcgpt import checkpoint, generation, world
+from hpcgpt import checkpoint, config, generation, restore, retention, world
+from hpcgpt.saver import Saver
 from hpcgpt.world import Ranks
 
 ALONE = Ranks(world.World(0, 0, 1, 1, "alone", "test"), torch.device("cpu"), None)
+LONGEST_S = 0.12  # a round; a save takes about a tenth of it
 
 
 def content(step: int) -> dict[str, Tensor]:
@@ -29,19 +32,28 @@ def content(step: int) -> dict[str, Tensor]:
     return {f"model/{name}": torch.full((128, 128), float(step * 10 + name)) for name in range(8)}
 
 
-def save_until_killed(run: Path, found: int) -> None:
-    """Writes to the descriptor `found` which step the newest valid checkpoint has, -1 if its content is wrong."""
+def save_until_killed(run: Path, told: int) -> None:
+    """Writes to the descriptor `told` the step of the newest valid checkpoint (-1 if its content is wrong), and then
+    each step whose save has ended."""
     held = generation.take(run, "")
-    checkpoint.clean(run / "checkpoints", held)
-    newest = checkpoint.newest_valid(run / "checkpoints", ALONE, held)
+    retention.clean(run / "checkpoints", held)
+    newest = restore.newest_valid(run / "checkpoints", ALONE, held)
     step = checkpoint.read_state(newest).step if newest else 0
-    os.write(found, str(step if newest is None or holds(newest, step) else -1).encode())
-    os.close(found)
+    os.write(told, f"{step if newest is None or holds(newest, step) else -1}\n".encode())
+    saver = Saver(run / "checkpoints", ALONE, held, config.Checkpoint(keep_last=2))
+    weights = content(0)
     while True:
         step += 1
-        state = checkpoint.State(step, step * 100, step * 10, 1, {})
-        assert checkpoint.save(run / "checkpoints", state, content(step), ALONE, held) == ""
-        checkpoint.retain(run / "checkpoints", keep_last=2)
+        for name, tensor in content(step).items():
+            weights[name].copy_(tensor)
+        saved = saver.begin(checkpoint.State(step, step * 100, step * 10, 1, {}), weights)
+        for tensor in weights.values():  # training goes on at once
+            tensor.fill_(-1.0)
+        while saved is None:
+            time.sleep(0.0005)
+            saved = saver.poll()
+        assert saved.problem == ""
+        os.write(told, f"{step}\n".encode())
 
 
 def holds(path: Path, step: int) -> bool:
@@ -71,14 +83,16 @@ def main(run: Path, rounds: int, seed: int) -> None:
             finally:
                 os._exit(1)
         os.close(writing)
-        found = os.read(reading, 20).decode()
-        os.close(reading)
-        time.sleep(dice.uniform(0.0, 0.15))
-        os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with open(reading) as pipe:
+            found = int(pipe.readline() or -2)
+            time.sleep(dice.uniform(0.0, LONGEST_S))
+            os.kill(child, signal.SIGKILL)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            ended = [int(line) for line in pipe]
         left = sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("."))
         broken = [path.name for path in (run / "checkpoints").glob("*step_*") if named_but_not_whole(path)]
-        print(json.dumps({"found": found, "status": status, "left": left, "broken": broken}), flush=True)
+        told = {"found": found, "saved": max([found, *ended]), "saves": len(ended), "status": status}
+        print(json.dumps(told | {"left": left, "broken": broken}), flush=True)
 
 
 if __name__ == "__main__":

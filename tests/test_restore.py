@@ -1,0 +1,447 @@
+"""hpcgpt.restore: what was saved is what is loaded, and only a whole checkpoint is ever chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_checkpoint import content, trained
+from ranks_killed import ALONE
+from safetensors.torch import load_file, save_file
+from small_checkpoints import IDENTITY, SHARE, fingerprint, flip_a_byte, mend, names, save, save_tensors, write_manifest
+
+from hpcgpt import checkpoint, restore
+from hpcgpt.checkpoint import FormatError, State
+from hpcgpt.config import Model, Optim
+from hpcgpt.generation import Generation
+from hpcgpt.model import GPT
+from hpcgpt.optim import make_optimizer
+from hpcgpt.saver import tensors_of
+
+# --- what comes back -------------------------------------------------------------------------------
+
+
+def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpoints: Path, held: Generation) -> None:
+    model, optimizer = trained(seed=1, steps=3)
+    torch.manual_seed(17)
+    torch.rand(5)
+    before = content(model, optimizer, ALONE)
+    state = State(3, 300, 30, 1, IDENTITY, {"step": 3, "train/loss": 0.1 + 0.2})
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    assert content(model, optimizer, ALONE) == before, "saving has changed the state"
+    drawn = torch.rand(5)
+
+    other, other_optimizer = trained(seed=2, steps=1)
+    torch.manual_seed(18)
+    assert restore.load(checkpoints / "step_000000003", other, other_optimizer, ALONE) == state
+    assert content(other, other_optimizer, ALONE) == before
+    assert torch.equal(torch.rand(5), drawn)
+
+    for each, its_optimizer in [(model, optimizer), (other, other_optimizer)]:
+        ids = torch.arange(32).view(2, 16)
+        each(ids, ids).backward()
+        its_optimizer.step()
+    assert content(other, other_optimizer, ALONE) == content(model, optimizer, ALONE) != before
+
+
+def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, held: Generation) -> None:
+    model, optimizer = trained(seed=1)
+    state = State(3, 300, 30, 1, IDENTITY)
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    other = GPT(model.config, seed=2)
+    fresh = make_optimizer(other, Optim())
+    restore.load(checkpoints / "step_000000003", other, fresh, ALONE)
+    assert content(other, fresh, ALONE) == content(model, optimizer, ALONE)
+    assert {key.rpartition("/")[2] for key in content(other, fresh, ALONE) if key.startswith("optim/")} == {
+        "step", "exp_avg", "exp_avg_sq"}  # fmt: skip
+
+
+def test_for_sampling_only_the_weights_are_loaded(checkpoints: Path, held: Generation) -> None:
+    model, optimizer = trained(seed=1)
+    state = State(3, 300, 30, 1, IDENTITY)
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    other = GPT(model.config, seed=2)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    restore.load(checkpoints / "step_000000003", other, None, ALONE)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_embd": 64}, {"n_layer": 1}, {"n_layer": 3}, {"tied": False}, {"qkv_bias": False}], ids=str
+)
+@pytest.mark.parametrize("for_training", [True, False])
+def test_a_checkpoint_of_another_model_is_refused_with_the_name_of_a_tensor(
+    checkpoints: Path, held: Generation, change: dict[str, Any], for_training: bool
+) -> None:
+    model, optimizer = trained(seed=1)
+    state = State(3, 300, 30, 1, IDENTITY)
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    other = GPT(Model(**dataclasses.asdict(model.config) | change))
+    with pytest.raises(ValueError, match=r"(token_embedding|blocks\.|head)\S*weight|qkv\.bias"):
+        restore.load(
+            checkpoints / "step_000000003", other, make_optimizer(other, Optim()) if for_training else None, ALONE
+        )
+
+
+def test_another_model_is_refused_whichever_share_its_tensors_are_in(tmp_path: Path) -> None:
+    """The optimizer's part of a tensor may lie in an earlier share than its weight."""
+    folder = tmp_path / "step_000000004"
+    folder.mkdir()
+    state = State(4, 40, 4, 2, IDENTITY)
+    (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
+    save_file({"optim/blocks.9.mlp.up.weight/exp_avg": torch.zeros(3)}, folder / "tensors_00000_of_00002.safetensors")
+    save_file({"model/blocks.9.mlp.up.weight": torch.zeros(3)}, folder / "tensors_00001_of_00002.safetensors")
+    model, optimizer = trained(seed=1, steps=0)
+    with pytest.raises(ValueError, match=r"blocks\.9\.mlp\.up\.weight"):
+        restore.load(folder, model, optimizer, ALONE)
+
+
+# --- which one is chosen ---------------------------------------------------------------------------
+
+
+def test_the_newest_is_chosen_by_its_number(checkpoints: Path, held: Generation) -> None:
+    for step in (999_999_999, 1_000_000_000, 20, 3):
+        assert save(checkpoints, step, held) == ""
+    assert restore.newest_valid(checkpoints, ALONE, held) == checkpoints / "step_1000000000"
+
+
+def test_without_checkpoints_there_is_none(checkpoints: Path, held: Generation) -> None:
+    (checkpoints / ".step_000000004.g0001.tmp").mkdir()
+    (checkpoints / "step_4").mkdir()
+    (checkpoints / "notes.txt").write_text("mine")
+    assert restore.newest_valid(checkpoints, ALONE, held) is None
+
+
+def edit_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        changed = change(manifest)
+        write_manifest(folder, manifest if changed is None else changed)
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / SHARE).read_bytes()
+    (folder / SHARE).write_bytes(content[:-1])
+
+
+def lose_a_share(folder: Path) -> None:
+    """The share is gone, and whoever took it away has mended the manifest."""
+    (folder / SHARE).unlink()
+    edit_manifest(lambda manifest: manifest["files"].pop(SHARE) and None)(folder)
+
+
+class Bomb:
+    """A pickle that makes a file when somebody loads it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.target,)
+
+
+def put_a_pickle(folder: Path) -> None:
+    (folder / SHARE).write_bytes(pickle.dumps(Bomb(folder.parent / "exploded")))
+
+
+def put_a_pickle_and_mend_the_manifest(folder: Path) -> None:
+    put_a_pickle(folder)
+    mend(folder)
+
+
+def name_a_file_elsewhere(name: str) -> Callable[[Path], None]:
+    """The manifest names a file outside of the folder, with its true size and checksum."""
+
+    def damage(folder: Path) -> None:
+        told = fingerprint(folder / name)
+        edit_manifest(lambda manifest: manifest["files"].update({name: told}))(folder)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tensors truncated by a byte": (truncate, r"tensors_00000.* has [\d,]+ bytes, expected [\d,]+"),
+    "tensors empty": (lambda folder: (folder / SHARE).write_bytes(b""), r"tensors_00000.* has 0 bytes"),
+    "a flipped bit": (flip_a_byte, r"checksum of tensors_00000.*"),
+    "a share missing": (lambda folder: (folder / SHARE).unlink(), r"tensors_00000.*: No such file"),
+    "a share missing in the manifest too": (lose_a_share, r"lacks tensors_00000"),
+    "a pickle instead of tensors": (put_a_pickle, r"tensors_00000"),
+    "a pickle instead of tensors, with its checksum": (put_a_pickle_and_mend_the_manifest, r"tensors_00000"),
+    "state.json changed": (
+        lambda folder: (folder / "state.json").write_text(
+            (folder / "state.json").read_text().replace('"tokens": 120', '"tokens": 121')
+        ),
+        r"checksum of state\.json",
+    ),
+    "state.json missing": (lambda folder: (folder / "state.json").unlink(), r"state\.json: No such file"),
+    "state.json a pipe": (
+        lambda folder: ((folder / "state.json").unlink(), os.mkfifo(folder / "state.json")),
+        r"state\.json is no regular file",
+    ),
+    "tensors a link to the true ones": (
+        lambda folder: ((folder / SHARE).rename(folder / "moved"), (folder / SHARE).symlink_to("moved")),
+        r"tensors_00000.* is no regular file",
+    ),
+    "manifest a device": (
+        lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").symlink_to("/dev/zero")),
+        r"manifest\.json is no regular file",
+    ),
+    "manifest of 65 MB": (
+        lambda folder: os.truncate(folder / "manifest.json", (64 << 20) + 1),
+        r"manifest\.json is larger than 64 MB",
+    ),
+    "a file instead of the folder": (
+        lambda folder: (shutil.rmtree(folder), folder.write_text("mine")),
+        r"manifest\.json: Not a directory",
+    ),
+    "state.json a folder": (
+        lambda folder: ((folder / "state.json").unlink(), (folder / "state.json").mkdir()),
+        r"state\.json",
+    ),
+    "manifest missing": (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: No such file"),
+    "manifest empty": (lambda folder: (folder / "manifest.json").write_bytes(b""), "manifest or state cannot be read"),
+    "manifest cut off": (
+        lambda folder: (folder / "manifest.json").write_bytes((folder / "manifest.json").read_bytes()[:50]),
+        "manifest or state cannot be read",
+    ),
+    "manifest not UTF-8": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    "manifest of 100,000 brackets": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
+        "cannot be read",
+    ),
+    "manifest a list": (edit_manifest(lambda manifest: [manifest]), "cannot be read"),
+    "manifest null": (lambda folder: (folder / "manifest.json").write_text("null"), "cannot be read"),
+    "manifest without files": (edit_manifest(lambda manifest: manifest.pop("files") and None), "cannot be read"),
+    "manifest with a list of files": (
+        edit_manifest(lambda manifest: manifest.update(files=list(manifest["files"]))),
+        "cannot be read",
+    ),
+    "manifest with numbers for files": (
+        edit_manifest(lambda manifest: manifest.update(files=dict.fromkeys(manifest["files"], 5))),
+        "cannot be read",
+    ),
+    "manifest with a text for version": (
+        edit_manifest(lambda manifest: manifest.update(version="1")),
+        "cannot be read",
+    ),
+    "manifest with a digest that does not fit": (
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"generation": 1', '"generation": 7')
+        ),
+        r"its manifest's own checksum does not hold",
+    ),
+    "manifest whose version rotted": (
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"version": 2', '"version": 3')
+        ),
+        r"its manifest's own checksum does not hold",
+    ),
+    "manifest of another format": (edit_manifest(lambda manifest: manifest.update(format="gguf")), "format is 'gguf'"),
+    "manifest that names a file above": (name_a_file_elsewhere("../step_000000008/state.json"), "manifest names"),
+    "manifest that names an absolute path": (name_a_file_elsewhere("/etc/hostname"), "manifest names"),
+    "manifest that names a file no terminal should print": (
+        edit_manifest(lambda manifest: manifest["files"].update({"\ud800\x1b[2J": {"bytes": 1, "xxh3": ""}})),
+        r"manifest names .*'\\ud800\\x1b\[2J'",
+    ),
+    "manifest that names a strange file": (name_a_file_elsewhere("manifest.json"), "manifest names"),
+    "the folder of another step": (
+        lambda folder: (shutil.rmtree(folder), shutil.copytree(folder.parent / "step_000000008", folder)),
+        "it holds step 8",
+    ),
+    "an empty folder": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), r"manifest\.json: No such file"),
+}
+
+
+def small_file(path: Path) -> bool:
+    return path.is_file() and path.resolve().is_file() and path.stat().st_size < 1 << 20
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_with_the_reason_and_the_next_older_one_is_used(
+    three: Path, held: Generation, damage: Callable[[Path], Any], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(three / "step_000000012")
+    remains = {path.name: path.read_bytes() for path in (three / "step_000000012").glob("*") if small_file(path)}
+    assert restore.newest_valid(three, ALONE, held) == three / "step_000000008"
+    assert names(three) == ["damaged_step_000000012.g0001", "step_000000004", "step_000000008"]
+    aside = three / "damaged_step_000000012.g0001"
+    warning = capfd.readouterr().err
+    if aside.is_dir():
+        assert (aside / "REASON.txt").read_text().strip() in warning
+    assert re.search(reason, warning), warning
+    assert all((aside / name).read_bytes() == body for name, body in remains.items()), "evidence was changed"
+    assert warning.startswith(f"warning: checkpoint {three / 'step_000000012'} is damaged: ")
+    assert "damaged_step_000000012.g0001" in warning
+    assert save(three, 12, held) == "", "the step cannot be saved anew"
+    assert restore.newest_valid(three, ALONE, held) == three / "step_000000012"
+
+
+def test_looking_without_a_generation_moves_nothing(three: Path) -> None:
+    flip_a_byte(three / "step_000000012")
+    before = names(three)
+    assert restore.newest_valid(three, ALONE, None) == three / "step_000000008"
+    assert names(three) == before
+
+
+def test_if_all_are_damaged_training_is_not_started_over_now_nor_at_the_next_start(
+    three: Path, held: Generation
+) -> None:
+    for step in (4, 8, 12):
+        flip_a_byte(three / f"step_{step:09d}")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"none is valid .*step_000000004.*not started over") as error:
+            restore.newest_valid(three, ALONE, held)
+        assert str(three) in str(error.value)
+    assert len(list(three.glob("damaged_step_*"))) == 3
+
+
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_a_checkpoint_of_another_format_is_refused_and_stays_where_it_is(
+    three: Path, held: Generation, version: int
+) -> None:
+    edit_manifest(lambda manifest: manifest.update(version=version))(three / "step_000000012")
+    before = names(three)
+    with pytest.raises(FormatError, match=rf"step_000000012 has format version {version}, .*knows 2: use the hpcgpt"):
+        restore.newest_valid(three, ALONE, held)
+    assert names(three) == before
+
+
+def test_a_checkpoint_of_the_first_format_which_had_no_digest_is_refused_too(three: Path, held: Generation) -> None:
+    path = three / "step_000000012" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"version": 1}
+    del manifest["digest"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match="format version 1"):
+        restore.newest_valid(three, ALONE, held)
+    assert (three / "step_000000012").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", SHARE, ".", ".."])
+def test_what_cannot_be_read_at_the_moment_is_no_damage_and_nothing_is_set_aside(
+    three: Path, held: Generation, name: str
+) -> None:
+    """A file system that fails for a while must not cost a run its newest checkpoints, nor let it start over."""
+    told, tell = os.pipe()
+    path = three / "step_000000012" / name
+    path.chmod(0)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chdir(three)  # the folders above may be closed to others
+            if os.geteuid() == 0:
+                os.seteuid(65534)  # root could read everything
+            restore.newest_valid(Path(), ALONE, held)
+            os.write(tell, b"nothing")
+        except OSError as error:
+            os.write(tell, (error.strerror or "").encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(tell)
+    path.chmod(0o755)
+    with open(told) as pipe:
+        assert pipe.read() == "Permission denied"
+    assert names(three) == ["step_000000004", "step_000000008", "step_000000012"]
+
+
+# --- tensors that are not what they should be, with every checksum mended ---------------------------
+
+
+def edit_share(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        found = load_file(folder / SHARE)
+        change(found)
+        save_file(found, folder / SHARE)
+        mend(folder)
+
+    return edit
+
+
+def all_of(key: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """Change all tensors whose name ends so; None takes it away."""
+
+    def edit(found: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in found if name.endswith(key)]:
+            changed = change(found.pop(name))
+            if changed is not None:
+                found[name] = changed
+
+    return edit
+
+
+BIAS, UP = "blocks.0.attention.qkv.bias", "model/blocks.0.mlp.up.weight"
+MENDED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "no optimizer state": (
+        lambda found: [found.pop(name) for name in list(found) if name.startswith("optim/")], "lacks optim/"),
+    "no second moments at all": (all_of("exp_avg_sq", lambda _: None), "lacks optim/.*exp_avg_sq"),
+    "no step counters at all": (all_of("/step", lambda _: None), "lacks optim/.*step"),
+    "one second moment missing": (
+        lambda found: found.pop(f"optim/{BIAS}/exp_avg_sq"), f"lacks optim/{BIAS}/exp_avg_sq"),
+    "a parameter missing": (lambda found: found.pop(f"model/{BIAS}"), f"lacks model/{BIAS}"),
+    "no state of the generator": (lambda found: found.pop("rng/0/cpu"), "lacks rng/0/cpu"),
+    "half a state of the generator": (
+        all_of("rng/0/cpu", lambda tensor: tensor[:100].clone()), "rng/0/cpu is no state"),
+    "numbers for a generator": (all_of("rng/0/cpu", lambda tensor: tensor.float()), "rng/0/cpu is no state"),
+    "a generator that never was": (all_of("rng/0/cpu", torch.zeros_like), "rng/0/cpu is no state"),
+    "moments of one number": (all_of("exp_avg", lambda _: torch.tensor(0.5)), "exp_avg is torch.float32 "),
+    "moments in half precision": (all_of("exp_avg_sq", lambda tensor: tensor.half()), "exp_avg_sq is torch.float16"),
+    "moments of whole numbers": (all_of("exp_avg_sq", lambda tensor: tensor.int()), "exp_avg_sq is torch.int32"),
+    "moments of another shape": (all_of("exp_avg", lambda tensor: tensor.flatten()[None]), "exp_avg is .* expected"),
+    "steps that are no number": (all_of("/step", lambda tensor: tensor.long()), "step is torch.int64"),
+    "steps of a vector": (all_of("/step", lambda tensor: tensor.repeat(2)), r"step is torch.float32 \(2,\)"),
+    "a state that AdamW does not keep": (
+        lambda found: found.update({f"optim/{BIAS}/max_exp_avg_sq": found[f"optim/{BIAS}/exp_avg"].clone()}),
+        "max_exp_avg_sq is nothing that the optimizer keeps"),
+    "weights in double precision": (all_of("mlp.up.weight", lambda tensor: tensor.double()), "is torch.float64"),
+    "weights turned over": (
+        lambda found: found.update({UP: found[UP].T.contiguous()}),
+        "mlp.up.weight is .* in the checkpoint and .* in the model"),
+    "a layer too many": (lambda found: found.update({"model/blocks.7.x": torch.zeros(3)}), "blocks.7.x"),
+    "a name of no kind": (lambda found: found.update({"none": torch.zeros(3)}), "none, which is nothing"),
+    "a name that looks like one": (
+        lambda found: found.update({"nonesuch/cpu": torch.zeros(3)}), "nonesuch/cpu, which is"),
+    "a dtype that is no one's": (
+        lambda found: found.update({f"model/{BIAS}": found[f"model/{BIAS}"].to(torch.float8_e4m3fn)}), BIAS),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real one of a trained model. Read-only: copy it."""
+    from hpcgpt import generation
+
+    run = tmp_path_factory.mktemp("trained")
+    (run / "checkpoints").mkdir()
+    taken = generation.take(run, "")
+    torch.manual_seed(17)
+    model, optimizer = trained(seed=1)
+    assert save_tensors(run / "checkpoints", State(2, 20, 2, 1, IDENTITY), tensors_of(model, optimizer, ALONE),
+                        taken) == ""  # fmt: skip
+    taken.release()
+    return run / "checkpoints/step_000000002"
+
+
+@pytest.mark.parametrize(("change", "told"), MENDED.values(), ids=MENDED)
+def test_tensors_of_another_kind_are_refused_though_every_checksum_holds(
+    trained_checkpoint: Path, checkpoints: Path, change: Callable[[dict[str, torch.Tensor]], Any], told: str
+) -> None:
+    path = checkpoints / trained_checkpoint.name
+    shutil.copytree(trained_checkpoint, path)
+    edit_share(change)(path)
+    assert checkpoint.verify(path) == ""
+    model, optimizer = trained(seed=2, steps=0)
+    with pytest.raises(ValueError, match=told):
+        restore.load(path, model, optimizer, ALONE)
