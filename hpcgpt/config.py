@@ -153,6 +153,12 @@ class Requeue:
 
 
 @dataclass(frozen=True)
+class Blame:
+    every: int = option(50, "steps between two comparisons of the ranks' own speeds; 0: none", low=0)
+    factor: float = option(1.5, "a rank that is this many times slower than usual, twice, is a straggler", above=1)
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -165,6 +171,7 @@ class Config:
     sample: Sample = field(default_factory=Sample)
     tracking: Tracking = field(default_factory=Tracking)
     requeue: Requeue = field(default_factory=Requeue)
+    blame: Blame = field(default_factory=Blame)
 
     @property
     def run_folder(self) -> Path:

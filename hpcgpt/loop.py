@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt import checkpoint, config, durable, generation, metrics, plan, runfolder, tokenizer, world
+from hpcgpt.blame import Blame, Straggler
 from hpcgpt.evaluate import evaluate
 from hpcgpt.generate import generate
 from hpcgpt.generation import Generation
@@ -105,6 +106,7 @@ class Attempt:
             self.model.double()
         self.forward = _wrapped(self.model, ranks, settings.train.compile)
         self.optimizer = make_optimizer(self.model, settings.optim)
+        self.blame = Blame(settings.blame, ranks)
         size = settings.model.vocab_size
         context = settings.model.block_size
         train = Windows(planned.train, context, settings.stride, size)
@@ -208,6 +210,9 @@ class Attempt:
             if progress.pending is None:
                 row = self._step(progress.step)
                 progress.step += 1
+                for straggler in self.blame.after(progress.step):
+                    if reporter:
+                        reporter.straggler(progress.step, straggler)
             else:
                 row, progress.pending = progress.pending, None
             if self._due(self.config.eval.every, progress.step):
@@ -241,6 +246,7 @@ class Attempt:
             settings.optim.clip_norm,
             self._precision,
             self.ranks,
+            self.blame.local,
         )
         loss_value, norm_value = float(loss), float(norm)
         # The same on every rank, so all of them leave here, before anything of it is saved.
@@ -362,6 +368,10 @@ class Reporter:
                 checkpoint.retain(self.folder / "checkpoints", self.attempt.config.checkpoint.keep_last)
             except OSError as error:
                 print(f"warning: an old checkpoint could not be removed: {error}", file=sys.stderr, flush=True)
+
+    def straggler(self, step: int, found: Straggler) -> None:
+        self.console.say(f"step {step:,}: {found.words}")
+        self._record("straggler", step=step, **asdict(found), factor=found.factor)
 
     def leave(self, status: int, words: str, step: int, saved: bool) -> None:
         """The last words of an attempt that ends by itself."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command, rows
 
-from hpcgpt import goodput, history, runfolder
+from hpcgpt import goodput, history
 from hpcgpt.goodput import Goodput
 
 JOB = {"job": "7_0"}
@@ -156,8 +154,8 @@ FOUR = [row(n, 10 + n, 1) for n in range(1, 5)]
          [row(1, 11, 1, **{"val/elapsed_s": 4})], None, {"productive": 1, "evaluation": 4, "queue": 8, "other": 3}, 0),
         ("a stall that is spread over the steps after the one that is saved",
          [event(10, "start", attempt=1, step=0), event(19, "save", attempt=1, step=1, seconds=9, stall_s=1.5), END],
-         [row(n, 10 + 2 * n, 1) for n in range(1, 5)], None, {"productive": 4, "save_stall": 1.5, "restart": 1, "other": 3.5},
-         0),
+         [row(n, 10 + 2 * n, 1) for n in range(1, 5)], None,
+         {"productive": 4, "save_stall": 1.5, "restart": 1, "other": 3.5}, 0),
         ("a stall longer than there is room for",
          [event(10, "start", attempt=1, step=0), event(15, "save", attempt=1, step=4, stall_s=100), END], FOUR, None,
          {"productive": 4, "save_stall": 6}, 0),
