@@ -25,7 +25,7 @@ No torch in here.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,19 @@ class Goodput:
             "lost_steps": self.lost_steps,
             "attempts": self.attempts,
         }
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Goodput:
+        """What `as_dict` gave."""
+        return cls(**{item.name: figures[item.name] for item in fields(cls)})
+
+    def line(self) -> str:
+        """The same in one line: what costs most comes first, what costs less than 0.1 % is left out."""
+        costs = {
+            SHOWN[name]: seconds / self.total_s for name, seconds in self.seconds.items() if name != "productive_s"
+        }
+        told = [f"{label} {share:.1%}" for label, share in sorted(costs.items(), key=lambda c: -c[1]) if share >= 0.001]
+        return f"goodput {self.goodput or 0:.1%}: " + (", ".join(told) or "nothing else")
 
     def words(self) -> str:
         """A small table for people."""
