@@ -32,7 +32,7 @@ PATIENCE = 2
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that is slow: seconds a step of its own work, and of the usual rank's; `factor` is their ratio."""
+    """A rank that is slow: seconds of its own work a step, and those of a usual rank; `factor` is their ratio."""
 
     rank: int
     host: str
@@ -46,8 +46,8 @@ class Straggler:
     @property
     def words(self) -> str:
         return (
-            f"rank {self.rank} on {self.host} is {self.factor:.1f} times slower than usual: its own work takes "
-            f"{1000 * self.local_s:,.1f} ms a step, {1000 * self.usual_s:,.1f} ms on other ranks; all wait for it"
+            f"rank {self.rank} on {self.host} is slow, and all wait for it: its own work takes "
+            f"{1000 * self.local_s:,.1f} ms a step, {self.factor:.1f} times the usual {1000 * self.usual_s:,.1f} ms"
         )
 
 

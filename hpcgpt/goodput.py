@@ -40,9 +40,9 @@ SHOWN = {
     "evaluation_s": "evaluation",
     "lost_s": "lost after the last checkpoint",
     "save_stall_s": "standing still for saves",
-    "restart_s": "restart until the first step",
+    "restart_s": "start-up until the first step",
     "compile_s": "warm-up and compile",
-    "queue_s": "waiting in the queue",
+    "queue_s": "queue: waiting to be started",
     "other_s": "other",
 }
 

@@ -322,7 +322,7 @@ def _rank(event: Row) -> str:
 
 
 def _slow(event: Row) -> str:
-    return f"{_rank(event)} is {event.get('factor', 0):.1f} times slower than usual, all wait for it"
+    return f"{_rank(event)} takes {event.get('factor', 0):.1f} times as long as usual, and all wait for it"
 
 
 def _span(seconds: float) -> str:

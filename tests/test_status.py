@@ -218,7 +218,7 @@ def test_the_history_tells_each_attempt_and_whom_to_blame(tmp_path: Path) -> Non
     lines = [line.strip() for line in _in_words(found).splitlines()]
     for expected in (
         "steps 0 to 5, of which 3 were done in vain; checkpoints: 2",
-        "step 2: rank 3 on n2 is 4.0 times slower than usual, all wait for it",
+        "step 2: rank 3 on n2 takes 4.0 times as long as usual, and all wait for it",
         "step 4: not saved: no room on n1",
         "step 5: rank 1 on n1 hung for 1.5 min",
         "ended: crash 1: rank 3 was killed",
