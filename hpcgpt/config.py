@@ -166,6 +166,12 @@ class Watchdog:
 
 
 @dataclass(frozen=True)
+class Blame:
+    every: int = option(50, "steps between two comparisons of the ranks' own speeds; 0: none", low=0)
+    factor: float = option(1.5, "a rank that is this many times slower than usual, twice, is a straggler", above=1)
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -179,6 +185,7 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
     requeue: Requeue = field(default_factory=Requeue)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    blame: Blame = field(default_factory=Blame)
 
     @property
     def run_folder(self) -> Path:

@@ -35,6 +35,7 @@ from hpcgpt import (
     tokenizer,
     world,
 )
+from hpcgpt.blame import Blame
 from hpcgpt.evaluate import evaluate
 from hpcgpt.generation import Generation
 from hpcgpt.loader import Loader, Windows, widen
@@ -134,6 +135,7 @@ class Attempt:
             self.model.double()
         self.forward = _wrapped(self.model, ranks, settings.train.compile)
         self.optimizer = make_optimizer(self.model, settings.optim)
+        self._blame = Blame(settings.blame, ranks)
         size = settings.model.vocab_size
         context = settings.model.block_size
         train = Windows(planned.train, context, settings.stride, size)
@@ -246,6 +248,9 @@ class Attempt:
                 row = self._step(progress.step)
                 progress.step, progress.val_loss = progress.step + 1, None
                 self._watchdog.step(progress.step)
+                for straggler in self._blame.after(progress.step):
+                    if self._reporter:
+                        self._reporter.straggler(progress.step, straggler)
             else:
                 row, progress.pending = progress.pending, None
             if self._due(self.config.eval.every, progress.step):
@@ -288,6 +293,7 @@ class Attempt:
             settings.optim.clip_norm,
             self._precision,
             self.ranks,
+            self._blame.local,
         )
         loss_value, norm_value = float(loss), float(norm)
         # The same on every rank, so all of them leave here, before anything of it is saved.
