@@ -167,6 +167,7 @@ def _ended_at(
     if later:
         last_kept_at = max((float(row["time"]) for row in mine), default=first_step_at)
         signs.append(last_kept_at + float(later[0].get("lost_s", 0.0)))
+        signs.append(float(later[0].get("lost_until") or 0.0))
     return min(max(signs), until)
 
 

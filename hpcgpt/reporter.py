@@ -55,6 +55,7 @@ class Reporter:
             began_at=story.began_at,
             lost_steps=len(lost),
             lost_s=sum(row["train/step_s"] for row in lost),
+            lost_until=max((row["time"] for row in lost), default=None),
         )
         run_id = runfolder.run_id(self._folder)
         self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.newest)
