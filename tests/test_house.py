@@ -21,7 +21,8 @@ MODULES = {f"{path.parent.name}.{path.stem}".removesuffix(".__init__"): path
 
 # What a login node loads, before anything that it decides to load late.
 WITHOUT_TORCH = ["config", "world", "submit", "requeue", "train", "cli", "runfolder", "generation", "plan", "shards",
-                 "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking", "__main__"]  # fmt: skip
+                 "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking", "faults", "slurm",
+                 "chain", "excluded", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {"config": set(), "order": set(), "schedule": {"config"}, "world": {"durable"},
                                    "shards": {"durable"}, "durable": set(), "cli": set()}  # fmt: skip
