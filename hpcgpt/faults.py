@@ -147,7 +147,7 @@ def blame(ends: Sequence[Death], faults: Sequence[Fault]) -> Blame | None:
         if end.how == NODE_FAILED:
             return Blame(None, end.host, NODE_FAILED, None)
     said = {fault.rank: fault for fault in faults}
-    own = [fault for fault in faults if fault.kind != "lost"]
+    own = sorted((fault for fault in faults if fault.kind != "lost"), key=lambda fault: fault.time)
     for end in ends:
         # Who only lost its connection may well be gone before the one that it lost.
         ranks = [rank for rank in end.ranks if rank not in said or said[rank].kind != "lost"]
