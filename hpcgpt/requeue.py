@@ -3,6 +3,7 @@
 ``python -m hpcgpt.requeue folder TRAIN_ARGUMENTS`` checks the configuration, makes the run folder, records this
 start of the job and prints the folder.
 ``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or says why not.
+``... decide --status ending ...`` while srun still runs and Slurm is ending the job: see `decide_early`.
 
 The policy, in this order:
 
@@ -46,6 +47,7 @@ from hpcgpt.preempt import Stop
 from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job
 
+ENDING = "ending"
 ABOUT = "What the batch script asks: where the run folder is, and whether the job is to run again."
 
 
@@ -72,10 +74,10 @@ def main(argv: Sequence[str]) -> int:
         _begin(settings.run_folder)
         print(settings.run_folder)
         return 0
-    if len(argv) < 3 or argv[1] != "--status" or not argv[2].isdigit():
+    if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
         raise ValueError("requeue decide needs --status N first")
     settings = config.from_command_line(argv[3:], "requeue decide", ABOUT)
-    return _act(settings, int(argv[2]))
+    return _act(settings, None if argv[2] == ENDING else int(argv[2]))
 
 
 def decide(
@@ -99,7 +101,7 @@ def decide(
             return Decision(False, "a STOP file asks the run to stay stopped")
         return _again(f"saved at step {ended.step:,}: {ended.reason}", before, limits)
     if job.node_failed:
-        return Decision(True, f"a node failed{f': {blamed.host}' if blamed else ''}")
+        return Decision(True, "a node failed")
     # What a single rank found, or where rank 0 could not say it: srun ended the others, and their words are lost.
     found = blamed.status if blamed else status
     if found in (USER_MISTAKE, SUPERSEDED):
@@ -114,6 +116,22 @@ def decide(
     if crashes >= limits.max_crashes:
         return Decision(False, f"crash loop: {crashes} crashes without a new checkpoint, the last one: {what}", True)
     return Decision(True, f"crash {crashes} since the last new checkpoint: {what}", True)
+
+
+def decide_early(job: Job, restart: int, before: Before, limits: config.Requeue) -> Decision | None:
+    """What Slurm will not do by itself after it has ended this job; None: nothing, or srun's end will tell more.
+
+    Slurm sent SIGTERM to the batch script, and SIGKILL follows after KillWait. Ranks that hang use all of that up.
+    """
+    if job.restarts > restart:
+        return None
+    if job.node_failed:
+        return Decision(True, "a node failed")
+    if job.over_time:
+        return _again("at its time limit, and Slurm ends it", before, limits)
+    if job.preempted and job.fields.get("Requeue") == "0":
+        return Decision(True, "preempted")
+    return None
 
 
 def _again(why: str, before: Before, limits: config.Requeue) -> Decision:
@@ -185,33 +203,34 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
         )
 
 
-def _act(settings: config.Config, status: int) -> int:
+def _act(settings: config.Config, status: int | None) -> int:
+    """Decide and act; `status` is srun's, None while it still runs."""
     folder, attempt, id_ = settings.run_folder, world.job_attempt(), slurm.job_id(os.environ)
-    ended = runfolder.read_exit(folder)
-    if ended and ended.attempt != attempt:
-        ended = None
     events = runfolder.events(folder)
+    if any(event["event"] == "chain" and event["job"] == attempt for event in events):
+        _say(f"no requeue of job {id_}: another one waits behind it already")
+        return 0
     job = slurm.ask(id_)
     ends = faults.deaths(_read(folder / "logs" / f"{attempt}.srun"))
     blamed = faults.blame(ends, faults.read(folder, attempt))
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    decision = decide(ended, status, job, restart, so_far(events), settings.requeue, blamed)
+    decision = _decision(settings, status, job, restart, events, blamed)
+    if decision is None:
+        return 0
     if decision.crashed or job.node_failed:
         _say(faults.report(folder, attempt, blamed, ends))
     _say(f"{'requeue' if decision.requeue else 'no requeue'} of job {id_}: {decision.why}")
 
-    back = decision.requeue or job.restarts > restart
     hosts: list[str] = []
-    if settings.requeue.exclude_bad_nodes and back:
-        by_a_node = decision.crashed or bool(blamed and blamed.how == faults.NODE_FAILED)
-        bad = excluded.bad_hosts(blamed if by_a_node else None, events, settings.requeue.exclude_factor)
+    by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
+    if settings.requeue.exclude_bad_nodes and (decision.requeue or job.restarts > restart):
+        bad = excluded.bad_hosts(
+            blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
+        )
         usable = slurm.usable_nodes(job.fields.get("Partition", ""))
         hosts = excluded.affordable(excluded.remember(folder, bad), job, usable)
-    if decision.requeue:
-        came_back, refused = _bring_back(id_, job, hosts)
-    else:
-        came_back, refused = {}, 0
-    if back and hosts and not came_back.get("next_job"):
+    came_back, refused = _bring_back(id_, job, hosts) if decision.requeue else ({}, 0)
+    if hosts and "next_job" not in came_back:
         hosts = _exclude(id_, job, hosts)
     if hosts:
         _say(f"the next start keeps away from {', '.join(hosts)} ({folder / 'excluded_nodes.json'})")
@@ -224,6 +243,18 @@ def _act(settings: config.Config, status: int) -> int:
     except OSError as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
     return refused
+
+
+def _decision(
+    settings: config.Config, status: int | None, job: Job, restart: int, events: Sequence[Mapping[str, Any]],
+    blamed: Blame | None,
+) -> Decision | None:  # fmt: skip
+    if status is None:
+        return decide_early(job, restart, so_far(events), settings.requeue)
+    ended = runfolder.read_exit(settings.run_folder)
+    if ended and ended.attempt != world.job_attempt():
+        ended = None
+    return decide(ended, status, job, restart, so_far(events), settings.requeue, blamed)
 
 
 def _bring_back(id_: str, job: Job, hosts: Sequence[str]) -> tuple[dict[str, str], int]:
