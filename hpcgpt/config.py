@@ -152,6 +152,15 @@ class Requeue:
     max_crashes: int = option(
         3, "a job that crashed this often in a row without a new checkpoint is not requeued", low=1
     )
+    max_idle: int = option(
+        10, "a job that came back this often in a row without a new checkpoint is not requeued", low=1
+    )
+    exclude_bad_nodes: bool = option(
+        False, "keep the job's next start away from a host that crashed it or was a straggler"
+    )
+    exclude_factor: float = option(
+        2.0, "exclude_bad_nodes: a straggler's steps take at least this many times as long as usual", above=1
+    )
     end_margin_s: float = option(60.0, "save and leave when the job's own end is this near, in seconds", low=0)
 
 

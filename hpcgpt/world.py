@@ -208,8 +208,9 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
     """Meet the other ranks and start the process groups.
 
     Raises:
-        ValueError: rank 0 did not appear, a rank is missing or there twice, or two ranks share one GPU, all
-            within `timeout_s`; the message names them.
+        ValueError: a rank is there twice, or two ranks share one GPU.
+        OSError: rank 0 did not appear, a rank is missing or cannot be reached, all within `timeout_s`; the message
+            names them. That may be a node's fault, so it is no user's mistake.
     """
     import torch.distributed as dist
     from torch.distributed import PrefixStore
@@ -320,7 +321,7 @@ def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
                 _use_interface_towards(address, port)
                 return store
         time.sleep(0.5)
-    raise ValueError(
+    raise TimeoutError(
         f"{world} waited {timeout_s:.0f} s for rank 0: {seen} (looked in {card}). Do all nodes see this "
         "folder, and did rank 0 start?"
     )
@@ -375,8 +376,8 @@ def _report_in(store: Store, world: World, device: torch.device, timeout_s: floa
         try:
             missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
         except (DistError, RuntimeError):
-            raise ValueError(f"{world}: rank 0 has left while ranks were waited for; it says why") from None
-        raise ValueError(
+            raise ConnectionError(f"{world}: rank 0 has left while ranks were waited for; it says why") from None
+        raise TimeoutError(
             f"{world} waited {timeout_s:.0f} s: {world.size - len(missing)} of {world.size} ranks are there, missing: "
             f"{', '.join(missing)}. Start as many processes as the world size says"
         ) from None
@@ -393,7 +394,7 @@ class _explaining:  # noqa: N801 (used like a function)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
-            raise ValueError(f"{self.sentence}: {str(error).splitlines()[0]}") from None
+            raise TimeoutError(f"{self.sentence}: {str(error).splitlines()[0]}") from None
 
 
 # --- addresses and interfaces ----------------------------------------------------------------------
@@ -413,7 +414,7 @@ def _resolve(host: str) -> str:
     try:
         return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]  # type: ignore[return-value]
     except socket.gaierror as error:
-        raise ValueError(
+        raise OSError(
             f"{socket.gethostname()} cannot resolve the host name '{host}': {error.strerror}; set "
             "MASTER_ADDR and MASTER_PORT to an address that all nodes reach"
         ) from None
@@ -425,7 +426,7 @@ def _route(address: str, port: int) -> str:
         try:
             probe.connect((address, port))
         except OSError as error:
-            raise ValueError(f"{socket.gethostname()} has no route to {address}: {error.strerror}") from None
+            raise OSError(f"{socket.gethostname()} has no route to {address}: {error.strerror}") from None
         return str(probe.getsockname()[0])
 
 

@@ -22,7 +22,8 @@ MODULES = {f"{path.parent.name}.{path.stem}".removesuffix(".__init__"): path
 # What a login node loads, before anything that it decides to load late.
 WITHOUT_TORCH = ["config", "world", "submit", "requeue", "train", "cli", "runfolder", "generation", "plan", "shards",
                  "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking", "status", "goodput",
-                 "history", "blame", "checkpoint", "retention", "__main__"]  # fmt: skip
+                 "history", "blame", "checkpoint", "retention", "faults", "slurm",
+                 "chain", "excluded", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {"config": set(), "order": set(), "schedule": {"config"}, "world": {"durable"},
                                    "shards": {"durable"}, "durable": set(), "cli": set()}  # fmt: skip

@@ -250,8 +250,9 @@ def card(folder: Path) -> Path:
     return folder / "rendezvous" / "7_0_0.json"
 
 
-def assert_a_sentence(status: int, said: str, *words: str) -> None:
-    assert status == 2, said
+def assert_a_sentence(status: int, said: str, *words: str, expected: int = 1) -> None:
+    """Status 1 by default: a rank that does not come may be its node's fault, and the job may run again."""
+    assert status == expected, said
     assert "Traceback" not in said
     for word in words:
         assert word in said, said
@@ -295,7 +296,7 @@ def test_a_rank_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         while all(rank.process.poll() is None for rank in others):
             time.sleep(0.1)
         (second,) = (rank for rank in others if rank.process.poll() is not None)
-        assert_a_sentence(*second.end(), "rank 1 of 3", "another process has this rank already")
+        assert_a_sentence(*second.end(), "rank 1 of 3", "another process has this rank already", expected=2)
 
 
 def test_processes_with_different_world_sizes_do_not_hang(tmp_path: Path) -> None:
