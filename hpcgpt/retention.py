@@ -59,9 +59,7 @@ def clean(checkpoints: Path, held: Generation) -> None:
     gone, or was quicker, and then its checkpoint is there before ours is chosen. What it begins later fails its
     own look for a newer generation. So none of its checkpoints ever follows one of ours.
     """
-    for path in sorted(
-        checkpoint.entries(checkpoints), reverse=True
-    ):  # a .gone before what would become it
+    for path in sorted(checkpoint.entries(checkpoints), reverse=True):  # a .gone before what would become it
         parts = re.fullmatch(r"(\.step_\d+\.g(\d+)\.(tmp|removed))(\.gone)?", path.name)
         if parts and int(parts[2]) < held.number:
             gone = path.with_name(f"{parts[1]}.gone")
