@@ -245,8 +245,10 @@ def set_aside(checkpoint: Path, problem: str, generation: int) -> None:
     """Take a damaged checkpoint out of the way, with a loud line; nothing of it is lost."""
     aside = checkpoint.with_name(f"damaged_{checkpoint.name}.g{generation:04d}")
     checkpoint.rename(aside)
-    with suppress(OSError):  # on a full disk the warning below has to do
-        (aside / "REASON.txt").write_text(problem + "\n")
+    # On a full disk the warning below has to do; and what a link points to is not ours to write into.
+    with suppress(OSError):
+        if not aside.is_symlink():
+            (aside / "REASON.txt").write_text(problem + "\n")
     warn(checkpoint, f"{problem}; set aside as {aside.name}")
 
 
