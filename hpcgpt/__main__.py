@@ -12,6 +12,7 @@ COMMANDS = {
     "submit": "queue a training job on Slurm",
     "status": "how a run is going",
     "sample": "generate text from a run's newest checkpoint",
+    "drill": "train under fire: faults of all kinds, and the same bytes in the end",
 }
 
 
