@@ -36,7 +36,16 @@ from random import Random
 from types import FrameType
 from typing import NoReturn
 
-from hpcgpt import cli, drill_compare, drill_faults, drill_here, drill_report, drill_slurm_faults, runfolder
+from hpcgpt import (
+    cli,
+    drill_compare,
+    drill_elastic,
+    drill_faults,
+    drill_here,
+    drill_report,
+    drill_slurm_faults,
+    runfolder,
+)
 from hpcgpt.drill_faults import Kind
 from hpcgpt.drill_here import HerePlace
 from hpcgpt.drill_lab import LabPlace, why_no_lab
@@ -95,7 +104,8 @@ def main(argv: Sequence[str]) -> int:
     if home.exists():
         raise ValueError(f"{home} exists already: the drill makes a folder of its own, give it another --dir")
     home.mkdir(parents=True)
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     if no_lab:
         print(f"no lab: {no_lab}; so this drill is without a Slurm")
     return Drill(options, where, kinds, home).run()
@@ -136,13 +146,15 @@ class Drill:
         status = 1
         try:
             with self.place:
-                self._prepare()
-                if self.options.elastic:
-                    from hpcgpt import drill_elastic
-
-                    drill_elastic.drill(self)
-                else:
-                    self._rounds()
+                try:
+                    self._prepare()
+                    if self.options.elastic:
+                        drill_elastic.drill(self)
+                    else:
+                        self._rounds()
+                finally:
+                    self.place.cancel_all()
+                    self._put_all_away()
             status = 0 if self.report.identical else 1
         except KeyboardInterrupt:
             self.report.problems.append("interrupted")
@@ -275,9 +287,13 @@ class Drill:
     def _put_away(self, folder: Path, whole: bool) -> None:
         """Out of the small file system: everything as evidence, or all but the checkpoints of a good run."""
         if folder.is_dir():
-            leave_out = None if whole else shutil.ignore_patterns("checkpoints")
-            shutil.copytree(folder, self.home / "rounds" / folder.name, ignore=leave_out)
+            leave_out = None if whole or self.options.keep else shutil.ignore_patterns("checkpoints")
+            shutil.copytree(folder, self.home / "runs" / folder.name, ignore=leave_out, dirs_exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _put_all_away(self) -> None:
+        for folder in self.place.disk.folder.iterdir():
+            self._put_away(folder, whole=True)
 
     def _tell(self) -> None:
         out = Path(self.options.out) if self.options.out else self.home
@@ -287,8 +303,6 @@ class Drill:
         for problem in self.report.problems:
             print(f"problem: {problem}")
         print(f"\n{self.report.verdict}\n{paths[0]}", flush=True)
-        if self.report.identical and not self.options.keep:
-            shutil.rmtree(self.home / "rounds", ignore_errors=True)
 
 
 def make_shards(home: Path, say: Callable[[str], None]) -> Path:
@@ -334,7 +348,10 @@ def _command(options: argparse.Namespace, where: str) -> str:
     return " ".join(words)
 
 
-def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Once: what is done then, undoing the faults, must not be interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -357,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", default="", metavar="DIR", help="token shards to train on; default: made of Python's own sources")
     add("--dir", default="", help="the drill's folder; default: runs/drills/SEED-TIME")
     add("--out", default="", metavar="DIR", help="where the report goes; default: the drill's folder")
-    add("--keep", action="store_true", help="keep the run folders of identical runs, too")
+    add("--keep", action="store_true", help="keep the checkpoints of identical runs, too")
     return parser
 
 

@@ -204,13 +204,17 @@ def _a_file(scene: Scene, newest: Path, besides: str = "") -> tuple[Path, int]:
 def _damage_and_kill(scene: Scene, damage: Callable[[Path], str]) -> str:
     """Damage the newest checkpoint and have it loaded: nobody lives to write a newer one."""
     found = scene.ranks()
-    newest = scene.run.committed()[-1]
-    for rank in found:
-        rank.send(signal.SIGSTOP)
-    if scene.run.committed()[-1] != newest or scene.run.being_saved():
+    for _ in range(50):
+        for rank in found:
+            rank.send(signal.SIGSTOP)
+        newest = scene.run.committed()[-1]
+        if not scene.run.being_saved():
+            break
         for rank in found:
             rank.send(signal.SIGCONT)
-        raise MissedError("a save came in between")
+        time.sleep(0.1)
+    else:
+        raise MissedError("there was always a save in progress")
     words = damage(newest)
     for rank in found:
         rank.send(signal.SIGKILL)

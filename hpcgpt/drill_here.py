@@ -44,7 +44,7 @@ class HerePlace:
     def __exit__(self, *_exception: object) -> None:
         self.cancel_all()
         if self.disk.own:
-            subprocess.run(["umount", "-n", str(self.disk.folder)], check=True)
+            subprocess.run(["umount", "-n", "--lazy", str(self.disk.folder)], check=True)
 
     def version(self) -> str:
         return ""

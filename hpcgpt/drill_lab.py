@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -70,12 +71,11 @@ class LabPlace:
         }
 
     def __exit__(self, *_exception: object) -> None:
-        with suppress(Exception):
-            self.cancel_all()
         if self._brought_up:
             self._commands.down(self.name)
         if self._mounted:
-            self._hosts.run(["umount", "-n", self.disk.folder])
+            # At once for us, for whoever still has a file open there when that is closed.
+            self._hosts.run(["umount", "-n", "--lazy", self.disk.folder])
             if not self._brought_up:
                 self._restart_slurmds()  # their namespaces would hold it for as long as they live
 
@@ -140,12 +140,15 @@ class LabPlace:
         return self.state(job) in ("finished", "over")
 
     def cancel_all(self) -> None:
-        for job in self._jobs:
-            if not self.over(job):
-                self.slurm("scancel", job)
-        deadline = time.monotonic() + 30
-        while not all(self.over(job) for job in self._jobs) and time.monotonic() < deadline:
+        mine = [job for job in self._jobs if not self.over(job)]
+        for job in mine:
+            self.slurm("scancel", job)
+        deadline = time.monotonic() + 60
+        while set(mine) & set(self._queue_of(self.lab)) and time.monotonic() < deadline:
             time.sleep(0.5)
+        for job in self._jobs:
+            for rank in self.ranks(job):  # an orphan, which no slurmd ends any more
+                rank.send(signal.SIGKILL)
 
     # --- processes and hosts -----------------------------------------------------------------------
 

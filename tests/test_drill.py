@@ -61,8 +61,9 @@ def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     home = tmp_path_factory.mktemp("drill")
     done = command(
         "hpcgpt.train", "--run.dir", str(home), "--run.name", "alone", "--run.device", "cpu", "--run.threads", "1",
-        "--train.micro_batch", "2", "--data.dir", str(shards_folder), "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "32",
-        "--model.block_size", "32", "--train.steps", str(STEPS), "--train.global_batch", "4",
+        "--train.micro_batch", "2", "--train.global_batch", "4", "--train.steps", str(STEPS),
+        "--data.dir", str(shards_folder), "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "32",
+        "--model.block_size", "32",
         "--checkpoint.every", "6", "--eval.every", "6", "--eval.batches", "2", "--sample.tokens", "0",
         "--schedule.warmup_steps", "3", "--tracking.wandb", "disabled",
     )  # fmt: skip
