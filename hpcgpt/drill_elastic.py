@@ -57,7 +57,7 @@ def drill(whole: Drill) -> None:
         )  # fmt: skip
         whole.report.strikes.append(strike)
         whole.say(f"{told[-1]} ranks: step {before:,} to {run.position()[0]:,}")
-        if place.over(job) and place.state(job) == "finished" and run.position()[0] >= size.steps:
+        if number > CHANGES:
             break
         stop.touch()
         _wait_until_over(whole, place, job)

@@ -49,10 +49,11 @@ class HerePlace:
     def version(self) -> str:
         return ""
 
-    def start(self, run: str, training: Sequence[str], partition: str = "") -> str:
+    def start(self, run: str, training: Sequence[str], partition: str = "", *, again: bool = True) -> str:
+        """Not `again`: what leaves stays away. torchrun hides the status of a refusal, which would tell that."""
         del partition
         name = f"{run}.{len(self._jobs) + 1}"
-        self._jobs[name] = Job([*training, "--run.name", run], self.count, self.home / f"{name}.log", name)
+        self._jobs[name] = Job([*training, "--run.name", run], self.count, self.home / f"{name}.log", name, again)
         return name
 
     def state(self, job: str) -> State:
@@ -83,8 +84,8 @@ class HerePlace:
 class Job:
     """One run as the batch script would do it: start the ranks, decide, start them again."""
 
-    def __init__(self, training: Sequence[str], ranks: int, log: Path, mark: str) -> None:
-        self._training, self._ranks, self._log = list(training), ranks, log
+    def __init__(self, training: Sequence[str], ranks: int, log: Path, mark: str, again: bool) -> None:
+        self._training, self._ranks, self._again = list(training), ranks, again
         self.mark, self.why = f"{os.getpid()}.{mark}", "it runs"
         self.status: int | None = None
         self._file: IO[bytes] = open(log, "ab")  # noqa: SIM115 (as long as this object)
@@ -113,6 +114,9 @@ class Job:
         return "finished" if self.status == runfolder.FINISHED else "over"
 
     def _decide(self, left: int) -> None:
+        if not self._again:
+            self.status, self.why = left, f"left with status {left}"
+            return
         settings = config.from_command_line(self._training, "drill", "")
         folder = settings.run_folder
         ended = runfolder.read_exit(folder)
@@ -166,7 +170,7 @@ def second_start(scene: Scene) -> str:
     place = scene.place
     assert isinstance(place, HerePlace)
     before = scene.run.newest_start()
-    other = place.start(scene.run.folder.name, scene.training)
+    other = place.start(scene.run.folder.name, scene.training, again=False)
     scene.done = lambda: place.over(other)
 
     def refused() -> str:

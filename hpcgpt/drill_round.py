@@ -86,6 +86,7 @@ class Gun:
             self._wait_for_end(fired, run, undo)
         except StuckError as stuck:
             fired.problems.append(f"{stuck}\n{self.place.last_words(fired.job)}")
+            self.place.cancel_all()
         finally:
             undo.all()
         if not fired.problems and self.place.state(fired.job) != "finished":

@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command
+from conftest import ROOT, command
 from lab_conf import Lab
 
 from hpcgpt import drill, drill_compare, drill_faults, drill_report, runfolder
@@ -246,6 +248,12 @@ def test_mistakes_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     done = command("hpcgpt.drill", "--on", "here", "--minutes", "0", "--dir", str(tmp_path / "new"))
     assert done.returncode == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_it_loads_no_torch() -> None:
+    code = "import sys, hpcgpt.drill; print(sorted({'torch', 'wandb', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.mark.timeout(900)
