@@ -183,8 +183,15 @@ class LabPlace:
     def start_slurmd(self, node: str) -> None:
         self._commands.start_slurmd(self.lab, node)
 
-    def update_node(self, node: str, *words: str) -> None:
-        self.slurm("scontrol", "update", f"NodeName={node}", *words)
+    def set_down(self, node: str) -> None:
+        self.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=drill")
+
+    def resume(self, node: str) -> None:
+        try:
+            self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        except OSError:  # its slurmd registers by itself now and then, and Slurm has then returned it already
+            if self._commands.node_states(self.lab).get(node, "down").startswith("down"):
+                raise
 
     def version(self) -> str:
         return self.slurm("sinfo", "--version").strip().removeprefix("slurm-wlm ").removeprefix("slurm ")

@@ -7,6 +7,7 @@ fault meets a run that is training, and what it cost can be told. Near its end a
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -86,6 +87,9 @@ class Gun:
             self._wait_for_end(fired, run, undo)
         except StuckError as stuck:
             fired.problems.append(f"{stuck}\n{self.place.last_words(fired.job)}")
+            self.place.cancel_all()
+        except Exception:  # of the drill itself: what was seen up to here is told all the same
+            fired.problems.append(f"the drill failed:\n{traceback.format_exc()}")
             self.place.cancel_all()
         finally:
             undo.all()

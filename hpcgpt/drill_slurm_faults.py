@@ -113,8 +113,8 @@ def lose_node(scene: Scene) -> str:
 
 def set_down(scene: Scene) -> str:
     lab, node, seconds = _lab(scene), _node(scene), scene.between(8, 20)
-    lab.update_node(node, "State=DOWN", "Reason=drill")
-    scene.undo.later(f"{node} is resumed", lambda: lab.update_node(node, "State=RESUME"), seconds)
+    lab.set_down(node)
+    scene.undo.later(f"{node} is resumed", lambda: lab.resume(node), seconds)
     return f"{node}, {seconds:.0f} s"
 
 
