@@ -53,7 +53,7 @@ from hpcgpt.drill_report import Report, RoundReport
 from hpcgpt.drill_round import FailedError, Fired, Gun
 from hpcgpt.drill_run import Watched
 
-TRIAL_STEPS, ALONE_S, SAVE_EVERY_S = 60, 60.0, 3.0
+TRIAL_STEPS, ALONE_S, SAVE_EVERY_S = 60, 80.0, 3.0
 MAX_CRASHES = 20
 CONFIG = """
 [run]
@@ -223,7 +223,7 @@ class Drill:
         return folder, time.monotonic() - began_at
 
     def size(self) -> Size:
-        """As asked for, or so that a run takes about a minute on this machine: a short trial tells."""
+        """As asked for, or so that a run takes ALONE_S seconds on this machine: a short trial tells."""
         steps = self.options.steps
         if steps:
             return Size(steps, self.options.every or max(2, steps // 20))
@@ -367,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--subnet", default="10.77.0", help="the lab's subnet, if it has to be brought up; default: %(default)s")
     add("--ranks", type=int, choices=(1, 2), default=2, help="without a lab; default: %(default)s")
     add("--faults", default="", metavar="A,B,...", help="only these kinds; default: all")
-    add("--steps", type=int, default=0, help="length of a run; default: about a minute, by a short trial")
+    add("--steps", type=int, default=0, help="length of a run; default: a bit over a minute, by a short trial")
     add("--every", type=int, default=0, help="steps between checkpoints; default: about 3 s")
     add("--limit-s", type=float, default=240.0, help="the longest time without what has to come; default: %(default)g")
     add("--elastic", action="store_true", help="change the number of ranks between attempts")

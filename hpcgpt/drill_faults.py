@@ -62,7 +62,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Kind:
-    """`hit` strikes and returns the victim in words. `checkpoints`: so many must be there before."""
+    """`hit` strikes and returns the victim in words. `checkpoints`: so many must be there before. `takes_s`: for so
+    long the run may go on before it feels anything, so that much of it must be left."""
 
     name: str
     about: str
@@ -70,6 +71,7 @@ class Kind:
     hit: Callable[[Scene], str]
     checkpoints: int = 0
     own_disk: bool = False
+    takes_s: float = 0.0
 
 
 class MissedError(Exception):

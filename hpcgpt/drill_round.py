@@ -101,9 +101,9 @@ class Gun:
 
     def _fire(self, fired: Fired, run: Watched, undo: Undoing) -> None:
         while True:
-            planned = self.deck.take()
+            self._wait(fired, undo, lambda: self._ready(run, undo), "training, and all nodes to answer")
+            planned = self._next(run)
             try:
-                self._wait(fired, undo, lambda: self._ready(run, undo), "training, and all nodes to answer")
                 self._pause(fired, undo, planned.delay_s)
                 enough = self._enough(run, self.kinds[planned.kind].checkpoints)
                 self._wait(fired, undo, enough, "checkpoints")
@@ -118,6 +118,21 @@ class Gun:
             self.say(_line(strike))
             if strike.outcome == "FAILED":
                 fired.problems.append(f"{strike.kind} ({strike.victim}): {strike.note}")
+
+    def _next(self, run: Watched) -> Planned:
+        """The next fault of the deck that the rest of the run is long enough for; those before it wait."""
+        left_s = (self.steps - run.position()[0]) * run.step_s()
+        waiting = []
+        for _ in self.kinds:
+            planned = self.deck.take()
+            if self.kinds[planned.kind].takes_s + planned.delay_s <= left_s:
+                break
+            waiting.append(planned)
+        else:
+            planned = waiting.pop(0)
+        for other in reversed(waiting):
+            self.deck.put_back(other)
+        return planned
 
     def _ready(self, run: Watched, undo: Undoing) -> bool:
         step, attempt = run.position()

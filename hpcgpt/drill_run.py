@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class Watched:
         """Newest step, and the attempt (generation) that made it; zeros before there is one."""
         rows = self.tail()
         return (rows[-1]["step"], rows[-1]["attempt"]) if rows else (0, 0)
+
+    def step_s(self) -> float:
+        """Seconds a step, the median of the last ones."""
+        return statistics.median([float(row["train/step_s"]) for row in self.tail()[-30:]] or [0.0])
 
     def starts(self) -> list[dict[str, Any]]:
         return [event for event in runfolder.events(self.folder) if event["event"] == "start"]

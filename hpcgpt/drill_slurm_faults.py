@@ -149,10 +149,16 @@ def _node(scene: Scene) -> str:
 KINDS: tuple[Kind, ...] = (
     Kind("kill srun", "SIGKILL to the srun of the batch script", "restart", kill_srun),
     Kind("kill slurmd", "SIGKILL to a node's slurmd, started again 3 to 10 s later", "on", kill_slurmd),
-    Kind("lose slurmd", "SIGKILL to a node's slurmd, until Slurm has given the node up", "restart", lose_slurmd),
+    Kind(
+        "lose slurmd",
+        "SIGKILL to a slurmd, until Slurm gives the node up",
+        "restart",
+        lose_slurmd,
+        takes_s=45,
+    ),
     Kind("requeue", "scontrol requeue", "restart", requeue),
     Kind("preempt", "a job of a higher partition takes all nodes", "restart", preempt),
-    Kind("time limit", "the job's time is nearly over", "restart", limit_time),
+    Kind("time limit", "the job's time is nearly over", "restart", limit_time, takes_s=60),
     Kind("USR1", "scancel --signal=USR1 to the step", "restart", warn_step),
     Kind("TERM", "scancel --signal=TERM to the step", "restart", terminate_step),
     Kind("pull a cable", "a node's network is gone for 2 to 8 s", "either", pull_cable),
