@@ -256,7 +256,7 @@ class Drill:
             limit_s=self.options.limit_s,
             say=self.say,
         )
-        partitions = _partitions(Random(self.options.seed))
+        partitions = _partitions(Random(self.options.seed), self.place.kind)
         number = 0
         while not number or gun.until - time.monotonic() > self.report.baseline_s / 2:
             number += 1
@@ -333,9 +333,9 @@ def goodput(folder: Path) -> str:
     return ""
 
 
-def _partitions(random: Random) -> Callable[[], str]:
+def _partitions(random: Random, where: str) -> Callable[[], str]:
     """low, whose jobs are requeued by Slurm when they are preempted; grace, whose jobs have to do it themselves."""
-    return lambda: random.choice(("low", "grace"))
+    return lambda: random.choice(("low", "grace")) if where == "lab" else "-"
 
 
 def _command(options: argparse.Namespace, where: str) -> str:

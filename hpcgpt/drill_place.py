@@ -73,11 +73,17 @@ def ranks_among(pids: Iterable[int], belongs: Mapping[str, str], host: str) -> l
         with suppress(OSError):  # it has ended meanwhile
             handle = os.pidfd_open(pid)
             words, env = command_line(pid), environment(pid)
-            if words[1:3] == ["-m", "hpcgpt.train"] and belongs.items() <= env.items():
+            if _trains(words) and belongs.items() <= env.items():
                 found.append(Rank(world.discover(env).rank, pid, host, handle))
             else:
                 os.close(handle)
     return sorted(found, key=lambda rank: rank.rank)
+
+
+def _trains(words: list[str]) -> bool:
+    """Not srun, torchrun or a shell, which have the same words among their own."""
+    options = [word for word in words[1:4] if word != "-u"]  # torchrun's
+    return options[:2] == ["-m", "hpcgpt.train"]
 
 
 def command_line(pid: int) -> list[str]:

@@ -50,7 +50,7 @@ class Report:
     @property
     def identical(self) -> bool:
         """Was there anything to judge, and is all of it as it has to be?"""
-        finished = bool(self.rounds) and not self.problems
+        finished = bool(self.rounds) and self.hits > 0 and not self.problems
         well = all(not each.problems for each in self.rounds) and all(s.outcome != "FAILED" for s in self.strikes)
         return finished and well
 
