@@ -88,6 +88,7 @@ batches = 8
 tokens = 0
 [requeue]
 max_crashes = {max_crashes}
+max_idle = {max_crashes}
 """
 
 
