@@ -23,6 +23,7 @@ import argparse
 import json
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ from hpcgpt import (
 )
 from hpcgpt.drill_faults import Kind
 from hpcgpt.drill_here import HerePlace
-from hpcgpt.drill_lab import LabPlace, why_no_lab
+from hpcgpt.drill_lab import CHECKOUT, LabPlace, why_no_lab
 from hpcgpt.drill_report import Report, RoundReport
 from hpcgpt.drill_round import FailedError, Fired, Gun
 from hpcgpt.drill_run import Watched
@@ -138,6 +139,7 @@ class Drill:
     def __init__(self, options: argparse.Namespace, where: str, kinds: dict[str, Kind], home: Path) -> None:
         self.options, self.kinds, self.home = options, kinds, home
         self.began_at = time.monotonic()
+        self.data = Path(options.data).resolve() if options.data else home / "shards"
         self.dropout = 0.1  # so that the state of the random generators matters
         self.place = LabPlace(options.name, options.subnet, home) if where == "lab" else HerePlace(home, options.ranks)
         self.log = open(home / "drill.log", "a", encoding="utf-8")  # noqa: SIM115 (as long as this object)
@@ -188,7 +190,8 @@ class Drill:
         self.report.kinds = {kind.name: kind.about for kind in self.kinds.values()}
         self.report.machine = drill_report.machine(slurm)
         self.say(f"the drill's folder is {self.home}")
-        self.data = Path(self.options.data).resolve() if self.options.data else make_shards(self.home, self.say)
+        if not self.options.data:
+            make_shards(self.home, self.data, self.say)
         self.config = self.home / "run.toml"
 
     def write_config(self, size: Size) -> None:
@@ -299,21 +302,22 @@ class Drill:
     def _tell(self) -> None:
         out = Path(self.options.out) if self.options.out else self.home
         name = f"{'elastic' if self.options.elastic else 'drill'}-seed{self.options.seed}"
-        paths = drill_report.write(self.report, out, name)
+        hidden = {str(self.home): "DRILL", str(CHECKOUT): "CHECKOUT", str(Path.home()): "HOME", sys.prefix: "PYTHON"}
+        hidden |= {socket.gethostname(): "HOST", str(self.data): "SHARDS"}
+        paths = drill_report.write(self.report, out, name, hidden)
         print("\n" + "\n".join(drill_report.table(self.report.strikes, self.report.kinds)))
         for problem in self.report.problems:
             print(f"problem: {problem}")
         print(f"\n{self.report.verdict}\n{paths[0]}", flush=True)
 
 
-def make_shards(home: Path, say: Callable[[str], None]) -> Path:
+def make_shards(home: Path, out: Path, say: Callable[[str], None]) -> None:
     """Token shards of the sources of Python's standard library: real text that is wherever the drill runs."""
     text, tokens = home / "text", home / "tokenizer"
     text.mkdir()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:80]:
         (text / f"{path.stem}.txt").write_bytes(path.read_bytes())
     say("making shards of the sources of Python's standard library")
-    out = home / "shards"
     for words in (
         ("data_prep.train_tokenizer", str(text), "--out", str(tokens), "--vocab-size", "1024"),
         ("data_prep.make_shards", str(text), "--out", str(out), "--tokenizer", str(tokens), "--val-fraction", "0.1",
@@ -322,7 +326,6 @@ def make_shards(home: Path, say: Callable[[str], None]) -> Path:
         done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             raise FailedError(f"{words[0]}: {done.stderr.strip()}")
-    return out
 
 
 def goodput(folder: Path) -> str:
@@ -341,7 +344,8 @@ def _partitions(random: Random, where: str) -> Callable[[], str]:
 
 def _command(options: argparse.Namespace, where: str) -> str:
     """The command again, without the folders."""
-    words = ["python -m hpcgpt.drill", f"--minutes {options.minutes:g}", f"--seed {options.seed}", f"--on {where}"]
+    words = ["python -m hpcgpt.drill", f"--seed {options.seed}", f"--on {where}"]
+    words += [] if options.elastic else [f"--minutes {options.minutes:g}"]
     words += [f"--steps {options.steps}"] if options.steps else []
     words += [f"--every {options.every}"] if options.every else []
     words += [f"--faults '{options.faults}'"] if options.faults else []

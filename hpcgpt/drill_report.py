@@ -46,6 +46,7 @@ class Report:
     strikes: list[Strike] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
+    proves: str = "the same bytes as the run left alone"
 
     @property
     def identical(self) -> bool:
@@ -61,18 +62,25 @@ class Report:
     @property
     def verdict(self) -> str:
         if self.identical:
-            return f"IDENTICAL: {self.hits} faults in {len(self.rounds)} runs, and the same bytes as the run left alone"
+            return f"GOOD: {self.hits} faults in {len(self.rounds)} runs, and {self.proves}"
+        if self.rounds and not self.hits:
+            return "NOTHING PROVEN: no fault has hit"
         wrong = sum(bool(each.problems) for each in self.rounds)
-        return f"NOT IDENTICAL, or not by itself: {wrong} of {len(self.rounds)} runs, after {self.hits} faults"
+        return f"NOT GOOD (other bytes, or not by itself): {wrong} of {len(self.rounds)} runs, after {self.hits} faults"
 
 
-def write(report: Report, folder: Path, name: str) -> list[Path]:
-    """Write <name>.md and <name>.json; returns both."""
+def write(report: Report, folder: Path, name: str, hidden: Mapping[str, str]) -> list[Path]:
+    """Write <name>.md and <name>.json; returns both. What is in `hidden` (paths of this machine, its name) is replaced:
+    the words of a failed run are quoted, and may have it."""
     folder.mkdir(parents=True, exist_ok=True)
     told = dataclasses.asdict(report) | {"identical": report.identical, "verdict": report.verdict}
-    paths = [folder / f"{name}.md", folder / f"{name}.json"]
-    durable.write(paths[0], markdown(report).encode())
-    durable.write(paths[1], (json.dumps(told, indent=1) + "\n").encode())
+    texts = {".md": markdown(report), ".json": json.dumps(told, indent=1) + "\n"}
+    paths = []
+    for ending, text in texts.items():
+        for found in sorted((each for each in hidden if len(each) > 3), key=len, reverse=True):
+            text = text.replace(found, hidden[found])
+        paths.append(folder / f"{name}{ending}")
+        durable.write(paths[-1], text.encode())
     return paths
 
 
@@ -152,7 +160,7 @@ def _rounds(rounds: Sequence[RoundReport]) -> list[str]:
         "|---|---|---:|---:|---:|---|---|---|",
     ]
     for each in rounds:
-        result = "identical" if not each.problems else "**" + each.problems[0].splitlines()[0] + "**"
+        result = "good" if not each.problems else "**" + each.problems[0].splitlines()[0] + "**"
         lines.append(
             f"| {each.number} | {each.partition} | {each.faults} | {each.attempts} | {each.seconds:.0f} | "
             f"{each.wandb} | {each.goodput or '-'} | {result} |"

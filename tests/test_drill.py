@@ -208,7 +208,7 @@ def test_a_report_counts_hits_and_misses() -> None:
     text = drill_report.markdown(_report())
     assert "| requeue | scontrol requeue | 2 | 1 | 16 | 20.0 | 3 | 2 came back |" in text
     assert "| TERM |  | 0 | 0 | - | - | - | - |" in text
-    assert "**IDENTICAL: 2 faults in 1 runs" in text
+    assert "**GOOD: 2 faults in 1 runs, and the same bytes" in text
 
 
 def test_a_report_is_red_for_a_run_that_differs_a_fault_that_failed_and_a_drill_without_any() -> None:
@@ -223,20 +223,23 @@ def test_a_report_is_red_for_a_run_that_differs_a_fault_that_failed_and_a_drill_
         report = _report()
         spoil(report)
         assert not report.identical
-        assert "**NOT IDENTICAL" in drill_report.markdown(report)
+        assert "**NOT" in drill_report.markdown(report)
 
 
 def test_a_report_is_written_for_people_and_for_programs(tmp_path: Path) -> None:
     report = _report()
     report.machine = drill_report.machine("22.05.8")
-    drill_report.write(report, tmp_path / "new", "drill-seed7")
+    report.rounds[0].problems.append(f"cannot write {tmp_path}/drill/disk on {socket.gethostname()}")
+    hidden = {str(tmp_path): "DRILL", socket.gethostname(): "HOST"}
+    drill_report.write(report, tmp_path / "new", "drill-seed7", hidden)
     told = json.loads((tmp_path / "new/drill-seed7.json").read_bytes())
-    assert told["identical"] is True
+    assert told["identical"] is False
+    assert told["rounds"][0]["problems"] == ["cannot write DRILL/drill/disk on HOST"]
     assert told["strikes"][1]["lost_steps"] == 6
     text = (tmp_path / "new/drill-seed7.md").read_text()
     assert "22.05.8" in text
     assert socket.gethostname() not in text
-    assert str(Path.home()) not in text
+    assert str(tmp_path) not in text
 
 
 # --- the drill itself ------------------------------------------------------------------------------
