@@ -59,6 +59,14 @@ wandb = "disabled"
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share fixtures and so a process; all that need the lab share one, and begin first."""
+    for item in items:
+        uses_lab = "lab" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("lab" if uses_lab else item.path.stem))
+    items.sort(key=lambda item: "lab" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 40 real text files: the sources of this project, one document each."""

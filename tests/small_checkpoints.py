@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from hpcgpt import checkpoint, config, generation
 from hpcgpt.checkpoint import State
@@ -70,7 +70,7 @@ def names(folder: Path) -> list[str]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"bytes": path.stat().st_size, "xxh3": xxhash.xxh3_128(path.read_bytes()).hexdigest()}
 
 
 def mend(folder: Path, manifest: dict[str, Any] | None = None) -> None:

@@ -175,7 +175,7 @@ def name_a_file_elsewhere(name: str) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tensors truncated by a byte": (truncate, r"tensors_00000.* has [\d,]+ bytes, expected [\d,]+"),
     "tensors empty": (lambda folder: (folder / SHARE).write_bytes(b""), r"tensors_00000.* has 0 bytes"),
-    "a flipped bit": (flip_a_byte, r"SHA-256 of tensors_00000.*"),
+    "a flipped bit": (flip_a_byte, r"checksum of tensors_00000.*"),
     "a share missing": (lambda folder: (folder / SHARE).unlink(), r"tensors_00000.*: No such file"),
     "a share missing in the manifest too": (lose_a_share, r"lacks tensors_00000"),
     "a pickle instead of tensors": (put_a_pickle, r"tensors_00000"),
@@ -184,7 +184,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "state.json").write_text(
             (folder / "state.json").read_text().replace('"tokens": 120', '"tokens": 121')
         ),
-        r"SHA-256 of state\.json",
+        r"checksum of state\.json",
     ),
     "state.json missing": (lambda folder: (folder / "state.json").unlink(), r"state\.json: No such file"),
     "state.json a pipe": (
@@ -241,19 +241,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "manifest.json").write_text(
             (folder / "manifest.json").read_text().replace('"generation": 1', '"generation": 7')
         ),
-        r"its manifest's own SHA-256 does not hold",
+        r"its manifest's own checksum does not hold",
     ),
     "manifest whose version rotted": (
         lambda folder: (folder / "manifest.json").write_text(
             (folder / "manifest.json").read_text().replace('"version": 2', '"version": 3')
         ),
-        r"its manifest's own SHA-256 does not hold",
+        r"its manifest's own checksum does not hold",
     ),
     "manifest of another format": (edit_manifest(lambda manifest: manifest.update(format="gguf")), "format is 'gguf'"),
     "manifest that names a file above": (name_a_file_elsewhere("../step_000000008/state.json"), "manifest names"),
     "manifest that names an absolute path": (name_a_file_elsewhere("/etc/hostname"), "manifest names"),
     "manifest that names a file no terminal should print": (
-        edit_manifest(lambda manifest: manifest["files"].update({"\ud800\x1b[2J": {"bytes": 1, "sha256": ""}})),
+        edit_manifest(lambda manifest: manifest["files"].update({"\ud800\x1b[2J": {"bytes": 1, "xxh3": ""}})),
         r"manifest names .*'\\ud800\\x1b\[2J'",
     ),
     "manifest that names a strange file": (name_a_file_elsewhere("manifest.json"), "manifest names"),

@@ -188,13 +188,13 @@ def forge_manifest(folder: Path, dice: random.Random) -> None:
     elif kind == 1:
         manifest["files"][dice.choice(NAMES)] = dice.choice(STRANGE)
     elif kind == 2:
-        manifest["files"][SHARE][dice.choice(["bytes", "sha256"])] = dice.choice(STRANGE)
+        manifest["files"][SHARE][dice.choice(["bytes", "xxh3"])] = dice.choice(STRANGE)
     elif kind == 3:
         del manifest["files"][dice.choice([SHARE, "state.json"])]
     elif kind == 4:
         name = dice.choice(["/etc/passwd", "../x", "\ud800", "\x1b[2J", "", "tensors_00001_of_00002.safetensors",
                             "tensors_00000_of_00001.safetensors\n", "state.json/../x", "x" * 5000])  # fmt: skip
-        manifest["files"][name] = {"bytes": 1, "sha256": "0"}
+        manifest["files"][name] = {"bytes": 1, "xxh3": "0"}
     else:
         del manifest[dice.choice(["format", "version", "files"])]
     write_manifest(folder, manifest)

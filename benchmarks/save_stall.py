@@ -1,0 +1,115 @@
+"""What a checkpoint costs the training loop, behind training against a save that is waited for.
+
+    python benchmarks/save_stall.py [--config gpt2-124m] [--tokens 256] [--steps 6] [--rounds 3] [--dir .]
+
+Each round runs the same number of optimizer steps three times, in a new order: without a save, with one that is waited
+for behind the first step, with one behind training. The cost is the median time with a save less the median without;
+so it has all of it: the copy, and what the writing takes away from the steps beside it. Prints a table, and JSON with
+--json FILE. The checkpoints are real ones, flushed to the disk of --dir, in a folder that is removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpcgpt import config, generation, world
+from hpcgpt.checkpoint import State
+from hpcgpt.model import GPT
+from hpcgpt.optim import make_optimizer
+from hpcgpt.saver import Saver, tensors_of
+from hpcgpt.step import train_step
+
+ALONE = world.Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), torch.device("cpu"), None)
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    settings = config.from_file(config.find(options.config))
+    shape = replace(settings.model, vocab_size=50257, block_size=max(settings.model.block_size, options.tokens))
+    model = GPT(shape, 1)
+    optimizer = make_optimizer(model, settings.optim)
+    ids = torch.randint(0, shape.vocab_size, (1, options.tokens))
+
+    def step() -> None:
+        no_precision = torch.autocast("cpu", enabled=False)
+        train_step(model, optimizer, [(ids, ids.roll(-1, 1))], 1, 1e-4, 1.0, lambda: no_precision, ALONE)
+
+    for _ in range(2):
+        step()
+    times: dict[str, list[float]] = {"no save": [], "waited for": [], "behind training": []}
+    stalls: dict[str, list[float]] = {"waited for": [], "behind training": []}
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        run = Path(folder)
+        (run / "checkpoints").mkdir()
+        held = generation.take(run, "")
+        saver = Saver(run / "checkpoints", ALONE, held, config.Checkpoint(keep_last=1))
+        number = 0
+        for _ in range(options.rounds):
+            for way in random.sample(sorted(times), 3):
+                started_at = time.perf_counter()
+                number += 1
+                for at in range(options.steps):
+                    step()
+                    if at == 0 and way != "no save":
+                        saver.begin(State(number, 0, 0, 1, {}), tensors_of(model, optimizer, ALONE))
+                        if way == "waited for" and (saved := saver.finish(lambda: None)):
+                            stalls[way].append(saved.stall_s)
+                    elif saver.busy and (saved := saver.poll()):
+                        stalls[way].append(saved.stall_s)
+                times[way].append(time.perf_counter() - started_at)
+                if saver.busy:
+                    raise SystemExit(f"{options.steps} steps are over before the save is: take more --steps")
+        held.release()
+    _report(options, times, stalls, sum(t.nbytes for t in tensors_of(model, optimizer, ALONE).values()))
+
+
+def _report(
+    options: argparse.Namespace, times: dict[str, list[float]], stalls: dict[str, list[float]], size: int
+) -> None:
+    medians = {way: statistics.median(found) for way, found in times.items()}
+    step_s = medians["no save"] / options.steps
+    result: dict[str, Any] = {
+        "config": options.config,
+        "tokens_per_step": options.tokens,
+        "checkpoint_bytes": size,
+        "step_s": step_s,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": len(os.sched_getaffinity(0)),
+        "ways": {},
+    }
+    print(f"{options.config}: {step_s:.2f} s a step of {options.tokens} tokens, a checkpoint has {size / 1e6:,.0f} MB")
+    for way, found in stalls.items():
+        cost, stall = medians[way] - medians["no save"], statistics.median(found)
+        result["ways"][way] = {"cost_s": cost, "stall_s": stall, "totals_s": times[way]}
+        print(f"{way:16}  stands still for {stall:6.2f} s   costs {cost:6.2f} s in all   {cost / step_s:5.2f} steps")
+    result["ways"]["no save"] = {"totals_s": times["no save"]}
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="gpt2-124m")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens a step (default: 256)")
+    parser.add_argument("--steps", type=int, default=6, help="steps a way and round (default: 6)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", default=".", help="a folder on the disk to measure (default: this one)")
+    parser.add_argument("--json", help="write the figures to this file, too")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
