@@ -94,7 +94,7 @@ max_idle = {max_crashes}
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     if options.minutes <= 0 or options.steps < 0:
         raise ValueError("--minutes must be greater than 0, and --steps at least 0")
     no_lab = why_no_lab() if options.on != "here" else ""
@@ -360,11 +360,11 @@ def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="hpcgpt drill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("--minutes", type=float, default=20.0, help="no more faults after that; default: %(default)g")
     add("--seed", type=int, default=1, help="of the faults and of the run; default: %(default)s")
     add("--on", choices=("auto", "lab", "here"), default="auto", help="default: the lab where one can be had")
@@ -380,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dir", default="", help="the drill's folder; default: runs/drills/SEED-TIME")
     add("--out", default="", metavar="DIR", help="where the report goes; default: the drill's folder")
     add("--keep", action="store_true", help="keep the checkpoints of identical runs, too")
-    return parser
+    return made
 
 
 if __name__ == "__main__":

@@ -172,9 +172,10 @@ class Saver:
         return Saved(self._state.step, problem, seconds, stall_s, self._bytes)
 
     def _make_folder(self) -> str | None:
+        assert self._held is not None
+        self._held.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
         if self._final.exists():
             return None
-        assert self._held is not None
         temporary = checkpoint.temporary_of(self._final, self._held.number)
         needed = self._bytes + SPARE_BYTES
         try:

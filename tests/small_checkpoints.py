@@ -70,7 +70,7 @@ def names(folder: Path) -> list[str]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3": xxhash.xxh3_128_hexdigest(path.read_bytes())}
+    return {"bytes": path.stat().st_size, "xxh3": xxhash.xxh3_128(path.read_bytes()).hexdigest()}
 
 
 def mend(folder: Path, manifest: dict[str, Any] | None = None) -> None:

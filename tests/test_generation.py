@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,14 +17,14 @@ import pytest
 from conftest import ROOT, clean_env, command, rows
 from test_runfolder import small_disk
 
-from hpcgpt import generation
+from hpcgpt import checkpoint, generation
 from hpcgpt.runfolder import FINISHED, SUPERSEDED
 
 # Takes the run folder, says its number, and then does nothing: its main thread hangs, as in a collective.
 HOLD = """
 import sys, time
 from pathlib import Path
-from hpcgpt import generation
+from hpcgpt import checkpoint, generation
 print(generation.take(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
 time.sleep(600)
 """
@@ -32,7 +33,7 @@ time.sleep(600)
 RACE = """
 import json, sys, threading, time
 from pathlib import Path
-from hpcgpt import generation
+from hpcgpt import checkpoint, generation
 root, rounds, starts_at = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 told = [""] * rounds
 def take(number):
@@ -163,7 +164,7 @@ def test_a_holder_learns_at_its_commit_that_it_was_superseded(tmp_path: Path) ->
     code = """
 import os, sys
 from pathlib import Path
-from hpcgpt import generation
+from hpcgpt import checkpoint, generation
 held = generation.take(Path(sys.argv[1]), "7_0")
 held.check()
 os.link(held.folder / "000001.json", held.folder / "000002.json")
@@ -217,3 +218,37 @@ def test_a_holder_that_slept_through_a_takeover_leaves_on_waking_and_changes_not
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- one writer ------------------------------------------------------------------------------------
+
+
+def test_in_50_rounds_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_nor_by_an_older_one(
+    tmp_path: Path,
+) -> None:
+    """The holder is killed in one round; in the next it is stopped, and continues after the newcomer has committed."""
+    seed, run = random.randrange(10_000), tmp_path / "run"
+    done = subprocess.run([sys.executable, "-m", "tests.ranks_writers", run, "50", str(seed)], cwd=ROOT,
+                          env=clean_env() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, capture_output=True,
+                          text=True, timeout=240, check=False)  # fmt: skip
+    assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == 50
+    assert [each["orphan"] for each in told] == [None, SUPERSEDED] * 25, f"an orphan has stayed (seed {seed})"
+    assert all(each["loser"] == 2 for each in told), f"two jobs had the folder (seed {seed}): {told}"
+    assert [each["number"] for each in told] == list(range(2, 52))
+
+    log = [line.split() for line in (run / "log").read_text().splitlines()]
+    committed = [(int(number), int(step)) for number, step, did in log if did == "committed"]
+    steps = [step for _, step in committed]
+    assert len(set(steps)) == len(steps), f"a step was committed twice (seed {seed})"
+    # On the disk is what nobody could log any more, too: the manifest says whose it is.
+    paths = (run / "checkpoints").glob("step_*")
+    found = sorted((checkpoint.step_of(path), checkpoint._json(path / "manifest.json")["generation"]) for path in paths)
+    assert {(step, number) for number, step in committed} <= set(found), f"a checkpoint is gone (seed {seed})"
+    numbers = [number for _, number in found]
+    assert numbers == sorted(numbers), f"an older generation's after a newer one's (seed {seed})"
+    chosen = {int(number): int(step) for number, step, did in log if did == "chose"}
+    for number, first in chosen.items():
+        assert all(step <= first for step, its in found if its < number), f"it came after the choice (seed {seed})"
+    assert not list((run / "checkpoints").glob("damaged_*"))
