@@ -259,5 +259,5 @@ KINDS: tuple[Kind, ...] = (
         remove_manifest,
         checkpoints=2,
     ),
-    Kind("fill the disk", "no byte free for 6 to 15 s", "on", fill_disk, own_disk=True),
+    Kind("fill the disk", "no byte free for 6 to 15 s", "on", fill_disk, own_disk=True, takes_s=16),
 )

@@ -185,5 +185,5 @@ def second_start(scene: Scene) -> str:
 KINDS: tuple[Kind, ...] = (
     Kind("USR1", "SIGUSR1 to every rank", "restart", warn),
     Kind("TERM", "SIGTERM to every rank", "restart", terminate),
-    Kind("second start", "the same command is started in the same run folder", "on", second_start),
+    Kind("second start", "the same command is started in the same run folder", "on", second_start, takes_s=20),
 )

@@ -148,7 +148,7 @@ def _node(scene: Scene) -> str:
 
 KINDS: tuple[Kind, ...] = (
     Kind("kill srun", "SIGKILL to the srun of the batch script", "restart", kill_srun),
-    Kind("kill slurmd", "SIGKILL to a node's slurmd, started again 3 to 10 s later", "on", kill_slurmd),
+    Kind("kill slurmd", "SIGKILL to a node's slurmd, started again 3 to 10 s later", "on", kill_slurmd, takes_s=12),
     Kind(
         "lose slurmd",
         "SIGKILL to a slurmd, until Slurm gives the node up",
@@ -161,8 +161,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("time limit", "the job's time is nearly over", "restart", limit_time, takes_s=60),
     Kind("USR1", "scancel --signal=USR1 to the step", "restart", warn_step),
     Kind("TERM", "scancel --signal=TERM to the step", "restart", terminate_step),
-    Kind("pull a cable", "a node's network is gone for 2 to 8 s", "either", pull_cable),
+    Kind("pull a cable", "a node's network is gone for 2 to 8 s", "either", pull_cable, takes_s=10),
     Kind("lose a node", "a node's network is gone until Slurm has given the node up", "restart", lose_node),
     Kind("set a node down", "scontrol update State=DOWN, resumed 8 to 20 s later", "restart", set_down),
-    Kind("second job", "another job is submitted into the same run folder", "on", second_job),
+    Kind("second job", "another job is submitted into the same run folder", "on", second_job, takes_s=25),
 )
