@@ -9,7 +9,8 @@ has none, is the one to look at.
 
 It counts its own seconds, not a clock's: a process that was stopped (SIGSTOP) and continues starts counting
 anew. Where the interpreter's lock itself is stuck, the thread cannot run; then faulthandler's own thread, which
-needs no lock, prints the stacks to stderr and ends the process.
+needs no lock, prints the stacks to stderr and ends the process. That one knows a clock only: it may also end a process
+that was stopped for longer than the whole limit.
 """
 
 from __future__ import annotations

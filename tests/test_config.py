@@ -131,6 +131,8 @@ CONTRADICTIONS = [
     ("[model]\nblock_size = 8\n[data]\nstride = 9", "data.stride 9 is larger than model.block_size 8"),
     ("[train]\nglobal_batch = 10\nmicro_batch = 4", "train.global_batch 10 must be a multiple of train.micro_batch 4"),
     ("[schedule]\nmin_lr = 1", "schedule.min_lr 1.0 is above optim.lr"),
+    ("[checkpoint]\nevery = 10\nkeep_every = 15", "checkpoint.keep_every 15 must be a multiple of checkpoint.every 10"),
+    ("[checkpoint]\nevery = 0\nkeep_every = 5", "checkpoint.keep_every 5 must be a multiple of checkpoint.every 0"),
     ('[run]\nname = "a/b"', "run.name 'a/b' must be a plain folder name"),
     ('[run]\nname = ".."', "run.name '..' must be a plain folder name"),
     ('[run]\nname = ""', "run.name '' must be a plain folder name"),

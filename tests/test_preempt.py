@@ -155,6 +155,47 @@ def test_a_stop_file_counts_as_soon_as_it_is_there_and_less_than_the_clock(tmp_p
     assert hurried.here() == Stop.TIME_LIMIT
 
 
+@pytest.mark.parametrize(
+    ("left_s", "margin_s", "save_s", "leads_s"),
+    [
+        (10_000, 60.0, 1.0, None),  # 2 saves and some slack fit into the margin
+        (10_000, 60.0, 25.0, None),
+        (10_000, 60.0, 100.0, 210.0),
+        (10_000, 300.0, 100.0, None),
+        (10_000, 0.0, 0.0, 10.0),
+        (1000, 60.0, 400.0, 500.0),  # half of the job at most
+        (100, 60.0, 1.0, None),  # a short job's margin is a fifth: 20 s
+        (100, 60.0, 30.0, 50.0),
+    ],
+)
+def test_a_save_that_would_not_fit_is_begun_earlier(
+    left_s: int, margin_s: float, save_s: float, leads_s: float | None
+) -> None:
+    now = time.time()
+    flag = StopFlag(None, margin_s, {"SLURM_JOB_END_TIME": str(int(now) + left_s)})
+    lead_s = flag.save_takes(save_s)
+    assert (lead_s is None) == (leads_s is None), lead_s
+    assert lead_s == pytest.approx(leads_s, abs=1.0)
+    assert flag.save_takes(save_s) is None, "told twice"
+    assert flag.save_takes(save_s / 2) is None, "a quicker save puts nothing off"
+    assert flag.here() == Stop.NO
+
+
+def test_a_slow_save_makes_the_clock_say_stop() -> None:
+    flag = StopFlag(None, 1.0, {"SLURM_JOB_END_TIME": str(int(time.time()) + 3)})
+    assert flag.here() == Stop.NO
+    assert flag.save_takes(1000.0) == pytest.approx(1.5, abs=0.6)
+    time.sleep(2)
+    assert flag.here() == Stop.TIME_LIMIT
+
+
+@pytest.mark.parametrize("env", [{}, {"SLURM_JOB_END_TIME": "Unknown"}])
+def test_without_an_end_no_save_is_too_slow(env: dict[str, str]) -> None:
+    flag = StopFlag(None, 60.0, env)
+    assert flag.save_takes(1e9) is None
+    assert flag.here() == Stop.NO
+
+
 # --- several ranks ---------------------------------------------------------------------------------
 
 
