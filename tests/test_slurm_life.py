@@ -151,7 +151,7 @@ def test_where_requeueing_is_forbidden_the_same_job_waits_behind(cluster: Cluste
         assert chain["job"] == f"{job}_0"
         assert f"job {chain['next_job']} waits behind it" in batch_log(cluster, job)
         before, job = job, chain["next_job"]
-        same = ("JobName", "TimeLimit", "NumNodes", "NumTasks", "MinMemoryNode", "TresPerNode", "Requeue", "WorkDir")
+        same = ("JobName", "TimeLimit", "NumTasks", "MinMemoryNode", "TresPerNode", "Requeue", "WorkDir")
         assert {key: shown(cluster, job, key) for key in same} == {key: shown(cluster, before, key) for key in same}
     finish(cluster, job, "chained", whole)
     assert "prompt = \"two  spaces 'and' quotes\"" in (folder / "config.toml").read_text()
