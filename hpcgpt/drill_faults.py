@@ -176,8 +176,7 @@ def truncate(scene: Scene) -> str:
 
 def flip_bit(scene: Scene) -> str:
     def damage(newest: Path) -> str:
-        # Not of the manifest: which generation wrote it can be another number, and the checkpoint is as good.
-        path, size = _a_file(scene, newest, besides="manifest.json")
+        path, size = _a_file(scene, newest)
         at = int(size * scene.planned.much)
         with open(path, "rb+") as file:
             file.seek(at)
@@ -197,8 +196,8 @@ def remove_manifest(scene: Scene) -> str:
     return _damage_and_kill(scene, damage)
 
 
-def _a_file(scene: Scene, newest: Path, besides: str = "") -> tuple[Path, int]:
-    files = sorted(path for path in newest.iterdir() if path.name != besides)
+def _a_file(scene: Scene, newest: Path) -> tuple[Path, int]:
+    files = sorted(newest.iterdir())
     path = files[int(scene.planned.pick * len(files))]
     return path, path.stat().st_size
 

@@ -29,6 +29,7 @@ from hpcgpt import (
     generation,
     metrics,
     plan,
+    rendezvous,
     restore,
     retention,
     runfolder,
@@ -62,7 +63,9 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     times = {"imports_s": time.time() - began_at}
     torch.set_num_threads(settings.run.threads or world.cores(here))
     device = world.pick_device(here, settings.run.device)
-    ranks = world.connect(here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s)
+    ranks = rendezvous.connect(
+        here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s
+    )
     held = _take(ranks, settings.run_folder)
     times["meet_s"] = time.time() - began_at - times["imports_s"]
     try:
@@ -70,7 +73,7 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
         # Rank 0 has more to do at the end, and `srun -K` ends whoever is left when the first rank leaves.
         on_first(ranks, lambda: None)
     except RuntimeError as error:
-        if not world.is_broken_connection(error):
+        if not rendezvous.is_broken_connection(error):
             raise
         raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its words") from error
     finally:
