@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, clean_env, command, curve, rows, tensors
+from conftest import ROOT, clean_env, command, curve, rows, tensors, torchrun
 
+from hpcgpt import runfolder
 from hpcgpt.runfolder import AGAIN, FINISHED
 
 
@@ -102,3 +103,20 @@ def test_training_that_diverges_ends_before_anything_of_it_is_saved(tiny: Path, 
     for checkpoint in (folder / "checkpoints").iterdir():
         assert all(np.isfinite(np.frombuffer(value, dtype=np.float32)).all()
                    for name, value in tensors(checkpoint).items() if name.startswith("model/"))  # fmt: skip
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_sees_the_same_samples(tiny: Path, tmp_path: Path) -> None:
+    """Two ranks, then one, then four: the curve of a run that always had one, but for the order of additions."""
+    flags = [str(tiny), "--schedule.kind", "constant", "--checkpoint.every", "0"]
+    assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
+    for ranks, steps in ((2, 4), (1, 8), (4, 12)):
+        elastic = ["hpcgpt.train", *flags, "--run.name", "elastic", "--train.steps", str(steps)]
+        done = torchrun(ranks, *elastic) if ranks > 1 else command(*elastic)
+        assert done.returncode == FINISHED, done.stderr
+    folder = tmp_path / "runs" / "elastic"
+    assert [event["world_size"] for event in runfolder.events(folder) if event["event"] == "start"] == [2, 1, 4]
+    whole = rows(tmp_path / "runs" / "whole" / "metrics.jsonl")
+    elastic_rows = rows(folder / "metrics.jsonl")
+    assert [(row["step"], row["samples"]) for row in elastic_rows] == [(row["step"], row["samples"]) for row in whole]
+    for key in ("train/loss", "train/grad_norm"):
+        assert [row[key] for row in elastic_rows] == pytest.approx([row[key] for row in whole], rel=1e-5)
