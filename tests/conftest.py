@@ -18,11 +18,13 @@ from lab_fixture import lab as lab  # a fixture, for all tests
 from small_checkpoints import checkpoints as checkpoints  # fixtures
 from small_checkpoints import held as held
 from small_checkpoints import three as three
+from xdist.scheduler import LoadScopeScheduling
 
 from data_prep import inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+WITH_LAB = {path.name for path in ROOT.glob("tests/test_*.py") if "from lab_conf import Lab" in path.read_text()}
 
 # Two layers, 12 steps: long enough to be interrupted twice, short enough for one second.
 TINY = """
@@ -59,12 +61,20 @@ wandb = "disabled"
 """
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """A file's tests share fixtures and so a process; all files that need the lab share one."""
+    return _Files(config, log)
+
+
+class _Files(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "lab" if Path(file).name in WITH_LAB else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share fixtures and so a process; all that need the lab share one, and begin first."""
-    for item in items:
-        uses_lab = "lab" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("lab" if uses_lab else item.path.stem))
-    items.sort(key=lambda item: "lab" not in getattr(item, "fixturenames", ()))
+    """What waits for Slurm takes longest, so it begins first."""
+    items.sort(key=lambda item: item.path.name not in WITH_LAB)
 
 
 @pytest.fixture(scope="session")
