@@ -13,6 +13,7 @@ COMMANDS = {
     "status": "how a run is going",
     "checkpoint": "list, verify and show a run's checkpoints",
     "sample": "generate text from a run's newest checkpoint",
+    "drill": "train under fire: faults of all kinds, and the same bytes in the end",
 }
 
 

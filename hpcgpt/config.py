@@ -152,6 +152,15 @@ class Requeue:
     max_crashes: int = option(
         3, "a job that crashed this often in a row without a new checkpoint is not requeued", low=1
     )
+    max_idle: int = option(
+        10, "a job that came back this often in a row without a new checkpoint is not requeued", low=1
+    )
+    exclude_bad_nodes: bool = option(
+        False, "keep the job's next start away from a host that crashed it or was a straggler"
+    )
+    exclude_factor: float = option(
+        2.0, "exclude_bad_nodes: a straggler's steps take at least this many times as long as usual", above=1
+    )
     end_margin_s: float = option(60.0, "save and leave when the job's own end is this near, in seconds", low=0)
 
 
@@ -163,6 +172,12 @@ class Watchdog:
         low=0,
     )
     hang_min_s: float = option(300.0, "but not before this many seconds", above=0)
+
+
+@dataclass(frozen=True)
+class Blame:
+    every: int = option(50, "steps between two comparisons of the ranks' own speeds; 0: none", low=0)
+    factor: float = option(1.5, "a rank that is this many times slower than usual, twice, is a straggler", above=1)
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,7 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
     requeue: Requeue = field(default_factory=Requeue)
     watchdog: Watchdog = field(default_factory=Watchdog)
+    blame: Blame = field(default_factory=Blame)
 
     @property
     def run_folder(self) -> Path:

@@ -29,12 +29,14 @@ from hpcgpt import (
     generation,
     metrics,
     plan,
+    rendezvous,
     restore,
     retention,
     runfolder,
     tokenizer,
     world,
 )
+from hpcgpt.blame import Blame
 from hpcgpt.evaluate import evaluate
 from hpcgpt.generation import Generation
 from hpcgpt.loader import Loader, Windows, widen
@@ -61,7 +63,9 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     times = {"imports_s": time.time() - began_at}
     torch.set_num_threads(settings.run.threads or world.cores(here))
     device = world.pick_device(here, settings.run.device)
-    ranks = world.connect(here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s)
+    ranks = rendezvous.connect(
+        here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s
+    )
     held = _take(ranks, settings.run_folder)
     times["meet_s"] = time.time() - began_at - times["imports_s"]
     try:
@@ -69,7 +73,7 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
         # Rank 0 has more to do at the end, and `srun -K` ends whoever is left when the first rank leaves.
         on_first(ranks, lambda: None)
     except RuntimeError as error:
-        if not world.is_broken_connection(error):
+        if not rendezvous.is_broken_connection(error):
             raise
         raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its words") from error
     finally:
@@ -134,6 +138,7 @@ class Attempt:
             self.model.double()
         self.forward = _wrapped(self.model, ranks, settings.train.compile)
         self.optimizer = make_optimizer(self.model, settings.optim)
+        self._blame = Blame(settings.blame, ranks)
         size = settings.model.vocab_size
         context = settings.model.block_size
         train = Windows(planned.train, context, settings.stride, size)
@@ -246,6 +251,9 @@ class Attempt:
                 row = self._step(progress.step)
                 progress.step, progress.val_loss = progress.step + 1, None
                 self._watchdog.step(progress.step)
+                for straggler in self._blame.after(progress.step):
+                    if self._reporter:
+                        self._reporter.straggler(progress.step, straggler)
             else:
                 row, progress.pending = progress.pending, None
             if self._due(self.config.eval.every, progress.step):
@@ -288,6 +296,7 @@ class Attempt:
             settings.optim.clip_norm,
             self._precision,
             self.ranks,
+            self._blame.local,
         )
         loss_value, norm_value = float(loss), float(norm)
         # The same on every rank, so all of them leave here, before anything of it is saved.

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hpcgpt import metrics, runfolder, tokenizer, world
+from hpcgpt import goodput, metrics, runfolder, tokenizer, world
+from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
 from hpcgpt.model import GPT
@@ -54,6 +55,7 @@ class Reporter:
             began_at=story.began_at,
             lost_steps=len(lost),
             lost_s=sum(row["train/step_s"] for row in lost),
+            lost_until=max((row["time"] for row in lost), default=None),
         )
         run_id = runfolder.run_id(self._folder)
         self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.newest)
@@ -88,12 +90,18 @@ class Reporter:
             figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
             self.event("save", step=saved.step, **figures)
 
+    def straggler(self, step: int, found: Straggler) -> None:
+        self._console.say(f"step {step:,}: {found.words}")
+        self.event("straggler", step=step, **asdict(found), factor=found.factor)
+
     def say(self, text: str) -> None:
         self._console.say(text)
 
     def leave(self, status: int, words: str, step: int, saved: bool) -> None:
         """The last words of an attempt that ends by itself."""
         self.event("end", status=status, reason=words, step=step)
+        if status == runfolder.FINISHED:
+            self._console.say(goodput.words(self._folder))
         if status == runfolder.AGAIN:
             self._console.say(f"saved at step {step:,} and leaving: {words}")
         elif status == runfolder.FAILED:

@@ -9,8 +9,9 @@
       events.jsonl         one JSON object a line: time, event, attempt, and what the event tells
       exit.json            how the newest attempt ended: written by rank 0, read by hpcgpt.requeue
       checkpoints/         see hpcgpt.checkpoint
+      faults/              see hpcgpt.faults
       generations/         see hpcgpt.generation
-      rendezvous/          see hpcgpt.world
+      rendezvous/          see hpcgpt.rendezvous
       tokenizer/           a copy of the shards' tokenizer
       logs/                one file a job attempt
       wandb/

@@ -63,6 +63,11 @@ def slurm_parameters(options: argparse.Namespace, name: str) -> dict[str, Any]:
     extra: dict[str, Any] = {"requeue": True}
     for pair in options.sbatch:
         key, _, value = pair.partition("=")
+        if key.lstrip("-") == "array":
+            raise ValueError(
+                "submit queues one run: for a job array use `sbatch --array=0-7 slurm/pretrain.sbatch CONFIG "
+                "--run.name sweep-%a`, where %a stands for the task's number"
+            )
         extra[key.lstrip("-")] = value or True
     wanted = {
         "job_name": name,

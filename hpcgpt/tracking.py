@@ -8,7 +8,8 @@ when a crash has cost a few steps.
 wandb's core process cannot be kept from dying of the SIGTERM that Slurm sends to every process of a step
 (it asks for that signal itself, whatever mask it inherits), and a SIGKILL loses what it had not written
 yet. So nothing that wandb does can end a run, and each attempt first sends the newest rows of the one
-before again.
+before again. Where wandb fails in the middle of an attempt (a full disk, its core gone) it is started anew after a
+while, and then gets the rows that it has missed.
 """
 
 from __future__ import annotations
@@ -18,32 +19,51 @@ import netrc
 import os
 import socket
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from hpcgpt.config import Config
+from hpcgpt.metrics import NEWEST_S
 from hpcgpt.preempt import shielded
 
 _KEY_HOST = "api.wandb.ai"
+RETRY_S = 30.0
+BACKLOG = 100_000  # rows; those before are in metrics.jsonl alone
 
 
 class Tracker:
-    """Sends rows to wandb, or to nowhere if tracking is disabled or wandb has failed. Rank 0 only."""
+    """Sends rows to wandb, or to nowhere if tracking is disabled. Rank 0 only."""
 
     def __init__(self, config: Config, run_id: str, resolved: dict[str, Any], again: list[dict[str, Any]]) -> None:
         """`resolved` is shown as the run's configuration; the rows `again` are sent first."""
         self.mode = choose_mode(config.tracking.wandb)
+        self._config, self._run_id, self._resolved = config, run_id, resolved
         self._run: Any = None
-        if self.mode != "disabled":
-            self._do(lambda: self._start(config, run_id, resolved))
-        for row in again:
-            self.write(row)
+        self._missed: deque[dict[str, Any]] = deque(again, maxlen=BACKLOG)
+        self._sent: deque[dict[str, Any]] = deque()  # in the last seconds: a core that dies takes these along
+        self._start_at = 0.0
+        self._catch_up()
 
     def write(self, row: dict[str, Any]) -> None:
-        if self._run is not None:
-            self._do(lambda: self._run.log(row))
+        if self.mode == "disabled":
+            return
+        self._missed.append(row)
+        if self._run is not None or time.monotonic() >= self._start_at:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Start wandb unless it runs, and send what it has not got yet."""
+        if self.mode != "disabled" and self._run is None:
+            self._do(self._start)
+        while self._run is not None and self._missed:
+            if self._do(lambda: self._run.log(self._missed[0])):
+                self._sent.append(self._missed.popleft())
+        while self._sent and self._sent[0]["time"] < self._sent[-1]["time"] - NEWEST_S:
+            self._sent.popleft()
 
     def sample(self, step: int, text: str) -> None:
         """A piece of generated text."""
@@ -54,6 +74,8 @@ class Tracker:
             self._do(lambda: self._run.log({"step": step, "sample": wandb.Html(page)}))
 
     def close(self, exit_code: int) -> None:
+        if self._missed and exit_code == 0:  # else the next attempt sends them, and this one has to leave
+            self._catch_up()
         if self._run is not None:
             import wandb
 
@@ -61,8 +83,10 @@ class Tracker:
             self._run = None
             with suppress(Exception):  # its core process should be gone before ours is
                 wandb.teardown()
+        self.mode = "disabled"
 
-    def _start(self, config: Config, run_id: str, resolved: dict[str, Any]) -> None:
+    def _start(self) -> None:
+        config = self._config
         # The mask is inherited by the threads and processes that wandb starts.
         with shielded():
             import wandb
@@ -70,12 +94,12 @@ class Tracker:
             (config.run_folder / "wandb").mkdir(exist_ok=True)
             self._run = wandb.init(
                 project=config.tracking.project,
-                id=run_id,
+                id=self._run_id,
                 name=config.run.name,
                 dir=config.run_folder,
                 mode="online" if self.mode == "online" else "offline",
                 resume="allow" if self.mode == "online" else None,
-                config=resolved,
+                config=self._resolved,
                 settings=wandb.Settings(
                     silent=True,
                     console="off",
@@ -88,22 +112,26 @@ class Tracker:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def _do(self, action: Callable[[], object]) -> None:
-        """Ask wandb for something; if it fails, do without it from now on."""
+    def _do(self, action: Callable[[], object]) -> bool:
+        """Ask wandb for something; False if it failed, and then it is left alone for a while."""
         try:
             action()
         except Exception as error:  # whatever wandb raises, it must not end the run
             print(
-                f"warning: wandb failed and is left alone for the rest of this attempt, metrics.jsonl has everything: "
+                f"warning: wandb failed and is tried again in {RETRY_S:.0f} s, metrics.jsonl has everything: "
                 f"{type(error).__name__}: {error}",
                 file=sys.stderr,
                 flush=True,
             )
-            self._run = None
+            self._run, self._start_at = None, time.monotonic() + RETRY_S
+            self._missed.extendleft(reversed(self._sent))
+            self._sent.clear()
             with suppress(Exception):  # it would complain once more at exit
                 import wandb
 
                 wandb.teardown()
+            return False
+        return True
 
 
 def check(wanted: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from hpcgpt import cli, config, generation, preempt, runfolder, tracking, world
+from hpcgpt import cli, config, faults, generation, preempt, runfolder, tracking, world
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,12 +43,15 @@ def main(argv: Sequence[str]) -> int:
         from hpcgpt import loop
 
         status = loop.train(planned, here, flag, began_at)
-    except ConnectionError:
-        raise  # why the run has ended is in the word of another rank
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        mistake = cli.USER_MISTAKE if isinstance(error, ValueError) else runfolder.FAILED
+        if folder.is_dir():
+            faults.write(folder, here, error, mistake)
+        # Of a lost connection the reason is in the word of another rank.
+        if isinstance(error, ConnectionError) or not isinstance(error, ValueError | OSError):
+            raise
         # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
         if here.is_first and folder.is_dir() and not generation.is_held(folder):
-            mistake = cli.USER_MISTAKE if isinstance(error, ValueError) else runfolder.FAILED
             with suppress(OSError):  # the disk that is full may be this one
                 runfolder.write_exit(folder, runfolder.Exit(world.job_attempt(), mistake, str(error), 0, saved=False))
         raise

@@ -84,13 +84,13 @@ class Watchdog:
         reason = f"hang: nothing for {self._silent_s:.0f} s after step {self._step:,}"
         folder = self._settings.run_folder
         with suppress(OSError):
-            stacks = faults.path(folder, self._here).with_suffix(".stacks.txt")
+            stacks = faults.path_of(folder, self._here).with_suffix(".stacks.txt")
             stacks.parent.mkdir(parents=True, exist_ok=True)
             with open(stacks, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             reason += f"; its stacks are in {stacks}"
         print(f"error: {self._here}: {reason}", file=sys.stderr, flush=True)
-        faults.write(folder, self._here, FAILED, reason, "", self._step)
+        faults.write_words(folder, self._here, FAILED, reason, [], self._step, "hang")
         with suppress(OSError):
             runfolder.record(
                 folder, "hang", attempt=self._attempt, rank=self._here.rank, host=host, step=self._step,

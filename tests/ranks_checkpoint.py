@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hpcgpt import config, generation, restore, runfolder, saver, world
+from hpcgpt import config, generation, rendezvous, restore, runfolder, saver, world
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Model, Optim
 from hpcgpt.generation import Generation
@@ -128,7 +128,7 @@ def _wait_for(path: Path, work: Callable[[], Any]) -> Any:
 def main(folder: Path, full: Path | None) -> None:
     torch.set_num_threads(1)
     here = world.discover()
-    ranks = world.connect(here, torch.device("cpu"), folder, "gloo", 60.0)
+    ranks = rendezvous.connect(here, torch.device("cpu"), folder, "gloo", 60.0)
     held: Generation | None = None
     if here.is_first:
         runfolder.prepare(folder)
@@ -136,7 +136,7 @@ def main(folder: Path, full: Path | None) -> None:
     (folder / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks, held, folder, full)))
     if held:
         held.release()
-    world.disconnect()
+    rendezvous.disconnect()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcgpt import shards, tokenizer, world
+from hpcgpt import rendezvous, shards, tokenizer, world
 from hpcgpt.config import Model
 from hpcgpt.evaluate import evaluate
 from hpcgpt.loader import Windows
@@ -59,9 +59,9 @@ def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
 def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     here = world.discover()
-    ranks = world.connect(here, torch.device("cpu"), out, "gloo", 60.0)
+    ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
     (out / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks, folder)))
-    world.disconnect()
+    rendezvous.disconnect()
 
 
 if __name__ == "__main__":

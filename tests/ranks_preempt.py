@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hpcgpt import world
+from hpcgpt import rendezvous, world
 from hpcgpt.preempt import StopFlag
 from hpcgpt.world import Ranks
 
@@ -56,10 +56,10 @@ def rounds_until_told(ranks: Ranks) -> int:
 
 def main(out: Path) -> None:
     here = world.discover()
-    ranks = world.connect(here, torch.device("cpu"), out, "gloo", 60.0)
+    ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
     told = {"agreed": agreed(ranks, out), "rounds": [rounds_until_told(ranks) for _ in range(5)]}
     (out / f"rank_{here.rank}.json").write_text(json.dumps(told))
-    world.disconnect()
+    rendezvous.disconnect()
 
 
 if __name__ == "__main__":

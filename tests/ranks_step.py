@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import loop, shards, world
+from hpcgpt import loop, rendezvous, shards, world
 from hpcgpt.config import Model, Optim
 from hpcgpt.loader import Loader, Windows, widen
 from hpcgpt.model import GPT
@@ -106,13 +106,13 @@ def digest(tensors: dict[str, Tensor]) -> str:
 def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     here = world.discover()
-    ranks = world.connect(here, torch.device("cpu"), out, "gloo", 60.0)
+    ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
     told, tensors = gradients(ranks, folder)
     report = {"gradients": told, "hundred": hundred_steps(ranks, folder), "reductions": reductions(ranks, folder)}
     (out / f"rank_{here.rank}.json").write_text(json.dumps(report))
     if here.is_first:
         save_file(tensors, out / "gradients.safetensors")
-    world.disconnect()
+    rendezvous.disconnect()
 
 
 if __name__ == "__main__":

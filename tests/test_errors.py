@@ -110,7 +110,7 @@ def start(
     ],
 )
 def test_a_rank_that_never_starts_is_named(config: Path, run: Path, rank: int, expected: str) -> None:
-    told = refused(config, run, "--run.rendezvous_timeout_s", "2", env=as_rank(rank, 2))
+    told = refused(config, run, "--run.rendezvous_timeout_s", "2", status=FAILED, env=as_rank(rank, 2))
     assert matches(expected, told)
 
 

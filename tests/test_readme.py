@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, clean_env, command, rows
 from lab_conf import Lab
 
-from hpcgpt import config, plan, shards
+from hpcgpt import config, drill, plan, shards
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -68,6 +68,13 @@ def test_the_configuration_example_is_one(tmp_path: Path) -> None:
     assert config.from_command_line(training[3:], "train", "").optim.lr == 3e-4
 
 
+def test_the_drill_takes_the_words_that_are_shown() -> None:
+    """test_drill runs one."""
+    words = next(words for words in COMMANDS if "hpcgpt.drill" in words)
+    asked = drill.parser().parse_args(words[words.index("hpcgpt.drill") + 1 :])
+    assert (asked.minutes, asked.seed, asked.on) == (20, 1, "auto")
+
+
 @pytest.mark.timeout(600)
 def test_the_quick_start_trains_a_model_that_writes_plays(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In full: a held-out 2.3 bits per byte, or less; and a second one has nothing left to do."""
@@ -83,6 +90,12 @@ def test_the_quick_start_trains_a_model_that_writes_plays(checkout: Path, monkey
     monkeypatch.chdir(checkout)
     settings = config.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
     assert plan.make(settings, 2 * 2).micro_steps == 1
+    for module in ("hpcgpt.status", "hpcgpt.checkpoint", "hpcgpt.sample"):
+        words = next(words for words in COMMANDS if module in words)
+        shown = [word.replace("gpt2-124m", "quickstart") for word in words[3:]]
+        looked = command(module, *shown, cwd=checkout)
+        assert looked.returncode == 0, looked.stderr
+        assert "quickstart" in looked.stdout
     before = (folder / "metrics.jsonl").read_bytes()
     again = make(checkout, "quickstart")
     assert again.returncode == 0, again.stderr

@@ -9,17 +9,23 @@ from typing import Any
 import pytest
 from conftest import command, rows
 
-from hpcgpt import runfolder
+from hpcgpt import config, runfolder
+from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
-from hpcgpt.requeue import Decision, Job, crashes_in_a_row, decide, job_id
+from hpcgpt.requeue import Before, Decision, decide, so_far
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED, SUPERSEDED, Exit
+from hpcgpt.slurm import Job, job_id
 
 NOBODY = None  # rank 0 could not write exit.json: killed, or its node is gone
 
 
-def policy(ended: Exit | None, status: int, crashes: int = 0, most: int = 3) -> Decision:
+NEW, LIMITS = Before(), config.Requeue(max_crashes=3, max_idle=10)
+
+
+def policy(ended: Exit | None, status: int, crashes: int = 0, most: int = 3, blamed: Blame | None = None) -> Decision:
     """What is decided at the first start of a job that Slurm leaves alone."""
-    return decide(ended, status, Job("RUNNING"), 0, crashes, most)
+    limits = config.Requeue(max_crashes=most)
+    return decide(ended, status, Job("RUNNING"), 0, Before(crashes), limits, blamed)
 
 
 def left(status: int, reason: str = "", saved: bool = False) -> Exit:
@@ -65,7 +71,7 @@ ENDS = [NOBODY, TOLD, left(FAILED, "x")]
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
 def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: Exit | None, state: str) -> None:
     """While its processes are being ended, a cancelled job is COMPLETING."""
-    decision = decide(ended, 143, Job(state), 0, crashes_before=0, max_crashes=3)
+    decision = decide(ended, 143, Job(state), 0, NEW, LIMITS)
     assert (decision.requeue, decision.crashed) == (False, False)
     assert "cancelled" in decision.why
 
@@ -73,10 +79,10 @@ def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: 
 @pytest.mark.parametrize(
     "job",
     [Job("RUNNING"), Job("COMPLETING", preempted=True), Job("COMPLETING", over_time=True), Job("PREEMPTED"),
-     Job("TIMEOUT"), Job("")],
+     Job("TIMEOUT"), Job("COMPLETING", node_failed=True), Job("")],
 )  # fmt: skip
 def test_in_any_other_state_a_saved_job_is_requeued_also_when_slurm_preempted_it(job: Job) -> None:
-    assert decide(TOLD, 143, job, 0, 0, 3).requeue
+    assert decide(TOLD, 143, job, 0, NEW, LIMITS).requeue
 
 
 @pytest.mark.parametrize(
@@ -101,16 +107,60 @@ def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash
     ended: Exit | None, state: str
 ) -> None:
     """It may even run again already; a second requeue would hit the new start."""
-    decision = decide(ended, 143, Job(state, restarts=2), 1, crashes_before=0, max_crashes=3)
+    decision = decide(ended, 143, Job(state, restarts=2), 1, NEW, LIMITS)
     assert (decision.requeue, decision.crashed) == (False, False)
-    assert decide(TOLD, 143, Job("RUNNING", restarts=2), 2, 0, 3).requeue
+    assert decide(TOLD, 143, Job("RUNNING", restarts=2), 2, NEW, LIMITS).requeue
+
+
+@pytest.mark.parametrize(
+    ("blamed", "status", "requeue", "crashed", "words"),
+    [
+        # One rank alone found a mistake; srun -K ended the others, rank 0 too, and its status is 137.
+        (Blame(3, "n2", "exit status 2", 2, "no such file"), 137, False, False, "rank 3 on n2: exit status 2: no such"),
+        (Blame(0, "n1", "Exited with exit code 76", 76), 137, False, False, "needs a person: see the log"),
+        (
+            Blame(3, "n2", "Killed", None),
+            137,
+            True,
+            True,
+            "crash 1 since the last new checkpoint: rank 3 on n2: Killed",
+        ),
+        (Blame(3, "n2", "exit status 1", 1, "boom"), 137, True, True, "rank 3 on n2: exit status 1: boom"),
+        # srun's own status may be any of its tasks': 2 is no mistake of the user's if a rank was killed first.
+        (Blame(3, "n2", "Killed", None), 2, True, True, "Killed"),
+    ],
+)
+def test_without_a_word_from_rank_0_the_first_to_fail_decides(
+    blamed: Blame, status: int, requeue: bool, crashed: bool, words: str
+) -> None:
+    decision = policy(NOBODY, status, blamed=blamed)
+    assert (decision.requeue, decision.crashed) == (requeue, crashed)
+    assert words in decision.why
+
+
+def test_a_node_that_failed_is_no_crash_and_no_cancellation() -> None:
+    decision = decide(NOBODY, 143, Job("COMPLETING", node_failed=True), 0, Before(crashes=99), LIMITS)
+    assert (decision.requeue, decision.crashed, decision.why) == (True, False, "a node failed")
+
+
+@pytest.mark.parametrize(("idle", "requeue"), [(0, True), (8, True), (9, False), (30, False)])
+def test_a_job_that_is_always_stopped_before_it_gets_anywhere_comes_to_an_end(idle: int, requeue: bool) -> None:
+    ended = left(AGAIN, Stop.TIME_LIMIT.words, saved=True)
+    decision = decide(ended, AGAIN, Job("RUNNING"), 0, Before(idle=idle), LIMITS)
+    assert (decision.requeue, decision.crashed) == (requeue, False)
+    assert ("it gets nowhere" in decision.why) != requeue
 
 
 def saved(step: int) -> dict[str, Any]:
     return {"event": "save", "step": step}
 
 
-CRASH, START = {"event": "crash"}, {"event": "start"}
+def job(name: str) -> dict[str, Any]:
+    return {"event": "job", "job": name}
+
+
+CRASH, START, BACK = {"event": "crash"}, {"event": "start"}, {"event": "requeue"}
+CHAIN = {"event": "chain", "next_job": "8"}
 
 
 @pytest.mark.parametrize(
@@ -126,12 +176,30 @@ CRASH, START = {"event": "crash"}, {"event": "start"}
         ([saved(8), CRASH, saved(4), CRASH], 2),
         ([saved(4), CRASH, saved(8), CRASH, saved(12), CRASH], 1),
         ([CRASH, {"event": "requeue"}, {"event": "signal"}, CRASH], 2),
+        ([job("7_0"), CRASH, job("7_1"), CRASH, job("7_2")], 2),
+        ([job("7_0"), CRASH, CHAIN, job("8_0"), CRASH], 2),
+        # A person has mended something and submitted it again.
+        ([job("7_0"), CRASH, job("7_1"), CRASH, job("9_0")], 0),
     ],
 )
 def test_crashes_count_since_the_last_checkpoint_of_a_step_that_had_none(
     events: list[dict[str, Any]], crashes: int
 ) -> None:
-    assert crashes_in_a_row(events) == crashes
+    assert so_far(events).crashes == crashes
+
+
+@pytest.mark.parametrize(
+    ("events", "idle"),
+    [
+        ([job("7_0"), START, BACK, job("7_1"), START, BACK], 2),
+        ([job("7_0"), saved(4), BACK, job("7_1"), saved(4), BACK, job("7_2")], 2),  # it saves what it has loaded
+        ([job("7_0"), saved(4), BACK, saved(5), BACK], 1),
+        ([job("7_0"), BACK, CHAIN, job("8_0")], 2),
+        ([job("7_0"), BACK, CHAIN, job("9_0")], 0),
+    ],
+)
+def test_starts_that_came_to_nothing_are_counted_over_a_chain_too(events: list[dict[str, Any]], idle: int) -> None:
+    assert so_far(events).idle == idle
 
 
 @pytest.mark.parametrize(
@@ -187,15 +255,24 @@ class FakeSlurm:
         self.answers()
 
     def answers(self, state: str = "RUNNING", restarts: int = 0, refuses: bool = False, **fields: str) -> None:
-        more = {"Reason": "None", "PreemptTime": "None"} | fields
+        more = {"Reason": "None", "PreemptTime": "None", "BatchFlag": "1"} | fields
         said = " ".join(f"{key}={value}" for key, value in more.items())
         script = self.folder / "scontrol"
         script.write_text(
             f'#!/bin/sh\necho "$@" >> {self.said}\n'
             f'if [ "$1" = requeue ]; then {"echo Invalid >&2; exit 1" if refuses else "exit 0"}; fi\n'
-            f"echo 'JobId=7 JobName=x JobState={state} {said} Requeue=1 Restarts={restarts} BatchFlag=1'\n"
+            f"echo 'JobId=7 JobName=x JobState={state} {said} Requeue=1 Restarts={restarts}'\n"
         )
         script.chmod(0o755)
+
+    def has_nodes(self, *nodes: str) -> None:
+        """sinfo's answer: node and state."""
+        (self.folder / "sinfo").write_text("#!/bin/sh\n" + "\n".join(f"echo {node}" for node in nodes) + "\n")
+        (self.folder / "sinfo").chmod(0o755)
+
+    @property
+    def updates(self) -> list[str]:
+        return [line for line in self.said.read_text().splitlines() if line.startswith("update")]
 
     @property
     def requeued(self) -> list[str]:
@@ -281,9 +358,10 @@ def test_three_crashes_without_a_checkpoint_are_the_end_and_a_checkpoint_between
 def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(refuses=True)
     runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    status, said = decided(slurm, run, AGAIN)
+    status, said = decided(slurm, run, AGAIN, SLURM_JOB_NUM_NODES="2")
     assert status == 1
-    assert "Slurm refused to requeue job 7: Invalid. Submit the same command again" in said
+    assert "Slurm refused to requeue job 7: Invalid; and to queue another one behind it: the batch script could" in said
+    assert "Submit the same command again, it goes on from the newest checkpoint:\n  sbatch --nodes=2 " in said
 
 
 def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: FakeSlurm, run: Path) -> None:
@@ -306,3 +384,102 @@ def test_without_scontrol_it_says_so_in_a_sentence(slurm: FakeSlurm, run: Path) 
     status, said = decided(slurm, run, AGAIN, PATH=str(slurm.folder))
     assert status == 1
     assert "scontrol" in said
+
+
+def test_an_interactive_allocation_cannot_be_requeued_and_says_so(slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers(BatchFlag="0")
+    runfolder.write_exit(run, TOLD)
+    status, said = decided(slurm, run, AGAIN)
+    assert status == 1
+    assert "job 7 is an allocation of salloc, which Slurm cannot requeue: run the same command again" in said
+    assert slurm.requeued == []
+
+
+def test_this_start_of_the_job_is_recorded(slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers(EligibleTime="1700000000", StartTime="1700000060")
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n[1-2,4]",
+           "PATH": f"{slurm.folder}:/usr/bin:/bin"}  # fmt: skip
+    done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=env)
+    assert (done.returncode, done.stdout) == (0, f"{run}\n"), done.stderr
+    (event,) = runfolder.events(run)
+    assert event | {"event": "job", "job": "7_2", "queued_at": 1700000000.0, "started_at": 1700000060.0,
+                    "hosts": ["n1", "n2", "n4"]} == event  # fmt: skip
+
+
+def test_a_run_folder_belongs_to_one_task_of_an_array(slurm: FakeSlurm, run: Path) -> None:
+    def task(array: str, number: str, name: str = "mine") -> tuple[int, str]:
+        env = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": number,
+               "PATH": f"{slurm.folder}:/usr/bin:/bin"}  # fmt: skip
+        done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", name, env=env)
+        return done.returncode, done.stderr
+
+    assert task("7", "1")[0] == 0
+    assert task("7", "1")[0] == 0  # it comes back
+    status, said = task("7", "2")
+    assert status == 2
+    assert "is the run folder of task 1 of this job array" in said
+    assert "--run.name sweep-%a" in said
+    assert task("7", "2", "other")[0] == 0
+    assert task("8", "2")[0] == 0  # another array, later
+
+
+EXCLUDE = ("--requeue.exclude_bad_nodes", "true")
+
+
+def crashed_on(run: Path, host: str, attempt: str = "7_0") -> None:
+    (run / "logs" / f"{attempt}.srun").write_text(f"srun: error: {host}: task 3: Killed\n")
+
+
+def excluding(slurm: FakeSlurm, run: Path, restart: int) -> str:
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart), "PATH": f"{slurm.folder}:/usr/bin:/bin"}
+    flags = ("--run.dir", str(run.parent), "--run.name", run.name, *EXCLUDE, "--requeue.max_crashes", "100")
+    done = command("hpcgpt.requeue", "decide", "--status", "137", *flags, env=env)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers(Partition="low", NumNodes="2", ExcNodeList="n[8-9]", ReqNodeList="(null)")
+    slurm.has_nodes("n1 idle", "n2 mixed", "n3 allocated", "n4 idle", "n5 down*", "n6 drained", "n7 idle*")
+    crashed_on(run, "n2")
+    assert "the next start keeps away from n2" in excluding(slurm, run, 0)
+    runfolder.record(run, "start", attempt=2)
+    runfolder.record(run, "straggler", host="n4", factor=3.0)
+    runfolder.record(run, "straggler", host="n1", factor=1.5)  # not that slow
+    crashed_on(run, "n3", "7_1")
+    # n1 to n4 can be used, and two are needed: the newest two go, n2 stays.
+    assert "the next start keeps away from n3, n4" in excluding(slurm, run, 1)
+    assert slurm.updates == ["update JobId=7 ExcNodeList=n8,n9,n2", "update JobId=7 ExcNodeList=n8,n9,n3,n4"]
+    crashes = [event for event in runfolder.events(run) if event["event"] == "crash"]
+    assert [(event["rank"], event["host"], event["excluded"]) for event in crashes] == [
+        (3, "n2", ["n2"]), (3, "n3", ["n3", "n4"]),
+    ]  # fmt: skip
+    known = json.loads((run / "excluded_nodes.json").read_text())
+    assert [entry["host"] for entry in known] == ["n2", "n4", "n3"]
+
+
+def test_only_so_many_hosts_are_remembered_and_the_oldest_goes(slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers(Partition="low", NumNodes="1")
+    slurm.has_nodes(*(f"n{n} idle" for n in range(20)))
+    for restart in range(10):
+        crashed_on(run, f"n{restart}", f"7_{restart}")
+        excluding(slurm, run, restart)
+    known = json.loads((run / "excluded_nodes.json").read_text())
+    assert [entry["host"] for entry in known] == [f"n{n}" for n in range(2, 10)]
+
+
+@pytest.mark.parametrize("fields", [{"NumNodes": "3"}, {"NumNodes": "1", "ReqNodeList": "n[1-2]"}])
+def test_no_host_is_excluded_that_the_job_needs(fields: dict[str, str], slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers(Partition="low", **fields)
+    slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 down")
+    crashed_on(run, "n2")
+    assert "keeps away" not in excluding(slurm, run, 0)
+    assert slurm.updates == []
+    assert slurm.requeued == ["7"]
+
+
+def test_without_the_option_no_host_is_excluded(slurm: FakeSlurm, run: Path) -> None:
+    slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
+    crashed_on(run, "n2")
+    assert "first to fail: rank 3 on n2: Killed" in decided(slurm, run, 137)[1]
+    assert slurm.updates == []

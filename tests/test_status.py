@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from conftest import command, rows
+import pytest
+from conftest import ROOT, clean_env, command, rows
+
+from hpcgpt import runfolder
+from hpcgpt.status import NO_WORD, _in_words, status
 
 
 def test_a_finished_run_is_told_in_words_and_in_json(tiny: Path, tmp_path: Path) -> None:
@@ -14,11 +24,19 @@ def test_a_finished_run_is_told_in_words_and_in_json(tiny: Path, tmp_path: Path)
     words = command("hpcgpt.status", str(folder))
     assert words.returncode == 0
     assert f"{folder}: finished (finished)\n  step 12 of 12" in words.stdout
+    assert "\n  goodput " in words.stdout
     found = json.loads(command("hpcgpt.status", "--json", str(folder)).stdout)
     last = rows(folder / "metrics.jsonl")[-1]
     assert (found["state"], found["step"], found["checkpoint_step"], found["attempts"]) == ("finished", 12, 12, 1)
     assert found["val/bits_per_byte"] == last["val/bits_per_byte"]
     assert found["time_left_s"] == 0
+    # Every second of a real run is accounted for.
+    told = found["goodput"]
+    assert told["productive_s"] == pytest.approx(
+        sum(r["train/step_s"] for r in rows(folder / "metrics.jsonl")), rel=0.1
+    )
+    assert told["goodput"] == pytest.approx(told["productive_s"] / told["total_s"])
+    assert told["lost_steps"] == told["lost_s"] == 0
 
 
 def test_a_run_that_is_told_to_wait_is_saved_and_says_why(tiny: Path, tmp_path: Path) -> None:
@@ -33,3 +51,183 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
     done = command("hpcgpt.status", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: no run in {tmp_path}")
+
+
+# --- a real run, from its first step over a kill to its end ----------------------------------------
+
+
+def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "3000"]
+    with subprocess.Popen(words, cwd=ROOT, env=clean_env(), stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while len(runfolder.read_rows(folder / "metrics.jsonl")) < 20:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGSTOP)  # so that it is at one place while it is looked at
+        alive = status(folder, time.time())
+        later = status(folder, time.time() + 1000)
+        process.kill()
+    killed = status(folder, time.time() + 1000)
+    assert (alive["state"], alive["reason"], killed["state"], killed["reason"]) == ("running", "", "stopped", NO_WORD)
+    assert later["state"] == "silent"
+    told = _in_words(later)
+    assert "no sign of life for 16" in told
+    assert "its process or its node is gone; ask `squeue --me`" in told
+    # 1000 s of silence are nobody's training, and a run that is over has no now.
+    assert later["goodput"]["total_s"] - alive["goodput"]["total_s"] == pytest.approx(1000, abs=5)
+    assert later["goodput"]["productive_s"] == pytest.approx(alive["goodput"]["productive_s"])
+    assert killed["goodput"]["total_s"] < 500
+    assert killed["goodput"]["lost_steps"] == killed["step"] - killed["checkpoint_step"]
+
+    last = str(killed["checkpoint_step"] + 2)
+    assert command("hpcgpt.train", str(tiny), "--train.steps", last).returncode == 0
+    done = command("hpcgpt.status", "--history", str(folder))
+    assert done.returncode == 0
+    first, second = status(folder, time.time(), with_history=True)["history"]
+    assert (first["reason"], second["reason"]) == (NO_WORD, "finished")
+    assert second["from_step"] == killed["checkpoint_step"]
+    assert second["to_step"] == int(last)
+    for line in (f"ended: {NO_WORD}", "ended: finished", "goodput ", "lost after the last checkpoint"):
+        assert line in done.stdout
+
+
+# --- states that a machine without Slurm does not come to by itself --------------------------------
+
+NOW = 10_000.0
+
+
+def run_folder(tmp_path: Path, *told: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
+    """A run whose events happened so many seconds before NOW, whose steps of 1 s ended right before it."""
+    folder = tmp_path / "run"
+    runfolder.prepare(folder)
+    lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in told]
+    (folder / "events.jsonl").write_text("\n".join([*lines, '{"torn']))
+    metrics = [{"step": n, "time": NOW - steps + n, "attempt": 1, "train/step_s": 1.0, "tokens": n, "train/loss": 2.0,
+                "train/tokens_per_s": 9.0} for n in range(1, steps + 1)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics) + '{"torn')
+    (folder / "generations").mkdir()
+    # Elsewhere: a process of this number on this host says nothing about it.
+    holder = {"host": "elsewhere", "pid": os.getpid(), "attempt": "7_0"}
+    (folder / "generations/000001.json").write_text(json.dumps(holder))
+    if not held:
+        (folder / "generations/000001.done").touch()
+    return folder
+
+
+JOB = {"job": "7_0", "queued_at": NOW - 400, "started_at": NOW - 300, "hosts": ["n1", "n2"]}
+START = {"attempt": 1, "job": "7_0", "step": 0, "total_steps": 9, "world_size": 4, "hosts": ["n1", "n1", "n2", "n2"]}
+SAVED = {"attempt": 1, "status": 75, "reason": "told to terminate", "step": 3}
+CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed", "rank": 3, "host": "n2",
+         "excluded": ["n2"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("told", "steps", "held", "expected", "reason"),
+    [
+        ([], 0, False, "new", ""),
+        ([(300, "job", JOB)], 0, False, "starting", ""),
+        ([(700, "job", JOB)], 0, False, "silent", ""),
+        ([(300, "job", JOB), (200, "start", START)], 0, True, "running", ""),
+        ([(900, "job", JOB), (800, "start", START)], 0, True, "silent", ""),
+        ([(900, "start", START)], 3, True, "running", ""),
+        ([(900, "start", START)], 3, False, "stopped", NO_WORD),
+        ([(9, "start", START), (1, "end", SAVED)], 3, False, "saved", "told to terminate"),
+        ([(9, "start", START), (2, "end", SAVED), (1, "requeue", {"job": "7_0"})], 3, False, "queued",
+         "told to terminate"),
+        ([(9, "start", START), (2, "crash", CRASH)], 3, True, "stopped", CRASH["reason"]),
+        ([(9, "start", START), (2, "crash", CRASH), (1, "requeue", {"job": "7_0"})], 3, True, "queued",
+         CRASH["reason"]),
+        ([(9, "start", START), (2, "crash", CRASH), (1, "chain", {"job": "7_0", "next_job": "8"})], 3, True, "queued",
+         CRASH["reason"]),
+        ([(9, "start", START), (2, "crash", CRASH), (1, "job", JOB | {"job": "7_1"})], 3, True, "starting", ""),
+        ([(9, "start", START), (1, "end", SAVED | {"status": 0, "reason": "finished"})], 3, False, "finished",
+         "finished"),
+        ([(9, "start", START), (1, "end", SAVED | {"status": 1, "reason": "no room"})], 3, False, "stopped", "no room"),
+    ],
+)  # fmt: skip
+def test_the_state_follows_from_the_newest_turn(
+    tmp_path: Path, told: list[Any], steps: int, held: bool, expected: str, reason: str
+) -> None:
+    found = status(run_folder(tmp_path, *told, steps=steps, held=held), NOW)
+    assert (found["state"], found["reason"]) == (expected, reason)
+    assert f"run: {expected}" in _in_words(found)
+
+
+def test_how_long_a_run_may_be_still_follows_its_own_steps_and_evaluations(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (900, "start", START), steps=3)
+    assert [status(folder, NOW + later)["state"] for later in (100, 140)] == ["running", "silent"]
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace('"train/step_s": 1.0', '"train/step_s": 60.0'))
+    assert [status(folder, NOW + later)["state"] for later in (140, 1100, 1300)] == ["running", "running", "silent"]
+    (folder / "metrics.jsonl").write_text(text.replace('"tokens": 1,', '"tokens": 1, "val/elapsed_s": 400,'))
+    assert [status(folder, NOW + later)["state"] for later in (140, 790, 810)] == ["running", "running", "silent"]
+
+
+def test_a_silent_run_whose_rank_0_lives_waits_for_something(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (900, "start", START), steps=3)
+    beat, log = folder / "generations/000001.alive", folder / "logs/7_0.log"
+    beat.write_text("9")
+    os.utime(beat, (NOW + 498, NOW + 498))
+    log.touch()
+    words = _in_words(status(folder, NOW + 500))
+    assert "rank 0's process lives: it waits for a rank, a disk or the network" in words
+    assert f"look at {log}" in words
+    assert "faults" not in words
+    (folder / "faults").mkdir()
+    assert f"look at {log} and {folder / 'faults'}" in _in_words(status(folder, NOW + 500))
+
+
+def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (900, "start", START), steps=3, held=False)
+    runfolder.write_exit(folder, runfolder.Exit("7_0", 1, "training has diverged", 0, saved=False))
+    assert status(folder, NOW)["reason"] == "training has diverged"
+    os.utime(folder / "exit.json", (NOW - 1000, NOW - 1000))  # of an attempt before
+    assert status(folder, NOW)["reason"] == NO_WORD
+
+
+def test_the_history_tells_each_attempt_and_whom_to_blame(tmp_path: Path) -> None:
+    slow = {"attempt": 1, "step": 2, "rank": 3, "host": "n2", "local_s": 0.4, "usual_s": 0.1, "factor": 4.0}
+    folder = run_folder(
+        tmp_path,
+        (300, "job", JOB),
+        (200, "start", START | {"lost_steps": 0}),
+        (150, "straggler", slow),
+        (145, "save", {"attempt": 1, "step": 2, "seconds": 1.0}),
+        (140, "save_failed", {"attempt": 1, "step": 4, "problem": "no room on n1"}),
+        (130, "hang", {"attempt": 1, "step": 5, "rank": 1, "host": "n1", "silent_s": 90}),
+        (100, "crash", CRASH),
+        (99, "requeue", {"job": "7_0", "reason": CRASH["reason"]}),
+        (90, "job", JOB | {"job": "7_1", "started_at": NOW - 91, "hosts": ["n1", "n3"]}),
+        (80, "crash", {"job": "7_1", "status": 2, "reason": "crash 2: rank 3 is missing", "rank": None, "host": None}),
+        (79, "requeue", {"job": "7_1", "reason": "crash 2"}),
+        (70, "job", JOB | {"job": "7_2", "started_at": NOW - 71}),
+        (60, "start", START | {"attempt": 2, "job": "7_2", "step": 2, "lost_steps": 3, "lost_s": 9.0}),
+        (5, "stop", {"attempt": 2, "step": 8, "reason": "the time limit is near"}),
+        (1, "end", {"attempt": 2, "status": 75, "step": 8, "reason": "the time limit is near"}),
+        held=False,
+    )
+    found = status(folder, NOW, with_history=True)
+    assert [(e["attempt"], e["job"]) for e in found["history"]] == [(1, "7_0"), (None, "7_1"), (2, "7_2")]
+    first, never, second = found["history"]
+    assert (first["from_step"], first["to_step"], first["lost_steps"], first["checkpoints"]) == (0, 5, 3, [2])
+    assert (second["from_step"], second["to_step"], second["lost_steps"]) == (2, 8, 0)
+    assert never["reason"] == "crash 2: rank 3 is missing"
+    lines = [line.strip() for line in _in_words(found).splitlines()]
+    for expected in (
+        "steps 0 to 5, of which 3 were done in vain; checkpoints: 2",
+        "step 2: rank 3 on n2 takes 4.0 times as long as usual, and all wait for it",
+        "step 4: not saved: no room on n1",
+        "step 5: rank 1 on n1 hung for 1.5 min",
+        "ended: crash 1: rank 3 was killed",
+        "to blame: rank 3 on n2",
+        "not used again: n2",
+        "started again: crash 2",
+        "step 8: told to stop: the time limit is near",
+    ):
+        assert expected in lines
+    began = [line.split(",")[0] for line in lines if line.startswith(("attempt ", "no attempt"))]
+    assert began == ["attempt 1", "no attempt", "attempt 2"]
+    json.dumps(found)

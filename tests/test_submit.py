@@ -120,6 +120,7 @@ def test_the_job_id_comes_back_as_json(slurm: Path, tiny: Path, tmp_path: Path) 
         (["--tasks-per-node", "0"], "--tasks-per-node"),
         (["--modle.n_layer=3"], "unknown flag --modle.n_layer"),
         (["--partion", "low"], "--partion"),
+        (["--sbatch", "array=0-3"], "submit queues one run: for a job array use `sbatch --array"),
         (["--time", "tomorrow"], "--time tomorrow: expected minutes"),
         (["--data.dir", "nowhere"], "no folder of shards at nowhere"),
         (["--data.tokenizer", "gpt2"], "data.tokenizer is gpt2, but"),

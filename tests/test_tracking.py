@@ -134,6 +134,39 @@ def test_sigkill_loses_no_row_but_those_of_the_seconds_that_the_next_attempt_rep
     assert there == set(range(1, max(there) + 1))
 
 
+KILLED_CORE = """
+import dataclasses, os, signal, sys, time
+from pathlib import Path
+from hpcgpt import tracking
+from hpcgpt.config import Config, Run, Tracking
+tracking.RETRY_S = 1.0
+config = Config(run=Run(name="run", dir=sys.argv[1]), tracking=Tracking(wandb="offline"))
+config.run_folder.mkdir()
+tracker = tracking.Tracker(config, "abcdefghij", dataclasses.asdict(config), [])
+mine = str(os.getpid())
+for step in range(1, 61):
+    if step == 30:  # as a full disk or Slurm's SIGTERM does it
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            if stat.read_text().rpartition(")")[2].split()[1] == mine:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+    tracker.write({"step": step, "time": time.time(), "train/loss": 1.0})
+    time.sleep(0.1)
+tracker.close(0)
+"""
+
+
+def test_a_core_that_died_in_mid_attempt_is_started_anew_and_no_row_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED_CORE, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning: wandb failed and is tried again in 1 s" in done.stderr
+    parts = fragments(tmp_path / "run")
+    assert len(parts) == 2
+    assert {item["step"] for records in parts for item in history(records)} == set(range(1, 61))
+    assert {record["run"]["run_id"] for records in parts for record in records if record["type"] == "run"} == {
+        "abcdefghij"}  # fmt: skip
+
+
 # --- what is sent ----------------------------------------------------------------------------------
 
 
@@ -150,11 +183,11 @@ from hpcgpt.config import Config, Run, Tracking
 from hpcgpt.tracking import Tracker
 config = Config(run=Run(name="run", dir=sys.argv[1]), tracking=Tracking(wandb="offline", project="novels"))
 config.run_folder.mkdir()
-tracker = Tracker(config, "abcdefghij", dataclasses.asdict(config), [{"step": 4, "train/loss": 3.0}])
-tracker.write({"step": 5, "train/loss": 2.0, "val/loss": 2.5})
+tracker = Tracker(config, "abcdefghij", dataclasses.asdict(config), [{"step": 4, "time": 4.0, "train/loss": 3.0}])
+tracker.write({"step": 5, "time": 5.0, "train/loss": 2.0, "val/loss": 2.5})
 tracker.sample(5, "<b>萧炎 & co</b>")
 tracker.close(0)
-tracker.write({"step": 6, "train/loss": 1.0})
+tracker.write({"step": 6, "time": 6.0, "train/loss": 1.0})
 tracker.close(0)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
