@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import signal
@@ -29,6 +30,7 @@ from hpcgpt import checkpoint, restore, saver
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Checkpoint
 from hpcgpt.generation import Generation
+from hpcgpt.runfolder import SUPERSEDED
 from hpcgpt.saver import Saver
 
 WEIGHT = "model/weight"
@@ -267,6 +269,33 @@ def test_a_share_that_is_refused_costs_this_checkpoint_and_no_other(checkpoints:
     assert f"{SHARE}: File too large" in problem
     assert names(checkpoints) == []
     assert save(checkpoints, 4, held) == ""
+
+
+# --- superseded ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before the beginning", "behind training", "within the commit"])
+def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path, held: Generation, when: str) -> None:
+    """Long before its heartbeat would look."""
+
+    def taken() -> None:
+        (three.parent / "generations/000002.json").write_text("{}")
+
+    child = os.fork()
+    if child == 0:
+        try:
+            if when == "before the beginning":
+                taken()
+            its = Saver(three, ALONE, held, Checkpoint(), taken if when == "within the commit" else lambda: None)
+            its.begin(state(16), {WEIGHT: torch.zeros(9)})
+            if when == "behind training":
+                taken()
+            its.finish(lambda: None)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SUPERSEDED
+    rest = [] if when == "before the beginning" else [".step_000000016.g0001.tmp"]
+    assert names(three) == [*rest, "step_000000004", "step_000000008", "step_000000012"]
 
 
 # --- killed ----------------------------------------------------------------------------------------
