@@ -105,7 +105,8 @@ def decide(
     # What a single rank found, or where rank 0 could not say it: srun ended the others, and their words are lost.
     found = blamed.status if blamed else status
     if found in (USER_MISTAKE, SUPERSEDED):
-        return Decision(False, f"it needs a person: {blamed if blamed and blamed.reason else 'see the log'}")
+        who = "see the log" if not blamed else str(blamed) if blamed.reason else f"{blamed}: see the log"
+        return Decision(False, f"it needs a person: {who}")
     # No word from rank 0, as on a full disk; but srun returns these only if every rank left with them.
     if ended is None and status == FINISHED:
         return Decision(False, "training is finished")

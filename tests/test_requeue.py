@@ -117,7 +117,7 @@ def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash
     [
         # One rank alone found a mistake; srun -K ended the others, rank 0 too, and its status is 137.
         (Blame(3, "n2", "exit status 2", 2, "no such file"), 137, False, False, "rank 3 on n2: exit status 2: no such"),
-        (Blame(0, "n1", "Exited with exit code 76", 76), 137, False, False, "needs a person: see the log"),
+        (Blame(0, "n1", "Exited with exit code 76", 76), 137, False, False, "exit code 76: see the log"),
         (
             Blame(3, "n2", "Killed", None),
             137,

@@ -228,7 +228,7 @@ def test_a_killed_rank_is_named_and_its_host_is_left_out(cluster: Cluster, whole
 def test_an_exception_in_one_rank_is_told_with_its_traceback_and_a_mistake_is_not_requeued(cluster: Cluster) -> None:
     """Rank 1 may open few files, or is told something else than rank 0."""
     jobs = {}
-    for name, line in {"few": "ulimit -n 12", "odd": 'set -- "$@" --train.micro_batch 5'}.items():
+    for name, line in {"few": "ulimit -n 8", "odd": 'set -- "$@" --data.dir nowhere'}.items():
         wrapper = cluster.home / f"python-{name}"
         wrapper.write_text(
             "#!/bin/bash\n"
@@ -247,7 +247,7 @@ def test_an_exception_in_one_rank_is_told_with_its_traceback_and_a_mistake_is_no
     assert "Too many open files" in few
     assert "Traceback" in few
     assert "it needs a person: rank 1 on" in odd
-    assert "is not a multiple of" in odd
+    assert "no folder of shards at nowhere" in odd
     assert events(cluster.folder("odd"), "crash", "requeue") == []
 
 
