@@ -25,7 +25,9 @@ from data_prep import inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WITH_LAB = {path.name for path in ROOT.glob("tests/test_*.py") if re.search("from lab_conf import .*Lab", path.read_text())}
+WITH_LAB = {
+    path.name for path in ROOT.glob("tests/test_*.py") if re.search("from lab_conf import .*Lab", path.read_text())
+}
 
 # Two layers, 12 steps: long enough to be interrupted twice, short enough for one second.
 TINY = """
