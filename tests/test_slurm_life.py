@@ -57,7 +57,7 @@ class Slow:
     cut: str
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")  # the cable is in again before the next test
 def slow(cluster: Cluster, whole: Path) -> Iterator[Slow]:  # noqa: ARG001 (made first, alone)
     """A job whose ranks hang when it is preempted, and two that lose a node."""
     hung = cluster.sbatch("hung", *TWO, "--partition=grace", "--nodelist=n1", "--exclusive")
@@ -90,35 +90,34 @@ def keep_stopped(ranks: dict[int, int]) -> None:
             time.sleep(0.002)
 
 
-@pytest.mark.timeout(600)
-def test_ranks_that_hang_through_the_grace_time_are_killed_and_slurm_requeues_the_job(
-    cluster: Cluster, slow: Slow, whole: Path
-) -> None:
-    folder = finish(cluster, slow.hung, "hung", whole)
-    assert [start["job"] for start in starts(folder)] == [f"{slow.hung}_0", f"{slow.hung}_1"]
-    assert events(folder, "requeue", "crash", "chain") == []
+class TestSlow:
+    @pytest.mark.timeout(600)
+    def test_ranks_that_hang_through_the_grace_time_are_killed_and_slurm_requeues_the_job(
+        self, cluster: Cluster, slow: Slow, whole: Path
+    ) -> None:
+        folder = finish(cluster, slow.hung, "hung", whole)
+        assert [start["job"] for start in starts(folder)] == [f"{slow.hung}_0", f"{slow.hung}_1"]
+        assert events(folder, "requeue", "crash", "chain") == []
 
+    @pytest.mark.timeout(600)
+    def test_a_job_that_loses_a_node_goes_on_without_it(self, cluster: Cluster, slow: Slow, whole: Path) -> None:
+        folder = finish(cluster, slow.node, "node", whole)
+        first, second = events(folder, "job")
+        assert slow.cut in first["hosts"]
+        assert slow.cut not in second["hosts"]
+        assert first["queued_at"] <= first["started_at"] <= second["queued_at"] <= second["started_at"] <= time.time()
+        assert events(folder, "requeue", "crash", "chain") == []  # Slurm does this alone
 
-@pytest.mark.timeout(600)
-def test_a_job_that_loses_a_node_goes_on_without_it(cluster: Cluster, slow: Slow, whole: Path) -> None:
-    folder = finish(cluster, slow.node, "node", whole)
-    first, second = events(folder, "job")
-    assert slow.cut in first["hosts"]
-    assert slow.cut not in second["hosts"]
-    assert first["queued_at"] <= first["started_at"] <= second["queued_at"] <= second["started_at"] <= time.time()
-    assert events(folder, "requeue", "crash", "chain") == []  # Slurm does this alone
-
-
-@pytest.mark.timeout(600)
-def test_a_job_that_loses_a_node_and_may_not_be_requeued_is_followed_by_another(
-    cluster: Cluster, slow: Slow, whole: Path
-) -> None:
-    cluster.wait(slow.chained, state="NODE_FAIL")
-    (chain,) = events(cluster.folder("lost"), "chain")
-    assert chain["reason"] == "a node failed"
-    folder = finish(cluster, chain["next_job"], "lost", whole)
-    assert f"first to fail: {slow.cut}: node failed" in batch_log(cluster, slow.chained)
-    assert slow.cut not in events(folder, "job")[1]["hosts"]
+    @pytest.mark.timeout(600)
+    def test_a_job_that_loses_a_node_and_may_not_be_requeued_is_followed_by_another(
+        self, cluster: Cluster, slow: Slow, whole: Path
+    ) -> None:
+        cluster.wait(slow.chained, state="NODE_FAIL")
+        (chain,) = events(cluster.folder("lost"), "chain")
+        assert chain["reason"] == "a node failed"
+        folder = finish(cluster, chain["next_job"], "lost", whole)
+        assert f"first to fail: {slow.cut}: node failed" in batch_log(cluster, slow.chained)
+        assert slow.cut not in events(folder, "job")[1]["hosts"]
 
 
 # --- told to leave -----------------------------------------------------------------------------------
