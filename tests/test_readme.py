@@ -90,12 +90,12 @@ def test_the_quick_start_trains_a_model_that_writes_plays(checkout: Path, monkey
     monkeypatch.chdir(checkout)
     settings = config.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
     assert plan.make(settings, 2 * 2).micro_steps == 1
-    for module in ("hpcgpt.status", "hpcgpt.checkpoint", "hpcgpt.sample"):
-        words = next(words for words in COMMANDS if module in words)
+    for module, told in (("status", "finished"), ("checkpoint", "whole"), ("sample", "step 3,000")):
+        words = next(words for words in COMMANDS if f"hpcgpt.{module}" in words)
         shown = [word.replace("gpt2-124m", "quickstart") for word in words[3:]]
-        looked = command(module, *shown, cwd=checkout)
+        looked = command(f"hpcgpt.{module}", *shown, cwd=checkout)
         assert looked.returncode == 0, looked.stderr
-        assert "quickstart" in looked.stdout
+        assert told in looked.stdout
     before = (folder / "metrics.jsonl").read_bytes()
     again = make(checkout, "quickstart")
     assert again.returncode == 0, again.stderr
