@@ -34,10 +34,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from data_prep import inputs, split, vocabulary
-from hpcgpt import cli, durable, shards, tokenizer
+from hpcgpt import cli, durable, shard_writer, shards, tokenizer
 from hpcgpt.shards import Shard
 from hpcgpt.tokenizer import Tokenizer
 
@@ -93,10 +94,10 @@ def make(plan: Plan, out: Path, workers: int) -> None:
         OSError: a file could not be written. What was finished stays, and a rerun goes on from there.
     """
     started_at = time.monotonic()
-    if plan.tokenizer.vocab_size > shards.LARGEST_VOCABULARY:
+    if plan.tokenizer.vocab_size > shards.WIDTHS["uint16"].most_ids:
         raise ValueError(
             f"tokenizer {plan.tokenizer.name} has {plan.tokenizer.vocab_size:,} ids, but uint16 shards hold "
-            f"{shards.LARGEST_VOCABULARY:,} at most: take a smaller one, such as gpt2, or train one with "
+            f"{shards.WIDTHS['uint16'].most_ids:,} at most: take a smaller one, such as gpt2, or train one with "
             "`python -m data_prep.train_tokenizer`"
         )
     if _claim(out, plan):
@@ -112,9 +113,11 @@ def make(plan: Plan, out: Path, workers: int) -> None:
     _check_splits(made, plan)
     manifest = shards.write_manifest(
         out,
+        "uint16",
         plan.tokenizer.describe(),
         [{"name": source.name, "bytes": source.bytes} for source in plan.sources],
         split.rule(plan.val_fraction),
+        {},
         made,
     )
     _summary(out, manifest, time.monotonic() - started_at)
@@ -123,12 +126,13 @@ def make(plan: Plan, out: Path, workers: int) -> None:
 def make_unit(out: Path, number: int, unit: inputs.Unit, tokens: Tokenizer, text_key: str, fraction: float) -> int:
     """Make the shards of one unit, and its record; returns the bytes of input that it took."""
     with ExitStack() as stack:
-        writers: dict[str, shards.ShardWriter] = {}
+        writers: dict[str, shard_writer.ShardWriter] = {}
         for text in inputs.documents(unit, text_key):
             name = "val" if split.is_validation(text, fraction) else "train"
             if name not in writers:
-                writers[name] = stack.enter_context(shards.writing(out, name, number))
-            writers[name].add(tokens.document(text), len(text.encode()))
+                writers[name] = stack.enter_context(shard_writer.writing(out, f"{name}_{number:06d}", name))
+            ids = tokens.document(text)
+            writers[name].add(ids, np.array([len(ids)]), len(text), len(text.encode()))
     made = [asdict(writer.shard) for writer in writers.values() if writer.shard]
     durable.write(_record(out, number), json.dumps(made).encode())
     return sum(piece.stop - piece.start for piece in unit)

@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     out = Path(options.out)
     if (out / "tokenizer.json").exists():
         raise ValueError(f"{out} exists already, with a tokenizer in it: choose another --out")
-    if not 257 <= options.vocab_size < shards.LARGEST_VOCABULARY:
-        raise ValueError(f"--vocab-size {options.vocab_size}: expected 257 to {shards.LARGEST_VOCABULARY - 1}")
+    if not 257 <= options.vocab_size < shards.WIDTHS["uint16"].most_ids:
+        raise ValueError(f"--vocab-size {options.vocab_size}: expected 257 to {shards.WIDTHS['uint16'].most_ids - 1}")
     units = inputs.units(inputs.find(options.INPUT), unit_bytes=64_000_000)
     texts = (text for unit in units for text in inputs.documents(unit, options.text_key))
     trained = train(

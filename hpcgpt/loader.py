@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpcgpt import order
-from hpcgpt.shards import Split
+from hpcgpt.shard_reader import Split
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import order, shards
+from hpcgpt import order, shard_reader, shards
 from hpcgpt.config import Config
-from hpcgpt.shards import Manifest, Split
+from hpcgpt.shard_reader import Split
+from hpcgpt.shards import Manifest
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ def make(config: Config, world_size: int) -> Plan:
     if manifest.dtype != "uint16":
         raise ValueError(f"{folder} holds {manifest.dtype} tokens; this version reads uint16")
     config = _with_vocabulary(config, manifest)
-    train = shards.open_split(folder, manifest, "train")
+    train = shard_reader.open_split(folder, manifest, "train")
     if config.eval.every and "val" not in manifest.splits:
         raise ValueError(
             f"{folder} has no val shards: pass --eval.every 0 to train without validation, or make "
             "shards with a --val-fraction"
         )
-    val = shards.open_split(folder, manifest, "val") if config.eval.every else None
+    val = shard_reader.open_split(folder, manifest, "val") if config.eval.every else None
     context, batch = config.model.block_size, config.train.global_batch
     windows = order.window_count(train.tokens, context, config.stride)
     if windows < batch:

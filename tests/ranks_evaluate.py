@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcgpt import rendezvous, shards, tokenizer, world
+from hpcgpt import rendezvous, shard_reader, shards, tokenizer, world
 from hpcgpt.config import Model
 from hpcgpt.evaluate import evaluate
 from hpcgpt.loader import Windows
@@ -31,7 +31,7 @@ def model_and_windows(folder: Path, seed: int = 1) -> tuple[GPT, Windows, np.nda
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
-    return model, Windows(shards.open_split(folder, manifest, "val"), CONTEXT, CONTEXT, size), words.token_bytes
+    return model, Windows(shard_reader.open_split(folder, manifest, "val"), CONTEXT, CONTEXT, size), words.token_bytes
 
 
 def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import loop, rendezvous, shards, world
+from hpcgpt import loop, rendezvous, shard_reader, shards, world
 from hpcgpt.config import Model, Optim
 from hpcgpt.loader import Loader, Windows, widen
 from hpcgpt.model import GPT
@@ -42,7 +42,7 @@ class Bench:
         self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
         self.optimizer.register_step_pre_hook(self._remember)
         self.taken: dict[str, Tensor] = {}
-        split = shards.open_split(folder, shards.read_manifest(folder), "train")
+        split = shard_reader.open_split(folder, shards.read_manifest(folder), "train")
         size = ranks.world.size
         self.loader = Loader(
             Windows(split, 32, 32, 512), 1, ranks.world.rank, size, GLOBAL_BATCH, GLOBAL_BATCH // (size * micro_steps)

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, clean_env, command, rows, tensors
 from test_runfolder import small_disk
 
 from data_prep import inputs, train_tokenizer
-from hpcgpt import runfolder, shards, tokenizer
+from hpcgpt import runfolder, shard_reader, shards, tokenizer
 from hpcgpt.cli import USER_MISTAKE
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
 
@@ -133,7 +133,7 @@ def test_an_error_on_one_rank_ends_all_of_them_with_a_sentence(
     from hpcgpt import order
 
     folder = copied(shards_folder, tmp_path)
-    split = shards.open_split(folder, shards.read_manifest(folder), "train")
+    split = shard_reader.open_split(folder, shards.read_manifest(folder), "train")
     window = int(order.windows(4, 1, order.window_count(split.tokens, 32, 32), seed=1)[0])
     put_id(folder / f"{split.shards[0].name}.bin", window * 32 + 5, 700)
     before = kept(run)

@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpcgpt import shards
+from hpcgpt import shard_reader, shard_writer, shards
 from hpcgpt.loader import Loader, Windows, widen
-from hpcgpt.shards import Split
+from hpcgpt.shard_reader import Split
 
 SEED, GLOBAL_BATCH, CONTEXT = 7, 8, 32
 
 
 @pytest.fixture(scope="module")
 def windows(shards_folder: Path) -> Windows:
-    split = shards.open_split(shards_folder, shards.read_manifest(shards_folder), "train")
+    split = shard_reader.open_split(shards_folder, shards.read_manifest(shards_folder), "train")
     return Windows(split, CONTEXT, CONTEXT, vocab_size=512)
 
 
@@ -144,8 +144,8 @@ def hand_made(folder: Path, *contents: list[int]) -> Split:
     """A split with these ids, one shard each."""
     made = []
     for number, ids in enumerate(contents):
-        with shards.writing(folder, "train", number) as writer:
-            writer.add(np.array(ids, dtype=np.uint16), text_bytes=1)
+        with shard_writer.writing(folder, f"train_{number:06d}", "train") as writer:
+            writer.add(np.array(ids, dtype=np.uint16), np.array([len(ids)]), 1, 1)
         assert writer.shard is not None
         made.append(writer.shard)
     return Split(folder, "train", made)

@@ -21,7 +21,7 @@ import regex
 from conftest import ROOT, clean_env, command
 
 from data_prep import inputs, make_shards, verify
-from hpcgpt import shards, tokenizer
+from hpcgpt import shard_reader, shards, tokenizer
 
 CHINESE = "萧炎,斗之力,三段。\n“三十年河东,三十年河西,莫欺少年穷!”\n"
 
@@ -116,7 +116,7 @@ def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(t
     assert done.returncode == 0, done.stderr
     reference = ReferenceGPT2()
     expected = [number for name in sorted(texts) for number in (50256, *reference.encode(texts[name]))]
-    split = shards.open_split(out, shards.read_manifest(out), "train")
+    split = shard_reader.open_split(out, shards.read_manifest(out), "train")
     assert split.read(0, split.tokens).tolist() == expected
     assert command("data_prep.verify", str(out)).returncode == 0
 
@@ -127,7 +127,7 @@ def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus
     manifest = shards.read_manifest(whole)
     found: dict[str, list[str]] = {}
     for name in manifest.splits:
-        split = shards.open_split(whole, manifest, name)
+        split = shard_reader.open_split(whole, manifest, name)
         ids = split.read(0, split.tokens)
         assert ids[0] == words.end_of_text
         borders = np.append(np.flatnonzero(ids == words.end_of_text), len(ids))
@@ -446,7 +446,7 @@ def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "most", "--val-fraction", "0", out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert shards.open_tokens(tmp_path / "out" / "train_000000.bin").tolist() == [65535, 97, 98]
+    assert shard_reader.open_tokens(tmp_path / "out" / "train_000000.bin").tolist() == [65535, 97, 98]
 
 
 def test_a_file_name_that_is_no_utf8_is_no_obstacle(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -551,7 +551,7 @@ def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
     assert not (out / "manifest.json").exists()
     assert [path.name for path in out.rglob(".*")] == []
     for path in out.glob("*.bin"):
-        assert shards.open_tokens(path).size
+        assert shard_reader.open_tokens(path).size
         assert path.with_suffix(".idx").exists()
     ballast.unlink()
     done = make(*options, "--workers", str(workers), out=out)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hpcgpt import order, shards
+from hpcgpt import order, shard_reader, shards
 from hpcgpt.loader import Loader, Windows
 
 Ints = NDArray[np.int64]
@@ -119,7 +119,7 @@ def test_each_window_comes_exactly_once_an_epoch_also_where_a_batch_crosses_the_
 def test_the_loader_gives_these_windows_whatever_the_ranks_and_the_micro_batch(
     ranks: int, micro_batch: int, shards_folder: Path
 ) -> None:
-    split = shards.open_split(shards_folder, shards.read_manifest(shards_folder), "train")
+    split = shard_reader.open_split(shards_folder, shards.read_manifest(shards_folder), "train")
     windows = Windows(split, context=32, stride=32, vocab_size=512)
     last = windows.count // 8  # the global batch that crosses into the second epoch
     for step in (0, 1, last):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import command
 
-from hpcgpt import config, order, plan, shards, tokenizer
+from hpcgpt import config, order, plan, shard_reader, shards, tokenizer
 from hpcgpt.config import Config
 
 
@@ -130,7 +130,7 @@ def test_fewer_windows_than_one_global_batch_are_refused(shards_folder: Path) ->
 
 
 def test_a_validation_split_of_less_than_one_window_is_refused(shards_folder: Path) -> None:
-    tokens = shards.open_split(shards_folder, shards.read_manifest(shards_folder), "val").tokens
+    tokens = shard_reader.open_split(shards_folder, shards.read_manifest(shards_folder), "val").tokens
     with pytest.raises(ValueError, match=f"validation split .* has {tokens:,} tokens, less than one window"):
         plan.make(settings(shards_folder, model__block_size=tokens, train__global_batch=1, train__micro_batch=1), 1)
 
@@ -138,7 +138,7 @@ def test_a_validation_split_of_less_than_one_window_is_refused(shards_folder: Pa
 def only_training_shards(copy: Path) -> None:
     before = shards.read_manifest(copy)
     train = [shard for shard in before.shards if shard.split == "train"]
-    shards.write_manifest(copy, before.tokenizer, before.inputs, before.split_rule, train)
+    shards.write_manifest(copy, "uint16", before.tokenizer, before.inputs, before.split_rule, {}, train)
 
 
 def test_no_validation_split_is_refused_unless_there_are_no_evaluations(copy: Path) -> None:
@@ -150,7 +150,8 @@ def test_no_validation_split_is_refused_unless_there_are_no_evaluations(copy: Pa
 
 def test_an_id_outside_of_the_tokenizer_is_refused(copy: Path) -> None:
     before = shards.read_manifest(copy)
-    shards.write_manifest(copy, before.tokenizer | {"vocab_size": 100}, before.inputs, before.split_rule, before.shards)
+    about = before.tokenizer | {"vocab_size": 100}
+    shards.write_manifest(copy, "uint16", about, before.inputs, before.split_rule, {}, before.shards)
     with pytest.raises(ValueError, match="hold id 511, outside of their tokenizer's 100 ids"):
         plan.make(settings(copy), 1)
 
