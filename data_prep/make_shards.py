@@ -131,7 +131,7 @@ def make_unit(out: Path, number: int, unit: inputs.Unit, tokens: Tokenizer, text
             name = "val" if split.is_validation(text, fraction) else "train"
             if name not in writers:
                 writers[name] = stack.enter_context(shard_writer.writing(out, f"{name}_{number:06d}", name))
-            ids = tokens.document(text)
+            ids = np.array([tokens.end_of_text, *tokens.encode(text)], dtype=np.uint16)
             writers[name].add(ids, np.array([len(ids)]), len(text), len(text.encode()))
     made = [asdict(writer.shard) for writer in writers.values() if writer.shard]
     durable.write(_record(out, number), json.dumps(made).encode())
