@@ -42,8 +42,15 @@ SCHEMES = {
     _GPT4_AS_HUGGING_FACE_WRITES_IT: "olmo3",
     _GPT4_AS_HUGGING_FACE_WRITES_IT.replace("{1,3}", ""): "qwen2",
 }
-# Letters, marks and digits that came with Unicode 17: first and last.
-NEWER: list[tuple[int, int]] = []
+# Letters, marks and digits that came with Unicode 17: first and last. Found by comparing all code points.
+NEWER = [
+    (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB), (0xA7CE, 0xA7CF),
+    (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4), (0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7), (0x10EFA, 0x10EFB),
+    (0x11B60, 0x11B67), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9), (0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3),
+    (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E), (0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE),
+    (0x1E6E0, 0x1E6F5), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479),
+]  # fmt: skip
+_NEWER_LETTER = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in NEWER) + "]")
 
 Batch = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
@@ -97,11 +104,15 @@ class Gigatoken:
     def _may_be_newer(self) -> NDArray[np.bool_]:
         """Does a newer letter begin in this token, as far as the token shows (vocab_size,)? Looking that up is ten
         times faster than searching the text."""
-        starts = {chr(code).encode()[:length] for code in _newer() for length in (1, 2, 3, 4)}
-        lead = re.compile(b"[" + b"".join({start[:1] for start in starts}) + b"]")
+        letters = [chr(code).encode() for first, last in NEWER for code in range(first, last + 1)]
+        starts = {letter[:length] for letter in letters for length in range(1, 5)}
+        lead = re.compile(b"[" + b"".join({letter[:1] for letter in letters}) + b"]")
         table = np.zeros(self._tokenizer.vocab_size, dtype=np.bool_)
         for token, number in self._tokenizer.ranks.items():
-            table[number] = any(token[found.start() : found.start() + 4] in starts for found in lead.finditer(token))
+            table[number] = any(
+                token[(at := found.start()) : at + (4 if token[at] >= 0xF0 else 3)] in starts
+                for found in lead.finditer(token)
+            )
         return table
 
     def _mended(self, texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]) -> Batch:
@@ -115,10 +126,6 @@ class Gigatoken:
         return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 
 
-def _newer() -> list[int]:
-    return [code for first, last in NEWER for code in range(first, last + 1)]
-
-
 def _arrays(made: Any) -> Batch:
     """What encode_batch gives, as plain arrays without copying.
 
@@ -130,7 +137,9 @@ def _arrays(made: Any) -> Batch:
     except AttributeError as error:
         raise ValueError(f"gigatoken's result is of an unknown form: {error}") from None
     if ids.dtype != np.uint32 or borders.dtype != np.int64 or ids.ndim != 1:
-        raise ValueError(f"gigatoken's ids are {ids.dtype} and their borders {borders.dtype}: expected uint32 and int64")
+        raise ValueError(
+            f"gigatoken's ids are {ids.dtype} and their borders {borders.dtype}: expected uint32 and int64"
+        )
     return ids[borders[0] : borders[-1]], np.diff(borders)
 
 

@@ -54,7 +54,9 @@ def encoder(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
             )
         return OneByOne("tokenizers", tokenizer.encode)
     if not isinstance(tokenizer, ByteLevelBPE) or backend == "tokenizers":
-        raise ValueError(f"backend {backend} cannot run tokenizer {tokenizer.name}, which is tiktoken's: leave it at auto")
+        raise ValueError(
+            f"backend {backend} cannot run tokenizer {tokenizer.name}, which is tiktoken's: leave it at auto"
+        )
     plain = OneByOne("tiktoken", lambda text: tokenizer.encoding.encode_to_numpy(text, disallowed_special=()))
     if backend == "tiktoken":
         return plain

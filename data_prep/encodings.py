@@ -118,8 +118,8 @@ def from_file(path: Path) -> ByteLevelBPE:
     if not names:
         known = ", ".join(sorted({published.file for published in PUBLISHED.values()}))
         raise ValueError(
-            f"{path}: its SHA-256 {found[:12]}... is that of no published encoding ({known}); a file of ranks says "
-            "neither how text is cut nor which tokens are special, so others are read from a folder with a tokenizer.json"
+            f"{path}: its SHA-256 {found[:12]}... is that of no published encoding ({known}); a file of ranks "
+            "does not say how text is cut nor which tokens are special, so others need a tokenizer.json"
         )
     return _made(path.stem if path.stem in names else names[0], content)
 
@@ -134,8 +134,8 @@ def _check(content: bytes, published: Published, place: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != published.sha256:
         raise ValueError(
-            f"{place}: not {published.file}: SHA-256 {found[:12]}..., expected {published.sha256[:12]}...: it is damaged "
-            "or another file; fetch it again"
+            f"{place}: not {published.file}: SHA-256 {found[:12]}..., expected {published.sha256[:12]}...: it "
+            "is damaged or another file; fetch it again"
         )
 
 

@@ -72,7 +72,7 @@ def _special(source: dict[str, Any], configured: str, asked: str) -> dict[str, i
         elif isinstance(vocabulary, dict) and name in vocabulary:
             found[name] = int(vocabulary[name])
         elif isinstance(vocabulary, list):
-            found |= {name: number for number, (token, _) in enumerate(vocabulary) if token == name}
+            found.update((name, number) for number, (token, _) in enumerate(vocabulary) if token == name)
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 

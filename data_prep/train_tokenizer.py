@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     sample_bytes = options.sample_mb * 1_000_000
     sample = sampled(_texts(options, sample_bytes), sample_bytes)
     print(
-        f"sample: {len(sample):,} documents, {sum(map(len, sample)) / 1e6:,.1f} MB; learning {options.vocab_size:,} ids",
+        f"sample: {len(sample):,} documents, {sum(map(len, sample)) / 1e6:,.1f} MB; "
+        f"learning {options.vocab_size:,} ids",
         flush=True,
     )
     trained = train((text.decode() for text in sample), options.vocab_size, out.name, options.pattern)

@@ -63,7 +63,7 @@ class ByteLevelBPE(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
-    def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:  # noqa: ARG002: bytes need none
+    def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:  # noqa: ARG002
         special = {number: name for name, number in self.special_tokens.items()}
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for number in ids:
