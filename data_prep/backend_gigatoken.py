@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import encodings
+from data_prep import published
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, write_ranks
 
 MOST_GROWTH_BYTES = 256_000_000
@@ -34,10 +34,10 @@ _GPT4_AS_HUGGING_FACE_WRITES_IT = (
 # Pattern -> what gigatoken calls it. tests/test_backends.py compares each pair on every code point, with a
 # vocabulary that shows where text was cut.
 SCHEMES = {
-    encodings.GPT2_PATTERN: "gpt2",
+    published.GPT2_PATTERN: "gpt2",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
-    encodings.GPT4_PATTERN: "gpt4",
-    encodings.O200K_PATTERN: "o200k",
+    published.GPT4_PATTERN: "gpt4",
+    published.O200K_PATTERN: "o200k",
     # Llama 3, OLMo 2 and others. Line feeds at the end of a text are cut otherwise than by tiktoken's for GPT-4.
     _GPT4_AS_HUGGING_FACE_WRITES_IT: "olmo3",
     _GPT4_AS_HUGGING_FACE_WRITES_IT.replace("{1,3}", ""): "qwen2",

@@ -25,7 +25,7 @@ from typing import Any
 
 import tokenizers
 
-from data_prep import encodings, proof
+from data_prep import published, proof
 from hpcgpt import tokenizer_library
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_library import LibraryTokenizer
@@ -138,7 +138,7 @@ def _pattern(source: dict[str, Any]) -> str | None:
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     if len(steps) == 1:
-        return encodings.GPT2_PATTERN if steps[0].get("use_regex", True) else None
+        return published.GPT2_PATTERN if steps[0].get("use_regex", True) else None
     split = steps[0]
     whole = (split.get("behavior"), split.get("invert")) in (("Isolated", False), ("Removed", True))
     regex = split.get("pattern", {}).get("Regex")

@@ -22,16 +22,16 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
 from tqdm import tqdm
 
-from data_prep import encodings, inputs, split
+from data_prep import published, inputs, split
 from hpcgpt import cli, shards, tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
-# What the patterns of data_prep.encodings say, in the words of the regular expressions of `tokenizers`, where $ is
+# What the patterns of data_prep.published say, in the words of the regular expressions of `tokenizers`, where $ is
 # the end of a line and {1,3}+ repeats.
 _CUTS = {
-    "gpt2": (encodings.GPT2_PATTERN, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    "gpt2": (published.GPT2_PATTERN, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
     "gpt4": (
-        encodings.GPT4_PATTERN,
+        published.GPT4_PATTERN,
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++\z|\s*[\r\n]"
         r"|\s+(?!\S)|\s",
     ),
@@ -113,7 +113,7 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     if len(ranks) + 1 < vocab_size:
         raise ValueError(f"the text is too small for {vocab_size:,} ids: it gives {len(ranks) + 1:,}")
     end = len(ranks)
-    return ByteLevelBPE(name, written, ranks, {encodings.END_OF_TEXT: end}, end)
+    return ByteLevelBPE(name, written, ranks, {published.END_OF_TEXT: end}, end)
 
 
 def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:

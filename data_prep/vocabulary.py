@@ -2,7 +2,7 @@
 
 ===========================  ================================================================================
 ``gpt2``                     GPT-2's own; its merges lie in this package, so no network is needed
-``cl100k_base``, ...         tiktoken's other encodings, see ``data_prep.encodings``
+``cl100k_base``, ...         tiktoken's other encodings, see ``data_prep.published``
 ``PATH/cl100k_base.tiktoken``  one of these, its ranks brought along
 ``DIR``                      a folder that ``data_prep.train_tokenizer`` wrote, or ``tokenizer/`` beside shards
 ``DIR``, ``tokenizer.json``  a Hugging Face tokenizer, see ``data_prep.huggingface``
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data_prep import encodings, huggingface
+from data_prep import published, huggingface
 from hpcgpt import tokenizer
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
@@ -31,10 +31,10 @@ def find(name: str, end_of_text: str = "") -> Tokenizer:
     path = Path(name).expanduser()
     if name == "gpt2":
         found: Tokenizer = gpt2()
-    elif name in encodings.PUBLISHED:
-        found = encodings.find(name)
+    elif name in published.PUBLISHED:
+        found = published.find(name)
     elif path.suffix == ".tiktoken" and path.is_file():
-        found = encodings.from_file(path)
+        found = published.from_file(path)
     elif path.is_file() or (path.is_dir() and not _ours(path)):
         return huggingface.read(path, end_of_text)
     elif path.is_dir():
@@ -42,7 +42,7 @@ def find(name: str, end_of_text: str = "") -> Tokenizer:
     elif name in tiktoken.list_encoding_names():
         found = _plugin(name)
     else:
-        names = ", ".join(["gpt2", *encodings.PUBLISHED])
+        names = ", ".join(["gpt2", *published.PUBLISHED])
         raise ValueError(
             f"no tokenizer '{name}': it is neither {names}, nor a folder with vocab.tiktoken in it, nor a Hugging Face "
             "tokenizer.json or a folder with one"
@@ -62,7 +62,7 @@ def gpt2() -> ByteLevelBPE:
         token = bytes(to_byte[character] for character in merge.replace(" ", ""))
         ranks[token] = len(ranks)
     end = len(ranks)
-    return ByteLevelBPE("gpt2", encodings.GPT2_PATTERN, ranks, {encodings.END_OF_TEXT: end}, end)
+    return ByteLevelBPE("gpt2", published.GPT2_PATTERN, ranks, {published.END_OF_TEXT: end}, end)
 
 
 def _ours(folder: Path) -> bool:
@@ -82,7 +82,7 @@ def _plugin(name: str) -> ByteLevelBPE:
         found = tiktoken.get_encoding(name)
     except Exception as error:  # whatever a plugin may raise, and `requests`
         raise ValueError(f"tokenizer {name}: tiktoken cannot make it here: {error}") from None
-    end = found._special_tokens.get(encodings.END_OF_TEXT)
+    end = found._special_tokens.get(published.END_OF_TEXT)
     if end is None:
-        raise ValueError(f"tokenizer {name}: it has no {encodings.END_OF_TEXT}")
+        raise ValueError(f"tokenizer {name}: it has no {published.END_OF_TEXT}")
     return ByteLevelBPE(name, found._pat_str, found._mergeable_ranks, found._special_tokens, end)

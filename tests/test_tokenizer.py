@@ -1,4 +1,4 @@
-"""hpcgpt.tokenizer, data_prep.vocabulary and data_prep.encodings: GPT-2's ids without a network, the other published
+"""hpcgpt.tokenizer, data_prep.vocabulary and data_prep.published: GPT-2's ids without a network, the other published
 ones, and one's own."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import xxhash
 from conftest import ROOT, clean_env, command
 from tokenizers import Regex, pre_tokenizers
 
-from data_prep import encodings, proof, split, train_tokenizer, vocabulary
+from data_prep import published, proof, split, train_tokenizer, vocabulary
 from hpcgpt import tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
 
@@ -96,12 +96,12 @@ def test_the_table_of_encodings_is_tiktokens(monkeypatch: pytest.MonkeyPatch) ->
         return {}
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", ranks)
-    assert {*encodings.PUBLISHED, "gpt2"} == set(openai_public.ENCODING_CONSTRUCTORS)
-    for name, published in encodings.PUBLISHED.items():
+    assert {*published.PUBLISHED, "gpt2"} == set(openai_public.ENCODING_CONSTRUCTORS)
+    for name, entry in published.PUBLISHED.items():
         theirs = openai_public.ENCODING_CONSTRUCTORS[name]()
-        assert (theirs["pat_str"], theirs["special_tokens"]) == (published.pattern, published.special_tokens)
+        assert (theirs["pat_str"], theirs["special_tokens"]) == (entry.pattern, entry.special_tokens)
         url, sha256 = asked.pop()
-        assert (url.rpartition("/")[2], sha256) == (published.file, published.sha256)
+        assert (url.rpartition("/")[2], sha256) == (entry.file, entry.sha256)
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_a_bpe_of_chinese_text_needs_fewer_tokens_than_gpt2s(tmp_path: Path, gpt
     assert "characters a token of the sample" in done.stdout
     found = tokenizer.load(out)
     assert isinstance(found, ByteLevelBPE)
-    assert found.pattern == encodings.GPT4_PATTERN
+    assert found.pattern == published.GPT4_PATTERN
     assert len(found.encode(text)) < 0.75 * len(gpt2.encode(text))
     assert "".join(tokenizer.stream(found, found.encode(text))) == text
 
