@@ -33,7 +33,8 @@ def make(*arguments: str | Path, out: Path, env: dict[str, str] | None = None) -
 def files(folder: Path) -> dict[str, bytes]:
     """The data set in a folder: everything but the notes of who is to make what, and hidden leftovers."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.name.startswith(".") and path.parent.name != "prep"}  # fmt: skip
+            if path.is_file() and not path.name.startswith(".")
+            and "prep" not in path.relative_to(folder).parts}  # fmt: skip
 
 
 def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -174,7 +175,7 @@ def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.
 
 def wait_until_finished(out: Path, process: subprocess.Popen[bytes], units: int) -> None:
     """Until that many units have their record, or the process has ended."""
-    while len(list((out / "prep").glob("unit_*.json"))) < units and process.poll() is None:
+    while len(list((out / "prep" / "units").glob("[0-9]*"))) < units and process.poll() is None:
         time.sleep(0.005)
 
 
@@ -201,7 +202,7 @@ def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
             wait_until_finished(out, process, units)
             time.sleep(chance.uniform(0, 0.1))
             process.kill()
-        half_done |= (out / "prep" / "unit_000000.json").exists() and not (out / "manifest.json").exists()
+        half_done |= (out / "prep" / "units" / "000000").exists() and not (out / "manifest.json").exists()
     assert half_done, "every one was killed too early or too late to show anything"
     done = make(*options, "--workers", str(workers), out=out)
     assert done.returncode == 0, done.stderr
@@ -214,10 +215,12 @@ def test_a_finished_unit_is_not_made_again(options: list[str], whole: Path, tmp_
     with started(options, out, 1) as process:
         wait_until_finished(out, process, 1)
         process.kill()
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*_000000.*")}
+    unit = out / "prep" / "units" / "000000"
+    before = {path.name: path.stat().st_mtime_ns for path in unit.glob("*_000.*")}
     assert before
     assert make(*options, out=out).returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*_000000.*")} == before
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*_000000.*")}
+    assert after == {name.replace("_000.", "_000000."): time for name, time in before.items()}
     assert files(out) == files(whole)
 
 
@@ -435,7 +438,7 @@ def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path)
     (tmp_path / "a.txt").write_text("x")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "big", out=tmp_path / "out")
     assert done.returncode == 2
-    assert "tokenizer big has 65,657 ids, but uint16 shards hold 65,536 at most: take a smaller one" in done.stderr
+    assert "tokenizer big has 65,657 ids, but uint16 shards hold 65,536 at most: pass --dtype uint32" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
