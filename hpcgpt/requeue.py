@@ -153,7 +153,8 @@ def so_far(events: Sequence[Mapping[str, Any]]) -> Before:
     newest, crashes, idle = 0, 0, 0
     announced: set[str] = set()
     for event in events:
-        if event["event"] == "save" and event["step"] > newest:
+        # A start at a step tells of its checkpoint too: the word of the one who made it may be lost.
+        if event["event"] in ("save", "start") and event.get("step", 0) > newest:
             newest, crashes, idle = event["step"], 0, 0
         if event["event"] == "job":
             job = event["job"].rpartition("_")[0]

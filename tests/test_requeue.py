@@ -176,6 +176,9 @@ CHAIN = {"event": "chain", "next_job": "8"}
         ([saved(8), CRASH, saved(4), CRASH], 2),
         ([saved(4), CRASH, saved(8), CRASH, saved(12), CRASH], 1),
         ([CRASH, {"event": "requeue"}, {"event": "signal"}, CRASH], 2),
+        # It was killed between its checkpoint and the word of it; and again at once, without a new one.
+        ([{"event": "start", "step": 0}, CRASH, {"event": "start", "step": 4}, CRASH], 1),
+        ([CRASH, {"event": "start", "step": 4}, CRASH, {"event": "start", "step": 4}, CRASH], 2),
         ([job("7_0"), CRASH, job("7_1"), CRASH, job("7_2")], 2),
         ([job("7_0"), CRASH, CHAIN, job("8_0"), CRASH], 2),
         # A person has mended something and submitted it again.
