@@ -84,7 +84,7 @@ class Reporter:
             self._sample(row["step"])
 
     def committed(self, saved: Saved) -> None:
-        """A checkpoint is there. Told at once, by the thread that made it: a kill may come before the next step ends."""
+        """A checkpoint is there. Told at once, in the thread that made it: a kill may come within the next step."""
         figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
         if self.event("save", step=saved.step, **figures):
             self._told = saved
