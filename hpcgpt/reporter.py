@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpcgpt import goodput, metrics, runfolder, tokenizer, world
+from hpcgpt import goodput, metrics, runfolder, tokenizer, tracking, world
 from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
@@ -43,7 +43,8 @@ class Reporter:
         self._config: Config = story.plan.config
         self._folder = self._config.run_folder
         self._told: Saved | None = None  # the save whose commit has been told, and not its end
-        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", story.step + (0 if story.pending else 1))
+        keep_below = story.step + (0 if story.pending else 1)
+        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", keep_below, tracking.arrived(self._folder))
         lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
         self.event(
             "start",
@@ -59,7 +60,7 @@ class Reporter:
             lost_until=max((row["time"] for row in lost), default=None),
         )
         run_id = runfolder.run_id(self._folder)
-        self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.newest)
+        self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.again)
         self._console = metrics.Console(story.step, story.plan.total_steps)
         self._greet()
 
