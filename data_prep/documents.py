@@ -17,7 +17,7 @@ import orjson
 from data_prep import encodings, packing, parquet, separators
 from data_prep.encodings import AUTO, UndecodableError
 from data_prep.inputs import Piece, Source, Unit, too_long
-from data_prep.packing import BrokenError
+from data_prep.packing import BrokenError, Stream
 from data_prep.reading import Aside, Reading, Skipped, shown
 
 _BUFFER = 1 << 20
@@ -75,7 +75,7 @@ class _Reader:
     def _at(self, offset: int, unit: str = "byte") -> str:
         return f"{unit} {offset}" + (" of its text" if self._source.packing else "")
 
-    def _encoding(self, stream: io.BufferedReader) -> str:
+    def _encoding(self, stream: Stream) -> str:
         """The encoding of a file of lines or separators, told from its beginning if it is not given."""
         if self._reading.encoding != AUTO:
             return self._reading.encoding
@@ -86,7 +86,7 @@ class _Reader:
 
     # --- jsonl
 
-    def _lines(self, stream: io.BufferedReader) -> Iterator[str]:
+    def _lines(self, stream: Stream) -> Iterator[str]:
         encoding, key = self._encoding(stream), self._reading.text_key
         offset = self._piece.start
         try:
@@ -151,7 +151,7 @@ class _Reader:
 
     # --- txt
 
-    def _whole(self, stream: io.BufferedReader) -> Iterator[str]:
+    def _whole(self, stream: Stream) -> Iterator[str]:
         try:
             content = stream.read(self._limit + 1)
         except BrokenError as broken:
@@ -162,7 +162,7 @@ class _Reader:
             return
         yield from self._plain(content, 0, self._reading.encoding)
 
-    def _between_separators(self, stream: io.BufferedReader) -> Iterator[str]:
+    def _between_separators(self, stream: Stream) -> Iterator[str]:
         encoding = self._encoding(stream)
         separator = self._reading.separator.encode(encoding)
         offset = self._piece.start
@@ -219,7 +219,7 @@ def _check_unchanged(source: Source) -> None:
         )
 
 
-def _rest_of_line(stream: io.BufferedReader, at_most: int) -> int:
+def _rest_of_line(stream: Stream, at_most: int) -> int:
     """Go to the end of the line, or by somewhat more than `at_most` bytes; returns by how many."""
     count = 0
     while count < at_most and (part := stream.readline(_BUFFER)):

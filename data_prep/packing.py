@@ -10,7 +10,7 @@ import io
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -21,13 +21,14 @@ else:
     from backports import zstd
 
 CHUNK = 1 << 18
+Stream: TypeAlias = "io.BufferedReader[Any]"
 
 
 class BrokenError(Exception):
     """A packed file goes on otherwise than it should, or not at all."""
 
 
-def unpacked(file: io.BufferedReader, packing: str) -> io.BufferedReader:
+def unpacked(file: Stream, packing: str) -> Stream:
     """A stream of what is in `file`, packed as "gz" or "zst". Reading it raises BrokenError at the place of a break."""
     return io.BufferedReader(_Stream(_PACKINGS[packing](file)), CHUNK)
 
@@ -57,7 +58,7 @@ class _Stream(io.RawIOBase):
         return count
 
 
-def _gz(file: io.BufferedReader) -> Iterator[bytes]:
+def _gz(file: Stream) -> Iterator[bytes]:
     left = file.read(CHUNK)
     members = 0
     while left or not members:
@@ -90,7 +91,7 @@ def _gz_problem(error: str, members: int) -> str:
     return f"it is damaged here ({error.partition(': ')[2] or error})"
 
 
-def _zst(file: io.BufferedReader) -> Iterator[bytes]:
+def _zst(file: Stream) -> Iterator[bytes]:
     left = file.read(CHUNK)
     frames = 0
     while left or not frames:
@@ -121,4 +122,4 @@ def _zst_problem(error: str, frames: int) -> str:
     return f"it is damaged here ({error.partition(': ')[2] or error})"
 
 
-_PACKINGS: dict[str, Callable[[io.BufferedReader], Iterator[bytes]]] = {"gz": _gz, "zst": _zst}
+_PACKINGS: dict[str, Callable[[Stream], Iterator[bytes]]] = {"gz": _gz, "zst": _zst}

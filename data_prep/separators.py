@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
+
+from data_prep.packing import Stream
 
 _CHUNK = 1 << 20
 
 
-def cut(
-    stream: io.BufferedReader, start: int, stop: int, separator: bytes, limit: int
-) -> Iterator[tuple[int, bytes | None]]:
+def cut(stream: Stream, start: int, stop: int, separator: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """(offset, content) of the documents that start from byte `start` of the stream on and before `stop`; None for
     the content of what is longer than `limit`, which is never held.
 

@@ -107,9 +107,7 @@ def take(run_folder: Path, attempt: str) -> Generation:
     """
     folder = run_folder / "generations"
     folder.mkdir(parents=True, exist_ok=True)
-    newest = _newest(folder)
-    if newest:
-        _wait_until_gone(folder, newest, attempt)
+    newest = wait_until_gone(run_folder, attempt)
     number = newest + 1
     who = {"host": socket.gethostname(), "pid": os.getpid(), "attempt": attempt, "time": time.time()}
     if not durable.create(folder / f"{number:06d}.json", json.dumps(who).encode()):
@@ -126,12 +124,21 @@ def is_held(run_folder: Path) -> bool:
     return newest > 0 and not (folder / f"{newest:06d}.done").exists()
 
 
-def _wait_until_gone(folder: Path, number: int, attempt: str) -> None:
+def wait_until_gone(run_folder: Path, attempt: str) -> int:
+    """The newest generation of a run folder, whose holder is gone; 0 if there was none yet.
+
+    Raises:
+        ValueError: its holder is alive.
+    """
+    folder = run_folder / "generations"
+    number = _newest(folder)
+    if not number:
+        return 0
     holder = _holder(folder, number)
     if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), attempt):
-        return
+        return number
     if holder.get("host") == socket.gethostname() and not _runs(holder.get("pid", 0)):
-        return
+        return number
     print(f"{_who(folder, number)} did not say that it left: watching it for {WATCH_S:.0f} s", flush=True)
     before = _beats(folder, number)
     deadline = time.monotonic() + WATCH_S
@@ -143,7 +150,8 @@ def _wait_until_gone(folder: Path, number: int, attempt: str) -> None:
                 "this run another --run.name"
             )
         if (folder / f"{number:06d}.done").exists():
-            return
+            break
+    return number
 
 
 def _is_next_start(before: str, now: str) -> bool:
