@@ -49,14 +49,14 @@ class Source:
 
     @property
     def kind(self) -> Literal["txt", "jsonl", "parquet"]:
-        name = self.path.name.lower().removesuffix(".gz").removesuffix(".zst")
+        name = self.name.lower().removesuffix(".gz").removesuffix(".zst")
         return "jsonl" if name.endswith(".jsonl") else "txt" if name.endswith(".txt") else "parquet"
 
     @property
     def packing(self) -> str:
         """ "gz", "zst", or "" for none."""
-        last = self.path.suffix.lower()[1:]
-        return last if last in ("gz", "zst") else ""
+        name = self.name.lower()
+        return "gz" if name.endswith(".gz") else "zst" if name.endswith(".zst") else ""
 
 
 @dataclass(frozen=True)
