@@ -98,9 +98,9 @@ class _Reader:
                 start = offset
                 offset += len(line)
                 if len(line) > self._limit:
+                    self._bad(self._at(start, "line at byte"), *too_long(self._reading, "jsonl"))
                     if not line.endswith(b"\n"):
                         offset += _rest_of_line(stream, self._stop - offset)
-                    self._bad(self._at(start, "line at byte"), *too_long(self._reading, "jsonl"))
                     continue
                 try:
                     text = orjson.loads(line if encoding == "utf-8" else line.decode(encoding))[key]

@@ -140,7 +140,7 @@ def _explain(content: bytes, error: UnicodeDecodeError, encoding: str) -> NoRetu
     start = error.start
     found = f"byte 0x{content[start]:02x}"
     line = content[content.rfind(b"\n", 0, start) + 1 :]
-    if _by_mark(content):
+    if _by_mark(content) and not is_wide(encoding):
         raise UndecodableError(start, f"this is {_by_mark(content)}") from None
     if encoding not in ("utf-8", AUTO):
         if _valid(content, "utf-8"):

@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from errno import ENOENT
+from errno import ENAMETOOLONG, ENOENT
 from fnmatch import fnmatchcase
 from glob import has_magic
 from itertools import accumulate
@@ -105,9 +105,9 @@ def _found(path: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        if path.is_symlink():
+        if error.errno != ENAMETOOLONG and path.is_symlink():
             return path.parent, iter([path])  # one that leads nowhere: told where files are opened
-        if has_magic(str(path)):
+        if error.errno != ENAMETOOLONG and has_magic(str(path)):
             return _matching(path, aside)
         why = f" ({error.strerror})" if error.errno != ENOENT else ""
         raise ValueError(f"no such input: {shown(path)}{why}") from None
