@@ -74,7 +74,8 @@ def create(path: Path, content: bytes) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return False
+            # On NFS it may be our own: the answer was lost, and the client asked once more.
+            return os.stat(temporary).st_nlink > 1
     except OSError as error:
         raise explained(error, path) from error
     finally:
