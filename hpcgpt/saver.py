@@ -33,6 +33,7 @@ from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
 POLL_S = 0.005
+LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
@@ -133,10 +134,11 @@ class Saver:
         return None if problem is None else self._ended(problem)
 
     def finish(self, alive: Callable[[], None]) -> Saved | None:
-        """Wait for the save that is under way, if one is; `alive` is called while it lasts."""
+        """Wait for the save that is under way, if one is; `alive` is called while it lasts, up to LONGEST_S."""
         started_at = time.monotonic()
         while self.busy:
-            alive()
+            if time.monotonic() - self._began_at < LONGEST_S:
+                alive()
             problem = self._advance()
             if problem is not None:
                 self._stall_s += time.monotonic() - started_at

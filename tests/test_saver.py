@@ -86,6 +86,19 @@ def test_waiting_says_that_it_is_alive(checkpoints: Path, held: Generation) -> N
     assert len(calls) > 2
 
 
+def test_waiting_for_a_disk_that_never_answers_is_no_life(
+    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpcgpt.saver.LONGEST_S", 0.5)
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, lambda: time.sleep(2))
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    began_at = time.monotonic()
+    calls: list[float] = []
+    assert its.finish(lambda: calls.append(time.monotonic())) is not None
+    assert calls
+    assert calls[-1] - began_at < 1.5 < time.monotonic() - began_at
+
+
 def test_never_two_saves_at_once(checkpoints: Path, held: Generation) -> None:
     gate = threading.Event()
     its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, gate.wait)
