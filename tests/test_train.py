@@ -118,5 +118,6 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_sees_the_same_samples(ti
     whole = rows(tmp_path / "runs" / "whole" / "metrics.jsonl")
     elastic_rows = rows(folder / "metrics.jsonl")
     assert [(row["step"], row["samples"]) for row in elastic_rows] == [(row["step"], row["samples"]) for row in whole]
+    # Wrong samples change the third digit. The corpus is this program, so each change of it rounds differently.
     for key in ("train/loss", "train/grad_norm"):
-        assert [row[key] for row in elastic_rows] == pytest.approx([row[key] for row in whole], rel=1e-5)
+        assert [row[key] for row in elastic_rows] == pytest.approx([row[key] for row in whole], rel=1e-4)
