@@ -7,9 +7,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,38 @@ def command(module: str, *arguments: str, env: dict[str, str] | None = None, tim
     """Run ``python -m module arguments`` to its end, as a user would."""
     return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=cwd,
                           env=clean_env() | (env or {}), timeout=timeout_s, check=False)  # fmt: skip
+
+
+def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module arguments`` as that many ranks on this host, each told its place as by torchrun.
+
+    torchrun itself is one more process with torch in it. When one rank fails the others are ended, as it would;
+    on a timeout none of them is left. The status is the first one that is not 0.
+    """
+    run_id = secrets.token_hex(4)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        running = []
+        for rank in range(count):
+            place = {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                     "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
+            env = clean_env() | {"OMP_NUM_THREADS": "1"} | place
+            words = [sys.executable, "-m", module, *arguments]
+            running.append(subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=env))
+        try:
+            deadline = time.monotonic() + timeout_s
+            while any(rank.poll() is None for rank in running):
+                if any(rank.poll() for rank in running):
+                    time.sleep(5)  # they may end by themselves, and say why
+                    break
+                assert time.monotonic() < deadline, f"{module} still ran after {timeout_s} s"
+                time.sleep(0.02)
+        finally:
+            for rank in running:
+                rank.kill()
+                rank.wait()
+        status = next((rank.returncode for rank in running if rank.returncode), 0)
+        said = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+    return subprocess.CompletedProcess([module, *arguments], status, *said)
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, clean_env, tensors, torchrun
+from conftest import ROOT, clean_env, on_ranks, tensors
 from ranks_checkpoint import content, trained
 from ranks_killed import ALONE
 from safetensors.torch import load_file
@@ -334,7 +334,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
         full = []
         with suppress(pytest.skip.Exception):  # where nothing can be mounted, that one test is skipped
             full.append(str(stack.enter_context(small_disk(folder.parent / "disk", "40k"))))
-        done = torchrun(2, "tests.ranks_checkpoint", str(folder), *full)
+        done = on_ranks(2, "tests.ranks_checkpoint", str(folder), *full)
         assert done.returncode == 0, done.stderr
         yield folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
