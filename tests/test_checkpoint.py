@@ -90,6 +90,16 @@ def test_setting_aside_loses_nothing_and_says_why(three: Path, capfd: pytest.Cap
     assert capfd.readouterr().err == told
 
 
+def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (three / "step_000000012").rename(mine)
+    (three / "step_000000012").symlink_to(mine)
+    before = sorted(path.name for path in mine.iterdir())
+    checkpoint.set_aside(three / "step_000000012", "a reason", 7)
+    assert (three / "damaged_step_000000012.g0007").readlink() == mine
+    assert sorted(path.name for path in mine.iterdir()) == before
+
+
 # --- the command -----------------------------------------------------------------------------------
 
 

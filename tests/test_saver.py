@@ -47,6 +47,7 @@ def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, hel
     """Also of the next save, which copies into the same memory."""
     its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
     weight = torch.zeros(1000)
+    places = []
     for step in (4, 8):
         weight.fill_(float(step))
         assert its.begin(state(step), {WEIGHT: weight, "rng/0/cpu": torch.get_rng_state()}) is None
@@ -56,6 +57,8 @@ def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, hel
         assert saved is not None
         assert (saved.problem, saved.step) == ("", step)
         assert not its.busy
+        places.append(its._copies[WEIGHT].data_ptr())
+    assert places[0] == places[1], "fresh memory costs more than the copying"
     for step in (4, 8):
         found = load_file(checkpoints / f"step_{step:09d}" / SHARE)
         assert found[WEIGHT].eq(step).all()
@@ -375,6 +378,20 @@ def test_nothing_is_published_before_every_rank_has_written_its_share(two_ranks:
     for rank in told:
         assert rank["behind"] == {"waits": True, "unpublished": True, "second stage": True, "problem": "", "step": 12,
                                   "idle": True, "as it was": True}  # fmt: skip
+
+
+def test_both_ranks_choose_the_same_though_one_alone_finds_the_damage_or_sees_less(two_ranks: Two) -> None:
+    folder, told = two_ranks
+    assert [rank["whole"] for rank in told] == [str(folder / "checkpoints/step_000000004")] * 2
+    reasons = {path.parent.name: path.read_text() for path in folder.glob("checkpoints/damaged_*/REASON.txt")}
+    assert reasons == {
+        f"damaged_step_{step:09d}.g0001":
+            f"the checksum of tensors_0000{share}_of_00002.safetensors is not the one in the manifest\n"
+        for step, share in ((12, 0), (8, 1))
+    }  # fmt: skip
+    assert told[0]["unseen"] == told[1]["unseen"]
+    assert "No such file or directory: " in told[0]["unseen"]
+    assert "elsewhere/step_000000012" in told[0]["unseen"]
 
 
 def test_one_process_loads_what_two_ranks_saved_and_keeps_its_own_generator(two_ranks: Two) -> None:
