@@ -57,8 +57,9 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
         told["evaluations"].append(counts["alive"] - before)
         return figures
 
-    def stepping(_: object) -> None:
+    def stepping(attempt: loop.Attempt) -> None:
         told["threads"] = sorted(thread.name for thread in threading.enumerate())
+        told["watched"] = not attempt._watchdog._off.is_set()
 
     def leave(status: int) -> None:
         told["left_at"], told["status"] = time.monotonic(), status

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, on_ranks, rows
 from ranks_loop import SLOW_S
 
-from hpcgpt import runfolder
+from hpcgpt import generation, runfolder
 from hpcgpt.runfolder import AGAIN, FINISHED
 
 Told = list[dict[str, Any]]  # by rank
@@ -102,6 +102,7 @@ def test_the_watchdog_hears_of_every_round_of_an_evaluation(finished: Told) -> N
 def test_every_rank_is_watched_and_looks_for_a_newer_generation(stopped: Told) -> None:
     assert {"watchdog", "heartbeat"} <= set(stopped[0]["threads"])
     assert {"watchdog", "generation"} <= set(stopped[1]["threads"])
+    assert [rank["watched"] for rank in stopped] == [True, True]
 
 
 def test_rank_0_alone_looks_for_the_stop_file(run: Path, stopped: Told) -> None:
@@ -116,3 +117,4 @@ def test_no_rank_leaves_before_rank_0_has_told_everything(run: Path, stopped: To
     ended = runfolder.read_exit(run)
     assert ended is not None
     assert (ended.status, ended.step, ended.saved) == (FINISHED, 12, True)
+    assert not generation.is_held(run), "the next attempt would watch for this one"

@@ -10,6 +10,7 @@ import pytest
 from conftest import command, rows
 
 from hpcgpt import config, runfolder
+from hpcgpt.excluded import bad_hosts
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
 from hpcgpt.requeue import Before, Decision, decide, decide_early, so_far
@@ -490,6 +491,13 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
     ]  # fmt: skip
     known = json.loads((run / "excluded_nodes.json").read_text())
     assert [entry["host"] for entry in known] == ["n2", "n4", "n3"]
+
+
+def test_only_stragglers_of_the_newest_start_are_bad() -> None:
+    """Those before were judged then; a person may have taken one out of the list since."""
+    before = {"event": "straggler", "host": "n1", "factor": 9.0}
+    assert bad_hosts(None, [START, before, START, before | {"host": "n2"}], 2.0) == {
+        "n2": "steps took 9.0 times as long as usual"}  # fmt: skip
 
 
 def test_only_so_many_hosts_are_remembered_and_the_oldest_goes(slurm: FakeSlurm, run: Path) -> None:
