@@ -32,6 +32,8 @@ class Documents:
     width: Width
     marker: int
     most: int
+    _starts_with_mark: bool | None = None
+    _ends_with_mark: bool = False
     _unfinished: list[Tokens] = field(default_factory=list)
     _waiting: int = 0
     _marks: _Borders = field(default_factory=lambda: _Borders())
@@ -40,7 +42,16 @@ class Documents:
     @property
     def empty(self) -> int:
         """How many documents had nothing in them."""
-        return self._cuts.doubled if len(self._cuts.last) else self._marks.doubled
+        return self._cuts.doubled if self._cuts.count else self._marks.doubled
+
+    @property
+    def convention(self) -> str:
+        """Where the end-of-text id stood in what was read, in words."""
+        if not self._marks.count:
+            return "nowhere"
+        if self._starts_with_mark or self._ends_with_mark:
+            return "before each document" if self._starts_with_mark else "behind each document"
+        return "between documents, of which the first and the last may be parts"
 
     def add(self, piece: Piece) -> Block:
         """The documents that end in `piece`: their tokens, end-of-text first (n,), and their lengths (k,).
@@ -51,6 +62,10 @@ class Documents:
         marks = np.flatnonzero(piece.tokens == self.marker)
         kept = np.delete(piece.tokens, marks)
         self._check(piece, kept)
+        if len(piece.tokens):
+            ends = piece.tokens[[0, -1]] == self.marker
+            self._starts_with_mark = bool(ends[0]) if self._starts_with_mark is None else self._starts_with_mark
+            self._ends_with_mark = bool(ends[1])
         # From here on places are among the tokens that are kept.
         cuts = piece.cuts - np.searchsorted(marks, piece.cuts)
         marks = marks - np.arange(len(marks))
@@ -66,7 +81,7 @@ class Documents:
 
     def rest(self) -> Block:
         """The last document, which ended with the stream."""
-        if len(self._cuts.last):
+        if self._cuts.count:
             self._cuts.add(np.zeros(1, np.int64), 0)
         return self._taken(self._waiting, np.array([self._waiting] if self._waiting else [], dtype=np.int64))
 
@@ -112,13 +127,15 @@ class Documents:
 
 @dataclass
 class _Borders:
-    """Counts borders that are side by side: between them is a document with nothing in it."""
+    """Counts borders, and those that are side by side: between them is a document with nothing in it."""
 
+    count: int = 0
     doubled: int = 0
     last: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def add(self, places: NDArray[np.int64], tokens: int) -> None:
         """Borders at these places, in order, of a piece of so many tokens."""
+        self.count += len(places)
         places = np.concatenate([self.last, places])
         self.doubled += int((np.diff(places) == 0).sum())
         self.last = places[-1:] - tokens

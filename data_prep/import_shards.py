@@ -14,7 +14,6 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -35,6 +34,25 @@ VALIDATION = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How tokens of a `kind` are read: `marker` is their end-of-text id, `split` is what all of them are, if given."""
+
+    kind: str
+    tokenizer: Tokenizer
+    marker: int
+    shard_tokens: int
+    split: str | None = None
+
+    @property
+    def width(self) -> Width:
+        narrow = shards.WIDTHS["uint16"]
+        return narrow if self.tokenizer.vocab_size <= narrow.most_ids else shards.WIDTHS["uint32"]
+
+    def documents(self) -> Documents:
+        return Documents(self.tokenizer, self.width, self.marker, self.shard_tokens)
+
+
+@dataclass(frozen=True)
 class Source:
     """A file of tokens, and the split that it belongs to."""
 
@@ -51,15 +69,13 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--end-of-text {marker}: expected an id, 0 or more")
     if not 2 <= options.shard_tokens <= shards.MOST_TOKENS:
         raise ValueError(f"--shard-tokens {options.shard_tokens:,}: expected 2 to {shards.MOST_TOKENS:,}")
-    sources = find(options.INPUT, options.kind, options.split)
-    width = shards.WIDTHS["uint16" if tokens.vocab_size <= shards.WIDTHS["uint16"].most_ids else "uint32"]
+    recipe = Recipe(options.kind, tokens, marker, options.shard_tokens, options.split)
     out = Path(options.out)
-    manifest = make(out, sources, options.kind, tokens, width, marker, options.shard_tokens, options.split)
-    _summary(out, manifest, tokens)
+    _summary(out, make(out, find(options.INPUT, recipe), recipe), tokens)
     return 0
 
 
-def find(inputs: Sequence[str], kind: str, split: str | None) -> list[Source]:
+def find(inputs: Sequence[str], recipe: Recipe) -> list[Source]:
     """The .bin files that `inputs` name, those of folders in the order of their names.
 
     Raises:
@@ -73,7 +89,7 @@ def find(inputs: Sequence[str], kind: str, split: str | None) -> list[Source]:
             if not files:
                 raise ValueError(f"{path}: no .bin files in this folder")
             found += files
-        elif kind == "megatron":
+        elif recipe.kind == "megatron":
             found.append(path.with_suffix(".bin") if path.suffix == ".idx" else _bin_of(path))
         else:
             found.append(path)
@@ -85,25 +101,16 @@ def find(inputs: Sequence[str], kind: str, split: str | None) -> list[Source]:
             raise ValueError(f"{path} is named twice")
         seen.add(path.resolve())
     return [
-        Source(path, split or ("val" if VALIDATION.search(path.stem) else "train"), path.stat().st_size)
+        Source(path, recipe.split or ("val" if VALIDATION.search(path.stem) else "train"), path.stat().st_size)
         for path in found
     ]
 
 
-def make(
-    out: Path,
-    sources: list[Source],
-    kind: str,
-    tokens: Tokenizer,
-    width: Width,
-    marker: int,
-    shard_tokens: int,
-    split: str | None,
-) -> Manifest:
+def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
     """Make the data set `out` from `sources`.
 
     Raises:
-        ValueError: the folder is not empty, or a file is not what `kind` says.
+        ValueError: the folder is not empty, or a file is not what the recipe says.
         OSError: a file could not be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -114,28 +121,28 @@ def make(
         raise ValueError(f"{out}: another import is writing here")
     made: list[Shard] = []
     empty = 0
+    size = sum(source.bytes for source in sources)
     try:
-        with tqdm(
-            total=sum(s.bytes for s in sources), unit="B", unit_scale=True, disable=not sys.stderr.isatty()
-        ) as bar:
-            for name in ("train", "val"):
-                pieces = _pieces([s.path for s in sources if s.split == name], kind, bar)
-                documents = Documents(tokens, width, marker, shard_tokens)
-                _write(out, name, _blocks(documents, pieces), documents, made)
+        with tqdm(total=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+            for split in ("train", "val"):
+                documents, paths = recipe.documents(), [s.path for s in sources if s.split == split]
+                _write(out, split, _blocks(documents, _pieces(paths, recipe.kind, bar)), documents, made)
                 empty += documents.empty
+                if paths:
+                    print(f"{split:5}  {len(paths)} files, end-of-text {recipe.marker} {documents.convention}")
         if not made:
             raise ValueError("there is not one document in these files")
-        tokenizer.save(tokens, out / "tokenizer")
-        rule = f"everything is {split}" if split else "val if the file is named so, else train"
-        inputs = [{"name": str(s.path), "bytes": s.bytes, "format": kind, "split": s.split} for s in sources]
-        return shards.write_manifest(out, width.name, tokens.describe(), inputs, rule, {"empty": empty}, made)
+        tokenizer.save(recipe.tokenizer, out / "tokenizer")
+        rule = f"everything is {recipe.split}" if recipe.split else "val if the file is named so, else train"
+        inputs = [{"name": str(s.path), "bytes": s.bytes, "format": recipe.kind, "split": s.split} for s in sources]
+        about = recipe.tokenizer.describe()
+        return shards.write_manifest(out, recipe.width.name, about, inputs, rule, {"empty": empty}, made)
     except BaseException:
         for path in (out / f"{shard.name}{suffix}" for shard in made for suffix in (".bin", ".idx")):
             path.unlink(missing_ok=True)
         raise
     finally:
-        with suppress(FileNotFoundError):
-            claim.unlink()
+        claim.unlink(missing_ok=True)
 
 
 def _bin_of(path: Path) -> Path:
@@ -196,10 +203,9 @@ def _tables(tokens: Tokenizer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _summary(out: Path, manifest: Manifest, tokens: Tokenizer) -> None:
     for name in manifest.splits:
         of = [shard for shard in manifest.shards if shard.split == name]
-        files = [row for row in manifest.inputs if row["split"] == name]
         print(
             f"{name:5}  {sum(s.tokens for s in of):,} tokens in {sum(s.documents for s in of):,} documents, "
-            f"{len(of)} shards, from {len(files)} files"
+            f"{len(of)} shards, end-of-text {tokens.end_of_text} before each document"
         )
     if manifest.counts["empty"]:
         print(f"left out: {manifest.counts['empty']:,} documents with nothing in them")

@@ -286,13 +286,14 @@ def _summary_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _page_lines(found: dict[str, Any]) -> Iterator[str]:
+    first, last = found["first_token"], found["first_token"] + found["tokens"] - 1
     yield (
         f"document {found['document']:,} of {found['split']}: {found['shard']}, its document "
-        f"{found['document_in_shard']:,}, tokens {found['first_token']:,} to {found['first_token'] + found['tokens'] - 1:,}; "
-        f"page {found['page']:,} of {found['pages']:,}"
+        f"{found['document_in_shard']:,}, tokens {first:,} to {last:,}; page {found['page']:,} of {found['pages']:,}"
     )
     # What a terminal would obey is shown and not sent.
-    yield "".join(ascii(c)[1:-1] if category(c) == "Cc" and c not in "\n\t" else c for c in found["text"])
+    shown = (ascii(c)[1:-1] if category(c) == "Cc" and c not in "\n\t" else c for c in found["text"])
+    yield "".join(shown)
 
 
 def _histogram_lines(found: dict[str, Any]) -> Iterator[str]:
