@@ -186,7 +186,7 @@ class _SplitOutput:
         while first < len(lengths):
             room = self.recipe.shard_tokens - (self._writer.tokens if self._writer else 0)
             last = int(np.searchsorted(ends, start + room, side="right"))
-            if last == first and self._writer and self._writer.tokens:
+            if last <= first and self._writer and self._writer.tokens:
                 self._close()
                 continue
             last = max(last, first + 1)  # a document larger than a shard has one of its own

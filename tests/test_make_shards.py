@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import regex
 from conftest import ROOT, clean_env, command
 
-from data_prep import inputs, make_shards, verify
+from data_prep import duplicates, inputs, make_shards, placing, share, verify
+from data_prep.share import Share
 from hpcgpt import shard_reader, shards, tokenizer
 
 CHINESE = "萧炎,斗之力,三段。\n“三十年河东,三十年河西,莫欺少年穷!”\n"
@@ -151,11 +153,34 @@ def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path
 # --- whoever makes them, however often it is killed ------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, 7])
 def test_the_number_of_workers_changes_no_byte(workers: int, options: list[str], whole: Path, tmp_path: Path) -> None:
     done = make(*options, "--workers", str(workers), out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "out") == files(whole)
+
+
+def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole: Path, tmp_path: Path) -> None:
+    """Tasks 4 and 0 to 3 one after the other, then all at once: whoever is last writes the manifest."""
+    for name, together in (("in turn", False), ("at once", True)):
+        out = tmp_path / name
+        running = []
+        for task in (4, 0, 1, 2, 3):
+            assert not (out / "manifest.json").exists() or together
+            process = make_task(options, out, task, 5)
+            running.append(process)
+            if not together:
+                process.wait()
+        said = [process.communicate(timeout=120)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * 5, said
+        assert sum("complete in" in text for text in said) == 1
+        assert files(out) == files(whole)
+
+
+def make_task(options: list[str], out: Path, task: int, tasks: int) -> subprocess.Popen[str]:
+    shared = ["--task", str(task), "--tasks", str(tasks), "--workers", "1", "--out", str(out)]
+    return subprocess.Popen([sys.executable, "-m", "data_prep.make_shards", *options, *shared], cwd=ROOT,
+                            env=clean_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 @contextmanager
@@ -197,7 +222,7 @@ def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
     out = tmp_path / "out"
     chance = random.Random(workers)
     half_done = False
-    for units in (0, 1, 1, 2, 3):
+    for units in (0, 0, 1, 1, 1, 2, 2, 2, 3, 3):
         with started(options, out, workers) as process:
             wait_until_finished(out, process, units)
             time.sleep(chance.uniform(0, 0.1))
@@ -277,6 +302,166 @@ def test_ctrl_c_ends_with_status_130_and_without_a_traceback(options: list[str],
     assert "Traceback" not in said
     assert make(*options, out=out).returncode == 0
     assert files(out) == files(whole)
+
+
+# --- what is left out ------------------------------------------------------------------------------
+
+
+def in_shards(out: Path) -> list[str]:
+    """Every document of a data set, split by split, with its split's name before it."""
+    manifest = shards.read_manifest(out)
+    words = tokenizer.load(out / "tokenizer", manifest.tokenizer["fingerprint"])
+    found = []
+    for shard in manifest.shards:
+        ids = shard_reader.open_tokens(out / f"{shard.name}.bin")
+        lengths = shards.document_lengths((out / f"{shard.name}.idx").read_bytes())
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            assert ids[end - length] == words.end_of_text
+            found.append(f"{shard.split}: " + words.encoding.decode(ids[end - length + 1 : end].tolist()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """4 MB of jsonl in which documents come again: beside each other, and in other units. And its texts."""
+    chance = random.Random(3)
+    fresh = [" ".join(chance.choices(["alpha", "beta", "gamma", "萧炎", "x"], k=chance.randint(1, 900)))
+             for _ in range(1000)]  # fmt: skip
+    texts = [chance.choice(fresh) for _ in range(2000)]
+    path = tmp_path_factory.mktemp("copies") / "copies.jsonl"
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    return path, texts
+
+
+@pytest.mark.parametrize("at_once", [None, 100])
+def test_of_equal_documents_the_first_stays(
+    at_once: int | None, copies: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the hashes do not fit the memory at once, and are compared range by range."""
+    path, texts = copies
+    if at_once:
+        monkeypatch.setattr(duplicates, "ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr(duplicates, "CHUNK_TOKENS", 1000)
+    flags = ["--val-fraction", "0.1", "--unit-mb", "1", "--workers", "1"]
+    assert make_shards.main([str(path), "--out", str(tmp_path / "out"), "--dedup", "exact", *flags]) == 0
+    assert make_shards.main([str(path), "--out", str(tmp_path / "all"), *flags]) == 0
+    everything = in_shards(tmp_path / "all")
+    assert len(everything) == len(texts)
+    assert in_shards(tmp_path / "out") == list(dict.fromkeys(everything))
+    assert verify.verify(tmp_path / "out", shards.read_manifest(tmp_path / "out")) == []
+    manifest = shards.read_manifest(tmp_path / "out")
+    assert manifest.counts["duplicates"] == len(texts) - len(set(texts))
+    assert sum(shard.characters for shard in manifest.shards) == sum(map(len, set(texts)))
+    assert sum(shard.text_bytes for shard in manifest.shards) == sum(len(text.encode()) for text in set(texts))
+    assert len(shards.read_manifest(tmp_path / "all").shards) > 4
+
+
+def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
+    copies: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each of the files that are written or moved once all units are finished."""
+    arguments = [
+        str(copies[0]),
+        "--dedup",
+        "exact",
+        "--val-fraction",
+        "0.1",
+        "--unit-mb",
+        "1",
+        "--workers",
+        "1",
+        "--out",
+    ]
+    assert make_shards.main([*arguments, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    left = 0
+
+    def count_down(real: Callable[..., Any]) -> Callable[..., Any]:
+        def hit(*given: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return real(*given, **named)
+
+        return hit
+
+    for module, name in ((placing, "_move"), (duplicates, "_kept"), (duplicates, "_remove_replaced")):
+        monkeypatch.setattr(module, name, count_down(getattr(module, name)))
+    kills = 0
+    while not (out / "manifest.json").exists():
+        left = kills + 1
+        try:
+            make_shards.main([*arguments, str(out)])
+        except Killed:
+            kills += 1
+    assert kills > 10
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_documents_shorter_than_asked_are_left_out_and_counted(tmp_path: Path) -> None:
+    lines = ["ab", "萧炎", "萧炎,斗", "abcd"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    flags = ("--min-characters", "4", "--val-fraction", "0")
+    done = make(tmp_path / "a.jsonl", *flags, out=tmp_path / "out")
+    assert in_shards(tmp_path / "out") == ["train: 萧炎,斗", "train: abcd"]
+    assert "left out: 2 too short" in done.stdout
+
+
+@pytest.mark.parametrize("most", [1, 500, 3000])
+def test_a_full_shard_is_followed_by_another_and_no_document_is_split(
+    most: int, copies: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """A document larger than a shard has one of its own."""
+    flags = ["--val-fraction", "0.1", "--unit-mb", "2", "--workers", "1", "--shard-tokens", str(most)]
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(copies[0].read_text().splitlines(keepends=True)[:300]))
+    assert make_shards.main([str(path), "--out", str(tmp_path / "out"), *flags]) == 0
+    made = shards.read_manifest(tmp_path / "out").shards
+    assert all(shard.tokens <= most or shard.documents == 1 for shard in made)
+    assert [shard.name for shard in made] == sorted(
+        f"{split}_{number:06d}"
+        for split in ("train", "val")
+        for number in range(sum(shard.split == split for shard in made))
+    )
+    assert all(a.split != b.split or a.tokens + b.tokens > most for a, b in pairwise(made))
+    assert verify.verify(tmp_path / "out", shards.read_manifest(tmp_path / "out")) == []
+    assert make_shards.main([str(path), "--out", str(tmp_path / "one"), *flags[:-1], "2000000"]) == 0
+    assert in_shards(tmp_path / "out") == in_shards(tmp_path / "one")
+
+
+def test_uint32_shards_hold_the_same_documents(copies: tuple[Path, list[str]], tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(copies[0].read_text().splitlines(keepends=True)[:50]))
+    for dtype in ("uint16", "uint32"):
+        assert make_shards.main([str(path), "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
+    assert in_shards(tmp_path / "uint32") == in_shards(tmp_path / "uint16")
+    assert shard_reader.open_tokens(tmp_path / "uint32" / "train_000000.bin").dtype == np.uint32
+
+
+# --- two at once -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "tasks", "refused"), [(0, 1, True), (1, 2, True), (11, 20, True), (3, 5, False)])
+def test_two_runs_into_one_folder_are_refused_where_their_shares_overlap(
+    task: int, tasks: int, refused: bool, options: list[str], tmp_path: Path
+) -> None:
+    """This process holds share 1 of 5: task 1 of 2 would do the same units sometime, and so would 11 of 20."""
+    out = tmp_path / "out"
+    make_task(options, out, 4, 5).communicate()
+    with share.taken(out, Share(1, 5)):
+        second = make(*options, "--task", str(task), "--tasks", str(tasks), out=out)
+    if refused:
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"error: {out} is being made already")
+        assert f"pid {os.getpid()}" in second.stderr
+    else:
+        assert second.returncode == 0, second.stderr
+    assert make(*options, out=out).returncode == 0
 
 
 # --- what is there already -------------------------------------------------------------------------
