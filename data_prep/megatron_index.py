@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from hpcgpt.shards import IDX_MAGIC, IDX_VERSION
 
+PIECE_SEQUENCES = 1 << 20  # a piece has as many at most, and a document at least
 HEAD_BYTES = len(IDX_MAGIC) + struct.calcsize("<QBQQ")
 # Megatron's codes. The two floating-point ones are known so that they can be refused by name.
 DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
@@ -123,8 +124,8 @@ class Index:
         """The sequences that documents start ... stop - 1 begin with; border number `documents` is the end."""
         return self._file.read("<i8", self._borders + 8 * start, stop - start)
 
-    def pieces(self, bin_bytes: int, most: int = 1 << 20) -> Iterator[Documents]:
-        """All documents, at most so many sequences at a time and one document at least, every number checked.
+    def pieces(self, bin_bytes: int) -> Iterator[Documents]:
+        """All documents, a piece at a time, every number checked.
 
         Raises:
             ValueError: borders that go back or do not cover all sequences, a length below 0, a place outside
@@ -133,14 +134,14 @@ class Index:
         document = at = 0
         left = bin_bytes // np.dtype(self.dtype).itemsize
         while document < self.documents:
-            borders = self.borders(document, min(document + most, self.documents) + 1)
+            borders = self.borders(document, min(document + PIECE_SEQUENCES, self.documents) + 1)
             steps = np.diff(borders)
             if borders[0] != at or (steps < 0).any() or borders[-1] > self.sequences:
                 raise ValueError(
                     f"{self._file.path}: the borders of documents {document:,} to {document + len(steps) - 1:,} are "
                     f"not in order within its {self.sequences:,} sequences"
                 )
-            count = max(1, int(np.searchsorted(borders, at + most, side="right")) - 1)
+            count = max(1, int(np.searchsorted(borders, at + PIECE_SEQUENCES, side="right")) - 1)
             stop = int(borders[count])
             lengths, places = self._checked(at, stop, bin_bytes)
             left -= int(lengths.sum())
