@@ -165,9 +165,8 @@ def page_text(vocabulary: Tokenizer, document: Tokens, number: int) -> str:
     first, stop = (number - 1) * PAGE_TOKENS, number * PAGE_TOKENS
     here = b"".join(token_bytes(vocabulary, token) for token in document[first:stop].tolist())
     behind = b"".join(token_bytes(vocabulary, token) for token in document[stop : stop + 3].tolist())
-    if first:
-        here = here[_continued(here) :]
-    return (here + behind[: _continued(behind)]).decode("utf-8", "replace")
+    here = here[_continued(here) if first else 0 :]
+    return (here + behind[: _continued(behind) if here else 0]).decode("utf-8", "replace")
 
 
 def token_bytes(vocabulary: Tokenizer, token: int) -> bytes:
