@@ -234,14 +234,15 @@ class Attempt:
         durable.write(self.folder / "config.toml", config.to_toml(self.config).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
-            (event["seconds"] for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
+            (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
             default=0.0,
         )
         progress, pending = self.progress, self.progress.pending is not None
         story = Story(
             self.plan, self.ranks, self.number, self._hosts, self.dtype, self._began_at, progress.step, pending
         )
-        self._reporter = Reporter(story, self.model, self.words)
+        assert self.held is not None
+        self._reporter = Reporter(story, self.held, self.model, self.words)
         self._mind_the_end(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
 

@@ -106,6 +106,19 @@ def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: P
         assert len(list((tmp_path / str(number) / "generations").glob("*.json"))) == 1
 
 
+def test_the_counter_of_a_holder_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it had to be filled anew at each beat a full disk would leave it empty, and its holder would look dead."""
+    monkeypatch.setattr(generation, "HEARTBEAT_S", 0.001)
+    held = generation.take(tmp_path, "")
+    path = tmp_path / "generations/000001.alive"
+    while not path.exists() or not path.read_text():
+        time.sleep(0.001)
+    seen = {path.read_text() for _ in range(20_000)}
+    held.release()
+    assert "" not in seen
+    assert len(seen) > 10, "it does not beat"
+
+
 @pytest.mark.parametrize("host", ["", "elsewhere"])
 def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: Path, host: str) -> None:
     if host and os.geteuid() != 0:

@@ -155,6 +155,11 @@ def test_a_stop_file_counts_as_soon_as_it_is_there_and_less_than_the_clock(tmp_p
     assert hurried.here() == Stop.TIME_LIMIT
 
 
+def test_a_file_system_that_does_not_answer_for_a_moment_stops_nobody(tmp_path: Path) -> None:
+    """No errno of a missing file: a name that is too long is one that can be had without a broken file system."""
+    assert StopFlag(tmp_path / ("x" * 300), 60.0, {}).here() == Stop.NO
+
+
 @pytest.mark.parametrize(
     ("left_s", "margin_s", "save_s", "leads_s"),
     [

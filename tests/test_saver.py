@@ -86,6 +86,19 @@ def test_waiting_says_that_it_is_alive(checkpoints: Path, held: Generation) -> N
     assert len(calls) > 2
 
 
+def test_waiting_for_a_disk_that_never_answers_is_no_life(
+    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpcgpt.saver.LONGEST_S", 0.5)
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, lambda: time.sleep(2))
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    began_at = time.monotonic()
+    calls: list[float] = []
+    assert its.finish(lambda: calls.append(time.monotonic())) is not None
+    assert calls
+    assert calls[-1] - began_at < 1.5 < time.monotonic() - began_at
+
+
 def test_never_two_saves_at_once(checkpoints: Path, held: Generation) -> None:
     gate = threading.Event()
     its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, gate.wait)
@@ -128,6 +141,34 @@ def test_a_checkpoint_is_told_of_as_soon_as_it_is_there_and_not_at_the_next_step
     assert [(one.step, one.problem, one.bytes) for one in told] == [(4, "", saved.bytes)]
     assert told[0].stall_s <= saved.stall_s
     assert told[0].seconds <= saved.seconds
+
+
+def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
+    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the save before the last one it is under way, reads for minutes, say, and the last one is to be made."""
+    gate, removing = threading.Event(), threading.Event()
+
+    def retire(*_: object) -> None:
+        removing.set()
+        assert gate.wait(60)
+
+    monkeypatch.setattr("hpcgpt.retention.retire", retire)
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    while not removing.is_set():
+        assert its.poll() is None
+        time.sleep(0.001)
+    assert its.poll() is None
+    its.tidy = False
+    for step in (4, 8):
+        saved = its.finish(lambda: None)
+        assert saved is not None
+        assert (saved.step, saved.problem) == (step, "")
+        if step == 4:
+            its.begin(state(8), {WEIGHT: torch.zeros(9)})
+    assert names(checkpoints) == ["step_000000004", "step_000000008"]
+    gate.set()
 
 
 def test_of_a_save_that_fails_nothing_is_told(checkpoints: Path, held: Generation) -> None:
