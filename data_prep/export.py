@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_prep import pieces
 from hpcgpt import cli, durable, shard_reader, shards
 from hpcgpt.shard_reader import Split
-from hpcgpt.shards import Manifest
+from hpcgpt.shards import Manifest, Width
 
-PIECE_TOKENS = 1 << 22
 SPLITS = ("train", "val")
 NANOGPT_IDS = 50_304
 
@@ -72,21 +72,23 @@ def export(folder: Path, manifest: Manifest, out: Path) -> list[tuple[Path, int]
     with tqdm(total=2 * total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         for split, path in zip(splits, files, strict=True):
             with durable.writing(path) as file:
-                for tokens in _moved_behind(split, end_of_text):
+                for tokens in _moved_behind(split, manifest.width, end_of_text):
                     file.write(tokens.tobytes())
                     bar.update(tokens.nbytes)
     return [(path, split.tokens) for split, path in zip(splits, files, strict=True)]
 
 
-def _moved_behind(split: Split, end_of_text: int) -> Iterator[NDArray[np.uint16]]:
+def _moved_behind(split: Split, width: Width, end_of_text: int) -> Iterator[NDArray[np.uint16]]:
     """The stream with its first token, an end-of-text, at the end instead: so each stands behind its document."""
-    for start in range(0, split.tokens, PIECE_TOKENS):
-        tokens = split.read(start, min(PIECE_TOKENS, split.tokens - start))
-        if tokens.max() > np.iinfo(np.uint16).max:
-            raise ValueError(f"{split.where(start)}: from here on are ids that the manifest does not tell of")
-        if start == 0 and tokens[0] != end_of_text:
-            raise ValueError(f"{split.where(0)}: {tokens[0]}, expected the end-of-text id {end_of_text}")
-        yield tokens[start == 0 :].astype("<u2")
+    for number, shard in enumerate(split.shards):
+        for first, tokens in pieces.of_shard(split.folder, shard, width):
+            at = f"{split.folder / shard.name}.bin, token"
+            if tokens.max() > np.iinfo(np.uint16).max:
+                raise ValueError(f"{at} {first:,} and on: there are ids of which the manifest does not tell")
+            begins = number == first == 0
+            if begins and tokens[0] != end_of_text:
+                raise ValueError(f"{at} 0: {tokens[0]}, expected the end-of-text id {end_of_text}")
+            yield tokens[begins:].astype("<u2")
     yield np.array([end_of_text], dtype="<u2")
 
 

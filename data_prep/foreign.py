@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import megatron_index
-from data_prep.megatron_index import Documents, File, Index
+from data_prep import pieces
+from data_prep.megatron_index import Documents, Index
+from data_prep.pieces import File
 from hpcgpt import shards
 
 PIECE_TOKENS = 1 << 20
@@ -42,7 +43,7 @@ NO_CUTS = np.zeros(0, dtype=np.int64)
 
 def nanogpt(path: Path) -> Iterator[Piece]:
     """Raises ValueError for a file that nanoGPT did not write."""
-    with megatron_index.opened(path) as file:
+    with pieces.opened(path) as file:
         if file.bytes % 2 or not file.bytes:
             raise ValueError(f"{path}: {file.bytes:,} bytes, expected a number of uint16 tokens and nothing else")
         if file.bytes >= shards.HEADER_BYTES and _width(file) is not None:
@@ -52,7 +53,7 @@ def nanogpt(path: Path) -> Iterator[Piece]:
 
 def llmc(path: Path) -> Iterator[Piece]:
     """Raises ValueError for a file that neither llm.c nor modded-nanogpt would read."""
-    with megatron_index.opened(path) as file:
+    with pieces.opened(path) as file:
         width = _width(file) if file.bytes >= shards.HEADER_BYTES else None
         if width is None:
             known = " or ".join(f"{w.magic}, {w.version} ({w.name})" for w in shards.WIDTHS.values())
@@ -65,7 +66,7 @@ def llmc(path: Path) -> Iterator[Piece]:
 
 def megatron(path: Path) -> Iterator[Piece]:
     """`path` is that of the .bin. Raises ValueError if it and its .idx do not fit each other."""
-    with megatron_index.opened(path) as file, megatron_index.opened(path.with_suffix(".idx")) as idx_file:
+    with pieces.opened(path) as file, pieces.opened(path.with_suffix(".idx")) as idx_file:
         index = Index(idx_file)
         if np.dtype(index.dtype).kind == "f":
             raise ValueError(f"{idx_file.path}: its tokens are floating-point numbers, code {index.code}")
@@ -89,10 +90,8 @@ def _width(file: File) -> shards.Width | None:
 
 
 def _plain(file: File, dtype: str, place: int, count: int) -> Iterator[Piece]:
-    size = np.dtype(dtype).itemsize
-    for start in range(0, count, PIECE_TOKENS):
-        tokens = file.read(dtype, place + start * size, min(PIECE_TOKENS, count - start))
-        yield Piece(file.path, start, tokens, NO_CUTS)
+    for first, tokens in file.pieces(dtype, place, count, PIECE_TOKENS):
+        yield Piece(file.path, first, tokens, NO_CUTS)
 
 
 def _sequences(file: File, dtype: str, documents: Documents) -> Iterator[tuple[int, int, NDArray[Any]]]:
@@ -106,7 +105,6 @@ def _sequences(file: File, dtype: str, documents: Documents) -> Iterator[tuple[i
     start = 0
     for run in np.split(np.arange(len(lengths)), apart):
         count = int(lengths[run].sum())
-        for offset in range(0, count, PIECE_TOKENS):
-            tokens = file.read(dtype, int(places[run[0]]) + offset * size, min(PIECE_TOKENS, count - offset))
+        for _, tokens in file.pieces(dtype, int(places[run[0]]), count, PIECE_TOKENS):
             yield start, start + len(tokens), tokens
             start += len(tokens)

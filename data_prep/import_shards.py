@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import foreign, inspect, megatron_index, vocabulary
+from data_prep import foreign, inspect, pieces, vocabulary
 from data_prep.cutting import Documents
 from data_prep.foreign import Piece
 from hpcgpt import cli, durable, shard_writer, shards, tokenizer
@@ -209,7 +209,7 @@ def _summary(out: Path, manifest: Manifest, tokens: Tokenizer) -> None:
         )
     if manifest.counts["empty"]:
         print(f"left out: {manifest.counts['empty']:,} documents with nothing in them")
-    with megatron_index.opened(out / f"{manifest.shards[0].name}.bin") as file:
+    with pieces.opened(out / f"{manifest.shards[0].name}.bin") as file:
         first = file.read(manifest.width.dtype, shards.HEADER_BYTES, min(40, manifest.shards[0].tokens))
     text = b"".join(inspect.token_bytes(tokens, token) for token in first[1:].tolist()).decode("utf-8", "replace")
     print(f"it begins: {text[:60]!r} (if that is no text, the tokens were made with another tokenizer)")

@@ -1,8 +1,8 @@
 """``python -m data_prep.inspect DIR``: what is in a folder of shards.
 
 Without more, what the manifest says, and how long the documents are. ``--document K`` shows the text of one,
-page by page; ``--histogram`` how often each id occurs. Shards are mapped and read in pieces, so memory stays
-flat at any size: a count for each id, and one for each length of a document up to a million tokens.
+page by page; ``--histogram`` how often each id occurs. Shards are read in pieces, so memory stays flat at
+any size: a count for each id, and one for each length of a document up to a million tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import megatron_index
+from data_prep import pieces
 from data_prep.megatron_index import Index
 from hpcgpt import cli, shard_reader, shards, tokenizer
 from hpcgpt.shards import Manifest, Shard, Tokens
 from hpcgpt.tokenizer import Tokenizer
 
 PAGE_TOKENS = 512
-PIECE_TOKENS = 1 << 20
+PIECE_DOCUMENTS = 1 << 20
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LONG = 1 << 20  # documents of this many tokens are counted by name and not in a table
 
@@ -95,8 +95,8 @@ class Lengths:
         short, long = np.zeros(LONG, dtype=np.int64), [np.zeros(0, dtype=np.int64)]
         for shard in of:
             with opened_index(folder, shard) as index:
-                for start in range(0, index.sequences, PIECE_TOKENS):
-                    lengths = index.lengths(start, min(start + PIECE_TOKENS, index.sequences))
+                for start in range(0, index.sequences, PIECE_DOCUMENTS):
+                    lengths = index.lengths(start, min(start + PIECE_DOCUMENTS, index.sequences))
                     if lengths.min() < 1:
                         raise ValueError(f"{folder / shard.name}.idx: a document of {lengths.min():,} tokens")
                     counts = np.bincount(lengths[lengths < LONG])
@@ -220,22 +220,19 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
 
 
 def _pieces(folder: Path, manifest: Manifest, names: Sequence[str]) -> Iterator[tuple[Path, Tokens]]:
-    splits = [shard_reader.open_split(folder, manifest, name) for name in names]
-    total = sum(split.tokens for split in splits)
+    of = [shard for name in names for shard in shard_reader.open_split(folder, manifest, name).shards]
+    total = sum(shard.tokens for shard in of)
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        for shard in (shard for split in splits for shard in split.shards):
-            path = folder / f"{shard.name}.bin"
-            tokens = shard_reader.open_tokens(path)
-            for start in range(0, len(tokens), PIECE_TOKENS):
-                piece = tokens[start : start + PIECE_TOKENS]
-                yield path, piece
-                bar.update(len(piece))
+        for shard in of:
+            for _, tokens in pieces.of_shard(folder, shard, manifest.width):
+                yield folder / f"{shard.name}.bin", tokens
+                bar.update(len(tokens))
 
 
 @contextmanager
 def opened_index(folder: Path, shard: Shard) -> Iterator[Index]:
     """The index of a shard, which has as many documents as the manifest says."""
-    with megatron_index.opened(folder / f"{shard.name}.idx") as file:
+    with pieces.opened(folder / f"{shard.name}.idx") as file:
         index = Index(file)
         if index.sequences != shard.documents:
             raise ValueError(

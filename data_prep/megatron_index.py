@@ -3,74 +3,24 @@
 The format is in ``hpcgpt.shards``. Megatron's own differ in that a document may be several sequences, in
 any place of the .bin, and ids may have other widths. Where a file comes from is not known, so nothing in it
 is believed: sizes are checked on opening, and lengths, places and borders by `Index.pieces`.
-
-Files are read piece by piece at a place (pread) and not mapped: an index is as large as its set has
-documents, and a file that somebody truncates meanwhile is an error then, and not a signal that kills.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.pieces import File
 from hpcgpt.shards import IDX_MAGIC, IDX_VERSION
 
 PIECE_SEQUENCES = 1 << 20  # a piece has as many at most, and a document at least
 HEAD_BYTES = len(IDX_MAGIC) + struct.calcsize("<QBQQ")
 # Megatron's codes. The two floating-point ones are known so that they can be refused by name.
 DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-
-
-class File:
-    """A file of numbers that is read at a place. Several threads may share one."""
-
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor = path, descriptor
-        self.bytes = os.fstat(descriptor).st_size
-
-    def read(self, dtype: str, place: int, count: int) -> NDArray[Any]:
-        """`count` numbers from byte `place` on (count,).
-
-        Raises:
-            ValueError: the file ends before.
-        """
-        asked = count * np.dtype(dtype).itemsize
-        parts, got = [], 0
-        while got < asked and (part := os.pread(self._descriptor, asked - got, place + got)):
-            parts.append(part)
-            got += len(part)
-        if got < asked:
-            raise ValueError(f"{self.path} ends at byte {place + got:,}, expected {place + asked:,} at least")
-        return np.frombuffer(b"".join(parts), dtype=dtype)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[File]:
-    """A regular file to read from.
-
-    Raises:
-        ValueError: it is missing, may not be read, or is a folder, a pipe or a device.
-    """
-    try:
-        # Opening a pipe without O_NONBLOCK would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path}: expected a file, and this is a folder, a pipe or a device")
-        yield File(path, descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Checks the manifest's digest, the tokenizer's fingerprint, and of every shard it
 index, document starts and ids. With ``--quick`` only what can be told without reading the tokens: that
 nothing is missing, truncated or of another kind. Exit status 0 if all holds, 1 if not, 2 if there is no data set.
 
-Each thread reads one file at a time, in pieces, and looks at a piece while it is in the cache: one pass over
+Each thread reads one shard at a time, in pieces, and looks at a piece while it is in the cache: one pass over
 the disk, and memory of a few pieces a thread at any size. (Checksums and numpy let go of the interpreter,
 so threads are as good as processes here.)
 """
@@ -16,22 +16,23 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 from time import monotonic
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import megatron_index
-from data_prep.megatron_index import File, Index
+from data_prep import pieces
+from data_prep.megatron_index import Index
+from data_prep.pieces import File
 from hpcgpt import cli, shard_reader, shards, tokenizer
-from hpcgpt.shards import HEADER_BYTES, Manifest, Shard
+from hpcgpt.shards import HEADER_BYTES, Manifest, Shard, Width
 
-PIECE_BYTES = 8 << 20
-PIECE_DOCUMENTS = 1 << 18
+PIECE_TOKENS = 1 << 20
+PIECE_DOCUMENTS = 1 << 16
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,7 +73,7 @@ def verify(folder: Path, manifest: Manifest, workers: int = 1, quick: bool = Fal
         tokenizer.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
     except ValueError as error:
         found.append(str(error))
-    total = 0 if quick else sum(shard.bytes for shard in manifest.shards)
+    total = 0 if quick else sum(shard.tokens for shard in manifest.shards) * manifest.width.bytes
     lock, leave = Lock(), Event()
     with (
         tqdm(total=total, unit="B", unit_scale=True, disable=quick or not sys.stderr.isatty()) as bar,
@@ -103,107 +104,115 @@ def problems(folder: Path, shard: Shard, manifest: Manifest, quick: bool, read: 
     try:
         shard_reader.check_size(folder, shard)
         with (
-            megatron_index.opened(folder / f"{shard.name}.bin") as bin_file,
-            megatron_index.opened(folder / f"{shard.name}.idx") as idx_file,
+            pieces.opened(folder / f"{shard.name}.bin") as bin_file,
+            pieces.opened(folder / f"{shard.name}.idx") as idx_file,
         ):
             if quick:
-                _check_header(bin_file, shard, manifest)
-                _check_head(Index(idx_file), shard, manifest, idx_file.path)
+                pieces.check_header(bin_file, shard, manifest.width)
+                _check_head(idx_file, shard, manifest.width)
                 return []
-            seen = _read_tokens(bin_file, manifest, read)
-            if seen.xxh3 != shard.xxh3:
-                return [f"{bin_file.path}: its checksum differs from the manifest's: the file was changed or damaged"]
-            _check_header(bin_file, shard, manifest)
-            if _checksum(idx_file) != shard.idx_xxh3:
-                return [f"{idx_file.path}: its checksum differs from the manifest's: the file was changed or damaged"]
-            return [*_of_index(bin_file, idx_file, shard, manifest), *_of_ids(bin_file.path, seen, shard, manifest)]
+            return _of_content(bin_file, idx_file, shard, manifest, read)
     except (ValueError, OSError) as error:
         return [str(error)]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one pass over a .bin tells."""
-
-    xxh3: str
-    low: int
-    high: int
-
-
-def _read_tokens(file: File, manifest: Manifest, read: Callable[[int], None]) -> _Seen:
-    checksum, low, high = xxhash.xxh3_128(), manifest.width.most_ids, -1
-    header = file.read("|u1", 0, HEADER_BYTES)
-    checksum.update(header.data)
-    read(HEADER_BYTES)
-    for tokens in _pieces(file, manifest):
+def _of_content(
+    bin_file: File, idx_file: File, shard: Shard, manifest: Manifest, read: Callable[[int], None]
+) -> list[str]:
+    """One pass over both files. Of a file that fails its checksum nothing else is told."""
+    width, end_of_text, size = manifest.width, manifest.tokenizer["end_of_text"], manifest.tokenizer["vocab_size"]
+    damaged = "its checksum differs from the manifest's: the file was changed or damaged"
+    found = []
+    starts = _Starts(idx_file, shard, width)
+    checksum, low, high, unmarked = xxhash.xxh3_128(), width.most_ids, -1, False
+    checksum.update(bin_file.read("|u1", 0, HEADER_BYTES).data)
+    count = (bin_file.bytes - HEADER_BYTES) // width.bytes
+    for first, tokens in bin_file.pieces(width.dtype, HEADER_BYTES, count, PIECE_TOKENS):
         checksum.update(tokens.data)
         low, high = min(low, int(tokens.min())), max(high, int(tokens.max()))
+        unmarked |= bool((tokens[starts.within(first, first + len(tokens))] != end_of_text).any())
         read(tokens.nbytes)
-    return _Seen(checksum.hexdigest(), low, high)
+    if checksum.hexdigest() != shard.xxh3:
+        return [f"{bin_file.path}: {damaged}"]
+    pieces.check_header(bin_file, shard, width)
+    if _checksum(idx_file) != shard.idx_xxh3:
+        return [f"{idx_file.path}: {damaged}"]
+    if not starts.complete():
+        found.append(f"{idx_file.path}: its documents do not add up to the {shard.tokens:,} tokens of the .bin")
+    elif unmarked:
+        found.append(f"{bin_file.path}: a document does not start with the end-of-text id {end_of_text}")
+    if (low, high) != (shard.min_id, shard.max_id):
+        found.append(f"{bin_file.path}: ids {low} to {high}, the manifest says {shard.min_id} to {shard.max_id}")
+    if high >= size:
+        found.append(f"{bin_file.path}: id {high} is outside of the tokenizer's {size:,} ids")
+    return found
 
 
-def _pieces(file: File, manifest: Manifest) -> Iterator[shards.Tokens]:
-    size = manifest.width.bytes
-    for place in range(HEADER_BYTES, file.bytes, PIECE_BYTES):
-        yield file.read(manifest.width.dtype, place, min(PIECE_BYTES, file.bytes - place) // size)
+class _Starts:
+    """Where the documents of a shard start, in tokens, told range after range; ends early where the index is wrong."""
+
+    def __init__(self, idx_file: File, shard: Shard, width: Width) -> None:
+        self._pieces = _starts(idx_file, shard, width)
+        self._held = np.zeros(0, dtype=np.int64)
+        self._wrong = False
+
+    def within(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Those of tokens first ... stop - 1, counted from `first`."""
+        parts = []
+        while True:
+            count = int(np.searchsorted(self._held, stop))
+            parts.append(self._held[:count] - first)
+            self._held = self._held[count:]
+            if len(self._held) or (more := self._next()) is None:
+                return np.concatenate(parts)
+            self._held = more
+
+    def complete(self) -> bool:
+        """Has the index told of all documents, and nothing wrong?"""
+        return not len(self._held) and self._next() is None and not self._wrong
+
+    def _next(self) -> NDArray[np.int64] | None:
+        try:
+            return next(self._pieces, None)
+        except ValueError:
+            self._wrong = True
+            return None
+
+
+def _starts(idx_file: File, shard: Shard, width: Width) -> Iterator[NDArray[np.int64]]:
+    """Raises ValueError where the index is not exactly what `hpcgpt.shards.index` writes for these documents."""
+    index, at = _check_head(idx_file, shard, width), 0
+    for first in range(0, shard.documents, PIECE_DOCUMENTS):
+        stop = min(first + PIECE_DOCUMENTS, shard.documents)
+        lengths = index.lengths(first, stop)
+        starts = at + np.cumsum(lengths) - lengths
+        if (
+            (lengths < 1).any()
+            or not np.array_equal(index.places(first, stop), HEADER_BYTES + width.bytes * starts)
+            or not np.array_equal(index.borders(first, stop), np.arange(first, stop))
+        ):
+            raise ValueError(f"{idx_file.path}: documents {first:,} to {stop - 1:,} are not one behind the other")
+        yield starts
+        at += int(lengths.sum())
+    if at != shard.tokens or index.borders(shard.documents, shard.documents + 1)[0] != shard.documents:
+        raise ValueError(f"{idx_file.path}: the documents end at token {at:,}")
+
+
+def _check_head(idx_file: File, shard: Shard, width: Width) -> Index:
+    index = Index(idx_file)
+    if (index.code, index.sequences, index.documents) != (width.idx_code, shard.documents, shard.documents):
+        raise ValueError(
+            f"{idx_file.path}: {index.documents:,} documents of {index.sequences:,} sequences with code {index.code}, "
+            f"the manifest says {shard.documents:,} with code {width.idx_code}"
+        )
+    return index
 
 
 def _checksum(file: File) -> str:
     checksum = xxhash.xxh3_128()
-    for place in range(0, file.bytes, PIECE_BYTES):
-        checksum.update(file.read("|u1", place, min(PIECE_BYTES, file.bytes - place)).data)
+    for _, content in file.pieces("|u1", 0, file.bytes, PIECE_TOKENS):
+        checksum.update(content.data)
     return checksum.hexdigest()
-
-
-def _check_header(file: File, shard: Shard, manifest: Manifest) -> None:
-    tokens = shard_reader.open_tokens(file.path)
-    if tokens.dtype != np.dtype(manifest.width.dtype):
-        raise ValueError(f"{file.path}: its header says {tokens.dtype}, the manifest says {manifest.dtype}")
-    if len(tokens) != shard.tokens:
-        raise ValueError(f"{file.path}: its header says {len(tokens):,} tokens, the manifest says {shard.tokens:,}")
-
-
-def _check_head(index: Index, shard: Shard, manifest: Manifest, path: Path) -> None:
-    if (index.code, index.sequences, index.documents) != (manifest.width.idx_code, shard.documents, shard.documents):
-        raise ValueError(
-            f"{path}: {index.documents:,} documents of {index.sequences:,} sequences with code {index.code}, "
-            f"the manifest says {shard.documents:,} with code {manifest.width.idx_code}"
-        )
-
-
-def _of_index(bin_file: File, idx_file: File, shard: Shard, manifest: Manifest) -> list[str]:
-    """Is the index one of our own, of these tokens, and does each document start with end-of-text?"""
-    wrong = f"{idx_file.path}: its documents do not add up to the {shard.tokens:,} tokens of the .bin"
-    try:
-        index = Index(idx_file)
-        _check_head(index, shard, manifest, idx_file.path)
-    except ValueError:
-        return [wrong]
-    tokens, end_of_text = shard_reader.open_tokens(bin_file.path), manifest.tokenizer["end_of_text"]
-    at = 0
-    for first in range(0, shard.documents, PIECE_DOCUMENTS):
-        stop = min(first + PIECE_DOCUMENTS, shard.documents)
-        lengths = index.lengths(first, stop)
-        ends = at + np.cumsum(lengths)
-        starts = ends - lengths
-        in_order = (lengths > 0).all() and ends[-1] <= shard.tokens
-        placed = np.array_equal(index.places(first, stop), HEADER_BYTES + manifest.width.bytes * starts)
-        if not in_order or not placed or not np.array_equal(index.borders(first, stop), np.arange(first, stop)):
-            return [wrong]
-        if not (tokens[starts] == end_of_text).all():
-            return [f"{bin_file.path}: a document does not start with the end-of-text id {end_of_text}"]
-        at = int(ends[-1])
-    last = index.borders(shard.documents, shard.documents + 1)
-    return [] if at == shard.tokens and last[0] == shard.documents else [wrong]
-
-
-def _of_ids(path: Path, seen: _Seen, shard: Shard, manifest: Manifest) -> list[str]:
-    found, size = [], manifest.tokenizer["vocab_size"]
-    if (seen.low, seen.high) != (shard.min_id, shard.max_id):
-        found.append(f"{path}: ids {seen.low} to {seen.high}, the manifest says {shard.min_id} to {shard.max_id}")
-    if seen.high >= size:
-        found.append(f"{path}: id {seen.high} is outside of the tokenizer's {size:,} ids")
-    return found
 
 
 if __name__ == "__main__":

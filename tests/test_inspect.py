@@ -14,7 +14,7 @@ import pytest
 from conftest import command
 from test_shards import read_like_megatron, write
 
-from data_prep import inspect, make_shards
+from data_prep import inspect, make_shards, pieces
 from hpcgpt import shards, tokenizer
 
 
@@ -66,7 +66,7 @@ def test_lengths_are_those_that_numpy_finds(
 ) -> None:
     """With all, some and none of the documents counted as long ones."""
     monkeypatch.setattr(inspect, "LONG", long)
-    monkeypatch.setattr(inspect, "PIECE_TOKENS", 7)
+    monkeypatch.setattr(inspect, "PIECE_DOCUMENTS", 7)
     about = asked(folder, capsys)["splits"]["train"]["document_tokens"]
     lengths = [len(document) for document in documents_of(folder, "train")]
     percentiles = {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in inspect.PERCENTILES}
@@ -176,7 +176,7 @@ def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
 def test_the_histogram_counts_every_token(
     split: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inspect, "PIECE_TOKENS", 1000)
+    monkeypatch.setattr(pieces, "PIECE_TOKENS", 1000)
     tokens = [*chain(*(d for name in ([split] if split else ["train", "val"]) for d in documents_of(folder, name)))]
     options = ["--split", split] if split else []
     found = asked(folder, capsys, "--histogram", "--top", "1000", *options)["histogram"]
