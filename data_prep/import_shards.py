@@ -192,11 +192,19 @@ def _write(
 
 
 def _tables(tokens: Tokenizer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Characters and bytes of text that each id stands for (vocab_size,). A character counts where it begins: every
-    byte of UTF-8 begins one but those from 0x80 to 0xBF."""
+    """Characters and bytes of text that each id stands for (vocab_size,).
+
+    A character counts where it begins: every byte of UTF-8 begins one but those from 0x80 to 0xBF. Of a tokenizer
+    that is not made of bytes, characters that are several tokens are not counted.
+    """
     characters = np.zeros(tokens.vocab_size, dtype=np.int64)
-    for token, rank in tokens.ranks.items():
-        characters[rank] = sum(byte & 0xC0 != 0x80 for byte in token)
+    ranks: dict[bytes, int] | None = getattr(tokens, "ranks", None)
+    if ranks is not None:
+        for token, rank in ranks.items():
+            characters[rank] = sum(byte & 0xC0 != 0x80 for byte in token)
+    else:
+        for rank in np.flatnonzero(tokens.token_bytes).tolist():
+            characters[rank] = len(inspect.token_text(tokens, rank).replace("\ufffd", ""))
     return characters, tokens.token_bytes
 
 
@@ -211,7 +219,7 @@ def _summary(out: Path, manifest: Manifest, tokens: Tokenizer) -> None:
         print(f"left out: {manifest.counts['empty']:,} documents with nothing in them")
     with pieces.opened(out / f"{manifest.shards[0].name}.bin") as file:
         first = file.read(manifest.width.dtype, shards.HEADER_BYTES, min(40, manifest.shards[0].tokens))
-    text = b"".join(inspect.token_bytes(tokens, token) for token in first[1:].tolist()).decode("utf-8", "replace")
+    text = inspect.token_text(tokens, *first[1:].tolist())
     print(f"it begins: {text[:60]!r} (if that is no text, the tokens were made with another tokenizer)")
     print(f"{out}: complete (digest {manifest.digest[:12]})")
 

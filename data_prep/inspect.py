@@ -28,6 +28,7 @@ from hpcgpt.shards import Manifest, Shard, Tokens
 from hpcgpt.tokenizer import Tokenizer
 
 PAGE_TOKENS = 512
+AROUND = 64  # a page is decoded with so many tokens around it
 PIECE_DOCUMENTS = 1 << 20
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LONG = 1 << 20  # documents of this many tokens are counted by name and not in a table
@@ -161,25 +162,34 @@ def page(folder: Path, manifest: Manifest, split: str, number: int, of_pages: in
 
 
 def page_text(vocabulary: Tokenizer, document: Tokens, number: int) -> str:
-    """The text of a page. A character whose bytes lie on two pages belongs to the first of them."""
+    """The text of a page. A character that lies on two pages belongs to the second, so none is cut.
+
+    Raises:
+        ValueError: an id that the tokenizer does not know.
+    """
     first, stop = (number - 1) * PAGE_TOKENS, number * PAGE_TOKENS
-    here = b"".join(token_bytes(vocabulary, token) for token in document[first:stop].tolist())
-    behind = b"".join(token_bytes(vocabulary, token) for token in document[stop : stop + 3].tolist())
-    here = here[_continued(here) if first else 0 :]
-    return (here + behind[: _continued(behind) if here else 0]).decode("utf-8", "replace")
+    start = taken = max(0, first - AROUND)
 
+    def ids() -> Iterator[int]:
+        nonlocal taken
+        for token in document[start : stop + AROUND].tolist():
+            taken += 1
+            yield token
 
-def token_bytes(vocabulary: Tokenizer, token: int) -> bytes:
-    """The bytes of text of an id; of one that the tokenizer does not know, its number."""
     try:
-        return vocabulary.encoding.decode_single_token_bytes(token)
+        return "".join(text for text in tokenizer.stream(vocabulary, ids()) if first < taken <= stop)
+    except KeyError as error:
+        raise ValueError(
+            f"tokenizer {vocabulary.name} has no id {error}: `python -m data_prep.verify` tells more"
+        ) from None
+
+
+def token_text(vocabulary: Tokenizer, *ids: int) -> str:
+    """The text of ids, and of such as the tokenizer does not know a question mark."""
+    try:
+        return "".join(tokenizer.stream(vocabulary, ids))
     except KeyError:
-        return f"<|{token}|>".encode()
-
-
-def _continued(text: bytes) -> int:
-    """How many bytes at the start belong to a character that began before: three at most."""
-    return next((n for n, byte in enumerate(text[:3]) if byte & 0xC0 != 0x80), min(3, len(text)))
+        return "?"
 
 
 # --- how often ids occur ---------------------------------------------------------------------------
@@ -211,7 +221,7 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
                 "id": int(token),
                 "count": int(counts[token]),
                 "share": int(counts[token]) / total,
-                "text": token_bytes(vocabulary, int(token)).decode("utf-8", "backslashreplace"),
+                "text": token_text(vocabulary, int(token)),
             }
             for token in order
             if counts[token]

@@ -7,16 +7,17 @@ puts end-of-text behind each document, llm.c's scripts before, and cut their sha
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import ROOT, command
 from test_shards import read_like_megatron
 
-from data_prep import cutting, export, foreign, import_shards, megatron_index, verify
+from data_prep import cutting, export, foreign, import_shards, inspect, megatron_index, verify
 from hpcgpt import shard_writer, shards, tokenizer
 from hpcgpt.shards import Manifest
 
@@ -255,6 +256,21 @@ def test_where_the_end_of_text_stood_is_told(
     for found in foreign.nanogpt(nanogpt(tmp_path / "a.bin", ids)):
         documents.add(found)
     assert documents.convention == convention
+
+
+def test_the_readmes_commands_do_what_is_shown(
+    shards_folder: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here with the tests' shards and tokenizer instead of the reader's."""
+    there = {"data/shards": shards_folder, "data/novels": tmp_path / "novels", "data/imported": tmp_path / "imported",
+             "gpt2": tokenizer_folder}  # fmt: skip
+    mains = {"inspect": inspect.main, "verify": verify.main, "export": export.main, "import_shards": import_shards.main}
+    lines = re.findall(r"^python -m data_prep\.(\w+) (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert [name for name, _ in lines] == [*mains]
+    for name, words in lines:
+        assert mains[name]([str(there.get(word, word)) for word in words.split()]) == 0
+    assert f"{tmp_path / 'imported'}: complete" in capsys.readouterr().out
+    assert documents_of(tmp_path / "imported", "val") == documents_of(shards_folder, "val")
 
 
 # --- refused ---------------------------------------------------------------------------------------
