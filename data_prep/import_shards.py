@@ -179,6 +179,7 @@ def _write(
                 tokens, lengths = block
                 room = documents.most - writer.tokens
                 fit = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
+                assert fit or writer.tokens, "a document that is longer than a shard"
                 stop = int(lengths[:fit].sum())
                 now = tokens[:stop]
                 writer.add(now, lengths[:fit], int(characters[now].sum()), int(text_bytes[now].sum()))
