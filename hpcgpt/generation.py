@@ -55,7 +55,7 @@ class Generation:
         newer = self.superseded_by()
         if newer is not None:
             print(
-                f"error: generation {newer} has taken this run folder: this attempt (generation {self.number}, "
+                f"error: generation {newer} has taken this folder: this attempt (generation {self.number}, "
                 f"{socket.gethostname()} pid {os.getpid()}) leaves without writing another byte",
                 file=sys.stderr,
                 flush=True,

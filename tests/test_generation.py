@@ -151,7 +151,7 @@ def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_le
     assert "watching" not in capfd.readouterr().out
     assert holder.process.wait(30) == SUPERSEDED
     assert holder.process.stderr is not None
-    assert holder.process.stderr.read().startswith("error: generation 2 has taken this run folder")
+    assert holder.process.stderr.read().startswith("error: generation 2 has taken this folder")
     taken.release()
 
 
@@ -222,7 +222,7 @@ def test_a_holder_that_slept_through_a_takeover_leaves_on_waking_and_changes_not
         assert sleeper.wait(30) == SUPERSEDED
         assert content(folder) == before
         assert sleeper.stderr is not None
-        assert "generation 2 has taken this run folder" in sleeper.stderr.read()
+        assert "generation 2 has taken this folder" in sleeper.stderr.read()
     finally:
         sleeper.kill()
         sleeper.communicate()

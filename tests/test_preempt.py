@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, clean_env, torchrun
+from conftest import ROOT, clean_env, on_ranks
 
 from hpcgpt import world
 from hpcgpt.preempt import SIGNALS, Stop, StopFlag, leave_at, shielded
@@ -205,7 +205,7 @@ def test_without_an_end_no_save_is_too_slow(env: dict[str, str]) -> None:
 
 
 def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_round(tmp_path: Path) -> None:
-    done = torchrun(4, "tests.ranks_preempt", str(tmp_path))
+    done = on_ranks(4, "tests.ranks_preempt", str(tmp_path))
     assert done.returncode == 0, done.stderr
     told = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(4)]
     for rank in told:
