@@ -30,23 +30,22 @@ def window_count(tokens: int, context: int, stride: int) -> int:
     return max(0, (tokens - context - 1) // stride + 1)
 
 
-def windows(first: int, count: int, total: int, seed: int) -> NDArray[np.int64]:
-    """Windows of the samples first ... first + count - 1 of a run, as int64 indices (count,).
+def windows(samples: NDArray[np.int64], total: int, seed: int, *more: int) -> NDArray[np.int64]:
+    """Windows of `samples` of a run (n,), as indices (n,).
 
-    `total` is the number of windows an epoch. Raises ValueError if there are none.
+    `total` is the number of windows an epoch; `more` goes into the key. Raises ValueError if there are none.
     """
     if total < 1:
         raise ValueError("an epoch without windows has no order")
-    samples = np.arange(first, first + count, dtype=np.int64)
     epochs, places = np.divmod(samples, total)
-    out = np.empty(count, dtype=np.int64)
+    out = np.empty(len(samples), dtype=np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        out[chosen] = permute(places[chosen], total, (seed, int(epoch)))
+        out[chosen] = permute(places[chosen], total, (seed, int(epoch), *more))
     return out
 
 
-def permute(places: NDArray[np.int64], total: int, key: tuple[int, ...]) -> NDArray[np.int64]:
+def permute(places: NDArray[np.int64], total: int, key: tuple[int | str, ...]) -> NDArray[np.int64]:
     """The images of `places` under a permutation of 0 ... total - 1 that `key` chooses.
 
     Any `total` up to 2**62. Equal arguments give equal results on every machine.
@@ -61,7 +60,7 @@ def permute(places: NDArray[np.int64], total: int, key: tuple[int, ...]) -> NDAr
     return out.astype(np.int64)
 
 
-def _round_keys(key: tuple[int, ...]) -> NDArray[np.uint64]:
+def _round_keys(key: tuple[int | str, ...]) -> NDArray[np.uint64]:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS, person=b"hpcgpt order").digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 

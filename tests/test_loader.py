@@ -13,6 +13,7 @@ from torch import Tensor
 from hpcgpt import shard_reader, shard_writer, shards
 from hpcgpt.loader import Loader, Windows, widen
 from hpcgpt.shard_reader import Split
+from hpcgpt.shards import Width
 
 SEED, GLOBAL_BATCH, CONTEXT = 7, 8, 32
 
@@ -140,15 +141,15 @@ def test_an_id_in_a_later_shard_is_named_by_its_place_in_that_shard(tmp_path: Pa
         windows.read(np.array([1]))
 
 
-def hand_made(folder: Path, *contents: list[int]) -> Split:
+def hand_made(folder: Path, *contents: list[int], width: Width = shards.WIDTHS["uint16"]) -> Split:
     """A split with these ids, one shard each."""
     made = []
     for number, ids in enumerate(contents):
-        with shard_writer.writing(folder, f"train_{number:06d}", "train") as writer:
-            writer.add(np.array(ids, dtype=np.uint16), np.array([len(ids)]), 1, 1)
+        with shard_writer.writing(folder, f"train_{number:06d}", "train", width) as writer:
+            writer.add(np.array(ids, dtype=width.dtype), np.array([len(ids)]), 1, 1)
         assert writer.shard is not None
         made.append(writer.shard)
-    return Split(folder, "train", made)
+    return Split(folder, "train", made, width)
 
 
 def widen_whole(batch: Tensor) -> Tensor:
