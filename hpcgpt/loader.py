@@ -5,7 +5,7 @@ data sets are mixed). Rank r of R takes the r-th of R equal slices of those, and
 micro-batches. So the loader has no state to save, no worker processes to shield from signals, and any number
 of ranks that divides the work sees the same samples in the same global batches.
 
-Where samples lie is worked out for some 16,384 of this rank's ahead, since a permutation costs numpy as much
+Where samples lie is worked out for up to 16,384 of this rank's ahead, since a permutation costs numpy as much
 for 64 places as for thousands. What is kept of it follows from the configuration alone.
 """
 
@@ -64,9 +64,8 @@ class Mixture:
         """Where the windows of `samples` of the run (n,) begin (n, 3)."""
         sets, windows = mix.draw(samples, self.quotas, [part.count for part in self.sets], seed)
         rows = np.empty((len(samples), 3), dtype=np.int64)
-        for d, part in enumerate(self.sets):
-            chosen = sets == d
-            rows[chosen] = part.rows(windows[chosen])
+        for d, chosen in order.groups(sets):
+            rows[chosen] = self.sets[d].rows(windows[chosen])
         rows[:, 0] = sets
         return rows
 
@@ -117,7 +116,9 @@ class Loader:
 
     @cached_property
     def _batches_ahead(self) -> int:
-        return max(1, _AHEAD // self.micro_batch)
+        # Not much more than an epoch: each epoch has a permutation of its own.
+        an_epoch = sum(part.count for part in self._source.sets) // self.world_size
+        return max(1, min(_AHEAD, an_epoch) // self.micro_batch)
 
     @cached_property
     def _source(self) -> Mixture:
@@ -147,12 +148,18 @@ def widen(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _gather(splits: Sequence[Split], rows: Rows, size: int) -> Tokens:
-    """The `size` tokens at each of `rows` (B, size). As little Python a row as can be: it is called for every batch."""
-    runs = shard_reader.runs()
-    try:
-        if len(splits) == len(splits[0].shards) == 1:
-            return runs(splits[0], 0, size)[rows[:, 2]]
-        parts = [runs(splits[d], shard, size)[offset] for d, shard, offset in rows.tolist()]
-    except IndexError:  # a window that reaches over the end of its shard, which is rare
-        parts = [splits[d].read(int(splits[d].starts[shard]) + offset, size) for d, shard, offset in rows.tolist()]
-    return np.concatenate(parts).reshape(len(rows), size)
+    """The `size` tokens at each of `rows` (B, size).
+
+    Joining slices of memory maps is what costs least a row, and less than numpy's ways, wherever the rows lie.
+    """
+    mapped, count = shard_reader.mapped(), len(rows)
+    width = splits[0].width
+    content = bytearray().join([
+        mapped(splits[d], shard)[start : start + size] for d, shard, start in rows.tolist()
+    ])  # fmt: skip
+    if len(content) < count * size * width.bytes:  # a window reaches over the end of its shard, which is rare
+        content = bytearray().join([
+            splits[d].read(int(splits[d].starts[shard]) + start, size).data for d, shard, start in rows.tolist()
+        ])  # fmt: skip
+    batch: Tokens = np.frombuffer(content, dtype=width.dtype).reshape(count, size)
+    return batch

@@ -56,13 +56,11 @@ def draw(
     starts = ends - quotas
     blocks, within = np.divmod(samples, BLOCK)
     places = np.empty_like(samples)
-    for block in np.unique(blocks):
-        chosen = blocks == block
-        places[chosen] = order.permute(within[chosen], BLOCK, (seed, "mix", int(block)))
+    for block, chosen in order.groups(blocks):
+        places[chosen] = order.permute(within[chosen], BLOCK, (seed, "mix", block))
     sets = np.searchsorted(ends, places, side="right")
     local = blocks * np.asarray(quotas)[sets] + places - starts[sets]
     windows = np.empty_like(samples)
-    for d in np.unique(sets):
-        chosen = sets == d
-        windows[chosen] = order.windows(local[chosen], totals[d], seed, int(d))
+    for d, chosen in order.groups(sets):
+        windows[chosen] = order.windows(local[chosen], totals[d], seed, d)
     return sets, windows

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from hpcgpt.shards import HEADER_BYTES, WIDTHS, Manifest, Shard, Tokens, Width
@@ -58,7 +57,7 @@ class Split:
         """Tokens start ... start + count - 1 of the stream (count,), from as many shards as it takes."""
         numbers, offsets = self.locate(np.array([start]))
         number, offset = int(numbers[0]), int(offsets[0])
-        part: Tokens = runs()(self, number, 1)[offset : offset + count, 0]
+        part = np.frombuffer(mapped()(self, number)[offset : offset + count], dtype=self.width.dtype)
         if len(part) == count:
             return part
         return np.concatenate([part, self.read(start + len(part), count - len(part))])
@@ -150,22 +149,19 @@ def most_maps() -> int:
 
 
 @cache
-def runs() -> Callable[[Split, int, int], Tokens]:
-    """The function (split, number of a shard, count) -> all runs of `count` tokens in that shard, as one overlapping
-    view (n - count + 1, count). It keeps the views that were used last: all splits share it, as they share the
-    process's descriptors.
+def mapped() -> Callable[[Split, int], memoryview]:
+    """The function (split, number of a shard) -> that shard's tokens. It keeps those that were used last: all
+    splits share it, as they share the process's descriptors.
     """
-    return lru_cache(maxsize=most_maps())(_runs)
+    return lru_cache(maxsize=most_maps())(_map)
 
 
-def _runs(split: Split, number: int, count: int) -> Tokens:
+def _map(split: Split, number: int) -> memoryview:
     shard, path = split.shards[number], split.path(number)
-    tokens: NDArray[Any] = open_tokens(path)
+    tokens = open_tokens(path)
     if len(tokens) != shard.tokens or tokens.dtype != np.dtype(split.width.dtype):
         raise ValueError(
             f"{path} holds {len(tokens):,} tokens of {tokens.dtype}, but the manifest lists {shard.tokens:,} of "
             f"{split.width.name}: make the shards again"
         )
-    if len(tokens) < count:
-        return tokens[:0].reshape(0, count)
-    return sliding_window_view(tokens, count)
+    return tokens.data
