@@ -152,7 +152,9 @@ def _gather(splits: Sequence[Split], rows: Rows, size: int) -> Tokens:
 
     Joining slices of memory maps is what costs least a row, and less than numpy's ways, wherever the rows lie.
     """
-    mapped, count = shard_reader.mapped(), len(rows)
+    mapped, count, most = shard_reader.mapped(), len(rows), shard_reader.most_maps()
+    if count > most:  # a slice keeps its map open until it is joined
+        return np.concatenate([_gather(splits, rows[i : i + most], size) for i in range(0, count, most)])
     width = splits[0].width
     content = bytearray().join([
         mapped(splits[d], shard)[start : start + size] for d, shard, start in rows.tolist()
