@@ -431,8 +431,7 @@ def _from_text(text: str, hint: type) -> Any:
 def _mix(value: Any) -> tuple[Part, ...]:
     """``a:0.7,b:0.3`` from the command line, ``[{dir = "a", weight = 0.7}, ...]`` from TOML."""
     if isinstance(value, _Text):
-        cut = [part.rpartition(":") for part in value.split(",")]
-        value = [{"dir": folder, "weight": _from_text(weight, float)} for folder, _, weight in cut if folder or weight]
+        value = [_part(part) for part in value.split(",")]
     if not isinstance(value, list):
         raise ValueError(f"expected a list of {{dir, weight}}, found {value!r}")
     parts = []
@@ -441,11 +440,18 @@ def _mix(value: Any) -> tuple[Part, ...]:
             raise ValueError(f'each part is {{dir = "...", weight = 0.5}}, found {part!r}')
         folder, weight = part["dir"], part["weight"]
         if not isinstance(folder, str) or not folder:
-            raise ValueError(f"expected a folder and its weight, DIR:WEIGHT, found {folder!r}")
+            raise ValueError(f"expected a folder, found {folder!r}")
         if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"the weight of {folder} must be a number greater than 0, found {weight!r}")
         parts.append(Part(folder, float(weight)))
     return tuple(parts)
+
+
+def _part(text: str) -> dict[str, Any]:
+    folder, _, weight = text.rpartition(":")
+    if not folder:
+        raise ValueError(f"expected a folder and its weight, DIR:WEIGHT, found '{text}'")
+    return {"dir": folder, "weight": _from_text(weight, float)}
 
 
 def _is_whole(text: str) -> bool:

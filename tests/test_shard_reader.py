@@ -112,7 +112,9 @@ def test_a_whole_shard_that_the_manifest_does_not_mean_is_refused(tmp_path: Path
     content = shards.header(other, tokens) + bytes(other.bytes * tokens)
     (tmp_path / "set/train_000000.bin").write_bytes(content)
     split = shard_reader.open_split(tmp_path / "set", manifest, "train", check_sizes=False)
-    with pytest.raises(ValueError, match=rf"holds {tokens:,} tokens of {width}, but the manifest lists 1,000 of uint16"):
+    with pytest.raises(
+        ValueError, match=rf"holds {tokens:,} tokens of {width}, but the manifest lists 1,000 of uint16"
+    ):
         split.read(0, 10)
 
 
