@@ -37,9 +37,9 @@ from hpcgpt import (
     world,
 )
 from hpcgpt.blame import Blame
-from hpcgpt.evaluate import evaluate
+from hpcgpt.evaluate import HeldOut, evaluate_all
 from hpcgpt.generation import Generation
-from hpcgpt.loader import Loader, Windows, widen
+from hpcgpt.loader import Loader, Mixture, Windows, widen
 from hpcgpt.model import GPT
 from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
@@ -141,10 +141,14 @@ class Attempt:
         self._blame = Blame(settings.blame, ranks)
         size = settings.model.vocab_size
         context = settings.model.block_size
-        train = Windows(planned.train, context, settings.stride, size)
-        self.val = Windows(planned.val, context, context, size) if planned.val else None
+        train = [Windows(part.train, context, settings.stride, size) for part in planned.sets]
+        self.held_out = [
+            HeldOut(part.name, Windows(part.val, context, context, size), part.quota)
+            for part in planned.sets
+            if part.val
+        ]
         self.loader = Loader(
-            train,
+            Mixture(train, [part.quota for part in planned.sets]),
             settings.run.seed,
             ranks.world.rank,
             ranks.world.size,
@@ -152,7 +156,8 @@ class Attempt:
             settings.train.micro_batch,
         )
         self._hosts = on_all(ranks, socket.gethostname)
-        self.words = tokenizer.load(Path(settings.data.dir) / "tokenizer", planned.manifest.tokenizer["fingerprint"])
+        first = planned.sets[0]
+        self.words = tokenizer.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
         self.token_bytes: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         self.token_bytes[: self.words.vocab_size] = self.words.token_bytes
 
@@ -344,10 +349,9 @@ class Attempt:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self) -> dict[str, float] | None:
-        assert self.val is not None
-        return evaluate(
+        return evaluate_all(
             self.model,
-            self.val,
+            self.held_out,
             self.config.eval.batches,
             self.config.train.micro_batch,
             self.token_bytes,

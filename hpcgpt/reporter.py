@@ -75,6 +75,8 @@ class Reporter:
             f"{str(story.dtype).removeprefix('torch.')}, {story.plan.tokens_per_step:,} tokens a step "
             f"({story.plan.micro_steps} micro-steps a rank)"
         )
+        for line in story.plan.mixture:
+            self._console.say(f"samples: {line}")
         if story.step >= total and not story.pending:
             self._console.say(f"finished already, at step {total:,}: nothing to do")
         elif story.step:
