@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import pytest
 from conftest import ROOT, clean_env
 from pyarrow import parquet
 
-from data_prep import documents, encodings, inputs, reading
+from data_prep import documents, encodings, inputs, packing, reading
 from data_prep.packing import zstd
 from data_prep.reading import Reading, Skipped
 
+GOOD = b'{"text": "a"}\n'
 TEXTS = ["萧炎,斗之力,三段。\n“三十年河东”", "hello\r\nworld\t", "a\x00b \u2028 <|endoftext|>", "😀", "x" * 3000]
 
 
@@ -311,16 +313,25 @@ def test_chinese_in_gb18030_is_known_when_it_is_seen(text: str, encoding: str, c
     assert encodings.is_chinese(text.encode(encoding)) is chinese
 
 
+def valid(content: bytes, encoding: str) -> bool:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def test_broken_utf8_never_passes_for_chinese() -> None:
     """Whichever byte of Chinese in UTF-8 is lost or changed."""
-    content = CHINESE.encode()
-    for n in range(len(content) - 1):
-        for broken in (content[:n] + content[n + 1 :], content[:n] + b"\xff" + content[n + 1 :]):
-            try:
-                broken.decode()
-            except UnicodeDecodeError:
-                with pytest.raises(encodings.UndecodableError):
-                    encodings.decoded(broken, "auto")
+    passed_for_gb18030 = 0
+    for content in (text.encode() for text in (CHINESE, CHINESE[:4], CHINESE[:5], TRADITIONAL[7:16], KOREAN)):
+        for n, size in itertools.product(range(len(content)), (1, 2)):
+            for broken in (content[:n] + content[n + size :], content[:n] + b"\xe4" * size + content[n + size :]):
+                if not valid(broken, "utf-8"):
+                    passed_for_gb18030 += valid(broken, "gb18030")
+                    with pytest.raises(encodings.UndecodableError):
+                        encodings.decoded(broken, "auto")
+    assert passed_for_gb18030 > 10
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
@@ -358,6 +369,22 @@ def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str
     assert counts[-1] > 100
     with pytest.raises(ValueError, match=rf"a\.jsonl\.{suffix}, byte \d+ of its text: it breaks off"):
         read(path)
+
+
+def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> None:
+    """Of text that repeats itself, the last bytes taken may stand for more than fits into what is asked for."""
+    packed = gzip.compress(GOOD * 40_000)
+
+    def holds(size: int) -> bool:
+        member = zlib.decompressobj(31)
+        return len(member.decompress(packed[:size], packing.CHUNK)) == packing.CHUNK and not member.unconsumed_tail
+
+    sizes = [size for size in range(len(packed)) if holds(size)]
+    assert sizes
+    for size in sizes:
+        (tmp_path / "a.jsonl.gz").write_bytes(packed[:size])
+        lines = zlib.decompressobj(31).decompress(packed[:size]).count(b"\n")
+        assert len(read(tmp_path / "a.jsonl.gz", Reading(on_bad_input="skip"))) == lines
 
 
 def test_what_is_told_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
@@ -419,7 +446,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content(jsonl([text])), 1))
     (tmp_path / "c.txt.zst").write_bytes(zstd.compress(content(text.encode() + b"\n")))
     table = pa.table({"text": [str(n) + text for n in range(9000)], "other": ["y" * 999] * 9000})
-    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=9000, use_dictionary=False)
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=9000, use_dictionary=False, compression="none")
     words = [sys.executable, "-c", MEMORY, *map(str, sorted(tmp_path.iterdir()))]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=clean_env(), check=False, timeout=120)
     assert done.returncode == 0, done.stderr
