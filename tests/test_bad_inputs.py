@@ -346,7 +346,7 @@ def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, t
     assert manifest.counts["skipped"] == aside
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert sum(row["count"] for row in listed) == aside
-    assert all(Path(row["name"]).is_relative_to(given) and row["problem"] for row in listed)
+    assert all(row["name"][0] != "/" and row["problem"] for row in listed)
     assert verify.verify(out, manifest) == []
     assert everything(given) == before
 
