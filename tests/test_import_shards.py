@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, command
+from test_inspect import folder as folder  # a fixture
 from test_shards import read_like_megatron
 
 from data_prep import cutting, export, foreign, import_shards, inspect, megatron_index, verify
@@ -106,14 +107,12 @@ def test_exported_files_are_those_of_nanogpts_own_preparation(shards_folder: Pat
         assert (tmp_path / "nano" / f"{split}.bin").read_bytes() == expected
 
 
-def test_what_is_exported_and_imported_is_the_same_data_set(
-    shards_folder: Path, tmp_path: Path, imported: Import
-) -> None:
+def test_what_is_exported_and_imported_is_the_same_data_set(folder: Path, tmp_path: Path, imported: Import) -> None:
     """To the byte, as are its counts of characters; the manifests differ in their inputs alone."""
-    before = shards.read_manifest(shards_folder)
-    export.main([str(shards_folder), "--to", "nanogpt", "--out", str(tmp_path / "nano")])
-    for kind, source in (("nanogpt", tmp_path / "nano"), ("llmc", shards_folder), ("megatron", shards_folder)):
-        _, after = imported(kind, source, out=kind)
+    before = shards.read_manifest(folder)
+    export.main([str(folder), "--to", "nanogpt", "--out", str(tmp_path / "nano")])
+    for kind, source in (("nanogpt", tmp_path / "nano"), ("llmc", folder), ("megatron", folder)):
+        _, after = imported(kind, source, "--shard-tokens", "30000", out=kind)
         assert after.shards == before.shards
         assert (after.tokenizer, after.dtype) == (before.tokenizer, before.dtype)
         assert {row["split"] for row in after.inputs} == {"train", "val"}
@@ -330,12 +329,22 @@ def test_what_is_none_of_theirs_is_refused_and_leaves_nothing_behind(
 
 def test_a_failure_takes_away_the_shards_that_were_finished(tmp_path: Path, tokenizer_folder: Path) -> None:
     """The bad id comes last, when other shards are whole."""
-    path = llmc(tmp_path / "a.bin", [0, 1, 2, 0, 3, 4, 0, 5000])
+    path = llmc(tmp_path / "a.bin", [0, 1, 2, 0, 3, 4, 0, 1, 0, 5000])
     words = ["--from", "llmc", str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="token 7 is 5,000"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="token 9 is 5,000"):
         patch.setattr(foreign, "PIECE_TOKENS", 2)
         import_shards.main([*words, "--end-of-text", "0", "--shard-tokens", "3"])
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_place_of_a_bad_id_counts_all_tokens_before_it(
+    tmp_path: Path, imported: Import, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the index is read in pieces."""
+    monkeypatch.setattr(megatron_index, "PIECE_SEQUENCES", 1)
+    path = megatron(tmp_path / "a.bin", [1, 2, 3, 4, 5, 6000, 7], [2, 2, 3])
+    with pytest.raises(ValueError, match=r"a\.bin: token 5 is 6,000"):
+        imported("megatron", path)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, clean_env
 from test_inspect import folder as folder  # a fixture
-from test_shards import flip
+from test_shards import flip, write
 
 from data_prep import verify
 from hpcgpt import shards
@@ -53,6 +54,17 @@ def test_quick_looks_at_sizes_and_headers_only(
         verify.main([str(copy), "--workers", "0"])
 
 
+@pytest.mark.parametrize("place", ["length", "pointer", "border", "last border"])
+def test_each_number_of_an_index_is_looked_at_also_where_all_checksums_hold(place: str, tmp_path: Path) -> None:
+    manifest = write(tmp_path / "shards", {"train": [[[0, 1, 2], [0, 3], [0, 4, 5]]]})
+    at = {"length": 34 + 4, "pointer": 34 + 4 * 3 + 8, "border": 34 + 12 * 3 + 8, "last border": 34 + 12 * 3 + 24}
+    path = tmp_path / "shards" / "train_000000.idx"
+    flip(path, at[place])
+    changed = dataclasses.replace(manifest.shards[0], idx_xxh3=shards.checksum(path))
+    manifest = dataclasses.replace(manifest, shards=[changed])
+    assert "its documents do not add up" in "\n".join(verify.verify(tmp_path / "shards", manifest))
+
+
 def test_verify_needs_no_more_memory_for_a_larger_shard(folder: Path, tmp_path: Path) -> None:
     """240 MB of zeros, which take no room on the disk: as a whole they would show."""
     tokens = 120_000_000
@@ -67,9 +79,10 @@ def test_verify_needs_no_more_memory_for_a_larger_shard(folder: Path, tmp_path: 
     about = shards.read_manifest(folder).tokenizer | {"end_of_text": 0}
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     shards.write_manifest(tmp_path, "uint16", about, [], "by hand", {}, [shard])
+    # Not ru_maxrss: of a new process it begins with what its parent had.
     code = (
-        "import resource, sys; from data_prep import verify\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import sys; from pathlib import Path; from data_prep import verify\n"
+        "def peak(): return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"
         "before = peak(); assert verify.main(sys.argv[1:]) == 0; print(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
