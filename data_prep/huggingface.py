@@ -25,7 +25,7 @@ from typing import Any
 
 import tokenizers
 
-from data_prep import published, proof
+from data_prep import proof, published
 from hpcgpt import tokenizer_library
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_library import LibraryTokenizer

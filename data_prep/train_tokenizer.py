@@ -22,7 +22,8 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
 from tqdm import tqdm
 
-from data_prep import published, inputs, split
+from data_prep import inputs, published, reading, split
+from data_prep.documents import documents
 from hpcgpt import cli, shards, tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
@@ -118,14 +119,16 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
 
 def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
     """The training documents of the corpus, or of units spread evenly over it, with a progress bar."""
-    units = inputs.units(inputs.find(options.INPUT), _UNIT_BYTES)
+    how = reading.asked(options)
+    sources = inputs.find(options.INPUT, [] if how.on_bad_input == "skip" else None)
+    units = inputs.units(sources, _UNIT_BYTES, how)
     sizes = [sum(piece.stop - piece.start for piece in unit) for unit in units]
     stride = max(1, sum(sizes) // (_CHOICE * sample_bytes))
     chosen = range(0, len(units), stride)
     total = sum(sizes[number] for number in chosen)
     with tqdm(total=total, unit="B", unit_scale=True, desc="text read", disable=not sys.stderr.isatty()) as bar:
         for number in chosen:
-            for text in inputs.documents(units[number], options.text_key):
+            for text in documents(units[number], how):
                 if not split.is_validation(text, options.val_fraction):
                     yield text
             bar.update(sizes[number])
@@ -165,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MB",
         help="text to learn from, taken evenly from the whole corpus (default: 1024)",
     )
-    parser.add_argument("--text-key", default="text", help="jsonl: the key that the text is under (default: text)")
+    reading.add_options(parser)
     parser.add_argument(
         "--val-fraction", type=float, default=0.01, metavar="F", help="as given to make_shards later (default: 0.01)"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tiktoken
 
-from data_prep import published, huggingface
+from data_prep import huggingface, published
 from hpcgpt import tokenizer
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters

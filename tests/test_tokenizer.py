@@ -18,7 +18,7 @@ import xxhash
 from conftest import ROOT, clean_env, command
 from tokenizers import Regex, pre_tokenizers
 
-from data_prep import published, proof, split, train_tokenizer, vocabulary
+from data_prep import proof, published, split, train_tokenizer, vocabulary
 from hpcgpt import tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
 
