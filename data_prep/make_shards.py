@@ -28,9 +28,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep import inputs, placing, share, unit, vocabulary, workers
-from data_prep.documents import Reading
-from data_prep.plan import Plan, Recipe, claim
+from data_prep.plan import Plan, Recipe, check_ours, claim
 from data_prep.progress import Progress
+from data_prep.reading import Reading, Skipped, separator
 from data_prep.share import Share
 from data_prep.workers import Job
 from hpcgpt import cli, generation, shards, tokenizer, world
@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
         )
     reading = Reading(
         text_key=options.text_key,
+        encoding=options.encoding,
+        separator="" if options.separator is None else separator(options.separator),
+        on_bad_input=options.on_bad_input,
+        max_document_mb=options.max_document_mb,
     )
     recipe = Recipe(
         tokenizer=words,
@@ -62,10 +66,13 @@ def main(argv: Sequence[str]) -> int:
         dedup=options.dedup == "exact",
         shard_tokens=options.shard_tokens,
     )
-    sources = inputs.find(options.INPUT)
+    out = Path(options.out)
+    given = [str(_standard_input(out, options)) if name == "-" else name for name in options.INPUT]
+    skipped: list[Skipped] = []
+    sources = inputs.find(given, skipped if reading.on_bad_input == "skip" else None)
     unit_bytes = options.unit_mb * 1_000_000
-    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes), unit_bytes)
-    make(plan, Path(options.out), options.workers, options.backend, Share(options.task, options.tasks))
+    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, reading), unit_bytes, skipped)
+    make(plan, out, options.workers, options.backend, Share(options.task, options.tasks))
     return 0
 
 
@@ -91,6 +98,17 @@ def make(plan: Plan, out: Path, processes: int, backend: str, mine: Share) -> No
         _summary(out, manifest, plan, time.monotonic() - started_at)
 
 
+def _standard_input(out: Path, options: argparse.Namespace) -> Path:
+    """The copy of standard input, which lies in `out`: so a rerun goes on with it."""
+    if options.tasks > 1 or options.INPUT.count("-") > 1:
+        raise ValueError("standard input can be read once only: name files where tasks share the work")
+    check_ours(out)
+    prep = out / "prep"
+    if (prep / "plan.json").is_file() and not any(prep.glob("stdin.*")):
+        raise ValueError(f"{out} holds shards that were made of other inputs: choose another --out")
+    return inputs.spool(sys.stdin.buffer, prep)
+
+
 def _make_units(plan: Plan, out: Path, processes: int, backend: str, mine: Share) -> None:
     share_of = range(mine.task, len(plan.units), mine.tasks)
     todo = [number for number in share_of if not unit.folder(out, number).is_dir()]
@@ -100,7 +118,8 @@ def _make_units(plan: Plan, out: Path, processes: int, backend: str, mine: Share
         unit.remove_leftovers(out, number, plan.mark)
     pieces = [piece for number in todo for piece in plan.units[number]]
     job = Job(out, plan.recipe, backend, plan.mark)
-    with Progress(sum(piece.stop - piece.start for piece in pieces), compressed=False) as progress:
+    compressed = any(piece.source.packing or piece.source.kind == "parquet" for piece in pieces)
+    with Progress(sum(piece.stop - piece.start for piece in pieces), compressed) as progress:
         workers.run(job, [(number, plan.units[number]) for number in todo], processes, progress)
 
 
@@ -164,11 +183,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "INPUT",
         nargs="+",
-        help="files ending in .txt (a document each) or .jsonl (a document a line), or folders of them",
+        help="files ending in .txt (a document each), .jsonl (a document a line), both also with .gz or .zst, or "
+        ".parquet (a document a row); folders of them; patterns in quotes, as '**/*.txt'; - for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a tokenizer (default: gpt2)")
-    parser.add_argument("--text-key", default="text", help="jsonl: the key that the text is under (default: text)")
+    parser.add_argument(
+        "--text-key", default="text", help="jsonl, parquet: the key or column of the text (default: text)"
+    )
+    parser.add_argument(
+        "--encoding",
+        default="utf-8",
+        help="of txt and jsonl: utf-8, gb18030 (or gbk), auto (what a file is of these two), ... (default: utf-8)",
+    )
+    parser.add_argument(
+        "--separator", metavar="TEXT", help="cut a .txt into documents wherever this stands; \\n is the end of a line"
+    )
+    parser.add_argument(
+        "--on-bad-input",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip: set what cannot be read aside, count it, and list it in skipped.jsonl (default: stop)",
+    )
+    parser.add_argument(
+        "--max-document-mb",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="a longer document, or line of jsonl, is bad input (default: 256)",
+    )
     parser.add_argument(
         "--val-fraction",
         type=float,

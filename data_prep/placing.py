@@ -31,17 +31,18 @@ def place(out: Path, plan: Plan) -> Manifest:
     if not any(shard.split == "train" for of_unit in kept for shard in of_unit):
         held_out = sum(shard.documents for of_unit in kept for shard in of_unit)
         raise ValueError(f"no document is left for training ({held_out} for validation): lower --val-fraction")
-    skipped = [dataclasses.asdict(row) for record in records for row in record.skipped]
+    skipped = [*plan.skipped, *(row for record in records for row in record.skipped)]
     if skipped:
         durable.write(
-            out / "skipped.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped).encode()
+            out / "skipped.jsonl",
+            "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in skipped).encode(),
         )
     placed = list(_placed(out, kept))
     durable.sync_folder(out)
     counts = {
         "too_short": sum(record.too_short for record in records),
         "duplicates": removed,
-        "skipped": len(skipped),
+        "skipped": sum(row.count for row in skipped),
     }
     manifest = shards.write_manifest(
         out,

@@ -8,14 +8,14 @@ comes later with another one is refused.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from data_prep.documents import Reading
 from data_prep.inputs import Source, Unit
+from data_prep.reading import Reading, Skipped
 from hpcgpt import durable, shards
 from hpcgpt.shards import Width
 from hpcgpt.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ class Plan:
     sources: list[Source]
     units: list[Unit]
     unit_bytes: int
+    skipped: list[Skipped] = field(default_factory=list)  # whole files, set aside before there were units
 
     @cached_property
     def as_json(self) -> bytes:
@@ -73,8 +74,7 @@ def claim(out: Path, plan: Plan) -> bool:
         ValueError: it belongs to another plan, or to something else.
     """
     path, complete = out / "prep" / "plan.json", (out / "manifest.json").is_file()
-    if not path.is_file() and _foreign(out):
-        raise ValueError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
+    check_ours(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not durable.create(path, plan.as_json):
         differences = _differences(json.loads(path.read_bytes()), json.loads(plan.as_json), complete)
@@ -84,6 +84,12 @@ def claim(out: Path, plan: Plan) -> bool:
                 "--out, or remove that folder yourself"
             )
     return complete
+
+
+def check_ours(out: Path) -> None:
+    """Raises ValueError if there is something in the folder that this command did not make."""
+    if not (out / "prep" / "plan.json").is_file() and _foreign(out):
+        raise ValueError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
 
 
 def _foreign(out: Path) -> bool:

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from data_prep import split
 from data_prep.backends import Encoder
-from data_prep.documents import Skipped, documents
+from data_prep.documents import documents
 from data_prep.inputs import Unit
 from data_prep.plan import Recipe
+from data_prep.reading import Skipped
 from hpcgpt import durable, shard_writer
 from hpcgpt.shard_writer import ShardWriter
 from hpcgpt.shards import Shard, Tokens

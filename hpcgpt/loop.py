@@ -158,7 +158,9 @@ class Attempt:
 
         self.progress = Progress()
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
-        self._saver = Saver(self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows)
+        self._saver = Saver(
+            self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
+        )
 
     # --- from start to end -------------------------------------------------------------------------
 
@@ -392,6 +394,10 @@ class Attempt:
         lead_s = self.flag.save_takes(save_s)
         if lead_s is not None and self._reporter:
             self._reporter.say(f"a save takes {save_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
+
+    def _committed(self, saved: Saved) -> None:
+        assert self._reporter is not None
+        self._reporter.committed(saved)
 
     def _sync_rows(self) -> None:
         """Rows must be on the disk before the checkpoint that follows them: nobody would make them again."""

@@ -49,19 +49,26 @@ def peak_flops(device_name: str) -> float | None:
 class MetricsFile:
     """Appends rows to metrics.jsonl. Rank 0 only.
 
-    A full disk does not end the run: rows wait in memory until there is room again. `newest` are the rows
-    of the last few seconds of the attempt before, which may have been lost on their way to elsewhere; `cut_off`
-    those that were beyond where this attempt goes on. Any thread may call `sync`.
+    A full disk does not end the run: rows wait in memory until there is room again. `again` are the rows of earlier
+    attempts that may have been lost on their way to elsewhere, `cut_off` those that were beyond where this
+    attempt goes on. Any thread may call `sync`.
     """
 
-    def __init__(self, path: Path, keep_below: int) -> None:
-        """Open it for going on: rows of step `keep_below` and beyond are cut off first."""
+    def __init__(self, path: Path, keep_below: int, arrived: int | None = None) -> None:
+        """Open it for going on: rows of step `keep_below` and beyond are cut off first.
+
+        `arrived` is the step up to which all rows are known to be elsewhere too; if that is not known, those of the
+        last few seconds are in doubt.
+        """
         rows = read_rows(path)
         kept = [row for row in rows if row["step"] < keep_below]
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
         durable.write(path, content)
         self.cut_off = [row for row in rows if row["step"] >= keep_below]
-        self.newest = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
+        if arrived is None:
+            self.again = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
+        else:
+            self.again = [row for row in kept if row["step"] > arrived]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
         self._lock = threading.Lock()

@@ -78,13 +78,15 @@ class Saver:
         held: Generation | None,
         keep: config.Checkpoint,
         before_commit: Callable[[], None] = lambda: None,
+        committed: Callable[[Saved], None] = lambda _: None,
     ) -> None:
         """`held` is rank 0's generation, None on the others.
 
-        Rank 0 calls `before_commit` in its thread: what has to be on the disk before the checkpoint is.
+        Rank 0 calls both in its thread: `before_commit` puts on the disk what has to be there before the checkpoint
+        is; `committed` tells of it as soon as it is there, with what it has cost until then.
         """
         self._checkpoints, self._ranks, self._held, self._keep = checkpoints, ranks, held, keep
-        self._before_commit = before_commit
+        self._before_commit, self._committed = before_commit, committed
         self.tidy = True  # remove old checkpoints behind each new one
         self._verified: set[str] = set()
         self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
@@ -167,9 +169,12 @@ class Saver:
         return bool(ready)
 
     def _ended(self, problem: str) -> Saved:
-        seconds = time.monotonic() - self._began_at
-        stall_s = self._stall_s or seconds
-        return Saved(self._state.step, problem, seconds, stall_s, self._bytes)
+        if not self._stall_s:  # it ended where it began
+            self._stall_s = time.monotonic() - self._began_at
+        return self._so_far(problem)
+
+    def _so_far(self, problem: str = "") -> Saved:
+        return Saved(self._state.step, problem, time.monotonic() - self._began_at, self._stall_s, self._bytes)
 
     def _make_folder(self) -> str | None:
         assert self._held is not None
@@ -211,6 +216,7 @@ class Saver:
         except OSError as error:
             raise durable.explained(error, self._final) from error
         durable.sync_folder(self._checkpoints)
+        self._committed(self._so_far())
         if not self.tidy:
             return
         try:

@@ -21,7 +21,7 @@ from small_checkpoints import held as held
 from small_checkpoints import three as three
 from xdist.scheduler import LoadScopeScheduling
 
-from data_prep import inputs, make_shards, train_tokenizer
+from data_prep import documents, inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """A byte-level BPE of 512 ids, trained on the corpus."""
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe512"
     unit = inputs.units(inputs.find([str(text_folder)]), 10**9)[0]
-    tokenizer.save(train_tokenizer.train(inputs.documents(unit, "text"), 512, "bpe512"), folder)
+    tokenizer.save(train_tokenizer.train(documents.documents(unit), 512, "bpe512"), folder)
     return folder
 
 

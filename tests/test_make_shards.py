@@ -21,7 +21,7 @@ import pytest
 import regex
 from conftest import ROOT, clean_env, command
 
-from data_prep import duplicates, inputs, make_shards, placing, share, verify
+from data_prep import duplicates, make_shards, placing, share, verify
 from data_prep.share import Share
 from hpcgpt import shard_reader, shards, tokenizer
 
@@ -546,51 +546,27 @@ def test_a_file_that_is_added_beside_the_shards_stays(options: list[str], tmp_pa
     assert (out / "NOTES").read_text() == "years of work"
 
 
-# --- bad inputs ------------------------------------------------------------------------------------
-
-GOOD = '{"text": "萧炎"}\n'
-BAD_INPUTS: list[tuple[str, bytes, list[str], str]] = [
-    ("a.txt", b"good\xff", [], "a.txt, byte 4: not UTF-8"),
-    ("a.txt", b"\xef\xbb\xbfab\xff", [], "a.txt, byte 5: not UTF-8"),
-    ("a.txt", "萧炎".encode("gb18030"), [], "iconv -f GB18030 -t UTF-8"),
-    ("a.txt", "hello".encode("utf-16"), [], "a.txt, byte 0: not UTF-8"),
-    ("a.jsonl", GOOD.encode() + b'{"text": "\xff"}\n', [], f"a.jsonl, byte {len(GOOD.encode()) + 10}: not UTF-8"),
-    ("a.jsonl", GOOD.encode() + b'{"text": "x"\n', [], f"a.jsonl, byte {len(GOOD.encode()) + 13}: not JSON"),
-    # The place is told in bytes, and not in characters.
-    ("a.jsonl", (GOOD + '{"text": "萧炎", bad}').encode(), [], f"a.jsonl, byte {len(GOOD.encode()) + 19}: not JSON"),
-    ("a.jsonl", b'\xef\xbb\xbf{"text": bad}', [], "a.jsonl, byte 12: not JSON"),
-    ("a.jsonl", GOOD.encode() + b'{"body": "x", "id": 7}\n', [],
-     f"a.jsonl, line at byte {len(GOOD.encode())}: no text under 'text' (it has body, id)"),
-    ("a.jsonl", GOOD.encode(), ["--text-key", "body"],
-     "no text under 'body' (it has text); name the right one with --text-key"),
-    ("a.jsonl", b"{}\n", [], "it has no keys"),
-    ("a.jsonl", b'["x"]\n', [], "it is no object"),
-    ("a.jsonl", b'{"text": null}\n', [], "line at byte 0: no text under 'text'"),
-    ("a.jsonl", b'{"text": ["x"]}\n', [], "line at byte 0: no text under 'text'"),
-    ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", [], "a.jsonl, line at byte 0: "),
-    ("a.jsonl", b"[" * 100_000 + b"\n", [], "a.jsonl, line at byte 0: "),
-    ("a.pdf", b"%PDF", [], "its name ends in '.pdf', expected .txt or .jsonl"),
-    ("a", b"text", [], "its name ends in '', expected .txt or .jsonl"),
-    ("a.txt", b"", [], "the inputs hold no text: all of their files are empty"),
-    ("a.txt", b"x", ["--val-fraction", "0.999999"], "no document is left for training"),
-    ("a.txt", b"x", ["--val-fraction", "1"], "--val-fraction 1.0: expected 0 or more, and less than 1"),
-    ("a.txt", b"x", ["--val-fraction", "nan"], "--val-fraction nan: expected"),
-    ("a.txt", b"x", ["--workers", "0"], "--workers and --unit-mb must be at least 1"),
-    ("a.txt", b"x", ["--unit-mb", "0"], "--workers and --unit-mb must be at least 1"),
-    ("a.txt", b"x", ["--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
-]  # fmt: skip
+# --- mistakes --------------------------------------------------------------------------------------
+# What may be wrong with the text itself is in test_bad_inputs.py.
 
 
-@pytest.mark.parametrize(("name", "content", "flags", "sentence"), BAD_INPUTS)
-def test_a_bad_input_is_refused_with_its_place(
-    name: str, content: bytes, flags: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path
-) -> None:
-    (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--val-fraction", "0.999999"], "no document is left for training"),
+        (["--val-fraction", "1"], "--val-fraction 1.0: expected 0 or more, and less than 1"),
+        (["--val-fraction", "nan"], "--val-fraction nan: expected"),
+        (["--workers", "0"], "--workers and --unit-mb must be at least 1"),
+        (["--unit-mb", "0"], "--workers and --unit-mb must be at least 1"),
+        (["--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
+    ],
+)
+def test_a_mistaken_option_is_refused(flags: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
     words = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1", *flags]
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        make_shards.main([str(tmp_path / name), "--out", str(tmp_path / "out"), *words])
+        make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert list((tmp_path / "out").glob("*.bin")) == [] or "document" in sentence
 
 
 def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
@@ -603,17 +579,6 @@ def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
     assert done.returncode == 2
     assert f"corpus.jsonl, byte {len(content) + 9}: not JSON" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("made", [True, False])
-def test_a_missing_input_and_a_folder_without_text_are_refused(made: bool, tmp_path: Path) -> None:
-    if made:
-        (tmp_path / "in").mkdir()
-        (tmp_path / "in" / "notes.md").write_text("x")
-    done = make(tmp_path / "in", out=tmp_path / "out")
-    assert done.returncode == 2
-    assert ("in has no files ending in .txt or .jsonl" if made else "no such input") in done.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -635,73 +600,6 @@ def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "most", "--val-fraction", "0", out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert shard_reader.open_tokens(tmp_path / "out" / "train_000000.bin").tolist() == [65535, 97, 98]
-
-
-def test_a_file_name_that_is_no_utf8_is_no_obstacle(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """Chinese novels come with names in GB18030."""
-    folder = tmp_path / "novels"
-    folder.mkdir()
-    (folder / os.fsdecode("斗破苍穹.txt".encode("gb18030"))).write_text(CHINESE)
-    done = make(folder, "--tokenizer", tokenizer_folder, "--val-fraction", "0", out=tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert verify.verify(tmp_path / "out", shards.read_manifest(tmp_path / "out")) == []
-
-
-# --- pieces of files -------------------------------------------------------------------------------
-
-LINES = ['{"text": "one"}\n', "\n", '{"text": "萧炎 two"}\r\n', '   \n{"text": ""}\n', '{"text": "three", "id": 3}']
-
-
-@pytest.mark.parametrize("bom", [True, False])
-def test_jsonl_cut_at_any_byte_gives_the_same_documents(bom: bool, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" * bom + "".join(LINES).encode())
-    size = path.stat().st_size
-    for unit_bytes in range(1, size + 2):
-        units = inputs.units(inputs.find([str(path)]), unit_bytes)
-        assert sum(piece.stop - piece.start for unit in units for piece in unit) == size
-        found = [text for unit in units for text in inputs.documents(unit, "text")]
-        assert found == ["one", "萧炎 two", "three"], f"units of {unit_bytes} bytes"
-
-
-def test_units_hold_whole_text_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", "a/y.txt", "a.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name * 3)
-    units = inputs.units(inputs.find([str(tmp_path)]), unit_bytes=1)
-    assert [[piece.source.name for piece in unit] for unit in units] == [
-        ["a.txt"], ["a/y.txt"], ["a/z.txt"], ["b.txt"]]  # fmt: skip
-    assert len(inputs.units(inputs.find([str(tmp_path)]), unit_bytes=10**9)) == 1
-
-
-def test_the_order_of_the_inputs_is_the_one_given(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(name)
-    sources = inputs.find([str(tmp_path / "b.txt"), str(tmp_path / "a.txt")])
-    assert [source.name for source in sources] == ["b.txt", "a.txt"]
-
-
-def documents(path: Path) -> list[str]:
-    return [text for unit in inputs.units(inputs.find([str(path)]), 10**9) for text in inputs.documents(unit, "text")]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
-    for name, content in (("a.txt", b"\xef\xbb\xbfx\xef\xbb\xbf"), ("a.jsonl", b'\xef\xbb\xbf{"text": "x\\ufeff"}')):
-        (tmp_path / name).write_bytes(content)
-        assert documents(tmp_path / name) == ["x\ufeff"]
-
-
-def test_a_lone_surrogate_becomes_the_replacement_character_and_a_pair_its_character(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\\udc00\\ud800"}\n')
-    assert documents(path) == ["a\ufffdb", "😀", "\ufffd\ufffd"]
-    done = make(path, "--val-fraction", "0", out=tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-
-
-def test_line_ends_and_spaces_of_a_text_file_stay_as_they_are(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b" a\r\nb\rc\n\n")
-    assert documents(tmp_path / "a.txt") == [" a\r\nb\rc\n\n"]
 
 
 # --- a full disk -----------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from hpcgpt.checkpoint import State
 from hpcgpt.config import Checkpoint
 from hpcgpt.generation import Generation
 from hpcgpt.runfolder import SUPERSEDED
-from hpcgpt.saver import Saver
+from hpcgpt.saver import Saved, Saver
 
 WEIGHT = "model/weight"
 
@@ -103,6 +103,44 @@ def test_before_the_commit_comes_what_has_to_be_on_the_disk_first(checkpoints: P
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     its.finish(lambda: None)
     assert seen == [[".step_000000004.g0001.tmp"]]
+
+
+def test_a_checkpoint_is_told_of_as_soon_as_it_is_there_and_not_at_the_next_step_boundary(
+    checkpoints: Path, held: Generation
+) -> None:
+    """Nobody polls: a run that is killed before its next step ends has told of its checkpoint all the same."""
+    told: list[Saved] = []
+    there = threading.Event()
+
+    def committed(saved: Saved) -> None:
+        told.append(saved)
+        assert names(checkpoints) == ["step_000000004"]
+        there.set()
+
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, committed=committed)
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    while its.poll() is not None or not its._committing:  # the first stage alone waits for the ranks
+        time.sleep(0.001)
+    assert there.wait(30)
+    assert its.busy
+    saved = its.finish(lambda: None)
+    assert saved is not None
+    assert [(one.step, one.problem, one.bytes) for one in told] == [(4, "", saved.bytes)]
+    assert told[0].stall_s <= saved.stall_s
+    assert told[0].seconds <= saved.seconds
+
+
+def test_of_a_save_that_fails_nothing_is_told(checkpoints: Path, held: Generation) -> None:
+    told: list[Saved] = []
+    (checkpoints / "step_000000004").write_text("in the way")
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, committed=told.append)
+    (checkpoints / "step_000000004").rename(checkpoints / "aside")
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    (checkpoints / "aside").rename(checkpoints / "step_000000004")
+    saved = its.finish(lambda: None)
+    assert saved is not None
+    assert "Not a directory" in saved.problem
+    assert told == []
 
 
 def test_if_that_fails_there_is_no_checkpoint(checkpoints: Path, held: Generation) -> None:
