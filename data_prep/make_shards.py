@@ -37,11 +37,16 @@ from hpcgpt import cli, generation, shards, tokenizer, world
 from hpcgpt.shards import Manifest
 
 GiB = 1 << 30
+# What a worker imports: what this file does, for it is run again there, and what gigatoken needs for its results.
+_PRELOADED = ("argparse", *(f"data_prep.{name}" for name in ("placing", "progress", "share", "vocabulary")))
+_PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check(options)
+    if options.workers > 1:
+        workers.prepare(*_PRELOADED, *(() if options.backend == "tiktoken" else _PRELOADED_FAST))
     words = vocabulary.find(options.tokenizer)
     width = shards.WIDTHS[options.dtype]
     if words.vocab_size > width.most_ids:
