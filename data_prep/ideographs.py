@@ -122,8 +122,7 @@ def _free(points: NDArray[np.uint32], ends: NDArray[np.int64], table: _Table) ->
     border &= (table.ends[low[:-1]] & table.starts[low[1:]]) == 0
     free = np.zeros(len(points), dtype=np.bool_)
     free[1:-1] = border[:-1] & border[1:]
-    free[ends[ends > 0] - 1] = False
-    free[ends[ends < len(points)]] = False
+    free[ends[ends < len(points)]] = False  # so no row goes over the border of two texts
     return free
 
 
