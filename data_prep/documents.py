@@ -70,7 +70,7 @@ class _Reader:
             raise type(error)(error.errno, f"cannot read {shown(source.path)}: {error.strerror or error}") from error
 
     def _bad(self, place: str, problem: str, remedy: str = "") -> None:
-        self._aside.bad(self._source.path, place, problem, remedy)
+        self._aside.bad(self._source.path, self._source.name, place, problem, remedy)
 
     def _at(self, offset: int, unit: str = "byte") -> str:
         return f"{unit} {offset}" + (" of its text" if self._source.packing else "")

@@ -95,7 +95,7 @@ def find(inputs: Sequence[str], skipped: list[Skipped] | None = None) -> list[So
             raise ValueError(f"{shown(Path(given))} {what} {_KINDS_IN_WORDS}")
         sources += filter(None, (_source(file, root, aside) for file in paths))
     if not any(source.bytes for source in sources):
-        first = f"{shown(Path(skipped[0].name))}: {skipped[0].problem}" if skipped else "all of their files are empty"
+        first = f"{skipped[0].name}: {skipped[0].problem}" if skipped else "all of their files are empty"
         raise ValueError(f"the inputs hold no text: {first}")
     return sources
 
@@ -112,7 +112,7 @@ def _found(path: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
         why = f" ({error.strerror})" if error.errno != ENOENT else ""
         raise ValueError(f"no such input: {shown(path)}{why}") from None
     if stat.S_ISDIR(mode):
-        return path, _Walk(aside).below(path)
+        return path, _Walk(path, aside).below(path)
     if not stat.S_ISREG(mode):
         remedy = "name a file, or pipe the text in and name '-'"
         raise ValueError(f"{shown(path)} is no file but a pipe, a socket or a device: {remedy}")
@@ -124,8 +124,8 @@ def _found(path: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
 class _Walk:
     """A way down through folders, links included, which ends where a link leads back up."""
 
-    def __init__(self, aside: Aside) -> None:
-        self._aside = aside
+    def __init__(self, root: Path, aside: Aside) -> None:
+        self._root, self._aside = root, aside
         self._above: list[tuple[int, int]] = []
         self._told: set[Path] = set()
 
@@ -169,7 +169,8 @@ class _Walk:
         for entry in entries:
             if entry.is_symlink() and _is_folder(entry) and _leads_up(entry):
                 self._bad(
-                    Path(entry.path), f"a link in a circle, to a folder that it is in: {Path(entry.path).readlink()}"
+                    Path(entry.path),
+                    f"a link in a circle, to a folder that it is in: {shown(Path(entry.path).readlink())}",
                 )
             else:
                 yield entry
@@ -178,7 +179,7 @@ class _Walk:
     def _bad(self, path: Path, problem: str) -> None:
         if path not in self._told:
             self._told.add(path)
-            self._aside.bad(path, "", problem)
+            self._aside.bad(path, shown(path.relative_to(self._root)), "", problem)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -198,22 +199,23 @@ def _matching(pattern: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
     root = Path(*pattern.parts[:fixed])
     if not root.is_dir():
         raise ValueError(f"no such input: {shown(pattern)}: there is no folder {shown(root)}")
-    return root, _Walk(aside).matching(root, pattern.parts[fixed:])
+    return root, _Walk(root, aside).matching(root, pattern.parts[fixed:])
 
 
 def _source(path: Path, root: Path, aside: Aside) -> Source | None:
+    name = shown(path.relative_to(root))
     try:
         status = path.stat()
     except OSError as error:
-        target = f"a link to {path.readlink()}, which" if path.is_symlink() else "a file that"
-        aside.bad(path, "", f"{target} cannot be opened: {error.strerror}")
+        target = f"a link to {shown(path.readlink())}, which" if path.is_symlink() else "a file that"
+        aside.bad(path, name, "", f"{target} cannot be opened: {error.strerror}")
         return None
     if not stat.S_ISREG(status.st_mode):
-        aside.bad(path, "", "no file but a pipe, a socket or a device")
+        aside.bad(path, name, "", "no file but a pipe, a socket or a device")
     elif not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-        aside.bad(path, "", "no permission to read it")
+        aside.bad(path, name, "", "no permission to read it")
     else:
-        return Source(shown(path.relative_to(root)), path.absolute(), status.st_size, status.st_mtime_ns)
+        return Source(name, path.absolute(), status.st_size, status.st_mtime_ns)
     return None
 
 
@@ -259,7 +261,7 @@ def _pieces(sources: Sequence[Source], unit_bytes: int, reading: Reading) -> Ite
             yield Piece(source, 0, source.bytes)
         elif source.kind == "txt" and not reading.separator:
             if source.bytes > reading.max_document_bytes and reading.on_bad_input == "stop":
-                aside.bad(source.path, "", *too_long(reading, "txt"))
+                aside.bad(source.path, source.name, "", *too_long(reading, "txt"))
             if source.bytes:
                 yield Piece(source, 0, source.bytes)
         else:
@@ -275,7 +277,7 @@ def _row_groups(source: Source, unit_bytes: int, reading: Reading) -> Iterator[P
     except (parquet.UnusableError, OSError) as error:
         if reading.on_bad_input == "stop":
             remedy = error.remedy if isinstance(error, parquet.UnusableError) else ""
-            Aside("stop", []).bad(source.path, "", str(error), remedy)
+            Aside("stop", []).bad(source.path, source.name, "", str(error), remedy)
         yield Piece(source, 0, source.bytes)
         return
     # The text's share of the file, up to and with each row group, in bytes of the file.

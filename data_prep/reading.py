@@ -58,7 +58,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Input that was set aside: in which file, where in it, why; `count` is more than 1 where many are told as one."""
+    """Input that was set aside: in which file (as in the manifest), where in it, why; `count` times."""
 
     name: str
     place: str
@@ -73,15 +73,17 @@ class Aside:
         self._stop, self._skipped = on_bad_input == "stop", skipped
         self._before = len(skipped)
 
-    def bad(self, path: Path, place: str, problem: str, remedy: str = "") -> None:
-        """Raises:
+    def bad(self, path: Path, name: str, place: str, problem: str, remedy: str = "") -> None:
+        """Tell of the file at `path`, known as `name` wherever the corpus lies.
+
+        Raises:
         ValueError: unless bad input is to be skipped.
         """
         where = ", ".join(filter(None, (shown(path), place)))
         if self._stop:
             raise ValueError(f"{where}: {problem}; {remedy or SKIP}") from None
         if len(self._skipped) - self._before < MOST_TOLD:
-            self._skipped.append(Skipped(shown(path), place, problem))
+            self._skipped.append(Skipped(name, place, problem))
         else:
             last = self._skipped[-1]
             self._skipped[-1] = replace(last, problem="this and what came behind it", count=last.count + 1)

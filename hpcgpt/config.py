@@ -62,8 +62,19 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One data set of a mix."""
+
+    dir: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class Data:
     dir: str = option("data/shards", "folder of token shards, made by `python -m data_prep.make_shards`")
+    mix: tuple[Part, ...] = option(
+        (), "instead of dir: several folders and their weights, DIR:WEIGHT,... (in TOML a list of {dir, weight})"
+    )
     tokenizer: str = option("", "name or fingerprint that the shards' tokenizer must have; empty: any")
     stride: int = option(0, "tokens between the starts of two windows; 0: block_size", low=0)
 
@@ -287,12 +298,13 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
         group = parser.add_argument_group(f"[{section}]")
         for item in dataclasses.fields(cls):
             hint = get_type_hints(cls)[item.name]
-            choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else hint.__name__.upper()
+            choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else _METAVAR.get(hint, "")
+            default = "none" if item.default == () else item.default
             group.add_argument(
                 f"--{section}.{item.name}",
                 dest=f"{section}.{item.name}",
                 metavar=choices,
-                help=f"{item.metadata['help']} (default: {item.default})".replace("%", "%%"),
+                help=f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
             )
     return parser
 
@@ -316,20 +328,21 @@ def _sections() -> dict[str, type]:
 def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]) -> Config:
     values: dict[str, dict[str, Any]] = {}
     for where, table in written:
-        lengths = {}
+        chosen: dict[str, dict[str, Any]] = {section: {} for section in _ONE_OF}
         for section, key, value in _entries(where, table, problems):
             try:
                 good = checked(section, key, value)
             except ValueError as error:
                 problems.append(f"{where}: {section}.{key}: {error}")
                 continue
-            if section == "train" and key in _LENGTHS:
-                lengths[key] = good
+            if key in _ONE_OF.get(section, ()):
+                chosen[section][key] = good
             else:
                 values.setdefault(section, {})[key] = good
-        # A length replaces whatever length an earlier source gave, in whichever unit that was.
-        if any(lengths.values()):
-            values.setdefault("train", {}).update(dict.fromkeys(_LENGTHS, 0) | {"epochs": 0.0} | lengths)
+        # A length replaces whatever length an earlier source gave, in whichever unit that was; so with the data.
+        for section, given in chosen.items():
+            if any(given.values()):
+                values.setdefault(section, {}).update(_ONE_OF[section] | given)
     config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})
     if not problems:
         problems.extend(_contradictions(config))
@@ -363,6 +376,8 @@ def checked(section: str, key: str, value: Any) -> Any:
         if value not in choices:
             raise ValueError(f"{value!r} is none of {', '.join(choices)}{_nearest(str(value), choices)}")
         return str(value)
+    if hint == _MIX:
+        return _mix(value)
     value = _from_text(value, hint) if isinstance(value, _Text) else value
     if hint is float and type(value) is int:
         value = float(value)
@@ -381,6 +396,13 @@ def checked(section: str, key: str, value: Any) -> Any:
 
 
 _LENGTHS = ("steps", "tokens", "epochs")
+# Of these keys of a section one is given; the others have the values that stand for nothing.
+_ONE_OF: dict[str, dict[str, Any]] = {
+    "train": {"steps": 0, "tokens": 0, "epochs": 0.0},
+    "data": {"dir": "", "mix": ()},
+}
+_MIX = tuple[Part, ...]
+_METAVAR: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "BOOL", str: "STR", _MIX: "DIR:WEIGHT,..."}
 _KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "low": (operator.ge, "at least"),
@@ -406,6 +428,32 @@ def _from_text(text: str, hint: type) -> Any:
         raise ValueError(f"expected {_KIND[hint]}, found '{text}'") from None
 
 
+def _mix(value: Any) -> tuple[Part, ...]:
+    """``a:0.7,b:0.3`` from the command line, ``[{dir = "a", weight = 0.7}, ...]`` from TOML."""
+    if isinstance(value, _Text):
+        value = [_part(part) for part in value.split(",")]
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list of {{dir, weight}}, found {value!r}")
+    parts = []
+    for part in value:
+        if not isinstance(part, Mapping) or set(part) != {"dir", "weight"}:
+            raise ValueError(f'each part is {{dir = "...", weight = 0.5}}, found {part!r}')
+        folder, weight = part["dir"], part["weight"]
+        if not isinstance(folder, str) or not folder:
+            raise ValueError(f"expected a folder, found {folder!r}")
+        if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"the weight of {folder} must be a number greater than 0, found {weight!r}")
+        parts.append(Part(folder, float(weight)))
+    return tuple(parts)
+
+
+def _part(text: str) -> dict[str, Any]:
+    folder, _, weight = text.rpartition(":")
+    if not folder:
+        raise ValueError(f"expected a folder and its weight, DIR:WEIGHT, found '{text}'")
+    return {"dir": folder, "weight": _from_text(weight, float)}
+
+
 def _is_whole(text: str) -> bool:
     try:
         return float(text).is_integer()
@@ -427,6 +475,13 @@ def _contradictions(config: Config) -> Iterator[str]:
     if len(lengths) != 1:
         found = " and ".join(f"train.{name}" for name in lengths) or "none"
         yield f"give exactly one of train.steps, train.tokens and train.epochs (found {found})"
+    if config.data.dir and config.data.mix:
+        yield "give one of data.dir and data.mix, not both"
+    if train.epochs and config.data.mix:
+        yield (
+            "train.epochs says nothing of a data.mix, whose parts have epochs of their own: give train.tokens or "
+            "train.steps"
+        )
     if train.global_batch % train.micro_batch:
         yield (f"train.global_batch {train.global_batch} must be a multiple of train.micro_batch {train.micro_batch}")
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:

@@ -6,13 +6,17 @@ generator is touched.
 
 Bits per byte compare models with different tokenizers: the loss of all targets, end-of-text tokens
 included, in bits, over the bytes of the text that they stand for.
+
+Where several data sets are mixed, each that has a validation split is evaluated for itself, and the figures
+are the means over those, with the weights of the mix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +26,53 @@ from torch import nn
 
 from hpcgpt.loader import Windows, widen
 from hpcgpt.world import Ranks
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The validation windows of one data set, and its weight in the mix."""
+
+    name: str
+    windows: Windows
+    weight: int
+
+
+def evaluate_all(
+    model: nn.Module,
+    sets: Sequence[HeldOut],
+    batches: int,
+    micro_batch: int,
+    token_bytes: NDArray[np.int64],
+    ranks: Ranks,
+    precision: Callable[[], AbstractContextManager[None]],
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """As `evaluate`, over one or several data sets, `batches` of each. If they are several there is also a
+    ``val/loss/NAME`` for each.
+    """
+    found = []
+    for part in sets:
+        figures = evaluate(model, part.windows, batches, micro_batch, token_bytes, ranks, precision, stopped)
+        if figures is None:
+            return None
+        found.append(figures)
+    return found[0] if len(found) == 1 else combined(sets, found)
+
+
+def combined(sets: Sequence[HeldOut], found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of a mix from those of its parts."""
+    total = sum(part.weight for part in sets)
+
+    def mean(key: str) -> float:
+        return math.fsum(part.weight * figures[key] for part, figures in zip(sets, found, strict=True)) / total
+
+    loss = mean("val/loss")
+    return {
+        "val/loss": loss,
+        "val/perplexity": _perplexity(loss),
+        "val/bits_per_byte": mean("val/bits_per_byte"),
+        **{f"val/loss/{part.name}": figures["val/loss"] for part, figures in zip(sets, found, strict=True)},
+    }
 
 
 @torch.no_grad()
@@ -62,7 +113,7 @@ def evaluate(
     loss = nats / targets
     return {
         "val/loss": loss,
-        "val/perplexity": math.exp(min(loss, 700.0)),
+        "val/perplexity": _perplexity(loss),
         "val/bits_per_byte": nats / math.log(2) / text_bytes,
     }
 
@@ -79,5 +130,10 @@ def _batch_sums(
     inputs, targets = widen(batch, ranks.device)
     with precision():
         loss = model(inputs, targets)
-    text_bytes = int(token_bytes[batch.numpy().view(np.uint16)[:, 1:]].sum())
+    ids = batch.numpy()
+    text_bytes = int(token_bytes[ids.view(f"u{ids.itemsize}")[:, 1:]].sum())
     return torch.tensor([float(loss) * targets.numel(), targets.numel(), text_bytes], dtype=torch.float64)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

@@ -55,7 +55,7 @@ class Generation:
         newer = self.superseded_by()
         if newer is not None:
             print(
-                f"error: generation {newer} has taken this run folder: this attempt (generation {self.number}, "
+                f"error: generation {newer} has taken this folder: this attempt (generation {self.number}, "
                 f"{socket.gethostname()} pid {os.getpid()}) leaves without writing another byte",
                 file=sys.stderr,
                 flush=True,
@@ -84,7 +84,7 @@ class Generation:
             beats += 1
             try:
                 self.check()
-                path.write_text(str(beats))
+                _write_beat(path, beats)
             except OSError as error:
                 # A full or hanging disk must not end the run; at worst a newcomer takes over.
                 print(f"warning: no heartbeat: {error}", file=sys.stderr, flush=True)
@@ -188,6 +188,15 @@ def _who(folder: Path, number: int) -> str:
     holder = _holder(folder, number)
     job = f"Slurm job {holder['attempt'].rpartition('_')[0]}, " if holder["attempt"] else ""
     return f"generation {number} ({job}host {holder['host']}, pid {holder['pid']})"
+
+
+def _write_beat(path: Path, beats: int) -> None:
+    """In its place: emptied first it could not be filled again on a full disk, and its holder would look dead."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, b"%012d\n" % beats, 0)
+    finally:
+        os.close(descriptor)  # on NFS this is what sends it
 
 
 def _beats(folder: Path, number: int) -> str:

@@ -37,9 +37,9 @@ from hpcgpt import (
     world,
 )
 from hpcgpt.blame import Blame
-from hpcgpt.evaluate import evaluate
+from hpcgpt.evaluate import HeldOut, evaluate_all
 from hpcgpt.generation import Generation
-from hpcgpt.loader import Loader, Windows, widen
+from hpcgpt.loader import Loader, Mixture, Windows, widen
 from hpcgpt.model import GPT
 from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
@@ -141,10 +141,14 @@ class Attempt:
         self._blame = Blame(settings.blame, ranks)
         size = settings.model.vocab_size
         context = settings.model.block_size
-        train = Windows(planned.train, context, settings.stride, size)
-        self.val = Windows(planned.val, context, context, size) if planned.val else None
+        train = [Windows(part.train, context, settings.stride, size) for part in planned.sets]
+        self.held_out = [
+            HeldOut(part.name, Windows(part.val, context, context, size), part.quota)
+            for part in planned.sets
+            if part.val
+        ]
         self.loader = Loader(
-            train,
+            Mixture(train, [part.quota for part in planned.sets]),
             settings.run.seed,
             ranks.world.rank,
             ranks.world.size,
@@ -152,7 +156,8 @@ class Attempt:
             settings.train.micro_batch,
         )
         self._hosts = on_all(ranks, socket.gethostname)
-        self.words = tokenizer.load(Path(settings.data.dir) / "tokenizer", planned.manifest.tokenizer["fingerprint"])
+        first = planned.sets[0]
+        self.words = tokenizer.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
         self.token_bytes: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         self.token_bytes[: self.words.vocab_size] = self.words.token_bytes
 
@@ -234,14 +239,15 @@ class Attempt:
         durable.write(self.folder / "config.toml", config.to_toml(self.config).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
-            (event["seconds"] for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
+            (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
             default=0.0,
         )
         progress, pending = self.progress, self.progress.pending is not None
         story = Story(
             self.plan, self.ranks, self.number, self._hosts, self.dtype, self._began_at, progress.step, pending
         )
-        self._reporter = Reporter(story, self.model, self.words)
+        assert self.held is not None
+        self._reporter = Reporter(story, self.held, self.model, self.words)
         self._mind_the_end(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
 
@@ -343,10 +349,9 @@ class Attempt:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self) -> dict[str, float] | None:
-        assert self.val is not None
-        return evaluate(
+        return evaluate_all(
             self.model,
-            self.val,
+            self.held_out,
             self.config.eval.batches,
             self.config.train.micro_batch,
             self.token_bytes,

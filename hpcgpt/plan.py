@@ -11,24 +11,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hpcgpt import order, shard_reader, shards
+from hpcgpt import datasets, mix
 from hpcgpt.config import Config
-from hpcgpt.shard_reader import Split
-from hpcgpt.shards import Manifest
+from hpcgpt.datasets import DataSet
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` has its open values filled in; `windows` are those of an epoch, `micro_steps` a rank's."""
+    """`config` has its open values filled in; `sets` are the data sets, one or several that are mixed; `micro_steps`
+    a rank's.
+    """
 
     config: Config
-    manifest: Manifest
-    train: Split
-    val: Split | None
-    windows: int
+    sets: list[DataSet]
     total_steps: int
     micro_steps: int
 
@@ -40,52 +37,40 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What a resume must find unchanged: the model, and which sample is the i-th."""
         model = {f"model.{key}": value for key, value in dataclasses.asdict(self.config.model).items()}
-        return model | {
-            "run.seed": self.config.run.seed,
-            "data.stride": self.config.stride,
-            "train.global_batch": self.config.train.global_batch,
-            "digest of the shards": self.manifest.digest,
-        }
+        digests = [part.manifest.digest for part in self.sets]
+        alone = len(digests) == 1
+        return (
+            model
+            | {
+                "run.seed": self.config.run.seed,
+                "data.stride": self.config.stride,
+                "train.global_batch": self.config.train.global_batch,
+                "digest of the shards": digests[0] if alone else digests,
+            }
+            | ({} if alone else {f"share in {mix.BLOCK}ths of each data set": [part.quota for part in self.sets]})
+        )
+
+    @property
+    def mixture(self) -> list[str]:
+        """What the run will see of each data set, a line each; nothing to say of one alone."""
+        samples = self.total_steps * self.config.train.global_batch
+        return [part.words(samples) for part in self.sets] if len(self.sets) > 1 else []
 
 
-def make(config: Config, world_size: int) -> Plan:
-    """The plan of a run on `world_size` ranks.
+def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
+    """The plan of a run on `world_size` ranks, of whom one has to look at the size of every shard.
 
     Raises:
         ValueError: something does not fit; the message says what would.
     """
-    folder = Path(config.data.dir)
-    manifest = shards.read_manifest(folder)
-    if manifest.dtype != "uint16":
-        raise ValueError(f"{folder} holds {manifest.dtype} tokens; this version reads uint16")
-    config = _with_vocabulary(config, manifest)
-    train = shard_reader.open_split(folder, manifest, "train")
-    if config.eval.every and "val" not in manifest.splits:
-        raise ValueError(
-            f"{folder} has no val shards: pass --eval.every 0 to train without validation, or make "
-            "shards with a --val-fraction"
-        )
-    val = shard_reader.open_split(folder, manifest, "val") if config.eval.every else None
-    context, batch = config.model.block_size, config.train.global_batch
-    windows = order.window_count(train.tokens, context, config.stride)
-    if windows < batch:
-        raise ValueError(
-            f"{folder} has {windows:,} windows of {context} tokens, fewer than one global batch of {batch}: add "
-            "text, or lower train.global_batch or model.block_size"
-        )
-    if val is not None and not order.window_count(val.tokens, context, context):
-        raise ValueError(
-            f"the validation split of {folder} has {val.tokens:,} tokens, less than one window of "
-            f"{context}: make shards with a larger --val-fraction"
-        )
+    sets = datasets.open_all(config, check_sizes)
+    for part in sets:
+        config = _with_vocabulary(config, part)
     return Plan(
         config,
-        manifest,
-        train,
-        val,
-        windows,
-        _total_steps(config, windows),
-        micro_steps(batch, config.train.micro_batch, world_size),
+        sets,
+        _total_steps(config, sets[0].windows),
+        micro_steps(config.train.global_batch, config.train.micro_batch, world_size),
     )
 
 
@@ -116,11 +101,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in now if before.get(key) != now[key]]
 
 
-def _with_vocabulary(config: Config, manifest: Manifest) -> Config:
-    tokenizer, wanted = manifest.tokenizer, config.data.tokenizer
+def _with_vocabulary(config: Config, part: DataSet) -> Config:
+    tokenizer, wanted = part.manifest.tokenizer, config.data.tokenizer
     if wanted and wanted != tokenizer["name"] and not tokenizer["fingerprint"].startswith(wanted):
         raise ValueError(
-            f"data.tokenizer is {wanted}, but the shards in {config.data.dir} were made with {tokenizer['name']} "
+            f"data.tokenizer is {wanted}, but the shards in {part.folder} were made with {tokenizer['name']} "
             f"(fingerprint {tokenizer['fingerprint'][:12]}): point data.dir at other shards, or change data.tokenizer"
         )
     ids = int(tokenizer["vocab_size"])
@@ -129,10 +114,10 @@ def _with_vocabulary(config: Config, manifest: Manifest) -> Config:
             f"model.vocab_size {config.model.vocab_size:,} is smaller than the {ids:,} ids of the shards' tokenizer "
             f"{tokenizer['name']}: leave it at 0 to take those"
         )
-    highest = max(shard.max_id for shard in manifest.shards)
+    highest = max(shard.max_id for shard in part.manifest.shards)
     if highest >= ids:
         raise ValueError(
-            f"the shards in {config.data.dir} hold id {highest:,}, outside of their tokenizer's {ids:,} "
+            f"the shards in {part.folder} hold id {highest:,}, outside of their tokenizer's {ids:,} "
             "ids: they are damaged, make them again"
         )
     return dataclasses.replace(

@@ -12,6 +12,7 @@ from hpcgpt import goodput, metrics, runfolder, tokenizer, tracking, world
 from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
+from hpcgpt.generation import Generation
 from hpcgpt.model import GPT
 from hpcgpt.plan import Plan
 from hpcgpt.saver import Saved
@@ -38,13 +39,15 @@ class Story:
 
 
 class Reporter:
-    def __init__(self, story: Story, model: GPT, words: Tokenizer) -> None:
+    def __init__(self, story: Story, held: Generation, model: GPT, words: Tokenizer) -> None:
         self._story, self._model, self._words = story, model, words
         self._config: Config = story.plan.config
         self._folder = self._config.run_folder
         self._told: Saved | None = None  # the save whose commit has been told, and not its end
         keep_below = story.step + (0 if story.pending else 1)
-        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", keep_below, tracking.arrived(self._folder))
+        self.metrics = metrics.MetricsFile(
+            self._folder / "metrics.jsonl", keep_below, tracking.arrived(self._folder), held.check
+        )
         lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
         self.event(
             "start",
@@ -72,6 +75,8 @@ class Reporter:
             f"{str(story.dtype).removeprefix('torch.')}, {story.plan.tokens_per_step:,} tokens a step "
             f"({story.plan.micro_steps} micro-steps a rank)"
         )
+        for line in story.plan.mixture:
+            self._console.say(f"samples: {line}")
         if story.step >= total and not story.pending:
             self._console.say(f"finished already, at step {total:,}: nothing to do")
         elif story.step:

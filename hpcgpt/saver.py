@@ -33,6 +33,7 @@ from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
 POLL_S = 0.005
+LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
@@ -87,7 +88,10 @@ class Saver:
         """
         self._checkpoints, self._ranks, self._held, self._keep = checkpoints, ranks, held, keep
         self._before_commit, self._committed = before_commit, committed
-        self.tidy = True  # remove old checkpoints behind each new one
+        # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
+        # read back a large checkpoint takes longer than a job has that is told to leave.
+        self.tidy = True
+        self._there = threading.Event()  # the checkpoint of this save is; old ones may still be removed
         self._verified: set[str] = set()
         self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
         self._work: _Work | None = None
@@ -117,6 +121,7 @@ class Saver:
         share = self._copied(_share(tensors, self._ranks))
         path = self._temporary / checkpoint.share_name(self._ranks.world.rank, self._ranks.world.size)
         self._committing = False
+        self._there.clear()
         self._work = _Work(lambda: (path.name, tensorfile.write(path, share)))
         self._stall_s += time.monotonic() - self._began_at
         return None
@@ -129,10 +134,11 @@ class Saver:
         return None if problem is None else self._ended(problem)
 
     def finish(self, alive: Callable[[], None]) -> Saved | None:
-        """Wait for the save that is under way, if one is; `alive` is called while it lasts."""
+        """Wait for the save that is under way, if one is; `alive` is called while it lasts, up to LONGEST_S."""
         started_at = time.monotonic()
         while self.busy:
-            alive()
+            if time.monotonic() - self._began_at < LONGEST_S:
+                alive()
             problem = self._advance()
             if problem is not None:
                 self._stall_s += time.monotonic() - started_at
@@ -163,7 +169,8 @@ class Saver:
         return None
 
     def _all_ready(self, work: _Work) -> bool:
-        ready = torch.tensor([int(work.ready)])
+        left_alone = self._there.is_set() and not self.tidy
+        ready = torch.tensor([int(work.ready or left_alone)])
         if self._ranks.control is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.control)
         return bool(ready)
@@ -217,6 +224,7 @@ class Saver:
             raise durable.explained(error, self._final) from error
         durable.sync_folder(self._checkpoints)
         self._committed(self._so_far())
+        self._there.set()
         if not self.tidy:
             return
         try:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         # Late, so that --help costs neither numpy nor torch.
         from hpcgpt import plan
 
-        planned = plan.make(settings, here.size)
+        planned = plan.make(settings, here.size, check_sizes=here.is_first)
 
         # Torch's own warnings about sockets say less than our errors do.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -101,6 +101,16 @@ def test_the_same_step_can_be_set_aside_again_and_again(three: Path, held: Gener
         "g0001", "g0001.2", "g0001.3"]  # fmt: skip
 
 
+def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tmp_path: Path, held: Generation) -> None:
+    mine = tmp_path / "mine"
+    (three / "step_000000012").rename(mine)
+    (three / "step_000000012").symlink_to(mine)
+    before = sorted(path.name for path in mine.iterdir())
+    checkpoint.set_aside(three / "step_000000012", "a reason", held)
+    assert (three / "damaged_step_000000012.g0001").readlink() == mine
+    assert sorted(path.name for path in mine.iterdir()) == before
+
+
 # --- the command -----------------------------------------------------------------------------------
 
 

@@ -134,7 +134,7 @@ def test_an_error_on_one_rank_ends_all_of_them_with_a_sentence(
 
     folder = copied(shards_folder, tmp_path)
     split = shard_reader.open_split(folder, shards.read_manifest(folder), "train")
-    window = int(order.windows(4, 1, order.window_count(split.tokens, 32, 32), seed=1)[0])
+    window = int(order.windows(np.array([4]), order.window_count(split.tokens, 32, 32), seed=1)[0])
     put_id(folder / f"{split.shards[0].name}.bin", window * 32 + 5, 700)
     before = kept(run)
     ranks = [start(config, run.parent, "--data.dir", str(folder), env=as_rank(rank, 2)) for rank in range(2)]

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import pytest
 from conftest import ROOT, clean_env
 from pyarrow import parquet
 
-from data_prep import documents, encodings, inputs, reading
+from data_prep import documents, encodings, inputs, packing, reading
 from data_prep.packing import zstd
 from data_prep.reading import Reading, Skipped
 
+GOOD = b'{"text": "a"}\n'
 TEXTS = ["萧炎,斗之力,三段。\n“三十年河东”", "hello\r\nworld\t", "a\x00b \u2028 <|endoftext|>", "😀", "x" * 3000]
 
 
@@ -154,7 +156,7 @@ def test_separators_are_found_across_the_borders_of_what_is_read_at_once(tmp_pat
     path.write_text("<|endoftext|>".join(pieces))
     for unit_bytes in (10**9, 1 << 20, (1 << 20) + 3, 700_000):
         assert read(path, Reading(separator="<|endoftext|>"), unit_bytes) == pieces
-    small = [Skipped(str(path), "document at byte 1048584", "a document above 1 MB")]
+    small = [Skipped("a.txt", "document at byte 1048584", "a document above 1 MB")]
     skipped: list[Skipped] = []
     options = Reading(separator="<|endoftext|>", on_bad_input="skip", max_document_mb=1)
     path.write_text("<|endoftext|>".join(["a" * 1_048_571, "b" * 3_000_000, "c"]))
@@ -311,16 +313,25 @@ def test_chinese_in_gb18030_is_known_when_it_is_seen(text: str, encoding: str, c
     assert encodings.is_chinese(text.encode(encoding)) is chinese
 
 
+def valid(content: bytes, encoding: str) -> bool:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def test_broken_utf8_never_passes_for_chinese() -> None:
     """Whichever byte of Chinese in UTF-8 is lost or changed."""
-    content = CHINESE.encode()
-    for n in range(len(content) - 1):
-        for broken in (content[:n] + content[n + 1 :], content[:n] + b"\xff" + content[n + 1 :]):
-            try:
-                broken.decode()
-            except UnicodeDecodeError:
-                with pytest.raises(encodings.UndecodableError):
-                    encodings.decoded(broken, "auto")
+    passed_for_gb18030 = 0
+    for content in (text.encode() for text in (CHINESE, CHINESE[:4], CHINESE[:5], TRADITIONAL[7:16], KOREAN)):
+        for n, size in itertools.product(range(len(content)), (1, 2)):
+            for broken in (content[:n] + content[n + size :], content[:n] + b"\xe4" * size + content[n + size :]):
+                if not valid(broken, "utf-8"):
+                    passed_for_gb18030 += valid(broken, "gb18030")
+                    with pytest.raises(encodings.UndecodableError):
+                        encodings.decoded(broken, "auto")
+    assert passed_for_gb18030 > 10
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
@@ -360,6 +371,22 @@ def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str
         read(path)
 
 
+def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> None:
+    """Of text that repeats itself, the last bytes taken may stand for more than fits into what is asked for."""
+    packed = gzip.compress(GOOD * 40_000)
+
+    def holds(size: int) -> bool:
+        member = zlib.decompressobj(31)
+        return len(member.decompress(packed[:size], packing.CHUNK)) == packing.CHUNK and not member.unconsumed_tail
+
+    sizes = [size for size in range(len(packed)) if holds(size)]
+    assert sizes
+    for size in sizes:
+        (tmp_path / "a.jsonl.gz").write_bytes(packed[:size])
+        lines = zlib.decompressobj(31).decompress(packed[:size]).count(b"\n")
+        assert len(read(tmp_path / "a.jsonl.gz", Reading(on_bad_input="skip"))) == lines
+
+
 def test_what_is_told_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n' * 3000)
     skipped: list[Skipped] = []
@@ -391,45 +418,44 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_even_where_bad_input_i
 MEMORY = """
 import sys
 from pathlib import Path
-import orjson, pyarrow.parquet
+import pyarrow.parquet
 from data_prep import documents, inputs
 from data_prep.reading import Reading
 
-def peak():
+def peak_mb():
     return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1]) / 1000
 
-options = Reading(max_document_mb=1, on_bad_input="skip", separator=sys.argv[2])
-units = inputs.units(inputs.find(sys.argv[1:2]), 10**8, options)
-before = peak()
-count = size = 0
-for unit in units:
-    for text in documents.documents(unit, options, []):
-        count, size = count + 1, size + len(text)
-print(peak() - before, count, size)
+for name in sys.argv[1:]:
+    before = peak_mb()
+    options = Reading(max_document_mb=1, on_bad_input="skip", separator="\\n" if ".txt" in name else "")
+    cut = inputs.units(inputs.find([name]), 10**8, options)
+    lengths = [len(text) for unit in cut for text in documents.documents(unit, options, [])]
+    print(name, len(lengths), sum(lengths), peak_mb() - before)
 """
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt.zst", "parquet"])
-def test_memory_stays_flat(kind: str, tmp_path: Path) -> None:
-    """90 MB of each kind, a line of 50 MB among it. For parquet, pyarrow's own buffers are 30 MB (of any file size)."""
-    path = tmp_path / f"a.{kind}"
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    """60 MB of each kind, a line of 50 MB among it; of parquet, one row group of as much (pyarrow's own buffers are
+    30 MB, of a file of any size)."""
     text = "x" * 9_999
-    if kind == "parquet":
-        table = pa.table({"text": [str(n) + text for n in range(9000)], "other": ["y" * 999] * 9000})
-        parquet.write_table(table, path, row_group_size=9000, use_dictionary=False)
-    else:
-        line = text.encode() + b"\n" if "txt" in kind else jsonl([text])
-        giant = b'{"text": "' + b"z" * 50_000_000 + b"\n" + line
-        content = line * 2000 + giant + line * 2000
-        path.write_bytes(
-            gzip.compress(content, 1) if "gz" in kind else zstd.compress(content) if "zst" in kind else content
-        )
-    words = [sys.executable, "-c", MEMORY, str(path), "\n" if "txt" in kind else ""]
+
+    def content(line: bytes) -> bytes:
+        return line * 500 + b'{"text": "' + b"z" * 50_000_000 + b"\n" + line * 500
+
+    (tmp_path / "a.jsonl").write_bytes(content(jsonl([text])))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content(jsonl([text])), 1))
+    (tmp_path / "c.txt.zst").write_bytes(zstd.compress(content(text.encode() + b"\n")))
+    table = pa.table({"text": [str(n) + text for n in range(9000)], "other": ["y" * 999] * 9000})
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=9000, use_dictionary=False, compression="none")
+    words = [sys.executable, "-c", MEMORY, *map(str, sorted(tmp_path.iterdir()))]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=clean_env(), check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    grown, count, size = map(float, done.stdout.split())
-    assert (count, size >= count * 9_999) == (9000 if kind == "parquet" else 4001, True)
-    assert grown < (80 if kind == "parquet" else 40), f"{grown} MB"
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [(int(count), int(size) >= int(count) * 9_999) for _, count, size, _ in rows] == [(1000, True)] * 3 + [
+        (9000, True)
+    ]
+    for name, _, _, grown in rows:
+        assert float(grown) < (80 if "parquet" in name else 30), f"{name} took {grown} MB"
 
 
 # --- standard input --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpcgpt import shard_reader, shard_writer, shards
+from hpcgpt import order, shard_reader, shard_writer, shards
 from hpcgpt.loader import Loader, Windows, widen
 from hpcgpt.shard_reader import Split
+from hpcgpt.shards import Width
 
 SEED, GLOBAL_BATCH, CONTEXT = 7, 8, 32
 
@@ -33,13 +35,17 @@ def stream(windows: Windows) -> NDArray[np.int64]:
     return np.concatenate(parts).astype(np.int64)
 
 
+@cache
+def of_rank(windows: Windows, rank: int, ranks: int, micro_batch: int) -> Loader:
+    return Loader(windows, SEED, rank, ranks, GLOBAL_BATCH, micro_batch)
+
+
 def global_batch(windows: Windows, step: int, ranks: int, micro_batch: int) -> Tensor:
     """What all ranks see of one step (GLOBAL_BATCH, T+1): rank after rank, micro-step after micro-step."""
     seen = []
     for rank in range(ranks):
-        loader = Loader(windows, SEED, rank, ranks, GLOBAL_BATCH, micro_batch)
         for micro_step in range(GLOBAL_BATCH // ranks // micro_batch):
-            batch = loader.batch(step, micro_step)
+            batch = of_rank(windows, rank, ranks, micro_batch).batch(step, micro_step)
             assert batch.shape == (micro_batch, CONTEXT + 1)
             seen.append(batch)
     return torch.cat(seen)
@@ -90,6 +96,43 @@ def test_a_batch_is_computed_and_not_remembered(windows: Windows) -> None:
     assert torch.equal(Loader(windows, SEED, 1, 2, GLOBAL_BATCH, 2).batch(9, 1), later)
 
 
+@pytest.mark.parametrize("ahead", [1, 6, 50])
+def test_how_far_ahead_the_order_is_worked_out_changes_nothing(
+    windows: Windows, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def batches() -> list[Tensor]:
+        loader = Loader(windows, SEED, 1, 2, GLOBAL_BATCH, 2)
+        return [loader.batch(step, micro_step) for step in [*range(30), 2000, 7] for micro_step in (1, 0)]
+
+    expected = batches()
+    monkeypatch.setattr("hpcgpt.loader._AHEAD", ahead)
+    assert all(map(torch.equal, batches(), expected))
+
+
+def test_a_run_of_far_more_epochs_than_windows_works_out_no_more_than_an_epoch_ahead(tmp_path: Path) -> None:
+    """Each epoch has a permutation of its own: thousands of them for one batch would be felt."""
+    windows = Windows(hand_made(tmp_path, list(range(29))), context=4, stride=4, vocab_size=29)
+    loader = Loader(windows, SEED, 0, 1, 7, 7)
+    assert windows.count == 7
+    for step in (0, 1, 12345):
+        assert sorted(loader.batch(step, 0)[:, 0].tolist()) == [0, 4, 8, 12, 16, 20, 24]
+        assert len(loader._drawn(0)) == 7
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epoch_of_overlapping_windows_shows_each_once(
+    windows: Windows, stream: NDArray[np.int64], ranks: int
+) -> None:
+    overlapping = Windows(windows.split, CONTEXT, 12, 512)
+    steps = overlapping.count // GLOBAL_BATCH
+    seen = torch.cat([widen_whole(global_batch(overlapping, step, ranks, 4)) for step in range(steps)])
+    there = order.windows(np.arange(steps * GLOBAL_BATCH), overlapping.count, SEED)
+    assert len(set(there.tolist())) == steps * GLOBAL_BATCH > overlapping.count - GLOBAL_BATCH
+    expected = np.lib.stride_tricks.sliding_window_view(stream, CONTEXT + 1)[there * 12]
+    by_content = (sorted(map(tuple, rows.tolist())) for rows in (seen, expected))
+    assert next(by_content) == next(by_content)
+
+
 def test_targets_are_the_inputs_shifted_by_one(windows: Windows, stream: NDArray[np.int64]) -> None:
     inputs, targets = widen(windows.read(np.array([0, 3, windows.count - 1])), torch.device("cpu"))
     assert inputs.dtype == targets.dtype == torch.int64
@@ -123,6 +166,28 @@ def test_ids_above_32767_survive_the_16_bits(tmp_path: Path) -> None:
     assert targets.tolist() == [ids[1:]]
 
 
+def test_ids_above_65535_come_as_32_bits(tmp_path: Path) -> None:
+    ids = [0, 65535, 65536, 100_000, 2**31 - 1, 1, 7, 40000]
+    split = hand_made(tmp_path, ids, width=shards.WIDTHS["uint32"])
+    batch = Windows(split, context=7, stride=7, vocab_size=2**31).read(np.array([0]))
+    assert batch.dtype == torch.int32
+    inputs, targets = widen(batch, torch.device("cpu"))
+    assert inputs.dtype == torch.int64
+    assert inputs.tolist() == [ids[:-1]]
+    assert targets.tolist() == [ids[1:]]
+    with pytest.raises(ValueError, match=r"id 2147483647 is outside of the vocabulary of 2,147,483,647"):
+        Windows(split, context=7, stride=7, vocab_size=2**31 - 1).read(np.array([0]))
+
+
+def test_a_batch_of_more_rows_than_shards_may_be_open_is_the_same(
+    windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = np.arange(windows.count)[::-1]
+    expected = windows.read(chosen)
+    monkeypatch.setattr("hpcgpt.shard_reader.most_maps", lambda: 10)
+    assert torch.equal(windows.read(chosen), expected)
+
+
 def test_an_id_outside_of_the_vocabulary_names_the_shard_the_token_and_what_to_do(tmp_path: Path) -> None:
     ids = [5] * 40
     ids[29] = 100
@@ -140,15 +205,15 @@ def test_an_id_in_a_later_shard_is_named_by_its_place_in_that_shard(tmp_path: Pa
         windows.read(np.array([1]))
 
 
-def hand_made(folder: Path, *contents: list[int]) -> Split:
+def hand_made(folder: Path, *contents: list[int], width: Width = shards.WIDTHS["uint16"]) -> Split:
     """A split with these ids, one shard each."""
     made = []
     for number, ids in enumerate(contents):
-        with shard_writer.writing(folder, f"train_{number:06d}", "train") as writer:
-            writer.add(np.array(ids, dtype=np.uint16), np.array([len(ids)]), 1, 1)
+        with shard_writer.writing(folder, f"train_{number:06d}", "train", width) as writer:
+            writer.add(np.array(ids, dtype=width.dtype), np.array([len(ids)]), 1, 1)
         assert writer.shard is not None
         made.append(writer.shard)
-    return Split(folder, "train", made)
+    return Split(folder, "train", made, width)
 
 
 def widen_whole(batch: Tensor) -> Tensor:

@@ -367,18 +367,8 @@ def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
     copies: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each of the files that are written or moved once all units are finished."""
-    arguments = [
-        str(copies[0]),
-        "--dedup",
-        "exact",
-        "--val-fraction",
-        "0.1",
-        "--unit-mb",
-        "1",
-        "--workers",
-        "1",
-        "--out",
-    ]
+    flags = ["--dedup", "exact", "--val-fraction", "0.1", "--unit-mb", "1", "--workers", "1"]
+    arguments = [str(copies[0]), "--tokenizer", str(tokenizer_folder), *flags, "--out"]
     assert make_shards.main([*arguments, str(tmp_path / "whole")]) == 0
     out = tmp_path / "out"
 

@@ -16,10 +16,15 @@ from hpcgpt.loader import Loader, Windows
 Ints = NDArray[np.int64]
 
 
+def drawn_of(first: int, count: int, total: int, seed: int) -> Ints:
+    """The windows of samples first ... first + count - 1."""
+    return order.windows(np.arange(first, first + count), total, seed)
+
+
 def step_of_rank(step: int, rank: int, ranks: int, batch: int, total: int, seed: int = 1) -> list[int]:
     """The windows of one rank's share of a global batch, as hpcgpt.loader asks for them."""
     share = batch // ranks
-    return order.windows(step * batch + rank * share, share, total, seed).tolist()
+    return drawn_of(step * batch + rank * share, share, total, seed).tolist()
 
 
 SIZES = sorted({1, 2, 3, 5, 7, 10, 100, 1000} | {2**n + d for n in range(2, 13) for d in (-1, 0, 1)})
@@ -28,23 +33,23 @@ SIZES = sorted({1, 2, 3, 5, 7, 10, 100, 1000} | {2**n + d for n in range(2, 13) 
 @pytest.mark.parametrize("total", SIZES)
 def test_an_epoch_holds_every_window_exactly_once(total: int) -> None:
     for seed in (0, 1, 2**63 - 1):
-        assert sorted(order.windows(0, total, total, seed)) == list(range(total))
+        assert sorted(drawn_of(0, total, total, seed)) == list(range(total))
 
 
 def test_the_order_of_every_epoch_is_another_one() -> None:
     total = 1000
-    epochs = [tuple(order.windows(n * total, total, total, seed=1)) for n in range(20)]
+    epochs = [tuple(drawn_of(n * total, total, total, seed=1)) for n in range(20)]
     assert len(set(epochs)) == 20
 
 
 def test_the_order_of_every_seed_is_another_one() -> None:
-    orders = [tuple(order.windows(0, 1000, 1000, seed)) for seed in range(20)]
+    orders = [tuple(drawn_of(0, 1000, 1000, seed)) for seed in range(20)]
     assert len(set(orders)) == 20
 
 
 def test_an_epoch_of_one_seed_is_no_epoch_of_another() -> None:
     """(seed, epoch) must not be folded into one number: seed 1's second epoch is not seed 2's first."""
-    first = {(seed, n): tuple(order.windows(n * 500, 500, 500, seed)) for seed in range(5) for n in range(5)}
+    first = {(seed, n): tuple(drawn_of(n * 500, 500, 500, seed)) for seed in range(5) for n in range(5)}
     assert len(set(first.values())) == 25
 
 
@@ -52,7 +57,7 @@ def test_the_order_looks_like_chance() -> None:
     """No window stays where it was more often than chance would have it, neighbours are torn apart, and the
     mean place of the first tenth of an epoch is the middle of the corpus."""
     total = 10_000
-    drawn = order.windows(0, total, total, seed=1)
+    drawn = drawn_of(0, total, total, seed=1)
     assert np.count_nonzero(drawn == np.arange(total)) < 10
     assert np.count_nonzero(np.abs(np.diff(drawn)) == 1) < 20
     assert abs(float(drawn[: total // 10].mean()) - total / 2) < total / 20
@@ -60,25 +65,25 @@ def test_the_order_looks_like_chance() -> None:
 
 def test_a_sample_is_the_same_alone_and_in_any_batch() -> None:
     total, seed = 97, 3
-    together = order.windows(0, 500, total, seed).tolist()
-    assert [int(order.windows(i, 1, total, seed)[0]) for i in range(500)] == together
-    assert np.concatenate([order.windows(i, 7, total, seed) for i in range(0, 497, 7)]).tolist() == together[:497]
+    together = drawn_of(0, 500, total, seed).tolist()
+    assert [int(drawn_of(i, 1, total, seed)[0]) for i in range(500)] == together
+    assert np.concatenate([drawn_of(i, 7, total, seed) for i in range(0, 497, 7)]).tolist() == together[:497]
 
 
 def test_the_order_is_frozen() -> None:
     """A run that was started with one version must be continued by the next. Change these rows only if the
     order is meant to change, and then say so in the changelog."""
-    assert order.windows(0, 12, 12, seed=1).tolist() == [2, 1, 5, 3, 11, 6, 10, 4, 0, 7, 8, 9]
-    assert order.windows(10**6, 4, 1000, seed=42).tolist() == [880, 706, 703, 178]
-    assert order.windows(7, 3, 2**50, seed=0).tolist() == [1098155107782491, 945993599896615, 721290025354011]
+    assert drawn_of(0, 12, 12, seed=1).tolist() == [2, 1, 5, 3, 11, 6, 10, 4, 0, 7, 8, 9]
+    assert drawn_of(10**6, 4, 1000, seed=42).tolist() == [880, 706, 703, 178]
+    assert drawn_of(7, 3, 2**50, seed=0).tolist() == [1098155107782491, 945993599896615, 721290025354011]
 
 
 def test_a_huge_corpus_takes_no_memory() -> None:
     total = 2**50
-    order.windows(0, 8, total, seed=1)
+    drawn_of(0, 8, total, seed=1)
     tracemalloc.start()
     try:
-        drawn = order.windows(total - 4, 8, total, seed=1)
+        drawn = drawn_of(total - 4, 8, total, seed=1)
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -90,7 +95,7 @@ def test_a_huge_corpus_takes_no_memory() -> None:
 
 @pytest.mark.parametrize("total", [2**50, 2**50 + 1, 2**62])
 def test_a_huge_corpus_is_shuffled_over_its_whole_length(total: int) -> None:
-    drawn = order.windows(0, 2000, total, seed=5)
+    drawn = drawn_of(0, 2000, total, seed=5)
     assert len(set(drawn.tolist())) == 2000
     assert np.histogram(drawn, bins=4, range=(0, total))[0].min() > 400
 
@@ -102,7 +107,7 @@ def test_the_ranks_shares_are_disjoint_and_together_the_global_batch(ranks: int)
         shares = [step_of_rank(step, rank, ranks, batch, total) for rank in range(ranks)]
         assert [len(share) for share in shares] == [batch // ranks] * ranks
         together = [*chain(*shares)]
-        assert together == order.windows(step * batch, batch, total, seed=1).tolist()
+        assert together == drawn_of(step * batch, batch, total, seed=1).tolist()
         assert len(set(together)) == batch
 
 
@@ -128,18 +133,18 @@ def test_the_loader_gives_these_windows_whatever_the_ranks_and_the_micro_batch(
             for rank in range(ranks)
             for micro_step in range(8 // ranks // micro_batch)
         ]
-        expected = [split.read(int(w) * 32, 33).tolist() for w in order.windows(step * 8, 8, windows.count, seed=1)]
+        expected = [split.read(int(w) * 32, 33).tolist() for w in drawn_of(step * 8, 8, windows.count, seed=1)]
         assert [row for batch in batches for row in (batch.numpy().view(np.uint16)).tolist()] == expected
 
 
 def test_a_corpus_smaller_than_a_batch_is_gone_through_epoch_by_epoch() -> None:
-    drawn = order.windows(0, 10, 3, seed=1).tolist()
+    drawn = drawn_of(0, 10, 3, seed=1).tolist()
     assert [sorted(drawn[i : i + 3]) for i in (0, 3, 6)] == [[0, 1, 2]] * 3
 
 
 def test_no_windows_have_no_order() -> None:
     with pytest.raises(ValueError, match="without windows"):
-        order.windows(0, 1, 0, seed=1)
+        drawn_of(0, 1, 0, seed=1)
 
 
 # --- windows over the stream -----------------------------------------------------------------------
@@ -167,7 +172,7 @@ def test_the_number_of_windows_is_the_table(tokens: int, context: int, stride: i
 def targets(tokens: int, context: int, stride: int) -> Ints:
     """How often each token of the stream is a target in one epoch (tokens,)."""
     hits = np.zeros(tokens, dtype=np.int64)
-    for window in order.windows(0, (count := order.window_count(tokens, context, stride)), count, seed=1):
+    for window in drawn_of(0, (count := order.window_count(tokens, context, stride)), count, seed=1):
         hits[window * stride + 1 : window * stride + context + 1] += 1
     return hits
 

@@ -33,8 +33,8 @@ def test_a_plan_fills_in_what_the_configuration_left_open(shards_folder: Path) -
     made = plan.make(settings(shards_folder), world_size=2)
     assert made.config.model.vocab_size == 512
     assert (made.total_steps, made.micro_steps, made.tokens_per_step) == (5, 2, 8 * 32)
-    assert made.windows == (made.train.tokens - 1) // 32
-    assert made.val is not None
+    assert made.sets[0].windows == (made.sets[0].train.tokens - 1) // 32
+    assert made.sets[0].val is not None
 
 
 # --- how long --------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_tokens_become_steps_rounded_up(tokens: int, steps: int, shards_folder: 
 @pytest.mark.parametrize("epochs", [0.5, 1, 2.5])
 def test_epochs_become_the_steps_whose_samples_they_hold(epochs: float, shards_folder: Path) -> None:
     made = plan.make(settings(shards_folder, train__steps=0, train__epochs=epochs), 1)
-    assert 0 <= epochs * made.windows - made.total_steps * 8 < 8
+    assert 0 <= epochs * made.sets[0].windows - made.total_steps * 8 < 8
 
 
 def test_a_part_of_an_epoch_is_at_least_one_step(shards_folder: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_part_of_an_epoch_is_at_least_one_step(shards_folder: Path) -> None:
 
 def test_a_smaller_stride_makes_more_windows(shards_folder: Path) -> None:
     made = plan.make(settings(shards_folder, data__stride=8), 1)
-    assert made.windows == order.window_count(made.train.tokens, 32, 8)
+    assert made.sets[0].windows == order.window_count(made.sets[0].train.tokens, 32, 8)
 
 
 # --- the batch -------------------------------------------------------------------------------------
@@ -122,9 +122,9 @@ def test_a_shard_of_another_size_is_refused_with_both_sizes(change: int, word: s
 
 def test_fewer_windows_than_one_global_batch_are_refused(shards_folder: Path) -> None:
     """The course's script trained nothing on such a corpus, and saved it."""
-    windows = plan.make(settings(shards_folder), 1).windows
+    windows = plan.make(settings(shards_folder), 1).sets[0].windows
     fits, more = settings(shards_folder, train__global_batch=windows, train__micro_batch=1), windows + 1
-    assert plan.make(fits, 1).windows == windows
+    assert plan.make(fits, 1).sets[0].windows == windows
     with pytest.raises(ValueError, match=f"has {windows:,} windows .* fewer than one global batch of {more}"):
         plan.make(settings(shards_folder, train__global_batch=more, train__micro_batch=1), 1)
 
@@ -145,7 +145,7 @@ def test_no_validation_split_is_refused_unless_there_are_no_evaluations(copy: Pa
     only_training_shards(copy)
     with pytest.raises(ValueError, match=r"has no val shards: pass --eval\.every 0"):
         plan.make(settings(copy), 1)
-    assert plan.make(settings(copy, eval__every=0), 1).val is None
+    assert plan.make(settings(copy, eval__every=0), 1).sets[0].val is None
 
 
 def test_an_id_outside_of_the_tokenizer_is_refused(copy: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from conftest import command, rows
 
 from hpcgpt import config, runfolder
+from hpcgpt.excluded import bad_hosts
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
-from hpcgpt.requeue import Before, Decision, decide, so_far
+from hpcgpt.requeue import Before, Decision, decide, decide_early, so_far
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job, job_id
 
@@ -149,6 +150,40 @@ def test_a_job_that_is_always_stopped_before_it_gets_anywhere_comes_to_an_end(id
     decision = decide(ended, AGAIN, Job("RUNNING"), 0, Before(idle=idle), LIMITS)
     assert (decision.requeue, decision.crashed) == (requeue, False)
     assert ("it gets nowhere" in decision.why) != requeue
+
+
+ENDING = "COMPLETING"
+
+
+@pytest.mark.parametrize(
+    ("job", "why"),
+    [
+        (Job(ENDING, node_failed=True), "a node failed"),
+        (Job(ENDING, over_time=True), "at its time limit"),
+        (Job(ENDING, preempted=True, fields={"Requeue": "0"}), "preempted"),
+        (Job(ENDING, preempted=True, fields={"Requeue": "1"}), None),  # Slurm brings it back by itself
+        (Job(ENDING), None),  # a person's scancel
+        (Job("RUNNING"), None),
+        (Job(""), None),
+        *((Job(ENDING, restarts=1, fields={"Requeue": "0"}, **{why: True}), None)
+          for why in ("node_failed", "over_time", "preempted")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_while_slurm_ends_a_job_whose_ranks_hang_what_slurm_will_not_do_is_decided(job: Job, why: str | None) -> None:
+    decision = decide_early(job, 0, NEW, LIMITS)
+    assert (decision is None) == (why is None)
+    if decision:
+        assert (decision.requeue, decision.crashed) == (True, False)
+        assert why is not None
+        assert why in decision.why
+
+
+def test_a_job_that_hangs_until_its_time_limit_each_time_comes_to_an_end() -> None:
+    decision = decide_early(Job(ENDING, over_time=True), 0, Before(idle=9), LIMITS)
+    assert decision is not None
+    assert not decision.requeue
+    assert "it gets nowhere" in decision.why
 
 
 def saved(step: int) -> dict[str, Any]:
@@ -489,6 +524,13 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
     ]  # fmt: skip
     known = json.loads((run / "excluded_nodes.json").read_text())
     assert [entry["host"] for entry in known] == ["n2", "n4", "n3"]
+
+
+def test_only_stragglers_of_the_newest_start_are_bad() -> None:
+    """Those before were judged then; a person may have taken one out of the list since."""
+    before = {"event": "straggler", "host": "n1", "factor": 9.0}
+    assert bad_hosts(None, [START, before, START, before | {"host": "n2"}], 2.0) == {
+        "n2": "steps took 9.0 times as long as usual"}  # fmt: skip
 
 
 def test_only_so_many_hosts_are_remembered_and_the_oldest_goes(slurm: FakeSlurm, run: Path) -> None:

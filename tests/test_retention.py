@@ -295,8 +295,12 @@ def orphan(checkpoints: Path, held: Generation, before: int, looked: int, taken:
     return 0
 
 
-def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(three: Path, held: Generation) -> None:
-    flip_a_byte(three / step(8))
+@pytest.mark.parametrize("damaged", [True, False])
+def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
+    three: Path, held: Generation, damaged: bool
+) -> None:
+    if damaged:
+        flip_a_byte(three / step(8))
     (three.parent / "generations/000002.json").write_text("{}")
     before = names(three)
     child = os.fork()

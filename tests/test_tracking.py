@@ -81,7 +81,12 @@ def test_attempts_share_one_id_and_no_row_is_missing_after_a_signal_to_every_pro
     assert "Traceback" not in told.communicate()[1]
 
     killed = start(*flags)
+    wait_for_rows(folder, 60, killed)
+    cores = children(killed.pid)
+    for pid in cores:  # the warning before the time limit reaches it too, and there may be minutes left
+        os.kill(pid, signal.SIGUSR1)
     wait_for_rows(folder, 120, killed)
+    assert children(killed.pid) == cores, "wandb's core has died of the warning"
     for pid in [*children(killed.pid), killed.pid]:
         os.kill(pid, signal.SIGKILL)
     killed.communicate()
