@@ -217,6 +217,7 @@ def members(session: int) -> list[int]:
 
 def workers_of(command: int) -> list[int]:
     """The workers of a command: they are forked from a server, which is its child."""
+
     def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
