@@ -216,6 +216,15 @@ def members(session: int) -> list[int]:
     return found
 
 
+def workers_of(command: int) -> list[int]:
+    """The workers of a command: they are forked from a server, which is its child."""
+
+    def children(pid: int) -> list[int]:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    return [worker for child in children(command) for worker in children(child)]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
     workers: int, options: list[str], whole: Path, tmp_path: Path
@@ -282,8 +291,7 @@ def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(
     out = tmp_path / "out"
     with started(options, out, 2) as process:
         wait_until_finished(out, process, 1)
-        workers = [pid for pid in members(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        os.kill(workers[0], signal.SIGKILL)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
         said = process.communicate(timeout=60)[1].decode()
     assert process.returncode not in (0, 2)
     assert said.startswith("error: a worker was killed")

@@ -145,7 +145,7 @@ def test_ranks_brought_along_are_known_by_their_hash(gpt2: ByteLevelBPE, offline
     brought = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
     assert vocabulary.find(str(brought)).fingerprint == gpt2.fingerprint
     brought.write_bytes(brought.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match="from a friend.tiktoken: its SHA-256 .* is that of no published encoding"):
+    with pytest.raises(ValueError, match=r"from a friend\.tiktoken: its SHA-256 .* is that of no published encoding"):
         vocabulary.find(str(brought))
 
 
@@ -412,8 +412,8 @@ def damaged(folder: Path, how: str) -> None:
         about.write_text(json.dumps(json.loads(about.read_text()) | {"pattern": r"\w+|\W+"}))
 
 
-DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter changed", "no base64", "empty", "no JSON",
-           "another kind of JSON", "a key lost", "a key of another kind", "another pattern", "another kind"]  # fmt: skip
+DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter changed", "no base64", "empty",
+           "no JSON", "another kind of JSON", "a key lost", "a key of another kind", "another pattern", "another kind"]  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -436,5 +436,5 @@ def test_a_missing_file_is_named(name: str, tokenizer_folder: Path, tmp_path: Pa
 
 
 def test_a_name_that_is_no_tokenizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="no tokenizer 'gtp2': it is neither gpt2, r50k_base, .*, nor a folder with"):
+    with pytest.raises(ValueError, match=r"no tokenizer 'gtp2': it is neither gpt2, r50k_base, .*, nor a folder with"):
         vocabulary.find("gtp2")
