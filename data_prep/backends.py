@@ -6,7 +6,7 @@
 ``tokenizers``    runs the tokenizers that only it can run, see ``hpcgpt.tokenizer_library``
 ================  ============================================================================================
 
-"auto" takes gigatoken where it is installed, knows the pattern, and finds tiktoken's ids for the strings of
+Chinese goes through ``data_prep.ideographs`` first, where gigatoken is at work. "auto" takes gigatoken where it is installed, knows the pattern, and finds tiktoken's ids for the strings of
 ``data_prep.proof`` at every start.
 """
 
@@ -18,7 +18,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import backend_gigatoken, proof
+from data_prep import backend_gigatoken, ideographs, proof, published
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_library import LibraryTokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
@@ -61,8 +61,11 @@ def encoder(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
     if backend == "tiktoken":
         return plain
     try:
-        fast = backend_gigatoken.Gigatoken(tokenizer, plain.batch)
-        check(fast, plain)
+        fast: Encoder = backend_gigatoken.Gigatoken(tokenizer, plain.batch)
+        check(fast, plain, proof.chosen())
+        if tokenizer.pattern == published.GPT2_PATTERN:
+            fast = ideographs.ByCharacter(fast, tokenizer.ranks)
+            check(fast, plain, proof.chinese())
     except ValueError as error:
         if backend == "gigatoken":
             raise
@@ -71,13 +74,12 @@ def encoder(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
     return fast
 
 
-def check(one: Encoder, other: Encoder) -> None:
+def check(one: Encoder, other: Encoder, texts: Sequence[str]) -> None:
     """Compare two encoders on some hundred strings.
 
     Raises:
         ValueError: they differ; the message names the string.
     """
-    texts = proof.chosen()
     ids, counts = one.batch(texts)
     expected, expected_counts = other.batch(texts)
     if np.array_equal(counts, expected_counts) and np.array_equal(ids, expected):

@@ -51,6 +51,13 @@ def chosen() -> tuple[str, ...]:
     return tuple(texts)
 
 
+@cache
+def chinese() -> tuple[str, ...]:
+    """A hundred strings of Chinese with everything else in between: for what treats Chinese in a way of its own."""
+    rows = ["他说：斗之力，三段！", "天地玄黃，宇宙洪荒。\n日月盈昃，辰宿列張。\n", "亖龘㐀㒲", "龍士裏覚醒喚契極神魔"]
+    return tuple(f"{row}{piece}{row}" for row in rows for piece in ("", *_PIECES)[::3])
+
+
 def code_points(group: int = 256) -> Iterator[str]:
     """Every code point that a text can hold, each once, in strings of `group` of them."""
     valid = [code for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]

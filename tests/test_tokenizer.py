@@ -413,7 +413,8 @@ def damaged(folder: Path, how: str) -> None:
 
 
 DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter changed", "no base64", "empty",
-           "no JSON", "another kind of JSON", "a key lost", "a key of another kind", "another pattern", "another kind"]  # fmt: skip
+           "no JSON", "another kind of JSON", "a key lost", "a key of another kind", "another pattern",
+           "another kind"]  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", [True, False])
