@@ -54,7 +54,7 @@ def chosen() -> tuple[str, ...]:
 @cache
 def chinese() -> tuple[str, ...]:
     """A hundred strings of Chinese with everything else in between: for what treats Chinese in a way of its own."""
-    rows = ["他说：斗之力，三段！", "天地玄黃，宇宙洪荒。\n日月盈昃，辰宿列張。\n", "亖龘㐀㒲", "龍士裏覚醒喚契極神魔"]
+    rows = ["他说：斗之力，三段！", "天地玄黃，宇宙洪荒。\n日月盈昃，辰宿列張。\n", "龍士裏覚醒喚契極神魔"]
     return tuple(f"{row}{piece}{row}" for row in rows for piece in ("", *_PIECES)[::3])
 
 
