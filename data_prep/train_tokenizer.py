@@ -15,7 +15,8 @@ from pathlib import Path
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
 
-from data_prep import inputs, split, vocabulary
+from data_prep import documents, inputs, split, vocabulary
+from data_prep.reading import Reading
 from hpcgpt import cli, shards, tokenizer
 from hpcgpt.tokenizer import Tokenizer
 
@@ -30,8 +31,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{out} exists already, with a tokenizer in it: choose another --out")
     if not 257 <= options.vocab_size < shards.WIDTHS["uint16"].most_ids:
         raise ValueError(f"--vocab-size {options.vocab_size}: expected 257 to {shards.WIDTHS['uint16'].most_ids - 1}")
-    units = inputs.units(inputs.find(options.INPUT), unit_bytes=64_000_000)
-    texts = (text for unit in units for text in inputs.documents(unit, options.text_key))
+    reading = Reading(options.text_key)
+    units = inputs.units(inputs.find(options.INPUT), 64_000_000, reading)
+    texts = (text for unit in units for text in documents.documents(unit, reading))
     trained = train(
         (text for text in texts if not split.is_validation(text, options.val_fraction)),
         options.vocab_size,

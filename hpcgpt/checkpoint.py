@@ -42,6 +42,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from hpcgpt import cli, runfolder
+from hpcgpt.generation import Generation
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
 JSON_LIMIT = 64 << 20  # bytes; what is larger is no state.json or manifest.json of ours
@@ -241,10 +242,15 @@ def _checksum(file: BinaryIO) -> str:
     return str(digest.hexdigest())
 
 
-def set_aside(checkpoint: Path, problem: str, generation: int) -> None:
+def set_aside(checkpoint: Path, problem: str, held: Generation) -> None:
     """Take a damaged checkpoint out of the way, with a loud line; nothing of it is lost."""
-    aside = checkpoint.with_name(f"damaged_{checkpoint.name}.g{generation:04d}")
+    name, count = f"damaged_{checkpoint.name}.g{held.number:04d}", 1
+    aside = checkpoint.with_name(name)
+    while aside.is_symlink() or aside.exists():  # the same step, made anew and damaged again
+        count += 1
+        aside = checkpoint.with_name(f"{name}.{count}")
     checkpoint.rename(aside)
+    held.check()  # if it was not ours to move, it stays without a reason, and is put back: see hpcgpt.retention
     # On a full disk the warning below has to do; and what a link points to is not ours to write into.
     with suppress(OSError):
         if not aside.is_symlink():

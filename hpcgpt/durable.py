@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
+def writing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    `check` is called when it is whole and has not got its name yet: it may still say no by an exception.
 
     Raises:
         OSError: the file could not be written; the message names it, and `path` is as it was.
@@ -28,6 +30,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        check()
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(FileNotFoundError):
@@ -39,10 +42,19 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Make `path` hold `content`, or leave it as it was and raise OSError."""
-    with writing(path) as file:
+def write(path: Path, content: bytes, check: Callable[[], None] = lambda: None) -> None:
+    """Make `path` hold `content`, or leave it as it was and raise OSError. `check` as in `writing`."""
+    with writing(path, check) as file:
         file.write(content)
+
+
+def forestall(path: Path) -> None:
+    """Whoever is in the middle of writing `path`, on any host, will find that he cannot name it so any more.
+
+    For a file of which all writers but the caller are orphans.
+    """
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def create(path: Path, content: bytes) -> bool:
@@ -62,7 +74,8 @@ def create(path: Path, content: bytes) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return False
+            # On NFS it may be our own: the answer was lost, and the client asked once more.
+            return os.stat(temporary).st_nlink > 1
     except OSError as error:
         raise explained(error, path) from error
     finally:

@@ -52,18 +52,27 @@ def remember(run_folder: Path, bad: Mapping[str, str]) -> list[str]:
     return [entry["host"] for entry in known]
 
 
-def affordable(hosts: Sequence[str], job: slurm.Job, usable: Sequence[str]) -> list[str]:
-    """Of `hosts`, the newest that can be excluded with enough `usable` nodes left, beside what is excluded already.
+def affordable(hosts: Sequence[str], job: slurm.Job, nodes: Mapping[str, bool]) -> list[str]:
+    """Of `hosts`, the newest that can be excluded with enough usable `nodes` left, beside what is excluded already.
 
-    Whoever asked for certain nodes by name gets them: excluding one of these would keep the job waiting for ever.
+    Whoever asked for certain nodes by name gets them: excluding one of these would keep the job waiting for ever. And
+    Slurm refuses all that is asked for together with a name that is none of its nodes: of a host that calls itself
+    n1.cluster.org the node is n1, and one that is unknown, or was taken out of the cluster, is passed over.
     """
     asked = world.expand_hosts(job.fields.get("ReqNodeList", "").replace("(null)", ""))
     already = world.expand_hosts(job.fields.get("ExcNodeList", "").replace("(null)", ""))
     needed = int(job.fields.get("NumNodes", "1").split("-")[0])
-    free = set(usable) - set(already)
+    free = {name for name, usable in nodes.items() if usable} - set(already)
     chosen: list[str] = []
-    for host in reversed(hosts):
-        if host in asked or host in already or (host in free and len(free) - 1 < needed):
+    for said in reversed(hosts):
+        host = said if said in nodes else said.split(".")[0]
+        if (
+            host not in nodes
+            or host in chosen
+            or host in asked
+            or host in already
+            or (host in free and len(free) - 1 < needed)
+        ):
             continue
         free.discard(host)
         chosen.append(host)

@@ -55,7 +55,7 @@ class Generation:
         newer = self.superseded_by()
         if newer is not None:
             print(
-                f"error: generation {newer} has taken this run folder: this attempt (generation {self.number}, "
+                f"error: generation {newer} has taken this folder: this attempt (generation {self.number}, "
                 f"{socket.gethostname()} pid {os.getpid()}) leaves without writing another byte",
                 file=sys.stderr,
                 flush=True,
@@ -84,7 +84,7 @@ class Generation:
             beats += 1
             try:
                 self.check()
-                path.write_text(str(beats))
+                _write_beat(path, beats)
             except OSError as error:
                 # A full or hanging disk must not end the run; at worst a newcomer takes over.
                 print(f"warning: no heartbeat: {error}", file=sys.stderr, flush=True)
@@ -107,9 +107,7 @@ def take(run_folder: Path, attempt: str) -> Generation:
     """
     folder = run_folder / "generations"
     folder.mkdir(parents=True, exist_ok=True)
-    newest = _newest(folder)
-    if newest:
-        _wait_until_gone(folder, newest, attempt)
+    newest = wait_until_gone(run_folder, attempt)
     number = newest + 1
     who = {"host": socket.gethostname(), "pid": os.getpid(), "attempt": attempt, "time": time.time()}
     if not durable.create(folder / f"{number:06d}.json", json.dumps(who).encode()):
@@ -126,12 +124,21 @@ def is_held(run_folder: Path) -> bool:
     return newest > 0 and not (folder / f"{newest:06d}.done").exists()
 
 
-def _wait_until_gone(folder: Path, number: int, attempt: str) -> None:
+def wait_until_gone(run_folder: Path, attempt: str) -> int:
+    """The newest generation of a run folder, whose holder is gone; 0 if there was none yet.
+
+    Raises:
+        ValueError: its holder is alive.
+    """
+    folder = run_folder / "generations"
+    number = _newest(folder)
+    if not number:
+        return 0
     holder = _holder(folder, number)
     if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), attempt):
-        return
+        return number
     if holder.get("host") == socket.gethostname() and not _runs(holder.get("pid", 0)):
-        return
+        return number
     print(f"{_who(folder, number)} did not say that it left: watching it for {WATCH_S:.0f} s", flush=True)
     before = _beats(folder, number)
     deadline = time.monotonic() + WATCH_S
@@ -143,7 +150,8 @@ def _wait_until_gone(folder: Path, number: int, attempt: str) -> None:
                 "this run another --run.name"
             )
         if (folder / f"{number:06d}.done").exists():
-            return
+            break
+    return number
 
 
 def _is_next_start(before: str, now: str) -> bool:
@@ -180,6 +188,15 @@ def _who(folder: Path, number: int) -> str:
     holder = _holder(folder, number)
     job = f"Slurm job {holder['attempt'].rpartition('_')[0]}, " if holder["attempt"] else ""
     return f"generation {number} ({job}host {holder['host']}, pid {holder['pid']})"
+
+
+def _write_beat(path: Path, beats: int) -> None:
+    """In its place: emptied first it could not be filled again on a full disk, and its holder would look dead."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, b"%012d\n" % beats, 0)
+    finally:
+        os.close(descriptor)  # on NFS this is what sends it
 
 
 def _beats(folder: Path, number: int) -> str:

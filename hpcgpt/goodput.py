@@ -230,7 +230,7 @@ def _stalls(attempt: Attempt) -> Iterator[tuple[float, float, float]]:
     """(earliest start, latest end, seconds) of each time that training stood still for a checkpoint."""
     ends = {row["step"]: float(row["time"]) for row in attempt.rows}
     for event in attempt.events:
-        if event["event"] in ("save", "save_failed"):
+        if event["event"] in ("save", "save_stall", "save_failed"):
             # Saving was synchronous once: then all of it was a stall.
             stall_s = float(event.get("stall_s", event.get("seconds", 0.0)))
             yield ends.get(event.get("step"), float(event["time"]) - stall_s), attempt.ended_at, stall_s

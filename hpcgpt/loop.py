@@ -163,7 +163,9 @@ class Attempt:
 
         self.progress = Progress()
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
-        self._saver = Saver(self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows)
+        self._saver = Saver(
+            self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
+        )
 
     # --- from start to end -------------------------------------------------------------------------
 
@@ -237,14 +239,15 @@ class Attempt:
         durable.write(self.folder / "config.toml", config.to_toml(self.config).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
-            (event["seconds"] for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
+            (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
             default=0.0,
         )
         progress, pending = self.progress, self.progress.pending is not None
         story = Story(
             self.plan, self.ranks, self.number, self._hosts, self.dtype, self._began_at, progress.step, pending
         )
-        self._reporter = Reporter(story, self.model, self.words)
+        assert self.held is not None
+        self._reporter = Reporter(story, self.held, self.model, self.words)
         self._mind_the_end(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
 
@@ -396,6 +399,10 @@ class Attempt:
         lead_s = self.flag.save_takes(save_s)
         if lead_s is not None and self._reporter:
             self._reporter.say(f"a save takes {save_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
+
+    def _committed(self, saved: Saved) -> None:
+        assert self._reporter is not None
+        self._reporter.committed(saved)
 
     def _sync_rows(self) -> None:
         """Rows must be on the disk before the checkpoint that follows them: nobody would make them again."""

@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,39 @@ def peak_flops(device_name: str) -> float | None:
 class MetricsFile:
     """Appends rows to metrics.jsonl. Rank 0 only.
 
-    A full disk does not end the run: rows wait in memory until there is room again. `newest` are the rows
-    of the last few seconds of the attempt before, which may have been lost on their way to elsewhere; `cut_off`
-    those that were beyond where this attempt goes on. Any thread may call `sync`.
+    A full disk does not end the run: rows wait in memory until there is room again. `again` are the rows of earlier
+    attempts that may have been lost on their way to elsewhere, `cut_off` those that were beyond where this
+    attempt goes on. Any thread may call `sync`.
+
+    Each attempt makes the file anew, so that an orphan goes on writing into the old one. Nor can one that was stopped
+    while it did the same put its file in the place of this one: what it has written so far is taken away
+    here, and behind that it would look for a newer generation first (`check`).
     """
 
-    def __init__(self, path: Path, keep_below: int) -> None:
-        """Open it for going on: rows of step `keep_below` and beyond are cut off first."""
-        rows = read_rows(path)
+    def __init__(
+        self, path: Path, keep_below: int, arrived: int | None = None, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Open it for going on: rows of step `keep_below` and beyond are cut off first.
+
+        `arrived` is the step up to which all rows are known to be elsewhere too; if that is not known, those of the
+        last few seconds are in doubt.
+
+        Raises:
+            ValueError: a row is lost, since its line is damaged. Lines beyond the cut may be anything: rows are flushed
+                before each checkpoint, and what a host that died had not flushed may be full of holes.
+        """
+        durable.forestall(path)
+        rows = read_rows(path, torn=True)
         kept = [row for row in rows if row["step"] < keep_below]
+        if len({row["step"] for row in kept}) < keep_below - 1:
+            read_rows(path)
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
-        durable.write(path, content)
+        durable.write(path, content, check)
         self.cut_off = [row for row in rows if row["step"] >= keep_below]
-        self.newest = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
+        if arrived is None:
+            self.again = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
+        else:
+            self.again = [row for row in kept if row["step"] > arrived]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
         self._lock = threading.Lock()

@@ -91,7 +91,8 @@ class StopFlag:
             return self._told
         if time.time() >= self._leave_at:
             return Stop.TIME_LIMIT
-        return Stop.FILE if self._file and self._file.exists() else Stop.NO
+        # To os.path a file system that is out of order for a moment says no; Path's own way would end the run.
+        return Stop.FILE if self._file and os.path.exists(self._file) else Stop.NO  # noqa: PTH110
 
     def save_takes(self, seconds: float) -> float | None:
         """A save was seen to take so long: leave earlier if the job's own end would cut one off.

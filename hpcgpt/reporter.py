@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from hpcgpt import goodput, metrics, runfolder, tokenizer, world
+from hpcgpt import goodput, metrics, runfolder, tokenizer, tracking, world
 from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
+from hpcgpt.generation import Generation
 from hpcgpt.model import GPT
 from hpcgpt.plan import Plan
 from hpcgpt.saver import Saved
@@ -38,11 +39,15 @@ class Story:
 
 
 class Reporter:
-    def __init__(self, story: Story, model: GPT, words: Tokenizer) -> None:
+    def __init__(self, story: Story, held: Generation, model: GPT, words: Tokenizer) -> None:
         self._story, self._model, self._words = story, model, words
         self._config: Config = story.plan.config
         self._folder = self._config.run_folder
-        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", story.step + (0 if story.pending else 1))
+        self._told: Saved | None = None  # the save whose commit has been told, and not its end
+        keep_below = story.step + (0 if story.pending else 1)
+        self.metrics = metrics.MetricsFile(
+            self._folder / "metrics.jsonl", keep_below, tracking.arrived(self._folder), held.check
+        )
         lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
         self.event(
             "start",
@@ -58,7 +63,7 @@ class Reporter:
             lost_until=max((row["time"] for row in lost), default=None),
         )
         run_id = runfolder.run_id(self._folder)
-        self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.newest)
+        self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.again)
         self._console = metrics.Console(story.step, story.plan.total_steps)
         self._greet()
 
@@ -84,13 +89,22 @@ class Reporter:
         if "val/loss" in row and self._config.sample.tokens:
             self._sample(row["step"])
 
+    def committed(self, saved: Saved) -> None:
+        """A checkpoint is there. Told at once, in the thread that made it: a kill may come within the next step."""
+        figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
+        if self.event("save", step=saved.step, **figures):
+            self._told = saved
+
     def saved(self, saved: Saved) -> None:
+        """A save has ended, and training stands still for it no longer."""
+        told, self._told = self._told, None
         if saved.problem:
             print(f"warning: no checkpoint of step {saved.step:,}: {saved.problem}", file=sys.stderr, flush=True)
             self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
-        else:
-            figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
-            self.event("save", step=saved.step, **figures)
+        elif told:
+            self.event("save_stall", step=saved.step, stall_s=saved.stall_s - told.stall_s)
+        else:  # it was there already, or there was no room for the line
+            self.committed(saved)
 
     def straggler(self, step: int, found: Straggler) -> None:
         self._console.say(f"step {step:,}: {found.words}")
@@ -118,12 +132,14 @@ class Reporter:
         self.metrics.close()
         self._tracker.close(status)
 
-    def event(self, event: str, **fields: Any) -> None:
-        """A line in events.jsonl; a full disk costs the line and no more."""
+    def event(self, event: str, **fields: Any) -> bool:
+        """A line in events.jsonl; a full disk costs the line and no more. Is it there?"""
         try:
             runfolder.record(self._folder, event, attempt=self._story.number, **fields)
         except OSError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def _sample(self, step: int) -> None:
         settings = self._config.sample

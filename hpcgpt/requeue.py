@@ -48,6 +48,9 @@ from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job
 
 ENDING = "ending"
+# How long a controller that is being restarted is waited for: the question, and the requeue. Both have to fit into
+# the time that slurm/pretrain.sbatch gives; while Slurm is ending the job there is little of it.
+ASK_S, REQUEUE_S, ENDING_S = 60.0, 150.0, 5.0
 ABOUT = "What the batch script asks: where the run folder is, and whether the job is to run again."
 
 
@@ -153,7 +156,8 @@ def so_far(events: Sequence[Mapping[str, Any]]) -> Before:
     newest, crashes, idle = 0, 0, 0
     announced: set[str] = set()
     for event in events:
-        if event["event"] == "save" and event["step"] > newest:
+        # A start at a step tells of its checkpoint too: the word of the one who made it may be lost.
+        if event["event"] in ("save", "start") and event.get("step", 0) > newest:
             newest, crashes, idle = event["step"], 0, 0
         if event["event"] == "job":
             job = event["job"].rpartition("_")[0]
@@ -211,7 +215,7 @@ def _act(settings: config.Config, status: int | None) -> int:
     if any(event["event"] == "chain" and event["job"] == attempt for event in events):
         _say(f"no requeue of job {id_}: another one waits behind it already")
         return 0
-    job = slurm.ask(id_)
+    job = slurm.ask(id_, ENDING_S if status is None else ASK_S)
     ends = faults.deaths(_read(folder / "logs" / f"{attempt}.srun"))
     blamed = faults.blame(ends, faults.read(folder, attempt))
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -228,9 +232,10 @@ def _act(settings: config.Config, status: int | None) -> int:
         bad = excluded.bad_hosts(
             blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
         )
-        usable = slurm.usable_nodes(job.fields.get("Partition", ""))
-        hosts = excluded.affordable(excluded.remember(folder, bad), job, usable)
-    came_back, refused = _bring_back(id_, job, hosts) if decision.requeue else ({}, 0)
+        nodes = slurm.nodes(job.fields.get("Partition", ""))
+        hosts = excluded.affordable(excluded.remember(folder, bad), job, nodes)
+    patience_s = ENDING_S if status is None else REQUEUE_S
+    came_back, refused = _bring_back(id_, job, restart, hosts, patience_s) if decision.requeue else ({}, 0)
     if hosts and "next_job" not in came_back:
         hosts = _exclude(id_, job, hosts)
     if hosts:
@@ -258,7 +263,9 @@ def _decision(
     return decide(ended, status, job, restart, so_far(events), settings.requeue, blamed)
 
 
-def _bring_back(id_: str, job: Job, hosts: Sequence[str]) -> tuple[dict[str, str], int]:
+def _bring_back(
+    id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s: float
+) -> tuple[dict[str, str], int]:
     """Bring the job back. Returns what to record of it, {} if it does not come back, and an exit status."""
     if not job.batch:
         _say(
@@ -266,8 +273,9 @@ def _bring_back(id_: str, job: Job, hosts: Sequence[str]) -> tuple[dict[str, str
             "in a new one; it goes on from the newest checkpoint"
         )
         return {}, 1
-    done = slurm.run("scontrol", "requeue", id_)
-    if done.returncode == 0:
+    done = slurm.run_patiently("scontrol", "requeue", id_, patience_s=patience_s)
+    # An answer that was lost on its way is no refusal, and a second job would be one too many.
+    if done.returncode == 0 or slurm.ask(id_).restarts > restart:
         return {"event": "requeue"}, 0
     next_job, problem = chain.submit(job, os.environ, hosts)
     said = done.stderr.strip()

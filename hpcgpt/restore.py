@@ -64,7 +64,7 @@ def _problem(path: Path, ranks: Ranks) -> str:
 
 def _tell(path: Path, problem: str, held: Generation | None) -> None:
     if held is not None:
-        checkpoint.set_aside(path, problem, held.number)
+        checkpoint.set_aside(path, problem, held)
     else:
         checkpoint.warn(path, problem)
 

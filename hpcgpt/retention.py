@@ -3,6 +3,18 @@
 What stays are the `keep_last` newest valid ones, every `keep_every`-th step, and the one with the smallest
 validation loss. Only checkpoints whose checksums hold count, so an old one never goes for a damaged newer one's sake.
 
+An orphan of an earlier generation may be stopped between its last look for a newer one and a rename, and wake up
+when a newer one relies on what it then moves. That cannot be kept from happening, so it is made to do no harm. To
+move and to destroy are two things, and a look stands between them::
+
+    removing        step_X -> .step_X.gN.removed    look    its manifest is unlinked    the rest is
+    setting aside   step_X -> damaged_step_X.gN     look    REASON.txt is written
+
+So what was moved by generation N while a newer one was there has still its manifest, or has no reason, and stays so.
+The newer one puts it back: before each of its own removals, and each start before it chooses (`clean`). If it was moved
+rightly it is merely found superfluous, or damaged, once more. And what one generation is about to put back, or
+to destroy, is by then renamed by a newer one, and gone for the older one's system calls, which name it by its path.
+
 No torch in here.
 """
 
@@ -11,10 +23,14 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt import checkpoint, config
 from hpcgpt.generation import Generation
+
+_HIDDEN = re.compile(r"(\.(step_\d+)\.g(\d+)\.(tmp|removed))(\.gone)?")
+_ASIDE = re.compile(r"damaged_(step_\d+)\.g(\d+)(\.\d+)?")
 
 
 def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verified: set[str]) -> list[Path]:
@@ -26,6 +42,7 @@ def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verifie
         OSError: one could not be read or removed.
         ValueError: there is one of another format version.
     """
+    clean(checkpoints, held)
     whole: list[Path] = []
     waiting = checkpoint.found(checkpoints)
     while waiting and len(whole) < keep.keep_last:
@@ -33,7 +50,7 @@ def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verifie
         problem = "" if path.name in verified else checkpoint.verify(path)
         if problem:
             held.check()
-            checkpoint.set_aside(path, problem, held.number)
+            checkpoint.set_aside(path, problem, held)
         else:
             verified.add(path.name)
             whole.append(path)
@@ -48,27 +65,46 @@ def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verifie
         # Out of sight first: a removal that is cut short must not leave a checkpoint without its files.
         hidden = path.with_name(f".{path.name}.g{held.number:04d}.removed")
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        held.check()
+        _destroy(hidden)
     return going
 
 
 def clean(checkpoints: Path, held: Generation) -> None:
-    """Take away what earlier generations left half written or half removed.
+    """Take away what earlier generations left half written or half removed; put back what they took away wrongly.
 
     Each is renamed first. An orphan of an earlier generation that is about to give its checkpoint its name finds it
     gone, or was quicker, and then its checkpoint is there before ours is chosen. What it begins later fails its
     own look for a newer generation. So none of its checkpoints ever follows one of ours.
     """
     for path in sorted(checkpoint.entries(checkpoints), reverse=True):  # a .gone before what would become it
-        parts = re.fullmatch(r"(\.step_\d+\.g(\d+)\.(tmp|removed))(\.gone)?", path.name)
-        if parts and int(parts[2]) < held.number:
-            gone = path.with_name(f"{parts[1]}.gone")
+        hidden, aside = _HIDDEN.fullmatch(path.name), _ASIDE.fullmatch(path.name)
+        if hidden and int(hidden[3]) < held.number:
+            gone = path.with_name(f"{hidden[1]}.gone")
             try:
                 path.rename(gone)
             except FileNotFoundError:
                 continue  # its writer was quicker
-            # An orphan may still write into it, and NFS keeps open files under other names.
-            shutil.rmtree(gone, ignore_errors=True)
+            final = path.with_name(hidden[2])
+            if hidden[4] == "removed" and (gone / "manifest.json").exists() and not final.exists():
+                gone.rename(final)
+            else:
+                # An orphan may still write into it, and NFS keeps open files under other names.
+                with suppress(OSError):
+                    _destroy(gone)
+        elif aside and int(aside[2]) < held.number and path.is_dir() and not path.is_symlink():
+            final = path.with_name(aside[1])
+            if not (path / "REASON.txt").exists() and not final.exists():
+                path.rename(final)
+
+
+def _destroy(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()  # what it points to is not ours
+        return
+    # First what makes it a checkpoint: one that lost other files must not be put back.
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _best(paths: list[Path], verified: set[str]) -> Path | None:

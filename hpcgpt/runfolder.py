@@ -28,6 +28,7 @@ import json
 import os
 import secrets
 import string
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from hpcgpt import durable
 
 # Exit status of `hpcgpt train`, beside cli's 2.
 FINISHED, FAILED, AGAIN, SUPERSEDED = 0, 1, 75, 76
+
+_recording = threading.Lock()  # what is taken back where there is no room must not be another thread's line
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,19 @@ def record(folder: Path, event: str, **fields: Any) -> None:
     """
     line = json.dumps({"time": time.time(), "event": event, **fields}).encode() + b"\n"
     path = folder / "events.jsonl"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        end = os.fstat(descriptor).st_size
-        if end and os.pread(descriptor, 1, end - 1) != b"\n":
-            line = b"\n" + line  # behind one that a crash cut short
-        if os.write(descriptor, line) < len(line):
-            os.ftruncate(descriptor, end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise durable.explained(error, path) from error
-    finally:
-        os.close(descriptor)
+    with _recording:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            end = os.fstat(descriptor).st_size
+            if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                line = b"\n" + line  # behind one that a crash cut short
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise durable.explained(error, path) from error
+        finally:
+            os.close(descriptor)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

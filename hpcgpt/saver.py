@@ -33,6 +33,7 @@ from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
 POLL_S = 0.005
+LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
@@ -78,14 +79,19 @@ class Saver:
         held: Generation | None,
         keep: config.Checkpoint,
         before_commit: Callable[[], None] = lambda: None,
+        committed: Callable[[Saved], None] = lambda _: None,
     ) -> None:
         """`held` is rank 0's generation, None on the others.
 
-        Rank 0 calls `before_commit` in its thread: what has to be on the disk before the checkpoint is.
+        Rank 0 calls both in its thread: `before_commit` puts on the disk what has to be there before the checkpoint
+        is; `committed` tells of it as soon as it is there, with what it has cost until then.
         """
         self._checkpoints, self._ranks, self._held, self._keep = checkpoints, ranks, held, keep
-        self._before_commit = before_commit
-        self.tidy = True  # remove old checkpoints behind each new one
+        self._before_commit, self._committed = before_commit, committed
+        # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
+        # read back a large checkpoint takes longer than a job has that is told to leave.
+        self.tidy = True
+        self._there = threading.Event()  # the checkpoint of this save is; old ones may still be removed
         self._verified: set[str] = set()
         self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
         self._work: _Work | None = None
@@ -115,6 +121,7 @@ class Saver:
         share = self._copied(_share(tensors, self._ranks))
         path = self._temporary / checkpoint.share_name(self._ranks.world.rank, self._ranks.world.size)
         self._committing = False
+        self._there.clear()
         self._work = _Work(lambda: (path.name, tensorfile.write(path, share)))
         self._stall_s += time.monotonic() - self._began_at
         return None
@@ -127,10 +134,11 @@ class Saver:
         return None if problem is None else self._ended(problem)
 
     def finish(self, alive: Callable[[], None]) -> Saved | None:
-        """Wait for the save that is under way, if one is; `alive` is called while it lasts."""
+        """Wait for the save that is under way, if one is; `alive` is called while it lasts, up to LONGEST_S."""
         started_at = time.monotonic()
         while self.busy:
-            alive()
+            if time.monotonic() - self._began_at < LONGEST_S:
+                alive()
             problem = self._advance()
             if problem is not None:
                 self._stall_s += time.monotonic() - started_at
@@ -161,15 +169,19 @@ class Saver:
         return None
 
     def _all_ready(self, work: _Work) -> bool:
-        ready = torch.tensor([int(work.ready)])
+        left_alone = self._there.is_set() and not self.tidy
+        ready = torch.tensor([int(work.ready or left_alone)])
         if self._ranks.control is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.control)
         return bool(ready)
 
     def _ended(self, problem: str) -> Saved:
-        seconds = time.monotonic() - self._began_at
-        stall_s = self._stall_s or seconds
-        return Saved(self._state.step, problem, seconds, stall_s, self._bytes)
+        if not self._stall_s:  # it ended where it began
+            self._stall_s = time.monotonic() - self._began_at
+        return self._so_far(problem)
+
+    def _so_far(self, problem: str = "") -> Saved:
+        return Saved(self._state.step, problem, time.monotonic() - self._began_at, self._stall_s, self._bytes)
 
     def _make_folder(self) -> str | None:
         assert self._held is not None
@@ -211,6 +223,8 @@ class Saver:
         except OSError as error:
             raise durable.explained(error, self._final) from error
         durable.sync_folder(self._checkpoints)
+        self._committed(self._so_far())
+        self._there.set()
         if not self.tidy:
             return
         try:

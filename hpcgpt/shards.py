@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,11 +188,12 @@ def document_lengths(content: bytes) -> NDArray[np.int64]:
 
 def checksum(path: Path) -> str:
     """XXH3-128 of a file, as `xxhsum -H128` prints it."""
-    with open(path, "rb") as file:
-        if not path.stat().st_size:
-            return xxhash.xxh3_128_hexdigest(b"")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return xxhash.xxh3_128_hexdigest(content)
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 20))
+    # Not mapped: the whole file would count as this process's memory.
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -45,9 +46,9 @@ def job_id(env: Mapping[str, str]) -> str:
     return env.get("SLURM_JOB_ID", "")
 
 
-def ask(job: str) -> Job:
+def ask(job: str, patience_s: float = 0.0) -> Job:
     """The job as Slurm sees it now; a Job without a state if Slurm does not answer."""
-    text = run("scontrol", "--oneliner", "show", "job", job).stdout
+    text = run_patiently("scontrol", "--oneliner", "show", "job", job, patience_s=patience_s).stdout
     fields: dict[str, str] = {}
     for key, value in re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S+)", text):
         fields.setdefault(key, value)
@@ -67,14 +68,31 @@ def unix_time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
-def usable_nodes(partition: str) -> list[str]:
-    """The nodes of a partition that are neither down nor drained; [] if Slurm does not answer."""
+def nodes(partition: str) -> dict[str, bool]:
+    """The nodes of a partition, and whether each can be used: neither down nor drained; {} if Slurm does not answer."""
     said = run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T").stdout
     found = [line.split() for line in said.splitlines()]
     bad = ("down", "drain", "fail", "maint", "unk", "power", "future")
-    return sorted(
-        {words[0] for words in found if len(words) == 2 and not words[1].startswith(bad) and "*" not in words[1]}
-    )
+    return {words[0]: not words[1].startswith(bad) and "*" not in words[1] for words in found if len(words) == 2}
+
+
+# What Slurm's commands say when the controller is being restarted, or has too much to do.
+_AWAY = re.compile(
+    "contact slurm controller|Socket timed out|Zero Bytes were transmitted|standby mode|connection failure|"
+    "Connection (refused|reset|timed out)|did not answer",
+    re.IGNORECASE,
+)
+RETRY_S = 2.0
+
+
+def run_patiently(*command: str, patience_s: float) -> subprocess.CompletedProcess[str]:
+    """Ask Slurm, and ask again while its controller cannot be reached; what is refused is refused at once."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        done = run(*command)
+        if done.returncode == 0 or not _AWAY.search(done.stderr) or time.monotonic() + RETRY_S > deadline:
+            return done
+        time.sleep(RETRY_S)
 
 
 def run(

@@ -7,9 +7,13 @@ when a crash has cost a few steps.
 
 wandb's core process cannot be kept from dying of the SIGTERM that Slurm sends to every process of a step
 (it asks for that signal itself, whatever mask it inherits), and a SIGKILL loses what it had not written
-yet. So nothing that wandb does can end a run, and each attempt first sends the newest rows of the one
-before again. Where wandb fails in the middle of an attempt (a full disk, its core gone) it is started anew after a
-while, and then gets the rows that it has missed.
+yet. So nothing that wandb does can end a run. Where it fails in the middle of an attempt (a full disk, its core gone)
+it is started anew after a while, and then gets the rows that it has missed. And each attempt first sends
+again what those before may have left unsent: all rows beyond the step that stands in ::
+
+    wandb/arrived.txt    the step of the newest row that wandb has had for NEWEST_S seconds, in 12 digits
+
+It is overwritten in its place, which needs no room on a full disk.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -46,11 +51,14 @@ class Tracker:
         self._missed: deque[dict[str, Any]] = deque(again, maxlen=BACKLOG)
         self._sent: deque[dict[str, Any]] = deque()  # in the last seconds: a core that dies takes these along
         self._start_at = 0.0
+        self._arrived = arrived(config.run_folder) or 0
         self._catch_up()
 
     def write(self, row: dict[str, Any]) -> None:
         if self.mode == "disabled":
             return
+        if row["step"] <= self._arrived:  # the run has gone back
+            self._note(row["step"] - 1)
         self._missed.append(row)
         if self._run is not None or time.monotonic() >= self._start_at:
             self._catch_up()
@@ -62,8 +70,21 @@ class Tracker:
         while self._run is not None and self._missed:
             if self._do(lambda: self._run.log(self._missed[0])):
                 self._sent.append(self._missed.popleft())
+        step = None
         while self._sent and self._sent[0]["time"] < self._sent[-1]["time"] - NEWEST_S:
-            self._sent.popleft()
+            step = self._sent.popleft()["step"]
+        if step is not None:
+            self._note(step)
+
+    def _note(self, step: int) -> None:
+        """All rows up to this step have arrived."""
+        self._arrived = step
+        with suppress(OSError):  # then more rows than necessary are sent again
+            descriptor = os.open(_note_path(self._config.run_folder), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(descriptor, b"%012d\n" % step, 0)
+            finally:
+                os.close(descriptor)
 
     def sample(self, step: int, text: str) -> None:
         """A piece of generated text."""
@@ -92,6 +113,7 @@ class Tracker:
             import wandb
 
             (config.run_folder / "wandb").mkdir(exist_ok=True)
+            self._note(self._arrived)  # while there is room for it
             self._run = wandb.init(
                 project=config.tracking.project,
                 id=self._run_id,
@@ -132,6 +154,20 @@ class Tracker:
                 wandb.teardown()
             return False
         return True
+
+
+def arrived(run_folder: Path) -> int | None:
+    """The step up to which wandb surely has all rows of a run; None if that is not known."""
+    try:
+        return int(_note_path(run_folder).read_text())
+    except FileNotFoundError:  # an older version did not keep it
+        return None if (run_folder / "wandb").exists() else 0
+    except (OSError, ValueError):
+        return None
+
+
+def _note_path(run_folder: Path) -> Path:
+    return run_folder / "wandb" / "arrived.txt"
 
 
 def check(wanted: str) -> None:

@@ -9,14 +9,20 @@ has none, is the one to look at.
 
 It counts its own seconds, not a clock's: a process that was stopped (SIGSTOP) and continues starts counting
 anew. Where the interpreter's lock itself is stuck, the thread cannot run; then faulthandler's own thread, which
-needs no lock, prints the stacks to stderr and ends the process. That one knows a clock only: it may also end a process
-that was stopped for longer than the whole limit.
+needs no lock, prints the stacks to stderr and ends the process.
+
+That one knows a clock only, which goes on while a process is stopped. SIGTSTP (Ctrl-Z, and what Slurm sends before it
+suspends a job) turns it off in time. A bare SIGSTOP cannot be heard: who was stopped by one for longer than the limit
+and FAREWELL_S ends when it continues, and the next attempt goes on from its checkpoint. To count otherwise without
+the interpreter's lock would take another process beside each rank, and would save few: the other ranks have been
+waiting for this one and counted it a hang, and the timeouts of gloo and NCCL know a clock only, too.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -24,6 +30,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from types import FrameType
 
 from hpcgpt import config, faults, runfolder
 from hpcgpt.runfolder import FAILED
@@ -36,7 +43,7 @@ FAREWELL_S = 10.0  # a disk that does not answer must not keep the process
 
 class Watchdog:
     def __init__(self, settings: config.Config, here: World, attempt: int) -> None:
-        """Watches from now on, unless watchdog.hang_factor is 0. `attempt` is the generation."""
+        """Watches from now on, unless watchdog.hang_factor is 0. `attempt` is the generation. Main thread only."""
         self._settings, self._here, self._attempt = settings, here, attempt
         self._silent_s = 0.0
         self._step, self._step_at = 0, time.monotonic()
@@ -44,6 +51,7 @@ class Watchdog:
         self._off = threading.Event()
         if settings.watchdog.hang_factor:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            signal.signal(signal.SIGTSTP, _stop)
 
     def alive(self) -> None:
         self._silent_s = 0.0
@@ -98,3 +106,9 @@ class Watchdog:
             )  # fmt: skip
         time.sleep(2 * TICK_S)  # `srun -K` ends the others when the first one leaves: let them speak
         os._exit(FAILED)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    """What SIGTSTP does by default, but the clock does not run meanwhile. The next look starts it again."""
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getpid(), signal.SIGSTOP)

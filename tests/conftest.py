@@ -4,27 +4,33 @@ configuration, ways to run our commands as real processes, and the lab.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from lab_fixture import lab as lab  # a fixture, for all tests
+from preloaded import Preloaded, Program
 from small_checkpoints import checkpoints as checkpoints  # fixtures
 from small_checkpoints import held as held
 from small_checkpoints import three as three
 from xdist.scheduler import LoadScopeScheduling
 
-from data_prep import inputs, make_shards, train_tokenizer
+from data_prep import documents, inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.export", "hpcgpt.drill")
 WITH_LAB = {
     path.name for path in ROOT.glob("tests/test_*.py") if re.search("from lab_conf import .*Lab", path.read_text())
 }
@@ -95,7 +101,7 @@ def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """A byte-level BPE of 512 ids, trained on the corpus."""
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe512"
     unit = inputs.units(inputs.find([str(text_folder)]), 10**9)[0]
-    tokenizer.save(train_tokenizer.train(inputs.documents(unit, "text"), 512, "bpe512"), folder)
+    tokenizer.save(train_tokenizer.train(documents.documents(unit), 512, "bpe512"), folder)
     return folder
 
 
@@ -122,11 +128,63 @@ def tiny(tmp_path: Path, shards_folder: Path) -> Path:
     return path
 
 
+_preloaded: list[Preloaded] = []
+
+
+def program(
+    module: str, arguments: Sequence[str], env: dict[str, str], cwd: Path, out: IO[Any], err: IO[Any]
+) -> Program:
+    """Start ``python -m module arguments`` where torch is loaded already."""
+    if not _preloaded:
+        _preloaded.append(Preloaded())
+        atexit.register(_preloaded[0].close)
+    return _preloaded[0].start(module, arguments, env, cwd, out, err)
+
+
 def command(module: str, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 120,
             cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run ``python -m module arguments`` to its end, as a user would."""
-    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=cwd,
-                          env=clean_env() | (env or {}), timeout=timeout_s, check=False)  # fmt: skip
+    words, env = [sys.executable, "-m", module, *arguments], clean_env() | (env or {})
+    if module not in NEED_TORCH:
+        return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=env, timeout=timeout_s, check=False)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        running = program(module, arguments, env, cwd, out, err)
+        status = running.wait(timeout_s)
+        if status is None:
+            running.kill()
+            raise subprocess.TimeoutExpired(words, timeout_s, _said(out), _said(err))
+        return subprocess.CompletedProcess(words, status, _said(out), _said(err))
+
+
+def _said(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode()
+
+
+def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m module arguments`` as that many ranks on this host, each told its place as by torchrun.
+
+    When one rank fails the others are ended, as it would; on a timeout none of them is left. The status is the
+    first one that is not 0.
+    """
+    run_id = secrets.token_hex(4)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        running = []
+        for rank in range(count):
+            place = {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                     "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
+            running.append(program(module, arguments, clean_env() | place, ROOT, out, err))
+        deadline = time.monotonic() + timeout_s
+        try:
+            while any(rank.wait(0.01) is None for rank in running):
+                assert time.monotonic() < deadline, f"{module} still runs after {timeout_s} s: {_said(err)}"
+                if any(rank.returncode for rank in running):
+                    deadline = min(deadline, time.monotonic() + 5)  # they may end by themselves, and say why
+        finally:
+            for rank in running:
+                rank.kill()
+        status = next((rank.returncode for rank in running if rank.returncode), 0)
+        return subprocess.CompletedProcess([module, *arguments], status, _said(out), _said(err))
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:

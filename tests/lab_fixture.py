@@ -20,6 +20,8 @@ import lab as commands
 import lab_needs
 from lab_conf import Lab
 
+WANTED = Lab(*os.environ.get("HPCGPT_LAB", "").split())
+
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
@@ -27,9 +29,8 @@ def lab() -> Iterator[Lab]:
         pytest.skip("LAB=0")
     if reason := lab_needs.why_not():
         pytest.skip(reason)
-    wanted = Lab(*os.environ.get("HPCGPT_LAB", "").split())
-    was_up = commands.status(wanted.name).up
-    commands.up(wanted)
-    yield wanted
+    was_up = commands.status(WANTED.name).up
+    commands.up(WANTED)
+    yield WANTED
     if not was_up:
-        commands.down(wanted.name)
+        commands.down(WANTED.name)

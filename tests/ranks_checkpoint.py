@@ -84,6 +84,28 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
     told["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     told["again"] = save(folder / "checkpoints", 8)
     told["behind"] = behind(ranks, held, folder / "checkpoints")
+    told |= choices(ranks, held, folder / "checkpoints")
+    return told
+
+
+def choices(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str, Any]:
+    """What is chosen when rank 1 does not see what rank 0 sees, and when each share is damaged once.
+
+    Rank 0 reads state.json and the second share, rank 1 the first: what one of them finds both have to know.
+    """
+    told: dict[str, Any] = {}
+    try:
+        seen = checkpoints if ranks.world.is_first else checkpoints.with_name("elsewhere")
+        told["unseen"] = str(restore.newest_valid(seen, ranks, held))
+    except OSError as error:
+        told["unseen"] = str(error)
+    if ranks.world.is_first:
+        for step, share in ((12, 0), (8, 1)):
+            path = checkpoints / f"step_{step:09d}" / f"tensors_0000{share}_of_00002.safetensors"
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+    told["whole"] = str(restore.newest_valid(checkpoints, ranks, held))
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -81,13 +82,33 @@ def test_another_version_is_refused_only_if_the_manifest_was_not_damaged(three: 
         checkpoint.verify(folder)
 
 
-def test_setting_aside_loses_nothing_and_says_why(three: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_setting_aside_loses_nothing_and_says_why(
+    three: Path, held: Generation, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = {path.name: path.read_bytes() for path in (three / "step_000000012").iterdir()}
-    checkpoint.set_aside(three / "step_000000012", "a reason", 7)
+    checkpoint.set_aside(three / "step_000000012", "a reason", dataclasses.replace(held, number=7))
     aside = three / "damaged_step_000000012.g0007"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before | {"REASON.txt": b"a reason\n"}
     told = f"warning: checkpoint {three / 'step_000000012'} is damaged: a reason; set aside as {aside.name}\n"
     assert capfd.readouterr().err == told
+
+
+def test_the_same_step_can_be_set_aside_again_and_again(three: Path, held: Generation) -> None:
+    for _ in range(3):
+        (three / "step_000000012" / "part").mkdir(parents=True, exist_ok=True)
+        checkpoint.set_aside(three / "step_000000012", "a reason", held)
+    assert [path.name.removeprefix("damaged_step_000000012.") for path in checkpoint.damaged(three)] == [
+        "g0001", "g0001.2", "g0001.3"]  # fmt: skip
+
+
+def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tmp_path: Path, held: Generation) -> None:
+    mine = tmp_path / "mine"
+    (three / "step_000000012").rename(mine)
+    (three / "step_000000012").symlink_to(mine)
+    before = sorted(path.name for path in mine.iterdir())
+    checkpoint.set_aside(three / "step_000000012", "a reason", held)
+    assert (three / "damaged_step_000000012.g0001").readlink() == mine
+    assert sorted(path.name for path in mine.iterdir()) == before
 
 
 # --- the command -----------------------------------------------------------------------------------

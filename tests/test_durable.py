@@ -91,6 +91,20 @@ def test_creating_a_file_that_exists_changes_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_link_that_was_made_and_asked_for_again_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS when an answer is lost. There is no such server here, so the second question is asked by the test."""
+    real = os.link
+
+    def link(source: Path, target: Path) -> None:
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    assert durable.create(tmp_path / "a.json", b"mine")
+    assert (tmp_path / "a.json").read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
 def test_a_file_that_cannot_be_written_is_named_with_the_reason_and_the_room(tmp_path: Path) -> None:
     for path in (tmp_path / "missing" / "a.bin", Path("/proc/self/a.bin")):
         with pytest.raises(OSError, match="No such file or directory") as caught:

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, TINY, clean_env, command, rows, tensors
 from test_runfolder import small_disk
 
-from data_prep import inputs, train_tokenizer
+from data_prep import documents, inputs, train_tokenizer
 from hpcgpt import runfolder, shard_reader, shards, tokenizer
 from hpcgpt.cli import USER_MISTAKE
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
@@ -184,7 +184,7 @@ def exchange_tokenizer(folder: Path) -> None:
     text = folder / "text.txt"
     text.write_text("another corpus gives another tokenizer " * 100)
     unit = inputs.units(inputs.find([str(text)]), 10**9)[0]
-    tokenizer.save(train_tokenizer.train(inputs.documents(unit, "text"), 280, "other"), folder / "tokenizer")
+    tokenizer.save(train_tokenizer.train(documents.documents(unit), 280, "other"), folder / "tokenizer")
 
 
 def spoil_tokens(folder: Path) -> None:
@@ -346,7 +346,7 @@ def test_without_room_for_the_last_checkpoint_the_status_is_a_failure_and_the_ol
         assert ended is not None
         assert (ended.status, ended.saved) == (FAILED, False)
         assert [event["event"] for event in runfolder.events(folder)] == [
-            "start", "ready", "save", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
+            "start", "ready", "save", "save_stall", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
         subprocess.run(["mount", "-o", f"remount,size={PLENTY}", disk], check=True)
         again = command("hpcgpt.train", str(config), "--run.dir", str(disk))
         assert again.returncode == FINISHED, again.stderr

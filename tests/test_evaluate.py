@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_env, command, curve, rows, tensors, torchrun
+from conftest import ROOT, clean_env, command, curve, on_ranks, rows, tensors
 from ranks_evaluate import BATCHES, CONTEXT, MICRO_BATCH, measure, model_and_windows
 
 from hpcgpt import world
@@ -36,7 +36,7 @@ def alone(shards_folder: Path) -> dict[str, Any]:
 def told(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What `measure` gave on each rank."""
     out = tmp_path_factory.mktemp("ranks")
-    done = torchrun(request.param, "tests.ranks_evaluate", str(shards_folder), str(out))
+    done = on_ranks(request.param, "tests.ranks_evaluate", str(shards_folder), str(out))
     assert done.returncode == 0, done.stderr
     return [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(request.param)]
 

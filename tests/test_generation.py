@@ -106,6 +106,19 @@ def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: P
         assert len(list((tmp_path / str(number) / "generations").glob("*.json"))) == 1
 
 
+def test_the_counter_of_a_holder_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it had to be filled anew at each beat a full disk would leave it empty, and its holder would look dead."""
+    monkeypatch.setattr(generation, "HEARTBEAT_S", 0.001)
+    held = generation.take(tmp_path, "")
+    path = tmp_path / "generations/000001.alive"
+    while not path.exists() or not path.read_text():
+        time.sleep(0.001)
+    seen = {path.read_text() for _ in range(20_000)}
+    held.release()
+    assert "" not in seen
+    assert len(seen) > 10, "it does not beat"
+
+
 @pytest.mark.parametrize("host", ["", "elsewhere"])
 def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: Path, host: str) -> None:
     if host and os.geteuid() != 0:
@@ -138,7 +151,7 @@ def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_le
     assert "watching" not in capfd.readouterr().out
     assert holder.process.wait(30) == SUPERSEDED
     assert holder.process.stderr is not None
-    assert holder.process.stderr.read().startswith("error: generation 2 has taken this run folder")
+    assert holder.process.stderr.read().startswith("error: generation 2 has taken this folder")
     taken.release()
 
 
@@ -209,7 +222,7 @@ def test_a_holder_that_slept_through_a_takeover_leaves_on_waking_and_changes_not
         assert sleeper.wait(30) == SUPERSEDED
         assert content(folder) == before
         assert sleeper.stderr is not None
-        assert "generation 2 has taken this run folder" in sleeper.stderr.read()
+        assert "generation 2 has taken this folder" in sleeper.stderr.read()
     finally:
         sleeper.kill()
         sleeper.communicate()

@@ -57,7 +57,8 @@ def test_a_chain_of_two_jobs_with_a_crash_is_accounted_for_to_the_second(tmp_pat
             event(156, "job", job="7_1", queued_at=150, started_at=155, hosts=["n1"]),
             event(159, "start", attempt=2, job="7_1", step=4, total_steps=6, began_at=157, lost_steps=9, lost_s=9),
             event(160, "ready", attempt=2, step=4, imports_s=1, meet_s=0.5, warm_up_s=1, load_s=0.5),
-            event(170, "save", attempt=2, step=6, seconds=2.0, stall_s=2.0),
+            event(169, "save", attempt=2, step=6, seconds=1.0, stall_s=0.5),  # at its commit
+            event(170, "save_stall", attempt=2, step=6, stall_s=1.5),  # at its end
             event(171, "end", attempt=2, status=0, reason="finished", step=6),
         ],
         [
@@ -200,7 +201,7 @@ def test_torn_lines_are_left_out(tmp_path: Path) -> None:
 def test_the_kinds_add_up_to_the_whole_whatever_the_files_say(tmp_path: Path, seed: int) -> None:
     """Events and rows at random moments, in any order, with attempts that overlap and clocks that jump."""
     draw = random.Random(seed)
-    names = ["job", "start", "ready", "save", "save_failed", "stop", "hang", "end", "crash", "requeue"]
+    names = ["job", "start", "ready", "save", "save_stall", "save_failed", "stop", "hang", "end", "crash", "requeue"]
     numbers = ["queued_at", "started_at", "began_at", "seconds", "stall_s", "warm_up_s", "load_s", "lost_s"]
     events = []
     for _ in range(draw.randrange(30)):
@@ -220,5 +221,6 @@ def test_the_kinds_add_up_to_the_whole_whatever_the_files_say(tmp_path: Path, se
     moments += [attempt.ended_at for attempt in history.attempts(*history.read(tmp_path), now)]
     assert found.total_s == pytest.approx(max(moments, default=0.0) - min(moments, default=0.0), abs=1e-6)
     assert all(value >= 0 for value in found.seconds.values())
-    stood_still = sum(e.get("stall_s", e.get("seconds", 0)) for e in events if e["event"] in ("save", "save_failed"))
+    stood_still = sum(e.get("stall_s", e.get("seconds", 0))
+                      for e in events if e["event"] in ("save", "save_stall", "save_failed"))  # fmt: skip
     assert found.save_stall_s <= stood_still + 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import socket
@@ -22,8 +23,10 @@ from lab_hosts import LabError
 
 SCRIPT = Path(lab_fixture.__file__).parents[1] / "slurm/lab/lab.py"
 
-# Brought up and taken down here, while the session's lab serves the other tests.
-SECOND = Lab("hpcgpt-lab2", "10.78.0", nodes=2)
+# Brought up and taken down here, while the session's lab serves the other tests. It has a name and a subnet of its own
+# for each HPCGPT_LAB, so that this file too may run twice on one machine.
+_NET, _, _LAST = lab_fixture.WANTED.subnet.rpartition(".")
+SECOND = Lab(f"{lab_fixture.WANTED.name[:14]}b", f"{_NET}.{(int(_LAST) + 100) % 256}", nodes=2)
 
 
 @pytest.fixture
@@ -44,11 +47,11 @@ def batch(lab: Lab, folder: Path, script: str, *options: str) -> str:
 
 
 def test_up_may_be_repeated(lab: Lab) -> None:
-    assert up(lab) == "hpcgpt-lab is up already"
+    assert up(lab) == f"{lab.name} is up already"
     assert status(lab.name).up
     assert list(status(lab.name).nodes) == ["n1", "n2", "n3", "n4"]
     with pytest.raises(LabError, match="take it down first"):
-        up(Lab(nodes=3))
+        up(dataclasses.replace(lab, nodes=3))
 
 
 def test_a_job_runs_on_four_hosts(lab: Lab) -> None:
@@ -57,7 +60,8 @@ def test_a_job_runs_on_four_hosts(lab: Lab) -> None:
 
 def test_every_host_knows_the_others_by_name(lab: Lab) -> None:
     found = slurm(lab, "srun", "--nodes=4", "getent", "ahostsv4", "n1", "n4", "ctl", "login", "localhost")
-    for host, address in {"n1": "10.77.0.1", "n4": "10.77.0.4", "ctl": "10.77.0.254"}.items():
+    for host, number in {"n1": 1, "n4": 4, "ctl": 254}.items():
+        address = f"{lab.subnet}.{number}"
         assert len(re.findall(rf"^{re.escape(address)} +STREAM {host}$", found, re.MULTILINE)) == 4
 
 
@@ -93,7 +97,7 @@ def test_high_preempts_low_by_requeueing_it(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_cable_can_be_unplugged(lab: Lab) -> None:
     def answers() -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("10.77.0.4", SLURMD_PORT), timeout=0.5):
+        with contextlib.suppress(OSError), socket.create_connection((f"{lab.subnet}.4", SLURMD_PORT), timeout=0.5):
             return True
         return False
 
@@ -122,15 +126,16 @@ def test_down_leaves_no_trace(second: Lab, tmp_path: Path) -> None:
     before = traces()
     up(second)
     # What a job can leave behind: a process that has no parent, no job any more, and no ear for SIGTERM.
-    stubborn = "trap '' TERM HUP; setsid sleep 98765 & setsid sleep 98765"
+    sleep = f"98765.{os.getpid()}"
+    stubborn = f"trap '' TERM HUP; setsid sleep {sleep} & setsid sleep {sleep}"
     batch(second, tmp_path, f"srun --nodes=2 sh -c {stubborn!r}", "--nodes=2")
-    wait_for(lambda: len(processes_with("98765")) >= 4, 10)
+    wait_for(lambda: len(processes_with(sleep)) >= 4, 10)
     assert traces() != before
-    assert down(second.name) == "hpcgpt-lab2 is down"
+    assert down(second.name) == f"{second.name} is down"
     assert traces() == before
-    assert processes_with("98765") == []
+    assert processes_with(sleep) == []
     assert processes_with(second.name) == []
-    assert down(second.name) == "hpcgpt-lab2 was down already"
+    assert down(second.name) == f"{second.name} was down already"
 
 
 def test_up_clears_away_what_a_crash_left(second: Lab) -> None:
@@ -149,7 +154,8 @@ def test_up_that_fails_says_why_and_leaves_no_trace(second: Lab, monkeypatch: py
 
 
 def test_a_subnet_in_use_is_refused(lab: Lab) -> None:
-    with pytest.raises(LabError, match=r"10\.77\.0\.0/24 is in use: interface hpcgpt-lab is in 10\.77\.0\.0/24"):
+    refusal = f"{lab.subnet}.0/24 is in use: interface {lab.name} is in {lab.subnet}.0/24"
+    with pytest.raises(LabError, match=re.escape(refusal)):
         up(Lab(SECOND.name, lab.subnet))
 
 
@@ -212,7 +218,7 @@ def traces() -> dict[str, object]:
     """What a lab changes on this machine, but for processes; other labs may come and go meanwhile."""
 
     def without_other_labs(lines: Iterable[str]) -> list[str]:
-        return sorted(line for line in lines if not re.search(r"hpcgpt-(?!lab2)", line))
+        return sorted(line for line in lines if not re.search(rf"hpcgpt-(?!{SECOND.name[7:]}\b)", line))
 
     def said(*command: str) -> list[str]:
         return without_other_labs(lab_hosts.run(command).splitlines())

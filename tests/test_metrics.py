@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -17,6 +18,7 @@ from conftest import ROOT, clean_env, rows
 from test_runfolder import fill, small_disk
 
 from hpcgpt.metrics import Console, MetricsFile, peak_flops
+from hpcgpt.runfolder import SUPERSEDED
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -84,6 +86,52 @@ def test_a_damaged_line_in_the_middle_is_an_error_and_nothing_is_cut(tmp_path: P
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", [b'{"step": 3', b"5", b"\x00\x00", b'{"step": 4}\n\x00\x00'])
+def test_what_a_host_that_died_left_beyond_the_checkpoint_may_be_full_of_holes(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 3)).close()
+    kept = path.read_bytes()
+    path.write_bytes(kept + damage + b'\n{"step": 6}\n')
+    MetricsFile(path, keep_below=3).close()
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("when", ["before its file has a name", "before its look"])
+def test_an_orphan_that_was_stopped_while_it_began_does_not_replace_its_successors_rows(
+    tmp_path: Path, when: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 5)).close()
+    child = os.fork()
+    if child == 0:
+        try:
+            superseded = path.with_name("newer").exists
+
+            def check() -> None:
+                if when == "before its look":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if superseded():
+                    os._exit(SUPERSEDED)
+                if when != "before its look":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+
+            MetricsFile(path, keep_below=2, check=check)
+        except FileNotFoundError:
+            os._exit(1)
+        finally:
+            os._exit(99)
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    path.with_name("newer").touch()
+    file = MetricsFile(path, keep_below=4)
+    file.write(row(4))
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (SUPERSEDED if when == "before its look" else 1)
+    file.write(row(5))
+    file.sync()
+    file.close()
+    assert [each["step"] for each in rows(path)] == [1, 2, 3, 4, 5]
+
+
 def test_on_a_full_disk_rows_wait_and_are_written_when_there_is_room(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,15 +177,24 @@ def test_rows_that_cannot_be_written_are_no_basis_for_a_checkpoint(tmp_path: Pat
         file.close()
 
 
-def test_the_rows_of_the_last_seconds_before_a_resume_are_known(tmp_path: Path) -> None:
+def test_the_rows_of_the_last_seconds_before_a_resume_are_in_doubt(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, range(1, 31)).close()  # a row a second
     resumed = MetricsFile(path, keep_below=21)
-    assert [each["step"] for each in resumed.newest] == [16, 17, 18, 19, 20]
+    assert [each["step"] for each in resumed.again] == [16, 17, 18, 19, 20]
     resumed.close()
     fresh = MetricsFile(tmp_path / "fresh.jsonl", keep_below=1)
-    assert fresh.newest == []
+    assert fresh.again == []
     fresh.close()
+
+
+@pytest.mark.parametrize(("arrived", "again"), [(0, range(1, 21)), (18, [19, 20]), (20, []), (25, [])])
+def test_if_it_is_known_what_has_arrived_the_rest_is_in_doubt(tmp_path: Path, arrived: int, again: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 31)).close()
+    resumed = MetricsFile(path, keep_below=21, arrived=arrived)
+    assert [each["step"] for each in resumed.again] == list(again)
+    resumed.close()
 
 
 # --- the console -----------------------------------------------------------------------------------

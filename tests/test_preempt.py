@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, clean_env, torchrun
+from conftest import ROOT, clean_env, on_ranks
 
 from hpcgpt import world
 from hpcgpt.preempt import SIGNALS, Stop, StopFlag, leave_at, shielded
@@ -155,6 +155,11 @@ def test_a_stop_file_counts_as_soon_as_it_is_there_and_less_than_the_clock(tmp_p
     assert hurried.here() == Stop.TIME_LIMIT
 
 
+def test_a_file_system_that_does_not_answer_for_a_moment_stops_nobody(tmp_path: Path) -> None:
+    """No errno of a missing file: a name that is too long is one that can be had without a broken file system."""
+    assert StopFlag(tmp_path / ("x" * 300), 60.0, {}).here() == Stop.NO
+
+
 @pytest.mark.parametrize(
     ("left_s", "margin_s", "save_s", "leads_s"),
     [
@@ -200,7 +205,7 @@ def test_without_an_end_no_save_is_too_slow(env: dict[str, str]) -> None:
 
 
 def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_round(tmp_path: Path) -> None:
-    done = torchrun(4, "tests.ranks_preempt", str(tmp_path))
+    done = on_ranks(4, "tests.ranks_preempt", str(tmp_path))
     assert done.returncode == 0, done.stderr
     told = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(4)]
     for rank in told:

@@ -115,7 +115,7 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
     small = ["--train.global_batch", "8", "--train.micro_batch", "1"]  # the corpus of the tests is small
     shown = command("hpcgpt.submit", *submit[3:], *small, "--dry-run", cwd=checkout, env=lab.environ())
     assert shown.returncode == 0, shown.stderr
-    sbatch = next(words for words in COMMANDS if words and words[0] == "sbatch")
+    sbatch = next(words for words in COMMANDS if "slurm/pretrain.sbatch" in words)
     script = sbatch.index("slurm/pretrain.sbatch")
     ran = f"{checkout / 'slurm' / 'pretrain.sbatch'} {shlex.join([*sbatch[script + 1 :], *small])}"
     assert f"exec bash {ran}\n" in shown.stdout
@@ -124,3 +124,13 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
     tested = subprocess.run(["sbatch", "--test-only", "--nodes=2", "--ntasks-per-node=2", sbatch[script]],
                             cwd=checkout, env=clean_env() | lab.environ(), capture_output=True, text=True)  # fmt: skip
     assert tested.returncode == 0, tested.stderr
+    array = next(words for words in COMMANDS if "slurm/shards.sbatch" in words)
+    words = [word.replace("~/novels", str(text_folder)).replace("data/shards", "data/again") for word in array[1:]]
+    few = ["--cpus-per-task=1", "--output=%a.log", "--wait"]  # later flags win, and the lab's hosts have few cores
+    script = words.index("slurm/shards.sbatch")
+    queued = subprocess.run(["sbatch", *words[:script], *few, *words[script:], "--val-fraction", "0.2"], cwd=checkout,
+                            env=clean_env() | lab.environ() | {"HPCGPT_PYTHON": sys.executable}, capture_output=True,
+                            text=True, timeout=200)  # fmt: skip
+    assert queued.returncode == 0, queued.stdout + queued.stderr
+    again = shards.read_manifest(checkout / "data" / "again")
+    assert [shard.xxh3 for shard in again.shards] == [shard.xxh3 for shard in manifest.shards]

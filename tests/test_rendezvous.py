@@ -7,10 +7,9 @@ tests/test_slurm.py has several.
 from __future__ import annotations
 
 import json
-import signal
+import os
 import socket
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,31 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_env
+from conftest import ROOT, clean_env, program
 from test_world import srun
 
 from hpcgpt import rendezvous
 from hpcgpt.world import discover
-
-# A rank: meets the others and says so with the sum of all ranks, as a training process would start.
-RANK = """
-import os
-import torch
-import torch.distributed as dist
-from pathlib import Path
-from hpcgpt import cli, rendezvous, world
-
-def main(argv):
-    Path(argv[0], f"up.{os.getpid()}").touch()
-    ranks = rendezvous.connect(world.discover(), torch.device("cpu"), Path(argv[0]), "auto", float(argv[1]))
-    total = torch.tensor([ranks.world.rank])
-    dist.all_reduce(total, group=ranks.control)
-    print("met", ranks.world.rank, int(total), flush=True)
-    rendezvous.disconnect()
-    return 0
-
-cli.run(main)
-"""
 
 
 class Rank:
@@ -52,19 +31,23 @@ class Rank:
         place = {"SLURM_JOB_ID": "7", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0",
                  "SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_NODELIST": socket.gethostname()}  # fmt: skip
         self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(timeout_s)], cwd=ROOT, env=clean_env() | place | env,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        descriptor, name = tempfile.mkstemp(prefix="said.", dir=folder)
+        self._said = Path(name)
+        with os.fdopen(descriptor, "wb") as said:
+            self.process = program(
+                "tests.ranks_rendezvous", [str(folder), str(timeout_s)], clean_env() | place | env, ROOT, said, said
+            )
 
     def wait_until_up(self) -> Rank:
-        """Until it has loaded torch, which takes longer than all that follows."""
+        """Until it is about to meet the others."""
         wait_for(self.folder / f"up.{self.process.pid}")
         return self
 
     def end(self) -> tuple[int, str]:
         """Its exit status and all that it said."""
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out + err
+        status = self.process.wait(60)
+        assert status is not None, "it hangs"
+        return status, self._said.read_text()
 
 
 @contextmanager
@@ -73,9 +56,7 @@ def ended(*ranks: Rank) -> Iterator[None]:
         yield
     finally:
         for rank in ranks:
-            with suppress(ProcessLookupError):
-                rank.process.send_signal(signal.SIGKILL)
-            rank.process.communicate()
+            rank.process.kill()
 
 
 def wait_for(path: Path) -> None:
@@ -132,9 +113,9 @@ def test_a_rank_0_that_never_comes_is_missed_by_the_others(tmp_path: Path) -> No
 def test_a_rank_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     others = [Rank(tmp_path, rank, 3, 60) for rank in (0, 1, 1)]
     with ended(*others):
-        while all(rank.process.poll() is None for rank in others):
+        while all(rank.process.wait(0) is None for rank in others):
             time.sleep(0.1)
-        (second,) = (rank for rank in others if rank.process.poll() is not None)
+        (second,) = (rank for rank in others if rank.process.returncode is not None)
         assert_a_sentence(*second.end(), "rank 1 of 3", "another process has this rank already", expected=2)
 
 

@@ -10,9 +10,10 @@ import pytest
 from conftest import command, rows
 
 from hpcgpt import config, runfolder
+from hpcgpt.excluded import bad_hosts
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
-from hpcgpt.requeue import Before, Decision, decide, so_far
+from hpcgpt.requeue import Before, Decision, decide, decide_early, so_far
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job, job_id
 
@@ -151,6 +152,40 @@ def test_a_job_that_is_always_stopped_before_it_gets_anywhere_comes_to_an_end(id
     assert ("it gets nowhere" in decision.why) != requeue
 
 
+ENDING = "COMPLETING"
+
+
+@pytest.mark.parametrize(
+    ("job", "why"),
+    [
+        (Job(ENDING, node_failed=True), "a node failed"),
+        (Job(ENDING, over_time=True), "at its time limit"),
+        (Job(ENDING, preempted=True, fields={"Requeue": "0"}), "preempted"),
+        (Job(ENDING, preempted=True, fields={"Requeue": "1"}), None),  # Slurm brings it back by itself
+        (Job(ENDING), None),  # a person's scancel
+        (Job("RUNNING"), None),
+        (Job(""), None),
+        *((Job(ENDING, restarts=1, fields={"Requeue": "0"}, **{why: True}), None)
+          for why in ("node_failed", "over_time", "preempted")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_while_slurm_ends_a_job_whose_ranks_hang_what_slurm_will_not_do_is_decided(job: Job, why: str | None) -> None:
+    decision = decide_early(job, 0, NEW, LIMITS)
+    assert (decision is None) == (why is None)
+    if decision:
+        assert (decision.requeue, decision.crashed) == (True, False)
+        assert why is not None
+        assert why in decision.why
+
+
+def test_a_job_that_hangs_until_its_time_limit_each_time_comes_to_an_end() -> None:
+    decision = decide_early(Job(ENDING, over_time=True), 0, Before(idle=9), LIMITS)
+    assert decision is not None
+    assert not decision.requeue
+    assert "it gets nowhere" in decision.why
+
+
 def saved(step: int) -> dict[str, Any]:
     return {"event": "save", "step": step}
 
@@ -176,6 +211,9 @@ CHAIN = {"event": "chain", "next_job": "8"}
         ([saved(8), CRASH, saved(4), CRASH], 2),
         ([saved(4), CRASH, saved(8), CRASH, saved(12), CRASH], 1),
         ([CRASH, {"event": "requeue"}, {"event": "signal"}, CRASH], 2),
+        # It was killed between its checkpoint and the word of it; and again at once, without a new one.
+        ([{"event": "start", "step": 0}, CRASH, {"event": "start", "step": 4}, CRASH], 1),
+        ([CRASH, {"event": "start", "step": 4}, CRASH, {"event": "start", "step": 4}, CRASH], 2),
         ([job("7_0"), CRASH, job("7_1"), CRASH, job("7_2")], 2),
         ([job("7_0"), CRASH, CHAIN, job("8_0"), CRASH], 2),
         # A person has mended something and submitted it again.
@@ -253,6 +291,19 @@ class FakeSlurm:
         self.folder.mkdir()
         self.said = folder / "scontrol.txt"
         self.answers()
+
+    def away(self, times: int, then_requeued: bool = False) -> None:
+        """Its controller cannot be reached so often; what it was told in the last of these may have reached it."""
+        script = self.folder / "scontrol"
+        back = script.read_text().replace("#!/bin/sh\n", "", 1)
+        requeued = back.replace("Restarts=0", "Restarts=1").replace("exit 0", "echo Job is completing >&2; exit 1")
+        script.write_text(
+            f"#!/bin/sh\nmode=$1\necho x >> {self.folder}/asked.$mode\n"
+            f"if [ $(wc -l < {self.folder}/asked.$mode) -le {times} ]; then\n"
+            '    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1\nfi\n'
+            f"if {str(then_requeued).lower()} && [ -e {self.folder}/asked.requeue ]\n"
+            f"then\n{requeued}\nelse\n{back}\nfi\n"
+        )
 
     def answers(self, state: str = "RUNNING", restarts: int = 0, refuses: bool = False, **fields: str) -> None:
         more = {"Reason": "None", "PreemptTime": "None", "BatchFlag": "1"} | fields
@@ -353,6 +404,23 @@ def test_three_crashes_without_a_checkpoint_are_the_end_and_a_checkpoint_between
     assert ["crash loop" in text for text in said] == [False, False, True]
     assert len(slurm.requeued) == 4
     assert [row["event"] for row in rows(run / "events.jsonl")].count("crash") == 5
+
+
+def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
+    slurm.away(times=2)
+    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    status, said = decided(slurm, run, 143)
+    assert (status, slurm.requeued) == (0, ["7"]), said
+    assert [event["event"] for event in runfolder.events(run)] == ["requeue"]
+
+
+def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlurm, run: Path) -> None:
+    slurm.away(times=1, then_requeued=True)
+    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    status, said = decided(slurm, run, 143)
+    assert status == 0, said
+    assert "refuse" not in said
+    assert [event["event"] for event in runfolder.events(run)] == ["requeue"]
 
 
 def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run: Path) -> None:
@@ -458,6 +526,13 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
     assert [entry["host"] for entry in known] == ["n2", "n4", "n3"]
 
 
+def test_only_stragglers_of_the_newest_start_are_bad() -> None:
+    """Those before were judged then; a person may have taken one out of the list since."""
+    before = {"event": "straggler", "host": "n1", "factor": 9.0}
+    assert bad_hosts(None, [START, before, START, before | {"host": "n2"}], 2.0) == {
+        "n2": "steps took 9.0 times as long as usual"}  # fmt: skip
+
+
 def test_only_so_many_hosts_are_remembered_and_the_oldest_goes(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1")
     slurm.has_nodes(*(f"n{n} idle" for n in range(20)))
@@ -466,6 +541,18 @@ def test_only_so_many_hosts_are_remembered_and_the_oldest_goes(slurm: FakeSlurm,
         excluding(slurm, run, restart)
     known = json.loads((run / "excluded_nodes.json").read_text())
     assert [entry["host"] for entry in known] == [f"n{n}" for n in range(2, 10)]
+
+
+def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -> None:
+    """With one that it does not know Slurm refuses the others too, and in a chain the whole next job."""
+    slurm.answers(Partition="low", NumNodes="1")
+    slurm.has_nodes("n1 idle", "n2 down", "n3 idle", "n4 idle")
+    runfolder.record(run, "start", attempt=1)
+    runfolder.record(run, "straggler", host="n3.cluster.org", factor=3.0)
+    runfolder.record(run, "straggler", host="no-node-any-more", factor=3.0)
+    crashed_on(run, "n2")
+    assert "the next start keeps away from n2, n3 (" in excluding(slurm, run, 0)
+    assert slurm.updates == ["update JobId=7 ExcNodeList=n2,n3"]
 
 
 @pytest.mark.parametrize("fields", [{"NumNodes": "3"}, {"NumNodes": "1", "ReqNodeList": "n[1-2]"}])

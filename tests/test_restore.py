@@ -107,6 +107,20 @@ def test_another_model_is_refused_whichever_share_its_tensors_are_in(tmp_path: P
         restore.load(folder, model, optimizer, ALONE)
 
 
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Of two different ones either would be loaded silently."""
+    folder = tmp_path / "step_000000004"
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps(dataclasses.asdict(State(4, 40, 4, 2, IDENTITY))))
+    model, optimizer = trained(seed=1)
+    everything = tensors_of(model, optimizer, ALONE) | {"rng/1/cpu": torch.get_rng_state()}
+    save_file(everything, folder / "tensors_00000_of_00002.safetensors")
+    name = next(name for name in everything if name.startswith("model/"))
+    save_file({name: everything[name] + 1}, folder / "tensors_00001_of_00002.safetensors")
+    with pytest.raises(ValueError, match=rf"has the tensor {name} twice"):
+        restore.load(folder, model, optimizer, ALONE)
+
+
 # --- which one is chosen ---------------------------------------------------------------------------
 
 
@@ -232,6 +246,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest with numbers for files": (
         edit_manifest(lambda manifest: manifest.update(files=dict.fromkeys(manifest["files"], 5))),
         "cannot be read",
+    ),
+    "manifest without a checksum": (
+        edit_manifest(lambda manifest: manifest["files"][SHARE].pop("xxh3") and None),
+        r"checksum of tensors_00000",
     ),
     "manifest with a text for version": (
         edit_manifest(lambda manifest: manifest.update(version="1")),

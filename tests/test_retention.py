@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,11 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint
         assert removed not in steps(three)
         assert f".{step(removed)}.g0001.removed" in names(three)
         assert restore.newest_valid(three, ALONE, held) == three / step(12)
-    retention.clean(three, dataclasses.replace(held, number=2))
+    newer = dataclasses.replace(held, number=2)
+    retention.clean(three, newer)
+    assert names(three) == [step(4), step(12)], "what had lost nothing yet comes back, and nothing else"
+    assert checkpoint.verify(three / step(4)) == ""
+    retention.retire(three, Checkpoint(keep_last=1), newer, set())
     assert names(three) == [step(12)]
 
 
@@ -290,8 +295,12 @@ def orphan(checkpoints: Path, held: Generation, before: int, looked: int, taken:
     return 0
 
 
-def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(three: Path, held: Generation) -> None:
-    flip_a_byte(three / step(8))
+@pytest.mark.parametrize("damaged", [True, False])
+def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
+    three: Path, held: Generation, damaged: bool
+) -> None:
+    if damaged:
+        flip_a_byte(three / step(8))
     (three.parent / "generations/000002.json").write_text("{}")
     before = names(three)
     child = os.fork()
@@ -302,3 +311,84 @@ def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(thr
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SUPERSEDED
     assert names(three) == before
+
+
+@pytest.mark.parametrize("looks", [1, 2, 3, 4])
+@pytest.mark.parametrize("damaged", [False, True], ids=["removing", "setting-aside"])
+def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_successor(
+    three: Path, held: Generation, looks: int, damaged: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It removes what is old, or sets aside what is damaged, and is stopped each time behind another of its looks.
+
+    The newer generation goes back: behind a removal to what the orphan was about to remove, since the newer ones were
+    damaged meanwhile; behind a setting aside it makes that step anew. Then the orphan wakes up.
+    """
+    held._stop.set()
+    if damaged:
+        flip_a_byte(three / step(12))
+    child = os.fork()
+    if child == 0:
+        try:
+            stop_behind(held, looks)
+            retention.retire(three, Checkpoint(keep_last=1), held, set())
+            os._exit(0)
+        finally:
+            os._exit(99)
+    _, status = os.waitpid(child, os.WUNTRACED)
+    assert os.WIFSTOPPED(status) or looks > 3, "it was not stopped"
+    (three.parent / "generations/000002.json").write_text("{}")
+    newer = dataclasses.replace(held, number=2)
+    for number in () if damaged else (8, 12):
+        if (three / step(number)).exists():
+            flip_a_byte(three / step(number))
+    retention.clean(three, newer)
+    chosen = restore.newest_valid(three, ALONE, newer)
+    assert chosen is not None
+    mine = [chosen]
+    if damaged:
+        assert save(three, 12, newer) == ""
+        mine.append(three / step(12))
+    if os.WIFSTOPPED(status):
+        os.kill(child, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (SUPERSEDED, 1, 99)
+    # The newer one may save once more, or be killed before it does.
+    last = dataclasses.replace(newer, number=3)
+    retention.clean(three, last)
+    for path in mine:
+        assert checkpoint.verify(path) == "", "the orphan took what the newer generation relies on"
+    assert restore.newest_valid(three, ALONE, last) == mine[-1]
+    reasons = [path for path in checkpoint.damaged(three) if not (path / "REASON.txt").exists()]
+    assert reasons == []
+    capfd.readouterr()
+
+
+def stop_behind(held: Generation, looks: int) -> None:
+    """Let this process be stopped when it has looked for a newer generation so often."""
+    real, left = type(held).check, looks
+
+    def check(self: Generation) -> None:
+        nonlocal left
+        real(self)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    type(held).check = check  # type: ignore[method-assign]
+
+
+def test_what_a_newer_generation_finds_moved_away_it_puts_back_before_it_removes_anything(
+    three: Path, held: Generation
+) -> None:
+    (three / step(12)).rename(three / f"damaged_{step(12)}.g0001")
+    (three / step(8)).rename(three / f".{step(8)}.g0001.removed")
+    gone = retention.retire(three, Checkpoint(keep_last=2), dataclasses.replace(held, number=2), set())
+    assert [path.name for path in gone] == [step(4)]
+    assert names(three) == [step(8), step(12)]
+
+
+def test_a_link_is_removed_and_not_what_it_points_to(three: Path, held: Generation, tmp_path: Path) -> None:
+    (three / step(4)).rename(tmp_path / "kept")
+    (three / step(4)).symlink_to(tmp_path / "kept")
+    retention.retire(three, Checkpoint(keep_last=1), held, set())
+    assert names(three) == [step(12)]
+    assert names(tmp_path / "kept") == ["manifest.json", "state.json", SHARE]

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, clean_env, tensors, torchrun
+from conftest import ROOT, clean_env, on_ranks, tensors
 from ranks_checkpoint import content, trained
 from ranks_killed import ALONE
 from safetensors.torch import load_file
@@ -31,7 +31,7 @@ from hpcgpt.checkpoint import State
 from hpcgpt.config import Checkpoint
 from hpcgpt.generation import Generation
 from hpcgpt.runfolder import SUPERSEDED
-from hpcgpt.saver import Saver
+from hpcgpt.saver import Saved, Saver
 
 WEIGHT = "model/weight"
 
@@ -47,6 +47,7 @@ def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, hel
     """Also of the next save, which copies into the same memory."""
     its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
     weight = torch.zeros(1000)
+    places = []
     for step in (4, 8):
         weight.fill_(float(step))
         assert its.begin(state(step), {WEIGHT: weight, "rng/0/cpu": torch.get_rng_state()}) is None
@@ -56,6 +57,8 @@ def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, hel
         assert saved is not None
         assert (saved.problem, saved.step) == ("", step)
         assert not its.busy
+        places.append(its._copies[WEIGHT].data_ptr())
+    assert places[0] == places[1], "fresh memory costs more than the copying"
     for step in (4, 8):
         found = load_file(checkpoints / f"step_{step:09d}" / SHARE)
         assert found[WEIGHT].eq(step).all()
@@ -86,6 +89,19 @@ def test_waiting_says_that_it_is_alive(checkpoints: Path, held: Generation) -> N
     assert len(calls) > 2
 
 
+def test_waiting_for_a_disk_that_never_answers_is_no_life(
+    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpcgpt.saver.LONGEST_S", 0.5)
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, lambda: time.sleep(2))
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    began_at = time.monotonic()
+    calls: list[float] = []
+    assert its.finish(lambda: calls.append(time.monotonic())) is not None
+    assert calls
+    assert calls[-1] - began_at < 1.5 < time.monotonic() - began_at
+
+
 def test_never_two_saves_at_once(checkpoints: Path, held: Generation) -> None:
     gate = threading.Event()
     its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, gate.wait)
@@ -103,6 +119,72 @@ def test_before_the_commit_comes_what_has_to_be_on_the_disk_first(checkpoints: P
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     its.finish(lambda: None)
     assert seen == [[".step_000000004.g0001.tmp"]]
+
+
+def test_a_checkpoint_is_told_of_as_soon_as_it_is_there_and_not_at_the_next_step_boundary(
+    checkpoints: Path, held: Generation
+) -> None:
+    """Nobody polls: a run that is killed before its next step ends has told of its checkpoint all the same."""
+    told: list[Saved] = []
+    there = threading.Event()
+
+    def committed(saved: Saved) -> None:
+        told.append(saved)
+        assert names(checkpoints) == ["step_000000004"]
+        there.set()
+
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, committed=committed)
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    while its.poll() is not None or not its._committing:  # the first stage alone waits for the ranks
+        time.sleep(0.001)
+    assert there.wait(30)
+    assert its.busy
+    saved = its.finish(lambda: None)
+    assert saved is not None
+    assert [(one.step, one.problem, one.bytes) for one in told] == [(4, "", saved.bytes)]
+    assert told[0].stall_s <= saved.stall_s
+    assert told[0].seconds <= saved.seconds
+
+
+def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
+    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the save before the last one it is under way, reads for minutes, say, and the last one is to be made."""
+    gate, removing = threading.Event(), threading.Event()
+
+    def retire(*_: object) -> None:
+        removing.set()
+        assert gate.wait(60)
+
+    monkeypatch.setattr("hpcgpt.retention.retire", retire)
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    while not removing.is_set():
+        assert its.poll() is None
+        time.sleep(0.001)
+    assert its.poll() is None
+    its.tidy = False
+    for step in (4, 8):
+        saved = its.finish(lambda: None)
+        assert saved is not None
+        assert (saved.step, saved.problem) == (step, "")
+        if step == 4:
+            its.begin(state(8), {WEIGHT: torch.zeros(9)})
+    assert names(checkpoints) == ["step_000000004", "step_000000008"]
+    gate.set()
+
+
+def test_of_a_save_that_fails_nothing_is_told(checkpoints: Path, held: Generation) -> None:
+    told: list[Saved] = []
+    (checkpoints / "step_000000004").write_text("in the way")
+    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, committed=told.append)
+    (checkpoints / "step_000000004").rename(checkpoints / "aside")
+    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    (checkpoints / "aside").rename(checkpoints / "step_000000004")
+    saved = its.finish(lambda: None)
+    assert saved is not None
+    assert "Not a directory" in saved.problem
+    assert told == []
 
 
 def test_if_that_fails_there_is_no_checkpoint(checkpoints: Path, held: Generation) -> None:
@@ -139,7 +221,7 @@ def test_old_ones_go_behind_a_new_one_unless_there_is_no_time(checkpoints: Path,
         its.tidy = tidy or step < 12
         its.begin(state(step), {WEIGHT: torch.zeros(9)})
         its.finish(lambda: None)
-    assert names(checkpoints) == ["step_000000012"] if tidy else ["step_000000008", "step_000000012"]
+    assert names(checkpoints) == (["step_000000012"] if tidy else ["step_000000008", "step_000000012"])
 
 
 def test_an_old_one_that_cannot_be_judged_does_not_cost_the_new_one(
@@ -222,9 +304,9 @@ print("\\n".join(calls))
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, held: Generation) -> None:
     with small_disk(tmp_path / "disk", "3m") as folder:
-        assert save(folder, 4, held) == ""
-        problem = save(folder, 8, held, size=700_000)
-        assert f"cannot write {folder / '.step_000000008.g0001.tmp'}: No space left on device: 3.9 MB needed" in problem
+        assert save(folder, 4, held, size=250_000) == ""
+        problem = save(folder, 8, held, size=350_000)  # the disk is large enough, what is left of it is not
+        assert f"cannot write {folder / '.step_000000008.g0001.tmp'}: No space left on device: 2.5 MB needed" in problem
         assert "MB free there" in problem
         assert names(folder) == ["step_000000004"]
         assert restore.newest_valid(folder, ALONE, held) == folder / "step_000000004"
@@ -334,7 +416,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
         full = []
         with suppress(pytest.skip.Exception):  # where nothing can be mounted, that one test is skipped
             full.append(str(stack.enter_context(small_disk(folder.parent / "disk", "40k"))))
-        done = torchrun(2, "tests.ranks_checkpoint", str(folder), *full)
+        done = on_ranks(2, "tests.ranks_checkpoint", str(folder), *full)
         assert done.returncode == 0, done.stderr
         yield folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
@@ -375,6 +457,20 @@ def test_nothing_is_published_before_every_rank_has_written_its_share(two_ranks:
     for rank in told:
         assert rank["behind"] == {"waits": True, "unpublished": True, "second stage": True, "problem": "", "step": 12,
                                   "idle": True, "as it was": True}  # fmt: skip
+
+
+def test_both_ranks_choose_the_same_though_one_alone_finds_the_damage_or_sees_less(two_ranks: Two) -> None:
+    folder, told = two_ranks
+    assert [rank["whole"] for rank in told] == [str(folder / "checkpoints/step_000000004")] * 2
+    reasons = {path.parent.name: path.read_text() for path in folder.glob("checkpoints/damaged_*/REASON.txt")}
+    assert reasons == {
+        f"damaged_step_{step:09d}.g0001":
+            f"the checksum of tensors_0000{share}_of_00002.safetensors is not the one in the manifest\n"
+        for step, share in ((12, 0), (8, 1))
+    }  # fmt: skip
+    assert told[0]["unseen"] == told[1]["unseen"]
+    assert "No such file or directory: " in told[0]["unseen"]
+    assert "elsewhere/step_000000012" in told[0]["unseen"]
 
 
 def test_one_process_loads_what_two_ranks_saved_and_keeps_its_own_generator(two_ranks: Two) -> None:

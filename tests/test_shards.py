@@ -28,13 +28,13 @@ from hpcgpt.shards import Manifest, Shard
 
 
 def read_like_llm_c(path: Path) -> list[int]:
-    """256 int32 (magic, version, tokens), then the tokens as uint16."""
+    """256 int32 (magic, version, tokens), then the tokens: uint16, or uint32 as llm.c stores Llama 3's."""
     content = path.read_bytes()
     header = struct.unpack("<256i", content[:1024])
-    assert header[:2] == (20240520, 1)
+    size, letter = {(20240520, 1): (2, "H"), (20240801, 7): (4, "I")}[header[:2]]
     assert set(header[3:]) == {0}
-    assert len(content) == 1024 + 2 * header[2]
-    return list(struct.unpack(f"<{header[2]}H", content[1024:]))
+    assert len(content) == 1024 + size * header[2]
+    return list(struct.unpack(f"<{header[2]}{letter}", content[1024:]))
 
 
 def read_like_megatron(prefix: Path) -> list[list[int]]:
@@ -42,14 +42,17 @@ def read_like_megatron(prefix: Path) -> list[list[int]]:
     with open(prefix.with_suffix(".idx"), "rb") as file:
         assert file.read(9) == b"MMIDIDX\x00\x00"
         version, code, sequences, borders = struct.unpack("<QBQQ", file.read(25))
-        assert (version, code) == (1, 8)  # 8: uint16
+        assert version == 1
         lengths = struct.unpack(f"<{sequences}i", file.read(4 * sequences))
         pointers = struct.unpack(f"<{sequences}q", file.read(8 * sequences))
         documents = struct.unpack(f"<{borders}q", file.read(8 * borders))
         assert file.read() == b""
     assert documents == tuple(range(sequences + 1))
     content = prefix.with_suffix(".bin").read_bytes()
-    return [list(struct.unpack_from(f"<{n}H", content, place)) for n, place in zip(lengths, pointers, strict=True)]
+    letter = {8: "H", 4: "i"}[code]  # uint16 and int32
+    return [
+        list(struct.unpack_from(f"<{n}{letter}", content, place)) for n, place in zip(lengths, pointers, strict=True)
+    ]
 
 
 def write(folder: Path, documents: dict[str, list[list[list[int]]]], vocab_size: int = 65536) -> Manifest:

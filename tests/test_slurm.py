@@ -7,17 +7,22 @@ and addresses, and GPUs that are not there.
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, same_result, starts
+from cluster import Cluster, rank_pids, same_result, starts
 from lab_conf import Lab
 
 from hpcgpt import runfolder
 
-STEPS = 1000
+STEPS = 600
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +54,15 @@ def test_an_sbatch_job_that_is_requeued_twice_ends_with_the_same_bytes(cluster: 
 
 @pytest.mark.timeout(600)
 def test_a_submitted_job_goes_on_after_its_time_limit(cluster: Cluster, whole: Path) -> None:
-    """USR1 30 s before the end of the one minute that Slurm allows; saved, status 75, requeued by ourselves."""
+    """USR1 before the end of the one minute that Slurm allows; saved, status 75, requeued by ourselves.
+
+    Slurm looks every 30 s, so the warning comes at any time of the first 30. Rank 0 is held until it is there.
+    """
     job = cluster.submit("limited", "--time", "1", "--signal-lead-s", "30")
     folder = cluster.folder("limited")
+    cluster.wait_for_rows("limited", 20)
+    (begun,) = [event for event in runfolder.events(folder) if event["event"] == "job"]
+    hold_until_warned(rank_pids(job).get(0), begun["started_at"] + 47)
     cluster.wait_for_ends("limited", 1)
     # Once is enough: a slow machine would need a minute for every few steps.
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")
@@ -62,6 +73,23 @@ def test_a_submitted_job_goes_on_after_its_time_limit(cluster: Cluster, whole: P
     assert all("the time limit is near" in event["reason"] for event in requeued)
     assert len(starts(folder)) == len(requeued) + 1
     one_wandb_run(folder, attempts=len(requeued) + 1)
+
+
+def hold_until_warned(pid: int | None, until: float) -> None:
+    """Hold a process until SIGUSR1 waits for it; or `until` its clock is about to say the same, if it came before.
+
+    None, or one that has gone: it has heard of it already.
+    """
+    if pid is None:
+        return
+    with suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)
+        while time.time() < until:
+            waiting = re.search(r"ShdPnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+            if waiting and int(waiting[1], 16) >> (signal.SIGUSR1 - 1) & 1:
+                break
+            time.sleep(0.1)
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.timeout(600)

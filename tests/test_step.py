@@ -12,7 +12,7 @@ import pytest
 import ranks_step
 import torch
 import torch.nn.functional as F
-from conftest import torchrun
+from conftest import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class Told:
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
 def told(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     out = tmp_path_factory.mktemp("ranks")
-    done = torchrun(request.param, "tests.ranks_step", str(shards_folder), str(out))
+    done = on_ranks(request.param, "tests.ranks_step", str(shards_folder), str(out))
     assert done.returncode == 0, done.stderr
     reports = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(request.param)]
     return Told(reports, load_file(out / "gradients.safetensors"))

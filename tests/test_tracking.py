@@ -81,7 +81,12 @@ def test_attempts_share_one_id_and_no_row_is_missing_after_a_signal_to_every_pro
     assert "Traceback" not in told.communicate()[1]
 
     killed = start(*flags)
+    wait_for_rows(folder, 60, killed)
+    cores = children(killed.pid)
+    for pid in cores:  # the warning before the time limit reaches it too, and there may be minutes left
+        os.kill(pid, signal.SIGUSR1)
     wait_for_rows(folder, 120, killed)
+    assert children(killed.pid) == cores, "wandb's core has died of the warning"
     for pid in [*children(killed.pid), killed.pid]:
         os.kill(pid, signal.SIGKILL)
     killed.communicate()
@@ -165,6 +170,47 @@ def test_a_core_that_died_in_mid_attempt_is_started_anew_and_no_row_is_missing(t
     assert {item["step"] for records in parts for item in history(records)} == set(range(1, 61))
     assert {record["run"]["run_id"] for records in parts for record in records if record["type"] == "run"} == {
         "abcdefghij"}  # fmt: skip
+
+
+OUTAGE = """
+import dataclasses, os, signal, sys, time
+from pathlib import Path
+from hpcgpt import metrics, tracking
+from hpcgpt.config import Config, Run, Tracking
+metrics.NEWEST_S = tracking.NEWEST_S = 1.5
+config = Config(run=Run(name="run", dir=sys.argv[1]), tracking=Tracking(wandb="offline"))
+first, last, dies_at = map(int, sys.argv[2:])
+config.run_folder.mkdir(exist_ok=True)
+file = metrics.MetricsFile(config.run_folder / "metrics.jsonl", first, tracking.arrived(config.run_folder))
+tracker = tracking.Tracker(config, "abcdefghij", dataclasses.asdict(config), file.again)
+mine = str(os.getpid())
+for step in range(first, last + 1):
+    if step == dies_at:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            if stat.read_text().rpartition(")")[2].split()[1] == mine:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+    row = {"step": step, "time": time.time(), "train/loss": 1.0}
+    file.write(row)
+    tracker.write(row)
+    time.sleep(0.05)
+if dies_at:
+    os.kill(os.getpid(), signal.SIGKILL)
+tracker.close(0)
+"""
+
+
+def test_what_an_attempt_that_was_killed_within_an_outage_could_not_send_the_next_one_sends(tmp_path: Path) -> None:
+    """wandb is gone from step 40 on, and the run seconds later at step 110. Then it goes back to step 20: the same."""
+    for first, last, dies_at in ((1, 110, 40), (111, 112, 0), (21, 60, 22), (61, 62, 0)):
+        done = subprocess.run([sys.executable, "-c", OUTAGE, tmp_path, str(first), str(last), str(dies_at)], cwd=ROOT,
+                              env=clean_env(), capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == (-signal.SIGKILL if dies_at else 0), done.stderr
+        assert ("warning: wandb failed" in done.stderr) == bool(dies_at)
+    parts = [{item["step"] for item in history(records)} for records in fragments(tmp_path / "run")]
+    assert len(parts) == 4
+    assert parts[0] | parts[1] == set(range(1, 113))
+    assert parts[2] | parts[3] >= set(range(21, 63))
+    assert len(parts[1]) < 112, "all is sent again"
 
 
 # --- what is sent ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, clean_env, command, curve, rows, tensors, torchrun
+from conftest import ROOT, TINY, clean_env, command, curve, on_ranks, rows, tensors
 
 from hpcgpt import runfolder
 from hpcgpt.runfolder import AGAIN, FINISHED
@@ -41,42 +41,59 @@ def test_a_second_start_says_that_it_is_done_and_changes_nothing(tiny: Path, tmp
     assert before == ((folder / "metrics.jsonl").read_bytes(), tensors(folder / "checkpoints" / "step_000000012"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_the_next_start_ends_with_the_same_bytes(
-    number: signal.Signals, tiny: Path, tmp_path: Path
-) -> None:
-    """Dropout is on, so a generator that was not restored would show."""
-    flags = [str(tiny), "--model.dropout", "0.1", "--train.steps", "150", "--eval.every", "50"]
-    assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
-    folder = tmp_path / "runs" / "cut"
-    statuses = []
-    for _ in range(3):
-        interrupted = start(*flags, "--run.name", "cut")
-        wait_for_rows(folder / "metrics.jsonl", more=10)
-        interrupted.send_signal(number)
-        statuses.append(interrupted.wait(60))
-        if statuses[-1] != AGAIN:
-            break
-    assert statuses[0] == AGAIN
-    assert command("hpcgpt.train", *flags, "--run.name", "cut").returncode == FINISHED
-    whole = tmp_path / "runs" / "whole"
+# Dropout is on, so a generator that was not restored would show.
+LONGER = ("--model.dropout", "0.1", "--train.steps", "240", "--eval.every", "80", "--checkpoint.every", "20")
+
+
+@pytest.fixture(scope="module")
+def whole(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 240 steps that was left alone; its configuration is whole/../../tiny.toml."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = folder / "tiny.toml"
+    config.write_text(
+        f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", f'[run]\ndir = "{folder / "runs"}"')
+    )
+    done = command("hpcgpt.train", str(config), *LONGER, "--run.name", "whole")
+    assert done.returncode == FINISHED, done.stderr
+    return folder / "runs" / "whole"
+
+
+def finish(whole: Path, name: str) -> None:
+    """Go on with an interrupted run, which has to end with the bytes of the one left alone."""
+    done = command("hpcgpt.train", str(whole.parents[1] / "tiny.toml"), *LONGER, "--run.name", name)
+    assert done.returncode == FINISHED, done.stderr
+    folder = whole.parent / name
     assert curve(folder) == curve(whole)
-    name = "checkpoints/step_000000150"
-    assert tensors(folder / name) == tensors(whole / name)
+    last = "checkpoints/step_000000240"
+    assert tensors(folder / last) == tensors(whole / last)
 
 
-def test_sigkill_costs_the_steps_since_the_checkpoint_and_nothing_else(tiny: Path, tmp_path: Path) -> None:
-    flags = [str(tiny), "--model.dropout", "0.1", "--train.steps", "150", "--eval.every", "50"]
-    assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
-    folder = tmp_path / "runs" / "killed"
-    killed = start(*flags, "--run.name", "killed")
-    wait_for_rows(folder / "metrics.jsonl", more=30)
+def test_each_signal_saves_the_step_and_the_next_start_goes_on_to_the_same_bytes(whole: Path) -> None:
+    folder = whole.parent / "cut"
+    reasons = {signal.SIGUSR1: "the time limit is near", signal.SIGTERM: "told to terminate",
+               signal.SIGINT: "interrupted"}  # fmt: skip
+    for number in reasons:
+        told = start(str(whole.parents[1] / "tiny.toml"), *LONGER, "--run.name", "cut")
+        wait_for_rows(folder / "metrics.jsonl", more=10)
+        told.send_signal(number)
+        assert told.wait(60) == AGAIN
+    ends = [event for event in runfolder.events(folder) if event["event"] == "end"]
+    assert [end["reason"] for end in ends] == list(reasons.values())
+    starts = [event["step"] for event in runfolder.events(folder) if event["event"] == "start"]
+    assert starts == [0, *(end["step"] for end in ends[:-1])], "it did not go on where it was told to leave"
+    finish(whole, "cut")
+
+
+def test_sigkill_costs_the_steps_since_the_checkpoint_and_nothing_else(whole: Path) -> None:
+    killed = start(str(whole.parents[1] / "tiny.toml"), *LONGER, "--run.name", "killed")
+    wait_for_rows(whole.parent / "killed" / "metrics.jsonl", more=50)
     killed.kill()
     killed.wait(10)
-    assert command("hpcgpt.train", *flags, "--run.name", "killed").returncode == FINISHED
-    assert curve(folder) == curve(tmp_path / "runs" / "whole")
-    name = "checkpoints/step_000000150"
-    assert tensors(folder / name) == tensors(tmp_path / "runs" / "whole" / name)
+    finish(whole, "killed")
+    first, second = (event for event in runfolder.events(whole.parent / "killed") if event["event"] == "start")
+    assert first["step"] == 0
+    assert second["step"] >= 20
+    assert second["step"] % 20 == 0
 
 
 def start(*flags: str) -> subprocess.Popen[bytes]:
@@ -111,12 +128,16 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_sees_the_same_samples(ti
     assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
     for ranks, steps in ((2, 4), (1, 8), (4, 12)):
         elastic = ["hpcgpt.train", *flags, "--run.name", "elastic", "--train.steps", str(steps)]
-        done = torchrun(ranks, *elastic) if ranks > 1 else command(*elastic)
+        done = on_ranks(ranks, *elastic) if ranks > 1 else command(*elastic)
         assert done.returncode == FINISHED, done.stderr
+        last = tensors(tmp_path / "runs" / "elastic" / "checkpoints" / f"step_{steps:09d}")
+        states = [last[f"rng/{rank}/cpu"] for rank in range(ranks)]
+        assert len(set(states)) == ranks, "ranks would draw the same dropout"
     folder = tmp_path / "runs" / "elastic"
     assert [event["world_size"] for event in runfolder.events(folder) if event["event"] == "start"] == [2, 1, 4]
     whole = rows(tmp_path / "runs" / "whole" / "metrics.jsonl")
     elastic_rows = rows(folder / "metrics.jsonl")
     assert [(row["step"], row["samples"]) for row in elastic_rows] == [(row["step"], row["samples"]) for row in whole]
+    # Wrong samples change the third digit. The corpus is this program, so each change of it rounds differently.
     for key in ("train/loss", "train/grad_norm"):
-        assert [row[key] for row in elastic_rows] == pytest.approx([row[key] for row in whole], rel=1e-5)
+        assert [row[key] for row in elastic_rows] == pytest.approx([row[key] for row in whole], rel=1e-4)

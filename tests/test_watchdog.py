@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,19 @@ def test_a_rank_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path: Pat
     with rank(tmp_path, "alive", farewell_s=60.0) as process:
         process.send_signal(signal.SIGSTOP)
         time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        said, told = process.communicate(timeout=60)
+    assert (process.returncode, said, told) == (0, "lives\n", "")
+    assert not (tmp_path / "tiny/faults").exists()
+
+
+def test_ctrl_z_stops_all_clocks(tmp_path: Path) -> None:
+    """Also the one that needs no interpreter: it would go off after the limit and the farewell, 2.5 s."""
+    with rank(tmp_path, "alive") as process:
+        process.send_signal(signal.SIGTSTP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        time.sleep(4)
         process.send_signal(signal.SIGCONT)
         said, told = process.communicate(timeout=60)
     assert (process.returncode, said, told) == (0, "lives\n", "")

@@ -1,0 +1,125 @@
+"""gz and zst files as streams of what is in them.
+
+Members of gzip and frames of zstandard that were put one behind the other are read as one. What was unpacked
+before the place where a file breaks is handed out before the break is told.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+CHUNK = 1 << 18
+Stream: TypeAlias = "io.BufferedReader[Any]"
+
+
+class BrokenError(Exception):
+    """A packed file goes on otherwise than it should, or not at all."""
+
+
+def unpacked(file: Stream, packing: str) -> Stream:
+    """A stream of what is in `file`, packed as "gz" or "zst". Reading it raises BrokenError at the place of a break."""
+    return io.BufferedReader(_Stream(_PACKINGS[packing](file)), CHUNK)
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        super().__init__()
+        self._chunks, self._ready = chunks, memoryview(b"")
+        self._broken: BrokenError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        room = memoryview(buffer).cast("B")
+        if self._broken:  # however often it is asked: this is no end of file
+            raise self._broken
+        if not self._ready:
+            try:
+                self._ready = memoryview(next(self._chunks, b""))
+            except BrokenError as broken:
+                self._broken = broken
+                raise
+        count = min(len(room), len(self._ready))
+        room[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _gz(file: Stream) -> Iterator[bytes]:
+    left = file.read(CHUNK)
+    members = 0
+    while left or not members:
+        member = zlib.decompressobj(31)  # 31: with gzip's header and checksum
+        while not member.eof:
+            try:
+                out = member.decompress(left, CHUNK)
+            except zlib.error as error:
+                raise BrokenError(_gz_problem(str(error), members)) from None
+            if out:
+                yield out
+            left = member.unconsumed_tail
+            # An output that is full says that there is more, whether or not all input is taken.
+            if not left and len(out) < CHUNK and not member.eof:
+                left = file.read(CHUNK)
+                if not left:
+                    raise BrokenError("it breaks off: the gzip file was cut short, as by an interrupted transfer")
+        members += 1
+        left = member.unused_data or file.read(CHUNK)
+        while left and not left.strip(b"\0"):  # tapes fill up with zeros
+            left = file.read(CHUNK)
+        left = left.lstrip(b"\0")
+
+
+def _gz_problem(error: str, members: int) -> str:
+    if "incorrect header check" in error:
+        return "behind its end there is something that is no gzip" if members else "it is no gzip file"
+    if "incorrect data check" in error or "incorrect length check" in error:
+        return "its gzip checksum does not fit: something in what was read of it is damaged"
+    return f"it is damaged here ({error.partition(': ')[2] or error})"
+
+
+def _zst(file: Stream) -> Iterator[bytes]:
+    left = file.read(CHUNK)
+    frames = 0
+    while left or not frames:
+        frame = zstd.ZstdDecompressor()
+        while not frame.eof:
+            if frame.needs_input and not left:
+                left = file.read(CHUNK)
+                if not left:
+                    raise BrokenError("it breaks off: the zstandard file was cut short, as by an interrupted transfer")
+            try:
+                out = frame.decompress(left, CHUNK)
+            except zstd.ZstdError as error:
+                raise BrokenError(_zst_problem(str(error), frames)) from None
+            left = b""
+            if out:
+                yield out
+        frames += 1
+        left = frame.unused_data or file.read(CHUNK)
+
+
+def _zst_problem(error: str, frames: int) -> str:
+    if "Unknown frame descriptor" in error:
+        return "behind its end there is something that is no zstandard" if frames else "it is no zstandard file"
+    if "too much memory" in error:
+        return "its window is above 128 MB: pack it anew with `zstd -dc --long=31 FILE | zstd`"
+    if "checksum" in error:
+        return "its zstandard checksum does not fit: something in what was read of it is damaged"
+    return f"it is damaged here ({error.partition(': ')[2] or error})"
+
+
+_PACKINGS: dict[str, Callable[[Stream], Iterator[bytes]]] = {"gz": _gz, "zst": _zst}

@@ -1,0 +1,126 @@
+"""Starts programs in a process that has loaded torch already. To load it takes a second of both cores, most of what
+a run of the tests' size takes at all, and they start more than a hundred.
+
+``Preloaded`` keeps one process that has imported the libraries, and nothing of ours. For each program it forks; the
+fork becomes ``python -m module arguments`` with the environment and the files that it is given, and ends as that would.
+Tests of the start itself (what is imported, signals that come early, a real launcher) start python for real.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+LIBRARIES = ("numpy", "torch", "torch.distributed", "torch.nn.parallel", "safetensors.torch", "tokenizers", "tiktoken",
+             "tqdm", "xxhash")  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Program:
+    """One that runs: what the tests need of subprocess.Popen."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._said = connection, connection.makefile("r")
+        self.pid = int(self._said.readline())
+        self.returncode: int | None = None
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Its exit status; None if it still runs."""
+        if self.returncode is None and select.select([self._connection], [], [], timeout_s)[0]:
+            self.returncode = int(self._said.readline())
+            self._connection.close()
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.wait(0) is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(60)
+
+
+class Preloaded:
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="preloaded")
+        self._address = f"{self._folder.name}/socket"
+        env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as hpcgpt.train sets it before torch is loaded
+        words = [sys.executable, "-m", "tests.preloaded", self._address]
+        self._process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def start(self, module: str, arguments: Sequence[str], env: dict[str, str], cwd: Path, out: IO[Any],
+              err: IO[Any]) -> Program:  # fmt: skip
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self._address)
+        socket.send_fds(connection, [b"."], [out.fileno(), err.fileno()])
+        connection.sendall(json.dumps([module, list(arguments), env, str(cwd)]).encode() + b"\n")
+        return Program(connection)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
+
+
+# --- the process -----------------------------------------------------------------------------------
+
+
+def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
+    """Returns in each of the forks, with what that one is to be."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(address)
+    server.listen(64)
+    print("ready", flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the programs
+    while True:
+        # The tests are gone when their end of our stdin is.
+        if sys.stdin in select.select([server, sys.stdin], [], [])[0]:
+            os._exit(0)
+        connection = server.accept()[0]
+        if os.fork() == 0:
+            server.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return become(connection)
+        connection.close()
+
+
+def become(connection: socket.socket) -> tuple[str, list[str], dict[str, str], str]:
+    _, files, _, _ = socket.recv_fds(connection, 1, 2)
+    module, arguments, env, cwd = json.loads(connection.makefile("r").readline())
+    child = os.fork()
+    if child:
+        os.closerange(0, 3)
+        connection.sendall(f"{child}\n".encode())
+        handle = os.pidfd_open(child)
+        if handle not in select.select([connection, handle], [], [])[0]:
+            os.kill(child, signal.SIGKILL)  # whoever asked for it has gone
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        connection.sendall(f"{status}\n".encode())
+        os._exit(0)
+    connection.close()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate((nothing, *files)):
+        os.dup2(file, number)
+        os.close(file)
+    return module, arguments, env, cwd
+
+
+if __name__ == "__main__":
+    _module, _arguments, _env, _cwd = serve(sys.argv[1])
+    os.chdir(_cwd)
+    os.environ.clear()
+    os.environ.update(_env)
+    sys.argv, sys.path[0] = [_module, *_arguments], _cwd
+    runpy.run_module(_module, run_name="__main__", alter_sys=True)
