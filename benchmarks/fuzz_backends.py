@@ -58,7 +58,7 @@ def comparisons() -> Iterator[tuple[str, Encoder, Encoder]]:
     yield "gpt2, gigatoken", backends.encoder(gpt2, "gigatoken"), plain
     yield "gpt2, tokenizers", plain, backends.encoder(in_library(gpt2))
     for pattern, scheme in backend_gigatoken.SCHEMES.items():
-        pairs = all_pairs(pattern)
+        pairs = proof.all_pairs(pattern)
         yield (
             f"pairs of bytes, {scheme}, pattern {pattern[:24]}...",
             backends.encoder(pairs, "gigatoken"),
@@ -90,13 +90,6 @@ def difference(one: Encoder, other: Encoder, texts: list[str]) -> str | None:
         return None
     return proof.first_difference(texts, lambda text: one.batch([text])[0].tolist(),
                                   lambda text: other.batch([text])[0].tolist())  # fmt: skip
-
-
-def all_pairs(pattern: str) -> ByteLevelBPE:
-    """256 bytes, all pairs of bytes, and end-of-text: 65,793 ids."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {bytes(pair): 256 + n for n, pair in enumerate(itertools.product(range(256), repeat=2))}
-    return ByteLevelBPE("pairs", pattern, ranks, {_END: len(ranks)}, len(ranks))
 
 
 def in_library(gpt2: ByteLevelBPE) -> tokenizer_library.LibraryTokenizer:

@@ -6,9 +6,12 @@ Three sets: `chosen`, a few hundred, for every start of a fast backend; `code_po
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+
+from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
 
 # Where letters, digits, marks, blanks and what is none of them lie: first and last code point.
 _BLOCKS = [
@@ -86,6 +89,14 @@ def fuzzed(count: int, seed: int, special: Sequence[str] = ()) -> Iterator[str]:
             run = chance.choice(pieces) if chance.random() < 0.5 else _letter(chance, chance.choice(_BLOCKS))
             text = chance.choice(pieces) + run * chance.randrange(2, 600) + chance.choice(pieces)
         yield text
+
+
+def all_pairs(pattern: str) -> ByteLevelBPE:
+    """A vocabulary that shows where text was cut, as a real one mostly does not: 256 bytes, all pairs of bytes, and
+    end-of-text, 65,793 ids."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {bytes(pair): 256 + number for number, pair in enumerate(itertools.product(range(256), repeat=2))}
+    return ByteLevelBPE("pairs", pattern, ranks, {"<|endoftext|>": len(ranks)}, len(ranks))
 
 
 def first_difference(

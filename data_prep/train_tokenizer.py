@@ -6,6 +6,10 @@ wanted size, the end-of-text token included. The folder that it writes goes into
 
 It learns from a sample: whole documents, chosen by a hash of their text, so from everywhere in the corpus and
 the same ones every time. Of a corpus much larger than the sample only every so-manieth unit is read.
+
+Memory: the sample, and about 90 bytes for each byte of its *different* words, which `tokenizers` needs to learn.
+English has few; most clauses of Chinese occur once. So the sample ends where its different words reach 1/25
+of --sample-mb (16 MB at least): in all about 4.5 times --sample-mb (1.5 GB at least, if there is so much text).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +46,9 @@ _UNIT_BYTES = 16_000_000
 # So many times the sample is read of a large corpus, to choose from.
 _CHOICE = 4
 _PROBE_BYTES = 4_000_000
+_WORDS_SHARE, _FEWEST_WORD_BYTES = 25, 16_000_000
+# Near enough to what the patterns cut to tell how many different words there are.
+_WORD = re.compile(r"\w+|[^\w\s]+")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,8 +63,11 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--sample-mb {options.sample_mb}: expected 1 or more")
     sample_bytes = options.sample_mb * 1_000_000
     sample = sampled(_texts(options, sample_bytes), sample_bytes)
+    all_bytes, documents = sum(map(len, sample)), len(sample)
+    del sample[fitting(sample, max(_FEWEST_WORD_BYTES, sample_bytes // _WORDS_SHARE)) :]
+    left_out = f" (of {all_bytes / 1e6:,.1f}: more words than memory for them)" if len(sample) < documents else ""
     print(
-        f"sample: {len(sample):,} documents, {sum(map(len, sample)) / 1e6:,.1f} MB; "
+        f"sample: {len(sample):,} documents, {sum(map(len, sample)) / 1e6:,.1f} MB{left_out}; "
         f"learning {options.vocab_size:,} ids",
         flush=True,
     )
@@ -87,6 +98,21 @@ def sampled(texts: Iterable[str], most_bytes: int) -> list[bytes]:
             seen.discard(limit)
             held -= len(dropped)
     return [content for _, content in sorted(kept, reverse=True)]
+
+
+def fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
+    """How many texts, from the first, have different words of together at most `most_word_bytes` bytes; one at least."""
+    words, held = set[int](), 0
+    for number, content in enumerate(sample):
+        for word in _WORD.findall(content.decode()):
+            # A hash, since the words themselves would take the memory that this is to spare.
+            key = xxhash.xxh3_64_intdigest(word)
+            if key not in words:
+                words.add(key)
+                held += len(word.encode())
+        if held > most_word_bytes and number:
+            return number
+    return len(sample)
 
 
 def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2") -> ByteLevelBPE:

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiktoken
 import xxhash
 from conftest import ROOT, clean_env, command
 from tokenizers import Regex, pre_tokenizers
@@ -145,7 +144,7 @@ def test_ranks_brought_along_are_known_by_their_hash(gpt2: ByteLevelBPE, offline
     brought = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
     assert vocabulary.find(str(brought)).fingerprint == gpt2.fingerprint
     brought.write_bytes(brought.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match=r"from a friend\.tiktoken: its SHA-256 .* is that of no published encoding"):
+    with pytest.raises(ValueError, match=r"from a friend.tiktoken: its SHA-256 .* is that of no published encoding"):
         vocabulary.find(str(brought))
 
 
@@ -240,14 +239,11 @@ def test_training_cuts_text_as_the_saved_pattern_does(pattern: str) -> None:
     """The trainer has other regular expressions than tiktoken."""
     written, cut = train_tokenizer._CUTS[pattern]
     by_trainer = pre_tokenizers.Split(Regex(cut), "isolated")
-    bytes_alone = {bytes([byte]): byte for byte in range(256)}
+    pairs = proof.all_pairs(written).encoding
     for text in [*proof.chosen(), *proof.code_points(), *proof.fuzzed(1000, seed=4)]:
         pieces = [piece for piece, _ in by_trainer.pre_tokenize_str(text)]
         assert "".join(pieces) == text
-        whole = {piece.encode(): 256 + n for n, piece in enumerate(set(pieces)) if len(piece.encode()) > 1}
-        # Where each piece is a token, what is cut alike is made of these tokens; tiktoken looks whole pieces up first.
-        ids = tiktoken.Encoding("cut", pat_str=written, mergeable_ranks=bytes_alone | whole, special_tokens={})
-        assert [token.decode() for token in ids.decode_tokens_bytes(ids.encode_ordinary(text))] == pieces
+        assert [n for piece in pieces for n in pairs._encode_single_piece(piece)] == pairs.encode_ordinary(text)
 
 
 def test_a_sample_is_even_bounded_and_the_same_in_any_order() -> None:
@@ -264,16 +260,23 @@ def test_a_sample_is_even_bounded_and_the_same_in_any_order() -> None:
     assert len(train_tokenizer.sampled(["x" * 100, "y" * 100], 10)) == 1
 
 
+def test_a_sample_ends_where_its_different_words_are_too_many() -> None:
+    alike, different = [b"the same words again"] * 1000, [f"word{n} ".encode() * 3 for n in range(1000)]
+    assert train_tokenizer.fitting(alike, 100) == 1000
+    assert train_tokenizer.fitting(different, 60) == 12  # of "word0" to "word11", 62 bytes
+    assert train_tokenizer.fitting(different[:1], 2) == 1
+
+
 def test_training_reads_a_large_corpus_here_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The corpus is 24 times the sample: every sixth unit is read, the last as well as the first."""
+    """The corpus is 24 times the sample: every fifth or sixth unit is read, the last as well as the first."""
     monkeypatch.setattr(train_tokenizer, "_UNIT_BYTES", 250_000)
     with open(tmp_path / "a.jsonl", "w") as file:
-        file.writelines(
-            json.dumps({"text": f"{'begin' if n < 12_000 else 'later'} {n} " + "x" * 960}) + "\n" for n in range(24_000)
-        )
+        for n in range(24_000):
+            half = "begin" if n < 12_000 else "later"
+            file.write(json.dumps({"text": f"{half} {n} " + "x" * 960}) + "\n")
     options = train_tokenizer._parser().parse_args([str(tmp_path / "a.jsonl"), "--out", "x"])
     texts = list(train_tokenizer._texts(options, 1_000_000))
-    assert 3_900 < len(texts) < 4_500
+    assert 4_000 < len(texts) < 5_000
     assert 0.4 < sum(text.startswith("begin") for text in texts) / len(texts) < 0.6
 
 
@@ -412,8 +415,8 @@ def damaged(folder: Path, how: str) -> None:
         about.write_text(json.dumps(json.loads(about.read_text()) | {"pattern": r"\w+|\W+"}))
 
 
-DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter changed", "no base64", "empty",
-           "no JSON", "another kind of JSON", "a key lost", "a key of another kind", "another pattern",
+DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter changed", "no base64", "empty", "no JSON",
+           "another kind of JSON", "a key lost", "a key of another kind", "another pattern",
            "another kind"]  # fmt: skip
 
 
