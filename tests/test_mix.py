@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tracemalloc
@@ -372,6 +373,7 @@ def test_a_mixed_run_of_ids_above_65535_is_resumed_with_the_same_bytes(pair: tup
     (tmp_path / "my.toml").write_text(text.replace("n_layer = 2", "n_layer = 1"))
     runs = tmp_path / "runs"
     flags = [str(tmp_path / "my.toml"), "--run.dir", str(runs), "--data.mix", f"{pair[0]}:0.75,{pair[1]}:0.25"]
+    flags += ["--model.tied", "false"]
     done = command("hpcgpt.train", *flags, "--run.name", "whole")
     assert done.returncode == FINISHED, done.stderr
     assert "samples: 75.00% from novels, 0.06 epochs of 624 windows" in done.stdout
@@ -386,7 +388,14 @@ def test_a_mixed_run_of_ids_above_65535_is_resumed_with_the_same_bytes(pair: tup
     last = rows(runs / "whole/metrics.jsonl")[-1]
     assert last["val/loss"] == pytest.approx(0.75 * last["val/loss/novels"] + 0.25 * last["val/loss/news"])
     assert last["val/loss/novels"] != last["val/loss/news"]
+    # The made-up tokens are of three bytes each; end-of-text, of none, is rare.
+    assert last["val/bits_per_byte"] == pytest.approx(last["val/loss"] / math.log(2) / 3, rel=0.02)
+    # What was trained on is what has moved: the inputs of 48 samples, of both data sets, hardly any of 16 bits.
+    source = loaders(pair, 1, 8)[0].windows
+    assert isinstance(source, Mixture)
+    seen = source.read(source.draw(np.arange(48), seed=1))[:, :-1]
     moved = np.flatnonzero(first_moment(whole, "token_embedding").reshape(-1, 8).any(axis=1))
+    assert moved.tolist() == sorted(set(seen.flatten().tolist()))
     assert moved.max() > 65_535
 
 

@@ -62,6 +62,11 @@ for step in range(40):
     loader.batch(step, 0)
     drawn.append(tracemalloc.get_traced_memory()[0])
     open_files.append(descriptors() - before)
+mapped = False
+for line in open("/proc/self/smaps"):
+    mapped = str(folder) in line or (mapped and "-" not in line.split()[0])
+    if mapped and line.startswith("VmFlags"):
+        assert " rr " in line, "what is larger than memory is read ahead"
 marks = np.arange(len(split.shards))
 found = windows.read((split.starts[:-1] + marks) // 64).numpy()
 places = (split.starts[:-1] + marks) % 64
