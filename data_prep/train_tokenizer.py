@@ -100,15 +100,15 @@ def sampled(texts: Iterable[str], most_bytes: int) -> list[bytes]:
 
 
 def fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
-    """How many texts, from the first, have different words of together at most `most_word_bytes` bytes; one at least."""
+    """How many texts, from the first, have different words of at most `most_word_bytes` together; one at least."""
     words, held = set[int](), 0
     for number, content in enumerate(sample):
-        for word in _WORD.findall(content.decode()):
+        for word in map(str.encode, _WORD.findall(content.decode())):
             # A hash, since the words themselves would take the memory that this is to spare.
             key = xxhash.xxh3_64_intdigest(word)
             if key not in words:
                 words.add(key)
-                held += len(word.encode())
+                held += len(word)
         if held > most_word_bytes and number:
             return number
     return len(sample)
