@@ -264,7 +264,7 @@ def test_a_sample_is_even_bounded_and_the_same_in_any_order() -> None:
 def test_a_sample_ends_where_its_different_words_are_too_many() -> None:
     alike, different = [b"the same words again"] * 1000, [f"word{n} ".encode() * 3 for n in range(1000)]
     assert train_tokenizer.fitting(alike, 100) == 1000
-    assert train_tokenizer.fitting(different, 60) == 12  # of "word0" to "word11", 62 bytes
+    assert train_tokenizer.fitting(different, 60) == 11  # "word0" to "word10" are 56 bytes
     assert train_tokenizer.fitting(different[:1], 2) == 1
 
 
