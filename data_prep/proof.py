@@ -37,6 +37,10 @@ _PIECES = [
 ]  # fmt: skip
 
 
+_PLACES = ["{}Aa", "{}aA", "a{}Aa", "A{}Aa", "a{}A", "A{}A", "A{}a", "a{}a", "1{}1", "1{}a", " {}1", "!{}!", " {} ",
+           "A'{}", "\u0301{}\u0301", "\u01c5{}\u01c5a", "\u02b0{}Aa", "{}\u4e00", "{}{}Aa", "{}\n"]  # fmt: skip
+
+
 @cache
 def chosen() -> tuple[str, ...]:
     """A few hundred strings with everything in them that is known to make trouble; 0.1 MB."""
@@ -66,6 +70,12 @@ def code_points(group: int = 256) -> Iterator[str]:
     valid = [code for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
     for start in range(0, len(valid), group):
         yield "".join(map(chr, valid[start : start + group]))
+
+
+def between_others(codes: Iterable[int]) -> Iterator[str]:
+    """Each code point between letters of both cases, digits, marks and blanks: shows what a pattern takes it for."""
+    for code in codes:
+        yield "\n".join(place.replace("{}", chr(code)) for place in _PLACES)
 
 
 def fuzzed(count: int, seed: int, special: Sequence[str] = ()) -> Iterator[str]:
