@@ -27,11 +27,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import inputs, placing, share, unit, vocabulary, workers
+from data_prep import backends, inputs, placing, reading, share, unit, vocabulary, workers
+from data_prep.backends import Backend
 from data_prep.inputs import Source
 from data_prep.plan import Plan, Recipe, check_ours, claim
 from data_prep.progress import Progress
-from data_prep.reading import Reading, Skipped, separator
+from data_prep.reading import Skipped
 from data_prep.share import Share
 from data_prep.workers import Job
 from hpcgpt import cli, generation, shards, tokenizer, world
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     _check(options)
     if options.workers > 1:
         workers.prepare(*_PRELOADED, *(() if options.backend == "tiktoken" else _PRELOADED_FAST))
-    words = vocabulary.find(options.tokenizer)
+    words = vocabulary.find(options.tokenizer, options.end_of_text)
     width = shards.WIDTHS[options.dtype]
     if words.vocab_size > width.most_ids:
         raise ValueError(
@@ -56,16 +57,10 @@ def main(argv: Sequence[str]) -> int:
             "most: pass --dtype uint32 (twice the disk space), take a smaller one, such as gpt2, or train one with "
             "`python -m data_prep.train_tokenizer`"
         )
-    reading = Reading(
-        text_key=options.text_key,
-        encoding=options.encoding,
-        separator="" if options.separator is None else separator(options.separator),
-        on_bad_input=options.on_bad_input,
-        max_document_mb=options.max_document_mb,
-    )
+    how = reading.asked(options)
     recipe = Recipe(
         tokenizer=words,
-        reading=reading,
+        reading=how,
         dtype=options.dtype,
         val_fraction=options.val_fraction,
         min_characters=options.min_characters,
@@ -75,14 +70,14 @@ def main(argv: Sequence[str]) -> int:
     out = Path(options.out)
     given = [str(_standard_input(out, options)) if name == "-" else name for name in options.INPUT]
     skipped: list[Skipped] = []
-    sources = inputs.find(given, skipped if reading.on_bad_input == "skip" else None)
+    sources = inputs.find(given, skipped if how.on_bad_input == "skip" else None)
     unit_bytes = options.unit_mb * 1_000_000 if options.unit_mb else _unit_bytes(sources)
-    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, reading), unit_bytes, skipped)
+    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, how), unit_bytes, skipped)
     make(plan, out, options.workers, options.backend, Share(options.task, options.tasks))
     return 0
 
 
-def make(plan: Plan, out: Path, processes: int, backend: str, mine: Share) -> None:
+def make(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -> None:
     """Make this task's share of the data set that `plan` describes in `out`, and finish it if nothing is left.
 
     Raises:
@@ -121,7 +116,7 @@ def _standard_input(out: Path, options: argparse.Namespace) -> Path:
     return inputs.spool(sys.stdin.buffer, prep)
 
 
-def _make_units(plan: Plan, out: Path, processes: int, backend: str, mine: Share) -> None:
+def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -> None:
     share_of = range(mine.task, len(plan.units), mine.tasks)
     todo = [number for number in share_of if not unit.folder(out, number).is_dir()]
     if len(todo) < len(share_of):
@@ -199,31 +194,16 @@ def _parser() -> argparse.ArgumentParser:
         ".parquet (a document a row); folders of them; patterns in quotes, as '**/*.txt'; - for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a tokenizer (default: gpt2)")
     parser.add_argument(
-        "--text-key", default="text", help="jsonl, parquet: the key or column of the text (default: text)"
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2, another encoding of tiktoken's, a folder made by train_tokenizer, a Hugging Face tokenizer.json or "
+        "its folder (default: gpt2)",
     )
     parser.add_argument(
-        "--encoding",
-        default="utf-8",
-        help="of txt and jsonl: utf-8, gb18030 (or gbk), auto (what a file is of these two), ... (default: utf-8)",
+        "--end-of-text", default="", metavar="TOKEN", help="Hugging Face: the special token between documents"
     )
-    parser.add_argument(
-        "--separator", metavar="TEXT", help="cut a .txt into documents wherever this stands; \\n is the end of a line"
-    )
-    parser.add_argument(
-        "--on-bad-input",
-        choices=("stop", "skip"),
-        default="stop",
-        help="skip: set what cannot be read aside, count it, and list it in skipped.jsonl (default: stop)",
-    )
-    parser.add_argument(
-        "--max-document-mb",
-        type=int,
-        default=256,
-        metavar="MB",
-        help="a longer document, or line of jsonl, is bad input (default: 256)",
-    )
+    reading.add_options(parser)
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -242,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "tiktoken", "gigatoken"),
+        choices=backends.BACKENDS,
         default="auto",
         help="what encodes; the tokens are the same (default: the fastest that is installed)",
     )

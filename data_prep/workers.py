@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import backends, unit
-from data_prep.backends import Encoder
+from data_prep.backends import Backend, Encoder
 from data_prep.inputs import Unit
 from data_prep.plan import Recipe
 
@@ -46,7 +46,7 @@ class Job:
 
     out: Path
     recipe: Recipe
-    backend: str
+    backend: Backend
     mark: str
 
 

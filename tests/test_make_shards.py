@@ -24,6 +24,7 @@ from conftest import ROOT, clean_env, command
 from data_prep import duplicates, make_shards, placing, share, verify
 from data_prep.share import Share
 from hpcgpt import shard_reader, shards, tokenizer
+from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
 
 CHINESE = "萧炎,斗之力,三段。\n“三十年河东,三十年河西,莫欺少年穷!”\n"
 
@@ -581,7 +582,7 @@ def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
 
 def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path) -> None:
     ranks = {n.to_bytes(3, "big"): 256 + n for n in range(65_400)} | {bytes([b]): b for b in range(256)}
-    big = tokenizer.Tokenizer("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
+    big = ByteLevelBPE("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
     tokenizer.save(big, tmp_path / "big")
     (tmp_path / "a.txt").write_text("x")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "big", out=tmp_path / "out")
@@ -592,7 +593,7 @@ def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path)
 
 def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)} | {n.to_bytes(3, "big"): 256 + n for n in range(65_279)}
-    most = tokenizer.Tokenizer("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
+    most = ByteLevelBPE("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
     tokenizer.save(most, tmp_path / "most")
     (tmp_path / "a.txt").write_text("ab")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "most", "--val-fraction", "0", out=tmp_path / "out")
