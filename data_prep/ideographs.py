@@ -124,8 +124,8 @@ def _chinese(texts: Sequence[str]) -> bool:
     """Does it look as if it could pay? A sample tells: to lay the texts out takes as long as to encode English."""
     sample = "".join([text[::_SAMPLED] for text in texts if not text.isascii()])
     points = np.frombuffer(sample.encode("utf-32-le"), dtype="<u4")
-    found = np.count_nonzero((points >= 0x3000) & (points < 0xA000))
-    return found > 0 and bool(found >= _LEAST_FREE * sum(map(len, texts)) / _SAMPLED)
+    found = int(np.count_nonzero((points >= 0x3000) & (points < 0xA000)))
+    return 0 < found >= _LEAST_FREE * sum(map(len, texts)) / _SAMPLED
 
 
 def _laid_out(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
