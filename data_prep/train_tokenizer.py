@@ -27,16 +27,17 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
 from tqdm import tqdm
 
-from data_prep import encodings, inputs, split
+from data_prep import inputs, published, reading, split
+from data_prep.documents import documents
 from hpcgpt import cli, shards, tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
-# What the patterns of data_prep.encodings say, in the words of the regular expressions of `tokenizers`, where $ is
+# What the patterns of data_prep.published say, in the words of the regular expressions of `tokenizers`, where $ is
 # the end of a line and {1,3}+ repeats.
 _CUTS = {
-    "gpt2": (encodings.GPT2_PATTERN, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    "gpt2": (published.GPT2_PATTERN, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
     "gpt4": (
-        encodings.GPT4_PATTERN,
+        published.GPT4_PATTERN,
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++\z|\s*[\r\n]"
         r"|\s+(?!\S)|\s",
     ),
@@ -100,7 +101,7 @@ def sampled(texts: Iterable[str], most_bytes: int) -> list[bytes]:
 
 
 def fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
-    """How many texts, from the first, have different words of at most `most_word_bytes` together; one at least."""
+    """How many texts, from the first, have different words of at most `most_word_bytes` together; at least one."""
     words, held = set[int](), 0
     for number, content in enumerate(sample):
         for word in map(str.encode, _WORD.findall(content.decode())):
@@ -139,19 +140,21 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     if len(ranks) + 1 < vocab_size:
         raise ValueError(f"the text is too small for {vocab_size:,} ids: it gives {len(ranks) + 1:,}")
     end = len(ranks)
-    return ByteLevelBPE(name, written, ranks, {encodings.END_OF_TEXT: end}, end)
+    return ByteLevelBPE(name, written, ranks, {published.END_OF_TEXT: end}, end)
 
 
 def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
     """The training documents of the corpus, or of units spread evenly over it, with a progress bar."""
-    units = inputs.units(inputs.find(options.INPUT), _UNIT_BYTES)
+    how = reading.asked(options)
+    sources = inputs.find(options.INPUT, [] if how.on_bad_input == "skip" else None)
+    units = inputs.units(sources, _UNIT_BYTES, how)
     sizes = [sum(piece.stop - piece.start for piece in unit) for unit in units]
     stride = max(1, sum(sizes) // (_CHOICE * sample_bytes))
     chosen = range(0, len(units), stride)
     total = sum(sizes[number] for number in chosen)
     with tqdm(total=total, unit="B", unit_scale=True, desc="text read", disable=not sys.stderr.isatty()) as bar:
         for number in chosen:
-            for text in inputs.documents(units[number], options.text_key):
+            for text in documents(units[number], how):
                 if not split.is_validation(text, options.val_fraction):
                     yield text
             bar.update(sizes[number])
@@ -191,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MB",
         help="text to learn from, taken evenly from the whole corpus (default: 1024)",
     )
-    parser.add_argument("--text-key", default="text", help="jsonl: the key that the text is under (default: text)")
+    reading.add_options(parser)
     parser.add_argument(
         "--val-fraction", type=float, default=0.01, metavar="F", help="as given to make_shards later (default: 0.01)"
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import backend_gigatoken, backends, encodings, inputs, proof, vocabulary
+from data_prep import backend_gigatoken, backends, inputs, proof, published, vocabulary
 from data_prep.backends import Encoder
+from data_prep.documents import documents
 from hpcgpt import tokenizer, tokenizer_library
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
@@ -89,7 +90,7 @@ def test_gigatoken_cuts_where_tiktoken_does(pattern: str) -> None:
 
 def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
     """If this fails, tiktoken has caught up, or gigatoken changed: compare all code points again."""
-    pairs = proof.all_pairs(encodings.O200K_PATTERN)
+    pairs = proof.all_pairs(published.O200K_PATTERN)
     fast, plain = backends.encoder(pairs, "gigatoken"), backends.encoder(pairs, "tiktoken")
     assert isinstance(fast, backend_gigatoken.Gigatoken)
     texts = ["plain", "a\u0c5ca", "ʕÃa", "é\U000323b0a", "萧炎", ""]
@@ -106,7 +107,7 @@ def test_documents_with_lone_surrogates_come_out_alike(
     """A line of JSON can say \\ud800; the documents are free of it, and so are the ids."""
     broken = ["a\ud800b", "\udfff", "\udc00\ud800", "萧\ud83d"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in broken))
-    texts = list(inputs.documents(inputs.units(inputs.find([str(tmp_path)]), 10**6)[0], "text"))
+    texts = list(documents(inputs.units(inputs.find([str(tmp_path)]), 10**6)[0]))
     assert texts == ["a\ufffdb", "\ufffd", "\ufffd\ufffd", "萧\ufffd"]
     assert same(fast, plain, texts)
     assert fast.batch(texts)[0].tolist() == [number for text in broken for number in gpt2.encode(text)]
@@ -130,7 +131,7 @@ def test_a_batch_is_its_texts_one_after_the_other(
 
 def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
     """65,793 ids have no place in uint16. Pairs are counted from the other end here, so that text has the highest."""
-    pairs = proof.all_pairs(encodings.GPT4_PATTERN)
+    pairs = proof.all_pairs(published.GPT4_PATTERN)
     ranks = {token: rank if rank < 256 else 256 + 65_791 - rank for token, rank in pairs.ranks.items()}
     tokenizer.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
     for backend in ("tiktoken", "gigatoken"):
@@ -142,8 +143,7 @@ def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
 def test_gigatoken_is_renewed_when_it_has_grown(
     gpt2: ByteLevelBPE, plain: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = backends.encoder(gpt2, "gigatoken")
-    assert isinstance(fast, backend_gigatoken.Gigatoken)
+    fast = backend_gigatoken.Gigatoken(gpt2, plain.batch)
     texts = list(proof.fuzzed(100, seed=3))
     characters = sum(map(len, texts))
     monkeypatch.setattr(backend_gigatoken, "FEWEST_CHARACTERS", characters + fast._characters)
