@@ -25,6 +25,8 @@ SCRIPT = CHECKOUT / "slurm" / "pretrain.sbatch"
 SHAPE = ("--nodes=2", "--ntasks-per-node=2")
 DISK_MB = 600
 
+SECOND_LOOK_S = 3.0
+
 
 class LabPlace:
     """Use it as a context: on leaving, jobs, mount and (if the drill brought it up) the lab are taken away."""
@@ -123,6 +125,14 @@ class LabPlace:
         return {}
 
     def state(self, job: str) -> State:
+        found = self._state(job)
+        if found == "over":
+            # While it requeues a job, or is too busy to answer, Slurm may say what is true for a moment only.
+            time.sleep(SECOND_LOOK_S)
+            found = self._state(job)
+        return found
+
+    def _state(self, job: str) -> State:
         said = self.show(job).get("JobState", "unknown")
         if said == "COMPLETED":
             return "finished"
