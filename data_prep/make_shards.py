@@ -27,22 +27,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import inputs, placing, share, unit, vocabulary, workers
+from data_prep import backends, inputs, placing, reading, share, unit, vocabulary, workers
+from data_prep.backends import Backend
+from data_prep.inputs import Source
 from data_prep.plan import Plan, Recipe, check_ours, claim
 from data_prep.progress import Progress
-from data_prep.reading import Reading, Skipped, separator
+from data_prep.reading import Skipped
 from data_prep.share import Share
 from data_prep.workers import Job
 from hpcgpt import cli, generation, shards, tokenizer, world
 from hpcgpt.shards import Manifest
 
 GiB = 1 << 30
+# What a worker imports: what this file does, for it is run again there, and what gigatoken needs for its results.
+_PRELOADED = ("argparse", *(f"data_prep.{name}" for name in ("placing", "progress", "share", "vocabulary")))
+_PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check(options)
-    words = vocabulary.find(options.tokenizer)
+    if options.workers > 1:
+        workers.prepare(*_PRELOADED, *(() if options.backend == "tiktoken" else _PRELOADED_FAST))
+    words = vocabulary.find(options.tokenizer, options.end_of_text)
     width = shards.WIDTHS[options.dtype]
     if words.vocab_size > width.most_ids:
         raise ValueError(
@@ -50,16 +57,10 @@ def main(argv: Sequence[str]) -> int:
             "most: pass --dtype uint32 (twice the disk space), take a smaller one, such as gpt2, or train one with "
             "`python -m data_prep.train_tokenizer`"
         )
-    reading = Reading(
-        text_key=options.text_key,
-        encoding=options.encoding,
-        separator="" if options.separator is None else separator(options.separator),
-        on_bad_input=options.on_bad_input,
-        max_document_mb=options.max_document_mb,
-    )
+    how = reading.asked(options)
     recipe = Recipe(
         tokenizer=words,
-        reading=reading,
+        reading=how,
         dtype=options.dtype,
         val_fraction=options.val_fraction,
         min_characters=options.min_characters,
@@ -69,14 +70,14 @@ def main(argv: Sequence[str]) -> int:
     out = Path(options.out)
     given = [str(_standard_input(out, options)) if name == "-" else name for name in options.INPUT]
     skipped: list[Skipped] = []
-    sources = inputs.find(given, skipped if reading.on_bad_input == "skip" else None)
-    unit_bytes = options.unit_mb * 1_000_000
-    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, reading), unit_bytes, skipped)
+    sources = inputs.find(given, skipped if how.on_bad_input == "skip" else None)
+    unit_bytes = options.unit_mb * 1_000_000 if options.unit_mb else _unit_bytes(sources)
+    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, how), unit_bytes, skipped)
     make(plan, out, options.workers, options.backend, Share(options.task, options.tasks))
     return 0
 
 
-def make(plan: Plan, out: Path, processes: int, backend: str, mine: Share) -> None:
+def make(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -> None:
     """Make this task's share of the data set that `plan` describes in `out`, and finish it if nothing is left.
 
     Raises:
@@ -98,6 +99,12 @@ def make(plan: Plan, out: Path, processes: int, backend: str, mine: Share) -> No
         _summary(out, manifest, plan, time.monotonic() - started_at)
 
 
+def _unit_bytes(sources: Sequence[Source]) -> int:
+    """Many units, so that workers that began together end together, but none that takes longer to be flushed to the
+    disk than to be made, and no more files than need be: a 64th of the input, from 8 to 256 MB."""
+    return min(max(-(-sum(source.bytes for source in sources) // 64), 8_000_000), 256_000_000)
+
+
 def _standard_input(out: Path, options: argparse.Namespace) -> Path:
     """The copy of standard input, which lies in `out`: so a rerun goes on with it."""
     if options.tasks > 1 or options.INPUT.count("-") > 1:
@@ -109,7 +116,7 @@ def _standard_input(out: Path, options: argparse.Namespace) -> Path:
     return inputs.spool(sys.stdin.buffer, prep)
 
 
-def _make_units(plan: Plan, out: Path, processes: int, backend: str, mine: Share) -> None:
+def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -> None:
     share_of = range(mine.task, len(plan.units), mine.tasks)
     todo = [number for number in share_of if not unit.folder(out, number).is_dir()]
     if len(todo) < len(share_of):
@@ -166,7 +173,7 @@ def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> Non
 def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.val_fraction < 1:
         raise ValueError(f"--val-fraction {options.val_fraction}: expected 0 or more, and less than 1")
-    if options.workers < 1 or options.unit_mb < 1:
+    if options.workers < 1 or (options.unit_mb is not None and options.unit_mb < 1):
         raise ValueError("--workers and --unit-mb must be at least 1")
     if not 1 <= options.shard_tokens <= shards.MOST_TOKENS:
         raise ValueError(f"--shard-tokens {options.shard_tokens}: expected 1 to {shards.MOST_TOKENS}")
@@ -187,31 +194,16 @@ def _parser() -> argparse.ArgumentParser:
         ".parquet (a document a row); folders of them; patterns in quotes, as '**/*.txt'; - for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a tokenizer (default: gpt2)")
     parser.add_argument(
-        "--text-key", default="text", help="jsonl, parquet: the key or column of the text (default: text)"
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2, another encoding of tiktoken's, a folder made by train_tokenizer, a Hugging Face tokenizer.json or "
+        "its folder (default: gpt2)",
     )
     parser.add_argument(
-        "--encoding",
-        default="utf-8",
-        help="of txt and jsonl: utf-8, gb18030 (or gbk), auto (what a file is of these two), ... (default: utf-8)",
+        "--end-of-text", default="", metavar="TOKEN", help="Hugging Face: the special token between documents"
     )
-    parser.add_argument(
-        "--separator", metavar="TEXT", help="cut a .txt into documents wherever this stands; \\n is the end of a line"
-    )
-    parser.add_argument(
-        "--on-bad-input",
-        choices=("stop", "skip"),
-        default="stop",
-        help="skip: set what cannot be read aside, count it, and list it in skipped.jsonl (default: stop)",
-    )
-    parser.add_argument(
-        "--max-document-mb",
-        type=int,
-        default=256,
-        metavar="MB",
-        help="a longer document, or line of jsonl, is bad input (default: 256)",
-    )
+    reading.add_options(parser)
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -230,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "tiktoken", "gigatoken"),
+        choices=backends.BACKENDS,
         default="auto",
         help="what encodes; the tokens are the same (default: the fastest that is installed)",
     )
@@ -241,7 +233,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes (default: the cores that this process may use)",
     )
-    parser.add_argument("--unit-mb", type=int, default=256, metavar="MB", help="text a unit of work (default: 256)")
+    parser.add_argument(
+        "--unit-mb", type=int, metavar="MB", help="text a unit of work (default: a 64th of the input, from 8 to 256)"
+    )
     parser.add_argument(
         "--shard-tokens", type=int, default=GiB, metavar="N", help="most tokens in a shard (default: 2**30)"
     )

@@ -7,6 +7,7 @@ never skipped.
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ class Aside:
         """Tell of the file at `path`, known as `name` wherever the corpus lies.
 
         Raises:
-        ValueError: unless bad input is to be skipped.
+            ValueError: unless bad input is to be skipped.
         """
         where = ", ".join(filter(None, (shown(path), place)))
         if self._stop:
@@ -104,3 +105,42 @@ def separator(typed: str) -> str:
     if not typed:
         raise ValueError("--separator is empty: leave it out for one document a file")
     return typed.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of all commands that read text; see `asked`."""
+    parser.add_argument(
+        "--text-key", default="text", help="jsonl, parquet: the key or column of the text (default: text)"
+    )
+    parser.add_argument(
+        "--encoding",
+        default="utf-8",
+        help="of txt and jsonl: utf-8, gb18030 (or gbk), auto (what a file is of these two), ... (default: utf-8)",
+    )
+    parser.add_argument(
+        "--separator", metavar="TEXT", help="cut a .txt into documents wherever this stands; \\n is the end of a line"
+    )
+    parser.add_argument(
+        "--on-bad-input",
+        choices=get_args(OnBadInput),
+        default="stop",
+        help="skip: set what cannot be read aside and count it; make_shards lists it in skipped.jsonl (default: stop)",
+    )
+    parser.add_argument(
+        "--max-document-mb",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="a longer document, or line of jsonl, is bad input (default: 256)",
+    )
+
+
+def asked(options: argparse.Namespace) -> Reading:
+    """What these flags ask for."""
+    return Reading(
+        text_key=options.text_key,
+        encoding=options.encoding,
+        separator="" if options.separator is None else separator(options.separator),
+        on_bad_input=options.on_bad_input,
+        max_document_mb=options.max_document_mb,
+    )

@@ -63,8 +63,17 @@ def read_record(out: Path, number: int) -> Record:
     return Record([Shard(**row) for row in body["shards"]], body["too_short"], skipped)
 
 
-def make(out: Path, number: int, unit: Unit, recipe: Recipe, encoder: Encoder, mark: str, progress: Progress) -> None:
-    """Make unit `number`. `progress` is told of text bytes and tokens as they come.
+@dataclass(frozen=True)
+class Made:
+    """A unit that is made, but may not be on the disk yet."""
+
+    temporary: Path
+    whole: Path
+
+
+def make(out: Path, number: int, unit: Unit, recipe: Recipe, encoder: Encoder, mark: str, progress: Progress) -> Made:
+    """Make unit `number`, which is there when `keep` has ended well. `progress` is told of text bytes and tokens as
+    they come.
 
     Raises:
         ValueError: a document cannot be read.
@@ -76,17 +85,32 @@ def make(out: Path, number: int, unit: Unit, recipe: Recipe, encoder: Encoder, m
     temporary.mkdir()
     try:
         _fill(temporary, unit, recipe, encoder, progress)
-        durable.sync_folder(temporary)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    return Made(temporary, whole)
+
+
+def keep(made: Made) -> None:
+    """Flush a unit to the disk, and give it its name.
+
+    Raises:
+        OSError: that failed. Nothing of the unit is left then.
+    """
+    try:
+        for path in made.temporary.iterdir():
+            durable.flush(path)
+        durable.sync_folder(made.temporary)
         try:
-            temporary.rename(whole)
+            made.temporary.rename(made.whole)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise durable.explained(error, whole) from error
+                raise durable.explained(error, made.whole) from error
             # Somebody else made it: the same bytes.
     finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-    durable.sync_folder(whole.parent)
+        if made.temporary.exists():
+            shutil.rmtree(made.temporary)
+    durable.sync_folder(made.whole.parent)
 
 
 def remove_leftovers(out: Path, number: int, mark: str) -> None:
@@ -112,7 +136,8 @@ def _fill(where: Path, unit: Unit, recipe: Recipe, encoder: Encoder, progress: P
             outputs[name].add(text, len(content), digest)
     shards = [asdict(shard) for name in sorted(outputs) for shard in outputs[name].shards]
     record = {"shards": shards, "too_short": too_short, "skipped": [asdict(row) for row in skipped]}
-    durable.write(where / "record.json", json.dumps(record, ensure_ascii=False).encode())
+    with durable.plain(where / "record.json") as file:
+        file.write(json.dumps(record, ensure_ascii=False).encode())
 
 
 @dataclass
@@ -199,7 +224,7 @@ class _SplitOutput:
     def _open(self) -> ShardWriter:
         if self._writer is None:
             name = f"{self.name}_{len(self.shards):03d}"
-            shard = shard_writer.writing(self.where, name, self.name, self.recipe.width)
+            shard = shard_writer.writing(self.where, name, self.name, self.recipe.width, opened=durable.plain)
             self._writer = self._stack.enter_context(shard)
         return self._writer
 
@@ -224,4 +249,5 @@ class _SplitOutput:
 def _write_documents(path: Path, rows: NDArray[Any]) -> None:
     """In the order of their hashes: so those of any range of hashes lie together. Equal ones stay in order."""
     order = np.lexsort((rows["low"], rows["high"]))
-    durable.write(path, rows[order].tobytes())
+    with durable.plain(path) as file:
+        file.write(rows[order].tobytes())

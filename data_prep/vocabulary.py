@@ -1,36 +1,59 @@
-"""Where a tokenizer comes from: GPT-2's own, or a folder that ``data_prep.train_tokenizer`` wrote.
+"""Where a tokenizer comes from.
 
-GPT-2's merges lie in this package, so no network is needed. In that file a byte is written as a
-printable character: itself where it is one, else the next free one from U+0100 on.
+===========================  ================================================================================
+``gpt2``                     GPT-2's own; its merges lie in this package, so no network is needed
+``cl100k_base``, ...         tiktoken's other encodings, see ``data_prep.published``
+``PATH/cl100k_base.tiktoken``  one of these, its ranks brought along
+``DIR``                      a folder that ``data_prep.train_tokenizer`` wrote, or ``tokenizer/`` beside shards
+``DIR``, ``tokenizer.json``  a Hugging Face tokenizer, see ``data_prep.huggingface``
+===========================  ================================================================================
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import tiktoken
+
+from data_prep import huggingface, published
 from hpcgpt import tokenizer
 from hpcgpt.tokenizer import Tokenizer
-
-# GPT-2's own pattern: contractions, words, numbers, punctuation and white space are never merged with
-# each other. Written with possessive quantifiers as in tiktoken; it cuts exactly like the original.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-END_OF_TEXT = "<|endoftext|>"
+from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
 
-def find(name: str) -> Tokenizer:
-    """'gpt2', or the folder of a tokenizer.
+def find(name: str, end_of_text: str = "") -> Tokenizer:
+    """The tokenizer that `name` stands for. `end_of_text` names a special token of it in place of the usual one.
 
     Raises:
-        ValueError: neither.
+        ValueError: there is none, it is damaged, or it has no such end-of-text.
     """
+    path = Path(name).expanduser()
     if name == "gpt2":
-        return gpt2()
-    if Path(name).is_dir():
-        return tokenizer.load(Path(name))
-    raise ValueError(f"no tokenizer '{name}': it is neither gpt2 nor a folder with vocab.tiktoken in it")
+        found: Tokenizer = gpt2()
+    elif name in published.PUBLISHED:
+        found = published.find(name)
+    elif path.suffix == ".tiktoken" and path.is_file():
+        found = published.from_file(path)
+    elif path.is_file() or (path.is_dir() and not _ours(path)):
+        return huggingface.read(path, end_of_text)
+    elif path.is_dir():
+        found = tokenizer.load(path)
+    elif name in tiktoken.list_encoding_names():
+        found = _plugin(name)
+    else:
+        names = ", ".join(["gpt2", *published.PUBLISHED])
+        raise ValueError(
+            f"no tokenizer '{name}': it is neither {names}, nor a folder with vocab.tiktoken in it, nor a Hugging Face "
+            "tokenizer.json or a folder with one"
+        )
+    if end_of_text and found.special_tokens.get(end_of_text) != found.end_of_text:
+        special = ", ".join(token for token, number in found.special_tokens.items() if number == found.end_of_text)
+        raise ValueError(f"tokenizer {found.name}: its end of text is {special}: leave --end-of-text {end_of_text} out")
+    return found
 
 
-def gpt2() -> Tokenizer:
+def gpt2() -> ByteLevelBPE:
     """GPT-2's tokenizer, 50,257 ids. Source: Radford et al., 2019; see data_prep/vocab/README.md."""
     merges = (Path(__file__).parent / "vocab" / "gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
     to_byte = {character: byte for byte, character in byte_characters().items()}
@@ -39,11 +62,27 @@ def gpt2() -> Tokenizer:
         token = bytes(to_byte[character] for character in merge.replace(" ", ""))
         ranks[token] = len(ranks)
     end = len(ranks)
-    return Tokenizer("gpt2", GPT2_PATTERN, ranks, {END_OF_TEXT: end}, end)
+    return ByteLevelBPE("gpt2", published.GPT2_PATTERN, ranks, {published.END_OF_TEXT: end}, end)
 
 
-def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte, in the order of GPT-2's first 256 ids."""
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+def _ours(folder: Path) -> bool:
+    """Is this a folder of ours, whole or damaged? A Hugging Face tokenizer.json has a model in it."""
+    if not (folder / "tokenizer.json").is_file() or (folder / "vocab.tiktoken").exists():
+        return True
+    try:
+        about = json.loads((folder / "tokenizer.json").read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and "fingerprint" in about
+
+
+def _plugin(name: str) -> ByteLevelBPE:
+    """An encoding that a tiktoken plugin on this machine brings along."""
+    try:
+        found = tiktoken.get_encoding(name)
+    except Exception as error:  # whatever a plugin may raise, and `requests`
+        raise ValueError(f"tokenizer {name}: tiktoken cannot make it here: {error}") from None
+    end = found._special_tokens.get(published.END_OF_TEXT)
+    if end is None:
+        raise ValueError(f"tokenizer {name}: it has no {published.END_OF_TEXT}")
+    return ByteLevelBPE(name, found._pat_str, found._mergeable_ranks, found._special_tokens, end)

@@ -42,6 +42,22 @@ def writing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Bi
     sync_folder(path.parent)
 
 
+@contextmanager
+def plain(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that nobody relies on yet, as in a folder that will be flushed (`flush`) and renamed as a whole.
+
+    Raises:
+        OSError: the file could not be written; the message names it.
+    """
+    try:
+        with open(path, "wb") as file:
+            yield file
+    except OSError as error:
+        if error.filename is None and error.__cause__ is None:
+            raise explained(error, path) from error
+        raise
+
+
 def write(path: Path, content: bytes, check: Callable[[], None] = lambda: None) -> None:
     """Make `path` hold `content`, or leave it as it was and raise OSError. `check` as in `writing`."""
     with writing(path, check) as file:
@@ -83,6 +99,15 @@ def create(path: Path, content: bytes) -> bool:
             temporary.unlink()
     sync_folder(path.parent)
     return True
+
+
+def flush(path: Path) -> None:
+    """Flush the content of a file to the disk; raises OSError, naming it."""
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise explained(error, path) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -145,6 +145,6 @@ class Reporter:
         settings = self._config.sample
         prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
         ids = generate(self._model, prompt, settings, self._story.ranks.device, self._config.run.seed + step)
-        text = settings.prompt + "".join(tokenizer.stream(self._words, ids))
+        text = settings.prompt + "".join(tokenizer.stream(self._words, ids, after=prompt))
         self._console.say(f"--- sample at step {step:,}\n{text}\n---")
         self._tracker.sample(step, text)

@@ -45,7 +45,7 @@ def _print_samples(folder: Path, settings: config.Config, wanted: config.Sample,
     for number in range(samples):
         print(f"--- sample {number + 1}\n{wanted.prompt}", end="")
         ids = generate(model, prompt, wanted, ranks.device, seed + number)
-        for piece in tokenizer.stream(words, ids):
+        for piece in tokenizer.stream(words, ids, after=prompt):
             print(piece, end="", flush=True)
         print()
 

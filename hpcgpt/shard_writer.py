@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,18 +70,21 @@ class ShardWriter:
 
 
 @contextmanager
-def writing(folder: Path, name: str, split: str, width: Width = shards.WIDTHS["uint16"]) -> Iterator[ShardWriter]:
+def writing(
+    folder: Path,
+    name: str,
+    split: str,
+    width: Width = shards.WIDTHS["uint16"],
+    opened: Callable[[Path], AbstractContextManager[BinaryIO]] = durable.writing,
+) -> Iterator[ShardWriter]:
     """A writer of `name`.bin and `name`.idx, which appear, whole, when the block ends well; `writer.shard`
-    describes them then.
+    describes them then. With `opened` durable.plain that is the caller's care.
 
     Raises:
         OSError: a file could not be written; neither is left behind.
         ValueError: see `ShardWriter.add`.
     """
-    with (
-        durable.writing(folder / f"{name}.bin") as bin_file,
-        durable.writing(folder / f"{name}.idx") as idx_file,
-    ):
+    with opened(folder / f"{name}.bin") as bin_file, opened(folder / f"{name}.idx") as idx_file:
         writer = ShardWriter(bin_file, name, split, width)
         yield writer
         writer.finish(idx_file)

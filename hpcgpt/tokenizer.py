@@ -3,29 +3,24 @@
 A tokenizer is a folder::
 
     tokenizer/
-      vocab.tiktoken    tiktoken's own format: a line an id, the token's bytes in base64 and its rank
-      tokenizer.json    name, pattern (how text is cut before merging), special_tokens, end_of_text, fingerprint
+      tokenizer.json      kind, name, end_of_text, special_tokens, fingerprint, and for tiktoken the pattern
+      vocab.tiktoken      of the kind "tiktoken": see hpcgpt.tokenizer_tiktoken, which most tokenizers are
+      huggingface.json    of the kind "tokenizers": see hpcgpt.tokenizer_library, for all the others
 
-Its fingerprint is the SHA-256 over vocabulary, pattern and special tokens: two tokenizers with the same
-fingerprint give the same ids, and one that was damaged no longer fits its own. Text is always encoded as
-plain text: a literal ``<|endoftext|>`` in a corpus becomes the tokens of those 13 characters, never the id.
+Two tokenizers with the same fingerprint give the same ids, and one that was damaged no longer fits its own.
+Text is always encoded as plain text: a literal ``<|endoftext|>`` in a corpus becomes the tokens of those 13
+characters, never the id.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import codecs
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import tiktoken
 from numpy.typing import NDArray
 
 from hpcgpt import durable
@@ -33,49 +28,44 @@ from hpcgpt import durable
 SPECIAL_TOKEN_POLICY = "in the text they are plain text"
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A byte-level BPE: `ranks` maps a token's bytes to its id; `special_tokens` come on top."""
+class Tokenizer(ABC):
+    """What both kinds can do. `special_tokens` are those that text never becomes, end-of-text among them."""
 
+    kind: ClassVar[str]
     name: str
-    pattern: str
-    ranks: dict[bytes, int]
     special_tokens: dict[str, int]
     end_of_text: int
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        return max([*self.ranks.values(), *self.special_tokens.values()]) + 1
+        """One more than the highest id."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def fingerprint(self) -> str:
-        parts = [self.pattern, sorted(self.special_tokens.items()), self.end_of_text]
-        sha = hashlib.sha256(json.dumps(parts).encode())
-        sha.update(_vocabulary(self.ranks))
-        return sha.hexdigest()
+        """A hash of everything that an id depends on."""
 
-    @cached_property
-    def encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
-        )
-
-    @cached_property
+    @property
+    @abstractmethod
     def token_bytes(self) -> NDArray[np.int64]:
         """Bytes of text that each id stands for (vocab_size,); special tokens stand for none."""
-        table = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, rank in self.ranks.items():
-            table[rank] = len(token)
-        return table
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text."""
-        return self.encoding.encode_ordinary(text)
+        """The ids of plain text. Lone surrogates become U+FFFD."""
 
-    def document(self, text: str) -> NDArray[np.uint16]:
-        """The ids of one document, end-of-text first (n,). `text` must be free of lone surrogates."""
-        ids = self.encoding.encode_to_numpy(text, disallowed_special=())
-        return np.concatenate([[self.end_of_text], ids]).astype(np.uint16)
+    @abstractmethod
+    def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        """See the function of this name."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """What lies beside tokenizer.json, by name."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What tokenizer.json says besides kind, name, end_of_text, special_tokens and fingerprint."""
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -88,26 +78,23 @@ class Tokenizer:
         }
 
 
-def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of `ids` piece by piece, never half a character. Special tokens print as they are named."""
-    special = {number: name for name, number in tokenizer.special_tokens.items()}
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for number in ids:
-        if number in special:
-            yield decoder.decode(b"", final=True) + special[number]
-            decoder.reset()
-        else:
-            yield decoder.decode(tokenizer.encoding.decode_single_token_bytes(number))
-    yield decoder.decode(b"", final=True)
+def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+    """The text of `ids` piece by piece, never half a character. Special tokens print as they are named.
+
+    `after` are the ids before them: some tokenizers drop the blank of a text's first word, and only that.
+    """
+    return tokenizer.stream(ids, after)
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the two files into `folder`, which is made if need be."""
+    """Write the files into `folder`, which is made if need be; tokenizer.json comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    durable.write(folder / "vocab.tiktoken", _vocabulary(tokenizer.ranks))
+    for name, content in tokenizer.files().items():
+        durable.write(folder / name, content)
     about = {
+        "kind": tokenizer.kind,
         "name": tokenizer.name,
-        "pattern": tokenizer.pattern,
+        **tokenizer.about(),
         "special_tokens": tokenizer.special_tokens,
         "end_of_text": tokenizer.end_of_text,
         "fingerprint": tokenizer.fingerprint,
@@ -116,21 +103,16 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load(folder: Path, fingerprint: str = "") -> Tokenizer:
-    """The tokenizer in `folder`.
+    """The tokenizer in `folder`, of either kind.
 
     Raises:
         ValueError: it is missing, damaged, or not the one that `fingerprint` names.
     """
     try:
-        about = json.loads((folder / "tokenizer.json").read_bytes())
-        lines = (folder / "vocab.tiktoken").read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-        found = Tokenizer(about["name"], about["pattern"], ranks, about["special_tokens"], about["end_of_text"])
-        if found.fingerprint != about["fingerprint"]:
-            raise ValueError("its content does not fit its fingerprint")
+        found = _read(folder)
     except OSError as error:
         raise ValueError(f"no tokenizer in {folder}: {error.strerror} ({error.filename})") from None
-    except (AttributeError, KeyError, TypeError, ValueError, binascii.Error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: the tokenizer is damaged: {error!r}") from None
     if fingerprint and found.fingerprint != fingerprint:
         raise ValueError(
@@ -140,6 +122,24 @@ def load(folder: Path, fingerprint: str = "") -> Tokenizer:
     return found
 
 
-def _vocabulary(ranks: dict[bytes, int]) -> bytes:
-    rows = sorted(ranks.items(), key=lambda row: row[1])
-    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in rows)
+def _read(folder: Path) -> Tokenizer:
+    # Late: the two kinds know this module, and `tokenizers` need not be loaded where it is not needed.
+    from hpcgpt import tokenizer_library, tokenizer_tiktoken
+
+    about = json.loads((folder / "tokenizer.json").read_bytes())
+    found: Tokenizer
+    if about["kind"] == tokenizer_tiktoken.ByteLevelBPE.kind:
+        ranks = tokenizer_tiktoken.parse_ranks((folder / "vocab.tiktoken").read_bytes())
+        found = tokenizer_tiktoken.ByteLevelBPE(
+            about["name"], about["pattern"], ranks, about["special_tokens"], about["end_of_text"]
+        )
+    elif about["kind"] == tokenizer_library.LibraryTokenizer.kind:
+        content = (folder / "huggingface.json").read_text(encoding="utf-8")
+        found = tokenizer_library.LibraryTokenizer(
+            about["name"], content, about["special_tokens"], about["end_of_text"]
+        )
+    else:
+        raise ValueError(f"its kind is {about['kind']}")
+    if found.fingerprint != about["fingerprint"]:
+        raise ValueError("its content does not fit its fingerprint")
+    return found

@@ -1,0 +1,118 @@
+"""Do all backends give the same ids? ``python benchmarks/fuzz_backends.py --strings 200000 --seed 1``
+
+Every code point, each between all kinds of others, then random strings (`data_prep.proof`), with
+
+- GPT-2's vocabulary: gigatoken against tiktoken, and tiktoken against `tokenizers` running the same merges;
+- for each pattern that gigatoken is trusted with, a vocabulary of all pairs of bytes, whose ids show where text
+  was cut, which a real vocabulary mostly hides: gigatoken against tiktoken.
+
+Prints a line a comparison; exit status 1 and the first string at the first difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import backend_gigatoken, backends, proof, vocabulary
+from data_prep.backends import Encoder
+from hpcgpt import tokenizer_library
+from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
+
+_GROUP = 2000
+_END = "<|endoftext|>"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Compare the backends on random strings.")
+    parser.add_argument("--strings", type=int, default=200_000, metavar="N")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(argv)
+    different = 0
+    for name, one, other in comparisons():
+        started_at, count, size = time.monotonic(), 0, 0
+        for group in groups(options.strings, options.seed):
+            found = difference(one, other, group)
+            if found is not None:
+                different += 1
+                print(f"{name}: DIFFERENT ids for {found!r}")
+                break
+            count, size = count + len(group), size + sum(len(text.encode()) for text in group)
+        else:
+            took = time.monotonic() - started_at
+            print(f"{name}: the same ids for {count:,} strings, {size / 1e6:.0f} MB, {took:.0f} s", flush=True)
+    return 1 if different else 0
+
+
+def comparisons() -> Iterator[tuple[str, Encoder, Encoder]]:
+    """What is compared: a name, the encoder in question, and the one that is right."""
+    gpt2 = vocabulary.gpt2()
+    plain = backends.encoder(gpt2, "tiktoken")
+    yield "gpt2, gigatoken", backends.encoder(gpt2, "gigatoken"), plain
+    yield "gpt2, tokenizers", plain, backends.encoder(in_library(gpt2))
+    for pattern, scheme in backend_gigatoken.SCHEMES.items():
+        pairs = proof.all_pairs(pattern)
+        yield (
+            f"pairs of bytes, {scheme}, pattern {pattern[:24]}...",
+            backends.encoder(pairs, "gigatoken"),
+            backends.encoder(pairs, "tiktoken"),
+        )
+
+
+def groups(strings: int, seed: int) -> Iterator[list[str]]:
+    # Beyond the third plane nothing is assigned but a few marks and what is for private use.
+    codes = (code for code in [*range(0x40000), *range(0xE0000, 0xE0200)] if not 0xD800 <= code <= 0xDFFF)
+    texts: Iterator[str] = itertools.chain(
+        proof.chosen(),
+        proof.code_points(),
+        proof.between_others(codes),
+        with_surrogates(strings // 100, seed),
+        proof.fuzzed(strings, seed, [_END]),
+    )
+    while group := list(itertools.islice(texts, _GROUP)):
+        yield group
+
+
+def with_surrogates(count: int, seed: int) -> Iterator[str]:
+    """Strings that held lone surrogates, cleaned as documents are."""
+    chance = random.Random(seed)
+    for text in proof.fuzzed(count, seed + 1):
+        at = chance.randrange(len(text) + 1)
+        broken = text[:at] + chr(chance.randrange(0xD800, 0xE000)) + text[at:]
+        yield broken.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def difference(one: Encoder, other: Encoder, texts: list[str]) -> str | None:
+    ids, counts = one.batch(texts)
+    expected, expected_counts = other.batch(texts)
+    if np.array_equal(ids, expected) and np.array_equal(counts, expected_counts):
+        return None
+    return proof.first_difference(texts, lambda text: one.batch([text])[0].tolist(),
+                                  lambda text: other.batch([text])[0].tolist())  # fmt: skip
+
+
+def in_library(gpt2: ByteLevelBPE) -> tokenizer_library.LibraryTokenizer:
+    """GPT-2's merges for `tokenizers`, from the same file."""
+    merges = Path(vocabulary.__file__).with_name("vocab") / "gpt2.bpe"
+    pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
+    letters = byte_characters()
+    written = {"".join(letters[byte] for byte in token): rank for token, rank in gpt2.ranks.items()}
+    source = {
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": written, "merges": pairs},
+    }
+    content = tokenizer_library.prepared(source, [])
+    return tokenizer_library.LibraryTokenizer("gpt2", content, {_END: gpt2.end_of_text}, gpt2.end_of_text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

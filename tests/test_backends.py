@@ -1,0 +1,223 @@
+"""data_prep.backends: every backend gives tiktoken's ids, or is not offered."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import backend_gigatoken, backends, inputs, proof, published, vocabulary
+from data_prep.backends import Encoder
+from data_prep.documents import documents
+from hpcgpt import tokenizer, tokenizer_library
+from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
+
+END = "<|endoftext|>"
+STRINGS = 5000
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> ByteLevelBPE:
+    return vocabulary.gpt2()
+
+
+@pytest.fixture(scope="module")
+def plain(gpt2: ByteLevelBPE) -> Encoder:
+    return backends.encoder(gpt2, "tiktoken")
+
+
+@pytest.fixture(scope="module")
+def fast(gpt2: ByteLevelBPE) -> Encoder:
+    return backends.encoder(gpt2, "gigatoken")
+
+
+@pytest.fixture(scope="module")
+def library(gpt2: ByteLevelBPE) -> Encoder:
+    """GPT-2's merges, run by `tokenizers`."""
+    lines = (Path(vocabulary.__file__).with_name("vocab") / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
+    letters = byte_characters()
+    bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    source = {
+        "added_tokens": [],
+        "pre_tokenizer": bytelevel,
+        "decoder": bytelevel,
+        "model": {
+            "type": "BPE",
+            "vocab": {"".join(letters[byte] for byte in token): rank for token, rank in gpt2.ranks.items()},
+            "merges": [line.split(" ") for line in lines[1:]],
+        },
+    }
+    content = tokenizer_library.prepared(source, [])
+    return backends.encoder(tokenizer_library.LibraryTokenizer("gpt2", content, {END: 50256}, 50256))
+
+
+def same(one: Encoder, other: Encoder, texts: list[str]) -> bool:
+    found, expected = one.batch(texts), other.batch(texts)
+    assert (found[0].dtype, found[1].dtype) == (np.uint32, np.int64)
+    return all(np.array_equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+# --- the same ids ----------------------------------------------------------------------------------
+
+
+def test_every_backend_gives_the_ids_of_every_code_point(plain: Encoder, fast: Encoder) -> None:
+    texts = list(proof.code_points())
+    assert sum(map(len, texts)) == 0x110000 - 0x800
+    assert same(fast, plain, texts)
+
+
+@pytest.mark.parametrize("name", ["fast", "library"])
+def test_every_backend_gives_the_same_ids_for_random_strings(
+    name: str, plain: Encoder, request: pytest.FixtureRequest
+) -> None:
+    texts = [*proof.chosen(), *proof.fuzzed(STRINGS, seed=1, special=[END])]
+    assert same(request.getfixturevalue(name), plain, texts)
+
+
+@pytest.mark.parametrize("pattern", list(backend_gigatoken.SCHEMES), ids=str)
+def test_gigatoken_cuts_where_tiktoken_does(pattern: str) -> None:
+    """With a vocabulary that shows it. All of Unicode is compared in benchmarks/fuzz_backends.py."""
+    pairs = proof.all_pairs(pattern)
+    fast, plain = backends.encoder(pairs, "gigatoken"), backends.encoder(pairs, "tiktoken")
+    near = {code for first, last in backend_gigatoken.NEWER for code in (first - 1, first, last, last + 1)}
+    texts = [*proof.chosen(), *proof.fuzzed(500, seed=2), *proof.between_others([*range(0x400), *sorted(near)])]
+    assert same(fast, plain, texts)
+
+
+def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
+    """If this fails, tiktoken has caught up, or gigatoken changed: compare all code points again."""
+    pairs = proof.all_pairs(published.O200K_PATTERN)
+    fast, plain = backends.encoder(pairs, "gigatoken"), backends.encoder(pairs, "tiktoken")
+    assert isinstance(fast, backend_gigatoken.Gigatoken)
+    texts = ["plain", "a\u0c5ca", "ʕÃa", "é\U000323b0a", "萧炎", ""]
+    alone = [fast._program.encode(text).tolist() for text in texts]
+    expected = [pairs.encode(text) for text in texts]
+    assert [number for number in range(6) if alone[number] != expected[number]] == [1, 2, 3]
+    assert same(fast, plain, texts)
+    assert same(fast, plain, texts[::-1])
+
+
+def test_documents_with_lone_surrogates_come_out_alike(
+    tmp_path: Path, gpt2: ByteLevelBPE, plain: Encoder, fast: Encoder
+) -> None:
+    """A line of JSON can say \\ud800; the documents are free of it, and so are the ids."""
+    broken = ["a\ud800b", "\udfff", "\udc00\ud800", "萧\ud83d"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in broken))
+    texts = list(documents(inputs.units(inputs.find([str(tmp_path)]), 10**6)[0]))
+    assert texts == ["a\ufffdb", "\ufffd", "\ufffd\ufffd", "萧\ufffd"]
+    assert same(fast, plain, texts)
+    assert fast.batch(texts)[0].tolist() == [number for text in broken for number in gpt2.encode(text)]
+
+
+@pytest.mark.parametrize("name", ["plain", "fast", "library"])
+def test_a_batch_is_its_texts_one_after_the_other(
+    name: str, gpt2: ByteLevelBPE, request: pytest.FixtureRequest
+) -> None:
+    encoder: Encoder = request.getfixturevalue(name)
+    texts = ["hello world", "", f"a {END} b", "萧炎", ""]
+    ids, counts = encoder.batch(texts)
+    assert counts.tolist() == [len(gpt2.encode(text)) for text in texts]
+    assert ids.tolist() == [number for text in texts for number in gpt2.encode(text)]
+    assert gpt2.end_of_text not in ids
+    for nothing in ([], [""]):
+        ids, counts = encoder.batch(nothing)
+        assert (ids.tolist(), counts.tolist()) == ([], [0] * len(nothing))
+        assert (ids.dtype, counts.dtype) == (np.uint32, np.int64)
+
+
+def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
+    """65,793 ids have no place in uint16. Pairs are counted from the other end here, so that text has the highest."""
+    pairs = proof.all_pairs(published.GPT4_PATTERN)
+    ranks = {token: rank if rank < 256 else 256 + 65_791 - rank for token, rank in pairs.ranks.items()}
+    tokenizer.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
+    for backend in ("tiktoken", "gigatoken"):
+        ids, counts = backends.encoder(tokenizer.load(tmp_path), backend).batch(["\0\0", "\0\x01\0"])
+        assert (ids.tolist(), counts.tolist()) == ([65_791, 0, 65_535], [1, 2])
+    assert tokenizer.load(tmp_path).describe()["vocab_size"] == 65_793
+
+
+def test_gigatoken_is_renewed_when_it_has_grown(
+    gpt2: ByteLevelBPE, plain: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = backend_gigatoken.Gigatoken(gpt2, plain.batch)
+    texts = list(proof.fuzzed(100, seed=3))
+    characters = sum(map(len, texts))
+    monkeypatch.setattr(backend_gigatoken, "FEWEST_CHARACTERS", characters + 1)
+    programs = []
+    for limit in (1 << 60, 1 << 60, 1, 1):
+        fast._limit = limit
+        assert same(fast, plain, texts)
+        programs.append(fast._program)
+    assert programs[0] is programs[1] is not programs[2]
+    assert programs[2] is programs[3]  # it has grown, but this little text is not why
+
+
+# --- which one -------------------------------------------------------------------------------------
+
+
+def test_auto_takes_gigatoken_where_it_can(gpt2: ByteLevelBPE) -> None:
+    chosen = backends.encoder(gpt2)
+    assert (chosen.name, chosen.why) == ("gigatoken", "")
+
+
+def test_without_gigatoken_auto_takes_tiktoken_and_says_so(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+    chosen = backends.encoder(gpt2)
+    assert chosen.name == "tiktoken"
+    assert re.fullmatch(r"encoding with tiktoken, not gigatoken: it is not installed .*hpcgpt\[fast\].*", chosen.why)
+    with pytest.raises(ValueError, match="it is not installed"):
+        backends.encoder(gpt2, "gigatoken")
+
+
+def test_a_pattern_that_gigatoken_does_not_know_is_tiktokens(gpt2: ByteLevelBPE) -> None:
+    own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.ranks, gpt2.special_tokens, 50256)
+    chosen = backends.encoder(own)
+    assert chosen.name == "tiktoken"
+    assert chosen.why.endswith("gigatoken does not know the pattern of tokenizer own")
+    with pytest.raises(ValueError, match="does not know the pattern of tokenizer own"):
+        backends.encoder(own, "gigatoken")
+
+
+def test_a_vocabulary_that_gigatoken_cannot_load_is_tiktokens(gpt2: ByteLevelBPE) -> None:
+    """p50k_base leaves an id out between its ranks."""
+    ranks = {token: rank + (rank > 40_000) for token, rank in gpt2.ranks.items()}
+    gap = ByteLevelBPE("gap", gpt2.pattern, ranks, {END: 40_001}, 40_001)
+    chosen = backends.encoder(gap)
+    assert chosen.name == "tiktoken"
+    assert "gigatoken cannot run tokenizer gap: " in chosen.why
+
+
+def test_a_backend_that_cuts_otherwise_is_found_at_the_start(
+    gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backend_gigatoken.SCHEMES, gpt2.pattern, "qwen2")
+    chosen = backends.encoder(gpt2)
+    assert chosen.name == "tiktoken"
+    assert "gigatoken and tiktoken give different ids for " in chosen.why
+    with pytest.raises(ValueError, match="gigatoken and tiktoken give different ids for "):
+        backends.encoder(gpt2, "gigatoken")
+
+
+def test_a_backend_that_takes_special_tokens_for_ids_is_found_at_the_start(gpt2: ByteLevelBPE, plain: Encoder) -> None:
+    special = backends.OneByOne("special", lambda text: gpt2.encoding.encode(text, allowed_special="all"))
+    with pytest.raises(ValueError, match=r"special and tiktoken give different ids for '<\|endoftext\|>'"):
+        backends.check(special, plain)
+
+
+def test_a_result_of_another_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="result is of an unknown form"):
+        backend_gigatoken._arrays([1, 2])
+
+
+def test_what_only_the_library_runs_is_run_by_the_library(library: Encoder, gpt2: ByteLevelBPE) -> None:
+    assert (library.name, library.why) == ("tokenizers", "")
+    words = tokenizer_library.LibraryTokenizer("other", "{}", {END: 0}, 0)
+    for backend in ("tiktoken", "gigatoken"):
+        with pytest.raises(ValueError, match=f"backend {backend} cannot run tokenizer other"):
+            backends.encoder(words, backend)
+    with pytest.raises(ValueError, match="backend tokenizers cannot run tokenizer gpt2"):
+        backends.encoder(gpt2, "tokenizers")

@@ -1,0 +1,138 @@
+"""data_prep.ideographs: Chinese a character at a time gives tiktoken's ids, whatever stands beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from data_prep import ideographs, vocabulary
+from data_prep.ideographs import Batch, ByCharacter
+
+GPT2 = vocabulary.gpt2()
+# What meets ideographs in texts; and those that GPT-2 has tokens with that go over their borders.
+BESIDE = [
+    *"，。！？、；：「」『』（）《》…—“”‘’·～",
+    *" \n\t\r\u3000\u00a0\u2028", "\n\n", "  ", " \n", "\r\n", "。\n", "\n　　", "——", "……", "“‘", "'s", "'", "'t",
+    *"aZ9!.,の龍士裏覚醒喚契極神魔亖龘㐀éñß½Ⅷ１ａ", "’s", "ドラゴン", "한국어", "👍", "𠜎", "\U0002a6d6",
+    "\U00025e00", "\U0001ff0c", "\ufffd", "\ud7ff", "\uffff", "\U00010000", "<|endoftext|>", "\x00", "e\u0301",
+    "木\u0301", "木\ufe00",
+]  # fmt: skip
+
+
+class Plain:
+    """tiktoken, text by text, which counts the characters it is given."""
+
+    name, why = "tiktoken", ""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def batch(self, texts: Sequence[str]) -> Batch:
+        self.characters += sum(map(len, texts))
+        parts = [np.array(GPT2.encoding.encode_ordinary(text), dtype=np.uint32) for text in texts]
+        return np.concatenate([np.empty(0, np.uint32), *parts]), np.array([len(part) for part in parts], dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def by_character() -> ByCharacter:
+    return ByCharacter(Plain(), list(GPT2.ranks))
+
+
+def check(encoder: ByCharacter, texts: Sequence[str]) -> None:
+    ids, counts = encoder.batch(texts)
+    expected, expected_counts = Plain().batch(texts)
+    assert ids.dtype == np.uint32
+    if not (np.array_equal(ids, expected) and np.array_equal(counts, expected_counts)):
+        found = np.split(ids, np.cumsum(counts)[:-1])
+        wrong = [text for text, part in zip(texts, found, strict=True) if list(part) != GPT2.encode(text)]
+        raise AssertionError(f"other ids for {wrong[:3]!r}")
+
+
+def prose(chance: random.Random, most: int) -> str:
+    """Chinese as it is written, with what else there is thrown in now and then."""
+    parts = []
+    for _ in range(chance.randint(0, most)):
+        draw = chance.random()
+        if draw < 0.75:
+            parts.append(chr(chance.randint(0x4E00, 0x9FFF)))
+        elif draw < 0.9:
+            parts.append(chance.choice("，。！\n"))
+        else:
+            parts.append(chance.choice(BESIDE))
+    return "".join(parts)
+
+
+def test_prose_of_all_kinds_of_neighbours(by_character: ByCharacter) -> None:
+    chance = random.Random(0)
+    for _ in range(60):
+        check(by_character, [prose(chance, 60) for _ in range(100)])
+
+
+def test_every_ideograph_and_mark_beside_every_troublesome_neighbour(by_character: ByCharacter) -> None:
+    """Each in the middle of a row that it would be taken out of, before and behind the neighbour."""
+    points = [*ideographs._LETTERS[::7], *ideographs._MARKS, *map(ord, "龍士裏覚醒喚契極神魔")]
+    for beside in BESIDE:
+        check(
+            by_character,
+            [f"之力{chr(point)}段{beside}{chr(point)}之{beside}" for point in points[len(beside.encode()) % 5 :: 5]],
+        )
+
+
+def test_every_pair_that_a_token_goes_over(by_character: ByCharacter) -> None:
+    letters = np.array([*ideographs._LETTERS, *ideographs._MARKS])
+    table = by_character._table
+    assert table
+    ends, starts = letters[table.ends[letters] > 0], letters[table.starts[letters] > 0]
+    assert len(ends)
+    assert len(starts)
+    chance = random.Random(1)
+    pairs = [f"之力{chr(chance.choice(ends))}{chr(chance.choice(starts))}之力" for _ in range(20_000)]
+    check(by_character, pairs)
+
+
+def test_whole_words_of_the_vocabulary_in_the_middle_of_chinese(by_character: ByCharacter) -> None:
+    """Every token that is text of its own, not ASCII."""
+    words = [
+        word
+        for token in GPT2.ranks
+        if not token.isascii() and "\ufffd" not in (word := token.decode("utf-8", "replace"))
+    ]
+    assert len(words) > 300
+    check(by_character, [f"之力之{word}力之力" for word in words])
+    check(by_character, ["之力之力" + "".join(words) + "之力之力", *words])
+
+
+def test_most_of_a_chinese_text_is_not_left_for_the_encoder() -> None:
+    plain = Plain()
+    encoder = ByCharacter(plain, list(GPT2.ranks))
+    text = "天地玄黃，宇宙洪荒。\n日月盈昃，辰宿列張。\n" * 50
+    encoder.batch([text])
+    plain.characters = 0
+    check(encoder, [text, "", text])
+    assert plain.characters < 0.1 * 2 * len(text)
+
+
+def test_texts_without_chinese_and_empty_batches(by_character: ByCharacter) -> None:
+    check(by_character, ["plain text", ""])
+    check(by_character, [""])
+    check(by_character, ["", "é", ""])
+    check(by_character, ["之", "", "力", "之力", "\n", "之\n力"])
+    check(by_character, ["one 之力之力 two", "three"])
+
+
+def test_a_text_with_the_stand_in_itself(by_character: ByCharacter) -> None:
+    table = by_character._table
+    assert table
+    check(by_character, [f"之力之力{table.stand_in}之力之力", "之力之力之力"])
+
+
+def test_a_vocabulary_with_words_of_chinese_goes_to_the_encoder() -> None:
+    """Tokens over borders in more ways than there are bits for."""
+    words = [
+        f"{a}{b}".encode()
+        for a, b in zip("天地玄黃宇宙洪荒日月盈昃辰宿列張寒", "來暑往秋收冬藏閏餘成歲律呂調陽雲騰", strict=True)
+    ]
+    assert ideographs._table(Plain(), [*GPT2.ranks, *words]) is None
