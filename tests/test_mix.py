@@ -22,7 +22,7 @@ from hpcgpt.config import Config, Part
 from hpcgpt.evaluate import HeldOut, combined
 from hpcgpt.loader import Loader, Mixture, Windows
 from hpcgpt.runfolder import FINISHED
-from hpcgpt.tokenizer import Tokenizer
+from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
 
 M = mix.BLOCK
 IDS = 70_000  # more than 16 bits hold
@@ -135,11 +135,11 @@ def test_a_huge_mix_takes_no_memory() -> None:
 # --- the data sets ---------------------------------------------------------------------------------
 
 
-def words(ids: int = IDS) -> Tokenizer:
+def words(ids: int = IDS) -> ByteLevelBPE:
     """A tokenizer of so many ids, the last of which ends a text: the bytes, then three-byte tokens made up."""
     made = {bytes([n]): n for n in range(256)}
     made |= {bytes([1 + n // 65536, n // 256 % 256, n % 256]): n for n in range(256, ids - 1)}
-    return Tokenizer(f"made-up-{ids}", r"(?s).", made, {"<|endoftext|>": ids - 1}, ids - 1)
+    return ByteLevelBPE(f"made-up-{ids}", r"(?s).", made, {"<|endoftext|>": ids - 1}, ids - 1)
 
 
 def make_set(folder: Path, seed: int, width: str = "uint32", ids: int = IDS, tokens: int = 20_000,
