@@ -99,7 +99,9 @@ class Gigatoken:
             file.flush()
             try:
                 return self._from_ranks(file.name, self._scheme)
-            except (RuntimeError, ValueError) as error:
+            except (KeyboardInterrupt, SystemExit, MemoryError):
+                raise
+            except BaseException as error:  # its panics are no Exception
                 told = str(error).partition("\n")[0]
                 raise ValueError(f"gigatoken cannot run tokenizer {self._tokenizer.name}: {told}") from None
 
