@@ -101,7 +101,7 @@ def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
 
 
 def test_tokens_that_may_hold_a_newer_letter_are_known(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_gigatoken.Gigatoken, "_made", lambda self: None)  # no merge makes these tokens
+    monkeypatch.setattr(backend_gigatoken.Gigatoken, "_made", lambda _: None)  # no merge makes these tokens
     tokens = {
         "ʕb": True,
         "bʕ": True,
