@@ -78,7 +78,11 @@ class Gigatoken:
             ) from None
         self._tokenizer, self._scheme, self._plain = tokenizer, scheme, plain
         self._from_ranks: Callable[[str, str], Any] = BPETokenizer.from_tiktoken
-        self._content = write_ranks(tokenizer.ranks)
+        # It wants ranks without gaps, but special tokens may come first or lie between.
+        order = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
+        self._content = write_ranks({token: number for number, token in enumerate(order)})
+        numbers = np.array([tokenizer.ranks[token] for token in order], dtype=np.uint32)
+        self._numbers = None if numbers[-1] == len(numbers) - 1 else numbers
         self._program = self._made()
         self._characters = 0
         self._limit = _resident() + MOST_GROWTH_BYTES
@@ -88,6 +92,8 @@ class Gigatoken:
             self._program = None  # first, so that there are never two
             self._program, self._characters = self._made(), 0
         ids, counts = _arrays(self._program.encode_batch(list(texts), parallel=False))
+        if self._numbers is not None:
+            ids = self._numbers[ids]
         self._characters += sum(map(len, texts))
         if not all(map(str.isascii, texts)) and self._may_be_newer[ids].any():
             return self._mended(texts, ids, counts)
@@ -99,7 +105,9 @@ class Gigatoken:
             file.flush()
             try:
                 return self._from_ranks(file.name, self._scheme)
-            except (RuntimeError, ValueError) as error:
+            except (KeyboardInterrupt, SystemExit, MemoryError):
+                raise
+            except BaseException as error:  # its panics are no Exception
                 told = str(error).partition("\n")[0]
                 raise ValueError(f"gigatoken cannot run tokenizer {self._tokenizer.name}: {told}") from None
 

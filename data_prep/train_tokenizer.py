@@ -7,9 +7,9 @@ wanted size, the end-of-text token included. The folder that it writes goes into
 It learns from a sample: whole documents, chosen by a hash of their text, so from everywhere in the corpus and
 the same ones every time. Of a corpus much larger than the sample only every so-manieth unit is read.
 
-Memory: the sample, and about 90 bytes for each byte of its *different* words, which `tokenizers` needs to learn.
-English has few; most clauses of Chinese occur once. So the sample ends where its different words reach 1/25
-of --sample-mb (16 MB at least): in all about 4.5 times --sample-mb (1.5 GB at least, if there is so much text).
+Memory: the sample, and about 110 bytes for each byte of its *different* words, which `tokenizers` needs to learn.
+English has few; most clauses of Chinese occur once. So the sample ends where its different words reach 1/32 of
+--sample-mb or 16 MB, whichever is more: in all about 4.5 times --sample-mb, or 2 GB.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _UNIT_BYTES = 16_000_000
 # So many times the sample is read of a large corpus, to choose from.
 _CHOICE = 4
 _PROBE_BYTES = 4_000_000
-_WORDS_SHARE, _FEWEST_WORD_BYTES = 25, 16_000_000
+_WORDS_SHARE, _FEWEST_WORD_BYTES = 32, 16_000_000
 # Near enough to what the patterns cut to tell how many different words there are.
 _WORD = re.compile(r"\w+|[^\w\s]+")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,27 @@ def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
     assert same(fast, plain, texts[::-1])
 
 
+def test_tokens_that_may_hold_a_newer_letter_are_known(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_gigatoken.Gigatoken, "_made", lambda _: None)  # no merge makes these tokens
+    tokens = {
+        "ʕb": True,
+        "bʕ": True,
+        "a\u0c5ca": True,
+        "\U000323b0a": True,
+        "é": False,
+        "萧": False,
+        "👍": False,
+        "\u0c5d": False,
+    }
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {token.encode(): 256 + number for number, token in enumerate(tokens)}
+    ranks |= {b"\xe0\xb1": 264, b"\xe0\xb2": 265, b"\x95\xca": 266, b"\xf0\x9f": 267}
+    words = ByteLevelBPE("few", gpt2.pattern, ranks, {END: 268}, 268)
+    fast = backend_gigatoken.Gigatoken(words, backends.encoder(words, "tiktoken").batch)
+    assert fast._may_be_newer[256:].tolist() == [*tokens.values(), True, False, True, False, False]
+    assert {number for number in range(256) if fast._may_be_newer[number]} == {0xCA, 0xE0, 0xE1, 0xEA, 0xF0}
+
+
 def test_documents_with_lone_surrogates_come_out_alike(
     tmp_path: Path, gpt2: ByteLevelBPE, plain: Encoder, fast: Encoder
 ) -> None:
@@ -183,12 +205,24 @@ def test_a_pattern_that_gigatoken_does_not_know_is_tiktokens(gpt2: ByteLevelBPE)
 
 
 def test_a_vocabulary_that_gigatoken_cannot_load_is_tiktokens(gpt2: ByteLevelBPE) -> None:
-    """p50k_base leaves an id out between its ranks."""
-    ranks = {token: rank + (rank > 40_000) for token, rank in gpt2.ranks.items()}
-    gap = ByteLevelBPE("gap", gpt2.pattern, ranks, {END: 40_001}, 40_001)
-    chosen = backends.encoder(gap)
+    """On a token that no merge makes it panics."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"xyz": 257}
+    chosen = backends.encoder(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
     assert chosen.name == "tiktoken"
-    assert "gigatoken cannot run tokenizer gap: " in chosen.why
+    assert "gigatoken cannot run tokenizer unreached: " in chosen.why
+    assert len(chosen.why.splitlines()) == 1
+
+
+@pytest.mark.parametrize("shift", [lambda rank: rank + 5, lambda rank: rank + (rank >= 40_000), lambda rank: 3 * rank])
+def test_gaps_between_the_ids_are_no_obstacle(shift: Callable[[int], int], gpt2: ByteLevelBPE) -> None:
+    """Special tokens come first in many of Hugging Face's; p50k_base leaves 50256 out."""
+    ranks = {token: shift(rank) for token, rank in gpt2.ranks.items()}
+    words = ByteLevelBPE("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
+    chosen = backends.encoder(words)
+    assert (chosen.name, chosen.why) == ("gigatoken", "")
+    assert same(
+        chosen, backends.encoder(words, "tiktoken"), ["hello world", END, "a\u0c5ca", *proof.fuzzed(200, seed=6)]
+    )
 
 
 def test_a_backend_that_cuts_otherwise_is_found_at_the_start(
