@@ -39,6 +39,7 @@ from hpcgpt import cli, generation, shards, tokenizer, world
 from hpcgpt.shards import Manifest
 
 GiB = 1 << 30
+_LARGE = 1_000_000_000  # bytes of input
 # What a worker imports: what this file does, for it is run again there, and what gigatoken needs for its results.
 _PRELOADED = ("argparse", *(f"data_prep.{name}" for name in ("placing", "progress", "share", "vocabulary")))
 _PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
@@ -124,9 +125,10 @@ def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: S
     for number in todo:
         unit.remove_leftovers(out, number, plan.mark)
     pieces = [piece for number in todo for piece in plan.units[number]]
-    job = Job(out, plan.recipe, backend, plan.mark)
+    input_bytes = sum(piece.stop - piece.start for piece in pieces)
+    job = Job(out, plan.recipe, backend, plan.mark, large=input_bytes > _LARGE)
     compressed = any(piece.source.packing or piece.source.kind == "parquet" for piece in pieces)
-    with Progress(sum(piece.stop - piece.start for piece in pieces), compressed) as progress:
+    with Progress(input_bytes, compressed) as progress:
         workers.run(job, [(number, plan.units[number]) for number in todo], processes, progress)
 
 

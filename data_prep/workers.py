@@ -48,6 +48,7 @@ class Job:
     recipe: Recipe
     backend: Backend
     mark: str
+    large: bool  # worth a word on how it could be made faster
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def run(job: Job, todo: Sequence[Numbered], workers: int, report: Callable[[Sums
     workers = min(workers, len(todo))
     table = RawArray(c_int64, 3 * max(1, workers))
     if workers <= 1:
-        encoder = backends.encoder(job.recipe.tokenizer, job.backend)
-        _Worker(job, encoder, table, 0).make_all(todo, lambda: report(_sums(table)))
+        _Worker(job, table, 0).make_all(todo, lambda: report(_sums(table)))
     else:
         _share_out(job, iter(todo), workers, table, report)
     report(_sums(table))
@@ -155,8 +155,7 @@ def _work(pipe: Connection, job: Job, table: Any, place: int) -> None:
     threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
     said: str | BaseException = _DONE
     try:
-        encoder = backends.encoder(job.recipe.tokenizer, job.backend)
-        _Worker(job, encoder, table, place).make_all(_asked_for(pipe))
+        _Worker(job, table, place).make_all(_asked_for(pipe))
     except Exception as error:
         error.add_note(f"in a worker: {traceback.format_exc()}")
         said = error
@@ -176,8 +175,11 @@ def _asked_for(pipe: Connection) -> Iterator[Numbered]:
 
 
 class _Worker:
-    def __init__(self, job: Job, encoder: Encoder, table: Any, place: int) -> None:
-        self._job, self._encoder, self._table, self._row = job, encoder, table, 3 * place
+    def __init__(self, job: Job, table: Any, place: int) -> None:
+        self._job, self._table, self._row = job, table, 3 * place
+        self._encoder: Encoder = backends.encoder(job.recipe.tokenizer, job.backend)
+        if self._encoder.why and job.large and place == 0:
+            print(self._encoder.why, flush=True)
 
     def make_all(self, todo: Iterable[Numbered], tell: Callable[[], None] = lambda: None) -> None:
         """Make units one after the other. Each is kept, flushed to the disk, while the next is made: a flush waits
