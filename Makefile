@@ -67,7 +67,14 @@ test: $(VENV)/.installed-test ## all tests, against a real Slurm where one can r
 ifneq ($(LAB),0)
 	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
 endif
+ifneq ($(ARGS),)
 	@LAB=$(LAB) $(BIN)/python -m pytest $(ARGS)
+else
+	@status=0; \
+	LAB=$(LAB) $(BIN)/python -m pytest -m alone || status=1; \
+	LAB=$(LAB) $(BIN)/python -m pytest -m 'not alone' --numprocesses 2 || status=1; \
+	exit $$status
+endif
 
 lab: install ## bring up a real four-node Slurm on this machine (as root; it installs its Debian packages)
 	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)

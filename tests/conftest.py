@@ -24,7 +24,6 @@ from preloaded import Preloaded, Program
 from small_checkpoints import checkpoints as checkpoints  # fixtures
 from small_checkpoints import held as held
 from small_checkpoints import three as three
-from xdist.scheduler import LoadScopeScheduling
 
 from data_prep import documents, inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer
@@ -70,19 +69,11 @@ wandb = "disabled"
 """
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """A file's tests share fixtures and so a process; all files that need the lab share one."""
-    return _Files(config, log)
-
-
-class _Files(LoadScopeScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "lab" if Path(file).name in WITH_LAB else file
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for Slurm takes longest, so it begins first."""
+    """What waits for Slurm, or wants the whole machine as the quick start does, runs alone and begins first."""
+    for item in items:
+        if item.path.name in WITH_LAB:
+            item.add_marker("alone")
     items.sort(key=lambda item: item.path.name not in WITH_LAB)
 
 
