@@ -156,12 +156,13 @@ def _gather(splits: Sequence[Split], rows: Rows, size: int) -> Tokens:
     if count > most:  # a slice keeps its map open until it is joined
         return np.concatenate([_gather(splits, rows[i : i + most], size) for i in range(0, count, most)])
     width = splits[0].width
-    content = bytearray().join([
-        mapped(splits[d], shard)[start : start + size] for d, shard, start in rows.tolist()
-    ])  # fmt: skip
+    places = rows.tolist()
+    parts = [mapped(splits[d], shard)[start : start + size] for d, shard, start in places]
+    content = bytearray().join(parts)
     if len(content) < count * size * width.bytes:  # a window reaches over the end of its shard, which is rare
-        content = bytearray().join([
-            splits[d].read(int(splits[d].starts[shard]) + start, size).data for d, shard, start in rows.tolist()
-        ])  # fmt: skip
+        for row, (d, shard, start) in enumerate(places):
+            if len(parts[row]) < size:
+                parts[row] = splits[d].read(int(splits[d].starts[shard]) + start, size).data
+        content = bytearray().join(parts)
     batch: Tokens = np.frombuffer(content, dtype=width.dtype).reshape(count, size)
     return batch
