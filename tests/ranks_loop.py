@@ -77,7 +77,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     around(metrics.MetricsFile, "sync", slow)
     around(preempt.StopFlag, "__init__", flag)
     around(preempt.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
-    evaluate, loop.evaluate = loop.evaluate, evaluation
+    evaluate, loop.evaluate_all = loop.evaluate_all, evaluation
     around(loop, "accumulate", lambda *_: told["order"].append("warm up"))
     around(retention, "clean", lambda *_: told["order"].append("clean"))
     around(restore, "newest_valid", lambda *_: told["order"].append("choose"))

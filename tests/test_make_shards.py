@@ -46,17 +46,21 @@ def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
             for path in folder.rglob("*")}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """3.3 MB of jsonl: the words of these sources, shuffled, and Chinese between them."""
+def write_corpus(path: Path, size: int) -> Path:
+    """Some jsonl: the words of these sources, shuffled, and Chinese between them."""
     words = [word for path in sorted(ROOT.glob("hpcgpt/*.py")) for word in path.read_text().split(" ")]
     chance = random.Random(1)
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     with open(path, "w") as file:
-        while file.tell() < 3_300_000:
+        while file.tell() < size:
             text = " ".join(chance.choices(words, k=chance.randint(1, 2000)))
             file.write(json.dumps({"text": text + chance.choice(["", CHINESE])}, ensure_ascii=False) + "\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four units."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 3_300_000)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,23 @@ def options(corpus: Path, tokenizer_folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus' shards, made by one worker that was left alone."""
-    out = tmp_path_factory.mktemp("whole") / "out"
+    return made_alone(options, tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.fixture(scope="module")
+def long(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options of a preparation that takes long enough to be hit in the middle, with the slower backend."""
+    path = write_corpus(tmp_path_factory.mktemp("long") / "corpus.jsonl", 16_000_000)
+    flags = ["--unit-mb", "1", "--val-fraction", "0.1", "--backend", "tiktoken"]
+    return [str(path), "--tokenizer", str(tokenizer_folder), *flags]
+
+
+@pytest.fixture(scope="module")
+def long_whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_alone(long, tmp_path_factory.mktemp("long_whole") / "out")
+
+
+def made_alone(options: list[str], out: Path) -> Path:
     done = make(*options, "--workers", "1", out=out)
     assert done.returncode == 0, done.stderr
     return out
@@ -227,22 +247,22 @@ def workers_of(command: int) -> list[int]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
-    workers: int, options: list[str], whole: Path, tmp_path: Path
+    workers: int, long: list[str], long_whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     chance = random.Random(workers)
     half_done = False
     for units in (0, 0, 1, 1, 1, 2, 2, 2, 3, 3):
-        with started(options, out, workers) as process:
+        with started(long, out, workers) as process:
             wait_until_finished(out, process, units)
             time.sleep(chance.choice([0, 0, chance.uniform(0, 0.1)]))
             process.kill()
         half_done |= any((out / "prep" / "units").glob("[0-9]*")) and not (out / "manifest.json").exists()
     assert half_done, "every one was killed too early or too late to show anything"
-    done = make(*options, "--workers", str(workers), out=out)
+    done = make(*long, "--workers", str(workers), out=out)
     assert done.returncode == 0, done.stderr
     assert "units are finished already" in done.stdout or "complete already" in done.stdout
-    assert files(out) == files(whole)
+    assert files(out) == files(long_whole)
 
 
 def test_a_finished_unit_is_not_made_again(options: list[str], whole: Path, tmp_path: Path) -> None:
@@ -271,9 +291,9 @@ def test_a_start_that_ended_before_its_plan_was_written_is_started_again(moment:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, options: list[str], tmp_path: Path) -> None:
+def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, long: list[str], tmp_path: Path) -> None:
     """On a login node nobody else would end them."""
-    with started(options, tmp_path / "out", 2) as process:
+    with started(long, tmp_path / "out", 2) as process:
         wait_until_finished(tmp_path / "out", process, 1)
         assert len(members(process.pid)) >= 3
         process.send_signal(number)
@@ -285,11 +305,11 @@ def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, options
 
 
 def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(
-    options: list[str], whole: Path, tmp_path: Path
+    long: list[str], long_whole: Path, tmp_path: Path
 ) -> None:
     """As the kernel does when the memory is full."""
     out = tmp_path / "out"
-    with started(options, out, 2) as process:
+    with started(long, out, 2) as process:
         wait_until_finished(out, process, 1)
         os.kill(workers_of(process.pid)[0], signal.SIGKILL)
         said = process.communicate(timeout=60)[1].decode()
@@ -297,20 +317,20 @@ def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(
     assert said.startswith("error: a worker was killed")
     assert "Traceback" not in said
     assert not (out / "manifest.json").exists()
-    assert make(*options, out=out).returncode == 0
-    assert files(out) == files(whole)
+    assert make(*long, out=out).returncode == 0
+    assert files(out) == files(long_whole)
 
 
-def test_ctrl_c_ends_with_status_130_and_without_a_traceback(options: list[str], whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_status_130_and_without_a_traceback(long: list[str], long_whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with started(options, out, 2) as process:
+    with started(long, out, 2) as process:
         wait_until_finished(out, process, 1)
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
         said = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert make(*options, out=out).returncode == 0
-    assert files(out) == files(whole)
+    assert make(*long, out=out).returncode == 0
+    assert files(out) == files(long_whole)
 
 
 # --- what is left out ------------------------------------------------------------------------------
