@@ -51,8 +51,8 @@ def saves(rank: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
 def test_ranks_warm_up_before_anything_is_loaded_and_clean_before_they_choose(stopped: Told, finished: Told) -> None:
     for told in (stopped, finished):
         order = [rank["order"] for rank in told]
-    assert [order[0][:3], order[1]] == [["warm up", "clean", "choose"], ["warm up", "choose"]]
-    assert set(order[0][3:]) <= {"clean"}  # before old checkpoints are removed
+        assert [order[0][:3], order[1]] == [["warm up", "clean", "choose"], ["warm up", "choose"]]
+        assert set(order[0][3:]) <= {"clean"}  # before old checkpoints are removed
 
 
 def test_a_signal_to_one_rank_stops_both_within_the_evaluation(run: Path, stopped: Told, finished: Told) -> None:
