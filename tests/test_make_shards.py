@@ -207,8 +207,10 @@ def make_task(options: list[str], out: Path, task: int, tasks: int) -> subproces
 @contextmanager
 def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.Popen[bytes]]:
     """make_shards in a process group of its own, of which nothing is left afterwards."""
+    words = ["-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)],
+        # Whoever starts the tests in the background may have them ignore Ctrl-C, and that is inherited.
+        ["env", "--default-signal=INT", sys.executable, *words],
         cwd=ROOT, env=clean_env(), start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE)  # fmt: skip
     try:
