@@ -167,7 +167,8 @@ class _Reader:
         separator = self._reading.separator.encode(encoding)
         offset = self._piece.start
         try:
-            for offset, content in separators.cut(stream, offset, self._stop, separator, self._limit):  # noqa: B020
+            for start, content in separators.cut(stream, offset, self._stop, separator, self._limit):
+                offset = start
                 if content is None:
                     self._bad(self._at(offset, "document at byte"), *too_long(self._reading, "txt"))
                 else:
