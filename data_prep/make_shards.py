@@ -92,9 +92,11 @@ def make(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -
     with share.taken(out, mine):
         tokenizer.save(plan.recipe.tokenizer, out / "tokenizer")
         _make_units(plan, out, processes, backend, mine)
+    left = [number for number in range(len(plan.units)) if not unit.folder(out, number).is_dir()]
+    # In this order: whoever writes the manifest removes the units' folders after it.
     if (out / "manifest.json").is_file():
         print(f"{out} is complete")
-    elif left := [n for n in range(len(plan.units)) if not unit.folder(out, n).is_dir()]:
+    elif left:
         print(f"this share is finished; {len(left)} of {len(plan.units)} units are left for other tasks")
     elif manifest := _place(plan, out):
         _summary(out, manifest, plan, time.monotonic() - started_at)
@@ -133,14 +135,17 @@ def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: S
 
 
 def _place(plan: Plan, out: Path) -> Manifest | None:
-    """The finished data set; None if another task is at it."""
+    """The finished data set; None if another task finishes it, or did."""
     try:
         held = generation.take(out / "prep" / "placing", world.job_attempt())
     except ValueError as error:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None
     try:
-        return placing.place(out, plan) if not (out / "manifest.json").is_file() else shards.read_manifest(out)
+        if not (out / "manifest.json").is_file():
+            return placing.place(out, plan)
+        print(f"{out} is complete")
+        return None
     finally:
         held.release()
 
