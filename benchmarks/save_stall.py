@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from hpcgpt import config, generation, world
+from hpcgpt import config_sources, generation, world
 from hpcgpt.checkpoint import State
+from hpcgpt.config import Checkpoint
 from hpcgpt.model import GPT
 from hpcgpt.optim import make_optimizer
 from hpcgpt.saver import Saver, tensors_of
@@ -36,7 +37,7 @@ ALONE = world.Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), torch.device(
 
 def main() -> None:
     options = _parser().parse_args()
-    settings = config.from_file(config.find(options.config))
+    settings = config_sources.from_file(config_sources.find(options.config))
     shape = replace(settings.model, vocab_size=50257, block_size=max(settings.model.block_size, options.tokens))
     model = GPT(shape, 1)
     optimizer = make_optimizer(model, settings.optim)
@@ -54,7 +55,7 @@ def main() -> None:
         run = Path(folder)
         (run / "checkpoints").mkdir()
         held = generation.take(run, "")
-        saver = Saver(run / "checkpoints", ALONE, held, config.Checkpoint(keep_last=1))
+        saver = Saver(run / "checkpoints", ALONE, held, Checkpoint(keep_last=1))
         number = 0
         for _ in range(options.rounds):
             for way in random.sample(sorted(times), 3):

@@ -1,37 +1,17 @@
-"""Every knob of a run: frozen dataclasses <- a TOML file or preset <- command-line flags.
+"""Every knob of a run: frozen dataclasses, a section each.
 
-Values come from three places, the later ones winning: the defaults below (GPT-2 small, 124M), one
-TOML file, and flags spelled ``--section.key value``. A TOML file has one table a section::
-
-    [model]
-    n_layer = 6
-
-    [optim]
-    lr = 1e-3
-
-Both sources go through the same strict check: an unknown section or key, a wrong type and a value
-out of range are errors that name the key, where it was written, and the nearest valid one. All
-errors of a configuration are reported together, in one ValueError.
+Where their values come from (a TOML file or preset, then flags) is in ``hpcgpt/config_sources.py``. The defaults
+are GPT-2 small's (124M).
 
 No torch in here: a login node reads configurations too.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
-import math
-import operator
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import tomli_w
-
-PRESETS = Path(__file__).parent / "presets"
+from typing import Any, Literal
 
 
 def option(
@@ -217,252 +197,8 @@ class Config:
         return self.data.stride or self.model.block_size
 
 
-# --- reading ---------------------------------------------------------------------------------------
-
-
-def from_command_line(argv: Sequence[str], command: str, about: str) -> Config:
-    """``[CONFIG] [--section.key value]...`` -> the checked configuration.
-
-    CONFIG is a TOML file or the name of a preset. Exits by itself (status 0) for ``--help``.
-
-    Raises:
-        ValueError: everything that is wrong, one line each.
-    """
-    parser = _parser(command, about)
-    flags, unknown = parser.parse_known_args(list(argv))
-    problems = [_unknown_flag(word) for word in unknown if word.startswith("-")]
-    if not problems and unknown:
-        problems.append(f"unexpected argument '{unknown[0]}': flags are spelled --section.key value")
-    written: list[tuple[str, Mapping[str, Any]]] = []
-    if flags.CONFIG:
-        try:
-            path = find(flags.CONFIG)
-            written.append((str(path), _read_toml(path)))
-        except ValueError as error:  # the value of an unknown flag is taken for CONFIG, too
-            problems.append(str(error))
-    table: dict[str, dict[str, Any]] = {}
-    for name, text in vars(flags).items():
-        if name != "CONFIG":
-            section, key = name.split(".")
-            table.setdefault(section, {})[key] = _Text(text)
-    written.append(("command line", table))
-    return _build(written, problems)
-
-
-def from_file(path: Path) -> Config:
-    """The checked configuration in a TOML file. Raises ValueError, one line a problem."""
-    return _build([(str(path), _read_toml(path))], [])
-
-
-def to_toml(config: Config) -> str:
-    return tomli_w.dumps(dataclasses.asdict(config))
-
-
-def find(name: str) -> Path:
-    """The file that CONFIG means: a TOML file, or a preset's name.
-
-    Raises:
-        ValueError: there is neither such a file nor such a preset.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    preset = PRESETS / f"{name}.toml"
-    if preset.is_file():
-        return preset
-    names = sorted(p.stem for p in PRESETS.glob("*.toml"))
-    raise ValueError(
-        f"no configuration '{name}': it is neither a file nor a preset ({', '.join(names)})" + _nearest(name, names)
-    )
-
-
-class _Text(str):
-    """A value from the command line: still text, to be read as the field's type."""
-
-
-def _parser(command: str, about: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"hpcgpt {command}",
-        usage=f"hpcgpt {command} [CONFIG] [--section.key value]...",
-        description=about,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "CONFIG",
-        nargs="?",
-        default="",
-        help="a TOML file, or the name of a preset: " + ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))),
-    )
-    for section, cls in _sections().items():
-        group = parser.add_argument_group(f"[{section}]")
-        for item in dataclasses.fields(cls):
-            hint = get_type_hints(cls)[item.name]
-            choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else _METAVAR.get(hint, "")
-            default = "none" if item.default == () else item.default
-            group.add_argument(
-                f"--{section}.{item.name}",
-                dest=f"{section}.{item.name}",
-                metavar=choices,
-                help=f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
-            )
-    return parser
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-
-
-# --- checking --------------------------------------------------------------------------------------
-
-
-def _sections() -> dict[str, type]:
-    return get_type_hints(Config)
-
-
-def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]) -> Config:
-    values: dict[str, dict[str, Any]] = {}
-    for where, table in written:
-        chosen: dict[str, dict[str, Any]] = {section: {} for section in _ONE_OF}
-        for section, key, value in _entries(where, table, problems):
-            try:
-                good = checked(section, key, value)
-            except ValueError as error:
-                problems.append(f"{where}: {section}.{key}: {error}")
-                continue
-            if key in _ONE_OF.get(section, ()):
-                chosen[section][key] = good
-            else:
-                values.setdefault(section, {})[key] = good
-        # A length replaces whatever length an earlier source gave, in whichever unit that was; so with the data.
-        for section, given in chosen.items():
-            if any(given.values()):
-                values.setdefault(section, {}).update(_ONE_OF[section] | given)
-    config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})
-    if not problems:
-        problems.extend(_contradictions(config))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return config
-
-
-def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, str, Any]]:
-    sections = _sections()
-    for section, keys in table.items():
-        if section not in sections:
-            problems.append(f"{where}: unknown section [{section}]{_nearest(section, list(sections))}")
-        elif not isinstance(keys, Mapping):
-            problems.append(f"{where}: {section} is a section: write [{section}] and its keys below it")
-        else:
-            known = [item.name for item in dataclasses.fields(sections[section])]
-            for key, value in keys.items():
-                if key in known:
-                    yield section, key, value
-                else:
-                    problems.append(f"{where}: unknown key {section}.{key}{_nearest_key(section, key)}")
-
-
-def checked(section: str, key: str, value: Any) -> Any:
-    """`value` as the type of its field. Raises ValueError if it is none, or out of range."""
-    cls = _sections()[section]
-    hint = get_type_hints(cls)[key]
-    if get_origin(hint) is Literal:
-        choices = list(get_args(hint))
-        if value not in choices:
-            raise ValueError(f"{value!r} is none of {', '.join(choices)}{_nearest(str(value), choices)}")
-        return str(value)
-    if hint == _MIX:
-        return _mix(value)
-    value = _from_text(value, hint) if isinstance(value, _Text) else value
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        raise ValueError(f"expected {_KIND[hint]}, found {value!r}")
-    item = next(f for f in dataclasses.fields(cls) if f.name == key)
-    limits = item.metadata
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no number to work with")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        for name, (holds, words) in _BOUNDS.items():
-            bound = limits[name]
-            if bound is not None and not holds(value, bound):
-                raise ValueError(f"{value} must be {words} {bound}")
-    return value
-
-
-_LENGTHS = ("steps", "tokens", "epochs")
-# Of these keys of a section one is given; the others have the values that stand for nothing.
-_ONE_OF: dict[str, dict[str, Any]] = {
-    "train": {"steps": 0, "tokens": 0, "epochs": 0.0},
-    "data": {"dir": "", "mix": ()},
-}
-_MIX = tuple[Part, ...]
-_METAVAR: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "BOOL", str: "STR", _MIX: "DIR:WEIGHT,..."}
-_KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
-    "low": (operator.ge, "at least"),
-    "above": (operator.gt, "greater than"),
-    "high": (operator.le, "at most"),
-    "below": (operator.lt, "less than"),
-}
-
-
-def _from_text(text: str, hint: type) -> Any:
-    if hint is str:
-        return str(text)
-    if hint is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError(f"expected true or false, found '{text}'")
-    try:
-        return int(text) if hint is int else float(text)
-    except ValueError:
-        # 1e9 tokens is how people write it.
-        if hint is int and _is_whole(text):
-            return int(float(text))
-        raise ValueError(f"expected {_KIND[hint]}, found '{text}'") from None
-
-
-def _mix(value: Any) -> tuple[Part, ...]:
-    """``a:0.7,b:0.3`` from the command line, ``[{dir = "a", weight = 0.7}, ...]`` from TOML."""
-    if isinstance(value, _Text):
-        value = [_part(part) for part in value.split(",")]
-    if not isinstance(value, list):
-        raise ValueError(f"expected a list of {{dir, weight}}, found {value!r}")
-    parts = []
-    for part in value:
-        if not isinstance(part, Mapping) or set(part) != {"dir", "weight"}:
-            raise ValueError(f'each part is {{dir = "...", weight = 0.5}}, found {part!r}')
-        folder, weight = part["dir"], part["weight"]
-        if not isinstance(folder, str) or not folder:
-            raise ValueError(f"expected a folder, found {folder!r}")
-        if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"the weight of {folder} must be a number greater than 0, found {weight!r}")
-        parts.append(Part(folder, float(weight)))
-    return tuple(parts)
-
-
-def _part(text: str) -> dict[str, Any]:
-    folder, _, weight = text.rpartition(":")
-    if not folder:
-        raise ValueError(f"expected a folder and its weight, DIR:WEIGHT, found '{text}'")
-    return {"dir": folder, "weight": _from_text(weight, float)}
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        return float(text).is_integer()
-    except ValueError:
-        return False
-
-
-def _contradictions(config: Config) -> Iterator[str]:
-    """What no single key shows."""
+def contradictions(config: Config) -> Iterator[str]:
+    """What is wrong that no single key shows, a line each."""
     model, train = config.model, config.train
     if model.n_embd % model.n_head:
         yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
@@ -471,7 +207,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
             "the tokens between would never be trained on"
         )
-    lengths = [name for name in _LENGTHS if getattr(train, name)]
+    lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name)]
     if len(lengths) != 1:
         found = " and ".join(f"train.{name}" for name in lengths) or "none"
         yield f"give exactly one of train.steps, train.tokens and train.epochs (found {found})"
@@ -495,27 +231,3 @@ def _contradictions(config: Config) -> Iterator[str]:
     name = config.run.name
     if not name or name.startswith(".") or "/" in name:
         yield f"run.name '{name}' must be a plain folder name"
-
-
-def _unknown_flag(word: str) -> str:
-    flag = word.split("=")[0].lstrip("-").replace("-", "_")
-    section, _, key = flag.partition(".")
-    if key and section in _sections():
-        return f"command line: unknown flag {word.split('=')[0]}{_nearest_key(section, key, '--')}"
-    flags = [f"{s}.{f.name}" for s, cls in _sections().items() for f in dataclasses.fields(cls)]
-    return f"command line: unknown flag {word.split('=')[0]}{_nearest(flag, flags, '--')}"
-
-
-def _nearest_key(section: str, key: str, prefix: str = "") -> str:
-    """' (did you mean ...?)': a key of the same section, else the same key of another section."""
-    sections = _sections()
-    keys = [f.name for f in dataclasses.fields(sections[section])]
-    elsewhere = [f"{s}.{key}" for s, cls in sections.items() if key in {f.name for f in dataclasses.fields(cls)}]
-    if elsewhere:
-        return f" (did you mean {prefix}{elsewhere[0]}?)"
-    return _nearest(key, keys, f"{prefix}{section}.") or f" (valid: {', '.join(f'{section}.{k}' for k in keys)})"
-
-
-def _nearest(word: str, valid: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""

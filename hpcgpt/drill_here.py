@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
-from hpcgpt import config, requeue, runfolder, slurm
+from hpcgpt import config_sources, requeue, runfolder, slurm
 from hpcgpt.drill_faults import Kind, MissedError, Scene
 from hpcgpt.drill_place import Disk, Rank, State, ranks_among
 
@@ -117,7 +117,7 @@ class Job:
         if not self._again:
             self.status, self.why = left, f"left with status {left}"
             return
-        settings = config.from_command_line(self._training, "drill", "")
+        settings = config_sources.from_command_line(self._training, "drill", "")
         folder = settings.run_folder
         ended = runfolder.read_exit(folder)
         # Without a job's number, an older attempt's word is told by its age.

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt import (
     checkpoint,
-    config,
+    config_sources,
     durable,
     generation,
     metrics,
@@ -236,7 +236,7 @@ class Attempt:
 
     def _report(self) -> None:
         """Rank 0: write what the folder is to hold, and begin to tell."""
-        durable.write(self.folder / "config.toml", config.to_toml(self.config).encode())
+        durable.write(self.folder / "config.toml", config_sources.to_toml(self.config).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
             (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),

@@ -40,8 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import chain, cli, config, durable, excluded, faults, runfolder, slurm, world
+from hpcgpt import chain, cli, config_sources, durable, excluded, faults, runfolder, slurm, world
 from hpcgpt.cli import USER_MISTAKE
+from hpcgpt.config import Config, Requeue
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
 from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
@@ -73,18 +74,18 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in ("folder", "decide"):
         raise ValueError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
-        settings = config.from_command_line(argv[1:], "requeue folder", ABOUT)
+        settings = config_sources.from_command_line(argv[1:], "requeue folder", ABOUT)
         _begin(settings.run_folder)
         print(settings.run_folder)
         return 0
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
         raise ValueError("requeue decide needs --status N first")
-    settings = config.from_command_line(argv[3:], "requeue decide", ABOUT)
+    settings = config_sources.from_command_line(argv[3:], "requeue decide", ABOUT)
     return _act(settings, None if argv[2] == ENDING else int(argv[2]))
 
 
 def decide(
-    ended: Exit | None, status: int, job: Job, restart: int, before: Before, limits: config.Requeue,
+    ended: Exit | None, status: int, job: Job, restart: int, before: Before, limits: Requeue,
     blamed: Blame | None = None,
 ) -> Decision:  # fmt: skip
     """The policy. `ended` is this attempt's exit.json, None if rank 0 could not write one.
@@ -122,7 +123,7 @@ def decide(
     return Decision(True, f"crash {crashes} since the last new checkpoint: {what}", True)
 
 
-def decide_early(job: Job, restart: int, before: Before, limits: config.Requeue) -> Decision | None:
+def decide_early(job: Job, restart: int, before: Before, limits: Requeue) -> Decision | None:
     """What Slurm will not do by itself after it has ended this job; None: nothing, or srun's end will tell more.
 
     Slurm sent SIGTERM to the batch script, and SIGKILL follows after KillWait. Ranks that hang use all of that up.
@@ -138,7 +139,7 @@ def decide_early(job: Job, restart: int, before: Before, limits: config.Requeue)
     return None
 
 
-def _again(why: str, before: Before, limits: config.Requeue) -> Decision:
+def _again(why: str, before: Before, limits: Requeue) -> Decision:
     if before.idle + 1 >= limits.max_idle:
         return Decision(
             False,
@@ -208,7 +209,7 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
         )
 
 
-def _act(settings: config.Config, status: int | None) -> int:
+def _act(settings: Config, status: int | None) -> int:
     """Decide and act; `status` is srun's, None while it still runs."""
     folder, attempt, id_ = settings.run_folder, world.job_attempt(), slurm.job_id(os.environ)
     events = runfolder.events(folder)
@@ -252,7 +253,7 @@ def _act(settings: config.Config, status: int | None) -> int:
 
 
 def _decision(
-    settings: config.Config, status: int | None, job: Job, restart: int, events: Sequence[Mapping[str, Any]],
+    settings: Config, status: int | None, job: Job, restart: int, events: Sequence[Mapping[str, Any]],
     blamed: Blame | None,
 ) -> Decision | None:  # fmt: skip
     if status is None:

@@ -7,19 +7,20 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcgpt import cli, config, runfolder
+from hpcgpt import cli, config_sources, runfolder
+from hpcgpt.config import Config, Sample
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     folder = Path(options.RUN)
     runfolder.run_id(folder)
-    settings = config.from_file(folder / "config.toml")
+    settings = config_sources.from_file(folder / "config.toml")
     chosen = {}
     for key in ("prompt", "tokens", "temperature", "top_k", "top_p"):
         value = getattr(options, key)
         try:
-            chosen[key] = None if value is None else config.checked("sample", key, value)
+            chosen[key] = None if value is None else config_sources.checked("sample", key, value)
         except ValueError as error:
             raise ValueError(f"--{key.replace('_', '-')}: {error}") from None
     wanted = dataclasses.replace(settings.sample, **{key: value for key, value in chosen.items() if value is not None})
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _print_samples(folder: Path, settings: config.Config, wanted: config.Sample, samples: int, seed: int) -> None:
+def _print_samples(folder: Path, settings: Config, wanted: Sample, samples: int, seed: int) -> None:
     from hpcgpt import restore, tokenizer, world
     from hpcgpt.generate import generate
     from hpcgpt.model import GPT

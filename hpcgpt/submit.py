@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import cli, config, runfolder
+from hpcgpt import cli, config_sources, runfolder
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         print("\nAll other arguments are those of `hpcgpt train`; see `hpcgpt train --help`.")
         return 0
     options, training = parser.parse_known_args(argv)
-    settings = config.from_command_line(training, "submit", "")
+    settings = config_sources.from_command_line(training, "submit", "")
     tasks = options.tasks_per_node
     if options.nodes < 1 or tasks < 1:
         raise ValueError("--nodes and --tasks-per-node must be at least 1")

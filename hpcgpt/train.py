@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from hpcgpt import cli, config, faults, generation, preempt, runfolder, tracking, world
+from hpcgpt import cli, config_sources, faults, generation, preempt, runfolder, tracking, world
 
 
 def main(argv: Sequence[str]) -> int:
     began_at = time.time()
-    settings = config.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
+    settings = config_sources.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
     here = world.discover()
     sys.stdout, sys.stderr = cli.Lossy(sys.stdout), cli.Lossy(sys.stderr)
     folder = settings.run_folder

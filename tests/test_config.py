@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env, command
 
-from hpcgpt import config
-from hpcgpt.config import PRESETS, Config
+from hpcgpt import config_sources
+from hpcgpt.config import Config
+from hpcgpt.config_sources import PRESETS
 
 
 def from_flags(*argv: str) -> Config:
-    return config.from_command_line(argv, "train", "")
+    return config_sources.from_command_line(argv, "train", "")
 
 
 def from_text(folder: Path, text: str) -> Config:
     path = folder / "my.toml"
     path.write_text(text)
-    return config.from_file(path)
+    return config_sources.from_file(path)
 
 
 # --- where values come from ------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def test_to_toml_and_back_is_the_same_configuration(tmp_path: Path) -> None:
     odd = 'a "quoted" = \\ 萧炎\n\tline'
     before = from_flags("--sample.prompt", odd, "--optim.lr", "0.12345678901234567", "--train.steps", "3",
                         "--model.tied", "false", "--run.seed", str(2**63 - 1))  # fmt: skip
-    assert from_text(tmp_path, config.to_toml(before)) == before
+    assert from_text(tmp_path, config_sources.to_toml(before)) == before
     assert before.sample.prompt == odd
 
 
@@ -206,7 +207,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_bytes(b"[run]\nname = '\xff'\n")
     with pytest.raises(ValueError, match=r"my\.toml: cannot be read"):
-        config.from_file(path)
+        config_sources.from_file(path)
 
 
 def test_a_missing_file_is_refused_with_the_presets() -> None:

@@ -17,8 +17,8 @@ import torch
 from conftest import TINY, command, curve, rows, tensors
 from numpy.typing import NDArray
 
-from hpcgpt import config, datasets, mix, order, plan, shard_reader, shard_writer, shards, tokenizer
-from hpcgpt.config import Config, Part
+from hpcgpt import config_sources, datasets, mix, order, plan, shard_reader, shard_writer, shards, tokenizer
+from hpcgpt.config import Config, Data, Part
 from hpcgpt.evaluate import HeldOut, combined
 from hpcgpt.loader import Loader, Mixture, Windows
 from hpcgpt.runfolder import FINISHED
@@ -218,28 +218,28 @@ def test_a_bad_id_is_found_in_the_data_set_where_it_is(pair: tuple[Path, Path], 
 
 
 def from_flags(*argv: str) -> Config:
-    return config.from_command_line(argv, "train", "")
+    return config_sources.from_command_line(argv, "train", "")
 
 
 def test_a_mix_is_spelled_as_a_flag_or_as_a_list_in_toml(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text('[data]\nmix = [{dir = "a:b", weight = 0.7}, {dir = "c", weight = 1}]\n')
     expected = (Part("a:b", 0.7), Part("c", 1.0))
-    assert config.from_file(path).data.mix == expected
+    assert config_sources.from_file(path).data.mix == expected
     assert from_flags("--data.mix", "a:b:0.7,c:1").data.mix == expected
 
 
 def test_a_mix_replaces_the_folder_of_an_earlier_source_and_the_other_way_round(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text('[data]\nmix = [{dir = "a", weight = 0.7}]\n')
-    assert from_flags(str(path)).data == config.Data(dir="", mix=(Part("a", 0.7),))
-    assert from_flags(str(path), "--data.dir", "b").data == config.Data(dir="b", mix=())
+    assert from_flags(str(path)).data == Data(dir="", mix=(Part("a", 0.7),))
+    assert from_flags(str(path), "--data.dir", "b").data == Data(dir="b", mix=())
 
 
 def test_a_mix_comes_back_from_toml(tmp_path: Path) -> None:
     before = from_flags("--data.mix", "a b:0.7,萧:1e-3", "--data.stride", "8")
-    (tmp_path / "my.toml").write_text(config.to_toml(before))
-    assert config.from_file(tmp_path / "my.toml") == before
+    (tmp_path / "my.toml").write_text(config_sources.to_toml(before))
+    assert config_sources.from_file(tmp_path / "my.toml") == before
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_mix_that_makes_no_sense_is_refused(flags: list[str], sentence: str) -
 def test_toml_that_is_no_list_of_folders_and_weights_is_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(f"[data]\nmix = {value}\n")
     with pytest.raises(ValueError, match=r"my\.toml: data\.mix: "):
-        config.from_file(tmp_path / "my.toml")
+        config_sources.from_file(tmp_path / "my.toml")
 
 
 # --- the plan --------------------------------------------------------------------------------------

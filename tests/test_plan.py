@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import command
 
-from hpcgpt import config, order, plan, shard_reader, shards, tokenizer
+from hpcgpt import config_sources, order, plan, shard_reader, shards, tokenizer
 from hpcgpt.config import Config
 
 
@@ -26,7 +26,7 @@ def settings(folder: Path, **flags: Any) -> Config:
     small = {"model__n_layer": 1, "model__n_head": 1, "model__n_embd": 8, "model__block_size": 32, "train__steps": 5,
              "train__global_batch": 8, "train__micro_batch": 2, "data__dir": folder} | flags  # fmt: skip
     words = [word for key, value in small.items() for word in (f"--{key.replace('__', '.')}", str(value))]
-    return config.from_command_line(words, "train", "")
+    return config_sources.from_command_line(words, "train", "")
 
 
 def test_a_plan_fills_in_what_the_configuration_left_open(shards_folder: Path) -> None:

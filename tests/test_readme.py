@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, clean_env, command, rows
 from lab_conf import Lab
 
-from hpcgpt import config, drill, plan, shards
+from hpcgpt import config_sources, drill, plan, shards
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -63,9 +63,9 @@ def test_the_configuration_example_is_one(tmp_path: Path) -> None:
     (example,) = blocks("toml")
     path = tmp_path / "example.toml"
     path.write_text(example, encoding="utf-8")
-    assert config.from_file(path).train.epochs == 4
+    assert config_sources.from_file(path).train.epochs == 4
     training = next(words for words in COMMANDS if "hpcgpt.train" in words)
-    assert config.from_command_line(training[3:], "train", "").optim.lr == 3e-4
+    assert config_sources.from_command_line(training[3:], "train", "").optim.lr == 3e-4
 
 
 def test_the_drill_takes_the_words_that_are_shown() -> None:
@@ -88,7 +88,7 @@ def test_the_quick_start_trains_a_model_that_writes_plays(checkout: Path, monkey
     # What the README does with these shards in the lab fits two nodes with two ranks.
     lab_job = next(words for words in COMMANDS if "on-slurm" in words)
     monkeypatch.chdir(checkout)
-    settings = config.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
+    settings = config_sources.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
     assert plan.make(settings, 2 * 2).micro_steps == 1
     for module, told in (("status", "finished"), ("checkpoint", "whole"), ("sample", "step 3,000")):
         words = next(words for words in COMMANDS if f"hpcgpt.{module}" in words)
