@@ -57,7 +57,8 @@ class State:
     """Where a run stands, beside its tensors.
 
     `identity` is what must not change between attempts; `pending` is the metrics row of this step, if the
-    run was stopped before its evaluation had ended; `val_loss` in nats, if this very step was evaluated.
+    run was stopped before its evaluation had ended; `val_loss` in nats, if this very step was evaluated. `skipped`
+    global batches were left out so far, in `rollbacks`: step s uses global batch s + skipped.
     """
 
     step: int
@@ -67,9 +68,11 @@ class State:
     identity: dict[str, Any]
     pending: dict[str, Any] | None = None
     val_loss: float | None = None
+    skipped: int = 0
+    rollbacks: int = 0
 
     def __post_init__(self) -> None:
-        counts = (self.step, self.tokens, self.samples, self.world_size)
+        counts = (self.step, self.tokens, self.samples, self.world_size, self.skipped, self.rollbacks)
         if not all(type(count) is int and count >= 0 for count in counts) or self.world_size < 1:
             raise ValueError(f"impossible counts {counts}")
         if not isinstance(self.identity, dict) or not isinstance(self.pending, dict | None):

@@ -8,6 +8,7 @@ No torch in here: a login node reads configurations too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,27 @@ class Train:
         "auto", "precision of the forward pass; auto: bfloat16 where the hardware has it, else float32"
     )
     compile: bool = option(False, "run the model through torch.compile")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        "a loss or gradient that is no finite number ends the run, or costs that step (and a wait in each)",
+    )
+
+
+@dataclass(frozen=True)
+class Spike:
+    factor: float = option(
+        0.0,
+        "a loss above this many times the usual one sends the run back to its last regular checkpoint, and the samples "
+        "since are left out; 0: never",
+        low=0,
+    )
+    window: int = option(100, "the usual loss is the median of so many steps", low=2, high=1000)
+    max_rollbacks: int = option(3, "so many in a run; then it ends", low=1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    steps: str = option("", "steps FIRST-LAST to trace on rank 0, for Perfetto, into <run folder>/profile; empty: none")
 
 
 @dataclass(frozen=True)
@@ -179,6 +201,8 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train = field(default_factory=Train)
+    spike: Spike = field(default_factory=Spike)
+    profile: Profile = field(default_factory=Profile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
     sample: Sample = field(default_factory=Sample)
@@ -190,6 +214,12 @@ class Config:
     @property
     def run_folder(self) -> Path:
         return Path(self.run.dir) / self.run.name
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to trace, counted from 1."""
+        first, _, last = self.profile.steps.partition("-")
+        return range(int(first), int(last or first) + 1) if first else range(0)
 
     @property
     def stride(self) -> int:
@@ -228,6 +258,13 @@ def contradictions(config: Config) -> Iterator[str]:
             f"checkpoint.keep_every {keep.keep_every} must be a multiple of checkpoint.every {keep.every}: other steps "
             "are not saved"
         )
+    steps = config.profile.steps
+    if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
+        yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
+    if 0 < config.spike.factor <= 1:
+        yield f"spike.factor {config.spike.factor} must be greater than 1, or 0: the usual loss is no spike"
+    if config.spike.factor and not keep.every:
+        yield "spike.factor needs checkpoints to go back to: give checkpoint.every"
     name = config.run.name
     if not name or name.startswith(".") or "/" in name:
         yield f"run.name '{name}' must be a plain folder name"

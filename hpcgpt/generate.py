@@ -37,7 +37,12 @@ def choose(logits: Tensor, config: Sample, generator: torch.Generator) -> int:
 
     top_p keeps the smallest set of likeliest ids whose probabilities reach that sum (Holtzman et al.,
     "The Curious Case of Neural Text Degeneration", 2020).
+
+    Raises:
+        ValueError: the logits are no finite numbers.
     """
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model's logits are no finite numbers: it has diverged")
     if config.temperature == 0 or config.top_k == 1:
         return int(logits.argmax())
     values, ids = logits.sort(descending=True, stable=True)

@@ -6,7 +6,7 @@ time, so the kinds add up to the whole:
     productive   steps that are part of the result
     evaluation   validation
     lost         steps that were thrown away because an attempt died after its last checkpoint, what else it did
-                 since, and the time until its death was noticed
+                 since, and the time until its death was noticed; or because a loss spike sent the run back
     save_stall   training stood still for a checkpoint
     restart      from the start of a job or a process to its first step: imports, rendezvous, loading
     compile      the warm-up pass and compilation
@@ -138,7 +138,7 @@ def measure(events: Sequence[Row], rows: Sequence[Row], now: float | None = None
     seconds = timeline.seconds(stall for attempt in attempts for stall in _stalls(attempt))
     return Goodput(
         **{f"{kind}_s": length for kind, length in seconds.items()},
-        lost_steps=sum(attempt.lost_steps for attempt in attempts),
+        lost_steps=sum(attempt.lost_steps + attempt.rolled_back_steps for attempt in attempts),
         attempts=len(attempts),
     )
 
@@ -222,6 +222,9 @@ def _lay_out(timeline: Timeline, attempt: Attempt, following: Attempt | None) ->
         else:
             timeline.claim("evaluation", following.first_step_at, following.first_step_at + elapsed_s)
         kept_until = max(kept_until, row_at + elapsed_s)
+    for event in attempt.events:
+        if event["event"] == "rollback":
+            timeline.claim("lost", float(event.get("since", event["time"])), float(event["time"]))
     if attempt.died or attempt.lost_steps:
         timeline.claim("lost", kept_until, attempt.ended_at)
 

@@ -53,6 +53,11 @@ class Attempt:
         return self.to_step - self.lost_steps
 
     @property
+    def rolled_back_steps(self) -> int:
+        """Steps that a loss spike made it do again; they are not among the lost ones."""
+        return sum(int(event.get("lost_steps", 0)) for event in self.events if event["event"] == "rollback")
+
+    @property
     def died(self) -> bool:
         """It is over, and did not save before it left."""
         return not self.running and self.end.get("status") not in (runfolder.FINISHED, runfolder.AGAIN)

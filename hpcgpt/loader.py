@@ -109,6 +109,11 @@ class Loader:
         rows = self._drawn(block)[place * self.micro_batch : (place + 1) * self.micro_batch]
         return self._source.read(rows)
 
+    def samples(self, step: int, micro_step: int) -> range:
+        """The numbers of the samples of that micro-batch, counted over the whole run."""
+        first = step * self.global_batch + self.rank * self._share + micro_step * self.micro_batch
+        return range(first, first + self.micro_batch)
+
     @cached_property
     def _share(self) -> int:
         """Samples of this rank in a global batch."""
@@ -141,7 +146,7 @@ def widen(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     The narrow form crosses the bus: 2 or 4 bytes a token instead of 16. Torch computes with int16 but hardly
     with uint16, so the sign bit is masked away after widening. Ids of 32 bits are below 2**31.
     """
-    ids = batch.to(device).to(torch.int64)
+    ids = batch.to(device, non_blocking=True).to(torch.int64)  # without waiting, where it lies in pinned memory
     if batch.dtype == torch.int16:
         ids &= 0xFFFF
     return ids[:, :-1], ids[:, 1:]

@@ -7,11 +7,11 @@ whether to stop. Told to stop, it saves that very step and leaves with status 75
 
 from __future__ import annotations
 
-import math
+import gc
 import socket
+import statistics
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt import (
     checkpoint,
     config_sources,
+    divergence,
     durable,
     generation,
     metrics,
@@ -37,21 +36,20 @@ from hpcgpt import (
     world,
 )
 from hpcgpt.blame import Blame
+from hpcgpt.engine import Engine, Launched
 from hpcgpt.evaluate import HeldOut, evaluate_all
 from hpcgpt.generation import Generation
-from hpcgpt.loader import Loader, Mixture, Windows, widen
-from hpcgpt.model import GPT
-from hpcgpt.optim import make_optimizer
+from hpcgpt.loader import Windows
 from hpcgpt.plan import Plan
-from hpcgpt.precision import pick_dtype
-from hpcgpt.preempt import Stop, StopFlag, shielded
+from hpcgpt.preempt import Stop, StopFlag
+from hpcgpt.profiling import Profiler
 from hpcgpt.reporter import Reporter, Story
 from hpcgpt.saver import Saved, Saver, tensors_of
-from hpcgpt.schedule import learning_rate
-from hpcgpt.step import accumulate, train_step
 from hpcgpt.together import on_all, on_first
 from hpcgpt.watchdog import Watchdog
 from hpcgpt.world import Ranks, World
+
+COLLECT_EVERY = 1000  # steps
 
 
 def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
@@ -96,11 +94,15 @@ def _take(ranks: Ranks, folder: Path) -> Generation | None:
 
 @dataclass
 class Progress:
-    """`pending` is the row of a step whose evaluation is still to be done, `val_loss` that of this very step."""
+    """`pending` is the row of a step whose evaluation is still to be done, `val_loss` that of this very step, `skipped`
+    the global batches that were left out so far, because of `rollbacks`.
+    """
 
     step: int = 0
     pending: dict[str, Any] | None = None
     val_loss: float | None = None
+    skipped: int = 0
+    rollbacks: int = 0
 
 
 class Attempt:
@@ -124,37 +126,14 @@ class Attempt:
         if not held:
             generation.watch(self.folder, self.number)
         self._watchdog = Watchdog(settings, ranks.world, self.number)
-        self.dtype = pick_dtype(settings.train.dtype, ranks.device)
-        dtypes = on_all(ranks, lambda: str(self.dtype))
-        if len(set(dtypes)) > 1:
-            raise ValueError(f"the ranks would compute in {' and '.join(sorted(set(dtypes)))}: set train.dtype")
-        cuda = ranks.device.type == "cuda"
-        # The table is of bf16 peaks.
-        measured = cuda and self.dtype == torch.bfloat16
-        self._peak_flops = metrics.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
-        self._data_wait_s = 0.0
-        self.model = GPT(settings.model, settings.run.seed).to(ranks.device)
-        if self.dtype == torch.float64:
-            self.model.double()
-        self.forward = _wrapped(self.model, ranks, settings.train.compile)
-        self.optimizer = make_optimizer(self.model, settings.optim)
         self._blame = Blame(settings.blame, ranks)
-        size = settings.model.vocab_size
-        context = settings.model.block_size
-        train = [Windows(part.train, context, settings.stride, size) for part in planned.sets]
+        self.engine = Engine(planned, ranks, self._blame.local)
+        context, size = settings.model.block_size, settings.model.vocab_size
         self.held_out = [
             HeldOut(part.name, Windows(part.val, context, context, size), part.quota)
             for part in planned.sets
             if part.val
         ]
-        self.loader = Loader(
-            Mixture(train, [part.quota for part in planned.sets]),
-            settings.run.seed,
-            ranks.world.rank,
-            ranks.world.size,
-            settings.train.global_batch,
-            settings.train.micro_batch,
-        )
         self._hosts = on_all(ranks, socket.gethostname)
         first = planned.sets[0]
         self.words = tokenizer.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
@@ -162,6 +141,10 @@ class Attempt:
         self.token_bytes[: self.words.vocab_size] = self.words.token_bytes
 
         self.progress = Progress()
+        self._unread: Launched | None = None  # the step that was launched last, if its row is still to come
+        self._nonfinite = 0  # steps in a row
+        self._recent: deque[float] = deque(maxlen=settings.spike.window)
+        self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
         self._saver = Saver(
             self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
@@ -173,8 +156,12 @@ class Attempt:
         self._warm_up()
         self._resume()
         on_first(self.ranks, self._report)
+        self._remember()
         status = runfolder.FAILED
         try:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
             reason = self._steps()
             progress = self.progress
             finished = progress.step >= self.plan.total_steps and progress.pending is None
@@ -192,24 +179,15 @@ class Attempt:
             if reporter:
                 reporter.leave(status, words, progress.step, saved=not problem)
         finally:
+            gc.enable()
             self._watchdog.off()
             if self._reporter:
                 self._reporter.close(status)
         return status
 
     def _warm_up(self) -> None:
-        """One pass whose gradients are thrown away.
-
-        DDP orders its buckets anew after the first backward pass, and the order decides in which sequence
-        floats are added. Without this pass the first step after a resume would round differently than
-        the same step in a run that was never interrupted. Compilation happens here too.
-        """
         started_at = time.monotonic()
-        self.forward.train()
-        # The compiler's worker processes must not die of Slurm's warning.
-        with shielded() if self.config.train.compile else nullcontext():
-            accumulate(self.forward, self._micro_batches(0, 1), 1, self._precision)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.warm_up()
         self._times["warm_up_s"] = time.monotonic() - started_at
 
     def _resume(self) -> None:
@@ -228,11 +206,14 @@ class Attempt:
                     f"{self.folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run "
                     "another --run.name, or restore the settings"
                 )
-            state = restore.load(newest, self.model, self.optimizer, self.ranks)
-            self.progress = Progress(state.step, state.pending, state.val_loss)
-            if state.world_size != self.ranks.world.size:
-                torch.manual_seed(settings.run.seed + 7919 * self.ranks.world.rank + 104729 * state.step)
+            self._load(newest)
         self._times["load_s"] = time.monotonic() - started_at
+
+    def _load(self, path: Path) -> None:
+        state = restore.load(path, self.engine.model, self.engine.optimizer, self.ranks)
+        self.progress = Progress(state.step, state.pending, state.val_loss, state.skipped, state.rollbacks)
+        if state.world_size != self.ranks.world.size:
+            torch.manual_seed(self.config.run.seed + 7919 * self.ranks.world.rank + 104729 * state.step)
 
     def _report(self) -> None:
         """Rank 0: write what the folder is to hold, and begin to tell."""
@@ -244,42 +225,155 @@ class Attempt:
         )
         progress, pending = self.progress, self.progress.pending is not None
         story = Story(
-            self.plan, self.ranks, self.number, self._hosts, self.dtype, self._began_at, progress.step, pending
+            self.plan, self.ranks, self.number, self._hosts, self.engine.dtype, self._began_at, progress.step, pending
         )
         assert self.held is not None
-        self._reporter = Reporter(story, self.held, self.model, self.words)
+        self._reporter = Reporter(story, self.held, self.engine.model, self.words)
         self._mind_the_end(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
 
     def _steps(self) -> Stop:
         """Step until the end or until told to stop; returns why."""
-        total, every, progress = self.plan.total_steps, self.config.checkpoint.every, self.progress
-        while progress.step < total or progress.pending:
-            if progress.pending is None:
-                row = self._step(progress.step)
-                progress.step, progress.val_loss = progress.step + 1, None
-                self._watchdog.step(progress.step)
-                for straggler in self._blame.after(progress.step):
-                    if self._reporter:
-                        self._reporter.straggler(progress.step, straggler)
-            else:
-                row, progress.pending = progress.pending, None
-            if self._due(self.config.eval.every, progress.step):
-                started_at = time.monotonic()
-                figures = self._evaluate()
-                if figures is None:
-                    progress.pending = row
-                    return self.flag.agree(self.ranks)
-                row |= figures | {"val/elapsed_s": time.monotonic() - started_at}
-                progress.val_loss = figures["val/loss"]
-            if self._reporter:
-                self._reporter.row(row)
+        while self.progress.step < self.plan.total_steps or self.progress.pending:
+            row = self.progress.pending or self._step()
+            self.progress.pending = None
+            if row:
+                if self._due(self.config.eval.every, self.progress.step):
+                    started_at = time.monotonic()
+                    figures = self._evaluate()
+                    if figures is None:
+                        self.progress.pending = row
+                        return self.flag.agree(self.ranks)
+                    figures = metrics.finite(figures)
+                    row |= figures | {"val/elapsed_s": time.monotonic() - started_at}
+                    self.progress.val_loss = figures["val/loss"]
+                if self._reporter:
+                    self._reporter.row(row)
             reason = self._between()
             if reason:
+                self._tell_unread()
                 return reason
-            if every and progress.step % every == 0 and progress.step < total:
+            if row and self._is_regular(self.progress.step):
                 self._tell(self._save())
+            self._sweep()
         return Stop.NO
+
+    def _step(self) -> dict[str, Any] | None:
+        """Launch the next step. Its row, if it is needed now; else the row of the one before is told meanwhile.
+
+        None, too, where the loss has sent the run back.
+        """
+        if self._profiler:
+            self._profiler.before(self.progress.step + 1)
+        launched = self.engine.launch(self.progress.step, self.progress.step + self.progress.skipped)
+        if not self._tell_unread():
+            return None
+        self.progress.step, self.progress.val_loss = self.progress.step + 1, None
+        step = self.progress.step
+        self._watchdog.step(step)
+        for straggler in self._blame.after(step):
+            if self._reporter:
+                self._reporter.straggler(step, straggler)
+        if self._profiler and (path := self._profiler.after(step)) and self._reporter:
+            self._reporter.say(f"traced until step {step:,}: {path}")
+        if self.engine.reads_late and not (self._due(self.config.eval.every, step) or self._is_regular(step)):
+            self._unread = launched
+            return None
+        return self._read(launched)
+
+    def _tell_unread(self) -> bool:
+        """The row of the step before, if nobody has seen it yet; False if it sent the run back."""
+        launched, self._unread = self._unread, None
+        if launched is None:
+            return True
+        row = self._read(launched)
+        if row and self._reporter:
+            self._reporter.row(row)
+        return row is not None
+
+    def _read(self, launched: Launched) -> dict[str, Any] | None:
+        """The row of a step that has been judged; None if it sent the run back. A collective where it went wrong."""
+        row = self.engine.read(launched) | {"attempt": self.number}
+        loss = row["train/loss"]
+        if loss is None or row["train/grad_norm"] is None:
+            self._not_finite(launched)
+            return row
+        self._nonfinite = 0
+        spike = self.config.spike
+        if spike.factor and divergence.is_spike(loss, self._recent, spike.factor, spike.window):
+            if self._roll_back(launched, row):
+                return None
+        elif spike.factor:
+            self._recent.append(loss)
+        return row
+
+    def _not_finite(self, launched: Launched) -> None:
+        whose = self.engine.blame(launched)
+        self._nonfinite += 1
+        step, loss, norm = launched.step + 1, *launched.figures.tolist()
+        words = f"step {step:,}: the loss is {loss} and the gradient's norm {norm} ({whose})"
+        if self._reporter:
+            self._reporter.event("nonfinite", step=step, loss=str(loss), norm=str(norm), whose=whose)
+        if not launched.outcome.skipped:
+            raise ValueError(
+                f"{words}: training has diverged, and the checkpoints before are whole; try a lower optim.lr under "
+                "another --run.name, or train.on_nonfinite skip"
+            )
+        if self._nonfinite >= divergence.LONGEST_SKIP:
+            raise ValueError(f"{words}, and so it was in {self._nonfinite} steps in a row: training has diverged")
+        if self._reporter:
+            self._reporter.say(f"{words}: skipped, weights and optimizer are as they were")
+
+    def _roll_back(self, launched: Launched, row: dict[str, Any]) -> bool:
+        """Go back to the last regular checkpoint, without the samples since; False if there is none. A collective.
+
+        A checkpoint that was saved because the run was told to leave is none to go back to: where a run goes must not
+        depend on its interruptions. For the same reason nothing is noted for a later attempt before the next save: one
+        that starts from the same checkpoint meets the same loss, and goes back again.
+        """
+        self._tell(self._saver.finish(self._watchdog.alive))
+        spike, checkpoints, step = self.config.spike, self.folder / "checkpoints", row["step"]
+        words = f"step {step:,}: the loss is {row['train/loss']:.4f}, usual is {statistics.median(self._recent):.4f}"
+        target = restore.newest_valid(
+            checkpoints, self.ranks, self.held, lambda saved: saved < step and self._is_regular(saved)
+        )
+        if target is None:
+            if self._reporter:
+                self._reporter.event("spike", step=step, loss=row["train/loss"])
+                self._reporter.say(f"{words}; there is no checkpoint to go back to yet")
+            return False
+        rollbacks = self.progress.rollbacks + 1
+        if rollbacks > spike.max_rollbacks:
+            raise ValueError(
+                f"{words}, after {spike.max_rollbacks} rollbacks already: try a lower optim.lr under another "
+                "--run.name, or a larger spike.factor"
+            )
+        on_first(self.ranks, lambda: self._remove_beyond(checkpoint.step_of(target)))
+        self._load(target)
+        self.progress.skipped, self.progress.rollbacks = launched.batch + 1 - self.progress.step, rollbacks
+        if self._reporter:
+            self._reporter.roll_back(self.progress.step, row, self.progress.skipped)
+            self._reporter.say(f"{words}: back to step {self.progress.step:,}, without the samples since")
+        self._remember()
+        return True
+
+    def _remove_beyond(self, step: int) -> None:
+        assert self.held is not None
+        for path in checkpoint.found(self.folder / "checkpoints"):
+            if checkpoint.step_of(path) > step:
+                retention.remove(path, self.held)
+
+    def _remember(self) -> None:
+        """What loss is usual, from the rows that there are. A collective."""
+        if self.config.spike.factor:
+            tail = on_first(self.ranks, lambda: self._reporter.metrics.tail if self._reporter else [])
+            self._recent.extend(row["train/loss"] for row in tail if row["train/loss"] is not None)
+
+    def _sweep(self) -> None:
+        """Collect garbage here, and not when Python feels like it: each rank would do so in another step."""
+        step = self.progress.step
+        if step % COLLECT_EVERY == 0 or self._due(self.config.eval.every, step):
+            gc.collect()
 
     def _between(self) -> Stop:
         """At each step boundary, and between the batches of an evaluation: what all ranks have to agree on."""
@@ -288,75 +382,23 @@ class Attempt:
             self._tell(self._saver.poll())
         return self.flag.agree(self.ranks)
 
-    # --- the parts of a step -----------------------------------------------------------------------
-
-    def _step(self, step: int) -> dict[str, Any]:
-        """Optimizer step number `step`, counted from 0; returns its metrics row."""
-        settings, started_at = self.config, time.perf_counter()
-        self._data_wait_s = 0.0
-        rate = learning_rate(step, self.plan.total_steps, settings)
-        loss, norm = train_step(
-            self.forward,
-            self.optimizer,
-            self._micro_batches(step, self.plan.micro_steps),
-            self.plan.micro_steps,
-            rate,
-            settings.optim.clip_norm,
-            self._precision,
-            self.ranks,
-            self._blame.local,
-        )
-        loss_value, norm_value = float(loss), float(norm)
-        # The same on every rank, so all of them leave here, before anything of it is saved.
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise ValueError(
-                f"step {step + 1:,}: the loss is {loss_value} and the gradient's norm {norm_value}: training has "
-                "diverged, and the checkpoints before are whole; try a lower optim.lr under another --run.name"
-            )
-        elapsed_s = time.perf_counter() - started_at
-        tokens_per_s = self.plan.tokens_per_step / elapsed_s
-        row = {
-            "step": step + 1,
-            "tokens": (step + 1) * self.plan.tokens_per_step,
-            "samples": (step + 1) * settings.train.global_batch,
-            "time": time.time(),
-            "attempt": self.number,
-            "train/loss": loss_value,
-            "train/lr": rate,
-            "train/grad_norm": norm_value,
-            "train/tokens_per_s": tokens_per_s,
-            "train/step_s": elapsed_s,
-            "train/data_wait_s": self._data_wait_s,
-        }
-        if self._peak_flops:
-            achieved = tokens_per_s * self.model.flops_per_token() / self.ranks.world.size
-            row["train/mfu"] = achieved / self._peak_flops
-        return row
-
-    def _micro_batches(self, step: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for micro_step in range(count):
-            started_at = time.perf_counter()
-            batch = self.loader.batch(step, micro_step)
-            self._data_wait_s += time.perf_counter() - started_at
-            yield widen(batch, self.ranks.device)
-
-    def _precision(self) -> AbstractContextManager[None]:
-        if self.dtype == torch.bfloat16:
-            return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    def _is_regular(self, step: int) -> bool:
+        """Is this step saved whatever happens? The last one is, too, but not here."""
+        every = self.config.checkpoint.every
+        return bool(every) and step % every == 0 and step < self.plan.total_steps
 
     def _due(self, every: int, step: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self) -> dict[str, float] | None:
         return evaluate_all(
-            self.model,
+            self.engine.model,
             self.held_out,
             self.config.eval.batches,
             self.config.train.micro_batch,
             self.token_bytes,
             self.ranks,
-            self._precision,
+            self.engine.precision,
             lambda: self._between() != Stop.NO,
         )
 
@@ -374,8 +416,10 @@ class Attempt:
             self.plan.identity,
             progress.pending,
             progress.val_loss,
+            progress.skipped,
+            progress.rollbacks,
         )
-        saved = self._saver.begin(state, tensors_of(self.model, self.optimizer, self.ranks))
+        saved = self._saver.begin(state, tensors_of(self.engine.model, self.engine.optimizer, self.ranks))
         if saved is None and not self.config.checkpoint.background:
             saved = self._saver.finish(self._watchdog.alive)
         return saved
@@ -408,15 +452,3 @@ class Attempt:
         """Rows must be on the disk before the checkpoint that follows them: nobody would make them again."""
         assert self._reporter is not None
         self._reporter.metrics.sync()
-
-
-def _wrapped(model: GPT, ranks: Ranks, compiled: bool) -> nn.Module:
-    """What training calls: the model, compiled if asked for, behind DDP if there are other ranks."""
-    module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
-    if ranks.control is None:
-        return module
-    return DistributedDataParallel(
-        module,
-        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )

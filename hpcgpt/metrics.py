@@ -11,6 +11,7 @@ The console shows a bar on a terminal, and one plain line every few seconds in a
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -27,6 +28,7 @@ from hpcgpt.runfolder import read_rows
 
 LINE_EVERY_S = 5.0
 NEWEST_S = 5.0
+TAIL_ROWS = 1000
 
 # Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. No entry, no MFU: a
 # utilisation of the wrong chip is worse than none. The longer name is found first.
@@ -47,12 +49,17 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """With None for the figures that are no finite numbers, for which JSON has no word."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
 class MetricsFile:
     """Appends rows to metrics.jsonl. Rank 0 only.
 
     A full disk does not end the run: rows wait in memory until there is room again. `again` are the rows of earlier
     attempts that may have been lost on their way to elsewhere, `cut_off` those that were beyond where this
-    attempt goes on. Any thread may call `sync`.
+    attempt goes on, `tail` the last ones before. Any thread may call `sync`.
 
     Each attempt makes the file anew, so that an orphan goes on writing into the old one. Nor can one that was stopped
     while it did the same put its file in the place of this one: what it has written so far is taken away
@@ -79,6 +86,7 @@ class MetricsFile:
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
         durable.write(path, content, check)
         self.cut_off = [row for row in rows if row["step"] >= keep_below]
+        self.tail = kept[-TAIL_ROWS:]
         if arrived is None:
             self.again = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
         else:
@@ -132,7 +140,7 @@ class Console:
         )
 
     def step(self, row: dict[str, Any]) -> None:
-        figures = f"loss {row['train/loss']:.4f}  {row['train/tokens_per_s']:,.0f} tok/s"
+        figures = f"loss {_number(row['train/loss'], 4)}  {row['train/tokens_per_s']:,.0f} tok/s"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(row["step"] - self._bar.n)
@@ -140,8 +148,8 @@ class Console:
         evaluated = "val/loss" in row
         if evaluated:
             self.say(
-                f"step {row['step']:,}: validation loss {row['val/loss']:.4f}, perplexity "
-                f"{row['val/perplexity']:.2f}, {row['val/bits_per_byte']:.4f} bits per byte"
+                f"step {row['step']:,}: validation loss {_number(row['val/loss'], 4)}, perplexity "
+                f"{_number(row['val/perplexity'], 2)}, {_number(row['val/bits_per_byte'], 4)} bits per byte"
             )
         if self._bar is None and (now >= self._next_line_at or row["step"] == self._total):
             self._next_line_at = now + LINE_EVERY_S
@@ -150,7 +158,7 @@ class Console:
             left_s = (self._total - row["step"]) * (now - self._started_at) / done
             self.say(
                 f"step {row['step']:,}/{self._total:,}  {figures}  lr {row['train/lr']:.2e}  "
-                f"grad norm {row['train/grad_norm']:.3f}  {_clock(left_s)} left"
+                f"grad norm {_number(row['train/grad_norm'], 3)}  {_clock(left_s)} left"
             )
 
     def say(self, text: str) -> None:
@@ -163,6 +171,10 @@ class Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _number(value: float | None, places: int) -> str:
+    return "none" if value is None else f"{value:.{places}f}"
 
 
 def _clock(seconds: float) -> str:

@@ -40,7 +40,7 @@ class Story:
 
 class Reporter:
     def __init__(self, story: Story, held: Generation, model: GPT, words: Tokenizer) -> None:
-        self._story, self._model, self._words = story, model, words
+        self._story, self._held, self._model, self._words = story, held, model, words
         self._config: Config = story.plan.config
         self._folder = self._config.run_folder
         self._told: Saved | None = None  # the save whose commit has been told, and not its end
@@ -110,6 +110,21 @@ class Reporter:
         self._console.say(f"step {step:,}: {found.words}")
         self.event("straggler", step=step, **asdict(found), factor=found.factor)
 
+    def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
+        """The run has gone back to `step`; `spiked` is the row that nobody has seen of the step that sent it back."""
+        self.metrics.close()
+        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", step + 1, step, self._held.check)
+        lost = [*self.metrics.cut_off, spiked]
+        self.event(
+            "rollback",
+            step=step,
+            spiked_step=spiked["step"],
+            loss=spiked["train/loss"],
+            lost_steps=len(lost),
+            since=lost[0]["time"] - lost[0]["train/step_s"],
+            skipped_batches=skipped,
+        )
+
     def say(self, text: str) -> None:
         self._console.say(text)
 
@@ -145,6 +160,10 @@ class Reporter:
         settings = self._config.sample
         prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
         ids = generate(self._model, prompt, settings, self._story.ranks.device, self._config.run.seed + step)
-        text = settings.prompt + "".join(tokenizer.stream(self._words, ids, after=prompt))
+        try:
+            text = settings.prompt + "".join(tokenizer.stream(self._words, ids, after=prompt))
+        except ValueError as error:  # a model that has diverged; whether that ends the run is decided elsewhere
+            self._console.say(f"no sample: {error}")
+            return
         self._console.say(f"--- sample at step {step:,}\n{text}\n---")
         self._tracker.sample(step, text)

@@ -23,8 +23,11 @@ from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
 
-def newest_valid(checkpoints: Path, ranks: Ranks, held: Generation | None) -> Path | None:
-    """The newest valid checkpoint, the same on every rank; None if there never was one. A collective.
+def newest_valid(
+    checkpoints: Path, ranks: Ranks, held: Generation | None, wanted: Callable[[int], bool] = lambda _: True
+) -> Path | None:
+    """The newest valid checkpoint of a step that is `wanted`, the same on every rank; None if there never was one. A
+    collective.
 
     Damaged ones are set aside with a loud line; by a reader, who holds no generation, they are only passed over.
 
@@ -35,6 +38,8 @@ def newest_valid(checkpoints: Path, ranks: Ranks, held: Generation | None) -> Pa
     problems = []
     for name in on_first(ranks, lambda: [path.name for path in checkpoint.found(checkpoints)]):
         path = checkpoints / name
+        if not wanted(checkpoint.step_of(path)):
+            continue
         problem = _problem(path, ranks)
         if not problem:
             return path

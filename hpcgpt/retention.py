@@ -61,13 +61,18 @@ def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verifie
         if path != best and not (keep.keep_every and checkpoint.step_of(path) % keep.keep_every == 0)
     ]
     for path in going:
-        held.check()
-        # Out of sight first: a removal that is cut short must not leave a checkpoint without its files.
-        hidden = path.with_name(f".{path.name}.g{held.number:04d}.removed")
-        path.rename(hidden)
-        held.check()
-        _destroy(hidden)
+        remove(path, held)
     return going
+
+
+def remove(path: Path, held: Generation) -> None:
+    """Raises OSError if that could not be done."""
+    held.check()
+    # Out of sight first: a removal that is cut short must not leave a checkpoint without its files.
+    hidden = path.with_name(f".{path.name}.g{held.number:04d}.removed")
+    path.rename(hidden)
+    held.check()
+    _destroy(hidden)
 
 
 def clean(checkpoints: Path, held: Generation) -> None:

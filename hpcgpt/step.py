@@ -1,9 +1,15 @@
-"""One optimizer step: accumulate, reduce, clip, step. It neither logs nor saves."""
+"""One optimizer step: accumulate, reduce, clip, step. It neither logs nor saves.
+
+Nothing here waits for the device, so that the host is ahead of it by a step; but for `skip_nonfinite`, which has to
+know the norm before the weights change.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,6 +23,21 @@ from hpcgpt.world import Ranks
 Precision = Callable[[], AbstractContextManager[None]]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gives, on the device: nobody has waited for it.
+
+    `loss`: mean in nats over the targets of the global batch (); `norm`: of the gradient, before clipping (). Both are
+    the same on every rank. `own`: what each micro-batch of this rank adds to its mean loss, () each. `skipped`: the
+    weights were left as they were.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    own: list[Tensor]
+    skipped: bool = False
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -27,19 +48,23 @@ def train_step(
     precision: Precision,
     ranks: Ranks,
     local: LocalTime | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean loss in nats over the targets of the global batch, and the gradient's norm before clipping.
+    skip_nonfinite: bool = False,
+) -> Outcome:
+    """`micro_batches` yields `micro_steps` pairs of inputs and targets (B, T) of this rank.
 
-    `micro_batches` yields `micro_steps` pairs of inputs and targets (B, T) of this rank. Both results are
-    scalar tensors, the same on every rank. `local` is told of the time before the gradients are reduced.
+    `local` is told of the time before the gradients are reduced. With `skip_nonfinite` weights and optimizer stay as
+    they are where loss or norm is no finite number: on all ranks, since both are the same on all.
     """
-    loss_sum = accumulate(model, micro_batches, micro_steps, precision, local)
+    own = accumulate(model, micro_batches, micro_steps, precision, local)
     # Without a limit the norm is still measured: an infinite one clips nothing.
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
-    set_learning_rate(optimizer, rate)
-    optimizer.step()
+    loss = mean_over_ranks(sum(own[1:], own[0]), ranks)
+    skipped = skip_nonfinite and not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+    if not skipped:
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return mean_over_ranks(loss_sum, ranks), norm
+    return Outcome(loss, norm, own, skipped)
 
 
 def accumulate(
@@ -48,12 +73,13 @@ def accumulate(
     micro_steps: int,
     precision: Precision,
     local: LocalTime | None = None,
-) -> Tensor:
-    """Leave the gradient of the mean loss over the global batch in the parameters; this rank's mean loss.
+) -> list[Tensor]:
+    """Leave the gradient of the mean loss over the global batch in the parameters; what each micro-batch adds to this
+    rank's mean loss.
 
     Gradients are all-reduced once, behind the last micro-batch.
     """
-    total: Tensor | None = None
+    own = []
     if local:
         local.start()
     for number, (inputs, targets) in enumerate(micro_batches, start=1):
@@ -63,9 +89,8 @@ def accumulate(
             if local and number == micro_steps:
                 local.stop()  # from here on it waits for the other ranks
             loss.backward()
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    return total
+        own.append(loss.detach())
+    return own
 
 
 def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:

@@ -68,7 +68,7 @@ class Tracker:
         if self.mode != "disabled" and self._run is None:
             self._do(self._start)
         while self._run is not None and self._missed:
-            if self._do(lambda: self._run.log(self._missed[0])):
+            if self._do(lambda: self._run.log(_known(self._missed[0]))):
                 self._sent.append(self._missed.popleft())
         step = None
         while self._sent and self._sent[0]["time"] < self._sent[-1]["time"] - NEWEST_S:
@@ -154,6 +154,11 @@ class Tracker:
                 wandb.teardown()
             return False
         return True
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the figures that are no finite numbers."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def arrived(run_folder: Path) -> int | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import loop, metrics, preempt, reporter, restore, retention, saver, train, watchdog, world
+from hpcgpt import engine, loop, metrics, preempt, reporter, restore, retention, saver, train, watchdog, world
 
 SLOW_S = 0.3
 
@@ -78,7 +78,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     around(preempt.StopFlag, "__init__", flag)
     around(preempt.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
     evaluate, loop.evaluate_all = loop.evaluate_all, evaluation
-    around(loop, "accumulate", lambda *_: told["order"].append("warm up"))
+    around(engine, "accumulate", lambda *_: told["order"].append("warm up"))
     around(retention, "clean", lambda *_: told["order"].append("clean"))
     around(restore, "newest_valid", lambda *_: told["order"].append("choose"))
     around(loop.Attempt, "_steps", stepping)

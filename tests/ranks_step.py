@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import loop, rendezvous, shard_reader, shards, world
+from hpcgpt import engine, rendezvous, shard_reader, shards, world
 from hpcgpt.config import Model, Optim
 from hpcgpt.loader import Loader, Windows, widen
 from hpcgpt.model import GPT
@@ -38,7 +38,7 @@ class Bench:
         config = Model(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=512, dropout=dropout)
         self.ranks, self.micro_steps = ranks, micro_steps
         self.model = GPT(config, seed=1).to(dtype)
-        self.forward = loop._wrapped(self.model, ranks, compiled=False)
+        self.forward = engine._wrapped(self.model, ranks, compiled=False)
         self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
         self.optimizer.register_step_pre_hook(self._remember)
         self.taken: dict[str, Tensor] = {}
@@ -50,9 +50,10 @@ class Bench:
 
     def step(self, number: int, clip_norm: float) -> tuple[Tensor, Tensor]:
         batches = (widen(self.loader.batch(number, m), self.ranks.device) for m in range(self.micro_steps))
-        return train_step(
+        outcome = train_step(
             self.forward, self.optimizer, batches, self.micro_steps, 1e-3, clip_norm, nullcontext, self.ranks
         )
+        return outcome.loss, outcome.norm
 
     def _remember(self, *_: Any) -> None:
         self.taken = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}

@@ -237,7 +237,8 @@ READ = set().union(*(read_in(path) for path in HPCGPT if path.stem not in ("conf
 @pytest.mark.parametrize(("section", "key"), options())
 def test_every_option_is_read_by_something_else_than_the_configuration(section: str, key: str) -> None:
     # Read by plan and loader through Config's own properties.
-    through = {("run", "dir"): "run_folder", ("run", "name"): "run_folder", ("data", "stride"): "stride"}
+    through = {("run", "dir"): "run_folder", ("run", "name"): "run_folder", ("data", "stride"): "stride",
+               ("profile", "steps"): "profiled_steps"}  # fmt: skip
     if (section, key) in through:
         used = {node.attr for path in HPCGPT if path.stem != "config"
                 for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}  # fmt: skip

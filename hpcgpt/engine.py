@@ -1,0 +1,192 @@
+"""What makes the steps: the model as it is trained, its optimizer and its batches, on this rank.
+
+A step is launched, and its figures are read afterwards. On a GPU `reads_late` is true: the figures of a step are best
+read when the next one has been launched, so that the device never waits for the host to look.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpcgpt import divergence, metrics
+from hpcgpt.blame import LocalTime
+from hpcgpt.feed import Feed
+from hpcgpt.loader import Loader, Mixture, Windows
+from hpcgpt.model import GPT
+from hpcgpt.optim import make_optimizer
+from hpcgpt.plan import Plan
+from hpcgpt.precision import pick_dtype
+from hpcgpt.preempt import shielded
+from hpcgpt.schedule import learning_rate
+from hpcgpt.step import Outcome, accumulate, train_step
+from hpcgpt.together import on_all
+from hpcgpt.world import Ranks
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step under way. `step` counts from 0, as does `batch`, the number of its global batch.
+
+    `figures` has the loss and the norm (2,) float64 in host memory, once the device has passed `ended`; `began` is
+    another such mark of its time.
+    """
+
+    step: int
+    batch: int
+    rate: float
+    outcome: Outcome
+    figures: Tensor
+    began: Any
+    ended: Any
+    waited_s: float
+
+
+class Engine:
+    def __init__(self, planned: Plan, ranks: Ranks, local: LocalTime | None = None) -> None:
+        """A model with its first weights, not warmed up yet. A collective.
+
+        Raises:
+            ValueError: the ranks would compute in different precisions.
+        """
+        self._plan, self._ranks, self._local = planned, ranks, local
+        self._config = settings = planned.config
+        self._on_gpu = self.reads_late = ranks.device.type == "cuda"
+        self.dtype = pick_dtype(settings.train.dtype, ranks.device)
+        dtypes = on_all(ranks, lambda: str(self.dtype))
+        if len(set(dtypes)) > 1:
+            raise ValueError(f"the ranks would compute in {' and '.join(sorted(set(dtypes)))}: set train.dtype")
+        # The table is of bf16 peaks.
+        measured = self._on_gpu and self.dtype == torch.bfloat16
+        self._peak_flops = metrics.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
+        if self._on_gpu:  # what stays in float32 may use the matrix units, too
+            torch.set_float32_matmul_precision("high")
+        self.model = GPT(settings.model, settings.run.seed).to(ranks.device)
+        if self.dtype == torch.float64:
+            self.model.double()
+        self.forward = _wrapped(self.model, ranks, settings.train.compile)
+        self.optimizer = make_optimizer(self.model, settings.optim)
+        context, size = settings.model.block_size, settings.model.vocab_size
+        self.loader = Loader(
+            Mixture(
+                [Windows(part.train, context, settings.stride, size) for part in planned.sets],
+                [part.quota for part in planned.sets],
+            ),
+            settings.run.seed,
+            ranks.world.rank,
+            ranks.world.size,
+            settings.train.global_batch,
+            settings.train.micro_batch,
+        )
+        self._feed = Feed(self.loader.batch, planned.micro_steps, ranks.device)
+
+    def warm_up(self) -> None:
+        """One pass whose gradients are thrown away.
+
+        DDP orders its buckets anew after the first backward pass, and the order decides in which sequence
+        floats are added. Without this pass the first step after a resume would round differently than
+        the same step in a run that was never interrupted. Compilation happens here too.
+        """
+        self.forward.train()
+        # The compiler's worker processes must not die of Slurm's warning.
+        with shielded() if self._config.train.compile else nullcontext():
+            accumulate(self.forward, self._feed.batches(0, 1), 1, self.precision)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._feed.waited_s()
+
+    def launch(self, step: int, batch: int) -> Launched:
+        """Begin optimizer step number `step` on global batch `batch`. A collective."""
+        settings = self._config
+        began = self._mark()
+        rate = learning_rate(step, self._plan.total_steps, settings)
+        outcome = train_step(
+            self.forward,
+            self.optimizer,
+            self._feed.batches(batch),
+            self._plan.micro_steps,
+            rate,
+            settings.optim.clip_norm,
+            self.precision,
+            self._ranks,
+            self._local,
+            settings.train.on_nonfinite == "skip",
+        )
+        figures = self._to_host(torch.stack([outcome.loss.double(), outcome.norm.double()]))
+        return Launched(step, batch, rate, outcome, figures, began, self._mark(), self._feed.waited_s())
+
+    def read(self, launched: Launched) -> dict[str, Any]:
+        """The figures of a step for metrics.jsonl, once it has ended: waits for that.
+
+        Loss and norm are None where they are no finite numbers, for which JSON has no word.
+        """
+        # Not by `.item()`, which would wait for all that the device has been given by now: the next step, too.
+        if self._on_gpu:
+            launched.ended.synchronize()
+        loss, norm = launched.figures.tolist()
+        elapsed_s = self._between(launched.began, launched.ended)
+        tokens_per_s = self._plan.tokens_per_step / elapsed_s
+        row = {
+            "step": launched.step + 1,
+            "tokens": (launched.step + 1) * self._plan.tokens_per_step,
+            "samples": (launched.step + 1) * self._config.train.global_batch,
+            "time": time.time(),
+            "train/loss": loss,
+            "train/lr": launched.rate,
+            "train/grad_norm": norm,
+            "train/tokens_per_s": tokens_per_s,
+            "train/step_s": elapsed_s,
+            "train/data_wait_s": launched.waited_s,
+        }
+        if launched.outcome.skipped:
+            row["train/skipped"] = True
+        if self._on_gpu:
+            row["train/memory_bytes"] = torch.cuda.max_memory_allocated(self._ranks.device)
+        if self._peak_flops:
+            achieved = tokens_per_s * self.model.flops_per_token() / self._ranks.world.size
+            row["train/mfu"] = achieved / self._peak_flops
+        return metrics.finite(row)
+
+    def blame(self, launched: Launched) -> str:
+        """Whose batches made this step's loss no finite number, in words. A collective."""
+        return divergence.blame(launched.outcome.own, launched.batch, self.loader, self._ranks)
+
+    def precision(self) -> AbstractContextManager[None]:
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self._ranks.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _to_host(self, figures: Tensor) -> Tensor:
+        if not self._on_gpu:
+            return figures
+        pinned = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+        return pinned.copy_(figures, non_blocking=True)
+
+    def _mark(self) -> Any:
+        """Now, by the clock that steps are measured with: on a GPU an event in its stream, which nobody waits for."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _between(self, began: Any, ended: Any) -> float:
+        """Seconds between two marks."""
+        return float(began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began)
+
+
+def _wrapped(model: GPT, ranks: Ranks, compiled: bool) -> nn.Module:
+    """What training calls: the model, compiled if asked for, behind DDP if there are other ranks."""
+    module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+    if ranks.control is None:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )

@@ -1,0 +1,84 @@
+"""What test_divergence runs, on 1 or 2 ranks: ``tests.ranks_diverge TOLD FAULTS TRAIN_ARGUMENTS``.
+
+The program itself, in which a micro-batch's loss goes wrong. FAULTS is JSON; every key may be left out:
+
+    nan      [rank, global batch, micro-step]: its loss is NaN
+    grad     [rank, global batch, micro-step]: its loss is a number, and its gradient is not
+    spike    [global batch, factor]: the losses of all its micro-batches are that many times as large
+    late     true: figures are read a step late, as on a GPU
+    stop     global batch: SIGUSR1 when it has been asked for
+    kill     global batch: SIGKILL then
+
+Each rank writes TOLD/batches_R.json at its end: the numbers of the global batches that it has trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcgpt import cli, engine, feed, train, world
+
+
+class Multiplied(torch.autograd.Function):
+    """x, and a gradient that is `factor` times as large."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, factor: float) -> Tensor:
+        context.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * context.factor, None
+
+
+def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
+    rank = world.discover().rank
+    asked: list[int] = []
+    micro_step = 0
+
+    def batches(self: feed.Feed, number: int, count: int | None = None) -> Any:
+        nonlocal micro_step
+        if count is None:  # else it is the warm-up
+            asked.append(number)
+            micro_step = 0
+            (folder / f"batches_{rank}.json").write_text(json.dumps(asked))
+            if faults.get("stop") == number:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if faults.get("kill") == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real_batches(self, number, count)
+
+    def hit(_model: object, inputs: tuple[Tensor, ...], loss: Tensor) -> Tensor:
+        nonlocal micro_step
+        if len(inputs) < 2 or not asked or not torch.is_grad_enabled():
+            return loss
+        place, micro_step = [rank, asked[-1], micro_step], micro_step + 1
+        if place == faults.get("nan"):
+            return loss * float("nan")
+        if place == faults.get("grad"):
+            return Multiplied.apply(loss, float("inf"))  # type: ignore[no-any-return, no-untyped-call]
+        at, factor = faults.get("spike", (None, 1.0))
+        return loss * factor if asked[-1] == at else loss
+
+    def build(self: engine.Engine, *given: Any) -> None:
+        real_build(self, *given)
+        self.model.register_forward_hook(hit)
+        self.reads_late = bool(faults.get("late"))
+
+    real_batches, feed.Feed.batches = feed.Feed.batches, batches  # type: ignore[method-assign]
+    real_build, engine.Engine.__init__ = engine.Engine.__init__, build  # type: ignore[method-assign]
+    sys.argv[1:] = arguments
+    cli.run(train.main)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:])

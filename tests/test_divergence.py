@@ -1,0 +1,194 @@
+"""hpcgpt.divergence, and what the loop does about it: losses that are no numbers, and losses that leap. Real runs, on
+one and two ranks, with a fault in one global batch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from conftest import TINY, command, curve, on_ranks, rows, tensors
+
+from hpcgpt import divergence, goodput, runfolder
+from hpcgpt.runfolder import AGAIN, FINISHED
+
+SPIKE = ("--spike.factor", "1.5", "--spike.window", "4")
+LAST = "checkpoints/step_000000012"
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [event for event in runfolder.events(run) if event["event"] == name]
+
+
+class Runs:
+    """Runs of the tiny model, by name; see ranks_diverge for the faults."""
+
+    def __init__(self, config: Path) -> None:
+        self.config, self.folder = config, config.parent
+
+    def start(self, name: str, faults: dict[str, Any], *words: str, ranks: int = 1) -> CompletedProcess[str]:
+        told = self.folder / f"told_{name}"
+        told.mkdir(exist_ok=True)
+        arguments = (str(told), json.dumps(faults), str(self.config), "--run.name", name, *words)
+        return on_ranks(ranks, "tests.ranks_diverge", *arguments)
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def batches(self, name: str, rank: int = 0) -> list[int]:
+        found: list[int] = json.loads((self.folder / f"told_{name}" / f"batches_{rank}.json").read_text())
+        return found
+
+
+@pytest.fixture
+def runs(tiny: Path) -> Runs:
+    return Runs(tiny)
+
+
+# --- no finite number ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_nan_in_one_ranks_batch_stops_all_ranks_and_names_the_samples(runs: Runs, late: bool) -> None:
+    """Global batch 6 is step 7, of samples 48 to 55; rank 1 has the last four, two to a micro-batch."""
+    done = runs.start("tiny", {"nan": [1, 6, 1], "late": late}, ranks=2)
+    assert done.returncode == 2, done.stderr
+    words = "step 7: the loss is nan and the gradient's norm nan (rank 1, samples 54 to 55)"
+    assert done.stderr.count(words) == 2, "both ranks know, at the same step"
+    assert [row["step"] for row in rows(runs.run("tiny") / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in (runs.run("tiny") / "checkpoints").glob("step_*")] == ["step_000000004"]
+    (event,) = events(runs.run("tiny"), "nonfinite")
+    assert (event["step"], event["whose"]) == (7, "rank 1, samples 54 to 55")
+    # Late: the next step was under way. Nothing of it is kept.
+    assert [runs.batches("tiny", rank)[-1] for rank in (0, 1)] == [6 + late] * 2
+
+
+def test_with_skip_it_costs_that_step_on_all_ranks_and_nothing_else(runs: Runs) -> None:
+    skip = ("--train.on_nonfinite", "skip")
+    done = runs.start("tiny", {"nan": [1, 6, 1]}, *skip, ranks=2)
+    assert done.returncode == FINISHED, done.stderr
+    found = rows(runs.run("tiny") / "metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert [row["step"] for row in found if row.get("train/skipped")] == [7]
+    assert (found[6]["train/loss"], found[6]["train/grad_norm"]) == (None, None)
+    assert "step 7: the loss is nan and the gradient's norm nan (rank 1, samples 54 to 55): skipped" in done.stdout
+    assert command("hpcgpt.status", str(runs.run("tiny"))).returncode == 0
+    # What a gradient does that is never applied: weights as after 11 steps without that batch, in all but the rate.
+    done = runs.start("resumed", {"nan": [1, 6, 1], "stop": 8}, *skip, ranks=2)
+    assert done.returncode == AGAIN, done.stderr
+    assert runs.start("resumed", {}, *skip, ranks=2).returncode == FINISHED
+    assert tensors(runs.run("resumed") / LAST) == tensors(runs.run("tiny") / LAST)
+    assert curve(runs.run("resumed")) == curve(runs.run("tiny"))
+
+
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(runs: Runs) -> None:
+    skip = ("--train.on_nonfinite", "skip", "--checkpoint.every", "1", "--checkpoint.keep_last", "20")
+    assert runs.start("tiny", {"grad": [0, 6, 2]}, *skip).returncode == FINISHED
+    six, seven, eight = (tensors(runs.run("tiny") / f"checkpoints/step_{step:09d}") for step in (6, 7, 8))
+    kept = {name for name in six if not name.startswith("rng/")}
+    assert all(six[name] == seven[name] for name in kept)
+    assert all(seven[name] != eight[name] for name in kept)
+    (event,) = events(runs.run("tiny"), "nonfinite")
+    assert event["whose"] == "every micro-batch's loss is a finite number, and a gradient is not: samples 48 to 55"
+
+
+def test_ten_skipped_steps_in_a_row_end_it(runs: Runs) -> None:
+    rate = ("--optim.lr", "1e30", "--schedule.initial_lr", "1e30")
+    done = runs.start("tiny", {}, "--train.on_nonfinite", "skip", *rate)
+    assert done.returncode == 2
+    assert f"and so it was in {divergence.LONGEST_SKIP} steps in a row" in done.stderr
+    assert "no sample: the model's logits are no finite numbers" in done.stdout
+
+
+# --- a leap ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spiked(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path) -> Runs:
+    """A run whose loss leaps in global batch 6, which is step 7: back to step 4."""
+    folder = tmp_path_factory.mktemp("spiked")
+    config = folder / "tiny.toml"
+    config.write_text(
+        f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", f'[run]\ndir = "{folder / "runs"}"')
+    )
+    runs = Runs(config)
+    done = runs.start("alone", {"spike": [6, 3.0]}, *SPIKE)
+    assert done.returncode == FINISHED, done.stderr
+    assert "back to step 4, without the samples since" in done.stdout
+    return runs
+
+
+def test_the_run_goes_back_and_leaves_the_samples_out(spiked: Runs) -> None:
+    assert spiked.batches("alone") == [0, 1, 2, 3, 4, 5, 6, *range(7, 15)]
+    found = rows(spiked.run("alone") / "metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(1, 13))
+    assert max(row["train/loss"] for row in found) < 1.5 * found[0]["train/loss"]
+    (event,) = events(spiked.run("alone"), "rollback")
+    assert (event["step"], event["spiked_step"], event["lost_steps"], event["skipped_batches"]) == (4, 7, 3, 3)
+
+
+def test_what_was_done_in_vain_is_lost_time(spiked: Runs) -> None:
+    from hpcgpt import history
+
+    measured = goodput.measure(*history.read(spiked.run("alone")))
+    assert measured.lost_steps == 3
+    assert 0 < measured.lost_s < measured.total_s
+
+
+@pytest.mark.parametrize(
+    ("name", "faults"),
+    [
+        ("stopped before", {"spike": [6, 3.0], "stop": 5}),  # its checkpoint, of step 6, is none to go back to
+        ("stopped after", {"spike": [6, 3.0], "stop": 9}),
+        ("killed after", {"spike": [6, 3.0], "kill": 9}),  # nothing of the way back is on the disk
+        ("read late", {"spike": [6, 3.0], "late": True}),
+    ],
+)
+def test_interruptions_do_not_change_where_it_goes(spiked: Runs, name: str, faults: dict[str, Any]) -> None:
+    first = spiked.start(name, faults, *SPIKE)
+    if "late" not in faults:
+        assert first.returncode == (AGAIN if "stop" in faults else -9), first.stderr
+        assert spiked.start(name, {"spike": [6, 3.0]}, *SPIKE).returncode == FINISHED
+    assert curve(spiked.run(name)) == curve(spiked.run("alone"))
+    assert tensors(spiked.run(name) / LAST) == tensors(spiked.run("alone") / LAST)
+
+
+def test_before_the_first_checkpoint_there_is_nothing_to_go_back_to(runs: Runs) -> None:
+    done = runs.start("tiny", {"spike": [3, 3.0]}, *SPIKE)
+    assert done.returncode == FINISHED, done.stderr
+    assert "there is no checkpoint to go back to yet" in done.stdout
+    assert [event["step"] for event in events(runs.run("tiny"), "spike")] == [4]
+    assert runs.batches("tiny") == list(range(12))
+
+
+def test_a_run_that_keeps_leaping_ends(runs: Runs) -> None:
+    done = runs.start("tiny", {"spike": [6, 3.0]}, "--spike.factor", "1.0001", "--spike.max_rollbacks", "1",
+                      "--spike.window", "2", "--optim.lr", "0.5", "--schedule.warmup_steps", "8")  # fmt: skip
+    assert done.returncode == 2
+    assert "after 1 rollbacks already: try a lower optim.lr" in done.stderr
+
+
+def test_usual_is_the_median_of_the_last_ones_once_half_of_them_are_there() -> None:
+    assert not divergence.is_spike(9.0, [3.0], 1.5, 4)
+    assert divergence.is_spike(4.6, [3.0, 3.0], 1.5, 4)
+    assert not divergence.is_spike(4.5, [3.0, 3.0], 1.5, 4)
+    assert not divergence.is_spike(4.6, [9.0, 3.1, 9.0, 3.0], 1.5, 4)
+
+
+# --- a step late -----------------------------------------------------------------------------------
+
+
+def test_figures_that_are_read_late_are_the_same(spiked: Runs) -> None:
+    """What a GPU does, on a CPU: rows come a step later, but for those that a checkpoint or an evaluation waits for."""
+    for late in (False, True):
+        name = f"late {late}"
+        done = spiked.start(name, {"late": late, "stop": 6})
+        assert done.returncode == AGAIN, done.stderr
+        assert [row["step"] for row in rows(spiked.run(name) / "metrics.jsonl")] == list(range(1, 8))
+        assert spiked.start(name, {"late": late}).returncode == FINISHED
+    first, second = spiked.run("late False"), spiked.run("late True")
+    assert curve(first) == curve(second)
+    assert tensors(first / LAST) == tensors(second / LAST)

@@ -1,0 +1,112 @@
+"""hpcgpt.feed: batches are read one ahead, in their order, by a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpcgpt.feed import Feed
+
+CPU = torch.device("cpu")
+
+
+class Shards:
+    """Stands for the loader: batch (number, micro-step) is full of 100 * number + micro-step. `gate` holds it up."""
+
+    def __init__(self) -> None:
+        self.read_by: list[tuple[int, int, str]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.reads = threading.Semaphore(0)
+
+    def read(self, number: int, micro_step: int) -> Tensor:
+        self.read_by.append((number, micro_step, threading.current_thread().name))
+        self.reads.release()
+        assert self.gate.wait(60)
+        if number == 7:
+            raise ValueError("a bad shard")
+        return torch.full((2, 5), 100 * number + micro_step, dtype=torch.int16)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        return [(number, micro_step) for number, micro_step, _ in self.read_by]
+
+
+@contextmanager
+def feeding(micro_steps: int = 2) -> Iterator[tuple[Shards, Feed]]:
+    shards = Shards()
+    yield shards, Feed(shards.read, micro_steps, CPU)
+    shards.gate.set()
+
+
+def values(feed: Feed, number: int) -> list[int]:
+    found = []
+    for inputs, targets in feed.batches(number):
+        assert (inputs.shape, targets.shape, inputs.dtype) == ((2, 4), (2, 4), torch.int64)
+        assert inputs.unique().tolist() == targets.unique().tolist()
+        found.append(int(inputs[0, 0]))
+    return found
+
+
+def test_each_batch_is_the_one_that_was_asked_for() -> None:
+    with feeding() as (_, feed):
+        assert [values(feed, number) for number in (0, 1, 2)] == [[0, 1], [100, 101], [200, 201]]
+
+
+def test_the_next_one_is_read_before_it_is_asked_for_and_once() -> None:
+    with feeding() as (shards, feed):
+        values(feed, 0)
+        for _ in range(3):
+            assert shards.reads.acquire(timeout=60)
+        assert shards.places == [(0, 0), (0, 1), (1, 0)]
+        values(feed, 1)
+        assert shards.reads.acquire(timeout=60)
+        assert shards.reads.acquire(timeout=60)
+        assert shards.places[3:] == [(1, 1), (2, 0)]
+        assert {name for _, _, name in shards.read_by} == {"feed"}
+
+
+def test_a_run_that_goes_back_or_leaves_batches_out_gets_the_right_ones() -> None:
+    with feeding() as (_, feed):
+        assert values(feed, 5) == [500, 501]
+        assert values(feed, 2) == [200, 201]
+        assert values(feed, 6) == [600, 601]
+
+
+def test_a_part_of_a_batch_may_be_left() -> None:
+    """The warm-up takes one micro-batch of the first batch."""
+    with feeding() as (_, feed):
+        assert [int(inputs[0, 0]) for inputs, _ in feed.batches(0, 1)] == [0]
+        assert values(feed, 0) == [0, 1]
+
+
+def test_an_error_is_raised_where_the_batch_is_taken_and_not_before() -> None:
+    with feeding() as (shards, feed):
+        assert values(feed, 6) == [600, 601]  # the bad one is read by now, or soon
+        for _ in range(3):
+            assert shards.reads.acquire(timeout=60)
+        assert shards.places[-1] == (7, 0)
+        assert values(feed, 8) == [800, 801]  # and never used
+        with pytest.raises(ValueError, match="a bad shard"):
+            values(feed, 7)
+
+
+def test_only_waiting_counts_as_waiting() -> None:
+    with feeding(micro_steps=1) as (shards, feed):
+        values(feed, 0)
+        feed.waited_s()
+        for _ in range(2):
+            assert shards.reads.acquire(timeout=60)
+        shards.gate.clear()
+        values(feed, 1)  # read ahead already
+        assert shards.reads.acquire(timeout=60)  # 2 is held up
+        free_s = feed.waited_s()
+        threading.Timer(0.5, shards.gate.set).start()
+        assert values(feed, 2) == [200]
+        assert feed.waited_s() > 0.4 > free_s
+        assert feed.waited_s() == 0.0
