@@ -1,0 +1,136 @@
+"""Runs of hpcgpt and of a checkout of nanoGPT that the user has, on the same tokens: what both benchmarks need.
+
+Each run is a process, started by its own command, in a folder of its own. nanoGPT opens configurator.py and its data
+below the current folder, so it gets a folder with a link to the one and a copy of the other: the shards of --data, put
+together to its headerless files by `data_prep.export`. Nothing of it is imported or copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep import export
+from hpcgpt import shards
+from hpcgpt.model import VOCAB_MULTIPLE
+
+# layers, heads, width, context
+MODELS = {
+    "laptop": (6, 6, 384, 256),
+    "124m": (12, 12, 768, 1024),
+    "350m": (24, 16, 1024, 1024),
+    "774m": (36, 20, 1280, 1024),
+    "1558m": (48, 25, 1600, 1024),
+}
+EVERY = 10  # steps between two lines of nanoGPT's: a line waits for the GPU
+
+
+def words(name: str, **values: Any) -> list[str]:
+    """``--name.key value`` for each of `values`; `name` may be empty, for nanoGPT's ``--key=value``."""
+    if not name:
+        return [f"--{key}={value}" for key, value in values.items()]
+    return [word for key, value in values.items() for word in (f"--{name}.{key}", str(value))]
+
+
+def ours(
+    folder: Path, name: str, data: Path, model: str, steps: int, batch: int, micro: int, *more: str
+) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of a run of `steps` steps."""
+    layers, heads, width, context = MODELS[model]
+    command = [
+        sys.executable, "-m", "hpcgpt.train",
+        *words("run", name=name, dir=folder),
+        *words("data", dir=data),
+        *words("model", n_layer=layers, n_head=heads, n_embd=width, block_size=context),
+        *words("train", steps=steps, global_batch=batch, micro_batch=micro),
+        *words("checkpoint", every=0), *words("sample", tokens=0), *words("tracking", wandb="disabled"),
+        *more,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def prepared(peer: Path, folder: Path, data: Path) -> Path:
+    """A folder that nanoGPT's train.py runs in, with the tokens of the shards in `data`."""
+    if not (peer / "train.py").is_file() or not (peer / "configurator.py").is_file():
+        raise SystemExit(f"{peer} is no checkout of nanoGPT: train.py and configurator.py are not there")
+    tokens = folder / "data" / "tokens"
+    export.main([str(data), "--out", str(tokens), "--to", "nanogpt"])
+    (folder / "configurator.py").symlink_to((peer / "configurator.py").resolve())
+    size = int(shards.read_manifest(data).tokenizer["vocab_size"])
+    rows = -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    (tokens / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": rows}))
+    return folder
+
+
+def theirs(
+    peer: Path, folder: Path, model: str, steps: int, batch: int, micro: int, device: str, **values: Any
+) -> Iterator[tuple[float, str]]:
+    """The lines that nanoGPT prints, each with the time when it came, in seconds. `folder` is a `prepared` one."""
+    layers, heads, width, context = MODELS[model]
+    settings: Mapping[str, Any] = {
+        "dataset": "tokens", "out_dir": folder / "out", "device": device, "bias": True, "dropout": 0.0,
+        "n_layer": layers, "n_head": heads, "n_embd": width, "block_size": context, "batch_size": micro,
+        "gradient_accumulation_steps": batch // micro, "max_iters": steps, "log_interval": EVERY,
+        "always_save_checkpoint": False, "eval_interval": steps + 1, "eval_iters": 1,
+    } | values  # fmt: skip
+    command = [sys.executable, "-u", str((peer / "train.py").resolve()), *words("", **settings)]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder) as running,
+    ):
+        assert running.stdout is not None
+        for line in running.stdout:
+            yield time.perf_counter(), line
+        if running.wait():
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command)}\n{errors.read()}")
+
+
+def iteration(line: str) -> int | None:
+    """The number of the iteration that a line of nanoGPT's tells of, from 0; None if it is of something else."""
+    found = re.match(r"iter (\d+): loss", line)
+    return int(found[1]) if found else None
+
+
+def machine(peer: Path) -> dict[str, Any]:
+    """What the figures depend on."""
+    head = subprocess.run(
+        ["git", "-C", str(peer), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+        ),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "peer_commit": head or None,
+    }
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--peer", type=Path, required=True, metavar="DIR", help="a checkout of nanoGPT")
+    made.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of uint16 token shards")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
+    return made
