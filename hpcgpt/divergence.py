@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from hpcgpt.config import Spike
 from hpcgpt.loader import Loader
 from hpcgpt.together import on_all
 from hpcgpt.world import Ranks
@@ -35,6 +39,59 @@ def blame(own: Sequence[Tensor], number: int, loader: Loader, ranks: Ranks) -> s
         return "; ".join(found[:8]) + (f"; and {len(found) - 8:,} more" if len(found) > 8 else "")
     first, after = number * loader.global_batch, (number + 1) * loader.global_batch
     return f"every micro-batch's loss is a finite number, and a gradient is not: samples {first:,} to {after - 1:,}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On a step: `words` where there is something to tell, `fatal` how they go on if it ends the run, `spike`."""
+
+    words: str = ""
+    fatal: str = ""
+    spike: bool = False
+
+
+class Judge:
+    """Looks at each step in turn. Every rank has one, and comes to the same verdicts."""
+
+    def __init__(self, settings: Spike) -> None:
+        self._settings = settings
+        self._recent: deque[float] = deque(maxlen=settings.window)
+        self._bad_steps = 0  # in a row
+
+    def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """What was usual until now, from rows of metrics.jsonl; what was known before is forgotten."""
+        self._recent.clear()
+        self._recent.extend(row["train/loss"] for row in rows if row["train/loss"] is not None)
+
+    def of(self, step: int, loss: float, norm: float, skipped: bool, whose: Callable[[], str]) -> Verdict:
+        """On a step, counted from 1, with this loss and gradient norm; was it `skipped`?
+
+        `whose` is asked, by all ranks, for the batches that made them no finite numbers.
+        """
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            words = f"step {step:,}: the loss is {loss} and the gradient's norm {norm} ({whose()})"
+            return self._not_finite(words, skipped)
+        self._bad_steps = 0
+        settings = self._settings
+        if not settings.factor:
+            return Verdict()
+        if is_spike(loss, self._recent, settings.factor, settings.window):
+            usual = statistics.median(self._recent)
+            return Verdict(f"step {step:,}: the loss is {loss:.4f}, and {usual:.4f} was usual", spike=True)
+        self._recent.append(loss)
+        return Verdict()
+
+    def _not_finite(self, words: str, skipped: bool) -> Verdict:
+        self._bad_steps += 1
+        if not skipped:
+            return Verdict(
+                words,
+                ": training has diverged, and the checkpoints before are whole; try a lower optim.lr under another "
+                "--run.name, or train.on_nonfinite skip",
+            )
+        if self._bad_steps >= LONGEST_SKIP:
+            return Verdict(words, f", and so it was in {self._bad_steps} steps in a row: training has diverged")
+        return Verdict(f"{words}: skipped, weights and optimizer are as they were")
 
 
 def is_spike(loss: float, recent: Sequence[float], factor: float, window: int) -> bool:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import gc
 import socket
-import statistics
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from numpy.typing import NDArray
 from hpcgpt import (
     checkpoint,
     config_sources,
-    divergence,
     durable,
     generation,
     metrics,
@@ -36,6 +33,7 @@ from hpcgpt import (
     world,
 )
 from hpcgpt.blame import Blame
+from hpcgpt.divergence import Judge
 from hpcgpt.engine import Engine, Launched
 from hpcgpt.evaluate import HeldOut, evaluate_all
 from hpcgpt.generation import Generation
@@ -142,8 +140,7 @@ class Attempt:
 
         self.progress = Progress()
         self._unread: Launched | None = None  # the step that was launched last, if its row is still to come
-        self._nonfinite = 0  # steps in a row
-        self._recent: deque[float] = deque(maxlen=settings.spike.window)
+        self._judge = Judge(settings.spike)
         self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
         self._saver = Saver(
@@ -294,35 +291,14 @@ class Attempt:
     def _read(self, launched: Launched) -> dict[str, Any] | None:
         """The row of a step that has been judged; None if it sent the run back. A collective where it went wrong."""
         row = self.engine.read(launched) | {"attempt": self.number}
-        loss = row["train/loss"]
-        if loss is None or row["train/grad_norm"] is None:
-            self._not_finite(launched)
-            return row
-        self._nonfinite = 0
-        spike = self.config.spike
-        if spike.factor and divergence.is_spike(loss, self._recent, spike.factor, spike.window):
-            if self._roll_back(launched, row):
-                return None
-        elif spike.factor:
-            self._recent.append(loss)
-        return row
-
-    def _not_finite(self, launched: Launched) -> None:
-        whose = self.engine.blame(launched)
-        self._nonfinite += 1
-        step, loss, norm = launched.step + 1, *launched.figures.tolist()
-        words = f"step {step:,}: the loss is {loss} and the gradient's norm {norm} ({whose})"
-        if self._reporter:
-            self._reporter.event("nonfinite", step=step, loss=str(loss), norm=str(norm), whose=whose)
-        if not launched.outcome.skipped:
-            raise ValueError(
-                f"{words}: training has diverged, and the checkpoints before are whole; try a lower optim.lr under "
-                "another --run.name, or train.on_nonfinite skip"
-            )
-        if self._nonfinite >= divergence.LONGEST_SKIP:
-            raise ValueError(f"{words}, and so it was in {self._nonfinite} steps in a row: training has diverged")
-        if self._reporter:
-            self._reporter.say(f"{words}: skipped, weights and optimizer are as they were")
+        loss, norm = launched.figures.tolist()
+        found = self._judge.of(row["step"], loss, norm, launched.outcome.skipped, lambda: self.engine.blame(launched))
+        if found.words and self._reporter:
+            self._reporter.say(found.words)
+            self._reporter.event("spike" if found.spike else "nonfinite", step=row["step"], words=found.words)
+        if found.fatal:
+            raise ValueError(f"{found.words}{found.fatal}")
+        return None if found.spike and self._roll_back(launched, row) else row
 
     def _roll_back(self, launched: Launched, row: dict[str, Any]) -> bool:
         """Go back to the last regular checkpoint, without the samples since; False if there is none. A collective.
@@ -332,28 +308,26 @@ class Attempt:
         that starts from the same checkpoint meets the same loss, and goes back again.
         """
         self._tell(self._saver.finish(self._watchdog.alive))
-        spike, checkpoints, step = self.config.spike, self.folder / "checkpoints", row["step"]
-        words = f"step {step:,}: the loss is {row['train/loss']:.4f}, usual is {statistics.median(self._recent):.4f}"
+        spike, step = self.config.spike, row["step"]
         target = restore.newest_valid(
-            checkpoints, self.ranks, self.held, lambda saved: saved < step and self._is_regular(saved)
+            self.folder / "checkpoints", self.ranks, self.held, lambda saved: saved < step and self._is_regular(saved)
         )
         if target is None:
             if self._reporter:
-                self._reporter.event("spike", step=step, loss=row["train/loss"])
-                self._reporter.say(f"{words}; there is no checkpoint to go back to yet")
+                self._reporter.say("there is no checkpoint to go back to yet")
             return False
         rollbacks = self.progress.rollbacks + 1
         if rollbacks > spike.max_rollbacks:
             raise ValueError(
-                f"{words}, after {spike.max_rollbacks} rollbacks already: try a lower optim.lr under another "
-                "--run.name, or a larger spike.factor"
+                f"step {step:,}: another spike after {spike.max_rollbacks} rollbacks: try a lower optim.lr under "
+                "another --run.name, or a larger spike.factor"
             )
         on_first(self.ranks, lambda: self._remove_beyond(checkpoint.step_of(target)))
         self._load(target)
         self.progress.skipped, self.progress.rollbacks = launched.batch + 1 - self.progress.step, rollbacks
         if self._reporter:
             self._reporter.roll_back(self.progress.step, row, self.progress.skipped)
-            self._reporter.say(f"{words}: back to step {self.progress.step:,}, without the samples since")
+            self._reporter.say(f"back to step {self.progress.step:,}, without the samples since")
         self._remember()
         return True
 
@@ -364,10 +338,9 @@ class Attempt:
                 retention.remove(path, self.held)
 
     def _remember(self) -> None:
-        """What loss is usual, from the rows that there are. A collective."""
+        """Tell the judge what loss is usual, from the rows that there are. A collective."""
         if self.config.spike.factor:
-            tail = on_first(self.ranks, lambda: self._reporter.metrics.tail if self._reporter else [])
-            self._recent.extend(row["train/loss"] for row in tail if row["train/loss"] is not None)
+            self._judge.remember(on_first(self.ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
 
     def _sweep(self) -> None:
         """Collect garbage here, and not when Python feels like it: each rank would do so in another step."""
