@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,19 @@ def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def rank_pids(job: str) -> dict[int, int]:
-    """The ranks of a job, by their number: the machine's own pids, whichever host of the lab they live on."""
-    found = {}
+    """The ranks of a job, by their number."""
+    return {int(env["SLURM_PROCID"]): pid for pid, env in running("hpcgpt.train") if env.get("SLURM_JOB_ID") == job}
+
+
+def running(module: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The processes ``python -m module``: the machine's own pids, whichever host of the lab they live on, and their
+    environments.
+    """
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            env = dict(pair.partition(b"=")[::2] for pair in (entry / "environ").read_bytes().split(b"\0"))
+            words = (entry / "cmdline").read_text(errors="replace").split("\0")
+            env = dict(pair.partition("=")[::2] for pair in (entry / "environ").read_text(errors="replace").split("\0"))
         except OSError:  # it has just ended
             continue
-        if words[1:3] == [b"-m", b"hpcgpt.train"] and env.get(b"SLURM_JOB_ID") == job.encode():
-            found[int(env[b"SLURM_PROCID"])] = int(entry.name)
-    return found
+        if words[1:3] == ["-m", module]:
+            yield int(entry.name), env

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cluster import running
 from conftest import ROOT, clean_env, command
 from lab import cut, heal, slurm, wait_until_idle
 from lab_conf import Lab
@@ -91,14 +92,9 @@ def wait_for_units(out: Path, count: int) -> None:
 
 def makers() -> Iterator[tuple[int, int, str]]:
     """The processes that make shards for a task of an array: pid, task, node."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            env = dict(pair.partition(b"=")[::2] for pair in (entry / "environ").read_bytes().split(b"\0"))
-        except OSError:  # it has just ended
-            continue
-        if words[1:3] == [b"-m", b"data_prep.make_shards"] and b"SLURM_ARRAY_TASK_ID" in env:
-            yield int(entry.name), int(env[b"SLURM_ARRAY_TASK_ID"]), env[b"SLURMD_NODENAME"].decode()
+    for pid, env in running("data_prep.make_shards"):
+        if "SLURM_ARRAY_TASK_ID" in env:
+            yield pid, int(env["SLURM_ARRAY_TASK_ID"]), env["SLURMD_NODENAME"]
 
 
 @pytest.mark.timeout(400)
