@@ -1,0 +1,160 @@
+"""One rank's training step in several ways, in turns: what compiling, precision and attention kernels give.
+
+    python benchmarks/step.py --data data/quickstart/shards [--config gpt2-124m] [--micro-batch 8] [--micro-steps 1]
+        [--rounds 5] [--steps 10] [--ways NAME,...] [--json benchmarks/results/step.json]
+
+Each way has an engine of its own, as `hpcgpt train` makes it, of the same first weights and on the same samples. In
+each round each way makes --steps steps, in a new order; figures are medians over the rounds. Steps are launched and
+read as the training loop does. "Between" is the part of the time that no step took: reading figures, and whatever
+keeps the host from being ahead. Ways that this machine cannot go are left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hpcgpt import config_sources, plan, precision, world
+from hpcgpt.config import Config
+from hpcgpt.engine import Engine, Launched
+
+Context = Callable[[], AbstractContextManager[Any]]
+KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+           "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Way:
+    flags: dict[str, Any]
+    context: Context = nullcontext
+    engine: Engine | None = None
+    step: int = 0
+    warm_up_s: float = 0.0
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    ranks = world.Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), device, None)
+    ways = _ways(device)
+    if options.ways:
+        ways = {name: ways[name] for name in options.ways.split(",")}
+    refused = {}
+    for name, way in list(ways.items()):
+        started_at = time.perf_counter()
+        try:
+            way.engine = Engine(plan.make(_config(options, way.flags), 1), ranks)
+            with way.context():
+                way.engine.warm_up()
+                _steps(way, 3, device)
+        except (RuntimeError, ValueError) as error:
+            refused[name] = str(error).splitlines()[0]
+            print(f"{name:28} left out: {refused[name]}", flush=True)
+            del ways[name]
+            continue
+        way.warm_up_s = time.perf_counter() - started_at
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name in random.sample(sorted(ways), len(ways)):
+            with ways[name].context():
+                found[name].append(_steps(ways[name], options.steps, device))
+    result = {}
+    for name, rounds in found.items():
+        result[name] = {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
+        result[name]["warm_up_s"] = ways[name].warm_up_s
+        told = "  ".join(f"{key} {value:,.4g}" for key, value in result[name].items())
+        print(f"{name:28} {told}", flush=True)
+    if options.json:
+        about = {
+            "config": options.config, "micro_batch": options.micro_batch, "micro_steps": options.micro_steps,
+            "rounds": options.rounds, "steps": options.steps, "torch": torch.__version__,
+            "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        }  # fmt: skip
+        options.json.write_text(json.dumps(about | {"ways": result, "left_out": refused}, indent=1) + "\n")
+
+
+def _ways(device: torch.device) -> dict[str, Way]:
+    if device.type == "cpu":
+        ways = {"float32": Way({"dtype": "float32"}), "float32, compiled": Way({"dtype": "float32", "compile": True})}
+        if precision.cpu_has_bf16():
+            ways |= {"bf16": Way({"dtype": "bfloat16"}), "bf16, compiled": Way({"dtype": "bfloat16", "compile": True})}
+        return ways
+    ways = {"bf16": Way({"dtype": "bfloat16"}), "float32": Way({"dtype": "float32"})}
+    ways["bf16, compiled"] = Way({"dtype": "bfloat16", "compile": True})
+    for name, kernel in KERNELS.items():
+        ways[f"bf16, compiled, {name}"] = Way(
+            {"dtype": "bfloat16", "compile": True}, lambda kernel=kernel: sdpa_kernel(kernel)
+        )
+    return ways
+
+
+def _config(options: argparse.Namespace, flags: dict[str, Any]) -> Config:
+    settings = config_sources.from_file(config_sources.find(options.config))
+    train = dataclasses.replace(
+        settings.train, micro_batch=options.micro_batch, global_batch=options.micro_batch * options.micro_steps, **flags
+    )
+    data = dataclasses.replace(settings.data, dir=str(options.data), mix=())
+    return dataclasses.replace(settings, train=train, data=data)
+
+
+def _steps(way: Way, count: int, device: torch.device) -> dict[str, float]:
+    """Steps as the loop makes them: the figures of one are read when the next is launched."""
+    engine = way.engine
+    assert engine is not None
+    rows: list[dict[str, Any]] = []
+    unread: Launched | None = None
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started_at = time.perf_counter()
+    for _ in range(count):
+        launched = engine.launch(way.step, way.step)
+        way.step += 1
+        if unread is not None:
+            rows.append(engine.read(unread))
+        unread = launched
+    assert unread is not None
+    rows.append(engine.read(unread))
+    elapsed_s = time.perf_counter() - started_at
+    found = {
+        "step_s": elapsed_s / count,
+        "tokens_per_s": rows[-1]["train/tokens_per_s"] * rows[-1]["train/step_s"] * count / elapsed_s,
+        "between": 1 - sum(row["train/step_s"] for row in rows) / elapsed_s,
+        "data_wait_s": statistics.median(row["train/data_wait_s"] for row in rows),
+    }
+    if "train/mfu" in rows[-1]:
+        found["mfu"] = rows[-1]["train/mfu"] * rows[-1]["train/step_s"] * count / elapsed_s
+    if "train/memory_bytes" in rows[-1]:
+        found["memory_bytes"] = rows[-1]["train/memory_bytes"]
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of token shards")
+    parser.add_argument("--config", default="gpt2-124m", help="a preset or a TOML file (default: gpt2-124m)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences a pass (default: 8)")
+    parser.add_argument("--micro-steps", type=int, default=1, help="passes a step (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="steps a way and round (default: 10)")
+    parser.add_argument("--ways", help="only these, with commas between; their names are those of the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
