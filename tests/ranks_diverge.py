@@ -4,7 +4,7 @@ The program itself, in which a micro-batch's loss goes wrong. FAULTS is JSON; ev
 
     nan      [rank, global batch, micro-step]: its loss is NaN
     grad     [rank, global batch, micro-step]: its loss is a number, and its gradient is not
-    spike    [global batch, factor]: the losses of all its micro-batches are that many times as large
+    spikes   global batches: the losses of all their micro-batches are three times as large
     late     true: figures are read a step late, as on a GPU
     stop     global batch: SIGUSR1 when it has been asked for
     kill     global batch: SIGKILL then
@@ -66,8 +66,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
             return loss * float("nan")
         if place == faults.get("grad"):
             return Multiplied.apply(loss, float("inf"))  # type: ignore[no-any-return, no-untyped-call]
-        at, factor = faults.get("spike", (None, 1.0))
-        return loss * factor if asked[-1] == at else loss
+        return loss * 3 if asked[-1] in faults.get("spikes", ()) else loss
 
     def build(self: engine.Engine, *given: Any) -> None:
         real_build(self, *given)

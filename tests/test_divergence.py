@@ -116,7 +116,7 @@ def spiked(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path) -> Run
         f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", f'[run]\ndir = "{folder / "runs"}"')
     )
     runs = Runs(config)
-    done = runs.start("alone", {"spike": [6, 3.0]}, *SPIKE)
+    done = runs.start("alone", {"spikes": [6]}, *SPIKE)
     assert done.returncode == FINISHED, done.stderr
     assert "back to step 4, without the samples since" in done.stdout
     return runs
@@ -131,6 +131,13 @@ def test_the_run_goes_back_and_leaves_the_samples_out(spiked: Runs) -> None:
     assert (event["step"], event["spiked_step"], event["lost_steps"], event["skipped_batches"]) == (4, 7, 3, 3)
 
 
+def test_a_second_leap_leaves_out_more(spiked: Runs) -> None:
+    """Global batch 9 is step 7 by then."""
+    assert spiked.start("twice", {"spikes": [6, 9]}, *SPIKE).returncode == FINISHED
+    assert spiked.batches("twice") == list(range(18))
+    assert [event["skipped_batches"] for event in events(spiked.run("twice"), "rollback")] == [3, 6]
+
+
 def test_what_was_done_in_vain_is_lost_time(spiked: Runs) -> None:
     from hpcgpt import history
 
@@ -142,23 +149,23 @@ def test_what_was_done_in_vain_is_lost_time(spiked: Runs) -> None:
 @pytest.mark.parametrize(
     ("name", "faults"),
     [
-        ("stopped before", {"spike": [6, 3.0], "stop": 5}),  # its checkpoint, of step 6, is none to go back to
-        ("stopped after", {"spike": [6, 3.0], "stop": 9}),
-        ("killed after", {"spike": [6, 3.0], "kill": 9}),  # nothing of the way back is on the disk
-        ("read late", {"spike": [6, 3.0], "late": True}),
+        ("stopped before", {"spikes": [6], "stop": 5}),  # its checkpoint, of step 6, is none to go back to
+        ("stopped after", {"spikes": [6], "stop": 9}),
+        ("killed after", {"spikes": [6], "kill": 9}),  # nothing of the way back is on the disk
+        ("read late", {"spikes": [6], "late": True}),
     ],
 )
 def test_interruptions_do_not_change_where_it_goes(spiked: Runs, name: str, faults: dict[str, Any]) -> None:
     first = spiked.start(name, faults, *SPIKE)
     if "late" not in faults:
         assert first.returncode == (AGAIN if "stop" in faults else -9), first.stderr
-        assert spiked.start(name, {"spike": [6, 3.0]}, *SPIKE).returncode == FINISHED
+        assert spiked.start(name, {"spikes": [6]}, *SPIKE).returncode == FINISHED
     assert curve(spiked.run(name)) == curve(spiked.run("alone"))
     assert tensors(spiked.run(name) / LAST) == tensors(spiked.run("alone") / LAST)
 
 
 def test_before_the_first_checkpoint_there_is_nothing_to_go_back_to(runs: Runs) -> None:
-    done = runs.start("tiny", {"spike": [3, 3.0]}, *SPIKE)
+    done = runs.start("tiny", {"spikes": [3]}, *SPIKE)
     assert done.returncode == FINISHED, done.stderr
     assert "there is no checkpoint to go back to yet" in done.stdout
     assert [event["step"] for event in events(runs.run("tiny"), "spike")] == [4]
@@ -166,7 +173,7 @@ def test_before_the_first_checkpoint_there_is_nothing_to_go_back_to(runs: Runs) 
 
 
 def test_a_run_that_keeps_leaping_ends(runs: Runs) -> None:
-    done = runs.start("tiny", {"spike": [6, 3.0]}, "--spike.factor", "1.0001", "--spike.max_rollbacks", "1",
+    done = runs.start("tiny", {"spikes": [6]}, "--spike.factor", "1.0001", "--spike.max_rollbacks", "1",
                       "--spike.window", "2", "--optim.lr", "0.5", "--schedule.warmup_steps", "8")  # fmt: skip
     assert done.returncode == 2
     assert "another spike after 1 rollbacks: try a lower optim.lr" in done.stderr
