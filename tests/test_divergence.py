@@ -164,6 +164,22 @@ def test_interruptions_do_not_change_where_it_goes(spiked: Runs, name: str, faul
     assert tensors(spiked.run(name) / LAST) == tensors(spiked.run("alone") / LAST)
 
 
+def test_what_was_saved_between_is_gone(spiked: Runs) -> None:
+    """Stopped and saved at step 6; then back to step 4, and stopped at step 5 of the new way."""
+    assert spiked.start("between", {"stop": 5}, *SPIKE).returncode == AGAIN
+    assert spiked.start("between", {"spikes": [6], "stop": 7}, *SPIKE).returncode == AGAIN
+    there = sorted(path.name for path in (spiked.run("between") / "checkpoints").iterdir())
+    assert there == ["step_000000004", "step_000000005"]
+
+
+def test_rollbacks_of_earlier_attempts_count(spiked: Runs) -> None:
+    once = (*SPIKE, "--spike.max_rollbacks", "1")
+    assert spiked.start("counted", {"spikes": [6], "stop": 8}, *once).returncode == AGAIN
+    done = spiked.start("counted", {"spikes": [9]}, *once)
+    assert done.returncode == 2
+    assert "step 7: another spike after 1 rollbacks" in done.stderr
+
+
 def test_before_the_first_checkpoint_there_is_nothing_to_go_back_to(runs: Runs) -> None:
     done = runs.start("tiny", {"spikes": [3]}, *SPIKE)
     assert done.returncode == FINISHED, done.stderr
