@@ -37,10 +37,10 @@ from hpcgpt import (
     world,
 )
 from hpcgpt.blame import Blame
-from hpcgpt.evaluate import HeldOut, evaluate_all
+from hpcgpt.evaluate import HeldOut, Terms, evaluate_all
 from hpcgpt.generation import Generation
 from hpcgpt.loader import Loader, Mixture, Windows, widen
-from hpcgpt.model import GPT
+from hpcgpt.model import GPT, Manner
 from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
 from hpcgpt.precision import pick_dtype
@@ -133,7 +133,8 @@ class Attempt:
         measured = cuda and self.dtype == torch.bfloat16
         self._peak_flops = metrics.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
         self._data_wait_s = 0.0
-        self.model = GPT(settings.model, settings.run.seed).to(ranks.device)
+        manner = Manner.of(settings, planned.sets[0].manifest.tokenizer["end_of_text"])
+        self.model = GPT(settings.model, settings.run.seed, manner).to(ranks.device)
         if self.dtype == torch.float64:
             self.model.double()
         self.forward = _wrapped(self.model, ranks, settings.train.compile)
@@ -349,16 +350,11 @@ class Attempt:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self) -> dict[str, float] | None:
-        return evaluate_all(
-            self.model,
-            self.held_out,
-            self.config.eval.batches,
-            self.config.train.micro_batch,
-            self.token_bytes,
-            self.ranks,
-            self._precision,
-            lambda: self._between() != Stop.NO,
+        batches, micro_batch = self.config.eval.batches, self.config.train.micro_batch
+        terms = Terms(
+            batches, micro_batch, self.token_bytes, self.ranks, self._precision, lambda: self._between() != Stop.NO
         )
+        return evaluate_all(self.model, self.held_out, terms)
 
     # --- saving ------------------------------------------------------------------------------------
 
