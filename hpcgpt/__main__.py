@@ -12,7 +12,8 @@ COMMANDS = {
     "submit": "queue a training job on Slurm",
     "status": "how a run is going",
     "checkpoint": "list, verify and show a run's checkpoints",
-    "sample": "generate text from a run's newest checkpoint",
+    "sample": "generate text from a run's checkpoint",
+    "eval": "a checkpoint's loss on the validation split",
     "drill": "train under fire: faults of all kinds, and the same bytes in the end",
 }
 

@@ -58,18 +58,24 @@ class Data:
     )
     tokenizer: str = option("", "name or fingerprint that the shards' tokenizer must have; empty: any")
     stride: int = option(0, "tokens between the starts of two windows; 0: block_size", low=0)
+    document_mask: bool = option(
+        False, "attention stays within a document, and positions restart at each; else it sees the whole window"
+    )
 
 
 @dataclass(frozen=True)
 class Model:
-    kind: Literal["gpt2"] = option("gpt2", "architecture")
+    kind: Literal["gpt2", "modern"] = option(
+        "gpt2", "architecture; modern: RMSNorm, rotary positions, SwiGLU, QK-norm, grouped queries, no biases"
+    )
     n_layer: int = option(12, "transformer blocks", low=1)
     n_head: int = option(12, "attention heads a block", low=1)
+    n_kv_head: int = option(0, "modern: key-value heads a block, each for as many heads; 0: n_head", low=0)
     n_embd: int = option(768, "width of the residual stream", low=1)
     block_size: int = option(1024, "context length in tokens", low=1)
     vocab_size: int = option(0, "ids of the vocabulary; 0: as many as the shards' tokenizer has", low=0)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", low=0, below=1)
-    qkv_bias: bool = option(True, "biases in the query, key and value projections")
+    qkv_bias: bool = option(True, "biases in the query, key and value projections; modern has none")
     tied: bool = option(True, "share the token embedding with the output head")
     init_std: float = option(0.02, "standard deviation of the initial weights; narrow models want more", above=0)
 
@@ -83,6 +89,9 @@ class Optim:
     beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)
     beta2: float = option(0.95, "AdamW's second beta", low=0, below=1)
     clip_norm: float = option(1.0, "largest norm of the averaged gradient, on every step; 0: no clip", low=0)
+    z_loss: float = option(
+        0.0, "this times the mean square of the logits' log-sum-exp is added to the loss of training", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,14 @@ class Train:
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "a loss or gradient that is no finite number ends the run, or costs that step (and a wait in each)",
+    )
+    loss_chunk: int = option(
+        0,
+        "target tokens whose logits exist at a time: less memory, more time; 0: a whole micro-batch",
+        low=0,
+    )
+    activation_checkpointing: bool = option(
+        False, "keep only each block's input for the backward pass: less memory, a third more computation"
     )
 
 
@@ -150,6 +167,9 @@ class Sample:
     temperature: float = option(0.8, "0: greedy", low=0)
     top_k: int = option(50, "sample among the k likeliest tokens; 0: all", low=0)
     top_p: float = option(1.0, "sample among the likeliest tokens that hold this much mass", above=0, high=1)
+    slide: int = option(
+        1, "once block_size is full, this many of the oldest tokens are dropped at a time; more is faster", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -232,6 +252,7 @@ def contradictions(config: Config) -> Iterator[str]:
     model, train = config.model, config.train
     if model.n_embd % model.n_head:
         yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
+    yield from _of_another_kind(model)
     if config.stride > model.block_size:
         yield (
             f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
@@ -250,6 +271,14 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if train.global_batch % train.micro_batch:
         yield (f"train.global_batch {train.global_batch} must be a multiple of train.micro_batch {train.micro_batch}")
+    tokens = train.micro_batch * model.block_size
+    if train.loss_chunk > tokens:
+        yield (
+            f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch: it would change "
+            "nothing; 0 says so"
+        )
+    if config.sample.slide > model.block_size:
+        yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
     keep = config.checkpoint
@@ -268,3 +297,24 @@ def contradictions(config: Config) -> Iterator[str]:
     name = config.run.name
     if not name or name.startswith(".") or "/" in name:
         yield f"run.name '{name}' must be a plain folder name"
+
+
+# What a kind of model has by default where it is not what Model says.
+OF_KIND: dict[str, dict[str, Any]] = {"modern": {"qkv_bias": False}}
+
+
+def _of_another_kind(model: Model) -> Iterator[str]:
+    """Settings that the chosen kind of model has no use for."""
+    if model.kind == "gpt2":
+        if model.n_kv_head not in (0, model.n_head):
+            yield f'model.n_kv_head {model.n_kv_head} is for model.kind "modern": gpt2 has a key for each head'
+        return
+    if model.qkv_bias:
+        yield 'model.qkv_bias: model.kind "modern" has no biases: leave it out'
+    if model.n_kv_head and model.n_head % model.n_kv_head:
+        yield f"model.n_head {model.n_head} must be a multiple of model.n_kv_head {model.n_kv_head}"
+    if model.n_embd % model.n_head == 0 and model.n_embd // model.n_head % 2:
+        yield (
+            f"model.n_embd {model.n_embd} / model.n_head {model.n_head} is odd: rotary positions turn pairs, so the "
+            "size of a head must be even"
+        )

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from hpcgpt.config import Config, Part, contradictions
+from hpcgpt.config import OF_KIND, Config, Part, contradictions
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -157,6 +157,8 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
         for section, given in chosen.items():
             if any(given.values()):
                 values.setdefault(section, {}).update(_ONE_OF[section] | given)
+    if model := values.get("model"):
+        values["model"] = OF_KIND.get(model.get("kind", ""), {}) | model
     config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})
     if not problems:
         problems.extend(contradictions(config))

@@ -19,7 +19,7 @@ from hpcgpt import divergence, metrics
 from hpcgpt.blame import LocalTime
 from hpcgpt.feed import Feed
 from hpcgpt.loader import Loader, Mixture, Windows
-from hpcgpt.model import GPT
+from hpcgpt.model import GPT, Manner
 from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
 from hpcgpt.precision import pick_dtype
@@ -67,7 +67,8 @@ class Engine:
         self._peak_flops = metrics.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
         if self._on_gpu:  # what stays in float32 may use the matrix units, too
             torch.set_float32_matmul_precision("high")
-        self.model = GPT(settings.model, settings.run.seed).to(ranks.device)
+        manner = Manner.of(settings, planned.sets[0].manifest.tokenizer["end_of_text"])
+        self.model = GPT(settings.model, settings.run.seed, manner).to(ranks.device)
         if self.dtype == torch.float64:
             self.model.double()
         self.forward = _wrapped(self.model, ranks, settings.train.compile)

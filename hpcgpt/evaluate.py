@@ -1,7 +1,7 @@
 """Validation: the loss over held-out windows, shared out over the ranks.
 
 The windows are spread evenly over the split and are the same for any number of ranks: batch b belongs
-to rank b mod R, and sums are taken in float64. Dropout is off, no gradient is made, and no random
+to rank b mod R, and sums are taken in float64. Dropout and z-loss are off, no gradient is made, and no random
 generator is touched.
 
 Bits per byte compare models with different tokenizers: the loss of all targets, end-of-text tokens
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,22 +37,31 @@ class HeldOut:
     weight: int
 
 
-def evaluate_all(
-    model: nn.Module,
-    sets: Sequence[HeldOut],
-    batches: int,
-    micro_batch: int,
-    token_bytes: NDArray[np.int64],
-    ranks: Ranks,
-    precision: Callable[[], AbstractContextManager[None]],
-    stopped: Callable[[], bool],
-) -> dict[str, float] | None:
-    """As `evaluate`, over one or several data sets, `batches` of each. If they are several there is also a
-    ``val/loss/NAME`` for each.
+@dataclass(frozen=True)
+class Terms:
+    """On what terms to evaluate: `batches` of `micro_batch` windows, 0: the whole split.
+
+    `token_bytes` (V,) are the bytes of text that each id stands for. `stopped` is asked, by all ranks together,
+    before each round of one batch a rank.
     """
+
+    batches: int
+    micro_batch: int
+    token_bytes: NDArray[np.int64]
+    ranks: Ranks
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    stopped: Callable[[], bool] = lambda: False
+
+    def windows_of(self, windows: Windows) -> int:
+        """How many of `windows` are evaluated."""
+        return windows.count if self.batches == 0 else min(windows.count, self.batches * self.micro_batch)
+
+
+def evaluate_all(model: nn.Module, sets: Sequence[HeldOut], terms: Terms) -> dict[str, float] | None:
+    """As `evaluate`, over one or several data sets. If they are several there is also a ``val/loss/NAME`` for each."""
     found = []
     for part in sets:
-        figures = evaluate(model, part.windows, batches, micro_batch, token_bytes, ranks, precision, stopped)
+        figures = evaluate(model, part.windows, terms)
         if figures is None:
             return None
         found.append(figures)
@@ -76,22 +85,9 @@ def combined(sets: Sequence[HeldOut], found: Sequence[dict[str, float]]) -> dict
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    windows: Windows,
-    batches: int,
-    micro_batch: int,
-    token_bytes: NDArray[np.int64],
-    ranks: Ranks,
-    precision: Callable[[], AbstractContextManager[None]],
-    stopped: Callable[[], bool],
-) -> dict[str, float] | None:
-    """The ``val/...`` figures, the same on every rank; None if `stopped` said so first. A collective.
-
-    `batches` of `micro_batch` windows are evaluated, 0: the whole split. `stopped` is asked, by all
-    ranks together, before each round of one batch a rank.
-    """
-    count = windows.count if batches == 0 else min(windows.count, batches * micro_batch)
+def evaluate(model: nn.Module, windows: Windows, terms: Terms) -> dict[str, float] | None:
+    """The ``val/...`` figures, the same on every rank; None if `terms.stopped` said so first. A collective."""
+    micro_batch, ranks, count = terms.micro_batch, terms.ranks, terms.windows_of(windows)
     chosen = np.arange(count) * windows.count // count
     parts = [chosen[i : i + micro_batch] for i in range(0, count, micro_batch)]
     # loss in nats, targets, bytes of text
@@ -100,11 +96,11 @@ def evaluate(
     model.eval()
     try:
         for first in range(0, len(parts), ranks.world.size):
-            if stopped():
+            if terms.stopped():
                 return None
             number = first + ranks.world.rank
             if number < len(parts):
-                sums += _batch_sums(model, windows, parts[number], token_bytes, ranks, precision)
+                sums += _batch_sums(model, windows, parts[number], terms)
     finally:
         model.train(training)
     if ranks.control is not None:
@@ -118,20 +114,13 @@ def evaluate(
     }
 
 
-def _batch_sums(
-    model: nn.Module,
-    windows: Windows,
-    part: NDArray[np.int64],
-    token_bytes: NDArray[np.int64],
-    ranks: Ranks,
-    precision: Callable[[], AbstractContextManager[None]],
-) -> torch.Tensor:
+def _batch_sums(model: nn.Module, windows: Windows, part: NDArray[np.int64], terms: Terms) -> torch.Tensor:
     batch = windows.read(part)
-    inputs, targets = widen(batch, ranks.device)
-    with precision():
+    inputs, targets = widen(batch, terms.ranks.device)
+    with terms.precision():
         loss = model(inputs, targets)
     ids = batch.numpy()
-    text_bytes = int(token_bytes[ids.view(f"u{ids.itemsize}")[:, 1:]].sum())
+    text_bytes = int(terms.token_bytes[ids.view(f"u{ids.itemsize}")[:, 1:]].sum())
     return torch.tensor([float(loss) * targets.numel(), targets.numel(), text_bytes], dtype=torch.float64)
 
 

@@ -35,7 +35,7 @@ from hpcgpt import (
 from hpcgpt.blame import Blame
 from hpcgpt.divergence import Judge
 from hpcgpt.engine import Engine, Launched
-from hpcgpt.evaluate import HeldOut, evaluate_all
+from hpcgpt.evaluate import HeldOut, Terms, evaluate_all
 from hpcgpt.generation import Generation
 from hpcgpt.loader import Windows
 from hpcgpt.plan import Plan
@@ -364,16 +364,16 @@ class Attempt:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self) -> dict[str, float] | None:
-        return evaluate_all(
-            self.engine.model,
-            self.held_out,
-            self.config.eval.batches,
-            self.config.train.micro_batch,
+        batches, micro_batch = self.config.eval.batches, self.config.train.micro_batch
+        terms = Terms(
+            batches,
+            micro_batch,
             self.token_bytes,
             self.ranks,
             self.engine.precision,
             lambda: self._between() != Stop.NO,
         )
+        return evaluate_all(self.engine.model, self.held_out, terms)
 
     # --- saving ------------------------------------------------------------------------------------
 

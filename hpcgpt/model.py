@@ -1,37 +1,72 @@
-"""The GPT, top-down: GPT -> Block -> Attention, MLP.
+"""The GPT, top-down: GPT -> Block -> Attention, MLP; the blocks are in a file of their own for each kind.
 
-Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Shapes: B batch, T time, C channels (n_embd), V vocabulary.
 
-Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks,
-learned positions, GELU in its tanh form, LayerNorm epsilon 1e-5, and an initialisation that shrinks the
-two projections that write into the residual stream by sqrt(2 n_layer).
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks, and an
+initialisation that shrinks the two projections that write into the residual stream by sqrt(2 n_layer). What differs
+between ``model.kind = "gpt2"`` and ``"modern"`` is in ``hpcgpt.block_gpt2`` and ``hpcgpt.block_modern``.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from hpcgpt.config import Model
+from hpcgpt import attention, block_gpt2, block_modern, token_loss
+from hpcgpt.attention import Sight
+from hpcgpt.config import Config, Model
+from hpcgpt.kv_cache import Cache
 
 # Rows of the embedding come in multiples of this: matrix units are slow on odd sizes, 50,257 most of all.
 VOCAB_MULTIPLE = 64
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How a model computes; its weights are the same in any manner.
+
+    `document_start`: the id that begins documents, which attention then does not cross; None: it sees the whole
+    window. `loss_chunk` and `z_loss`: see `hpcgpt.token_loss`. `recompute`: blocks keep only their inputs for the
+    backward pass, and compute the rest once more.
+    """
+
+    document_start: int | None = None
+    loss_chunk: int = 0
+    z_loss: float = 0.0
+    recompute: bool = False
+
+    @classmethod
+    def of(cls, config: Config, end_of_text: int) -> Manner:
+        """The manner that a configuration asks for; `end_of_text` is the tokenizer's id."""
+        return cls(
+            end_of_text if config.data.document_mask else None,
+            config.train.loss_chunk,
+            config.optim.z_loss,
+            config.train.activation_checkpointing,
+        )
+
+
+PLAIN = Manner()
+
+
 class GPT(nn.Module):
-    def __init__(self, config: Model, seed: int = 0) -> None:
+    def __init__(self, config: Model, seed: int = 0, manner: Manner = PLAIN) -> None:
         """A model with `config.vocab_size` ids, its weights drawn on the CPU from `seed` alone."""
         super().__init__()
-        self.config = config
+        self.config, self.manner = config, manner
+        kind = {"gpt2": block_gpt2, "modern": block_modern}[config.kind]
         rows = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.token_embedding = nn.Embedding(rows, config.n_embd)
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        # The modern kind has rotary positions, in its attention.
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if config.kind == "gpt2" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd)
+        self.blocks = nn.ModuleList(kind.Block(config) for _ in range(config.n_layer))
+        self.norm = kind.Norm(config.n_embd)
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
@@ -50,22 +85,66 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0.0, std, generator=generator)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of `ids` (B, T) int64, or the mean loss in nats over `targets` (B, T)."""
-        logits = self.padded_logits(ids)  # (B, T, V padded)
-        if targets is None:
-            return logits[..., : self.config.vocab_size]  # (B, T, V)
-        if logits.dtype == torch.bfloat16:
-            logits = logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ()
+    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """The mean loss in nats over all `targets` (B, T), or the logits of `ids` (B, T) int64: (B, T, V).
+
+        Every target counts, also the end-of-text token that begins the next document: it is predicted from the
+        document that it ends. In training the loss has its z-loss in it, which evaluation leaves out.
+
+        With a `cache`, `ids` go on where it ends and are kept in it, and the logits are those behind the last of
+        them only (B, 1, V).
+        """
+        hidden = self.hidden(ids, cache)  # (B, T, C)
+        if targets is not None:
+            manner = self.manner
+            return token_loss.mean_loss(
+                hidden.flatten(0, 1),
+                targets.flatten(),
+                self.head.weight,
+                self._padding_bias(),
+                manner.loss_chunk,
+                manner.z_loss if self.training else 0.0,
+            )
+        if cache is not None:
+            hidden = hidden[:, -1:]  # (B, 1, C)
+        return self._padded_logits(hidden)[..., : self.config.vocab_size]  # (B, T, V)
 
     def padded_logits(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, C)
+        """(B, T, V padded): minus infinity behind the vocabulary."""
+        return self._padded_logits(self.hidden(ids))
+
+    def _padded_logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head.weight, self._padding_bias())  # (B, T, V padded)
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the head reads of `ids` (B, T): (B, T, C)."""
+        sight = self._sight(ids if cache is None else cache.extend(ids), ids.shape[1])
+        x = self.token_embedding(ids)  # (B, T, C)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(sight.positions)
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.head.weight, self._padding_bias())  # (B, T, V padded)
+        for number, block in enumerate(self.blocks):
+            if self.manner.recompute and self.training:
+                # Without dropout there is no random state to keep and to bring back.
+                dropout = self.config.dropout > 0
+                x = checkpoint(block, x, sight, use_reentrant=False, preserve_rng_state=dropout)
+            else:
+                x = block(x, sight, cache.blocks[number] if cache else None)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _sight(self, ids: Tensor, new: int) -> Sight:
+        """Where the last `new` of `ids` (B, S) stand, and what they see."""
+        c, weight = self.config, self.token_embedding.weight
+        if self.manner.document_start is None:
+            sight = attention.look_back(new, ids)
+        else:
+            dropout = c.dropout if self.training else 0.0
+            flex = attention.has_flex(weight.device, weight.dtype, dropout)
+            sight = attention.look_within_documents(new, ids, self.manner.document_start, flex)
+        if c.kind == "modern":
+            turn = block_modern.rotation(sight.positions, c.n_embd // c.n_head)
+            sight = Sight(sight.positions, sight.mask, turn)
+        return sight
 
     def _padding_bias(self) -> Tensor | None:
         """Minus infinity for the rows beyond the vocabulary (V padded): they never win, and get no gradient.
@@ -88,53 +167,13 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward and backward pass, as nanoGPT counts them.
 
-        6 N + 12 L C T, N the parameters without position embeddings (Chowdhery et al., "PaLM", 2022,
-        appendix B).
+        6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B). N are the parameters that a token is multiplied
+        with: the head's table, but neither position embeddings nor a token table that is not the head's too. The
+        second term are queries times keys and chances times values. Grouped queries do not lessen it, since each head
+        has its own chances. It counts the whole square, half of which lies in the future, and what document masking
+        and recomputation change is not counted either: so figures of different runs can be compared.
         """
         c = self.config
-        matrices = self.parameter_count() - c.block_size * c.n_embd
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-class Block(nn.Module):
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.n_embd)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.heads = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.residual = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-            for part in self.qkv(x).chunk(3, dim=-1)  # (B, T, C) each
-        )
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
-        out: Tensor = self.residual(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
-        return F.dropout(out, self.dropout, self.training)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.residual = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.up(x), approximate="tanh")  # (B, T, 4C)
-        return self.dropout(self.residual(hidden))  # type: ignore[no-any-return]
+        tables = 0 if self.position_embedding is None else c.block_size
+        tables += 0 if c.tied else c.vocab_size
+        return 6 * (self.parameter_count() - tables * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size

@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resume must find unchanged: the model, and which sample is the i-th."""
+        """What a resume must find unchanged: the model, what it sees, and which sample is the i-th."""
         model = {f"model.{key}": value for key, value in dataclasses.asdict(self.config.model).items()}
         digests = [part.manifest.digest for part in self.sets]
         alone = len(digests) == 1
@@ -44,6 +44,7 @@ class Plan:
             | {
                 "run.seed": self.config.run.seed,
                 "data.stride": self.config.stride,
+                "data.document_mask": self.config.data.document_mask,
                 "train.global_batch": self.config.train.global_batch,
                 "digest of the shards": digests[0] if alone else digests,
             }
@@ -97,8 +98,17 @@ def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, in words."""
-    return [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in now if before.get(key) != now[key]]
+    """What differs between two identities, in words.
+
+    An option that `before` does not know is newer than the run, which did what is the option's default now.
+    """
+    before = {key: _default(key) for key in now} | before
+    return [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if before[key] != now[key]]
+
+
+def _default(key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(Config(), section, None), name, None)
 
 
 def _with_vocabulary(config: Config, part: DataSet) -> Config:

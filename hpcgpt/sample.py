@@ -1,14 +1,18 @@
-"""``python -m hpcgpt.sample RUN``: text from a run's newest valid checkpoint, printed as it comes."""
+"""``python -m hpcgpt.sample RUN``: text from a run's checkpoint, printed as it comes."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcgpt import cli, config_sources, runfolder
-from hpcgpt.config import Config, Sample
+from hpcgpt.config import Sample
+
+if TYPE_CHECKING:
+    from hpcgpt.trained import Trained
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,49 +21,62 @@ def main(argv: Sequence[str]) -> int:
     runfolder.run_id(folder)
     settings = config_sources.from_file(folder / "config.toml")
     chosen = {}
-    for key in ("prompt", "tokens", "temperature", "top_k", "top_p"):
+    for key in ("prompt", "tokens", "temperature", "top_k", "top_p", "slide"):
         value = getattr(options, key)
         try:
             chosen[key] = None if value is None else config_sources.checked("sample", key, value)
         except ValueError as error:
             raise ValueError(f"--{key.replace('_', '-')}: {error}") from None
     wanted = dataclasses.replace(settings.sample, **{key: value for key, value in chosen.items() if value is not None})
-    _print_samples(folder, settings, wanted, options.samples, options.seed)
+    if wanted.slide > settings.model.block_size:
+        raise ValueError(f"--slide: {wanted.slide} is more than the run's block_size of {settings.model.block_size}")
+    if options.samples < 1:
+        raise ValueError(f"--samples: {options.samples} must be at least 1")
+    # Late: it loads torch.
+    from hpcgpt import trained
+
+    _print_samples(trained.load(folder, options.step, options.best), wanted, options.samples, options.seed)
     return 0
 
 
-def _print_samples(folder: Path, settings: Config, wanted: Sample, samples: int, seed: int) -> None:
-    from hpcgpt import restore, tokenizer, world
-    from hpcgpt.generate import generate
-    from hpcgpt.model import GPT
+def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> None:
+    """All texts are made at once: the first is printed as it comes, the others behind it."""
+    from hpcgpt import tokenizer
+    from hpcgpt.generate import generate_several
 
-    alone = world.World(0, 0, 1, 1, "alone", "sample")
-    ranks = world.Ranks(alone, world.pick_device(alone, "auto"), None)
-    newest = restore.newest_valid(folder / "checkpoints", ranks, None)
-    if newest is None:
-        raise ValueError(f"{folder} has no checkpoint yet")
-    model = GPT(settings.model).to(ranks.device)
-    state = restore.load(newest, model, None, ranks)
-    words = tokenizer.load(folder / "tokenizer")
-    print(f"{newest}, step {state.step:,}")
+    words = model.words
+    print(f"{model.path}, step {model.state.step:,}")
     prompt = [words.end_of_text, *words.encode(wanted.prompt)]
-    for number in range(samples):
-        print(f"--- sample {number + 1}\n{wanted.prompt}", end="")
-        ids = generate(model, prompt, wanted, ranks.device, seed + number)
-        for piece in tokenizer.stream(words, ids, after=prompt):
-            print(piece, end="", flush=True)
-        print()
+    later: list[list[int]] = [[] for _ in range(samples)]
+
+    def first() -> Iterator[int]:
+        seeds = range(seed, seed + samples)
+        for chosen in generate_several(model.model, prompt, wanted, model.ranks.device, seeds):
+            for text, number in zip(later, chosen, strict=True):
+                text.append(number)
+            yield chosen[0]
+
+    with model.precision():
+        for number in range(samples):
+            print(f"--- sample {number + 1}\n{wanted.prompt}", end="")
+            for piece in tokenizer.stream(words, later[number] if number else first(), after=prompt):
+                print(piece, end="", flush=True)
+            print()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hpcgpt sample", description="Text from a run's newest checkpoint.")
+    parser = argparse.ArgumentParser(prog="hpcgpt sample", description="Text from a run's checkpoint.")
     parser.add_argument("RUN", help="run folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the smallest validation loss")
     parser.add_argument("--prompt", help="text to start from")
     parser.add_argument("--tokens", type=int, help="tokens to generate")
     parser.add_argument("--temperature", type=float, help="0: greedy")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens with this much mass")
-    parser.add_argument("--samples", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument("--slide", type=int, help="tokens that leave a full window at a time; more is faster")
+    parser.add_argument("--samples", type=int, default=1, help="how many, all made at once (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
     return parser
 

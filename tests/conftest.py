@@ -29,7 +29,7 @@ from data_prep import documents, inputs, make_shards, train_tokenizer
 from hpcgpt import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.export", "hpcgpt.drill")
+NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export", "hpcgpt.drill")
 WITH_LAB = {
     path.name for path in ROOT.glob("tests/test_*.py") if re.search("from lab_conf import .*Lab", path.read_text())
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from hpcgpt import rendezvous, shard_reader, shards, tokenizer, world
 from hpcgpt.config import Model
-from hpcgpt.evaluate import evaluate
+from hpcgpt.evaluate import Terms, evaluate
 from hpcgpt.loader import Windows
 from hpcgpt.model import GPT
 from hpcgpt.world import Ranks
@@ -38,11 +37,8 @@ def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """The figures for each of BATCHES, and what a stop on the last rank at the third question gives."""
     model, windows, token_bytes = model_and_windows(folder)
     told: dict[str, Any] = {
-        str(batches): evaluate(
-            model, windows, batches, MICRO_BATCH, token_bytes, ranks, nullcontext, lambda: False
-        )
-        for batches in BATCHES
-    }  # fmt: skip
+        str(batches): evaluate(model, windows, Terms(batches, MICRO_BATCH, token_bytes, ranks)) for batches in BATCHES
+    }
     asked = 0
 
     def stopped() -> bool:
@@ -51,7 +47,7 @@ def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
         return asked == 3
 
     model.train()
-    told["stopped"] = evaluate(model, windows, 0, MICRO_BATCH, token_bytes, ranks, nullcontext, stopped)
+    told["stopped"] = evaluate(model, windows, Terms(0, MICRO_BATCH, token_bytes, ranks, stopped=stopped))
     told["asked"], told["training"] = asked, model.training
     return told
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from conftest import ROOT, clean_env, command, curve, on_ranks, rows, tensors
 from ranks_evaluate import BATCHES, CONTEXT, MICRO_BATCH, measure, model_and_windows
 
 from hpcgpt import world
-from hpcgpt.evaluate import evaluate
+from hpcgpt.evaluate import Terms, evaluate
 from hpcgpt.loader import widen
 from hpcgpt.runfolder import AGAIN, FINISHED
 from hpcgpt.world import Ranks
@@ -97,7 +96,8 @@ def test_evaluation_leaves_generators_gradients_and_the_mode_of_the_model_alone(
     before = torch.get_rng_state()
     modes = []
     for stop in (False, True):
-        evaluate(model, windows, 2, MICRO_BATCH, token_bytes, ALONE, nullcontext, lambda stop=stop: stop)  # type: ignore[misc]
+        terms = Terms(2, MICRO_BATCH, token_bytes, ALONE, stopped=lambda stop=stop: stop)  # type: ignore[misc]
+        evaluate(model, windows, terms)
         modes.append(model.training)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -108,21 +108,21 @@ def test_the_mode_is_restored_when_evaluation_fails(shards_folder: Path) -> None
     model, windows, token_bytes = model_and_windows(shards_folder)
     broken = type(windows)(windows.split, CONTEXT, CONTEXT, vocab_size=10)
     with pytest.raises(ValueError, match="outside of the vocabulary"):
-        evaluate(model, broken, 2, MICRO_BATCH, token_bytes, ALONE, nullcontext, lambda: False)
+        evaluate(model, broken, Terms(2, MICRO_BATCH, token_bytes, ALONE))
     assert model.training
 
 
 def test_dropout_is_off(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
-    arguments = (windows, 3, MICRO_BATCH, token_bytes, ALONE, nullcontext, lambda: False)
-    assert evaluate(model.train(), *arguments) == evaluate(model.train(), *arguments)
+    terms = Terms(3, MICRO_BATCH, token_bytes, ALONE)
+    assert evaluate(model.train(), windows, terms) == evaluate(model.train(), windows, terms)
 
 
 def test_a_hopeless_model_has_a_finite_perplexity(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     with torch.no_grad():
         model.token_embedding.weight.mul_(1e4)
-    figures = evaluate(model, windows, 1, MICRO_BATCH, token_bytes, ALONE, nullcontext, lambda: False)
+    figures = evaluate(model, windows, Terms(1, MICRO_BATCH, token_bytes, ALONE))
     assert figures is not None
     assert figures["val/loss"] > 710
     assert math.isfinite(figures["val/perplexity"])

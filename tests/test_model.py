@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpcgpt.attention import look_back
 from hpcgpt.config import Model
 from hpcgpt.model import GPT
 
@@ -240,13 +241,14 @@ def test_dropout_acts_on_embeddings_attention_and_both_residual_branches() -> No
     assert dropped(model.dropout, x) == 0
     assert dropped(block.mlp, x) < 1e-12
     # Attention has a second place of its own: its probabilities. So what is left is not merely scaled.
-    assert dropped(block.attention, x) > 0.1
+    sight = look_back(512, torch.zeros(1, 512))
+    assert dropped(block.attention, x, sight) > 0.1
 
 
-def dropped(module: torch.nn.Module, x: Tensor) -> Tensor:
+def dropped(module: torch.nn.Module, *arguments: Any) -> Tensor:
     """In training, how far the outputs that are left are from the doubled plain ones; half of them are gone."""
     torch.manual_seed(0)
-    plain, noisy = module.eval()(x), module.train()(x)
+    plain, noisy = module.eval()(*arguments), module.train()(*arguments)
     gone = noisy == 0
     assert 0.45 < gone.double().mean() < 0.55
     return (noisy - 2 * plain)[~gone].abs().max()

@@ -1,0 +1,91 @@
+"""A trained model out of a run's folder, for the commands that use one: ``hpcgpt sample`` and ``hpcgpt eval``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hpcgpt import checkpoint, config_sources, restore, runfolder, tokenizer, world
+from hpcgpt.checkpoint import State
+from hpcgpt.config import Config
+from hpcgpt.model import GPT, Manner
+from hpcgpt.precision import pick_dtype
+from hpcgpt.tokenizer import Tokenizer
+from hpcgpt.world import Ranks
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`model` as the checkpoint at `path` has it, on `ranks.device`; `ranks` are this process alone."""
+
+    config: Config
+    path: Path
+    state: State
+    model: GPT
+    words: Tokenizer
+    ranks: Ranks
+
+    def precision(self) -> torch.autocast:
+        """What training computes in, or would on this device. Weights are cast once in it, if it is entered once."""
+        device = self.ranks.device
+        narrow = pick_dtype(self.config.train.dtype, device) == torch.bfloat16
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow)
+
+
+def load(folder: Path, step: int | None, best: bool) -> Trained:
+    """The model of a run, from the checkpoint of a step, from the best, or else from the newest.
+
+    Raises:
+        ValueError: no such run or checkpoint, or it is damaged. If none is named damaged ones are passed over.
+    """
+    runfolder.run_id(folder)
+    config = config_sources.from_file(folder / "config.toml")
+    alone = world.World(0, 0, 1, 1, "alone", "command")
+    torch.set_num_threads(config.run.threads or world.cores(alone))
+    # A run of GPUs may be looked at where there are none.
+    device = world.pick_device(alone, "cpu" if config.run.device == "cpu" else "auto")
+    ranks = Ranks(alone, device, None)
+    path = _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
+    words = tokenizer.load(folder / "tokenizer")
+    model = GPT(config.model, manner=Manner.of(config, words.end_of_text)).to(ranks.device)
+    if config.train.dtype == "float64":
+        model.double()
+    return Trained(config, path, restore.load(path, model, None, ranks), model.eval(), words, ranks)
+
+
+def _newest(folder: Path, ranks: Ranks) -> Path:
+    newest = restore.newest_valid(folder / "checkpoints", ranks, None)
+    if newest is None:
+        raise ValueError(f"{folder} has no checkpoint yet")
+    return newest
+
+
+def _of_step(folder: Path, step: int) -> Path:
+    there = {checkpoint.step_of(path): path for path in reversed(checkpoint.found(folder / "checkpoints"))}
+    if step not in there:
+        steps = f"there are {', '.join(f'{found:,}' for found in there)}" if there else "there is none yet"
+        raise ValueError(f"{folder} has no checkpoint of step {step:,}: {steps}")
+    if problem := checkpoint.verify(there[step]):
+        raise ValueError(f"{there[step]} is damaged: {problem}")
+    return there[step]
+
+
+def _best(folder: Path) -> Path:
+    """The whole one with the smallest validation loss, the newest of several."""
+    losses = []
+    for path in checkpoint.found(folder / "checkpoints"):
+        if not checkpoint.outline(path):
+            loss = checkpoint.read_state(path).val_loss
+            if loss is not None and math.isfinite(loss):
+                losses.append((loss, -checkpoint.step_of(path), path))
+    for _, _, path in sorted(losses):
+        if not (problem := checkpoint.verify(path)):
+            return path
+        checkpoint.warn(path, problem)
+    raise ValueError(
+        f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where eval.every "
+        "and checkpoint.every fall on the same step, and at the end"
+    )
