@@ -34,6 +34,7 @@ class Run:
     name: str = option("gpt2", "name of the run; its folder is <dir>/<name>")
     dir: str = option("runs", "folder that holds the run folders, on a file system that all nodes see")
     seed: int = option(1, "seed of weights, sample order and dropout", low=0, below=2**63)
+    init_from: str = option("", "folder of another run, whose newest weights this one begins with; empty: random ones")
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "auto: the GPUs that Slurm gave or that are visible, else the CPU"
     )

@@ -23,6 +23,7 @@ from hpcgpt import (
     config_sources,
     durable,
     generation,
+    initial,
     metrics,
     plan,
     rendezvous,
@@ -139,6 +140,7 @@ class Attempt:
         self.token_bytes[: self.words.vocab_size] = self.words.token_bytes
 
         self.progress = Progress()
+        self._origin = ""  # where the first weights come from, if from another run
         self._unread: Launched | None = None  # the step that was launched last, if its row is still to come
         self._judge = Judge(settings.spike)
         self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
@@ -195,6 +197,8 @@ class Attempt:
             retention.clean(checkpoints, self.held)
         newest = restore.newest_valid(checkpoints, self.ranks, self.held)
         if newest is None:
+            if settings.run.init_from:
+                self._origin = initial.load(Path(settings.run.init_from), self.engine.model, self.ranks)
             torch.manual_seed(settings.run.seed + 7919 * self.ranks.world.rank)
         else:
             changed = plan.changes(checkpoint.read_state(newest).identity, self.plan.identity)
@@ -226,6 +230,9 @@ class Attempt:
         )
         assert self.held is not None
         self._reporter = Reporter(story, self.held, self.engine.model, self.words)
+        if self._origin:
+            self._reporter.say(self._origin)
+            self._reporter.event("init_from", words=self._origin)
         self._mind_the_end(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
 

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hpcgpt import datasets, mix
+from hpcgpt import datasets, initial, mix
 from hpcgpt.config import Config
 from hpcgpt.datasets import DataSet
 
@@ -67,6 +67,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     sets = datasets.open_all(config, check_sizes)
     for part in sets:
         config = _with_vocabulary(config, part)
+    initial.check(config, sets[0].manifest.tokenizer["fingerprint"])
     return Plan(
         config,
         sets,

@@ -46,6 +46,15 @@ def test_every_preset_is_found_by_its_name_and_loads(preset: str) -> None:
     assert from_flags(preset).run.name == preset
 
 
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("gpt2-*.toml")), ids=lambda path: path.stem)
+def test_the_presets_of_gpt2_have_the_parameters_that_they_tell(path: Path) -> None:
+    shape = config_sources.from_file(path).model
+    layers, width = shape.n_layer, shape.n_embd
+    a_block = 12 * width * width + 13 * width  # four matrices and their biases, two norms
+    count = (50_257 + shape.block_size) * width + layers * a_block + 2 * width
+    assert f"{count:,} parameters" in path.read_text()
+
+
 def test_a_file_wins_over_a_preset_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quickstart").write_text("[model]\nn_layer = 7\n")
     monkeypatch.chdir(tmp_path)
