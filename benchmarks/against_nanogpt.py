@@ -39,11 +39,11 @@ def main() -> None:
         raise SystemExit(f"--steps and --settle must be multiples of {EVERY}, and --settle the smaller one")
     ways: dict[str, list[str] | None] = {PEER: None}
     if options.device == "cuda":
-        ways["ours"] = words("train", dtype="bfloat16", compile="true")
+        ways["ours"] = words("train", dtype="bfloat16", compile="on")
     else:
         ways["ours, float32"] = words("train", dtype="float32")
         ways["ours"] = words("train", dtype="auto")
-        ways["ours, compiled"] = words("train", dtype="auto", compile="true")
+        ways["ours, compiled"] = words("train", dtype="auto", compile="on")
     tokens = options.batch * MODELS[options.model][3]
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as scratch:

@@ -19,27 +19,19 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpcgpt import config_sources, plan, precision, world
 from hpcgpt.config import Config
 from hpcgpt.engine import Engine, Launched
 
-Context = Callable[[], AbstractContextManager[Any]]
-KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-           "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
-
 
 @dataclasses.dataclass
 class Way:
     flags: dict[str, Any]
-    context: Context = nullcontext
     engine: Engine | None = None
     step: int = 0
     warm_up_s: float = 0.0
@@ -58,9 +50,8 @@ def main() -> None:
         started_at = time.perf_counter()
         try:
             way.engine = Engine(plan.make(_config(options, way.flags), 1), ranks)
-            with way.context():
-                way.engine.warm_up()
-                _steps(way, 3, device)
+            way.engine.warm_up()
+            _steps(way, 3, device)
         except (RuntimeError, ValueError) as error:
             refused[name] = str(error).splitlines()[0]
             print(f"{name:28} left out: {refused[name]}", flush=True)
@@ -70,8 +61,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name in random.sample(sorted(ways), len(ways)):
-            with ways[name].context():
-                found[name].append(_steps(ways[name], options.steps, device))
+            found[name].append(_steps(ways[name], options.steps, device))
     result = {}
     for name, rounds in found.items():
         result[name] = {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
@@ -89,17 +79,15 @@ def main() -> None:
 
 
 def _ways(device: torch.device) -> dict[str, Way]:
-    if device.type == "cpu":
-        ways = {"float32": Way({"dtype": "float32"}), "float32, compiled": Way({"dtype": "float32", "compile": True})}
-        if precision.cpu_has_bf16():
-            ways |= {"bf16": Way({"dtype": "bfloat16"}), "bf16, compiled": Way({"dtype": "bfloat16", "compile": True})}
-        return ways
-    ways = {"bf16": Way({"dtype": "bfloat16"}), "float32": Way({"dtype": "float32"})}
-    ways["bf16, compiled"] = Way({"dtype": "bfloat16", "compile": True})
-    for name, kernel in KERNELS.items():
-        ways[f"bf16, compiled, {name}"] = Way(
-            {"dtype": "bfloat16", "compile": True}, lambda kernel=kernel: sdpa_kernel(kernel)
-        )
+    on_gpu = device.type == "cuda"
+    ways = {}
+    for name, dtype in (("float32", "float32"), ("bf16", "bfloat16")):
+        if dtype == "float32" or on_gpu or precision.cpu_has_bf16():
+            ways[name] = Way({"dtype": dtype, "compile": "off"})
+            ways[f"{name}, compiled"] = Way({"dtype": dtype, "compile": "on"})
+    if on_gpu:
+        for kernel in ("flash", "cudnn", "efficient", "fa3"):
+            ways[f"bf16, compiled, {kernel}"] = Way({"dtype": "bfloat16", "compile": "on", "attention": kernel})
     return ways
 
 

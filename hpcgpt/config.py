@@ -114,7 +114,12 @@ class Train:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
         "auto", "precision of the forward pass; auto: bfloat16 where the hardware has it, else float32"
     )
-    compile: bool = option(False, "run the model through torch.compile")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "run the model through torch.compile; auto: on a GPU, if what it needs is there"
+    )
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"] = option(
+        "auto", "kernel of the attention; auto: torch chooses"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "a loss or gradient that is no finite number ends the run, or costs that step (and a wait in each)",

@@ -7,7 +7,8 @@ read when the next one has been launched, so that the device never waits for the
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcgpt import divergence, metrics
+from hpcgpt import divergence, kernels, metrics
 from hpcgpt.blame import LocalTime
 from hpcgpt.feed import Feed
 from hpcgpt.loader import Loader, Mixture, Windows
@@ -71,7 +72,10 @@ class Engine:
         self.model = GPT(settings.model, settings.run.seed, manner).to(ranks.device)
         if self.dtype == torch.float64:
             self.model.double()
-        self.forward = _wrapped(self.model, ranks, settings.train.compile)
+        self._attention = kernels.attention(settings.train.attention, ranks.device)
+        # All or none: the ranks of a run compute alike.
+        self._compiled = all(on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
+        self.forward = _wrapped(self.model, ranks, self._compiled)
         self.optimizer = make_optimizer(self.model, settings.optim)
         context, size = settings.model.block_size, settings.model.vocab_size
         self.loader = Loader(
@@ -96,7 +100,7 @@ class Engine:
         """
         self.forward.train()
         # The compiler's worker processes must not die of Slurm's warning.
-        with shielded() if self._config.train.compile else nullcontext():
+        with shielded() if self._compiled else nullcontext():
             accumulate(self.forward, self._feed.batches(0, 1), 1, self.precision)
         self.optimizer.zero_grad(set_to_none=True)
         self._feed.waited_s()
@@ -157,10 +161,12 @@ class Engine:
         """Whose batches made this step's loss no finite number, in words. A collective."""
         return divergence.blame(launched.outcome.own, launched.batch, self.loader, self._ranks)
 
-    def precision(self) -> AbstractContextManager[None]:
-        if self.dtype == torch.bfloat16:
-            return torch.autocast(self._ranks.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Around each forward pass: what it computes in, and by which attention kernel."""
+        narrow = self.dtype == torch.bfloat16
+        with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=narrow), self._attention():
+            yield
 
     def _to_host(self, figures: Tensor) -> Tensor:
         if not self._on_gpu:

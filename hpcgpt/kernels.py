@@ -1,0 +1,69 @@
+"""Which kernels compute a step: attention's, and compiled ones or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
+
+Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"]
+
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+    "fa3": SDPBackend.FLASH_ATTENTION,
+}
+_ON_CPU = ("auto", "flash", "math")
+
+
+def attention(wanted: Attention, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which torch's attention takes the kernel `wanted`; "auto": whichever it finds best.
+
+    "fa3" is FlashAttention 3, which torch calls where the package flash_attn_interface is installed (Hopper GPUs).
+
+    Raises:
+        ValueError: this device does not have it.
+    """
+    if wanted == "auto":
+        return nullcontext
+    if device.type == "cpu" and wanted not in _ON_CPU:
+        raise ValueError(f"train.attention {wanted} is for GPUs: on a CPU it may be {', '.join(_ON_CPU)}")
+    if wanted == "fa3":
+        if find_spec("flash_attn_interface") is None:
+            raise ValueError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
+        try:
+            activate_flash_attention_impl("FA3")
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ValueError(f"train.attention fa3 cannot be had: {error}") from None
+    return partial(sdpa_kernel, _BACKENDS[wanted])
+
+
+def compiles(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Is the model to be compiled? "auto": on a GPU, if what torch.compile needs there is installed.
+
+    On a CPU compiling takes a minute for a step that is some per cent faster: only who asks for it gets it.
+
+    Raises:
+        ValueError: it was asked for, and what it needs is missing.
+    """
+    if device.type == "cuda":
+        possible, lacks = find_spec("triton") is not None and _has("CC", "gcc", "clang"), "triton and a C compiler"
+    else:
+        possible, lacks = _has("CXX", "g++", "clang++"), "a C++ compiler"
+    if wanted == "on" and not possible:
+        raise ValueError(f"train.compile on needs {lacks}: install it, or take off")
+    return possible and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
+
+
+def _has(variable: str, *names: str) -> bool:
+    """One of these programs, or the one that the variable names."""
+    return any(shutil.which(name) for name in (os.environ.get(variable, ""), *names) if name)

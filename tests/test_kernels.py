@@ -1,0 +1,82 @@
+"""hpcgpt.kernels: the kernels that were asked for are those that compute, and what cannot be had is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import command, curve, rows
+from torch.profiler import ProfilerActivity, profile
+
+from hpcgpt import kernels
+from hpcgpt.runfolder import FINISHED
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kernel"),
+    [
+        ("math", "aten::_scaled_dot_product_attention_math"),
+        ("flash", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+        ("auto", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    ],
+)
+def test_the_kernel_that_was_asked_for_computes(wanted: kernels.Attention, kernel: str) -> None:
+    q = torch.ones(1, 2, 16, 8)
+    with profile(activities=[ProfilerActivity.CPU]) as found, kernels.attention(wanted, CPU)():
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    names = {event.key for event in found.key_averages() if event.key.startswith("aten::_scaled_dot")}
+    assert names == {kernel}
+
+
+@pytest.mark.parametrize("wanted", ["cudnn", "efficient", "fa3"])
+def test_a_kernel_for_gpus_is_refused_on_a_cpu(wanted: str, tiny: Path) -> None:
+    done = command("hpcgpt.train", str(tiny), "--train.attention", wanted)
+    assert done.returncode == 2
+    assert f"train.attention {wanted} is for GPUs: on a CPU it may be auto, flash, math" in done.stderr
+
+
+def test_flash_attention_3_needs_its_package() -> None:
+    with pytest.raises(ValueError, match="needs the package flash_attn_interface"):
+        kernels.attention("fa3", GPU)
+
+
+def test_another_kernel_is_the_same_function(tiny: Path) -> None:
+    runs = tiny.parent / "runs"
+    for wanted in ("math", "flash"):
+        flags = ("--run.name", wanted, "--train.attention", wanted, "--train.dtype", "float64")
+        assert command("hpcgpt.train", str(tiny), *flags).returncode == FINISHED
+    losses = [[row["train/loss"] for row in rows(runs / name / "metrics.jsonl")] for name in ("math", "flash")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert curve(runs / "math") != curve(runs / "flash"), "both took the same"
+
+
+def test_compiling_is_left_alone_on_a_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    for name in ("g++", "gcc"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [kernels.compiles(wanted, CPU) for wanted in ("auto", "on", "off")] == [False, True, False]  # type: ignore[arg-type]
+    (tmp_path / "g++").unlink()
+    with pytest.raises(ValueError, match=r"train\.compile on needs a C\+\+ compiler"):
+        kernels.compiles("on", CPU)
+    monkeypatch.setenv("CXX", str(tmp_path / "gcc"))
+    assert kernels.compiles("on", CPU)
+
+
+def test_on_a_gpu_it_is_compiled_where_it_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether triton is here depends on the build of torch; without a C compiler it is of no use."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "off")] == [False, False]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"train\.compile on needs triton and a C compiler"):
+        kernels.compiles("on", GPU)
+    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setattr(kernels, "find_spec", lambda _: object())
+    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "on", "off")] == [True, True, False]  # type: ignore[arg-type]
