@@ -125,9 +125,7 @@ class Train:
         "a loss or gradient that is no finite number ends the run, or costs that step (and a wait in each)",
     )
     loss_chunk: int = option(
-        0,
-        "target tokens whose logits exist at a time: less memory, more time; 0: a whole micro-batch",
-        low=0,
+        0, "target tokens whose logits exist at a time: less memory, more time; 0: a whole micro-batch", low=0
     )
     activation_checkpointing: bool = option(
         False, "keep only each block's input for the backward pass: less memory, a third more computation"
