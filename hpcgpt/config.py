@@ -281,6 +281,8 @@ def contradictions(config: Config) -> Iterator[str]:
             f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch: it would change "
             "nothing; 0 says so"
         )
+    if config.data.document_mask and train.attention != "auto":
+        yield f"train.attention {train.attention} says nothing of data.document_mask, which has a kernel of its own"
     if config.sample.slide > model.block_size:
         yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
