@@ -50,7 +50,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, dropout: float) -> Ten
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(sight.mask, BlockMask):
-        return _flex()(q, k, v, block_mask=sight.mask, enable_gqa=grouped)  # type: ignore[no-any-return]
+        # Inductor's kernel for CPUs reads values with the strides of the keys (torch 2.13), whatever theirs are.
+        return _flex()(q, k, v.contiguous(), block_mask=sight.mask, enable_gqa=grouped)  # type: ignore[no-any-return]
     if sight.mask is None:
         # SDPA's causal mask begins at the first key. A single query that has keys before it sees them all.
         causal = q.shape[2] == k.shape[2]
@@ -70,7 +71,8 @@ def look_back(new: int, ids: Tensor) -> Sight:
 def look_within_documents(new: int, ids: Tensor, end_of_text: int, use_flex: bool) -> Sight:
     """The sight of the last `new` of `ids` (B, S), where each `end_of_text` begins a document."""
     documents, positions = borders(ids, end_of_text)  # (B, S)
-    if use_flex and new == ids.shape[1]:
+    if use_flex:
+        assert new == ids.shape[1], "there is no cache beside flex attention"
         return Sight(positions, _blocks(documents))
     earlier = torch.ones(new, ids.shape[1], dtype=torch.bool, device=ids.device).tril(ids.shape[1] - new)  # (T, S)
     mask = (documents[:, -new:, None] == documents[:, None, :]) & earlier  # (B, T, S)

@@ -125,9 +125,7 @@ class Train:
         "a loss or gradient that is no finite number ends the run, or costs that step (and a wait in each)",
     )
     loss_chunk: int = option(
-        0,
-        "target tokens whose logits exist at a time: less memory, more time; 0: a whole micro-batch",
-        low=0,
+        0, "target tokens whose logits exist at a time: less memory, more time; 0: a whole micro-batch", low=0
     )
     activation_checkpointing: bool = option(
         False, "keep only each block's input for the backward pass: less memory, a third more computation"
@@ -283,6 +281,8 @@ def contradictions(config: Config) -> Iterator[str]:
             f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch: it would change "
             "nothing; 0 says so"
         )
+    if config.data.document_mask and train.attention != "auto":
+        yield f"train.attention {train.attention} says nothing of data.document_mask, which has a kernel of its own"
     if config.sample.slide > model.block_size:
         yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:

@@ -56,8 +56,9 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     from hpcgpt.loader import Windows
 
     config = model.config
-    # The split is asked for also where training left it alone.
-    wanted = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=1))
+    # The split is asked for also where training left it alone; and where the first weights came from is long past.
+    evaluated, begun = dataclasses.replace(config.eval, every=1), dataclasses.replace(config.run, init_from="")
+    wanted = dataclasses.replace(config, eval=evaluated, run=begun)
     planned = plan.make(wanted, world_size=1)
     if changed := plan.changes(model.state.identity, planned.identity):
         raise ValueError(f"{model.path} was trained with other data or settings than are there: {'; '.join(changed)}")

@@ -118,7 +118,8 @@ class GPT(nn.Module):
 
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """What the head reads of `ids` (B, T): (B, T, C)."""
-        sight = self._sight(ids if cache is None else cache.extend(ids), ids.shape[1])
+        everything = ids if cache is None else cache.extend(ids)  # (B, S)
+        sight = self._sight(everything, ids.shape[1], cache is None)
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(sight.positions)
@@ -129,17 +130,18 @@ class GPT(nn.Module):
                 dropout = self.config.dropout > 0
                 x = checkpoint(block, x, sight, use_reentrant=False, preserve_rng_state=dropout)
             else:
-                x = block(x, sight, cache.blocks[number] if cache else None)
+                x = block(x, sight, None if cache is None else cache.blocks[number])
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def _sight(self, ids: Tensor, new: int) -> Sight:
+    def _sight(self, ids: Tensor, new: int, may_flex: bool = True) -> Sight:
         """Where the last `new` of `ids` (B, S) stand, and what they see."""
         c, weight = self.config, self.token_embedding.weight
         if self.manner.document_start is None:
             sight = attention.look_back(new, ids)
         else:
             dropout = c.dropout if self.training else 0.0
-            flex = attention.has_flex(weight.device, weight.dtype, dropout)
+            # It is compiled for a length, and those of texts that are generated all differ.
+            flex = may_flex and attention.has_flex(weight.device, weight.dtype, dropout)
             sight = attention.look_within_documents(new, ids, self.manner.document_start, flex)
         if c.kind == "modern":
             turn = block_modern.rotation(sight.positions, c.n_embd // c.n_head)

@@ -99,6 +99,16 @@ def test_to_toml_and_back_is_the_same_configuration(tmp_path: Path) -> None:
     assert before.sample.prompt == odd
 
 
+def test_the_modern_kind_has_no_biases_unless_somebody_insists(tmp_path: Path) -> None:
+    found = from_flags("--model.kind", "modern", "--model.n_kv_head", "4")
+    assert (found.model.qkv_bias, found.model.n_kv_head) == (False, 4)
+    (tmp_path / "again.toml").write_text(config_sources.to_toml(found))
+    assert config_sources.from_file(tmp_path / "again.toml") == found
+    assert from_flags("--model.kind", "gpt2").model.qkv_bias
+    with pytest.raises(ValueError, match=r"model\.qkv_bias: model\.kind .modern. has no biases"):
+        from_flags("--model.kind", "modern", "--model.qkv_bias", "true")
+
+
 def test_nothing_can_be_changed_afterwards() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.n_layer = 3  # type: ignore[misc]
@@ -145,6 +155,13 @@ CONTRADICTIONS = [
     ("[schedule]\nmin_lr = 1", "schedule.min_lr 1.0 is above optim.lr"),
     ("[checkpoint]\nevery = 10\nkeep_every = 15", "checkpoint.keep_every 15 must be a multiple of checkpoint.every 10"),
     ("[checkpoint]\nevery = 0\nkeep_every = 5", "checkpoint.keep_every 5 must be a multiple of checkpoint.every 0"),
+    ("[model]\nn_kv_head = 4", 'model.n_kv_head 4 is for model.kind "modern"'),
+    ('[model]\nkind = "modern"\nqkv_bias = true', 'model.qkv_bias: model.kind "modern" has no biases: leave it out'),
+    ('[model]\nkind = "modern"\nn_kv_head = 5', "model.n_head 12 must be a multiple of model.n_kv_head 5"),
+    ('[model]\nkind = "modern"\nn_embd = 36', "n_embd 36 / model.n_head 12 is odd: rotary positions turn pairs"),
+    ("[model]\nblock_size = 8\n[train]\nloss_chunk = 200", "train.loss_chunk 200 is more than the 128 tokens of a"),
+    ('[data]\ndocument_mask = true\n[train]\nattention = "flash"', "train.attention flash says nothing of data.docu"),
+    ("[model]\nblock_size = 8\n[sample]\nslide = 9", "sample.slide 9 is more than model.block_size 8"),
     ('[run]\nname = "a/b"', "run.name 'a/b' must be a plain folder name"),
     ('[run]\nname = ".."', "run.name '..' must be a plain folder name"),
     ('[run]\nname = ""', "run.name '' must be a plain folder name"),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from hpcgpt.config import Model, Sample
-from hpcgpt.generate import choose, generate
-from hpcgpt.model import GPT
+from hpcgpt.generate import choose, generate, generate_several
+from hpcgpt.model import GPT, Manner
 
 CPU = torch.device("cpu")
 # Probabilities 0.1, 0.4, 0.2, 0.3: not in order of their ids.
@@ -54,6 +54,11 @@ def test_the_choice_follows_temperature_top_k_and_top_p(settings: dict[str, Any]
     assert drawn(CHANCES.log(), **settings) == pytest.approx(expected, abs=0.04)
 
 
+def test_of_equally_likely_ids_beyond_top_k_the_first_stay() -> None:
+    chances = drawn(torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 1.0]), top_k=2)
+    assert chances == pytest.approx({1: 0.5, 2: 0.5}, abs=0.04)
+
+
 def test_of_two_equally_likely_ids_greedy_takes_the_first() -> None:
     assert drawn(torch.tensor([1.0, 3.0, 3.0]), draws=3, temperature=0.0) == {1: 1.0}
 
@@ -88,6 +93,71 @@ def test_a_prompt_longer_than_the_context_is_cut_to_its_end(model: GPT) -> None:
     ids = list(generate(model, prompt, greedy, CPU, seed=0))
     assert ids == list(generate(model, prompt[-16:], greedy, CPU, seed=0))
     assert ids != list(generate(model, prompt[-15:], greedy, CPU, seed=0))
+
+
+# --- the cache -------------------------------------------------------------------------------------
+
+
+def uncached(model: GPT, prompt: list[int], config: Sample, seed: int) -> list[int]:
+    """The same text by a whole pass for each token: the oldest `slide` tokens leave a window that is too long."""
+    generator = torch.Generator().manual_seed(seed)
+    window, found = list(prompt), []
+    model.eval()
+    for _ in range(config.tokens):
+        while len(window) > model.config.block_size:
+            window = window[config.slide :]
+        with torch.no_grad():
+            logits = model(torch.tensor([window]))[0, -1].float()
+        found.append(choose(logits, config, generator))
+        window.append(found[-1])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "modern"])
+@pytest.mark.parametrize("document_start", [None, 0], ids=["", "document mask"])
+@pytest.mark.parametrize("slide", [1, 5, 16])
+@pytest.mark.parametrize("temperature", [0.0, 3.0], ids=["greedy", "drawn"])
+def test_with_the_cache_a_text_is_that_without_one_token_for_token_also_beyond_the_context(
+    kind: Literal["gpt2", "modern"], document_start: int | None, slide: int, temperature: float
+) -> None:
+    groups = {"n_kv_head": 2, "qkv_bias": False} if kind == "modern" else {}
+    shape = Model(kind=kind, n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=8, dropout=0.3, tied=False,
+                  **groups)  # fmt: skip
+    model = GPT(shape, 3, Manner(document_start)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.dim() > 1 else 1)
+    config = Sample(tokens=40, temperature=temperature, top_k=0, top_p=0.95, slide=slide)
+    for prompt in ([0, 1, 2], [*range(8), 7, 6, 5, 4, 0, 4, 5, 6, 7]):  # the longer one begins a second document
+        expected = uncached(model, prompt, config, seed=1)
+        assert list(generate(model, prompt, config, CPU, seed=1)) == expected
+        assert len(set(expected)) > 2, "a constant text would show nothing"
+        assert 0 in expected or document_start is None or not temperature, "no document ends within the text"
+
+
+@pytest.mark.parametrize("slide", [1, 5, 16])
+def test_within_the_context_each_token_is_read_once_and_beyond_it_a_window_for_every_slide(
+    model: GPT, slide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, cache: read.append(ids.shape[1]) or hidden(ids, cache))  # type: ignore[func-returns-value]
+    text = generate(model, [1, 2, 3], Sample(tokens=14 + 2 * slide, slide=slide), CPU, seed=0)
+    next(text)
+    assert read == [3], "the first token is given before the second is made"
+    assert list(text)
+    assert read == [3, *[1] * 13, *[17 - slide, *[1] * (slide - 1)] * 2]
+
+
+def test_several_texts_at_once_are_those_of_each_alone(model: GPT) -> None:
+    config = Sample(tokens=30, temperature=1.0, top_k=0)
+    together = zip(*generate_several(model.double(), [1, 2], config, CPU, [5, 6, 7]), strict=True)
+    alone = [tuple(generate(model, [1, 2], config, CPU, seed)) for seed in (5, 6, 7)]
+    assert list(together) == alone
+    assert len(set(alone)) == 3
+
+
+# --- what it leaves alone --------------------------------------------------------------------------
 
 
 def test_text_goes_on_beyond_the_context(model: GPT) -> None:

@@ -53,9 +53,11 @@ def test_the_tables_have_a_multiple_of_64_rows_and_the_logits_only_the_vocabular
     assert model(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, vocab_size)
 
 
-def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry() -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry(tied: bool) -> None:
+    """A token table of its own is only looked up in, so an untied head costs nothing more."""
     with torch.device("meta"):
-        model = GPT(Model(vocab_size=50257))
+        model = GPT(Model(vocab_size=50257, tied=tied))
     assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 

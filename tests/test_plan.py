@@ -188,11 +188,22 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_and_a_larger_one_ta
         ({"run__seed": 2}, "run.seed"),
         ({"data__stride": 16}, "data.stride"),
         ({"train__global_batch": 16}, "train.global_batch"),
+        ({"data__document_mask": True}, "data.document_mask"),
+        ({"model__kind": "modern"}, "model.kind"),
     ],
 )
 def test_a_change_of_the_model_or_of_the_order_is_seen(change: dict[str, Any], name: str, shards_folder: Path) -> None:
     before, now = plan.make(settings(shards_folder), 1), plan.make(settings(shards_folder, **change), 1)
     assert any(line.startswith(f"{name} was ") for line in plan.changes(before.identity, now.identity))
+
+
+def test_an_option_that_is_newer_than_the_run_counts_as_its_default(shards_folder: Path) -> None:
+    now = plan.make(settings(shards_folder), 1).identity
+    newer = ("model.n_kv_head", "data.document_mask")
+    before = {key: value for key, value in now.items() if key not in newer}
+    assert len(before) == len(now) - 2
+    assert plan.changes(before, now) == []
+    assert plan.changes(before, now | {"data.document_mask": True}) == ["data.document_mask was False and is now True"]
 
 
 def test_other_shards_are_seen(shards_folder: Path, copy: Path) -> None:

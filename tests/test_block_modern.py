@@ -1,0 +1,200 @@
+"""hpcgpt.block_modern: RMSNorm, rotary positions, SwiGLU, QK-norm and grouped queries, as Qwen3 has them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import ids
+from torch import Tensor
+
+from hpcgpt.block_modern import Norm, rotation, turned
+from hpcgpt.config import Model
+from hpcgpt.model import GPT
+
+SMALL = Model(kind="modern", n_layer=3, n_head=4, n_kv_head=2, n_embd=48, block_size=24, vocab_size=100, qkv_bias=False)
+
+
+def small(seed: int = 0, **changes: Any) -> GPT:
+    """A model in float64 whose every parameter, gains too, differs from its neutral value."""
+    model = GPT(Model(**vars(SMALL) | changes), seed).double()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+# --- what it computes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tied", "groups"), [(True, 4), (False, 2), (True, 1)])
+def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_qwen3(
+    tied: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    # Theirs goes through float32, whatever the model is in.
+    monkeypatch.setattr(
+        Qwen3RMSNorm, "forward", lambda self, x: self.weight * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    )
+    ours, theirs = small(tied=tied, n_kv_head=groups), hugging_face(tied, groups)
+    copy_weights(ours, theirs)
+    x, y = ids(batch=3), ids(batch=3, seed=6)
+    expected = theirs(x).logits
+    assert (ours(x) - expected).abs().max() < 1e-10
+    assert expected.std() > 0.5, "the logits hardly differ, so the comparison would show nothing"
+
+    loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
+    assert (loss - reference).abs() < 1e-10
+    loss.backward()
+    reference.backward()
+    compared = pairs(ours, theirs)
+    for mine, his in compared:
+        split = zip(mine.grad.split([len(part) for part in his]) if len(his) > 1 else [mine.grad], his, strict=True)
+        for gradient, part in split:
+            assert (gradient[: len(part)] - part.grad).abs().max() < 1e-10
+            assert part.grad.abs().max() > 1e-6
+    assert len(compared) == len(list(ours.parameters()))
+
+
+def hugging_face(tied: bool, groups: int) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(vocab_size=100, hidden_size=48, intermediate_size=128, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=groups, head_dim=12, rms_norm_eps=1e-6,
+                         max_position_embeddings=24, rope_theta=10_000.0, tie_word_embeddings=tied,
+                         attention_dropout=0.0, use_cache=False)  # fmt: skip
+    return Qwen3ForCausalLM(config).double().train()
+
+
+def copy_weights(ours: GPT, theirs: Any) -> None:
+    with torch.no_grad():
+        for mine, his in pairs(ours, theirs):
+            for part, target in zip(mine.split([len(p) for p in his]) if len(his) > 1 else [mine], his, strict=True):
+                target.copy_(part[: len(target)])
+
+
+def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, list[Any]]]:
+    """Our parameters, and theirs that stand for the rows of it."""
+    body = theirs.model
+    found = [(ours.token_embedding.weight, [body.embed_tokens.weight]), (ours.norm.weight, [body.norm.weight])]
+    if not ours.config.tied:
+        found.append((ours.head.weight, [theirs.lm_head.weight]))
+    for mine, his in zip(ours.blocks, body.layers, strict=True):
+        block, attention = mine, his.self_attn
+        found += [
+            (block.attention_norm.weight, [his.input_layernorm.weight]),
+            (block.mlp_norm.weight, [his.post_attention_layernorm.weight]),
+            (block.attention.qkv.weight, [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
+            (block.attention.query_norm.weight, [attention.q_norm.weight]),
+            (block.attention.key_norm.weight, [attention.k_norm.weight]),
+            (block.attention.residual.weight, [attention.o_proj.weight]),
+            (block.mlp.gate_and_up.weight, [his.mlp.gate_proj.weight, his.mlp.up_proj.weight]),
+            (block.mlp.residual.weight, [his.mlp.down_proj.weight]),
+        ]
+    return found
+
+
+@pytest.mark.parametrize("place", [0, 11, 23])
+def test_no_token_sees_what_comes_after_it(place: int) -> None:
+    model, x = small(), ids()
+    changed = x.clone()
+    changed[:, place] = (changed[:, place] + 1) % 100
+    before, after = model(x), model(changed)
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert (before[:, place:] != after[:, place:]).any(dim=-1).all()
+
+
+def test_what_heads_see_of_each_other_depends_on_their_distance_only() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
+
+    def score(here: int, there: int) -> float:
+        query, key = turned(q, rotation(torch.tensor([here]), 16)), turned(k, rotation(torch.tensor([there]), 16))
+        return (query * key).sum().item()
+
+    assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-5)
+    assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
+    cosine, sine = rotation(torch.tensor([0, 1, 7]), 8)
+    for row, position in enumerate((0, 1, 7)):
+        angles = [position / 10_000 ** (2 * pair / 8) for pair in range(4)]
+        assert cosine[row].tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-6)
+        assert sine[row].tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-6)
+
+
+def test_the_norm_makes_the_root_mean_square_one_and_then_applies_its_gains() -> None:
+    norm, x = Norm(8).double(), torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(8))
+    expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * torch.arange(8)
+    assert (norm(100 * x) - expected).abs().max() < 1e-4
+    assert (norm(x) - expected).abs().max() < 1e-12
+
+
+def test_bfloat16_autocast_is_near_float32_and_adds_up_the_loss_in_it() -> None:
+    model = GPT(SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids(), ids())
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert (loss - model(ids(), ids())).abs() < 0.05
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, reference = small(dropout=0.5), small(dropout=0.0)
+    assert torch.equal(model.eval()(ids()), reference(ids()))
+    model.train()
+    assert not torch.equal(model(ids()), model(ids()))
+
+
+# --- its size and its start ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "tied", "expected"),
+    [
+        # 50257 x 768 + 12 x (768 x 64 x (12 + 2 K) + 768 x 768 + 3 x 768 x 2048 + 2 x 768 + 2 x 64) + 768
+        (12, True, 123_552_768),
+        (4, True, 114_115_584),
+        (4, False, 152_712_960),
+    ],
+)
+def test_its_parameters_are_those_of_the_matrices_and_gains(groups: int, tied: bool, expected: int) -> None:
+    shape = Model(kind="modern", vocab_size=50257, n_kv_head=groups, tied=tied)
+    with torch.device("meta"):
+        model = GPT(shape)
+    assert model.parameter_count() == expected
+    used_twice = 50257 * 768 * (not tied)  # a token table that is no head multiplies nothing
+    assert model.flops_per_token() == 6 * (expected - used_twice) + 12 * 12 * 768 * 1024
+
+
+def test_no_number_of_key_value_heads_means_one_for_each_head() -> None:
+    first, same = GPT(Model(**vars(SMALL) | {"n_kv_head": 0})), GPT(Model(**vars(SMALL) | {"n_kv_head": 4}))
+    assert torch.equal(first(ids()), same(ids()))
+
+
+def test_it_has_neither_biases_nor_a_table_of_positions() -> None:
+    names = [name for name, _ in GPT(SMALL).named_parameters()]
+    assert not [name for name in names if name.endswith("bias") or "position" in name]
+
+
+def test_projections_into_the_residual_stream_start_smaller_and_gains_at_one() -> None:
+    model = GPT(Model(**vars(SMALL) | {"n_layer": 8, "n_embd": 256, "vocab_size": 1000}), seed=1)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            continue
+        expected = 0.02 / math.sqrt(16) if name.endswith("residual.weight") else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.02), name
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
+    model = GPT(Model(**vars(SMALL) | {"vocab_size": 1000}))
+    loss = model(ids(8, vocab_size=1000), ids(8, vocab_size=1000, seed=6))
+    assert loss.item() == pytest.approx(math.log(1000), rel=0.01)

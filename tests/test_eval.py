@@ -1,0 +1,186 @@
+"""hpcgpt.eval and hpcgpt.sample: what a run's checkpoints can do, as commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, command, rows
+from small_checkpoints import flip_a_byte, mend
+
+from hpcgpt.runfolder import FINISHED
+
+# The second run has everything on that changes what a model computes, and how.
+KINDS = {
+    "gpt2": [],
+    "modern": ["--model.kind", "modern", "--model.n_kv_head", "1", "--model.dropout", "0.1", "--data.document_mask",
+               "true", "--train.loss_chunk", "24", "--train.activation_checkpointing", "true", "--optim.z_loss",
+               "1e-3", "--train.dtype", "float32"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each kind, evaluated on the whole split at steps 6 and 12, with checkpoints of 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("runs")
+    path = folder / "tiny.toml"
+    path.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n')
+    for name, flags in KINDS.items():
+        words = ["--run.dir", str(folder), "--run.name", name, "--eval.batches", "0", "--checkpoint.every", "4"]
+        done = command("hpcgpt.train", str(path), *words, *flags)
+        assert done.returncode == FINISHED, done.stderr
+    return folder
+
+
+def told(*arguments: str) -> dict[str, Any]:
+    done = command("hpcgpt.eval", *arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_newest_checkpoint_has_the_figures_that_training_logged_to_the_last_bit(kind: str, runs: Path) -> None:
+    found, logged = told(str(runs / kind)), rows(runs / kind / "metrics.jsonl")[-1]
+    names = [name for name in logged if name.startswith("val/") and name != "val/elapsed_s"]
+    assert {name: found[name] for name in names} == {name: logged[name] for name in names}
+    assert len(names) == 3
+    assert found["step"] == 12
+    assert found["path"].endswith(f"{kind}/checkpoints/step_000000012")
+    assert found["tokens"] % 32 == 0
+
+
+def test_a_step_may_be_named_or_the_best_one(runs: Path) -> None:
+    run = str(runs / "gpt2")
+    named = told(run, "--step", "4")
+    assert named["step"] == 4
+    assert named["val/loss"] > told(run)["val/loss"]
+    assert told(run, "--best")["step"] == 12, "of the steps with a checkpoint only this one was evaluated"
+
+
+def test_a_part_of_the_split_is_what_training_takes_of_it(runs: Path) -> None:
+    part = told(str(runs / "gpt2"), "--batches", "3")
+    assert part["tokens"] == 3 * 2 * 32
+    assert part["val/loss"] != told(str(runs / "gpt2"))["val/loss"]
+
+
+def test_without_json_it_is_for_people(runs: Path) -> None:
+    done = command("hpcgpt.eval", str(runs / "gpt2"))
+    figures = told(str(runs / "gpt2"))
+    assert f"{figures['tokens']:,} tokens of validation" in done.stdout
+    assert f"val/loss           {figures['val/loss']:.6f}\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--step", "5"], "has no checkpoint of step 5: there are 4, 8, 12"),
+        (["--batches", "-1"], "--batches: -1 must be at least 0"),
+        (["--step", "8", "--best"], "not allowed with argument"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_sentence(flags: list[str], sentence: str, runs: Path) -> None:
+    done = command("hpcgpt.eval", str(runs / "gpt2"), *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    done = command("hpcgpt.eval", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"no run in {tmp_path}" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_where_it_is_named_and_passed_over_where_not(
+    runs: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(runs / "gpt2", tmp_path / "gpt2"))
+    flip_a_byte(copy / "checkpoints/step_000000012")
+    done = command("hpcgpt.eval", str(copy), "--step", "12")
+    assert done.returncode == 2
+    assert "step_000000012 is damaged: the checksum of" in done.stderr
+    done = command("hpcgpt.eval", str(copy), "--best")
+    assert done.returncode == 2
+    assert "has no checkpoint of a step that was evaluated" in done.stderr
+    done = command("hpcgpt.eval", str(copy), "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["step"] == 8
+    assert "warning: checkpoint" in done.stderr
+    assert (copy / "checkpoints/step_000000012").is_dir(), "a reader sets nothing aside"
+
+
+def test_figures_of_other_shards_than_the_runs_are_refused(runs: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(runs / "gpt2", tmp_path / "gpt2"))
+    config = copy / "config.toml"
+    config.write_text(config.read_text().replace("seed = 1", "seed = 2"))
+    done = command("hpcgpt.eval", str(copy))
+    assert done.returncode == 2
+    assert "was trained with other data or settings than are there: run.seed was 1 and is now 2" in done.stderr
+
+
+# --- hpcgpt sample ---------------------------------------------------------------------------------
+
+
+def sampled(*arguments: str) -> str:
+    done = command("hpcgpt.sample", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.partition("\n")[2]  # behind the line that names the checkpoint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_made_at_once_are_those_made_one_by_one(kind: str, runs: Path) -> None:
+    flags = (str(runs / kind), "--prompt", "def ", "--tokens", "40")  # the context is 32
+    first, second = (sampled(*flags, "--seed", seed) for seed in ("7", "8"))
+    assert sampled(*flags, "--seed", "7", "--samples", "2") == first + second.replace("sample 1", "sample 2")
+    assert first != second
+
+
+def test_a_sample_goes_on_behind_its_prompt_and_may_be_of_an_earlier_step(runs: Path) -> None:
+    flags = (str(runs / "gpt2"), "--prompt", "def ", "--tokens", "20", "--temperature", "0")
+    assert sampled(*flags).startswith("--- sample 1\ndef ")
+    assert sampled(*flags, "--step", "12") == sampled(*flags)
+    assert command("hpcgpt.sample", *flags, "--step", "4").stdout.splitlines()[0].endswith("step_000000004, step 4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--slide", "33"], "--slide: 33 is more than the run's block_size of 32"),
+        (["--slide", "0"], "--slide: 0 must be at least 1"),
+        (["--samples", "0"], "--samples: 0 must be at least 1"),
+        (["--step", "7"], "has no checkpoint of step 7: there are 4, 8, 12"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused(flags: list[str], sentence: str, runs: Path) -> None:
+    done = command("hpcgpt.sample", str(runs / "gpt2"), *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence in done.stderr
+
+
+# --- runs from before ------------------------------------------------------------------------------
+
+
+def test_a_run_from_before_there_were_these_options_is_gone_on_with(runs: Path, tmp_path: Path) -> None:
+    """Its checkpoints name neither option, and what they name now is what it did then."""
+    shutil.copytree(runs / "gpt2", tmp_path / "gpt2")
+    forget(tmp_path / "gpt2/checkpoints/step_000000012", "model.n_kv_head", "data.document_mask")
+    config = str(tmp_path / "gpt2/config.toml")
+    done = command("hpcgpt.train", config, "--run.dir", str(tmp_path))
+    assert done.returncode == FINISHED, done.stderr
+    assert "finished already, at step 12" in done.stdout
+    done = command("hpcgpt.train", config, "--run.dir", str(tmp_path), "--data.document_mask", "true")
+    assert done.returncode == 2
+    assert "data.document_mask was False and is now True" in done.stderr
+
+
+def forget(checkpoint: Path, *keys: str) -> None:
+    """Take keys out of a checkpoint's identity."""
+    state = json.loads((checkpoint / "state.json").read_bytes())
+    for key in keys:
+        del state["identity"][key]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    mend(checkpoint)
