@@ -189,7 +189,7 @@ def _config(options: argparse.Namespace, ranks: int, mode: Any) -> Config:
         micro_batch=options.micro_batch,
         global_batch=options.micro_batch * options.micro_steps * ranks,
         dtype=options.dtype,
-        compile=options.compile,
+        compile="on" if options.compile else "off",
     )
     parallel = Parallel(mode, options.gradient_dtype if ranks > 1 else "float32")
     data = dataclasses.replace(settings.data, dir=str(options.data), mix=())

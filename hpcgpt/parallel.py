@@ -171,7 +171,7 @@ def held(tensor: Tensor) -> Held:
 
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a tensor. A collective if ranks have shares of it."""
-    return tensor.full_tensor() if is_share(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_share(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_share(tensor: Tensor) -> bool:

@@ -111,7 +111,7 @@ def test_a_step_moves_a_matrix_by_the_rate_that_it_was_given() -> None:
 def test_it_learns_what_it_has_seen() -> None:
     model, optimizer = trained(MUON, 0)
     losses = go_on(model, optimizer, range(60))
-    assert losses[-1] < losses[0] - 2
+    assert losses[-1] < losses[0] - 1
 
 
 def test_a_loaded_run_goes_on_like_the_saved_one(checkpoints: Path, held: Generation) -> None:
