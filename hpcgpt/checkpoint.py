@@ -12,7 +12,10 @@
       damaged_step_000000500.g0003/           set aside by generation 3, with the reason in REASON.txt
 
 The tensors, spread over the ranks by size: ``model/<parameter>``, ``optim/<parameter>/<state>``, and
-``rng/<rank>/cpu`` (and ``/cuda``), the state of each rank's random generators as bytes.
+``rng/<rank>/cpu`` (and ``/cuda``), the state of each rank's random generators as bytes. A tensor of which each rank had
+some rows only (parallel.mode zero1 and fsdp) is in pieces, in the shares of those ranks: ``<name>[0:384]``,
+``<name>[384:768]``, the first row and the one after the last. Each row is there once; a run goes on from it in any
+mode.
 
 A folder without its manifest does not exist as far as loading is concerned, and nothing is believed that the
 manifest's checksums do not bear out. safetensors and JSON only: nothing in a checkpoint can run code.
@@ -47,6 +50,7 @@ from hpcgpt.generation import Generation
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
 JSON_LIMIT = 64 << 20  # bytes; what is larger is no state.json or manifest.json of ours
 _NAME = re.compile(r"step_(\d{9,})")
+_PIECE = re.compile(r"(.*)\[(\d{1,18}):(\d{1,18})\]", re.ASCII)
 _FILE = re.compile(r"(tensors_\d{5}_of_\d{5}\.safetensors|state\.json)")
 # A file is not there. Any other error may be this host's or the network's, and is no damage.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -115,6 +119,12 @@ def entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except FileNotFoundError:
         return []
+
+
+def rows_of(name: str) -> tuple[str, range | None]:
+    """A tensor's name without its rows, and those; None: all."""
+    found = _PIECE.fullmatch(name)
+    return (found[1], range(int(found[2]), int(found[3]))) if found else (name, None)
 
 
 def step_of(path: Path) -> int:

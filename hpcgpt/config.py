@@ -83,12 +83,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Literal["adamw"] = option("adamw", "optimizer")
+    name: Literal["adamw", "muon"] = option(
+        "adamw", "optimizer; muon: for the blocks' matrices, with adamw for the other parameters"
+    )
     lr: float = option(6e-4, "peak learning rate", above=0)
     weight_decay: float = option(0.1, "decoupled weight decay", low=0)
     decay: Literal["matrices", "all"] = option("matrices", "which parameters decay: matrices only, or all")
     beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)
     beta2: float = option(0.95, "AdamW's second beta", low=0, below=1)
+    muon_lr: float = option(0.02, "muon: peak learning rate of the matrices; it has the shape of optim.lr", above=0)
+    muon_momentum: float = option(0.95, "muon: momentum", low=0, below=1)
     clip_norm: float = option(1.0, "largest norm of the averaged gradient, on every step; 0: no clip", low=0)
     z_loss: float = option(
         0.0, "this times the mean square of the logits' log-sum-exp is added to the loss of training", low=0
@@ -97,7 +101,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Schedule:
-    kind: Literal["cosine", "wsd", "constant"] = option("cosine", "shape of the learning rate after warm-up")
+    kind: Literal["cosine", "linear", "wsd", "constant"] = option("cosine", "shape of the learning rate after warm-up")
     warmup_steps: int = option(700, "steps of linear warm-up from initial_lr to optim.lr", low=0)
     initial_lr: float = option(0.0, "learning rate of the very first step", low=0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", low=0)
@@ -129,6 +133,18 @@ class Train:
     )
     activation_checkpointing: bool = option(
         False, "keep only each block's input for the backward pass: less memory, a third more computation"
+    )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    mode: Literal["ddp", "zero1", "fsdp"] = option(
+        "ddp",
+        "ddp: each rank has everything; zero1: its share of the optimizer's state, and of the weights between steps; "
+        "fsdp: its share of the gradients, too, for another all-gather and sum in each pass",
+    )
+    gradient_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "what gradients are sent in, between ranks; bfloat16: half of the bytes, and rounded before the sum"
     )
 
 
@@ -225,6 +241,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
     spike: Spike = field(default_factory=Spike)
     profile: Profile = field(default_factory=Profile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -287,6 +304,11 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
+    for key in ("muon_lr", "muon_momentum"):
+        if config.optim.name != "muon" and getattr(config.optim, key) != getattr(Optim(), key):
+            yield f"optim.{key} says nothing to optim.name {config.optim.name}: take muon, or leave it out"
+    if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
+        yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: take one of them"
     keep = config.checkpoint
     if keep.keep_every and (not keep.every or keep.keep_every % keep.every):
         yield (

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from hpcgpt import divergence, kernels, metrics
+from hpcgpt import divergence, kernels, metrics, parallel
 from hpcgpt.blame import LocalTime
 from hpcgpt.feed import Feed
 from hpcgpt.loader import Loader, Mixture, Windows
@@ -69,14 +68,16 @@ class Engine:
         if self._on_gpu:  # what stays in float32 may use the matrix units, too
             torch.set_float32_matmul_precision("high")
         manner = Manner.of(settings, planned.sets[0].manifest.tokenizer["end_of_text"])
-        self.model = GPT(settings.model, settings.run.seed, manner).to(ranks.device)
+        self.model = GPT(settings.model, settings.run.seed, manner)  # to look at: see `gathered`
         if self.dtype == torch.float64:
             self.model.double()
         self._attention = kernels.attention(settings.train.attention, ranks.device)
         # All or none: the ranks of a run compute alike.
         self._compiled = all(on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
-        self.forward = _wrapped(self.model, ranks, self._compiled)
-        self.optimizer = make_optimizer(self.model, settings.optim)
+        # What is called to train, and what has this rank's part of the weights.
+        self.forward, self.trained = parallel.shared_out(self.model, ranks, settings.parallel, self._compiled)
+        self._is_gathered = False
+        self.optimizer = make_optimizer(self.trained, settings.optim)
         context, size = settings.model.block_size, settings.model.vocab_size
         self.loader = Loader(
             Mixture(
@@ -108,6 +109,9 @@ class Engine:
     def launch(self, step: int, batch: int) -> Launched:
         """Begin optimizer step number `step` on global batch `batch`. A collective."""
         settings = self._config
+        if self._is_gathered:
+            parallel.release(self.model, self._ranks.device)
+            self._is_gathered = False
         began = self._mark()
         rate = learning_rate(step, self._plan.total_steps, settings)
         outcome = train_step(
@@ -124,6 +128,13 @@ class Engine:
         )
         figures = self._to_host(torch.stack([outcome.loss.double(), outcome.norm.double()]))
         return Launched(step, batch, rate, outcome, figures, began, self._mark(), self._feed.waited_s())
+
+    def gathered(self) -> GPT:
+        """The model with all its weights, until the next step is launched. A collective."""
+        if self.trained is not self.model:
+            parallel.gather(self.trained, self.model)
+            self._is_gathered = True
+        return self.model
 
     def read(self, launched: Launched) -> dict[str, Any]:
         """The figures of a step for metrics.jsonl, once it has ended: waits for that.
@@ -185,15 +196,3 @@ class Engine:
     def _between(self, began: Any, ended: Any) -> float:
         """Seconds between two marks."""
         return float(began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began)
-
-
-def _wrapped(model: GPT, ranks: Ranks, compiled: bool) -> nn.Module:
-    """What training calls: the model, compiled if asked for, behind DDP if there are other ranks."""
-    module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
-    if ranks.control is None:
-        return module
-    return DistributedDataParallel(
-        module,
-        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )

@@ -198,7 +198,7 @@ class Attempt:
         newest = restore.newest_valid(checkpoints, self.ranks, self.held)
         if newest is None:
             if settings.run.init_from:
-                self._origin = initial.load(Path(settings.run.init_from), self.engine.model, self.ranks)
+                self._origin = initial.load(Path(settings.run.init_from), self.engine.trained, self.ranks)
             torch.manual_seed(settings.run.seed + 7919 * self.ranks.world.rank)
         else:
             changed = plan.changes(checkpoint.read_state(newest).identity, self.plan.identity)
@@ -211,7 +211,7 @@ class Attempt:
         self._times["load_s"] = time.monotonic() - started_at
 
     def _load(self, path: Path) -> None:
-        state = restore.load(path, self.engine.model, self.engine.optimizer, self.ranks)
+        state = restore.load(path, self.engine.trained, self.engine.optimizer, self.ranks)
         self.progress = Progress(state.step, state.pending, state.val_loss, state.skipped, state.rollbacks)
         if state.world_size != self.ranks.world.size:
             torch.manual_seed(self.config.run.seed + 7919 * self.ranks.world.rank + 104729 * state.step)
@@ -380,7 +380,7 @@ class Attempt:
             self.engine.precision,
             lambda: self._between() != Stop.NO,
         )
-        return evaluate_all(self.engine.model, self.held_out, terms)
+        return evaluate_all(self.engine.gathered(), self.held_out, terms)
 
     # --- saving ------------------------------------------------------------------------------------
 
@@ -399,7 +399,7 @@ class Attempt:
             progress.skipped,
             progress.rollbacks,
         )
-        saved = self._saver.begin(state, tensors_of(self.engine.model, self.engine.optimizer, self.ranks))
+        saved = self._saver.begin(state, tensors_of(self.engine.trained, self.engine.optimizer, self.ranks))
         if saved is None and not self.config.checkpoint.background:
             saved = self._saver.finish(self._watchdog.alive)
         return saved

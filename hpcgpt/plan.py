@@ -64,6 +64,11 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     Raises:
         ValueError: something does not fit; the message says what would.
     """
+    if world_size == 1 and config.parallel.gradient_dtype != "float32":
+        raise ValueError(
+            f"parallel.gradient_dtype is {config.parallel.gradient_dtype}, but a single rank sends its gradients to "
+            "nobody: leave it at float32, or start more ranks"
+        )
     sets = datasets.open_all(config, check_sizes)
     for part in sets:
         config = _with_vocabulary(config, part)

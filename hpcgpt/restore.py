@@ -7,7 +7,7 @@ damaged is set aside, and the one before is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hpcgpt import checkpoint
 from hpcgpt.checkpoint import State
 from hpcgpt.generation import Generation
-from hpcgpt.optim import STATE
+from hpcgpt.optim import state_keys
+from hpcgpt.parallel import held, is_share
 from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
@@ -77,73 +78,110 @@ def _tell(path: Path, problem: str, held: Generation | None) -> None:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> State:
     """Fill model, optimizer (None: leave it out) and this rank's random generators; returns the rest.
 
-    On another world size than the checkpoint's the generators are left as they are.
+    Each may be whole, or this rank's share, and so may what is stored: nothing more is read than is needed. On another
+    world size than the checkpoint's the generators are left as they are.
 
     Raises:
         ValueError: the tensors are not those of this model, this optimizer, or this precision.
     """
     state = checkpoint.read_state(path)
     parameters = dict(model.named_parameters())
+    keys = state_keys(optimizer) if optimizer is not None else {}
     generators = [f"rng/{ranks.world.rank}/{kind}" for kind in ("cpu", "cuda")]
     if state.world_size != ranks.world.size:
         generators = []
-    seen: set[str] = set()
-    for name, value in _tensors(path, state):
-        if name in seen:
-            raise ValueError(f"{path} has the tensor {name} twice")
-        seen.add(name)
-        kind, _, rest = name.partition("/")
+    seen: dict[str, list[range | None]] = {}
+    for stored in _tensors(path, state):
+        seen.setdefault(stored.name, []).append(stored.rows)
+        kind, _, rest = stored.name.partition("/")
         if kind == "model":
-            _fill(_named(parameters, rest), rest, value(), exactly=optimizer is not None)
+            _fill(_named(parameters, rest), stored, exactly=optimizer is not None)
         elif kind == "optim" and optimizer is not None:
             parameter, _, key = rest.rpartition("/")
             owner = _named(parameters, parameter)
-            optimizer.state[owner][key] = _checked(name, value(), owner).to(owner.device)
-        elif name in generators and optimizer is not None:
-            _restore_generator(name, value(), ranks)
+            if key not in keys[owner]:
+                raise ValueError(
+                    f"{stored.name} is nothing that the optimizer keeps of it ({', '.join(keys[owner])}): set "
+                    "optim.name as it was"
+                )
+            _fill_state(optimizer.state[owner], key, stored, owner)
+        elif stored.name in generators and optimizer is not None:
+            _restore_generator(stored.name, stored.read(), ranks)
         elif kind not in ("model", "optim", "rng"):
-            raise ValueError(f"{path} has a tensor {name}, which is nothing that this program knows")
-    _check_complete(path, seen, parameters, optimizer, ranks, state)
+            raise ValueError(f"{path} has a tensor {stored.name}, which is nothing that this program knows")
+    _check_complete(path, seen, parameters, keys, ranks, state)
     return state
 
 
-def _tensors(path: Path, state: State) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """The name of each tensor of a checkpoint, and a way to read it."""
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a checkpoint, or the `rows` of it that lie in one file; None: it is whole."""
+
+    share: Path
+    file: Any
+    key: str
+    name: str
+    rows: range | None
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._try(lambda: self.file.get_slice(self.key).get_shape()))
+
+    def read(self) -> Tensor:
+        return self._try(lambda: self.file.get_tensor(self.key))  # type: ignore[no-any-return]
+
+    def read_rows(self, first: int, after: int) -> Tensor:
+        """Rows of what is stored here, counted from its first."""
+        return self._try(lambda: self.file.get_slice(self.key)[first:after])  # type: ignore[no-any-return]
+
+    def _try(self, look: Callable[[], Any]) -> Any:
+        try:
+            return look()
+        except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that this torch does not have
+            raise ValueError(f"{self.share}: {self.key} cannot be read: {error}") from None
+
+
+def _tensors(path: Path, state: State) -> Iterator[_Stored]:
     for rank in range(state.world_size):
         share = path / checkpoint.share_name(rank, state.world_size)
         try:
             with safe_open(share, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, partial(_read, share, file, name)
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    yield _Stored(share, file, key, *checkpoint.rows_of(key))
         except SafetensorError as error:
             raise ValueError(f"{share}: {error}") from None
 
 
-def _read(share: Path, file: Any, name: str) -> Tensor:
-    try:
-        tensor: Tensor = file.get_tensor(name)
-    except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that this torch does not have
-        raise ValueError(f"{share}: {name} cannot be read: {error}") from None
-    return tensor
-
-
 def _check_complete(
     path: Path,
-    seen: set[str],
+    seen: dict[str, list[range | None]],
     parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
+    keys: dict[nn.Parameter, tuple[str, ...]],
     ranks: Ranks,
     state: State,
 ) -> None:
-    """A tensor that is not there must not leave its place at what it was by chance."""
-    expected = {f"model/{name}" for name in parameters}
-    if optimizer is not None:
+    """A tensor that is not there must not leave its place at what it was by chance, nor be there in two versions."""
+    expected = {f"model/{name}": len(parameter) for name, parameter in parameters.items()}
+    if keys:
         if state.step or any(name.startswith("optim/") for name in seen):
-            expected |= {f"optim/{name}/{key}" for name in parameters for key in STATE}
+            for name, parameter in parameters.items():
+                expected |= {f"optim/{name}/{key}": len(parameter) for key in keys[parameter]}
         if state.world_size == ranks.world.size:
-            expected.add(f"rng/{ranks.world.rank}/cpu")
-    if missing := sorted(expected - seen):
+            expected[f"rng/{ranks.world.rank}/cpu"] = 1
+    if missing := sorted(expected.keys() - seen.keys()):
         raise ValueError(f"{path} lacks {', '.join(missing[:3])} of this model")
+    for name, pieces in seen.items():
+        if None in pieces and len(pieces) > 1:
+            raise ValueError(f"{path} has the tensor {name} twice")
+        if None in pieces or name not in expected:  # the optimizer's, for whom only wants the weights
+            continue
+        after = 0
+        for rows in sorted((piece for piece in pieces if piece is not None), key=lambda rows: rows.start):
+            if rows.start != after:
+                what = "lacks" if rows.start > after else "has twice some"
+                raise ValueError(f"{path} {what} rows of {name} before row {max(rows.start, after):,}")
+            after = rows.stop
+        if after != expected[name]:
+            raise ValueError(f"{path} lacks rows of {name} behind row {after:,} of {expected[name]:,}")
 
 
 def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
@@ -152,26 +190,55 @@ def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
     return parameters[name]
 
 
-def _checked(name: str, value: Tensor, owner: nn.Parameter) -> Tensor:
-    """A tensor of the optimizer's state, which no later check would look at."""
-    key = name.rpartition("/")[2]
-    if key not in STATE:
-        raise ValueError(f"{name} is nothing that the optimizer keeps: {', '.join(STATE)}")
+def _fill_state(state: dict[str, Any], key: str, stored: _Stored, owner: nn.Parameter) -> None:
+    """Set a tensor of the optimizer's state of `owner`, or the rows of it that are stored here."""
     shape, dtype = ((), torch.float32) if key == "step" else (tuple(owner.shape), owner.dtype)
-    if tuple(value.shape) != shape or value.dtype != dtype:
-        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)} in the checkpoint, expected {dtype} {shape}")
-    return value
+    whole = stored.rows is None and (key == "step" or not is_share(owner))
+    if whole:
+        value = stored.read()
+        if tuple(value.shape) == shape and value.dtype == dtype:
+            state[key] = value.to(owner.device)
+            return
+        found, found_dtype = tuple(value.shape), value.dtype
+    else:
+        found = _whole_shape(stored, shape)
+        found_dtype = stored.read_rows(0, 0).dtype if found else torch.float32
+    if found != shape or not found or found_dtype != dtype:
+        raise ValueError(f"{stored.name} is {found_dtype} {found} in the checkpoint, expected {dtype} {shape}")
+    if key not in state:
+        state[key] = torch.zeros_like(owner)
+    _fill_rows(state[key], stored)
 
 
-def _fill(target: nn.Parameter, name: str, value: Tensor, exactly: bool) -> None:
-    if target.shape != value.shape:
-        raise ValueError(f"{name} is {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model")
-    if target.dtype != value.dtype and (exactly or not value.is_floating_point()):
+def _fill(target: nn.Parameter, stored: _Stored, exactly: bool) -> None:
+    shape = _whole_shape(stored, tuple(target.shape))
+    if tuple(target.shape) != shape:
+        raise ValueError(f"{stored.name} is {shape} in the checkpoint and {tuple(target.shape)} in the model")
+    dtype = stored.read_rows(0, 0).dtype
+    if target.dtype != dtype and (exactly or not dtype.is_floating_point):
         raise ValueError(
-            f"{name} is {value.dtype} in the checkpoint and {target.dtype} in the model: set train.dtype as it was"
+            f"{stored.name} is {dtype} in the checkpoint and {target.dtype} in the model: set train.dtype as it was"
         )
-    with torch.no_grad():
-        target.copy_(value)
+    _fill_rows(target.detach(), stored)
+
+
+def _whole_shape(stored: _Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the tensor has, of which some rows are stored: if those are as many as their name says."""
+    shape, rows = stored.shape(), stored.rows
+    if rows is None:
+        return shape
+    if not expected or not shape or shape[0] != len(rows) or not rows or rows.stop > expected[0]:
+        raise ValueError(f"{stored.key} is {shape} in the checkpoint, expected rows of {expected}")
+    return (expected[0], *shape[1:])
+
+
+@torch.no_grad()
+def _fill_rows(target: Tensor, stored: _Stored) -> None:
+    """Those rows that are stored here, and that this rank has."""
+    own, rows = held(target), stored.rows or range(len(target))
+    first, after = max(own.first, rows.start), min(own.after, rows.stop)
+    if first < after:
+        own.local[first - own.first : after - own.first].copy_(stored.read_rows(first - rows.start, after - rows.start))
 
 
 def _restore_generator(name: str, state: Tensor, ranks: Ranks) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from hpcgpt import checkpoint, config, durable, retention, tensorfile
 from hpcgpt.checkpoint import State
 from hpcgpt.generation import Generation
+from hpcgpt.parallel import held, is_share
 from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
@@ -53,12 +54,24 @@ class Saved:
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, by name. They are the live ones: not copied."""
+    """All tensors of a checkpoint that this rank has, by name. They are the live ones: not copied.
+
+    Where ranks have shares of the rows of a tensor, under ``name[first:after]``; else the same on every rank, but for
+    ``rng/``.
+    """
     found: dict[str, Tensor] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        own = held(tensor)
+        if not is_share(tensor):
+            found[name] = tensor
+        elif own.first < own.after:
+            found[f"{name}[{own.first}:{own.after}]"] = own.local
+
     for name, parameter in model.named_parameters():
-        found[f"model/{name}"] = parameter.detach()
+        add(f"model/{name}", parameter.detach())
         for key, value in optimizer.state[parameter].items():
-            found[f"optim/{name}/{key}"] = value
+            add(f"optim/{name}/{key}", value)
     rank = ranks.world.rank
     found[f"rng/{rank}/cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
@@ -103,13 +116,15 @@ class Saver:
         return self._work is not None
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
-        """Copy `tensors`, the same on every rank but for its own ``rng/``, and start to write them.
+        """Copy `tensors`, as `tensors_of` gives them, and start to write them.
 
         Returns the outcome at once if there is nothing to wait for: it is there already, or there is no room.
         """
         assert not self.busy
         self._state, self._began_at, self._stall_s = state, time.monotonic(), 0.0
-        self._bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        common = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
+        own = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
+        self._bytes = common + sum(on_all(self._ranks, lambda: own))
         self._final = checkpoint.path_of(self._checkpoints, state.step)
         try:
             temporary = on_first(self._ranks, self._make_folder)
@@ -260,9 +275,11 @@ class _Work:
 
 
 def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors that this rank writes: largest first, each to the rank with the least so far."""
+    """The tensors that this rank writes: its own, and of those that all have the largest first, each to the rank with
+    the least of them so far.
+    """
     sizes = [0] * ranks.world.size
-    mine = {name: tensor for name, tensor in tensors.items() if name.startswith("rng/")}
+    mine = {name: tensor for name, tensor in tensors.items() if _is_own(name)}
     common = [(t.numel() * t.element_size(), name) for name, t in tensors.items() if name not in mine]
     for size, name in sorted(common, key=lambda row: (-row[0], row[1])):
         rank = sizes.index(min(sizes))
@@ -270,3 +287,8 @@ def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
         if rank == ranks.world.rank:
             mine[name] = tensors[name]
     return mine
+
+
+def _is_own(name: str) -> bool:
+    """Has no other rank this tensor?"""
+    return name.startswith("rng/") or name.endswith("]")

@@ -5,6 +5,7 @@ step g = 0 ... T-1 has::
 
     g < w       i + g (p - i) / w
     cosine      m + (p - m)/2 (1 + cos(pi (g - w)/(T - w)))
+    linear      m + (p - m) (T - g)/(T - w)
     wsd         p, and over the last decay_fraction of T in a straight line to m
     constant    p
 
@@ -31,6 +32,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     if schedule.kind == "cosine":
         progress = (step - warmup) / (total_steps - warmup)
         return low + (peak - low) / 2 * (1 + math.cos(math.pi * progress))
+    if schedule.kind == "linear":
+        return low + (peak - low) * ((total_steps - step) / (total_steps - warmup))
     decay_steps = max(1, round(schedule.decay_fraction * total_steps))
     left = total_steps - step
     return low + (peak - low) * min(1.0, left / decay_steps)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt.blame import LocalTime
 from hpcgpt.optim import set_learning_rate
+from hpcgpt.parallel import clip, without_sync
 from hpcgpt.world import Ranks
 
 Precision = Callable[[], AbstractContextManager[None]]
@@ -57,7 +57,7 @@ def train_step(
     """
     own = accumulate(model, micro_batches, micro_steps, precision, local)
     # Without a limit the norm is still measured: an infinite one clips nothing.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+    norm = clip(model, clip_norm or float("inf"))
     loss = mean_over_ranks(sum(own[1:], own[0]), ranks)
     skipped = skip_nonfinite and not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
     if not skipped:
@@ -77,13 +77,13 @@ def accumulate(
     """Leave the gradient of the mean loss over the global batch in the parameters; what each micro-batch adds to this
     rank's mean loss.
 
-    Gradients are all-reduced once, behind the last micro-batch.
+    Gradients are all-reduced once, behind the last micro-batch; see hpcgpt.parallel for what the modes do.
     """
     own = []
     if local:
         local.start()
     for number, (inputs, targets) in enumerate(micro_batches, start=1):
-        with _without_sync(model) if number < micro_steps else nullcontext():
+        with without_sync(model) if number < micro_steps else nullcontext():
             with precision():
                 loss = model(inputs, targets) / micro_steps
             if local and number == micro_steps:
@@ -99,7 +99,3 @@ def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value / ranks.world.size
-
-
-def _without_sync(model: nn.Module) -> AbstractContextManager[None]:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

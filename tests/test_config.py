@@ -145,7 +145,10 @@ WRONG_KEYS = [
     ("[optim]\nlr = inf", "optim.lr: inf"),
     ("[train]\nepochs = inf", "train.epochs: inf"),
     ("[run]\nrendezvous_timeout_s = inf", "run.rendezvous_timeout_s: inf"),
-    ('[schedule]\nkind = "cosin"', "schedule.kind: 'cosin' is none of cosine, wsd, constant (did you mean cosine?)"),
+    (
+        '[schedule]\nkind = "cosin"',
+        "schedule.kind: 'cosin' is none of cosine, linear, wsd, constant (did you mean cosine?)",
+    ),
     ("[tracking]\nwandb = false", "tracking.wandb: False is none of auto, online, offline, disabled"),
 ]
 CONTRADICTIONS = [

@@ -121,6 +121,88 @@ def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         restore.load(folder, model, optimizer, ALONE)
 
 
+# --- tensors in pieces -----------------------------------------------------------------------------
+
+Content = dict[str, torch.Tensor]
+ROWS = "model/blocks.0.mlp.up.weight"  # 128 rows, in pieces of 50 and 78
+
+
+def in_pieces(found: Content) -> tuple[Content, Content]:
+    """What two ranks would have written, each of whom had some rows of each tensor."""
+    first, second = {}, {"rng/1/cpu": torch.get_rng_state()}
+    for name, tensor in found.items():
+        cut = 50 * len(tensor) // 128 if tensor.dim() and not name.startswith("rng/") else 0
+        if cut:
+            first[f"{name}[0:{cut}]"] = tensor[:cut].clone()
+            second[f"{name}[{cut}:{len(tensor)}]"] = tensor[cut:].clone()
+        else:
+            first[name] = tensor
+    return first, second
+
+
+def of_two(folder: Path, shares: tuple[Content, Content]) -> Path:
+    path = folder / "step_000000004"
+    path.mkdir()
+    (path / "state.json").write_text(json.dumps(dataclasses.asdict(State(4, 40, 4, 2, IDENTITY))))
+    for rank, share in enumerate(shares):
+        save_file(share, path / checkpoint.share_name(rank, 2))
+    return path
+
+
+def test_pieces_are_put_together_to_the_same_bytes(tmp_path: Path) -> None:
+    model, optimizer = trained(seed=1)
+    path = of_two(tmp_path, in_pieces(tensors_of(model, optimizer, ALONE)))
+    other, its_optimizer = trained(seed=2, steps=0)
+    restore.load(path, other, its_optimizer, ALONE)
+    found, expected = content(other, its_optimizer, ALONE), content(model, optimizer, ALONE)
+    assert {name: value for name, value in found.items() if not name.startswith("rng/")} == {
+        name: value for name, value in expected.items() if not name.startswith("rng/")
+    }
+    bare = GPT(model.config, seed=2)
+    restore.load(path, bare, None, ALONE)
+    assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), model.parameters(), strict=True))
+
+
+Shares = tuple[Content, Content]
+WRONG_PIECES: dict[str, tuple[Callable[[Shares], Any], str]] = {
+    "the first is missing": (lambda s: s[0].pop(f"{ROWS}[0:50]"), "lacks rows of .*up.weight before row 50"),
+    "the last is missing": (lambda s: s[1].pop(f"{ROWS}[50:128]"), "lacks rows of .*up.weight behind row 50 of 128"),
+    "some rows twice": (
+        lambda s: (s[1].pop(f"{ROWS}[50:128]"), s[1].update({f"{ROWS}[49:128]": torch.zeros(79, 32)})),
+        "has twice some rows of .*up.weight before row 50"),
+    "whole, too": (lambda s: s[1].update({ROWS: torch.zeros(128, 32)}), f"has the tensor {ROWS} twice"),
+    "more rows than its name says": (
+        lambda s: s[0].update({f"{ROWS}[0:50]": torch.zeros(51, 32)}), r"0:50\] is \(51, 32\) .*rows of \(128, 32"),
+    "rows behind the end": (
+        lambda s: s[1].update({f"{ROWS}[128:130]": torch.zeros(2, 32)}), r"128:130\] is .*expected rows of \(128, 32"),
+    "no rows": (lambda s: s[1].update({f"{ROWS}[128:128]": torch.zeros(0, 32)}), r"128:128\] is .*expected rows"),
+    "rows backwards": (lambda s: s[1].update({f"{ROWS}[50:10]": torch.zeros(40, 32)}), r"50:10\] is .*expected rows"),
+    "narrower": (lambda s: s[0].update({f"{ROWS}[0:50]": torch.zeros(50, 31)}), "is .128, 31. in the checkpoint"),
+    "of another precision": (
+        lambda s: s[0].update({f"{ROWS}[0:50]": torch.zeros(50, 32).double()}), "is torch.float64 in the checkpoint"),
+    "moments of another precision": (
+        lambda s: s[0].update({f"optim/{ROWS[6:]}/exp_avg[0:50]": torch.zeros(50, 32).half()}), "is torch.float16 "),
+    "moments that are narrower": (
+        lambda s: s[0].update({f"optim/{ROWS[6:]}/exp_avg[0:50]": torch.zeros(50, 9)}), r"is torch.float32 \(128, 9\)"),
+    "moments missing": (
+        lambda s: s[1].pop(f"optim/{ROWS[6:]}/exp_avg[50:128]"), "lacks rows of .*exp_avg behind row 50"),
+    "rows of a counter": (
+        lambda s: s[0].update({f"optim/{ROWS[6:]}/step[0:1]": torch.zeros(1)}), "step.0:1. is .*expected rows of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "told"), WRONG_PIECES.values(), ids=WRONG_PIECES)
+def test_pieces_that_do_not_make_up_the_tensor_are_refused(
+    tmp_path: Path, change: Callable[[Shares], Any], told: str
+) -> None:
+    shares = in_pieces(tensors_of(*trained(seed=1), ALONE))
+    change(shares)
+    path = of_two(tmp_path, shares)
+    model, optimizer = trained(seed=2, steps=0)
+    with pytest.raises(ValueError, match=told):
+        restore.load(path, model, optimizer, ALONE)
+
+
 # --- which one is chosen ---------------------------------------------------------------------------
 
 

@@ -12,8 +12,11 @@ from hpcgpt.schedule import learning_rate
 PEAK, INITIAL, LOW, WARMUP, TOTAL = 6e-4, 3e-5, 1e-6, 10, 100
 
 
-def rate(step: int, kind: Literal["cosine", "wsd", "constant"] = "cosine", warmup: int = WARMUP,
-         total: int = TOTAL, decay_fraction: float = 0.2) -> float:  # fmt: skip
+Kind = Literal["cosine", "linear", "wsd", "constant"]
+
+
+def rate(step: int, kind: Kind = "cosine", warmup: int = WARMUP, total: int = TOTAL,
+         decay_fraction: float = 0.2) -> float:  # fmt: skip
     schedule = Schedule(kind, warmup, INITIAL, LOW, decay_fraction)
     return learning_rate(step, total, Config(optim=Optim(lr=PEAK), schedule=schedule))
 
@@ -48,8 +51,8 @@ def test_cosine_only_falls_after_warm_up() -> None:
     assert len(set(values)) == len(values)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
-def test_without_warm_up_the_first_step_has_the_peak(kind: Literal["cosine", "wsd", "constant"]) -> None:
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_without_warm_up_the_first_step_has_the_peak(kind: Kind) -> None:
     assert rate(0, kind, warmup=0) == PEAK
 
 
@@ -62,6 +65,16 @@ def test_wsd_stays_at_the_peak_and_falls_in_a_straight_line_to_the_minimum(step:
     assert rate(step, "wsd") == pytest.approx(value, rel=1e-12, abs=0)
 
 
+@pytest.mark.parametrize(
+    ("step", "value"),
+    # A line from (10, 6e-4) to (100, 1e-6): two thirds of it at step 40, 1/90 of it at step 99.
+    [(0, INITIAL), (9, 5.43e-4), (10, PEAK), (40, 4.0033333333333333e-4), (55, 3.005e-4), (99, 7.6555555555555556e-6),
+     (100, LOW), (101, LOW), (10**9, LOW)],
+)  # fmt: skip
+def test_linear_falls_in_a_straight_line_from_warm_up_to_the_minimum(step: int, value: float) -> None:
+    assert rate(step, "linear") == pytest.approx(value, rel=1e-12, abs=0)
+
+
 def test_wsd_without_a_decay_stays_at_the_peak_to_the_last_step() -> None:
     assert rate(99, "wsd", decay_fraction=0.0) == PEAK
 
@@ -71,11 +84,11 @@ def test_constant_stays_at_the_peak_after_warm_up(step: int, value: float) -> No
     assert rate(step, "constant") == pytest.approx(value, rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
-def test_a_run_shorter_than_its_warm_up_only_climbs(kind: Literal["cosine", "wsd", "constant"]) -> None:
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_a_run_shorter_than_its_warm_up_only_climbs(kind: Kind) -> None:
     assert [rate(g, kind, total=5) for g in range(5)] == [rate(g) for g in range(5)]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd"])
-def test_a_run_of_one_step_has_a_rate(kind: Literal["cosine", "wsd"]) -> None:
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
+def test_a_run_of_one_step_has_a_rate(kind: Kind) -> None:
     assert rate(0, kind, warmup=0, total=1) == PEAK

@@ -1,0 +1,175 @@
+"""What test_parallel runs on 2 and 4 ranks, and in its own process for 1: ``tests.ranks_parallel SHARDS OUT PART``.
+
+PART is "modes" (each mode trains, saves, and goes on; each rank writes OUT/modes_W_R.json) or "resume" (each mode goes
+on from each checkpoint that there is; OUT/resume_W_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from hpcgpt import checkpoint, config, generation, parallel, plan, rendezvous, restore, saver, world
+from hpcgpt.checkpoint import State
+from hpcgpt.config import Config
+from hpcgpt.engine import Engine
+from hpcgpt.saver import Saver
+from hpcgpt.world import Ranks
+
+Mode = Literal["ddp", "zero1", "fsdp"]
+MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
+STEPS, MORE = 50, 3
+
+
+def settings(shards: Path, mode: Mode = "ddp", micro_batch: int = 2, **optim: Any) -> Config:
+    return Config(
+        data=config.Data(dir=str(shards)),
+        model=config.Model(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0),
+        optim=config.Optim(lr=3e-3, **optim),
+        schedule=config.Schedule(warmup_steps=5, min_lr=1e-4),
+        train=config.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype="float32"),
+        parallel=config.Parallel(mode=mode),
+    )
+
+
+def engine(configuration: Config, ranks: Ranks) -> Engine:
+    made = Engine(plan.make(configuration, ranks.world.size), ranks)
+    made.warm_up()
+    return made
+
+
+def steps(its: Engine, numbers: Iterable[int]) -> list[tuple[float, float]]:
+    """Losses and norms."""
+    rows = [its.read(its.launch(step, step)) for step in numbers]
+    return [(row["train/loss"], row["train/grad_norm"]) for row in rows]
+
+
+def digest(its: Engine, ranks: Ranks) -> str:
+    """Of every byte that this rank would save."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(saver.tensors_of(its.trained, its.optimizer, ranks).items()):
+        sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def state_bytes(its: Engine) -> int:
+    """What the optimizer holds on this rank, without its counters."""
+    kept = [value for state in its.optimizer.state.values() for value in state.values()]
+    return sum(parallel.held(value).local.nbytes for value in kept if value.dim())
+
+
+def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
+    """Save; how many bytes this rank has written."""
+    held = None
+    if ranks.world.is_first:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        held = generation.take(folder, "")
+    writes = Saver(folder / "checkpoints", ranks, held, config.Checkpoint())
+    state = State(step, step * 512, step * 16, ranks.world.size, {})
+    ended = writes.begin(state, saver.tensors_of(its.trained, its.optimizer, ranks)) or writes.finish(lambda: None)
+    assert ended is not None
+    assert not ended.problem, ended.problem
+    if held:
+        held.release()
+    path = checkpoint.path_of(folder / "checkpoints", step)
+    return (path / checkpoint.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
+
+
+def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, **optim: Any) -> dict[str, Any]:
+    """A run of STEPS, and one that is saved three steps before its end and goes on in another engine."""
+    configuration = settings(shards, mode, **optim)
+    its = engine(configuration, ranks)
+    figures = steps(its, range(STEPS - MORE))
+    folder = out / f"{'_'.join([mode, *map(str, optim.values())])}_{ranks.world.size}"
+    written = save(its, ranks, folder, STEPS - MORE)
+    last = steps(its, range(STEPS - MORE, STEPS))
+    told = {"figures": figures + last, "written": written, "state": state_bytes(its), "digest": digest(its, ranks)}
+    again = engine(configuration, ranks)
+    restore.load(checkpoint.path_of(folder / "checkpoints", STEPS - MORE), again.trained, again.optimizer, ranks)
+    told["again"] = steps(again, range(STEPS - MORE, STEPS)) == last and digest(again, ranks) == told["digest"]
+    looked_at = again.gathered()
+    weights = {name: parallel.whole(share.detach()) for name, share in again.trained.named_parameters()}
+    told["gathered"] = all(torch.equal(weights[name], p) for name, p in looked_at.named_parameters())
+    told["whole digest"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
+    steps(again, [STEPS])
+    told["let go"] = all(bool(parameter.isnan().all()) for parameter in looked_at.parameters())
+    return told
+
+
+def messages(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, list[int]]:
+    """How many numbers each collective of a step of 8 micro-batches carried, by its kind, in order.
+
+    Gloo makes its reduce-scatter of an all-reduce, which is not counted again.
+    """
+    its = engine(settings(shards, mode, micro_batch=16 // (8 * ranks.world.size)), ranks)
+    steps(its, [0])
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        steps(its, [1])
+    found: dict[str, list[int]] = {name: [] for name in ("all_reduce", "_allgather_base_", "_reduce_scatter_base_")}
+    for event in profiled.events():
+        kind = event.name.removeprefix("c10d::").removeprefix("gloo:")
+        if kind in found:
+            found[kind].append(max(math.prod(shape) for shape in event.input_shapes))
+    for count in found["_reduce_scatter_base_"]:
+        found["all_reduce"].remove(count)
+    return found
+
+
+def rounded(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
+    """With gradients sent in bfloat16: figures, and whether each gradient that came out is such a number."""
+    configuration = settings(shards, mode, clip_norm=0.0)
+    configuration = dataclasses.replace(configuration, parallel=config.Parallel(mode, "bfloat16"))
+    its = engine(configuration, ranks)
+    seen: list[bool] = []
+
+    def look(*_: object) -> None:
+        gradients = [parallel.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
+        seen.append(all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients))
+
+    its.optimizer.register_step_pre_hook(look)
+    return {"figures": steps(its, range(5)), "rounded": seen == [True] * 5}
+
+
+def resumes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Go on from every checkpoint in every mode."""
+    told = {}
+    for mode in MODES if ranks.world.size > 1 else MODES[:1]:
+        its = engine(settings(shards, mode), ranks)
+        for folder in sorted(out.glob("*_[124]")):
+            if "muon" not in folder.name:
+                path = checkpoint.path_of(folder / "checkpoints", STEPS - MORE)
+                restore.load(path, its.trained, its.optimizer, ranks)
+                told[f"{folder.name} in {mode}"] = steps(its, range(STEPS - MORE, STEPS))
+    return told
+
+
+def modes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    chosen = MODES if ranks.world.size > 1 else MODES[:1]
+    told: dict[str, Any] = {mode: trains(shards, out, ranks, mode) for mode in chosen}
+    if ranks.world.size == 2:
+        told |= {f"{mode} muon": trains(shards, out, ranks, mode, name="muon") for mode in chosen}
+        told |= {f"{mode} messages": messages(shards, ranks, mode) for mode in chosen}
+        told |= {f"{mode} rounded": rounded(shards, ranks, mode) for mode in chosen}
+    return told
+
+
+def main(shards: Path, out: Path, part: str) -> None:
+    torch.set_num_threads(1)
+    here = world.discover()
+    ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
+    told = modes(shards, out, ranks) if part == "modes" else resumes(shards, out, ranks)
+    (out / f"{part}_{here.size}_{here.rank}.json").write_text(json.dumps(told))
+    rendezvous.disconnect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
