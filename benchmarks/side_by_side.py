@@ -38,11 +38,11 @@ MODELS = {
 EVERY = 10  # steps between two lines of nanoGPT's: a line waits for the GPU
 
 
-def words(name: str, **values: Any) -> list[str]:
-    """``--name.key value`` for each of `values`; `name` may be empty, for nanoGPT's ``--key=value``."""
-    if not name:
+def words(section: str, /, **values: Any) -> list[str]:
+    """``--section.key value`` for each of `values`; `section` may be empty, for nanoGPT's ``--key=value``."""
+    if not section:
         return [f"--{key}={value}" for key, value in values.items()]
-    return [word for key, value in values.items() for word in (f"--{name}.{key}", str(value))]
+    return [word for key, value in values.items() for word in (f"--{section}.{key}", str(value))]
 
 
 def ours(

@@ -90,7 +90,9 @@ def test_the_quick_start_trains_a_model_that_writes_plays(checkout: Path, monkey
     monkeypatch.chdir(checkout)
     settings = config_sources.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
     assert plan.make(settings, 2 * 2).micro_steps == 1
-    for module, told in (("status", "finished"), ("checkpoint", "whole"), ("sample", "step 3,000")):
+    for module, told in (
+        ("status", "finished"), ("checkpoint", "whole"), ("eval", "val/bits_per_byte"), ("sample", "step 3,000")
+    ):  # fmt: skip
         words = next(words for words in COMMANDS if f"hpcgpt.{module}" in words)
         shown = [word.replace("gpt2-124m", "quickstart") for word in words[3:]]
         looked = command(f"hpcgpt.{module}", *shown, cwd=checkout)
