@@ -84,23 +84,23 @@ def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     return (path / checkpoint.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
 
 
-def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, **optim: Any) -> dict[str, Any]:
-    """A run of STEPS, and one that is saved three steps before its end and goes on in another engine."""
+def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS, **optim: Any) -> dict[str, Any]:
+    """A run of `count` steps, and one that is saved three steps before its end and goes on in another engine."""
     configuration = settings(shards, mode, **optim)
     its = engine(configuration, ranks)
-    figures = steps(its, range(STEPS - MORE))
+    figures = steps(its, range(count - MORE))
     folder = out / f"{'_'.join([mode, *map(str, optim.values())])}_{ranks.world.size}"
-    written = save(its, ranks, folder, STEPS - MORE)
-    last = steps(its, range(STEPS - MORE, STEPS))
+    written = save(its, ranks, folder, count - MORE)
+    last = steps(its, range(count - MORE, count))
     told = {"figures": figures + last, "written": written, "state": state_bytes(its), "digest": digest(its, ranks)}
     again = engine(configuration, ranks)
-    restore.load(checkpoint.path_of(folder / "checkpoints", STEPS - MORE), again.trained, again.optimizer, ranks)
-    told["again"] = steps(again, range(STEPS - MORE, STEPS)) == last and digest(again, ranks) == told["digest"]
+    restore.load(checkpoint.path_of(folder / "checkpoints", count - MORE), again.trained, again.optimizer, ranks)
+    told["again"] = steps(again, range(count - MORE, count)) == last and digest(again, ranks) == told["digest"]
     looked_at = again.gathered()
     weights = {name: parallel.whole(share.detach()) for name, share in again.trained.named_parameters()}
     told["gathered"] = all(torch.equal(weights[name], p) for name, p in looked_at.named_parameters())
     told["whole digest"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    steps(again, [STEPS])
+    steps(again, [count])
     told["let go"] = all(bool(parameter.isnan().all()) for parameter in looked_at.parameters())
     return told
 
@@ -126,7 +126,8 @@ def messages(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, list[int]]:
 
 def rounded(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
     """With gradients sent in bfloat16: figures, and whether each gradient that came out is such a number."""
-    configuration = settings(shards, mode, clip_norm=0.0)
+    # One micro-batch: with fsdp sums of rounded gradients are kept in float32.
+    configuration = settings(shards, mode, micro_batch=16 // ranks.world.size, clip_norm=0.0)
     configuration = dataclasses.replace(configuration, parallel=config.Parallel(mode, "bfloat16"))
     its = engine(configuration, ranks)
     seen: list[bool] = []
@@ -156,7 +157,7 @@ def modes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     chosen = MODES if ranks.world.size > 1 else MODES[:1]
     told: dict[str, Any] = {mode: trains(shards, out, ranks, mode) for mode in chosen}
     if ranks.world.size == 2:
-        told |= {f"{mode} muon": trains(shards, out, ranks, mode, name="muon") for mode in chosen}
+        told |= {f"{mode} muon": trains(shards, out, ranks, mode, 12, name="muon") for mode in chosen}
         told |= {f"{mode} messages": messages(shards, ranks, mode) for mode in chosen}
         told |= {f"{mode} rounded": rounded(shards, ranks, mode) for mode in chosen}
     return told

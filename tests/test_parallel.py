@@ -89,6 +89,18 @@ def test_to_look_at_there_is_the_whole_model_until_the_next_step(told: Told, mod
         assert rank["let go"] == (mode != "ddp")
 
 
+@pytest.mark.parametrize(("mode", "near"), [("zero1", 1e-5), ("fsdp", 1e-3)])
+def test_so_has_muon_as_far_as_its_bfloat16_goes(told: Told, mode: str, near: float) -> None:
+    """Its iteration rounds to 8 bits, so that sums in another order (as fsdp's) may move a weight by more."""
+    expected = told.of("ddp muon", 2)[0]["figures"]
+    for rank in told.of(f"{mode} muon", 2):
+        assert rank["figures"] == told.of(f"{mode} muon", 2)[0]["figures"]
+        for (loss, _), (its_loss, _) in zip(rank["figures"], expected, strict=True):
+            assert abs(loss - its_loss) < near
+        assert rank["again"], "saved and gone on, other bytes came out"
+        assert rank["state"] == told.of("ddp muon", 2)[0]["state"] // 2
+
+
 # --- shares ----------------------------------------------------------------------------------------
 
 
@@ -103,9 +115,9 @@ def test_a_ranks_part_of_the_optimizers_state_falls_as_the_number_of_ranks_grows
 
 @pytest.mark.parametrize(("mode", "ranks"), WAYS)
 def test_every_rank_writes_as_much_of_a_checkpoint(told: Told, mode: str, ranks: int) -> None:
-    generator, header = 5056, 8_000
+    generator, headers = 5056, 16_000
     for rank in told.of(mode, ranks):
-        assert rank["written"] == pytest.approx(3 * 4 * told.parameters / ranks + generator, abs=header, rel=0.35)
+        assert 0 <= rank["written"] - 3 * 4 * told.parameters // ranks - generator < headers
 
 
 # --- what is sent ----------------------------------------------------------------------------------
@@ -191,7 +203,8 @@ def test_the_program_evaluates_samples_saves_and_goes_on_in_every_mode(tiny: Pat
     assert "--- sample at step 12" in done.stdout + done.stderr
     assert len(shares) == len(whole) == 12
     for row, its in zip(shares, whole, strict=True):
-        assert row == pytest.approx(its, abs=2e-5)
+        assert [value is None for value in row] == [value is None for value in its]
+        assert [value or 0 for value in row] == pytest.approx([value or 0 for value in its], abs=2e-5, rel=1e-6)
     # The last checkpoint of one mode, and on in the other for four more steps.
     done = on_ranks(2, "hpcgpt.train", str(tiny), "--run.name", "shares", "--train.dtype", "float32",
                     "--train.steps", "16")  # fmt: skip
