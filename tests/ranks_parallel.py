@@ -34,7 +34,7 @@ def settings(shards: Path, mode: Mode = "ddp", micro_batch: int = 2, **optim: An
     return Config(
         data=config.Data(dir=str(shards)),
         model=config.Model(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0),
-        optim=config.Optim(lr=3e-3, **optim),
+        optim=config.Optim(lr=1e-3, **optim),
         schedule=config.Schedule(warmup_steps=5, min_lr=1e-4),
         train=config.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype="float32"),
         parallel=config.Parallel(mode=mode),

@@ -61,7 +61,7 @@ def test_fifty_steps_have_the_same_losses_and_norms_in_every_mode_on_any_number_
     told: Told, mode: str, ranks: int
 ) -> None:
     expected = told.of("ddp", 1)[0]["figures"]
-    assert expected[0][0] - expected[-1][0] > 0.5, "nothing was learnt that could differ"
+    assert expected[0][0] - expected[-1][0] > 0.2, "nothing was learnt that could differ"
     for rank in told.of(mode, ranks):
         assert len(rank["figures"]) == 50
         for (loss, norm), (its_loss, its_norm) in zip(rank["figures"], expected, strict=True):
