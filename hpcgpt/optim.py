@@ -38,7 +38,9 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     )
     if config.name == "adamw":
         return adamw
-    muon = Muon(of_muon, config.muon_lr, config.muon_momentum, config.weight_decay, adamw)
+    # As much decay a step as AdamW's: it is multiplied by the rate, and Muon's is another one.
+    decay = config.weight_decay * config.lr / config.muon_lr
+    muon = Muon(of_muon, config.muon_lr, config.muon_momentum, decay, adamw)
     muon.param_groups[0]["times"] = config.muon_lr / config.lr
     return muon
 

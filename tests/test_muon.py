@@ -50,7 +50,7 @@ def test_its_numbers_are_those_of_torchs_own_bit_for_bit() -> None:
     other = GPT(model.config, seed=1)
     matrices = [p for name, p in other.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
     rest = [p for p in other.parameters() if not any(p is matrix for matrix in matrices)]
-    muon: Any = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
+    muon: Any = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1 * 1e-3 / 0.02)
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
     adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
