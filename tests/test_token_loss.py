@@ -112,6 +112,13 @@ def saved_bytes(model: GPT) -> int:
 
 
 @KINDS
+def test_with_chunks_the_logits_of_none_of_them_are_kept(kind: Model) -> None:
+    shape = Model(**vars(kind) | {"vocab_size": 3000})
+    whole, parts = (saved_bytes(GPT(shape, 1, Manner(loss_chunk=chunk))) for chunk in (0, 16))
+    assert whole - parts > 0.9 * (4 * 24 * 3008 * 4)
+
+
+@KINDS
 def test_recomputation_keeps_less_of_each_further_block(kind: Model) -> None:
     def of_a_block(manner: Manner) -> int:
         small, large = (GPT(Model(**vars(kind) | {"n_layer": n}), 1, manner) for n in (2, 6))
