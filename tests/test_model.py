@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcgpt.attention import look_back
-from hpcgpt.config import Model
-from hpcgpt.model import GPT
+from hpcgpt.config import Config, Data, Model, Optim, Train
+from hpcgpt.model import GPT, Manner
 
 SMALL = Model(n_layer=3, n_head=4, n_embd=48, block_size=24, vocab_size=100)
 
@@ -59,6 +59,13 @@ def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry(tied:
     with torch.device("meta"):
         model = GPT(Model(vocab_size=50257, tied=tied))
     assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_the_configuration_says_in_which_manner_a_model_computes() -> None:
+    assert Manner.of(Config(), end_of_text=7) == Manner()
+    train = Train(loss_chunk=64, activation_checkpointing=True)
+    config = Config(data=Data(document_mask=True), train=train, optim=Optim(z_loss=0.25))
+    assert Manner.of(config, end_of_text=7) == Manner(7, 64, 0.25, recompute=True)
 
 
 # --- padding of the vocabulary ---------------------------------------------------------------------
