@@ -166,6 +166,8 @@ def forge_state(folder: Path, dice: random.Random) -> None:
     plausible: dict[str, Callable[[Any], bool]] = {
         "tokens": lambda value: type(value) is int and value >= 0,
         "samples": lambda value: type(value) is int and value >= 0,
+        "skipped": lambda value: type(value) is int and value >= 0,
+        "rollbacks": lambda value: type(value) is int and value >= 0,
         "step": lambda value: value == 2 and type(value) is int,
         "world_size": lambda value: value == 1 and type(value) is int,
         "identity": lambda value: isinstance(value, dict),
