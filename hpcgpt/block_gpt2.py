@@ -1,4 +1,4 @@
-"""The block of GPT-2: LayerNorm, attention, LayerNorm, MLP with GELU, biases in all of them.
+"""The parts of GPT-2's block: LayerNorm, attention, MLP with GELU, biases in all of them.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H).
 
@@ -16,20 +16,6 @@ from hpcgpt.config import Model
 from hpcgpt.kv_cache import Memory
 
 Norm = nn.LayerNorm
-
-
-class Block(nn.Module):
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.attention_norm = Norm(config.n_embd)
-        self.attention = Attention(config)
-        self.mlp_norm = Norm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, sight: Sight, memory: Memory | None = None) -> Tensor:
-        """`x` (B, T, C) and what this block adds to it. `memory` has the keys and values of earlier tokens."""
-        x = x + self.attention(self.attention_norm(x), sight, memory)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):

@@ -1,4 +1,5 @@
-"""The modern block: RMSNorm, rotary positions, grouped queries with norms on queries and keys, SwiGLU, no biases.
+"""The parts of the modern block: RMSNorm, attention with rotary positions, grouped queries and norms on queries and
+keys, SwiGLU; no biases.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, K key-value heads, D head size (C / H), F hidden width.
 
@@ -42,20 +43,6 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Torch has no fused kernel for bfloat16 with gains in float32, which autocast would make of it.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPSILON)
-
-
-class Block(nn.Module):
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.attention_norm = Norm(config.n_embd)
-        self.attention = Attention(config)
-        self.mlp_norm = Norm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, sight: Sight, memory: Memory | None = None) -> Tensor:
-        """`x` (B, T, C) and what this block adds to it. `memory` has the keys and values of earlier tokens."""
-        x = x + self.attention(self.attention_norm(x), sight, memory)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""The GPT, top-down: GPT -> Block -> Attention, MLP; the blocks are in a file of their own for each kind.
+"""The GPT, top-down: GPT -> Block -> Norm, Attention, MLP; these three are in a file of their own for each kind.
 
 Shapes: B batch, T time, C channels (n_embd), V vocabulary.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from hpcgpt import attention, block_gpt2, block_modern, token_loss
 from hpcgpt.attention import Sight
 from hpcgpt.config import Config, Model
-from hpcgpt.kv_cache import Cache
+from hpcgpt.kv_cache import Cache, Memory
 
 # Rows of the embedding come in multiples of this: matrix units are slow on odd sizes, 50,257 most of all.
 VOCAB_MULTIPLE = 64
+KINDS: dict[str, Any] = {"gpt2": block_gpt2, "modern": block_modern}
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,13 @@ class GPT(nn.Module):
         """A model with `config.vocab_size` ids, its weights drawn on the CPU from `seed` alone."""
         super().__init__()
         self.config, self.manner = config, manner
-        kind = {"gpt2": block_gpt2, "modern": block_modern}[config.kind]
         rows = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.token_embedding = nn.Embedding(rows, config.n_embd)
         # The modern kind has rotary positions, in its attention.
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if config.kind == "gpt2" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(kind.Block(config) for _ in range(config.n_layer))
-        self.norm = kind.Norm(config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = KINDS[config.kind].Norm(config.n_embd)
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
@@ -179,3 +180,18 @@ class GPT(nn.Module):
         tables = 0 if self.position_embedding is None else c.block_size
         tables += 0 if c.tied else c.vocab_size
         return 6 * (self.parameter_count() - tables * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class Block(nn.Module):
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        kind = KINDS[config.kind]
+        self.attention_norm = kind.Norm(config.n_embd)
+        self.attention = kind.Attention(config)
+        self.mlp_norm = kind.Norm(config.n_embd)
+        self.mlp = kind.MLP(config)
+
+    def forward(self, x: Tensor, sight: Sight, memory: Memory | None = None) -> Tensor:
+        """`x` (B, T, C) and what this block adds to it. `memory` has the keys and values of earlier tokens."""
+        x = x + self.attention(self.attention_norm(x), sight, memory)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
