@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import socket
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from hpcgpt.device_clock import DeviceClock
 
 if TYPE_CHECKING:
     import torch
@@ -101,36 +102,21 @@ class Blame:
 
 
 class LocalTime:
-    """A stopwatch for a rank's own part of each step.
-
-    On a GPU the stops are events in its stream: nothing waits for them, and they are read once they have passed.
-    """
+    """A stopwatch for a rank's own part of each step. On a GPU its stops are read once the device has passed them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._clock = DeviceClock(device)
         self._started: Any = None
         self._spans: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        self._started = self._now()
+        self._started = self._clock.mark()
 
     def stop(self) -> None:
-        self._spans.append((self._started, self._now()))
+        self._spans.append((self._started, self._clock.mark()))
 
     def take(self) -> float:
         """Median seconds since the last time it was asked; 0 if there were none."""
         spans, self._spans = self._spans, []
-        if self._on_gpu:
-            found = [start.elapsed_time(stop) / 1000 for start, stop in spans if stop.query()]
-        else:
-            found = [stop - start for start, stop in spans]
+        found = [self._clock.between_s(start, stop) for start, stop in spans if self._clock.passed(stop)]
         return float(statistics.median(found or [0.0]))
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        import torch
-
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event

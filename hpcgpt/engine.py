@@ -17,12 +17,13 @@ from torch import Tensor
 
 from hpcgpt import divergence, kernels, metrics, parallel
 from hpcgpt.blame import LocalTime
+from hpcgpt.device_clock import DeviceClock
 from hpcgpt.feed import Feed
 from hpcgpt.loader import Loader, Mixture, Windows
 from hpcgpt.model import GPT, Manner
 from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
-from hpcgpt.precision import pick_dtype
+from hpcgpt.precision import computing_in, pick_dtype
 from hpcgpt.preempt import shielded
 from hpcgpt.schedule import learning_rate
 from hpcgpt.step import Outcome, accumulate, train_step
@@ -58,6 +59,7 @@ class Engine:
         self._plan, self._ranks, self._local = planned, ranks, local
         self._config = settings = planned.config
         self._on_gpu = self.reads_late = ranks.device.type == "cuda"
+        self._clock = DeviceClock(ranks.device)
         self.dtype = pick_dtype(settings.train.dtype, ranks.device)
         dtypes = on_all(ranks, lambda: str(self.dtype))
         if len(set(dtypes)) > 1:
@@ -112,7 +114,7 @@ class Engine:
         if self._is_gathered:
             parallel.release(self.model, self._ranks.device)
             self._is_gathered = False
-        began = self._mark()
+        began = self._clock.mark()
         rate = learning_rate(step, self._plan.total_steps, settings)
         outcome = train_step(
             self.forward,
@@ -127,7 +129,7 @@ class Engine:
             settings.train.on_nonfinite == "skip",
         )
         figures = self._to_host(torch.stack([outcome.loss.double(), outcome.norm.double()]))
-        return Launched(step, batch, rate, outcome, figures, began, self._mark(), self._feed.waited_s())
+        return Launched(step, batch, rate, outcome, figures, began, self._clock.mark(), self._feed.waited_s())
 
     def gathered(self) -> GPT:
         """The model with all its weights, until the next step is launched. A collective."""
@@ -142,10 +144,9 @@ class Engine:
         Loss and norm are None where they are no finite numbers, for which JSON has no word.
         """
         # Not by `.item()`, which would wait for all that the device has been given by now: the next step, too.
-        if self._on_gpu:
-            launched.ended.synchronize()
+        self._clock.wait_for(launched.ended)
         loss, norm = launched.figures.tolist()
-        elapsed_s = self._between(launched.began, launched.ended)
+        elapsed_s = self._clock.between_s(launched.began, launched.ended)
         tokens_per_s = self._plan.tokens_per_step / elapsed_s
         row = {
             "step": launched.step + 1,
@@ -175,8 +176,7 @@ class Engine:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Around each forward pass: what it computes in, and by which attention kernel."""
-        narrow = self.dtype == torch.bfloat16
-        with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=narrow), self._attention():
+        with computing_in(self.dtype, self._ranks.device), self._attention():
             yield
 
     def _to_host(self, figures: Tensor) -> Tensor:
@@ -184,15 +184,3 @@ class Engine:
             return figures
         pinned = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         return pinned.copy_(figures, non_blocking=True)
-
-    def _mark(self) -> Any:
-        """Now, by the clock that steps are measured with: on a GPU an event in its stream, which nobody waits for."""
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _between(self, began: Any, ended: Any) -> float:
-        """Seconds between two marks."""
-        return float(began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began)

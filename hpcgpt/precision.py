@@ -18,6 +18,11 @@ def pick_dtype(wanted: Literal["auto", "bfloat16", "float32", "float64"], device
     return {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[wanted]
 
 
+def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which the forward pass computes in `dtype`: for bfloat16 autocast, else as the weights are."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Does this CPU multiply in bfloat16? Without it, bfloat16 is emulated and slower than float32."""
     try:

@@ -12,7 +12,7 @@ from hpcgpt import checkpoint, config_sources, restore, runfolder, tokenizer, wo
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Config
 from hpcgpt.model import GPT, Manner
-from hpcgpt.precision import pick_dtype
+from hpcgpt.precision import computing_in, pick_dtype
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.world import Ranks
 
@@ -30,9 +30,7 @@ class Trained:
 
     def precision(self) -> torch.autocast:
         """What training computes in, or would on this device. Weights are cast once in it, if it is entered once."""
-        device = self.ranks.device
-        narrow = pick_dtype(self.config.train.dtype, device) == torch.bfloat16
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow)
+        return computing_in(pick_dtype(self.config.train.dtype, self.ranks.device), self.ranks.device)
 
 
 def load(folder: Path, step: int | None, best: bool) -> Trained:
