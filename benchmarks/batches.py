@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -29,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import torch
 
@@ -52,8 +51,8 @@ def main() -> None:
         "rows": ROWS,
         "context": CONTEXT,
         "rounds": options.rounds,
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__},
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load": os.getloadavg()},
+        "numpy": np.__version__,
+        "machine": machine.about(),
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -190,11 +189,6 @@ def large(folder: Path, count: int) -> dict[str, Any]:
         found[way] = json.loads(done.stdout)
         print(f"{way}: {found[way]}")
     return found
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _parser() -> argparse.ArgumentParser:

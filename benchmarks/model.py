@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 from hpcgpt.config import Model, Sample
@@ -59,10 +58,7 @@ def main() -> None:
     parts: dict[str, Callable[[torch.device], list[dict[str, Any]]]] = {
         "memory": _memory, "generation": _generation, "compile": _compile,
     }  # fmt: skip
-    told: dict[str, Any] = {"device": str(device), "torch": torch.__version__, "python": platform.python_version()}
-    told |= {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()}
-    if device.type == "cuda":
-        told["gpu"] = torch.cuda.get_device_name(device)
+    told: dict[str, Any] = {"device": str(device), "machine": machine.about()}
     for name in options.parts or parts:
         told[name] = parts[name](device)
     if options.json:

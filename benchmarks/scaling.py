@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import random
 import secrets
 import statistics
@@ -33,6 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 from hpcgpt import config_sources, plan, rendezvous, world
@@ -126,19 +126,9 @@ def _report(options: argparse.Namespace, ways: list[Way]) -> None:
     if options.json:
         about = {
             **{key: value for key, value in vars(options).items() if key not in ("json", "worker", "folder", "data")},
-            "torch": torch.__version__, "python": platform.python_version(),
-            "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg(),
-            "device_name": torch.cuda.get_device_name() if options.device == "cuda" else _processor(),
+            "machine": machine.about(),
         }  # fmt: skip
         options.json.write_text(json.dumps(about | {"ways": found}, indent=1) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 # --- one rank --------------------------------------------------------------------------------------

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
-import platform
 import re
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import about
 
 from data_prep import export
 from hpcgpt import shards
@@ -110,25 +109,13 @@ def iteration(line: str) -> int | None:
 
 def machine(peer: Path) -> dict[str, Any]:
     """What the figures depend on."""
-    head = subprocess.run(
-        ["git", "-C", str(peer), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-        ),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peer_commit": head or None,
-    }
+    words = ["git", "-C", str(peer), "rev-parse", "HEAD"]
+    head = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return about() | {"peer_commit": head or None}
 
 
-def parser(about: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(words: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--peer", type=Path, required=True, metavar="DIR", help="a checkout of nanoGPT")
     made.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of uint16 token shards")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -15,13 +15,13 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import random
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 from hpcgpt import config_sources, plan, precision, world
@@ -71,9 +71,7 @@ def main() -> None:
     if options.json:
         about = {
             "config": options.config, "micro_batch": options.micro_batch, "micro_steps": options.micro_steps,
-            "rounds": options.rounds, "steps": options.steps, "torch": torch.__version__,
-            "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+            "rounds": options.rounds, "steps": options.steps, "machine": machine.about(),
         }  # fmt: skip
         options.json.write_text(json.dumps(about | {"ways": result, "left_out": refused}, indent=1) + "\n")
 
