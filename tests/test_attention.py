@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_block_modern import SMALL as MODERN
-from test_model import SMALL as GPT2
+from test_model import KINDS
 from torch import Tensor
 
 from hpcgpt import attention
@@ -15,7 +14,6 @@ from hpcgpt.config import Model
 from hpcgpt.model import GPT, Manner
 
 START = 99  # the id that begins a document
-KINDS = pytest.mark.parametrize("kind", [GPT2, MODERN], ids=["gpt2", "modern"])
 
 
 def masked(kind: Model, manner: Manner | None = None, **changes: Any) -> GPT:

@@ -1,8 +1,9 @@
-"""hpcgpt.model: GPT-2 as it was published, to the last parameter and to the tenth digit."""
+"""hpcgpt.model: GPT-2 as it was published, to the last parameter and to the tenth digit; what holds for every kind."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from hpcgpt.config import Config, Data, Model, Optim, Train
 from hpcgpt.model import GPT, Manner
 
 SMALL = Model(n_layer=3, n_head=4, n_embd=48, block_size=24, vocab_size=100)
+MODERN = replace(SMALL, kind="modern", n_kv_head=2, qkv_bias=False)
+KINDS = pytest.mark.parametrize("kind", [SMALL, MODERN], ids=["gpt2", "modern"])
 
 
-def small(seed: int = 0, **changes: Any) -> GPT:
+def small(seed: int = 0, shape: Model = SMALL, **changes: Any) -> GPT:
     """A model in float64 whose every parameter, biases and gains too, differs from its neutral value."""
-    model = GPT(Model(**vars(SMALL) | changes), seed).double()
+    model = GPT(replace(shape, **changes), seed).double()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -179,9 +182,10 @@ def test_a_tied_head_is_the_embedding_itself() -> None:
     assert not torch.equal(untied.head.weight, untied.token_embedding.weight)
 
 
+@KINDS
 @pytest.mark.parametrize("place", [1, 11, 23])
-def test_a_token_changes_its_own_logits_and_later_ones_but_none_before(place: int) -> None:
-    model, x = small(), ids()
+def test_a_token_changes_its_own_logits_and_later_ones_but_none_before(kind: Model, place: int) -> None:
+    model, x = small(shape=kind), ids()
     changed = x.clone()
     changed[:, place] = (changed[:, place] + 1) % 100
     before, after = model(x), model(changed)
@@ -194,10 +198,12 @@ def test_a_shorter_context_gives_the_same_logits() -> None:
     assert (model(x)[:, :7] - model(x[:, :7])).abs().max() < 1e-12
 
 
-def test_bfloat16_autocast_still_adds_up_the_loss_in_float32() -> None:
-    model = GPT(SMALL)
+@KINDS
+def test_bfloat16_autocast_is_near_float32_and_still_adds_up_the_loss_in_it(kind: Model) -> None:
+    model = GPT(kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(ids(), ids())
+    loss.backward()
     assert loss.dtype == torch.float32
     assert (loss - model(ids(), ids())).abs() < 0.05
 
@@ -214,8 +220,9 @@ def test_the_seed_alone_decides_the_weights() -> None:
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_twice_the_layers() -> None:
-    model = GPT(Model(n_layer=8, n_head=4, n_embd=256, block_size=256, vocab_size=1000, tied=False), seed=1)
+@KINDS
+def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_twice_the_layers(kind: Model) -> None:
+    model = GPT(replace(kind, n_layer=8, n_embd=256, block_size=256, vocab_size=1000, tied=False), seed=1)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
@@ -225,14 +232,16 @@ def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_twice
         assert abs(parameter.mean().item()) < 0.02 * expected, name
 
 
-def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
-    model = GPT(Model(n_layer=2, n_head=2, n_embd=64, block_size=24, vocab_size=1000))
+@KINDS
+def test_the_first_loss_is_that_of_a_uniform_guess(kind: Model) -> None:
+    model = GPT(replace(kind, vocab_size=1000))
     loss = model(ids(8, vocab_size=1000), ids(8, vocab_size=1000, seed=6))
     assert loss.item() == pytest.approx(math.log(1000), rel=0.01)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model, reference = small(dropout=0.5), small(dropout=0.0)
+@KINDS
+def test_dropout_acts_in_training_only(kind: Model) -> None:
+    model, reference = small(shape=kind, dropout=0.5), small(shape=kind, dropout=0.0)
     assert torch.equal(model.eval()(ids()), reference(ids()))
     assert torch.equal(reference.train()(ids()), reference.eval()(ids()))
     model.train()

@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import START, document
-from test_block_modern import SMALL as MODERN
+from test_model import KINDS, MODERN, ids
 from test_model import SMALL as GPT2
-from test_model import ids
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpcgpt.config import Model
 from hpcgpt.model import GPT, PLAIN, Manner
 from hpcgpt.token_loss import mean_loss
-
-KINDS = pytest.mark.parametrize("kind", [GPT2, MODERN], ids=["gpt2", "modern"])
 
 
 @pytest.fixture(autouse=True)
