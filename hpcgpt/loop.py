@@ -280,7 +280,8 @@ class Attempt:
                 self._reporter.straggler(step, straggler)
         if self._profiler and (path := self._profiler.after(step)) and self._reporter:
             self._reporter.say(f"traced until step {step:,}: {path}")
-        if self.engine.reads_late and not (self._due(self.config.eval.every, step) or self._is_regular(step)):
+        last = step == self.plan.total_steps
+        if self.engine.reads_late and not (last or self._due(self.config.eval.every, step) or self._is_regular(step)):
             self._unread = launched
             return None
         return self._read(launched)

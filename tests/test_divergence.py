@@ -205,6 +205,12 @@ def test_usual_is_the_median_of_the_last_ones_once_half_of_them_are_there() -> N
 # --- a step late -----------------------------------------------------------------------------------
 
 
+def test_the_last_row_is_told_where_nothing_else_waits_for_it(runs: Runs) -> None:
+    alone = ("--eval.every", "0", "--checkpoint.every", "0")
+    assert runs.start("tiny", {"late": True}, *alone).returncode == FINISHED
+    assert [row["step"] for row in rows(runs.run("tiny") / "metrics.jsonl")] == list(range(1, 13))
+
+
 def test_figures_that_are_read_late_are_the_same(spiked: Runs) -> None:
     """What a GPU does, on a CPU: rows come a step later, but for those that a checkpoint or an evaluation waits for."""
     for late in (False, True):
