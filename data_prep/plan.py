@@ -88,14 +88,19 @@ def claim(out: Path, plan: Plan) -> bool:
 
 def check_ours(out: Path) -> None:
     """Raises ValueError if there is something in the folder that this command did not make."""
-    if not (out / "prep" / "plan.json").is_file() and _foreign(out):
+    # In this order: between two looks another task may write the plan, and files that follow it.
+    if _foreign(out) and not (out / "prep" / "plan.json").is_file():
         raise ValueError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
 
 
 def _foreign(out: Path) -> bool:
     """Is there anything in `out` but what a start leaves that ended before its plan was written?"""
-    ours = {out / "prep", *(out / "prep").glob(".plan.json.*"), *(out / "prep").glob("stdin.*")}
-    return out.is_dir() and any(path not in ours for path in out.rglob("*"))
+    prep = out / "prep"
+
+    def ours(path: Path) -> bool:
+        return path == prep or (path.parent == prep and path.name.startswith((".plan.json.", "stdin.")))
+
+    return out.is_dir() and not all(ours(path) for path in out.rglob("*"))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], complete: bool) -> list[str]:

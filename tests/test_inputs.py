@@ -500,6 +500,7 @@ def test_a_rerun_takes_the_same_input_or_a_terminal_and_refuses_any_other(tmp_pa
     ("content", "sentence"),
     [(b"", "there is nothing on standard input"), (gzip.compress(b"x"), "pipe it through `gzip -dc` first"),
      (zstd.compress(b"x"), "pipe it through `zstd -dc` first"), (b"PAR1....", "name the file instead")],
+    ids=["nothing", "gzip", "zstd", "parquet"],
 )  # fmt: skip
 def test_standard_input_that_is_no_text_is_refused_and_leaves_nothing(
     content: bytes, sentence: str, tmp_path: Path

@@ -21,7 +21,7 @@ import pytest
 import regex
 from conftest import ROOT, clean_env, command
 
-from data_prep import duplicates, make_shards, placing, share, verify
+from data_prep import duplicates, make_shards, placing, plan, share, verify
 from data_prep.share import Share
 from hpcgpt import shard_reader, shards, tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
@@ -196,6 +196,29 @@ def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole
         assert [process.returncode for process in running] == [0] * 5, said
         assert sum("complete in" in text for text in said) == 1
         assert files(out) == files(whole)
+
+
+def test_a_folder_that_another_task_claims_meanwhile_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at what is in it and the look for the plan, and the other way round."""
+    look = plan._foreign
+
+    def claimed_before(out: Path) -> bool:
+        claim()
+        return look(out)
+
+    def claimed_after(out: Path) -> bool:
+        found = look(out)
+        claim()
+        return found
+
+    def claim() -> None:
+        (out / "prep" / "shares").mkdir(parents=True)
+        (out / "prep" / "plan.json").write_text("{}")
+
+    for number, way in enumerate((claimed_before, claimed_after)):
+        out = tmp_path / str(number)
+        monkeypatch.setattr(plan, "_foreign", way)
+        plan.check_ours(out)
 
 
 def make_task(options: list[str], out: Path, task: int, tasks: int) -> subprocess.Popen[str]:
