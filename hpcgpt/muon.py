@@ -5,9 +5,9 @@ Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
 replaced by something near to U V^T, so that all directions count alike. Steps are longer by sqrt(rows / columns) for
 tall matrices, and weights decay as AdamW's do.
 
-Its numbers are those of torch.optim.Muon (2.9 and later), bit for bit. Why not that one: where ranks have shares of the
-rows of a matrix, its iteration would send something in each of its products, and round in bfloat16 on the way. Here the
-momentum is kept in shares, each matrix is gathered once a step, and every rank does the same iteration.
+In float32 its numbers are those of torch.optim.Muon (2.9 and later), bit for bit. Why not that one: where ranks have
+shares of the rows of a matrix, its iteration would send something in each of its products, and round in bfloat16 on the
+way. Here the momentum is kept in shares, each matrix is gathered once a step, and every rank does the same iteration.
 """
 
 from __future__ import annotations
@@ -69,10 +69,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Near to U V^T of a matrix U S V^T (rows, columns), in bfloat16: singular values of about 0.7 to 1.2."""
+    """Near to U V^T of a matrix U S V^T (rows, columns), singular values of about 0.7 to 1.2: in bfloat16, but of a
+    float64 matrix in float64, which somebody chose to see what rounding does.
+    """
     a, b, c = COEFFICIENTS
     tall = len(matrix) > matrix.shape[1]
-    x = matrix.bfloat16()
+    x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
     x = x.T if tall else x
     x = x / x.norm().clamp(min=TINY)
     for _ in range(ITERATIONS):

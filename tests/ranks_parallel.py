@@ -85,8 +85,15 @@ def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
 
 
 def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS, **optim: Any) -> dict[str, Any]:
-    """A run of `count` steps, and one that is saved three steps before its end and goes on in another engine."""
+    """A run of `count` steps, and one that is saved three steps before its end and goes on in another engine.
+
+    With other settings of the optimizer than the usual in float64.
+    """
     configuration = settings(shards, mode, **optim)
+    if optim:
+        configuration = dataclasses.replace(
+            configuration, train=dataclasses.replace(configuration.train, dtype="float64")
+        )
     its = engine(configuration, ranks)
     figures = steps(its, range(count - MORE))
     folder = out / f"{'_'.join([mode, *map(str, optim.values())])}_{ranks.world.size}"

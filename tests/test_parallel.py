@@ -89,14 +89,15 @@ def test_to_look_at_there_is_the_whole_model_until_the_next_step(told: Told, mod
         assert rank["let go"] == (mode != "ddp")
 
 
-@pytest.mark.parametrize(("mode", "near"), [("zero1", 1e-5), ("fsdp", 1e-3)])
-def test_so_has_muon_as_far_as_its_bfloat16_goes(told: Told, mode: str, near: float) -> None:
-    """Its iteration rounds to 8 bits, so that sums in another order (as fsdp's) may move a weight by more."""
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_so_has_muon_on_shares_of_the_matrices(told: Told, mode: str) -> None:
+    """In float64: in float32 its iteration rounds to 8 bits, and so makes much of the order of sums."""
     expected = told.of("ddp muon", 2)[0]["figures"]
+    assert expected[0][0] - expected[-1][0] > 0.1, "nothing was learnt that could differ"
     for rank in told.of(f"{mode} muon", 2):
         assert rank["figures"] == told.of(f"{mode} muon", 2)[0]["figures"]
-        for (loss, _), (its_loss, _) in zip(rank["figures"], expected, strict=True):
-            assert abs(loss - its_loss) < near
+        for figures, its_figures in zip(rank["figures"], expected, strict=True):
+            assert figures == pytest.approx(its_figures, abs=1e-12)
         assert rank["again"], "saved and gone on, other bytes came out"
         assert rank["state"] == told.of("ddp muon", 2)[0]["state"] // 2
 
