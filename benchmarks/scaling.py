@@ -35,7 +35,7 @@ from typing import Any
 import machine
 import torch
 
-from hpcgpt import config_sources, plan, rendezvous, world
+from hpcgpt import config_sources, host_memory, plan, rendezvous, world
 from hpcgpt.config import Config, Parallel
 from hpcgpt.engine import Engine
 from hpcgpt.world import Ranks
@@ -141,6 +141,8 @@ def _work(options: argparse.Namespace) -> None:
     if options.device == "cuda":
         device = torch.device("cuda", here.local_rank)
         torch.cuda.set_device(device)
+    else:
+        host_memory.keep_freed()
     if options.worker == "apart":
         ranks, mode = Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), device, None), "ddp"
     else:

@@ -24,7 +24,7 @@ from typing import Any
 import machine
 import torch
 
-from hpcgpt import config_sources, plan, precision, world
+from hpcgpt import config_sources, host_memory, plan, precision, world
 from hpcgpt.config import Config
 from hpcgpt.engine import Engine, Launched
 
@@ -41,6 +41,8 @@ def main() -> None:
     options = _parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if device.type == "cpu":
+        host_memory.keep_freed()
     ranks = world.Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), device, None)
     ways = _ways(device)
     if options.ways:

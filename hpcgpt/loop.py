@@ -23,6 +23,7 @@ from hpcgpt import (
     config_sources,
     durable,
     generation,
+    host_memory,
     initial,
     metrics,
     plan,
@@ -60,6 +61,8 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     times = {"imports_s": time.time() - began_at}
     torch.set_num_threads(settings.run.threads or world.cores(here))
     device = world.pick_device(here, settings.run.device)
+    if device.type == "cpu":
+        host_memory.keep_freed()
     ranks = rendezvous.connect(
         here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hpcgpt import checkpoint, config_sources, restore, runfolder, tokenizer, world
+from hpcgpt import checkpoint, config_sources, host_memory, restore, runfolder, tokenizer, world
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Config
 from hpcgpt.model import GPT, Manner
@@ -45,6 +45,8 @@ def load(folder: Path, step: int | None, best: bool) -> Trained:
     torch.set_num_threads(config.run.threads or world.cores(alone))
     # A run of GPUs may be looked at where there are none.
     device = world.pick_device(alone, "cpu" if config.run.device == "cpu" else "auto")
+    if device.type == "cpu":
+        host_memory.keep_freed()
     ranks = Ranks(alone, device, None)
     path = _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
     words = tokenizer.load(folder / "tokenizer")
