@@ -14,10 +14,15 @@ heads, D head size.
 matrix that lie between documents, fuses under torch.compile, and its shapes do not depend on how many documents
 there are, as those of the varlen kernels do, whose list of lengths would have to come to the host or be
 padded. It has no dropout and no float64; there, and on a CPU, the mask is written out for PyTorch's own SDPA.
+
+Without masks it is SDPA, but for short windows in bfloat16 on a CPU. There its kernel takes no advantage of the format,
+and matrix products do: at 256 tokens they need half of its time, at 768 four fifths, at 1,024 more (see
+benchmarks/attention.py). Scores are rounded to bfloat16 on the way, as everywhere before there were fused kernels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+# Longer windows are left to SDPA: the scores that are written out grow with the square of it.
+WRITTEN_OUT_UP_TO = 512
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -35,12 +43,14 @@ class Sight:
 
     `positions` are theirs, int64 (T,) or, where documents differ, (B, T). `mask` None: everything before them; a
     tensor: bool (B, 1, T, S), True where a token is seen; a BlockMask: the same, as flex attention wants it.
-    `rotation` is that of their positions, where a kind of block turns by it.
+    `rotation` is that of their positions, where a kind of block turns by it. `may_write_out`: nobody has asked for one
+    of SDPA's kernels.
     """
 
     positions: Tensor
     mask: Tensor | BlockMask | None = None
     rotation: tuple[Tensor, Tensor] | None = None
+    may_write_out: bool = False
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, dropout: float) -> Tensor:
@@ -55,17 +65,38 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, dropout: float) -> Ten
     if sight.mask is None:
         # SDPA's causal mask begins at the first key. A single query that has keys before it sees them all.
         causal = q.shape[2] == k.shape[2]
+        on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if causal and sight.may_write_out and on_cpu and q.shape[2] <= WRITTEN_OUT_UP_TO:
+            return written_out(q, k, v, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
     if grouped:  # of its kernels that take a mask none takes groups, but the one that writes all scores out
-        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))  # (B, H, S, D)
+        k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, dropout_p=dropout)
 
 
-def look_back(new: int, ids: Tensor) -> Sight:
+def written_out(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention as the products that it is: q and (B, H, T, D) from it, k and v (B, K, T, D)."""
+    batch, heads, length, size = q.shape
+    k, v = _repeated(k, heads), _repeated(v, heads)
+    future = q.new_full((length, length), -math.inf).triu(1)  # (T, T)
+    q, k, v = (part.reshape(batch * heads, length, size) for part in (q, k, v))  # (B H, T, D)
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))  # (B H, T, T)
+    chances = F.dropout(scores.softmax(dim=-1), dropout)
+    return torch.bmm(chances, v).view(batch, heads, length, size)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """(B, K, S, D) for `heads` heads: (B, H, S, D)."""
+    times = heads // x.shape[1]
+    return x.repeat_interleave(times, dim=1) if times > 1 else x
+
+
+def look_back(new: int, ids: Tensor, may_write_out: bool = False) -> Sight:
     """The sight of the last `new` of `ids` (B, S), where all of `ids` are one text."""
     length = ids.shape[1]
     assert new in (1, length), "behind a cache tokens come one at a time"
-    return Sight(torch.arange(length - new, length, device=ids.device))  # (T,)
+    positions = torch.arange(length - new, length, device=ids.device)  # (T,)
+    return Sight(positions, may_write_out=may_write_out)
 
 
 def look_within_documents(new: int, ids: Tensor, end_of_text: int, use_flex: bool) -> Sight:

@@ -10,7 +10,7 @@ between ``model.kind = "gpt2"`` and ``"modern"`` is in ``hpcgpt.block_gpt2`` and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,13 +34,14 @@ class Manner:
 
     `document_start`: the id that begins documents, which attention then does not cross; None: it sees the whole
     window. `loss_chunk` and `z_loss`: see `hpcgpt.token_loss`. `recompute`: blocks keep only their inputs for the
-    backward pass, and compute the rest once more.
+    backward pass, and compute the rest once more. `may_write_out`: see `hpcgpt.attention.Sight`.
     """
 
     document_start: int | None = None
     loss_chunk: int = 0
     z_loss: float = 0.0
     recompute: bool = False
+    may_write_out: bool = False
 
     @classmethod
     def of(cls, config: Config, end_of_text: int) -> Manner:
@@ -50,6 +51,7 @@ class Manner:
             config.train.loss_chunk,
             config.optim.z_loss,
             config.train.activation_checkpointing,
+            config.train.attention == "auto",
         )
 
 
@@ -138,7 +140,7 @@ class GPT(nn.Module):
         """Where the last `new` of `ids` (B, S) stand, and what they see."""
         c, weight = self.config, self.token_embedding.weight
         if self.manner.document_start is None:
-            sight = attention.look_back(new, ids)
+            sight = attention.look_back(new, ids, self.manner.may_write_out)
         else:
             dropout = c.dropout if self.training else 0.0
             # It is compiled for a length, and those of texts that are generated all differ.
@@ -146,7 +148,7 @@ class GPT(nn.Module):
             sight = attention.look_within_documents(new, ids, self.manner.document_start, flex)
         if c.kind == "modern":
             turn = block_modern.rotation(sight.positions, c.n_embd // c.n_head)
-            sight = Sight(sight.positions, sight.mask, turn)
+            sight = replace(sight, rotation=turn)
         return sight
 
     def _padding_bias(self) -> Tensor | None:

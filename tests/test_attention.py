@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_model import KINDS
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import attention
-from hpcgpt.config import Model
+from hpcgpt import attention, kernels
+from hpcgpt.config import Config, Model
+from hpcgpt.kernels import Attention
 from hpcgpt.model import GPT, Manner
+from hpcgpt.precision import computing_in
 
 START = 99  # the id that begins a document
 
@@ -145,3 +150,56 @@ def test_torch_compile_makes_one_graph_of_the_forward_pass(kind: Model, manner: 
     assert (loss - expected).abs() < 1e-5
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
         assert (gradient - parameter.grad).abs().max() < 1e-5
+
+
+# --- written out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_written_out_it_is_the_same_function(groups: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=generator).double() for heads in (4, groups, groups))
+    parts = [part.requires_grad_() for part in (q, k, v)]
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    made = attention.written_out(q, k, v, 0.0)
+    assert (made - expected).abs().max() < 1e-12
+    weights = torch.randn(expected.shape, generator=generator).double()
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * weights).sum(), parts) for out in (made, expected)), strict=True
+    ):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_written_out_it_drops_chances_and_scales_the_others() -> None:
+    q = torch.zeros(1, 1, 4000, 2)  # so all chances of a row are alike
+    made = attention.written_out(q, q, torch.ones_like(q), 0.25)[0, 0, 1000:, 0]
+    assert made.mean() == pytest.approx(1, abs=0.01)
+    assert 0.01 < made.std() < 0.05
+
+
+FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "wanted", "by_flash"),
+    [
+        (torch.bfloat16, 32, "auto", False),
+        (torch.bfloat16, 32, "flash", True),
+        (torch.bfloat16, attention.WRITTEN_OUT_UP_TO + 1, "auto", True),
+        (torch.float32, 32, "auto", True),
+    ],
+)
+def test_short_windows_in_bfloat16_are_written_out_unless_a_kernel_was_asked_for(
+    dtype: torch.dtype, length: int, wanted: Attention, by_flash: bool
+) -> None:
+    settings = Config(model=Model(n_layer=1, n_head=2, n_embd=16, block_size=1024, vocab_size=100))
+    settings = replace(settings, train=replace(settings.train, attention=wanted))
+    model, ids = GPT(settings.model, manner=Manner.of(settings, START)), torch.zeros(1, length, dtype=torch.int64)
+    cpu = torch.device("cpu")
+    with (
+        profile(activities=[ProfilerActivity.CPU]) as found,
+        computing_in(dtype, cpu),
+        kernels.attention(wanted, cpu)(),
+    ):
+        model(ids, ids).backward()
+    assert (FLASH in {event.key for event in found.key_averages()}) == by_flash

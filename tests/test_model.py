@@ -65,8 +65,8 @@ def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry(tied:
 
 
 def test_the_configuration_says_in_which_manner_a_model_computes() -> None:
-    assert Manner.of(Config(), end_of_text=7) == Manner()
-    train = Train(loss_chunk=64, activation_checkpointing=True)
+    assert Manner.of(Config(), end_of_text=7) == Manner(may_write_out=True)
+    train = Train(loss_chunk=64, attention="math", activation_checkpointing=True)
     config = Config(data=Data(document_mask=True), train=train, optim=Optim(z_loss=0.25))
     assert Manner.of(config, end_of_text=7) == Manner(7, 64, 0.25, recompute=True)
 
