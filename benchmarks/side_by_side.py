@@ -28,6 +28,7 @@ from hpcgpt.model import VOCAB_MULTIPLE
 
 # layers, heads, width, context
 MODELS = {
+    "readme": (4, 4, 128, 64),  # that of the run on a CPU in nanoGPT's README
     "laptop": (6, 6, 384, 256),
     "124m": (12, 12, 768, 1024),
     "350m": (24, 16, 1024, 1024),
