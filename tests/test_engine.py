@@ -103,3 +103,15 @@ def test_utilisation_is_the_achieved_part_of_the_peak_of_all_ranks(shards_folder
     assert row["train/tokens_per_s"] * row["train/step_s"] == pytest.approx(16 * 32)
     needed = 16 * 32 * its.model.flops_per_token()
     assert row["train/mfu"] == pytest.approx(needed / (row["train/step_s"] * ranks * 2e12))
+
+
+def test_warming_up_is_one_pass_forth_and_back_that_leaves_nothing(shards_folder: Path) -> None:
+    """After one, DDP has its buckets in their order: a resumed run adds in the order of one left alone."""
+    its, passes = engine(shards_folder), []
+    before = [parameter.detach().clone() for parameter in its.model.parameters()]
+    its.model.norm.weight.register_post_accumulate_grad_hook(passes.append)
+    its.warm_up()
+    assert len(passes) == 1
+    assert all(parameter.grad is None for parameter in its.model.parameters())
+    assert all(map(torch.equal, before, its.model.parameters()))
+    assert not its.optimizer.state
