@@ -41,7 +41,7 @@ def attention(wanted: Attention, device: torch.device) -> Callable[[], AbstractC
         if find_spec("flash_attn_interface") is None:
             raise ValueError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
         try:
-            # Here, since torch before 2.10 does not have it.
+            # Here, since older versions of torch do not have it.
             from torch.nn.attention import activate_flash_attention_impl
 
             activate_flash_attention_impl("FA3")
