@@ -59,9 +59,15 @@ class Judge:
         self._bad_steps = 0  # in a row
 
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """What was usual until now, from rows of metrics.jsonl; what was known before is forgotten."""
+        """What was usual until now, from rows of metrics.jsonl; what was known before is forgotten.
+
+        As if this judge had seen those steps itself, since a verdict must not depend on interruptions.
+        """
         self._recent.clear()
-        self._recent.extend(row["train/loss"] for row in rows if row["train/loss"] is not None)
+        for row in rows:
+            loss, norm = row["train/loss"], row["train/grad_norm"]
+            if loss is not None and norm is not None and not self._leaps(loss):
+                self._recent.append(loss)
 
     def of(self, step: int, loss: float, norm: float, skipped: bool, whose: Callable[[], str]) -> Verdict:
         """On a step, counted from 1, with this loss and gradient norm; was it `skipped`?
@@ -72,14 +78,16 @@ class Judge:
             words = f"step {step:,}: the loss is {loss} and the gradient's norm {norm} ({whose()})"
             return self._not_finite(words, skipped)
         self._bad_steps = 0
-        settings = self._settings
-        if not settings.factor:
+        if not self._settings.factor:
             return Verdict()
-        if is_spike(loss, self._recent, settings.factor, settings.window):
+        if self._leaps(loss):
             usual = statistics.median(self._recent)
             return Verdict(f"step {step:,}: the loss is {loss:.4f}, and {usual:.4f} was usual", spike=True)
         self._recent.append(loss)
         return Verdict()
+
+    def _leaps(self, loss: float) -> bool:
+        return is_spike(loss, self._recent, self._settings.factor, self._settings.window)
 
     def _not_finite(self, words: str, skipped: bool) -> Verdict:
         self._bad_steps += 1

@@ -41,7 +41,8 @@ def attention(wanted: Attention, device: torch.device) -> Callable[[], AbstractC
         if find_spec("flash_attn_interface") is None:
             raise ValueError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
         try:
-            from torch.nn.attention import activate_flash_attention_impl  # torch 2.6 has no such thing yet
+            # Here, since older versions of torch do not have it.
+            from torch.nn.attention import activate_flash_attention_impl
 
             activate_flash_attention_impl("FA3")
         except (ImportError, RuntimeError, ValueError) as error:

@@ -177,6 +177,15 @@ def test_written_out_it_drops_chances_and_scales_the_others() -> None:
     assert 0.01 < made.std() < 0.05
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_and_without_a_mask_chances_are_dropped(masked: bool) -> None:
+    q = torch.zeros(1, 1, 500, 2)  # so all chances of a row are alike
+    sight = attention.Sight(torch.arange(500), torch.ones(1, 1, 500, 500, dtype=torch.bool).tril() if masked else None)
+    made = attention.attend(q, q, torch.ones_like(q), sight, 0.25)[0, 0, 100:, 0]
+    assert made.mean() == pytest.approx(1, abs=0.02)
+    assert 0.01 < made.std() < 0.1
+
+
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 

@@ -105,6 +105,11 @@ def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
         assert sine[row].tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-6)
 
 
+def test_in_bfloat16_angles_are_not_rounded_and_the_result_is_once() -> None:
+    x, by = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1)), rotation(torch.arange(600), 16)
+    assert torch.equal(turned(x.bfloat16(), by), turned(x.bfloat16().float(), by).bfloat16())
+
+
 def test_the_norm_makes_the_root_mean_square_one_and_then_applies_its_gains() -> None:
     norm, x = Norm(8).double(), torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -5,6 +5,7 @@ one and two ranks, with a fault in one global batch.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 from conftest import TINY, command, curve, on_ranks, rows, tensors
 
 from hpcgpt import divergence, goodput, runfolder
+from hpcgpt.config import Spike
+from hpcgpt.divergence import Judge
+from hpcgpt.metrics import finite
 from hpcgpt.runfolder import AGAIN, FINISHED
 
 SPIKE = ("--spike.factor", "1.5", "--spike.window", "4")
@@ -200,6 +204,38 @@ def test_usual_is_the_median_of_the_last_ones_once_half_of_them_are_there() -> N
     assert divergence.is_spike(4.6, [3.0, 3.0], 1.5, 4)
     assert not divergence.is_spike(4.5, [3.0, 3.0], 1.5, 4)
     assert not divergence.is_spike(4.6, [9.0, 3.1, 9.0, 3.0], 1.5, 4)
+    assert divergence.is_spike(4.6, [3.0, 3.0, 3.0, 30.0], 1.5, 4)
+
+
+def test_only_the_last_losses_are_usual_and_a_leap_is_none_of_them() -> None:
+    judge = Judge(Spike(factor=1.5, window=4))
+    verdicts = [judge.of(step, loss, 1.0, False, str) for step, loss in enumerate([9.0] * 10 + [3.0] * 4 + [5.0] * 9)]
+    assert [verdict.spike for verdict in verdicts] == [False] * 14 + [True] * 9
+    assert verdicts[-1].words == "step 22: the loss is 5.0000, and 3.0000 was usual"
+
+
+def test_after_an_interruption_the_same_is_usual_as_without_one() -> None:
+    """Neither a leap that could not be answered yet is, nor a step that was skipped for its gradient."""
+    alone = Judge(Spike(factor=1.5, window=4))
+    steps = [(9.0, 1.0), (9.0, 1.0), (9.0, 1.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0), (math.nan, 1.0)]
+    steps += [(loss, norm) for loss in (8.0, 8.1) for norm in (1.0, math.inf)]
+    for step, (loss, norm) in enumerate(steps):
+        alone.of(step, loss, norm, not math.isfinite(loss * norm), str)
+    resumed = Judge(Spike(factor=1.5, window=4))
+    resumed.of(1, 20.0, 1.0, False, str)
+    resumed.remember(finite({"train/loss": loss, "train/grad_norm": norm}) for loss, norm in steps)
+    verdicts = [judge.of(20, 7.0, 1.0, False, str) for judge in (alone, resumed)]
+    assert verdicts == [divergence.Verdict("step 20: the loss is 7.0000, and 3.0000 was usual", spike=True)] * 2
+
+
+def test_skipped_steps_end_a_run_in_a_row_only() -> None:
+    """One batch in a hundred is what a long run may lose."""
+    judge = Judge(Spike())
+    for step in range(100):
+        loss = math.nan if step % 2 else 3.0
+        assert not judge.of(step, loss, 1.0, bool(step % 2), str).fatal
+    in_a_row = [judge.of(step, 3.0, math.inf, True, str).fatal for step in range(divergence.LONGEST_SKIP)]
+    assert [bool(fatal) for fatal in in_a_row] == [False] * 8 + [True] * 2
 
 
 # --- a step late -----------------------------------------------------------------------------------

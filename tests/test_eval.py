@@ -146,6 +146,11 @@ def test_a_sample_goes_on_behind_its_prompt_and_may_be_of_an_earlier_step(runs: 
     assert command("hpcgpt.sample", *flags, "--step", "4").stdout.splitlines()[0].endswith("step_000000004, step 4")
 
 
+def test_without_a_prompt_a_sample_is_a_document_from_its_beginning(runs: Path) -> None:
+    flags = ("--tokens", "20", "--temperature", "0", "--prompt", "")
+    assert len(sampled(str(runs / "gpt2"), *flags).removeprefix("--- sample 1\n")) >= 20
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

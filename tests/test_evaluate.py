@@ -20,6 +20,7 @@ from ranks_evaluate import BATCHES, CONTEXT, MICRO_BATCH, measure, model_and_win
 from hpcgpt import world
 from hpcgpt.evaluate import Terms, evaluate
 from hpcgpt.loader import widen
+from hpcgpt.precision import computing_in
 from hpcgpt.runfolder import AGAIN, FINISHED
 from hpcgpt.world import Ranks
 
@@ -116,6 +117,16 @@ def test_dropout_is_off(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     terms = Terms(3, MICRO_BATCH, token_bytes, ALONE)
     assert evaluate(model.train(), windows, terms) == evaluate(model.train(), windows, terms)
+
+
+def test_it_computes_in_the_precision_of_training(shards_folder: Path) -> None:
+    model, windows, token_bytes = model_and_windows(shards_folder)
+    seen: set[torch.dtype] = set()
+    model.blocks[0].attention.register_forward_hook(lambda _, __, made: seen.add(made.dtype))
+    evaluate(
+        model, windows, Terms(1, MICRO_BATCH, token_bytes, ALONE, lambda: computing_in(torch.bfloat16, ALONE.device))
+    )
+    assert seen == {torch.bfloat16}
 
 
 def test_a_hopeless_model_has_a_finite_perplexity(shards_folder: Path) -> None:

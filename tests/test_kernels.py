@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_a_kernel_for_gpus_is_refused_on_a_cpu(wanted: str, tiny: Path) -> None:
 def test_flash_attention_3_needs_its_package() -> None:
     with pytest.raises(ValueError, match="needs the package flash_attn_interface"):
         kernels.attention("fa3", GPU)
+
+
+def test_an_older_torch_lacks_flash_attention_3_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl", raising=False)
+    monkeypatch.setattr(kernels, "find_spec", lambda _: object())
+    with pytest.raises(ValueError, match=r"fa3 cannot be had: cannot import name 'activate_flash_attention_impl'"):
+        kernels.attention("fa3", GPU)
+    importlib.reload(kernels)
 
 
 def test_another_kernel_is_the_same_function(tiny: Path) -> None:

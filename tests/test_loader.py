@@ -166,6 +166,20 @@ def test_ids_above_32767_survive_the_16_bits(tmp_path: Path) -> None:
     assert targets.tolist() == [ids[1:]]
 
 
+def test_on_the_way_to_a_gpu_ids_above_32767_survive_too() -> None:
+    """What lies in host memory is played, and what comes to the device is on this one."""
+
+    class Batch:
+        dtype = torch.int16
+
+        def to(self, _device: torch.device, non_blocking: bool) -> Tensor:
+            assert non_blocking
+            return torch.tensor([[0, 32767, -32768, -1]], dtype=torch.int16)
+
+    inputs, targets = widen(Batch(), torch.device("cuda"))  # type: ignore[arg-type]
+    assert (inputs.tolist(), targets.tolist()) == ([[0, 32767, 32768]], [[32767, 32768, 65535]])
+
+
 def test_ids_above_65535_come_as_32_bits(tmp_path: Path) -> None:
     ids = [0, 65535, 65536, 100_000, 2**31 - 1, 1, 7, 40000]
     split = hand_made(tmp_path, ids, width=shards.WIDTHS["uint32"])

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import ranks_parallel
 import torch
+import torch.distributed as dist
 from conftest import command, curve, on_ranks, rows
 from ranks_killed import ALONE
 from ranks_parallel import MODES
+from torch import nn
 
-from hpcgpt import config_sources, plan
+from hpcgpt import config_sources, parallel, plan
 from hpcgpt.model import GPT
 
 WAYS = [("ddp", 1), *((mode, ranks) for ranks in (2, 4) for mode in MODES)]
@@ -119,6 +121,27 @@ def test_every_rank_writes_as_much_of_a_checkpoint(told: Told, mode: str, ranks:
     generator, headers = 5056, 16_000
     for rank in told.of(mode, ranks):
         assert 0 <= rank["written"] - 3 * 4 * told.parameters // ranks - generator < headers
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 9])
+def test_rows_that_do_not_divide_are_where_the_library_has_put_them(rows: int) -> None:
+    """On three ranks, each of them played by this process: nothing is sent. Some have no row at all."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    expected = torch.arange(2.0 * rows).view(rows, 2)
+    parts = []
+    for rank in range(3):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=3)
+        layer = nn.Linear(2, rows, bias=False)
+        layer.weight = nn.Parameter(expected.clone())
+        fully_shard(layer, mesh=init_device_mesh("cpu", (3,)))
+        own = parallel.held(layer.weight.detach())
+        assert torch.equal(own.local, expected[own.first : own.after])
+        parts.append(own.local.clone())
+        dist.destroy_process_group()
+    assert torch.equal(torch.cat(parts), expected)
 
 
 # --- what is sent ----------------------------------------------------------------------------------

@@ -64,6 +64,19 @@ def test_without_z_loss_the_loss_is_the_plain_cross_entropy_bit_for_bit() -> Non
     assert torch.equal(mean_loss(hidden, targets, weight, bias), F.cross_entropy(hidden @ weight.T + bias, targets))
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_of_logits_in_bfloat16_the_loss_is_still_computed_in_float32(chunk: int, z_loss: float) -> None:
+    hidden, targets, weight, bias = head(torch.float32)
+    hidden, weight = hidden.detach().bfloat16(), weight.detach().bfloat16()
+    logits = F.linear(hidden, weight, bias.bfloat16())  # rounded, and nothing behind them
+    expected = F.cross_entropy(logits.float(), targets) + z_loss * logits.float().logsumexp(dim=-1).square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mean_loss(hidden, targets, weight, bias, chunk, z_loss)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 @KINDS
 def test_z_loss_is_trained_on_and_not_evaluated(kind: Model) -> None:
     plain, with_z = GPT(kind, 1).double(), GPT(kind, 1, Manner(z_loss=0.1)).double()
