@@ -104,7 +104,7 @@ class Engine:
         # The compiler's worker processes must not die of Slurm's warning.
         with shielded() if self._compiled else nullcontext():
             accumulate(self.forward, self._feed.batches(0, 1), 1, self.precision)
-        self.optimizer.zero_grad(set_to_none=True)
+        parallel.clear_gradients(self.forward, self.optimizer)
         self._feed.waited_s()
 
     def launch(self, step: int, batch: int) -> Launched:

@@ -131,6 +131,13 @@ def without_sync(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel | Zero1) else nullcontext()
 
 
+def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Before the next step. DDP's gradients stay, as zeros, since they are views of its buckets: let go of, each would
+    be there twice, in its bucket and outside, from the next step's first micro-batch to its last.
+    """
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
+
+
 def clip(model: nn.Module, limit: float) -> Tensor:
     """Scale the gradients so that their norm, over all parameters, is at most `limit`; what it was before (). A
     collective where ranks have shares of them.
