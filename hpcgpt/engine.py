@@ -102,7 +102,7 @@ class Engine:
         """
         self.forward.train()
         # The compiler's worker processes must not die of Slurm's warning.
-        with shielded() if self._compiled else nullcontext():
+        with shielded() if self._compiled else nullcontext(), self._attention():
             accumulate(self.forward, self._feed.batches(0, 1), 1, self.precision)
         parallel.clear_gradients(self.forward, self.optimizer)
         self._feed.waited_s()
@@ -115,18 +115,19 @@ class Engine:
             self._is_gathered = False
         began = self._clock.mark()
         rate = learning_rate(step, self._plan.total_steps, settings)
-        outcome = train_step(
-            self.forward,
-            self.optimizer,
-            self._feed.batches(batch),
-            self._plan.micro_steps,
-            rate,
-            settings.optim.clip_norm,
-            self.precision,
-            self._ranks,
-            self._local,
-            settings.train.on_nonfinite == "skip",
-        )
+        with self._attention():  # for backward, too, where activation checkpointing goes forward again
+            outcome = train_step(
+                self.forward,
+                self.optimizer,
+                self._feed.batches(batch),
+                self._plan.micro_steps,
+                rate,
+                settings.optim.clip_norm,
+                self.precision,
+                self._ranks,
+                self._local,
+                settings.train.on_nonfinite == "skip",
+            )
         figures = self._to_host(torch.stack([outcome.loss.double(), outcome.norm.double()]))
         return Launched(step, batch, rate, outcome, figures, began, self._clock.mark(), self._feed.waited_s())
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"]
 Context = Callable[[], AbstractContextManager[None]]
@@ -51,6 +51,8 @@ def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Co
         if find_spec("flash_attn_interface") is None:
             raise ValueError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
         try:
+            from torch.nn.attention import activate_flash_attention_impl  # torch 2.6 has no such thing yet
+
             activate_flash_attention_impl("FA3")
         except (ImportError, RuntimeError, ValueError) as error:
             raise ValueError(f"train.attention fa3 cannot be had: {error}") from None

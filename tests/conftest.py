@@ -69,6 +69,14 @@ wandb = "disabled"
 """
 
 
+def pytest_configure() -> None:
+    """One thread for each process of the tests, of which two run at a time: torch loads later than this.
+
+    With as many threads as cores in each, models of this size wait for each other's threads most of the time.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What waits for Slurm, or wants the whole machine as the quick start does, runs alone and begins first."""
     for item in items:
@@ -193,7 +201,7 @@ def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.
 
 def clean_env() -> dict[str, str]:
     """This environment without what a launcher, Slurm or wandb would have set."""
-    drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_")
+    drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_", "OMP_")
     return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"WANDB_MODE": "offline"}
 
 

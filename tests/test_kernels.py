@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from conftest import command, curve, rows
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import kernels
+from hpcgpt import config_sources, kernels, plan
 from hpcgpt.config import Model
+from hpcgpt.engine import Engine
 from hpcgpt.model import GPT, Manner
 from hpcgpt.runfolder import FINISHED
+from hpcgpt.world import Ranks, World
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -83,6 +86,18 @@ def test_another_kernel_is_the_same_function(tiny: Path) -> None:
     losses = [[row["train/loss"] for row in rows(runs / name / "metrics.jsonl")] for name in ("math", "flash")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     assert curve(runs / "math") != curve(runs / "flash"), "both took the same"
+
+
+def test_the_kernel_computes_also_what_is_computed_once_more_in_the_backward_pass(tiny: Path) -> None:
+    settings = config_sources.from_file(tiny)
+    train = replace(settings.train, attention="math", activation_checkpointing=True, dtype="float32")
+    alone = Ranks(World(0, 0, 1, 1, "alone", "test"), CPU, None)
+    engine = Engine(plan.make(replace(settings, train=train), 1), alone)
+    for work in (engine.warm_up, lambda: engine.launch(0, 0)):
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            work()
+        names = {event.key for event in found.key_averages() if event.key.startswith("aten::_scaled_dot")}
+        assert names == {"aten::_scaled_dot_product_attention_math"}
 
 
 def test_compiling_is_left_alone_on_a_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

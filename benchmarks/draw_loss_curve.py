@@ -1,0 +1,35 @@
+"""Draw what benchmarks/loss_curve.py found: validation loss over the seconds of training, nanoGPT's and ours.
+
+python benchmarks/draw_loss_curve.py benchmarks/results/loss_curve_cpu.json > docs/loss_curve.svg
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from picture import COLOURS, Picture
+
+
+def main() -> None:
+    curves = json.loads(Path(sys.argv[1]).read_text())["curves"]
+    points = {way: [(row["seconds"], row["loss"]) for row in rows.values()] for way, rows in curves.items()}
+    losses = [loss for found in points.values() for _, loss in found]
+    last = max(found[-1][0] for found in points.values())
+    picture = Picture(
+        last, min(losses), max(losses), 0.1, "validation loss (nats a token)", f"{last:.0f} s of training"
+    )
+    for (way, found), colour in zip(points.items(), COLOURS[1::-1], strict=True):
+        picture.curve(found, colour, 2)
+        for (x, y), step in zip(map(picture.place, found), curves[way], strict=True):
+            picture.lines.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>step {step}</title></circle>'
+            )
+        x, y = picture.place(found[-1])
+        picture.word(x, y + 17, {"ours": "hpcgpt"}.get(way, way), colour, ' text-anchor="end"')
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()
