@@ -19,6 +19,8 @@ def about() -> dict[str, Any]:
         "load": os.getloadavg(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 

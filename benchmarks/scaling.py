@@ -9,7 +9,8 @@ has as much work, however many there are, and as many threads. Ways:
 
     1 rank         alone
     W apart        W processes that train alone, at the same time: what they take from each other (memory, caches, heat)
-    W ranks, MODE  W ranks together
+    W ranks, MODE  W ranks together. Compiled, the mode ddp cuts its graph at DDP's buckets, so that they are sent while
+                   it still computes (torch's optimize_ddp); the mode ddp:whole leaves it whole
 
 so efficiency is tokens/s over W times those of one rank, and the share of communication is what a step takes longer
 than apart: what of it is not hidden behind computing. All ways stand ready from the beginning, with engines as `hpcgpt
@@ -146,7 +147,10 @@ def _work(options: argparse.Namespace) -> None:
     if options.worker == "apart":
         ranks, mode = Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), device, None), "ddp"
     else:
-        ranks, mode = rendezvous.connect(here, device, options.folder, "auto", 120.0), options.worker
+        ranks = rendezvous.connect(here, device, options.folder, "auto", 120.0)
+        mode, _, graph = options.worker.partition(":")
+        if graph == "whole":
+            torch._dynamo.config.optimize_ddp = False
     engine = Engine(plan.make(_config(options, ranks.world.size, mode), ranks.world.size), ranks)
     engine.warm_up()
     step = _steps(engine, 0, 2, device)[0]
@@ -193,7 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of token shards")
     parser.add_argument("--config", default="gpt2-124m", help="a preset or a TOML file (default: gpt2-124m)")
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, with commas between (default: 1,2)")
-    parser.add_argument("--modes", default="ddp,zero1,fsdp", help="values of parallel.mode (default: all)")
+    parser.add_argument(
+        "--modes", default="ddp,zero1,fsdp", help="values of parallel.mode, and ddp:whole (default: all but that)"
+    )
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences a pass (default: 4)")
     parser.add_argument("--micro-steps", type=int, default=2, help="passes a step and rank (default: 2)")
     parser.add_argument("--rounds", type=int, default=5)

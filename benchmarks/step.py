@@ -6,7 +6,8 @@
 Each way has an engine of its own, as `hpcgpt train` makes it, of the same first weights and on the same samples. In
 each round each way makes --steps steps, in a new order; figures are medians over the rounds. Steps are launched and
 read as the training loop does. "Between" is the part of the time that no step took: reading figures, and whatever
-keeps the host from being ahead. Ways that this machine cannot go are left out, with the reason.
+keeps the host from being ahead. Ways that this machine cannot go are left out, with the reason. All stand ready at the
+same time: where that is too much for a GPU's memory, name some with --ways.
 """
 
 from __future__ import annotations
@@ -126,8 +127,6 @@ def _steps(way: Way, count: int, device: torch.device) -> dict[str, float]:
     }
     if "train/mfu" in rows[-1]:
         found["mfu"] = rows[-1]["train/mfu"] * rows[-1]["train/step_s"] * count / elapsed_s
-    if "train/memory_bytes" in rows[-1]:
-        found["memory_bytes"] = rows[-1]["train/memory_bytes"]
     return found
 
 

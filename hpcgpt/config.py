@@ -300,6 +300,8 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if config.data.document_mask and train.attention != "auto":
         yield f"train.attention {train.attention} says nothing of data.document_mask, which has a kernel of its own"
+    if train.attention == "fa3" and model.dropout:
+        yield f"train.attention fa3 has no dropout, and model.dropout is {model.dropout}: take flash or auto"
     if config.sample.slide > model.block_size:
         yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:

@@ -23,7 +23,7 @@ from hpcgpt.loader import Loader, Mixture, Windows
 from hpcgpt.model import GPT, Manner
 from hpcgpt.optim import make_optimizer
 from hpcgpt.plan import Plan
-from hpcgpt.precision import computing_in, pick_dtype
+from hpcgpt.precision import allow_tf32, computing_in, pick_dtype
 from hpcgpt.preempt import shielded
 from hpcgpt.schedule import learning_rate
 from hpcgpt.step import Outcome, accumulate, train_step
@@ -67,13 +67,12 @@ class Engine:
         # The table is of bf16 peaks.
         measured = self._on_gpu and self.dtype == torch.bfloat16
         self._peak_flops = metrics.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
-        if self._on_gpu:  # what stays in float32 may use the matrix units, too
-            torch.set_float32_matmul_precision("high")
+        allow_tf32(ranks.device)
         manner = Manner.of(settings, planned.sets[0].manifest.tokenizer["end_of_text"])
         self.model = GPT(settings.model, settings.run.seed, manner)  # to look at: see `gathered`
         if self.dtype == torch.float64:
             self.model.double()
-        self._attention = kernels.attention(settings.train.attention, ranks.device)
+        self._attention = kernels.attention(settings.train.attention, ranks.device, self.dtype)
         # All or none: the ranks of a run compute alike.
         self._compiled = all(on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
         # What is called to train, and what has this rank's part of the weights.
@@ -105,7 +104,7 @@ class Engine:
         # The compiler's worker processes must not die of Slurm's warning.
         with shielded() if self._compiled else nullcontext(), self._attention():
             accumulate(self.forward, self._feed.batches(0, 1), 1, self.precision)
-        self.optimizer.zero_grad(set_to_none=True)
+        parallel.clear_gradients(self.forward, self.optimizer)
         self._feed.waited_s()
 
     def launch(self, step: int, batch: int) -> Launched:

@@ -49,11 +49,8 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     Raises:
         ValueError: the validation split is not there, or is no longer the one of the run.
     """
-    import numpy as np
-
     from hpcgpt import plan
-    from hpcgpt.evaluate import HeldOut, Terms, evaluate_all
-    from hpcgpt.loader import Windows
+    from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
 
     config = model.config
     # The split is asked for also where training left it alone; and where the first weights came from is long past.
@@ -62,16 +59,11 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     planned = plan.make(wanted, world_size=1)
     if changed := plan.changes(model.state.identity, planned.identity):
         raise ValueError(f"{model.path} was trained with other data or settings than are there: {'; '.join(changed)}")
-    context, size = config.model.block_size, config.model.vocab_size
-    sets = [
-        HeldOut(part.name, Windows(part.val, context, context, size), part.quota) for part in planned.sets if part.val
-    ]
-    token_bytes = np.zeros(size, dtype=np.int64)
-    token_bytes[: model.words.vocab_size] = model.words.token_bytes
-    terms = Terms(batches, config.train.micro_batch, token_bytes, model.ranks, model.precision)
+    sets, token_bytes = held_out(planned), bytes_of_ids(model.words, config.model.vocab_size)
+    terms = Terms(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
     figures = evaluate_all(model.model, sets, terms)
     assert figures is not None, "nobody told it to stop"
-    return figures | {"tokens": context * sum(terms.windows_of(part.windows) for part in sets)}
+    return figures | {"tokens": config.model.block_size * sum(terms.windows_of(part.windows) for part in sets)}
 
 
 def _parser() -> argparse.ArgumentParser:

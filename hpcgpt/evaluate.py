@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hpcgpt.loader import Windows, widen
+from hpcgpt.plan import Plan
+from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.world import Ranks
 
 
@@ -55,6 +57,21 @@ class Terms:
     def windows_of(self, windows: Windows) -> int:
         """How many of `windows` are evaluated."""
         return windows.count if self.batches == 0 else min(windows.count, self.batches * self.micro_batch)
+
+
+def held_out(planned: Plan) -> list[HeldOut]:
+    """Those of each data set that has a validation split: one behind the other, whatever data.stride is."""
+    context, size = planned.config.model.block_size, planned.config.model.vocab_size
+    return [
+        HeldOut(part.name, Windows(part.val, context, context, size), part.quota) for part in planned.sets if part.val
+    ]
+
+
+def bytes_of_ids(words: Tokenizer, count: int) -> NDArray[np.int64]:
+    """The bytes of text that each of `count` ids stands for (count,): 0 for those that the tokenizer does not have."""
+    found = np.zeros(count, dtype=np.int64)
+    found[: words.vocab_size] = words.token_bytes
+    return found
 
 
 def evaluate_all(model: nn.Module, sets: Sequence[HeldOut], terms: Terms) -> dict[str, float] | None:

@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"]
+Context = Callable[[], AbstractContextManager[None]]
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -23,20 +24,29 @@ _BACKENDS = {
     "fa3": SDPBackend.FLASH_ATTENTION,
 }
 _ON_CPU = ("auto", "flash", "math")
+_BF16_ON_GPU = ("flash", "cudnn", "fa3")
 
 
-def attention(wanted: Attention, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which torch's attention takes the kernel `wanted`; "auto": whichever it finds best.
+def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Context:
+    """A context in which torch's attention takes the kernel `wanted`, for a forward pass that computes in `dtype`;
+    "auto": whichever it finds best.
 
     "fa3" is FlashAttention 3, which torch calls where the package flash_attn_interface is installed (Hopper GPUs).
 
     Raises:
-        ValueError: this device does not have it.
+        ValueError: this device does not have it, or not in `dtype`.
     """
+    _tell_caches(wanted)
     if wanted == "auto":
         return nullcontext
     if device.type == "cpu" and wanted not in _ON_CPU:
         raise ValueError(f"train.attention {wanted} is for GPUs: on a CPU it may be {', '.join(_ON_CPU)}")
+    if device.type == "cuda" and wanted in _BF16_ON_GPU and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"train.attention {wanted} computes in bfloat16 on a GPU, and this run in {name}: take efficient or auto, "
+            "or train.dtype bfloat16"
+        )
     if wanted == "fa3":
         if find_spec("flash_attn_interface") is None:
             raise ValueError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
@@ -48,6 +58,15 @@ def attention(wanted: Attention, device: torch.device) -> Callable[[], AbstractC
         except (ImportError, RuntimeError, ValueError) as error:
             raise ValueError(f"train.attention fa3 cannot be had: {error}") from None
     return partial(sdpa_kernel, _BACKENDS[wanted])
+
+
+def _tell_caches(wanted: Attention) -> None:
+    """Of code that was compiled in earlier processes, torch takes what has the same name, which does not tell by which
+    kernel its attention was to be computed (pytorch issue 185449, in 2.13 still): so it is said here.
+    """
+    if hasattr(torch.compiler.config, "cache_key_tag"):  # an older torch has none
+        said = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+        torch.compiler.config.cache_key_tag = said if wanted == "auto" else f"{said} attention: {wanted}"
 
 
 def compiles(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:

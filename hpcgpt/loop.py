@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hpcgpt import (
     checkpoint,
@@ -37,9 +35,8 @@ from hpcgpt import (
 from hpcgpt.blame import Blame
 from hpcgpt.divergence import Judge
 from hpcgpt.engine import Engine, Launched
-from hpcgpt.evaluate import HeldOut, Terms, evaluate_all
+from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
 from hpcgpt.generation import Generation
-from hpcgpt.loader import Windows
 from hpcgpt.plan import Plan
 from hpcgpt.preempt import Stop, StopFlag
 from hpcgpt.profiling import Profiler
@@ -130,17 +127,10 @@ class Attempt:
         self._watchdog = Watchdog(settings, ranks.world, self.number)
         self._blame = Blame(settings.blame, ranks)
         self.engine = Engine(planned, ranks, self._blame.local)
-        context, size = settings.model.block_size, settings.model.vocab_size
-        self.held_out = [
-            HeldOut(part.name, Windows(part.val, context, context, size), part.quota)
-            for part in planned.sets
-            if part.val
-        ]
         self._hosts = on_all(ranks, socket.gethostname)
         first = planned.sets[0]
         self.words = tokenizer.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
-        self.token_bytes: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
-        self.token_bytes[: self.words.vocab_size] = self.words.token_bytes
+        self._held_out, self._token_bytes = held_out(planned), bytes_of_ids(self.words, settings.model.vocab_size)
 
         self.progress = Progress()
         self._origin = ""  # where the first weights come from, if from another run
@@ -375,16 +365,15 @@ class Attempt:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self) -> dict[str, float] | None:
-        batches, micro_batch = self.config.eval.batches, self.config.train.micro_batch
         terms = Terms(
-            batches,
-            micro_batch,
-            self.token_bytes,
+            self.config.eval.batches,
+            self.config.train.micro_batch,
+            self._token_bytes,
             self.ranks,
             self.engine.precision,
             lambda: self._between() != Stop.NO,
         )
-        return evaluate_all(self.engine.gathered(), self.held_out, terms)
+        return evaluate_all(self.engine.gathered(), self._held_out, terms)
 
     # --- saving ------------------------------------------------------------------------------------
 

@@ -34,14 +34,16 @@ class Manner:
 
     `document_start`: the id that begins documents, which attention then does not cross; None: it sees the whole
     window. `loss_chunk` and `z_loss`: see `hpcgpt.token_loss`. `recompute`: blocks keep only their inputs for the
-    backward pass, and compute the rest once more. `may_write_out`: see `hpcgpt.attention.Sight`.
+    backward pass, and compute the rest once more. `attention`: which kernel the context around asks for, or "auto" (see
+    `hpcgpt.kernels`); '' where nobody has said. It is looked at in each forward pass, so that torch.compile does not
+    take what it made for one kernel where another is asked for.
     """
 
     document_start: int | None = None
     loss_chunk: int = 0
     z_loss: float = 0.0
     recompute: bool = False
-    may_write_out: bool = False
+    attention: str = ""
 
     @classmethod
     def of(cls, config: Config, end_of_text: int) -> Manner:
@@ -51,7 +53,7 @@ class Manner:
             config.train.loss_chunk,
             config.optim.z_loss,
             config.train.activation_checkpointing,
-            config.train.attention == "auto",
+            config.train.attention,
         )
 
 
@@ -110,14 +112,11 @@ class GPT(nn.Module):
             )
         if cache is not None:
             hidden = hidden[:, -1:]  # (B, 1, C)
-        return self._padded_logits(hidden)[..., : self.config.vocab_size]  # (B, T, V)
+        return self.padded_logits(hidden)[..., : self.config.vocab_size]  # (B, T, V)
 
-    def padded_logits(self, ids: Tensor) -> Tensor:
-        """(B, T, V padded): minus infinity behind the vocabulary."""
-        return self._padded_logits(self.hidden(ids))
-
-    def _padded_logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head.weight, self._padding_bias())  # (B, T, V padded)
+    def padded_logits(self, hidden: Tensor) -> Tensor:
+        """Of `hidden` (B, T, C): (B, T, V padded), minus infinity behind the vocabulary."""
+        return F.linear(hidden, self.head.weight, self._padding_bias())
 
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """What the head reads of `ids` (B, T): (B, T, C)."""
@@ -139,8 +138,9 @@ class GPT(nn.Module):
     def _sight(self, ids: Tensor, new: int, may_flex: bool = True) -> Sight:
         """Where the last `new` of `ids` (B, S) stand, and what they see."""
         c, weight = self.config, self.token_embedding.weight
+        may_write_out = self.manner.attention == "auto"
         if self.manner.document_start is None:
-            sight = attention.look_back(new, ids, self.manner.may_write_out)
+            sight = attention.look_back(new, ids, may_write_out)
         else:
             dropout = c.dropout if self.training else 0.0
             # It is compiled for a length, and those of texts that are generated all differ.

@@ -12,7 +12,8 @@ An all-reduce is a reduce-scatter and an all-gather, so zero1 sends what ddp doe
 The others are FSDP2 (``fully_shard``), a group for each block and one for the rest: each parameter is cut by rows, and
 rank r has the r-th part. They differ in when whole weights and gradients are let go of: behind each block, or behind
 the step. So zero1 is what Rajbhandari et al., "ZeRO", 2020, call stage 1, but that whole weights are not kept between
-steps.
+steps. In bf16 autocast makes rounded copies of the weights, and the backward pass needs them: so uncompiled,
+fsdp has half of N besides, of all blocks, unless they are recomputed.
 
 A model whose weights are shares cannot be called by one rank alone. To look at (for evaluation, samples) there is the
 model itself beside the shares: a shell whose weights are filled in by `gather`, and emptied by `release`.
@@ -128,6 +129,13 @@ def without_sync(model: nn.Module) -> AbstractContextManager[None]:
     But with fsdp they are: whole gradients would have to be kept, for whose size fsdp was chosen.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel | Zero1) else nullcontext()
+
+
+def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Before the next step. DDP's gradients stay, as zeros, since they are views of its buckets: let go of, each would
+    be there twice, in its bucket and outside, from the next step's first micro-batch to its last.
+    """
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:

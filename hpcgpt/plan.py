@@ -73,12 +73,15 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     for part in sets:
         config = _with_vocabulary(config, part)
     initial.check(config, sets[0].manifest.tokenizer["fingerprint"])
-    return Plan(
-        config,
-        sets,
-        _total_steps(config, sets[0].windows),
-        micro_steps(config.train.global_batch, config.train.micro_batch, world_size),
-    )
+    own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
+    parallel = config.parallel
+    if parallel.mode == "zero1" and parallel.gradient_dtype == "bfloat16" and own > 1:
+        # FSDP2 keeps what is not sent yet in the dtype in which it will be.
+        raise ValueError(
+            f"parallel.gradient_dtype bfloat16 with zero1 would add up a step's {own} micro-batches in bfloat16, too, "
+            "and lose what is small: take ddp or fsdp, which sum them in float32, or leave it at float32"
+        )
+    return Plan(config, sets, _total_steps(config, sets[0].windows), own)
 
 
 def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:

@@ -23,6 +23,12 @@ def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def allow_tf32(device: torch.device) -> None:
+    """On a GPU the matrix products that stay in float32 may be rounded to 10 bits: its matrix units do no others."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Does this CPU multiply in bfloat16? Without it, bfloat16 is emulated and slower than float32."""
     try:

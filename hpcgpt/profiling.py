@@ -62,10 +62,12 @@ class Profiler:
             temporary.rename(path)
             if self._on_gpu:
                 torch.cuda.memory._dump_snapshot(str(path.with_name(f"{name}.memory")))  # type: ignore[no-untyped-call]
-                torch.cuda.memory._record_memory_history(enabled=None)
         except (OSError, RuntimeError) as error:
             _warn(f"the trace {path} is not written: {error}")
             return ""
+        finally:
+            if self._on_gpu:  # else every allocation until the run's end would be written down
+                torch.cuda.memory._record_memory_history(enabled=None)
         return str(path)
 
     def _look(self, step: int) -> None:

@@ -15,6 +15,7 @@ from hpcgpt.generate import generate
 from hpcgpt.generation import Generation
 from hpcgpt.model import GPT
 from hpcgpt.plan import Plan
+from hpcgpt.precision import computing_in
 from hpcgpt.saver import Saved
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tracking import Tracker
@@ -161,7 +162,9 @@ class Reporter:
         prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
         ids = generate(self._model, prompt, settings, self._story.ranks.device, self._config.run.seed + step)
         try:
-            text = settings.prompt + "".join(tokenizer.stream(self._words, ids, after=prompt))
+            # As `hpcgpt sample` does. Not by train.attention: there are kernels that take no single token.
+            with computing_in(self._story.dtype, self._story.ranks.device):
+                text = settings.prompt + "".join(tokenizer.stream(self._words, ids, after=prompt))
         except ValueError as error:  # a model that has diverged; whether that ends the run is decided elsewhere
             self._console.say(f"no sample: {error}")
             return

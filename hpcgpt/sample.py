@@ -56,7 +56,7 @@ def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> N
                 text.append(number)
             yield chosen[0]
 
-    with model.precision():
+    with model.computing():
         for number in range(samples):
             print(f"--- sample {number + 1}\n{wanted.prompt}", end="")
             for piece in tokenizer.stream(words, later[number] if number else first(), after=prompt):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hpcgpt.blame import LocalTime
 from hpcgpt.optim import set_learning_rate
-from hpcgpt.parallel import clip, without_sync
+from hpcgpt.parallel import clear_gradients, clip, without_sync
 from hpcgpt.world import Ranks
 
 Precision = Callable[[], AbstractContextManager[None]]
@@ -63,7 +63,7 @@ def train_step(
     if not skipped:
         set_learning_rate(optimizer, rate)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    clear_gradients(model, optimizer)
     return Outcome(loss, norm, own, skipped)
 
 

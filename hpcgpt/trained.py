@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hpcgpt import checkpoint, config_sources, host_memory, restore, runfolder, tokenizer, world
+from hpcgpt import checkpoint, config_sources, host_memory, kernels, restore, runfolder, tokenizer, world
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Config
 from hpcgpt.model import GPT, Manner
-from hpcgpt.precision import computing_in, pick_dtype
+from hpcgpt.precision import allow_tf32, computing_in, pick_dtype
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.world import Ranks
 
@@ -28,9 +30,28 @@ class Trained:
     words: Tokenizer
     ranks: Ranks
 
-    def precision(self) -> torch.autocast:
-        """What training computes in, or would on this device. Weights are cast once in it, if it is entered once."""
-        return computing_in(pick_dtype(self.config.train.dtype, self.ranks.device), self.ranks.device)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What training computes in, or would on this device."""
+        return pick_dtype(self.config.train.dtype, self.ranks.device)
+
+    def computing(self) -> torch.autocast:
+        """A context for `dtype`. Weights are cast once in it, if it is entered once."""
+        return computing_in(self.dtype, self.ranks.device)
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """The same, and training's attention kernel, for windows like training's: so figures are the same to the last
+        bit. Not for a text that grows: there are kernels that take no single token.
+        """
+        with self.computing(), self._attention()():
+            yield
+
+    def _attention(self) -> kernels.Context:
+        try:
+            return kernels.attention(self.config.train.attention, self.ranks.device, self.dtype)
+        except ValueError:  # a run of GPUs may be looked at where there are none
+            return nullcontext
 
 
 def load(folder: Path, step: int | None, best: bool) -> Trained:
@@ -47,6 +68,7 @@ def load(folder: Path, step: int | None, best: bool) -> Trained:
     device = world.pick_device(alone, "cpu" if config.run.device == "cpu" else "auto")
     if device.type == "cpu":
         host_memory.keep_freed()
+    allow_tf32(device)
     ranks = Ranks(alone, device, None)
     path = _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
     words = tokenizer.load(folder / "tokenizer")

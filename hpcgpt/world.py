@@ -18,7 +18,9 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -168,10 +170,28 @@ def pick_device(world: World, requested: str, env: Mapping[str, str] = os.enviro
 
 def cores(world: World, env: Mapping[str, str] = os.environ) -> int:
     """CPU cores that belong to this rank: Slurm's count for a task, else a fair share of this process's."""
-    allowed = len(os.sched_getaffinity(0))
+    allowed = min(len(os.sched_getaffinity(0)), quota() or 10**6)
     if world.launcher == "srun" and env.get("SLURM_CPUS_PER_TASK"):
         return min(allowed, int(env["SLURM_CPUS_PER_TASK"]))
     return max(1, allowed // world.local_size)
+
+
+def quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many cores' time this process's cgroup gets, at least 1; None where nothing limits it.
+
+    Containers are limited so, and it is not in the affinity: 64 threads on 2 cores' time would wait for each other. The
+    smallest limit counts, the cgroup's own or of one around it (version 2: ``cpu.max``, microseconds in a period).
+    """
+    try:
+        place = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    folder, found = root / place.lstrip("/"), []
+    for path in (folder, *folder.parents):
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            most, period = (path / "cpu.max").read_text().split()
+            found.append(int(most) // int(period))
+    return max(1, min(found)) if found else None
 
 
 # --- all of them -----------------------------------------------------------------------------------

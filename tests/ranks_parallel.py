@@ -12,13 +12,15 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import checkpoint, config, generation, parallel, plan, rendezvous, restore, saver, world
+from hpcgpt import checkpoint, config, generation, kernels, parallel, plan, rendezvous, restore, saver, world
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Config
 from hpcgpt.engine import Engine
@@ -147,6 +149,31 @@ def rounded(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
     return {"figures": steps(its, range(5)), "rounded": seen == [True] * 5}
 
 
+def frugal(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> dict[str, Any]:
+    """Figures of a model of as many blocks as torch may not compile each for itself: as it is, and with blocks that are
+    recomputed and a loss in chunks, compiled or not. Without the compiler's last part, which takes long.
+    """
+    plain = settings(shards, mode)
+    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, n_layer=10))
+    wanted = dataclasses.replace(plain.train, activation_checkpointing=True, loss_chunk=24)
+    its = engine(plain, ranks)
+    told: dict[str, Any] = {"plain": steps(its, range(3))}
+    with (
+        mock.patch.object(kernels, "compiles", lambda *_: compiled),
+        mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
+        torch._dynamo.reset()
+        its = engine(dataclasses.replace(plain, train=wanted), ranks)
+        told["frugal"] = steps(its, range(2))
+        its.gathered().eval()  # as an evaluation does between two steps
+        its.gathered().train()
+        told["frugal"] += steps(its, [2])
+        told["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch._dynamo.utils.counters.clear()
+    return told
+
+
 def resumes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     """Go on from every checkpoint in every mode."""
     told = {}
@@ -167,6 +194,8 @@ def modes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
         told |= {f"{mode} muon": trains(shards, out, ranks, mode, 12, name="muon") for mode in chosen}
         told |= {f"{mode} messages": messages(shards, ranks, mode) for mode in chosen}
         told |= {f"{mode} rounded": rounded(shards, ranks, mode) for mode in chosen}
+        told |= {f"{mode} frugal": frugal(shards, ranks, mode, compiled=False) for mode in chosen}
+        told |= {f"{mode} compiled": frugal(shards, ranks, mode, compiled=True) for mode in chosen}
     return told
 
 

@@ -97,6 +97,22 @@ def reductions(ranks: Ranks, folder: Path) -> list[int]:
     return [math.prod(shape[0]) for shape in shapes]
 
 
+def in_buckets(ranks: Ranks, folder: Path) -> list[bool]:
+    """Before each micro-batch of a step that is not the first, and at its end: is every gradient a part of a bucket?"""
+    bench = Bench(ranks, folder, 2, torch.float32)
+    found: list[bool] = []
+
+    def look(*_: object) -> None:
+        gradients = [parameter.grad for parameter in bench.model.parameters()]
+        found.append(all(g is not None and g.untyped_storage().nbytes() > g.nbytes for g in gradients))
+
+    bench.step(0, clip_norm=1.0)
+    bench.forward.register_forward_pre_hook(look)
+    bench.optimizer.register_step_pre_hook(look)
+    bench.step(1, clip_norm=1.0)
+    return found
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
@@ -110,6 +126,7 @@ def main(folder: Path, out: Path) -> None:
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
     told, tensors = gradients(ranks, folder)
     report = {"gradients": told, "hundred": hundred_steps(ranks, folder), "reductions": reductions(ranks, folder)}
+    report["in_buckets"] = in_buckets(ranks, folder)
     (out / f"rank_{here.rank}.json").write_text(json.dumps(report))
     if here.is_first:
         save_file(tensors, out / "gradients.safetensors")

@@ -208,7 +208,7 @@ def test_short_windows_in_bfloat16_are_written_out_unless_a_kernel_was_asked_for
     with (
         profile(activities=[ProfilerActivity.CPU]) as found,
         computing_in(dtype, cpu),
-        kernels.attention(wanted, cpu)(),
+        kernels.attention(wanted, cpu, dtype)(),
     ):
         model(ids, ids).backward()
     assert (FLASH in {event.key for event in found.key_averages()}) == by_flash

@@ -163,6 +163,10 @@ CONTRADICTIONS = [
     ('[model]\nkind = "modern"\nn_kv_head = 5', "model.n_head 12 must be a multiple of model.n_kv_head 5"),
     ('[model]\nkind = "modern"\nn_embd = 36', "n_embd 36 / model.n_head 12 is odd: rotary positions turn pairs"),
     ("[model]\nblock_size = 8\n[train]\nloss_chunk = 200", "train.loss_chunk 200 is more than the 128 tokens of a"),
+    (
+        '[model]\ndropout = 0.1\n[train]\nattention = "fa3"',
+        "train.attention fa3 has no dropout, and model.dropout is 0.1",
+    ),
     ('[data]\ndocument_mask = true\n[train]\nattention = "flash"', "train.attention flash says nothing of data.docu"),
     ("[model]\nblock_size = 8\n[sample]\nslide = 9", "sample.slide 9 is more than model.block_size 8"),
     ('[run]\nname = "a/b"', "run.name 'a/b' must be a plain folder name"),

@@ -13,12 +13,13 @@ from small_checkpoints import flip_a_byte, mend
 
 from hpcgpt.runfolder import FINISHED
 
-# The second run has everything on that changes what a model computes, and how.
+# The second run has everything on that changes what a model computes, and how; the third rounds, by another kernel.
 KINDS = {
     "gpt2": [],
     "modern": ["--model.kind", "modern", "--model.n_kv_head", "1", "--model.dropout", "0.1", "--data.document_mask",
                "true", "--train.loss_chunk", "24", "--train.activation_checkpointing", "true", "--optim.z_loss",
                "1e-3", "--train.dtype", "float32"],
+    "rounded": ["--train.dtype", "bfloat16", "--train.attention", "math", "--sample.tokens", "30"],
 }  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def runs(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ["--run.dir", str(folder), "--run.name", name, "--eval.batches", "0", "--checkpoint.every", "4"]
         done = command("hpcgpt.train", str(path), *words, *flags)
         assert done.returncode == FINISHED, done.stderr
+        (folder / f"{name}.txt").write_text(done.stdout)
     return folder
 
 
@@ -137,6 +139,14 @@ def test_samples_made_at_once_are_those_made_one_by_one(kind: str, runs: Path) -
     first, second = (sampled(*flags, "--seed", seed) for seed in ("7", "8"))
     assert sampled(*flags, "--seed", "7", "--samples", "2") == first + second.replace("sample 1", "sample 2")
     assert first != second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_sample_that_training_made(kind: str, runs: Path) -> None:
+    """Its seed is the run's and the step's."""
+    made = (runs / f"{kind}.txt").read_text().partition("--- sample at step 12\n")[2].partition("\n---\n")[0]
+    assert made
+    assert sampled(str(runs / kind), "--seed", "13") == f"--- sample 1\n{made}\n"
 
 
 def test_a_sample_goes_on_behind_its_prompt_and_may_be_of_an_earlier_step(runs: Path) -> None:

@@ -13,7 +13,9 @@ from conftest import command, curve, rows
 from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt import config_sources, kernels, plan
+from hpcgpt.config import Model
 from hpcgpt.engine import Engine
+from hpcgpt.model import GPT, Manner
 from hpcgpt.runfolder import FINISHED
 from hpcgpt.world import Ranks, World
 
@@ -30,7 +32,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 )
 def test_the_kernel_that_was_asked_for_computes(wanted: kernels.Attention, kernel: str) -> None:
     q = torch.ones(1, 2, 16, 8)
-    with profile(activities=[ProfilerActivity.CPU]) as found, kernels.attention(wanted, CPU)():
+    with profile(activities=[ProfilerActivity.CPU]) as found, kernels.attention(wanted, CPU, torch.float32)():
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
     names = {event.key for event in found.key_averages() if event.key.startswith("aten::_scaled_dot")}
     assert names == {kernel}
@@ -45,7 +47,36 @@ def test_a_kernel_for_gpus_is_refused_on_a_cpu(wanted: str, tiny: Path) -> None:
 
 def test_flash_attention_3_needs_its_package() -> None:
     with pytest.raises(ValueError, match="needs the package flash_attn_interface"):
-        kernels.attention("fa3", GPU)
+        kernels.attention("fa3", GPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("wanted", ["flash", "cudnn", "fa3"])
+def test_a_kernel_that_has_bfloat16_only_is_refused_in_another_precision(wanted: kernels.Attention) -> None:
+    with pytest.raises(
+        ValueError, match=rf"train\.attention {wanted} computes in bfloat16 on a GPU, and this run in float"
+    ):
+        kernels.attention(wanted, GPU, torch.float32)
+    for other in ("auto", "efficient", "math"):
+        kernels.attention(other, GPU, torch.float32)  # type: ignore[arg-type]
+    kernels.attention("flash", CPU, torch.float64)
+
+
+def test_code_compiled_for_one_kernel_is_not_taken_for_another() -> None:
+    """In one process, by the model's manner; between processes, by the name under which it is kept on the disk."""
+    shape, ids = Model(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=100), torch.zeros(2, 64).long()
+    torch._dynamo.reset()
+    found, names = [], []
+    for wanted in ("math", "flash", "auto", "math"):
+        context = kernels.attention(wanted, CPU, torch.float32)  # type: ignore[arg-type]
+        model = torch.compile(GPT(shape, manner=Manner(attention=wanted)), backend="aot_eager")
+        with profile(activities=[ProfilerActivity.CPU]) as seen, context():
+            model(ids, ids).backward()
+        found.append(
+            "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.key for event in seen.key_averages()}
+        )
+        names.append(torch.compiler.config.cache_key_tag)
+    assert found == [False, True, True, False]
+    assert names == [" attention: math", " attention: flash", "", " attention: math"]
 
 
 def test_an_older_torch_lacks_flash_attention_3_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,10 +65,10 @@ def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry(tied:
 
 
 def test_the_configuration_says_in_which_manner_a_model_computes() -> None:
-    assert Manner.of(Config(), end_of_text=7) == Manner(may_write_out=True)
+    assert Manner.of(Config(), end_of_text=7) == Manner(attention="auto")
     train = Train(loss_chunk=64, attention="math", activation_checkpointing=True)
     config = Config(data=Data(document_mask=True), train=train, optim=Optim(z_loss=0.25))
-    assert Manner.of(config, end_of_text=7) == Manner(7, 64, 0.25, recompute=True)
+    assert Manner.of(config, end_of_text=7) == Manner(7, 64, 0.25, recompute=True, attention="math")
 
 
 # --- padding of the vocabulary ---------------------------------------------------------------------
@@ -80,7 +80,9 @@ def test_padding_ids_have_no_probability_and_their_rows_no_gradient(tied: bool) 
     with torch.no_grad():
         model.head.weight[100:] = 1e3  # rows that would win every comparison, were they not masked
     x = ids()
-    assert torch.equal(model.padded_logits(x).softmax(dim=-1)[..., 100:], torch.zeros(2, 24, 28, dtype=torch.float64))
+    assert torch.equal(
+        model.padded_logits(model.hidden(x)).softmax(dim=-1)[..., 100:], torch.zeros(2, 24, 28, dtype=torch.float64)
+    )
     model(x, x.roll(-1, dims=1)).backward()
     for table in {model.head.weight, model.token_embedding.weight}:
         assert table.grad is not None

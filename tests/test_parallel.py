@@ -104,6 +104,15 @@ def test_so_has_muon_on_shares_of_the_matrices(told: Told, mode: str) -> None:
         assert rank["state"] == told.of("ddp muon", 2)[0]["state"] // 2
 
 
+@pytest.mark.parametrize("way", ["frugal", "compiled"])
+@pytest.mark.parametrize("mode", MODES)
+def test_recomputed_in_chunks_and_compiled_it_is_the_same_training(told: Told, mode: str, way: str) -> None:
+    for rank in told.of(f"{mode} {way}", 2):
+        for figures, expected in zip(rank["frugal"], rank["plain"], strict=True):
+            assert figures == pytest.approx(expected, abs=1e-5, rel=1e-4)
+        assert bool(rank["graphs"]) == (way == "compiled")
+
+
 # --- shares ----------------------------------------------------------------------------------------
 
 

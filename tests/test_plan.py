@@ -90,6 +90,16 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
         plan.make(small, ranks)
 
 
+def test_sums_of_micro_batches_are_not_rounded_to_bfloat16(shards_folder: Path) -> None:
+    """With zero1 FSDP2 would, before it sends them."""
+    flags = {"parallel__mode": "zero1", "parallel__gradient_dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="with zero1 would add up a step's 2 micro-batches in bfloat16, too"):
+        plan.make(settings(shards_folder, **flags), world_size=2)
+    plan.make(settings(shards_folder, **flags), world_size=4)  # one micro-batch each
+    for mode in ("ddp", "fsdp"):
+        plan.make(settings(shards_folder, **flags | {"parallel__mode": mode}), world_size=2)
+
+
 # --- the shards ------------------------------------------------------------------------------------
 
 

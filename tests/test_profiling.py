@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import command, curve, tensors
+from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt import profiling
 from hpcgpt.profiling import Profiler
@@ -86,6 +87,26 @@ def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path: Path, capsys: 
     profiler.before(1)
     assert profiler.after(1) == ""
     assert "is not written: " in capsys.readouterr().err
+
+
+def test_the_record_of_a_gpus_memory_ends_with_the_traced_steps_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands for a GPU: what is asked of torch, and not what it does."""
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **named: asked.append(named))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
+    monkeypatch.setattr(profiling, "profile", lambda **_: profile(activities=[ProfilerActivity.CPU]))
+    profiler = Profiler(tmp_path, range(1, 2), torch.device("cuda"))
+    profiler.before(1)
+    assert Path(profiler.after(1)).with_name("steps_000000001_to_000000001.memory").exists()
+    assert [named.get("enabled", "on") for named in asked] == ["on", None]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/profile").write_text("in the way")
+    profiler = Profiler(tmp_path / "run", range(1, 2), torch.device("cuda"))
+    profiler.before(1)
+    assert profiler.after(1) == ""
+    assert [named.get("enabled", "on") for named in asked] == ["on", None] * 2
 
 
 @pytest.mark.parametrize("steps", ["x", "5-3", "1-", "-2", "1-2-3", "²"])

@@ -112,6 +112,11 @@ def test_a_step_has_one_gradient_all_reduce_however_many_micro_steps(told: Told,
         assert rank["reductions"] == [everything, 1] * len(ranks_step.ACCUMULATIONS)
 
 
+def test_gradients_are_in_the_buckets_that_are_sent_and_not_there_twice(told: Told) -> None:
+    for rank in told.ranks:
+        assert rank["in_buckets"] == [True, True, True]
+
+
 def test_alone_the_same_code_gives_the_same_numbers(
     shards_folder: Path, whole_batch: dict[str, tuple[Tensor, dict[str, Tensor]]]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -160,9 +161,35 @@ def test_no_gpu_or_too_few_of_them_is_an_error_and_no_fallback(
         device_index(at(local_rank), visible, requested, promised)
 
 
-def test_a_task_has_the_cores_that_slurm_says_and_never_more_than_it_may_use() -> None:
+def test_a_task_has_the_cores_that_slurm_says_and_never_more_than_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "quota", lambda: None)
     allowed = len(os.sched_getaffinity(0))
     assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "1"}) == 1
     assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "100000"}) == allowed
     assert world.cores(World(0, 0, 1, 1, "alone", ""), {}) == allowed
     assert world.cores(World(0, 0, 10**6, 10**6, "torchrun", ""), {}) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "cores"),
+    [
+        ({}, None),
+        ({"a/b": "max 100000"}, None),
+        ({"a/b": "250000 100000"}, 2),
+        ({"a/b": "max 100000", "a": "400000 100000", "": "800000 100000"}, 4),
+        ({"a/b": "50000 100000"}, 1),
+    ],
+)
+def test_a_container_has_the_cores_whose_time_it_gets(
+    limits: dict[str, str], cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "root"
+    own.write_text("1:cpuset:/elsewhere\n0::/a/b\n")
+    (root / "a/b").mkdir(parents=True)
+    for place, words in limits.items():
+        (root / place / "cpu.max").write_text(f"{words}\n")
+    assert world.quota(own, root) == cores
+    assert world.quota(tmp_path / "none", root) is None
+    monkeypatch.setattr(world, "quota", lambda: 1)
+    assert world.cores(World(0, 0, 1, 1, "alone", ""), {}) == 1
+    assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "100000"}) == 1
