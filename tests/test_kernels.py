@@ -83,7 +83,7 @@ def test_an_older_torch_lacks_flash_attention_3_and_nothing_else(monkeypatch: py
     monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl", raising=False)
     monkeypatch.setattr(kernels, "find_spec", lambda _: object())
     with pytest.raises(ValueError, match=r"fa3 cannot be had: cannot import name 'activate_flash_attention_impl'"):
-        kernels.attention("fa3", GPU)
+        kernels.attention("fa3", GPU, torch.bfloat16)
     importlib.reload(kernels)
 
 
