@@ -15,7 +15,12 @@ from hpcgpt.attention import Sight, attend
 from hpcgpt.config import Model
 from hpcgpt.kv_cache import Memory
 
-Norm = nn.LayerNorm
+
+class Norm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        # Parameters may have been gathered in bfloat16, which x is not: there is no kernel for that on a CPU.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):

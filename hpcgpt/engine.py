@@ -76,7 +76,9 @@ class Engine:
         # All or none: the ranks of a run compute alike.
         self._compiled = all(on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
         # What is called to train, and what has this rank's part of the weights.
-        self.forward, self.trained = parallel.shared_out(self.model, ranks, settings.parallel, self._compiled)
+        self.forward, self.trained = parallel.shared_out(
+            self.model, ranks, settings.parallel, self._compiled, self.dtype
+        )
         self._is_gathered = False
         self.optimizer = make_optimizer(self.trained, settings.optim)
         context, size = settings.model.block_size, settings.model.vocab_size

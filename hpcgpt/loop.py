@@ -156,6 +156,7 @@ class Attempt:
             gc.disable()
             reason = self._steps()
             progress = self.progress
+            self._trace(leaving=True)
             finished = progress.step >= self.plan.total_steps and progress.pending is None
             if reporter := self._reporter:
                 reporter.event("stop", step=progress.step, reason=reason.words or "finished")
@@ -271,13 +272,16 @@ class Attempt:
         for straggler in self._blame.after(step):
             if self._reporter:
                 self._reporter.straggler(step, straggler)
-        if self._profiler and (path := self._profiler.after(step)) and self._reporter:
-            self._reporter.say(f"traced until step {step:,}: {path}")
+        self._trace(leaving=False)
         last = step == self.plan.total_steps
         if self.engine.reads_late and not (last or self._due(self.config.eval.every, step) or self._is_regular(step)):
             self._unread = launched
             return None
         return self._read(launched)
+
+    def _trace(self, leaving: bool) -> None:
+        if self._profiler and (path := self._profiler.after(self.progress.step, leaving)) and self._reporter:
+            self._reporter.say(f"traced until step {self.progress.step:,}: {path}")
 
     def _tell_unread(self) -> bool:
         """The row of the step before, if nobody has seen it yet; False if it sent the run back."""

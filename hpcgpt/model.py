@@ -75,6 +75,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
+        self.mean_loss = token_loss.mean_loss  # compiled for itself where the model as a whole cannot be
         self.initialise(seed)
 
     @torch.no_grad()
@@ -102,7 +103,7 @@ class GPT(nn.Module):
         hidden = self.hidden(ids, cache)  # (B, T, C)
         if targets is not None:
             manner = self.manner
-            return token_loss.mean_loss(
+            return self.mean_loss(
                 hidden.flatten(0, 1),
                 targets.flatten(),
                 self.head.weight,

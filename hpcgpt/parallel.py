@@ -12,14 +12,15 @@ An all-reduce is a reduce-scatter and an all-gather, so zero1 sends what ddp doe
 The others are FSDP2 (``fully_shard``), a group for each block and one for the rest: each parameter is cut by rows, and
 rank r has the r-th part. They differ in when whole weights and gradients are let go of: behind each block, or behind
 the step. So zero1 is what Rajbhandari et al., "ZeRO", 2020, call stage 1, but that whole weights are not kept between
-steps. In bf16 autocast makes rounded copies of the weights, and the backward pass needs them: so uncompiled,
-fsdp has half of N besides, of all blocks, unless they are recomputed.
+steps.
 
 A model whose weights are shares cannot be called by one rank alone. To look at (for evaluation, samples) there is the
 model itself beside the shares: a shell whose weights are filled in by `gather`, and emptied by `release`.
 
-Weights are gathered, and gradients summed, in float32 (float64 with that train.dtype) in all modes, so that all
-modes compute the same up to the order of sums; gradient_dtype bfloat16 halves what gradients take on their way.
+Gradients are summed in float32 (float64 with that train.dtype) in all modes, so that all modes compute the same up to
+the order of sums; gradient_dtype bfloat16 halves what gradients take on their way. Where training computes in bf16 the
+weights of blocks are gathered in it: half of N to send and to hold, and nothing for autocast to copy and keep until
+the backward pass. That changes nothing but norms' gains and biases, which autocast would have left in float32.
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ from hpcgpt.model import GPT
 from hpcgpt.world import Ranks
 
 
-def shared_out(model: GPT, ranks: Ranks, settings: Parallel, compiled: bool) -> tuple[nn.Module, nn.Module]:
+def shared_out(
+    model: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module]:
     """What training calls, and the module that has this rank's part of the weights, under the names of `model`'s. A
     collective.
 
     The second is `model` itself, on the device of `ranks`, where each rank has everything: with ddp, and alone. Else
-    `model` is left an empty shell. `model` must be the same on all ranks, and on the CPU.
+    `model` is left an empty shell. `model` must be the same on all ranks, and on the CPU. `dtype` is what the forward
+    pass will compute in.
     """
     if ranks.control is not None and settings.mode != "ddp":
-        return _in_shares(model, ranks, settings, compiled)
+        return _in_shares(model, ranks, settings, compiled, dtype)
     model.to(ranks.device)
     module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
     if ranks.control is None:
@@ -67,7 +71,9 @@ def shared_out(model: GPT, ranks: Ranks, settings: Parallel, compiled: bool) -> 
     return wrapped, model
 
 
-def _in_shares(model: GPT, ranks: Ranks, settings: Parallel, compiled: bool) -> tuple[nn.Module, nn.Module]:
+def _in_shares(
+    model: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module]:
     # Here, since it takes a second to load.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -77,13 +83,15 @@ def _in_shares(model: GPT, ranks: Ranks, settings: Parallel, compiled: bool) -> 
         "mesh": init_device_mesh(ranks.device.type, (ranks.world.size,)),
         "reshard_after_forward": None if settings.mode == "fsdp" else False,  # None: all but the outermost
     }
-    if settings.gradient_dtype == "bfloat16":
-        options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    sums = torch.bfloat16 if settings.gradient_dtype == "bfloat16" else exact
+    if compiled:  # the parts between the hooks that gather; those stay outside of what is compiled
+        shares.mean_loss = torch.compile(shares.mean_loss)
     for block in shares.blocks:
         if compiled:
-            block.compile()  # the hooks that gather stay outside of what is compiled
-        fully_shard(block, **options)
-    fully_shard(shares, **options)
+            block.compile()
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, sums, cast_forward_inputs=False), **options)
+    fully_shard(shares, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
     return (Zero1(shares) if settings.mode == "zero1" else shares), shares
 
 

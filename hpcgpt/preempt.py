@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hpcgpt.world import Ranks
 
+LOOK_EVERY_S = 1.0  # a look at a network file system is not free, and steps of small models are short
 SLACK_S = 10.0  # beyond two saves: the step that is under way, and leaving
 
 
@@ -65,8 +66,9 @@ class StopFlag:
     """Why this process was told to stop, so far."""
 
     def __init__(self, stop_file: Path | None, end_margin_s: float, env: Mapping[str, str] = os.environ) -> None:
-        """`stop_file` is None where another rank looks for it: one look a step is enough."""
+        """`stop_file` is None where another rank looks for it."""
         self._told = Stop.NO
+        self._asked, self._next_look = False, 0.0
         self._interrupted = False
         self._file = stop_file
         end = env.get("SLURM_JOB_END_TIME", "")
@@ -91,8 +93,11 @@ class StopFlag:
             return self._told
         if time.time() >= self._leave_at:
             return Stop.TIME_LIMIT
-        # To os.path a file system that is out of order for a moment says no; Path's own way would end the run.
-        return Stop.FILE if self._file and os.path.exists(self._file) else Stop.NO  # noqa: PTH110
+        if self._file and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_EVERY_S
+            # To os.path a file system that is out of order for a moment says no; Path's own way would end the run.
+            self._asked = os.path.exists(self._file)  # noqa: PTH110
+        return Stop.FILE if self._asked else Stop.NO
 
     def save_takes(self, seconds: float) -> float | None:
         """A save was seen to take so long: leave earlier if the job's own end would cut one off.

@@ -46,9 +46,9 @@ class Profiler:
             self._running = profile(activities=activities, record_shapes=True, profile_memory=not self._on_gpu)
             self._running.start()
 
-    def after(self, step: int) -> str:
-        """Where the trace lies, if this was its last step; else ''."""
-        if self._running is None or step + 1 in self._steps:
+    def after(self, step: int, leaving: bool = False) -> str:
+        """Where the trace lies, if this was its last step, or the run's while it is `leaving`; else ''."""
+        if self._running is None or (step + 1 in self._steps and not leaving):
             return ""
         running, self._running = self._running, None
         running.stop()

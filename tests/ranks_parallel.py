@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,15 +31,22 @@ from hpcgpt.world import Ranks
 Mode = Literal["ddp", "zero1", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
 STEPS, MORE = 50, 3
+SIZES = {"float": 4, "c10::BFloat16": 2}  # bytes of a number, by the profiler's names
 
 
-def settings(shards: Path, mode: Mode = "ddp", micro_batch: int = 2, **optim: Any) -> Config:
+def settings(
+    shards: Path,
+    mode: Mode = "ddp",
+    micro_batch: int = 2,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **optim: Any,
+) -> Config:
     return Config(
         data=config.Data(dir=str(shards)),
         model=config.Model(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0),
         optim=config.Optim(lr=1e-3, **optim),
         schedule=config.Schedule(warmup_steps=5, min_lr=1e-4),
-        train=config.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype="float32"),
+        train=config.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype=dtype),
         parallel=config.Parallel(mode=mode),
     )
 
@@ -114,23 +122,28 @@ def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS
     return told
 
 
-def messages(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, list[int]]:
-    """How many numbers each collective of a step of 8 micro-batches carried, by its kind, in order.
+def messages(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+    """How many bytes each collective of a step of 8 micro-batches carried, by its kind, in order.
 
     Gloo makes its reduce-scatter of an all-reduce, which is not counted again.
     """
-    its = engine(settings(shards, mode, micro_batch=16 // (8 * ranks.world.size)), ranks)
+    its = engine(settings(shards, mode, micro_batch=16 // (8 * ranks.world.size), dtype=dtype), ranks)
     steps(its, [0])
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        steps(its, [1])
+        figures = steps(its, [1])
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
     found: dict[str, list[int]] = {name: [] for name in ("all_reduce", "_allgather_base_", "_reduce_scatter_base_")}
-    for event in profiled.events():
-        kind = event.name.removeprefix("c10d::").removeprefix("gloo:")
+    for event in sorted(events, key=lambda event: event.get("ts", 0)):
+        kind = event["name"].removeprefix("c10d::").removeprefix("gloo:")
         if kind in found:
-            found[kind].append(max(math.prod(shape) for shape in event.input_shapes))
+            tensors = zip(event["args"]["Input Dims"], event["args"]["Input type"], strict=True)
+            found[kind].append(max(math.prod(shape) * SIZES[name] for shape, name in tensors if name in SIZES))
     for count in found["_reduce_scatter_base_"]:
         found["all_reduce"].remove(count)
-    return found
+    return {"sent": found, "figures": figures}
 
 
 def rounded(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
@@ -192,7 +205,8 @@ def modes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     told: dict[str, Any] = {mode: trains(shards, out, ranks, mode) for mode in chosen}
     if ranks.world.size == 2:
         told |= {f"{mode} muon": trains(shards, out, ranks, mode, 12, name="muon") for mode in chosen}
-        told |= {f"{mode} messages": messages(shards, ranks, mode) for mode in chosen}
+        told |= {f"{mode} messages": messages(shards, ranks, mode, "float32") for mode in chosen}
+        told |= {f"{mode} messages bf16": messages(shards, ranks, mode, "bfloat16") for mode in chosen}
         told |= {f"{mode} rounded": rounded(shards, ranks, mode) for mode in chosen}
         told |= {f"{mode} frugal": frugal(shards, ranks, mode, compiled=False) for mode in chosen}
         told |= {f"{mode} compiled": frugal(shards, ranks, mode, compiled=True) for mode in chosen}

@@ -156,26 +156,40 @@ def test_rows_that_do_not_divide_are_where_the_library_has_put_them(rows: int) -
 # --- what is sent ----------------------------------------------------------------------------------
 
 
-FIGURES = [1, 1]  # all-reduced too: the loss, and the norm of shares
+FIGURES = [4, 4]  # all-reduced too: the loss, and the norm of shares
 
 
 def test_ddp_sends_all_gradients_once_in_a_step_of_eight_micro_batches(told: Told) -> None:
-    for sent in told.of("ddp messages", 2):
-        assert sent == {"all_reduce": [told.parameters, 1], "_allgather_base_": [], "_reduce_scatter_base_": []}
+    for way in ("ddp messages", "ddp messages bf16"):
+        for rank in told.of(way, 2):
+            expected = {"all_reduce": [4 * told.parameters, 4], "_allgather_base_": [], "_reduce_scatter_base_": []}
+            assert rank["sent"] == expected
 
 
 def test_zero1_gathers_all_weights_and_scatters_all_gradients_once_in_a_step(told: Told) -> None:
-    for sent in told.of("zero1 messages", 2):
-        assert sent["all_reduce"] == FIGURES
-        assert len(sent["_allgather_base_"]) == len(sent["_reduce_scatter_base_"]) == 3, "two blocks and the rest"
-        assert sum(sent["_allgather_base_"]) == sum(sent["_reduce_scatter_base_"]) == told.parameters
+    for way, saved in (("zero1 messages", 0), ("zero1 messages bf16", 2 * told.in_blocks)):
+        for rank in told.of(way, 2):
+            sent = rank["sent"]
+            assert sent["all_reduce"] == FIGURES
+            assert len(sent["_allgather_base_"]) == len(sent["_reduce_scatter_base_"]) == 3, "two blocks and the rest"
+            assert sum(sent["_allgather_base_"]) == 4 * told.parameters - saved
+            assert sum(sent["_reduce_scatter_base_"]) == 4 * told.parameters
 
 
 def test_fsdp_gathers_the_blocks_twice_and_scatters_the_gradients_in_every_micro_batch(told: Told) -> None:
-    for sent in told.of("fsdp messages", 2):
-        assert sent["all_reduce"] == FIGURES
-        assert sum(sent["_reduce_scatter_base_"]) == 8 * told.parameters
-        assert sum(sent["_allgather_base_"]) == 8 * (told.parameters + told.in_blocks)
+    for way, saved in (("fsdp messages", 0), ("fsdp messages bf16", 2 * 2 * told.in_blocks)):
+        for rank in told.of(way, 2):
+            sent = rank["sent"]
+            assert sent["all_reduce"] == FIGURES
+            assert sum(sent["_reduce_scatter_base_"]) == 8 * 4 * told.parameters
+            assert sum(sent["_allgather_base_"]) == 8 * (4 * (told.parameters + told.in_blocks) - saved)
+
+
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_in_bfloat16_a_step_is_the_same_in_every_mode(told: Told, mode: str) -> None:
+    """The norms' gains are still near 1: where they are not, gathering rounds them."""
+    expected = told.of("ddp messages bf16", 2)[0]["figures"]
+    assert told.of(f"{mode} messages bf16", 2)[0]["figures"] == [pytest.approx(expected[0], rel=1e-3)]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, clean_env, on_ranks
 
-from hpcgpt import world
+from hpcgpt import preempt, world
 from hpcgpt.preempt import SIGNALS, Stop, StopFlag, leave_at, shielded
 from hpcgpt.world import Ranks
 
@@ -146,13 +146,27 @@ def test_without_an_end_the_clock_says_nothing(env: dict[str, str]) -> None:
     assert StopFlag(None, 1e9, env).agree(ALONE) == Stop.NO
 
 
-def test_a_stop_file_counts_as_soon_as_it_is_there_and_less_than_the_clock(tmp_path: Path) -> None:
+def test_a_stop_file_counts_when_it_is_looked_for_and_less_than_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late = {"SLURM_JOB_END_TIME": "1"}
     flag, hurried = StopFlag(tmp_path / "STOP", 60.0, {}), StopFlag(tmp_path / "STOP", 60.0, late)
+    monkeypatch.setattr(preempt, "LOOK_EVERY_S", 0.0)
     assert flag.here() == Stop.NO
     (tmp_path / "STOP").touch()
     assert flag.here() == flag.agree(ALONE) == Stop.FILE
     assert hurried.here() == Stop.TIME_LIMIT
+
+
+def test_a_stop_file_is_looked_for_at_once_and_then_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preempt, "LOOK_EVERY_S", 1e9)
+    early = StopFlag(tmp_path / "STOP", 60.0, {})
+    assert early.here() == Stop.NO
+    (tmp_path / "STOP").touch()
+    assert early.here() == Stop.NO
+    assert StopFlag(tmp_path / "STOP", 60.0, {}).here() == Stop.FILE
 
 
 def test_a_file_system_that_does_not_answer_for_a_moment_stops_nobody(tmp_path: Path) -> None:

@@ -42,6 +42,15 @@ def test_steps_are_traced_and_the_result_is_the_same(tiny: Path) -> None:
     assert tensors(runs / "tiny" / LAST) == tensors(runs / "plain" / LAST)
 
 
+def test_steps_beyond_the_end_are_traced_as_far_as_there_are_any(tiny: Path) -> None:
+    done = command("hpcgpt.train", str(tiny), "--profile.steps", "11-20")
+    assert done.returncode == FINISHED, done.stderr
+    (trace,) = (tiny.parent / "runs" / "tiny" / "profile").iterdir()
+    assert trace.name == "steps_000000011_to_000000012.json.gz"
+    assert count(trace, "Optimizer.step#AdamW.step") == 2
+    assert f"traced until step 12: {trace}" in done.stdout
+
+
 def test_a_request_in_the_run_folder_is_served_once(tiny: Path) -> None:
     run = tiny.parent / "runs" / "tiny"
     run.mkdir(parents=True)
