@@ -27,17 +27,18 @@ from hpcgpt.world import Ranks
 def newest_valid(
     checkpoints: Path, ranks: Ranks, held: Generation | None, wanted: Callable[[int], bool] = lambda _: True
 ) -> Path | None:
-    """The newest valid checkpoint of a step that is `wanted`, the same on every rank; None if there never was one. A
-    collective.
+    """The newest valid checkpoint of a step that is `wanted`, the same on every rank; None if there never was one, or
+    none of such a step. A collective.
 
     Damaged ones are set aside with a loud line; by a reader, who holds no generation, they are only passed over.
 
     Raises:
-        ValueError: there are checkpoints, and none is valid; or the newest is of another format version.
+        ValueError: there are such checkpoints, and none is valid; or the newest is of another format version.
         OSError: a rank cannot read what rank 0 sees.
     """
+    names = on_first(ranks, lambda: [path.name for path in checkpoint.found(checkpoints)])
     problems = []
-    for name in on_first(ranks, lambda: [path.name for path in checkpoint.found(checkpoints)]):
+    for name in names:
         path = checkpoints / name
         if not wanted(checkpoint.step_of(path)):
             continue
@@ -46,9 +47,9 @@ def newest_valid(
             return path
         problems.append(f"{name}: {problem}")
         on_first(ranks, lambda path=path, problem=problem: _tell(path, problem, held))  # type: ignore[misc]
-    # Also those that earlier starts set aside: there was training, and it must not silently begin anew.
-    earlier = on_first(ranks, lambda: [path.name for path in checkpoint.damaged(checkpoints)])
-    if problems := problems or earlier:
+    if not names:  # Those that earlier starts set aside: there was training, and it must not silently begin anew.
+        problems = on_first(ranks, lambda: [path.name for path in checkpoint.damaged(checkpoints)])
+    if problems:
         raise ValueError(
             f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
             "another --run.name; training is not started over silently"

@@ -389,6 +389,14 @@ def test_a_damaged_checkpoint_is_set_aside_with_the_reason_and_the_next_older_on
     assert restore.newest_valid(three, ALONE, held) == three / "step_000000012"
 
 
+def test_a_step_that_nobody_has_saved_is_missing_and_not_damaged(three: Path, held: Generation) -> None:
+    """To go back to before a spike: that one was set aside long ago ends no run."""
+    flip_a_byte(three / "step_000000012")
+    assert restore.newest_valid(three, ALONE, held) == three / "step_000000008"
+    assert restore.newest_valid(three, ALONE, held, lambda step: step < 8) == three / "step_000000004"
+    assert restore.newest_valid(three, ALONE, held, lambda step: step < 4) is None
+
+
 def test_looking_without_a_generation_moves_nothing(three: Path) -> None:
     flip_a_byte(three / "step_000000012")
     before = names(three)
