@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"]
 Context = Callable[[], AbstractContextManager[None]]
@@ -51,9 +51,6 @@ def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Co
         if find_spec("flash_attn_interface") is None:
             raise ValueError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
         try:
-            # Here, since older versions of torch do not have it.
-            from torch.nn.attention import activate_flash_attention_impl
-
             activate_flash_attention_impl("FA3")
         except (ImportError, RuntimeError, ValueError) as error:
             raise ValueError(f"train.attention fa3 cannot be had: {error}") from None
@@ -64,15 +61,14 @@ def _tell_caches(wanted: Attention) -> None:
     """Of code that was compiled in earlier processes, torch takes what has the same name, which does not tell by which
     kernel its attention was to be computed (pytorch issue 185449, in 2.13 still): so it is said here.
     """
-    if hasattr(torch.compiler.config, "cache_key_tag"):  # an older torch has none
-        said = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
-        torch.compiler.config.cache_key_tag = said if wanted == "auto" else f"{said} attention: {wanted}"
+    said = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = said if wanted == "auto" else f"{said} attention: {wanted}"
 
 
 def compiles(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
     """Is the model to be compiled? "auto": on a GPU, if what torch.compile needs there is installed.
 
-    On a CPU compiling takes a minute for a step that is some per cent faster: only who asks for it gets it.
+    On a CPU compiling takes up to a minute for a step that is 5 to 20 % faster: only who asks for it gets it.
 
     Raises:
         ValueError: it was asked for, and what it needs is missing.

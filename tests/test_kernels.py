@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,14 +76,6 @@ def test_code_compiled_for_one_kernel_is_not_taken_for_another() -> None:
         names.append(torch.compiler.config.cache_key_tag)
     assert found == [False, True, True, False]
     assert names == [" attention: math", " attention: flash", "", " attention: math"]
-
-
-def test_an_older_torch_lacks_flash_attention_3_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl", raising=False)
-    monkeypatch.setattr(kernels, "find_spec", lambda _: object())
-    with pytest.raises(ValueError, match=r"fa3 cannot be had: cannot import name 'activate_flash_attention_impl'"):
-        kernels.attention("fa3", GPU, torch.bfloat16)
-    importlib.reload(kernels)
 
 
 def test_another_kernel_is_the_same_function(tiny: Path) -> None:

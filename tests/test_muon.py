@@ -44,7 +44,6 @@ def go_on(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> list[fl
     return losses
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is in torch 2.9 and later")
 def test_its_numbers_are_those_of_torchs_own_bit_for_bit() -> None:
     model, _ = trained(MUON, 20)
     other = GPT(model.config, seed=1)
