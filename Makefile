@@ -72,7 +72,7 @@ ifneq ($(ARGS),)
 else
 	@status=0; \
 	LAB=$(LAB) $(BIN)/python -m pytest -m alone || status=1; \
-	LAB=$(LAB) $(BIN)/python -m pytest -m 'not alone' --numprocesses 2 || status=1; \
+	LAB=$(LAB) $(BIN)/python -m pytest -m 'not alone' --numprocesses 3 || status=1; \
 	exit $$status
 endif
 

@@ -34,6 +34,10 @@ WITH_LAB = {
     path.name for path in ROOT.glob("tests/test_*.py") if re.search("from lab_conf import .*Lab", path.read_text())
 }
 
+# The files that take longest, each in one process. They begin first, or one of them would be left alone in the end.
+LONG = ("test_parallel", "test_tracking", "test_errors", "test_eval", "test_evaluate", "test_divergence", "test_step",
+        "test_generation", "test_saver", "test_train", "test_mix", "test_initial")  # fmt: skip
+
 # Two layers, 12 steps: long enough to be interrupted twice, short enough for one second.
 TINY = """
 [run]
@@ -70,7 +74,7 @@ wandb = "disabled"
 
 
 def pytest_configure() -> None:
-    """One thread for each process of the tests, of which two run at a time: torch loads later than this.
+    """One thread for each process of the tests, of which three run at a time: torch loads later than this.
 
     With as many threads as cores in each, models of this size wait for each other's threads most of the time.
     """
@@ -78,11 +82,12 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for Slurm, or wants the whole machine as the quick start does, runs alone and begins first."""
+    """What waits for Slurm, or wants the whole machine as the quick start does, runs alone; that begins, then LONG."""
     for item in items:
         if item.path.name in WITH_LAB:
             item.add_marker("alone")
-    items.sort(key=lambda item: item.path.name not in WITH_LAB)
+    order = [*sorted(name.removesuffix(".py") for name in WITH_LAB), *LONG]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
 
 
 @pytest.fixture(scope="session")
