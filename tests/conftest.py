@@ -34,10 +34,6 @@ WITH_LAB = {
     path.name for path in ROOT.glob("tests/test_*.py") if re.search("from lab_conf import .*Lab", path.read_text())
 }
 
-# The files that take longest, each in one process. They begin first, or one of them would be left alone in the end.
-LONG = ("test_parallel", "test_tracking", "test_errors", "test_eval", "test_evaluate", "test_divergence", "test_step",
-        "test_generation", "test_saver", "test_train", "test_mix", "test_initial")  # fmt: skip
-
 # Two layers, 12 steps: long enough to be interrupted twice, short enough for one second.
 TINY = """
 [run]
@@ -82,12 +78,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for Slurm, or wants the whole machine as the quick start does, runs alone; that begins, then LONG."""
+    """What waits for Slurm, or wants the whole machine as the quick start does, runs alone and begins first."""
     for item in items:
         if item.path.name in WITH_LAB:
             item.add_marker("alone")
-    order = [*sorted(name.removesuffix(".py") for name in WITH_LAB), *LONG]
-    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else len(order))
+    items.sort(key=lambda item: item.path.name not in WITH_LAB)
 
 
 @pytest.fixture(scope="session")
