@@ -143,16 +143,24 @@ class Loader:
 def widen(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T) int64 on `device`, from a batch (B, T+1) of the shards' bits.
 
-    The narrow form crosses the bus: 2 or 4 bytes a token instead of 16. Of uint16 torch promises little on a GPU, so
-    there the sign bit is masked away after widening. Ids of 32 bits are below 2**31.
+    The narrow form crosses the bus: 2 or 4 bytes a token instead of 16. Ids of 32 bits are below 2**31.
     """
     if device.type == "cpu" and batch.dtype == torch.int16:
         ids = batch.view(torch.uint16).to(torch.int64)  # in one pass
     else:
-        ids = batch.to(device, non_blocking=True).to(torch.int64)  # without waiting, where it lies in pinned memory
-        if batch.dtype == torch.int16:
-            ids &= 0xFFFF
+        ids = unsigned(batch.to(device, non_blocking=True))  # without waiting, where it lies in pinned memory
     return ids[:, :-1], ids[:, 1:]
+
+
+def unsigned(batch: Tensor) -> Tensor:
+    """The ids (B, T+1) int64 whose bits `batch` has, on any device.
+
+    Of uint16 torch promises little on a GPU, so the sign is masked away after widening.
+    """
+    ids = batch.to(torch.int64)
+    if batch.dtype == torch.int16:
+        ids &= 0xFFFF
+    return ids
 
 
 def _gather(splits: Sequence[Split], rows: Rows, size: int) -> Tokens:

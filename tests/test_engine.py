@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,6 @@ from hpcgpt.engine import Engine
 from hpcgpt.model import GPT, Manner
 from hpcgpt.schedule import learning_rate
 from hpcgpt.world import Ranks
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small are these tensors that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def changed(configuration: Config, **options: Any) -> Config:

@@ -55,8 +55,9 @@ def test_a_kernel_that_has_bfloat16_only_is_refused_in_another_precision(wanted:
         ValueError, match=rf"train\.attention {wanted} computes in bfloat16 on a GPU, and this run in float"
     ):
         kernels.attention(wanted, GPU, torch.float32)
-    for other in ("auto", "efficient", "math"):
-        kernels.attention(other, GPU, torch.float32)  # type: ignore[arg-type]
+    others: tuple[kernels.Attention, ...] = ("auto", "efficient", "math")
+    for other in others:
+        kernels.attention(other, GPU, torch.float32)
     kernels.attention("flash", CPU, torch.float64)
 
 
@@ -64,9 +65,10 @@ def test_code_compiled_for_one_kernel_is_not_taken_for_another() -> None:
     """In one process, by the model's manner; between processes, by the name under which it is kept on the disk."""
     shape, ids = Model(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=100), torch.zeros(2, 64).long()
     torch._dynamo.reset()
+    asked: tuple[kernels.Attention, ...] = ("math", "flash", "auto", "math")
     found, names = [], []
-    for wanted in ("math", "flash", "auto", "math"):
-        context = kernels.attention(wanted, CPU, torch.float32)  # type: ignore[arg-type]
+    for wanted in asked:
+        context = kernels.attention(wanted, CPU, torch.float32)
         model = torch.compile(GPT(shape, manner=Manner(attention=wanted)), backend="aot_eager")
         with profile(activities=[ProfilerActivity.CPU]) as seen, context():
             model(ids, ids).backward()
@@ -107,7 +109,7 @@ def test_compiling_is_left_alone_on_a_cpu_unless_asked_for(monkeypatch: pytest.M
         (tmp_path / name).write_text("")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [kernels.compiles(wanted, CPU) for wanted in ("auto", "on", "off")] == [False, True, False]  # type: ignore[arg-type]
+    assert [kernels.compiles(wanted, CPU) for wanted in ("auto", "on", "off")] == [False, True, False]
     (tmp_path / "g++").unlink()
     with pytest.raises(ValueError, match=r"train\.compile on needs a C\+\+ compiler"):
         kernels.compiles("on", CPU)
@@ -119,10 +121,10 @@ def test_on_a_gpu_it_is_compiled_where_it_can_be(monkeypatch: pytest.MonkeyPatch
     """Whether triton is here depends on the build of torch; without a C compiler it is of no use."""
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "off")] == [False, False]  # type: ignore[arg-type]
+    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "off")] == [False, False]
     with pytest.raises(ValueError, match=r"train\.compile on needs triton and a C compiler"):
         kernels.compiles("on", GPU)
     (tmp_path / "gcc").write_text("")
     (tmp_path / "gcc").chmod(0o755)
     monkeypatch.setattr(kernels, "find_spec", lambda _: object())
-    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "on", "off")] == [True, True, False]  # type: ignore[arg-type]
+    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "on", "off")] == [True, True, False]

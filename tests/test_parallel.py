@@ -38,8 +38,6 @@ class Told:
 @pytest.fixture(scope="module")
 def told(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     out = tmp_path_factory.mktemp("modes")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
         "modes": {1: [ranks_parallel.modes(shards_folder, out, ALONE)]}, "resume": {}}  # fmt: skip
     for part, ranks in [("modes", 2), ("modes", 4), ("resume", 4), ("resume", 2)]:
@@ -47,7 +45,6 @@ def told(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
         assert done.returncode == 0, done.stderr
         found[part][ranks] = [json.loads((out / f"{part}_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
     found["resume"][1] = [ranks_parallel.resumes(shards_folder, out, ALONE)]
-    torch.set_num_threads(threads)
     model = GPT(plan.make(ranks_parallel.settings(shards_folder), 1).config.model)
     everything, in_blocks = (
         sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.blocks)
