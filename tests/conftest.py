@@ -145,7 +145,8 @@ def command(module: str, *arguments: str, env: dict[str, str] | None = None, tim
     """Run ``python -m module arguments`` to its end, as a user would."""
     words, env = [sys.executable, "-m", module, *arguments], clean_env() | (env or {})
     if module not in NEED_TORCH:
-        return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=env, timeout=timeout_s, check=False)
+        done = subprocess.run(words, capture_output=True, cwd=cwd, env=env, timeout=timeout_s, check=False)
+        return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         running = program(module, arguments, env, cwd, out, err)
         status = running.wait(timeout_s)

@@ -33,7 +33,7 @@ def runs(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ["--run.dir", str(folder), "--run.name", name, "--eval.batches", "0", "--checkpoint.every", "4"]
         done = command("hpcgpt.train", str(path), *words, *flags)
         assert done.returncode == FINISHED, done.stderr
-        (folder / f"{name}.txt").write_text(done.stdout)
+        (folder / f"{name}.txt").write_bytes(done.stdout.encode())
     return folder
 
 
@@ -144,7 +144,8 @@ def test_samples_made_at_once_are_those_made_one_by_one(kind: str, runs: Path) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_sample_that_training_made(kind: str, runs: Path) -> None:
     """Its seed is the run's and the step's."""
-    made = (runs / f"{kind}.txt").read_text().partition("--- sample at step 12\n")[2].partition("\n---\n")[0]
+    said = (runs / f"{kind}.txt").read_bytes().decode()  # as text a carriage return would be read as a line's end
+    made = said.partition("--- sample at step 12\n")[2].partition("\n---\n")[0]
     assert made
     assert sampled(str(runs / kind), "--seed", "13") == f"--- sample 1\n{made}\n"
 
