@@ -8,6 +8,7 @@ Tests of the start itself (what is imported, signals that come early, a real lau
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -79,6 +80,7 @@ def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
     """Returns in each of the forks, with what that one is to be."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.freeze()
     server = socket.socket(socket.AF_UNIX)
     server.bind(address)
     server.listen(64)
