@@ -49,9 +49,9 @@ class Cluster:
             global_batch = 16
             micro_batch = 2
             [checkpoint]
-            every = 300
+            every = {steps // 2}
             [eval]
-            every = 400
+            every = {steps * 2 // 3}
             batches = 16
             [sample]
             tokens = 5
