@@ -58,16 +58,18 @@ def runs(tiny: Path) -> Runs:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_nan_in_one_ranks_batch_stops_all_ranks_and_names_the_samples(runs: Runs, late: bool) -> None:
-    """Global batch 6 is step 7, of samples 48 to 55; rank 1 has the last four, two to a micro-batch."""
-    done = runs.start("tiny", {"nan": [1, 6, 1], "late": late}, ranks=2)
+    """Global batch 6 is step 7, of samples 48 to 55; rank 1 has the last four, two to a micro-batch, or all in one."""
+    micro_batch, samples = (4, "52 to 55") if late else (2, "54 to 55")
+    faults = {"nan": [1, 6, 0 if late else 1], "late": late}
+    done = runs.start("tiny", faults, "--train.micro_batch", str(micro_batch), ranks=2)
     assert done.returncode == 2, done.stderr
-    words = "step 7: the loss is nan and the gradient's norm nan (rank 1, samples 54 to 55)"
+    words = f"step 7: the loss is nan and the gradient's norm nan (rank 1, samples {samples})"
     assert done.stderr.count(words) == 2, "both ranks know, at the same step"
     assert [row["step"] for row in rows(runs.run("tiny") / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in (runs.run("tiny") / "checkpoints").glob("step_*")] == ["step_000000004"]
     (event,) = events(runs.run("tiny"), "nonfinite")
     assert event["step"] == 7
-    assert "(rank 1, samples 54 to 55)" in event["words"]
+    assert f"(rank 1, samples {samples})" in event["words"]
     # Late: the next step was under way. Nothing of it is kept.
     assert [runs.batches("tiny", rank)[-1] for rank in (0, 1)] == [6 + late] * 2
 

@@ -109,6 +109,8 @@ def test_recomputed_in_chunks_and_compiled_it_is_the_same_training(told: Told, m
             assert figures == pytest.approx(expected, abs=1e-5, rel=1e-4)
         in_all = 1 if mode == "ddp" else 2  # the model; or the blocks, which are alike, and the loss
         assert rank["graphs"] == (in_all if way == "compiled" else 0)
+        if way == "frugal":
+            assert rank["passes"] == 2 * 2 * 4, "twice in each of four micro-batches of two steps"
 
 
 # --- shares ----------------------------------------------------------------------------------------
