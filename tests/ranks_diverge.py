@@ -81,7 +81,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
     def build(self: engine.Engine, *given: Any) -> None:
         real_build(self, *given)
         self.trained.register_forward_hook(hit)
-        self.trained.position_embedding.register_forward_hook(hit_row)
+        self.trained.get_submodule("position_embedding").register_forward_hook(hit_row)
         self.reads_late = bool(faults.get("late"))
 
     real_batches, feed.Feed.batches = feed.Feed.batches, batches  # type: ignore[method-assign]
