@@ -251,7 +251,7 @@ def test_only_the_last_losses_are_usual_and_a_leap_is_none_of_them() -> None:
 def test_after_an_interruption_the_same_is_usual_as_without_one() -> None:
     """Neither a leap that could not be answered yet is, nor a step that was skipped for its gradient."""
     alone = Judge(Spike(factor=1.5, window=4))
-    steps = [(9.0, 1.0), (9.0, 1.0), (9.0, 1.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0), (math.nan, 1.0)]
+    steps = [(9.0, 1.0), (9.0, 1.0), (9.0, 1.0), (3.0, 1.0), (3.1, 1.0), (3.2, 1.0), (3.3, 1.0), (math.nan, 1.0)]
     steps += [(loss, norm) for loss in (8.0, 8.1) for norm in (1.0, math.inf)]
     for step, (loss, norm) in enumerate(steps):
         alone.of(step, loss, norm, not math.isfinite(loss * norm), str)
@@ -259,7 +259,7 @@ def test_after_an_interruption_the_same_is_usual_as_without_one() -> None:
     resumed.of(1, 20.0, 1.0, False, str)
     resumed.remember(finite({"train/loss": loss, "train/grad_norm": norm}) for loss, norm in steps)
     verdicts = [judge.of(20, 7.0, 1.0, False, str) for judge in (alone, resumed)]
-    assert verdicts == [divergence.Verdict("step 20: the loss is 7.0000, and 3.0000 was usual", spike=True)] * 2
+    assert verdicts == [divergence.Verdict("step 20: the loss is 7.0000, and 3.1500 was usual", spike=True)] * 2
 
 
 def test_skipped_steps_end_a_run_in_a_row_only() -> None:
