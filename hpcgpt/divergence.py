@@ -59,14 +59,19 @@ class Judge:
         self._bad_steps = 0  # in a row
 
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """What was usual until now, from rows of metrics.jsonl; what was known before is forgotten.
+        """The steps until now, from rows of metrics.jsonl; what was known before is forgotten.
 
         As if this judge had seen those steps itself, since a verdict must not depend on interruptions.
         """
         self._recent.clear()
+        self._bad_steps = 0
         for row in rows:
             loss, norm = row["train/loss"], row["train/grad_norm"]
-            if loss is not None and norm is not None and not self._leaps(loss):
+            if loss is None or norm is None:
+                self._bad_steps += 1
+                continue
+            self._bad_steps = 0
+            if self._settings.factor and not self._leaps(loss):
                 self._recent.append(loss)
 
     def of(self, step: int, loss: float, norm: float, skipped: bool, whose: Callable[[], str]) -> Verdict:

@@ -330,6 +330,7 @@ class Attempt:
         on_first(self.ranks, lambda: self._remove_beyond(checkpoint.step_of(target)))
         self._load(target)
         self.progress.skipped, self.progress.rollbacks = launched.batch + 1 - self.progress.step, rollbacks
+        self.progress.pending = None  # if it was, when that was saved: its row has been told since
         if self._reporter:
             self._reporter.roll_back(self.progress.step, row, self.progress.skipped)
             self._reporter.say(f"back to step {self.progress.step:,}, without the samples since")
@@ -343,9 +344,12 @@ class Attempt:
                 retention.remove(path, self.held)
 
     def _remember(self) -> None:
-        """Tell the judge what loss is usual, from the rows that there are. A collective."""
-        if self.config.spike.factor:
-            self._judge.remember(on_first(self.ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
+        """Tell the judge of the steps until here, from the rows that there are. A collective."""
+        if not self.config.spike.factor and self.config.train.on_nonfinite != "skip":
+            return
+        rows = on_first(self.ranks, lambda: self._reporter.metrics.tail if self._reporter else [])
+        # Of the step whose evaluation is still to be done the row is not in the file yet.
+        self._judge.remember([*rows, *([self.progress.pending] if self.progress.pending else [])])
 
     def _sweep(self) -> None:
         """Collect garbage here, and not when Python feels like it: each rank would do so in another step."""

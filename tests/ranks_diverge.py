@@ -4,7 +4,9 @@ The program itself, in which a micro-batch's loss goes wrong. FAULTS is JSON; ev
 
     nan      [rank, global batch, micro-step]: its loss is NaN
     grad     [rank, global batch, micro-step]: its loss is a number, and its gradient is not
+    row      global batch: of all gradients that of the last position's embedding alone is no finite number
     spikes   global batches: the losses of all their micro-batches are three times as large
+    leaps    rank: only its losses leap, to ten times
     late     true: figures are read a step late, as on a GPU
     stop     global batch: SIGUSR1 when it has been asked for
     kill     global batch: SIGKILL then
@@ -66,11 +68,20 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
             return loss * float("nan")
         if place == faults.get("grad"):
             return Multiplied.apply(loss, float("inf"))  # type: ignore[no-any-return, no-untyped-call]
-        return loss * 3 if asked[-1] in faults.get("spikes", ()) else loss
+        leaps = asked[-1] in faults.get("spikes", ()) and rank == faults.get("leaps", rank)
+        return loss * (10 if "leaps" in faults else 3) if leaps else loss
+
+    def hit_row(_module: object, _inputs: object, embedded: Tensor) -> Tensor:
+        """The last row of 32: where two ranks have shares, the first one has nothing of it."""
+        if not asked or not torch.is_grad_enabled() or asked[-1] != faults.get("row"):
+            return embedded
+        last = Multiplied.apply(embedded[..., -1:, :], float("inf"))  # type: ignore[no-untyped-call]
+        return torch.cat((embedded[..., :-1, :], last), dim=-2)
 
     def build(self: engine.Engine, *given: Any) -> None:
         real_build(self, *given)
-        self.model.register_forward_hook(hit)
+        self.trained.register_forward_hook(hit)
+        self.trained.get_submodule("position_embedding").register_forward_hook(hit_row)
         self.reads_late = bool(faults.get("late"))
 
     real_batches, feed.Feed.batches = feed.Feed.batches, batches  # type: ignore[method-assign]

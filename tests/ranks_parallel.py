@@ -123,12 +123,24 @@ def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS
 
 
 def messages(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
-    """How many bytes each collective of a step of 8 micro-batches carried, by its kind, in order.
+    """How many bytes each collective of a step of 8 micro-batches carried, by its kind, in order; and the norm of
+    all gradients of the step before, before and after clipping to 0.5.
 
     Gloo makes its reduce-scatter of an all-reduce, which is not counted again.
     """
-    its = engine(settings(shards, mode, micro_batch=16 // (8 * ranks.world.size), dtype=dtype), ranks)
-    steps(its, [0])
+    its = engine(settings(shards, mode, micro_batch=16 // (8 * ranks.world.size), dtype=dtype, clip_norm=0.5), ranks)
+    clipped: list[float] = []
+
+    def look(*_: object) -> None:
+        gradients = [parallel.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
+        squared = torch.nn.utils.get_total_norm(gradients).square()
+        if mode != "ddp":
+            torch.distributed.all_reduce(squared)
+        clipped.append(float(squared.sqrt()))
+
+    watching = its.optimizer.register_step_pre_hook(look)
+    norms = [steps(its, [0])[0][1], *clipped]
+    watching.remove()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         figures = steps(its, [1])
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +155,7 @@ def messages(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32", "
             found[kind].append(max(math.prod(shape) * SIZES[name] for shape, name in tensors if name in SIZES))
     for count in found["_reduce_scatter_base_"]:
         found["all_reduce"].remove(count)
-    return {"sent": found, "figures": figures}
+    return {"sent": found, "figures": figures, "norms": norms}
 
 
 def rounded(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
@@ -178,7 +190,11 @@ def frugal(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> dict[str, 
     ):
         torch._dynamo.reset()
         its = engine(dataclasses.replace(plain, train=wanted), ranks)
+        if not compiled:  # the compiler would compile the hook, too
+            passes: list[int] = []
+            its.trained.blocks[-1].register_forward_pre_hook(lambda *_: passes.append(1))
         told["frugal"] = steps(its, range(2))
+        told["passes"] = 0 if compiled else len(passes)
         its.gathered().eval()  # as an evaluation does between two steps
         its.gathered().train()
         told["frugal"] += steps(its, [2])

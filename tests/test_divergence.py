@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -19,7 +20,7 @@ from hpcgpt.divergence import Judge
 from hpcgpt.metrics import finite
 from hpcgpt.runfolder import AGAIN, FINISHED
 
-SPIKE = ("--spike.factor", "1.5", "--spike.window", "4")
+SPIKE = ("--spike.factor", "1.5", "--spike.window", "4", "--train.dtype", "float32", "--eval.every", "2")
 LAST = "checkpoints/step_000000012"
 
 
@@ -57,16 +58,18 @@ def runs(tiny: Path) -> Runs:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_nan_in_one_ranks_batch_stops_all_ranks_and_names_the_samples(runs: Runs, late: bool) -> None:
-    """Global batch 6 is step 7, of samples 48 to 55; rank 1 has the last four, two to a micro-batch."""
-    done = runs.start("tiny", {"nan": [1, 6, 1], "late": late}, ranks=2)
+    """Global batch 6 is step 7, of samples 48 to 55; rank 1 has the last four, two to a micro-batch, or all in one."""
+    micro_batch, samples = (4, "52 to 55") if late else (2, "54 to 55")
+    faults = {"nan": [1, 6, 0 if late else 1], "late": late}
+    done = runs.start("tiny", faults, "--train.micro_batch", str(micro_batch), ranks=2)
     assert done.returncode == 2, done.stderr
-    words = "step 7: the loss is nan and the gradient's norm nan (rank 1, samples 54 to 55)"
+    words = f"step 7: the loss is nan and the gradient's norm nan (rank 1, samples {samples})"
     assert done.stderr.count(words) == 2, "both ranks know, at the same step"
     assert [row["step"] for row in rows(runs.run("tiny") / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in (runs.run("tiny") / "checkpoints").glob("step_*")] == ["step_000000004"]
     (event,) = events(runs.run("tiny"), "nonfinite")
     assert event["step"] == 7
-    assert "(rank 1, samples 54 to 55)" in event["words"]
+    assert f"(rank 1, samples {samples})" in event["words"]
     # Late: the next step was under way. Nothing of it is kept.
     assert [runs.batches("tiny", rank)[-1] for rank in (0, 1)] == [6 + late] * 2
 
@@ -136,10 +139,38 @@ def test_the_run_goes_back_and_leaves_the_samples_out(spiked: Runs) -> None:
 
 
 def test_a_second_leap_leaves_out_more(spiked: Runs) -> None:
-    """Global batch 9 is step 7 by then."""
-    assert spiked.start("twice", {"spikes": [6, 9]}, *SPIKE).returncode == FINISHED
-    assert spiked.batches("twice") == list(range(18))
-    assert [event["skipped_batches"] for event in events(spiked.run("twice"), "rollback")] == [3, 6]
+    """Global batch 8 is step 6 by then. Usual are the steps that are left, which are those of the other run: also the
+    one it goes back to, whose checkpoint says that it has not been evaluated yet.
+    """
+    assert spiked.start("twice", {"spikes": [6, 8], "stop": 3}, *SPIKE).returncode == AGAIN
+    assert spiked.start("twice", {"spikes": [6, 8]}, *SPIKE).returncode == FINISHED
+    assert spiked.batches("twice") == list(range(4, 17))
+    assert [row["step"] for row in rows(spiked.run("twice") / "metrics.jsonl")] == list(range(1, 13))
+    assert [event["skipped_batches"] for event in events(spiked.run("twice"), "rollback")] == [3, 5]
+    left = [row["train/loss"] for row in rows(spiked.run("alone") / "metrics.jsonl")[1:5]]
+    usual = f"and {statistics.median(left):.4f} was usual"
+    assert events(spiked.run("twice"), "spike")[1]["words"].endswith(usual)
+
+
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_ranks_with_shares_go_back_and_skip_together(spiked: Runs, mode: str) -> None:
+    """Whose loss leaps is rank 1, twice; and who has the row whose gradient is no number, too. As one rank does it."""
+    skip = (*SPIKE, "--train.on_nonfinite", "skip")
+    faults = {"spikes": [6, 7], "row": 10}
+    if not spiked.run("whole").exists():
+        assert spiked.start("whole", faults, *skip).returncode == FINISHED
+    flags = (*skip, "--parallel.mode", mode, "--train.activation_checkpointing", "true")
+    done = spiked.start(mode, faults | {"leaps": 1}, *flags, ranks=2)
+    assert done.returncode == FINISHED, done.stderr
+    assert spiked.batches(mode, 0) == spiked.batches(mode, 1) == spiked.batches("whole") == list(range(16))
+    whole, shares = curve(spiked.run("whole")), curve(spiked.run(mode))
+    assert len(whole) == len(shares) == 12
+    for row, its in zip(shares, whole, strict=True):
+        assert [value is None for value in row] == [value is None for value in its]
+        assert [value or 0 for value in row] == pytest.approx([value or 0 for value in its], abs=2e-5, rel=1e-6)
+    (event,) = events(spiked.run(mode), "nonfinite")
+    assert event["step"] == 7
+    assert "(every micro-batch's loss is a finite number, and a gradient is not: samples 80 to 87)" in event["words"]
 
 
 def test_what_was_done_in_vain_is_lost_time(spiked: Runs) -> None:
@@ -166,6 +197,8 @@ def test_interruptions_do_not_change_where_it_goes(spiked: Runs, name: str, faul
         assert spiked.start(name, {"spikes": [6]}, *SPIKE).returncode == FINISHED
     assert curve(spiked.run(name)) == curve(spiked.run("alone"))
     assert tensors(spiked.run(name) / LAST) == tensors(spiked.run("alone") / LAST)
+    judged, alone = ({event["words"] for event in events(spiked.run(of), "spike")} for of in (name, "alone"))
+    assert judged == alone, "something else was usual"
 
 
 def test_what_was_saved_between_is_gone(spiked: Runs) -> None:
@@ -209,15 +242,16 @@ def test_usual_is_the_median_of_the_last_ones_once_half_of_them_are_there() -> N
 
 def test_only_the_last_losses_are_usual_and_a_leap_is_none_of_them() -> None:
     judge = Judge(Spike(factor=1.5, window=4))
-    verdicts = [judge.of(step, loss, 1.0, False, str) for step, loss in enumerate([9.0] * 10 + [3.0] * 4 + [5.0] * 9)]
+    losses = [9.0] * 10 + [3.0, 3.1, 3.2, 3.3] + [5.0] * 9
+    verdicts = [judge.of(step, loss, 1.0, False, str) for step, loss in enumerate(losses)]
     assert [verdict.spike for verdict in verdicts] == [False] * 14 + [True] * 9
-    assert verdicts[-1].words == "step 22: the loss is 5.0000, and 3.0000 was usual"
+    assert verdicts[-1].words == "step 22: the loss is 5.0000, and 3.1500 was usual"
 
 
 def test_after_an_interruption_the_same_is_usual_as_without_one() -> None:
     """Neither a leap that could not be answered yet is, nor a step that was skipped for its gradient."""
     alone = Judge(Spike(factor=1.5, window=4))
-    steps = [(9.0, 1.0), (9.0, 1.0), (9.0, 1.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0), (3.0, 1.0), (math.nan, 1.0)]
+    steps = [(9.0, 1.0), (9.0, 1.0), (9.0, 1.0), (3.0, 1.0), (3.1, 1.0), (3.2, 1.0), (3.3, 1.0), (math.nan, 1.0)]
     steps += [(loss, norm) for loss in (8.0, 8.1) for norm in (1.0, math.inf)]
     for step, (loss, norm) in enumerate(steps):
         alone.of(step, loss, norm, not math.isfinite(loss * norm), str)
@@ -225,7 +259,7 @@ def test_after_an_interruption_the_same_is_usual_as_without_one() -> None:
     resumed.of(1, 20.0, 1.0, False, str)
     resumed.remember(finite({"train/loss": loss, "train/grad_norm": norm}) for loss, norm in steps)
     verdicts = [judge.of(20, 7.0, 1.0, False, str) for judge in (alone, resumed)]
-    assert verdicts == [divergence.Verdict("step 20: the loss is 7.0000, and 3.0000 was usual", spike=True)] * 2
+    assert verdicts == [divergence.Verdict("step 20: the loss is 7.0000, and 3.1500 was usual", spike=True)] * 2
 
 
 def test_skipped_steps_end_a_run_in_a_row_only() -> None:
@@ -234,8 +268,12 @@ def test_skipped_steps_end_a_run_in_a_row_only() -> None:
     for step in range(100):
         loss = math.nan if step % 2 else 3.0
         assert not judge.of(step, loss, 1.0, bool(step % 2), str).fatal
-    in_a_row = [judge.of(step, 3.0, math.inf, True, str).fatal for step in range(divergence.LONGEST_SKIP)]
-    assert [bool(fatal) for fatal in in_a_row] == [False] * 8 + [True] * 2
+    resumed = Judge(Spike())
+    resumed.remember([{"train/loss": 3.0, "train/grad_norm": None}, {"train/loss": 3.0, "train/grad_norm": 1.0},
+                      {"train/loss": None, "train/grad_norm": None}])  # fmt: skip
+    for its in (judge, resumed):
+        in_a_row = [its.of(step, 3.0, math.inf, True, str).fatal for step in range(divergence.LONGEST_SKIP)]
+        assert [bool(fatal) for fatal in in_a_row] == [False] * 8 + [True] * 2
 
 
 # --- a step late -----------------------------------------------------------------------------------

@@ -81,6 +81,15 @@ def test_the_norm_is_of_all_parameters_and_not_of_a_ranks_own(told: Told, mode: 
     assert told.of(mode, ranks)[0]["figures"][0][1] == pytest.approx(told.of("ddp", 1)[0]["figures"][0][1], rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_clipped_by_the_norm_of_all_of_them(told: Told, mode: str) -> None:
+    """AdamW would hardly tell: to it, gradients that are all smaller by the same factor are the same."""
+    for rank in told.of(f"{mode} messages", 2):
+        before, after = rank["norms"]
+        assert before > 0.6
+        assert after == pytest.approx(0.5, rel=1e-5)
+
+
 @pytest.mark.parametrize(("mode", "ranks"), WAYS)
 def test_to_look_at_there_is_the_whole_model_until_the_next_step(told: Told, mode: str, ranks: int) -> None:
     for rank in told.of(mode, ranks):
@@ -109,6 +118,8 @@ def test_recomputed_in_chunks_and_compiled_it_is_the_same_training(told: Told, m
             assert figures == pytest.approx(expected, abs=1e-5, rel=1e-4)
         in_all = 1 if mode == "ddp" else 2  # the model; or the blocks, which are alike, and the loss
         assert rank["graphs"] == (in_all if way == "compiled" else 0)
+        if way == "frugal":
+            assert rank["passes"] == 2 * 2 * 4, "twice in each of four micro-batches of two steps"
 
 
 # --- shares ----------------------------------------------------------------------------------------
