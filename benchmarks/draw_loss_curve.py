@@ -5,15 +5,17 @@ python benchmarks/draw_loss_curve.py benchmarks/results/loss_curve_cpu.json > do
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from picture import COLOURS, Picture
 
 
 def main() -> None:
-    curves = json.loads(Path(sys.argv[1]).read_text())["curves"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", type=Path, metavar="FILE", help="what loss_curve.py wrote with --json")
+    curves = json.loads(parser.parse_args().figures.read_text())["curves"]
     points = {way: [(row["seconds"], row["loss"]) for row in rows.values()] for way, rows in curves.items()}
     losses = [loss for found in points.values() for _, loss in found]
     last = max(found[-1][0] for found in points.values())

@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _report(options: argparse.Namespace, ways: list[Way]) -> None:
-    settings = _config(options, 1, "ddp")
+    settings = plan.make(_config(options, 1, "ddp"), 1).config
     tokens = options.micro_batch * options.micro_steps * settings.model.block_size
     step_s = {(way.ranks, way.mode): statistics.median(way.seconds) for way in ways}
     found: dict[str, dict[str, float]] = {}
@@ -125,10 +125,12 @@ def _report(options: argparse.Namespace, ways: list[Way]) -> None:
         found[way.name] = told
         print(f"{way.name:20} " + "  ".join(f"{key} {value:,.4g}" for key, value in told.items()), flush=True)
     if options.json:
+        unsaid = ("json", "worker", "folder", "data", "config")
         about = {
-            **{key: value for key, value in vars(options).items() if key not in ("json", "worker", "folder", "data")},
+            "model": dataclasses.asdict(settings.model),
+            **{key: value for key, value in vars(options).items() if key not in unsaid},
             "machine": machine.about(),
-        }  # fmt: skip
+        }
         options.json.write_text(json.dumps(about | {"ways": found}, indent=1) + "\n")
 
 

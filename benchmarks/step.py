@@ -72,8 +72,9 @@ def main() -> None:
         told = "  ".join(f"{key} {value:,.4g}" for key, value in result[name].items())
         print(f"{name:28} {told}", flush=True)
     if options.json:
+        model = plan.make(_config(options, {}), 1).config.model
         about = {
-            "config": options.config, "micro_batch": options.micro_batch, "micro_steps": options.micro_steps,
+            "model": dataclasses.asdict(model), "micro_batch": options.micro_batch, "micro_steps": options.micro_steps,
             "rounds": options.rounds, "steps": options.steps, "machine": machine.about(),
         }  # fmt: skip
         options.json.write_text(json.dumps(about | {"ways": result, "left_out": refused}, indent=1) + "\n")

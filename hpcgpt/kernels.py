@@ -68,7 +68,7 @@ def _tell_caches(wanted: Attention) -> None:
 def compiles(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
     """Is the model to be compiled? "auto": on a GPU, if what torch.compile needs there is installed.
 
-    On a CPU compiling takes up to a minute for a step that is 5 to 20 % faster: only who asks for it gets it.
+    On a CPU compiling takes up to a minute for a step that is no more than 20 % faster: only who asks for it gets it.
 
     Raises:
         ValueError: it was asked for, and what it needs is missing.

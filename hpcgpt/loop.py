@@ -327,6 +327,7 @@ class Attempt:
                 f"step {step:,}: another spike after {spike.max_rollbacks} rollbacks: try a lower optim.lr under "
                 "another --run.name, or a larger spike.factor"
             )
+        self._trace(leaving=True)  # its name tells of steps that come once
         on_first(self.ranks, lambda: self._remove_beyond(checkpoint.step_of(target)))
         self._load(target)
         self.progress.skipped, self.progress.rollbacks = launched.batch + 1 - self.progress.step, rollbacks

@@ -143,13 +143,15 @@ def test_a_second_leap_leaves_out_more(spiked: Runs) -> None:
     one it goes back to, whose checkpoint says that it has not been evaluated yet.
     """
     assert spiked.start("twice", {"spikes": [6, 8], "stop": 3}, *SPIKE).returncode == AGAIN
-    assert spiked.start("twice", {"spikes": [6, 8]}, *SPIKE).returncode == FINISHED
+    assert spiked.start("twice", {"spikes": [6, 8]}, *SPIKE, "--profile.steps", "7-9").returncode == FINISHED
     assert spiked.batches("twice") == list(range(4, 17))
     assert [row["step"] for row in rows(spiked.run("twice") / "metrics.jsonl")] == list(range(1, 13))
     assert [event["skipped_batches"] for event in events(spiked.run("twice"), "rollback")] == [3, 5]
     left = [row["train/loss"] for row in rows(spiked.run("alone") / "metrics.jsonl")[1:5]]
     usual = f"and {statistics.median(left):.4f} was usual"
     assert events(spiked.run("twice"), "spike")[1]["words"].endswith(usual)
+    (trace,) = (spiked.run("twice") / "profile").iterdir()
+    assert trace.name == "steps_000000007_to_000000007.json.gz", "traced until it went back"
 
 
 @pytest.mark.parametrize("mode", ["zero1", "fsdp"])
