@@ -149,6 +149,24 @@ def read_state(checkpoint: Path) -> State:
     return State(**_json(checkpoint / "state.json"))
 
 
+def val_loss(checkpoint: Path) -> float | None:
+    """In nats, if this very step was evaluated. Raises as `read_state`.
+
+    Where that was cut short the loss is not in the checkpoint: the next attempt has told it in the run's metrics.jsonl.
+    """
+    state = read_state(checkpoint)
+    if state.pending is None:
+        return state.val_loss
+    begin = f'{{"step": {state.step}, '.encode()
+    try:
+        with open(checkpoint.parents[1] / "metrics.jsonl", "rb") as file:
+            row = json.loads(next((line for line in file if line.startswith(begin)), b"{}"))
+    except (FileNotFoundError, RecursionError, ValueError):  # not yet there, half written, or no row of ours
+        return None
+    loss = row.get("val/loss")
+    return loss if isinstance(loss, float) else None
+
+
 def read_files(checkpoint: Path) -> dict[str, Any]:
     """The files of a checkpoint, by name, as its manifest tells. Raises as `read_state`, and KeyError."""
     return dict(_json(checkpoint / "manifest.json")["files"])
@@ -325,9 +343,8 @@ def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
     row |= {"state": "damaged" if problem else whole, "bytes": None, "val_loss": None, "world_size": None}
     row["age_s"] = time.time() - path.stat().st_mtime
     if not problem:
-        state = read_state(path)
         row["bytes"] = sum(file["bytes"] for file in read_files(path).values())
-        row |= {"val_loss": state.val_loss, "world_size": state.world_size}
+        row |= {"val_loss": val_loss(path), "world_size": read_state(path).world_size}
     return row
 
 

@@ -117,7 +117,7 @@ def _best(paths: list[Path], verified: set[str]) -> Path | None:
     losses = []
     for path in paths:
         try:
-            loss = checkpoint.read_state(path).val_loss
+            loss = checkpoint.val_loss(path)
         except (OSError, TypeError, ValueError):
             continue  # damaged, and no candidate
         if loss is not None and math.isfinite(loss):

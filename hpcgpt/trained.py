@@ -100,7 +100,7 @@ def _best(folder: Path) -> Path:
     losses = []
     for path in checkpoint.found(folder / "checkpoints"):
         if not checkpoint.outline(path):
-            loss = checkpoint.read_state(path).val_loss
+            loss = checkpoint.val_loss(path)
             if loss is not None and math.isfinite(loss):
                 losses.append((loss, -checkpoint.step_of(path), path))
     for _, _, path in sorted(losses):

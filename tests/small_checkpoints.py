@@ -43,12 +43,12 @@ def three(checkpoints: Path, held: Generation) -> Path:
 
 
 def save(folder: Path, step: int, held: Generation, val_loss: float | None = None, size: int = 500,
-         keep: config.Checkpoint = EVERYTHING_STAYS) -> str:  # fmt: skip
+         keep: config.Checkpoint = EVERYTHING_STAYS, pending: dict[str, Any] | None = None) -> str:  # fmt: skip
     """Save a checkpoint of two tensors; '' or the problem."""
     import torch
 
     made = {"model/weight": torch.full((size,), float(step)), "rng/0/cpu": torch.get_rng_state()}
-    state = State(step, step * 10, step, 1, IDENTITY, None, val_loss)
+    state = State(step, step * 10, step, 1, IDENTITY, pending, val_loss)
     return save_tensors(folder, state, made, held, keep)
 
 

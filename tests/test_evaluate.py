@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, clean_env, command, curve, on_ranks, rows, tensors
 from ranks_evaluate import BATCHES, CONTEXT, MICRO_BATCH, measure, model_and_windows
 
-from hpcgpt import world
+from hpcgpt import checkpoint, world
 from hpcgpt.evaluate import Terms, evaluate
 from hpcgpt.loader import widen
 from hpcgpt.precision import computing_in
@@ -148,9 +148,12 @@ def test_a_run_stopped_within_an_evaluation_does_it_again_and_ends_with_the_same
     assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
     # The signal has to come within the evaluation of step 4; should it come too early or too late, again.
     cut = next(folder for folder in (stopped_behind_step_3(tmp_path / "runs", n, flags) for n in range(5)) if folder)
+    saved = cut / "checkpoints/step_000000004"
+    assert checkpoint.val_loss(saved) is None
     done = command("hpcgpt.train", *flags, "--run.name", cut.name)
     assert done.returncode == FINISHED, done.stderr
     assert curve(cut) == curve(whole)
+    assert checkpoint.val_loss(saved) == rows(whole / "metrics.jsonl")[3]["val/loss"], "told by the attempt behind it"
     assert tensors(cut / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
 
 

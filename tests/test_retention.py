@@ -72,6 +72,30 @@ def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, held: Gen
     assert steps(checkpoints) == [4, 12]
 
 
+@pytest.mark.parametrize(
+    ("row", "stays"),
+    [
+        ('{"step": 8, "train/loss": 2.0, "val/loss": 1.0}\n{"step": 9, "train/loss": 2.0, "val/loss": 0.5}\n', 8),
+        ('{"step": 8, "train/loss": 2.0, "val/loss": 5.0}\n', 4),
+        ('{"step": 8, "train/loss": 2.0, "val/loss": null}\n', 4),
+        ('{"step": 8, "train/loss": 2.0, "val/lo', 4),
+        ('{"step": 80, "train/loss": 2.0, "val/loss": 1.0}\n', 4),
+        (None, 4),
+    ],
+    ids=["smaller", "larger", "no number", "half written", "another step", "nothing"],
+)
+def test_where_an_evaluation_was_cut_short_the_loss_is_the_one_that_was_told_later(
+    checkpoints: Path, held: Generation, row: str | None, stays: int
+) -> None:
+    if row:
+        (checkpoints.parent / "metrics.jsonl").write_text(row)
+    assert save(checkpoints, 4, held, 2.0) == ""
+    assert save(checkpoints, 8, held, pending={"step": 8}) == ""
+    assert save(checkpoints, 12, held) == ""
+    retention.retire(checkpoints, best(), held, set())
+    assert steps(checkpoints) == [stays, 12]
+
+
 def test_nothing_else_in_the_folder_is_touched(three: Path, held: Generation) -> None:
     foreign = ["damaged_step_000000002.g0001", "step_4", "step_000000001.bak", "best", ".step_000000016.g0001.tmp"]
     for name in foreign:
