@@ -157,7 +157,7 @@ def val_loss(checkpoint: Path) -> float | None:
     state = read_state(checkpoint)
     if state.pending is None:
         return state.val_loss
-    begin = f'{{"step": {state.step}, '.encode()
+    begin = f'{{"step": {state.step}, '.encode()  # not all of them are parsed: there may be a million
     try:
         with open(checkpoint.parents[1] / "metrics.jsonl", "rb") as file:
             row = json.loads(next((line for line in file if line.startswith(begin)), b"{}"))
@@ -344,7 +344,7 @@ def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
     row["age_s"] = time.time() - path.stat().st_mtime
     if not problem:
         row["bytes"] = sum(file["bytes"] for file in read_files(path).values())
-        row |= {"val_loss": val_loss(path), "world_size": read_state(path).world_size}
+        row["val_loss"], row["world_size"] = val_loss(path), read_state(path).world_size
     return row
 
 

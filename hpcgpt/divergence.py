@@ -67,35 +67,36 @@ class Judge:
         self._bad_steps = 0
         for row in rows:
             loss, norm = row["train/loss"], row["train/grad_norm"]
-            if loss is None or norm is None:
-                self._bad_steps += 1
-                continue
-            self._bad_steps = 0
-            if self._settings.factor and not self._leaps(loss):
-                self._recent.append(loss)
+            self._leaps(math.nan if loss is None else loss, math.nan if norm is None else norm)
 
     def of(self, step: int, loss: float, norm: float, skipped: bool, whose: Callable[[], str]) -> Verdict:
         """On a step, counted from 1, with this loss and gradient norm; was it `skipped`?
 
         `whose` is asked, by all ranks, for the batches that made them no finite numbers.
         """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        leaps = self._leaps(loss, norm)
+        if self._bad_steps:
             words = f"step {step:,}: the loss is {loss} and the gradient's norm {norm} ({whose()})"
             return self._not_finite(words, skipped)
-        self._bad_steps = 0
-        if not self._settings.factor:
-            return Verdict()
-        if self._leaps(loss):
+        if leaps:
             usual = statistics.median(self._recent)
             return Verdict(f"step {step:,}: the loss is {loss:.4f}, and {usual:.4f} was usual", spike=True)
-        self._recent.append(loss)
         return Verdict()
 
-    def _leaps(self, loss: float) -> bool:
-        return is_spike(loss, self._recent, self._settings.factor, self._settings.window)
+    def _leaps(self, loss: float, norm: float) -> bool:
+        """Note a step; does its loss leap? If it does, or is no finite number, it is none of the usual ones."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._bad_steps += 1
+            return False
+        self._bad_steps = 0
+        if not self._settings.factor:
+            return False
+        leaps = is_spike(loss, self._recent, self._settings.factor, self._settings.window)
+        if not leaps:
+            self._recent.append(loss)
+        return leaps
 
     def _not_finite(self, words: str, skipped: bool) -> Verdict:
-        self._bad_steps += 1
         if not skipped:
             return Verdict(
                 words,

@@ -346,11 +346,10 @@ class Attempt:
 
     def _remember(self) -> None:
         """Tell the judge of the steps until here, from the rows that there are. A collective."""
-        if not self.config.spike.factor and self.config.train.on_nonfinite != "skip":
-            return
-        rows = on_first(self.ranks, lambda: self._reporter.metrics.tail if self._reporter else [])
-        # Of the step whose evaluation is still to be done the row is not in the file yet.
-        self._judge.remember([*rows, *([self.progress.pending] if self.progress.pending else [])])
+        rows = list(on_first(self.ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
+        if self.progress.pending:  # its row is not in the file yet
+            rows.append(self.progress.pending)
+        self._judge.remember(rows)
 
     def _sweep(self) -> None:
         """Collect garbage here, and not when Python feels like it: each rank would do so in another step."""

@@ -47,7 +47,7 @@ class Profiler:
             self._running.start()
 
     def after(self, step: int, leaving: bool = False) -> str:
-        """Where the trace lies, if this was its last step, or the run's while it is `leaving`; else ''."""
+        """Where the trace lies, if this was its last step, or the run is `leaving`, or going back; else ''."""
         if self._running is None or (step + 1 in self._steps and not leaving):
             return ""
         running, self._running = self._running, None

@@ -56,11 +56,14 @@ def runs(tiny: Path) -> Runs:
 # --- no finite number ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_nan_in_one_ranks_batch_stops_all_ranks_and_names_the_samples(runs: Runs, late: bool) -> None:
+@pytest.mark.parametrize(
+    ("late", "micro_batch", "micro_step", "samples"), [(False, 2, 1, "54 to 55"), (True, 4, 0, "52 to 55")]
+)
+def test_a_nan_in_one_ranks_batch_stops_all_ranks_and_names_the_samples(
+    runs: Runs, late: bool, micro_batch: int, micro_step: int, samples: str
+) -> None:
     """Global batch 6 is step 7, of samples 48 to 55; rank 1 has the last four, two to a micro-batch, or all in one."""
-    micro_batch, samples = (4, "52 to 55") if late else (2, "54 to 55")
-    faults = {"nan": [1, 6, 0 if late else 1], "late": late}
+    faults = {"nan": [1, 6, micro_step], "late": late}
     done = runs.start("tiny", faults, "--train.micro_batch", str(micro_batch), ranks=2)
     assert done.returncode == 2, done.stderr
     words = f"step 7: the loss is nan and the gradient's norm nan (rank 1, samples {samples})"
@@ -154,23 +157,30 @@ def test_a_second_leap_leaves_out_more(spiked: Runs) -> None:
     assert trace.name == "steps_000000007_to_000000007.json.gz", "traced until it went back"
 
 
+WORSE: dict[str, Any] = {"spikes": [6, 7], "row": 10}
+SKIP = (*SPIKE, "--train.on_nonfinite", "skip")
+
+
+@pytest.fixture(scope="module")
+def worse(spiked: Runs) -> Runs:
+    """Beside it the run of one rank that goes back, and skips a step then."""
+    assert spiked.start("whole", WORSE, *SKIP).returncode == FINISHED
+    return spiked
+
+
 @pytest.mark.parametrize("mode", ["zero1", "fsdp"])
-def test_ranks_with_shares_go_back_and_skip_together(spiked: Runs, mode: str) -> None:
+def test_ranks_with_shares_go_back_and_skip_together(worse: Runs, mode: str) -> None:
     """Whose loss leaps is rank 1, twice; and who has the row whose gradient is no number, too. As one rank does it."""
-    skip = (*SPIKE, "--train.on_nonfinite", "skip")
-    faults = {"spikes": [6, 7], "row": 10}
-    if not spiked.run("whole").exists():
-        assert spiked.start("whole", faults, *skip).returncode == FINISHED
-    flags = (*skip, "--parallel.mode", mode, "--train.activation_checkpointing", "true")
-    done = spiked.start(mode, faults | {"leaps": 1}, *flags, ranks=2)
+    flags = (*SKIP, "--parallel.mode", mode, "--train.activation_checkpointing", "true")
+    done = worse.start(mode, WORSE | {"leaps": 1}, *flags, ranks=2)
     assert done.returncode == FINISHED, done.stderr
-    assert spiked.batches(mode, 0) == spiked.batches(mode, 1) == spiked.batches("whole") == list(range(16))
-    whole, shares = curve(spiked.run("whole")), curve(spiked.run(mode))
+    assert worse.batches(mode, 0) == worse.batches(mode, 1) == worse.batches("whole") == list(range(16))
+    whole, shares = curve(worse.run("whole")), curve(worse.run(mode))
     assert len(whole) == len(shares) == 12
     for row, its in zip(shares, whole, strict=True):
         assert [value is None for value in row] == [value is None for value in its]
         assert [value or 0 for value in row] == pytest.approx([value or 0 for value in its], abs=2e-5, rel=1e-6)
-    (event,) = events(spiked.run(mode), "nonfinite")
+    (event,) = events(worse.run(mode), "nonfinite")
     assert event["step"] == 7
     assert "(every micro-batch's loss is a finite number, and a gradient is not: samples 80 to 87)" in event["words"]
 
