@@ -1,7 +1,7 @@
 """One rank's training step in several ways, in turns: what compiling, precision and attention kernels give.
 
     python benchmarks/step.py --data data/quickstart/shards [--config gpt2-124m] [--micro-batch 8] [--micro-steps 1]
-        [--rounds 5] [--steps 10] [--ways NAME,...] [--json benchmarks/results/step.json]
+        [--rounds 5] [--steps 10] [--ways NAME ...] [--json benchmarks/results/step.json]
 
 Each way has an engine of its own, as `hpcgpt train` makes it, of the same first weights and on the same samples. In
 each round each way makes --steps steps, in a new order; figures are medians over the rounds. Steps are launched and
@@ -47,7 +47,9 @@ def main() -> None:
     ranks = world.Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), device, None)
     ways = _ways(device)
     if options.ways:
-        ways = {name: ways[name] for name in options.ways.split(",")}
+        if unknown := set(options.ways) - set(ways):
+            raise SystemExit(f"--ways: there is no {'; '.join(unknown)} here, but {'; '.join(ways)}")
+        ways = {name: ways[name] for name in options.ways}
     refused = {}
     for name, way in list(ways.items()):
         started_at = time.perf_counter()
@@ -139,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-steps", type=int, default=1, help="passes a step (default: 1)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="steps a way and round (default: 10)")
-    parser.add_argument("--ways", help="only these, with commas between; their names are those of the table")
+    parser.add_argument("--ways", nargs="+", metavar="NAME", help="only these, in quotes, as the table names them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
     return parser
 
