@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import published
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, write_ranks
 
 MOST_GROWTH_BYTES = 256_000_000
@@ -61,7 +62,7 @@ class Gigatoken:
     """`plain` encodes what has newer letters in it.
 
     Raises:
-        ValueError: gigatoken is not there, or cannot run this tokenizer.
+        UserError: gigatoken is not there, or cannot run this tokenizer.
     """
 
     name, why = "gigatoken", ""
@@ -69,11 +70,11 @@ class Gigatoken:
     def __init__(self, tokenizer: ByteLevelBPE, plain: Callable[[Sequence[str]], Batch]) -> None:
         scheme = SCHEMES.get(tokenizer.pattern)
         if scheme is None:
-            raise ValueError(f"gigatoken does not know the pattern of tokenizer {tokenizer.name}")
+            raise UserError(f"gigatoken does not know the pattern of tokenizer {tokenizer.name}")
         try:
             from gigatoken.gigatoken_rs import BPETokenizer
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"it is not installed ({error}); `pip install 'hpcgpt[fast]'` makes this several times faster"
             ) from None
         self._tokenizer, self._scheme, self._plain = tokenizer, scheme, plain
@@ -109,7 +110,7 @@ class Gigatoken:
                 raise
             except BaseException as error:  # its panics are no Exception
                 told = str(error).partition("\n")[0]
-                raise ValueError(f"gigatoken cannot run tokenizer {self._tokenizer.name}: {told}") from None
+                raise UserError(f"gigatoken cannot run tokenizer {self._tokenizer.name}: {told}") from None
 
     @cached_property
     def _may_be_newer(self) -> NDArray[np.bool_]:
@@ -145,16 +146,14 @@ def _arrays(made: Any) -> Batch:
     """What encode_batch gives, as plain arrays without copying.
 
     Raises:
-        ValueError: it is laid out otherwise than expected.
+        UserError: it is laid out otherwise than expected.
     """
     try:
         borders, ids = np.asarray(made.layout.offsets.data), np.asarray(made.layout.content.data)
     except AttributeError as error:
-        raise ValueError(f"gigatoken's result is of an unknown form: {error}") from None
+        raise UserError(f"gigatoken's result is of an unknown form: {error}") from None
     if ids.dtype != np.uint32 or borders.dtype != np.int64 or ids.ndim != 1:
-        raise ValueError(
-            f"gigatoken's ids are {ids.dtype} and their borders {borders.dtype}: expected uint32 and int64"
-        )
+        raise UserError(f"gigatoken's ids are {ids.dtype} and their borders {borders.dtype}: expected uint32 and int64")
     return ids[borders[0] : borders[-1]], np.diff(borders)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import backend_gigatoken, ideographs, proof, published
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_library import LibraryTokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
@@ -44,17 +45,17 @@ def encoder(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
     """The encoder of that name for `tokenizer`.
 
     Raises:
-        ValueError: `backend` is not "auto" and cannot do this tokenizer.
+        UserError: `backend` is not "auto" and cannot do this tokenizer.
     """
     if isinstance(tokenizer, LibraryTokenizer):
         if backend not in ("auto", "tokenizers"):
-            raise ValueError(
+            raise UserError(
                 f"backend {backend} cannot run tokenizer {tokenizer.name}: it is no byte-level BPE that tiktoken could "
                 "run as well; leave the backend at auto, or choose tokenizers"
             )
         return OneByOne("tokenizers", tokenizer.encode)
     if not isinstance(tokenizer, ByteLevelBPE) or backend == "tokenizers":
-        raise ValueError(
+        raise UserError(
             f"backend {backend} cannot run tokenizer {tokenizer.name}, which is tiktoken's: leave it at auto"
         )
     plain = OneByOne("tiktoken", lambda text: tokenizer.encoding.encode_to_numpy(text, disallowed_special=()))
@@ -77,7 +78,7 @@ def check(one: Encoder, other: Encoder) -> None:
     """Compare two encoders on some hundred strings.
 
     Raises:
-        ValueError: they differ; the message names the string.
+        UserError: they differ; the message names the string.
     """
     texts = proof.chosen()
     ids, counts = one.batch(texts)
@@ -87,7 +88,7 @@ def check(one: Encoder, other: Encoder) -> None:
     places = np.stack([np.cumsum(counts), np.cumsum(expected_counts)])
     for number, (stop, expected_stop) in enumerate(places.T):
         if not np.array_equal(ids[:stop], expected[:expected_stop]):
-            raise ValueError(f"{one.name} and {other.name} give different ids for {texts[number][:40]!r}")
+            raise UserError(f"{one.name} and {other.name} give different ids for {texts[number][:40]!r}")
 
 
 class OneByOne:

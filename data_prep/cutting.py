@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.foreign import Piece
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Tokens, Width
 from hpcgpt.tokenizer import Tokenizer
 
@@ -57,7 +58,7 @@ class Documents:
         """The documents that end in `piece`: their tokens, end-of-text first (n,), and their lengths (k,).
 
         Raises:
-            ValueError: an id that is not in the vocabulary, or a document that is too long.
+            UserError: an id that is not in the vocabulary, or a document that is too long.
         """
         marks = np.flatnonzero(piece.tokens == self.marker)
         kept = np.delete(piece.tokens, marks)
@@ -105,20 +106,20 @@ class Documents:
         if kept.min() < 0 or kept.max() >= size:
             wrong = (piece.tokens != self.marker) & ((piece.tokens < 0) | (piece.tokens >= size))
             at = int(np.flatnonzero(wrong)[0])
-            raise ValueError(
+            raise UserError(
                 f"{piece.path}: token {piece.first + at:,} is {piece.tokens[at]:,}, and tokenizer {name} has {size:,} "
                 "ids: were these tokens made with another one?"
             )
         if own != self.marker and (kept == own).any():
             at = int(np.flatnonzero(piece.tokens == own)[0])
-            raise ValueError(
+            raise UserError(
                 f"{piece.path}: token {piece.first + at:,} is {own:,}, the end-of-text of tokenizer {name}, and "
                 f"--end-of-text says that it is {self.marker:,}"
             )
 
     def _check_length(self, text_tokens: int, piece: Piece) -> None:
         if text_tokens >= self.most:
-            raise ValueError(
+            raise UserError(
                 f"{piece.path}: before token {piece.first + len(piece.tokens):,} is a document that does not fit "
                 f"{self.most:,} tokens: is {self.marker:,} the end-of-text id of this file? If so, allow more with "
                 "--shard-tokens"

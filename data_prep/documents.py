@@ -19,6 +19,7 @@ from data_prep.encodings import AUTO, UndecodableError
 from data_prep.inputs import Piece, Source, Unit, too_long
 from data_prep.packing import BrokenError, Stream
 from data_prep.reading import Aside, Reading, Skipped, shown
+from hpcgpt.errors import UserError
 
 _BUFFER = 1 << 20
 _HINT = 'expected one JSON object a line, such as {"text": "..."}; `jq -c .` or `jq -c .[]` makes such lines'
@@ -28,7 +29,7 @@ def documents(unit: Unit, reading: Reading | None = None, skipped: list[Skipped]
     """The documents of a unit, in order, without the empty ones. Lone surrogates become U+FFFD.
 
     Raises:
-        ValueError: bad input, unless it is to be skipped: then it goes into `skipped`. Always, if a file is not
+        UserError: bad input, unless it is to be skipped: then it goes into `skipped`. Always, if a file is not
             what it was when the unit was made.
         OSError: a file could not be read, though it may be.
     """
@@ -208,13 +209,13 @@ class _Reader:
 
 
 def _check_unchanged(source: Source) -> None:
-    """Raises ValueError if the file is not what it was when the unit was made: then no plan holds any more."""
+    """Raises UserError if the file is not what it was when the unit was made: then no plan holds any more."""
     try:
         status = source.path.stat()
     except OSError as error:
-        raise ValueError(f"{shown(source.path)} was there when this was planned: {error.strerror}") from None
+        raise UserError(f"{shown(source.path)} was there when this was planned: {error.strerror}") from None
     if (status.st_size, status.st_mtime_ns) != (source.bytes, source.modified_ns):
-        raise ValueError(
+        raise UserError(
             f"{shown(source.path)} changed since this was planned (it had {source.bytes:,} bytes and has "
             f"{status.st_size:,}): wait until it is whole, and choose another --out"
         )

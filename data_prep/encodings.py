@@ -13,6 +13,8 @@ import codecs
 import re
 from typing import NoReturn
 
+from hpcgpt.errors import UserError
+
 AUTO = "auto"
 _ONE_BYTE = re.compile(r"ascii|cp(125\d|437|85[0258]|866|874)|iso8859-\d+|koi8-[ru]|mac-(roman|cyrillic)|tis-620")
 # A character's last byte may look like ASCII in these, though never like a control character or punctuation.
@@ -44,7 +46,7 @@ def canonical(name: str) -> str:
     """The one name of an encoding.
 
     Raises:
-        ValueError: there is no such encoding, or text in it cannot be cut into lines.
+        UserError: there is no such encoding, or text in it cannot be cut into lines.
     """
     if name.lower() == AUTO:
         return AUTO
@@ -58,7 +60,7 @@ def canonical(name: str) -> str:
         return "utf-8"
     if found == "utf-8" or found in _CJK or _ONE_BYTE.fullmatch(found) or _WIDE.fullmatch(found):
         return found
-    raise ValueError(
+    raise UserError(
         f"--encoding {name}: expected auto, utf-8, gb18030 (also as gbk and gb2312), {', '.join(sorted(_CJK)[:-1])}, "
         "utf-16 or utf-32 (.txt only), or one with a byte a character such as latin-1, cp1251 or koi8-r; "
         "convert others first, with `iconv`"

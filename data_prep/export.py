@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data_prep import pieces
 from hpcgpt import cli, durable, shard_reader, shards
+from hpcgpt.errors import UserError
 from hpcgpt.shard_reader import Split
 from hpcgpt.shards import Manifest, Width
 
@@ -50,22 +51,22 @@ def export(folder: Path, manifest: Manifest, out: Path) -> list[tuple[Path, int]
     """Write the splits of a data set into `out`; returns the files, and the tokens in each.
 
     Raises:
-        ValueError: ids that uint16 cannot hold, a file that is there already, or a shard that is damaged.
+        UserError: ids that uint16 cannot hold, a file that is there already, or a shard that is damaged.
         OSError: a file could not be written. Those that are whole stay.
     """
     highest = max((shard.max_id for shard in manifest.shards), default=0)
     if highest > np.iinfo(np.uint16).max:
-        raise ValueError(
+        raise UserError(
             f"{folder} has ids up to {highest:,}, and nanoGPT reads uint16, up to 65,535: it can't read this data set. "
             "llm.c and Megatron read these shards as they are"
         )
     splits = [shard_reader.open_split(folder, manifest, name) for name in SPLITS if name in manifest.splits]
     if not splits:
-        raise ValueError(f"{folder} has neither train nor val shards")
+        raise UserError(f"{folder} has neither train nor val shards")
     files = [out / f"{split.name}.bin" for split in splits]
     for path in files:
         if path.exists():
-            raise ValueError(f"{path} is there already: choose another --out")
+            raise UserError(f"{path} is there already: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     end_of_text = manifest.tokenizer["end_of_text"]
     total = sum(split.tokens for split in splits)
@@ -84,10 +85,10 @@ def _moved_behind(split: Split, width: Width, end_of_text: int) -> Iterator[NDAr
         for first, tokens in pieces.of_shard(split.folder, shard, width):
             at = f"{split.folder / shard.name}.bin, token"
             if tokens.max() > np.iinfo(np.uint16).max:
-                raise ValueError(f"{at} {first:,} and on: there are ids of which the manifest does not tell")
+                raise UserError(f"{at} {first:,} and on: there are ids of which the manifest does not tell")
             begins = number == first == 0
             if begins and tokens[0] != end_of_text:
-                raise ValueError(f"{at} 0: {tokens[0]}, expected the end-of-text id {end_of_text}")
+                raise UserError(f"{at} 0: {tokens[0]}, expected the end-of-text id {end_of_text}")
             yield tokens[begins:].astype("<u2")
     yield np.array([end_of_text], dtype="<u2")
 

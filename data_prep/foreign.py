@@ -22,6 +22,7 @@ from data_prep import pieces
 from data_prep.megatron_index import Documents, Index
 from data_prep.pieces import File
 from hpcgpt import shards
+from hpcgpt.errors import UserError
 
 PIECE_TOKENS = 1 << 20
 
@@ -42,34 +43,34 @@ NO_CUTS = np.zeros(0, dtype=np.int64)
 
 
 def nanogpt(path: Path) -> Iterator[Piece]:
-    """Raises ValueError for a file that nanoGPT did not write."""
+    """Raises UserError for a file that nanoGPT did not write."""
     with pieces.opened(path) as file:
         if file.bytes % 2 or not file.bytes:
-            raise ValueError(f"{path}: {file.bytes:,} bytes, expected a number of uint16 tokens and nothing else")
+            raise UserError(f"{path}: {file.bytes:,} bytes, expected a number of uint16 tokens and nothing else")
         if file.bytes >= shards.HEADER_BYTES and _width(file) is not None:
-            raise ValueError(f"{path} has llm.c's header, and nanoGPT's files have none: use --from llmc")
+            raise UserError(f"{path} has llm.c's header, and nanoGPT's files have none: use --from llmc")
         yield from _plain(file, "<u2", 0, file.bytes // 2)
 
 
 def llmc(path: Path) -> Iterator[Piece]:
-    """Raises ValueError for a file that neither llm.c nor modded-nanogpt would read."""
+    """Raises UserError for a file that neither llm.c nor modded-nanogpt would read."""
     with pieces.opened(path) as file:
         width = _width(file) if file.bytes >= shards.HEADER_BYTES else None
         if width is None:
             known = " or ".join(f"{w.magic}, {w.version} ({w.name})" for w in shards.WIDTHS.values())
-            raise ValueError(f"{path} has no header of llm.c's, {known}; a file without any may be for --from nanogpt")
+            raise UserError(f"{path} has no header of llm.c's, {known}; a file without any may be for --from nanogpt")
         count = int(file.read("<i4", 8, 1)[0])
         if count < 1 or file.bytes != shards.HEADER_BYTES + width.bytes * count:
-            raise ValueError(f"{path}: {file.bytes:,} bytes do not fit the {count:,} {width.name} tokens of its header")
+            raise UserError(f"{path}: {file.bytes:,} bytes do not fit the {count:,} {width.name} tokens of its header")
         yield from _plain(file, width.dtype, shards.HEADER_BYTES, count)
 
 
 def megatron(path: Path) -> Iterator[Piece]:
-    """`path` is that of the .bin. Raises ValueError if it and its .idx do not fit each other."""
+    """`path` is that of the .bin. Raises UserError if it and its .idx do not fit each other."""
     with pieces.opened(path) as file, pieces.opened(path.with_suffix(".idx")) as idx_file:
         index = Index(idx_file)
         if np.dtype(index.dtype).kind == "f":
-            raise ValueError(f"{idx_file.path}: its tokens are floating-point numbers, code {index.code}")
+            raise UserError(f"{idx_file.path}: its tokens are floating-point numbers, code {index.code}")
         first = 0
         for documents in index.pieces(file.bytes):
             ends = np.concatenate([[0], np.cumsum(documents.lengths)])

@@ -29,6 +29,7 @@ import tokenizers
 
 from data_prep import proof, published
 from hpcgpt import tokenizer_library
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_library import LibraryTokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
@@ -44,13 +45,13 @@ def read(path: Path, end_of_text: str = "") -> Tokenizer:
     """The tokenizer in a ``tokenizer.json``, or in the folder that holds one.
 
     Raises:
-        ValueError: it is missing, damaged, of a form that `tokenizers` does not know, or has no end-of-text.
+        UserError: it is missing, damaged, of a form that `tokenizers` does not know, or has no end-of-text.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         source = json.loads(file.read_bytes())
         if not isinstance(source, dict) or not isinstance(source.get("model"), dict) or "vocab" not in source["model"]:
-            raise ValueError("it has no model with a vocabulary")
+            raise UserError("it has no model with a vocabulary")
         special = _special(source, _configured_end(file), end_of_text)
         end = _end(special, _configured_end(file), end_of_text)
         name = file.parent.name if file.name == "tokenizer.json" else file.stem
@@ -58,10 +59,10 @@ def read(path: Path, end_of_text: str = "") -> Tokenizer:
         _survive(library.content)
         _check(library)
     except OSError as error:
-        raise ValueError(f"no tokenizer in {path}: {error.strerror} ({error.filename})") from None
+        raise UserError(f"no tokenizer in {path}: {error.strerror} ({error.filename})") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         told = str(error) if isinstance(error, ValueError) else f"unexpected content: {error!r}"
-        raise ValueError(f"{file}: not a Hugging Face tokenizer: {told}") from None
+        raise UserError(f"{file}: not a Hugging Face tokenizer: {told}") from None
     return _as_tiktoken(source, library) or library
 
 
@@ -87,7 +88,7 @@ def _end(special: dict[str, int], configured: str, asked: str) -> str:
             return name
     some = ", ".join(list(special)[:12]) or "none"
     wanted = f"'{asked}'" if asked else f"usual end of text ({', '.join(USUAL_ENDS)})"
-    raise ValueError(f"it has no {wanted}: name one of its special tokens with --end-of-text ({some})")
+    raise UserError(f"it has no {wanted}: name one of its special tokens with --end-of-text ({some})")
 
 
 def _configured_end(file: Path) -> str:
@@ -106,7 +107,7 @@ def _survive(content: str) -> None:
     """Let another process read it first: some damaged files end the process that reads them.
 
     Raises:
-        ValueError: that process was killed by a signal, or did not end.
+        UserError: that process was killed by a signal, or did not end.
     """
     code = "import sys, tokenizers; tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode()).encode('a b')"
     try:
@@ -114,9 +115,9 @@ def _survive(content: str) -> None:
             [sys.executable, "-c", code], input=content.encode(), capture_output=True, timeout=_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"`tokenizers` does not finish reading it within {_TIMEOUT_S} s") from None
+        raise UserError(f"`tokenizers` does not finish reading it within {_TIMEOUT_S} s") from None
     if done.returncode < 0:
-        raise ValueError("`tokenizers` crashes when it reads it")
+        raise UserError("`tokenizers` crashes when it reads it")
 
 
 def _check(library: LibraryTokenizer) -> None:
@@ -126,9 +127,9 @@ def _check(library: LibraryTokenizer) -> None:
     unknown = model["vocab"].get(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
     for name, number in library.special_tokens.items():
         if number == unknown == library.end_of_text:
-            raise ValueError(f"end-of-text {name} is also its token for unknown text")
+            raise UserError(f"end-of-text {name} is also its token for unknown text")
         if number != unknown and number in library.encode(name):
-            raise ValueError(f"its model makes the special token {name} (id {number}) of plain text")
+            raise UserError(f"its model makes the special token {name} (id {number}) of plain text")
 
 
 def _as_tiktoken(source: dict[str, Any], library: LibraryTokenizer) -> ByteLevelBPE | None:

@@ -27,6 +27,7 @@ from data_prep import foreign, inspect, pieces, vocabulary
 from data_prep.cutting import Documents
 from data_prep.foreign import Piece
 from hpcgpt import cli, durable, shard_writer, shards, tokenizer
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest, Shard, Tokens, Width
 from hpcgpt.tokenizer import Tokenizer
 
@@ -66,9 +67,9 @@ def main(argv: Sequence[str]) -> int:
     tokens = vocabulary.find(options.tokenizer)
     marker = tokens.end_of_text if options.end_of_text is None else options.end_of_text
     if marker < 0:
-        raise ValueError(f"--end-of-text {marker}: expected an id, 0 or more")
+        raise UserError(f"--end-of-text {marker}: expected an id, 0 or more")
     if not 2 <= options.shard_tokens <= shards.MOST_TOKENS:
-        raise ValueError(f"--shard-tokens {options.shard_tokens:,}: expected 2 to {shards.MOST_TOKENS:,}")
+        raise UserError(f"--shard-tokens {options.shard_tokens:,}: expected 2 to {shards.MOST_TOKENS:,}")
     recipe = Recipe(options.kind, tokens, marker, options.shard_tokens, options.split)
     out = Path(options.out)
     _summary(out, make(out, find(options.INPUT, recipe), recipe), tokens)
@@ -79,7 +80,7 @@ def find(inputs: Sequence[str], recipe: Recipe) -> list[Source]:
     """The .bin files that `inputs` name, those of folders in the order of their names.
 
     Raises:
-        ValueError: there is nothing, or one file twice.
+        UserError: there is nothing, or one file twice.
     """
     found: list[Path] = []
     for name in inputs:
@@ -87,7 +88,7 @@ def find(inputs: Sequence[str], recipe: Recipe) -> list[Source]:
         if path.is_dir():
             files = sorted(path.glob("*.bin"))
             if not files:
-                raise ValueError(f"{path}: no .bin files in this folder")
+                raise UserError(f"{path}: no .bin files in this folder")
             found += files
         elif recipe.kind == "megatron":
             found.append(path.with_suffix(".bin") if path.suffix == ".idx" else _bin_of(path))
@@ -96,9 +97,9 @@ def find(inputs: Sequence[str], recipe: Recipe) -> list[Source]:
     seen: set[Path] = set()
     for path in found:
         if not path.exists():
-            raise ValueError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         if path.resolve() in seen:
-            raise ValueError(f"{path} is named twice")
+            raise UserError(f"{path} is named twice")
         seen.add(path.resolve())
     return [
         Source(path, recipe.split or ("val" if VALIDATION.search(path.stem) else "train"), path.stat().st_size)
@@ -110,15 +111,15 @@ def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
     """Make the data set `out` from `sources`.
 
     Raises:
-        ValueError: the folder is not empty, or a file is not what the recipe says.
+        UserError: the folder is not empty, or a file is not what the recipe says.
         OSError: a file could not be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already, and not empty: choose another --out")
+        raise UserError(f"{out} is there already, and not empty: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     claim = out / ".importing"
     if not durable.create(claim, f"{socket.gethostname()} {os.getpid()}\n".encode()):
-        raise ValueError(f"{out}: another import is writing here")
+        raise UserError(f"{out}: another import is writing here")
     made: list[Shard] = []
     empty = 0
     size = sum(source.bytes for source in sources)
@@ -131,7 +132,7 @@ def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
                 if paths:
                     print(f"{split:5}  {len(paths)} files, end-of-text {recipe.marker} {documents.convention}")
         if not made:
-            raise ValueError("there is not one document in these files")
+            raise UserError("there is not one document in these files")
         tokenizer.save(recipe.tokenizer, out / "tokenizer")
         rule = f"everything is {recipe.split}" if recipe.split else "val if the file is named so, else train"
         inputs = [{"name": str(s.path), "bytes": s.bytes, "format": recipe.kind, "split": s.split} for s in sources]

@@ -27,6 +27,7 @@ from typing import BinaryIO, Literal
 from data_prep import encodings, parquet
 from data_prep.reading import Aside, Reading, Skipped, shown
 from hpcgpt import durable
+from hpcgpt.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 _KINDS_IN_WORDS = ".txt or .jsonl (also with .gz or .zst behind it) or .parquet"
@@ -79,7 +80,7 @@ def find(inputs: Sequence[str], skipped: list[Skipped] | None = None) -> list[So
     """The files that the INPUT arguments stand for. Files that cannot be read are an error, or go into `skipped`.
 
     Raises:
-        ValueError: an input is missing or of an unknown kind, or there is no text at all.
+        UserError: an input is missing or of an unknown kind, or there is no text at all.
     """
     aside = Aside("stop" if skipped is None else "skip", [] if skipped is None else skipped)
     sources: list[Source] = []
@@ -92,11 +93,11 @@ def find(inputs: Sequence[str], skipped: list[Skipped] | None = None) -> list[So
                 if has_magic(given) and not Path(given).is_dir()
                 else "has no files ending in"
             )
-            raise ValueError(f"{shown(Path(given))} {what} {_KINDS_IN_WORDS}")
+            raise UserError(f"{shown(Path(given))} {what} {_KINDS_IN_WORDS}")
         sources += filter(None, (_source(file, root, aside) for file in paths))
     if not any(source.bytes for source in sources):
         first = f"{skipped[0].name}: {skipped[0].problem}" if skipped else "all of their files are empty"
-        raise ValueError(f"the inputs hold no text: {first}")
+        raise UserError(f"the inputs hold no text: {first}")
     return sources
 
 
@@ -110,14 +111,14 @@ def _found(path: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
         if error.errno != ENAMETOOLONG and has_magic(str(path)):
             return _matching(path, aside)
         why = f" ({error.strerror})" if error.errno != ENOENT else ""
-        raise ValueError(f"no such input: {shown(path)}{why}") from None
+        raise UserError(f"no such input: {shown(path)}{why}") from None
     if stat.S_ISDIR(mode):
         return path, _Walk(path, aside).below(path)
     if not stat.S_ISREG(mode):
         remedy = "name a file, or pipe the text in and name '-'"
-        raise ValueError(f"{shown(path)} is no file but a pipe, a socket or a device: {remedy}")
+        raise UserError(f"{shown(path)} is no file but a pipe, a socket or a device: {remedy}")
     if not path.name.lower().endswith(KINDS):
-        raise ValueError(f"{shown(path)}: its name ends in '{path.suffix}', expected {_KINDS_IN_WORDS}")
+        raise UserError(f"{shown(path)}: its name ends in '{path.suffix}', expected {_KINDS_IN_WORDS}")
     return path.parent, iter([path])
 
 
@@ -198,7 +199,7 @@ def _matching(pattern: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
     fixed = next(n for n, part in enumerate(pattern.parts) if has_magic(part))
     root = Path(*pattern.parts[:fixed])
     if not root.is_dir():
-        raise ValueError(f"no such input: {shown(pattern)}: there is no folder {shown(root)}")
+        raise UserError(f"no such input: {shown(pattern)}: there is no folder {shown(root)}")
     return root, _Walk(root, aside).matching(root, pattern.parts[fixed:])
 
 
@@ -226,7 +227,7 @@ def units(sources: Sequence[Source], unit_bytes: int, reading: Reading | None = 
     """The sources cut into units of about `unit_bytes`.
 
     Raises:
-        ValueError: an option cannot take effect on these sources; or, unless bad input is skipped, a parquet file
+        UserError: an option cannot take effect on these sources; or, unless bad input is skipped, a parquet file
             without the column, or a text that is too long for one document.
     """
     reading = reading or Reading()
@@ -293,13 +294,13 @@ def _check_options(sources: Sequence[Source], reading: Reading) -> None:
     """An option that cannot take effect is a mistake."""
     kinds = {source.kind for source in sources}
     if reading.separator and "txt" not in kinds:
-        raise ValueError("--separator cuts .txt files, and the inputs have none")
+        raise UserError("--separator cuts .txt files, and the inputs have none")
     if reading.text_key != "text" and kinds == {"txt"}:
-        raise ValueError(f"--text-key {reading.text_key} is for .jsonl and .parquet, and the inputs have none")
+        raise UserError(f"--text-key {reading.text_key} is for .jsonl and .parquet, and the inputs have none")
     if reading.encoding != "utf-8" and kinds == {"parquet"}:
-        raise ValueError(f"--encoding {reading.encoding}: the strings of parquet are always UTF-8; leave it out")
+        raise UserError(f"--encoding {reading.encoding}: the strings of parquet are always UTF-8; leave it out")
     if encodings.is_wide(reading.encoding) and "jsonl" in kinds:
-        raise ValueError(f"--encoding {reading.encoding}: a .jsonl in it cannot be cut into lines; convert it first")
+        raise UserError(f"--encoding {reading.encoding}: a .jsonl in it cannot be cut into lines; convert it first")
 
 
 # --- standard input --------------------------------------------------------------------------------
@@ -312,25 +313,25 @@ def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = ""
     compares its stream with the copy, and may leave it out by reading from the terminal.
 
     Raises:
-        ValueError: there is nothing, or packed or binary data, or something else than the copy.
+        UserError: there is nothing, or packed or binary data, or something else than the copy.
         OSError: it could not be written.
     """
     copies = [path for path in (folder / "stdin.jsonl", folder / "stdin.txt") if path.exists()]
     if stream.isatty():
         if not copies:
-            raise ValueError("standard input is a terminal: pipe the text in, as in `cat novels/* | ...`")
+            raise UserError("standard input is a terminal: pipe the text in, as in `cat novels/* | ...`")
         return copies[0]
     head = stream.read(_CHUNK)
     if not head:
-        raise ValueError("there is nothing on standard input")
+        raise UserError("there is nothing on standard input")
     for mark, remedy in _PACKED.items():
         if head.startswith(mark):
-            raise ValueError(f"standard input is not text: {remedy}")
+            raise UserError(f"standard input is not text: {remedy}")
     begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     path = folder / f"stdin.{kind or ('jsonl' if begins == b'{' else 'txt')}"
     if copies:
         if copies != [path]:
-            raise ValueError(_other_stdin(copies[0], 0))
+            raise UserError(_other_stdin(copies[0], 0))
         _check_same(stream, head, path)
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -342,16 +343,16 @@ def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = ""
 
 
 def _check_same(stream: BinaryIO, head: bytes, path: Path) -> None:
-    """Raises ValueError if head and the rest of the stream are not what is in the file."""
+    """Raises UserError if head and the rest of the stream are not what is in the file."""
     offset = 0
     with open(path, "rb") as file:
         while head:
             if file.read(len(head)) != head:
-                raise ValueError(_other_stdin(path, offset))
+                raise UserError(_other_stdin(path, offset))
             offset += len(head)
             head = stream.read(_CHUNK)
         if file.read(1):
-            raise ValueError(_other_stdin(path, offset))
+            raise UserError(_other_stdin(path, offset))
 
 
 def _other_stdin(path: Path, offset: int) -> str:

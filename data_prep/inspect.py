@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data_prep import pieces
 from data_prep.megatron_index import Index
 from hpcgpt import cli, shard_reader, shards, tokenizer
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest, Shard, Tokens
 from hpcgpt.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
         of = [shard for shard in manifest.shards if shard.split == name]
         tokens, documents = sum(s.tokens for s in of), sum(s.documents for s in of)
         if not tokens or not documents:
-            raise ValueError(f"{folder}: its {name} shards are empty")
+            raise UserError(f"{folder}: its {name} shards are empty")
         characters, text_bytes = sum(s.characters for s in of), sum(s.text_bytes for s in of)
         splits[name] = {
             "shards": len(of),
@@ -99,7 +100,7 @@ class Lengths:
                 for start in range(0, index.sequences, PIECE_DOCUMENTS):
                     lengths = index.lengths(start, min(start + PIECE_DOCUMENTS, index.sequences))
                     if lengths.min() < 1:
-                        raise ValueError(f"{folder / shard.name}.idx: a document of {lengths.min():,} tokens")
+                        raise UserError(f"{folder / shard.name}.idx: a document of {lengths.min():,} tokens")
                     counts = np.bincount(lengths[lengths < LONG])
                     short[: len(counts)] += counts
                     long.append(lengths[lengths >= LONG])
@@ -129,12 +130,12 @@ def page(folder: Path, manifest: Manifest, split: str, number: int, of_pages: in
     """Page `of_pages`, from 1, of document `number`, from 0, of a split.
 
     Raises:
-        ValueError: there is no such document or page, or its index is damaged.
+        UserError: there is no such document or page, or its index is damaged.
     """
     opened = shard_reader.open_split(folder, manifest, split)
     ends = np.cumsum([shard.documents for shard in opened.shards])
     if not 0 <= number < ends[-1]:
-        raise ValueError(f"no document {number:,}: {split} has {ends[-1]:,}, numbered from 0")
+        raise UserError(f"no document {number:,}: {split} has {ends[-1]:,}, numbered from 0")
     at = int(np.searchsorted(ends, number, side="right"))
     shard = opened.shards[at]
     tokens = shard_reader.open_tokens(folder / f"{shard.name}.bin")
@@ -143,10 +144,10 @@ def page(folder: Path, manifest: Manifest, split: str, number: int, of_pages: in
         length = int(index.lengths(in_shard, in_shard + 1)[0])
         start = (int(index.places(in_shard, in_shard + 1)[0]) - shards.HEADER_BYTES) // manifest.width.bytes
     if length < 1 or start < 0 or start + length > len(tokens):
-        raise ValueError(f"{folder / shard.name}.idx: document {in_shard:,} lies outside of the .bin")
+        raise UserError(f"{folder / shard.name}.idx: document {in_shard:,} lies outside of the .bin")
     pages = -(-length // PAGE_TOKENS)
     if not 1 <= of_pages <= pages:
-        raise ValueError(f"no page {of_pages:,}: document {number:,} has {pages:,}, numbered from 1")
+        raise UserError(f"no page {of_pages:,}: document {number:,} has {pages:,}, numbered from 1")
     vocabulary = tokenizer.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
     return {
         "split": split,
@@ -165,7 +166,7 @@ def page_text(vocabulary: Tokenizer, document: Tokens, number: int) -> str:
     """The text of a page. A character that lies on two pages belongs to the second, so none is cut.
 
     Raises:
-        ValueError: an id that the tokenizer does not know.
+        UserError: an id that the tokenizer does not know.
     """
     first, stop = (number - 1) * PAGE_TOKENS, number * PAGE_TOKENS
     start = taken = max(0, first - AROUND)
@@ -179,7 +180,7 @@ def page_text(vocabulary: Tokenizer, document: Tokens, number: int) -> str:
     try:
         return "".join(text for text in tokenizer.stream(vocabulary, ids()) if first < taken <= stop)
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {vocabulary.name} has no id {error}: `python -m data_prep.verify` tells more"
         ) from None
 
@@ -199,7 +200,7 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
     """The most frequent ids of a split, or of all, with their text; and how many ids occur at all.
 
     Raises:
-        ValueError: no such split, a shard that is damaged, or an id outside of the vocabulary.
+        UserError: no such split, a shard that is damaged, or an id outside of the vocabulary.
     """
     size = manifest.tokenizer["vocab_size"]
     counts = np.zeros(size, dtype=np.int64)
@@ -207,7 +208,7 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
     for path, tokens in _pieces(folder, manifest, [split] if split else manifest.splits):
         found = np.bincount(tokens)
         if len(found) > size:
-            raise ValueError(f"{path}: id {len(found) - 1:,} is outside of the tokenizer's {size:,} ids")
+            raise UserError(f"{path}: id {len(found) - 1:,} is outside of the tokenizer's {size:,} ids")
         counts[: len(found)] += found
     total = int(counts.sum())
     order = np.argsort(-counts, kind="stable")[:top]
@@ -245,7 +246,7 @@ def opened_index(folder: Path, shard: Shard) -> Iterator[Index]:
     with pieces.opened(folder / f"{shard.name}.idx") as file:
         index = Index(file)
         if index.sequences != shard.documents:
-            raise ValueError(
+            raise UserError(
                 f"{file.path}: {index.sequences:,} documents, the manifest says {shard.documents:,}; check all with "
                 f"`python -m data_prep.verify {folder}`"
             )

@@ -36,6 +36,7 @@ from data_prep.reading import Skipped
 from data_prep.share import Share
 from data_prep.workers import Job
 from hpcgpt import cli, generation, shards, tokenizer, world
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest
 
 GiB = 1 << 30
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     words = vocabulary.find(options.tokenizer, options.end_of_text)
     width = shards.WIDTHS[options.dtype]
     if words.vocab_size > width.most_ids:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {words.name} has {words.vocab_size:,} ids, but {width.name} shards hold {width.most_ids:,} at "
             "most: pass --dtype uint32 (twice the disk space), take a smaller one, such as gpt2, or train one with "
             "`python -m data_prep.train_tokenizer`"
@@ -82,7 +83,7 @@ def make(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -
     """Make this task's share of the data set that `plan` describes in `out`, and finish it if nothing is left.
 
     Raises:
-        ValueError: the folder belongs to something else or somebody else, or a document cannot be read.
+        UserError: the folder belongs to something else or somebody else, or a document cannot be read.
         OSError: a file could not be written. What was finished stays, and a rerun goes on from there.
     """
     started_at = time.monotonic()
@@ -111,11 +112,11 @@ def _unit_bytes(sources: Sequence[Source]) -> int:
 def _standard_input(out: Path, options: argparse.Namespace) -> Path:
     """The copy of standard input, which lies in `out`: so a rerun goes on with it."""
     if options.tasks > 1 or options.INPUT.count("-") > 1:
-        raise ValueError("standard input can be read once only: name files where tasks share the work")
+        raise UserError("standard input can be read once only: name files where tasks share the work")
     check_ours(out)
     prep = out / "prep"
     if (prep / "plan.json").is_file() and not any(prep.glob("stdin.*")):
-        raise ValueError(f"{out} holds shards that were made of other inputs: choose another --out")
+        raise UserError(f"{out} holds shards that were made of other inputs: choose another --out")
     return inputs.spool(sys.stdin.buffer, prep)
 
 
@@ -179,17 +180,17 @@ def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> Non
 
 def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.val_fraction < 1:
-        raise ValueError(f"--val-fraction {options.val_fraction}: expected 0 or more, and less than 1")
+        raise UserError(f"--val-fraction {options.val_fraction}: expected 0 or more, and less than 1")
     if options.workers < 1 or (options.unit_mb is not None and options.unit_mb < 1):
-        raise ValueError("--workers and --unit-mb must be at least 1")
+        raise UserError("--workers and --unit-mb must be at least 1")
     if not 1 <= options.shard_tokens <= shards.MOST_TOKENS:
-        raise ValueError(f"--shard-tokens {options.shard_tokens}: expected 1 to {shards.MOST_TOKENS}")
+        raise UserError(f"--shard-tokens {options.shard_tokens}: expected 1 to {shards.MOST_TOKENS}")
     if not 0 <= options.task < options.tasks:
-        raise ValueError(
+        raise UserError(
             f"--task {options.task} of --tasks {options.tasks}: tasks count from 0, up to {options.tasks - 1}"
         )
     if options.min_characters < 0:
-        raise ValueError(f"--min-characters {options.min_characters}: expected 0 or more")
+        raise UserError(f"--min-characters {options.min_characters}: expected 0 or more")
 
 
 def _parser() -> argparse.ArgumentParser:

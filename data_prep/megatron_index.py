@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.pieces import File
+from hpcgpt.errors import UserError
 from hpcgpt.shards import IDX_MAGIC, IDX_VERSION
 
 PIECE_SEQUENCES = 1 << 20  # a piece has as many at most, and a document at least
@@ -41,23 +42,23 @@ class Index:
         self._file = file
         head = file.read("|u1", 0, min(file.bytes, HEAD_BYTES)).tobytes()
         if len(head) < HEAD_BYTES or not head.startswith(IDX_MAGIC):
-            raise ValueError(f"{file.path}: not an index of Megatron's: it does not start with MMIDIDX")
+            raise UserError(f"{file.path}: not an index of Megatron's: it does not start with MMIDIDX")
         version, self.code, self.sequences, borders = struct.unpack_from("<QBQQ", head, len(IDX_MAGIC))
         if version != IDX_VERSION:
-            raise ValueError(f"{file.path}: version {version}, expected {IDX_VERSION}")
+            raise UserError(f"{file.path}: version {version}, expected {IDX_VERSION}")
         if self.code not in DTYPES:
-            raise ValueError(f"{file.path}: unknown kind of tokens, code {self.code}; expected 1 to {max(DTYPES)}")
+            raise UserError(f"{file.path}: unknown kind of tokens, code {self.code}; expected 1 to {max(DTYPES)}")
         self.dtype = DTYPES[self.code]
         if not borders:
-            raise ValueError(f"{file.path}: no document borders; there should be one more than documents")
+            raise UserError(f"{file.path}: no document borders; there should be one more than documents")
         self.documents = borders - 1
         self._places = HEAD_BYTES + 4 * self.sequences
         self._borders = self._places + 8 * self.sequences
         expected = self._borders + 8 * borders
         if file.bytes == expected + self.sequences != expected:
-            raise ValueError(f"{file.path}: its sequences have modes, so this is not a set of text alone")
+            raise UserError(f"{file.path}: its sequences have modes, so this is not a set of text alone")
         if file.bytes != expected:
-            raise ValueError(
+            raise UserError(
                 f"{file.path}: {file.bytes:,} bytes, but {self.sequences:,} sequences in {self.documents:,} documents "
                 f"take {expected:,}"
             )
@@ -78,7 +79,7 @@ class Index:
         """All documents, a piece at a time, every number checked.
 
         Raises:
-            ValueError: borders that go back or do not cover all sequences, a length below 0, a place outside
+            UserError: borders that go back or do not cover all sequences, a length below 0, a place outside
                 of a .bin of `bin_bytes`, or sequences that overlap: more tokens than the .bin has.
         """
         document = at = 0
@@ -87,7 +88,7 @@ class Index:
             borders = self.borders(document, min(document + PIECE_SEQUENCES, self.documents) + 1)
             steps = np.diff(borders)
             if borders[0] != at or (steps < 0).any() or borders[-1] > self.sequences:
-                raise ValueError(
+                raise UserError(
                     f"{self._file.path}: the borders of documents {document:,} to {document + len(steps) - 1:,} are "
                     f"not in order within its {self.sequences:,} sequences"
                 )
@@ -96,11 +97,11 @@ class Index:
             lengths, places = self._checked(at, stop, bin_bytes)
             left -= int(lengths.sum())
             if left < 0:
-                raise ValueError(f"{self._file.path}: its sequences have more tokens than the .bin, so they overlap")
+                raise UserError(f"{self._file.path}: its sequences have more tokens than the .bin, so they overlap")
             yield Documents(document, lengths, places, borders[: count + 1] - at)
             document, at = document + count, stop
         if at != self.sequences:
-            raise ValueError(f"{self._file.path}: the documents end at sequence {at:,} of {self.sequences:,}")
+            raise UserError(f"{self._file.path}: the documents end at sequence {at:,} of {self.sequences:,}")
 
     def _checked(self, start: int, stop: int, bin_bytes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         lengths, places = self.lengths(start, stop), self.places(start, stop)
@@ -108,7 +109,7 @@ class Index:
         wrong = np.flatnonzero((lengths < 0) | (places < 0) | (places > room))
         if len(wrong):
             at = wrong[0]
-            raise ValueError(
+            raise UserError(
                 f"{self._file.path}: sequence {start + at:,} has {lengths[at]:,} tokens at byte {places[at]:,}, which "
                 f"is outside of a .bin of {bin_bytes:,} bytes"
             )

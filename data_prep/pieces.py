@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcgpt import shard_reader, shards
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Shard, Tokens, Width
 
 PIECE_TOKENS = 1 << 20
@@ -33,7 +34,7 @@ class File:
         """`count` numbers from byte `place` on (count,).
 
         Raises:
-            ValueError: the file ends before.
+            UserError: the file ends before.
         """
         asked = count * np.dtype(dtype).itemsize
         parts, got = [], 0
@@ -41,7 +42,7 @@ class File:
             parts.append(part)
             got += len(part)
         if got < asked:
-            raise ValueError(f"{self.path} ends at byte {place + got:,}, expected {place + asked:,} at least")
+            raise UserError(f"{self.path} ends at byte {place + got:,}, expected {place + asked:,} at least")
         return np.frombuffer(b"".join(parts), dtype=dtype)
 
     def pieces(self, dtype: str, place: int, count: int, piece: int) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -56,16 +57,16 @@ def opened(path: Path) -> Iterator[File]:
     """A regular file to read from.
 
     Raises:
-        ValueError: it is missing, may not be read, or is a folder, a pipe or a device.
+        UserError: it is missing, may not be read, or is a folder, a pipe or a device.
     """
     try:
         # Opening a pipe without O_NONBLOCK would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path}: expected a file, and this is a folder, a pipe or a device")
+            raise UserError(f"{path}: expected a file, and this is a folder, a pipe or a device")
         yield File(path, descriptor)
     finally:
         os.close(descriptor)
@@ -75,7 +76,7 @@ def of_shard(folder: Path, shard: Shard, width: Width) -> Iterator[tuple[int, To
     """The tokens of a shard, its size and header checked, each piece with the number of its first token.
 
     Raises:
-        ValueError: the shard is missing, or not what the manifest says.
+        UserError: the shard is missing, or not what the manifest says.
     """
     shard_reader.check_size(folder, shard)
     with opened(folder / f"{shard.name}.bin") as file:
@@ -84,9 +85,9 @@ def of_shard(folder: Path, shard: Shard, width: Width) -> Iterator[tuple[int, To
 
 
 def check_header(file: File, shard: Shard, width: Width) -> None:
-    """Raises ValueError for a .bin that is not of the width and number of tokens that the manifest says."""
+    """Raises UserError for a .bin that is not of the width and number of tokens that the manifest says."""
     tokens = shard_reader.open_tokens(file.path)
     if tokens.dtype != np.dtype(width.dtype):
-        raise ValueError(f"{file.path}: its header says {tokens.dtype}, the manifest says {width.name}")
+        raise UserError(f"{file.path}: its header says {tokens.dtype}, the manifest says {width.name}")
     if len(tokens) != shard.tokens:
-        raise ValueError(f"{file.path}: its header says {len(tokens):,} tokens, the manifest says {shard.tokens:,}")
+        raise UserError(f"{file.path}: its header says {len(tokens):,} tokens, the manifest says {shard.tokens:,}")

@@ -15,6 +15,7 @@ from data_prep import duplicates, split, unit
 from data_prep.plan import Plan
 from data_prep.unit import Record
 from hpcgpt import durable, shards
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest, Shard
 
 
@@ -22,7 +23,7 @@ def place(out: Path, plan: Plan) -> Manifest:
     """The data set, of which all units are finished.
 
     Raises:
-        ValueError: no document is left for training, or a file that is none of ours is in the way.
+        UserError: no document is left for training, or a file that is none of ours is in the way.
     """
     records = [unit.read_record(out, number) for number in range(len(plan.units))]
     kept, removed = [record.shards for record in records], 0
@@ -30,7 +31,7 @@ def place(out: Path, plan: Plan) -> Manifest:
         kept, removed = duplicates.remove(out, records, plan.recipe.width)
     if not any(shard.split == "train" for of_unit in kept for shard in of_unit):
         held_out = sum(shard.documents for of_unit in kept for shard in of_unit)
-        raise ValueError(f"no document is left for training ({held_out} for validation): lower --val-fraction")
+        raise UserError(f"no document is left for training ({held_out} for validation): lower --val-fraction")
     skipped = [*plan.skipped, *(row for record in records for row in record.skipped)]
     if skipped:
         durable.write(
@@ -73,10 +74,10 @@ def _placed(out: Path, kept: list[list[Shard]]) -> list[Shard]:
 def _move(source: Path, target: Path) -> None:
     if source.exists():
         if target.exists():
-            raise ValueError(f"{target} is in the way, and was not made by this command: move it somewhere else")
+            raise UserError(f"{target} is in the way, and was not made by this command: move it somewhere else")
         source.rename(target)
     elif not target.exists():
-        raise ValueError(f"{target} is missing, and so is {source}: remove the folder and make the shards again")
+        raise UserError(f"{target} is missing, and so is {source}: remove the folder and make the shards again")
 
 
 def _clean(out: Path, records: list[Record]) -> None:

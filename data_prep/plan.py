@@ -17,6 +17,7 @@ from typing import Any
 from data_prep.inputs import Source, Unit
 from data_prep.reading import Reading, Skipped
 from hpcgpt import durable, shards
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Width
 from hpcgpt.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ def claim(out: Path, plan: Plan) -> bool:
     """Make `out` the folder of `plan`; True if the data set in it is complete already.
 
     Raises:
-        ValueError: it belongs to another plan, or to something else.
+        UserError: it belongs to another plan, or to something else.
     """
     path, complete = out / "prep" / "plan.json", (out / "manifest.json").is_file()
     check_ours(out)
@@ -79,7 +80,7 @@ def claim(out: Path, plan: Plan) -> bool:
     if not durable.create(path, plan.as_json):
         differences = _differences(json.loads(path.read_bytes()), json.loads(plan.as_json), complete)
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{out} holds shards that were made differently ({', '.join(differences)} changed): choose another "
                 "--out, or remove that folder yourself"
             )
@@ -87,10 +88,10 @@ def claim(out: Path, plan: Plan) -> bool:
 
 
 def check_ours(out: Path) -> None:
-    """Raises ValueError if there is something in the folder that this command did not make."""
+    """Raises UserError if there is something in the folder that this command did not make."""
     # In this order: between two looks another task may write the plan, and files that follow it.
     if _foreign(out) and not (out / "prep" / "plan.json").is_file():
-        raise ValueError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
+        raise UserError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
 
 
 def _foreign(out: Path) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcgpt import durable
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, parse_ranks
 
 END_OF_TEXT = "<|endoftext|>"
@@ -80,7 +81,7 @@ def find(name: str) -> ByteLevelBPE:
     """A published encoding, its ranks from tiktoken's cache or from the network.
 
     Raises:
-        ValueError: they are in neither, or not the published ones.
+        UserError: they are in neither, or not the published ones.
     """
     published = PUBLISHED[name]
     url = _URL + published.file
@@ -94,7 +95,7 @@ def find(name: str) -> ByteLevelBPE:
             with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
                 content = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer {name}: its ranks are not on this machine and cannot be fetched here ({error}): fetch "
                 f"{url} elsewhere, and name that file in place of '{name}'"
                 + (f", or copy it to {cached}" if cached else "")
@@ -110,14 +111,14 @@ def from_file(path: Path) -> ByteLevelBPE:
     """A published encoding whose ranks are the file `path`, told by its hash.
 
     Raises:
-        ValueError: it is none of them.
+        UserError: it is none of them.
     """
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     names = [name for name, published in PUBLISHED.items() if published.sha256 == found]
     if not names:
         known = ", ".join(sorted({published.file for published in PUBLISHED.values()}))
-        raise ValueError(
+        raise UserError(
             f"{path}: its SHA-256 {found[:12]}... is that of no published encoding ({known}); a file of ranks "
             "does not say how text is cut nor which tokens are special, so others need a tokenizer.json"
         )
@@ -133,7 +134,7 @@ def _made(name: str, content: bytes) -> ByteLevelBPE:
 def _check(content: bytes, published: Published, place: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != published.sha256:
-        raise ValueError(
+        raise UserError(
             f"{place}: not {published.file}: SHA-256 {found[:12]}..., expected {published.sha256[:12]}...: it "
             "is damaged or another file; fetch it again"
         )

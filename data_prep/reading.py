@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from data_prep import encodings
+from hpcgpt.errors import UserError
 
 OnBadInput = Literal["stop", "skip"]
 SKIP = "correct it, or go on without it: --on-bad-input skip"
@@ -35,22 +36,22 @@ class Reading:
         # One name an encoding, so that gbk now and gb18030 later is the same plan.
         object.__setattr__(self, "encoding", encodings.canonical(self.encoding))
         if self.on_bad_input not in get_args(OnBadInput):
-            raise ValueError(f"--on-bad-input {self.on_bad_input}: expected {' or '.join(get_args(OnBadInput))}")
+            raise UserError(f"--on-bad-input {self.on_bad_input}: expected {' or '.join(get_args(OnBadInput))}")
         if self.max_document_mb < 1:
-            raise ValueError(f"--max-document-mb {self.max_document_mb}: expected 1 or more")
+            raise UserError(f"--max-document-mb {self.max_document_mb}: expected 1 or more")
         if not self.separator:
             return
         if encodings.is_wide(self.encoding):
-            raise ValueError(f"--separator: a file in {self.encoding} cannot be cut; convert it to UTF-8, with `iconv`")
+            raise UserError(f"--separator: a file in {self.encoding} cannot be cut; convert it to UTF-8, with `iconv`")
         if not encodings.can_start_separator(self.encoding, self.separator):
-            raise ValueError(
+            raise UserError(
                 f"--separator {self.separator!r}: in {self.encoding} it could be found in the middle of a character; "
                 f"let it start with the end of the line before, '\\n{self.separator}', or with punctuation"
             )
         try:
             self.separator.encode("gb18030" if self.encoding == encodings.AUTO else self.encoding)
         except UnicodeEncodeError:
-            raise ValueError(f"--separator {self.separator!r} cannot be written in {self.encoding}") from None
+            raise UserError(f"--separator {self.separator!r} cannot be written in {self.encoding}") from None
 
     @property
     def max_document_bytes(self) -> int:
@@ -78,11 +79,11 @@ class Aside:
         """Tell of the file at `path`, known as `name` wherever the corpus lies.
 
         Raises:
-            ValueError: unless bad input is to be skipped.
+            UserError: unless bad input is to be skipped.
         """
         where = ", ".join(filter(None, (shown(path), place)))
         if self._stop:
-            raise ValueError(f"{where}: {problem}; {remedy or SKIP}") from None
+            raise UserError(f"{where}: {problem}; {remedy or SKIP}") from None
         if len(self._skipped) - self._before < MOST_TOLD:
             self._skipped.append(Skipped(name, place, problem))
         else:
@@ -100,10 +101,10 @@ def separator(typed: str) -> str:
     r"""A separator as it is typed in a shell, where \n and \t stand for the end of a line and a tabulator.
 
     Raises:
-        ValueError: it is empty.
+        UserError: it is empty.
     """
     if not typed:
-        raise ValueError("--separator is empty: leave it out for one document a file")
+        raise UserError("--separator is empty: leave it out for one document a file")
     return typed.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
 
 

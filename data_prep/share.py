@@ -15,6 +15,7 @@ from math import gcd
 from pathlib import Path
 
 from hpcgpt import generation, world
+from hpcgpt.errors import UserError
 
 _NAME = re.compile(r"(\d+)_of_(\d+)")
 
@@ -33,14 +34,14 @@ def taken(out: Path, share: Share) -> Iterator[None]:
     """Hold a share of the folder `out` while the block runs.
 
     Raises:
-        ValueError: a living process holds it, or one that overlaps.
+        UserError: a living process holds it, or one that overlaps.
     """
     folder = out / "prep" / "shares"
     attempt = world.job_attempt()
     try:
         held = generation.take(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
     except ValueError as error:
-        raise ValueError(f"{out} is being made already: {error}") from None
+        raise UserError(f"{out} is being made already: {error}") from None
     try:
         for path in sorted(folder.iterdir()):
             found = _NAME.fullmatch(path.name)
@@ -56,4 +57,4 @@ def _refuse_if_alive(out: Path, folder: Path, attempt: str) -> None:
     try:
         generation.wait_until_gone(folder, attempt)
     except ValueError as error:
-        raise ValueError(f"{out} is being made already, in other shares: {error}") from None
+        raise UserError(f"{out} is being made already, in other shares: {error}") from None

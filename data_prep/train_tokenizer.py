@@ -30,6 +30,7 @@ from tqdm import tqdm
 from data_prep import inputs, published, reading, split
 from data_prep.documents import documents
 from hpcgpt import cli, shards, tokenizer
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
 # What the patterns of data_prep.published say, in the words of the regular expressions of `tokenizers`, where $ is
@@ -55,12 +56,12 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     out = Path(options.out)
     if (out / "tokenizer.json").exists():
-        raise ValueError(f"{out} exists already, with a tokenizer in it: choose another --out")
+        raise UserError(f"{out} exists already, with a tokenizer in it: choose another --out")
     most = shards.WIDTHS["uint16"].most_ids
     if not 257 <= options.vocab_size <= most:
-        raise ValueError(f"--vocab-size {options.vocab_size}: expected 257 to {most}")
+        raise UserError(f"--vocab-size {options.vocab_size}: expected 257 to {most}")
     if options.sample_mb < 1:
-        raise ValueError(f"--sample-mb {options.sample_mb}: expected 1 or more")
+        raise UserError(f"--sample-mb {options.sample_mb}: expected 1 or more")
     sample_bytes = options.sample_mb * 1_000_000
     sample = sampled(_texts(options, sample_bytes), sample_bytes)
     all_bytes, documents = sum(map(len, sample)), len(sample)
@@ -119,7 +120,7 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     """A byte-level BPE with `vocab_size` ids, end-of-text the last of them.
 
     Raises:
-        ValueError: the text is too small for that many merges.
+        UserError: the text is too small for that many merges.
     """
     written, cut = _CUTS[pattern]
     model = Trainable(models.BPE())
@@ -138,7 +139,7 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
         token = bytes(to_byte[character] for character in left + right)
         ranks.setdefault(token, len(ranks))
     if len(ranks) + 1 < vocab_size:
-        raise ValueError(f"the text is too small for {vocab_size:,} ids: it gives {len(ranks) + 1:,}")
+        raise UserError(f"the text is too small for {vocab_size:,} ids: it gives {len(ranks) + 1:,}")
     end = len(ranks)
     return ByteLevelBPE(name, written, ranks, {published.END_OF_TEXT: end}, end)
 

@@ -76,7 +76,7 @@ def make(out: Path, number: int, unit: Unit, recipe: Recipe, encoder: Encoder, m
     they come.
 
     Raises:
-        ValueError: a document cannot be read.
+        UserError: a document cannot be read.
         OSError: a file could not be written. Nothing of the unit is left then.
     """
     whole = folder(out, number)

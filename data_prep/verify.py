@@ -29,6 +29,7 @@ from data_prep import pieces
 from data_prep.megatron_index import Index
 from data_prep.pieces import File
 from hpcgpt import cli, shard_reader, shards, tokenizer
+from hpcgpt.errors import UserError
 from hpcgpt.shards import HEADER_BYTES, Manifest, Shard, Width
 
 PIECE_TOKENS = 1 << 20
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="sizes and headers only, and no token")
     options = parser.parse_args(argv)
     if options.workers < 1:
-        raise ValueError(f"--workers {options.workers}: expected 1 or more")
+        raise UserError(f"--workers {options.workers}: expected 1 or more")
     folder = Path(options.DIR)
     manifest = shards.read_manifest(folder)
     started_at = monotonic()
@@ -82,7 +83,7 @@ def verify(folder: Path, manifest: Manifest, workers: int = 1, quick: bool = Fal
 
         def read(count: int) -> None:
             if leave.is_set():
-                raise ValueError("interrupted")
+                raise UserError("interrupted")
             with lock:
                 bar.update(count)
 
@@ -180,7 +181,7 @@ class _Starts:
 
 
 def _starts(idx_file: File, shard: Shard, width: Width) -> Iterator[NDArray[np.int64]]:
-    """Raises ValueError where the index is not exactly what `hpcgpt.shards.index` writes for these documents."""
+    """Raises UserError where the index is not exactly what `hpcgpt.shards.index` writes for these documents."""
     index, at = _check_head(idx_file, shard, width), 0
     for first in range(0, shard.documents, PIECE_DOCUMENTS):
         stop = min(first + PIECE_DOCUMENTS, shard.documents)
@@ -191,17 +192,17 @@ def _starts(idx_file: File, shard: Shard, width: Width) -> Iterator[NDArray[np.i
             or not np.array_equal(index.places(first, stop), HEADER_BYTES + width.bytes * starts)
             or not np.array_equal(index.borders(first, stop), np.arange(first, stop))
         ):
-            raise ValueError(f"{idx_file.path}: documents {first:,} to {stop - 1:,} are not one behind the other")
+            raise UserError(f"{idx_file.path}: documents {first:,} to {stop - 1:,} are not one behind the other")
         yield starts
         at += int(lengths.sum())
     if at != shard.tokens or index.borders(shard.documents, shard.documents + 1)[0] != shard.documents:
-        raise ValueError(f"{idx_file.path}: the documents end at token {at:,}")
+        raise UserError(f"{idx_file.path}: the documents end at token {at:,}")
 
 
 def _check_head(idx_file: File, shard: Shard, width: Width) -> Index:
     index = Index(idx_file)
     if (index.code, index.sequences, index.documents) != (width.idx_code, shard.documents, shard.documents):
-        raise ValueError(
+        raise UserError(
             f"{idx_file.path}: {index.documents:,} documents of {index.sequences:,} sequences with code {index.code}, "
             f"the manifest says {shard.documents:,} with code {width.idx_code}"
         )

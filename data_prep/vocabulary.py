@@ -18,6 +18,7 @@ import tiktoken
 
 from data_prep import huggingface, published
 from hpcgpt import tokenizer
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
@@ -26,7 +27,7 @@ def find(name: str, end_of_text: str = "") -> Tokenizer:
     """The tokenizer that `name` stands for. `end_of_text` names a special token of it in place of the usual one.
 
     Raises:
-        ValueError: there is none, it is damaged, or it has no such end-of-text.
+        UserError: there is none, it is damaged, or it has no such end-of-text.
     """
     path = Path(name).expanduser()
     if name == "gpt2":
@@ -43,13 +44,13 @@ def find(name: str, end_of_text: str = "") -> Tokenizer:
         found = _plugin(name)
     else:
         names = ", ".join(["gpt2", *published.PUBLISHED])
-        raise ValueError(
+        raise UserError(
             f"no tokenizer '{name}': it is neither {names}, nor a folder with vocab.tiktoken in it, nor a Hugging Face "
             "tokenizer.json or a folder with one"
         )
     if end_of_text and found.special_tokens.get(end_of_text) != found.end_of_text:
         special = ", ".join(token for token, number in found.special_tokens.items() if number == found.end_of_text)
-        raise ValueError(f"tokenizer {found.name}: its end of text is {special}: leave --end-of-text {end_of_text} out")
+        raise UserError(f"tokenizer {found.name}: its end of text is {special}: leave --end-of-text {end_of_text} out")
     return found
 
 
@@ -81,8 +82,8 @@ def _plugin(name: str) -> ByteLevelBPE:
     try:
         found = tiktoken.get_encoding(name)
     except Exception as error:  # whatever a plugin may raise, and `requests`
-        raise ValueError(f"tokenizer {name}: tiktoken cannot make it here: {error}") from None
+        raise UserError(f"tokenizer {name}: tiktoken cannot make it here: {error}") from None
     end = found._special_tokens.get(published.END_OF_TEXT)
     if end is None:
-        raise ValueError(f"tokenizer {name}: it has no {published.END_OF_TEXT}")
+        raise UserError(f"tokenizer {name}: it has no {published.END_OF_TEXT}")
     return ByteLevelBPE(name, found._pat_str, found._mergeable_ranks, found._special_tokens, end)

@@ -71,7 +71,7 @@ def run(job: Job, todo: Sequence[Numbered], workers: int, report: Callable[[Sums
     """Make the units of `todo`; `report` is called about twice a second and at the end.
 
     Raises:
-        ValueError: a document cannot be read.
+        UserError: a document cannot be read.
         OSError: a file could not be written, or a worker was killed. What is finished stays.
     """
     workers = min(workers, len(todo))

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from hpcgpt import cli
+from hpcgpt.errors import USER_MISTAKE, UserError
 
 COMMANDS = {
     "train": "pretrain a model, or go on with a run",
@@ -25,7 +26,7 @@ def main() -> None:
         return
     name = sys.argv.pop(1)
     if name not in COMMANDS:
-        sys.exit(cli.complain(ValueError(f"no command '{name}'; there are {', '.join(COMMANDS)}"), cli.USER_MISTAKE))
+        sys.exit(cli.complain(UserError(f"no command '{name}'; there are {', '.join(COMMANDS)}"), USER_MISTAKE))
     cli.run(importlib.import_module(f"hpcgpt.{name}").main)
 
 

@@ -45,6 +45,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from hpcgpt import cli, runfolder
+from hpcgpt.errors import UserError
 from hpcgpt.generation import Generation
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
@@ -85,7 +86,7 @@ class State:
             raise ValueError(f"val_loss {self.val_loss!r} is no number")
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A checkpoint of another format version: whole perhaps, so not to be set aside."""
 
 
@@ -325,13 +326,13 @@ def main(argv: Sequence[str]) -> int:
     if options.step is not None:
         paths = [path for path in paths if step_of(path) == options.step]
         if not paths:
-            raise ValueError(f"{run} has no checkpoint of step {options.step}")
+            raise UserError(f"{run} has no checkpoint of step {options.step}")
     if options.command == "verify":
         rows = [_listed(path, verify(path)) for path in paths]
         _print(rows, options.json, f"{run} has no checkpoint yet")
         return 1 if any(row["problem"] for row in rows) else 0
     if not paths:
-        raise ValueError(f"{run} has no checkpoint yet")
+        raise UserError(f"{run} has no checkpoint yet")
     return _show(paths[0], options.json)
 
 
@@ -380,7 +381,7 @@ def _print(rows: Sequence[dict[str, Any]], as_json: bool, none: str) -> int:
 
 def _show(path: Path, as_json: bool) -> int:
     if problem := outline(path):
-        raise ValueError(f"{path} is damaged: {problem}")
+        raise UserError(f"{path} is damaged: {problem}")
     state, tensors = read_state(path), {}
     for name in sorted(set(read_files(path)) - {"state.json"}):
         try:
@@ -389,7 +390,7 @@ def _show(path: Path, as_json: bool) -> int:
                     piece = file.get_slice(key)
                     tensors[key] = {"dtype": piece.get_dtype(), "shape": list(piece.get_shape()), "file": name}
         except SafetensorError as error:
-            raise ValueError(f"{path / name} is damaged: {error}") from None
+            raise UserError(f"{path / name} is damaged: {error}") from None
     if as_json:
         print(json.dumps({"path": str(path), "state": asdict(state), "tensors": tensors}))
         return 0

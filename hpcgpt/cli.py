@@ -1,7 +1,7 @@
 """How a command starts and ends: its exit status, and errors without a traceback.
 
 Exit status, for all commands: 0 done, 2 a mistake in what was asked or given (the sentence is on
-stderr), anything else a failure. ``hpcgpt train`` adds those of ``hpcgpt.runfolder``.
+stderr), anything else a failure; see ``hpcgpt.errors``. ``hpcgpt train`` adds those of ``hpcgpt.runfolder``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-USER_MISTAKE = 2
+from hpcgpt.errors import UserError, status_of
 
 Main = Callable[[Sequence[str]], int]
 
@@ -20,8 +20,8 @@ Main = Callable[[Sequence[str]], int]
 def run(main: Main) -> None:
     """Run a command on sys.argv and leave with its status.
 
-    ValueErrors are users' mistakes, and OSErrors the machine's (a full disk, a missing permission):
-    both are sentences already. HPCGPT_TRACEBACK=1 shows where they came from.
+    UserErrors are people's mistakes, and OSErrors the machine's (a full disk, a dead node): both are sentences
+    already, and HPCGPT_TRACEBACK=1 shows where they came from. Any other exception is a fault of this program.
     """
     if os.environ.get("HPCGPT_TRACEBACK") == "1":
         sys.exit(main(sys.argv[1:]))
@@ -31,10 +31,8 @@ def run(main: Main) -> None:
         # `hpcgpt status | head`: the reader left, which is no failure of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except ValueError as error:
-        sys.exit(complain(error, USER_MISTAKE))
-    except OSError as error:
-        sys.exit(complain(error, 1))
+    except (UserError, OSError) as error:
+        sys.exit(complain(error, status_of(error)))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -58,8 +56,15 @@ class Lossy:
         return getattr(self._stream, name)
 
 
+def sentence(error: BaseException) -> str:
+    """What an error says, without the number that OSError puts before it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    return str(error)
+
+
 def complain(error: BaseException, status: int) -> int:
     """Print the sentence of an error to stderr; returns `status`."""
-    for line in str(error).splitlines():
+    for line in sentence(error).splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)
     return status

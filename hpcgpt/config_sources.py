@@ -30,6 +30,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tomli_w
 
 from hpcgpt.config import OF_KIND, Config, Part, contradictions
+from hpcgpt.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -40,7 +41,7 @@ def from_command_line(argv: Sequence[str], command: str, about: str) -> Config:
     CONFIG is a TOML file or the name of a preset. Exits by itself (status 0) for ``--help``.
 
     Raises:
-        ValueError: everything that is wrong, one line each.
+        UserError: everything that is wrong, one line each.
     """
     parser = _parser(command, about)
     flags, unknown = parser.parse_known_args(list(argv))
@@ -64,7 +65,7 @@ def from_command_line(argv: Sequence[str], command: str, about: str) -> Config:
 
 
 def from_file(path: Path) -> Config:
-    """The checked configuration in a TOML file. Raises ValueError, one line a problem."""
+    """The checked configuration in a TOML file. Raises UserError, one line a problem."""
     return _build([(str(path), _read_toml(path))], [])
 
 
@@ -76,7 +77,7 @@ def find(name: str) -> Path:
     """The file that CONFIG means: a TOML file, or a preset's name.
 
     Raises:
-        ValueError: there is neither such a file nor such a preset.
+        UserError: there is neither such a file nor such a preset.
     """
     path = Path(name)
     if path.is_file():
@@ -85,7 +86,7 @@ def find(name: str) -> Path:
     if preset.is_file():
         return preset
     names = sorted(p.stem for p in PRESETS.glob("*.toml"))
-    raise ValueError(
+    raise UserError(
         f"no configuration '{name}': it is neither a file nor a preset ({', '.join(names)})" + _nearest(name, names)
     )
 
@@ -127,9 +128,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{path}: not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 # --- checking --------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
     if not problems:
         problems.extend(contradictions(config))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return config
 
 
@@ -184,13 +185,13 @@ def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Itera
 
 
 def checked(section: str, key: str, value: Any) -> Any:
-    """`value` as the type of its field. Raises ValueError if it is none, or out of range."""
+    """`value` as the type of its field. Raises UserError if it is none, or out of range."""
     cls = _sections()[section]
     hint = get_type_hints(cls)[key]
     if get_origin(hint) is Literal:
         choices = list(get_args(hint))
         if value not in choices:
-            raise ValueError(f"{value!r} is none of {', '.join(choices)}{_nearest(str(value), choices)}")
+            raise UserError(f"{value!r} is none of {', '.join(choices)}{_nearest(str(value), choices)}")
         return str(value)
     if hint == _MIX:
         return _mix(value)
@@ -198,16 +199,16 @@ def checked(section: str, key: str, value: Any) -> Any:
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:
-        raise ValueError(f"expected {_KIND[hint]}, found {value!r}")
+        raise UserError(f"expected {_KIND[hint]}, found {value!r}")
     item = next(f for f in dataclasses.fields(cls) if f.name == key)
     limits = item.metadata
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no number to work with")
+        raise UserError(f"{value} is no number to work with")
     if isinstance(value, int | float) and not isinstance(value, bool):
         for name, (holds, words) in _BOUNDS.items():
             bound = limits[name]
             if bound is not None and not holds(value, bound):
-                raise ValueError(f"{value} must be {words} {bound}")
+                raise UserError(f"{value} must be {words} {bound}")
     return value
 
 
@@ -233,14 +234,14 @@ def _from_text(text: str, hint: type) -> Any:
     if hint is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise ValueError(f"expected true or false, found '{text}'")
+        raise UserError(f"expected true or false, found '{text}'")
     try:
         return int(text) if hint is int else float(text)
     except ValueError:
         # 1e9 tokens is how people write it.
         if hint is int and _is_whole(text):
             return int(float(text))
-        raise ValueError(f"expected {_KIND[hint]}, found '{text}'") from None
+        raise UserError(f"expected {_KIND[hint]}, found '{text}'") from None
 
 
 def _mix(value: Any) -> tuple[Part, ...]:
@@ -248,16 +249,16 @@ def _mix(value: Any) -> tuple[Part, ...]:
     if isinstance(value, _Text):
         value = [_part(part) for part in value.split(",")]
     if not isinstance(value, list):
-        raise ValueError(f"expected a list of {{dir, weight}}, found {value!r}")
+        raise UserError(f"expected a list of {{dir, weight}}, found {value!r}")
     parts = []
     for part in value:
         if not isinstance(part, Mapping) or set(part) != {"dir", "weight"}:
-            raise ValueError(f'each part is {{dir = "...", weight = 0.5}}, found {part!r}')
+            raise UserError(f'each part is {{dir = "...", weight = 0.5}}, found {part!r}')
         folder, weight = part["dir"], part["weight"]
         if not isinstance(folder, str) or not folder:
-            raise ValueError(f"expected a folder, found {folder!r}")
+            raise UserError(f"expected a folder, found {folder!r}")
         if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"the weight of {folder} must be a number greater than 0, found {weight!r}")
+            raise UserError(f"the weight of {folder} must be a number greater than 0, found {weight!r}")
         parts.append(Part(folder, float(weight)))
     return tuple(parts)
 
@@ -265,7 +266,7 @@ def _mix(value: Any) -> tuple[Part, ...]:
 def _part(text: str) -> dict[str, Any]:
     folder, _, weight = text.rpartition(":")
     if not folder:
-        raise ValueError(f"expected a folder and its weight, DIR:WEIGHT, found '{text}'")
+        raise UserError(f"expected a folder and its weight, DIR:WEIGHT, found '{text}'")
     return {"dir": folder, "weight": _from_text(weight, float)}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hpcgpt import mix, order, shard_reader, shards
 from hpcgpt.config import Config
+from hpcgpt.errors import UserError
 from hpcgpt.shard_reader import Split
 from hpcgpt.shards import Manifest
 
@@ -44,14 +45,14 @@ def open_all(config: Config, check_sizes: bool) -> list[DataSet]:
     """The data sets that `config` names, in its order.
 
     Raises:
-        ValueError: one is missing or damaged, too small, or does not fit the others.
+        UserError: one is missing or damaged, too small, or does not fit the others.
     """
     parts = config.data.mix
     folders = [Path(part.dir) for part in parts] or [Path(config.data.dir)]
     quotas = mix.quotas([part.weight for part in parts] or [1.0])
     for folder, quota in zip(folders, quotas, strict=True):
         if not quota:
-            raise ValueError(
+            raise UserError(
                 f"data.mix: the weight of {folder} is less than one sample in {mix.BLOCK:,}: leave it out, or raise it"
             )
     manifests = [shards.read_manifest(folder) for folder in folders]
@@ -59,7 +60,7 @@ def open_all(config: Config, check_sizes: bool) -> list[DataSet]:
     found = [_open(config, *part, check_sizes) for part in zip(names(folders), folders, manifests, quotas, strict=True)]
     if config.eval.every and not any(part.val for part in found):
         where = folders[0] if len(folders) == 1 else "none of the data sets"
-        raise ValueError(
+        raise UserError(
             f"{where} has{'' if len(folders) > 1 else ' no'} val shards: pass --eval.every 0 to train without "
             "validation, or make shards with a --val-fraction"
         )
@@ -80,18 +81,16 @@ def _fit_together(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
     first, seen = manifests[0], dict[str, Path]()
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest.digest in seen:
-            raise ValueError(
-                f"data.mix: {folder} and {seen[manifest.digest]} are the same data set: give it one weight"
-            )
+            raise UserError(f"data.mix: {folder} and {seen[manifest.digest]} are the same data set: give it one weight")
         seen[manifest.digest] = folder
         ours, theirs = manifest.tokenizer, first.tokenizer
         if ours["fingerprint"] != theirs["fingerprint"]:
-            raise ValueError(
+            raise UserError(
                 f"data.mix: {folder} was made with tokenizer {ours['name']} ({ours['fingerprint'][:12]}), but "
                 f"{folders[0]} with {theirs['name']} ({theirs['fingerprint'][:12]}): make one of them again"
             )
         if manifest.dtype != first.dtype:
-            raise ValueError(
+            raise UserError(
                 f"data.mix: {folder} holds {manifest.dtype} tokens, but {folders[0]} {first.dtype}: make the shards of "
                 "one of them again, with the other's --dtype"
             )
@@ -103,7 +102,7 @@ def _open(config: Config, name: str, folder: Path, manifest: Manifest, quota: in
     windows = order.window_count(train.tokens, context, config.stride)
     if windows * mix.BLOCK < batch * quota:
         part = "" if quota == mix.BLOCK else f"its {quota / mix.BLOCK:.2%} of "
-        raise ValueError(
+        raise UserError(
             f"{folder} has {windows:,} windows of {context} tokens, fewer than {part}one global batch of {batch}: add "
             "text, or lower train.global_batch or model.block_size"
         )
@@ -111,7 +110,7 @@ def _open(config: Config, name: str, folder: Path, manifest: Manifest, quota: in
     if config.eval.every and "val" in manifest.splits:
         val = shard_reader.open_split(folder, manifest, "val", check_sizes)
         if not order.window_count(val.tokens, context, context):
-            raise ValueError(
+            raise UserError(
                 f"the validation split of {folder} has {val.tokens:,} tokens, less than one window of "
                 f"{context}: make shards with a larger --val-fraction"
             )

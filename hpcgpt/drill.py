@@ -53,6 +53,7 @@ from hpcgpt.drill_lab import CHECKOUT, LabPlace, why_no_lab
 from hpcgpt.drill_report import Report, RoundReport
 from hpcgpt.drill_round import FailedError, Fired, Gun
 from hpcgpt.drill_run import Watched
+from hpcgpt.errors import UserError
 
 TRIAL_STEPS, ALONE_S, SAVE_EVERY_S = 60, 80.0, 3.0
 MAX_CRASHES = 20
@@ -96,15 +97,15 @@ max_idle = {max_crashes}
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     if options.minutes <= 0 or options.steps < 0:
-        raise ValueError("--minutes must be greater than 0, and --steps at least 0")
+        raise UserError("--minutes must be greater than 0, and --steps at least 0")
     no_lab = why_no_lab() if options.on != "here" else ""
     if options.on == "lab" and no_lab:
-        raise ValueError(f"--on lab: {no_lab}. Without a Slurm: --on here")
+        raise UserError(f"--on lab: {no_lab}. Without a Slurm: --on here")
     where = "here" if options.on == "here" or no_lab else "lab"
     kinds = chosen(where, options.faults)
     home = Path(options.dir or f"runs/drills/{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     if home.exists():
-        raise ValueError(f"{home} exists already: the drill makes a folder of its own, give it another --dir")
+        raise UserError(f"{home} exists already: the drill makes a folder of its own, give it another --dir")
     home.mkdir(parents=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)
@@ -119,7 +120,7 @@ def chosen(where: str, names: str = "") -> dict[str, Kind]:
     known = {kind.name: kind for kind in (*drill_faults.KINDS, *slurm)}
     wanted = [name.strip() for name in names.split(",")] if names else list(known)
     if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(f"--faults: no fault '{unknown[0]}' on {where}; there are {', '.join(known)}")
+        raise UserError(f"--faults: no fault '{unknown[0]}' on {where}; there are {', '.join(known)}")
     return {name: known[name] for name in wanted}
 
 

@@ -18,6 +18,7 @@ from hpcgpt.drill_lab import LabPlace
 from hpcgpt.drill_report import RoundReport
 from hpcgpt.drill_round import FailedError, Strike
 from hpcgpt.drill_run import Watched
+from hpcgpt.errors import UserError
 
 if TYPE_CHECKING:
     from hpcgpt.drill import Drill, Size
@@ -32,7 +33,7 @@ CHANGES = 5
 def drill(whole: Drill) -> None:
     place = whole.place
     if not isinstance(place, LabPlace):
-        raise ValueError("--elastic needs a lab: jobs of several shapes are submitted")
+        raise UserError("--elastic needs a lab: jobs of several shapes are submitted")
     whole.kinds.clear()
     whole.report.kinds = {"another shape": "STOP, then a job with another number of ranks"}
     whole.dropout = 0.0  # each rank has its own random numbers

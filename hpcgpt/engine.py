@@ -18,6 +18,7 @@ from torch import Tensor
 from hpcgpt import divergence, kernels, metrics, parallel
 from hpcgpt.blame import LocalTime
 from hpcgpt.device_clock import DeviceClock
+from hpcgpt.errors import UserError
 from hpcgpt.feed import Feed
 from hpcgpt.loader import Loader, Mixture, Windows
 from hpcgpt.model import GPT, Manner
@@ -54,7 +55,7 @@ class Engine:
         """A model with its first weights, not warmed up yet. A collective.
 
         Raises:
-            ValueError: the ranks would compute in different precisions.
+            UserError: the ranks would compute in different precisions.
         """
         self._plan, self._ranks, self._local = planned, ranks, local
         self._config = settings = planned.config
@@ -63,7 +64,7 @@ class Engine:
         self.dtype = pick_dtype(settings.train.dtype, ranks.device)
         dtypes = on_all(ranks, lambda: str(self.dtype))
         if len(set(dtypes)) > 1:
-            raise ValueError(f"the ranks would compute in {' and '.join(sorted(set(dtypes)))}: set train.dtype")
+            raise UserError(f"the ranks would compute in {' and '.join(sorted(set(dtypes)))}: set train.dtype")
         # The table is of bf16 peaks.
         measured = self._on_gpu and self.dtype == torch.bfloat16
         self._peak_flops = metrics.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcgpt import cli, runfolder
+from hpcgpt.errors import UserError
 
 if TYPE_CHECKING:
     from hpcgpt.trained import Trained
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if options.batches < 0:
-        raise ValueError(f"--batches: {options.batches} must be at least 0")
+        raise UserError(f"--batches: {options.batches} must be at least 0")
     folder = Path(options.RUN)
     runfolder.run_id(folder)
     # Late: it loads torch.
@@ -47,7 +48,7 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     """``val/...`` as `hpcgpt.evaluate` tells them, and how many target ``tokens`` they are of.
 
     Raises:
-        ValueError: the validation split is not there, or is no longer the one of the run.
+        UserError: the validation split is not there, or is no longer the one of the run.
     """
     from hpcgpt import plan
     from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
@@ -58,7 +59,7 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     wanted = dataclasses.replace(config, eval=evaluated, run=begun)
     planned = plan.make(wanted, world_size=1)
     if changed := plan.changes(model.state.identity, planned.identity):
-        raise ValueError(f"{model.path} was trained with other data or settings than are there: {'; '.join(changed)}")
+        raise UserError(f"{model.path} was trained with other data or settings than are there: {'; '.join(changed)}")
     sets, token_bytes = held_out(planned), bytes_of_ids(model.words, config.model.vocab_size)
     terms = Terms(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
     figures = evaluate_all(model.model, sets, terms)

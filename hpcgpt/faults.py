@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpcgpt import durable, world
+from hpcgpt.errors import rank_of
 
 TRACE_LINES = 40
 LOG_LINES = 15
@@ -93,7 +94,7 @@ def path_of(run_folder: Path, here: world.World) -> Path:
 
 def write(run_folder: Path, here: world.World, error: BaseException, status: int, step: int | None = None) -> None:
     """This rank ends by `error`: say so in its own file. Never raises OSError: the disk may be what has failed."""
-    lost = isinstance(error, ConnectionError)
+    lost = isinstance(error, ConnectionError) or rank_of(error) not in (None, here.rank)
     trace = "".join(traceback.format_exception(error)).splitlines()
     reason = str(error).strip() or type(error).__name__
     write_words(run_folder, here, status, reason, trace, step, "lost" if lost else "error")

@@ -40,7 +40,7 @@ class Feed:
         """Inputs and targets (B, T) on the device, of each micro-step of global batch `number`, or its first `count`.
 
         Raises:
-            ValueError: an id outside of the vocabulary; see `Loader.batch`.
+            UserError: an id outside of the vocabulary; see `Loader.batch`.
         """
         for micro_step in range(self._micro_steps if count is None else count):
             yield widen(self._take((number, micro_step)), self._device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hpcgpt.config import Sample
+from hpcgpt.errors import DivergedError
 from hpcgpt.kv_cache import Cache
 from hpcgpt.model import GPT
 
@@ -69,10 +70,10 @@ def choose(logits: Tensor, config: Sample, generator: torch.Generator) -> int:
     "The Curious Case of Neural Text Degeneration", 2020).
 
     Raises:
-        ValueError: the logits are no finite numbers.
+        UserError: the logits are no finite numbers.
     """
     if not torch.isfinite(logits).all():
-        raise ValueError("the model's logits are no finite numbers: it has diverged")
+        raise DivergedError("the model's logits are no finite numbers: it has diverged")
     if config.temperature == 0 or config.top_k == 1:
         return int(logits.argmax())
     ids = torch.arange(len(logits))

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import durable
+from hpcgpt.errors import UserError
 from hpcgpt.runfolder import SUPERSEDED
 
 HEARTBEAT_S = 2.0
@@ -103,7 +104,7 @@ def take(run_folder: Path, attempt: str) -> Generation:
     """The next generation of a run folder. `attempt` is world.job_attempt: '<job>_<restart>' or ''.
 
     Raises:
-        ValueError: another attempt holds the folder and is alive, or took it at the same moment.
+        UserError: another attempt holds the folder and is alive, or took it at the same moment.
     """
     folder = run_folder / "generations"
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def take(run_folder: Path, attempt: str) -> Generation:
     number = newest + 1
     who = {"host": socket.gethostname(), "pid": os.getpid(), "attempt": attempt, "time": time.time()}
     if not durable.create(folder / f"{number:06d}.json", json.dumps(who).encode()):
-        raise ValueError(f"{run_folder} was taken by another job at this very moment: {_who(folder, number)}")
+        raise UserError(f"{run_folder} was taken by another job at this very moment: {_who(folder, number)}")
     generation = Generation(folder, number, threading.Event())
     threading.Thread(target=generation._beat, name="heartbeat", daemon=True).start()
     return generation
@@ -128,7 +129,7 @@ def wait_until_gone(run_folder: Path, attempt: str) -> int:
     """The newest generation of a run folder, whose holder is gone; 0 if there was none yet.
 
     Raises:
-        ValueError: its holder is alive.
+        UserError: its holder is alive.
     """
     folder = run_folder / "generations"
     number = _newest(folder)
@@ -145,7 +146,7 @@ def wait_until_gone(run_folder: Path, attempt: str) -> int:
     while time.monotonic() < deadline:
         time.sleep(HEARTBEAT_S / 4)
         if _beats(folder, number) != before:
-            raise ValueError(
+            raise UserError(
                 f"{folder.parent} is held by {_who(folder, number)}, which is alive: end it first, or give "
                 "this run another --run.name"
             )

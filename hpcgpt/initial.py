@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from hpcgpt import checkpoint, config_sources, runfolder, tokenizer
 from hpcgpt.config import Config
+from hpcgpt.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,40 +30,40 @@ def check(config: Config, fingerprint: str) -> None:
     """Does `run.init_from` fit this run, whose shards have the tokenizer with this fingerprint? Without torch.
 
     Raises:
-        ValueError: it is no run with a checkpoint, or of another model or tokenizer.
+        UserError: it is no run with a checkpoint, or of another model or tokenizer.
     """
     source = Path(config.run.init_from)
     if not config.run.init_from or checkpoint.found(config.run_folder / "checkpoints"):
         return
     if source.resolve() == config.run_folder.resolve():
-        raise ValueError(f"run.init_from {source} is this very run")
+        raise UserError(f"run.init_from {source} is this very run")
     try:
         runfolder.run_id(source)
         other = config_sources.from_file(source / "config.toml").model
         tokenizer.load(source / "tokenizer", fingerprint)
     except ValueError as error:
-        raise ValueError(f"run.init_from: {error}") from None
+        raise UserError(f"run.init_from: {error}") from None
     if not checkpoint.found(source / "checkpoints"):
-        raise ValueError(f"run.init_from {source} has no checkpoint yet")
+        raise UserError(f"run.init_from {source} has no checkpoint yet")
     different = [
         f"model.{item.name} is {getattr(other, item.name)!r} there and {getattr(config.model, item.name)!r} here"
         for item in dataclasses.fields(other)
         if item.name not in _FREE and getattr(other, item.name) != getattr(config.model, item.name)
     ]
     if different:
-        raise ValueError(f"run.init_from {source} has another model: {'; '.join(different)}")
+        raise UserError(f"run.init_from {source} has another model: {'; '.join(different)}")
 
 
 def load(source: Path, model: nn.Module, ranks: Ranks) -> str:
     """Fill the weights of `model`; returns where they come from, in words. A collective.
 
     Raises:
-        ValueError: there is no valid checkpoint, or it is of another model.
+        UserError: there is no valid checkpoint, or it is of another model.
     """
     from hpcgpt import restore
 
     newest = restore.newest_valid(source / "checkpoints", ranks, None)
     if newest is None:
-        raise ValueError(f"run.init_from {source} has no checkpoint yet")
+        raise UserError(f"run.init_from {source} has no checkpoint yet")
     state = restore.load(newest, model, None, ranks)
     return f"first weights from {newest}, step {state.step:,}"

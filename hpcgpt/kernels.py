@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
+from hpcgpt.errors import UserError
+
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"]
 Context = Callable[[], AbstractContextManager[None]]
 
@@ -34,26 +36,26 @@ def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Co
     "fa3" is FlashAttention 3, which torch calls where the package flash_attn_interface is installed (Hopper GPUs).
 
     Raises:
-        ValueError: this device does not have it, or not in `dtype`.
+        UserError: this device does not have it, or not in `dtype`.
     """
     _tell_caches(wanted)
     if wanted == "auto":
         return nullcontext
     if device.type == "cpu" and wanted not in _ON_CPU:
-        raise ValueError(f"train.attention {wanted} is for GPUs: on a CPU it may be {', '.join(_ON_CPU)}")
+        raise UserError(f"train.attention {wanted} is for GPUs: on a CPU it may be {', '.join(_ON_CPU)}")
     if device.type == "cuda" and wanted in _BF16_ON_GPU and dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(
+        raise UserError(
             f"train.attention {wanted} computes in bfloat16 on a GPU, and this run in {name}: take efficient or auto, "
             "or train.dtype bfloat16"
         )
     if wanted == "fa3":
         if find_spec("flash_attn_interface") is None:
-            raise ValueError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
+            raise UserError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
         try:
             activate_flash_attention_impl("FA3")
         except (ImportError, RuntimeError, ValueError) as error:
-            raise ValueError(f"train.attention fa3 cannot be had: {error}") from None
+            raise UserError(f"train.attention fa3 cannot be had: {error}") from None
     return partial(sdpa_kernel, _BACKENDS[wanted])
 
 
@@ -71,14 +73,14 @@ def compiles(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool
     On a CPU compiling takes up to a minute for a step that is no more than 20 % faster: only who asks for it gets it.
 
     Raises:
-        ValueError: it was asked for, and what it needs is missing.
+        UserError: it was asked for, and what it needs is missing.
     """
     if device.type == "cuda":
         possible, lacks = find_spec("triton") is not None and _has("CC", "gcc", "clang"), "triton and a C compiler"
     else:
         possible, lacks = _has("CXX", "g++", "clang++"), "a C++ compiler"
     if wanted == "on" and not possible:
-        raise ValueError(f"train.compile on needs {lacks}: install it, or take off")
+        raise UserError(f"train.compile on needs {lacks}: install it, or take off")
     return possible and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpcgpt import mix, order, shard_reader
+from hpcgpt.errors import InputError
 from hpcgpt.shard_reader import Split
 from hpcgpt.shards import Tokens
 
@@ -74,7 +75,7 @@ class Mixture:
         `widen`.
 
         Raises:
-            ValueError: an id outside of the vocabulary; the message names the shard and the place.
+            InputError: an id outside of the vocabulary; the message names the shard and the place.
         """
         size = self.sets[0].context + 1
         batch = _gather([part.split for part in self.sets], rows, size)
@@ -83,7 +84,7 @@ class Mixture:
             row, column = map(int, np.argwhere(batch >= vocab_size)[0])
             d, shard, offset = map(int, rows[row])
             split = self.sets[d].split
-            raise ValueError(
+            raise InputError(
                 f"id {batch[row, column]} is outside of the vocabulary of {vocab_size:,} ids "
                 f"({split.where(int(split.starts[shard]) + offset + column)}): check the shards with "
                 "`python -m data_prep.verify`"

@@ -35,6 +35,7 @@ from hpcgpt import (
 from hpcgpt.blame import Blame
 from hpcgpt.divergence import Judge
 from hpcgpt.engine import Engine, Launched
+from hpcgpt.errors import DivergedError, UserError
 from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
 from hpcgpt.generation import Generation
 from hpcgpt.plan import Plan
@@ -197,7 +198,7 @@ class Attempt:
         else:
             changed = plan.changes(checkpoint.read_state(newest).identity, self.plan.identity)
             if changed:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run "
                     "another --run.name, or restore the settings"
                 )
@@ -302,7 +303,7 @@ class Attempt:
             self._reporter.say(found.words)
             self._reporter.event("spike" if found.spike else "nonfinite", step=row["step"], words=found.words)
         if found.fatal:
-            raise ValueError(f"{found.words}{found.fatal}")
+            raise DivergedError(f"{found.words}{found.fatal}")
         return None if found.spike and self._roll_back(launched, row) else row
 
     def _roll_back(self, launched: Launched, row: dict[str, Any]) -> bool:
@@ -323,7 +324,7 @@ class Attempt:
             return False
         rollbacks = self.progress.rollbacks + 1
         if rollbacks > spike.max_rollbacks:
-            raise ValueError(
+            raise DivergedError(
                 f"step {step:,}: another spike after {spike.max_rollbacks} rollbacks: try a lower optim.lr under "
                 "another --run.name, or a larger spike.factor"
             )

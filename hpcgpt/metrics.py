@@ -82,7 +82,7 @@ class MetricsFile:
         last few seconds are in doubt.
 
         Raises:
-            ValueError: a row is lost, since its line is damaged. Lines beyond the cut may be anything: rows are flushed
+            UserError: a row is lost, since its line is damaged. Lines beyond the cut may be anything: rows are flushed
                 before each checkpoint, and what a host that died had not flushed may be full of holes.
         """
         durable.forestall(path)

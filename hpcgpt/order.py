@@ -38,7 +38,7 @@ def window_count(tokens: int, context: int, stride: int) -> int:
 def windows(samples: NDArray[np.int64], total: int, seed: int, *more: int) -> NDArray[np.int64]:
     """Windows of `samples` of a run (n,), as indices (n,).
 
-    `total` is the number of windows an epoch; `more` goes into the key. Raises ValueError if there are none.
+    `total` is the number of windows an epoch; `more` goes into the key. Raises UserError if there are none.
     """
     if total < 1:
         raise ValueError("an epoch without windows has no order")

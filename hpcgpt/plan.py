@@ -16,6 +16,7 @@ from typing import Any
 from hpcgpt import datasets, initial, mix
 from hpcgpt.config import Config
 from hpcgpt.datasets import DataSet
+from hpcgpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     """The plan of a run on `world_size` ranks, of whom one has to look at the size of every shard.
 
     Raises:
-        ValueError: something does not fit; the message says what would.
+        UserError: something does not fit; the message says what would.
     """
     if world_size == 1 and config.parallel.gradient_dtype != "float32":
-        raise ValueError(
+        raise UserError(
             f"parallel.gradient_dtype is {config.parallel.gradient_dtype}, but a single rank sends its gradients to "
             "nobody: leave it at float32, or start more ranks"
         )
@@ -77,7 +78,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     parallel = config.parallel
     if parallel.mode == "zero1" and parallel.gradient_dtype == "bfloat16" and own > 1:
         # FSDP2 keeps what is not sent yet in the dtype in which it will be.
-        raise ValueError(
+        raise UserError(
             f"parallel.gradient_dtype bfloat16 with zero1 would add up a step's {own} micro-batches in bfloat16, too, "
             "and lose what is small: take ddp or fsdp, which sum them in float32, or leave it at float32"
         )
@@ -88,7 +89,7 @@ def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
     """Forward passes a rank makes for one optimizer step (gradient accumulation).
 
     Raises:
-        ValueError: the global batch cannot be divided so.
+        UserError: the global batch cannot be divided so.
     """
     steps, rest = divmod(global_batch, micro_batch * world_size)
     if rest:
@@ -99,7 +100,7 @@ def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
             if fitting
             else f"take a train.global_batch that is a multiple of {micro_batch * world_size}"
         )
-        raise ValueError(
+        raise UserError(
             f"train.global_batch {global_batch} is not a multiple of {world_size} ranks x train.micro_batch "
             f"{micro_batch}: {advice}"
         )
@@ -123,19 +124,19 @@ def _default(key: str) -> Any:
 def _with_vocabulary(config: Config, part: DataSet) -> Config:
     tokenizer, wanted = part.manifest.tokenizer, config.data.tokenizer
     if wanted and wanted != tokenizer["name"] and not tokenizer["fingerprint"].startswith(wanted):
-        raise ValueError(
+        raise UserError(
             f"data.tokenizer is {wanted}, but the shards in {part.folder} were made with {tokenizer['name']} "
             f"(fingerprint {tokenizer['fingerprint'][:12]}): point data.dir at other shards, or change data.tokenizer"
         )
     ids = int(tokenizer["vocab_size"])
     if config.model.vocab_size and config.model.vocab_size < ids:
-        raise ValueError(
+        raise UserError(
             f"model.vocab_size {config.model.vocab_size:,} is smaller than the {ids:,} ids of the shards' tokenizer "
             f"{tokenizer['name']}: leave it at 0 to take those"
         )
     highest = max(shard.max_id for shard in part.manifest.shards)
     if highest >= ids:
-        raise ValueError(
+        raise UserError(
             f"the shards in {part.folder} hold id {highest:,}, outside of their tokenizer's {ids:,} "
             "ids: they are damaged, make them again"
         )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpcgpt import durable
+from hpcgpt.errors import UserError
 from hpcgpt.world import Ranks, World
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
     """Meet the other ranks and start the process groups.
 
     Raises:
-        ValueError: a rank is there twice, or two ranks share one GPU.
+        UserError: a rank is there twice, or two ranks share one GPU.
         OSError: rank 0 did not appear, a rank is missing or cannot be reached, all within `timeout_s`; the message
             names them. That may be a node's fault, so it is no user's mistake.
     """
@@ -46,7 +47,7 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
         return Ranks(world, device, None)
     backend = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
     if backend == "nccl" and device.type != "cuda":
-        raise ValueError("run.backend nccl needs GPUs, and this run is on the CPU: use gloo, or auto")
+        raise UserError("run.backend nccl needs GPUs, and this run is on the CPU: use gloo, or auto")
     # The agent's store outlives a restart by torchrun, so each attempt has its own names in it.
     store = PrefixStore(world.attempt, _meet(world, folder, timeout_s))
     _report_in(store, world, device, timeout_s)
@@ -190,11 +191,11 @@ def _report_in(store: Store, world: World, device: torch.device, timeout_s: floa
 
     host = socket.gethostname()
     if store.add(f"there/{world.rank}", 1) > 1:
-        raise ValueError(f"{world}: another process has this rank already: was the job started twice, or without srun?")
+        raise UserError(f"{world}: another process has this rank already: was the job started twice, or without srun?")
     if device.type == "cuda":
         gpu = str(torch.cuda.get_device_properties(device).uuid)
         if store.add(f"gpu/{host}/{gpu}", 1) > 1:
-            raise ValueError(f"{world}: another rank uses {device} as well: ask for one GPU a task")
+            raise UserError(f"{world}: another rank uses {device} as well: ask for one GPU a task")
     names = [f"ready/{rank}" for rank in range(world.size)]
     store.set(names[world.rank], host)
     try:

@@ -41,8 +41,8 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import chain, cli, config_sources, durable, excluded, faults, runfolder, slurm, world
-from hpcgpt.cli import USER_MISTAKE
 from hpcgpt.config import Config, Requeue
+from hpcgpt.errors import USER_MISTAKE, UserError
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
 from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
@@ -72,14 +72,14 @@ class Before:
 
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in ("folder", "decide"):
-        raise ValueError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
+        raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
         settings = config_sources.from_command_line(argv[1:], "requeue folder", ABOUT)
         _begin(settings.run_folder)
         print(settings.run_folder)
         return 0
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
-        raise ValueError("requeue decide needs --status N first")
+        raise UserError("requeue decide needs --status N first")
     settings = config_sources.from_command_line(argv[3:], "requeue decide", ABOUT)
     return _act(settings, None if argv[2] == ENDING else int(argv[2]))
 
@@ -195,7 +195,7 @@ def _begin(folder: Path) -> None:
 
 
 def _claim(folder: Path, env: Mapping[str, str]) -> None:
-    """One task of a job array, and no other, may have this folder. Raises ValueError for the others."""
+    """One task of a job array, and no other, may have this folder. Raises UserError for the others."""
     array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID", "")
     if not array:
         return
@@ -203,7 +203,7 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
     durable.create(path, f"{task}\n".encode())
     owner = path.read_text().strip()
     if owner != task:
-        raise ValueError(
+        raise UserError(
             f"{folder} is the run folder of task {owner} of this job array, and so not that of task {task}: give each "
             "task its own. '%a' in the arguments stands for the task's number: --run.name sweep-%a --run.seed %a"
         )

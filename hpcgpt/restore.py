@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hpcgpt import checkpoint
 from hpcgpt.checkpoint import State
+from hpcgpt.errors import InputError
 from hpcgpt.generation import Generation
 from hpcgpt.optim import state_keys
 from hpcgpt.parallel import held, is_share
@@ -33,7 +34,7 @@ def newest_valid(
     Damaged ones are set aside with a loud line; by a reader, who holds no generation, they are only passed over.
 
     Raises:
-        ValueError: there are such checkpoints, and none is valid; or the newest is of another format version.
+        UserError: there are such checkpoints, and none is valid; or the newest is of another format version.
         OSError: a rank cannot read what rank 0 sees.
     """
     names = on_first(ranks, lambda: [path.name for path in checkpoint.found(checkpoints)])
@@ -50,7 +51,7 @@ def newest_valid(
     if not names:  # Those that earlier starts set aside: there was training, and it must not silently begin anew.
         problems = on_first(ranks, lambda: [path.name for path in checkpoint.damaged(checkpoints)])
     if problems:
-        raise ValueError(
+        raise InputError(
             f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
             "another --run.name; training is not started over silently"
         )
@@ -83,7 +84,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     world size than the checkpoint's the generators are left as they are.
 
     Raises:
-        ValueError: the tensors are not those of this model, this optimizer, or this precision.
+        UserError: the tensors are not those of this model, this optimizer, or this precision.
     """
     state = checkpoint.read_state(path)
     parameters = dict(model.named_parameters())
@@ -101,7 +102,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
             parameter, _, key = rest.rpartition("/")
             owner = _named(parameters, parameter)
             if key not in keys[owner]:
-                raise ValueError(
+                raise InputError(
                     f"{stored.name} is nothing that the optimizer keeps of it ({', '.join(keys[owner])}): set "
                     "optim.name as it was"
                 )
@@ -109,7 +110,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
         elif stored.name in generators and optimizer is not None:
             _restore_generator(stored.name, stored.read(), ranks)
         elif kind not in ("model", "optim", "rng"):
-            raise ValueError(f"{path} has a tensor {stored.name}, which is nothing that this program knows")
+            raise InputError(f"{path} has a tensor {stored.name}, which is nothing that this program knows")
     _check_complete(path, seen, parameters, keys, ranks, state)
     return state
 
@@ -138,7 +139,7 @@ class _Stored:
         try:
             return look()
         except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that this torch does not have
-            raise ValueError(f"{self.share}: {self.key} cannot be read: {error}") from None
+            raise InputError(f"{self.share}: {self.key} cannot be read: {error}") from None
 
 
 def _tensors(path: Path, state: State) -> Iterator[_Stored]:
@@ -149,7 +150,7 @@ def _tensors(path: Path, state: State) -> Iterator[_Stored]:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     yield _Stored(share, file, key, *checkpoint.rows_of(key))
         except SafetensorError as error:
-            raise ValueError(f"{share}: {error}") from None
+            raise InputError(f"{share}: {error}") from None
 
 
 def _check_complete(
@@ -169,25 +170,25 @@ def _check_complete(
         if state.world_size == ranks.world.size:
             expected[f"rng/{ranks.world.rank}/cpu"] = 1
     if missing := sorted(expected.keys() - seen.keys()):
-        raise ValueError(f"{path} lacks {', '.join(missing[:3])} of this model")
+        raise InputError(f"{path} lacks {', '.join(missing[:3])} of this model")
     for name, pieces in seen.items():
         if None in pieces and len(pieces) > 1:
-            raise ValueError(f"{path} has the tensor {name} twice")
+            raise InputError(f"{path} has the tensor {name} twice")
         if None in pieces or name not in expected:  # the optimizer's, for whom only wants the weights
             continue
         after = 0
         for rows in sorted((piece for piece in pieces if piece is not None), key=lambda rows: rows.start):
             if rows.start != after:
                 what = "lacks" if rows.start > after else "has twice some"
-                raise ValueError(f"{path} {what} rows of {name} before row {max(rows.start, after):,}")
+                raise InputError(f"{path} {what} rows of {name} before row {max(rows.start, after):,}")
             after = rows.stop
         if after != expected[name]:
-            raise ValueError(f"{path} lacks rows of {name} behind row {after:,} of {expected[name]:,}")
+            raise InputError(f"{path} lacks rows of {name} behind row {after:,} of {expected[name]:,}")
 
 
 def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
     if name not in parameters:
-        raise ValueError(f"the checkpoint has a tensor {name}, and the model has none of that name")
+        raise InputError(f"the checkpoint has a tensor {name}, and the model has none of that name")
     return parameters[name]
 
 
@@ -205,7 +206,7 @@ def _fill_state(state: dict[str, Any], key: str, stored: _Stored, owner: nn.Para
         found = _whole_shape(stored, shape)
         found_dtype = stored.read_rows(0, 0).dtype if found else torch.float32
     if found != shape or not found or found_dtype != dtype:
-        raise ValueError(f"{stored.name} is {found_dtype} {found} in the checkpoint, expected {dtype} {shape}")
+        raise InputError(f"{stored.name} is {found_dtype} {found} in the checkpoint, expected {dtype} {shape}")
     if key not in state:
         state[key] = torch.zeros_like(owner)
     _fill_rows(state[key], stored)
@@ -214,10 +215,10 @@ def _fill_state(state: dict[str, Any], key: str, stored: _Stored, owner: nn.Para
 def _fill(target: nn.Parameter, stored: _Stored, exactly: bool) -> None:
     shape = _whole_shape(stored, tuple(target.shape))
     if tuple(target.shape) != shape:
-        raise ValueError(f"{stored.name} is {shape} in the checkpoint and {tuple(target.shape)} in the model")
+        raise InputError(f"{stored.name} is {shape} in the checkpoint and {tuple(target.shape)} in the model")
     dtype = stored.read_rows(0, 0).dtype
     if target.dtype != dtype and (exactly or not dtype.is_floating_point):
-        raise ValueError(
+        raise InputError(
             f"{stored.name} is {dtype} in the checkpoint and {target.dtype} in the model: set train.dtype as it was"
         )
     _fill_rows(target.detach(), stored)
@@ -229,7 +230,7 @@ def _whole_shape(stored: _Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
     if rows is None:
         return shape
     if not expected or not shape or shape[0] != len(rows) or not rows or rows.stop > expected[0]:
-        raise ValueError(f"{stored.key} is {shape} in the checkpoint, expected rows of {expected}")
+        raise InputError(f"{stored.key} is {shape} in the checkpoint, expected rows of {expected}")
     return (expected[0], *shape[1:])
 
 
@@ -249,4 +250,4 @@ def _restore_generator(name: str, state: Tensor, ranks: Ranks) -> None:
         elif ranks.device.type == "cuda":
             torch.cuda.set_rng_state(state, ranks.device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} is no state of a random generator: {error}") from None
+        raise InputError(f"{name} is no state of a random generator: {error}") from None

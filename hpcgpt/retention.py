@@ -40,7 +40,7 @@ def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verifie
 
     Raises:
         OSError: one could not be read or removed.
-        ValueError: there is one of another format version.
+        UserError: there is one of another format version.
     """
     clean(checkpoints, held)
     whole: list[Path] = []

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import durable
+from hpcgpt.errors import UserError
 
 # Exit status of `hpcgpt train`, beside cli's 2.
 FINISHED, FAILED, AGAIN, SUPERSEDED = 0, 1, 75, 76
@@ -56,7 +57,15 @@ class Exit:
 def prepare(folder: Path) -> str:
     """Make the folder and its run.json unless they are there; returns the run's id."""
     for name in ("checkpoints", "logs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
+                raise
+            raise UserError(
+                f"cannot make the run folder {folder}: {error.strerror} ({error.filename}): choose a folder of yours "
+                "with --run.dir"
+            ) from None
     letters = string.ascii_lowercase + string.digits
     made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time()}
     durable.create(folder / "run.json", (json.dumps(made) + "\n").encode())
@@ -68,9 +77,17 @@ def run_id(folder: Path) -> str:
     try:
         return str(json.loads(path.read_bytes())["id"])
     except OSError as error:
-        raise ValueError(f"no run in {folder}: {error.strerror} ({path.name})") from None
+        raise UserError(f"no run in {folder}: {error.strerror} ({path.name})") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from None
+        raise UserError(f"{path} is damaged: {error!r}") from None
+
+
+def has_trained(folder: Path) -> bool:
+    """Has any attempt of this run made a step?"""
+    try:
+        return (folder / "metrics.jsonl").stat().st_size > 0
+    except OSError:
+        return False
 
 
 def record(folder: Path, event: str, **fields: Any) -> None:
@@ -105,7 +122,7 @@ def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a .jsonl file, one a line, without a torn last line; [] if there is no file.
 
     Raises:
-        ValueError: a line before the last one is no JSON object; `torn` leaves it out instead.
+        UserError: a line before the last one is no JSON object; `torn` leaves it out instead.
     """
     try:
         lines = path.read_bytes().split(b"\n")

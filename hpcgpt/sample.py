@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hpcgpt import cli, config_sources, runfolder
 from hpcgpt.config import Sample
+from hpcgpt.errors import UserError
 
 if TYPE_CHECKING:
     from hpcgpt.trained import Trained
@@ -26,12 +27,12 @@ def main(argv: Sequence[str]) -> int:
         try:
             chosen[key] = None if value is None else config_sources.checked("sample", key, value)
         except ValueError as error:
-            raise ValueError(f"--{key.replace('_', '-')}: {error}") from None
+            raise UserError(f"--{key.replace('_', '-')}: {error}") from None
     wanted = dataclasses.replace(settings.sample, **{key: value for key, value in chosen.items() if value is not None})
     if wanted.slide > settings.model.block_size:
-        raise ValueError(f"--slide: {wanted.slide} is more than the run's block_size of {settings.model.block_size}")
+        raise UserError(f"--slide: {wanted.slide} is more than the run's block_size of {settings.model.block_size}")
     if options.samples < 1:
-        raise ValueError(f"--samples: {options.samples} must be at least 1")
+        raise UserError(f"--samples: {options.samples} must be at least 1")
     # Late: it loads torch.
     from hpcgpt import trained
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcgpt.errors import InputError, cannot_read
 from hpcgpt.shards import HEADER_BYTES, WIDTHS, Manifest, Shard, Tokens, Width
 
 _MOST_MAPS = 512
@@ -82,12 +83,12 @@ def open_split(folder: Path, manifest: Manifest, name: str, check_sizes: bool = 
     """One split of a data set; with `check_sizes` the size of every shard is compared with the manifest.
 
     Raises:
-        ValueError: no such split, or a shard that is missing, truncated or too long.
+        UserError: no such split, or a shard that is missing, truncated or too long.
     """
     shards = [shard for shard in manifest.shards if shard.split == name]
     if not shards:
         there = ", ".join(manifest.splits) or "nothing"
-        raise ValueError(f"{folder} has no {name} shards (it has {there})")
+        raise InputError(f"{folder} has no {name} shards (it has {there})")
     if check_sizes:
         _check_sizes(folder, shards)
     return Split(folder, name, shards, manifest.width)
@@ -110,10 +111,10 @@ def check_size(folder: Path, shard: Shard) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        raise ValueError(f"{path}: the manifest lists it, but it can't be read: {error.strerror}") from None
+        raise cannot_read(path, error, "the manifest lists it, but it can't be read") from None
     if size != shard.bytes:
         what = "truncated" if size < shard.bytes else "too long"
-        raise ValueError(f"{path} is {what}: {size:,} bytes, expected {shard.bytes:,}; make the shards again")
+        raise InputError(f"{path} is {what}: {size:,} bytes, expected {shard.bytes:,}; make the shards again")
 
 
 def open_tokens(path: Path, read_ahead: bool = True) -> Tokens:
@@ -121,7 +122,7 @@ def open_tokens(path: Path, read_ahead: bool = True) -> Tokens:
     Without `read_ahead` nothing but the pages that are touched is read.
 
     Raises:
-        ValueError: it can't be opened, is no token shard, or not of the size that its header tells.
+        UserError: it can't be opened, is no token shard, or not of the size that its header tells.
     """
     try:
         with open(path, "rb") as file:
@@ -130,14 +131,14 @@ def open_tokens(path: Path, read_ahead: bool = True) -> Tokens:
         if isinstance(content, mmap.mmap) and not read_ahead:
             content.madvise(mmap.MADV_RANDOM)
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+        raise cannot_read(path, error, "can't be read") from None
     magic, version, tokens = np.frombuffer(content, dtype="<i4", count=3) if content else (0, 0, 0)
     width = next((w for w in WIDTHS.values() if (w.magic, w.version) == (magic, version)), None)
     if width is None:
         known = " or ".join(f"{w.magic}, {w.version}" for w in WIDTHS.values())
-        raise ValueError(f"{path}: not a token shard: header {magic}, {version}; expected {known}")
+        raise InputError(f"{path}: not a token shard: header {magic}, {version}; expected {known}")
     if size != HEADER_BYTES + width.bytes * int(tokens):
-        raise ValueError(f"{path}: {size:,} bytes do not fit the {tokens:,} tokens of its header")
+        raise InputError(f"{path}: {size:,} bytes do not fit the {tokens:,} tokens of its header")
     return np.frombuffer(content, dtype=width.dtype, count=int(tokens), offset=HEADER_BYTES)
 
 
@@ -171,7 +172,7 @@ def _map(split: Split, number: int) -> memoryview:
     shard, path = split.shards[number], split.path(number)
     tokens = open_tokens(path, read_ahead=split.fits_in_memory)
     if len(tokens) != shard.tokens or tokens.dtype != np.dtype(split.width.dtype):
-        raise ValueError(
+        raise InputError(
             f"{path} holds {len(tokens):,} tokens of {tokens.dtype}, but the manifest lists {shard.tokens:,} of "
             f"{split.width.name}: make the shards again"
         )

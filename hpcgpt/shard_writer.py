@@ -12,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from hpcgpt import durable, shards
+from hpcgpt.errors import UserError
 from hpcgpt.shards import Shard, Tokens, Width
 
 
@@ -31,15 +32,15 @@ class ShardWriter:
         end-of-text id, and their `lengths` (k,), which add up to n. They stand for `characters` and `text_bytes`.
 
         Raises:
-            ValueError: more tokens than the header can count, or an id that does not fit.
+            UserError: more tokens than the header can count, or an id that does not fit.
         """
         if not len(tokens):
             return
         if self.tokens + len(tokens) > shards.MOST_TOKENS:
-            raise ValueError(f"{self._name}: a shard holds at most {shards.MOST_TOKENS:,} tokens")
+            raise UserError(f"{self._name}: a shard holds at most {shards.MOST_TOKENS:,} tokens")
         low, high = int(tokens.min()), int(tokens.max())
         if high >= self._width.most_ids:
-            raise ValueError(f"{self._name}: id {high:,} does not fit {self._width.name}")
+            raise UserError(f"{self._name}: id {high:,} does not fit {self._width.name}")
         self._file.write(tokens.astype(self._width.dtype, copy=False).data)
         self._lengths.append(lengths)
         self.tokens += len(tokens)
@@ -82,7 +83,7 @@ def writing(
 
     Raises:
         OSError: a file could not be written; neither is left behind.
-        ValueError: see `ShardWriter.add`.
+        UserError: see `ShardWriter.add`.
     """
     with opened(folder / f"{name}.bin") as bin_file, opened(folder / f"{name}.idx") as idx_file:
         writer = ShardWriter(bin_file, name, split, width)

@@ -40,6 +40,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from hpcgpt import durable
+from hpcgpt.errors import InputError
 
 HEADER_BYTES = 1024
 IDX_MAGIC, IDX_VERSION = b"MMIDIDX\x00\x00", 1
@@ -134,30 +135,30 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a data set.
 
     Raises:
-        ValueError: there is none, or it is damaged or of another format.
+        UserError: there is none, or it is damaged or of another format.
     """
     path = folder / "manifest.json"
     make = "make one with `python -m data_prep.make_shards INPUT... --out DIR`"
     if not folder.is_dir():
-        raise ValueError(f"no folder of shards at {folder}: {make}, or set data.dir")
+        raise InputError(f"no folder of shards at {folder}: {make}, or set data.dir")
     if not path.is_file():
-        raise ValueError(f"no data set in {folder}: manifest.json, which is written last, is missing; {make}")
+        raise InputError(f"no data set in {folder}: manifest.json, which is written last, is missing; {make}")
     try:
         body = json.loads(path.read_bytes())
         kind = (body["format"], body["version"])
         if kind != (FORMAT, FORMAT_VERSION):
-            raise ValueError(
+            raise InputError(
                 f"{path}: format {kind[0]} version {kind[1]}, expected {FORMAT} {FORMAT_VERSION}: make the shards again"
             )
         if body["digest"] != _digest(body):
-            raise ValueError(f"{path}: its digest does not fit its content: the file was changed or damaged")
+            raise InputError(f"{path}: its digest does not fit its content: the file was changed or damaged")
         if body["dtype"] not in WIDTHS:
-            raise ValueError(f"{path}: tokens are {body['dtype']}, expected {' or '.join(WIDTHS)}")
+            raise InputError(f"{path}: tokens are {body['dtype']}, expected {' or '.join(WIDTHS)}")
         shards = [Shard(**shard) for shard in body["shards"]]
         fields = {key: body[key] for key in ("dtype", "tokenizer", "inputs", "split_rule", "counts", "digest")}
         return Manifest(**fields, shards=shards)
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a manifest of shards: {error!r}") from None
+        raise InputError(f"{path}: not a manifest of shards: {error!r}") from None
 
 
 def header(width: Width, tokens: int) -> bytes:

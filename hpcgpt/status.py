@@ -52,7 +52,7 @@ def status(folder: Path, now: float, with_history: bool = False) -> dict[str, An
     """What is known of a run; `now` in unix seconds. Figures that are not known yet are None.
 
     Raises:
-        ValueError: there is no run in `folder`.
+        UserError: there is no run in `folder`.
     """
     run_id = runfolder.run_id(folder)
     events, rows = history.read(folder)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import cli, config_sources, runfolder
+from hpcgpt.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
 
@@ -35,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
     settings = config_sources.from_command_line(training, "submit", "")
     tasks = options.tasks_per_node
     if options.nodes < 1 or tasks < 1:
-        raise ValueError("--nodes and --tasks-per-node must be at least 1")
+        raise UserError("--nodes and --tasks-per-node must be at least 1")
     from hpcgpt import plan  # late, so that --help does not load numpy
 
     planned = plan.make(settings, options.nodes * tasks)
     parameters = slurm_parameters(options, settings.run.name)
     if not SCRIPT.is_file():
-        raise ValueError(f"{SCRIPT} is missing: submit from a checkout of hpcgpt, installed with `pip install -e`")
+        raise UserError(f"{SCRIPT} is missing: submit from a checkout of hpcgpt, installed with `pip install -e`")
     if options.dry_run:
         print(batch_text(settings.run_folder, parameters, training))
         return 0
@@ -64,7 +65,7 @@ def slurm_parameters(options: argparse.Namespace, name: str) -> dict[str, Any]:
     for pair in options.sbatch:
         key, _, value = pair.partition("=")
         if key.lstrip("-") == "array":
-            raise ValueError(
+            raise UserError(
                 "submit queues one run: for a job array use `sbatch --array=0-7 slurm/pretrain.sbatch CONFIG "
                 "--run.name sweep-%a`, where %a stands for the task's number"
             )
@@ -95,10 +96,10 @@ def minutes(text: str) -> int:
     M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; see sbatch(1), --time.
 
     Raises:
-        ValueError: none of these.
+        UserError: none of these.
     """
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
-        raise ValueError(f"--time {text}: expected minutes, HH:MM:SS or D-HH:MM:SS")
+        raise UserError(f"--time {text}: expected minutes, HH:MM:SS or D-HH:MM:SS")
     days, _, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if days:
@@ -126,7 +127,7 @@ def _executor(folder: Path, parameters: dict[str, Any], training: Sequence[str])
     try:
         executor = SlurmExecutor(folder=folder / "submit")
     except RuntimeError:
-        raise ValueError(
+        raise UserError(
             "there is no srun on this machine: submit from a login node, or bring one up here with `make lab`"
         ) from None
     # `exec` leaves the shell no chance to go on to the pickled call that submitit writes behind it.
@@ -141,7 +142,7 @@ def _submit(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -
     try:
         job = executor.submit(CommandFunction(command(training)))
     except FailedJobError as error:
-        raise ValueError(f"Slurm refused the job: {error}") from None
+        raise UserError(f"Slurm refused the job: {error}") from None
     return str(job.job_id)
 
 

@@ -6,37 +6,50 @@ collective for somebody who has left. Here the error itself is what is shared.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from hpcgpt import errors
 from hpcgpt.world import Ranks
 
 T = TypeVar("T")
 
 
 def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Rank 0 does `work`; its result is returned, or its OSError or ValueError raised, on every rank."""
-    outcome: list[Any] = [_attempt(work) if ranks.world.is_first else None]
+    """Rank 0 does `work`; its result is returned, or its error raised, on every rank."""
+    outcome: list[Any] = [_attempt(work, ranks) if ranks.world.is_first else None]
     if ranks.control is not None:
         dist.broadcast_object_list(outcome, src=0, group=ranks.control)
     return _results(outcome)[0]  # type: ignore[no-any-return]
 
 
 def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Every rank does `work`; all results by rank, or the first rank's OSError or ValueError, on every rank."""
-    outcomes: list[Any] = [_attempt(work)] * ranks.world.size
+    """Every rank does `work`; all results by rank, or the first rank's error, on every rank."""
+    outcomes: list[Any] = [_attempt(work, ranks)] * ranks.world.size
     if ranks.control is not None:
         dist.all_gather_object(outcomes, outcomes[0], group=ranks.control)
     return _results(outcomes)
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _attempt(work: Callable[[], T], ranks: Ranks) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except (OSError, ValueError) as error:
-        return None, error
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        shared = _portable(error)
+        errors.mark(shared, ranks.world.rank)
+        return None, shared
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it can be sent to another process, else its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+    return error
 
 
 def _results(outcomes: list[Any]) -> list[Any]:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcgpt import durable
+from hpcgpt.errors import InputError, cannot_read
 
 SPECIAL_TOKEN_POLICY = "in the text they are plain text"
 
@@ -106,16 +107,16 @@ def load(folder: Path, fingerprint: str = "") -> Tokenizer:
     """The tokenizer in `folder`, of either kind.
 
     Raises:
-        ValueError: it is missing, damaged, or not the one that `fingerprint` names.
+        UserError: it is missing, damaged, or not the one that `fingerprint` names.
     """
     try:
         found = _read(folder)
     except OSError as error:
-        raise ValueError(f"no tokenizer in {folder}: {error.strerror} ({error.filename})") from None
+        raise cannot_read(folder, error, f"no tokenizer ({error.filename})") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: the tokenizer is damaged: {error!r}") from None
+        raise InputError(f"{folder}: the tokenizer is damaged: {error!r}") from None
     if fingerprint and found.fingerprint != fingerprint:
-        raise ValueError(
+        raise InputError(
             f"{folder}: tokenizer {found.name} has fingerprint {found.fingerprint[:12]}, but the shards "
             f"were made with {fingerprint[:12]}"
         )
@@ -139,7 +140,7 @@ def _read(folder: Path) -> Tokenizer:
             about["name"], content, about["special_tokens"], about["end_of_text"]
         )
     else:
-        raise ValueError(f"its kind is {about['kind']}")
+        raise InputError(f"its kind is {about['kind']}")
     if found.fingerprint != about["fingerprint"]:
-        raise ValueError("its content does not fit its fingerprint")
+        raise InputError("its content does not fit its fingerprint")
     return found

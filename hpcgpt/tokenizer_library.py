@@ -21,6 +21,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import Tokenizer
 
 # Around the name of a special token that stands in the model's own vocabulary: noncharacters, which no text
@@ -120,14 +121,14 @@ def open_library(content: str) -> tokenizers.Tokenizer:
     """The library's own object for a tokenizer.json, with special tokens in the text as plain text.
 
     Raises:
-        ValueError: the library cannot make sense of it.
+        UserError: the library cannot make sense of it.
     """
     try:
         library = tokenizers.Tokenizer.from_str(content)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library raises Exception itself, and panics are no Exception at all
-        raise ValueError(f"`tokenizers` cannot read it: {error}") from None
+        raise UserError(f"`tokenizers` cannot read it: {error}") from None
     library.encode_special_tokens = True
     return library
 

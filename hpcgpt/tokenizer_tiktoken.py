@@ -21,6 +21,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import Tokenizer
 
 
@@ -85,7 +86,7 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
     """The ranks in the content of a .tiktoken file.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
@@ -93,10 +94,10 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(f"line {number} is not a token in base64 and its rank") from None
+            raise UserError(f"line {number} is not a token in base64 and its rank") from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"{len(missing)} of the 256 bytes have no id, among them 0x{missing[0]:02x}")
+        raise UserError(f"{len(missing)} of the 256 bytes have no id, among them 0x{missing[0]:02x}")
     return ranks
 
 

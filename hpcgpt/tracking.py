@@ -32,6 +32,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hpcgpt.config import Config
+from hpcgpt.errors import UserError
 from hpcgpt.metrics import NEWEST_S
 from hpcgpt.preempt import shielded
 
@@ -176,9 +177,9 @@ def _note_path(run_folder: Path) -> Path:
 
 
 def check(wanted: str) -> None:
-    """Raises ValueError if "online" is asked for and there is no key."""
+    """Raises UserError if "online" is asked for and there is no key."""
     if wanted == "online" and not _has_key():
-        raise ValueError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
+        raise UserError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
 
 
 def choose_mode(wanted: str) -> str:

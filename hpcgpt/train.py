@@ -14,9 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from hpcgpt import cli, config_sources, faults, generation, preempt, runfolder, tracking, world
+from hpcgpt.errors import InputError, UserError, blame_the_node, status_of
+from hpcgpt.world import World
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     flag.install()
     try:
         if stop_file.exists():
-            raise ValueError(f"{stop_file} asks this run to stay stopped: remove it to go on")
+            raise UserError(f"{stop_file} asks this run to stay stopped: remove it to go on")
         tracking.check(settings.tracking.wandb)
         # Late, so that --help costs neither numpy nor torch.
         from hpcgpt import plan
@@ -44,20 +47,31 @@ def main(argv: Sequence[str]) -> int:
 
         status = loop.train(planned, here, flag, began_at)
     except Exception as error:
-        mistake = cli.USER_MISTAKE if isinstance(error, ValueError) else runfolder.FAILED
-        if folder.is_dir():
-            faults.write(folder, here, error, mistake)
-        # Of a lost connection the reason is in the word of another rank.
-        if isinstance(error, ConnectionError) or not isinstance(error, ValueError | OSError):
-            raise
-        # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
-        if here.is_first and folder.is_dir() and not generation.is_held(folder):
-            with suppress(OSError):  # the disk that is full may be this one
-                runfolder.write_exit(folder, runfolder.Exit(world.job_attempt(), mistake, str(error), 0, saved=False))
+        if isinstance(error, InputError) and here.launcher == "srun" and runfolder.has_trained(folder):
+            node_error = blame_the_node(error)
+            _say_why(folder, here, node_error)
+            raise node_error from error
+        _say_why(folder, here, error)
         raise
     if here.size > 1:
         _leave(status)
     return status
+
+
+def _say_why(folder: Path, here: World, error: Exception) -> None:
+    """Leave the reason in the run folder, for the requeue policy and for people."""
+    if not folder.is_dir():
+        return
+    status = status_of(error)
+    faults.write(folder, here, error, status)
+    # Of a lost connection the reason is in the word of another rank.
+    if isinstance(error, ConnectionError) or not isinstance(error, UserError | OSError):
+        return
+    # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
+    if here.is_first and not generation.is_held(folder):
+        with suppress(OSError):  # the disk that is full may be this one
+            ended = runfolder.Exit(world.job_attempt(), status, cli.sentence(error), 0, saved=False)
+            runfolder.write_exit(folder, ended)
 
 
 def _leave(status: int) -> NoReturn:

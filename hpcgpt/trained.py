@@ -13,6 +13,7 @@ import torch
 from hpcgpt import checkpoint, config_sources, host_memory, kernels, restore, runfolder, tokenizer, world
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Config
+from hpcgpt.errors import UserError
 from hpcgpt.model import GPT, Manner
 from hpcgpt.precision import allow_tf32, computing_in, pick_dtype
 from hpcgpt.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ def load(folder: Path, step: int | None, best: bool) -> Trained:
     """The model of a run, from the checkpoint of a step, from the best, or else from the newest.
 
     Raises:
-        ValueError: no such run or checkpoint, or it is damaged. If none is named damaged ones are passed over.
+        UserError: no such run or checkpoint, or it is damaged. If none is named damaged ones are passed over.
     """
     runfolder.run_id(folder)
     config = config_sources.from_file(folder / "config.toml")
@@ -81,7 +82,7 @@ def load(folder: Path, step: int | None, best: bool) -> Trained:
 def _newest(folder: Path, ranks: Ranks) -> Path:
     newest = restore.newest_valid(folder / "checkpoints", ranks, None)
     if newest is None:
-        raise ValueError(f"{folder} has no checkpoint yet")
+        raise UserError(f"{folder} has no checkpoint yet")
     return newest
 
 
@@ -89,9 +90,9 @@ def _of_step(folder: Path, step: int) -> Path:
     there = {checkpoint.step_of(path): path for path in reversed(checkpoint.found(folder / "checkpoints"))}
     if step not in there:
         steps = f"there are {', '.join(f'{found:,}' for found in there)}" if there else "there is none yet"
-        raise ValueError(f"{folder} has no checkpoint of step {step:,}: {steps}")
+        raise UserError(f"{folder} has no checkpoint of step {step:,}: {steps}")
     if problem := checkpoint.verify(there[step]):
-        raise ValueError(f"{there[step]} is damaged: {problem}")
+        raise UserError(f"{there[step]} is damaged: {problem}")
     return there[step]
 
 
@@ -107,7 +108,7 @@ def _best(folder: Path) -> Path:
         if not (problem := checkpoint.verify(path)):
             return path
         checkpoint.warn(path, problem)
-    raise ValueError(
+    raise UserError(
         f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where eval.every "
         "and checkpoint.every fall on the same step, and at the end"
     )

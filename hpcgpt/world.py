@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hpcgpt.errors import NodeError, UserError
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
@@ -52,14 +54,14 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
     """This process's place, from the launcher's variables.
 
     Raises:
-        ValueError: the launcher's variables contradict each other, or one is missing.
+        UserError: the launcher's variables contradict each other, or one is missing.
     """
     try:
         found = _found(env)
     except KeyError as error:
-        raise ValueError(f"the launcher did not set {error.args[0]}: start the ranks with srun or torchrun") from None
+        raise UserError(f"the launcher did not set {error.args[0]}: start the ranks with srun or torchrun") from None
     if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
-        raise ValueError(f"{found.launcher} started an impossible process: {found}")
+        raise UserError(f"{found.launcher} started an impossible process: {found}")
     return found
 
 
@@ -127,21 +129,22 @@ def _tasks_here(env: Mapping[str, str]) -> int:
 # --- the device ------------------------------------------------------------------------------------
 
 
-def device_index(world: World, visible: int, requested: str, promised: bool) -> int | None:
+def device_index(world: World, visible: int, requested: str, promised: int) -> int | None:
     """Which of the `visible` GPUs this rank uses; None: the CPU.
 
-    `promised` says that Slurm gave this job GPUs. The device is the local rank if that many are visible,
-    else 0 if exactly one is: Slurm then hides the others' from each task.
+    `promised` is how many GPUs Slurm gave this job on this node. The device is the local rank if that many are
+    visible, else 0 if exactly one is: Slurm then hides the others' from each task.
 
     Raises:
-        ValueError: a GPU was asked for or promised and there is none, or they are too few.
+        UserError: a GPU was asked for and there is none, or the job has fewer of them than tasks.
+        NodeError: torch sees fewer GPUs than Slurm gave: one is dead, or the driver is.
     """
     if requested == "cpu":
         return None
     if not visible:
         if requested == "cuda" or promised:
             why = "run.device is cuda" if requested == "cuda" else "Slurm gave this job GPUs"
-            raise ValueError(
+            raise (NodeError if promised else UserError)(
                 f"{why}, but torch sees none ({world}): check the driver and that torch is a CUDA "
                 "build, or pass --run.device cpu"
             )
@@ -150,7 +153,9 @@ def device_index(world: World, visible: int, requested: str, promised: bool) -> 
         return world.local_rank
     if visible == 1:
         return 0
-    raise ValueError(
+    if promised > visible:
+        raise NodeError(f"{world}: Slurm gave this job {promised} GPUs here, and torch sees {visible}: a GPU is dead")
+    raise UserError(
         f"{world} is local rank {world.local_rank}, but only {visible} GPUs are visible: ask for as "
         "many GPUs a node as tasks a node"
     )
@@ -160,12 +165,19 @@ def pick_device(world: World, requested: str, env: Mapping[str, str] = os.enviro
     """The device of this rank. CUDA_VISIBLE_DEVICES is read by torch and never changed here."""
     import torch
 
-    promised = bool(env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS") or env.get("SLURM_GPUS_ON_NODE"))
-    index = device_index(world, torch.cuda.device_count(), requested, promised and world.launcher == "srun")
+    promised = promised_gpus(env) if world.launcher == "srun" else 0
+    index = device_index(world, torch.cuda.device_count(), requested, promised)
     if index is None:
         return torch.device("cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def promised_gpus(env: Mapping[str, str]) -> int:
+    """How many GPUs Slurm gave this job on this node."""
+    count = env.get("SLURM_GPUS_ON_NODE", "")
+    ids = env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS") or ""
+    return int(count) if count.isdigit() else len(expand_hosts(f"[{ids}]")) if ids else 0
 
 
 def cores(world: World, env: Mapping[str, str] = os.environ) -> int:

@@ -21,7 +21,7 @@ from test_runfolder import small_disk
 
 from data_prep import documents, inputs, train_tokenizer
 from hpcgpt import runfolder, shard_reader, shards, tokenizer
-from hpcgpt.cli import USER_MISTAKE
+from hpcgpt.errors import USER_MISTAKE
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
 
 # What every start leaves: how it ended and why, and that it had the folder.
