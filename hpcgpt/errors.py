@@ -20,7 +20,6 @@ No torch in here.
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 
 USER_MISTAKE, FAILED = 2, 1
 
@@ -44,15 +43,15 @@ class NodeError(OSError):
     """A machine is not what was promised; the message is a sentence."""
 
 
-def cannot_read(path: Path | str, error: OSError, about: str = "") -> UserError | OSError:
+def cannot_read(error: OSError, sentence: str) -> UserError | OSError:
     """The error to raise where a file that a person named, or that belongs to what was named, cannot be read.
 
-    An InputError if it is not there or may not be read; an OSError for what is the machine's fault (EIO, ESTALE, ...).
+    An InputError with this sentence if it is not there or may not be read; an OSError with the same sentence for what
+    is the machine's fault (EIO, ESTALE, ...).
     """
-    text = f"{path}: {about or 'cannot be read'}: {error.strerror or error}"
     if error.errno in _OF_A_NAME:
-        return InputError(text)
-    return type(error)(error.errno, text)
+        return InputError(sentence)
+    return type(error)(error.errno, sentence)
 
 
 def mark(error: Exception, rank: int) -> None:

@@ -111,7 +111,7 @@ def check_size(folder: Path, shard: Shard) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        raise cannot_read(path, error, "the manifest lists it, but it can't be read") from None
+        raise cannot_read(error, f"{path}: the manifest lists it, but it can't be read: {error.strerror}") from None
     if size != shard.bytes:
         what = "truncated" if size < shard.bytes else "too long"
         raise InputError(f"{path} is {what}: {size:,} bytes, expected {shard.bytes:,}; make the shards again")
@@ -131,7 +131,7 @@ def open_tokens(path: Path, read_ahead: bool = True) -> Tokens:
         if isinstance(content, mmap.mmap) and not read_ahead:
             content.madvise(mmap.MADV_RANDOM)
     except OSError as error:
-        raise cannot_read(path, error, "can't be read") from None
+        raise cannot_read(error, f"{path} can't be read: {error.strerror}") from None
     magic, version, tokens = np.frombuffer(content, dtype="<i4", count=3) if content else (0, 0, 0)
     width = next((w for w in WIDTHS.values() if (w.magic, w.version) == (magic, version)), None)
     if width is None:

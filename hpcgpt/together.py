@@ -6,13 +6,13 @@ collective for somebody who has left. Here the error itself is what is shared.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from hpcgpt import errors
+from hpcgpt.errors import UserError
 from hpcgpt.world import Ranks
 
 T = TypeVar("T")
@@ -38,18 +38,13 @@ def _attempt(work: Callable[[], T], ranks: Ranks) -> tuple[T | None, Exception |
     try:
         return work(), None
     except Exception as error:  # whatever it is, the others must not wait for this rank
-        shared = _portable(error)
+        # Errors of libraries need not survive being sent to another process: of those the words are.
+        known = isinstance(error, UserError | OSError)
+        shared = (
+            error if known else RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+        )
         errors.mark(shared, ranks.world.rank)
         return None, shared
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself if it can be sent to another process, else its words."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
-    return error
 
 
 def _results(outcomes: list[Any]) -> list[Any]:

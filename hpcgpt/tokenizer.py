@@ -112,7 +112,7 @@ def load(folder: Path, fingerprint: str = "") -> Tokenizer:
     try:
         found = _read(folder)
     except OSError as error:
-        raise cannot_read(folder, error, f"no tokenizer ({error.filename})") from None
+        raise cannot_read(error, f"no tokenizer in {folder}: {error.strerror} ({error.filename})") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{folder}: the tokenizer is damaged: {error!r}") from None
     if fingerprint and found.fingerprint != fingerprint:

@@ -27,8 +27,8 @@ WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "trai
                  "tokenizer_tiktoken", "tokenizer_library", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
-    "config": set(), "config_sources": {"config"}, "world": set(), "cli": set(), "durable": set(),
-    "order": set(), "mix": {"order"}, "schedule": {"config"}, "shards": {"durable"},
+    "errors": set(), "config": set(), "config_sources": {"config", "errors"}, "world": {"errors"}, "cli": {"errors"},
+    "durable": set(), "order": set(), "mix": {"order"}, "schedule": {"config"}, "shards": {"durable", "errors"},
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpcgpt import world
+from hpcgpt.errors import NodeError, UserError
 from hpcgpt.world import World, device_index, discover, expand_hosts
 
 # --- who am I --------------------------------------------------------------------------------------
@@ -148,16 +149,18 @@ def test_the_device_is_not_the_global_rank() -> None:
 @pytest.mark.parametrize(
     ("local_rank", "visible", "requested", "promised", "sentence"),
     [
-        (0, 0, "cuda", False, "run.device is cuda, but torch sees none"),
-        (0, 0, "auto", True, "Slurm gave this job GPUs, but torch sees none"),
-        (2, 2, "auto", True, "local rank 2, but only 2 GPUs are visible"),
+        (0, 0, "cuda", 0, "run.device is cuda, but torch sees none"),
+        (0, 0, "cuda", 4, "run.device is cuda, but torch sees none"),
+        (0, 0, "auto", 4, "Slurm gave this job GPUs, but torch sees none"),
+        (2, 2, "auto", 2, "local rank 2, but only 2 GPUs are visible"),
+        (2, 2, "auto", 3, "Slurm gave this job 3 GPUs here, and torch sees 2: a GPU is dead"),
     ],
 )
 def test_no_gpu_or_too_few_of_them_is_an_error_and_no_fallback(
-    local_rank: int, visible: int, requested: str, promised: bool, sentence: str
+    local_rank: int, visible: int, requested: str, promised: int, sentence: str
 ) -> None:
-    """The course's script left with status 0, untrained."""
-    with pytest.raises(ValueError, match=sentence):
+    """The course's script left with status 0, untrained. What Slurm gave and torch does not see is the node's fault."""
+    with pytest.raises(NodeError if promised > visible else UserError, match=sentence):
         device_index(at(local_rank), visible, requested, promised)
 
 
