@@ -27,7 +27,7 @@ WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "trai
                  "tokenizer_tiktoken", "tokenizer_library", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
-    "errors": set(), "config": set(), "config_sources": {"config", "errors"}, "world": {"errors"}, "cli": {"errors"},
+    "errors": set(), "config": set(), "config_sources": {"config", "errors"}, "world": {"errors"}, "cli": {"errors", "streams"}, "streams": set(),
     "durable": set(), "order": set(), "mix": {"order"}, "schedule": {"config"}, "shards": {"durable", "errors"},
 }  # fmt: skip
 
