@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-LIBRARIES = ("numpy", "torch", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel", "safetensors.torch",
-             "tokenizers", "tiktoken", "tqdm", "xxhash")  # fmt: skip
+LIBRARIES = ("numpy", "torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel",
+             "safetensors.torch", "tokenizers", "tiktoken", "tqdm", "xxhash")  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 
