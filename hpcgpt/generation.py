@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import durable
+from hpcgpt import durable, streams
 from hpcgpt.errors import UserError
 from hpcgpt.runfolder import SUPERSEDED
 
@@ -70,6 +70,7 @@ class Generation:
                 file=sys.stderr,
                 flush=True,
             )
+            streams.drain()
             # Not sys.exit: the main thread may hang in a collective with ranks that are gone.
             os._exit(SUPERSEDED)
 

@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,17 @@ class MetricsFile:
             self.again = [row for row in kept if row["step"] > arrived]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
+        self._appended: deque[dict[str, Any]] = deque()
         self._lock = threading.Lock()
 
-    def write(self, row: dict[str, Any]) -> None:
-        try:
-            with self._lock:
-                self._waiting += json.dumps(row).encode() + b"\n"
-                self._write_waiting()
-        except OSError as error:
-            print(f"warning: {error}; trying again", file=sys.stderr, flush=True)
+    def append(self, row: dict[str, Any]) -> None:
+        """Queue a row; returns at once. `write_appended` or `sync` writes it, on another thread."""
+        self._appended.append(row)
+
+    def write_appended(self) -> None:
+        """Write the rows that wait. Raises OSError if that cannot be done: they wait for the next time."""
+        with self._lock:
+            self._write_waiting()
 
     def sync(self) -> None:
         """Flush to the disk: rows must not be younger than the checkpoint that follows them.
@@ -121,6 +124,8 @@ class MetricsFile:
         os.fsync(self._descriptor)
 
     def _write_waiting(self) -> None:
+        while self._appended:
+            self._waiting += json.dumps(self._appended.popleft()).encode() + b"\n"
         while self._waiting:
             try:
                 written = os.pwrite(self._descriptor, self._waiting, self._end)
