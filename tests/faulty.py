@@ -8,11 +8,9 @@ a number: the third ``read`` of ``run/run.json`` in a first start.
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,11 +95,8 @@ class Ended:
 
 
 class Bed:
-    def __init__(self, folder: Path, shards: Path) -> None:
+    def __init__(self, folder: Path, shards: Path, library: Path) -> None:
         self.folder, self._shards, self._count = folder, shards, 0
-        library = folder / "faulty_calls.so"
-        words = ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, ROOT / "tests/faulty_calls.c", "-ldl"]
-        subprocess.run(words, check=True)
         self._preloaded = Preloaded(library)
         (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards}"\n')
         self.whole, self.stopped = folder / "whole" / "tiny", folder / "stopped" / "tiny"

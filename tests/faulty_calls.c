@@ -8,7 +8,8 @@ Read from the environment at the first call after it is set there, so that it ma
     FAULTY_PATH     a pattern (fnmatch) that its path fits,
     FAULTY_NTH      and which of those it is, from 1
     FAULTY_ERRNO    with what
-    FAULTY_LATER    "once"; "path": every later call about that path fails, too; "disk": from then on everything that
+    FAULTY_LATER    "once"; "path": every later call about that path fails, too; "call": every later one of that name;
+                    "disk": from then on everything that
                     needs room below the roots does (ENOSPC, EDQUOT), or everything that changes anything (EROFS),
                     or everything (others)
 
@@ -82,7 +83,9 @@ static int fault(const char *call, const char *path, int kind) {
     if (fired) {
         int full = wanted_errno == ENOSPC || wanted_errno == EDQUOT;
         int least = full ? NEEDS_ROOM : wanted_errno == EROFS ? CHANGES : READS;
-        if (!strcmp(later, "path") ? !strcmp(path, fired_path) : !strcmp(later, "disk") && kind >= least)
+        if (!strcmp(later, "path") ? !strcmp(path, fired_path)
+            : !strcmp(later, "call") ? !strcmp(call, wanted_call)
+                                     : !strcmp(later, "disk") && kind >= least)
             number = wanted_errno;
     } else if (wanted_nth && !strcmp(call, wanted_call) && !fnmatch(wanted_path, path, 0) && ++seen == wanted_nth) {
         fired = 1;
