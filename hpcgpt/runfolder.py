@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import durable
-from hpcgpt.errors import UserError
+from hpcgpt.errors import UserError, cannot_read
 
 # Exit status of `hpcgpt train`, beside cli's 2.
 FINISHED, FAILED, AGAIN, SUPERSEDED = 0, 1, 75, 76
@@ -60,11 +60,10 @@ def prepare(folder: Path) -> str:
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
-                raise
-            raise UserError(
+            raise cannot_read(
+                error,
                 f"cannot make the run folder {folder}: {error.strerror} ({error.filename}): choose a folder of yours "
-                "with --run.dir"
+                "with --run.dir",
             ) from None
     letters = string.ascii_lowercase + string.digits
     made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time()}
@@ -77,7 +76,7 @@ def run_id(folder: Path) -> str:
     try:
         return str(json.loads(path.read_bytes())["id"])
     except OSError as error:
-        raise UserError(f"no run in {folder}: {error.strerror} ({path.name})") from None
+        raise cannot_read(error, f"no run in {folder}: {error.strerror} ({path.name})") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
 
@@ -99,7 +98,7 @@ def record(folder: Path, event: str, **fields: Any) -> None:
     line = json.dumps({"time": time.time(), "event": event, **fields}).encode() + b"\n"
     path = folder / "events.jsonl"
     with _recording:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             end = os.fstat(descriptor).st_size
             if end and os.pread(descriptor, 1, end - 1) != b"\n":
