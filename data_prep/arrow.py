@@ -52,14 +52,16 @@ def rows(path: Path, column: str) -> Iterator[Row]:
             return
     if is_stream and not _is_ended(path):
         # pyarrow takes a stream that was cut off between two batches for a whole one.
-        yield Row(number, "", f"it breaks off behind record batch {batch_number - 1}: the file was cut short")
+        yield Row(
+            number, "", f"it breaks off after {batch_number} record batches: the file was cut short, or never closed"
+        )
 
 
 def _is_ended(path: Path) -> bool:
-    """Does the stream end with the mark that writers put there, or with that of the format before 0.15?"""
+    """Does the stream end with the mark that a writer puts there when it is closed?"""
     with open(path, "rb") as file:
         file.seek(-min(8, path.stat().st_size), os.SEEK_END)
-        return file.read().endswith((_END_OF_STREAM, bytes(4)))
+        return file.read() == _END_OF_STREAM
 
 
 def _first_line(error: BaseException) -> str:

@@ -128,13 +128,13 @@ def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already, and not empty: choose another --out")
+    others = unread_beside(sources, recipe.kind)
     out.mkdir(parents=True, exist_ok=True)
     claim = out / ".importing"
     if not durable.create(claim, f"{socket.gethostname()} {os.getpid()}\n".encode()):
         raise UserError(f"{out}: another import is writing here")
     made: list[Shard] = []
     counts: Counter[str] = Counter(empty=0)
-    others = unread_beside(sources, recipe.kind)
     size = sum(source.bytes for source in sources)
     try:
         for source in sources:

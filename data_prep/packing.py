@@ -12,6 +12,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -134,17 +135,21 @@ def _zst_problem(error: str, frames: int) -> str:
 
 
 def _xz(file: Stream) -> Iterator[bytes]:
-    return _streams(file, "xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY))
+    begin = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    return _streams(file, "xz", b"\xfd7zXZ\0", begin)
 
 
 def _bz2(file: Stream) -> Iterator[bytes]:
-    return _streams(file, "bzip2", bz2.BZ2Decompressor)
+    return _streams(file, "bzip2", b"BZh", bz2.BZ2Decompressor)
 
 
-def _streams(file: Stream, name: str, begin: Callable[[], Any]) -> Iterator[bytes]:
+def _streams(file: Stream, name: str, mark: bytes, begin: Callable[[], Any]) -> Iterator[bytes]:
     left = file.read(CHUNK)
     streams = 0
     while left or not streams:
+        if not left.startswith(mark[: len(left)]):
+            problem = f"behind its end there is something that is no {name}" if streams else f"it is no {name} file"
+            raise BrokenError(problem)
         stream = begin()
         while not stream.eof:
             if stream.needs_input and not left:
@@ -156,7 +161,7 @@ def _streams(file: Stream, name: str, begin: Callable[[], Any]) -> Iterator[byte
             except (lzma.LZMAError, OSError, EOFError) as error:
                 if isinstance(error, OSError) and error.errno:
                     raise
-                raise BrokenError(_stream_problem(str(error), name, streams)) from None
+                raise BrokenError(_stream_problem(str(error))) from None
             left = b""
             if out:
                 yield out
@@ -167,11 +172,7 @@ def _streams(file: Stream, name: str, begin: Callable[[], Any]) -> Iterator[byte
         left = left.lstrip(b"\0") if name == "xz" else left
 
 
-def _stream_problem(error: str, name: str, streams: int) -> str:
-    if "format not supported" in error or "Invalid data stream" in error:
-        if streams:
-            return f"behind its end there is something that is no {name}, or it is damaged there"
-        return f"it is no {name} file, or it is damaged here"
+def _stream_problem(error: str) -> str:
     if "Memory usage limit" in error:
         return "it needs more than 1 GB of memory: pack it anew with `xz -dc FILE | xz`"
     return f"it is damaged here ({error})"
