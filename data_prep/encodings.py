@@ -35,6 +35,8 @@ _REMEDY = "correct it, put U+FFFD in its place with --on-bad-input replace, or s
 _MARKS = {
     b"\x1f\x8b": "gzip: its name should end in .gz",
     b"\x28\xb5\x2f\xfd": "zstandard: its name should end in .zst",
+    b"\xfd7zXZ\0": "xz: its name should end in .xz",
+    b"BZh": "bzip2: its name should end in .bz2",
     b"PAR1": "parquet: its name should end in .parquet",
     b"%PDF": "a PDF: take the text out of it first, as with `pdftotext`",
     b"PK\x03\x04": "a zip archive (epub and docx are such too): take the text out of it first",

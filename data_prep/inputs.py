@@ -242,15 +242,15 @@ def _matching(pattern: Path, aside: Aside) -> tuple[Path, Iterator[Path], set[Pa
 def _source(path: Path, root: Path, aside: Aside, taken: set[tuple[int, ...]], text_key: str) -> Source | Unread | None:
     """A file to read, or why it is not read; None if it cannot be read and was set aside."""
     name = shown(path.relative_to(root))
+    if not name.lower().endswith(KINDS):
+        ending = path.suffix.lower()
+        return Unread(name, path.lstat().st_size, f"ending in {ending}" if ending else "without an ending")
     try:
         status = path.stat()
     except OSError as error:
         target = f"a link to {shown(path.readlink())}, which" if path.is_symlink() else "a file that"
         aside.bad(path, name, "", f"{target} cannot be opened: {error.strerror}")
         return None
-    if not name.lower().endswith(KINDS):
-        ending = path.suffix.lower()
-        return Unread(name, status.st_size, f"its name ends in {ending}" if ending else "its name has no ending")
     if not stat.S_ISREG(status.st_mode):
         aside.bad(path, name, "", "no file but a pipe, a socket or a device")
         return None
@@ -275,6 +275,8 @@ def _is_json(name: str) -> bool:
 def _holds_lines(path: Path, text_key: str) -> bool:
     """Is the first line of a .json an object with a text, so that its other lines are too?"""
     kind = packing.of(path.name)
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        return True  # told where files are opened
     with open(path, "rb") as file:
         try:
             head = (packing.unpacked(file, kind) if kind else file).read(_CHUNK)

@@ -13,6 +13,7 @@ _CHUNK = 1 << 20
 _PACKED = {
     b"\x1f\x8b": "it is gzip; pipe it through `gzip -dc` first",
     b"\x28\xb5\x2f\xfd": "it is zstandard; pipe it through `zstd -dc` first",
+    b"\xfd7zXZ\0": "it is xz; pipe it through `xz -dc` first",
     b"PAR1": "it is parquet; name the file instead",
 }
 

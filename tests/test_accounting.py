@@ -125,7 +125,7 @@ def test_what_lies_beside_is_named_and_hidden_files_are_counted(make: Make, tmp_
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, **dict.fromkeys(names, b"{\n")})
     code, out, _ = make(given)
     assert code == 0
-    told = "1 file (its name ends in .md): README.md"
+    told = "1 file (ending in .md): README.md"
     assert told in out
     manifest = manifest_of(tmp_path)
     assert {row["name"] for row in manifest.unread} == {
@@ -564,7 +564,7 @@ def test_train_tokenizer_says_what_it_read_and_what_not(
     out, err = capsys.readouterr()
     assert "read: 2 files\n" in out
     assert "left out or changed: 1 empty\n" in out
-    assert "not read: 1 file (its name ends in .csv): f.csv" in err
+    assert "not read: 1 file (ending in .csv): f.csv" in err
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json", "prep/plan.json"])

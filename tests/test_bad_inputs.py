@@ -7,8 +7,10 @@ as they were, and so is what is finished and what is foreign.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -174,6 +176,12 @@ IN_TXT = [
     Row("a picture", one("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "this is not text but binary data", (0, 1)),
     Row("gzip", one("a.txt", gzip.compress(b"x")), "this is gzip: its name should end in .gz", (0, 1)),
     Row("zstandard", one("a.txt", zstd.compress(b"x" * 99)), "this is zstandard: its name should end in .zst", (0, 1)),
+    Row("xz", one("a.txt", lzma.compress(b"x")), "this is xz: its name should end in .xz", (0, 1)),
+    Row("bzip2", one("a.txt", bz2.compress(b"x" * 99)), "this is bzip2: its name should end in .bz2", (0, 1)),
+    Row("a bad line in xz", one("a.jsonl.xz", lzma.compress(GOOD + b"bad\n" + GOOD)),
+        f"a.jsonl.xz, byte {AT} of its text: not JSON", (2, 1)),
+    Row("bz2 cut short", one("a.jsonl.bz2", truncated(bz2.compress(LINES), 4)), "it breaks off: the bzip2", (0, 1)),
+    Row("no bz2", one("a.txt.bz2", b"<html>404</html>"), "a.txt.bz2: it is no bzip2 file", (0, 1)),
     Row("PDF", one("a.txt", b"%PDF-1.4\n\xe2\xe3\xcf\xd3\n"), "this is a PDF: take the text out of it first", (0, 1)),
     Row("a book in epub", one("a.txt", b"PK\x03\x04\x14\0\0\0"), "this is a zip archive (epub and docx are", (0, 1)),
     Row("a GB in one document", giant("a.txt", b""),
