@@ -186,6 +186,13 @@ class _Reader:
             return
         yield from self._plain(content, 0, self._reading.encoding)
 
+    def _other_separator(self, remedy: str) -> str:
+        """What else to type where a remedy leads to GB18030, in which this separator could not be found for sure."""
+        separator = self._reading.separator
+        if "gb18030" not in remedy or not separator or encodings.can_start_separator("gb18030", separator):
+            return ""
+        return f", with --separator '\\n{separator}'"
+
     def _between_separators(self, stream: Stream) -> Iterator[str]:
         encoding = self._encoding(stream)
         separator = self._reading.separator.encode("utf-8" if encoding == AUTO else encoding)
@@ -206,7 +213,7 @@ class _Reader:
                 encodings.check_no_nul(content)
             text = self._decoded(content, encoding, offset)
         except UndecodableError as error:
-            self._bad(self._at(offset + error.start), error.problem, error.remedy)
+            self._bad(self._at(offset + error.start), error.problem, error.remedy + self._other_separator(error.remedy))
         else:
             if "\0" in text:
                 self._bad(self._at(offset), f"not text in {encoding}: it has NUL characters")

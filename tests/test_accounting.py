@@ -343,6 +343,19 @@ def test_with_no_encoding_given_the_bad_byte_leads_to_the_right_one(make: Make, 
     assert documents_in(manifest_of(tmp_path)) == 3
 
 
+def test_the_way_to_gb18030_names_a_separator_that_can_be_found_in_it(make: Make, tmp_path: Path) -> None:
+    content = "".join(f"第{n}章\n{NOVEL}\n" for n in "一二三").encode("gb18030")
+    given = folder_of(tmp_path / "in", {"a.txt": content})
+    code, _, err = make(given, "--separator", "第")
+    assert (code, r"say --encoding auto, or gb18030 if all files are so, with --separator '\n第'" in err) == (
+        2,
+        True,
+    ), err
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert make(given, "--separator", r"\n第", "--encoding", "auto")[0] == 0
+    assert documents_in(manifest_of(tmp_path)) == 3
+
+
 def test_byte_80_is_the_euro_sign_of_code_page_936(tmp_path: Path) -> None:
     content = NOVEL.encode("gb18030")
     path = folder_of(tmp_path, {"a.txt": content + b"\x80" + "很贵".encode("gb18030")}) / "a.txt"
