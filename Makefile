@@ -51,9 +51,9 @@ quickstart: install ## everything, on this machine, on real text: Shakespeare in
 	@echo "   runs/quickstart               the run: metrics.jsonl, checkpoints/, config.toml, wandb/"
 	@echo "   more text: $(BIN)/python -m hpcgpt.sample runs/quickstart --prompt 'HAMLET.' --tokens 300"
 
-shards: install ## text -> token shards: make shards CORPUS=~/novels [OUT=data/shards] [TOKENIZER=gpt2] [VAL=0.01]
+shards: install ## text -> token shards: make shards CORPUS=~/novels [OUT=data/shards] [TOKENIZER=gpt2] [VAL=0.01] [ARGS=...]
 	@test -n "$(CORPUS)" || { echo "name the text: make shards CORPUS=~/novels"; exit 2; }
-	@$(BIN)/python -m data_prep.make_shards $(CORPUS) --out $(OUT) --tokenizer $(TOKENIZER) --val-fraction $(VAL)
+	@$(BIN)/python -m data_prep.make_shards $(CORPUS) --out $(OUT) --tokenizer $(TOKENIZER) --val-fraction $(VAL) $(ARGS)
 
 train: install ## train on this machine: make train [CONFIG=gpt2-124m] [ARGS='--train.steps 100']
 	@$(BIN)/python -m hpcgpt.train $(CONFIG) $(ARGS)

@@ -33,6 +33,10 @@ class Documents:
     width: Width
     marker: int
     most: int
+    read: int = 0  # tokens, end-of-text among them
+    marks: int = 0  # end-of-text ids
+    unknown: int = 0  # tokens for text that the tokenizer does not know
+    off_marks: int = 0  # documents that an index lets begin where there is no end-of-text id
     _starts_with_mark: bool | None = None
     _ends_with_mark: bool = False
     _unfinished: list[Tokens] = field(default_factory=list)
@@ -63,6 +67,10 @@ class Documents:
         marks = np.flatnonzero(piece.tokens == self.marker)
         kept = np.delete(piece.tokens, marks)
         self._check(piece, kept)
+        self.read += len(piece.tokens)
+        self.marks += len(marks)
+        if self.tokenizer.unknown is not None:
+            self.unknown += int((kept == self.tokenizer.unknown).sum())
         if len(piece.tokens):
             ends = piece.tokens[[0, -1]] == self.marker
             self._starts_with_mark = bool(ends[0]) if self._starts_with_mark is None else self._starts_with_mark
@@ -70,6 +78,7 @@ class Documents:
         # From here on places are among the tokens that are kept.
         cuts = piece.cuts - np.searchsorted(marks, piece.cuts)
         marks = marks - np.arange(len(marks))
+        self.off_marks += int((~np.isin(cuts[cuts > 0], marks)).sum())
         self._marks.add(marks, len(kept))
         self._cuts.add(cuts, len(kept))
         borders = np.unique(np.concatenate([marks, cuts])) + self._waiting

@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import orjson
 
-from data_prep import encodings, packing, parquet, separators
+from data_prep import accounting, arrow, encodings, packing, parquet, separators
 from data_prep.encodings import AUTO, UndecodableError
 from data_prep.inputs import Piece, Source, Unit, too_long
 from data_prep.packing import BrokenError, Stream
@@ -25,8 +26,14 @@ _BUFFER = 1 << 20
 _HINT = 'expected one JSON object a line, such as {"text": "..."}; `jq -c .` or `jq -c .[]` makes such lines'
 
 
-def documents(unit: Unit, reading: Reading | None = None, skipped: list[Skipped] | None = None) -> Iterator[str]:
-    """The documents of a unit, in order, without the empty ones. Lone surrogates become U+FFFD.
+def documents(
+    unit: Unit,
+    reading: Reading | None = None,
+    skipped: list[Skipped] | None = None,
+    counts: Counter[str] | None = None,
+) -> Iterator[str]:
+    """The documents of a unit, in order, without the empty ones. Lone surrogates become U+FFFD. What is left out or
+    changed besides `skipped` is added to `counts`, see `data_prep.accounting`.
 
     Raises:
         UserError: bad input, unless it is to be skipped: then it goes into `skipped`. Always, if a file is not
@@ -35,26 +42,32 @@ def documents(unit: Unit, reading: Reading | None = None, skipped: list[Skipped]
     """
     reading = reading or Reading()
     aside = Aside(reading.on_bad_input, [] if skipped is None else skipped)
+    counts = Counter() if counts is None else counts
     for piece in unit:
         _check_unchanged(piece.source)
-        for text in _Reader(piece, reading, aside).texts():
+        # Between two separators there may be nothing, which is no document; a row or a file is one.
+        counted = not (reading.separator and piece.source.kind == "txt")
+        for text in _Reader(piece, reading, aside, counts).texts():
             if text and not text.isspace():
                 yield text
+            elif counted:
+                counts["empty"] += 1
         _check_unchanged(piece.source)
 
 
 class _Reader:
     """One piece while it is read. Places are counted in bytes of the file, or of what is packed in it."""
 
-    def __init__(self, piece: Piece, reading: Reading, aside: Aside) -> None:
+    def __init__(self, piece: Piece, reading: Reading, aside: Aside, counts: Counter[str]) -> None:
         self._piece, self._source, self._reading, self._aside = piece, piece.source, reading, aside
+        self._counts = counts
         self._stop = sys.maxsize if piece.source.packing else piece.stop
         self._limit = reading.max_document_bytes
 
     def texts(self) -> Iterator[str]:
         source = self._source
         try:
-            if source.kind == "parquet":
+            if source.kind in ("parquet", "arrow"):
                 yield from self._rows()
                 return
             with io.BufferedReader(io.FileIO(source.path), _BUFFER) as file:
@@ -104,12 +117,12 @@ class _Reader:
                         offset += _rest_of_line(stream, self._stop - offset)
                     continue
                 try:
-                    text = orjson.loads(line if encoding == "utf-8" else line.decode(encoding))[key]
+                    text = orjson.loads(line if encoding in ("utf-8", AUTO) else line.decode(encoding))[key]
                 except (ValueError, KeyError, TypeError):
                     text = None
                 if type(text) is not str:
                     text = self._line(line, start, encoding)
-                if text:
+                if text is not None:
                     yield text
         except BrokenError as broken:
             self._bad(self._at(offset), str(broken))
@@ -122,15 +135,14 @@ class _Reader:
         key = self._reading.text_key
         try:
             encodings.check_no_nul(line)
-            content = encodings.decoded(line, encoding, start == 0)
+            content = self._decoded(line, encoding, start)
         except UndecodableError as error:
             self._bad(self._at(start + error.start), error.problem, error.remedy)
             return None
         try:
             row = json.loads(content)
         except json.JSONDecodeError as error:
-            # The error counts characters, and none of a byte-order mark's.
-            place = start + len(line) - len(content.encode(encoding)) + len(content[: error.pos].encode(encoding))
+            place = start + _bytes_before(line, content, error.pos, encoding)
             hint = _HINT if start == 0 and content.strip() in ("[", "{") else ""
             self._bad(self._at(place), f"not JSON: {error.msg}", hint)
             return None
@@ -150,6 +162,17 @@ class _Reader:
             self._bad(self._at(start, "line at byte"), f"no text under '{key}' (it has {has})", remedy)
         return None
 
+    def _decoded(self, content: bytes, encoding: str, offset: int) -> str:
+        """What is at byte `offset` of the file, as text. Bad bytes are replaced and counted, if that was asked for."""
+        if self._reading.on_bad_input != "replace":
+            return encodings.decoded(content, encoding, offset == 0)
+        text, replaced = encodings.replaced(content, encoding, offset == 0)
+        if replaced:
+            self._counts[accounting.REPLACED] += replaced.characters
+            place, how_many = self._at(offset + replaced.start), f"{replaced.characters:,} characters were replaced"
+            self._aside.note(self._source.name, place, f"{replaced.problem}: {how_many} with U+FFFD from here on")
+        return text
+
     # --- txt
 
     def _whole(self, stream: Stream) -> Iterator[str]:
@@ -163,9 +186,16 @@ class _Reader:
             return
         yield from self._plain(content, 0, self._reading.encoding)
 
+    def _other_separator(self, remedy: str) -> str:
+        """What else to type where a remedy leads to GB18030, in which this separator could not be found for sure."""
+        separator = self._reading.separator
+        if "gb18030" not in remedy or not separator or encodings.can_start_separator("gb18030", separator):
+            return ""
+        return f", with --separator '\\n{separator}'"
+
     def _between_separators(self, stream: Stream) -> Iterator[str]:
         encoding = self._encoding(stream)
-        separator = self._reading.separator.encode(encoding)
+        separator = self._reading.separator.encode("utf-8" if encoding == AUTO else encoding)
         offset = self._piece.start
         try:
             for start, content in separators.cut(stream, offset, self._stop, separator, self._limit):
@@ -181,24 +211,30 @@ class _Reader:
         try:
             if not encodings.is_wide(encoding):
                 encodings.check_no_nul(content)
-            text = encodings.decoded(content, encoding, offset == 0)
+            text = self._decoded(content, encoding, offset)
         except UndecodableError as error:
-            self._bad(self._at(offset + error.start), error.problem, error.remedy)
+            self._bad(self._at(offset + error.start), error.problem, error.remedy + self._other_separator(error.remedy))
         else:
             if "\0" in text:
                 self._bad(self._at(offset), f"not text in {encoding}: it has NUL characters")
             else:
                 yield text
 
-    # --- parquet
+    # --- parquet and arrow
 
     def _rows(self) -> Iterator[str]:
         path, column = self._source.path, self._reading.text_key
         try:
-            if self._piece.groups == (0, 0):
-                parquet.group_sizes(path, column)  # the piece was made to tell here why it has none
-            for row in parquet.rows(path, column, range(*self._piece.groups)):
-                if row.problem:
+            if self._source.kind == "arrow":
+                rows = arrow.rows(path, column)
+            else:
+                if self._piece.groups == (0, 0):
+                    parquet.group_sizes(path, column)  # the piece was made to tell here why it has none
+                rows = parquet.rows(path, column, range(*self._piece.groups))
+            for row in rows:
+                if row.text is None and not row.problem:
+                    self._counts["null"] += 1
+                elif row.problem or row.text is None:
                     self._bad(f"row {row.number} (counted from 0)", row.problem)
                 elif len(row.text) > self._limit or len(row.text.encode()) > self._limit:
                     self._bad(f"row {row.number} (counted from 0)", *too_long(self._reading, "parquet"))
@@ -229,6 +265,15 @@ def _rest_of_line(stream: Stream, at_most: int) -> int:
         if part.endswith(b"\n"):
             break
     return count
+
+
+def _bytes_before(line: bytes, content: str, characters: int, encoding: str) -> int:
+    """How many bytes of the line the first `characters` of its text take; 0 where bytes were replaced, so that it
+    cannot be known."""
+    encoding = "utf-8" if encoding == AUTO else encoding
+    whole = len(content.encode(encoding))
+    mark = len(line) - whole  # of a byte-order mark, which is no part of the text
+    return mark + len(content[:characters].encode(encoding)) if mark in (0, 3, 4) else 0
 
 
 def _json_kind(value: object) -> str:

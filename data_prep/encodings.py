@@ -5,12 +5,17 @@ GB2312 are parts. ``auto`` takes a text for UTF-8 if it is, else for GB18030 if 
 else it is an error: broken UTF-8 must never pass for Chinese, and about half of all short pieces of Chinese in
 UTF-8 are valid GB18030 as well. Of the others those are taken in which the byte 10 means the end of a line and
 nothing else, since that is where files are cut; UTF-16 and UTF-32 only where a file is read as a whole.
+
+Windows' code page 936 is GBK with the euro sign as byte 0x80, which is no character of GB18030: read as GB18030, a byte
+0x80 on its own is the euro sign.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
+from dataclasses import dataclass
+from functools import cache
 from typing import NoReturn
 
 from hpcgpt.errors import UserError
@@ -20,11 +25,18 @@ _ONE_BYTE = re.compile(r"ascii|cp(125\d|437|85[0258]|866|874)|iso8859-\d+|koi8-[
 # A character's last byte may look like ASCII in these, though never like a control character or punctuation.
 _CJK = {"gb18030", "big5", "big5hkscs", "cp950", "shift_jis", "cp932", "euc_jp", "euc_kr", "cp949"}
 _PARTS_OF_GB18030 = {"gbk", "gb2312"}
+_BEYOND_ASCII = re.compile(rb"[\x80-\xff]")
 _WIDE = re.compile(r"utf-(16|32)(-[lb]e)?")
 _SAMPLE_BYTES = 1 << 16
+# A Chinese text may have one bad byte for as many good characters, and still be known; a text of which more than one
+# character in ten is bad is in another encoding.
+_GOOD_FOR_A_BAD, _MOST_REPLACED = 50, 0.1
+_REMEDY = "correct it, put U+FFFD in its place with --on-bad-input replace, or set the document aside with skip"
 _MARKS = {
     b"\x1f\x8b": "gzip: its name should end in .gz",
     b"\x28\xb5\x2f\xfd": "zstandard: its name should end in .zst",
+    b"\xfd7zXZ\0": "xz: its name should end in .xz",
+    b"BZh": "bzip2: its name should end in .bz2",
     b"PAR1": "parquet: its name should end in .parquet",
     b"%PDF": "a PDF: take the text out of it first, as with `pdftotext`",
     b"PK\x03\x04": "a zip archive (epub and docx are such too): take the text out of it first",
@@ -35,11 +47,21 @@ _MARKS = {
 
 
 class UndecodableError(Exception):
-    """Bytes that are no text: what is wrong with them, from which byte on, and what to type."""
+    """Bytes that are no text: what is wrong with them, from which byte on, and what to type. They are `replaceable` if
+    the encoding is the right one."""
 
-    def __init__(self, start: int, problem: str, remedy: str = "") -> None:
+    def __init__(self, start: int, problem: str, remedy: str = "", replaceable: bool = False) -> None:
         super().__init__(problem)
-        self.start, self.problem, self.remedy = start, problem, remedy
+        self.start, self.problem, self.remedy, self.replaceable = start, problem, remedy, replaceable
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Characters that were put in the place of bad bytes, from byte `start` on, and what those are."""
+
+    characters: int
+    start: int
+    problem: str
 
 
 def canonical(name: str) -> str:
@@ -84,24 +106,73 @@ def decoded(content: bytes, encoding: str, first: bool = True) -> str:
         UndecodableError: it is none.
     """
     try:
-        text = content.decode("utf-8" if encoding == AUTO else encoding)
+        text = _decode(content, "utf-8" if encoding == AUTO else encoding)
     except UnicodeDecodeError as error:
         if encoding != AUTO or not is_chinese(content):
             _explain(content, error, encoding)
         try:
-            text = content.decode("gb18030")
+            text = _decode(content, "gb18030")
         except UnicodeDecodeError as second:
             _explain(content, second, "gb18030")
+    return _without_mark(text, first)
+
+
+def replaced(content: bytes, encoding: str, first: bool = True) -> tuple[str, Replaced | None]:
+    """As `decoded`, but with U+FFFD where bytes are bad, if they are few; and what was replaced.
+
+    Raises:
+        UndecodableError: it is text in another encoding, or none.
+    """
+    try:
+        return decoded(content, encoding, first), None
+    except UndecodableError as error:
+        if not error.replaceable:
+            raise
+        chinese = encoding == AUTO and is_chinese(content)
+        used = "gb18030" if chinese else "utf-8" if encoding == AUTO else encoding
+        text = _decode(content, used, "replace")
+        # Those that were there before stay with "ignore" as well.
+        count = text.count("\ufffd") - _decode(content, used, "ignore").count("\ufffd")
+        if count > max(1, _MOST_REPLACED * len(text)):
+            raise
+        return _without_mark(text, first), Replaced(count, error.start, error.problem)
+
+
+def _without_mark(text: str, first: bool) -> str:
     return text[1:] if first and text.startswith("\ufeff") else text
 
 
+def _decode(content: bytes, encoding: str, errors: str = "strict") -> str:
+    """Raises UnicodeDecodeError if `errors` is "strict" and there are any."""
+    if encoding == "gb18030" and b"\x80" in content:
+        errors = _with_euro(errors)
+    return content.decode(encoding, errors)
+
+
+@cache
+def _with_euro(errors: str) -> str:
+    """The name of a way to treat errors in GB18030: a byte 0x80 is the euro sign, others are as `errors` says."""
+
+    def treat(error: UnicodeError) -> tuple[str | bytes, int]:
+        if isinstance(error, UnicodeDecodeError) and error.object[error.start] == 0x80:
+            return "\u20ac", error.start + 1
+        return codecs.lookup_error(errors)(error)
+
+    name = f"hpcgpt.euro-{errors}"
+    codecs.register_error(name, treat)
+    return name
+
+
 def told_apart(sample: bytes) -> str:
-    """What the beginning of a file of lines is, "utf-8" or "gb18030": what more of its lines are.
+    """What the beginning of a file of lines is, "utf-8" or "gb18030": what more of its lines are. It stays "auto", to
+    be found out line by line, if all of the beginning is ASCII.
 
     A broken line or two don't change what a file is; they are found when they are read.
     """
     whole = sample[: sample.rfind(b"\n") + 1] or sample
     lines = [line for line in whole.splitlines() if not line.isascii()]
+    if not lines:
+        return AUTO
     utf8 = sum(_valid(line, "utf-8") for line in lines)
     return "gb18030" if sum(is_chinese(line) for line in lines if not _valid(line, "utf-8")) > utf8 else "utf-8"
 
@@ -112,14 +183,19 @@ def is_chinese(content: bytes) -> bool:
     Running text, in traditional characters too, is mostly made of the 3,755 characters that GB2312 has first, in
     the order of their sounds: lead bytes 0xB0 to 0xD7. UTF-8, Big5 and Japanese read as GB18030 have far fewer,
     and Korean has many, but none of their second half (measured: 0.97 and 0.79 of the characters that are not
-    ASCII, against 0.3 and less).
+    ASCII, against 0.3 and less). A bad byte among many characters doesn't change what a book is.
     """
-    sample = content[:_SAMPLE_BYTES]
-    try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(sample, final=len(sample) == len(content))
-    except UnicodeDecodeError:
+    beyond = _BEYOND_ASCII.search(content)
+    if not beyond:
         return False
+    # From the first character that tells something: a book may begin with pages of English.
+    sample = content[beyond.start() : beyond.start() + _SAMPLE_BYTES]
+    text = codecs.getincrementaldecoder("gb18030")(_with_euro("replace")).decode(
+        sample, final=beyond.start() + len(sample) == len(content)
+    )
     characters = [character.encode("gb18030") for character in text if not character.isascii()]
+    if text.count("\ufffd") * _GOOD_FOR_A_BAD > len(characters):
+        return False
     common = [c for c in characters if len(c) == 2 and 0xB0 <= c[0] <= 0xD7 and c[1] >= 0xA1]
     second_half = sum(c[0] >= 0xC9 for c in common)
     return len(common) >= len(characters) / 2 > 0 and (len(common) < 16 or second_half >= len(common) / 10)
@@ -147,14 +223,17 @@ def _explain(content: bytes, error: UnicodeDecodeError, encoding: str) -> NoRetu
     if encoding not in ("utf-8", AUTO):
         if _valid(content, "utf-8"):
             raise UndecodableError(start, f"not {encoding} but UTF-8", "leave --encoding out, or say auto") from None
-        raise UndecodableError(start, f"broken {encoding} ({found})") from None
+        raise UndecodableError(start, f"broken {encoding} ({found})", _REMEDY, replaceable=True) from None
     if encoding == "utf-8" and is_chinese(line):
-        raise UndecodableError(start, "not UTF-8 but Chinese in GB18030", "say --encoding gb18030, or auto") from None
+        remedy = "say --encoding auto, or gb18030 if all files are so"
+        raise UndecodableError(start, "not UTF-8 but Chinese in GB18030", remedy) from None
     if error.end == len(content) and "end of data" in error.reason:
-        raise UndecodableError(start, "broken UTF-8: it ends within a character, so its end was cut off") from None
-    what = "broken UTF-8" if _mostly_utf8(content, start) else "neither UTF-8 nor Chinese in GB18030"
-    remedy = "name its --encoding if it has another; --on-bad-input skip sets such text aside"
-    raise UndecodableError(start, f"{what} ({found})", remedy) from None
+        problem = "broken UTF-8: it ends within a character, so its end was cut off"
+        raise UndecodableError(start, problem, _REMEDY, replaceable=True) from None
+    if _mostly_utf8(content, start):
+        raise UndecodableError(start, f"broken UTF-8 ({found})", _REMEDY, replaceable=True) from None
+    remedy = "name its --encoding if it has another; --on-bad-input skip sets such text aside, and replace puts U+FFFD"
+    raise UndecodableError(start, f"neither UTF-8 nor Chinese in GB18030 ({found})", remedy, replaceable=True) from None
 
 
 def _mostly_utf8(content: bytes, start: int) -> bool:
@@ -169,7 +248,7 @@ def _by_mark(content: bytes) -> str:
 
 def _valid(content: bytes, encoding: str) -> bool:
     try:
-        content.decode(encoding)
+        _decode(content, encoding)
     except UnicodeDecodeError:
         return False
     return True

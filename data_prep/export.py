@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep import pieces
-from hpcgpt import cli, durable, shard_reader, shards
+from hpcgpt import cli, durable, paths, shard_reader, shards
 from hpcgpt.errors import UserError
 from hpcgpt.shard_reader import Split
 from hpcgpt.shards import Manifest, Width
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, choices=["nanogpt"])
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for train.bin and val.bin")
     options = parser.parse_args(argv)
-    folder, out = Path(options.DIR), Path(options.out)
+    folder, out = Path(paths.expand(options.DIR, "DIR")), Path(paths.expand(options.out, "--out"))
     manifest = shards.read_manifest(folder)
     for path, tokens in export(folder, manifest, out):
         print(

@@ -39,12 +39,14 @@ class Piece:
 
 
 Reader = Callable[[Path], Iterator[Piece]]
+_NPY = b"\x93NUMPY"
 NO_CUTS = np.zeros(0, dtype=np.int64)
 
 
 def nanogpt(path: Path) -> Iterator[Piece]:
     """Raises UserError for a file that nanoGPT did not write."""
     with pieces.opened(path) as file:
+        _refuse_npy(file)
         if file.bytes % 2 or not file.bytes:
             raise UserError(f"{path}: {file.bytes:,} bytes, expected a number of uint16 tokens and nothing else")
         if file.bytes >= shards.HEADER_BYTES and _width(file) is not None:
@@ -55,6 +57,7 @@ def nanogpt(path: Path) -> Iterator[Piece]:
 def llmc(path: Path) -> Iterator[Piece]:
     """Raises UserError for a file that neither llm.c nor modded-nanogpt would read."""
     with pieces.opened(path) as file:
+        _refuse_npy(file)
         width = _width(file) if file.bytes >= shards.HEADER_BYTES else None
         if width is None:
             known = " or ".join(f"{w.magic}, {w.version} ({w.name})" for w in shards.WIDTHS.values())
@@ -82,7 +85,27 @@ def megatron(path: Path) -> Iterator[Piece]:
             first += int(ends[-1])
 
 
+def uncovered(path: Path) -> tuple[int, int]:
+    """How many bytes of Megatron's .bin at `path` its index gives to no document, and of how many. The header of our
+    own shards is none of them.
+
+    Raises:
+        UserError: the two do not fit each other, or documents overlap.
+    """
+    with pieces.opened(path) as file, pieces.opened(path.with_suffix(".idx")) as idx_file:
+        ours = file.bytes >= shards.HEADER_BYTES and _width(file) is not None
+        return Index(idx_file).uncovered(file.bytes, shards.HEADER_BYTES if ours else 0), file.bytes
+
+
 READERS: dict[str, Reader] = {"nanogpt": nanogpt, "llmc": llmc, "megatron": megatron}
+
+
+def _refuse_npy(file: File) -> None:
+    if file.bytes >= len(_NPY) and file.read("|u1", 0, len(_NPY)).tobytes() == _NPY:
+        raise UserError(
+            f"{file.path} is a .npy file of NumPy's, with a header before its numbers: write the tokens alone, with "
+            "`numpy.load(FILE).astype('uint16').tofile('train.bin')`"
+        )
 
 
 def _width(file: File) -> shards.Width | None:

@@ -13,7 +13,8 @@ thousand strings finds no difference. It does if these hold:
 Everything else stays with `tokenizers`: see ``hpcgpt.tokenizer_library``.
 
 **Special tokens** are the added tokens that are marked special or stand in brackets, as ``<tool_call>`` does:
-text never becomes one. Other added tokens, such as GPT-NeoX's runs of blanks, are ordinary vocabulary.
+text never becomes one. The pieces that stand for bytes (``<0x0A>``) are none, however they are
+marked. Other added tokens, such as GPT-NeoX's runs of blanks, are ordinary vocabulary.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def read(path: Path, end_of_text: str = "") -> Tokenizer:
 
 def _special(source: dict[str, Any], configured: str, asked: str) -> dict[str, int]:
     """Names and ids of the special tokens, lowest id first."""
-    added = {token["content"]: token for token in source.get("added_tokens") or []}
+    pieces = tokenizer_library.byte_pieces(source["model"])
+    added = {t["content"]: t for t in source.get("added_tokens") or [] if t["content"] not in pieces}
     found = {name: int(token["id"]) for name, token in added.items() if token["special"] or _MARKER.fullmatch(name)}
     vocabulary = source["model"]["vocab"]
     for name in filter(None, (configured, asked)):
@@ -123,8 +125,7 @@ def _survive(content: str) -> None:
 def _check(library: LibraryTokenizer) -> None:
     """Nothing that the library would find wrong only later, and no text that becomes a special token, but for the
     one that stands for what is unknown."""
-    model = json.loads(library.content)["model"]
-    unknown = model["vocab"].get(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+    unknown = library.unknown
     for name, number in library.special_tokens.items():
         if number == unknown == library.end_of_text:
             raise UserError(f"end-of-text {name} is also its token for unknown text")

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import foreign, inspect, pieces, vocabulary
+from data_prep import accounting, foreign, inspect, pieces, unread, vocabulary
 from data_prep.cutting import Documents
 from data_prep.foreign import Piece
-from hpcgpt import cli, durable, shard_writer, shards, tokenizer
+from data_prep.reading import shown
+from data_prep.unread import Unread
+from hpcgpt import cli, durable, paths, shard_writer, shards, tokenizer
 from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest, Shard, Tokens, Width
 from hpcgpt.tokenizer import Tokenizer
@@ -43,6 +46,7 @@ class Recipe:
     marker: int
     shard_tokens: int
     split: str | None = None
+    allow_uncovered: bool = False
 
     @property
     def width(self) -> Width:
@@ -55,11 +59,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of tokens, and the split that it belongs to."""
+    """A file of tokens, the split that it belongs to, and the folder that was named in its place, if one was."""
 
     path: Path
     split: str
     bytes: int
+    folder: Path | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--end-of-text {marker}: expected an id, 0 or more")
     if not 2 <= options.shard_tokens <= shards.MOST_TOKENS:
         raise UserError(f"--shard-tokens {options.shard_tokens:,}: expected 2 to {shards.MOST_TOKENS:,}")
-    recipe = Recipe(options.kind, tokens, marker, options.shard_tokens, options.split)
-    out = Path(options.out)
+    recipe = Recipe(options.kind, tokens, marker, options.shard_tokens, options.split, options.allow_uncovered)
+    out = Path(paths.expand(options.out, "--out"))
     _summary(out, make(out, find(options.INPUT, recipe), recipe), tokens)
     return 0
 
@@ -83,13 +88,15 @@ def find(inputs: Sequence[str], recipe: Recipe) -> list[Source]:
         UserError: there is nothing, or one file twice.
     """
     found: list[Path] = []
+    folders: dict[Path, Path] = {}
     for name in inputs:
-        path = Path(name)
+        path = Path(paths.expand(name, "INPUT"))
         if path.is_dir():
             files = sorted(path.glob("*.bin"))
             if not files:
                 raise UserError(f"{path}: no .bin files in this folder")
             found += files
+            folders |= dict.fromkeys(files, path)
         elif recipe.kind == "megatron":
             found.append(path.with_suffix(".bin") if path.suffix == ".idx" else _bin_of(path))
         else:
@@ -102,7 +109,12 @@ def find(inputs: Sequence[str], recipe: Recipe) -> list[Source]:
             raise UserError(f"{path} is named twice")
         seen.add(path.resolve())
     return [
-        Source(path, recipe.split or ("val" if VALIDATION.search(path.stem) else "train"), path.stat().st_size)
+        Source(
+            path,
+            recipe.split or ("val" if VALIDATION.search(path.stem) else "train"),
+            path.stat().st_size,
+            folders.get(path),
+        )
         for path in found
     ]
 
@@ -116,28 +128,35 @@ def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already, and not empty: choose another --out")
+    others = unread_beside(sources, recipe.kind)
     out.mkdir(parents=True, exist_ok=True)
     claim = out / ".importing"
     if not durable.create(claim, f"{socket.gethostname()} {os.getpid()}\n".encode()):
         raise UserError(f"{out}: another import is writing here")
     made: list[Shard] = []
-    empty = 0
+    counts: Counter[str] = Counter(empty=0)
     size = sum(source.bytes for source in sources)
     try:
+        for source in sources:
+            counts["uncovered_bytes"] += _check_covered(source, recipe) if recipe.kind == "megatron" else 0
         with tqdm(total=size, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
             for split in ("train", "val"):
-                documents, paths = recipe.documents(), [s.path for s in sources if s.split == split]
-                _write(out, split, _blocks(documents, _pieces(paths, recipe.kind, bar)), documents, made)
-                empty += documents.empty
-                if paths:
-                    print(f"{split:5}  {len(paths)} files, end-of-text {recipe.marker} {documents.convention}")
+                documents, files = recipe.documents(), [s.path for s in sources if s.split == split]
+                _write(out, split, _blocks(documents, _pieces(files, recipe.kind, bar)), documents, made)
+                counts["empty"] += documents.empty
+                counts[accounting.UNKNOWN] += documents.unknown
+                if files:
+                    _tell(split, len(files), documents, recipe.marker)
+                of_text = sum(shard.tokens - shard.documents for shard in made if shard.split == split)
+                assert of_text == documents.read - documents.marks, "a token was lost or made"
         if not made:
             raise UserError("there is not one document in these files")
         tokenizer.save(recipe.tokenizer, out / "tokenizer")
         rule = f"everything is {recipe.split}" if recipe.split else "val if the file is named so, else train"
         inputs = [{"name": str(s.path), "bytes": s.bytes, "format": recipe.kind, "split": s.split} for s in sources]
         about = recipe.tokenizer.describe()
-        return shards.write_manifest(out, recipe.width.name, about, inputs, rule, {"empty": empty}, made)
+        kept = {key: count for key, count in counts.items() if count or key == "empty"}
+        return shards.write_manifest(out, recipe.width.name, about, inputs, rule, kept, made, unread.listed(others))
     except BaseException:
         for path in (out / f"{shard.name}{suffix}" for shard in made for suffix in (".bin", ".idx")):
             path.unlink(missing_ok=True)
@@ -151,8 +170,61 @@ def _bin_of(path: Path) -> Path:
     return path if path.suffix == ".bin" else path.with_name(f"{path.name}.bin")
 
 
-def _pieces(paths: list[Path], kind: str, bar: Any) -> Iterator[Piece]:
-    for path in paths:
+def unread_beside(sources: Sequence[Source], kind: str) -> list[Unread]:
+    """What lies in the folders that were named and is not read.
+
+    Raises:
+        UserError: one of them says that the tokens are of another tokenizer.
+    """
+    read = {source.path.resolve() for source in sources}
+    read |= {path.with_suffix(".idx") for path in read} if kind == "megatron" else set()
+    found = []
+    if kind == "nanogpt":
+        _refuse_meta({source.path.parent for source in sources})
+    for folder in sorted({source.folder for source in sources if source.folder}):
+        for path in sorted(folder.iterdir()):
+            if path.resolve() not in read:
+                reason = "a folder" if path.is_dir() else "hidden" if path.name.startswith(".") else "no tokens to read"
+                found.append(Unread(shown(path), path.lstat().st_size, reason))
+    return found
+
+
+def _refuse_meta(folders: set[Path]) -> None:
+    for path in (folder / "meta.pkl" for folder in sorted(folders)):
+        if path.exists():
+            raise UserError(
+                f"{path} says that nanoGPT's tokens beside it have a vocabulary of their own, often of single "
+                "characters. It is a pickle, which runs code, so it is not read: make shards of the text itself with "
+                "`python -m data_prep.make_shards`, or move meta.pkl away if the ids are those of --tokenizer"
+            )
+
+
+def _check_covered(source: Source, recipe: Recipe) -> int:
+    """How many bytes of a .bin belong to no document of its index. Raises UserError if that is not allowed."""
+    missing, size = foreign.uncovered(source.path)
+    if missing and not recipe.allow_uncovered:
+        raise UserError(
+            f"{source.path}: its .idx gives {missing:,} of its {size:,} bytes to no document: is it the .idx of "
+            "another file, or was the .bin written on after it? If those bytes may be left out, say --allow-uncovered"
+        )
+    return missing
+
+
+def _tell(split: str, files: int, documents: Documents, marker: int) -> None:
+    print(
+        f"{split:5}  {files} files, end-of-text {marker} {documents.convention}; read {documents.read:,} tokens, "
+        f"{documents.read - documents.marks:,} of text and {documents.marks:,} end-of-text"
+    )
+    if documents.marks and documents.off_marks:
+        print(
+            f"warning: the index lets {documents.off_marks:,} documents of {split} begin where no end-of-text {marker} "
+            "stands, though there are some: is it the .idx of this .bin?",
+            file=sys.stderr,
+        )
+
+
+def _pieces(files: list[Path], kind: str, bar: Any) -> Iterator[Piece]:
+    for path in files:
         for piece in foreign.READERS[kind](path):
             yield piece
             bar.update(piece.tokens.nbytes)
@@ -219,6 +291,15 @@ def _summary(out: Path, manifest: Manifest, tokens: Tokenizer) -> None:
         )
     if manifest.counts["empty"]:
         print(f"left out: {manifest.counts['empty']:,} documents with nothing in them")
+    if missing := manifest.counts.get("uncovered_bytes"):
+        print(f"left out: {missing:,} bytes that the index gives to no document")
+    all_tokens = sum(shard.tokens for shard in manifest.shards)
+    if changed := accounting.changed(manifest.counts, all_tokens):
+        print(f"changed: {changed}")
+    if manifest.unread:
+        print(f"not read: {unread.told(manifest.unread)}")
+    if warning := accounting.unknown_warning(manifest.counts, all_tokens):
+        print(f"warning: {warning}", file=sys.stderr)
     with pieces.opened(out / f"{manifest.shards[0].name}.bin") as file:
         first = file.read(manifest.width.dtype, shards.HEADER_BYTES, min(40, manifest.shards[0].tokens))
     text = inspect.token_text(tokens, *first[1:].tolist())
@@ -245,6 +326,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--split", choices=("train", "val"), help="what INPUT is (default: val where a file is named so, else train)"
+    )
+    parser.add_argument(
+        "--allow-uncovered",
+        action="store_true",
+        help="megatron: leave out bytes of a .bin that its .idx gives to no document (they are counted)",
     )
     parser.add_argument(
         "--shard-tokens",

@@ -1,13 +1,15 @@
 """The input text: which files there are, and how they are cut into units of work.
 
-Text comes as ``.txt`` (a document a file, or more with a separator), ``.jsonl`` (a JSON object a line, with the
-document under its text key), both also packed as ``.gz`` and ``.zst``, and ``.parquet`` (a column of strings).
-Upper case is as good. An INPUT is a file, a folder (all such files below it, in the order of their paths; hidden
-ones, whose names start with a dot, are none), a pattern such as ``'part-*.jsonl'`` or ``'**/*.txt'``, or ``-``.
+Text comes as ``.txt`` (a document a file, or more with a separator), ``.jsonl`` or ``.ndjson`` (a JSON object a line,
+with the document under its text key; ``.json`` too if it holds such lines), all of these also packed as ``.gz``,
+``.zst``, ``.xz`` and ``.bz2``, and ``.parquet`` and ``.arrow`` or ``.feather`` (a column of strings). Upper case is as
+good. An INPUT is a file, a folder (all such files below it, in the order of their paths; hidden ones, whose names
+start with a dot, are none), a pattern such as ``'part-*.jsonl'`` or ``'**/*.txt'``, or ``-``. A file that two INPUTs
+or links lead to is taken once. Other files that are found are told, see ``data_prep.unread``.
 
 A unit is the work that is done and kept as a whole: as many consecutive pieces as reach the unit size. A piece is
 a range of bytes (the lines or documents that start in it), a range of row groups of parquet, or a whole file where
-one cannot be cut: packed ones, and a text without separator. What the documents of a piece are is in
+one cannot be cut: packed ones, arrow, and a text without separator. What the documents of a piece are is in
 ``data_prep.documents``. Units depend on the inputs and the options alone, not on the number of workers.
 """
 
@@ -22,21 +24,23 @@ from fnmatch import fnmatchcase
 from glob import has_magic
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
-from data_prep import encodings, parquet
+import orjson
+
+from data_prep import encodings, packing, parquet, unread
 from data_prep.reading import Aside, Reading, Skipped, shown
-from hpcgpt import durable
+from data_prep.unread import Unread
+from hpcgpt import paths
 from hpcgpt.errors import UserError
 
-KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
-_KINDS_IN_WORDS = ".txt or .jsonl (also with .gz or .zst behind it) or .parquet"
+_LINES, _TABLES = (".txt", ".jsonl", ".ndjson", ".json"), (".parquet", ".arrow", ".feather")
+KINDS = (*_LINES, *(kind + ending for kind in _LINES for ending in packing.ENDINGS), *_TABLES)
+_KINDS_IN_WORDS = ".txt or .jsonl (also with .gz, .zst, .xz or .bz2 behind it), .ndjson, .parquet or .arrow"
+_NO_LINES = (
+    "a .json without a JSON object a line that has '{key}'; `jq -c .[] FILE > FILE.jsonl` makes such of an array"
+)
 _CHUNK = 1 << 20
-_PACKED = {
-    b"\x1f\x8b": "it is gzip; pipe it through `gzip -dc` first",
-    b"\x28\xb5\x2f\xfd": "it is zstandard; pipe it through `zstd -dc` first",
-    b"PAR1": "it is parquet; name the file instead",
-}
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,18 @@ class Source:
     modified_ns: int
 
     @property
-    def kind(self) -> Literal["txt", "jsonl", "parquet"]:
-        name = self.name.lower().removesuffix(".gz").removesuffix(".zst")
-        return "jsonl" if name.endswith(".jsonl") else "txt" if name.endswith(".txt") else "parquet"
+    def kind(self) -> Literal["txt", "jsonl", "parquet", "arrow"]:
+        name = self.name.lower()
+        if self.packing:
+            name = name.removesuffix(f".{self.packing}")
+        if name.endswith(_LINES):
+            return "txt" if name.endswith(".txt") else "jsonl"
+        return "parquet" if name.endswith(".parquet") else "arrow"
 
     @property
     def packing(self) -> str:
-        """ "gz", "zst", or "" for none."""
-        name = self.name.lower()
-        return "gz" if name.endswith(".gz") else "zst" if name.endswith(".zst") else ""
+        """One of `packing.ENDINGS` without its dot, or "" for none."""
+        return packing.of(self.name)
 
 
 @dataclass(frozen=True)
@@ -76,50 +83,75 @@ Unit = list[Piece]
 # --- finding files ---------------------------------------------------------------------------------
 
 
-def find(inputs: Sequence[str], skipped: list[Skipped] | None = None) -> list[Source]:
-    """The files that the INPUT arguments stand for. Files that cannot be read are an error, or go into `skipped`.
+def find(
+    inputs: Sequence[str],
+    skipped: list[Skipped] | None = None,
+    others: list[Unread] | None = None,
+    text_key: str = "text",
+) -> list[Source]:
+    """The files that the INPUT arguments stand for. Files that cannot be read are an error, or go into `skipped`;
+    those that are found and not read go into `others`.
 
     Raises:
         UserError: an input is missing or of an unknown kind, or there is no text at all.
     """
     aside = Aside("stop" if skipped is None else "skip", [] if skipped is None else skipped)
+    others = [] if others is None else others
     sources: list[Source] = []
+    taken: set[tuple[int, ...]] = set()
     for given in inputs:
-        root, found = _found(Path(given).expanduser(), aside)
-        paths = sorted(set(found), key=lambda file: file.relative_to(root).as_posix())
-        if not paths:
+        root, found, hidden = _found(Path(paths.expand(given, "INPUT")), aside, text_key)
+        files = sorted(set(found), key=lambda file: file.relative_to(root).as_posix())
+        others += [Unread(shown(path.relative_to(root)), 0, unread.HIDDEN) for path in sorted(hidden)]
+        if not any(path.name.lower().endswith(KINDS) for path in files):
             what = (
                 "matches no file ending in"
                 if has_magic(given) and not Path(given).is_dir()
                 else "has no files ending in"
             )
-            raise UserError(f"{shown(Path(given))} {what} {_KINDS_IN_WORDS}")
-        sources += filter(None, (_source(file, root, aside) for file in paths))
+            raise UserError(f"{shown(Path(given))} {what} {_KINDS_IN_WORDS}{_instead(files)}")
+        for path in files:
+            read = _source(path, root, aside, taken, text_key)
+            if isinstance(read, Source):
+                sources.append(read)
+            elif read:
+                others.append(read)
     if not any(source.bytes for source in sources):
         first = f"{skipped[0].name}: {skipped[0].problem}" if skipped else "all of their files are empty"
+        if not sources and not skipped:
+            first = unread.told(unread.listed(others))
         raise UserError(f"the inputs hold no text: {first}")
     return sources
 
 
-def _found(path: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
-    """The files that one INPUT stands for, and the folder that their names are relative to."""
+def _instead(files: Sequence[Path]) -> str:
+    endings = sorted({path.suffix.lower() for path in files if path.suffix})
+    return f"; it has {', '.join(endings[:8])}" if endings else ""
+
+
+def _found(path: Path, aside: Aside, text_key: str) -> tuple[Path, Iterator[Path], set[Path]]:
+    """The folder that names are relative to, the files that one INPUT stands for, and the hidden ones, which are known
+    when the files are."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
         if error.errno != ENAMETOOLONG and path.is_symlink():
-            return path.parent, iter([path])  # one that leads nowhere: told where files are opened
+            return path.parent, iter([path]), set()  # one that leads nowhere: told where files are opened
         if error.errno != ENAMETOOLONG and has_magic(str(path)):
             return _matching(path, aside)
         why = f" ({error.strerror})" if error.errno != ENOENT else ""
         raise UserError(f"no such input: {shown(path)}{why}") from None
     if stat.S_ISDIR(mode):
-        return path, _Walk(path, aside).below(path)
+        walk = _Walk(path, aside)
+        return path, iter(list(walk.below(path))), walk.hidden
     if not stat.S_ISREG(mode):
         remedy = "name a file, or pipe the text in and name '-'"
         raise UserError(f"{shown(path)} is no file but a pipe, a socket or a device: {remedy}")
     if not path.name.lower().endswith(KINDS):
         raise UserError(f"{shown(path)}: its name ends in '{path.suffix}', expected {_KINDS_IN_WORDS}")
-    return path.parent, iter([path])
+    if _is_json(path.name) and not _holds_lines(path, text_key):
+        raise UserError(f"{shown(path)}: {_NO_LINES.format(key=text_key)}")
+    return path.parent, iter([path]), set()
 
 
 class _Walk:
@@ -129,17 +161,18 @@ class _Walk:
         self._root, self._aside = root, aside
         self._above: list[tuple[int, int]] = []
         self._told: set[Path] = set()
+        self.hidden: set[Path] = set()
 
     def below(self, folder: Path) -> Iterator[Path]:
-        """The files of our kinds below a folder."""
+        """The files below a folder, of any kind."""
         for entry in self._entries(folder):
             if _is_folder(entry):
                 yield from self.below(folder / entry.name)
-            elif entry.name.lower().endswith(KINDS):
+            else:
                 yield folder / entry.name
 
     def matching(self, folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-        """The files of our kinds that the parts of a pattern stand for. A folder that matches is taken whole."""
+        """The files, of any kind, that the parts of a pattern stand for. A folder that matches is taken whole."""
         first, rest = parts[0], parts[1:]
         if first == "**":
             yield from self.matching(folder, rest or ["*"])
@@ -151,14 +184,14 @@ class _Walk:
             elif fnmatchcase(entry.name, first):
                 if _is_folder(entry):
                     yield from self.matching(path, rest) if rest else self.below(path)
-                elif not rest and entry.name.lower().endswith(KINDS):
+                elif not rest:
                     yield path
 
     def _entries(self, folder: Path) -> Iterator[os.DirEntry[str]]:
         try:
             status = folder.stat()
             with os.scandir(folder) as scanned:
-                entries = [entry for entry in scanned if not entry.name.startswith(".")]
+                every = list(scanned)
         except OSError as error:
             self._bad(folder, f"this folder cannot be read: {error.strerror}")
             return
@@ -167,6 +200,8 @@ class _Walk:
             self._bad(folder, "links that lead in a circle")
             return
         self._above.append(here)
+        entries = [entry for entry in every if not entry.name.startswith(".")]
+        self.hidden |= {folder / entry.name for entry in every if entry.name.startswith(".")}
         for entry in entries:
             if entry.is_symlink() and _is_folder(entry) and _leads_up(entry):
                 self._bad(
@@ -194,17 +229,22 @@ def _leads_up(entry: os.DirEntry[str]) -> bool:
     return Path(os.path.realpath(Path(entry.path).parent)).is_relative_to(os.path.realpath(entry.path))
 
 
-def _matching(pattern: Path, aside: Aside) -> tuple[Path, Iterator[Path]]:
-    """The folder where a pattern starts, and the files that match it."""
+def _matching(pattern: Path, aside: Aside) -> tuple[Path, Iterator[Path], set[Path]]:
+    """The folder where a pattern starts, and the files that match it. No hidden ones: what a pattern leaves out, the
+    person left out."""
     fixed = next(n for n, part in enumerate(pattern.parts) if has_magic(part))
     root = Path(*pattern.parts[:fixed])
     if not root.is_dir():
         raise UserError(f"no such input: {shown(pattern)}: there is no folder {shown(root)}")
-    return root, _Walk(root, aside).matching(root, pattern.parts[fixed:])
+    return root, _Walk(root, aside).matching(root, pattern.parts[fixed:]), set()
 
 
-def _source(path: Path, root: Path, aside: Aside) -> Source | None:
+def _source(path: Path, root: Path, aside: Aside, taken: set[tuple[int, ...]], text_key: str) -> Source | Unread | None:
+    """A file to read, or why it is not read; None if it cannot be read and was set aside."""
     name = shown(path.relative_to(root))
+    if not name.lower().endswith(KINDS):
+        ending = path.suffix.lower()
+        return Unread(name, path.lstat().st_size, f"ending in {ending}" if ending else "without an ending")
     try:
         status = path.stat()
     except OSError as error:
@@ -213,11 +253,43 @@ def _source(path: Path, root: Path, aside: Aside) -> Source | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         aside.bad(path, name, "", "no file but a pipe, a socket or a device")
-    elif not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        return None
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         aside.bad(path, name, "", "no permission to read it")
-    else:
-        return Source(name, path.absolute(), status.st_size, status.st_mtime_ns)
-    return None
+        return None
+    # More than device and inode, which some network file systems give to two files.
+    same = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if same in taken:
+        return Unread(name, status.st_size, unread.REPEATED)
+    if _is_json(name) and not _holds_lines(path, text_key):
+        return Unread(name, status.st_size, _NO_LINES.format(key=text_key))
+    taken.add(same)
+    return Source(name, path.absolute(), status.st_size, status.st_mtime_ns)
+
+
+def _is_json(name: str) -> bool:
+    kind = packing.of(name)
+    return name.lower().removesuffix(f".{kind}" if kind else "").endswith(".json")
+
+
+def _holds_lines(path: Path, text_key: str) -> bool:
+    """Is the first line of a .json an object with a text, so that its other lines are too?"""
+    kind = packing.of(path.name)
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        return True  # told where files are opened
+    with open(path, "rb") as file:
+        try:
+            head = (packing.unpacked(file, kind) if kind else file).read(_CHUNK)
+        except packing.BrokenError:
+            return True  # found again, and told, by who reads
+    line, end, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if len(head) == _CHUNK and not end:
+        return line.startswith(b"{")
+    try:
+        row = orjson.loads(line.decode("utf-8", "replace"))
+    except ValueError:
+        return False
+    return isinstance(row, dict) and text_key in row
 
 
 # --- cutting them into units -----------------------------------------------------------------------
@@ -258,7 +330,7 @@ def _pieces(sources: Sequence[Source], unit_bytes: int, reading: Reading) -> Ite
     for source in sources:
         if source.kind == "parquet":
             yield from _row_groups(source, unit_bytes, reading)
-        elif source.packing:
+        elif source.packing or source.kind == "arrow":
             yield Piece(source, 0, source.bytes)
         elif source.kind == "txt" and not reading.separator:
             if source.bytes > reading.max_document_bytes and reading.on_bad_input == "stop":
@@ -297,66 +369,7 @@ def _check_options(sources: Sequence[Source], reading: Reading) -> None:
         raise UserError("--separator cuts .txt files, and the inputs have none")
     if reading.text_key != "text" and kinds == {"txt"}:
         raise UserError(f"--text-key {reading.text_key} is for .jsonl and .parquet, and the inputs have none")
-    if reading.encoding != "utf-8" and kinds == {"parquet"}:
+    if reading.encoding != "utf-8" and kinds <= {"parquet", "arrow"}:
         raise UserError(f"--encoding {reading.encoding}: the strings of parquet are always UTF-8; leave it out")
     if encodings.is_wide(reading.encoding) and "jsonl" in kinds:
         raise UserError(f"--encoding {reading.encoding}: a .jsonl in it cannot be cut into lines; convert it first")
-
-
-# --- standard input --------------------------------------------------------------------------------
-
-
-def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = "") -> Path:
-    """Copy `stream` to stdin.jsonl or stdin.txt in `folder`, whole and flushed to the disk, so that a rerun can go on.
-
-    It is jsonl if its first character that is not white space is ``{``, unless `kind` says what it is. A rerun
-    compares its stream with the copy, and may leave it out by reading from the terminal.
-
-    Raises:
-        UserError: there is nothing, or packed or binary data, or something else than the copy.
-        OSError: it could not be written.
-    """
-    copies = [path for path in (folder / "stdin.jsonl", folder / "stdin.txt") if path.exists()]
-    if stream.isatty():
-        if not copies:
-            raise UserError("standard input is a terminal: pipe the text in, as in `cat novels/* | ...`")
-        return copies[0]
-    head = stream.read(_CHUNK)
-    if not head:
-        raise UserError("there is nothing on standard input")
-    for mark, remedy in _PACKED.items():
-        if head.startswith(mark):
-            raise UserError(f"standard input is not text: {remedy}")
-    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    path = folder / f"stdin.{kind or ('jsonl' if begins == b'{' else 'txt')}"
-    if copies:
-        if copies != [path]:
-            raise UserError(_other_stdin(copies[0], 0))
-        _check_same(stream, head, path)
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with durable.writing(path) as file:
-        while head:
-            file.write(head)
-            head = stream.read(_CHUNK)
-    return path
-
-
-def _check_same(stream: BinaryIO, head: bytes, path: Path) -> None:
-    """Raises UserError if head and the rest of the stream are not what is in the file."""
-    offset = 0
-    with open(path, "rb") as file:
-        while head:
-            if file.read(len(head)) != head:
-                raise UserError(_other_stdin(path, offset))
-            offset += len(head)
-            head = stream.read(_CHUNK)
-        if file.read(1):
-            raise UserError(_other_stdin(path, offset))
-
-
-def _other_stdin(path: Path, offset: int) -> str:
-    return (
-        f"standard input is not what it was when this was begun: it differs from {shown(path)} behind byte {offset}; "
-        "give the same text again, or choose another --out"
-    )

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import pieces
+from data_prep import accounting, pieces, unread
 from data_prep.megatron_index import Index
-from hpcgpt import cli, shard_reader, shards, tokenizer
+from hpcgpt import cli, paths, shard_reader, shards, tokenizer
 from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest, Shard, Tokens
 from hpcgpt.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ LONG = 1 << 20  # documents of this many tokens are counted by name and not in a
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    folder = Path(options.DIR)
+    folder = Path(paths.expand(options.DIR, "DIR"))
     manifest = shards.read_manifest(folder)
     found: dict[str, Any] = {}
     if options.document is not None:
@@ -81,6 +81,7 @@ def summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "inputs": manifest.inputs,
         "split_rule": manifest.split_rule,
         "counts": manifest.counts,
+        "unread": manifest.unread,
     }
 
 
@@ -288,8 +289,15 @@ def _summary_lines(found: dict[str, Any]) -> Iterator[str]:
     size = sum(row["bytes"] for row in found["inputs"])
     yield f"inputs     {len(names):,} of {size / 1e6:,.1f} MB: {', '.join(names[:3])}{more}"
     yield f"split      {found['split_rule']}"
-    left_out = [f"{count:,} {key.replace('_', ' ')}" for key, count in found["counts"].items() if count]
+    changed = {key: found["counts"].get(key, 0) for key in (accounting.REPLACED, accounting.UNKNOWN)}
+    left_out = [
+        f"{count:,} {key.replace('_', ' ')}" for key, count in found["counts"].items() if count and key not in changed
+    ]
     yield f"left out   {', '.join(left_out) or 'nothing'}"
+    if any(changed.values()):
+        yield f"changed    {accounting.changed(changed, sum(split['tokens'] for split in found['splits'].values()))}"
+    if found["unread"]:
+        yield f"not read   {unread.told(found['unread'])}"
 
 
 def _page_lines(found: dict[str, Any]) -> Iterator[str]:

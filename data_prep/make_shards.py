@@ -27,15 +27,28 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import backends, inputs, placing, reading, share, unit, vocabulary, workers
+from data_prep import (
+    accounting,
+    backends,
+    inputs,
+    placing,
+    reading,
+    share,
+    standard_input,
+    unit,
+    unread,
+    vocabulary,
+    workers,
+)
 from data_prep.backends import Backend
 from data_prep.inputs import Source
 from data_prep.plan import Plan, Recipe, check_ours, claim
 from data_prep.progress import Progress
 from data_prep.reading import Skipped
 from data_prep.share import Share
+from data_prep.unread import Unread
 from data_prep.workers import Job
-from hpcgpt import cli, generation, shards, tokenizer, world
+from hpcgpt import cli, generation, paths, shards, tokenizer, world
 from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest
 
@@ -69,12 +82,14 @@ def main(argv: Sequence[str]) -> int:
         dedup=options.dedup == "exact",
         shard_tokens=options.shard_tokens,
     )
-    out = Path(options.out)
+    out = Path(paths.expand(options.out, "--out"))
     given = [str(_standard_input(out, options)) if name == "-" else name for name in options.INPUT]
     skipped: list[Skipped] = []
-    sources = inputs.find(given, skipped if how.on_bad_input == "skip" else None)
+    others: list[Unread] = []
+    sources = inputs.find(given, skipped if how.on_bad_input == "skip" else None, others, how.text_key)
+    unread.check(others, options.ignore_other_files)
     unit_bytes = options.unit_mb * 1_000_000 if options.unit_mb else _unit_bytes(sources)
-    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, how), unit_bytes, skipped)
+    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, how), unit_bytes, skipped, others)
     make(plan, out, options.workers, options.backend, Share(options.task, options.tasks))
     return 0
 
@@ -117,7 +132,7 @@ def _standard_input(out: Path, options: argparse.Namespace) -> Path:
     prep = out / "prep"
     if (prep / "plan.json").is_file() and not any(prep.glob("stdin.*")):
         raise UserError(f"{out} holds shards that were made of other inputs: choose another --out")
-    return inputs.spool(sys.stdin.buffer, prep)
+    return standard_input.spool(sys.stdin.buffer, prep)
 
 
 def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -> None:
@@ -160,10 +175,15 @@ def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> Non
             f"{sum(s.characters for s in of) / tokens:.2f} characters and "
             f"{sum(s.text_bytes for s in of) / tokens:.2f} bytes a token"
         )
-    words = {"too_short": "too short", "duplicates": "duplicates", "skipped": "bad input, listed in skipped.jsonl"}
-    left_out = [f"{count:,} {words[key]}" for key, count in manifest.counts.items() if count]
-    if left_out:
-        print(f"left out: {', '.join(left_out)}")
+    all_tokens = sum(shard.tokens for shard in manifest.shards)
+    if left_out := accounting.left_out(manifest.counts):
+        print(f"left out: {left_out}")
+    if changed := accounting.changed(manifest.counts, all_tokens):
+        print(f"changed: {changed}")
+    if manifest.unread:
+        print(f"not read: {unread.told(manifest.unread)}")
+    if warning := accounting.unknown_warning(manifest.counts, all_tokens):
+        print(f"warning: {warning}", file=sys.stderr)
     if plan.recipe.val_fraction and "val" not in manifest.splits:
         documents = sum(shard.documents for shard in manifest.shards)
         print(
@@ -172,9 +192,9 @@ def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> Non
             "another --out",
             file=sys.stderr,
         )
-    tokens = sum(shard.tokens for shard in manifest.shards)
     print(
-        f"{out}: complete in {elapsed_s:.1f} s, {tokens / elapsed_s / 1e6:.2f} Mtok/s (digest {manifest.digest[:12]})"
+        f"{out}: complete in {elapsed_s:.1f} s, {all_tokens / elapsed_s / 1e6:.2f} Mtok/s "
+        f"(digest {manifest.digest[:12]})"
     )
 
 
@@ -198,8 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "INPUT",
         nargs="+",
-        help="files ending in .txt (a document each), .jsonl (a document a line), both also with .gz or .zst, or "
-        ".parquet (a document a row); folders of them; patterns in quotes, as '**/*.txt'; - for standard input",
+        help="files ending in .txt (a document each), .jsonl or .ndjson (a document a line), all also with .gz, .zst, "
+        ".xz or .bz2, or .parquet or .arrow (a document a row); folders of them; patterns in quotes, as '**/*.txt'; - "
+        "for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument(

@@ -103,6 +103,32 @@ class Index:
         if at != self.sequences:
             raise UserError(f"{self._file.path}: the documents end at sequence {at:,} of {self.sequences:,}")
 
+    def uncovered(self, bin_bytes: int, head_bytes: int = 0) -> int:
+        """How many bytes of a .bin of `bin_bytes` belong to no sequence, besides `head_bytes` at its start.
+
+        Raises:
+            UserError: as `pieces`, and where two sequences take the same bytes.
+        """
+        size = np.dtype(self.dtype).itemsize
+        begins, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for documents in self.pieces(bin_bytes):
+            some = documents.lengths > 0
+            starts = documents.places[some]
+            stops = starts + documents.lengths[some] * size
+            # Of sequences that lie side by side, as Megatron writes them, only the first and the last place are kept.
+            apart = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+            begins.append(starts[np.append(0, apart)] if len(starts) else starts)
+            ends.append(stops[np.append(apart, len(stops)) - 1] if len(starts) else stops)
+        begin, end = np.concatenate(begins), np.concatenate(ends)
+        order = np.argsort(begin, kind="stable")
+        begin, end = begin[order], end[order]
+        if (begin[1:] < end[:-1]).any():
+            at = int(begin[1:][begin[1:] < end[:-1]][0])
+            raise UserError(f"{self._file.path}: two sequences have byte {at:,} of the .bin, so they overlap")
+        if len(begin) and begin[0] < head_bytes:
+            head_bytes = 0
+        return bin_bytes - head_bytes - int((end - begin).sum())
+
     def _checked(self, start: int, stop: int, bin_bytes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         lengths, places = self.lengths(start, stop), self.places(start, stop)
         room = bin_bytes - lengths * np.dtype(self.dtype).itemsize

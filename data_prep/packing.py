@@ -1,15 +1,18 @@
-"""gz and zst files as streams of what is in them.
+"""gz, zst, xz and bz2 files as streams of what is in them.
 
-Members of gzip and frames of zstandard that were put one behind the other are read as one. What was unpacked
-before the place where a file breaks is handed out before the break is told.
+Members of gzip, frames of zstandard and streams of the others that were put one behind the other are read as one. What
+was unpacked before the place where a file breaks is handed out before the break is told.
 """
 
 from __future__ import annotations
 
+import bz2
 import io
+import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -24,12 +27,21 @@ CHUNK = 1 << 18
 Stream: TypeAlias = "io.BufferedReader[Any]"
 
 
+ENDINGS = (".gz", ".zst", ".xz", ".bz2")
+
+
 class BrokenError(Exception):
     """A packed file goes on otherwise than it should, or not at all."""
 
 
+def of(name: str) -> str:
+    """How a file of this name is packed, "gz" for example; "" if it is not."""
+    return next((ending[1:] for ending in ENDINGS if name.lower().endswith(ending)), "")
+
+
 def unpacked(file: Stream, packing: str) -> Stream:
-    """A stream of what is in `file`, packed as "gz" or "zst". Reading it raises BrokenError at the place of a break."""
+    """A stream of what is in `file`, packed as "gz", "zst", "xz" or "bz2". Reading it raises BrokenError at the place
+    of a break."""
     return io.BufferedReader(_Stream(_PACKINGS[packing](file)), CHUNK)
 
 
@@ -122,4 +134,49 @@ def _zst_problem(error: str, frames: int) -> str:
     return f"it is damaged here ({error.partition(': ')[2] or error})"
 
 
-_PACKINGS: dict[str, Callable[[Stream], Iterator[bytes]]] = {"gz": _gz, "zst": _zst}
+def _xz(file: Stream) -> Iterator[bytes]:
+    begin = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    return _streams(file, "xz", b"\xfd7zXZ\0", begin)
+
+
+def _bz2(file: Stream) -> Iterator[bytes]:
+    return _streams(file, "bzip2", b"BZh", bz2.BZ2Decompressor)
+
+
+def _streams(file: Stream, name: str, mark: bytes, begin: Callable[[], Any]) -> Iterator[bytes]:
+    left = file.read(CHUNK)
+    streams = 0
+    while left or not streams:
+        if not left.startswith(mark[: len(left)]):
+            problem = f"behind its end there is something that is no {name}" if streams else f"it is no {name} file"
+            raise BrokenError(problem)
+        stream = begin()
+        while not stream.eof:
+            if stream.needs_input and not left:
+                left = file.read(CHUNK)
+                if not left:
+                    raise BrokenError(f"it breaks off: the {name} file was cut short, as by an interrupted transfer")
+            try:
+                out = stream.decompress(left, CHUNK)
+            except (lzma.LZMAError, OSError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise
+                raise BrokenError(_stream_problem(str(error))) from None
+            left = b""
+            if out:
+                yield out
+        streams += 1
+        left = stream.unused_data or file.read(CHUNK)
+        while name == "xz" and left and not left.strip(b"\0"):  # the format allows padding
+            left = file.read(CHUNK)
+        left = left.lstrip(b"\0") if name == "xz" else left
+
+
+def _stream_problem(error: str) -> str:
+    if "Memory usage limit" in error:
+        return "it needs more than 1 GB of memory: pack it anew with `xz -dc FILE | xz`"
+    return f"it is damaged here ({error})"
+
+
+_XZ_MEMORY = 1 << 30
+_PACKINGS: dict[str, Callable[[Stream], Iterator[bytes]]] = {"gz": _gz, "zst": _zst, "xz": _xz, "bz2": _bz2}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyarrow import Schema
     from pyarrow.parquet import ParquetFile
 
 # Of text, by the average row; a single row may be as large as it likes.
@@ -28,10 +29,10 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the text column, the `number`-th of its file from 0 on, or why it is no text."""
+    """A row of the text column, the `number`-th of its file from 0 on, or why it is no text; None for null."""
 
     number: int
-    text: str
+    text: str | None
     problem: str = ""
 
 
@@ -49,7 +50,7 @@ def group_sizes(path: Path, column: str) -> list[int]:
 
 
 def rows(path: Path, column: str, groups: range) -> Iterator[Row]:
-    """The rows of these row groups that are not null, and a last one with the problem where one of them is damaged.
+    """The rows of these row groups, and a last one with the problem where one of them is damaged.
 
     Raises:
         UnusableError, OSError: as `group_sizes`.
@@ -65,7 +66,7 @@ def rows(path: Path, column: str, groups: range) -> Iterator[Row]:
             batch_rows = max(1, min(_MOST_ROWS, _BATCH_BYTES // row_bytes))
             try:
                 for batch in file.iter_batches(batch_rows, [group], [column], use_threads=False):
-                    yield from _texts(batch.column(0), number)
+                    yield from texts(batch.column(0), number)
                     number += batch.num_rows
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno:
@@ -73,13 +74,14 @@ def rows(path: Path, column: str, groups: range) -> Iterator[Row]:
                 yield Row(number, "", f"row group {group} is damaged from here on ({_first_line(error)})")
 
 
-def _texts(values: Any, first: int) -> Iterator[Row]:
+def texts(values: Any, first: int) -> Iterator[Row]:
+    """The rows of an array of strings, the first of which has number `first`."""
     try:
-        texts = values.to_pylist()
+        found = values.to_pylist()
     except UnicodeDecodeError:
-        yield from (_text(value, first + n) for n, value in enumerate(values) if value.is_valid)
+        yield from (_text(value, first + n) for n, value in enumerate(values))
     else:
-        yield from (Row(first + n, text) for n, text in enumerate(texts) if text is not None)
+        yield from (Row(first + n, text) for n, text in enumerate(found))
 
 
 def _text(value: Any, number: int) -> Row:
@@ -101,17 +103,17 @@ def _opened(path: Path, column: str) -> ParquetFile:
             raise
         raise UnusableError(f"no parquet file that can be read ({_first_line(error)})") from None
     try:
-        _check_column(file, column)
+        check_column(file.schema_arrow, column)
     except UnusableError:
         file.close()
         raise
     return file
 
 
-def _check_column(file: ParquetFile, column: str) -> None:
+def check_column(schema: Schema, column: str) -> None:
+    """Raises UnusableError unless there is one such column, of strings."""
     import pyarrow.types as kinds
 
-    schema = file.schema_arrow
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
     remedy = "name the right one with --text-key"
     if column not in schema.names:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from data_prep import duplicates, split, unit
+from data_prep import accounting, duplicates, split, unit, unread
 from data_prep.plan import Plan
+from data_prep.reading import Skipped
 from data_prep.unit import Record
 from hpcgpt import durable, shards
 from hpcgpt.errors import UserError
@@ -29,10 +31,16 @@ def place(out: Path, plan: Plan) -> Manifest:
     kept, removed = [record.shards for record in records], 0
     if plan.recipe.dedup:
         kept, removed = duplicates.remove(out, records, plan.recipe.width)
+    skipped = [*plan.skipped, *(row for record in records for row in record.skipped)]
+    counts = _counts(records, removed, skipped)
     if not any(shard.split == "train" for of_unit in kept for shard in of_unit):
         held_out = sum(shard.documents for of_unit in kept for shard in of_unit)
-        raise UserError(f"no document is left for training ({held_out} for validation): lower --val-fraction")
-    skipped = [*plan.skipped, *(row for record in records for row in record.skipped)]
+        if held_out:
+            raise UserError(f"no document is left for training ({held_out} for validation): lower --val-fraction")
+        why = accounting.left_out(counts) or "the inputs have none"
+        raise UserError(
+            f"no document is left for training: {why}; look at the inputs, or choose others and another --out"
+        )
     if skipped:
         durable.write(
             out / "skipped.jsonl",
@@ -40,11 +48,6 @@ def place(out: Path, plan: Plan) -> Manifest:
         )
     placed = list(_placed(out, kept))
     durable.sync_folder(out)
-    counts = {
-        "too_short": sum(record.too_short for record in records),
-        "duplicates": removed,
-        "skipped": sum(row.count for row in skipped),
-    }
     manifest = shards.write_manifest(
         out,
         plan.recipe.dtype,
@@ -53,9 +56,23 @@ def place(out: Path, plan: Plan) -> Manifest:
         split.rule(plan.recipe.val_fraction),
         counts,
         sorted(placed, key=lambda shard: shard.name),
+        unread.listed(plan.unread),
     )
     _clean(out, records)
     return manifest
+
+
+def _counts(records: list[Record], duplicates: int, skipped: list[Skipped]) -> dict[str, int]:
+    """What was left out or changed, by reason; see `data_prep.accounting`."""
+    counts = {
+        "too_short": sum(record.too_short for record in records),
+        "duplicates": duplicates,
+        "skipped": sum(row.count for row in skipped),
+    }
+    rest: Counter[str] = Counter()
+    for record in records:
+        rest.update(record.counts)
+    return counts | {key: count for key, count in sorted(rest.items()) if count}
 
 
 def _placed(out: Path, kept: list[list[Shard]]) -> list[Shard]:

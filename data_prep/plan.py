@@ -16,6 +16,7 @@ from typing import Any
 
 from data_prep.inputs import Source, Unit
 from data_prep.reading import Reading, Skipped
+from data_prep.unread import Unread
 from hpcgpt import durable, shards
 from hpcgpt.errors import UserError
 from hpcgpt.shards import Width
@@ -46,6 +47,7 @@ class Plan:
     units: list[Unit]
     unit_bytes: int
     skipped: list[Skipped] = field(default_factory=list)  # whole files, set aside before there were units
+    unread: list[Unread] = field(default_factory=list)  # found beside the sources; no part of what is planned
 
     @cached_property
     def as_json(self) -> bytes:
@@ -78,7 +80,11 @@ def claim(out: Path, plan: Plan) -> bool:
     check_ours(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not durable.create(path, plan.as_json):
-        differences = _differences(json.loads(path.read_bytes()), json.loads(plan.as_json), complete)
+        try:
+            before = json.loads(path.read_bytes())
+            differences = _differences(before, json.loads(plan.as_json), complete)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            raise UserError(f"{path} is damaged: choose another --out, or remove that folder yourself") from None
         if differences:
             raise UserError(
                 f"{out} holds shards that were made differently ({', '.join(differences)} changed): choose another "

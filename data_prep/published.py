@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Mapping
@@ -87,8 +88,9 @@ def find(name: str) -> ByteLevelBPE:
     url = _URL + published.file
     folder = _cache_folder()
     cached = folder / hashlib.sha1(url.encode()).hexdigest() if folder else None
-    if cached and cached.is_file():
-        content = cached.read_bytes()
+    kept = _kept(cached) if cached else None
+    if cached and kept is not None:
+        content = kept
         _check(content, published, str(cached))
     else:
         try:
@@ -102,8 +104,12 @@ def find(name: str) -> ByteLevelBPE:
             ) from None
         _check(content, published, url)
         if cached:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            durable.write(cached, content)
+            try:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                durable.write(cached, content)
+            except OSError as error:  # in /tmp, another user's: it is fetched again next time
+                why = error.strerror or error
+                print(f"tokenizer {name}: its ranks cannot be kept in {cached.parent}: {why}", file=sys.stderr)
     return _made(name, content)
 
 
@@ -138,6 +144,14 @@ def _check(content: bytes, published: Published, place: str) -> None:
             f"{place}: not {published.file}: SHA-256 {found[:12]}..., expected {published.sha256[:12]}...: it "
             "is damaged or another file; fetch it again"
         )
+
+
+def _kept(path: Path) -> bytes | None:
+    """The content of a file in the cache; None if there is none, or it is another user's and cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _cache_folder() -> Path | None:

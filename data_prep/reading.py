@@ -1,6 +1,6 @@
 """How the inputs are read: the options that say so, and what happens to input that is bad.
 
-Bad input is a ValueError that names file and place and says what to type. With ``on_bad_input="skip"`` it is
+Bad input is a UserError that names file and place and says what to type. With ``on_bad_input="skip"`` it is
 a `Skipped` record instead, and reading goes on behind it. Machines' failures (a disk that cannot be read) are
 never skipped.
 """
@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from data_prep import encodings
 from hpcgpt.errors import UserError
 
-OnBadInput = Literal["stop", "skip"]
+OnBadInput = Literal["stop", "skip", "replace"]
 SKIP = "correct it, or go on without it: --on-bad-input skip"
 # A corpus can have a billion bad lines, and the memory of those who count them not.
 MOST_TOLD = 1000
@@ -60,7 +60,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Input that was set aside: in which file (as in the manifest), where in it, why; `count` times."""
+    """Input that was set aside: in which file (as in the manifest), where in it, why; `count` times. A note on what was
+    kept in another form has the count 0."""
 
     name: str
     place: str
@@ -72,7 +73,7 @@ class Aside:
     """Where bad input goes: into an error, or into `skipped`."""
 
     def __init__(self, on_bad_input: OnBadInput, skipped: list[Skipped]) -> None:
-        self._stop, self._skipped = on_bad_input == "stop", skipped
+        self._stop, self._skipped = on_bad_input != "skip", skipped
         self._before = len(skipped)
 
     def bad(self, path: Path, name: str, place: str, problem: str, remedy: str = "") -> None:
@@ -89,6 +90,11 @@ class Aside:
         else:
             last = self._skipped[-1]
             self._skipped[-1] = replace(last, problem="this and what came behind it", count=last.count + 1)
+
+    def note(self, name: str, place: str, what: str) -> None:
+        """Write down what was kept in another form than it had."""
+        if len(self._skipped) - self._before < MOST_TOLD:
+            self._skipped.append(Skipped(name, place, what, 0))
 
 
 def shown(path: Path) -> str:
@@ -125,7 +131,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--on-bad-input",
         choices=get_args(OnBadInput),
         default="stop",
-        help="skip: set what cannot be read aside and count it; make_shards lists it in skipped.jsonl (default: stop)",
+        help="skip: set what cannot be read aside and count it; replace: put U+FFFD for bytes that are no text, and "
+        "stop at the rest; make_shards lists both in skipped.jsonl (default: stop)",
+    )
+    parser.add_argument(
+        "--ignore-other-files",
+        action="store_true",
+        help="leave out files below INPUT that look like data of a kind that is not read (they are listed)",
     )
     parser.add_argument(
         "--max-document-mb",

@@ -19,6 +19,7 @@ import heapq
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
 from tqdm import tqdm
 
-from data_prep import inputs, published, reading, split
+from data_prep import accounting, inputs, published, reading, split, unread
 from data_prep.documents import documents
-from hpcgpt import cli, shards, tokenizer
+from data_prep.reading import Skipped
+from data_prep.unread import Unread
+from hpcgpt import cli, paths, shards, tokenizer
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
 
@@ -54,7 +57,7 @@ _WORD = re.compile(r"\w+|[^\w\s]+")
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    out = Path(options.out)
+    out = Path(paths.expand(options.out, "--out"))
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} exists already, with a tokenizer in it: choose another --out")
     most = shards.WIDTHS["uint16"].most_ids
@@ -147,7 +150,11 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
 def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
     """The training documents of the corpus, or of units spread evenly over it, with a progress bar."""
     how = reading.asked(options)
-    sources = inputs.find(options.INPUT, [] if how.on_bad_input == "skip" else None)
+    skipped: list[Skipped] = []
+    others: list[Unread] = []
+    counts: Counter[str] = Counter()
+    sources = inputs.find(options.INPUT, skipped if how.on_bad_input == "skip" else None, others, how.text_key)
+    unread.check(others, options.ignore_other_files)
     units = inputs.units(sources, _UNIT_BYTES, how)
     sizes = [sum(piece.stop - piece.start for piece in unit) for unit in units]
     stride = max(1, sum(sizes) // (_CHOICE * sample_bytes))
@@ -155,10 +162,19 @@ def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
     total = sum(sizes[number] for number in chosen)
     with tqdm(total=total, unit="B", unit_scale=True, desc="text read", disable=not sys.stderr.isatty()) as bar:
         for number in chosen:
-            for text in documents(units[number], how):
+            # A list for each unit, since it takes so many at most.
+            of_unit: list[Skipped] = []
+            for text in documents(units[number], how, of_unit, counts):
                 if not split.is_validation(text, options.val_fraction):
                     yield text
+            counts["skipped"] += sum(row.count for row in of_unit)
             bar.update(sizes[number])
+    counts["skipped"] += len(skipped)
+    part = "" if stride == 1 else f", from {len(chosen):,} of {len(units):,} parts spread over them"
+    print(f"read: {len(sources):,} files{part}", flush=True)
+    told = [accounting.left_out(counts).replace(", listed in skipped.jsonl", ""), accounting.changed(counts, 0)]
+    for what in filter(None, told):
+        print(f"left out or changed: {what.replace(', listed in skipped.jsonl', '')}", flush=True)
 
 
 def _density(trained: ByteLevelBPE, sample: Sequence[bytes]) -> str:

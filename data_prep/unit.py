@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import split
+from data_prep import accounting, split
 from data_prep.backends import Encoder
 from data_prep.documents import documents
 from data_prep.inputs import Unit
@@ -51,6 +52,7 @@ class Record:
     shards: list[Shard]
     too_short: int
     skipped: list[Skipped]
+    counts: dict[str, int] = field(default_factory=dict)  # what else was left out or changed, see accounting
 
 
 def folder(out: Path, number: int) -> Path:
@@ -60,7 +62,7 @@ def folder(out: Path, number: int) -> Path:
 def read_record(out: Path, number: int) -> Record:
     body = json.loads((folder(out, number) / "record.json").read_bytes())
     skipped = [Skipped(**row) for row in body["skipped"]]
-    return Record([Shard(**row) for row in body["shards"]], body["too_short"], skipped)
+    return Record([Shard(**row) for row in body["shards"]], body["too_short"], skipped, body.get("counts", {}))
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ def remove_leftovers(out: Path, number: int, mark: str) -> None:
 
 def _fill(where: Path, unit: Unit, recipe: Recipe, encoder: Encoder, progress: Progress) -> None:
     skipped: list[Skipped] = []
+    counts: Counter[str] = Counter()
     too_short = 0
     with ExitStack() as stack:
         outputs: dict[str, _SplitOutput] = {}
-        for text in documents(unit, recipe.reading, skipped):
+        for text in documents(unit, recipe.reading, skipped, counts):
             if len(text) < recipe.min_characters:
                 too_short += 1
                 continue
@@ -135,7 +138,13 @@ def _fill(where: Path, unit: Unit, recipe: Recipe, encoder: Encoder, progress: P
                 outputs[name] = stack.enter_context(_SplitOutput(where, name, recipe, encoder, progress))
             outputs[name].add(text, len(content), digest)
     shards = [asdict(shard) for name in sorted(outputs) for shard in outputs[name].shards]
-    record = {"shards": shards, "too_short": too_short, "skipped": [asdict(row) for row in skipped]}
+    counts[accounting.UNKNOWN] += sum(output.unknown for output in outputs.values())
+    record = {
+        "shards": shards,
+        "too_short": too_short,
+        "skipped": [asdict(row) for row in skipped],
+        "counts": counts,
+    }
     with durable.plain(where / "record.json") as file:
         file.write(json.dumps(record, ensure_ascii=False).encode())
 
@@ -150,6 +159,7 @@ class _SplitOutput:
     encoder: Encoder
     progress: Progress
     shards: list[Shard] = field(default_factory=list)
+    unknown: int = 0  # tokens for text that the tokenizer does not know
     _texts: list[str] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
     _digests: list[bytes] = field(default_factory=list)
@@ -203,6 +213,8 @@ class _SplitOutput:
         text[starts] = False
         tokens[starts] = self.recipe.tokenizer.end_of_text
         tokens[text] = ids
+        if self.recipe.tokenizer.unknown is not None:
+            self.unknown += int((ids == self.recipe.tokenizer.unknown).sum())
         return tokens, lengths
 
     def _write(self, tokens: Tokens, lengths: NDArray[np.int64]) -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_prep import pieces
 from data_prep.megatron_index import Index
 from data_prep.pieces import File
-from hpcgpt import cli, shard_reader, shards, tokenizer
+from hpcgpt import cli, paths, shard_reader, shards, tokenizer
 from hpcgpt.errors import UserError
 from hpcgpt.shards import HEADER_BYTES, Manifest, Shard, Width
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected 1 or more")
-    folder = Path(options.DIR)
+    folder = Path(paths.expand(options.DIR, "DIR"))
     manifest = shards.read_manifest(folder)
     started_at = monotonic()
     found = verify(folder, manifest, options.workers, options.quick)
@@ -64,7 +64,15 @@ def main(argv: Sequence[str]) -> int:
     # What takes less than a second is not read from a disk, and no rate at all.
     rate = "" if options.quick or elapsed_s < 1 else f" ({size / 1e6:,.0f} MB, {size / 1e6 / elapsed_s:,.0f} MB/s)"
     print(f"{folder}: {len(manifest.shards):,} shards, {tokens:,} tokens, {what} as the manifest says{rate}")
+    if beside := strangers(folder, manifest):
+        print(f"not checked, for the manifest does not name them: {', '.join(beside)}")
     return 0
+
+
+def strangers(folder: Path, manifest: Manifest) -> list[str]:
+    """Token files in the folder that are no part of the data set, as an import or a copy over it leaves them."""
+    known = {f"{shard.name}{suffix}" for shard in manifest.shards for suffix in (".bin", ".idx")}
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".idx") and path.name not in known)
 
 
 def verify(folder: Path, manifest: Manifest, workers: int = 1, quick: bool = False) -> list[str]:

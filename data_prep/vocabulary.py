@@ -17,7 +17,7 @@ from pathlib import Path
 import tiktoken
 
 from data_prep import huggingface, published
-from hpcgpt import tokenizer
+from hpcgpt import paths, tokenizer
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import Tokenizer
 from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
@@ -29,7 +29,7 @@ def find(name: str, end_of_text: str = "") -> Tokenizer:
     Raises:
         UserError: there is none, it is damaged, or it has no such end-of-text.
     """
-    path = Path(name).expanduser()
+    path = Path(paths.expand(name, "--tokenizer"))
     if name == "gpt2":
         found: Tokenizer = gpt2()
     elif name in published.PUBLISHED:

@@ -31,7 +31,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`counts` says what the preparation left out: documents too short, duplicates, bad input."""
+    """`counts` says what the preparation left out or changed, by reason: documents too short, duplicates, bad input,
+    null, empty, characters replaced, tokens for unknown text; `unread` which files it found and did not read."""
 
     dtype: str
     tokenizer: dict[str, Any]
@@ -97,6 +99,7 @@ class Manifest:
     counts: dict[str, int]
     shards: list[Shard]
     digest: str
+    unread: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def splits(self) -> list[str]:
@@ -115,7 +118,9 @@ def write_manifest(
     split_rule: str,
     counts: dict[str, int],
     shards: list[Shard],
+    unread: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
+    """Write manifest.json, which makes a data set of the folder; a key without anything to tell is left out."""
     body: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -126,6 +131,8 @@ def write_manifest(
         "counts": counts,
         "shards": [asdict(shard) for shard in shards],
     }
+    if unread:
+        body["unread"] = list(unread)
     body["digest"] = _digest(body)
     durable.write(folder / "manifest.json", (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
     return read_manifest(folder)
@@ -156,8 +163,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise InputError(f"{path}: tokens are {body['dtype']}, expected {' or '.join(WIDTHS)}")
         shards = [Shard(**shard) for shard in body["shards"]]
         fields = {key: body[key] for key in ("dtype", "tokenizer", "inputs", "split_rule", "counts", "digest")}
-        return Manifest(**fields, shards=shards)
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return Manifest(**fields, shards=shards, unread=body.get("unread", []))
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest of shards: {error!r}") from None
 
 

@@ -43,6 +43,11 @@ class Tokenizer(ABC):
         """One more than the highest id."""
 
     @property
+    def unknown(self) -> int | None:
+        """The id that stands for text that the vocabulary cannot spell; None if it can spell any text."""
+        return None
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of everything that an id depends on."""

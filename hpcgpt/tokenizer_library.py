@@ -28,6 +28,7 @@ from hpcgpt.tokenizer import Tokenizer
 # is meant to hold, so that the model cannot make the token of text either.
 _HIDDEN = "\ufdd0{}\ufdd1"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 # So many tokens are decoded again with each new one; the rest cannot change any more.
 _CONTEXT = 4
 _LONGEST_WAIT = 64
@@ -47,6 +48,14 @@ class LibraryTokenizer(Tokenizer):
     @cached_property
     def vocab_size(self) -> int:
         return max([*self.library.get_vocab(with_added_tokens=True).values(), *self.special_tokens.values()]) + 1
+
+    @cached_property
+    def unknown(self) -> int | None:
+        model = json.loads(self.content)["model"]
+        if isinstance(model["vocab"], dict):
+            found = model["vocab"].get(model.get("unk_token"))
+            return None if found is None else int(found)
+        return None if model.get("unk_id") is None else int(model["unk_id"])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -148,9 +157,11 @@ def prepared(source: dict[str, Any], special: Iterable[str]) -> str:
         model["vocab"] = [[hidden.get(token, token), score] for token, score in vocabulary]
     if model.get("unk_token") in hidden:
         model["unk_token"] = hidden[model["unk_token"]]
+    pieces = byte_pieces(source["model"])
     added = [
         {**token, "content": hidden.get(token["content"], token["content"]), "special": token["content"] in names}
         for token in source.get("added_tokens") or []
+        if token["content"] not in pieces
     ]
     body = {
         "version": source.get("version", "1.0"),
@@ -164,6 +175,14 @@ def prepared(source: dict[str, Any], special: Iterable[str]) -> str:
         "model": model,
     }
     return json.dumps(body, ensure_ascii=False)
+
+
+def byte_pieces(model: dict[str, Any]) -> set[str]:
+    """The entries of a model's vocabulary that stand for bytes of what it has no other entry for, ``<0x0A>`` and so
+    on. However an added token is marked, these have to stay usable for text, or it becomes the unknown token."""
+    if not model.get("byte_fallback"):
+        return set()
+    return {token if isinstance(token, str) else token[0] for token in model["vocab"]} & _BYTE_PIECES
 
 
 def _makes_any_entry(model: dict[str, Any]) -> bool:

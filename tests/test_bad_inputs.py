@@ -7,8 +7,10 @@ as they were, and so is what is finished and what is foreign.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -144,7 +146,7 @@ IN_JSONL = [
     Row("broken UTF-8", one("a.jsonl", GOOD + b'{"text": "\xff"}\n' + GOOD),
         f"a.jsonl, byte {AT + 10}: neither UTF-8 nor Chinese in GB18030 (byte 0xff)", (2, 1)),
     Row("GB18030", one("a.jsonl", GOOD + f'{{"text": "{CHINESE}"}}\n'.encode("gb18030")),
-        f"a.jsonl, byte {AT + 10}: not UTF-8 but Chinese in GB18030; say --encoding gb18030, or auto", (1, 1)),
+        f"a.jsonl, byte {AT + 10}: not UTF-8 but Chinese in GB18030; say --encoding auto, or gb18030 if all", (1, 1)),
     Row("UTF-8 where GB18030 is asked for", one("a.jsonl", '{"text": "萧炎斗"}\n'.encode()),
         "a.jsonl, byte 18: not gb18030 but UTF-8; leave --encoding out, or say auto", (0, 1),
         ("--encoding", "gb18030")),
@@ -161,7 +163,7 @@ IN_TXT = [
     Row("behind a BOM", one("a.txt", b"\xef\xbb\xbfab\xff"), "a.txt, byte 5: ", (0, 1)),
     Row("cut off", one("a.txt", CHINESE.encode()[:-1]), "broken UTF-8: it ends within a character", (0, 1)),
     Row("GB18030", one("a.txt", "萧炎".encode("gb18030")),
-        "a.txt, byte 0: not UTF-8 but Chinese in GB18030; say --encoding gb18030, or auto", (0, 1)),
+        "a.txt, byte 0: not UTF-8 but Chinese in GB18030; say --encoding auto, or gb18030 if all files are so", (0, 1)),
     Row("Latin-1", one("a.txt", "déjà vu, élève".encode("latin-1")), "a.txt, byte 1: neither UTF-8 nor", (0, 1)),
     Row("UTF-16", one("a.txt", "hello".encode("utf-16")), "this is text in UTF-16: say --encoding utf-16", (0, 1)),
     Row("no UTF-16", one("a.txt", b"\xff\xfea"), "a.txt, byte 2: broken utf-16", None,
@@ -174,6 +176,12 @@ IN_TXT = [
     Row("a picture", one("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "this is not text but binary data", (0, 1)),
     Row("gzip", one("a.txt", gzip.compress(b"x")), "this is gzip: its name should end in .gz", (0, 1)),
     Row("zstandard", one("a.txt", zstd.compress(b"x" * 99)), "this is zstandard: its name should end in .zst", (0, 1)),
+    Row("xz", one("a.txt", lzma.compress(b"x")), "this is xz: its name should end in .xz", (0, 1)),
+    Row("bzip2", one("a.txt", bz2.compress(b"x" * 99)), "this is bzip2: its name should end in .bz2", (0, 1)),
+    Row("a bad line in xz", one("a.jsonl.xz", lzma.compress(GOOD + b"bad\n" + GOOD)),
+        f"a.jsonl.xz, byte {AT} of its text: not JSON", (2, 1)),
+    Row("bz2 cut short", one("a.jsonl.bz2", truncated(bz2.compress(LINES), 4)), "it breaks off: the bzip2", (200, 1)),
+    Row("no bz2", one("a.txt.bz2", b"<html>404</html>"), "a.txt.bz2: it is no bzip2 file", (0, 1)),
     Row("PDF", one("a.txt", b"%PDF-1.4\n\xe2\xe3\xcf\xd3\n"), "this is a PDF: take the text out of it first", (0, 1)),
     Row("a book in epub", one("a.txt", b"PK\x03\x04\x14\0\0\0"), "this is a zip archive (epub and docx are", (0, 1)),
     Row("a GB in one document", giant("a.txt", b""),
@@ -362,7 +370,7 @@ def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, t
         ("n" * 300, [], "(File name too long)"),
         ("a.txt/b", [], "(Not a directory)"),
         ("gone/*.txt", [], "there is no folder "),
-        ("*.md", [], "/*.md matches no file ending in .txt or .jsonl (also with .gz or .zst behind it) or .parquet"),
+        ("*.md", [], "/*.md matches no file ending in .txt or .jsonl (also with .gz, .zst, .xz or .bz2 behind it), "),
         ("empty", [], "/empty has no files ending in .txt or .jsonl"),
         ("a.jsonl", [], "/a.jsonl has no files ending in .txt or .jsonl"),
         ("README.md", [], "README.md: its name ends in '.md', expected .txt or .jsonl"),

@@ -261,7 +261,7 @@ def test_the_readmes_commands_do_what_is_shown(
     shards_folder: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Here with the tests' shards and tokenizer instead of the reader's."""
-    there = {"data/shards": shards_folder, "data/novels": tmp_path / "novels", "data/imported": tmp_path / "imported",
+    there = {"data/shards": shards_folder, "data/for-nanogpt": tmp_path / "n", "data/imported": tmp_path / "imported",
              "gpt2": tokenizer_folder}  # fmt: skip
     mains = {"inspect": inspect.main, "verify": verify.main, "export": export.main, "import_shards": import_shards.main}
     lines = re.findall(r"^python -m data_prep\.(\w+) (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, clean_env
 from pyarrow import parquet
 
-from data_prep import documents, encodings, inputs, packing, reading
+from data_prep import documents, encodings, inputs, packing, reading, standard_input
 from data_prep.packing import zstd
 from data_prep.reading import Reading, Skipped
 
@@ -478,21 +478,21 @@ class Stdin(io.BytesIO):
 def test_standard_input_is_copied_under_a_name_that_says_what_it_is(
     content: bytes, kind: str, name: str, tmp_path: Path
 ) -> None:
-    path = inputs.spool(Stdin(content), tmp_path / "prep", kind)  # type: ignore[arg-type]
+    path = standard_input.spool(Stdin(content), tmp_path / "prep", kind)  # type: ignore[arg-type]
     assert (path.name, path.read_bytes()) == (name, content)
     assert [p.name for p in path.parent.iterdir()] == [name]
 
 
 def test_a_rerun_takes_the_same_input_or_a_terminal_and_refuses_any_other(tmp_path: Path) -> None:
     content = b"a novel" * 400_000
-    path = inputs.spool(Stdin(content), tmp_path)
+    path = standard_input.spool(Stdin(content), tmp_path)
     before = path.stat().st_mtime_ns
-    assert inputs.spool(Stdin(content), tmp_path) == path
-    assert inputs.spool(Stdin(b"", terminal=True), tmp_path) == path
+    assert standard_input.spool(Stdin(content), tmp_path) == path
+    assert standard_input.spool(Stdin(b"", terminal=True), tmp_path) == path
     other = content[:2_500_000] + b"!" + content[2_500_001:]
     for wrong in (other, content[:-1], content + b"!", b'{"text": 1}'):
         with pytest.raises(ValueError, match="standard input is not what it was when this was begun"):
-            inputs.spool(Stdin(wrong), tmp_path)
+            standard_input.spool(Stdin(wrong), tmp_path)
     assert (path.stat().st_mtime_ns, path.read_bytes() == content) == (before, True)
 
 
@@ -506,7 +506,7 @@ def test_standard_input_that_is_no_text_is_refused_and_leaves_nothing(
     content: bytes, sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        inputs.spool(Stdin(content), tmp_path / "prep")
+        standard_input.spool(Stdin(content), tmp_path / "prep")
     with pytest.raises(ValueError, match="is a terminal"):
-        inputs.spool(Stdin(content, terminal=True), tmp_path / "prep")
+        standard_input.spool(Stdin(content, terminal=True), tmp_path / "prep")
     assert not (tmp_path / "prep").exists()

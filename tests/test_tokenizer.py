@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -138,6 +142,51 @@ def test_a_damaged_cache_is_named_and_left_alone(offline: Path) -> None:
     with pytest.raises(ValueError, match=f"{R50K_NAME_IN_CACHE}: not r50k_base.tiktoken: SHA-256 .* expected 306cd27f"):
         vocabulary.find("r50k_base")
     assert (offline / R50K_NAME_IN_CACHE).read_bytes() == b"IQ== 0\n"
+
+
+class Ranks(http.server.BaseHTTPRequestHandler):
+    """Serves one file, whatever is asked for."""
+
+    content = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Say nothing."""
+
+
+def test_a_cache_of_another_user_is_passed_over(
+    gpt2: ByteLevelBPE, offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/tmp/data-gym-cache is whose account used it first: neither what is in it can be read, nor can it be written."""
+    del offline
+    monkeypatch.setattr(Ranks, "content", gpt2.files()["vocab.tiktoken"])
+    with tempfile.TemporaryDirectory() as name, http.server.HTTPServer(("127.0.0.1", 0), Ranks) as server:
+        Path(name).chmod(0o755)
+        cache = Path(name) / "data-gym-cache"
+        cache.mkdir(mode=0o700)
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(published, "_URL", f"http://127.0.0.1:{server.server_port}/")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        else:
+            cache.chmod(0)
+        try:
+            found = vocabulary.find("r50k_base")
+        finally:
+            os.seteuid(user)
+            cache.chmod(0o700)
+            server.shutdown()
+            thread.join()
+        assert found.fingerprint == gpt2.fingerprint
+        assert f"its ranks cannot be kept in {cache}: Permission denied" in capsys.readouterr().err
 
 
 def test_ranks_brought_along_are_known_by_their_hash(gpt2: ByteLevelBPE, offline: Path) -> None:

@@ -1,0 +1,103 @@
+"""Files that lie in a named folder and are not read: counted and named by reason, never passed over in silence.
+
+Those whose names say that they hold data (``.json``, ``.csv``, ``.zip``, ...) are a mistake unless they are to be
+ignored (``--ignore-other-files``). The others, a README or a list of checksums, are named at the start, in the summary
+and in the manifest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpcgpt.errors import UserError
+
+HIDDEN, REPEATED = "hidden", "the same file as one before"
+MOST_NAMED = 1000
+# What somebody may believe to be part of the corpus. A packed file ends in what packed it.
+_DATA = (
+    *(".json", ".jsonl", ".ndjson", ".jsonlines", ".jl", ".json5", ".txt", ".text", ".parquet", ".arrow", ".feather"),
+    *(".csv", ".tsv", ".orc", ".avro", ".npy", ".npz", ".bin", ".idx", ".h5", ".hdf5", ".tfrecord", ".pkl", ".pickle"),
+    *(".gz", ".zst", ".zstd", ".xz", ".bz2", ".lz4", ".lzma", ".br", ".sz", ".snappy", ".z", ".zip", ".tar", ".tgz"),
+    *(".tbz", ".tbz2", ".txz", ".tzst", ".7z", ".rar", ".warc", ".wet", ".wat", ".xml", ".html", ".htm", ".sqlite"),
+    *(".db", ".epub", ".mobi", ".azw3", ".pdf", ".doc", ".docx", ".rtf", ".odt", ".xlsx", ".xls"),
+)
+# What Hugging Face's tools put beside the data.
+_ABOUT_DATA = {
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "generation_config"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "package.json"),
+}
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file that is not read, its name as in the manifest, and why; `count` of them where they are no longer named."""
+
+    name: str
+    bytes: int
+    reason: str
+    count: int = 1
+
+    @property
+    def looks_like_data(self) -> bool:
+        name = self.name.rpartition("/")[2].lower()
+        return self.reason not in (HIDDEN, REPEATED) and name.endswith(_DATA) and name not in _ABOUT_DATA
+
+
+def check(unread: Sequence[Unread], ignore: bool) -> None:
+    """Say on stderr which files are not read, before hours of work are done without them.
+
+    Raises:
+        UserError: some of them look like data, and they are not to be ignored.
+    """
+    data = [row for row in unread if row.looks_like_data]
+    if data and not ignore:
+        raise UserError(
+            f"{_files(len(data))} below the inputs look like data and would not be read: {_some(data)}; convert or "
+            "remove them, name the files that are meant, as in '**/*.jsonl', or leave these out with "
+            "--ignore-other-files"
+        )
+    visible = [row for row in unread if row.reason != HIDDEN]
+    if visible:
+        print(f"not read: {_some(visible)}", file=sys.stderr)
+
+
+def listed(unread: Sequence[Unread]) -> list[dict[str, Any]]:
+    """The rows of a manifest: hidden files as one, the first thousand others by name, and the rest by reason."""
+    named = [row for row in unread if row.reason != HIDDEN]
+    rest = [*(row for row in unread if row.reason == HIDDEN), *named[MOST_NAMED:]]
+    rows: list[dict[str, Any]] = [
+        {"name": row.name, "bytes": row.bytes, "reason": row.reason} for row in named[:MOST_NAMED]
+    ]
+    for reason, count in sorted(Counter(row.reason for row in rest).items()):
+        size = sum(row.bytes for row in rest if row.reason == reason)
+        rows.append({"name": "", "bytes": size, "reason": reason, "count": count})
+    return rows
+
+
+def told(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a manifest in a line: how many files for each reason, and the first of their names."""
+    names: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[row["reason"]] += row.get("count", 1)
+        names.setdefault(row["reason"], []).extend(filter(None, [row["name"]]))
+    return "; ".join(
+        f"{_files(count)} ({reason})" + (f": {_names(names[reason], count)}" if names[reason] else "")
+        for reason, count in counts.items()
+    )
+
+
+def _some(unread: Sequence[Unread]) -> str:
+    return told([{"name": row.name, "reason": row.reason, "count": row.count} for row in unread])
+
+
+def _names(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:5]) + (f" and {count - 5:,} more" if count > 5 else "")
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file" + "s" * (count != 1)
