@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from hpcgpt import paths, terminal
 
 
 def option(
@@ -23,18 +25,21 @@ def option(
     above: float | None = None,
     high: float | None = None,
     below: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A documented field. ``low <= value <= high``, ``above < value < below``."""
-    metadata = {"help": about, "low": low, "above": above, "high": high, "below": below}
+    """A documented field. ``low <= value <= high``, ``above < value < below``; `path`: see hpcgpt.paths."""
+    metadata = {"help": about, "low": low, "above": above, "high": high, "below": below, "path": path}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Run:
     name: str = option("gpt2", "name of the run; its folder is <dir>/<name>")
-    dir: str = option("runs", "folder that holds the run folders, on a file system that all nodes see")
+    dir: str = option("runs", "folder that holds the run folders, on a file system that all nodes see", path=True)
     seed: int = option(1, "seed of weights, sample order and dropout", low=0, below=2**63)
-    init_from: str = option("", "folder of another run, whose newest weights this one begins with; empty: random ones")
+    init_from: str = option(
+        "", "folder of another run, whose newest weights this one begins with; empty: random ones", path=True
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "auto: the GPUs that Slurm gave or that are visible, else the CPU"
     )
@@ -53,7 +58,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Data:
-    dir: str = option("data/shards", "folder of token shards, made by `python -m data_prep.make_shards`")
+    dir: str = option("data/shards", "folder of token shards, made by `python -m data_prep.make_shards`", path=True)
     mix: tuple[Part, ...] = option(
         (), "instead of dir: several folders and their weights, DIR:WEIGHT,... (in TOML a list of {dir, weight})"
     )
@@ -257,6 +262,13 @@ class Config:
         return Path(self.run.dir) / self.run.name
 
     @property
+    def from_anywhere(self) -> Config:
+        """The same with absolute paths, as a run keeps it: it means the same when read in another folder."""
+        run = replace(self.run, dir=paths.absolute(self.run.dir), init_from=paths.absolute(self.run.init_from))
+        mix = tuple(Part(paths.absolute(part.dir), part.weight) for part in self.data.mix)
+        return replace(self, run=run, data=replace(self.data, dir=paths.absolute(self.data.dir), mix=mix))
+
+    @property
     def profiled_steps(self) -> range:
         """The steps to trace, counted from 1."""
         first, _, last = self.profile.steps.partition("-")
@@ -324,9 +336,11 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"spike.factor {config.spike.factor} must be greater than 1, or 0: the usual loss is no spike"
     if config.spike.factor and not keep.every:
         yield "spike.factor needs checkpoints to go back to: give checkpoint.every"
-    name = config.run.name
-    if not name or name.startswith(".") or "/" in name:
-        yield f"run.name '{name}' must be a plain folder name"
+    for key, name in (("run.name", config.run.name), ("tracking.project", config.tracking.project)):
+        if problem := paths.problem_of_name(name):
+            yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
+    if any(map(terminal.is_control, config.run.dir)):
+        yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
 
 
 # What a kind of model has by default where it is not what Model says.

@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from hpcgpt import paths, terminal
 from hpcgpt.config import OF_KIND, Config, Part, contradictions
 from hpcgpt.errors import UserError
 
@@ -202,6 +203,9 @@ def checked(section: str, key: str, value: Any) -> Any:
         raise UserError(f"expected {_KIND[hint]}, found {value!r}")
     item = next(f for f in dataclasses.fields(cls) if f.name == key)
     limits = item.metadata
+    if isinstance(value, str):
+        _check_text(value)
+        return paths.expand(value, "path") if limits["path"] and value else value
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{value} is no number to work with")
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -210,6 +214,14 @@ def checked(section: str, key: str, value: Any) -> Any:
             if bound is not None and not holds(value, bound):
                 raise UserError(f"{value} must be {words} {bound}")
     return value
+
+
+def _check_text(text: str) -> None:
+    """A run keeps its settings in a file of UTF-8. Raises UserError where that cannot be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"'{terminal.printable(text)}' is no UTF-8") from None
 
 
 # Of these keys of a section one is given; the others have the values that stand for nothing.
@@ -259,7 +271,8 @@ def _mix(value: Any) -> tuple[Part, ...]:
             raise UserError(f"expected a folder, found {folder!r}")
         if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
             raise UserError(f"the weight of {folder} must be a number greater than 0, found {weight!r}")
-        parts.append(Part(folder, float(weight)))
+        _check_text(folder)
+        parts.append(Part(paths.expand(folder, "path"), float(weight)))
     return tuple(parts)
 
 

@@ -213,7 +213,7 @@ class Attempt:
 
     def _report(self) -> None:
         """Rank 0: write what the folder is to hold, and begin to tell."""
-        durable.write(self.folder / "config.toml", config_sources.to_toml(self.config).encode())
+        durable.write(self.folder / "config.toml", config_sources.to_toml(self.config.from_anywhere).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
             (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
