@@ -42,7 +42,7 @@ def expand(text: str, what: str) -> str:
         expanded = str(Path(_VARIABLE.sub(lambda found: _value(found, shown, what), text)).expanduser())
     except RuntimeError:
         raise UserError(
-            f"{what} '{shown}': there is no such file here, and ~ stands for no user's home folder: write the path out, "
+            f"{what} '{shown}': there is no such file here, and ~ stands for no user's home folder: write it out, "
             f"or ./{shown}"
         ) from None
     if any(map(terminal.is_control, expanded)):
