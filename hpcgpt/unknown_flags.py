@@ -29,8 +29,8 @@ BEFORE_THE_SCRIPT = {
     name: f"it is one of sbatch's, before the script's name: sbatch --{name}=... slurm/pretrain.sbatch ..."
     for name in _OF_SBATCH
 }
-# The same for `hpcgpt submit`, which has some of them under its own names.
-OF_SUBMIT = {name: f"give it to sbatch: --sbatch {name}=..." for name in _OF_SBATCH} | {
+# The same for `hpcgpt submit`, which has some of them under other names.
+_OF_SUBMIT = {
     "exclusive": "give it to sbatch: --sbatch exclusive",
     "gpus": "did you mean --gpus-per-node?",
     "gpus-per-task": "did you mean --gpus-per-node?",
@@ -39,6 +39,12 @@ OF_SUBMIT = {name: f"give it to sbatch: --sbatch {name}=..." for name in _OF_SBA
     "ntasks": "did you mean --tasks-per-node?",
     "ntasks-per-node": "did you mean --tasks-per-node?",
 }
+
+
+def for_submit(own: Sequence[str]) -> dict[str, str]:
+    """What `hpcgpt submit`, whose flags are `own`, says of those of sbatch that it does not have."""
+    passed_on = {name: f"give it to sbatch: --sbatch {name}=..." for name in _OF_SBATCH}
+    return passed_on | _OF_SUBMIT | dict.fromkeys(own, "")
 
 
 def split(
@@ -67,12 +73,12 @@ def split(
 
 
 def advice(word: str, keys: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    """What to say of an unknown flag. `elsewhere` has flags that may be expected here, and what to say of each."""
+    """What to say of an unknown flag. `elsewhere` has flags beside `keys`, and what to say where there is no such."""
     written = word.partition("=")[0]
     name = written.lstrip("-")
     flag = name.replace("-", "_")
     told = f"command line: unknown flag {terminal.printable(written)}"
-    if name in elsewhere:
+    if elsewhere.get(name):
         return f"{told}: {elsewhere[name]}"
     section, _, key = flag.rpartition(".")
     if any(found.startswith(f"{section}.") for found in keys):
@@ -80,7 +86,9 @@ def advice(word: str, keys: Sequence[str], elsewhere: Mapping[str, str]) -> str:
     meant = [found for found in keys if found.endswith(f".{key}")] or [_ALSO_CALLED.get(key, "")]
     if any(meant):
         return f"{told} (did you mean {' or '.join(f'--{found}' for found in meant)}?)"
-    return told + (nearest(flag, keys, "--") or nearest(name, list(elsewhere), "--"))
+    underscored = {other.replace("-", "_"): other for other in [*keys, *elsewhere]}
+    close = difflib.get_close_matches(flag, underscored, n=1, cutoff=0.5)
+    return f"{told} (did you mean --{underscored[close[0]]}?)" if close else told
 
 
 def nearest_key(section: str, key: str, keys: Sequence[str], prefix: str = "") -> str:
