@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
+from hpcgpt import terminal
 from hpcgpt.errors import UserError, status_of
 
 Main = Callable[[Sequence[str]], int]
@@ -65,6 +66,6 @@ def sentence(error: BaseException) -> str:
 
 def complain(error: BaseException, status: int) -> int:
     """Print the sentence of an error to stderr; returns `status`."""
-    for line in sentence(error).splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    for line in sentence(error).rstrip("\n").split("\n"):
+        print(f"error: {terminal.shown(line)}", file=sys.stderr, flush=True)
     return status

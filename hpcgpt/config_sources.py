@@ -208,6 +208,11 @@ def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Itera
                     problems.append(f"{where}: unknown key {section}.{key}{nearest_key(section, key, _keys())}")
 
 
+def from_text(section: str, key: str, text: str) -> Any:
+    """As `checked`, of a value that is text still, as on a command line."""
+    return checked(section, key, _Text(text))
+
+
 def checked(section: str, key: str, value: Any) -> Any:
     """`value` as the type of its field. Raises UserError if it is none, or out of range."""
     cls = _sections()[section]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpcgpt import goodput, metrics, runfolder, tokenizer, tracking, world
+from hpcgpt import goodput, metrics, runfolder, terminal, tokenizer, tracking, world
 from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
@@ -168,5 +168,5 @@ class Reporter:
         except ValueError as error:  # a model that has diverged; whether that ends the run is decided elsewhere
             self._console.say(f"no sample: {error}")
             return
-        self._console.say(f"--- sample at step {step:,}\n{text}\n---")
+        self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
         self._tracker.sample(step, text)

@@ -317,8 +317,9 @@ def test_if_every_checkpoint_is_damaged_the_run_ends_and_its_metrics_stay(config
 def test_a_run_folder_that_cannot_be_made_is_a_sentence(config: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     done = command("hpcgpt.train", str(config), "--run.dir", str(tmp_path / "runs"))
-    assert done.returncode == FAILED
-    assert f"{tmp_path / 'runs'}" in sentence(done.stderr)
+    assert done.returncode == USER_MISTAKE
+    assert f"{tmp_path / 'runs' / 'tiny'} cannot be a run folder: Not a directory" in sentence(done.stderr)
+    assert "choose a folder that you may write to, with --run.dir" in done.stderr
     assert (tmp_path / "runs").read_text() == "a file"
 
 
