@@ -24,7 +24,7 @@ from hpcgpt.errors import UserError
 if TYPE_CHECKING:
     from hpcgpt.trained import Trained
 
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 30.0
 
 
 def main(argv: Sequence[str]) -> int:

@@ -66,8 +66,8 @@ def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> N
 
 def _parser() -> argparse.ArgumentParser:
     about = (
-        "Text from a run's checkpoint, printed as it comes. On a terminal control characters in it are shown as \\x1b, so "
-        "that no text can give the terminal orders; into a file or a pipe goes every byte as it is."
+        "Text from a run's checkpoint, printed as it comes. On a terminal control characters in it are shown as "
+        "\\x1b, so that no text can give the terminal orders; into a file or a pipe goes every byte as it is."
     )
     parser = argparse.ArgumentParser(prog="hpcgpt sample", description=about)
     parser.add_argument("RUN", help="run folder")

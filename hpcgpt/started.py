@@ -1,4 +1,4 @@
-"""The configuration of a run that has checkpoints, for commands that use its model: its paths as they are found from here.
+"""The configuration of a run that has checkpoints, for commands that use its model.
 
 No torch in here.
 """

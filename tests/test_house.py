@@ -25,7 +25,7 @@ WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "trai
                  "status", "goodput", "history", "blame", "device_clock", "rendezvous", "drill", "checkpoint",
                  "retention", "faults", "slurm", "chain", "excluded", "shard_reader", "mix", "datasets",
                  "tokenizer_tiktoken", "tokenizer_library", "paths", "terminal", "unknown_flags",
-                 "__main__"]  # fmt: skip
+                 "existing_run", "started", "sample", "eval", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
     "errors": set(), "terminal": set(), "paths": {"terminal", "errors"}, "config": {"paths", "terminal"},
