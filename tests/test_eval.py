@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def test_an_evaluation_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) ->
 
 def test_on_a_terminal_an_evaluation_has_a_bar(runs: Path, tmp_path: Path) -> None:
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(leader, (24, 80))
     with open(follower, "wb") as err, open(tmp_path / "out", "wb") as out:
         words = [str(runs / "gpt2"), "--batches", "3"]
         assert program("hpcgpt.eval", words, clean_env(), ROOT, out, err).wait(120) == 0
