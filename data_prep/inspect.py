@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from data_prep import accounting, pieces, unread
 from data_prep.megatron_index import Index
-from hpcgpt import cli, paths, shard_reader, shards, tokenizer
+from hpcgpt import cli, paths, shard_reader, shards, terminal, tokenizer
 from hpcgpt.errors import UserError
 from hpcgpt.shards import Manifest, Shard, Tokens
 from hpcgpt.tokenizer import Tokenizer
@@ -287,7 +286,7 @@ def _summary_lines(found: dict[str, Any]) -> Iterator[str]:
     names = [str(row["name"]) for row in found["inputs"]]
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     size = sum(row["bytes"] for row in found["inputs"])
-    yield f"inputs     {len(names):,} of {size / 1e6:,.1f} MB: {', '.join(names[:3])}{more}"
+    yield f"inputs     {len(names):,} of {size / 1e6:,.1f} MB: {terminal.printable(', '.join(names[:3]))}{more}"
     yield f"split      {found['split_rule']}"
     changed = {key: found["counts"].get(key, 0) for key in (accounting.REPLACED, accounting.UNKNOWN)}
     left_out = [
@@ -306,16 +305,14 @@ def _page_lines(found: dict[str, Any]) -> Iterator[str]:
         f"document {found['document']:,} of {found['split']}: {found['shard']}, its document "
         f"{found['document_in_shard']:,}, tokens {first:,} to {last:,}; page {found['page']:,} of {found['pages']:,}"
     )
-    # What a terminal would obey is shown and not sent.
-    shown = (ascii(c)[1:-1] if category(c) == "Cc" and c not in "\n\t" else c for c in found["text"])
-    yield "".join(shown)
+    yield terminal.shown(found["text"])
 
 
 def _histogram_lines(found: dict[str, Any]) -> Iterator[str]:
     size, there = found["vocab_size"], found["ids_that_occur"]
     yield f"{found['tokens']:,} tokens; {there:,} of {size:,} ids occur ({there / size:.1%})"
     for row in found["top"]:
-        yield f"{row['id']:>8}  {row['count']:>15,}  {row['share']:7.3%}  {row['text']!r}"
+        yield f"{row['id']:>8}  {row['count']:>15,}  {row['share']:7.3%}  {terminal.printable(repr(row['text']))}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-from hpcgpt import cli
+from hpcgpt import cli, terminal
 from hpcgpt.errors import USER_MISTAKE, UserError
+from hpcgpt.unknown_flags import nearest
 
 COMMANDS = {
     "train": "pretrain a model, or go on with a run",
@@ -17,17 +18,33 @@ COMMANDS = {
     "eval": "a checkpoint's loss on the validation split",
     "drill": "train under fire: faults of all kinds, and the same bytes in the end",
 }
+# What other programs call them, or a person might.
+ALSO_CALLED = {
+    "run": "train", "resume": "train", "pretrain": "train", "sbatch": "submit", "queue": "submit", "list": "status",
+    "show": "status", "ps": "status", "ls": "checkpoint ls", "checkpoints": "checkpoint ls", "verify":
+    "checkpoint verify", "generate": "sample", "evaluate": "eval", "val": "eval", "test": "drill",
+}  # fmt: skip
+OF_DATA_PREP = ("make_shards", "verify", "inspect", "export", "import_shards", "train_tokenizer")
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         rows = "\n".join(f"  {name:10} {about}" for name, about in COMMANDS.items())
         print(f"usage: hpcgpt COMMAND [...]\n\n{rows}\n\n`hpcgpt COMMAND --help` tells more.")
         return
     name = sys.argv.pop(1)
     if name not in COMMANDS:
-        sys.exit(cli.complain(UserError(f"no command '{name}'; there are {', '.join(COMMANDS)}"), USER_MISTAKE))
+        there = f"no command '{terminal.printable(name)}'; there are {', '.join(COMMANDS)}"
+        sys.exit(cli.complain(UserError(there + _meant(name)), USER_MISTAKE))
     cli.run(importlib.import_module(f"hpcgpt.{name}").main)
+
+
+def _meant(name: str) -> str:
+    if name in ALSO_CALLED:
+        return f" (did you mean {ALSO_CALLED[name]}?)"
+    if name.replace("-", "_") in OF_DATA_PREP:
+        return f" (did you mean `python -m data_prep.{name.replace('-', '_')}`?)"
+    return nearest(name, list(COMMANDS))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from hpcgpt import streams
+from hpcgpt import streams, terminal
 from hpcgpt.errors import UserError, sentence, status_of
 
 Main = Callable[[Sequence[str]], int]
@@ -55,6 +55,6 @@ def _give_up_stdout() -> None:
 def complain(error: BaseException, status: int) -> int:
     """Print the sentence of an error to stderr; returns `status`."""
     with suppress(OSError):  # the status has to do where stderr cannot be written
-        for line in sentence(error).splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+        for line in sentence(error).rstrip("\n").split("\n"):
+            print(f"error: {terminal.shown(line)}", file=sys.stderr, flush=True)
     return status

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import operator
+import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,32 +29,38 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from hpcgpt import paths, terminal
+from hpcgpt import paths, terminal, unknown_flags
 from hpcgpt.config import OF_KIND, Config, Part, contradictions
 from hpcgpt.errors import UserError
+from hpcgpt.unknown_flags import nearest, nearest_key
 
 PRESETS = Path(__file__).parent / "presets"
 
 
-def from_command_line(argv: Sequence[str], command: str, about: str) -> Config:
+def from_command_line(
+    argv: Sequence[str], command: str, about: str, elsewhere: Mapping[str, str] = unknown_flags.BEFORE_THE_SCRIPT
+) -> Config:
     """``[CONFIG] [--section.key value]...`` -> the checked configuration.
 
-    CONFIG is a TOML file or the name of a preset. Exits by itself (status 0) for ``--help``.
+    CONFIG is a TOML file or the name of a preset. Exits by itself (status 0) for ``--help``. `elsewhere` has flags
+    that may be expected here, and what to say of each.
 
     Raises:
         UserError: everything that is wrong, one line each.
     """
     parser = _parser(command, about)
-    flags, unknown = parser.parse_known_args(list(argv))
-    problems = [_unknown_flag(word) for word in unknown if word.startswith("-")]
-    if not problems and unknown:
-        problems.append(f"unexpected argument '{unknown[0]}': flags are spelled --section.key value")
+    words, unknown = unknown_flags.split(argv, _keys(), _is_configuration)
+    flags, rest = parser.parse_known_args(words)
+    unknown += [word for word in rest if word.startswith("-")]
+    problems = [unknown_flags.advice(word, _keys(), elsewhere) for word in dict.fromkeys(unknown)]
+    if not problems and rest:
+        problems.append(f"unexpected argument '{terminal.printable(rest[0])}': flags are spelled --section.key value")
     written: list[tuple[str, Mapping[str, Any]]] = []
     if flags.CONFIG:
         try:
             path = find(flags.CONFIG)
             written.append((str(path), _read_toml(path)))
-        except ValueError as error:  # the value of an unknown flag is taken for CONFIG, too
+        except UserError as error:
             problems.append(str(error))
     table: dict[str, dict[str, Any]] = {}
     for name, text in vars(flags).items():
@@ -80,16 +86,29 @@ def find(name: str) -> Path:
     Raises:
         UserError: there is neither such a file nor such a preset.
     """
-    path = Path(name)
-    if path.is_file():
+    path, names = Path(paths.expand(name, "CONFIG")), sorted(p.stem for p in PRESETS.glob("*.toml"))
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # such a name may be too long for a file
+        mode = 0
+    if stat.S_ISREG(mode):
         return path
-    preset = PRESETS / f"{name}.toml"
-    if preset.is_file():
-        return preset
-    names = sorted(p.stem for p in PRESETS.glob("*.toml"))
+    if name in names:
+        return PRESETS / f"{name}.toml"
+    told = terminal.printable(name)
+    if stat.S_ISDIR(mode):
+        raise UserError(f"'{told}' is a folder: name a TOML file; a run has its own in {told}/config.toml")
     raise UserError(
-        f"no configuration '{name}': it is neither a file nor a preset ({', '.join(names)})" + _nearest(name, names)
+        f"no configuration '{told}': it is neither a file nor a preset ({', '.join(names)})" + nearest(name, names)
     )
+
+
+def _is_configuration(word: str) -> bool:
+    try:
+        find(word)
+    except UserError:
+        return False
+    return True
 
 
 class _Text(str):
@@ -127,7 +146,7 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark first
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -139,6 +158,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _sections() -> dict[str, type]:
     return get_type_hints(Config)
+
+
+def _keys() -> list[str]:
+    return [f"{section}.{item.name}" for section, cls in _sections().items() for item in dataclasses.fields(cls)]
 
 
 def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]) -> Config:
@@ -173,7 +196,7 @@ def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Itera
     sections = _sections()
     for section, keys in table.items():
         if section not in sections:
-            problems.append(f"{where}: unknown section [{section}]{_nearest(section, list(sections))}")
+            problems.append(f"{where}: unknown section [{section}]{nearest(section, list(sections))}")
         elif not isinstance(keys, Mapping):
             problems.append(f"{where}: {section} is a section: write [{section}] and its keys below it")
         else:
@@ -182,7 +205,12 @@ def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Itera
                 if key in known:
                     yield section, key, value
                 else:
-                    problems.append(f"{where}: unknown key {section}.{key}{_nearest_key(section, key)}")
+                    problems.append(f"{where}: unknown key {section}.{key}{nearest_key(section, key, _keys())}")
+
+
+def from_text(section: str, key: str, text: str) -> Any:
+    """As `checked`, of a value that is text still, as on a command line."""
+    return checked(section, key, _Text(text))
 
 
 def checked(section: str, key: str, value: Any) -> Any:
@@ -192,7 +220,7 @@ def checked(section: str, key: str, value: Any) -> Any:
     if get_origin(hint) is Literal:
         choices = list(get_args(hint))
         if value not in choices:
-            raise UserError(f"{value!r} is none of {', '.join(choices)}{_nearest(str(value), choices)}")
+            raise UserError(f"{value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
         return str(value)
     if hint == _MIX:
         return _mix(value)
@@ -288,27 +316,3 @@ def _is_whole(text: str) -> bool:
         return float(text).is_integer()
     except ValueError:
         return False
-
-
-def _unknown_flag(word: str) -> str:
-    flag = word.split("=")[0].lstrip("-").replace("-", "_")
-    section, _, key = flag.partition(".")
-    if key and section in _sections():
-        return f"command line: unknown flag {word.split('=')[0]}{_nearest_key(section, key, '--')}"
-    flags = [f"{s}.{f.name}" for s, cls in _sections().items() for f in dataclasses.fields(cls)]
-    return f"command line: unknown flag {word.split('=')[0]}{_nearest(flag, flags, '--')}"
-
-
-def _nearest_key(section: str, key: str, prefix: str = "") -> str:
-    """' (did you mean ...?)': a key of the same section, else the same key of another section."""
-    sections = _sections()
-    keys = [f.name for f in dataclasses.fields(sections[section])]
-    elsewhere = [f"{s}.{key}" for s, cls in sections.items() if key in {f.name for f in dataclasses.fields(cls)}]
-    if elsewhere:
-        return f" (did you mean {prefix}{elsewhere[0]}?)"
-    return _nearest(key, keys, f"{prefix}{section}.") or f" (valid: {', '.join(f'{section}.{k}' for k in keys)})"
-
-
-def _nearest(word: str, valid: Sequence[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""

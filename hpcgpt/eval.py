@@ -9,28 +9,35 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcgpt import cli, runfolder
+from tqdm import tqdm
+
+from hpcgpt import cli, config_sources, paths, started
+from hpcgpt.config import Config
 from hpcgpt.errors import UserError
 
 if TYPE_CHECKING:
     from hpcgpt.trained import Trained
+
+LINE_EVERY_S = 30.0
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if options.batches < 0:
         raise UserError(f"--batches: {options.batches} must be at least 0")
-    folder = Path(options.RUN)
-    runfolder.run_id(folder)
+    folder = Path(paths.expand(options.RUN, "RUN"))
+    started.config(folder)
     # Late: it loads torch.
     from hpcgpt import trained
 
     model = trained.load(folder, options.step, options.best)
+    model = dataclasses.replace(model, config=_with_data(model.config, options.data_dir, options.data_mix))
     started_at = time.monotonic()
     told = {"path": str(model.path), "step": model.state.step, **_figures(model, options.batches)}
     told["elapsed_s"] = time.monotonic() - started_at
@@ -62,9 +69,50 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
         raise UserError(f"{model.path} was trained with other data or settings than are there: {'; '.join(changed)}")
     sets, token_bytes = held_out(planned), bytes_of_ids(model.words, config.model.vocab_size)
     terms = Terms(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
-    figures = evaluate_all(model.model, sets, terms)
-    assert figures is not None, "nobody told it to stop"
+    rounds = sum(-(-terms.windows_of(part.windows) // terms.micro_batch) for part in sets)
+    with Progress(rounds) as progress:
+        figures = evaluate_all(model.model, sets, dataclasses.replace(terms, stopped=progress.asked))
+    assert figures is not None, "it was never told to stop"
     return figures | {"tokens": config.model.block_size * sum(terms.windows_of(part.windows) for part in sets)}
+
+
+class Progress:
+    """How many batches are done: a bar on a terminal, a line on stderr every `every_s` seconds elsewhere."""
+
+    def __init__(self, total: int, every_s: float = LINE_EVERY_S) -> None:
+        self._total, self._every_s, self._begun = total, every_s, -1
+        self._line_at = time.monotonic() + every_s
+        self._bar = tqdm(total=total, unit="batch", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def asked(self) -> bool:
+        """Another batch begins: count those before it. Returns whether to stop, which nothing asks for here."""
+        self._begun += 1
+        if not self._bar.disable:
+            self._bar.update(self._begun - self._bar.n)
+        elif time.monotonic() >= self._line_at:
+            self._line_at = time.monotonic() + self._every_s
+            done = self._begun / max(1, self._total)
+            print(f"{self._begun:,} of {self._total:,} batches, {done:.0%}", file=sys.stderr, flush=True)
+        return False
+
+
+def _with_data(settings: Config, folder: str | None, mix: str | None) -> Config:
+    """With the shards where they are now."""
+    if folder is None and mix is None:
+        return settings
+    data: dict[str, Any] = {"dir": "", "mix": ()}
+    for key, text in (("dir", folder), ("mix", mix)):
+        try:
+            data |= {} if text is None else {key: config_sources.from_text("data", key, text)}
+        except UserError as error:
+            raise UserError(f"--data.{key}: {error}") from None
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **data))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batches", type=int, default=0, help="batches of train.micro_batch sequences (default: 0, the whole split)"
     )
+    moved = parser.add_mutually_exclusive_group()
+    moved.add_argument("--data.dir", dest="data_dir", metavar="DIR", help="the run's shards, if they have moved")
+    moved.add_argument("--data.mix", dest="data_mix", metavar="DIR:WEIGHT,...", help="those of a mix")
     parser.add_argument("--json", action="store_true", help="one JSON object, for scripts")
     return parser
 

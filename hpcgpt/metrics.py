@@ -195,11 +195,11 @@ class Console:
             )
 
     def say(self, text: str) -> None:
-        """A line of text that does not tear the bar."""
+        """A line of text that does not tear the bar; in a log the time is before it."""
         if self._bar is not None:
             self._bar.write(text)
         else:
-            print(text, flush=True)
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

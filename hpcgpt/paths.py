@@ -42,8 +42,8 @@ def expand(text: str, what: str) -> str:
         expanded = str(Path(_VARIABLE.sub(lambda found: _value(found, shown, what), text)).expanduser())
     except RuntimeError:
         raise UserError(
-            f"{what} '{shown}': there is no such file here, and ~ stands for no user's home folder: write the path "
-            f"out, or ./{shown}"
+            f"{what} '{shown}': there is no such file here, and ~ stands for no user's home folder: write it out, "
+            f"or ./{shown}"
         ) from None
     if any(map(terminal.is_control, expanded)):
         raise UserError(f"{what} '{shown}': a path must have no control characters")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hpcgpt import goodput, metrics, runfolder, tokenizer, tracking, world
+from hpcgpt import goodput, metrics, runfolder, terminal, tokenizer, tracking, world
 from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
@@ -195,5 +195,5 @@ class Reporter:
             # As `hpcgpt sample` does. Not by train.attention: there are kernels that take no single token.
             with computing_in(self._story.dtype, device):
                 text = settings.prompt + "".join(tokenizer.stream(self._words, ids(), after=prompt))
-            self._console.say(f"--- sample at step {step:,}\n{text}\n---")
+            self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
             self._tracker.sample(step, text)

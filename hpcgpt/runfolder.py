@@ -34,12 +34,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import durable
-from hpcgpt.errors import UserError, cannot_read
+from hpcgpt import durable, world
+from hpcgpt.errors import NodeError, UserError, cannot_read
 
 # Exit status of `hpcgpt train`, beside cli's 2.
 FINISHED, FAILED, AGAIN, SUPERSEDED = 0, 1, 75, 76
 
+# A folder that cannot be there, or is not this user's: a wrong name, unless it worked before.
+_NO_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 _recording = threading.Lock()  # what is taken back where there is no room must not be another thread's line
 
 
@@ -55,19 +59,30 @@ class Exit:
 
 
 def prepare(folder: Path) -> str:
-    """Make the folder and its run.json unless they are there; returns the run's id."""
-    for name in ("checkpoints", "logs"):
-        try:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_read(
-                error,
-                f"cannot make the run folder {folder}: {error.strerror} ({error.filename}): choose a folder of yours "
-                "with --run.dir",
-            ) from None
+    """Make the folder and its run.json unless they are there; returns the run's id.
+
+    Raises:
+        UserError: no such folder can be made, or nothing can be written into it.
+        NodeError: the same on a later start of a Slurm job, which had the folder before.
+    """
     letters = string.ascii_lowercase + string.digits
     made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time()}
-    durable.create(folder / "run.json", (json.dumps(made) + "\n").encode())
+    try:
+        for name in ("checkpoints", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        # Each that is there: another user may have made the run, or root a part of it.
+        for path in (folder, *(folder / name for name in ("checkpoints", "logs", "generations"))):
+            if path.exists() and not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, "it may not be written", str(path))
+        durable.create(folder / "run.json", (json.dumps(made) + "\n").encode())
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        told = f"{folder} cannot be a run folder: {why}"
+        if world.job_attempt().rpartition("_")[2] not in ("", "0"):
+            raise NodeError(error.errno, f"{told}; it was one before: does this node have its file system?") from None
+        raise UserError(f"{told}: choose a folder that you may write to, with --run.dir") from None
     return run_id(folder)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcgpt import cli, config_sources, runfolder
+from hpcgpt import cli, config_sources, paths, started, terminal
 from hpcgpt.config import Sample
 from hpcgpt.errors import UserError
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    folder = Path(options.RUN)
-    runfolder.run_id(folder)
-    settings = config_sources.from_file(folder / "config.toml")
+    folder = Path(paths.expand(options.RUN, "RUN"))
+    settings = started.config(folder)
     chosen = {}
     for key in ("prompt", "tokens", "temperature", "top_k", "top_p", "slide"):
         value = getattr(options, key)
@@ -59,14 +58,18 @@ def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> N
 
     with model.computing():
         for number in range(samples):
-            print(f"--- sample {number + 1}\n{wanted.prompt}", end="")
+            print(f"--- sample {number + 1}\n{terminal.for_stdout(wanted.prompt)}", end="")
             for piece in tokenizer.stream(words, later[number] if number else first(), after=prompt):
-                print(piece, end="", flush=True)
+                print(terminal.for_stdout(piece), end="", flush=True)
             print()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hpcgpt sample", description="Text from a run's checkpoint.")
+    about = (
+        "Text from a run's checkpoint, printed as it comes. On a terminal control characters in it are shown as "
+        "\\x1b, so that no text can give the terminal orders; into a file or a pipe goes every byte as it is."
+    )
+    parser = argparse.ArgumentParser(prog="hpcgpt sample", description=about)
     parser.add_argument("RUN", help="run folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")

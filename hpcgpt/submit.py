@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import cli, config_sources, runfolder
+from hpcgpt import cli, config_sources, paths, runfolder, terminal, unknown_flags
 from hpcgpt.errors import UserError
 
+LONGEST_LEAD_S = 65535  # sbatch(1), --signal
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
 
 
@@ -33,18 +34,24 @@ def main(argv: Sequence[str]) -> int:
         print("\nAll other arguments are those of `hpcgpt train`; see `hpcgpt train --help`.")
         return 0
     options, training = parser.parse_known_args(argv)
-    settings = config_sources.from_command_line(training, "submit", "")
+    own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    settings = config_sources.from_command_line(training, "submit", "", unknown_flags.for_submit(own))
     tasks = options.tasks_per_node
     if options.nodes < 1 or tasks < 1:
         raise UserError("--nodes and --tasks-per-node must be at least 1")
-    from hpcgpt import plan  # late, so that --help does not load numpy
+    from hpcgpt import existing_run, plan  # late, so that --help does not load numpy
 
+    parameters = slurm_parameters(options, settings.run_folder)
     planned = plan.make(settings, options.nodes * tasks)
-    parameters = slurm_parameters(options, settings.run.name)
+    nothing_to_do = existing_run.check(planned, "dependency" in parameters["additional_parameters"])
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing: submit from a checkout of hpcgpt, installed with `pip install -e`")
     if options.dry_run:
         print(batch_text(settings.run_folder, parameters, training))
+        return 0
+    if nothing_to_do:
+        told = {"job": None, "run": str(settings.run_folder), "steps": planned.total_steps}
+        print(json.dumps(told) if options.json else f"{nothing_to_do}, nothing queued")
         return 0
     runfolder.prepare(settings.run_folder)
     job = _submit(settings.run_folder, parameters, training)
@@ -59,9 +66,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def slurm_parameters(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What submitit is told, in its own names."""
-    extra: dict[str, Any] = {"requeue": True}
+def slurm_parameters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What submitit is told, in its own names; `folder` is the run's.
+
+    Raises:
+        UserError: a value that Slurm, submitit or a batch script would take for something else.
+    """
+    log = f"{paths.literal_in_slurm(paths.absolute(str(folder)))}/submit/%j_0_log.out"
+    extra: dict[str, Any] = {"requeue": True, "output": log}
     for pair in options.sbatch:
         key, _, value = pair.partition("=")
         if key.lstrip("-") == "array":
@@ -71,7 +83,7 @@ def slurm_parameters(options: argparse.Namespace, name: str) -> dict[str, Any]:
             )
         extra[key.lstrip("-")] = value or True
     wanted = {
-        "job_name": name,
+        "job_name": folder.name,
         "nodes": options.nodes,
         "ntasks_per_node": options.tasks_per_node,
         "gpus_per_node": options.gpus_per_node,
@@ -87,6 +99,20 @@ def slurm_parameters(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "additional_parameters": extra,
     }
+    limit_s = 60 * minutes(options.time)
+    if options.signal_lead_s < 1 or options.signal_lead_s > LONGEST_LEAD_S or 0 < limit_s <= options.signal_lead_s:
+        raise UserError(
+            f"--signal-lead-s {options.signal_lead_s}: expected 1 to {LONGEST_LEAD_S:,} seconds, and less than the "
+            f"time limit (--time {options.time}, {limit_s:,} s): the rest is all the time that there is to train"
+        )
+    for key, value in (wanted | extra).items():
+        if any(map(terminal.is_control, f"{key}{value}")):
+            raise UserError(f"control characters in what Slurm is told: {key} '{terminal.printable(str(value))}'")
+    if tag := re.search("%[jtAa]", paths.absolute(str(folder))):
+        raise UserError(
+            f"the run folder {folder} has {tag[0]} in its path, for which submitit puts a number: choose another "
+            "--run.name. Of a job array, which `sbatch --array` makes, %a stands for the task's number"
+        )
     return {key: value for key, value in wanted.items() if value is not None}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hpcgpt import checkpoint, config_sources, host_memory, kernels, restore, runfolder, tokenizer, world
+from hpcgpt import checkpoint, host_memory, kernels, restore, started, tokenizer, world
 from hpcgpt.checkpoint import State
 from hpcgpt.config import Config
 from hpcgpt.errors import UserError
@@ -61,8 +61,7 @@ def load(folder: Path, step: int | None, best: bool) -> Trained:
     Raises:
         UserError: no such run or checkpoint, or it is damaged. If none is named damaged ones are passed over.
     """
-    runfolder.run_id(folder)
-    config = config_sources.from_file(folder / "config.toml")
+    config = started.config(folder)
     alone = world.World(0, 0, 1, 1, "alone", "command")
     torch.set_num_threads(config.run.threads or world.cores(alone))
     # A run of GPUs may be looked at where there are none.

@@ -172,6 +172,10 @@ CONTRADICTIONS = [
     ('[run]\nname = "a/b"', "run.name 'a/b' must be a plain folder name"),
     ('[run]\nname = ".."', "run.name '..' must be a plain folder name"),
     ('[run]\nname = ""', "run.name '' must be a plain folder name"),
+    ('[run]\nname = "-n"', "run.name '-n' must be a plain folder name: it is empty, begins with . or -, or has a /"),
+    ('[run]\nname = "a\\nb"', r"run.name 'a\nb' must be a plain folder name: it has control characters"),
+    (f'[run]\nname = "{"x" * 300}"', "must be a plain folder name: it has 300 bytes, and 200 are the most"),
+    ('[tracking]\nproject = "a\\u001bb"', r"tracking.project 'a\x1bb' must be a plain folder name: it has control"),
 ]
 
 
@@ -197,6 +201,11 @@ def test_keys_that_contradict_each_other_are_refused(text: str, sentence: str, t
         (["--train.lr", "3"], "command line: unknown flag --train.lr (did you mean --optim.lr?)"),
         (["--n_layer", "3"], "command line: unknown flag --n_layer (did you mean --model.n_layer?)"),
         (["--model.n_lay", "3"], "command line: unknown flag --model.n_lay"),
+        (["--lr", "3"], "command line: unknown flag --lr (did you mean --optim.lr?)"),
+        (["--steps=3"], "command line: unknown flag --steps (did you mean --train.steps or --profile.steps?)"),
+        (["--batch-size", "3"], "command line: unknown flag --batch-size (did you mean --train.global_batch?)"),
+        (["--nodes", "4"], "unknown flag --nodes: it is one of sbatch's, before the script's name: sbatch --nodes=..."),
+        (["--nodez", "4"], "command line: unknown flag --nodez (did you mean --nodes?)"),
         (["--model.n_layer", "three"], "command line: model.n_layer: expected a whole number, found 'three'"),
         (["--model.n_layer", "2.5"], "command line: model.n_layer: expected a whole number, found '2.5'"),
         (["--train.steps", "1e999"], "command line: train.steps: expected a whole number, found '1e999'"),
@@ -216,8 +225,18 @@ def test_a_wrong_flag_is_refused_with_the_nearest_valid_one(flags: list[str], se
     """With and without a CONFIG before it: the value of an unknown flag is no CONFIG."""
     if preset and flags[0].startswith("-"):
         flags = ["quickstart", *flags]
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
         from_flags(*flags)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_configuration_behind_an_unknown_flag_is_one_all_the_same() -> None:
+    with pytest.raises(ValueError, match="unknown flag --fast") as refused:
+        from_flags("--fast", "quickstart", "--model.n_layer", "0")
+    assert "model.n_layer: 0 must be at least 1" in str(refused.value)
+    with pytest.raises(ValueError, match="unknown flag --fast") as refused:
+        from_flags("--fast", "-1", "--fast", "quickstrat")
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
@@ -252,6 +271,64 @@ def test_a_missing_file_does_not_hide_a_wrong_flag() -> None:
     with pytest.raises(ValueError, match="nowhere") as caught:
         from_flags("nowhere.toml", "--model.n_layers", "3")
     assert "--model.n_layers" in str(caught.value)
+
+
+# --- paths and text --------------------------------------------------------------------------------
+
+
+def test_paths_are_expanded_wherever_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.chdir(tmp_path)
+    found = from_flags("--run.dir=~/runs", "--run.init_from", "${SCRATCH}/old", "--data.mix", "~/a:0.5,$SCRATCH/b:0.5")
+    assert (found.run.dir, found.run.init_from) == ("/home/me/runs", "/scratch/me/old")
+    assert [part.dir for part in found.data.mix] == ["/home/me/a", "/scratch/me/b"]
+    assert from_text(tmp_path, '[data]\ndir = "$SCRATCH/shards"\n').data.dir == "/scratch/me/shards"
+    assert from_flags("--sample.prompt", "~ $SCRATCH").sample.prompt == "~ $SCRATCH", "a prompt is no path"
+    (tmp_path / "$SCRATCH").mkdir()
+    assert from_flags("--data.dir", "$SCRATCH").data.dir == "$SCRATCH", "it exists"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--run.dir", "$NOWHERE/runs"], "run.dir: path '$NOWHERE/runs': the environment variable NOWHERE is not set"),
+        (["--data.mix", "~nosuchuser/a:1"], "data.mix: path '~nosuchuser/a': there is no such file here, and ~ stands"),
+        (["--run.dir", "a\nb"], r"run.dir: path 'a\nb': a path must have no control characters"),
+        (["--run.name", "a\udc80"], r"run.name: 'a\udc80' is no UTF-8"),
+        (["--data.mix", "a\udc80:1"], r"data.mix: 'a\udc80' is no UTF-8"),
+        (["$NOWHERE/my.toml"], "CONFIG '$NOWHERE/my.toml': the environment variable NOWHERE is not set"),
+        (["x" * 300], f"no configuration '{'x' * 300}'"),
+        (["a\x1b[2J"], r"CONFIG 'a\x1b[2J': a path must have no control characters"),
+        (["hpcgpt"], "'hpcgpt' is a folder: name a TOML file"),
+    ],
+)
+def test_a_path_or_text_that_cannot_be_used_is_refused(
+    flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        from_flags(*flags)
+
+
+def test_the_mark_that_windows_puts_first_is_no_part_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_bytes(b"\xef\xbb\xbf[model]\nn_layer = 3\n")
+    assert config_sources.from_file(tmp_path / "my.toml").model.n_layer == 3
+
+
+def test_as_a_run_keeps_it_a_configuration_means_the_same_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = from_flags("--run.dir", "runs", "--data.dir", "a/shards", "--run.init_from", "../old").from_anywhere
+    assert (kept.run.dir, kept.data.dir) == (f"{tmp_path}/runs", f"{tmp_path}/a/shards")
+    assert Path(kept.run.init_from).is_absolute()
+    mixed = from_flags("--data.mix", "a:1,/b:2").from_anywhere
+    assert ([part.dir for part in mixed.data.mix], mixed.data.dir) == ([f"{tmp_path}/a", "/b"], "")
+    assert mixed.run.init_from == ""
+    monkeypatch.chdir("/")
+    assert kept.from_anywhere == kept
 
 
 # --- as commands -----------------------------------------------------------------------------------

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import shutil
+import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, command, rows
+from conftest import ROOT, TINY, clean_env, command, program, rows
 from small_checkpoints import flip_a_byte, mend
 
+from hpcgpt import terminal
+from hpcgpt.eval import Progress
 from hpcgpt.runfolder import FINISHED
 
 # The second run has everything on that changes what a model computes, and how; the third rounds, by another kernel.
@@ -39,7 +45,8 @@ def runs(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def told(*arguments: str) -> dict[str, Any]:
     done = command("hpcgpt.eval", *arguments, "--json")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert re.sub(r"[\d,]+ of [\d,]+ batches, \d+%\n", "", done.stderr) == ""  # where the machine is busy
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -97,6 +104,67 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert f"no run in {tmp_path}" in done.stderr
 
 
+@pytest.mark.parametrize("module", ["hpcgpt.eval", "hpcgpt.sample"])
+def test_a_run_without_a_checkpoint_is_refused_with_where_to_look(module: str, runs: Path, tmp_path: Path) -> None:
+    """As `submit` leaves it for a job that waits, and as a job has it before its first save."""
+    for there in (["run.json"], ["run.json", "config.toml"]):
+        for name in there:
+            shutil.copy(runs / "gpt2" / name, tmp_path)
+        done = command(module, str(tmp_path))
+        assert (done.returncode, done.stdout) == (2, "")
+        told = f"{tmp_path} has no checkpoint yet, so there is no model to look at: training writes one every"
+        assert done.stderr.startswith(f"error: {told}")
+        assert f"`python -m hpcgpt.status {tmp_path}` says how" in done.stderr
+
+
+def test_a_run_of_relative_paths_can_be_evaluated_from_anywhere(shards_folder: Path, tmp_path: Path) -> None:
+    """Also one of an earlier version, whose config.toml has the paths as they were typed."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    shutil.copytree(shards_folder, tmp_path / "data" / "shards")
+    done = command("hpcgpt.train", "tiny.toml", "--run.name", "r", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == FINISHED, done.stderr
+    run = tmp_path / "runs" / "r"
+    found = told(str(run))
+    kept = (run / "config.toml").read_text()
+    assert f'dir = "{tmp_path}/data/shards"' in kept
+    (run / "config.toml").write_text(kept.replace(f"{tmp_path}/", ""))
+    assert told(str(run)) | {"elapsed_s": 0} == found | {"elapsed_s": 0}
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    done = command("hpcgpt.eval", str(run))
+    assert done.returncode == 2
+    assert "no folder of shards at data/shards" in done.stderr
+    assert "or set data.dir" in done.stderr
+    moved = told(str(run), "--data.dir", str(tmp_path / "elsewhere" / "shards"))
+    assert moved["val/loss"] == found["val/loss"]
+
+
+def test_an_evaluation_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(4, every_s=0) as progress:
+        assert [progress.asked() for _ in range(4)] == [False] * 4
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["0 of 4 batches, 0%", "1 of 4 batches, 25%", "2 of 4 batches, 50%", "3 of 4 batches, 75%"]
+
+
+def test_on_a_terminal_an_evaluation_has_a_bar(runs: Path, tmp_path: Path) -> None:
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(leader, (24, 80))
+    with open(follower, "wb") as err, open(tmp_path / "out", "wb") as out:
+        words = [str(runs / "gpt2"), "--batches", "3"]
+        assert program("hpcgpt.eval", words, clean_env(), ROOT, out, err).wait(120) == 0
+        assert "batch" in on_screen(leader)
+    assert "val/loss" in (tmp_path / "out").read_text()
+
+
+def on_screen(leader: int) -> str:
+    """What a terminal has been sent so far."""
+    os.set_blocking(leader, False)
+    sent = b""
+    with open(leader, "rb", buffering=0) as screen:
+        while part := screen.read(1 << 16):
+            sent += part
+    return sent.decode()
+
+
 def test_a_damaged_checkpoint_is_refused_where_it_is_named_and_passed_over_where_not(
     runs: Path, tmp_path: Path
 ) -> None:
@@ -147,7 +215,30 @@ def test_it_is_the_sample_that_training_made(kind: str, runs: Path) -> None:
     said = (runs / f"{kind}.txt").read_bytes().decode()  # as text a carriage return would be read as a line's end
     made = said.partition("--- sample at step 12\n")[2].partition("\n---\n")[0]
     assert made
-    assert sampled(str(runs / kind), "--seed", "13") == f"--- sample 1\n{made}\n"
+    assert terminal.shown(sampled(str(runs / kind), "--seed", "13")) == f"--- sample 1\n{made}\n"
+
+
+def on_a_terminal(folder: Path, *arguments: str) -> str:
+    """What `hpcgpt.sample` sends to a terminal."""
+    leader, follower = pty.openpty()
+    with open(follower, "wb") as out, open(folder / "err", "wb") as err:
+        assert program("hpcgpt.sample", arguments, clean_env(), ROOT, out, err).wait(120) == 0
+        return on_screen(leader)
+
+
+def test_a_terminal_is_given_no_orders_by_a_text_and_a_pipe_gets_every_byte(runs: Path, tmp_path: Path) -> None:
+    flags = (str(runs / "gpt2"), "--prompt", "\x1b[2J\u202edef ", "--tokens", "30", "--temperature", "3")
+    shown, piped = on_a_terminal(tmp_path, *flags), command("hpcgpt.sample", *flags).stdout
+    assert "\n\x1b[2J\u202edef " in piped
+    assert "\n\\x1b[2J\\u202edef " in shown
+    assert shown.replace("\r\n", "\n") == terminal.shown(piped)
+
+
+def test_a_log_is_given_none_either(runs: Path, tmp_path: Path) -> None:
+    done = command("hpcgpt.train", str(runs / "tiny.toml"), "--run.dir", str(tmp_path), "--sample.prompt", "\x1b[2J")
+    assert done.returncode == FINISHED, done.stderr
+    assert "--- sample at step 12\n\\x1b[2J" in done.stdout
+    assert "\x1b" not in done.stdout
 
 
 def test_a_sample_goes_on_behind_its_prompt_and_may_be_of_an_earlier_step(runs: Path) -> None:

@@ -25,11 +25,12 @@ WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "trai
                  "status", "goodput", "history", "blame", "device_clock", "rendezvous", "drill", "checkpoint",
                  "retention", "faults", "slurm", "chain", "excluded", "shard_reader", "mix", "datasets",
                  "tokenizer_tiktoken", "tokenizer_library", "errors", "streams", "informing", "paths", "terminal",
-                 "__main__"]  # fmt: skip
+                 "unknown_flags", "existing_run", "started", "sample", "eval", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
     "errors": set(), "terminal": set(), "streams": set(), "paths": {"terminal", "errors"},
-    "config": {"paths", "terminal"}, "config_sources": {"config", "errors", "paths", "terminal"},
+    "config": {"paths", "terminal"}, "unknown_flags": {"terminal"},
+    "config_sources": {"config", "errors", "paths", "terminal", "unknown_flags"},
     "world": {"errors"}, "cli": {"errors", "streams", "terminal"}, "informing": {"errors"},
     "durable": set(), "order": set(), "mix": {"order"}, "schedule": {"config"}, "shards": {"durable", "errors"},
 }  # fmt: skip
@@ -270,7 +271,13 @@ def test_every_command_of_the_list_has_its_help() -> None:
     assert all(about in listed for about in COMMANDS.values())
 
 
-def test_a_command_that_is_not_there_is_refused_with_those_that_are() -> None:
-    done = command("hpcgpt", "trian")
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("trian", "train"), ("tran", "train"), ("list", "status"), ("ls", "checkpoint ls"), ("generate", "sample"),
+     ("make-shards", "`python -m data_prep.make_shards`")],
+)  # fmt: skip
+def test_a_command_that_is_not_there_is_refused_with_the_one_that_was_meant(typed: str, meant: str) -> None:
+    done = command("hpcgpt", typed)
     assert done.returncode == 2
-    assert "no command 'trian'; there are train, " in done.stderr
+    assert done.stderr.startswith(f"error: no command '{typed}'; there are train, ")
+    assert done.stderr.endswith(f" (did you mean {meant}?)\n")

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, rows
 
 from hpcgpt import runfolder
+from hpcgpt.errors import NodeError, UserError
 from hpcgpt.runfolder import Exit
 
 
@@ -88,6 +89,65 @@ def test_a_damaged_run_json_says_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
         runfolder.run_id(tmp_path)
+
+
+@contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Without root's right to write everywhere, in a folder that anybody may enter and nobody else write to."""
+    for path in (folder, *folder.parents):
+        if not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o011)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if before == 0:
+            os.seteuid(before)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "another's"])
+def test_a_folder_that_may_not_be_written_is_refused_with_a_remedy(there: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    if there:
+        runfolder.prepare(folder)
+    (folder if there else tmp_path).chmod(0o555)
+    with as_nobody(tmp_path), pytest.raises(UserError, match=f"{folder} cannot be a run folder: .*--run.dir"):
+        runfolder.prepare(folder)
+
+
+def test_a_part_of_a_run_that_is_another_users_is_found_before_training(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    runfolder.prepare(run)
+    for path in (run, run / "checkpoints", run / "logs"):
+        path.chmod(0o777)
+    (run / "generations").mkdir(mode=0o555)
+    with as_nobody(tmp_path), pytest.raises(UserError, match=r"it may not be written .*generations"):
+        runfolder.prepare(run)
+
+
+@pytest.mark.parametrize("place", ["/proc/runs", "/dev/null", "x" * 300])
+def test_where_no_folder_can_be_the_remedy_is_another_one(place: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be a run folder: .*choose a folder .* with --run\.dir"):
+        runfolder.prepare(tmp_path / place / "run")
+
+
+def test_a_disk_that_may_only_be_read_is_no_place(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(UserError, match=r"Read-only file system .*choose a folder"):
+            runfolder.prepare(disk / "run")
+
+
+def test_on_a_later_start_of_a_job_it_is_the_node_that_lacks_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(UserError):
+        runfolder.prepare(Path("/proc/runs/gpt2"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(NodeError, match="it was one before: does this node have its file system"):
+        runfolder.prepare(Path("/proc/runs/gpt2"))
 
 
 # --- events.jsonl ----------------------------------------------------------------------------------
