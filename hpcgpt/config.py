@@ -41,6 +41,9 @@ class Run:
     backend: Literal["auto", "gloo", "nccl"] = option("auto", "collectives; auto: nccl on GPUs, gloo on CPUs")
     rendezvous_timeout_s: float = option(60.0, "how long ranks wait for each other at the start, in seconds", above=0)
     threads: int = option(0, "CPU threads a rank; 0: the cores that this rank was given", low=0)
+    strict: bool = option(
+        False, "refuse to resume if anything that changes the result's bytes is not what it was: see docs/training.md"
+    )
 
 
 @dataclass(frozen=True)
