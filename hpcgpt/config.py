@@ -62,6 +62,12 @@ class Data:
     )
     tokenizer: str = option("", "name or fingerprint that the shards' tokenizer must have; empty: any")
     stride: int = option(0, "tokens between the starts of two windows; 0: block_size", low=0)
+    verify_mb_per_s: float = option(
+        50.0,
+        "rank 0 compares the shards' checksums with the manifest during training, reading at most so many MB a second; "
+        "0: never",
+        low=0,
+    )
     document_mask: bool = option(
         False, "attention stays within a document, and positions restart at each; else it sees the whole window"
     )

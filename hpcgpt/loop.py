@@ -43,6 +43,7 @@ from hpcgpt.preempt import Stop, StopFlag
 from hpcgpt.profiling import Profiler
 from hpcgpt.reporter import Reporter, Story
 from hpcgpt.saver import Saved, Saver, tensors_of
+from hpcgpt.shard_check import ShardCheck
 from hpcgpt.together import on_all, on_first
 from hpcgpt.watchdog import Watchdog
 from hpcgpt.world import Ranks, World
@@ -140,6 +141,7 @@ class Attempt:
         self._judge = Judge(settings.spike)
         self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
+        self._shard_check: ShardCheck | None = None  # rank 0 has one, if data.verify_mb_per_s is not 0
         self._saver = Saver(
             self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
         )
@@ -176,6 +178,8 @@ class Attempt:
         finally:
             gc.enable()
             self._watchdog.off()
+            if self._shard_check:
+                self._shard_check.close()
             if self._reporter:
                 self._reporter.close(status)
         return status
@@ -239,6 +243,9 @@ class Attempt:
             self._reporter.event("changed", **self._changes.fields)
         self._mind_the_end(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
+        rate, more = self.config.data.verify_mb_per_s, progress.step < self.plan.total_steps
+        if rate and more:
+            self._shard_check = ShardCheck(self.plan.sets, self.folder, rate, self._reporter.event)
 
     def _steps(self) -> Stop:
         """Step until the end or until told to stop; returns why."""

@@ -13,6 +13,7 @@
       faults/              see hpcgpt.faults
       generations/         see hpcgpt.generation
       rendezvous/          see hpcgpt.rendezvous
+      verified.json        see hpcgpt.shard_check
       tokenizer/           a copy of the shards' tokenizer
       logs/                one file a job attempt
       wandb/
