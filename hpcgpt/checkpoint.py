@@ -82,7 +82,8 @@ class State:
         counts = (self.step, self.tokens, self.samples, self.world_size, self.skipped, self.rollbacks)
         if not all(type(count) is int and count >= 0 for count in counts) or self.world_size < 1:
             raise ValueError(f"impossible counts {counts}")
-        if not all(isinstance(part, dict) for part in (self.identity, self.in_effect, self.pending or {})):
+        objects = (self.identity, self.in_effect, {} if self.pending is None else self.pending)
+        if not all(isinstance(part, dict) for part in objects):
             raise ValueError("identity, in_effect and pending must be objects")
         if not isinstance(self.val_loss, float | None):
             raise ValueError(f"val_loss {self.val_loss!r} is no number")
