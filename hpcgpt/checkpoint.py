@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,7 +63,8 @@ class State:
 
     `identity` is what must not change between attempts; `pending` is the metrics row of this step, if the
     run was stopped before its evaluation had ended; `val_loss` in nats, if this very step was evaluated. `skipped`
-    global batches were left out so far, in `rollbacks`: step s uses global batch s + skipped.
+    global batches were left out so far, in `rollbacks`: step s uses global batch s + skipped. `in_effect` is what the
+    attempt that saved it computed with: see ``hpcgpt.in_effect``; older checkpoints do not say.
     """
 
     step: int
@@ -75,13 +76,15 @@ class State:
     val_loss: float | None = None
     skipped: int = 0
     rollbacks: int = 0
+    in_effect: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = (self.step, self.tokens, self.samples, self.world_size, self.skipped, self.rollbacks)
         if not all(type(count) is int and count >= 0 for count in counts) or self.world_size < 1:
             raise ValueError(f"impossible counts {counts}")
-        if not isinstance(self.identity, dict) or not isinstance(self.pending, dict | None):
-            raise ValueError("identity and pending must be objects")
+        objects = (self.identity, self.in_effect, {} if self.pending is None else self.pending)
+        if not all(isinstance(part, dict) for part in objects):
+            raise ValueError("identity, in_effect and pending must be objects")
         if not isinstance(self.val_loss, float | None):
             raise ValueError(f"val_loss {self.val_loss!r} is no number")
 
@@ -395,7 +398,7 @@ def _show(path: Path, as_json: bool) -> int:
         print(json.dumps({"path": str(path), "state": asdict(state), "tensors": tensors}))
         return 0
     print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.samples:,} samples, {state.world_size} ranks")
-    for key, value in state.identity.items():
+    for key, value in (state.identity | state.in_effect).items():
         print(f"  {key} = {value!r}")
     for key, told in tensors.items():
         print(f"  {key:60} {told['dtype']:5} {'x'.join(map(str, told['shape'])) or 'scalar'}")

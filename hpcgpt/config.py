@@ -46,6 +46,9 @@ class Run:
     backend: Literal["auto", "gloo", "nccl"] = option("auto", "collectives; auto: nccl on GPUs, gloo on CPUs")
     rendezvous_timeout_s: float = option(60.0, "how long ranks wait for each other at the start, in seconds", above=0)
     threads: int = option(0, "CPU threads a rank; 0: the cores that this rank was given", low=0)
+    strict: bool = option(
+        False, "refuse to resume if anything that changes the result's bytes is not what it was: see docs/training.md"
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Data:
     )
     tokenizer: str = option("", "name or fingerprint that the shards' tokenizer must have; empty: any")
     stride: int = option(0, "tokens between the starts of two windows; 0: block_size", low=0)
+    verify_mb_per_s: float = option(
+        50.0,
+        "rank 0 compares the shards' checksums with the manifest during training, reading at most so many MB a second; "
+        "0: never",
+        low=0,
+    )
     document_mask: bool = option(
         False, "attention stays within a document, and positions restart at each; else it sees the whole window"
     )

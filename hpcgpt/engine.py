@@ -75,10 +75,10 @@ class Engine:
             self.model.double()
         self._attention = kernels.attention(settings.train.attention, ranks.device, self.dtype)
         # All or none: the ranks of a run compute alike.
-        self._compiled = all(on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
+        self.compiled = all(on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
         # What is called to train, and what has this rank's part of the weights.
         self.forward, self.trained = parallel.shared_out(
-            self.model, ranks, settings.parallel, self._compiled, self.dtype
+            self.model, ranks, settings.parallel, self.compiled, self.dtype
         )
         self._is_gathered = False
         self.optimizer = make_optimizer(self.trained, settings.optim)
@@ -105,7 +105,7 @@ class Engine:
         """
         self.forward.train()
         # The compiler's worker processes must not die of Slurm's warning.
-        with shielded() if self._compiled else nullcontext(), self._attention():
+        with shielded() if self.compiled else nullcontext(), self._attention():
             accumulate(self.forward, self._feed.batches(0, 1), 1, self.precision)
         parallel.clear_gradients(self.forward, self.optimizer)
         self._feed.waited_s()

@@ -19,9 +19,9 @@ import torch
 from hpcgpt import (
     checkpoint,
     config_sources,
-    durable,
     generation,
     host_memory,
+    in_effect,
     initial,
     metrics,
     plan,
@@ -44,6 +44,7 @@ from hpcgpt.preempt import Stop, StopFlag
 from hpcgpt.profiling import Profiler
 from hpcgpt.reporter import Reporter, Story
 from hpcgpt.saver import Saved, Saver, tensors_of
+from hpcgpt.shard_check import ShardCheck
 from hpcgpt.together import on_all, on_first
 from hpcgpt.watchdog import START_S, Watchdog
 from hpcgpt.world import Ranks, World
@@ -136,11 +137,13 @@ class Attempt:
         self._held_out, self._token_bytes = held_out(planned), bytes_of_ids(self.words, settings.model.vocab_size)
 
         self.progress = Progress()
+        self._in_effect, self._changes = in_effect.collect(planned, ranks, self.engine), in_effect.Changes(0)
         self._origin = ""  # where the first weights come from, if from another run
         self._unread: Launched | None = None  # the step that was launched last, if its row is still to come
         self._judge = Judge(settings.spike)
         self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
+        self._shard_check: ShardCheck | None = None  # rank 0 has one, if data.verify_mb_per_s is not 0
         self._saver = Saver(
             self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
         )
@@ -179,6 +182,8 @@ class Attempt:
         finally:
             gc.enable()
             self._watchdog.off()
+            if self._shard_check:
+                self._shard_check.close()
             if self._reporter:
                 self._reporter.close(status)
         return status
@@ -200,12 +205,16 @@ class Attempt:
                 self._origin = initial.load(Path(settings.run.init_from), self.engine.trained, self.ranks)
             torch.manual_seed(settings.run.seed + 7919 * self.ranks.world.rank)
         else:
-            changed = plan.changes(checkpoint.read_state(newest).identity, self.plan.identity)
+            state = checkpoint.read_state(newest)
+            changed = plan.changes(state.identity, self.plan.identity)
             if changed:
                 raise UserError(
                     f"{self.folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run "
                     "another --run.name, or restore the settings"
                 )
+            self._changes = in_effect.since(state, self._in_effect, self.plan)
+            if settings.run.strict:
+                self._changes.refuse()
             self._load(newest)
         self._times["load_s"] = time.monotonic() - started_at
 
@@ -217,7 +226,7 @@ class Attempt:
 
     def _report(self) -> None:
         """Rank 0: write what the folder is to hold, and begin to tell."""
-        durable.keep(self.folder / "config.toml", config_sources.to_toml(self.config.from_anywhere).encode())
+        runfolder.keep_config(self.folder, self.number, config_sources.to_toml(self.config.from_anywhere))
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
             (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
@@ -232,8 +241,15 @@ class Attempt:
         if self._origin:
             self._reporter.say(self._origin)
             self._reporter.event("init_from", words=self._origin)
+        for line in self._changes.lines:
+            self._reporter.say(line)
+        if self._changes.found:
+            self._reporter.event("changed", **self._changes.fields)
         self._mind_the_end(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
+        rate, more = self.config.data.verify_mb_per_s, progress.step < self.plan.total_steps
+        if rate and more:
+            self._shard_check = ShardCheck(self.plan.sets, self.folder, rate, self._reporter.event)
 
     def _steps(self) -> Stop:
         """Step until the end or until told to stop; returns why."""
@@ -421,6 +437,7 @@ class Attempt:
             progress.val_loss,
             progress.skipped,
             progress.rollbacks,
+            self._in_effect,
         )
         saved = self._saver.begin(state, tensors_of(self.engine.trained, self.engine.optimizer, self.ranks))
         if saved is None and not self.config.checkpoint.background:

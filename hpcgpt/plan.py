@@ -17,6 +17,7 @@ from hpcgpt import datasets, initial, mix
 from hpcgpt.config import Config
 from hpcgpt.datasets import DataSet
 from hpcgpt.errors import UserError
+from hpcgpt.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ class Plan:
             }
             | ({} if alone else {f"share in {mix.BLOCK}ths of each data set": [part.quota for part in self.sets]})
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed, and may not be what was meant."""
+        warmup, peak = self.config.schedule.warmup_steps, self.config.optim.lr
+        if not warmup or warmup < self.total_steps:
+            return []
+        highest = learning_rate(self.total_steps - 1, self.total_steps, self.config)
+        return [
+            f"the learning rate of this run only climbs, to {highest:.3g}: schedule.warmup_steps is {warmup:,}, the "
+            f"run has {self.total_steps:,} steps, and optim.lr {peak:g} is never reached"
+        ]
 
     @property
     def mixture(self) -> list[str]:

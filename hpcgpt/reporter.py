@@ -89,6 +89,8 @@ class Reporter:
             f"{str(story.dtype).removeprefix('torch.')}, {story.plan.tokens_per_step:,} tokens a step "
             f"({story.plan.micro_steps} micro-steps a rank)"
         )
+        for line in story.plan.warnings:
+            self._console.say(f"warning: {line}")
         for line in story.plan.mixture:
             self._console.say(f"samples: {line}")
         if story.step >= total and not story.pending:

@@ -3,7 +3,8 @@
 ::
 
     runs/<name>/
-      config.toml          the resolved configuration
+      config.toml          the resolved configuration, of the newest attempt
+      configs/             see keep_config
       run.json             the run's id (also wandb's), made once
       metrics.jsonl        see hpcgpt.metrics
       events.jsonl         one JSON object a line: time, event, attempt, and what the event tells
@@ -12,6 +13,7 @@
       faults/              see hpcgpt.faults
       generations/         see hpcgpt.generation
       rendezvous/          see hpcgpt.rendezvous
+      verified.json        see hpcgpt.shard_check
       tokenizer/           a copy of the shards' tokenizer
       logs/                one file a job attempt
       wandb/
@@ -28,6 +30,7 @@ import json
 import os
 import secrets
 import string
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -94,6 +97,30 @@ def run_id(folder: Path) -> str:
         raise cannot_read(error, f"no run in {folder}: {error.strerror} ({path.name})") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
+
+
+def keep_config(folder: Path, attempt: int, text: str) -> None:
+    """Make `text` the run's config.toml. If it differs from the one before, ``configs/<attempt>.toml`` has it, too.
+
+    So an attempt had the configuration with the highest number that is not above its own; number 0 is what config.toml
+    held before there was such a folder. A disk without room costs a warning and no more: training does not read them.
+    """
+    path, earlier = folder / "config.toml", folder / "configs"
+    try:
+        try:
+            before = path.read_bytes()
+        except FileNotFoundError:
+            before = None
+        if before == text.encode():
+            return
+        if before is not None and not earlier.is_dir():
+            earlier.mkdir()
+            durable.write(earlier / f"{0:06d}.toml", before)
+        earlier.mkdir(exist_ok=True)
+        durable.write(earlier / f"{attempt:06d}.toml", text.encode())
+        durable.write(path, text.encode())
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def has_trained(folder: Path) -> bool:

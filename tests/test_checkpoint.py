@@ -55,7 +55,8 @@ def test_they_are_found_by_their_number_the_newest_first(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "changes",
     [{"step": -1}, {"step": True}, {"step": 1.0}, {"tokens": "1"}, {"world_size": 0}, {"samples": None},
-     {"identity": []}, {"identity": None}, {"pending": []}, {"pending": 0}, {"val_loss": "1.0"}, {"val_loss": True}],
+     {"identity": []}, {"identity": None}, {"in_effect": []}, {"in_effect": None}, {"in_effect": "lr"},
+     {"pending": []}, {"pending": 0}, {"val_loss": "1.0"}, {"val_loss": True}],
     ids=str,
 )  # fmt: skip
 def test_an_impossible_state_is_refused(changes: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from hpcgpt.errors import USER_MISTAKE
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
 
 # What every start leaves: how it ended and why, and that it had the folder.
-TRACES = ("exit.json", "generations/", "rendezvous/", "logs/", "faults/")
+TRACES = ("exit.json", "verified.json", "generations/", "rendezvous/", "logs/", "faults/")
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,8 @@ def test_without_room_for_the_last_checkpoint_the_status_is_a_failure_and_the_ol
         ended = runfolder.read_exit(folder)
         assert ended is not None
         assert (ended.status, ended.saved) == (FAILED, False)
-        assert [event["event"] for event in runfolder.events(folder)] == [
+        found = [event["event"] for event in runfolder.events(folder)]
+        assert [name for name in found if name != "shards_verified"] == [  # that may come at any time
             "start", "ready", "save", "save_stall", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
         subprocess.run(["mount", "-o", f"remount,size={PLENTY}", disk], check=True)
         again = command("hpcgpt.train", str(config), "--run.dir", str(disk))

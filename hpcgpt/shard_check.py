@@ -1,0 +1,137 @@
+"""Comparing the shards' checksums with the manifest while training runs: `data.verify_mb_per_s`.
+
+A shard of the right size whose bytes have changed trains without an error if its ids are within the vocabulary. To
+read terabytes before the first step would take hours, so rank 0 reads them in a thread of the lowest priority, at a
+bounded rate. A damaged shard is a warning and the event ``damaged_shard``: training continues, and a person decides.
+When all of them have been read there is the event ``shards_verified``.
+
+An attempt may end before that. The run folder's ``verified.json`` has the names of the shards that were whole, by the
+digest of their data set, and the next attempt reads the others.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from hpcgpt import durable
+from hpcgpt.datasets import DataSet
+from hpcgpt.shard_reader import Split
+from hpcgpt.shards import Shard
+
+_PIECE_BYTES = 1 << 20
+_NOTE_EVERY_S = 60.0
+_CLOSE_S = 2.0  # a disk that does not answer must not keep the process
+
+
+class ShardCheck:
+    """The check of one attempt; rank 0 has one. It runs from now on, until it has read everything or `close`."""
+
+    def __init__(self, sets: Sequence[DataSet], folder: Path, mb_per_s: float, record: Callable[..., object]) -> None:
+        """`folder` is the run's; `record` writes an event, from the check's own thread."""
+        self._sets, self._path, self._record = sets, folder / "verified.json", record
+        self._bytes_per_s = mb_per_s * 1e6
+        self._off = threading.Event()
+        self._read = 0
+        self._thread = threading.Thread(target=self._run, name="shard check", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it; what it has read so far is noted."""
+        self._off.set()
+        self._thread.join(_CLOSE_S)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until it has read everything: has it?"""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        with suppress(OSError):  # where a thread cannot have a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._started_at = noted_at = time.monotonic()
+        whole, damaged, added = _read_notes(self._path), 0, False
+        try:
+            for part, split, shard in self._shards():
+                known = whole.setdefault(part.manifest.digest, set())
+                if shard.name in known:
+                    continue
+                problem = self._problem(split, shard)
+                if problem is None:
+                    return
+                if problem:
+                    damaged += 1
+                    self._warn(split.folder / f"{shard.name}.bin", problem)
+                else:
+                    known.add(shard.name)
+                    added = True
+                if time.monotonic() > noted_at + _NOTE_EVERY_S:
+                    self._note(whole)
+                    noted_at, added = time.monotonic(), False
+            if self._read:
+                self._record("shards_verified", bytes=self._read, damaged=damaged,
+                             seconds=time.monotonic() - self._started_at)  # fmt: skip
+        finally:
+            if added:
+                self._note(whole)
+
+    def _shards(self) -> Iterator[tuple[DataSet, Split, Shard]]:
+        for part in self._sets:
+            for split in (part.train, part.val):
+                for shard in split.shards if split else ():
+                    yield part, split, shard  # type: ignore[misc]
+
+    def _problem(self, split: Split, shard: Shard) -> str | None:
+        """What is wrong with a shard; '' if nothing; None if this was closed meanwhile."""
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_PIECE_BYTES))
+        try:
+            with open(split.folder / f"{shard.name}.bin", "rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    digest.update(buffer[:count])
+                    if not split.fits_in_memory:  # else reading it has warmed the cache that training reads from
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    self._read += count
+                    if self._off.wait(pause_s(self._read, time.monotonic() - self._started_at, self._bytes_per_s)):
+                        return None
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        return "" if digest.hexdigest() == shard.xxh3 else "is damaged: its checksum is not the one in the manifest"
+
+    def _warn(self, path: Path, problem: str) -> None:
+        print(
+            f"warning: {path} {problem}, and this run trains on it: see `python -m data_prep.verify {path.parent}`, "
+            "and make the shards again for another run",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._record("damaged_shard", path=str(path), problem=problem)
+
+    def _note(self, whole: dict[str, set[str]]) -> None:
+        with suppress(OSError):  # the next attempt reads them again
+            content = {digest: sorted(names) for digest, names in whole.items()}
+            durable.write(self._path, (json.dumps(content) + "\n").encode())
+
+
+def pause_s(read: int, elapsed_s: float, bytes_per_s: float) -> float:
+    """How long to wait after so many bytes, not to read faster than that."""
+    return max(0.0, read / bytes_per_s - elapsed_s)
+
+
+def _read_notes(path: Path) -> dict[str, set[str]]:
+    """What earlier attempts have read. A file that is damaged says nothing."""
+    try:
+        notes: dict[str, Any] = json.loads(path.read_bytes())
+        return {str(digest): {str(name) for name in names} for digest, names in notes.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
