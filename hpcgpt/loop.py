@@ -138,6 +138,7 @@ class Attempt:
         self._unread: Launched | None = None  # the step that was launched last, if its row is still to come
         self._judge = Judge(settings.spike)
         self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
+        self._lead_said_s = 0.0
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
         self._saver = Saver(
             self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
@@ -228,11 +229,12 @@ class Attempt:
         if self._origin:
             self._reporter.say(self._origin)
             self._reporter.event("init_from", words=self._origin)
-        self._mind_the_end(slowest_s)
+        self.flag.save_takes(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
 
     def _steps(self) -> Stop:
         """Step until the end or until told to stop; returns why."""
+        self.flag.look_from_now()
         while self.progress.step < self.plan.total_steps or self.progress.pending:
             row = self.progress.pending or self._step()
             self.progress.pending = None
@@ -248,7 +250,7 @@ class Attempt:
                     self.progress.val_loss = figures["val/loss"]
                 if self._reporter:
                     self._reporter.row(row)
-            reason = self._between()
+            reason = self._between(after_step=True)
             if reason:
                 self._tell_unread()
                 return reason
@@ -358,12 +360,15 @@ class Attempt:
         if step % COLLECT_EVERY == 0 or self._due(self.config.eval.every, step):
             gc.collect()
 
-    def _between(self) -> Stop:
+    def _between(self, after_step: bool = False) -> Stop:
         """At each step boundary, and between the batches of an evaluation: what all ranks have to agree on."""
         self._watchdog.alive()
         if self._saver.busy:
             self._tell(self._saver.poll())
-        return self.flag.agree(self.ranks)
+        reason = self.flag.agree(self.ranks, after_step)
+        if after_step:
+            self._mind_the_end()
+        return reason
 
     def _is_regular(self, step: int) -> bool:
         """Is this step saved whatever happens? The last one is, too, but not here."""
@@ -419,12 +424,14 @@ class Attempt:
             return
         if self._reporter:
             self._reporter.saved(saved)
-            self._mind_the_end(saved.seconds)
+        self.flag.save_takes(saved.seconds)
 
-    def _mind_the_end(self, save_s: float) -> None:
-        lead_s = self.flag.save_takes(save_s)
-        if lead_s is not None and self._reporter:
-            self._reporter.say(f"a save takes {save_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
+    def _mind_the_end(self) -> None:
+        """Say it once where a step and its saves need more than the margin that was asked for, and when that grows."""
+        lead_s = self.flag.lead_s
+        if self._reporter and lead_s > max(self.config.requeue.end_margin_s, 1.5 * self._lead_said_s):
+            self._lead_said_s = lead_s
+            self._reporter.say(f"a step takes {self.flag.step_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
 
     def _committed(self, saved: Saved) -> None:
         assert self._reporter is not None
