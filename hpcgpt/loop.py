@@ -141,7 +141,13 @@ class Attempt:
         self._lead_said_s = 0.0
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
         self._saver = Saver(
-            self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
+            self.folder / "checkpoints",
+            ranks,
+            held,
+            settings.checkpoint,
+            self._sync_rows,
+            self._committed,
+            regular=settings.checkpoint.every if settings.spike.factor else 0,
         )
 
     # --- from start to end -------------------------------------------------------------------------
@@ -204,6 +210,7 @@ class Attempt:
                     "another --run.name, or restore the settings"
                 )
             self._load(newest)
+            self._saver.loaded(newest)
         self._times["load_s"] = time.monotonic() - started_at
 
     def _load(self, path: Path) -> None:
