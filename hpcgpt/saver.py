@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from hpcgpt import checkpoint, config, durable, retention, tensorfile
 from hpcgpt.checkpoint import State
 from hpcgpt.generation import Generation
+from hpcgpt.optim import state_keys
 from hpcgpt.parallel import held, is_share
 from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
@@ -72,15 +73,24 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks)
         elif own.first < own.after:
             found[f"{name}[{own.first}:{own.after}]"] = own.local
 
+    begun = any(optimizer.state.values())
+    keys = state_keys(optimizer)
     for name, parameter in model.named_parameters():
         add(f"model/{name}", parameter.detach())
-        for key, value in optimizer.state[parameter].items():
-            add(f"optim/{name}/{key}", value)
+        # Before its first step an optimizer has no state. A run may save then, where every step so far was skipped
+        # (train.on_nonfinite): so what it would begin with is written, and a checkpoint is always complete.
+        state = optimizer.state[parameter] if begun else dict.fromkeys(keys.get(parameter, ()))
+        for key, value in state.items():
+            add(f"optim/{name}/{key}", _first_state(key, parameter) if value is None else value)
     rank = ranks.world.rank
     found[f"rng/{rank}/cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
         found[f"rng/{rank}/cuda"] = torch.cuda.get_rng_state(ranks.device)
     return found
+
+
+def _first_state(key: str, parameter: nn.Parameter) -> Tensor:
+    return torch.tensor(0.0, device=parameter.device) if key == "step" else torch.zeros_like(parameter.detach())
 
 
 class Saver:
