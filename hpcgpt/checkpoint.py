@@ -54,7 +54,7 @@ _NAME = re.compile(r"step_(\d{9,})")
 _PIECE = re.compile(r"(.*)\[(\d{1,18}):(\d{1,18})\]", re.ASCII)
 _FILE = re.compile(r"(tensors_\d{5}_of_\d{5}\.safetensors|state\.json)")
 # A file is not there. Any other error may be this host's or the network's, and is no damage.
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def outline(checkpoint: Path) -> str:
     except FormatError:
         raise
     except OSError as error:
-        if error.errno not in _MISSING:
+        if error.errno not in MISSING:
             raise
         return f"{Path(error.filename or '').name}: {error.strerror}"
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

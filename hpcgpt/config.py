@@ -221,7 +221,12 @@ class Requeue:
         3, "a job that crashed this often in a row without a new checkpoint is not requeued", low=1
     )
     max_idle: int = option(
-        10, "a job that came back this often in a row without a new checkpoint is not requeued", low=1
+        10,
+        "a job that started this often in a row, and trained for less time than it took to start, is not requeued",
+        low=1,
+    )
+    max_node_failures: int = option(
+        10, "a job that lost a node this often in a row without a new checkpoint is not requeued", low=1
     )
     exclude_bad_nodes: bool = option(
         False, "keep the job's next start away from a host that crashed it or was a straggler"

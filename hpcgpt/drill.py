@@ -90,7 +90,8 @@ batches = 8
 tokens = 0
 [requeue]
 max_crashes = {max_crashes}
-max_idle = {max_crashes}
+max_idle = 1000
+max_node_failures = 1000
 """
 
 

@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
-from hpcgpt import config_sources, requeue, runfolder, slurm
+from hpcgpt import config_sources, progress, requeue, runfolder, slurm
 from hpcgpt.drill_faults import Kind, MissedError, Scene
 from hpcgpt.drill_place import Disk, Rank, State, ranks_among
+from hpcgpt.progress import History
 
 
 class HerePlace:
@@ -88,6 +89,7 @@ class Job:
         self._training, self._ranks, self._again = list(training), ranks, again
         self.mark, self.why = f"{os.getpid()}.{mark}", "it runs"
         self.status: int | None = None
+        self._newest = self._crashes = 0  # there is no job, and so no chain, whose starts the events would tell
         self._file: IO[bytes] = open(log, "ab")  # noqa: SIM115 (as long as this object)
         self._start()
 
@@ -123,8 +125,12 @@ class Job:
         # Without a job's number, an older attempt's word is told by its age.
         if ended and (folder / "exit.json").stat().st_mtime < self._started_at:
             ended = None
-        before = requeue.so_far(runfolder.events(folder))
-        decision = requeue.decide(ended, left, slurm.Job("RUNNING"), 0, before, settings.requeue)
+        newest = progress.newest_step(folder / "checkpoints") or 0
+        if newest > self._newest:
+            self._newest, self._crashes = newest, 0
+        past = History(crashes=self._crashes)
+        decision = requeue.decide(ended, left, slurm.Job("RUNNING"), 0, past, settings.requeue)
+        self._crashes += decision.crashed
         self._file.write(f"drill: status {left}: {decision.why}\n".encode())
         self._file.flush()
         self.why = decision.why

@@ -142,10 +142,17 @@ class Attempt:
         self._unread: Launched | None = None  # the step that was launched last, if its row is still to come
         self._judge = Judge(settings.spike)
         self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
+        self._lead_said_s = 0.0
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
         self._shard_check: ShardCheck | None = None  # rank 0 has one, if data.verify_mb_per_s is not 0
         self._saver = Saver(
-            self.folder / "checkpoints", ranks, held, settings.checkpoint, self._sync_rows, self._committed
+            self.folder / "checkpoints",
+            ranks,
+            held,
+            settings.checkpoint,
+            self._sync_rows,
+            self._committed,
+            regular=settings.checkpoint.every if settings.spike.factor else 0,
         )
 
     # --- from start to end -------------------------------------------------------------------------
@@ -216,6 +223,7 @@ class Attempt:
             if settings.run.strict:
                 self._changes.refuse()
             self._load(newest)
+            self._saver.loaded(newest)
         self._times["load_s"] = time.monotonic() - started_at
 
     def _load(self, path: Path) -> None:
@@ -245,7 +253,7 @@ class Attempt:
             self._reporter.say(line)
         if self._changes.found:
             self._reporter.event("changed", **self._changes.fields)
-        self._mind_the_end(slowest_s)
+        self.flag.save_takes(slowest_s)
         self._reporter.event("ready", step=progress.step, **self._times)
         rate, more = self.config.data.verify_mb_per_s, progress.step < self.plan.total_steps
         if rate and more:
@@ -253,6 +261,7 @@ class Attempt:
 
     def _steps(self) -> Stop:
         """Step until the end or until told to stop; returns why."""
+        self.flag.look_from_now()
         while self.progress.step < self.plan.total_steps or self.progress.pending:
             row = self.progress.pending or self._step()
             self.progress.pending = None
@@ -270,7 +279,7 @@ class Attempt:
                     self._reporter.row(row)
                     if "val/loss" in row and self.config.sample.tokens:
                         self._reporter.sample(self.progress.step, self._sample_limit_s(), self._may_sample)
-            reason = self._between()
+            reason = self._between(after_step=True)
             if reason:
                 self._tell_unread()
                 return reason
@@ -395,12 +404,15 @@ class Attempt:
         if step % COLLECT_EVERY == 0 or self._due(self.config.eval.every, step):
             gc.collect()
 
-    def _between(self) -> Stop:
+    def _between(self, after_step: bool = False) -> Stop:
         """At each step boundary, and between the batches of an evaluation: what all ranks have to agree on."""
         self._watchdog.alive()
         if self._saver.busy:
             self._tell(self._saver.poll())
-        return self.flag.agree(self.ranks)
+        reason = self.flag.agree(self.ranks, after_step)
+        if after_step:
+            self._mind_the_end()
+        return reason
 
     def _is_regular(self, step: int) -> bool:
         """Is this step saved whatever happens? The last one is, too, but not here."""
@@ -457,12 +469,14 @@ class Attempt:
             return
         if self._reporter:
             self._reporter.saved(saved)
-            self._mind_the_end(saved.seconds)
+        self.flag.save_takes(saved.seconds)
 
-    def _mind_the_end(self, save_s: float) -> None:
-        lead_s = self.flag.save_takes(save_s)
-        if lead_s is not None and self._reporter:
-            self._reporter.say(f"a save takes {save_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
+    def _mind_the_end(self) -> None:
+        """Say it once where a step and its saves need more than the margin that was asked for, and when that grows."""
+        lead_s = self.flag.lead_s
+        if self._reporter and lead_s > max(self.config.requeue.end_margin_s, 1.5 * self._lead_said_s):
+            self._lead_said_s = lead_s
+            self._reporter.say(f"a step takes {self.flag.step_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
 
     def _committed(self, saved: Saved) -> None:
         assert self._reporter is not None

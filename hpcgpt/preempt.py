@@ -5,9 +5,15 @@ stops all of them together. Flags come from
 
     SIGUSR1, SIGUSR2   Slurm's warning before the time limit (#SBATCH --signal)
     SIGTERM            preemption, requeue, cancel; it may come twice
+    SIGHUP             the terminal or the ssh session is gone; left alone where nohup ignores it
     SIGINT             Ctrl-C; a second one leaves at once
     the clock          the job's own end, SLURM_JOB_END_TIME, is near
     a file             STOP in the run folder
+
+How near is near: the flag is looked at between steps, so once a look has said no, a whole step passes before the next
+one. What is left of the job at a look has to hold that step, two saves (one that is under way is finished first) and
+SLACK_S. Steps and saves are measured while the run lasts; `requeue.end_margin_s` is the least. A warning of Slurm's
+that comes later than that changes nothing: the clock has said so before.
 
 Children must not die of signals that Slurm sends to every process of a step: start them inside
 ``shielded()``.
@@ -19,6 +25,7 @@ import math
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
@@ -30,7 +37,9 @@ if TYPE_CHECKING:
     from hpcgpt.world import Ranks
 
 LOOK_EVERY_S = 1.0  # a look at a network file system is not free, and steps of small models are short
-SLACK_S = 10.0  # beyond two saves: the step that is under way, and leaving
+SLACK_S = 10.0  # beyond a step and two saves: leaving
+RECENT = 20  # gaps between looks; the longest of these is the one to expect
+STEP_FACTOR = 1.25  # a step may take longer than any so far
 
 
 class Stop(IntEnum):
@@ -58,6 +67,7 @@ SIGNALS = {
     signal.SIGUSR1: Stop.TIME_LIMIT,
     signal.SIGUSR2: Stop.TIME_LIMIT,
     signal.SIGTERM: Stop.TERMINATED,
+    signal.SIGHUP: Stop.TERMINATED,
     signal.SIGINT: Stop.INTERRUPT,
 }
 
@@ -73,11 +83,16 @@ class StopFlag:
         self._file = stop_file
         end = env.get("SLURM_JOB_END_TIME", "")
         self._began, self._end = time.time(), float(end) if end.isdigit() else float("inf")
-        self._leave_at = leave_at(self._end, self._began, end_margin_s) if end.isdigit() else float("inf")
+        self._latest = leave_at(self._end, self._began, end_margin_s) if end.isdigit() else float("inf")
+        self._save_s: float | None = None
+        self._gaps: deque[float] = deque(maxlen=RECENT)
+        self._last_look: float | None = None
 
     def install(self) -> None:
         """Take over the signals of this process. Main thread only."""
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the session may end, the run is to stay
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -91,7 +106,7 @@ class StopFlag:
         """The reason that this process knows of."""
         if self._told:
             return self._told
-        if time.time() >= self._leave_at:
+        if time.time() >= self.leave_at:
             return Stop.TIME_LIMIT
         if self._file and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_EVERY_S
@@ -99,22 +114,43 @@ class StopFlag:
             self._asked = os.path.exists(self._file)  # noqa: PTH110
         return Stop.FILE if self._asked else Stop.NO
 
-    def save_takes(self, seconds: float) -> float | None:
-        """A save was seen to take so long: leave earlier if the job's own end would cut one off.
+    @property
+    def leave_at(self) -> float:
+        """When the clock says stop, in unix seconds; inf where the job has no known end."""
+        return min(self._latest, self._end - self.lead_s)
 
-        Returns how many seconds before the end that is, if it is earlier than before.
+    @property
+    def lead_s(self) -> float:
+        """Seconds that leaving takes, as far as steps and saves were measured: at most half of the job, which has to
+        get somewhere.
         """
-        if math.isinf(self._end):
-            return None
-        # Twice: one that is under way is finished first. At most half of the job: it must get somewhere.
-        lead_s = min(2 * seconds + SLACK_S, (self._end - self._began) / 2)
-        if self._end - lead_s >= self._leave_at:
-            return None
-        self._leave_at = self._end - lead_s
-        return lead_s
+        if math.isinf(self._end) or (self._save_s is None and not self._gaps):
+            return 0.0
+        wanted_s = STEP_FACTOR * self.step_s + 2 * (self._save_s or 0.0) + SLACK_S
+        return max(0.0, min(wanted_s, (self._end - self._began) / 2))
 
-    def agree(self, ranks: Ranks) -> Stop:
-        """The reason that all ranks stop for, the same on each. A collective: every rank calls it."""
+    @property
+    def step_s(self) -> float:
+        """The longest that a look was waited for lately: a step, and what else stood between two looks."""
+        return max(self._gaps, default=0.0)
+
+    def save_takes(self, seconds: float) -> None:
+        """Note how long a save took; the longest counts."""
+        self._save_s = max(seconds, self._save_s or 0.0)
+
+    def look_from_now(self) -> None:
+        """The first step begins: what came before does not count as the wait for a look."""
+        self._last_look = time.monotonic()
+
+    def agree(self, ranks: Ranks, after_step: bool = False) -> Stop:
+        """The reason that all ranks stop for, the same on each. A collective: every rank calls it.
+
+        `after_step`: a step has ended since the last look; the time since then is what the next one may take.
+        """
+        now = time.monotonic()
+        if after_step and self._last_look is not None:
+            self._gaps.append(now - self._last_look)
+        self._last_look = now
         here = self.here()
         if ranks.control is None:
             return here

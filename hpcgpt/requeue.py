@@ -1,7 +1,7 @@
 """What happens to the job next: run by the batch script, after srun has returned.
 
 ``python -m hpcgpt.requeue folder TRAIN_ARGUMENTS`` checks the configuration, makes the run folder, records this
-start of the job and prints the folder.
+start of the job and prints the folder. It refuses a job that Slurm itself brought back, and that gets nowhere.
 ``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or says why not.
 ``... decide --status ending ...`` while srun still runs and Slurm is ending the job: see `decide_early`.
 
@@ -13,11 +13,17 @@ The policy, in this order:
     a mistake in what was asked (also one that
       a single rank found), a STOP file,
       another attempt holds the folder       leave it: it needs a person
-    saved, please run me again               requeue, unless the last requeue.max_idle starts all ended without
-                                             a new checkpoint: it gets nowhere
-    a node failed, and Slurm may not requeue requeue
-    a crash                                  requeue, unless the last requeue.max_crashes starts all
-                                             crashed without a new checkpoint: a crash loop
+    saved, please run me again               requeue, unless it gets nowhere: the last requeue.max_idle starts were
+                                             each not worth it
+    a node failed, and Slurm may not requeue requeue, unless the last requeue.max_node_failures starts ended so without
+                                             a new checkpoint
+    a crash                                  requeue, unless the last requeue.max_crashes starts crashed without a new
+                                             checkpoint (a crash loop), or it gets nowhere
+
+A start was worth it if it made a checkpoint of a later step than it resumed at, and trained for at least as long as it
+took to start. One such start resets all counts. Counted is per chain of jobs, whatever other jobs did in this folder
+meanwhile: see hpcgpt.progress. Slurm requeues by itself after a preemption or a failed node, without asking: so the
+next start asks, before its ranks are started, and leaves with status 2. Each start that was not worth it is told so.
 
 How: ``scontrol requeue``. Where Slurm refuses that (JobRequeue=0, --no-requeue), a new job is queued behind this
 one (hpcgpt.chain), and where that is refused too, the command is printed.
@@ -25,8 +31,7 @@ one (hpcgpt.chain), and where that is refused too, the command is printed.
 How the attempt ended is read from exit.json, since exit codes get lost under ``srun -K``; who failed first, from
 what srun and the ranks said (hpcgpt.faults). That the job was saved and Slurm itself preempted it makes no
 difference: before Slurm 24.05 a job that leaves within its grace time is not requeued by Slurm.
-SLURM_RESTART_COUNT counts every kind of restart, and is no budget for crashes; events.jsonl is, and it counts
-over a chain of jobs as well.
+SLURM_RESTART_COUNT counts every kind of restart, and is no budget for crashes; events.jsonl and the checkpoints are.
 
 No torch in here.
 """
@@ -40,11 +45,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import chain, cli, config_sources, durable, excluded, faults, runfolder, slurm, world
+from hpcgpt import chain, cli, config_sources, durable, excluded, faults, progress, runfolder, slurm, world
 from hpcgpt.config import Config, Requeue
 from hpcgpt.errors import USER_MISTAKE, UserError
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
+from hpcgpt.progress import History
 from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job
 
@@ -60,14 +66,7 @@ class Decision:
     requeue: bool
     why: str
     crashed: bool = False
-
-
-@dataclass(frozen=True)
-class Before:
-    """What earlier starts came to: how many in a row crashed, or ended at all, since the last new checkpoint."""
-
-    crashes: int = 0
-    idle: int = 0
+    gave_up: bool = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
         settings = config_sources.from_command_line(argv[1:], "requeue folder", ABOUT)
-        _begin(settings.run_folder)
+        _begin(settings)
         print(settings.run_folder)
         return 0
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
@@ -85,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def decide(
-    ended: Exit | None, status: int, job: Job, restart: int, before: Before, limits: Requeue,
+    ended: Exit | None, status: int, job: Job, restart: int, past: History, limits: Requeue,
     blamed: Blame | None = None,
 ) -> Decision:  # fmt: skip
     """The policy. `ended` is this attempt's exit.json, None if rank 0 could not write one.
@@ -103,9 +102,9 @@ def decide(
     if ended and ended.status == AGAIN:
         if ended.reason == Stop.FILE.words:
             return Decision(False, "a STOP file asks the run to stay stopped")
-        return _again(f"saved at step {ended.step:,}: {ended.reason}", before, limits)
+        return _again(f"saved at step {ended.step:,}: {ended.reason}", past, limits)
     if job.node_failed:
-        return Decision(True, "a node failed")
+        return _node_failed(past, limits)
     # What a single rank found, or where rank 0 could not say it: srun ended the others, and their words are lost.
     found = blamed.status if blamed else status
     if found in (USER_MISTAKE, SUPERSEDED):
@@ -115,15 +114,17 @@ def decide(
     if ended is None and status == FINISHED:
         return Decision(False, "training is finished")
     if ended is None and status == AGAIN:
-        return _again("saved, by the ranks' exit status", before, limits)
+        return _again("saved, by the ranks' exit status", past, limits)
     what = ended.reason if ended else str(blamed or f"the ranks left with status {status} and no word")
-    crashes = before.crashes + 1
+    crashes = past.crashes + 1
     if crashes >= limits.max_crashes:
-        return Decision(False, f"crash loop: {crashes} crashes without a new checkpoint, the last one: {what}", True)
-    return Decision(True, f"crash {crashes} since the last new checkpoint: {what}", True)
+        return Decision(
+            False, f"crash loop: {crashes} crashes without a new checkpoint, the last one: {what}", True, gave_up=True
+        )
+    return _again(f"crash {crashes} since the last new checkpoint: {what}", past, limits, crashed=True)
 
 
-def decide_early(job: Job, restart: int, before: Before, limits: Requeue) -> Decision | None:
+def decide_early(job: Job, restart: int, past: History, limits: Requeue) -> Decision | None:
     """What Slurm will not do by itself after it has ended this job; None: nothing, or srun's end will tell more.
 
     Slurm sent SIGTERM to the batch script, and SIGKILL follows after KillWait. Ranks that hang use all of that up.
@@ -131,45 +132,44 @@ def decide_early(job: Job, restart: int, before: Before, limits: Requeue) -> Dec
     if job.restarts > restart:
         return None
     if job.node_failed:
-        return Decision(True, "a node failed")
+        return _node_failed(past, limits)
     if job.over_time:
-        return _again("at its time limit, and Slurm ends it", before, limits)
+        return _again("at its time limit, and Slurm ends it", past, limits)
     if job.preempted and job.fields.get("Requeue") == "0":
         return Decision(True, "preempted")
     return None
 
 
-def _again(why: str, before: Before, limits: Requeue) -> Decision:
-    if before.idle + 1 >= limits.max_idle:
-        return Decision(
-            False,
-            f"it gets nowhere: {before.idle + 1} starts in a row ended without a new checkpoint, the last one {why}. "
-            "Is the time limit too short for the way to the first step? Submit it again to go on",
-        )
-    return Decision(True, why)
+def _again(why: str, past: History, limits: Requeue, crashed: bool = False) -> Decision:
+    if past.idle >= limits.max_idle:
+        return Decision(False, f"{nowhere(past)} ({why})", crashed, gave_up=True)
+    if past.idle and past.last:
+        why += f". This start {past.last.words}: {past.idle} of {limits.max_idle} in a row not worth their start"
+    return Decision(True, why, crashed)
 
 
-def so_far(events: Sequence[Mapping[str, Any]]) -> Before:
-    """Crashes, and starts of jobs that came back at all, since the last checkpoint of a step that had none before.
+def _node_failed(past: History, limits: Requeue) -> Decision:
+    failures = past.node_failures + 1
+    if failures >= limits.max_node_failures:
+        return Decision(False, node_failures(failures), gave_up=True)
+    return Decision(True, "a node failed")
 
-    A job that a person submitted begins anew: neither an earlier start nor the chain announced its number.
-    """
-    newest, crashes, idle = 0, 0, 0
-    announced: set[str] = set()
-    for event in events:
-        # A start at a step tells of its checkpoint too: the word of the one who made it may be lost.
-        if event["event"] in ("save", "start") and event.get("step", 0) > newest:
-            newest, crashes, idle = event["step"], 0, 0
-        if event["event"] == "job":
-            job = event["job"].rpartition("_")[0]
-            if job not in announced:
-                crashes, idle = 0, 0
-            announced = {job}
-        crashes += event["event"] == "crash"
-        idle += event["event"] in ("requeue", "chain")
-        if event["event"] == "chain":
-            announced.add(event["next_job"])
-    return Before(crashes, idle)
+
+def nowhere(past: History) -> str:
+    """Why a job whose starts are not worth it is not started once more."""
+    last = f", the last one {past.last.words}" if past.last else ""
+    return (
+        f"it gets nowhere: {past.idle} starts in a row trained for less time than they took to start{last}. Ask for a "
+        "longer --time, or for nodes that are preempted less, and submit it again; requeue.max_idle is how many may"
+    )
+
+
+def node_failures(count: int) -> str:
+    """Why a job whose nodes keep failing is not started once more."""
+    return (
+        f"{count} starts without a new checkpoint ended with a node that failed: look at the nodes, then submit it "
+        "again; requeue.max_node_failures is how many may"
+    )
 
 
 def job_event(job: Job) -> dict[str, Any]:
@@ -182,16 +182,40 @@ def job_event(job: Job) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path) -> None:
+def _begin(settings: Config) -> None:
+    folder = settings.run_folder
     runfolder.prepare(folder)
     job = slurm.job_id(os.environ)
     if not job:
         return
     _claim(folder, os.environ)
+    attempt, newest = world.job_attempt(), progress.newest_step(folder / "checkpoints")
+    problem = _hopeless(progress.history(_events(folder), attempt, newest), settings.requeue)
     try:
-        runfolder.record(folder, "job", job=world.job_attempt(), **job_event(slurm.ask(job)))
+        runfolder.record(folder, "job", job=attempt, newest_step=newest, **job_event(slurm.ask(job)))
+        if problem:
+            runfolder.record(folder, "give_up", job=attempt, reason=problem)
     except OSError as error:  # the disk is full: training can go on all the same
         print(f"warning: {error}", file=sys.stderr, flush=True)
+    if problem:
+        raise UserError(f"job {job} is not started once more: {problem}")
+
+
+def _hopeless(past: History, limits: Requeue) -> str:
+    """Why a job that Slurm brought back by itself is not to train again; '' if it may."""
+    if past.idle >= limits.max_idle:
+        return nowhere(past)
+    if past.node_failures >= limits.max_node_failures:
+        return node_failures(past.node_failures)
+    return ""
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return runfolder.events(folder)
+    except OSError as error:  # then nothing is known against this start
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return []
 
 
 def _claim(folder: Path, env: Mapping[str, str]) -> None:
@@ -212,7 +236,7 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
 def _act(settings: Config, status: int | None) -> int:
     """Decide and act; `status` is srun's, None while it still runs."""
     folder, attempt, id_ = settings.run_folder, world.job_attempt(), slurm.job_id(os.environ)
-    events = runfolder.events(folder)
+    events = _events(folder)
     if any(event["event"] == "chain" and event["job"] == attempt for event in events):
         _say(f"no requeue of job {id_}: another one waits behind it already")
         return 0
@@ -245,6 +269,10 @@ def _act(settings: Config, status: int | None) -> int:
         if decision.crashed:
             who = {"rank": blamed.rank, "host": blamed.host} if blamed else {"rank": None, "host": None}
             runfolder.record(folder, "crash", job=attempt, status=status, reason=decision.why, **who, excluded=hosts)
+        if job.node_failed or by_a_node:
+            runfolder.record(folder, "node_failed", job=attempt, host=blamed.host if blamed and by_a_node else None)
+        if decision.gave_up:
+            runfolder.record(folder, "give_up", job=attempt, reason=decision.why)
         if came_back:
             runfolder.record(folder, job=attempt, reason=decision.why, **came_back)
     except OSError as error:
@@ -256,12 +284,14 @@ def _decision(
     settings: Config, status: int | None, job: Job, restart: int, events: Sequence[Mapping[str, Any]],
     blamed: Blame | None,
 ) -> Decision | None:  # fmt: skip
+    newest = progress.newest_step(settings.run_folder / "checkpoints")
+    past = progress.history(events, world.job_attempt(), newest)
     if status is None:
-        return decide_early(job, restart, so_far(events), settings.requeue)
+        return decide_early(job, restart, past, settings.requeue)
     ended = runfolder.read_exit(settings.run_folder)
     if ended and ended.attempt != world.job_attempt():
         ended = None
-    return decide(ended, status, job, restart, so_far(events), settings.requeue, blamed)
+    return decide(ended, status, job, restart, past, settings.requeue, blamed)
 
 
 def _bring_back(

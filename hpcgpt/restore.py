@@ -2,11 +2,21 @@
 
 Rank 0 looks what there is and whether it fits together; the checksums are shared out over the ranks. What is
 damaged is set aside, and the one before is used.
+
+One that cannot be read (EIO, ESTALE; tried twice) is perhaps whole, and the host's fault: so the attempt crashes, and
+the requeue policy may choose other nodes. But a bad block must not end a run. Once an attempt on another host could not
+read it either, or two earlier ones on any, it is set aside like a damaged one, with a loud line, and the one before is
+used. Nothing of it is deleted: a person can give it its name back once the disk is well. It has to be moved, since the
+run will make that step once more, and must not meet the two in one place. Each failure is an event, ``unreadable``.
 """
 
 from __future__ import annotations
 
+import errno
+import socket
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hpcgpt import checkpoint
+from hpcgpt import checkpoint, errors, runfolder
 from hpcgpt.checkpoint import State
 from hpcgpt.errors import InputError
 from hpcgpt.generation import Generation
@@ -23,6 +33,9 @@ from hpcgpt.optim import state_keys
 from hpcgpt.parallel import held, is_share
 from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
+
+RETRY_S = 0.5
+ATTEMPTS = 2  # so many earlier ones that could not read a checkpoint are enough, on whatever host
 
 
 def newest_valid(
@@ -35,7 +48,7 @@ def newest_valid(
 
     Raises:
         UserError: there are such checkpoints, and none is valid; or the newest is of another format version.
-        OSError: a rank cannot read what rank 0 sees.
+        OSError: the newest cannot be read, by the first attempts that try.
     """
     names = on_first(ranks, lambda: [path.name for path in checkpoint.found(checkpoints)])
     problems = []
@@ -43,7 +56,12 @@ def newest_valid(
         path = checkpoints / name
         if not wanted(checkpoint.step_of(path)):
             continue
-        problem = _problem(path, ranks)
+        problem, unreadable = _problem(path, ranks)
+        if unreadable:
+            earlier = on_first(ranks, lambda path=path, one=unreadable: _failed_before(path, one, held))  # type: ignore[misc]
+            if not earlier:
+                raise unreadable.error
+            problem = f"it cannot be read, as {earlier} found as well: {unreadable.words}"
         if not problem:
             return path
         problems.append(f"{name}: {problem}")
@@ -58,16 +76,84 @@ def newest_valid(
     return None
 
 
-def _problem(path: Path, ranks: Ranks) -> str:
-    """What is wrong with a checkpoint, '' if it is whole; the same on every rank."""
-    if problem := on_first(ranks, lambda: checkpoint.outline(path)):
-        return problem
+@dataclass(frozen=True)
+class _Unreadable:
+    """What a rank could not read, and why."""
+
+    rank: int
+    host: str
+    errno: int
+    reason: str
+    file: str
+
+    @property
+    def words(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+    @property
+    def error(self) -> OSError:
+        error = OSError(self.errno, self.reason, self.file)
+        errors.mark(error, self.rank)
+        return error
+
+
+def _problem(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
+    """What is wrong with a checkpoint, '' if it is whole; and what could not be read of it. The same on every rank."""
+    rank = ranks.world.rank
+    found = on_first(ranks, lambda: _twice(lambda: checkpoint.outline(path), rank))
+    if found != "":
+        return _told_apart([found])
 
     def mine() -> str:
         names = sorted(checkpoint.read_files(path))
-        return checkpoint.damage(path, names[ranks.world.rank :: ranks.world.size])
+        return checkpoint.damage(path, names[rank :: ranks.world.size])
 
-    return next((problem for problem in on_all(ranks, mine) if problem), "")
+    return _told_apart(on_all(ranks, lambda: _twice(mine, rank)))
+
+
+def _twice(look: Callable[[], str], rank: int) -> str | _Unreadable:
+    with suppress(OSError):
+        return look()
+    time.sleep(RETRY_S)  # a network file system may have been out of order for a moment
+    try:
+        return look()
+    except OSError as error:
+        return _Unreadable(
+            rank,
+            socket.gethostname(),
+            error.errno or errno.EIO,
+            error.strerror or str(error),
+            str(error.filename or ""),
+        )
+
+
+def _told_apart(found: list[str | _Unreadable]) -> tuple[str, _Unreadable | None]:
+    """The first problem, which is damage whatever else could not be read."""
+    problem = next((one for one in found if isinstance(one, str) and one), "")
+    unreadable = next((one for one in found if isinstance(one, _Unreadable)), None)
+    return problem, None if problem else unreadable
+
+
+def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str:
+    """Which earlier attempts could not read this checkpoint, if they are enough to do without it; else ''.
+
+    By rank 0 alone; a reader, who holds no generation, waits for nobody.
+    """
+    if held is None:
+        return ""
+    run, step = path.parents[1], checkpoint.step_of(path)
+    found = [
+        event for event in runfolder.events(run)
+        if event.get("event") == "unreadable" and event.get("step") == step and event.get("attempt") != held.number
+    ]  # fmt: skip
+    with suppress(OSError):  # then it counts as the first failure, next time
+        runfolder.record(
+            run, "unreadable", attempt=held.number, step=step, rank=now.rank, host=now.host, problem=now.words
+        )
+    hosts = {str(event.get("host")) for event in found}
+    if len({event.get("attempt") for event in found}) >= ATTEMPTS or hosts - {now.host}:
+        return f"{len(found)} earlier attempt{'s' if len(found) > 1 else ''} on {', '.join(sorted(hosts))}"
+    return ""
 
 
 def _tell(path: Path, problem: str, held: Generation | None) -> None:

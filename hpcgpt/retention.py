@@ -1,7 +1,16 @@
 """Which checkpoints go: old ones once newer ones have been read back, and what ended attempts left half done.
 
 What stays are the `keep_last` newest valid ones, every `keep_every`-th step, and the one with the smallest
-validation loss. Only checkpoints whose checksums hold count, so an old one never goes for a damaged newer one's sake.
+validation loss. Behind a save (`retire`) only checkpoints whose checksums hold count, so an old one never goes for a
+damaged newer one's sake.
+
+To read a large checkpoint back takes longer than some attempts last. So that their checkpoints do not pile up, each
+start removes what is too much, once it has loaded one (`prune`). That reads no tensors: those whose manifest, sizes
+and state fit count as well, as long as one that has been read back, the loaded one, is among those that stay. The same
+makes room before a save that would have none: what would go behind that save goes before it. So there are never more
+than the settings keep, the one that is being written, and the one that has just been saved.
+
+One that cannot be read (EIO: perhaps this host's fault) neither counts nor goes, and keeps no other from going.
 
 An orphan of an earlier generation may be stopped between its last look for a newer one and a rename, and wake up
 when a newer one relies on what it then moves. That cannot be kept from happening, so it is made to do no harm. To
@@ -23,6 +32,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,30 +49,85 @@ def retire(checkpoints: Path, keep: config.Checkpoint, held: Generation, verifie
     `verified` has the names that this process has read back; it is added to. Damaged ones are set aside.
 
     Raises:
-        OSError: one could not be read or removed.
+        OSError: one could not be removed.
         UserError: there is one of another format version.
     """
     clean(checkpoints, held)
     whole: list[Path] = []
+    unreadable: set[Path] = set()
     waiting = checkpoint.found(checkpoints)
     while waiting and len(whole) < keep.keep_last:
         path = waiting.pop(0)
-        problem = "" if path.name in verified else checkpoint.verify(path)
+        try:
+            problem = "" if path.name in verified else checkpoint.verify(path)
+        except OSError as error:
+            _warn_unreadable(path, error)
+            unreadable.add(path)
+            continue
         if problem:
             held.check()
             checkpoint.set_aside(path, problem, held)
         else:
             verified.add(path.name)
             whole.append(path)
-    best = _best([*whole, *waiting], verified) if keep.keep_best else None
+    best = _best([*whole, *waiting], verified, unreadable, read_back=True) if keep.keep_best else None
+    return _remove_all(waiting, keep, held, {best, *unreadable})
+
+
+def prune(
+    checkpoints: Path, keep: config.Checkpoint, held: Generation, verified: set[str], more: int = 0, regular: int = 0
+) -> list[Path]:
+    """Remove what is too much, without reading tensors; returns those that went. Nothing goes unless one of `verified`
+    stays.
+
+    `more` are about to be saved: as many fewer of the newest stay, but one at least. The newest of a multiple of
+    `regular` steps stays, too: a loss spike sends the run back to that one, however often it was interrupted since.
+
+    Raises:
+        OSError: one could not be removed.
+    """
+    staying: list[Path] = []
+    unreadable: set[Path] = set()
+    waiting = []
+    for path in checkpoint.found(checkpoints):
+        safe = any(one.name in verified for one in staying)
+        if len(staying) >= max(1, keep.keep_last - more) and safe:
+            waiting.append(path)
+            continue
+        try:
+            fits = not checkpoint.outline(path)
+        except OSError as error:
+            _warn_unreadable(path, error)
+            unreadable.add(path)
+            continue
+        except checkpoint.FormatError:
+            fits = False
+        # Beyond the newest only one that was read back is still looked for. What is damaged is the next start's matter.
+        if fits and (len(staying) < max(1, keep.keep_last - more) or path.name in verified):
+            staying.append(path)
+        elif fits:
+            waiting.append(path)
+    if not any(one.name in verified for one in staying):
+        return []
+    best = _best([*staying, *waiting], verified, unreadable, read_back=False) if keep.keep_best else None
+    multiples = [path for path in [*staying, *waiting] if regular and checkpoint.step_of(path) % regular == 0]
+    back = max(multiples, key=checkpoint.step_of, default=None)
+    return _remove_all(waiting, keep, held, {best, back, *unreadable})
+
+
+def _remove_all(paths: list[Path], keep: config.Checkpoint, held: Generation, staying: set[Path | None]) -> list[Path]:
     going = [
         path
-        for path in waiting
-        if path != best and not (keep.keep_every and checkpoint.step_of(path) % keep.keep_every == 0)
+        for path in paths
+        if path not in staying and not (keep.keep_every and checkpoint.step_of(path) % keep.keep_every == 0)
     ]
     for path in going:
         remove(path, held)
     return going
+
+
+def _warn_unreadable(path: Path, error: OSError) -> None:
+    print(f"warning: checkpoint {path} cannot be read, and stays: {error}", file=sys.stderr, flush=True)
 
 
 def remove(path: Path, held: Generation) -> None:
@@ -112,18 +177,32 @@ def _destroy(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _best(paths: list[Path], verified: set[str]) -> Path | None:
-    """The whole one with the smallest validation loss, the newest of several; None if no one has any."""
+def _best(paths: list[Path], verified: set[str], unreadable: set[Path], read_back: bool) -> Path | None:
+    """The whole one with the smallest validation loss, the newest of several; None if no one has any.
+
+    Those that cannot be read are added to `unreadable`. Without `read_back` its checksums may be unknown.
+    """
     losses = []
     for path in paths:
         try:
             loss = checkpoint.val_loss(path)
-        except (OSError, TypeError, ValueError):
+        except OSError as error:
+            if error.errno not in checkpoint.MISSING:
+                _warn_unreadable(path, error)
+                unreadable.add(path)
+            continue
+        except (TypeError, ValueError):
             continue  # damaged, and no candidate
         if loss is not None and math.isfinite(loss):
             losses.append((loss, -checkpoint.step_of(path), path))
     for _, _, path in sorted(losses):
-        if path.name in verified or not checkpoint.verify(path):
-            verified.add(path.name)
+        if path.name in verified or not read_back:
             return path
+        try:
+            if not checkpoint.verify(path):
+                verified.add(path.name)
+                return path
+        except OSError as error:
+            _warn_unreadable(path, error)
+            unreadable.add(path)
     return None

@@ -2,7 +2,10 @@
 
 A save has two stages. First each rank writes its share of the tensors, in a thread of its own; when all ranks have,
 which they find out together at a step boundary, rank 0 writes state and manifest, gives the folder its name and
-removes old checkpoints, in a thread too. One save is under way at a time: whoever wants to begin the next waits for it.
+removes old checkpoints, in a thread too. Those that earlier attempts left are removed at the start (`loaded`); and
+where there is no room for a new one, what it would replace is removed before it is written.
+
+One save is under way at a time: whoever wants to begin the next waits for it.
 
 Files are flushed to the disk, then the folder; then it gets its name, and the folder above is flushed. Ranks
 share the outcome of each stage before the next one, so a full disk on one of them costs all of them this
@@ -29,12 +32,14 @@ from torch import Tensor, nn
 from hpcgpt import checkpoint, config, durable, retention, tensorfile
 from hpcgpt.checkpoint import State
 from hpcgpt.generation import Generation
+from hpcgpt.optim import state_keys
 from hpcgpt.parallel import held, is_share
 from hpcgpt.together import on_all, on_first
 from hpcgpt.world import Ranks
 
 POLL_S = 0.005
 LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
+PRUNING_S = 10.0  # so long a save waits for what the start removes: who is told to leave has little time
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
@@ -68,15 +73,24 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks)
         elif own.first < own.after:
             found[f"{name}[{own.first}:{own.after}]"] = own.local
 
+    begun = any(optimizer.state.values())
+    keys = state_keys(optimizer)
     for name, parameter in model.named_parameters():
         add(f"model/{name}", parameter.detach())
-        for key, value in optimizer.state[parameter].items():
-            add(f"optim/{name}/{key}", value)
+        # Before its first step an optimizer has no state. A run may save then, where every step so far was skipped
+        # (train.on_nonfinite): so what it would begin with is written, and a checkpoint is always complete.
+        state = optimizer.state[parameter] if begun else dict.fromkeys(keys.get(parameter, ()))
+        for key, value in state.items():
+            add(f"optim/{name}/{key}", _first_state(key, parameter) if value is None else value)
     rank = ranks.world.rank
     found[f"rng/{rank}/cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
         found[f"rng/{rank}/cuda"] = torch.cuda.get_rng_state(ranks.device)
     return found
+
+
+def _first_state(key: str, parameter: nn.Parameter) -> Tensor:
+    return torch.tensor(0.0, device=parameter.device) if key == "step" else torch.zeros_like(parameter.detach())
 
 
 class Saver:
@@ -93,19 +107,22 @@ class Saver:
         keep: config.Checkpoint,
         before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[Saved], None] = lambda _: None,
+        regular: int = 0,
     ) -> None:
         """`held` is rank 0's generation, None on the others.
 
         Rank 0 calls both in its thread: `before_commit` puts on the disk what has to be there before the checkpoint
-        is; `committed` tells of it as soon as it is there, with what it has cost until then.
+        is; `committed` tells of it as soon as it is there, with what it has cost until then. `regular`: see
+        retention.prune.
         """
         self._checkpoints, self._ranks, self._held, self._keep = checkpoints, ranks, held, keep
-        self._before_commit, self._committed = before_commit, committed
+        self._before_commit, self._committed, self._regular = before_commit, committed, regular
         # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
         # read back a large checkpoint takes longer than a job has that is told to leave.
         self.tidy = True
         self._there = threading.Event()  # the checkpoint of this save is; old ones may still be removed
         self._verified: set[str] = set()
+        self._removing = threading.Lock()
         self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
         self._work: _Work | None = None
         self._committing = False
@@ -114,6 +131,26 @@ class Saver:
     def busy(self) -> bool:
         """Is a save under way? The same on every rank."""
         return self._work is not None
+
+    def loaded(self, path: Path) -> None:
+        """Training goes on from this checkpoint, which has been read back. Old ones are removed in a thread: those that
+        earlier attempts made when they left, with no time to remove any. No collective.
+        """
+        if self._held is None:
+            return
+        self._verified.add(path.name)
+        self._removing.acquire()
+        held = self._held
+
+        def prune() -> None:
+            try:
+                retention.prune(self._checkpoints, self._keep, held, self._verified, regular=self._regular)
+            except OSError as error:
+                _warn_that_old_ones_stay(error)
+            finally:
+                self._removing.release()
+
+        threading.Thread(target=prune, name="pruning", daemon=True).start()
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
         """Copy `tensors`, as `tensors_of` gives them, and start to write them.
@@ -203,17 +240,39 @@ class Saver:
         self._held.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
         if self._final.exists():
             return None
+        if self._removing.acquire(timeout=PRUNING_S):
+            self._removing.release()
         temporary = checkpoint.temporary_of(self._final, self._held.number)
         needed = self._bytes + SPARE_BYTES
         try:
-            status = os.statvfs(self._checkpoints)
-            free = status.f_bavail * status.f_frsize
-            if free < needed:
+            if self._free() < needed:
+                self._make_room(self._held)
+            if self._free() < needed:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
             temporary.mkdir()
         except OSError as error:
             raise durable.explained(error, temporary) from error
         return str(temporary)
+
+    def _free(self) -> int:
+        status = os.statvfs(self._checkpoints)
+        return status.f_bavail * status.f_frsize
+
+    def _make_room(self, held: Generation) -> None:
+        """Remove now what would be removed once the new checkpoint is there; never the last valid one."""
+        if not self._removing.acquire(timeout=PRUNING_S):
+            return
+        try:
+            gone = retention.prune(self._checkpoints, self._keep, held, self._verified, 1, self._regular)
+        except OSError as error:
+            _warn_that_old_ones_stay(error)
+            return
+        finally:
+            self._removing.release()
+        for path in gone:
+            print(
+                f"warning: no room for {self._final.name}: {path.name} was removed first", file=sys.stderr, flush=True
+            )
 
     def _copied(self, share: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in share.items():
@@ -238,14 +297,20 @@ class Saver:
         except OSError as error:
             raise durable.explained(error, self._final) from error
         durable.sync_folder(self._checkpoints)
+        self._verified.discard(self._final.name)  # after a rollback the same step comes once more
         self._committed(self._so_far())
         self._there.set()
         if not self.tidy:
             return
-        try:
-            retention.retire(self._checkpoints, self._keep, held, self._verified)
-        except (OSError, ValueError) as error:
-            print(f"warning: old checkpoints stay: {error}", file=sys.stderr, flush=True)
+        with self._removing:
+            try:
+                retention.retire(self._checkpoints, self._keep, held, self._verified)
+            except (OSError, ValueError) as error:
+                _warn_that_old_ones_stay(error)
+
+
+def _warn_that_old_ones_stay(error: Exception) -> None:
+    print(f"warning: old checkpoints stay: {error}", file=sys.stderr, flush=True)
 
 
 class _Work:

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def handlers() -> Iterator[None]:
         ([signal.SIGUSR1], "TIME_LIMIT"),
         ([signal.SIGUSR2], "TIME_LIMIT"),
         ([signal.SIGINT], "INTERRUPT"),
+        ([signal.SIGHUP], "TERMINATED"),
         ([signal.SIGTERM], "TERMINATED"),
         ([signal.SIGTERM, signal.SIGTERM], "TERMINATED"),
         ([signal.SIGUSR1, signal.SIGUSR1, signal.SIGUSR2], "TIME_LIMIT"),
@@ -174,45 +176,116 @@ def test_a_file_system_that_does_not_answer_for_a_moment_stops_nobody(tmp_path: 
     assert StopFlag(tmp_path / ("x" * 300), 60.0, {}).here() == Stop.NO
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time that preempt sees, by both of its clocks; a test moves it."""
+    now = [1_000_000.0]
+    monkeypatch.setattr(preempt, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    yield now
+
+
+def run_until_told(flag: StopFlag, clock: list[float], steps_s: Sequence[float]) -> float:
+    """Step, and look after each step, until the flag says stop; when that was."""
+    flag.look_from_now()
+    for step_s in steps_s:
+        clock[0] += step_s
+        if flag.agree(ALONE, after_step=True):
+            return clock[0]
+    raise AssertionError("never told to stop")
+
+
 @pytest.mark.parametrize(
-    ("left_s", "margin_s", "save_s", "leads_s"),
+    ("left_s", "margin_s", "save_s", "step_s", "leads_s"),
     [
-        (10_000, 60.0, 1.0, None),  # 2 saves and some slack fit into the margin
-        (10_000, 60.0, 25.0, None),
-        (10_000, 60.0, 100.0, 210.0),
-        (10_000, 300.0, 100.0, None),
-        (10_000, 0.0, 0.0, 10.0),
-        (1000, 60.0, 400.0, 500.0),  # half of the job at most
-        (100, 60.0, 1.0, None),  # a short job's margin is a fifth: 20 s
-        (100, 60.0, 30.0, 50.0),
+        (10_000, 60.0, 1.0, 0.1, 60.0),  # 2 saves and some slack fit into the margin
+        (10_000, 60.0, 25.0, 0.0, 60.0),
+        (10_000, 60.0, 100.0, 0.0, 210.0),
+        (10_000, 300.0, 100.0, 0.0, 300.0),
+        (10_000, 0.0, 0.0, 0.0, 10.0),
+        (10_000, 60.0, 0.0, 80.0, 110.0),  # a whole step passes between two looks
+        (10_000, 60.0, 20.0, 80.0, 150.0),
+        (1000, 60.0, 400.0, 0.0, 500.0),  # half of the job at most
+        (1000, 60.0, 0.0, 700.0, 500.0),
+        (100, 60.0, 1.0, 0.0, 20.0),  # a short job's margin is a fifth
+        (100, 60.0, 30.0, 0.0, 50.0),
     ],
 )
-def test_a_save_that_would_not_fit_is_begun_earlier(
-    left_s: int, margin_s: float, save_s: float, leads_s: float | None
+def test_what_a_step_and_its_saves_take_has_to_fit_before_the_end(
+    clock: list[float], left_s: int, margin_s: float, save_s: float, step_s: float, leads_s: float
 ) -> None:
-    now = time.time()
-    flag = StopFlag(None, margin_s, {"SLURM_JOB_END_TIME": str(int(now) + left_s)})
-    lead_s = flag.save_takes(save_s)
-    assert (lead_s is None) == (leads_s is None), lead_s
-    assert lead_s == pytest.approx(leads_s, abs=1.0)
-    assert flag.save_takes(save_s) is None, "told twice"
-    assert flag.save_takes(save_s / 2) is None, "a quicker save puts nothing off"
-    assert flag.here() == Stop.NO
+    end = clock[0] + left_s
+    flag = StopFlag(None, margin_s, {"SLURM_JOB_END_TIME": str(int(end))})
+    flag.save_takes(save_s)
+    flag.save_takes(save_s / 2)  # a quicker save puts nothing off
+    flag.look_from_now()
+    clock[0] += step_s
+    flag.agree(ALONE, after_step=True)
+    assert end - flag.leave_at == pytest.approx(leads_s)
 
 
-def test_a_slow_save_makes_the_clock_say_stop() -> None:
-    flag = StopFlag(None, 1.0, {"SLURM_JOB_END_TIME": str(int(time.time()) + 3)})
-    assert flag.here() == Stop.NO
-    assert flag.save_takes(1000.0) == pytest.approx(1.5, abs=0.6)
-    time.sleep(2)
-    assert flag.here() == Stop.TIME_LIMIT
+@pytest.mark.parametrize("step_s", [1.0, 30.0, 90.0, 300.0])
+def test_steps_of_any_length_are_saved_before_the_job_ends(clock: list[float], step_s: float) -> None:
+    """With the margin alone, 60 s, the flag would be looked at 90 s before the end, and never again."""
+    for offset in range(0, 300, 7):
+        end = clock[0] + 7200 + offset
+        flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
+        flag.save_takes(20.0)
+        told_at = run_until_told(flag, clock, [step_s] * 10_000)
+        assert told_at + 2 * 20.0 <= end
+        assert end - told_at <= 1.25 * step_s + max(60.0, 50.0) + step_s, "much earlier than is needed"
+        clock[0] = end
+
+
+def test_a_single_long_wait_is_forgotten_after_a_while(clock: list[float]) -> None:
+    flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(clock[0]) + 100_000)})
+    flag.look_from_now()
+    for step_s in (1.0, 2000.0, 1.0):
+        clock[0] += step_s
+        flag.agree(ALONE, after_step=True)
+    assert flag.step_s == 2000.0
+    for _ in range(preempt.RECENT):
+        clock[0] += 1.0
+        flag.agree(ALONE, after_step=True)
+    assert flag.step_s == 1.0
+
+
+def test_looks_between_the_batches_of_an_evaluation_are_no_steps(clock: list[float]) -> None:
+    flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(clock[0]) + 100_000)})
+    flag.look_from_now()
+    clock[0] += 90.0
+    flag.agree(ALONE, after_step=True)
+    for _ in range(1000):
+        clock[0] += 0.1
+        flag.agree(ALONE)
+    assert flag.step_s == 90.0
+    clock[0] += 80.0
+    flag.agree(ALONE, after_step=True)
+    assert list(flag._gaps) == [90.0, 80.0]
 
 
 @pytest.mark.parametrize("env", [{}, {"SLURM_JOB_END_TIME": "Unknown"}])
-def test_without_an_end_no_save_is_too_slow(env: dict[str, str]) -> None:
+def test_without_an_end_nothing_is_too_slow(clock: list[float], env: dict[str, str]) -> None:
     flag = StopFlag(None, 60.0, env)
-    assert flag.save_takes(1e9) is None
-    assert flag.here() == Stop.NO
+    flag.save_takes(1e9)
+    flag.look_from_now()
+    clock[0] += 1e9
+    assert flag.agree(ALONE, after_step=True) == Stop.NO
+    assert flag.lead_s == 0.0
+
+
+def test_under_nohup_a_hangup_is_still_ignored() -> None:
+    """What nohup does: SIGHUP is ignored when the program begins."""
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", ignoring, sys.executable, "-c", ASK], cwd=ROOT, env=clean_env(),
+                               text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate("\n", timeout=20)[0] == "NO\n"
+    assert process.returncode == 0
 
 
 # --- several ranks ---------------------------------------------------------------------------------

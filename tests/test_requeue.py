@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import command, rows
+from small_checkpoints import save
 
-from hpcgpt import config, runfolder
+from hpcgpt import config, generation, runfolder
 from hpcgpt.excluded import bad_hosts
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
-from hpcgpt.requeue import Before, Decision, decide, decide_early, so_far
+from hpcgpt.progress import History, Start
+from hpcgpt.requeue import Decision, decide, decide_early
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job, job_id
 
 NOBODY = None  # rank 0 could not write exit.json: killed, or its node is gone
 
 
-NEW, LIMITS = Before(), config.Requeue(max_crashes=3, max_idle=10)
+NEW, LIMITS = History(), config.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
 
 
 def policy(ended: Exit | None, status: int, crashes: int = 0, most: int = 3, blamed: Blame | None = None) -> Decision:
     """What is decided at the first start of a job that Slurm leaves alone."""
     limits = config.Requeue(max_crashes=most)
-    return decide(ended, status, Job("RUNNING"), 0, Before(crashes), limits, blamed)
+    return decide(ended, status, Job("RUNNING"), 0, History(crashes), limits, blamed)
 
 
 def left(status: int, reason: str = "", saved: bool = False) -> Exit:
@@ -140,16 +142,35 @@ def test_without_a_word_from_rank_0_the_first_to_fail_decides(
 
 
 def test_a_node_that_failed_is_no_crash_and_no_cancellation() -> None:
-    decision = decide(NOBODY, 143, Job("COMPLETING", node_failed=True), 0, Before(crashes=99), LIMITS)
+    decision = decide(NOBODY, 143, Job("COMPLETING", node_failed=True), 0, History(crashes=99), LIMITS)
     assert (decision.requeue, decision.crashed, decision.why) == (True, False, "a node failed")
 
 
-@pytest.mark.parametrize(("idle", "requeue"), [(0, True), (8, True), (9, False), (30, False)])
-def test_a_job_that_is_always_stopped_before_it_gets_anywhere_comes_to_an_end(idle: int, requeue: bool) -> None:
-    ended = left(AGAIN, Stop.TIME_LIMIT.words, saved=True)
-    decision = decide(ended, AGAIN, Job("RUNNING"), 0, Before(idle=idle), LIMITS)
-    assert (decision.requeue, decision.crashed) == (requeue, False)
+IDLE = Start("7_9", from_step=20, to_step=21, start_s=25.4, trained_s=3.2)
+
+
+@pytest.mark.parametrize(("idle", "requeue"), [(0, True), (9, True), (10, False), (30, False)])
+@pytest.mark.parametrize("ended", [left(AGAIN, Stop.TIME_LIMIT.words, saved=True), left(FAILED, "out of memory")])
+def test_a_job_whose_starts_cost_more_than_they_gain_comes_to_an_end(ended: Exit, idle: int, requeue: bool) -> None:
+    """`idle` counts the start that has just ended, too."""
+    decision = decide(ended, AGAIN, Job("RUNNING"), 0, History(idle=idle, last=IDLE), LIMITS)
+    assert (decision.requeue, decision.gave_up) == (requeue, not requeue)
+    assert decision.crashed == (ended.status == FAILED)
     assert ("it gets nowhere" in decision.why) != requeue
+    assert ended.reason in decision.why
+    if idle:  # it is told so each time
+        assert "took 25 s until its first step and trained for 3 s, 1 step" in decision.why
+    assert (f"{idle} of 10 in a row" in decision.why) == (requeue and idle > 0)
+    assert ("Ask for a longer --time" in decision.why) != requeue
+
+
+@pytest.mark.parametrize(("before", "requeue"), [(0, True), (2, True), (3, False), (9, False)])
+def test_nodes_that_keep_failing_bring_a_job_back_only_so_often(before: int, requeue: bool) -> None:
+    job, past = Job("COMPLETING", node_failed=True), History(node_failures=before)
+    for decision in (decide(NOBODY, 143, job, 0, past, LIMITS), decide_early(job, 0, past, LIMITS)):
+        assert decision is not None
+        assert (decision.requeue, decision.crashed, decision.gave_up) == (requeue, False, not requeue)
+        assert requeue or f"{before + 1} starts without a new checkpoint ended with a node that failed" in decision.why
 
 
 ENDING = "COMPLETING"
@@ -180,64 +201,10 @@ def test_while_slurm_ends_a_job_whose_ranks_hang_what_slurm_will_not_do_is_decid
 
 
 def test_a_job_that_hangs_until_its_time_limit_each_time_comes_to_an_end() -> None:
-    decision = decide_early(Job(ENDING, over_time=True), 0, Before(idle=9), LIMITS)
+    decision = decide_early(Job(ENDING, over_time=True), 0, History(idle=10, last=IDLE), LIMITS)
     assert decision is not None
     assert not decision.requeue
     assert "it gets nowhere" in decision.why
-
-
-def saved(step: int) -> dict[str, Any]:
-    return {"event": "save", "step": step}
-
-
-def job(name: str) -> dict[str, Any]:
-    return {"event": "job", "job": name}
-
-
-CRASH, START, BACK = {"event": "crash"}, {"event": "start"}, {"event": "requeue"}
-CHAIN = {"event": "chain", "next_job": "8"}
-
-
-@pytest.mark.parametrize(
-    ("events", "crashes"),
-    [
-        ([], 0),
-        ([START, saved(4)], 0),
-        ([START, CRASH, START, CRASH], 2),
-        ([CRASH, saved(4)], 0),
-        ([CRASH, saved(4), CRASH], 1),
-        # Going back to step 2 and saving step 4 once more is no progress.
-        ([saved(4), CRASH, saved(4), CRASH, saved(4), CRASH], 3),
-        ([saved(8), CRASH, saved(4), CRASH], 2),
-        ([saved(4), CRASH, saved(8), CRASH, saved(12), CRASH], 1),
-        ([CRASH, {"event": "requeue"}, {"event": "signal"}, CRASH], 2),
-        # It was killed between its checkpoint and the word of it; and again at once, without a new one.
-        ([{"event": "start", "step": 0}, CRASH, {"event": "start", "step": 4}, CRASH], 1),
-        ([CRASH, {"event": "start", "step": 4}, CRASH, {"event": "start", "step": 4}, CRASH], 2),
-        ([job("7_0"), CRASH, job("7_1"), CRASH, job("7_2")], 2),
-        ([job("7_0"), CRASH, CHAIN, job("8_0"), CRASH], 2),
-        # A person has mended something and submitted it again.
-        ([job("7_0"), CRASH, job("7_1"), CRASH, job("9_0")], 0),
-    ],
-)
-def test_crashes_count_since_the_last_checkpoint_of_a_step_that_had_none(
-    events: list[dict[str, Any]], crashes: int
-) -> None:
-    assert so_far(events).crashes == crashes
-
-
-@pytest.mark.parametrize(
-    ("events", "idle"),
-    [
-        ([job("7_0"), START, BACK, job("7_1"), START, BACK], 2),
-        ([job("7_0"), saved(4), BACK, job("7_1"), saved(4), BACK, job("7_2")], 2),  # it saves what it has loaded
-        ([job("7_0"), saved(4), BACK, saved(5), BACK], 1),
-        ([job("7_0"), BACK, CHAIN, job("8_0")], 2),
-        ([job("7_0"), BACK, CHAIN, job("9_0")], 0),
-    ],
-)
-def test_starts_that_came_to_nothing_are_counted_over_a_chain_too(events: list[dict[str, Any]], idle: int) -> None:
-    assert so_far(events).idle == idle
 
 
 @pytest.mark.parametrize(
@@ -394,16 +361,103 @@ def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: 
     assert slurm.requeued == ["7"]
 
 
+@pytest.fixture
+def keeps(run: Path) -> Iterator[Callable[[int], None]]:
+    """Save a checkpoint of a step into the run."""
+    held = generation.take(run, "")
+    yield lambda step: assert_saved(save(run / "checkpoints", step, held))
+    held.release()
+
+
+def assert_saved(problem: str) -> None:
+    assert problem == ""
+
+
+def begin(slurm: FakeSlurm, run: Path, **env: str) -> tuple[int, str]:
+    """`requeue folder`, as at the beginning of the batch script; its exit status and what it said."""
+    job = {"SLURM_JOB_ID": "7", "PATH": f"{slurm.folder}:/usr/bin:/bin"} | env
+    done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=job)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def crash(slurm: FakeSlurm, run: Path, restart: int, job: str = "7") -> str:
+    """A start that crashes; what was decided."""
+    slurm.answers(restarts=restart)
+    env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}
+    assert begin(slurm, run, **env)[0] == 0
+    return decided(slurm, run, 137, **env)[1]
+
+
 def test_three_crashes_without_a_checkpoint_are_the_end_and_a_checkpoint_between_starts_anew(
+    slurm: FakeSlurm, run: Path, keeps: Callable[[int], None]
+) -> None:
+    said = [crash(slurm, run, restart) for restart in range(2)]
+    keeps(10)
+    said += [crash(slurm, run, restart) for restart in range(2, 4)]
+    # It was the second start that saved it, and crashed afterwards.
+    assert ["crash loop" in text for text in said] == [False, False, False, True]
+    assert len(slurm.requeued) == 3
+    names = [row["event"] for row in rows(run / "events.jsonl")]
+    assert (names.count("crash"), names.count("give_up")) == (4, 1)
+
+
+def test_two_jobs_that_crash_in_turns_in_one_folder_both_come_to_an_end(slurm: FakeSlurm, run: Path) -> None:
+    """The other one's `job` event says nothing of this one's crashes."""
+    said: dict[str, list[str]] = {"7": [], "8": []}
+    for restart in range(3):
+        for job in said:
+            said[job].append(crash(slurm, run, restart, job))
+    for texts in said.values():
+        assert ["crash loop: 3 crashes" in text for text in texts] == [False, False, True]
+    assert slurm.requeued == ["7", "8", "7", "8"]
+
+
+def test_who_goes_back_to_an_older_checkpoint_is_measured_against_that_one(
+    slurm: FakeSlurm, run: Path, keeps: Callable[[int], None]
+) -> None:
+    """From step 10,000 back to 2,000: starts that train on from there get somewhere."""
+    for step in (2_000, 10_000):
+        runfolder.record(run, "save", step=step)
+    keeps(2_000)
+    for restart in range(12):
+        env = {"SLURM_RESTART_COUNT": str(restart)}
+        slurm.answers(restarts=restart)
+        runfolder.record(run, "job", job=f"7_{restart}", newest_step=2_000 + restart * 100)
+        runfolder.record(run, "start", attempt=restart + 1, job=f"7_{restart}", step=2_000 + restart * 100)
+        keeps(2_100 + restart * 100)
+        if restart < 11:
+            runfolder.record(run, "requeue", job=f"7_{restart}")
+            continue
+        runfolder.write_exit(run, Exit(f"7_{restart}", AGAIN, Stop.TIME_LIMIT.words, 2_100, saved=True))
+        assert "\nhpcgpt: requeue of job 7: " in "\n" + decided(slurm, run, 143, **env)[1]
+
+
+def test_a_job_that_slurm_itself_brings_back_and_that_gets_nowhere_is_refused_at_its_next_start(
     slurm: FakeSlurm, run: Path
 ) -> None:
-    for _ in range(2):
-        decided(slurm, run, 137)
-    runfolder.record(run, "save", step=10)
-    said = [decided(slurm, run, 137)[1] for _ in range(3)]
-    assert ["crash loop" in text for text in said] == [False, False, True]
-    assert len(slurm.requeued) == 4
-    assert [row["event"] for row in rows(run / "events.jsonl")].count("crash") == 5
+    """A preemption requeues it without a decision of ours."""
+    for restart in range(9):
+        runfolder.record(run, "job", job=f"7_{restart}", newest_step=0)
+    assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
+    status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
+    assert status == 2
+    assert "job 7 is not started once more: it gets nowhere: 10 starts in a row" in said
+    assert begin(slurm, run, SLURM_JOB_ID="8")[0] == 0, "another job begins anew"
+    assert begin(slurm, run, SLURM_RESTART_COUNT="11")[0] == 0, "a person requeued it all the same"
+
+
+def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm: FakeSlurm, run: Path) -> None:
+    for restart in range(9):
+        runfolder.record(run, "job", job=f"7_{restart}", newest_step=0)
+        runfolder.record(run, "node_failed", job=f"7_{restart}")
+    assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
+    slurm.answers(state="PENDING", restarts=10, Reason="NodeDown")
+    assert "Slurm has requeued it already" in decided(slurm, run, 137, SLURM_RESTART_COUNT="9")[1]
+    assert runfolder.events(run)[-1] | {"event": "node_failed", "job": "7_9"} == runfolder.events(run)[-1]
+    status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
+    assert status == 2
+    assert "10 starts without a new checkpoint ended with a node that failed" in said
 
 
 def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
@@ -470,8 +524,8 @@ def test_this_start_of_the_job_is_recorded(slurm: FakeSlurm, run: Path) -> None:
     done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=env)
     assert (done.returncode, done.stdout) == (0, f"{run}\n"), done.stderr
     (event,) = runfolder.events(run)
-    assert event | {"event": "job", "job": "7_2", "queued_at": 1700000000.0, "started_at": 1700000060.0,
-                    "hosts": ["n1", "n2", "n4"]} == event  # fmt: skip
+    assert event | {"event": "job", "job": "7_2", "newest_step": 0, "queued_at": 1700000000.0,
+                    "started_at": 1700000060.0, "hosts": ["n1", "n2", "n4"]} == event  # fmt: skip
 
 
 def test_a_run_folder_belongs_to_one_task_of_an_array(slurm: FakeSlurm, run: Path) -> None:
@@ -529,7 +583,7 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
 def test_only_stragglers_of_the_newest_start_are_bad() -> None:
     """Those before were judged then; a person may have taken one out of the list since."""
     before = {"event": "straggler", "host": "n1", "factor": 9.0}
-    assert bad_hosts(None, [START, before, START, before | {"host": "n2"}], 2.0) == {
+    assert bad_hosts(None, [{"event": "start"}, before, {"event": "start"}, before | {"host": "n2"}], 2.0) == {
         "n2": "steps took 9.0 times as long as usual"}  # fmt: skip
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,9 +23,10 @@ from ranks_killed import ALONE
 from safetensors.torch import load_file, save_file
 from small_checkpoints import IDENTITY, SHARE, fingerprint, flip_a_byte, mend, names, save, save_tensors, write_manifest
 
-from hpcgpt import checkpoint, restore
+from hpcgpt import checkpoint, generation, restore, runfolder
 from hpcgpt.checkpoint import FormatError, State
 from hpcgpt.config import Model, Optim
+from hpcgpt.errors import rank_of
 from hpcgpt.generation import Generation
 from hpcgpt.model import GPT
 from hpcgpt.optim import make_optimizer
@@ -461,6 +466,112 @@ def test_what_cannot_be_read_at_the_moment_is_no_damage_and_nothing_is_set_aside
     with open(told) as pipe:
         assert pipe.read() == "Permission denied"
     assert names(three) == ["step_000000004", "step_000000008", "step_000000012"]
+
+
+class Host:
+    """The host that this test pretends to run on; it cannot read certain files of checkpoints."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+        self.run, self.name, self.bad = run, "n1", set[str]()
+        self.tries = 0
+        real = {name: getattr(checkpoint, name) for name in ("outline", "damage")}
+
+        def look(name: str, path: Path, *rest: Any) -> str:
+            if f"{path.name} {name}" in self.bad:
+                self.tries += 1
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path / SHARE))
+            return str(real[name](path, *rest))
+
+        for name in real:
+            monkeypatch.setattr(checkpoint, name, partial(look, name))
+        monkeypatch.setattr(socket, "gethostname", lambda: self.name)
+        monkeypatch.setattr(restore, "RETRY_S", 0.0)
+
+    def attempt(self, name: str) -> str:
+        """A new attempt on that host; the name of the checkpoint that it chose."""
+        self.name = name
+        held = generation.take(self.run, "")
+        try:
+            newest = restore.newest_valid(self.run / "checkpoints", ALONE, held)
+            return newest.name if newest else ""
+        finally:
+            held.release()
+
+
+@pytest.fixture
+def host(three: Path, held: Generation, monkeypatch: pytest.MonkeyPatch) -> Host:
+    held.release()
+    return Host(monkeypatch, three.parent)
+
+
+@pytest.mark.parametrize("look", ["outline", "damage"])
+@pytest.mark.parametrize("hosts", [["n1", "n2"], ["n1", "n1", "n1"], ["n1", "n1", "n2"]])
+def test_a_checkpoint_that_attempts_cannot_read_one_after_the_other_does_not_block_the_run(
+    host: Host, look: str, hosts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    host.bad.add(f"step_000000012 {look}")
+    needed = 1 if hosts[1] != "n1" else 2
+    for name in hosts[:needed]:
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            host.attempt(name)
+        assert rank_of(caught.value) == 0, "this rank's host is the one to blame"
+        assert names(host.run / "checkpoints") == ["step_000000004", "step_000000008", "step_000000012"]
+    assert host.attempt(hosts[needed]) == "step_000000008"
+    (aside,) = checkpoint.damaged(host.run / "checkpoints")
+    assert "it cannot be read" in (aside / "REASON.txt").read_text()
+    assert "on n1 found as well" in capfd.readouterr().err
+    # The disk is mended, and a person puts it back.
+    host.bad.clear()
+    aside.rename(host.run / "checkpoints/step_000000012")
+    assert host.attempt("n1") == "step_000000012"
+
+
+def test_a_checkpoint_that_another_host_can_read_is_used(host: Host) -> None:
+    host.bad.add("step_000000012 damage")
+    with pytest.raises(OSError, match="Input/output error"):
+        host.attempt("n1")
+    host.bad.clear()
+    assert host.attempt("n2") == "step_000000012"
+
+
+def test_each_checkpoint_has_to_be_unreadable_more_than_once(host: Host) -> None:
+    """Where a whole file system is ill, an attempt sets one aside at most, and not all of them."""
+    host.bad |= {f"step_{step:09d} outline" for step in (4, 8, 12)}
+    for name in ("n1", "n2"):
+        with pytest.raises(OSError, match="Input/output error"):
+            host.attempt(name)
+    assert names(host.run / "checkpoints")[1:] == ["step_000000004", "step_000000008"]
+
+
+def test_a_moment_out_of_order_is_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.bad.add("step_000000012 damage")
+    monkeypatch.setattr(time, "sleep", lambda _: host.bad.clear())
+    assert host.attempt("n1") == "step_000000012"
+    assert host.tries == 1
+    assert runfolder.events(host.run) == []
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_whose_steps_were_all_skipped_so_far_can_go_on(
+    checkpoints: Path, held: Generation, name: Literal["adamw", "muon"]
+) -> None:
+    """train.on_nonfinite skip: steps count, and the optimizer has not made one."""
+
+    def step(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+        ids = torch.arange(32).view(2, 16)
+        model(ids, ids).backward()
+        optimizer.step()
+        return content(model, optimizer, ALONE)
+
+    model, _ = trained(seed=1, steps=0)
+    optimizer = make_optimizer(model, Optim(name=name))
+    state = State(3, 300, 30, 1, IDENTITY)
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    assert not any(optimizer.state.values()), "saving has changed the state"
+    other, _ = trained(seed=2, steps=0)
+    its = make_optimizer(other, Optim(name=name))
+    restore.load(checkpoints / "step_000000003", other, its, ALONE)
+    assert step(other, its) == step(model, optimizer)
 
 
 # --- tensors that are not what they should be, with every checksum mended ---------------------------

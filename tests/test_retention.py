@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,107 @@ def test_nothing_else_in_the_folder_is_touched(three: Path, held: Generation) ->
     assert [path.name for path in gone] == ["step_000000008", "step_000000004"]
     assert names(three) == sorted([*foreign, "notes.txt", "step_000000012", "step_1000000000"])
     assert all((three / name / "file").read_text() == "mine" for name in foreign)
+
+
+# --- at the start, and where there is no room --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "regular", "stay"),
+    [
+        (Checkpoint(keep_last=1, keep_best=False), 0, [24]),
+        (Checkpoint(keep_last=2, keep_best=False), 0, [20, 24]),
+        (Checkpoint(keep_last=100, keep_best=False), 0, [4, 8, 12, 16, 20, 24]),
+        (Checkpoint(keep_last=1, keep_best=True), 0, [12, 24]),
+        (Checkpoint(keep_last=1, keep_every=12, keep_best=False), 0, [12, 24]),
+        (Checkpoint(keep_last=1, keep_best=False), 8, [24]),
+        (Checkpoint(keep_last=1, keep_best=False), 16, [16, 24]),
+        (Checkpoint(keep_last=1, keep_best=False), 5, [20, 24]),
+    ],
+)
+def test_a_start_removes_what_earlier_ones_left_and_reads_nothing_back(
+    checkpoints: Path, held: Generation, keep: Checkpoint, regular: int, stay: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The newest was just loaded; the one that a loss spike would send the run back to stays, too."""
+    for number, loss in LOSSES.items():
+        assert save(checkpoints, number, held, loss) == ""
+    monkeypatch.setattr(checkpoint, "verify", lambda _: pytest.fail("this would take minutes"))
+    retention.prune(checkpoints, keep, held, {step(24)}, regular=regular)
+    assert steps(checkpoints) == stay
+
+
+def test_of_those_whose_tensors_nobody_has_read_none_is_the_last(three: Path, held: Generation) -> None:
+    keep = Checkpoint(keep_last=1, keep_best=False)
+    assert retention.prune(three, keep, held, set()) == []
+    retention.prune(three, keep, held, {step(8)})
+    assert steps(three) == [8, 12], "the newest may be damaged, and what was read back stays beside it"
+    flip_a_byte(three / step(12))
+    retention.prune(three, keep, held, {step(8)})
+    assert restore.newest_valid(three, ALONE, held) == three / step(8)
+
+
+@pytest.mark.parametrize(("keep_last", "stay"), [(1, [12]), (2, [12]), (3, [8, 12]), (4, [4, 8, 12])])
+def test_room_is_made_by_what_would_go_behind_the_save(
+    three: Path, held: Generation, keep_last: int, stay: list[int]
+) -> None:
+    retention.prune(three, Checkpoint(keep_last=keep_last, keep_best=False), held, {step(12)}, more=1)
+    assert steps(three) == stay
+
+
+class Unreadable:
+    """Reading certain files of a checkpoint fails, on this host, whoever tries."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
+        self.paths = paths
+        real = checkpoint._json, checkpoint.damage
+
+        def read_json(path: Path) -> dict[str, object]:
+            self.try_to_read(path.parent, path.name)
+            return real[0](path)
+
+        def damage(folder: Path, files: Iterable[str]) -> str:
+            self.try_to_read(folder, SHARE)
+            return real[1](folder, files)
+
+        monkeypatch.setattr(checkpoint, "_json", read_json)
+        monkeypatch.setattr(checkpoint, "damage", damage)
+
+    def try_to_read(self, folder: Path, name: str) -> None:
+        if folder / name in self.paths:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / name))
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", SHARE])
+@pytest.mark.parametrize("bad", [12, 16, 20, 24])
+@pytest.mark.parametrize("best_too", [False, True])
+def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
+    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch, file: str, bad: int, best_too: bool,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for number, loss in LOSSES.items():
+        assert save(checkpoints, number, held, loss) == ""
+    Unreadable(monkeypatch, checkpoints / step(bad) / file)
+    keep = Checkpoint(keep_last=2, keep_best=best_too)
+    verified: set[str] = set()
+    retention.retire(checkpoints, keep, held, verified)
+    left = steps(checkpoints)
+    newest = [number for number in (24, 20, 16) if number != bad][:2]
+    assert set(newest) <= set(left)
+    assert step(bad) not in verified
+    looked_at = bad >= 20 or (best_too and (bad == 12 or file == "state.json"))
+    assert (bad in left) == (looked_at or bad in newest)
+    assert len(left) <= 2 + best_too + 1
+    assert 4 not in left
+    assert looked_at == ("cannot be read, and stays" in capfd.readouterr().err)
+
+
+def test_at_the_start_too_one_that_cannot_be_read_stays(
+    three: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Unreadable(monkeypatch, three / step(12) / "manifest.json")
+    retention.prune(three, Checkpoint(keep_last=1, keep_best=False), held, {step(8)})
+    assert steps(three) == [8, 12]
 
 
 # --- only whole ones count -------------------------------------------------------------------------

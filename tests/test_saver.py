@@ -224,6 +224,54 @@ def test_old_ones_go_behind_a_new_one_unless_there_is_no_time(checkpoints: Path,
     assert names(checkpoints) == (["step_000000012"] if tidy else ["step_000000008", "step_000000012"])
 
 
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
+    checkpoints: Path, held: Generation, keep_last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loads the newest, makes a step, and is told to leave: it has no time to remove any, and none to read back
+    more than the one that it loads.
+    """
+    keep = Checkpoint(keep_last=keep_last, keep_best=False)
+    monkeypatch.setattr(checkpoint, "verify", lambda _: pytest.fail("this would take minutes"))
+    for step in range(1, 12):
+        its = Saver(checkpoints, ALONE, held, keep)
+        newest = restore.newest_valid(checkpoints, ALONE, held)
+        if newest:
+            assert checkpoint.step_of(newest) == step - 1
+            its.loaded(newest)
+        its.tidy = False
+        saved = its.begin(state(step), {WEIGHT: torch.zeros(9)}) or its.finish(lambda: None)
+        assert saved is not None
+        assert saved.problem == ""
+        there = checkpoint.found(checkpoints)
+        assert checkpoint.step_of(there[0]) == step
+        assert len(there) <= keep_last + 1
+
+
+def test_a_save_makes_its_own_room_by_what_it_replaces(
+    tmp_path: Path, held: Generation, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There is room for three, and keep_last was 3: the fourth never had any."""
+    with small_disk(tmp_path / "disk", "4500k") as folder:
+        its = Saver(folder, ALONE, held, Checkpoint(keep_last=3, keep_best=False))
+        for step in (4, 8, 12, 16, 20):
+            saved = its.begin(state(step), {WEIGHT: torch.zeros(250_000)}) or its.finish(lambda: None)
+            assert saved is not None
+            assert saved.problem == ""
+        assert names(folder) == ["step_000000012", "step_000000016", "step_000000020"]
+        assert "warning: no room for step_000000016: step_000000004 was removed first" in capfd.readouterr().err
+
+
+def test_the_last_valid_one_is_not_removed_to_make_room(tmp_path: Path, held: Generation) -> None:
+    with small_disk(tmp_path / "disk", "3m") as folder:
+        its = Saver(folder, ALONE, held, Checkpoint(keep_last=1, keep_best=False))
+        for step, size in ((4, 250_000), (8, 350_000)):
+            saved = its.begin(state(step), {WEIGHT: torch.zeros(size)}) or its.finish(lambda: None)
+        assert saved is not None
+        assert "No space left on device" in saved.problem
+        assert names(folder) == ["step_000000004"]
+
+
 def test_an_old_one_that_cannot_be_judged_does_not_cost_the_new_one(
     three: Path, held: Generation, capfd: pytest.CaptureFixture[str]
 ) -> None:
