@@ -76,9 +76,13 @@ class StopFlag:
         self._leave_at = leave_at(self._end, self._began, end_margin_s) if end.isdigit() else float("inf")
 
     def install(self) -> None:
-        """Take over the signals of this process. Main thread only."""
+        """Take over the signals of this process. Main thread only.
+
+        Those that came before have waited: slurm/pretrain.sbatch starts a rank with all of them blocked.
+        """
         for number in SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:
