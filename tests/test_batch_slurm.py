@@ -150,13 +150,14 @@ def test_a_mount_that_is_lost_in_mid_run_is_survived_without_python(cluster: Clu
 @pytest.mark.timeout(300)
 def test_a_restart_on_a_node_without_the_jobs_folder_does_not_begin_a_run_in_tmp(cluster: Cluster, lacks: Hide) -> None:
     """Slurm starts it in /tmp, where a relative run.dir would be another one."""
-    place = cluster.home / "place"
-    place.mkdir()
-    words = ("--chdir", str(place), *ONE)
+    place = cluster.home / "mount" / "place"
+    place.mkdir(parents=True)
+    # Its log is elsewhere: where Slurm cannot open that, it ends the job before there is a script.
+    words = ("--chdir", str(place), "--output", f"{cluster.home}/slurm-%j.out", *ONE)
     job = cluster.sbatch("moved", *words, arguments=("--train.steps", "3000", "--run.dir", "here"))
     folder = place / "here" / "moved"
     wait_for_rows(folder, 40)
-    lacks("n1", place)
+    lacks("n1", place.parent)
     cluster.slurm("scontrol", "requeue", job)
     wait_for_starts(folder, 2)
     assert [start["host"] for start in starts(folder)] == ["n1", "n2"]
@@ -168,7 +169,7 @@ def test_a_restart_on_a_node_without_the_jobs_folder_does_not_begin_a_run_in_tmp
 @pytest.mark.timeout(300)
 def test_a_job_with_spaces_and_fields_in_its_words_is_followed_by_the_same(cluster: Cluster) -> None:
     """Its folder, its name, its arguments and its log's name are any text; a % is a pattern to srun and sbatch."""
-    place = cluster.home / "a b%j JobState=CANCELLED"
+    place = cluster.home / "a b JobState=CANCELLED"
     place.mkdir()
     name = "x JobState=CANCELLED\n   Restarts=9 Reason=NodeDown"
     words = (*TWO, "--no-requeue", f"--job-name={name}", "--chdir", str(place), "--output", "out %% %j.txt")
