@@ -5,7 +5,8 @@ start of the job and prints the folder.
 ``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or says why not.
 ``... decide --status ending ...`` while srun still runs and Slurm is ending the job: see `decide_early`.
 It prints "decided" on stdout once it has acted, also where Slurm refused: the batch script has a minimal policy of
-its own, in bash, for a node where this one cannot run.
+its own, in bash, for a node where this one cannot run. Where there is no scontrol, as in most containers, and the
+batch script said by HPCGPT_ACTS that it can act instead, "requeue" is printed before that.
 ``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` only checks the configuration.
 
 The policy, in this order:
@@ -37,6 +38,7 @@ No torch in here.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
         raise UserError("requeue decide needs --status N first")
     settings = config_sources.from_command_line(argv[3:], "requeue decide", ABOUT)
+    if argv[2] == ENDING and _acts_outside():
+        return 1  # only Slurm knows what it is ending the job for
     refused = _act(settings, None if argv[2] == ENDING else int(argv[2]))
     print("decided")
     return refused
@@ -279,6 +283,9 @@ def _bring_back(
     id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s: float
 ) -> tuple[dict[str, str], int]:
     """Bring the job back. Returns what to record of it, {} if it does not come back, and an exit status."""
+    if _acts_outside():
+        print("requeue")
+        return {"event": "requeue"}, 0
     if not job.batch:
         _say(
             f"job {id_} is an allocation of salloc, which Slurm cannot requeue: run the same command again, here or "
@@ -301,6 +308,11 @@ def _bring_back(
         flush=True,
     )
     return {}, 1
+
+
+def _acts_outside() -> bool:
+    """Does the batch script carry out what is decided here, since Slurm's tools are not here but there?"""
+    return os.environ.get("HPCGPT_ACTS") == "1" and shutil.which("scontrol") is None
 
 
 def _exclude(id_: str, job: Job, hosts: list[str]) -> list[str]:

@@ -303,6 +303,32 @@ def test_while_slurm_ends_the_job_at_its_time_limit_it_comes_back_without_python
     assert "requeue of job 7, 1 of 5 without hpcgpt.requeue" in done.stderr
 
 
+def without_slurm(batch: Batch) -> None:
+    """HPCGPT_PYTHON is in a container: none of Slurm's tools is there."""
+    batch.has_python("case $2 in hpcgpt.train) exit 0 ;; esac; PATH=/usr/bin/nowhere")
+
+
+def test_slurms_tools_need_not_be_where_python_is(batch: Batch) -> None:
+    """What hpcgpt.requeue has decided is done by the batch script, and is nothing to be counted."""
+    without_slurm(batch)
+    batch.is_("status", "75").is_("comment", "mine")
+    done = batch.start()
+    assert "requeue of job 7: saved, by the ranks' exit status" in done.stderr
+    assert batch.told == ["requeue 7"]
+    events = (batch.home / "runs" / "mine" / "events.jsonl").read_text()
+    assert '"event": "requeue"' in events
+    assert "error" not in done.stderr
+
+
+def test_nothing_comes_back_that_hpcgpt_requeue_leaves_or_slurm_is_ending(batch: Batch) -> None:
+    without_slurm(batch)
+    batch.is_("status", "0")
+    batch.start()
+    batch.is_("status", "75").is_("state", "COMPLETING")  # a person's scancel
+    batch.start()
+    assert batch.told == []
+
+
 # --- the ranks' signals --------------------------------------------------------------------------------
 
 BLOCKED = sum(1 << (number - 1) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
