@@ -123,8 +123,10 @@ def _script(job: slurm.Job) -> str:
 
 
 def _pattern(path: str, env: Mapping[str, str]) -> str:
-    """A log's name with its job's numbers as Slurm's patterns again, so that the next job has its own."""
-    path = path.replace("%", "%%")
+    """A log's name with its job's numbers as Slurm's patterns again, so that the next job has its own.
+
+    Slurm 22.05 shows a %% as it was given.
+    """
     if env.get("SLURM_ARRAY_JOB_ID"):
         own = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
         path = re.sub(rf"(?<!\d){own}(?!\d)", "%A_%a", path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,9 +65,15 @@ class LabPlace:
         else:
             self._commands.up(self.lab)
             self._brought_up = True
+        # In a folder of its own, which a node may lack.
+        self.environment = self.home / "environment"
+        self.environment.mkdir()
+        python = self.environment / "python"
+        python.write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
         self.env = {
             **self.lab.environ(),
-            "HPCGPT_PYTHON": sys.executable,
+            "HPCGPT_PYTHON": str(python),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "WANDB_MODE": "offline",
             "WANDB_SILENT": "true",
