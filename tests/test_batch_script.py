@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 
+from hpcgpt import submit
+
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
 
 # It keeps the job's fields in files, as slurmctld keeps them, and what it was told in `told`.
@@ -264,6 +266,28 @@ def test_a_site_file_that_is_missing_is_a_mistake_at_first_and_the_nodes_fault_l
     assert batch.told == []
     assert "cannot read HPCGPT_SITE=/nowhere/site.sh" in batch.start(1, HPCGPT_SITE="/nowhere/site.sh").stderr
     assert "requeue 7" in batch.told
+
+
+# --- a job of hpcgpt.submit ------------------------------------------------------------------------------
+
+
+def test_a_submitted_job_decides_where_the_checkout_is_gone_too(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = batch.home / "checkout.sbatch"
+    checkout.write_bytes(SCRIPT.read_bytes())
+    monkeypatch.setattr(submit, "SCRIPT", checkout)
+    lines = submit.setup(["--run.dir", f"{batch.home}/my runs", "--run.name", "two  'words'"])
+    job = batch.home / "job.sh"
+    job.write_text("\n".join(["#!/bin/bash", *lines, "echo pickled"]))
+    checkout.unlink()
+    env = batch.env | {"SLURM_RESTART_COUNT": "1"}
+    batch.is_("restarts", "1")
+    done = subprocess.run(["bash", str(job)], env=env, cwd=batch.home, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert (batch.home / "my runs" / "two  'words'" / "run.json").exists()
+    batch.python.unlink()
+    done = subprocess.run(["bash", str(job)], env=env, cwd=batch.home, capture_output=True, text=True, check=False)
+    assert "requeue 7" in batch.told
+    assert "pickled" not in done.stdout
 
 
 # --- srun has returned ---------------------------------------------------------------------------------
