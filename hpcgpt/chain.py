@@ -78,9 +78,9 @@ def submit(job: slurm.Job, env: Mapping[str, str], excluded: Sequence[str] = ())
     # What belongs to this job would reach the next one through --export=ALL, its restart count for one.
     kept = {
         k: v for k, v in env.items() if not k.startswith(("SLURM_", "SLURMD_")) or k in ("SLURM_CONF", "SLURM_HOSTFILE")
-    }
+    } | {"HPCGPT_CHAINED": "1"}  # its command has worked before, as after a restart
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / (_name(job) or "pretrain.sbatch")
+        path = Path(folder) / (Path(_script(job)).name.strip("()") or "pretrain.sbatch")
         path.write_text(script.stdout)
         words = ["sbatch", "--parsable", *flags(job, env, excluded), str(path), *arguments()]
         done = slurm.run(*words, env=kept)
@@ -92,8 +92,7 @@ def submit(job: slurm.Job, env: Mapping[str, str], excluded: Sequence[str] = ())
 def by_hand(job: slurm.Job, env: Mapping[str, str], excluded: Sequence[str] = ()) -> str:
     """The command for a person to type, where no job can be queued from here."""
     words = [flag for flag in flags(job, env, excluded) if not flag.startswith("--dependency")]
-    script = job.fields.get("Command", "")
-    return shlex.join(["sbatch", *words, script if script not in _NOTHING else "SCRIPT", *arguments()])
+    return shlex.join(["sbatch", *words, _script(job) or "SCRIPT", *arguments()])
 
 
 def arguments() -> list[str]:
@@ -116,12 +115,18 @@ def arguments() -> list[str]:
     return []
 
 
-def _name(job: slurm.Job) -> str:
-    return Path(job.fields.get("Command", "")).name.strip("()")
+def _script(job: slurm.Job) -> str:
+    """The script's path. Slurm shows it with the arguments behind it, and both may have spaces; '' for none."""
+    shown = job.fields.get("Command", "")
+    # As Slurm joins them, but for a line break, where the field ends.
+    return "" if shown in _NOTHING else shown.removesuffix(" " + " ".join(arguments()).partition("\n")[0])
 
 
 def _pattern(path: str, env: Mapping[str, str]) -> str:
-    """A log's name with its job's numbers as Slurm's patterns again, so that the next job has its own."""
+    """A log's name with its job's numbers as Slurm's patterns again, so that the next job has its own.
+
+    Slurm 22.05 shows a %% as it was given.
+    """
     if env.get("SLURM_ARRAY_JOB_ID"):
         own = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
         path = re.sub(rf"(?<!\d){own}(?!\d)", "%A_%a", path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpcgpt.drill_place import Disk, Rank, State, command_line, environment, ranks_among
+from hpcgpt.slurm import fields_of
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPT = CHECKOUT / "slurm" / "pretrain.sbatch"
@@ -64,9 +65,15 @@ class LabPlace:
         else:
             self._commands.up(self.lab)
             self._brought_up = True
+        # In a folder of its own, which a node may lack.
+        self.environment = self.home / "environment"
+        self.environment.mkdir()
+        python = self.environment / "python"
+        python.write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
         self.env = {
             **self.lab.environ(),
-            "HPCGPT_PYTHON": sys.executable,
+            "HPCGPT_PYTHON": str(python),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "WANDB_MODE": "offline",
             "WANDB_SILENT": "true",
@@ -121,7 +128,7 @@ class LabPlace:
     def show(self, job: str) -> dict[str, str]:
         """What Slurm says of a job; {} if it knows none of that number."""
         with suppress(OSError):
-            return dict(re.findall(r"\b(\w+)=(\S+)", self.slurm("scontrol", "--oneliner", "show", "job", job)))
+            return fields_of(self.slurm("scontrol", "show", "job", job))
         return {}
 
     def state(self, job: str) -> State:
@@ -186,6 +193,12 @@ class LabPlace:
 
     def heal(self, node: str) -> None:
         self._commands.heal(self.lab, node)
+
+    def hide(self, node: str, path: Path) -> None:
+        self._commands.hide(self.lab, node, path)
+
+    def unhide(self, node: str, path: Path) -> None:
+        self._commands.unhide(self.lab, node, path)
 
     def kill_slurmd(self, node: str) -> None:
         self._commands.kill_slurmd(self.lab, node)

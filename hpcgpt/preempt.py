@@ -89,11 +89,15 @@ class StopFlag:
         self._last_look: float | None = None
 
     def install(self) -> None:
-        """Take over the signals of this process. Main thread only."""
+        """Take over the signals of this process. Main thread only.
+
+        Those that came before have waited: slurm/pretrain.sbatch starts a rank with all of them blocked.
+        """
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the session may end, the run is to stay
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -4,6 +4,10 @@
 start of the job and prints the folder. It refuses a job that Slurm itself brought back, and that gets nowhere.
 ``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or says why not.
 ``... decide --status ending ...`` while srun still runs and Slurm is ending the job: see `decide_early`.
+It prints "decided" on stdout once it has acted, also where Slurm refused: the batch script has a minimal policy of
+its own, in bash, for a node where this one cannot run. Where there is no scontrol, as in most containers, and the
+batch script said by HPCGPT_ACTS that it can act instead, "requeue" is printed before that.
+``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` only checks the configuration.
 
 The policy, in this order:
 
@@ -39,6 +43,7 @@ No torch in here.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +60,7 @@ from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job
 
 ENDING = "ending"
+CANNOT_EXECUTE, NOT_FOUND = 126, 127  # the shell's exit statuses, when the rank's program cannot be started
 # How long a controller that is being restarted is waited for: the question, and the requeue. Both have to fit into
 # the time that slurm/pretrain.sbatch gives; while Slurm is ending the job there is little of it.
 ASK_S, REQUEUE_S, ENDING_S = 60.0, 150.0, 5.0
@@ -70,6 +76,9 @@ class Decision:
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "check":
+        config_sources.from_command_line(argv[1:], "requeue check", ABOUT)
+        return 0
     if not argv or argv[0] not in ("folder", "decide"):
         raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
@@ -80,7 +89,11 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
         raise UserError("requeue decide needs --status N first")
     settings = config_sources.from_command_line(argv[3:], "requeue decide", ABOUT)
-    return _act(settings, None if argv[2] == ENDING else int(argv[2]))
+    if argv[2] == ENDING and _acts_outside():
+        return 1  # only Slurm knows what it is ending the job for
+    refused = _act(settings, None if argv[2] == ENDING else int(argv[2]))
+    print("decided")
+    return refused
 
 
 def decide(
@@ -253,7 +266,9 @@ def _act(settings: Config, status: int | None) -> int:
 
     hosts: list[str] = []
     by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
-    if settings.requeue.exclude_bad_nodes and (decision.requeue or job.restarts > restart):
+    # Where a rank's program could not even be started, a mount is missing, and the next start would fail there too.
+    has_no_program = bool(blamed and blamed.status in (CANNOT_EXECUTE, NOT_FOUND))
+    if (settings.requeue.exclude_bad_nodes or has_no_program) and (decision.requeue or job.restarts > restart):
         bad = excluded.bad_hosts(
             blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
         )
@@ -298,6 +313,9 @@ def _bring_back(
     id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s: float
 ) -> tuple[dict[str, str], int]:
     """Bring the job back. Returns what to record of it, {} if it does not come back, and an exit status."""
+    if _acts_outside():
+        print("requeue")
+        return {"event": "requeue"}, 0
     if not job.batch:
         _say(
             f"job {id_} is an allocation of salloc, which Slurm cannot requeue: run the same command again, here or "
@@ -320,6 +338,11 @@ def _bring_back(
         flush=True,
     )
     return {}, 1
+
+
+def _acts_outside() -> bool:
+    """Does the batch script carry out what is decided here, since Slurm's tools are not here but there?"""
+    return os.environ.get("HPCGPT_ACTS") == "1" and shutil.which("scontrol") is None
 
 
 def _exclude(id_: str, job: Job, hosts: list[str]) -> list[str]:

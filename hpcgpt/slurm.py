@@ -1,6 +1,6 @@
 """What Slurm says of a job, and what it is told. Slurm 22.05 to 24.11.
 
-Read are ``scontrol --oneliner show job``, whose ``Key=value`` fields these versions share, and variables that
+Read are ``scontrol show job``, whose ``Key=value`` fields these versions share, and variables that
 sbatch(1) documents. Times come as unix seconds, by SLURM_TIME_FORMAT: no time zone is guessed.
 
 No torch in here.
@@ -48,10 +48,7 @@ def job_id(env: Mapping[str, str]) -> str:
 
 def ask(job: str, patience_s: float = 0.0) -> Job:
     """The job as Slurm sees it now; a Job without a state if Slurm does not answer."""
-    text = run_patiently("scontrol", "--oneliner", "show", "job", job, patience_s=patience_s).stdout
-    fields: dict[str, str] = {}
-    for key, value in re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S+)", text):
-        fields.setdefault(key, value)
+    fields = fields_of(run_patiently("scontrol", "show", "job", job, patience_s=patience_s).stdout)
     return Job(
         fields.get("JobState", ""),
         int(fields.get("Restarts", "0")),
@@ -61,6 +58,37 @@ def ask(job: str, patience_s: float = 0.0) -> Job:
         batch=fields.get("BatchFlag", "1") != "0",
         fields=fields,
     )
+
+
+# Lines of `scontrol show job` that hold one value, which may be any text. What follows Command= is of this kind.
+_FREE_TEXT = "Command|Comment|AdminComment|SystemComment|Extra|WorkDir|StdErr|StdIn|StdOut|MailUser|BatchScript"
+
+
+def fields_of(text: str) -> dict[str, str]:
+    """The fields of the first job that ``scontrol show job`` shows.
+
+    A person chooses the job's name, its arguments, comment and paths: these may have spaces, ``Key=value`` and line
+    breaks in them. The name stands in the first line and ends before ``   UserId=``. After that come lines of Slurm's
+    own words, then Command= with the arguments. So of a field before Command= the first one counts, and of a line
+    behind it the last.
+    """
+    head, begun, rest = text.partition("\n   UserId=")
+    if not begun:  # all in one line
+        head, rest = "", text
+    fields: dict[str, str] = dict(re.findall(r"\b(\w*JobId|ArrayTaskId)=(\S+)", head.partition(" JobName=")[0]))
+    if begun:
+        fields["JobName"] = head.partition(" JobName=")[2]
+    own, command, said = rest.partition("\n   Command=")
+    said = said.partition("\n\nJobId=")[0] if command else ""
+    for key, value in re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S+)", begun + own):
+        fields.setdefault(key, value)
+    later: dict[str, str] = {}
+    for line in (command + said).splitlines():
+        if whole := re.match(rf"   ({_FREE_TEXT})=(.*)", line):
+            later[whole[1]] = whole[2]
+        elif line.startswith("   "):
+            later |= dict(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S+)", line))
+    return {**later, **fields}
 
 
 def unix_time(text: str) -> float | None:

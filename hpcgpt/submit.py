@@ -156,9 +156,24 @@ def _executor(folder: Path, parameters: dict[str, Any], training: Sequence[str])
         raise UserError(
             "there is no srun on this machine: submit from a login node, or bring one up here with `make lab`"
         ) from None
-    # `exec` leaves the shell no chance to go on to the pickled call that submitit writes behind it.
-    executor.update_parameters(**parameters, setup=["exec " + shlex.join(command(training))])
+    executor.update_parameters(**parameters, setup=setup(training))
     return executor
+
+
+def setup(training: Sequence[str]) -> list[str]:
+    """The lines with which the job becomes the batch script, before the pickled call that submitit writes after them.
+
+    A node may lack the checkout's file system. There its copy in the job's own script decides what is next, as it does
+    where sbatch was given the batch script itself.
+    """
+    copy = [line for line in SCRIPT.read_text().splitlines() if line and not line.startswith("#")]
+    return [
+        f"if timeout --signal=KILL 60 test -r {shlex.quote(str(SCRIPT))}; then",
+        "exec " + shlex.join(command(training)),
+        "fi",
+        "set -- " + shlex.join(training),
+        *copy,
+    ]
 
 
 def _submit(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ taken over; 2 a mistake in what was asked; anything else is a failure.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpcgpt import cli, config_sources, faults, generation, preempt, runfolder, streams, tracking, world
-from hpcgpt.errors import InputError, UserError, blame_the_node, sentence, status_of
+from hpcgpt.config import Config
+from hpcgpt.errors import InputError, NodeError, UserError, blame_the_node, sentence, status_of
 from hpcgpt.world import World
 
 
 def main(argv: Sequence[str]) -> int:
     began_at = time.time()
-    settings = config_sources.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
+    settings = _settings(argv)
     here = world.discover()
     streams.in_background()
     folder = settings.run_folder
@@ -55,6 +57,16 @@ def main(argv: Sequence[str]) -> int:
     if here.size > 1:
         _leave(status)
     return status
+
+
+def _settings(argv: Sequence[str]) -> Config:
+    """The configuration. The batch script has read the same one before it started this rank, or says nothing."""
+    try:
+        return config_sources.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
+    except UserError as error:
+        if os.environ.get("HPCGPT_CHECKED", "") == world.job_attempt() != "":
+            raise NodeError(f"{error} (the batch script could read it: {socket.gethostname()} cannot)") from error
+        raise
 
 
 def _say_why(folder: Path, here: World, error: Exception) -> None:

@@ -15,6 +15,7 @@ from conftest import ROOT, clean_env, curve, rows, tensors
 from lab_conf import Lab
 
 from hpcgpt import runfolder
+from hpcgpt.slurm import fields_of
 
 SCRIPT = str(ROOT / "slurm" / "pretrain.sbatch")
 SHAPE = ("--nodes=2", "--ntasks-per-node=2")
@@ -80,8 +81,7 @@ class Cluster:
         return str(json.loads(answer)["job"])
 
     def state(self, job: str) -> str:
-        shown = self.slurm("scontrol", "--oneliner", "show", "job", job)
-        return shown.split("JobState=")[1].split()[0]
+        return fields_of(self.slurm("scontrol", "show", "job", job))["JobState"]
 
     def wait(self, job: str, state: str = "COMPLETED", limit_s: float = 400) -> None:
         deadline = time.monotonic() + limit_s

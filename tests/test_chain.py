@@ -84,3 +84,10 @@ def test_a_host_that_failed_is_left_out_of_the_next_job_too(forbidding: FakeSlur
     assert done.returncode == 0, done.stderr
     assert " --exclude=n2 " in Path(f"{forbidding.said}.sbatch").read_text()
     assert [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())] == ["n2"]
+
+
+def test_folders_and_logs_keep_their_spaces() -> None:
+    fields = {"WorkDir": "/home/me/my own", "StdOut": "/home/me/my own/100%% of 7.out", "TimeLimit": "1:00"}
+    found = flags(Job("RUNNING", fields=fields), {"SLURM_JOB_ID": "7"})
+    assert "--chdir=/home/me/my own" in found
+    assert "--output=/home/me/my own/100%% of %j.out" in found

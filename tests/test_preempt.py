@@ -343,3 +343,14 @@ def test_the_shield_is_taken_down_also_when_the_start_of_a_child_fails() -> None
         subprocess.run(["no-such-program-anywhere"], check=True)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     assert not before & set(SIGNALS)
+
+
+def test_a_signal_that_was_blocked_from_the_start_is_heard_once_the_handlers_are_there() -> None:
+    """The batch script starts a rank so: a signal that comes while Python is being loaded waits."""
+    code = (
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM); from hpcgpt import preempt\n"
+        "flag = preempt.StopFlag(None, 60, env={}); flag.install(); print(flag.here().name)"
+    )
+    block = ["env", "--block-signal=TERM,INT,USR1,USR2", "bash", "-c", 'trap "" TERM; exec "$@"', "bash"]
+    done = subprocess.run([*block, sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("TERMINATED\n", 0), done.stderr

@@ -41,6 +41,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 if __name__ == "__main__":
@@ -128,6 +129,15 @@ def heal(lab: Lab, node: str) -> None:
     lab_hosts.set_link(lab, _node(lab, node), "up")
     # This makes it register, and so it is back at once; by itself slurmctld asked it after 140 s.
     lab_hosts.send(lab, node, "slurmd", signal.SIGHUP)
+
+
+def hide(lab: Lab, node: str, path: Path) -> None:
+    """The node lacks this folder from now on, which may be a mount: it is empty there, and as ever elsewhere."""
+    lab_hosts.hide(lab, _node(lab, node), path)
+
+
+def unhide(lab: Lab, node: str, path: Path) -> None:
+    lab_hosts.unhide(lab, _node(lab, node), path)
 
 
 def kill_slurmd(lab: Lab, node: str) -> None:

@@ -162,6 +162,22 @@ def start_daemon(lab: Lab, host: str, *command: str | Path) -> None:
             raise LabError(f"{what}: exit status {done.returncode}: {said.read().strip()}")
 
 
+def hide(lab: Lab, host: str, path: Path) -> None:
+    """Takes the folder `path` from that host's jobs, and from no other host's, as a mount that it lacks."""
+    _in_mounts_of(lab, host, "mount", "-n", "-t", "tmpfs", "-o", "ro,size=64k", "hidden", path)
+
+
+def unhide(lab: Lab, host: str, path: Path) -> None:
+    """Gives it back. At once, whoever is in the empty folder."""
+    _in_mounts_of(lab, host, "umount", "-n", "--lazy", path)
+
+
+def _in_mounts_of(lab: Lab, host: str, *command: str | Path) -> None:
+    # What slurmd sees, its jobs see; when it is started again, it has all of this machine's mounts.
+    for slurmd in processes(lab, host, "slurmd")[:1]:
+        run(["nsenter", f"--mount=/proc/{slurmd}/ns/mnt", *command])
+
+
 def processes(lab: Lab, host: str = "*", called: str = "") -> list[int]:
     """The pids that live on that host (or on any of the lab's), all or those whose program has that name."""
     ours = {_identity(file) for file in _namespaces(lab, host)}
