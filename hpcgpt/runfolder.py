@@ -137,7 +137,7 @@ def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError
             rows.append(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines) - 1 and not torn:
                 raise ValueError(f"{path}, line {number + 1} is damaged: {line[:80]!r}") from None
     return rows
