@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import history
-from hpcgpt.history import Attempt, Row, evaluation_s, step_began_at
+from hpcgpt.history import Attempt, evaluation_s, step_began_at
+from hpcgpt.records import Record as Row
 
 # Of two claims to one moment the later in this list has it. Idle is never claimed: it is what is left.
 KINDS = ("idle", "queue", "restart", "compile", "other", "lost", "evaluation", "productive")

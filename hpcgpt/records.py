@@ -7,7 +7,7 @@ a field, hold null or NaN, or a text where a number belongs. What is read here i
     row      has a finite `time` and a `step`
 
     Every other field that this program knows (`_KINDS`) is of its type and within reason, or it is not there:
-    readers say `record.get(key, default)`. Fields that it does not know are left as they are.
+    readers say `record.get(key, default)`. Fields that it does not know are left as they are, but for NaN.
 
 Lines without `time` and `event`, or `time` and `step`, are left out. A row of a step that is there already replaces it.
 
@@ -47,7 +47,7 @@ def rows(folder: Path) -> list[Record]:
 
 def _cleaned(record: dict[str, Any]) -> Record:
     """The same without the known fields that are of a wrong type or out of all reason. Changes `record`."""
-    bad = [key for key, value in record.items() if key in _KINDS and not _KINDS[key](value)]
+    bad = [key for key, value in record.items() if not _KINDS.get(key, _can_be_shown)(value)]
     for key in bad:
         del record[key]
     return record
@@ -66,16 +66,21 @@ def is_time(value: Any) -> bool:
     return type(value) in (float, int) and 0 <= value < LATEST_S
 
 
+def _can_be_shown(value: Any) -> bool:
+    return type(value) is not float or math.isfinite(value)
+
+
 def _is_status(value: Any) -> bool:
     return type(value) is int and abs(value) < LARGEST
 
 
 def _is_text(value: Any) -> bool:
-    return type(value) is str
+    """Text that can be printed: half of a surrogate pair cannot."""
+    return type(value) is str and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def _are_texts(value: Any) -> bool:
-    return type(value) is list and all(type(item) is str for item in value)
+    return type(value) is list and all(_is_text(item) for item in value)
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {

@@ -78,7 +78,7 @@ def run_id(folder: Path) -> str:
         return str(json.loads(path.read_bytes())["id"])
     except OSError as error:
         raise UserError(f"no run in {folder}: {error.strerror} ({path.name})") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
 
 
@@ -151,5 +151,5 @@ def read_exit(folder: Path) -> Exit | None:
     """How the newest attempt that could still tell ended; None if none did."""
     try:
         return Exit(**json.loads((folder / "exit.json").read_bytes()))
-    except (OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError, RecursionError):
         return None
