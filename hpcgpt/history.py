@@ -5,20 +5,19 @@ is told by itself (``end``), else by the batch script (``crash``), else by nobod
 the last sign of life has to do. Two attempts never overlap here: if the ranks of one survived into the time of the
 next (an orphan), it counts as over when the next one began.
 
-Nothing here expects a file to be whole. Lines that a crash cut short are left out, and what an older version did
-not tell is taken from what it did tell. No torch in here.
+Nothing here expects a file to be whole: lines and fields that are damaged are left out (hpcgpt.records), and what an
+older version did not record is taken from what it did. No torch in here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hpcgpt import runfolder
-
-Row = Mapping[str, Any]
+from hpcgpt import records, runfolder
+from hpcgpt.records import Record as Row
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Attempt:
     @property
     def rolled_back_steps(self) -> int:
         """Steps that a loss spike made it do again; they are not among the lost ones."""
-        return sum(int(event.get("lost_steps", 0)) for event in self.events if event["event"] == "rollback")
+        return sum(event.get("lost_steps", 0) for event in self.events if event["event"] == "rollback")
 
     @property
     def died(self) -> bool:
@@ -69,20 +68,35 @@ class Attempt:
 
 
 def read(folder: Path) -> tuple[list[Row], list[Row]]:
-    """Events and rows of a run folder, without lines that are damaged."""
-    events = [event for event in runfolder.events(folder) if "event" in event and "time" in event]
-    rows = runfolder.read_rows(folder / "metrics.jsonl", torn=True)
-    return list(events), [row for row in rows if "step" in row and "time" in row]
+    """Events and rows of a run folder, without what is damaged."""
+    return records.events(folder), records.rows(folder)
 
 
 def attempts(events: Sequence[Row], rows: Sequence[Row], now: float | None = None) -> list[Attempt]:
     """All attempts, the oldest first. `now`: the newest one is still running; None: it is not."""
-    starts = _starts(events, rows)
-    found = []
-    for index, start in enumerate(starts):
-        later = starts[index + 1 :]
-        found.append(_attempt(start, later, events, rows, now if not later else None))
-    return found
+    found = starts(events, rows)
+    own, mine = _by_attempt(events), _by_attempt(rows)
+    crashes = [event for event in events if event["event"] == "crash"]
+    # What the next attempt will resume at if there was none after the newest one.
+    saved = max((event.get("step", 0) for event in events if event["event"] == "save"), default=0)
+    return [
+        _attempt(
+            start, found[index + 1 :], own[start["attempt"]], mine[start["attempt"]], crashes, saved,
+            None if index + 1 < len(found) else now,
+        )
+        for index, start in enumerate(found)
+    ]  # fmt: skip
+
+
+def starts(events: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The ``start`` events in order, one made up for each attempt that has rows only: its disk was full."""
+    found = {event["attempt"]: event for event in events if event["event"] == "start" and "attempt" in event}
+    for row in rows:
+        attempt = row.get("attempt")
+        if attempt is not None and attempt not in found:
+            step = max(0, row["step"] - 1)
+            found[attempt] = {"event": "start", "attempt": attempt, "time": step_began_at(row), "step": step}
+    return [found[number] for number in sorted(found)]
 
 
 def step_began_at(row: Row) -> float:
@@ -93,29 +107,25 @@ def evaluation_s(row: Row) -> float:
     return float(row.get("val/elapsed_s", 0.0))
 
 
-def _starts(events: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """The ``start`` events in order, one made up for each attempt that has rows only: its disk was full."""
-    starts = {int(event["attempt"]): event for event in events if event["event"] == "start" and "attempt" in event}
-    for row in rows:
-        if "attempt" in row and int(row["attempt"]) not in starts:
-            step = int(row["step"]) - 1
-            starts[int(row["attempt"])] = {"attempt": row["attempt"], "time": step_began_at(row), "step": step}
-    return [starts[number] for number in sorted(starts)]
+def _by_attempt(found: Iterable[Row]) -> dict[int, list[Row]]:
+    by_attempt: dict[int, list[Row]] = defaultdict(list)
+    for record in found:
+        if "attempt" in record:
+            by_attempt[record["attempt"]].append(record)
+    return by_attempt
 
 
 def _attempt(
-    start: Row, later: Sequence[Row], events: Sequence[Row], rows: Sequence[Row], now: float | None
-) -> Attempt:
-    number, job = int(start["attempt"]), str(start.get("job", ""))
+    start: Row, later: Sequence[Row], own: Sequence[Row], mine: Sequence[Row], crashes: Sequence[Row], saved: int,
+    now: float | None,
+) -> Attempt:  # fmt: skip
+    job = str(start.get("job", ""))
     began_at = _began_at(start)
     until = _began_at(later[0]) if later else float("inf")
-    own = [event for event in events if event.get("attempt") == number]
-    mine = [row for row in rows if row.get("attempt") == number]
     end = _newest(event for event in own if event["event"] == "end")
     # A job that torchrun restarts has several attempts: the crash is the last one's.
     crash = _newest(
-        event for event in events
-        if event["event"] == "crash" and job and event.get("job") == job and began_at <= event["time"] < until
+        event for event in crashes if job and event.get("job") == job and began_at <= event["time"] < until
     )  # fmt: skip
     ready = _newest(event for event in own if event["event"] == "ready")
     first_step_at = float((ready or start)["time"])
@@ -128,10 +138,9 @@ def _attempt(
         steps.append(int(later[0].get("step", 0)) + int(later[0].get("lost_steps", 0)))
     to_step = max([from_step, *steps])
     if kept_until is None and now is None and end.get("status") not in (runfolder.FINISHED, runfolder.AGAIN):
-        # Nobody came after it: the next one will go on from the newest checkpoint.
-        kept_until = max((int(event["step"]) for event in events if event["event"] == "save"), default=0)
+        kept_until = saved
     return Attempt(
-        number=number,
+        number=start["attempt"],
         job=job,
         hosts=tuple(dict.fromkeys(start.get("hosts") or [start.get("host", "")])),
         world_size=int(start.get("world_size", 0)),
@@ -172,10 +181,10 @@ def _ended_at(
     if later:
         last_kept_at = max((float(row["time"]) for row in mine), default=first_step_at)
         signs.append(last_kept_at + float(later[0].get("lost_s", 0.0)))
-        signs.append(float(later[0].get("lost_until") or 0.0))
+        signs.append(float(later[0].get("lost_until", 0.0)))
     return min(max(signs), until)
 
 
-def _newest(events: Any) -> Row:
+def _newest(events: Iterable[Row]) -> Row:
     found = list(events)
     return found[-1] if found else {}

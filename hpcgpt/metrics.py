@@ -24,12 +24,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hpcgpt import durable
-from hpcgpt.runfolder import read_rows
+from hpcgpt import durable, records, runfolder
 
 LINE_EVERY_S = 5.0
 NEWEST_S = 5.0
 TAIL_ROWS = 1000
+JUDGED = ("train/loss", "train/grad_norm")  # by hpcgpt.divergence
 
 # Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. No entry, no MFU: a
 # utilisation of the wrong chip is worse than none. The longer name is found first.
@@ -73,6 +73,10 @@ class MetricsFile:
     while it did the same put its file in the place of this one: what it has written so far is taken away
     here, and behind that it would look for a newer generation first (`check`). (On a full disk there may be no room to
     make it anew: then it is cut in its place, and a start on a full disk behind an orphan has no such protection.)
+
+    A damaged line never ends the run. If a step is missing that a line below the cut should have had, the damaged lines
+    are kept in metrics.damaged.jsonl, a warning and the event ``damaged_metrics`` name the missing steps, and the
+    file has a gap there.
     """
 
     def __init__(
@@ -83,21 +87,22 @@ class MetricsFile:
         `arrived` is the step up to which all rows are known to be elsewhere too; if that is not known, those of the
         last few seconds are in doubt.
 
-        Raises:
-            UserError: a row is lost, since its line is damaged. Lines beyond the cut may be anything: rows are flushed
-                before each checkpoint, and what a host that died had not flushed may be full of holes.
+        Lines beyond the cut may be anything: rows are flushed before each checkpoint, and what a host that died had
+        not flushed may be full of holes.
         """
         durable.forestall(path)
-        rows = read_rows(path, torn=True)
+        rows, damaged = _read(path)
         kept = [row for row in rows if row["step"] < keep_below]
-        if len({row["step"] for row in kept}) < keep_below - 1:
-            read_rows(path)
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        if damaged and len(kept) < keep_below - 1:
+            content += _keep_aside(path, kept, keep_below, damaged)
         _rewrite(path, content, check)
-        self.cut_off = [row for row in rows if row["step"] >= keep_below]
-        self.tail = kept[-TAIL_ROWS:]
+        timed = [row for row in rows if all(records.is_time(row.get(key)) for key in ("time", "train/step_s"))]
+        self.cut_off = [row for row in timed if row["step"] >= keep_below]
+        self.tail = [row for row in kept[-TAIL_ROWS:] if all(_is_figure(row, key) for key in JUDGED)]
         if arrived is None:
-            self.again = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
+            newest_at = max((row.get("time", 0.0) for row in kept[-1:]), default=0.0)
+            self.again = [row for row in kept if row.get("time", 0.0) > newest_at - NEWEST_S]
         else:
             self.again = [row for row in kept if row["step"] > arrived]
         self._path, self._end, self._waiting = path, len(content), b""
@@ -157,6 +162,60 @@ def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows of a metrics.jsonl, in the order of its steps, and the lines that are none."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], []
+    rows: dict[int, dict[str, Any]] = {}
+    damaged = []
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        sound = isinstance(row, dict) and records.is_count(row.get("step")) and records.is_time(row.get("time", 0.0))
+        if sound and row["step"] not in rows:
+            rows[row["step"]] = row
+        elif not sound:
+            damaged.append(line)
+    return [rows[step] for step in sorted(rows)], damaged
+
+
+def _is_figure(row: dict[str, Any], key: str) -> bool:
+    """Is it there, and a number, or null, as which `finite` writes what is none?"""
+    return key in row and (row[key] is None or records.is_number(row[key]))
+
+
+def _keep_aside(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged: list[bytes]) -> bytes:
+    """Keep damaged lines beside the file, and say which steps are missing. Returns what could not be kept there."""
+    have = {row["step"] for row in kept}
+    missing = [step for step in range(1, keep_below) if step not in have]
+    aside = path.with_name("metrics.damaged.jsonl")
+    lines = b"".join(line + b"\n" for line in damaged)
+    problem, rest = "", b""
+    try:
+        with open(aside, "ab") as file:
+            file.write(lines)
+    except OSError as error:
+        problem, rest = f" ({error.strerror}: they stay where they are)", lines
+    print(
+        f"warning: {path} has {len(damaged)} damaged lines, kept in {aside}{problem}: {len(missing):,} steps have no "
+        f"row, from step {missing[0]:,} to step {missing[-1]:,}. Training is not affected",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        runfolder.record(
+            path.parent, "damaged_metrics", lines=len(damaged), missing_steps=len(missing), first_missing=missing[0],
+            last_missing=missing[-1], kept_in=aside.name,
+        )  # fmt: skip
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+    return rest
 
 
 class Console:

@@ -50,7 +50,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import chain, cli, config_sources, durable, excluded, faults, progress, runfolder, slurm, world
+from hpcgpt import chain, cli, config_sources, durable, excluded, faults, progress, records, runfolder, slurm, world
 from hpcgpt.config import Config, Requeue
 from hpcgpt.errors import USER_MISTAKE, UserError
 from hpcgpt.faults import Blame
@@ -186,13 +186,13 @@ def node_failures(count: int) -> str:
 
 
 def job_event(job: Job) -> dict[str, Any]:
-    """What the event `job` tells of this start."""
-    begun = job.fields.get("StartTime", "")
-    return {
+    """What the event `job` records of this start; a time that Slurm does not give now is left out."""
+    times = {
         "queued_at": slurm.unix_time(job.fields.get("EligibleTime", "")),
-        "started_at": slurm.unix_time(begun),
-        "hosts": world.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", "")),
+        "started_at": slurm.unix_time(job.fields.get("StartTime", "")),
     }
+    known = {key: moment for key, moment in times.items() if moment is not None}
+    return {**known, "hosts": world.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", ""))}
 
 
 def _begin(settings: Config) -> None:
@@ -223,9 +223,9 @@ def _hopeless(past: History, limits: Requeue) -> str:
     return ""
 
 
-def _events(folder: Path) -> list[dict[str, Any]]:
+def _events(folder: Path) -> list[records.Record]:
     try:
-        return runfolder.events(folder)
+        return records.events(folder)
     except OSError as error:  # then nothing is known against this start
         print(f"warning: {error}", file=sys.stderr, flush=True)
         return []
@@ -250,7 +250,7 @@ def _act(settings: Config, status: int | None) -> int:
     """Decide and act; `status` is srun's, None while it still runs."""
     folder, attempt, id_ = settings.run_folder, world.job_attempt(), slurm.job_id(os.environ)
     events = _events(folder)
-    if any(event["event"] == "chain" and event["job"] == attempt for event in events):
+    if any(event["event"] == "chain" and event.get("job") == attempt for event in events):
         _say(f"no requeue of job {id_}: another one waits behind it already")
         return 0
     job = slurm.ask(id_, ENDING_S if status is None else ASK_S)
@@ -260,6 +260,10 @@ def _act(settings: Config, status: int | None) -> int:
     decision = _decision(settings, status, job, restart, events, blamed)
     if decision is None:
         return 0
+    barred = runfolder.barred(folder)
+    if decision.requeue and barred and not job.node_failed:
+        # Each start would count as the first one, without end.
+        decision = Decision(False, f"it could not be counted ({decision.why}): {barred}", decision.crashed)
     if decision.crashed or job.node_failed:
         _say(faults.report(folder, attempt, blamed, ends))
     _say(f"{'requeue' if decision.requeue else 'no requeue'} of job {id_}: {decision.why}")
@@ -290,6 +294,8 @@ def _act(settings: Config, status: int | None) -> int:
             runfolder.record(folder, "give_up", job=attempt, reason=decision.why)
         if came_back:
             runfolder.record(folder, job=attempt, reason=decision.why, **came_back)
+        elif not decision.crashed and job.restarts <= restart:  # for hpcgpt.status: this job is over
+            runfolder.record(folder, "no_requeue", job=attempt, reason=decision.why)
     except OSError as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
     return refused

@@ -47,6 +47,7 @@ FINISHED, FAILED, AGAIN, SUPERSEDED = 0, 1, 75, 76
 _NO_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+_APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _recording = threading.Lock()  # what is taken back where there is no room must not be another thread's line
 
 
@@ -95,7 +96,7 @@ def run_id(folder: Path) -> str:
         return str(json.loads(path.read_bytes())["id"])
     except OSError as error:
         raise cannot_read(error, f"no run in {folder}: {error.strerror} ({path.name})") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
 
 
@@ -135,12 +136,15 @@ def record(folder: Path, event: str, **fields: Any) -> None:
     """Append one event. The line is written in one piece, so that writers on one host never mix theirs.
 
     Raises:
-        OSError: there is no room for it; no part of it is there.
+        OSError: there is no room for it, or the file is another user's; no part of it is there.
     """
     line = json.dumps({"time": time.time(), "event": event, **fields}).encode() + b"\n"
     path = folder / "events.jsonl"
     with _recording:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, _APPENDING, 0o666)  # less the umask: a group may share a run
+        except PermissionError as error:
+            raise PermissionError(error.errno, _not_ours(path)) from None
         try:
             end = os.fstat(descriptor).st_size
             if end and os.pread(descriptor, 1, end - 1) != b"\n":
@@ -152,6 +156,32 @@ def record(folder: Path, event: str, **fields: Any) -> None:
             raise durable.explained(error, path) from error
         finally:
             os.close(descriptor)
+
+
+def barred(folder: Path) -> str:
+    """Why this user may not append to events.jsonl, and what to do; '' if nothing is in the way."""
+    path = folder / "events.jsonl"
+    try:
+        os.close(os.open(path, _APPENDING, 0o666))
+    except PermissionError:
+        return _not_ours(path)
+    except OSError:  # a full disk passes; it is for those that write
+        return ""
+    return ""
+
+
+def _not_ours(path: Path) -> str:
+    """A sentence on a file that another user owns."""
+    held = path if path.exists() else path.parent
+    try:
+        owner = f"user {held.stat().st_uid}, not by user {os.geteuid()}"
+    except OSError:
+        owner = f"not by user {os.geteuid()}"
+    return (
+        f"{path} may be written by {owner}: nothing of this start is recorded, and crashes are not counted. Its owner "
+        f"can share it: chmod g+rw {path}, and `umask 002` in the job script; or choose a folder of your own with "
+        "--run.dir"
+    )
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -178,7 +208,7 @@ def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError
             rows.append(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines) - 1 and not torn:
                 raise ValueError(f"{path}, line {number + 1} is damaged: {line[:80]!r}") from None
     return rows
@@ -192,5 +222,5 @@ def read_exit(folder: Path) -> Exit | None:
     """How the newest attempt that could still tell ended; None if none did."""
     try:
         return Exit(**json.loads((folder / "exit.json").read_bytes()))
-    except (OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError, RecursionError):
         return None

@@ -1,15 +1,7 @@
-"""``python -m hpcgpt.status RUN...``: how is it going? Read from the run folder alone, on any machine that sees it.
+"""``python -m hpcgpt.status RUN...``: how is it going?
 
-The state of a run is one of
-
-    new        nothing has started yet
-    starting   its job has started, its ranks have not said so yet
-    running    it has given a sign of life lately
-    silent     it should be running, but has been still for much longer than a step or an evaluation takes
-    finished   all steps are done
-    saved      it saved before the end and left; it goes on when it is started again
-    queued     the same, or it crashed, and the batch script has asked Slurm to start it again
-    stopped    a failure, or a person's doing
+Read from the run folder, on any machine that sees it. Where Slurm can be reached it is asked whether a job that has
+said nothing for long is still there (hpcgpt.run_state has the states).
 
 No torch in here.
 """
@@ -18,22 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import cli, generation, goodput, history, runfolder
+from hpcgpt import cli, goodput, history, run_state, runfolder
 from hpcgpt.goodput import Goodput
-from hpcgpt.history import Attempt, Row
-
-ALIVE = ("starting", "running", "silent")
-# How long a run may be still: at the very least, and before its first step, in which a model may be compiled.
-SILENT_S, SILENT_AT_START_S = 120.0, 600.0
-NO_WORD = "no word: killed, or its node failed"
+from hpcgpt.history import Attempt
+from hpcgpt.records import Record as Row
+from hpcgpt.run_state import ALIVE, NO_WORD, SILENT_S, Presence, job_is, usual_step_s
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,33 +30,39 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(argv)
     for name in options.RUN:
-        found = status(Path(name), time.time(), options.history)
+        found = status(Path(name), time.time(), options.history, job_is)
         print(json.dumps(found) if options.json else _in_words(found))
     return 0
 
 
-def status(folder: Path, now: float, with_history: bool = False) -> dict[str, Any]:
+def status(
+    folder: Path, now: float, with_history: bool = False, ask: Callable[[str], Presence] | None = None
+) -> dict[str, Any]:
     """What is known of a run; `now` in unix seconds. Figures that are not known yet are None.
+
+    `ask` says what Slurm knows of a job (run_state.job_is); None: it is not asked.
 
     Raises:
         UserError: there is no run in `folder`.
     """
     run_id = runfolder.run_id(folder)
     events, rows = history.read(folder)
-    starts = [event for event in events if event["event"] == "start"]
+    starts = history.starts(events, rows)
+    newest = starts[-1] if starts else {}
     last = rows[-1] if rows else {}
-    total = starts[-1].get("total_steps") if starts else None
+    total = newest.get("total_steps")
     evaluated: Row = next((row for row in reversed(rows) if "val/loss" in row), {})
-    step_s = _usual_step_s(rows)
-    left = total - last["step"] if rows and total else None
-    still_s = now - _last_sign_at(events, rows, now)
-    state = _state(folder, events, rows, still_s)
-    alive = state in ALIVE
+    step_s = usual_step_s(rows)
+    left = max(0, total - last["step"]) if rows and total else None
+    state = run_state.find(folder, events, rows, now, ask)
+    alive = state.name in ALIVE
+    # A clock that was set back: what was written last was not written in the future.
+    at = max([now, *(record["time"] for record in (*events[-1:], *rows[-1:]))]) if alive else None
     found = {
         "run": str(folder),
         "id": run_id,
-        "state": state,
-        "reason": _reason(folder, events, state),
+        "state": state.name,
+        "reason": state.reason,
         "step": last.get("step", 0),
         "total_steps": total,
         "tokens": last.get("tokens", 0),
@@ -80,88 +73,21 @@ def status(folder: Path, now: float, with_history: bool = False) -> dict[str, An
         "train/tokens_per_s": last.get("train/tokens_per_s"),
         "step_s": step_s,
         "time_left_s": left * step_s if left is not None and step_s is not None else None,
-        "last_step_age_s": now - last["time"] if rows else None,
-        "still_s": still_s if alive else None,
+        "last_step_age_s": max(0.0, now - last["time"]) if rows else None,
+        "still_s": state.still_s,
         "heartbeat_age_s": _heartbeat_age_s(folder, now) if alive else None,
         "log": _newest_log(folder),
         "attempts": len(starts),
-        "world_size": starts[-1].get("world_size") if starts else None,
-        "checkpoint_step": max((event["step"] for event in events if event["event"] == "save"), default=None),
-        "stragglers": _stragglers(events) if alive else [],
-        "goodput": goodput.measure(events, rows, now if alive else None).as_dict(),
+        "world_size": newest.get("world_size"),
+        "checkpoint_step": max(
+            (event["step"] for event in events if event["event"] == "save" and "step" in event), default=None
+        ),
+        "stragglers": _stragglers(events, newest) if alive else [],
+        "goodput": goodput.measure(events, rows, at, stepping=state.name != "starting").as_dict(),
     }
     if with_history:
-        found["history"] = _history(events, rows, now if alive else None)
+        found["history"] = _history(events, rows, at if state.name != "starting" else None)
     return found
-
-
-# --- its state -------------------------------------------------------------------------------------
-
-_TURNS = ("job", "start", "end", "crash", "requeue", "chain")
-
-
-def _turn(events: Sequence[Row], names: Sequence[str] = _TURNS) -> Row:
-    """The newest event of these names; {} if there was none."""
-    turns = [event for event in events if event["event"] in names]
-    return turns[-1] if turns else {}
-
-
-def _state(folder: Path, events: Sequence[Row], rows: Sequence[Row], still_s: float) -> str:
-    newest = _turn(events)
-    name = newest.get("event")
-    if name is None:
-        return "new"
-    if name in ("requeue", "chain"):
-        return "queued"
-    if name == "end":
-        return {runfolder.FINISHED: "finished", runfolder.AGAIN: "saved"}.get(int(newest["status"]), "stopped")
-    if name == "crash" or (name == "start" and (not generation.is_held(folder) or _holder_is_gone(folder))):
-        return "stopped"
-    if still_s > _silent_after_s(events, rows):
-        return "silent"
-    return "starting" if name == "job" else "running"
-
-
-def _reason(folder: Path, events: Sequence[Row], state: str) -> str:
-    """Why the newest attempt ended; '' while it runs."""
-    if state in ALIVE:
-        return ""
-    newest = _turn(events, ("start", "end", "crash"))
-    if newest.get("event") != "start":
-        return str(newest.get("reason", ""))
-    # An error that is a sentence is written there last, by the one who held the folder.
-    ended = runfolder.read_exit(folder)
-    if ended and (folder / "exit.json").stat().st_mtime >= newest["time"]:
-        return ended.reason
-    return NO_WORD
-
-
-def _last_sign_at(events: Sequence[Row], rows: Sequence[Row], now: float) -> float:
-    signs = [float(event["time"]) for event in events]
-    signs += [float(row["time"]) + history.evaluation_s(row) for row in rows[-1:]]
-    return max(signs, default=now)
-
-
-def _silent_after_s(events: Sequence[Row], rows: Sequence[Row]) -> float:
-    step_s = _usual_step_s(rows)
-    newest = _turn(events, ("start", "job"))
-    # The newest row of a run that goes on may be of a step before.
-    stepped = bool(rows) and rows[-1]["time"] > newest.get("time", 0.0)
-    evaluation_s = max((history.evaluation_s(row) for row in rows), default=0.0)
-    return max(SILENT_S, 20 * (step_s or 0.0), 2 * evaluation_s, 0.0 if stepped else SILENT_AT_START_S)
-
-
-def _holder_is_gone(folder: Path) -> bool:
-    """Was the newest attempt's rank 0 on this very host, and is there no such process any more?"""
-    taken = sorted((folder / "generations").glob("[0-9]*.json"))
-    with suppress(OSError, ValueError, IndexError, KeyError):
-        holder = json.loads(taken[-1].read_bytes())
-        if holder["host"] == socket.gethostname():
-            try:
-                os.kill(int(holder["pid"]), 0)
-            except ProcessLookupError:
-                return True
-    return False
 
 
 def _heartbeat_age_s(folder: Path, now: float) -> float | None:
@@ -179,16 +105,9 @@ def _newest_log(folder: Path) -> str | None:
     return None
 
 
-def _usual_step_s(rows: Sequence[Row]) -> float | None:
-    """Median seconds of the last hundred steps."""
-    recent = sorted(row["train/step_s"] for row in rows[-100:] if "train/step_s" in row)
-    return recent[len(recent) // 2] if recent else None
-
-
-def _stragglers(events: Sequence[Row]) -> list[dict[str, Any]]:
+def _stragglers(events: Sequence[Row], start: Row) -> list[dict[str, Any]]:
     """Those that the newest attempt has named."""
-    attempt = _turn(events, ("start",)).get("attempt")
-    return [dict(e) for e in events if e["event"] == "straggler" and e.get("attempt") == attempt]
+    return [dict(e) for e in events if e["event"] == "straggler" and e.get("attempt") == start.get("attempt")]
 
 
 # --- its history -----------------------------------------------------------------------------------
@@ -201,7 +120,7 @@ def _history(events: Sequence[Row], rows: Sequence[Row], now: float | None) -> l
     told = {attempt.crash["time"] for attempt in attempts if attempt.crash}
     for crash in events:
         if crash["event"] == "crash" and crash["time"] not in told:
-            job = _turn([e for e in events if e.get("job") == crash.get("job")], ("job",))
+            job = _newest("job", crash.get("job"), events)
             entries.append({
                 "attempt": None, "job": crash.get("job", ""), "hosts": job.get("hosts", []),
                 "began_at": job.get("started_at", crash["time"]), "ended_at": crash["time"],
@@ -224,7 +143,7 @@ def _entry(attempt: Attempt, events: Sequence[Row]) -> dict[str, Any]:
         "from_step": attempt.from_step,
         "to_step": attempt.to_step,
         "lost_steps": attempt.lost_steps,
-        "checkpoints": [event["step"] for event in told("save")],
+        "checkpoints": [event["step"] for event in told("save") if "step" in event],
         "save_failed": told("save_failed"),
         "stop": told("stop"),
         "straggler": told("straggler"),
@@ -235,9 +154,13 @@ def _entry(attempt: Attempt, events: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def _newest(name: str, job: str | None, events: Sequence[Row]) -> Row:
+    return next((e for e in reversed(events) if e["event"] == name and job and e.get("job") == job), {})
+
+
 def _requeue(job: str | None, events: Sequence[Row]) -> str:
     """Why the batch script had this start of the job started again; '' if it had not."""
-    return str(_turn([e for e in events if job and e.get("job") == job], ("requeue", "chain")).get("reason", ""))
+    return str((_newest("requeue", job, events) or _newest("chain", job, events)).get("reason", ""))
 
 
 # --- in words --------------------------------------------------------------------------------------
@@ -250,15 +173,15 @@ def _in_words(found: dict[str, Any]) -> str:
         f"{found['run']}: {found['state']}{reason}",
         f"  step {found['step']:,}{total}, {found['tokens']:,} tokens, attempts so far: {found['attempts']}",
     ]
-    if found["train/loss"] is not None:
+    if found["last_step_age_s"] is not None:
         lines.append(
-            f"  loss {found['train/loss']:.4f}, {found['train/tokens_per_s']:,.0f} tokens/s on "
-            f"{found['world_size']} ranks, last step {_span(found['last_step_age_s'])} ago"
+            f"  loss {_figure(found['train/loss'], '.4f')}, {_figure(found['train/tokens_per_s'], ',.0f')} tokens/s on "
+            f"{found['world_size'] or '?'} ranks, last step {_span(found['last_step_age_s'])} ago"
         )
     if found["val/loss"] is not None:
         lines.append(
-            f"  validation loss {found['val/loss']:.4f}, {found['val/bits_per_byte']:.4f} bits per byte, at step "
-            f"{found['val_step']:,}"
+            f"  validation loss {found['val/loss']:.4f}, {_figure(found['val/bits_per_byte'], '.4f')} bits per byte, "
+            f"at step {found['val_step']:,}"
         )
     if found["checkpoint_step"] is not None:
         lines.append(f"  newest checkpoint: step {found['checkpoint_step']:,}")
@@ -266,7 +189,7 @@ def _in_words(found: dict[str, Any]) -> str:
         lines.append(f"  about {_span(found['time_left_s'])} of training left")
     if found["state"] == "silent":
         lines += _what_to_look_at(found)
-    lines += [f"  step {event['step']:,}: {_slow(event)}" for event in found["stragglers"]]
+    lines += [f"  {_at(event)}: {_slow(event)}" for event in found["stragglers"]]
     if "history" in found:
         lines += [f"  {line}" for entry in found["history"] for line in _entry_in_words(entry)]
         lines += [f"  {line}" for line in Goodput.of(found["goodput"]).words().splitlines()]
@@ -284,7 +207,8 @@ def _what_to_look_at(found: dict[str, Any]) -> list[str]:
     else:
         lines.append("  rank 0's heartbeat has stopped, too: its process or its node is gone; ask `squeue --me`")
     places = [found["log"] or f"{found['run']}/logs", f"{found['run']}/faults"]
-    return [*lines, f"  look at {' and '.join(place for place in places if Path(place).exists())}"]
+    there = [place for place in places if Path(place).exists()]
+    return [*lines, f"  look at {' and '.join(there)}"] if there else lines
 
 
 def _entry_in_words(entry: dict[str, Any]) -> list[str]:
@@ -298,12 +222,10 @@ def _entry_in_words(entry: dict[str, Any]) -> list[str]:
         saved = ", ".join(f"{step:,}" for step in entry["checkpoints"][-3:]) or "none"
         more = f"{len(entry['checkpoints'])} in all, the last ones: " if len(entry["checkpoints"]) > 3 else ""
         lines.append(f"  steps {entry['from_step']:,} to {entry['to_step']:,}{lost}; checkpoints: {more}{saved}")
-        lines += [f"  step {e['step']:,}: not saved: {e.get('problem', '')}" for e in entry["save_failed"]]
-        lines += [f"  step {e['step']:,}: {_slow(e)}" for e in entry["straggler"]]
-        lines += [
-            f"  step {e.get('step', 0):,}: {_rank(e)} hung for {_span(e.get('silent_s', 0))}" for e in entry["hang"]
-        ]
-        lines += [f"  step {e['step']:,}: told to stop: {e.get('reason', '')}" for e in entry["stop"]]
+        lines += [f"  {_at(e)}: not saved: {e.get('problem', '')}" for e in entry["save_failed"]]
+        lines += [f"  {_at(e)}: {_slow(e)}" for e in entry["straggler"]]
+        lines += [f"  {_at(e)}: {_rank(e)} hung for {_span(e.get('silent_s', 0))}" for e in entry["hang"]]
+        lines += [f"  {_at(e)}: told to stop: {e.get('reason', '')}" for e in entry["stop"]]
     if entry["reason"]:
         lines.append(f"  ended: {entry['reason']}")
     crash = entry["crash"] or {}
@@ -314,6 +236,14 @@ def _entry_in_words(entry: dict[str, Any]) -> list[str]:
     if entry["requeue"] and entry["requeue"] != entry["reason"]:
         lines.append(f"  started again: {entry['requeue']}")
     return lines
+
+
+def _at(event: Row) -> str:
+    return f"step {event['step']:,}" if "step" in event else "at some step"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)
 
 
 def _rank(event: Row) -> str:

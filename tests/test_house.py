@@ -22,11 +22,11 @@ MODULES = {f"{path.parent.name}.{path.stem}".removesuffix(".__init__"): path
 # What a login node loads, before anything that it decides to load late.
 WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "train", "cli", "runfolder", "generation",
                  "plan", "shards", "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking",
-                 "status", "goodput", "history", "blame", "device_clock", "rendezvous", "drill", "checkpoint",
-                 "retention", "faults", "in_effect", "shard_check", "slurm", "chain", "excluded", "shard_reader",
-                 "mix", "datasets", "tokenizer_tiktoken", "tokenizer_library", "errors", "streams", "informing",
-                 "paths", "terminal", "unknown_flags", "existing_run", "started", "sample", "eval",
-                 "__main__"]  # fmt: skip
+                 "status", "goodput", "history", "records", "run_state", "blame", "device_clock", "rendezvous", "drill",
+                 "checkpoint", "retention", "faults", "in_effect", "shard_check", "slurm", "chain", "excluded",
+                 "shard_reader", "mix", "datasets", "tokenizer_tiktoken", "tokenizer_library", "errors", "streams",
+                 "informing", "paths", "terminal", "unknown_flags", "existing_run", "started", "sample", "eval",
+                 "progress", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
     "errors": set(), "terminal": set(), "streams": set(), "paths": {"terminal", "errors"},

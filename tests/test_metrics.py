@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -16,6 +17,7 @@ import pytest
 from conftest import ROOT, clean_env, rows
 from test_runfolder import fill, small_disk
 
+from hpcgpt import runfolder
 from hpcgpt.metrics import Console, MetricsFile, peak_flops
 from hpcgpt.runfolder import SUPERSEDED
 
@@ -83,13 +85,47 @@ def test_a_last_line_without_its_line_feed_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 2', b"5", b"\x00\x00"])
-def test_a_damaged_line_in_the_middle_is_an_error_and_nothing_is_cut(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_line_in_the_middle_is_kept_aside_and_the_run_continues_with_a_gap(
+    tmp_path: Path, damage: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
-        MetricsFile(path, keep_below=4)
-    assert path.read_bytes() == before
+    first, third = (json.dumps(row(step)).encode() + b"\n" for step in (1, 3))
+    path.write_bytes(first + damage + b"\n" + third)
+    file = MetricsFile(path, keep_below=4)
+    file.write(row(4))
+    file.close()
+    assert [each["step"] for each in rows(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
+    warning = f"warning: {path} has 1 damaged lines, kept in {tmp_path}/metrics.damaged.jsonl: 1 steps have no row"
+    assert warning in capfd.readouterr().err
+    (told,) = runfolder.events(tmp_path)
+    assert (told["event"], told["missing_steps"], told["first_missing"]) == ("damaged_metrics", 1, 2)
+    MetricsFile(path, keep_below=5).close()  # said once
+    assert len(runfolder.events(tmp_path)) == 1
+    assert not capfd.readouterr().err
+
+
+def test_damaged_lines_that_cannot_be_kept_aside_stay_where_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(json.dumps(row(1)).encode() + b'\n{"step": 2, "tr\n')
+    (tmp_path / "metrics.damaged.jsonl").mkdir()
+    MetricsFile(path, keep_below=3).close()
+    assert b'{"step": 2, "tr\n' in path.read_bytes()
+
+
+@pytest.mark.parametrize("value", [None, "3", [], True, float("nan"), 10**400])
+@pytest.mark.parametrize("key", ["step", "time", "train/loss", "train/grad_norm", "train/step_s"])
+def test_a_row_with_a_field_of_a_wrong_kind_stops_no_run(tmp_path: Path, key: str, value: Any) -> None:
+    """Neither the one that opens the file, nor those that use what it says of the rows."""
+    path = tmp_path / "metrics.jsonl"
+    good = [row(step, **{"train/step_s": 1.0}) for step in range(1, 7)]
+    bad = [each | ({key: value} if each["step"] in (2, 5) else {}) for each in good]
+    path.write_text("".join(json.dumps(each) + "\n" for each in bad))
+    file = MetricsFile(path, keep_below=4)
+    assert all(isinstance(each["train/step_s"] + each["time"], float) for each in file.cut_off)
+    assert all(isinstance(each[name], float | None) for each in file.tail for name in ("train/loss", "train/grad_norm"))
+    assert {1, 3} <= {each["step"] for each in rows(path)} <= {1, 2, 3}
+    file.close()
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 3', b"5", b"\x00\x00", b'{"step": 4}\n\x00\x00'])

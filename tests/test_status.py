@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, clean_env, command, rows
 
 from hpcgpt import checkpoint, runfolder
-from hpcgpt.status import NO_WORD, _in_words, status
+from hpcgpt.run_state import NO_WORD
+from hpcgpt.status import _in_words, status
 
 
 def test_a_finished_run_is_told_in_words_and_in_json(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""hpcgpt.records: no line of events.jsonl or metrics.jsonl, however damaged, can end one of their readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcgpt import goodput, history, records, requeue, runfolder
+from hpcgpt.status import _in_words, status
+
+NOW = 10_000.0
+WRONG: list[Any] = [
+    None, True, -1, 0, 1.5, float("nan"), float("inf"), 1e300, 10**30, -(10**400), "", "7", "\ud800", "\x1b[31m", [],
+    {}, [None], ["n1", 3], {"a": 1},
+]  # fmt: skip
+
+
+def whole_run() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Events of every kind, with every field, and rows."""
+    first, second = {"attempt": 1, "job": "7_0"}, {"attempt": 2, "job": "7_1"}
+    events: list[tuple[float, str, dict[str, Any]]] = [
+        (100, "job", {"job": "7_0", "queued_at": NOW - 900, "started_at": NOW - 850, "hosts": ["n1", "n2"]}),
+        (110, "start", first | {"step": 0, "total_steps": 20, "world_size": 2, "host": "n1", "hosts": ["n1", "n2"],
+                                "began_at": NOW - 895, "lost_steps": 0, "lost_s": 0, "lost_until": None}),
+        (111, "ready", {"attempt": 1, "step": 0, "imports_s": 1, "meet_s": 1, "warm_up_s": 0.5, "load_s": 0.25}),
+        (114, "save", {"attempt": 1, "step": 4, "seconds": 1.0, "stall_s": 0.1, "bytes": 10}),
+        (115, "save_stall", {"attempt": 1, "step": 4, "stall_s": 0.1}),
+        (116, "save_failed", {"attempt": 1, "step": 6, "problem": "no room", "stall_s": 0.1}),
+        (117, "straggler", {"attempt": 1, "step": 6, "rank": 1, "host": "n2", "local_s": 2.0, "usual_s": 1.0,
+                            "factor": 2.0}),
+        (118, "rollback", {"attempt": 1, "step": 4, "spiked_step": 6, "loss": 9.0, "lost_steps": 2, "since": NOW - 885,
+                           "skipped_batches": 2}),
+        (119, "hang", {"attempt": 1, "step": 6, "rank": 1, "host": "n2", "silent_s": 90.0}),
+        (120, "crash", {"job": "7_0", "status": 1, "reason": "crash 1", "rank": 1, "host": "n2", "excluded": ["n2"]}),
+        (121, "requeue", {"job": "7_0", "reason": "crash 1"}),
+        (130, "job", {"job": "7_1", "queued_at": NOW - 879, "started_at": NOW - 871, "hosts": ["n1"]}),
+        (135, "start", second | {"step": 4, "total_steps": 20, "world_size": 2, "hosts": ["n1"], "lost_steps": 2,
+                                 "lost_s": 2.0, "lost_until": NOW - 884, "began_at": NOW - 868}),
+        (140, "straggler", {"attempt": 2, "step": 6, "rank": 1, "host": "n2", "factor": 2.0}),
+        (145, "stop", {"attempt": 2, "step": 9, "reason": "the time limit is near"}),
+        (146, "end", {"attempt": 2, "status": 75, "step": 9, "reason": "the time limit is near"}),
+        (147, "chain", {"job": "7_1", "next_job": "8", "reason": "saved"}),
+        (150, "job", {"job": "8_0"}),
+        (151, "no_requeue", {"job": "8_0", "reason": "the job was cancelled"}),
+    ]  # fmt: skip
+    told = [{"time": NOW - 1000 + ago, "event": name, **fields} for ago, name, fields in events]
+    rows = [{"step": n, "tokens": 8 * n, "samples": n, "time": NOW - 890 + n + 20 * (n > 4), "attempt": 1 + (n > 4),
+             "train/loss": 2.0, "train/lr": 0.1, "train/grad_norm": 1.0, "train/tokens_per_s": 9.0, "train/step_s": 1.0,
+             "train/data_wait_s": 0.1, "val/loss": 2.0, "val/perplexity": 7.4, "val/bits_per_byte": 1.0,
+             "val/elapsed_s": 0.25} for n in range(1, 10)]  # fmt: skip
+    return told, rows
+
+
+def answer(folder: Path) -> None:
+    """Ask everything that reads the two files."""
+    for now in (NOW - 850, NOW):
+        found = status(folder, now, with_history=True)
+        _in_words(found).encode()
+        json.dumps(found, allow_nan=False)
+        assert all(value >= 0 for value in goodput.measure(*history.read(folder), now).seconds.values())
+    goodput.words(folder).encode()
+    requeue.so_far(records.events(folder))
+
+
+def written(folder: Path, events: list[Any], rows: list[Any]) -> Path:
+    if not (folder / "run.json").exists():
+        runfolder.prepare(folder)
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_whole_run_is_read_whole(tmp_path: Path) -> None:
+    events, rows = whole_run()
+    folder = written(tmp_path, events, rows)
+    del events[1]["lost_until"]  # null is not there
+    assert history.read(folder) == (events, rows)
+    answer(folder)
+
+
+@pytest.mark.parametrize("place", range(len(whole_run()[0])), ids=lambda place: whole_run()[0][place]["event"])
+def test_no_field_of_an_event_can_end_a_reader(tmp_path: Path, place: int) -> None:
+    """Each field once without, and once with each wrong value; and no line after this one."""
+    events, rows = whole_run()
+    for key in events[place]:
+        answer(written(tmp_path, [*events[:place], {k: v for k, v in events[place].items() if k != key}], rows))
+        for value in WRONG:
+            answer(written(tmp_path, [*events[:place], events[place] | {key: value}], rows))
+
+
+@pytest.mark.parametrize("place", [0, 4, 8])
+def test_no_field_of_a_row_can_end_a_reader(tmp_path: Path, place: int) -> None:
+    events, rows = whole_run()
+    for key in rows[place]:
+        for value in [*WRONG, ...]:
+            damaged = {k: v for k, v in rows[place].items() if k != key} | ({} if value is ... else {key: value})
+            answer(written(tmp_path, events, [*rows[:place], damaged, *rows[place + 1 :]]))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_is_done_to_the_lines_the_readers_answer(tmp_path: Path, seed: int) -> None:
+    """Lines that are gone, twice, elsewhere, cut short, at another time; many fields that are wrong at once."""
+    draw = random.Random(seed)
+    told: list[list[Any]] = []
+    for lines in whole_run():
+        told.append([])
+        for line in lines:
+            for key in draw.sample(sorted(line), draw.randrange(len(line))) if draw.random() < 0.3 else ():
+                line[key] = draw.choice(WRONG)
+            if draw.random() < 0.2:
+                line["time"] = draw.uniform(0, 2 * NOW)
+            told[-1] += [line] * draw.choice([0, 1, 1, 1, 1, 2])
+        if draw.random() < 0.5:
+            draw.shuffle(told[-1])
+    folder = written(tmp_path, told[0], told[1])
+    for name in ("events.jsonl", "metrics.jsonl"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: draw.randrange(len(content) + 1)] if draw.random() < 0.3 else content)
+    if draw.random() < 0.5:
+        (folder / "generations").mkdir()
+        (folder / "generations/000001.json").write_text(json.dumps(draw.choice(WRONG)))
+    answer(folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\0" * 100, "null", "[]", '"x"'],
+    ids=["lists", "objects", "digits", "zeros", "null", "list", "text"],
+)
+def test_a_line_that_no_reader_can_parse_is_left_out(tmp_path: Path, line: str) -> None:
+    events, rows = whole_run()
+    folder = written(tmp_path, events, rows)
+    for name in ("events.jsonl", "metrics.jsonl"):
+        (folder / name).write_text(line + "\n" + (folder / name).read_text() + line)
+    found_events, found_rows = history.read(folder)
+    assert (len(found_events), len(found_rows)) == (len(events), len(rows))
+    answer(folder)
+
+
+def test_a_null_time_as_an_older_version_wrote_it_costs_nothing(tmp_path: Path) -> None:
+    """slurmctld had not answered once; then goodput's float(None) ended a finished run."""
+    events, rows = whole_run()
+    events[0] |= {"queued_at": None, "started_at": None}
+    folder = written(tmp_path, events, rows)
+    answer(folder)
+    assert goodput.measure(*history.read(folder)).productive_s == 9.0
+
+
+def test_files_that_are_being_written_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+    events, rows = whole_run()
+    folder = written(tmp_path, events, rows)
+    content = (folder / "metrics.jsonl").read_bytes()
+    for size in (len(content) - 1, len(content) - 20):
+        os.truncate(folder / "metrics.jsonl", size)
+        assert status(folder, NOW)["step"] in (8, 9)
