@@ -28,7 +28,6 @@ from hpcgpt import durable
 from hpcgpt.runfolder import read_rows
 
 LINE_EVERY_S = 5.0
-NEWEST_S = 5.0
 TAIL_ROWS = 1000
 
 # Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. No entry, no MFU: a
@@ -74,13 +73,8 @@ class MetricsFile:
     here, and behind that it would look for a newer generation first (`check`).
     """
 
-    def __init__(
-        self, path: Path, keep_below: int, arrived: int | None = None, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, path: Path, keep_below: int, check: Callable[[], None] = lambda: None) -> None:
         """Open it for going on: rows of step `keep_below` and beyond are cut off first.
-
-        `arrived` is the step up to which all rows are known to be elsewhere too; if that is not known, those of the
-        last few seconds are in doubt.
 
         Raises:
             UserError: a row is lost, since its line is damaged. Lines beyond the cut may be anything: rows are flushed
@@ -95,10 +89,6 @@ class MetricsFile:
         durable.write(path, content, check)
         self.cut_off = [row for row in rows if row["step"] >= keep_below]
         self.tail = kept[-TAIL_ROWS:]
-        if arrived is None:
-            self.again = [row for row in kept if row["time"] > kept[-1]["time"] - NEWEST_S]
-        else:
-            self.again = [row for row in kept if row["step"] > arrived]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
         self._appended: deque[dict[str, Any]] = deque()
