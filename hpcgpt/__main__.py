@@ -16,6 +16,7 @@ COMMANDS = {
     "checkpoint": "list, verify and show a run's checkpoints",
     "sample": "generate text from a run's checkpoint",
     "eval": "a checkpoint's loss on the validation split",
+    "tracking": "send to Weights & Biases what it lacks of a run",
     "drill": "train under fire: faults of all kinds, and the same bytes in the end",
 }
 # What other programs call them, or a person might.

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from hpcgpt import durable, records, runfolder
 
 LINE_EVERY_S = 5.0
-NEWEST_S = 5.0
 TAIL_ROWS = 1000
 JUDGED = ("train/loss", "train/grad_norm")  # by hpcgpt.divergence
 
@@ -79,13 +78,8 @@ class MetricsFile:
     file has a gap there.
     """
 
-    def __init__(
-        self, path: Path, keep_below: int, arrived: int | None = None, check: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, path: Path, keep_below: int, check: Callable[[], None] = lambda: None) -> None:
         """Open it for going on: rows of step `keep_below` and beyond are cut off first.
-
-        `arrived` is the step up to which all rows are known to be elsewhere too; if that is not known, those of the
-        last few seconds are in doubt.
 
         Lines beyond the cut may be anything: rows are flushed before each checkpoint, and what a host that died had
         not flushed may be full of holes.
@@ -100,11 +94,6 @@ class MetricsFile:
         timed = [row for row in rows if all(records.is_time(row.get(key)) for key in ("time", "train/step_s"))]
         self.cut_off = [row for row in timed if row["step"] >= keep_below]
         self.tail = [row for row in kept[-TAIL_ROWS:] if all(_is_figure(row, key) for key in JUDGED)]
-        if arrived is None:
-            newest_at = max((row.get("time", 0.0) for row in kept[-1:]), default=0.0)
-            self.again = [row for row in kept if row.get("time", 0.0) > newest_at - NEWEST_S]
-        else:
-            self.again = [row for row in kept if row["step"] > arrived]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
         self._appended: deque[dict[str, Any]] = deque()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hpcgpt import goodput, metrics, runfolder, terminal, tokenizer, tracking, world
+from hpcgpt import goodput, metrics, runfolder, terminal, tokenizer, world
 from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
@@ -48,6 +48,7 @@ class Story:
 
 DRAIN_S = 5.0  # what waits to be written at the end of an attempt, and before a rollback
 GOODPUT_S = 10.0
+FINISH_S, LEAVE_S = 20.0, 4.0  # for wandb: at the end of training; when the job has to leave, KillWait may be 30 s
 
 
 class Reporter:
@@ -58,9 +59,7 @@ class Reporter:
         self._told: Saved | None = None  # the save whose commit has been told, and not its end
         self._worker = Worker("reporter")
         keep_below = story.step + (0 if story.pending else 1)
-        self.metrics = metrics.MetricsFile(
-            self._folder / "metrics.jsonl", keep_below, tracking.arrived(self._folder), held.check
-        )
+        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", keep_below, held.check)
         lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
         self.event(
             "start",
@@ -75,8 +74,7 @@ class Reporter:
             lost_s=sum(row["train/step_s"] for row in lost),
             lost_until=max((row["time"] for row in lost), default=None),
         )
-        run_id = runfolder.run_id(self._folder)
-        self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.again)
+        self._tracker = Tracker(self._config, story.number)
         self._console = metrics.Console(story.step, story.plan.total_steps)
         with only_informs("the greeting"):
             self._greet()
@@ -102,8 +100,6 @@ class Reporter:
         """Report a step."""
         self.metrics.append(row)
         self._worker.post("metrics.jsonl", self.metrics.write_appended)
-        with only_informs("the dashboard"):
-            self._tracker.write(row)
         with only_informs("the console"):
             self._console.step(row)
 
@@ -133,7 +129,7 @@ class Reporter:
         """The run has gone back to `step`; `spiked` is the row that nobody has seen of the step that sent it back."""
         self._worker.drain(DRAIN_S)
         self.metrics.close()
-        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", step + 1, step, self._held.check)
+        self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._held.check)
         lost = [*self.metrics.cut_off, spiked]
         self.event(
             "rollback",
@@ -170,7 +166,7 @@ class Reporter:
         if self._worker.drain(DRAIN_S):
             self.metrics.close()
         with only_informs("the dashboard"):
-            self._tracker.close(status)
+            self._tracker.close(status, FINISH_S if status == runfolder.FINISHED else LEAVE_S)
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line to events.jsonl, in the background; what the disk does not take is lost with a warning."""
@@ -198,4 +194,4 @@ class Reporter:
             with computing_in(self._story.dtype, device):
                 text = settings.prompt + "".join(tokenizer.stream(self._words, ids(), after=prompt))
             self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
-            self._tracker.sample(step, text)
+            self._worker.post("samples.jsonl", lambda: self._tracker.sample(step, text))

@@ -1,214 +1,153 @@
-"""Weights & Biases: one run, however often the job is requeued. The only module that imports wandb.
+"""Weights & Biases: one run, however often the job is requeued, and nothing that wandb does can touch training.
 
-The run's id is the one in run.json, for every attempt. Without a key or without a network the attempt
-is kept offline below ``<run folder>/wandb``, where ``wandb sync`` finds it. metrics.jsonl stays the
-truth; wandb gets the same names, and ``step`` as the axis, since wandb's own counter cannot go back
-when a crash has cost a few steps.
+Training never calls wandb. metrics.jsonl is the truth; a process beside rank 0 (``hpcgpt.tracking_process``) follows
+it and sends what is lacking. This module is the side of training: it starts that process, adds samples to
+samples.jsonl in the run folder, and at the end gives the process a limited time to finish. What it could not send, the
+next attempt's process sends, or ::
 
-wandb's core process cannot be kept from dying of the SIGTERM that Slurm sends to every process of a step
-(it asks for that signal itself, whatever mask it inherits), and a SIGKILL loses what it had not written
-yet. So nothing that wandb does can end a run. Where it fails in the middle of an attempt (a full disk, its core gone)
-it is started anew after a while, and then gets the rows that it has missed. And each attempt first sends
-again what those before may have left unsent: all rows beyond the step that stands in ::
+    python -m hpcgpt.tracking sync RUN_FOLDER
 
-    wandb/arrived.txt    the step of the newest row that wandb has had for NEWEST_S seconds, in 12 digits
-
-It is overwritten in its place, which needs no room on a full disk.
+which sends everything that the server does not have, and is safe to repeat.
 """
 
 from __future__ import annotations
 
-import html
-import netrc
+import argparse
+import json
 import os
-import socket
+import signal
+import subprocess
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
+from hpcgpt import cli
 from hpcgpt.config import Config
-from hpcgpt.errors import UserError
-from hpcgpt.metrics import NEWEST_S
+from hpcgpt.errors import FAILED, UserError
 from hpcgpt.preempt import shielded
 
-_KEY_HOST = "api.wandb.ai"
-RETRY_S = 30.0
-BACKLOG = 100_000  # rows; those before are in metrics.jsonl alone
+ASK_S = 30.0  # importing wandb from a cold network file system takes many seconds
+SYNC_S = 3600.0
+STATE = "HPCGPT_TRACKING_STATE"  # what the process keeps over a restart of itself, see hpcgpt.tracking_process
 
 
 class Tracker:
-    """Sends rows to wandb, or to nowhere if tracking is disabled. Rank 0 only."""
+    """The process that sends rows and samples to wandb; none if tracking is disabled. Rank 0 only.
 
-    def __init__(self, config: Config, run_id: str, resolved: dict[str, Any], again: list[dict[str, Any]]) -> None:
-        """`resolved` is shown as the run's configuration; the rows `again` are sent first."""
-        self.mode = choose_mode(config.tracking.wandb)
-        self._config, self._run_id, self._resolved = config, run_id, resolved
-        self._run: Any = None
-        self._missed: deque[dict[str, Any]] = deque(again, maxlen=BACKLOG)
-        self._sent: deque[dict[str, Any]] = deque()  # in the last seconds: a core that dies takes these along
-        self._start_at = 0.0
-        self._arrived = arrived(config.run_folder) or 0
-        self._catch_up()
+    No method waits for anything but `close`, which waits for `patience_s` seconds at most.
+    """
 
-    def write(self, row: dict[str, Any]) -> None:
-        if self.mode == "disabled":
+    def __init__(self, config: Config, generation: int = 0) -> None:
+        """`generation` is this attempt's number; the process leaves as soon as there is a newer one."""
+        self._folder = config.run_folder
+        self._child: subprocess.Popen[bytes] | None = None
+        self._starting: threading.Thread | None = None
+        if _disabled(config.tracking.wandb):
             return
-        if row["step"] <= self._arrived:  # the run has gone back
-            self._note(row["step"] - 1)
-        self._missed.append(row)
-        if self._run is not None or time.monotonic() >= self._start_at:
-            self._catch_up()
+        command = [sys.executable, "-m", "hpcgpt.tracking_process", str(self._folder), config.tracking.wandb,
+                   str(generation)]  # fmt: skip
+        # The program may be on a file system that is slow.
+        self._starting = threading.Thread(target=self._start, args=(command,), daemon=True)
+        self._starting.start()
 
-    def _catch_up(self) -> None:
-        """Start wandb unless it runs, and send what it has not got yet."""
-        if self.mode != "disabled" and self._run is None:
-            self._do(self._start)
-        while self._run is not None and self._missed:
-            if self._do(lambda: self._run.log(_known(self._missed[0]))):
-                self._sent.append(self._missed.popleft())
-        step = None
-        while self._sent and self._sent[0]["time"] < self._sent[-1]["time"] - NEWEST_S:
-            step = self._sent.popleft()["step"]
-        if step is not None:
-            self._note(step)
-
-    def _note(self, step: int) -> None:
-        """All rows up to this step have arrived."""
-        self._arrived = step
-        with suppress(OSError):  # then more rows than necessary are sent again
-            descriptor = os.open(_note_path(self._config.run_folder), os.O_WRONLY | os.O_CREAT, 0o666)
-            try:
-                os.pwrite(descriptor, b"%012d\n" % step, 0)
-            finally:
-                os.close(descriptor)
+    def _start(self, command: list[str]) -> None:
+        try:
+            # In a session of its own, so that Ctrl-C does not reach it and its whole group can be ended. The mask is
+            # inherited; wandb's core asks for SIGTERM all the same, and is started again.
+            with shielded():
+                self._child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        except OSError as error:
+            print(f"warning: wandb gets nothing from this attempt: {error}", file=sys.stderr, flush=True)
 
     def sample(self, step: int, text: str) -> None:
-        """A piece of generated text."""
-        if self._run is not None:
-            import wandb
+        """Add a piece of generated text to samples.jsonl; this writes to the disk.
 
-            page = f"<pre>{html.escape(text)}</pre>"
-            self._do(lambda: self._run.log({"step": step, "sample": wandb.Html(page)}))
-
-    def close(self, exit_code: int) -> None:
-        if self._missed and exit_code == 0:  # else the next attempt sends them, and this one has to leave
-            self._catch_up()
-        if self._run is not None:
-            import wandb
-
-            self._do(lambda: self._run.finish(exit_code=exit_code))
-            self._run = None
-            with suppress(Exception):  # its core process should be gone before ours is
-                wandb.teardown()
-        self.mode = "disabled"
-
-    def _start(self) -> None:
-        config = self._config
-        # The mask is inherited by the threads and processes that wandb starts.
-        with shielded():
-            import wandb
-
-            (config.run_folder / "wandb").mkdir(exist_ok=True)
-            self._note(self._arrived)  # while there is room for it
-            self._run = wandb.init(
-                project=config.tracking.project,
-                id=self._run_id,
-                name=config.run.name,
-                dir=config.run_folder,
-                mode="online" if self.mode == "online" else "offline",
-                resume="allow" if self.mode == "online" else None,
-                config=self._resolved,
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    # Rows are otherwise kept in memory for 15 s.
-                    x_transaction_log_flush_interval=1.0,
-                    # By default it waits for a dead network without end, while Slurm's time runs out.
-                    finish_timeout=20.0,
-                ),
-            )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def _do(self, action: Callable[[], object]) -> bool:
-        """Ask wandb for something; False if it failed, and then it is left alone for a while."""
+        Raises:
+            OSError: there is no room for it.
+        """
+        if self._starting is None:
+            return
+        line = json.dumps({"step": step, "time": time.time(), "text": text}) + "\n"
+        descriptor = os.open(self._folder / "samples.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            action()
-        except Exception as error:  # whatever wandb raises, it must not end the run
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def close(self, exit_code: int, patience_s: float) -> None:
+        """Let the process send what is left, for `patience_s` seconds at most, and end it."""
+        if self._starting is None:
+            return
+        deadline = time.monotonic() + patience_s
+        self._starting.join(patience_s)
+        self._starting = None
+        if (child := self._child) is None:
+            return
+        assert child.stdin is not None
+        with suppress(OSError):  # it has ended already
+            child.stdin.write(f"finish {exit_code} {max(0.0, deadline - time.monotonic())}\n".encode())
+            child.stdin.close()
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
             print(
-                f"warning: wandb failed and is tried again in {RETRY_S:.0f} s, metrics.jsonl has everything: "
-                f"{type(error).__name__}: {error}",
+                f"warning: wandb did not take everything within {patience_s:.0f} s; the next attempt sends the rest, "
+                f"or `{sync_command(self._folder)}`",
                 file=sys.stderr,
                 flush=True,
             )
-            self._run, self._start_at = None, time.monotonic() + RETRY_S
-            self._missed.extendleft(reversed(self._sent))
-            self._sent.clear()
-            with suppress(Exception):  # it would complain once more at exit
-                import wandb
-
-                wandb.teardown()
-            return False
-        return True
-
-
-def _known(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the figures that are no finite numbers."""
-    return {key: value for key, value in row.items() if value is not None}
-
-
-def arrived(run_folder: Path) -> int | None:
-    """The step up to which wandb surely has all rows of a run; None if that is not known."""
-    try:
-        return int(_note_path(run_folder).read_text())
-    except FileNotFoundError:  # an older version did not keep it
-        return None if (run_folder / "wandb").exists() else 0
-    except (OSError, ValueError):
-        return None
-
-
-def _note_path(run_folder: Path) -> Path:
-    return run_folder / "wandb" / "arrived.txt"
+        with suppress(OSError):  # wandb's core is in the same group
+            os.killpg(child.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # it may hang in a disk
+            child.wait(1)
 
 
 def check(wanted: str) -> None:
-    """Raises UserError if "online" is asked for and there is no key."""
-    if wanted == "online" and not _has_key():
+    """Raise UserError if "online" is asked for and wandb knows of no key. It is asked in a process of its own.
+
+    If it does not answer within ASK_S seconds the run starts: the process beside it says what is wrong.
+    """
+    if wanted != "online" or os.environ.get("WANDB_API_KEY"):
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "hpcgpt.tracking_process", "--has-key"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ASK_S, check=False,
+        )  # fmt: skip
+        has_key = done.stdout.strip().rpartition("\n")[2]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"warning: wandb could not be asked whether there is a key: {error}", file=sys.stderr, flush=True)
+        return
+    if has_key == "False":
         raise UserError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
 
 
-def choose_mode(wanted: str) -> str:
-    """'online', 'offline' or 'disabled'. WANDB_MODE wins over "auto", as wandb's users expect."""
-    if wanted == "auto" and os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
-    if wanted == "auto":
-        return "online" if _has_key() and _reachable() else "offline"
-    return wanted
+def _disabled(wanted: str) -> bool:
+    # The rest of wandb's settings is for wandb to read; this one spares a process.
+    return wanted == "disabled" or (wanted == "auto" and os.environ.get("WANDB_MODE") == "disabled")
 
 
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        found = netrc.netrc(os.environ.get("NETRC")).authenticators(_server()[0])
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return found is not None
+def sync_command(folder: Path) -> str:
+    return f"python -m hpcgpt.tracking sync {folder}"
 
 
-def _reachable() -> bool:
-    try:
-        with socket.create_connection(_server(), timeout=5):
-            return True
-    except OSError:
-        return False
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hpcgpt tracking", description="Send a run to Weights & Biases.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    sync = actions.add_parser("sync", help="send the rows and samples of a run that the server does not have")
+    sync.add_argument("run", type=Path, help="the run's folder")
+    folder: Path = parser.parse_args(argv).run
+    if not (folder / "run.json").is_file():
+        raise UserError(f"no run in {folder}: there is no run.json")
+    check("online")
+    state = json.dumps({"finish": [0, time.time() + SYNC_S]})
+    command = [sys.executable, "-m", "hpcgpt.tracking_process", str(folder), "online", "0"]
+    done = subprocess.run(command, env={**os.environ, STATE: state}, stdin=subprocess.DEVNULL, check=False)
+    return FAILED if done.returncode else 0
 
 
-def _server() -> tuple[str, int]:
-    address = urlsplit(os.environ.get("WANDB_BASE_URL", f"https://{_KEY_HOST}"))
-    return address.hostname or _KEY_HOST, address.port or (443 if address.scheme == "https" else 80)
+if __name__ == "__main__":
+    cli.run(main)

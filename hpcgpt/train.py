@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if stop_file.exists():
             raise UserError(f"{stop_file} asks this run to stay stopped: remove it to go on")
-        tracking.check(settings.tracking.wandb)
+        if here.is_first:
+            tracking.check(settings.tracking.wandb)
         # Late, so that --help costs neither numpy nor torch.
         from hpcgpt import plan
 

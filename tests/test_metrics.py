@@ -214,26 +214,6 @@ def test_rows_that_cannot_be_written_are_no_basis_for_a_checkpoint(tmp_path: Pat
         file.close()
 
 
-def test_the_rows_of_the_last_seconds_before_a_resume_are_in_doubt(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    written(path, range(1, 31)).close()  # a row a second
-    resumed = MetricsFile(path, keep_below=21)
-    assert [each["step"] for each in resumed.again] == [16, 17, 18, 19, 20]
-    resumed.close()
-    fresh = MetricsFile(tmp_path / "fresh.jsonl", keep_below=1)
-    assert fresh.again == []
-    fresh.close()
-
-
-@pytest.mark.parametrize(("arrived", "again"), [(0, range(1, 21)), (18, [19, 20]), (20, []), (25, [])])
-def test_if_it_is_known_what_has_arrived_the_rest_is_in_doubt(tmp_path: Path, arrived: int, again: Any) -> None:
-    path = tmp_path / "metrics.jsonl"
-    written(path, range(1, 31)).close()
-    resumed = MetricsFile(path, keep_below=21, arrived=arrived)
-    assert [each["step"] for each in resumed.again] == list(again)
-    resumed.close()
-
-
 # --- the console -----------------------------------------------------------------------------------
 
 

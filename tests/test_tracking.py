@@ -1,59 +1,263 @@
-"""hpcgpt.tracking: one wandb run over all attempts, and nothing that wandb does or suffers can hurt training.
+"""hpcgpt.tracking: one wandb run over all attempts, no row missing or doubled, and training never waits for wandb.
 
-What is on disk is read with wandb's own reader, ``wandb leet inspect``.
+The server is tests/wandb_server.py on loopback, and the client is the real wandb. What is on disk is read with wandb's
+own reader, ``wandb leet inspect``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, clean_env, command, rows
+from wandb_server import WandbServer
 
-from hpcgpt import runfolder
-from hpcgpt.config import Config, Run, Tracking
+from hpcgpt import config_sources, durable, runfolder
+from hpcgpt.config import Config, Run
+from hpcgpt.config import Tracking as TrackingOptions
 from hpcgpt.runfolder import AGAIN, FINISHED
-from hpcgpt.tracking import Tracker, check, choose_mode
+from hpcgpt.tracking import Tracker, check
 
-ENDS_EARLY = "wandb leet inspect: reached the end of an incomplete .wandb file"
+KEY = "k" * 40
+LONG_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a key and without settings, and no variable of wandb's."""
+    home = tmp_path_factory.mktemp("home")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
+    return home
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    yield server
+    server.close()
+
+
+class Attempt:
+    """One attempt of a run that logs rows as the reporter does; its generation is taken for real."""
+
+    def __init__(self, tmp_path: Path, wanted: str = "auto", keep: int = 0) -> None:
+        self.config = Config(
+            run=Run(name="run", dir=str(tmp_path)),
+            tracking=TrackingOptions(wandb=wanted),  # type: ignore[arg-type]
+        )
+        self.folder = self.config.run_folder
+        self.id = runfolder.prepare(self.folder)
+        durable.write(self.folder / "config.toml", config_sources.to_toml(self.config).encode())
+        (self.folder / "generations").mkdir(exist_ok=True)
+        number = 1 + len(list((self.folder / "generations").iterdir()))
+        (self.folder / "generations" / f"{number:06d}.json").touch()
+        self.cut(keep)
+        self.tracker = Tracker(self.config, number)
+
+    def cut(self, keep: int) -> None:
+        """Keep rows up to step `keep`, in a file of its own, as a resume and a rollback do."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(True)[:keep] if path.exists() else []
+        durable.write(path, "".join(lines).encode())
+
+    def write(self, steps: range) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            for step in steps:
+                row = {"step": step, "time": time.time(), "tokens": 64 * step, "train/loss": 1 / step, "none": None}
+                file.write(json.dumps(row) + "\n")
+
+    def kill(self) -> None:
+        """SIGKILL for the process beside training and for wandb's core, as a node's end does it."""
+        child = self.wait_for_process()
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        self.tracker.close(1, 1.0)
+
+    def wait_for_process(self) -> subprocess.Popen[bytes]:
+        assert self.tracker._starting is not None
+        self.tracker._starting.join()
+        assert self.tracker._child is not None
+        return self.tracker._child
 
 
 def fragments(folder: Path) -> list[list[dict[str, Any]]]:
-    """The records of each attempt's .wandb file, the oldest attempt first."""
+    """The records of each .wandb file of a run that is offline, the oldest first."""
     found = []
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        # It exits with 0 on a damaged file too, but then complains; of a process that was killed the file just ends.
         read = command("wandb", "leet", "inspect", "--json", str(path))
         assert read.returncode == 0
-        assert read.stderr == "" or read.stderr.startswith(ENDS_EARLY)
         found.append([json.loads(line) for line in read.stdout.splitlines()])
     return found
 
 
-def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one attempt, without its samples."""
-    found = [record["history"]["item"] for record in records if record["type"] == "history"]
-    return [item for item in found if "train/loss" in item]
+def steps_of(parts: list[list[dict[str, Any]]]) -> list[int]:
+    items = [record["history"]["item"] for part in parts for record in part if record["type"] == "history"]
+    return [item["step"] for item in items if "train/loss" in item]
 
 
-def start(*flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "hpcgpt.train", *flags, "--tracking.wandb", "offline"], cwd=ROOT,
-                            env=clean_env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+def until(what: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
-def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    while not (folder / "metrics.jsonl").exists() or len(rows(folder / "metrics.jsonl")) < count:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+# --- rows and samples arrive, each once ------------------------------------------------------------
+
+
+def test_rows_and_samples_arrive_under_the_runs_id_with_the_names_that_metrics_jsonl_has(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 31))
+    attempt.tracker.sample(30, "<b>萧炎 & co</b>")
+    attempt.tracker.close(0, LONG_S)
+    assert server.steps(attempt.id) == list(range(1, 31))
+    first = server.history[attempt.id][0]
+    assert (first["tokens"], first["train/loss"], "none" in first) == (64, 1.0, False)
+    (sample,) = (line for line in server.history[attempt.id] if "sample" in line)
+    assert sample["step"] == 30
+    (page,) = (attempt.folder / "wandb").glob("run-*/files/media/html/*.html")
+    assert "<pre>&lt;b&gt;萧炎 &amp; co&lt;/b&gt;</pre>" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("seen", [0, 1, 25])
+def test_after_a_sigkill_at_any_moment_the_next_attempt_sends_exactly_what_the_server_lacks(
+    tmp_path: Path, server: WandbServer, seen: int
+) -> None:
+    killed = Attempt(tmp_path)
+    killed.write(range(1, 26))
+    killed.wait_for_process()
+    assert server.wait(lambda: len(server.steps(killed.id)) >= seen)
+    killed.write(range(26, 41))
+    killed.kill()
+    # It resumes at its last checkpoint, and makes steps 21 to 40 once more.
+    last = Attempt(tmp_path, keep=20)
+    last.write(range(21, 51))
+    last.tracker.close(0, LONG_S)
+    assert sorted(server.steps(last.id)) == list(range(1, 51))
+
+
+def test_what_a_rollback_makes_void_is_sent_anew_and_nothing_else(tmp_path: Path, server: WandbServer) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 21))
+    assert server.wait(lambda: len(server.steps(attempt.id)) == 20)
+    attempt.cut(10)
+    runfolder.record(attempt.folder, "rollback", attempt=1, step=10)
+    attempt.write(range(11, 31))
+    attempt.tracker.close(0, LONG_S)
+    assert sorted(server.steps(attempt.id)) == sorted([*range(1, 21), *range(11, 31)])
+    again = Attempt(tmp_path, keep=30)
+    again.tracker.close(0, LONG_S)
+    assert len(server.steps(attempt.id)) == 40
+
+
+def test_what_an_outage_kept_back_the_next_attempt_sends(tmp_path: Path, server: WandbServer) -> None:
+    stopped = Attempt(tmp_path)
+    stopped.write(range(1, 11))
+    assert server.wait(lambda: len(server.steps(stopped.id)) == 10)
+    server.mode = "forgetful"
+    stopped.write(range(11, 101))
+    assert server.wait(lambda: server.requests[-1].endswith("/file_stream"))
+    stopped.tracker.close(75, 1.0)
+    server.mode = "healthy"
+    last = Attempt(tmp_path, keep=100)
+    last.write(range(101, 111))
+    last.tracker.close(0, LONG_S)
+    assert server.steps(last.id) == list(range(1, 111))
+
+
+def test_an_outage_that_ends_while_the_run_goes_on_costs_nothing(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a key and without an answer it is kept offline, says so, and goes online later."""
+    monkeypatch.setenv("HPCGPT_TRACKING_PROBE_S", "1")
+    server.mode = "failing"
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 11))
+    until(lambda: (attempt.folder / "events.jsonl").exists())
+    server.mode = "healthy"
+    attempt.write(range(11, 21))
+    assert server.wait(lambda: len(server.steps(attempt.id)) == 20)
+    attempt.tracker.close(0, LONG_S)
+    assert server.steps(attempt.id) == list(range(1, 21))
+    assert "wandb: offline, because" in capfd.readouterr().err
+    (event,) = (event for event in runfolder.events(attempt.folder) if event["event"] == "wandb")
+    assert "the server does not answer" in event["words"]
+
+
+def test_sync_sends_what_is_lacking_and_may_be_repeated(tmp_path: Path, server: WandbServer) -> None:
+    offline = Attempt(tmp_path, "offline")
+    offline.write(range(1, 11))
+    offline.tracker.close(0, LONG_S)
+    assert server.history == {}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "hpcgpt.tracking", "sync", str(offline.folder)], cwd=ROOT,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert server.steps(offline.id) == list(range(1, 11))
+
+
+def test_an_older_attempts_process_leaves_when_a_newer_one_has_the_folder(tmp_path: Path, server: WandbServer) -> None:
+    orphan = Attempt(tmp_path)
+    child = orphan.wait_for_process()
+    newer = Attempt(tmp_path)
+    child.wait(60)
+    orphan.tracker.close(1, 1.0)
+    newer.write(range(1, 4))
+    newer.tracker.close(0, LONG_S)
+    assert server.steps(newer.id) == [1, 2, 3]
+
+
+def test_stop_run_on_the_dashboard_makes_a_stop_file(tmp_path: Path, server: WandbServer) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 4))
+    server.stop_asked = True
+    until((attempt.folder / "STOP").exists)
+    attempt.write(range(4, 6))
+    attempt.tracker.close(75, LONG_S)
+    assert server.steps(attempt.id) == [1, 2, 3, 4, 5]
+
+
+# --- offline ---------------------------------------------------------------------------------------
+
+
+def test_offline_parts_hold_each_row_once_whatever_dies(tmp_path: Path) -> None:
+    """wandb's core dies of a signal; then the whole attempt does; then the run goes back to step 20."""
+    first = Attempt(tmp_path, "offline")
+    first.write(range(1, 11))
+    child = first.wait_for_process()
+    until(lambda: list(first.folder.glob("wandb/offline-run-*/*.wandb")))
+    until(lambda: sorted(steps_of(fragments(first.folder))) == list(range(1, 11)))
+    for pid in children(child.pid):
+        os.kill(pid, signal.SIGTERM)
+    first.write(range(11, 31))
+    until(lambda: sorted(steps_of(fragments(first.folder))) == list(range(1, 31)))
+    first.write(range(31, 41))
+    first.kill()
+    last = Attempt(tmp_path, "offline", keep=20)
+    last.write(range(21, 51))
+    last.tracker.close(0, LONG_S)
+    parts = fragments(last.folder)
+    assert sorted(steps_of(parts)) == list(range(1, 51))
+    ids = {record["run"]["run_id"] for part in parts for record in part if record["type"] == "run"}
+    assert ids == {last.id}
 
 
 def children(pid: int) -> list[int]:
@@ -62,268 +266,120 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in listed.stdout.split()]
 
 
-# --- a run over several attempts -------------------------------------------------------------------
+def test_disabled_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted, mode in (("disabled", "online"), ("auto", "disabled")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        attempt = Attempt(tmp_path, wanted)
+        attempt.tracker.sample(2, "text")
+        attempt.tracker.close(0, LONG_S)
+        assert not (attempt.folder / "wandb").exists()
+        assert not (attempt.folder / "samples.jsonl").exists()
 
 
-def test_attempts_share_one_id_and_no_row_is_missing_after_a_signal_to_every_process_and_a_sigkill(
-    tiny: Path, tmp_path: Path
+# --- wandb's own settings decide -------------------------------------------------------------------
+
+
+def one_row(tmp_path: Path, wanted: str = "auto") -> Attempt:
+    attempt = Attempt(tmp_path, wanted)
+    attempt.write(range(1, 2))
+    attempt.tracker.close(0, LONG_S)
+    return attempt
+
+
+def netrc(home: Path, machine: str, mode: int) -> None:
+    (home / ".netrc").write_text(f"machine {machine} login user password {KEY}\n")
+    (home / ".netrc").chmod(mode)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_key_in_a_netrc_of_any_mode_counts(
+    tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
-    """Three attempts: told to leave as Slurm does it, by a signal to each process; killed; and the last one."""
-    folder = tmp_path / "runs" / "tiny"
-    flags = [str(tiny), "--train.steps", "250", "--checkpoint.every", "50", "--eval.every", "100"]
-    told = start(*flags)
-    wait_for_rows(folder, 20, told)
-    cores = children(told.pid)
-    assert len(cores) == 1, "wandb has no process of its own, so this shows nothing"
-    for pid in [*cores, told.pid]:
-        os.kill(pid, signal.SIGTERM)
-    assert told.wait(60) == AGAIN, told.communicate()[1]
-    assert "Traceback" not in told.communicate()[1]
-
-    killed = start(*flags)
-    wait_for_rows(folder, 60, killed)
-    cores = children(killed.pid)
-    for pid in cores:  # the warning before the time limit reaches it too, and there may be minutes left
-        os.kill(pid, signal.SIGUSR1)
-    wait_for_rows(folder, 120, killed)
-    assert children(killed.pid) == cores, "wandb's core has died of the warning"
-    for pid in [*children(killed.pid), killed.pid]:
-        os.kill(pid, signal.SIGKILL)
-    killed.communicate()
-
-    last = command("hpcgpt.train", *flags, "--tracking.wandb", "offline")
-    assert last.returncode == FINISHED, last.stderr
-
-    attempts = fragments(folder)
-    assert len(attempts) == 3
-    ids = {record["run"]["run_id"] for records in attempts for record in records if record["type"] == "run"}
-    assert ids == {runfolder.run_id(folder)}
-    sent = {item["step"]: item for records in attempts for item in history(records)}
-    expected = rows(folder / "metrics.jsonl")
-    assert sorted(sent) == [row["step"] for row in expected] == list(range(1, 251))
-    for row in expected:
-        assert {key: sent[row["step"]][key] for key in row} == pytest.approx(row)
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc(home, server.url.removeprefix("http://"), mode)
+    assert server.steps(one_row(tmp_path).id) == [1]
+    check("online")
 
 
-LOG = """
-import dataclasses, sys, time
-from pathlib import Path
-from hpcgpt.config import Config, Run, Tracking
-from hpcgpt.tracking import Tracker
-config = Config(run=Run(name="run", dir=sys.argv[1]), tracking=Tracking(wandb="offline"))
-config.run_folder.mkdir()
-tracker = Tracker(config, "abcdefghij", dataclasses.asdict(config), [])
-for step in range(1, 10**9):
-    tracker.write({"step": step, "time": time.time(), "train/loss": 1.0})
-    print(step, flush=True)
-    time.sleep(0.25)  # few enough rows that wandb's buffer does not fill up and flush itself
-"""
+def test_the_server_may_stand_in_wandbs_settings_file(
+    tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_BASE_URL")
+    (home / ".config/wandb").mkdir(parents=True)
+    (home / ".config/wandb/settings").write_text(f"[default]\nbase_url = {server.url}\n")
+    assert server.steps(one_row(tmp_path).id) == [1]
 
 
-def test_sigkill_loses_no_row_but_those_of_the_seconds_that_the_next_attempt_repeats(tmp_path: Path) -> None:
-    from hpcgpt.metrics import NEWEST_S
-
-    logging = subprocess.Popen([sys.executable, "-c", LOG, tmp_path], cwd=ROOT, env=clean_env(),
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    assert logging.stdout is not None
-    sent = {int(logging.stdout.readline()): time.time()}
-    while time.time() - min(sent.values()) < NEWEST_S + 2:
-        sent[int(logging.stdout.readline())] = time.time()
-    for pid in [*children(logging.pid), logging.pid]:  # as Slurm does it: wandb's core has no second either
-        os.kill(pid, signal.SIGKILL)
-    logging.communicate()
-    (records,) = fragments(tmp_path / "run")
-    there = {item["step"] for item in history(records)}
-    newest = max(sent.values())
-    assert {step for step, at in sent.items() if at < newest - NEWEST_S} <= there
-    assert there == set(range(1, max(there) + 1))
+def test_the_server_may_be_behind_a_proxy(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name resolves nowhere: what arrives came through the proxy, which the server itself plays."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.invalid")
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    assert server.steps(one_row(tmp_path).id) == [1]
 
 
-KILLED_CORE = """
-import dataclasses, os, signal, sys, time
-from pathlib import Path
-from hpcgpt import tracking
-from hpcgpt.config import Config, Run, Tracking
-tracking.RETRY_S = 1.0
-config = Config(run=Run(name="run", dir=sys.argv[1]), tracking=Tracking(wandb="offline"))
-config.run_folder.mkdir()
-tracker = tracking.Tracker(config, "abcdefghij", dataclasses.asdict(config), [])
-mine = str(os.getpid())
-for step in range(1, 61):
-    if step == 30:  # as a full disk or Slurm's SIGTERM does it
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            if stat.read_text().rpartition(")")[2].split()[1] == mine:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-    tracker.write({"step": step, "time": time.time(), "train/loss": 1.0})
-    time.sleep(0.1)
-tracker.close(0)
-"""
+@pytest.mark.parametrize(
+    ("variables", "settings", "reason"),
+    [
+        ({"WANDB_MODE": "offline"}, "", "wandb's settings say mode offline"),
+        ({"WANDB_MODE": "dryrun"}, "", "wandb's settings say mode"),
+        ({}, "mode = offline", "wandb's settings say mode offline"),
+        ({"WANDB_API_KEY": ""}, "", "there is no key for http://127.0.0.1:"),
+        ({"WANDB_BASE_URL": "http://localhost:99999"}, "", "wandb does not take its settings"),
+    ],
+    ids=["offline", "dryrun", "wandb-offline", "no-key", "bad-port"],
+)
+def test_offline_is_kept_to_and_its_reason_is_said_and_recorded(
+    tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], variables: dict[str, str], settings: str, reason: str,
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if settings:
+        (home / ".config/wandb").mkdir(parents=True)
+        (home / ".config/wandb/settings").write_text(f"[default]\n{settings}\n")
+    attempt = one_row(tmp_path)
+    assert server.history == {}
+    assert steps_of(fragments(attempt.folder)) == [1]
+    said = capfd.readouterr().err
+    assert f"wandb: offline, because {reason}" in said
+    assert f"`python -m hpcgpt.tracking sync {attempt.folder}` later" in said
+    (event,) = (event for event in runfolder.events(attempt.folder) if event["event"] == "wandb")
+    assert reason in event["words"]
 
 
-def test_a_core_that_died_in_mid_attempt_is_started_anew_and_no_row_is_missing(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED_CORE, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "warning: wandb failed and is tried again in 1 s" in done.stderr
-    parts = fragments(tmp_path / "run")
-    assert len(parts) == 2
-    assert {item["step"] for records in parts for item in history(records)} == set(range(1, 61))
-    assert {record["run"]["run_id"] for records in parts for record in records if record["type"] == "run"} == {
-        "abcdefghij"}  # fmt: skip
-
-
-OUTAGE = """
-import dataclasses, os, signal, sys, time
-from pathlib import Path
-from hpcgpt import metrics, tracking
-from hpcgpt.config import Config, Run, Tracking
-metrics.NEWEST_S = tracking.NEWEST_S = 1.5
-config = Config(run=Run(name="run", dir=sys.argv[1]), tracking=Tracking(wandb="offline"))
-first, last, dies_at = map(int, sys.argv[2:])
-config.run_folder.mkdir(exist_ok=True)
-file = metrics.MetricsFile(config.run_folder / "metrics.jsonl", first, tracking.arrived(config.run_folder))
-tracker = tracking.Tracker(config, "abcdefghij", dataclasses.asdict(config), file.again)
-mine = str(os.getpid())
-for step in range(first, last + 1):
-    if step == dies_at:
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            if stat.read_text().rpartition(")")[2].split()[1] == mine:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-    row = {"step": step, "time": time.time(), "train/loss": 1.0}
-    file.write(row)
-    tracker.write(row)
-    time.sleep(0.05)
-if dies_at:
-    os.kill(os.getpid(), signal.SIGKILL)
-tracker.close(0)
-"""
-
-
-def test_what_an_attempt_that_was_killed_within_an_outage_could_not_send_the_next_one_sends(tmp_path: Path) -> None:
-    """wandb is gone from step 40 on, and the run seconds later at step 110. Then it goes back to step 20: the same."""
-    for first, last, dies_at in ((1, 110, 40), (111, 112, 0), (21, 60, 22), (61, 62, 0)):
-        done = subprocess.run([sys.executable, "-c", OUTAGE, tmp_path, str(first), str(last), str(dies_at)], cwd=ROOT,
-                              env=clean_env(), capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == (-signal.SIGKILL if dies_at else 0), done.stderr
-        assert ("warning: wandb failed" in done.stderr) == bool(dies_at)
-    parts = [{item["step"] for item in history(records)} for records in fragments(tmp_path / "run")]
-    assert len(parts) == 4
-    assert parts[0] | parts[1] == set(range(1, 113))
-    assert parts[2] | parts[3] >= set(range(21, 63))
-    assert len(parts[1]) < 112, "all is sent again"
-
-
-# --- what is sent ----------------------------------------------------------------------------------
-
-
-def settings(tmp_path: Path, mode: str) -> Config:
-    config = Config(run=Run(name="run", dir=str(tmp_path)), tracking=Tracking(wandb=mode))  # type: ignore[arg-type]
-    config.run_folder.mkdir(exist_ok=True)
-    return config
-
-
-def test_rows_of_the_attempt_before_come_first_and_samples_are_shown_as_they_are(tmp_path: Path) -> None:
-    code = """
-import dataclasses, sys
-from hpcgpt.config import Config, Run, Tracking
-from hpcgpt.tracking import Tracker
-config = Config(run=Run(name="run", dir=sys.argv[1]), tracking=Tracking(wandb="offline", project="novels"))
-config.run_folder.mkdir()
-tracker = Tracker(config, "abcdefghij", dataclasses.asdict(config), [{"step": 4, "time": 4.0, "train/loss": 3.0}])
-tracker.write({"step": 5, "time": 5.0, "train/loss": 2.0, "val/loss": 2.5})
-tracker.sample(5, "<b>萧炎 & co</b>")
-tracker.close(0)
-tracker.write({"step": 6, "time": 6.0, "train/loss": 1.0})
-tracker.close(0)
-"""
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    (records,) = fragments(tmp_path / "run")
-    items = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert [(item["step"], item.get("train/loss"), item.get("val/loss")) for item in items] == [
-        (4, 3.0, None), (5, 2.0, 2.5), (5, None, None)]  # fmt: skip
-    (run,) = (record["run"] for record in records if record["type"] == "run")
-    assert (run["run_id"], run["display_name"], run["project"]) == ("abcdefghij", "run", "novels")
-    axes = [record["metric"] for record in records if record["type"] == "metric"]
-    assert {"step"} == {axis["step_metric"] for axis in axes if axis.get("glob_name") == "*"}
-    (page,) = (tmp_path / "run/wandb").glob("offline-run-*/files/media/html/*.html")
-    assert "<pre>&lt;b&gt;萧炎 &amp; co&lt;/b&gt;</pre>" in page.read_text(encoding="utf-8")
-
-
-def test_disabled_makes_no_folder_and_takes_every_row(tmp_path: Path) -> None:
-    config = settings(tmp_path, "disabled")
-    tracker = Tracker(config, "abcdefghij", dataclasses.asdict(config), [{"step": 1}])
-    tracker.write({"step": 2})
-    tracker.sample(2, "text")
-    tracker.close(0)
-    assert list(config.run_folder.iterdir()) == []
-
-
-# --- online, offline or disabled -------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def nowhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without a key, and no variable of wandb's; returns where a netrc file would be."""
-    home = tmp_path_factory.mktemp("home")
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(home / ".netrc"))
-    monkeypatch.setenv("HOME", str(home))
-    return home / ".netrc"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A port of this machine where somebody answers, as wandb's server."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        yield listener
-
-
-def test_online_without_a_key_is_refused_with_what_to_do() -> None:
+def test_online_without_a_key_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there is no key: run `wandb login`, or use offline"):
         check("online")
     for wanted in ("auto", "offline", "disabled"):
         check(wanted)
-
-
-def test_auto_without_a_key_is_offline(server: Any) -> None:
-    assert server
-    assert choose_mode("auto") == "offline"
-
-
-def test_auto_with_a_key_and_a_server_that_answers_is_online(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     check("online")
-    assert choose_mode("auto") == "online"
-    server.close()
-    assert choose_mode("auto") == "offline"
 
 
-def test_a_key_in_netrc_counts_for_its_server_only(server: Any, nowhere: Path) -> None:
-    assert server
-    nowhere.write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
-    nowhere.chmod(0o600)
-    assert choose_mode("auto") == "offline"
-    nowhere.write_text(f"machine 127.0.0.1 login user password {'k' * 40}\n")
-    assert choose_mode("auto") == "online"
+# --- training never waits --------------------------------------------------------------------------
 
 
-def test_a_netrc_that_cannot_be_read_is_no_key(nowhere: Path) -> None:
-    nowhere.write_text("machine\n")
-    assert choose_mode("auto") == "offline"
-
-
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_wandb_mode_in_the_environment_decides_auto_and_nothing_else(
-    mode: str, server: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", ["silent", "failing"])
+def test_training_ends_and_leaves_while_the_server_is_out_of_order_and_the_next_attempt_sends_everything(
+    tiny: Path, tmp_path: Path, server: WandbServer, mode: Any
 ) -> None:
-    assert server
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_MODE", mode)
-    assert choose_mode("auto") == mode
-    assert choose_mode("online") == "online"
-    assert choose_mode("offline") == "offline"
-    assert choose_mode("disabled") == "disabled"
+    """No answer ever comes, so whatever waits for one would not end: neither the steps, nor SIGTERM, nor the end."""
+    folder = tmp_path / "runs" / "tiny"
+    server.mode = mode
+    env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
+    env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
+    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "200", "--tracking.wandb", "auto"]
+    told = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert server.wait(lambda: server.requests or told.poll() is not None)
+    until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
+    told.send_signal(signal.SIGTERM)
+    assert told.wait(60) == AGAIN, told.communicate()[1]
+    told.communicate()
+    steps = len(rows(folder / "metrics.jsonl"))
+    assert runfolder.read_exit(folder).status == AGAIN  # type: ignore[union-attr]
+    assert server.history == {}
+    server.mode = "healthy"
+    last = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert last.returncode == FINISHED, last.stderr
+    assert steps <= 200
+    assert server.steps(runfolder.run_id(folder)) == list(range(1, 201))
