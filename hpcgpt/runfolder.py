@@ -7,6 +7,7 @@
       configs/             see keep_config
       run.json             the run's id (also wandb's), made once
       metrics.jsonl        see hpcgpt.metrics
+      samples.jsonl        one JSON object a generated text: step, time, text
       events.jsonl         one JSON object a line: time, event, attempt, and what the event tells
       exit.json            how the newest attempt ended: written by rank 0, read by hpcgpt.requeue
       checkpoints/         see hpcgpt.checkpoint

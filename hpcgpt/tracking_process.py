@@ -38,7 +38,7 @@ from hpcgpt.tracking_rows import RunRows
 T = TypeVar("T")
 
 LOOK_S = 0.5
-INIT_S = 30.0
+INIT_S = float(os.environ.get("HPCGPT_TRACKING_INIT_S", "30"))
 ASK_S = 120.0
 CHECK_S = float(os.environ.get("HPCGPT_TRACKING_CHECK_S", "600"))
 UPLOAD_S = 120.0  # rows that a healthy server still lacks after that long have been lost on the way

@@ -128,9 +128,10 @@ def test_gpus_that_slurm_gave_and_torch_does_not_see_are_an_error(cluster: Clust
 
 
 def one_wandb_run(folder: Path, attempts: int) -> None:
-    """Each attempt left an offline part with the same id, and together they have every step."""
+    """Each attempt left offline parts with the same id, and together they have every step."""
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert len(parts) == attempts
+    # More where a signal ended wandb's core, which is started again then.
+    assert len(parts) >= attempts
     assert {path.stem for path in parts} == {f"run-{runfolder.run_id(folder)}"}
     steps: set[int] = set()
     for part in parts:

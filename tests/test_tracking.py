@@ -188,7 +188,7 @@ def test_an_outage_that_ends_while_the_run_goes_on_costs_nothing(
     """With a key and without an answer it is kept offline, says so, and goes online later."""
     monkeypatch.setenv("HPCGPT_TRACKING_PROBE_S", "1")
     server.mode = "failing"
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    monkeypatch.setenv("HPCGPT_TRACKING_INIT_S", "5")
     attempt = Attempt(tmp_path)
     attempt.write(range(1, 11))
     until(lambda: (attempt.folder / "events.jsonl").exists())
