@@ -10,10 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TextIO
 
-from hpcgpt import terminal
-from hpcgpt.errors import UserError, status_of
+from hpcgpt import streams, terminal
+from hpcgpt.errors import UserError, sentence, status_of
 
 Main = Callable[[Sequence[str]], int]
 
@@ -24,48 +23,38 @@ def run(main: Main) -> None:
     UserErrors are people's mistakes, and OSErrors the machine's (a full disk, a dead node): both are sentences
     already, and HPCGPT_TRACEBACK=1 shows where they came from. Any other exception is a fault of this program.
     """
+    streams.open_missing()
+    streams.escape_unknown_characters()
     if os.environ.get("HPCGPT_TRACEBACK") == "1":
         sys.exit(main(sys.argv[1:]))
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        # Here, where a full disk is an error with a sentence. At the interpreter's end it is a status of 120.
+        sys.stdout.flush()
+        sys.exit(status)
     except BrokenPipeError:
         # `hpcgpt status | head`: the reader left, which is no failure of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         sys.exit(0)
     except (UserError, OSError) as error:
-        sys.exit(complain(error, status_of(error)))
+        status = complain(error, status_of(error))
+        _give_up_stdout()
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-class Lossy:
-    """A stream for which losing text is better than losing the run: its disk may be full, its reader gone."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def sentence(error: BaseException) -> str:
-    """What an error says, without the number that OSError puts before it."""
-    if isinstance(error, OSError) and error.strerror and error.filename is None:
-        return error.strerror
-    return str(error)
+def _give_up_stdout() -> None:
+    """Print what can be printed, and drop the rest: the interpreter would try once more and end with status 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(error: BaseException, status: int) -> int:
     """Print the sentence of an error to stderr; returns `status`."""
-    for line in sentence(error).rstrip("\n").split("\n"):
-        print(f"error: {terminal.shown(line)}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the status has to do where stderr cannot be written
+        for line in sentence(error).rstrip("\n").split("\n"):
+            print(f"error: {terminal.shown(line)}", file=sys.stderr, flush=True)
     return status

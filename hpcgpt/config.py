@@ -192,6 +192,7 @@ class Sample:
     temperature: float = option(0.8, "0: greedy", low=0)
     top_k: int = option(50, "sample among the k likeliest tokens; 0: all", low=0)
     top_p: float = option(1.0, "sample among the likeliest tokens that hold this much mass", above=0, high=1)
+    max_s: float = option(30.0, "a sample is cut short after this many seconds: training waits for it", above=0)
     slide: int = option(
         1, "once block_size is full, this many of the oldest tokens are dropped at a time; more is faster", low=1
     )

@@ -1,18 +1,25 @@
 """Files that are whole or absent, also after a power cut.
 
 A file is written under a temporary name beside its target, flushed to the disk, and renamed; then the
-folder is flushed, since the new name is the folder's content. Temporary names start with a dot and
-carry host and process, so two writers never share one, and only what this call made is ever removed.
+folder is flushed, since the new name is the folder's content. Temporary names start with a dot and carry
+host, process and a random number (two containers may share the first two), so two writers never share one, and
+only what this call made is ever removed. Files get the mode that the umask leaves, for a group that shares a run.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# What link(2) answers where a file system has none, or not for this file.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES, errno.EINVAL, errno.EXDEV)
 
 
 @contextmanager
@@ -24,16 +31,16 @@ def writing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Bi
     Raises:
         OSError: the file could not be written; the message names it, and `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    temporary = _temporary(path, "tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         check()
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a disk that is away: that is what `error` says already
             temporary.unlink()
         # With a cause it is explained already, by a file that was being written inside of this block.
         if isinstance(error, OSError) and error.filename is None and error.__cause__ is None:
@@ -73,17 +80,28 @@ def forestall(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def keep(path: Path, content: bytes) -> None:
+    """`write`, unless the file holds just that already: then no room is needed, as on a full disk."""
+    try:
+        if path.read_bytes() == content:
+            return
+    except OSError:
+        pass  # not there; or it cannot be read, which `write` may mend
+    write(path, content)
+
+
 def create(path: Path, content: bytes) -> bool:
     """Make `path`, whole, unless it exists; True if this call made it.
 
-    Of several processes on any hosts exactly one gets True: a hard link either appears or fails, also
-    on network file systems that do not keep locks.
+    Of several processes on any hosts exactly one gets True: a hard link either appears or fails, also on network
+    file systems that do not keep locks. Where there are no hard links (exFAT, object stores, some FUSE file systems)
+    the file is created exclusively under its own name, and read back: see `_create_in_place`.
     """
     if path.exists():
         return False
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.new")
+    temporary = _temporary(path, "new")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -92,13 +110,62 @@ def create(path: Path, content: bytes) -> bool:
         except FileExistsError:
             # On NFS it may be our own: the answer was lost, and the client asked once more.
             return os.stat(temporary).st_nlink > 1
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if not _create_in_place(path, content):
+                return False
     except OSError as error:
         raise explained(error, path) from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             temporary.unlink()
     sync_folder(path.parent)
     return True
+
+
+def claim(path: Path, content: bytes) -> bool:
+    """`create` for a file whose name is what counts: it may stay empty where the disk has no room for its content."""
+    try:
+        return create(path, content)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise explained(error, path) from error
+    sync_folder(path.parent)
+    return True
+
+
+def _create_in_place(path: Path, content: bytes) -> bool:
+    """The same without a link. For a moment it is there and empty.
+
+    A client that keeps what it writes to itself until the file is closed (gcsfuse) may tell two of them that they
+    made it, and refuse all but one when they close; so what is there afterwards decides. `content` has to be unlike
+    that of any other process.
+    """
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    except OSError:
+        with suppress(OSError):
+            if path.read_bytes() not in (content, content[: path.stat().st_size]):
+                return False  # another one's
+            path.unlink()
+        raise
+    return path.read_bytes() == content
+
+
+def _temporary(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.{ending}")
 
 
 def flush(path: Path) -> None:

@@ -69,6 +69,13 @@ def blame_the_node(error: InputError) -> NodeError:
     return NodeError(f"{error} (the run has trained with it before: this node cannot read it, or it has changed since)")
 
 
+def sentence(error: BaseException) -> str:
+    """What an error says, without the number that OSError puts before it; its type if it says nothing."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
 def status_of(error: BaseException) -> int:
     """The exit status that an error stands for."""
     return USER_MISTAKE if isinstance(error, UserError) else FAILED

@@ -4,15 +4,24 @@ After a node failure the old ranks can still be alive, training and writing, whi
 on other nodes. Locks do not help: many network file systems do not keep them. So each attempt takes the
 next generation number before it does anything::
 
-    generations/000003.json    who took it (host, pid, attempt, time); made by a link, so exactly once
-    generations/000003.alive   a counter that its holder writes every HEARTBEAT_S seconds
+    generations/000003.json    who took it (host, process, attempt, time); made by a link, so exactly once
+    generations/000003.alive   a counter that its holder writes every HEARTBEAT_S seconds, and its time
     generations/000003.done    it left in peace
 
 A holder that finds a higher number leaves at once: its heartbeat looks every few seconds, and
 ``Generation.check`` before each commit. A newcomer that finds a holder watches the counter: if it moves
 the holder is alive, and the newcomer says who it is and leaves. Only counters are compared, never
 clocks of different hosts. An attempt of the same Slurm job with a higher restart count does not need
-to watch: Slurm itself has ended, or given up on, the one before.
+to watch: Slurm itself has ended, or given up on, the one before. Nor where the holder's process is gone, which is
+known of processes of one kernel and one pid namespace only: in another container of the same host name its number
+says nothing.
+
+What is relied on: that opening a folder, or a file, asks the server whether it is still as it is remembered. NFS clients
+do that (close-to-open consistency, unless mounted with `nocto`), also for folders, where everything else may be
+answered from a cache for a minute. So `_newest` opens the folder for each look, and counters are opened to be read.
+
+A full disk must not keep a run from going on: a number's name is what counts, its file may be empty; the time of the
+counter's file moves where the counter cannot be written.
 """
 
 from __future__ import annotations
@@ -29,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import durable
+from hpcgpt import durable, streams
 from hpcgpt.errors import UserError
 from hpcgpt.runfolder import SUPERSEDED
 
@@ -61,6 +70,7 @@ class Generation:
                 file=sys.stderr,
                 flush=True,
             )
+            streams.drain()
             # Not sys.exit: the main thread may hang in a collective with ranks that are gone.
             os._exit(SUPERSEDED)
 
@@ -110,8 +120,8 @@ def take(run_folder: Path, attempt: str) -> Generation:
     folder.mkdir(parents=True, exist_ok=True)
     newest = wait_until_gone(run_folder, attempt)
     number = newest + 1
-    who = {"host": socket.gethostname(), "pid": os.getpid(), "attempt": attempt, "time": time.time()}
-    if not durable.create(folder / f"{number:06d}.json", json.dumps(who).encode()):
+    who = {"host": socket.gethostname(), "attempt": attempt, "time": time.time(), **_process(os.getpid())}
+    if not durable.claim(folder / f"{number:06d}.json", json.dumps(who).encode()):
         raise UserError(f"{run_folder} was taken by another job at this very moment: {_who(folder, number)}")
     generation = Generation(folder, number, threading.Event())
     threading.Thread(target=generation._beat, name="heartbeat", daemon=True).start()
@@ -138,7 +148,7 @@ def wait_until_gone(run_folder: Path, attempt: str) -> int:
     holder = _holder(folder, number)
     if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), attempt):
         return number
-    if holder.get("host") == socket.gethostname() and not _runs(holder.get("pid", 0)):
+    if _is_known_to_be_gone(holder):
         return number
     print(f"{_who(folder, number)} did not say that it left: watching it for {WATCH_S:.0f} s", flush=True)
     before = _beats(folder, number)
@@ -162,6 +172,32 @@ def _is_next_start(before: str, now: str) -> bool:
     return bool(job) and job == new_job and int(new_restart) > int(restart)
 
 
+def _process(pid: int) -> dict[str, Any]:
+    """What tells a process of this host from every other one: its number, kernel, pid namespace and time of start.
+
+    Without /proc the number has to do. Raises OSError where there is no such process.
+    """
+    if not Path("/proc/self/stat").exists():
+        return {"pid": pid, "boot": "", "pid_namespace": 0, "began": 0}
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    # The name before it may have spaces and brackets. The fields are numbers, and the 22nd is the time of start.
+    began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return {"pid": pid, "boot": boot, "pid_namespace": os.stat("/proc/self/ns/pid").st_ino, "began": began}
+
+
+def _is_known_to_be_gone(holder: dict[str, Any]) -> bool:
+    """Has the process ended that took a number? That can be known of those of this kernel and pid namespace only."""
+    here = {"host": socket.gethostname(), **_process(os.getpid())}
+    if any(holder.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
+        return False
+    if not _runs(holder["pid"]):
+        return True
+    try:
+        return bool(_process(holder["pid"])["began"] != holder["began"])
+    except OSError:  # ended just now, or /proc hides other users' processes
+        return False
+
+
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -181,20 +217,27 @@ def _newest(folder: Path) -> int:
 
 
 def _holder(folder: Path, number: int) -> dict[str, Any]:
-    found = json.loads((folder / f"{number:06d}.json").read_bytes())
-    return dict(found)
+    """Who took a number; {} if it could not say: its disk was full, or it is about to."""
+    try:
+        found = json.loads((folder / f"{number:06d}.json").read_bytes())
+    except ValueError:
+        return {}
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def _who(folder: Path, number: int) -> str:
     holder = _holder(folder, number)
-    job = f"Slurm job {holder['attempt'].rpartition('_')[0]}, " if holder["attempt"] else ""
+    if not {"host", "pid"} <= holder.keys():
+        return f"generation {number}"
+    job = f"Slurm job {holder['attempt'].rpartition('_')[0]}, " if holder.get("attempt") else ""
     return f"generation {number} ({job}host {holder['host']}, pid {holder['pid']})"
 
 
 def _write_beat(path: Path, beats: int) -> None:
     """In its place: emptied first it could not be filled again on a full disk, and its holder would look dead."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
+        os.utime(descriptor)  # needs no room
         os.pwrite(descriptor, b"%012d\n" % beats, 0)
     finally:
         os.close(descriptor)  # on NFS this is what sends it
@@ -202,6 +245,7 @@ def _write_beat(path: Path, beats: int) -> None:
 
 def _beats(folder: Path, number: int) -> str:
     try:
-        return (folder / f"{number:06d}.alive").read_text()
+        with open(folder / f"{number:06d}.alive") as file:
+            return f"{file.read()} {os.fstat(file.fileno()).st_mtime_ns}"
     except OSError:
         return ""

@@ -38,16 +38,18 @@ from hpcgpt.engine import Engine, Launched
 from hpcgpt.errors import DivergedError, UserError
 from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
 from hpcgpt.generation import Generation
+from hpcgpt.informing import only_informs
 from hpcgpt.plan import Plan
 from hpcgpt.preempt import Stop, StopFlag
 from hpcgpt.profiling import Profiler
 from hpcgpt.reporter import Reporter, Story
 from hpcgpt.saver import Saved, Saver, tensors_of
 from hpcgpt.together import on_all, on_first
-from hpcgpt.watchdog import Watchdog
+from hpcgpt.watchdog import START_S, Watchdog
 from hpcgpt.world import Ranks, World
 
 COLLECT_EVERY = 1000  # steps
+LAST_WORDS_S = 60.0  # what the reporter may take at the end, at most
 
 
 def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
@@ -156,6 +158,7 @@ class Attempt:
             gc.freeze()
             gc.disable()
             reason = self._steps()
+            self._watchdog.alive()
             progress = self.progress
             self._trace(leaving=True)
             finished = progress.step >= self.plan.total_steps and progress.pending is None
@@ -171,7 +174,8 @@ class Attempt:
             else:
                 status, words = runfolder.AGAIN, reason.words
             if reporter:
-                reporter.leave(status, words, progress.step, saved=not problem)
+                with self._watchdog.patience(LAST_WORDS_S):
+                    reporter.leave(status, words, progress.step, saved=not problem)
         finally:
             gc.enable()
             self._watchdog.off()
@@ -213,7 +217,7 @@ class Attempt:
 
     def _report(self) -> None:
         """Rank 0: write what the folder is to hold, and begin to tell."""
-        durable.write(self.folder / "config.toml", config_sources.to_toml(self.config.from_anywhere).encode())
+        durable.keep(self.folder / "config.toml", config_sources.to_toml(self.config.from_anywhere).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
             (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
@@ -248,6 +252,8 @@ class Attempt:
                     self.progress.val_loss = figures["val/loss"]
                 if self._reporter:
                     self._reporter.row(row)
+                    if "val/loss" in row and self.config.sample.tokens:
+                        self._reporter.sample(self.progress.step, self._sample_limit_s(), self._may_sample)
             reason = self._between()
             if reason:
                 self._tell_unread()
@@ -263,7 +269,8 @@ class Attempt:
         None, too, where the loss has sent the run back.
         """
         if self._profiler:
-            self._profiler.before(self.progress.step + 1)
+            with only_informs("the trace"):
+                self._profiler.before(self.progress.step + 1)
         launched = self.engine.launch(self.progress.step, self.progress.step + self.progress.skipped)
         if not self._tell_unread():
             return None
@@ -281,8 +288,9 @@ class Attempt:
         return self._read(launched)
 
     def _trace(self, leaving: bool) -> None:
-        if self._profiler and (path := self._profiler.after(self.progress.step, leaving)) and self._reporter:
-            self._reporter.say(f"traced until step {self.progress.step:,}: {path}")
+        with only_informs("the trace"):
+            if self._profiler and (path := self._profiler.after(self.progress.step, leaving)) and self._reporter:
+                self._reporter.say(f"traced until step {self.progress.step:,}: {path}")
 
     def _tell_unread(self) -> bool:
         """The row of the step before, if nobody has seen it yet; False if it sent the run back."""
@@ -314,6 +322,10 @@ class Attempt:
         that starts from the same checkpoint meets the same loss, and goes back again.
         """
         self._tell(self._saver.finish(self._watchdog.alive))
+        with self._watchdog.patience(START_S):
+            return self._roll_back_now(launched, row)
+
+    def _roll_back_now(self, launched: Launched, row: dict[str, Any]) -> bool:
         spike, step = self.config.spike, row["step"]
         target = restore.newest_valid(
             self.folder / "checkpoints", self.ranks, self.held, lambda saved: saved < step and self._is_regular(saved)
@@ -351,6 +363,15 @@ class Attempt:
         if self.progress.pending:  # its row is not in the file yet
             rows.append(self.progress.pending)
         self._judge.remember(rows)
+
+    def _sample_limit_s(self) -> float:
+        """How long a sample may take: the other ranks wait for it, and must not take that for a hang."""
+        return min(self.config.sample.max_s, self._watchdog.limit_s / 2)
+
+    def _may_sample(self) -> bool:
+        """Called for each token of a sample on rank 0: it is no hang, and ends when this rank is told to stop."""
+        self._watchdog.alive()
+        return self.flag.here() == Stop.NO
 
     def _sweep(self) -> None:
         """Collect garbage here, and not when Python feels like it: each rank would do so in another step."""

@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class MetricsFile:
 
     Each attempt makes the file anew, so that an orphan goes on writing into the old one. Nor can one that was stopped
     while it did the same put its file in the place of this one: what it has written so far is taken away
-    here, and behind that it would look for a newer generation first (`check`).
+    here, and behind that it would look for a newer generation first (`check`). (On a full disk there may be no room to
+    make it anew: then it is cut in its place, and a start on a full disk behind an orphan has no such protection.)
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class MetricsFile:
         if len({row["step"] for row in kept}) < keep_below - 1:
             read_rows(path)
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
-        durable.write(path, content, check)
+        _rewrite(path, content, check)
         self.cut_off = [row for row in rows if row["step"] >= keep_below]
         self.tail = kept[-TAIL_ROWS:]
         if arrived is None:
@@ -100,15 +102,17 @@ class MetricsFile:
             self.again = [row for row in kept if row["step"] > arrived]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
+        self._appended: deque[dict[str, Any]] = deque()
         self._lock = threading.Lock()
 
-    def write(self, row: dict[str, Any]) -> None:
-        try:
-            with self._lock:
-                self._waiting += json.dumps(row).encode() + b"\n"
-                self._write_waiting()
-        except OSError as error:
-            print(f"warning: {error}; trying again", file=sys.stderr, flush=True)
+    def append(self, row: dict[str, Any]) -> None:
+        """Queue a row; returns at once. `write_appended` or `sync` writes it, on another thread."""
+        self._appended.append(row)
+
+    def write_appended(self) -> None:
+        """Write the rows that wait. Raises OSError if that cannot be done: they wait for the next time."""
+        with self._lock:
+            self._write_waiting()
 
     def sync(self) -> None:
         """Flush to the disk: rows must not be younger than the checkpoint that follows them.
@@ -121,6 +125,8 @@ class MetricsFile:
         os.fsync(self._descriptor)
 
     def _write_waiting(self) -> None:
+        while self._appended:
+            self._waiting += json.dumps(self._appended.popleft()).encode() + b"\n"
         while self._waiting:
             try:
                 written = os.pwrite(self._descriptor, self._waiting, self._end)
@@ -131,6 +137,26 @@ class MetricsFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
+    """Make the file anew; or, where there is no room for that, cut it in its place, which needs none."""
+    try:
+        durable.write(path, content, check)
+        return
+    except OSError as error:
+        if error.errno not in durable.NO_ROOM:
+            raise
+        if path.exists() and not path.read_bytes().startswith(content):
+            raise
+    print(f"warning: there is no room to make {path} anew: it is cut in its place", file=sys.stderr, flush=True)
+    check()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.ftruncate(descriptor, len(content))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Console:

@@ -1,8 +1,14 @@
-"""Everything that rank 0 alone tells the world: metrics.jsonl, console, wandb, events, samples, exit.json."""
+"""Everything that rank 0 alone reports: exit.json, metrics.jsonl, events, console, samples, wandb.
+
+But for exit.json, which the requeue policy needs, all of it only informs (``hpcgpt.informing``): no exception leaves
+this module, files are written by a thread of their own, and exit.json is written before anything is waited for.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +19,7 @@ from hpcgpt.blame import Straggler
 from hpcgpt.config import Config
 from hpcgpt.generate import generate
 from hpcgpt.generation import Generation
+from hpcgpt.informing import Worker, only_informs, within
 from hpcgpt.model import GPT
 from hpcgpt.plan import Plan
 from hpcgpt.precision import computing_in
@@ -39,12 +46,17 @@ class Story:
     pending: bool
 
 
+DRAIN_S = 5.0  # what waits to be written at the end of an attempt, and before a rollback
+GOODPUT_S = 10.0
+
+
 class Reporter:
     def __init__(self, story: Story, held: Generation, model: GPT, words: Tokenizer) -> None:
         self._story, self._held, self._model, self._words = story, held, model, words
         self._config: Config = story.plan.config
         self._folder = self._config.run_folder
         self._told: Saved | None = None  # the save whose commit has been told, and not its end
+        self._worker = Worker("reporter")
         keep_below = story.step + (0 if story.pending else 1)
         self.metrics = metrics.MetricsFile(
             self._folder / "metrics.jsonl", keep_below, tracking.arrived(self._folder), held.check
@@ -66,7 +78,8 @@ class Reporter:
         run_id = runfolder.run_id(self._folder)
         self._tracker = Tracker(self._config, run_id, asdict(self._config), self.metrics.again)
         self._console = metrics.Console(story.step, story.plan.total_steps)
-        self._greet()
+        with only_informs("the greeting"):
+            self._greet()
 
     def _greet(self) -> None:
         story, total = self._story, self._story.plan.total_steps
@@ -84,20 +97,23 @@ class Reporter:
             self._console.say(f"resumed at step {story.step:,} of {total:,}")
 
     def row(self, row: dict[str, Any]) -> None:
-        self.metrics.write(row)
-        self._tracker.write(row)
-        self._console.step(row)
-        if "val/loss" in row and self._config.sample.tokens:
-            self._sample(row["step"])
+        """Report a step."""
+        self.metrics.append(row)
+        self._worker.post("metrics.jsonl", self.metrics.write_appended)
+        with only_informs("the dashboard"):
+            self._tracker.write(row)
+        with only_informs("the console"):
+            self._console.step(row)
 
     def committed(self, saved: Saved) -> None:
-        """A checkpoint is there. Told at once, in the thread that made it: a kill may come within the next step."""
+        """Report a checkpoint that is there now. From the thread that made it: a kill may come within the next step."""
         figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
-        if self.event("save", step=saved.step, **figures):
+        with only_informs("events.jsonl"):
+            runfolder.record(self._folder, "save", attempt=self._story.number, step=saved.step, **figures)
             self._told = saved
 
     def saved(self, saved: Saved) -> None:
-        """A save has ended, and training stands still for it no longer."""
+        """Report that a save has ended, and that training stands still for it no longer."""
         told, self._told = self._told, None
         if saved.problem:
             print(f"warning: no checkpoint of step {saved.step:,}: {saved.problem}", file=sys.stderr, flush=True)
@@ -113,6 +129,7 @@ class Reporter:
 
     def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
         """The run has gone back to `step`; `spiked` is the row that nobody has seen of the step that sent it back."""
+        self._worker.drain(DRAIN_S)
         self.metrics.close()
         self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", step + 1, step, self._held.check)
         lost = [*self.metrics.cut_off, spiked]
@@ -127,46 +144,56 @@ class Reporter:
         )
 
     def say(self, text: str) -> None:
-        self._console.say(text)
+        with only_informs("the console"):
+            self._console.say(text)
 
     def leave(self, status: int, words: str, step: int, saved: bool) -> None:
-        """The last words of an attempt that ends by itself."""
+        """Report the end of an attempt that ends by itself; exit.json first, which decides what happens next."""
+        with only_informs("exit.json"):
+            runfolder.write_exit(self._folder, runfolder.Exit(world.job_attempt(), status, words, step, saved))
         self.event("end", status=status, reason=words, step=step)
         if status == runfolder.FINISHED:
-            self._console.say(goodput.words(self._folder))
-        if status == runfolder.AGAIN:
-            self._console.say(f"saved at step {step:,} and leaving: {words}")
+            self._worker.drain(DRAIN_S)
+            table = within(GOODPUT_S, "goodput", lambda: goodput.words(self._folder))
+            self.say(table or "")
+        elif status == runfolder.AGAIN:
+            self.say(f"saved at step {step:,} and leaving: {words}")
         elif status == runfolder.FAILED:
             print(f"error: {words}", file=sys.stderr, flush=True)
-        try:
-            runfolder.write_exit(self._folder, runfolder.Exit(world.job_attempt(), status, words, step, saved))
-        except OSError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def close(self, status: int) -> None:
-        self._console.close()
-        self.metrics.close()
-        self._tracker.close(status)
+        """Finish what is reported in the background, within bounded time."""
+        with only_informs("the console"):
+            self._console.close()
+        if self._worker.drain(DRAIN_S):
+            self.metrics.close()
+        with only_informs("the dashboard"):
+            self._tracker.close(status)
 
-    def event(self, event: str, **fields: Any) -> bool:
-        """A line in events.jsonl; a full disk costs the line and no more. Is it there?"""
-        try:
-            runfolder.record(self._folder, event, attempt=self._story.number, **fields)
-        except OSError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-            return False
-        return True
+    def event(self, event: str, **fields: Any) -> None:
+        """Append a line to events.jsonl, in the background; what the disk does not take is lost with a warning."""
+        line = {"time": time.time(), "attempt": self._story.number, **fields}
+        self._worker.post("events.jsonl", lambda: runfolder.record(self._folder, event, **line))
 
-    def _sample(self, step: int) -> None:
-        settings = self._config.sample
-        prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
-        ids = generate(self._model, prompt, settings, self._story.ranks.device, self._config.run.seed + step)
-        try:
+    def sample(self, step: int, limit_s: float, alive: Callable[[], bool]) -> None:
+        """Generate a text with the weights of this step and show it.
+
+        It uses the device that training uses, so training waits for it: for `limit_s` seconds at most. `alive` is
+        called for each token; generation stops when it returns False.
+        """
+        settings, device = self._config.sample, self._story.ranks.device
+        deadline = time.monotonic() + limit_s
+
+        def ids() -> Iterator[int]:
+            for token in generate(self._model, prompt, settings, device, self._config.run.seed + step):
+                yield token
+                if not alive() or time.monotonic() > deadline:
+                    return
+
+        with only_informs("the sample"):
+            prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
             # As `hpcgpt sample` does. Not by train.attention: there are kernels that take no single token.
-            with computing_in(self._story.dtype, self._story.ranks.device):
-                text = settings.prompt + "".join(tokenizer.stream(self._words, ids, after=prompt))
-        except ValueError as error:  # a model that has diverged; whether that ends the run is decided elsewhere
-            self._console.say(f"no sample: {error}")
-            return
-        self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
-        self._tracker.sample(step, text)
+            with computing_in(self._story.dtype, device):
+                text = settings.prompt + "".join(tokenizer.stream(self._words, ids(), after=prompt))
+            self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
+            self._tracker.sample(step, text)

@@ -43,7 +43,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     digest, size = xxhash.xxh3_128(), 0
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for piece in _pieces(tensors):
                 left = piece

@@ -91,7 +91,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the files into `folder`, which is made if need be; tokenizer.json comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer.files().items():
-        durable.write(folder / name, content)
+        durable.keep(folder / name, content)
     about = {
         "kind": tokenizer.kind,
         "name": tokenizer.name,
@@ -100,7 +100,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "end_of_text": tokenizer.end_of_text,
         "fingerprint": tokenizer.fingerprint,
     }
-    durable.write(folder / "tokenizer.json", (json.dumps(about, indent=1) + "\n").encode())
+    durable.keep(folder / "tokenizer.json", (json.dumps(about, indent=1) + "\n").encode())
 
 
 def load(folder: Path, fingerprint: str = "") -> Tokenizer:

@@ -81,7 +81,7 @@ class Tracker:
         """All rows up to this step have arrived."""
         self._arrived = step
         with suppress(OSError):  # then more rows than necessary are sent again
-            descriptor = os.open(_note_path(self._config.run_folder), os.O_WRONLY | os.O_CREAT, 0o644)
+            descriptor = os.open(_note_path(self._config.run_folder), os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 os.pwrite(descriptor, b"%012d\n" % step, 0)
             finally:

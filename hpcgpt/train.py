@@ -10,15 +10,14 @@ taken over; 2 a mistake in what was asked; anything else is a failure.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from hpcgpt import cli, config_sources, faults, generation, preempt, runfolder, tracking, world
-from hpcgpt.errors import InputError, UserError, blame_the_node, status_of
+from hpcgpt import cli, config_sources, faults, generation, preempt, runfolder, streams, tracking, world
+from hpcgpt.errors import InputError, UserError, blame_the_node, sentence, status_of
 from hpcgpt.world import World
 
 
@@ -26,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     began_at = time.time()
     settings = config_sources.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
     here = world.discover()
-    sys.stdout, sys.stderr = cli.Lossy(sys.stdout), cli.Lossy(sys.stderr)
+    streams.in_background()
     folder = settings.run_folder
     stop_file = folder / "STOP"
     # Before the seconds that loading torch takes: a signal must never find the default handler.
@@ -70,7 +69,7 @@ def _say_why(folder: Path, here: World, error: Exception) -> None:
     # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
     if here.is_first and not generation.is_held(folder):
         with suppress(OSError):  # the disk that is full may be this one
-            ended = runfolder.Exit(world.job_attempt(), status, cli.sentence(error), 0, saved=False)
+            ended = runfolder.Exit(world.job_attempt(), status, sentence(error), 0, saved=False)
             runfolder.write_exit(folder, ended)
 
 
@@ -81,8 +80,7 @@ def _leave(status: int) -> NoReturn:
     away ends the process with SIGABRT (docs/lab-notes.md): then `srun -K` kills the ranks beside it.
     Everything is written by now.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams.drain()
     os._exit(status)
 
 

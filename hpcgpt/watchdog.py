@@ -29,10 +29,11 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-from hpcgpt import config, faults, runfolder
+from hpcgpt import config, faults, runfolder, streams
 from hpcgpt.runfolder import FAILED
 from hpcgpt.world import World
 
@@ -45,7 +46,7 @@ class Watchdog:
     def __init__(self, settings: config.Config, here: World, attempt: int) -> None:
         """Watches from now on, unless watchdog.hang_factor is 0. `attempt` is the generation. Main thread only."""
         self._settings, self._here, self._attempt = settings, here, attempt
-        self._silent_s = 0.0
+        self._silent_s, self._patience_s = 0.0, 0.0
         self._step, self._step_at = 0, time.monotonic()
         self._steps_s: deque[float] = deque(maxlen=50)
         self._off = threading.Event()
@@ -68,9 +69,23 @@ class Watchdog:
         self._off.set()
         faulthandler.cancel_dump_traceback_later()
 
+    @contextmanager
+    def patience(self, limit_s: float) -> Iterator[None]:
+        """Allow at least `limit_s` seconds of silence inside, for what takes long and has no steps."""
+        self.alive()
+        self._patience_s, before = max(limit_s, self._patience_s), self._patience_s
+        try:
+            yield
+        finally:
+            self._patience_s = before
+            self.alive()
+
     @property
     def limit_s(self) -> float:
         """How long is too long."""
+        return max(self._patience_s, self._usual_limit_s())
+
+    def _usual_limit_s(self) -> float:
         wanted = self._settings.watchdog
         if len(self._steps_s) < 3:
             return max(START_S, wanted.hang_min_s)
@@ -104,6 +119,7 @@ class Watchdog:
                 folder, "hang", attempt=self._attempt, rank=self._here.rank, host=host, step=self._step,
                 silent_s=self._silent_s,
             )  # fmt: skip
+        streams.drain()
         time.sleep(2 * TICK_S)  # `srun -K` ends the others when the first one leaves: let them speak
         os._exit(FAILED)
 

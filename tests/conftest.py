@@ -115,6 +115,15 @@ def shards_folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: p
     return out
 
 
+@pytest.fixture(scope="session")
+def faulty_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that makes calls about files fail, to be preloaded."""
+    library = tmp_path_factory.mktemp("faulty") / "faulty_calls.so"
+    words = ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, ROOT / "tests/faulty_calls.c", "-ldl"]
+    subprocess.run(words, check=True)
+    return library
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, shards_folder: Path) -> Path:
     """A configuration file for a run of 12 small steps, in tmp_path/runs/tiny."""

@@ -13,18 +13,18 @@ import importlib
 import json
 import os
 import runpy
+import secrets
 import select
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-LIBRARIES = ("numpy", "torch", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel", "safetensors.torch",
-             "tokenizers", "tiktoken", "tqdm", "xxhash")  # fmt: skip
+LIBRARIES = ("numpy", "torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel",
+             "safetensors.torch", "tokenizers", "tiktoken", "tqdm", "xxhash")  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,10 +50,13 @@ class Program:
 
 
 class Preloaded:
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="preloaded")
-        self._address = f"{self._folder.name}/socket"
+    def __init__(self, library: Path | None = None) -> None:
+        """`library` is preloaded by the dynamic linker, too."""
+        # An abstract address: that of a file may have 107 bytes, and TMPDIR alone may be longer.
+        self._address = f"hpcgpt-preloaded-{os.getpid()}-{secrets.token_hex(8)}"
         env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as hpcgpt.train sets it before torch is loaded
+        if library:
+            env["LD_PRELOAD"] = str(library)
         words = [sys.executable, "-m", "tests.preloaded", self._address]
         self._process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
@@ -62,7 +65,7 @@ class Preloaded:
     def start(self, module: str, arguments: Sequence[str], env: dict[str, str], cwd: Path, out: IO[Any],
               err: IO[Any]) -> Program:  # fmt: skip
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self._address)
+        connection.connect(f"\0{self._address}")
         socket.send_fds(connection, [b"."], [out.fileno(), err.fileno()])
         connection.sendall(json.dumps([module, list(arguments), env, str(cwd)]).encode() + b"\n")
         return Program(connection)
@@ -70,7 +73,6 @@ class Preloaded:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-        self._folder.cleanup()
 
 
 # --- the process -----------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
         importlib.import_module(name)
     gc.freeze()
     server = socket.socket(socket.AF_UNIX)
-    server.bind(address)
+    server.bind(f"\0{address}")
     server.listen(64)
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the programs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_env
+from test_runfolder import fill, small_disk
 
 from hpcgpt import durable
 
@@ -160,3 +162,78 @@ print(",".join(calls))
 """
     said = python(code, str(tmp_path)).communicate(timeout=60)[0].strip()
     assert said == "fsync,replace,fsync folder,fsync,link,fsync folder"
+
+
+# --- machines as they are --------------------------------------------------------------------------
+
+FIGHT = """
+import os, sys
+from pathlib import Path
+from hpcgpt import durable
+folder, me, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+print("ready", flush=True)
+sys.stdin.readline()
+won = [n for n in range(count) if durable.create(folder / str(n), (me * 5000).encode())]
+print(*won)
+"""
+
+
+def fight(folder: Path, count: int, fighters: list[list[str]], env: dict[str, str]) -> None:
+    """Each file is fought for by all; exactly one may win it, and what is in it is whole and the winner's."""
+    folder.mkdir()
+    running = [
+        subprocess.Popen([*words, sys.executable, "-c", FIGHT, folder, str(me), str(count)], cwd=ROOT,
+                         env=clean_env() | env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for me, words in enumerate(fighters)
+    ]  # fmt: skip
+    for each in running:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    for each in running:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+    won = [(str(me), n) for me, each in enumerate(running) for n in each.communicate(timeout=60)[0].split()]
+    assert sorted(n for _, n in won) == sorted(str(n) for n in range(count))
+    assert {n: (folder / n).read_text() for _, n in won} == {n: me * 5000 for me, n in won}
+    assert sorted(os.listdir(folder)) == sorted(str(n) for n in range(count))
+
+
+@pytest.mark.parametrize("answer", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_where_there_are_no_hard_links_still_exactly_one_creates_a_file(
+    answer: int, tmp_path: Path, faulty_calls: Path
+) -> None:
+    """gcsfuse, exFAT and others have none: link(2) fails here by a preloaded library."""
+    env = {"LD_PRELOAD": str(faulty_calls), "FAULTY_ROOTS": str(tmp_path), "FAULTY_CALL": "link", "FAULTY_PATH": "*",
+           "FAULTY_NTH": "1", "FAULTY_LATER": "call", "FAULTY_ERRNO": str(answer),
+           "FAULTY_LOG": str(tmp_path / "calls.log")}  # fmt: skip
+    fight(tmp_path / "files", 40, [[]] * 4, env)
+    calls = [line.split("\t") for line in (tmp_path / "calls.log").read_text().splitlines()]
+    assert {fired for call, _, fired in calls if call == "link"} == {"1"}, "there were links"
+
+
+def test_in_containers_that_share_host_name_and_process_numbers_exactly_one_creates_a_file(tmp_path: Path) -> None:
+    container = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if os.geteuid() != 0 or subprocess.run([*container, "true"], check=False).returncode:
+        pytest.skip("another pid namespace needs root")
+    fight(tmp_path / "files", 300, [container] * 3, {})
+
+
+def test_a_file_is_kept_without_being_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    durable.keep(path, b"x")
+    before = path.stat().st_ino
+    durable.keep(path, b"x")
+    assert path.stat().st_ino == before
+    durable.keep(path, b"y")
+    assert path.read_bytes() == b"y"
+
+
+def test_a_claim_needs_no_room_for_its_content(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        fill(folder)
+        with pytest.raises(OSError, match="No space left"):
+            durable.create(folder / "a", b"content")
+        assert durable.claim(folder / "a", b"content")
+        assert not durable.claim(folder / "a", b"content")
+        assert sorted(os.listdir(folder)) == ["a", "filler"]

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_env, command, rows
-from test_runfolder import small_disk
+from test_runfolder import fill, small_disk
 
 from hpcgpt import checkpoint, generation
+from hpcgpt.errors import UserError
 from hpcgpt.runfolder import FINISHED, SUPERSEDED
 
 # Takes the run folder, says its number, and then does nothing: its main thread hangs, as in a collective.
@@ -141,6 +142,47 @@ def test_a_dead_holder_is_taken_over_at_once(tmp_path: Path, holder: Holder, cap
     assert taken.number == 2
     assert "watching" not in capfd.readouterr().out
     taken.release()
+
+
+def test_a_living_holder_in_another_container_is_not_taken_for_dead(tmp_path: Path, holder: Holder) -> None:
+    """Two containers of one host: the name is the same, and in the newcomer's the holder's number is nobody's."""
+    container = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if os.geteuid() != 0 or subprocess.run([*container, "true"], check=False).returncode:
+        pytest.skip("another pid namespace needs root")
+    newcomer = subprocess.run([*container, sys.executable, "-c", HOLD, tmp_path, "8_0"], cwd=ROOT, env=clean_env(),
+                              capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert "which is alive: end it first" in newcomer.stderr
+    assert holder.process.poll() is None
+    assert not list((tmp_path / "generations").glob("000002*"))
+
+
+def test_a_process_that_has_a_dead_holders_number_is_not_taken_for_it(
+    tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    holder.end()
+    path = tmp_path / "generations/000001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
+    taken = generation.take(tmp_path, "")
+    assert taken.number == 2
+    assert "watching" not in capfd.readouterr().out
+    taken.release()
+
+
+def test_a_full_disk_keeps_no_run_from_being_taken_and_its_holder_is_seen_to_live(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        (disk / "generations").mkdir()
+        fill(disk)
+        held = Holder(disk, "7_0")
+        try:
+            assert held.number == "1"
+            assert (disk / "generations/000001.json").read_bytes() == b"", "there was room, so this shows nothing"
+            with pytest.raises(UserError, match="generation 1, which is alive"):
+                generation.take(disk, "8_0")
+        finally:
+            held.end()
+        taken = generation.take(disk, "8_0")
+        assert taken.number == 2
+        taken.release()
 
 
 def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_leave_even_if_they_hang(

@@ -24,13 +24,13 @@ WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "trai
                  "plan", "shards", "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking",
                  "status", "goodput", "history", "blame", "device_clock", "rendezvous", "drill", "checkpoint",
                  "retention", "faults", "slurm", "chain", "excluded", "shard_reader", "mix", "datasets",
-                 "tokenizer_tiktoken", "tokenizer_library", "paths", "terminal", "unknown_flags",
-                 "existing_run", "started", "sample", "eval", "__main__"]  # fmt: skip
+                 "tokenizer_tiktoken", "tokenizer_library", "errors", "streams", "informing", "paths", "terminal",
+                 "unknown_flags", "existing_run", "started", "sample", "eval", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
     "errors": set(), "terminal": set(), "paths": {"terminal", "errors"}, "config": {"paths", "terminal"},
     "unknown_flags": {"terminal"}, "config_sources": {"config", "errors", "paths", "terminal", "unknown_flags"},
-    "world": {"errors"}, "cli": {"errors", "terminal"},
+    "world": {"errors"}, "cli": {"errors", "streams", "terminal"}, "streams": set(), "informing": {"errors"},
     "durable": set(), "order": set(), "mix": {"order"}, "schedule": {"config"}, "shards": {"durable", "errors"},
 }  # fmt: skip
 

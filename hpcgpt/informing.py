@@ -1,0 +1,108 @@
+"""The boundary around everything that only informs: it can neither end a run, nor stall it, nor delay it.
+
+Console, metrics.jsonl, events, samples, traces, goodput and the dashboard inform. Training calls them through these:
+
+    only_informs(what)    an exception inside becomes a warning, whatever it is
+    Worker                does on a daemon thread what may wait for a disk or a network
+    within(seconds, ...)  waits for an answer for that long, and goes without it then
+
+What a checkpoint needs is not here: it has to be right, or fail.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from hpcgpt.errors import UserError, sentence
+
+T = TypeVar("T")
+
+MOST_WAITING = 100_000  # actions; beyond that new ones are dropped
+MOST_WARNINGS = 5  # of one kind; a disk that is full is so at each step
+
+_warned: Counter[str] = Counter()
+
+
+@contextmanager
+def only_informs(what: str) -> Iterator[None]:
+    """Turn any exception inside into a warning that names `what`, the first few times."""
+    try:
+        yield
+    except Exception as error:
+        warn(what, error)
+
+
+def warn(what: str, error: BaseException) -> None:
+    """Say that `what` has failed, unless that has been said MOST_WARNINGS times."""
+    _warned[what] += 1
+    if _warned[what] > MOST_WARNINGS:
+        return
+    last = "; it will not be said again" if _warned[what] == MOST_WARNINGS else ""
+    words = sentence(error)
+    if not isinstance(error, OSError | UserError):
+        words = f"{type(error).__name__}: {words}"
+    print(f"warning: {what}: {words}; training continues{last}", file=sys.stderr, flush=True)
+
+
+class Worker:
+    """Does actions one after the other on a daemon thread; their exceptions become warnings."""
+
+    def __init__(self, name: str) -> None:
+        self._actions: deque[tuple[str, Callable[[], object]]] = deque()
+        self._changed = threading.Condition()
+        self._busy = False
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def post(self, what: str, action: Callable[[], object]) -> None:
+        """Have `action` done later; returns at once."""
+        with self._changed:
+            if len(self._actions) < MOST_WAITING:
+                self._actions.append((what, action))
+                self._changed.notify_all()
+                return
+        warn(what, TimeoutError(f"{MOST_WAITING:,} actions wait already, this one is left out"))
+
+    def drain(self, limit_s: float) -> bool:
+        """Wait until all actions so far are done, for `limit_s` seconds at most; False if they are not."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._actions and not self._busy, limit_s)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._actions)
+                what, action = self._actions.popleft()
+                self._busy = True
+            with only_informs(what):
+                action()
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+
+def within(limit_s: float, what: str, work: Callable[[], T]) -> T | None:
+    """The result of `work`; None, with a warning, if it fails or takes longer than `limit_s` seconds.
+
+    Work that takes longer continues on its daemon thread, and its result is not used.
+    """
+    results: list[T] = []
+
+    def run() -> None:
+        with only_informs(what):
+            results.append(work())
+
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    started_at = time.monotonic()
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        warn(what, TimeoutError(f"no answer within {time.monotonic() - started_at:.0f} s"))
+    return results[0] if results else None

@@ -1,0 +1,104 @@
+"""Standard output and error of a long run: text that is lost is better than a run that is.
+
+What reads them may be gone (a closed pipe), stopped (Ctrl-S, a pager), full (the disk of a log) or of an encoding that
+lacks the character (PYTHONIOENCODING=gbk, LC_ALL=C). Under ``in_background`` each write only queues its text, and a
+thread of its own writes it; training never waits for it. Whatever ends the process calls ``drain`` first, which
+waits for a bounded time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any, TextIO
+
+MOST_WAITING = 4 << 20  # characters; beyond that the oldest text is dropped
+DRAIN_S = 2.0
+
+
+def open_missing() -> None:
+    """Open os.devnull as descriptors 0, 1 and 2 where they are closed (`>&-`), before another file gets the number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def escape_unknown_characters() -> None:
+    """Show a character that the stream's encoding lacks as an escape, instead of raising UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class BackgroundStream:
+    """A text stream whose writes only queue their text; a daemon thread hands it to `stream`. All threads may write."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._texts: deque[str] = deque()
+        self._waiting, self._dropped = 0, 0
+        self._changed = threading.Condition()
+        threading.Thread(target=self._write_forever, name="stream", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        with self._changed:
+            self._texts.append(text)
+            self._waiting += len(text)
+            while self._waiting > MOST_WAITING and len(self._texts) > 1:
+                lost = len(self._texts.popleft())
+                self._waiting, self._dropped = self._waiting - lost, self._dropped + lost
+            self._changed.notify_all()
+        return len(text)
+
+    def flush(self) -> None:
+        """Return at once: the thread flushes after each text."""
+
+    def drain(self, limit_s: float = DRAIN_S) -> bool:
+        """Wait until everything is written, for `limit_s` seconds at most; False if something is left."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting, limit_s)
+
+    def _write_forever(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts)
+                text = "".join(self._texts)
+                self._texts.clear()
+                if self._dropped:
+                    text = f"[{self._dropped:,} characters were dropped: nothing read them]\n{text}"
+                    self._dropped = 0
+            with suppress(OSError, ValueError):  # its disk is full, its reader gone, or the stream closed
+                self._stream.write(text)
+                self._stream.flush()
+            with self._changed:
+                self._waiting = sum(map(len, self._texts))
+                self._changed.notify_all()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def in_background() -> None:
+    """From now on, what this process prints is written by threads of its own."""
+    escape_unknown_characters()
+    sys.stdout, sys.stderr = BackgroundStream(sys.stdout), BackgroundStream(sys.stderr)
+    atexit.register(drain)
+
+
+def drain(limit_s: float = DRAIN_S) -> None:
+    """Wait for what was printed, for `limit_s` seconds at most in all; for whatever is about to end the process."""
+    deadline = time.monotonic() + limit_s
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, BackgroundStream):
+            stream.drain(max(0.0, deadline - time.monotonic()))
+        else:
+            with suppress(OSError, ValueError):
+                stream.flush()
