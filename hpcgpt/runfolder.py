@@ -30,10 +30,12 @@ import errno
 import json
 import os
 import secrets
+import socket
 import string
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +46,6 @@ from hpcgpt.errors import NodeError, UserError, cannot_read
 # Exit status of `hpcgpt train`, beside cli's 2.
 FINISHED, FAILED, AGAIN, SUPERSEDED = 0, 1, 75, 76
 
-# A folder that cannot be there, or is not this user's: a wrong name, unless it worked before.
-_NO_PLACE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _recording = threading.Lock()  # what is taken back where there is no room must not be another thread's line
 
@@ -77,18 +75,28 @@ def prepare(folder: Path) -> str:
             (folder / name).mkdir(parents=True, exist_ok=True)
         # Each that is there: another user may have made the run, or root a part of it.
         for path in (folder, *(folder / name for name in ("checkpoints", "logs", "generations"))):
-            if path.exists() and not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
-                raise PermissionError(errno.EACCES, "it may not be written", str(path))
+            if path.exists():
+                _try_to_write(path)
         durable.create(folder / "run.json", (json.dumps(made) + "\n").encode())
     except OSError as error:
-        if error.errno not in _NO_PLACE:
-            raise
         why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
         told = f"{folder} cannot be a run folder: {why}"
         if world.job_attempt().rpartition("_")[2] not in ("", "0"):
             raise NodeError(error.errno, f"{told}; it was one before: does this node have its file system?") from None
-        raise UserError(f"{told}: choose a folder that you may write to, with --run.dir") from None
+        raise cannot_read(error, f"{told}: choose a folder that you may write to, with --run.dir") from None
     return run_id(folder)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise OSError where this user may not make files; a disk that is full or ill is found out elsewhere."""
+    probe = folder / f".{socket.gethostname()}-{os.getpid()}.probe"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    with suppress(OSError):
+        probe.unlink()
 
 
 def run_id(folder: Path) -> str:

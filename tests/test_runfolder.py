@@ -123,7 +123,7 @@ def test_a_part_of_a_run_that_is_another_users_is_found_before_training(tmp_path
     for path in (run, run / "checkpoints", run / "logs"):
         path.chmod(0o777)
     (run / "generations").mkdir(mode=0o555)
-    with as_nobody(tmp_path), pytest.raises(UserError, match=r"it may not be written .*generations"):
+    with as_nobody(tmp_path), pytest.raises(UserError, match=r"Permission denied .*generations"):
         runfolder.prepare(run)
 
 
@@ -133,10 +133,11 @@ def test_where_no_folder_can_be_the_remedy_is_another_one(place: str, tmp_path: 
         runfolder.prepare(tmp_path / place / "run")
 
 
-def test_a_disk_that_may_only_be_read_is_no_place(tmp_path: Path) -> None:
+def test_a_disk_that_may_only_be_read_is_the_machines_fault_with_the_same_remedy(tmp_path: Path) -> None:
+    """A disk that is ill is often mounted so by its node."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(UserError, match=r"Read-only file system .*choose a folder"):
+        with pytest.raises(OSError, match=r"Read-only file system .*choose a folder"):
             runfolder.prepare(disk / "run")
 
 
