@@ -22,8 +22,8 @@ MODULES = {f"{path.parent.name}.{path.stem}".removesuffix(".__init__"): path
 # What a login node loads, before anything that it decides to load late.
 WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "train", "cli", "runfolder", "generation",
                  "plan", "shards", "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking",
-                 "status", "goodput", "history", "records", "run_state", "blame", "device_clock", "rendezvous", "drill", "checkpoint",
-                 "retention", "faults", "slurm", "chain", "excluded", "shard_reader", "mix", "datasets",
+                 "status", "goodput", "history", "records", "run_state", "blame", "device_clock", "rendezvous", "drill",
+                 "checkpoint", "retention", "faults", "slurm", "chain", "excluded", "shard_reader", "mix", "datasets",
                  "tokenizer_tiktoken", "tokenizer_library", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
