@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
-from hpcgpt import config_sources, requeue, runfolder, slurm
+from hpcgpt import config_sources, records, requeue, runfolder, slurm
 from hpcgpt.drill_faults import Kind, MissedError, Scene
 from hpcgpt.drill_place import Disk, Rank, State, ranks_among
 
@@ -123,7 +123,7 @@ class Job:
         # Without a job's number, an older attempt's word is told by its age.
         if ended and (folder / "exit.json").stat().st_mtime < self._started_at:
             ended = None
-        before = requeue.so_far(runfolder.events(folder))
+        before = requeue.so_far(records.events(folder))
         decision = requeue.decide(ended, left, slurm.Job("RUNNING"), 0, before, settings.requeue)
         self._file.write(f"drill: status {left}: {decision.why}\n".encode())
         self._file.flush()

@@ -25,6 +25,7 @@ from hpcgpt import (
     initial,
     metrics,
     plan,
+    records,
     rendezvous,
     restore,
     retention,
@@ -216,7 +217,7 @@ class Attempt:
         durable.write(self.folder / "config.toml", config_sources.to_toml(self.config).encode())
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
-            (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
+            (event.get("seconds", 0.0) for event in records.events(self.folder)[-100:] if event["event"] == "save"),
             default=0.0,
         )
         progress, pending = self.progress, self.progress.pending is not None
