@@ -25,6 +25,7 @@ from hpcgpt import (
     initial,
     metrics,
     plan,
+    records,
     rendezvous,
     restore,
     retention,
@@ -237,7 +238,7 @@ class Attempt:
         runfolder.keep_config(self.folder, self.number, config_sources.to_toml(self.config.from_anywhere))
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
-            (event.get("seconds", 0.0) for event in runfolder.events(self.folder)[-100:] if event["event"] == "save"),
+            (event.get("seconds", 0.0) for event in records.events(self.folder)[-100:] if event["event"] == "save"),
             default=0.0,
         )
         progress, pending = self.progress, self.progress.pending is not None

@@ -115,6 +115,20 @@ FOUR = [row(n, 10 + n, 1) for n in range(1, 5)]
         ("a job whose ranks never began",
          [event(9, "job", queued_at=1, started_at=8, **JOB), event(20, "crash", **JOB)], [], None,
          {"queue": 7, "restart": 12}, 0),
+        ("a person stopped it for a while: that is idle, and the wait for Slurm is queue",
+         [event(10, "start", attempt=1, step=0, **JOB), END | {"job": "7_0"},
+          event(1009, "job", job="8_0", queued_at=1000, started_at=1008),
+          event(1012, "start", attempt=2, step=4, job="8_0"),
+          event(1014, "end", attempt=2, status=0, step=5, reason="finished")], [*FOUR, row(5, 1013, 2)], None,
+         {"productive": 5, "other": 7, "idle": 980, "queue": 8, "restart": 4}, 0),
+        ("requeued, and queued since",
+         [event(9, "job", queued_at=1, started_at=8, **JOB), event(10, "start", attempt=1, step=0, **JOB), END,
+          event(21, "requeue", **JOB), event(99, "job", job="7_1", queued_at=50, started_at=98)], FOUR, None,
+         {"productive": 4, "other": 6, "queue": 7 + 78, "restart": 3}, 0),
+        ("chained, and queued since",
+         [event(10, "start", attempt=1, step=0, **JOB), END, event(21, "chain", next_job="8", **JOB),
+          event(99, "job", job="8_0", started_at=98)], FOUR, None,
+         {"productive": 4, "other": 6, "queue": 78, "restart": 1}, 0),
         ("just started", [event(10, "start", attempt=1, step=0, began_at=5)], [], 30, {"restart": 5, "other": 20}, 0),
         ("running", [event(10, "start", attempt=1, step=0)], FOUR, 20, {"productive": 4, "other": 6}, 0),
         ("saved and left", [event(10, "start", attempt=1, step=0), END], FOUR, None, {"productive": 4, "other": 6}, 0),
@@ -187,6 +201,30 @@ def test_time_is_told_apart(
     found = measured(write(tmp_path, events, metrics), now)
     assert seconds(found) == expected
     assert found.lost_steps == lost_steps
+
+
+def test_goodput_is_a_fraction_of_the_time_in_which_the_run_was_not_idle(tmp_path: Path) -> None:
+    """A month's break is no queue: it was 'goodput 1.7 %'."""
+    month_s = 30 * 86400
+    write(tmp_path, [event(10, "start", attempt=1, step=0), END, event(month_s, "start", attempt=2, step=4),
+                     event(month_s + 4, "end", attempt=2, status=0, step=8, reason="finished")],
+          [*FOUR, *(row(n, month_s + n - 4, 2) for n in range(5, 9))])  # fmt: skip
+    found = measured(tmp_path)
+    assert found.goodput == pytest.approx(8 / 14)
+    assert found.idle_s == pytest.approx(month_s - 20)
+    assert found.queue_s == 0
+    assert Goodput.of(found.as_dict()) == found
+    old = {key: value for key, value in found.as_dict().items() if key != "idle_s"}
+    assert Goodput.of(old).goodput == pytest.approx(8 / 14), "figures of a version that had no idle time"
+    assert "goodput 57.1%: other 42.9%; idle for 2,591,980 s besides" in found.line()
+
+
+def test_a_job_that_starts_is_not_the_attempt_before_it(tmp_path: Path) -> None:
+    """Its start-up counts, and the attempt that crashed before it does not run on."""
+    folder = write(tmp_path, [event(10, "start", attempt=1, step=0, **JOB), event(20, "crash", **JOB),
+                              event(31, "job", job="7_1", queued_at=20, started_at=30)], [])  # fmt: skip
+    found = goodput.measure(*history.read(folder), 50, stepping=False)
+    assert seconds(found) == {"lost": 10, "queue": 10, "restart": 20}
 
 
 def test_torn_lines_are_left_out(tmp_path: Path) -> None:

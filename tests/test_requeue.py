@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import command, rows
 from small_checkpoints import save
+from test_runfolder import another_user, shared
 
-from hpcgpt import config, generation, runfolder
+from hpcgpt import config, generation, requeue, runfolder
 from hpcgpt.excluded import bad_hosts
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
@@ -18,6 +19,8 @@ from hpcgpt.progress import History, Start
 from hpcgpt.requeue import Decision, decide, decide_early
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job, job_id
+
+__all__ = ["shared"]  # a fixture
 
 NOBODY = None  # rank 0 could not write exit.json: killed, or its node is gone
 
@@ -624,3 +627,47 @@ def test_without_the_option_no_host_is_excluded(slurm: FakeSlurm, run: Path) -> 
     crashed_on(run, "n2")
     assert "first to fail: rank 3 on n2: Killed" in decided(slurm, run, 137)[1]
     assert slurm.updates == []
+
+
+# --- what this start records -----------------------------------------------------------------------
+
+
+def test_a_time_that_slurm_does_not_give_is_left_out_of_the_event() -> None:
+    """slurmctld did not answer once: a null would be for readers to stumble over."""
+    assert set(requeue.job_event(Job(""))) == {"hosts"}
+    known = requeue.job_event(Job("RUNNING", fields={"StartTime": "8", "EligibleTime": "Unknown"}))
+    assert known["started_at"] == 8.0
+    assert "queued_at" not in known
+
+
+def test_a_job_that_is_not_requeued_says_so(slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers("CANCELLED")
+    decided(slurm, run, 143)
+    (told,) = runfolder.events(run)
+    assert (told["event"], told["job"], told["reason"]) == ("no_requeue", "7_0", "the job was cancelled")
+
+
+def test_a_crash_that_cannot_be_counted_is_not_requeued(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another user's events.jsonl: each crash would be the first one, without end."""
+    slurm, run = FakeSlurm(shared), shared / "runs" / "mine"
+    runfolder.prepare(run)
+    runfolder.record(run, "start", attempt=1, job="7_0", step=0)
+    for path in [shared, *shared.rglob("*")]:
+        path.chmod(0o777 if path.is_dir() or path.name == "scontrol" else 0o666)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", f"{slurm.folder}:/usr/bin:/bin")
+    words = ["decide", "--status", "1", "--run.dir", str(run.parent), "--run.name", run.name]
+    (run / "events.jsonl").chmod(0o444)
+    with another_user():
+        assert requeue.main(words) == 0
+    said = capfd.readouterr().err
+    assert "no requeue of job 7: it could not be counted (crash 1 since the last new checkpoint" in said
+    assert f"chmod g+rw {run / 'events.jsonl'}" in said
+    assert slurm.requeued == []
+    (run / "events.jsonl").chmod(0o666)
+    with another_user():
+        assert requeue.main(words) == 0
+    assert slurm.requeued == ["7"]
+    assert [event["event"] for event in runfolder.events(run)] == ["start", "crash", "requeue"]

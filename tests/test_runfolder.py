@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,6 +203,48 @@ def test_events_can_still_be_read_after_the_disk_was_full(tmp_path: Path) -> Non
         steps = [event["step"] for event in told[1:-1]]
         assert steps == sorted(set(steps))
         assert len(steps) + refused == 200, "what could not be written was not refused"
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder in which every user may write."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+@contextmanager
+def another_user() -> Iterator[None]:
+    """What follows is done by a user without rights of root's."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
+
+
+def test_events_of_a_run_that_a_group_shares_may_be_written_by_all_of_it(shared: Path) -> None:
+    mask = os.umask(0o002)
+    try:
+        runfolder.record(shared, "start")
+    finally:
+        os.umask(mask)
+    assert (shared / "events.jsonl").stat().st_mode & 0o777 == 0o664
+
+
+def test_who_may_not_write_the_events_is_told_what_to_do(shared: Path) -> None:
+    runfolder.record(shared, "start")
+    assert runfolder.barred(shared) == ""
+    (shared / "events.jsonl").chmod(0o444)
+    with another_user():
+        problem = runfolder.barred(shared)
+        with pytest.raises(PermissionError, match="chmod g"):
+            runfolder.record(shared, "crash")
+    assert f"may be written by user {os.getuid()}" in problem
+    assert f"chmod g+rw {shared / 'events.jsonl'}" in problem
+    assert len(runfolder.events(shared)) == 1
 
 
 # --- rows of a .jsonl file -------------------------------------------------------------------------

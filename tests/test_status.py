@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, clean_env, command, rows
 
 from hpcgpt import checkpoint, runfolder
-from hpcgpt.run_state import NO_WORD
+from hpcgpt.run_state import NO_WORD, Presence
 from hpcgpt.status import _in_words, status
 
 
@@ -158,6 +158,99 @@ def test_the_state_follows_from_the_newest_turn(
     found = status(run_folder(tmp_path, *told, steps=steps, held=held), NOW)
     assert (found["state"], found["reason"]) == (expected, reason)
     assert f"run: {expected}" in _in_words(found)
+
+
+FINISHED = SAVED | {"status": 0, "reason": "finished"}
+SECOND = JOB | {"job": "9_0"}
+GONE = "job 9 is gone: it was cancelled, or ended, before training began"
+STAYS = "a STOP file asks it to stay so"
+
+
+@pytest.mark.parametrize(
+    ("told", "steps", "held", "presence", "stop", "expected", "reason"),
+    [
+        # Cancelled while it started: Slurm knows.
+        ([(30, "job", SECOND)], 0, False, "gone", False, "stopped", GONE),
+        ([(900, "job", SECOND)], 0, False, "gone", False, "stopped", GONE),
+        ([(900, "job", SECOND)], 0, False, "there", False, "silent", ""),
+        ([(30, "job", SECOND)], 0, False, "pending", False, "queued", ""),
+        ([(30, "job", SECOND), (20, "no_requeue", {"job": "9_0", "reason": "the job was cancelled"})], 0, False,
+         "unknown", False, "stopped", "the job was cancelled"),
+        # A second job that was refused leaves a finished run what it is, and a running one too.
+        ([(950, "start", START), (940, "end", FINISHED), (900, "job", SECOND)], 3, False, "unknown", False, "finished",
+         "finished"),
+        ([(950, "start", START), (940, "end", FINISHED), (30, "job", SECOND)], 3, False, "gone", False, "finished",
+         "finished"),
+        ([(950, "start", START), (940, "end", FINISHED), (30, "job", SECOND),
+          (20, "no_requeue", {"job": "9_0", "reason": "it needs a person"})], 3, False, "unknown", False, "finished",
+         "finished"),
+        ([(950, "start", START), (30, "job", SECOND)], 3, True, "unknown", False, "running", ""),
+        ([(950, "start", START), (30, "job", SECOND), (20, "crash", CRASH | {"job": "9_0"})], 3, True, "unknown", False,
+         "running", ""),
+        ([(950, "start", START), (30, "job", SECOND), (1, "end", FINISHED)], 3, False, "unknown", False, "finished",
+         "finished"),
+        # But it may be what continues the run.
+        ([(950, "start", START), (940, "end", SAVED), (30, "job", SECOND)], 3, False, "there", False, "starting", ""),
+        # A STOP file: nothing will start.
+        ([], 0, False, "unknown", True, "stopped", STAYS),
+        ([(900, "job", SECOND)], 0, False, "unknown", True, "stopped", STAYS),
+        ([(30, "job", SECOND)], 0, False, "unknown", True, "stopped", STAYS),
+        ([(950, "start", START), (940, "end", SAVED), (30, "job", SECOND)], 3, False, "unknown", True, "stopped",
+         STAYS),
+        ([(950, "start", START), (940, "end", FINISHED)], 3, False, "unknown", True, "finished", "finished"),
+        ([(950, "start", START)], 3, True, "unknown", True, "running", ""),
+        # Silent, and Slurm knows why.
+        ([(900, "start", START)], 0, True, "gone", False, "stopped", NO_WORD),
+        ([(900, "start", START)], 0, True, "pending", False, "queued", "its job waits in Slurm's queue again"),
+        # Requeued, and cancelled while it waited.
+        ([(9, "start", START), (2, "end", SAVED), (1, "requeue", {"job": "7_0"})], 3, False, "gone", False, "stopped",
+         "job 7 was queued to start it again, and is gone: cancelled? Before: told to terminate"),
+        # Slurm itself started the job again after a node had failed: nobody wrote an end.
+        ([(900, "start", START), (30, "job", JOB | {"job": "7_1"})], 3, True, "unknown", False, "starting", ""),
+    ],
+)  # fmt: skip
+def test_each_job_and_attempt_is_looked_at_on_its_own(
+    tmp_path: Path, told: list[Any], steps: int, held: bool, presence: Presence, stop: bool, expected: str, reason: str
+) -> None:
+    folder = run_folder(tmp_path, *told, steps=steps, held=held)
+    if stop:
+        (folder / "STOP").touch()
+    found = status(folder, NOW, with_history=True, ask=lambda _job: presence)
+    assert (found["state"], found["reason"]) == (expected, reason)
+    assert f"run: {expected}" in _in_words(found)
+
+
+@pytest.mark.parametrize(
+    ("squeue", "expected"),
+    [
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "stopped"),
+        ("echo CANCELLED", "stopped"),
+        ("echo PENDING", "queued"),
+        ("echo RUNNING", "starting"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "starting"),
+        (None, "starting"),
+    ],
+)
+def test_the_command_asks_slurm_for_the_job_where_there_is_one(
+    tmp_path: Path, squeue: str | None, expected: str
+) -> None:
+    folder = run_folder(tmp_path, held=False)
+    runfolder.record(folder, "job", job="7_0")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    if squeue is not None:
+        asked = "--noheader --states=all --format=%T --jobs=7"
+        (tools / "squeue").write_text(f"#!/bin/sh\n[ \"$*\" = '{asked}' ] || exit 9\n{squeue}\n")
+        (tools / "squeue").chmod(0o755)
+    done = command("hpcgpt.status", "--json", str(folder), env={"PATH": str(tools)})
+    assert json.loads(done.stdout)["state"] == expected
+
+
+def test_a_clock_that_was_set_back_makes_no_time_negative(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (900, "start", START), steps=3)
+    found = status(folder, NOW - 600, with_history=True)
+    assert (found["state"], found["last_step_age_s"], found["still_s"]) == ("running", 0, 0)
+    assert found["goodput"]["total_s"] == 900
 
 
 def test_how_long_a_run_may_be_still_follows_its_own_steps_and_evaluations(tmp_path: Path) -> None:
