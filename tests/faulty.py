@@ -189,7 +189,8 @@ class Bed:
                 if again.status != FINISHED:
                     yield f"started again: status {again.status}: {again.err[-500:]}"
                     return
-            if tensors(folder / f"checkpoints/step_{STEPS:09d}") != tensors(self.whole / f"checkpoints/step_{STEPS:09d}"):
+            last = f"checkpoints/step_{STEPS:09d}"
+            if tensors(folder / last) != tensors(self.whole / last):
                 yield "other tensors"
             if curve(folder) != curve(self.whole):
                 yield f"another curve: {[row[0] for row in curve(folder)]}"
