@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty import ANSWERS, Bed, Case
+from faulty import ANSWERS, Bed, Case, Site
 
 SAMPLE = 24  # of each of the groups below
 ALL = os.environ.get("FAULTY_SITES") == "all"
@@ -77,6 +77,22 @@ def test_there_are_enough_places_to_fail(bed: Bed) -> None:
     calls = {case.site.call for case in once(bed)}
     assert {"close", "create", "fsync", "link", "mkdir", "mmap", "open", "opendir", "read", "readdir", "rename", "stat",
             "statvfs", "unlink", "write"} <= calls  # fmt: skip
+
+
+# Of these a start used to end with status 2, by which a job is not requeued, or with a traceback.
+ONCE_DID_HARM = (
+    Case("start", Site("mkdir", "run/logs", 1), errno.EROFS),
+    Case("start", Site("open", "run/run.json", 1), errno.EIO),
+    Case("start", Site("read", "run/run.json", 1), errno.ESTALE),
+    Case("resume", Site("close", "run/run.json", 1), errno.EDQUOT),
+    Case("start", Site("mmap", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 1), errno.ENOMEM),
+    Case("start", Site("link", "run/generations/000001.json", 1), errno.EPERM),
+    Case("resume", Site("write", "run/generations/.000002.json.*.new", 1), errno.ENOSPC, "disk"),
+)
+
+
+def test_calls_whose_failure_once_did_harm(bed: Bed) -> None:
+    tried(bed, list(ONCE_DID_HARM))
 
 
 def test_a_call_that_fails_once_costs_a_start_at_most(bed: Bed) -> None:
