@@ -145,6 +145,27 @@ def kill_in_save(scene: Scene, limit_s: float = 60.0) -> str:
     raise MissedError(f"no save was seen at byte {wanted:,} within {limit_s:.0f} s")
 
 
+def kill_in_start(scene: Scene) -> str:
+    """SIGKILL to all ranks, and to one of the next attempt while it loads, meets and resumes."""
+    kill_all(scene)
+    rank, delay_s = _new_rank(scene), scene.between(0, 4)
+    time.sleep(delay_s)
+    _shoot(rank)
+    return f"{rank}, {delay_s:.1f} s after it began"
+
+
+def _new_rank(scene: Scene, limit_s: float = 90.0) -> Rank:
+    """One rank of the next attempt, as soon as it is there."""
+    before = {rank.pid for rank in scene.place.ranks(scene.job)}
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        found = [rank for rank in scene.place.ranks(scene.job) if rank.pid not in before]
+        if found:
+            return found[int(scene.planned.pick * len(found))]
+        time.sleep(0.05)
+    raise MissedError(f"no new rank within {limit_s:.0f} s")
+
+
 def _shoot(rank: Rank) -> None:
     if not rank.send(signal.SIGKILL):
         raise MissedError(f"{rank} had gone")
@@ -244,6 +265,26 @@ def fill_disk(scene: Scene) -> str:
     return f"{seconds:.0f} s"
 
 
+def fill_disk_at_start(scene: Scene) -> str:
+    """SIGKILL to all ranks, and no byte free while the next attempt starts. It must train all the same."""
+    disk, attempt = scene.place.disk, scene.run.newest_start()
+    scene.undo.later("the disk has room again", disk.empty, 0)
+    kill_all(scene)
+    disk.fill()
+    rank, seconds = _new_rank(scene), scene.between(6, 12)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        disk.fill()
+        time.sleep(0.05)
+
+    def started_once() -> str:
+        after = scene.run.newest_start()
+        return "" if after == attempt + 1 else f"it took {after - attempt} starts, expected one"
+
+    scene.promises.append(started_once)
+    return f"{rank} and the others, {seconds:.0f} s"
+
+
 KINDS: tuple[Kind, ...] = (
     Kind("kill a rank", "SIGKILL to one rank", "restart", kill_rank),
     Kind("kill all ranks", "SIGKILL to all ranks at once", "restart", kill_all),
@@ -257,6 +298,16 @@ KINDS: tuple[Kind, ...] = (
         "restart",
         remove_manifest,
         checkpoints=2,
+    ),
+    Kind(
+        "kill in a start", "SIGKILL to all ranks, and to one of the next attempt as it starts", "restart", kill_in_start
+    ),
+    Kind(
+        "full disk at the start",
+        "SIGKILL to all ranks, and no byte free while the next attempt starts",
+        "restart",
+        fill_disk_at_start,
+        own_disk=True,
     ),
     Kind("fill the disk", "no byte free for 6 to 15 s", "on", fill_disk, own_disk=True, takes_s=16),
 )

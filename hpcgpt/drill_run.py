@@ -44,7 +44,7 @@ class Watched:
     def position(self) -> tuple[int, int]:
         """Newest step, and the attempt (generation) that made it; zeros before there is one."""
         rows = self.tail()
-        return (rows[-1]["step"], rows[-1]["attempt"]) if rows else (0, 0)
+        return (int(rows[-1]["step"]), int(rows[-1]["attempt"])) if rows else (0, 0)
 
     def step_s(self) -> float:
         """Seconds a step, the median of the last ones."""
@@ -54,8 +54,8 @@ class Watched:
         return [event for event in runfolder.events(self.folder) if event["event"] == "start"]
 
     def newest_start(self) -> int:
-        """The attempt that started last."""
-        return max((start["attempt"] for start in self.starts()), default=0)
+        """The attempt that started last. On a full disk it cannot say so, and its first row does."""
+        return max([self.position()[1], *(int(start["attempt"]) for start in self.starts())])
 
     def committed(self) -> list[Path]:
         """Checkpoints with a manifest, the oldest first."""

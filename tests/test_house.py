@@ -24,10 +24,11 @@ WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "trai
                  "plan", "shards", "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking",
                  "status", "goodput", "history", "blame", "device_clock", "rendezvous", "drill", "checkpoint",
                  "retention", "faults", "slurm", "chain", "excluded", "shard_reader", "mix", "datasets",
-                 "tokenizer_tiktoken", "tokenizer_library", "__main__"]  # fmt: skip
+                 "tokenizer_tiktoken", "tokenizer_library", "errors", "streams", "informing", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
-    "errors": set(), "config": set(), "config_sources": {"config", "errors"}, "world": {"errors"}, "cli": {"errors"},
+    "errors": set(), "config": set(), "config_sources": {"config", "errors"}, "world": {"errors"},
+    "cli": {"errors", "streams"}, "streams": set(), "informing": {"errors"},
     "durable": set(), "order": set(), "mix": {"order"}, "schedule": {"config"}, "shards": {"durable", "errors"},
 }  # fmt: skip
 

@@ -109,7 +109,6 @@ BREAKAGES = {
 BROKEN = """
 import sys
 from hpcgpt import cli, goodput, metrics, profiling, reporter, runfolder, tracking, train
-record = runfolder.record
 def broken(*_arguments, **_options):
     raise {error}
 {breakage}
