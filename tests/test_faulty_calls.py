@@ -86,6 +86,7 @@ ONCE_DID_HARM = (
     Case("start", Site("read", "run/run.json", 1), errno.ESTALE),
     Case("resume", Site("close", "run/run.json", 1), errno.EDQUOT),
     Case("start", Site("mmap", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 1), errno.ENOMEM),
+    Case("resume", Site("mmap", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 1), errno.ENOMEM),
     Case("start", Site("link", "run/generations/000001.json", 1), errno.EPERM),
     Case("resume", Site("write", "run/generations/.000002.json.*.new", 1), errno.ENOSPC, "disk"),
 )
