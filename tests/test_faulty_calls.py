@@ -66,9 +66,10 @@ def chosen(cases: list[Case]) -> list[Case]:
 
 
 def tried(bed: Bed, cases: list[Case]) -> None:
-    found = []
+    found, before = [], bed.came
     for case in cases:
         found += [f"{case}: {problem}" for problem in bed.problems(case)]
+    assert bed.came - before >= 0.8 * len(cases), "too many of the calls did not come"
     assert not found, f"{len(found)} of {len(cases)}:\n" + "\n".join(found)
 
 
