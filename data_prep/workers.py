@@ -14,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,8 @@ from data_prep.inputs import Unit
 from data_prep.plan import Recipe
 
 POLL_S = 0.5
+_LONGEST_TMPDIR = 70  # bytes; multiprocessing adds about 31
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 # Columns of the shared table, which has a row for each worker.
 _TEXT_BYTES, _TOKENS, _INPUT_BYTES = range(3)
 
@@ -64,7 +67,19 @@ def prepare(*modules: str) -> None:
     """Start the server that workers are forked from, so that it imports `modules` while this process plans. Those
     that are not installed are passed over."""
     multiprocessing.set_forkserver_preload([__name__, *modules])
-    forkserver.ensure_running()
+    _start_server()
+
+
+def _start_server() -> None:
+    """Start it unless it runs. It listens at a file of the temporary folder, whose whole path has to fit into 107
+    bytes: a TMPDIR as long as some clusters' is passed over here."""
+    before = tempfile.gettempdir()
+    if len(os.fsencode(before)) > _LONGEST_TMPDIR:
+        tempfile.tempdir = next(name for name in (*_SHORT_FOLDERS, before) if os.access(name, os.W_OK | os.X_OK))
+    try:
+        forkserver.ensure_running()
+    finally:
+        tempfile.tempdir = before
 
 
 def run(job: Job, todo: Sequence[Numbered], workers: int, report: Callable[[Sums], None]) -> None:
@@ -126,6 +141,7 @@ def _answer(pipe: Connection, processes: dict[Connection, BaseProcess], todo: It
 
 
 def _started(job: Job, workers: int, table: Any) -> Iterator[tuple[Connection, BaseProcess]]:
+    _start_server()
     context = multiprocessing.get_context("forkserver")
     for place in range(workers):
         here, there = context.Pipe()

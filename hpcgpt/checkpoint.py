@@ -267,6 +267,8 @@ def damage(checkpoint: Path, names: Iterable[str]) -> str:
                     pass
             except SafetensorError as error:
                 return f"{name}: {error}"
+            except MemoryError as error:  # no room for another map: of the host, and no damage
+                raise OSError(errno.ENOMEM, f"{checkpoint / name}: {error}") from None
     return ""
 
 

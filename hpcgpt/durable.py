@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,13 +82,20 @@ def forestall(path: Path) -> None:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """`write`, unless the file holds just that already: then no room is needed, as on a full disk."""
+    """`write`, for what a run can do without: a file that holds just that already needs no room; and where there is
+    none for another version of it, the one that is there stays, with a warning.
+    """
+    before: bytes | None = None
+    with suppress(OSError):  # not there; or it cannot be read, which `write` may mend
+        before = path.read_bytes()
+    if before == content:
+        return
     try:
-        if path.read_bytes() == content:
-            return
-    except OSError:
-        pass  # not there; or it cannot be read, which `write` may mend
-    write(path, content)
+        write(path, content)
+    except OSError as error:
+        if before is None or error.errno not in NO_ROOM:
+            raise
+        print(f"warning: {path} stays as it was: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def create(path: Path, content: bytes) -> bool:

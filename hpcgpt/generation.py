@@ -16,9 +16,9 @@ to watch: Slurm itself has ended, or given up on, the one before. Nor where the 
 known of processes of one kernel and one pid namespace only: in another container of the same host name its number
 says nothing.
 
-What is relied on: that opening a folder, or a file, asks the server whether it is still as it is remembered. NFS clients
-do that (close-to-open consistency, unless mounted with `nocto`), also for folders, where everything else may be
-answered from a cache for a minute. So `_newest` opens the folder for each look, and counters are opened to be read.
+What is relied on: that opening a folder, or a file, asks the server whether it is still as it is remembered. NFS
+clients do that (close-to-open consistency, unless mounted with `nocto`), also for folders, where everything else may
+be answered from a cache for a minute. So `_newest` opens the folder for each look, and counters are opened to be read.
 
 A full disk must not keep a run from going on: a number's name is what counts, its file may be empty; the time of the
 counter's file moves where the counter cannot be written.

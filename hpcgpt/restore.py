@@ -237,6 +237,8 @@ def _tensors(path: Path, state: State) -> Iterator[_Stored]:
                     yield _Stored(share, file, key, *checkpoint.rows_of(key))
         except SafetensorError as error:
             raise InputError(f"{share}: {error}") from None
+        except MemoryError as error:  # no room for another map: the host's fault
+            raise OSError(errno.ENOMEM, f"{share}: {error}") from None
 
 
 def _check_complete(

@@ -97,6 +97,7 @@ class Ended:
 class Bed:
     def __init__(self, folder: Path, shards: Path, library: Path) -> None:
         self.folder, self._shards, self._count = folder, shards, 0
+        self.came = 0
         self._preloaded = Preloaded(library)
         (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards}"\n')
         self.whole, self.stopped = folder / "whole" / "tiny", folder / "stopped" / "tiny"
@@ -153,24 +154,23 @@ class Bed:
         seen: dict[tuple[str, str], int] = {}
         sites = []
         for call, path, _ in ended.calls:
+            if path.endswith(".alive"):
+                continue  # a heartbeat: how many there are depends on the time
             seen[call, path] = seen.get((call, path), 0) + 1
             sites.append(Site(call, path, seen[call, path]))
         return sites
 
     def problems(self, case: Case) -> Iterator[str]:
-        """Everything that is wrong with how a run went in which that call failed."""
+        """Everything that is wrong with how a run went in which that call failed. If the call did not come, as where
+        threads took turns in another way, the run is looked at all the same; `came` counts the others."""
         self._count += 1
         runs = self.folder / f"case_{self._count}"
         if case.phase == "resume":
             shutil.copytree(self.stopped.parent, runs)
-        else:
-            runs.mkdir()
         folder, restart = runs / "tiny", 0 if case.phase == "start" else 1
         try:
             ended = self.train(runs, restart, case)
-            if not ended.fired:
-                yield "the call did not come"
-                return
+            self.came += ended.fired
             if ended.status is None:
                 yield f"it hangs: {ended.err[-500:]}"
                 return
@@ -189,9 +189,8 @@ class Bed:
                 if again.status != FINISHED:
                     yield f"started again: status {again.status}: {again.err[-500:]}"
                     return
-            if tensors(folder / f"checkpoints/step_{STEPS:09d}") != tensors(
-                self.whole / f"checkpoints/step_{STEPS:09d}"
-            ):
+            last = f"checkpoints/step_{STEPS:09d}"
+            if tensors(folder / last) != tensors(self.whole / last):
                 yield "other tensors"
             if curve(folder) != curve(self.whole):
                 yield f"another curve: {[row[0] for row in curve(folder)]}"

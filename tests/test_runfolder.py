@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, rows
+from conftest import ROOT, clean_env, rows
 
 from hpcgpt import runfolder
 from hpcgpt.errors import NodeError, UserError
@@ -298,3 +298,45 @@ def test_a_full_disk_keeps_the_exit_json_that_was_there(tmp_path: Path) -> None:
 
 def test_the_exit_statuses_are_the_documented_ones() -> None:
     assert (runfolder.FINISHED, runfolder.FAILED, runfolder.AGAIN, runfolder.SUPERSEDED) == (0, 1, 75, 76)
+
+
+# --- two owners ------------------------------------------------------------------------------------
+
+TWO_OWNERS = """
+import os, sys
+from pathlib import Path
+from hpcgpt import generation, runfolder
+os.chdir(sys.argv[1])
+folder = Path("run")
+for user in (12001, 12002):
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(12000)
+        os.setuid(user)
+        os.umask(0o002)
+        runfolder.prepare(folder)
+        runfolder.record(folder, "crash", user=user)
+        held = generation.take(folder, "")
+        generation._write_beat(folder / "generations/000001.alive", user)
+        held.release()
+        runfolder.write_exit(folder, runfolder.Exit("", 1, f"by {user}", 0, saved=False))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_two_people_of_a_group_share_a_run_if_their_umask_lets_them(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("to be two people needs root")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, 0, 12000)
+    shared.chmod(0o2775)
+    done = subprocess.run([sys.executable, "-c", TWO_OWNERS, shared], cwd=ROOT, env=clean_env(), capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [event["user"] for event in runfolder.events(shared / "run")] == [12001, 12002]
+    ended = runfolder.read_exit(shared / "run")
+    assert ended is not None
+    assert ended.reason == "by 12002"
