@@ -25,7 +25,7 @@ from hpcgpt.errors import USER_MISTAKE
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
 
 # What every start leaves: how it ended and why, and that it had the folder.
-TRACES = ("exit.json", "verified.json", "generations/", "rendezvous/", "logs/", "faults/")
+TRACES = ("exit.json", "verified.json", ".verified.json", "generations/", "rendezvous/", "logs/", "faults/")
 
 
 @pytest.fixture(scope="module")
