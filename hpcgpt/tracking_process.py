@@ -137,6 +137,7 @@ class Process:
 
     def _replace(self) -> NoReturn:
         _end_children()
+        os.environ.pop("WANDB_SERVICE", None)  # names the core process that is gone
         os.environ[STATE] = json.dumps(asdict(self._state))
         os.execv(sys.executable, [sys.executable, "-m", "hpcgpt.tracking_process", *sys.argv[1:]])
 
