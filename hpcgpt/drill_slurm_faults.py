@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from datetime import datetime
 
 from hpcgpt.drill_faults import Kind, MissedError, Scene
@@ -139,21 +138,6 @@ def lose_mount(scene: Scene) -> str:
     return f"{rank.host}, with {rank} killed"
 
 
-def kill_in_a_start(scene: Scene, limit_s: float = 60.0) -> str:
-    """The job is requeued, and a rank of its next start is killed as soon as it is there."""
-    lab, old = _lab(scene), {rank.pid for rank in scene.ranks()}
-    lab.slurm("scontrol", "requeue", scene.job)
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        if begun := [rank for rank in lab.ranks(scene.job) if rank.pid not in old]:
-            rank = begun[int(scene.planned.pick * len(begun))]
-            time.sleep(scene.between(0, 4))  # anywhere between Python's first line and the first step
-            rank.send(signal.SIGKILL)
-            return f"{rank}, {scene.between(0, 4):.1f} s old"
-        time.sleep(0.1)
-    raise MissedError(f"no rank was seen within {limit_s:.0f} s of the requeue")
-
-
 def second_job(scene: Scene) -> str:
     """Must be refused, and must leave the first one alone."""
     lab = _lab(scene)
@@ -201,6 +185,5 @@ KINDS: tuple[Kind, ...] = (
     Kind("lose a node", "a node's network is gone until Slurm has given the node up", "restart", lose_node),
     Kind("set a node down", "scontrol update State=DOWN, resumed 8 to 20 s later", "restart", set_down),
     Kind("lose a mount", "a node lacks Python's folder, a rank is killed there", "restart", lose_mount),
-    Kind("kill in a start", "requeued, and SIGKILL to a rank 0 to 4 s after it began", "restart", kill_in_a_start),
     Kind("second job", "another job is submitted into the same run folder", "on", second_job, takes_s=25),
 )
