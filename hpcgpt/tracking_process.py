@@ -23,7 +23,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from hpcgpt import runfolder
+from hpcgpt import config_sources, runfolder
 from hpcgpt.tracking import STATE, sync_command
 from hpcgpt.tracking_rows import RunRows
 
@@ -199,17 +198,16 @@ class Process:
     def _open(self, mode: str) -> None:
         import wandb
 
-        with (self._folder / "config.toml").open("rb") as file:
-            config = tomllib.load(file)
+        config = config_sources.from_file(self._folder / "config.toml")
         (self._folder / "wandb").mkdir(exist_ok=True)
         self._run = wandb.init(
-            project=config.get("tracking", {}).get("project", "hpcgpt"),
+            project=config.tracking.project,
             id=runfolder.run_id(self._folder),
-            name=config.get("run", {}).get("name"),
+            name=config.run.name,
             dir=self._folder,
             mode=mode,  # type: ignore[arg-type]
             resume="allow" if mode == "online" else None,
-            config=config,
+            config=asdict(config),
             settings=wandb.Settings(
                 silent=True,
                 console="off",
