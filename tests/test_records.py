@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt import goodput, history, records, requeue, runfolder
+from hpcgpt import goodput, history, progress, records, runfolder
 from hpcgpt.status import _in_words, status
 
 NOW = 10_000.0
@@ -64,7 +64,7 @@ def answer(folder: Path) -> None:
         json.dumps(found, allow_nan=False)
         assert all(value >= 0 for value in goodput.measure(*history.read(folder), now).seconds.values())
     goodput.words(folder).encode()
-    requeue.so_far(records.events(folder))
+    progress.history(records.events(folder), "7_0", 8)
 
 
 def written(folder: Path, events: list[Any], rows: list[Any]) -> Path:
