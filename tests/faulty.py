@@ -22,7 +22,8 @@ from preloaded import Preloaded
 
 from hpcgpt import faults, requeue, runfolder
 from hpcgpt.config import Requeue
-from hpcgpt.requeue import Before, Decision
+from hpcgpt.progress import History
+from hpcgpt.requeue import Decision
 from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
 from hpcgpt.slurm import Job
 
@@ -207,4 +208,4 @@ def decided(folder: Path, attempt: str, status: int, restart: int) -> Decision:
     if ended and ended.attempt != attempt:
         ended = None
     blamed = faults.blame([], faults.read(folder, attempt))
-    return requeue.decide(ended, status, Job("RUNNING", restart), restart, Before(), Requeue(), blamed)
+    return requeue.decide(ended, status, Job("RUNNING", restart), restart, History(), Requeue(), blamed)

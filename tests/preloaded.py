@@ -40,6 +40,7 @@ class Program:
         """Its exit status; None if it still runs."""
         if self.returncode is None and select.select([self._connection], [], [], timeout_s)[0]:
             self.returncode = int(self._said.readline())
+            self._said.close()
             self._connection.close()
         return self.returncode
 

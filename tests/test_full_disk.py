@@ -41,7 +41,7 @@ def test_rows_are_cut_off_in_their_place_where_there_is_no_room_for_another_file
         path = disk / "metrics.jsonl"
         file = metrics.MetricsFile(path, 1)
         for step in range(1, 10):
-            file.append({"step": step, "time": float(step)})
+            file.append({"step": step, "time": float(step), "train/step_s": 1.0})
         file.sync()
         file.close()
         fill(disk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def cut(run: Path) -> Path:
     """The same, as if it had been killed after step 8."""
     shutil.rmtree(run / "checkpoints" / LAST)
     return run
+
+
+def lines(log: str) -> list[str]:
+    """The lines of a log without the times that they begin with."""
+    return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in log.splitlines()]
 
 
 def resumed(config: Path, run: Path, *flags: str, env: dict[str, str] | None = None) -> str:
@@ -119,9 +125,9 @@ def test_a_resume_with_the_same_settings_says_nothing(config: Path, cut: Path, f
 
 def test_another_learning_rate_is_said_with_what_it_does_to_the_next_step(config: Path, cut: Path) -> None:
     told = resumed(config, cut, "--optim.lr", "0.001")
-    assert "warning: changed since step 8 was saved: optim.lr was 0.0006 and is now 0.001" in told.splitlines()
+    assert "warning: changed since step 8 was saved: optim.lr was 0.0006 and is now 0.001" in lines(told)
     rates = [rate(config, 8), rate(config, 8, "--optim.lr", "0.001")]
-    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in told.splitlines()
+    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in lines(told)
     assert changed(cut) == {"optim.lr": (6e-4, 1e-3, True)}
     (event,) = [event for event in runfolder.events(cut) if event["event"] == "changed"]
     assert (event["step"], event["attempt"], event["rate_before"], event["rate_now"]) == (8, 2, *rates)
@@ -129,7 +135,7 @@ def test_another_learning_rate_is_said_with_what_it_does_to_the_next_step(config
 
 
 def test_more_steps_for_a_finished_run_say_how_far_the_rate_leaps(config: Path, run: Path) -> None:
-    told = resumed(config, run, "--train.steps", "24").splitlines()
+    told = lines(resumed(config, run, "--train.steps", "24"))
     assert "warning: changed since step 12 was saved: total_steps was 12 and is now 24" in told
     rates = [6e-5, rate(config, 12, "--train.steps", "24")]
     assert rates[1] > 5 * rates[0]
@@ -141,7 +147,7 @@ def test_more_steps_at_a_constant_rate_are_a_longer_run_and_no_other_one(config:
     folder, flags = tmp_path / "tiny", ("--schedule.kind", "constant", "--run.strict", "true")
     resumed(config, folder, *flags)
     told = resumed(config, folder, *flags, "--train.steps", "16")
-    assert "changed since step 12 was saved: total_steps was 12 and is now 16" in told.splitlines()
+    assert "changed since step 12 was saved: total_steps was 12 and is now 16" in lines(told)
     assert "warning" not in told
     assert changed(folder) == {"total_steps": (12, 16, False)}
 
@@ -156,7 +162,7 @@ def test_another_number_of_threads_is_said_and_does_change_bytes(config: Path, t
         shutil.copytree(alone, folder)
         shutil.rmtree(folder / "checkpoints" / "step_000000006")
     assert "changed" not in resumed(config, tmp_path / "same" / "tiny", *flags)
-    told = resumed(config, other, *flags, "--run.threads", "2").splitlines()
+    told = lines(resumed(config, other, *flags, "--run.threads", "2"))
     assert "warning: changed since step 3 was saved: run.threads was 1 and is now 2" in told
     assert any("will not have the same bytes" in line for line in told)
     results = [tensors(path / "checkpoints" / "step_000000006") for path in (alone, tmp_path / "same" / "tiny", other)]
@@ -168,7 +174,7 @@ def test_another_number_of_ranks_and_what_is_harmless_are_told_apart(config: Pat
     flags = ("--run.dir", str(cut.parent), "--eval.every", "4", "--checkpoint.every", "2")
     done = on_ranks(2, "hpcgpt.train", str(config), *flags)
     assert done.returncode == FINISHED, done.stderr
-    told = done.stdout.splitlines()
+    told = lines(done.stdout)
     assert told.count("warning: changed since step 8 was saved: ranks was 1 and is now 2") == 1
     assert "changed since step 8 was saved: eval.every was 6 and is now 4" in told
     assert changed(cut) == {"ranks": (1, 2, True), "eval.every": (6, 4, False), "checkpoint.every": (4, 2, False)}
@@ -334,7 +340,7 @@ def test_a_run_that_ends_within_its_warm_up_says_so(config: Path, tmp_path: Path
     told = resumed(config, tmp_path / "tiny", "--schedule.warmup_steps", "700")
     assert (
         "warning: the learning rate of this run only climbs, to 9.43e-06: schedule.warmup_steps is 700, the run has 12 "
-        "steps, and optim.lr 0.0006 is never reached" in told.splitlines()
+        "steps, and optim.lr 0.0006 is never reached" in lines(told)
     )
 
 

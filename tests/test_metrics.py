@@ -93,7 +93,7 @@ def test_a_damaged_line_in_the_middle_is_kept_aside_and_the_run_continues_with_a
     first, third = (json.dumps(row(step)).encode() + b"\n" for step in (1, 3))
     path.write_bytes(first + damage + b"\n" + third)
     file = MetricsFile(path, keep_below=4)
-    file.write(row(4))
+    write(file, row(4))
     file.close()
     assert [each["step"] for each in rows(path)] == [1, 3, 4]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"

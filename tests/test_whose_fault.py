@@ -25,7 +25,7 @@ from hpcgpt.errors import (
     sentence,
     status_of,
 )
-from hpcgpt.requeue import Before
+from hpcgpt.progress import History
 from hpcgpt.runfolder import FINISHED
 from hpcgpt.slurm import Job
 
@@ -73,7 +73,7 @@ def decided(folder: Path, status: int) -> requeue.Decision:
     """What the requeue policy says of the attempt whose faults are in `folder`."""
     words = [faults.read(folder, path.name) for path in folder.glob("faults/*")]  # none before there is a run folder
     blamed = faults.blame([], words[0] if words else [])
-    return requeue.decide(runfolder.read_exit(folder), status, Job("RUNNING"), 0, Before(), Requeue(), blamed)
+    return requeue.decide(runfolder.read_exit(folder), status, Job("RUNNING"), 0, History(), Requeue(), blamed)
 
 
 MACHINE = {
