@@ -144,6 +144,7 @@ class Attempt:
         self._judge = Judge(settings.spike)
         self._profiler = Profiler(self.folder, settings.profiled_steps, ranks.device) if ranks.world.is_first else None
         self._lead_said_s = 0.0
+        self._has_config = False  # rank 0: is config.toml written? What reads the run later needs it
         self._reporter: Reporter | None = None  # rank 0 has one, once the checkpoint is loaded
         self._shard_check: ShardCheck | None = None  # rank 0 has one, if data.verify_mb_per_s is not 0
         self._saver = Saver(
@@ -186,6 +187,7 @@ class Attempt:
                 status, words = runfolder.AGAIN, reason.words
             if reporter:
                 with self._watchdog.patience(LAST_WORDS_S):
+                    self._has_config = self._has_config or self._keep_config()
                     reporter.leave(status, words, progress.step, saved=not problem)
         finally:
             gc.enable()
@@ -235,7 +237,7 @@ class Attempt:
 
     def _report(self) -> None:
         """Rank 0: write what the folder is to hold, and begin to tell."""
-        runfolder.keep_config(self.folder, self.number, config_sources.to_toml(self.config.from_anywhere))
+        self._has_config = self._keep_config()
         tokenizer.save(self.words, self.folder / "tokenizer")
         slowest_s = max(
             (event.get("seconds", 0.0) for event in records.events(self.folder)[-100:] if event["event"] == "save"),
@@ -259,6 +261,9 @@ class Attempt:
         rate, more = self.config.data.verify_mb_per_s, progress.step < self.plan.total_steps
         if rate and more:
             self._shard_check = ShardCheck(self.plan.sets, self.folder, rate, self._reporter.event)
+
+    def _keep_config(self) -> bool:
+        return runfolder.keep_config(self.folder, self.number, config_sources.to_toml(self.config.from_anywhere))
 
     def _steps(self) -> Stop:
         """Step until the end or until told to stop; returns why."""

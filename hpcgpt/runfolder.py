@@ -109,11 +109,12 @@ def run_id(folder: Path) -> str:
         raise UserError(f"{path} is damaged: {error!r}") from None
 
 
-def keep_config(folder: Path, attempt: int, text: str) -> None:
+def keep_config(folder: Path, attempt: int, text: str) -> bool:
     """Make `text` the run's config.toml. If it differs from the one before, ``configs/<attempt>.toml`` has it, too.
 
     So an attempt had the configuration with the highest number that is not above its own; number 0 is what config.toml
     held before there was such a folder. A disk without room costs a warning and no more: training does not read them.
+    Returns False then, so that it can be tried again.
     """
     path, earlier = folder / "config.toml", folder / "configs"
     try:
@@ -122,7 +123,7 @@ def keep_config(folder: Path, attempt: int, text: str) -> None:
         except FileNotFoundError:
             before = None
         if before == text.encode():
-            return
+            return True
         if before is not None and not earlier.is_dir():
             earlier.mkdir()
             durable.write(earlier / f"{0:06d}.toml", before)
@@ -131,6 +132,8 @@ def keep_config(folder: Path, attempt: int, text: str) -> None:
         durable.write(path, text.encode())
     except OSError as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def has_trained(folder: Path) -> bool:

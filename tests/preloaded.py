@@ -128,4 +128,7 @@ if __name__ == "__main__":
     os.environ.clear()
     os.environ.update(_env)
     sys.argv, sys.path[0] = [_module, *_arguments], _cwd
+    # Those of the server remember whether its files could be sought in.
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
     runpy.run_module(_module, run_name="__main__", alter_sys=True)

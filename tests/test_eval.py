@@ -150,8 +150,10 @@ def test_on_a_terminal_an_evaluation_has_a_bar(runs: Path, tmp_path: Path) -> No
     termios.tcsetwinsize(leader, (24, 80))
     with open(follower, "wb") as err, open(tmp_path / "out", "wb") as out:
         words = [str(runs / "gpt2"), "--batches", "3"]
-        assert program("hpcgpt.eval", words, clean_env(), ROOT, out, err).wait(120) == 0
-        assert "batch" in on_screen(leader)
+        status = program("hpcgpt.eval", words, clean_env(), ROOT, out, err).wait(120)
+        screen = on_screen(leader)
+    assert status == 0, screen
+    assert "batch" in screen
     assert "val/loss" in (tmp_path / "out").read_text()
 
 
