@@ -66,7 +66,10 @@ def rank_of(error: BaseException) -> int | None:
 
 def blame_the_node(error: InputError) -> NodeError:
     """The same where the run has made steps with these inputs before: what was right then is no person's mistake."""
-    return NodeError(f"{error} (the run has trained with it before: this node cannot read it, or it has changed since)")
+    found = NodeError(f"{error} (the run has trained with it before: this node cannot read it, or it has changed)")
+    if (rank := rank_of(error)) is not None:
+        mark(found, rank)
+    return found
 
 
 def sentence(error: BaseException) -> str:

@@ -127,8 +127,8 @@ class Reporter:
 
     def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
         """The run has gone back to `step`; `spiked` is the row that nobody has seen of the step that sent it back."""
-        self._worker.drain(DRAIN_S)
-        self.metrics.close()
+        if self._worker.drain(DRAIN_S):  # else it may still write: its descriptor must not become another file's
+            self.metrics.close()
         self.metrics = metrics.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._held.check)
         lost = [*self.metrics.cut_off, spiked]
         self.event(

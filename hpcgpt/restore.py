@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hpcgpt import checkpoint, errors, runfolder
 from hpcgpt.checkpoint import State
-from hpcgpt.errors import InputError
+from hpcgpt.errors import InputError, UserError
 from hpcgpt.generation import Generation
 from hpcgpt.optim import state_keys
 from hpcgpt.parallel import held, is_share
@@ -69,7 +69,7 @@ def newest_valid(
     if not names:  # Those that earlier starts set aside: there was training, and it must not silently begin anew.
         problems = on_first(ranks, lambda: [path.name for path in checkpoint.damaged(checkpoints)])
     if problems:
-        raise InputError(
+        raise UserError(
             f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
             "another --run.name; training is not started over silently"
         )
@@ -188,7 +188,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
             parameter, _, key = rest.rpartition("/")
             owner = _named(parameters, parameter)
             if key not in keys[owner]:
-                raise InputError(
+                raise UserError(
                     f"{stored.name} is nothing that the optimizer keeps of it ({', '.join(keys[owner])}): set "
                     "optim.name as it was"
                 )

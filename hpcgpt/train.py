@@ -80,8 +80,8 @@ def _say_why(folder: Path, here: World, error: Exception) -> None:
     if isinstance(error, ConnectionError) or not isinstance(error, UserError | OSError):
         return
     # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
-    if here.is_first and not generation.is_held(folder):
-        with suppress(OSError):  # the disk that is full may be this one
+    with suppress(OSError):  # the disk that is full, or away, may be this one
+        if here.is_first and not generation.is_held(folder):
             ended = runfolder.Exit(world.job_attempt(), status, sentence(error), 0, saved=False)
             runfolder.write_exit(folder, ended)
 
