@@ -60,6 +60,7 @@ from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
 from hpcgpt.slurm import Job
 
 ENDING = "ending"
+REFUSED = 3  # status of `folder`: this start is not worth it. To the batch script 2 may be a fault of the node
 CANNOT_EXECUTE, NOT_FOUND = 126, 127  # the shell's exit statuses, when the rank's program cannot be started
 # How long a controller that is being restarted is waited for: the question, and the requeue. Both have to fit into
 # the time that slurm/pretrain.sbatch gives; while Slurm is ending the job there is little of it.
@@ -83,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
         settings = config_sources.from_command_line(argv[1:], "requeue folder", ABOUT)
-        _begin(settings)
+        if problem := _begin(settings):
+            return cli.complain(UserError(problem), REFUSED)
         print(settings.run_folder)
         return 0
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
@@ -195,12 +197,12 @@ def job_event(job: Job) -> dict[str, Any]:
     return {**known, "hosts": world.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", ""))}
 
 
-def _begin(settings: Config) -> None:
+def _begin(settings: Config) -> str:
     folder = settings.run_folder
     runfolder.prepare(folder)
     job = slurm.job_id(os.environ)
     if not job:
-        return
+        return ""
     _claim(folder, os.environ)
     attempt, newest = world.job_attempt(), progress.newest_step(folder / "checkpoints")
     problem = _hopeless(progress.history(_events(folder), attempt, newest), settings.requeue)
@@ -211,7 +213,8 @@ def _begin(settings: Config) -> None:
     except OSError as error:  # the disk is full: training can go on all the same
         print(f"warning: {error}", file=sys.stderr, flush=True)
     if problem:
-        raise UserError(f"job {job} is not started once more: {problem}")
+        return f"job {job} is not started once more: {problem}"
+    return ""
 
 
 def _hopeless(past: History, limits: Requeue) -> str:

@@ -444,7 +444,7 @@ def test_a_job_that_slurm_itself_brings_back_and_that_gets_nowhere_is_refused_at
         runfolder.record(run, "job", job=f"7_{restart}", newest_step=0)
     assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
     status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
-    assert status == 2
+    assert status == requeue.REFUSED
     assert "job 7 is not started once more: it gets nowhere: 10 starts in a row" in said
     assert begin(slurm, run, SLURM_JOB_ID="8")[0] == 0, "another job begins anew"
     assert begin(slurm, run, SLURM_RESTART_COUNT="11")[0] == 0, "a person requeued it all the same"
@@ -459,7 +459,7 @@ def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm
     assert "Slurm has requeued it already" in decided(slurm, run, 137, SLURM_RESTART_COUNT="9")[1]
     assert runfolder.events(run)[-1] | {"event": "node_failed", "job": "7_9"} == runfolder.events(run)[-1]
     status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
-    assert status == 2
+    assert status == requeue.REFUSED
     assert "10 starts without a new checkpoint ended with a node that failed" in said
 
 
