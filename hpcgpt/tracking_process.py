@@ -18,6 +18,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -71,6 +72,7 @@ class Process:
         self._folder, self._wanted, self._generation = folder, wanted, generation
         self._state = State(**json.loads(os.environ.get(STATE, "{}")))
         self._changed = threading.Event()
+        self._replacing = threading.Lock()
         self._rows = RunRows(folder)
         self._unconfirmed: deque[tuple[float, bool, int, float]] = deque()  # sent at, a sample?, step, made at
         self._next_step = 0  # wandb's own counter, up to which the server's rows have been read
@@ -91,15 +93,20 @@ class Process:
     # --- the parent, the generation, the time ------------------------------------------------------
 
     def _listen(self) -> None:
-        """Wait for the word of the process that trains, or for its end."""
-        words = b""
-        while piece := os.read(0, 4096):
-            words += piece
-        told = words.decode(errors="replace").split()
-        if len(told) == 3 and told[0] == "finish":
-            self._state.finish = (int(told[1]), time.time() + float(told[2]))
-        else:
-            self._state.finish = (1, time.time() + ORPHAN_S)
+        """Wait until the pipe is closed, and note what is in it. Nothing is read before, and none of it while this
+        process is being replaced: it is in the pipe or in the state, and the next process finds it in either."""
+        closed = select.poll()
+        closed.register(0, 0)  # asks for no event; that the other end is closed is always one
+        closed.poll()
+        with self._replacing:
+            words = b""
+            while piece := os.read(0, 4096):
+                words += piece
+            told = words.decode(errors="replace").split()
+            if len(told) == 3 and told[0] == "finish":
+                self._state.finish = (int(told[1]), time.time() + float(told[2]))
+            else:
+                self._state.finish = (1, time.time() + ORPHAN_S)
         self._changed.set()
 
     def _watch(self) -> None:
@@ -137,8 +144,9 @@ class Process:
     def _replace(self) -> NoReturn:
         _end_children()
         os.environ.pop("WANDB_SERVICE", None)  # names the core process that is gone
-        os.environ[STATE] = json.dumps(asdict(self._state))
-        os.execv(sys.executable, [sys.executable, "-m", "hpcgpt.tracking_process", *sys.argv[1:]])
+        with self._replacing:
+            os.environ[STATE] = json.dumps(asdict(self._state))
+            os.execv(sys.executable, [sys.executable, "-m", "hpcgpt.tracking_process", *sys.argv[1:]])
 
     def _say(self, words: str, event: bool = False) -> None:
         """Print a line, and record it if it is the reason for being offline; each reason once."""

@@ -13,8 +13,11 @@ import json
 import os
 from array import array
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+READ_AHEAD = 1000  # rows
 
 
 class Lines:
@@ -81,18 +84,25 @@ class RunRows:
 
         Samples are the ones with a `text`.
         """
+        for lines, arrived in self._files:
+            found = lines.read()
+            while rows := list(islice(found, READ_AHEAD)):
+                # After the rows: what a rollback makes anew is written after its event.
+                self._read_rollbacks()
+                for row in rows:
+                    if _is_row(row) and not arrived.has(row["step"], self._void_until(row["step"], row["time"])):
+                        arrived.add(row["step"], row["time"])
+                        yield row
+
+    def _read_rollbacks(self) -> None:
         for event in self._events.read():
             if event.get("event") == "rollback" and _is_row(event):
                 self._rollbacks.append((event["step"], event["time"]))
-        for lines, arrived in self._files:
-            for row in lines.read():
-                if _is_row(row) and not arrived.has(row["step"], self.void_until(row["step"])):
-                    arrived.add(row["step"], row["time"])
-                    yield row
 
-    def void_until(self, step: int) -> float:
-        """Rows of this step that were made until then are void, since the run has gone back; 0 if it has not."""
-        return max((at for back_to, at in self._rollbacks if back_to < step), default=0.0)
+    def _void_until(self, step: int, made_at: float) -> float:
+        """When the run last went back over this step before `made_at`: rows of the step from before that are void.
+        0 if it has not."""
+        return max((at for back_to, at in self._rollbacks if back_to < step and at <= made_at), default=0.0)
 
 
 def _is_row(row: dict[str, Any]) -> bool:
