@@ -4,7 +4,9 @@ end with the same bytes."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +21,7 @@ from conftest import ROOT, command
 from lab_conf import Lab
 
 from hpcgpt import drill, drill_compare, drill_faults, drill_report, runfolder
+from hpcgpt.drill_place import Rank
 from hpcgpt.drill_report import Report, RoundReport
 from hpcgpt.drill_round import Strike
 from hpcgpt.drill_run import Undoing, Watched
@@ -223,6 +226,31 @@ def test_an_outage_of_wandb_is_of_the_kind_that_was_drawn_and_ends(
     assert server.mode == "healthy"
 
 
+# --- the next attempt ------------------------------------------------------------------------------
+
+
+class Restarts:
+    """A place where the next attempt has begun when it is looked at again, as after a quick requeue."""
+
+    def __init__(self) -> None:
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def ranks(self, _job: str) -> list[Rank]:
+        if len(self.started) < 2:
+            for process in self.started:
+                process.wait()
+            self.started.append(subprocess.Popen(["sleep", "600"]))
+        pid = self.started[-1].pid
+        return [Rank(0, pid, "here", os.pidfd_open(pid))]
+
+
+def test_the_next_attempt_is_hit_even_if_it_is_there_at_the_first_look(tmp_path: Path) -> None:
+    place, planned = Restarts(), drill_faults.Planned("kill in a start", 2.0, 0.0, 0.0)
+    scene = drill_faults.Scene(place, "1", [], Watched(tmp_path), planned, Undoing(print))  # type: ignore[arg-type]
+    assert drill_faults.kill_in_start(scene) == "rank 0 on here, 0.0 s after it began"
+    assert [process.wait() for process in place.started] == [-signal.SIGKILL] * 2
+
+
 # --- undoing ---------------------------------------------------------------------------------------
 
 
@@ -342,7 +370,7 @@ def test_it_loads_no_torch() -> None:
 
 @pytest.mark.timeout(900)
 def test_three_minutes_of_it_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_path: Path) -> None:
-    faults = "kill a rank,kill in a save,requeue,second job,TERM,truncate"
+    faults = "kill a rank,kill in a save,requeue,second job,TERM,truncate,wandb outage at the start"
     done = command(
         "hpcgpt.drill", "--minutes", "3", "--seed", "1", "--on", "lab", "--name", lab.name, "--subnet", lab.subnet,
         "--faults", faults, "--steps", "200", "--data", str(shards_folder), "--dir", str(tmp_path / "drill"),
