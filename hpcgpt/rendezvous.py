@@ -1,9 +1,10 @@
 """How the ranks find each other.
 
 Ranks meet at a TCPStore on rank 0. Rank 0 binds a free port and publishes address and port in the run
-folder, in ``rendezvous/<attempt>.json``, which the others read; MASTER_ADDR and MASTER_PORT win where
-both are set. Each rank then reports in at the store, so that a missing one is named instead of waited for.
-Nobody waits for longer than run.rendezvous_timeout_s, and nobody falls back to another address.
+folder, in ``rendezvous/<attempt>.json``, which the others read; where the disk has no room for that, in the
+name of an empty file, ``<attempt>.at.<port>.<token>.<address>``. MASTER_ADDR and MASTER_PORT win where both are
+set. Each rank then reports in at the store, so that a missing one is named instead of waited for. Nobody waits
+for longer than run.rendezvous_timeout_s, and nobody falls back to another address.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
     store = PrefixStore(world.attempt, _meet(world, folder, timeout_s))
     _report_in(store, world, device, timeout_s)
     if world.is_first:
-        _card(world, folder).unlink(missing_ok=True)
+        _withdraw(_card(world, folder))
     dist.init_process_group(
         backend,
         store=store,
@@ -120,9 +121,46 @@ def _host(world: World, card: Path, limit: timedelta) -> TCPStore:
     # The store takes the descriptor over and closes it in the end.
     store = TCPStore(address, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach())
     store.set("token", token)
-    card.parent.mkdir(parents=True, exist_ok=True)
-    durable.write(card, json.dumps({"address": address, "port": port, "token": token}).encode())
+    _publish(card, address, port, token)
     return store
+
+
+def _publish(card: Path, address: str, port: int, token: str) -> None:
+    card.parent.mkdir(parents=True, exist_ok=True)
+    _withdraw(card)
+    try:
+        durable.write(card, json.dumps({"address": address, "port": port, "token": token}).encode())
+    except OSError as error:
+        if error.errno not in durable.NO_ROOM:
+            raise
+        (card.parent / f"{_in_name(card)}{port}.{token}.{address}").touch()
+
+
+def _published(card: Path) -> list[tuple[str, int, str]]:
+    """Address, port and token, as often as they are there: one may be left from an earlier job of the same number."""
+    found, names = [], []
+    # Listing the folder makes NFS look again; a mere open may be answered "absent" from its cache.
+    with suppress(OSError):
+        names = [name for name in os.listdir(card.parent) if name.startswith(_in_name(card))]
+    for name in names:
+        port, token, address = name.removeprefix(_in_name(card)).split(".", 2)
+        found.append((address, int(port), token))
+    with suppress(OSError, ValueError):
+        read = json.loads(card.read_bytes())
+        found.append((read["address"], int(read["port"]), read["token"]))
+    return found
+
+
+def _withdraw(card: Path) -> None:
+    card.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # the folder: ranks that met at MASTER_ADDR have none
+        for name in os.listdir(card.parent):
+            if name.startswith(_in_name(card)):
+                (card.parent / name).unlink(missing_ok=True)
+
+
+def _in_name(card: Path) -> str:
+    return f"{card.stem}.at."
 
 
 def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
@@ -131,24 +169,17 @@ def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
     deadline = time.monotonic() + timeout_s
     seen = "it never published its address"
     while time.monotonic() < deadline:
-        # Listing the folder makes NFS look again; a mere open may be answered "absent" from its cache.
-        with suppress(OSError):
-            os.listdir(card.parent)
-        try:
-            found = json.loads(card.read_bytes())
-        except (OSError, ValueError):
-            time.sleep(0.1)
-            continue
+        published = _published(card)
         # What is there may be left from a job of the same number: then nobody, or somebody else, answers.
-        address, port = found["address"], int(found["port"])
-        seen = f"its address {address}:{port} does not answer"
-        with suppress(DistError, RuntimeError):
-            store = _open(address, port, STRANGER_S)
-            if store and store.get("token").decode() == found["token"]:
-                store.set_timeout(timedelta(seconds=timeout_s))
-                _use_interface_towards(address, port)
-                return store
-        time.sleep(0.5)
+        for address, port, token in published:
+            seen = f"its address {address}:{port} does not answer"
+            with suppress(DistError, RuntimeError):
+                store = _open(address, port, STRANGER_S)
+                if store and store.get("token").decode() == token:
+                    store.set_timeout(timedelta(seconds=timeout_s))
+                    _use_interface_towards(address, port)
+                    return store
+        time.sleep(0.5 if published else 0.1)
     raise TimeoutError(
         f"{world} waited {timeout_s:.0f} s for rank 0: {seen} (looked in {card}). Do all nodes see this "
         "folder, and did rank 0 start?"

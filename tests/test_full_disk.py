@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from conftest import command, curve, rows, tensors
+from conftest import command, curve, on_ranks, rows, tensors
 from test_runfolder import fill, small_disk
 
 from hpcgpt import metrics, runfolder
@@ -34,6 +34,27 @@ def test_a_start_on_a_full_disk_trains_and_costs_the_checkpoint_only(tiny: Path,
         assert tensors(folder / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
         assert curve(folder) == curve(whole)
         assert runfolder.run_id(folder) == runfolder.run_id(whole)
+
+
+def test_ranks_that_meet_in_the_run_folder_start_on_a_full_disk(tiny: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "runs" / "tiny"
+    done = on_ranks(2, "hpcgpt.train", str(tiny))
+    assert done.returncode == FINISHED, done.stderr
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        folder = disk / "tiny"
+        shutil.copytree(whole, folder)
+        shutil.rmtree(folder / "checkpoints/step_000000012")
+        (folder / "exit.json").unlink()
+        filler = fill(disk)
+        done = on_ranks(2, "hpcgpt.train", str(tiny), "--run.dir", str(disk))
+        assert "step 12/12" in done.stdout, done.stderr
+        assert "the last checkpoint could not be written" in done.stderr
+        assert list((folder / "rendezvous").iterdir()) == []
+        filler.unlink()
+        again = on_ranks(2, "hpcgpt.train", str(tiny), "--run.dir", str(disk))
+        assert again.returncode == FINISHED, again.stderr
+        assert tensors(folder / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
+        assert curve(folder) == curve(whole)
 
 
 def test_rows_are_cut_off_in_their_place_where_there_is_no_room_for_another_file(tmp_path: Path) -> None:
