@@ -4,6 +4,7 @@ A small model is trained on real text, first left alone, then again and again wh
 processes are killed, jobs preempted, cables pulled, checkpoints damaged, the disk filled (hpcgpt/drill_faults.py
 and drill_slurm_faults.py list all of them). Every run has to come back and to finish by itself, and then is
 compared with the one that was left alone, byte for byte: weights, optimizer state, random generators, metrics.
+All runs report to a stand-in for W&B's server (hpcgpt/wandb_server.py), which must have each row once in the end.
 
 ``--on lab`` (the default where one can be had) takes the real Slurm of slurm/lab: two nodes with two ranks each.
 ``--on here`` takes two ranks on this machine, without Slurm; the drill then plays the batch script.
@@ -275,8 +276,7 @@ class Drill:
         problems, told = list(fired.problems), "-"
         if not problems:
             problems = drill_compare.differences(run.folder, baseline, size.steps)
-        if run.folder.is_dir():
-            wandb_problems, told = drill_compare.wandb_parts(run.folder, size.steps)
+            wandb_problems, told = drill_compare.wandb_differences(run.folder, self.place.wandb, size.steps)
             problems += wandb_problems
         each = RoundReport(
             fired.number, fired.partition, len(run.starts()), seconds,

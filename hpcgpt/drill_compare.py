@@ -2,7 +2,8 @@
 
 Compared are every tensor of the last checkpoint (weights, optimizer state, each rank's random generators),
 what its state.json says, and every row of metrics.jsonl but for the figures that are about time. Beside that, each
-step must have one row, all attempts one wandb id, and no checkpoint may be of an older generation than one before it.
+step must have one row, no checkpoint may be of an older generation than one before it, and W&B's server must have the
+rows of metrics.jsonl, each once, under one id.
 
 No torch in here: files are compared, not models.
 """
@@ -10,12 +11,15 @@ No torch in here: files are compared, not models.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from hpcgpt import runfolder
+from hpcgpt.wandb_server import WandbServer
 
 # What must not depend on interruptions; the other figures of a row tell of time.
 ROW_KEYS = (
@@ -24,6 +28,7 @@ ROW_KEYS = (
 )  # fmt: skip
 STATE_KEYS = ("step", "tokens", "samples", "world_size", "identity", "pending")
 
+SYNC_S = 300.0
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
@@ -103,33 +108,49 @@ def generation_disorder(folder: Path) -> list[str]:
     return problems
 
 
-def wandb_parts(folder: Path, steps: int) -> tuple[list[str], str]:
-    """Problems, and a sentence about what the attempts left for wandb.
+def wandb_differences(folder: Path, server: WandbServer, steps: int) -> tuple[list[str], str]:
+    """Complete the run's rows on the server with `hpcgpt.tracking sync`, and compare them with metrics.jsonl.
 
-    Only a second id is a problem. Rows may be missing: SIGKILL and a full disk take some from wandb, and
-    metrics.jsonl is the truth.
+    Returns the problems, and a sentence for the report: how many rows were there before, and how many are now.
     """
     run_id = runfolder.run_id(folder)
-    parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    ids, seen = {path.stem.removeprefix("run-") for path in parts}, set()
-    for part in parts:
-        for record in _records(part):
-            if record["type"] == "run":
-                ids.add(record["run"]["run_id"])
-            elif record["type"] == "history":
-                seen.add(record["history"]["item"].get("step"))
-    missing = steps - len(seen & set(range(1, steps + 1)))
-    said = f"{len(parts)} parts, {len(ids)} id, {missing} of {steps:,} rows missing"
-    return ([] if ids == {run_id} else [f"wandb's ids are {sorted(ids)}, and the run's is {run_id}"]), said
+    before = len(set(server.steps(run_id)))
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | server.environ()
+    command = [sys.executable, "-m", "hpcgpt.tracking", "sync", str(folder)]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SYNC_S, check=False)
+    except subprocess.TimeoutExpired:
+        problems = [f"wandb: sync did not end within {SYNC_S:.0f} s"]
+    else:
+        problems = [f"wandb: sync left with status {done.returncode}: {done.stderr[-500:]}"] if done.returncode else []
+    ids = sorted(found for found, name in server.names.items() if name == folder.name)
+    if ids != [run_id]:
+        problems.append(f"wandb: the run's id is {run_id}, and the server has {ids} under its name")
+    found, told = wandb_row_differences(folder, server.history.get(run_id, []), steps)
+    return problems + found, f"{before:,} of {steps:,} rows at the end, {told} after sync"
 
 
-def _records(part: Path) -> list[dict[str, Any]]:
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(part)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    found = []
-    for line in done.stdout.splitlines():  # the last one of a part that was cut short may be torn
-        try:
-            found.append(json.loads(line))
-        except ValueError:
+def wandb_row_differences(folder: Path, sent: list[dict[str, Any]], steps: int) -> tuple[list[str], str]:
+    """What is wrong with the rows that a server was sent: each step must be there once, as in metrics.jsonl."""
+    lines = [line for line in sent if "train/loss" in line]
+    counts, due = Counter(line["step"] for line in lines), range(1, steps + 1)
+    told = {
+        "missing": [step for step in due if not counts[step]],
+        "doubled": sorted(step for step, count in counts.items() if count > 1),
+        "of steps that are not the run's": sorted(step for step in counts if step not in due),
+    }
+    problems = [
+        f"wandb: {len(wrong):,} rows {what}, the first one of step {wrong[0]:,}"
+        for what, wrong in told.items()
+        if wrong
+    ]
+    expected = {row["step"]: row for row in runfolder.read_rows(folder / "metrics.jsonl")}
+    for line in lines:
+        row = expected.get(line["step"], line)
+        if wrong_keys := [key for key in ROW_KEYS if row.get(key) != line.get(key)]:
+            key = wrong_keys[0]
+            problems.append(
+                f"wandb: step {line['step']:,} has {key} {line.get(key)!r}, and in metrics.jsonl it is {row.get(key)!r}"
+            )
             break
-    return found
+    return problems, f"{len(told['missing'])} missing, {len(told['doubled'])} doubled"

@@ -71,7 +71,7 @@ def drill(whole: Drill) -> None:
         problems, largest = differences(run, Watched(baseline), size)
         whole.report.setting["largest difference of a loss"] = f"{largest:.1e}, relative"
     whole.report.proves = "each step once, the same samples, losses as alone but for rounding"
-    wandb_problems, about_wandb = drill_compare.wandb_parts(run.folder, size.steps)
+    wandb_problems, about_wandb = drill_compare.wandb_differences(run.folder, place.wandb, size.steps)
     whole.report.rounds.append(
         RoundReport(
             1,

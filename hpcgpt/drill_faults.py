@@ -16,6 +16,7 @@ from typing import Literal
 
 from hpcgpt.drill_place import Place, Rank
 from hpcgpt.drill_run import Undoing, Watched
+from hpcgpt.wandb_server import Mode
 
 # "restart": another attempt must go on. "on": this attempt must go on. "either": whatever the program and
 # Slurm make of it, as long as steps follow.
@@ -112,10 +113,14 @@ def kill_rank(scene: Scene) -> str:
 
 
 def kill_all(scene: Scene) -> str:
+    return f"{len(_kill_all(scene))} ranks"
+
+
+def _kill_all(scene: Scene) -> list[Rank]:
     found = scene.ranks()
     for rank in found:
         rank.send(signal.SIGKILL)
-    return f"{len(found)} ranks"
+    return found
 
 
 def stop_rank(scene: Scene) -> str:
@@ -147,16 +152,15 @@ def kill_in_save(scene: Scene, limit_s: float = 60.0) -> str:
 
 def kill_in_start(scene: Scene) -> str:
     """SIGKILL to all ranks, and to one of the next attempt while it loads, meets and resumes."""
-    kill_all(scene)
-    rank, delay_s = _new_rank(scene), scene.between(0, 4)
+    rank, delay_s = _new_rank(scene, _kill_all(scene)), scene.between(0, 4)
     time.sleep(delay_s)
     _shoot(rank)
     return f"{rank}, {delay_s:.1f} s after it began"
 
 
-def _new_rank(scene: Scene, limit_s: float = 90.0) -> Rank:
-    """One rank of the next attempt, as soon as it is there."""
-    before = {rank.pid for rank in scene.place.ranks(scene.job)}
+def _new_rank(scene: Scene, killed: Sequence[Rank], limit_s: float = 90.0) -> Rank:
+    """One rank of the attempt after the one that was killed, as soon as it is there."""
+    before = {rank.pid for rank in killed}
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         found = [rank for rank in scene.place.ranks(scene.job) if rank.pid not in before]
@@ -265,24 +269,59 @@ def fill_disk(scene: Scene) -> str:
     return f"{seconds:.0f} s"
 
 
-def fill_disk_at_start(scene: Scene) -> str:
-    """SIGKILL to all ranks, and no byte free while the next attempt starts. It must train all the same."""
-    disk, attempt = scene.place.disk, scene.run.newest_start()
+def fill_disk_at_start(scene: Scene, limit_s: float = 200.0) -> str:
+    """SIGKILL to all ranks, and no byte free until the next attempt has started, and some seconds more. It must train
+    all the same. How long a start takes depends on the machine: that it has the run folder is seen by its generation.
+    """
+    disk, attempt, seconds = scene.place.disk, scene.run.newest_start(), scene.between(6, 12)
     scene.undo.later("the disk has room again", disk.empty, 0)
-    kill_all(scene)
     disk.fill()
-    rank, seconds = _new_rank(scene), scene.between(6, 12)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    killed = kill_all(scene)
+    deadline, until = time.monotonic() + limit_s, 0.0
+    while not until or time.monotonic() < until:
         disk.fill()
-        time.sleep(0.05)
+        if not until and scene.run.newest_generation() > attempt:
+            until = time.monotonic() + seconds
+        if not until and (scene.place.over(scene.job) or time.monotonic() > deadline):
+            scene.promises.append(lambda: "no attempt started while the disk was full")
+            return f"{killed}, and no attempt started"
+        time.sleep(0.05 if until else 0.5)
 
     def started_once() -> str:
         after = scene.run.newest_start()
         return "" if after == attempt + 1 else f"it took {after - attempt} starts, expected one"
 
     scene.promises.append(started_once)
-    return f"{rank} and the others, {seconds:.0f} s"
+    return f"{killed}, and until {seconds:.0f} s after the next attempt had the run folder"
+
+
+# --- wandb's server --------------------------------------------------------------------------------
+
+OUTAGES: tuple[Mode, ...] = ("silent", "failing", "refusing")
+
+
+def stop_wandb(scene: Scene) -> str:
+    """Training must not notice."""
+    mode, seconds = _stop_wandb(scene), scene.between(8, 30)
+    scene.undo.later("wandb's server answers again", lambda: _start_wandb(scene), seconds)
+    return f"{mode}, {seconds:.0f} s"
+
+
+def stop_wandb_at_start(scene: Scene) -> str:
+    """SIGKILL to all ranks during an outage: the next attempt starts without an answer, and some time passes."""
+    before, mode, seconds = scene.run.newest_start(), _stop_wandb(scene), scene.between(8, 20)
+    scene.undo.later("wandb's server answers again", lambda: _start_wandb(scene), seconds,
+                     lambda: scene.run.newest_start() > before and scene.run.position()[1] > before)  # fmt: skip
+    return f"{mode}, {seconds:.0f} s at least, with {kill_all(scene)} killed"
+
+
+def _stop_wandb(scene: Scene) -> Mode:
+    scene.place.wandb.mode = mode = OUTAGES[int(scene.planned.pick * len(OUTAGES))]
+    return mode
+
+
+def _start_wandb(scene: Scene) -> None:
+    scene.place.wandb.mode = "healthy"
 
 
 KINDS: tuple[Kind, ...] = (
@@ -310,4 +349,12 @@ KINDS: tuple[Kind, ...] = (
         own_disk=True,
     ),
     Kind("fill the disk", "no byte free for 6 to 15 s", "on", fill_disk, own_disk=True, takes_s=16),
+    Kind(
+        "wandb outage",
+        "W&B's server is silent, fails or refuses connections for 8 to 30 s",
+        "on",
+        stop_wandb,
+        takes_s=32,
+    ),
+    Kind("wandb outage at the start", "the same, with all ranks killed in it", "restart", stop_wandb_at_start),
 )

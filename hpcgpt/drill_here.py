@@ -18,8 +18,9 @@ from typing import IO, Literal
 
 from hpcgpt import config_sources, progress, requeue, runfolder, slurm
 from hpcgpt.drill_faults import Kind, MissedError, Scene
-from hpcgpt.drill_place import Disk, Rank, State, ranks_among
+from hpcgpt.drill_place import TRACKING_TIMES, Disk, Rank, State, ranks_among
 from hpcgpt.progress import History
+from hpcgpt.wandb_server import WandbServer
 
 
 class HerePlace:
@@ -27,6 +28,7 @@ class HerePlace:
 
     kind: Literal["lab", "here"] = "here"
     name = "this machine"
+    wandb: WandbServer  # from __enter__ on
 
     def __init__(self, home: Path, ranks: int) -> None:
         self.home, self.count = home, ranks
@@ -40,10 +42,12 @@ class HerePlace:
             options = ["-n", "-t", "tmpfs", "-o", "size=600m,mode=0755", "hpcgpt-drill", str(self.disk.folder)]
             mounted = os.geteuid() == 0 and subprocess.run(["mount", *options], check=False).returncode == 0
             self.disk = Disk(self.disk.folder, own=mounted)
+        self.wandb = WandbServer()
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self.cancel_all()
+        self.wandb.close()
         if self.disk.own:
             subprocess.run(["umount", "-n", "--lazy", str(self.disk.folder)], check=True)
 
@@ -54,7 +58,8 @@ class HerePlace:
         """Not `again`: what leaves stays away. torchrun hides the status of a refusal, which would tell that."""
         del partition
         name = f"{run}.{len(self._jobs) + 1}"
-        self._jobs[name] = Job([*training, "--run.name", run], self.count, self.home / f"{name}.log", name, again)
+        log, env = self.home / f"{name}.log", self.wandb.environ()
+        self._jobs[name] = Job([*training, "--run.name", run], self.count, log, name, again, env)
         return name
 
     def state(self, job: str) -> State:
@@ -85,8 +90,10 @@ class HerePlace:
 class Job:
     """One run as the batch script would do it: start the ranks, decide, start them again."""
 
-    def __init__(self, training: Sequence[str], ranks: int, log: Path, mark: str, again: bool) -> None:
-        self._training, self._ranks, self._again = list(training), ranks, again
+    def __init__(
+        self, training: Sequence[str], ranks: int, log: Path, mark: str, again: bool, env: dict[str, str]
+    ) -> None:
+        self._training, self._ranks, self._again, self._env = list(training), ranks, again, env
         self.mark, self.why = f"{os.getpid()}.{mark}", "it runs"
         self.status: int | None = None
         self._newest = self._crashes = 0  # there is no job, and so no chain, whose starts the events would tell
@@ -104,7 +111,7 @@ class Job:
             stdin=subprocess.DEVNULL,
             stdout=self._file,
             stderr=self._file,
-            env={**kept, "HPCGPT_DRILL_JOB": self.mark, "WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+            env={**kept, **TRACKING_TIMES, **self._env, "HPCGPT_DRILL_JOB": self.mark},
             start_new_session=True,  # Ctrl-C is for the drill, which then ends them
         )
 

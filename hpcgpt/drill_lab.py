@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from hpcgpt.drill_place import Disk, Rank, State, command_line, environment, ranks_among
+from hpcgpt.drill_place import TRACKING_TIMES, Disk, Rank, State, command_line, environment, ranks_among
 from hpcgpt.slurm import fields_of
+from hpcgpt.wandb_server import WandbServer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPT = CHECKOUT / "slurm" / "pretrain.sbatch"
@@ -33,6 +34,7 @@ class LabPlace:
     """Use it as a context: on leaving, jobs, mount and (if the drill brought it up) the lab are taken away."""
 
     kind: Literal["lab", "here"] = "lab"
+    wandb: WandbServer  # from __enter__ on
 
     def __init__(self, name: str, subnet: str, home: Path) -> None:
         self.name, self.home = name, home
@@ -65,6 +67,7 @@ class LabPlace:
         else:
             self._commands.up(self.lab)
             self._brought_up = True
+        self.wandb = WandbServer(f"{self.lab.subnet}.253")  # this machine, as the nodes see it
         # In a folder of its own, which a node may lack.
         self.environment = self.home / "environment"
         self.environment.mkdir()
@@ -75,11 +78,13 @@ class LabPlace:
             **self.lab.environ(),
             "HPCGPT_PYTHON": str(python),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "WANDB_MODE": "offline",
-            "WANDB_SILENT": "true",
+            **TRACKING_TIMES,
+            **self.wandb.environ(),
         }
 
     def __exit__(self, *_exception: object) -> None:
+        if hasattr(self, "wandb"):
+            self.wandb.close()
         if self._brought_up:
             self._commands.down(self.name)
         if self._mounted:

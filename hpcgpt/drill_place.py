@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from hpcgpt import world
+from hpcgpt.wandb_server import WandbServer
 
 State = Literal["waiting", "running", "finished", "over"]
+
+# What takes minutes in a run of days has to happen in one of a minute.
+TRACKING_TIMES = {"HPCGPT_TRACKING_CHECK_S": "20", "HPCGPT_TRACKING_PROBE_S": "10", "HPCGPT_TRACKING_INIT_S": "10"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Place(Protocol):
     kind: Literal["lab", "here"]
     shape: str  # in words
     disk: Disk
+    wandb: WandbServer  # every run reports to it
 
     def version(self) -> str:
         """Slurm's; '' without one."""
@@ -53,6 +58,9 @@ class Place(Protocol):
 
     def state(self, job: str) -> State:
         """ "over" is any end but a finished training."""
+
+    def over(self, job: str) -> bool:
+        """Has it ended, in whichever way?"""
 
     def last_words(self, job: str) -> str:
         """How Slurm (or the drill, where it plays the batch script) says that the job ended, and the log's end."""

@@ -57,6 +57,10 @@ class Watched:
         """The attempt that started last. On a full disk it cannot say so, and its first row does."""
         return max([self.position()[1], *(int(start["attempt"]) for start in self.starts())])
 
+    def newest_generation(self) -> int:
+        """The attempt that took the run folder last; it may have made no step yet."""
+        return max([0, *(int(path.stem) for path in (self.folder / "generations").glob("[0-9]*.json"))])
+
     def committed(self) -> list[Path]:
         """Checkpoints with a manifest, the oldest first."""
         return sorted(path.parent for path in self.checkpoints.glob("step_*/manifest.json"))

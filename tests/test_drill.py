@@ -7,7 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from hpcgpt import drill, drill_compare, drill_faults, drill_report, runfolder
 from hpcgpt.drill_report import Report, RoundReport
 from hpcgpt.drill_round import Strike
 from hpcgpt.drill_run import Undoing, Watched
+from hpcgpt.wandb_server import WandbServer
 
 STEPS = 12
 
@@ -145,6 +149,80 @@ def test_a_checkpoint_of_an_older_generation_after_a_newer_one_is_seen(trained: 
     assert "one before it of generation 5" in drill_compare.differences(other, trained, STEPS)[0]
 
 
+def _sent(folder: Path) -> list[dict[str, Any]]:
+    rows = runfolder.read_rows(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def test_rows_that_wandb_lacks_has_twice_or_has_otherwise_are_problems(trained: Path) -> None:
+    sent = _sent(trained)
+    assert drill_compare.wandb_row_differences(trained, sent, STEPS) == ([], "0 missing, 0 doubled")
+    for lines, problem in (
+        ([*sent[:4], *sent[6:]], "wandb: 2 rows missing, the first one of step 5"),
+        ([*sent, sent[2]], "wandb: 1 rows doubled, the first one of step 3"),
+        ([*sent, sent[2] | {"step": 13}], "wandb: 1 rows of steps that are not the run's, the first one of step 13"),
+        ([*sent[:-1], sent[-1] | {"val/loss": 9.0}], "wandb: step 12 has val/loss 9.0, and in metrics.jsonl it is"),
+        ([], "wandb: 12 rows missing, the first one of step 1"),
+    ):
+        (found,), _ = drill_compare.wandb_row_differences(trained, lines, STEPS)
+        assert found.startswith(problem)
+
+
+def test_sync_completes_what_wandb_lacks_and_a_second_id_is_a_problem(
+    trained: Path, tmp_path: Path, server: WandbServer
+) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "alone"))
+    told = "0 of 12 rows at the end, 0 missing, 0 doubled after sync"
+    assert drill_compare.wandb_differences(folder, server, STEPS) == ([], told)
+    server.names["another"] = "alone"
+    (problem,), told = drill_compare.wandb_differences(folder, server, STEPS)
+    assert "'another'" in problem
+    assert told == "12 of 12 rows at the end, 0 missing, 0 doubled after sync"
+
+
+# --- wandb's server --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+def test_a_wandb_server_that_refuses_connections_answers_at_its_old_address_later(server: WandbServer) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(server.url) as answer:
+        assert answer.status == 200
+    server.mode = "refusing"
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        opener.open(server.url)
+    server.mode = "failing"
+    with pytest.raises(urllib.error.HTTPError, match="500") as failed:
+        opener.open(server.url)
+    failed.value.close()
+
+
+class WandbOnly:
+    """A place of which the fault uses nothing else."""
+
+    def __init__(self, server: WandbServer) -> None:
+        self.wandb = server
+
+
+@pytest.mark.parametrize(("pick", "mode"), [(0.0, "silent"), (0.4, "failing"), (0.9, "refusing")])
+def test_an_outage_of_wandb_is_of_the_kind_that_was_drawn_and_ends(
+    tmp_path: Path, server: WandbServer, pick: float, mode: str
+) -> None:
+    undo = Undoing(lambda _text: None)
+    planned = drill_faults.Planned("wandb outage", 2.0, pick, 0.5)
+    scene = drill_faults.Scene(WandbOnly(server), "1", [], Watched(tmp_path), planned, undo)  # type: ignore[arg-type]
+    assert drill_faults.stop_wandb(scene) == f"{mode}, 19 s"
+    assert server.mode == mode
+    undo.all()
+    assert server.mode == "healthy"
+
+
 # --- undoing ---------------------------------------------------------------------------------------
 
 
@@ -199,7 +277,7 @@ def _report() -> Report:
         Strike(1, 40.0, "requeue", "job 4", "came back", 90, back_s=20.0, lost_steps=6),
         Strike(1, 70.0, "requeue", "", "missed", 95, note="no rank was there"),
     ]
-    report.rounds = [RoundReport(1, "low", 3, 100.0, 2, [], "3 parts, 1 id, 0 of 12 rows missing")]
+    report.rounds = [RoundReport(1, "low", 3, 100.0, 2, [], "12 of 12 rows at the end")]
     return report
 
 

@@ -1,6 +1,6 @@
 """hpcgpt.tracking: one wandb run over all attempts, no row missing or doubled, and training never waits for wandb.
 
-The server is tests/wandb_server.py on loopback, and the client is the real wandb. What is on disk is read with wandb's
+The server is hpcgpt/wandb_server.py on loopback, and the client is the real wandb. What is on disk is read with wandb's
 own reader, ``wandb leet inspect``.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, clean_env, command, rows
-from wandb_server import WandbServer
 
 from hpcgpt import config_sources, durable, runfolder
 from hpcgpt.config import Config, Run
 from hpcgpt.config import Tracking as TrackingOptions
 from hpcgpt.runfolder import AGAIN, FINISHED
 from hpcgpt.tracking import Tracker, check
+from hpcgpt.wandb_server import WandbServer
 
 KEY = "k" * 40
 LONG_S = 60.0

@@ -1,10 +1,12 @@
-"""A small W&B server on loopback: as much of its GraphQL and file stream as wandb's client asks for.
+"""A stand-in for a W&B server: as much of its GraphQL and file stream as wandb's client asks for.
 
-It keeps the history lines that it was sent, by run, and can be out of order in the ways that real ones are:
+The drill, the benchmark of tracking and the tests send their runs to it. It keeps the history lines that it was sent,
+by run, and can be out of order in the ways that real servers are:
 
     healthy     answers
     silent      accepts connections and never answers
     failing     answers 500 to everything
+    refusing    nothing listens at its port
     forgetful   answers, but takes no history: 500 for the file stream alone
 """
 
@@ -14,19 +16,24 @@ import gzip
 import json
 import re
 import threading
+import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Mode = Literal["healthy", "silent", "failing", "forgetful"]
+Mode = Literal["healthy", "silent", "failing", "refusing", "forgetful"]
+BIND_S = 20.0
 
 
 class WandbServer:
-    """Answers from `url` until it is closed; `history` has the lines of a run in the order in which they came."""
+    """Answers from `url` until it is closed; `history` has the lines of a run in the order in which they came, and
+    `names` the name of each run. It listens at `host` alone."""
 
-    def __init__(self) -> None:
-        self.mode: Mode = "healthy"
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._mode: Mode = "healthy"
         self.stop_asked = False
         self.history: dict[str, list[dict[str, Any]]] = {}
+        self.names: dict[str, str] = {}
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
         self.changed = threading.Condition()
@@ -50,20 +57,58 @@ class WandbServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """A client that was killed is part of the tests, too."""
 
-        self._http = Http(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self._listener: Callable[[tuple[str, int]], ThreadingHTTPServer] = lambda address: Http(address, Handler)
+        self._http: ThreadingHTTPServer | None = None
+        self._address = (host, 0)
+        self._listen()
+        self.url = f"http://{host}:{self._address[1]}"
+
+    @property
+    def mode(self) -> Mode:
+        return self._mode
+
+    @mode.setter
+    def mode(self, wanted: Mode) -> None:
+        self._mode = wanted
+        if wanted == "refusing":
+            self._close_listener()
+        elif self._http is None:
+            self._listen()
+
+    def _listen(self) -> None:
+        """Listen at the port again; the first time, at any that is free."""
+        deadline = time.monotonic() + BIND_S
+        while True:
+            try:
+                self._http = self._listener(self._address)
+                break
+            except OSError:  # an outgoing connection of another program may have been given the port meanwhile
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        self._address = (self._address[0], int(self._http.server_address[1]))
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def _close_listener(self) -> None:
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._http = None
 
     def close(self) -> None:
         self._closed.set()
-        self._http.shutdown()
-        self._http.server_close()
+        self._close_listener()
+
+    def environ(self) -> dict[str, str]:
+        """The variables by which wandb sends a run here, whatever else its user's settings say."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online", "WANDB_SILENT": "true",
+                "NO_PROXY": "*", "no_proxy": "*"}  # fmt: skip
 
     def steps(self, run: str) -> list[int]:
         """The steps of the rows of a run, without its samples, in the order in which they came."""
         return [line["step"] for line in self.history.get(run, []) if "train/loss" in line]
 
-    def wait(self, what: Any, limit_s: float = 120) -> bool:
+    def wait(self, what: Callable[[], bool], limit_s: float = 120) -> bool:
         """Wait until `what` is true after a request; False if it never was."""
         with self.changed:
             return self.changed.wait_for(what, limit_s)
@@ -82,8 +127,10 @@ class WandbServer:
             self.requests.append(name)
             mode = self.mode
             self.changed.notify_all()
-        if mode == "silent":
-            self._closed.wait()
+        if mode in ("silent", "refusing"):
+            if mode == "silent":
+                self._closed.wait()
+            asked.close_connection = True  # one that was open before
             return
         if mode == "failing" or (mode == "forgetful" and "/file_stream" in asked.path):
             self._reply(asked, 500, {"error": "out of order"})
@@ -121,6 +168,7 @@ class WandbServer:
         if "upsertBucket" in query:
             new = run not in self.history
             self.history.setdefault(run, [])
+            self.names[run] = given["displayName"] or self.names.get(run, "")
             bucket = {"id": run, "name": run, "displayName": given["displayName"], "config": given["config"],
                       "project": project, "historyLineCount": len(lines)}  # fmt: skip
             return {"upsertBucket": {"bucket": bucket, "inserted": new}}
