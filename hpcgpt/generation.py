@@ -44,6 +44,7 @@ from hpcgpt.runfolder import SUPERSEDED
 
 HEARTBEAT_S = 2.0
 WATCH_S = 5 * HEARTBEAT_S
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TAKEN = re.compile(r"\d+\.json")
 
 
@@ -175,11 +176,14 @@ def _is_next_start(before: str, now: str) -> bool:
 def _process(pid: int) -> dict[str, Any]:
     """What tells a process of this host from every other one: its number, kernel, pid namespace and time of start.
 
-    Without /proc the number has to do. Raises OSError where there is no such process.
+    Without /proc the number has to do. Some containers hide the kernel's id: `boot` is None then, which equals no
+    other. Raises OSError where there is no such process.
     """
     if not Path("/proc/self/stat").exists():
         return {"pid": pid, "boot": "", "pid_namespace": 0, "began": 0}
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot: str | None = None
+    with suppress(OSError):
+        boot = BOOT_ID.read_text().strip()
     # The name before it may have spaces and brackets. The fields are numbers, and the 22nd is the time of start.
     began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return {"pid": pid, "boot": boot, "pid_namespace": os.stat("/proc/self/ns/pid").st_ino, "began": began}
@@ -188,7 +192,7 @@ def _process(pid: int) -> dict[str, Any]:
 def _is_known_to_be_gone(holder: dict[str, Any]) -> bool:
     """Has the process ended that took a number? That can be known of those of this kernel and pid namespace only."""
     here = {"host": socket.gethostname(), **_process(os.getpid())}
-    if any(holder.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
+    if here["boot"] is None or any(holder.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
         return False
     if not _runs(holder["pid"]):
         return True

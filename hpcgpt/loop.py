@@ -358,6 +358,7 @@ class Attempt:
 
     def _roll_back_now(self, launched: Launched, row: dict[str, Any]) -> bool:
         spike, step = self.config.spike, row["step"]
+        on_first(self.ranks, self._saver.await_removals)
         target = restore.newest_valid(
             self.folder / "checkpoints", self.ranks, self.held, lambda saved: saved < step and self._is_regular(saved)
         )
@@ -372,21 +373,19 @@ class Attempt:
                 "another --run.name, or a larger spike.factor"
             )
         self._trace(leaving=True)  # its name tells of steps that come once
-        on_first(self.ranks, lambda: self._remove_beyond(checkpoint.step_of(target)))
+        on_first(self.ranks, lambda: self._saver.remove_beyond(checkpoint.step_of(target)))
         self._load(target)
         self.progress.skipped, self.progress.rollbacks = launched.batch + 1 - self.progress.step, rollbacks
         self.progress.pending = None  # if it was, when that was saved: its row has been told since
+        on_first(self.ranks, lambda: self._cut_off(row))
         if self._reporter:
-            self._reporter.roll_back(self.progress.step, row, self.progress.skipped)
             self._reporter.say(f"back to step {self.progress.step:,}, without the samples since")
         self._remember()
         return True
 
-    def _remove_beyond(self, step: int) -> None:
-        assert self.held is not None
-        for path in checkpoint.found(self.folder / "checkpoints"):
-            if checkpoint.step_of(path) > step:
-                retention.remove(path, self.held)
+    def _cut_off(self, spiked: dict[str, Any]) -> None:
+        assert self._reporter is not None
+        self._reporter.roll_back(self.progress.step, spiked, self.progress.skipped)
 
     def _remember(self) -> None:
         """Tell the judge of the steps until here, from the rows that there are. A collective."""

@@ -4,10 +4,13 @@
 start of the job and prints the folder. It refuses a job that Slurm itself brought back, and that gets nowhere.
 ``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or says why not.
 ``... decide --status ending ...`` while srun still runs and Slurm is ending the job: see `decide_early`.
-It prints "decided" on stdout once it has acted, also where Slurm refused: the batch script has a minimal policy of
-its own, in bash, for a node where this one cannot run. Where there is no scontrol, as in most containers, and the
-batch script said by HPCGPT_ACTS that it can act instead, "requeue" is printed before that.
-``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` only checks the configuration.
+``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` fails on any node where `folder` would fail, and records nothing.
+
+`decide` prints "decided" on stdout once it has acted, also where Slurm refused. Without that word the batch script
+decides, with a minimal policy of its own in bash: on a node where this one cannot run, and where the job would come
+back and the disk has no room for a line in events.jsonl. Such a start could not be counted here; the script counts in
+Slurm. Where there is no scontrol, as in most containers, and the batch script said by HPCGPT_ACTS that it can act
+instead, "requeue" is printed before that.
 
 The policy, in this order:
 
@@ -78,7 +81,9 @@ class Decision:
 
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "check":
-        config_sources.from_command_line(argv[1:], "requeue check", ABOUT)
+        settings = config_sources.from_command_line(argv[1:], "requeue check", ABOUT)
+        runfolder.prepare(settings.run_folder)
+        _claim(settings.run_folder, os.environ)
         return 0
     if not argv or argv[0] not in ("folder", "decide"):
         raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
@@ -94,6 +99,8 @@ def main(argv: Sequence[str]) -> int:
     if argv[2] == ENDING and _acts_outside():
         return 1  # only Slurm knows what it is ending the job for
     refused = _act(settings, None if argv[2] == ENDING else int(argv[2]))
+    if refused is None:
+        return 1
     print("decided")
     return refused
 
@@ -200,10 +207,10 @@ def job_event(job: Job) -> dict[str, Any]:
 def _begin(settings: Config) -> str:
     folder = settings.run_folder
     runfolder.prepare(folder)
+    _claim(folder, os.environ)
     job = slurm.job_id(os.environ)
     if not job:
         return ""
-    _claim(folder, os.environ)
     attempt, newest = world.job_attempt(), progress.newest_step(folder / "checkpoints")
     problem = _hopeless(progress.history(_events(folder), attempt, newest), settings.requeue)
     try:
@@ -249,8 +256,10 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
         )
 
 
-def _act(settings: Config, status: int | None) -> int:
-    """Decide and act; `status` is srun's, None while it still runs."""
+def _act(settings: Config, status: int | None) -> int | None:
+    """Decide and act; `status` is srun's, None while it still runs. Returns an exit status; None if the job is to come
+    back and nothing could be recorded of this start: the batch script then counts.
+    """
     folder, attempt, id_ = settings.run_folder, world.job_attempt(), slurm.job_id(os.environ)
     events = _events(folder)
     if any(event["event"] == "chain" and event.get("job") == attempt for event in events):
@@ -269,7 +278,6 @@ def _act(settings: Config, status: int | None) -> int:
         decision = Decision(False, f"it could not be counted ({decision.why}): {barred}", decision.crashed)
     if decision.crashed or job.node_failed:
         _say(faults.report(folder, attempt, blamed, ends))
-    _say(f"{'requeue' if decision.requeue else 'no requeue'} of job {id_}: {decision.why}")
 
     hosts: list[str] = []
     by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
@@ -281,27 +289,55 @@ def _act(settings: Config, status: int | None) -> int:
         )
         nodes = slurm.nodes(job.fields.get("Partition", ""))
         hosts = excluded.affordable(excluded.remember(folder, bad), job, nodes)
+    # Before the job comes back, which may end this process at once.
+    happened = _what_happened(decision, status, job, blamed, hosts)
+    if decision.requeue and not happened and not any(event.get("job") == attempt for event in events):
+        happened = [{"event": "job"}]  # the disk had no room for it at the start
+    uncounted = _record(folder, attempt, happened)
+    if uncounted and decision.requeue:
+        _say(f"{decision.why}. It could not be counted ({uncounted}): the batch script decides")
+        return None
+    _say(f"{'requeue' if decision.requeue else 'no requeue'} of job {id_}: {decision.why}")
     patience_s = ENDING_S if status is None else REQUEUE_S
     came_back, refused = _bring_back(id_, job, restart, hosts, patience_s) if decision.requeue else ({}, 0)
     if hosts and "next_job" not in came_back:
         hosts = _exclude(id_, job, hosts)
     if hosts:
         _say(f"the next start keeps away from {', '.join(hosts)} ({folder / 'excluded_nodes.json'})")
-    try:  # afterwards: a full disk must not keep the job from running again
-        if decision.crashed:
-            who = {"rank": blamed.rank, "host": blamed.host} if blamed else {"rank": None, "host": None}
-            runfolder.record(folder, "crash", job=attempt, status=status, reason=decision.why, **who, excluded=hosts)
-        if job.node_failed or by_a_node:
-            runfolder.record(folder, "node_failed", job=attempt, host=blamed.host if blamed and by_a_node else None)
-        if decision.gave_up:
-            runfolder.record(folder, "give_up", job=attempt, reason=decision.why)
-        if came_back:
-            runfolder.record(folder, job=attempt, reason=decision.why, **came_back)
-        elif not decision.crashed and job.restarts <= restart:  # for hpcgpt.status: this job is over
-            runfolder.record(folder, "no_requeue", job=attempt, reason=decision.why)
-    except OSError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+    what: list[dict[str, Any]] = []
+    if decision.gave_up:
+        what.append({"event": "give_up", "reason": decision.why})
+    if came_back:
+        what.append({"reason": decision.why, **came_back})
+    elif not decision.crashed and job.restarts <= restart:  # for hpcgpt.status: this job is over
+        what.append({"event": "no_requeue", "reason": decision.why})
+    if lost := _record(folder, attempt, what):
+        print(f"warning: {lost}", file=sys.stderr, flush=True)
     return refused
+
+
+def _what_happened(
+    decision: Decision, status: int | None, job: Job, blamed: Blame | None, hosts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The events that the next starts count by. `hosts`: those that the next one is to keep away from."""
+    by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
+    what: list[dict[str, Any]] = []
+    if decision.crashed:
+        who = {"rank": blamed.rank, "host": blamed.host} if blamed else {"rank": None, "host": None}
+        what.append({"event": "crash", "status": status, "reason": decision.why, **who, "excluded": list(hosts)})
+    if job.node_failed or by_a_node:
+        what.append({"event": "node_failed", "host": blamed.host if blamed and by_a_node else None})
+    return what
+
+
+def _record(folder: Path, attempt: str, what: Sequence[dict[str, Any]]) -> str:
+    """Append events of this start; '' or why that cannot be done."""
+    try:
+        for fields in what:
+            runfolder.record(folder, job=attempt, **fields)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _decision(

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,23 @@ class Saver:
 
         threading.Thread(target=prune, name="pruning", daemon=True).start()
 
+    def await_removals(self) -> None:
+        """Wait, for a bounded time, for what `loaded` removes. Rank 0 only."""
+        if self._removing.acquire(timeout=PRUNING_S):
+            self._removing.release()
+
+    def remove_beyond(self, step: int) -> None:
+        """Remove the checkpoints of later steps, to which the run does not go back. Rank 0 only.
+
+        Raises:
+            OSError: one could not be removed.
+        """
+        assert self._held is not None
+        for path in checkpoint.found(self._checkpoints):
+            if checkpoint.step_of(path) > step:
+                with suppress(FileNotFoundError):  # what a start removes may have waited for its disk until now
+                    retention.remove(path, self._held)
+
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
         """Copy `tensors`, as `tensors_of` gives them, and start to write them.
 
@@ -240,8 +258,7 @@ class Saver:
         self._held.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
         if self._final.exists():
             return None
-        if self._removing.acquire(timeout=PRUNING_S):
-            self._removing.release()
+        self.await_removals()
         temporary = checkpoint.temporary_of(self._final, self._held.number)
         needed = self._bytes + SPARE_BYTES
         try:

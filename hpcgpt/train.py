@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
         status = loop.train(planned, here, flag, began_at)
     except Exception as error:
-        if isinstance(error, InputError) and here.launcher == "srun" and runfolder.has_trained(folder):
+        if isinstance(error, InputError) and here.launcher == "srun" and _has_trained_with(settings):
             node_error = blame_the_node(error)
             _say_why(folder, here, node_error)
             raise node_error from error
@@ -68,6 +69,18 @@ def _settings(argv: Sequence[str]) -> Config:
         if os.environ.get("HPCGPT_CHECKED", "") == world.job_attempt() != "":
             raise NodeError(f"{error} (the batch script could read it: {socket.gethostname()} cannot)") from error
         raise
+
+
+def _has_trained_with(settings: Config) -> bool:
+    """Has the run made steps with the inputs that are asked for now? config.toml names those of the attempt before."""
+    if not runfolder.has_trained(settings.run_folder):
+        return False
+    try:
+        before = tomllib.loads((settings.run_folder / "config.toml").read_text())["data"]
+    except (OSError, KeyError, ValueError):  # not known: its shards were there at the first start
+        return True
+    now = tomllib.loads(config_sources.to_toml(settings.from_anywhere))["data"]
+    return all(before.get(key) == now.get(key) for key in ("dir", "mix", "tokenizer"))
 
 
 def _say_why(folder: Path, here: World, error: Exception) -> None:

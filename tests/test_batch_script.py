@@ -322,11 +322,34 @@ def test_a_decision_not_to_requeue_is_one_though_slurm_refused_or_not(batch: Bat
 def test_while_slurm_ends_the_job_at_its_time_limit_it_comes_back_without_python_too(batch: Batch) -> None:
     batch.has_python('[ "$3" != decide ] || exit 1')
     batch.is_("reason", "TimeLimit").is_("state", "COMPLETING")
-    # As a real srun does, it ends some time after the signal. (Where both come at one moment, bash 5.2 may wait for
-    # a child that it has reaped: see docs/lab-notes.md.)
-    (batch.bin / "srun").write_text("#!/bin/bash\nsleep 0.5\nkill -TERM $PPID\nsleep 1\nexit 143\n")
+    # Signal and end at one moment. The script is the parent of the shell that waits for srun.
+    (batch.bin / "srun").write_text(
+        '#!/bin/bash\nread -r _ _ _ script _ < "/proc/$PPID/stat"\nkill -TERM "$script"\nexit 143\n'
+    )
     done = batch.start()
+    assert done.returncode == 143
     assert "requeue of job 7, 1 of 5 without hpcgpt.requeue" in done.stderr
+
+
+def test_what_is_decided_while_srun_still_runs_is_decided_before_it_ends(batch: Batch) -> None:
+    """As where the ranks hang, since a node is gone: srun waits for them, and both are killed."""
+    batch.has_python(f'[ "$3" != decide ] || {{ echo "$5" >> {batch.state}/asked; exit 1; }}')
+    batch.is_("reason", "TimeLimit").is_("state", "COMPLETING")
+    (batch.bin / "srun").write_text(
+        '#!/bin/bash\nread -r _ _ _ script _ < "/proc/$PPID/stat"\nkill -TERM "$script"\n'
+        'until [ -s "$STATE/told" ]; do sleep 0.1; done\nexit 143\n'
+    )
+    batch.start()
+    assert batch.has("asked").split() == ["ending", "143"]
+
+
+def test_the_warning_that_was_asked_for_with_signal_b_reaches_srun_and_its_status_is_its_own(batch: Batch) -> None:
+    """`wait` gave the signal's number instead."""
+    (batch.bin / "srun").write_text(
+        '#!/bin/bash\ntrap "exit 75" USR1\nread -r _ _ _ script _ < "/proc/$PPID/stat"\nkill -USR1 "$script"\n'
+        "while :; do sleep 0.1; done\n"
+    )
+    assert batch.start().returncode == 75
 
 
 def without_slurm(batch: Batch) -> None:

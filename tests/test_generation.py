@@ -156,6 +156,18 @@ def test_a_living_holder_in_another_container_is_not_taken_for_dead(tmp_path: Pa
     assert not list((tmp_path / "generations").glob("000002*"))
 
 
+def test_where_a_container_hides_the_kernels_id_a_run_starts_and_a_dead_holder_is_watched(
+    tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same host name and number may then be another machine's. (Each start failed.)"""
+    holder.end()
+    monkeypatch.setattr(generation, "BOOT_ID", tmp_path / "hidden")
+    taken = generation.take(tmp_path, "")
+    assert taken.number == 2
+    assert "watching it" in capfd.readouterr().out
+    taken.release()
+
+
 def test_a_process_that_has_a_dead_holders_number_is_not_taken_for_it(
     tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import command, rows
 from small_checkpoints import save
-from test_runfolder import another_user, shared
+from test_runfolder import another_user, fill, shared, small_disk
 
 from hpcgpt import config, generation, requeue, runfolder
 from hpcgpt.excluded import bad_hosts
@@ -328,7 +328,7 @@ def test_a_saved_attempt_is_requeued(slurm: FakeSlurm, run: Path) -> None:
     assert status == 0
     assert "requeue of job 7: saved at step 1,200" in said
     assert slurm.requeued == ["7"]
-    assert [event["event"] for event in runfolder.events(run)] == ["requeue"]
+    assert [event["event"] for event in runfolder.events(run)] == ["job", "requeue"]
 
 
 def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, 
     runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     status, said = decided(slurm, run, 143)
     assert (status, slurm.requeued) == (0, ["7"]), said
-    assert [event["event"] for event in runfolder.events(run)] == ["requeue"]
+    assert [event["event"] for event in runfolder.events(run)] == ["job", "requeue"]
 
 
 def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlurm, run: Path) -> None:
@@ -477,7 +477,7 @@ def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlu
     status, said = decided(slurm, run, 143)
     assert status == 0, said
     assert "refuse" not in said
-    assert [event["event"] for event in runfolder.events(run)] == ["requeue"]
+    assert [event["event"] for event in runfolder.events(run)] == ["job", "requeue"]
 
 
 def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run: Path) -> None:
@@ -645,6 +645,45 @@ def test_a_job_that_is_not_requeued_says_so(slurm: FakeSlurm, run: Path) -> None
     decided(slurm, run, 143)
     (told,) = runfolder.events(run)
     assert (told["event"], told["job"], told["reason"]) == ("no_requeue", "7_0", "the job was cancelled")
+
+
+def test_what_a_full_disk_cannot_count_is_left_to_the_batch_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each crash would be the first one, without end; the batch script counts in the job's comment."""
+    slurm = FakeSlurm(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", f"{slurm.folder}:/usr/bin:/bin")
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        run = disk / "mine"
+        runfolder.prepare(run)
+        fill(disk)
+        words = ["decide", "--status", "1", "--run.dir", str(disk), "--run.name", "mine"]
+        assert requeue.main(words) == 1
+        told = capfd.readouterr()
+        assert "decided" not in told.out
+        assert "crash 1 since the last new checkpoint" in told.err
+        assert "It could not be counted" in told.err
+        words[2] = "75"  # nor a start that was preempted before it was on record
+        assert requeue.main(words) == 1
+        words[2] = "0"
+        assert requeue.main(words) == 0
+        assert capfd.readouterr().out == "decided\n"
+    assert slurm.requeued == []
+
+
+def test_check_fails_on_a_node_where_folder_would(tmp_path: Path) -> None:
+    """The batch script tries it on the job's other nodes: what none of them can is a mistake, and no node's fault."""
+    (tmp_path / "file").write_text("")
+    flags = ("quickstart", "--run.dir", str(tmp_path / "file"), "--run.name", "mine")
+    for what in ("folder", "check"):
+        done = command("hpcgpt.requeue", what, *flags)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "cannot be a run folder" in done.stderr
+    flags = ("quickstart", "--run.dir", str(tmp_path), "--run.name", "mine")
+    tasks = [{"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": task} for task in "12"]
+    assert [command("hpcgpt.requeue", "check", *flags, env=task).returncode for task in tasks] == [0, 2]
+    assert runfolder.events(tmp_path / "mine") == []
 
 
 def test_a_crash_that_cannot_be_counted_is_not_requeued(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,20 +116,24 @@ def test_the_rank_whose_fault_it_is_is_blamed_and_no_other(tiny: Path, where: st
 
 def test_shards_that_the_run_has_trained_with_are_no_mistake(tiny: Path, shards_folder: Path) -> None:
     """A node that lacks the mount: never requeued, a three-week run was over. On the first start it is a mistake."""
-    gone = ("--data.dir", str(shards_folder.with_name("not_mounted")))
+    mounted = shutil.copytree(shards_folder, tiny.parent / "mounted")
+    shards, wrong = ("--data.dir", str(mounted)), ("--data.dir", str(tiny.parent / "mistyped"))
     srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "localhost",
             "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}  # fmt: skip
     folder = tiny.parent / "runs" / "tiny"
-    first = command("hpcgpt.train", str(tiny), *gone, env=srun)
+    first = command("hpcgpt.train", str(tiny), *wrong, env=srun)
     assert first.returncode == USER_MISTAKE
-    trained = command("hpcgpt.train", str(tiny), "--train.steps", "8")
+    trained = command("hpcgpt.train", str(tiny), *shards, "--train.steps", "8")
     assert trained.returncode == FINISHED
-    later = command("hpcgpt.train", str(tiny), *gone, env=srun | {"SLURM_RESTART_COUNT": "1"})
+    shutil.rmtree(mounted)
+    later = command("hpcgpt.train", str(tiny), *shards, env=srun | {"SLURM_RESTART_COUNT": "1"})
     assert later.returncode == FAILED
     assert "the run has trained with it before" in later.stderr
     assert "Traceback" not in later.stderr
     ended = runfolder.read_exit(folder)
     assert ended is not None
     assert (ended.attempt, ended.status) == ("7_1", FAILED)
-    alone = command("hpcgpt.train", str(tiny), *gone)
+    alone = command("hpcgpt.train", str(tiny), *shards)
     assert alone.returncode == USER_MISTAKE  # a person types it again
+    other = command("hpcgpt.train", str(tiny), *wrong, env=srun | {"SLURM_JOB_ID": "8"})
+    assert other.returncode == USER_MISTAKE  # the run has never trained with these
