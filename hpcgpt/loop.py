@@ -41,7 +41,7 @@ from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
 from hpcgpt.generation import Generation
 from hpcgpt.informing import only_informs
 from hpcgpt.plan import Plan
-from hpcgpt.preempt import Stop, StopFlag
+from hpcgpt.preempt import RECENT_SAVES, Stop, StopFlag
 from hpcgpt.profiling import Profiler
 from hpcgpt.reporter import Reporter, Story
 from hpcgpt.saver import Saved, Saver, tensors_of
@@ -239,10 +239,7 @@ class Attempt:
         """Rank 0: write what the folder is to hold, and begin to tell."""
         self._has_config = self._keep_config()
         tokenizer.save(self.words, self.folder / "tokenizer")
-        slowest_s = max(
-            (event.get("seconds", 0.0) for event in records.events(self.folder)[-100:] if event["event"] == "save"),
-            default=0.0,
-        )
+        took = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
         progress, pending = self.progress, self.progress.pending is not None
         story = Story(
             self.plan, self.ranks, self.number, self._hosts, self.engine.dtype, self._began_at, progress.step, pending
@@ -256,7 +253,8 @@ class Attempt:
             self._reporter.say(line)
         if self._changes.found:
             self._reporter.event("changed", **self._changes.fields)
-        self.flag.save_takes(slowest_s)
+        for seconds in took[-RECENT_SAVES:]:
+            self.flag.save_takes(seconds)
         self._reporter.event("ready", step=progress.step, **self._times)
         rate, more = self.config.data.verify_mb_per_s, progress.step < self.plan.total_steps
         if rate and more:
@@ -475,7 +473,8 @@ class Attempt:
             return
         if self._reporter:
             self._reporter.saved(saved)
-        self.flag.save_takes(saved.seconds)
+        if not saved.problem:  # one that failed at once says nothing of how long a whole one takes
+            self.flag.save_takes(saved.seconds)
 
     def _mind_the_end(self) -> None:
         """Say it once where a step and its saves need more than the margin that was asked for, and when that grows."""
