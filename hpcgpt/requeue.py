@@ -275,19 +275,27 @@ def _act(settings: Config, status: int | None) -> int:
     by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
     # Where a rank's program could not even be started, a mount is missing, and the next start would fail there too.
     has_no_program = bool(blamed and blamed.status in (CANNOT_EXECUTE, NOT_FOUND))
-    if (settings.requeue.exclude_bad_nodes or has_no_program) and (decision.requeue or job.restarts > restart):
+    looks = settings.requeue.exclude_bad_nodes or has_no_program
+    before = excluded.listed(job, attempt, events)
+    comes_back = decision.requeue or job.restarts > restart
+    if comes_back and (looks or before.own):
         bad = excluded.bad_hosts(
             blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
         )
+        kept = excluded.remember(folder, bad if looks else {}, before.handed_over)
         nodes = slurm.nodes(job.fields.get("Partition", ""))
-        hosts = excluded.affordable(excluded.remember(folder, bad), job, nodes)
+        # Where Slurm does not say which nodes there are, it is left as it is.
+        hosts = excluded.affordable(kept, job, nodes, before.persons) if nodes else list(before.own)
     patience_s = ENDING_S if status is None else REQUEUE_S
-    came_back, refused = _bring_back(id_, job, restart, hosts, patience_s) if decision.requeue else ({}, 0)
-    if hosts and "next_job" not in came_back:
-        hosts = _exclude(id_, job, hosts)
+    beside = [*before.persons, *hosts]
+    came_back, refused = _bring_back(id_, job, restart, beside, patience_s) if decision.requeue else ({}, 0)
+    if comes_back and (hosts or before.own) and "next_job" not in came_back:
+        hosts = _exclude(id_, job, before, hosts)
     if hosts:
         _say(f"the next start keeps away from {', '.join(hosts)} ({folder / 'excluded_nodes.json'})")
     try:  # afterwards: a full disk must not keep the job from running again
+        if hosts:
+            runfolder.record(folder, "excluded", job=attempt, hosts=hosts)
         if decision.crashed:
             who = {"rank": blamed.rank, "host": blamed.host} if blamed else {"rank": None, "host": None}
             runfolder.record(folder, "crash", job=attempt, status=status, reason=decision.why, **who, excluded=hosts)
@@ -354,10 +362,10 @@ def _acts_outside() -> bool:
     return os.environ.get("HPCGPT_ACTS") == "1" and shutil.which("scontrol") is None
 
 
-def _exclude(id_: str, job: Job, hosts: list[str]) -> list[str]:
-    problem = excluded.tell(id_, job, hosts)
+def _exclude(id_: str, job: Job, before: excluded.Listed, hosts: list[str]) -> list[str]:
+    problem = excluded.tell(id_, job, before, hosts)
     if problem:
-        _say(f"warning: Slurm would not keep job {id_} away from {', '.join(hosts)}: {problem}")
+        _say(f"warning: Slurm would not change what job {id_} keeps away from ({', '.join(hosts)}): {problem}")
     return [] if problem else hosts
 
 
