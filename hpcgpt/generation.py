@@ -138,7 +138,10 @@ def is_held(run_folder: Path) -> bool:
 def holder_is_gone(run_folder: Path) -> bool:
     """Is the process that took the newest number known to have ended? That of another host or container is not."""
     folder = run_folder / "generations"
-    return _is_known_to_be_gone(_holder(folder, _newest(folder)))
+    try:
+        return _is_known_to_be_gone(_holder(folder, _newest(folder)))
+    except (OSError, KeyError, TypeError, OverflowError, RecursionError):  # its file is away, or damaged
+        return False
 
 
 def wait_until_gone(run_folder: Path, attempt: str) -> int:

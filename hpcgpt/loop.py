@@ -84,6 +84,11 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     return status
 
 
+def sample_limit_s(wanted_s: float, hang_s: float) -> float:
+    """How long a sample may take: the other ranks wait for it in a collective, and must not take it for a hang."""
+    return min(wanted_s, hang_s / 2, rendezvous.COLLECTIVE_TIMEOUT.total_seconds() / 2)
+
+
 def _take(ranks: Ranks, folder: Path) -> Generation | None:
     """Rank 0 takes the run folder; None on the others."""
     taken: list[Generation] = []
@@ -282,7 +287,8 @@ class Attempt:
                 if self._reporter:
                     self._reporter.row(row)
                     if "val/loss" in row and self.config.sample.tokens:
-                        self._reporter.sample(self.progress.step, self._sample_limit_s(), self._may_sample)
+                        limit_s = sample_limit_s(self.config.sample.max_s, self._watchdog.limit_s)
+                        self._reporter.sample(self.progress.step, limit_s, self._may_sample)
             reason = self._between(after_step=True)
             if reason:
                 self._tell_unread()
@@ -392,10 +398,6 @@ class Attempt:
         if self.progress.pending:  # its row is not in the file yet
             rows.append(self.progress.pending)
         self._judge.remember(rows)
-
-    def _sample_limit_s(self) -> float:
-        """How long a sample may take: the other ranks wait for it, and must not take that for a hang."""
-        return min(self.config.sample.max_s, self._watchdog.limit_s / 2)
 
     def _may_sample(self) -> bool:
         """Called for each token of a sample on rank 0: it is no hang, and ends when this rank is told to stop."""

@@ -46,11 +46,25 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import chain, cli, config_sources, durable, excluded, faults, progress, records, runfolder, slurm, world
+from hpcgpt import (
+    chain,
+    cli,
+    config_sources,
+    durable,
+    excluded,
+    faults,
+    generation,
+    progress,
+    records,
+    runfolder,
+    slurm,
+    world,
+)  # fmt: skip
 from hpcgpt.config import Config, Requeue
 from hpcgpt.errors import USER_MISTAKE, UserError
 from hpcgpt.faults import Blame
@@ -205,6 +219,9 @@ def _begin(settings: Config) -> str:
         return ""
     _claim(folder, os.environ)
     attempt, newest = world.job_attempt(), progress.newest_step(folder / "checkpoints")
+    with suppress(OSError):
+        if not generation.is_held(folder) or generation.holder_is_gone(folder):
+            runfolder.put_aside(folder, attempt)
     problem = _hopeless(progress.history(_events(folder), attempt, newest), settings.requeue)
     try:
         runfolder.record(folder, "job", job=attempt, newest_step=newest, **job_event(slurm.ask(job)))

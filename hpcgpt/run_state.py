@@ -132,8 +132,7 @@ def _parts(job: str) -> tuple[str, int]:
 
 
 def _is_held(folder: Path) -> bool:
-    # Whatever stands in the holder's file: status has more to say than that.
-    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    with suppress(OSError):
         return generation.is_held(folder) and not generation.holder_is_gone(folder)
     return True
 

@@ -521,6 +521,40 @@ def test_an_interactive_allocation_cannot_be_requeued_and_says_so(slurm: FakeSlu
     assert slurm.requeued == []
 
 
+def begun(slurm: FakeSlurm, run: Path) -> None:
+    env = {"SLURM_JOB_ID": "7", "PATH": f"{slurm.folder}:/usr/bin:/bin"}
+    done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(slurm: FakeSlurm, run: Path) -> None:
+    """Both are called 7_0. The first saved and left; the second is killed without a word."""
+    slurm.answers(BatchFlag="0")
+    for round_ in range(2):
+        begun(slurm, run)
+        crashed_on(run, f"n{round_}")
+        (run / "faults" / "7_0").mkdir(parents=True)
+        runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    begun(slurm, run)
+    (run / "logs" / "7_0.srun").write_text("srun: error: n5: task 0: Killed\n")
+    _, said = decided(slurm, run, 137)
+    assert "crash 1 since the last new checkpoint: rank 0 on n5" in said
+    assert "n0" not in said
+    assert sorted(path.name for path in (run / "logs").glob("7_0.srun.*")) == ["7_0.srun.1", "7_0.srun.2"]
+    assert {"7_0.1", "7_0.2"} < {path.name for path in (run / "faults").iterdir()}, "and this start's own"
+
+
+def test_what_a_start_that_lives_has_written_is_left_where_it_is(slurm: FakeSlurm, run: Path) -> None:
+    """A second one in its allocation, which will be refused."""
+    crashed_on(run, "n0")
+    taken = generation.take(run, "7_0")
+    begun(slurm, run)
+    assert (run / "logs" / "7_0.srun").exists()
+    taken.release()
+    begun(slurm, run)
+    assert not (run / "logs" / "7_0.srun").exists()
+
+
 def test_this_start_of_the_job_is_recorded(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(EligibleTime="1700000000", StartTime="1700000060")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n[1-2,4]",
