@@ -147,8 +147,8 @@ def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str
     for event in runfolder.events(run):
         if event.get("step") != step:
             continue
-        if event.get("event") == "save":
-            found = []  # those before were about another one
+        if event.get("event") == "save" or event.get("set_aside"):
+            found = []  # those before were about another one, or about one that a person has brought back since
         # Where it is not known which one it was, the step has to do: a disk that shows nothing must not block the run.
         elif (
             event.get("event") == "unreadable"
@@ -156,15 +156,16 @@ def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str
             and (not identity or event.get("identity", "") in ("", identity))
         ):
             found.append(event)
+    hosts = {str(event.get("host")) for event in found}
+    enough = len({event.get("attempt") for event in found}) >= ATTEMPTS or bool(hosts - {now.host})
     with suppress(OSError):  # then it counts as the first failure, next time
         runfolder.record(
             run, "unreadable", attempt=held.number, step=step, rank=now.rank, host=now.host, problem=now.words,
-            identity=identity,
+            identity=identity, set_aside=enough,
         )  # fmt: skip
-    hosts = {str(event.get("host")) for event in found}
-    if len({event.get("attempt") for event in found}) >= ATTEMPTS or hosts - {now.host}:
-        return f"{len(found)} earlier attempt{'s' if len(found) > 1 else ''} on {', '.join(sorted(hosts))}"
-    return ""
+    return (
+        f"{len(found)} earlier attempt{'s' if len(found) > 1 else ''} on {', '.join(sorted(hosts))}" if enough else ""
+    )
 
 
 def _identity(path: Path) -> str:

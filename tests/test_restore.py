@@ -524,6 +524,11 @@ def test_a_checkpoint_that_attempts_cannot_read_one_after_the_other_does_not_blo
     host.bad.clear()
     aside.rename(host.run / "checkpoints/step_000000012")
     assert host.attempt("n1") == "step_000000012"
+    # It was not: that is the first failure of what was put back.
+    host.bad.add(f"step_000000012 {look}")
+    with pytest.raises(OSError, match="Input/output error"):
+        host.attempt("n2")
+    assert host.attempt("n1") == "step_000000008"
 
 
 def test_a_checkpoint_that_another_host_can_read_is_used(host: Host) -> None:
