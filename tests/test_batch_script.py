@@ -35,7 +35,7 @@ case $1 in
     update) echo "$@" >> told; case $3 in
         Comment=*) [ ! -e no_comments ] || exit 1; echo "${3#Comment=}" > comment ;;
         ExcNodeList=*) echo "${3#ExcNodeList=}" > excluded ;; esac ;;
-    show) [ "$2" != hostnames ] || tr , '\\n' <<< "$3" | grep . ;;
+    show) [ ! -e no_hostnames ] || exit 1; [ "$2" != hostnames ] || tr , '\\n' <<< "$3" | grep . ;;
 esac
 """
 SINFO = '#!/bin/bash\ncat "$STATE/nodes"\n'
@@ -192,6 +192,14 @@ def test_once_hpcgpt_requeue_has_decided_again_its_nodes_come_back(batch: Batch)
     batch.start(2)
     assert "requeue 7" in batch.told
     assert (batch.has("excluded"), batch.has("comment")) == ("n9", "mine")
+
+
+def test_where_it_is_not_known_whom_a_person_excluded_they_stay_excluded(batch: Batch) -> None:
+    batch.python.unlink()
+    batch.is_("excluded", "n[5-9]").is_("no_hostnames", "")
+    batch.start(1)
+    assert "requeue 7" in batch.told
+    assert batch.has("excluded") == "n[5-9]"
 
 
 def test_where_slurm_names_no_nodes_it_excludes_what_it_did(batch: Batch) -> None:
