@@ -136,6 +136,15 @@ def is_held(run_folder: Path) -> bool:
     return newest > 0 and not (folder / f"{newest:06d}.done").exists()
 
 
+def holder_is_gone(run_folder: Path) -> bool:
+    """Is the process that took the newest number known to have ended? That of another host or container is not."""
+    folder = run_folder / "generations"
+    try:
+        return _is_known_to_be_gone(_holder(folder, _newest(folder)))
+    except (OSError, KeyError, TypeError, OverflowError, RecursionError):  # its file is away, or damaged
+        return False
+
+
 def wait_until_gone(run_folder: Path, attempt: str) -> int:
     """The newest generation of a run folder, whose holder is gone; 0 if there was none yet.
 

@@ -41,7 +41,7 @@ from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
 from hpcgpt.generation import Generation
 from hpcgpt.informing import only_informs
 from hpcgpt.plan import Plan
-from hpcgpt.preempt import Stop, StopFlag
+from hpcgpt.preempt import RECENT_SAVES, Stop, StopFlag
 from hpcgpt.profiling import Profiler
 from hpcgpt.reporter import Reporter, Story
 from hpcgpt.saver import Saved, Saver, tensors_of
@@ -82,6 +82,11 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
         if held is not None:
             held.release()
     return status
+
+
+def sample_limit_s(wanted_s: float, hang_s: float) -> float:
+    """How long a sample may take: the other ranks wait for it in a collective, and must not take it for a hang."""
+    return min(wanted_s, hang_s / 2, rendezvous.COLLECTIVE_TIMEOUT.total_seconds() / 2)
 
 
 def _take(ranks: Ranks, folder: Path) -> Generation | None:
@@ -239,10 +244,7 @@ class Attempt:
         """Rank 0: write what the folder is to hold, and begin to tell."""
         self._has_config = self._keep_config()
         tokenizer.save(self.words, self.folder / "tokenizer")
-        slowest_s = max(
-            (event.get("seconds", 0.0) for event in records.events(self.folder)[-100:] if event["event"] == "save"),
-            default=0.0,
-        )
+        took = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
         progress, pending = self.progress, self.progress.pending is not None
         story = Story(
             self.plan, self.ranks, self.number, self._hosts, self.engine.dtype, self._began_at, progress.step, pending
@@ -256,7 +258,8 @@ class Attempt:
             self._reporter.say(line)
         if self._changes.found:
             self._reporter.event("changed", **self._changes.fields)
-        self.flag.save_takes(slowest_s)
+        for seconds in took[-RECENT_SAVES:]:
+            self.flag.save_takes(seconds)
         self._reporter.event("ready", step=progress.step, **self._times)
         rate, more = self.config.data.verify_mb_per_s, progress.step < self.plan.total_steps
         if rate and more:
@@ -284,7 +287,8 @@ class Attempt:
                 if self._reporter:
                     self._reporter.row(row)
                     if "val/loss" in row and self.config.sample.tokens:
-                        self._reporter.sample(self.progress.step, self._sample_limit_s(), self._may_sample)
+                        limit_s = sample_limit_s(self.config.sample.max_s, self._watchdog.limit_s)
+                        self._reporter.sample(self.progress.step, limit_s, self._may_sample)
             reason = self._between(after_step=True)
             if reason:
                 self._tell_unread()
@@ -394,10 +398,6 @@ class Attempt:
             rows.append(self.progress.pending)
         self._judge.remember(rows)
 
-    def _sample_limit_s(self) -> float:
-        """How long a sample may take: the other ranks wait for it, and must not take that for a hang."""
-        return min(self.config.sample.max_s, self._watchdog.limit_s / 2)
-
     def _may_sample(self) -> bool:
         """Called for each token of a sample on rank 0: it is no hang, and ends when this rank is told to stop."""
         self._watchdog.alive()
@@ -474,7 +474,8 @@ class Attempt:
             return
         if self._reporter:
             self._reporter.saved(saved)
-        self.flag.save_takes(saved.seconds)
+        if not saved.problem:  # one that failed at once says nothing of how long a whole one takes
+            self.flag.save_takes(saved.seconds)
 
     def _mind_the_end(self) -> None:
         """Say it once where a step and its saves need more than the margin that was asked for, and when that grows."""

@@ -7,13 +7,13 @@ stops all of them together. Flags come from
     SIGTERM            preemption, requeue, cancel; it may come twice
     SIGHUP             the terminal or the ssh session is gone; left alone where nohup ignores it
     SIGINT             Ctrl-C; a second one leaves at once
-    the clock          the job's own end, SLURM_JOB_END_TIME, is near
+    the clock          the job's own end is near: SLURM_JOB_END_TIME, until Slurm says otherwise (hpcgpt.job_end)
     a file             STOP in the run folder
 
 How near is near: the flag is looked at between steps, so once a look has said no, a whole step passes before the next
 one. What is left of the job at a look has to hold that step, two saves (one that is under way is finished first) and
-SLACK_S. Steps and saves are measured while the run lasts; `requeue.end_margin_s` is the least. A warning of Slurm's
-that comes later than that changes nothing: the clock has said so before.
+SLACK_S. Steps and saves are measured while the run lasts, and the last few count; `requeue.end_margin_s` is the least.
+A warning of Slurm's that comes later than that changes nothing: the clock has said so before.
 
 Children must not die of signals that Slurm sends to every process of a step: start them inside
 ``shielded()``.
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 LOOK_EVERY_S = 1.0  # a look at a network file system is not free, and steps of small models are short
 SLACK_S = 10.0  # beyond a step and two saves: leaving
 RECENT = 20  # gaps between looks; the longest of these is the one to expect
+# Saves. While other jobs write to the file system, saves are slow one after the other: the longest of the last five is
+# the one to expect. A single slow one is forgotten after that, and costs the lead of five saves, not of all to come.
+RECENT_SAVES = 5
 STEP_FACTOR = 1.25  # a step may take longer than any so far
 
 
@@ -83,8 +86,8 @@ class StopFlag:
         self._file = stop_file
         end = env.get("SLURM_JOB_END_TIME", "")
         self._began, self._end = time.time(), float(end) if end.isdigit() else float("inf")
-        self._latest = leave_at(self._end, self._began, end_margin_s) if end.isdigit() else float("inf")
-        self._save_s: float | None = None
+        self._margin_s = end_margin_s
+        self._saves: deque[float] = deque(maxlen=RECENT_SAVES)
         self._gaps: deque[float] = deque(maxlen=RECENT)
         self._last_look: float | None = None
 
@@ -106,11 +109,11 @@ class StopFlag:
             self._interrupted = True
         self._told = max(self._told, SIGNALS[signal.Signals(number)])
 
-    def here(self) -> Stop:
-        """The reason that this process knows of."""
+    def here(self, by_clock: bool = True) -> Stop:
+        """The reason that this process knows of; without `by_clock` the job's end is left to another rank."""
         if self._told:
             return self._told
-        if time.time() >= self.leave_at:
+        if by_clock and time.time() >= self.leave_at:
             return Stop.TIME_LIMIT
         if self._file and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_EVERY_S
@@ -119,18 +122,27 @@ class StopFlag:
         return Stop.FILE if self._asked else Stop.NO
 
     @property
+    def end(self) -> float:
+        """When the job ends, in unix seconds; inf where that is not known."""
+        return self._end
+
+    def ends_at(self, end: float) -> None:
+        """Believe from now on that the job ends then, in unix seconds."""
+        self._end = end
+
+    @property
     def leave_at(self) -> float:
         """When the clock says stop, in unix seconds; inf where the job has no known end."""
-        return min(self._latest, self._end - self.lead_s)
+        return min(leave_at(self._end, self._began, self._margin_s), self._end - self.lead_s)
 
     @property
     def lead_s(self) -> float:
         """Seconds that leaving takes, as far as steps and saves were measured: at most half of the job, which has to
         get somewhere.
         """
-        if math.isinf(self._end) or (self._save_s is None and not self._gaps):
+        if math.isinf(self._end) or (not self._saves and not self._gaps):
             return 0.0
-        wanted_s = STEP_FACTOR * self.step_s + 2 * (self._save_s or 0.0) + SLACK_S
+        wanted_s = STEP_FACTOR * self.step_s + 2 * max(self._saves, default=0.0) + SLACK_S
         return max(0.0, min(wanted_s, (self._end - self._began) / 2))
 
     @property
@@ -139,8 +151,8 @@ class StopFlag:
         return max(self._gaps, default=0.0)
 
     def save_takes(self, seconds: float) -> None:
-        """Note how long a save took; the longest counts."""
-        self._save_s = max(seconds, self._save_s or 0.0)
+        """Note how long a save took; the longest of the last RECENT_SAVES counts."""
+        self._saves.append(seconds)
 
     def look_from_now(self) -> None:
         """The first step begins: what came before does not count as the wait for a look."""
@@ -155,7 +167,8 @@ class StopFlag:
         if after_step and self._last_look is not None:
             self._gaps.append(now - self._last_look)
         self._last_look = now
-        here = self.here()
+        # Rank 0 alone asks Slurm when the job ends, so its clock decides for all.
+        here = self.here(by_clock=ranks.world.is_first)
         if ranks.control is None:
             return here
         import torch

@@ -127,7 +127,7 @@ def history(events: Sequence[Row], job: str, newest: int | None) -> History:
 
 def starts(events: Sequence[Row], job: str, newest: int | None) -> list[Start]:
     """The starts of the chain of `job`, the oldest first; see `history`."""
-    chain = _chain(events, job)
+    chain = chain_of(events, job)
     places: dict[str, int] = {}
     for place, event in enumerate(events):
         name = str(event.get("job", ""))
@@ -167,7 +167,7 @@ def starts(events: Sequence[Row], job: str, newest: int | None) -> list[Start]:
     return found
 
 
-def _chain(events: Sequence[Row], job: str) -> set[str]:
+def chain_of(events: Sequence[Row], job: str) -> set[str]:
     """The ids of a job and of those before it that announced it."""
     announced = {
         str(event.get("next_job")): str(event.get("job", "")).rpartition("_")[0]

@@ -49,11 +49,25 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import chain, cli, config_sources, durable, excluded, faults, progress, records, runfolder, slurm, world
+from hpcgpt import (
+    chain,
+    cli,
+    config_sources,
+    durable,
+    excluded,
+    faults,
+    generation,
+    progress,
+    records,
+    runfolder,
+    slurm,
+    world,
+)  # fmt: skip
 from hpcgpt.config import Config, Requeue
 from hpcgpt.errors import USER_MISTAKE, UserError
 from hpcgpt.faults import Blame
@@ -212,6 +226,9 @@ def _begin(settings: Config) -> str:
     if not job:
         return ""
     attempt, newest = world.job_attempt(), progress.newest_step(folder / "checkpoints")
+    with suppress(OSError):
+        if not generation.is_held(folder) or generation.holder_is_gone(folder):
+            runfolder.put_aside(folder, attempt)
     problem = _hopeless(progress.history(_events(folder), attempt, newest), settings.requeue)
     try:
         runfolder.record(folder, "job", job=attempt, newest_step=newest, **job_event(slurm.ask(job)))
@@ -283,12 +300,17 @@ def _act(settings: Config, status: int | None) -> int | None:
     by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
     # Where a rank's program could not even be started, a mount is missing, and the next start would fail there too.
     has_no_program = bool(blamed and blamed.status in (CANNOT_EXECUTE, NOT_FOUND))
-    if (settings.requeue.exclude_bad_nodes or has_no_program) and (decision.requeue or job.restarts > restart):
+    looks = settings.requeue.exclude_bad_nodes or has_no_program
+    before = excluded.listed(job, attempt, events)
+    comes_back = decision.requeue or job.restarts > restart
+    if comes_back and (looks or before.own):
         bad = excluded.bad_hosts(
             blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
         )
+        kept = excluded.remember(folder, bad if looks else {}, before.handed_over)
         nodes = slurm.nodes(job.fields.get("Partition", ""))
-        hosts = excluded.affordable(excluded.remember(folder, bad), job, nodes)
+        # Where Slurm does not say which nodes there are, it is left as it is.
+        hosts = excluded.affordable(kept, job, nodes, before.persons) if nodes else list(before.own)
     # Before the job comes back, which may end this process at once.
     happened = _what_happened(decision, status, job, blamed, hosts)
     if decision.requeue and not happened and not any(event.get("job") == attempt for event in events):
@@ -299,12 +321,13 @@ def _act(settings: Config, status: int | None) -> int | None:
         return None
     _say(f"{'requeue' if decision.requeue else 'no requeue'} of job {id_}: {decision.why}")
     patience_s = ENDING_S if status is None else REQUEUE_S
-    came_back, refused = _bring_back(id_, job, restart, hosts, patience_s) if decision.requeue else ({}, 0)
-    if hosts and "next_job" not in came_back:
-        hosts = _exclude(id_, job, hosts)
+    beside = [*before.persons, *hosts]
+    came_back, refused = _bring_back(id_, job, restart, beside, patience_s) if decision.requeue else ({}, 0)
+    if comes_back and (hosts or before.own) and "next_job" not in came_back:
+        hosts = _exclude(id_, job, before, hosts)
     if hosts:
         _say(f"the next start keeps away from {', '.join(hosts)} ({folder / 'excluded_nodes.json'})")
-    what: list[dict[str, Any]] = []
+    what: list[dict[str, Any]] = [{"event": "excluded", "hosts": hosts}] if hosts else []
     if decision.gave_up:
         what.append({"event": "give_up", "reason": decision.why})
     if came_back:
@@ -390,10 +413,10 @@ def _acts_outside() -> bool:
     return os.environ.get("HPCGPT_ACTS") == "1" and shutil.which("scontrol") is None
 
 
-def _exclude(id_: str, job: Job, hosts: list[str]) -> list[str]:
-    problem = excluded.tell(id_, job, hosts)
+def _exclude(id_: str, job: Job, before: excluded.Listed, hosts: list[str]) -> list[str]:
+    problem = excluded.tell(id_, job, before, hosts)
     if problem:
-        _say(f"warning: Slurm would not keep job {id_} away from {', '.join(hosts)}: {problem}")
+        _say(f"warning: Slurm would not change what job {id_} keeps away from ({', '.join(hosts)}): {problem}")
     return [] if problem else hosts
 
 

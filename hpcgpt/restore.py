@@ -7,7 +7,8 @@ One that cannot be read (EIO, ESTALE; tried twice) is perhaps whole, and the hos
 the requeue policy may choose other nodes. But a bad block must not end a run. Once an attempt on another host could not
 read it either, or two earlier ones on any, it is set aside like a damaged one, with a loud line, and the one before is
 used. Nothing of it is deleted: a person can give it its name back once the disk is well. It has to be moved, since the
-run will make that step once more, and must not meet the two in one place. Each failure is an event, ``unreadable``.
+run will make that step once more, and must not meet the two in one place. Each failure is an event, ``unreadable``. It
+says nothing about a checkpoint of the same step that was made, or brought back, after that.
 """
 
 from __future__ import annotations
@@ -141,19 +142,44 @@ def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str
     """
     if held is None:
         return ""
-    run, step = path.parents[1], checkpoint.step_of(path)
-    found = [
-        event for event in runfolder.events(run)
-        if event.get("event") == "unreadable" and event.get("step") == step and event.get("attempt") != held.number
-    ]  # fmt: skip
+    run, step, identity = path.parents[1], checkpoint.step_of(path), _identity(path)
+    found: list[dict[str, Any]] = []
+    for event in runfolder.events(run):
+        if event.get("step") != step:
+            continue
+        if event.get("event") == "save" or event.get("set_aside"):
+            found = []  # those before were about another one, or about one that a person has brought back since
+        # Where it is not known which one it was, the step has to do: a disk that shows nothing must not block the run.
+        elif (
+            event.get("event") == "unreadable"
+            and event.get("attempt") != held.number
+            and (not identity or event.get("identity", "") in ("", identity))
+        ):
+            found.append(event)
+    hosts = {str(event.get("host")) for event in found}
+    enough = len({event.get("attempt") for event in found}) >= ATTEMPTS or bool(hosts - {now.host})
     with suppress(OSError):  # then it counts as the first failure, next time
         runfolder.record(
-            run, "unreadable", attempt=held.number, step=step, rank=now.rank, host=now.host, problem=now.words
-        )
-    hosts = {str(event.get("host")) for event in found}
-    if len({event.get("attempt") for event in found}) >= ATTEMPTS or hosts - {now.host}:
-        return f"{len(found)} earlier attempt{'s' if len(found) > 1 else ''} on {', '.join(sorted(hosts))}"
-    return ""
+            run, "unreadable", attempt=held.number, step=step, rank=now.rank, host=now.host, problem=now.words,
+            identity=identity, set_aside=enough,
+        )  # fmt: skip
+    return (
+        f"{len(found)} earlier attempt{'s' if len(found) > 1 else ''} on {', '.join(sorted(hosts))}" if enough else ""
+    )
+
+
+def _identity(path: Path) -> str:
+    """What tells a checkpoint from another one of the same step: when its manifest was written, and its size; '' if
+    not even that can be seen.
+
+    Not what is in it: made again, the step has the same bytes. In whole seconds, since hosts of one network file system
+    may see finer times differently.
+    """
+    try:
+        manifest = (path / "manifest.json").stat()
+    except OSError:
+        return ""
+    return f"{int(manifest.st_mtime)}:{manifest.st_size}"
 
 
 def _tell(path: Path, problem: str, held: Generation | None) -> None:

@@ -18,9 +18,6 @@ No torch in here.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +31,7 @@ from hpcgpt.records import Record as Row
 ALIVE = ("starting", "running", "silent")
 # How long a run may be still: at the very least, and before its first step, in which a model may be compiled.
 SILENT_S, SILENT_AT_START_S = 120.0, 600.0
+RECENT_EVALUATIONS = 5
 NO_WORD = "no word: killed, or its node failed"
 STAYS_STOPPED = "a STOP file asks it to stay so"
 _OVER = {
@@ -135,21 +133,8 @@ def _parts(job: str) -> tuple[str, int]:
 
 def _is_held(folder: Path) -> bool:
     with suppress(OSError):
-        return generation.is_held(folder) and not _holder_is_gone(folder)
+        return generation.is_held(folder) and not generation.holder_is_gone(folder)
     return True
-
-
-def _holder_is_gone(folder: Path) -> bool:
-    """Was the newest attempt's rank 0 on this very host, and is there no such process any more?"""
-    taken = sorted((folder / "generations").glob("[0-9]*.json"))
-    with suppress(OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
-        holder = json.loads(taken[-1].read_bytes())
-        if holder["host"] == socket.gethostname():
-            try:
-                os.kill(int(holder["pid"]), 0)
-            except ProcessLookupError:
-                return True
-    return False
 
 
 def _of_attempt(
@@ -162,9 +147,8 @@ def _of_attempt(
     signs += [row["time"] + history.evaluation_s(row) for row in rows[-1:] if own]
     still_s = max(0.0, now - max(signs))
     stepped = own and rows[-1]["time"] > start["time"]
-    evaluation_s = max((history.evaluation_s(row) for row in rows), default=0.0)
     patience_s = max(
-        SILENT_S, 20 * (usual_step_s(rows) or 0.0), 2 * evaluation_s, 0.0 if stepped else SILENT_AT_START_S
+        SILENT_S, 20 * (usual_step_s(rows) or 0.0), 2 * _evaluation_s(rows), 0.0 if stepped else SILENT_AT_START_S
     )
     if still_s <= patience_s:
         return State("running", still_s=still_s)
@@ -174,6 +158,12 @@ def _of_attempt(
     if presence == "gone":
         return None
     return State("silent", still_s=still_s)
+
+
+def _evaluation_s(rows: Sequence[Row]) -> float:
+    """The longest of the last few evaluations; 0 if there was none. One that was slow once is no measure for ever."""
+    took = [seconds for row in rows if (seconds := history.evaluation_s(row))]
+    return max(took[-RECENT_EVALUATIONS:], default=0.0)
 
 
 def _of_ended(folder: Path, start: Row, last_word: Row) -> State:

@@ -27,6 +27,7 @@ No torch in here.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import secrets
@@ -85,6 +86,25 @@ def prepare(folder: Path) -> str:
             raise NodeError(error.errno, f"{told}; it was one before: does this node have its file system?") from None
         raise cannot_read(error, f"{told}: choose a folder that you may write to, with --run.dir") from None
     return run_id(folder)
+
+
+def put_aside(folder: Path, attempt: str) -> None:
+    """Take what an earlier start of the same name left out of the way: it would be taken for the word of this one.
+
+    `attempt` is world.job_attempt. Two starts in one allocation of salloc have one name; so have two jobs, where Slurm
+    begins to count anew. exit.json is removed, the others get a number behind their names.
+    """
+    ended = read_exit(folder)
+    try:
+        if ended and ended.attempt == attempt:
+            (folder / "exit.json").unlink()
+        for path in (folder / "logs" / f"{attempt}.srun", folder / "faults" / attempt):
+            if path.exists():
+                path.rename(
+                    next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+                )
+    except OSError as error:  # training can go on all the same
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def _try_to_write(folder: Path) -> None:

@@ -5,8 +5,12 @@ read terabytes before the first step would take hours, so rank 0 reads them in a
 bounded rate. A damaged shard is a warning and the event ``damaged_shard``: training continues, and a person decides.
 When all of them have been read there is the event ``shards_verified``.
 
-An attempt may end before that. The run folder's ``verified.json`` has the names of the shards that were whole, by the
-digest of their data set, and the next attempt reads the others.
+An attempt may end before that, and the next one reads the others. The run folder's ``verified.json`` says which were
+whole, and which file that was: one that has been written again since, or that lies elsewhere, is read again::
+
+    {DIGEST OF THE DATA SET: {SHARD: [PATH, BYTES, MTIME IN NS, INODE]}}
+
+Earlier versions noted names only; what these say is not believed.
 
 No torch in here.
 """
@@ -29,6 +33,8 @@ from hpcgpt import durable
 from hpcgpt.datasets import DataSet
 from hpcgpt.shard_reader import Split
 from hpcgpt.shards import Shard
+
+_Notes = dict[str, dict[str, list[Any]]]  # as in verified.json
 
 _PIECE_BYTES = 1 << 20
 _NOTE_EVERY_S = 60.0
@@ -61,29 +67,32 @@ class ShardCheck:
         with suppress(OSError):  # where a thread cannot have a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         self._started_at = noted_at = time.monotonic()
-        whole, damaged, added = _read_notes(self._path), 0, False
+        whole, damaged, changed = _read_notes(self._path), 0, False
         try:
             for part, split, shard in self._shards():
-                known = whole.setdefault(part.manifest.digest, set())
-                if shard.name in known:
+                known = whole.setdefault(part.manifest.digest, {})
+                path = split.folder / f"{shard.name}.bin"
+                before = _identity(path)
+                if before and known.get(shard.name) == before:
                     continue
-                problem = self._problem(split, shard)
+                changed |= known.pop(shard.name, None) is not None
+                problem = self._problem(path, split, shard)
                 if problem is None:
                     return
                 if problem:
                     damaged += 1
-                    self._warn(split.folder / f"{shard.name}.bin", problem)
-                else:
-                    known.add(shard.name)
-                    added = True
+                    self._warn(path, problem)
+                elif before and before == _identity(path):  # else it was changed while it was read
+                    known[shard.name] = before
+                    changed = True
                 if time.monotonic() > noted_at + _NOTE_EVERY_S:
                     self._note(whole)
-                    noted_at, added = time.monotonic(), False
+                    noted_at, changed = time.monotonic(), False
             if self._read:
                 self._record("shards_verified", bytes=self._read, damaged=damaged,
                              seconds=time.monotonic() - self._started_at)  # fmt: skip
         finally:
-            if added:
+            if changed:
                 self._note(whole)
 
     def _shards(self) -> Iterator[tuple[DataSet, Split, Shard]]:
@@ -92,11 +101,11 @@ class ShardCheck:
                 for shard in split.shards if split else ():
                     yield part, split, shard  # type: ignore[misc]
 
-    def _problem(self, split: Split, shard: Shard) -> str | None:
+    def _problem(self, path: Path, split: Split, shard: Shard) -> str | None:
         """What is wrong with a shard; '' if nothing; None if this was closed meanwhile."""
         digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_PIECE_BYTES))
         try:
-            with open(split.folder / f"{shard.name}.bin", "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0) as file:
                 while count := file.readinto(buffer):
                     digest.update(buffer[:count])
                     if not split.fits_in_memory:  # else reading it has warmed the cache that training reads from
@@ -117,10 +126,9 @@ class ShardCheck:
         )
         self._record("damaged_shard", path=str(path), problem=problem)
 
-    def _note(self, whole: dict[str, set[str]]) -> None:
+    def _note(self, whole: _Notes) -> None:
         with suppress(OSError):  # the next attempt reads them again
-            content = {digest: sorted(names) for digest, names in whole.items()}
-            durable.write(self._path, (json.dumps(content) + "\n").encode())
+            durable.write(self._path, (json.dumps(whole) + "\n").encode())
 
 
 def pause_s(read: int, elapsed_s: float, bytes_per_s: float) -> float:
@@ -128,10 +136,20 @@ def pause_s(read: int, elapsed_s: float, bytes_per_s: float) -> float:
     return max(0.0, read / bytes_per_s - elapsed_s)
 
 
-def _read_notes(path: Path) -> dict[str, set[str]]:
+def _identity(path: Path) -> list[Any]:
+    """What tells a file from another one, and from itself before it was changed; [] if it cannot be seen."""
+    try:
+        path = path.resolve()
+        file = path.stat()
+    except (OSError, RuntimeError):  # links that go round in a circle, in Python 3.12 and before
+        return []
+    return [str(path), file.st_size, file.st_mtime_ns, file.st_ino]
+
+
+def _read_notes(path: Path) -> _Notes:
     """What earlier attempts have read. A file that is damaged says nothing."""
     try:
         notes: dict[str, Any] = json.loads(path.read_bytes())
-        return {str(digest): {str(name) for name in names} for digest, names in notes.items()}
+        return {str(digest): dict(shards) for digest, shards in notes.items() if isinstance(shards, dict)}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

@@ -18,7 +18,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from hpcgpt import cli, config_sources, faults, generation, preempt, runfolder, streams, tracking, world
+from hpcgpt import (
+    cli,
+    config_sources,
+    faults,
+    generation,
+    job_end,
+    preempt,
+    runfolder,
+    slurm,
+    streams,
+    tracking,
+    world,
+)
 from hpcgpt.config import Config
 from hpcgpt.errors import InputError, NodeError, UserError, blame_the_node, sentence, status_of
 from hpcgpt.world import World
@@ -34,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     # Before the seconds that loading torch takes: a signal must never find the default handler.
     flag = preempt.StopFlag(stop_file if here.is_first else None, settings.requeue.end_margin_s)
     flag.install()
+    if here.is_first and (job := slurm.job_id(os.environ)):
+        job_end.watch(job, flag)
     try:
         if stop_file.exists():
             raise UserError(f"{stop_file} asks this run to stay stopped: remove it to go on")

@@ -39,6 +39,9 @@ def agreed(ranks: Ranks, out: Path) -> dict[str, str]:
     told["a file that only rank 0 looks for"] = (
         StopFlag(stop_file if ranks.world.is_first else None, 60.0, {}).agree(ranks).name
     )
+    for name, whose in {"the clock of rank 0": 0, "the clock of another rank": 2}.items():
+        end = {"SLURM_JOB_END_TIME": "1"} if ranks.world.rank == whose else {}
+        told[name] = StopFlag(None, 60.0, end).agree(ranks).name
     return told
 
 

@@ -35,7 +35,7 @@ case $1 in
     update) echo "$@" >> told; case $3 in
         Comment=*) [ ! -e no_comments ] || exit 1; echo "${3#Comment=}" > comment ;;
         ExcNodeList=*) echo "${3#ExcNodeList=}" > excluded ;; esac ;;
-    show) [ "$2" != hostnames ] || tr , '\\n' <<< "$3" | grep . ;;
+    show) [ ! -e no_hostnames ] || exit 1; [ "$2" != hostnames ] || tr , '\\n' <<< "$3" | grep . ;;
 esac
 """
 SINFO = '#!/bin/bash\ncat "$STATE/nodes"\n'
@@ -122,7 +122,10 @@ def test_a_restart_without_python_comes_back_on_another_node(batch: Batch) -> No
     batch.python.unlink()
     done = batch.start(restarts=3)
     assert "requeue of job 7, 1 of 5 without hpcgpt.requeue" in done.stderr
-    assert batch.told == ["update JobId=7 Comment=hpcgpt_lost=1", "requeue 7", "update JobId=7 ExcNodeList=n1"]
+    assert batch.told == [
+        "update JobId=7 Comment=hpcgpt_lost=1", "requeue 7", "update JobId=7 Comment=hpcgpt_lost=1 hpcgpt_avoid=n1",
+        "update JobId=7 ExcNodeList=n1",
+    ]  # fmt: skip
 
 
 def test_the_first_start_of_a_chained_job_is_a_restart(batch: Batch) -> None:
@@ -142,7 +145,7 @@ def test_it_comes_back_so_often_in_a_row_ever_later_and_then_stops(batch: Batch)
     batch.is_("comment", "mine hpcgpt_x=3")
     for restarts in range(1, 6):
         batch.start(restarts)
-    assert batch.has("comment") == "mine hpcgpt_x=3 hpcgpt_lost=5"
+    assert batch.has("comment") == "mine hpcgpt_x=3 hpcgpt_lost=5 hpcgpt_avoid=n1"
     assert [line.split("=")[-1] for line in batch.told if "StartTime" in line] == [
         "now+2minutes", "now+10minutes", "now+30minutes", "now+60minutes"]  # fmt: skip
     done = batch.start(6)
@@ -156,6 +159,54 @@ def test_where_the_comment_is_refused_a_job_that_was_restarted_often_is_left(bat
     assert "requeue of job 7, 1 of 5" in batch.start(4).stderr
     assert "no requeue of job 7: 5 starts" in batch.start(5).stderr
     assert batch.told.count("requeue 7") == 1
+
+
+def test_what_it_left_out_itself_adds_up_and_a_persons_nodes_stay(batch: Batch) -> None:
+    batch.python.unlink()
+    batch.is_("excluded", "n9").is_("comment", "mine").is_("nodes", "n1\nn2\nn3\nn4")
+    batch.start(1)
+    assert (batch.has("excluded"), batch.has("comment")) == ("n9,n1", "mine hpcgpt_lost=1 hpcgpt_avoid=n1")
+    batch.start(2, SLURMD_NODENAME="n2")
+    assert (batch.has("excluded"), batch.has("comment")) == ("n9,n2,n1", "mine hpcgpt_lost=2 hpcgpt_avoid=n2,n1")
+
+
+def test_of_too_few_nodes_the_one_that_failed_last_is_left_out_and_the_others_come_back(batch: Batch) -> None:
+    batch.python.unlink()
+    batch.is_("nodes", "n1\nn2\nn3")
+    batch.start(1, SLURM_JOB_NUM_NODES="2")
+    batch.start(2, SLURM_JOB_NUM_NODES="1", SLURMD_NODENAME="n1")
+    assert batch.has("excluded") == "n1"
+    batch.is_("nodes", "n1\nn2")
+    batch.start(3, SLURMD_NODENAME="n2")
+    assert (batch.has("excluded"), batch.has("comment")) == ("n2", "hpcgpt_lost=3 hpcgpt_avoid=n2")
+
+
+def test_once_hpcgpt_requeue_has_decided_again_its_nodes_come_back(batch: Batch) -> None:
+    """Where it runs in a container, without Slurm's tools; else it takes them over: see tests/test_requeue.py."""
+    batch.has_python(
+        'case $2.$3 in *.folder) echo "$STATE/run"; exit ;; *.decide) echo requeue; echo decided; exit ;; '
+        "hpcgpt.train.*) exit 75 ;; esac"
+    )
+    (batch.state / "run" / "logs").mkdir(parents=True)
+    batch.is_("excluded", "n9,n1").is_("comment", "hpcgpt_lost=1 hpcgpt_avoid=n1 mine")
+    batch.start(2)
+    assert "requeue 7" in batch.told
+    assert (batch.has("excluded"), batch.has("comment")) == ("n9", "mine")
+
+
+def test_where_it_is_not_known_whom_a_person_excluded_they_stay_excluded(batch: Batch) -> None:
+    batch.python.unlink()
+    batch.is_("excluded", "n[5-9]").is_("no_hostnames", "")
+    batch.start(1)
+    assert "requeue 7" in batch.told
+    assert batch.has("excluded") == "n[5-9]"
+
+
+def test_where_slurm_names_no_nodes_it_excludes_what_it_did(batch: Batch) -> None:
+    batch.python.unlink()
+    batch.is_("nodes", "").is_("excluded", "n9,n2").is_("comment", "hpcgpt_avoid=n2")
+    batch.start(1)
+    assert batch.has("excluded") == "n9,n2"
 
 
 def test_a_node_is_left_out_only_if_enough_are_left(batch: Batch) -> None:

@@ -86,6 +86,17 @@ def test_a_host_that_failed_is_left_out_of_the_next_job_too(forbidding: FakeSlur
     assert [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())] == ["n2"]
 
 
+def test_what_a_person_excluded_is_excluded_from_the_next_job_too(forbidding: FakeSlurm, run: Path) -> None:
+    """With the flag of the command line it would be lost; and what this program excluded for the job before, goes."""
+    forbidding.has_nodes("n1 idle", "n2 idle", "n3 idle")
+    script = forbidding.folder / "scontrol"
+    script.write_text(script.read_text().replace("Requeue=1", "ExcNodeList=n[2,8-9] Requeue=0"))
+    runfolder.record(run, "chain", job="6_0", next_job="7")
+    runfolder.record(run, "excluded", job="6_0", hosts=["n2"])
+    assert decided(forbidding, run, 137)[0] == 0
+    assert " --exclude=n8,n9 " in Path(f"{forbidding.said}.sbatch").read_text()
+
+
 def test_folders_and_logs_keep_their_spaces() -> None:
     fields = {"WorkDir": "/home/me/my own", "StdOut": "/home/me/my own/100%% of 7.out", "TimeLimit": "1:00"}
     found = flags(Job("RUNNING", fields=fields), {"SLURM_JOB_ID": "7"})

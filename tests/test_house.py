@@ -26,7 +26,7 @@ WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "trai
                  "checkpoint", "retention", "faults", "in_effect", "shard_check", "slurm", "chain", "excluded",
                  "shard_reader", "mix", "datasets", "tokenizer_tiktoken", "tokenizer_library", "errors", "streams",
                  "informing", "paths", "terminal", "unknown_flags", "existing_run", "started", "sample", "eval",
-                 "progress", "tracking_process", "tracking_rows", "__main__"]  # fmt: skip
+                 "progress", "job_end", "tracking_process", "tracking_rows", "__main__"]  # fmt: skip
 # The foundation: of our own modules, only what is named here.
 FOUNDATION: dict[str, set[str]] = {
     "errors": set(), "terminal": set(), "streams": set(), "paths": {"terminal", "errors"},

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env, command, curve, rows
 
-from hpcgpt import informing, runfolder
+from hpcgpt import informing, loop, rendezvous, reporter, runfolder
 from hpcgpt.informing import Worker, only_informs, within
 from hpcgpt.runfolder import AGAIN, FINISHED
 
@@ -154,7 +154,27 @@ def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
     assert done.returncode == FINISHED
     assert "exit 12\n" in done.stdout
     assert "goodput: no answer within 5 s" in done.stderr
+    assert f"goodput: ask `python -m hpcgpt.status {folder}`" in done.stdout
     assert runfolder.read_exit(folder) == runfolder.Exit("", FINISHED, "finished", 12, saved=True)
+
+
+@pytest.mark.parametrize(("megabytes", "limit_s"), [(None, 10.0), (0, 10.0), (50, 25.0), (97, 39.1), (10_000, 40.0)])
+def test_the_time_for_goodput_grows_with_the_rows_up_to_a_limit(
+    tmp_path: Path, megabytes: int | None, limit_s: float
+) -> None:
+    """A fixed one is too short for a long run, whose table is the one that counts."""
+    if megabytes is not None:
+        with open(tmp_path / "metrics.jsonl", "w") as file:
+            file.truncate(megabytes * 1_000_000)
+    assert reporter.goodput_limit_s(tmp_path) == pytest.approx(limit_s)
+    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < loop.LAST_WORDS_S
+
+
+@pytest.mark.parametrize(("wanted_s", "hang_s", "limit_s"), [(30, 300, 30), (200, 300, 150), (7200, 36_000, 300)])
+def test_a_sample_ends_before_the_other_ranks_take_it_for_a_hang(wanted_s: int, hang_s: int, limit_s: float) -> None:
+    """They wait in a collective, which has a limit of its own, also where the watchdog has much patience."""
+    assert loop.sample_limit_s(wanted_s, hang_s) == limit_s
+    assert limit_s < rendezvous.COLLECTIVE_TIMEOUT.total_seconds()
 
 
 def test_a_long_sample_is_cut_short_and_is_no_hang(tiny: Path) -> None:

@@ -249,6 +249,17 @@ def test_a_single_long_wait_is_forgotten_after_a_while(clock: list[float]) -> No
     assert flag.step_s == 1.0
 
 
+def test_a_single_slow_save_is_forgotten_after_a_few_more(clock: list[float]) -> None:
+    """Other jobs kept the file system busy for a while: the run must not leave early for the rest of its days."""
+    end = clock[0] + 100_000
+    flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
+    for seconds in [20.0, 900.0, *[20.0] * (preempt.RECENT_SAVES - 1)]:
+        flag.save_takes(seconds)
+    assert end - flag.leave_at == 2 * 900.0 + preempt.SLACK_S
+    flag.save_takes(30.0)
+    assert end - flag.leave_at == 2 * 30.0 + preempt.SLACK_S
+
+
 def test_looks_between_the_batches_of_an_evaluation_are_no_steps(clock: list[float]) -> None:
     flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(clock[0]) + 100_000)})
     flag.look_from_now()
@@ -303,6 +314,8 @@ def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_rou
             "every rank the same": "TIME_LIMIT",
             "one rank twice": "TERMINATED",
             "a file that only rank 0 looks for": "FILE",
+            "the clock of rank 0": "TIME_LIMIT",
+            "the clock of another rank": "NO",
         }
         assert rank["rounds"] == told[0]["rounds"]
     assert len(set(told[0]["rounds"])) > 1

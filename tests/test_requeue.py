@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import command, rows
 from small_checkpoints import save
 from test_runfolder import another_user, fill, shared, small_disk
 
-from hpcgpt import config, generation, requeue, runfolder
+from hpcgpt import config, excluded, generation, requeue, runfolder
 from hpcgpt.excluded import bad_hosts
 from hpcgpt.faults import Blame
 from hpcgpt.preempt import Stop
@@ -520,6 +521,40 @@ def test_an_interactive_allocation_cannot_be_requeued_and_says_so(slurm: FakeSlu
     assert slurm.requeued == []
 
 
+def begun(slurm: FakeSlurm, run: Path) -> None:
+    env = {"SLURM_JOB_ID": "7", "PATH": f"{slurm.folder}:/usr/bin:/bin"}
+    done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(slurm: FakeSlurm, run: Path) -> None:
+    """Both are called 7_0. The first saved and left; the second is killed without a word."""
+    slurm.answers(BatchFlag="0")
+    for round_ in range(2):
+        begun(slurm, run)
+        crashed_on(run, f"n{round_}")
+        (run / "faults" / "7_0").mkdir(parents=True)
+        runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    begun(slurm, run)
+    (run / "logs" / "7_0.srun").write_text("srun: error: n5: task 0: Killed\n")
+    _, said = decided(slurm, run, 137)
+    assert "crash 1 since the last new checkpoint: rank 0 on n5" in said
+    assert "n0" not in said
+    assert sorted(path.name for path in (run / "logs").glob("7_0.srun.*")) == ["7_0.srun.1", "7_0.srun.2"]
+    assert {"7_0.1", "7_0.2"} < {path.name for path in (run / "faults").iterdir()}, "and this start's own"
+
+
+def test_what_a_start_that_lives_has_written_is_left_where_it_is(slurm: FakeSlurm, run: Path) -> None:
+    """A second one in its allocation, which will be refused."""
+    crashed_on(run, "n0")
+    taken = generation.take(run, "7_0")
+    begun(slurm, run)
+    assert (run / "logs" / "7_0.srun").exists()
+    taken.release()
+    begun(slurm, run)
+    assert not (run / "logs" / "7_0.srun").exists()
+
+
 def test_this_start_of_the_job_is_recorded(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(EligibleTime="1700000000", StartTime="1700000060")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n[1-2,4]",
@@ -598,6 +633,81 @@ def test_only_so_many_hosts_are_remembered_and_the_oldest_goes(slurm: FakeSlurm,
         excluding(slurm, run, restart)
     known = json.loads((run / "excluded_nodes.json").read_text())
     assert [entry["host"] for entry in known] == [f"n{n}" for n in range(2, 10)]
+
+
+def remembered(run: Path) -> list[str]:
+    return [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())]
+
+
+def test_a_host_that_a_person_takes_out_of_the_file_comes_back_and_a_persons_own_stay(
+    slurm: FakeSlurm, run: Path
+) -> None:
+    """Slurm's list has both, and does not say whose they are."""
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[8-9]")
+    slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 idle")
+    crashed_on(run, "n2")
+    excluding(slurm, run, 0)
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2,8-9]")
+    (run / "excluded_nodes.json").unlink()
+    crashed_on(run, "n3", "7_1")
+    excluding(slurm, run, 1)
+    assert slurm.updates[1:] == ["update JobId=7 ExcNodeList=n8,n9,n3"]
+
+
+def test_a_host_comes_back_after_some_days_without_a_crash(slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2,n3,n4")
+    slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
+    runfolder.record(run, "crash", job="7_0", excluded=["n2", "n3"])  # as earlier versions recorded it
+    entries = [
+        {"host": "n2", "reason": "killed", "time": time.time() - excluded.KEEP_S - 1},
+        {"host": "n3", "reason": "killed", "time": time.time() - excluded.KEEP_S / 2},
+        {"host": "n5", "reason": "a person's"},
+    ]
+    (run / "excluded_nodes.json").write_text(json.dumps(entries))
+    runfolder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    excluding(slurm, run, 1)
+    assert slurm.updates == ["update JobId=7 ExcNodeList=n4,n5,n3"]
+    assert remembered(run) == ["n3", "n5"]
+    (told,) = [event for event in runfolder.events(run) if event["event"] == "excluded"]
+    assert (told["job"], told["hosts"]) == ("7_1", ["n5", "n3"])
+
+
+def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, run: Path) -> None:
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
+    slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
+    runfolder.record(run, "excluded", job="7_0", hosts=["n2"])
+    runfolder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    excluding(slurm, run, 1)
+    assert slurm.updates == ["update JobId=7 ExcNodeList="]
+
+
+@pytest.mark.parametrize("why", ["another job's", "no nodes", "finished"])
+def test_what_was_excluded_stays_where_it_is_not_this_programs_or_nothing_is_known(
+    slurm: FakeSlurm, run: Path, why: str
+) -> None:
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
+    slurm.has_nodes(*([] if why == "no nodes" else ["n1 idle", "n2 idle", "n3 idle"]))
+    # A person may have learned from the job before.
+    runfolder.record(run, "excluded", job="6_0" if why == "another job's" else "7_0", hosts=["n2"])
+    runfolder.write_exit(run, Exit("7_1", FINISHED if why == "finished" else AGAIN, "x", 1200, saved=True))
+    excluding(slurm, run, 1)
+    assert slurm.requeued == ([] if why == "finished" else ["7"])
+    assert slurm.updates == []
+
+
+def test_what_the_batch_script_excluded_is_taken_over(slurm: FakeSlurm, run: Path) -> None:
+    """Also without requeue.exclude_bad_nodes: nothing could be started there."""
+    comment = {"Comment": "hpcgpt_avoid=n2,n3"}
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", **comment)
+    slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
+    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    assert "the next start keeps away from n3, n2" in decided(slurm, run, 75)[1]
+    assert slurm.updates == ["update JobId=7 Comment="]
+    assert remembered(run) == ["n2", "n3"]
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]")
+    (run / "excluded_nodes.json").unlink()
+    decided(slurm, run, 75)
+    assert slurm.updates[1:] == ["update JobId=7 ExcNodeList=n4"]
 
 
 def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -> None:

@@ -524,6 +524,11 @@ def test_a_checkpoint_that_attempts_cannot_read_one_after_the_other_does_not_blo
     host.bad.clear()
     aside.rename(host.run / "checkpoints/step_000000012")
     assert host.attempt("n1") == "step_000000012"
+    # It was not: that is the first failure of what was put back.
+    host.bad.add(f"step_000000012 {look}")
+    with pytest.raises(OSError, match="Input/output error"):
+        host.attempt("n2")
+    assert host.attempt("n1") == "step_000000008"
 
 
 def test_a_checkpoint_that_another_host_can_read_is_used(host: Host) -> None:
@@ -541,6 +546,44 @@ def test_each_checkpoint_has_to_be_unreadable_more_than_once(host: Host) -> None
         with pytest.raises(OSError, match="Input/output error"):
             host.attempt(name)
     assert names(host.run / "checkpoints")[1:] == ["step_000000004", "step_000000008"]
+
+
+@pytest.mark.parametrize("how", ["saved", "brought back"])
+def test_a_checkpoint_that_was_made_again_has_not_failed_before(host: Host, how: str) -> None:
+    """What could not be read was another one of the same step."""
+    host.bad.add("step_000000012 damage")
+    with pytest.raises(OSError, match="Input/output error"):
+        host.attempt("n1")
+    manifest = host.run / "checkpoints/step_000000012/manifest.json"
+    if how == "saved":  # within the same second
+        runfolder.record(host.run, "save", step=12, attempt=1)
+    else:
+        os.utime(manifest, (1e9, 1e9))
+    with pytest.raises(OSError, match="Input/output error"):
+        host.attempt("n2")
+    assert names(host.run / "checkpoints")[-1] == "step_000000012"
+    assert host.attempt("n1") == "step_000000008", "now it has"
+
+
+def test_a_save_of_another_step_does_not_help_a_checkpoint_that_cannot_be_read(host: Host) -> None:
+    host.bad.add("step_000000012 damage")
+    with pytest.raises(OSError, match="Input/output error"):
+        host.attempt("n1")
+    runfolder.record(host.run, "save", step=8, attempt=1)
+    assert host.attempt("n2") == "step_000000008"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_where_a_checkpoint_cannot_be_told_from_another_the_step_has_to_do(
+    host: Host, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """An older version did not record which one it was; and of one on a dead disk nothing can be seen."""
+    seen = {"identity": "1:2"} if not known else {}
+    runfolder.record(host.run, "unreadable", attempt=99, step=12, rank=0, host="n1", problem="EIO", **seen)
+    host.bad.add("step_000000012 damage")
+    if not known:
+        monkeypatch.setattr(restore, "_identity", lambda _: "")
+    assert host.attempt("n2") == "step_000000008"
 
 
 def test_a_moment_out_of_order_is_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

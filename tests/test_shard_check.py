@@ -15,7 +15,7 @@ from conftest import TINY
 from test_errors import put_id, start
 from test_in_effect import planned
 
-from hpcgpt import runfolder, shard_reader, shards
+from hpcgpt import runfolder, shard_check, shard_reader, shards
 from hpcgpt.plan import Plan
 from hpcgpt.runfolder import AGAIN
 from hpcgpt.shard_check import ShardCheck, pause_s
@@ -78,13 +78,69 @@ def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_read(copy: Path
     (event, fields), (last, _) = checked(made, tmp_path)
     assert (event, fields["problem"]) == ("damaged_shard", "cannot be read: No such file or directory")
     assert last == "shards_verified"
-    assert json.loads((tmp_path / "verified.json").read_text()) == {made.sets[0].manifest.digest: ["val_000000"]}
+    assert list(noted(made, tmp_path)) == ["val_000000"]
 
 
 def test_other_shards_are_read_whatever_was_noted_of_the_first(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "verified.json").write_text(json.dumps({"another digest": ["train_000000"]}))
     ((_, fields),) = checked(planned(copy), tmp_path)
     assert fields["bytes"] == sizes(copy)
+
+
+def noted(made: Plan, folder: Path) -> dict[str, Any]:
+    """What verified.json says of the first data set."""
+    return dict(json.loads((folder / "verified.json").read_text())[made.sets[0].manifest.digest])
+
+
+def test_a_shard_that_was_whole_and_has_been_changed_since_is_read_again(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = planned(copy)
+    checked(made, tmp_path)
+    path = flip(copy)
+    (event, fields), (_, summary) = checked(made, tmp_path)
+    assert (event, fields["path"]) == ("damaged_shard", str(path))
+    assert summary["bytes"] == path.stat().st_size, "the others are as they were"
+    assert "train_000000" not in noted(made, tmp_path)
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_copy_of_a_data_set_that_was_whole_is_read(copy: Path, tmp_path: Path) -> None:
+    """As on a node's own disk, of the same digest, sizes and times."""
+    checked(planned(copy), tmp_path)
+    shutil.copytree(copy, tmp_path / "nvme")
+    path = tmp_path / "nvme" / "train_000000.bin"
+    before = path.stat()
+    flip(tmp_path / "nvme")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    events = checked(planned(tmp_path / "nvme"), tmp_path)
+    assert [event for event, _ in events] == ["damaged_shard", "shards_verified"]
+    assert events[0][1]["path"] == str(path)
+    assert events[1][1]["bytes"] == sizes(copy)
+
+
+def test_notes_of_an_earlier_version_are_not_believed_and_replaced(copy: Path, tmp_path: Path) -> None:
+    """They have names only."""
+    made = planned(copy)
+    (tmp_path / "verified.json").write_text(json.dumps({made.sets[0].manifest.digest: ["train_000000", "val_000000"]}))
+    ((_, fields),) = checked(made, tmp_path)
+    assert fields["bytes"] == sizes(copy)
+    assert set(noted(made, tmp_path)) == {shard.name for shard in shards.read_manifest(copy).shards}
+
+
+def test_a_shard_that_is_changed_while_it_is_read_is_not_noted(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = planned(copy)
+    real = shard_check.pause_s
+
+    def touch(*figures: float) -> float:
+        os.utime(copy / "train_000000.bin", (1e9, 1e9))
+        return real(*figures)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_check, "pause_s", touch)
+    checked(made, tmp_path)
+    assert "train_000000" not in noted(made, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 3}', b"\xff", b"[" * 100_000])

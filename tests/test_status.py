@@ -263,6 +263,63 @@ def test_how_long_a_run_may_be_still_follows_its_own_steps_and_evaluations(tmp_p
     assert [status(folder, NOW + later)["state"] for later in (140, 790, 810)] == ["running", "running", "silent"]
 
 
+def test_an_evaluation_that_was_slow_once_does_not_put_silence_off_for_ever(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (900, "start", START), steps=12)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for row in rows:
+        row["val/elapsed_s"] = 5000.0 if row["step"] == 2 else 100.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
+    assert status(folder, NOW + 2000)["state"] == "running"
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [status(folder, NOW + later)["state"] for later in (290, 310)] == ["running", "silent"]
+
+
+# After "gone" it has taken the run and died; then status is asked.
+TAKE = """
+import os, sys
+from pathlib import Path
+from hpcgpt import generation
+generation.take(Path(sys.argv[1]), "7_0")
+os._exit(0)
+"""
+
+
+def taken(folder: Path) -> dict[str, Any]:
+    """Let a process take the run and end without a word; what it wrote."""
+    (folder / "generations/000001.json").unlink()
+    subprocess.run([sys.executable, "-c", TAKE, folder], cwd=ROOT, env=clean_env(), check=True)
+    return dict(json.loads((folder / "generations/000001.json").read_text()))
+
+
+def test_a_holder_whose_number_another_process_has_now_is_gone(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (900, "start", START), steps=3)
+    holder = taken(folder)
+    assert status(folder, NOW)["state"] == "stopped"
+    (folder / "generations/000001.json").write_text(json.dumps(holder | {"pid": os.getpid()}))
+    assert status(folder, NOW)["state"] == "stopped"
+
+
+@pytest.mark.parametrize("other", [{"pid_namespace": 1}, {"boot": "another kernel"}])
+def test_a_holder_in_another_container_of_this_host_is_not_taken_for_gone(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    """There its number, which is nobody's here, may well be that of a process."""
+    folder = run_folder(tmp_path, (900, "start", START), steps=3)
+    holder = taken(folder)
+    (folder / "generations/000001.json").write_text(json.dumps(holder | other))
+    assert status(folder, NOW)["state"] == "running"
+
+
+@pytest.mark.parametrize("holder", ['{"pid": "x"}', '{"pid": 1e300}', "[" * 100_000, "3"])
+def test_a_holders_file_that_is_damaged_is_no_reason_to_end(tmp_path: Path, holder: str) -> None:
+    folder = run_folder(tmp_path, (900, "start", START), steps=3)
+    whole = taken(folder)
+    if holder.startswith("{"):
+        holder = json.dumps(whole | json.loads(holder))
+    (folder / "generations/000001.json").write_text(holder)
+    assert status(folder, NOW)["state"] == "running"
+
+
 def test_a_silent_run_whose_rank_0_lives_waits_for_something(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
     beat, log = folder / "generations/000001.alive", folder / "logs/7_0.log"
