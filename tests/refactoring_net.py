@@ -5,8 +5,8 @@ one after the other, and every file has to have the same hash: see `refactoring_
 present code continues runs of the old one, and verifies its shards and checkpoints. Hashes of another machine say
 nothing, since its kernels round in another way; so both are made here.
 
-Status 0: all are equal. 1: something differs, each of which is named. ``--except 'help: words*'`` leaves out what
-was changed on purpose. ``--record FILE`` keeps the hashes as JSON.
+Status 0: all are equal. 1: something differs, each of which is named. ``--except '*: words'`` is for help texts whose
+words were changed on purpose. ``--record FILE`` keeps the hashes as JSON.
 """
 
 from __future__ import annotations
@@ -22,38 +22,52 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from preloaded import Preloaded
-from refactoring_outcomes import Code, Outcome, environment, helps, make_inputs, of_old, plan, write_corpus
+from refactoring_code import Code, Outcome, environment
+from refactoring_outcomes import make_inputs, of_old, plan, write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 Outcomes = dict[str, Outcome]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which outcomes are made: of `every` combination of settings, whose name fits one of `only`; `jobs` at a time."""
+
+    every: bool
+    only: list[str]
+    jobs: int
+
+    def has(self, outcome: str) -> bool:
+        return not self.only or any(fnmatch.fnmatch(outcome, pattern) for pattern in self.only)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare what two versions of the code make, byte for byte.")
     parser.add_argument("--against", required=True, metavar="COMMIT|FOLDER", help="the old code")
-    parser.add_argument("--code", default=ROOT, type=Path, metavar="FOLDER", help="the new code (default: this one)")
-    parser.add_argument("--except", dest="leave_out", action="append", default=[], metavar="PATTERN",
-                        help="outcomes that may differ, as 'help: words*'; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--all", action="store_true", help="every combination of settings, and not a half that has every pair"
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN",
+                        help="make these outcomes only, as 'run: *'; may be repeated")  # fmt: skip
+    parser.add_argument("--except", dest="allowed", action="append", default=[], metavar="PATTERN",
+                        help="OUTCOME: FILE that may differ, as '*: words'; may be repeated")  # fmt: skip
     parser.add_argument("--record", type=Path, metavar="FILE", help="write all hashes there, as JSON")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="outcomes made at a time (default: 2)")
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="two runs, shards and help")
-    sizes.add_argument("--all", dest="size", action="store_const", const="all", help="every combination of settings")
     options = parser.parse_args()
-    size = options.size or "usual"
     with tempfile.TemporaryDirectory(prefix="hpcgpt-net-") as name:
         folder = Path(name)
         write_corpus(folder / "corpus")
-        old_code = unpacked(options.against, folder / "code")
-        old = make(old_code, folder, size, options.jobs)
-        new = make(options.code.resolve(), folder, size, options.jobs, folder / "old")
-    different = report(old, new, options.leave_out)
+        choice = Choice(options.all, options.only, options.jobs)
+        old = make(unpacked(options.against, folder / "code"), folder, choice)
+        new = make(ROOT, folder, choice, folder / "old")
+    different = report(old, new, options.allowed)
     if options.record:
         hashes = {outcome: {name: _hash(content) for name, content in files.items()} for outcome, files in new.items()}
-        record = {"against": options.against, "size": size, "different": different, "hashes": hashes}
+        record = {"against": options.against, "different": different, "hashes": hashes}
         options.record.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if different else 0
 
@@ -68,8 +82,8 @@ def unpacked(code: str, folder: Path) -> Path:
     return folder
 
 
-def make(root: Path, folder: Path, size: str, jobs: int, old: Path | None = None) -> Outcomes:
-    """All outcomes of the code at `root`. Made in folder/work, which is called folder/old afterwards if that is free.
+def make(root: Path, folder: Path, choice: Choice, old: Path | None = None) -> Outcomes:
+    """The outcomes of the code at `root`, made in folder/work. Without an `old` this is called folder/old afterwards.
 
     Raises:
         RuntimeError: another code than this would have run.
@@ -84,7 +98,8 @@ def make(root: Path, folder: Path, size: str, jobs: int, old: Path | None = None
     preloaded = Preloaded(code=root)
     code = Code(root, work, folder / "corpus", preloaded, old)
     try:
-        made = make_inputs(code) | _all(plan(size), code, jobs) | _all(of_old(size), code, jobs) | helps(code)
+        made = make_inputs(code) | _all(plan(root, choice.every), code, choice)
+        made |= _all(of_old(), code, choice)
     finally:
         preloaded.close()
     if old is None:
@@ -94,7 +109,7 @@ def make(root: Path, folder: Path, size: str, jobs: int, old: Path | None = None
     return made
 
 
-def _all(outcomes: dict[str, Callable[[Code], Outcome]], code: Code, jobs: int) -> Outcomes:
+def _all(outcomes: dict[str, Callable[[Code], Outcome]], code: Code, choice: Choice) -> Outcomes:
     """An outcome that cannot be made is one, too: that of its error, which is no other version's."""
 
     def attempt(one: Callable[[Code], Outcome]) -> Outcome:
@@ -103,24 +118,26 @@ def _all(outcomes: dict[str, Callable[[Code], Outcome]], code: Code, jobs: int) 
         except (RuntimeError, OSError, KeyError, ValueError) as error:
             return {"error": f"{code.root}: {error!r}".encode()}
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(outcomes, pool.map(attempt, outcomes.values()), strict=True))
+    chosen = {name: one for name, one in outcomes.items() if choice.has(name)}
+    with ThreadPoolExecutor(choice.jobs) as pool:
+        return dict(zip(chosen, pool.map(attempt, chosen.values()), strict=True))
 
 
-def report(old: Outcomes, new: Outcomes, leave_out: list[str]) -> list[str]:
-    """Print a line for each outcome, and the first differing line of each text; returns what differs."""
+def report(old: Outcomes, new: Outcomes, allowed: list[str]) -> list[str]:
+    """Print a line for each outcome, and the first differing lines of each text; returns what differs."""
     different = []
     for outcome in old | new:
         before, after = old.get(outcome, {}), new.get(outcome, {})
         names = [name for name in before | after if before.get(name) != after.get(name)]
-        allowed = any(fnmatch.fnmatch(outcome, pattern) for pattern in leave_out)
-        verdict = ("different, as allowed: " if allowed else "DIFFERENT: ") + ", ".join(names) if names else "equal"
+        as_allowed = [name for name in names if any(fnmatch.fnmatch(f"{outcome}: {name}", one) for one in allowed)]
+        wrong = [name for name in names if name not in as_allowed]
+        verdict = f"DIFFERENT: {', '.join(wrong)}" if wrong else "equal"
+        verdict += f"; different, as allowed: {', '.join(as_allowed)}" if as_allowed else ""
         whole = _hash(b"".join(name.encode() + _hash(content).encode() for name, content in sorted(after.items())))
         print(f"{outcome:48} {len(after):4} files  {whole[:16]}  {verdict}")
-        if names and not allowed:
-            different += [f"{outcome}: {name}" for name in names]
-            for name in names:
-                print(_first_difference(name, before.get(name), after.get(name)))
+        for name in wrong:
+            print(_first_difference(name, before.get(name), after.get(name)))
+        different += [f"{outcome}: {name}" for name in wrong]
     return different
 
 
