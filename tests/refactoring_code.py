@@ -61,7 +61,19 @@ class Code:
 
 def environment(root: Path) -> dict[str, str]:
     """This environment with the code at `root`, and without what a launcher, Slurm or a person may have set."""
-    drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_", "OMP_", "PYTHON", "HPCGPT_", "RANK", "WORLD_SIZE")
+    drop = (
+        "SLURM_",
+        "MASTER_",
+        "WANDB_",
+        "TORCHELASTIC_",
+        "GLOO_",
+        "OMP_",
+        "PYTHON",
+        "HPCGPT_",
+        "RANK",
+        "LOCAL_",
+        "WORLD_SIZE",
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
     return kept | {"PYTHONPATH": str(root), "COLUMNS": "80", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
@@ -140,5 +152,5 @@ def run_folder(run: Path, printed: str) -> Outcome:
         "keys of events.jsonl": "\n".join(keys).encode(),
         "keys of run.json": "\n".join(json.loads((run / "run.json").read_bytes())).encode(),
         "samples": "\n".join(samples).encode(),
-        "names of files": "\n".join(files(run, r"rendezvous/")).encode(),
+        "names of files": "\n".join(files(run, r"rendezvous/|\.alive$")).encode(),
     }

@@ -104,19 +104,25 @@ def make(root: Path, folder: Path, choice: Choice, old: Path | None = None) -> O
         preloaded.close()
     if old is None:
         work.rename(folder / "old")
+    made = {outcome: _anywhere(files, folder) for outcome, files in made.items()}
     count = sum(map(len, made.values()))
     print(f"{root}: {len(made)} outcomes, {count} files, {time.monotonic() - started_at:.0f} s", flush=True)
     return made
 
 
+def _anywhere(outcome: Outcome, folder: Path) -> Outcome:
+    """With a name for the temporary folder, so that hashes that were recorded on other days can be compared."""
+    return {name: content.replace(bytes(folder), b"FOLDER") for name, content in outcome.items()}
+
+
 def _all(outcomes: dict[str, Callable[[Code], Outcome]], code: Code, choice: Choice) -> Outcomes:
-    """An outcome that cannot be made is one, too: that of its error, which is no other version's."""
+    """Make those that are chosen. One that cannot be made is a difference, also where both versions fail alike."""
 
     def attempt(one: Callable[[Code], Outcome]) -> Outcome:
         try:
             return one(code)
         except (RuntimeError, OSError, KeyError, ValueError) as error:
-            return {"error": f"{code.root}: {error!r}".encode()}
+            return {"error": f"of the {'new' if code.old else 'old'} code: {error!r}".encode()}
 
     chosen = {name: one for name, one in outcomes.items() if choice.has(name)}
     with ThreadPoolExecutor(choice.jobs) as pool:
