@@ -51,13 +51,15 @@ class Program:
 
 
 class Preloaded:
-    def __init__(self, library: Path | None = None) -> None:
-        """`library` is preloaded by the dynamic linker, too."""
+    def __init__(self, library: Path | None = None, code: Path | None = None) -> None:
+        """`library` is preloaded by the dynamic linker, too; `code`: the folder of another version to run."""
         # An abstract address: that of a file may have 107 bytes, and TMPDIR alone may be longer.
         self._address = f"hpcgpt-preloaded-{os.getpid()}-{secrets.token_hex(8)}"
         env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as hpcgpt.train sets it before torch is loaded
         if library:
             env["LD_PRELOAD"] = str(library)
+        if code:
+            env["PYTHONPATH"] = str(code)
         words = [sys.executable, "-m", "tests.preloaded", self._address]
         self._process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
