@@ -194,6 +194,12 @@ def test_once_hpcgpt_requeue_has_decided_again_its_nodes_come_back(batch: Batch)
     assert (batch.has("excluded"), batch.has("comment")) == ("n9", "mine")
 
 
+def test_a_job_that_is_over_keeps_nothing_in_its_comment(batch: Batch) -> None:
+    batch.is_("excluded", "n9,n1").is_("comment", "hpcgpt_lost=1 mine hpcgpt_avoid=n1")
+    assert batch.start(1).returncode == 0
+    assert batch.has("comment") == "mine"
+
+
 def test_where_it_is_not_known_whom_a_person_excluded_they_stay_excluded(batch: Batch) -> None:
     batch.python.unlink()
     batch.is_("excluded", "n[5-9]").is_("no_hostnames", "")
