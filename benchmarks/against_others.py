@@ -239,7 +239,8 @@ def _corpus(path: Path) -> Corpus:
 
 
 def _reference(path: Path, start: int, stop: int) -> tuple[Stream, NDArray[np.bool_], int]:
-    from data_prep import split, vocabulary
+    from data_prep.encode import vocabulary
+    from data_prep.pipeline import holdout
 
     encoding = vocabulary.gpt2().encoding
     tokens: list[Stream] = []
@@ -252,7 +253,7 @@ def _reference(path: Path, start: int, stop: int) -> tuple[Stream, NDArray[np.bo
         while file.tell() < stop:
             text = orjson.loads(file.readline())["text"]
             tokens.append(np.array([END_OF_TEXT, *encoding.encode_ordinary(text)], dtype=np.uint16))
-            held_out.append(split.is_validation(text, 0.01))
+            held_out.append(holdout.is_validation(text, 0.01))
             text_bytes += len(text.encode())
     return np.concatenate([np.empty(0, np.uint16), *tokens]), np.array(held_out, dtype=bool), text_bytes
 
@@ -262,12 +263,12 @@ def _tokenizer(folder: Path) -> Path:
     if not (folder / "huggingface.json").is_file():
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-        from data_prep import vocabulary
-        from hpcgpt import tokenizer
+        from data_prep.encode import vocabulary
+        from hpcgpt.tokenizer import save_load
 
         words = vocabulary.gpt2()
-        tokenizer.save(words, folder)
-        merges = (ROOT / "data_prep/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
+        save_load.save(words, folder)
+        merges = (ROOT / "data_prep/encode/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
         letters = vocabulary.byte_characters()
         ids = {"".join(letters[byte] for byte in token): rank for token, rank in words.ranks.items()}
         made = Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))

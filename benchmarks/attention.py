@@ -18,8 +18,8 @@ import machine
 import torch
 from torch import Tensor
 
-from hpcgpt import attention, host_memory
-from hpcgpt.attention import Sight
+from hpcgpt.model import attention, host_memory
+from hpcgpt.model.attention import Sight
 
 TOKENS, HEADS, SIZE = 2048, 12, 64
 

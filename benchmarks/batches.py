@@ -31,9 +31,9 @@ import machine
 import numpy as np
 import torch
 
-from hpcgpt import mix, shard_reader, shard_writer, shards
-from hpcgpt.loader import Loader, Mixture, Windows, widen
-from hpcgpt.shards import Shard
+from hpcgpt.data import mix, shard_format, shard_reader, shard_writer
+from hpcgpt.data.loader import Loader, Mixture, Windows, widen
+from hpcgpt.data.shard_format import Shard
 
 ROWS, CONTEXT, IDS, TOKENS = 64, 1024, 50_257, 100_000_000
 NANOGPT = "nanoGPT's way"
@@ -117,7 +117,7 @@ def _windows(folder: Path, ids: np.ndarray[Any, Any], count: int, width: str) ->
     folder.mkdir()
     made = []
     for number, part in enumerate(np.split(ids, count)):
-        with shard_writer.writing(folder, f"train_{number:06d}", "train", shards.WIDTHS[width]) as writer:
+        with shard_writer.writing(folder, f"train_{number:06d}", "train", shard_format.WIDTHS[width]) as writer:
             writer.add(part.astype(width), np.array([len(part)]), 1, 1)
         assert writer.shard
         made.append(writer.shard)
@@ -125,9 +125,9 @@ def _windows(folder: Path, ids: np.ndarray[Any, Any], count: int, width: str) ->
     return Windows(shard_reader.open_split(folder, manifest, "train"), CONTEXT, CONTEXT, IDS)
 
 
-def _manifest(folder: Path, width: str, made: list[Shard]) -> shards.Manifest:
+def _manifest(folder: Path, width: str, made: list[Shard]) -> shard_format.Manifest:
     about = {"name": "none", "fingerprint": "0" * 64, "vocab_size": IDS, "end_of_text": 0}
-    return shards.write_manifest(folder, width, about, [], "none", {}, made)
+    return shard_format.write_manifest(folder, width, about, [], "none", {}, made)
 
 
 # --- size ------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ def _manifest(folder: Path, width: str, made: list[Shard]) -> shards.Manifest:
 OPENING = """
 import json, os, resource, sys, time
 from pathlib import Path
-from hpcgpt import shard_reader, shards
-from hpcgpt.loader import Loader, Windows
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.loader import Loader, Windows
 
 def memory_mb(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
@@ -144,7 +144,7 @@ def memory_mb(name):
 folder, looks = Path(sys.argv[1]), sys.argv[2] == "looks at all"
 before = memory_mb("RssAnon")
 started_at = time.perf_counter()
-manifest = shards.read_manifest(folder)
+manifest = shard_format.read_manifest(folder)
 split = shard_reader.open_split(folder, manifest, "train", check_sizes=looks)
 loader = Loader(Windows(split, 1024, 1024, 50_257), 1, 0, 1, 512, 64)
 split.starts
@@ -169,8 +169,8 @@ print(json.dumps(found))
 
 def large(folder: Path, count: int) -> dict[str, Any]:
     folder.mkdir()
-    tokens, width = 10**13 // count, shards.WIDTHS["uint16"]
-    size, head = shards.HEADER_BYTES + width.bytes * tokens, shards.header(width, tokens)
+    tokens, width = 10**13 // count, shard_format.WIDTHS["uint16"]
+    size, head = shard_format.HEADER_BYTES + width.bytes * tokens, shard_format.header(width, tokens)
     made = []
     for number in range(count):
         name = f"train_{number:06d}"

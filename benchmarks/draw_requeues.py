@@ -12,7 +12,7 @@ from pathlib import Path
 
 from picture import BOTTOM, COLOURS, HEIGHT, Picture, Point
 
-from hpcgpt.runfolder import read_rows
+from hpcgpt.run.run_folder import read_rows
 
 POINTS = 250
 

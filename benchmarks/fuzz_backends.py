@@ -1,6 +1,6 @@
 """Do all backends give the same ids? ``python benchmarks/fuzz_backends.py --strings 200000 --seed 1``
 
-Every code point, each between all kinds of others, then random strings (`data_prep.proof`), with
+Every code point, each between all kinds of others, then random strings (`data_prep.encode.equivalence_texts`), with
 
 - GPT-2's vocabulary: gigatoken against tiktoken, and tiktoken against `tokenizers` running the same merges;
 - for each pattern that gigatoken is trusted with, a vocabulary of all pairs of bytes, whose ids show where text
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import backend_gigatoken, backends, proof, vocabulary
-from data_prep.backends import Encoder
-from hpcgpt import tokenizer_library
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
+from data_prep.encode import equivalence_texts, find_tokenizer, gigatoken_encoder, vocabulary
+from data_prep.encode.find_tokenizer import Encoder
+from hpcgpt.tokenizer import huggingface
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
 _GROUP = 2000
 _END = "<|endoftext|>"
@@ -54,15 +54,15 @@ def main(argv: Sequence[str]) -> int:
 def comparisons() -> Iterator[tuple[str, Encoder, Encoder]]:
     """What is compared: a name, the encoder in question, and the one that is right."""
     gpt2 = vocabulary.gpt2()
-    plain = backends.encoder(gpt2, "tiktoken")
-    yield "gpt2, gigatoken", backends.encoder(gpt2, "gigatoken"), plain
-    yield "gpt2, tokenizers", plain, backends.encoder(in_library(gpt2))
-    for pattern, scheme in backend_gigatoken.SCHEMES.items():
-        pairs = proof.all_pairs(pattern)
+    plain = find_tokenizer.encoder(gpt2, "tiktoken")
+    yield "gpt2, gigatoken", find_tokenizer.encoder(gpt2, "gigatoken"), plain
+    yield "gpt2, tokenizers", plain, find_tokenizer.encoder(in_library(gpt2))
+    for pattern, scheme in gigatoken_encoder.SCHEMES.items():
+        pairs = equivalence_texts.all_pairs(pattern)
         yield (
             f"pairs of bytes, {scheme}, pattern {pattern[:24]}...",
-            backends.encoder(pairs, "gigatoken"),
-            backends.encoder(pairs, "tiktoken"),
+            find_tokenizer.encoder(pairs, "gigatoken"),
+            find_tokenizer.encoder(pairs, "tiktoken"),
         )
 
 
@@ -70,11 +70,11 @@ def groups(strings: int, seed: int) -> Iterator[list[str]]:
     # Beyond the third plane nothing is assigned but a few marks and what is for private use.
     codes = (code for code in [*range(0x40000), *range(0xE0000, 0xE0200)] if not 0xD800 <= code <= 0xDFFF)
     texts: Iterator[str] = itertools.chain(
-        proof.chosen(),
-        proof.code_points(),
-        proof.between_others(codes),
+        equivalence_texts.chosen(),
+        equivalence_texts.code_points(),
+        equivalence_texts.between_others(codes),
         with_surrogates(strings // 100, seed),
-        proof.fuzzed(strings, seed, [_END]),
+        equivalence_texts.fuzzed(strings, seed, [_END]),
     )
     while group := list(itertools.islice(texts, _GROUP)):
         yield group
@@ -83,7 +83,7 @@ def groups(strings: int, seed: int) -> Iterator[list[str]]:
 def with_surrogates(count: int, seed: int) -> Iterator[str]:
     """Strings that held lone surrogates, cleaned as documents are."""
     chance = random.Random(seed)
-    for text in proof.fuzzed(count, seed + 1):
+    for text in equivalence_texts.fuzzed(count, seed + 1):
         at = chance.randrange(len(text) + 1)
         broken = text[:at] + chr(chance.randrange(0xD800, 0xE000)) + text[at:]
         yield broken.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -94,11 +94,11 @@ def difference(one: Encoder, other: Encoder, texts: list[str]) -> str | None:
     expected, expected_counts = other.batch(texts)
     if np.array_equal(ids, expected) and np.array_equal(counts, expected_counts):
         return None
-    return proof.first_difference(texts, lambda text: one.batch([text])[0].tolist(),
+    return equivalence_texts.first_difference(texts, lambda text: one.batch([text])[0].tolist(),
                                   lambda text: other.batch([text])[0].tolist())  # fmt: skip
 
 
-def in_library(gpt2: ByteLevelBPE) -> tokenizer_library.LibraryTokenizer:
+def in_library(gpt2: ByteLevelBPE) -> huggingface.LibraryTokenizer:
     """GPT-2's merges for `tokenizers`, from the same file."""
     merges = Path(vocabulary.__file__).with_name("vocab") / "gpt2.bpe"
     pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
@@ -110,8 +110,8 @@ def in_library(gpt2: ByteLevelBPE) -> tokenizer_library.LibraryTokenizer:
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": written, "merges": pairs},
     }
-    content = tokenizer_library.prepared(source, [])
-    return tokenizer_library.LibraryTokenizer("gpt2", content, {_END: gpt2.end_of_text}, gpt2.end_of_text)
+    content = huggingface.prepared(source, [])
+    return huggingface.LibraryTokenizer("gpt2", content, {_END: gpt2.end_of_text}, gpt2.end_of_text)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from typing import Any
 import machine
 import torch
 
-from hpcgpt.config import Model, Sample
-from hpcgpt.generate import generate
-from hpcgpt.model import GPT, PLAIN, Manner
+from hpcgpt.config.options import Model, Sample
+from hpcgpt.model.generate import generate
+from hpcgpt.model.gpt import GPT, PLAIN, Manner
 
 KINDS = {"gpt2": Model(vocab_size=50257), "modern": Model(kind="modern", vocab_size=50257, n_kv_head=4)}
 WAYS = {

@@ -18,9 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcgpt import progress, runfolder
-from hpcgpt.drill import make_shards
-from hpcgpt.drill_lab import LabPlace
+from hpcgpt.drill.drill import make_shards
+from hpcgpt.drill.testbed_lab import LabPlace
+from hpcgpt.run import run_folder
+from hpcgpt.slurm import restart_history
 
 CONFIG = """
 [run]
@@ -77,7 +78,7 @@ def watch(place: LabPlace, job: str, folder: Path, options: argparse.Namespace) 
     most = preemptions = begun = 0
     preempt_at = float("inf")
     while time.monotonic() < deadline and place.state(job) not in ("over", "finished"):
-        starts = len([event for event in runfolder.events(folder) if event["event"] == "job"])
+        starts = len([event for event in run_folder.events(folder) if event["event"] == "job"])
         if starts > begun:
             begun, preempt_at = starts, time.monotonic() + options.every
         if time.monotonic() >= preempt_at:
@@ -93,9 +94,9 @@ def watch(place: LabPlace, job: str, folder: Path, options: argparse.Namespace) 
 
 def tell(home: Path, job: str, most: int, preemptions: int, options: argparse.Namespace) -> int:
     folder = home / "runs" / "preempted"
-    events = runfolder.events(folder)
+    events = run_folder.events(folder)
     last = [event for event in events if event["event"] == "job"][-1]["job"]
-    found = progress.starts(events, last, progress.newest_step(folder / "checkpoints"))
+    found = restart_history.starts(events, last, restart_history.newest_step(folder / "checkpoints"))
     for start in found:
         print(f"{start.job:>8}: {start.words}{' (not worth it)' if start.idle else ''}")
     gave_up = [event["reason"] for event in events if event["event"] == "give_up"]

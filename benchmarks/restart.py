@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import runfolder
+from hpcgpt.run import run_folder
 
 LIMIT_S = 300.0
 
@@ -60,7 +60,7 @@ def _first_row(run: Path, after: float, process: subprocess.Popen[bytes]) -> dic
     rows: list[dict[str, Any]] = []
 
     def there() -> bool:
-        rows[:] = [row for row in runfolder.read_rows(run / "metrics.jsonl") if row["time"] > after]
+        rows[:] = [row for row in run_folder.read_rows(run / "metrics.jsonl") if row["time"] > after]
         return bool(rows)
 
     _wait(there, process)
@@ -68,11 +68,11 @@ def _first_row(run: Path, after: float, process: subprocess.Popen[bytes]) -> dic
 
 
 def _saves(run: Path) -> list[dict[str, Any]]:
-    return [event for event in runfolder.events(run) if event["event"] == "save"]
+    return [event for event in run_folder.events(run) if event["event"] == "save"]
 
 
 def _parts(run: Path, killed_at: float, first: dict[str, Any]) -> dict[str, float]:
-    events = runfolder.events(run)
+    events = run_folder.events(run)
     start = next(event for event in reversed(events) if event["event"] == "start")
     ready = next(event for event in reversed(events) if event["event"] == "ready")
     names = ("imports_s", "meet_s", "warm_up_s", "load_s")

@@ -24,20 +24,22 @@ from typing import Any
 
 import torch
 
-from hpcgpt import config_sources, generation, world
-from hpcgpt.checkpoint import State
-from hpcgpt.config import Checkpoint
-from hpcgpt.model import GPT
-from hpcgpt.optim import make_optimizer
-from hpcgpt.saver import Saver, tensors_of
-from hpcgpt.step import train_step
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import Saver, tensors_of
+from hpcgpt.config import sources
+from hpcgpt.config.options import Checkpoint
+from hpcgpt.distributed import world
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.storage import lease
+from hpcgpt.training.step import train_step
 
 ALONE = world.Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), torch.device("cpu"), None)
 
 
 def main() -> None:
     options = _parser().parse_args()
-    settings = config_sources.from_file(config_sources.find(options.config))
+    settings = sources.from_file(sources.find(options.config))
     shape = replace(settings.model, vocab_size=50257, block_size=max(settings.model.block_size, options.tokens))
     model = GPT(shape, 1)
     optimizer = make_optimizer(model, settings.optim)
@@ -54,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         run = Path(folder)
         (run / "checkpoints").mkdir()
-        held = generation.take(run, "")
+        held = lease.take(run, "")
         saver = Saver(run / "checkpoints", ALONE, held, Checkpoint(keep_last=1))
         number = 0
         for _ in range(options.rounds):

@@ -36,10 +36,13 @@ from typing import Any
 import machine
 import torch
 
-from hpcgpt import config_sources, host_memory, plan, rendezvous, world
-from hpcgpt.config import Config, Parallel
-from hpcgpt.engine import Engine
-from hpcgpt.world import Ranks
+from hpcgpt import plan
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config, Parallel
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model import host_memory
+from hpcgpt.training.engine import Engine
 
 
 class Way:
@@ -181,7 +184,7 @@ def _steps(engine: Engine, step: int, count: int, device: torch.device) -> tuple
 
 
 def _config(options: argparse.Namespace, ranks: int, mode: Any) -> Config:
-    settings = config_sources.from_file(config_sources.find(options.config))
+    settings = sources.from_file(sources.find(options.config))
     train = dataclasses.replace(
         settings.train,
         micro_batch=options.micro_batch,

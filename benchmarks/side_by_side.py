@@ -23,8 +23,8 @@ import torch
 from machine import about
 
 from data_prep import export
-from hpcgpt import shards
-from hpcgpt.model import VOCAB_MULTIPLE
+from hpcgpt.data import shard_format
+from hpcgpt.model.gpt import VOCAB_MULTIPLE
 
 # layers, heads, width, context
 MODELS = {
@@ -72,7 +72,7 @@ def prepared(peer: Path, folder: Path, data: Path) -> Path:
     tokens = folder / "data" / "tokens"
     export.main([str(data), "--out", str(tokens), "--to", "nanogpt"])
     (folder / "configurator.py").symlink_to((peer / "configurator.py").resolve())
-    size = int(shards.read_manifest(data).tokenizer["vocab_size"])
+    size = int(shard_format.read_manifest(data).tokenizer["vocab_size"])
     rows = -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     (tokens / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": rows}))
     return folder

@@ -25,9 +25,12 @@ from typing import Any
 import machine
 import torch
 
-from hpcgpt import config_sources, host_memory, plan, precision, world
-from hpcgpt.config import Config
-from hpcgpt.engine import Engine, Launched
+from hpcgpt import plan
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config
+from hpcgpt.distributed import world
+from hpcgpt.model import host_memory, precision
+from hpcgpt.training.engine import Engine, Launched
 
 
 @dataclasses.dataclass
@@ -96,7 +99,7 @@ def _ways(device: torch.device) -> dict[str, Way]:
 
 
 def _config(options: argparse.Namespace, flags: dict[str, Any]) -> Config:
-    settings = config_sources.from_file(config_sources.find(options.config))
+    settings = sources.from_file(sources.find(options.config))
     train = dataclasses.replace(
         settings.train, micro_batch=options.micro_batch, global_batch=options.micro_batch * options.micro_steps, **flags
     )

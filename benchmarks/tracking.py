@@ -3,8 +3,8 @@
     python benchmarks/tracking.py [--seconds 45] [--outage 60] [--json FILE]
 
 A small model is trained on this machine, once without wandb and once for each way in which the server can be out of
-order; the server is a stand-in on loopback (hpcgpt/wandb_server.py), the client is the real wandb. Each run is asked to
-leave by SIGTERM after --seconds of steps. Prints for each of them
+order; the server is a stand-in on loopback (hpcgpt/drill/wandb_server.py), the client is the real wandb. Each run is
+asked to leave by SIGTERM after --seconds of steps. Prints for each of them
 
     median, longest    the time between two steps; the longest one is the longest stop of training
     exit               from SIGTERM to the end of the process
@@ -34,9 +34,9 @@ from typing import Any
 
 import machine
 
-from hpcgpt import runfolder
-from hpcgpt.drill import make_shards
-from hpcgpt.wandb_server import Mode, WandbServer
+from hpcgpt.drill.drill import make_shards
+from hpcgpt.drill.wandb_server import Mode, WandbServer
+from hpcgpt.run import run_folder
 
 LIMIT_S = 300.0
 KILLED_AFTER_S, OUT_AFTER_S, BACK_S = 16.0, 20.0, 30.0
@@ -94,7 +94,7 @@ class Bench:
         with open(self._home / f"{name}.log", "wb") as log:
             process = subprocess.Popen(words, stdout=log, stderr=log, env=env)
             try:
-                _wait(lambda: bool(runfolder.read_rows(run / "metrics.jsonl")), process)
+                _wait(lambda: bool(run_folder.read_rows(run / "metrics.jsonl")), process)
                 self._cases[name](server, process)
                 signalled_at = time.monotonic()
                 process.send_signal(signal.SIGTERM)
@@ -104,9 +104,9 @@ class Bench:
                 if process.poll() is None:
                     _kill_tree(process.pid)
                     process.wait()
-        rows = runfolder.read_rows(run / "metrics.jsonl")
+        rows = run_folder.read_rows(run / "metrics.jsonl")
         gaps = [later["time"] - row["time"] for row, later in pairwise(rows)]
-        run_id = runfolder.run_id(run)
+        run_id = run_folder.run_id(run)
         at_the_end = len(set(server.steps(run_id)))
         if wanted != "disabled":
             server.mode = "healthy"

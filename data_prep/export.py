@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import pieces
-from hpcgpt import cli, durable, paths, shard_reader, shards
+from data_prep.token_files import chunked_file
+from hpcgpt import cli
+from hpcgpt.config import paths
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.shard_format import Manifest, Width
+from hpcgpt.data.shard_reader import Split
 from hpcgpt.errors import UserError
-from hpcgpt.shard_reader import Split
-from hpcgpt.shards import Manifest, Width
+from hpcgpt.storage import atomic
 
 SPLITS = ("train", "val")
 NANOGPT_IDS = 50_304
@@ -35,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for train.bin and val.bin")
     options = parser.parse_args(argv)
     folder, out = Path(paths.expand(options.DIR, "DIR")), Path(paths.expand(options.out, "--out"))
-    manifest = shards.read_manifest(folder)
+    manifest = shard_format.read_manifest(folder)
     for path, tokens in export(folder, manifest, out):
         print(
             f"{path}: {tokens:,} tokens as uint16, end-of-text {manifest.tokenizer['end_of_text']} behind each document"
@@ -72,7 +75,7 @@ def export(folder: Path, manifest: Manifest, out: Path) -> list[tuple[Path, int]
     total = sum(split.tokens for split in splits)
     with tqdm(total=2 * total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         for split, path in zip(splits, files, strict=True):
-            with durable.writing(path) as file:
+            with atomic.writing(path) as file:
                 for tokens in _moved_behind(split, manifest.width, end_of_text):
                     file.write(tokens.tobytes())
                     bar.update(tokens.nbytes)
@@ -82,7 +85,7 @@ def export(folder: Path, manifest: Manifest, out: Path) -> list[tuple[Path, int]
 def _moved_behind(split: Split, width: Width, end_of_text: int) -> Iterator[NDArray[np.uint16]]:
     """The stream with its first token, an end-of-text, at the end instead: so each stands behind its document."""
     for number, shard in enumerate(split.shards):
-        for first, tokens in pieces.of_shard(split.folder, shard, width):
+        for first, tokens in chunked_file.of_shard(split.folder, shard, width):
             at = f"{split.folder / shard.name}.bin, token"
             if tokens.max() > np.iinfo(np.uint16).max:
                 raise UserError(f"{at} {first:,} and on: there are ids of which the manifest does not tell")

@@ -1,6 +1,7 @@
 """Other programs' token files -> shards: ``python -m data_prep.import_shards --from nanogpt|llmc|megatron``.
 
-What is read is told in ``data_prep.foreign``, how it is cut into documents in ``data_prep.cutting``.
+What is read is told in ``data_prep.token_files.foreign_readers``, how it is cut into documents in
+``data_prep.token_files.document_splitter``.
 
 The manifest comes last. A run that fails takes away what it wrote; one that was killed leaves a folder that no
 other command takes for a data set, to be removed by hand.
@@ -24,15 +25,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import accounting, foreign, inspect, pieces, unread, vocabulary
-from data_prep.cutting import Documents
-from data_prep.foreign import Piece
-from data_prep.reading import shown
-from data_prep.unread import Unread
-from hpcgpt import cli, durable, paths, shard_writer, shards, tokenizer
+from data_prep import inspect
+from data_prep.encode import vocabulary
+from data_prep.text import accounting, unread
+from data_prep.text.options import shown
+from data_prep.text.unread import Unread
+from data_prep.token_files import chunked_file, foreign_readers
+from data_prep.token_files.document_splitter import Documents
+from data_prep.token_files.foreign_readers import Piece
+from hpcgpt import cli
+from hpcgpt.config import paths
+from hpcgpt.data import shard_format, shard_writer
+from hpcgpt.data.shard_format import Manifest, Shard, Tokens, Width
 from hpcgpt.errors import UserError
-from hpcgpt.shards import Manifest, Shard, Tokens, Width
-from hpcgpt.tokenizer import Tokenizer
+from hpcgpt.storage import atomic
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.interface import Tokenizer
 
 VALIDATION = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)
 
@@ -50,8 +58,8 @@ class Recipe:
 
     @property
     def width(self) -> Width:
-        narrow = shards.WIDTHS["uint16"]
-        return narrow if self.tokenizer.vocab_size <= narrow.most_ids else shards.WIDTHS["uint32"]
+        narrow = shard_format.WIDTHS["uint16"]
+        return narrow if self.tokenizer.vocab_size <= narrow.most_ids else shard_format.WIDTHS["uint32"]
 
     def documents(self) -> Documents:
         return Documents(self.tokenizer, self.width, self.marker, self.shard_tokens)
@@ -73,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
     marker = tokens.end_of_text if options.end_of_text is None else options.end_of_text
     if marker < 0:
         raise UserError(f"--end-of-text {marker}: expected an id, 0 or more")
-    if not 2 <= options.shard_tokens <= shards.MOST_TOKENS:
-        raise UserError(f"--shard-tokens {options.shard_tokens:,}: expected 2 to {shards.MOST_TOKENS:,}")
+    if not 2 <= options.shard_tokens <= shard_format.MOST_TOKENS:
+        raise UserError(f"--shard-tokens {options.shard_tokens:,}: expected 2 to {shard_format.MOST_TOKENS:,}")
     recipe = Recipe(options.kind, tokens, marker, options.shard_tokens, options.split, options.allow_uncovered)
     out = Path(paths.expand(options.out, "--out"))
     _summary(out, make(out, find(options.INPUT, recipe), recipe), tokens)
@@ -131,7 +139,7 @@ def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
     others = unread_beside(sources, recipe.kind)
     out.mkdir(parents=True, exist_ok=True)
     claim = out / ".importing"
-    if not durable.create(claim, f"{socket.gethostname()} {os.getpid()}\n".encode()):
+    if not atomic.create(claim, f"{socket.gethostname()} {os.getpid()}\n".encode()):
         raise UserError(f"{out}: another import is writing here")
     made: list[Shard] = []
     counts: Counter[str] = Counter(empty=0)
@@ -151,12 +159,14 @@ def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
                 assert of_text == documents.read - documents.marks, "a token was lost or made"
         if not made:
             raise UserError("there is not one document in these files")
-        tokenizer.save(recipe.tokenizer, out / "tokenizer")
+        save_load.save(recipe.tokenizer, out / "tokenizer")
         rule = f"everything is {recipe.split}" if recipe.split else "val if the file is named so, else train"
         inputs = [{"name": str(s.path), "bytes": s.bytes, "format": recipe.kind, "split": s.split} for s in sources]
         about = recipe.tokenizer.describe()
         kept = {key: count for key, count in counts.items() if count or key == "empty"}
-        return shards.write_manifest(out, recipe.width.name, about, inputs, rule, kept, made, unread.listed(others))
+        return shard_format.write_manifest(
+            out, recipe.width.name, about, inputs, rule, kept, made, unread.listed(others)
+        )
     except BaseException:
         for path in (out / f"{shard.name}{suffix}" for shard in made for suffix in (".bin", ".idx")):
             path.unlink(missing_ok=True)
@@ -201,7 +211,7 @@ def _refuse_meta(folders: set[Path]) -> None:
 
 def _check_covered(source: Source, recipe: Recipe) -> int:
     """How many bytes of a .bin belong to no document of its index. Raises UserError if that is not allowed."""
-    missing, size = foreign.uncovered(source.path)
+    missing, size = foreign_readers.uncovered(source.path)
     if missing and not recipe.allow_uncovered:
         raise UserError(
             f"{source.path}: its .idx gives {missing:,} of its {size:,} bytes to no document: is it the .idx of "
@@ -225,7 +235,7 @@ def _tell(split: str, files: int, documents: Documents, marker: int) -> None:
 
 def _pieces(files: list[Path], kind: str, bar: Any) -> Iterator[Piece]:
     for path in files:
-        for piece in foreign.READERS[kind](path):
+        for piece in foreign_readers.READERS[kind](path):
             yield piece
             bar.update(piece.tokens.nbytes)
 
@@ -300,8 +310,8 @@ def _summary(out: Path, manifest: Manifest, tokens: Tokenizer) -> None:
         print(f"not read: {unread.told(manifest.unread)}")
     if warning := accounting.unknown_warning(manifest.counts, all_tokens):
         print(f"warning: {warning}", file=sys.stderr)
-    with pieces.opened(out / f"{manifest.shards[0].name}.bin") as file:
-        first = file.read(manifest.width.dtype, shards.HEADER_BYTES, min(40, manifest.shards[0].tokens))
+    with chunked_file.opened(out / f"{manifest.shards[0].name}.bin") as file:
+        first = file.read(manifest.width.dtype, shard_format.HEADER_BYTES, min(40, manifest.shards[0].tokens))
     text = inspect.token_text(tokens, *first[1:].tolist())
     print(f"it begins: {text[:60]!r} (if that is no text, the tokens were made with another tokenizer)")
     print(f"{out}: complete (digest {manifest.digest[:12]})")
@@ -317,7 +327,11 @@ def _parser() -> argparse.ArgumentParser:
         help="files of tokens, in their order, or folders of .bin files; Megatron's by the name of .bin, .idx or both",
     )
     parser.add_argument(
-        "--from", dest="kind", required=True, choices=sorted(foreign.READERS), help="llmc is modded-nanogpt's, too"
+        "--from",
+        dest="kind",
+        required=True,
+        choices=sorted(foreign_readers.READERS),
+        help="llmc is modded-nanogpt's, too",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the shards")
     parser.add_argument("--tokenizer", required=True, help="what the tokens were made with: gpt2, or a folder")

@@ -20,12 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import accounting, pieces, unread
-from data_prep.megatron_index import Index
-from hpcgpt import cli, paths, shard_reader, shards, terminal, tokenizer
+from data_prep.text import accounting, unread
+from data_prep.token_files import chunked_file
+from data_prep.token_files.megatron_index import Index
+from hpcgpt import cli
+from hpcgpt.config import paths
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.shard_format import Manifest, Shard, Tokens
 from hpcgpt.errors import UserError
-from hpcgpt.shards import Manifest, Shard, Tokens
-from hpcgpt.tokenizer import Tokenizer
+from hpcgpt.output import terminal
+from hpcgpt.tokenizer import interface, save_load
+from hpcgpt.tokenizer.interface import Tokenizer
 
 PAGE_TOKENS = 512
 AROUND = 64  # a page is decoded with so many tokens around it
@@ -37,7 +42,7 @@ LONG = 1 << 20  # documents of this many tokens are counted by name and not in a
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     folder = Path(paths.expand(options.DIR, "DIR"))
-    manifest = shards.read_manifest(folder)
+    manifest = shard_format.read_manifest(folder)
     found: dict[str, Any] = {}
     if options.document is not None:
         found["document"] = page(folder, manifest, options.split or "train", options.document, options.page)
@@ -142,13 +147,13 @@ def page(folder: Path, manifest: Manifest, split: str, number: int, of_pages: in
     in_shard = number - int(ends[at]) + shard.documents
     with opened_index(folder, shard) as index:
         length = int(index.lengths(in_shard, in_shard + 1)[0])
-        start = (int(index.places(in_shard, in_shard + 1)[0]) - shards.HEADER_BYTES) // manifest.width.bytes
+        start = (int(index.places(in_shard, in_shard + 1)[0]) - shard_format.HEADER_BYTES) // manifest.width.bytes
     if length < 1 or start < 0 or start + length > len(tokens):
         raise UserError(f"{folder / shard.name}.idx: document {in_shard:,} lies outside of the .bin")
     pages = -(-length // PAGE_TOKENS)
     if not 1 <= of_pages <= pages:
         raise UserError(f"no page {of_pages:,}: document {number:,} has {pages:,}, numbered from 1")
-    vocabulary = tokenizer.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
+    vocabulary = save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
     return {
         "split": split,
         "document": number,
@@ -178,7 +183,7 @@ def page_text(vocabulary: Tokenizer, document: Tokens, number: int) -> str:
             yield token
 
     try:
-        return "".join(text for text in tokenizer.stream(vocabulary, ids()) if first < taken <= stop)
+        return "".join(text for text in interface.stream(vocabulary, ids()) if first < taken <= stop)
     except KeyError as error:
         raise UserError(
             f"tokenizer {vocabulary.name} has no id {error}: `python -m data_prep.verify` tells more"
@@ -188,7 +193,7 @@ def page_text(vocabulary: Tokenizer, document: Tokens, number: int) -> str:
 def token_text(vocabulary: Tokenizer, *ids: int) -> str:
     """The text of ids, and of such as the tokenizer does not know a question mark."""
     try:
-        return "".join(tokenizer.stream(vocabulary, ids))
+        return "".join(interface.stream(vocabulary, ids))
     except KeyError:
         return "?"
 
@@ -204,7 +209,7 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
     """
     size = manifest.tokenizer["vocab_size"]
     counts = np.zeros(size, dtype=np.int64)
-    vocabulary = tokenizer.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
+    vocabulary = save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
     for path, tokens in _pieces(folder, manifest, [split] if split else manifest.splits):
         found = np.bincount(tokens)
         if len(found) > size:
@@ -235,7 +240,7 @@ def _pieces(folder: Path, manifest: Manifest, names: Sequence[str]) -> Iterator[
     total = sum(shard.tokens for shard in of)
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         for shard in of:
-            for _, tokens in pieces.of_shard(folder, shard, manifest.width):
+            for _, tokens in chunked_file.of_shard(folder, shard, manifest.width):
                 yield folder / f"{shard.name}.bin", tokens
                 bar.update(len(tokens))
 
@@ -243,7 +248,7 @@ def _pieces(folder: Path, manifest: Manifest, names: Sequence[str]) -> Iterator[
 @contextmanager
 def opened_index(folder: Path, shard: Shard) -> Iterator[Index]:
     """The index of a shard, which has as many documents as the manifest says."""
-    with pieces.opened(folder / f"{shard.name}.idx") as file:
+    with chunked_file.opened(folder / f"{shard.name}.idx") as file:
         index = Index(file)
         if index.sequences != shard.documents:
             raise UserError(

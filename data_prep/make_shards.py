@@ -1,13 +1,13 @@
 """Text -> token shards: ``python -m data_prep.make_shards INPUT... --out DIR``.
 
-The inputs are cut into units (``data_prep.inputs``), each unit is made and kept as a whole
-(``data_prep.unit``), and when the last one is finished the shards get their names and the manifest
-(``data_prep.placing``)::
+The inputs are cut into units (``data_prep.text.inputs``), each unit is made and kept as a whole
+(``data_prep.pipeline.unit``), and when the last one is finished the shards get their names and the manifest
+(``data_prep.pipeline.finalize``)::
 
     DIR/
       prep/plan.json            inputs, tokenizer and options; written first
       prep/units/000000/        unit 0 is finished; gone when all are
-      train_000000.bin ...      see hpcgpt.shards
+      train_000000.bin ...      see hpcgpt.data.shard_format
       tokenizer/
       skipped.jsonl             what was set aside, if anything was
       manifest.json             written last
@@ -27,35 +27,32 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import (
-    accounting,
-    backends,
-    inputs,
-    placing,
-    reading,
-    share,
-    standard_input,
-    unit,
-    unread,
-    vocabulary,
-    workers,
-)
-from data_prep.backends import Backend
-from data_prep.inputs import Source
-from data_prep.plan import Plan, Recipe, check_ours, claim
-from data_prep.progress import Progress
-from data_prep.reading import Skipped
-from data_prep.share import Share
-from data_prep.unread import Unread
-from data_prep.workers import Job
-from hpcgpt import cli, generation, paths, shards, tokenizer, world
+from data_prep.encode import find_tokenizer, vocabulary
+from data_prep.encode.find_tokenizer import Backend
+from data_prep.pipeline import finalize, task_share, unit, workers
+from data_prep.pipeline.plan import Plan, Recipe, check_ours, claim
+from data_prep.pipeline.progress import Progress
+from data_prep.pipeline.task_share import Share
+from data_prep.pipeline.workers import Job
+from data_prep.text import accounting, inputs, standard_input, unread
+from data_prep.text import options as text_options
+from data_prep.text.inputs import Source
+from data_prep.text.options import Skipped
+from data_prep.text.unread import Unread
+from hpcgpt import cli
+from hpcgpt.config import paths
+from hpcgpt.data import shard_format
+from hpcgpt.data.shard_format import Manifest
+from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
-from hpcgpt.shards import Manifest
+from hpcgpt.storage import lease
+from hpcgpt.tokenizer import save_load
 
 GiB = 1 << 30
 _LARGE = 1_000_000_000  # bytes of input
 # What a worker imports: what this file does, for it is run again there, and what gigatoken needs for its results.
-_PRELOADED = ("argparse", *(f"data_prep.{name}" for name in ("placing", "progress", "share", "vocabulary")))
+_PRELOADED = ("argparse", "data_prep.encode.vocabulary", "data_prep.pipeline.finalize", "data_prep.pipeline.progress",
+              "data_prep.pipeline.task_share")  # fmt: skip
 _PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
 
 
@@ -65,14 +62,14 @@ def main(argv: Sequence[str]) -> int:
     if options.workers > 1:
         workers.prepare(*_PRELOADED, *(() if options.backend == "tiktoken" else _PRELOADED_FAST))
     words = vocabulary.find(options.tokenizer, options.end_of_text)
-    width = shards.WIDTHS[options.dtype]
+    width = shard_format.WIDTHS[options.dtype]
     if words.vocab_size > width.most_ids:
         raise UserError(
             f"tokenizer {words.name} has {words.vocab_size:,} ids, but {width.name} shards hold {width.most_ids:,} at "
             "most: pass --dtype uint32 (twice the disk space), take a smaller one, such as gpt2, or train one with "
             "`python -m data_prep.train_tokenizer`"
         )
-    how = reading.asked(options)
+    how = text_options.asked(options)
     recipe = Recipe(
         tokenizer=words,
         reading=how,
@@ -105,8 +102,8 @@ def make(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -
     if claim(out, plan):
         print(f"{out} is complete already, with these inputs and options: nothing to do")
         return
-    with share.taken(out, mine):
-        tokenizer.save(plan.recipe.tokenizer, out / "tokenizer")
+    with task_share.taken(out, mine):
+        save_load.save(plan.recipe.tokenizer, out / "tokenizer")
         _make_units(plan, out, processes, backend, mine)
     left = [number for number in range(len(plan.units)) if not unit.folder(out, number).is_dir()]
     # In this order: whoever writes the manifest removes the units' folders after it.
@@ -153,13 +150,13 @@ def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: S
 def _place(plan: Plan, out: Path) -> Manifest | None:
     """The finished data set; None if another task finishes it, or did."""
     try:
-        held = generation.take(out / "prep" / "placing", world.job_attempt())
+        held = lease.take(out / "prep" / "placing", world.job_attempt())
     except ValueError as error:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None
     try:
         if not (out / "manifest.json").is_file():
-            return placing.place(out, plan)
+            return finalize.place(out, plan)
         print(f"{out} is complete")
         return None
     finally:
@@ -203,8 +200,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--val-fraction {options.val_fraction}: expected 0 or more, and less than 1")
     if options.workers < 1 or (options.unit_mb is not None and options.unit_mb < 1):
         raise UserError("--workers and --unit-mb must be at least 1")
-    if not 1 <= options.shard_tokens <= shards.MOST_TOKENS:
-        raise UserError(f"--shard-tokens {options.shard_tokens}: expected 1 to {shards.MOST_TOKENS}")
+    if not 1 <= options.shard_tokens <= shard_format.MOST_TOKENS:
+        raise UserError(f"--shard-tokens {options.shard_tokens}: expected 1 to {shard_format.MOST_TOKENS}")
     if not 0 <= options.task < options.tasks:
         raise UserError(
             f"--task {options.task} of --tasks {options.tasks}: tasks count from 0, up to {options.tasks - 1}"
@@ -232,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--end-of-text", default="", metavar="TOKEN", help="Hugging Face: the special token between documents"
     )
-    reading.add_options(parser)
+    text_options.add_options(parser)
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -247,11 +244,14 @@ def _parser() -> argparse.ArgumentParser:
         "--dedup", choices=("none", "exact"), default="none", help="of equal documents keep the first (default: none)"
     )
     parser.add_argument(
-        "--dtype", choices=tuple(shards.WIDTHS), default="uint16", help="uint32 for above 65,536 ids (default: uint16)"
+        "--dtype",
+        choices=tuple(shard_format.WIDTHS),
+        default="uint16",
+        help="uint32 for above 65,536 ids (default: uint16)",
     )
     parser.add_argument(
         "--backend",
-        choices=backends.BACKENDS,
+        choices=find_tokenizer.BACKENDS,
         default="auto",
         help="what encodes; the tokens are the same (default: the fastest that is installed)",
     )

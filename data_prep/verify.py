@@ -25,12 +25,15 @@ import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_prep import pieces
-from data_prep.megatron_index import Index
-from data_prep.pieces import File
-from hpcgpt import cli, paths, shard_reader, shards, tokenizer
+from data_prep.token_files import chunked_file
+from data_prep.token_files.chunked_file import File
+from data_prep.token_files.megatron_index import Index
+from hpcgpt import cli
+from hpcgpt.config import paths
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.shard_format import HEADER_BYTES, Manifest, Shard, Width
 from hpcgpt.errors import UserError
-from hpcgpt.shards import HEADER_BYTES, Manifest, Shard, Width
+from hpcgpt.tokenizer import save_load
 
 PIECE_TOKENS = 1 << 20
 PIECE_DOCUMENTS = 1 << 16
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected 1 or more")
     folder = Path(paths.expand(options.DIR, "DIR"))
-    manifest = shards.read_manifest(folder)
+    manifest = shard_format.read_manifest(folder)
     started_at = monotonic()
     found = verify(folder, manifest, options.workers, options.quick)
     elapsed_s = monotonic() - started_at
@@ -79,7 +82,7 @@ def verify(folder: Path, manifest: Manifest, workers: int = 1, quick: bool = Fal
     """Every problem of a data set, one sentence each, in the order of its shards."""
     found: list[str] = []
     try:
-        tokenizer.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
+        save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
     except ValueError as error:
         found.append(str(error))
     total = 0 if quick else sum(shard.tokens for shard in manifest.shards) * manifest.width.bytes
@@ -113,11 +116,11 @@ def problems(folder: Path, shard: Shard, manifest: Manifest, quick: bool, read: 
     try:
         shard_reader.check_size(folder, shard)
         with (
-            pieces.opened(folder / f"{shard.name}.bin") as bin_file,
-            pieces.opened(folder / f"{shard.name}.idx") as idx_file,
+            chunked_file.opened(folder / f"{shard.name}.bin") as bin_file,
+            chunked_file.opened(folder / f"{shard.name}.idx") as idx_file,
         ):
             if quick:
-                pieces.check_header(bin_file, shard, manifest.width)
+                chunked_file.check_header(bin_file, shard, manifest.width)
                 _check_head(idx_file, shard, manifest.width)
                 return []
             return _of_content(bin_file, idx_file, shard, manifest, read)
@@ -143,7 +146,7 @@ def _of_content(
         read(tokens.nbytes)
     if checksum.hexdigest() != shard.xxh3:
         return [f"{bin_file.path}: {damaged}"]
-    pieces.check_header(bin_file, shard, width)
+    chunked_file.check_header(bin_file, shard, width)
     if _checksum(idx_file) != shard.idx_xxh3:
         return [f"{idx_file.path}: {damaged}"]
     if not starts.complete():
@@ -189,7 +192,7 @@ class _Starts:
 
 
 def _starts(idx_file: File, shard: Shard, width: Width) -> Iterator[NDArray[np.int64]]:
-    """Raises UserError where the index is not exactly what `hpcgpt.shards.index` writes for these documents."""
+    """Raises UserError where the index is not exactly what `shard_format.index` writes for these documents."""
     index, at = _check_head(idx_file, shard, width), 0
     for first in range(0, shard.documents, PIECE_DOCUMENTS):
         stop = min(first + PIECE_DOCUMENTS, shard.documents)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 
-from hpcgpt import cli, terminal
-from hpcgpt.errors import USER_MISTAKE, UserError
-from hpcgpt.unknown_flags import nearest
+from hpcgpt import cli
+from hpcgpt.config.unknown_flags import nearest
+from hpcgpt.errors import UserError
+from hpcgpt.exit_codes import USER_MISTAKE
+from hpcgpt.output import terminal
 
 COMMANDS = {
     "train": "pretrain a model, or go on with a run",
@@ -25,6 +27,7 @@ ALSO_CALLED = {
     "show": "status", "ps": "status", "ls": "checkpoint ls", "checkpoints": "checkpoint ls", "verify":
     "checkpoint verify", "generate": "sample", "evaluate": "eval", "val": "eval", "test": "drill",
 }  # fmt: skip
+PACKAGES = ("checkpoint", "drill", "tracking")
 OF_DATA_PREP = ("make_shards", "verify", "inspect", "export", "import_shards", "train_tokenizer")
 
 
@@ -37,7 +40,8 @@ def main() -> None:
     if name not in COMMANDS:
         there = f"no command '{terminal.printable(name)}'; there are {', '.join(COMMANDS)}"
         sys.exit(cli.complain(UserError(there + _meant(name)), USER_MISTAKE))
-    cli.run(importlib.import_module(f"hpcgpt.{name}").main)
+    module = f"hpcgpt.{name}.__main__" if name in PACKAGES else f"hpcgpt.{name}"
+    cli.run(importlib.import_module(module).main)
 
 
 def _meant(name: str) -> str:

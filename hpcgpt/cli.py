@@ -1,7 +1,7 @@
 """How a command starts and ends: its exit status, and errors without a traceback.
 
 Exit status, for all commands: 0 done, 2 a mistake in what was asked or given (the sentence is on
-stderr), anything else a failure; see ``hpcgpt.errors``. ``hpcgpt train`` adds those of ``hpcgpt.runfolder``.
+stderr), anything else a failure; see ``hpcgpt.errors``. ``hpcgpt train`` adds those of ``hpcgpt.run.run_folder``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from hpcgpt import streams, terminal
 from hpcgpt.errors import UserError, sentence, status_of
+from hpcgpt.output import streams, terminal
 
 Main = Callable[[Sequence[str]], int]
 

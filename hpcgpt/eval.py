@@ -1,7 +1,7 @@
 """``python -m hpcgpt.eval RUN``: the loss of a run's checkpoint on its validation split, all of it by default.
 
-The figures are those of ``hpcgpt.evaluate``, which training logs: over the whole split, on the same kind of machine and
-one rank, they are the same to the last bit.
+The figures are those of ``hpcgpt.training.evaluation``, which training logs: over the whole split, on the same kind of
+machine and one rank, they are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from hpcgpt import cli, config_sources, paths, started
-from hpcgpt.config import Config
+from hpcgpt import cli
+from hpcgpt.checkpoint import run_config
+from hpcgpt.config import paths, sources
+from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
 
 if TYPE_CHECKING:
-    from hpcgpt.trained import Trained
+    from hpcgpt.checkpoint.load_model import Trained
 
 LINE_EVERY_S = 30.0
 
@@ -32,11 +34,11 @@ def main(argv: Sequence[str]) -> int:
     if options.batches < 0:
         raise UserError(f"--batches: {options.batches} must be at least 0")
     folder = Path(paths.expand(options.RUN, "RUN"))
-    started.config(folder)
+    run_config.config(folder)
     # Late: it loads torch.
-    from hpcgpt import trained
+    from hpcgpt.checkpoint import load_model
 
-    model = trained.load(folder, options.step, options.best)
+    model = load_model.load(folder, options.step, options.best)
     model = dataclasses.replace(model, config=_with_data(model.config, options.data_dir, options.data_mix))
     started_at = time.monotonic()
     told = {"path": str(model.path), "step": model.state.step, **_figures(model, options.batches)}
@@ -52,13 +54,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _figures(model: Trained, batches: int) -> dict[str, Any]:
-    """``val/...`` as `hpcgpt.evaluate` tells them, and how many target ``tokens`` they are of.
+    """``val/...`` as `hpcgpt.training.evaluation` tells them, and how many target ``tokens`` they are of.
 
     Raises:
         UserError: the validation split is not there, or is no longer the one of the run.
     """
     from hpcgpt import plan
-    from hpcgpt.evaluate import Terms, bytes_of_ids, evaluate_all, held_out
+    from hpcgpt.training.evaluation import Terms, bytes_of_ids, evaluate_all, held_out
 
     config = model.config
     # The split is asked for also where training left it alone; and where the first weights came from is long past.
@@ -109,7 +111,7 @@ def _with_data(settings: Config, folder: str | None, mix: str | None) -> Config:
     data: dict[str, Any] = {"dir": "", "mix": ()}
     for key, text in (("dir", folder), ("mix", mix)):
         try:
-            data |= {} if text is None else {key: config_sources.from_text("data", key, text)}
+            data |= {} if text is None else {key: sources.from_text("data", key, text)}
         except UserError as error:
             raise UserError(f"--data.{key}: {error}") from None
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **data))

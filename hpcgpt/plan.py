@@ -13,11 +13,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hpcgpt import datasets, initial, mix
-from hpcgpt.config import Config
-from hpcgpt.datasets import DataSet
+from hpcgpt.checkpoint import init_from
+from hpcgpt.config.options import Config
+from hpcgpt.data import datasets, mix
+from hpcgpt.data.datasets import DataSet
 from hpcgpt.errors import UserError
-from hpcgpt.schedule import learning_rate
+from hpcgpt.optim.lr_schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     sets = datasets.open_all(config, check_sizes)
     for part in sets:
         config = _with_vocabulary(config, part)
-    initial.check(config, sets[0].manifest.tokenizer["fingerprint"])
+    init_from.check(config, sets[0].manifest.tokenizer["fingerprint"])
     own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
     parallel = config.parallel
     if parallel.mode == "zero1" and parallel.gradient_dtype == "bfloat16" and own > 1:

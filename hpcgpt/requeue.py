@@ -29,14 +29,15 @@ The policy, in this order:
 
 A start was worth it if it made a checkpoint of a later step than it resumed at, and trained for at least as long as it
 took to start. One such start resets all counts. Counted is per chain of jobs, whatever other jobs did in this folder
-meanwhile: see hpcgpt.progress. Slurm requeues by itself after a preemption or a failed node, without asking: so the
-next start asks, before its ranks are started, and leaves with status 2. Each start that was not worth it is told so.
+meanwhile: see hpcgpt.slurm.restart_history. Slurm requeues by itself after a preemption or a failed node, without
+asking: so the next start asks, before its ranks are started, and leaves with status 2. Each start that was not worth it
+is told so.
 
 How: ``scontrol requeue``. Where Slurm refuses that (JobRequeue=0, --no-requeue), a new job is queued behind this
-one (hpcgpt.chain), and where that is refused too, the command is printed.
+one (hpcgpt.slurm.next_job), and where that is refused too, the command is printed.
 
 How the attempt ended is read from exit.json, since exit codes get lost under ``srun -K``; who failed first, from
-what srun and the ranks said (hpcgpt.faults). That the job was saved and Slurm itself preempted it makes no
+what srun and the ranks said (hpcgpt.run.crash_report). That the job was saved and Slurm itself preempted it makes no
 difference: before Slurm 24.05 a job that leaves within its grace time is not requeued by Slurm.
 SLURM_RESTART_COUNT counts every kind of restart, and is no budget for crashes; events.jsonl and the checkpoints are.
 
@@ -54,27 +55,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import (
-    chain,
-    cli,
-    config_sources,
-    durable,
-    excluded,
-    faults,
-    generation,
-    progress,
-    records,
-    runfolder,
-    slurm,
-    world,
-)  # fmt: skip
-from hpcgpt.config import Config, Requeue
-from hpcgpt.errors import USER_MISTAKE, UserError
-from hpcgpt.faults import Blame
-from hpcgpt.preempt import Stop
-from hpcgpt.progress import History
-from hpcgpt.runfolder import AGAIN, FINISHED, SUPERSEDED, Exit
-from hpcgpt.slurm import Job
+from hpcgpt import cli
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config, Requeue
+from hpcgpt.distributed import world
+from hpcgpt.distributed.stop_signals import Stop
+from hpcgpt.errors import UserError
+from hpcgpt.exit_codes import AGAIN, FINISHED, SUPERSEDED, USER_MISTAKE
+from hpcgpt.run import crash_report, records, run_folder
+from hpcgpt.run.crash_report import Blame
+from hpcgpt.run.run_folder import Exit
+from hpcgpt.slurm import bad_nodes, next_job, restart_history, scontrol
+from hpcgpt.slurm.restart_history import History
+from hpcgpt.slurm.scontrol import Job
+from hpcgpt.storage import atomic, lease  # fmt: skip
 
 ENDING = "ending"
 REFUSED = 3  # status of `folder`: this start is not worth it. To the batch script 2 may be a fault of the node
@@ -95,21 +89,21 @@ class Decision:
 
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "check":
-        settings = config_sources.from_command_line(argv[1:], "requeue check", ABOUT)
-        runfolder.prepare(settings.run_folder)
+        settings = sources.from_command_line(argv[1:], "requeue check", ABOUT)
+        run_folder.prepare(settings.run_folder)
         _claim(settings.run_folder, os.environ)
         return 0
     if not argv or argv[0] not in ("folder", "decide"):
         raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
-        settings = config_sources.from_command_line(argv[1:], "requeue folder", ABOUT)
+        settings = sources.from_command_line(argv[1:], "requeue folder", ABOUT)
         if problem := _begin(settings):
             return cli.complain(UserError(problem), REFUSED)
         print(settings.run_folder)
         return 0
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
         raise UserError("requeue decide needs --status N first")
-    settings = config_sources.from_command_line(argv[3:], "requeue decide", ABOUT)
+    settings = sources.from_command_line(argv[3:], "requeue decide", ABOUT)
     if argv[2] == ENDING and _acts_outside():
         return 1  # only Slurm knows what it is ending the job for
     refused = _act(settings, None if argv[2] == ENDING else int(argv[2]))
@@ -211,8 +205,8 @@ def node_failures(count: int) -> str:
 def job_event(job: Job) -> dict[str, Any]:
     """What the event `job` records of this start; a time that Slurm does not give now is left out."""
     times = {
-        "queued_at": slurm.unix_time(job.fields.get("EligibleTime", "")),
-        "started_at": slurm.unix_time(job.fields.get("StartTime", "")),
+        "queued_at": scontrol.unix_time(job.fields.get("EligibleTime", "")),
+        "started_at": scontrol.unix_time(job.fields.get("StartTime", "")),
     }
     known = {key: moment for key, moment in times.items() if moment is not None}
     return {**known, "hosts": world.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", ""))}
@@ -220,20 +214,20 @@ def job_event(job: Job) -> dict[str, Any]:
 
 def _begin(settings: Config) -> str:
     folder = settings.run_folder
-    runfolder.prepare(folder)
+    run_folder.prepare(folder)
     _claim(folder, os.environ)
-    job = slurm.job_id(os.environ)
+    job = scontrol.job_id(os.environ)
     if not job:
         return ""
-    attempt, newest = world.job_attempt(), progress.newest_step(folder / "checkpoints")
+    attempt, newest = world.job_attempt(), restart_history.newest_step(folder / "checkpoints")
     with suppress(OSError):
-        if not generation.is_held(folder) or generation.holder_is_gone(folder):
-            runfolder.put_aside(folder, attempt)
-    problem = _hopeless(progress.history(_events(folder), attempt, newest), settings.requeue)
+        if not lease.is_held(folder) or lease.holder_is_gone(folder):
+            run_folder.put_aside(folder, attempt)
+    problem = _hopeless(restart_history.history(_events(folder), attempt, newest), settings.requeue)
     try:
-        runfolder.record(folder, "job", job=attempt, newest_step=newest, **job_event(slurm.ask(job)))
+        run_folder.record(folder, "job", job=attempt, newest_step=newest, **job_event(scontrol.ask(job)))
         if problem:
-            runfolder.record(folder, "give_up", job=attempt, reason=problem)
+            run_folder.record(folder, "give_up", job=attempt, reason=problem)
     except OSError as error:  # the disk is full: training can go on all the same
         print(f"warning: {error}", file=sys.stderr, flush=True)
     if problem:
@@ -264,7 +258,7 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
     if not array:
         return
     path = folder / "logs" / f"array_{array}.task"
-    durable.create(path, f"{task}\n".encode())
+    atomic.create(path, f"{task}\n".encode())
     owner = path.read_text().strip()
     if owner != task:
         raise UserError(
@@ -277,40 +271,40 @@ def _act(settings: Config, status: int | None) -> int | None:
     """Decide and act; `status` is srun's, None while it still runs. Returns an exit status; None if the job is to come
     back and nothing could be recorded of this start: the batch script then counts.
     """
-    folder, attempt, id_ = settings.run_folder, world.job_attempt(), slurm.job_id(os.environ)
+    folder, attempt, id_ = settings.run_folder, world.job_attempt(), scontrol.job_id(os.environ)
     events = _events(folder)
     if any(event["event"] == "chain" and event.get("job") == attempt for event in events):
         _say(f"no requeue of job {id_}: another one waits behind it already")
         return 0
-    job = slurm.ask(id_, ENDING_S if status is None else ASK_S)
-    ends = faults.deaths(_read(folder / "logs" / f"{attempt}.srun"))
-    blamed = faults.blame(ends, faults.read(folder, attempt))
+    job = scontrol.ask(id_, ENDING_S if status is None else ASK_S)
+    ends = crash_report.deaths(_read(folder / "logs" / f"{attempt}.srun"))
+    blamed = crash_report.blame(ends, crash_report.read(folder, attempt))
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     decision = _decision(settings, status, job, restart, events, blamed)
     if decision is None:
         return 0
-    barred = runfolder.barred(folder)
+    barred = run_folder.barred(folder)
     if decision.requeue and barred and not job.node_failed:
         # Each start would count as the first one, without end.
         decision = Decision(False, f"it could not be counted ({decision.why}): {barred}", decision.crashed)
     if decision.crashed or job.node_failed:
-        _say(faults.report(folder, attempt, blamed, ends))
+        _say(crash_report.report(folder, attempt, blamed, ends))
 
     hosts: list[str] = []
-    by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
+    by_a_node = bool(blamed and blamed.how == crash_report.NODE_FAILED)
     # Where a rank's program could not even be started, a mount is missing, and the next start would fail there too.
     has_no_program = bool(blamed and blamed.status in (CANNOT_EXECUTE, NOT_FOUND))
     looks = settings.requeue.exclude_bad_nodes or has_no_program
-    before = excluded.listed(job, attempt, events)
+    before = bad_nodes.listed(job, attempt, events)
     comes_back = decision.requeue or job.restarts > restart
     if comes_back and (looks or before.own):
-        bad = excluded.bad_hosts(
+        bad = bad_nodes.bad_hosts(
             blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
         )
-        kept = excluded.remember(folder, bad if looks else {}, before.handed_over)
-        nodes = slurm.nodes(job.fields.get("Partition", ""))
+        kept = bad_nodes.remember(folder, bad if looks else {}, before.handed_over)
+        nodes = scontrol.nodes(job.fields.get("Partition", ""))
         # Where Slurm does not say which nodes there are, it is left as it is.
-        hosts = excluded.affordable(kept, job, nodes, before.persons) if nodes else list(before.own)
+        hosts = bad_nodes.affordable(kept, job, nodes, before.persons) if nodes else list(before.own)
     # Before the job comes back, which may end this process at once.
     happened = _what_happened(decision, status, job, blamed, hosts)
     if decision.requeue and not happened and not any(event.get("job") == attempt for event in events):
@@ -343,7 +337,7 @@ def _what_happened(
     decision: Decision, status: int | None, job: Job, blamed: Blame | None, hosts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The events that the next starts count by. `hosts`: those that the next one is to keep away from."""
-    by_a_node = bool(blamed and blamed.how == faults.NODE_FAILED)
+    by_a_node = bool(blamed and blamed.how == crash_report.NODE_FAILED)
     what: list[dict[str, Any]] = []
     if decision.crashed:
         who = {"rank": blamed.rank, "host": blamed.host} if blamed else {"rank": None, "host": None}
@@ -357,7 +351,7 @@ def _record(folder: Path, attempt: str, what: Sequence[dict[str, Any]]) -> str:
     """Append events of this start; '' or why that cannot be done."""
     try:
         for fields in what:
-            runfolder.record(folder, job=attempt, **fields)
+            run_folder.record(folder, job=attempt, **fields)
     except OSError as error:
         return str(error)
     return ""
@@ -367,11 +361,11 @@ def _decision(
     settings: Config, status: int | None, job: Job, restart: int, events: Sequence[Mapping[str, Any]],
     blamed: Blame | None,
 ) -> Decision | None:  # fmt: skip
-    newest = progress.newest_step(settings.run_folder / "checkpoints")
-    past = progress.history(events, world.job_attempt(), newest)
+    newest = restart_history.newest_step(settings.run_folder / "checkpoints")
+    past = restart_history.history(events, world.job_attempt(), newest)
     if status is None:
         return decide_early(job, restart, past, settings.requeue)
-    ended = runfolder.read_exit(settings.run_folder)
+    ended = run_folder.read_exit(settings.run_folder)
     if ended and ended.attempt != world.job_attempt():
         ended = None
     return decide(ended, status, job, restart, past, settings.requeue, blamed)
@@ -390,18 +384,18 @@ def _bring_back(
             "in a new one; it goes on from the newest checkpoint"
         )
         return {}, 1
-    done = slurm.run_patiently("scontrol", "requeue", id_, patience_s=patience_s)
+    done = scontrol.run_patiently("scontrol", "requeue", id_, patience_s=patience_s)
     # An answer that was lost on its way is no refusal, and a second job would be one too many.
-    if done.returncode == 0 or slurm.ask(id_).restarts > restart:
+    if done.returncode == 0 or scontrol.ask(id_).restarts > restart:
         return {"event": "requeue"}, 0
-    next_job, problem = chain.submit(job, os.environ, hosts)
+    next_id, problem = next_job.submit(job, os.environ, hosts)
     said = done.stderr.strip()
-    if next_job:
-        _say(f"Slurm refuses to requeue job {id_} ({said}): job {next_job} waits behind it")
-        return {"event": "chain", "next_job": next_job}, 0
+    if next_id:
+        _say(f"Slurm refuses to requeue job {id_} ({said}): job {next_id} waits behind it")
+        return {"event": "chain", "next_job": next_id}, 0
     print(
         f"error: Slurm refused to requeue job {id_}: {said}; and to queue another one behind it: {problem}. Submit the "
-        f"same command again, it goes on from the newest checkpoint:\n  {chain.by_hand(job, os.environ, hosts)}",
+        f"same command again, it goes on from the newest checkpoint:\n  {next_job.by_hand(job, os.environ, hosts)}",
         file=sys.stderr,
         flush=True,
     )
@@ -413,8 +407,8 @@ def _acts_outside() -> bool:
     return os.environ.get("HPCGPT_ACTS") == "1" and shutil.which("scontrol") is None
 
 
-def _exclude(id_: str, job: Job, before: excluded.Listed, hosts: list[str]) -> list[str]:
-    problem = excluded.tell(id_, job, before, hosts)
+def _exclude(id_: str, job: Job, before: bad_nodes.Listed, hosts: list[str]) -> list[str]:
+    problem = bad_nodes.tell(id_, job, before, hosts)
     if problem:
         _say(f"warning: Slurm would not change what job {id_} keeps away from ({', '.join(hosts)}): {problem}")
     return [] if problem else hosts

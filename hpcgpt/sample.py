@@ -8,23 +8,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcgpt import cli, config_sources, paths, started, terminal
-from hpcgpt.config import Sample
+from hpcgpt import cli
+from hpcgpt.checkpoint import run_config
+from hpcgpt.config import paths, sources
+from hpcgpt.config.options import Sample
 from hpcgpt.errors import UserError
+from hpcgpt.output import terminal
 
 if TYPE_CHECKING:
-    from hpcgpt.trained import Trained
+    from hpcgpt.checkpoint.load_model import Trained
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     folder = Path(paths.expand(options.RUN, "RUN"))
-    settings = started.config(folder)
+    settings = run_config.config(folder)
     chosen = {}
     for key in ("prompt", "tokens", "temperature", "top_k", "top_p", "slide"):
         value = getattr(options, key)
         try:
-            chosen[key] = None if value is None else config_sources.checked("sample", key, value)
+            chosen[key] = None if value is None else sources.checked("sample", key, value)
         except ValueError as error:
             raise UserError(f"--{key.replace('_', '-')}: {error}") from None
     wanted = dataclasses.replace(settings.sample, **{key: value for key, value in chosen.items() if value is not None})
@@ -33,16 +36,16 @@ def main(argv: Sequence[str]) -> int:
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples} must be at least 1")
     # Late: it loads torch.
-    from hpcgpt import trained
+    from hpcgpt.checkpoint import load_model
 
-    _print_samples(trained.load(folder, options.step, options.best), wanted, options.samples, options.seed)
+    _print_samples(load_model.load(folder, options.step, options.best), wanted, options.samples, options.seed)
     return 0
 
 
 def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> None:
     """All texts are made at once: the first is printed as it comes, the others behind it."""
-    from hpcgpt import tokenizer
-    from hpcgpt.generate import generate_several
+    from hpcgpt.model.generate import generate_several
+    from hpcgpt.tokenizer import interface
 
     words = model.words
     print(f"{model.path}, step {model.state.step:,}")
@@ -59,7 +62,7 @@ def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> N
     with model.computing():
         for number in range(samples):
             print(f"--- sample {number + 1}\n{terminal.for_stdout(wanted.prompt)}", end="")
-            for piece in tokenizer.stream(words, later[number] if number else first(), after=prompt):
+            for piece in interface.stream(words, later[number] if number else first(), after=prompt):
                 print(terminal.for_stdout(piece), end="", flush=True)
             print()
 

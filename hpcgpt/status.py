@@ -1,7 +1,7 @@
 """``python -m hpcgpt.status RUN...``: how is it going?
 
 Read from the run folder, on any machine that sees it. Where Slurm can be reached it is asked whether a job that has
-said nothing for long is still there (hpcgpt.run_state has the states).
+said nothing for long is still there (hpcgpt.slurm.run_state has the states).
 
 No torch in here.
 """
@@ -16,11 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import cli, goodput, history, run_state, runfolder
-from hpcgpt.goodput import Goodput
-from hpcgpt.history import Attempt
-from hpcgpt.records import Record as Row
-from hpcgpt.run_state import ALIVE, NO_WORD, SILENT_S, Presence, job_is, usual_step_s
+from hpcgpt import cli
+from hpcgpt.run import attempts as attempt_history
+from hpcgpt.run import goodput, run_folder
+from hpcgpt.run.attempts import Attempt
+from hpcgpt.run.goodput import Goodput
+from hpcgpt.run.records import Record as Row
+from hpcgpt.slurm import run_state
+from hpcgpt.slurm.run_state import ALIVE, NO_WORD, SILENT_S, Presence, job_is, usual_step_s
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,9 +48,9 @@ def status(
     Raises:
         UserError: there is no run in `folder`.
     """
-    run_id = runfolder.run_id(folder)
-    events, rows = history.read(folder)
-    starts = history.starts(events, rows)
+    run_id = run_folder.run_id(folder)
+    events, rows = attempt_history.read(folder)
+    starts = attempt_history.starts(events, rows)
     newest = starts[-1] if starts else {}
     last = rows[-1] if rows else {}
     total = newest.get("total_steps")
@@ -115,7 +118,7 @@ def _stragglers(events: Sequence[Row], start: Row) -> list[dict[str, Any]]:
 
 def _history(events: Sequence[Row], rows: Sequence[Row], now: float | None) -> list[dict[str, Any]]:
     """One entry an attempt, and one (attempt None) for each crash of a job whose ranks never began."""
-    attempts = history.attempts(events, rows, now)
+    attempts = attempt_history.attempts(events, rows, now)
     entries = [_entry(attempt, events) for attempt in attempts]
     told = {attempt.crash["time"] for attempt in attempts if attempt.crash}
     for crash in events:

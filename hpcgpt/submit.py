@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import cli, config_sources, paths, runfolder, terminal, unknown_flags
+from hpcgpt import cli
+from hpcgpt.config import paths, sources, unknown_flags
 from hpcgpt.errors import UserError
+from hpcgpt.output import terminal
+from hpcgpt.run import run_folder
 
 LONGEST_LEAD_S = 65535  # sbatch(1), --signal
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
@@ -35,15 +38,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     options, training = parser.parse_known_args(argv)
     own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
-    settings = config_sources.from_command_line(training, "submit", "", unknown_flags.for_submit(own))
+    settings = sources.from_command_line(training, "submit", "", unknown_flags.for_submit(own))
     tasks = options.tasks_per_node
     if options.nodes < 1 or tasks < 1:
         raise UserError("--nodes and --tasks-per-node must be at least 1")
-    from hpcgpt import existing_run, plan  # late, so that --help does not load numpy
+    from hpcgpt import plan, submit_checks  # late, so that --help does not load numpy
 
     parameters = slurm_parameters(options, settings.run_folder)
     planned = plan.make(settings, options.nodes * tasks)
-    nothing_to_do = existing_run.check(planned, "dependency" in parameters["additional_parameters"])
+    nothing_to_do = submit_checks.check(planned, "dependency" in parameters["additional_parameters"])
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing: submit from a checkout of hpcgpt, installed with `pip install -e`")
     if options.dry_run:
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         told = {"job": None, "run": str(settings.run_folder), "steps": planned.total_steps}
         print(json.dumps(told) if options.json else f"{nothing_to_do}, nothing queued")
         return 0
-    runfolder.prepare(settings.run_folder)
+    run_folder.prepare(settings.run_folder)
     job = _submit(settings.run_folder, parameters, training)
     if options.json:
         print(json.dumps({"job": job, "run": str(settings.run_folder), "steps": planned.total_steps}))

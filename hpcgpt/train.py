@@ -1,7 +1,7 @@
 """``python -m hpcgpt.train [CONFIG] [--section.key value]...``: pretrain, or go on with a run.
 
 This file is the command: who am I, what is asked, what can be checked before torch is loaded, and how
-the process ends. The training itself is in ``hpcgpt/loop.py``, one step in ``hpcgpt/step.py``.
+the process ends. The training itself is in ``hpcgpt/training/loop.py``, one step in ``hpcgpt/training/step.py``.
 
 Exit status: 0 training is finished; 75 saved before the end, please run me again; 76 another attempt has
 taken over; 2 a mistake in what was asked; anything else is a failure.
@@ -18,22 +18,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from hpcgpt import (
-    cli,
-    config_sources,
-    faults,
-    generation,
-    job_end,
-    preempt,
-    runfolder,
-    slurm,
-    streams,
-    tracking,
-    world,
-)
-from hpcgpt.config import Config
+from hpcgpt import cli
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config
+from hpcgpt.distributed import stop_signals, world
+from hpcgpt.distributed.world import World
 from hpcgpt.errors import InputError, NodeError, UserError, blame_the_node, sentence, status_of
-from hpcgpt.world import World
+from hpcgpt.output import streams
+from hpcgpt.run import crash_report, run_folder
+from hpcgpt.slurm import job_end, scontrol
+from hpcgpt.storage import lease
+from hpcgpt.tracking import tracker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,15 +39,15 @@ def main(argv: Sequence[str]) -> int:
     folder = settings.run_folder
     stop_file = folder / "STOP"
     # Before the seconds that loading torch takes: a signal must never find the default handler.
-    flag = preempt.StopFlag(stop_file if here.is_first else None, settings.requeue.end_margin_s)
+    flag = stop_signals.StopFlag(stop_file if here.is_first else None, settings.requeue.end_margin_s)
     flag.install()
-    if here.is_first and (job := slurm.job_id(os.environ)):
+    if here.is_first and (job := scontrol.job_id(os.environ)):
         job_end.watch(job, flag)
     try:
         if stop_file.exists():
             raise UserError(f"{stop_file} asks this run to stay stopped: remove it to go on")
         if here.is_first:
-            tracking.check(settings.tracking.wandb)
+            tracker.check(settings.tracking.wandb)
         # Late, so that --help costs neither numpy nor torch.
         from hpcgpt import plan
 
@@ -60,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
         # Torch's own warnings about sockets say less than our errors do.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from hpcgpt import loop
+        from hpcgpt.training import loop
 
         status = loop.train(planned, here, flag, began_at)
     except Exception as error:
@@ -78,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 def _settings(argv: Sequence[str]) -> Config:
     """The configuration. The batch script has read the same one before it started this rank, or says nothing."""
     try:
-        return config_sources.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
+        return sources.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
     except UserError as error:
         if os.environ.get("HPCGPT_CHECKED", "") == world.job_attempt() != "":
             raise NodeError(f"{error} (the batch script could read it: {socket.gethostname()} cannot)") from error
@@ -87,13 +82,13 @@ def _settings(argv: Sequence[str]) -> Config:
 
 def _has_trained_with(settings: Config) -> bool:
     """Has the run made steps with the inputs that are asked for now? config.toml names those of the attempt before."""
-    if not runfolder.has_trained(settings.run_folder):
+    if not run_folder.has_trained(settings.run_folder):
         return False
     try:
         before = tomllib.loads((settings.run_folder / "config.toml").read_text())["data"]
     except (OSError, KeyError, ValueError):  # not known: its shards were there at the first start
         return True
-    now = tomllib.loads(config_sources.to_toml(settings.from_anywhere))["data"]
+    now = tomllib.loads(sources.to_toml(settings.from_anywhere))["data"]
     return all(before.get(key) == now.get(key) for key in ("dir", "mix", "tokenizer"))
 
 
@@ -102,15 +97,15 @@ def _say_why(folder: Path, here: World, error: Exception) -> None:
     if not folder.is_dir():
         return
     status = status_of(error)
-    faults.write(folder, here, error, status)
+    crash_report.write(folder, here, error, status)
     # Of a lost connection the reason is in the word of another rank.
     if isinstance(error, ConnectionError) or not isinstance(error, UserError | OSError):
         return
     # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
     with suppress(OSError):  # the disk that is full, or away, may be this one
-        if here.is_first and not generation.is_held(folder):
-            ended = runfolder.Exit(world.job_attempt(), status, sentence(error), 0, saved=False)
-            runfolder.write_exit(folder, ended)
+        if here.is_first and not lease.is_held(folder):
+            ended = run_folder.Exit(world.job_attempt(), status, sentence(error), 0, saved=False)
+            run_folder.write_exit(folder, ended)
 
 
 def _leave(status: int) -> NoReturn:

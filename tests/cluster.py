@@ -14,8 +14,8 @@ from typing import Any
 from conftest import ROOT, clean_env, curve, rows, tensors
 from lab_conf import Lab
 
-from hpcgpt import runfolder
-from hpcgpt.slurm import fields_of
+from hpcgpt.run import run_folder
+from hpcgpt.slurm.scontrol import fields_of
 
 SCRIPT = str(ROOT / "slurm" / "pretrain.sbatch")
 SHAPE = ("--nodes=2", "--ntasks-per-node=2")
@@ -99,7 +99,7 @@ class Cluster:
     def wait_for_ends(self, name: str, count: int, limit_s: float = 90) -> None:
         """Until `count` attempts have left by themselves."""
         deadline = time.monotonic() + limit_s
-        while [event["event"] for event in runfolder.events(self.folder(name))].count("end") < count:
+        while [event["event"] for event in run_folder.events(self.folder(name))].count("end") < count:
             assert time.monotonic() < deadline, f"{name} did not leave: {self.story('*')}"
             time.sleep(0.1)
 
@@ -118,11 +118,11 @@ def same_result(folder: Path, whole: Path, steps: int) -> None:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in runfolder.events(folder) if event["event"] == "start"]
+    return [event for event in run_folder.events(folder) if event["event"] == "start"]
 
 
 def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
-    return [event for event in runfolder.events(folder) if event["event"] in kinds]
+    return [event for event in run_folder.events(folder) if event["event"] in kinds]
 
 
 def rank_pids(job: str) -> dict[int, int]:

@@ -25,8 +25,9 @@ from small_checkpoints import checkpoints as checkpoints  # fixtures
 from small_checkpoints import held as held
 from small_checkpoints import three as three
 
-from data_prep import documents, inputs, make_shards, train_tokenizer
-from hpcgpt import tokenizer
+from data_prep import make_shards, train_tokenizer
+from data_prep.text import documents, inputs
+from hpcgpt.tokenizer import save_load
 
 ROOT = Path(__file__).resolve().parent.parent
 NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export", "hpcgpt.drill")
@@ -89,7 +90,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 40 real text files: the sources of this project, one document each."""
     folder = tmp_path_factory.mktemp("text")
-    for path in sorted([*ROOT.glob("hpcgpt/*.py"), *ROOT.glob("data_prep/*.py")]):
+    for path in sorted([*ROOT.glob("hpcgpt/**/*.py"), *ROOT.glob("data_prep/**/*.py")]):
         name = path.relative_to(ROOT).as_posix().replace("/", "_")
         (folder / f"{name}.txt").write_bytes(path.read_bytes())
     return folder
@@ -100,7 +101,7 @@ def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """A byte-level BPE of 512 ids, trained on the corpus."""
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe512"
     unit = inputs.units(inputs.find([str(text_folder)]), 10**9)[0]
-    tokenizer.save(train_tokenizer.train(documents.documents(unit), 512, "bpe512"), folder)
+    save_load.save(train_tokenizer.train(documents.documents(unit), 512, "bpe512"), folder)
     return folder
 
 

@@ -20,12 +20,13 @@ from typing import Literal
 from conftest import ROOT, TINY, clean_env, curve, tensors
 from preloaded import Preloaded
 
-from hpcgpt import faults, requeue, runfolder
-from hpcgpt.config import Requeue
-from hpcgpt.progress import History
+from hpcgpt import requeue
+from hpcgpt.config.options import Requeue
+from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED
 from hpcgpt.requeue import Decision
-from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
-from hpcgpt.slurm import Job
+from hpcgpt.run import crash_report, run_folder
+from hpcgpt.slurm.restart_history import History
+from hpcgpt.slurm.scontrol import Job
 
 Phase = Literal["start", "resume"]
 Later = Literal["once", "path", "disk"]
@@ -212,8 +213,8 @@ class Bed:
 
 def decided(folder: Path, attempt: str, status: int, restart: int) -> Decision:
     """What the batch script's policy makes of it."""
-    ended = runfolder.read_exit(folder)
+    ended = run_folder.read_exit(folder)
     if ended and ended.attempt != attempt:
         ended = None
-    blamed = faults.blame([], faults.read(folder, attempt))
+    blamed = crash_report.blame([], crash_report.read(folder, attempt))
     return requeue.decide(ended, status, Job("RUNNING", restart), restart, History(), Requeue(), blamed)

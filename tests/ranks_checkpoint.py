@@ -17,14 +17,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hpcgpt import config, generation, rendezvous, restore, runfolder, saver, world
-from hpcgpt.checkpoint import State
-from hpcgpt.config import Model, Optim
-from hpcgpt.generation import Generation
-from hpcgpt.model import GPT
-from hpcgpt.optim import make_optimizer
-from hpcgpt.saver import Saver
-from hpcgpt.world import Ranks
+from hpcgpt.checkpoint import load
+from hpcgpt.checkpoint import save as checkpoint_save
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import Saver
+from hpcgpt.config import options
+from hpcgpt.config.options import Model, Optim
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.run import run_folder
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
 
 
 def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
@@ -41,7 +46,7 @@ def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
 
 def content(model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, bytes]:
     """Every byte of a rank's state that a checkpoint keeps."""
-    found = saver.tensors_of(model, optimizer, ranks)
+    found = checkpoint_save.tensors_of(model, optimizer, ranks)
     return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
 
@@ -56,8 +61,8 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
 
     def save(to: Path, number: int) -> str:
         numbered = State(number, 400, 40, ranks.world.size, state.identity, state.pending)
-        its = savers.setdefault(to, Saver(to, ranks, held, config.Checkpoint()))
-        saved = its.begin(numbered, saver.tensors_of(model, optimizer, ranks)) or its.finish(lambda: None)
+        its = savers.setdefault(to, Saver(to, ranks, held, options.Checkpoint()))
+        saved = its.begin(numbered, checkpoint_save.tensors_of(model, optimizer, ranks)) or its.finish(lambda: None)
         assert saved is not None
         return saved.problem
 
@@ -66,10 +71,10 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
 
     other, other_optimizer = trained(seed=2, steps=1)
     torch.manual_seed(7)
-    chosen = restore.newest_valid(folder / "checkpoints", ranks, held)
+    chosen = load.newest_valid(folder / "checkpoints", ranks, held)
     assert chosen is not None
     told["chosen"] = chosen.name
-    told["state"] = restore.load(chosen, other, other_optimizer, ranks) == state
+    told["state"] = load.load(chosen, other, other_optimizer, ranks) == state
     told["same"] = content(other, other_optimizer, ranks) == before
 
     if full:
@@ -96,7 +101,7 @@ def choices(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[st
     told: dict[str, Any] = {}
     try:
         seen = checkpoints if ranks.world.is_first else checkpoints.with_name("elsewhere")
-        told["unseen"] = str(restore.newest_valid(seen, ranks, held))
+        told["unseen"] = str(load.newest_valid(seen, ranks, held))
     except OSError as error:
         told["unseen"] = str(error)
     if ranks.world.is_first:
@@ -105,15 +110,15 @@ def choices(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[st
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
-    told["whole"] = str(restore.newest_valid(checkpoints, ranks, held))
+    told["whole"] = str(load.newest_valid(checkpoints, ranks, held))
     return told
 
 
 def behind(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str, Any]:
     """A save behind training: the weights change at once, and rank 1's share is slow to come."""
     model, optimizer = trained(seed=3)
-    its = Saver(checkpoints, ranks, held, config.Checkpoint())
-    its.begin(State(12, 1200, 120, ranks.world.size, {}), saver.tensors_of(model, optimizer, ranks))
+    its = Saver(checkpoints, ranks, held, options.Checkpoint())
+    its.begin(State(12, 1200, 120, ranks.world.size, {}), checkpoint_save.tensors_of(model, optimizer, ranks))
     before = content(model, optimizer, ranks)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +127,7 @@ def behind(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str
     assert work is not None
     work._thread.join()
     if ranks.world.rank == 1:  # not ready, as far as the others are told, for three more step boundaries
-        its._work = slow = saver._Work(partial(_wait_for, checkpoints / "go", work.result))
+        its._work = slow = checkpoint_save._Work(partial(_wait_for, checkpoints / "go", work.result))
     outcomes = [its.poll() for _ in range(3)]
     told: dict[str, Any] = {"waits": outcomes == [None] * 3 and its.busy and not its._committing}
     told["unpublished"] = not (checkpoints / "step_000000012").exists()
@@ -153,8 +158,8 @@ def main(folder: Path, full: Path | None) -> None:
     ranks = rendezvous.connect(here, torch.device("cpu"), folder, "gloo", 60.0)
     held: Generation | None = None
     if here.is_first:
-        runfolder.prepare(folder)
-        held = generation.take(folder, "")
+        run_folder.prepare(folder)
+        held = lease.take(folder, "")
     (folder / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks, held, folder, full)))
     if held:
         held.release()

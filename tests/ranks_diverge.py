@@ -26,7 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcgpt import cli, engine, feed, train, world
+from hpcgpt import cli, train
+from hpcgpt.data import prefetch
+from hpcgpt.distributed import world
+from hpcgpt.training import engine
 
 
 def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
@@ -34,7 +37,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
     asked: list[int] = []
     micro_step = 0
 
-    def batches(self: feed.Feed, number: int, count: int | None = None) -> Any:
+    def batches(self: prefetch.Feed, number: int, count: int | None = None) -> Any:
         nonlocal micro_step
         if count is None:  # else it is the warm-up
             asked.append(number)
@@ -71,7 +74,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         self.trained.get_submodule("position_embedding").register_forward_hook(hit_row)
         self.reads_late = bool(faults.get("late"))
 
-    real_batches, feed.Feed.batches = feed.Feed.batches, batches  # type: ignore[method-assign]
+    real_batches, prefetch.Feed.batches = prefetch.Feed.batches, batches  # type: ignore[method-assign]
     real_build, engine.Engine.__init__ = engine.Engine.__init__, build  # type: ignore[method-assign]
     sys.argv[1:] = arguments
     cli.run(train.main)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcgpt import rendezvous, shard_reader, shards, tokenizer, world
-from hpcgpt.config import Model
-from hpcgpt.evaluate import Terms, evaluate
-from hpcgpt.loader import Windows
-from hpcgpt.model import GPT
-from hpcgpt.world import Ranks
+from hpcgpt.config.options import Model
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.loader import Windows
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.gpt import GPT
+from hpcgpt.tokenizer import save_load
+from hpcgpt.training.evaluation import Terms, evaluate
 
 CONTEXT, MICRO_BATCH = 32, 3
 BATCHES = (1, 5, 7, 0)  # none but 0 is a multiple of 2 or 4; 0 is the whole split
@@ -23,8 +25,8 @@ BATCHES = (1, 5, 7, 0)  # none but 0 is a multiple of 2 or 4; 0 is the whole spl
 
 def model_and_windows(folder: Path, seed: int = 1) -> tuple[GPT, Windows, np.ndarray[Any, Any]]:
     """A model whose predictions are not uniform, the validation windows, and the bytes of each id."""
-    manifest = shards.read_manifest(folder)
-    words = tokenizer.load(folder / "tokenizer")
+    manifest = shard_format.read_manifest(folder)
+    words = save_load.load(folder / "tokenizer")
     size = words.vocab_size
     model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=CONTEXT, vocab_size=size, dropout=0.2), seed)
     with torch.no_grad():

@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpcgpt import checkpoint, config, generation, restore, retention, world
-from hpcgpt.saver import Saver
-from hpcgpt.world import Ranks
+from hpcgpt.checkpoint import layout, load, retention
+from hpcgpt.checkpoint.save import Saver
+from hpcgpt.config import options
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.storage import lease
 
 ALONE = Ranks(world.World(0, 0, 1, 1, "alone", "test"), torch.device("cpu"), None)
 LONGEST_S = 0.12  # a round; a save takes about a tenth of it
@@ -35,18 +38,18 @@ def content(step: int) -> dict[str, Tensor]:
 def save_until_killed(run: Path, told: int) -> None:
     """Writes to the descriptor `told` the step of the newest valid checkpoint (-1 if its content is wrong), and then
     each step whose save has ended."""
-    held = generation.take(run, "")
+    held = lease.take(run, "")
     retention.clean(run / "checkpoints", held)
-    newest = restore.newest_valid(run / "checkpoints", ALONE, held)
-    step = checkpoint.read_state(newest).step if newest else 0
+    newest = load.newest_valid(run / "checkpoints", ALONE, held)
+    step = layout.read_state(newest).step if newest else 0
     os.write(told, f"{step if newest is None or holds(newest, step) else -1}\n".encode())
-    saver = Saver(run / "checkpoints", ALONE, held, config.Checkpoint(keep_last=2))
+    saver = Saver(run / "checkpoints", ALONE, held, options.Checkpoint(keep_last=2))
     weights = content(0)
     while True:
         step += 1
         for name, tensor in content(step).items():
             weights[name].copy_(tensor)
-        saved = saver.begin(checkpoint.State(step, step * 100, step * 10, 1, {}), weights)
+        saved = saver.begin(layout.State(step, step * 100, step * 10, 1, {}), weights)
         for tensor in weights.values():  # training goes on at once
             tensor.fill_(-1.0)
         while saved is None:
@@ -66,7 +69,7 @@ def holds(path: Path, step: int) -> bool:
 
 def named_but_not_whole(path: Path) -> bool:
     """Does it have a checkpoint's own name, or was it set aside, without being whole?"""
-    return not path.name.startswith(".") and checkpoint.verify(path) != ""
+    return not path.name.startswith(".") and layout.verify(path) != ""
 
 
 def main(run: Path, rounds: int, seed: int) -> None:

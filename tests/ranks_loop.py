@@ -18,7 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpcgpt import engine, loop, metrics, preempt, reporter, restore, retention, saver, train, watchdog, world
+from hpcgpt import train
+from hpcgpt.checkpoint import load, retention, save
+from hpcgpt.distributed import stop_signals, world
+from hpcgpt.run import metrics_file
+from hpcgpt.training import engine, hang_watchdog, loop, reporter
 
 SLOW_S = 0.3
 
@@ -39,7 +43,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     counts: Counter[str] = Counter()
     told: dict[str, Any] = {"order": [], "saves": [], "save_takes": [], "evaluations": []}
 
-    def begin(its: saver.Saver, state: Any, _: object) -> None:
+    def begin(its: save.Saver, state: Any, _: object) -> None:
         told["saves"].append(
             {"step": state.step, "tokens": state.tokens, "samples": state.samples, "tidy": its.tidy, "busy": its.busy,
              "pending": state.pending is not None, "evaluated": state.val_loss is not None}
@@ -71,16 +75,16 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     def flag(_: object, stop_file: Path | None, end_margin_s: float) -> None:
         told["looks_for"], told["end_margin_s"] = str(stop_file), end_margin_s
 
-    around(saver.Saver, "begin", begin)
-    around(saver.Saver, "poll", lambda _: counts.update(["polls"]))
-    around(watchdog.Watchdog, "alive", lambda _: counts.update(["alive"]))
-    around(metrics.MetricsFile, "sync", slow)
-    around(preempt.StopFlag, "__init__", flag)
-    around(preempt.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
+    around(save.Saver, "begin", begin)
+    around(save.Saver, "poll", lambda _: counts.update(["polls"]))
+    around(hang_watchdog.Watchdog, "alive", lambda _: counts.update(["alive"]))
+    around(metrics_file.MetricsFile, "sync", slow)
+    around(stop_signals.StopFlag, "__init__", flag)
+    around(stop_signals.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
     evaluate, loop.evaluate_all = loop.evaluate_all, evaluation
     around(engine, "accumulate", lambda *_: told["order"].append("warm up"))
     around(retention, "clean", lambda *_: told["order"].append("clean"))
-    around(restore, "newest_valid", lambda *_: told["order"].append("choose"))
+    around(load, "newest_valid", lambda *_: told["order"].append("choose"))
     around(loop.Attempt, "_steps", stepping)
     around(reporter.Reporter, "close", close)
     train._leave = leave  # type: ignore[assignment]  # it would end this process before it has told anything

@@ -21,12 +21,18 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import checkpoint, config, generation, kernels, parallel, plan, rendezvous, restore, saver, world
-from hpcgpt.checkpoint import State
-from hpcgpt.config import Config
-from hpcgpt.engine import Engine
-from hpcgpt.saver import Saver
-from hpcgpt.world import Ranks
+from hpcgpt import plan
+from hpcgpt.checkpoint import layout, load
+from hpcgpt.checkpoint import save as checkpoint_save
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import Saver
+from hpcgpt.config import options
+from hpcgpt.config.options import Config
+from hpcgpt.distributed import rendezvous, sharded_tensor, world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model import kernels
+from hpcgpt.storage import lease
+from hpcgpt.training.engine import Engine
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
@@ -42,12 +48,12 @@ def settings(
     **optim: Any,
 ) -> Config:
     return Config(
-        data=config.Data(dir=str(shards)),
-        model=config.Model(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0),
-        optim=config.Optim(lr=1e-3, **optim),
-        schedule=config.Schedule(warmup_steps=5, min_lr=1e-4),
-        train=config.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype=dtype),
-        parallel=config.Parallel(mode=mode),
+        data=options.Data(dir=str(shards)),
+        model=options.Model(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0),
+        optim=options.Optim(lr=1e-3, **optim),
+        schedule=options.Schedule(warmup_steps=5, min_lr=1e-4),
+        train=options.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype=dtype),
+        parallel=options.Parallel(mode=mode),
     )
 
 
@@ -66,7 +72,7 @@ def steps(its: Engine, numbers: Iterable[int]) -> list[tuple[float, float]]:
 def digest(its: Engine, ranks: Ranks) -> str:
     """Of every byte that this rank would save."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(saver.tensors_of(its.trained, its.optimizer, ranks).items()):
+    for name, tensor in sorted(checkpoint_save.tensors_of(its.trained, its.optimizer, ranks).items()):
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -74,7 +80,7 @@ def digest(its: Engine, ranks: Ranks) -> str:
 def state_bytes(its: Engine) -> int:
     """What the optimizer holds on this rank, without its counters."""
     kept = [value for state in its.optimizer.state.values() for value in state.values()]
-    return sum(parallel.held(value).local.nbytes for value in kept if value.dim())
+    return sum(sharded_tensor.held(value).local.nbytes for value in kept if value.dim())
 
 
 def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
@@ -82,16 +88,18 @@ def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     held = None
     if ranks.world.is_first:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        held = generation.take(folder, "")
-    writes = Saver(folder / "checkpoints", ranks, held, config.Checkpoint())
+        held = lease.take(folder, "")
+    writes = Saver(folder / "checkpoints", ranks, held, options.Checkpoint())
     state = State(step, step * 512, step * 16, ranks.world.size, {})
-    ended = writes.begin(state, saver.tensors_of(its.trained, its.optimizer, ranks)) or writes.finish(lambda: None)
+    ended = writes.begin(state, checkpoint_save.tensors_of(its.trained, its.optimizer, ranks)) or writes.finish(
+        lambda: None
+    )
     assert ended is not None
     assert not ended.problem, ended.problem
     if held:
         held.release()
-    path = checkpoint.path_of(folder / "checkpoints", step)
-    return (path / checkpoint.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
+    path = layout.path_of(folder / "checkpoints", step)
+    return (path / layout.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
 
 
 def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS, **optim: Any) -> dict[str, Any]:
@@ -111,10 +119,10 @@ def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS
     last = steps(its, range(count - MORE, count))
     told = {"figures": figures + last, "written": written, "state": state_bytes(its), "digest": digest(its, ranks)}
     again = engine(configuration, ranks)
-    restore.load(checkpoint.path_of(folder / "checkpoints", count - MORE), again.trained, again.optimizer, ranks)
+    load.load(layout.path_of(folder / "checkpoints", count - MORE), again.trained, again.optimizer, ranks)
     told["again"] = steps(again, range(count - MORE, count)) == last and digest(again, ranks) == told["digest"]
     looked_at = again.gathered()
-    weights = {name: parallel.whole(share.detach()) for name, share in again.trained.named_parameters()}
+    weights = {name: sharded_tensor.whole(share.detach()) for name, share in again.trained.named_parameters()}
     told["gathered"] = all(torch.equal(weights[name], p) for name, p in looked_at.named_parameters())
     told["whole digest"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
     steps(again, [count])
@@ -132,7 +140,7 @@ def messages(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32", "
     clipped: list[float] = []
 
     def look(*_: object) -> None:
-        gradients = [parallel.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
+        gradients = [sharded_tensor.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
         squared = torch.nn.utils.get_total_norm(gradients).square()
         if mode != "ddp":
             torch.distributed.all_reduce(squared)
@@ -162,12 +170,12 @@ def rounded(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
     """With gradients sent in bfloat16: figures, and whether each gradient that came out is such a number."""
     # One micro-batch: with fsdp sums of rounded gradients are kept in float32.
     configuration = settings(shards, mode, micro_batch=16 // ranks.world.size, clip_norm=0.0)
-    configuration = dataclasses.replace(configuration, parallel=config.Parallel(mode, "bfloat16"))
+    configuration = dataclasses.replace(configuration, parallel=options.Parallel(mode, "bfloat16"))
     its = engine(configuration, ranks)
     seen: list[bool] = []
 
     def look(*_: object) -> None:
-        gradients = [parallel.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
+        gradients = [sharded_tensor.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
         seen.append(all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients))
 
     its.optimizer.register_step_pre_hook(look)
@@ -210,8 +218,8 @@ def resumes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
         its = engine(settings(shards, mode), ranks)
         for folder in sorted(out.glob("*_[124]")):
             if "muon" not in folder.name:
-                path = checkpoint.path_of(folder / "checkpoints", STEPS - MORE)
-                restore.load(path, its.trained, its.optimizer, ranks)
+                path = layout.path_of(folder / "checkpoints", STEPS - MORE)
+                load.load(path, its.trained, its.optimizer, ranks)
                 told[f"{folder.name} in {mode}"] = steps(its, range(STEPS - MORE, STEPS))
     return told
 

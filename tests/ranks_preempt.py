@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from hpcgpt import rendezvous, world
-from hpcgpt.preempt import StopFlag
-from hpcgpt.world import Ranks
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.stop_signals import StopFlag
+from hpcgpt.distributed.world import Ranks
 
 # Which rank is sent which signals, one case after the other.
 CASES: dict[str, dict[int, list[signal.Signals]]] = {

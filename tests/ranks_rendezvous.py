@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hpcgpt import cli, rendezvous, world
+from hpcgpt import cli
+from hpcgpt.distributed import rendezvous, world
 
 
 def main(argv: Sequence[str]) -> int:

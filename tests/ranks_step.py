@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import parallel, rendezvous, shard_reader, shards, world
-from hpcgpt.config import Model, Optim, Parallel
-from hpcgpt.loader import Loader, Windows, widen
-from hpcgpt.model import GPT
-from hpcgpt.optim import make_optimizer
-from hpcgpt.step import train_step
-from hpcgpt.world import Ranks
+from hpcgpt.config.options import Model, Optim, Parallel
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.loader import Loader, Windows, widen
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.training import parallel
+from hpcgpt.training.step import train_step
 
 GLOBAL_BATCH = 16
 ACCUMULATIONS = (1, 2, 4)
@@ -42,7 +44,7 @@ class Bench:
         self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
         self.optimizer.register_step_pre_hook(self._remember)
         self.taken: dict[str, Tensor] = {}
-        split = shard_reader.open_split(folder, shards.read_manifest(folder), "train")
+        split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
         size = ranks.world.size
         self.loader = Loader(
             Windows(split, 32, 32, 512), 1, ranks.world.rank, size, GLOBAL_BATCH, GLOBAL_BATCH // (size * micro_steps)

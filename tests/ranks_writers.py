@@ -23,27 +23,29 @@ from pathlib import Path
 import torch
 from ranks_killed import ALONE, content
 
-from hpcgpt import checkpoint, config, generation, restore, retention
-from hpcgpt.saver import Saver
+from hpcgpt.checkpoint import layout, load, retention
+from hpcgpt.checkpoint.save import Saver
+from hpcgpt.config import options
+from hpcgpt.storage import lease
 
 REFUSED = 2
 
 
 def work(run: Path) -> int:
     try:
-        held = generation.take(run, "")
+        held = lease.take(run, "")
     except ValueError:
         return REFUSED
     log = os.open(run / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(log, f"{held.number} 0 took\n".encode())
     retention.clean(run / "checkpoints", held)
-    newest = restore.newest_valid(run / "checkpoints", ALONE, held)
-    step = checkpoint.read_state(newest).step if newest else 0
+    newest = load.newest_valid(run / "checkpoints", ALONE, held)
+    step = layout.read_state(newest).step if newest else 0
     os.write(log, f"{held.number} {step} chose\n".encode())
-    saver = Saver(run / "checkpoints", ALONE, held, config.Checkpoint(keep_last=1000, keep_best=False))
+    saver = Saver(run / "checkpoints", ALONE, held, options.Checkpoint(keep_last=1000, keep_best=False))
     while True:
         step += 1
-        saved = saver.begin(checkpoint.State(step, held.number, 0, 1, {}), content(step))
+        saved = saver.begin(layout.State(step, held.number, 0, 1, {}), content(step))
         if saved is not None and not saved.problem:
             os.write(log, f"{held.number} {step} found\n".encode())  # another's: no commit of ours
             continue
@@ -83,7 +85,7 @@ def wait_for(run: Path, what: str, newer_than: int, children: list[int]) -> int:
 
 def main(run: Path, rounds: int, seed: int) -> None:
     torch.set_num_threads(1)
-    generation.HEARTBEAT_S, generation.WATCH_S = 0.05, 0.3
+    lease.HEARTBEAT_S, lease.WATCH_S = 0.05, 0.3
     (run / "checkpoints").mkdir(parents=True)
     dice = random.Random(seed)
     holder = start(run)

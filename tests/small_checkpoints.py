@@ -10,19 +10,21 @@ from typing import Any
 import pytest
 import xxhash
 
-from hpcgpt import checkpoint, config, generation
-from hpcgpt.checkpoint import State
-from hpcgpt.generation import Generation
+from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.config import options
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
 
 IDENTITY = {"model.n_layer": 2, "run.seed": 1, "digest of the shards": "abc"}
 SHARE = "tensors_00000_of_00001.safetensors"
-EVERYTHING_STAYS = config.Checkpoint(keep_last=1000)
+EVERYTHING_STAYS = options.Checkpoint(keep_last=1000)
 
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Generation]:
     """Generation 1 of the run in tmp_path."""
-    taken = generation.take(tmp_path, "")
+    taken = lease.take(tmp_path, "")
     yield taken
     taken.release()
 
@@ -43,7 +45,7 @@ def three(checkpoints: Path, held: Generation) -> Path:
 
 
 def save(folder: Path, step: int, held: Generation, val_loss: float | None = None, size: int = 500,
-         keep: config.Checkpoint = EVERYTHING_STAYS, pending: dict[str, Any] | None = None) -> str:  # fmt: skip
+         keep: options.Checkpoint = EVERYTHING_STAYS, pending: dict[str, Any] | None = None) -> str:  # fmt: skip
     """Save a checkpoint of two tensors; '' or the problem."""
     import torch
 
@@ -53,11 +55,11 @@ def save(folder: Path, step: int, held: Generation, val_loss: float | None = Non
 
 
 def save_tensors(folder: Path, state: State, tensors: dict[str, Any], held: Generation,
-                 keep: config.Checkpoint = EVERYTHING_STAYS) -> str:  # fmt: skip
+                 keep: options.Checkpoint = EVERYTHING_STAYS) -> str:  # fmt: skip
     """Save, and wait for it; '' or the problem."""
     from ranks_killed import ALONE
 
-    from hpcgpt.saver import Saver
+    from hpcgpt.checkpoint.save import Saver
 
     saver = Saver(folder, ALONE, held, keep)
     saved = saver.begin(state, tensors) or saver.finish(lambda: None)
@@ -87,7 +89,7 @@ def write_manifest(folder: Path, manifest: Any) -> None:
     """With a digest that fits, whatever it says."""
     if isinstance(manifest, dict):
         manifest.pop("digest", None)
-        manifest["digest"] = checkpoint._digest(manifest)
+        manifest["digest"] = layout._digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -1,5 +1,6 @@
-"""data_prep.accounting and data_prep.unread: every file, document, byte and token that is found is in the shards, or is
-counted by reason in the summary and in the manifest. The commands run here as they are started, but in this process."""
+"""data_prep.text.accounting and data_prep.text.unread: every file, document, byte and token that is found is in the
+shards, or is counted by reason in the summary and in the manifest. The commands run here as they are started, but in
+this process."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ from pyarrow import feather, parquet
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data_prep import documents, import_shards, inputs, inspect, make_shards, train_tokenizer, unread, verify
-from data_prep.packing import zstd
-from data_prep.reading import Reading, Skipped
-from hpcgpt import cli, shards
+from data_prep import import_shards, inspect, make_shards, train_tokenizer, verify
+from data_prep.text import documents, inputs, unread
+from data_prep.text.compression import zstd
+from data_prep.text.options import Reading, Skipped
+from hpcgpt import cli
+from hpcgpt.data import shard_format
+from hpcgpt.data.shard_format import Manifest
 from hpcgpt.errors import UserError
-from hpcgpt.shards import Manifest
 
 NOVEL = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。\n" * 40
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
@@ -52,7 +55,7 @@ def make(
 
 
 def manifest_of(folder: Path) -> Manifest:
-    found = shards.read_manifest(folder / "out")
+    found = shard_format.read_manifest(folder / "out")
     assert verify.verify(folder / "out", found) == []
     return found
 
@@ -117,7 +120,7 @@ def test_a_file_that_looks_like_data_is_refused_or_left_out_on_demand(name: str,
 
 
 def unread_reason(folder: Path) -> str:
-    return str(shards.read_manifest(folder / "out").unread[0]["reason"])
+    return str(shard_format.read_manifest(folder / "out").unread[0]["reason"])
 
 
 def test_what_lies_beside_is_named_and_hidden_files_are_counted(make: Make, tmp_path: Path) -> None:
@@ -430,7 +433,7 @@ def byte_unigram(folder: Path, special: bool) -> Path:
 def test_bytes_are_spelled_in_pieces_also_where_those_are_marked_special(
     special: bool, make: Make, tmp_path: Path
 ) -> None:
-    from data_prep import vocabulary
+    from data_prep.encode import vocabulary
 
     found = vocabulary.find(str(byte_unigram(tmp_path / "bytes", special)))
     ids = found.encode("the 斗")

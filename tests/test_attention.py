@@ -1,4 +1,4 @@
-"""hpcgpt.attention: documents that are packed into one window are computed as if each stood alone."""
+"""hpcgpt.model.attention: documents that are packed into one window are computed as if each stood alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from test_model import KINDS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import attention, kernels
-from hpcgpt.config import Config, Model
-from hpcgpt.kernels import Attention
-from hpcgpt.model import GPT, Manner
-from hpcgpt.precision import computing_in
+from hpcgpt.config.options import Config, Model
+from hpcgpt.model import attention, kernels
+from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.kernels import Attention
+from hpcgpt.model.precision import computing_in
 
 START = 99  # the id that begins a document
 

@@ -1,4 +1,4 @@
-"""data_prep.backends: every backend gives tiktoken's ids, or is not offered."""
+"""data_prep.encode.find_tokenizer: every backend gives tiktoken's ids, or is not offered."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import backend_gigatoken, backends, inputs, proof, published, vocabulary
-from data_prep.backends import Encoder
-from data_prep.documents import documents
-from hpcgpt import tokenizer, tokenizer_library
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
+from data_prep.encode import equivalence_texts, find_tokenizer, from_tiktoken, gigatoken_encoder, vocabulary
+from data_prep.encode.find_tokenizer import Encoder
+from data_prep.text import inputs
+from data_prep.text.documents import documents
+from hpcgpt.tokenizer import huggingface, save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
 END = "<|endoftext|>"
 STRINGS = 5000
@@ -28,12 +29,12 @@ def gpt2() -> ByteLevelBPE:
 
 @pytest.fixture(scope="module")
 def plain(gpt2: ByteLevelBPE) -> Encoder:
-    return backends.encoder(gpt2, "tiktoken")
+    return find_tokenizer.encoder(gpt2, "tiktoken")
 
 
 @pytest.fixture(scope="module")
 def fast(gpt2: ByteLevelBPE) -> Encoder:
-    return backends.encoder(gpt2, "gigatoken")
+    return find_tokenizer.encoder(gpt2, "gigatoken")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def library(gpt2: ByteLevelBPE) -> Encoder:
             "merges": [line.split(" ") for line in lines[1:]],
         },
     }
-    content = tokenizer_library.prepared(source, [])
-    return backends.encoder(tokenizer_library.LibraryTokenizer("gpt2", content, {END: 50256}, 50256))
+    content = huggingface.prepared(source, [])
+    return find_tokenizer.encoder(huggingface.LibraryTokenizer("gpt2", content, {END: 50256}, 50256))
 
 
 def same(one: Encoder, other: Encoder, texts: list[str]) -> bool:
@@ -66,7 +67,7 @@ def same(one: Encoder, other: Encoder, texts: list[str]) -> bool:
 
 
 def test_every_backend_gives_the_ids_of_every_code_point(plain: Encoder, fast: Encoder) -> None:
-    texts = list(proof.code_points())
+    texts = list(equivalence_texts.code_points())
     assert sum(map(len, texts)) == 0x110000 - 0x800
     assert same(fast, plain, texts)
 
@@ -75,25 +76,29 @@ def test_every_backend_gives_the_ids_of_every_code_point(plain: Encoder, fast: E
 def test_every_backend_gives_the_same_ids_for_random_strings(
     name: str, plain: Encoder, request: pytest.FixtureRequest
 ) -> None:
-    texts = [*proof.chosen(), *proof.fuzzed(STRINGS, seed=1, special=[END])]
+    texts = [*equivalence_texts.chosen(), *equivalence_texts.fuzzed(STRINGS, seed=1, special=[END])]
     assert same(request.getfixturevalue(name), plain, texts)
 
 
-@pytest.mark.parametrize("pattern", list(backend_gigatoken.SCHEMES), ids=str)
+@pytest.mark.parametrize("pattern", list(gigatoken_encoder.SCHEMES), ids=str)
 def test_gigatoken_cuts_where_tiktoken_does(pattern: str) -> None:
     """With a vocabulary that shows it. All of Unicode is compared in benchmarks/fuzz_backends.py."""
-    pairs = proof.all_pairs(pattern)
-    fast, plain = backends.encoder(pairs, "gigatoken"), backends.encoder(pairs, "tiktoken")
-    near = {code for first, last in backend_gigatoken.NEWER for code in (first - 1, first, last, last + 1)}
-    texts = [*proof.chosen(), *proof.fuzzed(500, seed=2), *proof.between_others([*range(0x400), *sorted(near)])]
+    pairs = equivalence_texts.all_pairs(pattern)
+    fast, plain = find_tokenizer.encoder(pairs, "gigatoken"), find_tokenizer.encoder(pairs, "tiktoken")
+    near = {code for first, last in gigatoken_encoder.NEWER for code in (first - 1, first, last, last + 1)}
+    texts = [
+        *equivalence_texts.chosen(),
+        *equivalence_texts.fuzzed(500, seed=2),
+        *equivalence_texts.between_others([*range(0x400), *sorted(near)]),
+    ]
     assert same(fast, plain, texts)
 
 
 def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
     """If this fails, tiktoken has caught up, or gigatoken changed: compare all code points again."""
-    pairs = proof.all_pairs(published.O200K_PATTERN)
-    fast, plain = backends.encoder(pairs, "gigatoken"), backends.encoder(pairs, "tiktoken")
-    assert isinstance(fast, backend_gigatoken.Gigatoken)
+    pairs = equivalence_texts.all_pairs(from_tiktoken.O200K_PATTERN)
+    fast, plain = find_tokenizer.encoder(pairs, "gigatoken"), find_tokenizer.encoder(pairs, "tiktoken")
+    assert isinstance(fast, gigatoken_encoder.Gigatoken)
     texts = ["plain", "a\u0c5ca", "ʕÃa", "é\U000323b0a", "萧炎", ""]
     alone = [fast._program.encode(text).tolist() for text in texts]
     expected = [pairs.encode(text) for text in texts]
@@ -103,7 +108,7 @@ def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
 
 
 def test_tokens_that_may_hold_a_newer_letter_are_known(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_gigatoken.Gigatoken, "_made", lambda _: None)  # no merge makes these tokens
+    monkeypatch.setattr(gigatoken_encoder.Gigatoken, "_made", lambda _: None)  # no merge makes these tokens
     tokens = {
         "ʕb": True,
         "bʕ": True,
@@ -118,7 +123,7 @@ def test_tokens_that_may_hold_a_newer_letter_are_known(gpt2: ByteLevelBPE, monke
     ranks |= {token.encode(): 256 + number for number, token in enumerate(tokens)}
     ranks |= {b"\xe0\xb1": 264, b"\xe0\xb2": 265, b"\x95\xca": 266, b"\xf0\x9f": 267}
     words = ByteLevelBPE("few", gpt2.pattern, ranks, {END: 268}, 268)
-    fast = backend_gigatoken.Gigatoken(words, backends.encoder(words, "tiktoken").batch)
+    fast = gigatoken_encoder.Gigatoken(words, find_tokenizer.encoder(words, "tiktoken").batch)
     assert fast._may_be_newer[256:].tolist() == [*tokens.values(), True, False, True, False, False]
     assert {number for number in range(256) if fast._may_be_newer[number]} == {0xCA, 0xE0, 0xE1, 0xEA, 0xF0}
 
@@ -153,22 +158,22 @@ def test_a_batch_is_its_texts_one_after_the_other(
 
 def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
     """65,793 ids have no place in uint16. Pairs are counted from the other end here, so that text has the highest."""
-    pairs = proof.all_pairs(published.GPT4_PATTERN)
+    pairs = equivalence_texts.all_pairs(from_tiktoken.GPT4_PATTERN)
     ranks = {token: rank if rank < 256 else 256 + 65_791 - rank for token, rank in pairs.ranks.items()}
-    tokenizer.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
+    save_load.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
     for backend in ("tiktoken", "gigatoken"):
-        ids, counts = backends.encoder(tokenizer.load(tmp_path), backend).batch(["\0\0", "\0\x01\0"])
+        ids, counts = find_tokenizer.encoder(save_load.load(tmp_path), backend).batch(["\0\0", "\0\x01\0"])
         assert (ids.tolist(), counts.tolist()) == ([65_791, 0, 65_535], [1, 2])
-    assert tokenizer.load(tmp_path).describe()["vocab_size"] == 65_793
+    assert save_load.load(tmp_path).describe()["vocab_size"] == 65_793
 
 
 def test_gigatoken_is_renewed_when_it_has_grown(
     gpt2: ByteLevelBPE, plain: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = backend_gigatoken.Gigatoken(gpt2, plain.batch)
-    texts = list(proof.fuzzed(100, seed=3))
+    fast = gigatoken_encoder.Gigatoken(gpt2, plain.batch)
+    texts = list(equivalence_texts.fuzzed(100, seed=3))
     characters = sum(map(len, texts))
-    monkeypatch.setattr(backend_gigatoken, "FEWEST_CHARACTERS", characters + 1)
+    monkeypatch.setattr(gigatoken_encoder, "FEWEST_CHARACTERS", characters + 1)
     programs = []
     for limit in (1 << 60, 1 << 60, 1, 1):
         fast._limit = limit
@@ -182,32 +187,32 @@ def test_gigatoken_is_renewed_when_it_has_grown(
 
 
 def test_auto_takes_gigatoken_where_it_can(gpt2: ByteLevelBPE) -> None:
-    chosen = backends.encoder(gpt2)
+    chosen = find_tokenizer.encoder(gpt2)
     assert (chosen.name, chosen.why) == ("gigatoken", "")
 
 
 def test_without_gigatoken_auto_takes_tiktoken_and_says_so(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
-    chosen = backends.encoder(gpt2)
+    chosen = find_tokenizer.encoder(gpt2)
     assert chosen.name == "tiktoken"
     assert re.fullmatch(r"encoding with tiktoken, not gigatoken: it is not installed .*hpcgpt\[fast\].*", chosen.why)
     with pytest.raises(ValueError, match="it is not installed"):
-        backends.encoder(gpt2, "gigatoken")
+        find_tokenizer.encoder(gpt2, "gigatoken")
 
 
 def test_a_pattern_that_gigatoken_does_not_know_is_tiktokens(gpt2: ByteLevelBPE) -> None:
     own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.ranks, gpt2.special_tokens, 50256)
-    chosen = backends.encoder(own)
+    chosen = find_tokenizer.encoder(own)
     assert chosen.name == "tiktoken"
     assert chosen.why.endswith("gigatoken does not know the pattern of tokenizer own")
     with pytest.raises(ValueError, match="does not know the pattern of tokenizer own"):
-        backends.encoder(own, "gigatoken")
+        find_tokenizer.encoder(own, "gigatoken")
 
 
 def test_a_vocabulary_that_gigatoken_cannot_load_is_tiktokens(gpt2: ByteLevelBPE) -> None:
     """On a token that no merge makes it panics."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"xyz": 257}
-    chosen = backends.encoder(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
+    chosen = find_tokenizer.encoder(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
     assert chosen.name == "tiktoken"
     assert "gigatoken cannot run tokenizer unreached: " in chosen.why
     assert len(chosen.why.splitlines()) == 1
@@ -218,40 +223,42 @@ def test_gaps_between_the_ids_are_no_obstacle(shift: Callable[[int], int], gpt2:
     """Special tokens come first in many of Hugging Face's; p50k_base leaves 50256 out."""
     ranks = {token: shift(rank) for token, rank in gpt2.ranks.items()}
     words = ByteLevelBPE("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
-    chosen = backends.encoder(words)
+    chosen = find_tokenizer.encoder(words)
     assert (chosen.name, chosen.why) == ("gigatoken", "")
     assert same(
-        chosen, backends.encoder(words, "tiktoken"), ["hello world", END, "a\u0c5ca", *proof.fuzzed(200, seed=6)]
+        chosen,
+        find_tokenizer.encoder(words, "tiktoken"),
+        ["hello world", END, "a\u0c5ca", *equivalence_texts.fuzzed(200, seed=6)],
     )
 
 
 def test_a_backend_that_cuts_otherwise_is_found_at_the_start(
     gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(backend_gigatoken.SCHEMES, gpt2.pattern, "qwen2")
-    chosen = backends.encoder(gpt2)
+    monkeypatch.setitem(gigatoken_encoder.SCHEMES, gpt2.pattern, "qwen2")
+    chosen = find_tokenizer.encoder(gpt2)
     assert chosen.name == "tiktoken"
     assert "gigatoken and tiktoken give different ids for " in chosen.why
     with pytest.raises(ValueError, match="gigatoken and tiktoken give different ids for "):
-        backends.encoder(gpt2, "gigatoken")
+        find_tokenizer.encoder(gpt2, "gigatoken")
 
 
 def test_a_backend_that_takes_special_tokens_for_ids_is_found_at_the_start(gpt2: ByteLevelBPE, plain: Encoder) -> None:
-    special = backends.OneByOne("special", lambda text: gpt2.encoding.encode(text, allowed_special="all"))
+    special = find_tokenizer.OneByOne("special", lambda text: gpt2.encoding.encode(text, allowed_special="all"))
     with pytest.raises(ValueError, match=r"special and tiktoken give different ids for '<\|endoftext\|>'"):
-        backends.check(special, plain)
+        find_tokenizer.check(special, plain)
 
 
 def test_a_result_of_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match="result is of an unknown form"):
-        backend_gigatoken._arrays([1, 2])
+        gigatoken_encoder._arrays([1, 2])
 
 
 def test_what_only_the_library_runs_is_run_by_the_library(library: Encoder, gpt2: ByteLevelBPE) -> None:
     assert (library.name, library.why) == ("tokenizers", "")
-    words = tokenizer_library.LibraryTokenizer("other", "{}", {END: 0}, 0)
+    words = huggingface.LibraryTokenizer("other", "{}", {END: 0}, 0)
     for backend in ("tiktoken", "gigatoken"):
         with pytest.raises(ValueError, match=f"backend {backend} cannot run tokenizer other"):
-            backends.encoder(words, backend)
+            find_tokenizer.encoder(words, backend)
     with pytest.raises(ValueError, match="backend tokenizers cannot run tokenizer gpt2"):
-        backends.encoder(gpt2, "tokenizers")
+        find_tokenizer.encoder(gpt2, "tokenizers")

@@ -27,8 +27,9 @@ from conftest import ROOT
 from pyarrow import parquet
 
 from data_prep import make_shards, verify
-from data_prep.packing import zstd
-from hpcgpt import cli, shards
+from data_prep.text.compression import zstd
+from hpcgpt import cli
+from hpcgpt.data import shard_format
 
 CHINESE = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。"
 GOOD = '{"text": "萧炎"}\n'.encode()
@@ -349,7 +350,7 @@ def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, t
     code, said, err = run(*words)
     assert (code, err) == (0, ""), err
     assert f"left out: {aside} bad input, listed in skipped.jsonl" in said
-    manifest = shards.read_manifest(out)
+    manifest = shard_format.read_manifest(out)
     assert sum(shard.documents for shard in manifest.shards) == documents + 2
     assert manifest.counts["skipped"] == aside
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]

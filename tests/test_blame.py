@@ -1,4 +1,4 @@
-"""hpcgpt.blame: the rank that all others wait for is named, and no other."""
+"""hpcgpt.training.stragglers: the rank that all others wait for is named, and no other."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import torch
 from conftest import ROOT, clean_env
 from torch import Tensor, nn
 
-from hpcgpt import runfolder, world
-from hpcgpt.blame import Blame, LocalTime, Straggler, judge, usual
-from hpcgpt.config import Blame as Settings
-from hpcgpt.step import accumulate
-from hpcgpt.world import Ranks
+from hpcgpt.config.options import Blame as Settings
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.run import run_folder
+from hpcgpt.training.step import accumulate
+from hpcgpt.training.stragglers import Blame, LocalTime, Straggler, judge, usual
 
 ALONE = Ranks(world.World(0, 0, 1, 1, "alone", "test"), torch.device("cpu"), None)
 
@@ -194,11 +195,11 @@ def rank_process(launcher: int, rank: int) -> int:
 
 
 def steps(folder: Path) -> int:
-    return len(runfolder.read_rows(folder / "metrics.jsonl"))
+    return len(run_folder.read_rows(folder / "metrics.jsonl"))
 
 
 def stragglers(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in runfolder.events(folder) if event["event"] == "straggler"]
+    return [event for event in run_folder.events(folder) if event["event"] == "straggler"]
 
 
 def wait(process: subprocess.Popen[str], until: Callable[[], bool], limit_s: float = 120) -> None:

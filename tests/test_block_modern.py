@@ -1,4 +1,4 @@
-"""hpcgpt.block_modern: RMSNorm, rotary positions, SwiGLU, QK-norm and grouped queries, as Qwen3 has them."""
+"""hpcgpt.model.block_modern: RMSNorm, rotary positions, SwiGLU, QK-norm and grouped queries, as Qwen3 has them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from test_model import MODERN, ids, small
 from torch import Tensor
 
-from hpcgpt.block_modern import Norm, rotation, turned
-from hpcgpt.config import Model
-from hpcgpt.model import GPT
+from hpcgpt.config.options import Model
+from hpcgpt.model.block_modern import Norm, rotation, turned
+from hpcgpt.model.gpt import GPT
 
 # --- what it computes ------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""hpcgpt.chain: the next job, where Slurm may not requeue this one. tests/test_slurm_life.py has it on a real Slurm."""
+"""hpcgpt.slurm.next_job: the next job, where Slurm may not requeue this one. tests/test_slurm_life.py has it on a real
+Slurm."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from test_requeue import FakeSlurm, decided
 from test_requeue import run as run  # fixtures
 from test_requeue import slurm as slurm
 
-from hpcgpt import runfolder
-from hpcgpt.chain import flags
-from hpcgpt.slurm import Job
+from hpcgpt.run import run_folder
+from hpcgpt.slurm.next_job import flags
+from hpcgpt.slurm.scontrol import Job
 
 ENV = {
     "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "a b", "SLURM_JOB_PARTITION": "low", "SLURM_JOB_NUM_NODES": "2",
@@ -55,7 +56,7 @@ def forbidding(slurm: FakeSlurm) -> FakeSlurm:
 
 def test_one_job_is_queued_behind_though_it_is_decided_twice(forbidding: FakeSlurm, run: Path) -> None:
     """While Slurm ends a job whose ranks hang, and again when srun has returned after all."""
-    runfolder.record(run, "job", job="7_0")
+    run_folder.record(run, "job", job="7_0")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_CONF": "/etc/slurm.conf", "MINE": "kept"}
     path = {"PATH": f"{forbidding.folder}:/usr/bin:/bin"}
     words = ("--run.dir", str(run.parent), "--run.name", run.name)
@@ -67,7 +68,7 @@ def test_one_job_is_queued_behind_though_it_is_decided_twice(forbidding: FakeSlu
     (submitted,) = Path(f"{forbidding.said}.sbatch").read_text().splitlines()
     assert "--dependency=afterany:7 " in submitted
     assert submitted.endswith("/mine.sh")
-    (chain,) = [event for event in runfolder.events(run) if event["event"] == "chain"]
+    (chain,) = [event for event in run_folder.events(run) if event["event"] == "chain"]
     assert (chain["job"], chain["next_job"], chain["reason"]) == ("7_3", "8", "a node failed")
     # --export=ALL would make the next job believe that it had been restarted three times.
     told = Path(f"{forbidding.said}.env").read_text().splitlines()
@@ -91,8 +92,8 @@ def test_what_a_person_excluded_is_excluded_from_the_next_job_too(forbidding: Fa
     forbidding.has_nodes("n1 idle", "n2 idle", "n3 idle")
     script = forbidding.folder / "scontrol"
     script.write_text(script.read_text().replace("Requeue=1", "ExcNodeList=n[2,8-9] Requeue=0"))
-    runfolder.record(run, "chain", job="6_0", next_job="7")
-    runfolder.record(run, "excluded", job="6_0", hosts=["n2"])
+    run_folder.record(run, "chain", job="6_0", next_job="7")
+    run_folder.record(run, "excluded", job="6_0", hosts=["n2"])
     assert decided(forbidding, run, 137)[0] == 0
     assert " --exclude=n8,n9 " in Path(f"{forbidding.said}.sbatch").read_text()
 

@@ -15,9 +15,10 @@ from conftest import command
 from safetensors.torch import load_file
 from small_checkpoints import IDENTITY, SHARE, flip_a_byte, mend, names, save, write_manifest
 
-from hpcgpt import checkpoint, runfolder
-from hpcgpt.checkpoint import FormatError, State
-from hpcgpt.generation import Generation
+from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint.layout import FormatError, State
+from hpcgpt.run import run_folder
+from hpcgpt.storage.lease import Generation
 
 # --- the form --------------------------------------------------------------------------------------
 
@@ -38,18 +39,18 @@ def test_on_disk_it_is_as_documented(three: Path) -> None:
 
 
 def test_names_say_the_step_and_who_writes_it(tmp_path: Path) -> None:
-    assert checkpoint.path_of(tmp_path, 7).name == "step_000000007"
-    assert checkpoint.path_of(tmp_path, 12_345_678_901).name == "step_12345678901"
-    assert checkpoint.temporary_of(checkpoint.path_of(tmp_path, 7), 3).name == ".step_000000007.g0003.tmp"
-    assert checkpoint.share_name(3, 16) == "tensors_00003_of_00016.safetensors"
+    assert layout.path_of(tmp_path, 7).name == "step_000000007"
+    assert layout.path_of(tmp_path, 12_345_678_901).name == "step_12345678901"
+    assert layout.temporary_of(layout.path_of(tmp_path, 7), 3).name == ".step_000000007.g0003.tmp"
+    assert layout.share_name(3, 16) == "tensors_00003_of_00016.safetensors"
 
 
 def test_they_are_found_by_their_number_the_newest_first(tmp_path: Path) -> None:
     good = ["step_000000003", "step_000000020", "step_1000000000", "step_999999999"]
     for name in [*good, "step_4", "step_best", ".step_000000004.g0001.tmp", "damaged_step_000000004.g0001"]:
         (tmp_path / name).mkdir()
-    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path)] == [1_000_000_000, 999_999_999, 20, 3]
-    assert checkpoint.found(tmp_path / "none") == []
+    assert [layout.step_of(path) for path in layout.found(tmp_path)] == [1_000_000_000, 999_999_999, 20, 3]
+    assert layout.found(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(
@@ -68,26 +69,26 @@ def test_an_impossible_state_is_refused(changes: dict[str, Any]) -> None:
 
 def test_verify_reads_every_byte_and_outline_none_of_the_tensors(three: Path) -> None:
     flip_a_byte(three / "step_000000012")
-    assert checkpoint.outline(three / "step_000000012") == ""
-    assert checkpoint.verify(three / "step_000000012") == f"the checksum of {SHARE} is not the one in the manifest"
-    assert checkpoint.verify(three / "step_000000008") == ""
+    assert layout.outline(three / "step_000000012") == ""
+    assert layout.verify(three / "step_000000012") == f"the checksum of {SHARE} is not the one in the manifest"
+    assert layout.verify(three / "step_000000008") == ""
 
 
 def test_another_version_is_refused_only_if_the_manifest_was_not_damaged(three: Path) -> None:
     folder = three / "step_000000012"
     manifest = json.loads((folder / "manifest.json").read_text()) | {"version": 3}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "own checksum" in checkpoint.verify(folder)
+    assert "own checksum" in layout.verify(folder)
     write_manifest(folder, manifest)
     with pytest.raises(FormatError, match=r"format version 3, and this program knows 2"):
-        checkpoint.verify(folder)
+        layout.verify(folder)
 
 
 def test_setting_aside_loses_nothing_and_says_why(
     three: Path, held: Generation, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.read_bytes() for path in (three / "step_000000012").iterdir()}
-    checkpoint.set_aside(three / "step_000000012", "a reason", dataclasses.replace(held, number=7))
+    layout.set_aside(three / "step_000000012", "a reason", dataclasses.replace(held, number=7))
     aside = three / "damaged_step_000000012.g0007"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before | {"REASON.txt": b"a reason\n"}
     told = f"warning: checkpoint {three / 'step_000000012'} is damaged: a reason; set aside as {aside.name}\n"
@@ -97,8 +98,8 @@ def test_setting_aside_loses_nothing_and_says_why(
 def test_the_same_step_can_be_set_aside_again_and_again(three: Path, held: Generation) -> None:
     for _ in range(3):
         (three / "step_000000012" / "part").mkdir(parents=True, exist_ok=True)
-        checkpoint.set_aside(three / "step_000000012", "a reason", held)
-    assert [path.name.removeprefix("damaged_step_000000012.") for path in checkpoint.damaged(three)] == [
+        layout.set_aside(three / "step_000000012", "a reason", held)
+    assert [path.name.removeprefix("damaged_step_000000012.") for path in layout.damaged(three)] == [
         "g0001", "g0001.2", "g0001.3"]  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tm
     (three / "step_000000012").rename(mine)
     (three / "step_000000012").symlink_to(mine)
     before = sorted(path.name for path in mine.iterdir())
-    checkpoint.set_aside(three / "step_000000012", "a reason", held)
+    layout.set_aside(three / "step_000000012", "a reason", held)
     assert (three / "damaged_step_000000012.g0001").readlink() == mine
     assert sorted(path.name for path in mine.iterdir()) == before
 
@@ -193,7 +194,7 @@ def test_what_cannot_be_shown_is_a_sentence(run: Path, tmp_path: Path) -> None:
     header.write_bytes(b"\xff" * 9 + header.read_bytes()[9:])
     mend(run / "checkpoints/step_000000012")
     (tmp_path / "empty").mkdir()
-    runfolder.prepare(tmp_path / "new")
+    run_folder.prepare(tmp_path / "new")
     for arguments, status, expected in [
         (["show", str(run), "--step", "8"], 2, "step_000000008 is damaged: tensors_00000_of_00001.safetensors has"),
         (["show", str(run)], 2, f"{header} is damaged: "),
@@ -217,7 +218,7 @@ def test_what_cannot_be_shown_is_a_sentence(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_name(checkpoints: Path, held: Generation) -> None:
-    runfolder.prepare(checkpoints.parent)
+    run_folder.prepare(checkpoints.parent)
     assert save(checkpoints, 4, held) == ""
     folder = checkpoints / "step_000000004"
     write_manifest(folder, json.loads((folder / "manifest.json").read_text()) | {"version": 9})

@@ -1,4 +1,4 @@
-"""hpcgpt.config: defaults <- TOML <- flags, strict about every one of them."""
+"""hpcgpt.config.options: defaults <- TOML <- flags, strict about every one of them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env, command
 
-from hpcgpt import config_sources
-from hpcgpt.config import Config
-from hpcgpt.config_sources import PRESETS
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config
+from hpcgpt.config.sources import PRESETS
 
 
 def from_flags(*argv: str) -> Config:
-    return config_sources.from_command_line(argv, "train", "")
+    return sources.from_command_line(argv, "train", "")
 
 
 def from_text(folder: Path, text: str) -> Config:
     path = folder / "my.toml"
     path.write_text(text)
-    return config_sources.from_file(path)
+    return sources.from_file(path)
 
 
 # --- where values come from ------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_every_preset_is_found_by_its_name_and_loads(preset: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("gpt2-*.toml")), ids=lambda path: path.stem)
 def test_the_presets_of_gpt2_have_the_parameters_that_they_tell(path: Path) -> None:
-    shape = config_sources.from_file(path).model
+    shape = sources.from_file(path).model
     layers, width = shape.n_layer, shape.n_embd
     a_block = 12 * width * width + 13 * width  # four matrices and their biases, two norms
     count = (50_257 + shape.block_size) * width + layers * a_block + 2 * width
@@ -95,15 +95,15 @@ def test_to_toml_and_back_is_the_same_configuration(tmp_path: Path) -> None:
     odd = 'a "quoted" = \\ 萧炎\n\tline'
     before = from_flags("--sample.prompt", odd, "--optim.lr", "0.12345678901234567", "--train.steps", "3",
                         "--model.tied", "false", "--run.seed", str(2**63 - 1))  # fmt: skip
-    assert from_text(tmp_path, config_sources.to_toml(before)) == before
+    assert from_text(tmp_path, sources.to_toml(before)) == before
     assert before.sample.prompt == odd
 
 
 def test_the_modern_kind_has_no_biases_unless_somebody_insists(tmp_path: Path) -> None:
     found = from_flags("--model.kind", "modern", "--model.n_kv_head", "4")
     assert (found.model.qkv_bias, found.model.n_kv_head) == (False, 4)
-    (tmp_path / "again.toml").write_text(config_sources.to_toml(found))
-    assert config_sources.from_file(tmp_path / "again.toml") == found
+    (tmp_path / "again.toml").write_text(sources.to_toml(found))
+    assert sources.from_file(tmp_path / "again.toml") == found
     assert from_flags("--model.kind", "gpt2").model.qkv_bias
     with pytest.raises(ValueError, match=r"model\.qkv_bias: model\.kind .modern. has no biases"):
         from_flags("--model.kind", "modern", "--model.qkv_bias", "true")
@@ -259,7 +259,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_bytes(b"[run]\nname = '\xff'\n")
     with pytest.raises(ValueError, match=r"my\.toml: cannot be read"):
-        config_sources.from_file(path)
+        sources.from_file(path)
 
 
 def test_a_missing_file_is_refused_with_the_presets() -> None:
@@ -314,7 +314,7 @@ def test_a_path_or_text_that_cannot_be_used_is_refused(
 
 def test_the_mark_that_windows_puts_first_is_no_part_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_bytes(b"\xef\xbb\xbf[model]\nn_layer = 3\n")
-    assert config_sources.from_file(tmp_path / "my.toml").model.n_layer == 3
+    assert sources.from_file(tmp_path / "my.toml").model.n_layer == 3
 
 
 def test_as_a_run_keeps_it_a_configuration_means_the_same_in_any_folder(

@@ -1,5 +1,5 @@
-"""hpcgpt.divergence, and what the loop does about it: losses that are no numbers, and losses that leap. Real runs, on
-one and two ranks, with a fault in one global batch.
+"""hpcgpt.training.spikes, and what the loop does about it: losses that are no numbers, and losses that leap. Real runs,
+on one and two ranks, with a fault in one global batch.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 from conftest import TINY, command, curve, on_ranks, rows, tensors
 
-from hpcgpt import divergence, goodput, runfolder
-from hpcgpt.config import Spike
-from hpcgpt.divergence import Judge
-from hpcgpt.metrics import finite
-from hpcgpt.runfolder import AGAIN, FINISHED
+from hpcgpt.config.options import Spike
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.run import goodput, run_folder
+from hpcgpt.run.metrics_file import finite
+from hpcgpt.training import spikes
+from hpcgpt.training.spikes import Judge
 
 SPIKE = ("--spike.factor", "1.5", "--spike.window", "4", "--train.dtype", "float32", "--eval.every", "2")
 LAST = "checkpoints/step_000000012"
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
-    return [event for event in runfolder.events(run) if event["event"] == name]
+    return [event for event in run_folder.events(run) if event["event"] == name]
 
 
 class Runs:
@@ -110,7 +111,7 @@ def test_ten_skipped_steps_in_a_row_end_it(runs: Runs) -> None:
     rate = ("--optim.lr", "1e30", "--schedule.initial_lr", "1e30")
     done = runs.start("tiny", {}, "--train.on_nonfinite", "skip", *rate)
     assert done.returncode == 2
-    assert f"and so it was in {divergence.LONGEST_SKIP} steps in a row" in done.stderr
+    assert f"and so it was in {spikes.LONGEST_SKIP} steps in a row" in done.stderr
     assert "the sample: the model's logits are no finite numbers" in done.stderr
 
 
@@ -186,9 +187,9 @@ def test_ranks_with_shares_go_back_and_skip_together(worse: Runs, mode: str) -> 
 
 
 def test_what_was_done_in_vain_is_lost_time(spiked: Runs) -> None:
-    from hpcgpt import history
+    from hpcgpt.run import attempts
 
-    measured = goodput.measure(*history.read(spiked.run("alone")))
+    measured = goodput.measure(*attempts.read(spiked.run("alone")))
     assert measured.lost_steps == 3
     assert 0 < measured.lost_s < measured.total_s
 
@@ -245,11 +246,11 @@ def test_a_run_that_keeps_leaping_ends(runs: Runs) -> None:
 
 
 def test_usual_is_the_median_of_the_last_ones_once_half_of_them_are_there() -> None:
-    assert not divergence.is_spike(9.0, [3.0], 1.5, 4)
-    assert divergence.is_spike(4.6, [3.0, 3.0], 1.5, 4)
-    assert not divergence.is_spike(4.5, [3.0, 3.0], 1.5, 4)
-    assert not divergence.is_spike(4.6, [9.0, 3.1, 9.0, 3.0], 1.5, 4)
-    assert divergence.is_spike(4.6, [3.0, 3.0, 3.0, 30.0], 1.5, 4)
+    assert not spikes.is_spike(9.0, [3.0], 1.5, 4)
+    assert spikes.is_spike(4.6, [3.0, 3.0], 1.5, 4)
+    assert not spikes.is_spike(4.5, [3.0, 3.0], 1.5, 4)
+    assert not spikes.is_spike(4.6, [9.0, 3.1, 9.0, 3.0], 1.5, 4)
+    assert spikes.is_spike(4.6, [3.0, 3.0, 3.0, 30.0], 1.5, 4)
 
 
 def test_only_the_last_losses_are_usual_and_a_leap_is_none_of_them() -> None:
@@ -271,7 +272,7 @@ def test_after_an_interruption_the_same_is_usual_as_without_one() -> None:
     resumed.of(1, 20.0, 1.0, False, str)
     resumed.remember(finite({"train/loss": loss, "train/grad_norm": norm}) for loss, norm in steps)
     verdicts = [judge.of(20, 7.0, 1.0, False, str) for judge in (alone, resumed)]
-    assert verdicts == [divergence.Verdict("step 20: the loss is 7.0000, and 3.1500 was usual", spike=True)] * 2
+    assert verdicts == [spikes.Verdict("step 20: the loss is 7.0000, and 3.1500 was usual", spike=True)] * 2
 
 
 def test_skipped_steps_end_a_run_in_a_row_only() -> None:
@@ -284,7 +285,7 @@ def test_skipped_steps_end_a_run_in_a_row_only() -> None:
     resumed.remember([{"train/loss": 3.0, "train/grad_norm": None}, {"train/loss": 3.0, "train/grad_norm": 1.0},
                       {"train/loss": None, "train/grad_norm": None}])  # fmt: skip
     for its in (judge, resumed):
-        in_a_row = [its.of(step, 3.0, math.inf, True, str).fatal for step in range(divergence.LONGEST_SKIP)]
+        in_a_row = [its.of(step, 3.0, math.inf, True, str).fatal for step in range(spikes.LONGEST_SKIP)]
         assert [bool(fatal) for fatal in in_a_row] == [False] * 8 + [True] * 2
 
 

@@ -20,12 +20,15 @@ import pytest
 from conftest import ROOT, command
 from lab_conf import Lab
 
-from hpcgpt import drill, drill_compare, drill_faults, drill_report, runfolder
-from hpcgpt.drill_place import Rank
-from hpcgpt.drill_report import Report, RoundReport
-from hpcgpt.drill_round import Strike
-from hpcgpt.drill_run import Undoing, Watched
-from hpcgpt.wandb_server import WandbServer
+from hpcgpt.drill import compare, drill
+from hpcgpt.drill import faults as drill_faults
+from hpcgpt.drill import report as drill_report
+from hpcgpt.drill.injector import Strike
+from hpcgpt.drill.report import Report, RoundReport
+from hpcgpt.drill.testbed import Rank
+from hpcgpt.drill.wandb_server import WandbServer
+from hpcgpt.drill.watched_run import Undoing, Watched
+from hpcgpt.run import run_folder
 
 STEPS = 12
 
@@ -86,7 +89,7 @@ def other(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_a_copy_differs_in_nothing(trained: Path, other: Path) -> None:
-    assert drill_compare.differences(other, trained, STEPS) == []
+    assert compare.differences(other, trained, STEPS) == []
 
 
 @pytest.mark.parametrize("kind", ["model/", "optim/", "rng/"])
@@ -98,7 +101,7 @@ def test_one_wrong_byte_of_the_final_state_is_seen(trained: Path, other: Path, k
     name = min(name for name in found if name.startswith(kind))
     found[name].view(-1).numpy().view("uint8")[-1] ^= 1
     save_file(found, path)
-    (problem,) = drill_compare.differences(other, trained, STEPS)
+    (problem,) = compare.differences(other, trained, STEPS)
     assert f"1 of {len(found)} tensors differ: {name}" in problem
 
 
@@ -110,9 +113,9 @@ def test_a_missing_tensor_and_a_missing_checkpoint_are_seen(trained: Path, other
     found = load_file(path)
     del found["rng/0/cpu"]
     save_file(found, path)
-    assert "in one of the two only: rng/0/cpu" in "\n".join(drill_compare.differences(other, trained, STEPS))
+    assert "in one of the two only: rng/0/cpu" in "\n".join(compare.differences(other, trained, STEPS))
     shutil.rmtree(checkpoint)
-    assert "there is no checkpoint" in "\n".join(drill_compare.differences(other, trained, STEPS))
+    assert "there is no checkpoint" in "\n".join(compare.differences(other, trained, STEPS))
 
 
 def _rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -120,46 +123,46 @@ def _rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def test_one_wrong_row_is_seen(trained: Path, other: Path) -> None:
-    rows = runfolder.read_rows(other / "metrics.jsonl")
+    rows = run_folder.read_rows(other / "metrics.jsonl")
     for key in ("train/loss", "train/lr", "train/grad_norm", "samples", "val/loss"):
         changed = [dict(row) for row in rows]
         changed[5][key] *= 1 + 1e-15 if isinstance(changed[5][key], float) else 2
         assert changed != rows
         _rewrite(other, changed)
-        assert f"step 6 has {key}" in "\n".join(drill_compare.differences(other, trained, STEPS))
+        assert f"step 6 has {key}" in "\n".join(compare.differences(other, trained, STEPS))
 
 
 def test_a_step_that_is_missing_or_there_twice_is_seen(trained: Path, other: Path) -> None:
-    rows = runfolder.read_rows(other / "metrics.jsonl")
+    rows = run_folder.read_rows(other / "metrics.jsonl")
     _rewrite(other, [*rows[:4], *rows[5:]])
-    assert "the first wrong one is row 5 (step 6)" in drill_compare.differences(other, trained, STEPS)[0]
+    assert "the first wrong one is row 5 (step 6)" in compare.differences(other, trained, STEPS)[0]
     _rewrite(other, [*rows[:5], *rows[4:]])
-    assert "the first wrong one is row 6 (step 5)" in drill_compare.differences(other, trained, STEPS)[0]
+    assert "the first wrong one is row 6 (step 5)" in compare.differences(other, trained, STEPS)[0]
     _rewrite(other, rows[:-1])
-    assert "the first wrong one is row 12 (missing)" in drill_compare.differences(other, trained, STEPS)[0]
+    assert "the first wrong one is row 12 (missing)" in compare.differences(other, trained, STEPS)[0]
 
 
 def test_figures_of_time_may_differ(trained: Path, other: Path) -> None:
-    rows = runfolder.read_rows(other / "metrics.jsonl")
+    rows = run_folder.read_rows(other / "metrics.jsonl")
     _rewrite(other, [row | {"train/step_s": 9.0, "time": 1.0, "attempt": 7} for row in rows])
-    assert drill_compare.differences(other, trained, STEPS) == []
+    assert compare.differences(other, trained, STEPS) == []
 
 
 def test_a_checkpoint_of_an_older_generation_after_a_newer_one_is_seen(trained: Path, other: Path) -> None:
     path = other / "checkpoints/step_000000006/manifest.json"
     manifest = json.loads(path.read_bytes())
     path.write_text(json.dumps(manifest | {"generation": 5}))
-    assert "one before it of generation 5" in drill_compare.differences(other, trained, STEPS)[0]
+    assert "one before it of generation 5" in compare.differences(other, trained, STEPS)[0]
 
 
 def _sent(folder: Path) -> list[dict[str, Any]]:
-    rows = runfolder.read_rows(folder / "metrics.jsonl")
+    rows = run_folder.read_rows(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
 def test_rows_that_wandb_lacks_has_twice_or_has_otherwise_are_problems(trained: Path) -> None:
     sent = _sent(trained)
-    assert drill_compare.wandb_row_differences(trained, sent, STEPS) == ([], "0 missing, 0 doubled")
+    assert compare.wandb_row_differences(trained, sent, STEPS) == ([], "0 missing, 0 doubled")
     for lines, problem in (
         ([*sent[:4], *sent[6:]], "wandb: 2 rows missing, the first one of step 5"),
         ([*sent, sent[2]], "wandb: 1 rows doubled, the first one of step 3"),
@@ -167,7 +170,7 @@ def test_rows_that_wandb_lacks_has_twice_or_has_otherwise_are_problems(trained: 
         ([*sent[:-1], sent[-1] | {"val/loss": 9.0}], "wandb: step 12 has val/loss 9.0, and in metrics.jsonl it is"),
         ([], "wandb: 12 rows missing, the first one of step 1"),
     ):
-        (found,), _ = drill_compare.wandb_row_differences(trained, lines, STEPS)
+        (found,), _ = compare.wandb_row_differences(trained, lines, STEPS)
         assert found.startswith(problem)
 
 
@@ -176,9 +179,9 @@ def test_sync_completes_what_wandb_lacks_and_a_second_id_is_a_problem(
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "alone"))
     told = "0 of 12 rows at the end, 0 missing, 0 doubled after sync"
-    assert drill_compare.wandb_differences(folder, server, STEPS) == ([], told)
+    assert compare.wandb_differences(folder, server, STEPS) == ([], told)
     server.names["another"] = "alone"
-    (problem,), told = drill_compare.wandb_differences(folder, server, STEPS)
+    (problem,), told = compare.wandb_differences(folder, server, STEPS)
     assert "'another'" in problem
     assert told == "12 of 12 rows at the end, 0 missing, 0 doubled after sync"
 

@@ -1,4 +1,4 @@
-"""hpcgpt.durable: files that are whole or absent."""
+"""hpcgpt.storage.atomic: files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, clean_env
 from test_runfolder import fill, small_disk
 
-from hpcgpt import durable
+from hpcgpt.storage import atomic
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -24,7 +24,7 @@ def python(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    with durable.writing(path) as file:
+    with atomic.writing(path) as file:
         file.write(b"half")
         file.flush()
         assert not path.exists()
@@ -37,7 +37,7 @@ def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
 def test_a_block_that_fails_leaves_everything_as_it_was(error: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
-    with pytest.raises(error), durable.writing(path) as file:
+    with pytest.raises(error), atomic.writing(path) as file:
         file.write(b"after")
         raise error
     assert path.read_bytes() == b"before"
@@ -49,9 +49,9 @@ def test_a_process_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_p
     code = """
 import sys
 from pathlib import Path
-from hpcgpt import durable
+from hpcgpt.storage import atomic
 for n in range(10**9):
-    durable.write(Path(sys.argv[1]), bytes([n % 256]) * 1_000_000)
+    atomic.write(Path(sys.argv[1]), bytes([n % 256]) * 1_000_000)
 """
     for attempt in range(8):
         writer = python(code, str(path))
@@ -74,9 +74,9 @@ def test_of_many_processes_exactly_one_creates_a_file(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from hpcgpt import durable
+from hpcgpt.storage import atomic
 folder, me = Path(sys.argv[1]), sys.argv[2]
-sys.stdout.write(" ".join(str(n) for n in range(60) if durable.create(folder / f"{n}", me.encode() * 10_000)))
+sys.stdout.write(" ".join(str(n) for n in range(60) if atomic.create(folder / f"{n}", me.encode() * 10_000)))
 """
     fighters = [python(code, str(tmp_path), str(n)) for n in range(6)]
     won = [(str(me), n) for me, fighter in enumerate(fighters) for n in fighter.communicate(timeout=60)[0].split()]
@@ -87,8 +87,8 @@ sys.stdout.write(" ".join(str(n) for n in range(60) if durable.create(folder / f
 
 def test_creating_a_file_that_exists_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    assert durable.create(path, b"first")
-    assert not durable.create(path, b"second")
+    assert atomic.create(path, b"first")
+    assert not atomic.create(path, b"second")
     assert path.read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -102,7 +102,7 @@ def test_a_link_that_was_made_and_asked_for_again_is_ours(tmp_path: Path, monkey
         real(source, target)
 
     monkeypatch.setattr(os, "link", link)
-    assert durable.create(tmp_path / "a.json", b"mine")
+    assert atomic.create(tmp_path / "a.json", b"mine")
     assert (tmp_path / "a.json").read_bytes() == b"mine"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -110,10 +110,10 @@ def test_a_link_that_was_made_and_asked_for_again_is_ours(tmp_path: Path, monkey
 def test_a_file_that_cannot_be_written_is_named_with_the_reason_and_the_room(tmp_path: Path) -> None:
     for path in (tmp_path / "missing" / "a.bin", Path("/proc/self/a.bin")):
         with pytest.raises(OSError, match="No such file or directory") as caught:
-            durable.write(path, b"x")
+            atomic.write(path, b"x")
         assert path.name in str(caught.value)
         with pytest.raises(OSError, match=f"cannot write {path}: No such file or directory"):
-            durable.create(path, b"x")
+            atomic.create(path, b"x")
 
 
 def test_a_write_that_the_system_refuses_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_a_write_that_the_system_refuses_names_the_file_and_leaves_nothing(tmp_p
     code = """
 import resource, signal, sys
 from pathlib import Path
-from hpcgpt import durable
+from hpcgpt.storage import atomic
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for call, path in ((durable.write, sys.argv[1]), (durable.create, sys.argv[2])):
+for call, path in ((atomic.write, sys.argv[1]), (atomic.create, sys.argv[2])):
     try:
         call(Path(path), bytes(1_000_000))
     except OSError as error:
@@ -147,7 +147,7 @@ def test_files_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_p
     code = """
 import os, sys
 from pathlib import Path
-from hpcgpt import durable
+from hpcgpt.storage import atomic
 calls = []
 for name in ("fsync", "replace", "link"):
     real = getattr(os, name)
@@ -156,8 +156,8 @@ for name in ("fsync", "replace", "link"):
         calls.append(name + (" folder" if name == "fsync" and os.path.isdir(f"/proc/self/fd/{target}") else ""))
         return real(*arguments)
     setattr(os, name, watched)
-durable.write(Path(sys.argv[1], "a"), b"x")
-durable.create(Path(sys.argv[1], "b"), b"x")
+atomic.write(Path(sys.argv[1], "a"), b"x")
+atomic.create(Path(sys.argv[1], "b"), b"x")
 print(",".join(calls))
 """
     said = python(code, str(tmp_path)).communicate(timeout=60)[0].strip()
@@ -169,11 +169,11 @@ print(",".join(calls))
 FIGHT = """
 import os, sys
 from pathlib import Path
-from hpcgpt import durable
+from hpcgpt.storage import atomic
 folder, me, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()
-won = [n for n in range(count) if durable.create(folder / str(n), (me * 5000).encode())]
+won = [n for n in range(count) if atomic.create(folder / str(n), (me * 5000).encode())]
 print(*won)
 """
 
@@ -221,11 +221,11 @@ def test_in_containers_that_share_host_name_and_process_numbers_exactly_one_crea
 
 def test_a_file_is_kept_without_being_written_again(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    durable.keep(path, b"x")
+    atomic.keep(path, b"x")
     before = path.stat().st_ino
-    durable.keep(path, b"x")
+    atomic.keep(path, b"x")
     assert path.stat().st_ino == before
-    durable.keep(path, b"y")
+    atomic.keep(path, b"y")
     assert path.read_bytes() == b"y"
 
 
@@ -233,7 +233,7 @@ def test_a_claim_needs_no_room_for_its_content(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as folder:
         fill(folder)
         with pytest.raises(OSError, match="No space left"):
-            durable.create(folder / "a", b"content")
-        assert durable.claim(folder / "a", b"content")
-        assert not durable.claim(folder / "a", b"content")
+            atomic.create(folder / "a", b"content")
+        assert atomic.claim(folder / "a", b"content")
+        assert not atomic.claim(folder / "a", b"content")
         assert sorted(os.listdir(folder)) == ["a", "filler"]

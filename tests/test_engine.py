@@ -1,4 +1,5 @@
-"""hpcgpt.engine: each step has what the configuration asks for, and its row tells what it was. One rank, here."""
+"""hpcgpt.training.engine: each step has what the configuration asks for, and its row tells what it was. One rank,
+here."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from ranks_killed import ALONE
 from ranks_parallel import settings
 from torch import nn
 
-from hpcgpt import plan, world
-from hpcgpt.config import Config
-from hpcgpt.engine import Engine
-from hpcgpt.model import GPT, Manner
-from hpcgpt.schedule import learning_rate
-from hpcgpt.world import Ranks
+from hpcgpt import plan
+from hpcgpt.config.options import Config
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.optim.lr_schedule import learning_rate
+from hpcgpt.training.engine import Engine
 
 
 def changed(configuration: Config, **options: Any) -> Config:

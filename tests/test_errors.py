@@ -19,10 +19,12 @@ import pytest
 from conftest import ROOT, TINY, clean_env, command, rows, tensors
 from test_runfolder import small_disk
 
-from data_prep import documents, inputs, train_tokenizer
-from hpcgpt import runfolder, shard_reader, shards, tokenizer
-from hpcgpt.errors import USER_MISTAKE
-from hpcgpt.runfolder import AGAIN, FAILED, FINISHED
+from data_prep import train_tokenizer
+from data_prep.text import documents, inputs
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, USER_MISTAKE
+from hpcgpt.run import run_folder
+from hpcgpt.tokenizer import save_load
 
 # What every start leaves: how it ended and why, and that it had the folder.
 TRACES = ("exit.json", "verified.json", ".verified.json", "generations/", "rendezvous/", "logs/", "faults/")
@@ -130,11 +132,11 @@ def test_an_error_on_one_rank_ends_all_of_them_with_a_sentence(
     config: Path, run: Path, shards_folder: Path, tmp_path: Path
 ) -> None:
     """The damaged token is in the first batch of rank 1 alone. The run has trained with these shards: a crash."""
-    from hpcgpt import order
+    from hpcgpt.data import sample_order
 
     folder = copied(shards_folder, tmp_path)
-    split = shard_reader.open_split(folder, shards.read_manifest(folder), "train")
-    window = int(order.windows(np.array([4]), order.window_count(split.tokens, 32, 32), seed=1)[0])
+    split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
+    window = int(sample_order.windows(np.array([4]), sample_order.window_count(split.tokens, 32, 32), seed=1)[0])
     put_id(folder / f"{split.shards[0].name}.bin", window * 32 + 5, 700)
     before = kept(run)
     ranks = [start(config, run.parent, "--data.dir", str(folder), env=as_rank(rank, 2)) for rank in range(2)]
@@ -152,7 +154,7 @@ def test_an_error_on_one_rank_ends_all_of_them_with_a_sentence(
 def put_id(path: Path, token: int, value: int) -> None:
     """Overwrite one token of a shard."""
     with open(path, "r+b") as file:
-        file.seek(shards.HEADER_BYTES + 2 * token)
+        file.seek(shard_format.HEADER_BYTES + 2 * token)
         file.write(value.to_bytes(2, "little"))
 
 
@@ -184,15 +186,15 @@ def exchange_tokenizer(folder: Path) -> None:
     text = folder / "text.txt"
     text.write_text("another corpus gives another tokenizer " * 100)
     unit = inputs.units(inputs.find([str(text)]), 10**9)[0]
-    tokenizer.save(train_tokenizer.train(documents.documents(unit), 280, "other"), folder / "tokenizer")
+    save_load.save(train_tokenizer.train(documents.documents(unit), 280, "other"), folder / "tokenizer")
 
 
 def spoil_tokens(folder: Path) -> None:
     """Every token is out of range, so the first batch meets one."""
     path = folder / "train_000000.bin"
-    size = (path.stat().st_size - shards.HEADER_BYTES) // 2
+    size = (path.stat().st_size - shard_format.HEADER_BYTES) // 2
     with open(path, "r+b") as file:
-        file.seek(shards.HEADER_BYTES)
+        file.seek(shard_format.HEADER_BYTES)
         file.write(np.full(size, 60_000, dtype="<u2").tobytes())
 
 
@@ -294,7 +296,7 @@ def test_a_run_folder_that_is_held_by_a_living_process_is_refused_and_that_proce
         assert holder.wait(60) == AGAIN
         steps = [row["step"] for row in rows(run / "metrics.jsonl")]
         assert steps == list(range(1, len(steps) + 1))
-        ended = runfolder.read_exit(run)
+        ended = run_folder.read_exit(run)
         assert ended is not None
         assert (ended.status, ended.step) == (AGAIN, len(steps))
     finally:
@@ -343,10 +345,10 @@ def test_without_room_for_the_last_checkpoint_the_status_is_a_failure_and_the_ol
         assert matches("error: the last checkpoint could not be written: .*No space left on device", told[-1])
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000000004"]
         assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, 13))
-        ended = runfolder.read_exit(folder)
+        ended = run_folder.read_exit(folder)
         assert ended is not None
         assert (ended.status, ended.saved) == (FAILED, False)
-        found = [event["event"] for event in runfolder.events(folder)]
+        found = [event["event"] for event in run_folder.events(folder)]
         assert [name for name in found if name != "shards_verified"] == [  # that may come at any time
             "start", "ready", "save", "save_stall", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
         subprocess.run(["mount", "-o", f"remount,size={PLENTY}", disk], check=True)

@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT, TINY, clean_env, command, program, rows
 from small_checkpoints import flip_a_byte, mend
 
-from hpcgpt import terminal
 from hpcgpt.eval import Progress
-from hpcgpt.runfolder import FINISHED
+from hpcgpt.exit_codes import FINISHED
+from hpcgpt.output import terminal
 
 # The second run has everything on that changes what a model computes, and how; the third rounds, by another kernel.
 KINDS = {

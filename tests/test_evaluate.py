@@ -1,4 +1,4 @@
-"""hpcgpt.evaluate: the same figures on any number of ranks, and no trace left in training."""
+"""hpcgpt.training.evaluation: the same figures on any number of ranks, and no trace left in training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import torch
 from conftest import ROOT, clean_env, command, curve, on_ranks, rows, tensors
 from ranks_evaluate import BATCHES, CONTEXT, MICRO_BATCH, measure, model_and_windows
 
-from hpcgpt import checkpoint, world
-from hpcgpt.evaluate import Terms, evaluate
-from hpcgpt.loader import widen
-from hpcgpt.precision import computing_in
-from hpcgpt.runfolder import AGAIN, FINISHED
-from hpcgpt.world import Ranks
+from hpcgpt.checkpoint import layout
+from hpcgpt.data.loader import widen
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.model.precision import computing_in
+from hpcgpt.training.evaluation import Terms, evaluate
 
 ALONE = Ranks(world.World(0, 0, 1, 1, "alone", "test"), torch.device("cpu"), None)
 
@@ -75,9 +76,9 @@ def test_the_figures_are_those_of_a_computation_by_hand_in_float64(
 
 def test_bits_per_byte_count_the_bytes_of_the_text_itself(shards_folder: Path, alone: dict[str, Any]) -> None:
     """From the other side: decode the targets, and count the bytes of the text that comes out."""
-    from hpcgpt import tokenizer
+    from hpcgpt.tokenizer import save_load
 
-    words = tokenizer.load(shards_folder / "tokenizer")
+    words = save_load.load(shards_folder / "tokenizer")
     _, windows, _ = model_and_windows(shards_folder)
     _, targets = widen(windows.read(np.arange(windows.count)), ALONE.device)
     ids = [number for number in targets.flatten().tolist() if number != words.end_of_text]
@@ -149,11 +150,11 @@ def test_a_run_stopped_within_an_evaluation_does_it_again_and_ends_with_the_same
     # The signal has to come within the evaluation of step 4; should it come too early or too late, again.
     cut = next(folder for folder in (stopped_behind_step_3(tmp_path / "runs", n, flags) for n in range(5)) if folder)
     saved = cut / "checkpoints/step_000000004"
-    assert checkpoint.val_loss(saved) is None
+    assert layout.val_loss(saved) is None
     done = command("hpcgpt.train", *flags, "--run.name", cut.name)
     assert done.returncode == FINISHED, done.stderr
     assert curve(cut) == curve(whole)
-    assert checkpoint.val_loss(saved) == rows(whole / "metrics.jsonl")[3]["val/loss"], "told by the attempt behind it"
+    assert layout.val_loss(saved) == rows(whole / "metrics.jsonl")[3]["val/loss"], "told by the attempt behind it"
     assert tensors(cut / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
 
 

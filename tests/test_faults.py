@@ -1,4 +1,4 @@
-"""hpcgpt.faults: who failed first, on which host, and how."""
+"""hpcgpt.run.crash_report: who failed first, on which host, and how."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import command, torchrun
 
-from hpcgpt import faults
-from hpcgpt.faults import Blame, Death, Fault, blame, deaths
-from hpcgpt.world import World
+from hpcgpt.distributed.world import World
+from hpcgpt.run import crash_report
+from hpcgpt.run.crash_report import Blame, Death, Fault, blame, deaths
 
 # As srun 22.05 said it, in the lab.
 KILLED = """\
@@ -88,35 +88,35 @@ def test_a_rank_writes_its_last_words_and_they_are_read_back_in_order(tmp_path: 
         try:
             raise RuntimeError(f"boom\n  {rank}")
         except RuntimeError as error:
-            faults.write(tmp_path, here(rank), error, 1, step=7)
-    faults.write(tmp_path, here(2), ConnectionError("lost it"), 1)
+            crash_report.write(tmp_path, here(rank), error, 1, step=7)
+    crash_report.write(tmp_path, here(2), ConnectionError("lost it"), 1)
     folder = tmp_path / "faults" / "mine"
     (folder / "rank_00005.json").write_text('{"rank": 5, "ho')
     (folder / "rank_00006.json").write_text("[]")
     (folder / "rank_00007.json").write_bytes(b"\xff\x00")
     (folder / "rank_00008.json").write_text(json.dumps({"rank": "x"}))
-    found = faults.read(tmp_path, "mine")
+    found = crash_report.read(tmp_path, "mine")
     assert [(one.rank, one.kind, one.status, one.step, one.reason) for one in found] == [
         (3, "error", 1, 7, "boom 3"), (1, "error", 1, 7, "boom 1"), (2, "lost", 1, None, "lost it"),
     ]  # fmt: skip
     assert found[0].trace[0].startswith("Traceback")
     assert found[0].trace[-2].startswith("RuntimeError: boom")
-    assert faults.read(tmp_path, "another") == []
+    assert crash_report.read(tmp_path, "another") == []
 
 
 def test_where_nothing_can_be_written_it_is_said_and_nothing_is_raised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "faults").write_text("a file where a folder belongs")
-    faults.write(tmp_path, World(0, 0, 1, 1, "alone", "mine"), RuntimeError("boom"), 1)
-    assert "report" in faults.report(tmp_path, "mine", None, [])
+    crash_report.write(tmp_path, World(0, 0, 1, 1, "alone", "mine"), RuntimeError("boom"), 1)
+    assert "report" in crash_report.report(tmp_path, "mine", None, [])
     assert capsys.readouterr().err.count("warning: ") == 2
 
 
 def test_the_report_has_all_of_it_in_one_place(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "7_0.log").write_text("\n".join(f"line {n}" for n in range(100)))
-    text = faults.report(tmp_path, "7_0", Blame(3, "n2", "Killed", None), deaths(KILLED))
+    text = crash_report.report(tmp_path, "7_0", Blame(3, "n2", "Killed", None), deaths(KILLED))
     assert "first to fail: rank 3 on n2: Killed" in text
     assert "line 99" in text
     assert "line 84" not in text
@@ -124,7 +124,7 @@ def test_the_report_has_all_of_it_in_one_place(tmp_path: Path) -> None:
     assert (tmp_path / "faults" / "7_0" / "report.txt").read_text() == text + "\n"
     told = Blame(3, "n2", "exit status 1", 1, "boom", ("Traceback", "RuntimeError: boom"))
     (tmp_path / "faults" / "7_0" / "rank_00003.stacks.txt").write_text("stack")
-    text = faults.report(tmp_path, "7_0", told, [])
+    text = crash_report.report(tmp_path, "7_0", told, [])
     assert "    RuntimeError: boom" in text
     assert "line 99" not in text
     assert "rank_00003.stacks.txt" in text
@@ -137,7 +137,7 @@ def test_a_process_that_ends_by_an_error_leaves_its_traceback(tiny: Path, tmp_pa
     done = torchrun(2, "hpcgpt.train", str(tiny))
     assert done.returncode != 0
     (attempt,) = (folder / "faults").iterdir()
-    found = faults.read(folder, attempt.name)
+    found = crash_report.read(folder, attempt.name)
     assert {one.rank for one in found} == {0, 1}
     assert "generations" in found[0].reason
     assert any("loop.py" in line for line in found[0].trace)

@@ -1,4 +1,4 @@
-"""hpcgpt.feed: batches are read one ahead, in their order, by a thread."""
+"""hpcgpt.data.prefetch: batches are read one ahead, in their order, by a thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcgpt.feed import Feed
+from hpcgpt.data.prefetch import Feed
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,9 @@ from megatron_reader import megatron as megatron
 from test_shards import read_like_llm_c
 
 from data_prep import import_shards, make_shards, verify
-from hpcgpt import shards, tokenizer
-from hpcgpt.shards import Manifest
+from hpcgpt.data import shard_format
+from hpcgpt.data.shard_format import Manifest
+from hpcgpt.tokenizer import save_load
 
 Documents = list[list[int]]
 
@@ -31,13 +32,13 @@ def made(
         str(text_folder), "--out", str(out), "--tokenizer", str(tokenizer_folder), "--val-fraction", "0.2",
         "--dtype", request.param, "--workers", "1", "--unit-mb", "1", "--shard-tokens", "30000",
     ])  # fmt: skip
-    return out, shards.read_manifest(out)
+    return out, shard_format.read_manifest(out)
 
 
 @pytest.fixture(scope="module")
 def expected(text_folder: Path, tokenizer_folder: Path) -> Documents:
     """Every text as end-of-text and its ids, in some order."""
-    made_with = tokenizer.load(tokenizer_folder)
+    made_with = save_load.load(tokenizer_folder)
     texts = (path.read_text(encoding="utf-8") for path in text_folder.iterdir())
     return sorted([made_with.end_of_text, *made_with.encode(text)] for text in texts if text)
 
@@ -106,7 +107,7 @@ def test_what_megatrons_builder_wrote_becomes_the_same_documents(
         "--from", "megatron", str(tmp_path / "a.text_document"), "--out", str(out),
         "--tokenizer", str(tokenizer_folder), "--shard-tokens", "30000",
     ])  # fmt: skip
-    manifest = shards.read_manifest(out)
+    manifest = shard_format.read_manifest(out)
     assert verify.verify(out, manifest) == []
     assert len(manifest.shards) > 2
     again = [megatron.IndexedDataset(str(out / shard.name)) for shard in manifest.shards]

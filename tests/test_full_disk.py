@@ -8,8 +8,8 @@ from pathlib import Path
 from conftest import command, curve, on_ranks, rows, tensors
 from test_runfolder import fill, small_disk
 
-from hpcgpt import metrics, runfolder
-from hpcgpt.runfolder import FAILED, FINISHED
+from hpcgpt.exit_codes import FAILED, FINISHED
+from hpcgpt.run import metrics_file, run_folder
 
 
 def test_a_start_on_a_full_disk_trains_and_costs_the_checkpoint_only(tiny: Path, tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_start_on_a_full_disk_trains_and_costs_the_checkpoint_only(tiny: Path,
         assert again.returncode == FINISHED, again.stderr
         assert tensors(folder / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
         assert curve(folder) == curve(whole)
-        assert runfolder.run_id(folder) == runfolder.run_id(whole)
+        assert run_folder.run_id(folder) == run_folder.run_id(whole)
 
 
 def test_ranks_that_meet_in_the_run_folder_start_on_a_full_disk(tiny: Path, tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_ranks_that_meet_in_the_run_folder_start_on_a_full_disk(tiny: Path, tmp_
 def test_rows_are_cut_off_in_their_place_where_there_is_no_room_for_another_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
         path = disk / "metrics.jsonl"
-        file = metrics.MetricsFile(path, 1)
+        file = metrics_file.MetricsFile(path, 1)
         for step in range(1, 10):
             file.append({"step": step, "time": float(step), "train/step_s": 1.0})
         file.sync()
         file.close()
         fill(disk)
-        again = metrics.MetricsFile(path, 6)
+        again = metrics_file.MetricsFile(path, 6)
         assert [row["step"] for row in again.cut_off] == [6, 7, 8, 9]
         assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
         again.append({"step": 6, "time": 6.0})

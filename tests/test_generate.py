@@ -1,4 +1,4 @@
-"""hpcgpt.generate: which id comes next, and that asking does not disturb training."""
+"""hpcgpt.model.generate: which id comes next, and that asking does not disturb training."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcgpt.config import Model, Sample
-from hpcgpt.generate import choose, generate, generate_several
-from hpcgpt.model import GPT, Manner
+from hpcgpt.config.options import Model, Sample
+from hpcgpt.model.generate import choose, generate, generate_several
+from hpcgpt.model.gpt import GPT, Manner
 
 CPU = torch.device("cpu")
 # Probabilities 0.1, 0.4, 0.2, 0.3: not in order of their ids.

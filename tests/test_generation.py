@@ -1,4 +1,4 @@
-"""hpcgpt.generation: of all attempts at a run, only the newest may publish. Real processes hold, die and wake up."""
+"""hpcgpt.storage.lease: of all attempts at a run, only the newest may publish. Real processes hold, die and wake up."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ import pytest
 from conftest import ROOT, clean_env, command, rows
 from test_runfolder import fill, small_disk
 
-from hpcgpt import checkpoint, generation
+from hpcgpt.checkpoint import layout
 from hpcgpt.errors import UserError
-from hpcgpt.runfolder import FINISHED, SUPERSEDED
+from hpcgpt.exit_codes import FINISHED, SUPERSEDED
+from hpcgpt.storage import lease
 
 # Takes the run folder, says its number, and then does nothing: its main thread hangs, as in a collective.
 HOLD = """
 import sys, time
 from pathlib import Path
-from hpcgpt import checkpoint, generation
-print(generation.take(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
+from hpcgpt.checkpoint import layout
+from hpcgpt.storage import lease
+print(lease.take(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
 time.sleep(600)
 """
 
@@ -34,13 +36,14 @@ time.sleep(600)
 RACE = """
 import json, sys, threading, time
 from pathlib import Path
-from hpcgpt import checkpoint, generation
+from hpcgpt.checkpoint import layout
+from hpcgpt.storage import lease
 root, rounds, starts_at = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 told = [""] * rounds
 def take(number):
     time.sleep(max(0.0, starts_at + 0.02 * number - time.time()))
     try:
-        told[number] = generation.take(root / str(number), "").number
+        told[number] = lease.take(root / str(number), "").number
     except ValueError as error:
         told[number] = str(error)
 threads = [threading.Thread(target=take, args=[number]) for number in range(rounds)]
@@ -79,7 +82,7 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
 
 def test_numbers_rise_and_tell_who_took_them(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        taken = generation.take(tmp_path, f"7_{number}")
+        taken = lease.take(tmp_path, f"7_{number}")
         assert taken.number == number
         assert taken.superseded_by() is None
         taken.release()
@@ -109,8 +112,8 @@ def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: P
 
 def test_the_counter_of_a_holder_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it had to be filled anew at each beat a full disk would leave it empty, and its holder would look dead."""
-    monkeypatch.setattr(generation, "HEARTBEAT_S", 0.001)
-    held = generation.take(tmp_path, "")
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.001)
+    held = lease.take(tmp_path, "")
     path = tmp_path / "generations/000001.alive"
     while not path.exists() or not path.read_text():
         time.sleep(0.001)
@@ -127,7 +130,7 @@ def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: 
     held = Holder(tmp_path, "7_0", host)
     try:
         with pytest.raises(ValueError, match=r"generation 1 \(Slurm job 7, host .*, which is alive: end it") as error:
-            generation.take(tmp_path, "8_0")
+            lease.take(tmp_path, "8_0")
         assert f"pid {held.process.pid})" in str(error.value)
         assert host in str(error.value)
         assert not list((tmp_path / "generations").glob("000002*"))
@@ -138,7 +141,7 @@ def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: 
 
 def test_a_dead_holder_is_taken_over_at_once(tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:
     holder.end()
-    taken = generation.take(tmp_path, "")
+    taken = lease.take(tmp_path, "")
     assert taken.number == 2
     assert "watching" not in capfd.readouterr().out
     taken.release()
@@ -161,8 +164,8 @@ def test_where_a_container_hides_the_kernels_id_a_run_starts_and_a_dead_holder_i
 ) -> None:
     """The same host name and number may then be another machine's. (Each start failed.)"""
     holder.end()
-    monkeypatch.setattr(generation, "BOOT_ID", tmp_path / "hidden")
-    taken = generation.take(tmp_path, "")
+    monkeypatch.setattr(lease, "BOOT_ID", tmp_path / "hidden")
+    taken = lease.take(tmp_path, "")
     assert taken.number == 2
     assert "watching it" in capfd.readouterr().out
     taken.release()
@@ -174,7 +177,7 @@ def test_a_process_that_has_a_dead_holders_number_is_not_taken_for_it(
     holder.end()
     path = tmp_path / "generations/000001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
-    taken = generation.take(tmp_path, "")
+    taken = lease.take(tmp_path, "")
     assert taken.number == 2
     assert "watching" not in capfd.readouterr().out
     taken.release()
@@ -189,10 +192,10 @@ def test_a_full_disk_keeps_no_run_from_being_taken_and_its_holder_is_seen_to_liv
             assert held.number == "1"
             assert (disk / "generations/000001.json").read_bytes() == b"", "there was room, so this shows nothing"
             with pytest.raises(UserError, match="generation 1, which is alive"):
-                generation.take(disk, "8_0")
+                lease.take(disk, "8_0")
         finally:
             held.end()
-        taken = generation.take(disk, "8_0")
+        taken = lease.take(disk, "8_0")
         assert taken.number == 2
         taken.release()
 
@@ -200,7 +203,7 @@ def test_a_full_disk_keeps_no_run_from_being_taken_and_its_holder_is_seen_to_liv
 def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_leave_even_if_they_hang(
     tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    taken = generation.take(tmp_path, "7_1")
+    taken = lease.take(tmp_path, "7_1")
     assert taken.number == 2
     assert "watching" not in capfd.readouterr().out
     assert holder.process.wait(30) == SUPERSEDED
@@ -224,15 +227,16 @@ def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_le
     ],
 )
 def test_only_a_higher_restart_of_the_same_job_is_its_next_start(before: str, now: str, expected: bool) -> None:
-    assert generation._is_next_start(before, now) == expected
+    assert lease._is_next_start(before, now) == expected
 
 
 def test_a_holder_learns_at_its_commit_that_it_was_superseded(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from hpcgpt import checkpoint, generation
-held = generation.take(Path(sys.argv[1]), "7_0")
+from hpcgpt.checkpoint import layout
+from hpcgpt.storage import lease
+held = lease.take(Path(sys.argv[1]), "7_0")
 held.check()
 os.link(held.folder / "000001.json", held.folder / "000002.json")
 held.check()
@@ -246,7 +250,7 @@ print("has gone on", flush=True)
 
 def test_a_holder_can_leave_a_disk_that_has_no_room_for_its_farewell(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m,nr_inodes=20") as disk:
-        held = generation.take(disk, "")
+        held = lease.take(disk, "")
         with suppress(OSError):
             for number in range(20):
                 (disk / str(number)).touch()
@@ -311,7 +315,7 @@ def test_in_50_rounds_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_
     assert len(set(steps)) == len(steps), f"a step was committed twice (seed {seed})"
     # On the disk is what nobody could log any more, too: the manifest says whose it is.
     paths = (run / "checkpoints").glob("step_*")
-    found = sorted((checkpoint.step_of(path), checkpoint._json(path / "manifest.json")["generation"]) for path in paths)
+    found = sorted((layout.step_of(path), layout._json(path / "manifest.json")["generation"]) for path in paths)
     assert {(step, number) for number, step in committed} <= set(found), f"a checkpoint is gone (seed {seed})"
     numbers = [number for _, number in found]
     assert numbers == sorted(numbers), f"an older generation's after a newer one's (seed {seed})"

@@ -1,4 +1,4 @@
-"""hpcgpt.goodput: every moment of a run belongs to one kind of time, whatever is missing from its files."""
+"""hpcgpt.run.goodput: every moment of a run belongs to one kind of time, whatever is missing from its files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hpcgpt import goodput, history
-from hpcgpt.goodput import Goodput
+from hpcgpt.run import attempts, goodput
+from hpcgpt.run.goodput import Goodput
 
 JOB = {"job": "7_0"}
 
@@ -36,7 +36,7 @@ def seconds(found: Goodput) -> dict[str, float]:
 
 
 def measured(folder: Path, now: float | None = None) -> Goodput:
-    return goodput.measure(*history.read(folder), now)
+    return goodput.measure(*attempts.read(folder), now)
 
 
 # --- one run that has everything -------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_a_job_that_starts_is_not_the_attempt_before_it(tmp_path: Path) -> None:
     """Its start-up counts, and the attempt that crashed before it does not run on."""
     folder = write(tmp_path, [event(10, "start", attempt=1, step=0, **JOB), event(20, "crash", **JOB),
                               event(31, "job", job="7_1", queued_at=20, started_at=30)], [])  # fmt: skip
-    found = goodput.measure(*history.read(folder), 50, stepping=False)
+    found = goodput.measure(*attempts.read(folder), 50, stepping=False)
     assert seconds(found) == {"lost": 10, "queue": 10, "restart": 20}
 
 
@@ -256,7 +256,7 @@ def test_the_kinds_add_up_to_the_whole_whatever_the_files_say(tmp_path: Path, se
     moments += [at for r in metrics for at in (r["time"], r["time"] - r["train/step_s"])]
     moments += [now] if now else []
     # An attempt that died may be known to have lived beyond the last line.
-    moments += [attempt.ended_at for attempt in history.attempts(*history.read(tmp_path), now)]
+    moments += [attempt.ended_at for attempt in attempts.attempts(*attempts.read(tmp_path), now)]
     assert found.total_s == pytest.approx(max(moments, default=0.0) - min(moments, default=0.0), abs=1e-6)
     assert all(value >= 0 for value in found.seconds.values())
     stood_still = sum(e.get("stall_s", e.get("seconds", 0))

@@ -1,4 +1,4 @@
-"""hpcgpt.host_memory: a training on the CPU does not ask the kernel for the same memory in every step."""
+"""hpcgpt.model.host_memory: a training on the CPU does not ask the kernel for the same memory in every step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import ROOT, clean_env
 
 FAULTS = """
 import resource, sys, torch
-from hpcgpt import host_memory
+from hpcgpt.model import host_memory
 if sys.argv[1] == "kept" and not host_memory.keep_freed():
     sys.exit("this is no glibc")
 for _ in range(10):

@@ -13,28 +13,31 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 from conftest import ROOT, command
 
-from hpcgpt.config import Config
+from hpcgpt.config.options import Config
 
-HPCGPT = sorted((ROOT / "hpcgpt").glob("*.py"))
-MODULES = {f"{path.parent.name}.{path.stem}".removesuffix(".__init__"): path
-           for path in [*HPCGPT, *(ROOT / "data_prep").glob("*.py")]}  # fmt: skip
 
-# What a login node loads, before anything that it decides to load late.
-WITHOUT_TORCH = ["config", "config_sources", "world", "submit", "requeue", "train", "cli", "runfolder", "generation",
-                 "plan", "shards", "order", "schedule", "durable", "tokenizer", "preempt", "metrics", "tracking",
-                 "status", "goodput", "history", "records", "run_state", "blame", "device_clock", "rendezvous", "drill",
-                 "checkpoint", "retention", "faults", "in_effect", "shard_check", "slurm", "chain", "excluded",
-                 "shard_reader", "mix", "datasets", "tokenizer_tiktoken", "tokenizer_library", "errors", "streams",
-                 "informing", "paths", "terminal", "unknown_flags", "existing_run", "started", "sample", "eval",
-                 "progress", "job_end", "tracking_process", "tracking_rows", "__main__"]  # fmt: skip
-# The foundation: of our own modules, only what is named here.
-FOUNDATION: dict[str, set[str]] = {
-    "errors": set(), "terminal": set(), "streams": set(), "paths": {"terminal", "errors"},
-    "config": {"paths", "terminal"}, "unknown_flags": {"terminal"},
-    "config_sources": {"config", "errors", "paths", "terminal", "unknown_flags"},
-    "world": {"errors"}, "cli": {"errors", "streams", "terminal"}, "informing": {"errors"},
-    "durable": set(), "order": set(), "mix": {"order"}, "schedule": {"config"}, "shards": {"durable", "errors"},
-}  # fmt: skip
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+HPCGPT = sorted((ROOT / "hpcgpt").rglob("*.py"))
+MODULES = {module_name(path): path for path in [*HPCGPT, *sorted((ROOT / "data_prep").rglob("*.py"))]}
+
+# Each may import what stands before it, and nothing else of ours. A room is a folder of hpcgpt, or a module beside it.
+LEVELS = (
+    ("exit_codes",), ("errors",), ("output",), ("cli", "config"), ("storage",),
+    ("distributed", "tokenizer", "data", "model"), ("optim", "run"), ("tracking", "checkpoint"), ("slurm",), ("plan",),
+    ("training",), ("submit_checks",), ("train", "submit", "requeue", "status", "sample", "eval"), ("drill",),
+    ("__main__",),
+)  # fmt: skip
+# What a login node loads, before anything that it decides to load late. Of the other rooms every module counts.
+WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "training", "data.prefetch", "data.loader",
+"distributed.collectives",
+              "distributed.sharded_tensor", "checkpoint.save", "checkpoint.load", "checkpoint.load_model",
+              "checkpoint.init_from", "checkpoint.safetensors_writer")  # fmt: skip
+WITHOUT_TORCH = [name.removeprefix("hpcgpt.") for name in MODULES if name.startswith("hpcgpt.")
+                 and not any(f"{name}.".startswith(f"hpcgpt.{heavy}.") for heavy in WITH_TORCH)]  # fmt: skip
+MOST_MODULES = 16  # of a folder
 
 
 @cache
@@ -97,9 +100,9 @@ def test_what_a_login_node_loads_never_imports_torch(name: str) -> None:
 
 
 def test_the_walk_sees_torch_where_it_is() -> None:
-    assert "torch" in reached("hpcgpt.loop")
-    assert "torch" not in at_import_time(MODULES["hpcgpt.rendezvous"])
-    assert "torch" in anywhere(MODULES["hpcgpt.rendezvous"])
+    assert "torch" in reached("hpcgpt.training.loop")
+    assert "torch" not in at_import_time(MODULES["hpcgpt.distributed.rendezvous"])
+    assert "torch" in anywhere(MODULES["hpcgpt.distributed.rendezvous"])
 
 
 def test_importing_them_for_real_loads_no_torch_either() -> None:
@@ -109,10 +112,38 @@ def test_importing_them_for_real_loads_no_torch_either() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-@pytest.mark.parametrize("name", FOUNDATION)
-def test_the_foundation_imports_nothing_of_ours_but_the_foundation(name: str) -> None:
-    ours = {found for found in anywhere(MODULES[f"hpcgpt.{name}"]) if found in MODULES}
-    assert {found.removeprefix("hpcgpt.") for found in ours - {"hpcgpt"}} <= FOUNDATION[name]
+def room_of(module: str) -> str:
+    """`training` of hpcgpt.training.loop, `plan` of hpcgpt.plan."""
+    return module.split(".")[1]
+
+
+def upward(path: Path) -> list[str]:
+    """The imports of a file that its room may not have."""
+    level = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
+    own = room_of(module_name(path))
+    found = {name for name in anywhere(path) if name in MODULES and name.count(".") and name.startswith("hpcgpt.")}
+    return sorted(name for name in found if room_of(name) != own and level[room_of(name)] >= level[own])
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("hpcgpt.")))
+def test_imports_point_down(name: str) -> None:
+    assert upward(MODULES[name]) == []
+
+
+def test_every_room_has_its_level_and_the_walk_finds_all_of_them() -> None:
+    rooms = {path.name.removesuffix(".py") for path in (ROOT / "hpcgpt").iterdir() if path.suffix == ".py" or
+             (path.is_dir() and list(path.glob("*.py")))} - {"__init__"}  # fmt: skip
+    assert rooms == {room for rooms in LEVELS for room in rooms}
+    tracked = subprocess.run(["git", "ls-files", "hpcgpt", "data_prep"], cwd=ROOT, capture_output=True, text=True,
+                             check=False).stdout.split()  # fmt: skip
+    assert {ROOT / name for name in tracked if name.endswith(".py")} <= set(MODULES.values())
+
+
+def test_no_folder_has_more_modules_than_one_can_see_at_a_glance() -> None:
+    folders = {path.parent for path in MODULES.values()}
+    assert len(folders) > 15
+    assert {str(folder): len(list(folder.glob("*.py"))) for folder in folders
+            if len(list(folder.glob("*.py"))) > MOST_MODULES} == {}  # fmt: skip
 
 
 def test_the_package_never_imports_the_preparation_of_data() -> None:
@@ -126,7 +157,7 @@ def test_nothing_imports_the_command_that_trains() -> None:
 
 def test_only_the_process_beside_training_imports_wandb() -> None:
     found = [path.stem for path in HPCGPT if any(n.partition(".")[0] == "wandb" for n in anywhere(path))]
-    assert found == ["tracking_process"]
+    assert found == ["wandb_process"]
 
 
 def test_no_import_goes_in_a_circle() -> None:
@@ -237,7 +268,7 @@ def read_in(path: Path) -> set[tuple[str, str]]:
     }
 
 
-READ = set().union(*(read_in(path) for path in HPCGPT if path.stem not in ("config", "config_sources")))
+READ = set().union(*(read_in(path) for path in HPCGPT if path.parent.name != "config"))
 
 
 @pytest.mark.parametrize(("section", "key"), options())
@@ -246,7 +277,7 @@ def test_every_option_is_read_by_something_else_than_the_configuration(section: 
     through = {("run", "dir"): "run_folder", ("run", "name"): "run_folder", ("data", "stride"): "stride",
                ("profile", "steps"): "profiled_steps"}  # fmt: skip
     if (section, key) in through:
-        used = {node.attr for path in HPCGPT if path.stem != "config"
+        used = {node.attr for path in HPCGPT if path.parent.name != "config"
                 for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}  # fmt: skip
         assert through[section, key] in used
     else:

@@ -1,4 +1,5 @@
-"""data_prep.huggingface and hpcgpt.tokenizer_library: a tokenizer.json gives the ids that `tokenizers` gives."""
+"""data_prep.encode.from_huggingface and hpcgpt.tokenizer.huggingface: a tokenizer.json gives the ids that `tokenizers`
+gives."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ from conftest import ROOT
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from data_prep import backends, proof, vocabulary
-from hpcgpt import tokenizer
-from hpcgpt.tokenizer import Tokenizer
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE, byte_characters
+from data_prep.encode import equivalence_texts, find_tokenizer, vocabulary
+from hpcgpt.tokenizer import interface, save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
+from hpcgpt.tokenizer.interface import Tokenizer
 
 END = "<|endoftext|>"
-LLAMA3_PATTERN = next(pattern for pattern, scheme in backends.backend_gigatoken.SCHEMES.items() if scheme == "olmo3")
-TEXTS = [path.read_text() for path in sorted(ROOT.glob("hpcgpt/[a-c]*.py"))] + ["斗之力，三段！萧炎 don't I'll é"] * 20
+LLAMA3_PATTERN = next(
+    pattern for pattern, scheme in find_tokenizer.backend_gigatoken.SCHEMES.items() if scheme == "olmo3"
+)
+TEXTS = [path.read_text() for path in sorted(ROOT.glob("hpcgpt/c*/*.py"))] + ["斗之力，三段！萧炎 don't I'll é"] * 20
 
 
 def byte_level(pre_tokenizer: Any, ids: int = 800) -> Library:
@@ -136,12 +139,12 @@ def changed(file: Path, to: Path, change: Callable[[dict[str, Any]], object]) ->
 @pytest.mark.parametrize("name", MAKERS)
 def test_it_gives_the_ids_that_tokenizers_gives(name: str, files: Path, found: dict[str, Tokenizer]) -> None:
     library = reference(files / f"{name}.json")
-    texts = [*proof.chosen(), *proof.fuzzed(300, seed=7, special=[END, "<|pad|>"])]
+    texts = [*equivalence_texts.chosen(), *equivalence_texts.fuzzed(300, seed=7, special=[END, "<|pad|>"])]
     if name == "unigram":  # its model makes </s> of the text "</s>", see below
         texts = [text for text in texts if "</s>" not in text]
     expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
     assert [found[name].encode(text) for text in texts] == expected
-    ids, counts = backends.encoder(found[name]).batch(texts)
+    ids, counts = find_tokenizer.encoder(found[name]).batch(texts)
     assert ids.tolist() == [number for row in expected for number in row]
     assert counts.tolist() == [len(row) for row in expected]
 
@@ -163,8 +166,8 @@ def test_special_tokens_in_the_text_are_plain_text(name: str, found: dict[str, T
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_it_is_the_same_from_the_shards_folder(name: str, found: dict[str, Tokenizer], tmp_path: Path) -> None:
-    tokenizer.save(found[name], tmp_path)
-    again = tokenizer.load(tmp_path, found[name].fingerprint)
+    save_load.save(found[name], tmp_path)
+    again = save_load.load(tmp_path, found[name].fingerprint)
     assert again == found[name]
     assert again.describe() == found[name].describe()
     assert again.describe()["vocab_size"] == found[name].vocab_size > max(again.encode("hello 斗之力"))
@@ -176,15 +179,15 @@ def test_its_text_comes_back_piece_by_piece(name: str, found: dict[str, Tokenize
     words = found[name]
     text = "def main: naïve\n  return 1\n" if name == "unigram" else "Hello 斗之力 👍\n  naïve, \x00 don't"
     ids = words.encode(text)
-    whole = "".join(tokenizer.stream(words, ids)).lstrip(" ")
+    whole = "".join(interface.stream(words, ids)).lstrip(" ")
     assert whole == text.replace("ï", "<unk>") if name == "unigram" and "<unk>" in whole else whole == text
-    pieces = list(tokenizer.stream(words, ids))
+    pieces = list(interface.stream(words, ids))
     assert len(pieces) > 5
     assert not any("\ufffd" in piece for piece in pieces)
     # Going on behind a prompt, no blank is lost.
     cut = len(words.encode("Hello")) if name != "unigram" else 2
-    before = "".join(tokenizer.stream(words, ids[:cut]))
-    assert before + "".join(tokenizer.stream(words, ids[cut:], after=[words.end_of_text, *ids[:cut]])) == "".join(
+    before = "".join(interface.stream(words, ids[:cut]))
+    assert before + "".join(interface.stream(words, ids[cut:], after=[words.end_of_text, *ids[:cut]])) == "".join(
         pieces
     )
 
@@ -194,7 +197,7 @@ def test_special_tokens_are_printed_by_their_names(name: str, found: dict[str, T
     words = found[name]
     end = next(token for token, number in words.special_tokens.items() if number == words.end_of_text)
     ids = [*words.encode("one"), words.end_of_text, *words.encode("one")]
-    assert "".join(tokenizer.stream(words, ids)).replace(" ", "") == f"one{end}one"
+    assert "".join(interface.stream(words, ids)).replace(" ", "") == f"one{end}one"
     assert words.token_bytes[words.end_of_text] == 0
 
 
@@ -304,7 +307,7 @@ def test_a_pattern_that_means_something_else_to_tiktoken_stays_with_the_library(
     )
     words, library = vocabulary.find(str(tmp_path / "a.json")), reference(tmp_path / "a.json")
     assert words.kind == "tokenizers"
-    for text in proof.chosen():
+    for text in equivalence_texts.chosen():
         assert words.encode(text) == library.encode(text).ids
 
 
@@ -347,7 +350,7 @@ def test_seventy_thousand_ids(tmp_path: Path) -> None:
     expected = [library.encode(text).ids for text in texts]
     assert max(map(max, expected)) > 65_535
     for backend in ("tiktoken", "gigatoken"):
-        ids, counts = backends.encoder(words, backend).batch(texts)
+        ids, counts = find_tokenizer.encoder(words, backend).batch(texts)
         assert ids.tolist() == [number for row in expected for number in row]
         assert counts.tolist() == [len(row) for row in expected]
 
@@ -434,7 +437,7 @@ def test_a_file_that_crashes_the_library_ends_no_process_of_ours(files: Path, tm
 def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
     found: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
-    tokenizer.save(found["unigram"], tmp_path)
+    save_load.save(found["unigram"], tmp_path)
     whole = (tmp_path / "huggingface.json").read_text()
     for broken in (
         whole[:-9],
@@ -444,10 +447,10 @@ def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
     ):
         (tmp_path / "huggingface.json").write_text(broken)
         with pytest.raises(ValueError, match="the tokenizer is damaged"):
-            tokenizer.load(tmp_path)
+            save_load.load(tmp_path)
     (tmp_path / "huggingface.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer in .*huggingface\.json"):
-        tokenizer.load(tmp_path)
+        save_load.load(tmp_path)
 
 
 def test_the_library_kind_goes_to_worker_processes(found: dict[str, Tokenizer], tmp_path: Path) -> None:
@@ -455,10 +458,10 @@ def test_the_library_kind_goes_to_worker_processes(found: dict[str, Tokenizer], 
     for name in ("unigram", "gpt2_like"):
         words = found[name]
         words.encode("a")
-        tokenizer.save(words, tmp_path / name)
+        save_load.save(words, tmp_path / name)
         code = (
-            "import multiprocessing, sys\nfrom pathlib import Path\nfrom hpcgpt import tokenizer\n"
-            f"words = tokenizer.load(Path({str(tmp_path / name)!r}))\nwords.encode('a')\n"
+            "import multiprocessing, sys\nfrom pathlib import Path\nfrom hpcgpt.tokenizer import save_load\n"
+            f"words = save_load.load(Path({str(tmp_path / name)!r}))\nwords.encode('a')\n"
             "if __name__ == '__main__':\n"
             "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
             "        print(pool.apply(type(words).encode, (words, 'the text')))\n"

@@ -1,4 +1,4 @@
-"""data_prep.ideographs: Chinese a character at a time gives tiktoken's ids, whatever stands beside it."""
+"""data_prep.encode.ideographs: Chinese a character at a time gives tiktoken's ids, whatever stands beside it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from data_prep import ideographs, vocabulary
-from data_prep.ideographs import Batch, ByCharacter
+from data_prep.encode import ideographs, vocabulary
+from data_prep.encode.ideographs import Batch, ByCharacter
 
 GPT2 = vocabulary.gpt2()
 # What meets ideographs in texts; and those that GPT-2 has tokens with that go over their borders.

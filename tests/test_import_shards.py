@@ -18,9 +18,11 @@ from conftest import ROOT, command
 from test_inspect import folder as folder  # a fixture
 from test_shards import read_like_megatron
 
-from data_prep import cutting, export, foreign, import_shards, inspect, megatron_index, verify
-from hpcgpt import shard_writer, shards, tokenizer
-from hpcgpt.shards import Manifest
+from data_prep import export, import_shards, inspect, verify
+from data_prep.token_files import document_splitter, foreign_readers, megatron_index
+from hpcgpt.data import shard_format, shard_writer
+from hpcgpt.data.shard_format import Manifest
+from hpcgpt.tokenizer import interface, save_load
 
 Documents = list[list[int]]
 
@@ -66,8 +68,8 @@ def megatron(
 
 
 @pytest.fixture(scope="module")
-def bpe(tokenizer_folder: Path) -> tokenizer.Tokenizer:
-    return tokenizer.load(tokenizer_folder)
+def bpe(tokenizer_folder: Path) -> interface.Tokenizer:
+    return save_load.load(tokenizer_folder)
 
 
 Import = Callable[..., tuple[Documents, Manifest]]
@@ -81,7 +83,7 @@ def imported(tokenizer_folder: Path, tmp_path: Path) -> Import:
         folder = tmp_path / out
         words = ["--from", kind, *map(str, arguments), "--out", str(folder), "--tokenizer", str(tokenizer_folder)]
         assert import_shards.main(words) == 0
-        manifest = shards.read_manifest(folder)
+        manifest = shard_format.read_manifest(folder)
         assert verify.verify(folder, manifest) == []
         names = [shard.name for shard in manifest.shards if shard.split == split]
         assert names == [f"{split}_{number:06d}" for number in range(len(names))]
@@ -91,7 +93,7 @@ def imported(tokenizer_folder: Path, tmp_path: Path) -> Import:
 
 
 def documents_of(folder: Path, split: str) -> Documents:
-    manifest = shards.read_manifest(folder)
+    manifest = shard_format.read_manifest(folder)
     return [d for shard in manifest.shards if shard.split == split for d in read_like_megatron(folder / shard.name)]
 
 
@@ -109,7 +111,7 @@ def test_exported_files_are_those_of_nanogpts_own_preparation(shards_folder: Pat
 
 def test_what_is_exported_and_imported_is_the_same_data_set(folder: Path, tmp_path: Path, imported: Import) -> None:
     """To the byte, as are its counts of characters; the manifests differ in their inputs alone."""
-    before = shards.read_manifest(folder)
+    before = shard_format.read_manifest(folder)
     export.main([str(folder), "--to", "nanogpt", "--out", str(tmp_path / "nano")])
     for kind, source in (("nanogpt", tmp_path / "nano"), ("llmc", folder), ("megatron", folder)):
         _, after = imported(kind, source, "--shard-tokens", "30000", out=kind)
@@ -139,31 +141,31 @@ def written_in_every_way(random: np.random.Generator, folder: Path, documents: D
 Run = tuple[str, list[Path]]
 
 
-def random_documents(random: np.random.Generator, bpe: tokenizer.Tokenizer) -> Documents:
+def random_documents(random: np.random.Generator, bpe: interface.Tokenizer) -> Documents:
     ids = [token for token in range(bpe.vocab_size) if token != bpe.end_of_text]
     return [random.choice(ids, random.integers(1, 40)).tolist() for _ in range(random.integers(1, 20))]
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_way_to_write_documents_gives_the_same_ones(
-    seed: int, tmp_path: Path, bpe: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch
+    seed: int, tmp_path: Path, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random documents, cut into pieces and files of random sizes: none of it shows in the documents."""
     random = np.random.default_rng(seed)
-    monkeypatch.setattr(foreign, "PIECE_TOKENS", int(random.integers(1, 30)))
+    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", int(random.integers(1, 30)))
     monkeypatch.setattr(megatron_index, "PIECE_SEQUENCES", int(random.integers(1, 5)))
     documents = random_documents(random, bpe)
     expected = [[bpe.end_of_text, *document] for document in documents]
     for kind, paths in written_in_every_way(random, tmp_path, documents, bpe.end_of_text):
-        cut = cutting.Documents(bpe, shards.WIDTHS["uint16"], bpe.end_of_text, 41)
-        blocks = [*(cut.add(piece) for path in paths for piece in foreign.READERS[kind](path)), cut.rest()]
+        cut = document_splitter.Documents(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 41)
+        blocks = [*(cut.add(piece) for path in paths for piece in foreign_readers.READERS[kind](path)), cut.rest()]
         found = [part.tolist() for tokens, lengths in blocks for part in np.split(tokens, np.cumsum(lengths))[:-1]]
         assert found == expected, paths
         assert cut.empty == 0
 
 
 def test_every_way_to_write_documents_gives_the_same_data_set(
-    tmp_path: Path, imported: Import, bpe: tokenizer.Tokenizer
+    tmp_path: Path, imported: Import, bpe: interface.Tokenizer
 ) -> None:
     """The same by the command, in shards of bounded size."""
     random = np.random.default_rng(7)
@@ -177,9 +179,9 @@ def test_every_way_to_write_documents_gives_the_same_data_set(
 
 
 def test_megatrons_sequences_may_lie_anywhere_and_several_make_a_document(
-    tmp_path: Path, imported: Import, bpe: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign, "PIECE_TOKENS", 2)
+    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", 2)
     path = megatron(
         tmp_path / "a.bin", range(1, 11), [3, 2, 0, 4, 1], borders=[0, 2, 3, 5], places=[2 * 7, 2 * 5, 0, 0, 2 * 4]
     )
@@ -192,9 +194,9 @@ def test_megatrons_sequences_may_lie_anywhere_and_several_make_a_document(
 
 @pytest.mark.parametrize("piece", [1, 2, 100])
 def test_documents_with_nothing_in_them_are_left_out_and_counted(
-    piece: int, tmp_path: Path, imported: Import, bpe: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch
+    piece: int, tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign, "PIECE_TOKENS", piece)
+    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", piece)
     end = bpe.end_of_text
     for number, (ids, empty) in enumerate((([end, 1, end, end, 2, 3], 1), ([1, end, end, end, 2, 3, end], 2))):
         found, manifest = imported("nanogpt", nanogpt(tmp_path / "a.bin", ids), out=f"out{number}")
@@ -206,7 +208,7 @@ def test_documents_with_nothing_in_them_are_left_out_and_counted(
 
 
 def test_an_end_of_text_of_their_own_becomes_that_of_the_tokenizer(
-    tmp_path: Path, imported: Import, bpe: tokenizer.Tokenizer
+    tmp_path: Path, imported: Import, bpe: interface.Tokenizer
 ) -> None:
     path = llmc(tmp_path / "a.bin", [9000, 1, 2, 9000, 3])
     found, _ = imported("llmc", path, "--end-of-text", "9000")
@@ -224,7 +226,7 @@ def test_the_split_is_told_by_the_name_or_by_the_option(tmp_path: Path, imported
 
 
 def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
-    tmp_path: Path, tokenizer_folder: Path, bpe: tokenizer.Tokenizer
+    tmp_path: Path, tokenizer_folder: Path, bpe: interface.Tokenizer
 ) -> None:
     text = bpe.encode("import hashlib")
     nanogpt(tmp_path / "a.bin", [*text, bpe.end_of_text, *text, bpe.end_of_text])
@@ -246,13 +248,13 @@ def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
     ],
 )
 def test_where_the_end_of_text_stood_is_told(
-    ids: list[int], convention: str, piece: int, tmp_path: Path, bpe: tokenizer.Tokenizer,
+    ids: list[int], convention: str, piece: int, tmp_path: Path, bpe: interface.Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(foreign, "PIECE_TOKENS", piece)
-    documents = cutting.Documents(bpe, shards.WIDTHS["uint16"], bpe.end_of_text, 100)
+    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", piece)
+    documents = document_splitter.Documents(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 100)
     assert bpe.end_of_text == 511
-    for found in foreign.nanogpt(nanogpt(tmp_path / "a.bin", ids)):
+    for found in foreign_readers.nanogpt(nanogpt(tmp_path / "a.bin", ids)):
         documents.add(found)
     assert documents.convention == convention
 
@@ -332,7 +334,7 @@ def test_a_failure_takes_away_the_shards_that_were_finished(tmp_path: Path, toke
     path = llmc(tmp_path / "a.bin", [0, 1, 2, 0, 3, 4, 0, 1, 0, 5000])
     words = ["--from", "llmc", str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="token 9 is 5,000"):
-        patch.setattr(foreign, "PIECE_TOKENS", 2)
+        patch.setattr(foreign_readers, "PIECE_TOKENS", 2)
         import_shards.main([*words, "--end-of-text", "0", "--shard-tokens", "3"])
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -366,7 +368,7 @@ def test_options_that_do_not_fit_are_refused(
 
 
 def test_a_wrong_end_of_text_id_is_noticed_by_the_right_one(
-    tmp_path: Path, imported: Import, bpe: tokenizer.Tokenizer
+    tmp_path: Path, imported: Import, bpe: interface.Tokenizer
 ) -> None:
     path = nanogpt(tmp_path / "a.bin", [1, 7, 2, bpe.end_of_text])
     with pytest.raises(ValueError, match=rf"token 3 is {bpe.end_of_text}, the end-of-text of tokenizer bpe512"):
@@ -398,11 +400,11 @@ def test_an_export_refuses_files_that_are_there_and_ids_that_nanogpt_cannot_read
     for number, (highest, fits) in enumerate(((65535, True), (65536, False))):
         folder = tmp_path / f"wide{number}"
         folder.mkdir()
-        with shard_writer.writing(folder, "train_000000", "train", shards.WIDTHS["uint32"]) as writer:
+        with shard_writer.writing(folder, "train_000000", "train", shard_format.WIDTHS["uint32"]) as writer:
             writer.add(np.array([0, 1, highest], dtype=np.uint32), np.array([3]), 2, 2)
         assert writer.shard
         about = {"name": "none", "fingerprint": "", "vocab_size": 70000, "end_of_text": 0}
-        manifest = shards.write_manifest(folder, "uint32", about, [], "by hand", {}, [writer.shard])
+        manifest = shard_format.write_manifest(folder, "uint32", about, [], "by hand", {}, [writer.shard])
         if fits:
             export.export(folder, manifest, folder / "nano")
             assert np.fromfile(folder / "nano" / "train.bin", "<u2").tolist() == [1, 65535, 0]

@@ -1,4 +1,5 @@
-"""hpcgpt.in_effect: what changed between two attempts is said, recorded, and refused where that was asked for."""
+"""hpcgpt.training.in_effect: what changed between two attempts is said, recorded, and refused where that was asked
+for."""
 
 from __future__ import annotations
 
@@ -13,12 +14,16 @@ import pytest
 from conftest import TINY, command, on_ranks, tensors
 from test_errors import kept, sentence
 
-from hpcgpt import checkpoint, config_sources, in_effect, plan, runfolder
-from hpcgpt.checkpoint import State
-from hpcgpt.errors import USER_MISTAKE, UserError
+from hpcgpt import plan
+from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.config import sources
+from hpcgpt.errors import UserError
+from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
+from hpcgpt.optim.lr_schedule import learning_rate
 from hpcgpt.plan import Plan
-from hpcgpt.runfolder import FINISHED
-from hpcgpt.schedule import learning_rate
+from hpcgpt.run import run_folder
+from hpcgpt.training import in_effect
 
 LAST = "step_000000012"
 
@@ -77,7 +82,7 @@ def refused(config: Path, run: Path, *flags: str) -> str:
 
 def changed(run: Path) -> dict[str, tuple[Any, Any, bool]]:
     """The event of the newest attempt, which has to have one."""
-    (event,) = [e for e in runfolder.events(run) if e["event"] == "changed"]
+    (event,) = [e for e in run_folder.events(run) if e["event"] == "changed"]
     return {c["key"]: (c["before"], c["now"], c["affects_result"]) for c in event["changes"]}
 
 
@@ -87,7 +92,7 @@ def changed(run: Path) -> dict[str, tuple[Any, Any, bool]]:
 def test_a_checkpoint_records_what_the_identity_leaves_out_with_every_auto_resolved(finished: Path) -> None:
     import torch
 
-    known = checkpoint.read_state(finished / "checkpoints" / LAST).in_effect
+    known = layout.read_state(finished / "checkpoints" / LAST).in_effect
     assert known["optim.lr"] == 6e-4
     assert known["schedule.warmup_steps"] == 3
     assert (known["total_steps"], known["ranks"], known["run.threads"]) == (12, 1, 1)
@@ -119,7 +124,7 @@ def test_show_prints_it(finished: Path) -> None:
 def test_a_resume_with_the_same_settings_says_nothing(config: Path, cut: Path, finished: Path) -> None:
     told = resumed(config, cut, "--run.strict", "true")
     assert "changed" not in told
-    assert "changed" not in [event["event"] for event in runfolder.events(cut)]
+    assert "changed" not in [event["event"] for event in run_folder.events(cut)]
     assert tensors(cut / "checkpoints" / LAST) == tensors(finished / "checkpoints" / LAST)
 
 
@@ -129,9 +134,9 @@ def test_another_learning_rate_is_said_with_what_it_does_to_the_next_step(config
     rates = [rate(config, 8), rate(config, 8, "--optim.lr", "0.001")]
     assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in lines(told)
     assert changed(cut) == {"optim.lr": (6e-4, 1e-3, True)}
-    (event,) = [event for event in runfolder.events(cut) if event["event"] == "changed"]
+    (event,) = [event for event in run_folder.events(cut) if event["event"] == "changed"]
     assert (event["step"], event["attempt"], event["rate_before"], event["rate_now"]) == (8, 2, *rates)
-    assert checkpoint.read_state(cut / "checkpoints" / LAST).in_effect["optim.lr"] == 1e-3
+    assert layout.read_state(cut / "checkpoints" / LAST).in_effect["optim.lr"] == 1e-3
 
 
 def test_more_steps_for_a_finished_run_say_how_far_the_rate_leaps(config: Path, run: Path) -> None:
@@ -236,7 +241,7 @@ def test_earlier_configurations_stay_beside_the_attempt_that_had_them(config: Pa
 
 def test_the_configuration_of_before_they_were_kept_is_kept(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("old")
-    runfolder.keep_config(tmp_path, 7, "new")
+    run_folder.keep_config(tmp_path, 7, "new")
     assert (tmp_path / "config.toml").read_text() == "new"
     assert {path.name: path.read_text() for path in (tmp_path / "configs").iterdir()} == {
         "000000.toml": "old", "000007.toml": "new"}  # fmt: skip
@@ -248,9 +253,9 @@ def test_a_disk_without_room_for_the_configuration_is_a_warning(
     from test_runfolder import fill, small_disk
 
     with small_disk(tmp_path / "disk", "64k") as disk:
-        runfolder.keep_config(disk, 1, "first")
+        run_folder.keep_config(disk, 1, "first")
         fill(disk)
-        runfolder.keep_config(disk, 2, "second" * 1000)
+        run_folder.keep_config(disk, 2, "second" * 1000)
         assert (disk / "config.toml").read_text() == "first"
         assert [path.name for path in (disk / "configs").iterdir()] == ["000001.toml"]
     assert "cannot write" in capsys.readouterr().err
@@ -263,11 +268,11 @@ def planned(shards_folder: Path, *flags: str) -> Plan:
     arguments = ["--data.dir", str(shards_folder), "--model.n_embd", "32", "--model.n_head", "2", "--model.block_size",
                  "32", "--train.steps", "12", "--train.global_batch", "8", "--train.micro_batch", "2",
                  "--schedule.warmup_steps", "3", *flags]  # fmt: skip
-    return plan.make(config_sources.from_command_line(arguments, "train", ""), 1)
+    return plan.make(sources.from_command_line(arguments, "train", ""), 1)
 
 
 def rate(config: Path, step: int, *flags: str) -> float:
-    settings = config_sources.from_command_line([str(config), *flags], "train", "")
+    settings = sources.from_command_line([str(config), *flags], "train", "")
     return learning_rate(step, settings.train.steps, settings)
 
 

@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env, command, curve, rows
 
-from hpcgpt import informing, loop, rendezvous, reporter, runfolder
-from hpcgpt.informing import Worker, only_informs, within
-from hpcgpt.runfolder import AGAIN, FINISHED
+from hpcgpt.distributed import rendezvous
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.output import best_effort
+from hpcgpt.output.best_effort import Worker, only_informs, within
+from hpcgpt.run import run_folder
+from hpcgpt.training import loop, reporter
 
 
 @pytest.fixture(autouse=True)
 def _warned_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(informing, "_warned", type(informing._warned)())
+    monkeypatch.setattr(best_effort, "_warned", type(best_effort._warned)())
 
 
 def test_any_exception_becomes_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +43,7 @@ def test_a_warning_is_not_repeated_for_ever(capfd: pytest.CaptureFixture[str]) -
         with only_informs("events.jsonl"):
             raise OSError(28, "No space left on device")
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == informing.MOST_WARNINGS
+    assert len(said) == best_effort.MOST_WARNINGS
     assert said[-1].endswith("it will not be said again")
 
 
@@ -56,7 +59,7 @@ def test_a_worker_does_things_in_order_and_survives_their_exceptions(capfd: pyte
 
 def test_an_action_that_hangs_holds_up_neither_post_nor_drain(capfd: pytest.CaptureFixture[str],
                                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(informing, "MOST_WAITING", 3)
+    monkeypatch.setattr(best_effort, "MOST_WAITING", 3)
     worker, go_on, done = Worker("test"), threading.Event(), []
     started = threading.Event()
     worker.post("hangs", lambda: (started.set(), go_on.wait()))
@@ -93,22 +96,25 @@ def test_events_that_goodput_cannot_make_sense_of_do_not_end_a_finished_run(tiny
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in odd))
     done = command("hpcgpt.train", str(tiny))
     assert done.returncode == FINISHED, done.stderr
-    assert runfolder.read_exit(folder) == runfolder.Exit("", FINISHED, "finished", 12, saved=True)
+    assert run_folder.read_exit(folder) == run_folder.Exit("", FINISHED, "finished", 12, saved=True)
     assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, 13))
 
 
 BREAKAGES = {
-    "events": "runfolder.record = broken",
+    "events": "run_folder.record = broken",
     "goodput": "goodput.words = broken",
     "samples": "reporter.generate = broken",
-    "console": "metrics.Console.step = metrics.Console.say = metrics.Console.close = broken",
-    "metrics file": "metrics.MetricsFile.write_appended = broken",
-    "dashboard": "tracking.Tracker.write = tracking.Tracker.close = broken",
-    "traces": "profiling.Profiler.before = profiling.Profiler.after = broken",
+    "console": "metrics_file.Console.step = metrics_file.Console.say = metrics_file.Console.close = broken",
+    "metrics file": "metrics_file.MetricsFile.write_appended = broken",
+    "dashboard": "tracker.Tracker.write = tracker.Tracker.close = broken",
+    "traces": "profiler.Profiler.before = profiler.Profiler.after = broken",
 }
 BROKEN = """
 import sys
-from hpcgpt import cli, goodput, metrics, profiling, reporter, runfolder, tracking, train
+from hpcgpt import cli, train
+from hpcgpt.run import goodput, metrics_file, run_folder
+from hpcgpt.tracking import tracker
+from hpcgpt.training import profiler, reporter
 def broken(*_arguments, **_options):
     raise {error}
 {breakage}
@@ -129,7 +135,7 @@ def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: st
     )  # fmt: skip
     folder = tiny.parent / "runs" / "tiny"
     assert done.returncode == FINISHED, done.stderr
-    ended = runfolder.read_exit(folder)
+    ended = run_folder.read_exit(folder)
     assert ended is not None
     assert (ended.status, ended.step, ended.saved) == (FINISHED, 12, True)
     assert (folder / "checkpoints/step_000000012/manifest.json").exists()
@@ -155,7 +161,7 @@ def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
     assert "exit 12\n" in done.stdout
     assert "goodput: no answer within 5 s" in done.stderr
     assert f"goodput: ask `python -m hpcgpt.status {folder}`" in done.stdout
-    assert runfolder.read_exit(folder) == runfolder.Exit("", FINISHED, "finished", 12, saved=True)
+    assert run_folder.read_exit(folder) == run_folder.Exit("", FINISHED, "finished", 12, saved=True)
 
 
 @pytest.mark.parametrize(("megabytes", "limit_s"), [(None, 10.0), (0, 10.0), (50, 25.0), (97, 39.1), (10_000, 40.0)])

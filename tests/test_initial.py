@@ -1,4 +1,4 @@
-"""hpcgpt.initial: a run that begins with the weights of another one."""
+"""hpcgpt.checkpoint.init_from: a run that begins with the weights of another one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import TINY, command, rows, tensors
 
-from data_prep import vocabulary
-from hpcgpt import runfolder, tokenizer
-from hpcgpt.runfolder import FINISHED
+from data_prep.encode import vocabulary
+from hpcgpt.exit_codes import FINISHED
+from hpcgpt.run import run_folder
+from hpcgpt.tokenizer import save_load
 
 LAST = "checkpoints/step_000000012"
 
@@ -61,7 +62,7 @@ def test_once_it_has_a_checkpoint_the_other_run_may_go(trained: Path) -> None:
     assert status == FINISHED, err
     assert "resumed at step 5" in out
     assert "first weights" not in out
-    found = [event["event"] for event in runfolder.events(trained / "runs" / "third")]
+    found = [event["event"] for event in run_folder.events(trained / "runs" / "third")]
     assert found.count("init_from") == 1
 
 
@@ -93,7 +94,7 @@ def test_what_is_no_run_with_a_checkpoint_is_refused(trained: Path, tmp_path: Pa
     foreign = tmp_path / "foreign"
     shutil.copytree(first, foreign)
     shutil.rmtree(foreign / "tokenizer")
-    tokenizer.save(vocabulary.find("gpt2", ""), foreign / "tokenizer")
+    save_load.save(vocabulary.find("gpt2", ""), foreign / "tokenizer")
     status, _, err = start(trained, "refused", foreign)
     assert status == 2
     assert "run.init_from: " in err

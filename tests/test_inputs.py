@@ -1,4 +1,5 @@
-"""data_prep.inputs and data_prep.documents: every kind of file gives its documents once, wherever it is cut."""
+"""data_prep.text.inputs and data_prep.text.documents: every kind of file gives its documents once, wherever it is
+cut."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ import pytest
 from conftest import ROOT, clean_env
 from pyarrow import parquet
 
-from data_prep import documents, encodings, inputs, packing, reading, standard_input
-from data_prep.packing import zstd
-from data_prep.reading import Reading, Skipped
+from data_prep.text import compression, documents, encodings, inputs, standard_input
+from data_prep.text import options as text_options
+from data_prep.text.compression import zstd
+from data_prep.text.options import Reading, Skipped
 
 GOOD = b'{"text": "a"}\n'
 TEXTS = ["萧炎,斗之力,三段。\n“三十年河东”", "hello\r\nworld\t", "a\x00b \u2028 <|endoftext|>", "😀", "x" * 3000]
@@ -377,7 +379,9 @@ def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> No
 
     def holds(size: int) -> bool:
         member = zlib.decompressobj(31)
-        return len(member.decompress(packed[:size], packing.CHUNK)) == packing.CHUNK and not member.unconsumed_tail
+        return (
+            len(member.decompress(packed[:size], compression.CHUNK)) == compression.CHUNK and not member.unconsumed_tail
+        )
 
     sizes = [size for size in range(len(packed)) if holds(size)]
     assert sizes
@@ -391,7 +395,7 @@ def test_what_is_told_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n' * 3000)
     skipped: list[Skipped] = []
     assert read(tmp_path / "a.jsonl", Reading(on_bad_input="skip"), 10**9, skipped) == ["a"] * 3000
-    assert len(skipped) == reading.MOST_TOLD
+    assert len(skipped) == text_options.MOST_TOLD
     assert sum(row.count for row in skipped) == 3000
 
 
@@ -419,8 +423,8 @@ MEMORY = """
 import sys
 from pathlib import Path
 import pyarrow.parquet
-from data_prep import documents, inputs
-from data_prep.reading import Reading
+from data_prep.text import documents, inputs
+from data_prep.text.options import Reading
 
 def peak_mb():
     return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1]) / 1000

@@ -14,8 +14,10 @@ import pytest
 from conftest import command
 from test_shards import read_like_megatron, write
 
-from data_prep import inspect, make_shards, pieces
-from hpcgpt import shards, tokenizer
+from data_prep import inspect, make_shards
+from data_prep.token_files import chunked_file
+from hpcgpt.data import shard_format
+from hpcgpt.tokenizer import save_load
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.T
 
 
 def documents_of(folder: Path, split: str) -> list[list[int]]:
-    manifest = shards.read_manifest(folder)
+    manifest = shard_format.read_manifest(folder)
     return [d for shard in manifest.shards if shard.split == split for d in read_like_megatron(folder / shard.name)]
 
 
@@ -45,7 +47,7 @@ def asked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> An
 
 
 def test_the_summary_agrees_with_the_documents_themselves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest, made_with = shards.read_manifest(folder), tokenizer.load(folder / "tokenizer")
+    manifest, made_with = shard_format.read_manifest(folder), save_load.load(folder / "tokenizer")
     found = asked(folder, capsys)
     assert (found["digest"], found["dtype"], found["tokenizer"]) == (manifest.digest, "uint16", manifest.tokenizer)
     assert set(found["splits"]) == {"train", "val"}
@@ -96,7 +98,7 @@ def test_the_command_prints_for_people(folder: Path) -> None:
 
 
 def test_documents_are_found_with_its_place_and_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made_with = tokenizer.load(folder / "tokenizer")
+    made_with = save_load.load(folder / "tokenizer")
     for split in ("train", "val"):
         for number, document in [*enumerate(documents_of(folder, split))][::7]:
             found = asked(folder, capsys, "--split", split, "--document", str(number))["document"]
@@ -119,7 +121,7 @@ def test_no_page_cuts_a_character(
 ) -> None:
     """The tokenizer was trained on English: a Chinese character is three tokens of a byte each."""
     monkeypatch.setattr(inspect, "PAGE_TOKENS", page_tokens)
-    made_with = tokenizer.load(folder / "tokenizer")
+    made_with = save_load.load(folder / "tokenizer")
     ids = np.array(made_with.encode("明月 é a😀光"), dtype=np.uint16)
     pages = [inspect.page_text(made_with, ids, n + 1) for n in range(-(-len(ids) // page_tokens))]
     assert "".join(pages) == "明月 é a😀光"
@@ -127,7 +129,7 @@ def test_no_page_cuts_a_character(
 
 
 def test_a_terminal_is_sent_nothing_that_it_would_obey(folder: Path) -> None:
-    made_with = tokenizer.load(folder / "tokenizer")
+    made_with = save_load.load(folder / "tokenizer")
     begins = {
         made_with.encoding.decode(document[1:4]): (split, str(number))
         for split in ("train", "val")
@@ -158,7 +160,7 @@ def test_what_is_not_there_is_refused(options: list[str], sentence: str, folder:
 def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     index = bytearray((copy / "train_000000.idx").read_bytes())
-    documents = shards.read_manifest(copy).shards[0].documents
+    documents = shard_format.read_manifest(copy).shards[0].documents
     index[34 + 4 * documents : 42 + 4 * documents] = (2**62).to_bytes(8, "little")
     (copy / "train_000000.idx").write_bytes(index)
     with pytest.raises(ValueError, match=r"train_000000\.idx: document 0 lies outside of the \.bin"):
@@ -176,7 +178,7 @@ def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
 def test_the_histogram_counts_every_token(
     split: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pieces, "PIECE_TOKENS", 1000)
+    monkeypatch.setattr(chunked_file, "PIECE_TOKENS", 1000)
     tokens = [*chain(*(d for name in ([split] if split else ["train", "val"]) for d in documents_of(folder, name)))]
     options = ["--split", split] if split else []
     found = asked(folder, capsys, "--histogram", "--top", "1000", *options)["histogram"]
@@ -184,7 +186,7 @@ def test_the_histogram_counts_every_token(
     assert {row["id"]: row["count"] for row in found["top"]} == Counter(tokens)
     assert found["ids_that_occur"] == len(set(tokens))
     assert [row["count"] for row in found["top"]] == sorted((row["count"] for row in found["top"]), reverse=True)
-    made_with = tokenizer.load(folder / "tokenizer")
+    made_with = save_load.load(folder / "tokenizer")
     whole = [row for row in found["top"] if "\ufffd" not in row["text"]]
     assert len(whole) > 100
     assert all(row["text"] == made_with.encoding.decode([row["id"]]) for row in whole)
@@ -194,7 +196,7 @@ def test_an_id_outside_of_the_vocabulary_is_told_with_its_file(folder: Path, tmp
     manifest = write(tmp_path / "shards", {"train": [[[0, 1]], [[0, 600]]]})
     copy = tmp_path / "shards"
     shutil.copytree(folder / "tokenizer", copy / "tokenizer")
-    about = shards.read_manifest(folder).tokenizer
-    shards.write_manifest(copy, "uint16", about, [], "by hand", {}, manifest.shards)
+    about = shard_format.read_manifest(folder).tokenizer
+    shard_format.write_manifest(copy, "uint16", about, [], "by hand", {}, manifest.shards)
     with pytest.raises(ValueError, match=r"train_000001\.bin: id 600 is outside of the tokenizer's 512 ids"):
         inspect.main([str(copy), "--histogram"])

@@ -1,4 +1,4 @@
-"""hpcgpt.job_end: a time limit that is changed while the job runs is noticed, and Slurm is asked rarely."""
+"""hpcgpt.slurm.job_end: a time limit that is changed while the job runs is noticed, and Slurm is asked rarely."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 from conftest import command
 from test_preempt import ALONE
 
-from hpcgpt import job_end, preempt
-from hpcgpt.job_end import BEFORE_S, EVERY_S, LOOK_S, JobEnd
-from hpcgpt.preempt import Stop, StopFlag
+from hpcgpt.distributed import stop_signals
+from hpcgpt.distributed.stop_signals import Stop, StopFlag
+from hpcgpt.slurm import job_end
+from hpcgpt.slurm.job_end import BEFORE_S, EVERY_S, LOOK_S, JobEnd
 
 DAY_S = 86_400
 
@@ -53,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     seen = SimpleNamespace(
         time=lambda: now[0], monotonic=lambda: now[0], strftime=time.strftime, localtime=time.localtime
     )
-    monkeypatch.setattr(preempt, "time", seen)
+    monkeypatch.setattr(stop_signals, "time", seen)
     monkeypatch.setattr(job_end, "time", seen)
     yield now
 

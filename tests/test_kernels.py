@@ -1,4 +1,4 @@
-"""hpcgpt.kernels: the kernels that were asked for are those that compute, and what cannot be had is refused."""
+"""hpcgpt.model.kernels: the kernels that were asked for are those that compute, and what cannot be had is refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from conftest import command, curve, rows
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import config_sources, kernels, plan
-from hpcgpt.config import Model
-from hpcgpt.engine import Engine
-from hpcgpt.model import GPT, Manner
-from hpcgpt.runfolder import FINISHED
-from hpcgpt.world import Ranks, World
+from hpcgpt import plan
+from hpcgpt.config import sources
+from hpcgpt.config.options import Model
+from hpcgpt.distributed.world import Ranks, World
+from hpcgpt.exit_codes import FINISHED
+from hpcgpt.model import kernels
+from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.training.engine import Engine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -91,7 +93,7 @@ def test_another_kernel_is_the_same_function(tiny: Path) -> None:
 
 
 def test_the_kernel_computes_also_what_is_computed_once_more_in_the_backward_pass(tiny: Path) -> None:
-    settings = config_sources.from_file(tiny)
+    settings = sources.from_file(tiny)
     train = replace(settings.train, attention="math", activation_checkpointing=True, dtype="float32")
     alone = Ranks(World(0, 0, 1, 1, "alone", "test"), CPU, None)
     engine = Engine(plan.make(replace(settings, train=train), 1), alone)

@@ -1,4 +1,4 @@
-"""hpcgpt.loader: any number of ranks sees the same samples in the same global batches."""
+"""hpcgpt.data.loader: any number of ranks sees the same samples in the same global batches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpcgpt import order, shard_reader, shard_writer, shards
-from hpcgpt.loader import Loader, Windows, unsigned, widen
-from hpcgpt.shard_reader import Split
-from hpcgpt.shards import Width
+from hpcgpt.data import sample_order, shard_format, shard_reader, shard_writer
+from hpcgpt.data.loader import Loader, Windows, unsigned, widen
+from hpcgpt.data.shard_format import Width
+from hpcgpt.data.shard_reader import Split
 
 SEED, GLOBAL_BATCH, CONTEXT = 7, 8, 32
 
 
 @pytest.fixture(scope="module")
 def windows(shards_folder: Path) -> Windows:
-    split = shard_reader.open_split(shards_folder, shards.read_manifest(shards_folder), "train")
+    split = shard_reader.open_split(shards_folder, shard_format.read_manifest(shards_folder), "train")
     return Windows(split, CONTEXT, CONTEXT, vocab_size=512)
 
 
@@ -29,7 +29,7 @@ def windows(shards_folder: Path) -> Windows:
 def stream(windows: Windows) -> NDArray[np.int64]:
     """The whole training split, read without the loader."""
     parts = [
-        np.fromfile(windows.split.folder / f"{shard.name}.bin", dtype="<u2")[shards.HEADER_BYTES // 2 :]
+        np.fromfile(windows.split.folder / f"{shard.name}.bin", dtype="<u2")[shard_format.HEADER_BYTES // 2 :]
         for shard in windows.split.shards
     ]
     return np.concatenate(parts).astype(np.int64)
@@ -105,7 +105,7 @@ def test_how_far_ahead_the_order_is_worked_out_changes_nothing(
         return [loader.batch(step, micro_step) for step in [*range(30), 2000, 7] for micro_step in (1, 0)]
 
     expected = batches()
-    monkeypatch.setattr("hpcgpt.loader._AHEAD", ahead)
+    monkeypatch.setattr("hpcgpt.data.loader._AHEAD", ahead)
     assert all(map(torch.equal, batches(), expected))
 
 
@@ -126,7 +126,7 @@ def test_an_epoch_of_overlapping_windows_shows_each_once(
     overlapping = Windows(windows.split, CONTEXT, 12, 512)
     steps = overlapping.count // GLOBAL_BATCH
     seen = torch.cat([widen_whole(global_batch(overlapping, step, ranks, 4)) for step in range(steps)])
-    there = order.windows(np.arange(steps * GLOBAL_BATCH), overlapping.count, SEED)
+    there = sample_order.windows(np.arange(steps * GLOBAL_BATCH), overlapping.count, SEED)
     assert len(set(there.tolist())) == steps * GLOBAL_BATCH > overlapping.count - GLOBAL_BATCH
     expected = np.lib.stride_tricks.sliding_window_view(stream, CONTEXT + 1)[there * 12]
     by_content = (sorted(map(tuple, rows.tolist())) for rows in (seen, expected))
@@ -173,7 +173,7 @@ def test_ids_above_32767_survive_too_where_the_device_widens_them() -> None:
 
 def test_ids_above_65535_come_as_32_bits(tmp_path: Path) -> None:
     ids = [0, 65535, 65536, 100_000, 2**31 - 1, 1, 7, 40000]
-    split = hand_made(tmp_path, ids, width=shards.WIDTHS["uint32"])
+    split = hand_made(tmp_path, ids, width=shard_format.WIDTHS["uint32"])
     batch = Windows(split, context=7, stride=7, vocab_size=2**31).read(np.array([0]))
     assert batch.dtype == torch.int32
     inputs, targets = widen(batch, torch.device("cpu"))
@@ -189,7 +189,7 @@ def test_a_batch_of_more_rows_than_shards_may_be_open_is_the_same(
 ) -> None:
     chosen = np.arange(windows.count)[::-1]
     expected = windows.read(chosen)
-    monkeypatch.setattr("hpcgpt.shard_reader.most_maps", lambda: 10)
+    monkeypatch.setattr("hpcgpt.data.shard_reader.most_maps", lambda: 10)
     assert torch.equal(windows.read(chosen), expected)
 
 
@@ -210,7 +210,7 @@ def test_an_id_in_a_later_shard_is_named_by_its_place_in_that_shard(tmp_path: Pa
         windows.read(np.array([1]))
 
 
-def hand_made(folder: Path, *contents: list[int], width: Width = shards.WIDTHS["uint16"]) -> Split:
+def hand_made(folder: Path, *contents: list[int], width: Width = shard_format.WIDTHS["uint16"]) -> Split:
     """A split with these ids, one shard each."""
     made = []
     for number, ids in enumerate(contents):

@@ -1,5 +1,5 @@
-"""hpcgpt.loop: what the loop asks of its parts, and when. Two real ranks, told to stop by a signal to one of them, and
-started again.
+"""hpcgpt.training.loop: what the loop asks of its parts, and when. Two real ranks, told to stop by a signal to one of
+them, and started again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import pytest
 from conftest import TINY, on_ranks, rows
 from ranks_loop import SLOW_S
 
-from hpcgpt import generation, runfolder
-from hpcgpt.runfolder import AGAIN, FINISHED
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.run import run_folder
+from hpcgpt.storage import lease
 
 Told = list[dict[str, Any]]  # by rank
 
@@ -116,7 +117,7 @@ def test_no_rank_leaves_before_rank_0_has_told_everything(run: Path, stopped: To
     """`srun -K` ends whoever is left when the first one leaves."""
     for told in (stopped, finished):
         assert told[1]["left_at"] >= told[0]["closed_at"]
-    ended = runfolder.read_exit(run)
+    ended = run_folder.read_exit(run)
     assert ended is not None
     assert (ended.status, ended.step, ended.saved) == (FINISHED, 12, True)
-    assert not generation.is_held(run), "the next attempt would watch for this one"
+    assert not lease.is_held(run), "the next attempt would watch for this one"

@@ -21,10 +21,12 @@ import pytest
 import regex
 from conftest import ROOT, clean_env, command
 
-from data_prep import duplicates, make_shards, placing, plan, share, verify
-from data_prep.share import Share
-from hpcgpt import shard_reader, shards, tokenizer
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
+from data_prep import make_shards, verify
+from data_prep.pipeline import dedup, finalize, plan, task_share
+from data_prep.pipeline.task_share import Share
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 
 CHINESE = "萧炎,斗之力,三段。\n“三十年河东,三十年河西,莫欺少年穷!”\n"
 
@@ -48,7 +50,7 @@ def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def write_corpus(path: Path, size: int) -> Path:
     """Some jsonl: the words of these sources, shuffled, and Chinese between them."""
-    words = [word for path in sorted(ROOT.glob("hpcgpt/*.py")) for word in path.read_text().split(" ")]
+    words = [word for path in sorted(ROOT.glob("hpcgpt/**/*.py")) for word in path.read_text().split(" ")]
     chance = random.Random(1)
     with open(path, "w") as file:
         while file.tell() < size:
@@ -100,7 +102,7 @@ class ReferenceGPT2:
     """GPT-2's encoder as OpenAI published it (encoder.py, 2019), from the list of merges alone."""
 
     def __init__(self) -> None:
-        merges = (ROOT / "data_prep" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
+        merges = (ROOT / "data_prep" / "encode" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
         self.rank = {tuple(line.split()): n for n, line in enumerate(merges)}
         bytes_first = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
         rest = [b for b in range(256) if b not in bytes_first]
@@ -129,7 +131,7 @@ class ReferenceGPT2:
 
 
 def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(tmp_path: Path) -> None:
-    texts = {"a.txt": "hello world", "b/c.txt": CHINESE * 3, "b/d.txt": (ROOT / "hpcgpt" / "order.py").read_text(),
+    texts = {"a.txt": "hello world", "b/c.txt": CHINESE * 3, "b/d.txt": (ROOT / "hpcgpt/cli.py").read_text(),
              "e.txt": "a literal <|endoftext|> is text\r\n\n  \t it's I'LL 12345 ½ é 👩‍👧\u00a0\u3000x  "}  # fmt: skip
     for name, text in texts.items():
         path = tmp_path / "text" / name
@@ -140,15 +142,15 @@ def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(t
     assert done.returncode == 0, done.stderr
     reference = ReferenceGPT2()
     expected = [number for name in sorted(texts) for number in (50256, *reference.encode(texts[name]))]
-    split = shard_reader.open_split(out, shards.read_manifest(out), "train")
+    split = shard_reader.open_split(out, shard_format.read_manifest(out), "train")
     assert split.read(0, split.tokens).tolist() == expected
     assert command("data_prep.verify", str(out)).returncode == 0
 
 
 def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus: Path) -> None:
-    words = tokenizer.load(whole / "tokenizer")
+    words = save_load.load(whole / "tokenizer")
     lines = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    manifest = shards.read_manifest(whole)
+    manifest = shard_format.read_manifest(whole)
     found: dict[str, list[str]] = {}
     for name in manifest.splits:
         split = shard_reader.open_split(whole, manifest, name)
@@ -163,9 +165,9 @@ def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus
 
 
 def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
-    manifest = shards.read_manifest(whole)
+    manifest = shard_format.read_manifest(whole)
     assert manifest.inputs == [{"name": "corpus.jsonl", "bytes": corpus.stat().st_size}]
-    assert manifest.tokenizer["fingerprint"] == tokenizer.load(tokenizer_folder).fingerprint
+    assert manifest.tokenizer["fingerprint"] == save_load.load(tokenizer_folder).fingerprint
     assert "below 0.1" in manifest.split_rule
     text = sum(len(json.loads(line)["text"].encode()) for line in corpus.read_text().splitlines())
     assert sum(shard.text_bytes for shard in manifest.shards) == text
@@ -363,12 +365,12 @@ def test_ctrl_c_ends_with_status_130_and_without_a_traceback(long: list[str], lo
 
 def in_shards(out: Path) -> list[str]:
     """Every document of a data set, split by split, with its split's name before it."""
-    manifest = shards.read_manifest(out)
-    words = tokenizer.load(out / "tokenizer", manifest.tokenizer["fingerprint"])
+    manifest = shard_format.read_manifest(out)
+    words = save_load.load(out / "tokenizer", manifest.tokenizer["fingerprint"])
     found = []
     for shard in manifest.shards:
         ids = shard_reader.open_tokens(out / f"{shard.name}.bin")
-        lengths = shards.document_lengths((out / f"{shard.name}.idx").read_bytes())
+        lengths = shard_format.document_lengths((out / f"{shard.name}.idx").read_bytes())
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
             assert ids[end - length] == words.end_of_text
             found.append(f"{shard.split}: " + words.encoding.decode(ids[end - length + 1 : end].tolist()))
@@ -394,20 +396,20 @@ def test_of_equal_documents_the_first_stays(
     """Also if the hashes do not fit the memory at once, and are compared range by range."""
     path, texts = copies
     if at_once:
-        monkeypatch.setattr(duplicates, "ROWS_AT_ONCE", at_once)
-        monkeypatch.setattr(duplicates, "CHUNK_TOKENS", 1000)
+        monkeypatch.setattr(dedup, "ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr(dedup, "CHUNK_TOKENS", 1000)
     flags = ["--val-fraction", "0.1", "--unit-mb", "1", "--workers", "1"]
     assert make_shards.main([str(path), "--out", str(tmp_path / "out"), "--dedup", "exact", *flags]) == 0
     assert make_shards.main([str(path), "--out", str(tmp_path / "all"), *flags]) == 0
     everything = in_shards(tmp_path / "all")
     assert len(everything) == len(texts)
     assert in_shards(tmp_path / "out") == list(dict.fromkeys(everything))
-    assert verify.verify(tmp_path / "out", shards.read_manifest(tmp_path / "out")) == []
-    manifest = shards.read_manifest(tmp_path / "out")
+    assert verify.verify(tmp_path / "out", shard_format.read_manifest(tmp_path / "out")) == []
+    manifest = shard_format.read_manifest(tmp_path / "out")
     assert manifest.counts["duplicates"] == len(texts) - len(set(texts))
     assert sum(shard.characters for shard in manifest.shards) == sum(map(len, set(texts)))
     assert sum(shard.text_bytes for shard in manifest.shards) == sum(len(text.encode()) for text in set(texts))
-    assert len(shards.read_manifest(tmp_path / "all").shards) > 4
+    assert len(shard_format.read_manifest(tmp_path / "all").shards) > 4
 
 
 def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
@@ -434,7 +436,7 @@ def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
 
         return hit
 
-    for module, name in ((placing, "_move"), (duplicates, "_kept"), (duplicates, "_remove_replaced")):
+    for module, name in ((finalize, "_move"), (dedup, "_kept"), (dedup, "_remove_replaced")):
         monkeypatch.setattr(module, name, count_down(getattr(module, name)))
     kills = 0
     while not (out / "manifest.json").exists():
@@ -465,7 +467,7 @@ def test_a_full_shard_is_followed_by_another_and_no_document_is_split(
     path = tmp_path / "some.jsonl"
     path.write_text("".join(copies[0].read_text().splitlines(keepends=True)[:300]))
     assert make_shards.main([str(path), "--out", str(tmp_path / "out"), *flags]) == 0
-    made = shards.read_manifest(tmp_path / "out").shards
+    made = shard_format.read_manifest(tmp_path / "out").shards
     assert all(shard.tokens <= most or shard.documents == 1 for shard in made)
     assert [shard.name for shard in made] == sorted(
         f"{split}_{number:06d}"
@@ -473,7 +475,7 @@ def test_a_full_shard_is_followed_by_another_and_no_document_is_split(
         for number in range(sum(shard.split == split for shard in made))
     )
     assert all(a.split != b.split or a.tokens + b.tokens > most for a, b in pairwise(made))
-    assert verify.verify(tmp_path / "out", shards.read_manifest(tmp_path / "out")) == []
+    assert verify.verify(tmp_path / "out", shard_format.read_manifest(tmp_path / "out")) == []
     assert make_shards.main([str(path), "--out", str(tmp_path / "one"), *flags[:-1], "2000000"]) == 0
     assert in_shards(tmp_path / "out") == in_shards(tmp_path / "one")
 
@@ -497,7 +499,7 @@ def test_two_runs_into_one_folder_are_refused_where_their_shares_overlap(
     """This process holds share 1 of 5: task 1 of 2 would do the same units sometime, and so would 11 of 20."""
     out = tmp_path / "out"
     make_task(options, out, 4, 5).communicate()
-    with share.taken(out, Share(1, 5)):
+    with task_share.taken(out, Share(1, 5)):
         second = make(*options, "--task", str(task), "--tasks", str(tasks), out=out)
     if refused:
         assert second.returncode == 2
@@ -628,7 +630,7 @@ def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
 def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path) -> None:
     ranks = {n.to_bytes(3, "big"): 256 + n for n in range(65_400)} | {bytes([b]): b for b in range(256)}
     big = ByteLevelBPE("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
-    tokenizer.save(big, tmp_path / "big")
+    save_load.save(big, tmp_path / "big")
     (tmp_path / "a.txt").write_text("x")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "big", out=tmp_path / "out")
     assert done.returncode == 2
@@ -639,7 +641,7 @@ def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path)
 def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)} | {n.to_bytes(3, "big"): 256 + n for n in range(65_279)}
     most = ByteLevelBPE("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
-    tokenizer.save(most, tmp_path / "most")
+    save_load.save(most, tmp_path / "most")
     (tmp_path / "a.txt").write_text("ab")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "most", "--val-fraction", "0", out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -697,4 +699,4 @@ def test_a_corpus_too_small_for_its_validation_split_is_told_so_and_kept(tmp_pat
                    "--val-fraction", "0.000001")  # fmt: skip
     assert done.returncode == 0
     assert done.stderr.startswith("warning: no document fell into validation (1 documents, ")
-    assert shards.read_manifest(tmp_path / "out").splits == ["train"]
+    assert shard_format.read_manifest(tmp_path / "out").splits == ["train"]

@@ -1,4 +1,4 @@
-"""hpcgpt.metrics: every step once in metrics.jsonl, whatever happens; and what a person is told."""
+"""hpcgpt.run.metrics_file: every step once in metrics.jsonl, whatever happens; and what a person is told."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT, clean_env, rows
 from test_runfolder import fill, small_disk
 
-from hpcgpt import runfolder
-from hpcgpt.metrics import Console, MetricsFile, peak_flops
-from hpcgpt.runfolder import SUPERSEDED
+from hpcgpt.exit_codes import SUPERSEDED
+from hpcgpt.run import run_folder
+from hpcgpt.run.metrics_file import Console, MetricsFile, peak_flops
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -99,10 +99,10 @@ def test_a_damaged_line_in_the_middle_is_kept_aside_and_the_run_continues_with_a
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
     warning = f"warning: {path} has 1 damaged lines, kept in {tmp_path}/metrics.damaged.jsonl: 1 steps have no row"
     assert warning in capfd.readouterr().err
-    (told,) = runfolder.events(tmp_path)
+    (told,) = run_folder.events(tmp_path)
     assert (told["event"], told["missing_steps"], told["first_missing"]) == ("damaged_metrics", 1, 2)
     MetricsFile(path, keep_below=5).close()  # said once
-    assert len(runfolder.events(tmp_path)) == 1
+    assert len(run_folder.events(tmp_path)) == 1
     assert not capfd.readouterr().err
 
 
@@ -251,7 +251,7 @@ def test_the_row_of_the_very_step_that_was_resumed_can_be_told(capsys: pytest.Ca
 
 
 def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
-    code = "from hpcgpt.metrics import Console; import test_metrics as t; c = Console(0, 3)\n"
+    code = "from hpcgpt.run.metrics_file import Console; import test_metrics as t; c = Console(0, 3)\n"
     code += "for step in (1, 2, 3): c.step(t.row(step))\n"
     code += "c.say('a line'); c.close()"
     reading, writing = pty.openpty()

@@ -1,4 +1,4 @@
-"""hpcgpt.mix and the way there: several data sets, drawn from in exact proportions by a pure function."""
+"""hpcgpt.data.mix and the way there: several data sets, drawn from in exact proportions by a pure function."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ import torch
 from conftest import TINY, command, curve, rows, tensors
 from numpy.typing import NDArray
 
-from hpcgpt import config_sources, datasets, mix, order, plan, shard_reader, shard_writer, shards, tokenizer
-from hpcgpt.config import Config, Data, Part
-from hpcgpt.evaluate import HeldOut, combined
-from hpcgpt.loader import Loader, Mixture, Windows
-from hpcgpt.runfolder import FINISHED
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
+from hpcgpt import plan
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config, Data, Part
+from hpcgpt.data import datasets, mix, sample_order, shard_format, shard_reader, shard_writer
+from hpcgpt.data.loader import Loader, Mixture, Windows
+from hpcgpt.exit_codes import FINISHED
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
+from hpcgpt.training.evaluation import HeldOut, combined
 
 M = mix.BLOCK
 IDS = 70_000  # more than 16 bits hold
@@ -75,7 +78,7 @@ def test_each_data_set_goes_through_its_own_epochs_each_window_once() -> None:
         assert len(own) == 4 * QUOTAS[d]
         # In the order of their numbers they are a run of that data set alone; here, block by block, only as sets.
         numbers = np.arange(len(own))
-        expected = order.windows(numbers, total, SEED, d)
+        expected = sample_order.windows(numbers, total, SEED, d)
         for block in range(4):
             part = slice(block * QUOTAS[d], (block + 1) * QUOTAS[d])
             assert sorted(own[part]) == sorted(expected[part])
@@ -110,14 +113,14 @@ def test_data_sets_of_one_size_have_orders_of_their_own() -> None:
     """Else a text and its translation would come at the same time, in every epoch."""
     sets, windows = mix.draw(np.arange(M), [M // 2, M // 2], [M // 2, M // 2], SEED)
     assert sorted(windows[sets == 0]) == sorted(windows[sets == 1])
-    both = [order.windows(np.arange(1000), M // 2, SEED, d) for d in (0, 1)]
+    both = [sample_order.windows(np.arange(1000), M // 2, SEED, d) for d in (0, 1)]
     assert np.count_nonzero(both[0] == both[1]) < 5
 
 
 def test_one_alone_has_the_order_of_a_run_without_a_mix() -> None:
     sets, windows = mix.draw(np.arange(5000), [M], [1234], SEED)
     assert not sets.any()
-    assert np.array_equal(windows, order.windows(np.arange(5000), 1234, SEED))
+    assert np.array_equal(windows, sample_order.windows(np.arange(5000), 1234, SEED))
 
 
 def test_a_huge_mix_takes_no_memory() -> None:
@@ -151,14 +154,14 @@ def make_set(folder: Path, seed: int, width: str = "uint32", ids: int = IDS, tok
         split = ("train", "train", "val")[number]
         if split == "val" and not val:
             continue
-        with shard_writer.writing(folder, f"{split}_{number:06d}", split, shards.WIDTHS[width]) as writer:
+        with shard_writer.writing(folder, f"{split}_{number:06d}", split, shard_format.WIDTHS[width]) as writer:
             content = random.integers(max(0, ids - 5000), ids - 1, tokens // 2 if split == "train" else 700)
             content[0] = ids - 1
-            writer.add(content.astype(shards.WIDTHS[width].dtype), np.array([len(content)]), 1, 1)
+            writer.add(content.astype(shard_format.WIDTHS[width].dtype), np.array([len(content)]), 1, 1)
         assert writer.shard
         made.append(writer.shard)
-    tokenizer.save(words(ids), folder / "tokenizer")
-    shards.write_manifest(folder, width, words(ids).describe(), [{"seed": seed}], "by hand", {}, made)
+    save_load.save(words(ids), folder / "tokenizer")
+    shard_format.write_manifest(folder, width, words(ids).describe(), [{"seed": seed}], "by hand", {}, made)
     return folder
 
 
@@ -170,7 +173,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def loaders(pair: tuple[Path, Path], ranks: int, micro_batch: int) -> list[Loader]:
     sets = [
-        Windows(shard_reader.open_split(folder, shards.read_manifest(folder), "train"), 32, 32, IDS) for folder in pair
+        Windows(shard_reader.open_split(folder, shard_format.read_manifest(folder), "train"), 32, 32, IDS)
+        for folder in pair
     ]
     mixture = Mixture(sets, mix.quotas([3, 1]))
     return [Loader(mixture, 1, rank, ranks, 8, micro_batch) for rank in range(ranks)]
@@ -202,11 +206,11 @@ def test_a_batch_holds_the_windows_that_the_function_names(pair: tuple[Path, Pat
 
 
 def test_a_bad_id_is_found_in_the_data_set_where_it_is(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    sets = [Windows(shard_reader.open_split(folder, shards.read_manifest(folder), "train"), 32, 32, IDS)
+    sets = [Windows(shard_reader.open_split(folder, shard_format.read_manifest(folder), "train"), 32, 32, IDS)
             for folder in pair]  # fmt: skip
     broken = replace(sets[1], split=replace(sets[1].split, folder=Path(shutil.copytree(pair[1], tmp_path / "broken"))))
     with open(tmp_path / "broken/train_000001.bin", "r+b") as file:
-        file.seek(shards.HEADER_BYTES + 4 * 77)
+        file.seek(shard_format.HEADER_BYTES + 4 * 77)
         file.write((IDS + 5).to_bytes(4, "little"))
     loader = Loader(Mixture([sets[0], broken], mix.quotas([1, 1])), 1, 0, 1, 64, 64)
     with pytest.raises(ValueError, match=r"id 70005 is outside of the vocabulary .*broken/train_000001\.bin, token 77"):
@@ -218,14 +222,14 @@ def test_a_bad_id_is_found_in_the_data_set_where_it_is(pair: tuple[Path, Path], 
 
 
 def from_flags(*argv: str) -> Config:
-    return config_sources.from_command_line(argv, "train", "")
+    return sources.from_command_line(argv, "train", "")
 
 
 def test_a_mix_is_spelled_as_a_flag_or_as_a_list_in_toml(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text('[data]\nmix = [{dir = "a:b", weight = 0.7}, {dir = "c", weight = 1}]\n')
     expected = (Part("a:b", 0.7), Part("c", 1.0))
-    assert config_sources.from_file(path).data.mix == expected
+    assert sources.from_file(path).data.mix == expected
     assert from_flags("--data.mix", "a:b:0.7,c:1").data.mix == expected
 
 
@@ -238,8 +242,8 @@ def test_a_mix_replaces_the_folder_of_an_earlier_source_and_the_other_way_round(
 
 def test_a_mix_comes_back_from_toml(tmp_path: Path) -> None:
     before = from_flags("--data.mix", "a b:0.7,萧:1e-3", "--data.stride", "8")
-    (tmp_path / "my.toml").write_text(config_sources.to_toml(before))
-    assert config_sources.from_file(tmp_path / "my.toml") == before
+    (tmp_path / "my.toml").write_text(sources.to_toml(before))
+    assert sources.from_file(tmp_path / "my.toml") == before
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,7 @@ def test_a_mix_that_makes_no_sense_is_refused(flags: list[str], sentence: str) -
 def test_toml_that_is_no_list_of_folders_and_weights_is_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(f"[data]\nmix = {value}\n")
     with pytest.raises(ValueError, match=r"my\.toml: data\.mix: "):
-        config_sources.from_file(tmp_path / "my.toml")
+        sources.from_file(tmp_path / "my.toml")
 
 
 # --- the plan --------------------------------------------------------------------------------------

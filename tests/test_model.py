@@ -1,4 +1,5 @@
-"""hpcgpt.model: GPT-2 as it was published, to the last parameter and to the tenth digit; what holds for every kind."""
+"""hpcgpt.model.gpt: GPT-2 as it was published, to the last parameter and to the tenth digit; what holds for every
+kind."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpcgpt.attention import look_back
-from hpcgpt.config import Config, Data, Model, Optim, Train
-from hpcgpt.model import GPT, Manner
+from hpcgpt.config.options import Config, Data, Model, Optim, Train
+from hpcgpt.model.attention import look_back
+from hpcgpt.model.gpt import GPT, Manner
 
 SMALL = Model(n_layer=3, n_head=4, n_embd=48, block_size=24, vocab_size=100)
 MODERN = replace(SMALL, kind="modern", n_kv_head=2, qkv_bias=False)

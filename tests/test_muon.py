@@ -1,4 +1,5 @@
-"""hpcgpt.muon: its numbers are torch's own, each parameter has the optimizer that is meant for it, and it learns."""
+"""hpcgpt.optim.muon: its numbers are torch's own, each parameter has the optimizer that is meant for it, and it
+learns."""
 
 from __future__ import annotations
 
@@ -13,14 +14,15 @@ from ranks_checkpoint import content
 from ranks_killed import ALONE
 from small_checkpoints import IDENTITY, save_tensors
 
-from hpcgpt import config_sources, restore
-from hpcgpt.checkpoint import State
-from hpcgpt.config import Model, Optim
-from hpcgpt.generation import Generation
-from hpcgpt.model import GPT
-from hpcgpt.muon import orthogonal
-from hpcgpt.optim import make_optimizer, set_learning_rate, state_keys
-from hpcgpt.saver import tensors_of
+from hpcgpt.checkpoint import load
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.config import sources
+from hpcgpt.config.options import Model, Optim
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.muon import orthogonal
+from hpcgpt.optim.optimizer import make_optimizer, set_learning_rate, state_keys
+from hpcgpt.storage.lease import Generation
 
 MUON = Optim(name="muon", lr=1e-3, muon_lr=0.02, muon_momentum=0.95, weight_decay=0.1)
 
@@ -119,7 +121,7 @@ def test_a_loaded_run_goes_on_like_the_saved_one(checkpoints: Path, held: Genera
     assert "optim/blocks.0.mlp.up.weight/momentum_buffer" in before
     assert save_tensors(checkpoints, State(3, 3, 3, 1, IDENTITY), tensors_of(model, optimizer, ALONE), held) == ""
     other, its_optimizer = trained(MUON, 0, seed=2)
-    restore.load(checkpoints / "step_000000003", other, its_optimizer, ALONE)
+    load.load(checkpoints / "step_000000003", other, its_optimizer, ALONE)
     assert content(other, its_optimizer, ALONE) == before
     go_on(model, optimizer, range(3, 6))
     go_on(other, its_optimizer, range(3, 6))
@@ -134,14 +136,14 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
     assert save_tensors(checkpoints, State(2, 2, 2, 1, IDENTITY), tensors_of(model, optimizer, ALONE), held) == ""
     other, its_optimizer = trained(now, 0)
     with pytest.raises(ValueError, match=r"is nothing that the optimizer keeps of it .*set optim\.name as it was"):
-        restore.load(checkpoints / "step_000000002", other, its_optimizer, ALONE)
+        load.load(checkpoints / "step_000000002", other, its_optimizer, ALONE)
 
 
 @pytest.mark.parametrize("flags", [["--optim.muon_lr", "0.01"], ["--optim.muon_momentum", "0.9"]], ids=" ".join)
 def test_what_only_muon_uses_is_refused_without_it(flags: list[str]) -> None:
     with pytest.raises(ValueError, match=r"optim\.muon_\w+ says nothing to optim\.name adamw"):
-        config_sources.from_command_line(flags, "train", "")
-    config_sources.from_command_line([*flags, "--optim.name", "muon"], "train", "")
+        sources.from_command_line(flags, "train", "")
+    sources.from_command_line([*flags, "--optim.name", "muon"], "train", "")
 
 
 def test_the_program_trains_with_it(tiny: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""hpcgpt.optim: AdamW with the betas that were asked for, and decay where it was."""
+"""hpcgpt.optim.optimizer: AdamW with the betas that were asked for, and decay where it was."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_model import SMALL
 
-from hpcgpt.config import Optim
-from hpcgpt.model import GPT
-from hpcgpt.optim import make_optimizer
+from hpcgpt.config.options import Optim
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])

@@ -1,4 +1,4 @@
-"""hpcgpt.order and hpcgpt.loader.Loader: which tokens are sample number i of a run."""
+"""hpcgpt.data.sample_order and hpcgpt.data.loader.Loader: which tokens are sample number i of a run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hpcgpt import order, shard_reader, shards
-from hpcgpt.loader import Loader, Windows
+from hpcgpt.data import sample_order, shard_format, shard_reader
+from hpcgpt.data.loader import Loader, Windows
 
 Ints = NDArray[np.int64]
 
 
 def drawn_of(first: int, count: int, total: int, seed: int) -> Ints:
     """The windows of samples first ... first + count - 1."""
-    return order.windows(np.arange(first, first + count), total, seed)
+    return sample_order.windows(np.arange(first, first + count), total, seed)
 
 
 def step_of_rank(step: int, rank: int, ranks: int, batch: int, total: int, seed: int = 1) -> list[int]:
-    """The windows of one rank's share of a global batch, as hpcgpt.loader asks for them."""
+    """The windows of one rank's share of a global batch, as hpcgpt.data.loader asks for them."""
     share = batch // ranks
     return drawn_of(step * batch + rank * share, share, total, seed).tolist()
 
@@ -124,7 +124,7 @@ def test_each_window_comes_exactly_once_an_epoch_also_where_a_batch_crosses_the_
 def test_the_loader_gives_these_windows_whatever_the_ranks_and_the_micro_batch(
     ranks: int, micro_batch: int, shards_folder: Path
 ) -> None:
-    split = shard_reader.open_split(shards_folder, shards.read_manifest(shards_folder), "train")
+    split = shard_reader.open_split(shards_folder, shard_format.read_manifest(shards_folder), "train")
     windows = Windows(split, context=32, stride=32, vocab_size=512)
     last = windows.count // 8  # the global batch that crosses into the second epoch
     for step in (0, 1, last):
@@ -166,13 +166,13 @@ def test_no_windows_have_no_order() -> None:
     ],
 )
 def test_the_number_of_windows_is_the_table(tokens: int, context: int, stride: int, count: int) -> None:
-    assert order.window_count(tokens, context, stride) == count
+    assert sample_order.window_count(tokens, context, stride) == count
 
 
 def targets(tokens: int, context: int, stride: int) -> Ints:
     """How often each token of the stream is a target in one epoch (tokens,)."""
     hits = np.zeros(tokens, dtype=np.int64)
-    for window in drawn_of(0, (count := order.window_count(tokens, context, stride)), count, seed=1):
+    for window in drawn_of(0, (count := sample_order.window_count(tokens, context, stride)), count, seed=1):
         hits[window * stride + 1 : window * stride + context + 1] += 1
     return hits
 

@@ -1,4 +1,5 @@
-"""hpcgpt.parallel: in every mode, on any number of ranks, the same training, and each rank has its share of it."""
+"""hpcgpt.training.parallel: in every mode, on any number of ranks, the same training, and each rank has its share of
+it."""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ from ranks_killed import ALONE
 from ranks_parallel import MODES
 from torch import nn
 
-from hpcgpt import config_sources, parallel, plan
-from hpcgpt.model import GPT
+from hpcgpt import plan
+from hpcgpt.config import sources
+from hpcgpt.distributed import sharded_tensor
+from hpcgpt.model.gpt import GPT
 
 WAYS = [("ddp", 1), *((mode, ranks) for ranks in (2, 4) for mode in MODES)]
 
@@ -155,7 +158,7 @@ def test_rows_that_do_not_divide_are_where_the_library_has_put_them(rows: int) -
         layer = nn.Linear(2, rows, bias=False)
         layer.weight = nn.Parameter(expected.clone())
         fully_shard(layer, mesh=init_device_mesh("cpu", (3,)))
-        own = parallel.held(layer.weight.detach())
+        own = sharded_tensor.held(layer.weight.detach())
         assert torch.equal(own.local, expected[own.first : own.after])
         parts.append(own.local.clone())
         dist.destroy_process_group()
@@ -242,9 +245,7 @@ def test_a_single_rank_that_would_round_its_gradients_for_nobody_is_refused(tiny
 
 def test_double_precision_with_rounded_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match=r"bfloat16 would round what train\.dtype float64 computes"):
-        config_sources.from_command_line(
-            ["--train.dtype", "float64", "--parallel.gradient_dtype", "bfloat16"], "train", ""
-        )
+        sources.from_command_line(["--train.dtype", "float64", "--parallel.gradient_dtype", "bfloat16"], "train", "")
 
 
 # --- the program -----------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""hpcgpt.paths and hpcgpt.terminal: what is written for a path, a name, a text, and what it stands for."""
+"""hpcgpt.config.paths and hpcgpt.output.terminal: what is written for a path, a name, a text, and what it stands
+for."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 
-from hpcgpt import paths, terminal
+from hpcgpt.config import paths
 from hpcgpt.errors import UserError
+from hpcgpt.output import terminal
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +142,7 @@ def test_on_one_line_line_ends_are_shown_too() -> None:
 
 
 def test_stdout_gets_every_byte_unless_it_is_a_terminal() -> None:
-    code = r"from hpcgpt import terminal; print(terminal.for_stdout('a\x1b[2J'))"
+    code = r"from hpcgpt.output import terminal; print(terminal.for_stdout('a\x1b[2J'))"
     words = [sys.executable, "-c", code]
     piped = subprocess.run(words, cwd=ROOT, env=clean_env(), capture_output=True, check=True)
     assert piped.stdout == b"a\x1b[2J\n"

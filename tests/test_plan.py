@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from conftest import command
 
-from hpcgpt import config_sources, order, plan, shard_reader, shards, tokenizer
-from hpcgpt.config import Config
+from hpcgpt import plan
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config
+from hpcgpt.data import sample_order, shard_format, shard_reader
+from hpcgpt.tokenizer import save_load
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def settings(folder: Path, **flags: Any) -> Config:
     small = {"model__n_layer": 1, "model__n_head": 1, "model__n_embd": 8, "model__block_size": 32, "train__steps": 5,
              "train__global_batch": 8, "train__micro_batch": 2, "data__dir": folder} | flags  # fmt: skip
     words = [word for key, value in small.items() for word in (f"--{key.replace('__', '.')}", str(value))]
-    return config_sources.from_command_line(words, "train", "")
+    return sources.from_command_line(words, "train", "")
 
 
 def test_a_plan_fills_in_what_the_configuration_left_open(shards_folder: Path) -> None:
@@ -59,7 +62,7 @@ def test_a_part_of_an_epoch_is_at_least_one_step(shards_folder: Path) -> None:
 
 def test_a_smaller_stride_makes_more_windows(shards_folder: Path) -> None:
     made = plan.make(settings(shards_folder, data__stride=8), 1)
-    assert made.sets[0].windows == order.window_count(made.sets[0].train.tokens, 32, 8)
+    assert made.sets[0].windows == sample_order.window_count(made.sets[0].train.tokens, 32, 8)
 
 
 # --- the batch -------------------------------------------------------------------------------------
@@ -140,15 +143,15 @@ def test_fewer_windows_than_one_global_batch_are_refused(shards_folder: Path) ->
 
 
 def test_a_validation_split_of_less_than_one_window_is_refused(shards_folder: Path) -> None:
-    tokens = shard_reader.open_split(shards_folder, shards.read_manifest(shards_folder), "val").tokens
+    tokens = shard_reader.open_split(shards_folder, shard_format.read_manifest(shards_folder), "val").tokens
     with pytest.raises(ValueError, match=f"validation split .* has {tokens:,} tokens, less than one window"):
         plan.make(settings(shards_folder, model__block_size=tokens, train__global_batch=1, train__micro_batch=1), 1)
 
 
 def only_training_shards(copy: Path) -> None:
-    before = shards.read_manifest(copy)
+    before = shard_format.read_manifest(copy)
     train = [shard for shard in before.shards if shard.split == "train"]
-    shards.write_manifest(copy, "uint16", before.tokenizer, before.inputs, before.split_rule, {}, train)
+    shard_format.write_manifest(copy, "uint16", before.tokenizer, before.inputs, before.split_rule, {}, train)
 
 
 def test_no_validation_split_is_refused_unless_there_are_no_evaluations(copy: Path) -> None:
@@ -159,9 +162,9 @@ def test_no_validation_split_is_refused_unless_there_are_no_evaluations(copy: Pa
 
 
 def test_an_id_outside_of_the_tokenizer_is_refused(copy: Path) -> None:
-    before = shards.read_manifest(copy)
+    before = shard_format.read_manifest(copy)
     about = before.tokenizer | {"vocab_size": 100}
-    shards.write_manifest(copy, "uint16", about, before.inputs, before.split_rule, {}, before.shards)
+    shard_format.write_manifest(copy, "uint16", about, before.inputs, before.split_rule, {}, before.shards)
     with pytest.raises(ValueError, match="hold id 511, outside of their tokenizer's 100 ids"):
         plan.make(settings(copy), 1)
 
@@ -175,7 +178,7 @@ def test_another_tokenizer_than_the_one_asked_for_is_refused(shards_folder: Path
 
 
 def test_the_tokenizer_may_be_asked_for_by_name_or_fingerprint(shards_folder: Path) -> None:
-    fingerprint = tokenizer.load(shards_folder / "tokenizer").fingerprint
+    fingerprint = save_load.load(shards_folder / "tokenizer").fingerprint
     for name in ("bpe512", fingerprint, fingerprint[:12], ""):
         assert plan.make(settings(shards_folder, data__tokenizer=name), 1).config.model.vocab_size == 512
 

@@ -1,4 +1,4 @@
-"""hpcgpt.precision: bfloat16 where the hardware computes in it, and what was asked for where it was."""
+"""hpcgpt.model.precision: bfloat16 where the hardware computes in it, and what was asked for where it was."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpcgpt import precision
+from hpcgpt.model import precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -1,4 +1,4 @@
-"""hpcgpt.preempt: signals become one agreed reason, and children are kept from them."""
+"""hpcgpt.distributed.stop_signals: signals become one agreed reason, and children are kept from them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import pytest
 import torch
 from conftest import ROOT, clean_env, on_ranks
 
-from hpcgpt import preempt, world
-from hpcgpt.preempt import SIGNALS, Stop, StopFlag, leave_at, shielded
-from hpcgpt.world import Ranks
+from hpcgpt.distributed import stop_signals, world
+from hpcgpt.distributed.stop_signals import SIGNALS, Stop, StopFlag, leave_at, shielded
+from hpcgpt.distributed.world import Ranks
 
 ALONE = Ranks(world.World(0, 0, 1, 1, "alone", "test"), torch.device("cpu"), None)
 
 # After each line on stdin it tells its reason.
 ASK = """
 import sys
-from hpcgpt.preempt import StopFlag
+from hpcgpt.distributed.stop_signals import StopFlag
 flag = StopFlag(None, 60.0, {})
 flag.install()
 print("ready", flush=True)
@@ -153,7 +153,7 @@ def test_a_stop_file_counts_when_it_is_looked_for_and_less_than_the_clock(
 ) -> None:
     late = {"SLURM_JOB_END_TIME": "1"}
     flag, hurried = StopFlag(tmp_path / "STOP", 60.0, {}), StopFlag(tmp_path / "STOP", 60.0, late)
-    monkeypatch.setattr(preempt, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(stop_signals, "LOOK_EVERY_S", 0.0)
     assert flag.here() == Stop.NO
     (tmp_path / "STOP").touch()
     assert flag.here() == flag.agree(ALONE) == Stop.FILE
@@ -163,7 +163,7 @@ def test_a_stop_file_counts_when_it_is_looked_for_and_less_than_the_clock(
 def test_a_stop_file_is_looked_for_at_once_and_then_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preempt, "LOOK_EVERY_S", 1e9)
+    monkeypatch.setattr(stop_signals, "LOOK_EVERY_S", 1e9)
     early = StopFlag(tmp_path / "STOP", 60.0, {})
     assert early.here() == Stop.NO
     (tmp_path / "STOP").touch()
@@ -180,7 +180,7 @@ def test_a_file_system_that_does_not_answer_for_a_moment_stops_nobody(tmp_path: 
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """The time that preempt sees, by both of its clocks; a test moves it."""
     now = [1_000_000.0]
-    monkeypatch.setattr(preempt, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    monkeypatch.setattr(stop_signals, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
     yield now
 
 
@@ -243,7 +243,7 @@ def test_a_single_long_wait_is_forgotten_after_a_while(clock: list[float]) -> No
         clock[0] += step_s
         flag.agree(ALONE, after_step=True)
     assert flag.step_s == 2000.0
-    for _ in range(preempt.RECENT):
+    for _ in range(stop_signals.RECENT):
         clock[0] += 1.0
         flag.agree(ALONE, after_step=True)
     assert flag.step_s == 1.0
@@ -253,11 +253,11 @@ def test_a_single_slow_save_is_forgotten_after_a_few_more(clock: list[float]) ->
     """Other jobs kept the file system busy for a while: the run must not leave early for the rest of its days."""
     end = clock[0] + 100_000
     flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
-    for seconds in [20.0, 900.0, *[20.0] * (preempt.RECENT_SAVES - 1)]:
+    for seconds in [20.0, 900.0, *[20.0] * (stop_signals.RECENT_SAVES - 1)]:
         flag.save_takes(seconds)
-    assert end - flag.leave_at == 2 * 900.0 + preempt.SLACK_S
+    assert end - flag.leave_at == 2 * 900.0 + stop_signals.SLACK_S
     flag.save_takes(30.0)
-    assert end - flag.leave_at == 2 * 30.0 + preempt.SLACK_S
+    assert end - flag.leave_at == 2 * 30.0 + stop_signals.SLACK_S
 
 
 def test_looks_between_the_batches_of_an_evaluation_are_no_steps(clock: list[float]) -> None:
@@ -361,8 +361,8 @@ def test_the_shield_is_taken_down_also_when_the_start_of_a_child_fails() -> None
 def test_a_signal_that_was_blocked_from_the_start_is_heard_once_the_handlers_are_there() -> None:
     """The batch script starts a rank so: a signal that comes while Python is being loaded waits."""
     code = (
-        "import os, signal; os.kill(os.getpid(), signal.SIGTERM); from hpcgpt import preempt\n"
-        "flag = preempt.StopFlag(None, 60, env={}); flag.install(); print(flag.here().name)"
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM); from hpcgpt.distributed import stop_signals\n"
+        "flag = stop_signals.StopFlag(None, 60, env={}); flag.install(); print(flag.here().name)"
     )
     block = ["env", "--block-signal=TERM,INT,USR1,USR2", "bash", "-c", 'trap "" TERM; exec "$@"', "bash"]
     done = subprocess.run([*block, sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""hpcgpt.profiling: traces of real steps, asked for by the configuration and of a run that goes already."""
+"""hpcgpt.training.profiler: traces of real steps, asked for by the configuration and of a run that goes already."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from conftest import command, curve, tensors
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import profiling
-from hpcgpt.profiling import Profiler
-from hpcgpt.runfolder import FINISHED
+from hpcgpt.exit_codes import FINISHED
+from hpcgpt.training import profiler as profiler_module
+from hpcgpt.training.profiler import Profiler
 
 LAST = "checkpoints/step_000000012"
 
@@ -77,7 +77,7 @@ def test_a_request_that_makes_no_sense_costs_a_warning(
 def test_an_empty_request_to_a_run_that_goes_already_means_three_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiling, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(profiler_module, "LOOK_EVERY_S", 0.0)
     profiler = Profiler(tmp_path, range(0), torch.device("cpu"))
     written = []
     for step in range(4, 10):
@@ -105,7 +105,7 @@ def test_the_record_of_a_gpus_memory_ends_with_the_traced_steps_whatever_happens
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **named: asked.append(named))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
-    monkeypatch.setattr(profiling, "profile", lambda **_: profile(activities=[ProfilerActivity.CPU]))
+    monkeypatch.setattr(profiler_module, "profile", lambda **_: profile(activities=[ProfilerActivity.CPU]))
     profiler = Profiler(tmp_path, range(1, 2), torch.device("cuda"))
     profiler.before(1)
     assert Path(profiler.after(1)).with_name("steps_000000001_to_000000001.memory").exists()

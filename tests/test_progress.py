@@ -1,4 +1,4 @@
-"""hpcgpt.progress: what each start of a job chain gained, and which counts the policy decides by."""
+"""hpcgpt.slurm.restart_history: what each start of a job chain gained, and which counts the policy decides by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_checkpoints import flip_a_byte, names, write_manifest
 
-from hpcgpt.progress import History, history, newest_step, starts
+from hpcgpt.slurm.restart_history import History, history, newest_step, starts
 
 Event = dict[str, Any]
 

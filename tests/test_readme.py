@@ -13,7 +13,10 @@ import pytest
 from conftest import ROOT, clean_env, command, rows
 from lab_conf import Lab
 
-from hpcgpt import config_sources, drill, plan, shards
+from hpcgpt import plan
+from hpcgpt.config import sources
+from hpcgpt.data import shard_format
+from hpcgpt.drill import drill
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -63,9 +66,9 @@ def test_the_configuration_example_is_one(tmp_path: Path) -> None:
     (example,) = blocks("toml")
     path = tmp_path / "example.toml"
     path.write_text(example, encoding="utf-8")
-    assert config_sources.from_file(path).train.epochs == 4
+    assert sources.from_file(path).train.epochs == 4
     training = next(words for words in COMMANDS if "hpcgpt.train" in words)
-    assert config_sources.from_command_line(training[3:], "train", "").optim.lr == 3e-4
+    assert sources.from_command_line(training[3:], "train", "").optim.lr == 3e-4
 
 
 def test_the_drill_takes_the_words_that_are_shown() -> None:
@@ -88,7 +91,7 @@ def test_the_quick_start_trains_a_model_that_writes_plays(checkout: Path, monkey
     # What the README does with these shards in the lab fits two nodes with two ranks.
     lab_job = next(words for words in COMMANDS if "on-slurm" in words)
     monkeypatch.chdir(checkout)
-    settings = config_sources.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
+    settings = sources.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
     assert plan.make(settings, 2 * 2).micro_steps == 1
     for module, told in (
         ("status", "finished"), ("checkpoint", "whole"), ("eval", "val/bits_per_byte"), ("sample", "step 3,000")
@@ -110,7 +113,7 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
     """GPT-2's vocabulary and the gpt2-124m preset, as shown, up to the point where GPUs would be needed."""
     done = make(checkout, "shards", f"CORPUS={text_folder}", "VAL=0.2")
     assert done.returncode == 0, done.stderr
-    manifest = shards.read_manifest(checkout / "data" / "shards")
+    manifest = shard_format.read_manifest(checkout / "data" / "shards")
     assert (manifest.tokenizer["name"], manifest.tokenizer["vocab_size"]) == ("gpt2", 50257)
     assert command("data_prep.verify", "data/shards", cwd=checkout).returncode == 0
     submit = next(words for words in COMMANDS if "hpcgpt.submit" in words)
@@ -134,5 +137,5 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
                             env=clean_env() | lab.environ() | {"HPCGPT_PYTHON": sys.executable}, capture_output=True,
                             text=True, timeout=200)  # fmt: skip
     assert queued.returncode == 0, queued.stdout + queued.stderr
-    again = shards.read_manifest(checkout / "data" / "again")
+    again = shard_format.read_manifest(checkout / "data" / "again")
     assert [shard.xxh3 for shard in again.shards] == [shard.xxh3 for shard in manifest.shards]

@@ -1,4 +1,4 @@
-"""hpcgpt.records: no line of events.jsonl or metrics.jsonl, however damaged, can end one of their readers."""
+"""hpcgpt.run.records: no line of events.jsonl or metrics.jsonl, however damaged, can end one of their readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from hpcgpt import goodput, history, progress, records, runfolder
+from hpcgpt.run import attempts, goodput, records, run_folder
+from hpcgpt.slurm import restart_history
 from hpcgpt.status import _in_words, status
 
 NOW = 10_000.0
@@ -62,14 +63,14 @@ def answer(folder: Path) -> None:
         found = status(folder, now, with_history=True)
         _in_words(found).encode()
         json.dumps(found, allow_nan=False)
-        assert all(value >= 0 for value in goodput.measure(*history.read(folder), now).seconds.values())
+        assert all(value >= 0 for value in goodput.measure(*attempts.read(folder), now).seconds.values())
     goodput.words(folder).encode()
-    progress.history(records.events(folder), "7_0", 8)
+    restart_history.history(records.events(folder), "7_0", 8)
 
 
 def written(folder: Path, events: list[Any], rows: list[Any]) -> Path:
     if not (folder / "run.json").exists():
-        runfolder.prepare(folder)
+        run_folder.prepare(folder)
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -79,7 +80,7 @@ def test_a_whole_run_is_read_whole(tmp_path: Path) -> None:
     events, rows = whole_run()
     folder = written(tmp_path, events, rows)
     del events[1]["lost_until"]  # null is not there
-    assert history.read(folder) == (events, rows)
+    assert attempts.read(folder) == (events, rows)
     answer(folder)
 
 
@@ -137,7 +138,7 @@ def test_a_line_that_no_reader_can_parse_is_left_out(tmp_path: Path, line: str) 
     folder = written(tmp_path, events, rows)
     for name in ("events.jsonl", "metrics.jsonl"):
         (folder / name).write_text(line + "\n" + (folder / name).read_text() + line)
-    found_events, found_rows = history.read(folder)
+    found_events, found_rows = attempts.read(folder)
     assert (len(found_events), len(found_rows)) == (len(events), len(rows))
     answer(folder)
 
@@ -148,7 +149,7 @@ def test_a_null_time_as_an_older_version_wrote_it_costs_nothing(tmp_path: Path) 
     events[0] |= {"queued_at": None, "started_at": None}
     folder = written(tmp_path, events, rows)
     answer(folder)
-    assert goodput.measure(*history.read(folder)).productive_s == 9.0
+    assert goodput.measure(*attempts.read(folder)).productive_s == 9.0
 
 
 def test_files_that_are_being_written_are_read_as_far_as_they_go(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""hpcgpt.rendezvous: how the ranks find each other.
+"""hpcgpt.distributed.rendezvous: how the ranks find each other.
 
 Real processes meet over real sockets. What differs from a cluster is only that they are on one host;
 tests/test_slurm.py has several.
@@ -20,8 +20,8 @@ import pytest
 from conftest import ROOT, clean_env, program
 from test_world import srun
 
-from hpcgpt import rendezvous
-from hpcgpt.world import discover
+from hpcgpt.distributed import rendezvous
+from hpcgpt.distributed.world import discover
 
 
 class Rank:

@@ -12,26 +12,31 @@ from conftest import command, rows
 from small_checkpoints import save
 from test_runfolder import another_user, fill, shared, small_disk
 
-from hpcgpt import config, excluded, generation, requeue, runfolder
-from hpcgpt.excluded import bad_hosts
-from hpcgpt.faults import Blame
-from hpcgpt.preempt import Stop
-from hpcgpt.progress import History, Start
+from hpcgpt import requeue
+from hpcgpt.config import options
+from hpcgpt.distributed.stop_signals import Stop
+from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, SUPERSEDED
 from hpcgpt.requeue import Decision, decide, decide_early
-from hpcgpt.runfolder import AGAIN, FAILED, FINISHED, SUPERSEDED, Exit
-from hpcgpt.slurm import Job, job_id
+from hpcgpt.run import run_folder
+from hpcgpt.run.crash_report import Blame
+from hpcgpt.run.run_folder import Exit
+from hpcgpt.slurm import bad_nodes
+from hpcgpt.slurm.bad_nodes import bad_hosts
+from hpcgpt.slurm.restart_history import History, Start
+from hpcgpt.slurm.scontrol import Job, job_id
+from hpcgpt.storage import lease
 
 __all__ = ["shared"]  # a fixture
 
 NOBODY = None  # rank 0 could not write exit.json: killed, or its node is gone
 
 
-NEW, LIMITS = History(), config.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
+NEW, LIMITS = History(), options.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
 
 
 def policy(ended: Exit | None, status: int, crashes: int = 0, most: int = 3, blamed: Blame | None = None) -> Decision:
     """What is decided at the first start of a job that Slurm leaves alone."""
-    limits = config.Requeue(max_crashes=most)
+    limits = options.Requeue(max_crashes=most)
     return decide(ended, status, Job("RUNNING"), 0, History(crashes), limits, blamed)
 
 
@@ -319,21 +324,21 @@ def decided(slurm: FakeSlurm, run: Path, status: int, **env: str) -> tuple[int, 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "mine"
-    runfolder.prepare(folder)
+    run_folder.prepare(folder)
     return folder
 
 
 def test_a_saved_attempt_is_requeued(slurm: FakeSlurm, run: Path) -> None:
-    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     status, said = decided(slurm, run, 143)
     assert status == 0
     assert "requeue of job 7: saved at step 1,200" in said
     assert slurm.requeued == ["7"]
-    assert [event["event"] for event in runfolder.events(run)] == ["job", "requeue"]
+    assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
 def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
-    runfolder.write_exit(run, left(FINISHED))
+    run_folder.write_exit(run, left(FINISHED))
     status, said = decided(slurm, run, 0)
     assert status == 0
     assert "no requeue of job 7: training is finished" in said
@@ -342,7 +347,7 @@ def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
 
 def test_a_cancelled_job_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="COMPLETING")
-    runfolder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
     assert "no requeue of job 7" in decided(slurm, run, 143)[1]
     assert slurm.requeued == []
 
@@ -352,14 +357,14 @@ def test_a_job_that_slurm_ended_for_another_reason_is_requeued(
     fields: dict[str, str], slurm: FakeSlurm, run: Path
 ) -> None:
     slurm.answers(state="COMPLETING", **fields)
-    runfolder.write_exit(run, TOLD)
+    run_folder.write_exit(run, TOLD)
     assert "requeue of job 7: saved at step 1,200" in decided(slurm, run, 143)[1]
     assert slurm.requeued == ["7"]
 
 
 def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: FakeSlurm, run: Path) -> None:
     """The second start was killed without a word; the exit.json in the folder is the first one's."""
-    runfolder.write_exit(run, left(FINISHED))
+    run_folder.write_exit(run, left(FINISHED))
     _, said = decided(slurm, run, 137, SLURM_RESTART_COUNT="1")
     assert "crash 1" in said
     assert slurm.requeued == ["7"]
@@ -368,7 +373,7 @@ def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: 
 @pytest.fixture
 def keeps(run: Path) -> Iterator[Callable[[int], None]]:
     """Save a checkpoint of a step into the run."""
-    held = generation.take(run, "")
+    held = lease.take(run, "")
     yield lambda step: assert_saved(save(run / "checkpoints", step, held))
     held.release()
 
@@ -422,18 +427,18 @@ def test_who_goes_back_to_an_older_checkpoint_is_measured_against_that_one(
 ) -> None:
     """From step 10,000 back to 2,000: starts that train on from there get somewhere."""
     for step in (2_000, 10_000):
-        runfolder.record(run, "save", step=step)
+        run_folder.record(run, "save", step=step)
     keeps(2_000)
     for restart in range(12):
         env = {"SLURM_RESTART_COUNT": str(restart)}
         slurm.answers(restarts=restart)
-        runfolder.record(run, "job", job=f"7_{restart}", newest_step=2_000 + restart * 100)
-        runfolder.record(run, "start", attempt=restart + 1, job=f"7_{restart}", step=2_000 + restart * 100)
+        run_folder.record(run, "job", job=f"7_{restart}", newest_step=2_000 + restart * 100)
+        run_folder.record(run, "start", attempt=restart + 1, job=f"7_{restart}", step=2_000 + restart * 100)
         keeps(2_100 + restart * 100)
         if restart < 11:
-            runfolder.record(run, "requeue", job=f"7_{restart}")
+            run_folder.record(run, "requeue", job=f"7_{restart}")
             continue
-        runfolder.write_exit(run, Exit(f"7_{restart}", AGAIN, Stop.TIME_LIMIT.words, 2_100, saved=True))
+        run_folder.write_exit(run, Exit(f"7_{restart}", AGAIN, Stop.TIME_LIMIT.words, 2_100, saved=True))
         assert "\nhpcgpt: requeue of job 7: " in "\n" + decided(slurm, run, 143, **env)[1]
 
 
@@ -442,7 +447,7 @@ def test_a_job_that_slurm_itself_brings_back_and_that_gets_nowhere_is_refused_at
 ) -> None:
     """A preemption requeues it without a decision of ours."""
     for restart in range(9):
-        runfolder.record(run, "job", job=f"7_{restart}", newest_step=0)
+        run_folder.record(run, "job", job=f"7_{restart}", newest_step=0)
     assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
     status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
     assert status == requeue.REFUSED
@@ -453,12 +458,12 @@ def test_a_job_that_slurm_itself_brings_back_and_that_gets_nowhere_is_refused_at
 
 def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm: FakeSlurm, run: Path) -> None:
     for restart in range(9):
-        runfolder.record(run, "job", job=f"7_{restart}", newest_step=0)
-        runfolder.record(run, "node_failed", job=f"7_{restart}")
+        run_folder.record(run, "job", job=f"7_{restart}", newest_step=0)
+        run_folder.record(run, "node_failed", job=f"7_{restart}")
     assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
     slurm.answers(state="PENDING", restarts=10, Reason="NodeDown")
     assert "Slurm has requeued it already" in decided(slurm, run, 137, SLURM_RESTART_COUNT="9")[1]
-    assert runfolder.events(run)[-1] | {"event": "node_failed", "job": "7_9"} == runfolder.events(run)[-1]
+    assert run_folder.events(run)[-1] | {"event": "node_failed", "job": "7_9"} == run_folder.events(run)[-1]
     status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
     assert status == requeue.REFUSED
     assert "10 starts without a new checkpoint ended with a node that failed" in said
@@ -466,24 +471,24 @@ def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm
 
 def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=2)
-    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     status, said = decided(slurm, run, 143)
     assert (status, slurm.requeued) == (0, ["7"]), said
-    assert [event["event"] for event in runfolder.events(run)] == ["job", "requeue"]
+    assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
 def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=1, then_requeued=True)
-    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     status, said = decided(slurm, run, 143)
     assert status == 0, said
     assert "refuse" not in said
-    assert [event["event"] for event in runfolder.events(run)] == ["job", "requeue"]
+    assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
 def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(refuses=True)
-    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     status, said = decided(slurm, run, AGAIN, SLURM_JOB_NUM_NODES="2")
     assert status == 1
     assert "Slurm refused to requeue job 7: Invalid; and to queue another one behind it: the batch script could" in said
@@ -492,7 +497,7 @@ def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run
 
 def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="PENDING", restarts=1)
-    runfolder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
     status, said = decided(slurm, run, AGAIN)
     assert status == 0
     assert "Slurm has requeued it already" in said
@@ -506,7 +511,7 @@ def test_a_damaged_exit_json_is_a_crash_and_no_end(slurm: FakeSlurm, run: Path) 
 
 def test_without_scontrol_it_says_so_in_a_sentence(slurm: FakeSlurm, run: Path) -> None:
     (slurm.folder / "scontrol").unlink()
-    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     status, said = decided(slurm, run, AGAIN, PATH=str(slurm.folder))
     assert status == 1
     assert "scontrol" in said
@@ -514,7 +519,7 @@ def test_without_scontrol_it_says_so_in_a_sentence(slurm: FakeSlurm, run: Path) 
 
 def test_an_interactive_allocation_cannot_be_requeued_and_says_so(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(BatchFlag="0")
-    runfolder.write_exit(run, TOLD)
+    run_folder.write_exit(run, TOLD)
     status, said = decided(slurm, run, AGAIN)
     assert status == 1
     assert "job 7 is an allocation of salloc, which Slurm cannot requeue: run the same command again" in said
@@ -534,7 +539,7 @@ def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(sl
         begun(slurm, run)
         crashed_on(run, f"n{round_}")
         (run / "faults" / "7_0").mkdir(parents=True)
-        runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+        run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     begun(slurm, run)
     (run / "logs" / "7_0.srun").write_text("srun: error: n5: task 0: Killed\n")
     _, said = decided(slurm, run, 137)
@@ -547,7 +552,7 @@ def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(sl
 def test_what_a_start_that_lives_has_written_is_left_where_it_is(slurm: FakeSlurm, run: Path) -> None:
     """A second one in its allocation, which will be refused."""
     crashed_on(run, "n0")
-    taken = generation.take(run, "7_0")
+    taken = lease.take(run, "7_0")
     begun(slurm, run)
     assert (run / "logs" / "7_0.srun").exists()
     taken.release()
@@ -561,7 +566,7 @@ def test_this_start_of_the_job_is_recorded(slurm: FakeSlurm, run: Path) -> None:
            "PATH": f"{slurm.folder}:/usr/bin:/bin"}  # fmt: skip
     done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=env)
     assert (done.returncode, done.stdout) == (0, f"{run}\n"), done.stderr
-    (event,) = runfolder.events(run)
+    (event,) = run_folder.events(run)
     assert event | {"event": "job", "job": "7_2", "newest_step": 0, "queued_at": 1700000000.0,
                     "started_at": 1700000060.0, "hosts": ["n1", "n2", "n4"]} == event  # fmt: skip
 
@@ -603,14 +608,14 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
     slurm.has_nodes("n1 idle", "n2 mixed", "n3 allocated", "n4 idle", "n5 down*", "n6 drained", "n7 idle*")
     crashed_on(run, "n2")
     assert "the next start keeps away from n2" in excluding(slurm, run, 0)
-    runfolder.record(run, "start", attempt=2)
-    runfolder.record(run, "straggler", host="n4", factor=3.0)
-    runfolder.record(run, "straggler", host="n1", factor=1.5)  # not that slow
+    run_folder.record(run, "start", attempt=2)
+    run_folder.record(run, "straggler", host="n4", factor=3.0)
+    run_folder.record(run, "straggler", host="n1", factor=1.5)  # not that slow
     crashed_on(run, "n3", "7_1")
     # n1 to n4 can be used, and two are needed: the newest two go, n2 stays.
     assert "the next start keeps away from n3, n4" in excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n8,n9,n2", "update JobId=7 ExcNodeList=n8,n9,n3,n4"]
-    crashes = [event for event in runfolder.events(run) if event["event"] == "crash"]
+    crashes = [event for event in run_folder.events(run) if event["event"] == "crash"]
     assert [(event["rank"], event["host"], event["excluded"]) for event in crashes] == [
         (3, "n2", ["n2"]), (3, "n3", ["n3", "n4"]),
     ]  # fmt: skip
@@ -657,26 +662,26 @@ def test_a_host_that_a_person_takes_out_of_the_file_comes_back_and_a_persons_own
 def test_a_host_comes_back_after_some_days_without_a_crash(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2,n3,n4")
     slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
-    runfolder.record(run, "crash", job="7_0", excluded=["n2", "n3"])  # as earlier versions recorded it
+    run_folder.record(run, "crash", job="7_0", excluded=["n2", "n3"])  # as earlier versions recorded it
     entries = [
-        {"host": "n2", "reason": "killed", "time": time.time() - excluded.KEEP_S - 1},
-        {"host": "n3", "reason": "killed", "time": time.time() - excluded.KEEP_S / 2},
+        {"host": "n2", "reason": "killed", "time": time.time() - bad_nodes.KEEP_S - 1},
+        {"host": "n3", "reason": "killed", "time": time.time() - bad_nodes.KEEP_S / 2},
         {"host": "n5", "reason": "a person's"},
     ]
     (run / "excluded_nodes.json").write_text(json.dumps(entries))
-    runfolder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
     excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n4,n5,n3"]
     assert remembered(run) == ["n3", "n5"]
-    (told,) = [event for event in runfolder.events(run) if event["event"] == "excluded"]
+    (told,) = [event for event in run_folder.events(run) if event["event"] == "excluded"]
     assert (told["job"], told["hosts"]) == ("7_1", ["n5", "n3"])
 
 
 def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
-    runfolder.record(run, "excluded", job="7_0", hosts=["n2"])
-    runfolder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    run_folder.record(run, "excluded", job="7_0", hosts=["n2"])
+    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
     excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList="]
 
@@ -688,8 +693,8 @@ def test_what_was_excluded_stays_where_it_is_not_this_programs_or_nothing_is_kno
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
     slurm.has_nodes(*([] if why == "no nodes" else ["n1 idle", "n2 idle", "n3 idle"]))
     # A person may have learned from the job before.
-    runfolder.record(run, "excluded", job="6_0" if why == "another job's" else "7_0", hosts=["n2"])
-    runfolder.write_exit(run, Exit("7_1", FINISHED if why == "finished" else AGAIN, "x", 1200, saved=True))
+    run_folder.record(run, "excluded", job="6_0" if why == "another job's" else "7_0", hosts=["n2"])
+    run_folder.write_exit(run, Exit("7_1", FINISHED if why == "finished" else AGAIN, "x", 1200, saved=True))
     excluding(slurm, run, 1)
     assert slurm.requeued == ([] if why == "finished" else ["7"])
     assert slurm.updates == []
@@ -700,7 +705,7 @@ def test_what_the_batch_script_excluded_is_taken_over(slurm: FakeSlurm, run: Pat
     comment = {"Comment": "hpcgpt_avoid=n2,n3"}
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", **comment)
     slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
-    runfolder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
     assert "the next start keeps away from n3, n2" in decided(slurm, run, 75)[1]
     assert slurm.updates == ["update JobId=7 Comment="]
     assert remembered(run) == ["n2", "n3"]
@@ -714,9 +719,9 @@ def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -
     """With one that it does not know Slurm refuses the others too, and in a chain the whole next job."""
     slurm.answers(Partition="low", NumNodes="1")
     slurm.has_nodes("n1 idle", "n2 down", "n3 idle", "n4 idle")
-    runfolder.record(run, "start", attempt=1)
-    runfolder.record(run, "straggler", host="n3.cluster.org", factor=3.0)
-    runfolder.record(run, "straggler", host="no-node-any-more", factor=3.0)
+    run_folder.record(run, "start", attempt=1)
+    run_folder.record(run, "straggler", host="n3.cluster.org", factor=3.0)
+    run_folder.record(run, "straggler", host="no-node-any-more", factor=3.0)
     crashed_on(run, "n2")
     assert "the next start keeps away from n2, n3 (" in excluding(slurm, run, 0)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n2,n3"]
@@ -753,7 +758,7 @@ def test_a_time_that_slurm_does_not_give_is_left_out_of_the_event() -> None:
 def test_a_job_that_is_not_requeued_says_so(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers("CANCELLED")
     decided(slurm, run, 143)
-    (told,) = runfolder.events(run)
+    (told,) = run_folder.events(run)
     assert (told["event"], told["job"], told["reason"]) == ("no_requeue", "7_0", "the job was cancelled")
 
 
@@ -766,7 +771,7 @@ def test_what_a_full_disk_cannot_count_is_left_to_the_batch_script(
     monkeypatch.setenv("PATH", f"{slurm.folder}:/usr/bin:/bin")
     with small_disk(tmp_path / "disk", "256k") as disk:
         run = disk / "mine"
-        runfolder.prepare(run)
+        run_folder.prepare(run)
         fill(disk)
         words = ["decide", "--status", "1", "--run.dir", str(disk), "--run.name", "mine"]
         assert requeue.main(words) == 1
@@ -793,7 +798,7 @@ def test_check_fails_on_a_node_where_folder_would(tmp_path: Path) -> None:
     flags = ("quickstart", "--run.dir", str(tmp_path), "--run.name", "mine")
     tasks = [{"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": task} for task in "12"]
     assert [command("hpcgpt.requeue", "check", *flags, env=task).returncode for task in tasks] == [0, 2]
-    assert runfolder.events(tmp_path / "mine") == []
+    assert run_folder.events(tmp_path / "mine") == []
 
 
 def test_a_crash_that_cannot_be_counted_is_not_requeued(
@@ -801,8 +806,8 @@ def test_a_crash_that_cannot_be_counted_is_not_requeued(
 ) -> None:
     """Another user's events.jsonl: each crash would be the first one, without end."""
     slurm, run = FakeSlurm(shared), shared / "runs" / "mine"
-    runfolder.prepare(run)
-    runfolder.record(run, "start", attempt=1, job="7_0", step=0)
+    run_folder.prepare(run)
+    run_folder.record(run, "start", attempt=1, job="7_0", step=0)
     for path in [shared, *shared.rglob("*")]:
         path.chmod(0o777 if path.is_dir() or path.name == "scontrol" else 0o666)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -819,4 +824,4 @@ def test_a_crash_that_cannot_be_counted_is_not_requeued(
     with another_user():
         assert requeue.main(words) == 0
     assert slurm.requeued == ["7"]
-    assert [event["event"] for event in runfolder.events(run)] == ["start", "crash", "requeue"]
+    assert [event["event"] for event in run_folder.events(run)] == ["start", "crash", "requeue"]

@@ -1,4 +1,4 @@
-"""hpcgpt.restore: what was saved is what is loaded, and only a whole checkpoint is ever chosen."""
+"""hpcgpt.checkpoint.load: what was saved is what is loaded, and only a whole checkpoint is ever chosen."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from ranks_killed import ALONE
 from safetensors.torch import load_file, save_file
 from small_checkpoints import IDENTITY, SHARE, fingerprint, flip_a_byte, mend, names, save, save_tensors, write_manifest
 
-from hpcgpt import checkpoint, generation, restore, runfolder
-from hpcgpt.checkpoint import FormatError, State
-from hpcgpt.config import Model, Optim
+from hpcgpt.checkpoint import layout, load
+from hpcgpt.checkpoint.layout import FormatError, State
+from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.config.options import Model, Optim
 from hpcgpt.errors import rank_of
-from hpcgpt.generation import Generation
-from hpcgpt.model import GPT
-from hpcgpt.optim import make_optimizer
-from hpcgpt.saver import tensors_of
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.run import run_folder
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
 
 # --- what comes back -------------------------------------------------------------------------------
 
@@ -47,7 +49,7 @@ def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpo
 
     other, other_optimizer = trained(seed=2, steps=1)
     torch.manual_seed(18)
-    assert restore.load(checkpoints / "step_000000003", other, other_optimizer, ALONE) == state
+    assert load.load(checkpoints / "step_000000003", other, other_optimizer, ALONE) == state
     assert content(other, other_optimizer, ALONE) == before
     assert torch.equal(torch.rand(5), drawn)
 
@@ -64,7 +66,7 @@ def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, held: Generat
     assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
     other = GPT(model.config, seed=2)
     fresh = make_optimizer(other, Optim())
-    restore.load(checkpoints / "step_000000003", other, fresh, ALONE)
+    load.load(checkpoints / "step_000000003", other, fresh, ALONE)
     assert content(other, fresh, ALONE) == content(model, optimizer, ALONE)
     assert {key.rpartition("/")[2] for key in content(other, fresh, ALONE) if key.startswith("optim/")} == {
         "step", "exp_avg", "exp_avg_sq"}  # fmt: skip
@@ -77,7 +79,7 @@ def test_for_sampling_only_the_weights_are_loaded(checkpoints: Path, held: Gener
     other = GPT(model.config, seed=2)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    restore.load(checkpoints / "step_000000003", other, None, ALONE)
+    load.load(checkpoints / "step_000000003", other, None, ALONE)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
 
@@ -94,7 +96,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_name_of_a_tensor(
     assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
     other = GPT(Model(**dataclasses.asdict(model.config) | change))
     with pytest.raises(ValueError, match=r"(token_embedding|blocks\.|head)\S*weight|qkv\.bias"):
-        restore.load(
+        load.load(
             checkpoints / "step_000000003", other, make_optimizer(other, Optim()) if for_training else None, ALONE
         )
 
@@ -109,7 +111,7 @@ def test_another_model_is_refused_whichever_share_its_tensors_are_in(tmp_path: P
     save_file({"model/blocks.9.mlp.up.weight": torch.zeros(3)}, folder / "tensors_00001_of_00002.safetensors")
     model, optimizer = trained(seed=1, steps=0)
     with pytest.raises(ValueError, match=r"blocks\.9\.mlp\.up\.weight"):
-        restore.load(folder, model, optimizer, ALONE)
+        load.load(folder, model, optimizer, ALONE)
 
 
 def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     name = next(name for name in everything if name.startswith("model/"))
     save_file({name: everything[name] + 1}, folder / "tensors_00001_of_00002.safetensors")
     with pytest.raises(ValueError, match=rf"has the tensor {name} twice"):
-        restore.load(folder, model, optimizer, ALONE)
+        load.load(folder, model, optimizer, ALONE)
 
 
 # --- tensors in pieces -----------------------------------------------------------------------------
@@ -150,7 +152,7 @@ def of_two(folder: Path, shares: tuple[Content, Content]) -> Path:
     path.mkdir()
     (path / "state.json").write_text(json.dumps(dataclasses.asdict(State(4, 40, 4, 2, IDENTITY))))
     for rank, share in enumerate(shares):
-        save_file(share, path / checkpoint.share_name(rank, 2))
+        save_file(share, path / layout.share_name(rank, 2))
     return path
 
 
@@ -158,13 +160,13 @@ def test_pieces_are_put_together_to_the_same_bytes(tmp_path: Path) -> None:
     model, optimizer = trained(seed=1)
     path = of_two(tmp_path, in_pieces(tensors_of(model, optimizer, ALONE)))
     other, its_optimizer = trained(seed=2, steps=0)
-    restore.load(path, other, its_optimizer, ALONE)
+    load.load(path, other, its_optimizer, ALONE)
     found, expected = content(other, its_optimizer, ALONE), content(model, optimizer, ALONE)
     assert {name: value for name, value in found.items() if not name.startswith("rng/")} == {
         name: value for name, value in expected.items() if not name.startswith("rng/")
     }
     bare = GPT(model.config, seed=2)
-    restore.load(path, bare, None, ALONE)
+    load.load(path, bare, None, ALONE)
     assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), model.parameters(), strict=True))
 
 
@@ -205,7 +207,7 @@ def test_pieces_that_do_not_make_up_the_tensor_are_refused(
     path = of_two(tmp_path, shares)
     model, optimizer = trained(seed=2, steps=0)
     with pytest.raises(ValueError, match=told):
-        restore.load(path, model, optimizer, ALONE)
+        load.load(path, model, optimizer, ALONE)
 
 
 # --- which one is chosen ---------------------------------------------------------------------------
@@ -214,14 +216,14 @@ def test_pieces_that_do_not_make_up_the_tensor_are_refused(
 def test_the_newest_is_chosen_by_its_number(checkpoints: Path, held: Generation) -> None:
     for step in (999_999_999, 1_000_000_000, 20, 3):
         assert save(checkpoints, step, held) == ""
-    assert restore.newest_valid(checkpoints, ALONE, held) == checkpoints / "step_1000000000"
+    assert load.newest_valid(checkpoints, ALONE, held) == checkpoints / "step_1000000000"
 
 
 def test_without_checkpoints_there_is_none(checkpoints: Path, held: Generation) -> None:
     (checkpoints / ".step_000000004.g0001.tmp").mkdir()
     (checkpoints / "step_4").mkdir()
     (checkpoints / "notes.txt").write_text("mine")
-    assert restore.newest_valid(checkpoints, ALONE, held) is None
+    assert load.newest_valid(checkpoints, ALONE, held) is None
 
 
 def edit_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -380,7 +382,7 @@ def test_a_damaged_checkpoint_is_set_aside_with_the_reason_and_the_next_older_on
 ) -> None:
     damage(three / "step_000000012")
     remains = {path.name: path.read_bytes() for path in (three / "step_000000012").glob("*") if small_file(path)}
-    assert restore.newest_valid(three, ALONE, held) == three / "step_000000008"
+    assert load.newest_valid(three, ALONE, held) == three / "step_000000008"
     assert names(three) == ["damaged_step_000000012.g0001", "step_000000004", "step_000000008"]
     aside = three / "damaged_step_000000012.g0001"
     warning = capfd.readouterr().err
@@ -391,21 +393,21 @@ def test_a_damaged_checkpoint_is_set_aside_with_the_reason_and_the_next_older_on
     assert warning.startswith(f"warning: checkpoint {three / 'step_000000012'} is damaged: ")
     assert "damaged_step_000000012.g0001" in warning
     assert save(three, 12, held) == "", "the step cannot be saved anew"
-    assert restore.newest_valid(three, ALONE, held) == three / "step_000000012"
+    assert load.newest_valid(three, ALONE, held) == three / "step_000000012"
 
 
 def test_a_step_that_nobody_has_saved_is_missing_and_not_damaged(three: Path, held: Generation) -> None:
     """To go back to before a spike: that one was set aside long ago ends no run."""
     flip_a_byte(three / "step_000000012")
-    assert restore.newest_valid(three, ALONE, held) == three / "step_000000008"
-    assert restore.newest_valid(three, ALONE, held, lambda step: step < 8) == three / "step_000000004"
-    assert restore.newest_valid(three, ALONE, held, lambda step: step < 4) is None
+    assert load.newest_valid(three, ALONE, held) == three / "step_000000008"
+    assert load.newest_valid(three, ALONE, held, lambda step: step < 8) == three / "step_000000004"
+    assert load.newest_valid(three, ALONE, held, lambda step: step < 4) is None
 
 
 def test_looking_without_a_generation_moves_nothing(three: Path) -> None:
     flip_a_byte(three / "step_000000012")
     before = names(three)
-    assert restore.newest_valid(three, ALONE, None) == three / "step_000000008"
+    assert load.newest_valid(three, ALONE, None) == three / "step_000000008"
     assert names(three) == before
 
 
@@ -416,7 +418,7 @@ def test_if_all_are_damaged_training_is_not_started_over_now_nor_at_the_next_sta
         flip_a_byte(three / f"step_{step:09d}")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"none is valid .*step_000000004.*not started over") as error:
-            restore.newest_valid(three, ALONE, held)
+            load.newest_valid(three, ALONE, held)
         assert str(three) in str(error.value)
     assert len(list(three.glob("damaged_step_*"))) == 3
 
@@ -428,7 +430,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_stays_where_it_is(
     edit_manifest(lambda manifest: manifest.update(version=version))(three / "step_000000012")
     before = names(three)
     with pytest.raises(FormatError, match=rf"step_000000012 has format version {version}, .*knows 2: use the hpcgpt"):
-        restore.newest_valid(three, ALONE, held)
+        load.newest_valid(three, ALONE, held)
     assert names(three) == before
 
 
@@ -438,7 +440,7 @@ def test_a_checkpoint_of_the_first_format_which_had_no_digest_is_refused_too(thr
     del manifest["digest"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match="format version 1"):
-        restore.newest_valid(three, ALONE, held)
+        load.newest_valid(three, ALONE, held)
     assert (three / "step_000000012").exists()
 
 
@@ -454,7 +456,7 @@ def test_what_cannot_be_read_at_the_moment_is_no_damage_and_nothing_is_set_aside
             os.chdir(three)  # the folders above may be closed to others
             if os.geteuid() == 0:
                 os.seteuid(65534)  # root could read everything
-            restore.newest_valid(Path(), ALONE, None)  # as a reader: setting aside would be refused anyway
+            load.newest_valid(Path(), ALONE, None)  # as a reader: setting aside would be refused anyway
             os.write(tell, b"nothing")
         except OSError as error:
             os.write(tell, (error.strerror or "").encode())
@@ -474,7 +476,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         self.run, self.name, self.bad = run, "n1", set[str]()
         self.tries = 0
-        real = {name: getattr(checkpoint, name) for name in ("outline", "damage")}
+        real = {name: getattr(layout, name) for name in ("outline", "damage")}
 
         def look(name: str, path: Path, *rest: Any) -> str:
             if f"{path.name} {name}" in self.bad:
@@ -483,16 +485,16 @@ class Host:
             return str(real[name](path, *rest))
 
         for name in real:
-            monkeypatch.setattr(checkpoint, name, partial(look, name))
+            monkeypatch.setattr(layout, name, partial(look, name))
         monkeypatch.setattr(socket, "gethostname", lambda: self.name)
-        monkeypatch.setattr(restore, "RETRY_S", 0.0)
+        monkeypatch.setattr(load, "RETRY_S", 0.0)
 
     def attempt(self, name: str) -> str:
         """A new attempt on that host; the name of the checkpoint that it chose."""
         self.name = name
-        held = generation.take(self.run, "")
+        held = lease.take(self.run, "")
         try:
-            newest = restore.newest_valid(self.run / "checkpoints", ALONE, held)
+            newest = load.newest_valid(self.run / "checkpoints", ALONE, held)
             return newest.name if newest else ""
         finally:
             held.release()
@@ -517,7 +519,7 @@ def test_a_checkpoint_that_attempts_cannot_read_one_after_the_other_does_not_blo
         assert rank_of(caught.value) == 0, "this rank's host is the one to blame"
         assert names(host.run / "checkpoints") == ["step_000000004", "step_000000008", "step_000000012"]
     assert host.attempt(hosts[needed]) == "step_000000008"
-    (aside,) = checkpoint.damaged(host.run / "checkpoints")
+    (aside,) = layout.damaged(host.run / "checkpoints")
     assert "it cannot be read" in (aside / "REASON.txt").read_text()
     assert "on n1 found as well" in capfd.readouterr().err
     # The disk is mended, and a person puts it back.
@@ -556,7 +558,7 @@ def test_a_checkpoint_that_was_made_again_has_not_failed_before(host: Host, how:
         host.attempt("n1")
     manifest = host.run / "checkpoints/step_000000012/manifest.json"
     if how == "saved":  # within the same second
-        runfolder.record(host.run, "save", step=12, attempt=1)
+        run_folder.record(host.run, "save", step=12, attempt=1)
     else:
         os.utime(manifest, (1e9, 1e9))
     with pytest.raises(OSError, match="Input/output error"):
@@ -569,7 +571,7 @@ def test_a_save_of_another_step_does_not_help_a_checkpoint_that_cannot_be_read(h
     host.bad.add("step_000000012 damage")
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n1")
-    runfolder.record(host.run, "save", step=8, attempt=1)
+    run_folder.record(host.run, "save", step=8, attempt=1)
     assert host.attempt("n2") == "step_000000008"
 
 
@@ -579,10 +581,10 @@ def test_where_a_checkpoint_cannot_be_told_from_another_the_step_has_to_do(
 ) -> None:
     """An older version did not record which one it was; and of one on a dead disk nothing can be seen."""
     seen = {"identity": "1:2"} if not known else {}
-    runfolder.record(host.run, "unreadable", attempt=99, step=12, rank=0, host="n1", problem="EIO", **seen)
+    run_folder.record(host.run, "unreadable", attempt=99, step=12, rank=0, host="n1", problem="EIO", **seen)
     host.bad.add("step_000000012 damage")
     if not known:
-        monkeypatch.setattr(restore, "_identity", lambda _: "")
+        monkeypatch.setattr(load, "_identity", lambda _: "")
     assert host.attempt("n2") == "step_000000008"
 
 
@@ -591,7 +593,7 @@ def test_a_moment_out_of_order_is_waited_for(host: Host, monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "sleep", lambda _: host.bad.clear())
     assert host.attempt("n1") == "step_000000012"
     assert host.tries == 1
-    assert runfolder.events(host.run) == []
+    assert run_folder.events(host.run) == []
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -613,7 +615,7 @@ def test_a_run_whose_steps_were_all_skipped_so_far_can_go_on(
     assert not any(optimizer.state.values()), "saving has changed the state"
     other, _ = trained(seed=2, steps=0)
     its = make_optimizer(other, Optim(name=name))
-    restore.load(checkpoints / "step_000000003", other, its, ALONE)
+    load.load(checkpoints / "step_000000003", other, its, ALONE)
     assert step(other, its) == step(model, optimizer)
 
 
@@ -681,11 +683,11 @@ MENDED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
 @pytest.fixture(scope="module")
 def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real one of a trained model. Read-only: copy it."""
-    from hpcgpt import generation
+    from hpcgpt.storage import lease
 
     run = tmp_path_factory.mktemp("trained")
     (run / "checkpoints").mkdir()
-    taken = generation.take(run, "")
+    taken = lease.take(run, "")
     torch.manual_seed(17)
     model, optimizer = trained(seed=1)
     assert save_tensors(run / "checkpoints", State(2, 20, 2, 1, IDENTITY), tensors_of(model, optimizer, ALONE),
@@ -701,7 +703,7 @@ def test_tensors_of_another_kind_are_refused_though_every_checksum_holds(
     path = checkpoints / trained_checkpoint.name
     shutil.copytree(trained_checkpoint, path)
     edit_share(change)(path)
-    assert checkpoint.verify(path) == ""
+    assert layout.verify(path) == ""
     model, optimizer = trained(seed=2, steps=0)
     with pytest.raises(ValueError, match=told):
-        restore.load(path, model, optimizer, ALONE)
+        load.load(path, model, optimizer, ALONE)

@@ -1,4 +1,4 @@
-"""hpcgpt.restore against 2,000 damaged and forged checkpoints: the very same state, or a clear refusal.
+"""hpcgpt.checkpoint.load against 2,000 damaged and forged checkpoints: the very same state, or a clear refusal.
 
 Each case takes a real checkpoint of a trained model and changes something of it. What comes out must be what was saved,
 byte for byte, or a ValueError; the checkpoint is set aside with its reason, unless it is a forgery whose checksums all
@@ -24,10 +24,11 @@ from ranks_checkpoint import content, trained
 from ranks_killed import ALONE
 from small_checkpoints import IDENTITY, SHARE, mend, save_tensors, write_manifest
 
-from hpcgpt import generation, restore
-from hpcgpt.checkpoint import State
-from hpcgpt.generation import Generation
-from hpcgpt.saver import tensors_of
+from hpcgpt.checkpoint import load
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
 
 CASES, CHUNK = 2000, 100
 NAMES = [SHARE, "state.json", "manifest.json"]
@@ -40,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     """A real checkpoint, its content, and the generation that wrote it. Read-only: copied for each case."""
     run = tmp_path_factory.mktemp("whole")
     (run / "checkpoints").mkdir()
-    held = generation.take(run, "")
+    held = lease.take(run, "")
     torch.manual_seed(17)
     model, optimizer = trained(seed=1)
     saved = content(model, optimizer, ALONE)
@@ -295,10 +296,10 @@ def test_a_changed_checkpoint_gives_the_very_same_state_or_a_clear_refusal(
         # A loader that hangs in C would not be ended by an exception: then all stacks, and the end.
         faulthandler.dump_traceback_later(60, exit=True)
         try:
-            newest = restore.newest_valid(checkpoints, ALONE, held)
+            newest = load.newest_valid(checkpoints, ALONE, held)
             assert newest is not None, f"{what}: would start over silently"
             optimizer.state.clear()
-            loaded = restore.load(newest, model, optimizer, ALONE)
+            loaded = load.load(newest, model, optimizer, ALONE)
         except ValueError as error:
             assert len(str(error)) > 20, what
             aside = list(checkpoints.glob("damaged_*"))

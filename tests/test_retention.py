@@ -1,4 +1,4 @@
-"""hpcgpt.retention: what goes, and that nothing goes for the sake of a checkpoint that is not whole."""
+"""hpcgpt.checkpoint.retention: what goes, and that nothing goes for the sake of a checkpoint that is not whole."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from ranks_killed import ALONE
 from small_checkpoints import SHARE, flip_a_byte, names, save
 
-from hpcgpt import checkpoint, generation, restore, retention
-from hpcgpt.config import Checkpoint
-from hpcgpt.generation import Generation
-from hpcgpt.runfolder import SUPERSEDED
+from hpcgpt.checkpoint import layout, load, retention
+from hpcgpt.config.options import Checkpoint
+from hpcgpt.exit_codes import SUPERSEDED
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
 
 
 def step(number: int) -> str:
@@ -24,7 +25,7 @@ def step(number: int) -> str:
 
 
 def steps(folder: Path) -> list[int]:
-    return sorted(checkpoint.step_of(path) for path in checkpoint.found(folder))
+    return sorted(layout.step_of(path) for path in layout.found(folder))
 
 
 def best(**settings: int | bool) -> Checkpoint:
@@ -60,9 +61,9 @@ def test_the_newest_the_multiples_and_the_best_stay(
         assert save(checkpoints, number, held, loss) == ""
     gone = retention.retire(checkpoints, keep, held, set())
     assert steps(checkpoints) == stay
-    assert [checkpoint.step_of(path) for path in gone] == sorted(set(LOSSES) - set(stay), reverse=True)
+    assert [layout.step_of(path) for path in gone] == sorted(set(LOSSES) - set(stay), reverse=True)
     assert names(checkpoints) == [step(number) for number in stay], "something is left of what went"
-    assert all(checkpoint.verify(checkpoints / step(number)) == "" for number in stay)
+    assert all(layout.verify(checkpoints / step(number)) == "" for number in stay)
     assert retention.retire(checkpoints, keep, held, set()) == []
 
 
@@ -134,7 +135,7 @@ def test_a_start_removes_what_earlier_ones_left_and_reads_nothing_back(
     """The newest was just loaded; the one that a loss spike would send the run back to stays, too."""
     for number, loss in LOSSES.items():
         assert save(checkpoints, number, held, loss) == ""
-    monkeypatch.setattr(checkpoint, "verify", lambda _: pytest.fail("this would take minutes"))
+    monkeypatch.setattr(layout, "verify", lambda _: pytest.fail("this would take minutes"))
     retention.prune(checkpoints, keep, held, {step(24)}, regular=regular)
     assert steps(checkpoints) == stay
 
@@ -146,7 +147,7 @@ def test_of_those_whose_tensors_nobody_has_read_none_is_the_last(three: Path, he
     assert steps(three) == [8, 12], "the newest may be damaged, and what was read back stays beside it"
     flip_a_byte(three / step(12))
     retention.prune(three, keep, held, {step(8)})
-    assert restore.newest_valid(three, ALONE, held) == three / step(8)
+    assert load.newest_valid(three, ALONE, held) == three / step(8)
 
 
 @pytest.mark.parametrize(("keep_last", "stay"), [(1, [12]), (2, [12]), (3, [8, 12]), (4, [4, 8, 12])])
@@ -162,7 +163,7 @@ class Unreadable:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
         self.paths = paths
-        real = checkpoint._json, checkpoint.damage
+        real = layout._json, layout.damage
 
         def read_json(path: Path) -> dict[str, object]:
             self.try_to_read(path.parent, path.name)
@@ -172,8 +173,8 @@ class Unreadable:
             self.try_to_read(folder, SHARE)
             return real[1](folder, files)
 
-        monkeypatch.setattr(checkpoint, "_json", read_json)
-        monkeypatch.setattr(checkpoint, "damage", damage)
+        monkeypatch.setattr(layout, "_json", read_json)
+        monkeypatch.setattr(layout, "damage", damage)
 
     def try_to_read(self, folder: Path, name: str) -> None:
         if folder / name in self.paths:
@@ -238,7 +239,7 @@ def test_the_last_whole_one_survives_however_many_damaged_ones_are_newer(checkpo
             flip_a_byte(checkpoints / step(number))
         retention.retire(checkpoints, Checkpoint(keep_last=1), held, set())
         assert steps(checkpoints) == [4]
-    assert restore.newest_valid(checkpoints, ALONE, held) == checkpoints / step(4)
+    assert load.newest_valid(checkpoints, ALONE, held) == checkpoints / step(4)
 
 
 def test_the_best_that_is_damaged_does_not_push_out_the_best_that_is_whole(checkpoints: Path, held: Generation) -> None:
@@ -299,11 +300,11 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint
             retention.retire(three, Checkpoint(keep_last=2 - survives), held, set())
         assert removed not in steps(three)
         assert f".{step(removed)}.g0001.removed" in names(three)
-        assert restore.newest_valid(three, ALONE, held) == three / step(12)
+        assert load.newest_valid(three, ALONE, held) == three / step(12)
     newer = dataclasses.replace(held, number=2)
     retention.clean(three, newer)
     assert names(three) == [step(4), step(12)], "what had lost nothing yet comes back, and nothing else"
-    assert checkpoint.verify(three / step(4)) == ""
+    assert layout.verify(three / step(4)) == ""
     retention.retire(three, Checkpoint(keep_last=1), newer, set())
     assert names(three) == [step(12)]
 
@@ -346,7 +347,7 @@ def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
 ) -> None:
     """A process of its own for the orphan, since the check ends it; the two wait for each other at each step."""
     run = tmp_path
-    first = generation.take(run, "7_0")
+    first = lease.take(run, "7_0")
     assert save(checkpoints, 4, first) == ""
     first._stop.set()
     taken, looked = os.pipe(), os.pipe()
@@ -357,24 +358,24 @@ def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
         finally:
             os._exit(99)
     assert os.read(looked[0], 1) == b"x"  # it has done `before` steps
-    newcomer = generation.take(run, "7_1")
+    newcomer = lease.take(run, "7_1")
     if cleaned:
         retention.clean(checkpoints, newcomer)
-        chosen = restore.newest_valid(checkpoints, ALONE, newcomer)
+        chosen = load.newest_valid(checkpoints, ALONE, newcomer)
         os.write(taken[1], b"x")
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     else:
         os.write(taken[1], b"x")
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         retention.clean(checkpoints, newcomer)
-        chosen = restore.newest_valid(checkpoints, ALONE, newcomer)
+        chosen = load.newest_valid(checkpoints, ALONE, newcomer)
     for end in (*taken, *looked):
         os.close(end)
     assert chosen is not None
     # It could publish only if it had asked whether it may before the newcomer was there.
     may = before > ORPHAN.index("rename") or (before > ORPHAN.index("check") and not cleaned)
     assert steps(checkpoints) == ([4, 8] if may else [4])
-    assert checkpoint.step_of(chosen) == steps(checkpoints)[-1], "a checkpoint came after the choice"
+    assert layout.step_of(chosen) == steps(checkpoints)[-1], "a checkpoint came after the choice"
     assert status in ((0, SUPERSEDED) if may else (SUPERSEDED, 1))
     newcomer.release()
     capfd.readouterr()
@@ -384,21 +385,24 @@ def orphan(checkpoints: Path, held: Generation, before: int, looked: int, taken:
     """The steps of Saver, one by one; 1 if its rename failed."""
     import torch
 
-    from hpcgpt import durable, tensorfile
+    from hpcgpt.checkpoint import safetensors_writer
+    from hpcgpt.storage import atomic
 
-    final = checkpoint.path_of(checkpoints, 8)
-    temporary = checkpoint.temporary_of(final, held.number)
+    final = layout.path_of(checkpoints, 8)
+    temporary = layout.temporary_of(final, held.number)
     files: dict[str, dict[str, object]] = {}
-    state = checkpoint.state_bytes(checkpoint.State(8, 80, 8, 1, {}))
+    state = layout.state_bytes(layout.State(8, 80, 8, 1, {}))
 
     def manifest() -> None:
-        files["state.json"] = tensorfile.fingerprint(state)
-        durable.write(temporary / "manifest.json", checkpoint.manifest_bytes(files, held.number))
+        files["state.json"] = safetensors_writer.fingerprint(state)
+        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, held.number))
 
     work = {
         "mkdir": temporary.mkdir,
-        "share": lambda: files.update({SHARE: tensorfile.write(temporary / SHARE, {"model/w": torch.zeros(9)})}),
-        "state": lambda: durable.write(temporary / "state.json", state),
+        "share": lambda: files.update(
+            {SHARE: safetensors_writer.write(temporary / SHARE, {"model/w": torch.zeros(9)})}
+        ),
+        "state": lambda: atomic.write(temporary / "state.json", state),
         "manifest": manifest,
         "check": held.check,
         "rename": lambda: temporary.rename(final),
@@ -469,7 +473,7 @@ def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_succe
         if (three / step(number)).exists():
             flip_a_byte(three / step(number))
     retention.clean(three, newer)
-    chosen = restore.newest_valid(three, ALONE, newer)
+    chosen = load.newest_valid(three, ALONE, newer)
     assert chosen is not None
     mine = [chosen]
     if damaged:
@@ -482,9 +486,9 @@ def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_succe
     last = dataclasses.replace(newer, number=3)
     retention.clean(three, last)
     for path in mine:
-        assert checkpoint.verify(path) == "", "the orphan took what the newer generation relies on"
-    assert restore.newest_valid(three, ALONE, last) == mine[-1]
-    reasons = [path for path in checkpoint.damaged(three) if not (path / "REASON.txt").exists()]
+        assert layout.verify(path) == "", "the orphan took what the newer generation relies on"
+    assert load.newest_valid(three, ALONE, last) == mine[-1]
+    reasons = [path for path in layout.damaged(three) if not (path / "REASON.txt").exists()]
     assert reasons == []
     capfd.readouterr()
 

@@ -1,4 +1,4 @@
-"""hpcgpt.saver: the state of one step, written behind training, agreed by all ranks, whole or not there."""
+"""hpcgpt.checkpoint.save: the state of one step, written behind training, agreed by all ranks, whole or not there."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 from small_checkpoints import EVERYTHING_STAYS, IDENTITY, SHARE, flip_a_byte, names, save, save_tensors
 from test_runfolder import fill, small_disk
 
-from hpcgpt import checkpoint, restore, saver
-from hpcgpt.checkpoint import State
-from hpcgpt.config import Checkpoint
-from hpcgpt.generation import Generation
-from hpcgpt.runfolder import SUPERSEDED
-from hpcgpt.saver import Saved, Saver
+from hpcgpt.checkpoint import layout, load
+from hpcgpt.checkpoint import save as checkpoint_save
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import Saved, Saver
+from hpcgpt.config.options import Checkpoint
+from hpcgpt.exit_codes import SUPERSEDED
+from hpcgpt.storage.lease import Generation
 
 WEIGHT = "model/weight"
 
@@ -78,7 +79,7 @@ def test_a_save_ends_by_polling_alone_and_takes_less_of_training_than_it_lasts(
     assert (saved.problem, saved.bytes) == ("", 4 << 20)
     assert 0 < saved.stall_s < saved.seconds
     assert its.finish(lambda: None) is None
-    assert checkpoint.verify(checkpoints / "step_000000004") == ""
+    assert layout.verify(checkpoints / "step_000000004") == ""
 
 
 def test_waiting_says_that_it_is_alive(checkpoints: Path, held: Generation) -> None:
@@ -92,7 +93,7 @@ def test_waiting_says_that_it_is_alive(checkpoints: Path, held: Generation) -> N
 def test_waiting_for_a_disk_that_never_answers_is_no_life(
     checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpcgpt.saver.LONGEST_S", 0.5)
+    monkeypatch.setattr("hpcgpt.checkpoint.save.LONGEST_S", 0.5)
     its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, lambda: time.sleep(2))
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     began_at = time.monotonic()
@@ -156,7 +157,7 @@ def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
         removing.set()
         assert gate.wait(60)
 
-    monkeypatch.setattr("hpcgpt.retention.retire", retire)
+    monkeypatch.setattr("hpcgpt.checkpoint.retention.retire", retire)
     its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     while not removing.is_set():
@@ -209,7 +210,7 @@ def test_a_step_that_is_saved_already_is_left_as_it_is(three: Path, held: Genera
 def test_saving_changes_nothing_of_what_is_saved(checkpoints: Path, held: Generation) -> None:
     model, optimizer = trained(seed=1)
     before = content(model, optimizer, ALONE)
-    assert save_tensors(checkpoints, state(2), saver.tensors_of(model, optimizer, ALONE), held) == ""
+    assert save_tensors(checkpoints, state(2), checkpoint_save.tensors_of(model, optimizer, ALONE), held) == ""
     assert content(model, optimizer, ALONE) == before
     assert tensors(checkpoints / "step_000000002") == before
 
@@ -232,19 +233,19 @@ def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
     more than the one that it loads.
     """
     keep = Checkpoint(keep_last=keep_last, keep_best=False)
-    monkeypatch.setattr(checkpoint, "verify", lambda _: pytest.fail("this would take minutes"))
+    monkeypatch.setattr(layout, "verify", lambda _: pytest.fail("this would take minutes"))
     for step in range(1, 12):
         its = Saver(checkpoints, ALONE, held, keep)
-        newest = restore.newest_valid(checkpoints, ALONE, held)
+        newest = load.newest_valid(checkpoints, ALONE, held)
         if newest:
-            assert checkpoint.step_of(newest) == step - 1
+            assert layout.step_of(newest) == step - 1
             its.loaded(newest)
         its.tidy = False
         saved = its.begin(state(step), {WEIGHT: torch.zeros(9)}) or its.finish(lambda: None)
         assert saved is not None
         assert saved.problem == ""
-        there = checkpoint.found(checkpoints)
-        assert checkpoint.step_of(there[0]) == step
+        there = layout.found(checkpoints)
+        assert layout.step_of(there[0]) == step
         assert len(there) <= keep_last + 1
 
 
@@ -286,7 +287,7 @@ def test_an_old_one_that_cannot_be_judged_does_not_cost_the_new_one(
 def test_what_is_read_back_behind_the_save_is_the_new_one(checkpoints: Path, held: Generation) -> None:
     """A write that the disk did not keep is found at once, while the older one is still there."""
     assert save(checkpoints, 4, held) == ""
-    real = checkpoint.verify
+    real = layout.verify
 
     def spoil_and_verify(path: Path) -> str:
         if path.name == "step_000000008":
@@ -294,7 +295,7 @@ def test_what_is_read_back_behind_the_save_is_the_new_one(checkpoints: Path, hel
         return real(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "verify", spoil_and_verify)
+        patch.setattr(layout, "verify", spoil_and_verify)
         assert save(checkpoints, 8, held, keep=Checkpoint(keep_last=1)) == ""
     assert names(checkpoints) == ["damaged_step_000000008.g0001", "step_000000004"]
 
@@ -310,10 +311,10 @@ from pathlib import Path
 import torch
 from ranks_killed import ALONE
 from small_checkpoints import save
-from hpcgpt import generation
+from hpcgpt.storage import lease
 run, calls = Path(sys.argv[1]), []
 (run / "checkpoints").mkdir()
-held = generation.take(run, "")
+held = lease.take(run, "")
 def name(target):
     path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
     return "checkpoints" if path == run / "checkpoints" else path.name.split(".vm-")[0]
@@ -357,7 +358,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, held: Ge
         assert f"cannot write {folder / '.step_000000008.g0001.tmp'}: No space left on device: 2.5 MB needed" in problem
         assert "MB free there" in problem
         assert names(folder) == ["step_000000004"]
-        assert restore.newest_valid(folder, ALONE, held) == folder / "step_000000004"
+        assert load.newest_valid(folder, ALONE, held) == folder / "step_000000004"
 
 
 @pytest.mark.parametrize("room", range(7))
@@ -365,7 +366,7 @@ def test_a_disk_may_fill_up_at_any_page_of_a_checkpoint(
     tmp_path: Path, held: Generation, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There was room when the save began, and then somebody else took it."""
-    monkeypatch.setattr(saver, "SPARE_BYTES", -(1 << 30))
+    monkeypatch.setattr(checkpoint_save, "SPARE_BYTES", -(1 << 30))
     with small_disk(tmp_path / "disk", "1m") as folder:
         assert save(folder, 4, held) == ""
         filler = fill(folder)
@@ -377,7 +378,7 @@ def test_a_disk_may_fill_up_at_any_page_of_a_checkpoint(
         assert names(folder) == ["filler", "step_000000004", *([] if problem else ["step_000000008"])]
         filler.unlink()
         assert save(folder, 8, held) == ""
-        assert restore.newest_valid(folder, ALONE, held) == folder / "step_000000008"
+        assert load.newest_valid(folder, ALONE, held) == folder / "step_000000008"
 
 
 def test_a_folder_that_is_not_there_is_a_sentence_too(tmp_path: Path, held: Generation) -> None:
@@ -527,7 +528,7 @@ def test_one_process_loads_what_two_ranks_saved_and_keeps_its_own_generator(two_
     model, optimizer = trained(seed=2, steps=1)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert restore.load(path, model, optimizer, ALONE).world_size == 2
+    assert load.load(path, model, optimizer, ALONE).world_size == 2
     assert torch.equal(torch.get_rng_state(), before)
     loaded, saved = content(model, optimizer, ALONE), tensors(path)
     assert {name for name in saved if name not in loaded} == {"rng/1/cpu"}
@@ -542,9 +543,9 @@ def test_a_checkpoint_that_lacks_the_share_of_a_rank_is_damaged(two_ranks: Two, 
     folder, _ = two_ranks
     copied = tmp_path / "step_000000004"
     shutil.copytree(folder / "checkpoints/step_000000004", copied)
-    assert checkpoint.verify(copied) == ""
+    assert layout.verify(copied) == ""
     missing = "tensors_00001_of_00002.safetensors"
     (copied / missing).unlink()
-    assert checkpoint.verify(copied) == f"{missing}: No such file or directory"
+    assert layout.verify(copied) == f"{missing}: No such file or directory"
     edit_manifest(lambda manifest: manifest["files"].pop(missing) and None)(copied)
-    assert checkpoint.verify(copied) == f"it lacks {missing}"
+    assert layout.verify(copied) == f"it lacks {missing}"

@@ -1,4 +1,4 @@
-"""hpcgpt.schedule: a table of values."""
+"""hpcgpt.optim.lr_schedule: a table of values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from hpcgpt.config import Config, Optim, Schedule
-from hpcgpt.schedule import learning_rate
+from hpcgpt.config.options import Config, Optim, Schedule
+from hpcgpt.optim.lr_schedule import learning_rate
 
 PEAK, INITIAL, LOW, WARMUP, TOTAL = 6e-4, 3e-5, 1e-6, 10, 100
 

@@ -1,4 +1,4 @@
-"""hpcgpt.shard_check: a shard whose bytes have changed is named while training runs, at a bounded rate."""
+"""hpcgpt.data.shard_check: a shard whose bytes have changed is named while training runs, at a bounded rate."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from conftest import TINY
 from test_errors import put_id, start
 from test_in_effect import planned
 
-from hpcgpt import runfolder, shard_check, shard_reader, shards
+from hpcgpt.data import shard_check, shard_format, shard_reader
+from hpcgpt.data.shard_check import ShardCheck, pause_s
+from hpcgpt.exit_codes import AGAIN
 from hpcgpt.plan import Plan
-from hpcgpt.runfolder import AGAIN
-from hpcgpt.shard_check import ShardCheck, pause_s
+from hpcgpt.run import run_folder
 
 PLENTY = 10_000.0  # MB/s
 Told = list[tuple[str, dict[str, Any]]]
@@ -48,7 +49,7 @@ def checked(made: Plan, folder: Path) -> Told:
 
 
 def sizes(folder: Path) -> int:
-    return sum(shard.bytes for shard in shards.read_manifest(folder).shards)
+    return sum(shard.bytes for shard in shard_format.read_manifest(folder).shards)
 
 
 def test_whole_shards_are_read_once_a_run_and_said_to_be_whole(copy: Path, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_notes_of_an_earlier_version_are_not_believed_and_replaced(copy: Path, t
     (tmp_path / "verified.json").write_text(json.dumps({made.sets[0].manifest.digest: ["train_000000", "val_000000"]}))
     ((_, fields),) = checked(made, tmp_path)
     assert fields["bytes"] == sizes(copy)
-    assert set(noted(made, tmp_path)) == {shard.name for shard in shards.read_manifest(copy).shards}
+    assert set(noted(made, tmp_path)) == {shard.name for shard in shard_format.read_manifest(copy).shards}
 
 
 def test_a_shard_that_is_changed_while_it_is_read_is_not_noted(
@@ -187,7 +188,7 @@ def test_a_run_on_a_damaged_shard_names_it_and_trains(copy: Path, tmp_path: Path
     _, rest = running.communicate(timeout=60)
     assert f"{path} is damaged" in line, line + rest
     assert running.returncode == AGAIN
-    (event,) = [event for event in runfolder.events(tmp_path / "tiny") if event["event"] == "damaged_shard"]
+    (event,) = [event for event in run_folder.events(tmp_path / "tiny") if event["event"] == "damaged_shard"]
     assert (event["path"], event["attempt"]) == (str(path), 1)
     off = start(config, tmp_path / "off", "--data.verify_mb_per_s", "0")
     assert off.communicate(timeout=60)[1] == ""

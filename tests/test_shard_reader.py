@@ -1,4 +1,4 @@
-"""hpcgpt.shard_reader: any number of shards, a bounded number of them open."""
+"""hpcgpt.data.shard_reader: any number of shards, a bounded number of them open."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, clean_env
 
-from hpcgpt import shard_reader, shards
-from hpcgpt.shards import Manifest, Shard
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.shard_format import Manifest, Shard
 
 SHARDS, TOKENS_EACH = 2_000, 10**9
 
@@ -23,27 +23,27 @@ def sparse_set(folder: Path, count: int, tokens_each: int, vocab_size: int = 50_
     shard n.
     """
     folder.mkdir()
-    width = shards.WIDTHS["uint16"]
-    size, head = shards.HEADER_BYTES + width.bytes * tokens_each, shards.header(width, tokens_each)
+    width = shard_format.WIDTHS["uint16"]
+    size, head = shard_format.HEADER_BYTES + width.bytes * tokens_each, shard_format.header(width, tokens_each)
     made = []
     for number in range(count):
         name = f"train_{number:06d}"
         made.append(Shard(name, "train", tokens_each, 1, size, "", "", 0, number, 1, 1))
         with open(folder / f"{name}.bin", "wb") as file:
             file.write(head)
-            file.seek(shards.HEADER_BYTES + width.bytes * number)
+            file.seek(shard_format.HEADER_BYTES + width.bytes * number)
             file.write(number.to_bytes(2, "little"))
             file.truncate(size)
     about = {"name": "none", "fingerprint": "0" * 64, "vocab_size": vocab_size, "end_of_text": 0}
-    return shards.write_manifest(folder, "uint16", about, [], "by hand", {}, made)
+    return shard_format.write_manifest(folder, "uint16", about, [], "by hand", {}, made)
 
 
 DRAWING = """
 import json, os, resource, sys, tracemalloc
 from pathlib import Path
 import numpy as np
-from hpcgpt import order, shard_reader, shards
-from hpcgpt.loader import Loader, Windows
+from hpcgpt.data import sample_order, shard_format, shard_reader
+from hpcgpt.data.loader import Loader, Windows
 
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
@@ -52,7 +52,7 @@ folder = Path(sys.argv[1])
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 before = descriptors()
-split = shard_reader.open_split(folder, shards.read_manifest(folder), "train")
+split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
 windows = Windows(split, 64, 64, 50_257)
 loader = Loader(windows, 1, 0, 1, 64, 64)
 loader.batch(0, 0)
@@ -113,8 +113,8 @@ def test_who_does_not_look_at_all_of_them_looks_at_what_it_opens(tmp_path: Path)
 @pytest.mark.parametrize(("tokens", "width"), [(900, "uint16"), (1000, "uint32")])
 def test_a_whole_shard_that_the_manifest_does_not_mean_is_refused(tmp_path: Path, tokens: int, width: str) -> None:
     manifest = sparse_set(tmp_path / "set", 1, 1000)
-    other = shards.WIDTHS[width]
-    content = shards.header(other, tokens) + bytes(other.bytes * tokens)
+    other = shard_format.WIDTHS[width]
+    content = shard_format.header(other, tokens) + bytes(other.bytes * tokens)
     (tmp_path / "set/train_000000.bin").write_bytes(content)
     split = shard_reader.open_split(tmp_path / "set", manifest, "train", check_sizes=False)
     with pytest.raises(
@@ -133,10 +133,10 @@ def test_tokens_are_a_plain_read_only_array(shards_folder: Path) -> None:
 
 
 def test_documents_begin_where_the_index_says_they_do(shards_folder: Path) -> None:
-    manifest = shards.read_manifest(shards_folder)
+    manifest = shard_format.read_manifest(shards_folder)
     split = shard_reader.open_split(shards_folder, manifest, "train")
     lengths = np.concatenate([
-        shards.document_lengths((shards_folder / f"{shard.name}.idx").read_bytes()) for shard in split.shards
+        shard_format.document_lengths((shards_folder / f"{shard.name}.idx").read_bytes()) for shard in split.shards
     ])  # fmt: skip
     expected = np.cumsum(lengths) - lengths
     assert len(expected) > 10

@@ -1,6 +1,6 @@
-"""hpcgpt.shards, data_prep.verify and hpcgpt.loader.Windows: the format, its readers, and its damages.
+"""hpcgpt.data.shard_format, data_prep.verify and hpcgpt.data.loader.Windows: the format, its readers, and its damages.
 
-The two readers below were written from the format descriptions alone (the docstring of hpcgpt.shards), as
+The two readers below were written from the format descriptions alone (the docstring of hpcgpt.data.shard_format), as
 llm.c and Megatron's IndexedDataset do it, and share no line with the code that they test.
 """
 
@@ -22,10 +22,11 @@ from conftest import command
 from numpy.typing import NDArray
 
 from data_prep import verify
-from hpcgpt import order, shard_reader, shard_writer, shards, tokenizer
-from hpcgpt.loader import Windows, widen
-from hpcgpt.shards import Manifest, Shard
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
+from hpcgpt.data import sample_order, shard_format, shard_reader, shard_writer
+from hpcgpt.data.loader import Windows, widen
+from hpcgpt.data.shard_format import Manifest, Shard
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 
 
 def read_like_llm_c(path: Path) -> list[int]:
@@ -70,7 +71,7 @@ def write(folder: Path, documents: dict[str, list[list[list[int]]]], vocab_size:
             assert writer.shard
             made.append(writer.shard)
     about = {"name": "none", "fingerprint": "0" * 64, "vocab_size": vocab_size, "end_of_text": 0}
-    return shards.write_manifest(folder, "uint16", about, [], "by hand", {}, made)
+    return shard_format.write_manifest(folder, "uint16", about, [], "by hand", {}, made)
 
 
 THREE: list[list[list[int]]] = [[[0, 1, 2], [0, 3]], [[0, 65535, 4]], [[0], [0, 5, 6, 7, 8], [0]]]
@@ -94,7 +95,7 @@ def test_both_readers_give_back_every_document(tmp_path: Path) -> None:
 
 
 def test_both_readers_agree_on_real_shards_and_each_document_starts_with_end_of_text(shards_folder: Path) -> None:
-    manifest = shards.read_manifest(shards_folder)
+    manifest = shard_format.read_manifest(shards_folder)
     assert manifest.splits == ["train", "val"]
     for shard in manifest.shards:
         documents = read_like_megatron(shards_folder / shard.name)
@@ -129,13 +130,13 @@ def test_a_shard_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:
 
 def test_more_tokens_than_the_header_can_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2**31 tokens are 4 GiB, so the limit is lowered here, and the place where it bites is the same."""
-    monkeypatch.setattr(shards, "MOST_TOKENS", 10)
+    monkeypatch.setattr(shard_format, "MOST_TOKENS", 10)
     refused = pytest.raises(ValueError, match="a shard holds at most 10 tokens")
     with refused, shard_writer.writing(tmp_path, "a", "train") as writer:
         writer.add(np.zeros(10, dtype=np.uint16), np.array([10]), 1, 1)
         writer.add(np.zeros(1, dtype=np.uint16), np.array([1]), 1, 1)
     assert list(tmp_path.iterdir()) == []
-    assert shards.WIDTHS["uint16"].most_ids == 65536
+    assert shard_format.WIDTHS["uint16"].most_ids == 65536
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 14])
@@ -162,7 +163,7 @@ def test_a_window_is_the_inputs_and_one_more_token(tmp_path: Path) -> None:
     ids = [0, 1, 32767, 32768, 65535, 2, 40000, 3, 4]
     split = shard_reader.open_split(tmp_path / "shards", write(tmp_path / "shards", {"train": [[ids]]}), "train")
     windows = Windows(split, context=4, stride=4, vocab_size=65536)
-    assert windows.count == order.window_count(9, 4, 4) == 2
+    assert windows.count == sample_order.window_count(9, 4, 4) == 2
     inputs, targets = widen(windows.read(np.array([1, 0])), torch.device("cpu"))
     assert inputs.tolist() == [[65535, 2, 40000, 3], [0, 1, 32767, 32768]]
     assert targets.tolist() == [[2, 40000, 3, 4], [1, 32767, 32768, 65535]]
@@ -195,14 +196,14 @@ def flip(path: Path, place: int) -> None:
 
 def rewritten(folder: Path, **changes: Any) -> None:
     """The manifest with these fields of the first shard changed and a digest that fits again."""
-    m = shards.read_manifest(folder)
+    m = shard_format.read_manifest(folder)
     first = Shard(**(vars(m.shards[0]) | changes))
-    shards.write_manifest(folder, m.dtype, m.tokenizer, m.inputs, m.split_rule, m.counts, [first, *m.shards[1:]])
+    shard_format.write_manifest(folder, m.dtype, m.tokenizer, m.inputs, m.split_rule, m.counts, [first, *m.shards[1:]])
 
 
 def checked(folder: Path) -> str:
     """Every problem that verify finds."""
-    return "\n".join(verify.verify(folder, shards.read_manifest(folder)))
+    return "\n".join(verify.verify(folder, shard_format.read_manifest(folder)))
 
 
 def test_whole_shards_have_no_problems(copy: Path) -> None:
@@ -312,7 +313,7 @@ def test_a_changed_manifest_is_refused(change: Any, sentence: str, copy: Path) -
     path = copy / "manifest.json"
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=sentence):
-        shards.read_manifest(copy)
+        shard_format.read_manifest(copy)
 
 
 # --- the tokenizer beside them ---------------------------------------------------------------------
@@ -324,9 +325,9 @@ def test_a_missing_tokenizer_is_found(copy: Path) -> None:
 
 
 def test_another_tokenizer_is_found(copy: Path, tokenizer_folder: Path) -> None:
-    found = tokenizer.load(tokenizer_folder)
+    found = save_load.load(tokenizer_folder)
     other = ByteLevelBPE(found.name, found.pattern + "| ", found.ranks, found.special_tokens, found.end_of_text)
-    tokenizer.save(other, copy / "tokenizer")
+    save_load.save(other, copy / "tokenizer")
     assert "but the shards were made with" in checked(copy)
 
 
@@ -351,7 +352,7 @@ def test_verify_ends_with_status_0_on_whole_shards_1_on_damaged_and_2_on_none(co
 
 
 def test_a_shard_opens_as_an_array_of_numpy_without_this_package(shards_folder: Path) -> None:
-    shard = shards.read_manifest(shards_folder).shards[0]
+    shard = shard_format.read_manifest(shards_folder).shards[0]
     tokens: NDArray[np.uint16] = np.fromfile(shards_folder / f"{shard.name}.bin", dtype="<u2", offset=1024)
     assert len(tokens) == shard.tokens
     assert np.array_equal(tokens, shard_reader.open_tokens(shards_folder / f"{shard.name}.bin"))

@@ -55,7 +55,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(lab: Lab, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     home = tmp_path_factory.mktemp("site")
-    words = [word for path in sorted(ROOT.glob("hpcgpt/*.py")) for word in path.read_text().split(" ")]
+    words = [word for path in sorted(ROOT.glob("hpcgpt/**/*.py")) for word in path.read_text().split(" ")]
     chance = random.Random(2)
     (home / "corpus").mkdir()
     for number in range(UNITS):

@@ -20,7 +20,7 @@ import pytest
 from cluster import Cluster, events, rank_pids, same_result, starts
 from lab_conf import Lab
 
-from hpcgpt import runfolder
+from hpcgpt.run import run_folder
 
 STEPS = 300
 
@@ -69,7 +69,7 @@ def test_a_submitted_job_goes_on_after_its_time_limit(cluster: Cluster, whole: P
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     cluster.wait(job)
     same_result(folder, whole, STEPS)
-    requeued = [event for event in runfolder.events(folder) if event["event"] == "requeue"]
+    requeued = [event for event in run_folder.events(folder) if event["event"] == "requeue"]
     assert requeued, "the job was over before its time limit"
     assert all("the time limit is near" in event["reason"] for event in requeued)
     assert len(starts(folder)) == len(requeued) + 1
@@ -102,7 +102,7 @@ def test_a_submitted_job_goes_on_after_a_preemption(cluster: Cluster, whole: Pat
     cluster.wait(job)
     folder = cluster.folder("preempted")
     same_result(folder, whole, STEPS)
-    ends = [event for event in runfolder.events(folder) if event["event"] == "end"]
+    ends = [event for event in run_folder.events(folder) if event["event"] == "end"]
     assert [end["reason"] for end in ends] == ["told to terminate", "finished"]
 
 
@@ -132,7 +132,7 @@ def one_wandb_run(folder: Path, attempts: int) -> None:
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     # More where a signal ended wandb's core, which is started again then.
     assert len(parts) >= attempts
-    assert {path.stem for path in parts} == {f"run-{runfolder.run_id(folder)}"}
+    assert {path.stem for path in parts} == {f"run-{run_folder.run_id(folder)}"}
     steps: set[int] = set()
     for part in parts:
         shown = subprocess.run(
@@ -143,6 +143,6 @@ def one_wandb_run(folder: Path, attempts: int) -> None:
         assert not shown.stderr or "incomplete .wandb file" in shown.stderr
         records = [json.loads(line) for line in shown.stdout.splitlines()]
         ids = {record["run"]["run_id"] for record in records if record["type"] == "run"}
-        assert ids == {runfolder.run_id(folder)}
+        assert ids == {run_folder.run_id(folder)}
         steps |= {record["history"]["item"]["step"] for record in records if record["type"] == "history"}
     assert steps == set(range(1, STEPS + 1))

@@ -1,10 +1,10 @@
-"""hpcgpt.slurm.fields_of: what a person may write into a job is no field of Slurm's."""
+"""hpcgpt.slurm.scontrol.fields_of: what a person may write into a job is no field of Slurm's."""
 
 from __future__ import annotations
 
 import pytest
 
-from hpcgpt.slurm import fields_of
+from hpcgpt.slurm.scontrol import fields_of
 
 # As Slurm 22.05 shows a job with a free name, arguments and folders.
 SHOWN = """\

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, clean_env, command, rows
 
-from hpcgpt import checkpoint, runfolder
-from hpcgpt.run_state import NO_WORD, Presence
+from hpcgpt.checkpoint import layout
+from hpcgpt.run import run_folder as run_folder_module
+from hpcgpt.slurm.run_state import NO_WORD, Presence
 from hpcgpt.status import _in_words, status
 
 
@@ -63,7 +64,7 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
     with subprocess.Popen(words, cwd=ROOT, env=clean_env(), stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as process:  # fmt: skip
         deadline = time.monotonic() + 60
-        while len(runfolder.read_rows(folder / "metrics.jsonl")) < 20:
+        while len(run_folder_module.read_rows(folder / "metrics.jsonl")) < 20:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -84,7 +85,7 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
     assert killed["goodput"]["lost_steps"] == killed["step"] - killed["checkpoint_step"]
 
     # One that was committed in the moment before the kill may not have been told any more.
-    newest = checkpoint.step_of(checkpoint.found(folder / "checkpoints")[0])
+    newest = layout.step_of(layout.found(folder / "checkpoints")[0])
     assert newest >= killed["checkpoint_step"]
     last = str(newest + 2)
     assert command("hpcgpt.train", str(tiny), "--train.steps", last).returncode == 0
@@ -106,7 +107,7 @@ NOW = 10_000.0
 def run_folder(tmp_path: Path, *told: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
     """A run whose events happened so many seconds before NOW, whose steps of 1 s ended right before it."""
     folder = tmp_path / "run"
-    runfolder.prepare(folder)
+    run_folder_module.prepare(folder)
     lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in told]
     (folder / "events.jsonl").write_text("\n".join([*lines, '{"torn']))
     metrics = [{"step": n, "time": NOW - steps + n, "attempt": 1, "train/step_s": 1.0, "tokens": n, "train/loss": 2.0,
@@ -235,7 +236,7 @@ def test_the_command_asks_slurm_for_the_job_where_there_is_one(
     tmp_path: Path, squeue: str | None, expected: str
 ) -> None:
     folder = run_folder(tmp_path, held=False)
-    runfolder.record(folder, "job", job="7_0")
+    run_folder_module.record(folder, "job", job="7_0")
     tools = tmp_path / "bin"
     tools.mkdir()
     if squeue is not None:
@@ -278,8 +279,8 @@ def test_an_evaluation_that_was_slow_once_does_not_put_silence_off_for_ever(tmp_
 TAKE = """
 import os, sys
 from pathlib import Path
-from hpcgpt import generation
-generation.take(Path(sys.argv[1]), "7_0")
+from hpcgpt.storage import lease
+lease.take(Path(sys.argv[1]), "7_0")
 os._exit(0)
 """
 
@@ -336,7 +337,7 @@ def test_a_silent_run_whose_rank_0_lives_waits_for_something(tmp_path: Path) -> 
 
 def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3, held=False)
-    runfolder.write_exit(folder, runfolder.Exit("7_0", 1, "training has diverged", 0, saved=False))
+    run_folder_module.write_exit(folder, run_folder_module.Exit("7_0", 1, "training has diverged", 0, saved=False))
     assert status(folder, NOW)["reason"] == "training has diverged"
     os.utime(folder / "exit.json", (NOW - 1000, NOW - 1000))  # of an attempt before
     assert status(folder, NOW)["reason"] == NO_WORD

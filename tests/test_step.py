@@ -1,4 +1,4 @@
-"""hpcgpt.step: a step on any number of ranks is the step of one process on the whole batch."""
+"""hpcgpt.training.step: a step on any number of ranks is the step of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from conftest import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hpcgpt import world
-from hpcgpt.world import Ranks
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import Ranks
 
 ALONE = Ranks(world.World(0, 0, 1, 1, "alone", "test"), torch.device("cpu"), None)
 NEAR = {"fp32": 1e-6, "fp64": 1e-12}

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env, curve
 
-from hpcgpt.errors import USER_MISTAKE
-from hpcgpt.runfolder import FINISHED
-from hpcgpt.streams import BackgroundStream
+from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
+from hpcgpt.output.streams import BackgroundStream
 
 TRAIN = [sys.executable, "-m", "hpcgpt.train"]
 # Greedy samples of an untrained model: whatever bytes they are, this prompt has characters that gbk and ascii lack.
@@ -105,7 +104,9 @@ def test_a_command_that_cannot_print_says_so(tiny: Path, module: str) -> None:
 def test_the_last_words_are_printed_before_the_process_ends() -> None:
     """Also where it ends by os._exit, and after an exception."""
     for ending, status in (("streams.drain(); os._exit(3)", 3), ("raise RuntimeError('last')", 1), ("sys.exit(4)", 4)):
-        script = f"import os, sys\nfrom hpcgpt import streams\nstreams.in_background()\nprint('words')\n{ending}\n"
+        script = (
+            f"import os, sys\nfrom hpcgpt.output import streams\nstreams.in_background()\nprint('words')\n{ending}\n"
+        )
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=False
         )
@@ -114,7 +115,7 @@ def test_the_last_words_are_printed_before_the_process_ends() -> None:
 
 
 def test_what_nothing_reads_is_dropped_the_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpcgpt.streams.MOST_WAITING", 1000)
+    monkeypatch.setattr("hpcgpt.output.streams.MOST_WAITING", 1000)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with pytest.raises(BlockingIOError):

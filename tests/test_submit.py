@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, clean_env, command
 
-from hpcgpt import generation
+from hpcgpt.storage import lease
 from hpcgpt.submit import SCRIPT, minutes
 
 # As a user might type them.
@@ -262,7 +262,7 @@ def test_checkpoints_of_which_none_is_whole_are_refused(slurm: Path, again: list
 
 
 def test_a_run_that_a_process_has_is_refused_until_it_leaves(slurm: Path, again: list[str], tmp_path: Path) -> None:
-    held = generation.take(tmp_path / "runs" / "tiny", "")
+    held = lease.take(tmp_path / "runs" / "tiny", "")
     try:
         done = submit(slurm, *again, "--json")
         assert (done.returncode, done.stdout) == (2, "")
@@ -305,7 +305,7 @@ def test_help_loads_neither_torch_nor_numpy() -> None:
     done = command("hpcgpt.submit", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "--nodes" in done.stdout
-    assert "hpcgpt.config" in loaded
+    assert "hpcgpt.config.options" in loaded
     assert not loaded & {"torch", "numpy", "submitit"}
 
 

@@ -1,4 +1,5 @@
-"""hpcgpt.tensorfile: files that the safetensors library reads, flushed and hashed as they are written."""
+"""hpcgpt.checkpoint.safetensors_writer: files that the safetensors library reads, flushed and hashed as they are
+written."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_runfolder import small_disk
 
-from hpcgpt import tensorfile
+from hpcgpt.checkpoint import safetensors_writer
 
 EACH: dict[str, torch.Tensor] = {
     "f64": torch.randn(3, 5, dtype=torch.float64),
@@ -34,7 +35,7 @@ EACH: dict[str, torch.Tensor] = {
 
 
 def test_the_library_reads_the_same_bytes_of_every_dtype_and_shape(tmp_path: Path) -> None:
-    told = tensorfile.write(tmp_path / "a", EACH)
+    told = safetensors_writer.write(tmp_path / "a", EACH)
     found = load_file(tmp_path / "a")
     assert set(found) == set(EACH)
     for name, tensor in EACH.items():
@@ -48,20 +49,20 @@ def test_the_library_reads_the_same_bytes_of_every_dtype_and_shape(tmp_path: Pat
 
 
 def test_every_dtype_that_training_uses_can_be_written() -> None:
-    assert set(tensorfile._DTYPES) >= {torch.float32, torch.float64, torch.bfloat16, torch.uint8}
+    assert set(safetensors_writer._DTYPES) >= {torch.float32, torch.float64, torch.bfloat16, torch.uint8}
 
 
 def test_no_tensors_make_a_file_too(tmp_path: Path) -> None:
     """A rank whose share is empty."""
-    assert tensorfile.write(tmp_path / "a", {})["bytes"] == (tmp_path / "a").stat().st_size
+    assert safetensors_writer.write(tmp_path / "a", {})["bytes"] == (tmp_path / "a").stat().st_size
     assert load_file(tmp_path / "a") == {}
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_tensors_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int) -> None:
-    monkeypatch.setattr(tensorfile, "PIECE", 4096)
+    monkeypatch.setattr(safetensors_writer, "PIECE", 4096)
     tensor = torch.arange(3 * 4096 + more, dtype=torch.int64).to(torch.uint8)
-    told = tensorfile.write(tmp_path / "a", {"a": tensor, "b": tensor[:5]})
+    told = safetensors_writer.write(tmp_path / "a", {"a": tensor, "b": tensor[:5]})
     assert load_file(tmp_path / "a")["a"].equal(tensor)
     assert told["xxh3"] == xxhash.xxh3_128((tmp_path / "a").read_bytes()).hexdigest()
 
@@ -69,7 +70,7 @@ def test_tensors_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_write_that_the_system_cuts_short_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: real(descriptor, content[:1000]))
-    told = tensorfile.write(tmp_path / "a", EACH | {"large": torch.randn(3000)})
+    told = safetensors_writer.write(tmp_path / "a", EACH | {"large": torch.randn(3000)})
     monkeypatch.undo()
     assert told["xxh3"] == xxhash.xxh3_128((tmp_path / "a").read_bytes()).hexdigest()
     assert set(load_file(tmp_path / "a")) == {*EACH, "large"}
@@ -78,16 +79,16 @@ def test_a_write_that_the_system_cuts_short_is_gone_on_with(tmp_path: Path, monk
 def test_a_file_that_is_there_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
     with pytest.raises(FileExistsError, match=f"cannot write {tmp_path / 'a'}: File exists"):
-        tensorfile.write(tmp_path / "a", EACH)
+        safetensors_writer.write(tmp_path / "a", EACH)
     assert (tmp_path / "a").read_text() == "mine"
 
 
 def test_errors_name_the_file_and_the_room(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot write .*/nowhere/a: No such file or directory"):
-        tensorfile.write(tmp_path / "nowhere" / "a", EACH)
+        safetensors_writer.write(tmp_path / "nowhere" / "a", EACH)
     refusal = r"cannot write .*/disk/a: No space left on device; 0\.0 MB free there"
     with small_disk(tmp_path / "disk", "64k") as disk, pytest.raises(OSError, match=refusal):
-        tensorfile.write(disk / "a", {"a": torch.zeros(1 << 20)})
+        safetensors_writer.write(disk / "a", {"a": torch.zeros(1 << 20)})
 
 
 def test_another_thread_runs_while_a_file_is_written(tmp_path: Path) -> None:
@@ -96,9 +97,9 @@ def test_another_thread_runs_while_a_file_is_written(tmp_path: Path) -> None:
 import json, sys, threading
 from pathlib import Path
 import torch
-from hpcgpt import tensorfile
+from hpcgpt.checkpoint import safetensors_writer
 tensor = torch.zeros(64 << 20, dtype=torch.uint8)
-work = threading.Thread(target=lambda: tensorfile.write(Path(sys.argv[1]), {"a": tensor}))
+work = threading.Thread(target=lambda: safetensors_writer.write(Path(sys.argv[1]), {"a": tensor}))
 turns = 0
 work.start()
 while work.is_alive():

@@ -1,4 +1,4 @@
-"""hpcgpt.token_loss, and recomputation: less memory, the same numbers; and every gradient is the slope of the loss."""
+"""hpcgpt.model.loss, and recomputation: less memory, the same numbers; and every gradient is the slope of the loss."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpcgpt.config import Model
-from hpcgpt.model import GPT, PLAIN, Manner
-from hpcgpt.token_loss import mean_loss
+from hpcgpt.config.options import Model
+from hpcgpt.model.gpt import GPT, PLAIN, Manner
+from hpcgpt.model.loss import mean_loss
 
 
 def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
-"""hpcgpt.tokenizer, data_prep.vocabulary and data_prep.published: GPT-2's ids without a network, the other published
-ones, and one's own."""
+"""hpcgpt.tokenizer.save_load, data_prep.encode.vocabulary and data_prep.encode.from_tiktoken: GPT-2's ids without a
+network, the other published ones, and one's own."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ import xxhash
 from conftest import ROOT, clean_env, command
 from tokenizers import Regex, pre_tokenizers
 
-from data_prep import proof, published, split, train_tokenizer, vocabulary
-from hpcgpt import tokenizer
-from hpcgpt.tokenizer_tiktoken import ByteLevelBPE
+from data_prep import train_tokenizer
+from data_prep.encode import equivalence_texts, from_tiktoken, vocabulary
+from data_prep.pipeline import holdout
+from hpcgpt.tokenizer import interface, save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 
 END = "<|endoftext|>"
 TEXTS = ["", "hello world", "  two  spaces\n\n\n\tand a tab ", "萧炎,斗之力,三段", "naïve café", "👩‍👩‍👧‍👦 \U0001f600",
@@ -38,7 +40,7 @@ def gpt2() -> ByteLevelBPE:
 
 @pytest.fixture(scope="module")
 def bpe(tokenizer_folder: Path) -> ByteLevelBPE:
-    found = tokenizer.load(tokenizer_folder)
+    found = save_load.load(tokenizer_folder)
     assert isinstance(found, ByteLevelBPE)
     return found
 
@@ -54,7 +56,7 @@ def test_gpt2_has_its_ids(gpt2: ByteLevelBPE) -> None:
 
 def test_gpt2s_vocabulary_is_the_one_that_tiktoken_publishes(gpt2: ByteLevelBPE, tmp_path: Path) -> None:
     """tiktoken downloads r50k_base.tiktoken and compares it with this hash."""
-    tokenizer.save(gpt2, tmp_path)
+    save_load.save(gpt2, tmp_path)
     found = hashlib.sha256((tmp_path / "vocab.tiktoken").read_bytes()).hexdigest()
     assert found == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
@@ -67,7 +69,7 @@ def test_gpt2s_pattern_is_tiktokens(gpt2: ByteLevelBPE) -> None:
 
 def test_gpt2_works_without_a_network(tmp_path: Path) -> None:
     """In a network namespace without any interface where one may be had; else with every proxy at a closed port."""
-    code = "from data_prep import vocabulary; print(vocabulary.find('gpt2').encode('hello world'))"
+    code = "from data_prep.encode import vocabulary; print(vocabulary.find('gpt2').encode('hello world'))"
     words = [sys.executable, "-c", code]
     if shutil.which("unshare") and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0:
         words = ["unshare", "-n", *words]
@@ -100,8 +102,8 @@ def test_the_table_of_encodings_is_tiktokens(monkeypatch: pytest.MonkeyPatch) ->
         return {}
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", ranks)
-    assert {*published.PUBLISHED, "gpt2"} == set(openai_public.ENCODING_CONSTRUCTORS)
-    for name, entry in published.PUBLISHED.items():
+    assert {*from_tiktoken.PUBLISHED, "gpt2"} == set(openai_public.ENCODING_CONSTRUCTORS)
+    for name, entry in from_tiktoken.PUBLISHED.items():
         theirs = openai_public.ENCODING_CONSTRUCTORS[name]()
         assert (theirs["pat_str"], theirs["special_tokens"]) == (entry.pattern, entry.special_tokens)
         url, sha256 = asked.pop()
@@ -130,7 +132,7 @@ def test_ranks_that_are_not_here_are_asked_for_by_file_and_place(offline: Path) 
 
 
 def test_ranks_are_taken_from_tiktokens_cache(gpt2: ByteLevelBPE, offline: Path) -> None:
-    tokenizer.save(gpt2, offline)
+    save_load.save(gpt2, offline)
     (offline / "vocab.tiktoken").rename(offline / R50K_NAME_IN_CACHE)
     found = vocabulary.find("r50k_base")
     assert (found.name, found.fingerprint) == ("r50k_base", gpt2.fingerprint)
@@ -170,7 +172,7 @@ def test_a_cache_of_another_user_is_passed_over(
         cache.mkdir(mode=0o700)
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(published, "_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr(from_tiktoken, "_URL", f"http://127.0.0.1:{server.server_port}/")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         user = os.geteuid()
@@ -190,7 +192,7 @@ def test_a_cache_of_another_user_is_passed_over(
 
 
 def test_ranks_brought_along_are_known_by_their_hash(gpt2: ByteLevelBPE, offline: Path) -> None:
-    tokenizer.save(gpt2, offline)
+    save_load.save(gpt2, offline)
     brought = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
     assert vocabulary.find(str(brought)).fingerprint == gpt2.fingerprint
     brought.write_bytes(brought.read_bytes() + b"\n")
@@ -212,15 +214,15 @@ def test_another_end_of_text_than_the_tokenizers_own_is_refused(tokenizer_folder
 def test_text_comes_back_as_it_was(text: str, gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     for words in (gpt2, bpe):
         assert words.encoding.decode(words.encode(text)) == text
-        assert "".join(tokenizer.stream(words, words.encode(text))) == text
+        assert "".join(interface.stream(words, words.encode(text))) == text
 
 
 def test_fuzzed_text_comes_back_as_it_was(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
-    for text in proof.fuzzed(500, seed=1):
+    for text in equivalence_texts.fuzzed(500, seed=1):
         for words in (bpe, gpt2):
             ids = words.encode(text)
             assert words.encoding.decode_bytes(ids) == text.encode()
-            assert "".join(tokenizer.stream(words, ids)) == text
+            assert "".join(interface.stream(words, ids)) == text
 
 
 def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
@@ -235,7 +237,7 @@ def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(gpt2: ByteLevelBPE, bpe:
 def test_a_stream_never_holds_half_a_character(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     for words in (gpt2, bpe):
         text = "萧炎👩‍👧é"
-        pieces = list(tokenizer.stream(words, words.encode(text)))
+        pieces = list(interface.stream(words, words.encode(text)))
         assert "".join(pieces) == text
         assert not any("\ufffd" in piece for piece in pieces)
         assert len(words.encode(text)) > len(text)  # so most characters did come in halves
@@ -244,9 +246,9 @@ def test_a_stream_never_holds_half_a_character(gpt2: ByteLevelBPE, bpe: ByteLeve
 def test_a_stream_that_ends_or_is_cut_within_a_character_says_so_and_goes_on(bpe: ByteLevelBPE) -> None:
     half = bpe.encode("萧")[:1]
     assert bpe.encoding.decode_bytes(half) != "萧".encode()
-    assert "".join(tokenizer.stream(bpe, [*half, *bpe.encode("b")])) == "\ufffdb"
-    assert "".join(tokenizer.stream(bpe, half)) == "\ufffd"
-    assert "".join(tokenizer.stream(bpe, [*half, bpe.end_of_text, *bpe.encode("b")])) == f"\ufffd{END}b"
+    assert "".join(interface.stream(bpe, [*half, *bpe.encode("b")])) == "\ufffdb"
+    assert "".join(interface.stream(bpe, half)) == "\ufffd"
+    assert "".join(interface.stream(bpe, [*half, bpe.end_of_text, *bpe.encode("b")])) == f"\ufffd{END}b"
 
 
 def test_a_stream_is_lazy(bpe: ByteLevelBPE) -> None:
@@ -258,7 +260,7 @@ def test_a_stream_is_lazy(bpe: ByteLevelBPE) -> None:
             drawn.append(number)
             yield number
 
-    first = next(tokenizer.stream(bpe, ids()))  # type: ignore[arg-type]
+    first = next(interface.stream(bpe, ids()))  # type: ignore[arg-type]
     assert first
     assert len(drawn) == 1
 
@@ -289,8 +291,12 @@ def test_training_cuts_text_as_the_saved_pattern_does(pattern: str) -> None:
     """The trainer has other regular expressions than tiktoken."""
     written, cut = train_tokenizer._CUTS[pattern]
     by_trainer = pre_tokenizers.Split(Regex(cut), "isolated")
-    pairs = proof.all_pairs(written).encoding
-    for text in [*proof.chosen(), *islice(proof.code_points(), 300), *proof.fuzzed(500, seed=4)]:
+    pairs = equivalence_texts.all_pairs(written).encoding
+    for text in [
+        *equivalence_texts.chosen(),
+        *islice(equivalence_texts.code_points(), 300),
+        *equivalence_texts.fuzzed(500, seed=4),
+    ]:
         pieces = [piece for piece, _ in by_trainer.pre_tokenize_str(text)]
         assert "".join(pieces) == text
         assert [n for piece in pieces for n in pairs._encode_single_piece(piece)] == pairs.encode_ordinary(text)
@@ -339,17 +345,17 @@ def test_a_bpe_of_chinese_text_needs_fewer_tokens_than_gpt2s(tmp_path: Path, gpt
     assert done.returncode == 0, done.stderr
     assert "sample: 1 documents, 0.0 MB; learning 330 ids" in done.stdout
     assert "characters a token of the sample" in done.stdout
-    found = tokenizer.load(out)
+    found = save_load.load(out)
     assert isinstance(found, ByteLevelBPE)
-    assert found.pattern == published.GPT4_PATTERN
+    assert found.pattern == from_tiktoken.GPT4_PATTERN
     assert len(found.encode(text)) < 0.75 * len(gpt2.encode(text))
-    assert "".join(tokenizer.stream(found, found.encode(text))) == text
+    assert "".join(interface.stream(found, found.encode(text))) == text
 
 
 def test_training_leaves_the_validation_documents_out(tmp_path: Path) -> None:
     """The one merge of a vocabulary of 258 comes from the longer text, unless that is held out."""
-    held_out = next(text for n in range(99) if split.is_validation(text := f"qz {n}" * 1000, 0.5))
-    kept = next(text for n in range(99) if not split.is_validation(text := f"xj {n}" * 100, 0.5))
+    held_out = next(text for n in range(99) if holdout.is_validation(text := f"qz {n}" * 1000, 0.5))
+    kept = next(text for n in range(99) if not holdout.is_validation(text := f"xj {n}" * 100, 0.5))
     (tmp_path / "text").mkdir()
     for name, text in (("a.txt", held_out), ("b.txt", kept)):
         (tmp_path / "text" / name).write_text(text)
@@ -359,7 +365,7 @@ def test_training_leaves_the_validation_documents_out(tmp_path: Path) -> None:
         done = command("data_prep.train_tokenizer", str(tmp_path / "text"), "--out", str(out), "--vocab-size", "258",
                        "--val-fraction", fraction)  # fmt: skip
         assert done.returncode == 0, done.stderr
-        (merges[fraction],) = (token for token, rank in tokenizer.load(out).ranks.items() if rank == 256)
+        (merges[fraction],) = (token for token, rank in save_load.load(out).ranks.items() if rank == 256)
     assert merges == {"0": b"qz", "0.5": b"xj"}
 
 
@@ -399,7 +405,7 @@ def test_a_tokenizer_that_was_half_written_is_written_again(text_folder: Path, t
     (tmp_path / "out" / "tokenizer.json").unlink()
     (tmp_path / "out" / "vocab.tiktoken").write_text("")
     assert command("data_prep.train_tokenizer", *flags).returncode == 0
-    assert tokenizer.load(tmp_path / "out").vocab_size == 300
+    assert save_load.load(tmp_path / "out").vocab_size == 300
 
 
 # --- on the disk -----------------------------------------------------------------------------------
@@ -407,8 +413,8 @@ def test_a_tokenizer_that_was_half_written_is_written_again(text_folder: Path, t
 
 def test_a_saved_tokenizer_is_the_same_tokenizer(gpt2: ByteLevelBPE, bpe: ByteLevelBPE, tmp_path: Path) -> None:
     for words in (gpt2, bpe):
-        tokenizer.save(words, tmp_path / words.name)
-        found = tokenizer.load(tmp_path / words.name, words.fingerprint)
+        save_load.save(words, tmp_path / words.name)
+        found = save_load.load(tmp_path / words.name, words.fingerprint)
         assert found == words
         assert found.fingerprint == words.fingerprint
 
@@ -430,7 +436,7 @@ def test_whatever_changes_an_id_changes_the_fingerprint(bpe: ByteLevelBPE) -> No
 
 def test_another_tokenizer_than_the_shards_is_refused(gpt2: ByteLevelBPE, tokenizer_folder: Path) -> None:
     with pytest.raises(ValueError, match=f"fingerprint .*, but the shards were made with {gpt2.fingerprint[:12]}"):
-        tokenizer.load(tokenizer_folder, gpt2.fingerprint)
+        save_load.load(tokenizer_folder, gpt2.fingerprint)
 
 
 def damaged(folder: Path, how: str) -> None:
@@ -475,10 +481,10 @@ DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter ch
 def test_a_damaged_tokenizer_is_refused(how: str, asked: bool, tokenizer_folder: Path, tmp_path: Path) -> None:
     """Also by who has no fingerprint to ask for: `make_shards --tokenizer DIR` is the first to read one."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
-    fingerprint = tokenizer.load(folder).fingerprint if asked else ""
+    fingerprint = save_load.load(folder).fingerprint if asked else ""
     damaged(folder, how)
     with pytest.raises(ValueError, match=str(folder)):
-        tokenizer.load(folder, fingerprint)
+        save_load.load(folder, fingerprint)
 
 
 @pytest.mark.parametrize("name", ["vocab.tiktoken", "tokenizer.json"])
@@ -486,7 +492,7 @@ def test_a_missing_file_is_named(name: str, tokenizer_folder: Path, tmp_path: Pa
     folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"no tokenizer in {folder}: No such file or directory .*{name}"):
-        tokenizer.load(folder)
+        save_load.load(folder)
 
 
 def test_a_name_that_is_no_tokenizer_is_refused() -> None:

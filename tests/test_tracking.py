@@ -1,7 +1,7 @@
 """hpcgpt.tracking: one wandb run over all attempts, no row missing or doubled, and training never waits for wandb.
 
-The server is hpcgpt/wandb_server.py on loopback, and the client is the real wandb. What is on disk is read with wandb's
-own reader, ``wandb leet inspect``.
+The server is hpcgpt/drill/wandb_server.py on loopback, and the client is the real wandb. What is on disk is read with
+wandb's own reader, ``wandb leet inspect``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 from conftest import ROOT, clean_env, command, rows
 
-from hpcgpt import config_sources, durable, runfolder
-from hpcgpt.config import Config, Run
-from hpcgpt.config import Tracking as TrackingOptions
-from hpcgpt.runfolder import AGAIN, FINISHED
-from hpcgpt.tracking import Tracker, check
-from hpcgpt.wandb_server import WandbServer
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config, Run
+from hpcgpt.config.options import Tracking as TrackingOptions
+from hpcgpt.drill.wandb_server import WandbServer
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.run import run_folder
+from hpcgpt.storage import atomic
+from hpcgpt.tracking.tracker import Tracker, check
 
 KEY = "k" * 40
 LONG_S = 60.0
@@ -61,8 +63,8 @@ class Attempt:
             tracking=TrackingOptions(wandb=wanted),  # type: ignore[arg-type]
         )
         self.folder = self.config.run_folder
-        self.id = runfolder.prepare(self.folder)
-        durable.write(self.folder / "config.toml", config_sources.to_toml(self.config).encode())
+        self.id = run_folder.prepare(self.folder)
+        atomic.write(self.folder / "config.toml", sources.to_toml(self.config).encode())
         (self.folder / "generations").mkdir(exist_ok=True)
         number = 1 + len(list((self.folder / "generations").iterdir()))
         (self.folder / "generations" / f"{number:06d}.json").touch()
@@ -73,7 +75,7 @@ class Attempt:
         """Keep rows up to step `keep`, in a file of its own, as a resume and a rollback do."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(True)[:keep] if path.exists() else []
-        durable.write(path, "".join(lines).encode())
+        atomic.write(path, "".join(lines).encode())
 
     def write(self, steps: range) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -158,7 +160,7 @@ def test_what_a_rollback_makes_void_is_sent_anew_and_nothing_else(tmp_path: Path
     attempt.write(range(1, 21))
     assert server.wait(lambda: len(server.steps(attempt.id)) == 20)
     attempt.cut(10)
-    runfolder.record(attempt.folder, "rollback", attempt=1, step=10)
+    run_folder.record(attempt.folder, "rollback", attempt=1, step=10)
     attempt.write(range(11, 31))
     attempt.tracker.close(0, LONG_S)
     assert sorted(server.steps(attempt.id)) == sorted([*range(1, 21), *range(11, 31)])
@@ -198,7 +200,7 @@ def test_an_outage_that_ends_while_the_run_goes_on_costs_nothing(
     attempt.tracker.close(0, LONG_S)
     assert server.steps(attempt.id) == list(range(1, 21))
     assert "wandb: offline, because" in capfd.readouterr().err
-    (event,) = (event for event in runfolder.events(attempt.folder) if event["event"] == "wandb")
+    (event,) = (event for event in run_folder.events(attempt.folder) if event["event"] == "wandb")
     assert "the server does not answer" in event["words"]
 
 
@@ -343,7 +345,7 @@ def test_offline_is_kept_to_and_its_reason_is_said_and_recorded(
     said = capfd.readouterr().err
     assert f"wandb: offline, because {reason}" in said
     assert f"`python -m hpcgpt.tracking sync {attempt.folder}` later" in said
-    (event,) = (event for event in runfolder.events(attempt.folder) if event["event"] == "wandb")
+    (event,) = (event for event in run_folder.events(attempt.folder) if event["event"] == "wandb")
     assert reason in event["words"]
 
 
@@ -376,10 +378,10 @@ def test_training_ends_and_leaves_while_the_server_is_out_of_order_and_the_next_
     assert told.wait(60) == AGAIN, told.communicate()[1]
     told.communicate()
     steps = len(rows(folder / "metrics.jsonl"))
-    assert runfolder.read_exit(folder).status == AGAIN  # type: ignore[union-attr]
+    assert run_folder.read_exit(folder).status == AGAIN  # type: ignore[union-attr]
     assert server.history == {}
     server.mode = "healthy"
     last = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert last.returncode == FINISHED, last.stderr
     assert steps <= 200
-    assert server.steps(runfolder.run_id(folder)) == list(range(1, 201))
+    assert server.steps(run_folder.run_id(folder)) == list(range(1, 201))

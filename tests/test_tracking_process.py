@@ -1,4 +1,4 @@
-"""hpcgpt.tracking_process: the process beside rank 0. What it does with wandb is in test_tracking.py."""
+"""hpcgpt.tracking.wandb_process: the process beside rank 0. What it does with wandb is in test_tracking.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 
-from hpcgpt.tracking import STATE
+from hpcgpt.tracking.tracker import STATE
 
 # The process that it is replaced by says what it was given: its state, and what is in its standard input.
 SUCCESSOR = f"""#!/bin/sh
@@ -20,7 +20,7 @@ exec cat
 REPLACED = """
 import os, sys, threading
 from pathlib import Path
-from hpcgpt.tracking_process import Process
+from hpcgpt.tracking.wandb_process import Process
 
 has_read, read = threading.Event(), os.read
 def read_and_stop(*arguments):
@@ -65,7 +65,7 @@ def test_a_finish_or_the_end_of_training_is_noted_before_the_next_restart(
     code = """
 import sys, threading
 from pathlib import Path
-from hpcgpt.tracking_process import Process
+from hpcgpt.tracking.wandb_process import Process
 
 process = Process(Path(sys.argv[1]), "online", 1)
 threading.Thread(target=process._listen, daemon=True).start()

@@ -1,4 +1,5 @@
-"""hpcgpt.tracking_rows: a row is judged by the rollbacks from before it was made, not by those of the last look."""
+"""hpcgpt.tracking.missing_rows: a row is judged by the rollbacks from before it was made, not by those of the last
+look."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt.tracking_rows import RunRows
+from hpcgpt.tracking.missing_rows import RunRows
 
 
 def add(folder: Path, name: str, *lines: dict[str, Any]) -> None:

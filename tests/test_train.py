@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, clean_env, command, curve, on_ranks, rows, tensors
 
-from hpcgpt import runfolder
-from hpcgpt.runfolder import AGAIN, FINISHED
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.run import run_folder
 
 
 def test_a_run_trains_evaluates_saves_and_finishes(tiny: Path, tmp_path: Path) -> None:
@@ -77,9 +77,9 @@ def test_each_signal_saves_the_step_and_the_next_start_goes_on_to_the_same_bytes
         wait_for_rows(folder / "metrics.jsonl", more=10)
         told.send_signal(number)
         assert told.wait(60) == AGAIN
-    ends = [event for event in runfolder.events(folder) if event["event"] == "end"]
+    ends = [event for event in run_folder.events(folder) if event["event"] == "end"]
     assert [end["reason"] for end in ends] == list(reasons.values())
-    starts = [event["step"] for event in runfolder.events(folder) if event["event"] == "start"]
+    starts = [event["step"] for event in run_folder.events(folder) if event["event"] == "start"]
     assert starts == [0, *(end["step"] for end in ends[:-1])], "it did not go on where it was told to leave"
     finish(whole, "cut")
 
@@ -90,7 +90,7 @@ def test_sigkill_costs_the_steps_since_the_checkpoint_and_nothing_else(whole: Pa
     killed.kill()
     killed.wait(10)
     finish(whole, "killed")
-    first, second = (event for event in runfolder.events(whole.parent / "killed") if event["event"] == "start")
+    first, second = (event for event in run_folder.events(whole.parent / "killed") if event["event"] == "start")
     assert first["step"] == 0
     assert second["step"] >= 20
     assert second["step"] % 20 == 0
@@ -134,7 +134,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_sees_the_same_samples(ti
         states = [last[f"rng/{rank}/cpu"] for rank in range(ranks)]
         assert len(set(states)) == ranks, "ranks would draw the same dropout"
     folder = tmp_path / "runs" / "elastic"
-    assert [event["world_size"] for event in runfolder.events(folder) if event["event"] == "start"] == [2, 1, 4]
+    assert [event["world_size"] for event in run_folder.events(folder) if event["event"] == "start"] == [2, 1, 4]
     whole = rows(tmp_path / "runs" / "whole" / "metrics.jsonl")
     elastic_rows = rows(folder / "metrics.jsonl")
     assert [(row["step"], row["samples"]) for row in elastic_rows] == [(row["step"], row["samples"]) for row in whole]

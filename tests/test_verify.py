@@ -15,7 +15,7 @@ from test_inspect import folder as folder  # a fixture
 from test_shards import flip, write
 
 from data_prep import verify
-from hpcgpt import shards
+from hpcgpt.data import shard_format
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
@@ -25,7 +25,7 @@ def test_any_number_of_workers_tells_the_same_in_the_same_order(
     monkeypatch.setattr(verify, "PIECE_TOKENS", 500)
     monkeypatch.setattr(verify, "PIECE_DOCUMENTS", 2)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    manifest = shards.read_manifest(copy)
+    manifest = shard_format.read_manifest(copy)
     assert verify.verify(copy, manifest, workers) == []
     flip(copy / "train_000000.bin", 2000)
     (copy / "train_000001.idx").unlink()
@@ -47,7 +47,7 @@ def test_quick_looks_at_sizes_and_headers_only(
     flip(copy / "train_000000.bin", 0)
     flip(copy / "train_000001.idx", 26)
     (copy / "val_000000.bin").write_bytes(b"")
-    found = "\n".join(verify.verify(copy, shards.read_manifest(copy), quick=True))
+    found = "\n".join(verify.verify(copy, shard_format.read_manifest(copy), quick=True))
     for words in ("train_000000.bin: not a token shard", "train_000001.idx: ", "val_000000.bin is truncated"):
         assert words in found
     with pytest.raises(ValueError, match="--workers 0: expected 1 or more"):
@@ -60,7 +60,7 @@ def test_each_number_of_an_index_is_looked_at_also_where_all_checksums_hold(plac
     at = {"length": 34 + 4, "pointer": 34 + 4 * 3 + 8, "border": 34 + 12 * 3 + 8, "last border": 34 + 12 * 3 + 24}
     path = tmp_path / "shards" / "train_000000.idx"
     flip(path, at[place])
-    changed = dataclasses.replace(manifest.shards[0], idx_xxh3=shards.checksum(path))
+    changed = dataclasses.replace(manifest.shards[0], idx_xxh3=shard_format.checksum(path))
     manifest = dataclasses.replace(manifest, shards=[changed])
     assert "its documents do not add up" in "\n".join(verify.verify(tmp_path / "shards", manifest))
 
@@ -68,17 +68,17 @@ def test_each_number_of_an_index_is_looked_at_also_where_all_checksums_hold(plac
 def test_verify_needs_no_more_memory_for_a_larger_shard(folder: Path, tmp_path: Path) -> None:
     """240 MB of zeros, which take no room on the disk: as a whole they would show."""
     tokens = 120_000_000
-    width = shards.WIDTHS["uint16"]
+    width = shard_format.WIDTHS["uint16"]
     with open(tmp_path / "train_000000.bin", "wb") as file:
-        file.write(shards.header(width, tokens))
+        file.write(shard_format.header(width, tokens))
         file.truncate(1024 + 2 * tokens)
-    index = shards.index(width, np.array([tokens]))
+    index = shard_format.index(width, np.array([tokens]))
     (tmp_path / "train_000000.idx").write_bytes(index)
-    sums = [shards.checksum(tmp_path / f"train_000000.{suffix}") for suffix in ("bin", "idx")]
-    shard = shards.Shard("train_000000", "train", tokens, 1, 1024 + 2 * tokens, *sums, 0, 0, 0, 0)
-    about = shards.read_manifest(folder).tokenizer | {"end_of_text": 0}
+    sums = [shard_format.checksum(tmp_path / f"train_000000.{suffix}") for suffix in ("bin", "idx")]
+    shard = shard_format.Shard("train_000000", "train", tokens, 1, 1024 + 2 * tokens, *sums, 0, 0, 0, 0)
+    about = shard_format.read_manifest(folder).tokenizer | {"end_of_text": 0}
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
-    shards.write_manifest(tmp_path, "uint16", about, [], "by hand", {}, [shard])
+    shard_format.write_manifest(tmp_path, "uint16", about, [], "by hand", {}, [shard])
     # Not ru_maxrss: of a new process it begins with what its parent had.
     code = (
         "import sys; from pathlib import Path; from data_prep import verify\n"

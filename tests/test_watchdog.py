@@ -1,4 +1,5 @@
-"""hpcgpt.watchdog: a real process that hangs says where and ends; one that was stopped, or is slow, goes on."""
+"""hpcgpt.training.hang_watchdog: a real process that hangs says where and ends; one that was stopped, or is slow, goes
+on."""
 
 from __future__ import annotations
 
@@ -14,22 +15,23 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 
-from hpcgpt import runfolder
-from hpcgpt.config import Config, Watchdog
-from hpcgpt.runfolder import FAILED
-from hpcgpt.world import World
+from hpcgpt.config.options import Config, Watchdog
+from hpcgpt.distributed.world import World
+from hpcgpt.exit_codes import FAILED
+from hpcgpt.run import run_folder
 
 # A rank with a watchdog that thinks a second and a half of silence too long. The farewell is shortened, since it is how
 # long faulthandler waits beyond that where the interpreter's lock is stuck.
 RANK = """
 import ctypes, dataclasses, sys, threading, time
-from hpcgpt import config, watchdog
-from hpcgpt.world import World
+from hpcgpt.config import options
+from hpcgpt.training import hang_watchdog
+from hpcgpt.distributed.world import World
 run, mode, farewell_s, factor = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
-watchdog.FAREWELL_S, watchdog.TICK_S = farewell_s, 0.2
-settings = dataclasses.replace(config.Config(), run=config.Run(dir=run, name="tiny"),
-                               watchdog=config.Watchdog(hang_factor=factor, hang_min_s=1.5))
-dog = watchdog.Watchdog(settings, World(3, 0, 4, 1, "alone", "7_0"), 5)
+hang_watchdog.FAREWELL_S, hang_watchdog.TICK_S = farewell_s, 0.2
+settings = dataclasses.replace(options.Config(), run=options.Run(dir=run, name="tiny"),
+                               watchdog=options.Watchdog(hang_factor=factor, hang_min_s=1.5))
+dog = hang_watchdog.Watchdog(settings, World(3, 0, 4, 1, "alone", "7_0"), 5)
 for step in range(1, 6):
     dog.step(step)
 time.sleep(0.5)  # a few looks of the watchdog
@@ -85,7 +87,7 @@ def test_a_rank_that_hangs_leaves_its_stacks_and_an_event_and_ends_as_a_failure(
     assert "_watch" in stacks.read_text(), "all threads"
     assert "hang: nothing for " in told
     assert f"its stacks are in {stacks}" in told
-    (event,) = runfolder.events(tmp_path / "tiny")
+    (event,) = run_folder.events(tmp_path / "tiny")
     assert (event["event"], event["attempt"], event["rank"], event["step"]) == ("hang", 5, 3, 5)
     assert event["silent_s"] > 1.5
 
@@ -141,10 +143,10 @@ def test_nobody_is_ended_whose_watchdog_is_off_or_who_is_alive(tmp_path: Path, m
     [([], 1800.0), ([1.0, 1.0], 1800.0), ([1.0, 1.0, 1.0], 300.0), ([20.0] * 5, 600.0), ([20.0, 20.0, 900.0], 600.0)],
 )
 def test_how_long_is_too_long_follows_the_usual_step(steps_s: list[float], expected: float) -> None:
-    from hpcgpt import watchdog
+    from hpcgpt.training import hang_watchdog
 
     settings = Config(watchdog=Watchdog(hang_factor=0.0))
-    dog = watchdog.Watchdog(settings, World(0, 0, 1, 1, "alone", "test"), 1)
+    dog = hang_watchdog.Watchdog(settings, World(0, 0, 1, 1, "alone", "test"), 1)
     dog._settings = Config()
     dog._steps_s.extend(steps_s)
     assert dog.limit_s == expected

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import command, on_ranks
 
-from hpcgpt import faults, requeue, runfolder
-from hpcgpt.checkpoint import FormatError
-from hpcgpt.config import Requeue
+from hpcgpt import requeue
+from hpcgpt.checkpoint.layout import FormatError
+from hpcgpt.config.options import Requeue
 from hpcgpt.errors import (
-    FAILED,
-    USER_MISTAKE,
     DivergedError,
     InputError,
     NodeError,
@@ -26,9 +24,10 @@ from hpcgpt.errors import (
     sentence,
     status_of,
 )
-from hpcgpt.progress import History
-from hpcgpt.runfolder import FINISHED
-from hpcgpt.slurm import Job
+from hpcgpt.exit_codes import FAILED, FINISHED, USER_MISTAKE
+from hpcgpt.run import crash_report, run_folder
+from hpcgpt.slurm.restart_history import History
+from hpcgpt.slurm.scontrol import Job
 
 
 @pytest.mark.parametrize(
@@ -72,18 +71,20 @@ def broken(count: int, rank: int, where: str, error: str, tiny: Path, *flags: st
 
 def decided(folder: Path, status: int) -> requeue.Decision:
     """What the requeue policy says of the attempt whose faults are in `folder`."""
-    words = [faults.read(folder, path.name) for path in folder.glob("faults/*")]  # none before there is a run folder
-    blamed = faults.blame([], words[0] if words else [])
-    return requeue.decide(runfolder.read_exit(folder), status, Job("RUNNING"), 0, History(), Requeue(), blamed)
+    words = [
+        crash_report.read(folder, path.name) for path in folder.glob("faults/*")
+    ]  # none before there is a run folder
+    blamed = crash_report.blame([], words[0] if words else [])
+    return requeue.decide(run_folder.read_exit(folder), status, Job("RUNNING"), 0, History(), Requeue(), blamed)
 
 
 MACHINE = {
-    "a library's ValueError": ("hpcgpt.engine:train_step", "ValueError('invalid gradient')"),
-    "a dead GPU": ("hpcgpt.engine:train_step", "RuntimeError('CUDA error: uncorrectable ECC error')"),
-    "ESTALE at a shard": ("hpcgpt.shard_reader:open_tokens", "OSError(116, 'Stale file handle')"),
-    "EIO at the sizes": ("hpcgpt.shard_reader:os.stat", "OSError(5, 'Input/output error')"),
-    "a codec in the loader": ("hpcgpt.loader:Loader.batch", "UnicodeDecodeError('utf-8', b'x', 0, 1, 'x')"),
-    "no memory": ("hpcgpt.model:GPT.__init__", "MemoryError()"),
+    "a library's ValueError": ("hpcgpt.training.engine:train_step", "ValueError('invalid gradient')"),
+    "a dead GPU": ("hpcgpt.training.engine:train_step", "RuntimeError('CUDA error: uncorrectable ECC error')"),
+    "ESTALE at a shard": ("hpcgpt.data.shard_reader:open_tokens", "OSError(116, 'Stale file handle')"),
+    "EIO at the sizes": ("hpcgpt.data.shard_reader:os.stat", "OSError(5, 'Input/output error')"),
+    "a codec in the loader": ("hpcgpt.data.loader:Loader.batch", "UnicodeDecodeError('utf-8', b'x', 0, 1, 'x')"),
+    "no memory": ("hpcgpt.model.gpt:GPT.__init__", "MemoryError()"),
 }
 
 
@@ -98,17 +99,19 @@ def test_a_machines_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    "where", ["hpcgpt.engine:train_step", "hpcgpt.checkpoint:check", "hpcgpt.loop:tokenizer.load"], ids=str
+    "where",
+    ["hpcgpt.training.engine:train_step", "hpcgpt.checkpoint.layout:check", "hpcgpt.training.loop:save_load.load"],
+    ids=str,
 )
 def test_the_rank_whose_fault_it_is_is_blamed_and_no_other(tiny: Path, where: str, rank: int) -> None:
     """Also where ranks share an error, so that all of them raise it."""
-    if where == "hpcgpt.checkpoint:check":
-        where = "hpcgpt.checkpoint:outline" if rank == 0 else "hpcgpt.checkpoint:damage"
+    if where == "hpcgpt.checkpoint.layout:check":
+        where = "hpcgpt.checkpoint.layout:outline" if rank == 0 else "hpcgpt.checkpoint.layout:damage"
         assert command("hpcgpt.train", str(tiny), "--train.steps", "8").returncode == FINISHED
     status, said, folder = broken(2, rank, where, "ValueError('a fault of its own')", tiny)
     assert status not in (FINISHED, USER_MISTAKE), said
     attempt = next((folder / "faults").iterdir()).name
-    blamed = faults.blame([], faults.read(folder, attempt))
+    blamed = crash_report.blame([], crash_report.read(folder, attempt))
     assert blamed is not None
     assert (blamed.rank, blamed.status) == (rank, FAILED)
     assert "a fault of its own" in blamed.reason
@@ -130,7 +133,7 @@ def test_shards_that_the_run_has_trained_with_are_no_mistake(tiny: Path, shards_
     assert later.returncode == FAILED
     assert "the run has trained with it before" in later.stderr
     assert "Traceback" not in later.stderr
-    ended = runfolder.read_exit(folder)
+    ended = run_folder.read_exit(folder)
     assert ended is not None
     assert (ended.attempt, ended.status) == ("7_1", FAILED)
     alone = command("hpcgpt.train", str(tiny), *shards)

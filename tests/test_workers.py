@@ -1,4 +1,4 @@
-"""data_prep.workers: the server that workers are forked from."""
+"""data_prep.pipeline.workers: the server that workers are forked from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from conftest import command
 
 from data_prep.make_shards import main
-from hpcgpt import shards
+from hpcgpt.data import shard_format
 
 
 def test_workers_start_whatever_the_length_of_tmpdir(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -22,4 +22,4 @@ def test_workers_start_whatever_the_length_of_tmpdir(tokenizer_folder: Path, tmp
     done = command("data_prep.make_shards", *flags, "--out", str(tmp_path / "two"), "--workers", "2",
                    env={"TMPDIR": str(temporary)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert shards.read_manifest(tmp_path / "two").digest == shards.read_manifest(tmp_path / "alone").digest
+    assert shard_format.read_manifest(tmp_path / "two").digest == shard_format.read_manifest(tmp_path / "alone").digest

@@ -1,4 +1,4 @@
-"""hpcgpt.world: who am I, and which device is mine."""
+"""hpcgpt.distributed.world: who am I, and which device is mine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcgpt import world
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import World, device_index, discover, expand_hosts
 from hpcgpt.errors import NodeError, UserError
-from hpcgpt.world import World, device_index, discover, expand_hosts
 
 # --- who am I --------------------------------------------------------------------------------------
 

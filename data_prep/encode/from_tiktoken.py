@@ -1,0 +1,162 @@
+"""OpenAI's published encodings: which file holds the ranks, its SHA-256, the pattern, the special tokens.
+
+As in tiktoken (MIT), which fetches the ranks on first use and deletes a file that it does not expect. Here
+they are looked for where tiktoken keeps them, then fetched; compute nodes have no network, so a file that
+was brought along does too. Nothing is ever deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcgpt.errors import UserError
+from hpcgpt.storage import atomic
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, parse_ranks
+
+END_OF_TEXT = "<|endoftext|>"
+_URL = "https://openaipublic.blob.core.windows.net/encodings/"
+_TIMEOUT_S = 20
+
+# GPT-2's own pattern: contractions, words, numbers, punctuation and white space are never merged with
+# each other. Written with possessive quantifiers as in tiktoken; it cuts exactly like the original.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-4's: numbers in groups of three, punctuation keeps the line feeds behind it.
+GPT4_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s"
+)
+# GPT-4o's: a word ends where lower case turns to upper.
+O200K_PATTERN = "|".join([
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Published:
+    file: str
+    sha256: str
+    pattern: str
+    special_tokens: Mapping[str, int]
+
+
+_R50K = ("r50k_base.tiktoken", "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", GPT2_PATTERN)
+_P50K = ("p50k_base.tiktoken", "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069", GPT2_PATTERN)
+_CL100K = ("cl100k_base.tiktoken", "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7", GPT4_PATTERN)
+_O200K = ("o200k_base.tiktoken", "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d", O200K_PATTERN)
+_FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+_HARMONY = {200002: "return", 200003: "constrain", 200005: "channel", 200006: "start", 200007: "end",
+            200008: "message", 200012: "call"}  # fmt: skip
+
+PUBLISHED = {
+    "r50k_base": Published(*_R50K, {END_OF_TEXT: 50256}),
+    "p50k_base": Published(*_P50K, {END_OF_TEXT: 50256}),
+    "p50k_edit": Published(*_P50K, {END_OF_TEXT: 50256, **{name: 50281 + n for n, name in enumerate(_FIM)}}),
+    "cl100k_base": Published(
+        *_CL100K,
+        {END_OF_TEXT: 100257, **{name: 100258 + n for n, name in enumerate(_FIM)}, "<|endofprompt|>": 100276},
+    ),
+    "o200k_base": Published(*_O200K, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
+    "o200k_harmony": Published(
+        *_O200K,
+        {"<|startoftext|>": 199998, END_OF_TEXT: 199999, "<|endofprompt|>": 200018}
+        | {f"<|{_HARMONY.get(n, f'reserved_{n}')}|>": n for n in range(200000, 201088)},
+    ),
+}
+
+
+def find(name: str) -> ByteLevelBPE:
+    """A published encoding, its ranks from tiktoken's cache or from the network.
+
+    Raises:
+        UserError: they are in neither, or not the published ones.
+    """
+    published = PUBLISHED[name]
+    url = _URL + published.file
+    folder = _cache_folder()
+    cached = folder / hashlib.sha1(url.encode()).hexdigest() if folder else None
+    kept = _kept(cached) if cached else None
+    if cached and kept is not None:
+        content = kept
+        _check(content, published, str(cached))
+    else:
+        try:
+            with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+                content = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"tokenizer {name}: its ranks are not on this machine and cannot be fetched here ({error}): fetch "
+                f"{url} elsewhere, and name that file in place of '{name}'"
+                + (f", or copy it to {cached}" if cached else "")
+            ) from None
+        _check(content, published, url)
+        if cached:
+            try:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                atomic.write(cached, content)
+            except OSError as error:  # in /tmp, another user's: it is fetched again next time
+                why = error.strerror or error
+                print(f"tokenizer {name}: its ranks cannot be kept in {cached.parent}: {why}", file=sys.stderr)
+    return _made(name, content)
+
+
+def from_file(path: Path) -> ByteLevelBPE:
+    """A published encoding whose ranks are the file `path`, told by its hash.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    names = [name for name, published in PUBLISHED.items() if published.sha256 == found]
+    if not names:
+        known = ", ".join(sorted({published.file for published in PUBLISHED.values()}))
+        raise UserError(
+            f"{path}: its SHA-256 {found[:12]}... is that of no published encoding ({known}); a file of ranks "
+            "does not say how text is cut nor which tokens are special, so others need a tokenizer.json"
+        )
+    return _made(path.stem if path.stem in names else names[0], content)
+
+
+def _made(name: str, content: bytes) -> ByteLevelBPE:
+    published = PUBLISHED[name]
+    special = dict(published.special_tokens)
+    return ByteLevelBPE(name, published.pattern, parse_ranks(content), special, special[END_OF_TEXT])
+
+
+def _check(content: bytes, published: Published, place: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != published.sha256:
+        raise UserError(
+            f"{place}: not {published.file}: SHA-256 {found[:12]}..., expected {published.sha256[:12]}...: it "
+            "is damaged or another file; fetch it again"
+        )
+
+
+def _kept(path: Path) -> bytes | None:
+    """The content of a file in the cache; None if there is none, or it is another user's and cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _cache_folder() -> Path | None:
+    """Where tiktoken keeps what it fetched; None if it was told to keep nothing."""
+    for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        if variable in os.environ:
+            return Path(os.environ[variable]) if os.environ[variable] else None
+    return Path(tempfile.gettempdir()) / "data-gym-cache"

@@ -1,0 +1,165 @@
+"""gigatoken (MIT), the fast encoder: what it needs in order to give tiktoken's ids.
+
+- It is made from the bare ranks, without special tokens, so that a literal ``<|endoftext|>`` stays text.
+- How text is cut is built into it, so only patterns that were compared with its own are taken (`SCHEMES`).
+- It knows the letters of Unicode 17, tiktoken those of 16. A text that holds a newer one goes to tiktoken.
+- It remembers every word that it met, up to 12 bytes for a byte of text, and forgets none. It is made anew
+  when this process has grown by `MOST_GROWTH_BYTES`: that costs 0.1 s of CPU time, as 10 MB of English do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.encode import from_tiktoken
+from hpcgpt.errors import UserError
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, write_ranks
+
+MOST_GROWTH_BYTES = 256_000_000
+# The growth may come from somewhere else, or be unreadable: so much text passes between two renewals.
+FEWEST_CHARACTERS = 16_000_000
+
+_GPT4_AS_HUGGING_FACE_WRITES_IT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# Pattern -> what gigatoken calls it. tests/test_backends.py compares each pair on every code point, with a
+# vocabulary that shows where text was cut.
+SCHEMES = {
+    from_tiktoken.GPT2_PATTERN: "gpt2",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    from_tiktoken.GPT4_PATTERN: "gpt4",
+    from_tiktoken.O200K_PATTERN: "o200k",
+    # Llama 3, OLMo 2 and others. Line feeds at the end of a text are cut otherwise than by tiktoken's for GPT-4.
+    _GPT4_AS_HUGGING_FACE_WRITES_IT: "olmo3",
+    _GPT4_AS_HUGGING_FACE_WRITES_IT.replace("{1,3}", ""): "qwen2",
+}
+# Letters, marks and digits that came with Unicode 17, first and last, and U+0295, which was lower case before: only
+# o200k tells that. Found by comparing all code points between others: benchmarks/fuzz_backends.py does it again.
+NEWER = [
+    (0x295, 0x295),
+    (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB), (0xA7CE, 0xA7CF),
+    (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4), (0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7), (0x10EFA, 0x10EFB),
+    (0x11B60, 0x11B67), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9), (0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3),
+    (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E), (0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE),
+    (0x1E6E0, 0x1E6F5), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479),
+]  # fmt: skip
+_NEWER_LETTER = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in NEWER) + "]")
+
+Batch = tuple[NDArray[np.uint32], NDArray[np.int64]]
+
+
+class Gigatoken:
+    """`plain` encodes what has newer letters in it.
+
+    Raises:
+        UserError: gigatoken is not there, or cannot run this tokenizer.
+    """
+
+    name, why = "gigatoken", ""
+
+    def __init__(self, tokenizer: ByteLevelBPE, plain: Callable[[Sequence[str]], Batch]) -> None:
+        scheme = SCHEMES.get(tokenizer.pattern)
+        if scheme is None:
+            raise UserError(f"gigatoken does not know the pattern of tokenizer {tokenizer.name}")
+        try:
+            from gigatoken.gigatoken_rs import BPETokenizer
+        except ImportError as error:
+            raise UserError(
+                f"it is not installed ({error}); `pip install 'hpcgpt[fast]'` makes this several times faster"
+            ) from None
+        self._tokenizer, self._scheme, self._plain = tokenizer, scheme, plain
+        self._from_ranks: Callable[[str, str], Any] = BPETokenizer.from_tiktoken
+        # It wants ranks without gaps, but special tokens may come first or lie between.
+        order = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
+        self._content = write_ranks({token: number for number, token in enumerate(order)})
+        numbers = np.array([tokenizer.ranks[token] for token in order], dtype=np.uint32)
+        self._numbers = None if numbers[-1] == len(numbers) - 1 else numbers
+        self._program = self._made()
+        self._characters = 0
+        self._limit = _resident() + MOST_GROWTH_BYTES
+
+    def batch(self, texts: Sequence[str]) -> Batch:
+        if self._characters >= FEWEST_CHARACTERS and not 0 < _resident() < self._limit:
+            self._program = None  # first, so that there are never two
+            self._program, self._characters = self._made(), 0
+        ids, counts = _arrays(self._program.encode_batch(list(texts), parallel=False))
+        if self._numbers is not None:
+            ids = self._numbers[ids]
+        self._characters += sum(map(len, texts))
+        if not all(map(str.isascii, texts)) and self._may_be_newer[ids].any():
+            return self._mended(texts, ids, counts)
+        return ids, counts
+
+    def _made(self) -> Any:
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(self._content)
+            file.flush()
+            try:
+                return self._from_ranks(file.name, self._scheme)
+            except (KeyboardInterrupt, SystemExit, MemoryError):
+                raise
+            except BaseException as error:  # its panics are no Exception
+                told = str(error).partition("\n")[0]
+                raise UserError(f"gigatoken cannot run tokenizer {self._tokenizer.name}: {told}") from None
+
+    @cached_property
+    def _may_be_newer(self) -> NDArray[np.bool_]:
+        """Does a newer letter begin in this token, as far as the token shows (vocab_size,)? Looking that up is ten
+        times faster than searching the text."""
+        letters = [chr(code).encode() for first, last in NEWER for code in range(first, last + 1)]
+        starts = {letter[:length] for letter in letters for length in range(1, 5)}
+        lead = re.compile(b"[" + b"".join({letter[:1] for letter in letters}) + b"]")
+        table = np.zeros(self._tokenizer.vocab_size, dtype=np.bool_)
+        for token, number in self._tokenizer.ranks.items():
+            table[number] = any(
+                token[(at := found.start()) : at + _length(token[at])] in starts for found in lead.finditer(token)
+            )
+        return table
+
+    def _mended(self, texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]) -> Batch:
+        """The same with the ids of the texts that hold newer letters from tiktoken."""
+        newer = [number for number, text in enumerate(texts) if not text.isascii() and _NEWER_LETTER.search(text)]
+        if not newer:
+            return ids, counts
+        parts = np.split(ids, np.cumsum(counts)[:-1])
+        for number in newer:
+            parts[number], _ = self._plain([texts[number]])
+        return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
+
+
+def _length(lead: int) -> int:
+    """Bytes of a character of UTF-8, by its first."""
+    return 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2
+
+
+def _arrays(made: Any) -> Batch:
+    """What encode_batch gives, as plain arrays without copying.
+
+    Raises:
+        UserError: it is laid out otherwise than expected.
+    """
+    try:
+        borders, ids = np.asarray(made.layout.offsets.data), np.asarray(made.layout.content.data)
+    except AttributeError as error:
+        raise UserError(f"gigatoken's result is of an unknown form: {error}") from None
+    if ids.dtype != np.uint32 or borders.dtype != np.int64 or ids.ndim != 1:
+        raise UserError(f"gigatoken's ids are {ids.dtype} and their borders {borders.dtype}: expected uint32 and int64")
+    return ids[borders[0] : borders[-1]], np.diff(borders)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds; 0 where Linux does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0

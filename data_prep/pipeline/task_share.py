@@ -1,0 +1,61 @@
+"""Who makes which units: task i of n makes units i, i+n, i+2n, ...
+
+A task takes its share (``hpcgpt.storage.lease``) before it begins, so that two runs into one folder do not
+do the same work twice. It would do no harm if they did: what is in a unit depends on the plan alone,
+and its folder appears once. Shares of different sizes overlap where i = j modulo the common divisor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+
+from hpcgpt.distributed import world
+from hpcgpt.errors import UserError
+from hpcgpt.storage import lease
+
+_NAME = re.compile(r"(\d+)_of_(\d+)")
+
+
+@dataclass(frozen=True)
+class Share:
+    task: int
+    tasks: int
+
+    def overlaps(self, other: Share) -> bool:
+        return (self.task - other.task) % gcd(self.tasks, other.tasks) == 0
+
+
+@contextmanager
+def taken(out: Path, share: Share) -> Iterator[None]:
+    """Hold a share of the folder `out` while the block runs.
+
+    Raises:
+        UserError: a living process holds it, or one that overlaps.
+    """
+    folder = out / "prep" / "shares"
+    attempt = world.job_attempt()
+    try:
+        held = lease.take(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
+    except ValueError as error:
+        raise UserError(f"{out} is being made already: {error}") from None
+    try:
+        for path in sorted(folder.iterdir()):
+            found = _NAME.fullmatch(path.name)
+            other = Share(int(found[1]), int(found[2])) if found else share
+            if other != share and share.overlaps(other):
+                _refuse_if_alive(out, path, attempt)
+        yield
+    finally:
+        held.release()
+
+
+def _refuse_if_alive(out: Path, folder: Path, attempt: str) -> None:
+    try:
+        lease.wait_until_gone(folder, attempt)
+    except ValueError as error:
+        raise UserError(f"{out} is being made already, in other shares: {error}") from None

@@ -1,0 +1,74 @@
+"""Text on standard input: copied into the folder that is made, so that a rerun can continue with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from data_prep.text.options import shown
+from hpcgpt.errors import UserError
+from hpcgpt.storage import atomic
+
+_CHUNK = 1 << 20
+_PACKED = {
+    b"\x1f\x8b": "it is gzip; pipe it through `gzip -dc` first",
+    b"\x28\xb5\x2f\xfd": "it is zstandard; pipe it through `zstd -dc` first",
+    b"\xfd7zXZ\0": "it is xz; pipe it through `xz -dc` first",
+    b"PAR1": "it is parquet; name the file instead",
+}
+
+
+def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = "") -> Path:
+    """Copy `stream` to stdin.jsonl or stdin.txt in `folder`, whole and flushed to the disk, so that a rerun can go on.
+
+    It is jsonl if its first character that is not white space is ``{``, unless `kind` says what it is. A rerun
+    compares its stream with the copy, and may leave it out by reading from the terminal.
+
+    Raises:
+        UserError: there is nothing, or packed or binary data, or something else than the copy.
+        OSError: it could not be written.
+    """
+    copies = [path for path in (folder / "stdin.jsonl", folder / "stdin.txt") if path.exists()]
+    if stream.isatty():
+        if not copies:
+            raise UserError("standard input is a terminal: pipe the text in, as in `cat novels/* | ...`")
+        return copies[0]
+    head = stream.read(_CHUNK)
+    if not head:
+        raise UserError("there is nothing on standard input")
+    for mark, remedy in _PACKED.items():
+        if head.startswith(mark):
+            raise UserError(f"standard input is not text: {remedy}")
+    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    path = folder / f"stdin.{kind or ('jsonl' if begins == b'{' else 'txt')}"
+    if copies:
+        if copies != [path]:
+            raise UserError(_other_stdin(copies[0], 0))
+        _check_same(stream, head, path)
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic.writing(path) as file:
+        while head:
+            file.write(head)
+            head = stream.read(_CHUNK)
+    return path
+
+
+def _check_same(stream: BinaryIO, head: bytes, path: Path) -> None:
+    """Raises UserError if head and the rest of the stream are not what is in the file."""
+    offset = 0
+    with open(path, "rb") as file:
+        while head:
+            if file.read(len(head)) != head:
+                raise UserError(_other_stdin(path, offset))
+            offset += len(head)
+            head = stream.read(_CHUNK)
+        if file.read(1):
+            raise UserError(_other_stdin(path, offset))
+
+
+def _other_stdin(path: Path, offset: int) -> str:
+    return (
+        f"standard input is not what it was when this was begun: it differs from {shown(path)} behind byte {offset}; "
+        "give the same text again, or choose another --out"
+    )

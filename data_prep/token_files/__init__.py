@@ -1,0 +1,1 @@
+"""Other programs' token files: reading them, and cutting their stream into documents."""

@@ -1,0 +1,3 @@
+"""Checkpoints: their layout on disk, saving, loading, which ones stay. `python -m hpcgpt.checkpoint ls|verify|show
+RUN`.
+"""

@@ -1,0 +1,117 @@
+"""A trained model out of a run's folder, for the commands that use one: ``hpcgpt sample`` and ``hpcgpt eval``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hpcgpt.checkpoint import layout, run_config
+from hpcgpt.checkpoint import load as checkpoint_load
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.config.options import Config
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.errors import UserError
+from hpcgpt.model import host_memory, kernels
+from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.precision import allow_tf32, computing_in, pick_dtype
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.interface import Tokenizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`model` as the checkpoint at `path` has it, on `ranks.device`; `ranks` are this process alone."""
+
+    config: Config
+    path: Path
+    state: State
+    model: GPT
+    words: Tokenizer
+    ranks: Ranks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What training computes in, or would on this device."""
+        return pick_dtype(self.config.train.dtype, self.ranks.device)
+
+    def computing(self) -> torch.autocast:
+        """A context for `dtype`. Weights are cast once in it, if it is entered once."""
+        return computing_in(self.dtype, self.ranks.device)
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """The same, and training's attention kernel, for windows like training's: so figures are the same to the last
+        bit. Not for a text that grows: there are kernels that take no single token.
+        """
+        with self.computing(), self._attention()():
+            yield
+
+    def _attention(self) -> kernels.Context:
+        try:
+            return kernels.attention(self.config.train.attention, self.ranks.device, self.dtype)
+        except ValueError:  # a run of GPUs may be looked at where there are none
+            return nullcontext
+
+
+def load(folder: Path, step: int | None, best: bool) -> Trained:
+    """The model of a run, from the checkpoint of a step, from the best, or else from the newest.
+
+    Raises:
+        UserError: no such run or checkpoint, or it is damaged. If none is named damaged ones are passed over.
+    """
+    config = run_config.config(folder)
+    alone = world.World(0, 0, 1, 1, "alone", "command")
+    torch.set_num_threads(config.run.threads or world.cores(alone))
+    # A run of GPUs may be looked at where there are none.
+    device = world.pick_device(alone, "cpu" if config.run.device == "cpu" else "auto")
+    if device.type == "cpu":
+        host_memory.keep_freed()
+    allow_tf32(device)
+    ranks = Ranks(alone, device, None)
+    path = _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
+    words = save_load.load(folder / "tokenizer")
+    model = GPT(config.model, manner=Manner.of(config, words.end_of_text)).to(ranks.device)
+    if config.train.dtype == "float64":
+        model.double()
+    return Trained(config, path, checkpoint_load.load(path, model, None, ranks), model.eval(), words, ranks)
+
+
+def _newest(folder: Path, ranks: Ranks) -> Path:
+    newest = checkpoint_load.newest_valid(folder / "checkpoints", ranks, None)
+    if newest is None:
+        raise UserError(f"{folder} has no checkpoint yet")
+    return newest
+
+
+def _of_step(folder: Path, step: int) -> Path:
+    there = {layout.step_of(path): path for path in reversed(layout.found(folder / "checkpoints"))}
+    if step not in there:
+        steps = f"there are {', '.join(f'{found:,}' for found in there)}" if there else "there is none yet"
+        raise UserError(f"{folder} has no checkpoint of step {step:,}: {steps}")
+    if problem := layout.verify(there[step]):
+        raise UserError(f"{there[step]} is damaged: {problem}")
+    return there[step]
+
+
+def _best(folder: Path) -> Path:
+    """The whole one with the smallest validation loss, the newest of several."""
+    losses = []
+    for path in layout.found(folder / "checkpoints"):
+        if not layout.outline(path):
+            loss = layout.val_loss(path)
+            if loss is not None and math.isfinite(loss):
+                losses.append((loss, -layout.step_of(path), path))
+    for _, _, path in sorted(losses):
+        if not (problem := layout.verify(path)):
+            return path
+        layout.warn(path, problem)
+    raise UserError(
+        f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where eval.every "
+        "and checkpoint.every fall on the same step, and at the end"
+    )

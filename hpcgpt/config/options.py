@@ -1,0 +1,380 @@
+"""Every knob of a run: frozen dataclasses, a section each.
+
+Where their values come from (a TOML file or preset, then flags) is in ``hpcgpt/config/sources.py``. The defaults
+are GPT-2 small's (124M).
+
+No torch in here: a login node reads configurations too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hpcgpt.config import paths
+from hpcgpt.output import terminal
+
+
+def option(
+    default: Any,
+    about: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    path: bool = False,
+) -> Any:
+    """A documented field. ``low <= value <= high``, ``above < value < below``; `path`: see hpcgpt.config.paths."""
+    metadata = {"help": about, "low": low, "above": above, "high": high, "below": below, "path": path}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = option("gpt2", "name of the run; its folder is <dir>/<name>")
+    dir: str = option("runs", "folder that holds the run folders, on a file system that all nodes see", path=True)
+    seed: int = option(1, "seed of weights, sample order and dropout", low=0, below=2**63)
+    init_from: str = option(
+        "", "folder of another run, whose newest weights this one begins with; empty: random ones", path=True
+    )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "auto: the GPUs that Slurm gave or that are visible, else the CPU"
+    )
+    backend: Literal["auto", "gloo", "nccl"] = option("auto", "collectives; auto: nccl on GPUs, gloo on CPUs")
+    rendezvous_timeout_s: float = option(60.0, "how long ranks wait for each other at the start, in seconds", above=0)
+    threads: int = option(0, "CPU threads a rank; 0: the cores that this rank was given", low=0)
+    strict: bool = option(
+        False, "refuse to resume if anything that changes the result's bytes is not what it was: see docs/training.md"
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a mix."""
+
+    dir: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Data:
+    dir: str = option("data/shards", "folder of token shards, made by `python -m data_prep.make_shards`", path=True)
+    mix: tuple[Part, ...] = option(
+        (), "instead of dir: several folders and their weights, DIR:WEIGHT,... (in TOML a list of {dir, weight})"
+    )
+    tokenizer: str = option("", "name or fingerprint that the shards' tokenizer must have; empty: any")
+    stride: int = option(0, "tokens between the starts of two windows; 0: block_size", low=0)
+    verify_mb_per_s: float = option(
+        50.0,
+        "rank 0 compares the shards' checksums with the manifest during training, reading at most so many MB a second; "
+        "0: never",
+        low=0,
+    )
+    document_mask: bool = option(
+        False, "attention stays within a document, and positions restart at each; else it sees the whole window"
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    kind: Literal["gpt2", "modern"] = option(
+        "gpt2", "architecture; modern: RMSNorm, rotary positions, SwiGLU, QK-norm, grouped queries, no biases"
+    )
+    n_layer: int = option(12, "transformer blocks", low=1)
+    n_head: int = option(12, "attention heads a block", low=1)
+    n_kv_head: int = option(0, "modern: key-value heads a block, each for as many heads; 0: n_head", low=0)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    block_size: int = option(1024, "context length in tokens", low=1)
+    vocab_size: int = option(0, "ids of the vocabulary; 0: as many as the shards' tokenizer has", low=0)
+    dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", low=0, below=1)
+    qkv_bias: bool = option(True, "biases in the query, key and value projections; modern has none")
+    tied: bool = option(True, "share the token embedding with the output head")
+    init_std: float = option(0.02, "standard deviation of the initial weights; narrow models want more", above=0)
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw", "muon"] = option(
+        "adamw", "optimizer; muon: for the blocks' matrices, with adamw for the other parameters"
+    )
+    lr: float = option(6e-4, "peak learning rate", above=0)
+    weight_decay: float = option(0.1, "decoupled weight decay", low=0)
+    decay: Literal["matrices", "all"] = option("matrices", "which parameters decay: matrices only, or all")
+    beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's second beta", low=0, below=1)
+    muon_lr: float = option(0.02, "muon: peak learning rate of the matrices; it has the shape of optim.lr", above=0)
+    muon_momentum: float = option(0.95, "muon: momentum", low=0, below=1)
+    clip_norm: float = option(1.0, "largest norm of the averaged gradient, on every step; 0: no clip", low=0)
+    z_loss: float = option(
+        0.0, "this times the mean square of the logits' log-sum-exp is added to the loss of training", low=0
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    kind: Literal["cosine", "linear", "wsd", "constant"] = option("cosine", "shape of the learning rate after warm-up")
+    warmup_steps: int = option(700, "steps of linear warm-up from initial_lr to optim.lr", low=0)
+    initial_lr: float = option(0.0, "learning rate of the very first step", low=0)
+    min_lr: float = option(6e-5, "learning rate at the end of the decay", low=0)
+    decay_fraction: float = option(0.2, "wsd: share of all steps that the final decay takes", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = option(0, "length of the run in optimizer steps (give one of steps, tokens, epochs)", low=0)
+    tokens: int = option(10_000_000_000, "length of the run in target tokens, rounded up to steps", low=0)
+    epochs: float = option(0.0, "length of the run in passes over the training split", low=0)
+    global_batch: int = option(512, "sequences an optimizer step, over all ranks", low=1)
+    micro_batch: int = option(16, "sequences a forward pass on one rank", low=1)
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
+        "auto", "precision of the forward pass; auto: bfloat16 where the hardware has it, else float32"
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "run the model through torch.compile; auto: on a GPU, if what it needs is there"
+    )
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"] = option(
+        "auto", "kernel of the attention; auto: torch chooses"
+    )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        "a loss or gradient that is no finite number ends the run, or costs that step (and a wait in each)",
+    )
+    loss_chunk: int = option(
+        0, "target tokens whose logits exist at a time: less memory, more time; 0: a whole micro-batch", low=0
+    )
+    activation_checkpointing: bool = option(
+        False, "keep only each block's input for the backward pass: less memory, a third more computation"
+    )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    mode: Literal["ddp", "zero1", "fsdp"] = option(
+        "ddp",
+        "ddp: each rank has everything; zero1: its share of the optimizer's state, and of the weights between steps; "
+        "fsdp: its share of the gradients, too, for another all-gather and sum in each pass",
+    )
+    gradient_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "what gradients are sent in, between ranks; bfloat16: half of the bytes, and rounded before the sum"
+    )
+
+
+@dataclass(frozen=True)
+class Spike:
+    factor: float = option(
+        0.0,
+        "a loss above this many times the usual one sends the run back to its last regular checkpoint, and the samples "
+        "since are left out; 0: never",
+        low=0,
+    )
+    window: int = option(100, "the usual loss is the median of so many steps", low=2, high=1000)
+    max_rollbacks: int = option(3, "so many in a run; then it ends", low=1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    steps: str = option("", "steps FIRST-LAST to trace on rank 0, for Perfetto, into <run folder>/profile; empty: none")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = option(500, "steps between two checkpoints; 0: only at the end and when told to stop", low=0)
+    keep_last: int = option(3, "how many of the newest valid checkpoints stay", low=1)
+    keep_every: int = option(0, "checkpoints of steps that are a multiple of this stay for ever; 0: none", low=0)
+    keep_best: bool = option(True, "of the checkpoints of steps that were evaluated, the one with the best loss stays")
+    background: bool = option(True, "write checkpoints while training goes on")
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = option(250, "steps between two evaluations; 0: none", low=0)
+    batches: int = option(20, "evaluation size, in batches of train.micro_batch sequences; 0: the whole split", low=0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str = option("", "text that samples start from; empty: the end-of-text token alone")
+    tokens: int = option(50, "tokens to generate at each evaluation; 0: no samples", low=0)
+    temperature: float = option(0.8, "0: greedy", low=0)
+    top_k: int = option(50, "sample among the k likeliest tokens; 0: all", low=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much mass", above=0, high=1)
+    max_s: float = option(30.0, "a sample is cut short after this many seconds: training waits for it", above=0)
+    slide: int = option(
+        1, "once block_size is full, this many of the oldest tokens are dropped at a time; more is faster", low=1
+    )
+
+
+@dataclass(frozen=True)
+class Tracking:
+    wandb: Literal["auto", "online", "offline", "disabled"] = option(
+        "auto", "auto: online with a key and a network, else offline"
+    )
+    project: str = option("hpcgpt", "wandb project")
+
+
+@dataclass(frozen=True)
+class Requeue:
+    max_crashes: int = option(
+        3, "a job that crashed this often in a row without a new checkpoint is not requeued", low=1
+    )
+    max_idle: int = option(
+        10,
+        "a job that started this often in a row, and trained for less time than it took to start, is not requeued",
+        low=1,
+    )
+    max_node_failures: int = option(
+        10, "a job that lost a node this often in a row without a new checkpoint is not requeued", low=1
+    )
+    exclude_bad_nodes: bool = option(
+        False, "keep the job's next start away from a host that crashed it or was a straggler"
+    )
+    exclude_factor: float = option(
+        2.0, "exclude_bad_nodes: a straggler's steps take at least this many times as long as usual", above=1
+    )
+    end_margin_s: float = option(60.0, "save and leave when the job's own end is this near, in seconds", low=0)
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    hang_factor: float = option(
+        30.0,
+        "no step for this many times the usual step time is a hang: stacks are written, and it ends; 0: never",
+        low=0,
+    )
+    hang_min_s: float = option(300.0, "but not before this many seconds", above=0)
+
+
+@dataclass(frozen=True)
+class Blame:
+    every: int = option(50, "steps between two comparisons of the ranks' own speeds; 0: none", low=0)
+    factor: float = option(1.5, "a rank that is this many times slower than usual, twice, is a straggler", above=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
+    spike: Spike = field(default_factory=Spike)
+    profile: Profile = field(default_factory=Profile)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+    sample: Sample = field(default_factory=Sample)
+    tracking: Tracking = field(default_factory=Tracking)
+    requeue: Requeue = field(default_factory=Requeue)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    blame: Blame = field(default_factory=Blame)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def from_anywhere(self) -> Config:
+        """The same with absolute paths, as a run keeps it: it means the same when read in another folder."""
+        run = replace(self.run, dir=paths.absolute(self.run.dir), init_from=paths.absolute(self.run.init_from))
+        mix = tuple(Part(paths.absolute(part.dir), part.weight) for part in self.data.mix)
+        return replace(self, run=run, data=replace(self.data, dir=paths.absolute(self.data.dir), mix=mix))
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to trace, counted from 1."""
+        first, _, last = self.profile.steps.partition("-")
+        return range(int(first), int(last or first) + 1) if first else range(0)
+
+    @property
+    def stride(self) -> int:
+        """Tokens between the starts of two windows."""
+        return self.data.stride or self.model.block_size
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """What is wrong that no single key shows, a line each."""
+    model, train = config.model, config.train
+    if model.n_embd % model.n_head:
+        yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
+    yield from _of_another_kind(model)
+    if config.stride > model.block_size:
+        yield (
+            f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
+            "the tokens between would never be trained on"
+        )
+    lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name)]
+    if len(lengths) != 1:
+        found = " and ".join(f"train.{name}" for name in lengths) or "none"
+        yield f"give exactly one of train.steps, train.tokens and train.epochs (found {found})"
+    if config.data.dir and config.data.mix:
+        yield "give one of data.dir and data.mix, not both"
+    if train.epochs and config.data.mix:
+        yield (
+            "train.epochs says nothing of a data.mix, whose parts have epochs of their own: give train.tokens or "
+            "train.steps"
+        )
+    if train.global_batch % train.micro_batch:
+        yield (f"train.global_batch {train.global_batch} must be a multiple of train.micro_batch {train.micro_batch}")
+    tokens = train.micro_batch * model.block_size
+    if train.loss_chunk > tokens:
+        yield (
+            f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch: it would change "
+            "nothing; 0 says so"
+        )
+    if config.data.document_mask and train.attention != "auto":
+        yield f"train.attention {train.attention} says nothing of data.document_mask, which has a kernel of its own"
+    if train.attention == "fa3" and model.dropout:
+        yield f"train.attention fa3 has no dropout, and model.dropout is {model.dropout}: take flash or auto"
+    if config.sample.slide > model.block_size:
+        yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
+    if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
+        yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
+    for key in ("muon_lr", "muon_momentum"):
+        if config.optim.name != "muon" and getattr(config.optim, key) != getattr(Optim(), key):
+            yield f"optim.{key} says nothing to optim.name {config.optim.name}: take muon, or leave it out"
+    if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
+        yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: take one of them"
+    keep = config.checkpoint
+    if keep.keep_every and (not keep.every or keep.keep_every % keep.every):
+        yield (
+            f"checkpoint.keep_every {keep.keep_every} must be a multiple of checkpoint.every {keep.every}: other steps "
+            "are not saved"
+        )
+    steps = config.profile.steps
+    if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
+        yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
+    if 0 < config.spike.factor <= 1:
+        yield f"spike.factor {config.spike.factor} must be greater than 1, or 0: the usual loss is no spike"
+    if config.spike.factor and not keep.every:
+        yield "spike.factor needs checkpoints to go back to: give checkpoint.every"
+    for key, name in (("run.name", config.run.name), ("tracking.project", config.tracking.project)):
+        if problem := paths.problem_of_name(name):
+            yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
+    if any(map(terminal.is_control, config.run.dir)):
+        yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
+
+
+# What a kind of model has by default where it is not what Model says.
+OF_KIND: dict[str, dict[str, Any]] = {"modern": {"qkv_bias": False}}
+
+
+def _of_another_kind(model: Model) -> Iterator[str]:
+    """Settings that the chosen kind of model has no use for."""
+    if model.kind == "gpt2":
+        if model.n_kv_head not in (0, model.n_head):
+            yield f'model.n_kv_head {model.n_kv_head} is for model.kind "modern": gpt2 has a key for each head'
+        return
+    if model.qkv_bias:
+        yield 'model.qkv_bias: model.kind "modern" has no biases: leave it out'
+    if model.n_kv_head and model.n_head % model.n_kv_head:
+        yield f"model.n_head {model.n_head} must be a multiple of model.n_kv_head {model.n_kv_head}"
+    if model.n_embd % model.n_head == 0 and model.n_embd // model.n_head % 2:
+        yield (
+            f"model.n_embd {model.n_embd} / model.n_head {model.n_head} is odd: rotary positions turn pairs, so the "
+            "size of a head must be even"
+        )

@@ -1,0 +1,82 @@
+"""What a path or a name that a person gave stands for: one rule for all of them.
+
+A shell expands ``~`` and ``$VAR`` in what is typed, but not in ``--run.dir=~/runs``, in quotes or in a TOML file. So
+`expand` does it here, for every path of the configuration and of a command, before anything is made or queued:
+
+    ~, ~user            the home folder; an error if there is no such user
+    $NAME, ${NAME}      the environment variable; an error if it is not set, or empty
+    anything else       as it is written
+
+A file or folder that exists under the very name that was written is always meant, whatever is in that name.
+
+`problem_of_name` is the rule for names, which become file names, job names and lines of scripts.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from hpcgpt.errors import UserError
+from hpcgpt.output import terminal
+
+NAME_BYTES = 200  # file systems allow 255, and suffixes are added
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+
+
+def expand(text: str, what: str) -> str:
+    """The path that `text` stands for, relative if it is written so; `what` names the option or argument in errors.
+
+    Raises:
+        UserError: a variable or user that does not exist, or control characters in what is no existing file.
+    """
+    if "\0" in text:
+        raise UserError(f"{what} '{terminal.printable(text)}': a path has no NUL characters")
+    if os.path.lexists(text):
+        return text
+    shown = terminal.printable(text)
+    try:
+        expanded = str(Path(_VARIABLE.sub(lambda found: _value(found, shown, what), text)).expanduser())
+    except RuntimeError:
+        raise UserError(
+            f"{what} '{shown}': there is no such file here, and ~ stands for no user's home folder: write it out, "
+            f"or ./{shown}"
+        ) from None
+    if any(map(terminal.is_control, expanded)):
+        raise UserError(f"{what} '{shown}': a path must have no control characters")
+    return expanded
+
+
+def absolute(text: str) -> str:
+    """`text` from the root, so that it means the same from any folder; "" stays "". Links are not followed."""
+    return str(Path(text).absolute()) if text else text
+
+
+def problem_of_name(name: str) -> str:
+    """What keeps `name` from being a plain folder name, in words; "" if nothing does."""
+    if not name or name.startswith((".", "-")) or "/" in name:
+        return "it is empty, begins with . or -, or has a /"
+    if any(map(terminal.is_control, name)):
+        return "it has control characters"
+    size = len(name.encode(errors="surrogateescape"))
+    if size > NAME_BYTES:
+        return f"it has {size} bytes, and {NAME_BYTES} are the most"
+    return ""
+
+
+def literal_in_slurm(path: str | Path) -> str:
+    """`path` for Slurm's file name options (--output, --error), in which a % begins a pattern."""
+    return str(path).replace("%", "%%")
+
+
+def _value(found: re.Match[str], shown: str, what: str) -> str:
+    name = found[1] or found[2]
+    value = os.environ.get(name)
+    if not value:
+        raise UserError(
+            f"{what} '{shown}': the environment variable {name} is not set, or empty: set it, or write the path out"
+        )
+    return value

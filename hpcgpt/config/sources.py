@@ -1,0 +1,319 @@
+"""Where a configuration comes from: the defaults, then a TOML file or preset, then command-line flags.
+
+The later ones win. Flags are spelled ``--section.key value``; a TOML file has one table a section::
+
+    [model]
+    n_layer = 6
+
+    [optim]
+    lr = 1e-3
+
+Both go through the same strict check: an unknown section or key, a wrong type and a value out of range are
+errors that name the key, where it was written, and the nearest valid one. All errors of a configuration are
+reported together, in one ValueError.
+
+No torch in here: a login node reads configurations too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import operator
+import stat
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from hpcgpt.config import paths, unknown_flags
+from hpcgpt.config.options import OF_KIND, Config, Part, contradictions
+from hpcgpt.config.unknown_flags import nearest, nearest_key
+from hpcgpt.errors import UserError
+from hpcgpt.output import terminal
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def from_command_line(
+    argv: Sequence[str], command: str, about: str, elsewhere: Mapping[str, str] = unknown_flags.BEFORE_THE_SCRIPT
+) -> Config:
+    """``[CONFIG] [--section.key value]...`` -> the checked configuration.
+
+    CONFIG is a TOML file or the name of a preset. Exits by itself (status 0) for ``--help``. `elsewhere` has flags
+    that may be expected here, and what to say of each.
+
+    Raises:
+        UserError: everything that is wrong, one line each.
+    """
+    parser = _parser(command, about)
+    words, unknown = unknown_flags.split(argv, _keys(), _is_configuration)
+    flags, rest = parser.parse_known_args(words)
+    unknown += [word for word in rest if word.startswith("-")]
+    problems = [unknown_flags.advice(word, _keys(), elsewhere) for word in dict.fromkeys(unknown)]
+    if not problems and rest:
+        problems.append(f"unexpected argument '{terminal.printable(rest[0])}': flags are spelled --section.key value")
+    written: list[tuple[str, Mapping[str, Any]]] = []
+    if flags.CONFIG:
+        try:
+            path = find(flags.CONFIG)
+            written.append((str(path), _read_toml(path)))
+        except UserError as error:
+            problems.append(str(error))
+    table: dict[str, dict[str, Any]] = {}
+    for name, text in vars(flags).items():
+        if name != "CONFIG":
+            section, key = name.split(".")
+            table.setdefault(section, {})[key] = _Text(text)
+    written.append(("command line", table))
+    return _build(written, problems)
+
+
+def from_file(path: Path) -> Config:
+    """The checked configuration in a TOML file. Raises UserError, one line a problem."""
+    return _build([(str(path), _read_toml(path))], [])
+
+
+def to_toml(config: Config) -> str:
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def find(name: str) -> Path:
+    """The file that CONFIG means: a TOML file, or a preset's name.
+
+    Raises:
+        UserError: there is neither such a file nor such a preset.
+    """
+    path, names = Path(paths.expand(name, "CONFIG")), sorted(p.stem for p in PRESETS.glob("*.toml"))
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # such a name may be too long for a file
+        mode = 0
+    if stat.S_ISREG(mode):
+        return path
+    if name in names:
+        return PRESETS / f"{name}.toml"
+    told = terminal.printable(name)
+    if stat.S_ISDIR(mode):
+        raise UserError(f"'{told}' is a folder: name a TOML file; a run has its own in {told}/config.toml")
+    raise UserError(
+        f"no configuration '{told}': it is neither a file nor a preset ({', '.join(names)})" + nearest(name, names)
+    )
+
+
+def _is_configuration(word: str) -> bool:
+    try:
+        find(word)
+    except UserError:
+        return False
+    return True
+
+
+class _Text(str):
+    """A value from the command line: still text, to be read as the field's type."""
+
+
+def _parser(command: str, about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"hpcgpt {command}",
+        usage=f"hpcgpt {command} [CONFIG] [--section.key value]...",
+        description=about,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "CONFIG",
+        nargs="?",
+        default="",
+        help="a TOML file, or the name of a preset: " + ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))),
+    )
+    for section, cls in _sections().items():
+        group = parser.add_argument_group(f"[{section}]")
+        for item in dataclasses.fields(cls):
+            hint = get_type_hints(cls)[item.name]
+            choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else _METAVAR.get(hint, "")
+            default = "none" if item.default == () else item.default
+            group.add_argument(
+                f"--{section}.{item.name}",
+                dest=f"{section}.{item.name}",
+                metavar=choices,
+                help=f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
+            )
+    return parser
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark first
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+# --- checking --------------------------------------------------------------------------------------
+
+
+def _sections() -> dict[str, type]:
+    return get_type_hints(Config)
+
+
+def _keys() -> list[str]:
+    return [f"{section}.{item.name}" for section, cls in _sections().items() for item in dataclasses.fields(cls)]
+
+
+def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]) -> Config:
+    values: dict[str, dict[str, Any]] = {}
+    for where, table in written:
+        chosen: dict[str, dict[str, Any]] = {section: {} for section in _ONE_OF}
+        for section, key, value in _entries(where, table, problems):
+            try:
+                good = checked(section, key, value)
+            except ValueError as error:
+                problems.append(f"{where}: {section}.{key}: {error}")
+                continue
+            if key in _ONE_OF.get(section, ()):
+                chosen[section][key] = good
+            else:
+                values.setdefault(section, {})[key] = good
+        # A length replaces whatever length an earlier source gave, in whichever unit that was; so with the data.
+        for section, given in chosen.items():
+            if any(given.values()):
+                values.setdefault(section, {}).update(_ONE_OF[section] | given)
+    if model := values.get("model"):
+        values["model"] = OF_KIND.get(model.get("kind", ""), {}) | model
+    config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})
+    if not problems:
+        problems.extend(contradictions(config))
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, str, Any]]:
+    sections = _sections()
+    for section, keys in table.items():
+        if section not in sections:
+            problems.append(f"{where}: unknown section [{section}]{nearest(section, list(sections))}")
+        elif not isinstance(keys, Mapping):
+            problems.append(f"{where}: {section} is a section: write [{section}] and its keys below it")
+        else:
+            known = [item.name for item in dataclasses.fields(sections[section])]
+            for key, value in keys.items():
+                if key in known:
+                    yield section, key, value
+                else:
+                    problems.append(f"{where}: unknown key {section}.{key}{nearest_key(section, key, _keys())}")
+
+
+def from_text(section: str, key: str, text: str) -> Any:
+    """As `checked`, of a value that is text still, as on a command line."""
+    return checked(section, key, _Text(text))
+
+
+def checked(section: str, key: str, value: Any) -> Any:
+    """`value` as the type of its field. Raises UserError if it is none, or out of range."""
+    cls = _sections()[section]
+    hint = get_type_hints(cls)[key]
+    if get_origin(hint) is Literal:
+        choices = list(get_args(hint))
+        if value not in choices:
+            raise UserError(f"{value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
+        return str(value)
+    if hint == _MIX:
+        return _mix(value)
+    value = _from_text(value, hint) if isinstance(value, _Text) else value
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise UserError(f"expected {_KIND[hint]}, found {value!r}")
+    item = next(f for f in dataclasses.fields(cls) if f.name == key)
+    limits = item.metadata
+    if isinstance(value, str):
+        _check_text(value)
+        return paths.expand(value, "path") if limits["path"] and value else value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{value} is no number to work with")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        for name, (holds, words) in _BOUNDS.items():
+            bound = limits[name]
+            if bound is not None and not holds(value, bound):
+                raise UserError(f"{value} must be {words} {bound}")
+    return value
+
+
+def _check_text(text: str) -> None:
+    """A run keeps its settings in a file of UTF-8. Raises UserError where that cannot be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"'{terminal.printable(text)}' is no UTF-8") from None
+
+
+# Of these keys of a section one is given; the others have the values that stand for nothing.
+_ONE_OF: dict[str, dict[str, Any]] = {
+    "train": {"steps": 0, "tokens": 0, "epochs": 0.0},
+    "data": {"dir": "", "mix": ()},
+}
+_MIX = tuple[Part, ...]
+_METAVAR: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "BOOL", str: "STR", _MIX: "DIR:WEIGHT,..."}
+_KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "greater than"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+
+
+def _from_text(text: str, hint: type) -> Any:
+    if hint is str:
+        return str(text)
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"expected true or false, found '{text}'")
+    try:
+        return int(text) if hint is int else float(text)
+    except ValueError:
+        # 1e9 tokens is how people write it.
+        if hint is int and _is_whole(text):
+            return int(float(text))
+        raise UserError(f"expected {_KIND[hint]}, found '{text}'") from None
+
+
+def _mix(value: Any) -> tuple[Part, ...]:
+    """``a:0.7,b:0.3`` from the command line, ``[{dir = "a", weight = 0.7}, ...]`` from TOML."""
+    if isinstance(value, _Text):
+        value = [_part(part) for part in value.split(",")]
+    if not isinstance(value, list):
+        raise UserError(f"expected a list of {{dir, weight}}, found {value!r}")
+    parts = []
+    for part in value:
+        if not isinstance(part, Mapping) or set(part) != {"dir", "weight"}:
+            raise UserError(f'each part is {{dir = "...", weight = 0.5}}, found {part!r}')
+        folder, weight = part["dir"], part["weight"]
+        if not isinstance(folder, str) or not folder:
+            raise UserError(f"expected a folder, found {folder!r}")
+        if type(weight) not in (int, float) or not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"the weight of {folder} must be a number greater than 0, found {weight!r}")
+        _check_text(folder)
+        parts.append(Part(paths.expand(folder, "path"), float(weight)))
+    return tuple(parts)
+
+
+def _part(text: str) -> dict[str, Any]:
+    folder, _, weight = text.rpartition(":")
+    if not folder:
+        raise UserError(f"expected a folder and its weight, DIR:WEIGHT, found '{text}'")
+    return {"dir": folder, "weight": _from_text(weight, float)}
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        return float(text).is_integer()
+    except ValueError:
+        return False

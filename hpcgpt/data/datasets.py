@@ -1,0 +1,117 @@
+"""The data sets of a run: one, or several that are mixed; opened, and held against each other.
+
+Data sets that are mixed must hold the ids of one and the same tokenizer in one and the same width, and each
+has enough windows for its share of a global batch. No torch in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcgpt.config.options import Config
+from hpcgpt.data import mix, sample_order, shard_format, shard_reader
+from hpcgpt.data.shard_format import Manifest
+from hpcgpt.data.shard_reader import Split
+from hpcgpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """`quota`: its places in a block of the mix; `windows`: those of an epoch of the training split."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    quota: int
+    train: Split
+    val: Split | None
+    windows: int
+
+    @property
+    def share(self) -> float:
+        return self.quota / mix.BLOCK
+
+    def words(self, samples: int) -> str:
+        """What a run of so many samples will see of it."""
+        return (
+            f"{self.share:.2%} from {self.name}, {samples * self.share / self.windows:,.2f} epochs of {self.windows:,} "
+            f"windows{'' if self.val else ', no validation'}"
+        )
+
+
+def open_all(config: Config, check_sizes: bool) -> list[DataSet]:
+    """The data sets that `config` names, in its order.
+
+    Raises:
+        UserError: one is missing or damaged, too small, or does not fit the others.
+    """
+    parts = config.data.mix
+    folders = [Path(part.dir) for part in parts] or [Path(config.data.dir)]
+    quotas = mix.quotas([part.weight for part in parts] or [1.0])
+    for folder, quota in zip(folders, quotas, strict=True):
+        if not quota:
+            raise UserError(
+                f"data.mix: the weight of {folder} is less than one sample in {mix.BLOCK:,}: leave it out, or raise it"
+            )
+    manifests = [shard_format.read_manifest(folder) for folder in folders]
+    _fit_together(folders, manifests)
+    found = [_open(config, *part, check_sizes) for part in zip(names(folders), folders, manifests, quotas, strict=True)]
+    if config.eval.every and not any(part.val for part in found):
+        where = folders[0] if len(folders) == 1 else "none of the data sets"
+        raise UserError(
+            f"{where} has{'' if len(folders) > 1 else ' no'} val shards: pass --eval.every 0 to train without "
+            "validation, or make shards with a --val-fraction"
+        )
+    return found
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """What they are called in metrics: the last part of each path, or as many parts as tell them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        found = [".".join(part[-count:]) for part in parts]
+        if len(set(found)) == len(found):
+            return found
+    return found
+
+
+def _fit_together(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    first, seen = manifests[0], dict[str, Path]()
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.digest in seen:
+            raise UserError(f"data.mix: {folder} and {seen[manifest.digest]} are the same data set: give it one weight")
+        seen[manifest.digest] = folder
+        ours, theirs = manifest.tokenizer, first.tokenizer
+        if ours["fingerprint"] != theirs["fingerprint"]:
+            raise UserError(
+                f"data.mix: {folder} was made with tokenizer {ours['name']} ({ours['fingerprint'][:12]}), but "
+                f"{folders[0]} with {theirs['name']} ({theirs['fingerprint'][:12]}): make one of them again"
+            )
+        if manifest.dtype != first.dtype:
+            raise UserError(
+                f"data.mix: {folder} holds {manifest.dtype} tokens, but {folders[0]} {first.dtype}: make the shards of "
+                "one of them again, with the other's --dtype"
+            )
+
+
+def _open(config: Config, name: str, folder: Path, manifest: Manifest, quota: int, check_sizes: bool) -> DataSet:
+    context, batch = config.model.block_size, config.train.global_batch
+    train = shard_reader.open_split(folder, manifest, "train", check_sizes)
+    windows = sample_order.window_count(train.tokens, context, config.stride)
+    if windows * mix.BLOCK < batch * quota:
+        part = "" if quota == mix.BLOCK else f"its {quota / mix.BLOCK:.2%} of "
+        raise UserError(
+            f"{folder} has {windows:,} windows of {context} tokens, fewer than {part}one global batch of {batch}: add "
+            "text, or lower train.global_batch or model.block_size"
+        )
+    val = None
+    if config.eval.every and "val" in manifest.splits:
+        val = shard_reader.open_split(folder, manifest, "val", check_sizes)
+        if not sample_order.window_count(val.tokens, context, context):
+            raise UserError(
+                f"the validation split of {folder} has {val.tokens:,} tokens, less than one window of "
+                f"{context}: make shards with a larger --val-fraction"
+            )
+    return DataSet(name, folder, manifest, quota, train, val, windows)

@@ -1,0 +1,313 @@
+"""How the ranks find each other.
+
+Ranks meet at a TCPStore on rank 0. Rank 0 binds a free port and publishes address and port in the run
+folder, in ``rendezvous/<attempt>.json``, which the others read; where the disk has no room for that, in the
+name of an empty file, ``<attempt>.at.<port>.<token>.<address>``. MASTER_ADDR and MASTER_PORT win where both are
+set. Each rank then reports in at the store, so that a missing one is named instead of waited for. Nobody waits
+for longer than run.rendezvous_timeout_s, and nobody falls back to another address.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpcgpt.distributed.world import Ranks, World
+from hpcgpt.errors import UserError
+from hpcgpt.storage import atomic
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store, TCPStore
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+STRANGER_S = 5.0  # how long a server that may not be rank 0's is listened to
+
+
+def connect(world: World, device: torch.device, folder: Path, backend: str, timeout_s: float) -> Ranks:
+    """Meet the other ranks and start the process groups.
+
+    Raises:
+        UserError: a rank is there twice, or two ranks share one GPU.
+        OSError: rank 0 did not appear, a rank is missing or cannot be reached, all within `timeout_s`; the message
+            names them. That may be a node's fault, so it is no user's mistake.
+    """
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore
+
+    if world.size == 1:
+        return Ranks(world, device, None)
+    backend = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError("run.backend nccl needs GPUs, and this run is on the CPU: use gloo, or auto")
+    # The agent's store outlives a restart by torchrun, so each attempt has its own names in it.
+    store = PrefixStore(world.attempt, _meet(world, folder, timeout_s))
+    _report_in(store, world, device, timeout_s)
+    if world.is_first:
+        _withdraw(_card(world, folder))
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if backend == "nccl" else None,
+    )
+    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Ranks(world, device, control)
+
+
+def is_broken_connection(error: RuntimeError) -> bool:
+    """Is this what a collective raises when another rank has gone? gloo's errors have no type of their own."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def disconnect() -> None:
+    """End the process groups, for a program that goes on afterwards; `hpcgpt train` just leaves."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _meet(world: World, folder: Path, timeout_s: float) -> TCPStore:
+    """The store on rank 0. Sets the network interface of gloo and NCCL, unless the user did."""
+    from torch.distributed import TCPStore
+
+    limit = timedelta(seconds=timeout_s)
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        _use_interface_towards(_resolve(host), port)
+        # torchrun's agent holds the port already and serves its own store there.
+        serve = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        with _explaining(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
+            if serve:
+                return TCPStore(host, port, None, True, limit, wait_for_workers=False)
+            deadline = time.monotonic() + timeout_s
+            while time.monotonic() < deadline:
+                if store := _open(host, port, timeout_s):
+                    return store
+                time.sleep(0.5)
+            raise RuntimeError("nobody answers there, or no store of torch's")
+    card = _card(world, folder)
+    if world.is_first:
+        return _host(world, card, limit)
+    return _join(world, card, timeout_s)
+
+
+def _card(world: World, folder: Path) -> Path:
+    return folder / "rendezvous" / f"{world.attempt}.json"
+
+
+def _host(world: World, card: Path, limit: timedelta) -> TCPStore:
+    from torch.distributed import TCPStore
+
+    address = _own_address(world)
+    listener = socket.create_server(("", 0), backlog=1024)
+    port = listener.getsockname()[1]
+    _use_interface_towards(address, port)
+    token = secrets.token_hex(8)
+    # The store takes the descriptor over and closes it in the end.
+    store = TCPStore(address, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach())
+    store.set("token", token)
+    _publish(card, address, port, token)
+    return store
+
+
+def _publish(card: Path, address: str, port: int, token: str) -> None:
+    card.parent.mkdir(parents=True, exist_ok=True)
+    _withdraw(card)
+    try:
+        atomic.write(card, json.dumps({"address": address, "port": port, "token": token}).encode())
+    except OSError as error:
+        if error.errno not in atomic.NO_ROOM:
+            raise
+        (card.parent / f"{_in_name(card)}{port}.{token}.{address}").touch()
+
+
+def _published(card: Path) -> list[tuple[str, int, str]]:
+    """Address, port and token, as often as they are there: one may be left from an earlier job of the same number."""
+    found, names = [], []
+    # Listing the folder makes NFS look again; a mere open may be answered "absent" from its cache.
+    with suppress(OSError):
+        names = [name for name in os.listdir(card.parent) if name.startswith(_in_name(card))]
+    for name in names:
+        port, token, address = name.removeprefix(_in_name(card)).split(".", 2)
+        found.append((address, int(port), token))
+    with suppress(OSError, ValueError):
+        read = json.loads(card.read_bytes())
+        found.append((read["address"], int(read["port"]), read["token"]))
+    return found
+
+
+def _withdraw(card: Path) -> None:
+    card.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # the folder: ranks that met at MASTER_ADDR have none
+        for name in os.listdir(card.parent):
+            if name.startswith(_in_name(card)):
+                (card.parent / name).unlink(missing_ok=True)
+
+
+def _in_name(card: Path) -> str:
+    return f"{card.stem}.at."
+
+
+def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
+    from torch.distributed import DistError
+
+    deadline = time.monotonic() + timeout_s
+    seen = "it never published its address"
+    while time.monotonic() < deadline:
+        published = _published(card)
+        # What is there may be left from a job of the same number: then nobody, or somebody else, answers.
+        for address, port, token in published:
+            seen = f"its address {address}:{port} does not answer"
+            with suppress(DistError, RuntimeError):
+                store = _open(address, port, STRANGER_S)
+                if store and store.get("token").decode() == token:
+                    store.set_timeout(timedelta(seconds=timeout_s))
+                    _use_interface_towards(address, port)
+                    return store
+        time.sleep(0.5 if published else 0.1)
+    raise TimeoutError(
+        f"{world} waited {timeout_s:.0f} s for rank 0: {seen} (looked in {card}). Do all nodes see this "
+        "folder, and did rank 0 start?"
+    )
+
+
+def _open(address: str, port: int, timeout_s: float) -> TCPStore | None:
+    """The store at an address, whose calls may then take `timeout_s`; None if there is none.
+
+    In a thread of its own, which is left behind then: TCPStore waits without end for a server of another
+    kind that accepts and says nothing.
+    """
+    from torch.distributed import DistError, TCPStore
+
+    opened: list[TCPStore] = []
+
+    def connect() -> None:
+        with suppress(DistError, RuntimeError):
+            opened.append(TCPStore(address, port, None, False, timedelta(seconds=timeout_s), wait_for_workers=False))
+
+    if _answers(address, port):
+        thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
+        thread.start()
+        thread.join(STRANGER_S)
+    return opened[0] if opened else None
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        with socket.create_connection((address, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _report_in(store: Store, world: World, device: torch.device, timeout_s: float) -> None:
+    """Every rank says that it is there and waits for the others, so that whoever is missing is named."""
+    import torch
+    from torch.distributed import DistError
+
+    host = socket.gethostname()
+    if store.add(f"there/{world.rank}", 1) > 1:
+        raise UserError(f"{world}: another process has this rank already: was the job started twice, or without srun?")
+    if device.type == "cuda":
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        if store.add(f"gpu/{host}/{gpu}", 1) > 1:
+            raise UserError(f"{world}: another rank uses {device} as well: ask for one GPU a task")
+    names = [f"ready/{rank}" for rank in range(world.size)]
+    store.set(names[world.rank], host)
+    try:
+        store.wait(names, timedelta(seconds=timeout_s))
+    except (DistError, RuntimeError):
+        try:
+            missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+        except (DistError, RuntimeError):
+            raise ConnectionError(f"{world}: rank 0 has left while ranks were waited for; it says why") from None
+        raise TimeoutError(
+            f"{world} waited {timeout_s:.0f} s: {world.size - len(missing)} of {world.size} ranks are there, missing: "
+            f"{', '.join(missing)}. Start as many processes as the world size says"
+        ) from None
+
+
+class _explaining:  # noqa: N801 (used like a function)
+    """Turns torch's errors while connecting into a sentence."""
+
+    def __init__(self, world: World, where: str, timeout_s: float) -> None:
+        self.sentence = f"{world} could not reach rank 0 at {where} within {timeout_s:.0f} s"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise TimeoutError(f"{self.sentence}: {str(error).splitlines()[0]}") from None
+
+
+# --- addresses and interfaces ----------------------------------------------------------------------
+
+
+def _own_address(world: World) -> str:
+    """The address under which the other hosts of the step reach this one."""
+    here = socket.gethostname()
+    others = [host for host in world.hosts if host.split(".")[0] != here.split(".")[0]]
+    if others:
+        # The source address of the route to another node; a host's own name may resolve to loopback.
+        return _route(_resolve(others[0]), 9)
+    return "127.0.0.1" if world.local_size == world.size else _resolve(here)
+
+
+def _resolve(host: str) -> str:
+    try:
+        return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]  # type: ignore[return-value]
+    except socket.gaierror as error:
+        raise OSError(
+            f"{socket.gethostname()} cannot resolve the host name '{host}': {error.strerror}; set "
+            "MASTER_ADDR and MASTER_PORT to an address that all nodes reach"
+        ) from None
+
+
+def _route(address: str, port: int) -> str:
+    """This host's address on the route to another; connecting a UDP socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, port))
+        except OSError as error:
+            raise OSError(f"{socket.gethostname()} has no route to {address}: {error.strerror}") from None
+        return str(probe.getsockname()[0])
+
+
+def _use_interface_towards(address: str, port: int) -> None:
+    """Point gloo and NCCL at the interface that leads to rank 0: their own guess is often loopback."""
+    name = _interface_of(_route(address, port))
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        # NCCL knows the shared-memory and NVLink paths itself; loopback would only hide the network.
+        if name != "lo":
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _interface_of(address: str) -> str | None:
+    import fcntl
+
+    siocgifaddr = 0x8915  # see netdevice(7)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an IPv4 address
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(probe.fileno(), siocgifaddr, request)[20:24]
+                if socket.inet_ntoa(found) == address:
+                    return name
+    return None

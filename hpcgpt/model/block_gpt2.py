@@ -1,0 +1,55 @@
+"""The parts of GPT-2's block: LayerNorm, attention, MLP with GELU, biases in all of them.
+
+Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H).
+
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks, GELU in its tanh
+form, LayerNorm epsilon 1e-5. Where a token stands it knows from the positions that are learned beside the embedding.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpcgpt.config.options import Model
+from hpcgpt.model.attention import Sight, attend
+from hpcgpt.model.kv_cache import Memory
+
+
+class Norm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        # Parameters may have been gathered in bfloat16, which x is not: there is no kernel for that on a CPU.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.heads = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.residual = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, sight: Sight, memory: Memory | None = None) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+            for part in self.qkv(x).chunk(3, dim=-1)  # (B, T, C) each
+        )
+        if memory is not None:
+            k, v = memory.extend(k, v)  # (B, H, S, D)
+        mixed = attend(q, k, v, sight, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        out: Tensor = self.residual(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
+        return F.dropout(out, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.residual = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x), approximate="tanh")  # (B, T, 4C)
+        return self.dropout(self.residual(hidden))  # type: ignore[no-any-return]

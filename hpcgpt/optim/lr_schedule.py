@@ -1,0 +1,39 @@
+"""The learning rate of a step: a pure function of the step and the configuration.
+
+With p the peak (optim.lr), i the initial rate, m the minimum, w the warm-up steps and T all steps,
+step g = 0 ... T-1 has::
+
+    g < w       i + g (p - i) / w
+    cosine      m + (p - m)/2 (1 + cos(pi (g - w)/(T - w)))
+    linear      m + (p - m) (T - g)/(T - w)
+    wsd         p, and over the last decay_fraction of T in a straight line to m
+    constant    p
+
+Beyond T the rate stays at its end value: m, or p where it is constant.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hpcgpt.config.options import Config
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """The rate that optimizer step number `step` (counted from 0) of `total_steps` uses."""
+    schedule, peak = config.schedule, config.optim.lr
+    low, warmup = schedule.min_lr, schedule.warmup_steps
+    if step < warmup:
+        return schedule.initial_lr + step * (peak - schedule.initial_lr) / warmup
+    if schedule.kind == "constant":
+        return peak
+    if step >= total_steps:
+        return low
+    if schedule.kind == "cosine":
+        progress = (step - warmup) / (total_steps - warmup)
+        return low + (peak - low) / 2 * (1 + math.cos(math.pi * progress))
+    if schedule.kind == "linear":
+        return low + (peak - low) * ((total_steps - step) / (total_steps - warmup))
+    decay_steps = max(1, round(schedule.decay_fraction * total_steps))
+    left = total_steps - step
+    return low + (peak - low) * min(1.0, left / decay_steps)

@@ -1,0 +1,264 @@
+"""What a run tells while it goes: metrics.jsonl, and the console.
+
+metrics.jsonl has one JSON object a line, one line an optimizer step: ``step`` (counted from 1), ``tokens``,
+``samples``, ``time`` (unix seconds), ``attempt`` (the generation), the ``train/...`` figures, and on steps
+that evaluate the ``val/...`` ones. It never has a step twice: a resumed run first cuts off what an
+attempt that was killed had written beyond its last checkpoint.
+
+The console shows a bar on a terminal, and one plain line every few seconds in a log file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hpcgpt.run import records, run_folder
+from hpcgpt.storage import atomic
+
+LINE_EVERY_S = 5.0
+TAIL_ROWS = 1000
+JUDGED = ("train/loss", "train/grad_norm")  # by hpcgpt.training.spikes
+
+# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. No entry, no MFU: a
+# utilisation of the wrong chip is worse than none. The longer name is found first.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU in FLOP/s; None if it is not in the table, or a slice of a GPU (MIG)."""
+    if " MIG " in device_name:
+        return None
+    # Whole words: an RTX A1000 is no A100.
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """With None for the figures that are no finite numbers, for which JSON has no word."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+class MetricsFile:
+    """Appends rows to metrics.jsonl. Rank 0 only.
+
+    A full disk does not end the run: rows wait in memory until there is room again. `again` are the rows of earlier
+    attempts that may have been lost on their way to elsewhere, `cut_off` those that were beyond where this
+    attempt goes on, `tail` the last ones before. Any thread may call `sync`.
+
+    Each attempt makes the file anew, so that an orphan goes on writing into the old one. Nor can one that was stopped
+    while it did the same put its file in the place of this one: what it has written so far is taken away
+    here, and behind that it would look for a newer generation first (`check`). (On a full disk there may be no room to
+    make it anew: then it is cut in its place, and a start on a full disk behind an orphan has no such protection.)
+
+    A damaged line never ends the run. If a step is missing that a line below the cut should have had, the damaged lines
+    are kept in metrics.damaged.jsonl, a warning and the event ``damaged_metrics`` name the missing steps, and the
+    file has a gap there.
+    """
+
+    def __init__(self, path: Path, keep_below: int, check: Callable[[], None] = lambda: None) -> None:
+        """Open it for going on: rows of step `keep_below` and beyond are cut off first.
+
+        Lines beyond the cut may be anything: rows are flushed before each checkpoint, and what a host that died had
+        not flushed may be full of holes.
+        """
+        atomic.forestall(path)
+        rows, damaged = _read(path)
+        kept = [row for row in rows if row["step"] < keep_below]
+        content = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        if damaged and len(kept) < keep_below - 1:
+            content += _keep_aside(path, kept, keep_below, damaged)
+        _rewrite(path, content, check)
+        timed = [row for row in rows if all(records.is_time(row.get(key)) for key in ("time", "train/step_s"))]
+        self.cut_off = [row for row in timed if row["step"] >= keep_below]
+        self.tail = [row for row in kept[-TAIL_ROWS:] if all(_is_figure(row, key) for key in JUDGED)]
+        self._path, self._end, self._waiting = path, len(content), b""
+        self._descriptor = os.open(path, os.O_WRONLY)
+        self._appended: deque[dict[str, Any]] = deque()
+        self._lock = threading.Lock()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Queue a row; returns at once. `write_appended` or `sync` writes it, on another thread."""
+        self._appended.append(row)
+
+    def write_appended(self) -> None:
+        """Write the rows that wait. Raises OSError if that cannot be done: they wait for the next time."""
+        with self._lock:
+            self._write_waiting()
+
+    def sync(self) -> None:
+        """Flush to the disk: rows must not be younger than the checkpoint that follows them.
+
+        Raises:
+            OSError: there are rows that could not be written.
+        """
+        with self._lock:
+            self._write_waiting()
+        os.fsync(self._descriptor)
+
+    def _write_waiting(self) -> None:
+        while self._appended:
+            self._waiting += json.dumps(self._appended.popleft()).encode() + b"\n"
+        while self._waiting:
+            try:
+                written = os.pwrite(self._descriptor, self._waiting, self._end)
+            except OSError as error:
+                raise atomic.explained(error, self._path) from error
+            self._end += written
+            self._waiting = self._waiting[written:]
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
+    """Make the file anew; or, where there is no room for that, cut it in its place, which needs none."""
+    try:
+        atomic.write(path, content, check)
+        return
+    except OSError as error:
+        if error.errno not in atomic.NO_ROOM:
+            raise
+        if path.exists() and not path.read_bytes().startswith(content):
+            raise
+    print(f"warning: there is no room to make {path} anew: it is cut in its place", file=sys.stderr, flush=True)
+    check()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.ftruncate(descriptor, len(content))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows of a metrics.jsonl, in the order of its steps, and the lines that are none."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], []
+    rows: dict[int, dict[str, Any]] = {}
+    damaged = []
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        sound = isinstance(row, dict) and records.is_count(row.get("step")) and records.is_time(row.get("time", 0.0))
+        if sound and row["step"] not in rows:
+            rows[row["step"]] = row
+        elif not sound:
+            damaged.append(line)
+    return [rows[step] for step in sorted(rows)], damaged
+
+
+def _is_figure(row: dict[str, Any], key: str) -> bool:
+    """Is it there, and a number, or null, as which `finite` writes what is none?"""
+    return key in row and (row[key] is None or records.is_number(row[key]))
+
+
+def _keep_aside(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged: list[bytes]) -> bytes:
+    """Keep damaged lines beside the file, and say which steps are missing. Returns what could not be kept there."""
+    have = {row["step"] for row in kept}
+    missing = [step for step in range(1, keep_below) if step not in have]
+    aside = path.with_name("metrics.damaged.jsonl")
+    lines = b"".join(line + b"\n" for line in damaged)
+    problem, rest = "", b""
+    try:
+        with open(aside, "ab") as file:
+            file.write(lines)
+    except OSError as error:
+        problem, rest = f" ({error.strerror}: they stay where they are)", lines
+    print(
+        f"warning: {path} has {len(damaged)} damaged lines, kept in {aside}{problem}: {len(missing):,} steps have no "
+        f"row, from step {missing[0]:,} to step {missing[-1]:,}. Training is not affected",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        run_folder.record(
+            path.parent, "damaged_metrics", lines=len(damaged), missing_steps=len(missing), first_missing=missing[0],
+            last_missing=missing[-1], kept_in=aside.name,
+        )  # fmt: skip
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+    return rest
+
+
+class Console:
+    """Progress for a person. Rank 0 only."""
+
+    def __init__(self, step: int, total_steps: int) -> None:
+        self._total = total_steps
+        self._started_at, self._first_step = time.monotonic(), step
+        self._next_line_at = 0.0
+        self._bar = (
+            tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, leave=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def step(self, row: dict[str, Any]) -> None:
+        figures = f"loss {_number(row['train/loss'], 4)}  {row['train/tokens_per_s']:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(row["step"] - self._bar.n)
+        now = time.monotonic()
+        evaluated = "val/loss" in row
+        if evaluated:
+            self.say(
+                f"step {row['step']:,}: validation loss {_number(row['val/loss'], 4)}, perplexity "
+                f"{_number(row['val/perplexity'], 2)}, {_number(row['val/bits_per_byte'], 4)} bits per byte"
+            )
+        if self._bar is None and (now >= self._next_line_at or row["step"] == self._total):
+            self._next_line_at = now + LINE_EVERY_S
+            # A run stopped within its evaluation tells the row of the very step that it resumed at: none is done yet.
+            done = max(1, row["step"] - self._first_step)
+            left_s = (self._total - row["step"]) * (now - self._started_at) / done
+            self.say(
+                f"step {row['step']:,}/{self._total:,}  {figures}  lr {row['train/lr']:.2e}  "
+                f"grad norm {_number(row['train/grad_norm'], 3)}  {_clock(left_s)} left"
+            )
+
+    def say(self, text: str) -> None:
+        """A line of text that does not tear the bar; in a log the time is before it."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _number(value: float | None, places: int) -> str:
+    return "none" if value is None else f"{value:.{places}f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -1,0 +1,256 @@
+"""The run folder, which is the truth: what lies where, and the small files that tell a run's story.
+
+::
+
+    runs/<name>/
+      config.toml          the resolved configuration, of the newest attempt
+      configs/             see keep_config
+      run.json             the run's id (also wandb's), made once
+      metrics.jsonl        see hpcgpt.run.metrics_file
+      samples.jsonl        one JSON object a generated text: step, time, text
+      events.jsonl         one JSON object a line: time, event, attempt, and what the event tells
+      exit.json            how the newest attempt ended: written by rank 0, read by hpcgpt.requeue
+      checkpoints/         see hpcgpt.checkpoint
+      faults/              see hpcgpt.run.crash_report
+      generations/         see hpcgpt.storage.lease
+      rendezvous/          see hpcgpt.distributed.rendezvous
+      verified.json        see hpcgpt.data.shard_check
+      tokenizer/           a copy of the shards' tokenizer
+      logs/                one file a job attempt
+      wandb/
+
+A file called STOP in it asks a running job to save and leave, and keeps others from starting.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import secrets
+import socket
+import string
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcgpt.distributed import world
+from hpcgpt.errors import NodeError, UserError, cannot_read
+from hpcgpt.storage import atomic
+
+_APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
+_recording = threading.Lock()  # what is taken back where there is no room must not be another thread's line
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How an attempt ended. `attempt` is world.job_attempt, `reason` why it stopped, in a few words."""
+
+    attempt: str
+    status: int
+    reason: str
+    step: int
+    saved: bool
+
+
+def prepare(folder: Path) -> str:
+    """Make the folder and its run.json unless they are there; returns the run's id.
+
+    Raises:
+        UserError: no such folder can be made, or nothing can be written into it.
+        NodeError: the same on a later start of a Slurm job, which had the folder before.
+    """
+    letters = string.ascii_lowercase + string.digits
+    made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time()}
+    try:
+        for name in ("checkpoints", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        # Each that is there: another user may have made the run, or root a part of it.
+        for path in (folder, *(folder / name for name in ("checkpoints", "logs", "generations"))):
+            if path.exists():
+                _try_to_write(path)
+        atomic.create(folder / "run.json", (json.dumps(made) + "\n").encode())
+    except OSError as error:
+        why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+        told = f"{folder} cannot be a run folder: {why}"
+        if world.job_attempt().rpartition("_")[2] not in ("", "0"):
+            raise NodeError(error.errno, f"{told}; it was one before: does this node have its file system?") from None
+        raise cannot_read(error, f"{told}: choose a folder that you may write to, with --run.dir") from None
+    return run_id(folder)
+
+
+def put_aside(folder: Path, attempt: str) -> None:
+    """Take what an earlier start of the same name left out of the way: it would be taken for the word of this one.
+
+    `attempt` is world.job_attempt. Two starts in one allocation of salloc have one name; so have two jobs, where Slurm
+    begins to count anew. exit.json is removed, the others get a number behind their names.
+    """
+    ended = read_exit(folder)
+    try:
+        if ended and ended.attempt == attempt:
+            (folder / "exit.json").unlink()
+        for path in (folder / "logs" / f"{attempt}.srun", folder / "faults" / attempt):
+            if path.exists():
+                path.rename(
+                    next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+                )
+    except OSError as error:  # training can go on all the same
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise OSError where this user may not make files; a disk that is full or ill is found out elsewhere."""
+    probe = folder / f".{socket.gethostname()}-{os.getpid()}.probe"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    with suppress(OSError):
+        probe.unlink()
+
+
+def run_id(folder: Path) -> str:
+    path = folder / "run.json"
+    try:
+        return str(json.loads(path.read_bytes())["id"])
+    except OSError as error:
+        raise cannot_read(error, f"no run in {folder}: {error.strerror} ({path.name})") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+
+
+def keep_config(folder: Path, attempt: int, text: str) -> bool:
+    """Make `text` the run's config.toml. If it differs from the one before, ``configs/<attempt>.toml`` has it, too.
+
+    So an attempt had the configuration with the highest number that is not above its own; number 0 is what config.toml
+    held before there was such a folder. A disk without room costs a warning and no more: training does not read them.
+    Returns False then, so that it can be tried again.
+    """
+    path, earlier = folder / "config.toml", folder / "configs"
+    try:
+        try:
+            before = path.read_bytes()
+        except FileNotFoundError:
+            before = None
+        if before == text.encode():
+            return True
+        if before is not None and not earlier.is_dir():
+            earlier.mkdir()
+            atomic.write(earlier / f"{0:06d}.toml", before)
+        earlier.mkdir(exist_ok=True)
+        atomic.write(earlier / f"{attempt:06d}.toml", text.encode())
+        atomic.write(path, text.encode())
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def has_trained(folder: Path) -> bool:
+    """Has any attempt of this run made a step?"""
+    try:
+        return (folder / "metrics.jsonl").stat().st_size > 0
+    except OSError:
+        return False
+
+
+def record(folder: Path, event: str, **fields: Any) -> None:
+    """Append one event. The line is written in one piece, so that writers on one host never mix theirs.
+
+    Raises:
+        OSError: there is no room for it, or the file is another user's; no part of it is there.
+    """
+    line = json.dumps({"time": time.time(), "event": event, **fields}).encode() + b"\n"
+    path = folder / "events.jsonl"
+    with _recording:
+        try:
+            descriptor = os.open(path, _APPENDING, 0o666)  # less the umask: a group may share a run
+        except PermissionError as error:
+            raise PermissionError(error.errno, _not_ours(path)) from None
+        try:
+            end = os.fstat(descriptor).st_size
+            if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                line = b"\n" + line  # behind one that a crash cut short
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise atomic.explained(error, path) from error
+        finally:
+            os.close(descriptor)
+
+
+def barred(folder: Path) -> str:
+    """Why this user may not append to events.jsonl, and what to do; '' if nothing is in the way."""
+    path = folder / "events.jsonl"
+    try:
+        os.close(os.open(path, _APPENDING, 0o666))
+    except PermissionError:
+        return _not_ours(path)
+    except OSError:  # a full disk passes; it is for those that write
+        return ""
+    return ""
+
+
+def _not_ours(path: Path) -> str:
+    """A sentence on a file that another user owns."""
+    held = path if path.exists() else path.parent
+    try:
+        owner = f"user {held.stat().st_uid}, not by user {os.geteuid()}"
+    except OSError:
+        owner = f"not by user {os.geteuid()}"
+    return (
+        f"{path} may be written by {owner}: nothing of this start is recorded, and crashes are not counted. Its owner "
+        f"can share it: chmod g+rw {path}, and `umask 002` in the job script; or choose a folder of your own with "
+        "--run.dir"
+    )
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The events so far. Lines that a crash cut short are left out."""
+    return read_rows(folder / "events.jsonl", torn=True)
+
+
+def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file, one a line, without a torn last line; [] if there is no file.
+
+    Raises:
+        UserError: a line before the last one is no JSON object; `torn` leaves it out instead.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, RecursionError):
+            if number < len(lines) - 1 and not torn:
+                raise ValueError(f"{path}, line {number + 1} is damaged: {line[:80]!r}") from None
+    return rows
+
+
+def write_exit(folder: Path, ended: Exit) -> None:
+    atomic.write(folder / "exit.json", (json.dumps(asdict(ended)) + "\n").encode())
+
+
+def read_exit(folder: Path) -> Exit | None:
+    """How the newest attempt that could still tell ended; None if none did."""
+    try:
+        return Exit(**json.loads((folder / "exit.json").read_bytes()))
+    except (OSError, TypeError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,3 @@
+"""Files that are whole or absent, and the lease by which one attempt at a time writes into a run folder. Imports no
+torch.
+"""

@@ -1,0 +1,104 @@
+"""The run that a job would find in its folder: what would end the job there is said before it waits in a queue.
+
+Asked are the STOP file, the newest checkpoint, Slurm (for the jobs of this run), and the heartbeat of the attempt
+that holds the folder. Nothing is written.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+from hpcgpt import plan
+from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.errors import UserError
+from hpcgpt.plan import Plan
+from hpcgpt.run import run_folder
+from hpcgpt.slurm import scontrol
+from hpcgpt.storage import lease
+
+# A job in one of these states runs, or will (squeue(1), "job state codes").
+_ALIVE = {
+    "PENDING": "waits in the queue", "REQUEUED": "waits in the queue", "REQUEUE_HOLD": "is held in the queue",
+    "REQUEUE_FED": "waits in the queue", "SPECIAL_EXIT": "is held in the queue", "RUNNING": "is running",
+    "CONFIGURING": "is starting", "SUSPENDED": "is suspended", "STOPPED": "is stopped", "RESIZING": "is running",
+    "SIGNALING": "is running", "STAGE_OUT": "is ending", "COMPLETING": "is ending",
+}  # fmt: skip
+
+
+def check(planned: Plan, queued_behind: bool) -> str:
+    """Why a job would have nothing to do, in words; "" if it would train.
+
+    `queued_behind`: the job waits for others, so that they may hold the folder still.
+
+    Raises:
+        UserError: a job would be refused, or stop at once: a STOP file, other settings, checkpoints of which none is
+            whole, a job or process that has the folder.
+    """
+    folder = planned.config.run_folder
+    stop_file = folder / "STOP"
+    if stop_file.exists():
+        raise UserError(f"{stop_file} asks this run to stay stopped: remove it to go on")
+    state = _newest_state(folder)
+    if state and (changed := plan.changes(state.identity, planned.identity)):
+        raise UserError(
+            f"{folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run another "
+            "--run.name, or restore the settings"
+        )
+    if not queued_behind:
+        _refuse_while_held(folder)
+    if state and state.step >= planned.total_steps and state.pending is None:
+        return f"{folder} is finished already, at step {state.step:,} of {planned.total_steps:,}: nothing to do"
+    return ""
+
+
+def _newest_state(folder: Path) -> State | None:
+    """Of the newest checkpoint that looks whole; checksums are not read here. None if there never was one."""
+    problems = []
+    for path in layout.found(folder / "checkpoints"):
+        problem = layout.outline(path)
+        if not problem:
+            return layout.read_state(path)
+        problems.append(f"{path.name}: {problem}")
+    if problems:
+        raise UserError(
+            f"{folder / 'checkpoints'} has checkpoints, but none is whole ({'; '.join(problems)}): bring one back, or "
+            "start another --run.name; training is not started over silently"
+        )
+    return None
+
+
+def _refuse_while_held(folder: Path) -> None:
+    jobs = _jobs(folder)
+    for job, state in _states(jobs).items():
+        if state in _ALIVE:
+            raise UserError(
+                f"{folder} is the run of job {job}, which {_ALIVE[state]}: end that one first (scancel {job}), give "
+                f"this run another --run.name, or queue it behind: --sbatch dependency=afterany:{job}"
+            )
+    if lease.is_held(folder):
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the job's id
+            lease.wait_until_gone(folder, "")
+
+
+def _jobs(folder: Path) -> list[str]:
+    """The Slurm jobs that may have this run: as events say, and as `hpcgpt submit` left their scripts."""
+    events = [event for event in run_folder.events(folder) if event.get("event") in ("job", "start", "chain")]
+    ids = [str(event.get("next_job") or event.get("job")).partition("_")[0] for event in events[-10:]]
+    ids += sorted(path.name.partition("_")[0] for path in folder.glob("submit/*_submission.sh"))[-10:]
+    return [job for job in dict.fromkeys(ids) if re.fullmatch(r"\d+", job)]
+
+
+def _states(jobs: list[str]) -> dict[str, str]:
+    """The states of those that Slurm still knows and that are this user's own; {} if it does not answer."""
+    if not jobs:
+        return {}
+    # With a single id that is gone squeue fails; with two it leaves out the one, and no job has the id 0.
+    asked = ["--me", "--noheader", "--states=all", f"--jobs={','.join([*jobs, '0'])}", "--format=%A %T"]
+    pairs = [line.split() for line in scontrol.run("squeue", *asked).stdout.splitlines()]
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}

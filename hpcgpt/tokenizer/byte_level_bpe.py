@@ -1,0 +1,115 @@
+"""Byte-level BPE, run by tiktoken: GPT-2's and its kin, and those that are trained here.
+
+``vocab.tiktoken`` is tiktoken's own format: a line an id, the token's bytes in base64 and its rank. The id
+is the rank: of two merges that are possible, the one with the lower id is made first. The pattern says how
+text is cut before merging. The fingerprint is the SHA-256 over pattern, special tokens and vocabulary.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+
+from hpcgpt.errors import UserError
+from hpcgpt.tokenizer.interface import Tokenizer
+
+
+@dataclass(frozen=True)
+class ByteLevelBPE(Tokenizer):
+    """`ranks` maps a token's bytes to its id; `special_tokens` come on top."""
+
+    kind: ClassVar[str] = "tiktoken"
+
+    name: str
+    pattern: str
+    ranks: dict[bytes, int]
+    special_tokens: dict[str, int]
+    end_of_text: int
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max([*self.ranks.values(), *self.special_tokens.values()]) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        parts = [self.pattern, sorted(self.special_tokens.items()), self.end_of_text]
+        sha = hashlib.sha256(json.dumps(parts).encode())
+        sha.update(write_ranks(self.ranks))
+        return sha.hexdigest()
+
+    @cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+        )
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        table = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, rank in self.ranks.items():
+            table[rank] = len(token)
+        return table
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:  # noqa: ARG002
+        special = {number: name for name, number in self.special_tokens.items()}
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for number in ids:
+            if number in special:
+                yield decoder.decode(b"", final=True) + special[number]
+                decoder.reset()
+            else:
+                yield decoder.decode(self.encoding.decode_single_token_bytes(number))
+        yield decoder.decode(b"", final=True)
+
+    def files(self) -> dict[str, bytes]:
+        return {"vocab.tiktoken": write_ranks(self.ranks)}
+
+    def about(self) -> dict[str, Any]:
+        return {"pattern": self.pattern}
+
+
+def parse_ranks(content: bytes) -> dict[bytes, int]:
+    """The ranks in the content of a .tiktoken file.
+
+    Raises:
+        UserError: it is none.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(f"line {number} is not a token in base64 and its rank") from None
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{len(missing)} of the 256 bytes have no id, among them 0x{missing[0]:02x}")
+    return ranks
+
+
+def write_ranks(ranks: dict[bytes, int]) -> bytes:
+    """The content of a .tiktoken file."""
+    rows = sorted(ranks.items(), key=lambda row: row[1])
+    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in rows)
+
+
+def byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte where GPT-2 and Hugging Face write tokens down: itself where
+    it is one, else the next free one from U+0100 on. In the order of GPT-2's first 256 ids."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}

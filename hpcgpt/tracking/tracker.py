@@ -1,0 +1,130 @@
+"""Weights & Biases: one run, however often the job is requeued, and nothing that wandb does can touch training.
+
+Training never calls wandb. metrics.jsonl is the truth; a process beside rank 0 (``hpcgpt.tracking.wandb_process``)
+follows it and sends what is lacking. This module is the side of training: it starts that process, adds samples to
+samples.jsonl in the run folder, and at the end gives the process a limited time to finish. What it could not send, the
+next attempt's process sends, or ::
+
+    python -m hpcgpt.tracking sync RUN_FOLDER
+
+which sends everything that the server does not have, and is safe to repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from hpcgpt.config.options import Config
+from hpcgpt.distributed.stop_signals import shielded
+from hpcgpt.errors import UserError
+
+ASK_S = 30.0  # importing wandb from a cold network file system takes many seconds
+STATE = "HPCGPT_TRACKING_STATE"  # what the process keeps over a restart of itself, see hpcgpt.tracking.wandb_process
+
+
+class Tracker:
+    """The process that sends rows and samples to wandb; none if tracking is disabled. Rank 0 only.
+
+    No method waits for anything but `close`, which waits for `patience_s` seconds at most.
+    """
+
+    def __init__(self, config: Config, generation: int = 0) -> None:
+        """`generation` is this attempt's number; the process leaves as soon as there is a newer one."""
+        self._folder = config.run_folder
+        self._child: subprocess.Popen[bytes] | None = None
+        self._starting: threading.Thread | None = None
+        if _disabled(config.tracking.wandb):
+            return
+        command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(self._folder), config.tracking.wandb,
+                   str(generation)]  # fmt: skip
+        # The program may be on a file system that is slow.
+        self._starting = threading.Thread(target=self._start, args=(command,), daemon=True)
+        self._starting.start()
+
+    def _start(self, command: list[str]) -> None:
+        try:
+            # In a session of its own, so that Ctrl-C does not reach it and its whole group can be ended. The mask is
+            # inherited; wandb's core asks for SIGTERM all the same, and is started again.
+            with shielded():
+                self._child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        except OSError as error:
+            print(f"warning: wandb gets nothing from this attempt: {error}", file=sys.stderr, flush=True)
+
+    def sample(self, step: int, text: str) -> None:
+        """Add a piece of generated text to samples.jsonl; this writes to the disk.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        if self._starting is None:
+            return
+        line = json.dumps({"step": step, "time": time.time(), "text": text}) + "\n"
+        descriptor = os.open(self._folder / "samples.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def close(self, exit_code: int, patience_s: float) -> None:
+        """Let the process send what is left, for `patience_s` seconds at most, and end it."""
+        if self._starting is None:
+            return
+        deadline = time.monotonic() + patience_s
+        self._starting.join(patience_s)
+        self._starting = None
+        if (child := self._child) is None:
+            return
+        assert child.stdin is not None
+        with suppress(OSError):  # it has ended already
+            child.stdin.write(f"finish {exit_code} {max(0.0, deadline - time.monotonic())}\n".encode())
+            child.stdin.close()
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            print(
+                f"warning: wandb did not take everything within {patience_s:.0f} s; the next attempt sends the rest, "
+                f"or `{sync_command(self._folder)}`",
+                file=sys.stderr,
+                flush=True,
+            )
+        with suppress(OSError):  # wandb's core is in the same group
+            os.killpg(child.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # it may hang in a disk
+            child.wait(1)
+
+
+def check(wanted: str) -> None:
+    """Raise UserError if "online" is asked for and wandb knows of no key. It is asked in a process of its own.
+
+    If it does not answer within ASK_S seconds the run starts: the process beside it says what is wrong.
+    """
+    if wanted != "online" or os.environ.get("WANDB_API_KEY"):
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "hpcgpt.tracking.wandb_process", "--has-key"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ASK_S, check=False,
+        )  # fmt: skip
+        has_key = done.stdout.strip().rpartition("\n")[2]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"warning: wandb could not be asked whether there is a key: {error}", file=sys.stderr, flush=True)
+        return
+    if has_key == "False":
+        raise UserError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
+
+
+def _disabled(wanted: str) -> bool:
+    # The rest of wandb's settings is for wandb to read; this one spares a process.
+    return wanted == "disabled" or (wanted == "auto" and os.environ.get("WANDB_MODE") == "disabled")
+
+
+def sync_command(folder: Path) -> str:
+    return f"python -m hpcgpt.tracking sync {folder}"

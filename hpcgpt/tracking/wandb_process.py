@@ -1,0 +1,389 @@
+"""The process beside rank 0 that sends a run to Weights & Biases. The only module that imports wandb.
+
+It follows metrics.jsonl and samples.jsonl, and may take as long as it likes: training does not wait for it. What counts
+as arrived is what the server has (asked at each start, every CHECK_S seconds and at the end), or what is in the .wandb
+files of a run that is offline. Where anything fails it replaces itself by a fresh process (exec), which asks again; so
+whatever wandb or its core process do, no row is lost or sent twice.
+
+wandb itself is asked for its settings: host, key, mode, proxy. Why a run is kept offline is said in one line and in an
+event. A run that is offline only since the server did not answer tries again every PROBE_S seconds.
+
+Standard input is a pipe from the process that trains: ``finish EXIT_CODE SECONDS`` asks to send the rest within that
+time; its end without that word means that training is gone. The process also leaves at once when a newer attempt has
+the run folder. W&B's "Stop run" makes a STOP file in the run folder: a person wants the run to stop, and stay so.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from hpcgpt.config import sources
+from hpcgpt.run import run_folder
+from hpcgpt.tracking.missing_rows import RunRows
+from hpcgpt.tracking.tracker import STATE, sync_command
+
+T = TypeVar("T")
+
+LOOK_S = 0.5
+INIT_S = float(os.environ.get("HPCGPT_TRACKING_INIT_S", "30"))
+ASK_S = 120.0
+CHECK_S = float(os.environ.get("HPCGPT_TRACKING_CHECK_S", "600"))
+UPLOAD_S = 120.0  # rows that a healthy server still lacks after that long have been lost on the way
+PROBE_S = float(os.environ.get("HPCGPT_TRACKING_PROBE_S", "300"))
+RETRY_S, MOST_RETRY_S = 1.0, 60.0
+ORPHAN_S = 5.0
+MOST_ASKS = 3
+
+
+@dataclass
+class State:
+    """What outlives a restart of this process. `finish` is (exit code, unix time at which to be gone)."""
+
+    failures: int = 0
+    unanswered: int = 0  # the server did not say which rows it has, that many times in a row
+    offline: str = ""  # why the run is kept offline although there is a key
+    said: list[str] = field(default_factory=list)
+    finish: tuple[int, float] | None = None
+
+
+class UnansweredError(Exception):
+    """The server did not say which rows it has."""
+
+
+class LostError(Exception):
+    """Rows that wandb took have not arrived."""
+
+
+class Process:
+    def __init__(self, folder: Path, wanted: str, generation: int) -> None:
+        self._folder, self._wanted, self._generation = folder, wanted, generation
+        self._state = State(**json.loads(os.environ.get(STATE, "{}")))
+        self._changed = threading.Event()
+        self._replacing = threading.Lock()
+        self._rows = RunRows(folder)
+        self._unconfirmed: deque[tuple[float, bool, int, float]] = deque()  # sent at, a sample?, step, made at
+        self._next_step = 0  # wandb's own counter, up to which the server's rows have been read
+        self._run: Any = None
+
+    def main(self) -> NoReturn:
+        """Send until training ends, and leave. Does not return."""
+        if self._state.finish is None:
+            threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+        try:
+            self._send_everything()
+        except Exception as error:
+            self._start_again(error)
+        _end_children()
+        os._exit(0)
+
+    # --- the parent, the generation, the time ------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Wait until the pipe is closed, and note what is in it. Nothing is read before, and none of it while this
+        process is being replaced: it is in the pipe or in the state, and the next process finds it in either."""
+        closed = select.poll()
+        closed.register(0, 0)  # asks for no event; that the other end is closed is always one
+        closed.poll()
+        with self._replacing:
+            words = b""
+            while piece := os.read(0, 4096):
+                words += piece
+            told = words.decode(errors="replace").split()
+            if len(told) == 3 and told[0] == "finish":
+                self._state.finish = (int(told[1]), time.time() + float(told[2]))
+            else:
+                self._state.finish = (1, time.time() + ORPHAN_S)
+        self._changed.set()
+
+    def _watch(self) -> None:
+        """End this process when its time is over, or when a newer attempt has the run folder."""
+        while True:
+            time.sleep(LOOK_S)
+            late = self._state.finish is not None and time.time() > self._state.finish[1]
+            if late or self._is_superseded():
+                _end_children()
+                os._exit(1)
+
+    def _is_superseded(self) -> bool:
+        if not self._generation:
+            return False
+        with suppress(OSError):
+            names = os.listdir(self._folder / "generations")
+            return any(name[:6].isdigit() and int(name[:6]) > self._generation for name in names)
+        return False
+
+    def _start_again(self, error: Exception) -> NoReturn:
+        """Replace this process by a fresh one: nothing of wandb's state outlives that."""
+        state = self._state
+        state.failures += 1
+        state.unanswered = state.unanswered + 1 if isinstance(error, UnansweredError) else 0
+        wait_s = min(MOST_RETRY_S, RETRY_S * 2 ** (state.failures - 1))
+        if not state.offline and (state.failures <= 3 or state.failures % 20 == 0):
+            self._say(f"failed and is started again in {wait_s:.0f} s, metrics.jsonl has everything: {_words(error)}")
+        _end_children()
+        if state.finish is not None:
+            time.sleep(min(wait_s, 5.0))
+        else:
+            self._changed.wait(wait_s)
+        self._replace()
+
+    def _replace(self) -> NoReturn:
+        _end_children()
+        os.environ.pop("WANDB_SERVICE", None)  # names the core process that is gone
+        with self._replacing:
+            os.environ[STATE] = json.dumps(asdict(self._state))
+            os.execv(sys.executable, [sys.executable, "-m", "hpcgpt.tracking.wandb_process", *sys.argv[1:]])
+
+    def _say(self, words: str, event: bool = False) -> None:
+        """Print a line, and record it if it is the reason for being offline; each reason once."""
+        if words in self._state.said:
+            return
+        self._state.said = [*self._state.said[-20:], words]
+        with suppress(OSError, ValueError, AttributeError):
+            print(f"wandb: {words}", file=sys.stderr, flush=True)
+        if event:
+            with suppress(OSError):
+                run_folder.record(self._folder, "wandb", attempt=self._generation, words=words)
+
+    # --- online or offline -------------------------------------------------------------------------
+
+    def _send_everything(self) -> None:
+        mode, why = self._choose()
+        if mode == "disabled":
+            self._say(f"disabled, because {why}")
+            os._exit(0)
+        if mode == "offline":
+            if why:
+                self._say(f"offline, because {why}; `{sync_command(self._folder)}` later", event=True)
+            self._open("offline")
+            self._read_files()
+        else:
+            try:
+                self._open("online")
+            except Exception as error:
+                if self._wanted == "auto":
+                    self._state.offline = f"the server does not answer ({_words(error)})"
+                raise
+            self._ask_server()
+        self._state.unanswered = 0
+        self._follow(online=mode == "online")
+
+    def _choose(self) -> tuple[str, str]:
+        """'online', 'offline' or 'disabled', and why; wandb's own settings decide."""
+        if self._wanted == "offline":
+            return "offline", ""
+        try:
+            host, mode, has_key = ask_wandb()
+        except Exception as error:
+            # wandb refuses its own settings. What can be done without them is to keep the run offline.
+            for name in [name for name in os.environ if name.startswith("WANDB_") and "DIR" not in name]:
+                del os.environ[name]
+            return "offline", f"wandb does not take its settings ({_words(error)})"
+        if self._wanted == "auto" and mode == "disabled":
+            return "disabled", "wandb's settings say so (WANDB_MODE, WANDB_DISABLED)"
+        if self._wanted == "auto" and mode in ("offline", "dryrun"):
+            return "offline", f"wandb's settings say mode {mode} (WANDB_MODE, or `wandb offline`)"
+        if not has_key:
+            return "offline", f"there is no key for {host} (`wandb login`)"
+        if self._wanted == "auto" and self._state.offline:
+            return "offline", f"{host}: {self._state.offline}"
+        return "online", ""
+
+    def _open(self, mode: str) -> None:
+        import wandb
+
+        config = sources.from_file(self._folder / "config.toml")
+        (self._folder / "wandb").mkdir(exist_ok=True)
+        self._run = wandb.init(
+            project=config.tracking.project,
+            id=run_folder.run_id(self._folder),
+            name=config.run.name,
+            dir=self._folder,
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow" if mode == "online" else None,
+            config=asdict(config),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=INIT_S,
+                # Rows are otherwise kept in memory for 15 s.
+                x_transaction_log_flush_interval=1.0,
+                # By default it waits for a dead network without end.
+                finish_timeout=20.0,
+                # wandb's own way is to interrupt the main thread.
+                stop_fn=self._stop_run,
+            ),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def _stop_run(self) -> None:
+        self._say(
+            f"'Stop run' was pressed on the dashboard: made {self._folder / 'STOP'}, remove it to go on", event=True
+        )
+        with suppress(OSError):
+            (self._folder / "STOP").write_text("'Stop run' was pressed on the wandb dashboard\n")
+
+    # --- what has arrived --------------------------------------------------------------------------
+
+    def _ask_server(self) -> None:
+        """Note which rows and samples the server has. After MOST_ASKS failures all count as lacking.
+
+        Raises:
+            UnansweredError: it does not say.
+        """
+        try:
+            self._next_step = _within(ASK_S, self._read_server)
+        except Exception as error:
+            if self._state.unanswered + 1 < MOST_ASKS:
+                raise UnansweredError(f"the server does not say which steps it has ({_words(error)})") from error
+            self._say(
+                "the server does not say which steps it has: all rows of the run are sent, some may be there twice"
+            )
+
+    def _read_server(self) -> int:
+        import wandb
+
+        found = wandb.Api(timeout=20).run(self._run.path)
+        next_step = self._next_step
+        for made, arrived in (("tokens", self._rows.rows), ("sample", self._rows.samples)):
+            keys = ["_step", "step", "time", made]
+            for row in found.scan_history(keys=keys, min_step=self._next_step, use_cache=False):
+                arrived.add(int(row["step"]), float(row["time"]))
+                next_step = max(next_step, int(row["_step"]) + 1)
+        return next_step
+
+    def _read_files(self) -> None:
+        """Note which rows and samples are in the .wandb files."""
+        for path in (self._folder / "wandb").glob("offline-run-*/*.wandb"):
+            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+            with (
+                suppress(OSError),
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as read,
+            ):
+                assert read.stdout is not None
+                for line in read.stdout:
+                    with suppress(ValueError, KeyError, TypeError):
+                        row = json.loads(line)["history"]["item"]
+                        arrived = self._rows.samples if "sample" in row else self._rows.rows
+                        arrived.add(int(row["step"]), float(row["time"]))
+
+    def _check(self) -> None:
+        """Raises LostError if rows that wandb took some time ago are not on the server."""
+        arrived = RunRows(self._folder)
+        mine, self._rows = self._rows, arrived
+        try:
+            next_step = _within(ASK_S, self._read_server)
+        except Exception:  # an outage, which wandb's core sits out
+            return
+        finally:
+            self._rows = mine
+        self._next_step = next_step
+        since = time.monotonic() - (0 if self._state.finish else UPLOAD_S)
+        left: deque[tuple[float, bool, int, float]] = deque()
+        for sent in self._unconfirmed:
+            at, is_sample, step, made_at = sent
+            if not (arrived.samples if is_sample else arrived.rows).has(step, made_at - 1e-3):
+                if at < since:
+                    raise LostError("rows have been lost on the way to the server")
+                left.append(sent)
+        self._unconfirmed = left
+
+    # --- sending -----------------------------------------------------------------------------------
+
+    def _follow(self, online: bool) -> None:
+        next_check = time.monotonic() + CHECK_S
+        next_probe = time.monotonic() + PROBE_S
+        while True:
+            finish = self._state.finish  # looked at before the files: everything was in them when it was told
+            for row in self._rows.lacking():
+                self._log(row, online)
+            if finish:
+                break
+            if online and time.monotonic() >= next_check:
+                self._check()
+                next_check = time.monotonic() + CHECK_S
+            if self._state.offline and not online and time.monotonic() >= next_probe:
+                self._run.finish(exit_code=0)
+                self._state.offline = ""
+                self._replace()
+            self._changed.wait(LOOK_S)
+        self._run.finish(exit_code=finish[0])
+        if online:
+            self._check()
+
+    def _log(self, row: dict[str, Any], online: bool) -> None:
+        import wandb
+
+        if is_sample := "text" in row:
+            page = wandb.Html(f"<pre>{html.escape(row['text'])}</pre>")
+            self._run.log({"step": row["step"], "time": row["time"], "sample": page})
+        else:
+            self._run.log({key: value for key, value in row.items() if value is not None})
+        if online:
+            self._unconfirmed.append((time.monotonic(), is_sample, row["step"], row["time"]))
+        self._state.failures = 0
+
+
+def ask_wandb() -> tuple[str, str, bool]:
+    """wandb's server, its mode, and whether it has a key for that server."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    key = wbauth.authenticate_session(host=settings.base_url, source="hpcgpt", prompt=False, update_session=False)
+    return settings.base_url, settings.mode, key is not None
+
+
+def _within(limit_s: float, work: Callable[[], T]) -> T:
+    """The result of `work`, or TimeoutError; work that takes longer is left behind."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if results:
+        return results[0]
+    raise errors[0] if errors else TimeoutError(f"no answer within {limit_s:.0f} s")
+
+
+def _end_children() -> None:
+    """Kill wandb's core process: what it still holds is lost, and is sent again."""
+    mine = str(os.getpid())
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError, ValueError):
+            if path.read_text().rpartition(")")[2].split()[1] == mine:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--has-key"]:
+        print(ask_wandb()[2])
+    else:
+        Process(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])).main()

@@ -1,0 +1,279 @@
+"""What was in effect when a checkpoint was made, and what differs when a run is resumed from it.
+
+The identity of a run (``hpcgpt.plan``) holds what may not change at all. This is the rest: options with what their
+"auto" resolved to, the number of ranks, the hardware and the versions of the software. `State.in_effect` has it, flat::
+
+    {"optim.lr": 0.0006, "train.dtype": "bfloat16", "run.threads": 8, "total_steps": 19073, "ranks": 4,
+     "cpu": "AMD EPYC 7763", "gpu": "none", "torch": "2.13.0", "environment NCCL_ALGO": "Ring", ...}
+
+A resume prints each difference and records them all in the event ``changed``. A difference either changes the result
+(another order of additions is enough to change its bytes) or does not; `run.strict` refuses the former.
+
+No torch in here, except where the machine is described.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hpcgpt
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config
+from hpcgpt.errors import UserError
+from hpcgpt.optim.lr_schedule import learning_rate
+from hpcgpt.plan import Plan
+
+if TYPE_CHECKING:
+    from hpcgpt.distributed.world import Ranks
+    from hpcgpt.training.engine import Engine
+
+_SECTIONS = ("optim", "schedule", "train", "parallel", "spike", "data", "checkpoint", "eval")
+# In the identity, or said by total_steps.
+_ELSEWHERE = {"train.global_batch", "data.stride", "data.document_mask", "train.steps", "train.tokens", "train.epochs"}
+_HARMLESS_SECTIONS = ("data", "checkpoint", "eval")
+_HARMLESS = {"python", "numpy"}
+_ON_CPU_ONLY = {"run.threads", "cpu", "cpu_capability"}  # on a GPU the CPU adds nothing up
+_ENVIRONMENT = "environment "
+# Variables by which libraries choose another kernel, precision or order of additions. OMP_NUM_THREADS is none of them:
+# run.threads replaces it.
+_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_DYNAMIC",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+_LONGEST = 200  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference. `affects_result`: the trained weights will not have the bytes that they would have had."""
+
+    key: str
+    before: Any
+    now: Any
+    affects_result: bool
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_shown(self.before)} and is now {_shown(self.now)}"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs from the attempt that saved step `step`; `rate_before` and `rate_now` are the next step's."""
+
+    step: int
+    found: tuple[Change, ...] = ()
+    rate_before: float | None = None
+    rate_now: float | None = None
+
+    @property
+    def affecting(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.found if change.affects_result)
+
+    @property
+    def lines(self) -> list[str]:
+        """For the console: what changes the result first."""
+        ordered = [*self.affecting, *(change for change in self.found if not change.affects_result)]
+        lines = [
+            f"{'warning: changed' if change.affects_result else 'changed'} since step {self.step:,} was saved: {change}"
+            for change in ordered
+        ]
+        if self.rate_before != self.rate_now:
+            lines.append(f"warning: {self._rates}")
+        elif self.affecting:
+            lines.append("the result will not have the same bytes as without that; run.strict refuses such a resume")
+        return lines
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """For the event."""
+        fields: dict[str, Any] = {"step": self.step, "changes": [asdict(change) for change in self.found]}
+        if self.rate_before != self.rate_now:
+            fields |= {"rate_before": self.rate_before, "rate_now": self.rate_now}
+        return fields
+
+    def refuse(self) -> None:
+        """Raise UserError if anything changes the result (run.strict)."""
+        if not self.affecting:
+            return
+        rates = [self._rates] if self.rate_before != self.rate_now else []
+        raise UserError(
+            f"run.strict: this would change the result of a run that is at step {self.step:,}: "
+            f"{'; '.join([*map(str, self.affecting), *rates])}. Restore that, or pass --run.strict false to resume "
+            "with it"
+        )
+
+    @property
+    def _rates(self) -> str:
+        return f"learning rate of the next step: {self.rate_before:.3g} before, {self.rate_now:.3g} now"
+
+
+def collect(planned: Plan, ranks: Ranks, engine: Engine) -> dict[str, Any]:
+    """All that is in effect for this attempt; see the module's docstring. A collective."""
+    import numpy
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = ranks.device.type == "cuda"
+    resolved = {
+        "run.device": ranks.device.type,
+        "train.dtype": str(engine.dtype).removeprefix("torch."),
+        "train.compile": "on" if engine.compiled else "off",
+    }
+    machine: dict[str, Any] = {
+        "ranks": ranks.world.size,
+        "hpcgpt": hpcgpt.__version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+    if ranks.control is not None:
+        machine["run.backend"] = dist.get_backend()
+    if on_gpu:
+        machine["cuda"] = torch.version.cuda
+    own = {
+        "run.threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(ranks.device) if on_gpu else "none",
+    }
+    return options(planned) | resolved | machine | environment() | _of_all(own, ranks)
+
+
+def options(planned: Plan) -> dict[str, Any]:
+    """The options that the identity leaves out, by section.key, in JSON's types."""
+    found: dict[str, Any] = {"total_steps": planned.total_steps}
+    for section in _SECTIONS:
+        for key, value in asdict(getattr(planned.config, section)).items():
+            if f"{section}.{key}" not in _ELSEWHERE:
+                found[f"{section}.{key}"] = json.loads(json.dumps(value))
+    return found
+
+
+def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that are set, of those that libraries compute by."""
+    return {_ENVIRONMENT + name: env[name] for name in _VARIABLES if name in env}
+
+
+def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
+    """What differs between the attempt that saved `state` and this one; nothing if no step is left to make.
+
+    Only what both know: an option that is newer than the checkpoint counts as its default, and a checkpoint without
+    `State.in_effect` says how many ranks there were.
+
+    Raises:
+        UserError: the run has made more steps than it is to have now.
+    """
+    step, total = state.step, planned.total_steps
+    if step > total:
+        raise UserError(
+            f"the run has made {step:,} steps already, and {_length(planned.config)} asks for {total:,}: give at least "
+            f"{step:,}, or train a shorter run under another --run.name"
+        )
+    if step == total and state.pending is None:
+        return Changes(step)
+    before: Mapping[str, Any] = {"ranks": state.world_size} | state.in_effect
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        absent = "unset" if key.startswith(_ENVIRONMENT) else None
+        old = before.get(key, (absent or _default(key)) if state.in_effect else None)
+        new = now.get(key, absent)
+        if old is not None and new is not None and old != new:
+            found.append(Change(key, old, new, _affects_result(key, before, now)))
+    rate_before, rate_now = _rate(before, step), _rate(now, step)
+    known = rate_before is not None and bool(found)
+    return Changes(step, tuple(found), *((rate_before, rate_now) if known else (None, None)))
+
+
+# --- details ---------------------------------------------------------------------------------------
+
+
+def _affects_result(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    def ever(key: str, value: Any) -> bool:
+        return value in (before.get(key), now.get(key))
+
+    section = key.partition(".")[0]
+    watches_spikes = bool(before.get("spike.factor") or now.get("spike.factor"))
+    if key == "checkpoint.every" or section == "spike":  # a spike sends the run back to a regular checkpoint
+        return watches_spikes
+    if key == "total_steps":  # where no schedule depends on it, the run is longer and that is all
+        return any(ever("schedule.kind", kind) for kind in ("cosine", "linear", "wsd"))
+    if key in _ON_CPU_ONLY:
+        return ever("run.device", "cpu")
+    return section not in _HARMLESS_SECTIONS and key not in _HARMLESS
+
+
+def _rate(known: Mapping[str, Any], step: int) -> float | None:
+    """The rate of the step after `step` steps, by what was in effect; None if that does not tell."""
+    config = Config()
+    try:
+        for section in ("optim", "schedule"):
+            names = [item.name for item in dataclasses.fields(getattr(config, section))]
+            values = {
+                name: sources.checked(section, name, known[f"{section}.{name}"])
+                for name in names
+                if f"{section}.{name}" in known
+            }
+            config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+        total = known["total_steps"]
+        return learning_rate(step, total, config) if type(total) is int and total > 0 and "optim.lr" in known else None
+    except (ArithmeticError, KeyError, TypeError, ValueError):  # a state.json that somebody has written by hand
+        return None
+
+
+def _default(key: str) -> Any:
+    """Of an option; None of anything else."""
+    section, _, name = key.partition(".")
+    if section not in _SECTIONS:
+        return None
+    return json.loads(json.dumps(asdict(Config())[section].get(name)))
+
+
+def _length(config: Config) -> str:
+    train = config.train
+    name = next(name for name in ("steps", "tokens", "epochs") if getattr(train, name))
+    return f"train.{name} {getattr(train, name):,}"
+
+
+def _of_all(own: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The same of all ranks: a value where they have the same, else the different ones, sorted."""
+    from hpcgpt.distributed.collectives import on_all
+
+    everybody = on_all(ranks, lambda: own)
+    found = {}
+    for key in own:
+        values = sorted({rank[key] for rank in everybody})
+        found[key] = values[0] if len(values) == 1 else values
+    return found
+
+
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What the kernel calls this CPU, or its architecture."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)  # a checkpoint may come from anywhere: nothing of it may move a terminal's cursor
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."

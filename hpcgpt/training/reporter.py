@@ -1,0 +1,213 @@
+"""Everything that rank 0 alone reports: exit.json, metrics.jsonl, events, console, samples, wandb.
+
+But for exit.json, which the requeue policy needs, all of it only informs (``hpcgpt.output.best_effort``): no exception
+leaves this module, files are written by a thread of their own, and exit.json is written before anything is waited for.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpcgpt import exit_codes
+from hpcgpt.checkpoint.save import Saved
+from hpcgpt.config.options import Config
+from hpcgpt.distributed import world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.generate import generate
+from hpcgpt.model.gpt import GPT
+from hpcgpt.model.precision import computing_in
+from hpcgpt.output import terminal
+from hpcgpt.output.best_effort import Worker, only_informs, within
+from hpcgpt.plan import Plan
+from hpcgpt.run import goodput, metrics_file, run_folder
+from hpcgpt.storage.lease import Generation
+from hpcgpt.tokenizer import interface
+from hpcgpt.tokenizer.interface import Tokenizer
+from hpcgpt.tracking.tracker import Tracker
+from hpcgpt.training.stragglers import Straggler
+
+
+@dataclass(frozen=True)
+class Story:
+    """What an attempt tells of itself. `number` is its generation, `hosts` those of its ranks, by rank.
+
+    It goes on behind step `step`; `pending` says that this step's row is still to come.
+    """
+
+    plan: Plan
+    ranks: Ranks
+    number: int
+    hosts: list[str]
+    dtype: torch.dtype
+    began_at: float
+    step: int
+    pending: bool
+
+
+DRAIN_S = 5.0  # what waits to be written at the end of an attempt, and before a rollback
+# For the table at the end: it takes longer the more rows there are. 400,000 (97 MB) took 9 s of CPU.
+GOODPUT_S, GOODPUT_S_PER_MB, GOODPUT_MOST_S = 10.0, 0.3, 40.0
+FINISH_S, LEAVE_S = 20.0, 4.0  # for wandb: at the end of training; when the job has to leave, KillWait may be 30 s
+
+
+def goodput_limit_s(folder: Path) -> float:
+    """How long the goodput of a run may take to compute at its end."""
+    size = 0
+    with suppress(OSError):
+        size = (folder / "metrics.jsonl").stat().st_size
+    return min(GOODPUT_MOST_S, GOODPUT_S + GOODPUT_S_PER_MB * size / 1e6)
+
+
+class Reporter:
+    def __init__(self, story: Story, held: Generation, model: GPT, words: Tokenizer) -> None:
+        self._story, self._held, self._model, self._words = story, held, model, words
+        self._config: Config = story.plan.config
+        self._folder = self._config.run_folder
+        self._told: Saved | None = None  # the save whose commit has been told, and not its end
+        self._worker = Worker("reporter")
+        keep_below = story.step + (0 if story.pending else 1)
+        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, held.check)
+        lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
+        self.event(
+            "start",
+            job=world.job_attempt(),
+            step=story.step,
+            total_steps=story.plan.total_steps,
+            world_size=story.ranks.world.size,
+            host=story.hosts[0],
+            hosts=story.hosts,
+            began_at=story.began_at,
+            lost_steps=len(lost),
+            lost_s=sum(row["train/step_s"] for row in lost),
+            lost_until=max((row["time"] for row in lost), default=None),
+        )
+        self._tracker = Tracker(self._config, story.number)
+        self._console = metrics_file.Console(story.step, story.plan.total_steps)
+        with only_informs("the greeting"):
+            self._greet()
+
+    def _greet(self) -> None:
+        story, total = self._story, self._story.plan.total_steps
+        self._console.say(
+            f"run {self._folder}, generation {story.number}: {self._model.parameter_count():,} parameters, "
+            f"{story.ranks.world.size} x {story.ranks.device.type}, "
+            f"{str(story.dtype).removeprefix('torch.')}, {story.plan.tokens_per_step:,} tokens a step "
+            f"({story.plan.micro_steps} micro-steps a rank)"
+        )
+        for line in story.plan.warnings:
+            self._console.say(f"warning: {line}")
+        for line in story.plan.mixture:
+            self._console.say(f"samples: {line}")
+        if story.step >= total and not story.pending:
+            self._console.say(f"finished already, at step {total:,}: nothing to do")
+        elif story.step:
+            self._console.say(f"resumed at step {story.step:,} of {total:,}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Report a step."""
+        self.metrics.append(row)
+        self._worker.post("metrics.jsonl", self.metrics.write_appended)
+        with only_informs("the console"):
+            self._console.step(row)
+
+    def committed(self, saved: Saved) -> None:
+        """Report a checkpoint that is there now. From the thread that made it: a kill may come within the next step."""
+        figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
+        with only_informs("events.jsonl"):
+            run_folder.record(self._folder, "save", attempt=self._story.number, step=saved.step, **figures)
+            self._told = saved
+
+    def saved(self, saved: Saved) -> None:
+        """Report that a save has ended, and that training stands still for it no longer."""
+        told, self._told = self._told, None
+        if saved.problem:
+            print(f"warning: no checkpoint of step {saved.step:,}: {saved.problem}", file=sys.stderr, flush=True)
+            self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
+        elif told:
+            self.event("save_stall", step=saved.step, stall_s=saved.stall_s - told.stall_s)
+        else:  # it was there already, or there was no room for the line
+            self.committed(saved)
+
+    def straggler(self, step: int, found: Straggler) -> None:
+        self._console.say(f"step {step:,}: {found.words}")
+        self.event("straggler", step=step, **asdict(found), factor=found.factor)
+
+    def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
+        """The run has gone back to `step`; `spiked` is the row that nobody has seen of the step that sent it back."""
+        if self._worker.drain(DRAIN_S):  # else it may still write: its descriptor must not become another file's
+            self.metrics.close()
+        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._held.check)
+        lost = [*self.metrics.cut_off, spiked]
+        self.event(
+            "rollback",
+            step=step,
+            spiked_step=spiked["step"],
+            loss=spiked["train/loss"],
+            lost_steps=len(lost),
+            since=lost[0]["time"] - lost[0]["train/step_s"],
+            skipped_batches=skipped,
+        )
+
+    def say(self, text: str) -> None:
+        with only_informs("the console"):
+            self._console.say(text)
+
+    def leave(self, status: int, words: str, step: int, saved: bool) -> None:
+        """Report the end of an attempt that ends by itself; exit.json first, which decides what happens next."""
+        with only_informs("exit.json"):
+            run_folder.write_exit(self._folder, run_folder.Exit(world.job_attempt(), status, words, step, saved))
+        self.event("end", status=status, reason=words, step=step)
+        if status == exit_codes.FINISHED:
+            self._worker.drain(DRAIN_S)
+            table = within(goodput_limit_s(self._folder), "goodput", lambda: goodput.words(self._folder))
+            self.say(table or f"goodput: ask `python -m hpcgpt.status {shlex.quote(str(self._folder))}`")
+        elif status == exit_codes.AGAIN:
+            self.say(f"saved at step {step:,} and leaving: {words}")
+        elif status == exit_codes.FAILED:
+            print(f"error: {words}", file=sys.stderr, flush=True)
+
+    def close(self, status: int) -> None:
+        """Finish what is reported in the background, within bounded time."""
+        with only_informs("the console"):
+            self._console.close()
+        if self._worker.drain(DRAIN_S):
+            self.metrics.close()
+        with only_informs("the dashboard"):
+            self._tracker.close(status, FINISH_S if status == exit_codes.FINISHED else LEAVE_S)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Append a line to events.jsonl, in the background; what the disk does not take is lost with a warning."""
+        line = {"time": time.time(), "attempt": self._story.number, **fields}
+        self._worker.post("events.jsonl", lambda: run_folder.record(self._folder, event, **line))
+
+    def sample(self, step: int, limit_s: float, alive: Callable[[], bool]) -> None:
+        """Generate a text with the weights of this step and show it.
+
+        It uses the device that training uses, so training waits for it: for `limit_s` seconds at most. `alive` is
+        called for each token; generation stops when it returns False.
+        """
+        settings, device = self._config.sample, self._story.ranks.device
+        deadline = time.monotonic() + limit_s
+
+        def ids() -> Iterator[int]:
+            for token in generate(self._model, prompt, settings, device, self._config.run.seed + step):
+                yield token
+                if not alive() or time.monotonic() > deadline:
+                    return
+
+        with only_informs("the sample"):
+            prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
+            # As `hpcgpt sample` does. Not by train.attention: there are kernels that take no single token.
+            with computing_in(self._story.dtype, device):
+                text = settings.prompt + "".join(interface.stream(self._words, ids(), after=prompt))
+            self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
+            self._worker.post("samples.jsonl", lambda: self._tracker.sample(step, text))
