@@ -20,11 +20,11 @@ from typing import Literal
 from conftest import ROOT, TINY, clean_env, curve, tensors
 from preloaded import Preloaded
 
-from hpcgpt import requeue
 from hpcgpt.config.options import Requeue
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED
-from hpcgpt.requeue import Decision
 from hpcgpt.run import crash_report, run_folder
+from hpcgpt.slurm import requeue_policy
+from hpcgpt.slurm.requeue_policy import Decision
 from hpcgpt.slurm.restart_history import History
 from hpcgpt.slurm.scontrol import Job
 
@@ -217,4 +217,4 @@ def decided(folder: Path, attempt: str, status: int, restart: int) -> Decision:
     if ended and ended.attempt != attempt:
         ended = None
     blamed = crash_report.blame([], crash_report.read(folder, attempt))
-    return requeue.decide(ended, status, Job("RUNNING", restart), restart, History(), Requeue(), blamed)
+    return requeue_policy.decide(ended, status, Job("RUNNING", restart), restart, History(), Requeue(), blamed)

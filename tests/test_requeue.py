@@ -16,12 +16,12 @@ from hpcgpt import requeue
 from hpcgpt.config import options
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, SUPERSEDED
-from hpcgpt.requeue import Decision, decide, decide_early
 from hpcgpt.run import run_folder
 from hpcgpt.run.crash_report import Blame
 from hpcgpt.run.run_folder import Exit
 from hpcgpt.slurm import bad_nodes
 from hpcgpt.slurm.bad_nodes import bad_hosts
+from hpcgpt.slurm.requeue_policy import Decision, decide, decide_early
 from hpcgpt.slurm.restart_history import History, Start
 from hpcgpt.slurm.scontrol import Job, job_id
 from hpcgpt.storage import lease

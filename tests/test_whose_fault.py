@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import command, on_ranks
 
-from hpcgpt import requeue
 from hpcgpt.checkpoint.layout import FormatError
 from hpcgpt.config.options import Requeue
 from hpcgpt.errors import (
@@ -26,6 +25,7 @@ from hpcgpt.errors import (
 )
 from hpcgpt.exit_codes import FAILED, FINISHED, USER_MISTAKE
 from hpcgpt.run import crash_report, run_folder
+from hpcgpt.slurm import requeue_policy
 from hpcgpt.slurm.restart_history import History
 from hpcgpt.slurm.scontrol import Job
 
@@ -69,13 +69,13 @@ def broken(count: int, rank: int, where: str, error: str, tiny: Path, *flags: st
     return done.returncode, done.stderr, tiny.parent / "runs" / "tiny"
 
 
-def decided(folder: Path, status: int) -> requeue.Decision:
+def decided(folder: Path, status: int) -> requeue_policy.Decision:
     """What the requeue policy says of the attempt whose faults are in `folder`."""
     words = [
         crash_report.read(folder, path.name) for path in folder.glob("faults/*")
     ]  # none before there is a run folder
     blamed = crash_report.blame([], words[0] if words else [])
-    return requeue.decide(run_folder.read_exit(folder), status, Job("RUNNING"), 0, History(), Requeue(), blamed)
+    return requeue_policy.decide(run_folder.read_exit(folder), status, Job("RUNNING"), 0, History(), Requeue(), blamed)
 
 
 MACHINE = {

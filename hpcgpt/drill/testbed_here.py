@@ -16,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
-from hpcgpt import exit_codes, requeue
+from hpcgpt import exit_codes
 from hpcgpt.config import sources
 from hpcgpt.drill.faults import Kind, MissedError, Scene
 from hpcgpt.drill.testbed import TRACKING_TIMES, Disk, Rank, State, ranks_among
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.run import run_folder
-from hpcgpt.slurm import restart_history, scontrol
+from hpcgpt.slurm import requeue_policy, restart_history, scontrol
 from hpcgpt.slurm.restart_history import History
 
 
@@ -139,7 +139,7 @@ class Job:
         if newest > self._newest:
             self._newest, self._crashes = newest, 0
         past = History(crashes=self._crashes)
-        decision = requeue.decide(ended, left, scontrol.Job("RUNNING"), 0, past, settings.requeue)
+        decision = requeue_policy.decide(ended, left, scontrol.Job("RUNNING"), 0, past, settings.requeue)
         self._crashes += decision.crashed
         self._file.write(f"drill: status {left}: {decision.why}\n".encode())
         self._file.flush()
