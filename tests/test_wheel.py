@@ -123,6 +123,12 @@ def test_it_has_every_tracked_file_of_the_packages_and_nothing_else(wheel: Path)
     assert len(names) == len(expected)
 
 
+@pytest.mark.usefixtures("wheel")
+def test_a_wheel_made_in_a_checkout_leaves_no_build_folder_there(source: Path) -> None:
+    """The next wheel would take modules from it that are gone."""
+    assert not (source / "build").exists()
+
+
 def test_an_editable_installation_reads_the_scripts_in_the_checkout(source: Path, tmp_path: Path) -> None:
     """`make install` makes one."""
     python = empty_environment(tmp_path / "env")
