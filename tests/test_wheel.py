@@ -133,7 +133,7 @@ def test_an_editable_installation_reads_the_scripts_in_the_checkout(source: Path
     """`make install` makes one."""
     python = empty_environment(tmp_path / "env")
     lend_libraries(python)  # setuptools too, which makes the installation
-    editable = ["install", *OFFLINE, "--no-build-isolation", "--editable", source]
+    editable = ["install", *OFFLINE, "--no-build-isolation", "--editable", str(source)]
     subprocess.run([*PIP, "--python", python, *editable], check=True)
     code = "import data_prep; from hpcgpt.slurm import batch_scripts as b; print(data_prep.__path__[0], b.FOLDER)"
     env = {key: value for key, value in clean_env().items() if not key.startswith("PYTHON")}
