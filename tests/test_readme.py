@@ -16,7 +16,7 @@ from lab_conf import Lab
 from hpcgpt import plan
 from hpcgpt.config import sources
 from hpcgpt.data import shard_format
-from hpcgpt.drill import drill
+from hpcgpt.drill import __main__ as drill_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
@@ -74,7 +74,7 @@ def test_the_configuration_example_is_one(tmp_path: Path) -> None:
 def test_the_drill_takes_the_words_that_are_shown() -> None:
     """test_drill runs one."""
     words = next(words for words in COMMANDS if "hpcgpt.drill" in words)
-    asked = drill.parser().parse_args(words[words.index("hpcgpt.drill") + 1 :])
+    asked = drill_command.parser().parse_args(words[words.index("hpcgpt.drill") + 1 :])
     assert (asked.minutes, asked.seed, asked.on) == (20, 1, "auto")
 
 
