@@ -148,3 +148,11 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
                 todo.append(path)
     wanted = {ROOT / name for name in tracked.stdout.split() if name.startswith("docs/") and name.count("/") == 1}
     assert {page.name for page in wanted - seen} == set()
+
+
+def test_the_lab_notes_name_modules_that_exist_for_those_that_have_moved() -> None:
+    mapping = next(line for line in (ROOT / "docs" / "lab-notes.md").read_text(encoding="utf-8").splitlines()
+                   if line.startswith("> "))  # fmt: skip
+    paths = set(re.findall(r"`([\w/]+\.py)`", mapping)) - {"hpcgpt/x.py", "data_prep/x.py"}  # which stand for any
+    assert len(paths) > 30
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
