@@ -1,4 +1,4 @@
-"""``hpcgpt NAME ...`` is ``python -m hpcgpt.NAME ...``."""
+"""``hpcgpt NAME ...`` is ``python -m hpcgpt.NAME ...``, with _ for a - in the name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hpcgpt.output import terminal
 COMMANDS = {
     "train": "pretrain a model, or go on with a run",
     "submit": "queue a training job on Slurm",
+    "slurm-script": "print a batch script, for sbatch without a checkout",
     "status": "how a run is going",
     "checkpoint": "list, verify and show a run's checkpoints",
     "sample": "generate text from a run's checkpoint",
@@ -26,6 +27,7 @@ ALSO_CALLED = {
     "run": "train", "resume": "train", "pretrain": "train", "sbatch": "submit", "queue": "submit", "list": "status",
     "show": "status", "ps": "status", "ls": "checkpoint ls", "checkpoints": "checkpoint ls", "verify":
     "checkpoint verify", "generate": "sample", "evaluate": "eval", "val": "eval", "test": "drill",
+    "script": "slurm-script", "batch-script": "slurm-script",
 }  # fmt: skip
 PACKAGES = ("checkpoint", "drill", "tracking")
 OF_DATA_PREP = ("make_shards", "verify", "inspect", "export", "import_shards", "train_tokenizer")
@@ -33,14 +35,14 @@ OF_DATA_PREP = ("make_shards", "verify", "inspect", "export", "import_shards", "
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
-        rows = "\n".join(f"  {name:10} {about}" for name, about in COMMANDS.items())
+        rows = "\n".join(f"  {name:12} {about}" for name, about in COMMANDS.items())
         print(f"usage: hpcgpt COMMAND [...]\n\n{rows}\n\n`hpcgpt COMMAND --help` tells more.")
         return
     name = sys.argv.pop(1)
     if name not in COMMANDS:
         there = f"no command '{terminal.printable(name)}'; there are {', '.join(COMMANDS)}"
         sys.exit(cli.complain(UserError(there + _meant(name)), USER_MISTAKE))
-    module = f"hpcgpt.{name}.__main__" if name in PACKAGES else f"hpcgpt.{name}"
+    module = f"hpcgpt.{name}.__main__" if name in PACKAGES else f"hpcgpt.{name.replace('-', '_')}"
     cli.run(importlib.import_module(module).main)
 
 

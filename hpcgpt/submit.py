@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from hpcgpt.config import paths, sources, unknown_flags
 from hpcgpt.errors import UserError
 from hpcgpt.output import terminal
 from hpcgpt.run import run_folder
+from hpcgpt.slurm import batch_scripts
 
 LONGEST_LEAD_S = 65535  # sbatch(1), --signal
-SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "pretrain.sbatch"
+SCRIPT = batch_scripts.FOLDER / "pretrain.sbatch"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     planned = plan.make(settings, options.nodes * tasks)
     nothing_to_do = submit_checks.check(planned, "dependency" in parameters["additional_parameters"])
     if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT} is missing: submit from a checkout of hpcgpt, installed with `pip install -e`")
+        raise UserError(f"{SCRIPT} is missing: install hpcgpt again")
     if options.dry_run:
         print(batch_text(settings.run_folder, parameters, training))
         return 0
@@ -81,7 +83,7 @@ def slurm_parameters(options: argparse.Namespace, folder: Path) -> dict[str, Any
         key, _, value = pair.partition("=")
         if key.lstrip("-") == "array":
             raise UserError(
-                "submit queues one run: for a job array use `sbatch --array=0-7 slurm/pretrain.sbatch CONFIG "
+                f"submit queues one run: for a job array use `sbatch --array=0-7 {shlex.quote(str(SCRIPT))} CONFIG "
                 "--run.name sweep-%a`, where %a stands for the task's number"
             )
         extra[key.lstrip("-")] = value or True
@@ -166,11 +168,15 @@ def _executor(folder: Path, parameters: dict[str, Any], training: Sequence[str])
 def setup(training: Sequence[str]) -> list[str]:
     """The lines with which the job becomes the batch script, before the pickled call that submitit writes after them.
 
-    A node may lack the checkout's file system. There its copy in the job's own script decides what is next, as it does
-    where sbatch was given the batch script itself.
+    The job runs this very Python, wherever it is installed, unless HPCGPT_PYTHON is set or a site file, which may
+    bring an environment of its own.
+
+    A node may lack the file system of the script. There its copy in the job's own script decides what is
+    next, as it does where sbatch was given the batch script itself.
     """
     copy = [line for line in SCRIPT.read_text().splitlines() if line and not line.startswith("#")]
     return [
+        f'[ -n "${{HPCGPT_PYTHON:-}}${{HPCGPT_SITE:-}}" ] || export HPCGPT_PYTHON={shlex.quote(sys.executable)}',
         f"if timeout --signal=KILL 60 test -r {shlex.quote(str(SCRIPT))}; then",
         "exec " + shlex.join(command(training)),
         "fi",

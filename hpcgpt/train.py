@@ -1,7 +1,8 @@
 """``python -m hpcgpt.train [CONFIG] [--section.key value]...``: pretrain, or go on with a run.
 
 This file is the command: who am I, what is asked, what can be checked before torch is loaded, and how
-the process ends. The training itself is in ``hpcgpt/training/loop.py``, one step in ``hpcgpt/training/step.py``.
+the process ends. An attempt is ``hpcgpt/training/attempt.py``, its loop ``hpcgpt/training/loop.py``, one step
+``hpcgpt/training/step.py``.
 
 Exit status: 0 training is finished; 75 saved before the end, please run me again; 76 another attempt has
 taken over; 2 a mistake in what was asked; anything else is a failure.
@@ -55,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
 
         # Torch's own warnings about sockets say less than our errors do.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from hpcgpt.training import loop
+        from hpcgpt.training import attempt
 
-        status = loop.train(planned, here, flag, began_at)
+        status = attempt.train(planned, here, flag, began_at)
     except Exception as error:
         if isinstance(error, InputError) and here.launcher == "srun" and _has_trained_with(settings):
             node_error = blame_the_node(error)

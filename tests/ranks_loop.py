@@ -22,7 +22,7 @@ from hpcgpt import train
 from hpcgpt.checkpoint import load, retention, save
 from hpcgpt.distributed import stop_signals, world
 from hpcgpt.run import metrics_file
-from hpcgpt.training import engine, hang_watchdog, loop, reporter
+from hpcgpt.training import attempt, engine, hang_watchdog, loop, reporter
 
 SLOW_S = 0.3
 
@@ -61,9 +61,9 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
         told["evaluations"].append(counts["alive"] - before)
         return figures
 
-    def stepping(attempt: loop.Attempt) -> None:
+    def stepping(its: loop.Loop) -> None:
         told["threads"] = sorted(thread.name for thread in threading.enumerate())
-        told["watched"] = not attempt._watchdog._off.is_set()
+        told["watched"] = not its.watchdog._off.is_set()
 
     def leave(status: int) -> None:
         told["left_at"], told["status"] = time.monotonic(), status
@@ -81,11 +81,11 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     around(metrics_file.MetricsFile, "sync", slow)
     around(stop_signals.StopFlag, "__init__", flag)
     around(stop_signals.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
-    evaluate, loop.evaluate_all = loop.evaluate_all, evaluation
+    evaluate, attempt.evaluate_all = attempt.evaluate_all, evaluation
     around(engine, "accumulate", lambda *_: told["order"].append("warm up"))
     around(retention, "clean", lambda *_: told["order"].append("clean"))
     around(load, "newest_valid", lambda *_: told["order"].append("choose"))
-    around(loop.Attempt, "_steps", stepping)
+    around(loop.Loop, "run", stepping)
     around(reporter.Reporter, "close", close)
     train._leave = leave  # type: ignore[assignment]  # it would end this process before it has told anything
     train.main(arguments)

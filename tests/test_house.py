@@ -27,7 +27,8 @@ MODULES = {module_name(path): path for path in [*HPCGPT, *sorted((ROOT / "data_p
 LEVELS = (
     ("exit_codes",), ("errors",), ("output",), ("cli", "config"), ("storage",),
     ("distributed", "tokenizer", "data", "model"), ("optim", "run"), ("tracking", "checkpoint"), ("slurm",), ("plan",),
-    ("training",), ("submit_checks",), ("train", "submit", "requeue", "status", "sample", "eval"), ("drill",),
+    ("training",), ("submit_checks",),
+    ("train", "submit", "slurm_script", "requeue", "status", "sample", "eval"), ("drill",),
     ("__main__",),
 )  # fmt: skip
 # What a login node loads, before anything that it decides to load late. Of the other rooms every module counts.
@@ -297,7 +298,7 @@ def test_every_command_of_the_list_has_its_help() -> None:
     from hpcgpt.__main__ import COMMANDS
 
     for name in COMMANDS:
-        done = command(f"hpcgpt.{name}", "--help")
+        done = command(f"hpcgpt.{name.replace('-', '_')}", "--help")
         assert done.returncode == 0, done.stderr
         assert f"hpcgpt {name}" in done.stdout
     listed = command("hpcgpt", "--help").stdout

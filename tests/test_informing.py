@@ -19,7 +19,7 @@ from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.output import best_effort
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.run import run_folder
-from hpcgpt.training import loop, reporter
+from hpcgpt.training import attempt, loop, reporter
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
     assert first.returncode == FINISHED
     script = BROKEN.format(error="OSError(5, 'x')", breakage=(
         "import time\nreporter.GOODPUT_S = 5.0\n"
-        "def hang(folder):\n    print('exit', runfolder.read_exit(folder).step, flush=True)\n    time.sleep(3600)\n"
+        "def hang(folder):\n    print('exit', run_folder.read_exit(folder).step, flush=True)\n    time.sleep(3600)\n"
         "goodput.words = hang"
     ))  # fmt: skip
     done = subprocess.run(
@@ -173,7 +173,7 @@ def test_the_time_for_goodput_grows_with_the_rows_up_to_a_limit(
         with open(tmp_path / "metrics.jsonl", "w") as file:
             file.truncate(megabytes * 1_000_000)
     assert reporter.goodput_limit_s(tmp_path) == pytest.approx(limit_s)
-    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < loop.LAST_WORDS_S
+    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < attempt.LAST_WORDS_S
 
 
 @pytest.mark.parametrize(("wanted_s", "hang_s", "limit_s"), [(30, 300, 30), (200, 300, 150), (7200, 36_000, 300)])

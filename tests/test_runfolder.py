@@ -64,7 +64,7 @@ def test_two_runs_have_two_ids(tmp_path: Path) -> None:
 
 def test_processes_that_prepare_a_folder_at_once_agree_on_one_id(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from hpcgpt.run import run_folder; sys.stdin.read(); "
-    code += f"print(runfolder.prepare(Path({str(tmp_path / 'run')!r})))"
+    code += f"print(run_folder.prepare(Path({str(tmp_path / 'run')!r})))"
     racers = [
         subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
         for _ in range(6)

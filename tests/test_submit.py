@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,28 @@ def test_the_defaults_are_those_of_the_batch_script(slurm: Path, tiny: Path) -> 
     assert ours["time"] == str(minutes(theirs["time"]))
     assert ours["signal"].partition("@")[2] == theirs["signal"].partition("@")[2]
     assert (ours["requeue"], ours["open-mode"]) == (theirs["requeue"], theirs["open-mode"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "runs"),
+    [
+        ({}, sys.executable),
+        ({"HPCGPT_PYTHON": "/mine/python"}, "/mine/python"),
+        ({"HPCGPT_SITE": "/mine/site.sh"}, ""),  # may bring an environment, which a job takes from there
+        ({"HPCGPT_SITE": "/mine/site.sh", "HPCGPT_PYTHON": "/mine/python"}, "/mine/python"),
+    ],
+)
+def test_the_job_runs_the_python_that_submitted_it_unless_another_is_named(
+    asked: dict[str, str], runs: str, slurm: Path, tiny: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.sh"
+    script.write_text(submit(slurm, str(tiny), "--dry-run").stdout)
+    (slurm / "bash").write_text('#!/bin/sh\nprintf %s "$HPCGPT_PYTHON"\n')
+    (slurm / "bash").chmod(0o755)
+    env = {key: value for key, value in clean_env().items() if not key.startswith("HPCGPT_")}
+    env |= {"PATH": f"{slurm}:/usr/bin:/bin"} | asked
+    done = subprocess.run(["/bin/bash", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == runs
 
 
 def test_the_job_id_comes_back_as_json(slurm: Path, tiny: Path, tmp_path: Path) -> None:

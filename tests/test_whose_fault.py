@@ -100,7 +100,7 @@ def test_a_machines_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     "where",
-    ["hpcgpt.training.engine:train_step", "hpcgpt.checkpoint.layout:check", "hpcgpt.training.loop:save_load.load"],
+    ["hpcgpt.training.engine:train_step", "hpcgpt.checkpoint.layout:check", "hpcgpt.training.attempt:save_load.load"],
     ids=str,
 )
 def test_the_rank_whose_fault_it_is_is_blamed_and_no_other(tiny: Path, where: str, rank: int) -> None:

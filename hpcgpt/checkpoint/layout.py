@@ -36,7 +36,7 @@ import stat
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,14 +55,33 @@ _FILE = re.compile(r"(tensors_\d{5}_of_\d{5}\.safetensors|state\.json)")
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
+@dataclass
+class TrainState:
+    """Where training stands. Each field is one of `State`, too.
+
+    `pending` is the metrics row of this step, if the run was stopped before its evaluation had ended; `val_loss` in
+    nats, if this very step was evaluated. `skipped` global batches were left out so far, in `rollbacks`: step s uses
+    global batch s + skipped.
+    """
+
+    step: int = 0
+    pending: dict[str, Any] | None = None
+    val_loss: float | None = None
+    skipped: int = 0
+    rollbacks: int = 0
+
+    def become(self, saved: State) -> None:
+        """Take over what a checkpoint says."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(saved, item.name))
+
+
 @dataclass(frozen=True)
 class State:
-    """Where a run stands, beside its tensors.
+    """What a checkpoint says beside its tensors. For `pending`, `val_loss`, `skipped` and `rollbacks` see TrainState.
 
-    `identity` is what must not change between attempts; `pending` is the metrics row of this step, if the
-    run was stopped before its evaluation had ended; `val_loss` in nats, if this very step was evaluated. `skipped`
-    global batches were left out so far, in `rollbacks`: step s uses global batch s + skipped. `in_effect` is what the
-    attempt that saved it computed with: see ``hpcgpt.training.in_effect``; older checkpoints do not say.
+    `identity` is what must not change between attempts. `in_effect` is what the attempt that saved it computed with:
+    see ``hpcgpt.training.in_effect``; older checkpoints do not say.
     """
 
     step: int

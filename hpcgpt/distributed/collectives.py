@@ -26,6 +26,13 @@ def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return _results(outcome)[0]  # type: ignore[no-any-return]
 
 
+def kept_by_first(ranks: Ranks, make: Callable[[], T]) -> T | None:
+    """Rank 0 makes something that stays with it, and has it; None on the others. Its error is raised on every rank."""
+    made: list[T] = []
+    on_first(ranks, lambda: made.append(make()))
+    return made[0] if made else None
+
+
 def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     """Every rank does `work`; all results by rank, or the first rank's error, on every rank."""
     outcomes: list[Any] = [_attempt(work, ranks)] * ranks.world.size

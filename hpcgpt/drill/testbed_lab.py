@@ -228,7 +228,10 @@ class LabPlace:
 def why_no_lab() -> str:
     """The sentence that says why no lab can be had here; '' if one can."""
     if not SCRIPT.is_file():
-        return f"{SCRIPT} is missing: a lab needs a checkout of hpcgpt, installed with `pip install -e`"
+        return (
+            f"there is no {SCRIPT}: a lab is brought up from a checkout. Clone hpcgpt's repository, and in it type "
+            "`make install` and `sudo .venv/bin/python -m hpcgpt.drill`"
+        )
     return str(_lab_module("lab_needs").why_not())
 
 

@@ -37,7 +37,7 @@ class JobEnd:
     """What is asked about one job, and when."""
 
     def __init__(self, job: str, flag: StopFlag) -> None:
-        """`job` is its id, slurm.job_id; the answers go to `flag`."""
+        """`job` is its id, scontrol.job_id; the answers go to `flag`."""
         self._job, self._flag = job, flag
         self._asked_at = -math.inf if math.isinf(flag.end) else time.monotonic()
         self._confirmed: float | None = None  # the end about which Slurm was asked shortly before leaving

@@ -73,6 +73,7 @@ class Reporter:
         self._config: Config = story.plan.config
         self._folder = self._config.run_folder
         self._told: Saved | None = None  # the save whose commit has been told, and not its end
+        self._lead_said_s = 0.0
         self._worker = Worker("reporter")
         keep_below = story.step + (0 if story.pending else 1)
         self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, held.check)
@@ -156,6 +157,12 @@ class Reporter:
             since=lost[0]["time"] - lost[0]["train/step_s"],
             skipped_batches=skipped,
         )
+
+    def lead(self, lead_s: float, step_s: float) -> None:
+        """Say it once where a step and its saves need more than the margin that was asked for, and when that grows."""
+        if lead_s > max(self._config.requeue.end_margin_s, 1.5 * self._lead_said_s):
+            self._lead_said_s = lead_s
+            self.say(f"a step takes {step_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
 
     def say(self, text: str) -> None:
         with only_informs("the console"):

@@ -1,0 +1,223 @@
+"""One attempt at a run: meet the other ranks, take the run folder, load the newest checkpoint, train, leave.
+
+This builds what the training loop (``hpcgpt.training.loop``) works with, in the order in which it can fail, and turns
+the loop's end into the last checkpoint, exit.json and the exit status.
+"""
+
+from __future__ import annotations
+
+import gc
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hpcgpt import exit_codes
+from hpcgpt.checkpoint.layout import TrainState
+from hpcgpt.config import sources
+from hpcgpt.data.shard_check import ShardCheck
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.collectives import kept_by_first, on_all, on_first
+from hpcgpt.distributed.stop_signals import RECENT_SAVES, StopFlag
+from hpcgpt.distributed.world import Ranks, World
+from hpcgpt.model import host_memory
+from hpcgpt.plan import Plan
+from hpcgpt.run import records, run_folder
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
+from hpcgpt.tokenizer import save_load
+from hpcgpt.training import in_effect
+from hpcgpt.training.checkpointer import Checkpointer
+from hpcgpt.training.engine import Engine
+from hpcgpt.training.evaluation import Terms, bytes_of_ids, evaluate_all, held_out
+from hpcgpt.training.hang_watchdog import Watchdog
+from hpcgpt.training.loop import Loop
+from hpcgpt.training.profiler import Profiler
+from hpcgpt.training.reporter import Reporter, Story
+from hpcgpt.training.resume import Restorer, Resumed, Rollback
+from hpcgpt.training.spikes import Judge
+from hpcgpt.training.stragglers import Blame
+
+LAST_WORDS_S = 60.0  # what the reporter may take at the end, at most
+
+
+def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
+    """Run one attempt to its end; returns its exit status, the same on every rank.
+
+    `began_at` is when this process began, in unix seconds.
+    """
+    settings = planned.config
+    times = {"imports_s": time.time() - began_at}
+    torch.set_num_threads(settings.run.threads or world.cores(here))
+    device = world.pick_device(here, settings.run.device)
+    if device.type == "cpu":
+        host_memory.keep_freed()
+    ranks = rendezvous.connect(
+        here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s
+    )
+    held = kept_by_first(ranks, lambda: _take(settings.run_folder))
+    times["meet_s"] = time.time() - began_at - times["imports_s"]
+    try:
+        status = Attempt(planned, ranks, held, flag, began_at, times).run()
+        # Rank 0 has more to do at the end, and `srun -K` ends the ranks that are left when the first one leaves.
+        on_first(ranks, lambda: None)
+    except RuntimeError as error:
+        if not rendezvous.is_broken_connection(error):
+            raise
+        raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its words") from error
+    finally:
+        if held is not None:
+            held.release()
+    return status
+
+
+def _take(folder: Path) -> Generation:
+    run_folder.prepare(folder)
+    return lease.take(folder, world.job_attempt())
+
+
+class Attempt:
+    """One attempt at a run, from its generation to its exit status. Every rank has one."""
+
+    def __init__(
+        self,
+        planned: Plan,
+        ranks: Ranks,
+        held: Generation | None,
+        flag: StopFlag,
+        began_at: float,
+        times: dict[str, float],
+    ) -> None:
+        """`held` is rank 0's, None on the others; `times` has the seconds that the start took so far, see "ready"."""
+        self.plan, self.ranks, self.held, self.flag = planned, ranks, held, flag
+        self._began_at, self._times = began_at, times
+        self.config, self.folder = planned.config, planned.config.run_folder
+        self.number = on_first(ranks, lambda: held.number if held else 0)
+        if not held:
+            lease.watch(self.folder, self.number)
+        self.watchdog = Watchdog(self.config, ranks.world, self.number)
+        self.stragglers = Blame(self.config.blame, ranks)
+        self.engine = Engine(planned, ranks, self.stragglers.local)
+        self.hosts = on_all(ranks, socket.gethostname)
+        first = planned.sets[0]
+        self.tokenizer = save_load.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
+        self._validation_sets = held_out(planned)
+        self._token_bytes = bytes_of_ids(self.tokenizer, self.config.model.vocab_size)
+        self._in_effect = in_effect.collect(planned, ranks, self.engine)
+        self._has_config = False  # rank 0: is config.toml written? What reads the run later needs it
+        self.state = TrainState()
+
+    def run(self) -> int:
+        """Train to the end, or until told to stop; returns the exit status."""
+        started_at = time.monotonic()
+        self.engine.warm_up()
+        self._times["warm_up_s"] = time.monotonic() - started_at
+        started_at = time.monotonic()
+        restorer = Restorer(self.plan, self.ranks, self.held, self.engine, self.state)
+        resumed = restorer.resume(self._in_effect)
+        self._times["load_s"] = time.monotonic() - started_at
+        reporter = kept_by_first(self.ranks, lambda: self._begin_to_report(resumed))
+        checkpointer = Checkpointer(
+            plan=self.plan, ranks=self.ranks, held=self.held, engine=self.engine, state=self.state, stop=self.flag,
+            in_effect=self._in_effect, watchdog=self.watchdog, reporter=reporter,
+        )  # fmt: skip
+        if resumed.path:
+            checkpointer.loaded(resumed.path)
+        spikes = Judge(self.config.spike)
+        rollback = Rollback(restorer, checkpointer, spikes, reporter)
+        rollback.replay_losses()
+        loop = Loop(
+            plan=self.plan, ranks=self.ranks, number=self.number, engine=self.engine, state=self.state, stop=self.flag,
+            evaluate=self._evaluate, checkpointer=checkpointer, spikes=spikes, rollback=rollback,
+            stragglers=self.stragglers, watchdog=self.watchdog, reporter=reporter, profiler=self._profiler(),
+        )  # fmt: skip
+        check = self._check_shards(reporter)
+        status = exit_codes.FAILED
+        try:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+            status = self._leave(loop, checkpointer, reporter)
+        finally:
+            gc.enable()
+            self.watchdog.off()
+            if check:
+                check.close()
+            if reporter:
+                reporter.close(status)
+        return status
+
+    def _leave(self, loop: Loop, checkpointer: Checkpointer, reporter: Reporter | None) -> int:
+        """Run the loop, save what it came to, and report how it ended."""
+        reason = loop.run()
+        self.watchdog.alive()
+        loop.trace(leaving=True)
+        finished = loop.finished
+        if reporter:
+            reporter.event("stop", step=self.state.step, reason=reason.words or "finished")
+        # A job that is told to leave has no time for old checkpoints; the next attempt has.
+        problem = checkpointer.last_save(tidy=finished)
+        if problem:
+            status, message = exit_codes.FAILED, f"the last checkpoint could not be written: {problem}"
+        elif finished:
+            status, message = exit_codes.FINISHED, "finished"
+        else:
+            status, message = exit_codes.AGAIN, reason.words
+        if reporter:
+            with self.watchdog.patience(LAST_WORDS_S):
+                if not self._has_config:
+                    self._keep_config()
+                reporter.leave(status, message, self.state.step, saved=not problem)
+        return status
+
+    def _begin_to_report(self, resumed: Resumed) -> Reporter:
+        """Write what the run folder is to hold, and report the start. Rank 0 only."""
+        assert self.held is not None
+        self._has_config = self._keep_config()
+        save_load.save(self.tokenizer, self.folder / "tokenizer")
+        saves = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
+        story = Story(
+            self.plan, self.ranks, self.number, self.hosts, self.engine.dtype, self._began_at, self.state.step,
+            self.state.pending is not None,
+        )  # fmt: skip
+        reporter = Reporter(story, self.held, self.engine.model, self.tokenizer)
+        if resumed.origin:
+            reporter.say(resumed.origin)
+            reporter.event("init_from", words=resumed.origin)
+        for line in resumed.changes.lines:
+            reporter.say(line)
+        if resumed.changes.found:
+            reporter.event("changed", **resumed.changes.fields)
+        for seconds in saves[-RECENT_SAVES:]:
+            self.flag.save_takes(seconds)
+        reporter.event("ready", step=self.state.step, **self._times)
+        return reporter
+
+    def _keep_config(self) -> bool:
+        return run_folder.keep_config(self.folder, self.number, sources.to_toml(self.config.from_anywhere))
+
+    def _check_shards(self, reporter: Reporter | None) -> ShardCheck | None:
+        """Compare the shards with their checksums while training runs. Rank 0 only, and only if there is a step."""
+        rate = self.config.data.verify_mb_per_s
+        if not reporter or not rate or self.state.step >= self.plan.total_steps:
+            return None
+        return ShardCheck(self.plan.sets, self.folder, rate, reporter.event)
+
+    def _profiler(self) -> Profiler | None:
+        if not self.ranks.world.is_first:
+            return None
+        return Profiler(self.folder, self.config.profiled_steps, self.ranks.device)
+
+    def _evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """The figures of the validation split; None if `stopped` said so before they were complete. A collective."""
+        terms = Terms(
+            self.config.eval.batches,
+            self.config.train.micro_batch,
+            self._token_bytes,
+            self.ranks,
+            self.engine.precision,
+            stopped,
+        )
+        return evaluate_all(self.engine.gathered(), self._validation_sets, terms)

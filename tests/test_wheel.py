@@ -1,0 +1,232 @@
+"""A wheel, installed into an environment of its own and used in an empty folder: nothing of the checkout is missed.
+
+Nothing is downloaded: setuptools is the tests' own, and the environment is lent their libraries by a .pth file. Slurm's
+programs are stand-ins, and srun's runs one rank for real.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, clean_env, rows
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+OFFLINE = ["--no-deps", "--no-index"]
+SCRIPTS = "hpcgpt/slurm/scripts/"  # where slurm/ is in a wheel
+COMMANDS = ("train", "submit", "slurm-script", "status", "checkpoint", "sample", "eval", "tracking", "drill")
+TEXT = "A long time ago, in a village by the sea, there lived a fisherman and his wife. "
+# Slurm's other programs know of no job; srun drops its own flags and is rank 0 of 1.
+SILENT = "#!/bin/bash\n"
+SRUN = """#!/bin/bash
+while [ "$1" != bash ]; do shift; done
+SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NODELIST=n1 exec "$@"
+"""
+SBATCH = '#!/bin/bash\n[ "$1" = --help ] || { cp "$1" submitted.sh; echo Submitted batch job 123; }\n'
+
+
+def tracked() -> set[str]:
+    """The files of the project; those that a commit to come adds are among them once they are staged."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files alone: no build/ of another day gets into the wheel, and none is left here."""
+    folder = tmp_path_factory.mktemp("checkout") / "source"
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", folder, source], check=True)
+    (made,) = folder.iterdir()
+    return made
+
+
+def empty_environment(folder: Path) -> Path:
+    """Its python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+def lend_libraries(python: Path) -> None:
+    """Those of the environment that runs the tests, behind what is installed in this one."""
+    (packages,) = python.parent.parent.glob("lib/python3*/site-packages")
+    (packages / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+
+class Installed:
+    """An environment with the wheel, and an empty folder to use it in."""
+
+    def __init__(self, wheel: Path, home: Path) -> None:
+        self.python, self.home = empty_environment(home / "env"), home / "empty"
+        self.home.mkdir()
+        subprocess.run([*PIP, "--python", self.python, "install", *OFFLINE, wheel], check=True)
+        lend_libraries(self.python)  # now: the installation would see the tests' own hpcgpt among them
+        (self.packages,) = home.glob("env/lib/python3*/site-packages")
+        self.slurm = home / "slurm"
+        self.slurm.mkdir()
+        programs = {"srun": SRUN, "sbatch": SBATCH, "squeue": SILENT, "scontrol": SILENT, "sinfo": SILENT}
+        for name, text in programs.items():
+            (self.slurm / name).write_text(text)
+            (self.slurm / name).chmod(0o755)
+        env = {key: value for key, value in clean_env().items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "HPC"))}
+        # The environment is not activated: a job has to find its Python all the same.
+        self.env = env | {"PATH": f"{self.slurm}:/usr/bin:/bin"}
+
+    def run(self, *command: object, status: int = 0, **env: str) -> str:
+        """What a command prints on stdout, and on stderr behind it."""
+        done = subprocess.run(list(map(str, command)), cwd=self.home, env=self.env | env, capture_output=True,
+                              text=True, timeout=120, check=False)  # fmt: skip
+        assert done.returncode == status, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def hpcgpt(self, *arguments: object, status: int = 0) -> str:
+        return self.run(self.python.with_name("hpcgpt"), *arguments, status=status)
+
+    def data_prep(self, name: str, *arguments: object) -> str:
+        return self.run(self.python, "-m", f"data_prep.{name}", *arguments)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return Installed(wheel, tmp_path_factory.mktemp("installed"))
+
+
+# --- what is in it ---------------------------------------------------------------------------------
+
+
+def test_it_has_every_tracked_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    files = tracked()
+    expected = {name for name in files if name.startswith(("hpcgpt/", "data_prep/"))}
+    expected |= {
+        SCRIPTS + name.removeprefix("slurm/")
+        for name in files if name.startswith("slurm/") and not name.startswith("slurm/lab/")
+    }  # fmt: skip
+    assert len(expected) > 150
+    assert {SCRIPTS + "pretrain.sbatch", "hpcgpt/config/presets/quickstart.toml"} <= expected
+    assert set(names) == expected
+    assert len(names) == len(expected)
+
+
+def test_an_editable_installation_reads_the_scripts_in_the_checkout(source: Path, tmp_path: Path) -> None:
+    """`make install` makes one."""
+    python = empty_environment(tmp_path / "env")
+    lend_libraries(python)  # setuptools too, which makes the installation
+    editable = ["install", *OFFLINE, "--no-build-isolation", "--editable", source]
+    subprocess.run([*PIP, "--python", python, *editable], check=True)
+    code = "import data_prep; from hpcgpt.slurm import batch_scripts as b; print(data_prep.__path__[0], b.FOLDER)"
+    env = {key: value for key, value in clean_env().items() if not key.startswith("PYTHON")}
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"{source / 'data_prep'} {source / 'slurm'}\n", "")
+
+
+# --- in an empty folder ----------------------------------------------------------------------------
+
+
+def test_every_command_has_its_help(installed: Installed) -> None:
+    listed = re.findall(r"^  ([a-z-]+) ", installed.hpcgpt("--help"), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+    for name in COMMANDS:
+        assert f"hpcgpt {name}" in installed.hpcgpt(name, "--help")
+    prepare = [Path(name).stem for name in tracked() if re.fullmatch(r"data_prep/[a-z]\w*\.py", name)]
+    assert len(prepare) >= 7
+    for name in prepare:
+        assert f"data_prep.{name}" in installed.data_prep(name, "--help")
+
+
+def test_it_runs_its_own_code(installed: Installed) -> None:
+    code = "import data_prep, hpcgpt; print(hpcgpt.__path__[0]); print(data_prep.__path__[0])"
+    found = installed.run(installed.python, "-c", code).splitlines()
+    assert found == [str(installed.packages / "hpcgpt"), str(installed.packages / "data_prep")]
+
+
+def test_the_batch_scripts_are_handed_out_as_they_are(installed: Installed) -> None:
+    assert installed.hpcgpt("slurm-script", "--list").split() == ["pretrain", "shards", "sites/README"]
+    hint = f"before sbatch: export HPCGPT_PYTHON={installed.python}\n"
+    for name, path in (("pretrain", "pretrain.sbatch"), ("shards.sbatch", "shards.sbatch")):
+        assert installed.hpcgpt("slurm-script", name) == (ROOT / "slurm" / path).read_text() + hint
+    activated = f"{installed.python.parent}:{installed.env['PATH']}"
+    shown = installed.run("hpcgpt", "slurm-script", "pretrain", PATH=activated)
+    assert shown == (ROOT / "slurm" / "pretrain.sbatch").read_text()
+    assert installed.hpcgpt("slurm-script", "sites/README") == (ROOT / "slurm/sites/README.md").read_text()
+    told = installed.hpcgpt("slurm-script", "pretrian", status=2)
+    assert told == "error: no script 'pretrian'; there are pretrain, shards, sites/README (did you mean pretrain?)\n"
+    assert installed.hpcgpt("slurm-script", status=2).startswith("error: which script; there are pretrain, ")
+
+
+def test_a_drill_in_the_lab_asks_for_a_checkout(installed: Installed) -> None:
+    told = installed.hpcgpt("drill", "--on", "lab", status=2)
+    assert "a lab is brought up from a checkout" in told
+    assert told.rstrip().endswith("Without a Slurm: --on here")
+
+
+@pytest.fixture(scope="module")
+def data(installed: Installed) -> None:
+    """Shards of a small text, with a tokenizer of its own; and GPT-2's, of the same."""
+    (installed.home / "text").mkdir()
+    for number in range(8):
+        (installed.home / "text" / f"{number}.txt").write_text(f"{number}. {TEXT * 40}")
+    installed.data_prep("train_tokenizer", "text", "--out", "tokenizer", "--vocab-size", 300)
+    installed.data_prep("make_shards", "text", "--out", "data/shards", "--tokenizer", "tokenizer",
+                        "--val-fraction", 0.2, "--workers", 1)  # fmt: skip
+    installed.data_prep("make_shards", "text", "--out", "data/gpt2", "--val-fraction", 0.2, "--workers", 1)
+    assert "gpt2" in installed.data_prep("inspect", "data/gpt2")
+    (installed.home / "tiny.toml").write_text(
+        f'{TINY}\n[data]\ndir = "data/shards"\n'.replace("steps = 12", "steps = 4")
+    )
+
+
+@pytest.mark.usefixtures("data")
+def test_text_becomes_a_model_that_writes(installed: Installed) -> None:
+    installed.hpcgpt("train", "tiny.toml", "--run.name", "here")
+    assert rows(installed.home / "runs" / "here" / "metrics.jsonl")[-1]["step"] == 4
+    assert "finished" in installed.hpcgpt("status", "runs/here")
+    assert "whole" in installed.hpcgpt("checkpoint", "verify", "runs/here")
+    assert "step 4" in installed.hpcgpt("sample", "runs/here", "--tokens", 5)
+    # The presets come along: only its data are missing.
+    told = installed.hpcgpt("train", "quickstart", status=2)
+    assert "data/quickstart/shards" in told
+
+
+def as_job(installed: Installed, script: str, *arguments: str) -> str:
+    """Run a batch script as slurmd would: from a copy, in the folder where sbatch was called."""
+    return installed.run("bash", script, *arguments, SLURM_JOB_ID="123", SLURM_JOB_NODELIST="n1",
+                         SLURM_JOB_NUM_NODES="1", SLURMD_NODENAME="n1", SLURM_JOB_PARTITION="low")  # fmt: skip
+
+
+@pytest.mark.usefixtures("data")
+def test_a_submitted_job_trains_with_the_python_that_submitted_it(installed: Installed) -> None:
+    # Another project's environment, without hpcgpt.
+    (installed.home / ".venv" / "bin").mkdir(parents=True)
+    (installed.home / ".venv" / "bin" / "python").symlink_to("/bin/false")
+    flags = ["tiny.toml", "--run.name", "job"]
+    shown = installed.hpcgpt("submit", *flags, "--dry-run")
+    assert f"exec bash {installed.packages / SCRIPTS / 'pretrain.sbatch'} tiny.toml --run.name job\n" in shown
+    assert "job 123" in installed.hpcgpt("submit", *flags)
+    as_job(installed, "submitted.sh")
+    assert rows(installed.home / "runs" / "job" / "metrics.jsonl")[-1]["step"] == 4
+    shutil.rmtree(installed.home / ".venv")
+
+
+@pytest.mark.usefixtures("data")
+def test_a_script_that_was_handed_out_is_a_job(installed: Installed) -> None:
+    """In an environment that is activated, and so in the PATH that sbatch gives the job."""
+    installed.env["PATH"] = f"{installed.python.parent}{os.pathsep}{installed.env['PATH']}"
+    (installed.home / "mine.sbatch").write_text(installed.run("hpcgpt", "slurm-script", "pretrain"))
+    as_job(installed, "mine.sbatch", "tiny.toml", "--run.name", "mine")
+    assert rows(installed.home / "runs" / "mine" / "metrics.jsonl")[-1]["step"] == 4
