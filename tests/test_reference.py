@@ -34,7 +34,7 @@ def first_cells(text: str) -> set[str]:
 
 def test_the_keys_are_those_of_the_options() -> None:
     assert reference.with_tables(PAGE) == PAGE, "run `python -m hpcgpt.config.reference docs/reference.md`"
-    assert "| `micro_batch` | integer, >= 1 | `16` | sequences a forward pass on one rank |" in PAGE
+    assert "| `micro_batch` | integer, >= 1 | `16` | sequences in a forward pass on one rank |" in PAGE
 
 
 def test_the_command_prints_the_tables() -> None:
