@@ -26,12 +26,12 @@ $(VENV)/bin/pip:
 	@echo "making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pip
 	@echo "installing hpcgpt and what it needs into $(VENV) (torch is large: a minute, or several)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/.installed-test: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pip
 	@echo "installing hpcgpt and what its tests need into $(VENV) (torch is large: a minute, or several)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $(VENV)/.installed $@

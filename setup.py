@@ -6,6 +6,13 @@ one, and the source tree itself, read them in slurm/: hpcgpt/slurm/batch_scripts
 tests/test_wheel.py compares a wheel's files with the tracked ones.
 """
 
+import tempfile
+
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["hpcgpt*", "data_prep*"]), "hpcgpt.slurm.scripts"])
+with tempfile.TemporaryDirectory() as folder:
+    setup(
+        packages=[*find_packages(include=["hpcgpt*", "data_prep*"]), "hpcgpt.slurm.scripts"],
+        # A build/ that stayed here would give the next wheel modules that are gone by then.
+        options={"build": {"build_base": folder}},
+    )

@@ -123,11 +123,17 @@ def test_it_has_every_tracked_file_of_the_packages_and_nothing_else(wheel: Path)
     assert len(names) == len(expected)
 
 
+@pytest.mark.usefixtures("wheel")
+def test_a_wheel_made_in_a_checkout_leaves_no_build_folder_there(source: Path) -> None:
+    """The next wheel would take modules from it that are gone."""
+    assert not (source / "build").exists()
+
+
 def test_an_editable_installation_reads_the_scripts_in_the_checkout(source: Path, tmp_path: Path) -> None:
     """`make install` makes one."""
     python = empty_environment(tmp_path / "env")
     lend_libraries(python)  # setuptools too, which makes the installation
-    editable = ["install", *OFFLINE, "--no-build-isolation", "--editable", source]
+    editable = ["install", *OFFLINE, "--no-build-isolation", "--editable", str(source)]
     subprocess.run([*PIP, "--python", python, *editable], check=True)
     code = "import data_prep; from hpcgpt.slurm import batch_scripts as b; print(data_prep.__path__[0], b.FOLDER)"
     env = {key: value for key, value in clean_env().items() if not key.startswith("PYTHON")}

@@ -26,7 +26,7 @@ _OF_SBATCH = (
 )  # fmt: skip
 # Of sbatch's flags, when they are given to what sbatch starts.
 BEFORE_THE_SCRIPT = {
-    name: f"it is one of sbatch's, before the script's name: sbatch --{name}=... slurm/pretrain.sbatch ..."
+    name: f"it is one of sbatch's, before the script's name: sbatch --{name}=... pretrain.sbatch ..."
     for name in _OF_SBATCH
 }
 # The same for `hpcgpt submit`, which has some of them under other names.
