@@ -1,4 +1,4 @@
-"""docs/reference.md: every configuration key, event, metric and field of a file, and no other."""
+"""docs/reference.md: every command, configuration key, event, metric and field of a file, and no other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, command
 
 from hpcgpt import exit_codes
+from hpcgpt.__main__ import COMMANDS, OF_DATA_PREP
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import reference
 from hpcgpt.data.shard_format import Manifest, Shard
@@ -46,6 +47,11 @@ def test_the_command_prints_the_tables() -> None:
 def test_a_key_that_is_not_in_the_page_is_noticed() -> None:
     assert PAGE.replace("| `micro_batch` |", "| `micro_batches` |") != PAGE
     assert reference.with_tables(PAGE.replace("| `micro_batch` |", "| `micro_batches` |")) == PAGE
+
+
+def test_every_command_is_listed_and_no_other() -> None:
+    of_data_prep = {f"python -m data_prep.{name}" for name in OF_DATA_PREP}
+    assert first_cells(section("Commands")) == set(COMMANDS) | of_data_prep
 
 
 def constants(node: ast.expr) -> Iterator[str]:
