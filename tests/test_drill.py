@@ -20,7 +20,8 @@ import pytest
 from conftest import ROOT, command
 from lab_conf import Lab
 
-from hpcgpt.drill import compare, drill
+from hpcgpt.drill import __main__ as drill_command
+from hpcgpt.drill import compare
 from hpcgpt.drill import faults as drill_faults
 from hpcgpt.drill import report as drill_report
 from hpcgpt.drill.injector import Strike
@@ -37,7 +38,7 @@ STEPS = 12
 
 
 def test_the_same_seed_draws_the_same_faults_and_another_one_others() -> None:
-    names = list(drill.chosen("lab"))
+    names = list(drill_command.chosen("lab"))
     first, again, other = (drill_faults.draw(seed, names) for seed in (1, 1, 2))
     drawn = [[deck.take() for _ in range(60)] for deck in (first, again, other)]
     assert drawn[0] == drawn[1]
@@ -45,7 +46,7 @@ def test_the_same_seed_draws_the_same_faults_and_another_one_others() -> None:
 
 
 def test_all_kinds_come_equally_often() -> None:
-    names = list(drill.chosen("lab"))
+    names = list(drill_command.chosen("lab"))
     deck = drill_faults.draw(3, names)
     counts = Counter(deck.take().kind for _ in range(3 * len(names)))
     assert counts == dict.fromkeys(names, 3)
@@ -60,7 +61,7 @@ def test_a_fault_that_could_not_be_used_yet_comes_next() -> None:
 
 def test_an_unknown_fault_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ValueError, match=r"no fault 'requeue' on here; there are kill a rank, .*second start"):
-        drill.chosen("here", "kill a rank,requeue")
+        drill_command.chosen("here", "kill a rank,requeue")
 
 
 # --- the judge -------------------------------------------------------------------------------------

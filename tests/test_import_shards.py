@@ -259,14 +259,15 @@ def test_where_the_end_of_text_stood_is_told(
     assert documents.convention == convention
 
 
-def test_the_readmes_commands_do_what_is_shown(
+def test_the_commands_of_the_pages_do_what_is_shown(
     shards_folder: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Here with the tests' shards and tokenizer instead of the reader's."""
     there = {"data/shards": shards_folder, "data/for-nanogpt": tmp_path / "n", "data/imported": tmp_path / "imported",
              "gpt2": tokenizer_folder}  # fmt: skip
     mains = {"inspect": inspect.main, "verify": verify.main, "export": export.main, "import_shards": import_shards.main}
-    lines = re.findall(r"^python -m data_prep\.(\w+) (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    shown = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
+    lines = re.findall(r"^python -m data_prep\.(\w+) (.*)$", shown, flags=re.MULTILINE)
     assert [name for name, _ in lines] == [*mains]
     for name, words in lines:
         assert mains[name]([str(there.get(word, word)) for word in words.split()]) == 0

@@ -1,4 +1,4 @@
-"""Every knob of a run: frozen dataclasses, a section each.
+"""Define every option of a run: frozen dataclasses, one for each section.
 
 Where their values come from (a TOML file or preset, then flags) is in ``hpcgpt/config/sources.py``. The defaults
 are GPT-2 small's (124M).
@@ -39,16 +39,16 @@ class Run:
     dir: str = option("runs", "folder that holds the run folders, on a file system that all nodes see", path=True)
     seed: int = option(1, "seed of weights, sample order and dropout", low=0, below=2**63)
     init_from: str = option(
-        "", "folder of another run, whose newest weights this one begins with; empty: random ones", path=True
+        "", "folder of another run, whose newest weights are the initial ones; empty: random weights", path=True
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "auto: the GPUs that Slurm gave or that are visible, else the CPU"
     )
     backend: Literal["auto", "gloo", "nccl"] = option("auto", "collectives; auto: nccl on GPUs, gloo on CPUs")
     rendezvous_timeout_s: float = option(60.0, "how long ranks wait for each other at the start, in seconds", above=0)
-    threads: int = option(0, "CPU threads a rank; 0: the cores that this rank was given", low=0)
+    threads: int = option(0, "CPU threads of a rank; 0: the cores that this rank was given", low=0)
     strict: bool = option(
-        False, "refuse to resume if anything that changes the result's bytes is not what it was: see docs/training.md"
+        False, "refuse to resume if anything has changed that changes the bytes of the result: see docs/training.md"
     )
 
 
@@ -70,12 +70,12 @@ class Data:
     stride: int = option(0, "tokens between the starts of two windows; 0: block_size", low=0)
     verify_mb_per_s: float = option(
         50.0,
-        "rank 0 compares the shards' checksums with the manifest during training, reading at most so many MB a second; "
-        "0: never",
+        "compare the shards' checksums with the manifest during training, reading at most this many MB a second on "
+        "rank 0; 0: never",
         low=0,
     )
     document_mask: bool = option(
-        False, "attention stays within a document, and positions restart at each; else it sees the whole window"
+        False, "keep attention within a document, and restart positions at each; else it spans the whole window"
     )
 
 
@@ -85,33 +85,35 @@ class Model:
         "gpt2", "architecture; modern: RMSNorm, rotary positions, SwiGLU, QK-norm, grouped queries, no biases"
     )
     n_layer: int = option(12, "transformer blocks", low=1)
-    n_head: int = option(12, "attention heads a block", low=1)
-    n_kv_head: int = option(0, "modern: key-value heads a block, each for as many heads; 0: n_head", low=0)
+    n_head: int = option(12, "attention heads of a block", low=1)
+    n_kv_head: int = option(
+        0, "modern: key-value heads of a block, each shared by as many query heads; 0: n_head", low=0
+    )
     n_embd: int = option(768, "width of the residual stream", low=1)
     block_size: int = option(1024, "context length in tokens", low=1)
-    vocab_size: int = option(0, "ids of the vocabulary; 0: as many as the shards' tokenizer has", low=0)
+    vocab_size: int = option(0, "size of the vocabulary; 0: that of the shards' tokenizer", low=0)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", low=0, below=1)
     qkv_bias: bool = option(True, "biases in the query, key and value projections; modern has none")
     tied: bool = option(True, "share the token embedding with the output head")
-    init_std: float = option(0.02, "standard deviation of the initial weights; narrow models want more", above=0)
+    init_std: float = option(0.02, "standard deviation of the initial weights; narrow models need more", above=0)
 
 
 @dataclass(frozen=True)
 class Optim:
     name: Literal["adamw", "muon"] = option(
-        "adamw", "optimizer; muon: for the blocks' matrices, with adamw for the other parameters"
+        "adamw", "optimizer; muon: Muon for the blocks' matrices, AdamW for the other parameters"
     )
     lr: float = option(6e-4, "peak learning rate", above=0)
     weight_decay: float = option(0.1, "decoupled weight decay", low=0)
     decay: Literal["matrices", "all"] = option("matrices", "which parameters decay: matrices only, or all")
     beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)
     beta2: float = option(0.95, "AdamW's second beta", low=0, below=1)
-    muon_lr: float = option(0.02, "muon: peak learning rate of the matrices; it has the shape of optim.lr", above=0)
-    muon_momentum: float = option(0.95, "muon: momentum", low=0, below=1)
-    clip_norm: float = option(1.0, "largest norm of the averaged gradient, on every step; 0: no clip", low=0)
-    z_loss: float = option(
-        0.0, "this times the mean square of the logits' log-sum-exp is added to the loss of training", low=0
+    muon_lr: float = option(
+        0.02, "muon: peak learning rate of the matrices, with the same schedule as optim.lr", above=0
     )
+    muon_momentum: float = option(0.95, "muon: momentum", low=0, below=1)
+    clip_norm: float = option(1.0, "clip the averaged gradient to this norm on every step; 0: do not clip", low=0)
+    z_loss: float = option(0.0, "add this times the mean square of the logits' log-sum-exp to the training loss", low=0)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Schedule:
     warmup_steps: int = option(700, "steps of linear warm-up from initial_lr to optim.lr", low=0)
     initial_lr: float = option(0.0, "learning rate of the very first step", low=0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", low=0)
-    decay_fraction: float = option(0.2, "wsd: share of all steps that the final decay takes", low=0, high=1)
+    decay_fraction: float = option(0.2, "wsd: fraction of all steps in which the rate decays at the end", low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ class Train:
     steps: int = option(0, "length of the run in optimizer steps (give one of steps, tokens, epochs)", low=0)
     tokens: int = option(10_000_000_000, "length of the run in target tokens, rounded up to steps", low=0)
     epochs: float = option(0.0, "length of the run in passes over the training split", low=0)
-    global_batch: int = option(512, "sequences an optimizer step, over all ranks", low=1)
-    micro_batch: int = option(16, "sequences a forward pass on one rank", low=1)
+    global_batch: int = option(512, "sequences in an optimizer step, over all ranks", low=1)
+    micro_batch: int = option(16, "sequences in a forward pass on one rank", low=1)
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = option(
         "auto", "precision of the forward pass; auto: bfloat16 where the hardware has it, else float32"
     )
@@ -137,14 +139,17 @@ class Train:
         "auto", "run the model through torch.compile; auto: on a GPU, if what it needs is there"
     )
     attention: Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"] = option(
-        "auto", "kernel of the attention; auto: torch chooses"
+        "auto", "attention kernel; auto: torch chooses"
     )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
-        "a loss or gradient that is no finite number ends the run, or costs that step (and a wait in each)",
+        "after a loss or gradient that is not finite: stop the run, or skip that step; to skip, each step has to wait "
+        "for its result",
     )
     loss_chunk: int = option(
-        0, "target tokens whose logits exist at a time: less memory, more time; 0: a whole micro-batch", low=0
+        0,
+        "compute the loss in chunks of this many tokens, so that only one chunk's logits are in memory; 0: all at once",
+        low=0,
     )
     activation_checkpointing: bool = option(
         False, "keep only each block's input for the backward pass: less memory, a third more computation"
@@ -155,11 +160,12 @@ class Train:
 class Parallel:
     mode: Literal["ddp", "zero1", "fsdp"] = option(
         "ddp",
-        "ddp: each rank has everything; zero1: its share of the optimizer's state, and of the weights between steps; "
-        "fsdp: its share of the gradients, too, for another all-gather and sum in each pass",
+        "ddp: every rank holds everything; zero1: shards the optimizer's state, and the weights between steps; "
+        "fsdp: also shards gradients, at the cost of more communication",
     )
     gradient_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "what gradients are sent in, between ranks; bfloat16: half of the bytes, and rounded before the sum"
+        "float32",
+        "dtype in which gradients are reduced between ranks; bfloat16: half the bytes, rounded before the sum",
     )
 
 
@@ -167,32 +173,36 @@ class Parallel:
 class Spike:
     factor: float = option(
         0.0,
-        "a loss above this many times the usual one sends the run back to its last regular checkpoint, and the samples "
-        "since are left out; 0: never",
+        "after a loss above this many times the usual one, go back to the last regular checkpoint and leave out the "
+        "samples since; 0: never",
         low=0,
     )
-    window: int = option(100, "the usual loss is the median of so many steps", low=2, high=1000)
-    max_rollbacks: int = option(3, "so many in a run; then it ends", low=1)
+    window: int = option(100, "number of steps whose median loss is the usual one", low=2, high=1000)
+    max_rollbacks: int = option(3, "rollbacks after which the run ends", low=1)
 
 
 @dataclass(frozen=True)
 class Profile:
-    steps: str = option("", "steps FIRST-LAST to trace on rank 0, for Perfetto, into <run folder>/profile; empty: none")
+    steps: str = option(
+        "", "trace the steps FIRST-LAST of rank 0, for Perfetto, into <run folder>/profile; empty: none"
+    )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every: int = option(500, "steps between two checkpoints; 0: only at the end and when told to stop", low=0)
-    keep_last: int = option(3, "how many of the newest valid checkpoints stay", low=1)
-    keep_every: int = option(0, "checkpoints of steps that are a multiple of this stay for ever; 0: none", low=0)
-    keep_best: bool = option(True, "of the checkpoints of steps that were evaluated, the one with the best loss stays")
-    background: bool = option(True, "write checkpoints while training goes on")
+    every: int = option(500, "steps between two checkpoints; 0: save only at the end and when the run stops", low=0)
+    keep_last: int = option(3, "how many of the newest valid checkpoints to keep", low=1)
+    keep_every: int = option(0, "also keep the checkpoints of steps that are a multiple of this; 0: none", low=0)
+    keep_best: bool = option(True, "also keep the checkpoint with the best validation loss")
+    background: bool = option(True, "write checkpoints while training continues")
 
 
 @dataclass(frozen=True)
 class Eval:
     every: int = option(250, "steps between two evaluations; 0: none", low=0)
-    batches: int = option(20, "evaluation size, in batches of train.micro_batch sequences; 0: the whole split", low=0)
+    batches: int = option(
+        20, "size of an evaluation, in batches of train.micro_batch sequences; 0: the whole split", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -200,11 +210,13 @@ class Sample:
     prompt: str = option("", "text that samples start from; empty: the end-of-text token alone")
     tokens: int = option(50, "tokens to generate at each evaluation; 0: no samples", low=0)
     temperature: float = option(0.8, "0: greedy", low=0)
-    top_k: int = option(50, "sample among the k likeliest tokens; 0: all", low=0)
-    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much mass", above=0, high=1)
-    max_s: float = option(30.0, "a sample is cut short after this many seconds: training waits for it", above=0)
+    top_k: int = option(50, "sample among the k most likely tokens; 0: all", low=0)
+    top_p: float = option(
+        1.0, "sample among the most likely tokens that together have this probability", above=0, high=1
+    )
+    max_s: float = option(30.0, "cut a sample short after this many seconds, because training waits for it", above=0)
     slide: int = option(
-        1, "once block_size is full, this many of the oldest tokens are dropped at a time; more is faster", low=1
+        1, "drop this many of the oldest tokens at a time once block_size is reached; more is faster", low=1
     )
 
 
@@ -219,39 +231,41 @@ class Tracking:
 @dataclass(frozen=True)
 class Requeue:
     max_crashes: int = option(
-        3, "a job that crashed this often in a row without a new checkpoint is not requeued", low=1
+        3, "do not requeue a job that crashed this often in a row without a new checkpoint", low=1
     )
     max_idle: int = option(
         10,
-        "a job that started this often in a row, and trained for less time than it took to start, is not requeued",
+        "do not requeue a job that this often in a row trained for less time than it took to start",
         low=1,
     )
     max_node_failures: int = option(
-        10, "a job that lost a node this often in a row without a new checkpoint is not requeued", low=1
+        10, "do not requeue a job that lost a node this often in a row without a new checkpoint", low=1
     )
-    exclude_bad_nodes: bool = option(
-        False, "keep the job's next start away from a host that crashed it or was a straggler"
-    )
+    exclude_bad_nodes: bool = option(False, "exclude hosts that crashed the job or were stragglers from its next start")
     exclude_factor: float = option(
-        2.0, "exclude_bad_nodes: a straggler's steps take at least this many times as long as usual", above=1
+        2.0,
+        "exclude_bad_nodes: exclude a straggler whose steps take at least this many times as long as usual",
+        above=1,
     )
-    end_margin_s: float = option(60.0, "save and leave when the job's own end is this near, in seconds", low=0)
+    end_margin_s: float = option(60.0, "save and leave when the job's end is this near, in seconds", low=0)
 
 
 @dataclass(frozen=True)
 class Watchdog:
     hang_factor: float = option(
         30.0,
-        "no step for this many times the usual step time is a hang: stacks are written, and it ends; 0: never",
+        "after this many times the usual step time without a step, write the stacks and end the process; 0: never",
         low=0,
     )
-    hang_min_s: float = option(300.0, "but not before this many seconds", above=0)
+    hang_min_s: float = option(300.0, "shortest time without a step that counts as a hang, in seconds", above=0)
 
 
 @dataclass(frozen=True)
 class Blame:
-    every: int = option(50, "steps between two comparisons of the ranks' own speeds; 0: none", low=0)
-    factor: float = option(1.5, "a rank that is this many times slower than usual, twice, is a straggler", above=1)
+    every: int = option(50, "steps between two comparisons of the speed of the ranks; 0: none", low=0)
+    factor: float = option(
+        1.5, "report a rank as a straggler that is twice in a row this many times slower than usual", above=1
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A small model is trained on real text, first left alone, then again and again while faults drawn from the seed hit it:
 processes are killed, jobs preempted, cables pulled, checkpoints damaged, the disk filled (hpcgpt/drill/faults.py
-and drill_slurm_faults.py list all of them). Every run has to come back and to finish by itself, and then is
+and slurm_faults.py list all of them). Every run has to come back and to finish by itself, and then is
 compared with the one that was left alone, byte for byte: weights, optimizer state, random generators, metrics.
 All runs report to a stand-in for W&B's server (hpcgpt/drill/wandb_server.py), which must have each row once in the end.
 

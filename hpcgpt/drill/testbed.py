@@ -1,4 +1,4 @@
-"""Where the drill's runs take place: what the lab (drill_lab.py) and this machine (drill_here.py) have in common.
+"""Where the drill's runs take place: what the lab (testbed_lab.py) and this machine (testbed_here.py) have in common.
 
 A victim is found by looking into /proc, by its command line and by the variables that its launcher gave to it, and
 is signalled through a pidfd: between the look and the shot its number cannot come to mean another process.
