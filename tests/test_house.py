@@ -39,6 +39,8 @@ WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "training", "data.prefet
 WITHOUT_TORCH = [name.removeprefix("hpcgpt.") for name in MODULES if name.startswith("hpcgpt.")
                  and not any(f"{name}.".startswith(f"hpcgpt.{heavy}.") for heavy in WITH_TORCH)]  # fmt: skip
 MOST_MODULES = 16  # of a folder
+MOST_LINES = {"module": 400, "class": 200, "function": 60}
+MOST_POSITIONAL = 7  # parameters
 
 
 @cache
@@ -145,6 +147,26 @@ def test_no_folder_has_more_modules_than_one_can_see_at_a_glance() -> None:
     assert len(folders) > 15
     assert {str(folder): len(list(folder.glob("*.py"))) for folder in folders
             if len(list(folder.glob("*.py"))) > MOST_MODULES} == {}  # fmt: skip
+
+
+def too_large(path: Path) -> list[str]:
+    """The module, its classes and functions that are longer than MOST_LINES, or take more than MOST_POSITIONAL."""
+    sized = [("module", path.name, len(path.read_text(encoding="utf-8").splitlines()))]
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            kind = "class" if isinstance(node, ast.ClassDef) else "function"
+            sized.append((kind, node.name, (node.end_lineno or 0) - node.lineno + 1))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            named = [item.arg for item in (*node.args.posonlyargs, *node.args.args) if item.arg not in ("self", "cls")]
+            if len(named) > MOST_POSITIONAL:
+                found.append(f"{node.name} takes {len(named)} positional parameters")
+    return found + [f"{kind} {name} has {lines} lines" for kind, name, lines in sized if lines > MOST_LINES[kind]]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_is_longer_than_one_can_read(name: str) -> None:
+    assert too_large(MODULES[name]) == []
 
 
 def test_the_package_never_imports_the_preparation_of_data() -> None:

@@ -33,7 +33,7 @@ threading.Thread(target=process._listen, daemon=True).start()
 print("listens", flush=True)
 has_read.wait(2)
 sys.executable = sys.argv[2]
-process._replace()
+process.replace()
 """
 
 
@@ -69,9 +69,9 @@ from hpcgpt.tracking.wandb_process import Process
 
 process = Process(Path(sys.argv[1]), "online", 1)
 threading.Thread(target=process._listen, daemon=True).start()
-process._changed.wait(60)
+process.changed.wait(60)
 sys.executable = sys.argv[2]
-process._replace()
+process.replace()
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(successor)], input=words, capture_output=True,
                           text=True, cwd=ROOT, env=clean_env(), check=False)  # fmt: skip

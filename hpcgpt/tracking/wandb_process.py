@@ -69,23 +69,21 @@ class LostError(Exception):
 
 
 class Process:
+    """The life of this process: its parent's word, its time, and its replacement by a fresh one after a failure."""
+
     def __init__(self, folder: Path, wanted: str, generation: int) -> None:
-        self._folder, self._wanted, self._generation = folder, wanted, generation
-        self._state = State(**json.loads(os.environ.get(STATE, "{}")))
-        self._changed = threading.Event()
+        self.folder, self.wanted, self.generation = folder, wanted, generation
+        self.state = State(**json.loads(os.environ.get(STATE, "{}")))
+        self.changed = threading.Event()
         self._replacing = threading.Lock()
-        self._rows = RunRows(folder)
-        self._unconfirmed: deque[tuple[float, bool, int, float]] = deque()  # sent at, a sample?, step, made at
-        self._next_step = 0  # wandb's own counter, up to which the server's rows have been read
-        self._run: Any = None
 
     def main(self) -> NoReturn:
         """Send until training ends, and leave. Does not return."""
-        if self._state.finish is None:
+        if self.state.finish is None:
             threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
         try:
-            self._send_everything()
+            Sender(self).send_everything()
         except Exception as error:
             self._start_again(error)
         _end_children()
@@ -105,87 +103,98 @@ class Process:
                 words += piece
             told = words.decode(errors="replace").split()
             if len(told) == 3 and told[0] == "finish":
-                self._state.finish = (int(told[1]), time.time() + float(told[2]))
+                self.state.finish = (int(told[1]), time.time() + float(told[2]))
             else:
-                self._state.finish = (1, time.time() + ORPHAN_S)
-        self._changed.set()
+                self.state.finish = (1, time.time() + ORPHAN_S)
+        self.changed.set()
 
     def _watch(self) -> None:
         """End this process when its time is over, or when a newer attempt has the run folder."""
         while True:
             time.sleep(LOOK_S)
-            late = self._state.finish is not None and time.time() > self._state.finish[1]
+            late = self.state.finish is not None and time.time() > self.state.finish[1]
             if late or self._is_superseded():
                 _end_children()
                 os._exit(1)
 
     def _is_superseded(self) -> bool:
-        if not self._generation:
+        if not self.generation:
             return False
         with suppress(OSError):
-            names = os.listdir(self._folder / "generations")
-            return any(name[:6].isdigit() and int(name[:6]) > self._generation for name in names)
+            names = os.listdir(self.folder / "generations")
+            return any(name[:6].isdigit() and int(name[:6]) > self.generation for name in names)
         return False
 
     def _start_again(self, error: Exception) -> NoReturn:
         """Replace this process by a fresh one: nothing of wandb's state outlives that."""
-        state = self._state
+        state = self.state
         state.failures += 1
         state.unanswered = state.unanswered + 1 if isinstance(error, UnansweredError) else 0
         wait_s = min(MOST_RETRY_S, RETRY_S * 2 ** (state.failures - 1))
         if not state.offline and (state.failures <= 3 or state.failures % 20 == 0):
-            self._say(f"failed and is started again in {wait_s:.0f} s, metrics.jsonl has everything: {_words(error)}")
+            self.say(f"failed and is started again in {wait_s:.0f} s, metrics.jsonl has everything: {_words(error)}")
         _end_children()
         if state.finish is not None:
             time.sleep(min(wait_s, 5.0))
         else:
-            self._changed.wait(wait_s)
-        self._replace()
+            self.changed.wait(wait_s)
+        self.replace()
 
-    def _replace(self) -> NoReturn:
+    def replace(self) -> NoReturn:
         _end_children()
         os.environ.pop("WANDB_SERVICE", None)  # names the core process that is gone
         with self._replacing:
-            os.environ[STATE] = json.dumps(asdict(self._state))
+            os.environ[STATE] = json.dumps(asdict(self.state))
             os.execv(sys.executable, [sys.executable, "-m", "hpcgpt.tracking.wandb_process", *sys.argv[1:]])
 
-    def _say(self, words: str, event: bool = False) -> None:
+    def say(self, words: str, event: bool = False) -> None:
         """Print a line, and record it if it is the reason for being offline; each reason once."""
-        if words in self._state.said:
+        if words in self.state.said:
             return
-        self._state.said = [*self._state.said[-20:], words]
+        self.state.said = [*self.state.said[-20:], words]
         with suppress(OSError, ValueError, AttributeError):
             print(f"wandb: {words}", file=sys.stderr, flush=True)
         if event:
             with suppress(OSError):
-                run_folder.record(self._folder, "wandb", attempt=self._generation, words=words)
+                run_folder.record(self.folder, "wandb", attempt=self.generation, words=words)
+
+
+class Sender:
+    """wandb's run: online or offline, what has arrived of it, and what is sent."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._rows = RunRows(process.folder)
+        self._unconfirmed: deque[tuple[float, bool, int, float]] = deque()  # sent at, a sample?, step, made at
+        self._next_step = 0  # wandb's own counter, up to which the server's rows have been read
+        self._run: Any = None
 
     # --- online or offline -------------------------------------------------------------------------
 
-    def _send_everything(self) -> None:
+    def send_everything(self) -> None:
         mode, why = self._choose()
         if mode == "disabled":
-            self._say(f"disabled, because {why}")
+            self._process.say(f"disabled, because {why}")
             os._exit(0)
         if mode == "offline":
             if why:
-                self._say(f"offline, because {why}; `{sync_command(self._folder)}` later", event=True)
+                self._process.say(f"offline, because {why}; `{sync_command(self._process.folder)}` later", event=True)
             self._open("offline")
             self._read_files()
         else:
             try:
                 self._open("online")
             except Exception as error:
-                if self._wanted == "auto":
-                    self._state.offline = f"the server does not answer ({_words(error)})"
+                if self._process.wanted == "auto":
+                    self._process.state.offline = f"the server does not answer ({_words(error)})"
                 raise
             self._ask_server()
-        self._state.unanswered = 0
+        self._process.state.unanswered = 0
         self._follow(online=mode == "online")
 
     def _choose(self) -> tuple[str, str]:
         """'online', 'offline' or 'disabled', and why; wandb's own settings decide."""
-        if self._wanted == "offline":
+        if self._process.wanted == "offline":
             return "offline", ""
         try:
             host, mode, has_key = ask_wandb()
@@ -194,26 +203,26 @@ class Process:
             for name in [name for name in os.environ if name.startswith("WANDB_") and "DIR" not in name]:
                 del os.environ[name]
             return "offline", f"wandb does not take its settings ({_words(error)})"
-        if self._wanted == "auto" and mode == "disabled":
+        if self._process.wanted == "auto" and mode == "disabled":
             return "disabled", "wandb's settings say so (WANDB_MODE, WANDB_DISABLED)"
-        if self._wanted == "auto" and mode in ("offline", "dryrun"):
+        if self._process.wanted == "auto" and mode in ("offline", "dryrun"):
             return "offline", f"wandb's settings say mode {mode} (WANDB_MODE, or `wandb offline`)"
         if not has_key:
             return "offline", f"there is no key for {host} (`wandb login`)"
-        if self._wanted == "auto" and self._state.offline:
-            return "offline", f"{host}: {self._state.offline}"
+        if self._process.wanted == "auto" and self._process.state.offline:
+            return "offline", f"{host}: {self._process.state.offline}"
         return "online", ""
 
     def _open(self, mode: str) -> None:
         import wandb
 
-        config = sources.from_file(self._folder / "config.toml")
-        (self._folder / "wandb").mkdir(exist_ok=True)
+        config = sources.from_file(self._process.folder / "config.toml")
+        (self._process.folder / "wandb").mkdir(exist_ok=True)
         self._run = wandb.init(
             project=config.tracking.project,
-            id=run_folder.run_id(self._folder),
+            id=run_folder.run_id(self._process.folder),
             name=config.run.name,
-            dir=self._folder,
+            dir=self._process.folder,
             mode=mode,  # type: ignore[arg-type]
             resume="allow" if mode == "online" else None,
             config=asdict(config),
@@ -233,11 +242,10 @@ class Process:
         self._run.define_metric("*", step_metric="step")
 
     def _stop_run(self) -> None:
-        self._say(
-            f"'Stop run' was pressed on the dashboard: made {self._folder / 'STOP'}, remove it to go on", event=True
-        )
+        stop_file = self._process.folder / "STOP"
+        self._process.say(f"'Stop run' was pressed on the dashboard: made {stop_file}, remove it to go on", event=True)
         with suppress(OSError):
-            (self._folder / "STOP").write_text("'Stop run' was pressed on the wandb dashboard\n")
+            stop_file.write_text("'Stop run' was pressed on the wandb dashboard\n")
 
     # --- what has arrived --------------------------------------------------------------------------
 
@@ -250,9 +258,9 @@ class Process:
         try:
             self._next_step = _within(ASK_S, self._read_server)
         except Exception as error:
-            if self._state.unanswered + 1 < MOST_ASKS:
+            if self._process.state.unanswered + 1 < MOST_ASKS:
                 raise UnansweredError(f"the server does not say which steps it has ({_words(error)})") from error
-            self._say(
+            self._process.say(
                 "the server does not say which steps it has: all rows of the run are sent, some may be there twice"
             )
 
@@ -270,7 +278,7 @@ class Process:
 
     def _read_files(self) -> None:
         """Note which rows and samples are in the .wandb files."""
-        for path in (self._folder / "wandb").glob("offline-run-*/*.wandb"):
+        for path in (self._process.folder / "wandb").glob("offline-run-*/*.wandb"):
             command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
             with (
                 suppress(OSError),
@@ -285,7 +293,7 @@ class Process:
 
     def _check(self) -> None:
         """Raises LostError if rows that wandb took some time ago are not on the server."""
-        arrived = RunRows(self._folder)
+        arrived = RunRows(self._process.folder)
         mine, self._rows = self._rows, arrived
         try:
             next_step = _within(ASK_S, self._read_server)
@@ -294,7 +302,7 @@ class Process:
         finally:
             self._rows = mine
         self._next_step = next_step
-        since = time.monotonic() - (0 if self._state.finish else UPLOAD_S)
+        since = time.monotonic() - (0 if self._process.state.finish else UPLOAD_S)
         left: deque[tuple[float, bool, int, float]] = deque()
         for sent in self._unconfirmed:
             at, is_sample, step, made_at = sent
@@ -310,7 +318,7 @@ class Process:
         next_check = time.monotonic() + CHECK_S
         next_probe = time.monotonic() + PROBE_S
         while True:
-            finish = self._state.finish  # looked at before the files: everything was in them when it was told
+            finish = self._process.state.finish  # looked at before the files: everything was in them when it was told
             for row in self._rows.lacking():
                 self._log(row, online)
             if finish:
@@ -318,11 +326,11 @@ class Process:
             if online and time.monotonic() >= next_check:
                 self._check()
                 next_check = time.monotonic() + CHECK_S
-            if self._state.offline and not online and time.monotonic() >= next_probe:
+            if self._process.state.offline and not online and time.monotonic() >= next_probe:
                 self._run.finish(exit_code=0)
-                self._state.offline = ""
-                self._replace()
-            self._changed.wait(LOOK_S)
+                self._process.state.offline = ""
+                self._process.replace()
+            self._process.changed.wait(LOOK_S)
         self._run.finish(exit_code=finish[0])
         if online:
             self._check()
@@ -337,7 +345,7 @@ class Process:
             self._run.log({key: value for key, value in row.items() if value is not None})
         if online:
             self._unconfirmed.append((time.monotonic(), is_sample, row["step"], row["time"]))
-        self._state.failures = 0
+        self._process.state.failures = 0
 
 
 def ask_wandb() -> tuple[str, str, bool]:
