@@ -47,7 +47,10 @@ def main() -> None:
 
     def step() -> None:
         no_precision = torch.autocast("cpu", enabled=False)
-        train_step(model, optimizer, [(ids, ids.roll(-1, 1))], 1, 1e-4, 1.0, lambda: no_precision, ALONE)
+        train_step(
+            model, optimizer, [(ids, ids.roll(-1, 1))], micro_steps=1, rate=1e-4, clip_norm=1.0,
+            precision=lambda: no_precision, ranks=ALONE,
+        )  # fmt: skip
 
     for _ in range(2):
         step()

@@ -165,7 +165,7 @@ def make(out: Path, sources: list[Source], recipe: Recipe) -> Manifest:
         about = recipe.tokenizer.describe()
         kept = {key: count for key, count in counts.items() if count or key == "empty"}
         return shard_format.write_manifest(
-            out, recipe.width.name, about, inputs, rule, kept, made, unread.listed(others)
+            out, recipe.width.name, about, inputs, rule, kept, made, unread=unread.listed(others)
         )
     except BaseException:
         for path in (out / f"{shard.name}{suffix}" for shard in made for suffix in (".bin", ".idx")):

@@ -249,6 +249,12 @@ def _parser() -> argparse.ArgumentParser:
         default="uint16",
         help="uint32 for above 65,536 ids (default: uint16)",
     )
+    _add_work_options(parser)
+    return parser
+
+
+def _add_work_options(parser: argparse.ArgumentParser) -> None:
+    """How the work is done, which changes no byte of the shards but for where one ends."""
     parser.add_argument(
         "--backend",
         choices=find_tokenizer.BACKENDS,
@@ -270,7 +276,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--task", type=int, default=0, metavar="I", help="make share I of --tasks (default: 0)")
     parser.add_argument("--tasks", type=int, default=1, metavar="N", help="tasks that share the work (default: 1)")
-    return parser
 
 
 if __name__ == "__main__":

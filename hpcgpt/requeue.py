@@ -156,21 +156,9 @@ def _act(settings: Config, status: int | None) -> int | None:
     if decision.crashed or job.node_failed:
         _say(crash_report.report(folder, attempt, blamed, ends))
 
-    hosts: list[str] = []
-    by_a_node = bool(blamed and blamed.how == crash_report.NODE_FAILED)
-    # Where a rank's program could not even be started, a mount is missing, and the next start would fail there too.
-    has_no_program = bool(blamed and blamed.status in (CANNOT_EXECUTE, NOT_FOUND))
-    looks = settings.requeue.exclude_bad_nodes or has_no_program
     before = bad_nodes.listed(job, attempt, events)
     comes_back = decision.requeue or job.restarts > restart
-    if comes_back and (looks or before.own):
-        bad = bad_nodes.bad_hosts(
-            blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
-        )
-        kept = bad_nodes.remember(folder, bad if looks else {}, before.handed_over)
-        nodes = scontrol.nodes(job.fields.get("Partition", ""))
-        # Where Slurm does not say which nodes there are, it is left as it is.
-        hosts = bad_nodes.affordable(kept, job, nodes, before.persons) if nodes else list(before.own)
+    hosts = _hosts_to_avoid(settings, job, decision, blamed, events, before) if comes_back else []
     # Before the job comes back, which may end this process at once.
     happened = _what_happened(decision, status, job, blamed, hosts)
     if decision.requeue and not happened and not any(event.get("job") == attempt for event in events):
@@ -197,6 +185,26 @@ def _act(settings: Config, status: int | None) -> int | None:
     if lost := _record(folder, attempt, what):
         print(f"warning: {lost}", file=sys.stderr, flush=True)
     return refused
+
+
+def _hosts_to_avoid(
+    settings: Config, job: Job, decision: Decision, blamed: Blame | None, events: Sequence[Mapping[str, Any]],
+    before: bad_nodes.Listed,
+) -> list[str]:  # fmt: skip
+    """The nodes that the next start is to keep away from, beside those that a person excluded."""
+    by_a_node = bool(blamed and blamed.how == crash_report.NODE_FAILED)
+    # Where a rank's program could not even be started, a mount is missing, and the next start would fail there too.
+    has_no_program = bool(blamed and blamed.status in (CANNOT_EXECUTE, NOT_FOUND))
+    looks = settings.requeue.exclude_bad_nodes or has_no_program
+    if not looks and not before.own:
+        return []
+    bad = bad_nodes.bad_hosts(
+        blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
+    )
+    kept = bad_nodes.remember(settings.run_folder, bad if looks else {}, before.handed_over)
+    nodes = scontrol.nodes(job.fields.get("Partition", ""))
+    # Where Slurm does not say which nodes there are, it is left as it is.
+    return bad_nodes.affordable(kept, job, nodes, before.persons) if nodes else list(before.own)
 
 
 def _what_happened(

@@ -53,8 +53,9 @@ class Bench:
     def step(self, number: int, clip_norm: float) -> tuple[Tensor, Tensor]:
         batches = (widen(self.loader.batch(number, m), self.ranks.device) for m in range(self.micro_steps))
         outcome = train_step(
-            self.forward, self.optimizer, batches, self.micro_steps, 1e-3, clip_norm, nullcontext, self.ranks
-        )
+            self.forward, self.optimizer, batches, micro_steps=self.micro_steps, rate=1e-3, clip_norm=clip_norm,
+            precision=nullcontext, ranks=self.ranks,
+        )  # fmt: skip
         return outcome.loss, outcome.norm
 
     def _remember(self, *_: Any) -> None:

@@ -239,7 +239,7 @@ def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
         newest = load.newest_valid(checkpoints, ALONE, held)
         if newest:
             assert layout.step_of(newest) == step - 1
-            its.loaded(newest)
+            its.pruner.loaded(newest)
         its.tidy = False
         saved = its.begin(state(step), {WEIGHT: torch.zeros(9)}) or its.finish(lambda: None)
         assert saved is not None

@@ -6,19 +6,18 @@ programs are stand-ins, and srun's runs one rank for real.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, clean_env, rows
 
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 OFFLINE = ["--no-deps", "--no-index"]
 SCRIPTS = "hpcgpt/slurm/scripts/"  # where slurm/ is in a wheel
 COMMANDS = ("train", "submit", "slurm-script", "status", "checkpoint", "sample", "eval", "tracking", "drill")
@@ -30,6 +29,14 @@ while [ "$1" != bash ]; do shift; done
 SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NODELIST=n1 exec "$@"
 """
 SBATCH = '#!/bin/bash\n[ "$1" = --help ] || { cp "$1" submitted.sh; echo Submitted batch job 123; }\n'
+
+# Nothing of the environment that runs the tests, nor of a checkout, reaches the programs that are started here.
+ENV = {key: value for key, value in clean_env().items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "HPCGPT_"))}
+
+
+def pip(*arguments: object) -> None:
+    words = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, arguments)]
+    subprocess.run(words, cwd="/", env=ENV, check=True)
 
 
 def tracked() -> set[str]:
@@ -51,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", folder, source], check=True)
+    pip("wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", folder, source)
     (made,) = folder.iterdir()
     return made
 
@@ -74,7 +81,7 @@ class Installed:
     def __init__(self, wheel: Path, home: Path) -> None:
         self.python, self.home = empty_environment(home / "env"), home / "empty"
         self.home.mkdir()
-        subprocess.run([*PIP, "--python", self.python, "install", *OFFLINE, wheel], check=True)
+        pip("--python", self.python, "install", *OFFLINE, wheel)
         lend_libraries(self.python)  # now: the installation would see the tests' own hpcgpt among them
         (self.packages,) = home.glob("env/lib/python3*/site-packages")
         self.slurm = home / "slurm"
@@ -83,13 +90,13 @@ class Installed:
         for name, text in programs.items():
             (self.slurm / name).write_text(text)
             (self.slurm / name).chmod(0o755)
-        env = {key: value for key, value in clean_env().items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "HPC"))}
         # The environment is not activated: a job has to find its Python all the same.
-        self.env = env | {"PATH": f"{self.slurm}:/usr/bin:/bin"}
+        self.env = ENV | {"PATH": f"{self.slurm}:/usr/bin:/bin"}
+        self.activated = f"{self.python.parent}:{self.env['PATH']}"
 
-    def run(self, *command: object, status: int = 0, **env: str) -> str:
+    def run(self, *command: object, status: int = 0, env: dict[str, str] | None = None) -> str:
         """What a command prints on stdout, and on stderr behind it."""
-        done = subprocess.run(list(map(str, command)), cwd=self.home, env=self.env | env, capture_output=True,
+        done = subprocess.run(list(map(str, command)), cwd=self.home, env=self.env | (env or {}), capture_output=True,
                               text=True, timeout=120, check=False)  # fmt: skip
         assert done.returncode == status, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
@@ -133,11 +140,9 @@ def test_an_editable_installation_reads_the_scripts_in_the_checkout(source: Path
     """`make install` makes one."""
     python = empty_environment(tmp_path / "env")
     lend_libraries(python)  # setuptools too, which makes the installation
-    editable = ["install", *OFFLINE, "--no-build-isolation", "--editable", str(source)]
-    subprocess.run([*PIP, "--python", python, *editable], check=True)
+    pip("--python", python, "install", *OFFLINE, "--no-build-isolation", "--editable", source)
     code = "import data_prep; from hpcgpt.slurm import batch_scripts as b; print(data_prep.__path__[0], b.FOLDER)"
-    env = {key: value for key, value in clean_env().items() if not key.startswith("PYTHON")}
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == (f"{source / 'data_prep'} {source / 'slurm'}\n", "")
 
 
@@ -166,8 +171,7 @@ def test_the_batch_scripts_are_handed_out_as_they_are(installed: Installed) -> N
     hint = f"before sbatch: export HPCGPT_PYTHON={installed.python}\n"
     for name, path in (("pretrain", "pretrain.sbatch"), ("shards.sbatch", "shards.sbatch")):
         assert installed.hpcgpt("slurm-script", name) == (ROOT / "slurm" / path).read_text() + hint
-    activated = f"{installed.python.parent}:{installed.env['PATH']}"
-    shown = installed.run("hpcgpt", "slurm-script", "pretrain", PATH=activated)
+    shown = installed.run("hpcgpt", "slurm-script", "pretrain", env={"PATH": installed.activated})
     assert shown == (ROOT / "slurm" / "pretrain.sbatch").read_text()
     assert installed.hpcgpt("slurm-script", "sites/README") == (ROOT / "slurm/sites/README.md").read_text()
     told = installed.hpcgpt("slurm-script", "pretrian", status=2)
@@ -209,30 +213,37 @@ def test_text_becomes_a_model_that_writes(installed: Installed) -> None:
     assert "data/quickstart/shards" in told
 
 
-def as_job(installed: Installed, script: str, *arguments: str) -> str:
+def as_job(installed: Installed, script: str, *arguments: str, **env: str) -> str:
     """Run a batch script as slurmd would: from a copy, in the folder where sbatch was called."""
-    return installed.run("bash", script, *arguments, SLURM_JOB_ID="123", SLURM_JOB_NODELIST="n1",
-                         SLURM_JOB_NUM_NODES="1", SLURMD_NODENAME="n1", SLURM_JOB_PARTITION="low")  # fmt: skip
+    slurm = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1",
+             "SLURM_JOB_PARTITION": "low"}  # fmt: skip
+    return installed.run("bash", script, *arguments, env=slurm | env)
 
 
-@pytest.mark.usefixtures("data")
+@pytest.fixture
+def other_project(installed: Installed) -> Iterator[None]:
+    """An environment without hpcgpt in the folder where sbatch is called."""
+    folder = installed.home / ".venv"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to("/bin/false")
+    yield
+    shutil.rmtree(folder)
+
+
+@pytest.mark.usefixtures("data", "other_project")
 def test_a_submitted_job_trains_with_the_python_that_submitted_it(installed: Installed) -> None:
-    # Another project's environment, without hpcgpt.
-    (installed.home / ".venv" / "bin").mkdir(parents=True)
-    (installed.home / ".venv" / "bin" / "python").symlink_to("/bin/false")
     flags = ["tiny.toml", "--run.name", "job"]
-    shown = installed.hpcgpt("submit", *flags, "--dry-run")
-    assert f"exec bash {installed.packages / SCRIPTS / 'pretrain.sbatch'} tiny.toml --run.name job\n" in shown
     assert "job 123" in installed.hpcgpt("submit", *flags)
+    submitted = (installed.home / "submitted.sh").read_text()
+    assert f"exec bash {installed.packages / SCRIPTS / 'pretrain.sbatch'} tiny.toml --run.name job\n" in submitted
     as_job(installed, "submitted.sh")
     assert rows(installed.home / "runs" / "job" / "metrics.jsonl")[-1]["step"] == 4
-    shutil.rmtree(installed.home / ".venv")
 
 
 @pytest.mark.usefixtures("data")
 def test_a_script_that_was_handed_out_is_a_job(installed: Installed) -> None:
     """In an environment that is activated, and so in the PATH that sbatch gives the job."""
-    installed.env["PATH"] = f"{installed.python.parent}{os.pathsep}{installed.env['PATH']}"
-    (installed.home / "mine.sbatch").write_text(installed.run("hpcgpt", "slurm-script", "pretrain"))
-    as_job(installed, "mine.sbatch", "tiny.toml", "--run.name", "mine")
+    script = installed.run("hpcgpt", "slurm-script", "pretrain", env={"PATH": installed.activated})
+    (installed.home / "mine.sbatch").write_text(script)
+    as_job(installed, "mine.sbatch", "tiny.toml", "--run.name", "mine", PATH=installed.activated)
     assert rows(installed.home / "runs" / "mine" / "metrics.jsonl")[-1]["step"] == 4

@@ -58,7 +58,7 @@ def place(out: Path, plan: Plan) -> Manifest:
         holdout.rule(plan.recipe.val_fraction),
         counts,
         sorted(placed, key=lambda shard: shard.name),
-        unread.listed(plan.unread),
+        unread=unread.listed(plan.unread),
     )
     _clean(out, records)
     return manifest

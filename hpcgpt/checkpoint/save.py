@@ -2,14 +2,13 @@
 
 A save has two stages. First each rank writes its share of the tensors, in a thread of its own; when all ranks have,
 which they find out together at a step boundary, rank 0 writes state and manifest, gives the folder its name and
-removes old checkpoints, in a thread too. Those that earlier attempts left are removed at the start (`loaded`); and
-where there is no room for a new one, what it would replace is removed before it is written.
+removes old checkpoints (``hpcgpt.checkpoint.pruner``), in a thread too.
 
-One save is under way at a time: whoever wants to begin the next waits for it.
+One save is under way at a time: to begin the next waits for it.
 
 Files are flushed to the disk, then the folder; then it gets its name, and the folder above is flushed. Ranks
 share the outcome of each stage before the next one, so a full disk on one of them costs all of them this
-checkpoint, and nobody waits for somebody who has left.
+checkpoint, and no rank waits for one that has left.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpcgpt.checkpoint import layout, retention, safetensors_writer
+from hpcgpt.checkpoint import layout, safetensors_writer
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.config import options
 from hpcgpt.distributed.collectives import on_all, on_first
 from hpcgpt.distributed.sharded_tensor import held, is_share
@@ -42,7 +40,6 @@ from hpcgpt.storage.lease import Generation
 
 POLL_S = 0.005
 LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
-PRUNING_S = 10.0  # so long a save waits for what the start removes: who is told to leave has little time
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
@@ -118,14 +115,13 @@ class Saver:
         is; `committed` tells of it as soon as it is there, with what it has cost until then. `regular`: see
         retention.prune.
         """
-        self._checkpoints, self._ranks, self._held, self._keep = checkpoints, ranks, held, keep
-        self._before_commit, self._committed, self._regular = before_commit, committed, regular
+        self._checkpoints, self._ranks, self._held = checkpoints, ranks, held
+        self._before_commit, self._committed = before_commit, committed
+        self.pruner = Pruner(checkpoints, held, keep, regular) if held else None  # rank 0's
         # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
         # read back a large checkpoint takes longer than a job has that is told to leave.
         self.tidy = True
         self._there = threading.Event()  # the checkpoint of this save is; old ones may still be removed
-        self._verified: set[str] = set()
-        self._removing = threading.Lock()
         self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
         self._work: _Work | None = None
         self._committing = False
@@ -134,43 +130,6 @@ class Saver:
     def busy(self) -> bool:
         """Is a save under way? The same on every rank."""
         return self._work is not None
-
-    def loaded(self, path: Path) -> None:
-        """Training goes on from this checkpoint, which has been read back. Old ones are removed in a thread: those that
-        earlier attempts made when they left, with no time to remove any. No collective.
-        """
-        if self._held is None:
-            return
-        self._verified.add(path.name)
-        self._removing.acquire()
-        held = self._held
-
-        def prune() -> None:
-            try:
-                retention.prune(self._checkpoints, self._keep, held, self._verified, regular=self._regular)
-            except OSError as error:
-                _warn_that_old_ones_stay(error)
-            finally:
-                self._removing.release()
-
-        threading.Thread(target=prune, name="pruning", daemon=True).start()
-
-    def await_removals(self) -> None:
-        """Wait, for a bounded time, for what `loaded` removes. Rank 0 only."""
-        if self._removing.acquire(timeout=PRUNING_S):
-            self._removing.release()
-
-    def remove_beyond(self, step: int) -> None:
-        """Remove the checkpoints of later steps, to which the run does not go back. Rank 0 only.
-
-        Raises:
-            OSError: one could not be removed.
-        """
-        assert self._held is not None
-        for path in layout.found(self._checkpoints):
-            if layout.step_of(path) > step:
-                with suppress(FileNotFoundError):  # what a start removes may have waited for its disk until now
-                    retention.remove(path, self._held)
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
         """Copy `tensors`, as `tensors_of` gives them, and start to write them.
@@ -257,15 +216,16 @@ class Saver:
 
     def _make_folder(self) -> str | None:
         assert self._held is not None
+        assert self.pruner is not None
         self._held.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
         if self._final.exists():
             return None
-        self.await_removals()
+        self.pruner.wait()
         temporary = layout.temporary_of(self._final, self._held.number)
         needed = self._bytes + SPARE_BYTES
         try:
             if self._free() < needed:
-                self._make_room(self._held)
+                self.pruner.make_room(self._final.name)
             if self._free() < needed:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
             temporary.mkdir()
@@ -276,22 +236,6 @@ class Saver:
     def _free(self) -> int:
         status = os.statvfs(self._checkpoints)
         return status.f_bavail * status.f_frsize
-
-    def _make_room(self, held: Generation) -> None:
-        """Remove now what would be removed once the new checkpoint is there; never the last valid one."""
-        if not self._removing.acquire(timeout=PRUNING_S):
-            return
-        try:
-            gone = retention.prune(self._checkpoints, self._keep, held, self._verified, 1, self._regular)
-        except OSError as error:
-            _warn_that_old_ones_stay(error)
-            return
-        finally:
-            self._removing.release()
-        for path in gone:
-            print(
-                f"warning: no room for {self._final.name}: {path.name} was removed first", file=sys.stderr, flush=True
-            )
 
     def _copied(self, share: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in share.items():
@@ -305,6 +249,7 @@ class Saver:
     def _commit(self, files: dict[str, Any]) -> None:
         held, temporary = self._held, self._temporary
         assert held is not None
+        assert self.pruner is not None
         self._before_commit()
         content = layout.state_bytes(self._state)
         atomic.write(temporary / "state.json", content)
@@ -316,20 +261,11 @@ class Saver:
         except OSError as error:
             raise atomic.explained(error, self._final) from error
         atomic.sync_folder(self._checkpoints)
-        self._verified.discard(self._final.name)  # after a rollback the same step comes once more
+        self.pruner.saved(self._final)
         self._committed(self._so_far())
         self._there.set()
-        if not self.tidy:
-            return
-        with self._removing:
-            try:
-                retention.retire(self._checkpoints, self._keep, held, self._verified)
-            except (OSError, ValueError) as error:
-                _warn_that_old_ones_stay(error)
-
-
-def _warn_that_old_ones_stay(error: Exception) -> None:
-    print(f"warning: old checkpoints stay: {error}", file=sys.stderr, flush=True)
+        if self.tidy:
+            self.pruner.retire()
 
 
 class _Work:

@@ -353,24 +353,28 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"optim.{key} says nothing to optim.name {config.optim.name}: take muon, or leave it out"
     if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
         yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: take one of them"
+    yield from _of_checkpoints(config)
+    steps = config.profile.steps
+    if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
+        yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
+    for key, name in (("run.name", config.run.name), ("tracking.project", config.tracking.project)):
+        if problem := paths.problem_of_name(name):
+            yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
+    if any(map(terminal.is_control, config.run.dir)):
+        yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
+
+
+def _of_checkpoints(config: Config) -> Iterator[str]:
     keep = config.checkpoint
     if keep.keep_every and (not keep.every or keep.keep_every % keep.every):
         yield (
             f"checkpoint.keep_every {keep.keep_every} must be a multiple of checkpoint.every {keep.every}: other steps "
             "are not saved"
         )
-    steps = config.profile.steps
-    if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
-        yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
     if 0 < config.spike.factor <= 1:
         yield f"spike.factor {config.spike.factor} must be greater than 1, or 0: the usual loss is no spike"
     if config.spike.factor and not keep.every:
         yield "spike.factor needs checkpoints to go back to: give checkpoint.every"
-    for key, name in (("run.name", config.run.name), ("tracking.project", config.tracking.project)):
-        if problem := paths.problem_of_name(name):
-            yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
-    if any(map(terminal.is_control, config.run.dir)):
-        yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
 
 
 # What a kind of model has by default where it is not what Model says.

@@ -118,6 +118,7 @@ def write_manifest(
     split_rule: str,
     counts: dict[str, int],
     shards: list[Shard],
+    *,
     unread: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
     """Write manifest.json, which makes a data set of the folder; a key without anything to tell is left out."""

@@ -145,6 +145,12 @@ class Gun:
     def _leave_alone(self, run: Watched) -> bool:
         return time.monotonic() > self.until or run.position()[0] > LEAVE_ALONE * self.steps
 
+    def _failed(self, fired: Fired, strike: Strike, why: str) -> None:
+        """Note a fault that the run has not survived."""
+        strike.outcome, strike.note = "FAILED", why
+        fired.strikes.append(strike)
+        self.say(_line(strike))
+
     def _strike(self, fired: Fired, run: Watched, undo: Undoing, planned: Planned) -> Strike:
         kind = self.kinds[planned.kind]
         scene = Scene(self.place, fired.job, self.training, run, planned, undo)
@@ -184,18 +190,14 @@ class Gun:
             self._wait(fired, undo, back, f"new steps after: {kind.name} ({strike.victim})")
         except JobOverError:
             if self.place.state(fired.job) != "finished":
-                strike.outcome, strike.note = "FAILED", "the job ended"
-                fired.strikes.append(strike)
-                self.say(_line(strike))
+                self._failed(fired, strike, "the job ended")
                 raise
             strike.note = "the run finished before it was felt"
             if kind.expected == "on":
                 strike.outcome = "went on"
             return strike
         except StuckError as stuck:
-            strike.outcome, strike.note = "FAILED", str(stuck)
-            fired.strikes.append(strike)
-            self.say(_line(strike))
+            self._failed(fired, strike, str(stuck))
             raise
         if strike.outcome == "came back":
             resumed = [start["step"] for start in run.starts() if start["attempt"] > attempt]

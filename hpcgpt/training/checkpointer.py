@@ -12,6 +12,7 @@ from typing import Any
 
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import TrainState
+from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.checkpoint.save import Saved, Saver, tensors_of
 from hpcgpt.distributed.stop_signals import StopFlag
 from hpcgpt.distributed.world import Ranks
@@ -55,9 +56,16 @@ class Checkpointer:
         every = self.plan.config.checkpoint.every
         return bool(every) and step % every == 0 and step < self.plan.total_steps
 
+    @property
+    def pruner(self) -> Pruner:
+        """Rank 0's."""
+        assert self.saver.pruner is not None
+        return self.saver.pruner
+
     def loaded(self, path: Path) -> None:
-        """Training continues from this checkpoint: old ones may go."""
-        self.saver.loaded(path)
+        """Training continues from this checkpoint: old ones may go. No collective."""
+        if self.held:
+            self.pruner.loaded(path)
 
     def save(self) -> None:
         """Begin to save this step. The save before has to end first."""

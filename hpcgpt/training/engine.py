@@ -125,13 +125,13 @@ class Engine:
                 self.forward,
                 self.optimizer,
                 self._feed.batches(batch),
-                self._plan.micro_steps,
-                rate,
-                settings.optim.clip_norm,
-                self.precision,
-                self._ranks,
-                self._local,
-                settings.train.on_nonfinite == "skip",
+                micro_steps=self._plan.micro_steps,
+                rate=rate,
+                clip_norm=settings.optim.clip_norm,
+                precision=self.precision,
+                ranks=self._ranks,
+                local=self._local,
+                skip_nonfinite=settings.train.on_nonfinite == "skip",
             )
         figures = self._to_host(torch.stack([outcome.loss.double(), outcome.norm.double()]))
         return Launched(step, batch, rate, outcome, figures, began, self._clock.mark(), self._feed.waited_s())

@@ -104,7 +104,7 @@ class Rollback:
         Raises:
             DivergedError: the run has gone back as often as it may.
         """
-        on_first(self._ranks, self._checkpointer.saver.await_removals)
+        on_first(self._ranks, lambda: self._checkpointer.pruner.wait())
         found = load.newest_valid(
             self._restorer.checkpoints,
             self._ranks,
@@ -126,7 +126,7 @@ class Rollback:
     def to(self, target: Path, spiked: dict[str, Any], next_batch: int) -> None:
         """Continue from `target` with global batch `next_batch`; `spiked` is the row of the step that went wrong."""
         state, rollbacks = self._state, self._state.rollbacks + 1
-        on_first(self._ranks, lambda: self._checkpointer.saver.remove_beyond(layout.step_of(target)))
+        on_first(self._ranks, lambda: self._checkpointer.pruner.remove_beyond(layout.step_of(target)))
         self._restorer.load(target)
         state.skipped, state.rollbacks = next_batch - state.step, rollbacks
         state.pending = None  # if it was, when that was saved: its row has been reported since

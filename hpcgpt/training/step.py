@@ -42,6 +42,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[tuple[Tensor, Tensor]],
+    *,
     micro_steps: int,
     rate: float,
     clip_norm: float,
