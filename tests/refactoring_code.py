@@ -139,6 +139,11 @@ def without(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: "left out" if key in keys else value for key, value in row.items()}
 
 
+def names_in(notes: bytes) -> bytes:
+    """Of verified.json the names of the shards: inodes and times are those of the files of one version."""
+    return json.dumps({digest: sorted(shards) for digest, shards in json.loads(notes).items()}).encode()
+
+
 def run_folder(run: Path, printed: str) -> Outcome:
     """All of a run that was not interrupted: checkpoints, metrics, events, samples, settings, which files there are."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -149,6 +154,7 @@ def run_folder(run: Path, printed: str) -> Outcome:
         **checkpoints(run),
         **curve(run),
         **kept,
+        **{name: names_in(content) for name, content in kept.items() if name == "verified.json"},
         "keys of events.jsonl": "\n".join(keys).encode(),
         "keys of run.json": "\n".join(json.loads((run / "run.json").read_bytes())).encode(),
         "samples": "\n".join(samples).encode(),
