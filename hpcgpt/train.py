@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     here = world.discover()
     streams.in_background()
     folder = settings.run_folder
+    has_trained_with_it = _has_trained_with(settings)  # now: this attempt writes a config.toml of its own
     stop_file = folder / "STOP"
     # Before the seconds that loading torch takes: a signal must never find the default handler.
     flag = stop_signals.StopFlag(stop_file if here.is_first else None, settings.requeue.end_margin_s)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
         status = attempt.train(planned, here, flag, began_at)
     except Exception as error:
-        if isinstance(error, InputError) and here.launcher == "srun" and _has_trained_with(settings):
+        if isinstance(error, InputError) and here.launcher == "srun" and has_trained_with_it:
             node_error = blame_the_node(error)
             _say_why(folder, here, node_error)
             raise node_error from error

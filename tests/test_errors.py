@@ -138,6 +138,8 @@ def test_an_error_on_one_rank_ends_all_of_them_with_a_sentence(
     split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
     window = int(sample_order.windows(np.array([4]), sample_order.window_count(split.tokens, 32, 32), seed=1)[0])
     put_id(folder / f"{split.shards[0].name}.bin", window * 32 + 5, 700)
+    settings = run / "config.toml"
+    settings.write_text(settings.read_text().replace(str(shards_folder), str(folder)))
     before = kept(run)
     ranks = [start(config, run.parent, "--data.dir", str(folder), env=as_rank(rank, 2)) for rank in range(2)]
     told = [rank.communicate(timeout=60)[1] for rank in ranks]

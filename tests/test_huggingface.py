@@ -24,7 +24,7 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 END = "<|endoftext|>"
 LLAMA3_PATTERN = next(
-    pattern for pattern, scheme in find_tokenizer.backend_gigatoken.SCHEMES.items() if scheme == "olmo3"
+    pattern for pattern, scheme in find_tokenizer.gigatoken_encoder.SCHEMES.items() if scheme == "olmo3"
 )
 TEXTS = [path.read_text() for path in sorted(ROOT.glob("hpcgpt/c*/*.py"))] + ["斗之力，三段！萧炎 don't I'll é"] * 20
 
