@@ -208,7 +208,8 @@ class Bed:
 
     def _lost(self, folder: Path) -> set[str]:
         """What the run without a fault has, and this one has not."""
-        return {path.name for path in self.whole.iterdir()} - {path.name for path in folder.iterdir()}
+        found = {path.name for path in self.whole.iterdir()} - {path.name for path in folder.iterdir()}
+        return found - {"verified.json"}  # what a later start need not read again: without it, it does
 
 
 def decided(folder: Path, attempt: str, status: int, restart: int) -> Decision:

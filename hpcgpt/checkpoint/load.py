@@ -267,6 +267,8 @@ def _tensors(path: Path, state: State) -> Iterator[_Stored]:
             raise InputError(f"{share}: {error}") from None
         except MemoryError as error:  # no room for another map: the host's fault
             raise OSError(errno.ENOMEM, f"{share}: {error}") from None
+        except RuntimeError as error:  # torch could not open or map it, though its checksum was read before
+            raise OSError(errno.EIO, f"{share}: {error}") from None
 
 
 def _check_complete(
