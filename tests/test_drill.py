@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -28,7 +29,7 @@ from hpcgpt.drill.injector import Strike
 from hpcgpt.drill.report import Report, RoundReport
 from hpcgpt.drill.testbed import Rank
 from hpcgpt.drill.wandb_server import WandbServer
-from hpcgpt.drill.watched_run import Undoing, Watched
+from hpcgpt.drill.watched_run import CheckpointCounter, Undoing, Watched
 from hpcgpt.run import run_folder
 
 STEPS = 12
@@ -295,6 +296,20 @@ def test_a_run_is_read_while_its_files_change(tmp_path: Path) -> None:
     assert run.position() == (0, 0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "attempt": 2}\n{"step": 4, "att')
     assert run.position() == (3, 2)
+
+
+def test_the_most_checkpoints_at_a_time_are_counted(tmp_path: Path) -> None:
+    """Also those that are gone by the end; a folder without a manifest is none."""
+    run = Watched(tmp_path)
+    with CheckpointCounter(run) as counter:
+        for step in range(4):
+            (run.checkpoints / f"step_{step:09d}").mkdir(parents=True)
+            if step < 3:
+                (run.checkpoints / f"step_{step:09d}" / "manifest.json").write_text("{}")
+        while counter.most < 3:
+            time.sleep(0.01)
+        shutil.rmtree(run.checkpoints)
+    assert counter.most == 3
 
 
 # --- the report ------------------------------------------------------------------------------------

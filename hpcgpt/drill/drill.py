@@ -23,11 +23,13 @@ from hpcgpt.drill.injector import FailedError, Fired, Gun
 from hpcgpt.drill.report import Report, RoundReport
 from hpcgpt.drill.testbed_here import HerePlace
 from hpcgpt.drill.testbed_lab import CHECKOUT, LabPlace
-from hpcgpt.drill.watched_run import Watched
+from hpcgpt.drill.watched_run import CheckpointCounter, Watched
 from hpcgpt.run import run_folder
 
 TRIAL_STEPS, ALONE_S, SAVE_EVERY_S = 60, 80.0, 3.0
 MAX_CRASHES = 20
+KEEP_LAST = 3
+MOST_CHECKPOINTS = KEEP_LAST + 2  # the one with the smallest loss, and the one that has just been saved
 CONFIG = """
 [run]
 dir = "{runs}"
@@ -53,7 +55,7 @@ micro_batch = 2
 dtype = "float32"
 [checkpoint]
 every = {every}
-keep_last = 3
+keep_last = {keep_last}
 [eval]
 every = {eval_every}
 batches = 8
@@ -146,6 +148,7 @@ class Drill:
                 dropout=self.dropout,
                 eval_every=size.eval_every,
                 max_crashes=MAX_CRASHES,
+                keep_last=KEEP_LAST,
             )
         )
 
@@ -207,18 +210,22 @@ class Drill:
             number += 1
             name, started_at = f"round-{number:02d}", time.monotonic()
             run = Watched(self.place.disk.folder / name)
-            fired = gun.fire(number, name, partitions(), run)
-            self._judge(fired, run, baseline, size, time.monotonic() - started_at)
+            with CheckpointCounter(run) as counter:
+                fired = gun.fire(number, name, partitions(), run)
+            self._judge(fired, run, baseline, size, counter.most, time.monotonic() - started_at)
 
-    def _judge(self, fired: Fired, run: Watched, baseline: Path, size: Size, seconds: float) -> None:
+    def _judge(self, fired: Fired, run: Watched, baseline: Path, size: Size, most: int, seconds: float) -> None:
+        """`most` is the number of checkpoints that there were at a time."""
         problems, told = list(fired.problems), "-"
+        if most > MOST_CHECKPOINTS:
+            problems.append(f"there were {most} checkpoints at a time, and the settings keep {MOST_CHECKPOINTS}")
         if not problems:
             problems = compare.differences(run.folder, baseline, size.steps)
             wandb_problems, told = compare.wandb_differences(run.folder, self.place.wandb, size.steps)
             problems += wandb_problems
         each = RoundReport(
             fired.number, fired.partition, len(run.starts()), seconds,
-            sum(strike.outcome != "missed" for strike in fired.strikes), problems, told, goodput(run.folder),
+            sum(strike.outcome != "missed" for strike in fired.strikes), problems, told, goodput(run.folder), most,
         )  # fmt: skip
         self.report.rounds.append(each)
         self.report.strikes += fired.strikes

@@ -32,6 +32,7 @@ class RoundReport:
     problems: list[str]
     wandb: str
     goodput: str = ""
+    checkpoints: int = 0  # the most at a time
 
 
 @dataclass
@@ -156,14 +157,14 @@ def _processor() -> str:
 
 def _rounds(rounds: Sequence[RoundReport]) -> list[str]:
     lines = [
-        "| run | partition | faults | attempts | s | wandb | goodput | result |",
-        "|---|---|---:|---:|---:|---|---|---|",
+        "| run | partition | faults | attempts | s | most checkpoints | wandb | goodput | result |",
+        "|---|---|---:|---:|---:|---:|---|---|---|",
     ]
     for each in rounds:
         result = "good" if not each.problems else "**" + each.problems[0].splitlines()[0] + "**"
         lines.append(
             f"| {each.number} | {each.partition} | {each.faults} | {each.attempts} | {each.seconds:.0f} | "
-            f"{each.wandb} | {each.goodput or '-'} | {result} |"
+            f"{each.checkpoints or '-'} | {each.wandb} | {each.goodput or '-'} | {result} |"
         )
     for each in rounds:
         for problem in each.problems:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from hpcgpt.run import run_folder
 
 _TAIL_BYTES = 1 << 17
+COUNT_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,30 @@ class Watched:
 
     def being_saved(self) -> list[Path]:
         return list(self.checkpoints.glob(".step_*.tmp"))
+
+
+class CheckpointCounter:
+    """Counts a run's checkpoints several times a second, as a context. `most` is how many there were at any time."""
+
+    def __init__(self, run: Watched) -> None:
+        self.most = 0
+        self._run, self._stop = run, threading.Event()
+        self._thread = threading.Thread(target=self._count, name="checkpoint counter", daemon=True)
+
+    def __enter__(self) -> CheckpointCounter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _count(self) -> None:
+        while True:
+            with suppress(OSError):  # the network file system of a lab may be away
+                self.most = max(self.most, len(self._run.committed()))
+            if self._stop.wait(COUNT_EVERY_S):
+                return
 
 
 class Undoing:
