@@ -142,7 +142,7 @@ def test_a_mount_that_is_lost_in_mid_run_is_survived_without_python(cluster: Clu
     assert (first["host"], second["host"]) == ("n1", "n2")
     assert second["step"] >= 40 // 20 * 20
     said = log(cluster, job)
-    assert "without hpcgpt.requeue: srun ended with status 137, and hpcgpt.requeue could not run" in said
+    assert "without hpcgpt.requeue: srun ended with status 137, and hpcgpt.requeue could not decide" in said
     cluster.slurm("scancel", job)
     cluster.wait(job, state="CANCELLED")
 
