@@ -140,7 +140,7 @@ def test_a_process_that_ends_by_an_error_leaves_its_traceback(tiny: Path, tmp_pa
     found = crash_report.read(folder, attempt.name)
     assert {one.rank for one in found} == {0, 1}
     assert "generations" in found[0].reason
-    assert any("loop.py" in line for line in found[0].trace)
+    assert any("attempt.py" in line for line in found[0].trace)
 
 
 def test_a_mistake_outside_of_a_run_folder_makes_none(tiny: Path, tmp_path: Path) -> None:
