@@ -304,7 +304,7 @@ def test_a_holder_whose_number_another_process_has_now_is_gone(tmp_path: Path) -
 def test_a_holder_in_another_container_of_this_host_is_not_taken_for_gone(
     tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    """There its number, which is nobody's here, may well be that of a process."""
+    """There its number, which no process has here, may well be that of one."""
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
     holder = taken(folder)
     (folder / "generations/000001.json").write_text(json.dumps(holder | other))

@@ -208,7 +208,7 @@ def test_text_becomes_a_model_that_writes(installed: Installed) -> None:
     assert "finished" in installed.hpcgpt("status", "runs/here")
     assert "whole" in installed.hpcgpt("checkpoint", "verify", "runs/here")
     assert "step 4" in installed.hpcgpt("sample", "runs/here", "--tokens", 5)
-    # The presets come along: only its data are missing.
+    # The presets are in the wheel: only its data are missing.
     told = installed.hpcgpt("train", "quickstart", status=2)
     assert "data/quickstart/shards" in told
 

@@ -3,8 +3,8 @@
 Ranks meet at a TCPStore on rank 0. Rank 0 binds a free port and publishes address and port in the run
 folder, in ``rendezvous/<attempt>.json``, which the others read; where the disk has no room for that, in the
 name of an empty file, ``<attempt>.at.<port>.<token>.<address>``. MASTER_ADDR and MASTER_PORT win where both are
-set. Each rank then reports in at the store, so that a missing one is named instead of waited for. Nobody waits
-for longer than run.rendezvous_timeout_s, and nobody falls back to another address.
+set. Each rank then reports in at the store, so that a missing one is named instead of waited for. No rank
+waits for longer than run.rendezvous_timeout_s or falls back to another address.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Held:
-    """What this rank has of a tensor: `local`, its rows `first` to `after`. All of it where nobody has shares."""
+    """What this rank has of a tensor: `local`, its rows `first` to `after`. All of it where ranks have no shares."""
 
     local: Tensor
     first: int

@@ -1,4 +1,4 @@
-"""``python -m hpcgpt.drill --minutes M --seed S``: watch hpcgpt being shot at, and see that the result is the same.
+"""``python -m hpcgpt.drill --minutes M --seed S``: inject faults, and see that the result is the same.
 
 A small model is trained on real text, first left alone, then again and again while faults drawn from the seed hit it:
 processes are killed, jobs preempted, cables pulled, checkpoints damaged, the disk filled (hpcgpt/drill/faults.py

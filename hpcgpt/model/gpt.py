@@ -35,7 +35,7 @@ class Manner:
     `document_start`: the id that begins documents, which attention then does not cross; None: it sees the whole
     window. `loss_chunk` and `z_loss`: see `hpcgpt.model.loss`. `recompute`: blocks keep only their inputs for the
     backward pass, and compute the rest once more. `attention`: which kernel the context around asks for, or "auto" (see
-    `hpcgpt.model.kernels`); '' where nobody has said. It is looked at in each forward pass, so that torch.compile does
+    `hpcgpt.model.kernels`); '' where it is not chosen. It is looked at in each forward pass, so that torch.compile does
     not take what it made for one kernel where another is asked for.
     """
 

@@ -101,7 +101,7 @@ def listed(job: scontrol.Job, attempt: str, events: Sequence[Mapping[str, Any]])
 def affordable(hosts: Sequence[str], job: scontrol.Job, nodes: Mapping[str, bool], already: Sequence[str]) -> list[str]:
     """Of `hosts`, the newest that can be excluded with enough usable `nodes` left, beside a person's, `already`.
 
-    Whoever asked for certain nodes by name gets them: excluding one of these would keep the job waiting for ever. And
+    Nodes that were asked for by name are kept: excluding one of these would keep the job waiting for ever. And
     Slurm refuses all that is asked for together with a name that is none of its nodes: of a host that calls itself
     n1.cluster.org the node is n1, and one that is unknown, or was taken out of the cluster, is passed over.
     """
