@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preloaded import Preloaded, Program
+from tests.preloaded import Preloaded, Program
 
 Outcome = dict[str, bytes]
 LIMIT_S = 300  # for one command

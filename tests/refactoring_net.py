@@ -1,4 +1,4 @@
-"""Proves that a refactoring changed nothing that is promised: ``python tests/refactoring_net.py --against COMMIT``.
+"""Proves that a refactoring changed nothing that is promised: ``python -m tests.refactoring_net --against COMMIT``.
 
 The code of a commit (or of a folder) and the present code make the same runs, shards and help texts on this machine,
 one after the other, and every file has to have the same hash: see `refactoring_outcomes` for what is made. Then the
@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from preloaded import Preloaded
-from refactoring_code import Code, Outcome, environment
-from refactoring_outcomes import make_inputs, of_old, plan, write_corpus
+from tests.preloaded import Preloaded
+from tests.refactoring_code import Code, Outcome, environment
+from tests.refactoring_outcomes import make_inputs, of_old, plan, write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 Outcomes = dict[str, Outcome]

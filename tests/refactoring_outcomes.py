@@ -30,7 +30,8 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from refactoring_code import (
+
+from tests.refactoring_code import (
     LIMIT_S,
     Code,
     Outcome,

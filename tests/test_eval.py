@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, clean_env, command, program, rows
-from small_checkpoints import flip_a_byte, mend
 
 from hpcgpt.eval import Progress
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.output import terminal
+from tests.checkpoint.small_checkpoints import flip_a_byte, mend
+from tests.programs import ROOT, clean_env, command, program
+from tests.tiny_run import TINY, rows
 
 # The second run has everything on that changes what a model computes, and how; the third rounds, by another kernel.
 KINDS = {

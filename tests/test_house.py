@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from conftest import ROOT, command
 
 from hpcgpt.config.options import Config
+from tests.programs import ROOT, command
 
 
 def module_name(path: Path) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command
 
 from hpcgpt import plan
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.data import sample_order, shard_format, shard_reader
 from hpcgpt.tokenizer import save_load
+from tests.programs import command
 
 
 @pytest.fixture

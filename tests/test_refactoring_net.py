@@ -14,9 +14,10 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from refactoring_net import report
-from refactoring_outcomes import plan
+
+from tests.programs import ROOT
+from tests.refactoring_net import report
+from tests.refactoring_outcomes import plan
 
 SMALL = ["--only", "run: gpt2, 1 ranks, muon, zero1", "--only", "run: continued on fewer ranks", "--only", "old: *ver*"]
 # In the random numbers of a run that continues on another number of ranks, and nowhere else.
@@ -24,7 +25,7 @@ FACTOR = "104729 * "
 
 
 def net(old: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tests/refactoring_net.py", "--against", str(old), *arguments]
+    command = [sys.executable, "-m", "tests.refactoring_net", "--against", str(old), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, clean_env, command, rows
 
 from hpcgpt.checkpoint import layout
 from hpcgpt.run import run_folder as run_folder_module
 from hpcgpt.slurm.run_state import NO_WORD, Presence
 from hpcgpt.status import _in_words, status
+from tests.programs import ROOT, clean_env, command
+from tests.tiny_run import rows
 
 
 def test_a_finished_run_is_told_in_words_and_in_json(tiny: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """hpcgpt.submit: the same command as with sbatch, and nothing queued that cannot run.
 
 The programs of Slurm are stand-ins here that keep what they are given, so that this file runs on any
-machine; tests/test_slurm.py submits to a real one.
+machine; tests/slurm/test_run_on_slurm.py submits to a real one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, clean_env, command
 
 from hpcgpt.storage import lease
 from hpcgpt.submit import SCRIPT, minutes
+from tests.programs import ROOT, clean_env, command
+from tests.tiny_run import TINY
 
 # As a user might type them.
 ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; #!*\n\tnew line  "]

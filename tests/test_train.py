@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, clean_env, command, curve, on_ranks, rows, tensors
 
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.run import run_folder
+from tests.programs import ROOT, clean_env, command, on_ranks
+from tests.tiny_run import TINY, curve, rows, tensors
 
 
 def test_a_run_trains_evaluates_saves_and_finishes(tiny: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, clean_env, rows
+
+from tests.programs import ROOT, clean_env
+from tests.tiny_run import TINY, rows
 
 OFFLINE = ["--no-deps", "--no-index"]
 SCRIPTS = "hpcgpt/slurm/scripts/"  # where slurm/ is in a wheel

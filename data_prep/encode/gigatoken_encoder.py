@@ -32,8 +32,8 @@ _GPT4_AS_HUGGING_FACE_WRITES_IT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# Pattern -> what gigatoken calls it. tests/test_backends.py compares each pair on every code point, with a
-# vocabulary that shows where text was cut.
+# Pattern -> what gigatoken calls it. A test of find_tokenizer compares each pair on every code point, with a vocabulary
+# that shows where text was cut.
 SCHEMES = {
     from_tiktoken.GPT2_PATTERN: "gpt2",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",

@@ -1,0 +1,170 @@
+"""What test_save runs on 2 ranks: ``torchrun -m tests.checkpoint.ranks_checkpoint RUN_FOLDER [SMALL_DISK]``.
+
+Each rank writes RUN_FOLDER/rank_R.json. SMALL_DISK has no room for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from hpcgpt.checkpoint import load
+from hpcgpt.checkpoint import save as checkpoint_save
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import Saver
+from hpcgpt.config import options
+from hpcgpt.config.options import Model, Optim
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.run import run_folder
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
+
+
+def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
+    """A model and its optimizer after some steps on made-up tokens; the same on every rank."""
+    model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100), seed)
+    optimizer = make_optimizer(model, Optim())
+    ids = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(seed))
+    for _ in range(steps):
+        model(ids, ids.roll(-1, 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model, optimizer
+
+
+def content(model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, bytes]:
+    """Every byte of a rank's state that a checkpoint keeps."""
+    found = checkpoint_save.tensors_of(model, optimizer, ranks)
+    return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
+
+
+def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | None) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    savers: dict[Path, Saver] = {}
+    rank = ranks.world.rank
+    model, optimizer = trained(seed=1)
+    torch.manual_seed(100 + rank)
+    before = content(model, optimizer, ranks)
+    state = State(4, 400, 40, ranks.world.size, {"model.n_layer": 2}, {"step": 4, "train/loss": 0.1 + 0.2})
+
+    def save(to: Path, number: int) -> str:
+        numbered = State(number, 400, 40, ranks.world.size, state.identity, state.pending)
+        its = savers.setdefault(to, Saver(to, ranks, held, options.Checkpoint()))
+        saved = its.begin(numbered, checkpoint_save.tensors_of(model, optimizer, ranks)) or its.finish(lambda: None)
+        assert saved is not None
+        return saved.problem
+
+    told["saved"] = save(folder / "checkpoints", 4)
+    told["rng"] = before[f"rng/{rank}/cpu"].hex()
+
+    other, other_optimizer = trained(seed=2, steps=1)
+    torch.manual_seed(7)
+    chosen = load.newest_valid(folder / "checkpoints", ranks, held)
+    assert chosen is not None
+    told["chosen"] = chosen.name
+    told["state"] = load.load(chosen, other, other_optimizer, ranks) == state
+    told["same"] = content(other, other_optimizer, ranks) == before
+
+    if full:
+        told["full"] = save(full, 8)
+
+    # Only the second rank may not write: a limit of its process that is as real as a quota.
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    told["one_rank_fails"] = save(folder / "checkpoints", 8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    told["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    told["again"] = save(folder / "checkpoints", 8)
+    told["behind"] = behind(ranks, held, folder / "checkpoints")
+    told |= choices(ranks, held, folder / "checkpoints")
+    return told
+
+
+def choices(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str, Any]:
+    """What is chosen when rank 1 does not see what rank 0 sees, and when each share is damaged once.
+
+    Rank 0 reads state.json and the second share, rank 1 the first: what one of them finds both have to know.
+    """
+    told: dict[str, Any] = {}
+    try:
+        seen = checkpoints if ranks.world.is_first else checkpoints.with_name("elsewhere")
+        told["unseen"] = str(load.newest_valid(seen, ranks, held))
+    except OSError as error:
+        told["unseen"] = str(error)
+    if ranks.world.is_first:
+        for step, share in ((12, 0), (8, 1)):
+            path = checkpoints / f"step_{step:09d}" / f"tensors_0000{share}_of_00002.safetensors"
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+    told["whole"] = str(load.newest_valid(checkpoints, ranks, held))
+    return told
+
+
+def behind(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str, Any]:
+    """A save behind training: the weights change at once, and rank 1's share is slow to come."""
+    model, optimizer = trained(seed=3)
+    its = Saver(checkpoints, ranks, held, options.Checkpoint())
+    its.begin(State(12, 1200, 120, ranks.world.size, {}), checkpoint_save.tensors_of(model, optimizer, ranks))
+    before = content(model, optimizer, ranks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    work = its._work
+    assert work is not None
+    work._thread.join()
+    if ranks.world.rank == 1:  # not ready, as far as the others are told, for three more step boundaries
+        its._work = slow = checkpoint_save._Work(partial(_wait_for, checkpoints / "go", work.result))
+    outcomes = [its.poll() for _ in range(3)]
+    told: dict[str, Any] = {"waits": outcomes == [None] * 3 and its.busy and not its._committing}
+    told["unpublished"] = not (checkpoints / "step_000000012").exists()
+    (checkpoints / "go").touch()
+    if ranks.world.rank == 1:
+        slow._thread.join()
+    polls = [its.poll()]
+    told["second stage"] = polls[0] is None and its._committing
+    saved = its.finish(lambda: None)
+    assert saved is not None
+    told["problem"], told["step"], told["idle"] = saved.problem, saved.step, not its.busy and its.finish(print) is None
+    found = {}
+    for path in (checkpoints / "step_000000012").glob("*.safetensors"):
+        found |= {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+    told["as it was"] = all(found[name] == value for name, value in before.items())
+    return told
+
+
+def _wait_for(path: Path, work: Callable[[], Any]) -> Any:
+    while not path.exists():
+        time.sleep(0.001)
+    return work()
+
+
+def main(folder: Path, full: Path | None) -> None:
+    torch.set_num_threads(1)
+    here = world.discover()
+    ranks = rendezvous.connect(here, torch.device("cpu"), folder, "gloo", 60.0)
+    held: Generation | None = None
+    if here.is_first:
+        run_folder.prepare(folder)
+        held = lease.take(folder, "")
+    (folder / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks, held, folder, full)))
+    if held:
+        held.release()
+    rendezvous.disconnect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

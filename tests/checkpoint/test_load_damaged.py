@@ -1,0 +1,323 @@
+"""hpcgpt.checkpoint.load against 2,000 damaged and forged checkpoints: the very same state, or a clear refusal.
+
+Each case takes a real checkpoint of a trained model and changes something of it. What comes out must be what was saved,
+byte for byte, or a ValueError; the checkpoint is set aside with its reason, unless it is a forgery whose checksums all
+fit, which loading itself refuses. No other exception, no code run, no waiting without end. A forgery that is
+consistent in everything is a checkpoint of other values, and no test could tell.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpcgpt.checkpoint import load
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
+from tests.checkpoint.ranks_checkpoint import content, trained
+from tests.checkpoint.small_checkpoints import IDENTITY, SHARE, mend, save_tensors, write_manifest
+from tests.one_rank import ALONE
+
+CASES, CHUNK = 2000, 100
+NAMES = [SHARE, "state.json", "manifest.json"]
+STATE = State(2, 20, 2, 1, IDENTITY, {"step": 2, "train/loss": 0.1 + 0.2}, 3.5)
+Whole = tuple[Path, dict[str, bytes], Generation]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+    """A real checkpoint, its content, and the generation that wrote it. Read-only: copied for each case."""
+    run = tmp_path_factory.mktemp("whole")
+    (run / "checkpoints").mkdir()
+    held = lease.take(run, "")
+    torch.manual_seed(17)
+    model, optimizer = trained(seed=1)
+    saved = content(model, optimizer, ALONE)
+    assert save_tensors(run / "checkpoints", STATE, tensors_of(model, optimizer, ALONE), held) == ""
+    yield run / "checkpoints/step_000000002", saved, held
+    held.release()
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.target,)
+
+
+# --- damage: nobody mends the checksums -------------------------------------------------------------
+
+
+def flip_bits(folder: Path, dice: random.Random) -> None:
+    path = folder / dice.choice(NAMES)
+    body = bytearray(path.read_bytes())
+    for _ in range(dice.choice([1, 1, 1, 2, 8])):
+        # Half of them near the beginning, where the header is.
+        place = dice.randrange(len(body)) if dice.random() < 0.5 else dice.randrange(min(len(body), 300))
+        body[place] ^= 1 << dice.randrange(8)
+    path.write_bytes(body)
+
+
+def truncate(folder: Path, dice: random.Random) -> None:
+    path = folder / dice.choice(NAMES)
+    os.truncate(path, dice.choice([0, 1, 7, 8, 9, dice.randrange(path.stat().st_size)]))
+
+
+def insert(folder: Path, dice: random.Random) -> None:
+    path = folder / dice.choice(NAMES)
+    body, place = path.read_bytes(), dice.randrange(path.stat().st_size + 1)
+    path.write_bytes(body[:place] + dice.randbytes(dice.choice([1, 8, 4096])) + body[place:])
+
+
+def cut_out(folder: Path, dice: random.Random) -> None:
+    path = folder / dice.choice(NAMES)
+    body, place = path.read_bytes(), dice.randrange(path.stat().st_size)
+    path.write_bytes(body[:place] + body[place + dice.choice([1, 8, 4096]) :])
+
+
+def swap_blocks(folder: Path, dice: random.Random) -> None:
+    """The size stays."""
+    path = folder / SHARE
+    body = bytearray(path.read_bytes())
+    a, b = (dice.randrange(len(body) // 64) * 64 for _ in range(2))
+    body[a : a + 64], body[b : b + 64] = body[b : b + 64], body[a : a + 64]
+    path.write_bytes(body)
+
+
+def zero_a_page(folder: Path, dice: random.Random) -> None:
+    """As a file system does with what was not flushed before a power cut."""
+    path = folder / dice.choice(NAMES)
+    body = bytearray(path.read_bytes())
+    start = dice.randrange(0, len(body), 4096)
+    body[start : start + 4096] = bytes(len(body[start : start + 4096]))
+    path.write_bytes(body)
+
+
+def swap_files(folder: Path, dice: random.Random) -> None:
+    a, b = dice.sample(NAMES, 2)
+    (folder / a).rename(folder / "x")
+    (folder / b).rename(folder / a)
+    (folder / "x").rename(folder / b)
+
+
+def remove(folder: Path, dice: random.Random) -> None:
+    (folder / dice.choice(NAMES)).unlink()
+
+
+def put_something_else(folder: Path, dice: random.Random) -> None:
+    path = folder / dice.choice(NAMES)
+    path.unlink()
+    kind = dice.randrange(6)
+    if kind == 0:
+        os.mkfifo(path)
+    elif kind == 1:
+        path.mkdir()
+    elif kind == 2:
+        path.symlink_to(dice.choice(["/dev/zero", "/dev/full", "/proc/kmsg", "nowhere", path.name, "manifest.json"]))
+    elif kind == 3:
+        path.write_bytes(dice.randbytes(dice.choice([0, 8, 1000])))
+    elif kind == 4:
+        path.write_bytes(pickle.dumps(Bomb(folder.parent / "exploded")))
+    else:
+        torch.save({"model": torch.zeros(2)}, path)
+
+
+def put_something_instead_of_the_folder(folder: Path, dice: random.Random) -> None:
+    shutil.rmtree(folder)
+    kind = dice.randrange(5)
+    if kind == 0:
+        folder.write_text("a file")
+    elif kind == 1:
+        os.mkfifo(folder)
+    elif kind == 2:
+        folder.symlink_to(dice.choice([folder.name, "nowhere", "..", "/proc/self"]))
+    else:
+        folder.mkdir()
+
+
+def spoil_json(folder: Path, dice: random.Random) -> None:
+    path = folder / dice.choice(["state.json", "manifest.json"])
+    path.write_bytes(dice.choice([b"null", b"[]", b"0", b'"x"', b"{}", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe{}",
+                                  b"NaN", b"1" * 10_000, b'{"step": 1e999}', b"\x80\x04."]))  # fmt: skip
+
+
+# --- forgery: every checksum is mended --------------------------------------------------------------
+
+STRANGE: list[Any] = [None, True, False, -1, 0, 1, 2, 3.5, 10**30, -(10**30), float("nan"), float("inf"), "", "x", "2",
+                      "\ud800", [], [1], {}, {"x": 1}, "../../x", "a" * 10_000]  # fmt: skip
+
+
+def forge_state(folder: Path, dice: random.Random) -> None:
+    """A type or a count that cannot be; values of the right kind would be a valid checkpoint of other values."""
+    state = json.loads((folder / "state.json").read_text())
+    key = dice.choice([*state, "more"])
+    plausible: dict[str, Callable[[Any], bool]] = {
+        "tokens": lambda value: type(value) is int and value >= 0,
+        "samples": lambda value: type(value) is int and value >= 0,
+        "skipped": lambda value: type(value) is int and value >= 0,
+        "rollbacks": lambda value: type(value) is int and value >= 0,
+        "step": lambda value: value == 2 and type(value) is int,
+        "world_size": lambda value: value == 1 and type(value) is int,
+        "identity": lambda value: isinstance(value, dict),
+        "pending": lambda value: value is None or isinstance(value, dict),
+        "val_loss": lambda value: value is None or isinstance(value, float),
+    }
+    if dice.random() < 0.2 and key in ("step", "tokens", "samples", "world_size", "identity"):
+        del state[key]
+    else:
+        state[key] = dice.choice([v for v in STRANGE if key not in plausible or not plausible[key](v)])
+    (folder / "state.json").write_text(json.dumps(state))
+    mend(folder)
+
+
+def forge_manifest(folder: Path, dice: random.Random) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    kind = dice.randrange(6)
+    if kind == 0:
+        manifest[dice.choice(["format", "version", "files"])] = dice.choice([v for v in STRANGE if v != 2])
+    elif kind == 1:
+        manifest["files"][dice.choice(NAMES)] = dice.choice(STRANGE)
+    elif kind == 2:
+        manifest["files"][SHARE][dice.choice(["bytes", "xxh3"])] = dice.choice(STRANGE)
+    elif kind == 3:
+        del manifest["files"][dice.choice([SHARE, "state.json"])]
+    elif kind == 4:
+        name = dice.choice(["/etc/passwd", "../x", "\ud800", "\x1b[2J", "", "tensors_00001_of_00002.safetensors",
+                            "tensors_00000_of_00001.safetensors\n", "state.json/../x", "x" * 5000])  # fmt: skip
+        manifest["files"][name] = {"bytes": 1, "xxh3": "0"}
+    else:
+        del manifest[dice.choice(["format", "version", "files"])]
+    write_manifest(folder, manifest)
+
+
+DTYPES = ["F64", "F16", "BF16", "I8", "F8_E4M3", "F8_E8M0", "F4", "BOOL", "C64", "X", 7, None]
+
+
+def forge_header(folder: Path, dice: random.Random) -> None:
+    """The header of the tensors: always something that does not fit a model of this kind."""
+    body = (folder / SHARE).read_bytes()
+    length = int.from_bytes(body[:8], "little")
+    header, rest = json.loads(body[8 : 8 + length]), body[8 + length :]
+    name = dice.choice(list(header))
+    its = header[name]
+    kind = dice.randrange(11)
+    if kind == 0:
+        its["dtype"] = dice.choice(DTYPES)
+    elif kind == 1:
+        its["shape"] = dice.choice([[*its["shape"], 2], [2**63], [2**64], [-1], [0], [1.5], "x", None, [1] * 99])
+    elif kind == 2:
+        its["data_offsets"] = dice.choice([[0, 4], [0, 2**63], [2**64, 0], [-1, 3], [8, 0], [], "x", None, [0, 1e300]])
+    elif kind == 3:  # two tensors in one place
+        its["data_offsets"] = header[dice.choice([other for other in header if other != name])]["data_offsets"]
+    elif kind == 4:
+        header[dice.choice(["model/other", "other", "", "optim/x", "optim/x/y", "rng", "a/" * 999, "\ud800"])] = {
+            "dtype": "F32", "shape": [2], "data_offsets": [len(rest), len(rest) + 8]}  # fmt: skip
+        rest += bytes(8)
+    elif kind == 5:
+        header[name + dice.choice(["x", "/x", " ", "\0"])] = header.pop(name)
+    elif kind == 6:
+        del header[name]
+    elif kind == 7:
+        for its_name in [each for each in header if each.endswith(dice.choice(["exp_avg", "exp_avg_sq", "/step"]))]:
+            del header[its_name]
+        place = 0
+        for each in header.values():  # consistent again, so only the lack of them can show
+            size = each["data_offsets"][1] - each["data_offsets"][0]
+            each["data_offsets"] = [place, place + size]
+            place += size
+        if len(header) == len(json.loads(body[8 : 8 + length])):
+            del header[name]
+        rest = rest[:place]
+    elif kind == 8:
+        text = json.dumps(header).encode()
+        again = json.dumps({name: its | {"dtype": "I32", "shape": [1]}}).encode()
+        (folder / SHARE).write_bytes(
+            (len(text) + len(again)).to_bytes(8, "little") + text[:-1] + b", " + again[1:] + rest
+        )
+        mend(folder)
+        return
+    elif kind == 9:
+        length = dice.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(body), len(body) - 8, length - 1, length + 1])
+        (folder / SHARE).write_bytes(length.to_bytes(8, "little") + body[8:])
+        mend(folder)
+        return
+    else:
+        rest = rest[: dice.randrange(len(rest))] if dice.random() < 0.5 else rest + bytes(dice.choice([1, 8, 4096]))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / SHARE).write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    mend(folder)
+
+
+def forge_share(folder: Path, dice: random.Random) -> None:
+    """Something quite different, with checksums that fit."""
+    (folder / SHARE).write_bytes(dice.choice([
+        b"", bytes(8), b"{}", bytes(7), (2).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
+        pickle.dumps(Bomb(folder.parent / "exploded")), (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        (8).to_bytes(8, "little") + b"\xff" * 8, dice.randbytes(1000)]))  # fmt: skip
+    mend(folder)
+
+
+MUTATIONS: list[tuple[Callable[[Path, random.Random], None], int]] = [
+    (flip_bits, 5), (truncate, 3), (insert, 2), (cut_out, 2), (swap_blocks, 2), (zero_a_page, 1), (swap_files, 1),
+    (remove, 1), (put_something_else, 2), (put_something_instead_of_the_folder, 1), (spoil_json, 2), (forge_state, 4),
+    (forge_manifest, 4), (forge_header, 9), (forge_share, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", range(CASES // CHUNK))
+def test_a_changed_checkpoint_gives_the_very_same_state_or_a_clear_refusal(
+    whole: Whole, tmp_path: Path, chunk: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, saved, held = whole
+    model, optimizer = trained(seed=2, steps=0)
+    outcomes = {"same": 0, "aside": 0, "refused": 0}
+    weights = [weight for _, weight in MUTATIONS]
+    for number in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        dice = random.Random(number)
+        mutation = dice.choices([mutation for mutation, _ in MUTATIONS], weights)[0]
+        checkpoints = tmp_path / str(number)
+        shutil.copytree(source, checkpoints / source.name)
+        mutation(checkpoints / source.name, dice)
+        what = f"{mutation.__name__}, seed {number}"
+        # A loader that hangs in C would not be ended by an exception: then all stacks, and the end.
+        faulthandler.dump_traceback_later(60, exit=True)
+        try:
+            newest = load.newest_valid(checkpoints, ALONE, held)
+            assert newest is not None, f"{what}: would start over silently"
+            optimizer.state.clear()
+            loaded = load.load(newest, model, optimizer, ALONE)
+        except ValueError as error:
+            assert len(str(error)) > 20, what
+            aside = list(checkpoints.glob("damaged_*"))
+            outcomes["aside" if aside else "refused"] += 1
+            if aside and aside[0].is_symlink():
+                assert not (checkpoints / aside[0].readlink() / "REASON.txt").exists(), f"{what}: wrote through a link"
+            elif aside and aside[0].is_dir():
+                assert len((aside[0] / "REASON.txt").read_text()) > 5, what
+        except Exception as error:
+            raise AssertionError(f"{what}: {error!r}") from error
+        else:
+            assert (loaded, content(model, optimizer, ALONE)) == (STATE, saved), f"{what}: other values"
+            outcomes["same"] += 1
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        assert not (checkpoints / "exploded").exists(), f"{what}: it ran"
+        shutil.rmtree(checkpoints)
+    capfd.readouterr()
+    print(outcomes)
+    assert outcomes["aside"] > CHUNK // 2
+    assert outcomes["refused"] > 0

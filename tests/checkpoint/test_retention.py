@@ -1,0 +1,525 @@
+"""hpcgpt.checkpoint.retention: what goes, and that nothing goes for the sake of a checkpoint that is not whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from hpcgpt.checkpoint import layout, load, retention
+from hpcgpt.config.options import Checkpoint
+from hpcgpt.exit_codes import SUPERSEDED
+from hpcgpt.storage import lease
+from hpcgpt.storage.lease import Generation
+from tests.checkpoint.small_checkpoints import SHARE, flip_a_byte, names, save
+from tests.one_rank import ALONE
+
+
+def step(number: int) -> str:
+    return f"step_{number:09d}"
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(layout.step_of(path) for path in layout.found(folder))
+
+
+def best(**settings: int | bool) -> Checkpoint:
+    return Checkpoint(**{"keep_last": 1, "keep_best": True} | settings)
+
+
+LOSSES = {4: 3.0, 8: 1.5, 12: 1.5, 16: None, 20: 2.0, 24: None}
+
+
+@pytest.mark.parametrize(
+    ("keep", "stay"),
+    [
+        (Checkpoint(keep_last=1, keep_best=False), [24]),
+        (Checkpoint(keep_last=2, keep_best=False), [20, 24]),
+        (Checkpoint(keep_last=6, keep_best=False), [4, 8, 12, 16, 20, 24]),
+        (Checkpoint(keep_last=100, keep_best=False), [4, 8, 12, 16, 20, 24]),
+        (Checkpoint(keep_last=1, keep_best=True), [12, 24]),
+        (Checkpoint(keep_last=2, keep_best=True), [12, 20, 24]),
+        (Checkpoint(keep_last=4, keep_best=True), [12, 16, 20, 24]),
+        (Checkpoint(keep_last=1, keep_every=8, keep_best=False), [8, 16, 24]),
+        (Checkpoint(keep_last=1, keep_every=12, keep_best=True), [12, 24]),
+        (Checkpoint(keep_last=2, keep_every=8, keep_best=True), [8, 12, 16, 20, 24]),
+    ],
+    ids=lambda value: (
+        f"{value.keep_last}-{value.keep_every}-{value.keep_best}" if isinstance(value, Checkpoint) else ""
+    ),
+)
+def test_the_newest_the_multiples_and_the_best_stay(
+    checkpoints: Path, held: Generation, keep: Checkpoint, stay: list[int]
+) -> None:
+    """Of two equal losses the newer one counts."""
+    for number, loss in LOSSES.items():
+        assert save(checkpoints, number, held, loss) == ""
+    gone = retention.retire(checkpoints, keep, held, set())
+    assert steps(checkpoints) == stay
+    assert [layout.step_of(path) for path in gone] == sorted(set(LOSSES) - set(stay), reverse=True)
+    assert names(checkpoints) == [step(number) for number in stay], "something is left of what went"
+    assert all(layout.verify(checkpoints / step(number)) == "" for number in stay)
+    assert retention.retire(checkpoints, keep, held, set()) == []
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, held: Generation, loss: float) -> None:
+    for number, its in ((4, 2.0), (8, loss), (12, None)):
+        assert save(checkpoints, number, held, its) == ""
+    retention.retire(checkpoints, best(), held, set())
+    assert steps(checkpoints) == [4, 12]
+
+
+@pytest.mark.parametrize(
+    ("row", "stays"),
+    [
+        ('{"step": 8, "train/loss": 2.0, "val/loss": 1.0}\n{"step": 9, "train/loss": 2.0, "val/loss": 0.5}\n', 8),
+        ('{"step": 8, "train/loss": 2.0, "val/loss": 5.0}\n', 4),
+        ('{"step": 8, "train/loss": 2.0, "val/loss": null}\n', 4),
+        ('{"step": 8, "train/loss": 2.0, "val/lo', 4),
+        ('{"step": 80, "train/loss": 2.0, "val/loss": 1.0}\n', 4),
+        (None, 4),
+    ],
+    ids=["smaller", "larger", "no number", "half written", "another step", "nothing"],
+)
+def test_where_an_evaluation_was_cut_short_the_loss_is_the_one_that_was_told_later(
+    checkpoints: Path, held: Generation, row: str | None, stays: int
+) -> None:
+    if row:
+        (checkpoints.parent / "metrics.jsonl").write_text(row)
+    assert save(checkpoints, 4, held, 2.0) == ""
+    assert save(checkpoints, 8, held, pending={"step": 8}) == ""
+    assert save(checkpoints, 12, held) == ""
+    retention.retire(checkpoints, best(), held, set())
+    assert steps(checkpoints) == [stays, 12]
+
+
+def test_nothing_else_in_the_folder_is_touched(three: Path, held: Generation) -> None:
+    foreign = ["damaged_step_000000002.g0001", "step_4", "step_000000001.bak", "best", ".step_000000016.g0001.tmp"]
+    for name in foreign:
+        (three / name).mkdir()
+        (three / name / "file").write_text("mine")
+    (three / "notes.txt").write_text("mine")
+    assert save(three, 1_000_000_000, held) == ""
+    gone = retention.retire(three, Checkpoint(keep_last=2), held, set())
+    assert [path.name for path in gone] == ["step_000000008", "step_000000004"]
+    assert names(three) == sorted([*foreign, "notes.txt", "step_000000012", "step_1000000000"])
+    assert all((three / name / "file").read_text() == "mine" for name in foreign)
+
+
+# --- at the start, and where there is no room --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "regular", "stay"),
+    [
+        (Checkpoint(keep_last=1, keep_best=False), 0, [24]),
+        (Checkpoint(keep_last=2, keep_best=False), 0, [20, 24]),
+        (Checkpoint(keep_last=100, keep_best=False), 0, [4, 8, 12, 16, 20, 24]),
+        (Checkpoint(keep_last=1, keep_best=True), 0, [12, 24]),
+        (Checkpoint(keep_last=1, keep_every=12, keep_best=False), 0, [12, 24]),
+        (Checkpoint(keep_last=1, keep_best=False), 8, [24]),
+        (Checkpoint(keep_last=1, keep_best=False), 16, [16, 24]),
+        (Checkpoint(keep_last=1, keep_best=False), 5, [20, 24]),
+    ],
+)
+def test_a_start_removes_what_earlier_ones_left_and_reads_nothing_back(
+    checkpoints: Path, held: Generation, keep: Checkpoint, regular: int, stay: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The newest was just loaded; the one that a loss spike would send the run back to stays, too."""
+    for number, loss in LOSSES.items():
+        assert save(checkpoints, number, held, loss) == ""
+    monkeypatch.setattr(layout, "verify", lambda _: pytest.fail("this would take minutes"))
+    retention.prune(checkpoints, keep, held, {step(24)}, regular=regular)
+    assert steps(checkpoints) == stay
+
+
+def test_of_those_whose_tensors_nobody_has_read_none_is_the_last(three: Path, held: Generation) -> None:
+    keep = Checkpoint(keep_last=1, keep_best=False)
+    assert retention.prune(three, keep, held, set()) == []
+    retention.prune(three, keep, held, {step(8)})
+    assert steps(three) == [8, 12], "the newest may be damaged, and what was read back stays beside it"
+    flip_a_byte(three / step(12))
+    retention.prune(three, keep, held, {step(8)})
+    assert load.newest_valid(three, ALONE, held) == three / step(8)
+
+
+@pytest.mark.parametrize(("keep_last", "stay"), [(1, [12]), (2, [12]), (3, [8, 12]), (4, [4, 8, 12])])
+def test_room_is_made_by_what_would_go_behind_the_save(
+    three: Path, held: Generation, keep_last: int, stay: list[int]
+) -> None:
+    retention.prune(three, Checkpoint(keep_last=keep_last, keep_best=False), held, {step(12)}, more=1)
+    assert steps(three) == stay
+
+
+class Unreadable:
+    """Reading certain files of a checkpoint fails, on this host, whoever tries."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
+        self.paths = paths
+        real = layout._json, layout.damage
+
+        def read_json(path: Path) -> dict[str, object]:
+            self.try_to_read(path.parent, path.name)
+            return real[0](path)
+
+        def damage(folder: Path, files: Iterable[str]) -> str:
+            self.try_to_read(folder, SHARE)
+            return real[1](folder, files)
+
+        monkeypatch.setattr(layout, "_json", read_json)
+        monkeypatch.setattr(layout, "damage", damage)
+
+    def try_to_read(self, folder: Path, name: str) -> None:
+        if folder / name in self.paths:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / name))
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", SHARE])
+@pytest.mark.parametrize("bad", [12, 16, 20, 24])
+@pytest.mark.parametrize("best_too", [False, True])
+def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
+    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch, file: str, bad: int, best_too: bool,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for number, loss in LOSSES.items():
+        assert save(checkpoints, number, held, loss) == ""
+    Unreadable(monkeypatch, checkpoints / step(bad) / file)
+    keep = Checkpoint(keep_last=2, keep_best=best_too)
+    verified: set[str] = set()
+    retention.retire(checkpoints, keep, held, verified)
+    left = steps(checkpoints)
+    newest = [number for number in (24, 20, 16) if number != bad][:2]
+    assert set(newest) <= set(left)
+    assert step(bad) not in verified
+    looked_at = bad >= 20 or (best_too and (bad == 12 or file == "state.json"))
+    assert (bad in left) == (looked_at or bad in newest)
+    assert len(left) <= 2 + best_too + 1
+    assert 4 not in left
+    assert looked_at == ("cannot be read, and stays" in capfd.readouterr().err)
+
+
+def test_at_the_start_too_one_that_cannot_be_read_stays(
+    three: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Unreadable(monkeypatch, three / step(12) / "manifest.json")
+    retention.prune(three, Checkpoint(keep_last=1, keep_best=False), held, {step(8)})
+    assert steps(three) == [8, 12]
+
+
+# --- only whole ones count -------------------------------------------------------------------------
+
+
+def test_a_damaged_newer_one_does_not_count_and_is_set_aside_with_the_reason(three: Path, held: Generation) -> None:
+    flip_a_byte(three / step(12))
+    assert [path.name for path in retention.retire(three, Checkpoint(keep_last=1), held, set())] == [step(4)]
+    assert names(three) == ["damaged_step_000000012.g0001", step(8)]
+    assert "checksum" in (three / "damaged_step_000000012.g0001/REASON.txt").read_text()
+
+
+@pytest.mark.parametrize("damaged", [[8], [12], [4, 8], [8, 12], [4, 8, 12]], ids=str)
+def test_nothing_goes_while_fewer_are_whole_than_are_to_stay(three: Path, held: Generation, damaged: list[int]) -> None:
+    for number in damaged:
+        flip_a_byte(three / step(number))
+    assert retention.retire(three, Checkpoint(keep_last=3), held, set()) == []
+    assert steps(three) == sorted({4, 8, 12} - set(damaged))
+    assert len(list(three.glob("damaged_*"))) == len(damaged), "a damaged one is gone"
+
+
+def test_the_last_whole_one_survives_however_many_damaged_ones_are_newer(checkpoints: Path, held: Generation) -> None:
+    for number in range(4, 44, 4):
+        assert save(checkpoints, number, held) == ""
+        if number > 4:
+            flip_a_byte(checkpoints / step(number))
+        retention.retire(checkpoints, Checkpoint(keep_last=1), held, set())
+        assert steps(checkpoints) == [4]
+    assert load.newest_valid(checkpoints, ALONE, held) == checkpoints / step(4)
+
+
+def test_the_best_that_is_damaged_does_not_push_out_the_best_that_is_whole(checkpoints: Path, held: Generation) -> None:
+    for number, loss in ((4, 2.0), (8, 1.0), (12, 3.0), (16, None)):
+        assert save(checkpoints, number, held, loss) == ""
+    flip_a_byte(checkpoints / step(8))
+    retention.retire(checkpoints, best(), held, set())
+    assert steps(checkpoints) == [4, 16]
+
+
+def test_a_loss_that_rotted_in_its_file_is_not_believed(checkpoints: Path, held: Generation) -> None:
+    for number, loss in ((4, 2.0), (8, 3.0), (12, None)):
+        assert save(checkpoints, number, held, loss) == ""
+    state = checkpoints / step(8) / "state.json"
+    state.write_text(state.read_text().replace('"val_loss": 3.0', '"val_loss": 1.0'))
+    retention.retire(checkpoints, best(), held, set())
+    assert steps(checkpoints) == [4, 12]
+
+
+def test_what_was_read_back_once_is_not_read_again(three: Path, held: Generation) -> None:
+    """Reading costs as much as writing; so the newest is read back each time, and no other."""
+    verified = {step(8), step(12)}
+    (three / step(8) / SHARE).unlink()
+    retention.retire(three, Checkpoint(keep_last=3), held, verified)
+    assert verified == {step(4), step(8), step(12)}
+    assert steps(three) == [4, 8, 12]
+
+
+def test_a_checkpoint_of_another_format_keeps_all_of_them(three: Path, held: Generation) -> None:
+    from tests.checkpoint.test_load import edit_manifest
+
+    edit_manifest(lambda manifest: manifest.update(version=3))(three / step(12))
+    with pytest.raises(ValueError, match="format version 3"):
+        retention.retire(three, Checkpoint(keep_last=1), held, set())
+    assert steps(three) == [4, 8, 12]
+
+
+# --- cut short -------------------------------------------------------------------------------------
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint(
+    three: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off after any number of files: the rest has no name of a checkpoint, and the next attempt takes it away."""
+    real, left = os.unlink, 0
+
+    def unlink(*arguments: object, **more: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        real(*arguments, **more)  # type: ignore[arg-type]
+
+    for survives, removed in enumerate((4, 8)):
+        left = survives
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "unlink", unlink)
+            retention.retire(three, Checkpoint(keep_last=2 - survives), held, set())
+        assert removed not in steps(three)
+        assert f".{step(removed)}.g0001.removed" in names(three)
+        assert load.newest_valid(three, ALONE, held) == three / step(12)
+    newer = dataclasses.replace(held, number=2)
+    retention.clean(three, newer)
+    assert names(three) == [step(4), step(12)], "what had lost nothing yet comes back, and nothing else"
+    assert layout.verify(three / step(4)) == ""
+    retention.retire(three, Checkpoint(keep_last=1), newer, set())
+    assert names(three) == [step(12)]
+
+
+def test_half_written_checkpoints_of_earlier_generations_go_and_everything_else_stays(
+    checkpoints: Path, held: Generation
+) -> None:
+    newer = dataclasses.replace(held, number=3)
+    stay = [".step_000000004.g0003.tmp", ".step_000000004.g0004.tmp", ".step_000000004.g0001.tmp.bak", ".step_best",
+            ".step_x.g0001.tmp", ".hidden", "damaged_step_000000004.g0001", "step_000000004",
+            ".step_000000002.g0003.removed", ".step_000000002.g0001.gone"]  # fmt: skip
+    go = [".step_000000004.g0001.tmp", ".step_000000008.g0002.tmp", ".step_000000002.g0002.removed",
+          ".step_000000012.g0001.tmp.gone", ".step_000000012.g0001.removed.gone"]  # fmt: skip
+    for name in stay + go:
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "file").write_text("x")
+    retention.clean(checkpoints, newer)
+    assert names(checkpoints) == sorted(stay)
+
+
+def test_what_an_earlier_clean_left_is_no_obstacle(checkpoints: Path, held: Generation) -> None:
+    for name in (".step_000000004.g0001.tmp", ".step_000000004.g0001.tmp.gone"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "file").write_text("x")
+    retention.clean(checkpoints, dataclasses.replace(held, number=2))
+    assert names(checkpoints) == []
+
+
+# --- an orphan -------------------------------------------------------------------------------------
+
+# What the steps of a save are, in order, as Saver takes them. An orphan of generation 1 has done the first `before` of
+# them when a newcomer takes generation 2 and cleans up; then it does the others.
+ORPHAN = ["mkdir", "share", "state", "manifest", "check", "rename", "retire"]
+
+
+@pytest.mark.parametrize("cleaned", [True, False], ids=["before-its-rest", "after-its-rest"])
+@pytest.mark.parametrize("before", range(len(ORPHAN) + 1))
+def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
+    checkpoints: Path, tmp_path: Path, before: int, cleaned: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A process of its own for the orphan, since the check ends it; the two wait for each other at each step."""
+    run = tmp_path
+    first = lease.take(run, "7_0")
+    assert save(checkpoints, 4, first) == ""
+    first._stop.set()
+    taken, looked = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(orphan(checkpoints, first, before, looked[1], taken[0]))
+        finally:
+            os._exit(99)
+    assert os.read(looked[0], 1) == b"x"  # it has done `before` steps
+    newcomer = lease.take(run, "7_1")
+    if cleaned:
+        retention.clean(checkpoints, newcomer)
+        chosen = load.newest_valid(checkpoints, ALONE, newcomer)
+        os.write(taken[1], b"x")
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    else:
+        os.write(taken[1], b"x")
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        retention.clean(checkpoints, newcomer)
+        chosen = load.newest_valid(checkpoints, ALONE, newcomer)
+    for end in (*taken, *looked):
+        os.close(end)
+    assert chosen is not None
+    # It could publish only if it had asked whether it may before the newcomer was there.
+    may = before > ORPHAN.index("rename") or (before > ORPHAN.index("check") and not cleaned)
+    assert steps(checkpoints) == ([4, 8] if may else [4])
+    assert layout.step_of(chosen) == steps(checkpoints)[-1], "a checkpoint came after the choice"
+    assert status in ((0, SUPERSEDED) if may else (SUPERSEDED, 1))
+    newcomer.release()
+    capfd.readouterr()
+
+
+def orphan(checkpoints: Path, held: Generation, before: int, looked: int, taken: int) -> int:
+    """The steps of Saver, one by one; 1 if its rename failed."""
+    import torch
+
+    from hpcgpt.checkpoint import safetensors_writer
+    from hpcgpt.storage import atomic
+
+    final = layout.path_of(checkpoints, 8)
+    temporary = layout.temporary_of(final, held.number)
+    files: dict[str, dict[str, object]] = {}
+    state = layout.state_bytes(layout.State(8, 80, 8, 1, {}))
+
+    def manifest() -> None:
+        files["state.json"] = safetensors_writer.fingerprint(state)
+        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, held.number))
+
+    work = {
+        "mkdir": temporary.mkdir,
+        "share": lambda: files.update(
+            {SHARE: safetensors_writer.write(temporary / SHARE, {"model/w": torch.zeros(9)})}
+        ),
+        "state": lambda: atomic.write(temporary / "state.json", state),
+        "manifest": manifest,
+        "check": held.check,
+        "rename": lambda: temporary.rename(final),
+        "retire": lambda: retention.retire(checkpoints, Checkpoint(keep_last=2), held, set()),
+    }
+    for number, name in enumerate(ORPHAN):
+        if number == before:
+            os.write(looked, b"x")
+            os.read(taken, 1)
+        try:
+            work[name]()
+        except OSError:
+            if name in ("rename", "share", "state", "manifest") and number >= before:
+                if name == "rename":
+                    return 1
+                continue  # its folder is gone: as in Saver, where the save has failed; its check must stop it too
+            raise
+    if before == len(ORPHAN):
+        os.write(looked, b"x")
+        os.read(taken, 1)
+    return 0
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
+    three: Path, held: Generation, damaged: bool
+) -> None:
+    if damaged:
+        flip_a_byte(three / step(8))
+    (three.parent / "generations/000002.json").write_text("{}")
+    before = names(three)
+    child = os.fork()
+    if child == 0:
+        try:
+            retention.retire(three, Checkpoint(keep_last=2), held, set())
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SUPERSEDED
+    assert names(three) == before
+
+
+@pytest.mark.parametrize("looks", [1, 2, 3, 4])
+@pytest.mark.parametrize("damaged", [False, True], ids=["removing", "setting-aside"])
+def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_successor(
+    three: Path, held: Generation, looks: int, damaged: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It removes what is old, or sets aside what is damaged, and is stopped each time behind another of its looks.
+
+    The newer generation goes back: behind a removal to what the orphan was about to remove, since the newer ones were
+    damaged meanwhile; behind a setting aside it makes that step anew. Then the orphan wakes up.
+    """
+    held._stop.set()
+    if damaged:
+        flip_a_byte(three / step(12))
+    child = os.fork()
+    if child == 0:
+        try:
+            stop_behind(held, looks)
+            retention.retire(three, Checkpoint(keep_last=1), held, set())
+            os._exit(0)
+        finally:
+            os._exit(99)
+    _, status = os.waitpid(child, os.WUNTRACED)
+    assert os.WIFSTOPPED(status) or looks > 3, "it was not stopped"
+    (three.parent / "generations/000002.json").write_text("{}")
+    newer = dataclasses.replace(held, number=2)
+    for number in () if damaged else (8, 12):
+        if (three / step(number)).exists():
+            flip_a_byte(three / step(number))
+    retention.clean(three, newer)
+    chosen = load.newest_valid(three, ALONE, newer)
+    assert chosen is not None
+    mine = [chosen]
+    if damaged:
+        assert save(three, 12, newer) == ""
+        mine.append(three / step(12))
+    if os.WIFSTOPPED(status):
+        os.kill(child, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (SUPERSEDED, 1, 99)
+    # The newer one may save once more, or be killed before it does.
+    last = dataclasses.replace(newer, number=3)
+    retention.clean(three, last)
+    for path in mine:
+        assert layout.verify(path) == "", "the orphan took what the newer generation relies on"
+    assert load.newest_valid(three, ALONE, last) == mine[-1]
+    reasons = [path for path in layout.damaged(three) if not (path / "REASON.txt").exists()]
+    assert reasons == []
+    capfd.readouterr()
+
+
+def stop_behind(held: Generation, looks: int) -> None:
+    """Let this process be stopped when it has looked for a newer generation so often."""
+    real, left = type(held).check, looks
+
+    def check(self: Generation) -> None:
+        nonlocal left
+        real(self)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    type(held).check = check  # type: ignore[method-assign]
+
+
+def test_what_a_newer_generation_finds_moved_away_it_puts_back_before_it_removes_anything(
+    three: Path, held: Generation
+) -> None:
+    (three / step(12)).rename(three / f"damaged_{step(12)}.g0001")
+    (three / step(8)).rename(three / f".{step(8)}.g0001.removed")
+    gone = retention.retire(three, Checkpoint(keep_last=2), dataclasses.replace(held, number=2), set())
+    assert [path.name for path in gone] == [step(4)]
+    assert names(three) == [step(8), step(12)]
+
+
+def test_a_link_is_removed_and_not_what_it_points_to(three: Path, held: Generation, tmp_path: Path) -> None:
+    (three / step(4)).rename(tmp_path / "kept")
+    (three / step(4)).symlink_to(tmp_path / "kept")
+    retention.retire(three, Checkpoint(keep_last=1), held, set())
+    assert names(three) == [step(12)]
+    assert names(tmp_path / "kept") == ["manifest.json", "state.json", SHARE]

@@ -1,0 +1,552 @@
+"""What make_shards says to bad input: a sentence with the place and what to type, or a count of what it set aside.
+
+Every row of the tables is run by the command's own entry, three times: into a new folder; into the same again,
+where a stranger's file lies now; and, in another folder, with ``--on-bad-input skip``. Each time the inputs are left
+as they were, and so is what is finished and what is foreign.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from data_prep import make_shards, verify
+from data_prep.text.compression import zstd
+from hpcgpt import cli
+from hpcgpt.data import shard_format
+from tests.programs import ROOT
+
+CHINESE = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。"
+GOOD = '{"text": "萧炎"}\n'.encode()
+AT = len(GOOD)  # where the line behind it begins
+LINES = b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(40).hex().encode()) for n in range(200))
+Files = dict[str, bytes] | Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The files of a folder, one of them bad; what is said of it; and what skipping leaves: how many documents are
+    read and how many things are set aside (None where skipping is no way out)."""
+
+    about: str
+    files: Files
+    says: str
+    left: tuple[int, int] | None = None
+    flags: tuple[str, ...] = ()
+    plan: bool = False  # found before any unit is made
+    alone: bool = False  # without the good files around it
+
+    @property
+    def first_unit(self) -> bool:
+        """Is the good unit in front of it finished and kept?"""
+        return not (self.plan or self.alone or "0.jsonl" in self.says or "--unit-mb" in self.flags)
+
+
+def one(name: str, content: bytes) -> dict[str, bytes]:
+    return {name: content}
+
+
+def giant(name: str, head: bytes) -> Callable[[Path], None]:
+    """A sparse GB behind `head`, in one line, and a good line behind it."""
+
+    def make(folder: Path) -> None:
+        with open(folder / name, "wb") as file:
+            file.write(head)
+            file.truncate(1_000_000_000)
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n" + GOOD)
+
+    return make
+
+
+def table(name: str, **columns: object) -> Callable[[Path], None]:
+    return lambda folder: parquet.write_table(pa.table(columns), folder / name, compression="none")
+
+
+def damaged_parquet(folder: Path) -> None:
+    """Two row groups; in the first one, bytes in the middle of the text are not what they were."""
+    path = folder / "a.parquet"
+    texts = pa.table({"text": [f"{n:09}" * 50 for n in range(40)]})
+    parquet.write_table(texts, path, row_group_size=20, use_dictionary=False, write_page_checksum=True,
+                        compression="none")  # fmt: skip
+    content = bytearray(path.read_bytes())
+    content[3000:3040] = b"?" * 40  # in a text: only the page's checksum can tell
+    path.write_bytes(content)
+
+
+def twice_the_same_column(folder: Path) -> None:
+    both = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(both, folder / "a.parquet")
+
+
+def bad_string(folder: Path) -> None:
+    """A file of strings, one of which is no UTF-8, as some writers make them."""
+    values = pa.Array.from_buffers(pa.string(), 3, pa.array([b"ok", b"a\xff", b"fine"], pa.binary()).buffers())
+    parquet.write_table(pa.table({"text": values}), folder / "a.parquet")
+
+
+def truncated(content: bytes, by: int = 100) -> bytes:
+    return content[:-by]
+
+
+def changed(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+
+
+def long_window() -> bytes:
+    """A frame that asks for a window of 2 GB."""
+    return b"\x28\xb5\x2f\xfd\x00\xa8" + b"\x01\x00\x00"
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+def links_in_a_circle(folder: Path) -> None:
+    for name, other in (("b", "c"), ("c", "b")):
+        (folder / name).mkdir()
+        (folder / name / "link").symlink_to(folder / other)
+
+
+IN_JSONL = [
+    Row("no JSON", one("a.jsonl", GOOD + b'{"text": bad}\n' + GOOD), f"a.jsonl, byte {AT + 9}: not JSON", (2, 1)),
+    Row("cut off", one("a.jsonl", GOOD + b'{"text": "x'), f"a.jsonl, byte {AT + 9}: not JSON: Unterminated", (1, 1)),
+    Row("no closing", one("a.jsonl", GOOD + b'{"text": "x"\n'), f"a.jsonl, byte {AT + 13}: not JSON", (1, 1)),
+    Row("places are bytes", one("a.jsonl", GOOD + '{"text": "萧炎", bad}'.encode()), f"{AT + 19}: not JSON", (1, 1)),
+    Row("behind a BOM", one("a.jsonl", b'\xef\xbb\xbf{"text": bad}\n' + GOOD), "a.jsonl, byte 12: not JSON", (1, 1)),
+    Row("another key", one("a.jsonl", GOOD + b'{"body": "x", "id": 7}\n'),
+        f"line at byte {AT}: no text under 'text' (it has body, id); name the right one with --text-key", (1, 1)),
+    Row("a wrong key asked for", one("a.jsonl", GOOD),
+        "0.jsonl, line at byte 0: no text under 'body' (it has text); name the right one with --text-key",
+        None, ("--text-key", "body")),
+    Row("no key", one("a.jsonl", b"{}\n"), "line at byte 0: no text under 'text' (it has no keys)", (0, 1)),
+    Row("no object", one("a.jsonl", b'["x"]\n'), "no text under 'text' (it is no object); expected one", (0, 1)),
+    Row("an array of lines", one("a.jsonl", b'[\n{"text": "x"},\n{"text": "y"}\n]\n'), "`jq -c .[]` makes", (1, 3)),
+    Row("an object of lines", one("a.jsonl", b'{\n"text": "x"\n}\n'), "expected one JSON object a line", (0, 3)),
+    Row("null", one("a.jsonl", b'{"text": null}\n'), "no text under 'text' (it is null)", (0, 1)),
+    Row("a list", one("a.jsonl", b'{"text": ["x"]}\n'), "no text under 'text' (it is a list)", (0, 1)),
+    Row("a number", one("a.jsonl", b'{"text": 7}\n'), "no text under 'text' (it is a number)", (0, 1)),
+    Row("5000 digits", one("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n"), "JSON that cannot be", (0, 1)),
+    Row("deep nesting", one("a.jsonl", b"[" * 100_000 + b"\n"), "a.jsonl, line at byte 0: JSON that cannot", (0, 1)),
+    Row("a control character", one("a.jsonl", b'{"text": "a\x01"}\n'), "byte 11: not JSON: Invalid control", (0, 1)),
+    Row("broken UTF-8", one("a.jsonl", GOOD + b'{"text": "\xff"}\n' + GOOD),
+        f"a.jsonl, byte {AT + 10}: neither UTF-8 nor Chinese in GB18030 (byte 0xff)", (2, 1)),
+    Row("GB18030", one("a.jsonl", GOOD + f'{{"text": "{CHINESE}"}}\n'.encode("gb18030")),
+        f"a.jsonl, byte {AT + 10}: not UTF-8 but Chinese in GB18030; say --encoding auto, or gb18030 if all", (1, 1)),
+    Row("UTF-8 where GB18030 is asked for", one("a.jsonl", '{"text": "萧炎斗"}\n'.encode()),
+        "a.jsonl, byte 18: not gb18030 but UTF-8; leave --encoding out, or say auto", (0, 1),
+        ("--encoding", "gb18030")),
+    Row("a surrogate in UTF-8", one("a.jsonl", b'{"text": "\xed\xa0\x80"}\n'), "a.jsonl, byte 10: ", (0, 1)),
+    Row("UTF-16", one("a.jsonl", GOOD.decode().encode("utf-16")), "this is text in UTF-16: say --encoding", (0, 2)),
+    Row("zeros behind a crash", one("a.jsonl", GOOD + bytes(4096)), f"byte {AT}: this is not text but binary", (1, 1)),
+    Row("a line of a GB", giant("a.jsonl", GOOD + b'{"text": "'),
+        f"a.jsonl, line at byte {AT}: a document above 1 MB; allow it with --max-document-mb", (2, 1),
+        ("--max-document-mb", "1", "--unit-mb", "2000")),
+]  # fmt: skip
+IN_TXT = [
+    Row("broken UTF-8", one("a.txt", CHINESE.encode() + b"\xff"), "a.txt, byte 136: broken UTF-8 (byte 0xff)", (0, 1)),
+    Row("no encoding", one("a.txt", b"good\xff"), "a.txt, byte 4: neither UTF-8 nor Chinese in GB18030", (0, 1)),
+    Row("behind a BOM", one("a.txt", b"\xef\xbb\xbfab\xff"), "a.txt, byte 5: ", (0, 1)),
+    Row("cut off", one("a.txt", CHINESE.encode()[:-1]), "broken UTF-8: it ends within a character", (0, 1)),
+    Row("GB18030", one("a.txt", "萧炎".encode("gb18030")),
+        "a.txt, byte 0: not UTF-8 but Chinese in GB18030; say --encoding auto, or gb18030 if all files are so", (0, 1)),
+    Row("Latin-1", one("a.txt", "déjà vu, élève".encode("latin-1")), "a.txt, byte 1: neither UTF-8 nor", (0, 1)),
+    Row("UTF-16", one("a.txt", "hello".encode("utf-16")), "this is text in UTF-16: say --encoding utf-16", (0, 1)),
+    Row("no UTF-16", one("a.txt", b"\xff\xfea"), "a.txt, byte 2: broken utf-16", None,
+        ("--encoding", "utf-16"), alone=True),
+    Row("neither of auto's", one("a.txt", b"a\xff\xff"), "a.txt, byte 1: neither UTF-8 nor Chinese", (0, 1),
+        ("--encoding", "auto")),
+    Row("UTF-8 where Big5 is asked for", one("a.txt", CHINESE.encode()), "not big5 but UTF-8", (0, 1),
+        ("--encoding", "big5")),
+    Row("NUL bytes", one("a.txt", b"text\0text"), "a.txt, byte 4: this is not text but binary data", (0, 1)),
+    Row("a picture", one("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "this is not text but binary data", (0, 1)),
+    Row("gzip", one("a.txt", gzip.compress(b"x")), "this is gzip: its name should end in .gz", (0, 1)),
+    Row("zstandard", one("a.txt", zstd.compress(b"x" * 99)), "this is zstandard: its name should end in .zst", (0, 1)),
+    Row("xz", one("a.txt", lzma.compress(b"x")), "this is xz: its name should end in .xz", (0, 1)),
+    Row("bzip2", one("a.txt", bz2.compress(b"x" * 99)), "this is bzip2: its name should end in .bz2", (0, 1)),
+    Row("a bad line in xz", one("a.jsonl.xz", lzma.compress(GOOD + b"bad\n" + GOOD)),
+        f"a.jsonl.xz, byte {AT} of its text: not JSON", (2, 1)),
+    Row("bz2 cut short", one("a.jsonl.bz2", truncated(bz2.compress(LINES), 4)), "it breaks off: the bzip2", (200, 1)),
+    Row("no bz2", one("a.txt.bz2", b"<html>404</html>"), "a.txt.bz2: it is no bzip2 file", (0, 1)),
+    Row("PDF", one("a.txt", b"%PDF-1.4\n\xe2\xe3\xcf\xd3\n"), "this is a PDF: take the text out of it first", (0, 1)),
+    Row("a book in epub", one("a.txt", b"PK\x03\x04\x14\0\0\0"), "this is a zip archive (epub and docx are", (0, 1)),
+    Row("a GB in one document", giant("a.txt", b""),
+        "a.txt: a document above 1 MB; cut the text into documents with --separator, or allow it", (0, 1),
+        ("--max-document-mb", "1"), plan=True),
+    Row("a MB and no separator in it", one("a.txt", b"a@@" + b"b" * 1_100_000 + b"@@c"),
+        "a.txt, document at byte 3: a document above 1 MB; allow it with", (2, 1),
+        ("--max-document-mb", "1", "--separator", "@@")),
+    Row("one bad of three documents", one("a.txt", b"a\n==\nb\xff\n==\nc"), "a.txt, byte 6: neither UTF-8", (2, 1),
+        ("--separator", r"\n==\n")),
+    Row("all empty", {"a.txt": b"", "b.jsonl": b""}, "hold no text: all of their files are empty",
+        plan=True, alone=True),
+]  # fmt: skip
+FLIPPED = gzip.compress(LINES, mtime=0)
+IN_PACKED = [
+    Row("gz cut short", one("a.jsonl.gz", truncated(gzip.compress(LINES), 4)), " of its text: it breaks off", (200, 1)),
+    Row("a text in gz cut short", one("a.txt.gz", truncated(gzip.compress(LINES))), "a.txt.gz: it breaks off", (0, 1)),
+    Row("gz with a wrong checksum", one("a.jsonl.gz", changed(FLIPPED, len(FLIPPED) - 8)), "its gzip checks", (0, 1)),
+    Row("gz damaged", one("a.jsonl.gz", FLIPPED[:20] + b"\xff" * 40 + FLIPPED[60:]), "it is damaged", (0, 1)),
+    Row("something behind gz", one("a.jsonl.gz", FLIPPED + b"<html>"), "behind its end there is something", (200, 1)),
+    Row("no gz", one("a.jsonl.gz", b"<html>404</html>"), "a.jsonl.gz, byte 0 of its text: it is no gzip", (0, 1)),
+    Row("no gz, and its encoding is to be found out", one("a.jsonl.gz", b"<html>404</html>"), "it is no gzip", (0, 1),
+        ("--encoding", "auto")),
+    Row("gz of nothing", one("a.txt.gz", b""), "a.txt.gz: it breaks off: the gzip file was cut short", (0, 1)),
+    Row("a bad line in gz", one("a.jsonl.gz", gzip.compress(GOOD + b"bad\n" + GOOD)),
+        f"a.jsonl.gz, byte {AT} of its text: not JSON", (2, 1)),
+    Row("a bomb of gz", one("a.txt.gz", gzip.compress(bytes(9_000_000))), "a.txt.gz: a document above 1 MB", (0, 1),
+        ("--max-document-mb", "1")),
+    Row("a bomb of jsonl.zst", one("a.jsonl.zst", zstd.compress(bytes(9_000_000) + b"\n" + GOOD)), "above 1 MB", (1, 1),
+        ("--max-document-mb", "1")),
+    Row("zst cut short", one("a.jsonl.zst", zstd.compress(LINES) + truncated(zstd.compress(LINES))),
+        f"byte {len(LINES)} of its text: it breaks off: the zstandard file was cut short", (200, 1)),
+    Row("a bad zst frame", one("a.jsonl.zst", zstd.compress(LINES) + changed(zstd.compress(LINES), 12)),
+        f"a.jsonl.zst, byte {len(LINES)} of its text: it is damaged", (200, 1)),
+    Row("something behind zst", one("a.jsonl.zst", zstd.compress(LINES) + b"<html>"), "behind its end there", (200, 1)),
+    Row("no zst", one("a.txt.zst", b"<html>404</html>"), "a.txt.zst: it is no zstandard file", (0, 1)),
+    Row("zst with a long window", one("a.txt.zst", long_window()), "its window is above 128 MB: pack it anew", (0, 1)),
+    Row("a text between separators cut short", one("a.txt.zst", truncated(zstd.compress(LINES))), "it breaks off",
+        (0, 1), ("--separator", r"\n")),
+]  # fmt: skip
+IN_PARQUET = [
+    Row("no such column", table("a.parquet", body=["x"], id=[7]), "a.parquet: no column 'text' (it has body (string), "
+        "id (int64)); name the right one with --text-key", (0, 1), plan=True),
+    Row("a column of numbers", table("a.parquet", text=[7]), "its column 'text' is of int64", (0, 1), plan=True),
+    Row("a column of lists", table("a.parquet", text=[["x"]]), "its column 'text' is of list<", (0, 1), plan=True),
+    Row("a column of bytes", table("a.parquet", text=[b"x"]), "its column 'text' is of binary", (0, 1), plan=True),
+    Row("two such columns", twice_the_same_column, "more than one column 'text'", (0, 1), plan=True),
+    Row("no parquet", one("a.parquet", b"<html>404</html>"), "no parquet file that can be read", (0, 1), plan=True),
+    Row("an empty file", one("a.parquet", b""), "no parquet file that can be read", (0, 1), plan=True),
+    Row("a damaged page", damaged_parquet, "a.parquet, row 0 (counted from 0): row group 0 is damaged", (20, 1)),
+    Row("a string that is none", bad_string, "a.parquet, row 1 (counted from 0): not UTF-8 (byte 1", (2, 1)),
+    Row("a row of a MB", table("a.parquet", text=["a", "é" * 600_000, "b"]), "a.parquet, row 1 (counted from 0): a doc",
+        (2, 1), ("--max-document-mb", "1")),
+]  # fmt: skip
+FILES = [
+    Row("a link to nothing", link("a.txt", "gone"), "a.txt: a link to gone, which cannot be opened: No such", (0, 1),
+        plan=True),
+    Row("a link to itself", link("a.txt", "a.txt"), "cannot be opened: Too many levels of symbolic", (0, 1), plan=True),
+    Row("a link upwards", link("a", ".."), "a link in a circle, to a folder that it is in: ..", (0, 1), plan=True),
+    Row("links in a circle", links_in_a_circle, "links that lead in a circle", (0, 2), plan=True),
+    Row("a pipe", lambda folder: os.mkfifo(folder / "a.txt"), "a.txt: no file but a pipe", (0, 1), plan=True),
+    Row("a name with the end of a line", one("a\nb.txt", b"\0"), "/a\\nb.txt, byte 0: this is not text", (0, 1)),
+    Row("a name that is no UTF-8", one(os.fsdecode(b"a\xff.txt"), b"\0"), "/a\\xff.txt, byte 0: this is", (0, 1)),
+]  # fmt: skip
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory, where it can be: some thousand small files are flushed to the disk here."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path) -> Run:
+    return Run(capsys, monkeypatch, tokenizer_folder)
+
+
+@dataclass
+class Run:
+    """The command as ``python -m data_prep.make_shards`` starts it, but in this process."""
+
+    capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch
+    tokenizer: Path
+
+    def __call__(self, *words: str | Path) -> tuple[int, str, str]:
+        given = ["--tokenizer", str(self.tokenizer), "--val-fraction", "0", "--workers", "1", "--unit-mb", "1"]
+        self.monkeypatch.setattr(sys, "argv", ["make_shards", *given, *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.run(make_shards.main)
+        out, err = self.capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, out, err
+
+    def refused(self, says: str, *words: str | Path, status: int = 2) -> None:
+        code, out, err = self(*words)
+        assert (code, says in err) == (status, True), (code, out, err)
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, err
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Of all below a folder: its kind, its time, and its content, or where a link leads to."""
+    found = {}
+    for root, folders, names in os.walk(folder):
+        for path in (Path(root, name) for name in [*folders, *names]):
+            status = path.lstat()
+            small = path.is_file() and not path.is_symlink() and status.st_size < 10_000_000
+            content = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes() if small else b""
+            found[str(path)] = (status.st_mode, status.st_mtime_ns, content)
+    return found
+
+
+def work(out: Path) -> dict[str, tuple[int, int, bytes]]:
+    """What must stay of a folder of shards: the units, the plan, and what is not ours."""
+    return {name: found for name, found in everything(out).items()
+            if Path(name).is_file() and "/prep/shares/" not in name and "/tokenizer/" not in name}  # fmt: skip
+
+
+def fill(folder: Path, files: Files, alone: bool = False) -> None:
+    """The files of a row between two good ones; the first is a unit of its own."""
+    folder.mkdir()
+    if not alone:
+        (folder / "0.jsonl").write_bytes(b'{"text": "before"}\n'.ljust(999_999) + b"\n")
+        (folder / "z.jsonl").write_bytes(b'{"text": "behind"}\n')
+    if isinstance(files, dict):
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    else:
+        files(folder)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [*IN_JSONL, *IN_TXT, *IN_PACKED, *IN_PARQUET, *FILES],
+    ids=lambda row: row.about.replace(" ", "_"),
+)
+def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, tmp_path: Path) -> None:
+    given, out = tmp_path / "in", tmp_path / "out"
+    fill(given, row.files, row.alone)
+    before = everything(given)
+
+    run.refused(row.says, given, "--out", out, *row.flags)
+    finished = out / "prep" / "units" / "000000" / "record.json"
+    assert finished.exists() == row.first_unit
+    assert out.exists() != row.plan
+    if not row.plan:
+        (out / "NOTES").write_text("years of work")
+        made = work(out)
+        run.refused(row.says, given, "--out", out, *row.flags)
+        assert work(out) == made
+    assert not (out / "manifest.json").exists()
+    assert everything(given) == before
+
+    out = tmp_path / "skip"
+    words = [given, "--out", out, *row.flags, "--on-bad-input", "skip"]
+    if row.left is None:
+        assert run(*words)[0] == 2
+        return
+    documents, aside = row.left
+    code, said, err = run(*words)
+    assert (code, err) == (0, ""), err
+    assert f"left out: {aside} bad input, listed in skipped.jsonl" in said
+    manifest = shard_format.read_manifest(out)
+    assert sum(shard.documents for shard in manifest.shards) == documents + 2
+    assert manifest.counts["skipped"] == aside
+    listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert sum(row["count"] for row in listed) == aside
+    assert all(row["name"][0] != "/" and row["problem"] for row in listed)
+    assert verify.verify(out, manifest) == []
+    assert everything(given) == before
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("gone", [], "no such input: "),
+        ("gone/a.txt", [], "no such input: "),
+        ("n" * 300, [], "(File name too long)"),
+        ("a.txt/b", [], "(Not a directory)"),
+        ("gone/*.txt", [], "there is no folder "),
+        ("*.md", [], "/*.md matches no file ending in .txt or .jsonl (also with .gz, .zst, .xz or .bz2 behind it), "),
+        ("empty", [], "/empty has no files ending in .txt or .jsonl"),
+        ("a.jsonl", [], "/a.jsonl has no files ending in .txt or .jsonl"),
+        ("README.md", [], "README.md: its name ends in '.md', expected .txt or .jsonl"),
+        ("Makefile", [], "Makefile: its name ends in '', expected .txt or .jsonl"),
+        ("pipe.txt", [], "pipe.txt is no file but a pipe, a socket or a device: name a file, or pipe the text in"),
+        ("/dev/null", [], "/dev/null is no file but a pipe, a socket or a device"),
+        ("link.txt", [], "link.txt: a link to nowhere, which cannot be opened"),
+        ("a.txt", ["--encoding", "klingon"], "--encoding klingon: expected auto, utf-8, gb18030"),
+        ("a.txt", ["--encoding", "utf-7"], "--encoding utf-7: expected auto, utf-8, gb18030"),
+        ("a.txt", ["--encoding", "hz"], "--encoding hz: expected auto, utf-8, gb18030"),
+        ("a.txt", ["--encoding", "utf-16", "--separator", "=="], "a file in utf-16 cannot be cut"),
+        ("a.txt", ["--encoding", "gbk", "--separator", "第"], r"let it start with the end of the line before, '\n第'"),
+        ("a.txt", ["--encoding", "auto", "--separator", "A"], "could be found in the middle of a character"),
+        ("a.txt", ["--encoding", "latin-1", "--separator", "第"], "cannot be written in iso8859-1"),
+        ("a.txt", ["--separator", ""], "--separator is empty: leave it out"),
+        ("a.txt", ["--text-key", "body"], "--text-key body is for .jsonl and .parquet, and the inputs have none"),
+        ("b.jsonl", ["--separator", "=="], "--separator cuts .txt files, and the inputs have none"),
+        ("b.jsonl", ["--encoding", "utf-16"], "--encoding utf-16: a .jsonl in it cannot be cut into lines"),
+        ("c.parquet", ["--encoding", "gbk"], "--encoding gb18030: the strings of parquet are always UTF-8"),
+        ("a.txt", ["--max-document-mb", "0"], "--max-document-mb 0: expected 1 or more"),
+        ("-", ["--tasks", "2"], "standard input can be read once only: name files where tasks share the work"),
+        ("-", [], "there is nothing on standard input"),
+    ],
+)  # fmt: skip
+def test_an_input_or_option_that_means_nothing_is_refused_before_anything_is_made(
+    name: str, flags: list[str], says: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "in"
+    for folder in (given, given / "empty", given / "a.jsonl"):
+        folder.mkdir()
+    for file in ("a.txt", "README.md", "Makefile", "notes.md"):
+        (given / file).write_text("text")
+    (given / "b.jsonl").write_bytes(GOOD)
+    table("c.parquet", text=["x"])(given)
+    os.mkfifo(given / "pipe.txt")
+    (given / "link.txt").symlink_to("nowhere")
+    before = everything(tmp_path)
+    with open(os.devnull, encoding="utf-8") as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        for skip in ([], ["--on-bad-input", "skip"]):
+            run.refused(
+                says.replace("link.txt: ", "" if skip else "link.txt: "),
+                *([name] if name == "-" else [given / name]),
+                "--out",
+                tmp_path / "out",
+                *flags,
+                *skip,
+            )
+    assert everything(tmp_path) == before
+
+
+# --- what the machine has to say ----------------------------------------------------------------------
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Without root's power over files, for as long as the block runs."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.fixture
+def open_folder(tokenizer_folder: Path) -> Iterator[Path]:
+    """A folder that anybody may enter, unlike pytest's own, with the tokenizer in it and a folder for anybody."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(tokenizer_folder, folder / "tokenizer")
+        (folder / "anybody").mkdir()
+        (folder / "anybody").chmod(0o777)
+        yield folder
+        for path in folder.rglob("*"):
+            if not path.is_symlink():
+                path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("a.txt", "a.txt: no permission to read it"), ("a", "this folder cannot be")]
+)
+def test_what_may_not_be_read_is_told_or_counted(name: str, says: str, run: Run, open_folder: Path) -> None:
+    given = open_folder / "in"
+    fill(given, one("a.txt", b"mine") if name == "a.txt" else lambda folder: (folder / "a").mkdir())
+    (given / name).chmod(0)
+    run.tokenizer = open_folder / "tokenizer"
+    with nobody():
+        run.refused(says, given, "--out", open_folder / "anybody" / "out")
+        assert not (open_folder / "anybody" / "out").exists()
+        code, said, err = run(given, "--out", open_folder / "anybody" / "out", "--on-bad-input", "skip")
+    assert (code, err, "left out: 1 bad input" in said) == (0, "", True)
+
+
+def test_a_folder_that_may_not_be_written_is_told(run: Run, open_folder: Path) -> None:
+    fill(open_folder / "in", {})
+    run.tokenizer = open_folder / "tokenizer"
+    before = everything(open_folder)
+    with nobody():
+        run.refused("Permission denied", open_folder / "in", "--out", open_folder / "out", status=1)
+    assert everything(open_folder) == before
+
+
+def test_the_shards_of_another_tokenizer_stay(run: Run, tmp_path: Path) -> None:
+    given, out = tmp_path / "in", tmp_path / "out"
+    fill(given, {})
+    assert run(given, "--out", out)[0] == 0
+    before = everything(out)
+    run.refused(
+        "made differently (tokenizer changed): choose another --out", given, "--out", out, "--tokenizer", "gpt2"
+    )
+    run.refused("made of other inputs: choose another --out", "-", "--out", out)
+    assert everything(out) == before
+
+
+def test_standard_input_is_not_copied_into_a_folder_that_is_not_ours(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    (tmp_path / "in").write_bytes(GOOD)
+    before = everything(tmp_path)
+    with open(tmp_path / "in", encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        run.refused("is not empty, and what is in it was not made by this", "-", "--out", tmp_path / "out")
+    assert everything(tmp_path) == before
+
+
+def test_a_file_where_the_folder_should_be_stays(run: Run, tmp_path: Path) -> None:
+    fill(tmp_path / "in", {})
+    (tmp_path / "out").write_text("years of work")
+    code, _, err = run(tmp_path / "in", "--out", tmp_path / "out")
+    assert (code in (1, 2), err.startswith("error: "), err.count("\n")) == (True, True, 1)
+    assert (tmp_path / "out").read_text() == "years of work"
+
+
+def test_a_full_disk_is_told_and_what_is_finished_stays(run: Run, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small file system")
+    try:
+        fill(tmp_path / "in", one("a.txt", os.urandom(500_000).hex().encode()))
+        (disk / "NOTES").write_text("years of work")
+        for _ in range(2):
+            run.refused("No space left on device", tmp_path / "in", "--out", disk / "out", status=1)
+            assert (disk / "out" / "prep" / "units" / "000000" / "record.json").is_file()
+            assert (disk / "NOTES").read_text() == "years of work"
+        (disk / "out" / "prep").chmod(0o755)
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        code, _, err = run(tmp_path / "in", "--out", disk / "out")
+        assert (code, err) == (0, "")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- as a process ----------------------------------------------------------------------------------
+
+
+def test_the_command_reads_standard_input_and_refuses_another_on_a_rerun(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    words = ["-", "--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1"]
+
+    def piped(content: bytes, *more: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", "data_prep.make_shards", *words, *more], input=content, cwd=ROOT,
+                              capture_output=True, check=False, timeout=120)  # fmt: skip
+        return done.returncode, (done.stdout + done.stderr).decode()
+
+    bad = GOOD + b"bad\n"
+    for content, says in ((bad, f"stdin.jsonl, byte {AT}: not JSON"), (GOOD, "standard input is not what it was")):
+        status, said = piped(content, "--out", str(tmp_path / "out"))
+        assert (status, says in said, "Traceback" in said) == (2, True, False), said
+    status, said = piped(bad, "--out", str(tmp_path / "skip"), "--on-bad-input", "skip")
+    assert (status, "left out: 1 bad input" in said) == (0, True), said

@@ -1,0 +1,202 @@
+"""data_prep.inspect: what it tells of a data set is what is in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import inspect, make_shards
+from data_prep.token_files import chunked_file
+from hpcgpt.data import shard_format
+from hpcgpt.tokenizer import save_load
+from tests.data.test_shard_format import read_like_megatron, write
+from tests.programs import command
+
+
+@pytest.fixture(scope="module")
+def folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several small shards; one of the texts is Chinese, so that its characters have several bytes."""
+    texts = Path(shutil.copytree(text_folder, tmp_path_factory.mktemp("chinese") / "texts"))
+    (texts / "poem.txt").write_text("床前明月光，疑是地上霜。\x1b[31m　" * 100, encoding="utf-8")
+    out = tmp_path_factory.mktemp("inspected") / "shards"
+    make_shards.main([
+        str(texts), "--out", str(out), "--tokenizer", str(tokenizer_folder), "--val-fraction", "0.2",
+        "--shard-tokens", "30000", "--workers", "1", "--unit-mb", "1",
+    ])  # fmt: skip
+    return out
+
+
+def documents_of(folder: Path, split: str) -> list[list[int]]:
+    manifest = shard_format.read_manifest(folder)
+    return [d for shard in manifest.shards if shard.split == split for d in read_like_megatron(folder / shard.name)]
+
+
+def asked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
+    assert inspect.main([str(folder), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- what is in it ---------------------------------------------------------------------------------
+
+
+def test_the_summary_agrees_with_the_documents_themselves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, made_with = shard_format.read_manifest(folder), save_load.load(folder / "tokenizer")
+    found = asked(folder, capsys)
+    assert (found["digest"], found["dtype"], found["tokenizer"]) == (manifest.digest, "uint16", manifest.tokenizer)
+    assert set(found["splits"]) == {"train", "val"}
+    for split, about in found["splits"].items():
+        documents = documents_of(folder, split)
+        text = "".join(made_with.encoding.decode(document[1:]) for document in documents)
+        tokens = sum(map(len, documents))
+        assert (about["documents"], about["tokens"]) == (len(documents), tokens)
+        assert about["characters_per_token"] == len(text) / tokens
+        assert about["bytes_per_token"] == len(text.encode()) / tokens
+        assert about["shards"] == sum(shard.split == split for shard in manifest.shards)
+    assert found["splits"]["train"]["shards"] > 1
+
+
+@pytest.mark.parametrize("long", [3, 1000, 1 << 20])
+def test_lengths_are_those_that_numpy_finds(
+    long: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all, some and none of the documents counted as long ones."""
+    monkeypatch.setattr(inspect, "LONG", long)
+    monkeypatch.setattr(inspect, "PIECE_DOCUMENTS", 7)
+    about = asked(folder, capsys)["splits"]["train"]["document_tokens"]
+    lengths = [len(document) for document in documents_of(folder, "train")]
+    percentiles = {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in inspect.PERCENTILES}
+    assert about == {
+        "min": min(lengths),
+        "median": percentiles["50"],
+        "mean": sum(lengths) / len(lengths),
+        "max": max(lengths),
+        "percentiles": percentiles,
+    }
+
+
+def test_the_command_prints_for_people(folder: Path) -> None:
+    done = command("data_prep.inspect", str(folder))
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in (
+        "bpe512, 512 ids as uint16",
+        "train      ",
+        "val        ",
+        "tokens a document: ",
+        "left out   nothing",
+    ):
+        assert words in done.stdout
+
+
+# --- a page ----------------------------------------------------------------------------------------
+
+
+def test_documents_are_found_with_its_place_and_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_with = save_load.load(folder / "tokenizer")
+    for split in ("train", "val"):
+        for number, document in [*enumerate(documents_of(folder, split))][::7]:
+            found = asked(folder, capsys, "--split", split, "--document", str(number))["document"]
+            raw = np.fromfile(folder / f"{found['shard']}.bin", dtype="<u2", offset=1024)
+            place = found["first_token"]
+            assert raw[place : place + found["tokens"]].tolist() == document
+            pages = [
+                asked(folder, capsys, "--split", split, "--document", str(number), "--page", str(page + 1))["document"]
+                for page in range(min(4, found["pages"]))
+            ]
+            text = "".join(page["text"] for page in pages)
+            # A page cannot cut a character, so even the first ones alone are text.
+            assert text == "<|endoftext|>" + made_with.encoding.decode(document[1:])[: len(text) - 13]
+            assert found["pages"] > 4 or len(text) - 13 == len(made_with.encoding.decode(document[1:]))
+
+
+@pytest.mark.parametrize("page_tokens", [1, 2, 3, 5, 64])
+def test_no_page_cuts_a_character(
+    page_tokens: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer was trained on English: a Chinese character is three tokens of a byte each."""
+    monkeypatch.setattr(inspect, "PAGE_TOKENS", page_tokens)
+    made_with = save_load.load(folder / "tokenizer")
+    ids = np.array(made_with.encode("明月 é a😀光"), dtype=np.uint16)
+    pages = [inspect.page_text(made_with, ids, n + 1) for n in range(-(-len(ids) // page_tokens))]
+    assert "".join(pages) == "明月 é a😀光"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_is_sent_nothing_that_it_would_obey(folder: Path) -> None:
+    made_with = save_load.load(folder / "tokenizer")
+    begins = {
+        made_with.encoding.decode(document[1:4]): (split, str(number))
+        for split in ("train", "val")
+        for number, document in enumerate(documents_of(folder, split))
+    }
+    split, number = begins["床"]
+    done = command("data_prep.inspect", str(folder), "--split", split, "--document", number)
+    assert "床前明月光，疑是地上霜。\\x1b[31m　" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--document", "100000"], "no document 100,000: train has"),
+        (["--document", "-1"], "no document -1: train has"),
+        (["--document", "0", "--page", "0"], "no page 0: document 0 has"),
+        (["--document", "0", "--page", "9999"], "no page 9,999: document 0 has"),
+        (["--document", "0", "--split", "test"], r"has no test shards \(it has train, val\)"),
+        (["--histogram", "--split", "test"], r"has no test shards \(it has train, val\)"),
+    ],
+)
+def test_what_is_not_there_is_refused(options: list[str], sentence: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        inspect.main([str(folder), *options])
+
+
+def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    index = bytearray((copy / "train_000000.idx").read_bytes())
+    documents = shard_format.read_manifest(copy).shards[0].documents
+    index[34 + 4 * documents : 42 + 4 * documents] = (2**62).to_bytes(8, "little")
+    (copy / "train_000000.idx").write_bytes(index)
+    with pytest.raises(ValueError, match=r"train_000000\.idx: document 0 lies outside of the \.bin"):
+        inspect.main([str(copy), "--document", "0"])
+    (copy / "train_000000.idx").write_bytes(index[:100])
+    for options in ([], ["--document", "0"]):
+        with pytest.raises(ValueError, match=r"train_000000\.idx: 100 bytes, but"):
+            inspect.main([str(copy), *options])
+
+
+# --- how often ids occur ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val", None])
+def test_the_histogram_counts_every_token(
+    split: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chunked_file, "PIECE_TOKENS", 1000)
+    tokens = [*chain(*(d for name in ([split] if split else ["train", "val"]) for d in documents_of(folder, name)))]
+    options = ["--split", split] if split else []
+    found = asked(folder, capsys, "--histogram", "--top", "1000", *options)["histogram"]
+    assert found["tokens"] == len(tokens)
+    assert {row["id"]: row["count"] for row in found["top"]} == Counter(tokens)
+    assert found["ids_that_occur"] == len(set(tokens))
+    assert [row["count"] for row in found["top"]] == sorted((row["count"] for row in found["top"]), reverse=True)
+    made_with = save_load.load(folder / "tokenizer")
+    whole = [row for row in found["top"] if "\ufffd" not in row["text"]]
+    assert len(whole) > 100
+    assert all(row["text"] == made_with.encoding.decode([row["id"]]) for row in whole)
+
+
+def test_an_id_outside_of_the_vocabulary_is_told_with_its_file(folder: Path, tmp_path: Path) -> None:
+    manifest = write(tmp_path / "shards", {"train": [[[0, 1]], [[0, 600]]]})
+    copy = tmp_path / "shards"
+    shutil.copytree(folder / "tokenizer", copy / "tokenizer")
+    about = shard_format.read_manifest(folder).tokenizer
+    shard_format.write_manifest(copy, "uint16", about, [], "by hand", {}, manifest.shards)
+    with pytest.raises(ValueError, match=r"train_000001\.bin: id 600 is outside of the tokenizer's 512 ids"):
+        inspect.main([str(copy), "--histogram"])

@@ -1,0 +1,702 @@
+"""data_prep.make_shards: the same shards however often it is killed and whoever makes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import regex
+
+from data_prep import make_shards, verify
+from data_prep.pipeline import dedup, finalize, plan, task_share
+from data_prep.pipeline.task_share import Share
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
+from tests.programs import ROOT, clean_env, command
+
+CHINESE = "萧炎,斗之力,三段。\n“三十年河东,三十年河西,莫欺少年穷!”\n"
+
+
+def make(*arguments: str | Path, out: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return command("data_prep.make_shards", *map(str, arguments), "--out", str(out), env=env)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The data set in a folder: everything but the notes of who is to make what, and hidden leftovers."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+            and "prep" not in path.relative_to(folder).parts}  # fmt: skip
+
+
+def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Each file's content and time; folders without."""
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else (b"", 0)
+            for path in folder.rglob("*")}  # fmt: skip
+
+
+def write_corpus(path: Path, size: int) -> Path:
+    """Some jsonl: the words of these sources, shuffled, and Chinese between them."""
+    words = [word for path in sorted(ROOT.glob("hpcgpt/**/*.py")) for word in path.read_text().split(" ")]
+    chance = random.Random(1)
+    with open(path, "w") as file:
+        while file.tell() < size:
+            text = " ".join(chance.choices(words, k=chance.randint(1, 2000)))
+            file.write(json.dumps({"text": text + chance.choice(["", CHINESE])}, ensure_ascii=False) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four units."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 3_300_000)
+
+
+@pytest.fixture(scope="module")
+def options(corpus: Path, tokenizer_folder: Path) -> list[str]:
+    return [str(corpus), "--tokenizer", str(tokenizer_folder), "--unit-mb", "1", "--val-fraction", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus' shards, made by one worker that was left alone."""
+    return made_alone(options, tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.fixture(scope="module")
+def long(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options of a preparation that takes long enough to be hit in the middle, with the slower backend."""
+    path = write_corpus(tmp_path_factory.mktemp("long") / "corpus.jsonl", 16_000_000)
+    flags = ["--unit-mb", "1", "--val-fraction", "0.1", "--backend", "tiktoken"]
+    return [str(path), "--tokenizer", str(tokenizer_folder), *flags]
+
+
+@pytest.fixture(scope="module")
+def long_whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_alone(long, tmp_path_factory.mktemp("long_whole") / "out")
+
+
+def made_alone(options: list[str], out: Path) -> Path:
+    done = make(*options, "--workers", "1", out=out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+# --- what is in them -------------------------------------------------------------------------------
+
+
+class ReferenceGPT2:
+    """GPT-2's encoder as OpenAI published it (encoder.py, 2019), from the list of merges alone."""
+
+    def __init__(self) -> None:
+        merges = (ROOT / "data_prep" / "encode" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
+        self.rank = {tuple(line.split()): n for n, line in enumerate(merges)}
+        bytes_first = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        rest = [b for b in range(256) if b not in bytes_first]
+        self.letter = {b: chr(b) for b in bytes_first} | {b: chr(256 + n) for n, b in enumerate(rest)}
+        tokens = [*(self.letter[b] for b in bytes_first + rest), *(line.replace(" ", "") for line in merges)]
+        self.id = {token: n for n, token in enumerate(tokens)}
+        self.words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+    def encode(self, text: str) -> list[int]:
+        return [number for word in self.words.findall(text) for number in self._word(word)]
+
+    def _word(self, word: str) -> list[int]:
+        parts = [self.letter[b] for b in word.encode()]
+        while len(parts) > 1:
+            best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, 1 << 30))
+            if best not in self.rank:
+                break
+            merged: list[str] = []
+            while parts:
+                if tuple(parts[:2]) == best:
+                    merged, parts = [*merged, parts[0] + parts[1]], parts[2:]
+                else:
+                    merged, parts = [*merged, parts[0]], parts[1:]
+            parts = merged
+        return [self.id[part] for part in parts]
+
+
+def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(tmp_path: Path) -> None:
+    texts = {"a.txt": "hello world", "b/c.txt": CHINESE * 3, "b/d.txt": (ROOT / "hpcgpt/cli.py").read_text(),
+             "e.txt": "a literal <|endoftext|> is text\r\n\n  \t it's I'LL 12345 ½ é 👩‍👧\u00a0\u3000x  "}  # fmt: skip
+    for name, text in texts.items():
+        path = tmp_path / "text" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    out = tmp_path / "out"
+    done = make(tmp_path / "text", "--val-fraction", "0", out=out)
+    assert done.returncode == 0, done.stderr
+    reference = ReferenceGPT2()
+    expected = [number for name in sorted(texts) for number in (50256, *reference.encode(texts[name]))]
+    split = shard_reader.open_split(out, shard_format.read_manifest(out), "train")
+    assert split.read(0, split.tokens).tolist() == expected
+    assert command("data_prep.verify", str(out)).returncode == 0
+
+
+def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus: Path) -> None:
+    words = save_load.load(whole / "tokenizer")
+    lines = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    manifest = shard_format.read_manifest(whole)
+    found: dict[str, list[str]] = {}
+    for name in manifest.splits:
+        split = shard_reader.open_split(whole, manifest, name)
+        ids = split.read(0, split.tokens)
+        assert ids[0] == words.end_of_text
+        borders = np.append(np.flatnonzero(ids == words.end_of_text), len(ids))
+        found[name] = [words.encoding.decode(ids[a + 1 : b].tolist()) for a, b in pairwise(borders)]
+    assert sorted(found["train"] + found["val"]) == sorted(lines)
+    assert 0.05 < len(found["val"]) / len(lines) < 0.2
+    assert [text for text in lines if text in set(found["train"])] == found["train"]
+    assert verify.verify(whole, manifest) == []
+
+
+def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    manifest = shard_format.read_manifest(whole)
+    assert manifest.inputs == [{"name": "corpus.jsonl", "bytes": corpus.stat().st_size}]
+    assert manifest.tokenizer["fingerprint"] == save_load.load(tokenizer_folder).fingerprint
+    assert "below 0.1" in manifest.split_rule
+    text = sum(len(json.loads(line)["text"].encode()) for line in corpus.read_text().splitlines())
+    assert sum(shard.text_bytes for shard in manifest.shards) == text
+
+
+# --- whoever makes them, however often it is killed ------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [2, 7])
+def test_the_number_of_workers_changes_no_byte(workers: int, options: list[str], whole: Path, tmp_path: Path) -> None:
+    done = make(*options, "--workers", str(workers), out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "out") == files(whole)
+
+
+def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole: Path, tmp_path: Path) -> None:
+    """Tasks 4 and 0 to 3 one after the other, then all at once: whoever is last writes the manifest."""
+    for name, together in (("in turn", False), ("at once", True)):
+        out = tmp_path / name
+        running = []
+        for task in (4, 0, 1, 2, 3):
+            assert not (out / "manifest.json").exists() or together
+            process = make_task(options, out, task, 5)
+            running.append(process)
+            if not together:
+                process.wait()
+        said = [process.communicate(timeout=120)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * 5, said
+        assert sum("complete in" in text for text in said) == 1
+        assert files(out) == files(whole)
+
+
+def test_a_folder_that_another_task_claims_meanwhile_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at what is in it and the look for the plan, and the other way round."""
+    look = plan._foreign
+
+    def claimed_before(out: Path) -> bool:
+        claim()
+        return look(out)
+
+    def claimed_after(out: Path) -> bool:
+        found = look(out)
+        claim()
+        return found
+
+    def claim() -> None:
+        (out / "prep" / "shares").mkdir(parents=True)
+        (out / "prep" / "plan.json").write_text("{}")
+
+    for number, way in enumerate((claimed_before, claimed_after)):
+        out = tmp_path / str(number)
+        monkeypatch.setattr(plan, "_foreign", way)
+        plan.check_ours(out)
+
+
+def make_task(options: list[str], out: Path, task: int, tasks: int) -> subprocess.Popen[str]:
+    shared = ["--task", str(task), "--tasks", str(tasks), "--workers", "1", "--out", str(out)]
+    return subprocess.Popen([sys.executable, "-m", "data_prep.make_shards", *options, *shared], cwd=ROOT,
+                            env=clean_env(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+@contextmanager
+def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.Popen[bytes]]:
+    """make_shards in a process group of its own, of which nothing is left afterwards."""
+    words = ["-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)]
+    process = subprocess.Popen(
+        # Whoever starts the tests in the background may have them ignore Ctrl-C, and that is inherited.
+        ["env", "--default-signal=INT", sys.executable, *words],
+        cwd=ROOT, env=clean_env(), start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_until_finished(out: Path, process: subprocess.Popen[bytes], units: int) -> None:
+    """Until that many units have their record, or the process has ended."""
+    while len(list((out / "prep" / "units").glob("[0-9]*"))) < units and process.poll() is None:
+        time.sleep(0.005)
+
+
+def members(session: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(path.name))
+    return found
+
+
+def workers_of(command: int) -> list[int]:
+    """The workers of a command: they are forked from a server, which is its child."""
+
+    def children(pid: int) -> list[int]:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    return [worker for child in children(command) for worker in children(child)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
+    workers: int, long: list[str], long_whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    chance = random.Random(workers)
+    half_done = False
+    for units in (0, 0, 1, 1, 1, 2, 2, 2, 3, 3):
+        with started(long, out, workers) as process:
+            wait_until_finished(out, process, units)
+            time.sleep(chance.choice([0, 0, chance.uniform(0, 0.1)]))
+            process.kill()
+        half_done |= any((out / "prep" / "units").glob("[0-9]*")) and not (out / "manifest.json").exists()
+    assert half_done, "every one was killed too early or too late to show anything"
+    done = make(*long, "--workers", str(workers), out=out)
+    assert done.returncode == 0, done.stderr
+    assert "units are finished already" in done.stdout or "complete already" in done.stdout
+    assert files(out) == files(long_whole)
+
+
+def test_a_finished_unit_is_not_made_again(options: list[str], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(options, out, 1) as process:
+        wait_until_finished(out, process, 1)
+        process.kill()
+    unit = out / "prep" / "units" / "000000"
+    before = {path.name: path.stat().st_mtime_ns for path in unit.glob("*_000.*")}
+    assert before
+    assert make(*options, out=out).returncode == 0
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*_000000.*")}
+    assert after == {name.replace("_000.", "_000000."): time for name, time in before.items()}
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize("moment", ["before the plan", "within the plan"])
+def test_a_start_that_ended_before_its_plan_was_written_is_started_again(moment: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world")
+    out = tmp_path / "out"
+    (out / "prep").mkdir(parents=True)
+    if moment == "within the plan":
+        (out / "prep" / ".plan.json.host-1.new").write_text("{")
+    done = make(tmp_path / "a.txt", "--val-fraction", "0", out=out)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, long: list[str], tmp_path: Path) -> None:
+    """On a login node nobody else would end them."""
+    with started(long, tmp_path / "out", 2) as process:
+        wait_until_finished(tmp_path / "out", process, 1)
+        assert len(members(process.pid)) >= 3
+        process.send_signal(number)
+        process.wait()
+        deadline = time.monotonic() + 15
+        while members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert members(process.pid) == []
+
+
+def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(
+    long: list[str], long_whole: Path, tmp_path: Path
+) -> None:
+    """As the kernel does when the memory is full."""
+    out = tmp_path / "out"
+    with started(long, out, 2) as process:
+        wait_until_finished(out, process, 1)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode not in (0, 2)
+    assert said.startswith("error: a worker was killed")
+    assert "Traceback" not in said
+    assert not (out / "manifest.json").exists()
+    assert make(*long, out=out).returncode == 0
+    assert files(out) == files(long_whole)
+
+
+def test_ctrl_c_ends_with_status_130_and_without_a_traceback(long: list[str], long_whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(long, out, 2) as process:
+        wait_until_finished(out, process, 1)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert make(*long, out=out).returncode == 0
+    assert files(out) == files(long_whole)
+
+
+# --- what is left out ------------------------------------------------------------------------------
+
+
+def in_shards(out: Path) -> list[str]:
+    """Every document of a data set, split by split, with its split's name before it."""
+    manifest = shard_format.read_manifest(out)
+    words = save_load.load(out / "tokenizer", manifest.tokenizer["fingerprint"])
+    found = []
+    for shard in manifest.shards:
+        ids = shard_reader.open_tokens(out / f"{shard.name}.bin")
+        lengths = shard_format.document_lengths((out / f"{shard.name}.idx").read_bytes())
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            assert ids[end - length] == words.end_of_text
+            found.append(f"{shard.split}: " + words.encoding.decode(ids[end - length + 1 : end].tolist()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """4 MB of jsonl in which documents come again: beside each other, and in other units. And its texts."""
+    chance = random.Random(3)
+    fresh = [" ".join(chance.choices(["alpha", "beta", "gamma", "萧炎", "x"], k=chance.randint(1, 900)))
+             for _ in range(1000)]  # fmt: skip
+    texts = [chance.choice(fresh) for _ in range(2000)]
+    path = tmp_path_factory.mktemp("copies") / "copies.jsonl"
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    return path, texts
+
+
+@pytest.mark.parametrize("at_once", [None, 100])
+def test_of_equal_documents_the_first_stays(
+    at_once: int | None, copies: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the hashes do not fit the memory at once, and are compared range by range."""
+    path, texts = copies
+    if at_once:
+        monkeypatch.setattr(dedup, "ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr(dedup, "CHUNK_TOKENS", 1000)
+    flags = ["--val-fraction", "0.1", "--unit-mb", "1", "--workers", "1"]
+    assert make_shards.main([str(path), "--out", str(tmp_path / "out"), "--dedup", "exact", *flags]) == 0
+    assert make_shards.main([str(path), "--out", str(tmp_path / "all"), *flags]) == 0
+    everything = in_shards(tmp_path / "all")
+    assert len(everything) == len(texts)
+    assert in_shards(tmp_path / "out") == list(dict.fromkeys(everything))
+    assert verify.verify(tmp_path / "out", shard_format.read_manifest(tmp_path / "out")) == []
+    manifest = shard_format.read_manifest(tmp_path / "out")
+    assert manifest.counts["duplicates"] == len(texts) - len(set(texts))
+    assert sum(shard.characters for shard in manifest.shards) == sum(map(len, set(texts)))
+    assert sum(shard.text_bytes for shard in manifest.shards) == sum(len(text.encode()) for text in set(texts))
+    assert len(shard_format.read_manifest(tmp_path / "all").shards) > 4
+
+
+def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
+    copies: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each of the files that are written or moved once all units are finished."""
+    flags = ["--dedup", "exact", "--val-fraction", "0.1", "--unit-mb", "1", "--workers", "1"]
+    arguments = [str(copies[0]), "--tokenizer", str(tokenizer_folder), *flags, "--out"]
+    assert make_shards.main([*arguments, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    left = 0
+
+    def count_down(real: Callable[..., Any]) -> Callable[..., Any]:
+        def hit(*given: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return real(*given, **named)
+
+        return hit
+
+    for module, name in ((finalize, "_move"), (dedup, "_kept"), (dedup, "_remove_replaced")):
+        monkeypatch.setattr(module, name, count_down(getattr(module, name)))
+    kills = 0
+    while not (out / "manifest.json").exists():
+        left = kills + 1
+        try:
+            make_shards.main([*arguments, str(out)])
+        except Killed:
+            kills += 1
+    assert kills > 10
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_documents_shorter_than_asked_are_left_out_and_counted(tmp_path: Path) -> None:
+    lines = ["ab", "萧炎", "萧炎,斗", "abcd"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    flags = ("--min-characters", "4", "--val-fraction", "0")
+    done = make(tmp_path / "a.jsonl", *flags, out=tmp_path / "out")
+    assert in_shards(tmp_path / "out") == ["train: 萧炎,斗", "train: abcd"]
+    assert "left out: 2 too short" in done.stdout
+
+
+@pytest.mark.parametrize("most", [1, 500, 3000])
+def test_a_full_shard_is_followed_by_another_and_no_document_is_split(
+    most: int, copies: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """A document larger than a shard has one of its own."""
+    flags = ["--val-fraction", "0.1", "--unit-mb", "2", "--workers", "1", "--shard-tokens", str(most)]
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(copies[0].read_text().splitlines(keepends=True)[:300]))
+    assert make_shards.main([str(path), "--out", str(tmp_path / "out"), *flags]) == 0
+    made = shard_format.read_manifest(tmp_path / "out").shards
+    assert all(shard.tokens <= most or shard.documents == 1 for shard in made)
+    assert [shard.name for shard in made] == sorted(
+        f"{split}_{number:06d}"
+        for split in ("train", "val")
+        for number in range(sum(shard.split == split for shard in made))
+    )
+    assert all(a.split != b.split or a.tokens + b.tokens > most for a, b in pairwise(made))
+    assert verify.verify(tmp_path / "out", shard_format.read_manifest(tmp_path / "out")) == []
+    assert make_shards.main([str(path), "--out", str(tmp_path / "one"), *flags[:-1], "2000000"]) == 0
+    assert in_shards(tmp_path / "out") == in_shards(tmp_path / "one")
+
+
+def test_uint32_shards_hold_the_same_documents(copies: tuple[Path, list[str]], tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(copies[0].read_text().splitlines(keepends=True)[:50]))
+    for dtype in ("uint16", "uint32"):
+        assert make_shards.main([str(path), "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
+    assert in_shards(tmp_path / "uint32") == in_shards(tmp_path / "uint16")
+    assert shard_reader.open_tokens(tmp_path / "uint32" / "train_000000.bin").dtype == np.uint32
+
+
+# --- two at once -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "tasks", "refused"), [(0, 1, True), (1, 2, True), (11, 20, True), (3, 5, False)])
+def test_two_runs_into_one_folder_are_refused_where_their_shares_overlap(
+    task: int, tasks: int, refused: bool, options: list[str], tmp_path: Path
+) -> None:
+    """This process holds share 1 of 5: task 1 of 2 would do the same units sometime, and so would 11 of 20."""
+    out = tmp_path / "out"
+    make_task(options, out, 4, 5).communicate()
+    with task_share.taken(out, Share(1, 5)):
+        second = make(*options, "--task", str(task), "--tasks", str(tasks), out=out)
+    if refused:
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"error: {out} is being made already")
+        assert f"pid {os.getpid()}" in second.stderr
+    else:
+        assert second.returncode == 0, second.stderr
+    assert make(*options, out=out).returncode == 0
+
+
+# --- what is there already -------------------------------------------------------------------------
+
+
+def test_a_rerun_says_that_it_is_complete_and_touches_nothing(options: list[str], whole: Path) -> None:
+    before = everything(whole)
+    done = make(*options, out=whole)
+    assert done.returncode == 0
+    assert "is complete already" in done.stdout
+    assert everything(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (["--val-fraction", "0.2"], "val_fraction"),
+        (["--unit-mb", "2"], "unit_bytes"),
+        (["--text-key", "body"], "text_key"),
+        (["--tokenizer", "gpt2"], "tokenizer"),
+    ],
+)
+def test_other_options_are_refused_and_nothing_is_changed(
+    change: list[str], word: str, options: list[str], whole: Path
+) -> None:
+    before = everything(whole)
+    done = make(*options, *change, out=whole)
+    assert done.returncode == 2
+    assert f"made differently ({word} changed): choose another --out" in done.stderr
+    assert everything(whole) == before
+
+
+def test_other_inputs_are_refused_and_nothing_is_changed(options: list[str], whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("more")
+    before = everything(whole)
+    done = make(str(tmp_path / "more.txt"), *options, out=whole)
+    assert done.returncode == 2
+    assert "made differently (inputs changed)" in done.stderr
+    assert everything(whole) == before
+
+
+def test_younger_copies_of_the_inputs_are_the_same_once_everything_is_made_and_not_before(
+    corpus: Path, options: list[str], tmp_path: Path
+) -> None:
+    """A fresh clone or a copy of the corpus has new times; half-made shards could be of two corpora."""
+    younger = tmp_path / "corpus.jsonl"
+    younger.write_bytes(corpus.read_bytes())
+    out = tmp_path / "out"
+    with started(options, out, 1) as process:
+        wait_until_finished(out, process, 1)
+        process.kill()
+    done = make(younger, *options[1:], out=out)
+    assert done.returncode == 2
+    assert "made differently (inputs changed)" in done.stderr
+    assert make(*options, out=out).returncode == 0
+    before = everything(out)
+    done = make(younger, *options[1:], out=out)
+    assert (done.returncode, "is complete already" in done.stdout) == (0, True), done.stderr
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "train_000000.bin", ".hidden", "prep/notes.txt", "data/x"])
+def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world")
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("years of work")
+    before = everything(tmp_path / "out")
+    done = make(tmp_path / "a.txt", "--val-fraction", "0", out=tmp_path / "out")
+    assert done.returncode == 2
+    assert "is not empty, and what is in it was not made by this command" in done.stderr
+    assert everything(tmp_path / "out") == before
+
+
+def test_a_file_that_is_added_beside_the_shards_stays(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(options, out, 1) as process:
+        wait_until_finished(out, process, 1)
+        process.kill()
+    (out / "NOTES").write_text("years of work")
+    assert make(*options, out=out).returncode == 0
+    assert (out / "NOTES").read_text() == "years of work"
+
+
+# --- mistakes --------------------------------------------------------------------------------------
+# What may be wrong with the text itself is in test_bad_inputs.py.
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--val-fraction", "0.999999"], "no document is left for training"),
+        (["--val-fraction", "1"], "--val-fraction 1.0: expected 0 or more, and less than 1"),
+        (["--val-fraction", "nan"], "--val-fraction nan: expected"),
+        (["--workers", "0"], "--workers and --unit-mb must be at least 1"),
+        (["--unit-mb", "0"], "--workers and --unit-mb must be at least 1"),
+        (["--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
+    ],
+)
+def test_a_mistaken_option_is_refused(flags: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    words = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1", *flags]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
+    options: list[str], corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "corpus.jsonl"
+    content = corpus.read_bytes()
+    path.write_bytes(content + b'{"text": bad}\n')
+    done = make(path, *options[1:], "--workers", "2", out=tmp_path / "out")
+    assert done.returncode == 2
+    assert f"corpus.jsonl, byte {len(content) + 9}: not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    ranks = {n.to_bytes(3, "big"): 256 + n for n in range(65_400)} | {bytes([b]): b for b in range(256)}
+    big = ByteLevelBPE("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
+    save_load.save(big, tmp_path / "big")
+    (tmp_path / "a.txt").write_text("x")
+    done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "big", out=tmp_path / "out")
+    assert done.returncode == 2
+    assert "tokenizer big has 65,657 ids, but uint16 shards hold 65,536 at most: pass --dtype uint32" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
+    ranks = {bytes([b]): b for b in range(256)} | {n.to_bytes(3, "big"): 256 + n for n in range(65_279)}
+    most = ByteLevelBPE("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
+    save_load.save(most, tmp_path / "most")
+    (tmp_path / "a.txt").write_text("ab")
+    done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "most", "--val-fraction", "0", out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert shard_reader.open_tokens(tmp_path / "out" / "train_000000.bin").tolist() == [65535, 97, 98]
+
+
+# --- a full disk -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True,
+                             text=True, check=False)  # fmt: skip
+    if mounted.returncode:
+        pytest.skip(f"this root may not mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("room", "workers"), [(0, 1), (9_000, 1), (30_000, 1), (2_000_000, 1), (2_000_000, 2)])
+def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
+    room: int, workers: int, options: list[str], whole: Path, small_disk: Path
+) -> None:
+    """Full at every stage: at the plan, at the tokenizer, in mid-shard."""
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast.write_bytes(bytes(free - room))
+    out = small_disk / "out"
+    done = make(*options, "--workers", str(workers), out=out)
+    assert done.returncode == 1
+    one_file = rf"error: (\[Errno 28\] )?cannot write {out}/\S+: No space left on device; [\d.]+ MB free there\n"
+    assert re.fullmatch(one_file, re.sub(r"^\d+ of .*\n", "", done.stderr)), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / "manifest.json").exists()
+    assert [path.name for path in out.rglob(".*")] == []
+    for path in out.glob("*.bin"):
+        assert shard_reader.open_tokens(path).size
+        assert path.with_suffix(".idx").exists()
+    ballast.unlink()
+    done = make(*options, "--workers", str(workers), out=out)
+    assert done.returncode == 0, done.stderr
+    assert files(out) == files(whole)
+    assert list(out.rglob(".*")) == []
+
+
+def test_a_corpus_too_small_for_its_validation_split_is_told_so_and_kept(tmp_path: Path) -> None:
+    """Twenty novels and one in a hundred: tokenizing them all must not have been in vain."""
+    (tmp_path / "a.txt").write_text("x")
+    done = command("data_prep.make_shards", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
+                   "--val-fraction", "0.000001")  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: no document fell into validation (1 documents, ")
+    assert shard_format.read_manifest(tmp_path / "out").splits == ["train"]

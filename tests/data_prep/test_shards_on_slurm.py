@@ -1,0 +1,162 @@
+"""Token shards made by a job array on a real Slurm, hit in mid-work: the files are those that one machine makes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from lab import cut, heal, slurm, wait_until_idle
+from lab_conf import Lab
+
+from tests.programs import ROOT, clean_env, command
+from tests.slurm.cluster import running
+
+SCRIPT = str(ROOT / "slurm" / "shards.sbatch")
+UNITS = 30
+
+
+@dataclass(frozen=True)
+class Site:
+    lab: Lab
+    home: Path
+    options: list[str]
+
+    def sbatch(self, out: Path, *flags: str) -> str:
+        done = subprocess.run(
+            ["sbatch", "--parsable", "--time=10", "--cpus-per-task=1", "--exclusive", *flags, SCRIPT, *self.options,
+             "--out", str(out)], cwd=self.home, capture_output=True, text=True, timeout=60, check=False,
+            env=clean_env() | self.lab.environ() | {"HPCGPT_PYTHON": sys.executable},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def states(self, job: str) -> set[str]:
+        shown = slurm(self.lab, "scontrol", "--oneliner", "show", "job", job)
+        return {line.split("JobState=")[1].split()[0] for line in shown.splitlines()}
+
+    def wait(self, job: str) -> None:
+        deadline = time.monotonic() + 200
+        while (now := self.states(job)) - {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}:
+            assert time.monotonic() < deadline, f"{now}\n{self.logs(job)}"
+            time.sleep(0.3)
+        assert now == {"COMPLETED"}, f"{now}\n{self.logs(job)}"
+
+    def logs(self, job: str) -> str:
+        return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(self.home.glob(f"shards-{job}_*.out")))
+
+
+@pytest.fixture(scope="module")
+def site(lab: Lab, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    home = tmp_path_factory.mktemp("site")
+    words = [word for path in sorted(ROOT.glob("hpcgpt/**/*.py")) for word in path.read_text().split(" ")]
+    chance = random.Random(2)
+    (home / "corpus").mkdir()
+    for number in range(UNITS):
+        text = " ".join(chance.choices(words, k=1_000_000 // 6))
+        (home / "corpus" / f"{number:02d}.txt").write_text((text * 3)[:1_100_000])
+    return Site(lab, home, [str(home / "corpus"), "--tokenizer", str(tokenizer_folder), "--unit-mb", "1",
+                            "--val-fraction", "0.1", "--dedup", "exact"])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(site: Site) -> Path:
+    """The same shards, made here by two workers that were left alone."""
+    out = site.home / "whole"
+    done = command("data_prep.make_shards", *site.options, "--workers", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*"))
+            if path.is_file() and "prep" not in path.relative_to(out).parts}  # fmt: skip
+
+
+def units(out: Path) -> list[int]:
+    return [int(path.name) for path in (out / "prep" / "units").glob("[0-9]*")]
+
+
+def wait_for_units(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(units(out)) < count:
+        assert time.monotonic() < deadline, "no unit was finished"
+        time.sleep(0.02)
+
+
+def makers() -> Iterator[tuple[int, int, str]]:
+    """The processes that make shards for a task of an array: pid, task, node."""
+    for pid, env in running("data_prep.make_shards"):
+        if "SLURM_ARRAY_TASK_ID" in env:
+            yield pid, int(env["SLURM_ARRAY_TASK_ID"]), env["SLURMD_NODENAME"]
+
+
+@pytest.mark.timeout(400)
+def test_an_array_that_loses_a_node_in_mid_work_makes_the_same_files(site: Site, whole: Path) -> None:
+    """Five tasks for four nodes. The node that is cut off has a maker on it that was frozen, and wakes up when
+    another one has done its work: it leaves, and changes nothing."""
+    out = site.home / "out"
+    job = site.sbatch(out, "--array=10-18:2")
+    wait_for_units(out, 4)
+    pid, task, node = next(makers())
+    os.kill(pid, signal.SIGSTOP)
+    orphan = os.pidfd_open(pid)
+    cut(site.lab, node)
+    try:
+        # An operator is quicker than Slurm, which would find out after SlurmdTimeout.
+        slurm(site.lab, "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=cut")
+        left = set(range((task - 10) // 2, UNITS, 5)) - set(units(out))
+        assert left, "the task was finished before its node was cut off"
+        site.wait(job)
+        assert "start 1, on" in (site.home / f"shards-{job}_{task}.out").read_text()
+        assert files(out) == files(whole)
+        signal.pidfd_send_signal(orphan, signal.SIGCONT)
+        gone(orphan)
+        assert "has taken this folder" in (site.home / f"shards-{job}_{task}.out").read_text()
+        assert files(out) == files(whole)
+    finally:
+        os.close(orphan)
+        heal(site.lab, node)
+        wait_until_idle(site.lab)
+
+
+def gone(process: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            signal.pidfd_send_signal(process, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the orphan works on")
+
+
+@pytest.mark.timeout(400)
+def test_a_task_whose_time_is_over_requeues_itself_and_goes_on(site: Site, whole: Path) -> None:
+    """Slurm's signal before the time limit, sent by hand so that nobody waits for a minute."""
+    out = site.home / "limited"
+    job = site.sbatch(out, "--array=0")
+    wait_for_units(out, 2)
+    slurm(site.lab, "scancel", "--signal=USR1", "--batch", job)
+    site.wait(job)
+    log = site.logs(job)
+    assert "the time limit is near: requeueing" in log
+    assert "units are finished already" in log
+    assert files(out) == files(whole)
+
+
+def test_an_array_with_holes_is_refused_with_one_that_has_none(site: Site, tmp_path: Path) -> None:
+    job = site.sbatch(tmp_path / "out", "--array=1,2,5")
+    deadline = time.monotonic() + 60
+    while site.states(job) != {"FAILED"}:
+        assert time.monotonic() < deadline, site.logs(job)
+        time.sleep(0.3)
+    assert "submit one without holes, such as --array=0-2" in site.logs(job)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,516 @@
+"""data_prep.text.inputs and data_prep.text.documents: every kind of file gives its documents once, wherever it is
+cut."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from data_prep.text import compression, documents, encodings, inputs, standard_input
+from data_prep.text import options as text_options
+from data_prep.text.compression import zstd
+from data_prep.text.options import Reading, Skipped
+from tests.programs import ROOT, clean_env
+
+GOOD = b'{"text": "a"}\n'
+TEXTS = ["萧炎,斗之力,三段。\n“三十年河东”", "hello\r\nworld\t", "a\x00b \u2028 <|endoftext|>", "😀", "x" * 3000]
+
+
+def jsonl(texts: Sequence[str], key: str = "text") -> bytes:
+    return "".join(
+        json.dumps({"id": n, key: text}, ensure_ascii=n % 2 == 0) + "\n" for n, text in enumerate(texts)
+    ).encode()
+
+
+def rows(path: Path, texts: Sequence[str | None], **options: object) -> None:
+    parquet.write_table(pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())}), path, **options)
+
+
+def read(given: Path | str | Sequence[Path | str], options: Reading | None = None, unit_bytes: int = 10**9,
+         skipped: list[Skipped] | None = None) -> list[str]:  # fmt: skip
+    options = options or Reading()
+    names = [given] if isinstance(given, str | Path) else given
+    cut = inputs.units(inputs.find(list(map(str, names))), unit_bytes, options)
+    return [text for unit in cut for text in documents.documents(unit, options, skipped)]
+
+
+# --- kinds of files --------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    content = jsonl(TEXTS)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(content))
+    rows(tmp_path / "a.parquet", TEXTS, row_group_size=2)
+    for path in tmp_path.iterdir():
+        assert read(path) == TEXTS, path
+    assert read(tmp_path) == TEXTS * 4
+
+
+@pytest.mark.parametrize("packed", [lambda text: text, gzip.compress, zstd.compress], ids=["txt", "gz", "zst"])
+def test_a_text_is_a_document_as_it_stands_packed_or_not(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / ("a.txt" + {gzip.compress: ".gz", zstd.compress: ".zst"}.get(packed, ""))  # type: ignore[call-overload]
+    path.write_bytes(packed("\ufeff a\r\nb\rc 萧\ufeff\n\n".encode()))
+    assert read(path) == [" a\r\nb\rc 萧\ufeff\n\n"]
+
+
+def test_members_and_frames_one_behind_the_other_are_one_file(tmp_path: Path) -> None:
+    content = jsonl([*TEXTS, "y" * 2_000_000])
+    cuts = [0, 5, 5, 700, len(content)]
+    parts = [content[a:b] for a, b in itertools.pairwise(cuts)]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, parts)) + bytes(512))
+    skippable = b"\x50\x2a\x4d\x18" + (300_000).to_bytes(4, "little") + bytes(300_000)
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable + skippable.join(map(zstd.compress, parts)))
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        assert [len(text) for text in read(tmp_path / name)] == [*map(len, TEXTS), 2_000_000]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_parquet_may_keep_its_strings_in_any_way_and_null_is_no_document(kind: pa.DataType, tmp_path: Path) -> None:
+    column = pa.array([None, "a", "", "萧炎", "a", " \n", None], pa.string()).cast(kind)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=3)
+    assert read(tmp_path / "a.parquet") == ["a", "萧炎", "a"]
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character_and_a_pair_its_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\\udc00\\ud800"}\n')
+    assert read(path) == ["a\ufffdb", "😀", "\ufffd\ufffd"]
+
+
+def test_what_python_takes_for_json_is_taken(tmp_path: Path) -> None:
+    """orjson is stricter; which of the two reads a line must not matter."""
+    path = tmp_path / "a.jsonl"
+    lines = ['{"text": "a", "n": NaN}', '{"n": 1e999, "text": "b"}', '{"text": "x", "text": "c"}',
+             '{"text": "d", "n": ' + "9" * 400 + "}"]  # fmt: skip
+    path.write_text("\n".join(lines))
+    assert read(path) == [json.loads(line)["text"] for line in lines] == ["a", "b", "c", "d"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_jsonl(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x\\ufeff"}')
+    assert read(tmp_path / "a.jsonl") == ["x\ufeff"]
+
+
+# --- cutting ---------------------------------------------------------------------------------------
+
+LINES = ['{"text": "one"}\n', "\n", '{"text": "萧炎 two"}\r\n', '   \n{"text": ""}\n', '{"text": "three", "id": 3}']
+
+
+@pytest.mark.parametrize("bom", [True, False])
+def test_jsonl_cut_at_any_byte_gives_the_same_documents(bom: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" * bom + "".join(LINES).encode())
+    size = path.stat().st_size
+    for unit_bytes in range(1, size + 2):
+        cut = inputs.units(inputs.find([str(path)]), unit_bytes)
+        assert sum(piece.stop - piece.start for unit in cut for piece in unit) == size
+        found = [text for unit in cut for text in documents.documents(unit)]
+        assert found == ["one", "萧炎 two", "three"], f"units of {unit_bytes} bytes"
+
+
+@pytest.mark.parametrize(
+    ("separator", "content", "expected"),
+    [
+        (
+            "<|endoftext|>",
+            "<|endoftext|>萧炎<|endoftext|><|endoftext|>b<|endoftex<|endoftext|>",
+            ["萧炎", "b<|endoftex"],
+        ),
+        ("\n\n", "\n\n\na\n\n\n\nb\nc\n\nd\n\n\n", ["a", "b\nc", "d"]),
+        ("====", "==a===b=====c====", ["==a===b", "c"]),
+        ("aba", "xababay aba z", ["x", "y ", " z"]),
+        ("\n", "a\nb", ["a", "b"]),
+        ("none", "a\nb", ["a\nb"]),
+    ],
+)
+def test_a_text_cut_at_any_byte_gives_the_documents_between_its_separators(
+    separator: str, content: str, expected: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    for unit_bytes in range(1, len(content.encode()) + 2):
+        assert read(path, Reading(separator=separator), unit_bytes) == expected, f"units of {unit_bytes} bytes"
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
+    assert read(tmp_path / "a.txt.gz", Reading(separator=separator)) == expected
+
+
+def test_separators_are_found_across_the_borders_of_what_is_read_at_once(tmp_path: Path) -> None:
+    """The reader takes a MiB at a time; one separator lies across each border."""
+    path = tmp_path / "a.txt"
+    pieces = [chr(97 + n) * ((1 << 20) - 13 if n else (1 << 20) - 5) for n in range(4)]
+    path.write_text("<|endoftext|>".join(pieces))
+    for unit_bytes in (10**9, 1 << 20, (1 << 20) + 3, 700_000):
+        assert read(path, Reading(separator="<|endoftext|>"), unit_bytes) == pieces
+    small = [Skipped("a.txt", "document at byte 1048584", "a document above 1 MB")]
+    skipped: list[Skipped] = []
+    options = Reading(separator="<|endoftext|>", on_bad_input="skip", max_document_mb=1)
+    path.write_text("<|endoftext|>".join(["a" * 1_048_571, "b" * 3_000_000, "c"]))
+    assert read(path, options, 10**9, skipped) == ["c"]
+    assert skipped[1:] == small
+
+
+def test_any_separator_anywhere_against_python(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    path = tmp_path / "a.txt"
+    for _ in range(60):
+        separator = "".join(chance.choices("ab\n", k=chance.randint(1, 3)))
+        content = "".join(chance.choices("aab\n\nc", k=40))
+        path.write_text(content)
+        ends = [0, *(n + len(separator) for n in range(len(content)) if content.startswith(separator, n))]
+        starts = [n for n in range(len(content)) if content.startswith(separator, n)] + [len(content)]
+        expected = [content[a:b] for a, b in zip(ends, starts, strict=True) if content[a:b].strip()]
+        for unit_bytes in (1, 2, 3, 7, 100):
+            assert read(path, Reading(separator=separator), unit_bytes) == expected, (separator, content)
+
+
+def test_parquet_is_cut_between_row_groups(tmp_path: Path) -> None:
+    texts = [f"{n} " + "".join(random.Random(n).choices("abcdefgh", k=300)) for n in range(40)]
+    rows(tmp_path / "a.parquet", texts, row_group_size=4)
+    sources = inputs.find([str(tmp_path)])
+    for unit_bytes in (1, 2000, 3000, 10**9):
+        cut = inputs.units(sources, unit_bytes)
+        assert sum(piece.stop - piece.start for unit in cut for piece in unit) == sources[0].bytes
+        assert [text for unit in cut for text in documents.documents(unit)] == texts
+    assert [[piece.groups for piece in unit] for unit in inputs.units(sources, 1)] == [[(n, n + 1)] for n in range(10)]
+
+
+def test_units_hold_whole_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/y.txt.gz", "a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith(".gz") else b"x" * 10)
+    cut = inputs.units(inputs.find([str(tmp_path)]), unit_bytes=1)
+    assert [[piece.source.name for piece in unit] for unit in cut] == [
+        ["a.txt"],
+        ["a/y.txt.gz"],
+        ["a/z.txt"],
+        ["b.txt"],
+    ]
+    assert len(inputs.units(inputs.find([str(tmp_path)]), unit_bytes=10**9)) == 1
+
+
+@pytest.mark.timeout(60)
+def test_many_small_files_are_grouped_in_a_moment() -> None:
+    """100,000 novels in one unit: the sizes must not be added up anew for each, which takes minutes."""
+    sources = [inputs.Source("a.txt", Path("/a.txt"), 1000, 0)] * 110_000
+    assert [len(unit) for unit in inputs.units(sources, 100_000_000)] == [100_000, 10_000]
+
+
+# --- finding ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("b.txt", "A.TXT", "part-2.jsonl", "part-10.jsonl", "x/c.txt", "x/y/d.txt", ".git/e.txt", "x/._c.txt",
+                 "README.md", "z.txt.bak", "[1].txt"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) if "jsonl" in name else name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (".", ["A.TXT", "[1].txt", "b.txt", "part-10.jsonl", "part-2.jsonl", "x/c.txt", "x/y/d.txt"]),
+        ("*.txt", ["[1].txt", "b.txt"]),
+        ("**/*.txt", ["[1].txt", "b.txt", "x/c.txt", "x/y/d.txt"]),
+        ("**", ["A.TXT", "[1].txt", "b.txt", "part-10.jsonl", "part-2.jsonl", "x/c.txt", "x/y/d.txt"]),
+        ("part-*.jsonl", ["part-10.jsonl", "part-2.jsonl"]),
+        ("part-[0-5].jsonl", ["part-2.jsonl"]),
+        ("x*", ["x/c.txt", "x/y/d.txt"]),
+        ("*/?/*", ["x/y/d.txt"]),
+        ("[1].txt", ["[1].txt"]),
+        ("x/[!y].txt", ["c.txt"]),
+    ],
+)
+def test_files_folders_and_patterns(given: str, expected: list[str], tree: Path) -> None:
+    assert [source.name for source in inputs.find([f"{tree}/{given}"])] == expected
+
+
+def test_the_order_of_the_inputs_is_the_one_given(tree: Path) -> None:
+    sources = inputs.find([str(tree / "b.txt"), str(tree / "x"), str(tree / "A.TXT")])
+    assert [source.name for source in sources] == ["b.txt", "c.txt", "y/d.txt", "A.TXT"]
+
+
+def test_links_to_folders_are_followed(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Data that lies on another disk is linked to, and must not be missing without a word."""
+    other = tmp_path_factory.mktemp("disk")
+    (other / "far.txt").write_text("far")
+    (tree / "x" / "link").symlink_to(other)
+    assert [source.name for source in inputs.find([str(tree / "x")])] == ["c.txt", "link/far.txt", "y/d.txt"]
+    assert [source.name for source in inputs.find([f"{tree}/**/far.txt"])] == ["x/link/far.txt"]
+
+
+def test_names_that_are_no_utf8_or_have_line_ends_are_no_obstacle(tmp_path: Path) -> None:
+    """Chinese novels come with names in GB18030."""
+    names = [os.fsdecode("斗破苍穹.txt".encode("gb18030")), "a\nb.txt", "斗.txt"]
+    for name in names:
+        (tmp_path / name).write_text("萧炎")
+    assert read(tmp_path) == ["萧炎"] * 3
+    found = {source.name for source in inputs.find([str(tmp_path)])}
+    assert found == {"\\xb6\\xb7\\xc6Ʋ\\xd4\\xf1\\xb7.txt", "a\\nb.txt", "斗.txt"}
+
+
+# --- encodings -------------------------------------------------------------------------------------
+
+CHINESE = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。\n"
+TRADITIONAL = "少年面無表情,唇角有著一抹自嘲,緊握的手掌,因為大力,而導致略微尖銳的指甲深深的刺進了掌心之中。\n"
+KOREAN = "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다\n"
+JAPANESE = "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。\n"
+FRENCH = "les élèves français étaient à l'aise où ça va\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options"),
+    [("gb18030", "gb18030"), ("gb18030", "GBK"), ("gb18030", "gb2312"), ("gb18030", "auto"), ("utf-8", "auto"),
+     ("utf-8-sig", "auto"), ("utf-8-sig", "utf-8"), ("big5", "big5")],
+)  # fmt: skip
+def test_text_in_other_encodings(encoding: str, options: str, tmp_path: Path) -> None:
+    text = CHINESE if encoding != "big5" else TRADITIONAL
+    lines = [text + str(n) for n in range(30)]
+    (tmp_path / "a.txt").write_bytes(lines[0].encode(encoding))
+    content = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "a.jsonl").write_bytes(content.encode(encoding))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content.encode(encoding)))
+    cut = inputs.units(inputs.find([str(tmp_path)]), 500, Reading(encoding=options))
+    found = [text for unit in cut for text in documents.documents(unit, Reading(encoding=options))]
+    assert found == [*lines, lines[0], *lines]
+    (tmp_path / "s.txt").write_bytes("\n===\n".join(lines).encode(encoding))
+    assert read(tmp_path / "s.txt", Reading(encoding=options, separator="\n===\n"), 300) == lines
+
+
+def test_auto_tells_each_file_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(CHINESE.encode())
+    (tmp_path / "b.txt").write_bytes(CHINESE.encode("gb18030"))
+    (tmp_path / "c.txt").write_bytes(TRADITIONAL.encode("gb18030"))
+    (tmp_path / "d.txt").write_bytes(b"plain")
+    (tmp_path / "e.txt").write_bytes(KOREAN.encode())
+    assert read(tmp_path, Reading(encoding="auto")) == [CHINESE, CHINESE, TRADITIONAL, "plain", KOREAN]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "chinese"),
+    [(CHINESE, "gb18030", True), (TRADITIONAL, "gb18030", True), ("萧炎", "gb18030", True), (KOREAN, "euc_kr", False),
+     (JAPANESE, "euc_jp", False), (JAPANESE, "shift_jis", False), (TRADITIONAL, "big5", False),
+     (CHINESE, "utf-8", False), ("萧炎", "utf-8", False), (KOREAN, "utf-8", False),
+     (FRENCH, "cp1252", False), ("naïve", "cp1252", False)],
+)  # fmt: skip
+def test_chinese_in_gb18030_is_known_when_it_is_seen(text: str, encoding: str, chinese: bool) -> None:
+    assert encodings.is_chinese(text.encode(encoding)) is chinese
+
+
+def valid(content: bytes, encoding: str) -> bool:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def test_broken_utf8_never_passes_for_chinese() -> None:
+    """Whichever byte of Chinese in UTF-8 is lost or changed."""
+    passed_for_gb18030 = 0
+    for content in (text.encode() for text in (CHINESE, CHINESE[:4], CHINESE[:5], TRADITIONAL[7:16], KOREAN)):
+        for n, size in itertools.product(range(len(content)), (1, 2)):
+            for broken in (content[:n] + content[n + size :], content[:n] + b"\xe4" * size + content[n + size :]):
+                if not valid(broken, "utf-8"):
+                    passed_for_gb18030 += valid(broken, "gb18030")
+                    with pytest.raises(encodings.UndecodableError):
+                        encodings.decoded(broken, "auto")
+    assert passed_for_gb18030 > 10
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_a_whole_text_may_be_in_utf16(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes((CHINESE + "\u0a0d\u0d0a").encode(encoding))
+    assert read(tmp_path / "a.txt", Reading(encoding=encoding)) == [CHINESE + "\u0a0d\u0d0a"]
+
+
+def test_an_encoding_has_one_name() -> None:
+    assert {Reading(encoding=name).encoding for name in ("gbk", "GB2312", "gb18030", "cp936")} == {"gb18030"}
+    assert {Reading(encoding=name).encoding for name in ("utf8", "UTF-8", "utf-8-sig")} == {"utf-8"}
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str, tmp_path: Path) -> None:
+    chance = random.Random(1)
+    texts = ["".join(chance.choices("abcdefghijklmnop", k=2000)) for _ in range(200)]
+    whole = jsonl(texts)
+    packed = gzip.compress(whole) if suffix == "gz" else zstd.compress(whole)
+    path = tmp_path / f"a.jsonl.{suffix}"
+    counts = []
+    for size in [*range(1, len(packed), len(packed) // 40), len(packed) - 1]:
+        path.write_bytes(packed[:size])
+        skipped: list[Skipped] = []
+        found = read(path, Reading(on_bad_input="skip"), 10**9, skipped)
+        assert found == texts[: len(found)]
+        assert len(skipped) == 1, size
+        assert "breaks off" in skipped[0].problem
+        counts.append(len(found))
+    assert counts == sorted(counts)
+    assert counts[-1] == 200 or suffix == "zst"
+    assert counts[-1] > 100
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.{suffix}, byte \d+ of its text: it breaks off"):
+        read(path)
+
+
+def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> None:
+    """Of text that repeats itself, the last bytes taken may stand for more than fits into what is asked for."""
+    packed = gzip.compress(GOOD * 40_000)
+
+    def holds(size: int) -> bool:
+        member = zlib.decompressobj(31)
+        return (
+            len(member.decompress(packed[:size], compression.CHUNK)) == compression.CHUNK and not member.unconsumed_tail
+        )
+
+    sizes = [size for size in range(len(packed)) if holds(size)]
+    assert sizes
+    for size in sizes:
+        (tmp_path / "a.jsonl.gz").write_bytes(packed[:size])
+        lines = zlib.decompressobj(31).decompress(packed[:size]).count(b"\n")
+        assert len(read(tmp_path / "a.jsonl.gz", Reading(on_bad_input="skip"))) == lines
+
+
+def test_what_is_told_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n' * 3000)
+    skipped: list[Skipped] = []
+    assert read(tmp_path / "a.jsonl", Reading(on_bad_input="skip"), 10**9, skipped) == ["a"] * 3000
+    assert len(skipped) == text_options.MOST_TOLD
+    assert sum(row.count for row in skipped) == 3000
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error_even_where_bad_input_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for change in ("grows", "is rewritten", "is gone"):
+        path.write_bytes(jsonl(TEXTS))
+        options = Reading(on_bad_input="skip")
+        unit = inputs.units(inputs.find([str(path)]), 10**9, options)[0]
+        texts = documents.documents(unit, options, [])
+        assert next(texts) == TEXTS[0]
+        if change == "is gone":
+            path.unlink()
+        elif change == "grows":
+            path.write_bytes(jsonl([*TEXTS, "more"]))
+        else:
+            os.utime(path, ns=(1, 1))
+        with pytest.raises(ValueError, match=r"changed since this was planned|was there when this was planned"):
+            list(texts)
+        with pytest.raises(ValueError, match="was planned"):
+            next(documents.documents(unit, options, []))
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import pyarrow.parquet
+from data_prep.text import documents, inputs
+from data_prep.text.options import Reading
+
+def peak_mb():
+    return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1]) / 1000
+
+for name in sys.argv[1:]:
+    before = peak_mb()
+    options = Reading(max_document_mb=1, on_bad_input="skip", separator="\\n" if ".txt" in name else "")
+    cut = inputs.units(inputs.find([name]), 10**8, options)
+    lengths = [len(text) for unit in cut for text in documents.documents(unit, options, [])]
+    print(name, len(lengths), sum(lengths), peak_mb() - before)
+"""
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    """60 MB of each kind, a line of 50 MB among it; of parquet, one row group of as much (pyarrow's own buffers are
+    30 MB, of a file of any size)."""
+    text = "x" * 9_999
+
+    def content(line: bytes) -> bytes:
+        return line * 500 + b'{"text": "' + b"z" * 50_000_000 + b"\n" + line * 500
+
+    (tmp_path / "a.jsonl").write_bytes(content(jsonl([text])))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content(jsonl([text])), 1))
+    (tmp_path / "c.txt.zst").write_bytes(zstd.compress(content(text.encode() + b"\n")))
+    table = pa.table({"text": [str(n) + text for n in range(9000)], "other": ["y" * 999] * 9000})
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=9000, use_dictionary=False, compression="none")
+    words = [sys.executable, "-c", MEMORY, *map(str, sorted(tmp_path.iterdir()))]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=clean_env(), check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [(int(count), int(size) >= int(count) * 9_999) for _, count, size, _ in rows] == [(1000, True)] * 3 + [
+        (9000, True)
+    ]
+    for name, _, _, grown in rows:
+        assert float(grown) < (80 if "parquet" in name else 30), f"{name} took {grown} MB"
+
+
+# --- standard input --------------------------------------------------------------------------------
+
+
+class Stdin(io.BytesIO):
+    def __init__(self, content: bytes, terminal: bool = False) -> None:
+        super().__init__(content)
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "name"),
+    [(b'{"text": "a"}\n', "", "stdin.jsonl"), (b'\xef\xbb\xbf\n {"text": "a"}\n', "", "stdin.jsonl"),
+     (b"a novel", "", "stdin.txt"), (b'{"text": "a"}\n', "txt", "stdin.txt"), (b" \n" * 10, "", "stdin.txt")],
+)  # fmt: skip
+def test_standard_input_is_copied_under_a_name_that_says_what_it_is(
+    content: bytes, kind: str, name: str, tmp_path: Path
+) -> None:
+    path = standard_input.spool(Stdin(content), tmp_path / "prep", kind)  # type: ignore[arg-type]
+    assert (path.name, path.read_bytes()) == (name, content)
+    assert [p.name for p in path.parent.iterdir()] == [name]
+
+
+def test_a_rerun_takes_the_same_input_or_a_terminal_and_refuses_any_other(tmp_path: Path) -> None:
+    content = b"a novel" * 400_000
+    path = standard_input.spool(Stdin(content), tmp_path)
+    before = path.stat().st_mtime_ns
+    assert standard_input.spool(Stdin(content), tmp_path) == path
+    assert standard_input.spool(Stdin(b"", terminal=True), tmp_path) == path
+    other = content[:2_500_000] + b"!" + content[2_500_001:]
+    for wrong in (other, content[:-1], content + b"!", b'{"text": 1}'):
+        with pytest.raises(ValueError, match="standard input is not what it was when this was begun"):
+            standard_input.spool(Stdin(wrong), tmp_path)
+    assert (path.stat().st_mtime_ns, path.read_bytes() == content) == (before, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"", "there is nothing on standard input"), (gzip.compress(b"x"), "pipe it through `gzip -dc` first"),
+     (zstd.compress(b"x"), "pipe it through `zstd -dc` first"), (b"PAR1....", "name the file instead")],
+    ids=["nothing", "gzip", "zstd", "parquet"],
+)  # fmt: skip
+def test_standard_input_that_is_no_text_is_refused_and_leaves_nothing(
+    content: bytes, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        standard_input.spool(Stdin(content), tmp_path / "prep")
+    with pytest.raises(ValueError, match="is a terminal"):
+        standard_input.spool(Stdin(content, terminal=True), tmp_path / "prep")
+    assert not (tmp_path / "prep").exists()

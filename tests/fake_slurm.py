@@ -1,0 +1,79 @@
+"""An `scontrol` in a folder of its own, a run that asks it, and the command that decides about the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpcgpt.run import run_folder
+from tests.programs import command
+
+
+class FakeSlurm:
+    """An scontrol that keeps what it is told. The real one is asked in tests/slurm/test_lab.py and its neighbours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "bin"
+        self.folder.mkdir()
+        self.said = folder / "scontrol.txt"
+        self.answers()
+
+    def away(self, times: int, then_requeued: bool = False) -> None:
+        """Its controller cannot be reached so often; what it was told in the last of these may have reached it."""
+        script = self.folder / "scontrol"
+        back = script.read_text().replace("#!/bin/sh\n", "", 1)
+        requeued = back.replace("Restarts=0", "Restarts=1").replace("exit 0", "echo Job is completing >&2; exit 1")
+        script.write_text(
+            f"#!/bin/sh\nmode=$1\necho x >> {self.folder}/asked.$mode\n"
+            f"if [ $(wc -l < {self.folder}/asked.$mode) -le {times} ]; then\n"
+            '    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1\nfi\n'
+            f"if {str(then_requeued).lower()} && [ -e {self.folder}/asked.requeue ]\n"
+            f"then\n{requeued}\nelse\n{back}\nfi\n"
+        )
+
+    def answers(self, state: str = "RUNNING", restarts: int = 0, refuses: bool = False, **fields: str) -> None:
+        more = {"Reason": "None", "PreemptTime": "None", "BatchFlag": "1"} | fields
+        said = " ".join(f"{key}={value}" for key, value in more.items())
+        script = self.folder / "scontrol"
+        script.write_text(
+            f'#!/bin/sh\necho "$@" >> {self.said}\n'
+            f'if [ "$1" = requeue ]; then {"echo Invalid >&2; exit 1" if refuses else "exit 0"}; fi\n'
+            f"echo 'JobId=7 JobName=x JobState={state} {said} Requeue=1 Restarts={restarts}'\n"
+        )
+        script.chmod(0o755)
+
+    def has_nodes(self, *nodes: str) -> None:
+        """sinfo's answer: node and state."""
+        (self.folder / "sinfo").write_text("#!/bin/sh\n" + "\n".join(f"echo {node}" for node in nodes) + "\n")
+        (self.folder / "sinfo").chmod(0o755)
+
+    @property
+    def updates(self) -> list[str]:
+        return [line for line in self.said.read_text().splitlines() if line.startswith("update")]
+
+    @property
+    def requeued(self) -> list[str]:
+        lines = self.said.read_text().splitlines() if self.said.exists() else []
+        return [line.removeprefix("requeue ") for line in lines if line.startswith("requeue")]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    return FakeSlurm(tmp_path)
+
+
+def decided(slurm: FakeSlurm, run: Path, status: int, **env: str) -> tuple[int, str]:
+    """Let `requeue decide` act on the run in that folder; its exit status and what it said."""
+    job = {"SLURM_JOB_ID": "7", "PATH": f"{slurm.folder}:/usr/bin:/bin"} | env
+    done = command("hpcgpt.requeue", "decide", "--status", str(status), "--run.dir", str(run.parent), "--run.name",
+                   run.name, env=job)  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "mine"
+    run_folder.prepare(folder)
+    return folder

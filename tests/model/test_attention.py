@@ -1,0 +1,214 @@
+"""hpcgpt.model.attention: documents that are packed into one window are computed as if each stood alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from hpcgpt.config.options import Config, Model
+from hpcgpt.model import attention, kernels
+from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.kernels import Attention
+from hpcgpt.model.precision import computing_in
+from tests.model.test_gpt import KINDS
+
+START = 99  # the id that begins a document
+
+
+def masked(kind: Model, manner: Manner | None = None, **changes: Any) -> GPT:
+    model = GPT(Model(**vars(kind) | changes), 0, manner or Manner(document_start=START)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def document(length: int, seed: int) -> Tensor:
+    """Its first token is START, and no other one."""
+    rest = torch.randint(0, START, (length - 1,), generator=torch.Generator().manual_seed(seed))
+    return torch.cat((torch.tensor([START]), rest))
+
+
+def pairs(text: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (1, T)."""
+    return text[None, :-1], text[None, 1:]
+
+
+@KINDS
+@pytest.mark.parametrize("manner", [{}, {"loss_chunk": 5}, {"recompute": True}], ids=str)
+def test_the_loss_and_gradients_of_two_packed_documents_are_those_of_the_two_apart(
+    kind: Model, manner: dict[str, Any]
+) -> None:
+    first, second = document(13, seed=1), document(9, seed=2)
+    # The token that begins the second document is a target of the first one's last.
+    alone = [torch.cat((first, second[:1])), second]
+    model = masked(kind, Manner(START, **manner))
+    packed = model(*pairs(torch.cat((first, second))))
+    packed.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    apart = sum(model(*pairs(text)) * (len(text) - 1) for text in alone) / 21
+    apart.backward()
+    assert abs(packed - apart) < 1e-10
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        assert (gradient - parameter.grad).abs().max() < 1e-10
+
+    plain = GPT(model.config).double()
+    plain.load_state_dict(model.state_dict())
+    assert abs(plain(*pairs(torch.cat((first, second)))) - apart) > 1e-3, "the mask would make no difference"
+
+
+@KINDS
+def test_a_window_from_the_middle_of_a_document_goes_on_with_it_from_position_0(kind: Model) -> None:
+    tail, second = document(9, seed=1)[1:], document(7, seed=2)
+    model = masked(kind)
+    plain = GPT(model.config).double()
+    plain.load_state_dict(model.state_dict())
+    logits = model(torch.cat((tail, second))[None])
+    assert (logits[:, :8] - plain(tail[None])).abs().max() < 1e-12
+    assert (logits[:, 8:] - plain(second[None])).abs().max() < 1e-12
+
+
+@KINDS
+def test_rows_have_borders_of_their_own_and_evaluation_has_the_mask_too(kind: Model) -> None:
+    rows = torch.stack([torch.cat((document(5, 1), document(15, 2))), torch.cat((document(12, 3), document(8, 4)))])
+    model = masked(kind, dropout=0.3).eval()
+    together = model(rows)
+    for row, length in ((0, 5), (1, 12)):
+        alone = torch.cat((model(rows[row : row + 1, :length]), model(rows[row : row + 1, length:])), dim=1)
+        assert (together[row] - alone[0]).abs().max() < 1e-12
+
+
+@KINDS
+def test_a_window_of_one_document_is_computed_as_without_a_mask(kind: Model) -> None:
+    model, text = masked(kind), document(20, seed=1)[None]
+    plain = GPT(model.config).double()
+    plain.load_state_dict(model.state_dict())
+    assert (model(text) - plain(text)).abs().max() < 1e-12
+
+
+def test_each_start_begins_a_document_at_position_0() -> None:
+    documents, positions = attention.borders(torch.tensor([[5, 5, 9, 5, 9, 9, 5], [9, 1, 1, 1, 1, 1, 9]]), 9)
+    assert documents.tolist() == [[0, 0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]]
+    assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@KINDS
+def test_flex_attention_sees_the_same_as_the_mask_that_is_written_out(
+    kind: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forward pass, which CPUs have too, where the library itself computes it: written out and in blocks."""
+    model = masked(kind, block_size=300).float().eval()
+    rows = torch.stack([torch.cat((document(140, 1), document(160, 2))), torch.cat((document(7, 3), document(293, 4)))])
+    with torch.no_grad():
+        expected = model(rows)
+        monkeypatch.setattr(attention, "has_flex", lambda *_: True)
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: attention.flex_attention)
+        sight = model._sight(rows, 300)
+        assert isinstance(sight.mask, attention.BlockMask)
+        assert sight.mask.kv_num_blocks.tolist() == [[[1, 2, 2]], [[1, 2, 3]]]
+        found = model(rows)
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_flex_attention_is_for_gpus_without_dropout_and_in_at_most_32_bits() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert attention.has_flex(gpu, torch.float32, 0.0)
+    assert not attention.has_flex(gpu, torch.float64, 0.0)
+    assert not attention.has_flex(gpu, torch.float32, 0.1)
+    assert not attention.has_flex(cpu, torch.float32, 0.0)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("manner", [Manner(), Manner(START, 16, 1e-3, recompute=True)], ids=["plain", "all options"])
+def test_torch_compile_makes_one_graph_of_the_forward_pass(kind: Model, manner: Manner) -> None:
+    """One graph also means that nothing in it waits for a number from the device.
+
+    The last part of the compiler, which makes machine code of the graph, takes too long for a test:
+    benchmarks/model.py runs it.
+    """
+    model = GPT(Model(**vars(kind) | {"n_layer": 1}), 0, manner)
+    torch._dynamo.reset()
+    text = torch.cat((document(13, 1), document(12, 2)))[None]
+    x, y = text[:, :-1], text[:, 1:]
+    expected = model(x, y)
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(x, y)
+    loss.backward()
+    assert (loss - expected).abs() < 1e-5
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        assert (gradient - parameter.grad).abs().max() < 1e-5
+
+
+# --- written out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_written_out_it_is_the_same_function(groups: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=generator).double() for heads in (4, groups, groups))
+    parts = [part.requires_grad_() for part in (q, k, v)]
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    made = attention.written_out(q, k, v, 0.0)
+    assert (made - expected).abs().max() < 1e-12
+    weights = torch.randn(expected.shape, generator=generator).double()
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * weights).sum(), parts) for out in (made, expected)), strict=True
+    ):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
+def test_written_out_it_drops_chances_and_scales_the_others() -> None:
+    q = torch.zeros(1, 1, 4000, 2)  # so all chances of a row are alike
+    made = attention.written_out(q, q, torch.ones_like(q), 0.25)[0, 0, 1000:, 0]
+    assert made.mean() == pytest.approx(1, abs=0.01)
+    assert 0.01 < made.std() < 0.05
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_and_without_a_mask_chances_are_dropped(masked: bool) -> None:
+    q = torch.zeros(1, 1, 500, 2)  # so all chances of a row are alike
+    sight = attention.Sight(torch.arange(500), torch.ones(1, 1, 500, 500, dtype=torch.bool).tril() if masked else None)
+    made = attention.attend(q, q, torch.ones_like(q), sight, 0.25)[0, 0, 100:, 0]
+    assert made.mean() == pytest.approx(1, abs=0.02)
+    assert 0.01 < made.std() < 0.1
+
+
+FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "wanted", "by_flash"),
+    [
+        (torch.bfloat16, 32, "auto", False),
+        (torch.bfloat16, 32, "flash", True),
+        (torch.bfloat16, attention.WRITTEN_OUT_UP_TO + 1, "auto", True),
+        (torch.float32, 32, "auto", True),
+    ],
+)
+def test_short_windows_in_bfloat16_are_written_out_unless_a_kernel_was_asked_for(
+    dtype: torch.dtype, length: int, wanted: Attention, by_flash: bool
+) -> None:
+    settings = Config(model=Model(n_layer=1, n_head=2, n_embd=16, block_size=1024, vocab_size=100))
+    settings = replace(settings, train=replace(settings.train, attention=wanted))
+    model, ids = GPT(settings.model, manner=Manner.of(settings, START)), torch.zeros(1, length, dtype=torch.int64)
+    cpu = torch.device("cpu")
+    with (
+        profile(activities=[ProfilerActivity.CPU]) as found,
+        computing_in(dtype, cpu),
+        kernels.attention(wanted, cpu, dtype)(),
+    ):
+        model(ids, ids).backward()
+    assert (FLASH in {event.key for event in found.key_averages()}) == by_flash

@@ -1,0 +1,204 @@
+"""hpcgpt.model.loss, and recomputation: less memory, the same numbers; and every gradient is the slope of the loss."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpcgpt.config.options import Model
+from hpcgpt.model.gpt import GPT, PLAIN, Manner
+from hpcgpt.model.loss import mean_loss
+from tests.model.test_attention import START, document
+from tests.model.test_gpt import KINDS, MODERN, ids
+from tests.model.test_gpt import SMALL as GPT2
+
+
+def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states (70, 16), targets, and a head of 96 rows, of which the bias rules out the last 6."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 16, dtype=dtype, generator=generator, requires_grad=True) for n in (70, 96))
+    bias = torch.zeros(96, dtype=dtype)
+    bias[90:] = -torch.inf
+    return hidden, torch.randint(0, 90, (70,), generator=generator), weight, bias
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [1, 7, 32, 69])
+def test_chunks_change_neither_the_loss_nor_a_gradient(chunk: int, z_loss: float) -> None:
+    hidden, targets, weight, bias = head()
+    whole = mean_loss(hidden, targets, weight, bias, 0, z_loss)
+    expected = torch.autograd.grad(whole, (hidden, weight))
+    parts = mean_loss(hidden, targets, weight, bias, chunk, z_loss)
+    assert (parts - whole).abs() < 1e-13
+    for gradient, reference in zip(torch.autograd.grad(parts, (hidden, weight)), expected, strict=True):
+        assert (gradient - reference).abs().max() < 1e-14
+        assert reference.abs().max() > 1e-3
+
+
+def test_z_loss_is_the_mean_square_of_the_log_of_the_sum_of_exponentials() -> None:
+    hidden, targets, weight, bias = head()
+    logits = (hidden @ weight.T)[:, :90]
+    expected = F.cross_entropy(logits, targets) + 0.1 * logits.exp().sum(dim=1).log().square().mean()
+    assert (mean_loss(hidden, targets, weight, bias, 0, 0.1) - expected).abs() < 1e-12
+
+
+def test_without_z_loss_the_loss_is_the_plain_cross_entropy_bit_for_bit() -> None:
+    hidden, targets, weight, bias = head(torch.float32)
+    assert torch.equal(mean_loss(hidden, targets, weight, bias), F.cross_entropy(hidden @ weight.T + bias, targets))
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_of_logits_in_bfloat16_the_loss_is_still_computed_in_float32(chunk: int, z_loss: float) -> None:
+    hidden, targets, weight, bias = head(torch.float32)
+    hidden, weight = hidden.detach().bfloat16(), weight.detach().bfloat16()
+    logits = F.linear(hidden, weight, bias.bfloat16())  # rounded, and nothing behind them
+    expected = F.cross_entropy(logits.float(), targets) + z_loss * logits.float().logsumexp(dim=-1).square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mean_loss(hidden, targets, weight, bias, chunk, z_loss)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@KINDS
+def test_z_loss_is_trained_on_and_not_evaluated(kind: Model) -> None:
+    plain, with_z = GPT(kind, 1).double(), GPT(kind, 1, Manner(z_loss=0.1)).double()
+    x, y = ids(), ids(seed=6)
+    added = 0.1 * plain(x).logsumexp(dim=-1).square().mean()
+    assert (with_z(x, y) - plain(x, y) - added).abs() < 1e-12
+    assert added > 1
+    assert torch.equal(with_z.eval()(x, y), plain.eval()(x, y))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@KINDS
+def test_with_chunks_no_tensor_is_ever_as_large_as_the_logits(kind: Model) -> None:
+    """Seen by a look at everything that forward and backward pass make: 8 x 24 targets, 3,008 ids."""
+    shape = Model(**vars(kind) | {"vocab_size": 3000})
+    for chunk, expected in ((0, 8 * 24 * 3008), (16, 3008 * 48)):  # the head's own gradient is the largest then
+        model, x = GPT(shape, 1, Manner(loss_chunk=chunk)), ids(8)
+        with Largest() as largest:
+            model(x, x).backward()
+        assert largest.elements == expected
+
+
+def saved_bytes(model: GPT) -> int:
+    """What the forward pass of 4 x 24 tokens keeps for the backward pass, each storage once, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            alive.append(tensor)
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids(4), ids(4))
+    return sum(kept.values())
+
+
+@KINDS
+def test_with_chunks_the_logits_of_none_of_them_are_kept(kind: Model) -> None:
+    shape = Model(**vars(kind) | {"vocab_size": 3000})
+    whole, parts = (saved_bytes(GPT(shape, 1, Manner(loss_chunk=chunk))) for chunk in (0, 16))
+    assert whole - parts > 0.9 * (4 * 24 * 3008 * 4)
+
+
+@KINDS
+def test_recomputation_keeps_less_of_each_further_block(kind: Model) -> None:
+    def of_a_block(manner: Manner) -> int:
+        small, large = (GPT(Model(**vars(kind) | {"n_layer": n}), 1, manner) for n in (2, 6))
+        return (saved_bytes(large) - saved_bytes(small)) // 4
+
+    inputs = 4 * 24 * 48 * 4  # of a block, in bytes
+    assert of_a_block(Manner(recompute=True)) == inputs
+    assert of_a_block(PLAIN) > 10 * inputs
+
+
+@KINDS
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputation_gives_the_same_bits_with_dropout_too(kind: Model, dropout: float) -> None:
+    found = []
+    for recompute in (False, True):
+        model = GPT(Model(**vars(kind) | {"dropout": dropout}), 1, Manner(recompute=recompute))
+        torch.manual_seed(3)
+        loss = model(ids(), ids(seed=6))
+        loss.backward()
+        found.append([loss, torch.rand(1), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# --- gradients -------------------------------------------------------------------------------------
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 10, "vocab_size": 100}
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "manner",
+    [PLAIN, Manner(START), Manner(loss_chunk=4), Manner(z_loss=0.1), Manner(START, 4, 0.1, recompute=True)],
+    ids=["plain", "document mask", "chunks", "z-loss", "all at once"],
+)
+def test_gradients_are_the_slopes_of_the_loss(kind: Model, manner: Manner) -> None:
+    """By central differences, in float64: of each parameter the entry with the largest gradient and another one."""
+    grouped = {"n_kv_head": 1} if kind.kind == "modern" else {}
+    model = GPT(Model(**vars(kind) | TINY | grouped), 1, manner).double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    text = torch.cat((document(6, 1), document(5, 2)))
+    x, y = torch.stack((text[:-1], text[1:].flip(0))), torch.stack((text[1:], text[:-1].flip(0)))
+    model(x, y).backward()
+    step = 1e-5
+    for name, parameter in model.named_parameters():
+        slopes, values = parameter.grad.flatten(), parameter.data.flatten()
+        assert values.data_ptr() == parameter.data_ptr()
+        places = {
+            *slopes.abs().topk(2).indices.tolist(),
+            *torch.randint(0, len(slopes), (2,), generator=generator).tolist(),
+        }
+        for place in places:
+            before = values[place].item()
+            with torch.no_grad():
+                values[place] = before + step
+                above = model(x, y)
+                values[place] = before - step
+                below = model(x, y)
+                values[place] = before
+            measured = ((above - below) / (2 * step)).item()
+            assert slopes[place].item() == pytest.approx(measured, rel=1e-6, abs=1e-8), (name, place)
+        assert slopes.abs().max() > 1e-4, f"{name}: its gradient is too small to tell anything"
+
+
+def test_every_combination_of_manners_gives_the_same_loss_on_one_document() -> None:
+    x, y = document(24, 1)[None], ids(1)
+    for kind in (GPT2, MODERN):
+        expected = GPT(kind, 1).double()(x, y)
+        for start, chunk, recompute in itertools.product((None, START), (0, 5), (False, True)):
+            found = GPT(kind, 1, Manner(start, chunk, recompute=recompute)).double()(x, y)
+            assert (found - expected).abs() < 1e-12

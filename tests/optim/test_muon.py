@@ -1,0 +1,154 @@
+"""hpcgpt.optim.muon: its numbers are torch's own, each parameter has the optimizer that is meant for it, and it
+learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpcgpt.checkpoint import load
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.config import sources
+from hpcgpt.config.options import Model, Optim
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.muon import orthogonal
+from hpcgpt.optim.optimizer import make_optimizer, set_learning_rate, state_keys
+from hpcgpt.storage.lease import Generation
+from tests.checkpoint.ranks_checkpoint import content
+from tests.checkpoint.small_checkpoints import IDENTITY, save_tensors
+from tests.one_rank import ALONE
+from tests.programs import command
+from tests.tiny_run import rows
+
+MUON = Optim(name="muon", lr=1e-3, muon_lr=0.02, muon_momentum=0.95, weight_decay=0.1)
+
+
+def trained(config: Optim, steps: int, seed: int = 1, tied: bool = True) -> tuple[GPT, torch.optim.Optimizer]:
+    model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100, tied=tied), seed)
+    optimizer = make_optimizer(model, config)
+    go_on(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def go_on(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        ids = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(step % 3))
+        loss = model(ids, ids.roll(-1, 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
+
+
+def test_its_numbers_are_those_of_torchs_own_bit_for_bit() -> None:
+    model, _ = trained(MUON, 20)
+    other = GPT(model.config, seed=1)
+    matrices = [p for name, p in other.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+    rest = [p for p in other.parameters() if not any(p is matrix for matrix in matrices)]
+    muon: Any = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1 * 1e-3 / 0.02)
+    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
+    adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    for step in range(20):
+        ids = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(step % 3))
+        other(ids, ids.roll(-1, 1)).backward()
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (64, 256), (256, 64), (1, 30), (96, 32)])
+def test_an_update_has_the_directions_of_the_matrix_and_counts_them_alike(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    made = orthogonal(matrix).float()
+    singular = torch.linalg.svdvals(made)
+    assert 0.5 < singular.min() <= singular.max() < 1.3
+    rotated = u.T @ made @ v.T  # diagonal if U and V are those of the matrix
+    assert (rotated - rotated.diag().diag()).norm() < 0.1 * rotated.norm()
+
+
+def test_a_matrix_of_zeros_stays_one() -> None:
+    assert torch.equal(orthogonal(torch.zeros(8, 4)), torch.zeros(8, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_blocks_matrices_are_muons_and_nothing_else_is(tied: bool) -> None:
+    model, optimizer = trained(MUON, 0, tied=tied)
+    keys = {name: state_keys(optimizer)[p] for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        of_muon = name.startswith("blocks.") and parameter.dim() == 2
+        assert keys[name] == (("momentum_buffer",) if of_muon else ("step", "exp_avg", "exp_avg_sq")), name
+    assert sum(key == ("momentum_buffer",) for key in keys.values()) == 8
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_its_rate_has_the_shape_of_the_schedule_and_a_peak_of_its_own() -> None:
+    _, optimizer = trained(MUON, 0)
+    for rate in (0.0, 5e-4, 1e-3):
+        set_learning_rate(optimizer, rate)
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(20 * rate), rate, rate]
+
+
+def test_a_step_moves_a_matrix_by_the_rate_that_it_was_given() -> None:
+    model, optimizer = trained(dataclasses.replace(MUON, weight_decay=0.0), 0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    set_learning_rate(optimizer, 1e-4)
+    go_on(model, optimizer, range(1))
+    moved = model.blocks[0].mlp.up.weight - before["blocks.0.mlp.up.weight"]  # 128 x 32: twice as long a step
+    assert 0.5 < torch.linalg.matrix_norm(moved.detach(), 2) / (2 * 0.02 * 0.1) < 1.3
+    bias = model.blocks[0].mlp.up.bias - before["blocks.0.mlp.up.bias"]
+    assert bias.detach().abs().max().item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_it_learns_what_it_has_seen() -> None:
+    model, optimizer = trained(MUON, 0)
+    losses = go_on(model, optimizer, range(60))
+    assert losses[-1] < losses[0] - 1
+
+
+def test_a_loaded_run_goes_on_like_the_saved_one(checkpoints: Path, held: Generation) -> None:
+    model, optimizer = trained(MUON, 3)
+    before = content(model, optimizer, ALONE)
+    assert "optim/blocks.0.mlp.up.weight/momentum_buffer" in before
+    assert save_tensors(checkpoints, State(3, 3, 3, 1, IDENTITY), tensors_of(model, optimizer, ALONE), held) == ""
+    other, its_optimizer = trained(MUON, 0, seed=2)
+    load.load(checkpoints / "step_000000003", other, its_optimizer, ALONE)
+    assert content(other, its_optimizer, ALONE) == before
+    go_on(model, optimizer, range(3, 6))
+    go_on(other, its_optimizer, range(3, 6))
+    assert content(other, its_optimizer, ALONE) == content(model, optimizer, ALONE) != before
+
+
+@pytest.mark.parametrize(("was", "now"), [(MUON, Optim()), (Optim(), MUON)], ids=["muon to adamw", "adamw to muon"])
+def test_a_checkpoint_of_another_optimizer_is_refused(
+    checkpoints: Path, held: Generation, was: Optim, now: Optim
+) -> None:
+    model, optimizer = trained(was, 2)
+    assert save_tensors(checkpoints, State(2, 2, 2, 1, IDENTITY), tensors_of(model, optimizer, ALONE), held) == ""
+    other, its_optimizer = trained(now, 0)
+    with pytest.raises(ValueError, match=r"is nothing that the optimizer keeps of it .*set optim\.name as it was"):
+        load.load(checkpoints / "step_000000002", other, its_optimizer, ALONE)
+
+
+@pytest.mark.parametrize("flags", [["--optim.muon_lr", "0.01"], ["--optim.muon_momentum", "0.9"]], ids=" ".join)
+def test_what_only_muon_uses_is_refused_without_it(flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"optim\.muon_\w+ says nothing to optim\.name adamw"):
+        sources.from_command_line(flags, "train", "")
+    sources.from_command_line([*flags, "--optim.name", "muon"], "train", "")
+
+
+def test_the_program_trains_with_it(tiny: Path, tmp_path: Path) -> None:
+    done = command("hpcgpt.train", str(tiny), "--optim.name", "muon")
+    assert done.returncode == 0, done.stderr
+    losses = [row["train/loss"] for row in rows(tmp_path / "runs/tiny/metrics.jsonl")]
+    assert losses[-1] < losses[0]

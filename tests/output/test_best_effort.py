@@ -1,0 +1,209 @@
+"""What only informs cannot end, stall or delay a run; exit.json is there before anything is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcgpt.distributed import rendezvous
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.output import best_effort
+from hpcgpt.output.best_effort import Worker, only_informs, within
+from hpcgpt.run import run_folder
+from hpcgpt.training import attempt, loop, reporter
+from tests.programs import ROOT, clean_env, command
+from tests.tiny_run import curve, rows
+
+
+@pytest.fixture(autouse=True)
+def _warned_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(best_effort, "_warned", type(best_effort._warned)())
+
+
+def test_any_exception_becomes_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    for error in (OSError(28, "No space left on device"), KeyError("x"), RuntimeError("CUDA out of memory")):
+        with only_informs("the sample"):
+            raise error
+    assert capfd.readouterr().err.splitlines() == [
+        "warning: the sample: No space left on device; training continues",
+        "warning: the sample: KeyError: 'x'; training continues",
+        "warning: the sample: RuntimeError: CUDA out of memory; training continues",
+    ]
+
+
+def test_a_warning_is_not_repeated_for_ever(capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(100):
+        with only_informs("events.jsonl"):
+            raise OSError(28, "No space left on device")
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == best_effort.MOST_WARNINGS
+    assert said[-1].endswith("it will not be said again")
+
+
+def test_a_worker_does_things_in_order_and_survives_their_exceptions(capfd: pytest.CaptureFixture[str]) -> None:
+    worker, done = Worker("test"), []
+    for number in range(5):
+        worker.post("one", lambda number=number: done.append(number))  # type: ignore[misc]
+        worker.post("two", lambda: 1 / 0)
+    assert worker.drain(60)
+    assert done == list(range(5))
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_an_action_that_hangs_holds_up_neither_post_nor_drain(capfd: pytest.CaptureFixture[str],
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(best_effort, "MOST_WAITING", 3)
+    worker, go_on, done = Worker("test"), threading.Event(), []
+    started = threading.Event()
+    worker.post("hangs", lambda: (started.set(), go_on.wait()))
+    assert started.wait(60)
+    for number in range(5):
+        worker.post("later", lambda number=number: done.append(number))  # type: ignore[misc]
+    assert not worker.drain(0.01)
+    assert capfd.readouterr().err.count("this one is left out") == 2
+    go_on.set()
+    assert worker.drain(60)
+    assert done == [0, 1, 2]
+
+
+def test_an_answer_that_does_not_come_is_done_without(capfd: pytest.CaptureFixture[str]) -> None:
+    never = threading.Event()
+    assert within(60, "sum", lambda: 1 + 1) == 2
+    assert within(60, "fails", lambda: 1 // 0) is None
+    assert within(0.01, "hangs", lambda: never.wait()) is None
+    said = capfd.readouterr().err
+    assert "fails: ZeroDivisionError" in said
+    assert "hangs: no answer within 0 s" in said
+    never.set()
+
+
+# --- whole runs ------------------------------------------------------------------------------------
+
+
+def test_events_that_goodput_cannot_make_sense_of_do_not_end_a_finished_run(tiny: Path) -> None:
+    """`started_at` was null where slurmctld did not answer once: three crashes of a run that was finished."""
+    folder = tiny.parent / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    odd = [{"time": 1.0, "event": "job", "job": "1_0", "started_at": None, "queued_at": None, "hosts": None},
+           {"time": None, "event": "start", "attempt": None, "step": "x"}, {"time": 2.0, "event": 3}]  # fmt: skip
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in odd))
+    done = command("hpcgpt.train", str(tiny))
+    assert done.returncode == FINISHED, done.stderr
+    assert run_folder.read_exit(folder) == run_folder.Exit("", FINISHED, "finished", 12, saved=True)
+    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, 13))
+
+
+BREAKAGES = {
+    "events": "run_folder.record = broken",
+    "goodput": "goodput.words = broken",
+    "samples": "reporter.generate = broken",
+    "console": "metrics_file.Console.step = metrics_file.Console.say = metrics_file.Console.close = broken",
+    "metrics file": "metrics_file.MetricsFile.write_appended = broken",
+    "dashboard": "tracker.Tracker.write = tracker.Tracker.close = broken",
+    "traces": "profiler.Profiler.before = profiler.Profiler.after = broken",
+}
+BROKEN = """
+import sys
+from hpcgpt import cli, train
+from hpcgpt.run import goodput, metrics_file, run_folder
+from hpcgpt.tracking import tracker
+from hpcgpt.training import profiler, reporter
+def broken(*_arguments, **_options):
+    raise {error}
+{breakage}
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize(
+    "error", ["ValueError('odd')", "OSError(5, 'Input/output error')", "RuntimeError('CUDA error')"]
+)
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: str) -> None:
+    """Every one of them fails from the first step to the last. The code is ours, and broken where nothing else can."""
+    script = BROKEN.format(error=error, breakage=BREAKAGES[breakage])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny)], cwd=ROOT, env=clean_env(), capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    folder = tiny.parent / "runs" / "tiny"
+    assert done.returncode == FINISHED, done.stderr
+    ended = run_folder.read_exit(folder)
+    assert ended is not None
+    assert (ended.status, ended.step, ended.saved) == (FINISHED, 12, True)
+    assert (folder / "checkpoints/step_000000012/manifest.json").exists()
+    assert len(curve(folder)) == 12
+    assert "training continues" in done.stderr or breakage == "console"
+
+
+def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
+    """A file of events that nobody ever finishes writing: a pipe. exit.json comes first, and the run ends."""
+    folder = tiny.parent / "runs" / "tiny"
+    first = command("hpcgpt.train", str(tiny), "--train.steps", "8")
+    assert first.returncode == FINISHED
+    script = BROKEN.format(error="OSError(5, 'x')", breakage=(
+        "import time\nreporter.GOODPUT_S = 5.0\n"
+        "def hang(folder):\n    print('exit', run_folder.read_exit(folder).step, flush=True)\n    time.sleep(3600)\n"
+        "goodput.words = hang"
+    ))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny)], cwd=ROOT, env=clean_env(), capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == FINISHED
+    assert "exit 12\n" in done.stdout
+    assert "goodput: no answer within 5 s" in done.stderr
+    assert f"goodput: ask `python -m hpcgpt.status {folder}`" in done.stdout
+    assert run_folder.read_exit(folder) == run_folder.Exit("", FINISHED, "finished", 12, saved=True)
+
+
+@pytest.mark.parametrize(("megabytes", "limit_s"), [(None, 10.0), (0, 10.0), (50, 25.0), (97, 39.1), (10_000, 40.0)])
+def test_the_time_for_goodput_grows_with_the_rows_up_to_a_limit(
+    tmp_path: Path, megabytes: int | None, limit_s: float
+) -> None:
+    """A fixed one is too short for a long run, whose table is the one that counts."""
+    if megabytes is not None:
+        with open(tmp_path / "metrics.jsonl", "w") as file:
+            file.truncate(megabytes * 1_000_000)
+    assert reporter.goodput_limit_s(tmp_path) == pytest.approx(limit_s)
+    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < attempt.LAST_WORDS_S
+
+
+@pytest.mark.parametrize(("wanted_s", "hang_s", "limit_s"), [(30, 300, 30), (200, 300, 150), (7200, 36_000, 300)])
+def test_a_sample_ends_before_the_other_ranks_take_it_for_a_hang(wanted_s: int, hang_s: int, limit_s: float) -> None:
+    """They wait in a collective, which has a limit of its own, also where the watchdog has much patience."""
+    assert loop.sample_limit_s(wanted_s, hang_s) == limit_s
+    assert limit_s < rendezvous.COLLECTIVE_TIMEOUT.total_seconds()
+
+
+def test_a_long_sample_is_cut_short_and_is_no_hang(tiny: Path) -> None:
+    """A million tokens: it was a hang for the watchdog, and again at each attempt."""
+    done = command(
+        "hpcgpt.train", str(tiny), "--sample.tokens", "1000000", "--sample.max_s", "3", "--watchdog.hang_min_s", "2",
+        "--watchdog.hang_factor", "1",
+    )  # fmt: skip
+    assert done.returncode == FINISHED, done.stderr
+    assert done.stdout.count("--- sample at step") == 2
+
+
+def test_a_signal_in_a_sample_is_answered(tiny: Path) -> None:
+    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--sample.tokens", "1000000", "--sample.max_s", "3600"]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as running:
+        folder = tiny.parent / "runs" / "tiny"
+        deadline = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or b"val/loss" not in (folder / "metrics.jsonl").read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(running.pid, signal.SIGTERM)
+        out, _ = running.communicate(timeout=60)
+    assert running.returncode == AGAIN, out

@@ -1,0 +1,151 @@
+"""What a run prints can be lost, and never ends, stops or delays it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
+from hpcgpt.output.streams import BackgroundStream
+from tests.programs import ROOT, clean_env
+from tests.tiny_run import curve
+
+TRAIN = [sys.executable, "-m", "hpcgpt.train"]
+# Greedy samples of an untrained model: whatever bytes they are, this prompt has characters that gbk and ascii lack.
+PROMPT = ("--sample.prompt", "萧炎 é ☃ 𝕏", "--run.name", "printed")
+
+
+def train(tiny: Path, *arguments: str, env: dict[str, str] | None = None, shell: str = "") -> subprocess.Popen[bytes]:
+    """A run as a real process; `shell` is what is behind its command line."""
+    words = ["bash", "-c", f'exec "$@" {shell}', "bash", *TRAIN, str(tiny), *PROMPT, *arguments]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=clean_env() | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path) -> list[tuple[object, ...]]:
+    """The curve of the same run, printed without trouble."""
+    from tests.tiny_run import TINY
+
+    home = tmp_path_factory.mktemp("whole")
+    config = home / "tiny.toml"
+    config.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", f'[run]\ndir = "{home / "runs"}"'))
+    with train(config) as running:
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == FINISHED, err
+    assert "萧炎 é ☃ 𝕏".encode() in out
+    return curve(home / "runs" / "printed")
+
+
+@pytest.mark.parametrize(
+    ("env", "seen"),
+    [
+        ({"PYTHONIOENCODING": "gbk"}, "萧炎".encode("gbk")),
+        ({"PYTHONIOENCODING": "latin-1"}, b"\\u8427\\u708e \xe9"),
+        ({"PYTHONIOENCODING": "ascii"}, b"\\u8427\\u708e \\xe9 \\u2603"),
+        ({"LC_ALL": "C"}, "萧炎 é ☃".encode()),
+    ],
+    ids=["gbk", "latin-1", "ascii", "LC_ALL=C"],
+)
+def test_a_sample_that_stdout_cannot_encode_costs_nothing(
+    tiny: Path, whole: list[tuple[object, ...]], env: dict[str, str], seen: bytes
+) -> None:
+    """It was status 2 at the first sample, with no checkpoint."""
+    with train(tiny, env=env) as running:
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == FINISHED, err
+    assert seen in out
+    assert curve(tiny.parent / "runs" / "printed") == whole
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", ">/dev/full 2>/dev/full"])
+def test_closed_and_full_outputs_cost_nothing(tiny: Path, whole: list[tuple[object, ...]], closed: str) -> None:
+    """It was status 120, and the descriptor of stdout went to a file of the run."""
+    with train(tiny, shell=closed) as running:
+        running.communicate(timeout=120)
+    assert running.returncode == FINISHED
+    assert curve(tiny.parent / "runs" / "printed") == whole
+
+
+def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, whole: list[tuple[object, ...]]) -> None:
+    """The pipe is full before the first line, as under a pager or after Ctrl-S."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    words = [*TRAIN, str(tiny), *PROMPT]
+    with subprocess.Popen(words, cwd=ROOT, env=clean_env(), stdout=writer, stderr=writer) as running:
+        assert running.wait(timeout=120) == FINISHED
+    os.close(writer)
+    os.close(reader)
+    assert curve(tiny.parent / "runs" / "printed") == whole
+
+
+@pytest.mark.parametrize("module", ["hpcgpt.status", "hpcgpt.checkpoint"])
+def test_a_command_that_cannot_print_says_so(tiny: Path, module: str) -> None:
+    """Where printing is all that a command does, text that is lost is an error, and not status 120."""
+    with train(tiny) as running:
+        running.communicate(timeout=120)
+    arguments = ["ls"] if module == "hpcgpt.checkpoint" else []
+    words = [sys.executable, "-m", module, *arguments, str(tiny.parent / "runs" / "printed")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=ROOT, env=clean_env(), stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"error: No space left on device\n"
+
+
+def test_the_last_words_are_printed_before_the_process_ends() -> None:
+    """Also where it ends by os._exit, and after an exception."""
+    for ending, status in (("streams.drain(); os._exit(3)", 3), ("raise RuntimeError('last')", 1), ("sys.exit(4)", 4)):
+        script = (
+            f"import os, sys\nfrom hpcgpt.output import streams\nstreams.in_background()\nprint('words')\n{ending}\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (status, "words\n")
+        assert ("RuntimeError: last" in done.stderr) == (status == 1)
+
+
+def test_what_nothing_reads_is_dropped_the_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcgpt.output.streams.MOST_WAITING", 1000)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+    stream = BackgroundStream(os.fdopen(writer, "w"))
+    stream.write("first\n")  # the thread takes it and waits in write
+    deadline = time.monotonic() + 60
+    while stream._texts:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for number in range(300):
+        stream.write(f"{number:09d}\n")
+    assert not stream.drain(0)
+    read = b""
+    while not read.endswith(b"000000299\n"):
+        read += os.read(reader, 1 << 16)
+    assert stream.drain(60)
+    said = read.lstrip(b".").decode().splitlines()
+    assert said[0] == "first"
+    assert said[1] == "[2,010 characters were dropped: nothing read them]"  # beside the six that are being written
+    assert said[2:] == [f"{number:09d}" for number in range(201, 300)]
+
+
+def test_a_mistake_is_still_a_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*TRAIN, "--run.dir", str(tmp_path), "--data.dir", "萧炎"], cwd=ROOT,
+        env=clean_env() | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == USER_MISTAKE
+    assert done.stderr.startswith(b"error: no folder of shards at \\u8427\\u708e")

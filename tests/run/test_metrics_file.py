@@ -1,0 +1,310 @@
+"""hpcgpt.run.metrics_file: every step once in metrics.jsonl, whatever happens; and what a person is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcgpt.exit_codes import SUPERSEDED
+from hpcgpt.run import run_folder
+from hpcgpt.run.metrics_file import Console, MetricsFile, peak_flops
+from tests.disks import fill, small_disk
+from tests.programs import ROOT, clean_env
+from tests.tiny_run import rows
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "train/loss": 3.25, "train/tokens_per_s": 12345.6, "train/lr": 6e-4,
+            "train/grad_norm": 0.5, "time": 1e9 + step} | more  # fmt: skip
+
+
+def write(file: MetricsFile, row: dict[str, Any]) -> None:
+    """As the training loop and its reporter do; a full disk leaves the row waiting."""
+    file.append(row)
+    with suppress(OSError):
+        file.write_appended()
+
+
+def written(path: Path, steps: range) -> MetricsFile:
+    file = MetricsFile(path, keep_below=steps.start)
+    for step in steps:
+        write(file, row(step))
+    return file
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------
+
+
+def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, keep_below=1)
+    assert path.read_bytes() == b""
+    for step in (1, 2):
+        write(file, row(step, **{"train/loss": 0.1 + 0.2}))
+        assert [each["step"] for each in rows(path)] == list(range(1, step + 1))
+    assert rows(path)[1]["train/loss"] == 0.1 + 0.2
+    file.close()
+
+
+def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 11)).close()
+    before = path.read_bytes().splitlines(keepends=True)
+    resumed = MetricsFile(path, keep_below=5)
+    assert path.read_bytes() == b"".join(before[:4])
+    write(resumed, row(5, attempt=2))
+    resumed.close()
+    assert [(each["step"], each.get("attempt")) for each in rows(path)] == [(1, None), (2, None), (3, None),
+                                                                            (4, None), (5, 2)]  # fmt: skip
+
+
+def test_a_torn_last_line_is_forgotten_and_the_next_row_stands_on_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 4)).close()
+    path.write_bytes(path.read_bytes()[:-20])
+    resumed = written(path, range(3, 5))
+    resumed.close()
+    assert [each["step"] for each in rows(path)] == [1, 2, 3, 4]
+
+
+def test_a_last_line_without_its_line_feed_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 4)).close()
+    path.write_bytes(path.read_bytes()[:-1])
+    written(path, range(4, 5)).close()
+    assert [each["step"] for each in rows(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2', b"5", b"\x00\x00"])
+def test_a_damaged_line_in_the_middle_is_kept_aside_and_the_run_continues_with_a_gap(
+    tmp_path: Path, damage: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first, third = (json.dumps(row(step)).encode() + b"\n" for step in (1, 3))
+    path.write_bytes(first + damage + b"\n" + third)
+    file = MetricsFile(path, keep_below=4)
+    write(file, row(4))
+    file.close()
+    assert [each["step"] for each in rows(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
+    warning = f"warning: {path} has 1 damaged lines, kept in {tmp_path}/metrics.damaged.jsonl: 1 steps have no row"
+    assert warning in capfd.readouterr().err
+    (told,) = run_folder.events(tmp_path)
+    assert (told["event"], told["missing_steps"], told["first_missing"]) == ("damaged_metrics", 1, 2)
+    MetricsFile(path, keep_below=5).close()  # said once
+    assert len(run_folder.events(tmp_path)) == 1
+    assert not capfd.readouterr().err
+
+
+def test_damaged_lines_that_cannot_be_kept_aside_stay_where_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(json.dumps(row(1)).encode() + b'\n{"step": 2, "tr\n')
+    (tmp_path / "metrics.damaged.jsonl").mkdir()
+    MetricsFile(path, keep_below=3).close()
+    assert b'{"step": 2, "tr\n' in path.read_bytes()
+
+
+@pytest.mark.parametrize("value", [None, "3", [], True, float("nan"), 10**400])
+@pytest.mark.parametrize("key", ["step", "time", "train/loss", "train/grad_norm", "train/step_s"])
+def test_a_row_with_a_field_of_a_wrong_kind_stops_no_run(tmp_path: Path, key: str, value: Any) -> None:
+    """Neither the one that opens the file, nor those that use what it says of the rows."""
+    path = tmp_path / "metrics.jsonl"
+    good = [row(step, **{"train/step_s": 1.0}) for step in range(1, 7)]
+    bad = [each | ({key: value} if each["step"] in (2, 5) else {}) for each in good]
+    path.write_text("".join(json.dumps(each) + "\n" for each in bad))
+    file = MetricsFile(path, keep_below=4)
+    assert all(isinstance(each["train/step_s"] + each["time"], float) for each in file.cut_off)
+    assert all(isinstance(each[name], float | None) for each in file.tail for name in ("train/loss", "train/grad_norm"))
+    assert {1, 3} <= {each["step"] for each in rows(path)} <= {1, 2, 3}
+    file.close()
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 3', b"5", b"\x00\x00", b'{"step": 4}\n\x00\x00'])
+def test_what_a_host_that_died_left_beyond_the_checkpoint_may_be_full_of_holes(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 3)).close()
+    kept = path.read_bytes()
+    path.write_bytes(kept + damage + b'\n{"step": 6}\n')
+    MetricsFile(path, keep_below=3).close()
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("when", ["before its file has a name", "before its look"])
+def test_an_orphan_that_was_stopped_while_it_began_does_not_replace_its_successors_rows(
+    tmp_path: Path, when: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 5)).close()
+    child = os.fork()
+    if child == 0:
+        try:
+            superseded = path.with_name("newer").exists
+
+            def check() -> None:
+                if when == "before its look":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if superseded():
+                    os._exit(SUPERSEDED)
+                if when != "before its look":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+
+            MetricsFile(path, keep_below=2, check=check)
+        except FileNotFoundError:
+            os._exit(1)
+        finally:
+            os._exit(99)
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    path.with_name("newer").touch()
+    file = MetricsFile(path, keep_below=4)
+    write(file, row(4))
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (SUPERSEDED if when == "before its look" else 1)
+    write(file, row(5))
+    file.sync()
+    file.close()
+    assert [each["step"] for each in rows(path)] == [1, 2, 3, 4, 5]
+
+
+def test_on_a_full_disk_rows_wait_and_are_written_when_there_is_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        file = written(folder / "metrics.jsonl", range(1, 4))
+        filler = fill(folder)
+        for step in range(4, 60):  # the rest of the file's page, and beyond
+            write(file, row(step))
+        with pytest.raises(
+            OSError, match=r"cannot write .*metrics\.jsonl: No space left on device; 0\.0 MB free there"
+        ):
+            file.write_appended()
+        filler.unlink()
+        write(file, row(60))
+        assert [each["step"] for each in rows(folder / "metrics.jsonl")] == list(range(1, 61))
+        file.close()
+
+
+def test_before_a_checkpoint_waiting_rows_are_written_too(tmp_path: Path) -> None:
+    """Rows must not be younger than the checkpoint that follows them: nobody would make them again."""
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        file = written(folder / "metrics.jsonl", range(1, 4))
+        filler = fill(folder)
+        for step in range(4, 60):
+            write(file, row(step))
+        filler.unlink()
+        file.sync()
+        assert [each["step"] for each in rows(folder / "metrics.jsonl")] == list(range(1, 60))
+        file.close()
+
+
+def test_rows_that_cannot_be_written_are_no_basis_for_a_checkpoint(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as folder:
+        file = written(folder / "metrics.jsonl", range(1, 4))
+        fill(folder)
+        for step in range(4, 60):
+            write(file, row(step))
+        with pytest.raises(OSError, match="No space left on device"):
+            file.sync()
+        file.close()
+
+
+# --- the console -----------------------------------------------------------------------------------
+
+
+def without_times(log: str) -> list[str]:
+    return [line[20:] for line in log.splitlines()]
+
+
+def test_in_a_log_file_the_first_step_and_the_last_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(0, 1000)
+    for step in range(1, 1001):
+        console.step(row(step))
+    console.close()
+    told = capsys.readouterr()
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d step ", line) for line in told.out.splitlines())
+    lines = without_times(told.out)
+    assert lines[0].startswith("step 1/1,000  loss 3.2500  12,346 tok/s  lr 6.00e-04  grad norm 0.500  ")
+    assert lines[-1] == "step 1,000/1,000  loss 3.2500  12,346 tok/s  lr 6.00e-04  grad norm 0.500  0:00:00 left"
+    assert len(lines) < 100, "a line a step would fill the log"
+    assert "\r" not in told.out + told.err
+
+
+def test_an_evaluation_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(0, 1000)
+    console.step(row(1))
+    console.step(row(2, **{"val/loss": 2.5, "val/perplexity": 12.1825, "val/bits_per_byte": 1.25}))
+    assert without_times(capsys.readouterr().out)[1:] == [
+        "step 2: validation loss 2.5000, perplexity 12.18, 1.2500 bits per byte"]  # fmt: skip
+
+
+def test_the_row_of_the_very_step_that_was_resumed_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run stopped within its evaluation evaluates again, and the row has the step that it resumed at."""
+    Console(6, 12).step(row(6))
+    assert without_times(capsys.readouterr().out)[0].startswith("step 6/12")
+
+
+def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
+    code = "from hpcgpt.run.metrics_file import Console; import tests.run.test_metrics_file as t; c = Console(0, 3)\n"
+    code += "for step in (1, 2, 3): c.step(t.row(step))\n"
+    code += "c.say('a line'); c.close()"
+    reading, writing = pty.openpty()
+    termios.tcsetwinsize(writing, (24, 100))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_env(), stderr=writing,
+                          stdout=subprocess.PIPE, check=True)  # fmt: skip
+    os.close(writing)
+    shown = ""
+    with suppress(OSError):  # EIO is how a terminal says that nobody writes any more
+        while piece := os.read(reading, 1 << 16):
+            shown += piece.decode()
+    os.close(reading)
+    assert done.stdout.decode() == "a line\n"
+    assert "3/3" in shown
+    assert "loss 3.2500" in shown
+
+
+# --- the peak of a GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A30", 165e12),
+        ("NVIDIA A40", 149.7e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        # A slice of a chip has a part of its peak, and which part depends on the slice.
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        # Other chips whose names look alike.
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A800-SXM4-80GB", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("Tesla V100-SXM2-32GB", None),
+        ("AMD Instinct MI300X", None),
+        ("", None),
+    ],
+)
+def test_the_peak_is_that_of_the_chip_or_unknown(name: str, expected: float | None) -> None:
+    assert peak_flops(name) == expected

@@ -1,0 +1,145 @@
+"""The lab as a user sees it: jobs are submitted, watched and hit. Shared by the tests that run on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lab_conf import Lab
+
+from hpcgpt.run import run_folder
+from hpcgpt.slurm.scontrol import fields_of
+from tests.programs import ROOT, clean_env
+from tests.tiny_run import curve, rows, tensors
+
+SCRIPT = str(ROOT / "slurm" / "pretrain.sbatch")
+SHAPE = ("--nodes=2", "--ntasks-per-node=2")
+
+
+class Cluster:
+    """The lab, and one folder that all of its nodes see. Every run of it gets `arguments`."""
+
+    def __init__(self, lab: Lab, shards: Path, home: Path, steps: int, arguments: tuple[str, ...] = ()) -> None:
+        self.lab, self.steps, self.arguments = lab, steps, arguments
+        self.home, self.env = home, clean_env() | lab.environ() | {"HPCGPT_PYTHON": sys.executable}
+        self.env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
+        self.config = home / "run.toml"
+        self.config.write_text(
+            f"""
+            [run]
+            dir = "{home / "runs"}"
+            device = "cpu"
+            threads = 1
+            [data]
+            dir = "{shards}"
+            [model]
+            n_layer = 2
+            n_head = 2
+            n_embd = 32
+            block_size = 32
+            dropout = 0.1
+            [schedule]
+            warmup_steps = 10
+            [train]
+            steps = {steps}
+            global_batch = 16
+            micro_batch = 2
+            [checkpoint]
+            every = {steps // 2}
+            [eval]
+            every = {steps * 2 // 3}
+            batches = 16
+            [sample]
+            tokens = 5
+            """
+        )
+
+    def folder(self, name: str) -> Path:
+        return self.home / "runs" / name
+
+    def slurm(self, *command: str, env: dict[str, str] | None = None) -> str:
+        done = subprocess.run(
+            command, env=self.env | (env or {}), cwd=self.home, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
+        return done.stdout.strip()
+
+    def sbatch(self, name: str, *flags: str, arguments: tuple[str, ...] = (), env: dict[str, str] | None = None) -> str:
+        words = (*SHAPE, *flags, SCRIPT, str(self.config), "--run.name", name, *self.arguments, *arguments)
+        return self.slurm("sbatch", "--parsable", *words, env=env)
+
+    def submit(self, name: str, *flags: str) -> str:
+        answer = self.slurm(
+            sys.executable, "-m", "hpcgpt.submit", "--json", "--nodes", "2", "--tasks-per-node", "2",
+            "--gpus-per-node", "2", *flags, str(self.config), "--run.name", name,
+        )  # fmt: skip
+        return str(json.loads(answer)["job"])
+
+    def state(self, job: str) -> str:
+        return fields_of(self.slurm("scontrol", "show", "job", job))["JobState"]
+
+    def wait(self, job: str, state: str = "COMPLETED", limit_s: float = 400) -> None:
+        deadline = time.monotonic() + limit_s
+        while (now := self.state(job)) not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+            assert time.monotonic() < deadline, f"job {job} is {now} after {limit_s} s"
+            time.sleep(0.5)
+        assert now == state, self.story(job)
+
+    def wait_for_rows(self, name: str, count: int, limit_s: float = 200) -> None:
+        path, deadline = self.folder(name) / "metrics.jsonl", time.monotonic() + limit_s
+        while not path.exists() or len(path.read_bytes().splitlines()) < count:
+            assert time.monotonic() < deadline, f"{name} made no progress: {self.story('*')}"
+            time.sleep(0.1)
+
+    def wait_for_ends(self, name: str, count: int, limit_s: float = 90) -> None:
+        """Until `count` attempts have left by themselves."""
+        deadline = time.monotonic() + limit_s
+        while [event["event"] for event in run_folder.events(self.folder(name))].count("end") < count:
+            assert time.monotonic() < deadline, f"{name} did not leave: {self.story('*')}"
+            time.sleep(0.1)
+
+    def story(self, job: str) -> str:
+        """All that was printed, for a failing test."""
+        files = [*self.home.glob(f"slurm-{job}.out"), *self.home.glob(f"runs/*/logs/{job}_*.log"),
+                 *self.home.glob(f"runs/*/submit/{job}_*.out")]  # fmt: skip
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in files)
+
+
+def same_result(folder: Path, whole: Path, steps: int) -> None:
+    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, steps + 1))
+    assert curve(folder) == curve(whole)
+    last = f"checkpoints/step_{steps:09d}"
+    assert tensors(folder / last) == tensors(whole / last)
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in run_folder.events(folder) if event["event"] == "start"]
+
+
+def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in run_folder.events(folder) if event["event"] in kinds]
+
+
+def rank_pids(job: str) -> dict[int, int]:
+    """The ranks of a job, by their number."""
+    return {int(env["SLURM_PROCID"]): pid for pid, env in running("hpcgpt.train") if env.get("SLURM_JOB_ID") == job}
+
+
+def running(module: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The processes ``python -m module``: the machine's own pids, whichever host of the lab they live on, and their
+    environments.
+    """
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_text(errors="replace").split("\0")
+            env = dict(pair.partition("=")[::2] for pair in (entry / "environ").read_text(errors="replace").split("\0"))
+        except OSError:  # it has just ended
+            continue
+        if words[1:3] == ["-m", module]:
+            yield int(entry.name), env

@@ -1,0 +1,37 @@
+"""The tests' Slurm: one lab for the session, brought up by the first test that asks for it.
+
+A lab that was up before the session is used as it is, and stays up. Where none can be had, every test that asks
+for one is skipped, with the sentence that says what is missing. HPCGPT_LAB="hpcgpt-lab2 10.78.0" takes another one:
+two test runs on one machine must not cut each other's cables.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.programs import ROOT
+
+sys.path.insert(0, str(ROOT / "slurm/lab"))
+
+import lab as commands
+import lab_needs
+from lab_conf import Lab
+
+WANTED = Lab(*os.environ.get("HPCGPT_LAB", "").split())
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    if os.environ.get("LAB") == "0":
+        pytest.skip("LAB=0")
+    if reason := lab_needs.why_not():
+        pytest.skip(reason)
+    was_up = commands.status(WANTED.name).up
+    commands.up(WANTED)
+    yield WANTED
+    if not was_up:
+        commands.down(WANTED.name)

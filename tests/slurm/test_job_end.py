@@ -1,0 +1,173 @@
+"""hpcgpt.slurm.job_end: a time limit that is changed while the job runs is noticed, and Slurm is asked rarely."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hpcgpt.distributed import stop_signals
+from hpcgpt.distributed.stop_signals import Stop, StopFlag
+from hpcgpt.slurm import job_end
+from hpcgpt.slurm.job_end import BEFORE_S, EVERY_S, LOOK_S, JobEnd
+from tests.one_rank import ALONE
+from tests.programs import command
+
+DAY_S = 86_400
+
+
+class Controller:
+    """An scontrol that answers as it is told, and counts its questions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin, self._asked = folder / "bin", folder / "asked"
+        self.bin.mkdir()
+
+    def says(self, line: str, status: int = 0) -> None:
+        program = self.bin / "scontrol"
+        program.write_text(f"#!/bin/sh\necho \"$@\" >> {self._asked}\necho '{line}'\nexit {status}\n")
+        program.chmod(0o755)
+
+    def ends(self, end: float, state: str = "RUNNING") -> None:
+        self.says(f"JobId=7 JobName=x JobState={state} EndTime={int(end)}")
+
+    @property
+    def questions(self) -> list[str]:
+        return self._asked.read_text().splitlines() if self._asked.exists() else []
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Controller:
+    made = Controller(tmp_path)
+    monkeypatch.setenv("PATH", f"{made.bin}:/usr/bin:/bin")
+    return made
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The time that is seen, by both clocks; a test moves it."""
+    now = [1_000_000.0]
+    seen = SimpleNamespace(
+        time=lambda: now[0], monotonic=lambda: now[0], strftime=time.strftime, localtime=time.localtime
+    )
+    monkeypatch.setattr(stop_signals, "time", seen)
+    monkeypatch.setattr(job_end, "time", seen)
+    yield now
+
+
+def believing(end: float) -> StopFlag:
+    return StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
+
+
+def test_a_run_that_was_given_more_time_uses_it(slurm: Controller, tiny: Path) -> None:
+    slurm.ends(time.time() + DAY_S)
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1", "PATH": f"{slurm.bin}:/usr/bin:/bin"}
+    done = command("hpcgpt.train", str(tiny), env=env)
+    assert done.returncode == 0, done.stderr
+    assert slurm.questions == ["show job 7"]
+    assert "warning: Slurm now ends this job at " in done.stderr
+
+
+@pytest.mark.parametrize("new", [DAY_S + 7200, 3600, 300])
+def test_another_time_limit_is_noticed_after_a_while(slurm: Controller, clock: list[float], new: int) -> None:
+    began = clock[0]
+    flag = believing(began + DAY_S)
+    asked = JobEnd("7", flag)
+    slurm.ends(began + new)
+    asked.look()
+    clock[0] += EVERY_S - 1
+    asked.look()
+    assert flag.end == began + DAY_S
+    assert slurm.questions == []
+    clock[0] += 1
+    asked.look()
+    assert flag.end == began + new
+    assert flag.agree(ALONE) == (Stop.TIME_LIMIT if new < EVERY_S else Stop.NO)
+    clock[0] = began + DAY_S
+    assert flag.agree(ALONE) == (Stop.TIME_LIMIT if new < DAY_S else Stop.NO)
+
+
+def test_shortly_before_the_run_leaves_it_is_asked_once_for_each_end(slurm: Controller, clock: list[float]) -> None:
+    began = clock[0]
+    flag = believing(began + 550)
+    asked = JobEnd("7", flag)
+    slurm.ends(began + 550)
+    clock[0] = flag.leave_at - BEFORE_S - 1
+    asked.look()
+    assert slurm.questions == []
+    for _ in range(3):
+        clock[0] += 1
+        asked.look()
+    assert len(slurm.questions) == 1
+    assert flag.agree(ALONE) == Stop.NO
+    flag.ends_at(began + 1000)
+    clock[0] = flag.leave_at - BEFORE_S
+    slurm.ends(began + 2000)
+    asked.look()
+    asked.look()
+    assert len(slurm.questions) == 2
+    assert flag.end == began + 2000
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", 1),
+        ("slurm_load_jobs error: Invalid job id specified", 1),
+        ("", 0),
+        ("JobId=7 JobName=x JobState=RUNNING EndTime=Unknown", 0),
+        ("JobId=7 JobName=x JobState=RUNNING", 0),
+        ("JobId=7 JobName=x JobState=COMPLETING EndTime=1000", 0),  # it is being ended: that is no limit
+        ("JobId=7 JobName=x JobState=PENDING EndTime=1000", 0),
+    ],
+)
+def test_what_is_no_answer_changes_nothing(slurm: Controller, clock: list[float], line: str, status: int) -> None:
+    flag = believing(clock[0] + DAY_S)
+    asked = JobEnd("7", flag)
+    slurm.says(line, status)
+    clock[0] += EVERY_S
+    asked.look()
+    assert len(slurm.questions) == 1
+    assert flag.end == 1_000_000.0 + DAY_S
+
+
+def test_where_there_is_no_scontrol_nothing_changes(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flag = believing(clock[0] + DAY_S)
+    asked = JobEnd("7", flag)
+    clock[0] += EVERY_S
+    asked.look()
+    assert flag.end == 1_000_000.0 + DAY_S
+
+
+def test_a_day_of_looking_is_few_questions_also_if_none_is_answered(slurm: Controller, clock: list[float]) -> None:
+    flag = believing(clock[0] + DAY_S)
+    asked = JobEnd("7", flag)
+    slurm.says("", 1)
+    while clock[0] < flag.end:
+        asked.look()
+        clock[0] += LOOK_S
+    assert len(slurm.questions) == pytest.approx(DAY_S / EVERY_S, abs=1)
+
+
+def test_an_end_that_the_environment_lacks_is_asked_for_at_once_on_another_thread(slurm: Controller) -> None:
+    answered, askers = threading.Event(), []
+
+    class Flag(StopFlag):
+        def ends_at(self, end: float) -> None:
+            super().ends_at(end)
+            askers.append(threading.current_thread())
+            answered.set()
+
+    flag = Flag(None, 60.0, {})
+    slurm.ends(4_000_000_000)
+    job_end.watch("7", flag)
+    assert answered.wait(30)
+    assert flag.end == 4_000_000_000
+    assert askers != [threading.current_thread()]

@@ -1,0 +1,236 @@
+"""A real Slurm on this machine: what a job sees on it, what can be broken, and that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import lab_hosts
+import lab_needs
+import pytest
+from lab import cut, down, heal, kill_slurmd, slurm, start_slurmd, status, up, wait_until_idle
+from lab_conf import SLURMD_PORT, Lab
+from lab_hosts import LabError
+
+from tests.programs import ROOT
+from tests.slurm import lab_fixture
+
+SCRIPT = ROOT / "slurm/lab/lab.py"
+
+# Brought up and taken down here, while the session's lab serves the other tests. It has a name and a subnet of its own
+# for each HPCGPT_LAB, so that this file too may run twice on one machine.
+_NET, _, _LAST = lab_fixture.WANTED.subnet.rpartition(".")
+SECOND = Lab(f"{lab_fixture.WANTED.name[:14]}b", f"{_NET}.{(int(_LAST) + 100) % 256}", nodes=2)
+
+
+@pytest.fixture
+def second() -> Iterator[Lab]:
+    if reason := lab_needs.why_not():
+        pytest.skip(reason)
+    down(SECOND.name)
+    yield SECOND
+    down(SECOND.name)
+
+
+def batch(lab: Lab, folder: Path, script: str, *options: str) -> str:
+    """Submits the script; returns its job id. Its output goes to <folder>/out, every attempt's."""
+    file = folder / "job.sh"
+    file.write_text(f"#!/bin/bash\n{script}\n")
+    kept = (f"--output={folder}/out", "--open-mode=append", f"--chdir={folder}")
+    return slurm(lab, "sbatch", "--parsable", *kept, *options, str(file)).strip()
+
+
+def test_up_may_be_repeated(lab: Lab) -> None:
+    assert up(lab) == f"{lab.name} is up already"
+    assert status(lab.name).up
+    assert list(status(lab.name).nodes) == ["n1", "n2", "n3", "n4"]
+    with pytest.raises(LabError, match="take it down first"):
+        up(dataclasses.replace(lab, nodes=3))
+
+
+def test_a_job_runs_on_four_hosts(lab: Lab) -> None:
+    assert sorted(slurm(lab, "srun", "--nodes=4", "hostname").split()) == ["n1", "n2", "n3", "n4"]
+
+
+def test_every_host_knows_the_others_by_name(lab: Lab) -> None:
+    found = slurm(lab, "srun", "--nodes=4", "getent", "ahostsv4", "n1", "n4", "ctl", "login", "localhost")
+    for host, number in {"n1": 1, "n4": 4, "ctl": 254}.items():
+        address = f"{lab.subnet}.{number}"
+        assert len(re.findall(rf"^{re.escape(address)} +STREAM {host}$", found, re.MULTILINE)) == 4
+
+
+def test_a_two_by_two_job_sees_its_ranks_and_two_gpus(lab: Lab) -> None:
+    shape = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+    told = slurm(lab, "srun", *shape, "sh", "-c", "echo $SLURM_PROCID $SLURM_LOCALID $CUDA_VISIBLE_DEVICES")
+    assert sorted(told.splitlines()) == ["0 0 0,1", "1 1 0,1", "2 0 0,1", "3 1 0,1"]
+
+
+def test_a_job_that_requeues_itself_is_back_soon(lab: Lab, tmp_path: Path) -> None:
+    script = """
+        echo attempt ${SLURM_RESTART_COUNT:-0}: $(srun hostname | sort | tr '\\n' ' ')
+        [ -z "$SLURM_RESTART_COUNT" ] && scontrol requeue $SLURM_JOB_ID && sleep 60
+        exit 0
+    """
+    began_at = time.monotonic()
+    batch(lab, tmp_path, script, "--nodes=2", "--nodelist=n1,n2", "--wait")
+    attempts = [line for line in (tmp_path / "out").read_text().splitlines() if line.startswith("attempt")]
+    assert [line.strip() for line in attempts] == ["attempt 0: n1 n2", "attempt 1: n1 n2"]
+    assert time.monotonic() - began_at < 15
+
+
+def test_high_preempts_low_by_requeueing_it(lab: Lab, tmp_path: Path) -> None:
+    low = batch(lab, tmp_path, "srun sleep 100", "--nodes=4", "--exclusive", "--partition=low")
+    try:
+        wait_for(lambda: "RUNNING" in slurm(lab, "squeue", f"--jobs={low}", "--format=%T"), 10)
+        slurm(lab, "srun", "--partition=high", "--nodes=4", "--exclusive", "hostname")
+        assert " Restarts=1 " in slurm(lab, "scontrol", "show", "job", low)
+    finally:
+        slurm(lab, "scancel", low)
+        wait_until_idle(lab, 15)
+
+
+def test_a_cable_can_be_unplugged(lab: Lab) -> None:
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((f"{lab.subnet}.4", SLURMD_PORT), timeout=0.5):
+            return True
+        return False
+
+    assert answers()
+    cut(lab, "n4")
+    try:
+        assert not answers()
+    finally:
+        heal(lab, "n4")
+    wait_for(answers, 5)
+    wait_until_idle(lab, 15)
+
+
+def test_a_slurmd_can_be_killed_and_started(lab: Lab) -> None:
+    kill_slurmd(lab, "n3")
+    assert status(lab.name).fault == "there is no slurmd on n3"
+    with pytest.raises(LabError, match="no slurmd on n3 to kill"):
+        kill_slurmd(lab, "n3")
+    start_slurmd(lab, "n3")
+    assert slurm(lab, "srun", "--nodelist=n3", "hostname") == "n3\n"
+    with pytest.raises(ValueError, match="its nodes are n1, n2, n3, n4"):
+        cut(lab, "n5")
+
+
+def test_down_leaves_no_trace(second: Lab, tmp_path: Path) -> None:
+    before = traces()
+    up(second)
+    # What a job can leave behind: a process that has no parent, no job any more, and no ear for SIGTERM.
+    sleep = f"98765.{os.getpid()}"
+    stubborn = f"trap '' TERM HUP; setsid sleep {sleep} & setsid sleep {sleep}"
+    batch(second, tmp_path, f"srun --nodes=2 sh -c {stubborn!r}", "--nodes=2")
+    wait_for(lambda: len(processes_with(sleep)) >= 4, 10)
+    assert traces() != before
+    assert down(second.name) == f"{second.name} is down"
+    assert traces() == before
+    assert processes_with(sleep) == []
+    assert processes_with(second.name) == []
+    assert down(second.name) == f"{second.name} was down already"
+
+
+def test_up_clears_away_what_a_crash_left(second: Lab) -> None:
+    up(second)
+    lab_hosts.kill(second)
+    assert status(second.name).fault.startswith("there is no munged on ctl; there is no munged on n1")
+    assert up(second).endswith("idle: n1 n2")
+
+
+def test_up_that_fails_says_why_and_leaves_no_trace(second: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = traces()
+    monkeypatch.setattr("lab.slurm_conf", lambda _: "ClusterName=broken\nNonsense=1\n")
+    with pytest.raises(LabError, match=r"slurmctld on ctl: exit status 1: .*Nonsense"):
+        up(second)
+    assert traces() == before
+
+
+def test_a_subnet_in_use_is_refused(lab: Lab) -> None:
+    refusal = f"{lab.subnet}.0/24 is in use: interface {lab.name} is in {lab.subnet}.0/24"
+    with pytest.raises(LabError, match=re.escape(refusal)):
+        up(Lab(SECOND.name, lab.subnet))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"name": "lock"}, "the name 'lock' is not hpcgpt-"),
+        ({"subnet": "10.78.0.0/24"}, "first three numbers of an address"),
+        ({"subnet": "8.8.8"}, "is public"),
+        ({"nodes": 0}, "nodes is 0; it has to be between 1 and 64"),
+    ],
+)
+def test_a_lab_that_cannot_be_is_refused(wrong: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Lab(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_missing_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 1000)
+        with pytest.raises(LabError, match="needs root, for its namespaces; this is user id 1000") as refused:
+            up(SECOND)
+        assert refused.value.status == 3
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(lab_needs, "SYSTEM_PATH", "")
+    monkeypatch.setenv("PATH", "")
+    assert "apt-get install slurm-wlm munge iproute2 util-linux hostname" in lab_needs.why_not()
+
+
+def test_the_commands_exit_statuses() -> None:
+    def lab_py(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPT), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert lab_py("env").stdout == "export SLURM_CONF=/run/hpcgpt-lab/slurm.conf\n"
+    gone = lab_py("status", "--json", "--name", "hpcgpt-none")
+    assert gone.returncode == 1
+    assert gone.stdout == '{"up": false, "fault": "there is no lab hpcgpt-none: bring one up with `up`", "nodes": {}}\n'
+    assert lab_py("check").returncode == (lab_needs.CANNOT if lab_needs.why_not() else 0)
+    assert lab_py("up", "--nodes", "0").returncode == 2
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_at, f"still not so after {timeout_s:g} s"
+        time.sleep(0.1)
+
+
+def processes_with(word: str) -> list[str]:
+    """The command lines, of all processes on this machine, that have this word in them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += [line for line in [file.read_text(errors="replace")] if word in line]
+    return found
+
+
+def traces() -> dict[str, object]:
+    """What a lab changes on this machine, but for processes; other labs may come and go meanwhile."""
+
+    def without_other_labs(lines: Iterable[str]) -> list[str]:
+        return sorted(line for line in lines if not re.search(rf"hpcgpt-(?!{SECOND.name[7:]}\b)", line))
+
+    def said(*command: str) -> list[str]:
+        return without_other_labs(lab_hosts.run(command).splitlines())
+
+    return {
+        "interfaces": said("ip", "-brief", "link"),
+        "routes": said("ip", "route"),
+        "named namespaces": said("ip", "netns", "list"),
+        "mounts": without_other_labs(Path("/proc/self/mounts").read_text().splitlines()),
+        "/run": without_other_labs(entry.name for entry in Path("/run").iterdir()),
+        "hosts": Path("/etc/hosts").read_bytes(),
+        "host name": socket.gethostname(),
+    }

@@ -1,0 +1,105 @@
+"""hpcgpt.slurm.next_job: the next job, where Slurm may not requeue this one. test_cluster_events.py has it on a
+real Slurm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpcgpt.run import run_folder
+from hpcgpt.slurm.next_job import flags
+from hpcgpt.slurm.scontrol import Job
+from tests.fake_slurm import FakeSlurm, decided
+from tests.fake_slurm import run as run  # fixtures
+from tests.fake_slurm import slurm as slurm
+from tests.programs import command
+
+ENV = {
+    "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "a b", "SLURM_JOB_PARTITION": "low", "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "3",
+}  # fmt: skip
+FIELDS = {"TimeLimit": "1:00", "Requeue": "0", "StdOut": "/home/me/slurm-7.out", "StdErr": "/home/me/slurm-7.out",
+          "WorkDir": "/home/me", "Features": "(null)", "OverSubscribe": "NO"}  # fmt: skip
+
+
+def test_the_next_job_asks_for_the_same_behind_this_one_however_that_ends() -> None:
+    """`afterok` would wait for ever: this job ends with status 75."""
+    assert sorted(flags(Job("RUNNING", fields=FIELDS), ENV, ["n3", "n4"])) == [
+        "--chdir=/home/me", "--cpus-per-task=3", "--dependency=afterany:7", "--exclude=n3,n4", "--exclusive",
+        "--gpus-per-node=2", "--job-name=a b", "--no-requeue", "--nodes=2", "--ntasks-per-node=2", "--ntasks=4",
+        "--open-mode=append", "--output=/home/me/slurm-%j.out", "--partition=low", "--time=1:00",
+    ]  # fmt: skip
+
+
+def test_a_task_of_an_array_is_followed_by_that_task_alone() -> None:
+    env = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    job = Job("RUNNING", fields={"StdOut": "/me/7_2-of-17_29.out", "StdErr": "/me/9.err", "TresPerNode": "gres:gpu:2"})
+    assert sorted(flags(job, env)) == [
+        "--array=2", "--dependency=afterany:7_2", "--error=/me/%j.err", "--gres=gpu:2", "--open-mode=append",
+        "--output=/me/%A_%a-of-17_29.out",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def forbidding(slurm: FakeSlurm) -> FakeSlurm:
+    """A Slurm that does not requeue, knows the batch script, and takes another job, whose environment it keeps."""
+    slurm.answers(state="COMPLETING", refuses=True, Reason="NodeDown", Command="/home/me/mine.sh")
+    script = slurm.folder / "scontrol"
+    script.write_text(script.read_text().replace("if ", 'if [ "$1" = write ]; then echo "#!/bin/sh"; exit; fi\nif ', 1))
+    sbatch = slurm.folder / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {slurm.said}.sbatch\nenv > {slurm.said}.env\necho "8;cluster"\n')
+    sbatch.chmod(0o755)
+    return slurm
+
+
+def test_one_job_is_queued_behind_though_it_is_decided_twice(forbidding: FakeSlurm, run: Path) -> None:
+    """While Slurm ends a job whose ranks hang, and again when srun has returned after all."""
+    run_folder.record(run, "job", job="7_0")
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_CONF": "/etc/slurm.conf", "MINE": "kept"}
+    path = {"PATH": f"{forbidding.folder}:/usr/bin:/bin"}
+    words = ("--run.dir", str(run.parent), "--run.name", run.name)
+    early = command("hpcgpt.requeue", "decide", "--status", "ending", *words, env=env | path)
+    assert (early.returncode, "job 8 waits behind it" in early.stderr) == (0, True), early.stderr
+    status, said = decided(forbidding, run, 137, **env)
+    assert status == 0
+    assert "no requeue of job 7: another one waits behind it already" in said
+    (submitted,) = Path(f"{forbidding.said}.sbatch").read_text().splitlines()
+    assert "--dependency=afterany:7 " in submitted
+    assert submitted.endswith("/mine.sh")
+    (chain,) = [event for event in run_folder.events(run) if event["event"] == "chain"]
+    assert (chain["job"], chain["next_job"], chain["reason"]) == ("7_3", "8", "a node failed")
+    # --export=ALL would make the next job believe that it had been restarted three times.
+    told = Path(f"{forbidding.said}.env").read_text().splitlines()
+    assert {line for line in told if line.startswith(("SLURM_", "MINE="))} == {
+        "SLURM_CONF=/etc/slurm.conf", "SLURM_TIME_FORMAT=%s", "MINE=kept"}  # fmt: skip
+
+
+def test_a_host_that_failed_is_left_out_of_the_next_job_too(forbidding: FakeSlurm, run: Path) -> None:
+    forbidding.has_nodes("n1 idle", "n2 down*", "n3 idle")
+    (run / "logs" / "7_0.srun").write_text("srun: error: Node failure on n2\n")
+    words = ("--run.dir", str(run.parent), "--run.name", run.name, "--requeue.exclude_bad_nodes", "true")
+    env = {"SLURM_JOB_ID": "7", "PATH": f"{forbidding.folder}:/usr/bin:/bin"}
+    done = command("hpcgpt.requeue", "decide", "--status", "137", *words, env=env)
+    assert done.returncode == 0, done.stderr
+    assert " --exclude=n2 " in Path(f"{forbidding.said}.sbatch").read_text()
+    assert [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())] == ["n2"]
+
+
+def test_what_a_person_excluded_is_excluded_from_the_next_job_too(forbidding: FakeSlurm, run: Path) -> None:
+    """With the flag of the command line it would be lost; and what this program excluded for the job before, goes."""
+    forbidding.has_nodes("n1 idle", "n2 idle", "n3 idle")
+    script = forbidding.folder / "scontrol"
+    script.write_text(script.read_text().replace("Requeue=1", "ExcNodeList=n[2,8-9] Requeue=0"))
+    run_folder.record(run, "chain", job="6_0", next_job="7")
+    run_folder.record(run, "excluded", job="6_0", hosts=["n2"])
+    assert decided(forbidding, run, 137)[0] == 0
+    assert " --exclude=n8,n9 " in Path(f"{forbidding.said}.sbatch").read_text()
+
+
+def test_folders_and_logs_keep_their_spaces() -> None:
+    fields = {"WorkDir": "/home/me/my own", "StdOut": "/home/me/my own/100%% of 7.out", "TimeLimit": "1:00"}
+    found = flags(Job("RUNNING", fields=fields), {"SLURM_JOB_ID": "7"})
+    assert "--chdir=/home/me/my own" in found
+    assert "--output=/home/me/my own/100%% of %j.out" in found

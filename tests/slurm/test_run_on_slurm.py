@@ -1,0 +1,148 @@
+"""A run on a real Slurm: two nodes with two ranks each, hit in mid-run, ends with the bytes of one left alone.
+
+The jobs run in the lab (slurm/lab): real slurmctld, slurmd, srun and scontrol, hosts with their own names
+and addresses, and GPUs that are not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from lab_conf import Lab
+
+from hpcgpt.run import run_folder
+from tests.slurm.cluster import Cluster, events, rank_pids, same_result, starts
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    return Cluster(lab, shards_folder, tmp_path_factory.mktemp("cluster"), STEPS)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster) -> Path:
+    """A run that was left alone."""
+    job = cluster.sbatch("whole", "--time=10")
+    cluster.wait(job)
+    return cluster.folder("whole")
+
+
+@pytest.mark.timeout(600)
+def test_an_sbatch_job_that_is_requeued_twice_ends_with_the_same_bytes(cluster: Cluster, whole: Path) -> None:
+    job = cluster.sbatch("requeued", "--time=10")
+    for hit in (1, 2):
+        cluster.wait_for_rows("requeued", hit * STEPS // 3)
+        cluster.slurm("scontrol", "requeue", job)
+        cluster.wait_for_ends("requeued", hit)
+    cluster.wait(job)
+    same_result(cluster.folder("requeued"), whole, STEPS)
+    attempts = starts(cluster.folder("requeued"))
+    assert [(start["job"], start["world_size"]) for start in attempts] == [(f"{job}_{n}", 4) for n in range(3)]
+    one_wandb_run(cluster.folder("requeued"), attempts=3)
+
+
+@pytest.mark.timeout(600)
+def test_a_submitted_job_goes_on_after_its_time_limit(cluster: Cluster, whole: Path) -> None:
+    """USR1 before the end of the one minute that Slurm allows; saved, status 75, requeued by ourselves.
+
+    Slurm looks every 30 s, so the warning comes at any time of the first 30: on a slow machine before the second step.
+    Else rank 0 is held until it is there.
+    """
+    job = cluster.submit("limited", "--time", "1", "--signal-lead-s", "30")
+    folder = cluster.folder("limited")
+    cluster.wait_for_rows("limited", 1)
+    begun = events(folder, "job")[0]
+    hold_until_warned(rank_pids(job).get(0), begun["started_at"] + 47)
+    cluster.wait_for_ends("limited", 1)
+    # Once is enough: a slow machine would need a minute for every few steps.
+    cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    cluster.wait(job)
+    same_result(folder, whole, STEPS)
+    requeued = [event for event in run_folder.events(folder) if event["event"] == "requeue"]
+    assert requeued, "the job was over before its time limit"
+    assert all("the time limit is near" in event["reason"] for event in requeued)
+    assert len(starts(folder)) == len(requeued) + 1
+    one_wandb_run(folder, attempts=len(requeued) + 1)
+
+
+def hold_until_warned(pid: int | None, until: float) -> None:
+    """Hold a process until SIGUSR1 waits for it; or `until` its clock is about to say the same, if it came before.
+
+    None, or one that has gone: it has heard of it already.
+    """
+    if pid is None:
+        return
+    with suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)
+        while time.time() < until:
+            waiting = re.search(r"ShdPnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+            if waiting and int(waiting[1], 16) >> (signal.SIGUSR1 - 1) & 1:
+                break
+            time.sleep(0.1)
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.timeout(600)
+def test_a_submitted_job_goes_on_after_a_preemption(cluster: Cluster, whole: Path) -> None:
+    job = cluster.submit("preempted", "--time", "10")
+    cluster.wait_for_rows("preempted", STEPS // 3)
+    cluster.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    cluster.wait_for_ends("preempted", 1)
+    cluster.wait(job)
+    folder = cluster.folder("preempted")
+    same_result(folder, whole, STEPS)
+    ends = [event for event in run_folder.events(folder) if event["event"] == "end"]
+    assert [end["reason"] for end in ends] == ["told to terminate", "finished"]
+
+
+def test_a_cancelled_job_is_not_requeued_and_a_mistake_neither(cluster: Cluster) -> None:
+    job = cluster.sbatch("cancelled", "--time=10")
+    cluster.wait_for_rows("cancelled", 20)
+    cluster.slurm("scancel", job)
+    cluster.wait(job, state="CANCELLED")
+    mistaken = cluster.sbatch("mistaken", "--time=10", arguments=("--train.global_batch", "10"))
+    cluster.wait(mistaken, state="FAILED")
+    log = next((cluster.folder("mistaken") / "logs").glob(f"{mistaken}_0.log")).read_text()
+    assert "train.global_batch 10 is not a multiple of 4 ranks x train.micro_batch 2" in log
+    assert "Traceback" not in log
+    assert len(starts(cluster.folder("cancelled"))) == 1
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_an_error(cluster: Cluster) -> None:
+    """The lab's GPUs are fake, so this is real: no silent training on the CPU."""
+    job = cluster.sbatch("blind", "--time=10", arguments=("--run.device", "auto"))
+    cluster.wait(job, state="FAILED")
+    log = (cluster.folder("blind") / "logs" / f"{job}_0.log").read_text()
+    assert "Slurm gave this job GPUs, but torch sees none" in log
+
+
+def one_wandb_run(folder: Path, attempts: int) -> None:
+    """Each attempt left offline parts with the same id, and together they have every step."""
+    parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    # More where a signal ended wandb's core, which is started again then.
+    assert len(parts) >= attempts
+    assert {path.stem for path in parts} == {f"run-{run_folder.run_id(folder)}"}
+    steps: set[int] = set()
+    for part in parts:
+        shown = subprocess.run(
+            [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(part)],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        # SIGTERM ends wandb's core too, and then its file has no closing record.
+        assert not shown.stderr or "incomplete .wandb file" in shown.stderr
+        records = [json.loads(line) for line in shown.stdout.splitlines()]
+        ids = {record["run"]["run_id"] for record in records if record["type"] == "run"}
+        assert ids == {run_folder.run_id(folder)}
+        steps |= {record["history"]["item"]["step"] for record in records if record["type"] == "history"}
+    assert steps == set(range(1, STEPS + 1))

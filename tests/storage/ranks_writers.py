@@ -1,0 +1,116 @@
+"""What test_lease races: ``python -m tests.storage.ranks_writers RUN_FOLDER ROUNDS SEED``.
+
+Jobs that fight for one run folder, as real processes: each takes a generation, cleans up, goes on from the newest valid
+checkpoint and saves step after step behind its (pretended) training. It appends "generation step began|committed" to
+RUN_FOLDER/log, at once, with one write. They are forked from one parent, so that torch is loaded once, and the seconds
+for which a newcomer watches a holder that is silent are shortened to tenths: what is compared there are counters, so
+nothing but the waiting changes.
+
+In each round two jobs want the folder while its holder is killed, or stopped, at a random moment. A stopped one is
+continued after the newcomer has committed: the orphan. A line of JSON tells what became of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hpcgpt.checkpoint import layout, load, retention
+from hpcgpt.checkpoint.save import Saver
+from hpcgpt.config import options
+from hpcgpt.storage import lease
+from tests.checkpoint.ranks_killed import content
+from tests.one_rank import ALONE
+
+REFUSED = 2
+
+
+def work(run: Path) -> int:
+    try:
+        held = lease.take(run, "")
+    except ValueError:
+        return REFUSED
+    log = os.open(run / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, f"{held.number} 0 took\n".encode())
+    retention.clean(run / "checkpoints", held)
+    newest = load.newest_valid(run / "checkpoints", ALONE, held)
+    step = layout.read_state(newest).step if newest else 0
+    os.write(log, f"{held.number} {step} chose\n".encode())
+    saver = Saver(run / "checkpoints", ALONE, held, options.Checkpoint(keep_last=1000, keep_best=False))
+    while True:
+        step += 1
+        saved = saver.begin(layout.State(step, held.number, 0, 1, {}), content(step))
+        if saved is not None and not saved.problem:
+            os.write(log, f"{held.number} {step} found\n".encode())  # another's: no commit of ours
+            continue
+        while saved is None:
+            time.sleep(0.0005)
+            saved = saver.poll()
+        if saved.problem:
+            os.write(log, f"{held.number} {step} failed\n".encode())
+            step -= 1
+        else:
+            os.write(log, f"{held.number} {step} committed\n".encode())
+
+
+def start(run: Path) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(work(run))
+        finally:
+            os._exit(1)
+    return child
+
+
+def wait_for(run: Path, what: str, newer_than: int, children: list[int]) -> int:
+    """The generation, newer than that, that has logged so; fails if it takes long."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        lines = (run / "log").read_text().splitlines() if (run / "log").exists() else []
+        for line in lines:
+            number, _, did = line.split()
+            if did == what and int(number) > newer_than:
+                return int(number)
+        time.sleep(0.002)
+    raise AssertionError(f"nobody newer than {newer_than} has {what}: {children}")
+
+
+def main(run: Path, rounds: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    lease.HEARTBEAT_S, lease.WATCH_S = 0.05, 0.3
+    (run / "checkpoints").mkdir(parents=True)
+    dice = random.Random(seed)
+    holder = start(run)
+    number = wait_for(run, "chose", 0, [holder])
+    for round_number in range(rounds):
+        time.sleep(dice.uniform(0.0, 0.08))
+        orphaned = round_number % 2 == 1
+        os.kill(holder, signal.SIGSTOP if orphaned else signal.SIGKILL)
+        if not orphaned:
+            os.waitpid(holder, 0)
+        rivals = [start(run), start(run)]
+        newer = wait_for(run, "committed", number, rivals)
+        told = {"orphaned": orphaned, "number": newer, "orphan": None}
+        if orphaned:
+            os.kill(holder, signal.SIGCONT)
+            told["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
+        who = json.loads((run / f"generations/{newer:06d}.json").read_text())["pid"]
+        (loser,) = [rival for rival in rivals if rival != who]
+        told["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
+        print(json.dumps(told), flush=True)
+        holder, number = who, newer
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

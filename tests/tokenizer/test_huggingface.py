@@ -1,0 +1,472 @@
+"""data_prep.encode.from_huggingface and hpcgpt.tokenizer.huggingface: a tokenizer.json gives the ids that `tokenizers`
+gives."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
+
+from data_prep.encode import equivalence_texts, find_tokenizer, vocabulary
+from hpcgpt.tokenizer import interface, save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
+from hpcgpt.tokenizer.interface import Tokenizer
+from tests.programs import ROOT
+
+END = "<|endoftext|>"
+LLAMA3_PATTERN = next(
+    pattern for pattern, scheme in find_tokenizer.gigatoken_encoder.SCHEMES.items() if scheme == "olmo3"
+)
+TEXTS = [path.read_text() for path in sorted(ROOT.glob("hpcgpt/c*/*.py"))] + ["斗之力，三段！萧炎 don't I'll é"] * 20
+
+
+def byte_level(pre_tokenizer: Any, ids: int = 800) -> Library:
+    made = Library(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizer, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=ids, special_tokens=[END, "<|pad|>"],
+                                                        initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    return made
+
+
+def gpt2_like() -> Library:
+    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def llama3_like() -> Library:
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    return byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]))
+
+
+def with_prefix_space() -> Library:
+    return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True))
+
+
+def qwen_like() -> Library:
+    made = gpt2_like()
+    made.normalizer = normalizers.NFC()
+    return made
+
+
+def llama2_like() -> Library:
+    """Metaspace by a normalizer, unknown characters as bytes."""
+    trained = Library(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=900, special_tokens=names, show_progress=False))
+    about = json.loads(trained.to_str())
+    about["model"] |= {"byte_fallback": True, "fuse_unk": True}
+    about |= {"pre_tokenizer": None, "added_tokens": about["added_tokens"][:3]}
+    made = Library.from_str(json.dumps(about))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+def unigram() -> Library:
+    made = Library(models.Unigram())
+    made.pre_tokenizer, made.decoder, made.normalizer = (
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+        normalizers.NFKC(),
+    )
+    names = ["<pad>", "</s>", "<unk>"]
+    made.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=600, special_tokens=names, unk_token="<unk>",
+                                                            show_progress=False))  # fmt: skip
+    return made
+
+
+def word_piece() -> Library:
+    made = Library(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    names = ["[PAD]", "[UNK]", "[EOS]"]
+    made.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=700, special_tokens=names,
+                                                              show_progress=False))  # fmt: skip
+    return made
+
+
+MAKERS: dict[str, tuple[Callable[[], Library], str]] = {
+    "gpt2_like": (gpt2_like, "tiktoken"), "llama3_like": (llama3_like, "tiktoken"),
+    "with_prefix_space": (with_prefix_space, "tokenizers"), "qwen_like": (qwen_like, "tokenizers"),
+    "llama2_like": (llama2_like, "tokenizers"), "unigram": (unigram, "tokenizers"),
+    "word_piece": (word_piece, "tokenizers"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a NAME.json for each of MAKERS."""
+    folder = tmp_path_factory.mktemp("huggingface")
+    for name, (make, _) in MAKERS.items():
+        make().save(str(folder / f"{name}.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(files: Path) -> dict[str, Tokenizer]:
+    return {name: vocabulary.find(str(files / f"{name}.json")) for name in MAKERS}
+
+
+def reference(file: Path) -> Library:
+    library = Library.from_file(str(file))
+    library.encode_special_tokens = True
+    return library
+
+
+def changed(file: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    """A copy of `file` whose content `change` has changed."""
+    about = json.loads(file.read_text())
+    change(about)
+    to.write_text(json.dumps(about))
+    return str(to)
+
+
+# --- the same ids ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_gives_the_ids_that_tokenizers_gives(name: str, files: Path, found: dict[str, Tokenizer]) -> None:
+    library = reference(files / f"{name}.json")
+    texts = [*equivalence_texts.chosen(), *equivalence_texts.fuzzed(300, seed=7, special=[END, "<|pad|>"])]
+    if name == "unigram":  # its model makes </s> of the text "</s>", see below
+        texts = [text for text in texts if "</s>" not in text]
+    expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [found[name].encode(text) for text in texts] == expected
+    ids, counts = find_tokenizer.encoder(found[name]).batch(texts)
+    assert ids.tolist() == [number for row in expected for number in row]
+    assert counts.tolist() == [len(row) for row in expected]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_runs_on_tiktoken_where_that_is_exact(name: str, found: dict[str, Tokenizer]) -> None:
+    assert found[name].kind == MAKERS[name][1]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_special_tokens_in_the_text_are_plain_text(name: str, found: dict[str, Tokenizer]) -> None:
+    words = found[name]
+    special = set(words.special_tokens.values())
+    unknown = {number for token, number in words.special_tokens.items() if "unk" in token.lower()}
+    for token in words.special_tokens:
+        for text in (token, f"a {token} b", f"a{token}{token}"):
+            assert not (special - unknown) & set(words.encode(text)), text
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_is_the_same_from_the_shards_folder(name: str, found: dict[str, Tokenizer], tmp_path: Path) -> None:
+    save_load.save(found[name], tmp_path)
+    again = save_load.load(tmp_path, found[name].fingerprint)
+    assert again == found[name]
+    assert again.describe() == found[name].describe()
+    assert again.describe()["vocab_size"] == found[name].vocab_size > max(again.encode("hello 斗之力"))
+    assert vocabulary.find(str(tmp_path)) == again
+
+
+@pytest.mark.parametrize("name", ["with_prefix_space", "llama2_like", "unigram", "qwen_like", "gpt2_like"])
+def test_its_text_comes_back_piece_by_piece(name: str, found: dict[str, Tokenizer]) -> None:
+    words = found[name]
+    text = "def main: naïve\n  return 1\n" if name == "unigram" else "Hello 斗之力 👍\n  naïve, \x00 don't"
+    ids = words.encode(text)
+    whole = "".join(interface.stream(words, ids)).lstrip(" ")
+    assert whole == text.replace("ï", "<unk>") if name == "unigram" and "<unk>" in whole else whole == text
+    pieces = list(interface.stream(words, ids))
+    assert len(pieces) > 5
+    assert not any("\ufffd" in piece for piece in pieces)
+    # Going on behind a prompt, no blank is lost.
+    cut = len(words.encode("Hello")) if name != "unigram" else 2
+    before = "".join(interface.stream(words, ids[:cut]))
+    assert before + "".join(interface.stream(words, ids[cut:], after=[words.end_of_text, *ids[:cut]])) == "".join(
+        pieces
+    )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_special_tokens_are_printed_by_their_names(name: str, found: dict[str, Tokenizer]) -> None:
+    words = found[name]
+    end = next(token for token, number in words.special_tokens.items() if number == words.end_of_text)
+    ids = [*words.encode("one"), words.end_of_text, *words.encode("one")]
+    assert "".join(interface.stream(words, ids)).replace(" ", "") == f"one{end}one"
+    assert words.token_bytes[words.end_of_text] == 0
+
+
+@pytest.mark.parametrize("name", ["with_prefix_space", "llama2_like", "qwen_like", "gpt2_like"])
+def test_the_bytes_of_its_ids_are_the_bytes_of_the_text(name: str, found: dict[str, Tokenizer]) -> None:
+    """But for the blank that some put before a text."""
+    words, prefixed = found[name], name in ("with_prefix_space", "llama2_like")
+    for text in ("Hello 斗之力 👍\n naïve", "x", "def main(argv):\n    return 0\n"):
+        assert words.token_bytes.shape == (words.vocab_size,)
+        assert words.token_bytes[words.encode(text)].sum() == len(text.encode()) + prefixed
+
+
+def test_lone_surrogates_become_u_fffd(found: dict[str, Tokenizer]) -> None:
+    for name in ("llama2_like", "gpt2_like"):
+        assert found[name].encode("a\ud800b") == found[name].encode("a\ufffdb")
+
+
+# --- what a file may ask for, and must not get -----------------------------------------------------
+
+
+def test_nothing_cuts_pads_adds_or_draws_lots(found: dict[str, Tokenizer], tmp_path: Path) -> None:
+    library = llama2_like()
+    library.enable_truncation(4)
+    library.enable_padding(length=64)
+    library.save(str(tmp_path / "a.json"))
+
+    def dropout(about: dict[str, Any]) -> None:
+        about["model"]["dropout"] = 0.9
+
+    words = vocabulary.find(changed(tmp_path / "a.json", tmp_path / "llama2_like.json", dropout))
+    text = "the words of a longer text, again and again"
+    assert words.encode(text) == found["llama2_like"].encode(text)
+    assert words.fingerprint == found["llama2_like"].fingerprint
+
+
+def test_a_marker_is_special_and_another_added_token_is_not(tmp_path: Path) -> None:
+    """<tool_call> is not marked special in Qwen's, nor are GPT-NeoX's runs of blanks."""
+    library = gpt2_like()
+    library.add_tokens(["<tool_call>", "[x]"])
+    library.save(str(tmp_path / "a.json"))
+    words = vocabulary.find(str(tmp_path / "a.json"))
+    assert {"<tool_call>", "[x]"} < set(words.special_tokens)
+    assert words.kind == "tiktoken"
+    assert not {800, 801} & set(words.encode("a <tool_call> [x]"))
+    assert words.vocab_size == 802
+    library.add_tokens(["      "])
+    library.save(str(tmp_path / "b.json"))
+    words = vocabulary.find(str(tmp_path / "b.json"))
+    assert words.kind == "tokenizers"
+    assert 802 in words.encode("a      b")
+    assert not {800, 801} & set(words.encode("a <tool_call> [x]"))
+
+
+def test_merges_in_another_order_than_the_ids_stay_with_the_library(files: Path, tmp_path: Path) -> None:
+    """RoBERTa's: the same merges as GPT-2's, other ids."""
+
+    def swap(about: dict[str, Any]) -> None:
+        vocab = about["model"]["vocab"]
+        one, two = list(vocab)[600:602]
+        vocab[one], vocab[two] = vocab[two], vocab[one]
+
+    words = vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", swap))
+    assert words.kind == "tokenizers"
+    assert words.encode(TEXTS[0]) == reference(tmp_path / "a.json").encode(TEXTS[0]).ids
+
+
+def unreached(about: dict[str, Any]) -> None:
+    """Two tokens that no merge makes: "zq" and " zqzq"."""
+    about["model"]["vocab"] |= {"zq": 800, "Ġzqzq": 801}
+
+
+def test_a_token_that_no_merge_makes_is_not_made(files: Path, tmp_path: Path) -> None:
+    words = vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", unreached))
+    assert words.kind == "tiktoken"
+    assert isinstance(words, ByteLevelBPE)
+    assert not {800, 801} & set(words.ranks.values())
+    text = "zq zqzq zq"
+    assert words.encode(text) == reference(tmp_path / "a.json").encode(text).ids
+    assert words.token_bytes.shape == (words.vocab_size,)
+
+
+@pytest.mark.parametrize(("merged", "kind"), [(False, "tokenizers"), (True, "tiktoken")])
+def test_whole_words_before_merges_as_llama_3_has_it(merged: bool, kind: str, files: Path, tmp_path: Path) -> None:
+    """Tokens that only a whole word can be are exact in tiktoken if every split of them is a merge."""
+
+    def whole(about: dict[str, Any]) -> None:
+        unreached(about)
+        about["model"]["ignore_merges"] = True
+        del about["model"]["vocab"]["Ġzqzq"]
+        if merged:
+            about["model"]["merges"].append(["z", "q"])
+
+    words = vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", whole))
+    library = reference(tmp_path / "a.json")
+    assert words.kind == kind
+    assert library.encode("zq").ids == [800] != library.encode("zqz").ids
+    for text in ("zq", "zqz", "zq zqzq", *TEXTS[:2]):
+        assert words.encode(text) == library.encode(text).ids
+
+
+@pytest.mark.parametrize("pattern", [r"\w+|[^\w\s]+", r"\p{N}{1,3}+|\P{N}+", r"\s+$|\S+|\s"])
+def test_a_pattern_that_means_something_else_to_tiktoken_stays_with_the_library(pattern: str, tmp_path: Path) -> None:
+    """It leaves text out; {1,3}+ repeats; $ is the end of a line."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), 700).save(
+        str(tmp_path / "a.json")
+    )
+    words, library = vocabulary.find(str(tmp_path / "a.json")), reference(tmp_path / "a.json")
+    assert words.kind == "tokenizers"
+    for text in equivalence_texts.chosen():
+        assert words.encode(text) == library.encode(text).ids
+
+
+def test_seventy_thousand_ids(tmp_path: Path) -> None:
+    """Random merges in four levels, so that all are reached. Ids above 65,535 are whole on every backend."""
+    chance = random.Random(1)
+    vocab, merges = {letter: number for number, letter in enumerate(byte_characters().values())}, []
+
+    def merge(left: str, right: str) -> None:
+        vocab[left + right] = len(vocab)
+        merges.append([left, right])
+
+    twos = [one + two for one in "abcdefghijklmnop" for two in "qrstuvwxyzABCDEF"]
+    fours = [(one, two) for one in twos for two in twos]
+    for level in ([tuple(two) for two in twos], fours):
+        chance.shuffle(level)
+        for left, right in level:
+            merge(left, right)
+    while len(vocab) < 69_999:
+        (one, two), three = chance.choice(fours), chance.choice(twos)
+        if vocab[one + two] < vocab[two + three] and one + two + three not in vocab:
+            merge(one + two, three)
+    made = list(vocab)
+    bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    added = {"id": 69_999, "content": END, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}  # fmt: skip
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    about = {
+        "version": "1.0",
+        "added_tokens": [added],
+        "pre_tokenizer": bytelevel,
+        "decoder": bytelevel,
+        "model": model,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    words, library = vocabulary.find(str(tmp_path)), reference(tmp_path / "tokenizer.json")
+    assert (words.kind, words.vocab_size, words.end_of_text) == ("tiktoken", 70_000, 69_999)
+    assert words.name == tmp_path.name
+    texts = [*made[-2000:], *("".join(chance.choices(made[-9000:], k=4)) for _ in range(300))]
+    expected = [library.encode(text).ids for text in texts]
+    assert max(map(max, expected)) > 65_535
+    for backend in ("tiktoken", "gigatoken"):
+        ids, counts = find_tokenizer.encoder(words, backend).batch(texts)
+        assert ids.tolist() == [number for row in expected for number in row]
+        assert counts.tolist() == [len(row) for row in expected]
+
+
+# --- end of text -----------------------------------------------------------------------------------
+
+
+def test_the_end_of_text_is_asked_for_usual_or_configured(files: Path, tmp_path: Path) -> None:
+    shutil.copy(files / "word_piece.json", tmp_path / "tokenizer.json")
+    assert vocabulary.find(str(tmp_path)).end_of_text == 2
+    assert vocabulary.find(str(tmp_path), "[PAD]").end_of_text == 0
+    with pytest.raises(ValueError, match=r"has no '\[SEP\]': name one of its special tokens with --end-of-text"):
+        vocabulary.find(str(tmp_path), "[SEP]")
+    with pytest.raises(ValueError, match=r"end-of-text \[UNK\] is also its token for unknown text"):
+        vocabulary.find(str(tmp_path), "[UNK]")
+    changed(files / "word_piece.json", tmp_path / "tokenizer.json", lambda about: about["added_tokens"].pop(2))
+    with pytest.raises(ValueError, match=r"has no usual end of text .* --end-of-text \(\[PAD\], \[UNK\]\)"):
+        vocabulary.find(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "[PAD]"}}))
+    assert vocabulary.find(str(tmp_path)).end_of_text == 0
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[UNK]", "auto_map": {"x": "y"}}))
+    with pytest.raises(ValueError, match="also its token for unknown text"):
+        vocabulary.find(str(tmp_path))
+
+
+# --- damage ----------------------------------------------------------------------------------------
+
+_END = b'"added_tokens": [{"content": "</s>", "id": 0, "special": true}]'
+FILES = [
+    b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"model": 1}', b'{"model": {"vocab": {}}}',
+    b'{"model": {"type": "BPE", "vocab": []}}', b'{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}',
+    b'{"model": {"type": "Magic", "vocab": {"a": 0}}, ' + _END + b"}",
+    b'{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}, ' + _END + b"}",
+    b'{"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(?<"}, "behavior": "Isolated", "invert": false}, '
+    b'"model": {"type": "BPE", "vocab": {"a": 1}, "merges": []}, ' + _END + b"}",
+    b'{"fingerprint": "x", "kind": "tiktoken"}', b'{"fingerprint": 1, "kind": "magic"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FILES, ids=lambda content: content[:24].decode("latin-1"))
+def test_what_is_no_tokenizer_is_refused_with_a_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    for given in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ValueError, match=str(tmp_path)) as raised:
+            vocabulary.find(str(given))
+        assert len(str(raised.value)) < 500
+
+
+def test_damage_anywhere_is_a_sentence_or_another_tokenizer(files: Path, tmp_path: Path) -> None:
+    """Cut off at random places, and with values exchanged: never anything but a ValueError."""
+    chance = random.Random(1)
+    damaged = []
+    for name in ("gpt2_like", "unigram", "llama2_like"):
+        content = (files / f"{name}.json").read_bytes()
+        damaged += [content[: chance.randrange(len(content))] for _ in range(5)]
+        about = json.loads(content)
+        for key in chance.sample(sorted({*about, *about["model"]} - {"continuing_subword_prefix"}), 4):
+            copy = json.loads(content)
+            (copy["model"] if key in about["model"] else copy)[key] = chance.choice([None, [], {}, -1, "x"])
+            damaged.append(json.dumps(copy).encode())
+    outcomes = set()
+    for number, broken in enumerate(damaged):
+        file = tmp_path / f"{number}.json"
+        file.write_bytes(broken)
+        try:
+            vocabulary.find(str(file))
+            outcomes.add("found")
+        except ValueError as error:
+            assert str(file) in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"found", "refused"}
+
+
+def test_a_file_that_crashes_the_library_ends_no_process_of_ours(files: Path, tmp_path: Path) -> None:
+    """It cuts within a character, and aborts."""
+
+    def prefix(about: dict[str, Any]) -> None:
+        about["model"]["continuing_subword_prefix"] = "x"
+
+    with pytest.raises(ValueError, match=r"a\.json: not a Hugging Face tokenizer: `tokenizers` (crashes|cannot)"):
+        vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", prefix))
+
+
+def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
+    found: dict[str, Tokenizer], tmp_path: Path
+) -> None:
+    save_load.save(found["unigram"], tmp_path)
+    whole = (tmp_path / "huggingface.json").read_text()
+    for broken in (
+        whole[:-9],
+        whole.replace("NFKC", "NFKD"),
+        "",
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+    ):
+        (tmp_path / "huggingface.json").write_text(broken)
+        with pytest.raises(ValueError, match="the tokenizer is damaged"):
+            save_load.load(tmp_path)
+    (tmp_path / "huggingface.json").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer in .*huggingface\.json"):
+        save_load.load(tmp_path)
+
+
+def test_the_library_kind_goes_to_worker_processes(found: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """Both kinds are sent to a fresh interpreter, as make_shards does, after use and before."""
+    for name in ("unigram", "gpt2_like"):
+        words = found[name]
+        words.encode("a")
+        save_load.save(words, tmp_path / name)
+        code = (
+            "import multiprocessing, sys\nfrom pathlib import Path\nfrom hpcgpt.tokenizer import save_load\n"
+            f"words = save_load.load(Path({str(tmp_path / name)!r}))\nwords.encode('a')\n"
+            "if __name__ == '__main__':\n"
+            "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+            "        print(pool.apply(type(words).encode, (words, 'the text')))\n"
+        )
+        (tmp_path / "send.py").write_text(code)
+        done = subprocess.run([sys.executable, str(tmp_path / "send.py")], cwd=ROOT, capture_output=True, text=True,
+                              env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, check=False)  # fmt: skip
+        assert done.stdout == f"{words.encode('the text')}\n", done.stderr

@@ -1,0 +1,388 @@
+"""hpcgpt.tracking: one wandb run over all attempts, no row missing or doubled, and training never waits for wandb.
+
+The server is hpcgpt/drill/wandb_server.py on loopback, and the client is the real wandb. What is on disk is read with
+wandb's own reader, ``wandb leet inspect``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config, Run
+from hpcgpt.config.options import Tracking as TrackingOptions
+from hpcgpt.drill.wandb_server import WandbServer
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.run import run_folder
+from hpcgpt.storage import atomic
+from hpcgpt.tracking.tracker import Tracker, check
+from tests.programs import ROOT, clean_env, command
+from tests.tiny_run import rows
+
+KEY = "k" * 40
+LONG_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a key and without settings, and no variable of wandb's."""
+    home = tmp_path_factory.mktemp("home")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
+    return home
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    yield server
+    server.close()
+
+
+class Attempt:
+    """One attempt of a run that logs rows as the reporter does; its generation is taken for real."""
+
+    def __init__(self, tmp_path: Path, wanted: str = "auto", keep: int = 0) -> None:
+        self.config = Config(
+            run=Run(name="run", dir=str(tmp_path)),
+            tracking=TrackingOptions(wandb=wanted),  # type: ignore[arg-type]
+        )
+        self.folder = self.config.run_folder
+        self.id = run_folder.prepare(self.folder)
+        atomic.write(self.folder / "config.toml", sources.to_toml(self.config).encode())
+        (self.folder / "generations").mkdir(exist_ok=True)
+        number = 1 + len(list((self.folder / "generations").iterdir()))
+        (self.folder / "generations" / f"{number:06d}.json").touch()
+        self.cut(keep)
+        self.tracker = Tracker(self.config, number)
+
+    def cut(self, keep: int) -> None:
+        """Keep rows up to step `keep`, in a file of its own, as a resume and a rollback do."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(True)[:keep] if path.exists() else []
+        atomic.write(path, "".join(lines).encode())
+
+    def write(self, steps: range) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            for step in steps:
+                row = {"step": step, "time": time.time(), "tokens": 64 * step, "train/loss": 1 / step, "none": None}
+                file.write(json.dumps(row) + "\n")
+
+    def kill(self) -> None:
+        """SIGKILL for the process beside training and for wandb's core, as a node's end does it."""
+        child = self.wait_for_process()
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        self.tracker.close(1, 1.0)
+
+    def wait_for_process(self) -> subprocess.Popen[bytes]:
+        assert self.tracker._starting is not None
+        self.tracker._starting.join()
+        assert self.tracker._child is not None
+        return self.tracker._child
+
+
+def fragments(folder: Path) -> list[list[dict[str, Any]]]:
+    """The records of each .wandb file of a run that is offline, the oldest first."""
+    found = []
+    for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        read = command("wandb", "leet", "inspect", "--json", str(path))
+        assert read.returncode == 0
+        found.append([json.loads(line) for line in read.stdout.splitlines()])
+    return found
+
+
+def steps_of(parts: list[list[dict[str, Any]]]) -> list[int]:
+    items = [record["history"]["item"] for part in parts for record in part if record["type"] == "history"]
+    return [item["step"] for item in items if "train/loss" in item]
+
+
+def until(what: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# --- rows and samples arrive, each once ------------------------------------------------------------
+
+
+def test_rows_and_samples_arrive_under_the_runs_id_with_the_names_that_metrics_jsonl_has(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 31))
+    attempt.tracker.sample(30, "<b>萧炎 & co</b>")
+    attempt.tracker.close(0, LONG_S)
+    assert server.steps(attempt.id) == list(range(1, 31))
+    first = server.history[attempt.id][0]
+    assert (first["tokens"], first["train/loss"], "none" in first) == (64, 1.0, False)
+    (sample,) = (line for line in server.history[attempt.id] if "sample" in line)
+    assert sample["step"] == 30
+    (page,) = (attempt.folder / "wandb").glob("run-*/files/media/html/*.html")
+    assert "<pre>&lt;b&gt;萧炎 &amp; co&lt;/b&gt;</pre>" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("seen", [0, 1, 25])
+def test_after_a_sigkill_at_any_moment_the_next_attempt_sends_exactly_what_the_server_lacks(
+    tmp_path: Path, server: WandbServer, seen: int
+) -> None:
+    killed = Attempt(tmp_path)
+    killed.write(range(1, 26))
+    killed.wait_for_process()
+    assert server.wait(lambda: len(server.steps(killed.id)) >= seen)
+    killed.write(range(26, 41))
+    killed.kill()
+    # It resumes at its last checkpoint, and makes steps 21 to 40 once more.
+    last = Attempt(tmp_path, keep=20)
+    last.write(range(21, 51))
+    last.tracker.close(0, LONG_S)
+    assert sorted(server.steps(last.id)) == list(range(1, 51))
+
+
+def test_what_a_rollback_makes_void_is_sent_anew_and_nothing_else(tmp_path: Path, server: WandbServer) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 21))
+    assert server.wait(lambda: len(server.steps(attempt.id)) == 20)
+    attempt.cut(10)
+    run_folder.record(attempt.folder, "rollback", attempt=1, step=10)
+    attempt.write(range(11, 31))
+    attempt.tracker.close(0, LONG_S)
+    assert sorted(server.steps(attempt.id)) == sorted([*range(1, 21), *range(11, 31)])
+    again = Attempt(tmp_path, keep=30)
+    again.tracker.close(0, LONG_S)
+    assert len(server.steps(attempt.id)) == 40
+
+
+def test_what_an_outage_kept_back_the_next_attempt_sends(tmp_path: Path, server: WandbServer) -> None:
+    stopped = Attempt(tmp_path)
+    stopped.write(range(1, 11))
+    assert server.wait(lambda: len(server.steps(stopped.id)) == 10)
+    server.mode = "forgetful"
+    stopped.write(range(11, 101))
+    assert server.wait(lambda: server.requests[-1].endswith("/file_stream"))
+    stopped.tracker.close(75, 1.0)
+    server.mode = "healthy"
+    last = Attempt(tmp_path, keep=100)
+    last.write(range(101, 111))
+    last.tracker.close(0, LONG_S)
+    assert server.steps(last.id) == list(range(1, 111))
+
+
+def test_an_outage_that_ends_while_the_run_goes_on_costs_nothing(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a key and without an answer it is kept offline, says so, and goes online later."""
+    monkeypatch.setenv("HPCGPT_TRACKING_PROBE_S", "1")
+    server.mode = "failing"
+    monkeypatch.setenv("HPCGPT_TRACKING_INIT_S", "5")
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 11))
+    until(lambda: (attempt.folder / "events.jsonl").exists())
+    server.mode = "healthy"
+    attempt.write(range(11, 21))
+    assert server.wait(lambda: len(server.steps(attempt.id)) == 20)
+    attempt.tracker.close(0, LONG_S)
+    assert server.steps(attempt.id) == list(range(1, 21))
+    assert "wandb: offline, because" in capfd.readouterr().err
+    (event,) = (event for event in run_folder.events(attempt.folder) if event["event"] == "wandb")
+    assert "the server does not answer" in event["words"]
+
+
+def test_sync_sends_what_is_lacking_and_may_be_repeated(tmp_path: Path, server: WandbServer) -> None:
+    offline = Attempt(tmp_path, "offline")
+    offline.write(range(1, 11))
+    offline.tracker.close(0, LONG_S)
+    assert server.history == {}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "hpcgpt.tracking", "sync", str(offline.folder)], cwd=ROOT,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert server.steps(offline.id) == list(range(1, 11))
+
+
+def test_an_older_attempts_process_leaves_when_a_newer_one_has_the_folder(tmp_path: Path, server: WandbServer) -> None:
+    orphan = Attempt(tmp_path)
+    child = orphan.wait_for_process()
+    newer = Attempt(tmp_path)
+    child.wait(60)
+    orphan.tracker.close(1, 1.0)
+    newer.write(range(1, 4))
+    newer.tracker.close(0, LONG_S)
+    assert server.steps(newer.id) == [1, 2, 3]
+
+
+def test_stop_run_on_the_dashboard_makes_a_stop_file(tmp_path: Path, server: WandbServer) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 4))
+    server.stop_asked = True
+    until((attempt.folder / "STOP").exists)
+    attempt.write(range(4, 6))
+    attempt.tracker.close(75, LONG_S)
+    assert server.steps(attempt.id) == [1, 2, 3, 4, 5]
+
+
+# --- offline ---------------------------------------------------------------------------------------
+
+
+def test_offline_parts_hold_each_row_once_whatever_dies(tmp_path: Path) -> None:
+    """wandb's core dies of a signal; then the whole attempt does; then the run goes back to step 20."""
+    first = Attempt(tmp_path, "offline")
+    first.write(range(1, 11))
+    child = first.wait_for_process()
+    until(lambda: list(first.folder.glob("wandb/offline-run-*/*.wandb")))
+    until(lambda: sorted(steps_of(fragments(first.folder))) == list(range(1, 11)))
+    for pid in children(child.pid):
+        os.kill(pid, signal.SIGTERM)
+    first.write(range(11, 31))
+    until(lambda: sorted(steps_of(fragments(first.folder))) == list(range(1, 31)))
+    first.write(range(31, 41))
+    first.kill()
+    last = Attempt(tmp_path, "offline", keep=20)
+    last.write(range(21, 51))
+    last.tracker.close(0, LONG_S)
+    parts = fragments(last.folder)
+    assert sorted(steps_of(parts)) == list(range(1, 51))
+    ids = {record["run"]["run_id"] for part in parts for record in part if record["type"] == "run"}
+    assert ids == {last.id}
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True,
+                            check=False)  # fmt: skip
+    return [int(word) for word in listed.stdout.split()]
+
+
+def test_disabled_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted, mode in (("disabled", "online"), ("auto", "disabled")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        attempt = Attempt(tmp_path, wanted)
+        attempt.tracker.sample(2, "text")
+        attempt.tracker.close(0, LONG_S)
+        assert not (attempt.folder / "wandb").exists()
+        assert not (attempt.folder / "samples.jsonl").exists()
+
+
+# --- wandb's own settings decide -------------------------------------------------------------------
+
+
+def one_row(tmp_path: Path, wanted: str = "auto") -> Attempt:
+    attempt = Attempt(tmp_path, wanted)
+    attempt.write(range(1, 2))
+    attempt.tracker.close(0, LONG_S)
+    return attempt
+
+
+def netrc(home: Path, machine: str, mode: int) -> None:
+    (home / ".netrc").write_text(f"machine {machine} login user password {KEY}\n")
+    (home / ".netrc").chmod(mode)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_key_in_a_netrc_of_any_mode_counts(
+    tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    netrc(home, server.url.removeprefix("http://"), mode)
+    assert server.steps(one_row(tmp_path).id) == [1]
+    check("online")
+
+
+def test_the_server_may_stand_in_wandbs_settings_file(
+    tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_BASE_URL")
+    (home / ".config/wandb").mkdir(parents=True)
+    (home / ".config/wandb/settings").write_text(f"[default]\nbase_url = {server.url}\n")
+    assert server.steps(one_row(tmp_path).id) == [1]
+
+
+def test_the_server_may_be_behind_a_proxy(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name resolves nowhere: what arrives came through the proxy, which the server itself plays."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.invalid")
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    assert server.steps(one_row(tmp_path).id) == [1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "reason"),
+    [
+        ({"WANDB_MODE": "offline"}, "", "wandb's settings say mode offline"),
+        ({"WANDB_MODE": "dryrun"}, "", "wandb's settings say mode"),
+        ({}, "mode = offline", "wandb's settings say mode offline"),
+        ({"WANDB_API_KEY": ""}, "", "there is no key for http://127.0.0.1:"),
+        ({"WANDB_BASE_URL": "http://localhost:99999"}, "", "wandb does not take its settings"),
+    ],
+    ids=["offline", "dryrun", "wandb-offline", "no-key", "bad-port"],
+)
+def test_offline_is_kept_to_and_its_reason_is_said_and_recorded(
+    tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], variables: dict[str, str], settings: str, reason: str,
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if settings:
+        (home / ".config/wandb").mkdir(parents=True)
+        (home / ".config/wandb/settings").write_text(f"[default]\n{settings}\n")
+    attempt = one_row(tmp_path)
+    assert server.history == {}
+    assert steps_of(fragments(attempt.folder)) == [1]
+    said = capfd.readouterr().err
+    assert f"wandb: offline, because {reason}" in said
+    assert f"`python -m hpcgpt.tracking sync {attempt.folder}` later" in said
+    (event,) = (event for event in run_folder.events(attempt.folder) if event["event"] == "wandb")
+    assert reason in event["words"]
+
+
+def test_online_without_a_key_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="there is no key: run `wandb login`, or use offline"):
+        check("online")
+    for wanted in ("auto", "offline", "disabled"):
+        check(wanted)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    check("online")
+
+
+# --- training never waits --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["silent", "failing"])
+def test_training_ends_and_leaves_while_the_server_is_out_of_order_and_the_next_attempt_sends_everything(
+    tiny: Path, tmp_path: Path, server: WandbServer, mode: Any
+) -> None:
+    """No answer ever comes, so whatever waits for one would not end: neither the steps, nor SIGTERM, nor the end."""
+    folder = tmp_path / "runs" / "tiny"
+    server.mode = mode
+    env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
+    env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
+    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "200", "--tracking.wandb", "auto"]
+    told = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert server.wait(lambda: server.requests or told.poll() is not None)
+    until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
+    told.send_signal(signal.SIGTERM)
+    assert told.wait(60) == AGAIN, told.communicate()[1]
+    told.communicate()
+    steps = len(rows(folder / "metrics.jsonl"))
+    assert run_folder.read_exit(folder).status == AGAIN  # type: ignore[union-attr]
+    assert server.history == {}
+    server.mode = "healthy"
+    last = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert last.returncode == FINISHED, last.stderr
+    assert steps <= 200
+    assert server.steps(run_folder.run_id(folder)) == list(range(1, 201))

@@ -1,0 +1,140 @@
+"""What test_step runs on 1, 2 and 4 ranks: ``torchrun -m tests.training.ranks_step SHARDS OUT``.
+
+Each rank writes OUT/rank_R.json; rank 0 also the gradients, OUT/gradients.safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from hpcgpt.config.options import Model, Optim, Parallel
+from hpcgpt.data import shard_format, shard_reader
+from hpcgpt.data.loader import Loader, Windows, widen
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.training import parallel
+from hpcgpt.training.step import train_step
+
+GLOBAL_BATCH = 16
+ACCUMULATIONS = (1, 2, 4)
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+class Bench:
+    """A model, its optimizer and its batches on this rank; `taken` is the gradient that the last step used."""
+
+    def __init__(self, ranks: Ranks, folder: Path, micro_steps: int, dtype: torch.dtype, dropout: float = 0.0) -> None:
+        config = Model(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=512, dropout=dropout)
+        self.ranks, self.micro_steps = ranks, micro_steps
+        self.model = GPT(config, seed=1).to(dtype)
+        self.forward, _ = parallel.shared_out(self.model, ranks, Parallel(), compiled=False, dtype=dtype)
+        self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
+        self.optimizer.register_step_pre_hook(self._remember)
+        self.taken: dict[str, Tensor] = {}
+        split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
+        size = ranks.world.size
+        self.loader = Loader(
+            Windows(split, 32, 32, 512), 1, ranks.world.rank, size, GLOBAL_BATCH, GLOBAL_BATCH // (size * micro_steps)
+        )
+
+    def step(self, number: int, clip_norm: float) -> tuple[Tensor, Tensor]:
+        batches = (widen(self.loader.batch(number, m), self.ranks.device) for m in range(self.micro_steps))
+        outcome = train_step(
+            self.forward, self.optimizer, batches, micro_steps=self.micro_steps, rate=1e-3, clip_norm=clip_norm,
+            precision=nullcontext, ranks=self.ranks,
+        )  # fmt: skip
+        return outcome.loss, outcome.norm
+
+    def _remember(self, *_: Any) -> None:
+        self.taken = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+def gradients(ranks: Ranks, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Loss, norm and gradient of one unclipped step, for each precision and number of micro-steps."""
+    told: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for precision, dtype in DTYPES.items():
+        for micro_steps in ACCUMULATIONS:
+            bench = Bench(ranks, folder, micro_steps, dtype)
+            loss, norm = bench.step(3, clip_norm=0)
+            name = f"{precision}/{micro_steps}"
+            told[name] = {"loss": loss.item(), "norm": norm.item(), "digest": digest(bench.taken)}
+            tensors |= {f"{name}/{key}": value for key, value in bench.taken.items()}
+    return told, tensors
+
+
+def hundred_steps(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Weights and norms of a run whose every step is clipped, with dropout, on two micro-steps."""
+    torch.manual_seed(ranks.world.rank)
+    bench = Bench(ranks, folder, 2, torch.float32, dropout=0.1)
+    norms, used = [], []
+    for step in range(100):
+        _, norm = bench.step(step, clip_norm=0.05)
+        norms.append(norm.item())
+        used.append(nn.utils.get_total_norm(bench.taken.values()).item())
+    return {"norms": norms, "used": used, "digest": digest(bench.model.state_dict())}
+
+
+def reductions(ranks: Ranks, folder: Path) -> list[int]:
+    """How many numbers each all-reduce carried, in order, of a step for each of ACCUMULATIONS."""
+    benches = [Bench(ranks, folder, micro_steps, torch.float32) for micro_steps in ACCUMULATIONS]
+    for bench in benches:
+        bench.step(0, clip_norm=1.0)  # DDP makes its buckets
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        for bench in benches:
+            bench.step(1, clip_norm=1.0)
+    shapes = [event.input_shapes for event in profiled.events() if event.name == "gloo:all_reduce"]
+    return [math.prod(shape[0]) for shape in shapes]
+
+
+def in_buckets(ranks: Ranks, folder: Path) -> list[bool]:
+    """Before each micro-batch of a step that is not the first, and at its end: is every gradient a part of a bucket?"""
+    bench = Bench(ranks, folder, 2, torch.float32)
+    found: list[bool] = []
+
+    def look(*_: object) -> None:
+        gradients = [parameter.grad for parameter in bench.model.parameters()]
+        found.append(all(g is not None and g.untyped_storage().nbytes() > g.nbytes for g in gradients))
+
+    bench.step(0, clip_norm=1.0)
+    bench.forward.register_forward_pre_hook(look)
+    bench.optimizer.register_step_pre_hook(look)
+    bench.step(1, clip_norm=1.0)
+    return found
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode() + tensors[name].numpy().tobytes())
+    return sha.hexdigest()
+
+
+def main(folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    here = world.discover()
+    ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
+    told, tensors = gradients(ranks, folder)
+    report = {"gradients": told, "hundred": hundred_steps(ranks, folder), "reductions": reductions(ranks, folder)}
+    report["in_buckets"] = in_buckets(ranks, folder)
+    (out / f"rank_{here.rank}.json").write_text(json.dumps(report))
+    if here.is_first:
+        save_file(tensors, out / "gradients.safetensors")
+    rendezvous.disconnect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,171 @@
+"""hpcgpt.training.evaluation: the same figures on any number of ranks, and no trace left in training."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpcgpt.checkpoint import layout
+from hpcgpt.data.loader import widen
+from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.model.precision import computing_in
+from hpcgpt.training.evaluation import Terms, evaluate
+from tests.one_rank import ALONE
+from tests.programs import ROOT, clean_env, command, on_ranks
+from tests.tiny_run import curve, rows, tensors
+from tests.training.ranks_evaluation import BATCHES, CONTEXT, MICRO_BATCH, measure, model_and_windows
+
+
+@pytest.fixture(scope="module")
+def alone(shards_folder: Path) -> dict[str, Any]:
+    return measure(ALONE, shards_folder)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
+def told(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What `measure` gave on each rank."""
+    out = tmp_path_factory.mktemp("ranks")
+    done = on_ranks(request.param, "tests.training.ranks_evaluation", str(shards_folder), str(out))
+    assert done.returncode == 0, done.stderr
+    return [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_the_loss_is_that_of_one_process_on_every_rank(told: list[Any], alone: dict[str, Any], batches: int) -> None:
+    expected = alone[str(batches)]
+    for rank in told:
+        assert rank[str(batches)] == pytest.approx(expected, abs=1e-6)
+        assert rank[str(batches)] == told[0][str(batches)]
+
+
+def test_told_to_stop_all_ranks_give_up_at_the_same_round_and_give_no_figure(told: list[Any]) -> None:
+    assert [(rank["stopped"], rank["asked"], rank["training"]) for rank in told] == [(None, 3, True)] * len(told)
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_the_figures_are_those_of_a_computation_by_hand_in_float64(
+    shards_folder: Path, alone: dict[str, Any], batches: int
+) -> None:
+    model, windows, token_bytes = model_and_windows(shards_folder)
+    model.double().eval()
+    count = min(windows.count, batches * MICRO_BATCH) if batches else windows.count
+    chosen = np.array([number * windows.count // count for number in range(count)])
+    assert len(set(chosen.tolist())) == count
+    inputs, targets = widen(windows.read(chosen), ALONE.device)
+    with torch.no_grad():
+        chances = model(inputs).log_softmax(dim=-1)
+    nats = -chances.gather(-1, targets.unsqueeze(-1)).sum().item()
+    bits_per_byte = nats / math.log(2) / int(token_bytes[targets.numpy()].sum())
+    figures = alone[str(batches)]
+    assert figures["val/loss"] == pytest.approx(nats / targets.numel(), rel=1e-6)
+    assert figures["val/perplexity"] == pytest.approx(math.exp(nats / targets.numel()), rel=1e-5)
+    assert figures["val/bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-6)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text_itself(shards_folder: Path, alone: dict[str, Any]) -> None:
+    """From the other side: decode the targets, and count the bytes of the text that comes out."""
+    from hpcgpt.tokenizer import save_load
+
+    words = save_load.load(shards_folder / "tokenizer")
+    _, windows, _ = model_and_windows(shards_folder)
+    _, targets = widen(windows.read(np.arange(windows.count)), ALONE.device)
+    ids = [number for number in targets.flatten().tolist() if number != words.end_of_text]
+    text = words.encoding.decode_bytes(ids)
+    expected = alone["0"]["val/loss"] * targets.numel() / math.log(2) / len(text)
+    assert alone["0"]["val/bits_per_byte"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_generators_gradients_and_the_mode_of_the_model_alone(
+    shards_folder: Path, training: bool
+) -> None:
+    model, windows, token_bytes = model_and_windows(shards_folder)
+    model.train(training)
+    torch.manual_seed(11)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    modes = []
+    for stop in (False, True):
+        terms = Terms(2, MICRO_BATCH, token_bytes, ALONE, stopped=lambda stop=stop: stop)  # type: ignore[misc]
+        evaluate(model, windows, terms)
+        modes.append(model.training)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert modes == [training, training]
+
+
+def test_the_mode_is_restored_when_evaluation_fails(shards_folder: Path) -> None:
+    model, windows, token_bytes = model_and_windows(shards_folder)
+    broken = type(windows)(windows.split, CONTEXT, CONTEXT, vocab_size=10)
+    with pytest.raises(ValueError, match="outside of the vocabulary"):
+        evaluate(model, broken, Terms(2, MICRO_BATCH, token_bytes, ALONE))
+    assert model.training
+
+
+def test_dropout_is_off(shards_folder: Path) -> None:
+    model, windows, token_bytes = model_and_windows(shards_folder)
+    terms = Terms(3, MICRO_BATCH, token_bytes, ALONE)
+    assert evaluate(model.train(), windows, terms) == evaluate(model.train(), windows, terms)
+
+
+def test_it_computes_in_the_precision_of_training(shards_folder: Path) -> None:
+    model, windows, token_bytes = model_and_windows(shards_folder)
+    seen: set[torch.dtype] = set()
+    model.blocks[0].attention.register_forward_hook(lambda _, __, made: seen.add(made.dtype))
+    evaluate(
+        model, windows, Terms(1, MICRO_BATCH, token_bytes, ALONE, lambda: computing_in(torch.bfloat16, ALONE.device))
+    )
+    assert seen == {torch.bfloat16}
+
+
+def test_a_hopeless_model_has_a_finite_perplexity(shards_folder: Path) -> None:
+    model, windows, token_bytes = model_and_windows(shards_folder)
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(1e4)
+    figures = evaluate(model, windows, Terms(1, MICRO_BATCH, token_bytes, ALONE))
+    assert figures is not None
+    assert figures["val/loss"] > 710
+    assert math.isfinite(figures["val/perplexity"])
+
+
+def test_a_run_stopped_within_an_evaluation_does_it_again_and_ends_with_the_same_rows_and_bytes(
+    tiny: Path, tmp_path: Path
+) -> None:
+    flags = [str(tiny), "--eval.every", "4", "--eval.batches", "0", "--train.micro_batch", "1"]
+    flags += ["--model.dropout", "0.1"]
+    whole = tmp_path / "runs" / "whole"
+    assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
+    # The signal has to come within the evaluation of step 4; should it come too early or too late, again.
+    cut = next(folder for folder in (stopped_behind_step_3(tmp_path / "runs", n, flags) for n in range(5)) if folder)
+    saved = cut / "checkpoints/step_000000004"
+    assert layout.val_loss(saved) is None
+    done = command("hpcgpt.train", *flags, "--run.name", cut.name)
+    assert done.returncode == FINISHED, done.stderr
+    assert curve(cut) == curve(whole)
+    assert layout.val_loss(saved) == rows(whole / "metrics.jsonl")[3]["val/loss"], "told by the attempt behind it"
+    assert tensors(cut / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
+
+
+def stopped_behind_step_3(runs: Path, number: int, flags: list[str]) -> Path | None:
+    """A run that has a checkpoint of step 4, and in metrics.jsonl nothing beyond step 3; None if it came otherwise."""
+    folder = runs / f"cut_{number}"
+    running = subprocess.Popen([sys.executable, "-m", "hpcgpt.train", *flags, "--run.name", folder.name], cwd=ROOT,
+                               env=clean_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while not (folder / "metrics.jsonl").exists() or len(rows(folder / "metrics.jsonl")) < 3:
+        assert running.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.05)
+    running.send_signal(signal.SIGUSR1)
+    assert running.wait(60) == AGAIN
+    newest = max(path.name for path in (folder / "checkpoints").glob("step_*"))
+    return folder if (len(rows(folder / "metrics.jsonl")), newest) == (3, "step_000000004") else None

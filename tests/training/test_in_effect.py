@@ -1,0 +1,357 @@
+"""hpcgpt.training.in_effect: what changed between two attempts is said, recorded, and refused where that was asked
+for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcgpt import plan
+from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.config import sources
+from hpcgpt.errors import UserError
+from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
+from hpcgpt.optim.lr_schedule import learning_rate
+from hpcgpt.plan import Plan
+from hpcgpt.run import run_folder
+from hpcgpt.training import in_effect
+from tests.programs import command, on_ranks
+from tests.test_end_to_end_errors import kept, sentence
+from tests.tiny_run import TINY, tensors
+
+LAST = "step_000000012"
+
+
+@pytest.fixture(scope="module")
+def config(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", '[run]\nname = "tiny"'))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that made its 12 steps. Read-only: copied by `run`."""
+    runs = tmp_path_factory.mktemp("finished")
+    done = command("hpcgpt.train", str(config), "--run.dir", str(runs))
+    assert done.returncode == FINISHED, done.stderr
+    assert "changed" not in done.stdout
+    return runs / "tiny"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished, folder)
+    return folder
+
+
+@pytest.fixture
+def cut(run: Path) -> Path:
+    """The same, as if it had been killed after step 8."""
+    shutil.rmtree(run / "checkpoints" / LAST)
+    return run
+
+
+def lines(log: str) -> list[str]:
+    """The lines of a log without the times that they begin with."""
+    return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in log.splitlines()]
+
+
+def resumed(config: Path, run: Path, *flags: str, env: dict[str, str] | None = None) -> str:
+    """Train on to the end; returns what was printed."""
+    done = command("hpcgpt.train", str(config), "--run.dir", str(run.parent), *flags, env=env)
+    assert done.returncode == FINISHED, done.stderr
+    return done.stdout
+
+
+def refused(config: Path, run: Path, *flags: str) -> str:
+    """A start that must end with status 2 and leave the run as it is; returns the sentence."""
+    before = kept(run)
+    done = command("hpcgpt.train", str(config), "--run.dir", str(run.parent), *flags)
+    assert done.returncode == USER_MISTAKE, done.stdout + done.stderr
+    assert kept(run) == before
+    return sentence(done.stderr)
+
+
+def changed(run: Path) -> dict[str, tuple[Any, Any, bool]]:
+    """The event of the newest attempt, which has to have one."""
+    (event,) = [e for e in run_folder.events(run) if e["event"] == "changed"]
+    return {c["key"]: (c["before"], c["now"], c["affects_result"]) for c in event["changes"]}
+
+
+# --- what is recorded ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_records_what_the_identity_leaves_out_with_every_auto_resolved(finished: Path) -> None:
+    import torch
+
+    known = layout.read_state(finished / "checkpoints" / LAST).in_effect
+    assert known["optim.lr"] == 6e-4
+    assert known["schedule.warmup_steps"] == 3
+    assert (known["total_steps"], known["ranks"], known["run.threads"]) == (12, 1, 1)
+    assert known["train.dtype"] in ("bfloat16", "float32")
+    assert (known["train.compile"], known["run.device"], known["gpu"]) == ("off", "cpu", "none")
+    assert known["torch"] == torch.__version__
+    assert known["cpu"]
+    assert known["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_every_option_that_shapes_training_is_in_the_identity_or_recorded(shards_folder: Path) -> None:
+    made = planned(shards_folder)
+    known = in_effect.options(made).keys() | made.identity.keys() | {"run.threads", "run.device", "run.backend"}
+    for section in ("model", "optim", "schedule", "train", "parallel", "spike"):
+        for item in dataclasses.fields(getattr(made.config, section)):
+            length = section == "train" and item.name in ("steps", "tokens", "epochs")  # total_steps says it
+            assert length or f"{section}.{item.name}" in known
+
+
+def test_show_prints_it(finished: Path) -> None:
+    told = command("hpcgpt.checkpoint", "show", str(finished)).stdout
+    assert "  optim.lr = 0.0006\n" in told
+    assert "  run.threads = 1\n" in told
+
+
+# --- a resume --------------------------------------------------------------------------------------
+
+
+def test_a_resume_with_the_same_settings_says_nothing(config: Path, cut: Path, finished: Path) -> None:
+    told = resumed(config, cut, "--run.strict", "true")
+    assert "changed" not in told
+    assert "changed" not in [event["event"] for event in run_folder.events(cut)]
+    assert tensors(cut / "checkpoints" / LAST) == tensors(finished / "checkpoints" / LAST)
+
+
+def test_another_learning_rate_is_said_with_what_it_does_to_the_next_step(config: Path, cut: Path) -> None:
+    told = resumed(config, cut, "--optim.lr", "0.001")
+    assert "warning: changed since step 8 was saved: optim.lr was 0.0006 and is now 0.001" in lines(told)
+    rates = [rate(config, 8), rate(config, 8, "--optim.lr", "0.001")]
+    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in lines(told)
+    assert changed(cut) == {"optim.lr": (6e-4, 1e-3, True)}
+    (event,) = [event for event in run_folder.events(cut) if event["event"] == "changed"]
+    assert (event["step"], event["attempt"], event["rate_before"], event["rate_now"]) == (8, 2, *rates)
+    assert layout.read_state(cut / "checkpoints" / LAST).in_effect["optim.lr"] == 1e-3
+
+
+def test_more_steps_for_a_finished_run_say_how_far_the_rate_leaps(config: Path, run: Path) -> None:
+    told = lines(resumed(config, run, "--train.steps", "24"))
+    assert "warning: changed since step 12 was saved: total_steps was 12 and is now 24" in told
+    rates = [6e-5, rate(config, 12, "--train.steps", "24")]
+    assert rates[1] > 5 * rates[0]
+    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in told
+    assert changed(run) == {"total_steps": (12, 24, True)}
+
+
+def test_more_steps_at_a_constant_rate_are_a_longer_run_and_no_other_one(config: Path, tmp_path: Path) -> None:
+    folder, flags = tmp_path / "tiny", ("--schedule.kind", "constant", "--run.strict", "true")
+    resumed(config, folder, *flags)
+    told = resumed(config, folder, *flags, "--train.steps", "16")
+    assert "changed since step 12 was saved: total_steps was 12 and is now 16" in lines(told)
+    assert "warning" not in told
+    assert changed(folder) == {"total_steps": (12, 16, False)}
+
+
+def test_another_number_of_threads_is_said_and_does_change_bytes(config: Path, tmp_path: Path) -> None:
+    """Sums are split over the threads, and floats added in another order round otherwise."""
+    flags = ("--model.n_embd", "128", "--model.block_size", "64", "--train.micro_batch", "8", "--eval.every", "0",
+             "--train.dtype", "float32", "--train.steps", "6", "--checkpoint.every", "3")  # fmt: skip
+    alone, other = tmp_path / "alone" / "tiny", tmp_path / "other" / "tiny"
+    resumed(config, alone, *flags)
+    for folder in (other, tmp_path / "same" / "tiny"):
+        shutil.copytree(alone, folder)
+        shutil.rmtree(folder / "checkpoints" / "step_000000006")
+    assert "changed" not in resumed(config, tmp_path / "same" / "tiny", *flags)
+    told = lines(resumed(config, other, *flags, "--run.threads", "2"))
+    assert "warning: changed since step 3 was saved: run.threads was 1 and is now 2" in told
+    assert any("will not have the same bytes" in line for line in told)
+    results = [tensors(path / "checkpoints" / "step_000000006") for path in (alone, tmp_path / "same" / "tiny", other)]
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+def test_another_number_of_ranks_and_what_is_harmless_are_told_apart(config: Path, cut: Path) -> None:
+    flags = ("--run.dir", str(cut.parent), "--eval.every", "4", "--checkpoint.every", "2")
+    done = on_ranks(2, "hpcgpt.train", str(config), *flags)
+    assert done.returncode == FINISHED, done.stderr
+    told = lines(done.stdout)
+    assert told.count("warning: changed since step 8 was saved: ranks was 1 and is now 2") == 1
+    assert "changed since step 8 was saved: eval.every was 6 and is now 4" in told
+    assert changed(cut) == {"ranks": (1, 2, True), "eval.every": (6, 4, False), "checkpoint.every": (4, 2, False)}
+
+
+def test_a_variable_by_which_libraries_compute_is_seen_when_it_is_set_and_when_it_is_not(
+    config: Path, cut: Path
+) -> None:
+    told = resumed(config, cut, env={"MKL_CBWR": "COMPATIBLE"})
+    assert "environment MKL_CBWR was 'unset' and is now 'COMPATIBLE'" in told
+    assert changed(cut) == {"environment MKL_CBWR": ("unset", "COMPATIBLE", True)}
+    told = resumed(config, cut, "--train.steps", "16")
+    assert "environment MKL_CBWR was 'COMPATIBLE' and is now 'unset'" in told
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+def test_fewer_steps_than_the_run_has_made_are_refused_and_its_configuration_stays(config: Path, run: Path) -> None:
+    before = (run / "config.toml").read_bytes()
+    told = refused(config, run, "--train.steps", "10")
+    assert "the run has made 12 steps already, and train.steps 10 asks for 10: give at least 12" in told
+    assert "train.tokens 2,560 asks for 10: give at least 12" in refused(config, run, "--train.tokens", "2560")
+    assert (run / "config.toml").read_bytes() == before
+
+
+def test_strict_refuses_what_changes_the_result_before_anything_is_written(config: Path, cut: Path) -> None:
+    told = refused(
+        config, cut, "--run.strict", "true", "--optim.lr", "0.001", "--run.threads", "2", "--eval.every", "4"
+    )
+    assert "run.strict: this would change the result of a run that is at step 8: " in told
+    assert (
+        "optim.lr was 0.0006 and is now 0.001; run.threads was 1 and is now 2; learning rate of the next step" in told
+    )
+    assert "eval.every" not in told
+    assert "changed since" in resumed(config, cut, "--run.strict", "true", "--eval.every", "4"), "harmless"
+
+
+def test_strict_refuses_a_stretched_schedule(config: Path, run: Path) -> None:
+    assert "total_steps was 12 and is now 24" in refused(config, run, "--run.strict", "true", "--train.steps", "24")
+
+
+# --- the configurations ----------------------------------------------------------------------------
+
+
+def test_earlier_configurations_stay_beside_the_attempt_that_had_them(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    resumed(config, run)
+    first = (run / "config.toml").read_text()
+    assert {path.name: path.read_text() for path in (run / "configs").iterdir()} == {"000001.toml": first}
+    resumed(config, run)
+    assert [path.name for path in (run / "configs").iterdir()] == ["000001.toml"], "nothing was changed"
+    resumed(config, run, "--train.steps", "16")
+    newest = (run / "config.toml").read_text()
+    assert "steps = 16" in newest
+    assert {path.name: path.read_text() for path in (run / "configs").iterdir()} == {
+        "000001.toml": first, "000003.toml": newest}  # fmt: skip
+
+
+def test_the_configuration_of_before_they_were_kept_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("old")
+    run_folder.keep_config(tmp_path, 7, "new")
+    assert (tmp_path / "config.toml").read_text() == "new"
+    assert {path.name: path.read_text() for path in (tmp_path / "configs").iterdir()} == {
+        "000000.toml": "old", "000007.toml": "new"}  # fmt: skip
+
+
+def test_a_disk_without_room_for_the_configuration_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.disks import fill, small_disk
+
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        run_folder.keep_config(disk, 1, "first")
+        fill(disk)
+        run_folder.keep_config(disk, 2, "second" * 1000)
+        assert (disk / "config.toml").read_text() == "first"
+        assert [path.name for path in (disk / "configs").iterdir()] == ["000001.toml"]
+    assert "cannot write" in capsys.readouterr().err
+
+
+# --- old and odd checkpoints -----------------------------------------------------------------------
+
+
+def planned(shards_folder: Path, *flags: str) -> Plan:
+    arguments = ["--data.dir", str(shards_folder), "--model.n_embd", "32", "--model.n_head", "2", "--model.block_size",
+                 "32", "--train.steps", "12", "--train.global_batch", "8", "--train.micro_batch", "2",
+                 "--schedule.warmup_steps", "3", *flags]  # fmt: skip
+    return plan.make(sources.from_command_line(arguments, "train", ""), 1)
+
+
+def rate(config: Path, step: int, *flags: str) -> float:
+    settings = sources.from_command_line([str(config), *flags], "train", "")
+    return learning_rate(step, settings.train.steps, settings)
+
+
+def test_a_checkpoint_of_before_says_how_many_ranks_there_were_and_nothing_else(shards_folder: Path) -> None:
+    made = planned(shards_folder)
+    now = in_effect.options(made) | {"ranks": 2, "torch": "9.9"}
+    found = in_effect.since(State(4, 1, 1, 1, {}), now, made)
+    assert [str(change) for change in found.found] == ["ranks was 1 and is now 2"]
+    assert in_effect.since(State(4, 1, 1, 2, {}), now, made).lines == []
+
+
+def test_a_run_that_was_made_before_state_recorded_this_resumes(config: Path, cut: Path) -> None:
+    from tests.checkpoint.small_checkpoints import mend
+
+    newest = cut / "checkpoints" / "step_000000008"
+    state = json.loads((newest / "state.json").read_text())
+    del state["in_effect"]
+    (newest / "state.json").write_text(json.dumps(state))
+    mend(newest)
+    told = resumed(config, cut, "--optim.lr", "0.001")
+    assert "resumed at step 8 of 12" in told
+    assert "changed" not in told
+
+
+def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(shards_folder: Path) -> None:
+    made = planned(shards_folder)
+    before = in_effect.options(made)
+    del before["optim.z_loss"]
+    state = State(4, 1, 1, 1, {}, in_effect=before)
+    assert in_effect.since(state, in_effect.options(made), made).found == ()
+    other = planned(shards_folder, "--optim.z_loss", "0.1")
+    (found,) = in_effect.since(state, in_effect.options(other), other).found
+    assert (found.key, found.before, found.now, found.affects_result) == ("optim.z_loss", 0.0, 0.1, True)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"optim.lr": "much"}, {"optim.lr": [], "total_steps": -1}, {"total_steps": 10**400},
+        {"schedule.kind": "\x1b[2J"}, {"schedule.warmup_steps": float("nan")},
+        {"optim.lr": None, "x" * 100_000: {"a": [1]}}, {"run.threads": "y" * 10**6},
+    ],
+    ids=lambda forged: next(iter(forged))[:20],
+)  # fmt: skip
+def test_a_forged_record_is_shown_and_no_more(forged: dict[str, Any], shards_folder: Path) -> None:
+    made = planned(shards_folder)
+    now = in_effect.options(made) | {"run.threads": 1}
+    found = in_effect.since(State(4, 1, 1, 1, {}, in_effect=now | forged), now, made)
+    for line in found.lines:
+        assert len(line) < 1000
+        assert line.isprintable()
+
+
+def test_threads_and_cpus_are_harmless_where_a_gpu_computes(shards_folder: Path) -> None:
+    made = planned(shards_folder)
+    before = in_effect.options(made) | {"run.threads": 1, "cpu": "A", "gpu": "H100", "run.device": "cuda"}
+    found = in_effect.since(
+        State(4, 1, 1, 1, {}, in_effect=before), before | {"run.threads": 2, "cpu": "B", "gpu": "A100"}, made
+    )
+    assert {change.key: change.affects_result for change in found.found} == {
+        "run.threads": False, "cpu": False, "gpu": True}  # fmt: skip
+    with pytest.raises(UserError, match="gpu was 'H100' and is now 'A100'"):
+        found.refuse()
+
+
+# --- a warm-up that is longer than the run ---------------------------------------------------------
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so(config: Path, tmp_path: Path) -> None:
+    told = resumed(config, tmp_path / "tiny", "--schedule.warmup_steps", "700")
+    assert (
+        "warning: the learning rate of this run only climbs, to 9.43e-06: schedule.warmup_steps is 700, the run has 12 "
+        "steps, and optim.lr 0.0006 is never reached" in lines(told)
+    )
+
+
+def test_a_warm_up_that_ends_in_time_is_nothing_to_say(shards_folder: Path) -> None:
+    assert planned(shards_folder).warnings == []
+    assert planned(shards_folder, "--schedule.warmup_steps", "0").warnings == []
+    assert planned(shards_folder, "--schedule.warmup_steps", "11").warnings == []
+    assert len(planned(shards_folder, "--schedule.warmup_steps", "12").warnings) == 1
