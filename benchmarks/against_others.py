@@ -239,10 +239,10 @@ def _corpus(path: Path) -> Corpus:
 
 
 def _reference(path: Path, start: int, stop: int) -> tuple[Stream, NDArray[np.bool_], int]:
-    from data_prep.encode import vocabulary
+    from data_prep.encode import find_tokenizer
     from data_prep.pipeline import holdout
 
-    encoding = vocabulary.gpt2().encoding
+    encoding = find_tokenizer.gpt2().encoding
     tokens: list[Stream] = []
     held_out = []
     text_bytes = 0
@@ -263,14 +263,15 @@ def _tokenizer(folder: Path) -> Path:
     if not (folder / "huggingface.json").is_file():
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-        from data_prep.encode import vocabulary
+        from data_prep.encode import find_tokenizer
         from hpcgpt.tokenizer import save_load
+        from hpcgpt.tokenizer.byte_level_bpe import byte_characters
 
-        words = vocabulary.gpt2()
-        save_load.save(words, folder)
+        tokenizer = find_tokenizer.gpt2()
+        save_load.save(tokenizer, folder)
         merges = (ROOT / "data_prep/encode/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
-        letters = vocabulary.byte_characters()
-        ids = {"".join(letters[byte] for byte in token): rank for token, rank in words.ranks.items()}
+        letters = byte_characters()
+        ids = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
         made = Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])

@@ -57,7 +57,7 @@ def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """A byte-level BPE of 512 ids, trained on the corpus."""
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe512"
     unit = inputs.units(inputs.find([str(text_folder)]), 10**9)[0]
-    save_load.save(train_tokenizer.train(documents.documents(unit), 512, "bpe512"), folder)
+    save_load.save(train_tokenizer.train(documents.read_documents(unit), 512, "bpe512"), folder)
     return folder
 
 

@@ -189,7 +189,7 @@ def exchange_tokenizer(folder: Path) -> None:
     text = folder / "text.txt"
     text.write_text("another corpus gives another tokenizer " * 100)
     unit = inputs.units(inputs.find([str(text)]), 10**9)[0]
-    save_load.save(train_tokenizer.train(documents.documents(unit), 280, "other"), folder / "tokenizer")
+    save_load.save(train_tokenizer.train(documents.read_documents(unit), 280, "other"), folder / "tokenizer")
 
 
 def spoil_tokens(folder: Path) -> None:

@@ -33,7 +33,7 @@ from tests.programs import ROOT
 
 CHINESE = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。"
 GOOD = '{"text": "萧炎"}\n'.encode()
-AT = len(GOOD)  # where the line behind it begins
+AT = len(GOOD)  # where the next line begins
 LINES = b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(40).hex().encode()) for n in range(200))
 Files = dict[str, bytes] | Callable[[Path], None]
 
@@ -62,7 +62,7 @@ def one(name: str, content: bytes) -> dict[str, bytes]:
 
 
 def giant(name: str, head: bytes) -> Callable[[Path], None]:
-    """A sparse GB behind `head`, in one line, and a good line behind it."""
+    """A sparse GB after `head`, in one line, and a good line after it."""
 
     def make(folder: Path) -> None:
         with open(folder / name, "wb") as file:
@@ -128,7 +128,7 @@ IN_JSONL = [
     Row("cut off", one("a.jsonl", GOOD + b'{"text": "x'), f"a.jsonl, byte {AT + 9}: not JSON: Unterminated", (1, 1)),
     Row("no closing", one("a.jsonl", GOOD + b'{"text": "x"\n'), f"a.jsonl, byte {AT + 13}: not JSON", (1, 1)),
     Row("places are bytes", one("a.jsonl", GOOD + '{"text": "萧炎", bad}'.encode()), f"{AT + 19}: not JSON", (1, 1)),
-    Row("behind a BOM", one("a.jsonl", b'\xef\xbb\xbf{"text": bad}\n' + GOOD), "a.jsonl, byte 12: not JSON", (1, 1)),
+    Row("after a BOM", one("a.jsonl", b'\xef\xbb\xbf{"text": bad}\n' + GOOD), "a.jsonl, byte 12: not JSON", (1, 1)),
     Row("another key", one("a.jsonl", GOOD + b'{"body": "x", "id": 7}\n'),
         f"line at byte {AT}: no text under 'text' (it has body, id); name the right one with --text-key", (1, 1)),
     Row("a wrong key asked for", one("a.jsonl", GOOD),
@@ -137,7 +137,7 @@ IN_JSONL = [
     Row("no key", one("a.jsonl", b"{}\n"), "line at byte 0: no text under 'text' (it has no keys)", (0, 1)),
     Row("no object", one("a.jsonl", b'["x"]\n'), "no text under 'text' (it is no object); expected one", (0, 1)),
     Row("an array of lines", one("a.jsonl", b'[\n{"text": "x"},\n{"text": "y"}\n]\n'), "`jq -c .[]` makes", (1, 3)),
-    Row("an object of lines", one("a.jsonl", b'{\n"text": "x"\n}\n'), "expected one JSON object a line", (0, 3)),
+    Row("an object of lines", one("a.jsonl", b'{\n"text": "x"\n}\n'), "expected one JSON object per line", (0, 3)),
     Row("null", one("a.jsonl", b'{"text": null}\n'), "no text under 'text' (it is null)", (0, 1)),
     Row("a list", one("a.jsonl", b'{"text": ["x"]}\n'), "no text under 'text' (it is a list)", (0, 1)),
     Row("a number", one("a.jsonl", b'{"text": 7}\n'), "no text under 'text' (it is a number)", (0, 1)),
@@ -153,7 +153,7 @@ IN_JSONL = [
         ("--encoding", "gb18030")),
     Row("a surrogate in UTF-8", one("a.jsonl", b'{"text": "\xed\xa0\x80"}\n'), "a.jsonl, byte 10: ", (0, 1)),
     Row("UTF-16", one("a.jsonl", GOOD.decode().encode("utf-16")), "this is text in UTF-16: say --encoding", (0, 2)),
-    Row("zeros behind a crash", one("a.jsonl", GOOD + bytes(4096)), f"byte {AT}: this is not text but binary", (1, 1)),
+    Row("zeros after a crash", one("a.jsonl", GOOD + bytes(4096)), f"byte {AT}: this is not text but binary", (1, 1)),
     Row("a line of a GB", giant("a.jsonl", GOOD + b'{"text": "'),
         f"a.jsonl, line at byte {AT}: a document above 1 MB; allow it with --max-document-mb", (2, 1),
         ("--max-document-mb", "1", "--unit-mb", "2000")),
@@ -161,7 +161,7 @@ IN_JSONL = [
 IN_TXT = [
     Row("broken UTF-8", one("a.txt", CHINESE.encode() + b"\xff"), "a.txt, byte 136: broken UTF-8 (byte 0xff)", (0, 1)),
     Row("no encoding", one("a.txt", b"good\xff"), "a.txt, byte 4: neither UTF-8 nor Chinese in GB18030", (0, 1)),
-    Row("behind a BOM", one("a.txt", b"\xef\xbb\xbfab\xff"), "a.txt, byte 5: ", (0, 1)),
+    Row("after a BOM", one("a.txt", b"\xef\xbb\xbfab\xff"), "a.txt, byte 5: ", (0, 1)),
     Row("cut off", one("a.txt", CHINESE.encode()[:-1]), "broken UTF-8: it ends within a character", (0, 1)),
     Row("GB18030", one("a.txt", "萧炎".encode("gb18030")),
         "a.txt, byte 0: not UTF-8 but Chinese in GB18030; say --encoding auto, or gb18030 if all files are so", (0, 1)),
@@ -202,7 +202,7 @@ IN_PACKED = [
     Row("a text in gz cut short", one("a.txt.gz", truncated(gzip.compress(LINES))), "a.txt.gz: it breaks off", (0, 1)),
     Row("gz with a wrong checksum", one("a.jsonl.gz", changed(FLIPPED, len(FLIPPED) - 8)), "its gzip checks", (0, 1)),
     Row("gz damaged", one("a.jsonl.gz", FLIPPED[:20] + b"\xff" * 40 + FLIPPED[60:]), "it is damaged", (0, 1)),
-    Row("something behind gz", one("a.jsonl.gz", FLIPPED + b"<html>"), "behind its end there is something", (200, 1)),
+    Row("something after gz", one("a.jsonl.gz", FLIPPED + b"<html>"), "what follows its end is not gzip", (200, 1)),
     Row("no gz", one("a.jsonl.gz", b"<html>404</html>"), "a.jsonl.gz, byte 0 of its text: it is no gzip", (0, 1)),
     Row("no gz, and its encoding is to be found out", one("a.jsonl.gz", b"<html>404</html>"), "it is no gzip", (0, 1),
         ("--encoding", "auto")),
@@ -217,9 +217,9 @@ IN_PACKED = [
         f"byte {len(LINES)} of its text: it breaks off: the zstandard file was cut short", (200, 1)),
     Row("a bad zst frame", one("a.jsonl.zst", zstd.compress(LINES) + changed(zstd.compress(LINES), 12)),
         f"a.jsonl.zst, byte {len(LINES)} of its text: it is damaged", (200, 1)),
-    Row("something behind zst", one("a.jsonl.zst", zstd.compress(LINES) + b"<html>"), "behind its end there", (200, 1)),
+    Row("something after zst", one("a.jsonl.zst", zstd.compress(LINES) + b"<html>"), "what follows its end", (200, 1)),
     Row("no zst", one("a.txt.zst", b"<html>404</html>"), "a.txt.zst: it is no zstandard file", (0, 1)),
-    Row("zst with a long window", one("a.txt.zst", long_window()), "its window is above 128 MB: pack it anew", (0, 1)),
+    Row("zst with a long window", one("a.txt.zst", long_window()), "its window is above 128 MB: compress it", (0, 1)),
     Row("a text between separators cut short", one("a.txt.zst", truncated(zstd.compress(LINES))), "it breaks off",
         (0, 1), ("--separator", r"\n")),
 ]  # fmt: skip
@@ -272,17 +272,17 @@ class Run:
     monkeypatch: pytest.MonkeyPatch
     tokenizer: Path
 
-    def __call__(self, *words: str | Path) -> tuple[int, str, str]:
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
         given = ["--tokenizer", str(self.tokenizer), "--val-fraction", "0", "--workers", "1", "--unit-mb", "1"]
-        self.monkeypatch.setattr(sys, "argv", ["make_shards", *given, *map(str, words)])
+        self.monkeypatch.setattr(sys, "argv", ["make_shards", *given, *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             cli.run(make_shards.main)
         out, err = self.capsys.readouterr()
         assert isinstance(left.value.code, int)
         return left.value.code, out, err
 
-    def refused(self, says: str, *words: str | Path, status: int = 2) -> None:
-        code, out, err = self(*words)
+    def refused(self, says: str, *arguments: str | Path, status: int = 2) -> None:
+        code, out, err = self(*arguments)
         assert (code, says in err) == (status, True), (code, out, err)
         assert err.startswith("error: ")
         assert err.count("\n") == 1, err
@@ -311,7 +311,7 @@ def fill(folder: Path, files: Files, alone: bool = False) -> None:
     folder.mkdir()
     if not alone:
         (folder / "0.jsonl").write_bytes(b'{"text": "before"}\n'.ljust(999_999) + b"\n")
-        (folder / "z.jsonl").write_bytes(b'{"text": "behind"}\n')
+        (folder / "z.jsonl").write_bytes(b'{"text": "after"}\n')
     if isinstance(files, dict):
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -342,12 +342,12 @@ def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, t
     assert everything(given) == before
 
     out = tmp_path / "skip"
-    words = [given, "--out", out, *row.flags, "--on-bad-input", "skip"]
+    arguments: list[str | Path] = [given, "--out", out, *row.flags, "--on-bad-input", "skip"]
     if row.left is None:
-        assert run(*words)[0] == 2
+        assert run(*arguments)[0] == 2
         return
     documents, aside = row.left
-    code, said, err = run(*words)
+    code, said, err = run(*arguments)
     assert (code, err) == (0, ""), err
     assert f"left out: {aside} bad input, listed in skipped.jsonl" in said
     manifest = shard_format.read_manifest(out)
@@ -371,7 +371,7 @@ def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, t
         ("n" * 300, [], "(File name too long)"),
         ("a.txt/b", [], "(Not a directory)"),
         ("gone/*.txt", [], "there is no folder "),
-        ("*.md", [], "/*.md matches no file ending in .txt or .jsonl (also with .gz, .zst, .xz or .bz2 behind it), "),
+        ("*.md", [], "/*.md matches no file ending in .txt or .jsonl (also compressed: .gz, .zst, .xz or .bz2), "),
         ("empty", [], "/empty has no files ending in .txt or .jsonl"),
         ("a.jsonl", [], "/a.jsonl has no files ending in .txt or .jsonl"),
         ("README.md", [], "README.md: its name ends in '.md', expected .txt or .jsonl"),
@@ -513,8 +513,8 @@ def test_a_file_where_the_folder_should_be_stays(run: Run, tmp_path: Path) -> No
 def test_a_full_disk_is_told_and_what_is_finished_stays(run: Run, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(words, capture_output=True, check=False).returncode:
+    arguments = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(arguments, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small file system")
     try:
         fill(tmp_path / "in", one("a.txt", os.urandom(500_000).hex().encode()))
@@ -537,11 +537,11 @@ def test_a_full_disk_is_told_and_what_is_finished_stays(run: Run, tmp_path: Path
 def test_the_command_reads_standard_input_and_refuses_another_on_a_rerun(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    words = ["-", "--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1"]
+    arguments = ["-", "--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1"]
 
     def piped(content: bytes, *more: str) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-m", "data_prep.make_shards", *words, *more], input=content, cwd=ROOT,
-                              capture_output=True, check=False, timeout=120)  # fmt: skip
+        command = [sys.executable, "-m", "data_prep.make_shards", *arguments, *more]
+        done = subprocess.run(command, input=content, cwd=ROOT, capture_output=True, check=False, timeout=120)
         return done.returncode, (done.stdout + done.stderr).decode()
 
     bad = GOOD + b"bad\n"

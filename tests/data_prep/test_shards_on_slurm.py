@@ -158,5 +158,5 @@ def test_an_array_with_holes_is_refused_with_one_that_has_none(site: Site, tmp_p
     while site.states(job) != {"FAILED"}:
         assert time.monotonic() < deadline, site.logs(job)
         time.sleep(0.3)
-    assert "submit one without holes, such as --array=0-2" in site.logs(job)
+    assert "submit an array without gaps, such as --array=0-2" in site.logs(job)
     assert not (tmp_path / "out").exists()
