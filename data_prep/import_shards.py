@@ -339,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split",
         choices=("train", "val"),
-        help="the split of all of INPUT (default: val for files that are named so, else train)",
+        help="the split of all of INPUT (default: val where a file is named so, else train)",
     )
     parser.add_argument(
         "--allow-uncovered",

@@ -153,7 +153,7 @@ def page(folder: Path, manifest: Manifest, split: str, number: int, page_number:
         length = int(index.lengths(in_shard, in_shard + 1)[0])
         start = (int(index.offsets(in_shard, in_shard + 1)[0]) - shard_format.HEADER_BYTES) // manifest.width.bytes
     if length < 1 or start < 0 or start + length > len(tokens):
-        raise UserError(f"{folder / shard.name}.idx: document {in_shard:,} lies outside of the .bin")
+        raise UserError(f"{folder / shard.name}.idx: document {in_shard:,} is outside of the .bin")
     pages = -(-length // PAGE_TOKENS)
     if not 1 <= page_number <= pages:
         raise UserError(f"no page {page_number:,}: document {number:,} has {pages:,}, numbered from 1")

@@ -158,7 +158,8 @@ def _make_units(plan: PrepPlan, out: Path, processes: int, backend: Backend, sha
 def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
     """Finish the data set; return None if another task does, or did."""
     try:
-        held = lease.take(out / "prep" / "placing", world.job_attempt())
+        # This name is on disk, so it stays: a task that started with an older version may hold the lease.
+        finalize_lease = lease.take(out / "prep" / "placing", world.job_attempt())
     except ValueError as error:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None
@@ -168,7 +169,7 @@ def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
         print(f"{out} is complete")
         return None
     finally:
-        held.release()
+        finalize_lease.release()
 
 
 def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: float) -> None:
@@ -279,12 +280,12 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of processes (default: the cores that this process may use)",
     )
     parser.add_argument(
-        "--unit-mb", type=int, metavar="MB", help="size of a unit of work (default: a 64th of the input, 8 to 256 MB)"
+        "--unit-mb", type=int, metavar="MB", help="size of a unit of work (default: a 64th of the input, from 8 to 256)"
     )
     parser.add_argument(
         "--shard-tokens", type=int, default=GiB, metavar="N", help="at most this many tokens per shard (default: 2**30)"
     )
-    parser.add_argument("--task", type=int, default=0, metavar="I", help="make share I of N, from 0 (default: 0)")
+    parser.add_argument("--task", type=int, default=0, metavar="I", help="make share I of --tasks, from 0 (default: 0)")
     parser.add_argument("--tasks", type=int, default=1, metavar="N", help="tasks that share the work (default: 1)")
 
 

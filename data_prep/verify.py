@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="number of shards to read at a time (default: the cores that this process may use)",
+        help="number of shards to read at a time (default: the cores of this machine)",
     )
     parser.add_argument("--quick", action="store_true", help="check only sizes and headers, without reading tokens")
     arguments = parser.parse_args(argv)

@@ -52,6 +52,8 @@ Bools = NDArray[np.bool_]
 
 
 class Encoder(Protocol):
+    """The wrapped encoder, see `data_prep.encode.encoders.Encoder`."""
+
     name: str
     fallback_reason: str
 

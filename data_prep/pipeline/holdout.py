@@ -15,10 +15,12 @@ def digest(text: bytes) -> bytes:
 
 
 def is_held_out(text_digest: bytes, fraction: float) -> bool:
+    """Return whether the document with this hash is held out for validation."""
     return int.from_bytes(text_digest[:8], "big") < fraction * 2**64
 
 
 def is_validation(text: str, fraction: float) -> bool:
+    """Return whether a document is held out for validation."""
     return is_held_out(digest(text.encode()), fraction)
 
 

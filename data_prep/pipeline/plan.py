@@ -54,6 +54,7 @@ class PrepPlan:
 
     @cached_property
     def as_json(self) -> bytes:
+        """The content of plan.json."""
         body = {
             "inputs": [{"name": f.name, "bytes": f.bytes, "modified_ns": f.modified_ns} for f in self.files],
             "tokenizer": self.options.tokenizer.fingerprint,
@@ -107,10 +108,10 @@ def _has_other_files(out: Path) -> bool:
     """Return whether `out` holds files other than those of a command that ended before it wrote its plan."""
     prep = out / "prep"
 
-    def ours(path: Path) -> bool:
+    def is_own(path: Path) -> bool:
         return path == prep or (path.parent == prep and path.name.startswith((".plan.json.", "stdin.")))
 
-    return out.is_dir() and not all(ours(path) for path in out.rglob("*"))
+    return out.is_dir() and not all(is_own(path) for path in out.rglob("*"))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], complete: bool) -> list[str]:

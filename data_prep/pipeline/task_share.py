@@ -23,6 +23,8 @@ _NAME = re.compile(r"(\d+)_of_(\d+)")
 
 @dataclass(frozen=True)
 class TaskShare:
+    """The units that task `task` of `tasks` makes."""
+
     task: int
     tasks: int
 
@@ -40,7 +42,7 @@ def acquire(out: Path, share: TaskShare) -> Iterator[None]:
     folder = out / "prep" / "shares"
     attempt = world.job_attempt()
     try:
-        held = lease.take(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
+        task_lease = lease.take(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
     except ValueError as error:
         raise UserError(f"{out} is being made already: {error}") from None
     try:
@@ -51,7 +53,7 @@ def acquire(out: Path, share: TaskShare) -> Iterator[None]:
                 _refuse_if_alive(out, path, attempt)
         yield
     finally:
-        held.release()
+        task_lease.release()
 
 
 def _refuse_if_alive(out: Path, folder: Path, attempt: str) -> None:

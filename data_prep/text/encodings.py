@@ -142,7 +142,7 @@ def _without_bom(text: str, first: bool) -> str:
 
 
 def _decode(content: bytes, encoding: str, errors: str = "strict") -> str:
-    """Raise UnicodeDecodeError for bad bytes if `errors` is "strict"."""
+    """Decode, with a single byte 0x80 in GB18030 as the euro sign; raise UnicodeDecodeError if `errors` is "strict"."""
     if encoding == "gb18030" and b"\x80" in content:
         errors = _with_euro(errors)
     return content.decode(encoding, errors)

@@ -24,7 +24,7 @@ MOST_LISTED = 1000
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Hold the options that decide which documents are read. The fields are keys of plan.json, in this order."""
+    """The options that decide which documents are read. The fields are keys of plan.json, in this order."""
 
     text_key: str = "text"  # the key of a jsonl object, or the column of parquet
     encoding: str = "utf-8"  # see data_prep.text.encodings
@@ -71,9 +71,9 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Describe input that was skipped: its file (as in the manifest), the place in it, the problem, and how often.
+    """Input that was skipped: its file (as in the manifest), the place in it, the problem, and how many there were.
 
-    A note on input that was kept in another form has the count 0. A line of skipped.jsonl.
+    A note on input that was kept in another form has the count 0. The fields are keys of a line of skipped.jsonl.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Skipped:
 
 
 class BadInputSink:
-    """Raise an error for bad input, or add it to `skipped`, as `on_bad_input` says."""
+    """Raises an error for bad input, or adds it to `skipped`, as `on_bad_input` says."""
 
     def __init__(self, on_bad_input: OnBadInput, skipped: list[Skipped]) -> None:
         self._stop, self._skipped = on_bad_input != "skip", skipped

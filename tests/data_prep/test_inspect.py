@@ -170,7 +170,7 @@ def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
     documents = shard_format.read_manifest(copy).shards[0].documents
     index[34 + 4 * documents : 42 + 4 * documents] = (2**62).to_bytes(8, "little")
     (copy / "train_000000.idx").write_bytes(index)
-    with pytest.raises(ValueError, match=r"train_000000\.idx: document 0 lies outside of the \.bin"):
+    with pytest.raises(ValueError, match=r"train_000000\.idx: document 0 is outside of the \.bin"):
         inspect.main([str(copy), "--document", "0"])
     (copy / "train_000000.idx").write_bytes(index[:100])
     for options in ([], ["--document", "0"]):
