@@ -134,7 +134,7 @@ def written_in_every_way(random: np.random.Generator, folder: Path, documents: D
         ("llmc", [llmc(folder / f"wide_{n}.bin", part, 20240801, 7) for n, part in enumerate(parts)]),
         ("megatron", [megatron(folder / "bare.bin", bare, lengths)]),
         ("megatron", [megatron(folder / "eod.bin", eot_after, [n + 1 for n in lengths], letter="i")]),
-        ("megatron", [megatron(folder / "ours.bin", before, [n + 1 for n in lengths], letter="q")]),
+        ("megatron", [megatron(folder / "eot_before.bin", before, [n + 1 for n in lengths], letter="q")]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""data_prep.inspect: what it tells of a data set is what is in it."""
+"""data_prep.inspect: what it reports of a data set is what is in it."""
 
 from __future__ import annotations
 

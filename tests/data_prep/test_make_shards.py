@@ -1,4 +1,4 @@
-"""data_prep.make_shards: the same shards however often it is killed and whoever makes them."""
+"""data_prep.make_shards: the same shards however often it is killed, and however the work is divided."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make(*arguments: str | Path, out: Path, env: dict[str, str] | None = None) -
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The data set in a folder: everything but the notes of who is to make what, and hidden leftovers."""
+    """The data set in a folder: everything but the plan, the leases and hidden leftovers."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and not path.name.startswith(".")
             and "prep" not in path.relative_to(folder).parts}  # fmt: skip
@@ -174,7 +174,7 @@ def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path
     assert sum(shard.text_bytes for shard in manifest.shards) == text
 
 
-# --- whoever makes them, however often it is killed ------------------------------------------------
+# --- however the work is divided, however often it is killed ---------------------------------------
 
 
 @pytest.mark.parametrize("workers", [2, 7])
@@ -185,7 +185,7 @@ def test_the_number_of_workers_changes_no_byte(workers: int, options: list[str],
 
 
 def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole: Path, tmp_path: Path) -> None:
-    """Tasks 4 and 0 to 3 one after the other, then all at once: whoever is last writes the manifest."""
+    """Tasks 4 and 0 to 3 one after the other, then all at once: the last one writes the manifest."""
     for name, together in (("in turn", False), ("at once", True)):
         out = tmp_path / name
         running = []
@@ -235,7 +235,7 @@ def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.
     """make_shards in a process group of its own, of which nothing is left afterwards."""
     arguments = ["-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)]
     process = subprocess.Popen(
-        # Whoever starts the tests in the background may have them ignore Ctrl-C, and that is inherited.
+        # A shell that starts the tests in the background makes them ignore Ctrl-C, and that is inherited.
         ["env", "--default-signal=INT", sys.executable, *arguments],
         cwd=ROOT, env=clean_env(), start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE)  # fmt: skip
@@ -320,7 +320,7 @@ def test_a_start_that_ended_before_its_plan_was_written_is_started_again(moment:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, long: list[str], tmp_path: Path) -> None:
-    """On a login node nobody else would end them."""
+    """On a login node nothing else would end them."""
     with started(long, tmp_path / "out", 2) as process:
         wait_until_finished(tmp_path / "out", process, 1)
         assert len(members(process.pid)) >= 3

@@ -163,7 +163,7 @@ class Ranks(http.server.BaseHTTPRequestHandler):
 def test_a_cache_of_another_user_is_passed_over(
     gpt2: ByteLevelBPE, offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """/tmp/data-gym-cache is whose account used it first: neither what is in it can be read, nor can it be written."""
+    """/tmp/data-gym-cache belongs to the first user of it: others can neither read nor write it."""
     del offline
     monkeypatch.setattr(Ranks, "content", gpt2.files()["vocab.tiktoken"])
     with tempfile.TemporaryDirectory() as name, http.server.HTTPServer(("127.0.0.1", 0), Ranks) as server:
@@ -193,11 +193,11 @@ def test_a_cache_of_another_user_is_passed_over(
 
 def test_ranks_brought_along_are_known_by_their_hash(gpt2: ByteLevelBPE, offline: Path) -> None:
     save_load.save(gpt2, offline)
-    brought = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
-    assert find_tokenizer.find(str(brought)).fingerprint == gpt2.fingerprint
-    brought.write_bytes(brought.read_bytes() + b"\n")
+    downloaded = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
+    assert find_tokenizer.find(str(downloaded)).fingerprint == gpt2.fingerprint
+    downloaded.write_bytes(downloaded.read_bytes() + b"\n")
     with pytest.raises(ValueError, match=r"from a friend.tiktoken: its SHA-256 .* is that of no published encoding"):
-        find_tokenizer.find(str(brought))
+        find_tokenizer.find(str(downloaded))
 
 
 def test_another_end_of_text_than_the_tokenizers_own_is_refused(tokenizer_folder: Path) -> None:
@@ -481,7 +481,7 @@ DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter ch
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_tokenizer_is_refused(how: str, asked: bool, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Also by who has no fingerprint to ask for: `make_shards --tokenizer DIR` is the first to read one."""
+    """Also without a fingerprint to compare with: `make_shards --tokenizer DIR` reads it first."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
     fingerprint = save_load.load(folder).fingerprint if asked else ""
     damaged(folder, how)

@@ -1,4 +1,4 @@
-"""data_prep.encode.ideographs: Chinese a character at a time gives tiktoken's ids, whatever stands beside it."""
+"""data_prep.encode.ideographs: looking up single characters gives tiktoken's ids, whatever is beside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_prep.encode import find_tokenizer, ideographs
 from data_prep.encode.ideographs import Batch, ByCharacterEncoder
 
 GPT2 = find_tokenizer.gpt2()
-# What meets ideographs in texts; and those that GPT-2 has tokens with that go over their borders.
+# Neighbours of ideographs in texts, and ideographs with which GPT-2 has tokens that cross their border.
 BESIDE = [
     *"，。！？、；：「」『』（）《》…—“”‘’·～",
     *" \n\t\r\u3000\u00a0\u2028", "\n\n", "  ", " \n", "\r\n", "。\n", "\n　　", "——", "……", "“‘", "'s", "'", "'t",
@@ -81,7 +81,7 @@ def test_every_ideograph_and_mark_beside_every_troublesome_neighbour(by_characte
         )
 
 
-def test_every_pair_that_a_token_goes_over(by_character: ByCharacterEncoder) -> None:
+def test_every_pair_that_a_token_crosses(by_character: ByCharacterEncoder) -> None:
     letters = np.array([*ideographs._LETTERS, *ideographs._PUNCTUATION])
     table = by_character._table
     assert table
@@ -130,7 +130,7 @@ def test_a_text_with_the_stand_in_itself(by_character: ByCharacterEncoder) -> No
 
 
 def test_a_vocabulary_with_words_of_chinese_goes_to_the_encoder() -> None:
-    """Tokens over borders in more ways than there are bits for."""
+    """More kinds of crossing tokens than there are bits for."""
     words = [
         f"{a}{b}".encode()
         for a, b in zip("天地玄黃宇宙洪荒日月盈昃辰宿列張寒", "來暑往秋收冬藏閏餘成歲律呂調陽雲騰", strict=True)

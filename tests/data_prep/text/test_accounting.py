@@ -128,8 +128,7 @@ def test_what_lies_beside_is_named_and_hidden_files_are_counted(make: Make, tmp_
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, **dict.fromkeys(names, b"{\n")})
     code, out, _ = make(given)
     assert code == 0
-    told = "1 file (ending in .md): README.md"
-    assert told in out
+    assert "1 file (ending in .md): README.md" in out
     manifest = manifest_of(tmp_path)
     assert {row["name"] for row in manifest.unread} == {
         "README.md",
@@ -364,7 +363,7 @@ def test_byte_80_is_the_euro_sign_of_code_page_936(tmp_path: Path) -> None:
     path = folder_of(tmp_path, {"a.txt": content + b"\x80" + "很贵".encode("gb18030")}) / "a.txt"
     for encoding in ("cp936", "gbk", "auto"):
         assert read(path, TextOptions(encoding=encoding)) == [NOVEL + "€很贵"]
-    # Behind a lead byte it is half of a character, as before.
+    # After a lead byte it is half of a character, as before.
     path.write_bytes(b"\x81\x80" + content)
     assert read(path, TextOptions(encoding="gbk"))[0][0] == b"\x81\x80".decode("gb18030")
 
@@ -551,8 +550,8 @@ def test_what_lies_beside_imported_files_is_told(
     given = folder_of(tmp_path / "in", {"train.bin": bytes(200), "part.bin.gz": b"x", "x/train.bin": bytes(2)})
     arguments = ["--from", "nanogpt", "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), str(given)]
     assert import_shards.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert f"1 file (no tokens to read): {given / 'part.bin.gz'}; 1 file (a folder): {given / 'x'}" in told
+    output = capsys.readouterr().out
+    assert f"1 file (no tokens to read): {given / 'part.bin.gz'}; 1 file (a folder): {given / 'x'}" in output
     assert len(manifest_of(tmp_path).unread) == 2
 
 

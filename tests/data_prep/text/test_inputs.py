@@ -151,7 +151,7 @@ def test_a_text_cut_at_any_byte_gives_the_documents_between_its_separators(
 
 
 def test_separators_are_found_across_the_borders_of_what_is_read_at_once(tmp_path: Path) -> None:
-    """The reader takes a MiB at a time; one separator lies across each border."""
+    """The reader takes a MiB at a time; one separator crosses each border."""
     path = tmp_path / "a.txt"
     pieces = [chr(97 + n) * ((1 << 20) - 13 if n else (1 << 20) - 5) for n in range(4)]
     path.write_text("<|endoftext|>".join(pieces))
@@ -250,7 +250,7 @@ def test_the_order_of_the_inputs_is_the_one_given(tree: Path) -> None:
 
 
 def test_links_to_folders_are_followed(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Data that lies on another disk is linked to, and must not be missing without a word."""
+    """Data on another disk is linked to, and must not be left out silently."""
     other = tmp_path_factory.mktemp("disk")
     (other / "far.txt").write_text("far")
     (tree / "x" / "link").symlink_to(other)
@@ -375,7 +375,7 @@ def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str
 
 
 def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> None:
-    """Of text that repeats itself, the last bytes taken may stand for more than fits into what is asked for."""
+    """In repetitive text, the last input bytes may decompress to more than fits into one output chunk."""
     packed = gzip.compress(GOOD * 40_000)
 
     def holds(size: int) -> bool:
