@@ -272,7 +272,7 @@ def _tokenizer(folder: Path) -> Path:
         merges = (ROOT / "data_prep/encode/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
         letters = byte_characters()
         ids = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
-        made = Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
+        made = Tokenizer(models.BPE(vocab=ids, merges=[(left, right) for left, right in map(str.split, merges)]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
         made.save(str(folder / "huggingface.json"))
@@ -282,7 +282,7 @@ def _tokenizer(folder: Path) -> Path:
 def _environment(folder: Path, name: str) -> None:
     if not (folder / name / "ready").is_file():
         subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
-        pip = [folder / name / "bin" / "pip", "install", "--quiet"]
+        pip: list[str | Path] = [folder / name / "bin" / "pip", "install", "--quiet"]
         subprocess.run([*pip, "--constraint", ROOT / "constraints.txt", *PACKAGES[name]], check=True, timeout=LIMIT_S)
         (folder / name / "ready").touch()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.encode import encoders, equivalence_texts, find_tokenizer, gigatoken_encoder
-from data_prep.encode.encoders import Encoder
+from data_prep.encode.interface import Encoder
 from hpcgpt.tokenizer import huggingface
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 

@@ -31,7 +31,7 @@ from data_prep.text import accounting, unread
 from data_prep.text.options import printable_path
 from data_prep.text.unread import UnreadFile
 from data_prep.token_files import chunked_file, foreign_readers
-from data_prep.token_files.document_splitter import Batch, DocumentSplitter
+from data_prep.token_files.document_splitter import DocumentBatch, DocumentSplitter
 from data_prep.token_files.foreign_readers import TokenChunk
 from hpcgpt import cli
 from hpcgpt.config import paths
@@ -243,13 +243,15 @@ def _chunks(files: list[Path], kind: str, bar: Any) -> Iterator[TokenChunk]:
             bar.update(chunk.tokens.nbytes)
 
 
-def _batches(splitter: DocumentSplitter, chunks: Iterator[TokenChunk]) -> Iterator[Batch]:
+def _batches(splitter: DocumentSplitter, chunks: Iterator[TokenChunk]) -> Iterator[DocumentBatch]:
     """Yield batches of complete documents, none of them empty."""
     batches = chain(map(splitter.add, chunks), (splitter.rest() for _ in range(1)))
     return ((tokens, lengths) for tokens, lengths in batches if len(lengths))
 
 
-def _write(out: Path, split: str, batches: Iterator[Batch], splitter: DocumentSplitter, made: list[Shard]) -> None:
+def _write(
+    out: Path, split: str, batches: Iterator[DocumentBatch], splitter: DocumentSplitter, made: list[Shard]
+) -> None:
     """Write documents into shards of at most `splitter.most` tokens, and append these to `made`."""
     characters, text_bytes = _text_sizes(splitter.tokenizer)
     batch, number = next(batches, None), 0

@@ -14,12 +14,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.encode import equivalence_texts, from_tiktoken, gigatoken_encoder, ideographs
+from data_prep.encode.interface import EncodedBatch, Encoder
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from hpcgpt.tokenizer.huggingface import LibraryTokenizer
@@ -27,19 +28,6 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 Backend = Literal["auto", "tiktoken", "gigatoken", "tokenizers"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-
-Batch = tuple[NDArray[np.uint32], NDArray[np.int64]]
-
-
-class Encoder(Protocol):
-    """Encodes batches of texts. `fallback_reason` says why "auto" is not the fastest encoder; "" if it is."""
-
-    name: str
-    fallback_reason: str
-
-    def batch(self, texts: Sequence[str]) -> Batch:
-        """Return the ids of all texts, concatenated (n,), and how many each has (k,). No text has lone surrogates."""
-        ...
 
 
 def choose(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
@@ -99,7 +87,7 @@ class OneByOneEncoder:
         self.name, self.fallback_reason = name, ""
         self._encode = encode
 
-    def batch(self, texts: Sequence[str]) -> Batch:
+    def batch(self, texts: Sequence[str]) -> EncodedBatch:
         parts = [self._encode(text) for text in texts]
         counts = np.fromiter(map(len, parts), np.int64, len(parts))
         ids = np.empty(int(counts.sum()), dtype=np.uint32)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.encode import from_tiktoken
+from data_prep.encode.interface import EncodedBatch
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, write_ranks
 
@@ -55,8 +56,6 @@ NEWER = [
 ]  # fmt: skip
 _NEWER_LETTER = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in NEWER) + "]")
 
-Batch = tuple[NDArray[np.uint32], NDArray[np.int64]]
-
 
 class GigatokenEncoder:
     """Encodes with gigatoken; `plain` encodes texts with newer letters.
@@ -67,7 +66,7 @@ class GigatokenEncoder:
 
     name, fallback_reason = "gigatoken", ""
 
-    def __init__(self, tokenizer: ByteLevelBPE, plain: Callable[[Sequence[str]], Batch]) -> None:
+    def __init__(self, tokenizer: ByteLevelBPE, plain: Callable[[Sequence[str]], EncodedBatch]) -> None:
         scheme = SCHEMES.get(tokenizer.pattern)
         if scheme is None:
             raise UserError(f"gigatoken does not support the pattern of tokenizer {tokenizer.name}")
@@ -88,7 +87,7 @@ class GigatokenEncoder:
         self._characters = 0
         self._limit = _resident_bytes() + MOST_GROWTH_BYTES
 
-    def batch(self, texts: Sequence[str]) -> Batch:
+    def batch(self, texts: Sequence[str]) -> EncodedBatch:
         if self._characters >= FEWEST_CHARACTERS and not 0 < _resident_bytes() < self._limit:
             self._gigatoken = None  # so that there are never two in memory
             self._gigatoken, self._characters = self._build(), 0
@@ -127,7 +126,7 @@ class GigatokenEncoder:
 
     def _with_newer_from_tiktoken(
         self, texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]
-    ) -> Batch:
+    ) -> EncodedBatch:
         """Replace the ids of texts with newer letters by those of tiktoken."""
         newer = [number for number, text in enumerate(texts) if not text.isascii() and _NEWER_LETTER.search(text)]
         if not newer:
@@ -143,7 +142,7 @@ def _length(lead: int) -> int:
     return 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2
 
 
-def _as_arrays(encoded: Any) -> Batch:
+def _as_arrays(encoded: Any) -> EncodedBatch:
     """Return the result of encode_batch as arrays, without copying.
 
     Raises:

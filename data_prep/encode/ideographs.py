@@ -26,11 +26,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.encode.interface import EncodedBatch, Encoder
 from hpcgpt.output import streams
 
 # Letters since Unicode 3, and punctuation since Unicode 1.1, so every encoder classifies them alike.
@@ -47,17 +47,7 @@ _LEAST_FREE = 0.2
 _SAMPLE_EVERY = 61  # characters
 
 Ids = NDArray[np.uint32]
-Batch = tuple[Ids, NDArray[np.int64]]
 Bools = NDArray[np.bool_]
-
-
-class Encoder(Protocol):
-    """The wrapped encoder, see `data_prep.encode.encoders.Encoder`."""
-
-    name: str
-    fallback_reason: str
-
-    def batch(self, texts: Sequence[str]) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class ByCharacterEncoder:
         self._inner, self._tokens, self._equivalence_texts = inner, tokens, equivalence_texts
         self.name, self.fallback_reason = inner.name, inner.fallback_reason
 
-    def batch(self, texts: Sequence[str]) -> Batch:
+    def batch(self, texts: Sequence[str]) -> EncodedBatch:
         if not _looks_chinese(texts) or self._table is None:
             return self._inner.batch(texts)
         if any(self._table.stand_in in text for text in texts):
@@ -112,7 +102,7 @@ class ByCharacterEncoder:
         streams.warn(f"Chinese is encoded by {self.name} alone: looking up single characters gives other ids")
         return None
 
-    def _encode(self, points: NDArray[np.uint32], ends: NDArray[np.int64], free: Bools, table: _Table) -> Batch:
+    def _encode(self, points: NDArray[np.uint32], ends: NDArray[np.int64], free: Bools, table: _Table) -> EncodedBatch:
         """Encode the texts, given by their code points and ends: runs of `free` characters from the table."""
         run_starts = free.copy()
         run_starts[1:] &= ~free[:-1]

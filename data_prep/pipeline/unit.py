@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.encode.encoders import Encoder
+from data_prep.encode.interface import Encoder
 from data_prep.pipeline import holdout
 from data_prep.pipeline.plan import ShardOptions
 from data_prep.text import accounting

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.encode import encoders
-from data_prep.encode.encoders import Backend, Encoder
+from data_prep.encode.encoders import Backend
+from data_prep.encode.interface import Encoder
 from data_prep.pipeline import unit
 from data_prep.pipeline.plan import ShardOptions
 from data_prep.text.inputs import Unit

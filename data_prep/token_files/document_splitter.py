@@ -18,7 +18,7 @@ from hpcgpt.data.shard_format import Tokens, Width
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer.interface import Tokenizer
 
-Batch = tuple[Tokens, NDArray[np.int64]]
+DocumentBatch = tuple[Tokens, NDArray[np.int64]]
 
 
 @dataclass
@@ -58,7 +58,7 @@ class DocumentSplitter:
             return "before each document" if self._starts_with_eot else "after each document"
         return "between documents, of which the first and the last may be parts"
 
-    def add(self, chunk: TokenChunk) -> Batch:
+    def add(self, chunk: TokenChunk) -> DocumentBatch:
         """Return the documents that end in `chunk`: their tokens, each after an end-of-text id (n,), and lengths (k,).
 
         Raises:
@@ -89,13 +89,13 @@ class DocumentSplitter:
         self._check_length(max(self._waiting - stop, int(lengths.max(initial=0))), chunk)
         return self._take(stop, lengths[lengths > 0])
 
-    def rest(self) -> Batch:
+    def rest(self) -> DocumentBatch:
         """Return the last document, which ends with the stream."""
         if self._starts.count:
             self._starts.add(np.zeros(1, np.int64), 0)
         return self._take(self._waiting, np.array([self._waiting] if self._waiting else [], dtype=np.int64))
 
-    def _take(self, stop: int, lengths: NDArray[np.int64]) -> Batch:
+    def _take(self, stop: int, lengths: NDArray[np.int64]) -> DocumentBatch:
         """Take the first `stop` of the waiting tokens, as documents of these lengths."""
         if not stop:
             return np.zeros(0, self.width.dtype), np.zeros(0, np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.encode import encoders, equivalence_texts, find_tokenizer, from_tiktoken, gigatoken_encoder
-from data_prep.encode.encoders import Encoder
+from data_prep.encode.interface import Encoder
 from data_prep.text import inputs
 from data_prep.text.documents import read_documents
 from hpcgpt.tokenizer import huggingface, save_load

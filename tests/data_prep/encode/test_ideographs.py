@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data_prep.encode import find_tokenizer, ideographs
-from data_prep.encode.ideographs import Batch, ByCharacterEncoder
+from data_prep.encode.ideographs import ByCharacterEncoder
+from data_prep.encode.interface import EncodedBatch
 
 GPT2 = find_tokenizer.gpt2()
 # Neighbours of ideographs in texts, and ideographs with which GPT-2 has tokens that cross their border.
@@ -30,7 +31,7 @@ class Plain:
     def __init__(self) -> None:
         self.characters = 0
 
-    def batch(self, texts: Sequence[str]) -> Batch:
+    def batch(self, texts: Sequence[str]) -> EncodedBatch:
         self.characters += sum(map(len, texts))
         parts = [np.array(GPT2.encoding.encode_ordinary(text), dtype=np.uint32) for text in texts]
         return np.concatenate([np.empty(0, np.uint32), *parts]), np.array([len(part) for part in parts], dtype=np.int64)
