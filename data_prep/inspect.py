@@ -36,7 +36,7 @@ PAGE_TOKENS = 512
 AROUND = 64  # a page is decoded with this many tokens before and after it
 CHUNK_DOCUMENTS = 1 << 20
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-LONG = 1 << 20  # the lengths of documents with this many tokens are listed, and not counted in a table
+LONG = 1 << 20  # the lengths of documents with at least this many tokens are listed, and not counted in a table
 
 
 def main(argv: Sequence[str]) -> int:

@@ -47,6 +47,6 @@ def unknown_warning(counts: Mapping[str, int], tokens: int) -> str:
         return ""
     return (
         f"{unknown / max(1, tokens):.2%} of the tokens are for text that the tokenizer cannot encode, which is lost: "
-        "take a tokenizer that can encode any text as bytes, such as gpt2, or train one with "
+        "use a tokenizer that can encode any text as bytes, such as gpt2, or train one with "
         "`python -m data_prep.train_tokenizer`"
     )

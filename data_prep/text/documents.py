@@ -255,7 +255,7 @@ def _check_unchanged(file: InputFile) -> None:
     try:
         status = file.path.stat()
     except OSError as error:
-        raise UserError(f"{printable_path(file.path)} was there when this was planned: {error.strerror}") from None
+        raise UserError(f"{printable_path(file.path)} existed when this was planned: {error.strerror}") from None
     if (status.st_size, status.st_mtime_ns) != (file.bytes, file.modified_ns):
         raise UserError(
             f"{printable_path(file.path)} changed since this was planned (it had {file.bytes:,} bytes and has "

@@ -69,6 +69,6 @@ def _check_same(stream: BinaryIO, head: bytes, path: Path) -> None:
 
 def _other_stdin(path: Path, offset: int) -> str:
     return (
-        f"standard input is not what it was when this was begun: it differs from {printable_path(path)} after byte "
+        f"standard input has changed since the first run: it differs from {printable_path(path)} after byte "
         f"{offset}; give the same text again, or choose another --out"
     )

@@ -324,7 +324,7 @@ def fill(folder: Path, files: Files, alone: bool = False) -> None:
     [*IN_JSONL, *IN_TXT, *IN_PACKED, *IN_PARQUET, *FILES],
     ids=lambda case: case.about.replace(" ", "_"),
 )
-def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(case: Bad, run: Run, tmp_path: Path) -> None:
+def test_a_bad_file_is_reported_or_counted_and_nothing_is_lost(case: Bad, run: Run, tmp_path: Path) -> None:
     given, out = tmp_path / "in", tmp_path / "out"
     fill(given, case.files, case.alone)
     before = everything(given)
@@ -456,7 +456,7 @@ def open_folder(tokenizer_folder: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("name", "says"), [("a.txt", "a.txt: no permission to read it"), ("a", "this folder cannot be")]
 )
-def test_what_may_not_be_read_is_told_or_counted(name: str, says: str, run: Run, open_folder: Path) -> None:
+def test_what_may_not_be_read_is_reported_or_counted(name: str, says: str, run: Run, open_folder: Path) -> None:
     given = open_folder / "in"
     fill(given, one("a.txt", b"mine") if name == "a.txt" else lambda folder: (folder / "a").mkdir())
     (given / name).chmod(0)
@@ -468,7 +468,7 @@ def test_what_may_not_be_read_is_told_or_counted(name: str, says: str, run: Run,
     assert (code, err, "left out: 1 bad input" in said) == (0, "", True)
 
 
-def test_a_folder_that_may_not_be_written_is_told(run: Run, open_folder: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_reported(run: Run, open_folder: Path) -> None:
     fill(open_folder / "in", {})
     run.tokenizer = open_folder / "tokenizer"
     before = everything(open_folder)
@@ -489,7 +489,7 @@ def test_the_shards_of_another_tokenizer_stay(run: Run, tmp_path: Path) -> None:
     assert everything(out) == before
 
 
-def test_standard_input_is_not_copied_into_a_folder_that_is_not_ours(
+def test_standard_input_is_not_copied_into_a_folder_with_other_files(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -510,7 +510,7 @@ def test_a_file_where_the_folder_should_be_stays(run: Run, tmp_path: Path) -> No
     assert (tmp_path / "out").read_text() == "years of work"
 
 
-def test_a_full_disk_is_told_and_what_is_finished_stays(run: Run, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     arguments = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
@@ -545,7 +545,7 @@ def test_the_command_reads_standard_input_and_refuses_another_on_a_rerun(
         return done.returncode, (done.stdout + done.stderr).decode()
 
     bad = GOOD + b"bad\n"
-    for content, says in ((bad, f"stdin.jsonl, byte {AT}: not JSON"), (GOOD, "standard input is not what it was")):
+    for content, says in ((bad, f"stdin.jsonl, byte {AT}: not JSON"), (GOOD, "standard input has changed")):
         status, said = piped(content, "--out", str(tmp_path / "out"))
         assert (status, says in said, "Traceback" in said) == (2, True, False), said
     status, said = piped(bad, "--out", str(tmp_path / "skip"), "--on-bad-input", "skip")

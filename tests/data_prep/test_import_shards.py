@@ -215,7 +215,7 @@ def test_an_end_of_text_of_their_own_becomes_that_of_the_tokenizer(
     assert found == [[bpe.end_of_text, 1, 2], [bpe.end_of_text, 3]]
 
 
-def test_the_split_is_told_by_the_name_or_by_the_option(tmp_path: Path, imported: Import) -> None:
+def test_the_split_is_decided_by_the_name_or_by_the_option(tmp_path: Path, imported: Import) -> None:
     for name in ("fineweb_train_000001", "fineweb_val_000000", "validated", "interval"):
         llmc(tmp_path / f"{name}.bin", [1, 2, 3])
     files = sorted(tmp_path.glob("*.bin"))
@@ -247,7 +247,7 @@ def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
         ([1, 2], "nowhere"),
     ],
 )
-def test_where_the_end_of_text_stood_is_told(
+def test_where_the_end_of_text_was_is_reported(
     ids: list[int], convention: str, piece: int, tmp_path: Path, bpe: interface.Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

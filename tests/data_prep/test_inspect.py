@@ -199,7 +199,7 @@ def test_the_histogram_counts_every_token(
     assert all(row["text"] == tokenizer.encoding.decode([row["id"]]) for row in whole)
 
 
-def test_an_id_outside_of_the_vocabulary_is_told_with_its_file(folder: Path, tmp_path: Path) -> None:
+def test_an_id_outside_of_the_vocabulary_is_reported_with_its_file(folder: Path, tmp_path: Path) -> None:
     manifest = write(tmp_path / "shards", {"train": [[[0, 1]], [[0, 600]]]})
     copy = tmp_path / "shards"
     shutil.copytree(folder / "tokenizer", copy / "tokenizer")

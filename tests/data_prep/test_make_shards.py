@@ -165,7 +165,7 @@ def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus
     assert verify.verify(whole, manifest) == []
 
 
-def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
+def test_the_manifest_says_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
     manifest = shard_format.read_manifest(whole)
     assert manifest.inputs == [{"name": "corpus.jsonl", "bytes": corpus.stat().st_size}]
     assert manifest.tokenizer["fingerprint"] == save_load.load(tokenizer_folder).fingerprint
@@ -201,7 +201,7 @@ def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole
         assert files(out) == files(whole)
 
 
-def test_a_folder_that_another_task_claims_meanwhile_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_task_claims_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at what is in it and the look for the plan, and the other way round."""
     look = plan._has_other_files
 
@@ -414,7 +414,7 @@ def test_of_equal_documents_the_first_stays(
     assert len(shard_format.read_manifest(tmp_path / "all").shards) > 4
 
 
-def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
+def test_killed_while_it_removes_duplicates_or_renames_shards_it_continues(
     copies: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each of the files that are written or moved once all units are finished."""
@@ -669,7 +669,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("room", "workers"), [(0, 1), (9_000, 1), (30_000, 1), (2_000_000, 1), (2_000_000, 2)])
-def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
+def test_a_full_disk_ends_in_a_sentence_and_a_rerun_continues(
     room: int, workers: int, options: list[str], whole: Path, small_disk: Path
 ) -> None:
     """Full at every stage: at the plan, at the tokenizer, in mid-shard."""
@@ -694,7 +694,7 @@ def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
     assert list(out.rglob(".*")) == []
 
 
-def test_a_corpus_too_small_for_its_validation_split_is_told_so_and_kept(tmp_path: Path) -> None:
+def test_a_corpus_too_small_for_its_validation_split_causes_a_warning_and_is_kept(tmp_path: Path) -> None:
     """Twenty novels and one in a hundred: tokenizing them all must not have been in vain."""
     (tmp_path / "a.txt").write_text("x")
     done = command("data_prep.make_shards", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),

@@ -139,7 +139,7 @@ def gone(process: int) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_a_task_whose_time_is_over_requeues_itself_and_goes_on(site: Site, whole: Path) -> None:
+def test_a_task_whose_time_is_over_requeues_itself_and_continues(site: Site, whole: Path) -> None:
     """Slurm's signal before the time limit, sent by hand so that the test does not wait for a minute."""
     out = site.home / "limited"
     job = site.sbatch(out, "--array=0")

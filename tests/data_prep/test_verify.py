@@ -19,7 +19,7 @@ from tests.programs import ROOT, clean_env
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-def test_any_number_of_workers_tells_the_same_in_the_same_order(
+def test_any_number_of_workers_reports_the_same_in_the_same_order(
     workers: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "CHUNK_TOKENS", 500)

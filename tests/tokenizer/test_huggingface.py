@@ -422,7 +422,7 @@ def test_damage_anywhere_is_a_sentence_or_another_tokenizer(files: Path, tmp_pat
     assert outcomes == {"found", "refused"}
 
 
-def test_a_file_that_crashes_the_library_ends_no_process_of_ours(files: Path, tmp_path: Path) -> None:
+def test_a_file_that_crashes_the_library_does_not_crash_this_process(files: Path, tmp_path: Path) -> None:
     """It cuts within a character, and aborts."""
 
     def prefix(about: dict[str, Any]) -> None:

@@ -191,7 +191,7 @@ def test_a_cache_of_another_user_is_passed_over(
         assert f"its ranks cannot be kept in {cache}: Permission denied" in capsys.readouterr().err
 
 
-def test_ranks_brought_along_are_known_by_their_hash(gpt2: ByteLevelBPE, offline: Path) -> None:
+def test_a_file_of_ranks_is_recognized_by_its_hash(gpt2: ByteLevelBPE, offline: Path) -> None:
     save_load.save(gpt2, offline)
     downloaded = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
     assert find_tokenizer.find(str(downloaded)).fingerprint == gpt2.fingerprint
@@ -243,7 +243,7 @@ def test_a_stream_never_holds_half_a_character(gpt2: ByteLevelBPE, bpe: ByteLeve
         assert len(tokenizer.encode(text)) > len(text)  # so most characters did come in halves
 
 
-def test_a_stream_that_ends_or_is_cut_within_a_character_says_so_and_goes_on(bpe: ByteLevelBPE) -> None:
+def test_a_stream_that_ends_or_is_cut_within_a_character_shows_it_and_continues(bpe: ByteLevelBPE) -> None:
     half = bpe.encode("萧")[:1]
     assert bpe.encoding.decode_bytes(half) != "萧".encode()
     assert "".join(interface.stream(bpe, [*half, *bpe.encode("b")])) == "\ufffdb"

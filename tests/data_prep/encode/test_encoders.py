@@ -107,7 +107,7 @@ def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
     assert same(fast, plain, texts[::-1])
 
 
-def test_tokens_that_may_hold_a_newer_letter_are_known(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_may_hold_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "_build", lambda _: None)  # no merge makes these tokens
     tokens = {
         "ʕb": True,
@@ -234,7 +234,7 @@ def test_gaps_between_the_ids_are_no_obstacle(shift: Callable[[int], int], gpt2:
     )
 
 
-def test_a_backend_that_cuts_otherwise_is_found_at_the_start(
+def test_a_backend_that_splits_text_differently_is_found_at_the_start(
     gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gigatoken_encoder.SCHEMES, gpt2.pattern, "qwen2")

@@ -72,7 +72,9 @@ def test_prose_of_all_kinds_of_neighbours(by_character: ByCharacterEncoder) -> N
         check(by_character, [prose(chance, 60) for _ in range(100)])
 
 
-def test_every_ideograph_and_mark_beside_every_troublesome_neighbour(by_character: ByCharacterEncoder) -> None:
+def test_every_character_of_the_table_beside_every_troublesome_neighbour(
+    by_character: ByCharacterEncoder,
+) -> None:
     """Each in the middle of a run that would be looked up, before and after the neighbour."""
     points = [*ideographs._LETTERS[::7], *ideographs._PUNCTUATION, *map(ord, "龍士裏覚醒喚契極神魔")]
     for beside in BESIDE:

@@ -123,7 +123,7 @@ def unread_reason(folder: Path) -> str:
     return str(shard_format.read_manifest(folder / "out").unread[0]["reason"])
 
 
-def test_what_lies_beside_is_named_and_hidden_files_are_counted(make: Make, tmp_path: Path) -> None:
+def test_other_files_are_named_and_hidden_files_are_counted(make: Make, tmp_path: Path) -> None:
     names = ["README.md", "x/LICENSE", "checksums.md5", ".DS_Store", ".git/a.txt", "x/._a.txt", "dataset_info.json"]
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, **dict.fromkeys(names, b"{\n")})
     code, out, _ = make(given)
@@ -191,7 +191,7 @@ def test_a_json_is_read_if_it_holds_lines_with_a_text(tmp_path: Path) -> None:
     assert len(inputs.find([str(given / "d.json")], text_key="words")) == 1
 
 
-def test_a_file_that_is_named_twice_is_taken_once_and_told(make: Make, tmp_path: Path) -> None:
+def test_a_file_that_is_named_twice_is_read_once_and_reported(make: Make, tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, "b.txt": b"another"})
     (given / "link.jsonl").symlink_to("a.jsonl")
     os.link(given / "a.jsonl", given / "hard.jsonl")
@@ -218,7 +218,7 @@ def test_a_name_with_a_tilde_is_a_name(make: Make, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.xz", "a.jsonl.bz2"])
-def test_xz_and_bz2_are_streams_and_their_breaks_are_told(name: str, tmp_path: Path) -> None:
+def test_xz_and_bz2_are_streams_and_damage_is_reported(name: str, tmp_path: Path) -> None:
     pack = lzma.compress if name.endswith("xz") else bz2.compress
     lines = b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(300).hex().encode()) for n in range(2000))
     path = tmp_path / name
@@ -238,7 +238,7 @@ def test_xz_and_bz2_are_streams_and_their_breaks_are_told(name: str, tmp_path: P
         assert len(found) == {"it is no ": 0, "what follows its end": 2000}.get(problem, len(found))
 
 
-def test_an_arrow_file_gives_its_rows_and_its_breaks_are_told(tmp_path: Path) -> None:
+def test_an_arrow_file_gives_its_rows_and_damage_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.arrow"
     arrow_stream(path, ["a", None, "", "斗"])
     assert read(path) == ["a", "斗"]
@@ -443,7 +443,7 @@ def test_bytes_are_spelled_in_pieces_also_where_those_are_marked_special(
     assert "unknown_tokens" not in manifest_of(tmp_path).counts
 
 
-def test_tokens_for_unknown_text_are_counted_and_many_are_warned_of(
+def test_tokens_for_unknown_text_are_counted_and_many_cause_a_warning(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = Library(models.Unigram())
@@ -544,7 +544,7 @@ def test_numpys_files_and_nanogpts_characters_are_refused_with_the_reason(
             import_shards.main([*arguments, "nanogpt", str(name)])
 
 
-def test_what_lies_beside_imported_files_is_told(
+def test_files_beside_imported_ones_are_reported(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = folder_of(tmp_path / "in", {"train.bin": bytes(200), "part.bin.gz": b"x", "x/train.bin": bytes(2)})

@@ -61,7 +61,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [lambda text: text, gzip.compress, zstd.compress], ids=["txt", "gz", "zst"])
-def test_a_text_is_a_document_as_it_stands_packed_or_not(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_a_text_is_one_unchanged_document_compressed_or_not(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = tmp_path / ("a.txt" + {gzip.compress: ".gz", zstd.compress: ".zst"}.get(packed, ""))
     path.write_bytes(packed("\ufeff a\r\nb\rc 萧\ufeff\n\n".encode()))
     assert read(path) == [" a\r\nb\rc 萧\ufeff\n\n"]
@@ -296,7 +296,7 @@ def test_text_in_other_encodings(encoding: str, options: str, tmp_path: Path) ->
     assert read(tmp_path / "s.txt", TextOptions(encoding=options, separator="\n===\n"), 300) == lines
 
 
-def test_auto_tells_each_file_apart(tmp_path: Path) -> None:
+def test_auto_detects_the_encoding_of_each_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(CHINESE.encode())
     (tmp_path / "b.txt").write_bytes(CHINESE.encode("gb18030"))
     (tmp_path / "c.txt").write_bytes(TRADITIONAL.encode("gb18030"))
@@ -312,7 +312,7 @@ def test_auto_tells_each_file_apart(tmp_path: Path) -> None:
      (CHINESE, "utf-8", False), ("萧炎", "utf-8", False), (KOREAN, "utf-8", False),
      (FRENCH, "cp1252", False), ("naïve", "cp1252", False)],
 )  # fmt: skip
-def test_chinese_in_gb18030_is_known_when_it_is_seen(text: str, encoding: str, chinese: bool) -> None:
+def test_chinese_in_gb18030_is_recognized(text: str, encoding: str, chinese: bool) -> None:
     assert encodings.is_chinese(text.encode(encoding)) is chinese
 
 
@@ -352,7 +352,7 @@ def test_an_encoding_has_one_name() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str, tmp_path: Path) -> None:
+def test_wherever_a_compressed_file_is_cut_short_what_was_before_is_kept(suffix: str, tmp_path: Path) -> None:
     chance = random.Random(1)
     texts = ["".join(chance.choices("abcdefghijklmnop", k=2000)) for _ in range(200)]
     whole = jsonl(texts)
@@ -392,7 +392,7 @@ def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> No
         assert len(read(tmp_path / "a.jsonl.gz", TextOptions(on_bad_input="skip"))) == lines
 
 
-def test_what_is_told_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
+def test_the_list_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n' * 3000)
     skipped: list[Skipped] = []
     assert read(tmp_path / "a.jsonl", TextOptions(on_bad_input="skip"), 10**9, skipped) == ["a"] * 3000
@@ -414,7 +414,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_even_where_bad_input_i
             path.write_bytes(jsonl([*TEXTS, "more"]))
         else:
             os.utime(path, ns=(1, 1))
-        with pytest.raises(ValueError, match=r"changed since this was planned|was there when this was planned"):
+        with pytest.raises(ValueError, match=r"changed since this was planned|existed when this was planned"):
             list(texts)
         with pytest.raises(ValueError, match="was planned"):
             next(documents.read_documents(unit, options, []))
@@ -498,7 +498,7 @@ def test_a_rerun_takes_the_same_input_or_a_terminal_and_refuses_any_other(tmp_pa
     assert standard_input.spool(Stdin(b"", terminal=True), tmp_path) == path
     other = content[:2_500_000] + b"!" + content[2_500_001:]
     for wrong in (other, content[:-1], content + b"!", b'{"text": 1}'):
-        with pytest.raises(ValueError, match="standard input is not what it was when this was begun"):
+        with pytest.raises(ValueError, match="standard input has changed since the first run"):
             standard_input.spool(Stdin(wrong), tmp_path)
     assert (path.stat().st_mtime_ns, path.read_bytes() == content) == (before, True)
 
