@@ -111,7 +111,7 @@ def _open(path: Path, column: str) -> ParquetFile:
 
 def check_column(schema: Schema, column: str) -> None:
     """Raise UnreadableTableError unless there is exactly one such column, and it holds strings."""
-    import pyarrow.types as kinds
+    import pyarrow.types as arrow_types
 
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
     remedy = "name the right one with --text-key"
@@ -120,8 +120,8 @@ def check_column(schema: Schema, column: str) -> None:
     if schema.names.count(column) > 1:
         raise UnreadableTableError(f"more than one column '{column}' (it has {columns})")
     kind = schema.field(column).type
-    value = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not (kinds.is_string(value) or kinds.is_large_string(value) or kinds.is_string_view(value)):
+    value = kind.value_type if arrow_types.is_dictionary(kind) else kind
+    if not (arrow_types.is_string(value) or arrow_types.is_large_string(value) or arrow_types.is_string_view(value)):
         raise UnreadableTableError(f"its column '{column}' is of {kind} and not of strings (it has {columns})", remedy)
 
 
