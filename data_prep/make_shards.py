@@ -150,7 +150,7 @@ def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: S
 def _place(plan: Plan, out: Path) -> Manifest | None:
     """The finished data set; None if another task finishes it, or did."""
     try:
-        held = lease.take(out / "prep" / "placing", world.job_attempt())
+        merging = lease.acquire(out / "prep" / "placing", world.job_attempt())
     except ValueError as error:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None
@@ -160,7 +160,7 @@ def _place(plan: Plan, out: Path) -> Manifest | None:
         print(f"{out} is complete")
         return None
     finally:
-        held.release()
+        merging.release()
 
 
 def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> None:

@@ -79,10 +79,15 @@ def test_micro_steps_follow_from_the_global_batch(global_batch: int, micro_batch
 @pytest.mark.parametrize(
     ("global_batch", "micro_batch", "ranks", "advice"),
     [
-        (8, 2, 3, "not a multiple of 3 ranks x train.micro_batch 2: take a train.global_batch that is a multiple of 6"),
+        (
+            8,
+            2,
+            3,
+            "not a multiple of 3 ranks x train.micro_batch 2: choose a train.global_batch that is a multiple of 6",
+        ),
         (8, 4, 4, "with 4 ranks train.micro_batch may be 1, 2"),
         (12, 4, 2, "with 2 ranks train.micro_batch may be 1, 2, 3, 6"),
-        (8, 8, 16, "take a train.global_batch that is a multiple of 128"),
+        (8, 8, 16, "choose a train.global_batch that is a multiple of 128"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_what_would(
@@ -96,7 +101,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
 def test_sums_of_micro_batches_are_not_rounded_to_bfloat16(shards_folder: Path) -> None:
     """With zero1 FSDP2 would, before it sends them."""
     flags = {"parallel__mode": "zero1", "parallel__gradient_dtype": "bfloat16"}
-    with pytest.raises(ValueError, match="with zero1 would add up a step's 2 micro-batches in bfloat16, too"):
+    with pytest.raises(ValueError, match="with zero1 would also accumulate a step's 2 micro-batches"):
         plan.make(settings(shards_folder, **flags), world_size=2)
     plan.make(settings(shards_folder, **flags), world_size=4)  # one micro-batch each
     for mode in ("ddp", "fsdp"):

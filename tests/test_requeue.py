@@ -14,12 +14,12 @@ from hpcgpt.config import options
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, SUPERSEDED
 from hpcgpt.run import run_folder
-from hpcgpt.run.crash_report import Blame
+from hpcgpt.run.crash_report import FirstFailure
 from hpcgpt.run.run_folder import Exit
 from hpcgpt.slurm import bad_nodes
 from hpcgpt.slurm.bad_nodes import bad_hosts
 from hpcgpt.slurm.requeue_policy import Decision, decide, decide_early
-from hpcgpt.slurm.restart_history import History, Start
+from hpcgpt.slurm.restart_history import RestartHistory, Start
 from hpcgpt.slurm.scontrol import Job, job_id
 from hpcgpt.storage import lease
 from tests.checkpoint.small_checkpoints import save
@@ -34,13 +34,15 @@ from tests.tiny_run import rows
 NOBODY = None  # rank 0 could not write exit.json: killed, or its node is gone
 
 
-NEW, LIMITS = History(), options.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
+NEW, LIMITS = RestartHistory(), options.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
 
 
-def policy(ended: Exit | None, status: int, crashes: int = 0, most: int = 3, blamed: Blame | None = None) -> Decision:
+def policy(
+    ended: Exit | None, status: int, crashes: int = 0, most: int = 3, failure: FirstFailure | None = None
+) -> Decision:
     """What is decided at the first start of a job that Slurm leaves alone."""
     limits = options.Requeue(max_crashes=most)
-    return decide(ended, status, Job("RUNNING"), 0, History(crashes), limits, blamed)
+    return decide(ended, status, Job("RUNNING"), 0, RestartHistory(crashes), limits, failure)
 
 
 def left(status: int, reason: str = "", saved: bool = False) -> Exit:
@@ -55,17 +57,23 @@ def left(status: int, reason: str = "", saved: bool = False) -> Exit:
     [
         (left(FINISHED), 0, False, False, "finished"),
         (left(FINISHED), 137, False, False, "finished"),  # srun -K may lose the true status
-        (left(2, "no such key"), 2, False, False, "needs a person: no such key"),
-        (left(2, "no such key"), 143, False, False, "needs a person: no such key"),
-        (NOBODY, 2, False, False, "needs a person"),
-        (NOBODY, SUPERSEDED, False, False, "needs a person"),
-        (left(AGAIN, Stop.FILE.words, saved=True), AGAIN, False, False, "STOP file"),
-        (left(AGAIN, Stop.TIME_LIMIT.words, saved=True), AGAIN, True, False, "saved at step 1,200: the time limit"),
-        (left(AGAIN, Stop.TERMINATED.words, saved=True), 143, True, False, "saved at step 1,200: told to terminate"),
-        (left(AGAIN, Stop.INTERRUPT.words, saved=True), 0, True, False, "saved at step 1,200: interrupted"),
+        (left(2, "no such key"), 2, False, False, "a person has to act: no such key"),
+        (left(2, "no such key"), 143, False, False, "a person has to act: no such key"),
+        (NOBODY, 2, False, False, "a person has to act"),
+        (NOBODY, SUPERSEDED, False, False, "a person has to act"),
+        (left(AGAIN, Stop.FILE.message, saved=True), AGAIN, False, False, "STOP file"),
+        (left(AGAIN, Stop.TIME_LIMIT.message, saved=True), AGAIN, True, False, "saved at step 1,200: the time limit"),
+        (left(AGAIN, Stop.TERMINATED.message, saved=True), 143, True, False, "saved at step 1,200: told to terminate"),
+        (left(AGAIN, Stop.INTERRUPT.message, saved=True), 0, True, False, "saved at step 1,200: interrupted"),
         (left(FAILED, "out of memory"), 1, True, True, "crash 1 since the last new checkpoint: out of memory"),
-        (NOBODY, 137, True, True, "crash 1 since the last new checkpoint: the ranks left with status 137 and no word"),
-        (NOBODY, 1, True, True, "status 1 and no word"),
+        (
+            NOBODY,
+            137,
+            True,
+            True,
+            "crash 1 since the last new checkpoint: the ranks exited with status 137 and reported no error",
+        ),
+        (NOBODY, 1, True, True, "exited with status 1 and reported no error"),
         (NOBODY, 0, False, False, "finished"),  # every rank said so, and rank 0's disk was full
         (NOBODY, AGAIN, True, False, "saved"),
     ],
@@ -75,10 +83,10 @@ def test_how_an_attempt_ended_decides(
 ) -> None:
     decision = policy(ended, status)
     assert (decision.requeue, decision.crashed) == (requeue, crashed)
-    assert words in decision.why
+    assert words in decision.reason
 
 
-TOLD = left(AGAIN, Stop.TERMINATED.words, saved=True)
+TOLD = left(AGAIN, Stop.TERMINATED.message, saved=True)
 ENDS = [NOBODY, TOLD, left(FAILED, "x")]
 
 
@@ -88,7 +96,7 @@ def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: 
     """While its processes are being ended, a cancelled job is COMPLETING."""
     decision = decide(ended, 143, Job(state), 0, NEW, LIMITS)
     assert (decision.requeue, decision.crashed) == (False, False)
-    assert "cancelled" in decision.why
+    assert "cancelled" in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -108,12 +116,12 @@ def test_the_last_of_max_crashes_in_a_row_is_a_crash_loop(before: int, allowed: 
     decision = policy(left(FAILED, "out of memory"), 1, crashes=before, most=allowed)
     assert decision.requeue == requeue
     assert decision.crashed
-    assert "out of memory" in decision.why
-    assert ("crash loop" in decision.why) != requeue
+    assert "out of memory" in decision.reason
+    assert ("crash loop" in decision.reason) != requeue
 
 
 def test_earlier_crashes_do_not_keep_a_saved_job_from_being_requeued() -> None:
-    assert policy(left(AGAIN, Stop.TIME_LIMIT.words, saved=True), AGAIN, crashes=99).requeue
+    assert policy(left(AGAIN, Stop.TIME_LIMIT.message, saved=True), AGAIN, crashes=99).requeue
 
 
 @pytest.mark.parametrize("ended", ENDS)
@@ -128,61 +136,61 @@ def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash
 
 
 @pytest.mark.parametrize(
-    ("blamed", "status", "requeue", "crashed", "words"),
+    ("failure", "status", "requeue", "crashed", "words"),
     [
         # One rank alone found a mistake; srun -K ended the others, rank 0 too, and its status is 137.
-        (Blame(3, "n2", "exit status 2", 2, "no such file"), 137, False, False, "rank 3 on n2: exit status 2: no such"),
-        (Blame(0, "n1", "Exited with exit code 76", 76), 137, False, False, "exit code 76: see the log"),
+        (FirstFailure(3, "n2", "exit status 2", 2, "no such file"), 137, False, False, "exit status 2: no such"),
+        (FirstFailure(0, "n1", "Exited with exit code 76", 76), 137, False, False, "exit code 76: see the log"),
         (
-            Blame(3, "n2", "Killed", None),
+            FirstFailure(3, "n2", "Killed", None),
             137,
             True,
             True,
             "crash 1 since the last new checkpoint: rank 3 on n2: Killed",
         ),
-        (Blame(3, "n2", "exit status 1", 1, "boom"), 137, True, True, "rank 3 on n2: exit status 1: boom"),
+        (FirstFailure(3, "n2", "exit status 1", 1, "boom"), 137, True, True, "rank 3 on n2: exit status 1: boom"),
         # srun's own status may be any of its tasks': 2 is no mistake of the user's if a rank was killed first.
-        (Blame(3, "n2", "Killed", None), 2, True, True, "Killed"),
+        (FirstFailure(3, "n2", "Killed", None), 2, True, True, "Killed"),
     ],
 )
 def test_without_a_word_from_rank_0_the_first_to_fail_decides(
-    blamed: Blame, status: int, requeue: bool, crashed: bool, words: str
+    failure: FirstFailure, status: int, requeue: bool, crashed: bool, words: str
 ) -> None:
-    decision = policy(NOBODY, status, blamed=blamed)
+    decision = policy(NOBODY, status, failure=failure)
     assert (decision.requeue, decision.crashed) == (requeue, crashed)
-    assert words in decision.why
+    assert words in decision.reason
 
 
 def test_a_node_that_failed_is_no_crash_and_no_cancellation() -> None:
-    decision = decide(NOBODY, 143, Job("COMPLETING", node_failed=True), 0, History(crashes=99), LIMITS)
-    assert (decision.requeue, decision.crashed, decision.why) == (True, False, "a node failed")
+    decision = decide(NOBODY, 143, Job("COMPLETING", node_failed=True), 0, RestartHistory(crashes=99), LIMITS)
+    assert (decision.requeue, decision.crashed, decision.reason) == (True, False, "a node failed")
 
 
 IDLE = Start("7_9", from_step=20, to_step=21, start_s=25.4, trained_s=3.2)
 
 
 @pytest.mark.parametrize(("idle", "requeue"), [(0, True), (9, True), (10, False), (30, False)])
-@pytest.mark.parametrize("ended", [left(AGAIN, Stop.TIME_LIMIT.words, saved=True), left(FAILED, "out of memory")])
+@pytest.mark.parametrize("ended", [left(AGAIN, Stop.TIME_LIMIT.message, saved=True), left(FAILED, "out of memory")])
 def test_a_job_whose_starts_cost_more_than_they_gain_comes_to_an_end(ended: Exit, idle: int, requeue: bool) -> None:
     """`idle` counts the start that has just ended, too."""
-    decision = decide(ended, AGAIN, Job("RUNNING"), 0, History(idle=idle, last=IDLE), LIMITS)
+    decision = decide(ended, AGAIN, Job("RUNNING"), 0, RestartHistory(without_progress=idle, last=IDLE), LIMITS)
     assert (decision.requeue, decision.gave_up) == (requeue, not requeue)
     assert decision.crashed == (ended.status == FAILED)
-    assert ("it gets nowhere" in decision.why) != requeue
-    assert ended.reason in decision.why
+    assert ("no progress: " in decision.reason) != requeue
+    assert ended.reason in decision.reason
     if idle:  # it is told so each time
-        assert "took 25 s until its first step and trained for 3 s, 1 step" in decision.why
-    assert (f"{idle} of 10 in a row" in decision.why) == (requeue and idle > 0)
-    assert ("Ask for a longer --time" in decision.why) != requeue
+        assert "took 25 s until its first step and trained for 3 s, 1 step" in decision.reason
+    assert (f"{idle} starts in a row without progress, 10 allowed" in decision.reason) == (requeue and idle > 0)
+    assert ("with a longer --time" in decision.reason) != requeue
 
 
 @pytest.mark.parametrize(("before", "requeue"), [(0, True), (2, True), (3, False), (9, False)])
 def test_nodes_that_keep_failing_bring_a_job_back_only_so_often(before: int, requeue: bool) -> None:
-    job, past = Job("COMPLETING", node_failed=True), History(node_failures=before)
+    job, past = Job("COMPLETING", node_failed=True), RestartHistory(node_failures=before)
     for decision in (decide(NOBODY, 143, job, 0, past, LIMITS), decide_early(job, 0, past, LIMITS)):
         assert decision is not None
         assert (decision.requeue, decision.crashed, decision.gave_up) == (requeue, False, not requeue)
-        assert requeue or f"{before + 1} starts without a new checkpoint ended with a node that failed" in decision.why
+        assert requeue or f"{before + 1} starts without a new checkpoint ended with a node failure" in decision.reason
 
 
 ENDING = "COMPLETING"
@@ -209,14 +217,14 @@ def test_while_slurm_ends_a_job_whose_ranks_hang_what_slurm_will_not_do_is_decid
     if decision:
         assert (decision.requeue, decision.crashed) == (True, False)
         assert why is not None
-        assert why in decision.why
+        assert why in decision.reason
 
 
 def test_a_job_that_hangs_until_its_time_limit_each_time_comes_to_an_end() -> None:
-    decision = decide_early(Job(ENDING, over_time=True), 0, History(idle=10, last=IDLE), LIMITS)
+    decision = decide_early(Job(ENDING, over_time=True), 0, RestartHistory(without_progress=10, last=IDLE), LIMITS)
     assert decision is not None
     assert not decision.requeue
-    assert "it gets nowhere" in decision.why
+    assert "no progress: " in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -263,7 +271,7 @@ def test_wrong_usage_ends_with_status_2_and_a_sentence(words: list[str]) -> None
 
 
 def test_a_saved_attempt_is_requeued(slurm: FakeSlurm, run: Path) -> None:
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, said = decided(slurm, run, 143)
     assert status == 0
     assert "requeue of job 7: saved at step 1,200" in said
@@ -281,7 +289,7 @@ def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
 
 def test_a_cancelled_job_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="COMPLETING")
-    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.message, saved=True))
     assert "no requeue of job 7" in decided(slurm, run, 143)[1]
     assert slurm.requeued == []
 
@@ -307,9 +315,9 @@ def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: 
 @pytest.fixture
 def keeps(run: Path) -> Iterator[Callable[[int], None]]:
     """Save a checkpoint of a step into the run."""
-    held = lease.take(run, "")
-    yield lambda step: assert_saved(save(run / "checkpoints", step, held))
-    held.release()
+    own = lease.acquire(run, "")
+    yield lambda step: assert_saved(save(run / "checkpoints", step, own))
+    own.release()
 
 
 def assert_saved(problem: str) -> None:
@@ -372,7 +380,7 @@ def test_who_goes_back_to_an_older_checkpoint_is_measured_against_that_one(
         if restart < 11:
             run_folder.record(run, "requeue", job=f"7_{restart}")
             continue
-        run_folder.write_exit(run, Exit(f"7_{restart}", AGAIN, Stop.TIME_LIMIT.words, 2_100, saved=True))
+        run_folder.write_exit(run, Exit(f"7_{restart}", AGAIN, Stop.TIME_LIMIT.message, 2_100, saved=True))
         assert "\nhpcgpt: requeue of job 7: " in "\n" + decided(slurm, run, 143, **env)[1]
 
 
@@ -385,7 +393,7 @@ def test_a_job_that_slurm_itself_brings_back_and_that_gets_nowhere_is_refused_at
     assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
     status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
     assert status == requeue.REFUSED
-    assert "job 7 is not started once more: it gets nowhere: 10 starts in a row" in said
+    assert "job 7 is not started again: no progress: 10 starts in a row" in said
     assert begin(slurm, run, SLURM_JOB_ID="8")[0] == 0, "another job begins anew"
     assert begin(slurm, run, SLURM_RESTART_COUNT="11")[0] == 0, "a person requeued it all the same"
 
@@ -400,12 +408,12 @@ def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm
     assert run_folder.events(run)[-1] | {"event": "node_failed", "job": "7_9"} == run_folder.events(run)[-1]
     status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
     assert status == requeue.REFUSED
-    assert "10 starts without a new checkpoint ended with a node that failed" in said
+    assert "10 starts without a new checkpoint ended with a node failure" in said
 
 
 def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=2)
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, said = decided(slurm, run, 143)
     assert (status, slurm.requeued) == (0, ["7"]), said
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
@@ -413,7 +421,7 @@ def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, 
 
 def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=1, then_requeued=True)
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, said = decided(slurm, run, 143)
     assert status == 0, said
     assert "refuse" not in said
@@ -422,16 +430,16 @@ def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlu
 
 def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(refuses=True)
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, said = decided(slurm, run, AGAIN, SLURM_JOB_NUM_NODES="2")
     assert status == 1
-    assert "Slurm refused to requeue job 7: Invalid; and to queue another one behind it: the batch script could" in said
-    assert "Submit the same command again, it goes on from the newest checkpoint:\n  sbatch --nodes=2 " in said
+    assert "Slurm refused to requeue job 7: Invalid; and to queue another job after it: the batch script could" in said
+    assert "Submit the same command again, it continues from the newest checkpoint:\n  sbatch --nodes=2 " in said
 
 
 def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="PENDING", restarts=1)
-    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.message, saved=True))
     status, said = decided(slurm, run, AGAIN)
     assert status == 0
     assert "Slurm has requeued it already" in said
@@ -445,7 +453,7 @@ def test_a_damaged_exit_json_is_a_crash_and_no_end(slurm: FakeSlurm, run: Path) 
 
 def test_without_scontrol_it_says_so_in_a_sentence(slurm: FakeSlurm, run: Path) -> None:
     (slurm.folder / "scontrol").unlink()
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, said = decided(slurm, run, AGAIN, PATH=str(slurm.folder))
     assert status == 1
     assert "scontrol" in said
@@ -473,7 +481,7 @@ def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(sl
         begun(slurm, run)
         crashed_on(run, f"n{round_}")
         (run / "faults" / "7_0").mkdir(parents=True)
-        run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+        run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     begun(slurm, run)
     (run / "logs" / "7_0.srun").write_text("srun: error: n5: task 0: Killed\n")
     _, said = decided(slurm, run, 137)
@@ -486,7 +494,7 @@ def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(sl
 def test_what_a_start_that_lives_has_written_is_left_where_it_is(slurm: FakeSlurm, run: Path) -> None:
     """A second one in its allocation, which will be refused."""
     crashed_on(run, "n0")
-    taken = lease.take(run, "7_0")
+    taken = lease.acquire(run, "7_0")
     begun(slurm, run)
     assert (run / "logs" / "7_0.srun").exists()
     taken.release()
@@ -541,13 +549,13 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
     slurm.answers(Partition="low", NumNodes="2", ExcNodeList="n[8-9]", ReqNodeList="(null)")
     slurm.has_nodes("n1 idle", "n2 mixed", "n3 allocated", "n4 idle", "n5 down*", "n6 drained", "n7 idle*")
     crashed_on(run, "n2")
-    assert "the next start keeps away from n2" in excluding(slurm, run, 0)
+    assert "the next start avoids n2" in excluding(slurm, run, 0)
     run_folder.record(run, "start", attempt=2)
     run_folder.record(run, "straggler", host="n4", factor=3.0)
     run_folder.record(run, "straggler", host="n1", factor=1.5)  # not that slow
     crashed_on(run, "n3", "7_1")
     # n1 to n4 can be used, and two are needed: the newest two go, n2 stays.
-    assert "the next start keeps away from n3, n4" in excluding(slurm, run, 1)
+    assert "the next start avoids n3, n4" in excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n8,n9,n2", "update JobId=7 ExcNodeList=n8,n9,n3,n4"]
     crashes = [event for event in run_folder.events(run) if event["event"] == "crash"]
     assert [(event["rank"], event["host"], event["excluded"]) for event in crashes] == [
@@ -603,7 +611,7 @@ def test_a_host_comes_back_after_some_days_without_a_crash(slurm: FakeSlurm, run
         {"host": "n5", "reason": "a person's"},
     ]
     (run / "excluded_nodes.json").write_text(json.dumps(entries))
-    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.message, 1200, saved=True))
     excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n4,n5,n3"]
     assert remembered(run) == ["n3", "n5"]
@@ -615,7 +623,7 @@ def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, ru
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
     run_folder.record(run, "excluded", job="7_0", hosts=["n2"])
-    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.message, 1200, saved=True))
     excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList="]
 
@@ -639,8 +647,8 @@ def test_what_the_batch_script_excluded_is_taken_over(slurm: FakeSlurm, run: Pat
     comment = {"Comment": "hpcgpt_avoid=n2,n3"}
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", **comment)
     slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    assert "the next start keeps away from n3, n2" in decided(slurm, run, 75)[1]
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
+    assert "the next start avoids n3, n2" in decided(slurm, run, 75)[1]
     assert slurm.updates == ["update JobId=7 Comment="]
     assert remembered(run) == ["n2", "n3"]
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]")
@@ -657,7 +665,7 @@ def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -
     run_folder.record(run, "straggler", host="n3.cluster.org", factor=3.0)
     run_folder.record(run, "straggler", host="no-node-any-more", factor=3.0)
     crashed_on(run, "n2")
-    assert "the next start keeps away from n2, n3 (" in excluding(slurm, run, 0)
+    assert "the next start avoids n2, n3 (" in excluding(slurm, run, 0)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n2,n3"]
 
 
@@ -666,7 +674,7 @@ def test_no_host_is_excluded_that_the_job_needs(fields: dict[str, str], slurm: F
     slurm.answers(Partition="low", **fields)
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 down")
     crashed_on(run, "n2")
-    assert "keeps away" not in excluding(slurm, run, 0)
+    assert "the next start avoids" not in excluding(slurm, run, 0)
     assert slurm.updates == []
     assert slurm.requeued == ["7"]
 

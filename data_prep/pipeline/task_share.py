@@ -40,7 +40,7 @@ def taken(out: Path, share: Share) -> Iterator[None]:
     folder = out / "prep" / "shares"
     attempt = world.job_attempt()
     try:
-        held = lease.take(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
+        task_lease = lease.acquire(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
     except ValueError as error:
         raise UserError(f"{out} is being made already: {error}") from None
     try:
@@ -51,7 +51,7 @@ def taken(out: Path, share: Share) -> Iterator[None]:
                 _refuse_if_alive(out, path, attempt)
         yield
     finally:
-        held.release()
+        task_lease.release()
 
 
 def _refuse_if_alive(out: Path, folder: Path, attempt: str) -> None:

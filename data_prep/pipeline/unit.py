@@ -109,7 +109,7 @@ def keep(made: Made) -> None:
             made.temporary.rename(made.whole)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise atomic.explained(error, made.whole) from error
+                raise atomic.with_path_and_free_space(error, made.whole) from error
             # Somebody else made it: the same bytes.
     finally:
         if made.temporary.exists():
@@ -147,7 +147,7 @@ def _fill(where: Path, unit: Unit, recipe: Recipe, encoder: Encoder, progress: P
         "skipped": [asdict(row) for row in skipped],
         "counts": counts,
     }
-    with atomic.plain(where / "record.json") as file:
+    with atomic.open_plain(where / "record.json") as file:
         file.write(json.dumps(record, ensure_ascii=False).encode())
 
 
@@ -238,7 +238,7 @@ class _SplitOutput:
     def _open(self) -> ShardWriter:
         if self._writer is None:
             name = f"{self.name}_{len(self.shards):03d}"
-            shard = shard_writer.writing(self.where, name, self.name, self.recipe.width, opened=atomic.plain)
+            shard = shard_writer.writing(self.where, name, self.name, self.recipe.width, opened=atomic.open_plain)
             self._writer = self._stack.enter_context(shard)
         return self._writer
 
@@ -263,5 +263,5 @@ class _SplitOutput:
 def _write_documents(path: Path, rows: NDArray[Any]) -> None:
     """In the order of their hashes: so those of any range of hashes lie together. Equal ones stay in order."""
     order = np.lexsort((rows["low"], rows["high"]))
-    with atomic.plain(path) as file:
+    with atomic.open_plain(path) as file:
         file.write(rows[order].tobytes())

@@ -86,6 +86,11 @@ class BackgroundStream:
         return getattr(self._stream, name)
 
 
+def warn(message: object) -> None:
+    """Print a warning to stderr. All warnings are printed here, but for those of best_effort, which it counts."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def in_background() -> None:
     """From now on, what this process prints is written by threads of its own."""
     escape_unknown_characters()

@@ -85,7 +85,7 @@ class MetricsFile:
         Lines beyond the cut may be anything: rows are flushed before each checkpoint, and what a host that died had
         not flushed may be full of holes.
         """
-        atomic.forestall(path)
+        atomic.remove_stale_temporaries(path)
         rows, damaged = _read(path)
         kept = [row for row in rows if row["step"] < keep_below]
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
@@ -126,7 +126,7 @@ class MetricsFile:
             try:
                 written = os.pwrite(self._descriptor, self._waiting, self._end)
             except OSError as error:
-                raise atomic.explained(error, self._path) from error
+                raise atomic.with_path_and_free_space(error, self._path) from error
             self._end += written
             self._waiting = self._waiting[written:]
 

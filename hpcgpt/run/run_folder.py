@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.distributed import world
+from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.errors import NodeError, UserError, cannot_read
 from hpcgpt.storage import atomic
 
@@ -51,13 +52,17 @@ _recording = threading.Lock()  # what is taken back where there is no room must 
 
 @dataclass(frozen=True)
 class Exit:
-    """How an attempt ended. `attempt` is world.job_attempt, `reason` why it stopped, in a few words."""
+    """How an attempt ended. `attempt` is world.job_attempt; `reason` is a message, and `stop` its code if it saved."""
 
     attempt: str
     status: int
     reason: str
     step: int
     saved: bool
+
+    @property
+    def stop(self) -> Stop:
+        return Stop.from_message(self.reason)
 
 
 def prepare(folder: Path) -> str:
@@ -183,7 +188,7 @@ def record(folder: Path, event: str, **fields: Any) -> None:
                 os.ftruncate(descriptor, end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise atomic.explained(error, path) from error
+            raise atomic.with_path_and_free_space(error, path) from error
         finally:
             os.close(descriptor)
 

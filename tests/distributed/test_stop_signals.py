@@ -112,8 +112,8 @@ def test_without_a_reason_there_is_none(tmp_path: Path) -> None:
     flag = StopFlag(tmp_path / "STOP", 60.0, {})
     assert flag.here() == flag.agree(ALONE) == Stop.NO
     assert not flag.agree(ALONE)
-    assert Stop.NO.words == ""
-    assert all(reason.words for reason in Stop if reason)
+    assert Stop.NO.message == ""
+    assert all(reason.message for reason in Stop if reason)
 
 
 @pytest.mark.parametrize(

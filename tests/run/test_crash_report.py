@@ -9,7 +9,7 @@ import pytest
 
 from hpcgpt.distributed.world import World
 from hpcgpt.run import crash_report
-from hpcgpt.run.crash_report import Blame, Death, Fault, blame, deaths
+from hpcgpt.run.crash_report import Fault, FirstFailure, TaskExit, first_failure, task_exits
 from tests.programs import command, torchrun
 
 # As srun 22.05 said it, in the lab.
@@ -40,17 +40,20 @@ def fault(rank: int, kind: str = "error", status: int = 1, at: float = 10.0) -> 
 
 
 def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
-    assert deaths(KILLED) == [
-        Death("n2", (3,), "Killed", False), Death("n2", (2,), "Killed", True), Death("n1", (0, 1), "Killed", True),
-    ]  # fmt: skip
-    assert deaths(NODE)[0] == Death("n2", (), "node failed", False)
-    many = deaths(
+    assert task_exits(KILLED) == [
+        TaskExit("n2", (3,), "Killed", False),
+        TaskExit("n2", (2,), "Killed", True),
+        TaskExit("n1", (0, 1), "Killed", True),
+    ]
+    assert task_exits(NODE)[0] == TaskExit("n2", (), "node failed", False)
+    many = task_exits(
         "srun: error: gpu-07: tasks 8-10,15: Exited with exit code 76\nsrun: error: n1: task 0: Out Of Memory"
     )
     assert [(end.host, end.ranks, end.status, end.how) for end in many] == [
         ("gpu-07", (8, 9, 10, 15), 76, "Exited with exit code 76"), ("n1", (0,), None, "Out Of Memory"),
     ]  # fmt: skip
-    assert deaths("srun: error: Unable to create step for job 7: Requested nodes are busy\n\x00\xff: task x: y") == []
+    other = "srun: error: Unable to create step for job 7: Requested nodes are busy\n\x00\xff: task x: y"
+    assert task_exits(other) == []
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
     ],
 )  # fmt: skip
 def test_the_first_to_fail_is_blamed_and_no_consequence(said: str, words: list[Fault], expected: str | None) -> None:
-    found = blame(deaths(said), words)
+    found = first_failure(task_exits(said), words)
     assert (str(found) if found else None) == expected
 
 
@@ -116,13 +119,13 @@ def test_where_nothing_can_be_written_it_is_said_and_nothing_is_raised(
 def test_the_report_has_all_of_it_in_one_place(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "7_0.log").write_text("\n".join(f"line {n}" for n in range(100)))
-    text = crash_report.report(tmp_path, "7_0", Blame(3, "n2", "Killed", None), deaths(KILLED))
+    text = crash_report.report(tmp_path, "7_0", FirstFailure(3, "n2", "Killed", None), task_exits(KILLED))
     assert "first to fail: rank 3 on n2: Killed" in text
     assert "line 99" in text
     assert "line 84" not in text
     assert "n2 rank 3: Killed; n2 rank 2: Killed; n1 ranks 0, 1: Killed" in text
     assert (tmp_path / "faults" / "7_0" / "report.txt").read_text() == text + "\n"
-    told = Blame(3, "n2", "exit status 1", 1, "boom", ("Traceback", "RuntimeError: boom"))
+    told = FirstFailure(3, "n2", "exit status 1", 1, "boom", ("Traceback", "RuntimeError: boom"))
     (tmp_path / "faults" / "7_0" / "rank_00003.stacks.txt").write_text("stack")
     text = crash_report.report(tmp_path, "7_0", told, [])
     assert "    RuntimeError: boom" in text

@@ -65,7 +65,7 @@ def answer(folder: Path) -> None:
         json.dumps(found, allow_nan=False)
         assert all(value >= 0 for value in goodput.measure(*attempts.read(folder), now).seconds.values())
     goodput.words(folder).encode()
-    restart_history.history(records.events(folder), "7_0", 8)
+    restart_history.count_restarts(records.events(folder), "7_0", 8)
 
 
 def written(folder: Path, events: list[Any], rows: list[Any]) -> Path:

@@ -113,7 +113,7 @@ def test_a_first_start_without_python_is_a_persons_mistake(batch: Batch) -> None
     batch.python.unlink()
     done = batch.start()
     assert done.returncode == 2
-    assert f"{batch.python} has no hpcgpt" in done.stderr
+    assert f"{batch.python} cannot import hpcgpt" in done.stderr
     assert batch.told == []
 
 
@@ -149,7 +149,7 @@ def test_it_comes_back_so_often_in_a_row_ever_later_and_then_stops(batch: Batch)
     assert [line.split("=")[-1] for line in batch.told if "StartTime" in line] == [
         "now+2minutes", "now+10minutes", "now+30minutes", "now+60minutes"]  # fmt: skip
     done = batch.start(6)
-    assert "no requeue of job 7: 5 starts in a row came to this, the last one: " in done.stderr
+    assert "no requeue of job 7: 5 starts in a row failed like this, the last one: " in done.stderr
     assert batch.told.count("requeue 7") == 5
 
 
@@ -227,7 +227,7 @@ def test_a_node_is_left_out_only_if_enough_are_left(batch: Batch) -> None:
     ("line", "said"),
     [
         ("echo 'ImportError: libtorch.so: cannot open shared object file: Input/output error' >&2; exit 1", "has no"),
-        ("kill -BUS $$", "has no hpcgpt"),
+        ("kill -BUS $$", "cannot import hpcgpt"),
         ('[ "$2" != hpcgpt.requeue ] || exit 1', "could not be made ready: status 1"),
     ],
     ids=["EIO", "SIGBUS", "folder"],
@@ -244,7 +244,7 @@ def test_a_check_that_never_ends_is_ended(batch: Batch) -> None:
     os.mkfifo(never)
     batch.has_python(f"cat {never}")
     done = batch.start(HPCGPT_PATIENCE_S="1")
-    assert "has no hpcgpt" in done.stderr
+    assert "cannot import hpcgpt" in done.stderr
     assert "requeue 7" in batch.told
 
 
@@ -292,7 +292,7 @@ def test_where_slurm_refuses_it_says_what_to_do(batch: Batch) -> None:
     batch.is_("refuses", "")
     done = batch.start(1)
     assert "Slurm refused to requeue job 7 (Requeue disabled)" in done.stderr
-    assert "Submit it again, it goes on from the newest checkpoint" in done.stderr
+    assert "Submit it again, it continues from the newest checkpoint" in done.stderr
 
 
 def test_a_job_that_slurm_began_in_tmp_instead_of_its_folder_makes_no_run_there(batch: Batch) -> None:
@@ -365,7 +365,7 @@ def test_where_python_is_gone_by_then_the_status_decides(batch: Batch, status: i
 def test_a_stop_file_counts_here_too(batch: Batch) -> None:
     batch.has_python(f'if [ "$3" = decide ]; then touch {batch.home}/runs/mine/STOP; exit 1; fi')
     batch.is_("status", "75")
-    assert "a STOP file asks the run to stay stopped" in batch.start().stderr
+    assert "a STOP file keeps the run stopped" in batch.start().stderr
     assert batch.told == []
 
 

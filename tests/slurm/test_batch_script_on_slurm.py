@@ -85,8 +85,8 @@ def test_a_first_start_on_a_node_that_lacks_python_comes_back_where_another_node
     job = cluster.sbatch("batch-node", *TWO, "--comment=a word=1", env={"HPCGPT_PYTHON": str(python)})
     cluster.wait(job)
     said = log(cluster, job)
-    assert f"requeue of job {job}, 1 of 5 without hpcgpt.requeue: {python} has no hpcgpt" in said
-    assert "the next start keeps away from n1\n" in said
+    assert f"requeue of job {job}, 1 of 5 without hpcgpt.requeue: {python} cannot import hpcgpt" in said
+    assert "the next start avoids n1\n" in said
     (start,) = starts(cluster.folder("batch-node"))
     assert start["job"] == f"{job}_1"
     assert events(cluster.folder("batch-node"), "job")[0]["hosts"] == ["n2", "n3"]
@@ -125,7 +125,7 @@ def test_a_rank_whose_node_lacks_the_configuration_is_a_crash_of_that_node(clust
 def test_what_no_node_has_is_a_persons_mistake(cluster: Cluster) -> None:
     job = cluster.sbatch("nowhere", *TWO, env={"HPCGPT_PYTHON": "/nowhere/python"})
     cluster.wait(job, state="FAILED")
-    assert "/nowhere/python has no hpcgpt, or not what it needs: export HPCGPT_PYTHON" in log(cluster, job)
+    assert "/nowhere/python cannot import hpcgpt: export HPCGPT_PYTHON" in log(cluster, job)
     assert shown(cluster, job, "--Format=RestartCnt:9") == "0"
     assert "requeue" not in log(cluster, job)
 

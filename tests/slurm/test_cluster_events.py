@@ -149,7 +149,7 @@ def test_where_requeueing_is_forbidden_the_same_job_waits_behind(cluster: Cluste
         cluster.wait(job, state="FAILED")
         chain = events(folder, "chain")[-1]
         assert chain["job"] == f"{job}_0"
-        assert f"job {chain['next_job']} waits behind it" in batch_log(cluster, job)
+        assert f"job {chain['next_job']} will run after it" in batch_log(cluster, job)
         before, job = job, chain["next_job"]
         same = ("JobName", "TimeLimit", "NumTasks", "MinMemoryNode", "TresPerNode", "Requeue", "WorkDir")
         assert {key: shown(cluster, job, key) for key in same} == {key: shown(cluster, before, key) for key in same}
@@ -248,7 +248,7 @@ def test_an_exception_in_one_rank_is_told_with_its_traceback_and_a_mistake_is_no
     assert "crash loop: 1 crashes" in few
     assert "Too many open files" in few
     assert "Traceback" in few
-    assert "it needs a person: rank 1 on" in odd
+    assert "a person has to act: rank 1 on" in odd
     assert "no folder of shards at nowhere" in odd
     assert events(cluster.folder("odd"), "crash", "requeue") == []
 

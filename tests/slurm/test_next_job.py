@@ -61,10 +61,10 @@ def test_one_job_is_queued_behind_though_it_is_decided_twice(forbidding: FakeSlu
     path = {"PATH": f"{forbidding.folder}:/usr/bin:/bin"}
     words = ("--run.dir", str(run.parent), "--run.name", run.name)
     early = command("hpcgpt.requeue", "decide", "--status", "ending", *words, env=env | path)
-    assert (early.returncode, "job 8 waits behind it" in early.stderr) == (0, True), early.stderr
+    assert (early.returncode, "job 8 will run after it" in early.stderr) == (0, True), early.stderr
     status, said = decided(forbidding, run, 137, **env)
     assert status == 0
-    assert "no requeue of job 7: another one waits behind it already" in said
+    assert "no requeue of job 7: the next job is queued already" in said
     (submitted,) = Path(f"{forbidding.said}.sbatch").read_text().splitlines()
     assert "--dependency=afterany:7 " in submitted
     assert submitted.endswith("/mine.sh")

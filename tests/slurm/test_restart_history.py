@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt.slurm.restart_history import History, history, newest_step, starts
+from hpcgpt.slurm.restart_history import RestartHistory, count_restarts, newest_step, starts
 from tests.checkpoint.small_checkpoints import flip_a_byte, names, write_manifest
 
 Event = dict[str, Any]
@@ -51,12 +51,12 @@ class Story:
         return self.add("chain", job=self.job, next_job=next_job)
 
     def counts(self, job: str, newest: int | None) -> tuple[int, int, int]:
-        found = history(self.events, job, newest)
-        return found.crashes, found.node_failures, found.idle
+        found = count_restarts(self.events, job, newest)
+        return found.crashes, found.node_failures, found.without_progress
 
 
 def test_without_events_there_is_no_history() -> None:
-    assert history([], "7_0", 0) == history([], "", None) == History()
+    assert count_restarts([], "7_0", 0) == count_restarts([], "", None) == RestartHistory()
 
 
 def test_a_start_that_trained_longer_than_it_took_to_start_was_worth_it() -> None:
@@ -64,14 +64,14 @@ def test_a_start_that_trained_longer_than_it_took_to_start_was_worth_it() -> Non
     (start,) = starts(story.events, "7_0", 12)
     # From ready to the copy of the newest checkpoint: the save before it was behind training.
     assert (start.from_step, start.to_step, start.start_s, start.trained_s) == (0, 12, 20.0, 25.0)
-    assert (start.gained, start.idle) == (True, False)
-    assert start.words == "took 20 s until its first step and trained for 25 s, 12 steps"
+    assert (start.gained, start.without_progress) == (True, False)
+    assert start.summary == "took 20 s until its first step and trained for 25 s, 12 steps"
 
 
-@pytest.mark.parametrize(("trained_s", "idle"), [(19.9, 1), (20.0, 0)])
-def test_a_start_that_gained_a_step_for_more_than_it_is_worth_is_idle(trained_s: float, idle: int) -> None:
+@pytest.mark.parametrize(("trained_s", "without_progress"), [(19.9, 1), (20.0, 0)])
+def test_a_start_that_gained_a_step_for_more_than_it_is_worth_is_idle(trained_s: float, without_progress: int) -> None:
     story = Story().begin("7_0", 0).ready(0, start_s=20.0).save(1, trained_s)
-    assert story.counts("7_0", 1) == (0, 0, idle)
+    assert story.counts("7_0", 1) == (0, 0, without_progress)
 
 
 def test_many_starts_that_gain_a_step_each_add_up() -> None:
@@ -110,7 +110,7 @@ def test_a_start_that_never_got_ready_gained_nothing() -> None:
     story = Story().begin("7_0", 4).crash().begin("7_1", 4).crash().begin("7_2", 4)
     assert story.counts("7_2", 4) == (2, 0, 3)
     (*_, last) = starts(story.events, "7_2", 4)
-    assert last.words == "made no new checkpoint"
+    assert last.summary == "made no new checkpoint"
 
 
 def test_crashes_count_since_the_last_start_that_gained() -> None:
@@ -142,13 +142,13 @@ def test_a_start_from_an_older_checkpoint_is_measured_against_that_one() -> None
 
 def test_within_one_chain_such_a_way_back_costs_a_start_or_two_and_no_more() -> None:
     story = Story().begin("7_0", 0).ready(0).save(10_000).back()
-    idle = []
+    without_progress = []
     for restart in range(1, 12):
         step = 1_900 + restart * 100
         story.begin(f"7_{restart}", step).ready(step).save(step + 100).back()
-        idle.append(story.counts(f"7_{restart}", step + 100)[2])
-    assert max(idle) <= 2
-    assert idle[-1] == 0
+        without_progress.append(story.counts(f"7_{restart}", step + 100)[2])
+    assert max(without_progress) <= 2
+    assert without_progress[-1] == 0
 
 
 def test_another_jobs_events_neither_add_nor_reset() -> None:
@@ -156,8 +156,8 @@ def test_another_jobs_events_neither_add_nor_reset() -> None:
     story = Story()
     for restart in range(3):
         story.begin(f"7_{restart}", 0).ready(0).crash().begin(f"8_{restart}", 0).crash()
-    assert history(story.events, "7_3", 0).crashes == 3
-    assert history(story.events, "8_3", 0).crashes == 3
+    assert count_restarts(story.events, "7_3", 0).crashes == 3
+    assert count_restarts(story.events, "8_3", 0).crashes == 3
 
 
 def test_what_another_job_trained_in_between_is_no_gain_of_this_one() -> None:
@@ -168,23 +168,23 @@ def test_what_another_job_trained_in_between_is_no_gain_of_this_one() -> None:
 
 def test_a_chain_of_jobs_is_counted_as_one_and_another_submission_begins_anew() -> None:
     story = Story().begin("7_0", 0).ready(0).crash().chain("8").begin("8_0", 0).ready(0).crash().chain("9")
-    assert history(story.events, "9_0", 0).crashes == 2
-    assert history(story.events, "10_0", 0) == History()
+    assert count_restarts(story.events, "9_0", 0).crashes == 2
+    assert count_restarts(story.events, "10_0", 0) == RestartHistory()
 
 
 def test_after_the_policy_gave_up_a_start_that_a_person_asked_for_begins_anew() -> None:
     story = Story().begin("7_0", 0).crash().begin("7_1", 0).crash().add("give_up", job="7_1").begin("7_2", 0).crash()
-    assert history(story.events, "7_3", 0) == History(1, 0, 1, starts(story.events, "7_2", 0)[-1])
+    assert count_restarts(story.events, "7_3", 0) == RestartHistory(1, 0, 1, starts(story.events, "7_2", 0)[-1])
 
 
 def test_a_failed_node_has_a_count_of_its_own() -> None:
     story = Story().begin("7_0", 0).ready(0).back()
     for restart in range(1, 4):
         story.begin(f"7_{restart}", 0).add("node_failed", job=f"7_{restart}")
-    assert history(story.events, "7_4", 0).node_failures == 3
-    assert history(story.events, "7_4", 0).idle == 1
+    assert count_restarts(story.events, "7_4", 0).node_failures == 3
+    assert count_restarts(story.events, "7_4", 0).without_progress == 1
     story.begin("7_4", 0).ready(0).save(8).add("node_failed", job="7_4")
-    assert history(story.events, "7_5", 8).node_failures == 1
+    assert count_restarts(story.events, "7_5", 8).node_failures == 1
 
 
 def test_events_of_older_versions_count_as_well() -> None:
@@ -195,8 +195,8 @@ def test_events_of_older_versions_count_as_well() -> None:
         events += [{"event": "start", "job": f"7_{restart}", "attempt": restart + 1, "step": step, "time": 2.0}]
         events += [{"event": "save", "attempt": restart + 1, "step": step + 4, "time": 3.0}]
         events += [{"event": "crash", "job": f"7_{restart}", "time": 4.0}]
-    found = history(events, "7_2", 12)
-    assert (found.crashes, found.idle) == (0, 0)
+    found = count_restarts(events, "7_2", 12)
+    assert (found.crashes, found.without_progress) == (0, 0)
 
 
 def test_a_chain_that_announces_itself_is_followed_once() -> None:
