@@ -159,7 +159,7 @@ def test_the_job_id_comes_back_as_json(slurm: Path, tiny: Path, tmp_path: Path) 
         (["--time", "2", "--signal-lead-s", "120"], "and less than the time limit (--time 2, 120 s)"),
         (["--run.name", "a\ntouch b"], r"run.name 'a\ntouch b' must be a plain folder name: it has control char"),
         (["--run.name", "x" * 300], "it has 300 bytes, and 200 are the most"),
-        (["--run.name", "sweep-%a"], "has %a in its path, for which submitit puts a number"),
+        (["--run.name", "sweep-%a"], "has %a in its path, which submitit replaces by a number"),
         (["--partition", "a\ntouch b"], r"control characters in a parameter for Slurm: partition 'a\ntouch b'"),
         (["--sbatch", "comment=a\ntouch b"], r"control characters in a parameter for Slurm: comment 'a\ntouch b'"),
         (["--sbatch", "array=0-3"], "submit queues one run: for a job array use `sbatch --array"),
@@ -304,7 +304,7 @@ def test_a_run_whose_job_slurm_still_has_is_refused_or_queued_behind_it(slurm: P
     (slurm / "squeue").chmod(0o755)
     done = submit(slurm, *again)
     assert done.returncode == 2
-    assert "is the run of job 123, which waits in the queue: end that one first (scancel 123)" in done.stderr
+    assert "is the run of job 123, which waits in the queue: end that job first (scancel 123)" in done.stderr
     assert "--me" in (slurm / "asked").read_text()
     assert not (slurm / "submitted.sh").exists()
     assert submit(slurm, *again, "--sbatch", "dependency=afterany:123").returncode == 0

@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from hpcgpt.drill.faults import FaultContext, FaultKind, FaultSchedule, MissedError, ScheduledFault
+from hpcgpt.drill.faults import Expected, FaultContext, FaultKind, FaultSchedule, MissedError, ScheduledFault
 from hpcgpt.drill.testbed import Testbed
 from hpcgpt.drill.watched_run import CleanupStack, WatchedRun
 
@@ -59,6 +59,41 @@ class DrillError(Exception):
 
 class JobOverError(Exception):
     """The job has ended."""
+
+
+class Recovery:
+    """Waits for the first step that a run makes after a fault, in the way that is expected of this kind of fault."""
+
+    def __init__(self, context: FaultContext, expected: Expected, attempt: int) -> None:
+        """`attempt` is the one that the fault hit, just now."""
+        self._context, self._expected, self._attempt = context, expected, attempt
+        self._since = time.time()
+        self._newest_step = context.run.position()[0]  # of that attempt
+        self._first_row: Mapping[str, Any] = {}
+
+    def is_complete(self) -> bool:
+        """Is there a new step, as expected?"""
+        run, restart = self._context.run, self._expected == "restart"
+        step, attempt = run.position()
+        if attempt == self._attempt:
+            self._newest_step = max(self._newest_step, step)
+        if not restart and not (self._context.cleanup.empty and self._context.done()):
+            self._since = time.time()
+            return False
+        after = self._attempt if restart else self._attempt - 1
+        new_rows = (row for row in run.tail() if row["attempt"] > after and row["time"] > self._since)
+        self._first_row = next(new_rows, {})
+        return bool(self._first_row) and self._context.done()
+
+    def describe(self, result: FaultResult) -> None:
+        """Record how the run recovered, once it has."""
+        restarted = self._first_row["attempt"] > self._attempt
+        result.outcome = "came back" if restarted else "went on"
+        result.back_s = self._first_row["time"] - self._since
+        result.lost_steps = 0
+        if restarted:
+            resumed = [start["step"] for start in self._context.run.starts() if start["attempt"] > self._attempt]
+            result.lost_steps = max(0, self._newest_step - resumed[0]) if resumed else None
 
 
 @dataclass
@@ -154,6 +189,7 @@ class FaultInjector:
     def _inject(
         self, this_round: RoundResult, run: WatchedRun, cleanup: CleanupStack, scheduled: ScheduledFault
     ) -> FaultResult:
+        """Inject one fault, and wait until the run has recovered."""
         kind = self.kinds[scheduled.kind]
         context = FaultContext(self.testbed, this_round.job, self.training, run, scheduled, cleanup)
         step, attempt = run.position()
@@ -166,30 +202,10 @@ class FaultInjector:
         except MissedError as missed:
             result.note = str(missed)
             return result
-        injected_at = time.time()
+        recovery = Recovery(context, kind.expected, attempt)
         self.log(f"  {kind.name}: {result.victim}")
-        newest = [run.position()[0]]
-
-        def back() -> bool:
-            """Are there new steps, as expected? Records it in `result`."""
-            at, now = run.position()
-            if now == attempt:
-                newest[0] = max(newest[0], at)
-            if kind.expected != "restart" and not (cleanup.empty and context.done()):
-                over_at[0] = time.time()
-                return False
-            since = injected_at if kind.expected == "restart" else max(injected_at, over_at[0])
-            after = attempt if kind.expected == "restart" else attempt - 1
-            row = next((row for row in run.tail() if row["attempt"] > after and row["time"] > since), None)
-            if row is None or not context.done():
-                return False
-            result.outcome = "came back" if row["attempt"] > attempt else "went on"
-            result.back_s = row["time"] - since
-            return True
-
-        over_at = [injected_at]
         try:
-            self._wait(this_round, cleanup, back, f"new steps after: {kind.name} ({result.victim})")
+            self._wait(this_round, cleanup, recovery.is_complete, f"new steps after: {kind.name} ({result.victim})")
         except JobOverError:
             if self.testbed.state(this_round.job) != "finished":
                 self._failed(this_round, result, "the job ended")
@@ -201,11 +217,7 @@ class FaultInjector:
         except StuckError as stuck:
             self._failed(this_round, result, str(stuck))
             raise
-        if result.outcome == "came back":
-            resumed = [start["step"] for start in run.starts() if start["attempt"] > attempt]
-            result.lost_steps = max(0, newest[0] - resumed[0]) if resumed else None
-        else:
-            result.lost_steps = 0
+        recovery.describe(result)
         broken = [problem for check in context.checks if (problem := check())]
         if kind.expected == "on" and result.outcome == "came back":
             broken.append("this attempt should have continued, but the run was restarted")
