@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -296,7 +297,7 @@ def test_a_cancelled_job_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{"PreemptTime": "2026-01-02T03:04:05"}, {"Reason": "TimeLimit"}])
 def test_a_job_that_slurm_ended_for_another_reason_is_requeued(
-    fields: dict[str, str], slurm: FakeSlurm, run: Path
+    fields: dict[str, Any], slurm: FakeSlurm, run: Path
 ) -> None:
     slurm.answers(state="COMPLETING", **fields)
     run_folder.write_exit(run, TOLD)
@@ -644,8 +645,7 @@ def test_what_was_excluded_stays_where_it_is_not_this_programs_or_nothing_is_kno
 
 def test_what_the_batch_script_excluded_is_taken_over(slurm: FakeSlurm, run: Path) -> None:
     """Also without requeue.exclude_bad_nodes: nothing could be started there."""
-    comment = {"Comment": "hpcgpt_avoid=n2,n3"}
-    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", **comment)
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", Comment="hpcgpt_avoid=n2,n3")
     slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     assert "the next start avoids n3, n2" in decided(slurm, run, 75)[1]
@@ -670,7 +670,7 @@ def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -
 
 
 @pytest.mark.parametrize("fields", [{"NumNodes": "3"}, {"NumNodes": "1", "ReqNodeList": "n[1-2]"}])
-def test_no_host_is_excluded_that_the_job_needs(fields: dict[str, str], slurm: FakeSlurm, run: Path) -> None:
+def test_no_host_is_excluded_that_the_job_needs(fields: dict[str, Any], slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", **fields)
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 down")
     crashed_on(run, "n2")

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -337,13 +337,14 @@ def test_a_report_counts_hits_and_misses() -> None:
 
 def test_a_report_is_red_for_a_run_that_differs_a_fault_that_failed_and_a_drill_without_any() -> None:
     assert _report().identical
-    for spoil in (
+    spoils: list[Callable[[Report], object]] = [
         lambda report: report.rounds[0].problems.append("1 of 9 tensors differ"),
         lambda report: report.faults.append(FaultResult(1, 80.0, "TERM", "step 4.0", "FAILED", 99)),
         lambda report: report.problems.append("interrupted"),
         lambda report: report.rounds.clear(),
         lambda report: report.faults.clear(),
-    ):
+    ]
+    for spoil in spoils:
         report = _report()
         spoil(report)
         assert not report.identical

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -258,7 +259,7 @@ def test_of_several_nodes_those_are_left_out_that_cannot_what_others_can(batch: 
 
 def test_what_none_of_several_nodes_can_is_a_mistake_at_first_and_no_single_nodes_fault_later(batch: Batch) -> None:
     batch.python.unlink()
-    several = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n1,n2,n3"}
+    several: dict[str, Any] = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n1,n2,n3"}
     assert batch.start(**several).returncode == 2
     assert batch.told == []
     batch.start(1, **several)
