@@ -28,8 +28,8 @@ def settings(folder: Path, **flags: Any) -> Config:
     """A small configuration; flags are spelled section__key=value."""
     small = {"model__n_layer": 1, "model__n_head": 1, "model__n_embd": 8, "model__block_size": 32, "train__steps": 5,
              "train__global_batch": 8, "train__micro_batch": 2, "data__dir": folder} | flags  # fmt: skip
-    words = [word for key, value in small.items() for word in (f"--{key.replace('__', '.')}", str(value))]
-    return sources.from_command_line(words, "train", "")
+    arguments = [flag for key, value in small.items() for flag in (f"--{key.replace('__', '.')}", str(value))]
+    return sources.from_command_line(arguments, "train", "")
 
 
 def test_a_plan_fills_in_what_the_configuration_left_open(shards_folder: Path) -> None:
@@ -129,12 +129,12 @@ def test_a_missing_shard_is_refused_by_its_name(split: str, copy: Path) -> None:
         plan.make(settings(copy), 1)
 
 
-@pytest.mark.parametrize(("change", "word"), [(-2, "truncated"), (2, "too long")])
-def test_a_shard_of_another_size_is_refused_with_both_sizes(change: int, word: str, copy: Path) -> None:
+@pytest.mark.parametrize(("change", "problem"), [(-2, "truncated"), (2, "too long")])
+def test_a_shard_of_another_size_is_refused_with_both_sizes(change: int, problem: str, copy: Path) -> None:
     path = copy / "train_000000.bin"
     size = path.stat().st_size
     os.truncate(path, size + change)
-    with pytest.raises(ValueError, match=f"train_000000.bin is {word}: {size + change:,} bytes, expected {size:,}"):
+    with pytest.raises(ValueError, match=f"train_000000.bin is {problem}: {size + change:,} bytes, expected {size:,}"):
         plan.make(settings(copy), 1)
 
 

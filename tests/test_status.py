@@ -21,25 +21,25 @@ from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows
 
 
-def test_a_finished_run_is_told_as_text_and_in_json(tiny: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path) -> None:
     assert command("hpcgpt.train", str(tiny)).returncode == 0
     folder = tmp_path / "runs" / "tiny"
-    words = command("hpcgpt.status", str(folder))
-    assert words.returncode == 0
-    assert f"{folder}: finished (finished)\n  step 12 of 12" in words.stdout
-    assert "\n  goodput " in words.stdout
+    done = command("hpcgpt.status", str(folder))
+    assert done.returncode == 0
+    assert f"{folder}: finished (finished)\n  step 12 of 12" in done.stdout
+    assert "\n  goodput " in done.stdout
     found = json.loads(command("hpcgpt.status", "--json", str(folder)).stdout)
     last = rows(folder / "metrics.jsonl")[-1]
     assert (found["state"], found["step"], found["checkpoint_step"], found["attempts"]) == ("finished", 12, 12, 1)
     assert found["val/bits_per_byte"] == last["val/bits_per_byte"]
     assert found["time_left_s"] == 0
     # Every second of a real run is accounted for.
-    told = found["goodput"]
-    assert told["productive_s"] == pytest.approx(
+    spent = found["goodput"]
+    assert spent["productive_s"] == pytest.approx(
         sum(r["train/step_s"] for r in rows(folder / "metrics.jsonl")), rel=0.1
     )
-    assert told["goodput"] == pytest.approx(told["productive_s"] / told["total_s"])
-    assert told["lost_steps"] == told["lost_s"] == 0
+    assert spent["goodput"] == pytest.approx(spent["productive_s"] / spent["total_s"])
+    assert spent["lost_steps"] == spent["lost_s"] == 0
 
 
 def test_a_run_that_is_told_to_wait_is_saved_and_says_why(tiny: Path, tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
 
 def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
-    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "3000"]
-    with subprocess.Popen(words, cwd=ROOT, env=clean_env(), stdout=subprocess.DEVNULL,
+    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "3000"]
+    with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as process:  # fmt: skip
         deadline = time.monotonic() + 60
         while len(run_folder_module.read_rows(folder / "metrics.jsonl")) < 20:
@@ -77,9 +77,9 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
     assert (alive["state"], alive["reason"]) == ("running", "")
     assert (killed["state"], killed["reason"]) == ("stopped", NOTHING_REPORTED)
     assert later["state"] == "silent"
-    told = _as_text(later)
-    assert "nothing written for 16" in told
-    assert "its process or its node is gone; see `squeue --me`" in told
+    text = _as_text(later)
+    assert "nothing written for 16" in text
+    assert "its process or its node is gone; see `squeue --me`" in text
     # 1000 s of silence are nobody's training, and a run that is over has no now.
     assert later["goodput"]["total_s"] - alive["goodput"]["total_s"] == pytest.approx(1000, abs=5)
     assert later["goodput"]["productive_s"] == pytest.approx(alive["goodput"]["productive_s"])
@@ -106,11 +106,11 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
 NOW = 10_000.0
 
 
-def run_folder(tmp_path: Path, *told: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
+def run_folder(tmp_path: Path, *events: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
     """A run whose events happened so many seconds before NOW, whose steps of 1 s ended right before it."""
     folder = tmp_path / "run"
     run_folder_module.prepare(folder)
-    lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in told]
+    lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in events]
     (folder / "events.jsonl").write_text("\n".join([*lines, '{"torn']))
     metrics = [{"step": n, "time": NOW - steps + n, "attempt": 1, "train/step_s": 1.0, "tokens": n, "train/loss": 2.0,
                 "train/tokens_per_s": 9.0} for n in range(1, steps + 1)]  # fmt: skip
@@ -132,7 +132,7 @@ CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed", "r
 
 
 @pytest.mark.parametrize(
-    ("told", "steps", "held", "expected", "reason"),
+    ("events", "steps", "held", "expected", "reason"),
     [
         ([], 0, False, "new", ""),
         ([(300, "job", JOB)], 0, False, "starting", ""),
@@ -156,9 +156,9 @@ CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed", "r
     ],
 )  # fmt: skip
 def test_the_state_follows_from_the_newest_turn(
-    tmp_path: Path, told: list[Any], steps: int, held: bool, expected: str, reason: str
+    tmp_path: Path, events: list[Any], steps: int, held: bool, expected: str, reason: str
 ) -> None:
-    found = status(run_folder(tmp_path, *told, steps=steps, held=held), NOW)
+    found = status(run_folder(tmp_path, *events, steps=steps, held=held), NOW)
     assert (found["state"], found["reason"]) == (expected, reason)
     assert f"run: {expected}" in _as_text(found)
 
@@ -170,7 +170,7 @@ STAYS = "a STOP file keeps it stopped"
 
 
 @pytest.mark.parametrize(
-    ("told", "steps", "held", "presence", "stop", "expected", "reason"),
+    ("events", "steps", "held", "presence", "stop", "expected", "reason"),
     [
         # Cancelled while it started: Slurm knows.
         ([(30, "job", SECOND)], 0, False, "gone", False, "stopped", GONE),
@@ -213,9 +213,16 @@ STAYS = "a STOP file keeps it stopped"
     ],
 )  # fmt: skip
 def test_each_job_and_attempt_is_looked_at_on_its_own(
-    tmp_path: Path, told: list[Any], steps: int, held: bool, presence: Presence, stop: bool, expected: str, reason: str
+    tmp_path: Path,
+    events: list[Any],
+    steps: int,
+    held: bool,
+    presence: Presence,
+    stop: bool,
+    expected: str,
+    reason: str,
 ) -> None:
-    folder = run_folder(tmp_path, *told, steps=steps, held=held)
+    folder = run_folder(tmp_path, *events, steps=steps, held=held)
     if stop:
         (folder / "STOP").touch()
     found = status(folder, NOW, with_history=True, ask=lambda _job: presence)
@@ -288,7 +295,7 @@ os._exit(0)
 
 
 def taken(folder: Path) -> dict[str, Any]:
-    """Let a process take the run and end without a word; what it wrote."""
+    """Let a process take the run and end without a report; returns what it wrote."""
     (folder / "generations/000001.json").unlink()
     subprocess.run([sys.executable, "-c", TAKE, folder], cwd=ROOT, env=clean_env(), check=True)
     return dict(json.loads((folder / "generations/000001.json").read_text()))
@@ -329,10 +336,10 @@ def test_a_silent_run_whose_rank_0_lives_waits_for_something(tmp_path: Path) -> 
     beat.write_text("9")
     os.utime(beat, (NOW + 498, NOW + 498))
     log.touch()
-    words = _as_text(status(folder, NOW + 500))
-    assert "rank 0 is alive: it waits for a rank, a disk or the network" in words
-    assert f"look at {log}" in words
-    assert "faults" not in words
+    text = _as_text(status(folder, NOW + 500))
+    assert "rank 0 is alive: it waits for a rank, a disk or the network" in text
+    assert f"look at {log}" in text
+    assert "faults" not in text
     (folder / "faults").mkdir()
     assert f"look at {log} and {folder / 'faults'}" in _as_text(status(folder, NOW + 500))
 

@@ -264,14 +264,14 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, again: 
     done = submit(slurm, again[0])
     assert (done.returncode, done.stderr) == (0, "")
     assert "is finished already, at step 12 of 12: nothing to do, nothing queued" in done.stdout
-    told = json.loads(submit(slurm, again[0], "--json").stdout)
-    assert (told["job"], told["steps"]) == (None, 12)
+    reported = json.loads(submit(slurm, again[0], "--json").stdout)
+    assert (reported["job"], reported["steps"]) == (None, 12)
     assert not (slurm / "submitted.sh").exists()
 
 
 def test_other_settings_than_the_runs_are_refused_before_anything_waits(slurm: Path, again: list[str]) -> None:
-    told = refused(slurm, *again, "--model.n_layer", "3", "--run.seed", "5")
-    assert "was trained with other settings: model.n_layer was 2 and is now 3; run.seed was 1 and" in told
+    reported = refused(slurm, *again, "--model.n_layer", "3", "--run.seed", "5")
+    assert "was trained with other settings: model.n_layer was 2 and is now 3; run.seed was 1 and" in reported
 
 
 def test_a_run_that_is_to_stay_stopped_is_not_queued(slurm: Path, again: list[str], tmp_path: Path) -> None:

@@ -180,12 +180,12 @@ def test_sync_completes_what_wandb_lacks_and_a_second_id_is_a_problem(
     trained: Path, tmp_path: Path, server: WandbServer
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "alone"))
-    told = "0 of 12 rows at the end, 0 missing, 0 doubled after sync"
-    assert compare.wandb_differences(folder, server, STEPS) == ([], told)
+    reported = "0 of 12 rows at the end, 0 missing, 0 doubled after sync"
+    assert compare.wandb_differences(folder, server, STEPS) == ([], reported)
     server.names["another"] = "alone"
-    (problem,), told = compare.wandb_differences(folder, server, STEPS)
+    (problem,), reported = compare.wandb_differences(folder, server, STEPS)
     assert "'another'" in problem
-    assert told == "12 of 12 rows at the end, 0 missing, 0 doubled after sync"
+    assert reported == "12 of 12 rows at the end, 0 missing, 0 doubled after sync"
 
 
 # --- wandb's server --------------------------------------------------------------------------------
@@ -260,9 +260,9 @@ def test_the_next_attempt_is_hit_even_if_it_is_there_at_the_first_look(tmp_path:
 
 
 def test_every_fault_is_undone_even_if_another_one_cannot_be() -> None:
-    said: list[str] = []
+    output: list[str] = []
     undone: list[str] = []
-    cleanup = CleanupStack(said.append)
+    cleanup = CleanupStack(output.append)
 
     def broken() -> None:
         raise OSError("no such cable")
@@ -360,10 +360,10 @@ def test_a_report_is_written_for_people_and_for_programs(tmp_path: Path) -> None
     report.rounds[0].problems.append(f"cannot write {tmp_path}/drill/disk on {HOST_NAME}")
     hidden = {str(tmp_path): "DRILL", HOST_NAME: "HOST"}
     drill_report.write(report, tmp_path / "new", "drill-seed7", hidden)
-    told = json.loads((tmp_path / "new/drill-seed7.json").read_bytes())
-    assert told["identical"] is False
-    assert told["rounds"][0]["problems"] == ["cannot write DRILL/drill/disk on HOST"]
-    assert told["strikes"][1]["lost_steps"] == 6
+    reported = json.loads((tmp_path / "new/drill-seed7.json").read_bytes())
+    assert reported["identical"] is False
+    assert reported["rounds"][0]["problems"] == ["cannot write DRILL/drill/disk on HOST"]
+    assert reported["strikes"][1]["lost_steps"] == 6
     text = (tmp_path / "new/drill-seed7.md").read_text()
     assert "22.05.8" in text
     assert HOST_NAME not in text
@@ -397,8 +397,8 @@ def test_three_minutes_of_it_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_
         "--out", str(tmp_path / "report"), timeout_s=850,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "report/drill-seed1.json").read_bytes())
-    assert told["identical"]
-    hit = {result["kind"] for result in told["strikes"] if result["outcome"] != "missed"}
+    reported = json.loads((tmp_path / "report/drill-seed1.json").read_bytes())
+    assert reported["identical"]
+    hit = {result["kind"] for result in reported["strikes"] if result["outcome"] != "missed"}
     assert len(hit) >= 4, done.stdout
     assert not (tmp_path / "drill/disk").is_mount()

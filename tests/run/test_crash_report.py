@@ -36,7 +36,7 @@ LOST_FIRST = "srun: error: n1: tasks 0-1: Exited with exit code 1\n" + KILLED
 
 
 def fault(rank: int, kind: str = "error", status: int = 1, at: float = 10.0) -> Fault:
-    return Fault(rank, f"h{rank}", 1, status, f"words of {rank}", ["a", "b"], at, None, kind)  # type: ignore[arg-type]
+    return Fault(rank, f"h{rank}", 1, status, f"message of {rank}", ["a", "b"], at, None, kind)  # type: ignore[arg-type]
 
 
 def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
@@ -57,29 +57,31 @@ def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "words", "expected"),
+    ("srun_output", "faults", "expected"),
     [
         (KILLED, [], "rank 3 on n2: Killed"),
         # gloo tells the others within milliseconds; they are gone before Slurm has seen who was killed.
         (LOST_FIRST, [fault(0, "lost"), fault(1, "lost")], "rank 3 on n2: Killed"),
         (LOST_FIRST, [], "rank 0 on n1: Exited with exit code 1"),
         (NODE, [fault(0, "lost")], "n2: node failed"),
-        ("srun: error: n2: task 3: Exited with exit code 1", [fault(3)], "rank 3 on h3: exit status 1: words of 3"),
-        (LOST_FIRST, [fault(0, "lost"), fault(1, "lost"), fault(3, at=9)], "rank 3 on h3: exit status 1: words of 3"),
+        ("srun: error: n2: task 3: Exited with exit code 1", [fault(3)], "rank 3 on h3: exit status 1: message of 3"),
+        (LOST_FIRST, [fault(0, "lost"), fault(1, "lost"), fault(3, at=9)], "rank 3 on h3: exit status 1: message of 3"),
         # Nobody's fault: Slurm ended all of them.
         (REQUEUED, [], None),
         (REQUEUED, [fault(0, "lost")], None),
         ("", [fault(2, at=11.0), fault(1, "lost", at=5.0), fault(3, at=10.5)],
-         "rank 3 on h3: exit status 1: words of 3"),
-        ("", [fault(1, "hang", at=3.0), fault(0, "lost")], "rank 1 on h1: hung: words of 1"),
+         "rank 3 on h3: exit status 1: message of 3"),
+        ("", [fault(1, "hang", at=3.0), fault(0, "lost")], "rank 1 on h1: hung: message of 1"),
         ("", [], None),
         # The watchdog's rank was ended by srun afterwards.
         (KILLED.replace("task 3: Killed", "task 3: Exited with exit code 1"), [fault(3, "hang")],
-         "rank 3 on h3: hung: words of 3"),
+         "rank 3 on h3: hung: message of 3"),
     ],
 )  # fmt: skip
-def test_the_first_to_fail_is_blamed_and_no_consequence(said: str, words: list[Fault], expected: str | None) -> None:
-    found = first_failure(task_exits(said), words)
+def test_the_first_to_fail_is_blamed_and_no_consequence(
+    srun_output: str, faults: list[Fault], expected: str | None
+) -> None:
+    found = first_failure(task_exits(srun_output), faults)
     assert (str(found) if found else None) == expected
 
 
@@ -125,9 +127,9 @@ def test_the_report_has_all_of_it_in_one_place(tmp_path: Path) -> None:
     assert "line 84" not in text
     assert "n2 rank 3: Killed; n2 rank 2: Killed; n1 ranks 0, 1: Killed" in text
     assert (tmp_path / "faults" / "7_0" / "report.txt").read_text() == text + "\n"
-    told = FirstFailure(3, "n2", "exit status 1", 1, "boom", ("Traceback", "RuntimeError: boom"))
+    reported = FirstFailure(3, "n2", "exit status 1", 1, "boom", ("Traceback", "RuntimeError: boom"))
     (tmp_path / "faults" / "7_0" / "rank_00003.stacks.txt").write_text("stack")
-    text = crash_report.report(tmp_path, "7_0", told, [])
+    text = crash_report.report(tmp_path, "7_0", reported, [])
     assert "    RuntimeError: boom" in text
     assert "line 99" not in text
     assert "rank_00003.stacks.txt" in text

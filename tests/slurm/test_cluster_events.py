@@ -138,10 +138,10 @@ def test_ranks_that_leave_within_the_grace_time_are_requeued_by_ourselves(cluste
 
 @pytest.mark.timeout(600)
 def test_where_requeueing_is_forbidden_the_same_job_waits_behind(cluster: Cluster, whole: Path) -> None:
-    """The same words, with their spaces, the same resources, and a count of restarts that starts anew."""
-    words = ("--sample.prompt", "two  spaces 'and' quotes")
+    """The same arguments, with their spaces, the same resources, and a restart count that starts again at 0."""
+    typed = ("--sample.prompt", "two  spaces 'and' quotes")
     flags = ("--no-requeue", "--job-name=a chain", "--time=9", "--mem=1000", f"--output={cluster.home}/slurm-%j.out")
-    job = cluster.sbatch("chained", *TWO, *flags, arguments=words)
+    job = cluster.sbatch("chained", *TWO, *flags, arguments=typed)
     folder = cluster.folder("chained")
     for hit in (1, 2):
         cluster.wait_for_rows("chained", hit * STEPS // 3)
@@ -164,8 +164,8 @@ def test_a_wrapper_around_the_script_is_followed_by_the_wrapper(cluster: Cluster
     wrapper.write_text(
         f'#!/bin/bash\ntrap : TERM INT USR1 USR2\necho "mine: $1"\nshift\nbash {SCRIPT} {cluster.config} "$@"\n'
     )
-    words = ("a  b", "--run.name", "wrapped", *QUICK)
-    job = cluster.slurm("sbatch", "--parsable", "--no-requeue", *TWO, str(wrapper), *words)
+    typed = ("a  b", "--run.name", "wrapped", *QUICK)
+    job = cluster.slurm("sbatch", "--parsable", "--no-requeue", *TWO, str(wrapper), *typed)
     cluster.wait_for_rows("wrapped", 100)
     cluster.slurm("scancel", "--signal=USR1", job)
     cluster.wait(job, state="FAILED")

@@ -100,14 +100,14 @@ def main(run: Path, rounds: int, seed: int) -> None:
             os.waitpid(holder, 0)
         rivals = [start(run), start(run)]
         newer = wait_for(run, "committed", number, rivals)
-        told = {"orphaned": orphaned, "number": newer, "orphan": None}
+        reported = {"orphaned": orphaned, "number": newer, "orphan": None}
         if orphaned:
             os.kill(holder, signal.SIGCONT)
-            told["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
+            reported["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
         who = json.loads((run / f"generations/{newer:06d}.json").read_text())["pid"]
         (loser,) = [rival for rival in rivals if rival != who]
-        told["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
-        print(json.dumps(told), flush=True)
+        reported["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
+        print(json.dumps(reported), flush=True)
         holder, number = who, newer
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)

@@ -33,25 +33,25 @@ print(lease.acquire(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
 time.sleep(600)
 """
 
-# Takes folder after folder, each at its moment, and tells which it got and what it was told where it did not.
+# Takes folder after folder, each at its moment, and reports which it got, and the error where it did not.
 RACE = """
 import json, sys, threading, time
 from pathlib import Path
 from hpcgpt.checkpoint import layout
 from hpcgpt.storage import lease
 root, rounds, starts_at = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-told = [""] * rounds
+results = [""] * rounds
 def take(number):
     time.sleep(max(0.0, starts_at + 0.02 * number - time.time()))
     try:
-        told[number] = lease.acquire(root / str(number), "").number
+        results[number] = lease.acquire(root / str(number), "").number
     except ValueError as error:
-        told[number] = str(error)
+        results[number] = str(error)
 threads = [threading.Thread(target=take, args=[number]) for number in range(rounds)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-print(json.dumps(told), file=sys.stderr, flush=True)
-sys.stdin.read()  # live on, until all have been told: who won must not look dead to the others
+print(json.dumps(results), file=sys.stderr, flush=True)
+sys.stdin.read()  # live on, until all have reported: a winner must not look dead to the others
 """
 
 
@@ -87,8 +87,8 @@ def test_numbers_rise_and_tell_who_took_them(tmp_path: Path) -> None:
         assert taken.number == number
         assert taken.superseded_by() is None
         taken.release()
-    told = json.loads((tmp_path / "generations/000003.json").read_text())
-    assert (told["pid"], told["attempt"]) == (os.getpid(), "7_3")
+    reported = json.loads((tmp_path / "generations/000003.json").read_text())
+    assert (reported["pid"], reported["attempt"]) == (os.getpid(), "7_3")
     assert sorted(path.name for path in (tmp_path / "generations").iterdir()) == [
         f"00000{number}.{kind}" for number in (1, 2, 3) for kind in ("done", "json")]  # fmt: skip
 
@@ -100,13 +100,13 @@ def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: P
                          env=clean_env(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for _ in range(3)
     ]  # fmt: skip
-    told = [json.loads(racer.stderr.readline()) for racer in racers if racer.stderr]
+    reported = [json.loads(racer.stderr.readline()) for racer in racers if racer.stderr]
     for racer in racers:
         racer.communicate()
     for number in range(rounds):
-        winners = [each[number] for each in told if each[number] == 1]
-        losers = [each[number] for each in told if each[number] != 1]
-        assert len(winners) == 1, (number, [each[number] for each in told])
+        winners = [each[number] for each in reported if each[number] == 1]
+        losers = [each[number] for each in reported if each[number] != 1]
+        assert len(winners) == 1, (number, [each[number] for each in reported])
         assert all("has just been taken" in message or "which is alive" in message for message in losers), losers
         assert len(list((tmp_path / str(number) / "generations").glob("*.json"))) == 1
 
@@ -304,11 +304,11 @@ def test_in_50_rounds_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_
                           env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=240, check=False)  # fmt: skip
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(told) == 50
-    assert [each["orphan"] for each in told] == [None, SUPERSEDED] * 25, f"an orphan has stayed (seed {seed})"
-    assert all(each["loser"] == 2 for each in told), f"two jobs had the folder (seed {seed}): {told}"
-    assert [each["number"] for each in told] == list(range(2, 52))
+    reported = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reported) == 50
+    assert [each["orphan"] for each in reported] == [None, SUPERSEDED] * 25, f"an orphan has stayed (seed {seed})"
+    assert all(each["loser"] == 2 for each in reported), f"two jobs had the folder (seed {seed}): {reported}"
+    assert [each["number"] for each in reported] == list(range(2, 52))
 
     log = [line.split() for line in (run / "log").read_text().splitlines()]
     committed = [(int(number), int(step)) for number, step, did in log if did == "committed"]
