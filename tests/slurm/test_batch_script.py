@@ -395,7 +395,7 @@ def test_what_is_decided_while_srun_still_runs_is_decided_before_it_ends(batch: 
     batch.is_("reason", "TimeLimit").is_("state", "COMPLETING")
     (batch.bin / "srun").write_text(
         '#!/bin/bash\nread -r _ _ _ script _ < "/proc/$PPID/stat"\nkill -TERM "$script"\n'
-        'until [ -s "$STATE/told" ]; do sleep 0.1; done\nexit 143\n'
+        'until [ -s "$STATE/calls" ]; do sleep 0.1; done\nexit 143\n'
     )
     batch.start()
     assert batch.has("asked").split() == ["ending", "143"]
