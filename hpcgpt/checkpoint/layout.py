@@ -33,7 +33,6 @@ import errno
 import json
 import re
 import stat
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -44,6 +43,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.storage.lease import Lease
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
@@ -313,7 +313,7 @@ def set_aside(checkpoint: Path, problem: str, lease: Lease) -> None:
 
 
 def warn(checkpoint: Path, problem: str) -> None:
-    print(f"warning: checkpoint {checkpoint} is damaged: {problem}", file=sys.stderr, flush=True)
+    streams.warn(f"checkpoint {checkpoint} is damaged: {problem}")
 
 
 def _not_a_file(path: Path) -> str:

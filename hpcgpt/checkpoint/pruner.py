@@ -6,13 +6,13 @@ not the run. Rank 0 only.
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt.checkpoint import layout, retention
 from hpcgpt.config import options
+from hpcgpt.output import streams
 from hpcgpt.storage.lease import Lease
 
 WAIT_S = 10.0  # how long a save waits for what the start removes: a job that is told to leave has little time
@@ -59,7 +59,7 @@ class Pruner:
         finally:
             self._removing.release()
         for path in gone:
-            print(f"warning: no room for {name}: {path.name} was removed first", file=sys.stderr, flush=True)
+            streams.warn(f"no room for {name}: {path.name} was removed first")
 
     def saved(self, path: Path) -> None:
         """A new checkpoint is there, which has not been read back: after a rollback the same step comes once more."""
@@ -86,4 +86,4 @@ class Pruner:
 
 
 def _warn_that_old_ones_stay(error: Exception) -> None:
-    print(f"warning: old checkpoints stay: {error}", file=sys.stderr, flush=True)
+    streams.warn(f"old checkpoints stay: {error}")

@@ -32,12 +32,12 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt.checkpoint import layout
 from hpcgpt.config import options
+from hpcgpt.output import streams
 from hpcgpt.storage.lease import Lease
 
 _HIDDEN = re.compile(r"(\.(step_\d+)\.g(\d+)\.(tmp|removed))(\.gone)?")
@@ -128,7 +128,7 @@ def _remove_all(paths: list[Path], keep: options.Checkpoint, lease: Lease, stayi
 
 
 def _warn_unreadable(path: Path, error: OSError) -> None:
-    print(f"warning: checkpoint {path} cannot be read, and stays: {error}", file=sys.stderr, flush=True)
+    streams.warn(f"checkpoint {path} cannot be read, and stays: {error}")
 
 
 def remove(path: Path, lease: Lease) -> None:

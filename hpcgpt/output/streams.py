@@ -87,7 +87,7 @@ class BackgroundStream:
 
 
 def warn(message: object) -> None:
-    """Print a warning to stderr. All warnings are printed here, but for those of best_effort, which it counts."""
+    """Print a warning to stderr: the one place where warnings are printed."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

@@ -33,7 +33,6 @@ import os
 import secrets
 import socket
 import string
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -44,6 +43,7 @@ from typing import Any
 from hpcgpt.distributed import world
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.errors import NodeError, UserError, cannot_read
+from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
@@ -107,7 +107,7 @@ def put_aside(folder: Path, attempt: str) -> None:
                     next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
                 )
     except OSError as error:  # training can go on all the same
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        streams.warn(error)
 
 
 def _try_to_write(folder: Path) -> None:
@@ -154,7 +154,7 @@ def keep_config(folder: Path, attempt: int, text: str) -> bool:
         atomic.write(earlier / f"{attempt:06d}.toml", text.encode())
         atomic.write(path, text.encode())
     except OSError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        streams.warn(error)
         return False
     return True
 

@@ -25,7 +25,7 @@ from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.generate import generate
 from hpcgpt.model.gpt import GPT
 from hpcgpt.model.precision import computing_in
-from hpcgpt.output import terminal
+from hpcgpt.output import streams, terminal
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.plan import Plan
 from hpcgpt.run import goodput, metrics_file, run_folder
@@ -131,7 +131,7 @@ class Reporter:
         """Report that a save has ended, and that training stands still for it no longer."""
         told, self._told = self._told, None
         if saved.problem:
-            print(f"warning: no checkpoint of step {saved.step:,}: {saved.problem}", file=sys.stderr, flush=True)
+            streams.warn(f"no checkpoint of step {saved.step:,}: {saved.problem}")
             self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
         elif told:
             self.event("save_stall", step=saved.step, stall_s=saved.stall_s - told.stall_s)
