@@ -59,8 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         run = Path(folder)
         (run / "checkpoints").mkdir()
-        held = lease.take(run, "")
-        saver = Saver(run / "checkpoints", ALONE, held, Checkpoint(keep_last=1))
+        own = lease.acquire(run, "")
+        saver = Saver(run / "checkpoints", ALONE, own, Checkpoint(keep_last=1))
         number = 0
         for _ in range(options.rounds):
             for way in random.sample(sorted(times), 3):
@@ -77,7 +77,7 @@ def main() -> None:
                 times[way].append(time.perf_counter() - started_at)
                 if saver.busy:
                     raise SystemExit(f"{options.steps} steps are over before the save is: take more --steps")
-        held.release()
+        own.release()
     _report(options, times, stalls, sum(t.nbytes for t in tensors_of(model, optimizer, ALONE).values()))
 
 

@@ -15,7 +15,7 @@ from data_prep import make_shards, train_tokenizer
 from data_prep.text import documents, inputs
 from hpcgpt.tokenizer import save_load
 from tests.checkpoint.small_checkpoints import checkpoints as checkpoints  # fixtures
-from tests.checkpoint.small_checkpoints import held as held
+from tests.checkpoint.small_checkpoints import lease as lease
 from tests.checkpoint.small_checkpoints import three as three
 from tests.programs import ROOT
 from tests.slurm.lab_fixture import lab as lab  # a fixture, for all tests

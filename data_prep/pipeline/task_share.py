@@ -42,7 +42,7 @@ def acquire(out: Path, share: TaskShare) -> Iterator[None]:
     folder = out / "prep" / "shares"
     attempt = world.job_attempt()
     try:
-        task_lease = lease.take(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
+        task_lease = lease.acquire(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
     except ValueError as error:
         raise UserError(f"{out} is being made already: {error}") from None
     try:

@@ -116,7 +116,7 @@ def commit(made: PendingUnit) -> None:
             made.temporary.rename(made.final)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise atomic.explained(error, made.final) from error
+                raise atomic.with_path_and_free_space(error, made.final) from error
             # Another process has made it meanwhile, with the same bytes.
     finally:
         if made.temporary.exists():
@@ -154,7 +154,7 @@ def _fill(where: Path, unit: Unit, options: ShardOptions, encoder: Encoder, repo
         "skipped": [asdict(row) for row in skipped],
         "counts": counts,
     }
-    with atomic.plain(where / "record.json") as file:
+    with atomic.open_plain(where / "record.json") as file:
         file.write(json.dumps(record, ensure_ascii=False).encode())
 
 
@@ -245,7 +245,7 @@ class _SplitOutput:
     def _open(self) -> ShardWriter:
         if self._writer is None:
             name = f"{self.name}_{len(self.shards):03d}"
-            shard = shard_writer.writing(self.where, name, self.name, self.options.width, opened=atomic.plain)
+            shard = shard_writer.writing(self.where, name, self.name, self.options.width, opened=atomic.open_plain)
             self._writer = self._stack.enter_context(shard)
         return self._writer
 
@@ -270,5 +270,5 @@ class _SplitOutput:
 def _write_documents(path: Path, rows: NDArray[Any]) -> None:
     """Write the rows in the order of their hashes, so that any range of hashes is contiguous. The sort is stable."""
     order = np.lexsort((rows["low"], rows["high"]))
-    with atomic.plain(path) as file:
+    with atomic.open_plain(path) as file:
         file.write(rows[order].tobytes())

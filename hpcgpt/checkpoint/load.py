@@ -35,14 +35,14 @@ from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.run import run_folder
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 
 RETRY_S = 0.5
 ATTEMPTS = 2  # so many earlier ones that could not read a checkpoint are enough, on whatever host
 
 
 def newest_valid(
-    checkpoints: Path, ranks: Ranks, held: Generation | None, wanted: Callable[[int], bool] = lambda _: True
+    checkpoints: Path, ranks: Ranks, lease: Lease | None, wanted: Callable[[int], bool] = lambda _: True
 ) -> Path | None:
     """The newest valid checkpoint of a step that is `wanted`, the same on every rank; None if there never was one, or
     none of such a step. A collective.
@@ -61,14 +61,14 @@ def newest_valid(
             continue
         problem, unreadable = _problem(path, ranks)
         if unreadable:
-            earlier = on_first(ranks, lambda path=path, one=unreadable: _failed_before(path, one, held))  # type: ignore[misc]
+            earlier = on_first(ranks, lambda path=path, one=unreadable: _failed_before(path, one, lease))  # type: ignore[misc]
             if not earlier:
                 raise unreadable.error
             problem = f"it cannot be read, as {earlier} found as well: {unreadable.words}"
         if not problem:
             return path
         problems.append(f"{name}: {problem}")
-        on_first(ranks, lambda path=path, problem=problem: _tell(path, problem, held))  # type: ignore[misc]
+        on_first(ranks, lambda path=path, problem=problem: _tell(path, problem, lease))  # type: ignore[misc]
     if not names:  # Those that earlier starts set aside: there was training, and it must not silently begin anew.
         problems = on_first(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
     if problems:
@@ -137,12 +137,12 @@ def _told_apart(found: list[str | _Unreadable]) -> tuple[str, _Unreadable | None
     return problem, None if problem else unreadable
 
 
-def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str:
+def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
     """Which earlier attempts could not read this checkpoint, if they are enough to do without it; else ''.
 
     By rank 0 alone; a reader, who holds no generation, waits for nobody.
     """
-    if held is None:
+    if lease is None:
         return ""
     run, step, identity = path.parents[1], layout.step_of(path), _identity(path)
     found: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str
         # Where it is not known which one it was, the step has to do: a disk that shows nothing must not block the run.
         elif (
             event.get("event") == "unreadable"
-            and event.get("attempt") != held.number
+            and event.get("attempt") != lease.number
             and (not identity or event.get("identity", "") in ("", identity))
         ):
             found.append(event)
@@ -162,7 +162,7 @@ def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str
     enough = len({event.get("attempt") for event in found}) >= ATTEMPTS or bool(hosts - {now.host})
     with suppress(OSError):  # then it counts as the first failure, next time
         run_folder.record(
-            run, "unreadable", attempt=held.number, step=step, rank=now.rank, host=now.host, problem=now.words,
+            run, "unreadable", attempt=lease.number, step=step, rank=now.rank, host=now.host, problem=now.words,
             identity=identity, set_aside=enough,
         )  # fmt: skip
     return (
@@ -184,9 +184,9 @@ def _identity(path: Path) -> str:
     return f"{int(manifest.st_mtime)}:{manifest.st_size}"
 
 
-def _tell(path: Path, problem: str, held: Generation | None) -> None:
-    if held is not None:
-        layout.set_aside(path, problem, held)
+def _tell(path: Path, problem: str, lease: Lease | None) -> None:
+    if lease is not None:
+        layout.set_aside(path, problem, lease)
     else:
         layout.warn(path, problem)
 

@@ -36,7 +36,7 @@ from hpcgpt.distributed.sharded_tensor import held, is_share
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.storage import atomic
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 
 POLL_S = 0.005
 LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
@@ -103,21 +103,21 @@ class Saver:
         self,
         checkpoints: Path,
         ranks: Ranks,
-        held: Generation | None,
+        lease: Lease | None,
         keep: options.Checkpoint,
         before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[Saved], None] = lambda _: None,
         regular: int = 0,
     ) -> None:
-        """`held` is rank 0's generation, None on the others.
+        """`lease` is rank 0's generation, None on the others.
 
         Rank 0 calls both in its thread: `before_commit` puts on the disk what has to be there before the checkpoint
         is; `committed` tells of it as soon as it is there, with what it has cost until then. `regular`: see
         retention.prune.
         """
-        self._checkpoints, self._ranks, self._held = checkpoints, ranks, held
+        self._checkpoints, self._ranks, self._lease = checkpoints, ranks, lease
         self._before_commit, self._committed = before_commit, committed
-        self.pruner = Pruner(checkpoints, held, keep, regular) if held else None  # rank 0's
+        self.pruner = Pruner(checkpoints, lease, keep, regular) if lease else None  # rank 0's
         # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
         # read back a large checkpoint takes longer than a job has that is told to leave.
         self.tidy = True
@@ -191,7 +191,7 @@ class Saver:
             files = dict(on_all(self._ranks, work.result))
         except OSError as error:
             # Nobody writes any more: the error was shared. What is half written is ours, and useless.
-            if self._held is not None:
+            if self._lease is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             self._work = None
             return str(error)
@@ -215,13 +215,13 @@ class Saver:
         return Saved(self._state.step, problem, time.monotonic() - self._began_at, self._stall_s, self._bytes)
 
     def _make_folder(self) -> str | None:
-        assert self._held is not None
+        assert self._lease is not None
         assert self.pruner is not None
-        self._held.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
+        self._lease.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
         if self._final.exists():
             return None
         self.pruner.wait()
-        temporary = layout.temporary_of(self._final, self._held.number)
+        temporary = layout.temporary_of(self._final, self._lease.number)
         needed = self._bytes + SPARE_BYTES
         try:
             if self._free() < needed:
@@ -230,7 +230,7 @@ class Saver:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
             temporary.mkdir()
         except OSError as error:
-            raise atomic.explained(error, temporary) from error
+            raise atomic.with_path_and_free_space(error, temporary) from error
         return str(temporary)
 
     def _free(self) -> int:
@@ -247,19 +247,19 @@ class Saver:
         return {name: self._copies[name] for name in share}
 
     def _commit(self, files: dict[str, Any]) -> None:
-        held, temporary = self._held, self._temporary
-        assert held is not None
+        lease, temporary = self._lease, self._temporary
+        assert lease is not None
         assert self.pruner is not None
         self._before_commit()
         content = layout.state_bytes(self._state)
         atomic.write(temporary / "state.json", content)
         files["state.json"] = safetensors_writer.fingerprint(content)
-        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, held.number))
-        held.check()
+        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, lease.number))
+        lease.check()
         try:
             temporary.rename(self._final)
         except OSError as error:
-            raise atomic.explained(error, self._final) from error
+            raise atomic.with_path_and_free_space(error, self._final) from error
         atomic.sync_folder(self._checkpoints)
         self.pruner.saved(self._final)
         self._committed(self._so_far())

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ import xxhash
 from hpcgpt.data.datasets import DataSet
 from hpcgpt.data.shard_format import Shard
 from hpcgpt.data.shard_reader import Split
+from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 
 _Notes = dict[str, dict[str, list[Any]]]  # as in verified.json
@@ -118,11 +118,9 @@ class ShardCheck:
         return "" if digest.hexdigest() == shard.xxh3 else "is damaged: its checksum is not the one in the manifest"
 
     def _warn(self, path: Path, problem: str) -> None:
-        print(
-            f"warning: {path} {problem}, and this run trains on it: see `python -m data_prep.verify {path.parent}`, "
-            "and make the shards again for another run",
-            file=sys.stderr,
-            flush=True,
+        streams.warn(
+            f"{path} {problem}, and this run trains on it: see `python -m data_prep.verify {path.parent}`, "
+            "and make the shards again for another run"
         )
         self._record("damaged_shard", path=str(path), problem=problem)
 

@@ -80,7 +80,7 @@ def writing(
     opened: Callable[[Path], AbstractContextManager[BinaryIO]] = atomic.writing,
 ) -> Iterator[ShardWriter]:
     """A writer of `name`.bin and `name`.idx, which appear, whole, when the block ends well; `writer.shard`
-    describes them then. With `opened` atomic.plain that is the caller's care.
+    describes them then. With `opened` atomic.open_plain that is the caller's care.
 
     Raises:
         OSError: a file could not be written; neither is left behind.

@@ -55,11 +55,17 @@ class Stop(IntEnum):
     TERMINATED = 4
 
     @property
-    def words(self) -> str:
-        return _WORDS[self]
+    def message(self) -> str:
+        return _MESSAGES[self]
+
+    @classmethod
+    def from_message(cls, message: str) -> Stop:
+        """Return the code of a message that is on disk (`reason` in exit.json); Stop.NO for any other text."""
+        return next((stop for stop, text in _MESSAGES.items() if text == message), cls.NO)
 
 
-_WORDS = {
+# Run folders on disk contain these: a message that is replaced must still be understood by from_message.
+_MESSAGES = {
     Stop.NO: "",
     Stop.FILE: "a STOP file",
     Stop.TIME_LIMIT: "the time limit is near",

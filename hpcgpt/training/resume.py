@@ -16,7 +16,7 @@ from hpcgpt.distributed.collectives import on_first
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import DivergedError, UserError
 from hpcgpt.plan import Plan
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 from hpcgpt.training import in_effect
 from hpcgpt.training.checkpointer import Checkpointer
 from hpcgpt.training.engine import Engine
@@ -40,9 +40,9 @@ class Resumed:
 class Restorer:
     """Loads checkpoints into the engine and the state. Every rank has one; `resume` and `load` are collectives."""
 
-    def __init__(self, planned: Plan, ranks: Ranks, held: Generation | None, engine: Engine, state: TrainState) -> None:
-        """`held` is rank 0's generation, None on the others."""
-        self.plan, self.ranks, self.held, self.engine, self.state = planned, ranks, held, engine, state
+    def __init__(self, planned: Plan, ranks: Ranks, lease: Lease | None, engine: Engine, state: TrainState) -> None:
+        """`lease` is rank 0's generation, None on the others."""
+        self.plan, self.ranks, self.lease, self.engine, self.state = planned, ranks, lease, engine, state
         self.checkpoints = planned.config.run_folder / "checkpoints"
 
     def resume(self, now: dict[str, Any]) -> Resumed:
@@ -51,9 +51,9 @@ class Restorer:
         Raises:
             UserError: the run was trained with other settings, or `run.strict` refuses what has changed.
         """
-        if self.held:
-            retention.clean(self.checkpoints, self.held)
-        newest = load.newest_valid(self.checkpoints, self.ranks, self.held)
+        if self.lease:
+            retention.clean(self.checkpoints, self.lease)
+        newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), self._begin())
         state = layout.read_state(newest)
@@ -108,7 +108,7 @@ class Rollback:
         found = load.newest_valid(
             self._restorer.checkpoints,
             self._ranks,
-            self._restorer.held,
+            self._restorer.lease,
             lambda saved: saved < step and self._checkpointer.is_regular(saved),
         )
         if found is None:

@@ -119,7 +119,7 @@ def test_an_array_that_loses_a_node_in_mid_work_makes_the_same_files(site: Site,
         assert files(out) == files(whole)
         signal.pidfd_send_signal(orphan, signal.SIGCONT)
         gone(orphan)
-        assert "has taken this folder" in (site.home / f"shards-{job}_{task}.out").read_text()
+        assert "has taken over" in (site.home / f"shards-{job}_{task}.out").read_text()
         assert files(out) == files(whole)
     finally:
         os.close(orphan)

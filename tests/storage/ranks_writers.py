@@ -26,6 +26,7 @@ from hpcgpt.checkpoint import layout, load, retention
 from hpcgpt.checkpoint.save import Saver
 from hpcgpt.config import options
 from hpcgpt.storage import lease
+from hpcgpt.storage.lease import acquire
 from tests.checkpoint.ranks_killed import content
 from tests.one_rank import ALONE
 
@@ -34,30 +35,30 @@ REFUSED = 2
 
 def work(run: Path) -> int:
     try:
-        held = lease.take(run, "")
+        lease = acquire(run, "")
     except ValueError:
         return REFUSED
     log = os.open(run / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(log, f"{held.number} 0 took\n".encode())
-    retention.clean(run / "checkpoints", held)
-    newest = load.newest_valid(run / "checkpoints", ALONE, held)
+    os.write(log, f"{lease.number} 0 took\n".encode())
+    retention.clean(run / "checkpoints", lease)
+    newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
-    os.write(log, f"{held.number} {step} chose\n".encode())
-    saver = Saver(run / "checkpoints", ALONE, held, options.Checkpoint(keep_last=1000, keep_best=False))
+    os.write(log, f"{lease.number} {step} chose\n".encode())
+    saver = Saver(run / "checkpoints", ALONE, lease, options.Checkpoint(keep_last=1000, keep_best=False))
     while True:
         step += 1
-        saved = saver.begin(layout.State(step, held.number, 0, 1, {}), content(step))
+        saved = saver.begin(layout.State(step, lease.number, 0, 1, {}), content(step))
         if saved is not None and not saved.problem:
-            os.write(log, f"{held.number} {step} found\n".encode())  # another's: no commit of ours
+            os.write(log, f"{lease.number} {step} found\n".encode())  # another's: no commit of ours
             continue
         while saved is None:
             time.sleep(0.0005)
             saved = saver.poll()
         if saved.problem:
-            os.write(log, f"{held.number} {step} failed\n".encode())
+            os.write(log, f"{lease.number} {step} failed\n".encode())
             step -= 1
         else:
-            os.write(log, f"{held.number} {step} committed\n".encode())
+            os.write(log, f"{lease.number} {step} committed\n".encode())
 
 
 def start(run: Path) -> int:
@@ -99,14 +100,14 @@ def main(run: Path, rounds: int, seed: int) -> None:
             os.waitpid(holder, 0)
         rivals = [start(run), start(run)]
         newer = wait_for(run, "committed", number, rivals)
-        told = {"orphaned": orphaned, "number": newer, "orphan": None}
+        reported = {"orphaned": orphaned, "number": newer, "orphan": None}
         if orphaned:
             os.kill(holder, signal.SIGCONT)
-            told["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
+            reported["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
         who = json.loads((run / f"generations/{newer:06d}.json").read_text())["pid"]
         (loser,) = [rival for rival in rivals if rival != who]
-        told["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
-        print(json.dumps(told), flush=True)
+        reported["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
+        print(json.dumps(reported), flush=True)
         holder, number = who, newer
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)

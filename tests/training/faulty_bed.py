@@ -22,7 +22,7 @@ from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED
 from hpcgpt.run import crash_report, run_folder
 from hpcgpt.slurm import requeue_policy
 from hpcgpt.slurm.requeue_policy import Decision
-from hpcgpt.slurm.restart_history import History
+from hpcgpt.slurm.restart_history import RestartHistory
 from hpcgpt.slurm.scontrol import Job
 from tests.preloaded import Preloaded
 from tests.programs import ROOT, clean_env
@@ -217,5 +217,5 @@ def decided(folder: Path, attempt: str, status: int, restart: int) -> Decision:
     ended = run_folder.read_exit(folder)
     if ended and ended.attempt != attempt:
         ended = None
-    blamed = crash_report.blame([], crash_report.read(folder, attempt))
-    return requeue_policy.decide(ended, status, Job("RUNNING", restart), restart, History(), Requeue(), blamed)
+    blamed = crash_report.first_failure([], crash_report.read(folder, attempt))
+    return requeue_policy.decide(ended, status, Job("RUNNING", restart), restart, RestartHistory(), Requeue(), blamed)

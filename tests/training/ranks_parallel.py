@@ -31,7 +31,7 @@ from hpcgpt.config.options import Config
 from hpcgpt.distributed import rendezvous, sharded_tensor, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model import kernels
-from hpcgpt.storage import lease
+from hpcgpt.storage.lease import acquire
 from hpcgpt.training.engine import Engine
 
 Mode = Literal["ddp", "zero1", "fsdp"]
@@ -85,19 +85,19 @@ def state_bytes(its: Engine) -> int:
 
 def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     """Save; how many bytes this rank has written."""
-    held = None
+    lease = None
     if ranks.world.is_first:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        held = lease.take(folder, "")
-    writes = Saver(folder / "checkpoints", ranks, held, options.Checkpoint())
+        lease = acquire(folder, "")
+    writes = Saver(folder / "checkpoints", ranks, lease, options.Checkpoint())
     state = State(step, step * 512, step * 16, ranks.world.size, {})
     ended = writes.begin(state, checkpoint_save.tensors_of(its.trained, its.optimizer, ranks)) or writes.finish(
         lambda: None
     )
     assert ended is not None
     assert not ended.problem, ended.problem
-    if held:
-        held.release()
+    if lease:
+        lease.release()
     path = layout.path_of(folder / "checkpoints", step)
     return (path / layout.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
 
