@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def watch(testbed: LabTestbed, job: str, folder: Path, options: argparse.Namespace) -> tuple[int, int]:
-    """Preempt until the time is over or the job has ended. Returns the most checkpoints at a time, and the preemptions."""
+    """Preempt until the time is over or the job has ended. Returns the most checkpoints at a time, and preemptions."""
     deadline = time.monotonic() + 60 * options.minutes
     most = preemptions = begun = 0
     preempt_at = float("inf")
