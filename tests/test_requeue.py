@@ -85,6 +85,19 @@ def test_how_an_attempt_ended_decides(
     decision = policy(ended, status)
     assert (decision.requeue, decision.crashed) == (requeue, crashed)
     assert message in decision.reason
+    assert decision.finished == (message == "finished")
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop"),
+    [("a STOP file", Stop.FILE), ("the time limit is near", Stop.TIME_LIMIT), ("interrupted", Stop.INTERRUPT),
+     ("told to terminate", Stop.TERMINATED), ("out of memory", Stop.NO), ("", Stop.NO)],
+)  # fmt: skip
+def test_the_reasons_that_run_folders_contain_are_understood_as_codes(reason: str, stop: Stop) -> None:
+    """These texts are in exit.json files on disk: they must be understood whatever the messages are now."""
+    ended = left(AGAIN, reason, saved=True)
+    assert ended.stop == stop
+    assert policy(ended, AGAIN).requeue == (stop != Stop.FILE)
 
 
 TERMINATED = left(AGAIN, Stop.TERMINATED.message, saved=True)
