@@ -605,7 +605,7 @@ def remembered(run: Path) -> list[str]:
 def test_a_host_that_a_person_takes_out_of_the_file_comes_back_and_a_persons_own_stay(
     slurm: FakeSlurm, run: Path
 ) -> None:
-    """Slurm's list has both, and does not say whose they are."""
+    """Slurm's list has both, and does not tell them apart."""
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[8-9]")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 idle")
     crashed_on(run, "n2")
