@@ -69,11 +69,11 @@ def main(argv: Sequence[str]) -> int:
         job = testbed.start("preempted", [str(config)], options.partition, SHAPE)
         most, preemptions = watch(testbed, job, home / "runs" / "preempted", options)
         testbed.slurm("scancel", job)
-    return tell(home, job, most, preemptions, options)
+    return report(home, job, most, preemptions, options)
 
 
 def watch(testbed: LabTestbed, job: str, folder: Path, options: argparse.Namespace) -> tuple[int, int]:
-    """Preempt until the time is over or the job has ended; the most checkpoints at a time, and how many preemptions."""
+    """Preempt until the time is over or the job has ended. Returns the most checkpoints at a time, and preemptions."""
     deadline = time.monotonic() + 60 * options.minutes
     most = preemptions = begun = 0
     preempt_at = float("inf")
@@ -92,7 +92,7 @@ def watch(testbed: LabTestbed, job: str, folder: Path, options: argparse.Namespa
     return most, preemptions
 
 
-def tell(home: Path, job: str, most: int, preemptions: int, options: argparse.Namespace) -> int:
+def report(home: Path, job: str, most: int, preemptions: int, options: argparse.Namespace) -> int:
     folder = home / "runs" / "preempted"
     events = run_folder.events(folder)
     last = [event for event in events if event["event"] == "job"][-1]["job"]

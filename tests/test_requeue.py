@@ -85,6 +85,19 @@ def test_how_an_attempt_ended_decides(
     decision = policy(ended, status)
     assert (decision.requeue, decision.crashed) == (requeue, crashed)
     assert message in decision.reason
+    assert decision.finished == (message == "finished")
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop"),
+    [("a STOP file", Stop.FILE), ("the time limit is near", Stop.TIME_LIMIT), ("interrupted", Stop.INTERRUPT),
+     ("told to terminate", Stop.TERMINATED), ("out of memory", Stop.NO), ("", Stop.NO)],
+)  # fmt: skip
+def test_the_reasons_that_run_folders_contain_are_understood_as_codes(reason: str, stop: Stop) -> None:
+    """These texts are in exit.json files on disk: they must be understood whatever the messages are now."""
+    ended = left(AGAIN, reason, saved=True)
+    assert ended.stop == stop
+    assert policy(ended, AGAIN).requeue == (stop != Stop.FILE)
 
 
 TERMINATED = left(AGAIN, Stop.TERMINATED.message, saved=True)
@@ -592,7 +605,7 @@ def remembered(run: Path) -> list[str]:
 def test_a_host_that_a_person_takes_out_of_the_file_comes_back_and_a_persons_own_stay(
     slurm: FakeSlurm, run: Path
 ) -> None:
-    """Slurm's list has both, and does not say whose they are."""
+    """Slurm's list has both, and does not tell them apart."""
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[8-9]")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 idle")
     crashed_on(run, "n2")

@@ -42,7 +42,7 @@ def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path)
     assert spent["lost_steps"] == spent["lost_s"] == 0
 
 
-def test_a_run_that_is_told_to_wait_is_saved_and_says_why(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_asked_to_stop_is_saved_and_has_the_reason(tiny: Path, tmp_path: Path) -> None:
     """An end that is near enough already: one step, and out."""
     assert command("hpcgpt.train", str(tiny), env={"SLURM_JOB_END_TIME": "1"}).returncode == 75
     found = json.loads(command("hpcgpt.status", "--json", str(tmp_path / "runs" / "tiny")).stdout)
@@ -80,13 +80,13 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
     text = _as_text(later)
     assert "nothing written for 16" in text
     assert "its process or its node is gone; see `squeue --me`" in text
-    # 1000 s of silence are nobody's training, and a run that is over has no now.
+    # 1000 s of silence count as no attempt's training, and a run that has ended has no present time.
     assert later["goodput"]["total_s"] - alive["goodput"]["total_s"] == pytest.approx(1000, abs=5)
     assert later["goodput"]["productive_s"] == pytest.approx(alive["goodput"]["productive_s"])
     assert killed["goodput"]["total_s"] < 500
     assert killed["goodput"]["lost_steps"] == killed["step"] - killed["checkpoint_step"]
 
-    # One that was committed in the moment before the kill may not have been told any more.
+    # The event of a checkpoint that was committed right before the kill may be missing.
     newest = layout.step_of(layout.found(folder / "checkpoints")[0])
     assert newest >= killed["checkpoint_step"]
     last = str(newest + 2)
@@ -107,7 +107,7 @@ NOW = 10_000.0
 
 
 def run_folder(tmp_path: Path, *events: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
-    """A run whose events happened so many seconds before NOW, whose steps of 1 s ended right before it."""
+    """A run whose events happened the given seconds before NOW; its steps of 1 s ended right before NOW."""
     folder = tmp_path / "run"
     run_folder_module.prepare(folder)
     lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in events]
@@ -172,7 +172,7 @@ STAYS = "a STOP file keeps it stopped"
 @pytest.mark.parametrize(
     ("events", "steps", "held", "presence", "stop", "expected", "reason"),
     [
-        # Cancelled while it started: Slurm knows.
+        # Cancelled while it started, as Slurm shows.
         ([(30, "job", SECOND)], 0, False, "gone", False, "stopped", GONE),
         ([(900, "job", SECOND)], 0, False, "gone", False, "stopped", GONE),
         ([(900, "job", SECOND)], 0, False, "there", False, "silent", ""),
@@ -202,13 +202,13 @@ STAYS = "a STOP file keeps it stopped"
          STAYS),
         ([(950, "start", START), (940, "end", FINISHED)], 3, False, "unknown", True, "finished", "finished"),
         ([(950, "start", START)], 3, True, "unknown", True, "running", ""),
-        # Silent, and Slurm knows why.
+        # Silent, and Slurm shows why.
         ([(900, "start", START)], 0, True, "gone", False, "stopped", NOTHING_REPORTED),
         ([(900, "start", START)], 0, True, "pending", False, "queued", "its job waits in Slurm's queue again"),
         # Requeued, and cancelled while it waited.
         ([(9, "start", START), (2, "end", SAVED), (1, "requeue", {"job": "7_0"})], 3, False, "gone", False, "stopped",
          "job 7, queued to start it again, no longer exists: cancelled? Before: told to terminate"),
-        # Slurm itself started the job again after a node had failed: nobody wrote an end.
+        # Slurm itself started the job again after a node had failed: no end was written.
         ([(900, "start", START), (30, "job", JOB | {"job": "7_1"})], 3, True, "unknown", False, "starting", ""),
     ],
 )  # fmt: skip
@@ -352,7 +352,7 @@ def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
     assert status(folder, NOW)["reason"] == NOTHING_REPORTED
 
 
-def test_the_history_tells_each_attempt_and_whom_to_blame(tmp_path: Path) -> None:
+def test_the_history_shows_each_attempt_and_the_first_failure(tmp_path: Path) -> None:
     slow = {"attempt": 1, "step": 2, "rank": 3, "host": "n2", "local_s": 0.4, "usual_s": 0.1, "factor": 4.0}
     folder = run_folder(
         tmp_path,

@@ -52,7 +52,7 @@ def resources(script: str) -> dict[str, str]:
 
 
 def run_by(script: str, folder: Path) -> list[str]:
-    """What a batch script runs: its words, as bash itself reads them. Only `bash` and `srun` are stand-ins."""
+    """What a batch script runs: its arguments, as bash itself reads them. Only `bash` and `srun` are stand-ins."""
     watch = folder / "watch"
     watch.mkdir()
     for name in ("bash", "srun"):
@@ -194,7 +194,7 @@ def test_a_truncated_shard_is_found_before_the_job_waits_in_the_queue(
     assert not (slurm / "submitted.sh").exists()
 
 
-def test_slurms_refusal_is_told_in_a_sentence(slurm: Path, tiny: Path) -> None:
+def test_slurms_refusal_is_reported_as_a_message(slurm: Path, tiny: Path) -> None:
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid partition name' >&2\nexit 1\n")
     done = submit(slurm, "--nodes", "1", str(tiny))
     assert done.returncode == 2
@@ -225,7 +225,7 @@ def test_without_a_time_limit_any_lead_is_fine(slurm: Path, tiny: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of 12 steps that is finished, "tiny"; copied by those who change it."""
+    """A folder with a run of 12 steps that is finished, "tiny"; copied by tests that change it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n')
     done = command("hpcgpt.train", "tiny.toml", "--run.name", "tiny", cwd=folder, env={"PYTHONPATH": str(ROOT)})

@@ -20,7 +20,7 @@ from hpcgpt.distributed.world import Ranks
 
 # Which rank is sent which signals, one case after the other.
 CASES: dict[str, dict[int, list[signal.Signals]]] = {
-    "nobody": {},
+    "no rank": {},
     "the last rank alone": {3: [signal.SIGUSR1]},
     "two ranks with different reasons": {1: [signal.SIGINT], 2: [signal.SIGTERM]},
     "every rank the same": {rank: [signal.SIGUSR2] for rank in range(4)},

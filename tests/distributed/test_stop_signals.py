@@ -19,7 +19,7 @@ from hpcgpt.distributed.stop_signals import SIGNALS, Stop, StopFlag, leave_at, s
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env, on_ranks
 
-# After each line on stdin it tells its reason.
+# After each line on stdin it prints its reason.
 ASK = """
 import sys
 from hpcgpt.distributed.stop_signals import StopFlag
@@ -181,7 +181,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def run_until_told(flag: StopFlag, clock: list[float], steps_s: Sequence[float]) -> float:
+def run_until_stop(flag: StopFlag, clock: list[float], steps_s: Sequence[float]) -> float:
     """Step, and look after each step, until the flag says stop; when that was."""
     flag.look_from_now()
     for step_s in steps_s:
@@ -227,9 +227,9 @@ def test_steps_of_any_length_are_saved_before_the_job_ends(clock: list[float], s
         end = clock[0] + 7200 + offset
         flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
         flag.save_takes(20.0)
-        told_at = run_until_told(flag, clock, [step_s] * 10_000)
-        assert told_at + 2 * 20.0 <= end
-        assert end - told_at <= 1.25 * step_s + max(60.0, 50.0) + step_s, "much earlier than is needed"
+        stop_at = run_until_stop(flag, clock, [step_s] * 10_000)
+        assert stop_at + 2 * 20.0 <= end
+        assert end - stop_at <= 1.25 * step_s + max(60.0, 50.0) + step_s, "much earlier than is needed"
         clock[0] = end
 
 
@@ -305,7 +305,7 @@ def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_rou
     reported = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(4)]
     for rank in reported:
         assert rank["agreed"] == {
-            "nobody": "NO",
+            "no rank": "NO",
             "the last rank alone": "TIME_LIMIT",
             "two ranks with different reasons": "TERMINATED",
             "every rank the same": "TIME_LIMIT",

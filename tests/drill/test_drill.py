@@ -24,7 +24,7 @@ from hpcgpt.drill import __main__ as drill_command
 from hpcgpt.drill import compare
 from hpcgpt.drill import faults as drill_faults
 from hpcgpt.drill import report as drill_report
-from hpcgpt.drill.injector import FaultResult
+from hpcgpt.drill.injector import FaultResult, Recovery
 from hpcgpt.drill.report import Report, RoundReport
 from hpcgpt.drill.testbed import Rank
 from hpcgpt.drill.wandb_server import WandbServer
@@ -212,9 +212,9 @@ def test_a_wandb_server_that_refuses_connections_answers_at_its_old_address_late
 
 
 class WandbOnly:
-    """A place of which the fault uses nothing else."""
+    """A testbed of which the fault uses nothing else."""
 
-    def __init__(self, server: WandbServer) -> None:
+    def __init__(self, server: WandbServer | None) -> None:
         self.wandb = server
 
 
@@ -235,7 +235,7 @@ def test_an_outage_of_wandb_is_of_the_kind_that_was_drawn_and_ends(
 
 
 class Restarts:
-    """A place where the next attempt has begun when it is looked at again, as after a quick requeue."""
+    """A testbed where the next attempt has begun at the second look, as after a quick requeue."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[bytes]] = []
@@ -256,7 +256,51 @@ def test_the_next_attempt_is_hit_even_if_it_is_there_at_the_first_look(tmp_path:
     assert [process.wait() for process in testbed.started] == [-signal.SIGKILL] * 2
 
 
-# --- undoing ---------------------------------------------------------------------------------------
+# --- recovery --------------------------------------------------------------------------------------
+
+
+def _step(run: WatchedRun, step: int, attempt: int) -> None:
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "attempt": attempt, "time": time.time()}) + "\n")
+
+
+def _recovery(run: WatchedRun, expected: drill_faults.Expected, cleanup: CleanupStack) -> Recovery:
+    scheduled = drill_faults.ScheduledFault("a", 2.0, 0.0, 0.0)
+    context = drill_faults.FaultContext(WandbOnly(None), "1", [], run, scheduled, cleanup)  # type: ignore[arg-type]
+    return Recovery(context, expected, attempt=1)
+
+
+def test_after_a_fault_that_ends_the_attempt_the_next_one_has_to_make_a_step(tmp_path: Path) -> None:
+    run, result = WatchedRun(tmp_path), FaultResult(1, 0.0, "a", "", "missed", 5)
+    _step(run, 5, attempt=1)
+    recovery = _recovery(run, "restart", CleanupStack(print))
+    assert not recovery.is_complete()
+    _step(run, 6, attempt=1)
+    assert not recovery.is_complete(), "the attempt that was hit has made a last step"
+    run_folder.record(tmp_path, "start", attempt=2, step=4)
+    _step(run, 5, attempt=2)
+    assert recovery.is_complete()
+    recovery.describe(result)
+    assert (result.outcome, result.lost_steps) == ("came back", 2)
+    assert result.back_s is not None
+    assert result.back_s > 0
+
+
+def test_after_a_fault_that_the_attempt_survives_a_step_counts_once_the_cleanup_is_done(tmp_path: Path) -> None:
+    run, result, cleanup = WatchedRun(tmp_path), FaultResult(1, 0.0, "a", "", "missed", 5), CleanupStack(print)
+    cleanup.add("the disk has room again", lambda: None, 0)
+    recovery = _recovery(run, "on", cleanup)
+    _step(run, 6, attempt=1)
+    assert not recovery.is_complete()
+    cleanup.run_all()
+    assert not recovery.is_complete(), "that step was made before the cleanup"
+    _step(run, 7, attempt=1)
+    assert recovery.is_complete()
+    recovery.describe(result)
+    assert (result.outcome, result.lost_steps) == ("went on", 0)
+
+
+# --- cleanup ---------------------------------------------------------------------------------------
 
 
 def test_every_fault_is_undone_even_if_another_one_cannot_be() -> None:

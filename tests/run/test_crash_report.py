@@ -1,4 +1,4 @@
-"""hpcgpt.run.crash_report: who failed first, on which host, and how."""
+"""hpcgpt.run.crash_report: which rank failed first, on which host, and how."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
     ("srun_output", "faults", "expected"),
     [
         (KILLED, [], "rank 3 on n2: Killed"),
-        # gloo tells the others within milliseconds; they are gone before Slurm has seen who was killed.
+        # With gloo the other ranks notice within milliseconds, and end before Slurm reports the one that was killed.
         (LOST_FIRST, [fault(0, "lost"), fault(1, "lost")], "rank 3 on n2: Killed"),
         (LOST_FIRST, [], "rank 0 on n1: Exited with exit code 1"),
         (NODE, [fault(0, "lost")], "n2: node failed"),
         ("srun: error: n2: task 3: Exited with exit code 1", [fault(3)], "rank 3 on h3: exit status 1: message of 3"),
         (LOST_FIRST, [fault(0, "lost"), fault(1, "lost"), fault(3, at=9)], "rank 3 on h3: exit status 1: message of 3"),
-        # Nobody's fault: Slurm ended all of them.
+        # No rank's fault: Slurm ended all of them.
         (REQUEUED, [], None),
         (REQUEUED, [fault(0, "lost")], None),
         ("", [fault(2, at=11.0), fault(1, "lost", at=5.0), fault(3, at=10.5)],
@@ -78,7 +78,7 @@ def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
          "rank 3 on h3: hung: message of 3"),
     ],
 )  # fmt: skip
-def test_the_first_to_fail_is_blamed_and_no_consequence(
+def test_the_first_failure_is_found_and_no_consequence(
     srun_output: str, faults: list[Fault], expected: str | None
 ) -> None:
     found = first_failure(task_exits(srun_output), faults)

@@ -132,7 +132,7 @@ def rank_pids(job: str) -> dict[int, int]:
 
 
 def running(module: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The processes ``python -m module``: the machine's own pids, whichever host of the lab they live on, and their
+    """The processes ``python -m module``: the machine's own pids, on whichever host of the lab they are, and their
     environments.
     """
     for entry in Path("/proc").glob("[0-9]*"):

@@ -201,7 +201,7 @@ def test_a_job_that_is_over_keeps_nothing_in_its_comment(batch: Batch) -> None:
     assert batch.has("comment") == "mine"
 
 
-def test_where_it_is_not_known_whom_a_person_excluded_they_stay_excluded(batch: Batch) -> None:
+def test_if_the_nodes_that_the_user_excluded_are_unknown_all_stay_excluded(batch: Batch) -> None:
     batch.python.unlink()
     batch.is_("excluded", "n[5-9]").is_("no_hostnames", "")
     batch.start(1)

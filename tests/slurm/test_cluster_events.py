@@ -121,7 +121,7 @@ class TestSlow:
         assert slow.cut not in events(folder, "job")[1]["hosts"]
 
 
-# --- told to leave -----------------------------------------------------------------------------------
+# --- asked to stop -----------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(600)
@@ -227,8 +227,10 @@ def test_a_killed_rank_is_named_and_its_host_is_left_out(cluster: Cluster, whole
 
 
 @pytest.mark.timeout(600)
-def test_an_exception_in_one_rank_is_told_with_its_traceback_and_a_mistake_is_not_requeued(cluster: Cluster) -> None:
-    """Rank 1 may open few files, or is told something else than rank 0."""
+def test_an_exception_in_one_rank_is_reported_with_its_traceback_and_a_mistake_is_not_requeued(
+    cluster: Cluster,
+) -> None:
+    """Rank 1 may open few files, or gets other arguments than rank 0."""
     jobs = {}
     for name, line in {"few": "ulimit -n 8", "odd": 'set -- "$@" --data.dir nowhere'}.items():
         wrapper = cluster.home / f"python-{name}"
@@ -269,7 +271,7 @@ def test_a_rank_that_is_stopped_for_a_while_goes_on(cluster: Cluster, whole: Pat
 
 @pytest.mark.timeout(600)
 def test_rank_0_may_live_on_any_host(cluster: Cluster) -> None:
-    """Slurm lists n3 first, and the ranks start on n4: the way to rank 0 is none that the list tells."""
+    """Slurm lists n3 first, and the ranks start on n4: rank 0's host cannot be seen from the list."""
     hosts = cluster.home / "hosts"
     hosts.write_text("n4\nn4\nn3\n")
     shape = ("--nodes=2", "--ntasks=3", "--distribution=arbitrary", "--time=10")

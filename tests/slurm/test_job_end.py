@@ -21,7 +21,7 @@ DAY_S = 86_400
 
 
 class Controller:
-    """An scontrol that answers as it is told, and counts its questions."""
+    """An scontrol with answers from the test, which counts its questions."""
 
     def __init__(self, folder: Path) -> None:
         self.bin, self._asked = folder / "bin", folder / "asked"

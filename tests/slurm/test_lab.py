@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: what a job sees on it, what can be broken, and that nothing of it stays behind."""
+"""A real Slurm on this machine: what a job sees on it, what can be broken, and that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_slurmd_can_be_killed_and_started(lab: Lab) -> None:
 def test_down_leaves_no_trace(second: Lab, tmp_path: Path) -> None:
     before = traces()
     up(second)
-    # What a job can leave behind: a process that has no parent, no job any more, and no ear for SIGTERM.
+    # What a job can leave: a process without parent and job that ignores SIGTERM.
     sleep = f"98765.{os.getpid()}"
     stubborn = f"trap '' TERM HUP; setsid sleep {sleep} & setsid sleep {sleep}"
     batch(second, tmp_path, f"srun --nodes=2 sh -c {stubborn!r}", "--nodes=2")

@@ -44,7 +44,7 @@ def test_a_task_of_an_array_is_followed_by_that_task_alone() -> None:
 
 @pytest.fixture
 def forbidding(slurm: FakeSlurm) -> FakeSlurm:
-    """A Slurm that does not requeue, knows the batch script, and takes another job, whose environment it keeps."""
+    """A Slurm that does not requeue, shows the batch script, and accepts another job, whose environment it keeps."""
     slurm.answers(state="COMPLETING", refuses=True, Reason="NodeDown", Command="/home/me/mine.sh")
     script = slurm.folder / "scontrol"
     script.write_text(script.read_text().replace("if ", 'if [ "$1" = write ]; then echo "#!/bin/sh"; exit; fi\nif ', 1))

@@ -59,17 +59,19 @@ def test_without_events_there_is_no_history() -> None:
     assert count_restarts([], "7_0", 0) == count_restarts([], "", None) == RestartHistory()
 
 
-def test_a_start_that_trained_longer_than_it_took_to_start_was_worth_it() -> None:
+def test_a_start_that_trained_longer_than_it_took_to_start_made_progress() -> None:
     run = RecordedRun().begin("7_0", 0).ready(0, start_s=20.0).save(8, trained_s=15.0).save(12, trained_s=5.0)
     (start,) = starts(run.events, "7_0", 12)
-    # From ready to the copy of the newest checkpoint: the save before it was behind training.
+    # From ready to the copy of the newest checkpoint: the earlier save was written while training continued.
     assert (start.from_step, start.to_step, start.start_s, start.trained_s) == (0, 12, 20.0, 25.0)
     assert (start.gained, start.without_progress) == (True, False)
     assert start.summary == "took 20 s until its first step and trained for 25 s, 12 steps"
 
 
 @pytest.mark.parametrize(("trained_s", "without_progress"), [(19.9, 1), (20.0, 0)])
-def test_a_start_that_gained_a_step_for_more_than_it_is_worth_is_idle(trained_s: float, without_progress: int) -> None:
+def test_a_start_that_gained_a_step_in_less_time_than_it_took_to_start_made_no_progress(
+    trained_s: float, without_progress: int
+) -> None:
     run = RecordedRun().begin("7_0", 0).ready(0, start_s=20.0).save(1, trained_s)
     assert run.counts("7_0", 1) == (0, 0, without_progress)
 

@@ -1,13 +1,13 @@
 """What test_lease races: ``python -m tests.storage.ranks_writers RUN_FOLDER ROUNDS SEED``.
 
-Jobs that fight for one run folder, as real processes: each takes a generation, cleans up, goes on from the newest valid
-checkpoint and saves step after step behind its (pretended) training. It appends "generation step began|committed" to
+Jobs that race for a run folder, as real processes: each acquires the lease, cleans up, continues from the newest valid
+checkpoint and saves step after step during its (pretended) training. It appends "generation step began|committed" to
 RUN_FOLDER/log, at once, with one write. They are forked from one parent, so that torch is loaded once, and the seconds
 for which a newcomer watches a holder that is silent are shortened to tenths: what is compared there are counters, so
 nothing but the waiting changes.
 
 In each round two jobs want the folder while its holder is killed, or stopped, at a random moment. A stopped one is
-continued after the newcomer has committed: the orphan. A line of JSON tells what became of it.
+continued after the newcomer has committed: the orphan. A line of JSON reports how it ended.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def wait_for(run: Path, what: str, newer_than: int, children: list[int]) -> int:
             if did == what and int(number) > newer_than:
                 return int(number)
         time.sleep(0.002)
-    raise AssertionError(f"nobody newer than {newer_than} has {what}: {children}")
+    raise AssertionError(f"no attempt newer than {newer_than} has logged {what}: {children}")
 
 
 def main(run: Path, rounds: int, seed: int) -> None:

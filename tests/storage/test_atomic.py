@@ -70,7 +70,7 @@ for n in range(10**9):
 
 
 def test_of_many_processes_exactly_one_creates_a_file(tmp_path: Path) -> None:
-    """Each file in turn is fought for by six processes; whoever wins, what is in it is whole and the winner's."""
+    """Six processes compete for each file in turn; its content is whole, and the winner's."""
     code = """
 import os, sys
 from pathlib import Path
@@ -179,7 +179,7 @@ print(*won)
 
 
 def fight(folder: Path, count: int, fighters: list[list[str]], env: dict[str, str]) -> None:
-    """Each file is fought for by all; exactly one may win it, and what is in it is whole and the winner's."""
+    """All compete for each file; exactly one may win it, and its content is whole, and the winner's."""
     folder.mkdir()
     running = [
         subprocess.Popen([*prefix, sys.executable, "-c", FIGHT, folder, str(me), str(count)], cwd=ROOT,

@@ -51,7 +51,7 @@ threads = [threading.Thread(target=take, args=[number]) for number in range(roun
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(json.dumps(results), file=sys.stderr, flush=True)
-sys.stdin.read()  # live on, until all have reported: a winner must not look dead to the others
+sys.stdin.read()  # stay alive until all have reported: a winner must not look dead to the others
 """
 
 
@@ -149,7 +149,7 @@ def test_a_dead_holder_is_taken_over_at_once(tmp_path: Path, holder: Holder, cap
 
 
 def test_a_living_holder_in_another_container_is_not_taken_for_dead(tmp_path: Path, holder: Holder) -> None:
-    """Two containers of one host: the name is the same, and in the newcomer's the holder's number is nobody's."""
+    """Two containers of one host: the name is the same, and in the newcomer's no process has the holder's pid."""
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     if os.geteuid() != 0 or subprocess.run([*container, "true"], check=False).returncode:
         pytest.skip("another pid namespace needs root")
@@ -241,7 +241,7 @@ own = lease.acquire(Path(sys.argv[1]), "7_0")
 own.check()
 os.link(own.folder / "000001.json", own.folder / "000002.json")
 own.check()
-print("has gone on", flush=True)
+print("has continued", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
                           text=True, check=False)  # fmt: skip
@@ -314,7 +314,7 @@ def test_in_50_rounds_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_
     committed = [(int(number), int(step)) for number, step, did in log if did == "committed"]
     steps = [step for _, step in committed]
     assert len(set(steps)) == len(steps), f"a step was committed twice (seed {seed})"
-    # On the disk is what nobody could log any more, too: the manifest says whose it is.
+    # Checkpoints on the disk may be missing in the log: their manifests have the attempt.
     paths = (run / "checkpoints").glob("step_*")
     found = sorted((layout.step_of(path), layout._json(path / "manifest.json")["generation"]) for path in paths)
     assert {(step, number) for number, step in committed} <= set(found), f"a checkpoint is gone (seed {seed})"
