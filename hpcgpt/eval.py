@@ -60,7 +60,7 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
         UserError: the validation split is not there, or is no longer the one of the run.
     """
     from hpcgpt import plan
-    from hpcgpt.training.evaluation import Terms, bytes_of_ids, evaluate_all, held_out
+    from hpcgpt.training.evaluation import EvalContext, bytes_per_token, evaluate_all, validation_sets
 
     config = model.config
     # The split is asked for also where training left it alone; and where the first weights came from is long past.
@@ -69,13 +69,13 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     planned = plan.make(wanted, world_size=1)
     if changed := plan.changes(model.state.identity, planned.identity):
         raise UserError(f"{model.path} was trained with other data or settings than are there: {'; '.join(changed)}")
-    sets, token_bytes = held_out(planned), bytes_of_ids(model.words, config.model.vocab_size)
-    terms = Terms(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
-    rounds = sum(-(-terms.windows_of(part.windows) // terms.micro_batch) for part in sets)
+    sets, token_bytes = validation_sets(planned), bytes_per_token(model.tokenizer, config.model.vocab_size)
+    context = EvalContext(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
+    rounds = sum(-(-context.count(part.windows) // context.micro_batch) for part in sets)
     with Progress(rounds) as progress:
-        figures = evaluate_all(model.model, sets, dataclasses.replace(terms, stopped=progress.asked))
+        figures = evaluate_all(model.model, sets, dataclasses.replace(context, stopped=progress.asked))
     assert figures is not None, "it was never told to stop"
-    return figures | {"tokens": config.model.block_size * sum(terms.windows_of(part.windows) for part in sets)}
+    return figures | {"tokens": config.model.block_size * sum(context.count(part.windows) for part in sets)}
 
 
 class Progress:

@@ -51,7 +51,11 @@ class Plan:
                 "train.global_batch": self.config.train.global_batch,
                 "digest of the shards": digests[0] if alone else digests,
             }
-            | ({} if alone else {f"share in {mix.BLOCK}ths of each data set": [part.quota for part in self.sets]})
+            | (
+                {}
+                if alone
+                else {f"share in {mix.MIX_BLOCK}ths of each data set": [part.samples_per_block for part in self.sets]}
+            )
         )
 
     @property
@@ -70,7 +74,7 @@ class Plan:
     def mixture(self) -> list[str]:
         """What the run will see of each data set, a line each; nothing to say of one alone."""
         samples = self.total_steps * self.config.train.global_batch
-        return [part.words(samples) for part in self.sets] if len(self.sets) > 1 else []
+        return [part.describe(samples) for part in self.sets] if len(self.sets) > 1 else []
 
 
 def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:

@@ -47,9 +47,9 @@ def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> N
     from hpcgpt.model.generate import generate_several
     from hpcgpt.tokenizer import interface
 
-    words = model.words
+    tokenizer = model.tokenizer
     print(f"{model.path}, step {model.state.step:,}")
-    prompt = [words.end_of_text, *words.encode(wanted.prompt)]
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(wanted.prompt)]
     later: list[list[int]] = [[] for _ in range(samples)]
 
     def first() -> Iterator[int]:
@@ -62,7 +62,7 @@ def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> N
     with model.computing():
         for number in range(samples):
             print(f"--- sample {number + 1}\n{terminal.for_stdout(wanted.prompt)}", end="")
-            for piece in interface.stream(words, later[number] if number else first(), after=prompt):
+            for piece in interface.stream(tokenizer, later[number] if number else first(), after=prompt):
                 print(terminal.for_stdout(piece), end="", flush=True)
             print()
 

@@ -62,8 +62,8 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if backend == "nccl" else None,
     )
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Ranks(world, device, control)
+    cpu_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Ranks(world, device, cpu_group)
 
 
 def is_broken_connection(error: RuntimeError) -> bool:

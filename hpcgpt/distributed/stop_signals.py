@@ -169,13 +169,13 @@ class StopFlag:
         self._last_look = now
         # Rank 0 alone asks Slurm when the job ends, so its clock decides for all.
         here = self.here(by_clock=ranks.world.is_first)
-        if ranks.control is None:
+        if ranks.cpu_group is None:
             return here
         import torch
         import torch.distributed as dist
 
         flag = torch.tensor([int(here)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=ranks.control)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=ranks.cpu_group)
         return Stop(int(flag))
 
 

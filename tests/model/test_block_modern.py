@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcgpt.config.options import Model
-from hpcgpt.model.block_modern import Norm, rotation, turned
+from hpcgpt.model.attention_context import rope_cos_sin
+from hpcgpt.model.block_modern import Norm, apply_rope
 from hpcgpt.model.gpt import GPT
 from tests.model.test_gpt import MODERN, ids, small
 
@@ -90,7 +91,10 @@ def test_what_heads_see_of_each_other_depends_on_their_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
 
     def score(here: int, there: int) -> float:
-        query, key = turned(q, rotation(torch.tensor([here]), 16)), turned(k, rotation(torch.tensor([there]), 16))
+        query, key = (
+            apply_rope(q, rope_cos_sin(torch.tensor([here]), 16)),
+            apply_rope(k, rope_cos_sin(torch.tensor([there]), 16)),
+        )
         return (query * key).sum().item()
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-5)
@@ -98,7 +102,7 @@ def test_what_heads_see_of_each_other_depends_on_their_distance_only() -> None:
 
 
 def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
-    cosine, sine = rotation(torch.tensor([0, 1, 7]), 8)
+    cosine, sine = rope_cos_sin(torch.tensor([0, 1, 7]), 8)
     for row, position in enumerate((0, 1, 7)):
         angles = [position / 10_000 ** (2 * pair / 8) for pair in range(4)]
         assert cosine[row].tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-6)
@@ -106,8 +110,8 @@ def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
 
 
 def test_in_bfloat16_angles_are_not_rounded_and_the_result_is_once() -> None:
-    x, by = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1)), rotation(torch.arange(600), 16)
-    assert torch.equal(turned(x.bfloat16(), by), turned(x.bfloat16().float(), by).bfloat16())
+    x, by = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1)), rope_cos_sin(torch.arange(600), 16)
+    assert torch.equal(apply_rope(x.bfloat16(), by), apply_rope(x.bfloat16().float(), by).bfloat16())
 
 
 def test_the_norm_makes_the_root_mean_square_one_and_then_applies_its_gains() -> None:

@@ -17,7 +17,7 @@ from hpcgpt.distributed import rendezvous, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.tokenizer import save_load
-from hpcgpt.training.evaluation import Terms, evaluate
+from hpcgpt.training.evaluation import EvalContext, evaluate
 
 CONTEXT, MICRO_BATCH = 32, 3
 BATCHES = (1, 5, 7, 0)  # none but 0 is a multiple of 2 or 4; 0 is the whole split
@@ -39,7 +39,8 @@ def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """The figures for each of BATCHES, and what a stop on the last rank at the third question gives."""
     model, windows, token_bytes = model_and_windows(folder)
     told: dict[str, Any] = {
-        str(batches): evaluate(model, windows, Terms(batches, MICRO_BATCH, token_bytes, ranks)) for batches in BATCHES
+        str(batches): evaluate(model, windows, EvalContext(batches, MICRO_BATCH, token_bytes, ranks))
+        for batches in BATCHES
     }
     asked = 0
 
@@ -49,7 +50,7 @@ def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
         return asked == 3
 
     model.train()
-    told["stopped"] = evaluate(model, windows, Terms(0, MICRO_BATCH, token_bytes, ranks, stopped=stopped))
+    told["stopped"] = evaluate(model, windows, EvalContext(0, MICRO_BATCH, token_bytes, ranks, stopped=stopped))
     told["asked"], told["training"] = asked, model.training
     return told
 
