@@ -69,7 +69,7 @@ def read(path: Path, end_of_text: str = "") -> Tokenizer:
 
 def _special(source: dict[str, Any], configured: str, asked: str) -> dict[str, int]:
     """Names and ids of the special tokens, lowest id first."""
-    pieces = huggingface.byte_pieces(source["model"])
+    pieces = huggingface.byte_fallback_tokens(source["model"])
     added = {t["content"]: t for t in source.get("added_tokens") or [] if t["content"] not in pieces}
     found = {name: int(token["id"]) for name, token in added.items() if token["special"] or _MARKER.fullmatch(name)}
     vocabulary = source["model"]["vocab"]

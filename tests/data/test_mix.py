@@ -267,7 +267,7 @@ def test_a_mix_comes_back_from_toml(tmp_path: Path) -> None:
         (["--data.mix", "a:-1"], "data.mix: the weight of a must be a number greater than 0, found -1.0"),
         (["--data.mix", "a:nan"], "data.mix: the weight of a must be a number greater than 0, found nan"),
         (["--data.mix", "a:1", "--data.dir", "b"], "give one of data.dir and data.mix, not both"),
-        (["--data.mix", "a:1", "--train.epochs", "2"], "train.epochs says nothing of a data.mix"),
+        (["--data.mix", "a:1", "--train.epochs", "2"], "train.epochs is not defined for data.mix"),
     ],
 )
 def test_a_mix_that_makes_no_sense_is_refused(flags: list[str], sentence: str) -> None:
