@@ -24,7 +24,8 @@ def drawn_of(first: int, count: int, total: int, seed: int) -> Ints:
 def step_of_rank(step: int, rank: int, ranks: int, batch: int, total: int, seed: int = 1) -> list[int]:
     """The windows of one rank's share of a global batch, as hpcgpt.data.loader asks for them."""
     share = batch // ranks
-    return drawn_of(step * batch + rank * share, share, total, seed).tolist()
+    windows: list[int] = drawn_of(step * batch + rank * share, share, total, seed).tolist()
+    return windows
 
 
 SIZES = sorted({1, 2, 3, 5, 7, 10, 100, 1000} | {2**n + d for n in range(2, 13) for d in (-1, 0, 1)})

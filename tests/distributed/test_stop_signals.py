@@ -333,9 +333,9 @@ def test_a_child_started_in_the_shield_is_deaf_to_our_signals(number: signal.Sig
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.send_signal(number)
-    assert kept.communicate() == (b"lives\n", None)
+    assert kept.communicate()[0] == b"lives\n"
     assert kept.returncode == 0
-    assert bare.communicate() == (b"", None), "without the shield it would live too, so this shows nothing"
+    assert bare.communicate()[0] == b"", "without the shield it would live too, so this shows nothing"
 
 
 @pytest.mark.usefixtures("handlers")

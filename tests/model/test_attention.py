@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt.config.options import Config, Model
@@ -27,8 +27,13 @@ def masked(kind: Model, options: ForwardOptions | None = None, **changes: Any) -
     model = GPT(Model(**vars(kind) | changes), 0, options or ForwardOptions(document_start=START)).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return model
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def document(length: int, seed: int) -> Tensor:
@@ -53,13 +58,13 @@ def test_the_loss_and_gradients_of_two_packed_documents_are_those_of_the_two_apa
     model = masked(kind, ForwardOptions(START, **options))
     packed = model(*pairs(torch.cat((first, second))))
     packed.backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    gradients = [gradient_of(parameter).clone() for parameter in model.parameters()]
     model.zero_grad()
     apart = sum(model(*pairs(text)) * (len(text) - 1) for text in alone) / 21
     apart.backward()
     assert abs(packed - apart) < 1e-10
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        assert (gradient - parameter.grad).abs().max() < 1e-10
+        assert (gradient - gradient_of(parameter)).abs().max() < 1e-10
 
     plain = GPT(model.config).double()
     plain.load_state_dict(model.state_dict())
@@ -114,7 +119,7 @@ def test_flex_attention_sees_the_same_as_the_mask_that_is_written_out(
     with torch.no_grad():
         expected = model(rows)
         monkeypatch.setattr(attention_context, "supports_flex", lambda *_: True)
-        monkeypatch.setattr(attention, "_compiled_flex", lambda: attention.flex_attention)
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
         context = model._attention_context(rows, 300)
         assert isinstance(context.mask, BlockMask)
         assert context.mask.kv_num_blocks.tolist() == [[[1, 2, 2]], [[1, 2, 3]]]
@@ -149,13 +154,13 @@ def test_torch_compile_makes_one_graph_of_the_forward_pass(kind: Model, options:
     x, y = text[:, :-1], text[:, 1:]
     expected = model(x, y)
     expected.backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    gradients = [gradient_of(parameter).clone() for parameter in model.parameters()]
     model.zero_grad()
     loss = torch.compile(model, fullgraph=True, backend="aot_eager")(x, y)
     loss.backward()
     assert (loss - expected).abs() < 1e-5
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        assert (gradient - parameter.grad).abs().max() < 1e-5
+        assert (gradient - gradient_of(parameter)).abs().max() < 1e-5
 
 
 # --- written out -----------------------------------------------------------------------------------

@@ -39,10 +39,13 @@ def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_qw
     loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
     assert (loss - reference).abs() < 1e-10
     loss.backward()
-    reference.backward()
+    reference.backward()  # type: ignore[no-untyped-call]
     compared = pairs(ours, theirs)
     for mine, his in compared:
-        split = zip(mine.grad.split([len(part) for part in his]) if len(his) > 1 else [mine.grad], his, strict=True)
+        assert mine.grad is not None
+        split = zip(
+            torch.split(mine.grad, [len(part) for part in his]) if len(his) > 1 else [mine.grad], his, strict=True
+        )
         for gradient, part in split:
             assert (gradient[: len(part)] - part.grad).abs().max() < 1e-10
             assert part.grad.abs().max() > 1e-6
@@ -52,17 +55,20 @@ def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_qw
 def hugging_face(tied: bool, groups: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    options: dict[str, Any] = {"rope_theta": 10_000.0}  # newer versions do not declare it
     config = Qwen3Config(vocab_size=100, hidden_size=48, intermediate_size=128, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=groups, head_dim=12, rms_norm_eps=1e-6,
-                         max_position_embeddings=24, rope_theta=10_000.0, tie_word_embeddings=tied,
-                         attention_dropout=0.0, use_cache=False)  # fmt: skip
+                         max_position_embeddings=24, tie_word_embeddings=tied,
+                         attention_dropout=0.0, use_cache=False, **options)  # fmt: skip
     return Qwen3ForCausalLM(config).double().train()
 
 
 def copy_weights(ours: GPT, theirs: Any) -> None:
     with torch.no_grad():
         for mine, his in pairs(ours, theirs):
-            for part, target in zip(mine.split([len(p) for p in his]) if len(his) > 1 else [mine], his, strict=True):
+            for part, target in zip(
+                torch.split(mine, [len(p) for p in his]) if len(his) > 1 else [mine], his, strict=True
+            ):
                 target.copy_(part[: len(target)])
 
 
@@ -73,7 +79,8 @@ def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, list[Any]]]:
     if not ours.config.tied:
         found.append((ours.head.weight, [theirs.lm_head.weight]))
     for mine, his in zip(ours.blocks, body.layers, strict=True):
-        block, attention = mine, his.self_attn
+        block: Any = mine
+        attention = his.self_attn
         found += [
             (block.attention_norm.weight, [his.input_layernorm.weight]),
             (block.mlp_norm.weight, [his.post_attention_layernorm.weight]),

@@ -120,7 +120,7 @@ def uncached(model: GPT, prompt: list[int], config: Sample, seed: int) -> list[i
 def test_with_the_cache_a_text_is_that_without_one_token_for_token_also_beyond_the_context(
     kind: Literal["gpt2", "modern"], document_start: int | None, slide: int, temperature: float
 ) -> None:
-    groups = {"n_kv_head": 2, "qkv_bias": False} if kind == "modern" else {}
+    groups: dict[str, Any] = {"n_kv_head": 2, "qkv_bias": False} if kind == "modern" else {}
     shape = Model(kind=kind, n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=8, dropout=0.3, tied=False,
                   **groups)  # fmt: skip
     model = GPT(shape, 3, ForwardOptions(document_start)).double()

@@ -27,7 +27,7 @@ def small(seed: int = 0, shape: Model = SMALL, **changes: Any) -> GPT:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 
@@ -120,9 +120,10 @@ def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_gp
     loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
     assert (loss - reference).abs() < 1e-10
     loss.backward()
-    reference.backward()
+    reference.backward()  # type: ignore[no-untyped-call]
     seen = 0
     for mine, his, transposed in pairs(ours, theirs):
+        assert mine.grad is not None
         gradient = mine.grad[: len(his)] if mine.dim() == 2 and not transposed else mine.grad
         gradient = gradient.T if transposed else gradient
         assert (gradient - his.grad).abs().max() < 1e-10
@@ -148,6 +149,7 @@ def copy_weights(ours: GPT, theirs: Any) -> None:
 def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, Any, bool]]:
     """Our parameters, theirs, and whether theirs is the transpose (GPT-2's Conv1D keeps inputs first)."""
     body = theirs.transformer
+    assert ours.position_embedding is not None
     found = [
         (ours.token_embedding.weight, body.wte.weight, False),
         (ours.position_embedding.weight, body.wpe.weight, False),
@@ -274,4 +276,5 @@ def dropped(module: torch.nn.Module, *arguments: Any) -> Tensor:
     plain, noisy = module.eval()(*arguments), module.train()(*arguments)
     gone = noisy == 0
     assert 0.45 < gone.double().mean() < 0.55
-    return (noisy - 2 * plain)[~gone].abs().max()
+    furthest: Tensor = (noisy - 2 * plain)[~gone].abs().max()
+    return furthest

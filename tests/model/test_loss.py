@@ -77,11 +77,11 @@ def test_z_loss_is_trained_on_and_not_evaluated(kind: Model) -> None:
     assert torch.equal(with_z.eval()(x, y), plain.eval()(x, y))
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the number of elements of the largest tensor that any operation made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,12 +176,13 @@ def test_gradients_are_the_slopes_of_the_loss(kind: Model, options: ForwardOptio
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     text = torch.cat((document(6, 1), document(5, 2)))
     x, y = torch.stack((text[:-1], text[1:].flip(0))), torch.stack((text[1:], text[:-1].flip(0)))
     model(x, y).backward()
     step = 1e-5
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
         slopes, values = parameter.grad.flatten(), parameter.data.flatten()
         assert values.data_ptr() == parameter.data_ptr()
         places = {

@@ -26,13 +26,17 @@ BATCHES = (1, 5, 7, 0)  # none but 0 is a multiple of 2 or 4; 0 is the whole spl
 def model_and_windows(folder: Path, seed: int = 1) -> tuple[GPT, Windows, np.ndarray[Any, Any]]:
     """A model whose predictions are not uniform, the validation windows, and the bytes of each id."""
     manifest = shard_format.read_manifest(folder)
-    words = save_load.load(folder / "tokenizer")
-    size = words.vocab_size
+    tokenizer = save_load.load(folder / "tokenizer")
+    size = tokenizer.vocab_size
     model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=CONTEXT, vocab_size=size, dropout=0.2), seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
-    return model, Windows(shard_reader.open_split(folder, manifest, "val"), CONTEXT, CONTEXT, size), words.token_bytes
+    return (
+        model,
+        Windows(shard_reader.open_split(folder, manifest, "val"), CONTEXT, CONTEXT, size),
+        tokenizer.token_bytes,
+    )
 
 
 def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:

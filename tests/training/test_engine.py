@@ -103,7 +103,8 @@ def test_utilisation_is_the_achieved_part_of_the_peak_of_all_ranks(shards_folder
 
 def test_warming_up_is_one_pass_forth_and_back_that_leaves_nothing(shards_folder: Path) -> None:
     """After one, DDP has its buckets in their order: a resumed run adds in the order of one left alone."""
-    its, passes = engine(shards_folder), []
+    its = engine(shards_folder)
+    passes: list[Any] = []
     before = [parameter.detach().clone() for parameter in its.model.gpt.parameters()]
     its.model.gpt.norm.weight.register_post_accumulate_grad_hook(passes.append)
     its.warm_up()

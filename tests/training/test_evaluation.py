@@ -75,12 +75,14 @@ def test_the_figures_are_those_of_a_computation_by_hand_in_float64(
 def test_bits_per_byte_count_the_bytes_of_the_text_itself(shards_folder: Path, alone: dict[str, Any]) -> None:
     """From the other side: decode the targets, and count the bytes of the text that comes out."""
     from hpcgpt.tokenizer import save_load
+    from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 
-    words = save_load.load(shards_folder / "tokenizer")
+    tokenizer = save_load.load(shards_folder / "tokenizer")
+    assert isinstance(tokenizer, ByteLevelBPE)
     _, windows, _ = model_and_windows(shards_folder)
     _, targets = to_inputs_and_targets(windows.read(np.arange(windows.count)), ALONE.device)
-    ids = [number for number in targets.flatten().tolist() if number != words.end_of_text]
-    text = words.encoding.decode_bytes(ids)
+    ids = [number for number in targets.flatten().tolist() if number != tokenizer.end_of_text]
+    text = tokenizer.encoding.decode_bytes(ids)
     expected = alone["0"]["val/loss"] * targets.numel() / math.log(2) / len(text)
     assert alone["0"]["val/bits_per_byte"] == pytest.approx(expected, rel=1e-12)
 
@@ -121,7 +123,7 @@ def test_dropout_is_off(shards_folder: Path) -> None:
 def test_it_computes_in_the_precision_of_training(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     seen: set[torch.dtype] = set()
-    model.blocks[0].attention.register_forward_hook(lambda _, __, made: seen.add(made.dtype))
+    model.get_submodule("blocks.0.attention").register_forward_hook(lambda _, __, made: seen.add(made.dtype))
     evaluate(
         model,
         windows,

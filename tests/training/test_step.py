@@ -48,7 +48,7 @@ def whole_batch(shards_folder: Path) -> dict[str, tuple[Tensor, dict[str, Tensor
         inputs, targets = to_inputs_and_targets(bench.loader.batch(3, 0), ALONE.device)
         assert inputs.shape == (16, 32)
         loss = F.cross_entropy(bench.model(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         found[name] = loss.detach(), {key: p.grad for key, p in bench.model.named_parameters() if p.grad is not None}
     return found
 
