@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from hpcgpt.data import mix, shard_format, shard_reader, shard_writer
-from hpcgpt.data.loader import Loader, Mixture, Windows, widen
+from hpcgpt.data.loader import Loader, Mixture, Windows, to_inputs_and_targets
 from hpcgpt.data.shard_format import Shard
 
 ROWS, CONTEXT, IDS, TOKENS = 64, 1024, 50_257, 100_000_000
@@ -71,14 +71,14 @@ def speeds(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         "one shard": one,
         "100 shards": hundred,
         "100 shards, uint32": _windows(folder / "wide", ids, 100, "uint32"),
-        "a mix of two sets": Mixture([one, hundred], mix.quotas([0.7, 0.3])),
+        "a mix of two sets": Mixture([one, hundred], mix.divide_block([0.7, 0.3])),
     }
     ways: dict[str, Callable[[int], object]] = {NANOGPT: lambda _: _like_nanogpt(plain)}
     for name, source in sources.items():
         # One each: what is worked out ahead for the one is not there for the other.
         narrow, wide = (Loader(source, 1, 0, 1, 8 * ROWS, ROWS) for _ in range(2))
         ways[name] = lambda n, loader=narrow: loader.batch(n // 8, n % 8)  # type: ignore[misc]
-        ways[f"{name}, widened"] = lambda n, loader=wide: widen(loader.batch(n // 8, n % 8), CPU)  # type: ignore[misc]
+        ways[f"{name}, widened"] = lambda n, loader=wide: to_inputs_and_targets(loader.batch(n // 8, n % 8), CPU)  # type: ignore[misc]
     ahead = narrow._batches_ahead
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(-1, rounds):  # the first is not counted: pages are mapped

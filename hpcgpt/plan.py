@@ -50,7 +50,11 @@ class Plan:
                 "train.global_batch": self.config.train.global_batch,
                 "digest of the shards": digests[0] if alone else digests,
             }
-            | ({} if alone else {f"share in {mix.BLOCK}ths of each data set": [part.quota for part in self.sets]})
+            | (
+                {}
+                if alone
+                else {f"share in {mix.MIX_BLOCK}ths of each data set": [part.samples_per_block for part in self.sets]}
+            )
         )
 
     @property
@@ -69,7 +73,7 @@ class Plan:
     def mixture(self) -> list[str]:
         """Describe how much of each data set the run uses, a line each; empty for a single data set."""
         samples = self.total_steps * self.config.train.global_batch
-        return [part.words(samples) for part in self.sets] if len(self.sets) > 1 else []
+        return [part.describe(samples) for part in self.sets] if len(self.sets) > 1 else []
 
 
 def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:

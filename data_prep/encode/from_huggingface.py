@@ -69,7 +69,7 @@ def read(path: Path, end_of_text: str = "") -> Tokenizer:
 
 def _special_tokens(source: dict[str, Any], configured: str, requested: str) -> dict[str, int]:
     """Return the names and ids of the special tokens, lowest id first."""
-    pieces = huggingface.byte_pieces(source["model"])
+    pieces = huggingface.byte_fallback_tokens(source["model"])
     added = {t["content"]: t for t in source.get("added_tokens") or [] if t["content"] not in pieces}
     found = {
         name: int(token["id"]) for name, token in added.items() if token["special"] or _IN_BRACKETS.fullmatch(name)

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from hpcgpt import errors
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.distributed.collectives import on_all, on_first
-from hpcgpt.distributed.sharded_tensor import held, is_share
+from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
+from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.optim.optimizer import state_keys
@@ -53,7 +53,7 @@ def newest_valid(
         UserError: there are such checkpoints, and none is valid; or the newest is of another format version.
         OSError: the newest cannot be read, by the first attempts that try.
     """
-    names = on_first(ranks, lambda: [path.name for path in layout.found(checkpoints)])
+    names = run_on_rank0(ranks, lambda: [path.name for path in layout.found(checkpoints)])
     problems = []
     for name in names:
         path = checkpoints / name
@@ -61,16 +61,16 @@ def newest_valid(
             continue
         problem, unreadable = _problem(path, ranks)
         if unreadable:
-            earlier = on_first(ranks, lambda path=path, one=unreadable: _failed_before(path, one, lease))  # type: ignore[misc]
+            earlier = run_on_rank0(ranks, lambda path=path, one=unreadable: _failed_before(path, one, lease))  # type: ignore[misc]
             if not earlier:
                 raise unreadable.error
             problem = f"it cannot be read, as {earlier} found as well: {unreadable.words}"
         if not problem:
             return path
         problems.append(f"{name}: {problem}")
-        on_first(ranks, lambda path=path, problem=problem: _tell(path, problem, lease))  # type: ignore[misc]
+        run_on_rank0(ranks, lambda path=path, problem=problem: _tell(path, problem, lease))  # type: ignore[misc]
     if not names:  # Those that earlier starts set aside: there was training, and it must not silently begin anew.
-        problems = on_first(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
+        problems = run_on_rank0(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
     if problems:
         raise UserError(
             f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
@@ -103,7 +103,7 @@ class _Unreadable:
 def _problem(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
     """What is wrong with a checkpoint, '' if it is whole; and what could not be read of it. The same on every rank."""
     rank = ranks.world.rank
-    found = on_first(ranks, lambda: _twice(lambda: layout.outline(path), rank))
+    found = run_on_rank0(ranks, lambda: _twice(lambda: layout.outline(path), rank))
     if found != "":
         return _told_apart([found])
 
@@ -111,7 +111,7 @@ def _problem(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
         names = sorted(layout.read_files(path))
         return layout.damage(path, names[rank :: ranks.world.size])
 
-    return _told_apart(on_all(ranks, lambda: _twice(mine, rank)))
+    return _told_apart(gather_from_all(ranks, lambda: _twice(mine, rank)))
 
 
 def _twice(look: Callable[[], str], rank: int) -> str | _Unreadable:
@@ -313,7 +313,7 @@ def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
 def _fill_state(state: dict[str, Any], key: str, stored: _Stored, owner: nn.Parameter) -> None:
     """Set a tensor of the optimizer's state of `owner`, or the rows of it that are stored here."""
     shape, dtype = ((), torch.float32) if key == "step" else (tuple(owner.shape), owner.dtype)
-    whole = stored.rows is None and (key == "step" or not is_share(owner))
+    whole = stored.rows is None and (key == "step" or not is_sharded(owner))
     if whole:
         value = stored.read()
         if tuple(value.shape) == shape and value.dtype == dtype:
@@ -355,10 +355,10 @@ def _whole_shape(stored: _Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
 @torch.no_grad()
 def _fill_rows(target: Tensor, stored: _Stored) -> None:
     """Those rows that are stored here, and that this rank has."""
-    own, rows = held(target), stored.rows or range(len(target))
-    first, after = max(own.first, rows.start), min(own.after, rows.stop)
+    own, rows = local_rows(target), stored.rows or range(len(target))
+    first, after = max(own.start, rows.start), min(own.stop, rows.stop)
     if first < after:
-        own.local[first - own.first : after - own.first].copy_(stored.read_rows(first - rows.start, after - rows.start))
+        own.local[first - own.start : after - own.start].copy_(stored.read_rows(first - rows.start, after - rows.start))
 
 
 def _restore_generator(name: str, state: Tensor, ranks: Ranks) -> None:

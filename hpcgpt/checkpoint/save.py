@@ -31,8 +31,8 @@ from hpcgpt.checkpoint import layout, safetensors_writer
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.config import options
-from hpcgpt.distributed.collectives import on_all, on_first
-from hpcgpt.distributed.sharded_tensor import held, is_share
+from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
+from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.storage import atomic
@@ -67,11 +67,11 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks)
     found: dict[str, Tensor] = {}
 
     def add(name: str, tensor: Tensor) -> None:
-        own = held(tensor)
-        if not is_share(tensor):
+        own = local_rows(tensor)
+        if not is_sharded(tensor):
             found[name] = tensor
-        elif own.first < own.after:
-            found[f"{name}[{own.first}:{own.after}]"] = own.local
+        elif own.start < own.stop:
+            found[f"{name}[{own.start}:{own.stop}]"] = own.local
 
     begun = any(optimizer.state.values())
     keys = state_keys(optimizer)
@@ -140,10 +140,10 @@ class Saver:
         self._state, self._began_at, self._stall_s = state, time.monotonic(), 0.0
         common = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
         own = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
-        self._bytes = common + sum(on_all(self._ranks, lambda: own))
+        self._bytes = common + sum(gather_from_all(self._ranks, lambda: own))
         self._final = layout.path_of(self._checkpoints, state.step)
         try:
-            temporary = on_first(self._ranks, self._make_folder)
+            temporary = run_on_rank0(self._ranks, self._make_folder)
         except OSError as error:
             return self._ended(str(error))
         if temporary is None:
@@ -185,10 +185,10 @@ class Saver:
         work = self._work
         try:
             if self._committing:
-                on_first(self._ranks, work.result)
+                run_on_rank0(self._ranks, work.result)
                 self._work = None
                 return ""
-            files = dict(on_all(self._ranks, work.result))
+            files = dict(gather_from_all(self._ranks, work.result))
         except OSError as error:
             # Nobody writes any more: the error was shared. What is half written is ours, and useless.
             if self._lease is not None:
@@ -202,8 +202,8 @@ class Saver:
     def _all_ready(self, work: _Work) -> bool:
         left_alone = self._there.is_set() and not self.tidy
         ready = torch.tensor([int(work.ready or left_alone)])
-        if self._ranks.control is not None:
-            dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.control)
+        if self._ranks.cpu_group is not None:
+            dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
         return bool(ready)
 
     def _ended(self, problem: str) -> Saved:

@@ -12,7 +12,7 @@ import torch
 from hpcgpt import plan
 from hpcgpt.checkpoint import init_from, layout, load, retention
 from hpcgpt.checkpoint.layout import TrainState
-from hpcgpt.distributed.collectives import on_first
+from hpcgpt.distributed.collectives import run_on_rank0
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import DivergedError, UserError
 from hpcgpt.plan import Plan
@@ -72,13 +72,13 @@ class Restorer:
         settings = self.plan.config.run
         origin = ""
         if settings.init_from:
-            origin = init_from.load(Path(settings.init_from), self.engine.trained, self.ranks)
+            origin = init_from.load(Path(settings.init_from), self.engine.model.local, self.ranks)
         torch.manual_seed(settings.seed + 7919 * self.ranks.world.rank)
         return origin
 
     def load(self, path: Path) -> None:
         """Make a checkpoint's tensors, random generators and state those of this rank."""
-        saved = load.load(path, self.engine.trained, self.engine.optimizer, self.ranks)
+        saved = load.load(path, self.engine.model.local, self.engine.optimizer, self.ranks)
         self.state.become(saved)
         if saved.world_size != self.ranks.world.size:
             torch.manual_seed(self.plan.config.run.seed + 7919 * self.ranks.world.rank + 104729 * saved.step)
@@ -104,7 +104,7 @@ class Rollback:
         Raises:
             DivergedError: the run has gone back as often as it may.
         """
-        on_first(self._ranks, lambda: self._checkpointer.pruner.wait())
+        run_on_rank0(self._ranks, lambda: self._checkpointer.pruner.wait())
         found = load.newest_valid(
             self._restorer.checkpoints,
             self._ranks,
@@ -126,11 +126,11 @@ class Rollback:
     def to(self, target: Path, spiked: dict[str, Any], next_batch: int) -> None:
         """Continue from `target` with global batch `next_batch`; `spiked` is the row of the step that went wrong."""
         state, rollbacks = self._state, self._state.rollbacks + 1
-        on_first(self._ranks, lambda: self._checkpointer.pruner.remove_beyond(layout.step_of(target)))
+        run_on_rank0(self._ranks, lambda: self._checkpointer.pruner.remove_beyond(layout.step_of(target)))
         self._restorer.load(target)
         state.skipped, state.rollbacks = next_batch - state.step, rollbacks
         state.pending = None  # if it was, when that was saved: its row has been reported since
-        on_first(self._ranks, lambda: self._cut_off(spiked))
+        run_on_rank0(self._ranks, lambda: self._cut_off(spiked))
         self.replay_losses()
 
     def _cut_off(self, spiked: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class Rollback:
 
     def replay_losses(self) -> None:
         """Let the detector of spikes see the steps until here, from the rows that there are."""
-        rows = list(on_first(self._ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
+        rows = list(run_on_rank0(self._ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
         if self._state.pending:  # its row is not in the file yet
             rows.append(self._state.pending)
         self._spikes.remember(rows)
