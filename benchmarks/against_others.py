@@ -1,7 +1,7 @@
 """Text -> tokens: hpcgpt's `make_shards` against other programs, on the same text and the same two cores.
 
     python benchmarks/corpus.py .cache/bench --copies 8
-    python benchmarks/tokenize.py .cache/bench [--rounds 3] [--files english.jsonl ...] [--ways hpcgpt/gigatoken ...]
+    python benchmarks/against_others.py .cache/bench [--rounds 3] [--files english.jsonl ...] [--ways alone ...]
 
 Each round runs every way once, in an order of its own, on every file. Time is that of the whole command, from
 start to exit, so loading the interpreter, the tokenizer and the workers counts; the input is in the page cache.
@@ -114,7 +114,13 @@ def _measured(way: str, corpus: Corpus, folder: Path, tokenizer: Path, warm_up: 
     with open(folder / "output.txt", "wb") as log:
         started_at = time.perf_counter()
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | more, stdout=log, stderr=log, timeout=LIMIT_S, check=False
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")} | more,
+            stdout=log,
+            stderr=log,
+            timeout=LIMIT_S,
+            check=False,
         )
         elapsed_s = time.perf_counter() - started_at
     if done.returncode:
@@ -143,11 +149,11 @@ def _command(
         words = [*_python(folder, way, "with_litdata"), source, str(out), str(tokenizer), str(CORES)]
         return words, {"TMPDIR": str(temporary)}
     where = "-" if way == "alone" and not warm_up else str(out)
-    return [sys.executable, "-m", f"benchmarks.peers.{way}", source, where, str(tokenizer), str(CORES)], {}
+    return [sys.executable, "-m", f"peers.{way}", source, where, str(tokenizer), str(CORES)], {}
 
 
 def _python(folder: Path, name: str, module: str) -> list[str]:
-    return [str(folder / name / "bin" / "python"), "-m", f"benchmarks.peers.{module}"]
+    return [str(folder / name / "bin" / "python"), "-m", f"peers.{module}"]
 
 
 def _parts(path: Path) -> Path:

@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        print(_peak_bytes(*options.alone, torch.device(options.device)))
+        kind, way = options.alone
+        print(_peak_bytes(kind, way, torch.device(options.device)))
         return
     device = torch.device(options.device)
     parts: dict[str, Callable[[torch.device], list[dict[str, Any]]]] = {
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def _memory(device: torch.device) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in KINDS:
         for way in WAYS:
             words = [sys.executable, __file__, "--alone", kind, way, "--device", str(device)]

@@ -1,5 +1,5 @@
-"""What the tests share: a small corpus of real text (this project's own sources) as shards, a tiny model's
-configuration, ways to run our commands as real processes, and the lab.
+"""Fixtures of all tests: a small corpus of real text (this project's own sources) as shards, the configuration of a
+tiny run on them, and the lab.
 """
 
 from __future__ import annotations
@@ -76,19 +76,9 @@ def shards_folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: p
 def faulty_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library that makes calls about files fail, to be preloaded."""
     library = tmp_path_factory.mktemp("faulty") / "faulty_calls.so"
-    words = [
-        "cc",
-        "-O1",
-        "-Wall",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        "-o",
-        library,
-        ROOT / "tests/training/faulty_calls.c",
-        "-ldl",
-    ]
-    subprocess.run(words, check=True)
+    source = ROOT / "tests/training/faulty_calls.c"
+    command = ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
     return library
 
 

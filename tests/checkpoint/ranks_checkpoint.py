@@ -138,7 +138,7 @@ def behind(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, An
     saved = its.finish(lambda: None)
     assert saved is not None
     told["problem"], told["step"], told["idle"] = saved.problem, saved.step, not its.busy and its.finish(print) is None
-    found = {}
+    found: dict[str, bytes] = {}
     for path in (checkpoints / "step_000000012").glob("*.safetensors"):
         found |= {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
     told["as it was"] = all(found[name] == value for name, value in before.items())

@@ -6,8 +6,9 @@ import dataclasses
 import errno
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,8 +28,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(layout.step_of(path) for path in layout.found(folder))
 
 
-def best(**settings: int | bool) -> Checkpoint:
-    return Checkpoint(**{"keep_last": 1, "keep_best": True} | settings)
+def best(**settings: Any) -> Checkpoint:
+    return dataclasses.replace(Checkpoint(keep_last=1, keep_best=True), **settings)
 
 
 LOSSES = {4: 3.0, 8: 1.5, 12: 1.5, 16: None, 20: 2.0, 24: None}
@@ -396,7 +397,7 @@ def orphan(checkpoints: Path, lease: Lease, before: int, looked: int, taken: int
         files["state.json"] = safetensors_writer.fingerprint(state)
         atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, lease.number))
 
-    work = {
+    work: dict[str, Callable[[], object]] = {
         "mkdir": temporary.mkdir,
         "share": lambda: files.update(
             {SHARE: safetensors_writer.write(temporary / SHARE, {"model/w": torch.zeros(9)})}

@@ -57,8 +57,7 @@ def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, lea
         weight.fill_(-1.0)
         saved = its.finish(lambda: None)
         assert saved is not None
-        assert (saved.problem, saved.step) == ("", step)
-        assert not its.busy
+        assert (saved.problem, saved.step, its.busy) == ("", step, False)
         places.append(its._copies[WEIGHT].data_ptr())
     assert places[0] == places[1], "fresh memory costs more than the copying"
     for step in (4, 8):
@@ -104,7 +103,11 @@ def test_waiting_for_a_disk_that_never_answers_is_no_life(
 
 def test_never_two_saves_at_once(checkpoints: Path, lease: Lease) -> None:
     gate = threading.Event()
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, gate.wait)
+
+    def wait() -> None:
+        assert gate.wait(60)
+
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, wait)
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     with pytest.raises(AssertionError):
         its.begin(state(8), {WEIGHT: torch.zeros(9)})
@@ -238,6 +241,7 @@ def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
         newest = load.newest_valid(checkpoints, ALONE, lease)
         if newest:
             assert layout.step_of(newest) == step - 1
+            assert its.pruner
             its.pruner.loaded(newest)
         its.tidy = False
         saved = its.begin(state(step), {WEIGHT: torch.zeros(9)}) or its.finish(lambda: None)
@@ -433,7 +437,7 @@ def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path
 
 def test_200_sigkills_at_random_moments_never_cost_a_checkpoint_that_was_there(tmp_path: Path) -> None:
     seed, rounds = random.randrange(10_000), 200
-    killed = [sys.executable, "-m", "tests.checkpoint.ranks_killed", tmp_path / "run", str(rounds), str(seed)]
+    killed = [sys.executable, "-m", "tests.checkpoint.ranks_killed", str(tmp_path / "run"), str(rounds), str(seed)]
     done = subprocess.run(killed, cwd=ROOT, env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=240, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -141,7 +141,7 @@ def test_within_the_context_each_token_is_read_once_and_beyond_it_a_window_for_e
 ) -> None:
     read: list[int] = []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, cache: read.append(ids.shape[1]) or hidden(ids, cache))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(model, "hidden", lambda ids, cache: read.append(ids.shape[1]) or hidden(ids, cache))
     text = generate(model, [1, 2, 3], Sample(tokens=14 + 2 * slide, slide=slide), CPU, seed=0)
     next(text)
     assert read == [3], "the first token is given before the second is made"

@@ -103,8 +103,8 @@ class Bed:
         self._preloaded = Preloaded(library)
         (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards}"\n')
         self.whole, self.stopped = folder / "whole" / "tiny", folder / "stopped" / "tiny"
-        self.calls = {"start": self._calls(self.train(self.whole.parent, 0))}
-        # As a kill behind the last rows would leave it.
+        self.calls: dict[Phase, list[Site]] = {"start": self._calls(self.train(self.whole.parent, 0))}
+        # As a kill after the last rows would leave it.
         shutil.copytree(self.whole, self.stopped)
         shutil.rmtree(self.stopped / "checkpoints" / f"step_{STEPS:09d}")
         (self.stopped / "exit.json").unlink()
@@ -181,8 +181,8 @@ class Bed:
             if "Traceback" in ended.err:
                 yield f"a traceback: {ended.err[-1500:]}"
             decision = decided(folder, f"7_{restart}", ended.status, restart)
-            if not decision.requeue and decision.why != "training is finished":
-                yield f"decision: {decision.why}"
+            if not decision.requeue and not decision.finished:
+                yield f"decision: {decision.reason}"
             if case.phase == "resume" and not any((folder / "checkpoints").glob("step_*")):
                 yield "no checkpoint is left"
             again = None
