@@ -155,7 +155,8 @@ def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
         "goodput.words = hang"
     ))  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tiny), "--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1"], cwd=ROOT, env=clean_env(), capture_output=True, text=True,
+        [sys.executable, "-c", script, str(tiny), "--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1"],
+        cwd=ROOT, env=clean_env(), capture_output=True, text=True,
         check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == FINISHED
