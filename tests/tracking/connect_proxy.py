@@ -33,16 +33,19 @@ class ConnectProxy:
             def log_message(self, *args: object) -> None:
                 """Stay quiet."""
 
-            def do_CONNECT(self) -> None:  # noqa: N802
+            def do_CONNECT(self) -> None:
                 tunnels.add(self.path)
                 self.send_response(200)
                 self.end_headers()
-                with suppress(OSError), context.wrap_socket(self.connection, server_side=True) as client:
-                    with socket.create_connection((behind.hostname or "", behind.port or 0)) as end:
-                        back = threading.Thread(target=_pass_on, args=(end, client), daemon=True)
-                        back.start()
-                        _pass_on(client, end)
-                        back.join()
+                with (
+                    suppress(OSError),
+                    context.wrap_socket(self.connection, server_side=True) as client,
+                    socket.create_connection((behind.hostname or "", behind.port or 0)) as end,
+                ):
+                    back = threading.Thread(target=_pass_on, args=(end, client), daemon=True)
+                    back.start()
+                    _pass_on(client, end)
+                    back.join()
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True

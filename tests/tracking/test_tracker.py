@@ -102,10 +102,10 @@ class Attempt:
         return self.tracker._child
 
 
-def fragments(folder: Path) -> list[list[dict[str, Any]]]:
-    """The records of each .wandb file of a run that is offline, the oldest first."""
+def fragments(folder: Path, kind: str = "offline-run") -> list[list[dict[str, Any]]]:
+    """The records of each .wandb file of a run that is offline (or, of kind "run", online), the oldest first."""
     found = []
-    for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted((folder / "wandb").glob(f"{kind}-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         read = command("wandb", "leet", "inspect", "--json", str(path))
         assert read.returncode == 0
         found.append([json.loads(line) for line in read.stdout.splitlines()])
@@ -182,7 +182,7 @@ def test_what_an_outage_kept_back_the_next_attempt_sends(tmp_path: Path, server:
     assert server.wait(lambda: len(server.steps(stopped.id)) == 10)
     server.mode = "forgetful"
     stopped.write(range(11, 101))
-    assert server.wait(lambda: server.requests[-1].endswith("/file_stream"))
+    until(lambda: steps_of(fragments(stopped.folder, "run"))[-1:] == [100])
     if killed:
         stopped.kill()
     else:
