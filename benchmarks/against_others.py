@@ -1,7 +1,7 @@
 """Text -> tokens: hpcgpt's `make_shards` against other programs, on the same text and the same two cores.
 
     python benchmarks/corpus.py .cache/bench --copies 8
-    python benchmarks/tokenize.py .cache/bench [--rounds 3] [--files english.jsonl ...] [--ways hpcgpt/gigatoken ...]
+    python benchmarks/against_others.py .cache/bench [--rounds 3] [--files english.jsonl ...] [--ways alone ...]
 
 Each round runs every way once, in an order of its own, on every file. Time is that of the whole command, from
 start to exit, so loading the interpreter, the tokenizer and the workers counts; the input is in the page cache.
@@ -114,7 +114,13 @@ def _measured(way: str, corpus: Corpus, folder: Path, tokenizer: Path, warm_up: 
     with open(folder / "output.txt", "wb") as log:
         started_at = time.perf_counter()
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | more, stdout=log, stderr=log, timeout=LIMIT_S, check=False
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")} | more,
+            stdout=log,
+            stderr=log,
+            timeout=LIMIT_S,
+            check=False,
         )
         elapsed_s = time.perf_counter() - started_at
     if done.returncode:
@@ -143,11 +149,11 @@ def _command(
         words = [*_python(folder, way, "with_litdata"), source, str(out), str(tokenizer), str(CORES)]
         return words, {"TMPDIR": str(temporary)}
     where = "-" if way == "alone" and not warm_up else str(out)
-    return [sys.executable, "-m", f"benchmarks.peers.{way}", source, where, str(tokenizer), str(CORES)], {}
+    return [sys.executable, "-m", f"peers.{way}", source, where, str(tokenizer), str(CORES)], {}
 
 
 def _python(folder: Path, name: str, module: str) -> list[str]:
-    return [str(folder / name / "bin" / "python"), "-m", f"benchmarks.peers.{module}"]
+    return [str(folder / name / "bin" / "python"), "-m", f"peers.{module}"]
 
 
 def _parts(path: Path) -> Path:
@@ -239,10 +245,10 @@ def _corpus(path: Path) -> Corpus:
 
 
 def _reference(path: Path, start: int, stop: int) -> tuple[Stream, NDArray[np.bool_], int]:
-    from data_prep.encode import vocabulary
+    from data_prep.encode import find_tokenizer
     from data_prep.pipeline import holdout
 
-    encoding = vocabulary.gpt2().encoding
+    encoding = find_tokenizer.gpt2().encoding
     tokens: list[Stream] = []
     held_out = []
     text_bytes = 0
@@ -263,15 +269,16 @@ def _tokenizer(folder: Path) -> Path:
     if not (folder / "huggingface.json").is_file():
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-        from data_prep.encode import vocabulary
+        from data_prep.encode import find_tokenizer
         from hpcgpt.tokenizer import save_load
+        from hpcgpt.tokenizer.byte_level_bpe import byte_characters
 
-        words = vocabulary.gpt2()
-        save_load.save(words, folder)
+        tokenizer = find_tokenizer.gpt2()
+        save_load.save(tokenizer, folder)
         merges = (ROOT / "data_prep/encode/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
-        letters = vocabulary.byte_characters()
-        ids = {"".join(letters[byte] for byte in token): rank for token, rank in words.ranks.items()}
-        made = Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
+        letters = byte_characters()
+        ids = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
+        made = Tokenizer(models.BPE(vocab=ids, merges=[(left, right) for left, right in map(str.split, merges)]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
         made.save(str(folder / "huggingface.json"))
@@ -281,7 +288,7 @@ def _tokenizer(folder: Path) -> Path:
 def _environment(folder: Path, name: str) -> None:
     if not (folder / name / "ready").is_file():
         subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
-        pip = [folder / name / "bin" / "pip", "install", "--quiet"]
+        pip: list[str | Path] = [folder / name / "bin" / "pip", "install", "--quiet"]
         subprocess.run([*pip, "--constraint", ROOT / "constraints.txt", *PACKAGES[name]], check=True, timeout=LIMIT_S)
         (folder / name / "ready").touch()
 

@@ -32,8 +32,9 @@ import numpy as np
 import torch
 
 from hpcgpt.data import mix, shard_format, shard_reader, shard_writer
-from hpcgpt.data.loader import Loader, Mixture, Windows, widen
+from hpcgpt.data.loader import Loader, Mixture, Windows
 from hpcgpt.data.shard_format import Shard
+from hpcgpt.training.step import to_inputs_and_targets
 
 ROWS, CONTEXT, IDS, TOKENS = 64, 1024, 50_257, 100_000_000
 NANOGPT = "nanoGPT's way"
@@ -67,18 +68,21 @@ def speeds(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     plain = folder / "train.bin"
     ids.tofile(plain)
     one, hundred = _windows(folder / "one", ids, 1, "uint16"), _windows(folder / "hundred", ids, 100, "uint16")
-    sources: dict[str, Windows | Mixture] = {
-        "one shard": one,
-        "100 shards": hundred,
-        "100 shards, uint32": _windows(folder / "wide", ids, 100, "uint32"),
-        "a mix of two sets": Mixture([one, hundred], mix.quotas([0.7, 0.3])),
+    sources = {
+        "one shard": Mixture([one]),
+        "100 shards": Mixture([hundred]),
+        "100 shards, uint32": Mixture([_windows(folder / "wide", ids, 100, "uint32")]),
+        "a mix of two sets": Mixture([one, hundred], mix.divide_block([0.7, 0.3])),
     }
     ways: dict[str, Callable[[int], object]] = {NANOGPT: lambda _: _like_nanogpt(plain)}
     for name, source in sources.items():
         # One each: what is worked out ahead for the one is not there for the other.
-        narrow, wide = (Loader(source, 1, 0, 1, 8 * ROWS, ROWS) for _ in range(2))
+        narrow, wide = (
+            Loader(mixture=source, seed=1, rank=0, world_size=1, global_batch=8 * ROWS, micro_batch=ROWS)
+            for _ in range(2)
+        )
         ways[name] = lambda n, loader=narrow: loader.batch(n // 8, n % 8)  # type: ignore[misc]
-        ways[f"{name}, widened"] = lambda n, loader=wide: widen(loader.batch(n // 8, n % 8), CPU)  # type: ignore[misc]
+        ways[f"{name}, widened"] = lambda n, loader=wide: to_inputs_and_targets(loader.batch(n // 8, n % 8), CPU)  # type: ignore[misc]
     ahead = narrow._batches_ahead
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(-1, rounds):  # the first is not counted: pages are mapped
@@ -136,7 +140,7 @@ OPENING = """
 import json, os, resource, sys, time
 from pathlib import Path
 from hpcgpt.data import shard_format, shard_reader
-from hpcgpt.data.loader import Loader, Windows
+from hpcgpt.data.loader import Loader, Mixture, Windows
 
 def memory_mb(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
@@ -146,7 +150,8 @@ before = memory_mb("RssAnon")
 started_at = time.perf_counter()
 manifest = shard_format.read_manifest(folder)
 split = shard_reader.open_split(folder, manifest, "train", check_sizes=looks)
-loader = Loader(Windows(split, 1024, 1024, 50_257), 1, 0, 1, 512, 64)
+mixture = Mixture([Windows(split, 1024, 1024, 50_257)])
+loader = Loader(mixture=mixture, seed=1, rank=0, world_size=1, global_batch=512, micro_batch=64)
 split.starts
 found = {"open_s": time.perf_counter() - started_at, "tokens": split.tokens, "shards": len(split.shards)}
 started_at = time.perf_counter()

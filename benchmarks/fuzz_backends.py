@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.encode import equivalence_texts, find_tokenizer, gigatoken_encoder, vocabulary
-from data_prep.encode.find_tokenizer import Encoder
+from data_prep.encode import encoders, equivalence_texts, find_tokenizer, gigatoken_encoder
+from data_prep.encode.interface import Encoder
 from hpcgpt.tokenizer import huggingface
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
@@ -53,16 +53,16 @@ def main(argv: Sequence[str]) -> int:
 
 def comparisons() -> Iterator[tuple[str, Encoder, Encoder]]:
     """What is compared: a name, the encoder in question, and the one that is right."""
-    gpt2 = vocabulary.gpt2()
-    plain = find_tokenizer.encoder(gpt2, "tiktoken")
-    yield "gpt2, gigatoken", find_tokenizer.encoder(gpt2, "gigatoken"), plain
-    yield "gpt2, tokenizers", plain, find_tokenizer.encoder(in_library(gpt2))
+    gpt2 = find_tokenizer.gpt2()
+    plain = encoders.choose(gpt2, "tiktoken")
+    yield "gpt2, gigatoken", encoders.choose(gpt2, "gigatoken"), plain
+    yield "gpt2, tokenizers", plain, encoders.choose(in_library(gpt2))
     for pattern, scheme in gigatoken_encoder.SCHEMES.items():
         pairs = equivalence_texts.all_pairs(pattern)
         yield (
             f"pairs of bytes, {scheme}, pattern {pattern[:24]}...",
-            find_tokenizer.encoder(pairs, "gigatoken"),
-            find_tokenizer.encoder(pairs, "tiktoken"),
+            encoders.choose(pairs, "gigatoken"),
+            encoders.choose(pairs, "tiktoken"),
         )
 
 
@@ -100,7 +100,7 @@ def difference(one: Encoder, other: Encoder, texts: list[str]) -> str | None:
 
 def in_library(gpt2: ByteLevelBPE) -> huggingface.LibraryTokenizer:
     """GPT-2's merges for `tokenizers`, from the same file."""
-    merges = Path(vocabulary.__file__).with_name("vocab") / "gpt2.bpe"
+    merges = Path(find_tokenizer.__file__).with_name("vocab") / "gpt2.bpe"
     pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
     letters = byte_characters()
     written = {"".join(letters[byte] for byte in token): rank for token, rank in gpt2.ranks.items()}

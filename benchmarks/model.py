@@ -31,17 +31,17 @@ import torch
 
 from hpcgpt.config.options import Model, Sample
 from hpcgpt.model.generate import generate
-from hpcgpt.model.gpt import GPT, PLAIN, Manner
+from hpcgpt.model.gpt import GPT, PLAIN, ForwardOptions
 
 KINDS = {"gpt2": Model(vocab_size=50257), "modern": Model(kind="modern", vocab_size=50257, n_kv_head=4)}
 WAYS = {
     "plain": PLAIN,
-    "loss_chunk 256": Manner(loss_chunk=256),
-    "activation checkpointing": Manner(recompute=True),
-    "both": Manner(loss_chunk=256, recompute=True),
-    "document mask": Manner(document_start=0),
+    "loss_chunk 256": ForwardOptions(loss_chunk=256),
+    "activation checkpointing": ForwardOptions(recompute=True),
+    "both": ForwardOptions(loss_chunk=256, recompute=True),
+    "document mask": ForwardOptions(document_start=0),
 }
-EVERYTHING = Manner(document_start=0, loss_chunk=256, z_loss=1e-4, recompute=True)
+EVERYTHING = ForwardOptions(document_start=0, loss_chunk=256, z_loss=1e-4, recompute=True)
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        print(_peak_bytes(*options.alone, torch.device(options.device)))
+        kind, way = options.alone
+        print(_peak_bytes(kind, way, torch.device(options.device)))
         return
     device = torch.device(options.device)
     parts: dict[str, Callable[[torch.device], list[dict[str, Any]]]] = {
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def _memory(device: torch.device) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in KINDS:
         for way in WAYS:
             words = [sys.executable, __file__, "--alone", kind, way, "--device", str(device)]
@@ -90,13 +91,13 @@ def _peak_bytes(kind: str, way: str, device: torch.device) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
-def _prepared(shape: Model, manner: Manner, device: torch.device) -> tuple[GPT, torch.Tensor, torch.Tensor]:
+def _prepared(shape: Model, options: ForwardOptions, device: torch.device) -> tuple[GPT, torch.Tensor, torch.Tensor]:
     """A model, and inputs and targets (4, 512) in which a document begins every 50 tokens or so."""
     torch.manual_seed(1)
     ids = torch.randint(0, 50257, (4, 513))
     ids[torch.rand(ids.shape) < 1 / 50] = 0
     ids = ids.to(device)
-    return GPT(shape, 1, manner).to(device), ids[:, :-1], ids[:, 1:]
+    return GPT(shape, 1, options).to(device), ids[:, :-1], ids[:, 1:]
 
 
 def _generation(device: torch.device) -> list[dict[str, Any]]:
@@ -126,8 +127,8 @@ def _uncached(model: GPT, prompt: list[int], config: Sample, device: torch.devic
 def _compile(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for kind, shape in KINDS.items():
-        for name, manner in (("plain", PLAIN), ("all options", EVERYTHING)):
-            model, x, y = _prepared(Model(**vars(shape) | {"n_layer": 2}), manner, device)
+        for name, options in (("plain", PLAIN), ("all options", EVERYTHING)):
+            model, x, y = _prepared(Model(**vars(shape) | {"n_layer": 2}), options, device)
             compiled = torch.compile(model, fullgraph=True)
             expected, plain_s = _step(model, x, y, device)
             gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]

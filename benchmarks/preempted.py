@@ -1,12 +1,12 @@
 """A job that is preempted again and again, on the lab's Slurm: do its checkpoints pile up, and does it come to an end?
 
     python benchmarks/preempted.py --every 40 --minutes 30
-    python benchmarks/preempted.py --every 20 --minutes 10 --max-idle 4      (starts that are not worth it)
+    python benchmarks/preempted.py --every 20 --minutes 10 --max-idle 4      (starts without progress)
 
 One rank trains a small model. A job of a higher partition takes its node away every so many seconds after each start
 of the job. The checkpoints are counted several times a second. At the end a table, and status 1 if there were more at
-any time than the settings keep, and the one that was just saved; or if the job was given up though its last starts
-were worth it, or was not though they were not.
+any time than the settings keep, and the one that was just saved; or if the job was given up although its last starts
+made progress, or was not although they made none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcgpt.drill.drill import make_shards
-from hpcgpt.drill.testbed_lab import LabPlace
+from hpcgpt.drill.testbed_lab import LabTestbed
 from hpcgpt.run import run_folder
 from hpcgpt.slurm import restart_history
 
@@ -62,29 +62,29 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     home = Path(options.dir or tempfile.mkdtemp(prefix="preempted-")).resolve()
     home.mkdir(parents=True, exist_ok=True)
-    with LabPlace(options.name, options.subnet, home) as place:
+    with LabTestbed(options.name, options.subnet, home) as testbed:
         make_shards(home, home / "shards", print)
         config = home / "run.toml"
         config.write_text(CONFIG.format(runs=home / "runs", data=home / "shards", **vars(options)))
-        job = place.start("preempted", [str(config)], options.partition, SHAPE)
-        most, preemptions = watch(place, job, home / "runs" / "preempted", options)
-        place.slurm("scancel", job)
-    return tell(home, job, most, preemptions, options)
+        job = testbed.start("preempted", [str(config)], options.partition, SHAPE)
+        most, preemptions = watch(testbed, job, home / "runs" / "preempted", options)
+        testbed.slurm("scancel", job)
+    return report(home, job, most, preemptions, options)
 
 
-def watch(place: LabPlace, job: str, folder: Path, options: argparse.Namespace) -> tuple[int, int]:
-    """Preempt until the time is over or the job has ended; the most checkpoints at a time, and how many preemptions."""
+def watch(testbed: LabTestbed, job: str, folder: Path, options: argparse.Namespace) -> tuple[int, int]:
+    """Preempt until the time is over or the job has ended. Returns the most checkpoints at a time, and preemptions."""
     deadline = time.monotonic() + 60 * options.minutes
     most = preemptions = begun = 0
     preempt_at = float("inf")
-    while time.monotonic() < deadline and place.state(job) not in ("over", "finished"):
+    while time.monotonic() < deadline and testbed.state(job) not in ("over", "finished"):
         starts = len([event for event in run_folder.events(folder) if event["event"] == "job"])
         if starts > begun:
             begun, preempt_at = starts, time.monotonic() + options.every
         if time.monotonic() >= preempt_at:
             preempt_at = float("inf")
             preemptions += 1
-            place.submit("--partition=high", "--nodelist=n1", "--exclusive", "--wrap", "true")
+            testbed.submit("--partition=high", "--nodelist=n1", "--exclusive", "--wrap", "true")
         look_again_at = time.monotonic() + 5  # asking Slurm costs more than looking at a folder
         while time.monotonic() < min(look_again_at, preempt_at):
             most = max(most, len(list(folder.glob("checkpoints/step_*"))))
@@ -92,20 +92,21 @@ def watch(place: LabPlace, job: str, folder: Path, options: argparse.Namespace) 
     return most, preemptions
 
 
-def tell(home: Path, job: str, most: int, preemptions: int, options: argparse.Namespace) -> int:
+def report(home: Path, job: str, most: int, preemptions: int, options: argparse.Namespace) -> int:
     folder = home / "runs" / "preempted"
     events = run_folder.events(folder)
     last = [event for event in events if event["event"] == "job"][-1]["job"]
     found = restart_history.starts(events, last, restart_history.newest_step(folder / "checkpoints"))
     for start in found:
-        print(f"{start.job:>8}: {start.words}{' (not worth it)' if start.idle else ''}")
+        print(f"{start.job:>8}: {start.summary}{' (without progress)' if start.without_progress else ''}")
     gave_up = [event["reason"] for event in events if event["event"] == "give_up"]
     allowed = options.keep_last + 1
     print(f"{preemptions} preemptions, {len(found)} starts; at most {most} checkpoints at a time, allowed {allowed}")
     print(f"given up: {gave_up[-1]}" if gave_up else "not given up")
     ended = [start for start in found if not start.gave_up or start.gained]
-    idle_at_the_end = len(ended) >= options.max_idle and all(start.idle for start in ended[-options.max_idle :])
-    right = most <= allowed and bool(gave_up) == idle_at_the_end
+    newest = ended[-options.max_idle :]
+    should_give_up = len(newest) >= options.max_idle and all(start.without_progress for start in newest)
+    right = most <= allowed and bool(gave_up) == should_give_up
     print("as promised" if right else f"NOT as promised; see {home} and slurm-{job}.out")
     return 0 if right else 1
 

@@ -27,11 +27,12 @@ import torch
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.save import Saver, tensors_of
 from hpcgpt.config import sources
-from hpcgpt.config.options import Checkpoint
+from hpcgpt.config.options import Checkpoint, Parallel
 from hpcgpt.distributed import world
 from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
 from hpcgpt.storage import lease
+from hpcgpt.training.parallel import parallelize
 from hpcgpt.training.step import train_step
 
 ALONE = world.Ranks(world.World(0, 0, 1, 1, "alone", "benchmark"), torch.device("cpu"), None)
@@ -41,14 +42,15 @@ def main() -> None:
     options = _parser().parse_args()
     settings = sources.from_file(sources.find(options.config))
     shape = replace(settings.model, vocab_size=50257, block_size=max(settings.model.block_size, options.tokens))
-    model = GPT(shape, 1)
-    optimizer = make_optimizer(model, settings.optim)
+    gpt = GPT(shape, 1)
+    model = parallelize(gpt, ALONE, Parallel(), compiled=False, dtype=torch.float32)
+    optimizer = make_optimizer(gpt, settings.optim)
     ids = torch.randint(0, shape.vocab_size, (1, options.tokens))
 
     def step() -> None:
         no_precision = torch.autocast("cpu", enabled=False)
         train_step(
-            model, optimizer, [(ids, ids.roll(-1, 1))], micro_steps=1, rate=1e-4, clip_norm=1.0,
+            model, optimizer, [torch.cat((ids, ids[:, :1]), dim=1)], micro_steps=1, rate=1e-4, clip_norm=1.0,
             precision=lambda: no_precision, ranks=ALONE,
         )  # fmt: skip
 
@@ -59,8 +61,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         run = Path(folder)
         (run / "checkpoints").mkdir()
-        held = lease.take(run, "")
-        saver = Saver(run / "checkpoints", ALONE, held, Checkpoint(keep_last=1))
+        own = lease.acquire(run, "")
+        saver = Saver(run / "checkpoints", ALONE, own, Checkpoint(keep_last=1))
         number = 0
         for _ in range(options.rounds):
             for way in random.sample(sorted(times), 3):
@@ -69,7 +71,7 @@ def main() -> None:
                 for at in range(options.steps):
                     step()
                     if at == 0 and way != "no save":
-                        saver.begin(State(number, 0, 0, 1, {}), tensors_of(model, optimizer, ALONE))
+                        saver.begin(State(number, 0, 0, 1, {}), tensors_of(gpt, optimizer, ALONE))
                         if way == "waited for" and (saved := saver.finish(lambda: None)):
                             stalls[way].append(saved.stall_s)
                     elif saver.busy and (saved := saver.poll()):
@@ -77,8 +79,8 @@ def main() -> None:
                 times[way].append(time.perf_counter() - started_at)
                 if saver.busy:
                     raise SystemExit(f"{options.steps} steps are over before the save is: take more --steps")
-        held.release()
-    _report(options, times, stalls, sum(t.nbytes for t in tensors_of(model, optimizer, ALONE).values()))
+        own.release()
+    _report(options, times, stalls, sum(t.nbytes for t in tensors_of(gpt, optimizer, ALONE).values()))
 
 
 def _report(

@@ -174,10 +174,10 @@ def _steps(engine: Engine, step: int, count: int, device: torch.device) -> tuple
     started_at = time.perf_counter()
     unread = None
     for number in range(step, step + count):
-        launched = engine.launch(number, number)
+        pending_step = engine.launch(number, number)
         if unread is not None:
             engine.read(unread)
-        unread = launched
+        unread = pending_step
     if unread is not None:
         engine.read(unread)
     return step + count, time.perf_counter() - started_at

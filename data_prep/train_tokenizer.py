@@ -1,15 +1,15 @@
-"""``python -m data_prep.train_tokenizer INPUT... --out DIR``: a byte-level BPE of one's own corpus.
+"""Train a byte-level BPE on a corpus: ``python -m data_prep.train_tokenizer INPUT... --out DIR``.
 
-It cuts text as GPT-2 or GPT-4 does, starts from the 256 bytes, and learns merges until the vocabulary has the
-wanted size, the end-of-text token included. The folder that it writes goes into ``make_shards
---tokenizer DIR``, where tiktoken runs it. Validation documents are left out, by make_shards' rule.
+Text is split into words as GPT-2 or GPT-4 does. Training starts from the 256 bytes and learns merges until the
+vocabulary, with the end-of-text token, has the requested size. ``make_shards --tokenizer DIR`` uses the folder that is
+written; tiktoken runs the tokenizer. Validation documents are left out, by the same rule as in make_shards.
 
-It learns from a sample: whole documents, chosen by a hash of their text, so from everywhere in the corpus and
-the same ones every time. Of a corpus much larger than the sample only every so-manieth unit is read.
+The training sample consists of whole documents, chosen by a hash of their text: so they come from the whole corpus and
+are the same at each run. Of a corpus much larger than the sample only every n-th unit is read.
 
-Memory: the sample, and about 110 bytes for each byte of its *different* words, which `tokenizers` needs to learn.
-English has few; most clauses of Chinese occur once. So the sample ends where its different words reach 1/32 of
---sample-mb or 16 MB, whichever is more: in all about 4.5 times --sample-mb, or 2 GB.
+Memory: the sample, and about 110 bytes for each byte of its *distinct* words, which `tokenizers` needs. English has
+few; in Chinese most clauses occur once. So the sample ends where its distinct words reach 1/32 of --sample-mb or 16 MB,
+whichever is more. In all that takes about 4.5 times --sample-mb, or 2 GB.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from tqdm import tqdm
 from data_prep.encode import from_tiktoken
 from data_prep.pipeline import holdout
 from data_prep.text import accounting, inputs, unread
-from data_prep.text import options as text_options
-from data_prep.text.documents import documents
-from data_prep.text.options import Skipped
-from data_prep.text.unread import Unread
+from data_prep.text.documents import read_documents
+from data_prep.text.options import Skipped, TextOptions, add_text_arguments
+from data_prep.text.unread import UnreadFile
 from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.data import shard_format
@@ -42,9 +41,9 @@ from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
-# What the patterns of data_prep.encode.from_tiktoken say, in the words of the regular expressions of `tokenizers`,
-# where $ is the end of a line and {1,3}+ repeats.
-_CUTS = {
+# Name -> pattern for tiktoken, and the equivalent regular expression for `tokenizers`, in whose syntax $ is the end of
+# a line, and {1,3}+ repeats.
+_PATTERNS = {
     "gpt2": (from_tiktoken.GPT2_PATTERN, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
     "gpt4": (
         from_tiktoken.GPT4_PATTERN,
@@ -53,47 +52,46 @@ _CUTS = {
     ),
 }
 _UNIT_BYTES = 16_000_000
-# So many times the sample is read of a large corpus, to choose from.
-_CHOICE = 4
+_READ_PER_SAMPLE = 4  # of a large corpus, about this many times the sample is read, to choose from
 _PROBE_BYTES = 4_000_000
 _WORDS_SHARE, _FEWEST_WORD_BYTES = 32, 16_000_000
-# Near enough to what the patterns cut to tell how many different words there are.
+# Close enough to the patterns to estimate the size of the distinct words.
 _WORD = re.compile(r"\w+|[^\w\s]+")
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
-    out = Path(paths.expand(options.out, "--out"))
+    arguments = _parser().parse_args(argv)
+    out = Path(paths.expand(arguments.out, "--out"))
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} exists already, with a tokenizer in it: choose another --out")
     most = shard_format.WIDTHS["uint16"].most_ids
-    if not 257 <= options.vocab_size <= most:
-        raise UserError(f"--vocab-size {options.vocab_size}: expected 257 to {most}")
-    if options.sample_mb < 1:
-        raise UserError(f"--sample-mb {options.sample_mb}: expected 1 or more")
-    sample_bytes = options.sample_mb * 1_000_000
-    sample = sampled(_texts(options, sample_bytes), sample_bytes)
+    if not 257 <= arguments.vocab_size <= most:
+        raise UserError(f"--vocab-size {arguments.vocab_size}: expected 257 to {most}")
+    if arguments.sample_mb < 1:
+        raise UserError(f"--sample-mb {arguments.sample_mb}: expected 1 or more")
+    sample_bytes = arguments.sample_mb * 1_000_000
+    sample = draw_sample(_training_texts(arguments, sample_bytes), sample_bytes)
     all_bytes, documents = sum(map(len, sample)), len(sample)
-    del sample[fitting(sample, max(_FEWEST_WORD_BYTES, sample_bytes // _WORDS_SHARE)) :]
-    left_out = f" (of {all_bytes / 1e6:,.1f}: more words than memory for them)" if len(sample) < documents else ""
+    del sample[count_fitting(sample, max(_FEWEST_WORD_BYTES, sample_bytes // _WORDS_SHARE)) :]
+    left_out = f" (of {all_bytes / 1e6:,.1f}: too many words for the memory)" if len(sample) < documents else ""
     print(
         f"sample: {len(sample):,} documents, {sum(map(len, sample)) / 1e6:,.1f} MB{left_out}; "
-        f"learning {options.vocab_size:,} ids",
+        f"learning {arguments.vocab_size:,} ids",
         flush=True,
     )
-    trained = train((text.decode() for text in sample), options.vocab_size, out.name, options.pattern)
+    trained = train((text.decode() for text in sample), arguments.vocab_size, out.name, arguments.pattern)
     save_load.save(trained, out)
     print(f"{out}: {trained.vocab_size:,} ids{_density(trained, sample)}")
     return 0
 
 
-def sampled(texts: Iterable[str], most_bytes: int) -> list[bytes]:
-    """Texts of together at most `most_bytes` UTF-8 bytes (n,): those with the lowest hashes, lowest first.
+def draw_sample(texts: Iterable[str], most_bytes: int) -> list[bytes]:
+    """Choose the texts with the lowest hashes, lowest first, of together at most `most_bytes` in UTF-8.
 
-    Which they are depends neither on the order of the texts nor on how many copies of one there are.
+    The choice depends neither on the order of the texts nor on how many copies of one there are.
     """
-    kept: list[tuple[int, bytes]] = []  # a heap whose first is the next to go: hashes are negative in it
-    held, seen, limit = 0, set[int](), 1 << 64  # a hash that went once stays out, so the order does not matter
+    kept: list[tuple[int, bytes]] = []  # a heap with negated hashes: the first is dropped next
+    held, seen, limit = 0, set[int](), 1 << 64  # a hash that was dropped stays out, so the order does not matter
     for text in texts:
         content = text.encode()
         rank = xxhash.xxh3_64_intdigest(content, seed=1)
@@ -103,19 +101,19 @@ def sampled(texts: Iterable[str], most_bytes: int) -> list[bytes]:
         seen.add(rank)
         held += len(content)
         while held > most_bytes and len(kept) > 1:
-            gone, dropped = heapq.heappop(kept)
-            limit = -gone
+            negated, dropped = heapq.heappop(kept)
+            limit = -negated
             seen.discard(limit)
             held -= len(dropped)
     return [content for _, content in sorted(kept, reverse=True)]
 
 
-def fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
-    """How many texts, from the first, have different words of at most `most_word_bytes` together; at least one."""
+def count_fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
+    """Count the first texts whose distinct words take at most `most_word_bytes` together; at least 1."""
     words, held = set[int](), 0
     for number, content in enumerate(sample):
         for word in map(str.encode, _WORD.findall(content.decode())):
-            # A hash, since the words themselves would take the memory that this is to spare.
+            # Only a hash is kept: the words themselves would take the memory that is to be saved.
             key = xxhash.xxh3_64_intdigest(word)
             if key not in words:
                 words.add(key)
@@ -126,15 +124,15 @@ def fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
 
 
 def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2") -> ByteLevelBPE:
-    """A byte-level BPE with `vocab_size` ids, end-of-text the last of them.
+    """Train a byte-level BPE with `vocab_size` ids, of which the last is end-of-text.
 
     Raises:
         UserError: the text is too small for that many merges.
     """
-    written, cut = _CUTS[pattern]
+    tiktoken_pattern, regex = _PATTERNS[pattern]
     model = Trainable(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(cut), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -150,41 +148,41 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     if len(ranks) + 1 < vocab_size:
         raise UserError(f"the text is too small for {vocab_size:,} ids: it gives {len(ranks) + 1:,}")
     end = len(ranks)
-    return ByteLevelBPE(name, written, ranks, {from_tiktoken.END_OF_TEXT: end}, end)
+    return ByteLevelBPE(name, tiktoken_pattern, ranks, {from_tiktoken.END_OF_TEXT: end}, end)
 
 
-def _texts(options: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
-    """The training documents of the corpus, or of units spread evenly over it, with a progress bar."""
-    how = text_options.asked(options)
+def _training_texts(arguments: argparse.Namespace, sample_bytes: int) -> Iterator[str]:
+    """Yield the training documents of the corpus, or of units spread evenly over it, with a progress bar."""
+    options = TextOptions.from_arguments(arguments)
     skipped: list[Skipped] = []
-    others: list[Unread] = []
+    others: list[UnreadFile] = []
     counts: Counter[str] = Counter()
-    sources = inputs.find(options.INPUT, skipped if how.on_bad_input == "skip" else None, others, how.text_key)
-    unread.check(others, options.ignore_other_files)
-    units = inputs.units(sources, _UNIT_BYTES, how)
-    sizes = [sum(piece.stop - piece.start for piece in unit) for unit in units]
-    stride = max(1, sum(sizes) // (_CHOICE * sample_bytes))
+    skips = options.on_bad_input == "skip"
+    files = inputs.find(arguments.INPUT, skipped if skips else None, others, options.text_key)
+    unread.check(others, arguments.ignore_other_files)
+    units = inputs.units(files, _UNIT_BYTES, options)
+    sizes = [sum(part.stop - part.start for part in unit) for unit in units]
+    stride = max(1, sum(sizes) // (_READ_PER_SAMPLE * sample_bytes))
     chosen = range(0, len(units), stride)
     total = sum(sizes[number] for number in chosen)
     with tqdm(total=total, unit="B", unit_scale=True, desc="text read", disable=not sys.stderr.isatty()) as bar:
         for number in chosen:
-            # A list for each unit, since it takes so many at most.
+            # A list for each unit, because only the first bad inputs of a unit are listed one by one.
             of_unit: list[Skipped] = []
-            for text in documents(units[number], how, of_unit, counts):
-                if not holdout.is_validation(text, options.val_fraction):
+            for text in read_documents(units[number], options, of_unit, counts):
+                if not holdout.is_validation(text, arguments.val_fraction):
                     yield text
             counts["skipped"] += sum(row.count for row in of_unit)
             bar.update(sizes[number])
     counts["skipped"] += len(skipped)
-    part = "" if stride == 1 else f", from {len(chosen):,} of {len(units):,} parts spread over them"
-    print(f"read: {len(sources):,} files{part}", flush=True)
-    told = [accounting.left_out(counts).replace(", listed in skipped.jsonl", ""), accounting.changed(counts, 0)]
-    for what in filter(None, told):
+    spread = "" if stride == 1 else f", from {len(chosen):,} of {len(units):,} parts spread over them"
+    print(f"read: {len(files):,} files{spread}", flush=True)
+    for what in filter(None, (accounting.left_out(counts), accounting.changed(counts, 0))):
         print(f"left out or changed: {what.replace(', listed in skipped.jsonl', '')}", flush=True)
 
 
 def _density(trained: ByteLevelBPE, sample: Sequence[bytes]) -> str:
-    """What a token holds, on the first few documents of the sample."""
+    """Describe how much text a token holds, on the first few documents of the sample."""
     probe, held = [], 0
     for content in sample:
         probe.append(content.decode())
@@ -193,7 +191,7 @@ def _density(trained: ByteLevelBPE, sample: Sequence[bytes]) -> str:
             break
     tokens = sum(len(trained.encode(text)) for text in probe)
     characters = sum(map(len, probe))
-    return f", {held / tokens:.2f} bytes and {characters / tokens:.2f} characters a token of the sample"
+    return f", {held / tokens:.2f} bytes and {characters / tokens:.2f} characters per token of the sample"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,21 +203,25 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=32768,
         metavar="N",
-        help="ids, end-of-text among them, 65536 at most (default: 32768)",
+        help="number of ids, with end-of-text, at most 65536 (default: 32768)",
     )
     parser.add_argument(
-        "--pattern", choices=list(_CUTS), default="gpt2", help="how text is cut before merging (default: gpt2)"
+        "--pattern", choices=list(_PATTERNS), default="gpt2", help="how text is split into words (default: gpt2)"
     )
     parser.add_argument(
         "--sample-mb",
         type=int,
         default=1024,
         metavar="MB",
-        help="text to learn from, taken evenly from the whole corpus (default: 1024)",
+        help="size of the training sample, taken evenly from the whole corpus (default: 1024)",
     )
-    text_options.add_options(parser)
+    add_text_arguments(parser)
     parser.add_argument(
-        "--val-fraction", type=float, default=0.01, metavar="F", help="as given to make_shards later (default: 0.01)"
+        "--val-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="the same as for make_shards later (default: 0.01)",
     )
     return parser
 

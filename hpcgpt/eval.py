@@ -1,7 +1,7 @@
-"""``python -m hpcgpt.eval RUN``: the loss of a run's checkpoint on its validation split, all of it by default.
+"""``python -m hpcgpt.eval RUN``: evaluates a run's checkpoint on its validation split, by default on all of it.
 
-The figures are those of ``hpcgpt.training.evaluation``, which training logs: over the whole split, on the same kind of
-machine and one rank, they are the same to the last bit.
+The figures are those that training logs (``hpcgpt.training.evaluation``): over the whole split, on the same kind of
+machine and one rank, they are bit-identical.
 """
 
 from __future__ import annotations
@@ -35,54 +35,53 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--batches: {options.batches} must be at least 0")
     folder = Path(paths.expand(options.RUN, "RUN"))
     run_config.config(folder)
-    # Late: it loads torch.
+    # Imported here, since it loads torch.
     from hpcgpt.checkpoint import load_model
 
     model = load_model.load(folder, options.step, options.best)
     model = dataclasses.replace(model, config=_with_data(model.config, options.data_dir, options.data_mix))
     started_at = time.monotonic()
-    told = {"path": str(model.path), "step": model.state.step, **_figures(model, options.batches)}
-    told["elapsed_s"] = time.monotonic() - started_at
+    report = {"path": str(model.path), "step": model.state.step, **_figures(model, options.batches)}
+    report["elapsed_s"] = time.monotonic() - started_at
     if options.json:
-        print(json.dumps(told))
+        print(json.dumps(report))
         return 0
-    print(f"{told['path']}: {told['tokens']:,} tokens of validation in {told['elapsed_s']:.1f} s")
-    for name, value in told.items():
+    print(f"{report['path']}: {report['tokens']:,} tokens of validation in {report['elapsed_s']:.1f} s")
+    for name, value in report.items():
         if name.startswith("val/"):
             print(f"  {name:18} {value:.6f}")
     return 0
 
 
 def _figures(model: Trained, batches: int) -> dict[str, Any]:
-    """``val/...`` as `hpcgpt.training.evaluation` tells them, and how many target ``tokens`` they are of.
+    """Return the ``val/...`` figures of `hpcgpt.training.evaluation`, and ``tokens``: the number of their targets.
 
     Raises:
-        UserError: the validation split is not there, or is no longer the one of the run.
+        UserError: there is no validation split, or it is not the one of the run.
     """
     from hpcgpt import plan
-    from hpcgpt.training.evaluation import Terms, bytes_of_ids, evaluate_all, held_out
+    from hpcgpt.training.evaluation import EvalContext, bytes_per_token, evaluate_all, validation_sets
 
     config = model.config
-    # The split is asked for also where training left it alone; and where the first weights came from is long past.
-    evaluated, begun = dataclasses.replace(config.eval, every=1), dataclasses.replace(config.run, init_from="")
-    wanted = dataclasses.replace(config, eval=evaluated, run=begun)
-    planned = plan.make(wanted, world_size=1)
+    # With eval.every 0 the plan would not open the split; and the run that gave the initial weights may be gone.
+    evaluated, run = dataclasses.replace(config.eval, every=1), dataclasses.replace(config.run, init_from="")
+    planned = plan.make(dataclasses.replace(config, eval=evaluated, run=run), world_size=1)
     if changed := plan.changes(model.state.identity, planned.identity):
-        raise UserError(f"{model.path} was trained with other data or settings than are there: {'; '.join(changed)}")
-    sets, token_bytes = held_out(planned), bytes_of_ids(model.words, config.model.vocab_size)
-    terms = Terms(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
-    rounds = sum(-(-terms.windows_of(part.windows) // terms.micro_batch) for part in sets)
+        raise UserError(f"{model.path} was trained with other data or settings: {'; '.join(changed)}")
+    sets, token_bytes = validation_sets(planned), bytes_per_token(model.tokenizer, config.model.vocab_size)
+    context = EvalContext(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
+    rounds = sum(-(-context.count(part.windows) // context.micro_batch) for part in sets)
     with Progress(rounds) as progress:
-        figures = evaluate_all(model.model, sets, dataclasses.replace(terms, stopped=progress.asked))
-    assert figures is not None, "it was never told to stop"
-    return figures | {"tokens": config.model.block_size * sum(terms.windows_of(part.windows) for part in sets)}
+        figures = evaluate_all(model.model, sets, dataclasses.replace(context, stopped=progress.next_batch))
+    assert figures is not None, "nothing stops it"
+    return figures | {"tokens": config.model.block_size * sum(context.count(part.windows) for part in sets)}
 
 
 class Progress:
-    """How many batches are done: a bar on a terminal, a line on stderr every `every_s` seconds elsewhere."""
+    """The progress in batches: a bar on a terminal, else a line on stderr every `every_s` seconds."""
 
     def __init__(self, total: int, every_s: float = LINE_EVERY_S) -> None:
-        self._total, self._every_s, self._begun = total, every_s, -1
+        self._total, self._every_s, self._started = total, every_s, -1
         self._line_at = time.monotonic() + every_s
         self._bar = tqdm(total=total, unit="batch", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
@@ -92,20 +91,20 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def asked(self) -> bool:
-        """Another batch begins: count those before it. Returns whether to stop, which nothing asks for here."""
-        self._begun += 1
+    def next_batch(self) -> bool:
+        """Count the batches before the one that starts now. Returns False: do not stop."""
+        self._started += 1
         if not self._bar.disable:
-            self._bar.update(self._begun - self._bar.n)
+            self._bar.update(self._started - self._bar.n)
         elif time.monotonic() >= self._line_at:
             self._line_at = time.monotonic() + self._every_s
-            done = self._begun / max(1, self._total)
-            print(f"{self._begun:,} of {self._total:,} batches, {done:.0%}", file=sys.stderr, flush=True)
+            done = self._started / max(1, self._total)
+            print(f"{self._started:,} of {self._total:,} batches, {done:.0%}", file=sys.stderr, flush=True)
         return False
 
 
 def _with_data(settings: Config, folder: str | None, mix: str | None) -> Config:
-    """With the shards where they are now."""
+    """Return the settings with another data.dir or data.mix, for shards that have moved."""
     if folder is None and mix is None:
         return settings
     data: dict[str, Any] = {"dir": "", "mix": ()}

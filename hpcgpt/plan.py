@@ -1,7 +1,6 @@
-"""What a run is going to do, worked out and checked before anything is queued or computed.
+"""The plan of a run: configuration, shards and number of ranks, checked against each other before anything is queued.
 
-The configuration, the shards and the number of ranks are held against each other here, so that a batch
-that cannot be divided, a missing shard or a wrong tokenizer costs a second on a login node and no GPU.
+So a batch that cannot be divided, a missing shard or a wrong tokenizer costs a second on a login node, and no GPU time.
 
 No torch in here.
 """
@@ -23,8 +22,8 @@ from hpcgpt.optim.lr_schedule import learning_rate
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` has its open values filled in; `sets` are the data sets, one or several that are mixed; `micro_steps`
-    a rank's.
+    """`config` has its open values filled in; `sets` are the data sets, several if they are mixed; `micro_steps` are
+    those of one rank.
     """
 
     config: Config
@@ -38,7 +37,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resume must find unchanged: the model, what it sees, and which sample is the i-th."""
+        """Return what must not change within a run: the model, its data, and the sample order."""
         model = {f"model.{key}": value for key, value in dataclasses.asdict(self.config.model).items()}
         digests = [part.manifest.digest for part in self.sets]
         alone = len(digests) == 1
@@ -51,38 +50,42 @@ class Plan:
                 "train.global_batch": self.config.train.global_batch,
                 "digest of the shards": digests[0] if alone else digests,
             }
-            | ({} if alone else {f"share in {mix.BLOCK}ths of each data set": [part.quota for part in self.sets]})
+            | (
+                {}
+                if alone
+                else {f"share in {mix.MIX_BLOCK}ths of each data set": [part.samples_per_block for part in self.sets]}
+            )
         )
 
     @property
     def warnings(self) -> list[str]:
-        """What is allowed, and may not be what was meant."""
+        """List settings that are allowed but probably not intended."""
         warmup, peak = self.config.schedule.warmup_steps, self.config.optim.lr
         if not warmup or warmup < self.total_steps:
             return []
         highest = learning_rate(self.total_steps - 1, self.total_steps, self.config)
         return [
-            f"the learning rate of this run only climbs, to {highest:.3g}: schedule.warmup_steps is {warmup:,}, the "
-            f"run has {self.total_steps:,} steps, and optim.lr {peak:g} is never reached"
+            f"the learning rate of this run only rises, to {highest:.3g}: schedule.warmup_steps is {warmup:,}, the run "
+            f"has {self.total_steps:,} steps, and optim.lr {peak:g} is never reached"
         ]
 
     @property
     def mixture(self) -> list[str]:
-        """What the run will see of each data set, a line each; nothing to say of one alone."""
+        """Describe how much of each data set the run uses, a line each; empty for a single data set."""
         samples = self.total_steps * self.config.train.global_batch
-        return [part.words(samples) for part in self.sets] if len(self.sets) > 1 else []
+        return [part.describe(samples) for part in self.sets] if len(self.sets) > 1 else []
 
 
 def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
-    """The plan of a run on `world_size` ranks, of whom one has to look at the size of every shard.
+    """Make the plan of a run on `world_size` ranks. `check_sizes`, needed on one rank: look at every shard's size.
 
     Raises:
         UserError: something does not fit; the message says what would.
     """
     if world_size == 1 and config.parallel.gradient_dtype != "float32":
         raise UserError(
-            f"parallel.gradient_dtype is {config.parallel.gradient_dtype}, but a single rank sends its gradients to "
-            "nobody: leave it at float32, or start more ranks"
+            f"parallel.gradient_dtype is {config.parallel.gradient_dtype}, but a single rank sends no gradients: "
+            "leave it at float32, or start more ranks"
         )
     sets = datasets.open_all(config, check_sizes)
     for part in sets:
@@ -91,19 +94,19 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
     parallel = config.parallel
     if parallel.mode == "zero1" and parallel.gradient_dtype == "bfloat16" and own > 1:
-        # FSDP2 keeps what is not sent yet in the dtype in which it will be.
+        # FSDP2 accumulates gradients in the dtype in which it will reduce them.
         raise UserError(
-            f"parallel.gradient_dtype bfloat16 with zero1 would add up a step's {own} micro-batches in bfloat16, too, "
-            "and lose what is small: take ddp or fsdp, which sum them in float32, or leave it at float32"
+            f"parallel.gradient_dtype bfloat16 with zero1 would also accumulate a step's {own} micro-batches in "
+            "bfloat16, and lose small values: use ddp or fsdp, which accumulate in float32, or leave it at float32"
         )
     return Plan(config, sets, _total_steps(config, sets[0].windows), own)
 
 
 def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Forward passes a rank makes for one optimizer step (gradient accumulation).
+    """Compute the forward passes of a rank for one optimizer step (gradient accumulation).
 
     Raises:
-        UserError: the global batch cannot be divided so.
+        UserError: the global batch cannot be divided like this.
     """
     steps, rest = divmod(global_batch, micro_batch * world_size)
     if rest:
@@ -112,7 +115,7 @@ def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
         advice = (
             f"with {world_size} ranks train.micro_batch may be {', '.join(map(str, fitting))}"
             if fitting
-            else f"take a train.global_batch that is a multiple of {micro_batch * world_size}"
+            else f"choose a train.global_batch that is a multiple of {micro_batch * world_size}"
         )
         raise UserError(
             f"train.global_batch {global_batch} is not a multiple of {world_size} ranks x train.micro_batch "
@@ -122,9 +125,9 @@ def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, in words.
+    """List what differs between two identities, as messages.
 
-    An option that `before` does not know is newer than the run, which did what is the option's default now.
+    An option that `before` lacks is newer than the run, which did what is now the option's default.
     """
     before = {key: _default(key) for key in now} | before
     return [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if before[key] != now[key]]

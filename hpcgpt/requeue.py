@@ -1,21 +1,20 @@
-"""What happens to the job next: run by the batch script, after srun has returned.
+"""What the batch script runs before and after the ranks: it decides whether the job runs again, and requeues it.
 
-``python -m hpcgpt.requeue folder TRAIN_ARGUMENTS`` checks the configuration, makes the run folder, records this
-start of the job and prints the folder. It refuses a job that Slurm itself brought back, and that gets nowhere.
-``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or says why not.
-``... decide --status ending ...`` while srun still runs and Slurm is ending the job: see `decide_early`.
+``python -m hpcgpt.requeue folder TRAIN_ARGUMENTS`` checks the configuration, makes the run folder, records this start
+of the job and prints the folder. It refuses a job that Slurm itself requeued if the policy has given it up.
+``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or prints why not.
+``... decide --status ending ...`` is for the time when srun still runs and Slurm is ending the job: see `decide_early`.
 ``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` fails on any node where `folder` would fail, and records nothing.
 
-`decide` prints "decided" on stdout once it has acted, also where Slurm refused. Without that word the batch script
-decides, with a minimal policy of its own in bash: on a node where this one cannot run, and where the job would come
-back and the disk has no room for a line in events.jsonl. Such a start could not be counted here; the script counts in
-Slurm. Where there is no scontrol, as in most containers, and the batch script said by HPCGPT_ACTS that it can act
-instead, "requeue" is printed before that.
+The policy is in hpcgpt.slurm.requeue_policy. The job is requeued by ``scontrol requeue``. If Slurm refuses that
+(JobRequeue=0, --no-requeue) a new job is submitted that waits for this one (hpcgpt.slurm.next_job), and if that is
+refused too, the command is printed.
 
-The policy is in hpcgpt.slurm.requeue_policy.
-
-How: ``scontrol requeue``. Where Slurm refuses that (JobRequeue=0, --no-requeue), a new job is queued behind this
-one (hpcgpt.slurm.next_job), and where that is refused too, the command is printed.
+`decide` prints "decided" on stdout once it has acted, also if Slurm refused. Without that word the batch script
+decides by a small policy in bash: on a node where this program cannot run, and if the job is to be requeued but the
+disk has no room for a line in events.jsonl. Then this start could not be counted here; the script counts in the job's
+comment. Without scontrol, as in most containers, "requeue" is printed before "decided", if the batch script has
+announced by HPCGPT_ACTS that it will requeue the job.
 
 No torch in here.
 """
@@ -35,20 +34,21 @@ from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.run import crash_report, records, run_folder
-from hpcgpt.run.crash_report import Blame
+from hpcgpt.run.crash_report import FirstFailure
 from hpcgpt.slurm import bad_nodes, next_job, requeue_policy, restart_history, scontrol
 from hpcgpt.slurm.requeue_policy import Decision
 from hpcgpt.slurm.scontrol import Job
 from hpcgpt.storage import atomic, lease
 
 ENDING = "ending"
-REFUSED = 3  # status of `folder`: this start is not worth it. To the batch script 2 may be a fault of the node
-CANNOT_EXECUTE, NOT_FOUND = 126, 127  # the shell's exit statuses, when the rank's program cannot be started
-# How long a controller that is being restarted is waited for: the question, and the requeue. Both have to fit into
-# the time that slurm/pretrain.sbatch gives; while Slurm is ending the job there is little of it.
+REFUSED = 3  # status of `folder` if the policy refuses this start. The batch script may take 2 for a fault of the node
+CANNOT_EXECUTE, NOT_FOUND = 126, 127  # the shell's exit statuses if the rank's program cannot be started
+# How long to wait for a controller that is restarting: for an answer, and for the requeue. Both must fit into the time
+# limit of slurm/pretrain.sbatch; while Slurm is ending the job that is short.
 ASK_S, REQUEUE_S, ENDING_S = 60.0, 150.0, 5.0
-ABOUT = "What the batch script asks: where the run folder is, and whether the job is to run again."
+ABOUT = "For the batch script: prepare the run folder, and decide whether the job runs again."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("requeue decide needs --status N first")
     settings = sources.from_command_line(argv[3:], "requeue decide", ABOUT)
     if argv[2] == ENDING and _acts_outside():
-        return 1  # only Slurm knows what it is ending the job for
+        return 1  # why Slurm is ending the job can be asked only where Slurm's tools are
     refused = _act(settings, None if argv[2] == ENDING else int(argv[2]))
     if refused is None:
         return 1
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def job_event(job: Job) -> dict[str, Any]:
-    """What the event `job` records of this start; a time that Slurm does not give now is left out."""
+    """Return what the event `job` records of this start; a time that Slurm does not show is left out."""
     times = {
         "queued_at": scontrol.unix_time(job.fields.get("EligibleTime", "")),
         "started_at": scontrol.unix_time(job.fields.get("StartTime", "")),
@@ -88,38 +88,40 @@ def job_event(job: Job) -> dict[str, Any]:
 
 
 def _begin(settings: Config) -> str:
+    """Prepare the run folder and record this start; '' or why the job may not train."""
     folder = settings.run_folder
     run_folder.prepare(folder)
     _claim(folder, os.environ)
     job = scontrol.job_id(os.environ)
     if not job:
         return ""
-    attempt, newest = world.job_attempt(), restart_history.newest_step(folder / "checkpoints")
+    job_attempt, newest = world.job_attempt(), restart_history.newest_step(folder / "checkpoints")
     with suppress(OSError):
         if not lease.is_held(folder) or lease.holder_is_gone(folder):
-            run_folder.put_aside(folder, attempt)
-    problem = requeue_policy.hopeless(restart_history.history(_events(folder), attempt, newest), settings.requeue)
+            run_folder.put_aside(folder, job_attempt)
+    past = restart_history.count_restarts(_events(folder), job_attempt, newest)
+    problem = requeue_policy.reason_to_refuse(past, settings.requeue)
     try:
-        run_folder.record(folder, "job", job=attempt, newest_step=newest, **job_event(scontrol.ask(job)))
+        run_folder.record(folder, "job", job=job_attempt, newest_step=newest, **job_event(scontrol.ask(job)))
         if problem:
-            run_folder.record(folder, "give_up", job=attempt, reason=problem)
-    except OSError as error:  # the disk is full: training can go on all the same
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+            run_folder.record(folder, "give_up", job=job_attempt, reason=problem)
+    except OSError as error:  # the disk is full: the job can train nevertheless
+        streams.warn(error)
     if problem:
-        return f"job {job} is not started once more: {problem}"
+        return f"job {job} is not started again: {problem}"
     return ""
 
 
 def _events(folder: Path) -> list[records.Record]:
     try:
         return records.events(folder)
-    except OSError as error:  # then nothing is known against this start
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+    except OSError as error:  # without events nothing speaks against this start
+        streams.warn(error)
         return []
 
 
 def _claim(folder: Path, env: Mapping[str, str]) -> None:
-    """One task of a job array, and no other, may have this folder. Raises UserError for the others."""
+    """Claim the folder for this task of a job array. Raises UserError if another task has it."""
     array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID", "")
     if not array:
         return
@@ -128,104 +130,105 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
     owner = path.read_text().strip()
     if owner != task:
         raise UserError(
-            f"{folder} is the run folder of task {owner} of this job array, and so not that of task {task}: give each "
-            "task its own. '%a' in the arguments stands for the task's number: --run.name sweep-%a --run.seed %a"
+            f"{folder} is the run folder of task {owner} of this job array, and this is task {task}: give each task "
+            "its own. '%a' in the arguments is replaced by the task's number: --run.name sweep-%a --run.seed %a"
         )
 
 
 def _act(settings: Config, status: int | None) -> int | None:
-    """Decide and act; `status` is srun's, None while it still runs. Returns an exit status; None if the job is to come
-    back and nothing could be recorded of this start: the batch script then counts.
+    """Decide and act; `status` is srun's, None while it still runs. Returns an exit status; None if the job should run
+    again but this start could not be recorded: then the batch script decides, and counts.
     """
-    folder, attempt, id_ = settings.run_folder, world.job_attempt(), scontrol.job_id(os.environ)
+    folder, job_attempt, id_ = settings.run_folder, world.job_attempt(), scontrol.job_id(os.environ)
     events = _events(folder)
-    if any(event["event"] == "chain" and event.get("job") == attempt for event in events):
-        _say(f"no requeue of job {id_}: another one waits behind it already")
+    if any(event["event"] == "chain" and event.get("job") == job_attempt for event in events):
+        _log(f"no requeue of job {id_}: the next job is queued already")
         return 0
     job = scontrol.ask(id_, ENDING_S if status is None else ASK_S)
-    ends = crash_report.deaths(_read(folder / "logs" / f"{attempt}.srun"))
-    blamed = crash_report.blame(ends, crash_report.read(folder, attempt))
+    exits = crash_report.task_exits(_read(folder / "logs" / f"{job_attempt}.srun"))
+    failure = crash_report.first_failure(exits, crash_report.read(folder, job_attempt))
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    decision = _decision(settings, status, job, restart, events, blamed)
+    decision = _decision(settings, status, job, restart, events, failure)
     if decision is None:
         return 0
     barred = run_folder.barred(folder)
     if decision.requeue and barred and not job.node_failed:
-        # Each start would count as the first one, without end.
-        decision = Decision(False, f"it could not be counted ({decision.why}): {barred}", decision.crashed)
+        # Each crash would count as the first one, and the job would be requeued forever.
+        decision = Decision(False, f"it could not be counted ({decision.reason}): {barred}", decision.crashed)
     if decision.crashed or job.node_failed:
-        _say(crash_report.report(folder, attempt, blamed, ends))
+        _log(crash_report.report(folder, job_attempt, failure, exits))
 
-    before = bad_nodes.listed(job, attempt, events)
-    comes_back = decision.requeue or job.restarts > restart
-    hosts = _hosts_to_avoid(settings, job, decision, blamed, events, before) if comes_back else []
-    # Before the job comes back, which may end this process at once.
-    happened = _what_happened(decision, status, job, blamed, hosts)
-    if decision.requeue and not happened and not any(event.get("job") == attempt for event in events):
+    before = bad_nodes.excluded_nodes(job, job_attempt, events)
+    runs_again = decision.requeue or job.restarts > restart
+    hosts = _hosts_to_avoid(settings, job, decision, failure, events, before) if runs_again else []
+    # Recorded before the requeue, which may end this process at once.
+    happened = _what_happened(decision, status, job, failure, hosts)
+    if decision.requeue and not happened and not any(event.get("job") == job_attempt for event in events):
         happened = [{"event": "job"}]  # the disk had no room for it at the start
-    uncounted = _record(folder, attempt, happened)
+    uncounted = _record(folder, job_attempt, happened)
     if uncounted and decision.requeue:
-        _say(f"{decision.why}. It could not be counted ({uncounted}): the batch script decides")
+        _log(f"{decision.reason}. It could not be counted ({uncounted}): the batch script decides")
         return None
-    _say(f"{'requeue' if decision.requeue else 'no requeue'} of job {id_}: {decision.why}")
+    _log(f"{'requeue' if decision.requeue else 'no requeue'} of job {id_}: {decision.reason}")
     patience_s = ENDING_S if status is None else REQUEUE_S
-    beside = [*before.persons, *hosts]
-    came_back, refused = _bring_back(id_, job, restart, beside, patience_s) if decision.requeue else ({}, 0)
-    if comes_back and (hosts or before.own) and "next_job" not in came_back:
+    excluded = [*before.by_user, *hosts]
+    requeued, refused = _requeue(id_, job, restart, excluded, patience_s) if decision.requeue else ({}, 0)
+    if runs_again and (hosts or before.own) and "next_job" not in requeued:
         hosts = _exclude(id_, job, before, hosts)
     if hosts:
-        _say(f"the next start keeps away from {', '.join(hosts)} ({folder / 'excluded_nodes.json'})")
+        _log(f"the next start avoids {', '.join(hosts)} ({folder / 'excluded_nodes.json'})")
     what: list[dict[str, Any]] = [{"event": "excluded", "hosts": hosts}] if hosts else []
     if decision.gave_up:
-        what.append({"event": "give_up", "reason": decision.why})
-    if came_back:
-        what.append({"reason": decision.why, **came_back})
+        what.append({"event": "give_up", "reason": decision.reason})
+    if requeued:
+        what.append({"reason": decision.reason, **requeued})
     elif not decision.crashed and job.restarts <= restart:  # for hpcgpt.status: this job is over
-        what.append({"event": "no_requeue", "reason": decision.why})
-    if lost := _record(folder, attempt, what):
-        print(f"warning: {lost}", file=sys.stderr, flush=True)
+        what.append({"event": "no_requeue", "reason": decision.reason})
+    if problem := _record(folder, job_attempt, what):
+        streams.warn(problem)
     return refused
 
 
 def _hosts_to_avoid(
-    settings: Config, job: Job, decision: Decision, blamed: Blame | None, events: Sequence[Mapping[str, Any]],
-    before: bad_nodes.Listed,
+    settings: Config, job: Job, decision: Decision, failure: FirstFailure | None,
+    events: Sequence[Mapping[str, Any]], before: bad_nodes.ExcludedNodes,
 ) -> list[str]:  # fmt: skip
-    """The nodes that the next start is to keep away from, beside those that a person excluded."""
-    by_a_node = bool(blamed and blamed.how == crash_report.NODE_FAILED)
-    # Where a rank's program could not even be started, a mount is missing, and the next start would fail there too.
-    has_no_program = bool(blamed and blamed.status in (CANNOT_EXECUTE, NOT_FOUND))
-    looks = settings.requeue.exclude_bad_nodes or has_no_program
-    if not looks and not before.own:
+    """Return the nodes that the next start is to avoid, beside those that the user excluded."""
+    # A rank's program that could not even be started means a missing mount: the next start would fail there too.
+    has_no_program = bool(failure and failure.status in (CANNOT_EXECUTE, NOT_FOUND))
+    adds_nodes = settings.requeue.exclude_bad_nodes or has_no_program
+    if not adds_nodes and not before.own:
         return []
     bad = bad_nodes.bad_hosts(
-        blamed if decision.crashed or by_a_node else None, events, settings.requeue.exclude_factor
+        failure if decision.crashed or (failure and failure.node_failed) else None,
+        events,
+        settings.requeue.exclude_factor,
     )
-    kept = bad_nodes.remember(settings.run_folder, bad if looks else {}, before.handed_over)
+    kept = bad_nodes.remember(settings.run_folder, bad if adds_nodes else {}, before.by_batch_script)
     nodes = scontrol.nodes(job.fields.get("Partition", ""))
-    # Where Slurm does not say which nodes there are, it is left as it is.
-    return bad_nodes.affordable(kept, job, nodes, before.persons) if nodes else list(before.own)
+    # If Slurm does not show which nodes there are, the list stays unchanged.
+    return bad_nodes.excludable_nodes(kept, job, nodes, before.by_user) if nodes else list(before.own)
 
 
 def _what_happened(
-    decision: Decision, status: int | None, job: Job, blamed: Blame | None, hosts: Sequence[str]
+    decision: Decision, status: int | None, job: Job, failure: FirstFailure | None, hosts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The events that the next starts count by. `hosts`: those that the next one is to keep away from."""
-    by_a_node = bool(blamed and blamed.how == crash_report.NODE_FAILED)
+    """Return the events that later starts count. `hosts`: those that the next start is to avoid."""
+    failed_node = failure.host if failure and failure.node_failed else None
     what: list[dict[str, Any]] = []
     if decision.crashed:
-        who = {"rank": blamed.rank, "host": blamed.host} if blamed else {"rank": None, "host": None}
-        what.append({"event": "crash", "status": status, "reason": decision.why, **who, "excluded": list(hosts)})
-    if job.node_failed or by_a_node:
-        what.append({"event": "node_failed", "host": blamed.host if blamed and by_a_node else None})
+        which = {"rank": failure.rank, "host": failure.host} if failure else {"rank": None, "host": None}
+        what.append({"event": "crash", "status": status, "reason": decision.reason, **which, "excluded": list(hosts)})
+    if job.node_failed or failed_node is not None:
+        what.append({"event": "node_failed", "host": failed_node})
     return what
 
 
-def _record(folder: Path, attempt: str, what: Sequence[dict[str, Any]]) -> str:
-    """Append events of this start; '' or why that cannot be done."""
+def _record(folder: Path, job_attempt: str, what: Sequence[dict[str, Any]]) -> str:
+    """Append events of this start; returns '' or an error message."""
     try:
         for fields in what:
-            run_folder.record(folder, job=attempt, **fields)
+            run_folder.record(folder, job=job_attempt, **fields)
     except OSError as error:
         return str(error)
     return ""
@@ -233,43 +236,42 @@ def _record(folder: Path, attempt: str, what: Sequence[dict[str, Any]]) -> str:
 
 def _decision(
     settings: Config, status: int | None, job: Job, restart: int, events: Sequence[Mapping[str, Any]],
-    blamed: Blame | None,
+    failure: FirstFailure | None,
 ) -> Decision | None:  # fmt: skip
     newest = restart_history.newest_step(settings.run_folder / "checkpoints")
-    past = restart_history.history(events, world.job_attempt(), newest)
+    past = restart_history.count_restarts(events, world.job_attempt(), newest)
     if status is None:
         return requeue_policy.decide_early(job, restart, past, settings.requeue)
     ended = run_folder.read_exit(settings.run_folder)
     if ended and ended.attempt != world.job_attempt():
         ended = None
-    return requeue_policy.decide(ended, status, job, restart, past, settings.requeue, blamed)
+    return requeue_policy.decide(ended, status, job, restart, past, settings.requeue, failure)
 
 
-def _bring_back(
-    id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s: float
-) -> tuple[dict[str, str], int]:
-    """Bring the job back. Returns what to record of it, {} if it does not come back, and an exit status."""
+def _requeue(id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s: float) -> tuple[dict[str, str], int]:
+    """Have the job run again. Returns the event to record, {} if it does not run again, and an exit status."""
     if _acts_outside():
         print("requeue")
         return {"event": "requeue"}, 0
     if not job.batch:
-        _say(
+        _log(
             f"job {id_} is an allocation of salloc, which Slurm cannot requeue: run the same command again, here or "
-            "in a new one; it goes on from the newest checkpoint"
+            "in a new one; it continues from the newest checkpoint"
         )
         return {}, 1
     done = scontrol.run_patiently("scontrol", "requeue", id_, patience_s=patience_s)
-    # An answer that was lost on its way is no refusal, and a second job would be one too many.
+    # If only Slurm's answer was lost, the job is requeued already: a second one must not be submitted.
     if done.returncode == 0 or scontrol.ask(id_).restarts > restart:
         return {"event": "requeue"}, 0
     next_id, problem = next_job.submit(job, os.environ, hosts)
-    said = done.stderr.strip()
+    refusal = done.stderr.strip()
     if next_id:
-        _say(f"Slurm refuses to requeue job {id_} ({said}): job {next_id} waits behind it")
+        _log(f"Slurm refuses to requeue job {id_} ({refusal}): job {next_id} will run after it")
         return {"event": "chain", "next_job": next_id}, 0
     print(
-        f"error: Slurm refused to requeue job {id_}: {said}; and to queue another one behind it: {problem}. Submit the "
-        f"same command again, it goes on from the newest checkpoint:\n  {next_job.by_hand(job, os.environ, hosts)}",
+        f"error: Slurm refused to requeue job {id_}: {refusal}; and to queue another job after it: {problem}. Submit "
+        "the same command again, it continues from the newest checkpoint:\n  "
+        f"{next_job.manual_command(job, os.environ, hosts)}",
         file=sys.stderr,
         flush=True,
     )
@@ -277,14 +279,15 @@ def _bring_back(
 
 
 def _acts_outside() -> bool:
-    """Does the batch script carry out what is decided here, since Slurm's tools are not here but there?"""
+    """Does the batch script requeue the job, since only it has Slurm's tools?"""
     return os.environ.get("HPCGPT_ACTS") == "1" and shutil.which("scontrol") is None
 
 
-def _exclude(id_: str, job: Job, before: bad_nodes.Listed, hosts: list[str]) -> list[str]:
-    problem = bad_nodes.tell(id_, job, before, hosts)
+def _exclude(id_: str, job: Job, before: bad_nodes.ExcludedNodes, hosts: list[str]) -> list[str]:
+    """Exclude `hosts` from the requeued job. Returns them, or [] if Slurm refused."""
+    problem = bad_nodes.exclude(id_, job, before, hosts)
     if problem:
-        _say(f"warning: Slurm would not change what job {id_} keeps away from ({', '.join(hosts)}): {problem}")
+        streams.warn(f"Slurm refused to exclude nodes from job {id_} ({', '.join(hosts)}): {problem}")
     return [] if problem else hosts
 
 
@@ -295,7 +298,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     for line in text.splitlines():
         print(f"hpcgpt: {line}", file=sys.stderr, flush=True)
 

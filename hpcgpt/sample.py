@@ -1,4 +1,4 @@
-"""``python -m hpcgpt.sample RUN``: text from a run's checkpoint, printed as it comes."""
+"""``python -m hpcgpt.sample RUN``: generates text from a run's checkpoint, and prints it token by token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--slide: {wanted.slide} is more than the run's block_size of {settings.model.block_size}")
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples} must be at least 1")
-    # Late: it loads torch.
+    # Imported here, since it loads torch.
     from hpcgpt.checkpoint import load_model
 
     _print_samples(load_model.load(folder, options.step, options.best), wanted, options.samples, options.seed)
@@ -43,13 +43,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> None:
-    """All texts are made at once: the first is printed as it comes, the others behind it."""
+    """Generate all texts at once: the first is printed while it is generated, the others after it."""
     from hpcgpt.model.generate import generate_several
     from hpcgpt.tokenizer import interface
 
-    words = model.words
+    tokenizer = model.tokenizer
     print(f"{model.path}, step {model.state.step:,}")
-    prompt = [words.end_of_text, *words.encode(wanted.prompt)]
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(wanted.prompt)]
     later: list[list[int]] = [[] for _ in range(samples)]
 
     def first() -> Iterator[int]:
@@ -62,7 +62,7 @@ def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> N
     with model.computing():
         for number in range(samples):
             print(f"--- sample {number + 1}\n{terminal.for_stdout(wanted.prompt)}", end="")
-            for piece in interface.stream(words, later[number] if number else first(), after=prompt):
+            for piece in interface.stream(tokenizer, later[number] if number else first(), after=prompt):
                 print(terminal.for_stdout(piece), end="", flush=True)
             print()
 

@@ -3,7 +3,7 @@
     hpcgpt slurm-script pretrain > pretrain.sbatch
     sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 pretrain.sbatch gpt2-124m
 
-For sbatch, where there is no checkout, and for scripts of your own. `hpcgpt submit` needs no copy.
+For sbatch without a checkout, and as a base for your own scripts. `hpcgpt submit` needs no copy.
 
 No torch in here.
 """
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _hint() -> str:
-    """Say how a job finds this Python; '' where it does, as in an environment that is activated."""
+    """Return how to make a job use this Python; '' if it will, as in an activated environment."""
     own = Path(".venv/bin/python").absolute()
     found = own if own.exists() else Path(shutil.which("python3") or "/")
     if os.environ.get("HPCGPT_PYTHON") or found.parent == Path(sys.executable).parent:

@@ -1,7 +1,7 @@
 """``python -m hpcgpt.status RUN...``: how is it going?
 
-Read from the run folder, on any machine that sees it. Where Slurm can be reached it is asked whether a job that has
-said nothing for long is still there (hpcgpt.slurm.run_state has the states).
+It reads the run folder, on any machine that sees it. If a job has written nothing for long, Slurm is asked whether it
+still exists (the states: hpcgpt.slurm.run_state).
 
 No torch in here.
 """
@@ -17,40 +17,39 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import cli
-from hpcgpt.run import attempts as attempt_history
-from hpcgpt.run import goodput, run_folder
+from hpcgpt.run import attempts, goodput, run_folder
 from hpcgpt.run.attempts import Attempt
 from hpcgpt.run.goodput import Goodput
 from hpcgpt.run.records import Record as Row
 from hpcgpt.slurm import run_state
-from hpcgpt.slurm.run_state import ALIVE, NO_WORD, SILENT_S, Presence, job_is, usual_step_s
+from hpcgpt.slurm.run_state import ALIVE, NOTHING_REPORTED, SILENT_S, Presence, presence_of, usual_step_s
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="hpcgpt status", description="How runs are going.")
+    parser = argparse.ArgumentParser(prog="hpcgpt status", description="Show how runs are going.")
     parser.add_argument("RUN", nargs="+", help="run folders")
-    parser.add_argument("--history", action="store_true", help="also attempt by attempt, and where the time went")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--history", action="store_true", help="also show each attempt, and what the time was spent on")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     options = parser.parse_args(argv)
     for name in options.RUN:
-        found = status(Path(name), time.time(), options.history, job_is)
-        print(json.dumps(found) if options.json else _in_words(found))
+        found = status(Path(name), time.time(), options.history, presence_of)
+        print(json.dumps(found) if options.json else _as_text(found))
     return 0
 
 
 def status(
     folder: Path, now: float, with_history: bool = False, ask: Callable[[str], Presence] | None = None
 ) -> dict[str, Any]:
-    """What is known of a run; `now` in unix seconds. Figures that are not known yet are None.
+    """Collect what is known of a run; `now` in unix seconds. Figures that are not known yet are None.
 
-    `ask` says what Slurm knows of a job (run_state.job_is); None: it is not asked.
+    `ask` asks Slurm about a job (run_state.presence_of); None: Slurm is not asked.
 
     Raises:
         UserError: there is no run in `folder`.
     """
     run_id = run_folder.run_id(folder)
-    events, rows = attempt_history.read(folder)
-    starts = attempt_history.starts(events, rows)
+    events, rows = attempts.read(folder)
+    starts = attempts.starts(events, rows)
     newest = starts[-1] if starts else {}
     last = rows[-1] if rows else {}
     total = newest.get("total_steps")
@@ -59,7 +58,7 @@ def status(
     left = max(0, total - last["step"]) if rows and total else None
     state = run_state.find(folder, events, rows, now, ask)
     alive = state.name in ALIVE
-    # A clock that was set back: what was written last was not written in the future.
+    # The clock may have been set back: the newest record is not from the future.
     at = max([now, *(record["time"] for record in (*events[-1:], *rows[-1:]))]) if alive else None
     found = {
         "run": str(folder),
@@ -94,7 +93,7 @@ def status(
 
 
 def _heartbeat_age_s(folder: Path, now: float) -> float | None:
-    """Seconds since rank 0 last said that it lives, by the clock of the file system."""
+    """Return the seconds since rank 0's last heartbeat, by the clock of the file system."""
     beats = sorted((folder / "generations").glob("[0-9]*.alive"))
     with suppress(OSError):
         return max(0.0, now - beats[-1].stat().st_mtime) if beats else None
@@ -109,7 +108,7 @@ def _newest_log(folder: Path) -> str | None:
 
 
 def _stragglers(events: Sequence[Row], start: Row) -> list[dict[str, Any]]:
-    """Those that the newest attempt has named."""
+    """Return the stragglers that the newest attempt reported."""
     return [dict(e) for e in events if e["event"] == "straggler" and e.get("attempt") == start.get("attempt")]
 
 
@@ -117,12 +116,12 @@ def _stragglers(events: Sequence[Row], start: Row) -> list[dict[str, Any]]:
 
 
 def _history(events: Sequence[Row], rows: Sequence[Row], now: float | None) -> list[dict[str, Any]]:
-    """One entry an attempt, and one (attempt None) for each crash of a job whose ranks never began."""
-    attempts = attempt_history.attempts(events, rows, now)
-    entries = [_entry(attempt, events) for attempt in attempts]
-    told = {attempt.crash["time"] for attempt in attempts if attempt.crash}
+    """Make an entry for each attempt, and one (attempt None) for each crash of a job whose ranks never began."""
+    found = attempts.attempts(events, rows, now)
+    entries = [_entry(attempt, events) for attempt in found]
+    covered = {attempt.crash["time"] for attempt in found if attempt.crash}
     for crash in events:
-        if crash["event"] == "crash" and crash["time"] not in told:
+        if crash["event"] == "crash" and crash["time"] not in covered:
             job = _newest("job", crash.get("job"), events)
             entries.append({
                 "attempt": None, "job": crash.get("job", ""), "hosts": job.get("hosts", []),
@@ -133,7 +132,7 @@ def _history(events: Sequence[Row], rows: Sequence[Row], now: float | None) -> l
 
 
 def _entry(attempt: Attempt, events: Sequence[Row]) -> dict[str, Any]:
-    def told(name: str) -> list[dict[str, Any]]:
+    def reported(name: str) -> list[dict[str, Any]]:
         return [dict(event) for event in attempt.events if event["event"] == name]
 
     return {
@@ -146,12 +145,12 @@ def _entry(attempt: Attempt, events: Sequence[Row]) -> dict[str, Any]:
         "from_step": attempt.from_step,
         "to_step": attempt.to_step,
         "lost_steps": attempt.lost_steps,
-        "checkpoints": [event["step"] for event in told("save") if "step" in event],
-        "save_failed": told("save_failed"),
-        "stop": told("stop"),
-        "straggler": told("straggler"),
-        "hang": told("hang"),
-        "reason": attempt.reason or ("" if attempt.running else NO_WORD),
+        "checkpoints": [event["step"] for event in reported("save") if "step" in event],
+        "save_failed": reported("save_failed"),
+        "stop": reported("stop"),
+        "straggler": reported("straggler"),
+        "hang": reported("hang"),
+        "reason": attempt.reason or ("" if attempt.running else NOTHING_REPORTED),
         "crash": dict(attempt.crash) or None,
         "requeue": _requeue(attempt.job, events) if not attempt.running else "",
     }
@@ -162,14 +161,14 @@ def _newest(name: str, job: str | None, events: Sequence[Row]) -> Row:
 
 
 def _requeue(job: str | None, events: Sequence[Row]) -> str:
-    """Why the batch script had this start of the job started again; '' if it had not."""
+    """Return why the batch script requeued this start of the job; '' if it did not."""
     return str((_newest("requeue", job, events) or _newest("chain", job, events)).get("reason", ""))
 
 
-# --- in words --------------------------------------------------------------------------------------
+# --- as text ---------------------------------------------------------------------------------------
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _as_text(found: dict[str, Any]) -> str:
     total = f" of {found['total_steps']:,}" if found["total_steps"] else ""
     reason = f" ({found['reason']})" if found["reason"] else ""
     lines = [
@@ -194,7 +193,7 @@ def _in_words(found: dict[str, Any]) -> str:
         lines += _what_to_look_at(found)
     lines += [f"  {_at(event)}: {_slow(event)}" for event in found["stragglers"]]
     if "history" in found:
-        lines += [f"  {line}" for entry in found["history"] for line in _entry_in_words(entry)]
+        lines += [f"  {line}" for entry in found["history"] for line in _entry_lines(entry)]
         lines += [f"  {line}" for line in Goodput.of(found["goodput"]).words().splitlines()]
     elif found["goodput"]["goodput"] is not None:
         lines.append(f"  {Goodput.of(found['goodput']).line()}")
@@ -203,39 +202,39 @@ def _in_words(found: dict[str, Any]) -> str:
 
 def _what_to_look_at(found: dict[str, Any]) -> list[str]:
     usual = f", where a step takes {found['step_s']:.2g} s" if found["step_s"] else ""
-    lines = [f"  no sign of life for {_span(found['still_s'])}{usual}"]
+    lines = [f"  nothing written for {_span(found['still_s'])}{usual}"]
     beat_s = found["heartbeat_age_s"]
     if beat_s is not None and beat_s < SILENT_S:
-        lines.append("  rank 0's process lives: it waits for a rank, a disk or the network, or is still compiling")
+        lines.append("  rank 0 is alive: it waits for a rank, a disk or the network, or is still compiling")
     else:
-        lines.append("  rank 0's heartbeat has stopped, too: its process or its node is gone; ask `squeue --me`")
-    places = [found["log"] or f"{found['run']}/logs", f"{found['run']}/faults"]
-    there = [place for place in places if Path(place).exists()]
-    return [*lines, f"  look at {' and '.join(there)}"] if there else lines
+        lines.append("  rank 0's heartbeat has stopped, too: its process or its node is gone; see `squeue --me`")
+    paths = [found["log"] or f"{found['run']}/logs", f"{found['run']}/faults"]
+    existing = [path for path in paths if Path(path).exists()]
+    return [*lines, f"  look at {' and '.join(existing)}"] if existing else lines
 
 
-def _entry_in_words(entry: dict[str, Any]) -> list[str]:
+def _entry_lines(entry: dict[str, Any]) -> list[str]:
     name = f"attempt {entry['attempt']}" if entry["attempt"] is not None else "no attempt"
     job = f", job {entry['job']}" if entry["job"] else ""
     hosts = f", on {', '.join(entry['hosts'])}" if any(entry["hosts"]) else ""
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["began_at"]))
     lines = [f"{name}{job}{hosts}, {began}, {_span(max(0.0, entry['ended_at'] - entry['began_at']))}"]
     if entry["attempt"] is not None:
-        lost = f", of which {entry['lost_steps']:,} were done in vain" if entry["lost_steps"] else ""
+        lost = f", of which {entry['lost_steps']:,} were lost" if entry["lost_steps"] else ""
         saved = ", ".join(f"{step:,}" for step in entry["checkpoints"][-3:]) or "none"
-        more = f"{len(entry['checkpoints'])} in all, the last ones: " if len(entry["checkpoints"]) > 3 else ""
+        more = f"{len(entry['checkpoints'])} in all, the newest: " if len(entry["checkpoints"]) > 3 else ""
         lines.append(f"  steps {entry['from_step']:,} to {entry['to_step']:,}{lost}; checkpoints: {more}{saved}")
         lines += [f"  {_at(e)}: not saved: {e.get('problem', '')}" for e in entry["save_failed"]]
         lines += [f"  {_at(e)}: {_slow(e)}" for e in entry["straggler"]]
         lines += [f"  {_at(e)}: {_rank(e)} hung for {_span(e.get('silent_s', 0))}" for e in entry["hang"]]
-        lines += [f"  {_at(e)}: told to stop: {e.get('reason', '')}" for e in entry["stop"]]
+        lines += [f"  {_at(e)}: asked to stop: {e.get('reason', '')}" for e in entry["stop"]]
     if entry["reason"]:
         lines.append(f"  ended: {entry['reason']}")
     crash = entry["crash"] or {}
     if crash.get("rank") is not None or crash.get("host"):
-        lines.append(f"  to blame: {_rank(crash)}")
+        lines.append(f"  first to fail: {_rank(crash)}")
     if crash.get("excluded"):
-        lines.append(f"  not used again: {', '.join(crash['excluded'])}")
+        lines.append(f"  excluded from later starts: {', '.join(crash['excluded'])}")
     if entry["requeue"] and entry["requeue"] != entry["reason"]:
         lines.append(f"  started again: {entry['requeue']}")
     return lines
@@ -255,7 +254,7 @@ def _rank(event: Row) -> str:
 
 
 def _slow(event: Row) -> str:
-    return f"{_rank(event)} takes {event.get('factor', 0):.1f} times as long as usual, and all wait for it"
+    return f"{_rank(event)} takes {event.get('factor', 0):.1f} times as long as usual, and the other ranks wait for it"
 
 
 def _span(seconds: float) -> str:

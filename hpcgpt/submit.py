@@ -1,11 +1,10 @@
 """``python -m hpcgpt.submit --nodes N [CONFIG] [--section.key value]...``: queue a training job.
 
-Through submitit, which knows Slurm's parameters, checks them and submits. What it submits is no pickled
-state but a command: the batch script that it writes sets the resources and then becomes
-``slurm/pretrain.sbatch TRAIN_ARGUMENTS``. So a job that was submitted from Python and one that was
-submitted with sbatch run the same lines, with the same signals and the same requeue policy.
+submitit checks Slurm's parameters and submits the job. It submits a command, not pickled state: the batch script that
+it writes sets the resources and then executes ``slurm/pretrain.sbatch TRAIN_ARGUMENTS``. So a job that is submitted
+here and one that is submitted with sbatch run the same lines, with the same signals and the same requeue policy.
 
-Everything that can be checked without a GPU is checked here, before anything is queued.
+Everything that can be checked without a GPU is checked before the job is queued.
 
 No torch in here.
 """
@@ -55,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
         print(batch_text(settings.run_folder, parameters, training))
         return 0
     if nothing_to_do:
-        told = {"job": None, "run": str(settings.run_folder), "steps": planned.total_steps}
-        print(json.dumps(told) if options.json else f"{nothing_to_do}, nothing queued")
+        result = {"job": None, "run": str(settings.run_folder), "steps": planned.total_steps}
+        print(json.dumps(result) if options.json else f"{nothing_to_do}, nothing queued")
         return 0
     run_folder.prepare(settings.run_folder)
     job = _submit(settings.run_folder, parameters, training)
@@ -65,17 +64,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     print(
         f"job {job}: {options.nodes} nodes x {tasks} ranks, {planned.total_steps:,} steps of "
-        f"{planned.tokens_per_step:,} tokens, {planned.micro_steps} micro-steps a rank"
+        f"{planned.tokens_per_step:,} tokens, {planned.micro_steps} micro-steps per rank"
     )
     print(f"run folder: {settings.run_folder}\nfollow it:  tail -F {settings.run_folder}/logs/{job}_0.log")
     return 0
 
 
 def slurm_parameters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What submitit is told, in its own names; `folder` is the run's.
+    """Return the parameters of the job, by submitit's names; `folder` is the run folder.
 
     Raises:
-        UserError: a value that Slurm, submitit or a batch script would take for something else.
+        UserError: a value that Slurm, submitit or a batch script would misread.
     """
     log = f"{paths.literal_in_slurm(paths.absolute(str(folder)))}/submit/%j_0_log.out"
     extra: dict[str, Any] = {"requeue": True, "output": log}
@@ -84,7 +83,7 @@ def slurm_parameters(options: argparse.Namespace, folder: Path) -> dict[str, Any
         if key.lstrip("-") == "array":
             raise UserError(
                 f"submit queues one run: for a job array use `sbatch --array=0-7 {shlex.quote(str(SCRIPT))} CONFIG "
-                "--run.name sweep-%a`, where %a stands for the task's number"
+                "--run.name sweep-%a`, where %a is replaced by the task's number"
             )
         extra[key.lstrip("-")] = value or True
     wanted = {
@@ -108,26 +107,26 @@ def slurm_parameters(options: argparse.Namespace, folder: Path) -> dict[str, Any
     if options.signal_lead_s < 1 or options.signal_lead_s > LONGEST_LEAD_S or 0 < limit_s <= options.signal_lead_s:
         raise UserError(
             f"--signal-lead-s {options.signal_lead_s}: expected 1 to {LONGEST_LEAD_S:,} seconds, and less than the "
-            f"time limit (--time {options.time}, {limit_s:,} s): the rest is all the time that there is to train"
+            f"time limit (--time {options.time}, {limit_s:,} s): only the rest is left for training"
         )
     for key, value in (wanted | extra).items():
         if any(map(terminal.is_control, f"{key}{value}")):
-            raise UserError(f"control characters in what Slurm is told: {key} '{terminal.printable(str(value))}'")
+            raise UserError(f"control characters in a parameter for Slurm: {key} '{terminal.printable(str(value))}'")
     if tag := re.search("%[jtAa]", paths.absolute(str(folder))):
         raise UserError(
-            f"the run folder {folder} has {tag[0]} in its path, for which submitit puts a number: choose another "
-            "--run.name. Of a job array, which `sbatch --array` makes, %a stands for the task's number"
+            f"the run folder {folder} has {tag[0]} in its path, which submitit replaces by a number: choose another "
+            "--run.name. In a job array, made with `sbatch --array`, %a is replaced by the task's number"
         )
     return {key: value for key, value in wanted.items() if value is not None}
 
 
 def minutes(text: str) -> int:
-    """Slurm's ways to write a duration, in minutes, seconds rounded up.
+    """Convert a duration as Slurm writes it to minutes, rounded up.
 
-    M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; see sbatch(1), --time.
+    M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; see sbatch(1), --time.
 
     Raises:
-        UserError: none of these.
+        UserError: it is none of these.
     """
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
         raise UserError(f"--time {text}: expected minutes, HH:MM:SS or D-HH:MM:SS")
@@ -143,12 +142,12 @@ def minutes(text: str) -> int:
 
 
 def command(training: Sequence[str]) -> list[str]:
-    """What the job runs: the same script, with the same arguments, as with sbatch."""
+    """Return the command of the job: the same script, with the same arguments, as with sbatch."""
     return ["bash", str(SCRIPT), *training]
 
 
 def batch_text(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> str:
-    """The batch script that submitit would submit."""
+    """Return the batch script that submitit would submit."""
     return str(_executor(folder, parameters, training)._make_submission_file_text("unreached", "dry-run"))
 
 
@@ -159,20 +158,20 @@ def _executor(folder: Path, parameters: dict[str, Any], training: Sequence[str])
         executor = SlurmExecutor(folder=folder / "submit")
     except RuntimeError:
         raise UserError(
-            "there is no srun on this machine: submit from a login node, or bring one up here with `make lab`"
+            "there is no srun on this machine: submit from a login node, or start a Slurm here with `make lab`"
         ) from None
     executor.update_parameters(**parameters, setup=setup(training))
     return executor
 
 
 def setup(training: Sequence[str]) -> list[str]:
-    """The lines with which the job becomes the batch script, before the pickled call that submitit writes after them.
+    """Return the lines by which the job executes the batch script; submitit's pickled call after them is not reached.
 
-    The job runs this very Python, wherever it is installed, unless HPCGPT_PYTHON is set or a site file, which may
-    bring an environment of its own.
+    The job runs the Python that runs this, unless HPCGPT_PYTHON is set, or a site file, which may have its own
+    environment.
 
-    A node may lack the file system of the script. There its copy in the job's own script decides what is
-    next, as it does where sbatch was given the batch script itself.
+    A node may lack the file system of the script. For that case the lines contain a copy of it, which then decides
+    what happens to the job, as it does for a job of sbatch.
     """
     copy = [line for line in SCRIPT.read_text().splitlines() if line and not line.startswith("#")]
     return [
@@ -207,17 +206,17 @@ def _parser() -> argparse.ArgumentParser:
     slurm = parser.add_argument_group("Slurm")
     slurm.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
     slurm.add_argument(
-        "--tasks-per-node", type=int, default=1, metavar="N", help="ranks a node, one a GPU (default: 1)"
+        "--tasks-per-node", type=int, default=1, metavar="N", help="ranks per node, one for each GPU (default: 1)"
     )
-    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs a node")
-    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores a rank")
-    slurm.add_argument("--mem", metavar="SIZE", help="memory a node, as Slurm writes it: 64G")
+    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node")
+    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores per rank")
+    slurm.add_argument("--mem", metavar="SIZE", help="memory per node, as Slurm writes it: 64G")
     slurm.add_argument("--time", default="24:00:00", help="time limit (default: 24:00:00)")
     slurm.add_argument("--partition", help="partition")
     slurm.add_argument("--account", help="account")
     slurm.add_argument("--qos", help="quality of service")
     slurm.add_argument("--constraint", help="node features")
-    slurm.add_argument("--exclude", help="nodes to keep away from")
+    slurm.add_argument("--exclude", help="nodes to avoid")
     slurm.add_argument(
         "--signal-lead-s",
         type=int,

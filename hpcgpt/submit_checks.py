@@ -1,7 +1,7 @@
-"""The run that a job would find in its folder: what would end the job there is said before it waits in a queue.
+"""Checks of the run folder before a job is queued: what would end the job at its start is refused now.
 
-Asked are the STOP file, the newest checkpoint, Slurm (for the jobs of this run), and the heartbeat of the attempt
-that holds the folder. Nothing is written.
+They look at the STOP file, the newest checkpoint, the run's jobs in Slurm, and the heartbeat of the attempt that holds
+the lease. Nothing is written.
 
 No torch in here.
 """
@@ -31,26 +31,26 @@ _ALIVE = {
 }  # fmt: skip
 
 
-def check(planned: Plan, queued_behind: bool) -> str:
-    """Why a job would have nothing to do, in words; "" if it would train.
+def check(planned: Plan, waits_for_others: bool) -> str:
+    """Return why a job would have nothing to do; "" if it would train.
 
-    `queued_behind`: the job waits for others, so that they may hold the folder still.
+    `waits_for_others`: the job has a dependency on other jobs, so these may still use the folder.
 
     Raises:
-        UserError: a job would be refused, or stop at once: a STOP file, other settings, checkpoints of which none is
-            whole, a job or process that has the folder.
+        UserError: a job would be refused, or stop at once: a STOP file, other settings, only damaged checkpoints, or
+            another job or process that uses the folder.
     """
     folder = planned.config.run_folder
     stop_file = folder / "STOP"
     if stop_file.exists():
-        raise UserError(f"{stop_file} asks this run to stay stopped: remove it to go on")
+        raise UserError(f"{stop_file} keeps this run stopped: remove it to continue")
     state = _newest_state(folder)
     if state and (changed := plan.changes(state.identity, planned.identity)):
         raise UserError(
-            f"{folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run another "
-            "--run.name, or restore the settings"
+            f"{folder} was trained with other settings: {'; '.join(changed)}. Give the new run another --run.name, or "
+            "restore the settings"
         )
-    if not queued_behind:
+    if not waits_for_others:
         _refuse_while_held(folder)
     if state and state.step >= planned.total_steps and state.pending is None:
         return f"{folder} is finished already, at step {state.step:,} of {planned.total_steps:,}: nothing to do"
@@ -58,7 +58,7 @@ def check(planned: Plan, queued_behind: bool) -> str:
 
 
 def _newest_state(folder: Path) -> State | None:
-    """Of the newest checkpoint that looks whole; checksums are not read here. None if there never was one."""
+    """Return the state of the newest intact checkpoint, by its sizes and not its checksums; None if there is none."""
     problems = []
     for path in layout.found(folder / "checkpoints"):
         problem = layout.outline(path)
@@ -67,8 +67,8 @@ def _newest_state(folder: Path) -> State | None:
         problems.append(f"{path.name}: {problem}")
     if problems:
         raise UserError(
-            f"{folder / 'checkpoints'} has checkpoints, but none is whole ({'; '.join(problems)}): bring one back, or "
-            "start another --run.name; training is not started over silently"
+            f"{folder / 'checkpoints'} has checkpoints, but all are damaged ({'; '.join(problems)}): restore one, or "
+            "choose another --run.name. Training does not silently start from the beginning"
         )
     return None
 
@@ -78,8 +78,8 @@ def _refuse_while_held(folder: Path) -> None:
     for job, state in _states(jobs).items():
         if state in _ALIVE:
             raise UserError(
-                f"{folder} is the run of job {job}, which {_ALIVE[state]}: end that one first (scancel {job}), give "
-                f"this run another --run.name, or queue it behind: --sbatch dependency=afterany:{job}"
+                f"{folder} is the run of job {job}, which {_ALIVE[state]}: end that job first (scancel {job}), give "
+                f"this run another --run.name, or queue it to run afterwards: --sbatch dependency=afterany:{job}"
             )
     if lease.is_held(folder):
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the job's id
@@ -87,7 +87,7 @@ def _refuse_while_held(folder: Path) -> None:
 
 
 def _jobs(folder: Path) -> list[str]:
-    """The Slurm jobs that may have this run: as events say, and as `hpcgpt submit` left their scripts."""
+    """List the Slurm jobs that may have this run: from its events, and from the scripts of `hpcgpt submit`."""
     events = [event for event in run_folder.events(folder) if event.get("event") in ("job", "start", "chain")]
     ids = [str(event.get("next_job") or event.get("job")).partition("_")[0] for event in events[-10:]]
     ids += sorted(path.name.partition("_")[0] for path in folder.glob("submit/*_submission.sh"))[-10:]
@@ -95,10 +95,10 @@ def _jobs(folder: Path) -> list[str]:
 
 
 def _states(jobs: list[str]) -> dict[str, str]:
-    """The states of those that Slurm still knows and that are this user's own; {} if it does not answer."""
+    """Ask Slurm for the states of those jobs that still exist and belong to this user; {} if it does not answer."""
     if not jobs:
         return {}
-    # With a single id that is gone squeue fails; with two it leaves out the one, and no job has the id 0.
+    # squeue fails on a single id that no longer exists, but of two it omits one: hence 0, which is no job's id.
     asked = ["--me", "--noheader", "--states=all", f"--jobs={','.join([*jobs, '0'])}", "--format=%A %T"]
     pairs = [line.split() for line in scontrol.run("squeue", *asked).stdout.splitlines()]
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}

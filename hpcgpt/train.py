@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         job_end.watch(job, flag)
     try:
         if stop_file.exists():
-            raise UserError(f"{stop_file} asks this run to stay stopped: remove it to go on")
+            raise UserError(f"{stop_file} keeps this run stopped: remove it to continue")
         if here.is_first:
             tracker.check(settings.tracking.wandb)
         # Late, so that --help costs neither numpy nor torch.

@@ -1,5 +1,5 @@
-"""What the tests share: a small corpus of real text (this project's own sources) as shards, a tiny model's
-configuration, ways to run our commands as real processes, and the lab.
+"""Fixtures of all tests: a small corpus of real text (this project's own sources) as shards, the configuration of a
+tiny run on them, and the lab.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from data_prep import make_shards, train_tokenizer
 from data_prep.text import documents, inputs
 from hpcgpt.tokenizer import save_load
 from tests.checkpoint.small_checkpoints import checkpoints as checkpoints  # fixtures
-from tests.checkpoint.small_checkpoints import held as held
+from tests.checkpoint.small_checkpoints import lease as lease
 from tests.checkpoint.small_checkpoints import three as three
 from tests.programs import ROOT
 from tests.slurm.lab_fixture import lab as lab  # a fixture, for all tests
@@ -57,7 +57,7 @@ def tokenizer_folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """A byte-level BPE of 512 ids, trained on the corpus."""
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe512"
     unit = inputs.units(inputs.find([str(text_folder)]), 10**9)[0]
-    save_load.save(train_tokenizer.train(documents.documents(unit), 512, "bpe512"), folder)
+    save_load.save(train_tokenizer.train(documents.read_documents(unit), 512, "bpe512"), folder)
     return folder
 
 
@@ -76,19 +76,9 @@ def shards_folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: p
 def faulty_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library that makes calls about files fail, to be preloaded."""
     library = tmp_path_factory.mktemp("faulty") / "faulty_calls.so"
-    words = [
-        "cc",
-        "-O1",
-        "-Wall",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        "-o",
-        library,
-        ROOT / "tests/training/faulty_calls.c",
-        "-ldl",
-    ]
-    subprocess.run(words, check=True)
+    source = ROOT / "tests/training/faulty_calls.c"
+    command = ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
     return library
 
 

@@ -11,16 +11,16 @@ from tests.programs import command
 
 
 class FakeSlurm:
-    """An scontrol that keeps what it is told. The real one is asked in tests/slurm/test_lab.py and its neighbours."""
+    """An scontrol that records its calls. The real one is tested in tests/slurm/test_lab.py and its neighbours."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "bin"
         self.folder.mkdir()
-        self.said = folder / "scontrol.txt"
+        self.calls = folder / "scontrol.txt"
         self.answers()
 
     def away(self, times: int, then_requeued: bool = False) -> None:
-        """Its controller cannot be reached so often; what it was told in the last of these may have reached it."""
+        """Its controller cannot be reached for so many calls; the last of these may have reached it nevertheless."""
         script = self.folder / "scontrol"
         back = script.read_text().replace("#!/bin/sh\n", "", 1)
         requeued = back.replace("Restarts=0", "Restarts=1").replace("exit 0", "echo Job is completing >&2; exit 1")
@@ -34,12 +34,12 @@ class FakeSlurm:
 
     def answers(self, state: str = "RUNNING", restarts: int = 0, refuses: bool = False, **fields: str) -> None:
         more = {"Reason": "None", "PreemptTime": "None", "BatchFlag": "1"} | fields
-        said = " ".join(f"{key}={value}" for key, value in more.items())
+        output = " ".join(f"{key}={value}" for key, value in more.items())
         script = self.folder / "scontrol"
         script.write_text(
-            f'#!/bin/sh\necho "$@" >> {self.said}\n'
+            f'#!/bin/sh\necho "$@" >> {self.calls}\n'
             f'if [ "$1" = requeue ]; then {"echo Invalid >&2; exit 1" if refuses else "exit 0"}; fi\n'
-            f"echo 'JobId=7 JobName=x JobState={state} {said} Requeue=1 Restarts={restarts}'\n"
+            f"echo 'JobId=7 JobName=x JobState={state} {output} Requeue=1 Restarts={restarts}'\n"
         )
         script.chmod(0o755)
 
@@ -50,11 +50,11 @@ class FakeSlurm:
 
     @property
     def updates(self) -> list[str]:
-        return [line for line in self.said.read_text().splitlines() if line.startswith("update")]
+        return [line for line in self.calls.read_text().splitlines() if line.startswith("update")]
 
     @property
     def requeued(self) -> list[str]:
-        lines = self.said.read_text().splitlines() if self.said.exists() else []
+        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
         return [line.removeprefix("requeue ") for line in lines if line.startswith("requeue")]
 
 

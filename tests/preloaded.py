@@ -110,9 +110,9 @@ def become(connection: socket.socket) -> tuple[str, list[str], dict[str, str], s
     if child:
         os.closerange(0, 3)
         connection.sendall(f"{child}\n".encode())
-        handle = os.pidfd_open(child)
-        if handle not in select.select([connection, handle], [], [])[0]:
-            os.kill(child, signal.SIGKILL)  # whoever asked for it has gone
+        ended = os.pidfd_open(child)
+        if ended not in select.select([connection.fileno(), ended], [], [])[0]:
+            os.kill(child, signal.SIGKILL)  # the test that started it has closed the connection
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         connection.sendall(f"{status}\n".encode())
         os._exit(0)

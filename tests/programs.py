@@ -61,9 +61,9 @@ def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -
     """
     run_id = secrets.token_hex(4)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        running = []
-        for rank in range(count):
-            place = {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(rank), "LOCAL_RANK": str(rank),
+        running: list[Program] = []
+        for number in range(count):
+            place = {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(number), "LOCAL_RANK": str(number),
                      "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
             running.append(program(module, arguments, clean_env() | place, ROOT, out, err))
         deadline = time.monotonic() + timeout_s

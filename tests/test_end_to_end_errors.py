@@ -120,7 +120,7 @@ def test_a_rank_that_never_starts_is_named(config: Path, run: Path, rank: int, e
 def test_a_global_batch_that_the_ranks_cannot_divide_is_refused_with_what_would_do(config: Path, run: Path) -> None:
     told = refused(config, run, env=as_rank(0, 3))
     assert "train.global_batch 8 is not a multiple of 3 ranks x train.micro_batch 2" in told
-    assert "take a train.global_batch that is a multiple of 6" in told
+    assert "choose a train.global_batch that is a multiple of 6" in told
 
 
 def test_a_gpu_that_is_not_there_is_refused(config: Path, run: Path) -> None:
@@ -189,7 +189,7 @@ def exchange_tokenizer(folder: Path) -> None:
     text = folder / "text.txt"
     text.write_text("another corpus gives another tokenizer " * 100)
     unit = inputs.units(inputs.find([str(text)]), 10**9)[0]
-    save_load.save(train_tokenizer.train(documents.documents(unit), 280, "other"), folder / "tokenizer")
+    save_load.save(train_tokenizer.train(documents.read_documents(unit), 280, "other"), folder / "tokenizer")
 
 
 def spoil_tokens(folder: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_resume_with_other_data_is_refused(config: Path, run: Path, text_folde
 
 def test_a_stop_file_keeps_a_run_from_starting(config: Path, run: Path) -> None:
     (run / "STOP").touch()
-    assert f"{run / 'STOP'} asks this run to stay stopped: remove it to go on" in refused(config, run)
+    assert f"{run / 'STOP'} keeps this run stopped: remove it to continue" in refused(config, run)
 
 
 # --- the run folder --------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_a_run_folder_that_is_held_by_a_living_process_is_refused_and_that_proce
             time.sleep(0.02)
         second = command("hpcgpt.train", str(config), "--run.dir", str(run.parent))
         assert second.returncode == USER_MISTAKE
-        who = rf"is held by generation 2 \(host .*, pid {holder.pid}\), which is alive"
+        who = rf"is in use by attempt 2 \(host .*, pid {holder.pid}\), which is alive"
         assert matches(who, sentence(second.stderr))
         holder.send_signal(signal.SIGTERM)
         assert holder.wait(60) == AGAIN

@@ -25,7 +25,7 @@ from hpcgpt.errors import (
 from hpcgpt.exit_codes import FAILED, FINISHED, USER_MISTAKE
 from hpcgpt.run import crash_report, run_folder
 from hpcgpt.slurm import requeue_policy
-from hpcgpt.slurm.restart_history import History
+from hpcgpt.slurm.restart_history import RestartHistory
 from hpcgpt.slurm.scontrol import Job
 from tests.programs import command, on_ranks
 
@@ -74,8 +74,9 @@ def decided(folder: Path, status: int) -> requeue_policy.Decision:
     words = [
         crash_report.read(folder, path.name) for path in folder.glob("faults/*")
     ]  # none before there is a run folder
-    blamed = crash_report.blame([], words[0] if words else [])
-    return requeue_policy.decide(run_folder.read_exit(folder), status, Job("RUNNING"), 0, History(), Requeue(), blamed)
+    failure = crash_report.first_failure([], words[0] if words else [])
+    ended = run_folder.read_exit(folder)
+    return requeue_policy.decide(ended, status, Job("RUNNING"), 0, RestartHistory(), Requeue(), failure)
 
 
 MACHINE = {
@@ -111,7 +112,7 @@ def test_the_rank_whose_fault_it_is_is_blamed_and_no_other(tiny: Path, where: st
     status, said, folder = broken(2, rank, where, "ValueError('a fault of its own')", tiny)
     assert status not in (FINISHED, USER_MISTAKE), said
     attempt = next((folder / "faults").iterdir()).name
-    blamed = crash_report.blame([], crash_report.read(folder, attempt))
+    blamed = crash_report.first_failure([], crash_report.read(folder, attempt))
     assert blamed is not None
     assert (blamed.rank, blamed.status) == (rank, FAILED)
     assert "a fault of its own" in blamed.reason

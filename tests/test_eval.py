@@ -141,7 +141,7 @@ def test_a_run_of_relative_paths_can_be_evaluated_from_anywhere(shards_folder: P
 
 def test_an_evaluation_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(4, every_s=0) as progress:
-        assert [progress.asked() for _ in range(4)] == [False] * 4
+        assert [progress.next_batch() for _ in range(4)] == [False] * 4
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["0 of 4 batches, 0%", "1 of 4 batches, 25%", "2 of 4 batches, 50%", "3 of 4 batches, 75%"]
 
@@ -192,7 +192,7 @@ def test_figures_of_other_shards_than_the_runs_are_refused(runs: Path, tmp_path:
     config.write_text(config.read_text().replace("seed = 1", "seed = 2"))
     done = command("hpcgpt.eval", str(copy))
     assert done.returncode == 2
-    assert "was trained with other data or settings than are there: run.seed was 1 and is now 2" in done.stderr
+    assert "was trained with other data or settings: run.seed was 1 and is now 2" in done.stderr
 
 
 # --- hpcgpt sample ---------------------------------------------------------------------------------

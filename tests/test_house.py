@@ -233,6 +233,18 @@ def test_no_file_runs_pickles() -> None:
         assert not calls & {"torch.load", "torch.save", "eval", "exec", "__import__"}, name
 
 
+def warnings_printed(path: Path) -> list[int]:
+    """The lines that print a text beginning with `warning: `."""
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and last_name(node.func) == "print"]
+    texts = [(node.lineno, ast.unparse(argument)) for node in calls for argument in node.args[:1]]
+    return [line for line, text in texts if text.lstrip("f").strip("'\"").startswith("warning: ")]
+
+
+def test_warnings_are_printed_in_one_place() -> None:
+    found = {module_name(path) for path in HPCGPT if warnings_printed(path)}
+    assert found == {"hpcgpt.output.streams"}
+
+
 def test_file_names_answer_where_a_thing_is() -> None:
     vague = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base", "core", "tools"}
     assert not {path.stem for path in MODULES.values()} & vague

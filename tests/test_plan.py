@@ -28,8 +28,8 @@ def settings(folder: Path, **flags: Any) -> Config:
     """A small configuration; flags are spelled section__key=value."""
     small = {"model__n_layer": 1, "model__n_head": 1, "model__n_embd": 8, "model__block_size": 32, "train__steps": 5,
              "train__global_batch": 8, "train__micro_batch": 2, "data__dir": folder} | flags  # fmt: skip
-    words = [word for key, value in small.items() for word in (f"--{key.replace('__', '.')}", str(value))]
-    return sources.from_command_line(words, "train", "")
+    arguments = [flag for key, value in small.items() for flag in (f"--{key.replace('__', '.')}", str(value))]
+    return sources.from_command_line(arguments, "train", "")
 
 
 def test_a_plan_fills_in_what_the_configuration_left_open(shards_folder: Path) -> None:
@@ -79,10 +79,15 @@ def test_micro_steps_follow_from_the_global_batch(global_batch: int, micro_batch
 @pytest.mark.parametrize(
     ("global_batch", "micro_batch", "ranks", "advice"),
     [
-        (8, 2, 3, "not a multiple of 3 ranks x train.micro_batch 2: take a train.global_batch that is a multiple of 6"),
+        (
+            8,
+            2,
+            3,
+            "not a multiple of 3 ranks x train.micro_batch 2: choose a train.global_batch that is a multiple of 6",
+        ),
         (8, 4, 4, "with 4 ranks train.micro_batch may be 1, 2"),
         (12, 4, 2, "with 2 ranks train.micro_batch may be 1, 2, 3, 6"),
-        (8, 8, 16, "take a train.global_batch that is a multiple of 128"),
+        (8, 8, 16, "choose a train.global_batch that is a multiple of 128"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_what_would(
@@ -96,7 +101,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
 def test_sums_of_micro_batches_are_not_rounded_to_bfloat16(shards_folder: Path) -> None:
     """With zero1 FSDP2 would, before it sends them."""
     flags = {"parallel__mode": "zero1", "parallel__gradient_dtype": "bfloat16"}
-    with pytest.raises(ValueError, match="with zero1 would add up a step's 2 micro-batches in bfloat16, too"):
+    with pytest.raises(ValueError, match="with zero1 would also accumulate a step's 2 micro-batches"):
         plan.make(settings(shards_folder, **flags), world_size=2)
     plan.make(settings(shards_folder, **flags), world_size=4)  # one micro-batch each
     for mode in ("ddp", "fsdp"):
@@ -124,12 +129,12 @@ def test_a_missing_shard_is_refused_by_its_name(split: str, copy: Path) -> None:
         plan.make(settings(copy), 1)
 
 
-@pytest.mark.parametrize(("change", "word"), [(-2, "truncated"), (2, "too long")])
-def test_a_shard_of_another_size_is_refused_with_both_sizes(change: int, word: str, copy: Path) -> None:
+@pytest.mark.parametrize(("change", "problem"), [(-2, "truncated"), (2, "too long")])
+def test_a_shard_of_another_size_is_refused_with_both_sizes(change: int, problem: str, copy: Path) -> None:
     path = copy / "train_000000.bin"
     size = path.stat().st_size
     os.truncate(path, size + change)
-    with pytest.raises(ValueError, match=f"train_000000.bin is {word}: {size + change:,} bytes, expected {size:,}"):
+    with pytest.raises(ValueError, match=f"train_000000.bin is {problem}: {size + change:,} bytes, expected {size:,}"):
         plan.make(settings(copy), 1)
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,12 @@ from hpcgpt.config import options
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, SUPERSEDED
 from hpcgpt.run import run_folder
-from hpcgpt.run.crash_report import Blame
+from hpcgpt.run.crash_report import FirstFailure
 from hpcgpt.run.run_folder import Exit
 from hpcgpt.slurm import bad_nodes
 from hpcgpt.slurm.bad_nodes import bad_hosts
 from hpcgpt.slurm.requeue_policy import Decision, decide, decide_early
-from hpcgpt.slurm.restart_history import History, Start
+from hpcgpt.slurm.restart_history import RestartHistory, Start
 from hpcgpt.slurm.scontrol import Job, job_id
 from hpcgpt.storage import lease
 from tests.checkpoint.small_checkpoints import save
@@ -31,16 +32,18 @@ from tests.fake_slurm import slurm as slurm
 from tests.programs import command
 from tests.tiny_run import rows
 
-NOBODY = None  # rank 0 could not write exit.json: killed, or its node is gone
+NO_EXIT_FILE = None  # rank 0 could not write exit.json: killed, or its node is gone
 
 
-NEW, LIMITS = History(), options.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
+NEW, LIMITS = RestartHistory(), options.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
 
 
-def policy(ended: Exit | None, status: int, crashes: int = 0, most: int = 3, blamed: Blame | None = None) -> Decision:
+def policy(
+    ended: Exit | None, status: int, crashes: int = 0, most: int = 3, failure: FirstFailure | None = None
+) -> Decision:
     """What is decided at the first start of a job that Slurm leaves alone."""
     limits = options.Requeue(max_crashes=most)
-    return decide(ended, status, Job("RUNNING"), 0, History(crashes), limits, blamed)
+    return decide(ended, status, Job("RUNNING"), 0, RestartHistory(crashes), limits, failure)
 
 
 def left(status: int, reason: str = "", saved: bool = False) -> Exit:
@@ -51,35 +54,54 @@ def left(status: int, reason: str = "", saved: bool = False) -> Exit:
 
 
 @pytest.mark.parametrize(
-    ("ended", "status", "requeue", "crashed", "words"),
+    ("ended", "status", "requeue", "crashed", "message"),
     [
         (left(FINISHED), 0, False, False, "finished"),
         (left(FINISHED), 137, False, False, "finished"),  # srun -K may lose the true status
-        (left(2, "no such key"), 2, False, False, "needs a person: no such key"),
-        (left(2, "no such key"), 143, False, False, "needs a person: no such key"),
-        (NOBODY, 2, False, False, "needs a person"),
-        (NOBODY, SUPERSEDED, False, False, "needs a person"),
-        (left(AGAIN, Stop.FILE.words, saved=True), AGAIN, False, False, "STOP file"),
-        (left(AGAIN, Stop.TIME_LIMIT.words, saved=True), AGAIN, True, False, "saved at step 1,200: the time limit"),
-        (left(AGAIN, Stop.TERMINATED.words, saved=True), 143, True, False, "saved at step 1,200: told to terminate"),
-        (left(AGAIN, Stop.INTERRUPT.words, saved=True), 0, True, False, "saved at step 1,200: interrupted"),
+        (left(2, "no such key"), 2, False, False, "a person has to act: no such key"),
+        (left(2, "no such key"), 143, False, False, "a person has to act: no such key"),
+        (NO_EXIT_FILE, 2, False, False, "a person has to act"),
+        (NO_EXIT_FILE, SUPERSEDED, False, False, "a person has to act"),
+        (left(AGAIN, Stop.FILE.message, saved=True), AGAIN, False, False, "STOP file"),
+        (left(AGAIN, Stop.TIME_LIMIT.message, saved=True), AGAIN, True, False, "saved at step 1,200: the time limit"),
+        (left(AGAIN, Stop.TERMINATED.message, saved=True), 143, True, False, "saved at step 1,200: told to terminate"),
+        (left(AGAIN, Stop.INTERRUPT.message, saved=True), 0, True, False, "saved at step 1,200: interrupted"),
         (left(FAILED, "out of memory"), 1, True, True, "crash 1 since the last new checkpoint: out of memory"),
-        (NOBODY, 137, True, True, "crash 1 since the last new checkpoint: the ranks left with status 137 and no word"),
-        (NOBODY, 1, True, True, "status 1 and no word"),
-        (NOBODY, 0, False, False, "finished"),  # every rank said so, and rank 0's disk was full
-        (NOBODY, AGAIN, True, False, "saved"),
+        (
+            NO_EXIT_FILE,
+            137,
+            True,
+            True,
+            "crash 1 since the last new checkpoint: the ranks exited with status 137 and reported no error",
+        ),
+        (NO_EXIT_FILE, 1, True, True, "exited with status 1 and reported no error"),
+        (NO_EXIT_FILE, 0, False, False, "finished"),  # every rank said so, and rank 0's disk was full
+        (NO_EXIT_FILE, AGAIN, True, False, "saved"),
     ],
 )
 def test_how_an_attempt_ended_decides(
-    ended: Exit | None, status: int, requeue: bool, crashed: bool, words: str
+    ended: Exit | None, status: int, requeue: bool, crashed: bool, message: str
 ) -> None:
     decision = policy(ended, status)
     assert (decision.requeue, decision.crashed) == (requeue, crashed)
-    assert words in decision.why
+    assert message in decision.reason
+    assert decision.finished == (message == "finished")
 
 
-TOLD = left(AGAIN, Stop.TERMINATED.words, saved=True)
-ENDS = [NOBODY, TOLD, left(FAILED, "x")]
+@pytest.mark.parametrize(
+    ("reason", "stop"),
+    [("a STOP file", Stop.FILE), ("the time limit is near", Stop.TIME_LIMIT), ("interrupted", Stop.INTERRUPT),
+     ("told to terminate", Stop.TERMINATED), ("out of memory", Stop.NO), ("", Stop.NO)],
+)  # fmt: skip
+def test_the_reasons_that_run_folders_contain_are_understood_as_codes(reason: str, stop: Stop) -> None:
+    """These texts are in exit.json files on disk: they must be understood whatever the messages are now."""
+    ended = left(AGAIN, reason, saved=True)
+    assert ended.stop == stop
+    assert policy(ended, AGAIN).requeue == (stop != Stop.FILE)
+
+
+TERMINATED = left(AGAIN, Stop.TERMINATED.message, saved=True)
+ENDS = [NO_EXIT_FILE, TERMINATED, left(FAILED, "x")]
 
 
 @pytest.mark.parametrize("ended", ENDS)
@@ -88,7 +110,7 @@ def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: 
     """While its processes are being ended, a cancelled job is COMPLETING."""
     decision = decide(ended, 143, Job(state), 0, NEW, LIMITS)
     assert (decision.requeue, decision.crashed) == (False, False)
-    assert "cancelled" in decision.why
+    assert "cancelled" in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -97,7 +119,7 @@ def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: 
      Job("TIMEOUT"), Job("COMPLETING", node_failed=True), Job("")],
 )  # fmt: skip
 def test_in_any_other_state_a_saved_job_is_requeued_also_when_slurm_preempted_it(job: Job) -> None:
-    assert decide(TOLD, 143, job, 0, NEW, LIMITS).requeue
+    assert decide(TERMINATED, 143, job, 0, NEW, LIMITS).requeue
 
 
 @pytest.mark.parametrize(
@@ -108,12 +130,12 @@ def test_the_last_of_max_crashes_in_a_row_is_a_crash_loop(before: int, allowed: 
     decision = policy(left(FAILED, "out of memory"), 1, crashes=before, most=allowed)
     assert decision.requeue == requeue
     assert decision.crashed
-    assert "out of memory" in decision.why
-    assert ("crash loop" in decision.why) != requeue
+    assert "out of memory" in decision.reason
+    assert ("crash loop" in decision.reason) != requeue
 
 
 def test_earlier_crashes_do_not_keep_a_saved_job_from_being_requeued() -> None:
-    assert policy(left(AGAIN, Stop.TIME_LIMIT.words, saved=True), AGAIN, crashes=99).requeue
+    assert policy(left(AGAIN, Stop.TIME_LIMIT.message, saved=True), AGAIN, crashes=99).requeue
 
 
 @pytest.mark.parametrize("ended", ENDS)
@@ -124,65 +146,65 @@ def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash
     """It may even run again already; a second requeue would hit the new start."""
     decision = decide(ended, 143, Job(state, restarts=2), 1, NEW, LIMITS)
     assert (decision.requeue, decision.crashed) == (False, False)
-    assert decide(TOLD, 143, Job("RUNNING", restarts=2), 2, NEW, LIMITS).requeue
+    assert decide(TERMINATED, 143, Job("RUNNING", restarts=2), 2, NEW, LIMITS).requeue
 
 
 @pytest.mark.parametrize(
-    ("blamed", "status", "requeue", "crashed", "words"),
+    ("failure", "status", "requeue", "crashed", "message"),
     [
         # One rank alone found a mistake; srun -K ended the others, rank 0 too, and its status is 137.
-        (Blame(3, "n2", "exit status 2", 2, "no such file"), 137, False, False, "rank 3 on n2: exit status 2: no such"),
-        (Blame(0, "n1", "Exited with exit code 76", 76), 137, False, False, "exit code 76: see the log"),
+        (FirstFailure(3, "n2", "exit status 2", 2, "no such file"), 137, False, False, "exit status 2: no such"),
+        (FirstFailure(0, "n1", "Exited with exit code 76", 76), 137, False, False, "exit code 76: see the log"),
         (
-            Blame(3, "n2", "Killed", None),
+            FirstFailure(3, "n2", "Killed", None),
             137,
             True,
             True,
             "crash 1 since the last new checkpoint: rank 3 on n2: Killed",
         ),
-        (Blame(3, "n2", "exit status 1", 1, "boom"), 137, True, True, "rank 3 on n2: exit status 1: boom"),
+        (FirstFailure(3, "n2", "exit status 1", 1, "boom"), 137, True, True, "rank 3 on n2: exit status 1: boom"),
         # srun's own status may be any of its tasks': 2 is no mistake of the user's if a rank was killed first.
-        (Blame(3, "n2", "Killed", None), 2, True, True, "Killed"),
+        (FirstFailure(3, "n2", "Killed", None), 2, True, True, "Killed"),
     ],
 )
 def test_without_a_word_from_rank_0_the_first_to_fail_decides(
-    blamed: Blame, status: int, requeue: bool, crashed: bool, words: str
+    failure: FirstFailure, status: int, requeue: bool, crashed: bool, message: str
 ) -> None:
-    decision = policy(NOBODY, status, blamed=blamed)
+    decision = policy(NO_EXIT_FILE, status, failure=failure)
     assert (decision.requeue, decision.crashed) == (requeue, crashed)
-    assert words in decision.why
+    assert message in decision.reason
 
 
 def test_a_node_that_failed_is_no_crash_and_no_cancellation() -> None:
-    decision = decide(NOBODY, 143, Job("COMPLETING", node_failed=True), 0, History(crashes=99), LIMITS)
-    assert (decision.requeue, decision.crashed, decision.why) == (True, False, "a node failed")
+    decision = decide(NO_EXIT_FILE, 143, Job("COMPLETING", node_failed=True), 0, RestartHistory(crashes=99), LIMITS)
+    assert (decision.requeue, decision.crashed, decision.reason) == (True, False, "a node failed")
 
 
 IDLE = Start("7_9", from_step=20, to_step=21, start_s=25.4, trained_s=3.2)
 
 
 @pytest.mark.parametrize(("idle", "requeue"), [(0, True), (9, True), (10, False), (30, False)])
-@pytest.mark.parametrize("ended", [left(AGAIN, Stop.TIME_LIMIT.words, saved=True), left(FAILED, "out of memory")])
+@pytest.mark.parametrize("ended", [left(AGAIN, Stop.TIME_LIMIT.message, saved=True), left(FAILED, "out of memory")])
 def test_a_job_whose_starts_cost_more_than_they_gain_comes_to_an_end(ended: Exit, idle: int, requeue: bool) -> None:
     """`idle` counts the start that has just ended, too."""
-    decision = decide(ended, AGAIN, Job("RUNNING"), 0, History(idle=idle, last=IDLE), LIMITS)
+    decision = decide(ended, AGAIN, Job("RUNNING"), 0, RestartHistory(without_progress=idle, last=IDLE), LIMITS)
     assert (decision.requeue, decision.gave_up) == (requeue, not requeue)
     assert decision.crashed == (ended.status == FAILED)
-    assert ("it gets nowhere" in decision.why) != requeue
-    assert ended.reason in decision.why
-    if idle:  # it is told so each time
-        assert "took 25 s until its first step and trained for 3 s, 1 step" in decision.why
-    assert (f"{idle} of 10 in a row" in decision.why) == (requeue and idle > 0)
-    assert ("Ask for a longer --time" in decision.why) != requeue
+    assert ("no progress: " in decision.reason) != requeue
+    assert ended.reason in decision.reason
+    if idle:  # each of them is reported
+        assert "took 25 s until its first step and trained for 3 s, 1 step" in decision.reason
+    assert (f"{idle} starts in a row without progress, 10 allowed" in decision.reason) == (requeue and idle > 0)
+    assert ("with a longer --time" in decision.reason) != requeue
 
 
 @pytest.mark.parametrize(("before", "requeue"), [(0, True), (2, True), (3, False), (9, False)])
 def test_nodes_that_keep_failing_bring_a_job_back_only_so_often(before: int, requeue: bool) -> None:
-    job, past = Job("COMPLETING", node_failed=True), History(node_failures=before)
-    for decision in (decide(NOBODY, 143, job, 0, past, LIMITS), decide_early(job, 0, past, LIMITS)):
+    job, past = Job("COMPLETING", node_failed=True), RestartHistory(node_failures=before)
+    for decision in (decide(NO_EXIT_FILE, 143, job, 0, past, LIMITS), decide_early(job, 0, past, LIMITS)):
         assert decision is not None
         assert (decision.requeue, decision.crashed, decision.gave_up) == (requeue, False, not requeue)
-        assert requeue or f"{before + 1} starts without a new checkpoint ended with a node that failed" in decision.why
+        assert requeue or f"{before + 1} starts without a new checkpoint ended with a node failure" in decision.reason
 
 
 ENDING = "COMPLETING"
@@ -209,14 +231,14 @@ def test_while_slurm_ends_a_job_whose_ranks_hang_what_slurm_will_not_do_is_decid
     if decision:
         assert (decision.requeue, decision.crashed) == (True, False)
         assert why is not None
-        assert why in decision.why
+        assert why in decision.reason
 
 
 def test_a_job_that_hangs_until_its_time_limit_each_time_comes_to_an_end() -> None:
-    decision = decide_early(Job(ENDING, over_time=True), 0, History(idle=10, last=IDLE), LIMITS)
+    decision = decide_early(Job(ENDING, over_time=True), 0, RestartHistory(without_progress=10, last=IDLE), LIMITS)
     assert decision is not None
     assert not decision.requeue
-    assert "it gets nowhere" in decision.why
+    assert "no progress: " in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -252,64 +274,64 @@ def test_folder_with_a_wrong_configuration_makes_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [[], ["quickstart"], ["--status", "0"], ["decide"], ["decide", "quickstart"], ["decide", "--status"],
      ["decide", "--status", "x", "quickstart"], ["decide", "--status", "-1"]],
 )  # fmt: skip
-def test_wrong_usage_ends_with_status_2_and_a_sentence(words: list[str]) -> None:
-    done = command("hpcgpt.requeue", *words)
+def test_wrong_usage_ends_with_status_2_and_a_sentence(arguments: list[str]) -> None:
+    done = command("hpcgpt.requeue", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(("error: usage:", "error: requeue decide needs --status N first"))
 
 
 def test_a_saved_attempt_is_requeued(slurm: FakeSlurm, run: Path) -> None:
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    status, said = decided(slurm, run, 143)
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
+    status, output = decided(slurm, run, 143)
     assert status == 0
-    assert "requeue of job 7: saved at step 1,200" in said
+    assert "requeue of job 7: saved at step 1,200" in output
     assert slurm.requeued == ["7"]
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
 def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     run_folder.write_exit(run, left(FINISHED))
-    status, said = decided(slurm, run, 0)
+    status, output = decided(slurm, run, 0)
     assert status == 0
-    assert "no requeue of job 7: training is finished" in said
+    assert "no requeue of job 7: training is finished" in output
     assert slurm.requeued == []
 
 
 def test_a_cancelled_job_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="COMPLETING")
-    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
+    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.message, saved=True))
     assert "no requeue of job 7" in decided(slurm, run, 143)[1]
     assert slurm.requeued == []
 
 
 @pytest.mark.parametrize("fields", [{"PreemptTime": "2026-01-02T03:04:05"}, {"Reason": "TimeLimit"}])
 def test_a_job_that_slurm_ended_for_another_reason_is_requeued(
-    fields: dict[str, str], slurm: FakeSlurm, run: Path
+    fields: dict[str, Any], slurm: FakeSlurm, run: Path
 ) -> None:
     slurm.answers(state="COMPLETING", **fields)
-    run_folder.write_exit(run, TOLD)
+    run_folder.write_exit(run, TERMINATED)
     assert "requeue of job 7: saved at step 1,200" in decided(slurm, run, 143)[1]
     assert slurm.requeued == ["7"]
 
 
 def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: FakeSlurm, run: Path) -> None:
-    """The second start was killed without a word; the exit.json in the folder is the first one's."""
+    """The second start was killed, and wrote nothing; the exit.json in the folder is the first one's."""
     run_folder.write_exit(run, left(FINISHED))
-    _, said = decided(slurm, run, 137, SLURM_RESTART_COUNT="1")
-    assert "crash 1" in said
+    _, output = decided(slurm, run, 137, SLURM_RESTART_COUNT="1")
+    assert "crash 1" in output
     assert slurm.requeued == ["7"]
 
 
 @pytest.fixture
 def keeps(run: Path) -> Iterator[Callable[[int], None]]:
     """Save a checkpoint of a step into the run."""
-    held = lease.take(run, "")
-    yield lambda step: assert_saved(save(run / "checkpoints", step, held))
-    held.release()
+    own = lease.acquire(run, "")
+    yield lambda step: assert_saved(save(run / "checkpoints", step, own))
+    own.release()
 
 
 def assert_saved(problem: str) -> None:
@@ -335,11 +357,11 @@ def crash(slurm: FakeSlurm, run: Path, restart: int, job: str = "7") -> str:
 def test_three_crashes_without_a_checkpoint_are_the_end_and_a_checkpoint_between_starts_anew(
     slurm: FakeSlurm, run: Path, keeps: Callable[[int], None]
 ) -> None:
-    said = [crash(slurm, run, restart) for restart in range(2)]
+    output = [crash(slurm, run, restart) for restart in range(2)]
     keeps(10)
-    said += [crash(slurm, run, restart) for restart in range(2, 4)]
+    output += [crash(slurm, run, restart) for restart in range(2, 4)]
     # It was the second start that saved it, and crashed afterwards.
-    assert ["crash loop" in text for text in said] == [False, False, False, True]
+    assert ["crash loop" in text for text in output] == [False, False, False, True]
     assert len(slurm.requeued) == 3
     names = [row["event"] for row in rows(run / "events.jsonl")]
     assert (names.count("crash"), names.count("give_up")) == (4, 1)
@@ -347,11 +369,11 @@ def test_three_crashes_without_a_checkpoint_are_the_end_and_a_checkpoint_between
 
 def test_two_jobs_that_crash_in_turns_in_one_folder_both_come_to_an_end(slurm: FakeSlurm, run: Path) -> None:
     """The other one's `job` event says nothing of this one's crashes."""
-    said: dict[str, list[str]] = {"7": [], "8": []}
+    output: dict[str, list[str]] = {"7": [], "8": []}
     for restart in range(3):
-        for job in said:
-            said[job].append(crash(slurm, run, restart, job))
-    for texts in said.values():
+        for job in output:
+            output[job].append(crash(slurm, run, restart, job))
+    for texts in output.values():
         assert ["crash loop: 3 crashes" in text for text in texts] == [False, False, True]
     assert slurm.requeued == ["7", "8", "7", "8"]
 
@@ -372,7 +394,7 @@ def test_who_goes_back_to_an_older_checkpoint_is_measured_against_that_one(
         if restart < 11:
             run_folder.record(run, "requeue", job=f"7_{restart}")
             continue
-        run_folder.write_exit(run, Exit(f"7_{restart}", AGAIN, Stop.TIME_LIMIT.words, 2_100, saved=True))
+        run_folder.write_exit(run, Exit(f"7_{restart}", AGAIN, Stop.TIME_LIMIT.message, 2_100, saved=True))
         assert "\nhpcgpt: requeue of job 7: " in "\n" + decided(slurm, run, 143, **env)[1]
 
 
@@ -383,9 +405,9 @@ def test_a_job_that_slurm_itself_brings_back_and_that_gets_nowhere_is_refused_at
     for restart in range(9):
         run_folder.record(run, "job", job=f"7_{restart}", newest_step=0)
     assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
-    status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
+    status, output = begin(slurm, run, SLURM_RESTART_COUNT="10")
     assert status == requeue.REFUSED
-    assert "job 7 is not started once more: it gets nowhere: 10 starts in a row" in said
+    assert "job 7 is not started again: no progress: 10 starts in a row" in output
     assert begin(slurm, run, SLURM_JOB_ID="8")[0] == 0, "another job begins anew"
     assert begin(slurm, run, SLURM_RESTART_COUNT="11")[0] == 0, "a person requeued it all the same"
 
@@ -398,43 +420,45 @@ def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm
     slurm.answers(state="PENDING", restarts=10, Reason="NodeDown")
     assert "Slurm has requeued it already" in decided(slurm, run, 137, SLURM_RESTART_COUNT="9")[1]
     assert run_folder.events(run)[-1] | {"event": "node_failed", "job": "7_9"} == run_folder.events(run)[-1]
-    status, said = begin(slurm, run, SLURM_RESTART_COUNT="10")
+    status, output = begin(slurm, run, SLURM_RESTART_COUNT="10")
     assert status == requeue.REFUSED
-    assert "10 starts without a new checkpoint ended with a node that failed" in said
+    assert "10 starts without a new checkpoint ended with a node failure" in output
 
 
 def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=2)
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    status, said = decided(slurm, run, 143)
-    assert (status, slurm.requeued) == (0, ["7"]), said
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
+    status, output = decided(slurm, run, 143)
+    assert (status, slurm.requeued) == (0, ["7"]), output
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
 def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=1, then_requeued=True)
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    status, said = decided(slurm, run, 143)
-    assert status == 0, said
-    assert "refuse" not in said
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
+    status, output = decided(slurm, run, 143)
+    assert status == 0, output
+    assert "refuse" not in output
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
 def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(refuses=True)
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    status, said = decided(slurm, run, AGAIN, SLURM_JOB_NUM_NODES="2")
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
+    status, output = decided(slurm, run, AGAIN, SLURM_JOB_NUM_NODES="2")
     assert status == 1
-    assert "Slurm refused to requeue job 7: Invalid; and to queue another one behind it: the batch script could" in said
-    assert "Submit the same command again, it goes on from the newest checkpoint:\n  sbatch --nodes=2 " in said
+    assert (
+        "Slurm refused to requeue job 7: Invalid; and to queue another job after it: the batch script could" in output
+    )
+    assert "Submit the same command again, it continues from the newest checkpoint:\n  sbatch --nodes=2 " in output
 
 
 def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="PENDING", restarts=1)
-    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.words, saved=True))
-    status, said = decided(slurm, run, AGAIN)
+    run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.message, saved=True))
+    status, output = decided(slurm, run, AGAIN)
     assert status == 0
-    assert "Slurm has requeued it already" in said
+    assert "Slurm has requeued it already" in output
     assert slurm.requeued == []
 
 
@@ -445,18 +469,18 @@ def test_a_damaged_exit_json_is_a_crash_and_no_end(slurm: FakeSlurm, run: Path) 
 
 def test_without_scontrol_it_says_so_in_a_sentence(slurm: FakeSlurm, run: Path) -> None:
     (slurm.folder / "scontrol").unlink()
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    status, said = decided(slurm, run, AGAIN, PATH=str(slurm.folder))
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
+    status, output = decided(slurm, run, AGAIN, PATH=str(slurm.folder))
     assert status == 1
-    assert "scontrol" in said
+    assert "scontrol" in output
 
 
 def test_an_interactive_allocation_cannot_be_requeued_and_says_so(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(BatchFlag="0")
-    run_folder.write_exit(run, TOLD)
-    status, said = decided(slurm, run, AGAIN)
+    run_folder.write_exit(run, TERMINATED)
+    status, output = decided(slurm, run, AGAIN)
     assert status == 1
-    assert "job 7 is an allocation of salloc, which Slurm cannot requeue: run the same command again" in said
+    assert "job 7 is an allocation of salloc, which Slurm cannot requeue: run the same command again" in output
     assert slurm.requeued == []
 
 
@@ -467,18 +491,18 @@ def begun(slurm: FakeSlurm, run: Path) -> None:
 
 
 def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(slurm: FakeSlurm, run: Path) -> None:
-    """Both are called 7_0. The first saved and left; the second is killed without a word."""
+    """Both are called 7_0. The first saved and left; the second is killed, and writes nothing."""
     slurm.answers(BatchFlag="0")
     for round_ in range(2):
         begun(slurm, run)
         crashed_on(run, f"n{round_}")
         (run / "faults" / "7_0").mkdir(parents=True)
-        run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
+        run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     begun(slurm, run)
     (run / "logs" / "7_0.srun").write_text("srun: error: n5: task 0: Killed\n")
-    _, said = decided(slurm, run, 137)
-    assert "crash 1 since the last new checkpoint: rank 0 on n5" in said
-    assert "n0" not in said
+    _, output = decided(slurm, run, 137)
+    assert "crash 1 since the last new checkpoint: rank 0 on n5" in output
+    assert "n0" not in output
     assert sorted(path.name for path in (run / "logs").glob("7_0.srun.*")) == ["7_0.srun.1", "7_0.srun.2"]
     assert {"7_0.1", "7_0.2"} < {path.name for path in (run / "faults").iterdir()}, "and this start's own"
 
@@ -486,7 +510,7 @@ def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(sl
 def test_what_a_start_that_lives_has_written_is_left_where_it_is(slurm: FakeSlurm, run: Path) -> None:
     """A second one in its allocation, which will be refused."""
     crashed_on(run, "n0")
-    taken = lease.take(run, "7_0")
+    taken = lease.acquire(run, "7_0")
     begun(slurm, run)
     assert (run / "logs" / "7_0.srun").exists()
     taken.release()
@@ -514,10 +538,10 @@ def test_a_run_folder_belongs_to_one_task_of_an_array(slurm: FakeSlurm, run: Pat
 
     assert task("7", "1")[0] == 0
     assert task("7", "1")[0] == 0  # it comes back
-    status, said = task("7", "2")
+    status, output = task("7", "2")
     assert status == 2
-    assert "is the run folder of task 1 of this job array" in said
-    assert "--run.name sweep-%a" in said
+    assert "is the run folder of task 1 of this job array" in output
+    assert "--run.name sweep-%a" in output
     assert task("7", "2", "other")[0] == 0
     assert task("8", "2")[0] == 0  # another array, later
 
@@ -541,13 +565,13 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
     slurm.answers(Partition="low", NumNodes="2", ExcNodeList="n[8-9]", ReqNodeList="(null)")
     slurm.has_nodes("n1 idle", "n2 mixed", "n3 allocated", "n4 idle", "n5 down*", "n6 drained", "n7 idle*")
     crashed_on(run, "n2")
-    assert "the next start keeps away from n2" in excluding(slurm, run, 0)
+    assert "the next start avoids n2" in excluding(slurm, run, 0)
     run_folder.record(run, "start", attempt=2)
     run_folder.record(run, "straggler", host="n4", factor=3.0)
     run_folder.record(run, "straggler", host="n1", factor=1.5)  # not that slow
     crashed_on(run, "n3", "7_1")
     # n1 to n4 can be used, and two are needed: the newest two go, n2 stays.
-    assert "the next start keeps away from n3, n4" in excluding(slurm, run, 1)
+    assert "the next start avoids n3, n4" in excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n8,n9,n2", "update JobId=7 ExcNodeList=n8,n9,n3,n4"]
     crashes = [event for event in run_folder.events(run) if event["event"] == "crash"]
     assert [(event["rank"], event["host"], event["excluded"]) for event in crashes] == [
@@ -581,7 +605,7 @@ def remembered(run: Path) -> list[str]:
 def test_a_host_that_a_person_takes_out_of_the_file_comes_back_and_a_persons_own_stay(
     slurm: FakeSlurm, run: Path
 ) -> None:
-    """Slurm's list has both, and does not say whose they are."""
+    """Slurm's list has both, and does not tell them apart."""
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[8-9]")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 idle")
     crashed_on(run, "n2")
@@ -603,19 +627,19 @@ def test_a_host_comes_back_after_some_days_without_a_crash(slurm: FakeSlurm, run
         {"host": "n5", "reason": "a person's"},
     ]
     (run / "excluded_nodes.json").write_text(json.dumps(entries))
-    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.message, 1200, saved=True))
     excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n4,n5,n3"]
     assert remembered(run) == ["n3", "n5"]
-    (told,) = [event for event in run_folder.events(run) if event["event"] == "excluded"]
-    assert (told["job"], told["hosts"]) == ("7_1", ["n5", "n3"])
+    (event,) = [event for event in run_folder.events(run) if event["event"] == "excluded"]
+    assert (event["job"], event["hosts"]) == ("7_1", ["n5", "n3"])
 
 
 def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
     run_folder.record(run, "excluded", job="7_0", hosts=["n2"])
-    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.words, 1200, saved=True))
+    run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.message, 1200, saved=True))
     excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList="]
 
@@ -636,11 +660,10 @@ def test_what_was_excluded_stays_where_it_is_not_this_programs_or_nothing_is_kno
 
 def test_what_the_batch_script_excluded_is_taken_over(slurm: FakeSlurm, run: Path) -> None:
     """Also without requeue.exclude_bad_nodes: nothing could be started there."""
-    comment = {"Comment": "hpcgpt_avoid=n2,n3"}
-    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", **comment)
+    slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", Comment="hpcgpt_avoid=n2,n3")
     slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
-    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.words, saved=True))
-    assert "the next start keeps away from n3, n2" in decided(slurm, run, 75)[1]
+    run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
+    assert "the next start avoids n3, n2" in decided(slurm, run, 75)[1]
     assert slurm.updates == ["update JobId=7 Comment="]
     assert remembered(run) == ["n2", "n3"]
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]")
@@ -657,16 +680,16 @@ def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -
     run_folder.record(run, "straggler", host="n3.cluster.org", factor=3.0)
     run_folder.record(run, "straggler", host="no-node-any-more", factor=3.0)
     crashed_on(run, "n2")
-    assert "the next start keeps away from n2, n3 (" in excluding(slurm, run, 0)
+    assert "the next start avoids n2, n3 (" in excluding(slurm, run, 0)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n2,n3"]
 
 
 @pytest.mark.parametrize("fields", [{"NumNodes": "3"}, {"NumNodes": "1", "ReqNodeList": "n[1-2]"}])
-def test_no_host_is_excluded_that_the_job_needs(fields: dict[str, str], slurm: FakeSlurm, run: Path) -> None:
+def test_no_host_is_excluded_that_the_job_needs(fields: dict[str, Any], slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", **fields)
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 down")
     crashed_on(run, "n2")
-    assert "keeps away" not in excluding(slurm, run, 0)
+    assert "the next start avoids" not in excluding(slurm, run, 0)
     assert slurm.updates == []
     assert slurm.requeued == ["7"]
 
@@ -692,8 +715,8 @@ def test_a_time_that_slurm_does_not_give_is_left_out_of_the_event() -> None:
 def test_a_job_that_is_not_requeued_says_so(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers("CANCELLED")
     decided(slurm, run, 143)
-    (told,) = run_folder.events(run)
-    assert (told["event"], told["job"], told["reason"]) == ("no_requeue", "7_0", "the job was cancelled")
+    (event,) = run_folder.events(run)
+    assert (event["event"], event["job"], event["reason"]) == ("no_requeue", "7_0", "the job was cancelled")
 
 
 def test_what_a_full_disk_cannot_count_is_left_to_the_batch_script(
@@ -707,16 +730,16 @@ def test_what_a_full_disk_cannot_count_is_left_to_the_batch_script(
         run = disk / "mine"
         run_folder.prepare(run)
         fill(disk)
-        words = ["decide", "--status", "1", "--run.dir", str(disk), "--run.name", "mine"]
-        assert requeue.main(words) == 1
-        told = capfd.readouterr()
-        assert "decided" not in told.out
-        assert "crash 1 since the last new checkpoint" in told.err
-        assert "It could not be counted" in told.err
-        words[2] = "75"  # nor a start that was preempted before it was on record
-        assert requeue.main(words) == 1
-        words[2] = "0"
-        assert requeue.main(words) == 0
+        arguments = ["decide", "--status", "1", "--run.dir", str(disk), "--run.name", "mine"]
+        assert requeue.main(arguments) == 1
+        captured = capfd.readouterr()
+        assert "decided" not in captured.out
+        assert "crash 1 since the last new checkpoint" in captured.err
+        assert "It could not be counted" in captured.err
+        arguments[2] = "75"  # nor a start that was preempted before it was on record
+        assert requeue.main(arguments) == 1
+        arguments[2] = "0"
+        assert requeue.main(arguments) == 0
         assert capfd.readouterr().out == "decided\n"
     assert slurm.requeued == []
 
@@ -746,16 +769,16 @@ def test_a_crash_that_cannot_be_counted_is_not_requeued(
         path.chmod(0o777 if path.is_dir() or path.name == "scontrol" else 0o666)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", f"{slurm.folder}:/usr/bin:/bin")
-    words = ["decide", "--status", "1", "--run.dir", str(run.parent), "--run.name", run.name]
+    arguments = ["decide", "--status", "1", "--run.dir", str(run.parent), "--run.name", run.name]
     (run / "events.jsonl").chmod(0o444)
     with another_user():
-        assert requeue.main(words) == 0
-    said = capfd.readouterr().err
-    assert "no requeue of job 7: it could not be counted (crash 1 since the last new checkpoint" in said
-    assert f"chmod g+rw {run / 'events.jsonl'}" in said
+        assert requeue.main(arguments) == 0
+    output = capfd.readouterr().err
+    assert "no requeue of job 7: it could not be counted (crash 1 since the last new checkpoint" in output
+    assert f"chmod g+rw {run / 'events.jsonl'}" in output
     assert slurm.requeued == []
     (run / "events.jsonl").chmod(0o666)
     with another_user():
-        assert requeue.main(words) == 0
+        assert requeue.main(arguments) == 0
     assert slurm.requeued == ["7"]
     assert [event["event"] for event in run_folder.events(run)] == ["start", "crash", "requeue"]

@@ -15,34 +15,34 @@ import pytest
 
 from hpcgpt.checkpoint import layout
 from hpcgpt.run import run_folder as run_folder_module
-from hpcgpt.slurm.run_state import NO_WORD, Presence
-from hpcgpt.status import _in_words, status
+from hpcgpt.slurm.run_state import NOTHING_REPORTED, Presence
+from hpcgpt.status import _as_text, status
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows
 
 
-def test_a_finished_run_is_told_in_words_and_in_json(tiny: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path) -> None:
     assert command("hpcgpt.train", str(tiny)).returncode == 0
     folder = tmp_path / "runs" / "tiny"
-    words = command("hpcgpt.status", str(folder))
-    assert words.returncode == 0
-    assert f"{folder}: finished (finished)\n  step 12 of 12" in words.stdout
-    assert "\n  goodput " in words.stdout
+    done = command("hpcgpt.status", str(folder))
+    assert done.returncode == 0
+    assert f"{folder}: finished (finished)\n  step 12 of 12" in done.stdout
+    assert "\n  goodput " in done.stdout
     found = json.loads(command("hpcgpt.status", "--json", str(folder)).stdout)
     last = rows(folder / "metrics.jsonl")[-1]
     assert (found["state"], found["step"], found["checkpoint_step"], found["attempts"]) == ("finished", 12, 12, 1)
     assert found["val/bits_per_byte"] == last["val/bits_per_byte"]
     assert found["time_left_s"] == 0
     # Every second of a real run is accounted for.
-    told = found["goodput"]
-    assert told["productive_s"] == pytest.approx(
+    spent = found["goodput"]
+    assert spent["productive_s"] == pytest.approx(
         sum(r["train/step_s"] for r in rows(folder / "metrics.jsonl")), rel=0.1
     )
-    assert told["goodput"] == pytest.approx(told["productive_s"] / told["total_s"])
-    assert told["lost_steps"] == told["lost_s"] == 0
+    assert spent["goodput"] == pytest.approx(spent["productive_s"] / spent["total_s"])
+    assert spent["lost_steps"] == spent["lost_s"] == 0
 
 
-def test_a_run_that_is_told_to_wait_is_saved_and_says_why(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_asked_to_stop_is_saved_and_has_the_reason(tiny: Path, tmp_path: Path) -> None:
     """An end that is near enough already: one step, and out."""
     assert command("hpcgpt.train", str(tiny), env={"SLURM_JOB_END_TIME": "1"}).returncode == 75
     found = json.loads(command("hpcgpt.status", "--json", str(tmp_path / "runs" / "tiny")).stdout)
@@ -61,8 +61,8 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
 
 def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
-    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "3000"]
-    with subprocess.Popen(words, cwd=ROOT, env=clean_env(), stdout=subprocess.DEVNULL,
+    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "3000"]
+    with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as process:  # fmt: skip
         deadline = time.monotonic() + 60
         while len(run_folder_module.read_rows(folder / "metrics.jsonl")) < 20:
@@ -74,18 +74,19 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
         later = status(folder, time.time() + 1000)
         process.kill()
     killed = status(folder, time.time() + 1000)
-    assert (alive["state"], alive["reason"], killed["state"], killed["reason"]) == ("running", "", "stopped", NO_WORD)
+    assert (alive["state"], alive["reason"]) == ("running", "")
+    assert (killed["state"], killed["reason"]) == ("stopped", NOTHING_REPORTED)
     assert later["state"] == "silent"
-    told = _in_words(later)
-    assert "no sign of life for 16" in told
-    assert "its process or its node is gone; ask `squeue --me`" in told
-    # 1000 s of silence are nobody's training, and a run that is over has no now.
+    text = _as_text(later)
+    assert "nothing written for 16" in text
+    assert "its process or its node is gone; see `squeue --me`" in text
+    # 1000 s of silence count as no attempt's training, and a run that has ended has no present time.
     assert later["goodput"]["total_s"] - alive["goodput"]["total_s"] == pytest.approx(1000, abs=5)
     assert later["goodput"]["productive_s"] == pytest.approx(alive["goodput"]["productive_s"])
     assert killed["goodput"]["total_s"] < 500
     assert killed["goodput"]["lost_steps"] == killed["step"] - killed["checkpoint_step"]
 
-    # One that was committed in the moment before the kill may not have been told any more.
+    # The event of a checkpoint that was committed right before the kill may be missing.
     newest = layout.step_of(layout.found(folder / "checkpoints")[0])
     assert newest >= killed["checkpoint_step"]
     last = str(newest + 2)
@@ -93,10 +94,10 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
     done = command("hpcgpt.status", "--history", str(folder))
     assert done.returncode == 0
     first, second = status(folder, time.time(), with_history=True)["history"]
-    assert (first["reason"], second["reason"]) == (NO_WORD, "finished")
+    assert (first["reason"], second["reason"]) == (NOTHING_REPORTED, "finished")
     assert second["from_step"] == newest
     assert second["to_step"] == int(last)
-    for line in (f"ended: {NO_WORD}", "ended: finished", "goodput ", "lost after the last checkpoint"):
+    for line in (f"ended: {NOTHING_REPORTED}", "ended: finished", "goodput ", "lost after the last checkpoint"):
         assert line in done.stdout
 
 
@@ -105,11 +106,11 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
 NOW = 10_000.0
 
 
-def run_folder(tmp_path: Path, *told: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
-    """A run whose events happened so many seconds before NOW, whose steps of 1 s ended right before it."""
+def run_folder(tmp_path: Path, *events: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
+    """A run whose events happened the given seconds before NOW; its steps of 1 s ended right before NOW."""
     folder = tmp_path / "run"
     run_folder_module.prepare(folder)
-    lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in told]
+    lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in events]
     (folder / "events.jsonl").write_text("\n".join([*lines, '{"torn']))
     metrics = [{"step": n, "time": NOW - steps + n, "attempt": 1, "train/step_s": 1.0, "tokens": n, "train/loss": 2.0,
                 "train/tokens_per_s": 9.0} for n in range(1, steps + 1)]  # fmt: skip
@@ -131,7 +132,7 @@ CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed", "r
 
 
 @pytest.mark.parametrize(
-    ("told", "steps", "held", "expected", "reason"),
+    ("events", "steps", "held", "expected", "reason"),
     [
         ([], 0, False, "new", ""),
         ([(300, "job", JOB)], 0, False, "starting", ""),
@@ -139,7 +140,7 @@ CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed", "r
         ([(300, "job", JOB), (200, "start", START)], 0, True, "running", ""),
         ([(900, "job", JOB), (800, "start", START)], 0, True, "silent", ""),
         ([(900, "start", START)], 3, True, "running", ""),
-        ([(900, "start", START)], 3, False, "stopped", NO_WORD),
+        ([(900, "start", START)], 3, False, "stopped", NOTHING_REPORTED),
         ([(9, "start", START), (1, "end", SAVED)], 3, False, "saved", "told to terminate"),
         ([(9, "start", START), (2, "end", SAVED), (1, "requeue", {"job": "7_0"})], 3, False, "queued",
          "told to terminate"),
@@ -155,23 +156,23 @@ CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed", "r
     ],
 )  # fmt: skip
 def test_the_state_follows_from_the_newest_turn(
-    tmp_path: Path, told: list[Any], steps: int, held: bool, expected: str, reason: str
+    tmp_path: Path, events: list[Any], steps: int, held: bool, expected: str, reason: str
 ) -> None:
-    found = status(run_folder(tmp_path, *told, steps=steps, held=held), NOW)
+    found = status(run_folder(tmp_path, *events, steps=steps, held=held), NOW)
     assert (found["state"], found["reason"]) == (expected, reason)
-    assert f"run: {expected}" in _in_words(found)
+    assert f"run: {expected}" in _as_text(found)
 
 
 FINISHED = SAVED | {"status": 0, "reason": "finished"}
 SECOND = JOB | {"job": "9_0"}
-GONE = "job 9 is gone: it was cancelled, or ended, before training began"
-STAYS = "a STOP file asks it to stay so"
+GONE = "job 9 was cancelled, or ended, before training began"
+STAYS = "a STOP file keeps it stopped"
 
 
 @pytest.mark.parametrize(
-    ("told", "steps", "held", "presence", "stop", "expected", "reason"),
+    ("events", "steps", "held", "presence", "stop", "expected", "reason"),
     [
-        # Cancelled while it started: Slurm knows.
+        # Cancelled while it started, as Slurm shows.
         ([(30, "job", SECOND)], 0, False, "gone", False, "stopped", GONE),
         ([(900, "job", SECOND)], 0, False, "gone", False, "stopped", GONE),
         ([(900, "job", SECOND)], 0, False, "there", False, "silent", ""),
@@ -184,7 +185,7 @@ STAYS = "a STOP file asks it to stay so"
         ([(950, "start", START), (940, "end", FINISHED), (30, "job", SECOND)], 3, False, "gone", False, "finished",
          "finished"),
         ([(950, "start", START), (940, "end", FINISHED), (30, "job", SECOND),
-          (20, "no_requeue", {"job": "9_0", "reason": "it needs a person"})], 3, False, "unknown", False, "finished",
+          (20, "no_requeue", {"job": "9_0", "reason": "a person has to act"})], 3, False, "unknown", False, "finished",
          "finished"),
         ([(950, "start", START), (30, "job", SECOND)], 3, True, "unknown", False, "running", ""),
         ([(950, "start", START), (30, "job", SECOND), (20, "crash", CRASH | {"job": "9_0"})], 3, True, "unknown", False,
@@ -201,25 +202,32 @@ STAYS = "a STOP file asks it to stay so"
          STAYS),
         ([(950, "start", START), (940, "end", FINISHED)], 3, False, "unknown", True, "finished", "finished"),
         ([(950, "start", START)], 3, True, "unknown", True, "running", ""),
-        # Silent, and Slurm knows why.
-        ([(900, "start", START)], 0, True, "gone", False, "stopped", NO_WORD),
+        # Silent, and Slurm shows why.
+        ([(900, "start", START)], 0, True, "gone", False, "stopped", NOTHING_REPORTED),
         ([(900, "start", START)], 0, True, "pending", False, "queued", "its job waits in Slurm's queue again"),
         # Requeued, and cancelled while it waited.
         ([(9, "start", START), (2, "end", SAVED), (1, "requeue", {"job": "7_0"})], 3, False, "gone", False, "stopped",
-         "job 7 was queued to start it again, and is gone: cancelled? Before: told to terminate"),
-        # Slurm itself started the job again after a node had failed: nobody wrote an end.
+         "job 7, queued to start it again, no longer exists: cancelled? Before: told to terminate"),
+        # Slurm itself started the job again after a node had failed: no end was written.
         ([(900, "start", START), (30, "job", JOB | {"job": "7_1"})], 3, True, "unknown", False, "starting", ""),
     ],
 )  # fmt: skip
 def test_each_job_and_attempt_is_looked_at_on_its_own(
-    tmp_path: Path, told: list[Any], steps: int, held: bool, presence: Presence, stop: bool, expected: str, reason: str
+    tmp_path: Path,
+    events: list[Any],
+    steps: int,
+    held: bool,
+    presence: Presence,
+    stop: bool,
+    expected: str,
+    reason: str,
 ) -> None:
-    folder = run_folder(tmp_path, *told, steps=steps, held=held)
+    folder = run_folder(tmp_path, *events, steps=steps, held=held)
     if stop:
         (folder / "STOP").touch()
     found = status(folder, NOW, with_history=True, ask=lambda _job: presence)
     assert (found["state"], found["reason"]) == (expected, reason)
-    assert f"run: {expected}" in _in_words(found)
+    assert f"run: {expected}" in _as_text(found)
 
 
 @pytest.mark.parametrize(
@@ -281,13 +289,13 @@ TAKE = """
 import os, sys
 from pathlib import Path
 from hpcgpt.storage import lease
-lease.take(Path(sys.argv[1]), "7_0")
+lease.acquire(Path(sys.argv[1]), "7_0")
 os._exit(0)
 """
 
 
 def taken(folder: Path) -> dict[str, Any]:
-    """Let a process take the run and end without a word; what it wrote."""
+    """Let a process take the run and end without a report; returns what it wrote."""
     (folder / "generations/000001.json").unlink()
     subprocess.run([sys.executable, "-c", TAKE, folder], cwd=ROOT, env=clean_env(), check=True)
     return dict(json.loads((folder / "generations/000001.json").read_text()))
@@ -328,12 +336,12 @@ def test_a_silent_run_whose_rank_0_lives_waits_for_something(tmp_path: Path) -> 
     beat.write_text("9")
     os.utime(beat, (NOW + 498, NOW + 498))
     log.touch()
-    words = _in_words(status(folder, NOW + 500))
-    assert "rank 0's process lives: it waits for a rank, a disk or the network" in words
-    assert f"look at {log}" in words
-    assert "faults" not in words
+    text = _as_text(status(folder, NOW + 500))
+    assert "rank 0 is alive: it waits for a rank, a disk or the network" in text
+    assert f"look at {log}" in text
+    assert "faults" not in text
     (folder / "faults").mkdir()
-    assert f"look at {log} and {folder / 'faults'}" in _in_words(status(folder, NOW + 500))
+    assert f"look at {log} and {folder / 'faults'}" in _as_text(status(folder, NOW + 500))
 
 
 def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
@@ -341,10 +349,10 @@ def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
     run_folder_module.write_exit(folder, run_folder_module.Exit("7_0", 1, "training has diverged", 0, saved=False))
     assert status(folder, NOW)["reason"] == "training has diverged"
     os.utime(folder / "exit.json", (NOW - 1000, NOW - 1000))  # of an attempt before
-    assert status(folder, NOW)["reason"] == NO_WORD
+    assert status(folder, NOW)["reason"] == NOTHING_REPORTED
 
 
-def test_the_history_tells_each_attempt_and_whom_to_blame(tmp_path: Path) -> None:
+def test_the_history_shows_each_attempt_and_the_first_failure(tmp_path: Path) -> None:
     slow = {"attempt": 1, "step": 2, "rank": 3, "host": "n2", "local_s": 0.4, "usual_s": 0.1, "factor": 4.0}
     folder = run_folder(
         tmp_path,
@@ -371,17 +379,17 @@ def test_the_history_tells_each_attempt_and_whom_to_blame(tmp_path: Path) -> Non
     assert (first["from_step"], first["to_step"], first["lost_steps"], first["checkpoints"]) == (0, 5, 3, [2])
     assert (second["from_step"], second["to_step"], second["lost_steps"]) == (2, 8, 0)
     assert never["reason"] == "crash 2: rank 3 is missing"
-    lines = [line.strip() for line in _in_words(found).splitlines()]
+    lines = [line.strip() for line in _as_text(found).splitlines()]
     for expected in (
-        "steps 0 to 5, of which 3 were done in vain; checkpoints: 2",
-        "step 2: rank 3 on n2 takes 4.0 times as long as usual, and all wait for it",
+        "steps 0 to 5, of which 3 were lost; checkpoints: 2",
+        "step 2: rank 3 on n2 takes 4.0 times as long as usual, and the other ranks wait for it",
         "step 4: not saved: no room on n1",
         "step 5: rank 1 on n1 hung for 1.5 min",
         "ended: crash 1: rank 3 was killed",
-        "to blame: rank 3 on n2",
-        "not used again: n2",
+        "first to fail: rank 3 on n2",
+        "excluded from later starts: n2",
         "started again: crash 2",
-        "step 8: told to stop: the time limit is near",
+        "step 8: asked to stop: the time limit is near",
     ):
         assert expected in lines
     began = [line.split(",")[0] for line in lines if line.startswith(("attempt ", "no attempt"))]

@@ -52,7 +52,7 @@ def resources(script: str) -> dict[str, str]:
 
 
 def run_by(script: str, folder: Path) -> list[str]:
-    """What a batch script runs: its words, as bash itself reads them. Only `bash` and `srun` are stand-ins."""
+    """What a batch script runs: its arguments, as bash itself reads them. Only `bash` and `srun` are stand-ins."""
     watch = folder / "watch"
     watch.mkdir()
     for name in ("bash", "srun"):
@@ -159,9 +159,9 @@ def test_the_job_id_comes_back_as_json(slurm: Path, tiny: Path, tmp_path: Path) 
         (["--time", "2", "--signal-lead-s", "120"], "and less than the time limit (--time 2, 120 s)"),
         (["--run.name", "a\ntouch b"], r"run.name 'a\ntouch b' must be a plain folder name: it has control char"),
         (["--run.name", "x" * 300], "it has 300 bytes, and 200 are the most"),
-        (["--run.name", "sweep-%a"], "has %a in its path, for which submitit puts a number"),
-        (["--partition", "a\ntouch b"], r"control characters in what Slurm is told: partition 'a\ntouch b'"),
-        (["--sbatch", "comment=a\ntouch b"], r"control characters in what Slurm is told: comment 'a\ntouch b'"),
+        (["--run.name", "sweep-%a"], "has %a in its path, which submitit replaces by a number"),
+        (["--partition", "a\ntouch b"], r"control characters in a parameter for Slurm: partition 'a\ntouch b'"),
+        (["--sbatch", "comment=a\ntouch b"], r"control characters in a parameter for Slurm: comment 'a\ntouch b'"),
         (["--sbatch", "array=0-3"], "submit queues one run: for a job array use `sbatch --array"),
         (["--time", "tomorrow"], "--time tomorrow: expected minutes"),
         (["--data.dir", "nowhere"], "no folder of shards at nowhere"),
@@ -194,7 +194,7 @@ def test_a_truncated_shard_is_found_before_the_job_waits_in_the_queue(
     assert not (slurm / "submitted.sh").exists()
 
 
-def test_slurms_refusal_is_told_in_a_sentence(slurm: Path, tiny: Path) -> None:
+def test_slurms_refusal_is_reported_as_a_message(slurm: Path, tiny: Path) -> None:
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid partition name' >&2\nexit 1\n")
     done = submit(slurm, "--nodes", "1", str(tiny))
     assert done.returncode == 2
@@ -225,7 +225,7 @@ def test_without_a_time_limit_any_lead_is_fine(slurm: Path, tiny: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of 12 steps that is finished, "tiny"; copied by those who change it."""
+    """A folder with a run of 12 steps that is finished, "tiny"; copied by tests that change it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n')
     done = command("hpcgpt.train", "tiny.toml", "--run.name", "tiny", cwd=folder, env={"PYTHONPATH": str(ROOT)})
@@ -264,36 +264,36 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, again: 
     done = submit(slurm, again[0])
     assert (done.returncode, done.stderr) == (0, "")
     assert "is finished already, at step 12 of 12: nothing to do, nothing queued" in done.stdout
-    told = json.loads(submit(slurm, again[0], "--json").stdout)
-    assert (told["job"], told["steps"]) == (None, 12)
+    reported = json.loads(submit(slurm, again[0], "--json").stdout)
+    assert (reported["job"], reported["steps"]) == (None, 12)
     assert not (slurm / "submitted.sh").exists()
 
 
 def test_other_settings_than_the_runs_are_refused_before_anything_waits(slurm: Path, again: list[str]) -> None:
-    told = refused(slurm, *again, "--model.n_layer", "3", "--run.seed", "5")
-    assert "was trained with other settings than these: model.n_layer was 2 and is now 3; run.seed was 1 and" in told
+    reported = refused(slurm, *again, "--model.n_layer", "3", "--run.seed", "5")
+    assert "was trained with other settings: model.n_layer was 2 and is now 3; run.seed was 1 and" in reported
 
 
 def test_a_run_that_is_to_stay_stopped_is_not_queued(slurm: Path, again: list[str], tmp_path: Path) -> None:
     (tmp_path / "runs" / "tiny" / "STOP").touch()
-    assert "STOP asks this run to stay stopped: remove it to go on" in refused(slurm, *again)
+    assert "STOP keeps this run stopped: remove it to continue" in refused(slurm, *again)
 
 
 def test_checkpoints_of_which_none_is_whole_are_refused(slurm: Path, again: list[str], tmp_path: Path) -> None:
     for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir():
         (path / "manifest.json").write_bytes(b"{}")
-    assert "has checkpoints, but none is whole (step_000000012: its" in refused(slurm, *again)
+    assert "has checkpoints, but all are damaged (step_000000012: its" in refused(slurm, *again)
 
 
 def test_a_run_that_a_process_has_is_refused_until_it_leaves(slurm: Path, again: list[str], tmp_path: Path) -> None:
-    held = lease.take(tmp_path / "runs" / "tiny", "")
+    own = lease.acquire(tmp_path / "runs" / "tiny", "")
     try:
         done = submit(slurm, *again, "--json")
         assert (done.returncode, done.stdout) == (2, "")
         assert f"pid {os.getpid()}), which is alive: end it first, or give this run another --run.name" in done.stderr
         assert not (slurm / "submitted.sh").exists()
     finally:
-        held.release()
+        own.release()
     assert submit(slurm, *again).returncode == 0
 
 
@@ -304,7 +304,7 @@ def test_a_run_whose_job_slurm_still_has_is_refused_or_queued_behind_it(slurm: P
     (slurm / "squeue").chmod(0o755)
     done = submit(slurm, *again)
     assert done.returncode == 2
-    assert "is the run of job 123, which waits in the queue: end that one first (scancel 123)" in done.stderr
+    assert "is the run of job 123, which waits in the queue: end that job first (scancel 123)" in done.stderr
     assert "--me" in (slurm / "asked").read_text()
     assert not (slurm / "submitted.sh").exists()
     assert submit(slurm, *again, "--sbatch", "dependency=afterany:123").returncode == 0

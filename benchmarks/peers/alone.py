@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from benchmarks.peers import gpt2
+from peers import gpt2
 
 
 def main(source: str, out: str, tokenizer: str) -> None:

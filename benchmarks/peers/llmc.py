@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from benchmarks.peers import gpt2
+from peers import gpt2
 
 SHARD_TOKENS = 100_000_000
 CHUNK = 16

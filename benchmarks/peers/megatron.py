@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from benchmarks.peers import gpt2
+from peers import gpt2
 
 CHUNK = 32
 _encoding: Any

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from benchmarks.peers import gpt2
+from peers import gpt2
 
 BATCHES = 1024
 CHUNK = 64

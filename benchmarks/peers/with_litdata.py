@@ -17,7 +17,7 @@ import litdata
 import numpy as np
 import orjson
 
-from benchmarks.peers import gpt2
+from peers import gpt2
 
 RANGES = 64
 _encodings: dict[str, Any] = {}

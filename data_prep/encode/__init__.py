@@ -1,1 +1,1 @@
-"""Documents to ids: which tokenizer is meant, and fast encoders that are proved to give its ids."""
+"""Documents to ids: finding the tokenizer, and fast encoders that were compared with it."""

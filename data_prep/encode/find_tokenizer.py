@@ -1,109 +1,90 @@
-"""Which program turns text into ids: the same ids from each, at different speeds.
+"""Find the tokenizer that was named.
 
-================  ============================================================================================
-``tiktoken``      runs every byte-level BPE; what the others are compared with
-``gigatoken``     5 to 10 times faster (1.5 to 2 times on Chinese), optional, and only for patterns that it knows
-``tokenizers``    runs the tokenizers that only it can run, see ``hpcgpt.tokenizer.huggingface``
-================  ============================================================================================
-
-"auto" takes gigatoken where it is installed, knows the pattern, and finds tiktoken's ids for the strings of
-``data_prep.encode.equivalence_texts`` at every start. Chinese then goes through ``data_prep.encode.ideographs`` first.
+=============================  ==============================================================================
+``gpt2``                       GPT-2's; its merges are in this package, so no network is needed
+``cl100k_base``, ...           tiktoken's other encodings, see ``data_prep.encode.from_tiktoken``
+``PATH/cl100k_base.tiktoken``  one of these, from a file with its ranks
+``DIR``                        a folder that ``data_prep.train_tokenizer`` wrote, or ``tokenizer/`` beside shards
+``DIR``, ``tokenizer.json``    a Hugging Face tokenizer, see ``data_prep.encode.from_huggingface``
+=============================  ==============================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+import json
+from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+import tiktoken
 
-from data_prep.encode import equivalence_texts, from_tiktoken, gigatoken_encoder, ideographs
+from data_prep.encode import from_huggingface, from_tiktoken
+from hpcgpt.config import paths
 from hpcgpt.errors import UserError
-from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
-from hpcgpt.tokenizer.huggingface import LibraryTokenizer
+from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 from hpcgpt.tokenizer.interface import Tokenizer
 
-Backend = Literal["auto", "tiktoken", "gigatoken", "tokenizers"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-Batch = tuple[NDArray[np.uint32], NDArray[np.int64]]
-
-
-class Encoder(Protocol):
-    """`why` is a sentence for the user where "auto" could not take the fastest, else empty."""
-
-    name: str
-    why: str
-
-    def batch(self, texts: Sequence[str]) -> Batch:
-        """The ids of all texts one after the other (n,), and how many each has (k,). No lone surrogates in them."""
-        ...
-
-
-def encoder(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
-    """The encoder of that name for `tokenizer`.
+def find(name: str, end_of_text: str = "") -> Tokenizer:
+    """Find the tokenizer called `name`. Unless empty, `end_of_text` names the special token between documents.
 
     Raises:
-        UserError: `backend` is not "auto" and cannot do this tokenizer.
+        UserError: there is none, it is damaged, or it has no such end-of-text token.
     """
-    if isinstance(tokenizer, LibraryTokenizer):
-        if backend not in ("auto", "tokenizers"):
-            raise UserError(
-                f"backend {backend} cannot run tokenizer {tokenizer.name}: it is no byte-level BPE that tiktoken could "
-                "run as well; leave the backend at auto, or choose tokenizers"
-            )
-        return OneByOne("tokenizers", tokenizer.encode)
-    if not isinstance(tokenizer, ByteLevelBPE) or backend == "tokenizers":
+    path = Path(paths.expand(name, "--tokenizer"))
+    if name == "gpt2":
+        found: Tokenizer = gpt2()
+    elif name in from_tiktoken.ENCODINGS:
+        found = from_tiktoken.find(name)
+    elif path.suffix == ".tiktoken" and path.is_file():
+        found = from_tiktoken.from_file(path)
+    elif path.is_file() or (path.is_dir() and not _is_own_format(path)):
+        return from_huggingface.read(path, end_of_text)
+    elif path.is_dir():
+        found = save_load.load(path)
+    elif name in tiktoken.list_encoding_names():
+        found = _plugin(name)
+    else:
+        names = ", ".join(["gpt2", *from_tiktoken.ENCODINGS])
         raise UserError(
-            f"backend {backend} cannot run tokenizer {tokenizer.name}, which is tiktoken's: leave it at auto"
+            f"no tokenizer '{name}': it is neither {names}, nor a folder with vocab.tiktoken in it, nor a Hugging Face "
+            "tokenizer.json or a folder with one"
         )
-    plain = OneByOne("tiktoken", lambda text: tokenizer.encoding.encode_to_numpy(text, disallowed_special=()))
-    if backend == "tiktoken":
-        return plain
+    if end_of_text and found.special_tokens.get(end_of_text) != found.end_of_text:
+        special = ", ".join(token for token, number in found.special_tokens.items() if number == found.end_of_text)
+        raise UserError(f"tokenizer {found.name}: its end of text is {special}: leave --end-of-text {end_of_text} out")
+    return found
+
+
+def gpt2() -> ByteLevelBPE:
+    """Make GPT-2's tokenizer, 50,257 ids. Source: Radford et al., 2019; see data_prep/encode/vocab/README.md."""
+    merges = (Path(__file__).parent / "vocab" / "gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    to_byte = {character: byte for byte, character in byte_characters().items()}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_characters())}
+    for merge in merges:
+        token = bytes(to_byte[character] for character in merge.replace(" ", ""))
+        ranks[token] = len(ranks)
+    end = len(ranks)
+    return ByteLevelBPE("gpt2", from_tiktoken.GPT2_PATTERN, ranks, {from_tiktoken.END_OF_TEXT: end}, end)
+
+
+def _is_own_format(folder: Path) -> bool:
+    """Return whether hpcgpt wrote this folder, even if it is damaged. Only its tokenizer.json has a fingerprint."""
+    if not (folder / "tokenizer.json").is_file() or (folder / "vocab.tiktoken").exists():
+        return True
     try:
-        fast: Encoder = gigatoken_encoder.Gigatoken(tokenizer, plain.batch)
-        check(fast, plain)
-        if tokenizer.pattern == from_tiktoken.GPT2_PATTERN:
-            fast = ideographs.ByCharacter(fast, tokenizer.ranks, equivalence_texts.chinese())
-    except ValueError as error:
-        if backend == "gigatoken":
-            raise
-        plain.why = f"encoding with tiktoken, not gigatoken: {error}"
-        return plain
-    return fast
+        about = json.loads((folder / "tokenizer.json").read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and "fingerprint" in about
 
 
-def check(one: Encoder, other: Encoder) -> None:
-    """Compare two encoders on some hundred strings.
-
-    Raises:
-        UserError: they differ; the message names the string.
-    """
-    texts = equivalence_texts.chosen()
-    ids, counts = one.batch(texts)
-    expected, expected_counts = other.batch(texts)
-    if np.array_equal(counts, expected_counts) and np.array_equal(ids, expected):
-        return
-    places = np.stack([np.cumsum(counts), np.cumsum(expected_counts)])
-    for number, (stop, expected_stop) in enumerate(places.T):
-        if not np.array_equal(ids[:stop], expected[:expected_stop]):
-            raise UserError(f"{one.name} and {other.name} give different ids for {texts[number][:40]!r}")
-
-
-class OneByOne:
-    """Text by text, all in one array at the end."""
-
-    def __init__(self, name: str, encode: Callable[[str], Sequence[int] | NDArray[np.uint32]]) -> None:
-        self.name, self.why = name, ""
-        self._encode = encode
-
-    def batch(self, texts: Sequence[str]) -> Batch:
-        parts = [self._encode(text) for text in texts]
-        counts = np.fromiter(map(len, parts), np.int64, len(parts))
-        ids = np.empty(int(counts.sum()), dtype=np.uint32)
-        start = 0
-        for part in parts:
-            ids[start : start + len(part)] = part
-            start += len(part)
-        return ids, counts
+def _plugin(name: str) -> ByteLevelBPE:
+    """Make an encoding of a tiktoken plugin that is installed here."""
+    try:
+        found = tiktoken.get_encoding(name)
+    except Exception as error:  # a plugin may raise anything, and so may `requests`
+        raise UserError(f"tokenizer {name}: tiktoken cannot make it here: {error}") from None
+    end = found._special_tokens.get(from_tiktoken.END_OF_TEXT)
+    if end is None:
+        raise UserError(f"tokenizer {name}: it has no {from_tiktoken.END_OF_TEXT}")
+    return ByteLevelBPE(name, found._pat_str, found._mergeable_ranks, found._special_tokens, end)

@@ -1,20 +1,20 @@
-"""A Hugging Face ``tokenizer.json`` -> one of our two kinds of tokenizer.
+"""Read a Hugging Face ``tokenizer.json``, as a byte-level BPE for tiktoken or a tokenizer for `tokenizers`.
 
-A byte-level BPE becomes a tiktoken one where that gives the same ids for every text, and a comparison on a few
-thousand strings finds no difference. It does if these hold:
+A byte-level BPE is converted for tiktoken if that gives the same ids for every text, and a comparison on a few thousand
+strings finds no difference. tiktoken gives the same ids under these conditions:
 
-- there is no normalizer, and text is cut by one pattern (or by GPT-2's, which ByteLevel stands for);
-- all 256 bytes have an id, and of two merges the first makes the lower id, out of lower ids. tiktoken merges any
-  two neighbours whose bytes together are a token, lowest id first; with these conditions the neighbours that
-  it finds are those that a merge names, because a token that is reached at all is reached by one way;
-- what cannot be reached by merges is left out, or, where the tokenizer takes whole words before it merges
-  (``ignore_merges``, as Llama 3's), every way to split such a token is a merge.
+- There is no normalizer, and text is split by one pattern (or by GPT-2's, which ByteLevel implies).
+- All 256 bytes have an id, each merge makes a higher id than the merges before it, and from lower ids. tiktoken merges
+  any two neighbours whose bytes together are a token, lowest id first. Under this condition these are the neighbours
+  that a merge names, because a token that can be reached is reached in only one way.
+- Tokens that merges cannot reach are left out. Or, if the tokenizer looks up whole words before it merges
+  (``ignore_merges``, as in Llama 3), every split of such a token is a merge.
 
-Everything else stays with `tokenizers`: see ``hpcgpt.tokenizer.huggingface``.
+All other tokenizers are run by `tokenizers`: see ``hpcgpt.tokenizer.huggingface``.
 
-**Special tokens** are the added tokens that are marked special or stand in brackets, as ``<tool_call>`` does:
-text never becomes one. The pieces that stand for bytes (``<0x0A>``) are none, however they are
-marked. Other added tokens, such as GPT-NeoX's runs of blanks, are ordinary vocabulary.
+**Special tokens** are the added tokens that are marked as special or are in brackets, such as ``<tool_call>``. Text is
+never encoded as one. Byte tokens (``<0x0A>``) are not special, however they are marked. Other added tokens, such as
+GPT-NeoX's runs of spaces, are ordinary vocabulary.
 """
 
 from __future__ import annotations
@@ -35,45 +35,47 @@ from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 from hpcgpt.tokenizer.huggingface import LibraryTokenizer
 from hpcgpt.tokenizer.interface import Tokenizer
 
-# In this order; the bars of DeepSeek's are no ASCII.
+# The first of these that exists is used. The bars of DeepSeek's are not ASCII.
 USUAL_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>"]
-_MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+_IN_BRACKETS = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _COMPARED = 2000
 _TIMEOUT_S = 120
 
 
 def read(path: Path, end_of_text: str = "") -> Tokenizer:
-    """The tokenizer in a ``tokenizer.json``, or in the folder that holds one.
+    """Read the tokenizer from a ``tokenizer.json``, or from a folder with one.
 
     Raises:
-        UserError: it is missing, damaged, of a form that `tokenizers` does not know, or has no end-of-text.
+        UserError: it is missing, damaged, of a kind that `tokenizers` does not support, or has no end-of-text token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         source = json.loads(file.read_bytes())
         if not isinstance(source, dict) or not isinstance(source.get("model"), dict) or "vocab" not in source["model"]:
             raise UserError("it has no model with a vocabulary")
-        special = _special(source, _configured_end(file), end_of_text)
-        end = _end(special, _configured_end(file), end_of_text)
+        special = _special_tokens(source, _configured_end_of_text(file), end_of_text)
+        end = _choose_end_of_text(special, _configured_end_of_text(file), end_of_text)
         name = file.parent.name if file.name == "tokenizer.json" else file.stem
         library = LibraryTokenizer(name, huggingface.prepared(source, special), special, special[end])
-        _survive(library.content)
-        _check(library)
+        _check_in_another_process(library.content)
+        _check_special_tokens(library)
     except OSError as error:
         raise UserError(f"no tokenizer in {path}: {error.strerror} ({error.filename})") from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        told = str(error) if isinstance(error, ValueError) else f"unexpected content: {error!r}"
-        raise UserError(f"{file}: not a Hugging Face tokenizer: {told}") from None
+        problem = str(error) if isinstance(error, ValueError) else f"unexpected content: {error!r}"
+        raise UserError(f"{file}: not a Hugging Face tokenizer: {problem}") from None
     return _as_tiktoken(source, library) or library
 
 
-def _special(source: dict[str, Any], configured: str, asked: str) -> dict[str, int]:
-    """Names and ids of the special tokens, lowest id first."""
-    pieces = huggingface.byte_pieces(source["model"])
+def _special_tokens(source: dict[str, Any], configured: str, requested: str) -> dict[str, int]:
+    """Return the names and ids of the special tokens, lowest id first."""
+    pieces = huggingface.byte_fallback_tokens(source["model"])
     added = {t["content"]: t for t in source.get("added_tokens") or [] if t["content"] not in pieces}
-    found = {name: int(token["id"]) for name, token in added.items() if token["special"] or _MARKER.fullmatch(name)}
+    found = {
+        name: int(token["id"]) for name, token in added.items() if token["special"] or _IN_BRACKETS.fullmatch(name)
+    }
     vocabulary = source["model"]["vocab"]
-    for name in filter(None, (configured, asked)):
+    for name in filter(None, (configured, requested)):
         if name in added:
             found[name] = int(added[name]["id"])
         elif isinstance(vocabulary, dict) and name in vocabulary:
@@ -83,18 +85,18 @@ def _special(source: dict[str, Any], configured: str, asked: str) -> dict[str, i
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _end(special: dict[str, int], configured: str, asked: str) -> str:
-    """Which of the special tokens separates documents."""
-    for name in [asked] if asked else [*USUAL_ENDS, configured]:
+def _choose_end_of_text(special: dict[str, int], configured: str, requested: str) -> str:
+    """Return the name of the special token that separates documents."""
+    for name in [requested] if requested else [*USUAL_ENDS, configured]:
         if name in special:
             return name
     some = ", ".join(list(special)[:12]) or "none"
-    wanted = f"'{asked}'" if asked else f"usual end of text ({', '.join(USUAL_ENDS)})"
+    wanted = f"'{requested}'" if requested else f"usual end of text ({', '.join(USUAL_ENDS)})"
     raise UserError(f"it has no {wanted}: name one of its special tokens with --end-of-text ({some})")
 
 
-def _configured_end(file: Path) -> str:
-    """eos_token of the tokenizer_config.json beside it, if there is one."""
+def _configured_end_of_text(file: Path) -> str:
+    """Return eos_token from the tokenizer_config.json beside `file`; "" if there is none."""
     config = file.with_name("tokenizer_config.json")
     if not config.is_file():
         return ""
@@ -105,8 +107,8 @@ def _configured_end(file: Path) -> str:
     return token if isinstance(token, str) else ""
 
 
-def _survive(content: str) -> None:
-    """Let another process read it first: some damaged files end the process that reads them.
+def _check_in_another_process(content: str) -> None:
+    """Read it in another process first, because some damaged files crash the process that reads them.
 
     Raises:
         UserError: that process was killed by a signal, or did not end.
@@ -122,9 +124,11 @@ def _survive(content: str) -> None:
         raise UserError("`tokenizers` crashes when it reads it")
 
 
-def _check(library: LibraryTokenizer) -> None:
-    """Nothing that the library would find wrong only later, and no text that becomes a special token, but for the
-    one that stands for what is unknown."""
+def _check_special_tokens(library: LibraryTokenizer) -> None:
+    """Raise UserError if text is encoded as a special token, other than the one for unknown text.
+
+    This also makes the library raise, now and not later, what it finds wrong only when it encodes.
+    """
     unknown = library.unknown
     for name, number in library.special_tokens.items():
         if number == unknown == library.end_of_text:
@@ -134,20 +138,21 @@ def _check(library: LibraryTokenizer) -> None:
 
 
 def _as_tiktoken(source: dict[str, Any], library: LibraryTokenizer) -> ByteLevelBPE | None:
-    """The same tokenizer for tiktoken, if that is possible."""
+    """Convert the tokenizer for tiktoken; return None if that is impossible."""
     pattern, ranks = _pattern(source), None
     if pattern and source.get("normalizer") is None and _only_special(source, library):
         ranks = _ranks(source["model"], library)
     if not pattern or ranks is None:
         return None
-    made = ByteLevelBPE(library.name, pattern, ranks, library.special_tokens, library.end_of_text)
+    converted = ByteLevelBPE(library.name, pattern, ranks, library.special_tokens, library.end_of_text)
     try:
         texts = [
             *equivalence_texts.chosen(),
             *equivalence_texts.fuzzed(_COMPARED, seed=1, special=list(library.special_tokens)[:50]),
         ]
-        return None if equivalence_texts.first_difference(texts, made.encode, library.encode) is not None else made
-    except ValueError:  # a pattern that Rust's regular expressions don't know
+        difference = equivalence_texts.first_difference(texts, converted.encode, library.encode)
+        return None if difference is not None else converted
+    except ValueError:  # a pattern that tiktoken's regular expressions do not support
         return None
 
 
@@ -156,7 +161,7 @@ def _only_special(source: dict[str, Any], library: LibraryTokenizer) -> bool:
 
 
 def _pattern(source: dict[str, Any]) -> str | None:
-    """How text is cut, if it is by one pattern before bytes are mapped to characters."""
+    """Return the pattern that splits text; None unless it is a single one, applied before the bytes are mapped."""
     step = source.get("pre_tokenizer") or {}
     steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
@@ -172,7 +177,7 @@ def _pattern(source: dict[str, Any]) -> str | None:
 
 
 def _ranks(model: dict[str, Any], library: LibraryTokenizer) -> dict[bytes, int] | None:
-    """The ranks of a byte-level BPE whose ids follow its merges; None if they do not."""
+    """Return the ranks of a byte-level BPE whose ids are in the order of its merges; None if they are not."""
     if model.get("type") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return None
     vocabulary: dict[str, int] = {
@@ -180,26 +185,26 @@ def _ranks(model: dict[str, Any], library: LibraryTokenizer) -> dict[bytes, int]
     }
     to_byte = {character: byte for byte, character in byte_characters().items()}
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    if not all(character in vocabulary for character in to_byte) or not _ordered(merges, vocabulary):
+    if not all(character in vocabulary for character in to_byte) or not _is_ordered(merges, vocabulary):
         return None
     whole_words = bool(model.get("ignore_merges"))
-    reached = _reached(model, vocabulary)
+    reachable = _reachable(model, vocabulary)
     if whole_words:
-        ways = set(merges)
+        known_merges = set(merges)
         kept = vocabulary
-        for token in vocabulary.keys() - reached:
-            splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-            if not all(pair in ways for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary):
+        for token in vocabulary.keys() - reachable:
+            splits = [(token[:at], token[at:]) for at in range(1, len(token))]
+            if not all(pair in known_merges for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary):
                 return None
     else:
-        kept = {token: number for token, number in vocabulary.items() if token in reached}
+        kept = {token: number for token, number in vocabulary.items() if token in reachable}
     if not all(character in to_byte for token in kept for character in token):
         return None
     return {bytes(to_byte[character] for character in token): number for token, number in kept.items()}
 
 
-def _ordered(merges: list[tuple[str, ...]], vocabulary: dict[str, int]) -> bool:
-    """Does each merge make an id as high as the one before, or higher, out of ids that are lower or single bytes?"""
+def _is_ordered(merges: list[tuple[str, ...]], vocabulary: dict[str, int]) -> bool:
+    """Return whether each merge makes an id not lower than the one before, from lower ids or single bytes."""
     highest = -1
     for left, right in merges:
         made = vocabulary.get(left + right, -1)
@@ -210,8 +215,8 @@ def _ordered(merges: list[tuple[str, ...]], vocabulary: dict[str, int]) -> bool:
     return True
 
 
-def _reached(model: dict[str, Any], vocabulary: dict[str, int]) -> set[str]:
-    """The tokens that their own text becomes by merges alone."""
+def _reachable(model: dict[str, Any], vocabulary: dict[str, int]) -> set[str]:
+    """Return the tokens whose text is encoded as just this token by merges alone."""
     merging = tokenizers.Tokenizer.from_str(json.dumps({"model": {**model, "dropout": None, "ignore_merges": False}}))
     reached = set()
     for token, number in vocabulary.items():

@@ -1,8 +1,8 @@
-"""OpenAI's published encodings: which file holds the ranks, its SHA-256, the pattern, the special tokens.
+"""tiktoken's encodings, as OpenAI published them: the file of ranks, its SHA-256, the pattern, the special tokens.
 
-As in tiktoken (MIT), which fetches the ranks on first use and deletes a file that it does not expect. Here
-they are looked for where tiktoken keeps them, then fetched; compute nodes have no network, so a file that
-was brought along does too. Nothing is ever deleted.
+The values are those of tiktoken (MIT). It downloads the ranks on first use, and deletes a file that it does not expect.
+Here the ranks are read from tiktoken's cache or downloaded; for compute nodes without a network, the file can also be
+named. Nothing is ever deleted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import sys
 import tempfile
 import urllib.request
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, parse_ranks
 
@@ -25,10 +25,10 @@ END_OF_TEXT = "<|endoftext|>"
 _URL = "https://openaipublic.blob.core.windows.net/encodings/"
 _TIMEOUT_S = 20
 
-# GPT-2's own pattern: contractions, words, numbers, punctuation and white space are never merged with
-# each other. Written with possessive quantifiers as in tiktoken; it cuts exactly like the original.
+# GPT-2's pattern: contractions, words, numbers, punctuation and white space are never merged with each other. Written
+# with possessive quantifiers as in tiktoken; it splits text exactly like the original.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# GPT-4's: numbers in groups of three, punctuation keeps the line feeds behind it.
+# GPT-4's: numbers in groups of three, line feeds stay with the punctuation before them.
 GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
     r"|\s+(?!\S)|\s"
@@ -46,7 +46,9 @@ O200K_PATTERN = "|".join([
 
 
 @dataclass(frozen=True)
-class Published:
+class TiktokenEncoding:
+    """How an encoding was published: its file of ranks, and what that file does not say."""
+
     file: str
     sha256: str
     pattern: str
@@ -61,16 +63,16 @@ _FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 _HARMONY = {200002: "return", 200003: "constrain", 200005: "channel", 200006: "start", 200007: "end",
             200008: "message", 200012: "call"}  # fmt: skip
 
-PUBLISHED = {
-    "r50k_base": Published(*_R50K, {END_OF_TEXT: 50256}),
-    "p50k_base": Published(*_P50K, {END_OF_TEXT: 50256}),
-    "p50k_edit": Published(*_P50K, {END_OF_TEXT: 50256, **{name: 50281 + n for n, name in enumerate(_FIM)}}),
-    "cl100k_base": Published(
+ENCODINGS = {
+    "r50k_base": TiktokenEncoding(*_R50K, {END_OF_TEXT: 50256}),
+    "p50k_base": TiktokenEncoding(*_P50K, {END_OF_TEXT: 50256}),
+    "p50k_edit": TiktokenEncoding(*_P50K, {END_OF_TEXT: 50256, **{name: 50281 + n for n, name in enumerate(_FIM)}}),
+    "cl100k_base": TiktokenEncoding(
         *_CL100K,
         {END_OF_TEXT: 100257, **{name: 100258 + n for n, name in enumerate(_FIM)}, "<|endofprompt|>": 100276},
     ),
-    "o200k_base": Published(*_O200K, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
-    "o200k_harmony": Published(
+    "o200k_base": TiktokenEncoding(*_O200K, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
+    "o200k_harmony": TiktokenEncoding(
         *_O200K,
         {"<|startoftext|>": 199998, END_OF_TEXT: 199999, "<|endofprompt|>": 200018}
         | {f"<|{_HARMONY.get(n, f'reserved_{n}')}|>": n for n in range(200000, 201088)},
@@ -79,75 +81,74 @@ PUBLISHED = {
 
 
 def find(name: str) -> ByteLevelBPE:
-    """A published encoding, its ranks from tiktoken's cache or from the network.
+    """Make an encoding; its ranks are read from tiktoken's cache, or downloaded.
 
     Raises:
-        UserError: they are in neither, or not the published ones.
+        UserError: neither has them, or they are not the published ones.
     """
-    published = PUBLISHED[name]
-    url = _URL + published.file
+    encoding = ENCODINGS[name]
+    url = _URL + encoding.file
     folder = _cache_folder()
     cached = folder / hashlib.sha1(url.encode()).hexdigest() if folder else None
-    kept = _kept(cached) if cached else None
-    if cached and kept is not None:
-        content = kept
-        _check(content, published, str(cached))
+    content = _read_cached(cached) if cached else None
+    if content is not None:
+        _check_hash(content, encoding, str(cached))
     else:
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
                 content = answer.read()
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
-                f"tokenizer {name}: its ranks are not on this machine and cannot be fetched here ({error}): fetch "
-                f"{url} elsewhere, and name that file in place of '{name}'"
+                f"tokenizer {name}: its ranks are not on this machine and cannot be downloaded here ({error}): "
+                f"download {url} elsewhere, and name that file in place of '{name}'"
                 + (f", or copy it to {cached}" if cached else "")
             ) from None
-        _check(content, published, url)
+        _check_hash(content, encoding, url)
         if cached:
             try:
                 cached.parent.mkdir(parents=True, exist_ok=True)
                 atomic.write(cached, content)
-            except OSError as error:  # in /tmp, another user's: it is fetched again next time
+            except OSError as error:  # such as another user's folder in /tmp: it is downloaded again next time
                 why = error.strerror or error
-                print(f"tokenizer {name}: its ranks cannot be kept in {cached.parent}: {why}", file=sys.stderr)
-    return _made(name, content)
+                streams.warn(f"tokenizer {name}: its ranks cannot be kept in {cached.parent}: {why}")
+    return _build(name, content)
 
 
 def from_file(path: Path) -> ByteLevelBPE:
-    """A published encoding whose ranks are the file `path`, told by its hash.
+    """Make the encoding whose ranks are in the file `path`, recognized by its hash.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is not the file of any encoding.
     """
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
-    names = [name for name, published in PUBLISHED.items() if published.sha256 == found]
+    names = [name for name, encoding in ENCODINGS.items() if encoding.sha256 == found]
     if not names:
-        known = ", ".join(sorted({published.file for published in PUBLISHED.values()}))
+        known = ", ".join(sorted({encoding.file for encoding in ENCODINGS.values()}))
         raise UserError(
             f"{path}: its SHA-256 {found[:12]}... is that of no published encoding ({known}); a file of ranks "
-            "does not say how text is cut nor which tokens are special, so others need a tokenizer.json"
+            "does not say how text is split nor which tokens are special, so others need a tokenizer.json"
         )
-    return _made(path.stem if path.stem in names else names[0], content)
+    return _build(path.stem if path.stem in names else names[0], content)
 
 
-def _made(name: str, content: bytes) -> ByteLevelBPE:
-    published = PUBLISHED[name]
-    special = dict(published.special_tokens)
-    return ByteLevelBPE(name, published.pattern, parse_ranks(content), special, special[END_OF_TEXT])
+def _build(name: str, content: bytes) -> ByteLevelBPE:
+    encoding = ENCODINGS[name]
+    special = dict(encoding.special_tokens)
+    return ByteLevelBPE(name, encoding.pattern, parse_ranks(content), special, special[END_OF_TEXT])
 
 
-def _check(content: bytes, published: Published, place: str) -> None:
+def _check_hash(content: bytes, encoding: TiktokenEncoding, source: str) -> None:
     found = hashlib.sha256(content).hexdigest()
-    if found != published.sha256:
+    if found != encoding.sha256:
         raise UserError(
-            f"{place}: not {published.file}: SHA-256 {found[:12]}..., expected {published.sha256[:12]}...: it "
-            "is damaged or another file; fetch it again"
+            f"{source}: not {encoding.file}: SHA-256 {found[:12]}..., expected {encoding.sha256[:12]}...: it "
+            "is damaged or another file; download it again"
         )
 
 
-def _kept(path: Path) -> bytes | None:
-    """The content of a file in the cache; None if there is none, or it is another user's and cannot be read."""
+def _read_cached(path: Path) -> bytes | None:
+    """Return the content of a cached file; None if there is none, or it is another user's and cannot be read."""
     try:
         return path.read_bytes()
     except OSError:
@@ -155,7 +156,7 @@ def _kept(path: Path) -> bytes | None:
 
 
 def _cache_folder() -> Path | None:
-    """Where tiktoken keeps what it fetched; None if it was told to keep nothing."""
+    """Return tiktoken's cache folder; None if the environment turns the cache off."""
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if variable in os.environ:
             return Path(os.environ[variable]) if os.environ[variable] else None

@@ -1,10 +1,10 @@
-"""gigatoken (MIT), the fast encoder: what it needs in order to give tiktoken's ids.
+"""Encode with gigatoken (MIT), the fast encoder, so that the ids are those of tiktoken.
 
-- It is made from the bare ranks, without special tokens, so that a literal ``<|endoftext|>`` stays text.
-- How text is cut is built into it, so only patterns that were compared with its own are taken (`SCHEMES`).
-- It knows the letters of Unicode 17, tiktoken those of 16. A text that holds a newer one goes to tiktoken.
-- It remembers every word that it met, up to 12 bytes for a byte of text, and forgets none. It is made anew
-  when this process has grown by `MOST_GROWTH_BYTES`: that costs 0.1 s of CPU time, as 10 MB of English do.
+- It is built from the ranks without special tokens, so that a literal ``<|endoftext|>`` stays text.
+- How text is split is built into gigatoken, so only patterns are accepted that were compared with it (`SCHEMES`).
+- It uses Unicode 17, tiktoken Unicode 16. A text with a newer letter is encoded by tiktoken.
+- It caches every word, at up to 12 bytes per byte of text, and never removes one. So it is built again when this
+  process has grown by `MOST_GROWTH_BYTES`. That costs 0.1 s of CPU time, as much as encoding 10 MB of English.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.encode import from_tiktoken
+from data_prep.encode.interface import EncodedBatch
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, write_ranks
 
 MOST_GROWTH_BYTES = 256_000_000
-# The growth may come from somewhere else, or be unreadable: so much text passes between two renewals.
+# It is built again only after this much text: the growth may have other causes, or be unknown.
 FEWEST_CHARACTERS = 16_000_000
 
 _GPT4_AS_HUGGING_FACE_WRITES_IT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# Pattern -> what gigatoken calls it. A test of find_tokenizer compares each pair on every code point, with a vocabulary
-# that shows where text was cut.
+# Pattern -> its name in gigatoken. A test of encoders compares each pair on every code point, with a vocabulary that
+# shows where text was split.
 SCHEMES = {
     from_tiktoken.GPT2_PATTERN: "gpt2",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
     from_tiktoken.GPT4_PATTERN: "gpt4",
     from_tiktoken.O200K_PATTERN: "o200k",
-    # Llama 3, OLMo 2 and others. Line feeds at the end of a text are cut otherwise than by tiktoken's for GPT-4.
+    # Llama 3, OLMo 2 and others. Line feeds at the end of a text are split differently than by tiktoken's for GPT-4.
     _GPT4_AS_HUGGING_FACE_WRITES_IT: "olmo3",
     _GPT4_AS_HUGGING_FACE_WRITES_IT.replace("{1,3}", ""): "qwen2",
 }
-# Letters, marks and digits that came with Unicode 17, first and last, and U+0295, which was lower case before: only
-# o200k tells that. Found by comparing all code points between others: benchmarks/fuzz_backends.py does it again.
+# Ranges of letters, marks and digits that are new in Unicode 17, and U+0295, which is no longer lower case (only o200k
+# depends on that). Found by comparing every code point between others, as benchmarks/fuzz_backends.py does.
 NEWER = [
     (0x295, 0x295),
     (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB), (0xA7CE, 0xA7CF),
@@ -55,22 +56,20 @@ NEWER = [
 ]  # fmt: skip
 _NEWER_LETTER = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in NEWER) + "]")
 
-Batch = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
-
-class Gigatoken:
-    """`plain` encodes what has newer letters in it.
+class GigatokenEncoder:
+    """Encodes with gigatoken; `plain` encodes texts with newer letters.
 
     Raises:
-        UserError: gigatoken is not there, or cannot run this tokenizer.
+        UserError: gigatoken is not installed, or cannot run this tokenizer.
     """
 
-    name, why = "gigatoken", ""
+    name, fallback_reason = "gigatoken", ""
 
-    def __init__(self, tokenizer: ByteLevelBPE, plain: Callable[[Sequence[str]], Batch]) -> None:
+    def __init__(self, tokenizer: ByteLevelBPE, plain: Callable[[Sequence[str]], EncodedBatch]) -> None:
         scheme = SCHEMES.get(tokenizer.pattern)
         if scheme is None:
-            raise UserError(f"gigatoken does not know the pattern of tokenizer {tokenizer.name}")
+            raise UserError(f"gigatoken does not support the pattern of tokenizer {tokenizer.name}")
         try:
             from gigatoken.gigatoken_rs import BPETokenizer
         except ImportError as error:
@@ -78,44 +77,43 @@ class Gigatoken:
                 f"it is not installed ({error}); `pip install 'hpcgpt[fast]'` makes this several times faster"
             ) from None
         self._tokenizer, self._scheme, self._plain = tokenizer, scheme, plain
-        self._from_ranks: Callable[[str, str], Any] = BPETokenizer.from_tiktoken
-        # It wants ranks without gaps, but special tokens may come first or lie between.
+        self._from_tiktoken_ranks: Callable[[str, str], Any] = BPETokenizer.from_tiktoken
+        # gigatoken needs ranks without gaps, but the ids of special tokens may be the first ones, or in between.
         order = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
         self._content = write_ranks({token: number for number, token in enumerate(order)})
         numbers = np.array([tokenizer.ranks[token] for token in order], dtype=np.uint32)
         self._numbers = None if numbers[-1] == len(numbers) - 1 else numbers
-        self._program = self._made()
+        self._gigatoken = self._build()
         self._characters = 0
-        self._limit = _resident() + MOST_GROWTH_BYTES
+        self._limit = _resident_bytes() + MOST_GROWTH_BYTES
 
-    def batch(self, texts: Sequence[str]) -> Batch:
-        if self._characters >= FEWEST_CHARACTERS and not 0 < _resident() < self._limit:
-            self._program = None  # first, so that there are never two
-            self._program, self._characters = self._made(), 0
-        ids, counts = _arrays(self._program.encode_batch(list(texts), parallel=False))
+    def batch(self, texts: Sequence[str]) -> EncodedBatch:
+        if self._characters >= FEWEST_CHARACTERS and not 0 < _resident_bytes() < self._limit:
+            self._gigatoken = None  # so that there are never two in memory
+            self._gigatoken, self._characters = self._build(), 0
+        ids, counts = _as_arrays(self._gigatoken.encode_batch(list(texts), parallel=False))
         if self._numbers is not None:
             ids = self._numbers[ids]
         self._characters += sum(map(len, texts))
         if not all(map(str.isascii, texts)) and self._may_be_newer[ids].any():
-            return self._mended(texts, ids, counts)
+            return self._with_newer_from_tiktoken(texts, ids, counts)
         return ids, counts
 
-    def _made(self) -> Any:
+    def _build(self) -> Any:
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
             file.write(self._content)
             file.flush()
             try:
-                return self._from_ranks(file.name, self._scheme)
+                return self._from_tiktoken_ranks(file.name, self._scheme)
             except (KeyboardInterrupt, SystemExit, MemoryError):
                 raise
-            except BaseException as error:  # its panics are no Exception
-                told = str(error).partition("\n")[0]
-                raise UserError(f"gigatoken cannot run tokenizer {self._tokenizer.name}: {told}") from None
+            except BaseException as error:  # a panic in Rust is not an Exception
+                problem = str(error).partition("\n")[0]
+                raise UserError(f"gigatoken cannot run tokenizer {self._tokenizer.name}: {problem}") from None
 
     @cached_property
     def _may_be_newer(self) -> NDArray[np.bool_]:
-        """Does a newer letter begin in this token, as far as the token shows (vocab_size,)? Looking that up is ten
-        times faster than searching the text."""
+        """For each token, whether a newer letter may begin in it (vocab_size,). Ten times faster than a text search."""
         letters = [chr(code).encode() for first, last in NEWER for code in range(first, last + 1)]
         starts = {letter[:length] for letter in letters for length in range(1, 5)}
         lead = re.compile(b"[" + b"".join({letter[:1] for letter in letters}) + b"]")
@@ -126,8 +124,10 @@ class Gigatoken:
             )
         return table
 
-    def _mended(self, texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]) -> Batch:
-        """The same with the ids of the texts that hold newer letters from tiktoken."""
+    def _with_newer_from_tiktoken(
+        self, texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]
+    ) -> EncodedBatch:
+        """Replace the ids of texts with newer letters by those of tiktoken."""
         newer = [number for number, text in enumerate(texts) if not text.isascii() and _NEWER_LETTER.search(text)]
         if not newer:
             return ids, counts
@@ -138,27 +138,27 @@ class Gigatoken:
 
 
 def _length(lead: int) -> int:
-    """Bytes of a character of UTF-8, by its first."""
+    """Return how many bytes a UTF-8 character has, given its first."""
     return 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2
 
 
-def _arrays(made: Any) -> Batch:
-    """What encode_batch gives, as plain arrays without copying.
+def _as_arrays(encoded: Any) -> EncodedBatch:
+    """Return the result of encode_batch as arrays, without copying.
 
     Raises:
-        UserError: it is laid out otherwise than expected.
+        UserError: it has another layout than expected.
     """
     try:
-        borders, ids = np.asarray(made.layout.offsets.data), np.asarray(made.layout.content.data)
+        borders, ids = np.asarray(encoded.layout.offsets.data), np.asarray(encoded.layout.content.data)
     except AttributeError as error:
-        raise UserError(f"gigatoken's result is of an unknown form: {error}") from None
+        raise UserError(f"gigatoken's result has an unknown layout: {error}") from None
     if ids.dtype != np.uint32 or borders.dtype != np.int64 or ids.ndim != 1:
         raise UserError(f"gigatoken's ids are {ids.dtype} and their borders {borders.dtype}: expected uint32 and int64")
     return ids[borders[0] : borders[-1]], np.diff(borders)
 
 
-def _resident() -> int:
-    """Bytes of memory that this process holds; 0 where Linux does not say."""
+def _resident_bytes() -> int:
+    """Return the resident memory of this process in bytes; 0 if it is unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

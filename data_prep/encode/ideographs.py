@@ -1,171 +1,171 @@
-"""Chinese text, a character at a time: the same ids as any encoder's, several times faster.
+"""Encode Chinese text by looking up single characters: the same ids as the wrapped encoder gives, several times faster.
 
-Byte-level BPE is slow where words are long and every one is new, and what is a word to it, in Chinese, are the 5 to
-15 characters between two marks. But a vocabulary that was made of English, as GPT-2's, has hardly a token that goes
-over the border of two Chinese characters. Where none does, BPE never merges across the border, so the ids are those
-of each character, one after the other, and a table has them.
+Byte-level BPE is slow if words are long and each is new. In Chinese, a "word" is the 5 to 15 characters between two
+punctuation marks. But a vocabulary that was trained on English, like GPT-2's, has very few tokens with bytes of two
+neighbouring Chinese characters. Where no token crosses the border of two characters, BPE never merges across it, so the
+ids are those of the single characters, which can be looked up in a table.
 
-The table has ideographs and the marks of Chinese text, of three bytes each. Of its characters, those are *free* that
-have one of the table (or a line feed, in such company) on both sides, and no token of the vocabulary goes over either
-border: none ends with the beginning of the one behind and has before that the end of the one in front. All free
-characters in a row are taken out, and a stand-in is left in their place::
+The table holds ideographs and Chinese punctuation, of three bytes each. A character of it is *free* if its neighbours
+on both sides are in the table, too (or are a line feed between two such characters), and if no token of the vocabulary
+crosses either border: no token holds an end of the one character followed by a beginning of the next. Each run of free
+characters is replaced by one stand-in character::
 
     text          他说：斗之力，三段！ OK
-    shortened     他亖！ OK                    encoded as ever; each 亖 in it stands for a row
-    ids           those, with the ids of 说：斗之力，三段 in place of the stand-in's
+    shortened     他亖！ OK                    encoded as usual; 亖 replaces the run 说：斗之力，三段
+    ids           of the shortened text, with the ids of the run in place of the stand-in's
 
-A row keeps its neighbours, so what comes before and behind looks as it did: blanks, digits and letters of other kinds
-are cut as they were. That holds for GPT-2's pattern, to which all that matters of a character is whether it is a
-letter, a mark or a blank; a single line feed between two others is a word of its own to it. Vocabularies made of
-Chinese have tokens of several characters: then few are free, and the text goes to the encoder as it is.
+The neighbours of a run stay, so that white space, digits and other letters around it are split as before. That is so
+for GPT-2's pattern, in which only the class of a character counts (letter, number, white space, other), and a single
+line feed between two other characters is a word of its own. Vocabularies trained on Chinese have tokens of several
+characters. Then few characters are free, and the text is encoded as it is.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Letters since Unicode 3, and marks since Unicode 1.1: so they are the same to every encoder.
+from data_prep.encode.interface import EncodedBatch, Encoder
+from hpcgpt.output import streams
+
+# Letters since Unicode 3, and punctuation since Unicode 1.1, so every encoder classifies them alike.
 _LETTERS = (*range(0x3400, 0x4DB6), *range(0x4E00, 0x9FA6))
-_MARKS = tuple(map(ord, "、。〈〉《》「」『』【】〔〕，！？；：（）．～—…‘’“”"))
-_PLAIN_MARK = "、"
-# Rare letters. A batch that has the chosen one goes to the encoder as it is.
+_PUNCTUATION = tuple(map(ord, "、。〈〉《》「」『』【】〔〕，！？；：（）．～—…‘’“”"))
+_COMMA = "、"
+# Rare letters, of which one is used. A batch in which it occurs is encoded without this module.
 _STAND_INS = "亖龘㐀㒲"
 _MOST_IDS = 3  # of a character, which is three bytes here
 _NONE = 0xFFFF
 _MOST_KINDS = 16
-# Below this share of free characters it does not pay.
+# With a smaller share of free characters it would not be faster.
 _LEAST_FREE = 0.2
-_SAMPLED = 61
+_SAMPLE_EVERY = 61  # characters
 
 Ids = NDArray[np.uint32]
-Batch = tuple[Ids, NDArray[np.int64]]
 Bools = NDArray[np.bool_]
-
-
-class Encoder(Protocol):
-    name: str
-    why: str
-
-    def batch(self, texts: Sequence[str]) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class _Table:
-    """By code point, below 2**16. Tokens that go over the border of two of the characters are of up to 16 kinds:
-    a border is open if a bit is set in `ends` of the one character and in `starts` of the next."""
+    """What is known of each code point below 2**16.
+
+    There are up to 16 kinds of tokens that cross the border of two characters, a bit for each. A token crosses a border
+    if a bit is set both in `ends` of the first character and in `starts` of the second.
+    """
 
     known: Bools
     ends: NDArray[np.uint16]
     starts: NDArray[np.uint16]
-    ids: NDArray[np.uint64]  # four of 16 bits, filled up with _NONE: looked up at once, which is four times as fast
+    ids: NDArray[np.uint64]  # up to four ids of 16 bits, padded with _NONE: one look-up for all is four times as fast
     counts: NDArray[np.uint8]
     stand_in: str
-    mark: Ids  # its ids
+    stand_in_ids: Ids
 
 
-class ByCharacter:
-    """An encoder around another one, whose vocabulary is `tokens` and whose pattern is GPT-2's. Before the first
-    Chinese text the two are compared on the texts of `proof`; if they differ, this one lets everything through."""
+class ByCharacterEncoder:
+    """Wraps an encoder whose vocabulary is `tokens` and whose pattern is GPT-2's.
 
-    def __init__(self, inner: Encoder, tokens: Collection[bytes], proof: Sequence[str] = ()) -> None:
-        self._inner, self._tokens, self._proof = inner, tokens, proof
-        self.name, self.why = inner.name, inner.why
+    Before the first Chinese text, the two are compared on `equivalence_texts`. If they differ, everything is left to
+    the wrapped encoder.
+    """
 
-    def batch(self, texts: Sequence[str]) -> Batch:
-        if not _chinese(texts) or self._table is None:
+    def __init__(self, inner: Encoder, tokens: Collection[bytes], equivalence_texts: Sequence[str] = ()) -> None:
+        self._inner, self._tokens, self._equivalence_texts = inner, tokens, equivalence_texts
+        self.name, self.fallback_reason = inner.name, inner.fallback_reason
+
+    def batch(self, texts: Sequence[str]) -> EncodedBatch:
+        if not _looks_chinese(texts) or self._table is None:
             return self._inner.batch(texts)
         if any(self._table.stand_in in text for text in texts):
             return self._inner.batch(texts)
-        points, ends = _laid_out(texts)
-        free = _free(points, ends, self._table)
+        points, ends = _code_points(texts)
+        free = _find_free(points, ends, self._table)
         if np.count_nonzero(free) < _LEAST_FREE * len(free):
             return self._inner.batch(texts)
-        return self._joined(points, ends, free, self._table)
+        return self._encode(points, ends, free, self._table)
 
     @cached_property
     def _table(self) -> _Table | None:
-        table = _table(self._inner, self._tokens)
-        if table is None or not self._proof:
+        table = _build_table(self._inner, self._tokens)
+        if table is None or not self._equivalence_texts:
             return table
-        points, ends = _laid_out(self._proof)
-        ids, counts = self._joined(points, ends, _free(points, ends, table), table)
-        expected, expected_counts = self._inner.batch(self._proof)
+        points, ends = _code_points(self._equivalence_texts)
+        ids, counts = self._encode(points, ends, _find_free(points, ends, table), table)
+        expected, expected_counts = self._inner.batch(self._equivalence_texts)
         if np.array_equal(ids, expected) and np.array_equal(counts, expected_counts):
             return table
-        print(f"Chinese is encoded by {self.name} alone: a character at a time its ids are others", file=sys.stderr)
+        streams.warn(f"Chinese is encoded by {self.name} alone: looking up single characters gives other ids")
         return None
 
-    def _joined(self, points: NDArray[np.uint32], ends: NDArray[np.int64], free: Bools, table: _Table) -> Batch:
-        rows = free.copy()  # where a row begins
-        rows[1:] &= ~free[:-1]
-        first = np.flatnonzero(rows)
-        left_out = np.flatnonzero(free ^ rows)
-        short = np.where(rows, np.uint32(ord(table.stand_in)), points)[~free | rows]
-        borders = ends - np.searchsorted(left_out, ends)
+    def _encode(self, points: NDArray[np.uint32], ends: NDArray[np.int64], free: Bools, table: _Table) -> EncodedBatch:
+        """Encode the texts, given by their code points and ends: runs of `free` characters from the table."""
+        run_starts = free.copy()
+        run_starts[1:] &= ~free[:-1]
+        removed = np.flatnonzero(free ^ run_starts)
+        short = np.where(run_starts, np.uint32(ord(table.stand_in)), points)[~free | run_starts]
+        short_ends = ends - np.searchsorted(removed, ends)
         text = short.tobytes().decode("utf-32-le")
-        ids, counts = self._inner.batch([text[a:b] for a, b in pairwise([0, *borders.tolist()])])
-        taken = points[free].astype(np.uint16)
-        new = table.ids[taken].view(np.uint16)  # (4 * taken,)
-        grown = np.add.reduceat(table.counts[taken], np.flatnonzero(rows[free]), dtype=np.int64)
-        text_of = np.searchsorted(ends, first, side="right")
-        more = np.bincount(text_of, weights=grown - len(table.mark), minlength=len(counts)).astype(np.int64)
-        return _put_in(ids, table.mark, new[new != _NONE], grown), counts + more
+        ids, counts = self._inner.batch([text[a:b] for a, b in pairwise([0, *short_ends.tolist()])])
+        looked_up = points[free].astype(np.uint16)
+        new = table.ids[looked_up].view(np.uint16)  # (4 * looked_up,)
+        run_counts = np.add.reduceat(table.counts[looked_up], np.flatnonzero(run_starts[free]), dtype=np.int64)
+        text_of_run = np.searchsorted(ends, np.flatnonzero(run_starts), side="right")
+        added = run_counts - len(table.stand_in_ids)
+        added_by_text = np.bincount(text_of_run, weights=added, minlength=len(counts)).astype(np.int64)
+        return _insert(ids, table.stand_in_ids, new[new != _NONE], run_counts), counts + added_by_text
 
 
-def _chinese(texts: Sequence[str]) -> bool:
-    """Does it look as if it could pay? A sample tells: to lay the texts out takes as long as to encode English."""
-    sample = "".join([text[::_SAMPLED] for text in texts if not text.isascii()])
+def _looks_chinese(texts: Sequence[str]) -> bool:
+    """Return whether enough of a sample is Chinese. (All code points would take as long as encoding English.)"""
+    sample = "".join([text[::_SAMPLE_EVERY] for text in texts if not text.isascii()])
     points = np.frombuffer(sample.encode("utf-32-le"), dtype="<u4")
     found = int(np.count_nonzero((points >= 0x3000) & (points < 0xA000)))
-    return 0 < found >= _LEAST_FREE * sum(map(len, texts)) / _SAMPLED
+    return 0 < found >= _LEAST_FREE * sum(map(len, texts)) / _SAMPLE_EVERY
 
 
-def _laid_out(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """The code points of the texts, one after the other (n,), and where each text ends (k,)."""
+def _code_points(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Return the code points of the texts, concatenated (n,), and where each text ends (k,)."""
     points = np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")
     return points, np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
 
 
-def _free(points: NDArray[np.uint32], ends: NDArray[np.int64], table: _Table) -> Bools:
-    """Of each character of the texts that end at `ends`: is it to be taken out (n,)?"""
+def _find_free(points: NDArray[np.uint32], ends: NDArray[np.int64], table: _Table) -> Bools:
+    """Find the free characters of the texts that end at `ends` (n,)."""
     low = points.astype(np.uint16)
     known = table.known[low]
     if int(points.max()) > 0xFFFF:
         known &= points < 0x10000
     feeds = np.flatnonzero(points[1:-1] == 10) + 1
     known[feeds[known[feeds - 1] & known[feeds + 1]]] = True
-    border = known[:-1] & known[1:]  # (n - 1,) between a character and the next
-    border &= (table.ends[low[:-1]] & table.starts[low[1:]]) == 0
+    uncrossed = known[:-1] & known[1:]  # (n - 1,) the borders between characters
+    uncrossed &= (table.ends[low[:-1]] & table.starts[low[1:]]) == 0
     free = np.zeros(len(points), dtype=np.bool_)
-    free[1:-1] = border[:-1] & border[1:]
-    free[ends[ends < len(points)]] = False  # so no row goes over the border of two texts
+    free[1:-1] = uncrossed[:-1] & uncrossed[1:]
+    free[ends[ends < len(points)]] = False  # so that no run continues in the next text
     return free
 
 
-def _put_in(ids: Ids, mark: Ids, new: NDArray[np.uint16], counts: NDArray[np.int64]) -> Ids:
-    """`ids`, with the next of `counts` of the `new` ones in place of each `mark`."""
-    places = np.flatnonzero(ids[: len(ids) - len(mark) + 1] == mark[0])
-    for number, token in enumerate(mark[1:], 1):
-        places = places[ids[places + number] == token]
-    assert len(places) == len(counts)
-    # What stays and what goes, in turn: stays, mark, stays, mark, ..., stays.
-    stays = np.diff(places, prepend=-len(mark), append=len(ids)) - len(mark)
-    in_turn = np.empty(2 * len(places) + 1, dtype=np.int64)
-    in_turn[0::2], in_turn[1::2] = stays, len(mark)
-    kept = ids[np.repeat(_alternating(len(in_turn)), in_turn)]
-    in_turn[1::2] = counts
-    old = np.repeat(_alternating(len(in_turn)), in_turn)
-    out = np.empty(len(old), dtype=np.uint32)
-    out[old] = kept
-    out[~old] = new
+def _insert(ids: Ids, stand_in_ids: Ids, new: NDArray[np.uint16], counts: NDArray[np.int64]) -> Ids:
+    """Replace the n-th occurrence of `stand_in_ids` in `ids` by the next `counts[n]` of the `new` ids."""
+    starts = np.flatnonzero(ids[: len(ids) - len(stand_in_ids) + 1] == stand_in_ids[0])
+    for number, token in enumerate(stand_in_ids[1:], 1):
+        starts = starts[ids[starts + number] == token]
+    assert len(starts) == len(counts)
+    # Lengths of what is kept and of the stand-ins, which alternate: kept, stand-in, kept, ..., kept.
+    kept_lengths = np.diff(starts, prepend=-len(stand_in_ids), append=len(ids)) - len(stand_in_ids)
+    lengths = np.empty(2 * len(starts) + 1, dtype=np.int64)
+    lengths[0::2], lengths[1::2] = kept_lengths, len(stand_in_ids)
+    kept = ids[np.repeat(_alternating(len(lengths)), lengths)]
+    lengths[1::2] = counts
+    is_kept = np.repeat(_alternating(len(lengths)), lengths)
+    out = np.empty(len(is_kept), dtype=np.uint32)
+    out[is_kept] = kept
+    out[~is_kept] = new
     return out
 
 
@@ -175,39 +175,40 @@ def _alternating(count: int) -> Bools:
     return found
 
 
-def _table(inner: Encoder, tokens: Collection[bytes]) -> _Table | None:
-    """None if no stand-in can be had, or tokens go over borders in too many ways."""
-    points = np.array([*_LETTERS, *_MARKS])
+def _build_table(inner: Encoder, tokens: Collection[bytes]) -> _Table | None:
+    """Build the table; return None if no stand-in is possible, or there are too many kinds of crossing tokens."""
+    points = np.array([*_LETTERS, *_PUNCTUATION])
     letters = np.frombuffer("".join(map(chr, points)).encode(), dtype=np.uint8).reshape(-1, 3)
-    kinds = _over_borders(tokens, letters)
+    kinds = _crossing_kinds(tokens, letters)
     if len(kinds) > _MOST_KINDS or len(tokens) >= _NONE:
         return None
     ends, starts = np.zeros(1 << 16, dtype=np.uint16), np.zeros(1 << 16, dtype=np.uint16)
     for bit, (end, start) in enumerate(kinds):
         ends[points[_ending(letters, end)]] |= 1 << bit
         starts[points[_starting(letters, start)]] |= 1 << bit
-    closed = [letter for letter in _STAND_INS if not ends[ord(letter)] and not starts[ord(letter)]]
-    if not closed:
+    stand_in = next((letter for letter in _STAND_INS if not ends[ord(letter)] and not starts[ord(letter)]), None)
+    if stand_in is None:
         return None
-    stand_in = closed[0]
-    mark = inner.batch([stand_in * 2])[0]
-    mark = mark[: len(mark) // 2]
+    stand_in_ids = inner.batch([stand_in * 2])[0]
+    stand_in_ids = stand_in_ids[: len(stand_in_ids) // 2]
     known = np.zeros(1 << 16, dtype=np.bool_)
     ids = np.full((1 << 16, _MOST_IDS + 1), _NONE, dtype=np.uint16)
     ids[10, 0] = inner.batch(["\n"])[0][0]
-    for group, beside in ((_LETTERS, stand_in), (_MARKS, _PLAIN_MARK)):
-        _fill(ids, known, np.array(group), beside, inner)
+    for group, neighbour in ((_LETTERS, stand_in), (_PUNCTUATION, _COMMA)):
+        _fill(ids, known, np.array(group), neighbour, inner)
     known[ord(stand_in)] = False
     counts = (ids != _NONE).sum(axis=1).astype(np.uint8)
-    return _Table(known, ends, starts, ids.view(np.uint64)[:, 0], counts, stand_in, mark)
+    return _Table(known, ends, starts, ids.view(np.uint64)[:, 0], counts, stand_in, stand_in_ids)
 
 
-def _fill(ids: NDArray[np.uint16], known: Bools, points: NDArray[np.int64], beside: str, inner: Encoder) -> None:
-    """The ids of those characters that have the same within a row, where they are merged, and by themselves, where
-    they may be looked up as a whole."""
+def _fill(ids: NDArray[np.uint16], known: Bools, points: NDArray[np.int64], neighbour: str, inner: Encoder) -> None:
+    """Enter the ids of characters that have the same ids alone and within a run.
+
+    Alone a character may be looked up as a whole word; within a run its bytes are merged.
+    """
     own, sizes = inner.batch([chr(point) for point in points])
-    within, counts = inner.batch([f"{beside}{chr(point)}{beside}" for point in points])
-    edge = len(inner.batch([beside * 2])[0]) // 2
+    within, counts = inner.batch([f"{neighbour}{chr(point)}{neighbour}" for point in points])
+    edge = len(inner.batch([neighbour * 2])[0]) // 2
     known[points] = counts == sizes + 2 * edge
     own_starts, starts = np.cumsum(sizes) - sizes, np.cumsum(counts) - counts + edge
     for number in range(_MOST_IDS):
@@ -216,14 +217,16 @@ def _fill(ids: NDArray[np.uint16], known: Bools, points: NDArray[np.int64], besi
         known[points[has]] &= own[own_starts[has] + number] == within[starts[has] + number]
 
 
-def _over_borders(tokens: Collection[bytes], letters: NDArray[np.uint8]) -> list[tuple[bytes, bytes]]:
-    """What tokens have on both sides of a border of two of the characters (n, 3). A pair that says less, as one byte
-    on each side, stands for those that say more."""
+def _crossing_kinds(tokens: Collection[bytes], letters: NDArray[np.uint8]) -> list[tuple[bytes, bytes]]:
+    """Return which bytes tokens have before and after a border of two of the characters (n, 3).
+
+    Of these pairs only the shortest are returned: one byte on each side includes all longer pairs with these bytes.
+    """
     found = {
-        (token[:place][-3:], token[place:][:3])
+        (token[:at][-3:], token[at:][:3])
         for token in tokens
-        for place in range(1, len(token))
-        if token[place - 1] >= 0x80 and token[place] >= 0xC0
+        for at in range(1, len(token))
+        if token[at - 1] >= 0x80 and token[at] >= 0xC0
     }
     pairs = [(end, start) for end, start in found if _ending(letters, end).any() and _starting(letters, start).any()]
     return sorted(
@@ -234,11 +237,12 @@ def _over_borders(tokens: Collection[bytes], letters: NDArray[np.uint8]) -> list
 
 
 def _ending(letters: NDArray[np.uint8], end: bytes) -> Bools:
-    """Which of the characters (n, 3) end so, or are the end of it (n,)."""
+    """Return which of the characters (n, 3) end with these bytes (n,)."""
     bytes_ = np.frombuffer(end, dtype=np.uint8)
     return np.asarray((letters[:, 3 - len(end) :] == bytes_).all(axis=1))
 
 
 def _starting(letters: NDArray[np.uint8], start: bytes) -> Bools:
+    """Return which of the characters (n, 3) start with these bytes (n,)."""
     bytes_ = np.frombuffer(start, dtype=np.uint8)
     return np.asarray((letters[:, : len(start)] == bytes_).all(axis=1))

@@ -1,1 +1,1 @@
-"""Ids to shards: the plan, its units of work, which process does them, and what becomes of them. Restartable."""
+"""Documents to shards, restartable: the plan, its units of work, the processes that make them, and the data set."""

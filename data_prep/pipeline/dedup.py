@@ -1,11 +1,10 @@
-"""Exact duplicates: of equal texts only the first stays, in the order of the inputs.
+"""Remove exact duplicates: of equal texts only the first is kept, in the order of the inputs.
 
-Each unit has written the hash of every document, sorted (``prep/units/N/train.documents``). Here they
-are compared over all units, a range of hashes at a time, so memory is bounded: about ROWS_AT_ONCE
-documents at 100 bytes, and one byte for each document of the corpus. Then the shards that hold
-duplicates are written again without them.
+Each unit has written the hashes of its documents, sorted (``prep/units/N/train.documents``). They are compared over all
+units, one range of hashes at a time. So memory is bounded: 100 bytes for each of ROWS_AT_ONCE documents, and one byte
+for each document of the corpus. Then the shards that hold duplicates are written again without them.
 
-Two texts count as equal if their XXH3-128 is: among 10**10 different documents the chance of one false
+Two texts count as equal if their XXH3-128 hashes are. Among 10**10 different documents, the probability of one false
 pair is 10**-19.
 """
 
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.pipeline import unit
-from data_prep.pipeline.unit import DOCUMENT, Record
+from data_prep.pipeline.unit import DOCUMENT, UnitRecord
 from hpcgpt.data import shard_format, shard_reader, shard_writer
 from hpcgpt.data.shard_format import Shard, Width
 from hpcgpt.storage import atomic
@@ -32,16 +31,16 @@ CHUNK_TOKENS = 16_000_000
 _FILE = "deduplicated.json"
 
 
-def remove(out: Path, records: list[Record], width: Width) -> tuple[list[list[Shard]], int]:
-    """The shards of each unit without duplicates, and how many documents were left out. Restartable."""
+def remove(out: Path, records: list[UnitRecord], width: Width) -> tuple[list[list[Shard]], int]:
+    """Remove duplicates; return the remaining shards of each unit, and the number of removed documents. Restartable."""
     removed = 0
     made: list[list[Shard]] = [[] for _ in records]
-    drops = {split: _drops(out, records, split) for split in ("train", "val")}
+    duplicates = {split: _find_duplicates(out, records, split) for split in ("train", "val")}
     for number, record in enumerate(records):
         path = unit.folder(out, number) / _FILE
         if not path.exists():
-            rows = [asdict(shard) for shard in _without(unit.folder(out, number), record, number, drops, width)]
-            atomic.write(path, json.dumps(rows).encode())
+            kept = _without_duplicates(unit.folder(out, number), record, number, duplicates, width)
+            atomic.write(path, json.dumps([asdict(shard) for shard in kept]).encode())
         made[number] = [Shard(**row) for row in json.loads(path.read_bytes())]
         removed += sum(s.documents for s in record.shards) - sum(s.documents for s in made[number])
         _remove_replaced(unit.folder(out, number), record, made[number])
@@ -49,66 +48,71 @@ def remove(out: Path, records: list[Record], width: Width) -> tuple[list[list[Sh
 
 
 @dataclass(frozen=True)
-class _Drops:
-    """Of each document of a split, over all units: is it a duplicate of an earlier one?"""
+class _Duplicates:
+    """For each document of a split, over all units, whether it is a duplicate of an earlier one.
+
+    The documents of unit n are those from `starts[n]` to `starts[n + 1]`.
+    """
 
     starts: NDArray[np.int64]
-    marks: NDArray[np.bool_]
+    is_duplicate: NDArray[np.bool_]
 
-    def of(self, number: int) -> NDArray[np.bool_]:
-        return self.marks[self.starts[number] : self.starts[number + 1]]
+    def of_unit(self, number: int) -> NDArray[np.bool_]:
+        return self.is_duplicate[self.starts[number] : self.starts[number + 1]]
 
 
-def _drops(out: Path, records: list[Record], split: str) -> _Drops:
-    tables = [_table(unit.folder(out, number) / f"{split}.documents") for number in range(len(records))]
+def _find_duplicates(out: Path, records: list[UnitRecord], split: str) -> _Duplicates:
+    tables = [_open_rows(unit.folder(out, number) / f"{split}.documents") for number in range(len(records))]
     starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
-    marks = np.zeros(starts[-1], dtype=bool)
-    for parts in _ranges(tables, int(starts[-1])):
-        # In the order of the units, and a stable sort: of equal hashes the first document comes first.
+    is_duplicate = np.zeros(starts[-1], dtype=bool)
+    for parts in _hash_ranges(tables, int(starts[-1])):
+        # The rows are in the order of the units and the sort is stable: of equal hashes the first document comes first.
         rows = np.concatenate(parts)
-        places = np.repeat(starts[:-1], [len(part) for part in parts]) + rows["number"]
+        numbers = np.repeat(starts[:-1], [len(part) for part in parts]) + rows["number"]
         order = np.lexsort((rows["low"], rows["high"]))
-        rows, places = rows[order], places[order]
-        again = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
-        marks[places[1:][again]] = True
-    return _Drops(starts, marks)
+        rows, numbers = rows[order], numbers[order]
+        equals_previous = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
+        is_duplicate[numbers[1:][equals_previous]] = True
+    return _Duplicates(starts, is_duplicate)
 
 
-def _table(path: Path) -> NDArray[Any]:
+def _open_rows(path: Path) -> NDArray[Any]:
     if not path.exists() or not path.stat().st_size:
         return np.zeros(0, dtype=DOCUMENT)
     return np.memmap(path, dtype=DOCUMENT, mode="r")
 
 
-def _ranges(tables: list[NDArray[Any]], total: int) -> Iterator[list[NDArray[Any]]]:
-    """The rows of all tables, an equal range of hashes at a time."""
+def _hash_ranges(tables: list[NDArray[Any]], total: int) -> Iterator[list[NDArray[Any]]]:
+    """Yield the rows of all tables, one of several equal ranges of hashes at a time."""
     count = -(-total // ROWS_AT_ONCE)
     borders = [(2**64 * n // count) for n in range(1, count)]
-    places = [[0] * len(tables)]
-    places += [[int(np.searchsorted(table["high"], np.uint64(border))) for table in tables] for border in borders]
-    places += [[len(table) for table in tables]]
-    for start, stop in pairwise(places):
+    indices = [[0] * len(tables)]
+    indices += [[int(np.searchsorted(table["high"], np.uint64(border))) for table in tables] for border in borders]
+    indices += [[len(table) for table in tables]]
+    for start, stop in pairwise(indices):
         yield [table[a:b] for table, a, b in zip(tables, start, stop, strict=True)]
 
 
-def _without(folder: Path, record: Record, number: int, drops: dict[str, _Drops], width: Width) -> Iterator[Shard]:
-    """The unit's shards, those with duplicates written again as ``kept_...``."""
+def _without_duplicates(
+    folder: Path, record: UnitRecord, number: int, duplicates: dict[str, _Duplicates], width: Width
+) -> Iterator[Shard]:
+    """Yield the unit's shards; those with duplicates are written again without them, as ``kept_...``."""
     done = {"train": 0, "val": 0}
     for shard in record.shards:
         first = done[shard.split]
         done[shard.split] += shard.documents
-        drop = drops[shard.split].of(number)[first : first + shard.documents]
+        drop = duplicates[shard.split].of_unit(number)[first : first + shard.documents]
         if not drop.any():
             yield shard
         elif not drop.all():
             sizes = np.zeros(shard.documents, dtype=DOCUMENT)
-            rows = _table(folder / f"{shard.split}.documents")
+            rows = _open_rows(folder / f"{shard.split}.documents")
             inside = (rows["number"] >= first) & (rows["number"] < first + shard.documents)
             sizes[rows["number"][inside] - first] = rows[inside]
-            yield _kept(folder, shard, ~drop, sizes, width)
+            yield _rewrite(folder, shard, ~drop, sizes, width)
 
 
-def _kept(folder: Path, shard: Shard, keep: NDArray[np.bool_], sizes: NDArray[Any], width: Width) -> Shard:
+def _rewrite(folder: Path, shard: Shard, keep: NDArray[np.bool_], sizes: NDArray[Any], width: Width) -> Shard:
     tokens = shard_reader.open_tokens(folder / f"{shard.name}.bin")
     lengths = shard_format.document_lengths((folder / f"{shard.name}.idx").read_bytes())
     ends = np.cumsum(lengths)
@@ -117,12 +121,12 @@ def _kept(folder: Path, shard: Shard, keep: NDArray[np.bool_], sizes: NDArray[An
         while first < len(lengths):
             start = int(ends[first] - lengths[first])
             last = max(first + 1, int(np.searchsorted(ends, start + CHUNK_TOKENS, side="right")))
-            part = slice(first, last)
-            chosen = np.repeat(keep[part], lengths[part])
-            kept = sizes[part][keep[part]]
+            chunk = slice(first, last)
+            is_kept = np.repeat(keep[chunk], lengths[chunk])  # of each token
+            kept = sizes[chunk][keep[chunk]]
             writer.add(
-                tokens[start : int(ends[last - 1])][chosen],
-                lengths[part][keep[part]],
+                tokens[start : int(ends[last - 1])][is_kept],
+                lengths[chunk][keep[chunk]],
                 int(kept["characters"].sum(dtype=np.int64)),
                 int(kept["text_bytes"].sum(dtype=np.int64)),
             )
@@ -131,13 +135,13 @@ def _kept(folder: Path, shard: Shard, keep: NDArray[np.bool_], sizes: NDArray[An
     return writer.shard
 
 
-def _remove_replaced(folder: Path, record: Record, made: list[Shard]) -> None:
-    """The shards that were written again, or hold nothing but duplicates, are not needed any more."""
+def _remove_replaced(folder: Path, record: UnitRecord, made: list[Shard]) -> None:
+    """Remove shards that were written again, or held only duplicates."""
     for name in {shard.name for shard in record.shards} - {shard.name for shard in made}:
         for suffix in (".bin", ".idx"):
             (folder / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def names(record: Record) -> list[str]:
-    """The files that this module leaves in a unit's folder."""
+def names(record: UnitRecord) -> list[str]:
+    """Return the names of the files that deduplication leaves in a unit's folder."""
     return [_FILE, *sorted({f"{shard.split}.documents" for shard in record.shards})]

@@ -1,7 +1,7 @@
-"""From finished units to a data set: shards get their final names, and the manifest is written.
+"""Make a data set of finished units: give the shards their final names, and write the manifest.
 
-Shards are numbered through, in the order of the units. Each step can be cut off and done again: a file
-is renamed if it is still under its old name, and the manifest comes last.
+Shards are numbered in the order of the units. Every step can be interrupted and repeated: a file is renamed if it
+still has its old name, and the manifest is written last.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_prep.pipeline import dedup, holdout, unit
-from data_prep.pipeline.plan import Plan
-from data_prep.pipeline.unit import Record
+from data_prep.pipeline.plan import PrepPlan
+from data_prep.pipeline.unit import UnitRecord
 from data_prep.text import accounting, unread
 from data_prep.text.options import Skipped
 from hpcgpt.data import shard_format
@@ -23,16 +23,16 @@ from hpcgpt.errors import UserError
 from hpcgpt.storage import atomic
 
 
-def place(out: Path, plan: Plan) -> Manifest:
-    """The data set, of which all units are finished.
+def finalize(out: Path, plan: PrepPlan) -> Manifest:
+    """Make the data set after all units are finished.
 
     Raises:
-        UserError: no document is left for training, or a file that is none of ours is in the way.
+        UserError: no document is left for training, or a file that this command did not make is in the way.
     """
     records = [unit.read_record(out, number) for number in range(len(plan.units))]
     kept, removed = [record.shards for record in records], 0
-    if plan.recipe.dedup:
-        kept, removed = dedup.remove(out, records, plan.recipe.width)
+    if plan.options.dedup:
+        kept, removed = dedup.remove(out, records, plan.options.width)
     skipped = [*plan.skipped, *(row for record in records for row in record.skipped)]
     counts = _counts(records, removed, skipped)
     if not any(shard.split == "train" for of_unit in kept for shard in of_unit):
@@ -48,24 +48,24 @@ def place(out: Path, plan: Plan) -> Manifest:
             out / "skipped.jsonl",
             "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in skipped).encode(),
         )
-    placed = list(_placed(out, kept))
+    shards = _move_shards(out, kept)
     atomic.sync_folder(out)
     manifest = shard_format.write_manifest(
         out,
-        plan.recipe.dtype,
-        plan.recipe.tokenizer.describe(),
-        [{"name": source.name, "bytes": source.bytes} for source in plan.sources],
-        holdout.rule(plan.recipe.val_fraction),
+        plan.options.dtype,
+        plan.options.tokenizer.describe(),
+        [{"name": file.name, "bytes": file.bytes} for file in plan.files],
+        holdout.rule(plan.options.val_fraction),
         counts,
-        sorted(placed, key=lambda shard: shard.name),
-        unread=unread.listed(plan.unread),
+        sorted(shards, key=lambda shard: shard.name),
+        unread=unread.for_manifest(plan.unread),
     )
-    _clean(out, records)
+    _remove_unit_folders(out, records)
     return manifest
 
 
-def _counts(records: list[Record], duplicates: int, skipped: list[Skipped]) -> dict[str, int]:
-    """What was left out or changed, by reason; see `data_prep.text.accounting`."""
+def _counts(records: list[UnitRecord], duplicates: int, skipped: list[Skipped]) -> dict[str, int]:
+    """Count what was left out or changed, by reason; see `data_prep.text.accounting`."""
     counts = {
         "too_short": sum(record.too_short for record in records),
         "duplicates": duplicates,
@@ -77,8 +77,9 @@ def _counts(records: list[Record], duplicates: int, skipped: list[Skipped]) -> d
     return counts | {key: count for key, count in sorted(rest.items()) if count}
 
 
-def _placed(out: Path, kept: list[list[Shard]]) -> list[Shard]:
-    placed: list[Shard] = []
+def _move_shards(out: Path, kept: list[list[Shard]]) -> list[Shard]:
+    """Move the shards of all units into `out`; return them with their final names."""
+    moved: list[Shard] = []
     numbers = {"train": 0, "val": 0}
     for number, of_unit in enumerate(kept):
         for shard in of_unit:
@@ -86,8 +87,8 @@ def _placed(out: Path, kept: list[list[Shard]]) -> list[Shard]:
             numbers[shard.split] += 1
             for suffix in (".idx", ".bin"):
                 _move(unit.folder(out, number) / f"{shard.name}{suffix}", out / f"{name}{suffix}")
-            placed.append(dataclasses.replace(shard, name=name))
-    return placed
+            moved.append(dataclasses.replace(shard, name=name))
+    return moved
 
 
 def _move(source: Path, target: Path) -> None:
@@ -99,8 +100,8 @@ def _move(source: Path, target: Path) -> None:
         raise UserError(f"{target} is missing, and so is {source}: remove the folder and make the shards again")
 
 
-def _clean(out: Path, records: list[Record]) -> None:
-    """What the units' folders held is in the manifest now."""
+def _remove_unit_folders(out: Path, records: list[UnitRecord]) -> None:
+    """Remove the units' folders: what their records say is in the manifest now."""
     for number, record in enumerate(records):
         folder = unit.folder(out, number)
         for name in ("record.json", *dedup.names(record)):

@@ -1,7 +1,7 @@
-"""Which documents are held out for validation: those whose hash falls below the fraction.
+"""Choose which documents are held out for validation: those whose hash is below the fraction.
 
-The hash is of the text alone, so a document stays on its side when the corpus is reordered or grows,
-and copies of one text are on one side.
+The hash is of the text alone. So a document stays in its split when the corpus is reordered or grows, and all copies of
+a text are in the same split.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ import xxhash
 
 
 def digest(text: bytes) -> bytes:
-    """The 16 bytes by which a document, in UTF-8, is put on its side and told from others: XXH3-128."""
+    """Return the hash of a document's UTF-8 text, 16 bytes of XXH3-128. It decides the split, and finds duplicates."""
     return xxhash.xxh3_128_digest(text)
 
 
-def below(text_digest: bytes, fraction: float) -> bool:
+def is_held_out(text_digest: bytes, fraction: float) -> bool:
+    """Return whether the document with this hash is held out for validation."""
     return int.from_bytes(text_digest[:8], "big") < fraction * 2**64
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    return below(digest(text.encode()), fraction)
+    """Return whether a document is held out for validation."""
+    return is_held_out(digest(text.encode()), fraction)
 
 
 def rule(fraction: float) -> str:
-    """The rule in words, for the manifest."""
+    """Describe the rule for the manifest, whose digest covers these words."""
     return (
         f"val if the first 8 bytes of XXH3-128(text in UTF-8), as a big-endian fraction of 2**64, are below {fraction}"
     )

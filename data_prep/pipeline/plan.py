@@ -1,8 +1,8 @@
-"""What a preparation is to make, and the folder that it is made in.
+"""The plan of a data set, and the folder in which it is made.
 
-A plan holds everything that the output depends on, and nothing else: not the number of workers, not the
-backend that encodes, not where the command runs. It is written first, as ``DIR/prep/plan.json``; whoever
-comes later with another one is refused.
+A plan holds everything that the output depends on, and nothing else: not the number of workers, not the encoder
+backend, not where the command runs. It is written first, as ``DIR/prep/plan.json``; a later command with a different
+plan is refused.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from data_prep.text.inputs import Source, Unit
-from data_prep.text.options import Reading, Skipped
-from data_prep.text.unread import Unread
+from data_prep.text.inputs import InputFile, Unit
+from data_prep.text.options import Skipped, TextOptions
+from data_prep.text.unread import UnreadFile
 from hpcgpt.data import shard_format
 from hpcgpt.data.shard_format import Width
 from hpcgpt.errors import UserError
@@ -25,11 +25,11 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a text becomes tokens in a shard: what a worker has to know."""
+class ShardOptions:
+    """How text becomes tokens in shards."""
 
     tokenizer: Tokenizer
-    reading: Reading
+    text: TextOptions
     dtype: str
     val_fraction: float
     min_characters: int
@@ -42,40 +42,43 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Plan:
-    recipe: Recipe
-    sources: list[Source]
+class PrepPlan:
+    """What is to be made: from which files, with which options, in which units of work."""
+
+    options: ShardOptions
+    files: list[InputFile]
     units: list[Unit]
     unit_bytes: int
-    skipped: list[Skipped] = field(default_factory=list)  # whole files, set aside before there were units
-    unread: list[Unread] = field(default_factory=list)  # found beside the sources; no part of what is planned
+    skipped: list[Skipped] = field(default_factory=list)  # whole files, skipped while finding them; not in plan.json
+    unread: list[UnreadFile] = field(default_factory=list)  # found, but not to be read; not in plan.json
 
     @cached_property
     def as_json(self) -> bytes:
+        """The content of plan.json."""
         body = {
-            "inputs": [{"name": s.name, "bytes": s.bytes, "modified_ns": s.modified_ns} for s in self.sources],
-            "tokenizer": self.recipe.tokenizer.fingerprint,
-            **asdict(self.recipe.reading),
-            "dtype": self.recipe.dtype,
-            "val_fraction": self.recipe.val_fraction,
-            "min_characters": self.recipe.min_characters,
-            "dedup": self.recipe.dedup,
-            "shard_tokens": self.recipe.shard_tokens,
+            "inputs": [{"name": f.name, "bytes": f.bytes, "modified_ns": f.modified_ns} for f in self.files],
+            "tokenizer": self.options.tokenizer.fingerprint,
+            **asdict(self.options.text),
+            "dtype": self.options.dtype,
+            "val_fraction": self.options.val_fraction,
+            "min_characters": self.options.min_characters,
+            "dedup": self.options.dedup,
+            "shard_tokens": self.options.shard_tokens,
             "unit_bytes": self.unit_bytes,
         }
         return (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode()
 
     @cached_property
-    def mark(self) -> str:
-        """Eight letters that name this plan: in the names of files that only it leaves behind."""
+    def plan_hash(self) -> str:
+        """Eight hexadecimal digits that identify this plan, for the names of its temporary folders."""
         return sha256(self.as_json).hexdigest()[:8]
 
 
-def claim(out: Path, plan: Plan) -> bool:
-    """Make `out` the folder of `plan`; True if the data set in it is complete already.
+def claim(out: Path, plan: PrepPlan) -> bool:
+    """Make `out` the folder of `plan`; return whether the data set in it is complete already.
 
     Raises:
-        UserError: it belongs to another plan, or to something else.
+        UserError: it belongs to another plan, or holds something else.
     """
     path, complete = out / "prep" / "plan.json", (out / "manifest.json").is_file()
     check_ours(out)
@@ -95,24 +98,24 @@ def claim(out: Path, plan: Plan) -> bool:
 
 
 def check_ours(out: Path) -> None:
-    """Raises UserError if there is something in the folder that this command did not make."""
-    # In this order: between two looks another task may write the plan, and files that follow it.
-    if _foreign(out) and not (out / "prep" / "plan.json").is_file():
+    """Raise UserError if the folder holds something that this command did not make."""
+    # In this order: between the two checks another task may write the plan, and then other files.
+    if _has_other_files(out) and not (out / "prep" / "plan.json").is_file():
         raise UserError(f"{out} is not empty, and what is in it was not made by this command: choose another --out")
 
 
-def _foreign(out: Path) -> bool:
-    """Is there anything in `out` but what a start leaves that ended before its plan was written?"""
+def _has_other_files(out: Path) -> bool:
+    """Return whether `out` holds files other than those of a command that ended before it wrote its plan."""
     prep = out / "prep"
 
-    def ours(path: Path) -> bool:
+    def is_own(path: Path) -> bool:
         return path == prep or (path.parent == prep and path.name.startswith((".plan.json.", "stdin.")))
 
-    return out.is_dir() and not all(ours(path) for path in out.rglob("*"))
+    return out.is_dir() and not all(is_own(path) for path in out.rglob("*"))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], complete: bool) -> list[str]:
-    """What differs between two plans. How old the inputs are matters only while units are still to be made."""
+    """Return the keys that differ between two plans. Times of the inputs matter only until the data set is complete."""
     if complete:
         for plan in (before, now):
             plan["inputs"] = [{**row, "modified_ns": 0} for row in plan["inputs"]]

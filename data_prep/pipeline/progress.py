@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar in a terminal, a line now and then in a log file."""
+"""Show the progress of a preparation: a bar in a terminal, a line every 30 s in a log file."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from data_prep.pipeline.workers import Sums
+from data_prep.pipeline.workers import Totals
 
 LINE_EVERY_S = 30.0
 
 
-class Progress:
-    """Told of the sums twice a second. `input_bytes` is what is to be read, on the disk; compressed text is more
-    than that, so within a unit the bar stands at the unit's end until it is finished."""
+class ProgressBar:
+    """Shows how many of `input_bytes`, as stored on the disk, have been read. It is called about twice a second.
+
+    If the input is `compressed`, the size of its text is unknown, so that only finished units are counted.
+    """
 
     def __init__(self, input_bytes: int, compressed: bool) -> None:
         self._total, self._compressed = input_bytes, compressed
-        self._started = self._told = time.monotonic()
+        self._started_at = self._reported_at = time.monotonic()
         self._bar = tqdm(
             total=input_bytes, unit="B", unit_scale=True, desc="text read", disable=not sys.stderr.isatty()
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -32,21 +34,20 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def __call__(self, sums: Sums) -> None:
+    def __call__(self, totals: Totals) -> None:
         now = time.monotonic()
-        elapsed = max(now - self._started, 1e-9)
-        # Of plain text it is known how far the units at work are; of compressed text only how many are finished.
-        done = sums.input_bytes if self._compressed else min(self._total, max(sums.text_bytes, sums.input_bytes))
-        rate = sums.tokens / elapsed
+        elapsed = max(now - self._started_at, 1e-9)
+        done = totals.input_bytes if self._compressed else min(self._total, max(totals.text_bytes, totals.input_bytes))
+        rate = totals.tokens / elapsed
         if not self._bar.disable:
             self._bar.set_postfix_str(f"{rate / 1e6:.2f} Mtok/s", refresh=False)
             self._bar.update(done - self._bar.n)
-        elif now - self._told >= LINE_EVERY_S:
-            self._told = now
+        elif now - self._reported_at >= LINE_EVERY_S:
+            self._reported_at = now
             left = f", {_minutes(elapsed * (self._total - done) / done)} left" if done else ""
             print(
                 f"{done / max(1, self._total):.0%} of {self._total / 1e6:,.0f} MB, "
-                f"{sums.text_bytes / elapsed / 1e6:.1f} MB/s, {rate / 1e6:.2f} Mtok/s{left}",
+                f"{totals.text_bytes / elapsed / 1e6:.1f} MB/s, {rate / 1e6:.2f} Mtok/s{left}",
                 flush=True,
             )
 

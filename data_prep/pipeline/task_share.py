@@ -1,8 +1,8 @@
-"""Who makes which units: task i of n makes units i, i+n, i+2n, ...
+"""Divide the units among tasks: task i of n makes units i, i+n, i+2n, ...
 
-A task takes its share (``hpcgpt.storage.lease``) before it begins, so that two runs into one folder do not
-do the same work twice. It would do no harm if they did: what is in a unit depends on the plan alone,
-and its folder appears once. Shares of different sizes overlap where i = j modulo the common divisor.
+A task acquires a lease (``hpcgpt.storage.lease``) on its share first, so that two runs into one folder do not do the
+same work twice. That would only waste time: the content of a unit depends on the plan alone, and its folder appears
+once. Shares i of n and j of m overlap if i = j modulo the greatest common divisor of n and m.
 """
 
 from __future__ import annotations
@@ -22,36 +22,38 @@ _NAME = re.compile(r"(\d+)_of_(\d+)")
 
 
 @dataclass(frozen=True)
-class Share:
+class TaskShare:
+    """The units that task `task` of `tasks` makes."""
+
     task: int
     tasks: int
 
-    def overlaps(self, other: Share) -> bool:
+    def overlaps(self, other: TaskShare) -> bool:
         return (self.task - other.task) % gcd(self.tasks, other.tasks) == 0
 
 
 @contextmanager
-def taken(out: Path, share: Share) -> Iterator[None]:
-    """Hold a share of the folder `out` while the block runs.
+def acquire(out: Path, share: TaskShare) -> Iterator[None]:
+    """Hold the lease on a share of the folder `out` while the block runs.
 
     Raises:
-        UserError: a living process holds it, or one that overlaps.
+        UserError: a living process holds this share or one that overlaps with it.
     """
     folder = out / "prep" / "shares"
     attempt = world.job_attempt()
     try:
-        held = lease.take(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
+        task_lease = lease.acquire(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
     except ValueError as error:
         raise UserError(f"{out} is being made already: {error}") from None
     try:
         for path in sorted(folder.iterdir()):
             found = _NAME.fullmatch(path.name)
-            other = Share(int(found[1]), int(found[2])) if found else share
+            other = TaskShare(int(found[1]), int(found[2])) if found else share
             if other != share and share.overlaps(other):
                 _refuse_if_alive(out, path, attempt)
         yield
     finally:
-        held.release()
+        task_lease.release()
 
 
 def _refuse_if_alive(out: Path, folder: Path, attempt: str) -> None:

@@ -1,13 +1,13 @@
-"""One unit of work: its documents, tokenised, in a folder of its own.
+"""Make one unit of work: tokenize its documents into shards, in a folder of its own::
 
     prep/units/000012/
-      train_000.bin, .idx ...   shards, see hpcgpt.data.shard_format; the next begins where one is full
-      train.documents           of each document its hash, for finding duplicates (only with --dedup)
+      train_000.bin, .idx ...   shards, see hpcgpt.data.shard_format; a new one is started when one is full
+      train.documents           the hash of each document, to find duplicates (only with --dedup)
       record.json               what is in the shards, and what was left out
 
-The folder is made under a temporary name and renamed when everything in it is on the disk: so it is
-there, whole, or not at all, and two processes that make the same unit (one of them on a node that was
-given up) cannot mix their work. What is in it depends on the plan alone.
+The folder has a temporary name until everything in it is on the disk. So it exists as a whole or not at all, and two
+processes that make the same unit (one of them on a node that Slurm gave up) cannot mix their files. Its content
+depends on the plan alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.encode.find_tokenizer import Encoder
+from data_prep.encode.interface import Encoder
 from data_prep.pipeline import holdout
-from data_prep.pipeline.plan import Recipe
+from data_prep.pipeline.plan import ShardOptions
 from data_prep.text import accounting
-from data_prep.text.documents import documents
+from data_prep.text.documents import read_documents
 from data_prep.text.inputs import Unit
 from data_prep.text.options import Skipped
 from hpcgpt.data import shard_writer
@@ -39,105 +39,112 @@ from hpcgpt.data.shard_format import Shard, Tokens
 from hpcgpt.data.shard_writer import ShardWriter
 from hpcgpt.storage import atomic
 
-# Enough to keep the encoder busy, little enough to stay in the caches of the processor.
+# Large enough to keep the encoder busy, small enough for the CPU's caches.
 BATCH_BYTES = 2 << 20
-# Of a document: its hash in two halves, its place among the unit's documents of its split, and its size.
+# A row per document: its hash in two halves, its number among the unit's documents of its split, and its size.
 DOCUMENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4"), ("characters", "<u4"), ("text_bytes", "<u4")])
 
-Progress = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a finished unit holds; the names in `shards` are those in its folder."""
+class UnitRecord:
+    """The content of record.json: what a finished unit holds. The names in `shards` are those in its folder."""
 
     shards: list[Shard]
     too_short: int
     skipped: list[Skipped]
-    counts: dict[str, int] = field(default_factory=dict)  # what else was left out or changed, see accounting
+    counts: dict[str, int] = field(default_factory=dict)  # what else was left out or changed: data_prep.text.accounting
 
 
 def folder(out: Path, number: int) -> Path:
     return out / "prep" / "units" / f"{number:06d}"
 
 
-def read_record(out: Path, number: int) -> Record:
+def read_record(out: Path, number: int) -> UnitRecord:
     body = json.loads((folder(out, number) / "record.json").read_bytes())
     skipped = [Skipped(**row) for row in body["skipped"]]
-    return Record([Shard(**row) for row in body["shards"]], body["too_short"], skipped, body.get("counts", {}))
+    return UnitRecord([Shard(**row) for row in body["shards"]], body["too_short"], skipped, body.get("counts", {}))
 
 
 @dataclass(frozen=True)
-class Made:
-    """A unit that is made, but may not be on the disk yet."""
+class PendingUnit:
+    """A unit that has been made, but not committed yet."""
 
     temporary: Path
-    whole: Path
+    final: Path
 
 
-def make(out: Path, number: int, unit: Unit, recipe: Recipe, encoder: Encoder, mark: str, progress: Progress) -> Made:
-    """Make unit `number`, which is there when `keep` has ended well. `progress` is told of text bytes and tokens as
-    they come.
+def make(
+    out: Path,
+    number: int,
+    unit: Unit,
+    options: ShardOptions,
+    encoder: Encoder,
+    plan_hash: str,
+    report: ReportProgress,
+) -> PendingUnit:
+    """Make unit `number`, which is visible after `commit`. `report` is called with text bytes and tokens of each batch.
 
     Raises:
         UserError: a document cannot be read.
-        OSError: a file could not be written. Nothing of the unit is left then.
+        OSError: a file could not be written. Then nothing of the unit is left.
     """
-    whole = folder(out, number)
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    temporary = whole.with_name(f".{number:06d}.{mark}.{socket.gethostname()}-{os.getpid()}.tmp")
+    final = folder(out, number)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{number:06d}.{plan_hash}.{socket.gethostname()}-{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        _fill(temporary, unit, recipe, encoder, progress)
+        _fill(temporary, unit, options, encoder, report)
     except BaseException:
         shutil.rmtree(temporary)
         raise
-    return Made(temporary, whole)
+    return PendingUnit(temporary, final)
 
 
-def keep(made: Made) -> None:
-    """Flush a unit to the disk, and give it its name.
+def commit(made: PendingUnit) -> None:
+    """Flush a unit to the disk, then rename its folder to its final name.
 
     Raises:
-        OSError: that failed. Nothing of the unit is left then.
+        OSError: that failed. Then nothing of the unit is left.
     """
     try:
         for path in made.temporary.iterdir():
             atomic.flush(path)
         atomic.sync_folder(made.temporary)
         try:
-            made.temporary.rename(made.whole)
+            made.temporary.rename(made.final)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise atomic.explained(error, made.whole) from error
-            # Somebody else made it: the same bytes.
+                raise atomic.with_path_and_free_space(error, made.final) from error
+            # Another process has made it meanwhile, with the same bytes.
     finally:
         if made.temporary.exists():
             shutil.rmtree(made.temporary)
-    atomic.sync_folder(made.whole.parent)
+    atomic.sync_folder(made.final.parent)
 
 
-def remove_leftovers(out: Path, number: int, mark: str) -> None:
-    """Remove what killed makers of this unit, of this plan, left behind."""
-    for path in folder(out, number).parent.glob(f".{number:06d}.{mark}.*.tmp"):
+def remove_leftovers(out: Path, number: int, plan_hash: str) -> None:
+    """Remove the temporary folders of processes that were killed while they made this unit of this plan."""
+    for path in folder(out, number).parent.glob(f".{number:06d}.{plan_hash}.*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _fill(where: Path, unit: Unit, recipe: Recipe, encoder: Encoder, progress: Progress) -> None:
+def _fill(where: Path, unit: Unit, options: ShardOptions, encoder: Encoder, report: ReportProgress) -> None:
     skipped: list[Skipped] = []
     counts: Counter[str] = Counter()
     too_short = 0
     with ExitStack() as stack:
         outputs: dict[str, _SplitOutput] = {}
-        for text in documents(unit, recipe.reading, skipped, counts):
-            if len(text) < recipe.min_characters:
+        for text in read_documents(unit, options.text, skipped, counts):
+            if len(text) < options.min_characters:
                 too_short += 1
                 continue
             content = text.encode()
             digest = holdout.digest(content)
-            name = "val" if holdout.below(digest, recipe.val_fraction) else "train"
+            name = "val" if holdout.is_held_out(digest, options.val_fraction) else "train"
             if name not in outputs:
-                outputs[name] = stack.enter_context(_SplitOutput(where, name, recipe, encoder, progress))
+                outputs[name] = stack.enter_context(_SplitOutput(where, name, options, encoder, report))
             outputs[name].add(text, len(content), digest)
     shards = [asdict(shard) for name in sorted(outputs) for shard in outputs[name].shards]
     counts[accounting.UNKNOWN] += sum(output.unknown for output in outputs.values())
@@ -147,25 +154,25 @@ def _fill(where: Path, unit: Unit, recipe: Recipe, encoder: Encoder, progress: P
         "skipped": [asdict(row) for row in skipped],
         "counts": counts,
     }
-    with atomic.plain(where / "record.json") as file:
+    with atomic.open_plain(where / "record.json") as file:
         file.write(json.dumps(record, ensure_ascii=False).encode())
 
 
 @dataclass
 class _SplitOutput:
-    """The documents of one split, gathered into batches, encoded, and written to as many shards as they fill."""
+    """Collects the documents of one split into batches, encodes them, and writes them to shards."""
 
     where: Path
     name: str
-    recipe: Recipe
+    options: ShardOptions
     encoder: Encoder
-    progress: Progress
+    report: ReportProgress
     shards: list[Shard] = field(default_factory=list)
-    unknown: int = 0  # tokens for text that the tokenizer does not know
+    unknown: int = 0  # tokens for text that the tokenizer cannot encode
     _texts: list[str] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
     _digests: list[bytes] = field(default_factory=list)
-    _seen: list[NDArray[Any]] = field(default_factory=list)
+    _rows: list[NDArray[Any]] = field(default_factory=list)
     _pending: int = 0
     _documents: int = 0
     _writer: ShardWriter | None = None
@@ -178,11 +185,11 @@ class _SplitOutput:
         if error is not None:
             self._stack.__exit__(kind, error, trace)
             return
-        with self._stack:  # which closes the files if writing the last documents fails
+        with self._stack:  # closes the files if writing the last documents fails
             self._flush()
             self._close()
-        if self.recipe.dedup:
-            _write_documents(self.where / f"{self.name}.documents", np.concatenate(self._seen))
+        if self.options.dedup:
+            _write_documents(self.where / f"{self.name}.documents", np.concatenate(self._rows))
 
     def add(self, text: str, text_bytes: int, digest: bytes) -> None:
         self._texts.append(text)
@@ -195,41 +202,41 @@ class _SplitOutput:
     def _flush(self) -> None:
         if not self._texts:
             return
-        tokens, lengths = self._encoded()
+        tokens, lengths = self._encode()
         self._write(tokens, lengths)
-        if self.recipe.dedup:
-            self._seen.append(self._described())
-        self.progress(self._pending, len(tokens))
+        if self.options.dedup:
+            self._rows.append(self._document_rows())
+        self.report(self._pending, len(tokens))
         self._documents += len(self._texts)
         self._pending = 0
         for column in (self._texts, self._sizes, self._digests):
             column.clear()
 
-    def _encoded(self) -> tuple[Tokens, NDArray[np.int64]]:
-        """The batch, each document with the end-of-text id before it."""
+    def _encode(self) -> tuple[Tokens, NDArray[np.int64]]:
+        """Return the tokens of the batch (n,), each document after an end-of-text id, and their lengths (k,)."""
         ids, counts = self.encoder.batch(self._texts)
         lengths = counts + 1
         starts = np.cumsum(lengths) - lengths
-        tokens = np.empty(len(ids) + len(counts), dtype=self.recipe.width.dtype)
-        text = np.ones(len(tokens), dtype=bool)
-        text[starts] = False
-        tokens[starts] = self.recipe.tokenizer.end_of_text
-        tokens[text] = ids
-        if self.recipe.tokenizer.unknown is not None:
-            self.unknown += int((ids == self.recipe.tokenizer.unknown).sum())
+        tokens = np.empty(len(ids) + len(counts), dtype=self.options.width.dtype)
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[starts] = False
+        tokens[starts] = self.options.tokenizer.end_of_text
+        tokens[is_text] = ids
+        if self.options.tokenizer.unknown is not None:
+            self.unknown += int((ids == self.options.tokenizer.unknown).sum())
         return tokens, lengths
 
     def _write(self, tokens: Tokens, lengths: NDArray[np.int64]) -> None:
-        """Write the documents of a batch, into another shard when one is full."""
+        """Write the documents of a batch, starting a new shard when one is full."""
         ends = np.cumsum(lengths)
         first, start = 0, 0
         while first < len(lengths):
-            room = self.recipe.shard_tokens - (self._writer.tokens if self._writer else 0)
+            room = self.options.shard_tokens - (self._writer.tokens if self._writer else 0)
             last = int(np.searchsorted(ends, start + room, side="right"))
             if last <= first and self._writer and self._writer.tokens:
                 self._close()
                 continue
-            last = max(last, first + 1)  # a document larger than a shard has one of its own
+            last = max(last, first + 1)  # a document larger than a shard gets its own
             stop = int(ends[last - 1])
             characters = sum(map(len, self._texts[first:last]))
             self._open().add(tokens[start:stop], lengths[first:last], characters, sum(self._sizes[first:last]))
@@ -238,7 +245,7 @@ class _SplitOutput:
     def _open(self) -> ShardWriter:
         if self._writer is None:
             name = f"{self.name}_{len(self.shards):03d}"
-            shard = shard_writer.writing(self.where, name, self.name, self.recipe.width, opened=atomic.plain)
+            shard = shard_writer.writing(self.where, name, self.name, self.options.width, opened=atomic.open_plain)
             self._writer = self._stack.enter_context(shard)
         return self._writer
 
@@ -249,8 +256,8 @@ class _SplitOutput:
             self.shards.append(self._writer.shard)
             self._writer = None
 
-    def _described(self) -> NDArray[Any]:
-        """A row of DOCUMENT for each document of the batch."""
+    def _document_rows(self) -> NDArray[Any]:
+        """Return a row of DOCUMENT for each document of the batch."""
         rows = np.empty(len(self._texts), dtype=DOCUMENT)
         halves = np.frombuffer(b"".join(self._digests), dtype=">u8").reshape(-1, 2)
         rows["high"], rows["low"] = halves[:, 0], halves[:, 1]
@@ -261,7 +268,7 @@ class _SplitOutput:
 
 
 def _write_documents(path: Path, rows: NDArray[Any]) -> None:
-    """In the order of their hashes: so those of any range of hashes lie together. Equal ones stay in order."""
+    """Write the rows in the order of their hashes, so that any range of hashes is contiguous. The sort is stable."""
     order = np.lexsort((rows["low"], rows["high"]))
-    with atomic.plain(path) as file:
+    with atomic.open_plain(path) as file:
         file.write(rows[order].tobytes())

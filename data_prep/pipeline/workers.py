@@ -1,12 +1,11 @@
-"""The processes that make units, and what they tell of their progress.
+"""Worker processes that make units, and their progress.
 
-Processes, not threads: most of a unit's time is spent in Python's own code, and encoders hold its lock. Each
-process makes its encoder once, asks for a unit over a pipe of its own, and while one unit is flushed to the disk
-it is at work on the next. What they report is added up in shared memory. Nothing here waits for a lock that a
-killed worker could hold.
+They are processes and not threads because most of a unit's time is spent in Python code, and because encoders hold
+the GIL. Each worker builds its encoder once, requests units over its own pipe, and starts the next unit while the last
+one is flushed to the disk. Progress is summed up in shared memory. Nothing here waits for a lock that a killed worker
+could hold.
 
-Workers are forked from a server that has imported what they need (`prepare`), which has happened by the time
-when the work is planned.
+Workers are forked from a server that has imported what they need (`prepare`). It does so while the work is planned.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
 
-from data_prep.encode import find_tokenizer
-from data_prep.encode.find_tokenizer import Backend, Encoder
+from data_prep.encode import encoders
+from data_prep.encode.encoders import Backend
+from data_prep.encode.interface import Encoder
 from data_prep.pipeline import unit
-from data_prep.pipeline.plan import Recipe
+from data_prep.pipeline.plan import ShardOptions
 from data_prep.text.inputs import Unit
 
 POLL_S = 0.5
@@ -41,23 +41,23 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 # Columns of the shared table, which has a row for each worker.
 _TEXT_BYTES, _TOKENS, _INPUT_BYTES = range(3)
 
-Numbered = tuple[int, Unit]
+NumberedUnit = tuple[int, Unit]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker has to know."""
+class WorkerConfig:
+    """What is the same for all workers."""
 
     out: Path
-    recipe: Recipe
+    options: ShardOptions
     backend: Backend
-    mark: str
-    large: bool  # worth a word on how it could be made faster
+    plan_hash: str
+    large: bool  # so large that it is worth printing why a slower encoder is used
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Since the start: bytes of text and tokens so far, and the bytes of input of the finished units."""
+class Totals:
+    """Sums over all workers since the start: bytes of text, tokens, and bytes of input in finished units."""
 
     text_bytes: int
     tokens: int
@@ -65,15 +65,17 @@ class Sums:
 
 
 def prepare(*modules: str) -> None:
-    """Start the server that workers are forked from, so that it imports `modules` while this process plans. Those
-    that are not installed are passed over."""
+    """Start the server that workers are forked from. It imports `modules`, except those that are not installed."""
     multiprocessing.set_forkserver_preload([__name__, *modules])
     _start_server()
 
 
 def _start_server() -> None:
-    """Start it unless it runs. It listens at a file of the temporary folder, whose whole path has to fit into 107
-    bytes: a TMPDIR as long as some clusters' is passed over here."""
+    """Start the server unless it runs.
+
+    Its socket is in the temporary folder, and the path of a socket has at most 107 bytes. Some clusters set a TMPDIR
+    that is too long for that; then another folder is used.
+    """
     before = tempfile.gettempdir()
     if len(os.fsencode(before)) > _LONGEST_TMPDIR:
         tempfile.tempdir = next(name for name in (*_SHORT_FOLDERS, before) if os.access(name, os.W_OK | os.X_OK))
@@ -83,77 +85,79 @@ def _start_server() -> None:
         tempfile.tempdir = before
 
 
-def run(job: Job, todo: Sequence[Numbered], workers: int, report: Callable[[Sums], None]) -> None:
-    """Make the units of `todo`; `report` is called about twice a second and at the end.
+def run(config: WorkerConfig, todo: Sequence[NumberedUnit], workers: int, report: Callable[[Totals], None]) -> None:
+    """Make the units in `todo`, calling `report` about twice a second and at the end.
 
     Raises:
         UserError: a document cannot be read.
-        OSError: a file could not be written, or a worker was killed. What is finished stays.
+        OSError: a file could not be written, or a worker was killed. Finished units stay.
     """
     workers = min(workers, len(todo))
     table = RawArray(c_int64, 3 * max(1, workers))
     if workers <= 1:
-        _Worker(job, table, 0).make_all(todo, lambda: report(_sums(table)))
+        _Worker(config, table, 0).make_all(todo, lambda: report(_totals(table)))
     else:
-        _share_out(job, iter(todo), workers, table, report)
-    report(_sums(table))
+        _distribute(config, iter(todo), workers, table, report)
+    report(_totals(table))
 
 
-def _sums(table: Any) -> Sums:
-    return Sums(*(sum(table[column::3]) for column in range(3)))
+def _totals(table: Any) -> Totals:
+    return Totals(*(sum(table[column::3]) for column in range(3)))
 
 
-# --- here ------------------------------------------------------------------------------------------
+# --- in the parent ---------------------------------------------------------------------------------
 
 
-def _share_out(job: Job, todo: Iterator[Numbered], workers: int, table: Any, report: Callable[[Sums], None]) -> None:
-    """Give a unit to whoever asks for one, until there is none or something is wrong; then let all finish theirs."""
-    processes = dict(_started(job, workers, table))
+def _distribute(
+    config: WorkerConfig, todo: Iterator[NumberedUnit], workers: int, table: Any, report: Callable[[Totals], None]
+) -> None:
+    """Send units to workers that request one, until none is left or a worker fails; then wait for the others."""
+    processes = dict(_start_workers(config, workers, table))
     try:
         while processes:
             for pipe in connection.wait(list(processes), timeout=POLL_S):
                 assert isinstance(pipe, Connection)
                 _answer(pipe, processes, todo)
-            report(_sums(table))
+            report(_totals(table))
     finally:
-        _let_finish(processes)
+        _finish(processes)
 
 
-def _answer(pipe: Connection, processes: dict[Connection, BaseProcess], todo: Iterator[Numbered]) -> None:
-    """A worker wants work, has finished (which is so if there is no more work), has failed, or is gone.
+def _answer(pipe: Connection, processes: dict[Connection, BaseProcess], todo: Iterator[NumberedUnit]) -> None:
+    """Handle a message of a worker: it requests a unit, has finished because there is none, or has failed.
 
     Raises:
-        BaseException: what it failed with.
-        OSError: it is gone.
+        BaseException: the error with which it failed.
+        OSError: it was killed.
     """
     try:
-        said = pipe.recv()
-        if said == _MORE:
+        message = pipe.recv()
+        if message == _NEXT:
             pipe.send(next(todo, None))
     except (EOFError, ConnectionError):
         raise OSError(
             "a worker was killed, perhaps because the memory was full: run this again with fewer --workers; "
-            "what is finished stays"
+            "finished units stay"
         ) from None
-    if isinstance(said, BaseException):
-        raise said
-    if said == _DONE:
+    if isinstance(message, BaseException):
+        raise message
+    if message == _DONE:
         processes.pop(pipe).join()
 
 
-def _started(job: Job, workers: int, table: Any) -> Iterator[tuple[Connection, BaseProcess]]:
+def _start_workers(config: WorkerConfig, workers: int, table: Any) -> Iterator[tuple[Connection, BaseProcess]]:
     _start_server()
     context = multiprocessing.get_context("forkserver")
-    for place in range(workers):
+    for index in range(workers):
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, job, table, place), name=f"worker {place}")
+        process = context.Process(target=_work, args=(there, config, table, index), name=f"worker {index}")
         process.start()
         there.close()  # so that the end of the worker is the end of the pipe
         yield here, process
 
 
-def _let_finish(processes: dict[Connection, BaseProcess]) -> None:
-    """Nobody gets more work. What a worker has in hand it makes to the end."""
+def _finish(processes: dict[Connection, BaseProcess]) -> None:
+    """Send no more units, and wait until each worker has finished its own."""
     for pipe in processes:
         pipe.close()
     for process in processes.values():
@@ -162,68 +166,71 @@ def _let_finish(processes: dict[Connection, BaseProcess]) -> None:
 
 # --- in the worker ---------------------------------------------------------------------------------
 
-_MORE, _DONE = "more", "done"
+_NEXT, _DONE = "next", "done"
 
 
-def _work(pipe: Connection, job: Job, table: Any, place: int) -> None:
-    """Ctrl-C reaches the whole process group; the parent alone decides what it means. A parent that was killed
-    cannot end its workers, which then leave by themselves."""
+def _work(pipe: Connection, config: WorkerConfig, table: Any, index: int) -> None:
+    """Make units in this worker process until the parent has no more."""
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, name="parent", daemon=True).start()
-    said: str | BaseException = _DONE
+    # A parent that is killed cannot end its workers, so they end themselves.
+    threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
+    message: str | BaseException = _DONE
     try:
-        _Worker(job, table, place).make_all(_asked_for(pipe))
+        _Worker(config, table, index).make_all(_units_from(pipe))
     except Exception as error:
         error.add_note(f"in a worker: {traceback.format_exc()}")
-        said = error
-    with suppress(OSError):  # the parent closes the pipe when it wants no more of anybody
-        pipe.send(said)
+        message = error
+    with suppress(OSError):  # the parent closes the pipe when it stops
+        pipe.send(message)
 
 
-def _asked_for(pipe: Connection) -> Iterator[Numbered]:
-    """Units from the parent, as long as it has any."""
+def _units_from(pipe: Connection) -> Iterator[NumberedUnit]:
+    """Request units from the parent until it has no more."""
     with suppress(EOFError, ConnectionError):
         while True:
-            pipe.send(_MORE)
-            given = pipe.recv()
-            if given is None:
+            pipe.send(_NEXT)
+            numbered_unit = pipe.recv()
+            if numbered_unit is None:
                 return
-            yield given
+            yield numbered_unit
 
 
 class _Worker:
-    def __init__(self, job: Job, table: Any, place: int) -> None:
-        self._job, self._table, self._row = job, table, 3 * place
-        self._encoder: Encoder = find_tokenizer.encoder(job.recipe.tokenizer, job.backend)
-        if self._encoder.why and job.large and place == 0:
-            print(self._encoder.why, flush=True)
+    def __init__(self, config: WorkerConfig, table: Any, index: int) -> None:
+        self._config, self._table, self._row = config, table, 3 * index
+        self._encoder: Encoder = encoders.choose(config.options.tokenizer, config.backend)
+        if self._encoder.fallback_reason and config.large and index == 0:
+            print(self._encoder.fallback_reason, flush=True)
 
-    def make_all(self, todo: Iterable[Numbered], tell: Callable[[], None] = lambda: None) -> None:
-        """Make units one after the other. Each is kept, flushed to the disk, while the next is made: a flush waits
-        for the disk, five to ten times for each unit, and needs no processor."""
+    def make_all(self, todo: Iterable[NumberedUnit], report: Callable[[], None] = lambda: None) -> None:
+        """Make units one after the other; each is committed by a thread while the next one is made.
 
-        def progress(text_bytes: int, tokens: int) -> None:
+        Committing flushes five to ten files, which waits for the disk and needs no CPU.
+        """
+
+        def add(text_bytes: int, tokens: int) -> None:
             self._table[self._row + _TEXT_BYTES] += text_bytes
             self._table[self._row + _TOKENS] += tokens
-            tell()
+            report()
 
-        with ThreadPoolExecutor(1, "keep") as behind:
-            keeping: Future[None] | None = None
-            for number, pieces in todo:
-                job = self._job
-                made = unit.make(job.out, number, pieces, job.recipe, self._encoder, job.mark, progress)
-                if keeping:
-                    keeping.result()
-                keeping = behind.submit(self._keep, made, sum(piece.stop - piece.start for piece in pieces))
-            if keeping:
-                keeping.result()
+        with ThreadPoolExecutor(1, "commit") as committer:
+            committing: Future[None] | None = None
+            for number, parts in todo:
+                config = self._config
+                made = unit.make(config.out, number, parts, config.options, self._encoder, config.plan_hash, add)
+                if committing:
+                    committing.result()
+                committing = committer.submit(self._commit, made, sum(part.stop - part.start for part in parts))
+            if committing:
+                committing.result()
 
-    def _keep(self, made: unit.Made, input_bytes: int) -> None:
-        unit.keep(made)
+    def _commit(self, made: unit.PendingUnit, input_bytes: int) -> None:
+        unit.commit(made)
         self._table[self._row + _INPUT_BYTES] += input_bytes
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()

@@ -1,1 +1,1 @@
-"""Bytes to documents: files of every format, their encodings, separators and what is left out of them."""
+"""Bytes to documents: file formats, encodings, separators, and an account of what is left out."""

@@ -1,7 +1,8 @@
-"""The text column of Arrow files, a record batch after the other: ``.arrow`` as Hugging Face's ``save_to_disk`` writes
-it (a stream) or as a file with a footer, and ``.feather``, which is such a file.
+"""Read the text column of Arrow files, one record batch at a time.
 
-Nothing is mapped: a mapped file that is cut short meanwhile is a signal that kills. pyarrow is imported late.
+``.arrow`` is a stream (as Hugging Face's ``save_to_disk`` writes it) or a file with a footer; ``.feather`` is always
+the latter. Files are not memory-mapped: if one were truncated while it is read, SIGBUS would kill the process. pyarrow
+is imported late because it takes long.
 """
 
 from __future__ import annotations
@@ -11,54 +12,54 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.text import parquet
-from data_prep.text.parquet import Row, UnusableError
+from data_prep.text.parquet import TextRow, UnreadableTableError
 
-_FILE_MARK, _END_OF_STREAM = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
+_FILE_MAGIC, _END_OF_STREAM = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def rows(path: Path, column: str) -> Iterator[Row]:
-    """All rows of the file, and a last one with the problem where it is damaged.
+def read_rows(path: Path, column: str) -> Iterator[TextRow]:
+    """Yield all rows of the file; if it is damaged, a last one with the problem.
 
     Raises:
-        UnusableError: it is no Arrow file, or has no such column of text.
+        UnreadableTableError: it is no Arrow file, or has no such column of text.
         OSError: it cannot be opened or read.
     """
     import pyarrow as pa
 
     number = batch_number = 0
     with pa.OSFile(str(path)) as file:
-        mark = file.read(len(_FILE_MARK))
+        magic = file.read(len(_FILE_MAGIC))
         file.seek(0)
         try:
-            reader = pa.ipc.open_file(file) if mark == _FILE_MARK else pa.ipc.open_stream(file)
+            reader = pa.ipc.open_file(file) if magic == _FILE_MAGIC else pa.ipc.open_stream(file)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise UnusableError(f"no Arrow file that can be read ({_first_line(error)})") from None
+            raise UnreadableTableError(f"no Arrow file that can be read ({_first_line(error)})") from None
         parquet.check_column(reader.schema, column)
-        is_stream = mark != _FILE_MARK
+        is_stream = magic != _FILE_MAGIC
         batches = iter(reader) if is_stream else (reader.get_batch(n) for n in range(reader.num_record_batches))
         try:
             for batch in batches:
                 texts = batch.column(column)
                 texts.validate()
-                yield from parquet.texts(texts, number)
+                yield from parquet.rows_of(texts, number)
                 number += batch.num_rows
                 batch_number += 1
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            yield Row(number, "", f"record batch {batch_number} is damaged from here on ({_first_line(error)})")
+            yield TextRow(number, "", f"record batch {batch_number} is damaged from here on ({_first_line(error)})")
             return
     if is_stream and not _is_ended(path):
-        # pyarrow takes a stream that was cut off between two batches for a whole one.
-        yield Row(
+        # pyarrow does not notice when a stream was cut off between two batches.
+        yield TextRow(
             number, "", f"it breaks off after {batch_number} record batches: the file was cut short, or never closed"
         )
 
 
 def _is_ended(path: Path) -> bool:
-    """Does the stream end with the mark that a writer puts there when it is closed?"""
+    """Return whether the stream ends with the bytes that its writer wrote on closing it."""
     with open(path, "rb") as file:
         file.seek(-min(8, path.stat().st_size), os.SEEK_END)
         return file.read() == _END_OF_STREAM

@@ -1,7 +1,7 @@
-"""gz, zst, xz and bz2 files as streams of what is in them.
+"""gz, zst, xz and bz2 files as streams of their decompressed content.
 
-Members of gzip, frames of zstandard and streams of the others that were put one behind the other are read as one. What
-was unpacked before the place where a file breaks is handed out before the break is told.
+Concatenated members (gzip), frames (zstandard) and streams (xz, bzip2) are read as one file. Of a damaged file,
+everything before the damage is returned before the error is raised.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 if sys.version_info >= (3, 14):
-    from compression import zstd
+    from compression import zstd as zstd
 else:
-    from backports import zstd
+    from backports import zstd as zstd
 
 CHUNK = 1 << 18
 Stream: TypeAlias = "io.BufferedReader[Any]"
-
-
 ENDINGS = (".gz", ".zst", ".xz", ".bz2")
 
 
 class BrokenError(Exception):
-    """A packed file goes on otherwise than it should, or not at all."""
+    """A compressed file is damaged, or ends early."""
 
 
-def of(name: str) -> str:
-    """How a file of this name is packed, "gz" for example; "" if it is not."""
+def from_name(name: str) -> str:
+    """Return the compression of a file with this name, such as "gz"; "" for none."""
     return next((ending[1:] for ending in ENDINGS if name.lower().endswith(ending)), "")
 
 
-def unpacked(file: Stream, packing: str) -> Stream:
-    """A stream of what is in `file`, packed as "gz", "zst", "xz" or "bz2". Reading it raises BrokenError at the place
-    of a break."""
-    return io.BufferedReader(_Stream(_PACKINGS[packing](file)), CHUNK)
+def decompress(file: Stream, compression: str) -> Stream:
+    """Return a stream of the content of `file`, compressed as "gz", "zst", "xz" or "bz2".
+
+    Reading the stream raises BrokenError where the file is damaged.
+    """
+    return io.BufferedReader(_DecompressedStream(_DECOMPRESSORS[compression](file)), CHUNK)
 
 
-class _Stream(io.RawIOBase):
+class _DecompressedStream(io.RawIOBase):
     def __init__(self, chunks: Iterator[bytes]) -> None:
         super().__init__()
         self._chunks, self._ready = chunks, memoryview(b"")
@@ -56,7 +56,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         room = memoryview(buffer).cast("B")
-        if self._broken:  # however often it is asked: this is no end of file
+        if self._broken:  # again at each read, so that it is never taken for the end of the file
             raise self._broken
         if not self._ready:
             try:
@@ -83,23 +83,23 @@ def _gz(file: Stream) -> Iterator[bytes]:
             if out:
                 yield out
             left = member.unconsumed_tail
-            # An output that is full says that there is more, whether or not all input is taken.
+            # After a full output there may be more, even if all input has been taken.
             if not left and len(out) < CHUNK and not member.eof:
                 left = file.read(CHUNK)
                 if not left:
                     raise BrokenError("it breaks off: the gzip file was cut short, as by an interrupted transfer")
         members += 1
         left = member.unused_data or file.read(CHUNK)
-        while left and not left.strip(b"\0"):  # tapes fill up with zeros
+        while left and not left.strip(b"\0"):  # tapes are padded with zeros
             left = file.read(CHUNK)
         left = left.lstrip(b"\0")
 
 
 def _gz_problem(error: str, members: int) -> str:
     if "incorrect header check" in error:
-        return "behind its end there is something that is no gzip" if members else "it is no gzip file"
+        return "what follows its end is not gzip" if members else "it is no gzip file"
     if "incorrect data check" in error or "incorrect length check" in error:
-        return "its gzip checksum does not fit: something in what was read of it is damaged"
+        return "its gzip checksum does not match: something in what was read of it is damaged"
     return f"it is damaged here ({error.partition(': ')[2] or error})"
 
 
@@ -126,31 +126,30 @@ def _zst(file: Stream) -> Iterator[bytes]:
 
 def _zst_problem(error: str, frames: int) -> str:
     if "Unknown frame descriptor" in error:
-        return "behind its end there is something that is no zstandard" if frames else "it is no zstandard file"
+        return "what follows its end is not zstandard" if frames else "it is no zstandard file"
     if "too much memory" in error:
-        return "its window is above 128 MB: pack it anew with `zstd -dc --long=31 FILE | zstd`"
+        return "its window is above 128 MB: compress it again with `zstd -dc --long=31 FILE | zstd`"
     if "checksum" in error:
-        return "its zstandard checksum does not fit: something in what was read of it is damaged"
+        return "its zstandard checksum does not match: something in what was read of it is damaged"
     return f"it is damaged here ({error.partition(': ')[2] or error})"
 
 
 def _xz(file: Stream) -> Iterator[bytes]:
-    begin = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
-    return _streams(file, "xz", b"\xfd7zXZ\0", begin)
+    new_decompressor = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    return _concatenated(file, "xz", b"\xfd7zXZ\0", new_decompressor)
 
 
 def _bz2(file: Stream) -> Iterator[bytes]:
-    return _streams(file, "bzip2", b"BZh", bz2.BZ2Decompressor)
+    return _concatenated(file, "bzip2", b"BZh", bz2.BZ2Decompressor)
 
 
-def _streams(file: Stream, name: str, mark: bytes, begin: Callable[[], Any]) -> Iterator[bytes]:
+def _concatenated(file: Stream, name: str, magic: bytes, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
     left = file.read(CHUNK)
     streams = 0
     while left or not streams:
-        if not left.startswith(mark[: len(left)]):
-            problem = f"behind its end there is something that is no {name}" if streams else f"it is no {name} file"
-            raise BrokenError(problem)
-        stream = begin()
+        if not left.startswith(magic[: len(left)]):
+            raise BrokenError(f"what follows its end is not {name}" if streams else f"it is no {name} file")
+        stream = new_decompressor()
         while not stream.eof:
             if stream.needs_input and not left:
                 left = file.read(CHUNK)
@@ -174,9 +173,9 @@ def _streams(file: Stream, name: str, mark: bytes, begin: Callable[[], Any]) -> 
 
 def _stream_problem(error: str) -> str:
     if "Memory usage limit" in error:
-        return "it needs more than 1 GB of memory: pack it anew with `xz -dc FILE | xz`"
+        return "it needs more than 1 GB of memory: compress it again with `xz -dc FILE | xz`"
     return f"it is damaged here ({error})"
 
 
 _XZ_MEMORY = 1 << 30
-_PACKINGS: dict[str, Callable[[Stream], Iterator[bytes]]] = {"gz": _gz, "zst": _zst, "xz": _xz, "bz2": _bz2}
+_DECOMPRESSORS: dict[str, Callable[[Stream], Iterator[bytes]]] = {"gz": _gz, "zst": _zst, "xz": _xz, "bz2": _bz2}

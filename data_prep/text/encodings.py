@@ -1,13 +1,13 @@
-"""Bytes -> text: which encodings there are, and what bytes are that fit none.
+"""Decode bytes as text, and explain bytes that cannot be decoded.
 
-UTF-8 is the rule, with or without a byte-order mark. Chinese novels often come in GB18030, of which GBK and
-GB2312 are parts. ``auto`` takes a text for UTF-8 if it is, else for GB18030 if it is and reads like Chinese,
-else it is an error: broken UTF-8 must never pass for Chinese, and about half of all short pieces of Chinese in
-UTF-8 are valid GB18030 as well. Of the others those are taken in which the byte 10 means the end of a line and
-nothing else, since that is where files are cut; UTF-16 and UTF-32 only where a file is read as a whole.
+Most text is UTF-8, with or without a byte-order mark. Chinese novels often come in GB18030, which includes GBK and
+GB2312. ``auto`` reads a text as UTF-8 if it is valid UTF-8, else as GB18030 if it is valid and looks like Chinese; else
+it is an error. Damaged UTF-8 must never be read as GB18030, although about half of all short pieces of Chinese in UTF-8
+are also valid GB18030. Other encodings are accepted if in them the byte 10 always is a line end, because files are
+divided at line ends; UTF-16 and UTF-32 only where a file is read as a whole.
 
-Windows' code page 936 is GBK with the euro sign as byte 0x80, which is no character of GB18030: read as GB18030, a byte
-0x80 on its own is the euro sign.
+Windows' code page 936 is GBK with the euro sign as byte 0x80, which is no character in GB18030. So in GB18030 a single
+byte 0x80 is read as the euro sign.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from hpcgpt.errors import UserError
 
 AUTO = "auto"
 _ONE_BYTE = re.compile(r"ascii|cp(125\d|437|85[0258]|866|874)|iso8859-\d+|koi8-[ru]|mac-(roman|cyrillic)|tis-620")
-# A character's last byte may look like ASCII in these, though never like a control character or punctuation.
+# In these, the last byte of a character may be an ASCII letter or digit, but no control character or punctuation.
 _CJK = {"gb18030", "big5", "big5hkscs", "cp950", "shift_jis", "cp932", "euc_jp", "euc_kr", "cp949"}
 _PARTS_OF_GB18030 = {"gbk", "gb2312"}
 _BEYOND_ASCII = re.compile(rb"[\x80-\xff]")
 _WIDE = re.compile(r"utf-(16|32)(-[lb]e)?")
 _SAMPLE_BYTES = 1 << 16
-# A Chinese text may have one bad byte for as many good characters, and still be known; a text of which more than one
-# character in ten is bad is in another encoding.
+# Text with at most one bad byte in 50 characters can still be recognized as Chinese. Text with more than one bad
+# character in ten is in another encoding.
 _GOOD_FOR_A_BAD, _MOST_REPLACED = 50, 0.1
 _REMEDY = "correct it, put U+FFFD in its place with --on-bad-input replace, or set the document aside with skip"
-_MARKS = {
+_MAGIC = {
     b"\x1f\x8b": "gzip: its name should end in .gz",
     b"\x28\xb5\x2f\xfd": "zstandard: its name should end in .zst",
     b"\xfd7zXZ\0": "xz: its name should end in .xz",
@@ -47,8 +47,7 @@ _MARKS = {
 
 
 class UndecodableError(Exception):
-    """Bytes that are no text: what is wrong with them, from which byte on, and what to type. They are `replaceable` if
-    the encoding is the right one."""
+    """Bytes cannot be decoded: from which byte on, why, and what to type. `replaceable` if the encoding is right."""
 
     def __init__(self, start: int, problem: str, remedy: str = "", replaceable: bool = False) -> None:
         super().__init__(problem)
@@ -56,19 +55,19 @@ class UndecodableError(Exception):
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """Characters that were put in the place of bad bytes, from byte `start` on, and what those are."""
+class Replacements:
+    """How many characters replaced bad bytes, where the first of these is, and what is wrong with it."""
 
     characters: int
     start: int
     problem: str
 
 
-def canonical(name: str) -> str:
-    """The one name of an encoding.
+def canonical_name(name: str) -> str:
+    """Return the name of an encoding that is the same for all of its aliases.
 
     Raises:
-        UserError: there is no such encoding, or text in it cannot be cut into lines.
+        UserError: there is no such encoding, or text in it cannot be divided into lines.
     """
     if name.lower() == AUTO:
         return AUTO
@@ -84,26 +83,26 @@ def canonical(name: str) -> str:
         return found
     raise UserError(
         f"--encoding {name}: expected auto, utf-8, gb18030 (also as gbk and gb2312), {', '.join(sorted(_CJK)[:-1])}, "
-        "utf-16 or utf-32 (.txt only), or one with a byte a character such as latin-1, cp1251 or koi8-r; "
+        "utf-16 or utf-32 (.txt only), or one with one byte per character such as latin-1, cp1251 or koi8-r; "
         "convert others first, with `iconv`"
     )
 
 
 def is_wide(encoding: str) -> bool:
-    """Is the end of a line more than one byte, so that a file cannot be cut there?"""
+    """Return whether a line end has more than one byte, so that files cannot be divided at line ends."""
     return bool(_WIDE.fullmatch(encoding))
 
 
 def can_start_separator(encoding: str, separator: str) -> bool:
-    """Is a separator found at characters only, never at the last byte of one and the first of the next?"""
+    """Return whether a byte search for the separator matches only at the start of a character."""
     return encoding not in _CJK | {AUTO} or separator[0] < "0" or separator[0] in ":;<=>?"
 
 
-def decoded(content: bytes, encoding: str, first: bool = True) -> str:
-    """The text that a whole document's bytes stand for; without its byte-order mark if it is the `first` of a file.
+def decode(content: bytes, encoding: str, first: bool = True) -> str:
+    """Decode a whole document. If it is the `first` of a file, its byte-order mark is removed.
 
     Raises:
-        UndecodableError: it is none.
+        UndecodableError: it is not valid in this encoding.
     """
     try:
         text = _decode(content, "utf-8" if encoding == AUTO else encoding)
@@ -114,36 +113,36 @@ def decoded(content: bytes, encoding: str, first: bool = True) -> str:
             text = _decode(content, "gb18030")
         except UnicodeDecodeError as second:
             _explain(content, second, "gb18030")
-    return _without_mark(text, first)
+    return _without_bom(text, first)
 
 
-def replaced(content: bytes, encoding: str, first: bool = True) -> tuple[str, Replaced | None]:
-    """As `decoded`, but with U+FFFD where bytes are bad, if they are few; and what was replaced.
+def decode_replacing(content: bytes, encoding: str, first: bool = True) -> tuple[str, Replacements | None]:
+    """Decode like `decode`, but replace bad bytes with U+FFFD, if they are few; also return what was replaced.
 
     Raises:
-        UndecodableError: it is text in another encoding, or none.
+        UndecodableError: it is text in another encoding, or not text.
     """
     try:
-        return decoded(content, encoding, first), None
+        return decode(content, encoding, first), None
     except UndecodableError as error:
         if not error.replaceable:
             raise
         chinese = encoding == AUTO and is_chinese(content)
         used = "gb18030" if chinese else "utf-8" if encoding == AUTO else encoding
         text = _decode(content, used, "replace")
-        # Those that were there before stay with "ignore" as well.
+        # U+FFFD that was in the text before is kept by "ignore", too.
         count = text.count("\ufffd") - _decode(content, used, "ignore").count("\ufffd")
         if count > max(1, _MOST_REPLACED * len(text)):
             raise
-        return _without_mark(text, first), Replaced(count, error.start, error.problem)
+        return _without_bom(text, first), Replacements(count, error.start, error.problem)
 
 
-def _without_mark(text: str, first: bool) -> str:
+def _without_bom(text: str, first: bool) -> str:
     return text[1:] if first and text.startswith("\ufeff") else text
 
 
 def _decode(content: bytes, encoding: str, errors: str = "strict") -> str:
-    """Raises UnicodeDecodeError if `errors` is "strict" and there are any."""
+    """Decode, with a single byte 0x80 in GB18030 as the euro sign; raise UnicodeDecodeError if `errors` is "strict"."""
     if encoding == "gb18030" and b"\x80" in content:
         errors = _with_euro(errors)
     return content.decode(encoding, errors)
@@ -151,7 +150,7 @@ def _decode(content: bytes, encoding: str, errors: str = "strict") -> str:
 
 @cache
 def _with_euro(errors: str) -> str:
-    """The name of a way to treat errors in GB18030: a byte 0x80 is the euro sign, others are as `errors` says."""
+    """Register an error handler that decodes byte 0x80 as the euro sign, and treats others like `errors`; its name."""
 
     def treat(error: UnicodeError) -> tuple[str | bytes, int]:
         if isinstance(error, UnicodeDecodeError) and error.object[error.start] == 0x80:
@@ -163,11 +162,11 @@ def _with_euro(errors: str) -> str:
     return name
 
 
-def told_apart(sample: bytes) -> str:
-    """What the beginning of a file of lines is, "utf-8" or "gb18030": what more of its lines are. It stays "auto", to
-    be found out line by line, if all of the beginning is ASCII.
+def detect(sample: bytes) -> str:
+    """Detect the encoding of a file with lines from its beginning: "utf-8" or "gb18030", whichever fits more lines.
 
-    A broken line or two don't change what a file is; they are found when they are read.
+    A few damaged lines do not change the result; they are reported when they are read. If `sample` is all ASCII the
+    result is "auto", and the encoding is detected line by line.
     """
     whole = sample[: sample.rfind(b"\n") + 1] or sample
     lines = [line for line in whole.splitlines() if not line.isascii()]
@@ -178,17 +177,17 @@ def told_apart(sample: bytes) -> str:
 
 
 def is_chinese(content: bytes) -> bool:
-    """Is this Chinese in GB18030?
+    """Return whether this is Chinese in GB18030.
 
-    Running text, in traditional characters too, is mostly made of the 3,755 characters that GB2312 has first, in
-    the order of their sounds: lead bytes 0xB0 to 0xD7. UTF-8, Big5 and Japanese read as GB18030 have far fewer,
-    and Korean has many, but none of their second half (measured: 0.97 and 0.79 of the characters that are not
-    ASCII, against 0.3 and less). A bad byte among many characters doesn't change what a book is.
+    Running text, also in traditional characters, consists mostly of the 3,755 common characters of GB2312, whose lead
+    bytes are 0xB0 to 0xD7. UTF-8, Big5 and Japanese that are read as GB18030 have far fewer of them; Korean has many,
+    but none of their second half. Measured share of the non-ASCII characters: 0.97 in simplified and 0.79 in
+    traditional Chinese, 0.3 and less in the others. A few bad bytes do not change the result.
     """
     beyond = _BEYOND_ASCII.search(content)
     if not beyond:
         return False
-    # From the first character that tells something: a book may begin with pages of English.
+    # From the first non-ASCII character on: a book may begin with pages of English.
     sample = content[beyond.start() : beyond.start() + _SAMPLE_BYTES]
     text = codecs.getincrementaldecoder("gb18030")(_with_euro("replace")).decode(
         sample, final=beyond.start() + len(sample) == len(content)
@@ -202,24 +201,20 @@ def is_chinese(content: bytes) -> bool:
 
 
 def check_no_nul(content: bytes) -> None:
-    """Text in an encoding whose end of line is one byte has no NUL bytes.
-
-    Raises:
-        UndecodableError: this has.
-    """
+    """Raise UndecodableError if there is a NUL byte: in encodings with one-byte line ends, text has none."""
     place = content.find(b"\0")
     if place >= 0:
-        what = _by_mark(content) or "not text but binary data: it has NUL bytes"
+        what = _kind_by_magic(content) or "not text but binary data: it has NUL bytes"
         raise UndecodableError(place, f"this is {what}")
 
 
 def _explain(content: bytes, error: UnicodeDecodeError, encoding: str) -> NoReturn:
-    """Raise UndecodableError that says what the bytes are instead."""
+    """Raise an UndecodableError that says what the bytes are instead."""
     start = error.start
     found = f"byte 0x{content[start]:02x}"
     line = content[content.rfind(b"\n", 0, start) + 1 :]
-    if _by_mark(content) and not is_wide(encoding):
-        raise UndecodableError(start, f"this is {_by_mark(content)}") from None
+    if _kind_by_magic(content) and not is_wide(encoding):
+        raise UndecodableError(start, f"this is {_kind_by_magic(content)}") from None
     if encoding not in ("utf-8", AUTO):
         if _valid(content, "utf-8"):
             raise UndecodableError(start, f"not {encoding} but UTF-8", "leave --encoding out, or say auto") from None
@@ -237,13 +232,13 @@ def _explain(content: bytes, error: UnicodeDecodeError, encoding: str) -> NoRetu
 
 
 def _mostly_utf8(content: bytes, start: int) -> bool:
-    """Are there more good characters beyond ASCII than bad bytes around `start`?"""
+    """Return whether around `start` valid non-ASCII characters outnumber the bad bytes two to one."""
     around = content[max(0, start - 2000) : start + 2000].decode("utf-8", "replace")
     return sum(not character.isascii() for character in around) > 2 * around.count("\ufffd")
 
 
-def _by_mark(content: bytes) -> str:
-    return next((what for mark, what in _MARKS.items() if content.startswith(mark)), "")
+def _kind_by_magic(content: bytes) -> str:
+    return next((what for magic, what in _MAGIC.items() if content.startswith(magic)), "")
 
 
 def _valid(content: bytes, encoding: str) -> bool:

@@ -1,16 +1,16 @@
-"""The input text: which files there are, and how they are cut into units of work.
+"""Find the input files, and divide them into units of work.
 
-Text comes as ``.txt`` (a document a file, or more with a separator), ``.jsonl`` or ``.ndjson`` (a JSON object a line,
-with the document under its text key; ``.json`` too if it holds such lines), all of these also packed as ``.gz``,
-``.zst``, ``.xz`` and ``.bz2``, and ``.parquet`` and ``.arrow`` or ``.feather`` (a column of strings). Upper case is as
-good. An INPUT is a file, a folder (all such files below it, in the order of their paths; hidden ones, whose names
-start with a dot, are none), a pattern such as ``'part-*.jsonl'`` or ``'**/*.txt'``, or ``-``. A file that two INPUTs
-or links lead to is taken once. Other files that are found are told, see ``data_prep.text.unread``.
+Text is read from ``.txt`` (one document per file, or several with a separator), ``.jsonl`` or ``.ndjson`` (one JSON
+object per line, with the document under its text key; also ``.json`` if it holds such lines), all of these also
+compressed as ``.gz``, ``.zst``, ``.xz`` or ``.bz2``, and from ``.parquet``, ``.arrow`` and ``.feather`` (a column of
+strings). Upper case is the same. An INPUT is a file, a folder (all such files below it, in the order of their paths,
+without hidden ones, whose names start with a dot), a pattern such as ``'part-*.jsonl'`` or ``'**/*.txt'``, or ``-``.
+A file that is reached by two INPUTs or links is read once. Other files are reported, see ``data_prep.text.unread``.
 
-A unit is the work that is done and kept as a whole: as many consecutive pieces as reach the unit size. A piece is
-a range of bytes (the lines or documents that start in it), a range of row groups of parquet, or a whole file where
-one cannot be cut: packed ones, arrow, and a text without separator. What the documents of a piece are is in
-``data_prep.text.documents``. Units depend on the inputs and the options alone, not on the number of workers.
+A unit is made as a whole or not at all. It is a list of consecutive parts of files that together reach the unit size. A
+part is a range of bytes (the lines or documents that start in it), a range of row groups of parquet, or a whole file
+that cannot be divided: compressed, arrow, or a text without separator. ``data_prep.text.documents`` reads them.
+Units depend only on the inputs and the options, not on the number of workers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from typing import Literal
 import orjson
 
 from data_prep.text import compression, encodings, parquet, unread
-from data_prep.text.options import Aside, Reading, Skipped, shown
-from data_prep.text.unread import Unread
+from data_prep.text.options import BadInputSink, Skipped, TextOptions, printable_path
+from data_prep.text.unread import UnreadFile
 from hpcgpt.config import paths
 from hpcgpt.errors import UserError
 
 _LINES, _TABLES = (".txt", ".jsonl", ".ndjson", ".json"), (".parquet", ".arrow", ".feather")
 KINDS = (*_LINES, *(kind + ending for kind in _LINES for ending in compression.ENDINGS), *_TABLES)
-_KINDS_IN_WORDS = ".txt or .jsonl (also with .gz, .zst, .xz or .bz2 behind it), .ndjson, .parquet or .arrow"
+_KINDS_IN_WORDS = ".txt or .jsonl (also compressed: .gz, .zst, .xz or .bz2), .ndjson, .parquet or .arrow"
+# In the manifest, as a file's reason for not being read: these words are part of digests.
 _NO_LINES = (
     "a .json without a JSON object a line that has '{key}'; `jq -c .[] FILE > FILE.jsonl` makes such of an array"
 )
@@ -44,8 +45,8 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Source:
-    """An input file; `name` is its path below the INPUT that it was found in, as it can be printed."""
+class InputFile:
+    """A file to read; `name` is its printable path below the INPUT in which it was found."""
 
     name: str
     path: Path
@@ -55,29 +56,29 @@ class Source:
     @property
     def kind(self) -> Literal["txt", "jsonl", "parquet", "arrow"]:
         name = self.name.lower()
-        if self.packing:
-            name = name.removesuffix(f".{self.packing}")
+        if self.compression:
+            name = name.removesuffix(f".{self.compression}")
         if name.endswith(_LINES):
             return "txt" if name.endswith(".txt") else "jsonl"
         return "parquet" if name.endswith(".parquet") else "arrow"
 
     @property
-    def packing(self) -> str:
-        """One of `packing.ENDINGS` without its dot, or "" for none."""
-        return compression.of(self.name)
+    def compression(self) -> str:
+        """One of `compression.ENDINGS` without its dot, or "" for none."""
+        return compression.from_name(self.name)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a file: its bytes from `start` to `stop`; of parquet its row groups, and the bytes are their share."""
+class FilePart:
+    """The bytes `start` to `stop` of a file. Of parquet it is a range of row groups, and the bytes are their share."""
 
-    source: Source
+    file: InputFile
     start: int
     stop: int
-    groups: tuple[int, int] = (0, 0)
+    row_groups: tuple[int, int] = (0, 0)
 
 
-Unit = list[Piece]
+Unit = list[FilePart]
 
 
 # --- finding files ---------------------------------------------------------------------------------
@@ -86,85 +87,86 @@ Unit = list[Piece]
 def find(
     inputs: Sequence[str],
     skipped: list[Skipped] | None = None,
-    others: list[Unread] | None = None,
+    others: list[UnreadFile] | None = None,
     text_key: str = "text",
-) -> list[Source]:
-    """The files that the INPUT arguments stand for. Files that cannot be read are an error, or go into `skipped`;
-    those that are found and not read go into `others`.
+) -> list[InputFile]:
+    """Find the files that the INPUT arguments name, in the order in which they are read.
+
+    Files that cannot be read are an error, or are added to `skipped` if that is given. Files that were found but are
+    not to be read are added to `others`.
 
     Raises:
         UserError: an input is missing or of an unknown kind, or there is no text at all.
     """
-    aside = Aside("stop" if skipped is None else "skip", [] if skipped is None else skipped)
+    sink = BadInputSink("stop" if skipped is None else "skip", [] if skipped is None else skipped)
     others = [] if others is None else others
-    sources: list[Source] = []
-    taken: set[tuple[int, ...]] = set()
-    for given in inputs:
-        root, found, hidden = _found(Path(paths.expand(given, "INPUT")), aside, text_key)
-        files = sorted(set(found), key=lambda file: file.relative_to(root).as_posix())
-        others += [Unread(shown(path.relative_to(root)), 0, unread.HIDDEN) for path in sorted(hidden)]
-        if not any(path.name.lower().endswith(KINDS) for path in files):
-            what = (
-                "matches no file ending in"
-                if has_magic(given) and not Path(given).is_dir()
-                else "has no files ending in"
-            )
-            raise UserError(f"{shown(Path(given))} {what} {_KINDS_IN_WORDS}{_instead(files)}")
-        for path in files:
-            read = _source(path, root, aside, taken, text_key)
-            if isinstance(read, Source):
-                sources.append(read)
+    files: list[InputFile] = []
+    seen: set[tuple[int, ...]] = set()
+    for name in inputs:
+        root, found, hidden = _find_one(Path(paths.expand(name, "INPUT")), sink, text_key)
+        candidates = sorted(set(found), key=lambda path: path.relative_to(root).as_posix())
+        others += [UnreadFile(printable_path(path.relative_to(root)), 0, unread.HIDDEN) for path in sorted(hidden)]
+        if not any(path.name.lower().endswith(KINDS) for path in candidates):
+            is_pattern = has_magic(name) and not Path(name).is_dir()
+            what = "matches no file ending in" if is_pattern else "has no files ending in"
+            raise UserError(f"{printable_path(Path(name))} {what} {_KINDS_IN_WORDS}{_endings(candidates)}")
+        for path in candidates:
+            read = _examine(path, root, sink, seen, text_key)
+            if isinstance(read, InputFile):
+                files.append(read)
             elif read:
                 others.append(read)
-    if not any(source.bytes for source in sources):
+    if not any(file.bytes for file in files):
         first = f"{skipped[0].name}: {skipped[0].problem}" if skipped else "all of their files are empty"
-        if not sources and not skipped:
-            first = unread.told(unread.listed(others))
+        if not files and not skipped:
+            first = unread.summarize(unread.for_manifest(others))
         raise UserError(f"the inputs hold no text: {first}")
-    return sources
+    return files
 
 
-def _instead(files: Sequence[Path]) -> str:
-    endings = sorted({path.suffix.lower() for path in files if path.suffix})
+def _endings(found: Sequence[Path]) -> str:
+    endings = sorted({path.suffix.lower() for path in found if path.suffix})
     return f"; it has {', '.join(endings[:8])}" if endings else ""
 
 
-def _found(path: Path, aside: Aside, text_key: str) -> tuple[Path, Iterator[Path], set[Path]]:
-    """The folder that names are relative to, the files that one INPUT stands for, and the hidden ones, which are known
-    when the files are."""
+def _find_one(path: Path, sink: BadInputSink, text_key: str) -> tuple[Path, Iterator[Path], set[Path]]:
+    """Find what one INPUT names: the folder that names are relative to, the files, and the hidden files.
+
+    The set of hidden files is complete only after the files have been iterated over.
+    """
     try:
         mode = path.stat().st_mode
     except OSError as error:
         if error.errno != ENAMETOOLONG and path.is_symlink():
-            return path.parent, iter([path]), set()  # one that leads nowhere: told where files are opened
+            return path.parent, iter([path]), set()  # a broken link: reported by `_examine`
         if error.errno != ENAMETOOLONG and has_magic(str(path)):
-            return _matching(path, aside)
+            return _find_matching(path, sink)
         why = f" ({error.strerror})" if error.errno != ENOENT else ""
-        raise UserError(f"no such input: {shown(path)}{why}") from None
+        raise UserError(f"no such input: {printable_path(path)}{why}") from None
     if stat.S_ISDIR(mode):
-        walk = _Walk(path, aside)
+        walk = _Walk(path, sink)
         return path, iter(list(walk.below(path))), walk.hidden
     if not stat.S_ISREG(mode):
         remedy = "name a file, or pipe the text in and name '-'"
-        raise UserError(f"{shown(path)} is no file but a pipe, a socket or a device: {remedy}")
+        raise UserError(f"{printable_path(path)} is no file but a pipe, a socket or a device: {remedy}")
     if not path.name.lower().endswith(KINDS):
-        raise UserError(f"{shown(path)}: its name ends in '{path.suffix}', expected {_KINDS_IN_WORDS}")
+        raise UserError(f"{printable_path(path)}: its name ends in '{path.suffix}', expected {_KINDS_IN_WORDS}")
     if _is_json(path.name) and not _holds_lines(path, text_key):
-        raise UserError(f"{shown(path)}: {_NO_LINES.format(key=text_key)}")
+        raise UserError(f"{printable_path(path)}: {_NO_LINES.format(key=text_key)}")
     return path.parent, iter([path]), set()
 
 
 class _Walk:
-    """A way down through folders, links included, which ends where a link leads back up."""
+    """Walks folders, following links, except those to a folder that they are in."""
 
-    def __init__(self, root: Path, aside: Aside) -> None:
-        self._root, self._aside = root, aside
+    def __init__(self, root: Path, sink: BadInputSink) -> None:
+        self._root, self._sink = root, sink
         self._above: list[tuple[int, int]] = []
-        self._told: set[Path] = set()
+        self._reported: set[Path] = set()
         self.hidden: set[Path] = set()
 
     def below(self, folder: Path) -> Iterator[Path]:
-        """The files below a folder, of any kind."""
+        """Yield the files below a folder, of any kind."""
         for entry in self._entries(folder):
             if _is_folder(entry):
                 yield from self.below(folder / entry.name)
@@ -172,7 +174,7 @@ class _Walk:
                 yield folder / entry.name
 
     def matching(self, folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-        """The files, of any kind, that the parts of a pattern stand for. A folder that matches is taken whole."""
+        """Yield the files of any kind that match the parts of a pattern; of a folder that matches, all files."""
         first, rest = parts[0], parts[1:]
         if first == "**":
             yield from self.matching(folder, rest or ["*"])
@@ -193,35 +195,35 @@ class _Walk:
             with os.scandir(folder) as scanned:
                 every = list(scanned)
         except OSError as error:
-            self._bad(folder, f"this folder cannot be read: {error.strerror}")
+            self._report(folder, f"this folder cannot be read: {error.strerror}")
             return
         here = (status.st_dev, status.st_ino)
         if here in self._above:
-            self._bad(folder, "links that lead in a circle")
+            self._report(folder, "links that lead in a circle")
             return
         self._above.append(here)
         entries = [entry for entry in every if not entry.name.startswith(".")]
         self.hidden |= {folder / entry.name for entry in every if entry.name.startswith(".")}
         for entry in entries:
             if entry.is_symlink() and _is_folder(entry) and _leads_up(entry):
-                self._bad(
+                self._report(
                     Path(entry.path),
-                    f"a link in a circle, to a folder that it is in: {shown(Path(entry.path).readlink())}",
+                    f"a link in a circle, to a folder that it is in: {printable_path(Path(entry.path).readlink())}",
                 )
             else:
                 yield entry
         self._above.pop()
 
-    def _bad(self, path: Path, problem: str) -> None:
-        if path not in self._told:
-            self._told.add(path)
-            self._aside.bad(path, shown(path.relative_to(self._root)), "", problem)
+    def _report(self, path: Path, problem: str) -> None:
+        if path not in self._reported:
+            self._reported.add(path)
+            self._sink.report(path, printable_path(path.relative_to(self._root)), "", problem)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or to where we may not look: told where files are opened
+    except OSError:  # a link to itself, or into a folder without permission: reported by `_examine`
         return False
 
 
@@ -229,59 +231,60 @@ def _leads_up(entry: os.DirEntry[str]) -> bool:
     return Path(os.path.realpath(Path(entry.path).parent)).is_relative_to(os.path.realpath(entry.path))
 
 
-def _matching(pattern: Path, aside: Aside) -> tuple[Path, Iterator[Path], set[Path]]:
-    """The folder where a pattern starts, and the files that match it. No hidden ones: what a pattern leaves out, the
-    person left out."""
+def _find_matching(pattern: Path, sink: BadInputSink) -> tuple[Path, Iterator[Path], set[Path]]:
+    """Find the files that match a pattern, and the folder in which it starts. Hidden files are not counted then."""
     fixed = next(n for n, part in enumerate(pattern.parts) if has_magic(part))
     root = Path(*pattern.parts[:fixed])
     if not root.is_dir():
-        raise UserError(f"no such input: {shown(pattern)}: there is no folder {shown(root)}")
-    return root, _Walk(root, aside).matching(root, pattern.parts[fixed:]), set()
+        raise UserError(f"no such input: {printable_path(pattern)}: there is no folder {printable_path(root)}")
+    return root, _Walk(root, sink).matching(root, pattern.parts[fixed:]), set()
 
 
-def _source(path: Path, root: Path, aside: Aside, taken: set[tuple[int, ...]], text_key: str) -> Source | Unread | None:
-    """A file to read, or why it is not read; None if it cannot be read and was set aside."""
-    name = shown(path.relative_to(root))
+def _examine(
+    path: Path, root: Path, sink: BadInputSink, seen: set[tuple[int, ...]], text_key: str
+) -> InputFile | UnreadFile | None:
+    """Return the file to read, or why it is not read; None if it cannot be read and was skipped."""
+    name = printable_path(path.relative_to(root))
     if not name.lower().endswith(KINDS):
         ending = path.suffix.lower()
-        return Unread(name, path.lstat().st_size, f"ending in {ending}" if ending else "without an ending")
+        return UnreadFile(name, path.lstat().st_size, f"ending in {ending}" if ending else "without an ending")
     try:
         status = path.stat()
     except OSError as error:
-        target = f"a link to {shown(path.readlink())}, which" if path.is_symlink() else "a file that"
-        aside.bad(path, name, "", f"{target} cannot be opened: {error.strerror}")
+        target = f"a link to {printable_path(path.readlink())}, which" if path.is_symlink() else "a file that"
+        sink.report(path, name, "", f"{target} cannot be opened: {error.strerror}")
         return None
     if not stat.S_ISREG(status.st_mode):
-        aside.bad(path, name, "", "no file but a pipe, a socket or a device")
+        sink.report(path, name, "", "no file but a pipe, a socket or a device")
         return None
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-        aside.bad(path, name, "", "no permission to read it")
+        sink.report(path, name, "", "no permission to read it")
         return None
-    # More than device and inode, which some network file systems give to two files.
+    # Not only device and inode: on some network file systems two files have the same.
     same = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    if same in taken:
-        return Unread(name, status.st_size, unread.REPEATED)
+    if same in seen:
+        return UnreadFile(name, status.st_size, unread.REPEATED)
     if _is_json(name) and not _holds_lines(path, text_key):
-        return Unread(name, status.st_size, _NO_LINES.format(key=text_key))
-    taken.add(same)
-    return Source(name, path.absolute(), status.st_size, status.st_mtime_ns)
+        return UnreadFile(name, status.st_size, _NO_LINES.format(key=text_key))
+    seen.add(same)
+    return InputFile(name, path.absolute(), status.st_size, status.st_mtime_ns)
 
 
 def _is_json(name: str) -> bool:
-    kind = compression.of(name)
+    kind = compression.from_name(name)
     return name.lower().removesuffix(f".{kind}" if kind else "").endswith(".json")
 
 
 def _holds_lines(path: Path, text_key: str) -> bool:
-    """Is the first line of a .json an object with a text, so that its other lines are too?"""
-    kind = compression.of(path.name)
+    """Return whether the first line of a .json is an object with a text, so that it can be read like .jsonl."""
+    kind = compression.from_name(path.name)
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-        return True  # told where files are opened
+        return True  # reported by `_examine`
     with open(path, "rb") as file:
         try:
-            head = (compression.unpacked(file, kind) if kind else file).read(_CHUNK)
+            head = (compression.decompress(file, kind) if kind else file).read(_CHUNK)
         except compression.BrokenError:
-            return True  # found again, and told, by who reads
+            return True  # reading will find the damage again, and report it
     line, end, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if len(head) == _CHUNK and not end:
         return line.startswith(b"{")
@@ -292,84 +295,86 @@ def _holds_lines(path: Path, text_key: str) -> bool:
     return isinstance(row, dict) and text_key in row
 
 
-# --- cutting them into units -----------------------------------------------------------------------
+# --- dividing them into units ----------------------------------------------------------------------
 
 
-def units(sources: Sequence[Source], unit_bytes: int, reading: Reading | None = None) -> list[Unit]:
-    """The sources cut into units of about `unit_bytes`.
+def units(files: Sequence[InputFile], unit_bytes: int, options: TextOptions | None = None) -> list[Unit]:
+    """Divide the files into units of about `unit_bytes`.
 
     Raises:
-        UserError: an option cannot take effect on these sources; or, unless bad input is skipped, a parquet file
-            without the column, or a text that is too long for one document.
+        UserError: an option cannot take effect on these files; or, unless bad input is skipped, a parquet file has no
+            such column, or a text is too long for one document.
     """
-    reading = reading or Reading()
-    _check_options(sources, reading)
+    options = options or TextOptions()
+    _check_options(files, options)
     made: list[Unit] = []
     unit: Unit = []
     size = 0
-    for piece in _pieces(sources, unit_bytes, reading):
-        unit.append(piece)
-        size += piece.stop - piece.start
+    for part in _parts(files, unit_bytes, options):
+        unit.append(part)
+        size += part.stop - part.start
         if size >= unit_bytes:
             made.append(unit)
             unit, size = [], 0
     return [*made, unit] if unit else made
 
 
-def too_long(reading: Reading, kind: str) -> tuple[str, str]:
-    """What is wrong with a document that is too long, and what to type."""
-    cut = "cut the text into documents with --separator, or " if kind == "txt" and not reading.separator else ""
+def too_long(options: TextOptions, kind: str) -> tuple[str, str]:
+    """Return the problem and the remedy of a document that is too long."""
+    cut = "cut the text into documents with --separator, or " if kind == "txt" and not options.separator else ""
     return (
-        f"a document above {reading.max_document_mb} MB",
+        f"a document above {options.max_document_mb} MB",
         f"{cut}allow it with --max-document-mb, or set it aside with --on-bad-input skip",
     )
 
 
-def _pieces(sources: Sequence[Source], unit_bytes: int, reading: Reading) -> Iterator[Piece]:
-    aside = Aside("stop", [])
-    for source in sources:
-        if source.kind == "parquet":
-            yield from _row_groups(source, unit_bytes, reading)
-        elif source.packing or source.kind == "arrow":
-            yield Piece(source, 0, source.bytes)
-        elif source.kind == "txt" and not reading.separator:
-            if source.bytes > reading.max_document_bytes and reading.on_bad_input == "stop":
-                aside.bad(source.path, source.name, "", *too_long(reading, "txt"))
-            if source.bytes:
-                yield Piece(source, 0, source.bytes)
+def _parts(files: Sequence[InputFile], unit_bytes: int, options: TextOptions) -> Iterator[FilePart]:
+    sink = BadInputSink("stop", [])
+    for file in files:
+        if file.kind == "parquet":
+            yield from _row_groups(file, unit_bytes, options)
+        elif file.compression or file.kind == "arrow":
+            yield FilePart(file, 0, file.bytes)
+        elif file.kind == "txt" and not options.separator:
+            if file.bytes > options.max_document_bytes and options.on_bad_input == "stop":
+                sink.report(file.path, file.name, "", *too_long(options, "txt"))
+            if file.bytes:
+                yield FilePart(file, 0, file.bytes)
         else:
-            for start in range(0, source.bytes, unit_bytes):
-                yield Piece(source, start, min(start + unit_bytes, source.bytes))
+            for start in range(0, file.bytes, unit_bytes):
+                yield FilePart(file, start, min(start + unit_bytes, file.bytes))
 
 
-def _row_groups(source: Source, unit_bytes: int, reading: Reading) -> Iterator[Piece]:
-    """Runs of row groups of about a unit each. A file that cannot be used is one piece without any: whoever reads it
-    tells why."""
+def _row_groups(file: InputFile, unit_bytes: int, options: TextOptions) -> Iterator[FilePart]:
+    """Yield runs of row groups of about `unit_bytes` each.
+
+    An unusable file becomes one part without row groups; reading it reports the problem.
+    """
     try:
-        sizes = parquet.group_sizes(source.path, reading.text_key)
-    except (parquet.UnusableError, OSError) as error:
-        if reading.on_bad_input == "stop":
-            remedy = error.remedy if isinstance(error, parquet.UnusableError) else ""
-            Aside("stop", []).bad(source.path, source.name, "", str(error), remedy)
-        yield Piece(source, 0, source.bytes)
+        sizes = parquet.row_group_sizes(file.path, options.text_key)
+    except (parquet.UnreadableTableError, OSError) as error:
+        if options.on_bad_input == "stop":
+            remedy = error.remedy if isinstance(error, parquet.UnreadableTableError) else ""
+            BadInputSink("stop", []).report(file.path, file.name, "", str(error), remedy)
+        yield FilePart(file, 0, file.bytes)
         return
-    # The text's share of the file, up to and with each row group, in bytes of the file.
-    ends = [source.bytes * upto // max(1, sum(sizes)) for upto in accumulate(sizes)]
+    # Where each row group ends, in bytes of the file, by its share of the text.
+    ends = [file.bytes * upto // max(1, sum(sizes)) for upto in accumulate(sizes)]
     first = start = 0
     for number, end in enumerate(ends):
         if end - start >= unit_bytes or number == len(ends) - 1:
-            yield Piece(source, start, end, (first, number + 1))
+            yield FilePart(file, start, end, (first, number + 1))
             first, start = number + 1, end
 
 
-def _check_options(sources: Sequence[Source], reading: Reading) -> None:
-    """An option that cannot take effect is a mistake."""
-    kinds = {source.kind for source in sources}
-    if reading.separator and "txt" not in kinds:
+def _check_options(files: Sequence[InputFile], options: TextOptions) -> None:
+    """Raise UserError for an option that cannot take effect."""
+    kinds = {file.kind for file in files}
+    if options.separator and "txt" not in kinds:
         raise UserError("--separator cuts .txt files, and the inputs have none")
-    if reading.text_key != "text" and kinds == {"txt"}:
-        raise UserError(f"--text-key {reading.text_key} is for .jsonl and .parquet, and the inputs have none")
-    if reading.encoding != "utf-8" and kinds <= {"parquet", "arrow"}:
-        raise UserError(f"--encoding {reading.encoding}: the strings of parquet are always UTF-8; leave it out")
-    if encodings.is_wide(reading.encoding) and "jsonl" in kinds:
-        raise UserError(f"--encoding {reading.encoding}: a .jsonl in it cannot be cut into lines; convert it first")
+    if options.text_key != "text" and kinds == {"txt"}:
+        raise UserError(f"--text-key {options.text_key} is for .jsonl and .parquet, and the inputs have none")
+    if options.encoding != "utf-8" and kinds <= {"parquet", "arrow"}:
+        raise UserError(f"--encoding {options.encoding}: the strings of parquet are always UTF-8; leave it out")
+    if encodings.is_wide(options.encoding) and "jsonl" in kinds:
+        raise UserError(f"--encoding {options.encoding}: a .jsonl in it cannot be cut into lines; convert it first")

@@ -1,4 +1,4 @@
-"""Cutting a stream of text into documents where a separator stands."""
+"""Split a stream of text into documents at a separator."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from data_prep.text.compression import Stream
 _CHUNK = 1 << 20
 
 
-def cut(stream: Stream, start: int, stop: int, separator: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, content) of the documents that start from byte `start` of the stream on and before `stop`; None for
-    the content of what is longer than `limit`, which is never held.
+def split(stream: Stream, start: int, stop: int, separator: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (offset, content) of each document that starts in bytes `start` to `stop` of the stream.
 
-    A document starts at byte 0 and behind every place where the separator is found, also where such places overlap:
-    so a run of them is one, and what is found does not depend on where the search began.
+    The content is None for a document longer than `limit`, which is never held in memory. A document starts at byte 0
+    and after every match of the separator. Matches may overlap, so that a run of separators gives no documents, and
+    the result does not depend on where the search began.
     """
-    # A separator that ends where the piece starts begins a document of this piece.
+    # A document starts at `start` if a separator ends there, so the search begins one separator earlier.
     base = max(0, start - len(separator))  # where the buffer starts in the stream
     if base:
         stream.seek(base)
     buffer = bytearray()
-    begin = searched = base  # where the document starts, and up to where there is no separator
+    begin = searched = base  # where the document starts; up to where no separator was found
     while more := stream.read1(_CHUNK):
         buffer += more
         while (found := buffer.find(separator, searched - base)) >= 0:

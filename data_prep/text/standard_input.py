@@ -1,16 +1,16 @@
-"""Text on standard input: copied into the folder that is made, so that a rerun can continue with it."""
+"""Copy text from standard input into the output folder, so that a rerun can continue with it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from data_prep.text.options import shown
+from data_prep.text.options import printable_path
 from hpcgpt.errors import UserError
 from hpcgpt.storage import atomic
 
 _CHUNK = 1 << 20
-_PACKED = {
+_NOT_TEXT = {
     b"\x1f\x8b": "it is gzip; pipe it through `gzip -dc` first",
     b"\x28\xb5\x2f\xfd": "it is zstandard; pipe it through `zstd -dc` first",
     b"\xfd7zXZ\0": "it is xz; pipe it through `xz -dc` first",
@@ -19,13 +19,13 @@ _PACKED = {
 
 
 def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = "") -> Path:
-    """Copy `stream` to stdin.jsonl or stdin.txt in `folder`, whole and flushed to the disk, so that a rerun can go on.
+    """Copy `stream` to stdin.jsonl or stdin.txt in `folder`, flushed to the disk, and return its path.
 
-    It is jsonl if its first character that is not white space is ``{``, unless `kind` says what it is. A rerun
-    compares its stream with the copy, and may leave it out by reading from the terminal.
+    It is jsonl if its first character that is not white space is ``{``, unless `kind` says what it is. On a rerun the
+    stream is compared with the copy; if standard input is a terminal, the copy is used as it is.
 
     Raises:
-        UserError: there is nothing, or packed or binary data, or something else than the copy.
+        UserError: the stream is empty, compressed or binary, or differs from the copy.
         OSError: it could not be written.
     """
     copies = [path for path in (folder / "stdin.jsonl", folder / "stdin.txt") if path.exists()]
@@ -36,8 +36,8 @@ def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = ""
     head = stream.read(_CHUNK)
     if not head:
         raise UserError("there is nothing on standard input")
-    for mark, remedy in _PACKED.items():
-        if head.startswith(mark):
+    for magic, remedy in _NOT_TEXT.items():
+        if head.startswith(magic):
             raise UserError(f"standard input is not text: {remedy}")
     begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     path = folder / f"stdin.{kind or ('jsonl' if begins == b'{' else 'txt')}"
@@ -55,7 +55,7 @@ def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = ""
 
 
 def _check_same(stream: BinaryIO, head: bytes, path: Path) -> None:
-    """Raises UserError if head and the rest of the stream are not what is in the file."""
+    """Raise UserError if `head` and the rest of the stream differ from the file."""
     offset = 0
     with open(path, "rb") as file:
         while head:
@@ -69,6 +69,6 @@ def _check_same(stream: BinaryIO, head: bytes, path: Path) -> None:
 
 def _other_stdin(path: Path, offset: int) -> str:
     return (
-        f"standard input is not what it was when this was begun: it differs from {shown(path)} behind byte {offset}; "
-        "give the same text again, or choose another --out"
+        f"standard input has changed since the first run: it differs from {printable_path(path)} after byte "
+        f"{offset}; give the same text again, or choose another --out"
     )

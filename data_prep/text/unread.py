@@ -1,8 +1,8 @@
-"""Files that lie in a named folder and are not read: counted and named by reason, never passed over in silence.
+"""Account for the files below a named folder that are not read: each is counted and listed with the reason.
 
-Those whose names say that they hold data (``.json``, ``.csv``, ``.zip``, ...) are a mistake unless they are to be
-ignored (``--ignore-other-files``). The others, a README or a list of checksums, are named at the start, in the summary
-and in the manifest.
+A file whose name looks like data (``.json``, ``.csv``, ``.zip``, ...) is an error unless such files are to be ignored
+(``--ignore-other-files``). Others, such as a README or a list of checksums, are listed at the start, in the summary and
+in the manifest.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from hpcgpt.errors import UserError
 
-HIDDEN, REPEATED = "hidden", "the same file as one before"
+HIDDEN, REPEATED = "hidden", "the same file as one before"  # reasons in the manifest, so part of its digest
 MOST_NAMED = 1000
-# What somebody may believe to be part of the corpus. A packed file ends in what packed it.
+# Endings of files that look like part of the corpus, or are compressed and may be.
 _DATA = (
     *(".json", ".jsonl", ".ndjson", ".jsonlines", ".jl", ".json5", ".txt", ".text", ".parquet", ".arrow", ".feather"),
     *(".csv", ".tsv", ".orc", ".avro", ".npy", ".npz", ".bin", ".idx", ".h5", ".hdf5", ".tfrecord", ".pkl", ".pickle"),
@@ -25,7 +25,7 @@ _DATA = (
     *(".tbz", ".tbz2", ".txz", ".tzst", ".7z", ".rar", ".warc", ".wet", ".wat", ".xml", ".html", ".htm", ".sqlite"),
     *(".db", ".epub", ".mobi", ".azw3", ".pdf", ".doc", ".docx", ".rtf", ".odt", ".xlsx", ".xls"),
 )
-# What Hugging Face's tools put beside the data.
+# What Hugging Face's tools write beside the data.
 _ABOUT_DATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "generation_config"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "package.json"),
@@ -33,8 +33,8 @@ _ABOUT_DATA = {
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A file that is not read, its name as in the manifest, and why; `count` of them where they are no longer named."""
+class UnreadFile:
+    """A file that is not read, its name as in the manifest, and the reason; or `count` files, without their names."""
 
     name: str
     bytes: int
@@ -47,11 +47,11 @@ class Unread:
         return self.reason not in (HIDDEN, REPEATED) and name.endswith(_DATA) and name not in _ABOUT_DATA
 
 
-def check(unread: Sequence[Unread], ignore: bool) -> None:
-    """Say on stderr which files are not read, before hours of work are done without them.
+def check(unread: Sequence[UnreadFile], ignore: bool) -> None:
+    """Print to stderr which files will not be read, before hours of work are done without them.
 
     Raises:
-        UserError: some of them look like data, and they are not to be ignored.
+        UserError: some of them look like data, and `ignore` is False.
     """
     data = [row for row in unread if row.looks_like_data]
     if data and not ignore:
@@ -65,8 +65,8 @@ def check(unread: Sequence[Unread], ignore: bool) -> None:
         print(f"not read: {_some(visible)}", file=sys.stderr)
 
 
-def listed(unread: Sequence[Unread]) -> list[dict[str, Any]]:
-    """The rows of a manifest: hidden files as one, the first thousand others by name, and the rest by reason."""
+def for_manifest(unread: Sequence[UnreadFile]) -> list[dict[str, Any]]:
+    """Return the manifest's rows: hidden files in one, the first thousand others by name, and the rest by reason."""
     named = [row for row in unread if row.reason != HIDDEN]
     rest = [*(row for row in unread if row.reason == HIDDEN), *named[MOST_NAMED:]]
     rows: list[dict[str, Any]] = [
@@ -78,8 +78,8 @@ def listed(unread: Sequence[Unread]) -> list[dict[str, Any]]:
     return rows
 
 
-def told(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of a manifest in a line: how many files for each reason, and the first of their names."""
+def summarize(rows: Sequence[dict[str, Any]]) -> str:
+    """Describe the manifest's rows in one line: how many files for each reason, and the first of their names."""
     names: dict[str, list[str]] = {}
     counts: Counter[str] = Counter()
     for row in rows:
@@ -91,8 +91,8 @@ def told(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _some(unread: Sequence[Unread]) -> str:
-    return told([{"name": row.name, "reason": row.reason, "count": row.count} for row in unread])
+def _some(unread: Sequence[UnreadFile]) -> str:
+    return summarize([{"name": row.name, "reason": row.reason, "count": row.count} for row in unread])
 
 
 def _names(names: Sequence[str], count: int) -> str:

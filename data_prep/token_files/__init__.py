@@ -1,1 +1,1 @@
-"""Other programs' token files: reading them, and cutting their stream into documents."""
+"""Other programs' token files: reading them, and splitting their tokens into documents."""

@@ -1,7 +1,7 @@
-"""Reading files of numbers piece by piece, in memory that does not grow with the file.
+"""Read files of numbers in chunks, so that memory does not grow with the file.
 
-Files are read at a place (pread) and not mapped: mapped pages count as the process's own wherever memory is
-limited, and a mapped file that somebody truncates meanwhile is a signal that kills, not an error.
+Files are read with pread and not memory-mapped. Mapped pages count as the process's memory where that is limited, and
+if a mapped file is truncated while it is read, the process is killed by SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from hpcgpt.data import shard_format, shard_reader
 from hpcgpt.data.shard_format import Shard, Tokens, Width
 from hpcgpt.errors import UserError
 
-PIECE_TOKENS = 1 << 20
+CHUNK_TOKENS = 1 << 20
 
 
-class File:
-    """A file of numbers. Several threads may share one."""
+class ChunkedFile:
+    """A file of numbers, which several threads may read."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self._descriptor = path, descriptor
         self.bytes = os.fstat(descriptor).st_size
 
-    def read(self, dtype: str, place: int, count: int) -> NDArray[Any]:
-        """`count` numbers from byte `place` on (count,).
+    def read(self, dtype: str, offset: int, count: int) -> NDArray[Any]:
+        """Read `count` numbers from byte `offset` on (count,).
 
         Raises:
             UserError: the file ends before.
         """
-        asked = count * np.dtype(dtype).itemsize
+        size = count * np.dtype(dtype).itemsize
         parts, got = [], 0
-        while got < asked and (part := os.pread(self._descriptor, asked - got, place + got)):
+        while got < size and (part := os.pread(self._descriptor, size - got, offset + got)):
             parts.append(part)
             got += len(part)
-        if got < asked:
-            raise UserError(f"{self.path} ends at byte {place + got:,}, expected {place + asked:,} at least")
+        if got < size:
+            raise UserError(f"{self.path} ends at byte {offset + got:,}, expected {offset + size:,} at least")
         return np.frombuffer(b"".join(parts), dtype=dtype)
 
-    def pieces(self, dtype: str, place: int, count: int, piece: int) -> Iterator[tuple[int, NDArray[Any]]]:
-        """`count` numbers from byte `place` on, `piece` at a time at most, each with the number of its first one."""
+    def chunks(self, dtype: str, offset: int, count: int, chunk: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield `count` numbers from byte `offset` on, at most `chunk` at a time, each with its first one's index."""
         size = np.dtype(dtype).itemsize
-        for first in range(0, count, piece):
-            yield first, self.read(dtype, place + first * size, min(piece, count - first))
+        for first in range(0, count, chunk):
+            yield first, self.read(dtype, offset + first * size, min(chunk, count - first))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[File]:
-    """A regular file to read from.
+def open_file(path: Path) -> Iterator[ChunkedFile]:
+    """Open a regular file for reading.
 
     Raises:
         UserError: it is missing, may not be read, or is a folder, a pipe or a device.
@@ -67,25 +67,25 @@ def opened(path: Path) -> Iterator[File]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UserError(f"{path}: expected a file, and this is a folder, a pipe or a device")
-        yield File(path, descriptor)
+        yield ChunkedFile(path, descriptor)
     finally:
         os.close(descriptor)
 
 
-def of_shard(folder: Path, shard: Shard, width: Width) -> Iterator[tuple[int, Tokens]]:
-    """The tokens of a shard, its size and header checked, each piece with the number of its first token.
+def shard_chunks(folder: Path, shard: Shard, width: Width) -> Iterator[tuple[int, Tokens]]:
+    """Yield the tokens of a shard in chunks, each with its first token's index, after checking size and header.
 
     Raises:
-        UserError: the shard is missing, or not what the manifest says.
+        UserError: the shard is missing, or does not match the manifest.
     """
     shard_reader.check_size(folder, shard)
-    with opened(folder / f"{shard.name}.bin") as file:
+    with open_file(folder / f"{shard.name}.bin") as file:
         check_header(file, shard, width)
-        yield from file.pieces(width.dtype, shard_format.HEADER_BYTES, shard.tokens, PIECE_TOKENS)
+        yield from file.chunks(width.dtype, shard_format.HEADER_BYTES, shard.tokens, CHUNK_TOKENS)
 
 
-def check_header(file: File, shard: Shard, width: Width) -> None:
-    """Raises UserError for a .bin that is not of the width and number of tokens that the manifest says."""
+def check_header(file: ChunkedFile, shard: Shard, width: Width) -> None:
+    """Raise UserError unless the .bin has the token width and the number of tokens that the manifest says."""
     tokens = shard_reader.open_tokens(file.path)
     if tokens.dtype != np.dtype(width.dtype):
         raise UserError(f"{file.path}: its header says {tokens.dtype}, the manifest says {width.name}")

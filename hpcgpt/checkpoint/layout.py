@@ -33,7 +33,6 @@ import errno
 import json
 import re
 import stat
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -44,7 +43,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from hpcgpt.errors import UserError
-from hpcgpt.storage.lease import Generation
+from hpcgpt.output import streams
+from hpcgpt.storage.lease import Lease
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
 JSON_LIMIT = 64 << 20  # bytes; what is larger is no state.json or manifest.json of ours
@@ -296,15 +296,15 @@ def _checksum(file: BinaryIO) -> str:
     return str(digest.hexdigest())
 
 
-def set_aside(checkpoint: Path, problem: str, held: Generation) -> None:
+def set_aside(checkpoint: Path, problem: str, lease: Lease) -> None:
     """Take a damaged checkpoint out of the way, with a loud line; nothing of it is lost."""
-    name, count = f"damaged_{checkpoint.name}.g{held.number:04d}", 1
+    name, count = f"damaged_{checkpoint.name}.g{lease.number:04d}", 1
     aside = checkpoint.with_name(name)
     while aside.is_symlink() or aside.exists():  # the same step, made anew and damaged again
         count += 1
         aside = checkpoint.with_name(f"{name}.{count}")
     checkpoint.rename(aside)
-    held.check()  # if it was not ours to move, it stays without a reason, and is put back: see retention
+    lease.check()  # if it was not ours to move, it stays without a reason, and is put back: see retention
     # On a full disk the warning below has to do; and what a link points to is not ours to write into.
     with suppress(OSError):
         if not aside.is_symlink():
@@ -313,7 +313,7 @@ def set_aside(checkpoint: Path, problem: str, held: Generation) -> None:
 
 
 def warn(checkpoint: Path, problem: str) -> None:
-    print(f"warning: checkpoint {checkpoint} is damaged: {problem}", file=sys.stderr, flush=True)
+    streams.warn(f"checkpoint {checkpoint} is damaged: {problem}")
 
 
 def _not_a_file(path: Path) -> str:

@@ -29,20 +29,20 @@ from torch import Tensor, nn
 from hpcgpt import errors
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.distributed.collectives import on_all, on_first
-from hpcgpt.distributed.sharded_tensor import held, is_share
+from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
+from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.run import run_folder
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 
 RETRY_S = 0.5
 ATTEMPTS = 2  # so many earlier ones that could not read a checkpoint are enough, on whatever host
 
 
 def newest_valid(
-    checkpoints: Path, ranks: Ranks, held: Generation | None, wanted: Callable[[int], bool] = lambda _: True
+    checkpoints: Path, ranks: Ranks, lease: Lease | None, wanted: Callable[[int], bool] = lambda _: True
 ) -> Path | None:
     """The newest valid checkpoint of a step that is `wanted`, the same on every rank; None if there never was one, or
     none of such a step. A collective.
@@ -53,7 +53,7 @@ def newest_valid(
         UserError: there are such checkpoints, and none is valid; or the newest is of another format version.
         OSError: the newest cannot be read, by the first attempts that try.
     """
-    names = on_first(ranks, lambda: [path.name for path in layout.found(checkpoints)])
+    names = run_on_rank0(ranks, lambda: [path.name for path in layout.found(checkpoints)])
     problems = []
     for name in names:
         path = checkpoints / name
@@ -61,16 +61,16 @@ def newest_valid(
             continue
         problem, unreadable = _problem(path, ranks)
         if unreadable:
-            earlier = on_first(ranks, lambda path=path, one=unreadable: _failed_before(path, one, held))  # type: ignore[misc]
+            earlier = run_on_rank0(ranks, lambda path=path, one=unreadable: _failed_before(path, one, lease))  # type: ignore[misc]
             if not earlier:
                 raise unreadable.error
             problem = f"it cannot be read, as {earlier} found as well: {unreadable.words}"
         if not problem:
             return path
         problems.append(f"{name}: {problem}")
-        on_first(ranks, lambda path=path, problem=problem: _tell(path, problem, held))  # type: ignore[misc]
+        run_on_rank0(ranks, lambda path=path, problem=problem: _tell(path, problem, lease))  # type: ignore[misc]
     if not names:  # Those that earlier starts set aside: there was training, and it must not silently begin anew.
-        problems = on_first(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
+        problems = run_on_rank0(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
     if problems:
         raise UserError(
             f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
@@ -103,7 +103,7 @@ class _Unreadable:
 def _problem(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
     """What is wrong with a checkpoint, '' if it is whole; and what could not be read of it. The same on every rank."""
     rank = ranks.world.rank
-    found = on_first(ranks, lambda: _twice(lambda: layout.outline(path), rank))
+    found = run_on_rank0(ranks, lambda: _twice(lambda: layout.outline(path), rank))
     if found != "":
         return _told_apart([found])
 
@@ -111,7 +111,7 @@ def _problem(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
         names = sorted(layout.read_files(path))
         return layout.damage(path, names[rank :: ranks.world.size])
 
-    return _told_apart(on_all(ranks, lambda: _twice(mine, rank)))
+    return _told_apart(gather_from_all(ranks, lambda: _twice(mine, rank)))
 
 
 def _twice(look: Callable[[], str], rank: int) -> str | _Unreadable:
@@ -137,12 +137,12 @@ def _told_apart(found: list[str | _Unreadable]) -> tuple[str, _Unreadable | None
     return problem, None if problem else unreadable
 
 
-def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str:
+def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
     """Which earlier attempts could not read this checkpoint, if they are enough to do without it; else ''.
 
     By rank 0 alone; a reader, who holds no generation, waits for nobody.
     """
-    if held is None:
+    if lease is None:
         return ""
     run, step, identity = path.parents[1], layout.step_of(path), _identity(path)
     found: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str
         # Where it is not known which one it was, the step has to do: a disk that shows nothing must not block the run.
         elif (
             event.get("event") == "unreadable"
-            and event.get("attempt") != held.number
+            and event.get("attempt") != lease.number
             and (not identity or event.get("identity", "") in ("", identity))
         ):
             found.append(event)
@@ -162,7 +162,7 @@ def _failed_before(path: Path, now: _Unreadable, held: Generation | None) -> str
     enough = len({event.get("attempt") for event in found}) >= ATTEMPTS or bool(hosts - {now.host})
     with suppress(OSError):  # then it counts as the first failure, next time
         run_folder.record(
-            run, "unreadable", attempt=held.number, step=step, rank=now.rank, host=now.host, problem=now.words,
+            run, "unreadable", attempt=lease.number, step=step, rank=now.rank, host=now.host, problem=now.words,
             identity=identity, set_aside=enough,
         )  # fmt: skip
     return (
@@ -184,9 +184,9 @@ def _identity(path: Path) -> str:
     return f"{int(manifest.st_mtime)}:{manifest.st_size}"
 
 
-def _tell(path: Path, problem: str, held: Generation | None) -> None:
-    if held is not None:
-        layout.set_aside(path, problem, held)
+def _tell(path: Path, problem: str, lease: Lease | None) -> None:
+    if lease is not None:
+        layout.set_aside(path, problem, lease)
     else:
         layout.warn(path, problem)
 
@@ -313,7 +313,7 @@ def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
 def _fill_state(state: dict[str, Any], key: str, stored: _Stored, owner: nn.Parameter) -> None:
     """Set a tensor of the optimizer's state of `owner`, or the rows of it that are stored here."""
     shape, dtype = ((), torch.float32) if key == "step" else (tuple(owner.shape), owner.dtype)
-    whole = stored.rows is None and (key == "step" or not is_share(owner))
+    whole = stored.rows is None and (key == "step" or not is_sharded(owner))
     if whole:
         value = stored.read()
         if tuple(value.shape) == shape and value.dtype == dtype:
@@ -355,10 +355,10 @@ def _whole_shape(stored: _Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
 @torch.no_grad()
 def _fill_rows(target: Tensor, stored: _Stored) -> None:
     """Those rows that are stored here, and that this rank has."""
-    own, rows = held(target), stored.rows or range(len(target))
-    first, after = max(own.first, rows.start), min(own.after, rows.stop)
+    own, rows = local_rows(target), stored.rows or range(len(target))
+    first, after = max(own.start, rows.start), min(own.stop, rows.stop)
     if first < after:
-        own.local[first - own.first : after - own.first].copy_(stored.read_rows(first - rows.start, after - rows.start))
+        own.local[first - own.start : after - own.start].copy_(stored.read_rows(first - rows.start, after - rows.start))
 
 
 def _restore_generator(name: str, state: Tensor, ranks: Ranks) -> None:

@@ -18,7 +18,7 @@ from hpcgpt.distributed import world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import UserError
 from hpcgpt.model import host_memory, kernels
-from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.model.precision import allow_tf32, computing_in, pick_dtype
 from hpcgpt.tokenizer import save_load
 from hpcgpt.tokenizer.interface import Tokenizer
@@ -32,7 +32,7 @@ class Trained:
     path: Path
     state: State
     model: GPT
-    words: Tokenizer
+    tokenizer: Tokenizer
     ranks: Ranks
 
     @property
@@ -75,11 +75,11 @@ def load(folder: Path, step: int | None, best: bool) -> Trained:
     allow_tf32(device)
     ranks = Ranks(alone, device, None)
     path = _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
-    words = save_load.load(folder / "tokenizer")
-    model = GPT(config.model, manner=Manner.of(config, words.end_of_text)).to(ranks.device)
+    tokenizer = save_load.load(folder / "tokenizer")
+    model = GPT(config.model, options=ForwardOptions.from_config(config, tokenizer.end_of_text)).to(ranks.device)
     if config.train.dtype == "float64":
         model.double()
-    return Trained(config, path, checkpoint_load.load(path, model, None, ranks), model.eval(), words, ranks)
+    return Trained(config, path, checkpoint_load.load(path, model, None, ranks), model.eval(), tokenizer, ranks)
 
 
 def _newest(folder: Path, ranks: Ranks) -> Path:

@@ -6,22 +6,22 @@ not the run. Rank 0 only.
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt.checkpoint import layout, retention
 from hpcgpt.config import options
-from hpcgpt.storage.lease import Generation
+from hpcgpt.output import streams
+from hpcgpt.storage.lease import Lease
 
 WAIT_S = 10.0  # how long a save waits for what the start removes: a job that is told to leave has little time
 
 
 class Pruner:
-    def __init__(self, checkpoints: Path, held: Generation, keep: options.Checkpoint, regular: int) -> None:
+    def __init__(self, checkpoints: Path, lease: Lease, keep: options.Checkpoint, regular: int) -> None:
         """`regular`: see retention.prune."""
-        self._checkpoints, self._held, self._keep, self._regular = checkpoints, held, keep, regular
+        self._checkpoints, self._lease, self._keep, self._regular = checkpoints, lease, keep, regular
         self._verified: set[str] = set()  # the names of those that this process has read back
         self._removing = threading.Lock()
 
@@ -34,7 +34,7 @@ class Pruner:
 
         def prune() -> None:
             try:
-                retention.prune(self._checkpoints, self._keep, self._held, self._verified, regular=self._regular)
+                retention.prune(self._checkpoints, self._keep, self._lease, self._verified, regular=self._regular)
             except OSError as error:
                 _warn_that_old_ones_stay(error)
             finally:
@@ -52,14 +52,14 @@ class Pruner:
         if not self._removing.acquire(timeout=WAIT_S):
             return
         try:
-            gone = retention.prune(self._checkpoints, self._keep, self._held, self._verified, 1, self._regular)
+            gone = retention.prune(self._checkpoints, self._keep, self._lease, self._verified, 1, self._regular)
         except OSError as error:
             _warn_that_old_ones_stay(error)
             return
         finally:
             self._removing.release()
         for path in gone:
-            print(f"warning: no room for {name}: {path.name} was removed first", file=sys.stderr, flush=True)
+            streams.warn(f"no room for {name}: {path.name} was removed first")
 
     def saved(self, path: Path) -> None:
         """A new checkpoint is there, which has not been read back: after a rollback the same step comes once more."""
@@ -69,7 +69,7 @@ class Pruner:
         """Remove what is not to stay beside a new checkpoint."""
         with self._removing:
             try:
-                retention.retire(self._checkpoints, self._keep, self._held, self._verified)
+                retention.retire(self._checkpoints, self._keep, self._lease, self._verified)
             except (OSError, ValueError) as error:
                 _warn_that_old_ones_stay(error)
 
@@ -82,8 +82,8 @@ class Pruner:
         for path in layout.found(self._checkpoints):
             if layout.step_of(path) > step:
                 with suppress(FileNotFoundError):  # what a start removes may have waited for its disk until now
-                    retention.remove(path, self._held)
+                    retention.remove(path, self._lease)
 
 
 def _warn_that_old_ones_stay(error: Exception) -> None:
-    print(f"warning: old checkpoints stay: {error}", file=sys.stderr, flush=True)
+    streams.warn(f"old checkpoints stay: {error}")

@@ -32,19 +32,19 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt.checkpoint import layout
 from hpcgpt.config import options
-from hpcgpt.storage.lease import Generation
+from hpcgpt.output import streams
+from hpcgpt.storage.lease import Lease
 
 _HIDDEN = re.compile(r"(\.(step_\d+)\.g(\d+)\.(tmp|removed))(\.gone)?")
 _ASIDE = re.compile(r"damaged_(step_\d+)\.g(\d+)(\.\d+)?")
 
 
-def retire(checkpoints: Path, keep: options.Checkpoint, held: Generation, verified: set[str]) -> list[Path]:
+def retire(checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: set[str]) -> list[Path]:
     """Remove what is not to stay; returns those that went.
 
     `verified` has the names that this process has read back; it is added to. Damaged ones are set aside.
@@ -53,7 +53,7 @@ def retire(checkpoints: Path, keep: options.Checkpoint, held: Generation, verifi
         OSError: one could not be removed.
         UserError: there is one of another format version.
     """
-    clean(checkpoints, held)
+    clean(checkpoints, lease)
     whole: list[Path] = []
     unreadable: set[Path] = set()
     waiting = layout.found(checkpoints)
@@ -66,17 +66,17 @@ def retire(checkpoints: Path, keep: options.Checkpoint, held: Generation, verifi
             unreadable.add(path)
             continue
         if problem:
-            held.check()
-            layout.set_aside(path, problem, held)
+            lease.check()
+            layout.set_aside(path, problem, lease)
         else:
             verified.add(path.name)
             whole.append(path)
     best = _best([*whole, *waiting], verified, unreadable, read_back=True) if keep.keep_best else None
-    return _remove_all(waiting, keep, held, {best, *unreadable})
+    return _remove_all(waiting, keep, lease, {best, *unreadable})
 
 
 def prune(
-    checkpoints: Path, keep: options.Checkpoint, held: Generation, verified: set[str], more: int = 0, regular: int = 0
+    checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: set[str], more: int = 0, regular: int = 0
 ) -> list[Path]:
     """Remove what is too much, without reading tensors; returns those that went. Nothing goes unless one of `verified`
     stays.
@@ -113,35 +113,35 @@ def prune(
     best = _best([*staying, *waiting], verified, unreadable, read_back=False) if keep.keep_best else None
     multiples = [path for path in [*staying, *waiting] if regular and layout.step_of(path) % regular == 0]
     back = max(multiples, key=layout.step_of, default=None)
-    return _remove_all(waiting, keep, held, {best, back, *unreadable})
+    return _remove_all(waiting, keep, lease, {best, back, *unreadable})
 
 
-def _remove_all(paths: list[Path], keep: options.Checkpoint, held: Generation, staying: set[Path | None]) -> list[Path]:
+def _remove_all(paths: list[Path], keep: options.Checkpoint, lease: Lease, staying: set[Path | None]) -> list[Path]:
     going = [
         path
         for path in paths
         if path not in staying and not (keep.keep_every and layout.step_of(path) % keep.keep_every == 0)
     ]
     for path in going:
-        remove(path, held)
+        remove(path, lease)
     return going
 
 
 def _warn_unreadable(path: Path, error: OSError) -> None:
-    print(f"warning: checkpoint {path} cannot be read, and stays: {error}", file=sys.stderr, flush=True)
+    streams.warn(f"checkpoint {path} cannot be read, and stays: {error}")
 
 
-def remove(path: Path, held: Generation) -> None:
+def remove(path: Path, lease: Lease) -> None:
     """Raises OSError if that could not be done."""
-    held.check()
+    lease.check()
     # Out of sight first: a removal that is cut short must not leave a checkpoint without its files.
-    hidden = path.with_name(f".{path.name}.g{held.number:04d}.removed")
+    hidden = path.with_name(f".{path.name}.g{lease.number:04d}.removed")
     path.rename(hidden)
-    held.check()
+    lease.check()
     _destroy(hidden)
 
 
-def clean(checkpoints: Path, held: Generation) -> None:
+def clean(checkpoints: Path, lease: Lease) -> None:
     """Take away what earlier generations left half written or half removed; put back what they took away wrongly.
 
     Each is renamed first. An orphan of an earlier generation that is about to give its checkpoint its name finds it
@@ -150,7 +150,7 @@ def clean(checkpoints: Path, held: Generation) -> None:
     """
     for path in sorted(layout.entries(checkpoints), reverse=True):  # a .gone before what would become it
         hidden, aside = _HIDDEN.fullmatch(path.name), _ASIDE.fullmatch(path.name)
-        if hidden and int(hidden[3]) < held.number:
+        if hidden and int(hidden[3]) < lease.number:
             gone = path.with_name(f"{hidden[1]}.gone")
             try:
                 path.rename(gone)
@@ -163,7 +163,7 @@ def clean(checkpoints: Path, held: Generation) -> None:
                 # An orphan may still write into it, and NFS keeps open files under other names.
                 with suppress(OSError):
                     _destroy(gone)
-        elif aside and int(aside[2]) < held.number and path.is_dir() and not path.is_symlink():
+        elif aside and int(aside[2]) < lease.number and path.is_dir() and not path.is_symlink():
             final = path.with_name(aside[1])
             if not (path / "REASON.txt").exists() and not final.exists():
                 path.rename(final)

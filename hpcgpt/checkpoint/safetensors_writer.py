@@ -55,7 +55,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise atomic.explained(error, path) from error
+        raise atomic.with_path_and_free_space(error, path) from error
     return {"bytes": size, "xxh3": digest.hexdigest()}
 
 

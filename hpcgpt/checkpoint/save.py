@@ -31,12 +31,12 @@ from hpcgpt.checkpoint import layout, safetensors_writer
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.config import options
-from hpcgpt.distributed.collectives import on_all, on_first
-from hpcgpt.distributed.sharded_tensor import held, is_share
+from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
+from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.storage import atomic
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 
 POLL_S = 0.005
 LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
@@ -67,11 +67,11 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks)
     found: dict[str, Tensor] = {}
 
     def add(name: str, tensor: Tensor) -> None:
-        own = held(tensor)
-        if not is_share(tensor):
+        own = local_rows(tensor)
+        if not is_sharded(tensor):
             found[name] = tensor
-        elif own.first < own.after:
-            found[f"{name}[{own.first}:{own.after}]"] = own.local
+        elif own.start < own.stop:
+            found[f"{name}[{own.start}:{own.stop}]"] = own.local
 
     begun = any(optimizer.state.values())
     keys = state_keys(optimizer)
@@ -103,21 +103,21 @@ class Saver:
         self,
         checkpoints: Path,
         ranks: Ranks,
-        held: Generation | None,
+        lease: Lease | None,
         keep: options.Checkpoint,
         before_commit: Callable[[], None] = lambda: None,
         committed: Callable[[Saved], None] = lambda _: None,
         regular: int = 0,
     ) -> None:
-        """`held` is rank 0's generation, None on the others.
+        """`lease` is rank 0's generation, None on the others.
 
         Rank 0 calls both in its thread: `before_commit` puts on the disk what has to be there before the checkpoint
         is; `committed` tells of it as soon as it is there, with what it has cost until then. `regular`: see
         retention.prune.
         """
-        self._checkpoints, self._ranks, self._held = checkpoints, ranks, held
+        self._checkpoints, self._ranks, self._lease = checkpoints, ranks, lease
         self._before_commit, self._committed = before_commit, committed
-        self.pruner = Pruner(checkpoints, held, keep, regular) if held else None  # rank 0's
+        self.pruner = Pruner(checkpoints, lease, keep, regular) if lease else None  # rank 0's
         # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
         # read back a large checkpoint takes longer than a job has that is told to leave.
         self.tidy = True
@@ -140,10 +140,10 @@ class Saver:
         self._state, self._began_at, self._stall_s = state, time.monotonic(), 0.0
         common = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
         own = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
-        self._bytes = common + sum(on_all(self._ranks, lambda: own))
+        self._bytes = common + sum(gather_from_all(self._ranks, lambda: own))
         self._final = layout.path_of(self._checkpoints, state.step)
         try:
-            temporary = on_first(self._ranks, self._make_folder)
+            temporary = run_on_rank0(self._ranks, self._make_folder)
         except OSError as error:
             return self._ended(str(error))
         if temporary is None:
@@ -185,13 +185,13 @@ class Saver:
         work = self._work
         try:
             if self._committing:
-                on_first(self._ranks, work.result)
+                run_on_rank0(self._ranks, work.result)
                 self._work = None
                 return ""
-            files = dict(on_all(self._ranks, work.result))
+            files = dict(gather_from_all(self._ranks, work.result))
         except OSError as error:
             # Nobody writes any more: the error was shared. What is half written is ours, and useless.
-            if self._held is not None:
+            if self._lease is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             self._work = None
             return str(error)
@@ -202,8 +202,8 @@ class Saver:
     def _all_ready(self, work: _Work) -> bool:
         left_alone = self._there.is_set() and not self.tidy
         ready = torch.tensor([int(work.ready or left_alone)])
-        if self._ranks.control is not None:
-            dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.control)
+        if self._ranks.cpu_group is not None:
+            dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
         return bool(ready)
 
     def _ended(self, problem: str) -> Saved:
@@ -215,13 +215,13 @@ class Saver:
         return Saved(self._state.step, problem, time.monotonic() - self._began_at, self._stall_s, self._bytes)
 
     def _make_folder(self) -> str | None:
-        assert self._held is not None
+        assert self._lease is not None
         assert self.pruner is not None
-        self._held.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
+        self._lease.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
         if self._final.exists():
             return None
         self.pruner.wait()
-        temporary = layout.temporary_of(self._final, self._held.number)
+        temporary = layout.temporary_of(self._final, self._lease.number)
         needed = self._bytes + SPARE_BYTES
         try:
             if self._free() < needed:
@@ -230,7 +230,7 @@ class Saver:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
             temporary.mkdir()
         except OSError as error:
-            raise atomic.explained(error, temporary) from error
+            raise atomic.with_path_and_free_space(error, temporary) from error
         return str(temporary)
 
     def _free(self) -> int:
@@ -247,19 +247,19 @@ class Saver:
         return {name: self._copies[name] for name in share}
 
     def _commit(self, files: dict[str, Any]) -> None:
-        held, temporary = self._held, self._temporary
-        assert held is not None
+        lease, temporary = self._lease, self._temporary
+        assert lease is not None
         assert self.pruner is not None
         self._before_commit()
         content = layout.state_bytes(self._state)
         atomic.write(temporary / "state.json", content)
         files["state.json"] = safetensors_writer.fingerprint(content)
-        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, held.number))
-        held.check()
+        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, lease.number))
+        lease.check()
         try:
             temporary.rename(self._final)
         except OSError as error:
-            raise atomic.explained(error, self._final) from error
+            raise atomic.with_path_and_free_space(error, self._final) from error
         atomic.sync_folder(self._checkpoints)
         self.pruner.saved(self._final)
         self._committed(self._so_far())

@@ -1,1 +1,1 @@
-"""Every option of a run, where its value comes from, and what a path or a name in it stands for. Imports no torch."""
+"""Every option of a run, where its value comes from, and how paths and names are expanded. Imports no torch."""

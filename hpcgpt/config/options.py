@@ -28,7 +28,7 @@ def option(
     below: float | None = None,
     path: bool = False,
 ) -> Any:
-    """A documented field. ``low <= value <= high``, ``above < value < below``; `path`: see hpcgpt.config.paths."""
+    """Declare an option and its help. ``low <= value <= high``, ``above < value < below``; `path`: a path."""
     metadata = {"help": about, "low": low, "above": above, "high": high, "below": below, "path": path}
     return field(default=default, metadata=metadata)
 
@@ -293,7 +293,7 @@ class Config:
 
     @property
     def from_anywhere(self) -> Config:
-        """The same with absolute paths, as a run keeps it: it means the same when read in another folder."""
+        """The configuration with absolute paths, as a run stores it, so that it can be read in another folder."""
         run = replace(self.run, dir=paths.absolute(self.run.dir), init_from=paths.absolute(self.run.init_from))
         mix = tuple(Part(paths.absolute(part.dir), part.weight) for part in self.data.mix)
         return replace(self, run=run, data=replace(self.data, dir=paths.absolute(self.data.dir), mix=mix))
@@ -311,7 +311,7 @@ class Config:
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """What is wrong that no single key shows, a line each."""
+    """Yield a message for each error in the combination of several keys."""
     model, train = config.model, config.train
     if model.n_embd % model.n_head:
         yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
@@ -329,7 +329,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "give one of data.dir and data.mix, not both"
     if train.epochs and config.data.mix:
         yield (
-            "train.epochs says nothing of a data.mix, whose parts have epochs of their own: give train.tokens or "
+            "train.epochs is not defined for data.mix, whose data sets have different epochs: give train.tokens or "
             "train.steps"
         )
     if train.global_batch % train.micro_batch:
@@ -337,22 +337,22 @@ def contradictions(config: Config) -> Iterator[str]:
     tokens = train.micro_batch * model.block_size
     if train.loss_chunk > tokens:
         yield (
-            f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch: it would change "
-            "nothing; 0 says so"
+            f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch and has no effect: "
+            "give 0"
         )
     if config.data.document_mask and train.attention != "auto":
-        yield f"train.attention {train.attention} says nothing of data.document_mask, which has a kernel of its own"
+        yield f"train.attention {train.attention} has no effect with data.document_mask, which has its own kernel"
     if train.attention == "fa3" and model.dropout:
-        yield f"train.attention fa3 has no dropout, and model.dropout is {model.dropout}: take flash or auto"
+        yield f"train.attention fa3 has no dropout, and model.dropout is {model.dropout}: use flash or auto"
     if config.sample.slide > model.block_size:
         yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
         yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
     for key in ("muon_lr", "muon_momentum"):
         if config.optim.name != "muon" and getattr(config.optim, key) != getattr(Optim(), key):
-            yield f"optim.{key} says nothing to optim.name {config.optim.name}: take muon, or leave it out"
+            yield f"optim.{key} has no effect with optim.name {config.optim.name}: use muon, or leave it out"
     if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
-        yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: take one of them"
+        yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: use one of them"
     yield from _of_checkpoints(config)
     steps = config.profile.steps
     if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
@@ -377,12 +377,12 @@ def _of_checkpoints(config: Config) -> Iterator[str]:
         yield "spike.factor needs checkpoints to go back to: give checkpoint.every"
 
 
-# What a kind of model has by default where it is not what Model says.
+# Defaults of a kind of model that differ from those in Model.
 OF_KIND: dict[str, dict[str, Any]] = {"modern": {"qkv_bias": False}}
 
 
 def _of_another_kind(model: Model) -> Iterator[str]:
-    """Settings that the chosen kind of model has no use for."""
+    """Yield a message for each setting that the kind of model does not have."""
     if model.kind == "gpt2":
         if model.n_kv_head not in (0, model.n_head):
             yield f'model.n_kv_head {model.n_kv_head} is for model.kind "modern": gpt2 has a key for each head'
@@ -393,6 +393,6 @@ def _of_another_kind(model: Model) -> Iterator[str]:
         yield f"model.n_head {model.n_head} must be a multiple of model.n_kv_head {model.n_kv_head}"
     if model.n_embd % model.n_head == 0 and model.n_embd // model.n_head % 2:
         yield (
-            f"model.n_embd {model.n_embd} / model.n_head {model.n_head} is odd: rotary positions turn pairs, so the "
+            f"model.n_embd {model.n_embd} / model.n_head {model.n_head} is odd: rotary positions rotate pairs, so the "
             "size of a head must be even"
         )

@@ -1,15 +1,15 @@
-"""What a path or a name that a person gave stands for: one rule for all of them.
+"""Expands paths, and checks names, that a user has given.
 
-A shell expands ``~`` and ``$VAR`` in what is typed, but not in ``--run.dir=~/runs``, in quotes or in a TOML file. So
-`expand` does it here, for every path of the configuration and of a command, before anything is made or queued:
+A shell expands ``~`` and ``$VAR``, but not in ``--run.dir=~/runs``, in quotes or in a TOML file. So `expand` does it
+for every path of the configuration and of a command, before anything is created or queued:
 
     ~, ~user            the home folder; an error if there is no such user
     $NAME, ${NAME}      the environment variable; an error if it is not set, or empty
-    anything else       as it is written
+    anything else       unchanged
 
-A file or folder that exists under the very name that was written is always meant, whatever is in that name.
+The name of an existing file or folder is never expanded, whatever characters it has.
 
-`problem_of_name` is the rule for names, which become file names, job names and lines of scripts.
+`problem_of_name` checks names, which become file names, job names and lines of scripts.
 
 No torch in here.
 """
@@ -28,10 +28,10 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 def expand(text: str, what: str) -> str:
-    """The path that `text` stands for, relative if it is written so; `what` names the option or argument in errors.
+    """Expand `text` to a path, which stays relative if it is; `what` names the option or argument in errors.
 
     Raises:
-        UserError: a variable or user that does not exist, or control characters in what is no existing file.
+        UserError: a variable or user does not exist, or there are control characters in a name that does not exist.
     """
     if "\0" in text:
         raise UserError(f"{what} '{terminal.printable(text)}': a path has no NUL characters")
@@ -42,8 +42,8 @@ def expand(text: str, what: str) -> str:
         expanded = str(Path(_VARIABLE.sub(lambda found: _value(found, shown, what), text)).expanduser())
     except RuntimeError:
         raise UserError(
-            f"{what} '{shown}': there is no such file here, and ~ stands for no user's home folder: write it out, "
-            f"or ./{shown}"
+            f"{what} '{shown}': there is no such file here, and ~ is not the home folder of a user: write it out, or "
+            f"./{shown}"
         ) from None
     if any(map(terminal.is_control, expanded)):
         raise UserError(f"{what} '{shown}': a path must have no control characters")
@@ -51,12 +51,12 @@ def expand(text: str, what: str) -> str:
 
 
 def absolute(text: str) -> str:
-    """`text` from the root, so that it means the same from any folder; "" stays "". Links are not followed."""
+    """Return the absolute path of `text`; "" stays "". Links are not followed."""
     return str(Path(text).absolute()) if text else text
 
 
 def problem_of_name(name: str) -> str:
-    """What keeps `name` from being a plain folder name, in words; "" if nothing does."""
+    """Return why `name` is not a plain folder name; "" if it is one."""
     if not name or name.startswith((".", "-")) or "/" in name:
         return "it is empty, begins with . or -, or has a /"
     if any(map(terminal.is_control, name)):
@@ -68,7 +68,7 @@ def problem_of_name(name: str) -> str:
 
 
 def literal_in_slurm(path: str | Path) -> str:
-    """`path` for Slurm's file name options (--output, --error), in which a % begins a pattern."""
+    """Escape `path` for Slurm's options --output and --error, in which % begins a pattern."""
     return str(path).replace("%", "%%")
 
 

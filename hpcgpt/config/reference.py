@@ -25,7 +25,7 @@ _BOUNDS = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
 
 
 def tables() -> str:
-    """A section of Markdown for each section of the configuration."""
+    """Return a section of Markdown for each section of the configuration."""
     parts = []
     for section, cls in get_type_hints(Config).items():
         hints = get_type_hints(cls)
@@ -41,7 +41,7 @@ def tables() -> str:
 
 
 def with_tables(page: str) -> str:
-    """The same page with the tables as they are now between the two marks."""
+    """Return the page with the current tables between the two marks."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
@@ -61,12 +61,12 @@ def _bound(value: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A default as it stands in a TOML file."""
+    """Return a default as TOML."""
     return tomli_w.dumps({"key": list(value) if isinstance(value, tuple) else value}).removeprefix("key = ").strip()
 
 
 def _escaped(text: str) -> str:
-    """As a table's cell: no word of it is a column or a tag."""
+    """Escape text for a cell of a Markdown table."""
     return text.replace("|", r"\|").replace("<", "&lt;")
 
 

@@ -8,11 +8,10 @@ The later ones win. Flags are spelled ``--section.key value``; a TOML file has o
     [optim]
     lr = 1e-3
 
-Both go through the same strict check: an unknown section or key, a wrong type and a value out of range are
-errors that name the key, where it was written, and the nearest valid one. All errors of a configuration are
-reported together, in one ValueError.
+Both are checked strictly: an unknown section or key, a wrong type or a value out of range is an error that names the
+key, its source, and the nearest valid key. All errors of a configuration are reported together, in one UserError.
 
-No torch in here: a login node reads configurations too.
+No torch in here: login nodes read configurations too.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ PRESETS = Path(__file__).parent / "presets"
 def from_command_line(
     argv: Sequence[str], command: str, about: str, elsewhere: Mapping[str, str] = unknown_flags.BEFORE_THE_SCRIPT
 ) -> Config:
-    """``[CONFIG] [--section.key value]...`` -> the checked configuration.
+    """Parse ``[CONFIG] [--section.key value]...`` into the checked configuration.
 
-    CONFIG is a TOML file or the name of a preset. Exits by itself (status 0) for ``--help``. `elsewhere` has flags
-    that may be expected here, and what to say of each.
+    CONFIG is a TOML file or the name of a preset. ``--help`` exits with status 0. `elsewhere` maps flags that are not
+    valid here, but may be expected, to the advice that is printed.
 
     Raises:
-        UserError: everything that is wrong, one line each.
+        UserError: all errors, one on each line.
     """
     parser = _parser(command, about)
-    words, unknown = unknown_flags.split(argv, _keys(), _is_configuration)
-    flags, rest = parser.parse_known_args(words)
-    unknown += [word for word in rest if word.startswith("-")]
-    problems = [unknown_flags.advice(word, _keys(), elsewhere) for word in dict.fromkeys(unknown)]
+    arguments, unknown = unknown_flags.split(argv, _keys(), _is_configuration)
+    flags, rest = parser.parse_known_args(arguments)
+    unknown += [argument for argument in rest if argument.startswith("-")]
+    problems = [unknown_flags.advice(flag, _keys(), elsewhere) for flag in dict.fromkeys(unknown)]
     if not problems and rest:
         problems.append(f"unexpected argument '{terminal.printable(rest[0])}': flags are spelled --section.key value")
     written: list[tuple[str, Mapping[str, Any]]] = []
@@ -73,7 +72,7 @@ def from_command_line(
 
 
 def from_file(path: Path) -> Config:
-    """The checked configuration in a TOML file. Raises UserError, one line a problem."""
+    """Read and check the configuration in a TOML file. Raises UserError, with one line for each error."""
     return _build([(str(path), _read_toml(path))], [])
 
 
@@ -82,7 +81,7 @@ def to_toml(config: Config) -> str:
 
 
 def find(name: str) -> Path:
-    """The file that CONFIG means: a TOML file, or a preset's name.
+    """Return the file that CONFIG names: a TOML file or a preset.
 
     Raises:
         UserError: there is neither such a file nor such a preset.
@@ -90,30 +89,30 @@ def find(name: str) -> Path:
     path, names = Path(paths.expand(name, "CONFIG")), sorted(p.stem for p in PRESETS.glob("*.toml"))
     try:
         mode = path.stat().st_mode
-    except OSError:  # such a name may be too long for a file
+    except OSError:  # it does not exist, or the name is too long for a file
         mode = 0
     if stat.S_ISREG(mode):
         return path
     if name in names:
         return PRESETS / f"{name}.toml"
-    told = terminal.printable(name)
+    shown = terminal.printable(name)
     if stat.S_ISDIR(mode):
-        raise UserError(f"'{told}' is a folder: name a TOML file; a run has its own in {told}/config.toml")
+        raise UserError(f"'{shown}' is a folder: name a TOML file; a run has its own in {shown}/config.toml")
     raise UserError(
-        f"no configuration '{told}': it is neither a file nor a preset ({', '.join(names)})" + nearest(name, names)
+        f"no configuration '{shown}': it is neither a file nor a preset ({', '.join(names)})" + nearest(name, names)
     )
 
 
-def _is_configuration(word: str) -> bool:
+def _is_configuration(name: str) -> bool:
     try:
-        find(word)
+        find(name)
     except UserError:
         return False
     return True
 
 
 class _Text(str):
-    """A value from the command line: still text, to be read as the field's type."""
+    """A value from the command line, not yet converted to the field's type."""
 
 
 def _parser(command: str, about: str) -> argparse.ArgumentParser:
@@ -147,7 +146,7 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark first
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows add a byte order mark
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -179,7 +178,7 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
                 chosen[section][key] = good
             else:
                 values.setdefault(section, {})[key] = good
-        # A length replaces whatever length an earlier source gave, in whichever unit that was; so with the data.
+        # A length replaces the length of an earlier source, also in another unit; data.dir and data.mix likewise.
         for section, given in chosen.items():
             if any(given.values()):
                 values.setdefault(section, {}).update(_ONE_OF[section] | given)
@@ -210,12 +209,12 @@ def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Itera
 
 
 def from_text(section: str, key: str, text: str) -> Any:
-    """As `checked`, of a value that is text still, as on a command line."""
+    """Check a value given as text, as on a command line; see `checked`."""
     return checked(section, key, _Text(text))
 
 
 def checked(section: str, key: str, value: Any) -> Any:
-    """`value` as the type of its field. Raises UserError if it is none, or out of range."""
+    """Return `value` as the type of its field. Raises UserError if it has another type, or is out of range."""
     cls = _sections()[section]
     hint = get_type_hints(cls)[key]
     if get_origin(hint) is Literal:
@@ -236,24 +235,24 @@ def checked(section: str, key: str, value: Any) -> Any:
         _check_text(value)
         return paths.expand(value, "path") if limits["path"] and value else value
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{value} is no number to work with")
+        raise UserError(f"{value} is not a finite number")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        for name, (holds, words) in _BOUNDS.items():
+        for name, (holds, relation) in _BOUNDS.items():
             bound = limits[name]
             if bound is not None and not holds(value, bound):
-                raise UserError(f"{value} must be {words} {bound}")
+                raise UserError(f"{value} must be {relation} {bound}")
     return value
 
 
 def _check_text(text: str) -> None:
-    """A run keeps its settings in a file of UTF-8. Raises UserError where that cannot be."""
+    """Raise UserError if `text` cannot be written as UTF-8, which config.toml is."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"'{terminal.printable(text)}' is no UTF-8") from None
+        raise UserError(f"'{terminal.printable(text)}' is not valid UTF-8") from None
 
 
-# Of these keys of a section one is given; the others have the values that stand for nothing.
+# One of these keys of a section is given; the others have these values, which mean "not given".
 _ONE_OF: dict[str, dict[str, Any]] = {
     "train": {"steps": 0, "tokens": 0, "epochs": 0.0},
     "data": {"dir": "", "mix": ()},
@@ -279,14 +278,14 @@ def _from_text(text: str, hint: type) -> Any:
     try:
         return int(text) if hint is int else float(text)
     except ValueError:
-        # 1e9 tokens is how people write it.
+        # For numbers like 1e9 tokens.
         if hint is int and _is_whole(text):
             return int(float(text))
         raise UserError(f"expected {_KIND[hint]}, found '{text}'") from None
 
 
 def _mix(value: Any) -> tuple[Part, ...]:
-    """``a:0.7,b:0.3`` from the command line, ``[{dir = "a", weight = 0.7}, ...]`` from TOML."""
+    """Parse ``a:0.7,b:0.3`` from the command line or ``[{dir = "a", weight = 0.7}, ...]`` from TOML."""
     if isinstance(value, _Text):
         value = [_part(part) for part in value.split(",")]
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Flags and keys that do not exist: which one was meant?
+"""Suggests the flag or key that was meant when an unknown one is given.
 
 No torch in here.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hpcgpt.output import terminal
 
-# How other programs call these options, where the key alone does not say it.
+# Names of these options in other programs, if the key alone would not be found.
 _ALSO_CALLED = {
     "learning_rate": "optim.lr", "min_learning_rate": "schedule.min_lr", "max_steps": "train.steps",
     "num_steps": "train.steps", "batch_size": "train.global_batch", "context": "model.block_size",
@@ -24,7 +24,7 @@ _OF_SBATCH = (
     "gpus-per-task", "gres", "job-name", "mem", "mem-per-cpu", "mem-per-gpu", "nodelist", "nodes", "ntasks",
     "ntasks-per-node", "output", "partition", "qos", "reservation", "tasks-per-node", "time",
 )  # fmt: skip
-# Of sbatch's flags, when they are given to what sbatch starts.
+# Advice for sbatch's flags when they are given to the program that sbatch starts.
 BEFORE_THE_SCRIPT = {
     name: f"it is one of sbatch's, before the script's name: sbatch --{name}=... pretrain.sbatch ..."
     for name in _OF_SBATCH
@@ -42,7 +42,7 @@ _OF_SUBMIT = {
 
 
 def for_submit(own: Sequence[str]) -> dict[str, str]:
-    """What `hpcgpt submit`, whose flags are `own`, says of those of sbatch that it does not have."""
+    """Return the advice of `hpcgpt submit`, whose flags are `own`, for flags of sbatch that it does not have."""
     passed_on = {name: f"give it to sbatch: --sbatch {name}=..." for name in _OF_SBATCH}
     return passed_on | _OF_SUBMIT | dict.fromkeys(own, "")
 
@@ -50,45 +50,45 @@ def for_submit(own: Sequence[str]) -> dict[str, str]:
 def split(
     argv: Sequence[str], keys: Sequence[str], is_configuration: Callable[[str], bool]
 ) -> tuple[list[str], list[str]]:
-    """The words without the flags that are none of `keys` ("section.key"), and those flags.
+    """Split arguments into those without unknown flags, and the flags that are not in `keys` ("section.key").
 
-    The word after such a flag is taken for its value, and not for CONFIG, unless there is a configuration so named.
+    The argument after an unknown flag is its value, and not CONFIG, unless there is a configuration with that name.
     """
     known = {"--help", *(f"--{key}" for key in keys)}
     kept: list[str] = []
     unknown: list[str] = []
-    words = list(reversed(argv))
-    while words:
-        word = words.pop()
-        name, _, value = word.partition("=")
-        if word in known:
-            kept += [word, *(words.pop() for _ in words[-1:])]
-        elif name in known or not re.match(r"--[^-]", word):
-            kept.append(word)
+    rest = list(reversed(argv))
+    while rest:
+        argument = rest.pop()
+        name, _, value = argument.partition("=")
+        if argument in known:
+            kept += [argument, *(rest.pop() for _ in rest[-1:])]
+        elif name in known or not re.match(r"--[^-]", argument):
+            kept.append(argument)
         else:
-            unknown.append(word)
-            if not value and words and not words[-1].startswith("--") and not is_configuration(words[-1]):
-                words.pop()
+            unknown.append(argument)
+            if not value and rest and not rest[-1].startswith("--") and not is_configuration(rest[-1]):
+                rest.pop()
     return kept, unknown
 
 
-def advice(word: str, keys: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    """What to say of an unknown flag. `elsewhere` has flags beside `keys`, and what to say where there is no such."""
-    written = word.partition("=")[0]
+def advice(argument: str, keys: Sequence[str], elsewhere: Mapping[str, str]) -> str:
+    """Return the error for an unknown flag. `elsewhere` maps flags that are not in `keys` to their advice."""
+    written = argument.partition("=")[0]
     name = written.lstrip("-")
     flag = name.replace("-", "_")
-    told = f"command line: unknown flag {terminal.printable(written)}"
+    error = f"command line: unknown flag {terminal.printable(written)}"
     if elsewhere.get(name):
-        return f"{told}: {elsewhere[name]}"
+        return f"{error}: {elsewhere[name]}"
     section, _, key = flag.rpartition(".")
     if any(found.startswith(f"{section}.") for found in keys):
-        return told + nearest_key(section, key, keys, "--")
+        return error + nearest_key(section, key, keys, "--")
     meant = [found for found in keys if found.endswith(f".{key}")] or [_ALSO_CALLED.get(key, "")]
     if any(meant):
-        return f"{told} (did you mean {' or '.join(f'--{found}' for found in meant)}?)"
+        return f"{error} (did you mean {' or '.join(f'--{found}' for found in meant)}?)"
     underscored = {other.replace("-", "_"): other for other in [*keys, *elsewhere]}
     close = difflib.get_close_matches(flag, underscored, n=1, cutoff=0.5)
-    return f"{told} (did you mean --{underscored[close[0]]}?)" if close else told
+    return f"{error} (did you mean --{underscored[close[0]]}?)" if close else error
 
 
 def nearest_key(section: str, key: str, keys: Sequence[str], prefix: str = "") -> str:

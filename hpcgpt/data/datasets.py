@@ -1,7 +1,7 @@
-"""The data sets of a run: one, or several that are mixed; opened, and held against each other.
+"""The data sets of a run, one or several that are mixed: opened and compared with each other.
 
-Data sets that are mixed must hold the ids of one and the same tokenizer in one and the same width, and each
-has enough windows for its share of a global batch. No torch in here.
+Data sets of a mix must have the same tokenizer and the same token width, and each must have enough windows for its
+share of a global batch. No torch in here.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from hpcgpt.errors import UserError
 
 @dataclass(frozen=True)
 class DataSet:
-    """`quota`: its places in a block of the mix; `windows`: those of an epoch of the training split."""
+    """An open data set. `samples_per_block`: see ``hpcgpt.data.mix``; `windows`: of an epoch of the training split."""
 
     name: str
     folder: Path
     manifest: Manifest
-    quota: int
+    samples_per_block: int
     train: Split
     val: Split | None
     windows: int
 
     @property
     def share(self) -> float:
-        return self.quota / mix.BLOCK
+        return self.samples_per_block / mix.MIX_BLOCK
 
-    def words(self, samples: int) -> str:
-        """What a run of so many samples will see of it."""
+    def describe(self, samples: int) -> str:
+        """Describe what a run of this many samples reads of it."""
         return (
             f"{self.share:.2%} from {self.name}, {samples * self.share / self.windows:,.2f} epochs of {self.windows:,} "
             f"windows{'' if self.val else ', no validation'}"
@@ -42,22 +42,23 @@ class DataSet:
 
 
 def open_all(config: Config, check_sizes: bool) -> list[DataSet]:
-    """The data sets that `config` names, in its order.
+    """Open the data sets that `config` names, in its order.
 
     Raises:
-        UserError: one is missing or damaged, too small, or does not fit the others.
+        UserError: one is missing or damaged, too small, or does not match the others.
     """
     parts = config.data.mix
     folders = [Path(part.dir) for part in parts] or [Path(config.data.dir)]
-    quotas = mix.quotas([part.weight for part in parts] or [1.0])
-    for folder, quota in zip(folders, quotas, strict=True):
-        if not quota:
+    counts = mix.divide_block([part.weight for part in parts] or [1.0])
+    for folder, count in zip(folders, counts, strict=True):
+        if not count:
             raise UserError(
-                f"data.mix: the weight of {folder} is less than one sample in {mix.BLOCK:,}: leave it out, or raise it"
+                f"data.mix: the weight of {folder} is less than one sample in {mix.MIX_BLOCK:,}: leave it out, or "
+                "raise it"
             )
     manifests = [shard_format.read_manifest(folder) for folder in folders]
-    _fit_together(folders, manifests)
-    found = [_open(config, *part, check_sizes) for part in zip(names(folders), folders, manifests, quotas, strict=True)]
+    _check_same_tokens(folders, manifests)
+    found = [_open(config, *part, check_sizes) for part in zip(names(folders), folders, manifests, counts, strict=True)]
     if config.eval.every and not any(part.val for part in found):
         where = folders[0] if len(folders) == 1 else "none of the data sets"
         raise UserError(
@@ -68,7 +69,7 @@ def open_all(config: Config, check_sizes: bool) -> list[DataSet]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """What they are called in metrics: the last part of each path, or as many parts as tell them apart."""
+    """Return the names of data sets in metrics: the last part of each path, or as many parts as make them differ."""
     parts = [folder.absolute().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         found = [".".join(part[-count:]) for part in parts]
@@ -77,7 +78,7 @@ def names(folders: Sequence[Path]) -> list[str]:
     return found
 
 
-def _fit_together(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+def _check_same_tokens(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     first, seen = manifests[0], dict[str, Path]()
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest.digest in seen:
@@ -96,22 +97,22 @@ def _fit_together(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Non
             )
 
 
-def _open(config: Config, name: str, folder: Path, manifest: Manifest, quota: int, check_sizes: bool) -> DataSet:
-    context, batch = config.model.block_size, config.train.global_batch
+def _open(config: Config, name: str, folder: Path, manifest: Manifest, count: int, check_sizes: bool) -> DataSet:
+    block_size, batch = config.model.block_size, config.train.global_batch
     train = shard_reader.open_split(folder, manifest, "train", check_sizes)
-    windows = sample_order.window_count(train.tokens, context, config.stride)
-    if windows * mix.BLOCK < batch * quota:
-        part = "" if quota == mix.BLOCK else f"its {quota / mix.BLOCK:.2%} of "
+    windows = sample_order.window_count(train.tokens, block_size, config.stride)
+    if windows * mix.MIX_BLOCK < batch * count:
+        part = "" if count == mix.MIX_BLOCK else f"its {count / mix.MIX_BLOCK:.2%} of "
         raise UserError(
-            f"{folder} has {windows:,} windows of {context} tokens, fewer than {part}one global batch of {batch}: add "
-            "text, or lower train.global_batch or model.block_size"
+            f"{folder} has {windows:,} windows of {block_size} tokens, fewer than {part}one global batch of {batch}: "
+            "add text, or lower train.global_batch or model.block_size"
         )
     val = None
     if config.eval.every and "val" in manifest.splits:
         val = shard_reader.open_split(folder, manifest, "val", check_sizes)
-        if not sample_order.window_count(val.tokens, context, context):
+        if not sample_order.window_count(val.tokens, block_size, block_size):
             raise UserError(
                 f"the validation split of {folder} has {val.tokens:,} tokens, less than one window of "
-                f"{context}: make shards with a larger --val-fraction"
+                f"{block_size}: make shards with a larger --val-fraction"
             )
-    return DataSet(name, folder, manifest, quota, train, val, windows)
+    return DataSet(name, folder, manifest, count, train, val, windows)

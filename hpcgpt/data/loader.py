@@ -1,12 +1,12 @@
-"""This rank's batches, straight from the memory-mapped shards: computed, not remembered.
+"""The batches of a rank, read from memory-mapped shards. Which samples a batch has is computed, not remembered.
 
-Global step s is samples [s*G, (s+1)*G) of the run (see ``hpcgpt.data.sample_order``, and ``hpcgpt.data.mix`` where
-several data sets are mixed). Rank r of R takes the r-th of R equal slices of those, and works through it in
-micro-batches. So the loader has no state to save, no worker processes to shield from signals, and any number
-of ranks that divides the work sees the same samples in the same global batches.
+Global step s is samples [s*G, (s+1)*G) of the run (see ``hpcgpt.data.sample_order``; for several data sets also
+``hpcgpt.data.mix``). Rank r of R takes the r-th of R equal slices of those, and divides it into micro-batches. So the
+loader has no state to save and no worker processes to protect from signals, and any number of ranks that divides the
+global batch sees the same samples in the same global batches.
 
-Where samples lie is worked out for up to 16,384 of this rank's ahead, since a permutation costs numpy as much
-for 64 places as for thousands. What is kept of it follows from the configuration alone.
+The positions of up to 16,384 samples of this rank are computed at a time, because a permutation of 64 indices costs
+numpy as much as one of thousands. What is cached depends on the configuration alone.
 """
 
 from __future__ import annotations
@@ -27,76 +27,15 @@ from hpcgpt.errors import InputError
 
 _AHEAD = 16_384
 
-# Where windows begin (B, 3): the data set, the shard in it, and the offset in that shard's tokens.
-Rows = NDArray[np.int64]
+# Where windows start (B, 3): number of the data set, number of the shard in it, offset in the shard's tokens.
+WindowStarts = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The windows of one split, of `context` + 1 tokens each."""
-
-    split: Split
-    context: int
-    stride: int
-    vocab_size: int
-
-    @property
-    def count(self) -> int:
-        return sample_order.window_count(self.split.tokens, self.context, self.stride)
-
-    def rows(self, windows: NDArray[np.int64]) -> Rows:
-        """Where `windows` (B,) begin (B, 3)."""
-        shards, offsets = self.split.locate(windows * self.stride)
-        return np.stack([np.zeros_like(shards), shards, offsets], axis=1)
-
-    def read(self, windows: NDArray[np.int64]) -> Tensor:
-        """The tokens of `windows` (B,) as a tensor (B, T+1); see `Mixture.read`."""
-        return Mixture([self]).read(self.rows(windows))
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The windows of several data sets, or of one; `quotas` are their places in a block of the mix."""
-
-    sets: Sequence[Windows]
-    quotas: Sequence[int] = (mix.BLOCK,)
-
-    def draw(self, samples: NDArray[np.int64], seed: int) -> Rows:
-        """Where the windows of `samples` of the run (n,) begin (n, 3)."""
-        sets, windows = mix.draw(samples, self.quotas, [part.count for part in self.sets], seed)
-        rows = np.empty((len(samples), 3), dtype=np.int64)
-        for d, chosen in sample_order.groups(sets):
-            rows[chosen] = self.sets[d].rows(windows[chosen])
-        rows[:, 0] = sets
-        return rows
-
-    def read(self, rows: Rows) -> Tensor:
-        """The windows that begin at `rows` (B, 3) as a tensor (B, T+1), the shards' bits as int16 or int32; see
-        `widen`.
-
-        Raises:
-            InputError: an id outside of the vocabulary; the message names the shard and the place.
-        """
-        size = self.sets[0].context + 1
-        batch = _gather([part.split for part in self.sets], rows, size)
-        vocab_size = self.sets[0].vocab_size
-        if int(batch.max()) >= vocab_size:
-            row, column = map(int, np.argwhere(batch >= vocab_size)[0])
-            d, shard, offset = map(int, rows[row])
-            split = self.sets[d].split
-            raise InputError(
-                f"id {batch[row, column]} is outside of the vocabulary of {vocab_size:,} ids "
-                f"({split.where(int(split.starts[shard]) + offset + column)}): check the shards with "
-                "`python -m data_prep.verify`"
-            )
-        return torch.from_numpy(batch.view(f"i{batch.itemsize}"))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loader:
     """The training batches of one rank."""
 
-    windows: Windows | Mixture
+    mixture: Mixture
     seed: int
     rank: int
     world_size: int
@@ -104,82 +43,124 @@ class Loader:
     micro_batch: int
 
     def batch(self, step: int, micro_step: int) -> Tensor:
-        """Micro-batch `micro_step` of optimizer step `step`, both counted from 0 (B, T+1)."""
-        number = step * (self._share // self.micro_batch) + micro_step
-        block, place = divmod(number, self._batches_ahead)
-        rows = self._drawn(block)[place * self.micro_batch : (place + 1) * self.micro_batch]
-        return self._source.read(rows)
+        """Read micro-batch `micro_step` of global batch `step`, both counted from 0: (B, T+1), see `read_windows`.
+
+        Raises:
+            InputError: an id outside of the vocabulary, or a shard that cannot be read.
+        """
+        number = step * (self._samples_per_step // self.micro_batch) + micro_step
+        block, index = divmod(number, self._batches_ahead)
+        starts = self._cached_starts(block)[index * self.micro_batch : (index + 1) * self.micro_batch]
+        return read_windows(self.mixture.sets, starts)
 
     def samples(self, step: int, micro_step: int) -> range:
-        """The numbers of the samples of that micro-batch, counted over the whole run."""
-        first = step * self.global_batch + self.rank * self._share + micro_step * self.micro_batch
+        """Return the numbers of that micro-batch's samples, counted over the whole run."""
+        first = step * self.global_batch + self.rank * self._samples_per_step + micro_step * self.micro_batch
         return range(first, first + self.micro_batch)
 
     @cached_property
-    def _share(self) -> int:
-        """Samples of this rank in a global batch."""
+    def _samples_per_step(self) -> int:
+        """The samples of this rank in a global batch."""
         return self.global_batch // self.world_size
 
     @cached_property
     def _batches_ahead(self) -> int:
-        # Not much more than an epoch: each epoch has a permutation of its own.
-        an_epoch = sum(part.count for part in self._source.sets) // self.world_size
+        # At most about an epoch: each epoch has its own permutation.
+        an_epoch = sum(windows.count for windows in self.mixture.sets) // self.world_size
         return max(1, min(_AHEAD, an_epoch) // self.micro_batch)
 
     @cached_property
-    def _source(self) -> Mixture:
-        return self.windows if isinstance(self.windows, Mixture) else Mixture([self.windows])
+    def _cached_starts(self) -> Callable[[int], WindowStarts]:
+        return lru_cache(maxsize=2)(self._starts)
 
-    @cached_property
-    def _drawn(self) -> Callable[[int], Rows]:
-        return lru_cache(maxsize=2)(self._draw)
-
-    def _draw(self, block: int) -> Rows:
-        """Where this rank's samples number block * n ... (block + 1) * n - 1 begin (n, 3)."""
+    def _starts(self, block: int) -> WindowStarts:
+        """Locate the windows of this rank's samples number block * n ... (block + 1) * n - 1: (n, 3)."""
         count = self._batches_ahead * self.micro_batch
-        steps, places = np.divmod(np.arange(block * count, (block + 1) * count, dtype=np.int64), self._share)
-        return self._source.draw(steps * self.global_batch + self.rank * self._share + places, self.seed)
+        numbers = np.arange(block * count, (block + 1) * count, dtype=np.int64)
+        steps, indices = np.divmod(numbers, self._samples_per_step)
+        samples = steps * self.global_batch + self.rank * self._samples_per_step + indices
+        return self.mixture.locate(samples, self.seed)
 
 
-def widen(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) int64 on `device`, from a batch (B, T+1) of the shards' bits.
+@dataclass(frozen=True)
+class Mixture:
+    """The windows of one or several data sets, and how many samples of each a block of the mix has."""
 
-    The narrow form crosses the bus: 2 or 4 bytes a token instead of 16. Ids of 32 bits are below 2**31.
+    sets: Sequence[Windows]
+    samples_per_block: Sequence[int] = (mix.MIX_BLOCK,)
+
+    def locate(self, samples: NDArray[np.int64], seed: int) -> WindowStarts:
+        """Return where the windows of `samples` of the run (n,) start: (n, 3)."""
+        numbers, windows = mix.draw(samples, self.samples_per_block, [part.count for part in self.sets], seed)
+        starts = np.empty((len(samples), 3), dtype=np.int64)
+        for number, selection in sample_order.groups(numbers):
+            starts[selection] = self.sets[number].locate(windows[selection])
+        starts[:, 0] = numbers
+        return starts
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one split: `block_size` + 1 tokens each, `stride` tokens from one start to the next."""
+
+    split: Split
+    block_size: int
+    stride: int
+    vocab_size: int
+
+    @property
+    def count(self) -> int:
+        return sample_order.window_count(self.split.tokens, self.block_size, self.stride)
+
+    def locate(self, windows: NDArray[np.int64]) -> WindowStarts:
+        """Return where `windows` (B,) start (B, 3), as those of data set number 0."""
+        shards, offsets = self.split.locate(windows * self.stride)
+        return np.stack([np.zeros_like(shards), shards, offsets], axis=1)
+
+    def read(self, windows: NDArray[np.int64]) -> Tensor:
+        """Read `windows` (B,): (B, T+1), see `read_windows`."""
+        return read_windows([self], self.locate(windows))
+
+
+def read_windows(sets: Sequence[Windows], starts: WindowStarts) -> Tensor:
+    """Read the windows that start at `starts` (B, 3): (B, T+1).
+
+    The tensor has the bits of the shards' uint16 or uint32 as int16 or int32, so that only 2 or 4 bytes of each token
+    are copied to a device. ``hpcgpt.training.step.to_inputs_and_targets`` converts them to int64.
+
+    Raises:
+        InputError: an id outside of the vocabulary; the message names the shard and the offset.
     """
-    if device.type == "cpu" and batch.dtype == torch.int16:
-        ids = batch.view(torch.uint16).to(torch.int64)  # in one pass
-    else:
-        ids = unsigned(batch.to(device, non_blocking=True))  # without waiting, where it lies in pinned memory
-    return ids[:, :-1], ids[:, 1:]
+    size, vocab_size = sets[0].block_size + 1, sets[0].vocab_size
+    batch = _gather([part.split for part in sets], starts, size)
+    if int(batch.max()) >= vocab_size:
+        row, column = map(int, np.argwhere(batch >= vocab_size)[0])
+        number, shard, offset = map(int, starts[row])
+        split = sets[number].split
+        raise InputError(
+            f"id {batch[row, column]} is outside of the vocabulary of {vocab_size:,} ids "
+            f"({split.where(int(split.starts[shard]) + offset + column)}): check the shards with "
+            "`python -m data_prep.verify`"
+        )
+    return torch.from_numpy(batch.view(f"i{batch.itemsize}"))
 
 
-def unsigned(batch: Tensor) -> Tensor:
-    """The ids (B, T+1) int64 whose bits `batch` has, on any device.
+def _gather(splits: Sequence[Split], starts: WindowStarts, size: int) -> Tokens:
+    """Copy the `size` tokens at each of `starts`: (B, size).
 
-    Of uint16 torch promises little on a GPU, so the sign is masked away after widening.
+    Joining slices of memory maps costs less per window than numpy's indexing, wherever the windows are.
     """
-    ids = batch.to(torch.int64)
-    if batch.dtype == torch.int16:
-        ids &= 0xFFFF
-    return ids
-
-
-def _gather(splits: Sequence[Split], rows: Rows, size: int) -> Tokens:
-    """The `size` tokens at each of `rows` (B, size).
-
-    Joining slices of memory maps is what costs least a row, and less than numpy's ways, wherever the rows lie.
-    """
-    mapped, count, most = shard_reader.mapped(), len(rows), shard_reader.most_maps()
+    mapped, count, most = shard_reader.mapped(), len(starts), shard_reader.most_maps()
     if count > most:  # a slice keeps its map open until it is joined
-        return np.concatenate([_gather(splits, rows[i : i + most], size) for i in range(0, count, most)])
+        return np.concatenate([_gather(splits, starts[i : i + most], size) for i in range(0, count, most)])
     width = splits[0].width
-    places = rows.tolist()
-    parts = [mapped(splits[d], shard)[start : start + size] for d, shard, start in places]
+    listed = starts.tolist()
+    parts = [mapped(splits[number], shard)[offset : offset + size] for number, shard, offset in listed]
     content = bytearray().join(parts)
-    if len(content) < count * size * width.bytes:  # a window reaches over the end of its shard, which is rare
-        for row, (d, shard, start) in enumerate(places):
-            if len(parts[row]) < size:
-                parts[row] = splits[d].read(int(splits[d].starts[shard]) + start, size).data
+    if len(content) < count * size * width.bytes:  # a window extends beyond the end of its shard, which is rare
+        for i, (number, shard, offset) in enumerate(listed):
+            if len(parts[i]) < size:
+                parts[i] = splits[number].read(int(splits[number].starts[shard]) + offset, size).data
         content = bytearray().join(parts)
     batch: Tokens = np.frombuffer(content, dtype=width.dtype).reshape(count, size)
     return batch

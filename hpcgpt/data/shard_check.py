@@ -1,16 +1,16 @@
-"""Comparing the shards' checksums with the manifest while training runs: `data.verify_mb_per_s`.
+"""Compares the shards' checksums with the manifest while training runs: `data.verify_mb_per_s`.
 
-A shard of the right size whose bytes have changed trains without an error if its ids are within the vocabulary. To
-read terabytes before the first step would take hours, so rank 0 reads them in a thread of the lowest priority, at a
-bounded rate. A damaged shard is a warning and the event ``damaged_shard``: training continues, and a person decides.
-When all of them have been read there is the event ``shards_verified``.
+A shard of the right size whose bytes have changed trains without an error if its ids are within the vocabulary. Reading
+terabytes before the first step would take hours, so rank 0 reads them in a thread of the lowest priority, at a bounded
+rate. A damaged shard is reported by a warning and the event ``damaged_shard``; training continues, and a person has to
+decide. The event ``shards_verified`` follows when all shards have been read.
 
-An attempt may end before that, and the next one reads the others. The run folder's ``verified.json`` says which were
-whole, and which file that was: one that has been written again since, or that lies elsewhere, is read again::
+If an attempt ends before that, the next one reads the remaining shards. The run folder's ``verified.json`` lists the
+intact ones, each with its file's identity, so that a file that was rewritten or moved since is read again::
 
     {DIGEST OF THE DATA SET: {SHARD: [PATH, BYTES, MTIME IN NS, INODE]}}
 
-Earlier versions noted names only; what these say is not believed.
+Entries of earlier versions, which have names only, are ignored.
 
 No torch in here.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,17 +31,18 @@ import xxhash
 from hpcgpt.data.datasets import DataSet
 from hpcgpt.data.shard_format import Shard
 from hpcgpt.data.shard_reader import Split
+from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 
 _Notes = dict[str, dict[str, list[Any]]]  # as in verified.json
 
-_PIECE_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 _NOTE_EVERY_S = 60.0
-_CLOSE_S = 2.0  # a disk that does not answer must not keep the process
+_CLOSE_S = 2.0  # a disk that does not answer must not delay the end of the process
 
 
 class ShardCheck:
-    """The check of one attempt; rank 0 has one. It runs from now on, until it has read everything or `close`."""
+    """The check of one attempt, on rank 0. Its thread runs until all shards have been read, or `close` is called."""
 
     def __init__(self, sets: Sequence[DataSet], folder: Path, mb_per_s: float, record: Callable[..., object]) -> None:
         """`folder` is the run's; `record` writes an event, from the check's own thread."""
@@ -54,17 +54,17 @@ class ShardCheck:
         self._thread.start()
 
     def close(self) -> None:
-        """End it; what it has read so far is noted."""
+        """End the check, and save which shards have been verified."""
         self._off.set()
         self._thread.join(_CLOSE_S)
 
     def wait(self, timeout_s: float) -> bool:
-        """Until it has read everything: has it?"""
+        """Wait for the end of the check; return whether it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        with suppress(OSError):  # where a thread cannot have a priority of its own
+        with suppress(OSError):  # some systems do not allow a thread its own priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         self._started_at = noted_at = time.monotonic()
         whole, damaged, changed = _read_notes(self._path), 0, False
@@ -102,13 +102,13 @@ class ShardCheck:
                     yield part, split, shard  # type: ignore[misc]
 
     def _problem(self, path: Path, split: Split, shard: Shard) -> str | None:
-        """What is wrong with a shard; '' if nothing; None if this was closed meanwhile."""
-        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_PIECE_BYTES))
+        """Return what is wrong with a shard; '' if nothing; None if the check was closed meanwhile."""
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES))
         try:
             with open(path, "rb", buffering=0) as file:
                 while count := file.readinto(buffer):
                     digest.update(buffer[:count])
-                    if not split.fits_in_memory:  # else reading it has warmed the cache that training reads from
+                    if not split.fits_in_memory:  # if it fits, it should stay in the page cache for training
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     self._read += count
                     if self._off.wait(pause_s(self._read, time.monotonic() - self._started_at, self._bytes_per_s)):
@@ -118,11 +118,9 @@ class ShardCheck:
         return "" if digest.hexdigest() == shard.xxh3 else "is damaged: its checksum is not the one in the manifest"
 
     def _warn(self, path: Path, problem: str) -> None:
-        print(
-            f"warning: {path} {problem}, and this run trains on it: see `python -m data_prep.verify {path.parent}`, "
-            "and make the shards again for another run",
-            file=sys.stderr,
-            flush=True,
+        streams.warn(
+            f"{path} {problem}, and this run trains on it: see `python -m data_prep.verify {path.parent}`, "
+            "and make the shards again for another run"
         )
         self._record("damaged_shard", path=str(path), problem=problem)
 
@@ -132,22 +130,22 @@ class ShardCheck:
 
 
 def pause_s(read: int, elapsed_s: float, bytes_per_s: float) -> float:
-    """How long to wait after so many bytes, not to read faster than that."""
+    """Return how long to wait after `read` bytes in `elapsed_s`, to read no faster than `bytes_per_s`."""
     return max(0.0, read / bytes_per_s - elapsed_s)
 
 
 def _identity(path: Path) -> list[Any]:
-    """What tells a file from another one, and from itself before it was changed; [] if it cannot be seen."""
+    """Return the identity of a file, which changes when it is rewritten; [] if it cannot be examined."""
     try:
         path = path.resolve()
         file = path.stat()
-    except (OSError, RuntimeError):  # links that go round in a circle, in Python 3.12 and before
+    except (OSError, RuntimeError):  # circular links, in Python 3.12 and earlier
         return []
     return [str(path), file.st_size, file.st_mtime_ns, file.st_ino]
 
 
 def _read_notes(path: Path) -> _Notes:
-    """What earlier attempts have read. A file that is damaged says nothing."""
+    """Read what earlier attempts have verified; empty if the file is damaged."""
     try:
         notes: dict[str, Any] = json.loads(path.read_bytes())
         return {str(digest): dict(shards) for digest, shards in notes.items() if isinstance(shards, dict)}

@@ -1,27 +1,27 @@
-"""The shard format: what lies in a folder of shards, and its manifest.
+"""The shard format: the files of a data set, and its manifest.
 
 A data set is a folder::
 
     train_000000.bin   tokens          val_000000.bin   ...one split is all shards of one name
     train_000000.idx   documents
     tokenizer/         see hpcgpt.tokenizer.save_load
-    manifest.json      written last: without it there is no data set
+    manifest.json      written last: without it the folder is not a data set
 
 **.bin** is what llm.c and modded-nanogpt read: 256 little-endian int32 (magic, version, token count,
-zeros), then the tokens, little-endian. Magic and version tell the width: 20240520 and 1 for uint16,
-20240801 and 7 for uint32 (llm.c's way to store Llama 3's ids). Every document starts with the
-end-of-text id and lies in one shard.
+zeros), then the tokens, little-endian. Magic and version determine the width: 20240520 and 1 for uint16,
+20240801 and 7 for uint32 (as llm.c stores Llama 3's ids). Every document starts with the end-of-text id,
+and is in one shard.
 
 **.idx** is what Megatron's IndexedDataset reads: ``MMIDIDX\\0\\0``, version as uint64 (1), dtype code as
 uint8 (8 is uint16; 4 is int32, which holds the same bits as uint32 here, since no id reaches 2**31),
-sequences as uint64, documents + 1 as uint64, then a length in tokens for each sequence as int32, its
-place in the .bin in bytes as int64, and the document borders as int64. A sequence is a document here,
-and the first place is 1024, behind the .bin's header: so one pair of files serves all three readers.
+sequences as uint64, documents + 1 as uint64, then for each sequence its length in tokens as int32 and its
+offset in the .bin in bytes as int64, and the document borders as int64. A sequence is a document here,
+and the first offset is 1024, after the .bin's header: so one pair of files serves all three readers.
 
 **manifest.json** describes each shard (tokens, documents, bytes, XXH3-128 of both files, smallest and
 largest id, characters and UTF-8 bytes of text), the tokenizer (name, fingerprint, vocabulary size,
-end-of-text id, what became of special tokens in the text), the dtype, the inputs and the rule of the
-split, and ends with ``digest``, the SHA-256 of everything else in it.
+end-of-text id, how special tokens in the text were encoded), the dtype, the inputs and the rule that
+divides train and val. It ends with ``digest``, the SHA-256 of everything else in it.
 
 Written by ``hpcgpt.data.shard_writer``, read by ``hpcgpt.data.shard_reader``. No torch in here.
 """
@@ -53,7 +53,7 @@ Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Width:
-    """How wide a token is: numpy's name and type, the .bin's magic and version, the .idx's dtype code."""
+    """The width of a token: numpy's name and type, the .bin's magic and version, the .idx's dtype code."""
 
     name: str
     dtype: str
@@ -72,7 +72,7 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says of one shard. `name` has no suffix; `characters` are code points, `text_bytes` UTF-8."""
+    """One shard in the manifest. `name` has no suffix; `characters` are code points, `text_bytes` UTF-8 bytes."""
 
     name: str
     split: str
@@ -121,7 +121,7 @@ def write_manifest(
     *,
     unread: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
-    """Write manifest.json, which makes a data set of the folder; a key without anything to tell is left out."""
+    """Write manifest.json, which completes the data set. `unread` is left out if it is empty."""
     body: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -140,10 +140,10 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a data set.
+    """Read the manifest of a data set.
 
     Raises:
-        UserError: there is none, or it is damaged or of another format.
+        InputError: there is none, or it is damaged or of another format.
     """
     path = folder / "manifest.json"
     make = "make one with `python -m data_prep.make_shards INPUT... --out DIR`"
@@ -170,14 +170,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def header(width: Width, tokens: int) -> bytes:
-    """The first 1024 bytes of a .bin."""
+    """Return the first 1024 bytes of a .bin."""
     numbers = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     numbers[:3] = width.magic, width.version, tokens
     return numbers.tobytes()
 
 
 def index(width: Width, lengths: NDArray[np.int64]) -> bytes:
-    """The content of the .idx for documents of these `lengths` in tokens (n,)."""
+    """Return the content of the .idx for documents of these `lengths` in tokens (n,)."""
     pointers = HEADER_BYTES + width.bytes * (np.cumsum(lengths) - lengths)
     documents = np.arange(len(lengths) + 1, dtype="<i8")
     head = IDX_MAGIC + struct.pack("<QBQQ", IDX_VERSION, width.idx_code, len(lengths), len(documents))
@@ -185,7 +185,7 @@ def index(width: Width, lengths: NDArray[np.int64]) -> bytes:
 
 
 def document_lengths(content: bytes) -> NDArray[np.int64]:
-    """Tokens of each document in the content of an .idx file (n,); none if it is no such file."""
+    """Return the tokens of each document from the content of an .idx file (n,); empty if it is not one."""
     head = len(IDX_MAGIC) + struct.calcsize("<QBQQ")
     if len(content) < head or not content.startswith(IDX_MAGIC):
         return np.zeros(0, dtype=np.int64)
@@ -196,9 +196,9 @@ def document_lengths(content: bytes) -> NDArray[np.int64]:
 
 
 def checksum(path: Path) -> str:
-    """XXH3-128 of a file, as `xxhsum -H128` prints it."""
+    """Return the XXH3-128 of a file, as `xxhsum -H128` prints it."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 20))
-    # Not mapped: the whole file would count as this process's memory.
+    # Read, not mapped: a map would count as memory of this process.
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

@@ -1,15 +1,16 @@
-"""Reading shards: the tokens of a split as one long stream, at any size. The format is in ``hpcgpt.data.shard_format``.
+"""Reading shards: the tokens of a split as one long stream of any size. The format is in ``hpcgpt.data.shard_format``.
 
-A shard is a memory map, and a map keeps a file descriptor and page tables (up to 4 MB where 2 GB were
-touched). So a process holds the ``most_maps()`` that it used last, over all of its data sets together: 512,
-or a quarter of the descriptors that it may have (``ulimit -n``), if those are fewer; and while it puts a batch
-together as many again. 10,000 shards take no more than that; one that is used again after it was let go is
-opened again. A split that fits into half of the machine's memory is soon all in it, and reading ahead gets it
-there; of a larger one, where windows are drawn from all over it, reading ahead is lost on each: 8 MB for a
-window of 2 KB and 5 ms instead of 0.02 were measured.
+Shards are memory-mapped. A map takes a file descriptor and page tables (up to 4 MB for 2 GB of accessed pages), so a
+process keeps only the ``most_maps()`` most recently used ones, over all of its data sets: 512, or a quarter of the file
+descriptors that it may open (``ulimit -n``) if that is less. While a batch is assembled as many again may be open. With
+10,000 shards it is no more; a shard whose map was closed is opened again.
 
-The sizes of all shards are compared with the manifest once, by one rank for all; whoever opens a shard
-compares its header, its size and its width again.
+A split that fits into half of the machine's memory is soon in the page cache, and the kernel's read-ahead helps. In a
+larger one windows are read at random, and read-ahead is switched off: for each window of 2 KB it read 8 MB, in 5 ms
+instead of 0.02.
+
+The sizes of all shards are compared with the manifest once, by one rank for all ranks. Opening a shard compares header,
+size and width again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from hpcgpt.data.shard_format import HEADER_BYTES, WIDTHS, Manifest, Shard, Toke
 from hpcgpt.errors import InputError, cannot_read
 
 _MOST_MAPS = 512
-_THREADS = 32  # a stat takes a millisecond on Lustre, and waits for nothing but the server
+_THREADS = 32  # a stat takes a millisecond on Lustre, most of it waiting for the server
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Split:
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Place in the stream of each shard's first token, and the length of the stream (n + 1,)."""
+        """The position in the stream of each shard's first token, and the length of the stream (n + 1,)."""
         return np.concatenate([[0], np.cumsum([shard.tokens for shard in self.shards])]).astype(np.int64)
 
     @property
@@ -56,13 +57,13 @@ class Split:
     def fits_in_memory(self) -> bool:
         return self.tokens * self.width.bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
-    def locate(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards' numbers and the offsets in them (n,) of `places` in the stream (n,)."""
-        numbers = np.searchsorted(self.starts, places, side="right") - 1
-        return numbers, places - self.starts[numbers]
+    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the numbers of the shards, and the offsets in them (n,), of `positions` in the stream (n,)."""
+        numbers = np.searchsorted(self.starts, positions, side="right") - 1
+        return numbers, positions - self.starts[numbers]
 
     def read(self, start: int, count: int) -> Tokens:
-        """Tokens start ... start + count - 1 of the stream (count,), from as many shards as it takes."""
+        """Read tokens start ... start + count - 1 of the stream (count,), from as many shards as needed."""
         numbers, offsets = self.locate(np.array([start]))
         number, offset = int(numbers[0]), int(offsets[0])
         part = np.frombuffer(mapped()(self, number)[offset : offset + count], dtype=self.width.dtype)
@@ -70,9 +71,9 @@ class Split:
             return part
         return np.concatenate([part, self.read(start + len(part), count - len(part))])
 
-    def where(self, place: int) -> str:
-        """The shard and the offset in it of a place in the stream, for messages."""
-        numbers, offsets = self.locate(np.array([place]))
+    def where(self, position: int) -> str:
+        """Describe a position in the stream for error messages: the shard and the offset in it."""
+        numbers, offsets = self.locate(np.array([position]))
         return f"{self.path(int(numbers[0]))}, token {int(offsets[0]):,}"
 
     def path(self, number: int) -> Path:
@@ -80,10 +81,11 @@ class Split:
 
 
 def open_split(folder: Path, manifest: Manifest, name: str, check_sizes: bool = True) -> Split:
-    """One split of a data set; with `check_sizes` the size of every shard is compared with the manifest.
+    """Open one split of a data set; with `check_sizes` compare the size of every shard with the manifest.
 
     Raises:
-        UserError: no such split, or a shard that is missing, truncated or too long.
+        InputError: no such split, or a shard is missing, truncated or too long.
+        OSError: a shard cannot be read.
     """
     shards = [shard for shard in manifest.shards if shard.split == name]
     if not shards:
@@ -102,7 +104,7 @@ def _check_sizes(folder: Path, shards: Sequence[Shard]) -> None:
     threads = min(_THREADS, 1 + len(shards) // 64)
     share = -(-len(shards) // threads)
     with ThreadPoolExecutor(threads) as pool:
-        # In order: of several bad shards it is always the first that is named.
+        # In order, so that of several bad shards always the first is reported.
         list(pool.map(check, [shards[i : i + share] for i in range(0, len(shards), share)]))
 
 
@@ -118,11 +120,13 @@ def check_size(folder: Path, shard: Shard) -> None:
 
 
 def open_tokens(path: Path, read_ahead: bool = True) -> Tokens:
-    """The tokens of a .bin file (n,), read-only: a plain array over a memory map, which lives as long as it does.
-    Without `read_ahead` nothing but the pages that are touched is read.
+    """Map the tokens of a .bin file: a read-only array (n,), which keeps the map open.
+
+    Without `read_ahead` only the pages that are accessed are read.
 
     Raises:
-        UserError: it can't be opened, is no token shard, or not of the size that its header tells.
+        InputError: it can't be opened, is not a token shard, or does not have the size that its header says.
+        OSError: it cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -143,11 +147,11 @@ def open_tokens(path: Path, read_ahead: bool = True) -> Tokens:
 
 
 def document_starts(tokens: NDArray[Any], end_of_text: int) -> NDArray[np.bool_]:
-    """Where documents begin in windows of tokens (..., T): True at each first token of a document (..., T).
+    """Mark the first token of each document in windows of tokens (..., T): bool (..., T).
 
-    Every document starts with the end-of-text id, and no text becomes that id (``hpcgpt.tokenizer.save_load``), so the
-    tokens themselves tell what the .idx would, without another file. The first token of a window that begins
-    within a document is not marked. ``np.cumsum(..., axis=-1)`` of it numbers the documents of a window.
+    Every document starts with the end-of-text id, and text never encodes to that id (``hpcgpt.tokenizer.save_load``),
+    so the .idx is not needed. The first token of a window that starts within a document is not marked.
+    ``np.cumsum(..., axis=-1)`` of the result numbers the documents of a window.
     """
     found: NDArray[np.bool_] = tokens == end_of_text
     return found
@@ -155,15 +159,16 @@ def document_starts(tokens: NDArray[Any], end_of_text: int) -> NDArray[np.bool_]
 
 @cache
 def most_maps() -> int:
-    """How many shards this process keeps open; see the module's docstring."""
+    """Return how many shards this process keeps open; see the module's docstring."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_MAPS if soft == resource.RLIM_INFINITY else max(1, min(_MOST_MAPS, soft // 4))
 
 
 @cache
 def mapped() -> Callable[[Split, int], memoryview]:
-    """The function (split, number of a shard) -> that shard's tokens. It keeps those that were used last: all
-    splits share it, as they share the process's descriptors.
+    """Return the cached function (split, number of a shard) -> that shard's tokens.
+
+    All splits share its cache, because they share the process's file descriptors.
     """
     return lru_cache(maxsize=most_maps())(_map)
 

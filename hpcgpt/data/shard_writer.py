@@ -1,4 +1,4 @@
-"""Writing shards: tokens and their index, whole or absent. The format is in ``hpcgpt.data.shard_format``."""
+"""Writing shards: tokens and their index, complete or absent. The format is in ``hpcgpt.data.shard_format``."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class ShardWriter:
         bin_file.write(bytes(shard_format.HEADER_BYTES))
 
     def add(self, tokens: Tokens, lengths: NDArray[np.int64], characters: int, text_bytes: int) -> None:
-        """Append documents: their `tokens` one after the other (n,), each document starting with the
-        end-of-text id, and their `lengths` (k,), which add up to n. They stand for `characters` and `text_bytes`.
+        """Append documents: their concatenated `tokens` (n,), each document starting with the end-of-text id, and their
+        `lengths` (k,), which add up to n. `characters` and `text_bytes` are those of their text.
 
         Raises:
-            UserError: more tokens than the header can count, or an id that does not fit.
+            UserError: more tokens than the header can count, or an id that does not fit the width.
         """
         if not len(tokens):
             return
@@ -80,7 +80,7 @@ def writing(
     opened: Callable[[Path], AbstractContextManager[BinaryIO]] = atomic.writing,
 ) -> Iterator[ShardWriter]:
     """A writer of `name`.bin and `name`.idx, which appear, whole, when the block ends well; `writer.shard`
-    describes them then. With `opened` atomic.plain that is the caller's care.
+    describes them then. With `opened` atomic.open_plain that is the caller's care.
 
     Raises:
         OSError: a file could not be written; neither is left behind.

@@ -1,1 +1,1 @@
-"""The ranks of a job: who they are, how they meet, agree, share results and errors, and stop at the same step."""
+"""The ranks of a job: rank discovery, rendezvous, collectives that share errors, and stopping at the same step."""

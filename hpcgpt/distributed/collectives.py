@@ -1,7 +1,7 @@
-"""Doing a thing together: every rank learns every other's result, or error, before anyone goes on.
+"""Collective calls that share results and errors: all ranks continue together, or raise together.
 
-A stage that can fail on one rank (a full disk, a damaged file) must not leave the others waiting in a
-collective for somebody who has left. Here the error itself is what is shared.
+If one rank fails (a full disk, a damaged file), the others must not wait for it in a collective: its error is sent to
+them, and raised there too.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from hpcgpt.errors import UserError
 T = TypeVar("T")
 
 
-def on_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Rank 0 does `work`; its result is returned, or its error raised, on every rank."""
+def run_on_rank0(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0; return its result, or raise its error, on every rank."""
     outcome: list[Any] = [_attempt(work, ranks) if ranks.world.is_first else None]
-    if ranks.control is not None:
-        dist.broadcast_object_list(outcome, src=0, group=ranks.control)
+    if ranks.cpu_group is not None:
+        dist.broadcast_object_list(outcome, src=0, group=ranks.cpu_group)
     return _results(outcome)[0]  # type: ignore[no-any-return]
 
 
-def kept_by_first(ranks: Ranks, make: Callable[[], T]) -> T | None:
-    """Rank 0 makes something that stays with it, and has it; None on the others. Its error is raised on every rank."""
+def make_on_rank0(ranks: Ranks, make: Callable[[], T]) -> T | None:
+    """Call `make` on rank 0 and return the result there, None on the others. Its error is raised on every rank."""
     made: list[T] = []
-    on_first(ranks, lambda: made.append(make()))
+    run_on_rank0(ranks, lambda: made.append(make()))
     return made[0] if made else None
 
 
-def on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Every rank does `work`; all results by rank, or the first rank's error, on every rank."""
+def gather_from_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank; return all results by rank, or raise the error of the lowest rank that failed."""
     outcomes: list[Any] = [_attempt(work, ranks)] * ranks.world.size
-    if ranks.control is not None:
-        dist.all_gather_object(outcomes, outcomes[0], group=ranks.control)
+    if ranks.cpu_group is not None:
+        dist.all_gather_object(outcomes, outcomes[0], group=ranks.cpu_group)
     return _results(outcomes)
 
 
 def _attempt(work: Callable[[], T], ranks: Ranks) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except Exception as error:  # whatever it is, the others must not wait for this rank
-        # Errors of libraries need not survive being sent to another process: of those the words are.
+    except Exception as error:  # of any type: the others must not wait for this rank
+        # A library's exception may not be picklable, so its type and message are sent.
         known = isinstance(error, UserError | OSError)
         shared = (
             error if known else RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)

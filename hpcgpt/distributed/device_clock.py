@@ -1,7 +1,7 @@
-"""A clock for what a device does, which nobody has to wait for.
+"""Measures the time of work on a device without waiting for it.
 
-On a GPU work is put into a stream and done later, so the time of the host says nothing of it. A mark is an event in
-that stream there; on a CPU it is a reading of the clock. Torch is imported where it is used.
+A GPU runs work asynchronously, so the host's clock does not measure it. There a mark is an event in the CUDA stream; on
+a CPU it is a clock reading. Torch is imported inside functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class DeviceClock:
         self._on_gpu = device.type == "cuda"
 
     def mark(self) -> Any:
-        """Now, or when the device comes to this place in its stream."""
+        """Return a mark of the current time, or of the time when the GPU reaches this point in its stream."""
         if not self._on_gpu:
             return time.perf_counter()
         import torch
@@ -35,5 +35,5 @@ class DeviceClock:
             mark.synchronize()
 
     def between_s(self, began: Any, ended: Any) -> float:
-        """Seconds between two marks that have passed."""
+        """Return the seconds between two marks that have passed."""
         return float(began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began)

@@ -1,10 +1,10 @@
-"""How the ranks find each other.
+"""The rendezvous: how the ranks connect.
 
-Ranks meet at a TCPStore on rank 0. Rank 0 binds a free port and publishes address and port in the run
-folder, in ``rendezvous/<attempt>.json``, which the others read; where the disk has no room for that, in the
-name of an empty file, ``<attempt>.at.<port>.<token>.<address>``. MASTER_ADDR and MASTER_PORT win where both are
-set. Each rank then reports in at the store, so that a missing one is named instead of waited for. No rank
-waits for longer than run.rendezvous_timeout_s or falls back to another address.
+Ranks connect to a TCPStore on rank 0. Rank 0 binds a free port and publishes its address and port in the run folder, in
+``rendezvous/<attempt>.json``, which the others read; on a full disk, in the name of an empty file,
+``<attempt>.at.<port>.<token>.<address>``. MASTER_ADDR and MASTER_PORT take precedence if both are set. Then each rank
+registers in the store, so that missing ranks can be named. No rank waits longer than run.rendezvous_timeout_s, or falls
+back to another address.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-STRANGER_S = 5.0  # how long a server that may not be rank 0's is listened to
+UNKNOWN_SERVER_S = 5.0  # timeout for a server that may not be rank 0's
 
 
 def connect(world: World, device: torch.device, folder: Path, backend: str, timeout_s: float) -> Ranks:
-    """Meet the other ranks and start the process groups.
+    """Connect to the other ranks and create the process groups.
 
     Raises:
-        UserError: a rank is there twice, or two ranks share one GPU.
-        OSError: rank 0 did not appear, a rank is missing or cannot be reached, all within `timeout_s`; the message
-            names them. That may be a node's fault, so it is no user's mistake.
+        UserError: a rank was started twice, or two ranks share one GPU.
+        OSError: rank 0 did not appear, or ranks are missing or cannot be reached, within `timeout_s`; the message names
+            them. A node may have failed, so this is not a user's mistake.
     """
     import torch.distributed as dist
     from torch.distributed import PrefixStore
@@ -49,11 +49,11 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
     backend = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
     if backend == "nccl" and device.type != "cuda":
         raise UserError("run.backend nccl needs GPUs, and this run is on the CPU: use gloo, or auto")
-    # The agent's store outlives a restart by torchrun, so each attempt has its own names in it.
-    store = PrefixStore(world.attempt, _meet(world, folder, timeout_s))
-    _report_in(store, world, device, timeout_s)
+    # The store of torchrun's agent survives a restart, so each attempt has its own prefix.
+    store = PrefixStore(world.attempt, _connect_store(world, folder, timeout_s))
+    _register(store, world, device, timeout_s)
     if world.is_first:
-        _withdraw(_card(world, folder))
+        _withdraw(_address_file(world, folder))
     dist.init_process_group(
         backend,
         store=store,
@@ -62,36 +62,36 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if backend == "nccl" else None,
     )
-    control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Ranks(world, device, control)
+    cpu_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Ranks(world, device, cpu_group)
 
 
 def is_broken_connection(error: RuntimeError) -> bool:
-    """Is this what a collective raises when another rank has gone? gloo's errors have no type of their own."""
+    """Return whether a collective raises this error when another rank has ended. gloo has no error type of its own."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def disconnect() -> None:
-    """End the process groups, for a program that goes on afterwards; `hpcgpt train` just leaves."""
+    """Destroy the process groups, for a program that continues; `hpcgpt train` exits without it."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _meet(world: World, folder: Path, timeout_s: float) -> TCPStore:
-    """The store on rank 0. Sets the network interface of gloo and NCCL, unless the user did."""
+def _connect_store(world: World, folder: Path, timeout_s: float) -> TCPStore:
+    """Return the store on rank 0. Sets the network interface of gloo and NCCL, unless the user has."""
     from torch.distributed import TCPStore
 
     limit = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         _use_interface_towards(_resolve(host), port)
-        # torchrun's agent holds the port already and serves its own store there.
+        # torchrun's agent already serves its own store on that port.
         serve = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        with _explaining(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
+        with _timeout_error(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
             if serve:
                 return TCPStore(host, port, None, True, limit, wait_for_workers=False)
             deadline = time.monotonic() + timeout_s
@@ -99,14 +99,14 @@ def _meet(world: World, folder: Path, timeout_s: float) -> TCPStore:
                 if store := _open(host, port, timeout_s):
                     return store
                 time.sleep(0.5)
-            raise RuntimeError("nobody answers there, or no store of torch's")
-    card = _card(world, folder)
+            raise RuntimeError("there is no answer, or the server is not a TCPStore")
+    card = _address_file(world, folder)
     if world.is_first:
         return _host(world, card, limit)
     return _join(world, card, timeout_s)
 
 
-def _card(world: World, folder: Path) -> Path:
+def _address_file(world: World, folder: Path) -> Path:
     return folder / "rendezvous" / f"{world.attempt}.json"
 
 
@@ -118,7 +118,7 @@ def _host(world: World, card: Path, limit: timedelta) -> TCPStore:
     port = listener.getsockname()[1]
     _use_interface_towards(address, port)
     token = secrets.token_hex(8)
-    # The store takes the descriptor over and closes it in the end.
+    # The store takes ownership of the descriptor, and closes it.
     store = TCPStore(address, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach())
     store.set("token", token)
     _publish(card, address, port, token)
@@ -137,9 +137,9 @@ def _publish(card: Path, address: str, port: int, token: str) -> None:
 
 
 def _published(card: Path) -> list[tuple[str, int, str]]:
-    """Address, port and token, as often as they are there: one may be left from an earlier job of the same number."""
+    """Return each published address, port and token: some may be left from an earlier job with the same id."""
     found, names = [], []
-    # Listing the folder makes NFS look again; a mere open may be answered "absent" from its cache.
+    # Listing the folder refreshes NFS's cache, which may still say that the file is absent.
     with suppress(OSError):
         names = [name for name in os.listdir(card.parent) if name.startswith(_in_name(card))]
     for name in names:
@@ -153,7 +153,7 @@ def _published(card: Path) -> list[tuple[str, int, str]]:
 
 def _withdraw(card: Path) -> None:
     card.unlink(missing_ok=True)
-    with suppress(FileNotFoundError):  # the folder: ranks that met at MASTER_ADDR have none
+    with suppress(FileNotFoundError):  # there is no folder if MASTER_ADDR was used
         for name in os.listdir(card.parent):
             if name.startswith(_in_name(card)):
                 (card.parent / name).unlink(missing_ok=True)
@@ -170,11 +170,11 @@ def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
     seen = "it never published its address"
     while time.monotonic() < deadline:
         published = _published(card)
-        # What is there may be left from a job of the same number: then nobody, or somebody else, answers.
+        # An address may be left from an earlier job with the same id: then there is no answer, or another server's.
         for address, port, token in published:
             seen = f"its address {address}:{port} does not answer"
             with suppress(DistError, RuntimeError):
-                store = _open(address, port, STRANGER_S)
+                store = _open(address, port, UNKNOWN_SERVER_S)
                 if store and store.get("token").decode() == token:
                     store.set_timeout(timedelta(seconds=timeout_s))
                     _use_interface_towards(address, port)
@@ -187,10 +187,10 @@ def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
 
 
 def _open(address: str, port: int, timeout_s: float) -> TCPStore | None:
-    """The store at an address, whose calls may then take `timeout_s`; None if there is none.
+    """Return the store at an address, with timeout `timeout_s`; None if there is none.
 
-    In a thread of its own, which is left behind then: TCPStore waits without end for a server of another
-    kind that accepts and says nothing.
+    It is opened in a thread, which is abandoned after a timeout: TCPStore waits forever for a server of another kind
+    that accepts the connection and sends nothing.
     """
     from torch.distributed import DistError, TCPStore
 
@@ -203,7 +203,7 @@ def _open(address: str, port: int, timeout_s: float) -> TCPStore | None:
     if _answers(address, port):
         thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
         thread.start()
-        thread.join(STRANGER_S)
+        thread.join(UNKNOWN_SERVER_S)
     return opened[0] if opened else None
 
 
@@ -215,8 +215,8 @@ def _answers(address: str, port: int) -> bool:
         return False
 
 
-def _report_in(store: Store, world: World, device: torch.device, timeout_s: float) -> None:
-    """Every rank says that it is there and waits for the others, so that whoever is missing is named."""
+def _register(store: Store, world: World, device: torch.device, timeout_s: float) -> None:
+    """Register this rank in the store and wait for the others, to name the ones that are missing."""
     import torch
     from torch.distributed import DistError
 
@@ -242,8 +242,8 @@ def _report_in(store: Store, world: World, device: torch.device, timeout_s: floa
         ) from None
 
 
-class _explaining:  # noqa: N801 (used like a function)
-    """Turns torch's errors while connecting into a sentence."""
+class _timeout_error:  # noqa: N801 (used like a function)
+    """Turns torch's errors while connecting into a TimeoutError with a message."""
 
     def __init__(self, world: World, where: str, timeout_s: float) -> None:
         self.sentence = f"{world} could not reach rank 0 at {where} within {timeout_s:.0f} s"
@@ -260,11 +260,11 @@ class _explaining:  # noqa: N801 (used like a function)
 
 
 def _own_address(world: World) -> str:
-    """The address under which the other hosts of the step reach this one."""
+    """Return the address at which the other hosts of the step reach this one."""
     here = socket.gethostname()
     others = [host for host in world.hosts if host.split(".")[0] != here.split(".")[0]]
     if others:
-        # The source address of the route to another node; a host's own name may resolve to loopback.
+        # The source address of the route to another node: a host's own name may resolve to loopback.
         return _route(_resolve(others[0]), 9)
     return "127.0.0.1" if world.local_size == world.size else _resolve(here)
 
@@ -280,7 +280,7 @@ def _resolve(host: str) -> str:
 
 
 def _route(address: str, port: int) -> str:
-    """This host's address on the route to another; connecting a UDP socket sends nothing."""
+    """Return this host's address on the route to another one; connecting a UDP socket sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, port))
@@ -290,11 +290,11 @@ def _route(address: str, port: int) -> str:
 
 
 def _use_interface_towards(address: str, port: int) -> None:
-    """Point gloo and NCCL at the interface that leads to rank 0: their own guess is often loopback."""
+    """Make gloo and NCCL use the interface on the route to rank 0: by default they often choose loopback."""
     name = _interface_of(_route(address, port))
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        # NCCL knows the shared-memory and NVLink paths itself; loopback would only hide the network.
+        # NCCL finds shared memory and NVLink itself; loopback would only hide the network.
         if name != "lo":
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 

@@ -1,4 +1,4 @@
-"""What this rank has of a tensor of which other ranks have other rows."""
+"""Tensors that are sharded by rows: the rows of this rank, and the full tensor."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Held:
-    """What this rank has of a tensor: `local`, its rows `first` to `after`. All of it where ranks have no shares."""
+class LocalRows:
+    """Rows `start` to `stop` of a tensor, held by this rank as `local`: all rows if the tensor is not sharded."""
 
     local: Tensor
-    first: int
-    after: int
+    start: int
+    stop: int
 
 
-def held(tensor: Tensor) -> Held:
-    """What this rank has of a tensor; the first dimension counts as rows."""
-    if not is_share(tensor):
-        return Held(tensor, 0, len(tensor) if tensor.dim() else 1)
-    shared: Any = tensor
-    rows, local = len(tensor), shared.to_local()
-    most = math.ceil(rows / shared.device_mesh.size())
-    first = min(rows, shared.device_mesh.get_local_rank() * most)
-    assert len(local) == min(rows, first + most) - first, "the library cuts tensors in another way"
-    return Held(local, first, first + len(local))
+def local_rows(tensor: Tensor) -> LocalRows:
+    """Return this rank's rows of a tensor, along its first dimension."""
+    if not is_sharded(tensor):
+        return LocalRows(tensor, 0, len(tensor) if tensor.dim() else 1)
+    sharded: Any = tensor
+    rows, local = len(tensor), sharded.to_local()
+    most = math.ceil(rows / sharded.device_mesh.size())
+    start = min(rows, sharded.device_mesh.get_local_rank() * most)
+    assert len(local) == min(rows, start + most) - start, "torch shards tensors in another way"
+    return LocalRows(local, start, start + len(local))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All rows of a tensor. A collective if ranks have shares of it."""
-    return tensor.full_tensor() if is_share(tensor) else tensor  # type: ignore[attr-defined]
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all rows of a tensor. A collective if it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def is_share(tensor: Tensor) -> bool:
-    """Have other ranks other rows of this tensor? It is a DTensor then, a class whose module takes long to load."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this is a DTensor, a class whose module takes long to import."""
     return hasattr(tensor, "to_local")

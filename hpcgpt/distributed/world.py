@@ -1,16 +1,16 @@
-"""Who am I: rank, world size, host and device.
+"""Rank, world size, host and device of this process.
 
-Three launchers are told apart by variables that only they set:
+Three launchers are distinguished by variables that only they set:
 
     torchrun   TORCHELASTIC_RUN_ID, with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE
     srun       SLURM_STEP_NUM_TASKS, with SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST
     alone      neither: also a shell inside an allocation, where SLURM_* is set but there is no step
 
-torchrun is asked first, since it may itself have been started by srun, and then its ranks are the true
-ones. No other module reads these variables.
+torchrun is checked first, since srun may have started it, and then torchrun's ranks are the right ones. No other module
+reads these variables.
 
-How they find each other: ``hpcgpt.distributed.rendezvous``. Torch is imported where it is used, since login nodes read
-this too.
+How ranks connect: ``hpcgpt.distributed.rendezvous``. Torch is imported inside functions, since login nodes import this
+module too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """`hosts` are the nodes of the srun step, in Slurm's order; empty for the other launchers."""
+    """Rank and world size of this process. `hosts` are the nodes of the srun step, in Slurm's order; else empty."""
 
     rank: int
     local_rank: int
@@ -52,7 +52,7 @@ class World:
 
 
 def discover(env: Mapping[str, str] = os.environ) -> World:
-    """This process's place, from the launcher's variables.
+    """Read rank and world size from the launcher's variables.
 
     Raises:
         UserError: the launcher's variables contradict each other, or one is missing.
@@ -62,7 +62,7 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
     except KeyError as error:
         raise UserError(f"the launcher did not set {error.args[0]}: start the ranks with srun or torchrun") from None
     if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
-        raise UserError(f"{found.launcher} started an impossible process: {found}")
+        raise UserError(f"the variables of {found.launcher} contradict each other: {found}")
     return found
 
 
@@ -93,13 +93,13 @@ def _found(env: Mapping[str, str]) -> World:
 
 
 def job_attempt(env: Mapping[str, str] = os.environ) -> str:
-    """One name for this start of this Slurm job; '' outside of a job. A requeue makes another one."""
+    """Return the name of this start of this Slurm job, different after each requeue; '' outside of a job."""
     job = env.get("SLURM_JOB_ID", "")
     return f"{job}_{env.get('SLURM_RESTART_COUNT', '0')}" if job else ""
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Slurm's short form of host names written out: 'n[1-2,07],m' -> n1, n2, n07, m."""
+    """Expand Slurm's host lists: 'n[1-2,07],m' -> n1, n2, n07, m."""
     hosts = []
     for name in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         hosts += _expand(name)
@@ -119,7 +119,7 @@ def _expand(name: str) -> list[str]:
 
 
 def _tasks_here(env: Mapping[str, str]) -> int:
-    """Tasks of the step on this node, from Slurm's '2(x3),1': two on each of the first three nodes, one."""
+    """Return the step's tasks on this node, from lists like '2(x3),1': two on each of three nodes, one on the next."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]).split(","):
         count, _, times = part.partition("(x")
@@ -130,22 +130,22 @@ def _tasks_here(env: Mapping[str, str]) -> int:
 # --- the device ------------------------------------------------------------------------------------
 
 
-def device_index(world: World, visible: int, requested: str, promised: int) -> int | None:
-    """Which of the `visible` GPUs this rank uses; None: the CPU.
+def device_index(world: World, visible: int, requested: str, allocated: int) -> int | None:
+    """Return which of the `visible` GPUs this rank uses; None: the CPU.
 
-    `promised` is how many GPUs Slurm gave this job on this node. The device is the local rank if that many are
-    visible, else 0 if exactly one is: Slurm then hides the others' from each task.
+    `allocated` is how many GPUs Slurm gave this job on this node. The index is the local rank if that GPU is visible,
+    or 0 if exactly one is visible, because Slurm hides the other tasks' GPUs.
 
     Raises:
-        UserError: a GPU was asked for and there is none, or the job has fewer of them than tasks.
-        NodeError: torch sees fewer GPUs than Slurm gave: one is dead, or the driver is.
+        UserError: a GPU was requested and there is none, or the job has fewer GPUs than tasks.
+        NodeError: torch sees fewer GPUs than Slurm gave: a GPU or the driver has failed.
     """
     if requested == "cpu":
         return None
     if not visible:
-        if requested == "cuda" or promised:
+        if requested == "cuda" or allocated:
             why = "run.device is cuda" if requested == "cuda" else "Slurm gave this job GPUs"
-            raise (NodeError if promised else UserError)(
+            raise (NodeError if allocated else UserError)(
                 f"{why}, but torch sees none ({world}): check the driver and that torch is a CUDA "
                 "build, or pass --run.device cpu"
             )
@@ -154,8 +154,10 @@ def device_index(world: World, visible: int, requested: str, promised: int) -> i
         return world.local_rank
     if visible == 1:
         return 0
-    if promised > visible:
-        raise NodeError(f"{world}: Slurm gave this job {promised} GPUs here, and torch sees {visible}: a GPU is dead")
+    if allocated > visible:
+        raise NodeError(
+            f"{world}: Slurm gave this job {allocated} GPUs here, but torch sees {visible}: a GPU has failed"
+        )
     raise UserError(
         f"{world} is local rank {world.local_rank}, but only {visible} GPUs are visible: ask for as "
         "many GPUs a node as tasks a node"
@@ -163,45 +165,45 @@ def device_index(world: World, visible: int, requested: str, promised: int) -> i
 
 
 def pick_device(world: World, requested: str, env: Mapping[str, str] = os.environ) -> torch.device:
-    """The device of this rank. CUDA_VISIBLE_DEVICES is read by torch and never changed here."""
+    """Return the device of this rank. CUDA_VISIBLE_DEVICES is left to torch."""
     import torch
 
-    promised = promised_gpus(env) if world.launcher == "srun" else 0
-    index = device_index(world, torch.cuda.device_count(), requested, promised)
+    allocated = allocated_gpus(env) if world.launcher == "srun" else 0
+    index = device_index(world, torch.cuda.device_count(), requested, allocated)
     if index is None:
         return torch.device("cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
-def promised_gpus(env: Mapping[str, str]) -> int:
-    """How many GPUs Slurm gave this job on this node."""
+def allocated_gpus(env: Mapping[str, str]) -> int:
+    """Return how many GPUs Slurm gave this job on this node."""
     count = env.get("SLURM_GPUS_ON_NODE", "")
     ids = env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS") or ""
     return int(count) if count.isdigit() else len(expand_hosts(f"[{ids}]")) if ids else 0
 
 
 def cores(world: World, env: Mapping[str, str] = os.environ) -> int:
-    """CPU cores that belong to this rank: Slurm's count for a task, else a fair share of this process's."""
-    allowed = min(len(os.sched_getaffinity(0)), quota() or 10**6)
+    """Return the CPU cores of this rank: Slurm's count for a task, else an equal share of those of this process."""
+    allowed = min(len(os.sched_getaffinity(0)), cgroup_cpu_limit() or 10**6)
     if world.launcher == "srun" and env.get("SLURM_CPUS_PER_TASK"):
         return min(allowed, int(env["SLURM_CPUS_PER_TASK"]))
     return max(1, allowed // world.local_size)
 
 
-def quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """How many cores' time this process's cgroup gets, at least 1; None where nothing limits it.
+def cgroup_cpu_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the CPU limit of this process's cgroup in cores, at least 1; None without a limit.
 
-    Containers are limited so, and it is not in the affinity: 64 threads on 2 cores' time would wait for each other. The
-    smallest limit counts, the cgroup's own or of one around it (version 2: ``cpu.max``, microseconds in a period).
+    Containers are limited in this way, which CPU affinity does not show: 64 threads on 2 cores would wait for each
+    other. The smallest limit counts, of the cgroup or one above it (version 2: ``cpu.max``, microseconds per period).
     """
     try:
-        place = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         return None
-    folder, found = root / place.lstrip("/"), []
+    folder, found = root / name.lstrip("/"), []
     for path in (folder, *folder.parents):
-        with suppress(OSError, ValueError):  # there is none, or it is "max"
+        with suppress(OSError, ValueError):  # no such file, or "max"
             most, period = (path / "cpu.max").read_text().split()
             found.append(int(most) // int(period))
     return max(1, min(found)) if found else None
@@ -212,8 +214,8 @@ def quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgro
 
 @dataclass(frozen=True)
 class Ranks:
-    """The connected ranks. `control` is the CPU group for agreements; None when there is one rank."""
+    """The connected ranks. `cpu_group` is the process group for CPU tensors and objects; None if there is one rank."""
 
     world: World
     device: torch.device
-    control: dist.ProcessGroup | None
+    cpu_group: dist.ProcessGroup | None

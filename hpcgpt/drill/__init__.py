@@ -1,1 +1,1 @@
-"""The fault-injection test: a run that faults hit has to end with the bytes of one without any. Imports no torch."""
+"""The fault-injection test: a run with faults must end with the same bytes as an undisturbed run. Imports no torch."""

@@ -1,9 +1,9 @@
-"""Did two runs end with the same bytes? The judge of the drill.
+"""The comparison of a run with the undisturbed one: do both end with the same bytes?
 
-Compared are every tensor of the last checkpoint (weights, optimizer state, each rank's random generators),
-what its state.json says, and every row of metrics.jsonl but for the figures that are about time. Beside that, each
-step must have one row, no checkpoint may be of an older generation than one before it, and W&B's server must have the
-rows of metrics.jsonl, each once, under one id.
+Compared are every tensor of the last checkpoint (weights, optimizer state, each rank's random generators), its
+state.json, and every row of metrics.jsonl except for times. Besides, each step must have exactly one row, no checkpoint
+may be of an older attempt than an earlier one, and the W&B server must have each row of metrics.jsonl once, under one
+id.
 
 No torch in here: files are compared, not models.
 """
@@ -21,7 +21,7 @@ from typing import Any
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.run import run_folder
 
-# What must not depend on interruptions; the other figures of a row tell of time.
+# The keys that must not depend on interruptions; the others of a row are times.
 ROW_KEYS = (
     "step", "tokens", "samples", "train/loss", "train/lr", "train/grad_norm", "val/loss", "val/perplexity",
     "val/bits_per_byte",
@@ -33,11 +33,11 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def differences(folder: Path, baseline: Path, steps: int) -> list[str]:
-    """Everything in which the run in `folder` differs from the one that was left alone; [] if nothing does."""
+    """List everything in which the run in `folder` differs from the undisturbed one."""
     return [
         *row_differences(folder, baseline, steps),
         *tensor_differences(folder, baseline, steps),
-        *generation_disorder(folder),
+        *attempt_disorder(folder),
     ]
 
 
@@ -58,9 +58,9 @@ def row_differences(folder: Path, baseline: Path, steps: int) -> list[str]:
         if wrong_keys:
             key = wrong_keys[0]
             problems.append(
-                f"metrics.jsonl: step {row['step']:,} has {key} {row.get(key)!r}, and alone it was {other.get(key)!r}"
+                f"metrics.jsonl: step {row['step']:,} has {key} {row.get(key)!r}, undisturbed it was {other.get(key)!r}"
             )
-            break  # all that follow differ, too
+            break  # later rows differ, too
     return problems
 
 
@@ -73,13 +73,13 @@ def tensor_differences(folder: Path, baseline: Path, steps: int) -> list[str]:
     problems = []
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())
-        problems.append(f"{name}: {len(odd)} tensors are in one of the two only: {', '.join(odd[:3])}")
+        problems.append(f"{name}: {len(odd)} tensors are in only one of the two: {', '.join(odd[:3])}")
     wrong = sorted(key for key in found.keys() & expected.keys() if found[key] != expected[key])
     if wrong:
         problems.append(f"{name}: {len(wrong)} of {len(found)} tensors differ: {', '.join(wrong[:3])}")
     states = [json.loads((path / "state.json").read_bytes()) for path in (mine, theirs)]
     problems += [
-        f"{name}: state.json says {key} {states[0].get(key)!r}, and alone it was {states[1].get(key)!r}"
+        f"{name}: state.json says {key} {states[0].get(key)!r}, undisturbed it was {states[1].get(key)!r}"
         for key in STATE_KEYS
         if states[0].get(key) != states[1].get(key)
     ]
@@ -87,7 +87,7 @@ def tensor_differences(folder: Path, baseline: Path, steps: int) -> list[str]:
 
 
 def tensors(checkpoint: Path) -> Tensors:
-    """Every tensor of a checkpoint as dtype, shape and bytes, whichever rank wrote it."""
+    """Read every tensor of a checkpoint as dtype, shape and bytes, whichever rank wrote it."""
     from safetensors import deserialize
 
     found: Tensors = {}
@@ -97,13 +97,13 @@ def tensors(checkpoint: Path) -> Tensors:
     return found
 
 
-def generation_disorder(folder: Path) -> list[str]:
-    """One writer: of two checkpoints the later one is never of an older generation."""
+def attempt_disorder(folder: Path) -> list[str]:
+    """List checkpoints that an older attempt wrote than the checkpoint before: there must be one writer at a time."""
     newest, problems = 0, []
     for path in sorted((folder / "checkpoints").glob("step_*")):
         generation = int(json.loads((path / "manifest.json").read_bytes())["generation"])
         if generation < newest:
-            problems.append(f"{path.name} is of generation {generation}, and one before it of generation {newest}")
+            problems.append(f"{path.name} is of attempt {generation}, and one before it of attempt {newest}")
         newest = max(newest, generation)
     return problems
 
@@ -111,7 +111,7 @@ def generation_disorder(folder: Path) -> list[str]:
 def wandb_differences(folder: Path, server: WandbServer, steps: int) -> tuple[list[str], str]:
     """Complete the run's rows on the server with `hpcgpt.tracking sync`, and compare them with metrics.jsonl.
 
-    Returns the problems, and a sentence for the report: how many rows were there before, and how many are now.
+    Returns the problems, and a message for the report: how many rows the server had before, and what is wrong after.
     """
     run_id = run_folder.run_id(folder)
     before = len(set(server.steps(run_id)))
@@ -122,26 +122,28 @@ def wandb_differences(folder: Path, server: WandbServer, steps: int) -> tuple[li
     except subprocess.TimeoutExpired:
         problems = [f"wandb: sync did not end within {SYNC_S:.0f} s"]
     else:
-        problems = [f"wandb: sync left with status {done.returncode}: {done.stderr[-500:]}"] if done.returncode else []
+        problems = (
+            [f"wandb: sync exited with status {done.returncode}: {done.stderr[-500:]}"] if done.returncode else []
+        )
     ids = sorted(found for found, name in server.names.items() if name == folder.name)
     if ids != [run_id]:
         problems.append(f"wandb: the run's id is {run_id}, and the server has {ids} under its name")
-    found, told = wandb_row_differences(folder, server.history.get(run_id, []), steps)
-    return problems + found, f"{before:,} of {steps:,} rows at the end, {told} after sync"
+    found, counts = wandb_row_differences(folder, server.history.get(run_id, []), steps)
+    return problems + found, f"{before:,} of {steps:,} rows at the end, {counts} after sync"
 
 
 def wandb_row_differences(folder: Path, sent: list[dict[str, Any]], steps: int) -> tuple[list[str], str]:
-    """What is wrong with the rows that a server was sent: each step must be there once, as in metrics.jsonl."""
+    """Compare the rows that a server received with metrics.jsonl. Returns the problems, and their counts."""
     lines = [line for line in sent if "train/loss" in line]
     counts, due = Counter(line["step"] for line in lines), range(1, steps + 1)
-    told = {
+    wrong_steps = {
         "missing": [step for step in due if not counts[step]],
         "doubled": sorted(step for step, count in counts.items() if count > 1),
         "of steps that are not the run's": sorted(step for step in counts if step not in due),
     }
     problems = [
         f"wandb: {len(wrong):,} rows {what}, the first one of step {wrong[0]:,}"
-        for what, wrong in told.items()
+        for what, wrong in wrong_steps.items()
         if wrong
     ]
     expected = {row["step"]: row for row in run_folder.read_rows(folder / "metrics.jsonl")}
@@ -153,4 +155,4 @@ def wandb_row_differences(folder: Path, sent: list[dict[str, Any]], steps: int) 
                 f"wandb: step {line['step']:,} has {key} {line.get(key)!r}, and in metrics.jsonl it is {row.get(key)!r}"
             )
             break
-    return problems, f"{len(told['missing'])} missing, {len(told['doubled'])} doubled"
+    return problems, f"{len(wrong_steps['missing'])} missing, {len(wrong_steps['doubled'])} doubled"

@@ -1,7 +1,7 @@
-"""One run under fire: faults hit it, one after the other, until the time is over; then it ends by itself.
+"""One run with faults: they are injected one after the other until the time is over; then the run ends by itself.
 
-Between two faults the drill waits until the run makes steps again, the fault is undone, and all nodes answer: so each
-fault meets a run that is training, and what it cost can be told. Near its end a run is left alone.
+Between two faults the drill waits until the run makes steps again, the fault's cleanup is done, and all nodes answer:
+so each fault meets a run that is training, and its cost can be measured. No faults are injected near a run's end.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from hpcgpt.drill.faults import Deck, Kind, MissedError, Planned, Scene
-from hpcgpt.drill.testbed import Place
-from hpcgpt.drill.watched_run import Undoing, Watched
+from hpcgpt.drill.faults import Expected, FaultContext, FaultKind, FaultSchedule, MissedError, ScheduledFault
+from hpcgpt.drill.testbed import Testbed
+from hpcgpt.drill.watched_run import CleanupStack, WatchedRun
 
 Outcome = Literal["came back", "went on", "missed", "FAILED"]
-LEAVE_ALONE = 0.85  # share of the steps after which nothing is hit any more
+NO_FAULTS_AFTER = 0.85  # share of a run's steps
 POLL_S = 0.1
 
 
 @dataclass
-class Strike:
-    """One fault and what came of it. `back_s` is from the hit (or from the undoing, where the run has to wait
-    for that) to the first new step; `lost_steps` were made, and had to be made again."""
+class FaultResult:
+    """One fault and what followed. `back_s`: from the fault (or from its cleanup, if the run has to wait for that) to
+    the first new step; `lost_steps` had to be repeated."""
 
     round: int
     at_s: float
@@ -39,226 +39,240 @@ class Strike:
 
 
 @dataclass
-class Fired:
-    """A round: its run was hit `strikes`, and `problems` says why it did not end well."""
+class RoundResult:
+    """The faults that one run was given, and its `problems`: why it did not end well."""
 
     number: int
     partition: str
     job: str = ""
-    strikes: list[Strike] = field(default_factory=list)
+    faults: list[FaultResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 class StuckError(Exception):
-    """Nothing happened for too long."""
+    """What was waited for did not happen in time."""
 
 
-class FailedError(Exception):
-    """The drill cannot go on."""
+class DrillError(Exception):
+    """The drill itself has failed."""
 
 
 class JobOverError(Exception):
-    """The job has ended, in whichever way."""
+    """The job has ended."""
+
+
+class Recovery:
+    """Waits for the first step that a run makes after a fault, in the way that is expected of this kind of fault."""
+
+    def __init__(self, context: FaultContext, expected: Expected, attempt: int) -> None:
+        """`attempt` is the one that the fault hit, just now."""
+        self._context, self._expected, self._attempt = context, expected, attempt
+        self._since = time.time()
+        self._newest_step = context.run.position()[0]  # of that attempt
+        self._first_row: Mapping[str, Any] = {}
+
+    def is_complete(self) -> bool:
+        """Is there a new step, as expected?"""
+        run, restart = self._context.run, self._expected == "restart"
+        step, attempt = run.position()
+        if attempt == self._attempt:
+            self._newest_step = max(self._newest_step, step)
+        if not restart and not (self._context.cleanup.empty and self._context.done()):
+            self._since = time.time()
+            return False
+        after = self._attempt if restart else self._attempt - 1
+        new_rows = (row for row in run.tail() if row["attempt"] > after and row["time"] > self._since)
+        self._first_row = next(new_rows, {})
+        return bool(self._first_row) and self._context.done()
+
+    def describe(self, result: FaultResult) -> None:
+        """Record how the run recovered, once it has."""
+        restarted = self._first_row["attempt"] > self._attempt
+        result.outcome = "came back" if restarted else "went on"
+        result.back_s = self._first_row["time"] - self._since
+        result.lost_steps = 0
+        if restarted:
+            resumed = [start["step"] for start in self._context.run.starts() if start["attempt"] > self._attempt]
+            result.lost_steps = max(0, self._newest_step - resumed[0]) if resumed else None
 
 
 @dataclass
-class Gun:
-    """What all rounds share. Times are of time.monotonic; `limit_s` is how long nothing may happen."""
+class FaultInjector:
+    """Injects faults into one run after the other. Times are of time.monotonic; `limit_s` is the longest wait."""
 
-    place: Place
-    deck: Deck
-    kinds: Mapping[str, Kind]
+    testbed: Testbed
+    schedule: FaultSchedule
+    kinds: Mapping[str, FaultKind]
     training: Sequence[str]
     steps: int
     began_at: float
     until: float
     limit_s: float
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
-    def fire(self, number: int, name: str, partition: str, run: Watched) -> Fired:
-        """Start a run and hit it until it ends. Whatever happens, the faults are undone on return."""
-        fired = Fired(number, partition)
-        undo = Undoing(self.say)
+    def run(self, number: int, name: str, partition: str, watched: WatchedRun) -> RoundResult:
+        """Start a run, and inject faults until it ends. Whatever happens, their cleanup is done on return."""
+        this_round = RoundResult(number, partition)
+        cleanup = CleanupStack(self.log)
         try:
-            fired.job = self.place.start(name, self.training, partition)
-            self.say(f"round {number}: job {fired.job}, partition {partition}")
+            this_round.job = self.testbed.start(name, self.training, partition)
+            self.log(f"round {number}: job {this_round.job}, partition {partition}")
             with suppress(JobOverError):
-                self._fire(fired, run, undo)
-            self._wait_for_end(fired, run, undo)
+                self._inject_all(this_round, watched, cleanup)
+            self._wait_for_end(this_round, watched, cleanup)
         except StuckError as stuck:
-            fired.problems.append(f"{stuck}\n{self.place.last_words(fired.job)}")
-            self.place.cancel_all()
-        except Exception:  # of the drill itself: what was seen up to here is told all the same
-            fired.problems.append(f"the drill failed:\n{traceback.format_exc()}")
-            self.place.cancel_all()
+            this_round.problems.append(f"{stuck}\n{self.testbed.failure_details(this_round.job)}")
+            self.testbed.cancel_all()
+        except Exception:  # of the drill itself: the report still has what was seen until now
+            this_round.problems.append(f"the drill failed:\n{traceback.format_exc()}")
+            self.testbed.cancel_all()
         finally:
-            undo.all()
-        if not fired.problems and self.place.state(fired.job) != "finished":
-            fired.problems.append(f"the run was given up:\n{self.place.last_words(fired.job)}")
-        if not fired.problems:
-            self._nobody_left(fired)
-        return fired
+            cleanup.run_all()
+        if not this_round.problems and self.testbed.state(this_round.job) != "finished":
+            this_round.problems.append(f"the run was given up:\n{self.testbed.failure_details(this_round.job)}")
+        if not this_round.problems:
+            self._check_for_orphans(this_round)
+        return this_round
 
-    def _fire(self, fired: Fired, run: Watched, undo: Undoing) -> None:
+    def _inject_all(self, this_round: RoundResult, run: WatchedRun, cleanup: CleanupStack) -> None:
         while True:
-            self._wait(fired, undo, lambda: self._ready(run, undo), "training, and all nodes to answer")
-            planned = self._next(run)
+            self._wait(this_round, cleanup, lambda: self._ready(run, cleanup), "training, and all nodes to answer")
+            scheduled = self._next(run)
             try:
-                self._pause(fired, undo, planned.delay_s)
-                enough = self._enough(run, self.kinds[planned.kind].checkpoints)
-                self._wait(fired, undo, enough, "checkpoints")
+                self._pause(this_round, cleanup, scheduled.delay_s)
+                enough = self._enough(run, self.kinds[scheduled.kind].checkpoints)
+                self._wait(this_round, cleanup, enough, "checkpoints")
             except JobOverError:
-                self.deck.put_back(planned)
+                self.schedule.put_back(scheduled)
                 raise
-            if self._leave_alone(run):
-                self.deck.put_back(planned)
+            if self._no_more_faults(run):
+                self.schedule.put_back(scheduled)
                 return
-            strike = self._strike(fired, run, undo, planned)
-            fired.strikes.append(strike)
-            self.say(_line(strike))
-            if strike.outcome == "FAILED":
-                fired.problems.append(f"{strike.kind} ({strike.victim}): {strike.note}")
+            result = self._inject(this_round, run, cleanup, scheduled)
+            this_round.faults.append(result)
+            self.log(_line(result))
+            if result.outcome == "FAILED":
+                this_round.problems.append(f"{result.kind} ({result.victim}): {result.note}")
 
-    def _next(self, run: Watched) -> Planned:
-        """The next fault of the deck that the rest of the run is long enough for; those before it wait."""
+    def _next(self, run: WatchedRun) -> ScheduledFault:
+        """Return the next fault for which the rest of the run is long enough; those before it are put back."""
         left_s = (self.steps - run.position()[0]) * run.step_s()
         waiting = []
         for _ in self.kinds:
-            planned = self.deck.take()
-            if self.kinds[planned.kind].takes_s + planned.delay_s <= left_s:
+            scheduled = self.schedule.next()
+            if self.kinds[scheduled.kind].takes_s + scheduled.delay_s <= left_s:
                 break
-            waiting.append(planned)
+            waiting.append(scheduled)
         else:
-            planned = waiting.pop(0)
+            scheduled = waiting.pop(0)
         for other in reversed(waiting):
-            self.deck.put_back(other)
-        return planned
+            self.schedule.put_back(other)
+        return scheduled
 
-    def _ready(self, run: Watched, undo: Undoing) -> bool:
+    def _ready(self, run: WatchedRun, cleanup: CleanupStack) -> bool:
         step, attempt = run.position()
         trains = step > 0 and attempt == run.newest_start()
-        return self._leave_alone(run) or (trains and undo.empty and self.place.healthy())
+        return self._no_more_faults(run) or (trains and cleanup.empty and self.testbed.healthy())
 
-    def _enough(self, run: Watched, checkpoints: int) -> Callable[[], bool]:
-        return lambda: len(run.committed()) >= checkpoints or self._leave_alone(run)
+    def _enough(self, run: WatchedRun, checkpoints: int) -> Callable[[], bool]:
+        return lambda: len(run.committed()) >= checkpoints or self._no_more_faults(run)
 
-    def _leave_alone(self, run: Watched) -> bool:
-        return time.monotonic() > self.until or run.position()[0] > LEAVE_ALONE * self.steps
+    def _no_more_faults(self, run: WatchedRun) -> bool:
+        return time.monotonic() > self.until or run.position()[0] > NO_FAULTS_AFTER * self.steps
 
-    def _failed(self, fired: Fired, strike: Strike, why: str) -> None:
-        """Note a fault that the run has not survived."""
-        strike.outcome, strike.note = "FAILED", why
-        fired.strikes.append(strike)
-        self.say(_line(strike))
+    def _failed(self, this_round: RoundResult, result: FaultResult, why: str) -> None:
+        """Record a fault that the run has not survived."""
+        result.outcome, result.note = "FAILED", why
+        this_round.faults.append(result)
+        self.log(_line(result))
 
-    def _strike(self, fired: Fired, run: Watched, undo: Undoing, planned: Planned) -> Strike:
-        kind = self.kinds[planned.kind]
-        scene = Scene(self.place, fired.job, self.training, run, planned, undo)
+    def _inject(
+        self, this_round: RoundResult, run: WatchedRun, cleanup: CleanupStack, scheduled: ScheduledFault
+    ) -> FaultResult:
+        """Inject one fault, and wait until the run has recovered."""
+        kind = self.kinds[scheduled.kind]
+        context = FaultContext(self.testbed, this_round.job, self.training, run, scheduled, cleanup)
         step, attempt = run.position()
-        strike = Strike(fired.number, time.monotonic() - self.began_at, kind.name, "", "missed", step)
+        result = FaultResult(this_round.number, time.monotonic() - self.began_at, kind.name, "", "missed", step)
         if attempt != run.newest_start():
-            strike.note = "the run had stopped training by itself"
-            return strike
+            result.note = "the run had stopped training by itself"
+            return result
         try:
-            strike.victim = kind.hit(scene)
+            result.victim = kind.inject(context)
         except MissedError as missed:
-            strike.note = str(missed)
-            return strike
-        hit_at = time.time()
-        self.say(f"  {kind.name}: {strike.victim}")
-        newest = [run.position()[0]]
-
-        def back() -> bool:
-            """Are there new steps, in the way that is expected? Tells it to `strike`."""
-            at, now = run.position()
-            if now == attempt:
-                newest[0] = max(newest[0], at)
-            if kind.expected != "restart" and not (undo.empty and scene.done()):
-                over_at[0] = time.time()
-                return False
-            since = hit_at if kind.expected == "restart" else max(hit_at, over_at[0])
-            after = attempt if kind.expected == "restart" else attempt - 1
-            row = next((row for row in run.tail() if row["attempt"] > after and row["time"] > since), None)
-            if row is None or not scene.done():
-                return False
-            strike.outcome = "came back" if row["attempt"] > attempt else "went on"
-            strike.back_s = row["time"] - since
-            return True
-
-        over_at = [hit_at]
+            result.note = str(missed)
+            return result
+        recovery = Recovery(context, kind.expected, attempt)
+        self.log(f"  {kind.name}: {result.victim}")
         try:
-            self._wait(fired, undo, back, f"new steps after: {kind.name} ({strike.victim})")
+            self._wait(this_round, cleanup, recovery.is_complete, f"new steps after: {kind.name} ({result.victim})")
         except JobOverError:
-            if self.place.state(fired.job) != "finished":
-                self._failed(fired, strike, "the job ended")
+            if self.testbed.state(this_round.job) != "finished":
+                self._failed(this_round, result, "the job ended")
                 raise
-            strike.note = "the run finished before it was felt"
+            result.note = "the run finished before it noticed"
             if kind.expected == "on":
-                strike.outcome = "went on"
-            return strike
+                result.outcome = "went on"
+            return result
         except StuckError as stuck:
-            self._failed(fired, strike, str(stuck))
+            self._failed(this_round, result, str(stuck))
             raise
-        if strike.outcome == "came back":
-            resumed = [start["step"] for start in run.starts() if start["attempt"] > attempt]
-            strike.lost_steps = max(0, newest[0] - resumed[0]) if resumed else None
-        else:
-            strike.lost_steps = 0
-        broken = [problem for promise in scene.promises if (problem := promise())]
-        if kind.expected == "on" and strike.outcome == "came back":
-            broken.append("it should have gone on, and started again")
+        recovery.describe(result)
+        broken = [problem for check in context.checks if (problem := check())]
+        if kind.expected == "on" and result.outcome == "came back":
+            broken.append("this attempt should have continued, but the run was restarted")
         if broken:
-            strike.outcome, strike.note = "FAILED", "; ".join(broken)
-        return strike
+            result.outcome, result.note = "FAILED", "; ".join(broken)
+        return result
 
     # --- waiting -----------------------------------------------------------------------------------
 
-    def _wait(self, fired: Fired, undo: Undoing, condition: Callable[[], bool], what: str) -> None:
-        """Until `condition` holds, undoing what is due. Raises JobOverError if the job ends first, and StuckError after
-        `limit_s` without the condition."""
+    def _wait(self, this_round: RoundResult, cleanup: CleanupStack, condition: Callable[[], bool], what: str) -> None:
+        """Wait until `condition` holds, and run the cleanup that is due. Raises JobOverError if the job ends first, and
+        StuckError after `limit_s`."""
         deadline, ask_at = time.monotonic() + self.limit_s, 0.0
         while True:
-            undo.tick()
+            cleanup.run_due()
             if condition():
                 return
             if time.monotonic() > ask_at:
-                if self.place.state(fired.job) in ("finished", "over"):
+                if self.testbed.state(this_round.job) in ("finished", "over"):
                     raise JobOverError
                 ask_at = time.monotonic() + 1
             if time.monotonic() > deadline:
                 raise StuckError(f"waited {self.limit_s:.0f} s for {what}")
             time.sleep(POLL_S)
 
-    def _wait_for_end(self, fired: Fired, run: Watched, undo: Undoing) -> None:
-        """Without steps for `limit_s` it is stuck, too."""
+    def _wait_for_end(self, this_round: RoundResult, run: WatchedRun, cleanup: CleanupStack) -> None:
+        """Wait for the job's end. Raises StuckError after `limit_s` without a step."""
         seen, deadline = run.position(), time.monotonic() + self.limit_s
-        while self.place.state(fired.job) not in ("finished", "over"):
-            undo.tick()
+        while self.testbed.state(this_round.job) not in ("finished", "over"):
+            cleanup.run_due()
             if (now := run.position()) != seen:
                 seen, deadline = now, time.monotonic() + self.limit_s
             if time.monotonic() > deadline:
                 raise StuckError(f"no step and no end for {self.limit_s:.0f} s")
             time.sleep(0.3)
 
-    def _pause(self, fired: Fired, undo: Undoing, seconds: float) -> None:
+    def _pause(self, this_round: RoundResult, cleanup: CleanupStack, seconds: float) -> None:
         until = time.monotonic() + seconds
-        self._wait(fired, undo, lambda: time.monotonic() > until, "nothing")
+        self._wait(this_round, cleanup, lambda: time.monotonic() > until, "nothing")
 
-    def _nobody_left(self, fired: Fired, limit_s: float = 60.0) -> None:
-        """Orphans of lost nodes have to leave, too."""
+    def _check_for_orphans(self, this_round: RoundResult, limit_s: float = 60.0) -> None:
+        """Check that all ranks have ended, also orphans on nodes that were lost."""
         deadline = time.monotonic() + limit_s
-        while left := self.place.ranks(fired.job):
+        while left := self.testbed.ranks(this_round.job):
             if time.monotonic() > deadline:
                 names = ", ".join(f"{rank} (pid {rank.pid})" for rank in left)
-                fired.problems.append(f"{limit_s:.0f} s after the end there is still {names}")
+                this_round.problems.append(f"{limit_s:.0f} s after the end there are still processes: {names}")
                 return
             time.sleep(1)
 
 
-def _line(strike: Strike) -> str:
-    told = [f"  {strike.kind}: {strike.outcome}"]
-    if strike.back_s is not None:
-        told.append(f"first new step after {strike.back_s:.1f} s")
-    if strike.outcome == "came back":
-        told.append(f"{strike.lost_steps} steps lost")
-    return ", ".join([*told, *([strike.note] if strike.note else [])])
+def _line(result: FaultResult) -> str:
+    parts = [f"  {result.kind}: {result.outcome}"]
+    if result.back_s is not None:
+        parts.append(f"first new step after {result.back_s:.1f} s")
+    if result.outcome == "came back":
+        parts.append(f"{result.lost_steps} steps lost")
+    return ", ".join([*parts, *([result.note] if result.note else [])])

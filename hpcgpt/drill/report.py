@@ -1,6 +1,6 @@
-"""What a drill tells at its end: a table of faults and outcomes, as Markdown for people and JSON for programs.
+"""The report of a drill: a table of faults and outcomes, as Markdown for people and JSON for programs.
 
-Of the machine it says the architecture, the processor and the number of cores; no host names, users or paths.
+It describes the machine by architecture, processor and number of cores, without host names, users or paths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hpcgpt.drill.injector import Strike
+from hpcgpt.drill.injector import FaultResult
 from hpcgpt.storage import atomic
 
 
@@ -44,38 +44,37 @@ class Report:
     baseline_s: float = 0.0
     seconds: float = 0.0
     rounds: list[RoundReport] = field(default_factory=list)
-    strikes: list[Strike] = field(default_factory=list)
+    faults: list[FaultResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
-    proves: str = "the same bytes as the run left alone"
+    proves: str = "the same bytes as the undisturbed run"
 
     @property
     def identical(self) -> bool:
-        """Was there anything to judge, and is all of it as it has to be?"""
+        """Was there at least one fault, and are all runs as they must be?"""
         finished = bool(self.rounds) and self.hits > 0 and not self.problems
-        well = all(not each.problems for each in self.rounds) and all(s.outcome != "FAILED" for s in self.strikes)
+        well = all(not each.problems for each in self.rounds) and all(s.outcome != "FAILED" for s in self.faults)
         return finished and well
 
     @property
     def hits(self) -> int:
-        return sum(strike.outcome != "missed" for strike in self.strikes)
+        return sum(result.outcome != "missed" for result in self.faults)
 
     @property
     def verdict(self) -> str:
         if self.identical:
             return f"GOOD: {self.hits} faults in {len(self.rounds)} runs, and {self.proves}"
         if self.rounds and not self.hits:
-            return "NOTHING PROVEN: no fault has hit"
+            return "NOTHING PROVEN: no fault found a victim"
         wrong = sum(bool(each.problems) for each in self.rounds)
         return f"NOT GOOD (other bytes, or not by itself): {wrong} of {len(self.rounds)} runs, after {self.hits} faults"
 
 
 def write(report: Report, folder: Path, name: str, hidden: Mapping[str, str]) -> list[Path]:
-    """Write <name>.md and <name>.json; returns both. What is in `hidden` (paths of this machine, its name) is replaced:
-    the words of a failed run are quoted, and may have it."""
+    """Write <name>.md and <name>.json; returns their paths. The keys of `hidden` (paths and name of this machine, which
+    quoted errors may contain) are replaced by its values."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = dataclasses.asdict(report) | {"identical": report.identical, "verdict": report.verdict}
-    texts = {".md": markdown(report), ".json": json.dumps(told, indent=1) + "\n"}
+    texts = {".md": markdown(report), ".json": json.dumps(as_dict(report), indent=1) + "\n"}
     paths = []
     for ending, text in texts.items():
         for found in sorted((each for each in hidden if len(each) > 3), key=len, reverse=True):
@@ -83,6 +82,12 @@ def write(report: Report, folder: Path, name: str, hidden: Mapping[str, str]) ->
         paths.append(folder / f"{name}{ending}")
         atomic.write(paths[-1], text.encode())
     return paths
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """Return the content of the JSON report. Its keys are fixed: programs read reports of all versions."""
+    fields = {"strikes" if key == "faults" else key: value for key, value in dataclasses.asdict(report).items()}
+    return fields | {"identical": report.identical, "verdict": report.verdict}
 
 
 def markdown(report: Report) -> str:
@@ -94,7 +99,7 @@ def markdown(report: Report) -> str:
         "",
         f"    {report.command}",
         "",
-        f"{report.seconds / 60:.1f} minutes in all; the run that was left alone took {report.baseline_s:.0f} s.",
+        f"{report.seconds / 60:.1f} minutes in all; the undisturbed run took {report.baseline_s:.0f} s.",
         "",
         "| setting | |",
         "|---|---|",
@@ -102,10 +107,10 @@ def markdown(report: Report) -> str:
         "",
         "## Faults",
         "",
-        *table(report.strikes, report.kinds),
+        *table(report.faults, report.kinds),
         "",
-        "Seconds to the first new step are counted from the hit; for a fault that is expected to leave the attempt "
-        "alive, from its undoing. A fault that found nothing to hit is missed.",
+        "Seconds to the first new step are counted from the fault; if the attempt is expected to survive it, from the "
+        "fault's cleanup. A fault without a victim is missed.",
         "",
         "## Runs",
         "",
@@ -113,22 +118,22 @@ def markdown(report: Report) -> str:
     ]
     if report.problems:
         lines += ["", "## Problems", "", *(f"- {problem}" for problem in report.problems)]
-    lines += ["", "## One by one", "", *_one_by_one(report.strikes), ""]
+    lines += ["", "## One by one", "", *_one_by_one(report.faults), ""]
     return "\n".join(lines)
 
 
-def table(strikes: Sequence[Strike], kinds: Mapping[str, str]) -> list[str]:
+def table(faults: Sequence[FaultResult], kinds: Mapping[str, str]) -> list[str]:
     lines = [
         "| fault | what it does | hit | missed | median s to the first new step | max s | median steps lost "
         "| outcome |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for kind, about in kinds.items():
-        mine = [strike for strike in strikes if strike.kind == kind]
-        hits = [strike for strike in mine if strike.outcome != "missed"]
-        seconds = [strike.back_s for strike in hits if strike.back_s is not None]
-        lost = [strike.lost_steps for strike in hits if strike.lost_steps is not None]
-        outcomes = sorted({strike.outcome for strike in hits})
+        mine = [result for result in faults if result.kind == kind]
+        hits = [result for result in mine if result.outcome != "missed"]
+        seconds = [result.back_s for result in hits if result.back_s is not None]
+        lost = [result.lost_steps for result in hits if result.lost_steps is not None]
+        outcomes = sorted({result.outcome for result in hits})
         counts = ", ".join(f"{sum(s.outcome == outcome for s in hits)} {outcome}" for outcome in outcomes)
         lines.append(
             f"| {kind} | {about} | {len(hits)} | {len(mine) - len(hits)} | {_median(seconds)} | "
@@ -138,7 +143,7 @@ def table(strikes: Sequence[Strike], kinds: Mapping[str, str]) -> list[str]:
 
 
 def machine(slurm: str) -> dict[str, str]:
-    """Versions and hardware; `slurm` is '' where there was none."""
+    """Describe versions and hardware; `slurm` is '' without Slurm."""
     return {
         "Python": platform.python_version(),
         "torch": metadata.version("torch"),
@@ -172,12 +177,12 @@ def _rounds(rounds: Sequence[RoundReport]) -> list[str]:
     return lines
 
 
-def _one_by_one(strikes: Sequence[Strike]) -> list[str]:
+def _one_by_one(faults: Sequence[FaultResult]) -> list[str]:
     lines = [
         "| at | run | step | fault | victim | outcome | s | steps lost | |",
         "|---:|---:|---:|---|---|---|---:|---:|---|",
     ]
-    for s in strikes:
+    for s in faults:
         lost = "" if s.lost_steps is None else s.lost_steps
         back = "" if s.back_s is None else f"{s.back_s:.1f}"
         note = s.note.replace("\n", " ")

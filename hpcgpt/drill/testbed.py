@@ -1,7 +1,7 @@
-"""Where the drill's runs take place: what the lab (testbed_lab.py) and this machine (testbed_here.py) have in common.
+"""The testbed of the drill's runs: what the lab (testbed_lab.py) and this machine (testbed_here.py) have in common.
 
-A victim is found by looking into /proc, by its command line and by the variables that its launcher gave to it, and
-is signalled through a pidfd: between the look and the shot its number cannot come to mean another process.
+Ranks are found in /proc, by their command line and by the variables that their launcher gave them, and are signalled
+through a pidfd, which cannot mean another process if the pid is reused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hpcgpt.drill.wandb_server import WandbServer
 
 State = Literal["waiting", "running", "finished", "over"]
 
-# What takes minutes in a run of days has to happen in one of a minute.
+# Intervals of minutes are shortened for runs that take a minute.
 TRACKING_TIMES = {"HPCGPT_TRACKING_CHECK_S": "20", "HPCGPT_TRACKING_PROBE_S": "10", "HPCGPT_TRACKING_INIT_S": "10"}
 
 
@@ -34,7 +34,7 @@ class Rank:
         return f"rank {self.rank} on {self.host}"
 
     def send(self, number: signal.Signals) -> bool:
-        """False if it has gone."""
+        """Send a signal; False if the process has ended."""
         try:
             signal.pidfd_send_signal(self.handle, number)
         except ProcessLookupError:
@@ -42,55 +42,57 @@ class Rank:
         return True
 
 
-class Place(Protocol):
-    """A job is known by the name that `start` gives back."""
+class Testbed(Protocol):
+    """Where jobs run. A job is named by the string that `start` returns."""
 
     name: str
     kind: Literal["lab", "here"]
-    shape: str  # in words
+    shape: str  # a description of nodes and ranks
     disk: Disk
     wandb: WandbServer  # every run reports to it
 
     def version(self) -> str:
-        """Slurm's; '' without one."""
+        """Return Slurm's version; '' without Slurm."""
 
-    def start(self, run: str, training: Sequence[str], partition: str = "low") -> str: ...
+    def start(self, run: str, training: Sequence[str], partition: str = "low") -> str:
+        """Start a job that trains the run of that name; returns the job."""
 
     def state(self, job: str) -> State:
-        """ "over" is any end but a finished training."""
+        """Return the job's state; "over" is any end but a finished training."""
 
     def over(self, job: str) -> bool:
-        """Has it ended, in whichever way?"""
+        """Has the job ended?"""
 
-    def last_words(self, job: str) -> str:
-        """How Slurm (or the drill, where it plays the batch script) says that the job ended, and the log's end."""
+    def failure_details(self, job: str) -> str:
+        """Describe how the job ended, with the last lines of its log."""
 
-    def ranks(self, job: str) -> list[Rank]: ...
+    def ranks(self, job: str) -> list[Rank]:
+        """Find the job's training processes, by rank."""
 
     def healthy(self) -> bool:
         """Do all nodes answer?"""
 
     def cancel_all(self) -> None:
-        """End every job that was started here and is still there."""
+        """End every job that was started here and still exists."""
 
 
 def ranks_among(pids: Iterable[int], belongs: Mapping[str, str], host: str) -> list[Rank]:
-    """The training processes among `pids` that have all the variables in `belongs`, by rank."""
+    """Find the training processes among `pids` that have all the variables in `belongs`, by rank."""
     found = []
     for pid in pids:
         with suppress(OSError):  # it has ended meanwhile
             handle = os.pidfd_open(pid)
-            words, env = command_line(pid), environment(pid)
-            if _trains(words) and belongs.items() <= env.items():
+            command, env = command_line(pid), environment(pid)
+            if _trains(command) and belongs.items() <= env.items():
                 found.append(Rank(world.discover(env).rank, pid, host, handle))
             else:
                 os.close(handle)
     return sorted(found, key=lambda rank: rank.rank)
 
 
-def _trains(words: list[str]) -> bool:
-    """Not srun, torchrun or a shell, which have the same words among their own."""
-    options = [word for word in words[1:4] if word != "-u"]  # torchrun's
+def _trains(command: list[str]) -> bool:
+    """Is it a rank, and not srun, torchrun or a shell, whose arguments contain a rank's command?"""
+    options = [argument for argument in command[1:4] if argument != "-u"]  # torchrun adds -u
     return options[:2] == ["-m", "hpcgpt.train"]
 
 
@@ -104,14 +106,14 @@ def environment(pid: int) -> dict[str, str]:
 
 
 class Disk:
-    """The file system that the runs are on. Only one of the drill's own may be filled."""
+    """The file system of the runs. It may be filled only if the drill has mounted it (`own`)."""
 
     def __init__(self, folder: Path, own: bool) -> None:
         self.folder, self.own = folder, own
         self._filler = folder / ".filled-by-the-drill"
 
     def fill(self) -> None:
-        """Leave no room; what is freed meanwhile is taken by the next call."""
+        """Use up all free space; what is freed later is used up by the next call."""
         assert self.own, "not our disk"
         descriptor = os.open(self._filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:

@@ -1,7 +1,7 @@
-"""The drill's place without a Slurm: ranks on this machine, and the drill plays the batch script.
+"""The drill's testbed without Slurm: ranks on this machine, and the drill does what the batch script does.
 
-Two ranks are started by torchrun, one is started as it is. When they have left, the policy of hpcgpt.requeue decides,
-as it does after srun: on "run again" they are started again.
+torchrun starts two ranks; a single one is started directly. When they have ended, the requeue policy decides whether
+they are started again, as it does after srun.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import IO, Literal
 
 from hpcgpt import exit_codes
 from hpcgpt.config import sources
-from hpcgpt.drill.faults import Kind, MissedError, Scene
+from hpcgpt.drill.faults import FaultContext, FaultKind, MissedError
 from hpcgpt.drill.testbed import TRACKING_TIMES, Disk, Rank, State, ranks_among
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.run import run_folder
 from hpcgpt.slurm import requeue_policy, restart_history, scontrol
-from hpcgpt.slurm.restart_history import History
+from hpcgpt.slurm.restart_history import RestartHistory
 
 
-class HerePlace:
-    """Use it as a context: on leaving, what it started has ended and nothing is mounted any more."""
+class LocalTestbed:
+    """Use it as a context: on exit its processes are ended, and its file system is unmounted."""
 
     kind: Literal["lab", "here"] = "here"
     name = "this machine"
@@ -37,9 +37,9 @@ class HerePlace:
         self.home, self.count = home, ranks
         self.shape = f"this machine without a Slurm, {ranks} ranks"
         self.disk = Disk(home / "disk", own=False)
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, LocalJob] = {}
 
-    def __enter__(self) -> HerePlace:
+    def __enter__(self) -> LocalTestbed:
         self.disk.folder.mkdir(parents=True)
         with suppress(OSError):
             options = ["-n", "-t", "tmpfs", "-o", "size=600m,mode=0755", "hpcgpt-drill", str(self.disk.folder)]
@@ -58,19 +58,19 @@ class HerePlace:
         return ""
 
     def start(self, run: str, training: Sequence[str], partition: str = "", *, again: bool = True) -> str:
-        """Not `again`: what leaves stays away. torchrun hides the status of a refusal, which would tell that."""
+        """With `again`, restart the ranks as the policy decides. (torchrun hides a refused start's status.)"""
         del partition
         name = f"{run}.{len(self._jobs) + 1}"
         log, env = self.home / f"{name}.log", self.wandb.environ()
-        self._jobs[name] = Job([*training, "--run.name", run], self.count, log, name, again, env)
+        self._jobs[name] = LocalJob([*training, "--run.name", run], self.count, log, name, again, env)
         return name
 
     def state(self, job: str) -> State:
         return self._jobs[job].state()
 
-    def last_words(self, job: str) -> str:
+    def failure_details(self, job: str) -> str:
         lines = (self.home / f"{job}.log").read_text(errors="replace").splitlines()
-        return "\n".join([f"{job} is {self.state(job)}: {self._jobs[job].why}", *lines[-8:]])
+        return "\n".join([f"{job} is {self.state(job)}: {self._jobs[job].reason}", *lines[-8:]])
 
     def over(self, job: str) -> bool:
         return self.state(job) in ("finished", "over")
@@ -86,36 +86,36 @@ class HerePlace:
     def cancel_all(self) -> None:
         for name, job in self._jobs.items():
             job.end()
-            for rank in self.ranks(name):  # those whose torchrun was killed
+            for rank in self.ranks(name):  # whose torchrun was killed
                 rank.send(signal.SIGKILL)
 
 
-class Job:
-    """One run as the batch script would do it: start the ranks, decide, start them again."""
+class LocalJob:
+    """A job as the batch script would run it: start the ranks, decide, start them again."""
 
     def __init__(
         self, training: Sequence[str], ranks: int, log: Path, mark: str, again: bool, env: dict[str, str]
     ) -> None:
         self._training, self._ranks, self._again, self._env = list(training), ranks, again, env
-        self.mark, self.why = f"{os.getpid()}.{mark}", "it runs"
+        self.mark, self.reason = f"{os.getpid()}.{mark}", "it runs"
         self.status: int | None = None
-        self._newest = self._crashes = 0  # there is no job, and so no chain, whose starts the events would tell
+        self._newest = self._crashes = 0  # without a job id the events do not tell the starts apart
         self._file: IO[bytes] = open(log, "ab")  # noqa: SIM115 (as long as this object)
         self._start()
 
     def _start(self) -> None:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self._ranks), "--standalone"]
-        words = [sys.executable, *(launcher if self._ranks > 1 else []), "-m", "hpcgpt.train", *self._training]
+        command = [sys.executable, *(launcher if self._ranks > 1 else []), "-m", "hpcgpt.train", *self._training]
         drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
         self._started_at = time.time()
         self._running = subprocess.Popen(
-            words,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=self._file,
             stderr=self._file,
             env={**kept, **TRACKING_TIMES, **self._env, "HPCGPT_DRILL_JOB": self.mark},
-            start_new_session=True,  # Ctrl-C is for the drill, which then ends them
+            start_new_session=True,  # so that Ctrl-C reaches only the drill, which then ends them
         )
 
     def state(self) -> State:
@@ -127,79 +127,78 @@ class Job:
 
     def _decide(self, left: int) -> None:
         if not self._again:
-            self.status, self.why = left, f"left with status {left}"
+            self.status, self.reason = left, f"exited with status {left}"
             return
         settings = sources.from_command_line(self._training, "drill", "")
         folder = settings.run_folder
         ended = run_folder.read_exit(folder)
-        # Without a job's number, an older attempt's word is told by its age.
+        # Without a job id, the exit.json of an earlier attempt is recognized by its age.
         if ended and (folder / "exit.json").stat().st_mtime < self._started_at:
             ended = None
         newest = restart_history.newest_step(folder / "checkpoints") or 0
         if newest > self._newest:
             self._newest, self._crashes = newest, 0
-        past = History(crashes=self._crashes)
+        past = RestartHistory(crashes=self._crashes)
         decision = requeue_policy.decide(ended, left, scontrol.Job("RUNNING"), 0, past, settings.requeue)
         self._crashes += decision.crashed
-        self._file.write(f"drill: status {left}: {decision.why}\n".encode())
+        self._file.write(f"drill: status {left}: {decision.reason}\n".encode())
         self._file.flush()
-        self.why = decision.why
+        self.reason = decision.reason
         if decision.crashed:
             with suppress(OSError):
-                run_folder.record(folder, "crash", status=left, reason=decision.why)
+                run_folder.record(folder, "crash", status=left, reason=decision.reason)
         if decision.requeue:
             self._start()
         else:
-            finished = decision.why == "training is finished"
-            self.status = exit_codes.FINISHED if finished else left or exit_codes.FAILED
+            self.status = exit_codes.FINISHED if decision.finished else left or exit_codes.FAILED
 
     def end(self) -> None:
         if self.status is None:
-            self.status, self.why = exit_codes.FAILED, "ended by the drill"
+            self.status, self.reason = exit_codes.FAILED, "ended by the drill"
             with suppress(ProcessLookupError):
                 os.killpg(self._running.pid, signal.SIGKILL)
             self._running.wait()
         self._file.close()
 
 
-# --- faults that make sense here only --------------------------------------------------------------
+# --- faults for this testbed only ------------------------------------------------------------------
 
 
-def warn(scene: Scene) -> str:
-    return _signal_all(scene, signal.SIGUSR1)
+def warn(context: FaultContext) -> str:
+    return _signal_all(context, signal.SIGUSR1)
 
 
-def terminate(scene: Scene) -> str:
-    return _signal_all(scene, signal.SIGTERM)
+def terminate(context: FaultContext) -> str:
+    return _signal_all(context, signal.SIGTERM)
 
 
-def _signal_all(scene: Scene, number: signal.Signals) -> str:
-    """As Slurm does: to every process of the step."""
-    sent = sum(rank.send(number) for rank in scene.ranks())
+def _signal_all(context: FaultContext, number: signal.Signals) -> str:
+    """Send a signal to every rank, as Slurm does."""
+    sent = sum(rank.send(number) for rank in context.ranks())
     if not sent:
         raise MissedError("no rank was there")
     return f"{sent} ranks"
 
 
-def second_start(scene: Scene) -> str:
-    """Must be refused, and must leave the first one alone."""
-    place = scene.place
-    assert isinstance(place, HerePlace)
-    before = scene.run.newest_start()
-    other = place.start(scene.run.folder.name, scene.training, again=False)
-    scene.done = lambda: place.over(other)
+def second_start(context: FaultContext) -> str:
+    """Start the command a second time. It must be refused, and must not disturb the first one."""
+    testbed = context.testbed
+    assert isinstance(testbed, LocalTestbed)
+    before = context.run.newest_start()
+    other = testbed.start(context.run.folder.name, context.training, again=False)
+    context.done = lambda: testbed.over(other)
 
     def refused() -> str:
-        if scene.run.newest_start() > before:
-            return f"the second start took the run folder, as attempt {scene.run.newest_start()}"
-        return "" if place.state(other) == "over" else "the second start was not refused"
+        if context.run.newest_start() > before:
+            return f"the second start acquired the run folder, as attempt {context.run.newest_start()}"
+        return "" if testbed.state(other) == "over" else "the second start was not refused"
 
-    scene.promises.append(refused)
+    context.checks.append(refused)
     return other
 
 
-KINDS: tuple[Kind, ...] = (
-    Kind("USR1", "SIGUSR1 to every rank", "restart", warn),
-    Kind("TERM", "SIGTERM to every rank", "restart", terminate),
-    Kind("second start", "the same command is started in the same run folder", "on", second_start, takes_s=20),
+KINDS: tuple[FaultKind, ...] = (
+    FaultKind("USR1", "SIGUSR1 to every rank", "restart", warn),
+    FaultKind("TERM", "SIGTERM to every rank", "restart", terminate),
+    FaultKind("second start", "the same command is started in the same run folder", "on", second_start, takes_s=20),
 )

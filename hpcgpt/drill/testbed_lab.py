@@ -1,7 +1,7 @@
-"""The drill's place with a real Slurm: the lab (slurm/lab), brought up for the drill unless it is up.
+"""The drill's testbed with a real Slurm: the lab (slurm/lab), which is started unless it runs already.
 
-The runs are on a file system of the drill's own, small and in memory, that can be filled. A lab's nodes have
-their own mount namespaces, so it is mounted before they come up, or their slurmd are started again.
+The runs are on a small file system in memory that the drill can fill. The lab's nodes have their own mount namespaces,
+so it is mounted before they start, or each slurmd is restarted.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DISK_MB = 600
 SECOND_LOOK_S = 3.0
 
 
-class LabPlace:
-    """Use it as a context: on leaving, jobs, mount and (if the drill brought it up) the lab are taken away."""
+class LabTestbed:
+    """Use it as a context: on exit jobs, mount and, if the drill started it, the lab are removed."""
 
     kind: Literal["lab", "here"] = "lab"
     wandb: WandbServer  # from __enter__ on
@@ -42,11 +42,11 @@ class LabPlace:
         self.shape = "a lab: a real Slurm, 2 nodes (of 4) x 2 ranks"
         self.lab = _lab_module("lab_conf").Lab(name, subnet)
         self.disk = Disk(home / "disk", own=False)
-        self._brought_up = self._mounted = False
+        self._started_lab = self._mounted = False
         self._jobs: list[str] = []
         self.env: dict[str, str] = {}
 
-    def __enter__(self) -> LabPlace:
+    def __enter__(self) -> LabTestbed:
         try:
             self._prepare()
         except BaseException:
@@ -57,7 +57,7 @@ class LabPlace:
     def _prepare(self) -> None:
         self.disk.folder.mkdir(parents=True)
         is_up = self._commands.status(self.name).up
-        # A slurmd that is started again has a new mount namespace, which takes nobody's jobs along if there are none.
+        # Restarting a slurmd gives it a new mount namespace, and must not happen while jobs are queued or running.
         if not is_up or not self._queue_of(self.lab):
             self._mount()
         if is_up:
@@ -66,9 +66,9 @@ class LabPlace:
                 self._restart_slurmds()
         else:
             self._commands.up(self.lab)
-            self._brought_up = True
+            self._started_lab = True
         self.wandb = WandbServer(f"{self.lab.subnet}.253")  # this machine, as the nodes see it
-        # In a folder of its own, which a node may lack.
+        # In a folder of its own, which a fault can hide from a node.
         self.environment = self.home / "environment"
         self.environment.mkdir()
         python = self.environment / "python"
@@ -85,13 +85,13 @@ class LabPlace:
     def __exit__(self, *_exception: object) -> None:
         if hasattr(self, "wandb"):
             self.wandb.close()
-        if self._brought_up:
+        if self._started_lab:
             self._commands.down(self.name)
         if self._mounted:
-            # At once for us, for whoever still has a file open there when that is closed.
+            # Unmounted at once here; for a process with an open file, when it closes that.
             self._hosts.run(["umount", "-n", "--lazy", self.disk.folder])
-            if not self._brought_up:
-                self._restart_slurmds()  # their namespaces would hold it for as long as they live
+            if not self._started_lab:
+                self._restart_slurmds()  # their mount namespaces would keep it mounted
 
     def _mount(self) -> None:
         folder = self.disk.folder
@@ -112,17 +112,17 @@ class LabPlace:
 
     def start(self, run: str, training: Sequence[str], partition: str = "low", shape: Sequence[str] = SHAPE) -> str:
         """Submit the batch script of this checkout, as a user would."""
-        words = [f"--job-name={run}", "--time=60", "--signal=USR1@30", f"--partition={partition}"]
-        return self.submit(*shape, *words, str(SCRIPT), *training, "--run.name", run)
+        flags = [f"--job-name={run}", "--time=60", "--signal=USR1@30", f"--partition={partition}"]
+        return self.submit(*shape, *flags, str(SCRIPT), *training, "--run.name", run)
 
-    def submit(self, *words: str) -> str:
+    def submit(self, *arguments: str) -> str:
         output = self.home / "slurm-%j.out"
-        job = self.slurm("sbatch", "--parsable", f"--output={output}", *words).strip()
+        job = self.slurm("sbatch", "--parsable", f"--output={output}", *arguments).strip()
         self._jobs.append(job)
         return job
 
     def slurm(self, *command: str) -> str:
-        """A Slurm command's output; a refusal is an OSError with what it said."""
+        """Return the output of a Slurm command. Raises OSError with its message if it fails."""
         done = subprocess.run(
             command, env=self.env, cwd=self.home, capture_output=True, text=True, timeout=60, check=False
         )
@@ -131,7 +131,7 @@ class LabPlace:
         return done.stdout
 
     def show(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job; {} if it knows none of that number."""
+        """Return the fields of `scontrol show job`; {} if there is no such job."""
         with suppress(OSError):
             return fields_of(self.slurm("scontrol", "show", "job", job))
         return {}
@@ -139,37 +139,37 @@ class LabPlace:
     def state(self, job: str) -> State:
         found = self._state(job)
         if found == "over":
-            # While it requeues a job, or is too busy to answer, Slurm may say what is true for a moment only.
+            # While Slurm requeues a job, or is overloaded, it may show a state that lasts only a moment.
             time.sleep(SECOND_LOOK_S)
             found = self._state(job)
         return found
 
     def _state(self, job: str) -> State:
-        said = self.show(job).get("JobState", "unknown")
-        if said == "COMPLETED":
+        found = self.show(job).get("JobState", "unknown")
+        if found == "COMPLETED":
             return "finished"
-        if said in ("PENDING", "CONFIGURING", "REQUEUED"):
+        if found in ("PENDING", "CONFIGURING", "REQUEUED"):
             return "waiting"
-        return "running" if said in ("RUNNING", "COMPLETING", "SUSPENDED") else "over"
+        return "running" if found in ("RUNNING", "COMPLETING", "SUSPENDED") else "over"
 
-    def last_words(self, job: str) -> str:
-        said = self.show(job)
+    def failure_details(self, job: str) -> str:
+        found = self.show(job)
         path = self.home / f"slurm-{job}.out"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        return "\n".join([f"job {job} is {said.get('JobState')}, reason {said.get('Reason')}", *lines[-6:]])
+        return "\n".join([f"job {job} is {found.get('JobState')}, reason {found.get('Reason')}", *lines[-6:]])
 
     def over(self, job: str) -> bool:
         return self.state(job) in ("finished", "over")
 
     def cancel_all(self) -> None:
-        mine = [job for job in self._jobs if not self.over(job)]
-        for job in mine:
+        alive = [job for job in self._jobs if not self.over(job)]
+        for job in alive:
             self.slurm("scancel", job)
         deadline = time.monotonic() + 60
-        while set(mine) & set(self._queue_of(self.lab)) and time.monotonic() < deadline:
+        while set(alive) & set(self._queue_of(self.lab)) and time.monotonic() < deadline:
             time.sleep(0.5)
         for job in self._jobs:
-            for rank in self.ranks(job):  # an orphan, which no slurmd ends any more
+            for rank in self.ranks(job):  # an orphan, which no slurmd ends
                 rank.send(signal.SIGKILL)
 
     # --- processes and hosts -----------------------------------------------------------------------
@@ -181,11 +181,10 @@ class LabPlace:
         return sorted(found, key=lambda rank: rank.rank)
 
     def launcher(self, job: str) -> int | None:
-        """The pid of the srun that the batch script runs."""
+        """Return the pid of the srun that the batch script runs."""
         for pid in self._hosts.processes(self.lab, called="srun"):
             with suppress(OSError):
-                words = command_line(pid)
-                if "hpcgpt.train" in words and environment(pid).get("SLURM_JOB_ID") == job:
+                if "hpcgpt.train" in command_line(pid) and environment(pid).get("SLURM_JOB_ID") == job:
                     return int(pid)
         return None
 
@@ -217,7 +216,7 @@ class LabPlace:
     def resume(self, node: str) -> None:
         try:
             self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        except OSError:  # its slurmd registers by itself now and then, and Slurm has then returned it already
+        except OSError:  # its slurmd may have registered by itself, and Slurm has resumed the node then
             if self._commands.node_states(self.lab).get(node, "down").startswith("down"):
                 raise
 
@@ -226,17 +225,17 @@ class LabPlace:
 
 
 def why_no_lab() -> str:
-    """The sentence that says why no lab can be had here; '' if one can."""
+    """Return why no lab can be started here; '' if one can."""
     if not SCRIPT.is_file():
         return (
-            f"there is no {SCRIPT}: a lab is brought up from a checkout. Clone hpcgpt's repository, and in it type "
-            "`make install` and `sudo .venv/bin/python -m hpcgpt.drill`"
+            f"there is no {SCRIPT}: a lab needs a checkout. Clone hpcgpt's repository, and in it run `make install` "
+            "and `sudo .venv/bin/python -m hpcgpt.drill`"
         )
     return str(_lab_module("lab_needs").why_not())
 
 
 def _lab_module(name: str) -> Any:
-    """A module of slurm/lab, which is a tool of the checkout and no part of the package."""
+    """Import a module of slurm/lab, which is a tool of the checkout and not part of the package."""
     folder = str(CHECKOUT / "slurm" / "lab")
     if folder not in sys.path:
         sys.path.insert(0, folder)

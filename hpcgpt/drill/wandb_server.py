@@ -1,13 +1,13 @@
-"""A stand-in for a W&B server: as much of its GraphQL and file stream as wandb's client asks for.
+"""A stand-in for a W&B server: as much of its GraphQL and file stream as wandb's client uses.
 
-The drill, the benchmark of tracking and the tests send their runs to it. It keeps the history lines that it was sent,
-by run, and can be out of order in the ways that real servers are:
+The drill, the benchmark of tracking and the tests send their runs to it. It keeps the history lines that it receives,
+by run, and can fail in the ways that real servers do:
 
     healthy     answers
     silent      accepts connections and never answers
     failing     answers 500 to everything
     refusing    nothing listens at its port
-    forgetful   answers, but takes no history: 500 for the file stream alone
+    forgetful   answers, but accepts no history: 500 for the file stream alone
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ BIND_S = 20.0
 
 
 class WandbServer:
-    """Answers from `url` until it is closed; `history` has the lines of a run in the order in which they came, and
-    `names` the name of each run. It listens at `host` alone."""
+    """Answers at `url` until it is closed. `history` has the lines of each run in the order of their arrival, `names`
+    the name of each run. It listens on `host` only."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self._mode: Mode = "healthy"
@@ -44,7 +44,7 @@ class WandbServer:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *args: Any) -> None:
-                """Stay quiet: the client's errors are part of the tests."""
+                """Print nothing: the client's errors are part of the tests."""
 
             def do_GET(self) -> None:
                 server.answer(self)
@@ -55,7 +55,7 @@ class WandbServer:
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """A client that was killed is part of the tests, too."""
+                """Ignore it: clients that are killed are part of the tests."""
 
         self._listener: Callable[[tuple[str, int]], ThreadingHTTPServer] = lambda address: Http(address, Handler)
         self._http: ThreadingHTTPServer | None = None
@@ -76,13 +76,13 @@ class WandbServer:
             self._listen()
 
     def _listen(self) -> None:
-        """Listen at the port again; the first time, at any that is free."""
+        """Listen on the port again; the first time, on any free one."""
         deadline = time.monotonic() + BIND_S
         while True:
             try:
                 self._http = self._listener(self._address)
                 break
-            except OSError:  # an outgoing connection of another program may have been given the port meanwhile
+            except OSError:  # another program's outgoing connection may use the port meanwhile
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
@@ -100,16 +100,16 @@ class WandbServer:
         self._close_listener()
 
     def environ(self) -> dict[str, str]:
-        """The variables by which wandb sends a run here, whatever else its user's settings say."""
+        """Return the variables that make wandb send a run here, whatever the user's settings are."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online", "WANDB_SILENT": "true",
                 "NO_PROXY": "*", "no_proxy": "*"}  # fmt: skip
 
     def steps(self, run: str) -> list[int]:
-        """The steps of the rows of a run, without its samples, in the order in which they came."""
+        """Return the steps of a run's rows, without its samples, in the order of their arrival."""
         return [line["step"] for line in self.history.get(run, []) if "train/loss" in line]
 
     def wait(self, what: Callable[[], bool], limit_s: float = 120) -> bool:
-        """Wait until `what` is true after a request; False if it never was."""
+        """Wait until `what` is true after a request; False if it is not within `limit_s`."""
         with self.changed:
             return self.changed.wait_for(what, limit_s)
 
@@ -130,7 +130,7 @@ class WandbServer:
         if mode in ("silent", "refusing"):
             if mode == "silent":
                 self._closed.wait()
-            asked.close_connection = True  # one that was open before
+            asked.close_connection = True  # opened before the outage
             return
         if mode == "failing" or (mode == "forgetful" and "/file_stream" in asked.path):
             self._reply(asked, 500, {"error": "out of order"})

@@ -1,4 +1,4 @@
-"""A run as the drill sees it from outside: where it stands, by its files alone."""
+"""The state of a run as the drill sees it: read from the run's files alone. And the cleanup of the drill's faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNT_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
-class Watched:
+class WatchedRun:
     folder: Path
 
     @property
@@ -28,7 +28,7 @@ class Watched:
         return self.folder / "checkpoints"
 
     def tail(self) -> list[dict[str, Any]]:
-        """The newest rows of metrics.jsonl; the file may be replaced or full of nothing at any moment."""
+        """Read the newest rows of metrics.jsonl, which may be replaced or damaged at any moment."""
         try:
             with open(self.folder / "metrics.jsonl", "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -45,27 +45,27 @@ class Watched:
         return rows
 
     def position(self) -> tuple[int, int]:
-        """Newest step, and the attempt (generation) that made it; zeros before there is one."""
+        """Return the newest step, and the attempt that made it; zeros before the first one."""
         rows = self.tail()
         return (int(rows[-1]["step"]), int(rows[-1]["attempt"])) if rows else (0, 0)
 
     def step_s(self) -> float:
-        """Seconds a step, the median of the last ones."""
+        """Return the median seconds of the last steps."""
         return statistics.median([float(row["train/step_s"]) for row in self.tail()[-30:]] or [0.0])
 
     def starts(self) -> list[dict[str, Any]]:
         return [event for event in run_folder.events(self.folder) if event["event"] == "start"]
 
     def newest_start(self) -> int:
-        """The attempt that started last. On a full disk it cannot say so, and its first row does."""
+        """Return the attempt that started last. On a full disk it records no start, and only its rows show it."""
         return max([self.position()[1], *(int(start["attempt"]) for start in self.starts())])
 
-    def newest_generation(self) -> int:
-        """The attempt that took the run folder last; it may have made no step yet."""
+    def newest_lease(self) -> int:
+        """Return the number of the newest lease; its attempt may have made no step yet."""
         return max([0, *(int(path.stem) for path in (self.folder / "generations").glob("[0-9]*.json"))])
 
     def committed(self) -> list[Path]:
-        """Checkpoints with a manifest, the oldest first."""
+        """List the checkpoints with a manifest, the oldest first."""
         return sorted(path.parent for path in self.checkpoints.glob("step_*/manifest.json"))
 
     def being_saved(self) -> list[Path]:
@@ -73,9 +73,9 @@ class Watched:
 
 
 class CheckpointCounter:
-    """Counts a run's checkpoints several times a second, as a context. `most` is how many there were at any time."""
+    """Counts a run's checkpoints several times a second, as a context. `most` is the largest count."""
 
-    def __init__(self, run: Watched) -> None:
+    def __init__(self, run: WatchedRun) -> None:
         self.most = 0
         self._run, self._stop = run, threading.Event()
         self._thread = threading.Thread(target=self._count, name="checkpoint counter", daemon=True)
@@ -90,50 +90,51 @@ class CheckpointCounter:
 
     def _count(self) -> None:
         while True:
-            with suppress(OSError):  # the network file system of a lab may be away
+            with suppress(OSError):  # the lab's file system may be unreachable
                 self.most = max(self.most, len(self._run.committed()))
             if self._stop.wait(COUNT_EVERY_S):
                 return
 
 
-class Undoing:
-    """What the drill has still to undo of its own faults. `all` must run whatever happens."""
+class CleanupStack:
+    """The actions that end the drill's faults. `run_all` must be called whatever happens."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
         self._pending: list[tuple[float, Callable[[], bool] | None, float, str, Callable[[], object]]] = []
 
-    def later(
+    def add(
         self,
-        words: str,
+        message: str,
         action: Callable[[], object],
         after_s: float,
         when: Callable[[], bool] | None = None,
         at_most_s: float = 100.0,
     ) -> None:
-        """Do it `after_s` seconds from now and once `when` holds; in any case after `at_most_s`."""
+        """Run `action` after `after_s` seconds and once `when` holds; in any case after `at_most_s`."""
         now = time.monotonic()
-        self._pending.append((now + after_s, when, now + at_most_s, words, action))
+        self._pending.append((now + after_s, when, now + at_most_s, message, action))
 
-    def tick(self) -> None:
+    def run_due(self) -> None:
+        """Run the actions that are due."""
         now = time.monotonic()
         for item in list(self._pending):
-            due_at, when, at_last, words, action = item
+            due_at, when, at_last, message, action = item
             if now >= due_at and (when is None or when() or now >= at_last):
                 self._pending.remove(item)
-                self._say(words)
+                self._log(message)
                 action()
 
-    def all(self) -> None:
-        """Undo everything, now. One that fails does not keep the others from being undone."""
+    def run_all(self) -> None:
+        """Run all actions now, the newest first. If one fails the others still run."""
         problems = []
         while self._pending:
-            *_, words, action = self._pending.pop()
+            *_, message, action = self._pending.pop()
             try:
-                self._say(words)
+                self._log(message)
                 action()
-            except Exception as error:  # whatever it was, the next one has to be undone
-                problems.append(f"{words}: {error}")
+            except Exception as error:  # of any kind: the next action has to run
+                problems.append(f"{message}: {error}")
         if problems:
             raise RuntimeError("; ".join(problems))
 

@@ -1,1 +1,1 @@
-"""The GPT: blocks, attention and its kernels, the loss, and text generated from it. Knows nothing of runs and ranks."""
+"""The GPT: blocks, attention and its kernels, the loss, and text generation. Independent of runs and ranks."""

@@ -3,7 +3,7 @@
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H).
 
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks, GELU in its tanh
-form, LayerNorm epsilon 1e-5. Where a token stands it knows from the positions that are learned beside the embedding.
+form, LayerNorm epsilon 1e-5. Positions are learned, and added to the token embedding in ``hpcgpt.model.gpt``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcgpt.config.options import Model
-from hpcgpt.model.attention import Sight, attend
-from hpcgpt.model.kv_cache import Memory
+from hpcgpt.model.attention import attend
+from hpcgpt.model.attention_context import AttentionContext
+from hpcgpt.model.kv_cache import LayerKVCache
 
 
 class Norm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        # Parameters may have been gathered in bfloat16, which x is not: there is no kernel for that on a CPU.
+        # FSDP may gather parameters in bfloat16 while x is float32: CPUs have no kernel for that mix.
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
@@ -31,14 +32,14 @@ class Attention(nn.Module):
         self.residual = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, sight: Sight, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerKVCache | None = None) -> Tensor:
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
             for part in self.qkv(x).chunk(3, dim=-1)  # (B, T, C) each
         )
-        if memory is not None:
-            k, v = memory.extend(k, v)  # (B, H, S, D)
-        mixed = attend(q, k, v, sight, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, H, S, D)
+        mixed = attend(q, k, v, context, self.dropout if self.training else 0.0)  # (B, H, T, D)
         out: Tensor = self.residual(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(out, self.dropout, self.training)
 

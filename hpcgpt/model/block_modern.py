@@ -3,7 +3,7 @@ keys, SwiGLU; no biases.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, K key-value heads, D head size (C / H), F hidden width.
 
-Sources, a change from GPT-2's block each:
+Sources, one for each change from GPT-2's block:
 
 * RMSNorm: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 * rotary positions: Su et al., "RoFormer", 2021.
@@ -12,7 +12,7 @@ Sources, a change from GPT-2's block each:
   Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023.
 * grouped queries: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models", 2023.
 
-Put together they are the block of Qwen3 (Yang et al., 2025), whose layout of rotary pairs is used.
+Together they are the block of Qwen3 (Yang et al., 2025), whose layout of rotary pairs is used.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcgpt.config.options import Model
-from hpcgpt.model.attention import Sight, attend
-from hpcgpt.model.kv_cache import Memory
+from hpcgpt.model.attention import attend
+from hpcgpt.model.attention_context import AttentionContext
+from hpcgpt.model.kv_cache import LayerKVCache
 
-ROTARY_BASE = 10_000.0
 EPSILON = 1e-6
-# The hidden width comes in multiples of this, for the matrix units' sake.
+# The hidden width is a multiple of this, for efficient matrix products.
 WIDTH_MULTIPLE = 64
 
 
 class Norm(nn.Module):
-    """x / rms(x), times a gain a channel; the mean of squares is taken in float32 at least."""
+    """RMSNorm: x / rms(x), times a gain for each channel; the mean of squares is computed in float32 or wider."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Torch has no fused kernel for bfloat16 with gains in float32, which autocast would make of it.
+        # Under autocast the gains would stay float32, and torch has no fused kernel for bfloat16 with float32 gains.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPSILON)
 
 
@@ -55,14 +55,14 @@ class Attention(nn.Module):
         self.residual = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, sight: Sight, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerKVCache | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.groups, -1)).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = heads.split((self.heads, self.groups, self.groups), dim=1)  # (B, H, T, D), (B, K, T, D) twice
-        assert sight.rotation is not None
-        q, k = turned(self.query_norm(q), sight.rotation), turned(self.key_norm(k), sight.rotation)
-        if memory is not None:
-            k, v = memory.extend(k, v)  # (B, K, S, D)
-        mixed = attend(q, k, v, sight, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        assert context.rope is not None
+        q, k = apply_rope(self.query_norm(q), context.rope), apply_rope(self.key_norm(k), context.rope)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, K, S, D)
+        mixed = attend(q, k, v, context, self.dropout if self.training else 0.0)  # (B, H, T, D)
         out: Tensor = self.residual(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(out, self.dropout, self.training)
 
@@ -70,7 +70,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
-        # Three matrices of 8/3 C have the weights of GPT-2's two of 4 C.
+        # Three matrices of width 8/3 C have as many weights as GPT-2's two of width 4 C.
         width = math.ceil(8 * config.n_embd / 3 / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         self.gate_and_up = nn.Linear(config.n_embd, 2 * width, bias=False)
         self.residual = nn.Linear(width, config.n_embd, bias=False)
@@ -81,20 +81,8 @@ class MLP(nn.Module):
         return self.dropout(self.residual(F.silu(gate) * up))  # type: ignore[no-any-return]
 
 
-def rotation(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles that heads of `size` turn by at `positions` (T,) or (B, T).
-
-    float32, (T, D/2) or (B, 1, T, D/2): pair i turns by position / ROTARY_BASE^(2i / D).
-    """
-    steps = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size  # (D/2,)
-    angles = positions.unsqueeze(-1) * (1.0 / ROTARY_BASE**steps)  # (..., T, D/2)
-    if angles.dim() == 3:
-        angles = angles.unsqueeze(1)  # (B, 1, T, D/2): the same for all heads
-    return angles.cos(), angles.sin()
-
-
-def turned(x: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-    """`x` (B, H, T, D), its dimensions i and i + D/2 turned as a pair; computed in float32 at least."""
-    cosine, sine = by
+def apply_rope(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate dimensions i and i + D/2 of `x` (B, H, T, D) as a pair, in float32 or wider."""
+    cosine, sine = cos_sin
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)

@@ -1,11 +1,10 @@
-"""Text from a model: greedy, or drawn with temperature, top-k and top-p.
+"""Text from a model: greedy, or sampled with temperature, top-k and top-p.
 
-The model reads a text once and keeps the keys and values of its tokens (``hpcgpt.model.kv_cache``), so that each
-further token costs one token's pass. It sees block_size tokens at most. When they are full the window slides on, by
-`sample.slide` tokens at a time, and everything in it is at another position: the cache is made anew. So beyond
-block_size a text costs a pass over the window for every `slide` tokens: at 1, which is the plain sliding window, as
-much as without a cache; at half of block_size about two tokens' passes a token, and the model sees between half
-a window and a whole one.
+A KV cache (``hpcgpt.model.kv_cache``) makes each further token cost one token's pass. The model's window is block_size
+tokens. Once it is full it moves on by `sample.slide` tokens at a time; all positions in it change, so the cache is
+rebuilt. Beyond block_size, a text therefore costs a pass over the window for every `slide` tokens: with 1, the plain
+sliding window, as much as without a cache; with half of block_size about two tokens' passes a token, and the model
+sees between half a window and a whole one.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch import Tensor
 from hpcgpt.config.options import Sample
 from hpcgpt.errors import DivergedError
 from hpcgpt.model.gpt import GPT
-from hpcgpt.model.kv_cache import Cache
+from hpcgpt.model.kv_cache import KVCache
 
 
 def generate(model: GPT, prompt: Sequence[int], config: Sample, device: torch.device, seed: int) -> Iterator[int]:
-    """`config.tokens` ids that follow `prompt`, one by one; see `generate_several`."""
+    """Yield `config.tokens` ids that follow `prompt`; see `generate_several`."""
     for (chosen,) in generate_several(model, prompt, config, device, [seed]):
         yield chosen
 
@@ -31,21 +30,21 @@ def generate(model: GPT, prompt: Sequence[int], config: Sample, device: torch.de
 def generate_several(
     model: GPT, prompt: Sequence[int], config: Sample, device: torch.device, seeds: Sequence[int]
 ) -> Iterator[list[int]]:
-    """`config.tokens` times the next id of as many texts as there are `seeds`, all of which follow `prompt`.
+    """Yield the next id of each text `config.tokens` times. There is one text for each of `seeds`; all follow `prompt`.
 
-    It draws from generators of its own, one a text, so training's random state stays as it is, and a text does not
-    depend on those beside it.
+    Each text has its own random generator: training's random state is not touched, and a text does not depend on the
+    others.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     training = model.training
     model.eval()
     texts = [list(prompt) for _ in seeds]
-    cache, begin = Cache(model.config), -1
+    cache, begin = KVCache(model.config), -1
     try:
         for _ in range(config.tokens):
             start = window_start(len(texts[0]), model.config.block_size, config.slide)
             if start != begin:
-                cache, begin = Cache(model.config), start
+                cache, begin = KVCache(model.config), start
                 unread = [text[start:] for text in texts]
             else:
                 unread = [text[-1:] for text in texts]
@@ -59,32 +58,32 @@ def generate_several(
 
 
 def window_start(length: int, block_size: int, slide: int) -> int:
-    """Where the window begins that the model sees of `length` ids: a multiple of `slide`, as small as may be."""
+    """Return the start of the model's window over `length` ids: the smallest multiple of `slide` that fits."""
     return max(0, -(-(length - block_size) // slide) * slide)
 
 
 def choose(logits: Tensor, config: Sample, generator: torch.Generator) -> int:
-    """One id from `logits` (V,): the likeliest at temperature 0 or top_k 1, else a drawn one.
+    """Choose an id from `logits` (V,): the most likely one at temperature 0 or top_k 1, else a sampled one.
 
-    top_p keeps the smallest set of likeliest ids whose probabilities reach that sum (Holtzman et al.,
+    top_p keeps the smallest set of most likely ids whose probabilities reach that sum (Holtzman et al.,
     "The Curious Case of Neural Text Degeneration", 2020).
 
     Raises:
-        UserError: the logits are no finite numbers.
+        DivergedError: the logits are not finite.
     """
     if not torch.isfinite(logits).all():
-        raise DivergedError("the model's logits are no finite numbers: it has diverged")
+        raise DivergedError("the model's logits are not finite: it has diverged")
     if config.temperature == 0 or config.top_k == 1:
         return int(logits.argmax())
     ids = torch.arange(len(logits))
-    if 0 < config.top_k < len(logits):  # to sort all of a large vocabulary takes longer than a small model does
+    if 0 < config.top_k < len(logits):  # sorting a large vocabulary takes longer than a small model's pass
         ids = ids[logits >= logits.topk(config.top_k).values[-1]]
     values, order = logits[ids].sort(descending=True, stable=True)
     ids = ids[order]
-    if config.top_k:  # of equally likely ones the first stay
+    if config.top_k:  # of equally likely ids the first are kept
         values, ids = values[: config.top_k], ids[: config.top_k]
     probabilities = (values / config.temperature).softmax(dim=0)
-    # An id stays while the ids before it fall short of top_p; the first one always does.
+    # An id is kept while the probabilities before it add up to less than top_p; so the first always is.
     before = probabilities.cumsum(dim=0) - probabilities
     probabilities = probabilities.masked_fill(before >= config.top_p, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,10 +1,11 @@
-"""The GPT, top-down: GPT -> Block -> Norm, Attention, MLP; these three are in a file of their own for each kind.
+"""The GPT, top-down: GPT -> Block -> Norm, Attention, MLP. The last three differ between kinds of model.
 
 Shapes: B batch, T time, C channels (n_embd), V vocabulary.
 
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks, and an
-initialisation that shrinks the two projections that write into the residual stream by sqrt(2 n_layer). What differs
-between ``model.kind = "gpt2"`` and ``"modern"`` is in ``hpcgpt.model.block_gpt2`` and ``hpcgpt.model.block_modern``.
+initialisation that divides the standard deviation of the two projections into the residual stream by
+sqrt(2 n_layer). What differs between ``model.kind = "gpt2"`` and ``"modern"`` is in ``hpcgpt.model.block_gpt2`` and
+``hpcgpt.model.block_modern``.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hpcgpt.config.options import Config, Model
-from hpcgpt.model import attention, block_gpt2, block_modern, loss
-from hpcgpt.model.attention import Sight
-from hpcgpt.model.kv_cache import Cache, Memory
+from hpcgpt.model import attention_context, block_gpt2, block_modern, loss
+from hpcgpt.model.attention_context import AttentionContext
+from hpcgpt.model.kv_cache import KVCache, LayerKVCache
 
-# Rows of the embedding come in multiples of this: matrix units are slow on odd sizes, 50,257 most of all.
+# The embedding's rows are padded to a multiple of this: matrix products are slow with odd sizes like 50,257.
 VOCAB_MULTIPLE = 64
 KINDS: dict[str, Any] = {"gpt2": block_gpt2, "modern": block_modern}
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How a model computes; its weights are the same in any manner.
+class ForwardOptions:
+    """Options of the forward pass that do not change what the weights are.
 
-    `document_start`: the id that begins documents, which attention then does not cross; None: it sees the whole
-    window. `loss_chunk` and `z_loss`: see `hpcgpt.model.loss`. `recompute`: blocks keep only their inputs for the
-    backward pass, and compute the rest once more. `attention`: which kernel the context around asks for, or "auto" (see
-    `hpcgpt.model.kernels`); '' where it is not chosen. It is looked at in each forward pass, so that torch.compile does
-    not take what it made for one kernel where another is asked for.
+    `document_start`: the id that begins documents, to keep attention within them; None: attention spans the window.
+    `loss_chunk`, `z_loss`: see `hpcgpt.model.loss`. `recompute`: activation checkpointing of each block. `attention`:
+    train.attention, or '' if the kernel is not chosen; the kernel itself is set by a surrounding context
+    (`hpcgpt.model.kernels`). Each forward pass reads it, so that torch.compile does not reuse code that was compiled
+    for another kernel.
     """
 
     document_start: int | None = None
@@ -46,8 +47,8 @@ class Manner:
     attention: str = ""
 
     @classmethod
-    def of(cls, config: Config, end_of_text: int) -> Manner:
-        """The manner that a configuration asks for; `end_of_text` is the tokenizer's id."""
+    def from_config(cls, config: Config, end_of_text: int) -> ForwardOptions:
+        """Return the options of a run's configuration; `end_of_text` is the tokenizer's id."""
         return cls(
             end_of_text if config.data.document_mask else None,
             config.train.loss_chunk,
@@ -57,17 +58,17 @@ class Manner:
         )
 
 
-PLAIN = Manner()
+PLAIN = ForwardOptions()
 
 
 class GPT(nn.Module):
-    def __init__(self, config: Model, seed: int = 0, manner: Manner = PLAIN) -> None:
-        """A model with `config.vocab_size` ids, its weights drawn on the CPU from `seed` alone."""
+    def __init__(self, config: Model, seed: int = 0, options: ForwardOptions = PLAIN) -> None:
+        """Make a model for `config.vocab_size` ids. The initial weights are drawn on the CPU, from `seed` alone."""
         super().__init__()
-        self.config, self.manner = config, manner
+        self.config, self.options = config, options
         rows = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.token_embedding = nn.Embedding(rows, config.n_embd)
-        # The modern kind has rotary positions, in its attention.
+        # Modern blocks have rotary positions instead.
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if config.kind == "gpt2" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -75,7 +76,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
-        self.mean_loss = loss.mean_loss  # compiled for itself where the model as a whole cannot be
+        self.mean_loss = loss.mean_loss  # an attribute, since FSDP compiles it separately: see hpcgpt.training.parallel
         self.initialise(seed)
 
     @torch.no_grad()
@@ -91,71 +92,70 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0.0, std, generator=generator)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """The mean loss in nats over all `targets` (B, T), or the logits of `ids` (B, T) int64: (B, T, V).
+    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Return the mean loss in nats over all `targets` (B, T): (). Without targets, the logits of `ids`: (B, T, V).
 
-        Every target counts, also the end-of-text token that begins the next document: it is predicted from the
-        document that it ends. In training the loss has its z-loss in it, which evaluation leaves out.
+        Every target counts, the end-of-text token that begins the next document too: it is predicted from the
+        document before it. In training mode the loss includes the z-loss.
 
-        With a `cache`, `ids` go on where it ends and are kept in it, and the logits are those behind the last of
-        them only (B, 1, V).
+        With a `cache`, `ids` continue the cached tokens and are added to them; the logits are those after the last of
+        `ids` only (B, 1, V).
         """
         hidden = self.hidden(ids, cache)  # (B, T, C)
         if targets is not None:
-            manner = self.manner
             return self.mean_loss(
                 hidden.flatten(0, 1),
                 targets.flatten(),
                 self.head.weight,
                 self._padding_bias(),
-                manner.loss_chunk,
-                manner.z_loss if self.training else 0.0,
+                chunk=self.options.loss_chunk,
+                z_loss=self.options.z_loss if self.training else 0.0,
             )
         if cache is not None:
             hidden = hidden[:, -1:]  # (B, 1, C)
         return self.padded_logits(hidden)[..., : self.config.vocab_size]  # (B, T, V)
 
     def padded_logits(self, hidden: Tensor) -> Tensor:
-        """Of `hidden` (B, T, C): (B, T, V padded), minus infinity behind the vocabulary."""
+        """Return the logits of `hidden` (B, T, C), padding rows included as minus infinity: (B, T, V padded)."""
         return F.linear(hidden, self.head.weight, self._padding_bias())
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head reads of `ids` (B, T): (B, T, C)."""
-        everything = ids if cache is None else cache.extend(ids)  # (B, S)
-        sight = self._sight(everything, ids.shape[1], cache is None)
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the last hidden states of `ids` (B, T), normalized: (B, T, C)."""
+        all_ids = ids if cache is None else cache.extend(ids)  # (B, S)
+        context = self._attention_context(all_ids, ids.shape[1], may_use_flex=cache is None)
         x = self.token_embedding(ids)  # (B, T, C)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(sight.positions)
+            x = x + self.position_embedding(context.positions)
         x = self.dropout(x)
         for number, block in enumerate(self.blocks):
-            if self.manner.recompute and self.training:
-                # Without dropout there is no random state to keep and to bring back.
+            if self.options.recompute and self.training:
+                # Without dropout there is no random state to save and restore.
                 dropout = self.config.dropout > 0
-                x = checkpoint(block, x, sight, use_reentrant=False, preserve_rng_state=dropout)
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=dropout)
             else:
-                x = block(x, sight, None if cache is None else cache.blocks[number])
+                x = block(x, context, None if cache is None else cache.layers[number])
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def _sight(self, ids: Tensor, new: int, may_flex: bool = True) -> Sight:
-        """Where the last `new` of `ids` (B, S) stand, and what they see."""
+    def _attention_context(self, ids: Tensor, new: int, may_use_flex: bool = True) -> AttentionContext:
+        """Return positions and mask of the last `new` of `ids` (B, S)."""
         c, weight = self.config, self.token_embedding.weight
-        may_write_out = self.manner.attention == "auto"
-        if self.manner.document_start is None:
-            sight = attention.look_back(new, ids, may_write_out)
+        allow_naive = self.options.attention == "auto"
+        if self.options.document_start is None:
+            context = attention_context.causal_context(new, ids, allow_naive)
         else:
             dropout = c.dropout if self.training else 0.0
-            # It is compiled for a length, and those of texts that are generated all differ.
-            flex = may_flex and attention.has_flex(weight.device, weight.dtype, dropout)
-            sight = attention.look_within_documents(new, ids, self.manner.document_start, flex)
+            # Flex attention is compiled for each length, and while text is generated every length occurs.
+            flex = may_use_flex and attention_context.supports_flex(weight.device, weight.dtype, dropout)
+            context = attention_context.document_context(new, ids, self.options.document_start, flex)
         if c.kind == "modern":
-            turn = block_modern.rotation(sight.positions, c.n_embd // c.n_head)
-            sight = replace(sight, rotation=turn)
-        return sight
+            rope = attention_context.rope_cos_sin(context.positions, c.n_embd // c.n_head)
+            context = replace(context, rope=rope)
+        return context
 
     def _padding_bias(self) -> Tensor | None:
-        """Minus infinity for the rows beyond the vocabulary (V padded): they never win, and get no gradient.
+        """Return a bias (V padded) of minus infinity for the padding rows: they get no probability and no gradient.
 
-        As the bias of the matrix product it costs nothing. Not a buffer: DDP would send it around.
+        A bias of the matrix product costs nothing. Not a buffer, because DDP would broadcast it.
         """
         weight = self.head.weight
         if len(weight) == self.config.vocab_size:
@@ -165,19 +165,18 @@ class GPT(nn.Module):
         return bias
 
     def parameter_count(self) -> int:
-        """Parameters that the model can use: without the padding rows, a tied head counted once."""
+        """Count the parameters, without padding rows and a tied head only once."""
         padding = self.token_embedding.num_embeddings - self.config.vocab_size
         tables = 1 if self.config.tied else 2
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd * tables
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of one token's forward and backward pass, as nanoGPT counts them.
+        """Count the floating-point operations of one token's forward and backward pass, as nanoGPT does.
 
-        6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B). N are the parameters that a token is multiplied
-        with: the head's table, but neither position embeddings nor a token table that is not the head's too. The
-        second term are queries times keys and chances times values. Grouped queries do not lessen it, since each head
-        has its own chances. It counts the whole square, half of which lies in the future, and what document masking
-        and recomputation change is not counted either: so figures of different runs can be compared.
+        6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B). N are the parameters in matrix products: the head,
+        but neither position embeddings nor an untied token embedding. The second term is attention (queries times keys,
+        attention weights times values), which grouped queries do not reduce. The causal mask, document masking and
+        recomputation are ignored, so that figures of different runs can be compared.
         """
         c = self.config
         tables = 0 if self.position_embedding is None else c.block_size
@@ -194,7 +193,7 @@ class Block(nn.Module):
         self.mlp_norm = kind.Norm(config.n_embd)
         self.mlp = kind.MLP(config)
 
-    def forward(self, x: Tensor, sight: Sight, memory: Memory | None = None) -> Tensor:
-        """`x` (B, T, C) and what this block adds to it. `memory` has the keys and values of earlier tokens."""
-        x = x + self.attention(self.attention_norm(x), sight, memory)
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerKVCache | None = None) -> Tensor:
+        """Return `x` (B, T, C) plus what this block adds to it. `cache` has the keys and values of earlier tokens."""
+        x = x + self.attention(self.attention_norm(x), context, cache)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
-"""Memory of a process that computes on the CPU: what is freed stays with it.
+"""Keep freed memory in a process that computes on the CPU.
 
-glibc gives each tensor above 32 MB back to the kernel when it is freed, and asks for it anew in the next step. The
-kernel then clears it page by page, at the first touch of each: hundreds of thousands of page faults a step, for the
-logits most of all. On two cores that was a third of a step (docs/lab-notes.md, 2026-11-25). Kept, memory is used
-again as it is; so the process holds the most that it ever needed until it ends.
+glibc returns every tensor above 32 MB to the kernel when it is freed, and requests it again in the next step. The
+kernel then clears it page by page, on first access: hundreds of thousands of page faults a step, mostly for the logits.
+On two cores they took a third of a step (docs/lab-notes.md, 2026-11-25). Kept memory is reused as it is; in exchange
+the process holds its peak memory until it ends.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _NEVER = -1
 
 
 def keep_freed() -> bool:
-    """From now on; False where the C library is not glibc, and nothing was changed."""
+    """Stop returning freed memory to the kernel. Returns False, without effect, if the C library is not glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    # Large pieces out of the heap like all others, and the heap never gets smaller.
+    # Allocate large blocks from the heap like all others, and never shrink the heap.
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))

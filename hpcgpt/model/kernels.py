@@ -1,4 +1,4 @@
-"""Which kernels compute a step: attention's, and compiled ones or not."""
+"""The kernels of a step: which attention kernel, and whether the model is compiled."""
 
 from __future__ import annotations
 
@@ -30,60 +30,61 @@ _BF16_ON_GPU = ("flash", "cudnn", "fa3")
 
 
 def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Context:
-    """A context in which torch's attention takes the kernel `wanted`, for a forward pass that computes in `dtype`;
-    "auto": whichever it finds best.
+    """Return a context in which torch's attention uses the kernel `wanted`, for a forward pass in `dtype`.
 
-    "fa3" is FlashAttention 3, which torch calls where the package flash_attn_interface is installed (Hopper GPUs).
+    "auto": torch chooses. "fa3" is FlashAttention 3, which torch calls if the package flash_attn_interface is installed
+    (Hopper GPUs).
 
     Raises:
-        UserError: this device does not have it, or not in `dtype`.
+        UserError: the kernel is not available on this device, or not in `dtype`.
     """
-    _tell_caches(wanted)
+    _tag_compile_cache(wanted)
     if wanted == "auto":
         return nullcontext
     if device.type == "cpu" and wanted not in _ON_CPU:
-        raise UserError(f"train.attention {wanted} is for GPUs: on a CPU it may be {', '.join(_ON_CPU)}")
+        raise UserError(f"train.attention {wanted} is for GPUs: on a CPU use {', '.join(_ON_CPU)}")
     if device.type == "cuda" and wanted in _BF16_ON_GPU and dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UserError(
-            f"train.attention {wanted} computes in bfloat16 on a GPU, and this run in {name}: take efficient or auto, "
-            "or train.dtype bfloat16"
+            f"train.attention {wanted} computes in bfloat16 on a GPU, but this run computes in {name}: use efficient "
+            "or auto, or train.dtype bfloat16"
         )
     if wanted == "fa3":
         if find_spec("flash_attn_interface") is None:
-            raise UserError("train.attention fa3 needs the package flash_attn_interface: install it, or take auto")
+            raise UserError("train.attention fa3 needs the package flash_attn_interface: install it, or use auto")
         try:
             activate_flash_attention_impl("FA3")
         except (ImportError, RuntimeError, ValueError) as error:
-            raise UserError(f"train.attention fa3 cannot be had: {error}") from None
+            raise UserError(f"train.attention fa3 is not available: {error}") from None
     return partial(sdpa_kernel, _BACKENDS[wanted])
 
 
-def _tell_caches(wanted: Attention) -> None:
-    """Of code that was compiled in earlier processes, torch takes what has the same name, which does not tell by which
-    kernel its attention was to be computed (pytorch issue 185449, in 2.13 still): so it is said here.
+def _tag_compile_cache(wanted: Attention) -> None:
+    """Add the attention kernel to the key of torch's cache of compiled code, which does not include it.
+
+    Otherwise code compiled by an earlier process for another kernel is reused (pytorch issue 185449, still in 2.13).
     """
-    said = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
-    torch.compiler.config.cache_key_tag = said if wanted == "auto" else f"{said} attention: {wanted}"
+    tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = tag if wanted == "auto" else f"{tag} attention: {wanted}"
 
 
 def compiles(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
-    """Is the model to be compiled? "auto": on a GPU, if what torch.compile needs there is installed.
+    """Return whether to compile the model. "auto": on a GPU, if what torch.compile needs there is installed.
 
-    On a CPU compiling takes up to a minute for a step that is no more than 20 % faster: only who asks for it gets it.
+    Not on a CPU, where compiling takes up to a minute, for steps that are at most 20 % faster.
 
     Raises:
-        UserError: it was asked for, and what it needs is missing.
+        UserError: "on", and what torch.compile needs is missing.
     """
     if device.type == "cuda":
         possible, lacks = find_spec("triton") is not None and _has("CC", "gcc", "clang"), "triton and a C compiler"
     else:
         possible, lacks = _has("CXX", "g++", "clang++"), "a C++ compiler"
     if wanted == "on" and not possible:
-        raise UserError(f"train.compile on needs {lacks}: install it, or take off")
+        raise UserError(f"train.compile on needs {lacks}: install it, or use off")
     return possible and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
 
 
 def _has(variable: str, *names: str) -> bool:
-    """One of these programs, or the one that the variable names."""
+    """Return whether one of these programs, or the one that the environment variable names, is installed."""
     return any(shutil.which(name) for name in (os.environ.get(variable, ""), *names) if name)

@@ -1,6 +1,7 @@
-"""The KV cache: what attention keeps of the tokens that a model has read, so that the next one costs one token.
+"""The KV cache: keys and values of the tokens that a model has processed, so that each further token costs one token's
+pass.
 
-A cache belongs to one text (or a batch of equally long ones) and one model. It holds block_size tokens at most.
+A cache belongs to one model and one text, or a batch of texts of equal length. It holds at most block_size tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from hpcgpt.config.options import Model
 
 
-class Memory:
+class LayerKVCache:
     """Keys and values of one block, (B, K, S, D) each: K key-value heads, S tokens so far, D head size."""
 
     def __init__(self, capacity: int) -> None:
@@ -20,9 +21,9 @@ class Memory:
         self._values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep those of T more tokens (B, K, T, D); returns those of all S."""
+        """Append those of T more tokens (B, K, T, D); return those of all S."""
         if self._keys is None or self._values is None:
-            # All of it at once: to join tensors would copy the whole text for each token.
+            # Allocated once: concatenation would copy the whole text for each token.
             shape = (*keys.shape[:2], self._capacity, keys.shape[3])
             self._keys, self._values = keys.new_empty(shape), values.new_empty(shape)
         end = self._length + keys.shape[2]
@@ -32,14 +33,14 @@ class Memory:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
 
-class Cache:
-    """A text that a model has read: its ids (B, S), and each block's memory of it."""
+class KVCache:
+    """The ids (B, S) that a model has processed, and the cache of each block."""
 
     def __init__(self, config: Model) -> None:
-        self.blocks = [Memory(config.block_size) for _ in range(config.n_layer)]
+        self.layers = [LayerKVCache(config.block_size) for _ in range(config.n_layer)]
         self.ids: Tensor | None = None
 
     def extend(self, ids: Tensor) -> Tensor:
-        """Read on: `ids` (B, T) behind those before; returns all of them (B, S)."""
+        """Append `ids` (B, T); return all of them (B, S)."""
         self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
         return self.ids

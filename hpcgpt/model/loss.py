@@ -1,9 +1,9 @@
-"""The loss of hidden states: the mean cross-entropy over their target tokens, in nats.
+"""The loss: mean cross-entropy over the target tokens, in nats.
 
-The logits are the largest tensor of a small GPT: at 16 sequences of 1,024 tokens and 50,304 ids they take 3.3 GB in
-float32, and as much again for their gradient. In chunks only those of a chunk exist at a time: each chunk's are
-computed, summed up and dropped, and computed once more in the backward pass. That costs one more product with the
-head, and changes the result by rounding only.
+The logits are the largest tensor of a small GPT: with 16 sequences of 1,024 tokens and 50,304 ids they take 3.3 GB in
+float32, and their gradient as much again. In chunks, only one chunk's logits are in memory: they are computed, summed
+and freed, and computed again in the backward pass. That costs one more product with the head, and changes the result
+by rounding only.
 
 Shapes: N targets, C channels, V vocabulary.
 """
@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def mean_loss(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk: int = 0, z_loss: float = 0.0
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, *, chunk: int = 0, z_loss: float = 0.0
 ) -> Tensor:
-    """The mean over all `targets` (N,) int64 of the loss of `hidden` (N, C) under the head `weight` (V, C): ().
+    """Return the mean loss () of `hidden` (N, C) over all `targets` (N,) int64, with the head `weight` (V, C).
 
-    `chunk` targets at a time, 0: all at once. `z_loss` times the mean square of the logits' log-sum-exp is added
-    (Chowdhery et al., "PaLM", 2022, section 5), which keeps the logits from drifting away.
+    Computed for `chunk` targets at a time; 0: all at once. `z_loss` times the mean square of the logits' log-sum-exp
+    is added (Chowdhery et al., "PaLM", 2022, section 5), which keeps the logits from drifting.
     """
     count = len(targets)
     if chunk == 0 or chunk >= count:

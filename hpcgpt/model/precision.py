@@ -1,4 +1,4 @@
-"""Which floating-point format the forward pass computes in."""
+"""The floating-point format of the forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 with AVX512 or AMX, and
 
 
 def pick_dtype(wanted: Literal["auto", "bfloat16", "float32", "float64"], device: torch.device) -> torch.dtype:
-    """The dtype that train.dtype means on `device`; "auto" is bfloat16 only where the hardware computes in it."""
+    """Return the dtype that train.dtype means on `device`; "auto" is bfloat16 if the hardware computes in it."""
     if wanted == "auto":
         native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_has_bf16()
         return torch.bfloat16 if native else torch.float32
@@ -19,18 +19,18 @@ def pick_dtype(wanted: Literal["auto", "bfloat16", "float32", "float64"], device
 
 
 def computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """A context in which the forward pass computes in `dtype`: for bfloat16 autocast, else as the weights are."""
+    """Return a context for forward passes in `dtype`: autocast for bfloat16, else the dtype of the weights."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def allow_tf32(device: torch.device) -> None:
-    """On a GPU the matrix products that stay in float32 may be rounded to 10 bits: its matrix units do no others."""
+    """Let a GPU compute the remaining float32 matrix products in TF32, with 10 bits of mantissa."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Does this CPU multiply in bfloat16? Without it, bfloat16 is emulated and slower than float32."""
+    """Return whether this CPU multiplies in bfloat16; otherwise bfloat16 is emulated, and slower than float32."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:

@@ -1,15 +1,15 @@
-"""The learning rate of a step: a pure function of the step and the configuration.
+"""The learning-rate schedule: a pure function of the step and the configuration.
 
-With p the peak (optim.lr), i the initial rate, m the minimum, w the warm-up steps and T all steps,
-step g = 0 ... T-1 has::
+With p the peak (optim.lr), i the initial rate, m the minimum, w the warm-up steps and T all steps, the rate of step
+g = 0 ... T-1 is::
 
     g < w       i + g (p - i) / w
     cosine      m + (p - m)/2 (1 + cos(pi (g - w)/(T - w)))
     linear      m + (p - m) (T - g)/(T - w)
-    wsd         p, and over the last decay_fraction of T in a straight line to m
+    wsd         p, then linear to m over the last decay_fraction of T
     constant    p
 
-Beyond T the rate stays at its end value: m, or p where it is constant.
+Beyond T the rate is m; p for constant.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hpcgpt.config.options import Config
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """The rate that optimizer step number `step` (counted from 0) of `total_steps` uses."""
+    """Return the learning rate of optimizer step number `step` (counted from 0) of `total_steps`."""
     schedule, peak = config.schedule, config.optim.lr
     low, warmup = schedule.min_lr, schedule.warmup_steps
     if step < warmup:

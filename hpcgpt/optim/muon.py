@@ -1,13 +1,13 @@
-"""Muon: momentum, made orthogonal, for matrices.
+"""Muon: orthogonalized momentum, for matrices.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
-(https://kellerjordan.github.io/posts/muon/): the update U S V^T of a matrix of gradients, with Nesterov's momentum, is
-replaced by something near to U V^T, so that all directions count alike. Steps are longer by sqrt(rows / columns) for
-tall matrices, and weights decay as AdamW's do.
+(https://kellerjordan.github.io/posts/muon/): the update U S V^T of a matrix, its gradient with Nesterov momentum, is
+replaced by approximately U V^T, so that all directions have the same weight. Steps are longer by sqrt(rows / columns)
+for tall matrices, and weight decay is AdamW's.
 
-In float32 its numbers are those of torch.optim.Muon (2.9 and later), bit for bit. Why not that one: where ranks have
-shares of the rows of a matrix, its iteration would send something in each of its products, and round in bfloat16 on the
-way. Here the momentum is kept in shares, each matrix is gathered once a step, and every rank does the same iteration.
+In float32 the result is that of torch.optim.Muon (2.9 and later), bit for bit. That one is not used because with
+sharded matrices it would communicate in each product of its iteration, and round to bfloat16 before sending. Here the
+momentum stays sharded, each matrix is gathered once a step, and every rank computes the same iteration.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpcgpt.distributed.sharded_tensor import held, whole
+from hpcgpt.distributed.sharded_tensor import full_tensor, local_rows
 
 ITERATIONS = 5
-# Of an odd polynomial of degree 5 that sends all of (0, 1] near to 1, small values fast: Jordan et al.
+# Of an odd polynomial of degree 5 that maps (0, 1] close to 1, small values in few iterations: Jordan et al.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 TINY = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """`matrices` by Muon, and the parameters of `others` by that optimizer, as one: groups and state are common."""
+    """Muon for `matrices`, and the optimizer `others` for all other parameters, with common groups and state."""
 
     def __init__(
         self,
         matrices: Iterable[nn.Parameter],
+        *,
         lr: float,
         momentum: float,
         weight_decay: float,
@@ -45,32 +46,33 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """All gradients have to be there. A collective where ranks have shares of the matrices."""
+        """Update all parameters. A collective if matrices are sharded."""
         assert closure is None
         for group in self._matrices:
             for matrix in group["params"]:
-                self._move(matrix, group["lr"], group["momentum"], group["weight_decay"])
+                self._update(matrix, group["lr"], group["momentum"], group["weight_decay"])
         self._others.step()
 
-    def _move(self, matrix: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _update(self, matrix: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
         if matrix.grad is None:
             return
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
-        gradient = held(matrix.grad).local
-        mean = held(state["momentum_buffer"]).local.lerp_(gradient, 1 - momentum)
-        gradient.lerp_(mean, momentum)  # in place: nobody needs it any more
-        update = orthogonal(whole(matrix.grad))
-        own = held(matrix)
-        own.local.mul_(1 - lr * weight_decay)
+        gradient = local_rows(matrix.grad).local
+        mean = local_rows(state["momentum_buffer"]).local.lerp_(gradient, 1 - momentum)
+        gradient.lerp_(mean, momentum)  # in place: the gradient is not needed any more
+        update = orthogonal(full_tensor(matrix.grad))
+        mine = local_rows(matrix)
+        mine.local.mul_(1 - lr * weight_decay)
         rows, columns = matrix.shape
-        own.local.add_(update[own.first : own.after], alpha=-lr * math.sqrt(max(1, rows / columns)))
+        mine.local.add_(update[mine.start : mine.stop], alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Near to U V^T of a matrix U S V^T (rows, columns), singular values of about 0.7 to 1.2: in bfloat16, but of a
-    float64 matrix in float64, which somebody chose to see what rounding does.
+    """Approximate U V^T of a matrix U S V^T (rows, columns), with singular values of about 0.7 to 1.2.
+
+    Computed in bfloat16; in float64 if the matrix is float64, which is used to examine the effect of rounding.
     """
     a, b, c = COEFFICIENTS
     tall = len(matrix) > matrix.shape[1]

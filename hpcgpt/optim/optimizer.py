@@ -8,27 +8,25 @@ from torch import nn
 from hpcgpt.config.options import Optim
 from hpcgpt.optim.muon import Muon
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, from its first step on
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, from its first step on
 MUON_STATE = ("momentum_buffer",)
 
 
 def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019), one fused kernel where torch has it; or Muon for the blocks' matrices, and
-    AdamW for embeddings, head, norms and biases.
+    """Make AdamW (Loshchilov and Hutter, 2019; fused), or Muon for the blocks' matrices and AdamW for the other
+    parameters.
 
-    With ``decay = "matrices"`` biases and norms do not decay, since pulling a gain towards zero is no
-    regularisation; "all" decays everything. The learning rate is set anew before every step.
+    With ``decay = "matrices"`` biases and norms do not decay, since pulling a gain towards zero does not regularize;
+    "all" decays everything. The learning rate is set before every step.
     """
-    everything = dict(model.named_parameters())
-    of_muon = [
-        p for name, p in everything.items() if config.name == "muon" and name.startswith("blocks.") and p.dim() == 2
-    ]
-    rest = [p for p in everything.values() if not any(p is matrix for matrix in of_muon)]
-    decaying = [p for p in rest if p.dim() >= 2 or config.decay == "all"]
-    staying = [p for p in rest if p.dim() < 2 and config.decay != "all"]
+    named = dict(model.named_parameters())
+    of_muon = [p for name, p in named.items() if config.name == "muon" and name.startswith("blocks.") and p.dim() == 2]
+    rest = [p for p in named.values() if not any(p is matrix for matrix in of_muon)]
+    with_decay = [p for p in rest if p.dim() >= 2 or config.decay == "all"]
+    without_decay = [p for p in rest if p.dim() < 2 and config.decay != "all"]
     groups = [
-        {"params": decaying, "weight_decay": config.weight_decay},
-        {"params": staying, "weight_decay": 0.0},
+        {"params": with_decay, "weight_decay": config.weight_decay},
+        {"params": without_decay, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -38,21 +36,21 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
     )
     if config.name == "adamw":
         return adamw
-    # As much decay a step as AdamW's: it is multiplied by the rate, and Muon's is another one.
+    # Decay is multiplied by the learning rate, so Muon's is scaled to decay as much per step as AdamW's.
     decay = config.weight_decay * config.lr / config.muon_lr
-    muon = Muon(of_muon, config.muon_lr, config.muon_momentum, decay, adamw)
+    muon = Muon(of_muon, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay, others=adamw)
     muon.param_groups[0]["times"] = config.muon_lr / config.lr
     return muon
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give AdamW's parameters this rate, and Muon's matrices as large a part of their own peak."""
+    """Set AdamW's learning rate to `rate`, and Muon's to the same fraction of its own peak."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("times", 1.0)
 
 
 def state_keys(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
-    """What the optimizer keeps of each parameter, from its first step on."""
+    """Return the names of each parameter's optimizer state."""
     return {
         parameter: MUON_STATE if "momentum" in group else ADAMW_STATE
         for group in optimizer.param_groups

@@ -13,7 +13,6 @@ No torch in here.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from hpcgpt.errors import UserError, sentence
+from hpcgpt.output import streams
 
 T = TypeVar("T")
 
@@ -46,10 +46,10 @@ def warn(what: str, error: BaseException) -> None:
     if _warned[what] > MOST_WARNINGS:
         return
     last = "; it will not be said again" if _warned[what] == MOST_WARNINGS else ""
-    words = sentence(error)
+    message = sentence(error)
     if not isinstance(error, OSError | UserError):
-        words = f"{type(error).__name__}: {words}"
-    print(f"warning: {what}: {words}; training continues{last}", file=sys.stderr, flush=True)
+        message = f"{type(error).__name__}: {message}"
+    streams.warn(f"{what}: {message}; training continues{last}")
 
 
 class Worker:

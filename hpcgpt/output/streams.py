@@ -86,6 +86,11 @@ class BackgroundStream:
         return getattr(self._stream, name)
 
 
+def warn(message: object) -> None:
+    """Print a warning to stderr: the one place where warnings are printed."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def in_background() -> None:
     """From now on, what this process prints is written by threads of its own."""
     escape_unknown_characters()

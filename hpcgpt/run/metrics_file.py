@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hpcgpt.output import streams
 from hpcgpt.run import records, run_folder
 from hpcgpt.storage import atomic
 
@@ -85,7 +86,7 @@ class MetricsFile:
         Lines beyond the cut may be anything: rows are flushed before each checkpoint, and what a host that died had
         not flushed may be full of holes.
         """
-        atomic.forestall(path)
+        atomic.remove_stale_temporaries(path)
         rows, damaged = _read(path)
         kept = [row for row in rows if row["step"] < keep_below]
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
@@ -126,7 +127,7 @@ class MetricsFile:
             try:
                 written = os.pwrite(self._descriptor, self._waiting, self._end)
             except OSError as error:
-                raise atomic.explained(error, self._path) from error
+                raise atomic.with_path_and_free_space(error, self._path) from error
             self._end += written
             self._waiting = self._waiting[written:]
 
@@ -147,7 +148,7 @@ def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
             raise
         if path.exists() and not path.read_bytes().startswith(content):
             raise
-    print(f"warning: there is no room to make {path} anew: it is cut in its place", file=sys.stderr, flush=True)
+    streams.warn(f"there is no room to make {path} anew: it is cut in its place")
     check()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
@@ -195,11 +196,9 @@ def _keep_aside(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged
             file.write(lines)
     except OSError as error:
         problem, rest = f" ({error.strerror}: they stay where they are)", lines
-    print(
-        f"warning: {path} has {len(damaged)} damaged lines, kept in {aside}{problem}: {len(missing):,} steps have no "
+    streams.warn(
+        f"{path} has {len(damaged)} damaged lines, kept in {aside}{problem}: {len(missing):,} steps have no "
         f"row, from step {missing[0]:,} to step {missing[-1]:,}. Training is not affected",
-        file=sys.stderr,
-        flush=True,
     )
     try:
         run_folder.record(
@@ -207,7 +206,7 @@ def _keep_aside(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged
             last_missing=missing[-1], kept_in=aside.name,
         )  # fmt: skip
     except OSError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        streams.warn(error)
     return rest
 
 

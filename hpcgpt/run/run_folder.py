@@ -33,7 +33,6 @@ import os
 import secrets
 import socket
 import string
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -42,7 +41,9 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.distributed import world
+from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.errors import NodeError, UserError, cannot_read
+from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
@@ -51,13 +52,17 @@ _recording = threading.Lock()  # what is taken back where there is no room must 
 
 @dataclass(frozen=True)
 class Exit:
-    """How an attempt ended. `attempt` is world.job_attempt, `reason` why it stopped, in a few words."""
+    """How an attempt ended. `attempt` is world.job_attempt; `reason` is a message, and `stop` its code if it saved."""
 
     attempt: str
     status: int
     reason: str
     step: int
     saved: bool
+
+    @property
+    def stop(self) -> Stop:
+        return Stop.from_message(self.reason)
 
 
 def prepare(folder: Path) -> str:
@@ -102,7 +107,7 @@ def put_aside(folder: Path, attempt: str) -> None:
                     next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
                 )
     except OSError as error:  # training can go on all the same
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        streams.warn(error)
 
 
 def _try_to_write(folder: Path) -> None:
@@ -149,7 +154,7 @@ def keep_config(folder: Path, attempt: int, text: str) -> bool:
         atomic.write(earlier / f"{attempt:06d}.toml", text.encode())
         atomic.write(path, text.encode())
     except OSError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        streams.warn(error)
         return False
     return True
 
@@ -183,7 +188,7 @@ def record(folder: Path, event: str, **fields: Any) -> None:
                 os.ftruncate(descriptor, end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise atomic.explained(error, path) from error
+            raise atomic.with_path_and_free_space(error, path) from error
         finally:
             os.close(descriptor)
 

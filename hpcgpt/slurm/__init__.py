@@ -1,1 +1,1 @@
-"""What Slurm is asked and told: a job, its next start, the nodes that it keeps away from. Imports no torch."""
+"""Questions to Slurm, and decisions about a job: whether it runs again, and on which nodes. Imports no torch."""

@@ -1,17 +1,17 @@
-"""Hosts that a run keeps away from, where ``requeue.exclude_bad_nodes`` is set.
+"""Bad nodes: the hosts that a run avoids if ``requeue.exclude_bad_nodes`` is set.
 
-The host that a crash report blames, and one whose ranks were much slower than the others, are left out of the
-job's next start (ExcNodeList). They are remembered in the run folder, so that it adds up over starts::
+The host of a crash's first failure, and one whose ranks were much slower than the others, are excluded from the job's
+next start (ExcNodeList). The run folder keeps the list, so that it grows over starts::
 
     excluded_nodes.json     [{"host": ..., "reason": ..., "time": ...}, ...], the oldest first
 
-A person may edit or remove the file. It holds at most MOST hosts, and the oldest goes first; what is older than KEEP_S
-is left out, so a node that was mended gets another chance. An entry without a time is a person's, and stays. And never
-so many are excluded that the partition has too few nodes left.
+You may edit or remove the file. It has at most MOST hosts, the newest ones. Entries older than KEEP_S are dropped, so
+that a repaired node is used again; an entry without a time was added by a user, and stays. Hosts are excluded only
+while the partition has enough nodes left.
 
-Slurm's own list, ExcNodeList, does not say who put a host there. What a person asked for stays there. What this program
-put there is known from the event ``excluded`` of the same chain of jobs, and, of slurm/pretrain.sbatch, from the job's
-comment (hpcgpt_avoid=HOST,HOST): each time that the job comes back, what is remembered then takes the place of these.
+Slurm's list, ExcNodeList, does not say where an entry comes from. What the user asked for stays. What this program
+added is known from the event ``excluded`` of the same chain of jobs, and what slurm/pretrain.sbatch added from the
+job's comment (hpcgpt_avoid=HOST,HOST): at each requeue these are replaced by the list in the run folder.
 
 No torch in here.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,94 +27,97 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.distributed import world
-from hpcgpt.run.crash_report import Blame
+from hpcgpt.output import streams
+from hpcgpt.run.crash_report import FirstFailure
 from hpcgpt.slurm import restart_history, scontrol
 from hpcgpt.storage import atomic
 
 AVOID = "hpcgpt_avoid="  # in a job's comment
 MOST = 8
-# A broken node is drained, mended or replaced within days. One that is blamed again costs one more start.
+# A broken node is drained, repaired or replaced within days. If it is still broken then, that costs one more start.
 KEEP_S = 7 * 86_400.0
 
 
-def bad_hosts(blamed: Blame | None, events: Sequence[Mapping[str, Any]], factor: float) -> dict[str, str]:
-    """Host -> why it is bad: the one to blame for a crash, and the stragglers of the newest start."""
+def bad_hosts(failure: FirstFailure | None, events: Sequence[Mapping[str, Any]], factor: float) -> dict[str, str]:
+    """Return host -> reason for the host of the first failure, and for the stragglers of the newest start."""
     found: dict[str, str] = {}
-    newest = max((place for place, event in enumerate(events) if event["event"] == "start"), default=-1)
+    newest = max((index for index, event in enumerate(events) if event["event"] == "start"), default=-1)
     for event in events[newest + 1 :]:
         if event["event"] == "straggler" and event.get("factor", 0) >= factor and event.get("host"):
             found[event["host"]] = f"steps took {event['factor']:.1f} times as long as usual"
-    if blamed:
-        found[blamed.host] = blamed.how
+    if failure:
+        found[failure.host] = failure.how
     return found
 
 
-def remember(run_folder: Path, bad: Mapping[str, str], handed_over: Sequence[str] = ()) -> list[str]:
-    """Add hosts to those of earlier starts; all that the run now keeps away from, the oldest first.
+def remember(run_folder: Path, bad: Mapping[str, str], by_batch_script: Sequence[str] = ()) -> list[str]:
+    """Add `bad` hosts to excluded_nodes.json, and return all in it, the oldest first.
 
-    Those that are `handed_over` by slurm/pretrain.sbatch are added if they are not known yet.
+    Hosts that slurm/pretrain.sbatch has excluded are added if they are not in the file yet.
     """
     path, now = run_folder / "excluded_nodes.json", time.time()
     read = _read(path)
     known = [entry for entry in read if entry["host"] not in bad and not _is_old(entry, now)]
-    new = {host: "a start failed there" for host in handed_over if all(host != entry["host"] for entry in read)}
+    new = {host: "a start failed there" for host in by_batch_script if all(host != entry["host"] for entry in read)}
     known += [{"host": host, "reason": why, "time": now} for host, why in {**new, **bad}.items()]
     known = known[-MOST:]
     if known != read:
         try:
             atomic.write(path, (json.dumps(known, indent=1) + "\n").encode())
         except OSError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            streams.warn(error)
     return [entry["host"] for entry in known]
 
 
 @dataclass(frozen=True)
-class Listed:
-    """The hosts of a job's ExcNodeList: those that a person asked for, and this program's `own`, of which
-    slurm/pretrain.sbatch put those there by itself that are `handed_over`.
+class ExcludedNodes:
+    """The hosts of a job's ExcNodeList: those that the user asked for, and this program's `own`. Of the latter
+    `by_batch_script` are those that slurm/pretrain.sbatch excluded.
     """
 
-    persons: tuple[str, ...]
+    by_user: tuple[str, ...]
     own: tuple[str, ...]
-    handed_over: tuple[str, ...]
+    by_batch_script: tuple[str, ...]
 
 
-def listed(job: scontrol.Job, attempt: str, events: Sequence[Mapping[str, Any]]) -> Listed:
-    """What the job is kept away from now. `attempt` is world.job_attempt, '<id>_<restart>'."""
-    by_script = _avoided(job)
-    chain = restart_history.chain_of(events, attempt)
-    told = set(by_script)
+def excluded_nodes(job: scontrol.Job, job_attempt: str, events: Sequence[Mapping[str, Any]]) -> ExcludedNodes:
+    """Return the nodes that the job avoids now. `job_attempt` is world.job_attempt, '<id>_<restart>'."""
+    by_batch_script = _avoided(job)
+    chain = restart_history.chain_of(events, job_attempt)
+    own = set(by_batch_script)
     for event in events:
-        # Earlier versions recorded them with a crash only.
+        # Earlier versions recorded them only in the event of a crash.
         key = {"excluded": "hosts", "crash": "excluded"}.get(str(event.get("event")), "")
         if str(event.get("job", "")).rpartition("_")[0] in chain:
-            told |= set(event.get(key, ()))
+            own |= set(event.get(key, ()))
     hosts = world.expand_hosts(job.fields.get("ExcNodeList", "").replace("(null)", ""))
-    return Listed(
-        tuple(host for host in hosts if host not in told),
-        tuple(host for host in hosts if host in told),
-        tuple(host for host in by_script if host in hosts),
+    return ExcludedNodes(
+        tuple(host for host in hosts if host not in own),
+        tuple(host for host in hosts if host in own),
+        tuple(host for host in by_batch_script if host in hosts),
     )
 
 
-def affordable(hosts: Sequence[str], job: scontrol.Job, nodes: Mapping[str, bool], already: Sequence[str]) -> list[str]:
-    """Of `hosts`, the newest that can be excluded with enough usable `nodes` left, beside a person's, `already`.
+def excludable_nodes(
+    hosts: Sequence[str], job: scontrol.Job, nodes: Mapping[str, bool], by_user: Sequence[str]
+) -> list[str]:
+    """Return the newest of `hosts` that can be excluded, beside those `by_user`, with enough usable `nodes` left.
 
-    Nodes that were asked for by name are kept: excluding one of these would keep the job waiting for ever. And
-    Slurm refuses all that is asked for together with a name that is none of its nodes: of a host that calls itself
-    n1.cluster.org the node is n1, and one that is unknown, or was taken out of the cluster, is passed over.
+    Nodes that the job asks for by name are not excluded: it would wait forever. Slurm refuses a whole list if one name
+    in it is not a node: for a host called n1.cluster.org the node is n1, and hosts that are unknown, or no longer in
+    the cluster, are left out.
     """
     asked = world.expand_hosts(job.fields.get("ReqNodeList", "").replace("(null)", ""))
     needed = int(job.fields.get("NumNodes", "1").split("-")[0])
-    free = {name for name, usable in nodes.items() if usable} - set(already)
+    free = {name for name, usable in nodes.items() if usable} - set(by_user)
     chosen: list[str] = []
-    for said in reversed(hosts):
-        host = said if said in nodes else said.split(".")[0]
+    for name in reversed(hosts):
+        host = name if name in nodes else name.split(".")[0]
         if (
             host not in nodes
             or host in chosen
             or host in asked
-            or host in already
+            or host in by_user
             or (host in free and len(free) - 1 < needed)
         ):
             continue
@@ -124,23 +126,21 @@ def affordable(hosts: Sequence[str], job: scontrol.Job, nodes: Mapping[str, bool
     return chosen
 
 
-def tell(job_id: str, job: scontrol.Job, before: Listed, hosts: Sequence[str]) -> str:
-    """Have the requeued, waiting job keep away from `hosts`, and of those `before` only from what a person asked for;
-    '' or why Slurm does not do it.
-    """
-    wanted = dict.fromkeys([*before.persons, *hosts])
-    if set(wanted) != {*before.persons, *before.own}:
+def exclude(job_id: str, job: scontrol.Job, before: ExcludedNodes, hosts: Sequence[str]) -> str:
+    """Replace this program's entries in the ExcNodeList of the requeued job by `hosts`. Returns '' or Slurm's error."""
+    wanted = dict.fromkeys([*before.by_user, *hosts])
+    if set(wanted) != {*before.by_user, *before.own}:
         done = scontrol.run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(wanted)}")
         if done.returncode:
             return done.stderr.strip()
-    if AVOID in job.fields.get("Comment", ""):  # they are remembered in the run folder from now on
+    if AVOID in job.fields.get("Comment", ""):  # from now on the run folder has them
         comment = re.sub(rf" ?{AVOID}\S*", "", job.fields.get("Comment", "")).strip()
         scontrol.run("scontrol", "update", f"JobId={job_id}", f"Comment={comment}")
     return ""
 
 
 def _avoided(job: scontrol.Job) -> list[str]:
-    """The hosts that slurm/pretrain.sbatch has excluded by itself."""
+    """Return the hosts that slurm/pretrain.sbatch has excluded."""
     found = re.search(rf"(?:^| ){AVOID}(\S+)", job.fields.get("Comment", ""))
     return found[1].split(",") if found else []
 

@@ -1,7 +1,7 @@
-"""Where the batch scripts and site files are: slurm/ of a checkout, or the copy that a wheel brings (see setup.py).
+"""The batch scripts and site files: slurm/ of a checkout, or the copy in a wheel (see setup.py).
 
-A file is called by its path in that folder; ``.sbatch``, or the ending of a site file, may be left out: ``pretrain``,
-``shards``, ``sites/mycluster``. The lab (slurm/lab) needs root and belongs to a checkout; it is none of these.
+A file is named by its path in that folder; ``.sbatch``, or the suffix of a site file, may be left out: ``pretrain``,
+``shards``, ``sites/mycluster``. The lab (slurm/lab) needs root and a checkout; it is not among them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,6 @@ FOLDER = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 
 def found() -> dict[str, Path]:
-    """Every file that can be handed out, by its short name, sorted."""
+    """List every file that `slurm-script` prints, by its short name, sorted."""
     paths = [*FOLDER.glob("*.sbatch"), *(path for path in FOLDER.glob("sites/*") if path.is_file())]
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(paths)}

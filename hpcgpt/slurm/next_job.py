@@ -1,15 +1,15 @@
-"""The next job, where Slurm may not requeue this one: the same again, queued behind it.
+"""The next job: where Slurm may not requeue a job, the same job is submitted again, to run after it.
 
-A site may forbid requeueing (JobRequeue=0), and a user may (``--no-requeue``). Then a new job is submitted, with
-the stored batch script of this one, the words that stood behind it, and the flags that Slurm still knows. It
-waits for the end of this very job, ``--dependency=afterany:<id>``: `singleton` would wait for every job of the
-same name, and all runs and all tasks of an array may bear one name.
+A site may forbid requeueing (JobRequeue=0), and so may a user (``--no-requeue``). Then a new job is submitted with the
+batch script that Slurm has stored, the same arguments, and the flags that Slurm still shows. It waits for the end of
+this job, ``--dependency=afterany:<id>``: `singleton` would wait for every job of the same name, and all runs and all
+tasks of an array may have the same name.
 
-What Slurm does not tell a job is not taken along when it was a flag of sbatch's command line: ``--signal``,
-``--mail-user``, ``--comment``. In the script's #SBATCH lines, or in SBATCH_ variables, they are.
+Slurm does not show a job some flags of sbatch's command line: ``--signal``, ``--mail-user``, ``--comment``. The next
+job lacks them, unless they are in the script's #SBATCH lines or in SBATCH_ variables.
 
-It is submitted after srun has returned. That leaves out one case: the node of the batch script itself fails.
-Then nobody is left to submit anything, and a person has to.
+The job is submitted after srun has returned. So if the batch script's own node fails, no job is submitted, and a person
+has to do it.
 
 No torch in here.
 """
@@ -51,8 +51,8 @@ _OUTPUTS = {"StdOut": "output", "StdErr": "error"}
 _NOTHING = ("(null)", "N/A", "None", "")
 
 
-def flags(job: scontrol.Job, env: Mapping[str, str], excluded: Sequence[str] = ()) -> list[str]:
-    """sbatch's flags that ask for this job again, behind it."""
+def flags(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] = ()) -> list[str]:
+    """Return the flags of sbatch that ask for this job again, after it has ended."""
     found = [f"--{flag}={env[name]}" for name, flag in _FROM_ENV.items() if env.get(name)]
     shown = job.fields
     found += [f"--{flag}={shown[key]}" for key, flag in _FROM_FIELDS.items() if shown.get(key, "") not in _NOTHING]
@@ -65,65 +65,66 @@ def flags(job: scontrol.Job, env: Mapping[str, str], excluded: Sequence[str] = (
     found += ["--open-mode=append", "--no-requeue"] if shown.get("Requeue") == "0" else ["--open-mode=append"]
     if shown.get("OverSubscribe") == "NO":
         found += ["--exclusive"]
-    if excluded:
-        found += ["--exclude=" + ",".join(excluded)]
+    if bad_nodes:
+        found += ["--exclude=" + ",".join(bad_nodes)]
     return [*found, f"--dependency=afterany:{scontrol.job_id(env)}"]
 
 
-def submit(job: scontrol.Job, env: Mapping[str, str], excluded: Sequence[str] = ()) -> tuple[str, str]:
-    """Submit the next job. Returns its id and '', or '' and why there is none."""
+def submit(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] = ()) -> tuple[str, str]:
+    """Submit the next job. Returns its id and '', or '' and an error message."""
     script = scontrol.run("scontrol", "write", "batch_script", env.get("SLURM_JOB_ID", ""), "-")
     if script.returncode or not script.stdout.startswith("#!"):
         return "", f"the batch script could not be read back: {script.stderr.strip() or 'it is no script'}"
-    # What belongs to this job would reach the next one through --export=ALL, its restart count for one.
+    # --export=ALL would pass this job's variables to the next one, among them its restart count.
     kept = {
         k: v for k, v in env.items() if not k.startswith(("SLURM_", "SLURMD_")) or k in ("SLURM_CONF", "SLURM_HOSTFILE")
-    } | {"HPCGPT_CHAINED": "1"}  # its command has worked before, as after a restart
+    } | {"HPCGPT_CHAINED": "1"}  # as after a restart: its command has worked before
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / (Path(_script(job)).name.strip("()") or "pretrain.sbatch")
         path.write_text(script.stdout)
-        words = ["sbatch", "--parsable", *flags(job, env, excluded), str(path), *arguments()]
-        done = scontrol.run(*words, env=kept)
+        command = ["sbatch", "--parsable", *flags(job, env, bad_nodes), str(path), *script_arguments()]
+        done = scontrol.run(*command, env=kept)
     if done.returncode:
         return "", done.stderr.strip()
     return done.stdout.strip().split(";")[0], ""
 
 
-def by_hand(job: scontrol.Job, env: Mapping[str, str], excluded: Sequence[str] = ()) -> str:
-    """The command for a person to type, where no job can be queued from here."""
-    words = [flag for flag in flags(job, env, excluded) if not flag.startswith("--dependency")]
-    return shlex.join(["sbatch", *words, _script(job) or "SCRIPT", *arguments()])
+def manual_command(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] = ()) -> str:
+    """Return the command for a person to type, where no job can be queued from here."""
+    kept = [flag for flag in flags(job, env, bad_nodes) if not flag.startswith("--dependency")]
+    return shlex.join(["sbatch", *kept, _script(job) or "SCRIPT", *script_arguments()])
 
 
-def arguments() -> list[str]:
-    """The words behind the script's name, as they were typed.
+def script_arguments() -> list[str]:
+    """Return the arguments of the batch script, as they were typed.
 
-    Slurm shows them without their quotes. The shell that runs the script still has them, and is one of our
-    parents; unless it became another program, as under `submit`, whose script takes no words.
+    Slurm shows them without their quotes. The shell that runs the script still has them, and is one of this process's
+    parents; unless it has executed another program, as under `submit`, whose script takes no arguments.
     """
     pid = os.getpid()
     while pid > 1:
         try:
-            words = [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+            content = Path(f"/proc/{pid}/cmdline").read_bytes()
+            command = [os.fsdecode(argument) for argument in content.split(b"\0")[:-1]]
             parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             break
-        for place, word in enumerate(words[:3]):
-            if Path(word).name == "slurm_script":
-                return words[place + 1 :]
+        for index, argument in enumerate(command[:3]):
+            if Path(argument).name == "slurm_script":
+                return command[index + 1 :]
         pid = int(parent)
     return []
 
 
 def _script(job: scontrol.Job) -> str:
-    """The script's path. Slurm shows it with the arguments behind it, and both may have spaces; '' for none."""
+    """Return the script's path; '' if there is none. Slurm shows it joined with the arguments; both may have spaces."""
     shown = job.fields.get("Command", "")
-    # As Slurm joins them, but for a line break, where the field ends.
-    return "" if shown in _NOTHING else shown.removesuffix(" " + " ".join(arguments()).partition("\n")[0])
+    # Slurm joins the arguments with spaces; the field ends at a line break.
+    return "" if shown in _NOTHING else shown.removesuffix(" " + " ".join(script_arguments()).partition("\n")[0])
 
 
 def _pattern(path: str, env: Mapping[str, str]) -> str:
-    """A log's name with its job's numbers as Slurm's patterns again, so that the next job has its own.
+    """Replace the job's ids in a log's path by Slurm's patterns, so that the next job has a log of its own.
 
     Slurm 22.05 shows a %% as it was given.
     """

@@ -1,17 +1,17 @@
-"""What state a run is in, and why.
+"""The state of a run, and the reason for it.
 
-It follows from its newest attempt, and from the jobs that began after that one: each is looked at on its own, so that
-a second job that was refused says nothing about the attempt that it found. Where the run folder leaves open whether a
-job is still there, Slurm is asked (`job_is`); without Slurm, time has to do.
+It follows from the newest attempt and from the jobs that began after it. Each is judged separately, so that a second
+job that was refused does not change the state of the attempt that is running. If the run folder does not show whether
+a job still exists, Slurm is asked (`presence_of`); without Slurm, elapsed time decides.
 
     new        nothing has started yet
-    starting   its job has started, its ranks have not said so yet
-    running    it has given a sign of life lately
-    silent     it should be running, but has been still for much longer than a step or an evaluation takes
+    starting   its job has started, its ranks have not reported yet
+    running    it has written something recently
+    silent     it should be running, but has written nothing for much longer than a step or an evaluation takes
     finished   all steps are done
-    saved      it saved before the end and left; it continues when it is started again
+    saved      it saved before the end and exited; it continues when it is started again
     queued     the same, or it crashed, and the batch script has asked Slurm to start it again
-    stopped    a failure, or a person's doing
+    stopped    it failed, or a person stopped it
 
 No torch in here.
 """
@@ -31,12 +31,13 @@ from hpcgpt.run.records import Record as Row
 from hpcgpt.slurm import scontrol
 from hpcgpt.storage import lease
 
-ALIVE = ("starting", "running", "silent")
-# How long a run may be still: at the very least, and before its first step, in which a model may be compiled.
+Name = Literal["new", "starting", "running", "silent", "finished", "saved", "queued", "stopped"]
+ALIVE: tuple[Name, ...] = ("starting", "running", "silent")
+# A run is not silent before this long, and before its first step, in which a model may be compiled, not before that.
 SILENT_S, SILENT_AT_START_S = 120.0, 600.0
 RECENT_EVALUATIONS = 5
-NO_WORD = "no word: killed, or its node failed"
-STAYS_STOPPED = "a STOP file asks it to stay so"
+NOTHING_REPORTED = "nothing reported: killed, or its node failed"
+STOP_FILE = "a STOP file keeps it stopped"
 _OVER = {
     *("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED"),
     *("BOOT_FAIL", "REVOKED"),
@@ -47,9 +48,9 @@ Presence = Literal["pending", "there", "gone", "unknown"]
 
 @dataclass(frozen=True)
 class State:
-    """`still_s`: seconds since the last sign of life of what should be going; None if nothing should."""
+    """`still_s`: seconds since a run that should be running wrote something; None if it should not."""
 
-    name: str
+    name: Name
     reason: str = ""
     still_s: float | None = None
 
@@ -58,26 +59,26 @@ def find(
     folder: Path, events: Sequence[Row], rows: Sequence[Row], now: float,
     ask: Callable[[str], Presence] | None = None,
 ) -> State:  # fmt: skip
-    """The state of the run in `folder`; `ask` is `job_is`, or None where Slurm is not to be asked."""
+    """Find the state of the run in `folder`. `ask` is `presence_of`, or None to leave Slurm out."""
     ask = ask or _is_unknown
     starts = attempts.starts(events, rows)
     start = starts[-1] if starts else {}
     since = _events_since(start, events)
-    last_word, place = _last_word(start, since)
-    if start and not last_word and _is_held(folder) and not _was_started_again(start, since):
+    end, position = _end_event(start, since)
+    if start and not end and _is_held(folder) and not _was_started_again(start, since):
         alive = _of_attempt(start, events, rows, now, ask)
         if alive:
             return alive
-    state = _of_ended(folder, start, last_word) if start or last_word else State("new")
+    state = _of_ended(folder, start, end) if start or end else State("new")
     # A job that began before this attempt had ended was refused.
-    state = _of_later_jobs(folder, state, since[place:], now, ask)
+    state = _of_later_jobs(folder, state, since[position:], now, ask)
     if state.name in ("new", "saved", "stopped", "queued") and (folder / "STOP").exists():
-        return State("stopped", STAYS_STOPPED)
+        return State("stopped", STOP_FILE)
     return state
 
 
 def usual_step_s(rows: Sequence[Row]) -> float | None:
-    """Median seconds of the last hundred steps."""
+    """Return the median seconds of the last hundred steps."""
     recent = sorted(row["train/step_s"] for row in rows[-100:] if "train/step_s" in row)
     return recent[len(recent) // 2] if recent else None
 
@@ -86,29 +87,29 @@ def usual_step_s(rows: Sequence[Row]) -> float | None:
 
 
 def _events_since(start: Row, events: Sequence[Row]) -> Sequence[Row]:
-    """Those after the start of an attempt, in the order in which they were written."""
+    """Return the events after the start of an attempt, in the order in which they were written."""
     for index in range(len(events) - 1, -1, -1):
         if events[index] is start:
             return events[index + 1 :]
-    # Its start was never written, as on a full disk: what is its own is known by its number.
+    # Its start was never written, as on a full disk: its events are known by its number.
     return [event for event in events if not start or event["time"] >= start["time"] or _is_of(event, start)]
 
 
-def _last_word(start: Row, since: Sequence[Row]) -> tuple[Row, int]:
-    """The event that says how an attempt ended, {} if none does, and the number of events up to it.
+def _end_event(start: Row, since: Sequence[Row]) -> tuple[Row, int]:
+    """Return the event that records an attempt's end, {} if there is none, and the number of events up to it.
 
-    The batch script knows of a crash what the attempt itself does not; of all else the attempt knows more.
+    About a crash the batch script records more than the attempt itself; about any other end, the attempt.
     """
-    for names in (("crash",), ("end",), ("no_requeue",)):
-        for place in range(len(since) - 1, -1, -1):
-            event = since[place]
-            if event["event"] in names and (_is_of(event, start) if start else "attempt" in event):
-                return event, place + 1
+    for name in ("crash", "end", "no_requeue"):
+        for index in range(len(since) - 1, -1, -1):
+            event = since[index]
+            if event["event"] == name and (_is_of(event, start) if start else "attempt" in event):
+                return event, index + 1
     return {}, 0
 
 
 def _is_of(event: Row, start: Row) -> bool:
-    """Is this event about that attempt? A crash names its job, and no job where there is none."""
+    """Is this event about that attempt? A crash event has the job instead, or nothing without Slurm."""
     if "attempt" in event:
         return bool(event["attempt"] == start.get("attempt"))
     return bool(start) and event.get("job", start.get("job")) == start.get("job")
@@ -119,17 +120,17 @@ def _was_started_again(start: Row, since: Sequence[Row]) -> bool:
     job = start.get("job")
     if not job:
         return False
-    id_, restart = _parts(job)
+    id_, restart = _id_and_restart(job)
     for event in since:
         if event["event"] in ("requeue", "chain", "no_requeue") and event.get("job") == job:
             return True
-        if event["event"] == "job" and _parts(event.get("job", ""))[0] == id_ and event.get("job") != job:
-            return _parts(event.get("job", ""))[1] > restart
+        if event["event"] == "job" and _id_and_restart(event.get("job", ""))[0] == id_ and event.get("job") != job:
+            return _id_and_restart(event.get("job", ""))[1] > restart
     return False
 
 
-def _parts(job: str) -> tuple[str, int]:
-    """Slurm's id and the number of the start: '7_1' -> ('7', 1)."""
+def _id_and_restart(job: str) -> tuple[str, int]:
+    """Split a start into Slurm's job id and the restart count: '7_1' -> ('7', 1)."""
     id_, _, restart = job.rpartition("_")
     return (id_, int(restart)) if id_ and restart.isdecimal() else (job, 0)
 
@@ -143,7 +144,7 @@ def _is_held(folder: Path) -> bool:
 def _of_attempt(
     start: Row, events: Sequence[Row], rows: Sequence[Row], now: float, ask: Callable[[str], Presence]
 ) -> State | None:  # fmt: skip
-    """The state of an attempt that has not said that it ended; None if it is over all the same."""
+    """Judge an attempt that has recorded no end; None if it has ended nevertheless."""
     number = start.get("attempt")
     signs = [start["time"], *(event["time"] for event in events if event.get("attempt") == number)]
     own = bool(rows) and rows[-1].get("attempt", number) == number
@@ -164,23 +165,24 @@ def _of_attempt(
 
 
 def _evaluation_s(rows: Sequence[Row]) -> float:
-    """The longest of the last few evaluations; 0 if there was none. One that was slow once is no measure for ever."""
+    """Return the longest of the last few evaluations; 0 if there was none. So a single slow one is soon forgotten."""
     took = [seconds for row in rows if (seconds := attempts.evaluation_s(row))]
     return max(took[-RECENT_EVALUATIONS:], default=0.0)
 
 
-def _of_ended(folder: Path, start: Row, last_word: Row) -> State:
-    if last_word:
-        name = "stopped"
-        if last_word["event"] == "end":
-            name = {exit_codes.FINISHED: "finished", exit_codes.AGAIN: "saved"}.get(last_word.get("status", -1), name)
-        return State(name, str(last_word.get("reason", "")))
-    # An error that is a sentence is written there last, by the one that held the folder.
+def _of_ended(folder: Path, start: Row, end: Row) -> State:
+    if end:
+        name: Name = "stopped"
+        if end["event"] == "end":
+            names: dict[int, Name] = {exit_codes.FINISHED: "finished", exit_codes.AGAIN: "saved"}
+            name = names.get(end.get("status", -1), name)
+        return State(name, str(end.get("reason", "")))
+    # An attempt that ends with an error records it there last, if it held the lease.
     ended = run_folder.read_exit(folder)
     with suppress(OSError):
         if ended and (folder / "exit.json").stat().st_mtime >= start["time"]:
             return State("stopped", str(ended.reason))
-    return State("stopped", NO_WORD)
+    return State("stopped", NOTHING_REPORTED)
 
 
 # --- the jobs after it -----------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def _of_ended(folder: Path, start: Row, last_word: Row) -> State:
 def _of_later_jobs(
     folder: Path, before: State, since: Sequence[Row], now: float, ask: Callable[[str], Presence]
 ) -> State:  # fmt: skip
-    """The state that the newest start of a job after an attempt makes of the one that this attempt had left."""
+    """Follow the jobs that began after an attempt, which left the state `before`; the newest one decides."""
     state, began = before, None
     for event in since:
         name, job = event["event"], event.get("job", "")
@@ -208,15 +210,15 @@ def _of_later_jobs(
 
 
 def _refused(before: State, reason: str) -> State:
-    """A job that came to nothing: that leaves a finished run what it is."""
+    """Return the state after a job that did not train; a finished run stays finished."""
     return before if before.name == "finished" else State("stopped", reason)
 
 
 def _waiting(state: State, event: Row, ask: Callable[[str], Presence]) -> State:
-    job = event.get("next_job") or _parts(event.get("job", ""))[0]
+    job = event.get("next_job") or _id_and_restart(event.get("job", ""))[0]
     reason = state.reason or str(event.get("reason", ""))
     if ask(job) == "gone":
-        return State("stopped", f"job {job} was queued to start it again, and is gone: cancelled? Before: {reason}")
+        return State("stopped", f"job {job}, queued to start it again, no longer exists: cancelled? Before: {reason}")
     return State("queued", reason)
 
 
@@ -230,9 +232,9 @@ def _starting(folder: Path, before: State, began: Row, now: float, ask: Callable
     if presence == "pending":
         return State("queued", before.reason)
     if presence == "gone":
-        return _refused(before, f"job {_parts(job)[0]} is gone: it was cancelled, or ended, before training began")
+        return _refused(before, f"job {_id_and_restart(job)[0]} was cancelled, or ended, before training began")
     if presence == "unknown" and (folder / "STOP").exists():
-        return _refused(before, STAYS_STOPPED)
+        return _refused(before, STOP_FILE)
     if still_s <= SILENT_AT_START_S:
         return State("starting", still_s=still_s)
     if presence == "unknown" and before.name == "finished":
@@ -248,12 +250,12 @@ def _is_unknown(_job: str) -> Presence:
 
 
 @cache
-def job_is(job: str) -> Presence:
-    """What Slurm knows of a job ('7_1', '7'): it waits, it is there, or it is gone. Asked once a job, for 20 s at most.
+def presence_of(job: str) -> Presence:
+    """Ask Slurm whether a job ('7_1', '7') is pending, there or gone; once a job, for at most 20 s.
 
-    Without Slurm, or while it does not answer, that is unknown.
+    Without Slurm, or if it does not answer, the result is "unknown".
     """
-    id_ = _parts(job)[0]
+    id_ = _id_and_restart(job)[0]
     if not id_.replace("_", "").isdecimal():
         return "unknown"
     done = scontrol.run("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={id_}")

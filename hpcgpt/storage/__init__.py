@@ -1,3 +1,1 @@
-"""Files that are whole or absent, and the lease by which one attempt at a time writes into a run folder. Imports no
-torch.
-"""
+"""Atomic files, and the lease by which one attempt at a time writes into a run folder. Imports no torch."""

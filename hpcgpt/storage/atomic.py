@@ -1,9 +1,9 @@
 """Files that are whole or absent, also after a power cut.
 
-A file is written under a temporary name beside its target, flushed to the disk, and renamed; then the
-folder is flushed, since the new name is the folder's content. Temporary names start with a dot and carry
-host, process and a random number (two containers may share the first two), so two writers never share one, and
-only what this call made is ever removed. Files get the mode that the umask leaves, for a group that shares a run.
+A file is written under a temporary name beside its target, flushed to the disk, and renamed; then the folder is
+flushed, since the new name is part of the folder's content. Temporary names start with a dot and contain host, pid
+and a random number (two containers may share the first two), so two writers never use the same one, and a call removes
+only its own. The umask decides the files' mode, so that a group can share a run.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import errno
 import os
 import secrets
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from hpcgpt.output import streams
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# What link(2) answers where a file system has none, or not for this file.
+# Errors of link(2) on file systems without hard links, or without them for this file.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES, errno.EINVAL, errno.EXDEV)
 
 
 @contextmanager
 def writing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
+    """Open a binary file that becomes `path` if the block succeeds, and is removed if it raises.
 
-    `check` is called when it is whole and has not got its name yet: it may still say no by an exception.
+    `check` is called when the file is complete, before it is renamed; an exception from it cancels the rename.
 
     Raises:
-        OSError: the file could not be written; the message names it, and `path` is as it was.
+        OSError: the file could not be written; the message names it, and `path` is unchanged.
     """
     temporary = _temporary(path, "tmp")
     try:
@@ -41,18 +42,18 @@ def writing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Bi
         check()
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):  # a disk that is away: that is what `error` says already
+        with suppress(OSError):  # the disk is gone, which `error` says already
             temporary.unlink()
-        # With a cause it is explained already, by a file that was being written inside of this block.
+        # An error with a cause already names its file, one that was written inside this block.
         if isinstance(error, OSError) and error.filename is None and error.__cause__ is None:
-            raise explained(error, path) from error
+            raise with_path_and_free_space(error, path) from error
         raise
     sync_folder(path.parent)
 
 
 @contextmanager
-def plain(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that nobody relies on yet, as in a folder that will be flushed (`flush`) and renamed as a whole.
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file that nothing reads yet, as in a folder that is later flushed (`flush`) and renamed as a whole.
 
     Raises:
         OSError: the file could not be written; the message names it.
@@ -62,31 +63,33 @@ def plain(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         if error.filename is None and error.__cause__ is None:
-            raise explained(error, path) from error
+            raise with_path_and_free_space(error, path) from error
         raise
 
 
 def write(path: Path, content: bytes, check: Callable[[], None] = lambda: None) -> None:
-    """Make `path` hold `content`, or leave it as it was and raise OSError. `check` as in `writing`."""
+    """Write `content` to `path`, or leave `path` unchanged and raise OSError. `check` as in `writing`."""
     with writing(path, check) as file:
         file.write(content)
 
 
-def forestall(path: Path) -> None:
-    """Whoever is in the middle of writing `path`, on any host, will find that he cannot name it so any more.
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove the temporary files of writes to `path` that are under way on any host: their renames will fail.
 
-    For a file of which all writers but the caller are orphans.
+    For a file whose other writers are all orphans.
     """
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)
 
 
 def keep(path: Path, content: bytes) -> None:
-    """`write`, for what a run can do without: a file that holds just that already needs no room; and where there is
-    none for another version of it, the one that is there stays, with a warning.
+    """Write a file that a run can do without.
+
+    If it has this content already nothing is written. If the disk has no room for a new version, the old one stays,
+    with a warning.
     """
     before: bytes | None = None
-    with suppress(OSError):  # not there; or it cannot be read, which `write` may mend
+    with suppress(OSError):  # absent, or unreadable, which writing may mend
         before = path.read_bytes()
     if before == content:
         return
@@ -95,15 +98,15 @@ def keep(path: Path, content: bytes) -> None:
     except OSError as error:
         if before is None or error.errno not in NO_ROOM:
             raise
-        print(f"warning: {path} stays as it was: {error.strerror}", file=sys.stderr, flush=True)
+        streams.warn(f"{path} is not updated: {error.strerror}")
 
 
 def create(path: Path, content: bytes) -> bool:
-    """Make `path`, whole, unless it exists; True if this call made it.
+    """Create `path` with its whole content unless it exists; return whether this call created it.
 
-    Of several processes on any hosts exactly one gets True: a hard link either appears or fails, also on network
-    file systems that do not keep locks. Where there are no hard links (exFAT, object stores, some FUSE file systems)
-    the file is created exclusively under its own name, and read back: see `_create_in_place`.
+    Of several processes on any hosts exactly one gets True: a hard link is created or fails, also on network file
+    systems without locks. Where there are no hard links (exFAT, object stores, some FUSE file systems) the file is
+    created exclusively under its own name, and read back: see `_create_in_place`.
     """
     if path.exists():
         return False
@@ -116,7 +119,7 @@ def create(path: Path, content: bytes) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # On NFS it may be our own: the answer was lost, and the client asked once more.
+            # On NFS the link may be ours: the reply was lost, and the client repeated the request.
             return os.stat(temporary).st_nlink > 1
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -124,7 +127,7 @@ def create(path: Path, content: bytes) -> bool:
             if not _create_in_place(path, content):
                 return False
     except OSError as error:
-        raise explained(error, path) from error
+        raise with_path_and_free_space(error, path) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -133,7 +136,7 @@ def create(path: Path, content: bytes) -> bool:
 
 
 def claim(path: Path, content: bytes) -> bool:
-    """`create` for a file whose name is what counts: it may stay empty where the disk has no room for its content."""
+    """Create a file of which only the name matters: if the disk has no room for its content it is left empty."""
     try:
         return create(path, content)
     except OSError as error:
@@ -144,17 +147,16 @@ def claim(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise explained(error, path) from error
+        raise with_path_and_free_space(error, path) from error
     sync_folder(path.parent)
     return True
 
 
 def _create_in_place(path: Path, content: bytes) -> bool:
-    """The same without a link. For a moment it is there and empty.
+    """Create a file without a link. For a moment it exists and is empty.
 
-    A client that keeps what it writes to itself until the file is closed (gcsfuse) may tell two of them that they
-    made it, and refuse all but one when they close; so what is there afterwards decides. `content` has to be unlike
-    that of any other process.
+    A client that sends data only when the file is closed (gcsfuse) may let two processes create it, and refuse all but
+    one at the close; so the content that is read back decides. It must differ from that of any other process.
     """
     try:
         with open(path, "xb") as file:
@@ -166,7 +168,7 @@ def _create_in_place(path: Path, content: bytes) -> bool:
     except OSError:
         with suppress(OSError):
             if path.read_bytes() not in (content, content[: path.stat().st_size]):
-                return False  # another one's
+                return False  # another process's
             path.unlink()
         raise
     return path.read_bytes() == content
@@ -177,12 +179,12 @@ def _temporary(path: Path, ending: str) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Flush the content of a file to the disk; raises OSError, naming it."""
+    """Flush a file's content to the disk. An OSError names the file."""
     with open(path, "rb+") as file:
         try:
             os.fsync(file.fileno())
         except OSError as error:
-            raise explained(error, path) from error
+            raise with_path_and_free_space(error, path) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -194,8 +196,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def explained(error: OSError, path: Path) -> OSError:
-    """The same kind of error, saying which file it was about and how much room its disk has."""
+def with_path_and_free_space(error: OSError, path: Path) -> OSError:
+    """Return the same kind of error with the file's path and the free space of its disk in the message."""
     try:
         status = os.statvfs(path.parent)
         room = f"; {status.f_bavail * status.f_frsize / 1e6:,.1f} MB free there"

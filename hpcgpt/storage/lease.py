@@ -1,27 +1,27 @@
-"""One writer: of all attempts at a run, only the newest may publish.
+"""The lease on a run folder: of all attempts at a run, only the newest may write.
 
-After a node failure the old ranks can still be alive, training and writing, while the requeued job runs
-on other nodes. Locks do not help: many network file systems do not keep them. So each attempt takes the
-next generation number before it does anything::
+After a node failure the old ranks can still be alive and writing while the requeued job runs on other nodes. Locks do
+not help: many network file systems do not keep them. So each attempt acquires a lease, a number one higher than the
+last, before it does anything else::
 
-    generations/000003.json    who took it (host, process, attempt, time); made by a link, so exactly once
-    generations/000003.alive   a counter that its holder writes every HEARTBEAT_S seconds, and its time
-    generations/000003.done    it left in peace
+    generations/000003.json    the holder: host, process, job, time; created by a hard link, so exactly once
+    generations/000003.alive   the heartbeat: a counter that the holder rewrites every HEARTBEAT_S seconds
+    generations/000003.done    the holder has released the lease
 
-A holder that finds a higher number leaves at once: its heartbeat looks every few seconds, and
-``Generation.check`` before each commit. A newcomer that finds a holder watches the counter: if it moves
-the holder is alive, and the newcomer says who it is and leaves. Only counters are compared, never
-clocks of different hosts. An attempt of the same Slurm job with a higher restart count does not need
-to watch: Slurm itself has ended, or given up on, the one before. Nor where the holder's process is gone, which is
-known of processes of one kernel and one pid namespace only: in another container of the same host name its number
-says nothing.
+A holder that finds a higher number exits at once. It looks with every heartbeat, and ``Lease.check`` looks before
+each commit. An attempt that finds an unreleased lease watches its heartbeat: if the counter moves the holder is alive,
+and the attempt is refused. Only counters are compared, never clocks of different hosts. Two cases need no watching:
 
-What is relied on: that opening a folder, or a file, asks the server whether it is still as it is remembered. NFS
-clients do that (close-to-open consistency, unless mounted with `nocto`), also for folders, where everything else may
-be answered from a cache for a minute. So `_newest` opens the folder for each look, and counters are opened to be read.
+- the same Slurm job with a higher restart count: Slurm has ended, or given up on, the start before;
+- a holder whose process is gone. That can be seen only within the same kernel and pid namespace; in another container
+  its pid means nothing.
 
-A full disk must not keep a run from going on: a number's name is what counts, its file may be empty; the time of the
-counter's file moves where the counter cannot be written.
+This relies on one property of the file system: opening a folder or a file asks the server for its current state. NFS
+clients do that (close-to-open consistency, unless mounted with `nocto`), also for folders, where other calls may be
+answered from a cache for a minute. So `_newest` opens the folder each time, and heartbeat files are opened to be read.
+
+A full disk must not prevent a start: only the name of a lease's file matters, it may be empty; and where the counter
+cannot be written, the modification time of its file still changes.
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ from hpcgpt.storage import atomic
 HEARTBEAT_S = 2.0
 WATCH_S = 5 * HEARTBEAT_S
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_TAKEN = re.compile(r"\d+\.json")
+_LEASE_FILE = re.compile(r"\d+\.json")
 
 
 @dataclass
-class Generation:
-    """The number that this process holds. Rank 0 alone has one."""
+class Lease:
+    """The lease that this process holds. Of a job's ranks only rank 0 has one."""
 
     folder: Path
     number: int
     _stop: threading.Event
 
     def superseded_by(self) -> int | None:
-        """A higher number, if somebody took one."""
+        """Return the newest lease's number if it is higher than this one's, else None."""
         newest = _newest(self.folder)
         return newest if newest > self.number else None
 
     def check(self) -> None:
-        """Leave the process, now, if a newer attempt has taken the folder."""
+        """Exit the process, now, if a newer attempt has acquired the lease."""
         newer = self.superseded_by()
         if newer is not None:
             print(
-                f"error: generation {newer} has taken this folder: this attempt (generation {self.number}, "
-                f"{socket.gethostname()} pid {os.getpid()}) leaves without writing another byte",
+                f"error: attempt {newer} has taken over {self.folder.parent}: this attempt ({self.number}, host "
+                f"{socket.gethostname()}, pid {os.getpid()}) exits without writing anything more",
                 file=sys.stderr,
                 flush=True,
             )
@@ -77,20 +77,20 @@ class Generation:
             os._exit(SUPERSEDED)
 
     def release(self) -> None:
-        """Say that this attempt has left in peace: the next one need not watch."""
+        """Record that this attempt has ended, so that the next one need not watch its heartbeat."""
         self._stop.set()
         try:
             atomic.write(self.folder / f"{self.number:06d}.done", b"")
         except OSError as error:
-            # The next one then watches for a few seconds, or sees that this process is gone.
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            # The next attempt then watches for a few seconds, or sees that this process is gone.
+            streams.warn(error)
 
-    def _look(self) -> None:
+    def _check_forever(self) -> None:
         while not self._stop.wait(5 * HEARTBEAT_S):
             with suppress(OSError):
                 self.check()
 
-    def _beat(self) -> None:
+    def _beat_forever(self) -> None:
         path = self.folder / f"{self.number:06d}.alive"
         beats = 0
         while not self._stop.wait(HEARTBEAT_S):
@@ -99,55 +99,55 @@ class Generation:
                 self.check()
                 _write_beat(path, beats)
             except OSError as error:
-                # A full or hanging disk must not end the run; at worst a newcomer takes over.
-                print(f"warning: no heartbeat: {error}", file=sys.stderr, flush=True)
+                # A full or hanging disk must not end the run; at worst another attempt takes over.
+                streams.warn(f"no heartbeat: {error}")
 
 
-def watch(run_folder: Path, number: int) -> None:
-    """Leave this process as soon as a newer attempt than `number` has the folder.
+def exit_when_superseded(run_folder: Path, number: int) -> None:
+    """Exit this process as soon as an attempt newer than `number` holds the lease.
 
-    For the ranks that hold no generation: if rank 0's node is the one that failed, nobody else tells them.
+    For the ranks without a lease: if rank 0's node has failed, nothing else ends them.
     """
-    mine = Generation(run_folder / "generations", number, threading.Event())
-    threading.Thread(target=mine._look, name="generation", daemon=True).start()
+    mine = Lease(run_folder / "generations", number, threading.Event())
+    threading.Thread(target=mine._check_forever, name="lease", daemon=True).start()
 
 
-def take(run_folder: Path, attempt: str) -> Generation:
-    """The next generation of a run folder. `attempt` is world.job_attempt: '<job>_<restart>' or ''.
+def acquire(run_folder: Path, job_attempt: str) -> Lease:
+    """Acquire the next lease on a run folder. `job_attempt` is world.job_attempt: '<job>_<restart>' or ''.
 
     Raises:
-        UserError: another attempt holds the folder and is alive, or took it at the same moment.
+        UserError: another attempt holds the lease and is alive, or acquired it at the same moment.
     """
     folder = run_folder / "generations"
     folder.mkdir(parents=True, exist_ok=True)
-    newest = wait_until_gone(run_folder, attempt)
+    newest = wait_until_gone(run_folder, job_attempt)
     number = newest + 1
-    who = {"host": socket.gethostname(), "attempt": attempt, "time": time.time(), **_process(os.getpid())}
-    if not atomic.claim(folder / f"{number:06d}.json", json.dumps(who).encode()):
-        raise UserError(f"{run_folder} was taken by another job at this very moment: {_who(folder, number)}")
-    generation = Generation(folder, number, threading.Event())
-    threading.Thread(target=generation._beat, name="heartbeat", daemon=True).start()
-    return generation
+    holder = {"host": socket.gethostname(), "attempt": job_attempt, "time": time.time(), **_process(os.getpid())}
+    if not atomic.claim(folder / f"{number:06d}.json", json.dumps(holder).encode()):
+        raise UserError(f"{run_folder} has just been taken by another job: {_describe(folder, number)}")
+    lease = Lease(folder, number, threading.Event())
+    threading.Thread(target=lease._beat_forever, name="heartbeat", daemon=True).start()
+    return lease
 
 
 def is_held(run_folder: Path) -> bool:
-    """Did somebody take this run folder who has not said since that he left?"""
+    """Has the newest lease on this run folder not been released?"""
     folder = run_folder / "generations"
     newest = _newest(folder)
     return newest > 0 and not (folder / f"{newest:06d}.done").exists()
 
 
 def holder_is_gone(run_folder: Path) -> bool:
-    """Is the process that took the newest number known to have ended? That of another host or container is not."""
+    """Is the process with the newest lease known to have ended? On another host or in another container it is not."""
     folder = run_folder / "generations"
     try:
         return _is_known_to_be_gone(_holder(folder, _newest(folder)))
-    except (OSError, KeyError, TypeError, OverflowError, RecursionError):  # its file is away, or damaged
+    except (OSError, KeyError, TypeError, OverflowError, RecursionError):  # its file is unreadable, or damaged
         return False
 
 
-def wait_until_gone(run_folder: Path, attempt: str) -> int:
-    """The newest generation of a run folder, whose holder is gone; 0 if there was none yet.
+def wait_until_gone(run_folder: Path, job_attempt: str) -> int:
+    """Return the number of the newest lease once its holder is gone; 0 if there was none yet.
 
     Raises:
         UserError: its holder is alive.
@@ -157,18 +157,18 @@ def wait_until_gone(run_folder: Path, attempt: str) -> int:
     if not number:
         return 0
     holder = _holder(folder, number)
-    if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), attempt):
+    if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), job_attempt):
         return number
     if _is_known_to_be_gone(holder):
         return number
-    print(f"{_who(folder, number)} did not say that it left: watching it for {WATCH_S:.0f} s", flush=True)
+    print(f"{_describe(folder, number)} has not released its lease: watching it for {WATCH_S:.0f} s", flush=True)
     before = _beats(folder, number)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(HEARTBEAT_S / 4)
         if _beats(folder, number) != before:
             raise UserError(
-                f"{folder.parent} is held by {_who(folder, number)}, which is alive: end it first, or give "
+                f"{folder.parent} is in use by {_describe(folder, number)}, which is alive: end it first, or give "
                 "this run another --run.name"
             )
         if (folder / f"{number:06d}.done").exists():
@@ -184,23 +184,23 @@ def _is_next_start(before: str, now: str) -> bool:
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """What tells a process of this host from every other one: its number, kernel, pid namespace and time of start.
+    """Identify a process of this host: its pid, kernel, pid namespace and start time.
 
-    Without /proc the number has to do. Some containers hide the kernel's id: `boot` is None then, which equals no
-    other. Raises OSError where there is no such process.
+    Without /proc there is only the pid. Some containers hide the kernel's id: `boot` is None then, and never equal to
+    another. Raises OSError if there is no such process.
     """
     if not Path("/proc/self/stat").exists():
         return {"pid": pid, "boot": "", "pid_namespace": 0, "began": 0}
     boot: str | None = None
     with suppress(OSError):
         boot = BOOT_ID.read_text().strip()
-    # The name before it may have spaces and brackets. The fields are numbers, and the 22nd is the time of start.
+    # The name before the last bracket may contain spaces and brackets. The 22nd field is the start time.
     began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return {"pid": pid, "boot": boot, "pid_namespace": os.stat("/proc/self/ns/pid").st_ino, "began": began}
 
 
 def _is_known_to_be_gone(holder: dict[str, Any]) -> bool:
-    """Has the process ended that took a number? That can be known of those of this kernel and pid namespace only."""
+    """Is the holder known to have ended? Only processes of this kernel and pid namespace can be seen."""
     here = {"host": socket.gethostname(), **_process(os.getpid())}
     if here["boot"] is None or any(holder.get(key) != here[key] for key in ("host", "boot", "pid_namespace")):
         return False
@@ -223,15 +223,15 @@ def _runs(pid: int) -> bool:
 
 
 def _newest(folder: Path) -> int:
-    # Not by glob, which takes a folder that cannot be read for an empty one.
+    # Not by glob, which treats an unreadable folder as an empty one.
     try:
-        return max((int(name[:-5]) for name in os.listdir(folder) if _TAKEN.fullmatch(name)), default=0)
+        return max((int(name[:-5]) for name in os.listdir(folder) if _LEASE_FILE.fullmatch(name)), default=0)
     except FileNotFoundError:
         return 0
 
 
 def _holder(folder: Path, number: int) -> dict[str, Any]:
-    """Who took a number; {} if it could not say: its disk was full, or it is about to."""
+    """Return the holder of a lease; {} if its file is empty: the disk was full, or it is being written."""
     try:
         found = json.loads((folder / f"{number:06d}.json").read_bytes())
     except ValueError:
@@ -239,22 +239,22 @@ def _holder(folder: Path, number: int) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def _who(folder: Path, number: int) -> str:
+def _describe(folder: Path, number: int) -> str:
     holder = _holder(folder, number)
     if not {"host", "pid"} <= holder.keys():
-        return f"generation {number}"
+        return f"attempt {number}"
     job = f"Slurm job {holder['attempt'].rpartition('_')[0]}, " if holder.get("attempt") else ""
-    return f"generation {number} ({job}host {holder['host']}, pid {holder['pid']})"
+    return f"attempt {number} ({job}host {holder['host']}, pid {holder['pid']})"
 
 
 def _write_beat(path: Path, beats: int) -> None:
-    """In its place: emptied first it could not be filled again on a full disk, and its holder would look dead."""
+    """Overwrite in place: a truncated file could not be refilled on a full disk, and its holder would look dead."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.utime(descriptor)  # needs no room
         os.pwrite(descriptor, b"%012d\n" % beats, 0)
     finally:
-        os.close(descriptor)  # on NFS this is what sends it
+        os.close(descriptor)  # on NFS, closing sends it to the server
 
 
 def _beats(folder: Path, number: int) -> str:

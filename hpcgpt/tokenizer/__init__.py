@@ -1,1 +1,1 @@
-"""Tokenizers that lie beside shards and runs: their interface, both kinds, and their folder. Imports no torch."""
+"""Tokenizers: their interface, both kinds, and the folder in which shards and runs keep one. Imports no torch."""

@@ -1,8 +1,8 @@
-"""Byte-level BPE, run by tiktoken: GPT-2's and its kin, and those that are trained here.
+"""Byte-level BPE, run by tiktoken: GPT-2's tokenizer and similar ones, and those trained by data_prep.
 
-``vocab.tiktoken`` is tiktoken's own format: a line an id, the token's bytes in base64 and its rank. The id
-is the rank: of two merges that are possible, the one with the lower id is made first. The pattern says how
-text is cut before merging. The fingerprint is the SHA-256 over pattern, special tokens and vocabulary.
+``vocab.tiktoken`` is tiktoken's own format: a line for each id, with the token's bytes in base64 and its rank. The id
+is the rank: of two possible merges, the one with the lower id is made first. The pattern splits text before merging.
+The fingerprint is the SHA-256 of pattern, special tokens and vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 @dataclass(frozen=True)
 class ByteLevelBPE(Tokenizer):
-    """`ranks` maps a token's bytes to its id; `special_tokens` come on top."""
+    """`ranks` maps a token's bytes to its id; `special_tokens` are not in it."""
 
     kind: ClassVar[str] = "tiktoken"
 
@@ -83,10 +83,10 @@ class ByteLevelBPE(Tokenizer):
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
-    """The ranks in the content of a .tiktoken file.
+    """Parse the content of a .tiktoken file.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not such a file.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
@@ -102,14 +102,14 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
 
 
 def write_ranks(ranks: dict[bytes, int]) -> bytes:
-    """The content of a .tiktoken file."""
+    """Return the content of a .tiktoken file."""
     rows = sorted(ranks.items(), key=lambda row: row[1])
     return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in rows)
 
 
 def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte where GPT-2 and Hugging Face write tokens down: itself where
-    it is one, else the next free one from U+0100 on. In the order of GPT-2's first 256 ids."""
+    """Return the printable character for each byte in GPT-2's and Hugging Face's token files, in the order of GPT-2's
+    first 256 ids: the byte itself if it is printable, else the next unused one from U+0100."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}

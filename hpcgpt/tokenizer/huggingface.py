@@ -1,10 +1,10 @@
-"""A tokenizer that only Hugging Face's `tokenizers` can run: Unigram, WordPiece, Metaspace, normalizers.
+"""Tokenizers that only Hugging Face's `tokenizers` can run: Unigram, WordPiece, Metaspace, normalizers.
 
-``huggingface.json`` is the ``tokenizer.json`` that it came from, made safe for a corpus (`prepared`):
-nothing cuts or pads documents, nothing adds tokens, nothing draws lots, and special tokens in the text are
-plain text. The fingerprint is the SHA-256 over that file, the special tokens and end-of-text.
+``huggingface.json`` is the original ``tokenizer.json``, changed so that it encodes a corpus exactly (`prepared`):
+without truncation, padding, added tokens and dropout, and with special tokens in the text as plain text. The
+fingerprint is the SHA-256 of that file, the special tokens and end-of-text.
 
-The library reads data, it runs no code from the file.
+The library reads the file as data; it runs no code from it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer.interface import Tokenizer
 
-# Around the name of a special token that stands in the model's own vocabulary: noncharacters, which no text
-# is meant to hold, so that the model cannot make the token of text either.
+# Special tokens in the model's own vocabulary are renamed with noncharacters, which text does not contain, so that the
+# model cannot encode text to them.
 _HIDDEN = "\ufdd0{}\ufdd1"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
-# So many tokens are decoded again with each new one; the rest cannot change any more.
+_BYTE_FALLBACK_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
+# This many tokens are decoded again with each new one; the text of earlier ones cannot change any more.
 _CONTEXT = 4
 _LONGEST_WAIT = 64
 
@@ -68,19 +68,19 @@ class LibraryTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> NDArray[np.int64]:
-        """As in the base class, but where the tokenizer changes the text (its case, its blanks) they are the bytes
-        of what it made of it, and a blank that it puts before a text counts too."""
+        """As in the base class. If the tokenizer changes the text (case, spaces), the changed text's bytes are counted,
+        and a space that it adds at the start of a text counts too."""
         vocabulary = self.library.get_vocab(with_added_tokens=True)
         about = json.dumps(json.loads(self.content)["decoder"])
         table = np.zeros(self.vocab_size, dtype=np.int64)
-        # Behind another token, since a decoder may drop the blank of the first.
+        # Decoded after another token, since a decoder may drop the space of the first one.
         before = self.library.encode("a", add_special_tokens=False).ids[-1:]
         start = self._bytes(before)
         for token, number in vocabulary.items():
             if '"ByteFallback"' in about and _BYTE.fullmatch(token):
                 table[number] = 1
             elif '"ByteLevel"' in about:
-                table[number] = len(token)  # a character stands for a byte
+                table[number] = len(token)  # one character for each byte
             else:
                 table[number] = self._bytes([*before, number]) - start
         table[list(self.special_tokens.values())] = 0
@@ -95,22 +95,22 @@ class LibraryTokenizer(Tokenizer):
 
     def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         special = {number: name for name, number in self.special_tokens.items()}
-        # What a token stands for depends on the tokens before it, so a few of them are decoded along.
+        # The text of a token depends on the tokens before it, so some of them are decoded with it.
         context = list(after[-_CONTEXT:])
         while any(number in special for number in context):
             context.pop(0)
         new: list[int] = []
         for number in ids:
             if number in special:
-                yield self._behind(context, new) + special[number]
+                yield self._decode_after(context, new) + special[number]
                 context, new = [], []
                 continue
             new.append(number)
-            text = self._behind(context, new)
+            text = self._decode_after(context, new)
             if not text.endswith("\ufffd") or len(new) > _LONGEST_WAIT:
                 yield text
                 context, new = [*context, *new][-_CONTEXT:], []
-        yield self._behind(context, new)
+        yield self._decode_after(context, new)
 
     def files(self) -> dict[str, bytes]:
         return {"huggingface.json": self.content.encode()}
@@ -118,7 +118,7 @@ class LibraryTokenizer(Tokenizer):
     def about(self) -> dict[str, Any]:
         return {}
 
-    def _behind(self, context: list[int], new: list[int]) -> str:
+    def _decode_after(self, context: list[int], new: list[int]) -> str:
         before = self.library.decode(context, skip_special_tokens=False)
         return self.library.decode([*context, *new], skip_special_tokens=False)[len(before) :]
 
@@ -127,28 +127,28 @@ class LibraryTokenizer(Tokenizer):
 
 
 def open_library(content: str) -> tokenizers.Tokenizer:
-    """The library's own object for a tokenizer.json, with special tokens in the text as plain text.
+    """Load a tokenizer.json with the library, set to encode special tokens in the text as plain text.
 
     Raises:
-        UserError: the library cannot make sense of it.
+        UserError: the library cannot load it.
     """
     try:
         library = tokenizers.Tokenizer.from_str(content)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # the library raises Exception itself, and panics are no Exception at all
+    except BaseException as error:  # the library raises Exception itself, and panics are not Exceptions
         raise UserError(f"`tokenizers` cannot read it: {error}") from None
     library.encode_special_tokens = True
     return library
 
 
 def prepared(source: dict[str, Any], special: Iterable[str]) -> str:
-    """The content of huggingface.json, made of a parsed tokenizer.json and the names of its special tokens."""
+    """Return the content of huggingface.json for a parsed tokenizer.json and the names of its special tokens."""
     names = set(special)
     model = dict(source["model"])
     if "dropout" in model:
         model["dropout"] = None
-    # A byte-level BPE that obeys its merges makes of text only what a merge makes.
+    # A byte-level BPE encodes text only to what its merges produce, unless it ignores them.
     hidden = {name: _HIDDEN.format(name) for name in names} if _makes_any_entry(model) else {}
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
@@ -157,11 +157,11 @@ def prepared(source: dict[str, Any], special: Iterable[str]) -> str:
         model["vocab"] = [[hidden.get(token, token), score] for token, score in vocabulary]
     if model.get("unk_token") in hidden:
         model["unk_token"] = hidden[model["unk_token"]]
-    pieces = byte_pieces(source["model"])
+    fallback = byte_fallback_tokens(source["model"])
     added = [
         {**token, "content": hidden.get(token["content"], token["content"]), "special": token["content"] in names}
         for token in source.get("added_tokens") or []
-        if token["content"] not in pieces
+        if token["content"] not in fallback
     ]
     body = {
         "version": source.get("version", "1.0"),
@@ -177,14 +177,16 @@ def prepared(source: dict[str, Any], special: Iterable[str]) -> str:
     return json.dumps(body, ensure_ascii=False)
 
 
-def byte_pieces(model: dict[str, Any]) -> set[str]:
-    """The entries of a model's vocabulary that stand for bytes of what it has no other entry for, ``<0x0A>`` and so
-    on. However an added token is marked, these have to stay usable for text, or it becomes the unknown token."""
+def byte_fallback_tokens(model: dict[str, Any]) -> set[str]:
+    """Return a model's byte-fallback tokens, ``<0x0A>`` and so on, to which it encodes characters without a token.
+
+    They must stay usable for text even if they are marked as added tokens: otherwise it becomes the unknown token.
+    """
     if not model.get("byte_fallback"):
         return set()
-    return {token if isinstance(token, str) else token[0] for token in model["vocab"]} & _BYTE_PIECES
+    return {token if isinstance(token, str) else token[0] for token in model["vocab"]} & _BYTE_FALLBACK_TOKENS
 
 
 def _makes_any_entry(model: dict[str, Any]) -> bool:
-    """Can text become any entry of this model's vocabulary, merged or not?"""
+    """Return whether text can be encoded to any entry of the vocabulary, and not only to results of merges."""
     return model.get("type") != "BPE" or bool(model.get("ignore_merges"))

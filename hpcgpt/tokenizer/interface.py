@@ -1,4 +1,4 @@
-"""What every kind of tokenizer can do: text to ids, ids to text, and what identifies it."""
+"""The interface of tokenizers: text to ids, ids to text, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPECIAL_TOKEN_POLICY = "in the text they are plain text"
 
 
 class Tokenizer(ABC):
-    """What both kinds can do. `special_tokens` are those that text never becomes, end-of-text among them."""
+    """A tokenizer. Text is never encoded to one of its `special_tokens`, which include end-of-text."""
 
     kind: ClassVar[str]
     name: str
@@ -27,37 +27,37 @@ class Tokenizer(ABC):
 
     @property
     def unknown(self) -> int | None:
-        """The id that stands for text that the vocabulary cannot spell; None if it can spell any text."""
+        """The id of text that the vocabulary cannot represent; None if it can represent any text."""
         return None
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of everything that an id depends on."""
+        """A hash of everything that ids depend on."""
 
     @property
     @abstractmethod
     def token_bytes(self) -> NDArray[np.int64]:
-        """Bytes of text that each id stands for (vocab_size,); special tokens stand for none."""
+        """The bytes of text of each id (vocab_size,); 0 for special tokens."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text. Lone surrogates become U+FFFD."""
+        """Encode plain text. Lone surrogates become U+FFFD."""
 
     @abstractmethod
     def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
-        """See the function of this name."""
+        """See the function `stream` below."""
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """What lies beside tokenizer.json, by name."""
+        """Return the contents of the files beside tokenizer.json, by name."""
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
-        """What tokenizer.json says besides kind, name, end_of_text, special_tokens and fingerprint."""
+        """Return the fields of tokenizer.json besides kind, name, end_of_text, special_tokens and fingerprint."""
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """Return the tokenizer's entry in a manifest."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -68,8 +68,8 @@ class Tokenizer(ABC):
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
-    """The text of `ids` piece by piece, never half a character. Special tokens print as they are named.
+    """Decode `ids` one by one, without splitting characters. Special tokens are decoded to their names.
 
-    `after` are the ids before them: some tokenizers drop the blank of a text's first word, and only that.
+    `after` are the ids before them: some tokenizers drop the space before a text's first word.
     """
     return tokenizer.stream(ids, after)

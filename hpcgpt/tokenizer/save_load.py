@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside the shards, so that nothing else is needed to read them.
+"""Saves and loads the tokenizer of a folder of shards, so that nothing else is needed to read them.
 
 A tokenizer is a folder::
 
@@ -7,9 +7,8 @@ A tokenizer is a folder::
       vocab.tiktoken      of the kind "tiktoken": see hpcgpt.tokenizer.byte_level_bpe, which most tokenizers are
       huggingface.json    of the kind "tokenizers": see hpcgpt.tokenizer.huggingface, for all the others
 
-Two tokenizers with the same fingerprint give the same ids, and one that was damaged no longer fits its own.
-Text is always encoded as plain text: a literal ``<|endoftext|>`` in a corpus becomes the tokens of those 13
-characters, never the id.
+Tokenizers with the same fingerprint give the same ids, and a damaged one does not match its fingerprint. Text is always
+encoded as plain text: a literal ``<|endoftext|>`` in a corpus becomes the tokens of those 13 characters, never the id.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the files into `folder`, which is made if need be; tokenizer.json comes last."""
+    """Write the files into `folder`, which is created if necessary; tokenizer.json is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer.files().items():
         atomic.keep(folder / name, content)
@@ -39,10 +38,10 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load(folder: Path, fingerprint: str = "") -> Tokenizer:
-    """The tokenizer in `folder`, of either kind.
+    """Load the tokenizer in `folder`, of either kind.
 
     Raises:
-        UserError: it is missing, damaged, or not the one that `fingerprint` names.
+        InputError: it is missing or damaged, or `fingerprint` is given and is not its own.
     """
     try:
         found = _read(folder)
@@ -59,7 +58,7 @@ def load(folder: Path, fingerprint: str = "") -> Tokenizer:
 
 
 def _read(folder: Path) -> Tokenizer:
-    # Late: the libraries need not be loaded where no text is encoded.
+    # Imported here: most programs encode no text, and need not load the libraries.
     from hpcgpt.tokenizer import byte_level_bpe, huggingface
 
     about = json.loads((folder / "tokenizer.json").read_bytes())

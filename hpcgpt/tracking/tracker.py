@@ -25,6 +25,7 @@ from pathlib import Path
 from hpcgpt.config.options import Config
 from hpcgpt.distributed.stop_signals import shielded
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 
 ASK_S = 30.0  # importing wandb from a cold network file system takes many seconds
 STATE = "HPCGPT_TRACKING_STATE"  # what the process keeps over a restart of itself, see hpcgpt.tracking.wandb_process
@@ -56,7 +57,7 @@ class Tracker:
             with shielded():
                 self._child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         except OSError as error:
-            print(f"warning: wandb gets nothing from this attempt: {error}", file=sys.stderr, flush=True)
+            streams.warn(f"wandb gets nothing from this attempt: {error}")
 
     def sample(self, step: int, text: str) -> None:
         """Add a piece of generated text to samples.jsonl; this writes to the disk.
@@ -89,11 +90,9 @@ class Tracker:
         try:
             child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            print(
-                f"warning: wandb did not take everything within {patience_s:.0f} s; the next attempt sends the rest, "
+            streams.warn(
+                f"wandb did not take everything within {patience_s:.0f} s; the next attempt sends the rest, "
                 f"or `{sync_command(self._folder)}`",
-                file=sys.stderr,
-                flush=True,
             )
         with suppress(OSError):  # wandb's core is in the same group
             os.killpg(child.pid, signal.SIGKILL)
@@ -115,7 +114,7 @@ def check(wanted: str) -> None:
         )  # fmt: skip
         has_key = done.stdout.strip().rpartition("\n")[2]
     except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"warning: wandb could not be asked whether there is a key: {error}", file=sys.stderr, flush=True)
+        streams.warn(f"wandb could not be asked whether there is a key: {error}")
         return
     if has_key == "False":
         raise UserError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")

@@ -19,19 +19,18 @@ from hpcgpt.checkpoint.layout import TrainState
 from hpcgpt.config import sources
 from hpcgpt.data.shard_check import ShardCheck
 from hpcgpt.distributed import rendezvous, world
-from hpcgpt.distributed.collectives import kept_by_first, on_all, on_first
+from hpcgpt.distributed.collectives import gather_from_all, make_on_rank0, run_on_rank0
 from hpcgpt.distributed.stop_signals import RECENT_SAVES, StopFlag
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.model import host_memory
 from hpcgpt.plan import Plan
 from hpcgpt.run import records, run_folder
-from hpcgpt.storage import lease
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease, acquire, exit_when_superseded
 from hpcgpt.tokenizer import save_load
 from hpcgpt.training import in_effect
 from hpcgpt.training.checkpointer import Checkpointer
 from hpcgpt.training.engine import Engine
-from hpcgpt.training.evaluation import Terms, bytes_of_ids, evaluate_all, held_out
+from hpcgpt.training.evaluation import EvalContext, bytes_per_token, evaluate_all, validation_sets
 from hpcgpt.training.hang_watchdog import Watchdog
 from hpcgpt.training.loop import Loop
 from hpcgpt.training.profiler import Profiler
@@ -57,25 +56,25 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     ranks = rendezvous.connect(
         here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s
     )
-    held = kept_by_first(ranks, lambda: _take(settings.run_folder))
+    lease = make_on_rank0(ranks, lambda: _acquire(settings.run_folder))
     times["meet_s"] = time.time() - began_at - times["imports_s"]
     try:
-        status = Attempt(planned, ranks, held, flag, began_at, times).run()
+        status = Attempt(planned, ranks, lease, flag, began_at, times).run()
         # Rank 0 has more to do at the end, and `srun -K` ends the ranks that are left when the first one leaves.
-        on_first(ranks, lambda: None)
+        run_on_rank0(ranks, lambda: None)
     except RuntimeError as error:
         if not rendezvous.is_broken_connection(error):
             raise
         raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its words") from error
     finally:
-        if held is not None:
-            held.release()
+        if lease is not None:
+            lease.release()
     return status
 
 
-def _take(folder: Path) -> Generation:
+def _acquire(folder: Path) -> Lease:
     run_folder.prepare(folder)
-    return lease.take(folder, world.job_attempt())
+    return acquire(folder, world.job_attempt())
 
 
 class Attempt:
@@ -85,26 +84,26 @@ class Attempt:
         self,
         planned: Plan,
         ranks: Ranks,
-        held: Generation | None,
+        lease: Lease | None,
         flag: StopFlag,
         began_at: float,
         times: dict[str, float],
     ) -> None:
-        """`held` is rank 0's, None on the others; `times` has the seconds that the start took so far, see "ready"."""
-        self.plan, self.ranks, self.held, self.flag = planned, ranks, held, flag
+        """`lease` is rank 0's, None on the others; `times` has the seconds that the start took so far, see "ready"."""
+        self.plan, self.ranks, self.lease, self.flag = planned, ranks, lease, flag
         self._began_at, self._times = began_at, times
         self.config, self.folder = planned.config, planned.config.run_folder
-        self.number = on_first(ranks, lambda: held.number if held else 0)
-        if not held:
-            lease.watch(self.folder, self.number)
+        self.number = run_on_rank0(ranks, lambda: lease.number if lease else 0)
+        if not lease:
+            exit_when_superseded(self.folder, self.number)
         self.watchdog = Watchdog(self.config, ranks.world, self.number)
         self.stragglers = Blame(self.config.blame, ranks)
         self.engine = Engine(planned, ranks, self.stragglers.local)
-        self.hosts = on_all(ranks, socket.gethostname)
+        self.hosts = gather_from_all(ranks, socket.gethostname)
         first = planned.sets[0]
         self.tokenizer = save_load.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
-        self._validation_sets = held_out(planned)
-        self._token_bytes = bytes_of_ids(self.tokenizer, self.config.model.vocab_size)
+        self._validation_sets = validation_sets(planned)
+        self._bytes_per_token = bytes_per_token(self.tokenizer, self.config.model.vocab_size)
         self._in_effect = in_effect.collect(planned, ranks, self.engine)
         self._has_config = False  # rank 0: is config.toml written? What reads the run later needs it
         self.state = TrainState()
@@ -115,12 +114,12 @@ class Attempt:
         self.engine.warm_up()
         self._times["warm_up_s"] = time.monotonic() - started_at
         started_at = time.monotonic()
-        restorer = Restorer(self.plan, self.ranks, self.held, self.engine, self.state)
+        restorer = Restorer(self.plan, self.ranks, self.lease, self.engine, self.state)
         resumed = restorer.resume(self._in_effect)
         self._times["load_s"] = time.monotonic() - started_at
-        reporter = kept_by_first(self.ranks, lambda: self._begin_to_report(resumed))
+        reporter = make_on_rank0(self.ranks, lambda: self._begin_to_report(resumed))
         checkpointer = Checkpointer(
-            plan=self.plan, ranks=self.ranks, held=self.held, engine=self.engine, state=self.state, stop=self.flag,
+            plan=self.plan, ranks=self.ranks, lease=self.lease, engine=self.engine, state=self.state, stop=self.flag,
             in_effect=self._in_effect, watchdog=self.watchdog, reporter=reporter,
         )  # fmt: skip
         if resumed.path:
@@ -156,7 +155,7 @@ class Attempt:
         loop.trace(leaving=True)
         finished = loop.finished
         if reporter:
-            reporter.event("stop", step=self.state.step, reason=reason.words or "finished")
+            reporter.event("stop", step=self.state.step, reason=reason.message or "finished")
         # A job that is told to leave has no time for old checkpoints; the next attempt has.
         problem = checkpointer.last_save(tidy=finished)
         if problem:
@@ -164,7 +163,7 @@ class Attempt:
         elif finished:
             status, message = exit_codes.FINISHED, "finished"
         else:
-            status, message = exit_codes.AGAIN, reason.words
+            status, message = exit_codes.AGAIN, reason.message
         if reporter:
             with self.watchdog.patience(LAST_WORDS_S):
                 if not self._has_config:
@@ -174,7 +173,7 @@ class Attempt:
 
     def _begin_to_report(self, resumed: Resumed) -> Reporter:
         """Write what the run folder is to hold, and report the start. Rank 0 only."""
-        assert self.held is not None
+        assert self.lease is not None
         self._has_config = self._keep_config()
         save_load.save(self.tokenizer, self.folder / "tokenizer")
         saves = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
@@ -182,7 +181,7 @@ class Attempt:
             self.plan, self.ranks, self.number, self.hosts, self.engine.dtype, self._began_at, self.state.step,
             self.state.pending is not None,
         )  # fmt: skip
-        reporter = Reporter(story, self.held, self.engine.model, self.tokenizer)
+        reporter = Reporter(story, self.lease, self.engine.model.gpt, self.tokenizer)
         if resumed.origin:
             reporter.say(resumed.origin)
             reporter.event("init_from", words=resumed.origin)
@@ -212,12 +211,12 @@ class Attempt:
 
     def _evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """The figures of the validation split; None if `stopped` said so before they were complete. A collective."""
-        terms = Terms(
+        context = EvalContext(
             self.config.eval.batches,
             self.config.train.micro_batch,
-            self._token_bytes,
+            self._bytes_per_token,
             self.ranks,
             self.engine.precision,
             stopped,
         )
-        return evaluate_all(self.engine.gathered(), self._validation_sets, terms)
+        return evaluate_all(self.engine.model.gather(), self._validation_sets, context)

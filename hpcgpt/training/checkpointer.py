@@ -17,7 +17,7 @@ from hpcgpt.checkpoint.save import Saved, Saver, tensors_of
 from hpcgpt.distributed.stop_signals import StopFlag
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.plan import Plan
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 from hpcgpt.training.engine import Engine
 from hpcgpt.training.hang_watchdog import Watchdog
 from hpcgpt.training.reporter import Reporter
@@ -26,12 +26,12 @@ from hpcgpt.training.reporter import Reporter
 @dataclass(kw_only=True)
 class Checkpointer:
     """Saves `state` and the engine's tensors. Every rank has one; `save`, `poll`, `finish` and `last_save` are
-    collectives. `held` and `reporter` are rank 0's, None on the others.
+    collectives. `lease` and `reporter` are rank 0's, None on the others.
     """
 
     plan: Plan
     ranks: Ranks
-    held: Generation | None
+    lease: Lease | None
     engine: Engine
     state: TrainState
     stop: StopFlag
@@ -44,7 +44,7 @@ class Checkpointer:
         self.saver = Saver(
             config.run_folder / "checkpoints",
             self.ranks,
-            self.held,
+            self.lease,
             config.checkpoint,
             self._flush_rows,
             self._committed,
@@ -64,7 +64,7 @@ class Checkpointer:
 
     def loaded(self, path: Path) -> None:
         """Training continues from this checkpoint: old ones may go. No collective."""
-        if self.held:
+        if self.lease:
             self.pruner.loaded(path)
 
     def save(self) -> None:
@@ -99,7 +99,7 @@ class Checkpointer:
             identity=self.plan.identity,
             in_effect=self.in_effect,
         )
-        saved = self.saver.begin(state, tensors_of(self.engine.trained, self.engine.optimizer, self.ranks))
+        saved = self.saver.begin(state, tensors_of(self.engine.model.local, self.engine.optimizer, self.ranks))
         if saved is None and not self.plan.config.checkpoint.background:
             saved = self.saver.finish(self.watchdog.alive)
         return saved

@@ -1,14 +1,13 @@
-"""Validation: the loss over held-out windows, shared out over the ranks.
+"""Validation: the loss over the validation split, divided among the ranks.
 
-The windows are spread evenly over the split and are the same for any number of ranks: batch b belongs
-to rank b mod R, and sums are taken in float64. Dropout and z-loss are off, no gradient is made, and no random
-generator is touched.
+The windows are spread evenly over the split, and are the same for any number of ranks: batch b is evaluated by rank b
+mod R, and sums are float64. Dropout, z-loss and gradients are off, and no random generator is used.
 
-Bits per byte compare models with different tokenizers: the loss of all targets, end-of-text tokens
-included, in bits, over the bytes of the text that they stand for.
+Bits per byte compare models with different tokenizers: the loss of all targets, end-of-text tokens included, in bits,
+divided by the bytes of the text that the targets encode.
 
-Where several data sets are mixed, each that has a validation split is evaluated for itself, and the figures
-are the means over those, with the weights of the mix.
+Of a mix of data sets, each one that has a validation split is evaluated separately, and the figures are the means with
+the weights of the mix.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from hpcgpt.data.loader import Windows, widen
+from hpcgpt.data.loader import Windows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.plan import Plan
 from hpcgpt.tokenizer.interface import Tokenizer
+from hpcgpt.training.step import to_inputs_and_targets
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """The validation windows of one data set, and its weight in the mix."""
 
     name: str
@@ -40,53 +40,55 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """On what terms to evaluate: `batches` of `micro_batch` windows, 0: the whole split.
+class EvalContext:
+    """How to evaluate: `batches` batches of `micro_batch` windows; 0: the whole split.
 
-    `token_bytes` (V,) are the bytes of text that each id stands for. `stopped` is asked, by all ranks together,
-    before each round of one batch a rank.
+    `bytes_per_token` (V,): see the function of this name. `stopped` is called by all ranks together before each round,
+    in which each rank evaluates one batch; if it returns True, the evaluation ends without a result.
     """
 
     batches: int
     micro_batch: int
-    token_bytes: NDArray[np.int64]
+    bytes_per_token: NDArray[np.int64]
     ranks: Ranks
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     stopped: Callable[[], bool] = lambda: False
 
-    def windows_of(self, windows: Windows) -> int:
-        """How many of `windows` are evaluated."""
+    def count(self, windows: Windows) -> int:
+        """Return how many of `windows` are evaluated."""
         return windows.count if self.batches == 0 else min(windows.count, self.batches * self.micro_batch)
 
 
-def held_out(planned: Plan) -> list[HeldOut]:
-    """Those of each data set that has a validation split: one behind the other, whatever data.stride is."""
-    context, size = planned.config.model.block_size, planned.config.model.vocab_size
+def validation_sets(planned: Plan) -> list[ValidationSet]:
+    """Return the validation sets of a run. Their windows do not overlap, whatever data.stride is."""
+    block_size, vocab_size = planned.config.model.block_size, planned.config.model.vocab_size
     return [
-        HeldOut(part.name, Windows(part.val, context, context, size), part.quota) for part in planned.sets if part.val
+        ValidationSet(part.name, Windows(part.val, block_size, block_size, vocab_size), part.samples_per_block)
+        for part in planned.sets
+        if part.val
     ]
 
 
-def bytes_of_ids(words: Tokenizer, count: int) -> NDArray[np.int64]:
-    """The bytes of text that each of `count` ids stands for (count,): 0 for those that the tokenizer does not have."""
-    found = np.zeros(count, dtype=np.int64)
-    found[: words.vocab_size] = words.token_bytes
+def bytes_per_token(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:
+    """Return the bytes of text of each id (vocab_size,): 0 for special tokens and for ids beyond the tokenizer's."""
+    found = np.zeros(vocab_size, dtype=np.int64)
+    found[: tokenizer.vocab_size] = tokenizer.token_bytes
     return found
 
 
-def evaluate_all(model: nn.Module, sets: Sequence[HeldOut], terms: Terms) -> dict[str, float] | None:
-    """As `evaluate`, over one or several data sets. If they are several there is also a ``val/loss/NAME`` for each."""
+def evaluate_all(model: nn.Module, sets: Sequence[ValidationSet], context: EvalContext) -> dict[str, float] | None:
+    """Evaluate one or several validation sets; see `evaluate`. Several have a ``val/loss/NAME`` each as well."""
     found = []
     for part in sets:
-        figures = evaluate(model, part.windows, terms)
+        figures = evaluate(model, part.windows, context)
         if figures is None:
             return None
         found.append(figures)
-    return found[0] if len(found) == 1 else combined(sets, found)
+    return found[0] if len(found) == 1 else combine(sets, found)
 
 
-def combined(sets: Sequence[HeldOut], found: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The figures of a mix from those of its parts."""
+def combine(sets: Sequence[ValidationSet], found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the figures of a mix from those of its data sets."""
     total = sum(part.weight for part in sets)
 
     def mean(key: str) -> float:
@@ -102,26 +104,26 @@ def combined(sets: Sequence[HeldOut], found: Sequence[dict[str, float]]) -> dict
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: Windows, terms: Terms) -> dict[str, float] | None:
-    """The ``val/...`` figures, the same on every rank; None if `terms.stopped` said so first. A collective."""
-    micro_batch, ranks, count = terms.micro_batch, terms.ranks, terms.windows_of(windows)
+def evaluate(model: nn.Module, windows: Windows, context: EvalContext) -> dict[str, float] | None:
+    """Return the ``val/...`` figures, the same on every rank; None if `context.stopped` ended it. A collective."""
+    micro_batch, ranks, count = context.micro_batch, context.ranks, context.count(windows)
     chosen = np.arange(count) * windows.count // count
-    parts = [chosen[i : i + micro_batch] for i in range(0, count, micro_batch)]
+    batches = [chosen[i : i + micro_batch] for i in range(0, count, micro_batch)]
     # loss in nats, targets, bytes of text
     sums = torch.zeros(3, dtype=torch.float64)
     training = model.training
     model.eval()
     try:
-        for first in range(0, len(parts), ranks.world.size):
-            if terms.stopped():
+        for first in range(0, len(batches), ranks.world.size):
+            if context.stopped():
                 return None
             number = first + ranks.world.rank
-            if number < len(parts):
-                sums += _batch_sums(model, windows, parts[number], terms)
+            if number < len(batches):
+                sums += _batch_sums(model, windows, batches[number], context)
     finally:
         model.train(training)
-    if ranks.control is not None:
-        dist.all_reduce(sums, group=ranks.control)
+    if ranks.cpu_group is not None:
+        dist.all_reduce(sums, group=ranks.cpu_group)
     nats, targets, text_bytes = sums.tolist()
     loss = nats / targets
     return {
@@ -131,13 +133,14 @@ def evaluate(model: nn.Module, windows: Windows, terms: Terms) -> dict[str, floa
     }
 
 
-def _batch_sums(model: nn.Module, windows: Windows, part: NDArray[np.int64], terms: Terms) -> torch.Tensor:
-    batch = windows.read(part)
-    inputs, targets = widen(batch, terms.ranks.device)
-    with terms.precision():
+def _batch_sums(model: nn.Module, windows: Windows, numbers: NDArray[np.int64], context: EvalContext) -> Tensor:
+    """Return loss in nats, targets and bytes of text of the windows with these `numbers`: (3,) float64."""
+    batch = windows.read(numbers)
+    inputs, targets = to_inputs_and_targets(batch, context.ranks.device)
+    with context.precision():
         loss = model(inputs, targets)
     ids = batch.numpy()
-    text_bytes = int(terms.token_bytes[ids.view(f"u{ids.itemsize}")[:, 1:]].sum())
+    text_bytes = int(context.bytes_per_token[ids.view(f"u{ids.itemsize}")[:, 1:]].sum())
     return torch.tensor([float(loss) * targets.numel(), targets.numel(), text_bytes], dtype=torch.float64)
 
 

@@ -115,7 +115,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
             reason += f"; its stacks are in {stacks}"
         print(f"error: {self._here}: {reason}", file=sys.stderr, flush=True)
-        crash_report.write_words(folder, self._here, FAILED, reason, [], self._step, "hang")
+        crash_report.write_message(folder, self._here, FAILED, reason, [], self._step, "hang")
         with suppress(OSError):
             run_folder.record(
                 folder, "hang", attempt=self._attempt, rank=self._here.rank, host=host, step=self._step,

@@ -145,7 +145,7 @@ def collect(planned: Plan, ranks: Ranks, engine: Engine) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
-    if ranks.control is not None:
+    if ranks.cpu_group is not None:
         machine["run.backend"] = dist.get_backend()
     if on_gpu:
         machine["cuda"] = torch.version.cuda
@@ -255,9 +255,9 @@ def _length(config: Config) -> str:
 
 def _of_all(own: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """The same of all ranks: a value where they have the same, else the different ones, sorted."""
-    from hpcgpt.distributed.collectives import on_all
+    from hpcgpt.distributed.collectives import gather_from_all
 
-    everybody = on_all(ranks, lambda: own)
+    everybody = gather_from_all(ranks, lambda: own)
     found = {}
     for key in own:
         values = sorted({rank[key] for rank in everybody})

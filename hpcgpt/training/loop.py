@@ -21,7 +21,7 @@ from hpcgpt.output.best_effort import only_informs
 from hpcgpt.plan import Plan
 from hpcgpt.run import metrics_file
 from hpcgpt.training.checkpointer import Checkpointer
-from hpcgpt.training.engine import Engine, Launched
+from hpcgpt.training.engine import Engine, PendingStep
 from hpcgpt.training.hang_watchdog import START_S, Watchdog
 from hpcgpt.training.profiler import Profiler
 from hpcgpt.training.reporter import Reporter
@@ -60,7 +60,7 @@ class Loop:
     watchdog: Watchdog
     reporter: Reporter | None
     profiler: Profiler | None
-    _unread: Launched | None = None  # the step that was launched last, if its figures are still to be read
+    _unread: PendingStep | None = None  # the step that was launched last, until its metrics are read
 
     @property
     def finished(self) -> bool:
@@ -98,7 +98,7 @@ class Loop:
         if self.profiler:
             with only_informs("the trace"):
                 self.profiler.before(self.state.step + 1)
-        launched = self.engine.launch(self.state.step, self.state.step + self.state.skipped)
+        pending_step = self.engine.launch(self.state.step, self.state.step + self.state.skipped)
         if not self._read_unread():
             return None
         self.state.step, self.state.val_loss = self.state.step + 1, None
@@ -109,38 +109,40 @@ class Loop:
                 self.reporter.straggler(step, straggler)
         self.trace(leaving=False)
         needed_now = step == self.plan.total_steps or self._is_evaluated(step) or self.checkpointer.is_regular(step)
-        if self.engine.reads_late and not needed_now:
-            self._unread = launched
+        if self.engine.defers_metrics and not needed_now:
+            self._unread = pending_step
             return None
-        return self._read(launched)
+        return self._read(pending_step)
 
     def _read_unread(self) -> bool:
         """Read and report the step before, if that has not been done; False if it sent the run back."""
-        launched, self._unread = self._unread, None
-        if launched is None:
+        pending_step, self._unread = self._unread, None
+        if pending_step is None:
             return True
-        row = self._read(launched)
+        row = self._read(pending_step)
         if row and self.reporter:
             self.reporter.row(row)
         return row is not None
 
-    def _read(self, launched: Launched) -> Row | None:
+    def _read(self, pending_step: PendingStep) -> Row | None:
         """The row of a step that is no spike; None if it was one, and the run has gone back.
 
         Raises:
             DivergedError: training has failed, and would fail again.
         """
-        row = self.engine.read(launched) | {"attempt": self.number}
-        loss, norm = launched.figures.tolist()
-        found = self.spikes.of(row["step"], loss, norm, launched.outcome.skipped, lambda: self.engine.blame(launched))
+        row = self.engine.read(pending_step) | {"attempt": self.number}
+        loss, norm = pending_step.figures.tolist()
+        found = self.spikes.of(
+            row["step"], loss, norm, pending_step.result.skipped, lambda: self.engine.blame(pending_step)
+        )
         if found.words and self.reporter:
             self.reporter.say(found.words)
             self.reporter.event("spike" if found.spike else "nonfinite", step=row["step"], words=found.words)
         if found.fatal:
             raise DivergedError(f"{found.words}{found.fatal}")
-        return None if found.spike and self._roll_back(launched, row) else row
+        return None if found.spike and self._roll_back(pending_step, row) else row
 
-    def _roll_back(self, launched: Launched, row: Row) -> bool:
+    def _roll_back(self, pending_step: PendingStep, row: Row) -> bool:
         """Go back to the last regular checkpoint, without the samples since; False if there is none."""
         self.checkpointer.finish()
         with self.watchdog.patience(START_S):
@@ -148,7 +150,7 @@ class Loop:
             if target is None:
                 return False
             self.trace(leaving=True)  # its name has steps that come once
-            self.rollback.to(target, row, launched.batch + 1)
+            self.rollback.to(target, row, pending_step.batch + 1)
             return True
 
     def _is_evaluated(self, step: int) -> bool:

@@ -1,26 +1,25 @@
-"""How several ranks train one model together: what each of them holds, and what they send each other.
+"""Training one model on several ranks: what each rank holds, and what the ranks send each other.
 
-W ranks, N bytes of weights, m micro-batches a step and rank; as many of gradients, 2 N of AdamW's state::
+W ranks, N bytes of weights, m micro-batches for each step and rank; gradients are N bytes too, AdamW's state 2 N::
 
-    mode    between steps a rank holds    in a step, beside that           and sends
+    mode    between steps a rank holds    in a step, in addition           and sends
     ddp     weights and state: 3 N        gradients N                      all-reduce N
-    zero1   a share of both: 3 N / W      weights N, gradients N           all-gather N, reduce-scatter N
-    fsdp    a share of both: 3 N / W      gradients N / W, and weights     m times: all-gather up to 2 N,
+    zero1   a shard of both: 3 N / W      weights N, gradients N           all-gather N, reduce-scatter N
+    fsdp    a shard of both: 3 N / W      gradients N / W, and weights     m times: all-gather up to 2 N,
                                           and gradients of a block or two  reduce-scatter N
 
-An all-reduce is a reduce-scatter and an all-gather, so zero1 sends what ddp does. ``ddp`` is DistributedDataParallel.
-The others are FSDP2 (``fully_shard``), a group for each block and one for the rest: each parameter is cut by rows, and
-rank r has the r-th part. They differ in when whole weights and gradients are let go of: behind each block, or behind
-the step. So zero1 is what Rajbhandari et al., "ZeRO", 2020, call stage 1, but that whole weights are not kept between
-steps.
+An all-reduce is a reduce-scatter and an all-gather, so zero1 sends as much as ddp. ``ddp`` is DistributedDataParallel.
+The others are FSDP2 (``fully_shard``), with a group for each block and one for the rest: each parameter is sharded by
+rows, and rank r has the r-th part. They differ in when full weights and gradients are freed: after each block, or after
+the step. So zero1 is stage 1 of Rajbhandari et al., "ZeRO", 2020, except that full weights are not kept between steps.
 
-A model whose weights are shares cannot be called by one rank alone. To look at (for evaluation, samples) there is the
-model itself beside the shares: a shell whose weights are filled in by `gather`, and emptied by `release`.
+A sharded model cannot run on one rank alone. Evaluation and samples use the original model instead: its weights are
+filled in by `ParallelModel.gather`, and freed by `ParallelModel.release`.
 
-Gradients are summed in float32 (float64 with that train.dtype) in all modes, so that all modes compute the same up to
-the order of sums; gradient_dtype bfloat16 halves what gradients take on their way. Where training computes in bf16 the
-weights of blocks are gathered in it: half of N to send and to hold, and nothing for autocast to copy and keep until
-the backward pass. That changes nothing but norms' gains and biases, which autocast would have left in float32.
+Gradients are summed in float32 (float64 with that train.dtype) in all modes, so that all modes compute the same result
+up to the order of sums; gradient_dtype bfloat16 halves the bytes that are sent. When training computes in bf16, the
+weights of blocks are gathered in bf16: half of N to send and to hold, and autocast need not cast and keep them for the
+backward pass. This changes only the gains and biases of norms, which autocast would have left in float32.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,27 +37,84 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt.config.options import Parallel
-from hpcgpt.distributed.sharded_tensor import held, is_share, whole
+from hpcgpt.distributed.sharded_tensor import full_tensor, is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 
 
-def shared_out(
-    model: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: torch.dtype
-) -> tuple[nn.Module, nn.Module]:
-    """What training calls, and the module that has this rank's part of the weights, under the names of `model`'s. A
-    collective.
+@dataclass
+class ParallelModel:
+    """A model as its ranks train it; see `parallelize`.
 
-    The second is `model` itself, on the device of `ranks`, where each rank has everything: with ddp, and alone. Else
-    `model` is left an empty shell. `model` must be the same on all ranks, and on the CPU. `dtype` is what the forward
-    pass will compute in.
+    `module` is called to train. `local` has this rank's part of the weights, under the names of `gpt`'s: for the
+    optimizer and for checkpoints. `gpt` is the model itself, to evaluate: the same as `local` unless weights are
+    sharded, then valid between `gather` and `release`.
     """
-    if ranks.control is not None and settings.mode != "ddp":
-        return _in_shares(model, ranks, settings, compiled, dtype)
-    model.to(ranks.device)
-    module: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
-    if ranks.control is None:
-        return module, model
+
+    module: nn.Module
+    local: nn.Module
+    gpt: GPT
+    device: torch.device
+    _is_gathered: bool = False
+
+    @torch.no_grad()
+    def gather(self) -> GPT:
+        """Return `gpt` with all of its weights, until `release`. A collective."""
+        if self.local is not self.gpt:
+            for shard, parameter in zip(self.local.parameters(), self.gpt.parameters(), strict=True):
+                parameter.data = full_tensor(shard.detach())
+            self._is_gathered = True
+        return self.gpt
+
+    def release(self) -> None:
+        """Free the weights that `gather` has filled in, if there are any."""
+        if self._is_gathered:
+            free_weights(self.gpt, self.device)
+            self._is_gathered = False
+
+    def without_sync(self) -> AbstractContextManager[None]:
+        """Return a context in which gradients are accumulated on each rank, and not sent.
+
+        With fsdp they are sent: full gradients would have to be kept, whose size is the reason to choose fsdp.
+        """
+        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel | Zero1) else nullcontext()
+
+    def clip_gradients(self, limit: float) -> Tensor:
+        """Scale the gradients to a norm of at most `limit`, over all parameters; return the norm before ().
+
+        A collective if weights are sharded.
+        """
+        parameters = list(self.module.parameters())
+        if not any(is_sharded(parameter) for parameter in parameters):
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        gradients = [local_rows(parameter.grad).local for parameter in parameters if parameter.grad is not None]
+        squared = nn.utils.get_total_norm(gradients).square()
+        dist.all_reduce(squared)
+        norm = squared.sqrt()
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clear the gradients before the next step.
+
+        DDP's are set to zero and kept, because they are views of its buckets. If they were freed, each gradient would
+        exist twice, in its bucket and outside, from the first micro-batch of the next step to the last.
+        """
+        optimizer.zero_grad(set_to_none=not isinstance(self.module, DistributedDataParallel))
+
+
+def parallelize(gpt: GPT, ranks: Ranks, settings: Parallel, *, compiled: bool, dtype: torch.dtype) -> ParallelModel:
+    """Distribute `gpt` over the ranks. A collective.
+
+    `gpt` must be on the CPU, and the same on all ranks. It is moved to the device; if weights are sharded, its own are
+    freed. `dtype` is that of the forward pass.
+    """
+    if ranks.cpu_group is not None and settings.mode != "ddp":
+        return _sharded(gpt, ranks, settings, compiled, dtype)
+    gpt.to(ranks.device)
+    module: nn.Module = torch.compile(gpt) if compiled else gpt  # type: ignore[assignment]
+    if ranks.cpu_group is None:
+        return ParallelModel(module, gpt, gpt, ranks.device)
     wrapped = DistributedDataParallel(
         module,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
@@ -66,113 +123,68 @@ def shared_out(
     if settings.gradient_dtype == "bfloat16":
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-        # By another name than the library's, which DDP refuses without NCCL, though gloo adds bfloat16, too.
+        # Wrapped: DDP refuses the library's hook by its name without NCCL, though gloo can sum bfloat16 too.
         wrapped.register_comm_hook(None, lambda group, bucket: default_hooks.bf16_compress_hook(group, bucket))
-    return wrapped, model
+    return ParallelModel(wrapped, gpt, gpt, ranks.device)
 
 
-def _in_shares(
-    model: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: torch.dtype
-) -> tuple[nn.Module, nn.Module]:
-    # Here, since it takes a second to load.
+def _sharded(gpt: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: torch.dtype) -> ParallelModel:
+    # Imported here, since it takes a second.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    shares = _moved_out(model, ranks.device)
+    local = _take_weights(gpt, ranks.device)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(ranks.device.type, (ranks.world.size,)),
         "reshard_after_forward": None if settings.mode == "fsdp" else False,  # None: all but the outermost
     }
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     sums = torch.bfloat16 if settings.gradient_dtype == "bfloat16" else exact
-    if compiled:  # the parts between the hooks that gather; those stay outside of what is compiled
-        shares.mean_loss = torch.compile(shares.mean_loss)
-    for block in shares.blocks:
+    if compiled:  # what is between FSDP's hooks; the hooks themselves are not compiled
+        local.mean_loss = torch.compile(local.mean_loss)
+    for block in local.blocks:
         if compiled:
             block.compile()
         fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, sums, cast_forward_inputs=False), **options)
-    fully_shard(shares, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
-    return (Zero1(shares) if settings.mode == "zero1" else shares), shares
+    fully_shard(local, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
+    return ParallelModel(Zero1(local) if settings.mode == "zero1" else local, local, gpt, ranks.device)
 
 
-def _moved_out(model: GPT, device: torch.device) -> GPT:
-    """A model with the weights of `model`, which is left a shell for `device`."""
-    same = {id(parameter): nn.Parameter(parameter.data) for parameter in model.parameters()}
-    moved = copy.deepcopy(model, same)  # but the weights, which are never there twice
-    release(model, device)
-    model.to(device)
-    return moved
+def _take_weights(gpt: GPT, device: torch.device) -> GPT:
+    """Return a model with the weights of `gpt`, which is moved to `device` without weights."""
+    same = {id(parameter): nn.Parameter(parameter.data) for parameter in gpt.parameters()}
+    taken = copy.deepcopy(gpt, same)  # copies everything but the weights, which are never in memory twice
+    free_weights(gpt, device)
+    gpt.to(device)
+    return taken
+
+
+@torch.no_grad()
+def free_weights(model: nn.Module, device: torch.device) -> None:
+    """Free the weights of a model: each parameter becomes one NaN, expanded to its shape."""
+    for parameter in model.parameters():
+        parameter.data = torch.full((), math.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)
 
 
 class Zero1(nn.Module):
-    """FSDP2 that gathers the weights once a step, and scatters the gradients once, used as DDP is."""
+    """FSDP2 that gathers weights and scatters gradients once for each step, with the interface of DDP."""
 
-    def __init__(self, shares: nn.Module) -> None:
+    def __init__(self, sharded: nn.Module) -> None:
         super().__init__()
-        self.module: Any = shares
+        self.module: Any = sharded
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.module(inputs, targets)  # type: ignore[no-any-return]
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Around all micro-batches of a step but the last."""
-        self._keep(True)
+        """Keep full weights and gradients inside: for all micro-batches of a step but the last."""
+        self._keep_full(True)
         try:
             yield
         finally:
-            self._keep(False)
+            self._keep_full(False)
 
-    def _keep(self, whole: bool) -> None:
-        self.module.set_requires_gradient_sync(not whole)
-        self.module.set_reshard_after_backward(not whole)
-
-
-# --- a step ----------------------------------------------------------------------------------------
-
-
-def without_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """In here gradients are added up on each rank, and not sent.
-
-    But with fsdp they are: whole gradients would have to be kept, for whose size fsdp was chosen.
-    """
-    return model.no_sync() if isinstance(model, DistributedDataParallel | Zero1) else nullcontext()
-
-
-def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Before the next step. DDP's gradients stay, as zeros, since they are views of its buckets: let go of, each would
-    be there twice, in its bucket and outside, from the next step's first micro-batch to its last.
-    """
-    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
-
-
-def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients so that their norm, over all parameters, is at most `limit`; what it was before (). A
-    collective where ranks have shares of them.
-    """
-    parameters = list(model.parameters())
-    if not any(is_share(parameter) for parameter in parameters):
-        return nn.utils.clip_grad_norm_(parameters, limit)
-    own = [held(parameter.grad).local for parameter in parameters if parameter.grad is not None]
-    squared = nn.utils.get_total_norm(own).square()
-    dist.all_reduce(squared)
-    norm = squared.sqrt()
-    torch._foreach_mul_(own, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-# --- the shell -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def gather(shares: nn.Module, shell: nn.Module) -> None:
-    """Give `shell` the whole weights of the model whose `shares` the ranks have. A collective."""
-    for share, parameter in zip(shares.parameters(), shell.parameters(), strict=True):
-        parameter.data = whole(share.detach())
-
-
-@torch.no_grad()
-def release(shell: nn.Module, device: torch.device) -> None:
-    """Let go of the weights: each is one number, not a number, and has the shape still."""
-    for parameter in shell.parameters():
-        parameter.data = torch.full((), math.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)
+    def _keep_full(self, keep: bool) -> None:
+        self.module.set_requires_gradient_sync(not keep)
+        self.module.set_reshard_after_backward(not keep)

@@ -14,12 +14,13 @@ cannot be written costs a warning and not the run.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from hpcgpt.output import streams
 
 REQUEST = "PROFILE"
 LOOK_EVERY_S = 2.0  # a look at a network file system is not free
@@ -63,7 +64,7 @@ class Profiler:
             if self._on_gpu:
                 torch.cuda.memory._dump_snapshot(str(path.with_name(f"{name}.memory")))  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError) as error:
-            _warn(f"the trace {path} is not written: {error}")
+            streams.warn(f"the trace {path} is not written: {error}")
             return ""
         finally:
             if self._on_gpu:  # else every allocation until the run's end would be written down
@@ -80,13 +81,9 @@ class Profiler:
             self._folder.mkdir(exist_ok=True)
             request.rename(self._folder / f"{REQUEST}.step_{step:09d}")
         except (OSError, UnicodeDecodeError) as error:
-            _warn(f"{request}: {error}")
+            streams.warn(f"{request}: {error}")
             return
         if words and not (words.isdecimal() and 1 <= int(words) <= MOST_STEPS):
-            _warn(f"{request} asks for {words[:80]!r} steps, expected 1 to {MOST_STEPS}")
+            streams.warn(f"{request} asks for {words[:80]!r} steps, expected 1 to {MOST_STEPS}")
             return
         self._steps = range(step, step + int(words or DEFAULT_STEPS))
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

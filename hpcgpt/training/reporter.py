@@ -25,11 +25,11 @@ from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.generate import generate
 from hpcgpt.model.gpt import GPT
 from hpcgpt.model.precision import computing_in
-from hpcgpt.output import terminal
+from hpcgpt.output import streams, terminal
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.plan import Plan
 from hpcgpt.run import goodput, metrics_file, run_folder
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 from hpcgpt.tokenizer import interface
 from hpcgpt.tokenizer.interface import Tokenizer
 from hpcgpt.tracking.tracker import Tracker
@@ -68,15 +68,15 @@ def goodput_limit_s(folder: Path) -> float:
 
 
 class Reporter:
-    def __init__(self, story: Story, held: Generation, model: GPT, words: Tokenizer) -> None:
-        self._story, self._held, self._model, self._words = story, held, model, words
+    def __init__(self, story: Story, lease: Lease, model: GPT, words: Tokenizer) -> None:
+        self._story, self._lease, self._model, self._words = story, lease, model, words
         self._config: Config = story.plan.config
         self._folder = self._config.run_folder
         self._told: Saved | None = None  # the save whose commit has been told, and not its end
         self._lead_said_s = 0.0
         self._worker = Worker("reporter")
         keep_below = story.step + (0 if story.pending else 1)
-        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, held.check)
+        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, lease.check)
         lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
         self.event(
             "start",
@@ -131,7 +131,7 @@ class Reporter:
         """Report that a save has ended, and that training stands still for it no longer."""
         told, self._told = self._told, None
         if saved.problem:
-            print(f"warning: no checkpoint of step {saved.step:,}: {saved.problem}", file=sys.stderr, flush=True)
+            streams.warn(f"no checkpoint of step {saved.step:,}: {saved.problem}")
             self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
         elif told:
             self.event("save_stall", step=saved.step, stall_s=saved.stall_s - told.stall_s)
@@ -146,7 +146,7 @@ class Reporter:
         """The run has gone back to `step`; `spiked` is the row that nobody has seen of the step that sent it back."""
         if self._worker.drain(DRAIN_S):  # else it may still write: its descriptor must not become another file's
             self.metrics.close()
-        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._held.check)
+        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._lease.check)
         lost = [*self.metrics.cut_off, spiked]
         self.event(
             "rollback",

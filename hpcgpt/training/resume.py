@@ -12,11 +12,11 @@ import torch
 from hpcgpt import plan
 from hpcgpt.checkpoint import init_from, layout, load, retention
 from hpcgpt.checkpoint.layout import TrainState
-from hpcgpt.distributed.collectives import on_first
+from hpcgpt.distributed.collectives import run_on_rank0
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import DivergedError, UserError
 from hpcgpt.plan import Plan
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 from hpcgpt.training import in_effect
 from hpcgpt.training.checkpointer import Checkpointer
 from hpcgpt.training.engine import Engine
@@ -40,9 +40,9 @@ class Resumed:
 class Restorer:
     """Loads checkpoints into the engine and the state. Every rank has one; `resume` and `load` are collectives."""
 
-    def __init__(self, planned: Plan, ranks: Ranks, held: Generation | None, engine: Engine, state: TrainState) -> None:
-        """`held` is rank 0's generation, None on the others."""
-        self.plan, self.ranks, self.held, self.engine, self.state = planned, ranks, held, engine, state
+    def __init__(self, planned: Plan, ranks: Ranks, lease: Lease | None, engine: Engine, state: TrainState) -> None:
+        """`lease` is rank 0's generation, None on the others."""
+        self.plan, self.ranks, self.lease, self.engine, self.state = planned, ranks, lease, engine, state
         self.checkpoints = planned.config.run_folder / "checkpoints"
 
     def resume(self, now: dict[str, Any]) -> Resumed:
@@ -51,9 +51,9 @@ class Restorer:
         Raises:
             UserError: the run was trained with other settings, or `run.strict` refuses what has changed.
         """
-        if self.held:
-            retention.clean(self.checkpoints, self.held)
-        newest = load.newest_valid(self.checkpoints, self.ranks, self.held)
+        if self.lease:
+            retention.clean(self.checkpoints, self.lease)
+        newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), self._begin())
         state = layout.read_state(newest)
@@ -72,13 +72,13 @@ class Restorer:
         settings = self.plan.config.run
         origin = ""
         if settings.init_from:
-            origin = init_from.load(Path(settings.init_from), self.engine.trained, self.ranks)
+            origin = init_from.load(Path(settings.init_from), self.engine.model.local, self.ranks)
         torch.manual_seed(settings.seed + 7919 * self.ranks.world.rank)
         return origin
 
     def load(self, path: Path) -> None:
         """Make a checkpoint's tensors, random generators and state those of this rank."""
-        saved = load.load(path, self.engine.trained, self.engine.optimizer, self.ranks)
+        saved = load.load(path, self.engine.model.local, self.engine.optimizer, self.ranks)
         self.state.become(saved)
         if saved.world_size != self.ranks.world.size:
             torch.manual_seed(self.plan.config.run.seed + 7919 * self.ranks.world.rank + 104729 * saved.step)
@@ -104,11 +104,11 @@ class Rollback:
         Raises:
             DivergedError: the run has gone back as often as it may.
         """
-        on_first(self._ranks, lambda: self._checkpointer.pruner.wait())
+        run_on_rank0(self._ranks, lambda: self._checkpointer.pruner.wait())
         found = load.newest_valid(
             self._restorer.checkpoints,
             self._ranks,
-            self._restorer.held,
+            self._restorer.lease,
             lambda saved: saved < step and self._checkpointer.is_regular(saved),
         )
         if found is None:
@@ -126,11 +126,11 @@ class Rollback:
     def to(self, target: Path, spiked: dict[str, Any], next_batch: int) -> None:
         """Continue from `target` with global batch `next_batch`; `spiked` is the row of the step that went wrong."""
         state, rollbacks = self._state, self._state.rollbacks + 1
-        on_first(self._ranks, lambda: self._checkpointer.pruner.remove_beyond(layout.step_of(target)))
+        run_on_rank0(self._ranks, lambda: self._checkpointer.pruner.remove_beyond(layout.step_of(target)))
         self._restorer.load(target)
         state.skipped, state.rollbacks = next_batch - state.step, rollbacks
         state.pending = None  # if it was, when that was saved: its row has been reported since
-        on_first(self._ranks, lambda: self._cut_off(spiked))
+        run_on_rank0(self._ranks, lambda: self._cut_off(spiked))
         self.replay_losses()
 
     def _cut_off(self, spiked: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class Rollback:
 
     def replay_losses(self) -> None:
         """Let the detector of spikes see the steps until here, from the rows that there are."""
-        rows = list(on_first(self._ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
+        rows = list(run_on_rank0(self._ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
         if self._state.pending:  # its row is not in the file yet
             rows.append(self._state.pending)
         self._spikes.remember(rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hpcgpt.config.options import Spike
 from hpcgpt.data.loader import Loader
-from hpcgpt.distributed.collectives import on_all
+from hpcgpt.distributed.collectives import gather_from_all
 from hpcgpt.distributed.world import Ranks
 
 LONGEST_SKIP = 10  # steps in a row whose gradients are not finite: it will not get better by itself
@@ -34,7 +34,7 @@ def blame(own: Sequence[Tensor], number: int, loader: Loader, ranks: Ranks) -> s
         spans = [loader.samples(number, micro_step) for micro_step in bad]
         return [f"rank {ranks.world.rank}, samples {span[0]:,} to {span[-1]:,}" for span in spans]
 
-    found = [words for of_rank in on_all(ranks, mine) for words in of_rank]
+    found = [words for of_rank in gather_from_all(ranks, mine) for words in of_rank]
     if found:
         return "; ".join(found[:8]) + (f"; and {len(found) - 8:,} more" if len(found) > 8 else "")
     first, after = number * loader.global_batch, (number + 1) * loader.global_batch

@@ -1,7 +1,7 @@
 """One optimizer step: accumulate, reduce, clip, step. It neither logs nor saves.
 
-Nothing here waits for the device, so that the host is ahead of it by a step; but for `skip_nonfinite`, which has to
-know the norm before the weights change.
+Nothing here waits for the device, so that the host is one step ahead of it; except with `skip_nonfinite`, which needs
+loss and norm before the weights change.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.optim.optimizer import set_learning_rate
-from hpcgpt.training.parallel import clear_gradients, clip, without_sync
+from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.stragglers import LocalTime
 
 Precision = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step gives, on the device: nobody has waited for it.
+class StepResult:
+    """The result of a step, in tensors on the device that may not be computed yet.
 
-    `loss`: mean in nats over the targets of the global batch (); `norm`: of the gradient, before clipping (). Both are
-    the same on every rank. `own`: what each micro-batch of this rank adds to its mean loss, () each. `skipped`: the
-    weights were left as they were.
+    `loss`: mean in nats over the targets of the global batch (); `norm`: of the gradient before clipping (). Both are
+    the same on every rank. `micro_losses`: what each micro-batch of this rank adds to the rank's mean loss, () each.
+    `skipped`: the weights were not changed.
     """
 
     loss: Tensor
     norm: Tensor
-    own: list[Tensor]
+    micro_losses: list[Tensor]
     skipped: bool = False
 
 
 def train_step(
-    model: nn.Module,
+    model: ParallelModel,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    micro_batches: Iterable[Tensor],
     *,
     micro_steps: int,
     rate: float,
@@ -50,52 +50,75 @@ def train_step(
     ranks: Ranks,
     local: LocalTime | None = None,
     skip_nonfinite: bool = False,
-) -> Outcome:
-    """`micro_batches` yields `micro_steps` pairs of inputs and targets (B, T) of this rank.
+) -> StepResult:
+    """Make one step on the `micro_steps` micro-batches (B, T+1) of this rank. A collective.
 
-    `local` is told of the time before the gradients are reduced. With `skip_nonfinite` weights and optimizer stay as
-    they are where loss or norm is no finite number: on all ranks, since both are the same on all.
+    `local` measures the time before gradients are reduced. With `skip_nonfinite`, weights and optimizer are not changed
+    if loss or norm is not finite: on all ranks alike, since both are the same on all.
     """
-    own = accumulate(model, micro_batches, micro_steps, precision, local)
+    micro_losses = accumulate(model, micro_batches, micro_steps=micro_steps, precision=precision, local=local)
     # Without a limit the norm is still measured: an infinite one clips nothing.
-    norm = clip(model, clip_norm or float("inf"))
-    loss = mean_over_ranks(sum(own[1:], own[0]), ranks)
+    norm = model.clip_gradients(clip_norm or float("inf"))
+    loss = mean_over_ranks(sum(micro_losses[1:], micro_losses[0]), ranks)
     skipped = skip_nonfinite and not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
     if not skipped:
         set_learning_rate(optimizer, rate)
         optimizer.step()
-    clear_gradients(model, optimizer)
-    return Outcome(loss, norm, own, skipped)
+    model.clear_gradients(optimizer)
+    return StepResult(loss, norm, micro_losses, skipped)
 
 
 def accumulate(
-    model: nn.Module,
-    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    model: ParallelModel,
+    micro_batches: Iterable[Tensor],
+    *,
     micro_steps: int,
     precision: Precision,
     local: LocalTime | None = None,
 ) -> list[Tensor]:
-    """Leave the gradient of the mean loss over the global batch in the parameters; what each micro-batch adds to this
-    rank's mean loss.
+    """Add the gradient of the mean loss over the global batch to the parameters; return what each micro-batch adds to
+    this rank's mean loss.
 
-    Gradients are all-reduced once, behind the last micro-batch; see hpcgpt.training.parallel for what the modes do.
+    Gradients are all-reduced once, after the last micro-batch; with fsdp after each (hpcgpt.training.parallel).
     """
-    own = []
+    micro_losses = []
     if local:
         local.start()
-    for number, (inputs, targets) in enumerate(micro_batches, start=1):
-        with without_sync(model) if number < micro_steps else nullcontext():
+    for number, batch in enumerate(micro_batches, start=1):
+        inputs, targets = to_inputs_and_targets(batch, model.device)
+        with model.without_sync() if number < micro_steps else nullcontext():
             with precision():
-                loss = model(inputs, targets) / micro_steps
+                loss = model.module(inputs, targets) / micro_steps
             if local and number == micro_steps:
-                local.stop()  # from here on it waits for the other ranks
+                local.stop()  # from here on this rank waits for the others
             loss.backward()
-        own.append(loss.detach())
-    return own
+        micro_losses.append(loss.detach())
+    return micro_losses
+
+
+def to_inputs_and_targets(batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets (B, T) int64 on `device` of a batch (B, T+1) of ``hpcgpt.data.loader``."""
+    if device.type == "cpu" and batch.dtype == torch.int16:
+        ids = batch.view(torch.uint16).to(torch.int64)  # in one pass
+    else:
+        ids = to_ids(batch.to(device, non_blocking=True))  # asynchronous from pinned memory
+    return ids[:, :-1], ids[:, 1:]
+
+
+def to_ids(batch: Tensor) -> Tensor:
+    """Return the ids (B, T+1) int64 of a batch that has their bits as int16 or int32, on any device.
+
+    Torch supports few operations on uint16 on a GPU, so the sign is masked off after widening. Ids of 32 bits are below
+    2**31.
+    """
+    ids = batch.to(torch.int64)
+    if batch.dtype == torch.int16:
+        ids &= 0xFFFF
+    return ids
 
 
 def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
-    if ranks.control is None:
+    if ranks.cpu_group is None:
         return value
     value = value.clone()
     dist.all_reduce(value)

@@ -76,12 +76,12 @@ class Blame:
         self._settings, self._ranks = settings, ranks
         self._strikes = [0] * ranks.world.size
         # None: nothing is measured, which is for one rank alone too.
-        self.local = LocalTime(ranks.device) if settings.every and ranks.control is not None else None
+        self.local = LocalTime(ranks.device) if settings.every and ranks.cpu_group is not None else None
         self._hosts: list[str] = []
         if self.local:
-            from hpcgpt.distributed.collectives import on_all
+            from hpcgpt.distributed.collectives import gather_from_all
 
-            self._hosts = on_all(ranks, socket.gethostname)
+            self._hosts = gather_from_all(ranks, socket.gethostname)
 
     def after(self, step: int) -> list[Straggler]:
         """The stragglers to name after this step. A collective: every rank calls it after each step."""
@@ -97,7 +97,7 @@ class Blame:
 
         mine = torch.tensor([own], dtype=torch.float64)
         all_of_them = [torch.zeros_like(mine) for _ in range(self._ranks.world.size)]
-        dist.all_gather(all_of_them, mine, group=self._ranks.control)
+        dist.all_gather(all_of_them, mine, group=self._ranks.cpu_group)
         return [float(one) for one in all_of_them]
 
 

@@ -1,26 +1,26 @@
-"""A real Slurm of four nodes on one machine, to try things on and to test with; and no trace of it after.
+"""A real Slurm of four nodes on one machine, for tests and trials, which is removed without a trace.
 
     sudo python slurm/lab/lab.py up [--nodes 4] [--gpus 2] [--install]
     eval $(python slurm/lab/lab.py env)
     sbatch slurm/pretrain.sbatch ...
     sudo python slurm/lab/lab.py down
 
-Four slurmd and a slurmctld run on hosts that are really apart (lab_hosts.py): a job sees four host names, four
-addresses, and a network that can be cut. The nodes' CPUs and memory are claimed, and their GPUs are fake: a job
-is given CUDA_VISIBLE_DEVICES=0,1 and finds nothing behind it. The partitions (lab_conf.py) are `low`, the
+Four slurmd and a slurmctld run on separate hosts (lab_hosts.py): a job sees four host names, four addresses, and a
+network that can be cut. The nodes' CPUs and memory are only declared, and their GPUs are fake: a job gets
+CUDA_VISIBLE_DEVICES=0,1, and there are no such devices. The partitions (lab_conf.py) are `low`, the
 default; `high`, which preempts it by requeueing; and `grace`, which has 25 s between SIGTERM and that.
 
-    check [--install]   can a lab be had here? Status 0, or 3 and what is missing (lab_needs.py)
-    up, down            both may be repeated; `up` clears away what a crash or a reboot left
+    check [--install]   can a lab be started here? Status 0, or 3 and what is missing (lab_needs.py)
+    up, down            start and remove it; both may be repeated; `up` removes what a crash or a reboot left
     status [--json]     status 0 if every node answers, else 1
-    env                 the line that turns sbatch, srun and squeue to the lab
-    cut NODE            unplugs its network cable; Slurm calls it down 40 to 60 s later
-    heal NODE           plugs it in again
-    kill-slurmd NODE    SIGKILL to its slurmd; the job's processes live on, as on any node
-    start-slurmd NODE   starts it again
+    env                 print the line that points sbatch, srun and squeue to the lab
+    cut NODE            unplug its network cable; Slurm sets it down 40 to 60 s later
+    heal NODE           plug it in again
+    kill-slurmd NODE    SIGKILL to its slurmd; the job's processes survive, as on any node
+    start-slurmd NODE   start it again
 
-All that a lab has is in /run/<name>, on one interface <name> and in its own namespaces. A Slurm or a munged that
-this machine runs itself is not read, stopped or changed. `--name hpcgpt-lab2 --subnet 10.78.0` makes a second
+A lab consists of /run/<name>, one interface <name> and its own namespaces. A Slurm or a munged that this machine runs
+itself is not read, stopped or changed. `--name hpcgpt-lab2 --subnet 10.78.0` makes a second
 lab beside the first.
 """
 
@@ -52,13 +52,13 @@ import lab_needs
 from lab_conf import Lab, cgroup_conf, gres_conf, hosts_file, recall, remember, slurm_conf
 from lab_hosts import LabError, run
 
-# sinfo's words for a node that answers and takes jobs; an asterisk behind one says that it doesn't answer.
+# The states of a node that answers and takes jobs, in sinfo; an asterisk after a state: it does not answer.
 RESPONDING = {"idle", "mix", "alloc", "comp", "plnd", "resv"}
 
 
 @dataclass(frozen=True)
 class Status:
-    """`up` means that every daemon runs and every node answers; `fault` says what is not so."""
+    """`up`: every daemon runs and every node answers; else `fault` has the reason."""
 
     up: bool
     fault: str
@@ -66,7 +66,7 @@ class Status:
 
 
 def up(lab: Lab, *, install: bool = False) -> str:
-    """Brings the lab up unless it is up. Returns a sentence; LabError, having cleaned up, if it can't."""
+    """Start the lab unless it is up. Returns a message; after a failure it cleans up and raises LabError."""
     if install and os.geteuid() == 0:
         lab_needs.install_missing()
     if reason := lab_needs.why_not():
@@ -92,7 +92,7 @@ def up(lab: Lab, *, install: bool = False) -> str:
 
 
 def down(name: str) -> str:
-    """Takes away everything that a lab of this name has, or left, on this machine. Returns a sentence."""
+    """Remove everything that a lab of this name has, or left, on this machine. Returns a message."""
     _need_root()
     with _one_at_a_time():
         lab = recall(name) or Lab(name)
@@ -110,7 +110,7 @@ def status(name: str) -> Status:
     daemons = [(host, "munged") for host in lab.addresses]
     daemons += [(host, "slurmctld" if host == "ctl" else "slurmd") for host in lab.addresses]
     if os.geteuid() != 0:
-        daemons = []  # whose processes live where is root's to see; the rest of us ask slurmctld only
+        daemons = []  # only root sees the namespaces of processes; other users ask only slurmctld
     absent = [f"{daemon} on {host}" for host, daemon in daemons if not lab_hosts.processes(lab, host, daemon)]
     nodes = {} if "slurmctld on ctl" in absent else node_states(lab)
     silent = [f"{node} is {state}" for node, state in nodes.items() if state not in RESPONDING]
@@ -121,18 +121,18 @@ def status(name: str) -> Status:
 
 
 def cut(lab: Lab, node: str) -> None:
-    """Unplugs the node's cable. Slurm calls it down after SlurmdTimeout; what runs on it runs on."""
+    """Unplug the node's cable. Slurm sets it down after SlurmdTimeout; its processes keep running."""
     lab_hosts.set_link(lab, _node(lab, node), "down")
 
 
 def heal(lab: Lab, node: str) -> None:
     lab_hosts.set_link(lab, _node(lab, node), "up")
-    # This makes it register, and so it is back at once; by itself slurmctld asked it after 140 s.
+    # It registers at once; without this, slurmctld asked for it only after 140 s.
     lab_hosts.send(lab, node, "slurmd", signal.SIGHUP)
 
 
 def hide(lab: Lab, node: str, path: Path) -> None:
-    """The node lacks this folder from now on, which may be a mount: it is empty there, and as ever elsewhere."""
+    """Hide a folder from the node, as if its mount were missing: there it is empty, elsewhere unchanged."""
     lab_hosts.hide(lab, _node(lab, node), path)
 
 
@@ -152,12 +152,12 @@ def start_slurmd(lab: Lab, node: str) -> None:
 
 
 def slurm(lab: Lab, *command: str, timeout_s: float = 20) -> str:
-    """The output of a Slurm command (squeue, srun, ...) that speaks to this lab."""
+    """Run a Slurm command (squeue, srun, ...) in this lab. Returns its output."""
     return run(command, env=lab.environ(), timeout_s=timeout_s)
 
 
 def node_states(lab: Lab) -> dict[str, str]:
-    """What slurmctld thinks of each node: idle, mix, down*, ...; empty if it doesn't answer."""
+    """Ask slurmctld for each node's state: idle, mix, down*, ...; empty if it does not answer."""
     with contextlib.suppress(LabError):
         words = slurm(lab, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").split()
         return dict(zip(words[::2], words[1::2], strict=True))
@@ -165,14 +165,14 @@ def node_states(lab: Lab) -> dict[str, str]:
 
 
 def wait_until_idle(lab: Lab, timeout_s: float = 60) -> None:
-    """Returns when every node answers and has nothing to do; LabError with their states after `timeout_s`."""
+    """Wait until every node is idle. Raises LabError with their states after `timeout_s`."""
     if not _wait_until(lambda: list(node_states(lab).values()) == ["idle"] * lab.nodes, timeout_s):
         states = node_states(lab) or "slurmctld does not answer"
         raise LabError(f"the nodes of {lab.name} are not all idle after {timeout_s:g} s: {states}")
 
 
 def _end_jobs(lab: Lab) -> None:
-    """An srun in somebody's terminal has to hear that its job ended, or it waits for dead nodes for ever."""
+    """End all jobs: an srun in a terminal would wait for removed nodes forever."""
 
     def jobs() -> list[str]:
         return slurm(lab, "squeue", "--noheader", "--array", "--format=%A").split()
@@ -210,7 +210,7 @@ def _bring_up(lab: Lab) -> None:
 
 
 def _prepare_munge(lab: Lab) -> tuple[str, ...]:
-    """The command that starts munged on any host. It insists on a user and on folders that are its own."""
+    """Return the command that starts munged on any host. It requires its own user, and folders owned by it."""
     user = pwd.getpwnam("munge")
     key = secrets.token_bytes(128)
     for host in lab.addresses:
@@ -227,7 +227,7 @@ def _prepare_munge(lab: Lab) -> tuple[str, ...]:
 
 
 def _ends_of_logs(lab: Lab) -> str:
-    """Of each daemon's log what was fatal to it, or else its last lines."""
+    """Return the fatal errors in each daemon's log, or else its last lines."""
     found = []
     for log in sorted((lab.state / "log").glob("*.log")):
         lines = log.read_text(errors="replace").splitlines()
@@ -250,7 +250,7 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """One `up` or `down` on a machine at a time. The lock is on the folder /run itself: it leaves no file."""
+    """Let only one `up` or `down` run on a machine. The lock is on the folder /run itself, so it leaves no file."""
     folder = os.open("/run", os.O_RDONLY)
 
     def locked() -> bool:
@@ -261,7 +261,7 @@ def _one_at_a_time() -> Iterator[None]:
 
     try:
         if not _wait_until(locked, timeout_s=120):
-            raise LabError("another `up` or `down` has been at work for two minutes: find it with ps and end it")
+            raise LabError("another `up` or `down` has been running for two minutes: find it with ps and end it")
         yield
     finally:
         os.close(folder)
@@ -269,7 +269,7 @@ def _one_at_a_time() -> Iterator[None]:
 
 def _need_root() -> None:
     if os.geteuid() != 0:
-        raise LabError(f"this needs root, and is user id {os.geteuid()}: run it with sudo", lab_needs.CANNOT)
+        raise LabError(f"this needs root, and runs as user id {os.geteuid()}: run it with sudo", lab_needs.CANNOT)
 
 
 def _terminated(_signal: int, _frame: object) -> NoReturn:
@@ -311,7 +311,7 @@ def _obey(asked: argparse.Namespace) -> int:
                 lab_needs.install_missing()
             if reason := lab_needs.why_not():
                 raise LabError(reason, lab_needs.CANNOT)
-            print("a lab can be had here")
+            print("a lab can be started here")
         case "env":
             print(f"export SLURM_CONF={Lab(name).conf}")
             if recall(name) is None:

@@ -1,7 +1,7 @@
-"""What a lab is, and the text of the files that make Slurm one: slurm.conf, gres.conf, cgroup.conf, hosts.
+"""The description of a lab, and its configuration files: slurm.conf, gres.conf, cgroup.conf, hosts.
 
-A lab is known by its name: `down` needs nothing else. /run/<name> is its state folder and <name> its one
-interface on this machine. Two labs live side by side with two names and two subnets.
+A lab is identified by its name: `down` needs nothing else. /run/<name> is its state folder and <name> its only
+interface on this machine. Two labs can run at the same time with different names and subnets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 CTLD_PORT: Final = 26817
 SLURMD_PORT: Final = 26818
 
-# A promise: what is called so may be deleted. The kernel allows an interface 15 characters.
+# Anything with such a name may be deleted. The kernel allows 15 characters for an interface.
 NAME_PATTERN: Final = re.compile(r"hpcgpt-[a-z0-9]{1,8}")
 
 
@@ -89,7 +89,7 @@ def remember(lab: Lab) -> None:
 
 
 def recall(name: str) -> Lab | None:
-    """The lab of this name as it was brought up, or None if there is none (or a broken one)."""
+    """Return the lab of this name as it was started; None if there is none, or its file is damaged."""
     file = Lab(name).state / "lab.json"
     try:
         return Lab(**json.loads(file.read_text()))

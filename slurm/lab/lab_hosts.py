@@ -1,16 +1,16 @@
-"""Hosts that are really apart on one machine, and how they go away again.
+"""Separate hosts on one machine, and their removal.
 
-A host is a network namespace (own address, own ports), held by a file in <state>/net, and for each daemon that
-is started in it a UTS namespace (own host name) and a mount namespace (own /etc/hosts: the machine's isn't
-touched). They hang on a bridge that lives in ctl and not on this machine, whose firewall would otherwise decide
-what a node may say to a node (Docker drops what it doesn't know). This machine sees one interface: <name>.
+A host is a network namespace (own address, own ports), kept by a file in <state>/net, and for each daemon in it a UTS
+namespace (own host name) and a mount namespace (own /etc/hosts: the machine's is not changed). They are connected by
+a bridge in ctl, and not on this machine, whose firewall would filter packets between nodes (Docker's drops those of
+unknown networks). This machine has one interface: <name>.
 
     this machine          ctl                           n1          n2 ...
     <name> .253 -------- login -- br0 .254 -- n1 ----- eth0 .1
                                          `--- n2 ---------------- eth0 .2
 
-Whether a process is the lab's is decided by one test: does it live in one of these network namespaces? Daemons
-do, and their jobs, and what a job left behind, whoever its parent is now; a recycled pid does not.
+A process belongs to the lab if it is in one of these network namespaces. Daemons are, and their jobs, and processes
+that a job left, whatever their parent is now; a reused pid is not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 
 
 class LabError(Exception):
-    """What was found, what was expected, what to do; `status` is the command's exit status."""
+    """An error with what was found, what was expected and what to do; `status` is the exit status."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -48,21 +48,21 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 20,
 ) -> str:
-    """The command's output. LabError with what it said if it fails or takes longer than `timeout_s`."""
-    words = [str(word) for word in command]
+    """Run a command and return its output. Raises LabError with its message if it fails or takes too long."""
+    arguments = [str(argument) for argument in command]
     env = {**(os.environ if env is None else env)}
     env["PATH"] = f"{env.get('PATH', '')}:{SYSTEM_PATH}"  # root's PATH may lack /usr/sbin
     try:
         done = subprocess.run(
-            words, input=stdin, env=env, timeout=timeout_s, capture_output=True, text=True, check=False
+            arguments, input=stdin, env=env, timeout=timeout_s, capture_output=True, text=True, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise LabError(f"{' '.join(words)}: not finished after {timeout_s:g} s") from error
+        raise LabError(f"{' '.join(arguments)}: not finished after {timeout_s:g} s") from error
     except FileNotFoundError as error:
-        raise LabError(f"{words[0]}: no such command") from error
+        raise LabError(f"{arguments[0]}: no such command") from error
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
-        raise LabError(f"{' '.join(words)}: exit status {done.returncode}: {' / '.join(said[-5:])}")
+        output = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        raise LabError(f"{' '.join(arguments)}: exit status {done.returncode}: {' / '.join(output[-5:])}")
     return done.stdout
 
 
@@ -71,12 +71,12 @@ def namespace(lab: Lab, host: str) -> Path:
 
 
 def inside(lab: Lab, host: str, *command: str | Path) -> list[str | Path]:
-    """The command that runs `command` in that host's network namespace."""
+    """Return the command that runs `command` in that host's network namespace."""
     return ["nsenter", f"--net={namespace(lab, host)}", *command]
 
 
 def refuse_what_is_taken(lab: Lab) -> None:
-    """LabError if this machine uses the lab's interface name or its addresses for something else."""
+    """Raise LabError if this machine uses the lab's interface name or addresses for something else."""
     if (kind := link_kind(lab.name)) is not None:
         raise LabError(f"there is an interface {lab.name} of kind {kind!r} that no lab made: choose another --name")
     for interface in json.loads(run(["ip", "-json", "-4", "address", "show"])):
@@ -90,7 +90,7 @@ def refuse_what_is_taken(lab: Lab) -> None:
 
 
 def build_network(lab: Lab) -> None:
-    """All hosts, connected, with addresses. Nothing of the lab's may exist yet."""
+    """Create and connect all hosts, with their addresses. Nothing of the lab may exist yet."""
     (lab.state / "net").mkdir()
     for host in lab.addresses:
         namespace(lab, host).touch()
@@ -124,7 +124,7 @@ def _ip(*lines: str, within: tuple[Lab, str] | None = None) -> None:
 
 
 def start_daemon(lab: Lab, host: str, *command: str | Path) -> None:
-    """Starts a daemon, which goes to the background by itself, on that host; LabError if it doesn't."""
+    """Start a daemon, which puts itself into the background, on that host. Raises LabError if it fails."""
     # Every host finds its own munged where slurm.conf says that ctl's is. /run is noexec on many systems, and
     # Slurm runs batch scripts from its spool folder. Without -n, mount leaves a /run/mount behind.
     script = """
@@ -141,7 +141,7 @@ def start_daemon(lab: Lab, host: str, *command: str | Path) -> None:
     entered = inside(lab, host, *apart, "sh", "-ec", script, "sh", host, lab.state, *command)
     path = f"{SYSTEM_PATH}:{os.environ.get('PATH', '')}"
     what = f"{' '.join(map(str, command))} on {host}"
-    # Into a file: a daemon that keeps a pipe open would keep us waiting at the other end.
+    # Output goes into a file: a daemon that keeps a pipe open would block the reader.
     with tempfile.TemporaryFile("w+") as said:
         try:
             done = subprocess.run(
@@ -163,23 +163,23 @@ def start_daemon(lab: Lab, host: str, *command: str | Path) -> None:
 
 
 def hide(lab: Lab, host: str, path: Path) -> None:
-    """Takes the folder `path` from that host's jobs, and from no other host's, as a mount that it lacks."""
+    """Hide the folder `path` from the jobs of that host, as if its mount were missing."""
     _in_mounts_of(lab, host, "mount", "-n", "-t", "tmpfs", "-o", "ro,size=64k", "hidden", path)
 
 
 def unhide(lab: Lab, host: str, path: Path) -> None:
-    """Gives it back. At once, whoever is in the empty folder."""
+    """Show it again, at once, even if a process uses the empty folder."""
     _in_mounts_of(lab, host, "umount", "-n", "--lazy", path)
 
 
 def _in_mounts_of(lab: Lab, host: str, *command: str | Path) -> None:
-    # What slurmd sees, its jobs see; when it is started again, it has all of this machine's mounts.
+    # Jobs have the mounts of their slurmd; a restarted slurmd has all of this machine's mounts.
     for slurmd in processes(lab, host, "slurmd")[:1]:
         run(["nsenter", f"--mount=/proc/{slurmd}/ns/mnt", *command])
 
 
 def processes(lab: Lab, host: str = "*", called: str = "") -> list[int]:
-    """The pids that live on that host (or on any of the lab's), all or those whose program has that name."""
+    """List the pids on that host (or on all of the lab's): all, or those whose program has that name."""
     ours = {_identity(file) for file in _namespaces(lab, host)}
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     found = [pid for pid in pids if ours and _network_of(pid) in ours]
@@ -187,12 +187,12 @@ def processes(lab: Lab, host: str = "*", called: str = "") -> list[int]:
 
 
 def send(lab: Lab, host: str, called: str, what: signal.Signals) -> int:
-    """Sends the signal to each of those processes. Returns how many there were."""
+    """Send the signal to each of those processes. Returns their number."""
     ours = {_identity(file) for file in _namespaces(lab, host)}
     pids = processes(lab, host, called)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(pid)  # from here on the number can't come to mean another process
+            handle = os.pidfd_open(pid)  # unlike the pid, it cannot come to mean another process
             try:
                 if _network_of(pid) in ours:
                     signal.pidfd_send_signal(handle, what)
@@ -202,7 +202,7 @@ def send(lab: Lab, host: str, called: str, what: signal.Signals) -> int:
 
 
 def kill(lab: Lab, host: str = "*", called: str = "") -> int:
-    """SIGKILL to those processes until there are none. Returns 0 if there were none."""
+    """Send SIGKILL to those processes until there are none. Returns 0 if there were none."""
     given_up_at = time.monotonic() + 10
     killed = 0
     while count := send(lab, host, called, signal.SIGKILL):  # one may have forked between look and signal
@@ -215,7 +215,7 @@ def kill(lab: Lab, host: str = "*", called: str = "") -> int:
 
 
 def remove_everything(lab: Lab) -> None:
-    """Processes, interface, namespaces, state folder, whatever is there. Only the lab's name counts."""
+    """Remove processes, interface, namespaces and state folder, as far as they exist. Only the lab's name matters."""
     if os.getpid() in processes(lab):
         raise LabError("this command runs on a host of the lab, and would end itself half-way: run it outside")
     kill(lab)
@@ -230,7 +230,7 @@ def remove_everything(lab: Lab) -> None:
 
 
 def link_kind(name: str) -> str | None:
-    """The kind of this machine's interface of that name ("" for hardware), None if there is none."""
+    """Return the kind of this machine's interface of that name ("" for hardware); None if there is none."""
     for link in json.loads(run(["ip", "-json", "-details", "link", "show"])):
         if link["ifname"] == name:
             return str(link.get("linkinfo", {}).get("info_kind", ""))

@@ -1,4 +1,4 @@
-"""What a lab needs of this machine, whether that is here, and how to install what can be installed."""
+"""The requirements of a lab: checks whether this machine meets them, and installs missing packages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Final
 
 from lab_hosts import SYSTEM_PATH, LabError, run
 
-# The exit status that says: a lab cannot be had here.
+# The exit status if no lab can be started here.
 CANNOT: Final = 3
 
-# Packages by Debian's names (they are Ubuntu's too), and what we run of each.
+# Packages by their names in Debian and Ubuntu, and the programs that the lab runs of each.
 PROGRAMS: Final = {
     "slurm-wlm": ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo", "squeue", "scancel"),
     "munge": ("munged",),
@@ -23,10 +23,10 @@ PROGRAMS: Final = {
     "util-linux": ("mount", "nsenter", "setpriv", "umount", "unshare"),
     "hostname": ("hostname",),
 }
-# The services that a package may start when it brings one of these programs.
+# The services that the packages of these programs may start.
 SERVICES: Final = {"slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge"}
 
-# Everything that `up` will ask of the kernel, in namespaces that end with this script.
+# Everything that `up` needs from the kernel, in namespaces that end with this script.
 REHEARSAL: Final = """
 ip link add br0 type bridge
 ip link add v0 type veth peer name v1
@@ -38,7 +38,7 @@ hostname n1
 
 
 def why_not() -> str:
-    """The one sentence that says why a lab can't be had here; empty if it can."""
+    """Return why no lab can be started here; empty if one can."""
     if os.geteuid() != 0:
         return f"a lab needs root, for its namespaces; this is user id {os.geteuid()}: run it with sudo"
     if packages := " ".join(missing_packages()):
@@ -63,7 +63,7 @@ def missing_packages() -> list[str]:
 
 
 def install_missing() -> None:
-    """Installs what is missing with apt-get; services that only this brought here don't stay running."""
+    """Install missing packages with apt-get, and stop services that they start."""
     programs, packages = _missing_programs(), missing_packages()
     if not packages:
         return
@@ -88,10 +88,10 @@ def install_missing() -> None:
 
 
 def slurm_version() -> tuple[int, int]:
-    said = run(["slurmd", "-V"])
-    found = re.search(r"(\d+)\.(\d+)", said)
+    output = run(["slurmd", "-V"])
+    found = re.search(r"(\d+)\.(\d+)", output)
     if not found:
-        raise LabError(f"slurmd -V says {said.strip()!r}; expected a version, such as slurm-wlm 22.05.8")
+        raise LabError(f"slurmd -V printed {output.strip()!r}; expected a version, such as slurm-wlm 22.05.8")
     return int(found[1]), int(found[2])
 
 

@@ -28,8 +28,7 @@ from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
 from hpcgpt.run import run_folder
-from hpcgpt.storage import lease
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease, acquire
 
 
 def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
@@ -50,7 +49,7 @@ def content(model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[
     return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
 
-def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | None) -> dict[str, Any]:
+def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) -> dict[str, Any]:
     told: dict[str, Any] = {}
     savers: dict[Path, Saver] = {}
     rank = ranks.world.rank
@@ -61,7 +60,7 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
 
     def save(to: Path, number: int) -> str:
         numbered = State(number, 400, 40, ranks.world.size, state.identity, state.pending)
-        its = savers.setdefault(to, Saver(to, ranks, held, options.Checkpoint()))
+        its = savers.setdefault(to, Saver(to, ranks, lease, options.Checkpoint()))
         saved = its.begin(numbered, checkpoint_save.tensors_of(model, optimizer, ranks)) or its.finish(lambda: None)
         assert saved is not None
         return saved.problem
@@ -71,7 +70,7 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
 
     other, other_optimizer = trained(seed=2, steps=1)
     torch.manual_seed(7)
-    chosen = load.newest_valid(folder / "checkpoints", ranks, held)
+    chosen = load.newest_valid(folder / "checkpoints", ranks, lease)
     assert chosen is not None
     told["chosen"] = chosen.name
     told["state"] = load.load(chosen, other, other_optimizer, ranks) == state
@@ -88,12 +87,12 @@ def measure(ranks: Ranks, held: Generation | None, folder: Path, full: Path | No
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     told["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     told["again"] = save(folder / "checkpoints", 8)
-    told["behind"] = behind(ranks, held, folder / "checkpoints")
-    told |= choices(ranks, held, folder / "checkpoints")
+    told["behind"] = behind(ranks, lease, folder / "checkpoints")
+    told |= choices(ranks, lease, folder / "checkpoints")
     return told
 
 
-def choices(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str, Any]:
+def choices(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
     """What is chosen when rank 1 does not see what rank 0 sees, and when each share is damaged once.
 
     Rank 0 reads state.json and the second share, rank 1 the first: what one of them finds both have to know.
@@ -101,7 +100,7 @@ def choices(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[st
     told: dict[str, Any] = {}
     try:
         seen = checkpoints if ranks.world.is_first else checkpoints.with_name("elsewhere")
-        told["unseen"] = str(load.newest_valid(seen, ranks, held))
+        told["unseen"] = str(load.newest_valid(seen, ranks, lease))
     except OSError as error:
         told["unseen"] = str(error)
     if ranks.world.is_first:
@@ -110,14 +109,14 @@ def choices(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[st
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
-    told["whole"] = str(load.newest_valid(checkpoints, ranks, held))
+    told["whole"] = str(load.newest_valid(checkpoints, ranks, lease))
     return told
 
 
-def behind(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str, Any]:
+def behind(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
     """A save behind training: the weights change at once, and rank 1's share is slow to come."""
     model, optimizer = trained(seed=3)
-    its = Saver(checkpoints, ranks, held, options.Checkpoint())
+    its = Saver(checkpoints, ranks, lease, options.Checkpoint())
     its.begin(State(12, 1200, 120, ranks.world.size, {}), checkpoint_save.tensors_of(model, optimizer, ranks))
     before = content(model, optimizer, ranks)
     with torch.no_grad():
@@ -139,7 +138,7 @@ def behind(ranks: Ranks, held: Generation | None, checkpoints: Path) -> dict[str
     saved = its.finish(lambda: None)
     assert saved is not None
     told["problem"], told["step"], told["idle"] = saved.problem, saved.step, not its.busy and its.finish(print) is None
-    found = {}
+    found: dict[str, bytes] = {}
     for path in (checkpoints / "step_000000012").glob("*.safetensors"):
         found |= {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
     told["as it was"] = all(found[name] == value for name, value in before.items())
@@ -156,13 +155,13 @@ def main(folder: Path, full: Path | None) -> None:
     torch.set_num_threads(1)
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), folder, "gloo", 60.0)
-    held: Generation | None = None
+    lease: Lease | None = None
     if here.is_first:
         run_folder.prepare(folder)
-        held = lease.take(folder, "")
-    (folder / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks, held, folder, full)))
-    if held:
-        held.release()
+        lease = acquire(folder, "")
+    (folder / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks, lease, folder, full)))
+    if lease:
+        lease.release()
     rendezvous.disconnect()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from hpcgpt.checkpoint import layout, load, retention
 from hpcgpt.checkpoint.save import Saver
 from hpcgpt.config import options
-from hpcgpt.storage import lease
+from hpcgpt.storage.lease import acquire
 from tests.one_rank import ALONE
 
 LONGEST_S = 0.12  # a round; a save takes about a tenth of it
@@ -36,12 +36,12 @@ def content(step: int) -> dict[str, Tensor]:
 def save_until_killed(run: Path, told: int) -> None:
     """Writes to the descriptor `told` the step of the newest valid checkpoint (-1 if its content is wrong), and then
     each step whose save has ended."""
-    held = lease.take(run, "")
-    retention.clean(run / "checkpoints", held)
-    newest = load.newest_valid(run / "checkpoints", ALONE, held)
+    lease = acquire(run, "")
+    retention.clean(run / "checkpoints", lease)
+    newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
     os.write(told, f"{step if newest is None or holds(newest, step) else -1}\n".encode())
-    saver = Saver(run / "checkpoints", ALONE, held, options.Checkpoint(keep_last=2))
+    saver = Saver(run / "checkpoints", ALONE, lease, options.Checkpoint(keep_last=2))
     weights = content(0)
     while True:
         step += 1

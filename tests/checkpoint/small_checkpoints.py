@@ -13,8 +13,7 @@ import xxhash
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import options
-from hpcgpt.storage import lease
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease, acquire
 
 IDENTITY = {"model.n_layer": 2, "run.seed": 1, "digest of the shards": "abc"}
 SHARE = "tensors_00000_of_00001.safetensors"
@@ -22,9 +21,9 @@ EVERYTHING_STAYS = options.Checkpoint(keep_last=1000)
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[Generation]:
-    """Generation 1 of the run in tmp_path."""
-    taken = lease.take(tmp_path, "")
+def lease(tmp_path: Path) -> Iterator[Lease]:
+    """Lease 1 of the run in tmp_path."""
+    taken = acquire(tmp_path, "")
     yield taken
     taken.release()
 
@@ -37,30 +36,30 @@ def checkpoints(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def three(checkpoints: Path, held: Generation) -> Path:
+def three(checkpoints: Path, lease: Lease) -> Path:
     """The checkpoints of steps 4, 8 and 12."""
     for step in (4, 8, 12):
-        assert save(checkpoints, step, held) == ""
+        assert save(checkpoints, step, lease) == ""
     return checkpoints
 
 
-def save(folder: Path, step: int, held: Generation, val_loss: float | None = None, size: int = 500,
+def save(folder: Path, step: int, lease: Lease, val_loss: float | None = None, size: int = 500,
          keep: options.Checkpoint = EVERYTHING_STAYS, pending: dict[str, Any] | None = None) -> str:  # fmt: skip
     """Save a checkpoint of two tensors; '' or the problem."""
     import torch
 
     made = {"model/weight": torch.full((size,), float(step)), "rng/0/cpu": torch.get_rng_state()}
     state = State(step, step * 10, step, 1, IDENTITY, pending, val_loss)
-    return save_tensors(folder, state, made, held, keep)
+    return save_tensors(folder, state, made, lease, keep)
 
 
-def save_tensors(folder: Path, state: State, tensors: dict[str, Any], held: Generation,
+def save_tensors(folder: Path, state: State, tensors: dict[str, Any], lease: Lease,
                  keep: options.Checkpoint = EVERYTHING_STAYS) -> str:  # fmt: skip
     """Save, and wait for it; '' or the problem."""
     from hpcgpt.checkpoint.save import Saver
     from tests.one_rank import ALONE
 
-    saver = Saver(folder, ALONE, held, keep)
+    saver = Saver(folder, ALONE, lease, keep)
     saved = saver.begin(state, tensors) or saver.finish(lambda: None)
     assert saved is not None
     return saved.problem

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.encode import vocabulary
+from data_prep.encode import find_tokenizer
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.run import run_folder
 from hpcgpt.tokenizer import save_load
@@ -95,7 +95,7 @@ def test_what_is_no_run_with_a_checkpoint_is_refused(trained: Path, tmp_path: Pa
     foreign = tmp_path / "foreign"
     shutil.copytree(first, foreign)
     shutil.rmtree(foreign / "tokenizer")
-    save_load.save(vocabulary.find("gpt2", ""), foreign / "tokenizer")
+    save_load.save(find_tokenizer.find("gpt2", ""), foreign / "tokenizer")
     status, _, err = start(trained, "refused", foreign)
     assert status == 2
     assert "run.init_from: " in err

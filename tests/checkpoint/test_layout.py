@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import FormatError, State
 from hpcgpt.run import run_folder
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 from tests.checkpoint.small_checkpoints import IDENTITY, SHARE, flip_a_byte, mend, names, save, write_manifest
 from tests.programs import command
 
@@ -84,31 +84,29 @@ def test_another_version_is_refused_only_if_the_manifest_was_not_damaged(three: 
         layout.verify(folder)
 
 
-def test_setting_aside_loses_nothing_and_says_why(
-    three: Path, held: Generation, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_setting_aside_loses_nothing_and_says_why(three: Path, lease: Lease, capfd: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in (three / "step_000000012").iterdir()}
-    layout.set_aside(three / "step_000000012", "a reason", dataclasses.replace(held, number=7))
+    layout.set_aside(three / "step_000000012", "a reason", dataclasses.replace(lease, number=7))
     aside = three / "damaged_step_000000012.g0007"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before | {"REASON.txt": b"a reason\n"}
     told = f"warning: checkpoint {three / 'step_000000012'} is damaged: a reason; set aside as {aside.name}\n"
     assert capfd.readouterr().err == told
 
 
-def test_the_same_step_can_be_set_aside_again_and_again(three: Path, held: Generation) -> None:
+def test_the_same_step_can_be_set_aside_again_and_again(three: Path, lease: Lease) -> None:
     for _ in range(3):
         (three / "step_000000012" / "part").mkdir(parents=True, exist_ok=True)
-        layout.set_aside(three / "step_000000012", "a reason", held)
+        layout.set_aside(three / "step_000000012", "a reason", lease)
     assert [path.name.removeprefix("damaged_step_000000012.") for path in layout.damaged(three)] == [
         "g0001", "g0001.2", "g0001.3"]  # fmt: skip
 
 
-def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tmp_path: Path, held: Generation) -> None:
+def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tmp_path: Path, lease: Lease) -> None:
     mine = tmp_path / "mine"
     (three / "step_000000012").rename(mine)
     (three / "step_000000012").symlink_to(mine)
     before = sorted(path.name for path in mine.iterdir())
-    layout.set_aside(three / "step_000000012", "a reason", held)
+    layout.set_aside(three / "step_000000012", "a reason", lease)
     assert (three / "damaged_step_000000012.g0001").readlink() == mine
     assert sorted(path.name for path in mine.iterdir()) == before
 
@@ -217,9 +215,9 @@ def test_what_cannot_be_shown_is_a_sentence(run: Path, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_a_checkpoint_of_another_version_is_refused_by_its_name(checkpoints: Path, held: Generation) -> None:
+def test_a_checkpoint_of_another_version_is_refused_by_its_name(checkpoints: Path, lease: Lease) -> None:
     run_folder.prepare(checkpoints.parent)
-    assert save(checkpoints, 4, held) == ""
+    assert save(checkpoints, 4, lease) == ""
     folder = checkpoints / "step_000000004"
     write_manifest(folder, json.loads((folder / "manifest.json").read_text()) | {"version": 9})
     for name in ("ls", "verify", "show"):

@@ -28,8 +28,7 @@ from hpcgpt.errors import rank_of
 from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
 from hpcgpt.run import run_folder
-from hpcgpt.storage import lease
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease, acquire
 from tests.checkpoint.ranks_checkpoint import content, trained
 from tests.checkpoint.small_checkpoints import (
     IDENTITY,
@@ -47,13 +46,13 @@ from tests.one_rank import ALONE
 # --- what comes back -------------------------------------------------------------------------------
 
 
-def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpoints: Path, held: Generation) -> None:
+def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1, steps=3)
     torch.manual_seed(17)
     torch.rand(5)
     before = content(model, optimizer, ALONE)
     state = State(3, 300, 30, 1, IDENTITY, {"step": 3, "train/loss": 0.1 + 0.2})
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
     assert content(model, optimizer, ALONE) == before, "saving has changed the state"
     drawn = torch.rand(5)
 
@@ -70,10 +69,10 @@ def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpo
     assert content(other, other_optimizer, ALONE) == content(model, optimizer, ALONE) != before
 
 
-def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, held: Generation) -> None:
+def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
     other = GPT(model.config, seed=2)
     fresh = make_optimizer(other, Optim())
     load.load(checkpoints / "step_000000003", other, fresh, ALONE)
@@ -82,10 +81,10 @@ def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, held: Generat
         "step", "exp_avg", "exp_avg_sq"}  # fmt: skip
 
 
-def test_for_sampling_only_the_weights_are_loaded(checkpoints: Path, held: Generation) -> None:
+def test_for_sampling_only_the_weights_are_loaded(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
     other = GPT(model.config, seed=2)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -99,11 +98,11 @@ def test_for_sampling_only_the_weights_are_loaded(checkpoints: Path, held: Gener
 )
 @pytest.mark.parametrize("for_training", [True, False])
 def test_a_checkpoint_of_another_model_is_refused_with_the_name_of_a_tensor(
-    checkpoints: Path, held: Generation, change: dict[str, Any], for_training: bool
+    checkpoints: Path, lease: Lease, change: dict[str, Any], for_training: bool
 ) -> None:
     model, optimizer = trained(seed=1)
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
     other = GPT(Model(**dataclasses.asdict(model.config) | change))
     with pytest.raises(ValueError, match=r"(token_embedding|blocks\.|head)\S*weight|qkv\.bias"):
         load.load(
@@ -223,17 +222,17 @@ def test_pieces_that_do_not_make_up_the_tensor_are_refused(
 # --- which one is chosen ---------------------------------------------------------------------------
 
 
-def test_the_newest_is_chosen_by_its_number(checkpoints: Path, held: Generation) -> None:
+def test_the_newest_is_chosen_by_its_number(checkpoints: Path, lease: Lease) -> None:
     for step in (999_999_999, 1_000_000_000, 20, 3):
-        assert save(checkpoints, step, held) == ""
-    assert load.newest_valid(checkpoints, ALONE, held) == checkpoints / "step_1000000000"
+        assert save(checkpoints, step, lease) == ""
+    assert load.newest_valid(checkpoints, ALONE, lease) == checkpoints / "step_1000000000"
 
 
-def test_without_checkpoints_there_is_none(checkpoints: Path, held: Generation) -> None:
+def test_without_checkpoints_there_is_none(checkpoints: Path, lease: Lease) -> None:
     (checkpoints / ".step_000000004.g0001.tmp").mkdir()
     (checkpoints / "step_4").mkdir()
     (checkpoints / "notes.txt").write_text("mine")
-    assert load.newest_valid(checkpoints, ALONE, held) is None
+    assert load.newest_valid(checkpoints, ALONE, lease) is None
 
 
 def edit_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -388,11 +387,11 @@ def small_file(path: Path) -> bool:
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside_with_the_reason_and_the_next_older_one_is_used(
-    three: Path, held: Generation, damage: Callable[[Path], Any], reason: str, capfd: pytest.CaptureFixture[str]
+    three: Path, lease: Lease, damage: Callable[[Path], Any], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damage(three / "step_000000012")
     remains = {path.name: path.read_bytes() for path in (three / "step_000000012").glob("*") if small_file(path)}
-    assert load.newest_valid(three, ALONE, held) == three / "step_000000008"
+    assert load.newest_valid(three, ALONE, lease) == three / "step_000000008"
     assert names(three) == ["damaged_step_000000012.g0001", "step_000000004", "step_000000008"]
     aside = three / "damaged_step_000000012.g0001"
     warning = capfd.readouterr().err
@@ -402,16 +401,16 @@ def test_a_damaged_checkpoint_is_set_aside_with_the_reason_and_the_next_older_on
     assert all((aside / name).read_bytes() == body for name, body in remains.items()), "evidence was changed"
     assert warning.startswith(f"warning: checkpoint {three / 'step_000000012'} is damaged: ")
     assert "damaged_step_000000012.g0001" in warning
-    assert save(three, 12, held) == "", "the step cannot be saved anew"
-    assert load.newest_valid(three, ALONE, held) == three / "step_000000012"
+    assert save(three, 12, lease) == "", "the step cannot be saved anew"
+    assert load.newest_valid(three, ALONE, lease) == three / "step_000000012"
 
 
-def test_a_step_that_nobody_has_saved_is_missing_and_not_damaged(three: Path, held: Generation) -> None:
+def test_a_step_that_nobody_has_saved_is_missing_and_not_damaged(three: Path, lease: Lease) -> None:
     """To go back to before a spike: that one was set aside long ago ends no run."""
     flip_a_byte(three / "step_000000012")
-    assert load.newest_valid(three, ALONE, held) == three / "step_000000008"
-    assert load.newest_valid(three, ALONE, held, lambda step: step < 8) == three / "step_000000004"
-    assert load.newest_valid(three, ALONE, held, lambda step: step < 4) is None
+    assert load.newest_valid(three, ALONE, lease) == three / "step_000000008"
+    assert load.newest_valid(three, ALONE, lease, lambda step: step < 8) == three / "step_000000004"
+    assert load.newest_valid(three, ALONE, lease, lambda step: step < 4) is None
 
 
 def test_looking_without_a_generation_moves_nothing(three: Path) -> None:
@@ -421,36 +420,34 @@ def test_looking_without_a_generation_moves_nothing(three: Path) -> None:
     assert names(three) == before
 
 
-def test_if_all_are_damaged_training_is_not_started_over_now_nor_at_the_next_start(
-    three: Path, held: Generation
-) -> None:
+def test_if_all_are_damaged_training_is_not_started_over_now_nor_at_the_next_start(three: Path, lease: Lease) -> None:
     for step in (4, 8, 12):
         flip_a_byte(three / f"step_{step:09d}")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"none is valid .*step_000000004.*not started over") as error:
-            load.newest_valid(three, ALONE, held)
+            load.newest_valid(three, ALONE, lease)
         assert str(three) in str(error.value)
     assert len(list(three.glob("damaged_step_*"))) == 3
 
 
 @pytest.mark.parametrize("version", [0, 1, 3])
 def test_a_checkpoint_of_another_format_is_refused_and_stays_where_it_is(
-    three: Path, held: Generation, version: int
+    three: Path, lease: Lease, version: int
 ) -> None:
     edit_manifest(lambda manifest: manifest.update(version=version))(three / "step_000000012")
     before = names(three)
     with pytest.raises(FormatError, match=rf"step_000000012 has format version {version}, .*knows 2: use the hpcgpt"):
-        load.newest_valid(three, ALONE, held)
+        load.newest_valid(three, ALONE, lease)
     assert names(three) == before
 
 
-def test_a_checkpoint_of_the_first_format_which_had_no_digest_is_refused_too(three: Path, held: Generation) -> None:
+def test_a_checkpoint_of_the_first_format_which_had_no_digest_is_refused_too(three: Path, lease: Lease) -> None:
     path = three / "step_000000012" / "manifest.json"
     manifest = json.loads(path.read_text()) | {"version": 1}
     del manifest["digest"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match="format version 1"):
-        load.newest_valid(three, ALONE, held)
+        load.newest_valid(three, ALONE, lease)
     assert (three / "step_000000012").exists()
 
 
@@ -502,17 +499,17 @@ class Host:
     def attempt(self, name: str) -> str:
         """A new attempt on that host; the name of the checkpoint that it chose."""
         self.name = name
-        held = lease.take(self.run, "")
+        lease = acquire(self.run, "")
         try:
-            newest = load.newest_valid(self.run / "checkpoints", ALONE, held)
+            newest = load.newest_valid(self.run / "checkpoints", ALONE, lease)
             return newest.name if newest else ""
         finally:
-            held.release()
+            lease.release()
 
 
 @pytest.fixture
-def host(three: Path, held: Generation, monkeypatch: pytest.MonkeyPatch) -> Host:
-    held.release()
+def host(three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> Host:
+    lease.release()
     return Host(monkeypatch, three.parent)
 
 
@@ -608,7 +605,7 @@ def test_a_moment_out_of_order_is_waited_for(host: Host, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_whose_steps_were_all_skipped_so_far_can_go_on(
-    checkpoints: Path, held: Generation, name: Literal["adamw", "muon"]
+    checkpoints: Path, lease: Lease, name: Literal["adamw", "muon"]
 ) -> None:
     """train.on_nonfinite skip: steps count, and the optimizer has not made one."""
 
@@ -621,7 +618,7 @@ def test_a_run_whose_steps_were_all_skipped_so_far_can_go_on(
     model, _ = trained(seed=1, steps=0)
     optimizer = make_optimizer(model, Optim(name=name))
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), held) == ""
+    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
     assert not any(optimizer.state.values()), "saving has changed the state"
     other, _ = trained(seed=2, steps=0)
     its = make_optimizer(other, Optim(name=name))
@@ -693,11 +690,11 @@ MENDED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
 @pytest.fixture(scope="module")
 def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real one of a trained model. Read-only: copy it."""
-    from hpcgpt.storage import lease
+    from hpcgpt.storage.lease import acquire
 
     run = tmp_path_factory.mktemp("trained")
     (run / "checkpoints").mkdir()
-    taken = lease.take(run, "")
+    taken = acquire(run, "")
     torch.manual_seed(17)
     model, optimizer = trained(seed=1)
     assert save_tensors(run / "checkpoints", State(2, 20, 2, 1, IDENTITY), tensors_of(model, optimizer, ALONE),

@@ -24,8 +24,7 @@ import torch
 from hpcgpt.checkpoint import load
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.save import tensors_of
-from hpcgpt.storage import lease
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease, acquire
 from tests.checkpoint.ranks_checkpoint import content, trained
 from tests.checkpoint.small_checkpoints import IDENTITY, SHARE, mend, save_tensors, write_manifest
 from tests.one_rank import ALONE
@@ -33,7 +32,7 @@ from tests.one_rank import ALONE
 CASES, CHUNK = 2000, 100
 NAMES = [SHARE, "state.json", "manifest.json"]
 STATE = State(2, 20, 2, 1, IDENTITY, {"step": 2, "train/loss": 0.1 + 0.2}, 3.5)
-Whole = tuple[Path, dict[str, bytes], Generation]
+Whole = tuple[Path, dict[str, bytes], Lease]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +40,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     """A real checkpoint, its content, and the generation that wrote it. Read-only: copied for each case."""
     run = tmp_path_factory.mktemp("whole")
     (run / "checkpoints").mkdir()
-    held = lease.take(run, "")
+    lease = acquire(run, "")
     torch.manual_seed(17)
     model, optimizer = trained(seed=1)
     saved = content(model, optimizer, ALONE)
-    assert save_tensors(run / "checkpoints", STATE, tensors_of(model, optimizer, ALONE), held) == ""
-    yield run / "checkpoints/step_000000002", saved, held
-    held.release()
+    assert save_tensors(run / "checkpoints", STATE, tensors_of(model, optimizer, ALONE), lease) == ""
+    yield run / "checkpoints/step_000000002", saved, lease
+    lease.release()
 
 
 class Bomb:
@@ -282,7 +281,7 @@ MUTATIONS: list[tuple[Callable[[Path, random.Random], None], int]] = [
 def test_a_changed_checkpoint_gives_the_very_same_state_or_a_clear_refusal(
     whole: Whole, tmp_path: Path, chunk: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source, saved, held = whole
+    source, saved, lease = whole
     model, optimizer = trained(seed=2, steps=0)
     outcomes = {"same": 0, "aside": 0, "refused": 0}
     weights = [weight for _, weight in MUTATIONS]
@@ -296,7 +295,7 @@ def test_a_changed_checkpoint_gives_the_very_same_state_or_a_clear_refusal(
         # A loader that hangs in C would not be ended by an exception: then all stacks, and the end.
         faulthandler.dump_traceback_later(60, exit=True)
         try:
-            newest = load.newest_valid(checkpoints, ALONE, held)
+            newest = load.newest_valid(checkpoints, ALONE, lease)
             assert newest is not None, f"{what}: would start over silently"
             optimizer.state.clear()
             loaded = load.load(newest, model, optimizer, ALONE)

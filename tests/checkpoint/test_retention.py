@@ -6,16 +6,16 @@ import dataclasses
 import errno
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpcgpt.checkpoint import layout, load, retention
 from hpcgpt.config.options import Checkpoint
 from hpcgpt.exit_codes import SUPERSEDED
-from hpcgpt.storage import lease
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease, acquire
 from tests.checkpoint.small_checkpoints import SHARE, flip_a_byte, names, save
 from tests.one_rank import ALONE
 
@@ -28,8 +28,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(layout.step_of(path) for path in layout.found(folder))
 
 
-def best(**settings: int | bool) -> Checkpoint:
-    return Checkpoint(**{"keep_last": 1, "keep_best": True} | settings)
+def best(**settings: Any) -> Checkpoint:
+    return dataclasses.replace(Checkpoint(keep_last=1, keep_best=True), **settings)
 
 
 LOSSES = {4: 3.0, 8: 1.5, 12: 1.5, 16: None, 20: 2.0, 24: None}
@@ -54,24 +54,24 @@ LOSSES = {4: 3.0, 8: 1.5, 12: 1.5, 16: None, 20: 2.0, 24: None}
     ),
 )
 def test_the_newest_the_multiples_and_the_best_stay(
-    checkpoints: Path, held: Generation, keep: Checkpoint, stay: list[int]
+    checkpoints: Path, lease: Lease, keep: Checkpoint, stay: list[int]
 ) -> None:
     """Of two equal losses the newer one counts."""
     for number, loss in LOSSES.items():
-        assert save(checkpoints, number, held, loss) == ""
-    gone = retention.retire(checkpoints, keep, held, set())
+        assert save(checkpoints, number, lease, loss) == ""
+    gone = retention.retire(checkpoints, keep, lease, set())
     assert steps(checkpoints) == stay
     assert [layout.step_of(path) for path in gone] == sorted(set(LOSSES) - set(stay), reverse=True)
     assert names(checkpoints) == [step(number) for number in stay], "something is left of what went"
     assert all(layout.verify(checkpoints / step(number)) == "" for number in stay)
-    assert retention.retire(checkpoints, keep, held, set()) == []
+    assert retention.retire(checkpoints, keep, lease, set()) == []
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, held: Generation, loss: float) -> None:
+def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, lease: Lease, loss: float) -> None:
     for number, its in ((4, 2.0), (8, loss), (12, None)):
-        assert save(checkpoints, number, held, its) == ""
-    retention.retire(checkpoints, best(), held, set())
+        assert save(checkpoints, number, lease, its) == ""
+    retention.retire(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 12]
 
 
@@ -88,25 +88,25 @@ def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, held: Gen
     ids=["smaller", "larger", "no number", "half written", "another step", "nothing"],
 )
 def test_where_an_evaluation_was_cut_short_the_loss_is_the_one_that_was_told_later(
-    checkpoints: Path, held: Generation, row: str | None, stays: int
+    checkpoints: Path, lease: Lease, row: str | None, stays: int
 ) -> None:
     if row:
         (checkpoints.parent / "metrics.jsonl").write_text(row)
-    assert save(checkpoints, 4, held, 2.0) == ""
-    assert save(checkpoints, 8, held, pending={"step": 8}) == ""
-    assert save(checkpoints, 12, held) == ""
-    retention.retire(checkpoints, best(), held, set())
+    assert save(checkpoints, 4, lease, 2.0) == ""
+    assert save(checkpoints, 8, lease, pending={"step": 8}) == ""
+    assert save(checkpoints, 12, lease) == ""
+    retention.retire(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [stays, 12]
 
 
-def test_nothing_else_in_the_folder_is_touched(three: Path, held: Generation) -> None:
+def test_nothing_else_in_the_folder_is_touched(three: Path, lease: Lease) -> None:
     foreign = ["damaged_step_000000002.g0001", "step_4", "step_000000001.bak", "best", ".step_000000016.g0001.tmp"]
     for name in foreign:
         (three / name).mkdir()
         (three / name / "file").write_text("mine")
     (three / "notes.txt").write_text("mine")
-    assert save(three, 1_000_000_000, held) == ""
-    gone = retention.retire(three, Checkpoint(keep_last=2), held, set())
+    assert save(three, 1_000_000_000, lease) == ""
+    gone = retention.retire(three, Checkpoint(keep_last=2), lease, set())
     assert [path.name for path in gone] == ["step_000000008", "step_000000004"]
     assert names(three) == sorted([*foreign, "notes.txt", "step_000000012", "step_1000000000"])
     assert all((three / name / "file").read_text() == "mine" for name in foreign)
@@ -129,32 +129,32 @@ def test_nothing_else_in_the_folder_is_touched(three: Path, held: Generation) ->
     ],
 )
 def test_a_start_removes_what_earlier_ones_left_and_reads_nothing_back(
-    checkpoints: Path, held: Generation, keep: Checkpoint, regular: int, stay: list[int],
+    checkpoints: Path, lease: Lease, keep: Checkpoint, regular: int, stay: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The newest was just loaded; the one that a loss spike would send the run back to stays, too."""
     for number, loss in LOSSES.items():
-        assert save(checkpoints, number, held, loss) == ""
+        assert save(checkpoints, number, lease, loss) == ""
     monkeypatch.setattr(layout, "verify", lambda _: pytest.fail("this would take minutes"))
-    retention.prune(checkpoints, keep, held, {step(24)}, regular=regular)
+    retention.prune(checkpoints, keep, lease, {step(24)}, regular=regular)
     assert steps(checkpoints) == stay
 
 
-def test_of_those_whose_tensors_nobody_has_read_none_is_the_last(three: Path, held: Generation) -> None:
+def test_of_those_whose_tensors_nobody_has_read_none_is_the_last(three: Path, lease: Lease) -> None:
     keep = Checkpoint(keep_last=1, keep_best=False)
-    assert retention.prune(three, keep, held, set()) == []
-    retention.prune(three, keep, held, {step(8)})
+    assert retention.prune(three, keep, lease, set()) == []
+    retention.prune(three, keep, lease, {step(8)})
     assert steps(three) == [8, 12], "the newest may be damaged, and what was read back stays beside it"
     flip_a_byte(three / step(12))
-    retention.prune(three, keep, held, {step(8)})
-    assert load.newest_valid(three, ALONE, held) == three / step(8)
+    retention.prune(three, keep, lease, {step(8)})
+    assert load.newest_valid(three, ALONE, lease) == three / step(8)
 
 
 @pytest.mark.parametrize(("keep_last", "stay"), [(1, [12]), (2, [12]), (3, [8, 12]), (4, [4, 8, 12])])
 def test_room_is_made_by_what_would_go_behind_the_save(
-    three: Path, held: Generation, keep_last: int, stay: list[int]
+    three: Path, lease: Lease, keep_last: int, stay: list[int]
 ) -> None:
-    retention.prune(three, Checkpoint(keep_last=keep_last, keep_best=False), held, {step(12)}, more=1)
+    retention.prune(three, Checkpoint(keep_last=keep_last, keep_best=False), lease, {step(12)}, more=1)
     assert steps(three) == stay
 
 
@@ -185,15 +185,15 @@ class Unreadable:
 @pytest.mark.parametrize("bad", [12, 16, 20, 24])
 @pytest.mark.parametrize("best_too", [False, True])
 def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
-    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch, file: str, bad: int, best_too: bool,
+    checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, file: str, bad: int, best_too: bool,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for number, loss in LOSSES.items():
-        assert save(checkpoints, number, held, loss) == ""
+        assert save(checkpoints, number, lease, loss) == ""
     Unreadable(monkeypatch, checkpoints / step(bad) / file)
     keep = Checkpoint(keep_last=2, keep_best=best_too)
     verified: set[str] = set()
-    retention.retire(checkpoints, keep, held, verified)
+    retention.retire(checkpoints, keep, lease, verified)
     left = steps(checkpoints)
     newest = [number for number in (24, 20, 16) if number != bad][:2]
     assert set(newest) <= set(left)
@@ -206,74 +206,74 @@ def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
 
 
 def test_at_the_start_too_one_that_cannot_be_read_stays(
-    three: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+    three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Unreadable(monkeypatch, three / step(12) / "manifest.json")
-    retention.prune(three, Checkpoint(keep_last=1, keep_best=False), held, {step(8)})
+    retention.prune(three, Checkpoint(keep_last=1, keep_best=False), lease, {step(8)})
     assert steps(three) == [8, 12]
 
 
 # --- only whole ones count -------------------------------------------------------------------------
 
 
-def test_a_damaged_newer_one_does_not_count_and_is_set_aside_with_the_reason(three: Path, held: Generation) -> None:
+def test_a_damaged_newer_one_does_not_count_and_is_set_aside_with_the_reason(three: Path, lease: Lease) -> None:
     flip_a_byte(three / step(12))
-    assert [path.name for path in retention.retire(three, Checkpoint(keep_last=1), held, set())] == [step(4)]
+    assert [path.name for path in retention.retire(three, Checkpoint(keep_last=1), lease, set())] == [step(4)]
     assert names(three) == ["damaged_step_000000012.g0001", step(8)]
     assert "checksum" in (three / "damaged_step_000000012.g0001/REASON.txt").read_text()
 
 
 @pytest.mark.parametrize("damaged", [[8], [12], [4, 8], [8, 12], [4, 8, 12]], ids=str)
-def test_nothing_goes_while_fewer_are_whole_than_are_to_stay(three: Path, held: Generation, damaged: list[int]) -> None:
+def test_nothing_goes_while_fewer_are_whole_than_are_to_stay(three: Path, lease: Lease, damaged: list[int]) -> None:
     for number in damaged:
         flip_a_byte(three / step(number))
-    assert retention.retire(three, Checkpoint(keep_last=3), held, set()) == []
+    assert retention.retire(three, Checkpoint(keep_last=3), lease, set()) == []
     assert steps(three) == sorted({4, 8, 12} - set(damaged))
     assert len(list(three.glob("damaged_*"))) == len(damaged), "a damaged one is gone"
 
 
-def test_the_last_whole_one_survives_however_many_damaged_ones_are_newer(checkpoints: Path, held: Generation) -> None:
+def test_the_last_whole_one_survives_however_many_damaged_ones_are_newer(checkpoints: Path, lease: Lease) -> None:
     for number in range(4, 44, 4):
-        assert save(checkpoints, number, held) == ""
+        assert save(checkpoints, number, lease) == ""
         if number > 4:
             flip_a_byte(checkpoints / step(number))
-        retention.retire(checkpoints, Checkpoint(keep_last=1), held, set())
+        retention.retire(checkpoints, Checkpoint(keep_last=1), lease, set())
         assert steps(checkpoints) == [4]
-    assert load.newest_valid(checkpoints, ALONE, held) == checkpoints / step(4)
+    assert load.newest_valid(checkpoints, ALONE, lease) == checkpoints / step(4)
 
 
-def test_the_best_that_is_damaged_does_not_push_out_the_best_that_is_whole(checkpoints: Path, held: Generation) -> None:
+def test_the_best_that_is_damaged_does_not_push_out_the_best_that_is_whole(checkpoints: Path, lease: Lease) -> None:
     for number, loss in ((4, 2.0), (8, 1.0), (12, 3.0), (16, None)):
-        assert save(checkpoints, number, held, loss) == ""
+        assert save(checkpoints, number, lease, loss) == ""
     flip_a_byte(checkpoints / step(8))
-    retention.retire(checkpoints, best(), held, set())
+    retention.retire(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 16]
 
 
-def test_a_loss_that_rotted_in_its_file_is_not_believed(checkpoints: Path, held: Generation) -> None:
+def test_a_loss_that_rotted_in_its_file_is_not_believed(checkpoints: Path, lease: Lease) -> None:
     for number, loss in ((4, 2.0), (8, 3.0), (12, None)):
-        assert save(checkpoints, number, held, loss) == ""
+        assert save(checkpoints, number, lease, loss) == ""
     state = checkpoints / step(8) / "state.json"
     state.write_text(state.read_text().replace('"val_loss": 3.0', '"val_loss": 1.0'))
-    retention.retire(checkpoints, best(), held, set())
+    retention.retire(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 12]
 
 
-def test_what_was_read_back_once_is_not_read_again(three: Path, held: Generation) -> None:
+def test_what_was_read_back_once_is_not_read_again(three: Path, lease: Lease) -> None:
     """Reading costs as much as writing; so the newest is read back each time, and no other."""
     verified = {step(8), step(12)}
     (three / step(8) / SHARE).unlink()
-    retention.retire(three, Checkpoint(keep_last=3), held, verified)
+    retention.retire(three, Checkpoint(keep_last=3), lease, verified)
     assert verified == {step(4), step(8), step(12)}
     assert steps(three) == [4, 8, 12]
 
 
-def test_a_checkpoint_of_another_format_keeps_all_of_them(three: Path, held: Generation) -> None:
+def test_a_checkpoint_of_another_format_keeps_all_of_them(three: Path, lease: Lease) -> None:
     from tests.checkpoint.test_load import edit_manifest
 
     edit_manifest(lambda manifest: manifest.update(version=3))(three / step(12))
     with pytest.raises(ValueError, match="format version 3"):
-        retention.retire(three, Checkpoint(keep_last=1), held, set())
+        retention.retire(three, Checkpoint(keep_last=1), lease, set())
     assert steps(three) == [4, 8, 12]
 
 
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_another_format_keeps_all_of_them(three: Path, held: Gen
 
 
 def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint(
-    three: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+    three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off after any number of files: the rest has no name of a checkpoint, and the next attempt takes it away."""
     real, left = os.unlink, 0
@@ -297,11 +297,11 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint
         left = survives
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "unlink", unlink)
-            retention.retire(three, Checkpoint(keep_last=2 - survives), held, set())
+            retention.retire(three, Checkpoint(keep_last=2 - survives), lease, set())
         assert removed not in steps(three)
         assert f".{step(removed)}.g0001.removed" in names(three)
-        assert load.newest_valid(three, ALONE, held) == three / step(12)
-    newer = dataclasses.replace(held, number=2)
+        assert load.newest_valid(three, ALONE, lease) == three / step(12)
+    newer = dataclasses.replace(lease, number=2)
     retention.clean(three, newer)
     assert names(three) == [step(4), step(12)], "what had lost nothing yet comes back, and nothing else"
     assert layout.verify(three / step(4)) == ""
@@ -310,9 +310,9 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint
 
 
 def test_half_written_checkpoints_of_earlier_generations_go_and_everything_else_stays(
-    checkpoints: Path, held: Generation
+    checkpoints: Path, lease: Lease
 ) -> None:
-    newer = dataclasses.replace(held, number=3)
+    newer = dataclasses.replace(lease, number=3)
     stay = [".step_000000004.g0003.tmp", ".step_000000004.g0004.tmp", ".step_000000004.g0001.tmp.bak", ".step_best",
             ".step_x.g0001.tmp", ".hidden", "damaged_step_000000004.g0001", "step_000000004",
             ".step_000000002.g0003.removed", ".step_000000002.g0001.gone"]  # fmt: skip
@@ -325,11 +325,11 @@ def test_half_written_checkpoints_of_earlier_generations_go_and_everything_else_
     assert names(checkpoints) == sorted(stay)
 
 
-def test_what_an_earlier_clean_left_is_no_obstacle(checkpoints: Path, held: Generation) -> None:
+def test_what_an_earlier_clean_left_is_no_obstacle(checkpoints: Path, lease: Lease) -> None:
     for name in (".step_000000004.g0001.tmp", ".step_000000004.g0001.tmp.gone"):
         (checkpoints / name).mkdir()
         (checkpoints / name / "file").write_text("x")
-    retention.clean(checkpoints, dataclasses.replace(held, number=2))
+    retention.clean(checkpoints, dataclasses.replace(lease, number=2))
     assert names(checkpoints) == []
 
 
@@ -347,7 +347,7 @@ def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
 ) -> None:
     """A process of its own for the orphan, since the check ends it; the two wait for each other at each step."""
     run = tmp_path
-    first = lease.take(run, "7_0")
+    first = acquire(run, "7_0")
     assert save(checkpoints, 4, first) == ""
     first._stop.set()
     taken, looked = os.pipe(), os.pipe()
@@ -358,7 +358,7 @@ def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
         finally:
             os._exit(99)
     assert os.read(looked[0], 1) == b"x"  # it has done `before` steps
-    newcomer = lease.take(run, "7_1")
+    newcomer = acquire(run, "7_1")
     if cleaned:
         retention.clean(checkpoints, newcomer)
         chosen = load.newest_valid(checkpoints, ALONE, newcomer)
@@ -381,7 +381,7 @@ def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
     capfd.readouterr()
 
 
-def orphan(checkpoints: Path, held: Generation, before: int, looked: int, taken: int) -> int:
+def orphan(checkpoints: Path, lease: Lease, before: int, looked: int, taken: int) -> int:
     """The steps of Saver, one by one; 1 if its rename failed."""
     import torch
 
@@ -389,24 +389,24 @@ def orphan(checkpoints: Path, held: Generation, before: int, looked: int, taken:
     from hpcgpt.storage import atomic
 
     final = layout.path_of(checkpoints, 8)
-    temporary = layout.temporary_of(final, held.number)
+    temporary = layout.temporary_of(final, lease.number)
     files: dict[str, dict[str, object]] = {}
     state = layout.state_bytes(layout.State(8, 80, 8, 1, {}))
 
     def manifest() -> None:
         files["state.json"] = safetensors_writer.fingerprint(state)
-        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, held.number))
+        atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, lease.number))
 
-    work = {
+    work: dict[str, Callable[[], object]] = {
         "mkdir": temporary.mkdir,
         "share": lambda: files.update(
             {SHARE: safetensors_writer.write(temporary / SHARE, {"model/w": torch.zeros(9)})}
         ),
         "state": lambda: atomic.write(temporary / "state.json", state),
         "manifest": manifest,
-        "check": held.check,
+        "check": lease.check,
         "rename": lambda: temporary.rename(final),
-        "retire": lambda: retention.retire(checkpoints, Checkpoint(keep_last=2), held, set()),
+        "retire": lambda: retention.retire(checkpoints, Checkpoint(keep_last=2), lease, set()),
     }
     for number, name in enumerate(ORPHAN):
         if number == before:
@@ -428,7 +428,7 @@ def orphan(checkpoints: Path, held: Generation, before: int, looked: int, taken:
 
 @pytest.mark.parametrize("damaged", [True, False])
 def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
-    three: Path, held: Generation, damaged: bool
+    three: Path, lease: Lease, damaged: bool
 ) -> None:
     if damaged:
         flip_a_byte(three / step(8))
@@ -437,7 +437,7 @@ def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
     child = os.fork()
     if child == 0:
         try:
-            retention.retire(three, Checkpoint(keep_last=2), held, set())
+            retention.retire(three, Checkpoint(keep_last=2), lease, set())
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SUPERSEDED
@@ -447,28 +447,28 @@ def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
 @pytest.mark.parametrize("looks", [1, 2, 3, 4])
 @pytest.mark.parametrize("damaged", [False, True], ids=["removing", "setting-aside"])
 def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_successor(
-    three: Path, held: Generation, looks: int, damaged: bool, capfd: pytest.CaptureFixture[str]
+    three: Path, lease: Lease, looks: int, damaged: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It removes what is old, or sets aside what is damaged, and is stopped each time behind another of its looks.
 
     The newer generation goes back: behind a removal to what the orphan was about to remove, since the newer ones were
     damaged meanwhile; behind a setting aside it makes that step anew. Then the orphan wakes up.
     """
-    held._stop.set()
+    lease._stop.set()
     if damaged:
         flip_a_byte(three / step(12))
     child = os.fork()
     if child == 0:
         try:
-            stop_behind(held, looks)
-            retention.retire(three, Checkpoint(keep_last=1), held, set())
+            stop_behind(lease, looks)
+            retention.retire(three, Checkpoint(keep_last=1), lease, set())
             os._exit(0)
         finally:
             os._exit(99)
     _, status = os.waitpid(child, os.WUNTRACED)
     assert os.WIFSTOPPED(status) or looks > 3, "it was not stopped"
     (three.parent / "generations/000002.json").write_text("{}")
-    newer = dataclasses.replace(held, number=2)
+    newer = dataclasses.replace(lease, number=2)
     for number in () if damaged else (8, 12):
         if (three / step(number)).exists():
             flip_a_byte(three / step(number))
@@ -493,33 +493,33 @@ def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_succe
     capfd.readouterr()
 
 
-def stop_behind(held: Generation, looks: int) -> None:
+def stop_behind(lease: Lease, looks: int) -> None:
     """Let this process be stopped when it has looked for a newer generation so often."""
-    real, left = type(held).check, looks
+    real, left = type(lease).check, looks
 
-    def check(self: Generation) -> None:
+    def check(self: Lease) -> None:
         nonlocal left
         real(self)
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    type(held).check = check  # type: ignore[method-assign]
+    type(lease).check = check  # type: ignore[method-assign]
 
 
 def test_what_a_newer_generation_finds_moved_away_it_puts_back_before_it_removes_anything(
-    three: Path, held: Generation
+    three: Path, lease: Lease
 ) -> None:
     (three / step(12)).rename(three / f"damaged_{step(12)}.g0001")
     (three / step(8)).rename(three / f".{step(8)}.g0001.removed")
-    gone = retention.retire(three, Checkpoint(keep_last=2), dataclasses.replace(held, number=2), set())
+    gone = retention.retire(three, Checkpoint(keep_last=2), dataclasses.replace(lease, number=2), set())
     assert [path.name for path in gone] == [step(4)]
     assert names(three) == [step(8), step(12)]
 
 
-def test_a_link_is_removed_and_not_what_it_points_to(three: Path, held: Generation, tmp_path: Path) -> None:
+def test_a_link_is_removed_and_not_what_it_points_to(three: Path, lease: Lease, tmp_path: Path) -> None:
     (three / step(4)).rename(tmp_path / "kept")
     (three / step(4)).symlink_to(tmp_path / "kept")
-    retention.retire(three, Checkpoint(keep_last=1), held, set())
+    retention.retire(three, Checkpoint(keep_last=1), lease, set())
     assert names(three) == [step(12)]
     assert names(tmp_path / "kept") == ["manifest.json", "state.json", SHARE]

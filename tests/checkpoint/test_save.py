@@ -27,7 +27,7 @@ from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.save import Saved, Saver
 from hpcgpt.config.options import Checkpoint
 from hpcgpt.exit_codes import SUPERSEDED
-from hpcgpt.storage.lease import Generation
+from hpcgpt.storage.lease import Lease
 from tests.checkpoint.ranks_checkpoint import content, trained
 from tests.checkpoint.small_checkpoints import EVERYTHING_STAYS, IDENTITY, SHARE, flip_a_byte, names, save, save_tensors
 from tests.disks import fill, small_disk
@@ -45,9 +45,9 @@ def state(step: int) -> State:
 # --- behind training -------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, held: Generation) -> None:
+def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, lease: Lease) -> None:
     """Also of the next save, which copies into the same memory."""
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS)
     weight = torch.zeros(1000)
     places = []
     for step in (4, 8):
@@ -57,8 +57,7 @@ def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, hel
         weight.fill_(-1.0)
         saved = its.finish(lambda: None)
         assert saved is not None
-        assert (saved.problem, saved.step) == ("", step)
-        assert not its.busy
+        assert (saved.problem, saved.step, its.busy) == ("", step, False)
         places.append(its._copies[WEIGHT].data_ptr())
     assert places[0] == places[1], "fresh memory costs more than the copying"
     for step in (4, 8):
@@ -66,10 +65,8 @@ def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, hel
         assert found[WEIGHT].eq(step).all()
 
 
-def test_a_save_ends_by_polling_alone_and_takes_less_of_training_than_it_lasts(
-    checkpoints: Path, held: Generation
-) -> None:
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
+def test_a_save_ends_by_polling_alone_and_takes_less_of_training_than_it_lasts(checkpoints: Path, lease: Lease) -> None:
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS)
     assert its.begin(state(4), {WEIGHT: torch.zeros(1 << 20)}) is None
     saved, polls = None, 0
     while saved is None:
@@ -83,8 +80,8 @@ def test_a_save_ends_by_polling_alone_and_takes_less_of_training_than_it_lasts(
     assert layout.verify(checkpoints / "step_000000004") == ""
 
 
-def test_waiting_says_that_it_is_alive(checkpoints: Path, held: Generation) -> None:
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, lambda: time.sleep(0.1))
+def test_waiting_says_that_it_is_alive(checkpoints: Path, lease: Lease) -> None:
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, lambda: time.sleep(0.1))
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     calls: list[None] = []
     assert its.finish(lambda: calls.append(None)) is not None
@@ -92,10 +89,10 @@ def test_waiting_says_that_it_is_alive(checkpoints: Path, held: Generation) -> N
 
 
 def test_waiting_for_a_disk_that_never_answers_is_no_life(
-    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpcgpt.checkpoint.save.LONGEST_S", 0.5)
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, lambda: time.sleep(2))
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, lambda: time.sleep(2))
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     began_at = time.monotonic()
     calls: list[float] = []
@@ -104,9 +101,13 @@ def test_waiting_for_a_disk_that_never_answers_is_no_life(
     assert calls[-1] - began_at < 1.5 < time.monotonic() - began_at
 
 
-def test_never_two_saves_at_once(checkpoints: Path, held: Generation) -> None:
+def test_never_two_saves_at_once(checkpoints: Path, lease: Lease) -> None:
     gate = threading.Event()
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, gate.wait)
+
+    def wait() -> None:
+        assert gate.wait(60)
+
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, wait)
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     with pytest.raises(AssertionError):
         its.begin(state(8), {WEIGHT: torch.zeros(9)})
@@ -115,16 +116,16 @@ def test_never_two_saves_at_once(checkpoints: Path, held: Generation) -> None:
     assert names(checkpoints) == ["step_000000004"]
 
 
-def test_before_the_commit_comes_what_has_to_be_on_the_disk_first(checkpoints: Path, held: Generation) -> None:
+def test_before_the_commit_comes_what_has_to_be_on_the_disk_first(checkpoints: Path, lease: Lease) -> None:
     seen: list[list[str]] = []
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, lambda: seen.append(names(checkpoints)))
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, lambda: seen.append(names(checkpoints)))
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     its.finish(lambda: None)
     assert seen == [[".step_000000004.g0001.tmp"]]
 
 
 def test_a_checkpoint_is_told_of_as_soon_as_it_is_there_and_not_at_the_next_step_boundary(
-    checkpoints: Path, held: Generation
+    checkpoints: Path, lease: Lease
 ) -> None:
     """Nobody polls: a run that is killed before its next step ends has told of its checkpoint all the same."""
     told: list[Saved] = []
@@ -135,7 +136,7 @@ def test_a_checkpoint_is_told_of_as_soon_as_it_is_there_and_not_at_the_next_step
         assert names(checkpoints) == ["step_000000004"]
         there.set()
 
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, committed=committed)
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, committed=committed)
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     while its.poll() is not None or not its._committing:  # the first stage alone waits for the ranks
         time.sleep(0.001)
@@ -149,7 +150,7 @@ def test_a_checkpoint_is_told_of_as_soon_as_it_is_there_and_not_at_the_next_step
 
 
 def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
-    checkpoints: Path, held: Generation, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind the save before the last one it is under way, reads for minutes, say, and the last one is to be made."""
     gate, removing = threading.Event(), threading.Event()
@@ -159,7 +160,7 @@ def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
         assert gate.wait(60)
 
     monkeypatch.setattr("hpcgpt.checkpoint.retention.retire", retire)
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS)
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS)
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     while not removing.is_set():
         assert its.poll() is None
@@ -176,10 +177,10 @@ def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
     gate.set()
 
 
-def test_of_a_save_that_fails_nothing_is_told(checkpoints: Path, held: Generation) -> None:
+def test_of_a_save_that_fails_nothing_is_told(checkpoints: Path, lease: Lease) -> None:
     told: list[Saved] = []
     (checkpoints / "step_000000004").write_text("in the way")
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, committed=told.append)
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, committed=told.append)
     (checkpoints / "step_000000004").rename(checkpoints / "aside")
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     (checkpoints / "aside").rename(checkpoints / "step_000000004")
@@ -189,36 +190,36 @@ def test_of_a_save_that_fails_nothing_is_told(checkpoints: Path, held: Generatio
     assert told == []
 
 
-def test_if_that_fails_there_is_no_checkpoint(checkpoints: Path, held: Generation) -> None:
+def test_if_that_fails_there_is_no_checkpoint(checkpoints: Path, lease: Lease) -> None:
     def fail() -> None:
         raise OSError(28, "the rows have no room")
 
-    its = Saver(checkpoints, ALONE, held, EVERYTHING_STAYS, fail)
+    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, fail)
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     saved = its.finish(lambda: None)
     assert saved is not None
     assert "the rows have no room" in saved.problem
     assert names(checkpoints) == []
-    assert save(checkpoints, 4, held) == ""
+    assert save(checkpoints, 4, lease) == ""
 
 
-def test_a_step_that_is_saved_already_is_left_as_it_is(three: Path, held: Generation) -> None:
+def test_a_step_that_is_saved_already_is_left_as_it_is(three: Path, lease: Lease) -> None:
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (three / "step_000000012").iterdir()}
-    assert save(three, 12, held) == ""
+    assert save(three, 12, lease) == ""
     assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (three / "step_000000012").iterdir()}
 
 
-def test_saving_changes_nothing_of_what_is_saved(checkpoints: Path, held: Generation) -> None:
+def test_saving_changes_nothing_of_what_is_saved(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     before = content(model, optimizer, ALONE)
-    assert save_tensors(checkpoints, state(2), checkpoint_save.tensors_of(model, optimizer, ALONE), held) == ""
+    assert save_tensors(checkpoints, state(2), checkpoint_save.tensors_of(model, optimizer, ALONE), lease) == ""
     assert content(model, optimizer, ALONE) == before
     assert tensors(checkpoints / "step_000000002") == before
 
 
 @pytest.mark.parametrize("tidy", [True, False])
-def test_old_ones_go_behind_a_new_one_unless_there_is_no_time(checkpoints: Path, held: Generation, tidy: bool) -> None:
-    its = Saver(checkpoints, ALONE, held, Checkpoint(keep_last=1))
+def test_old_ones_go_behind_a_new_one_unless_there_is_no_time(checkpoints: Path, lease: Lease, tidy: bool) -> None:
+    its = Saver(checkpoints, ALONE, lease, Checkpoint(keep_last=1))
     for step in (4, 8, 12):
         its.tidy = tidy or step < 12
         its.begin(state(step), {WEIGHT: torch.zeros(9)})
@@ -228,7 +229,7 @@ def test_old_ones_go_behind_a_new_one_unless_there_is_no_time(checkpoints: Path,
 
 @pytest.mark.parametrize("keep_last", [1, 3])
 def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
-    checkpoints: Path, held: Generation, keep_last: int, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, lease: Lease, keep_last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each loads the newest, makes a step, and is told to leave: it has no time to remove any, and none to read back
     more than the one that it loads.
@@ -236,10 +237,11 @@ def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
     keep = Checkpoint(keep_last=keep_last, keep_best=False)
     monkeypatch.setattr(layout, "verify", lambda _: pytest.fail("this would take minutes"))
     for step in range(1, 12):
-        its = Saver(checkpoints, ALONE, held, keep)
-        newest = load.newest_valid(checkpoints, ALONE, held)
+        its = Saver(checkpoints, ALONE, lease, keep)
+        newest = load.newest_valid(checkpoints, ALONE, lease)
         if newest:
             assert layout.step_of(newest) == step - 1
+            assert its.pruner
             its.pruner.loaded(newest)
         its.tidy = False
         saved = its.begin(state(step), {WEIGHT: torch.zeros(9)}) or its.finish(lambda: None)
@@ -251,11 +253,11 @@ def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
 
 
 def test_a_save_makes_its_own_room_by_what_it_replaces(
-    tmp_path: Path, held: Generation, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, lease: Lease, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """There is room for three, and keep_last was 3: the fourth never had any."""
     with small_disk(tmp_path / "disk", "4500k") as folder:
-        its = Saver(folder, ALONE, held, Checkpoint(keep_last=3, keep_best=False))
+        its = Saver(folder, ALONE, lease, Checkpoint(keep_last=3, keep_best=False))
         for step in (4, 8, 12, 16, 20):
             saved = its.begin(state(step), {WEIGHT: torch.zeros(250_000)}) or its.finish(lambda: None)
             assert saved is not None
@@ -264,9 +266,9 @@ def test_a_save_makes_its_own_room_by_what_it_replaces(
         assert "warning: no room for step_000000016: step_000000004 was removed first" in capfd.readouterr().err
 
 
-def test_the_last_valid_one_is_not_removed_to_make_room(tmp_path: Path, held: Generation) -> None:
+def test_the_last_valid_one_is_not_removed_to_make_room(tmp_path: Path, lease: Lease) -> None:
     with small_disk(tmp_path / "disk", "3m") as folder:
-        its = Saver(folder, ALONE, held, Checkpoint(keep_last=1, keep_best=False))
+        its = Saver(folder, ALONE, lease, Checkpoint(keep_last=1, keep_best=False))
         for step, size in ((4, 250_000), (8, 350_000)):
             saved = its.begin(state(step), {WEIGHT: torch.zeros(size)}) or its.finish(lambda: None)
         assert saved is not None
@@ -275,19 +277,19 @@ def test_the_last_valid_one_is_not_removed_to_make_room(tmp_path: Path, held: Ge
 
 
 def test_an_old_one_that_cannot_be_judged_does_not_cost_the_new_one(
-    three: Path, held: Generation, capfd: pytest.CaptureFixture[str]
+    three: Path, lease: Lease, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tests.checkpoint.test_load import edit_manifest
 
     edit_manifest(lambda manifest: manifest.update(version=3))(three / "step_000000008")
-    assert save(three, 16, held, keep=Checkpoint(keep_last=3)) == ""
+    assert save(three, 16, lease, keep=Checkpoint(keep_last=3)) == ""
     assert len(names(three)) == 4
     assert "warning: old checkpoints stay: " in capfd.readouterr().err
 
 
-def test_what_is_read_back_behind_the_save_is_the_new_one(checkpoints: Path, held: Generation) -> None:
+def test_what_is_read_back_behind_the_save_is_the_new_one(checkpoints: Path, lease: Lease) -> None:
     """A write that the disk did not keep is found at once, while the older one is still there."""
-    assert save(checkpoints, 4, held) == ""
+    assert save(checkpoints, 4, lease) == ""
     real = layout.verify
 
     def spoil_and_verify(path: Path) -> str:
@@ -297,7 +299,7 @@ def test_what_is_read_back_behind_the_save_is_the_new_one(checkpoints: Path, hel
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "verify", spoil_and_verify)
-        assert save(checkpoints, 8, held, keep=Checkpoint(keep_last=1)) == ""
+        assert save(checkpoints, 8, lease, keep=Checkpoint(keep_last=1)) == ""
     assert names(checkpoints) == ["damaged_step_000000008.g0001", "step_000000004"]
 
 
@@ -312,10 +314,10 @@ from pathlib import Path
 import torch
 from tests.one_rank import ALONE
 from tests.checkpoint.small_checkpoints import save
-from hpcgpt.storage import lease
+from hpcgpt.storage.lease import acquire
 run, calls = Path(sys.argv[1]), []
 (run / "checkpoints").mkdir()
-held = lease.take(run, "")
+lease = acquire(run, "")
 def name(target):
     path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
     return "checkpoints" if path == run / "checkpoints" else path.name.split(".vm-")[0]
@@ -326,8 +328,8 @@ for call in ("fsync", "rename", "replace", "write"):
             calls.append(call + " " + " ".join(name(a) for a in arguments if isinstance(a, int | str | os.PathLike)))
         return real(*arguments)
     setattr(os, call, watched)
-assert save(run / "checkpoints", 4, held) == ""
-held.release()
+assert save(run / "checkpoints", 4, lease) == ""
+lease.release()
 print("\\n".join(calls))
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True,
@@ -352,62 +354,62 @@ print("\\n".join(calls))
 # --- no room, and refused --------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, held: Generation) -> None:
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, lease: Lease) -> None:
     with small_disk(tmp_path / "disk", "3m") as folder:
-        assert save(folder, 4, held, size=250_000) == ""
-        problem = save(folder, 8, held, size=350_000)  # the disk is large enough, what is left of it is not
+        assert save(folder, 4, lease, size=250_000) == ""
+        problem = save(folder, 8, lease, size=350_000)  # the disk is large enough, what is left of it is not
         assert f"cannot write {folder / '.step_000000008.g0001.tmp'}: No space left on device: 2.5 MB needed" in problem
         assert "MB free there" in problem
         assert names(folder) == ["step_000000004"]
-        assert load.newest_valid(folder, ALONE, held) == folder / "step_000000004"
+        assert load.newest_valid(folder, ALONE, lease) == folder / "step_000000004"
 
 
 @pytest.mark.parametrize("room", range(7))
 def test_a_disk_may_fill_up_at_any_page_of_a_checkpoint(
-    tmp_path: Path, held: Generation, room: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lease: Lease, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There was room when the save began, and then somebody else took it."""
     monkeypatch.setattr(checkpoint_save, "SPARE_BYTES", -(1 << 30))
     with small_disk(tmp_path / "disk", "1m") as folder:
-        assert save(folder, 4, held) == ""
+        assert save(folder, 4, lease) == ""
         filler = fill(folder)
         with open(filler, "r+b") as file:
             file.truncate(filler.stat().st_size - room * 4096)
-        problem = save(folder, 8, held)
+        problem = save(folder, 8, lease)
         assert ("No space left on device" in problem) == (room < 4), problem
         assert ("cannot write" in problem) == (room < 4), problem
         assert names(folder) == ["filler", "step_000000004", *([] if problem else ["step_000000008"])]
         filler.unlink()
-        assert save(folder, 8, held) == ""
-        assert load.newest_valid(folder, ALONE, held) == folder / "step_000000008"
+        assert save(folder, 8, lease) == ""
+        assert load.newest_valid(folder, ALONE, lease) == folder / "step_000000008"
 
 
-def test_a_folder_that_is_not_there_is_a_sentence_too(tmp_path: Path, held: Generation) -> None:
-    problem = save(tmp_path / "nowhere", 4, held)
+def test_a_folder_that_is_not_there_is_a_sentence_too(tmp_path: Path, lease: Lease) -> None:
+    problem = save(tmp_path / "nowhere", 4, lease)
     assert "cannot write" in problem
     assert "No such file or directory" in problem
 
 
-def test_a_share_that_is_refused_costs_this_checkpoint_and_no_other(checkpoints: Path, held: Generation) -> None:
+def test_a_share_that_is_refused_costs_this_checkpoint_and_no_other(checkpoints: Path, lease: Lease) -> None:
     """By a limit on the size of files, which is as real as a quota."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
     try:
-        problem = save(checkpoints, 4, held)
+        problem = save(checkpoints, 4, lease)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         signal.signal(signal.SIGXFSZ, before)
     assert f"{SHARE}: File too large" in problem
     assert names(checkpoints) == []
-    assert save(checkpoints, 4, held) == ""
+    assert save(checkpoints, 4, lease) == ""
 
 
 # --- superseded ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["before the beginning", "behind training", "within the commit"])
-def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path, held: Generation, when: str) -> None:
+def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path, lease: Lease, when: str) -> None:
     """Long before its heartbeat would look."""
 
     def taken() -> None:
@@ -418,7 +420,7 @@ def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path
         try:
             if when == "before the beginning":
                 taken()
-            its = Saver(three, ALONE, held, Checkpoint(), taken if when == "within the commit" else lambda: None)
+            its = Saver(three, ALONE, lease, Checkpoint(), taken if when == "within the commit" else lambda: None)
             its.begin(state(16), {WEIGHT: torch.zeros(9)})
             if when == "behind training":
                 taken()
@@ -435,7 +437,7 @@ def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path
 
 def test_200_sigkills_at_random_moments_never_cost_a_checkpoint_that_was_there(tmp_path: Path) -> None:
     seed, rounds = random.randrange(10_000), 200
-    killed = [sys.executable, "-m", "tests.checkpoint.ranks_killed", tmp_path / "run", str(rounds), str(seed)]
+    killed = [sys.executable, "-m", "tests.checkpoint.ranks_killed", str(tmp_path / "run"), str(rounds), str(seed)]
     done = subprocess.run(killed, cwd=ROOT, env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=240, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr

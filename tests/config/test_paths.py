@@ -63,7 +63,7 @@ def test_what_exists_under_the_very_name_is_meant(written: str, at_home: Path) -
 @pytest.mark.parametrize(
     ("written", "sentence"),
     [
-        ("~lock.txt", "INPUT '~lock.txt': there is no such file here, and ~ stands for no user's home folder"),
+        ("~lock.txt", "INPUT '~lock.txt': there is no such file here, and ~ is not the home folder of a user"),
         ("~nosuchuser/x", "or ./~nosuchuser/x"),
         ("$UNSET/x", "the environment variable UNSET is not set, or empty"),
         ("${EMPTY}/x", "the environment variable EMPTY is not set, or empty"),

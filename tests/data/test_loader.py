@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpcgpt.data import sample_order, shard_format, shard_reader, shard_writer
-from hpcgpt.data.loader import Loader, Windows, unsigned, widen
+from hpcgpt.data.loader import Loader, Mixture, Windows
 from hpcgpt.data.shard_format import Width
 from hpcgpt.data.shard_reader import Split
+from hpcgpt.training.step import to_ids, to_inputs_and_targets
 
 SEED, GLOBAL_BATCH, CONTEXT = 7, 8, 32
 
@@ -37,7 +38,14 @@ def stream(windows: Windows) -> NDArray[np.int64]:
 
 @cache
 def of_rank(windows: Windows, rank: int, ranks: int, micro_batch: int) -> Loader:
-    return Loader(windows, SEED, rank, ranks, GLOBAL_BATCH, micro_batch)
+    return Loader(
+        mixture=Mixture([windows]),
+        seed=SEED,
+        rank=rank,
+        world_size=ranks,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=micro_batch,
+    )
 
 
 def global_batch(windows: Windows, step: int, ranks: int, micro_batch: int) -> Tensor:
@@ -84,16 +92,26 @@ def test_the_next_epoch_has_another_order(windows: Windows) -> None:
 
 
 def test_another_seed_has_another_order(windows: Windows) -> None:
-    first, other = (Loader(windows, seed, 0, 1, 8, 8).batch(0, 0) for seed in (1, 2))
+    first, other = (
+        Loader(mixture=Mixture([windows]), seed=seed, rank=0, world_size=1, global_batch=8, micro_batch=8).batch(0, 0)
+        for seed in (1, 2)
+    )
     assert not torch.equal(first, other)
 
 
 def test_a_batch_is_computed_and_not_remembered(windows: Windows) -> None:
-    loader = Loader(windows, SEED, 1, 2, GLOBAL_BATCH, 2)
+    loader = Loader(
+        mixture=Mixture([windows]), seed=SEED, rank=1, world_size=2, global_batch=GLOBAL_BATCH, micro_batch=2
+    )
     later = loader.batch(9, 1)
     loader.batch(0, 0)
     assert torch.equal(loader.batch(9, 1), later)
-    assert torch.equal(Loader(windows, SEED, 1, 2, GLOBAL_BATCH, 2).batch(9, 1), later)
+    assert torch.equal(
+        Loader(
+            mixture=Mixture([windows]), seed=SEED, rank=1, world_size=2, global_batch=GLOBAL_BATCH, micro_batch=2
+        ).batch(9, 1),
+        later,
+    )
 
 
 @pytest.mark.parametrize("ahead", [1, 6, 50])
@@ -101,7 +119,9 @@ def test_how_far_ahead_the_order_is_worked_out_changes_nothing(
     windows: Windows, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def batches() -> list[Tensor]:
-        loader = Loader(windows, SEED, 1, 2, GLOBAL_BATCH, 2)
+        loader = Loader(
+            mixture=Mixture([windows]), seed=SEED, rank=1, world_size=2, global_batch=GLOBAL_BATCH, micro_batch=2
+        )
         return [loader.batch(step, micro_step) for step in [*range(30), 2000, 7] for micro_step in (1, 0)]
 
     expected = batches()
@@ -111,12 +131,12 @@ def test_how_far_ahead_the_order_is_worked_out_changes_nothing(
 
 def test_a_run_of_far_more_epochs_than_windows_works_out_no_more_than_an_epoch_ahead(tmp_path: Path) -> None:
     """Each epoch has a permutation of its own: thousands of them for one batch would be felt."""
-    windows = Windows(hand_made(tmp_path, list(range(29))), context=4, stride=4, vocab_size=29)
-    loader = Loader(windows, SEED, 0, 1, 7, 7)
+    windows = Windows(hand_made(tmp_path, list(range(29))), block_size=4, stride=4, vocab_size=29)
+    loader = Loader(mixture=Mixture([windows]), seed=SEED, rank=0, world_size=1, global_batch=7, micro_batch=7)
     assert windows.count == 7
     for step in (0, 1, 12345):
         assert sorted(loader.batch(step, 0)[:, 0].tolist()) == [0, 4, 8, 12, 16, 20, 24]
-        assert len(loader._drawn(0)) == 7
+        assert len(loader._cached_starts(0)) == 7
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -134,7 +154,7 @@ def test_an_epoch_of_overlapping_windows_shows_each_once(
 
 
 def test_targets_are_the_inputs_shifted_by_one(windows: Windows, stream: NDArray[np.int64]) -> None:
-    inputs, targets = widen(windows.read(np.array([0, 3, windows.count - 1])), torch.device("cpu"))
+    inputs, targets = to_inputs_and_targets(windows.read(np.array([0, 3, windows.count - 1])), torch.device("cpu"))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.shape == targets.shape == (3, CONTEXT)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -145,14 +165,14 @@ def test_targets_are_the_inputs_shifted_by_one(windows: Windows, stream: NDArray
 
 def test_with_a_smaller_stride_windows_overlap(windows: Windows, stream: NDArray[np.int64]) -> None:
     overlapping = Windows(windows.split, CONTEXT, 5, 512)
-    inputs, _ = widen(overlapping.read(np.array([7])), torch.device("cpu"))
+    inputs, _ = to_inputs_and_targets(overlapping.read(np.array([7])), torch.device("cpu"))
     assert np.array_equal(inputs[0], stream[35 : 35 + CONTEXT])
     assert overlapping.count == (len(stream) - CONTEXT - 1) // 5 + 1
 
 
 def test_a_window_may_reach_over_several_shards(tmp_path: Path) -> None:
-    windows = Windows(hand_made(tmp_path, [1, 2, 3], [4, 5], [6, 7, 8, 9]), context=7, stride=1, vocab_size=10)
-    inputs, targets = widen(windows.read(np.array([0, 1])), torch.device("cpu"))
+    windows = Windows(hand_made(tmp_path, [1, 2, 3], [4, 5], [6, 7, 8, 9]), block_size=7, stride=1, vocab_size=10)
+    inputs, targets = to_inputs_and_targets(windows.read(np.array([0, 1])), torch.device("cpu"))
     assert inputs.tolist() == [[1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7, 8]]
     assert targets[:, -1].tolist() == [8, 9]
     assert windows.count == 2
@@ -160,28 +180,28 @@ def test_a_window_may_reach_over_several_shards(tmp_path: Path) -> None:
 
 def test_ids_above_32767_survive_the_16_bits(tmp_path: Path) -> None:
     ids = [0, 1, 32767, 32768, 50256, 65535, 12, 40000]
-    windows = Windows(hand_made(tmp_path, ids), context=7, stride=7, vocab_size=65536)
-    inputs, targets = widen(windows.read(np.array([0])), torch.device("cpu"))
+    windows = Windows(hand_made(tmp_path, ids), block_size=7, stride=7, vocab_size=65536)
+    inputs, targets = to_inputs_and_targets(windows.read(np.array([0])), torch.device("cpu"))
     assert inputs.tolist() == [ids[:-1]]
     assert targets.tolist() == [ids[1:]]
 
 
 def test_ids_above_32767_survive_too_where_the_device_widens_them() -> None:
-    ids = unsigned(torch.tensor([[0, 32767, -32768, -1]], dtype=torch.int16))
+    ids = to_ids(torch.tensor([[0, 32767, -32768, -1]], dtype=torch.int16))
     assert (ids.tolist(), ids.dtype) == ([[0, 32767, 32768, 65535]], torch.int64)
 
 
 def test_ids_above_65535_come_as_32_bits(tmp_path: Path) -> None:
     ids = [0, 65535, 65536, 100_000, 2**31 - 1, 1, 7, 40000]
     split = hand_made(tmp_path, ids, width=shard_format.WIDTHS["uint32"])
-    batch = Windows(split, context=7, stride=7, vocab_size=2**31).read(np.array([0]))
+    batch = Windows(split, block_size=7, stride=7, vocab_size=2**31).read(np.array([0]))
     assert batch.dtype == torch.int32
-    inputs, targets = widen(batch, torch.device("cpu"))
+    inputs, targets = to_inputs_and_targets(batch, torch.device("cpu"))
     assert inputs.dtype == torch.int64
     assert inputs.tolist() == [ids[:-1]]
     assert targets.tolist() == [ids[1:]]
     with pytest.raises(ValueError, match=r"id 2147483647 is outside of the vocabulary of 2,147,483,647"):
-        Windows(split, context=7, stride=7, vocab_size=2**31 - 1).read(np.array([0]))
+        Windows(split, block_size=7, stride=7, vocab_size=2**31 - 1).read(np.array([0]))
 
 
 def test_a_batch_of_more_rows_than_shards_may_be_open_is_the_same(
@@ -196,7 +216,7 @@ def test_a_batch_of_more_rows_than_shards_may_be_open_is_the_same(
 def test_an_id_outside_of_the_vocabulary_names_the_shard_the_token_and_what_to_do(tmp_path: Path) -> None:
     ids = [5] * 40
     ids[29] = 100
-    windows = Windows(hand_made(tmp_path, ids), context=8, stride=8, vocab_size=100)
+    windows = Windows(hand_made(tmp_path, ids), block_size=8, stride=8, vocab_size=100)
     assert windows.read(np.array([0, 1, 2])).shape == (3, 9)
     with pytest.raises(ValueError, match=r"id 100 is outside of the vocabulary of 100 ids") as error:
         windows.read(np.array([1, 3]))
@@ -205,7 +225,7 @@ def test_an_id_outside_of_the_vocabulary_names_the_shard_the_token_and_what_to_d
 
 
 def test_an_id_in_a_later_shard_is_named_by_its_place_in_that_shard(tmp_path: Path) -> None:
-    windows = Windows(hand_made(tmp_path, [5] * 10, [5, 5, 600, 5, 5]), context=7, stride=7, vocab_size=512)
+    windows = Windows(hand_made(tmp_path, [5] * 10, [5, 5, 600, 5, 5]), block_size=7, stride=7, vocab_size=512)
     with pytest.raises(ValueError, match=r"id 600 .*train_000001\.bin, token 2"):
         windows.read(np.array([1]))
 
@@ -223,5 +243,5 @@ def hand_made(folder: Path, *contents: list[int], width: Width = shard_format.WI
 
 def widen_whole(batch: Tensor) -> Tensor:
     """A batch (B, T+1) of 16-bit patterns as int64."""
-    inputs, targets = widen(batch, torch.device("cpu"))
+    inputs, targets = to_inputs_and_targets(batch, torch.device("cpu"))
     return torch.cat([inputs, targets[:, -1:]], dim=1)

@@ -20,15 +20,15 @@ from hpcgpt import plan
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config, Data, Part
 from hpcgpt.data import datasets, mix, sample_order, shard_format, shard_reader, shard_writer
-from hpcgpt.data.loader import Loader, Mixture, Windows
+from hpcgpt.data.loader import Loader, Mixture, Windows, read_windows
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.tokenizer import save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
-from hpcgpt.training.evaluation import HeldOut, combined
+from hpcgpt.training.evaluation import ValidationSet, combine
 from tests.programs import command
 from tests.tiny_run import TINY, curve, rows, tensors
 
-M = mix.BLOCK
+M = mix.MIX_BLOCK
 IDS = 70_000  # more than 16 bits hold
 
 
@@ -49,11 +49,11 @@ IDS = 70_000  # more than 16 bits hold
     ],
 )
 def test_quotas_are_the_table_and_add_up(weights: list[float], expected: list[int]) -> None:
-    assert mix.quotas(weights) == expected
+    assert mix.divide_block(weights) == expected
     assert sum(expected) == M
 
 
-QUOTAS, TOTALS, SEED = mix.quotas([0.6, 0.3, 0.1]), [50_000, 70_001, 999], 5
+QUOTAS, TOTALS, SEED = mix.divide_block([0.6, 0.3, 0.1]), [50_000, 70_001, 999], 5
 
 
 def drawn(first: int, count: int, seed: int = SEED) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -177,8 +177,11 @@ def loaders(pair: tuple[Path, Path], ranks: int, micro_batch: int) -> list[Loade
         Windows(shard_reader.open_split(folder, shard_format.read_manifest(folder), "train"), 32, 32, IDS)
         for folder in pair
     ]
-    mixture = Mixture(sets, mix.quotas([3, 1]))
-    return [Loader(mixture, 1, rank, ranks, 8, micro_batch) for rank in range(ranks)]
+    mixture = Mixture(sets, mix.divide_block([3, 1]))
+    return [
+        Loader(mixture=mixture, seed=1, rank=rank, world_size=ranks, global_batch=8, micro_batch=micro_batch)
+        for rank in range(ranks)
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 4), (2, 1), (8, 1)])
@@ -195,9 +198,8 @@ def test_any_number_of_ranks_sees_the_same_mixed_batches(pair: tuple[Path, Path]
 
 def test_a_batch_holds_the_windows_that_the_function_names(pair: tuple[Path, Path]) -> None:
     (loader,) = loaders(pair, 1, 8)
-    assert isinstance(loader.windows, Mixture)
-    sets = loader.windows.sets
-    chosen, windows = mix.draw(np.arange(24, 32), loader.windows.quotas, [part.count for part in sets], 1)
+    sets = loader.mixture.sets
+    chosen, windows = mix.draw(np.arange(24, 32), loader.mixture.samples_per_block, [part.count for part in sets], 1)
     assert len(Counter(chosen.tolist())) == 2
     batch = loader.batch(3, 0)
     assert batch.dtype == torch.int32
@@ -213,7 +215,14 @@ def test_a_bad_id_is_found_in_the_data_set_where_it_is(pair: tuple[Path, Path], 
     with open(tmp_path / "broken/train_000001.bin", "r+b") as file:
         file.seek(shard_format.HEADER_BYTES + 4 * 77)
         file.write((IDS + 5).to_bytes(4, "little"))
-    loader = Loader(Mixture([sets[0], broken], mix.quotas([1, 1])), 1, 0, 1, 64, 64)
+    loader = Loader(
+        mixture=Mixture([sets[0], broken], mix.divide_block([1, 1])),
+        seed=1,
+        rank=0,
+        world_size=1,
+        global_batch=64,
+        micro_batch=64,
+    )
     with pytest.raises(ValueError, match=r"id 70005 is outside of the vocabulary .*broken/train_000001\.bin, token 77"):
         for step in range(20):
             loader.batch(step, 0)
@@ -258,7 +267,7 @@ def test_a_mix_comes_back_from_toml(tmp_path: Path) -> None:
         (["--data.mix", "a:-1"], "data.mix: the weight of a must be a number greater than 0, found -1.0"),
         (["--data.mix", "a:nan"], "data.mix: the weight of a must be a number greater than 0, found nan"),
         (["--data.mix", "a:1", "--data.dir", "b"], "give one of data.dir and data.mix, not both"),
-        (["--data.mix", "a:1", "--train.epochs", "2"], "train.epochs says nothing of a data.mix"),
+        (["--data.mix", "a:1", "--train.epochs", "2"], "train.epochs is not defined for data.mix"),
     ],
 )
 def test_a_mix_that_makes_no_sense_is_refused(flags: list[str], sentence: str) -> None:
@@ -362,12 +371,11 @@ def test_names_are_as_short_as_tells_them_apart(folders: list[str], expected: li
 
 
 def test_the_figures_of_a_mix_are_the_weighted_means_of_its_parts(pair: tuple[Path, Path]) -> None:
-    windows = loaders(pair, 1, 8)[0].windows
-    assert isinstance(windows, Mixture)
-    sets = [HeldOut("a", windows.sets[0], 3), HeldOut("b", windows.sets[1], 1)]
+    first, second = loaders(pair, 1, 8)[0].mixture.sets
+    sets = [ValidationSet("a", first, 3), ValidationSet("b", second, 1)]
     parts = [{"val/loss": 2.0, "val/perplexity": 0.0, "val/bits_per_byte": 1.0},
              {"val/loss": 4.0, "val/perplexity": 0.0, "val/bits_per_byte": 2.0}]  # fmt: skip
-    assert combined(sets, parts) == {"val/loss": 2.5, "val/perplexity": pytest.approx(12.18249396),
+    assert combine(sets, parts) == {"val/loss": 2.5, "val/perplexity": pytest.approx(12.18249396),
                                      "val/bits_per_byte": 1.25, "val/loss/a": 2.0, "val/loss/b": 4.0}  # fmt: skip
 
 
@@ -396,9 +404,8 @@ def test_a_mixed_run_of_ids_above_65535_is_resumed_with_the_same_bytes(pair: tup
     # The made-up tokens are of three bytes each; end-of-text, of none, is rare.
     assert last["val/bits_per_byte"] == pytest.approx(last["val/loss"] / math.log(2) / 3, rel=0.02)
     # What was trained on is what has moved: the inputs of 48 samples, of both data sets, hardly any of 16 bits.
-    source = loaders(pair, 1, 8)[0].windows
-    assert isinstance(source, Mixture)
-    seen = source.read(source.draw(np.arange(48), seed=1))[:, :-1]
+    mixture = loaders(pair, 1, 8)[0].mixture
+    seen = read_windows(mixture.sets, mixture.locate(np.arange(48), seed=1))[:, :-1]
     moved = np.flatnonzero(first_moment(whole, "token_embedding").reshape(-1, 8).any(axis=1))
     assert moved.tolist() == sorted(set(seen.flatten().tolist()))
     assert moved.max() > 65_535

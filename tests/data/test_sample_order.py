@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hpcgpt.data import sample_order, shard_format, shard_reader
-from hpcgpt.data.loader import Loader, Windows
+from hpcgpt.data.loader import Loader, Mixture, Windows
 
 Ints = NDArray[np.int64]
 
@@ -24,7 +24,8 @@ def drawn_of(first: int, count: int, total: int, seed: int) -> Ints:
 def step_of_rank(step: int, rank: int, ranks: int, batch: int, total: int, seed: int = 1) -> list[int]:
     """The windows of one rank's share of a global batch, as hpcgpt.data.loader asks for them."""
     share = batch // ranks
-    return drawn_of(step * batch + rank * share, share, total, seed).tolist()
+    windows: list[int] = drawn_of(step * batch + rank * share, share, total, seed).tolist()
+    return windows
 
 
 SIZES = sorted({1, 2, 3, 5, 7, 10, 100, 1000} | {2**n + d for n in range(2, 13) for d in (-1, 0, 1)})
@@ -125,11 +126,13 @@ def test_the_loader_gives_these_windows_whatever_the_ranks_and_the_micro_batch(
     ranks: int, micro_batch: int, shards_folder: Path
 ) -> None:
     split = shard_reader.open_split(shards_folder, shard_format.read_manifest(shards_folder), "train")
-    windows = Windows(split, context=32, stride=32, vocab_size=512)
+    windows = Windows(split, block_size=32, stride=32, vocab_size=512)
     last = windows.count // 8  # the global batch that crosses into the second epoch
     for step in (0, 1, last):
         batches = [
-            Loader(windows, 1, rank, ranks, 8, micro_batch).batch(step, micro_step)
+            Loader(
+                mixture=Mixture([windows]), seed=1, rank=rank, world_size=ranks, global_batch=8, micro_batch=micro_batch
+            ).batch(step, micro_step)
             for rank in range(ranks)
             for micro_step in range(8 // ranks // micro_batch)
         ]

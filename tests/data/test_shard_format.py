@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from data_prep import verify
 from hpcgpt.data import sample_order, shard_format, shard_reader, shard_writer
-from hpcgpt.data.loader import Windows, widen
+from hpcgpt.data.loader import Windows
 from hpcgpt.data.shard_format import Manifest, Shard
 from hpcgpt.tokenizer import save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
+from hpcgpt.training.step import to_inputs_and_targets
 from tests.programs import command
 
 
@@ -162,9 +163,9 @@ def test_a_window_is_the_inputs_and_one_more_token(tmp_path: Path) -> None:
 
     ids = [0, 1, 32767, 32768, 65535, 2, 40000, 3, 4]
     split = shard_reader.open_split(tmp_path / "shards", write(tmp_path / "shards", {"train": [[ids]]}), "train")
-    windows = Windows(split, context=4, stride=4, vocab_size=65536)
+    windows = Windows(split, block_size=4, stride=4, vocab_size=65536)
     assert windows.count == sample_order.window_count(9, 4, 4) == 2
-    inputs, targets = widen(windows.read(np.array([1, 0])), torch.device("cpu"))
+    inputs, targets = to_inputs_and_targets(windows.read(np.array([1, 0])), torch.device("cpu"))
     assert inputs.tolist() == [[65535, 2, 40000, 3], [0, 1, 32767, 32768]]
     assert targets.tolist() == [[2, 40000, 3, 4], [1, 32767, 32768, 65535]]
 
@@ -177,7 +178,7 @@ def test_an_id_outside_of_the_vocabulary_stops_the_loader_with_its_place(
     split = shard_reader.open_split(
         tmp_path / "shards", write(tmp_path / "shards", {"train": [THREE[0], THREE[2]]}), "train"
     )
-    windows = Windows(split, context=3, stride=3, vocab_size=vocab_size)
+    windows = Windows(split, block_size=3, stride=3, vocab_size=vocab_size)
     assert windows.read(np.array([0])).tolist() == [[0, 1, 2, 0]]
     where = rf"\(.*train_000001\.bin, token {token}\)"
     with pytest.raises(ValueError, match=f"id {vocab_size} is outside of the vocabulary of {vocab_size} ids {where}"):
@@ -326,6 +327,7 @@ def test_a_missing_tokenizer_is_found(copy: Path) -> None:
 
 def test_another_tokenizer_is_found(copy: Path, tokenizer_folder: Path) -> None:
     found = save_load.load(tokenizer_folder)
+    assert isinstance(found, ByteLevelBPE)
     other = ByteLevelBPE(found.name, found.pattern + "| ", found.ranks, found.special_tokens, found.end_of_text)
     save_load.save(other, copy / "tokenizer")
     assert "but the shards were made with" in checked(copy)

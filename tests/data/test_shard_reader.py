@@ -43,7 +43,7 @@ import json, os, resource, sys, tracemalloc
 from pathlib import Path
 import numpy as np
 from hpcgpt.data import sample_order, shard_format, shard_reader
-from hpcgpt.data.loader import Loader, Windows
+from hpcgpt.data.loader import Loader, Mixture, Windows
 
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
@@ -54,7 +54,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
 before = descriptors()
 split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
 windows = Windows(split, 64, 64, 50_257)
-loader = Loader(windows, 1, 0, 1, 64, 64)
+loader = Loader(mixture=Mixture([windows]), seed=1, rank=0, world_size=1, global_batch=64, micro_batch=64)
 loader.batch(0, 0)
 tracemalloc.start()
 drawn, open_files = [], []

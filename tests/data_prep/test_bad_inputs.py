@@ -1,8 +1,8 @@
-"""What make_shards says to bad input: a sentence with the place and what to type, or a count of what it set aside.
+"""What make_shards reports for bad input: a sentence with the place and what to type, or a count of what it skipped.
 
-Every row of the tables is run by the command's own entry, three times: into a new folder; into the same again,
-where a stranger's file lies now; and, in another folder, with ``--on-bad-input skip``. Each time the inputs are left
-as they were, and so is what is finished and what is foreign.
+Every case runs the command's main function three times: into a new folder; into the same folder again, now with a
+file of the user's in it; and into another folder with ``--on-bad-input skip``. Each time the inputs, finished units and
+other files have to stay as they are.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from tests.programs import ROOT
 
 CHINESE = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。"
 GOOD = '{"text": "萧炎"}\n'.encode()
-AT = len(GOOD)  # where the line behind it begins
+AT = len(GOOD)  # where the next line begins
 LINES = b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(40).hex().encode()) for n in range(200))
 Files = dict[str, bytes] | Callable[[Path], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class Bad:
     """The files of a folder, one of them bad; what is said of it; and what skipping leaves: how many documents are
-    read and how many things are set aside (None where skipping is no way out)."""
+    read and how many things are skipped (None if skipping does not help)."""
 
     about: str
     files: Files
@@ -62,7 +62,7 @@ def one(name: str, content: bytes) -> dict[str, bytes]:
 
 
 def giant(name: str, head: bytes) -> Callable[[Path], None]:
-    """A sparse GB behind `head`, in one line, and a good line behind it."""
+    """A sparse GB after `head`, in one line, and a good line after it."""
 
     def make(folder: Path) -> None:
         with open(folder / name, "wb") as file:
@@ -85,7 +85,7 @@ def damaged_parquet(folder: Path) -> None:
     parquet.write_table(texts, path, row_group_size=20, use_dictionary=False, write_page_checksum=True,
                         compression="none")  # fmt: skip
     content = bytearray(path.read_bytes())
-    content[3000:3040] = b"?" * 40  # in a text: only the page's checksum can tell
+    content[3000:3040] = b"?" * 40  # in a text: only the page's checksum finds it
     path.write_bytes(content)
 
 
@@ -124,128 +124,128 @@ def links_in_a_circle(folder: Path) -> None:
 
 
 IN_JSONL = [
-    Row("no JSON", one("a.jsonl", GOOD + b'{"text": bad}\n' + GOOD), f"a.jsonl, byte {AT + 9}: not JSON", (2, 1)),
-    Row("cut off", one("a.jsonl", GOOD + b'{"text": "x'), f"a.jsonl, byte {AT + 9}: not JSON: Unterminated", (1, 1)),
-    Row("no closing", one("a.jsonl", GOOD + b'{"text": "x"\n'), f"a.jsonl, byte {AT + 13}: not JSON", (1, 1)),
-    Row("places are bytes", one("a.jsonl", GOOD + '{"text": "萧炎", bad}'.encode()), f"{AT + 19}: not JSON", (1, 1)),
-    Row("behind a BOM", one("a.jsonl", b'\xef\xbb\xbf{"text": bad}\n' + GOOD), "a.jsonl, byte 12: not JSON", (1, 1)),
-    Row("another key", one("a.jsonl", GOOD + b'{"body": "x", "id": 7}\n'),
+    Bad("no JSON", one("a.jsonl", GOOD + b'{"text": bad}\n' + GOOD), f"a.jsonl, byte {AT + 9}: not JSON", (2, 1)),
+    Bad("cut off", one("a.jsonl", GOOD + b'{"text": "x'), f"a.jsonl, byte {AT + 9}: not JSON: Unterminated", (1, 1)),
+    Bad("no closing", one("a.jsonl", GOOD + b'{"text": "x"\n'), f"a.jsonl, byte {AT + 13}: not JSON", (1, 1)),
+    Bad("places are bytes", one("a.jsonl", GOOD + '{"text": "萧炎", bad}'.encode()), f"{AT + 19}: not JSON", (1, 1)),
+    Bad("after a BOM", one("a.jsonl", b'\xef\xbb\xbf{"text": bad}\n' + GOOD), "a.jsonl, byte 12: not JSON", (1, 1)),
+    Bad("another key", one("a.jsonl", GOOD + b'{"body": "x", "id": 7}\n'),
         f"line at byte {AT}: no text under 'text' (it has body, id); name the right one with --text-key", (1, 1)),
-    Row("a wrong key asked for", one("a.jsonl", GOOD),
+    Bad("a wrong key asked for", one("a.jsonl", GOOD),
         "0.jsonl, line at byte 0: no text under 'body' (it has text); name the right one with --text-key",
         None, ("--text-key", "body")),
-    Row("no key", one("a.jsonl", b"{}\n"), "line at byte 0: no text under 'text' (it has no keys)", (0, 1)),
-    Row("no object", one("a.jsonl", b'["x"]\n'), "no text under 'text' (it is no object); expected one", (0, 1)),
-    Row("an array of lines", one("a.jsonl", b'[\n{"text": "x"},\n{"text": "y"}\n]\n'), "`jq -c .[]` makes", (1, 3)),
-    Row("an object of lines", one("a.jsonl", b'{\n"text": "x"\n}\n'), "expected one JSON object a line", (0, 3)),
-    Row("null", one("a.jsonl", b'{"text": null}\n'), "no text under 'text' (it is null)", (0, 1)),
-    Row("a list", one("a.jsonl", b'{"text": ["x"]}\n'), "no text under 'text' (it is a list)", (0, 1)),
-    Row("a number", one("a.jsonl", b'{"text": 7}\n'), "no text under 'text' (it is a number)", (0, 1)),
-    Row("5000 digits", one("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n"), "JSON that cannot be", (0, 1)),
-    Row("deep nesting", one("a.jsonl", b"[" * 100_000 + b"\n"), "a.jsonl, line at byte 0: JSON that cannot", (0, 1)),
-    Row("a control character", one("a.jsonl", b'{"text": "a\x01"}\n'), "byte 11: not JSON: Invalid control", (0, 1)),
-    Row("broken UTF-8", one("a.jsonl", GOOD + b'{"text": "\xff"}\n' + GOOD),
+    Bad("no key", one("a.jsonl", b"{}\n"), "line at byte 0: no text under 'text' (it has no keys)", (0, 1)),
+    Bad("no object", one("a.jsonl", b'["x"]\n'), "no text under 'text' (it is no object); expected one", (0, 1)),
+    Bad("an array of lines", one("a.jsonl", b'[\n{"text": "x"},\n{"text": "y"}\n]\n'), "`jq -c .[]` makes", (1, 3)),
+    Bad("an object of lines", one("a.jsonl", b'{\n"text": "x"\n}\n'), "expected one JSON object per line", (0, 3)),
+    Bad("null", one("a.jsonl", b'{"text": null}\n'), "no text under 'text' (it is null)", (0, 1)),
+    Bad("a list", one("a.jsonl", b'{"text": ["x"]}\n'), "no text under 'text' (it is a list)", (0, 1)),
+    Bad("a number", one("a.jsonl", b'{"text": 7}\n'), "no text under 'text' (it is a number)", (0, 1)),
+    Bad("5000 digits", one("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n"), "JSON that cannot be", (0, 1)),
+    Bad("deep nesting", one("a.jsonl", b"[" * 100_000 + b"\n"), "a.jsonl, line at byte 0: JSON that cannot", (0, 1)),
+    Bad("a control character", one("a.jsonl", b'{"text": "a\x01"}\n'), "byte 11: not JSON: Invalid control", (0, 1)),
+    Bad("broken UTF-8", one("a.jsonl", GOOD + b'{"text": "\xff"}\n' + GOOD),
         f"a.jsonl, byte {AT + 10}: neither UTF-8 nor Chinese in GB18030 (byte 0xff)", (2, 1)),
-    Row("GB18030", one("a.jsonl", GOOD + f'{{"text": "{CHINESE}"}}\n'.encode("gb18030")),
+    Bad("GB18030", one("a.jsonl", GOOD + f'{{"text": "{CHINESE}"}}\n'.encode("gb18030")),
         f"a.jsonl, byte {AT + 10}: not UTF-8 but Chinese in GB18030; say --encoding auto, or gb18030 if all", (1, 1)),
-    Row("UTF-8 where GB18030 is asked for", one("a.jsonl", '{"text": "萧炎斗"}\n'.encode()),
+    Bad("UTF-8 where GB18030 is asked for", one("a.jsonl", '{"text": "萧炎斗"}\n'.encode()),
         "a.jsonl, byte 18: not gb18030 but UTF-8; leave --encoding out, or say auto", (0, 1),
         ("--encoding", "gb18030")),
-    Row("a surrogate in UTF-8", one("a.jsonl", b'{"text": "\xed\xa0\x80"}\n'), "a.jsonl, byte 10: ", (0, 1)),
-    Row("UTF-16", one("a.jsonl", GOOD.decode().encode("utf-16")), "this is text in UTF-16: say --encoding", (0, 2)),
-    Row("zeros behind a crash", one("a.jsonl", GOOD + bytes(4096)), f"byte {AT}: this is not text but binary", (1, 1)),
-    Row("a line of a GB", giant("a.jsonl", GOOD + b'{"text": "'),
+    Bad("a surrogate in UTF-8", one("a.jsonl", b'{"text": "\xed\xa0\x80"}\n'), "a.jsonl, byte 10: ", (0, 1)),
+    Bad("UTF-16", one("a.jsonl", GOOD.decode().encode("utf-16")), "this is text in UTF-16: say --encoding", (0, 2)),
+    Bad("zeros after a crash", one("a.jsonl", GOOD + bytes(4096)), f"byte {AT}: this is not text but binary", (1, 1)),
+    Bad("a line of a GB", giant("a.jsonl", GOOD + b'{"text": "'),
         f"a.jsonl, line at byte {AT}: a document above 1 MB; allow it with --max-document-mb", (2, 1),
         ("--max-document-mb", "1", "--unit-mb", "2000")),
 ]  # fmt: skip
 IN_TXT = [
-    Row("broken UTF-8", one("a.txt", CHINESE.encode() + b"\xff"), "a.txt, byte 136: broken UTF-8 (byte 0xff)", (0, 1)),
-    Row("no encoding", one("a.txt", b"good\xff"), "a.txt, byte 4: neither UTF-8 nor Chinese in GB18030", (0, 1)),
-    Row("behind a BOM", one("a.txt", b"\xef\xbb\xbfab\xff"), "a.txt, byte 5: ", (0, 1)),
-    Row("cut off", one("a.txt", CHINESE.encode()[:-1]), "broken UTF-8: it ends within a character", (0, 1)),
-    Row("GB18030", one("a.txt", "萧炎".encode("gb18030")),
+    Bad("broken UTF-8", one("a.txt", CHINESE.encode() + b"\xff"), "a.txt, byte 136: broken UTF-8 (byte 0xff)", (0, 1)),
+    Bad("no encoding", one("a.txt", b"good\xff"), "a.txt, byte 4: neither UTF-8 nor Chinese in GB18030", (0, 1)),
+    Bad("after a BOM", one("a.txt", b"\xef\xbb\xbfab\xff"), "a.txt, byte 5: ", (0, 1)),
+    Bad("cut off", one("a.txt", CHINESE.encode()[:-1]), "broken UTF-8: it ends within a character", (0, 1)),
+    Bad("GB18030", one("a.txt", "萧炎".encode("gb18030")),
         "a.txt, byte 0: not UTF-8 but Chinese in GB18030; say --encoding auto, or gb18030 if all files are so", (0, 1)),
-    Row("Latin-1", one("a.txt", "déjà vu, élève".encode("latin-1")), "a.txt, byte 1: neither UTF-8 nor", (0, 1)),
-    Row("UTF-16", one("a.txt", "hello".encode("utf-16")), "this is text in UTF-16: say --encoding utf-16", (0, 1)),
-    Row("no UTF-16", one("a.txt", b"\xff\xfea"), "a.txt, byte 2: broken utf-16", None,
+    Bad("Latin-1", one("a.txt", "déjà vu, élève".encode("latin-1")), "a.txt, byte 1: neither UTF-8 nor", (0, 1)),
+    Bad("UTF-16", one("a.txt", "hello".encode("utf-16")), "this is text in UTF-16: say --encoding utf-16", (0, 1)),
+    Bad("no UTF-16", one("a.txt", b"\xff\xfea"), "a.txt, byte 2: broken utf-16", None,
         ("--encoding", "utf-16"), alone=True),
-    Row("neither of auto's", one("a.txt", b"a\xff\xff"), "a.txt, byte 1: neither UTF-8 nor Chinese", (0, 1),
+    Bad("neither of auto's", one("a.txt", b"a\xff\xff"), "a.txt, byte 1: neither UTF-8 nor Chinese", (0, 1),
         ("--encoding", "auto")),
-    Row("UTF-8 where Big5 is asked for", one("a.txt", CHINESE.encode()), "not big5 but UTF-8", (0, 1),
+    Bad("UTF-8 where Big5 is asked for", one("a.txt", CHINESE.encode()), "not big5 but UTF-8", (0, 1),
         ("--encoding", "big5")),
-    Row("NUL bytes", one("a.txt", b"text\0text"), "a.txt, byte 4: this is not text but binary data", (0, 1)),
-    Row("a picture", one("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "this is not text but binary data", (0, 1)),
-    Row("gzip", one("a.txt", gzip.compress(b"x")), "this is gzip: its name should end in .gz", (0, 1)),
-    Row("zstandard", one("a.txt", zstd.compress(b"x" * 99)), "this is zstandard: its name should end in .zst", (0, 1)),
-    Row("xz", one("a.txt", lzma.compress(b"x")), "this is xz: its name should end in .xz", (0, 1)),
-    Row("bzip2", one("a.txt", bz2.compress(b"x" * 99)), "this is bzip2: its name should end in .bz2", (0, 1)),
-    Row("a bad line in xz", one("a.jsonl.xz", lzma.compress(GOOD + b"bad\n" + GOOD)),
+    Bad("NUL bytes", one("a.txt", b"text\0text"), "a.txt, byte 4: this is not text but binary data", (0, 1)),
+    Bad("a picture", one("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "this is not text but binary data", (0, 1)),
+    Bad("gzip", one("a.txt", gzip.compress(b"x")), "this is gzip: its name should end in .gz", (0, 1)),
+    Bad("zstandard", one("a.txt", zstd.compress(b"x" * 99)), "this is zstandard: its name should end in .zst", (0, 1)),
+    Bad("xz", one("a.txt", lzma.compress(b"x")), "this is xz: its name should end in .xz", (0, 1)),
+    Bad("bzip2", one("a.txt", bz2.compress(b"x" * 99)), "this is bzip2: its name should end in .bz2", (0, 1)),
+    Bad("a bad line in xz", one("a.jsonl.xz", lzma.compress(GOOD + b"bad\n" + GOOD)),
         f"a.jsonl.xz, byte {AT} of its text: not JSON", (2, 1)),
-    Row("bz2 cut short", one("a.jsonl.bz2", truncated(bz2.compress(LINES), 4)), "it breaks off: the bzip2", (200, 1)),
-    Row("no bz2", one("a.txt.bz2", b"<html>404</html>"), "a.txt.bz2: it is no bzip2 file", (0, 1)),
-    Row("PDF", one("a.txt", b"%PDF-1.4\n\xe2\xe3\xcf\xd3\n"), "this is a PDF: take the text out of it first", (0, 1)),
-    Row("a book in epub", one("a.txt", b"PK\x03\x04\x14\0\0\0"), "this is a zip archive (epub and docx are", (0, 1)),
-    Row("a GB in one document", giant("a.txt", b""),
+    Bad("bz2 cut short", one("a.jsonl.bz2", truncated(bz2.compress(LINES), 4)), "it breaks off: the bzip2", (200, 1)),
+    Bad("no bz2", one("a.txt.bz2", b"<html>404</html>"), "a.txt.bz2: it is no bzip2 file", (0, 1)),
+    Bad("PDF", one("a.txt", b"%PDF-1.4\n\xe2\xe3\xcf\xd3\n"), "this is a PDF: take the text out of it first", (0, 1)),
+    Bad("a book in epub", one("a.txt", b"PK\x03\x04\x14\0\0\0"), "this is a zip archive (epub and docx are", (0, 1)),
+    Bad("a GB in one document", giant("a.txt", b""),
         "a.txt: a document above 1 MB; cut the text into documents with --separator, or allow it", (0, 1),
         ("--max-document-mb", "1"), plan=True),
-    Row("a MB and no separator in it", one("a.txt", b"a@@" + b"b" * 1_100_000 + b"@@c"),
+    Bad("a MB and no separator in it", one("a.txt", b"a@@" + b"b" * 1_100_000 + b"@@c"),
         "a.txt, document at byte 3: a document above 1 MB; allow it with", (2, 1),
         ("--max-document-mb", "1", "--separator", "@@")),
-    Row("one bad of three documents", one("a.txt", b"a\n==\nb\xff\n==\nc"), "a.txt, byte 6: neither UTF-8", (2, 1),
+    Bad("one bad of three documents", one("a.txt", b"a\n==\nb\xff\n==\nc"), "a.txt, byte 6: neither UTF-8", (2, 1),
         ("--separator", r"\n==\n")),
-    Row("all empty", {"a.txt": b"", "b.jsonl": b""}, "hold no text: all of their files are empty",
+    Bad("all empty", {"a.txt": b"", "b.jsonl": b""}, "hold no text: all of their files are empty",
         plan=True, alone=True),
 ]  # fmt: skip
 FLIPPED = gzip.compress(LINES, mtime=0)
 IN_PACKED = [
-    Row("gz cut short", one("a.jsonl.gz", truncated(gzip.compress(LINES), 4)), " of its text: it breaks off", (200, 1)),
-    Row("a text in gz cut short", one("a.txt.gz", truncated(gzip.compress(LINES))), "a.txt.gz: it breaks off", (0, 1)),
-    Row("gz with a wrong checksum", one("a.jsonl.gz", changed(FLIPPED, len(FLIPPED) - 8)), "its gzip checks", (0, 1)),
-    Row("gz damaged", one("a.jsonl.gz", FLIPPED[:20] + b"\xff" * 40 + FLIPPED[60:]), "it is damaged", (0, 1)),
-    Row("something behind gz", one("a.jsonl.gz", FLIPPED + b"<html>"), "behind its end there is something", (200, 1)),
-    Row("no gz", one("a.jsonl.gz", b"<html>404</html>"), "a.jsonl.gz, byte 0 of its text: it is no gzip", (0, 1)),
-    Row("no gz, and its encoding is to be found out", one("a.jsonl.gz", b"<html>404</html>"), "it is no gzip", (0, 1),
+    Bad("gz cut short", one("a.jsonl.gz", truncated(gzip.compress(LINES), 4)), " of its text: it breaks off", (200, 1)),
+    Bad("a text in gz cut short", one("a.txt.gz", truncated(gzip.compress(LINES))), "a.txt.gz: it breaks off", (0, 1)),
+    Bad("gz with a wrong checksum", one("a.jsonl.gz", changed(FLIPPED, len(FLIPPED) - 8)), "its gzip checks", (0, 1)),
+    Bad("gz damaged", one("a.jsonl.gz", FLIPPED[:20] + b"\xff" * 40 + FLIPPED[60:]), "it is damaged", (0, 1)),
+    Bad("something after gz", one("a.jsonl.gz", FLIPPED + b"<html>"), "what follows its end is not gzip", (200, 1)),
+    Bad("no gz", one("a.jsonl.gz", b"<html>404</html>"), "a.jsonl.gz, byte 0 of its text: it is no gzip", (0, 1)),
+    Bad("no gz, and its encoding is to be found out", one("a.jsonl.gz", b"<html>404</html>"), "it is no gzip", (0, 1),
         ("--encoding", "auto")),
-    Row("gz of nothing", one("a.txt.gz", b""), "a.txt.gz: it breaks off: the gzip file was cut short", (0, 1)),
-    Row("a bad line in gz", one("a.jsonl.gz", gzip.compress(GOOD + b"bad\n" + GOOD)),
+    Bad("gz of nothing", one("a.txt.gz", b""), "a.txt.gz: it breaks off: the gzip file was cut short", (0, 1)),
+    Bad("a bad line in gz", one("a.jsonl.gz", gzip.compress(GOOD + b"bad\n" + GOOD)),
         f"a.jsonl.gz, byte {AT} of its text: not JSON", (2, 1)),
-    Row("a bomb of gz", one("a.txt.gz", gzip.compress(bytes(9_000_000))), "a.txt.gz: a document above 1 MB", (0, 1),
+    Bad("a bomb of gz", one("a.txt.gz", gzip.compress(bytes(9_000_000))), "a.txt.gz: a document above 1 MB", (0, 1),
         ("--max-document-mb", "1")),
-    Row("a bomb of jsonl.zst", one("a.jsonl.zst", zstd.compress(bytes(9_000_000) + b"\n" + GOOD)), "above 1 MB", (1, 1),
+    Bad("a bomb of jsonl.zst", one("a.jsonl.zst", zstd.compress(bytes(9_000_000) + b"\n" + GOOD)), "above 1 MB", (1, 1),
         ("--max-document-mb", "1")),
-    Row("zst cut short", one("a.jsonl.zst", zstd.compress(LINES) + truncated(zstd.compress(LINES))),
+    Bad("zst cut short", one("a.jsonl.zst", zstd.compress(LINES) + truncated(zstd.compress(LINES))),
         f"byte {len(LINES)} of its text: it breaks off: the zstandard file was cut short", (200, 1)),
-    Row("a bad zst frame", one("a.jsonl.zst", zstd.compress(LINES) + changed(zstd.compress(LINES), 12)),
+    Bad("a bad zst frame", one("a.jsonl.zst", zstd.compress(LINES) + changed(zstd.compress(LINES), 12)),
         f"a.jsonl.zst, byte {len(LINES)} of its text: it is damaged", (200, 1)),
-    Row("something behind zst", one("a.jsonl.zst", zstd.compress(LINES) + b"<html>"), "behind its end there", (200, 1)),
-    Row("no zst", one("a.txt.zst", b"<html>404</html>"), "a.txt.zst: it is no zstandard file", (0, 1)),
-    Row("zst with a long window", one("a.txt.zst", long_window()), "its window is above 128 MB: pack it anew", (0, 1)),
-    Row("a text between separators cut short", one("a.txt.zst", truncated(zstd.compress(LINES))), "it breaks off",
+    Bad("something after zst", one("a.jsonl.zst", zstd.compress(LINES) + b"<html>"), "what follows its end", (200, 1)),
+    Bad("no zst", one("a.txt.zst", b"<html>404</html>"), "a.txt.zst: it is no zstandard file", (0, 1)),
+    Bad("zst with a long window", one("a.txt.zst", long_window()), "its window is above 128 MB: compress it", (0, 1)),
+    Bad("a text between separators cut short", one("a.txt.zst", truncated(zstd.compress(LINES))), "it breaks off",
         (0, 1), ("--separator", r"\n")),
 ]  # fmt: skip
 IN_PARQUET = [
-    Row("no such column", table("a.parquet", body=["x"], id=[7]), "a.parquet: no column 'text' (it has body (string), "
+    Bad("no such column", table("a.parquet", body=["x"], id=[7]), "a.parquet: no column 'text' (it has body (string), "
         "id (int64)); name the right one with --text-key", (0, 1), plan=True),
-    Row("a column of numbers", table("a.parquet", text=[7]), "its column 'text' is of int64", (0, 1), plan=True),
-    Row("a column of lists", table("a.parquet", text=[["x"]]), "its column 'text' is of list<", (0, 1), plan=True),
-    Row("a column of bytes", table("a.parquet", text=[b"x"]), "its column 'text' is of binary", (0, 1), plan=True),
-    Row("two such columns", twice_the_same_column, "more than one column 'text'", (0, 1), plan=True),
-    Row("no parquet", one("a.parquet", b"<html>404</html>"), "no parquet file that can be read", (0, 1), plan=True),
-    Row("an empty file", one("a.parquet", b""), "no parquet file that can be read", (0, 1), plan=True),
-    Row("a damaged page", damaged_parquet, "a.parquet, row 0 (counted from 0): row group 0 is damaged", (20, 1)),
-    Row("a string that is none", bad_string, "a.parquet, row 1 (counted from 0): not UTF-8 (byte 1", (2, 1)),
-    Row("a row of a MB", table("a.parquet", text=["a", "é" * 600_000, "b"]), "a.parquet, row 1 (counted from 0): a doc",
+    Bad("a column of numbers", table("a.parquet", text=[7]), "its column 'text' is of int64", (0, 1), plan=True),
+    Bad("a column of lists", table("a.parquet", text=[["x"]]), "its column 'text' is of list<", (0, 1), plan=True),
+    Bad("a column of bytes", table("a.parquet", text=[b"x"]), "its column 'text' is of binary", (0, 1), plan=True),
+    Bad("two such columns", twice_the_same_column, "more than one column 'text'", (0, 1), plan=True),
+    Bad("no parquet", one("a.parquet", b"<html>404</html>"), "no parquet file that can be read", (0, 1), plan=True),
+    Bad("an empty file", one("a.parquet", b""), "no parquet file that can be read", (0, 1), plan=True),
+    Bad("a damaged page", damaged_parquet, "a.parquet, row 0 (counted from 0): row group 0 is damaged", (20, 1)),
+    Bad("a string that is none", bad_string, "a.parquet, row 1 (counted from 0): not UTF-8 (byte 1", (2, 1)),
+    Bad("a row of a MB", table("a.parquet", text=["a", "é" * 600_000, "b"]), "a.parquet, row 1 (counted from 0): a doc",
         (2, 1), ("--max-document-mb", "1")),
 ]  # fmt: skip
 FILES = [
-    Row("a link to nothing", link("a.txt", "gone"), "a.txt: a link to gone, which cannot be opened: No such", (0, 1),
+    Bad("a link to nothing", link("a.txt", "gone"), "a.txt: a link to gone, which cannot be opened: No such", (0, 1),
         plan=True),
-    Row("a link to itself", link("a.txt", "a.txt"), "cannot be opened: Too many levels of symbolic", (0, 1), plan=True),
-    Row("a link upwards", link("a", ".."), "a link in a circle, to a folder that it is in: ..", (0, 1), plan=True),
-    Row("links in a circle", links_in_a_circle, "links that lead in a circle", (0, 2), plan=True),
-    Row("a pipe", lambda folder: os.mkfifo(folder / "a.txt"), "a.txt: no file but a pipe", (0, 1), plan=True),
-    Row("a name with the end of a line", one("a\nb.txt", b"\0"), "/a\\nb.txt, byte 0: this is not text", (0, 1)),
-    Row("a name that is no UTF-8", one(os.fsdecode(b"a\xff.txt"), b"\0"), "/a\\xff.txt, byte 0: this is", (0, 1)),
+    Bad("a link to itself", link("a.txt", "a.txt"), "cannot be opened: Too many levels of symbolic", (0, 1), plan=True),
+    Bad("a link upwards", link("a", ".."), "a link in a circle, to a folder that it is in: ..", (0, 1), plan=True),
+    Bad("links in a circle", links_in_a_circle, "links that lead in a circle", (0, 2), plan=True),
+    Bad("a pipe", lambda folder: os.mkfifo(folder / "a.txt"), "a.txt: no file but a pipe", (0, 1), plan=True),
+    Bad("a name with the end of a line", one("a\nb.txt", b"\0"), "/a\\nb.txt, byte 0: this is not text", (0, 1)),
+    Bad("a name that is no UTF-8", one(os.fsdecode(b"a\xff.txt"), b"\0"), "/a\\xff.txt, byte 0: this is", (0, 1)),
 ]  # fmt: skip
 
 
@@ -272,17 +272,17 @@ class Run:
     monkeypatch: pytest.MonkeyPatch
     tokenizer: Path
 
-    def __call__(self, *words: str | Path) -> tuple[int, str, str]:
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
         given = ["--tokenizer", str(self.tokenizer), "--val-fraction", "0", "--workers", "1", "--unit-mb", "1"]
-        self.monkeypatch.setattr(sys, "argv", ["make_shards", *given, *map(str, words)])
+        self.monkeypatch.setattr(sys, "argv", ["make_shards", *given, *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             cli.run(make_shards.main)
         out, err = self.capsys.readouterr()
         assert isinstance(left.value.code, int)
         return left.value.code, out, err
 
-    def refused(self, says: str, *words: str | Path, status: int = 2) -> None:
-        code, out, err = self(*words)
+    def refused(self, says: str, *arguments: str | Path, status: int = 2) -> None:
+        code, out, err = self(*arguments)
         assert (code, says in err) == (status, True), (code, out, err)
         assert err.startswith("error: ")
         assert err.count("\n") == 1, err
@@ -301,17 +301,17 @@ def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 
 def work(out: Path) -> dict[str, tuple[int, int, bytes]]:
-    """What must stay of a folder of shards: the units, the plan, and what is not ours."""
+    """What must stay of a folder of shards: the units, the plan, and the user's files."""
     return {name: found for name, found in everything(out).items()
             if Path(name).is_file() and "/prep/shares/" not in name and "/tokenizer/" not in name}  # fmt: skip
 
 
 def fill(folder: Path, files: Files, alone: bool = False) -> None:
-    """The files of a row between two good ones; the first is a unit of its own."""
+    """The files of a case, between two good ones; the first is a unit of its own."""
     folder.mkdir()
     if not alone:
         (folder / "0.jsonl").write_bytes(b'{"text": "before"}\n'.ljust(999_999) + b"\n")
-        (folder / "z.jsonl").write_bytes(b'{"text": "behind"}\n')
+        (folder / "z.jsonl").write_bytes(b'{"text": "after"}\n')
     if isinstance(files, dict):
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -320,41 +320,41 @@ def fill(folder: Path, files: Files, alone: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
+    "case",
     [*IN_JSONL, *IN_TXT, *IN_PACKED, *IN_PARQUET, *FILES],
-    ids=lambda row: row.about.replace(" ", "_"),
+    ids=lambda case: case.about.replace(" ", "_"),
 )
-def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, tmp_path: Path) -> None:
+def test_a_bad_file_is_reported_or_counted_and_nothing_is_lost(case: Bad, run: Run, tmp_path: Path) -> None:
     given, out = tmp_path / "in", tmp_path / "out"
-    fill(given, row.files, row.alone)
+    fill(given, case.files, case.alone)
     before = everything(given)
 
-    run.refused(row.says, given, "--out", out, *row.flags)
+    run.refused(case.says, given, "--out", out, *case.flags)
     finished = out / "prep" / "units" / "000000" / "record.json"
-    assert finished.exists() == row.first_unit
-    assert out.exists() != row.plan
-    if not row.plan:
+    assert finished.exists() == case.first_unit
+    assert out.exists() != case.plan
+    if not case.plan:
         (out / "NOTES").write_text("years of work")
         made = work(out)
-        run.refused(row.says, given, "--out", out, *row.flags)
+        run.refused(case.says, given, "--out", out, *case.flags)
         assert work(out) == made
     assert not (out / "manifest.json").exists()
     assert everything(given) == before
 
     out = tmp_path / "skip"
-    words = [given, "--out", out, *row.flags, "--on-bad-input", "skip"]
-    if row.left is None:
-        assert run(*words)[0] == 2
+    arguments: list[str | Path] = [given, "--out", out, *case.flags, "--on-bad-input", "skip"]
+    if case.left is None:
+        assert run(*arguments)[0] == 2
         return
-    documents, aside = row.left
-    code, said, err = run(*words)
+    documents, skipped = case.left
+    code, said, err = run(*arguments)
     assert (code, err) == (0, ""), err
-    assert f"left out: {aside} bad input, listed in skipped.jsonl" in said
+    assert f"left out: {skipped} bad input, listed in skipped.jsonl" in said
     manifest = shard_format.read_manifest(out)
     assert sum(shard.documents for shard in manifest.shards) == documents + 2
-    assert manifest.counts["skipped"] == aside
+    assert manifest.counts["skipped"] == skipped
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
-    assert sum(row["count"] for row in listed) == aside
+    assert sum(row["count"] for row in listed) == skipped
     assert all(row["name"][0] != "/" and row["problem"] for row in listed)
     assert verify.verify(out, manifest) == []
     assert everything(given) == before
@@ -371,7 +371,7 @@ def test_a_bad_file_is_told_or_counted_and_nothing_is_lost(row: Row, run: Run, t
         ("n" * 300, [], "(File name too long)"),
         ("a.txt/b", [], "(Not a directory)"),
         ("gone/*.txt", [], "there is no folder "),
-        ("*.md", [], "/*.md matches no file ending in .txt or .jsonl (also with .gz, .zst, .xz or .bz2 behind it), "),
+        ("*.md", [], "/*.md matches no file ending in .txt or .jsonl (also compressed: .gz, .zst, .xz or .bz2), "),
         ("empty", [], "/empty has no files ending in .txt or .jsonl"),
         ("a.jsonl", [], "/a.jsonl has no files ending in .txt or .jsonl"),
         ("README.md", [], "README.md: its name ends in '.md', expected .txt or .jsonl"),
@@ -427,7 +427,7 @@ def test_an_input_or_option_that_means_nothing_is_refused_before_anything_is_mad
 
 
 @contextmanager
-def nobody() -> Iterator[None]:
+def without_root() -> Iterator[None]:
     """Without root's power over files, for as long as the block runs."""
     user = os.geteuid()
     if user == 0:
@@ -440,13 +440,13 @@ def nobody() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder(tokenizer_folder: Path) -> Iterator[Path]:
-    """A folder that anybody may enter, unlike pytest's own, with the tokenizer in it and a folder for anybody."""
+    """A folder that every user may enter, unlike pytest's own, with the tokenizer in it and a writable folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         shutil.copytree(tokenizer_folder, folder / "tokenizer")
-        (folder / "anybody").mkdir()
-        (folder / "anybody").chmod(0o777)
+        (folder / "writable").mkdir()
+        (folder / "writable").chmod(0o777)
         yield folder
         for path in folder.rglob("*"):
             if not path.is_symlink():
@@ -456,23 +456,23 @@ def open_folder(tokenizer_folder: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("name", "says"), [("a.txt", "a.txt: no permission to read it"), ("a", "this folder cannot be")]
 )
-def test_what_may_not_be_read_is_told_or_counted(name: str, says: str, run: Run, open_folder: Path) -> None:
+def test_what_may_not_be_read_is_reported_or_counted(name: str, says: str, run: Run, open_folder: Path) -> None:
     given = open_folder / "in"
     fill(given, one("a.txt", b"mine") if name == "a.txt" else lambda folder: (folder / "a").mkdir())
     (given / name).chmod(0)
     run.tokenizer = open_folder / "tokenizer"
-    with nobody():
-        run.refused(says, given, "--out", open_folder / "anybody" / "out")
-        assert not (open_folder / "anybody" / "out").exists()
-        code, said, err = run(given, "--out", open_folder / "anybody" / "out", "--on-bad-input", "skip")
+    with without_root():
+        run.refused(says, given, "--out", open_folder / "writable" / "out")
+        assert not (open_folder / "writable" / "out").exists()
+        code, said, err = run(given, "--out", open_folder / "writable" / "out", "--on-bad-input", "skip")
     assert (code, err, "left out: 1 bad input" in said) == (0, "", True)
 
 
-def test_a_folder_that_may_not_be_written_is_told(run: Run, open_folder: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_reported(run: Run, open_folder: Path) -> None:
     fill(open_folder / "in", {})
     run.tokenizer = open_folder / "tokenizer"
     before = everything(open_folder)
-    with nobody():
+    with without_root():
         run.refused("Permission denied", open_folder / "in", "--out", open_folder / "out", status=1)
     assert everything(open_folder) == before
 
@@ -489,7 +489,7 @@ def test_the_shards_of_another_tokenizer_stay(run: Run, tmp_path: Path) -> None:
     assert everything(out) == before
 
 
-def test_standard_input_is_not_copied_into_a_folder_that_is_not_ours(
+def test_standard_input_is_not_copied_into_a_folder_with_other_files(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -510,11 +510,11 @@ def test_a_file_where_the_folder_should_be_stays(run: Run, tmp_path: Path) -> No
     assert (tmp_path / "out").read_text() == "years of work"
 
 
-def test_a_full_disk_is_told_and_what_is_finished_stays(run: Run, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(words, capture_output=True, check=False).returncode:
+    arguments = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(arguments, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small file system")
     try:
         fill(tmp_path / "in", one("a.txt", os.urandom(500_000).hex().encode()))
@@ -537,15 +537,15 @@ def test_a_full_disk_is_told_and_what_is_finished_stays(run: Run, tmp_path: Path
 def test_the_command_reads_standard_input_and_refuses_another_on_a_rerun(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    words = ["-", "--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1"]
+    arguments = ["-", "--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1"]
 
     def piped(content: bytes, *more: str) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, "-m", "data_prep.make_shards", *words, *more], input=content, cwd=ROOT,
-                              capture_output=True, check=False, timeout=120)  # fmt: skip
+        command = [sys.executable, "-m", "data_prep.make_shards", *arguments, *more]
+        done = subprocess.run(command, input=content, cwd=ROOT, capture_output=True, check=False, timeout=120)
         return done.returncode, (done.stdout + done.stderr).decode()
 
     bad = GOOD + b"bad\n"
-    for content, says in ((bad, f"stdin.jsonl, byte {AT}: not JSON"), (GOOD, "standard input is not what it was")):
+    for content, says in ((bad, f"stdin.jsonl, byte {AT}: not JSON"), (GOOD, "standard input has changed")):
         status, said = piped(content, "--out", str(tmp_path / "out"))
         assert (status, says in said, "Traceback" in said) == (2, True, False), said
     status, said = piped(bad, "--out", str(tmp_path / "skip"), "--on-bad-input", "skip")

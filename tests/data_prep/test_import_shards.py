@@ -1,7 +1,7 @@
 """data_prep.export and data_prep.import_shards: to other programs' token files, and from them.
 
 What the others' files look like is written down here once more, from their descriptions: nanoGPT's prepare.py
-puts end-of-text behind each document, llm.c's scripts before, and cut their shards anywhere.
+puts end-of-text after each document, llm.c's scripts before, and cut their shards anywhere.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def imported(tokenizer_folder: Path, tmp_path: Path) -> Import:
 
     def run(kind: str, *arguments: Path | str, split: str = "train", out: str = "out") -> tuple[Documents, Manifest]:
         folder = tmp_path / out
-        words = ["--from", kind, *map(str, arguments), "--out", str(folder), "--tokenizer", str(tokenizer_folder)]
-        assert import_shards.main(words) == 0
+        argv = ["--from", kind, *map(str, arguments), "--out", str(folder), "--tokenizer", str(tokenizer_folder)]
+        assert import_shards.main(argv) == 0
         manifest = shard_format.read_manifest(folder)
         assert verify.verify(folder, manifest) == []
         names = [shard.name for shard in manifest.shards if shard.split == split]
@@ -122,19 +122,19 @@ def test_what_is_exported_and_imported_is_the_same_data_set(folder: Path, tmp_pa
 
 def written_in_every_way(random: np.random.Generator, folder: Path, documents: Documents, end: int) -> list[Run]:
     before = [token for document in documents for token in (end, *document)]
-    behind = [token for document in documents for token in (*document, end)]
+    eot_after = [token for document in documents for token in (*document, end)]
     parts = [part.tolist() for part in np.split(before, sorted(random.integers(1, len(before), 2))) if len(part)]
     bare = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
     return [
         ("nanogpt", [nanogpt(folder / "before.bin", before)]),
-        ("nanogpt", [nanogpt(folder / "behind.bin", behind)]),
+        ("nanogpt", [nanogpt(folder / "eot_after.bin", eot_after)]),
         ("nanogpt", [nanogpt(folder / "between.bin", before[1:])]),
         ("llmc", [llmc(folder / f"llmc_{n}.bin", part) for n, part in enumerate(parts)]),
         ("llmc", [llmc(folder / f"wide_{n}.bin", part, 20240801, 7) for n, part in enumerate(parts)]),
         ("megatron", [megatron(folder / "bare.bin", bare, lengths)]),
-        ("megatron", [megatron(folder / "eod.bin", behind, [n + 1 for n in lengths], letter="i")]),
-        ("megatron", [megatron(folder / "ours.bin", before, [n + 1 for n in lengths], letter="q")]),
+        ("megatron", [megatron(folder / "eod.bin", eot_after, [n + 1 for n in lengths], letter="i")]),
+        ("megatron", [megatron(folder / "eot_before.bin", before, [n + 1 for n in lengths], letter="q")]),
     ]
 
 
@@ -152,12 +152,12 @@ def test_every_way_to_write_documents_gives_the_same_ones(
 ) -> None:
     """Random documents, cut into pieces and files of random sizes: none of it shows in the documents."""
     random = np.random.default_rng(seed)
-    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", int(random.integers(1, 30)))
-    monkeypatch.setattr(megatron_index, "PIECE_SEQUENCES", int(random.integers(1, 5)))
+    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", int(random.integers(1, 30)))
+    monkeypatch.setattr(megatron_index, "CHUNK_SEQUENCES", int(random.integers(1, 5)))
     documents = random_documents(random, bpe)
     expected = [[bpe.end_of_text, *document] for document in documents]
     for kind, paths in written_in_every_way(random, tmp_path, documents, bpe.end_of_text):
-        cut = document_splitter.Documents(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 41)
+        cut = document_splitter.DocumentSplitter(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 41)
         blocks = [*(cut.add(piece) for path in paths for piece in foreign_readers.READERS[kind](path)), cut.rest()]
         found = [part.tolist() for tokens, lengths in blocks for part in np.split(tokens, np.cumsum(lengths))[:-1]]
         assert found == expected, paths
@@ -181,7 +181,7 @@ def test_every_way_to_write_documents_gives_the_same_data_set(
 def test_megatrons_sequences_may_lie_anywhere_and_several_make_a_document(
     tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", 2)
+    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", 2)
     path = megatron(
         tmp_path / "a.bin", range(1, 11), [3, 2, 0, 4, 1], borders=[0, 2, 3, 5], places=[2 * 7, 2 * 5, 0, 0, 2 * 4]
     )
@@ -196,7 +196,7 @@ def test_megatrons_sequences_may_lie_anywhere_and_several_make_a_document(
 def test_documents_with_nothing_in_them_are_left_out_and_counted(
     piece: int, tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", piece)
+    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", piece)
     end = bpe.end_of_text
     for number, (ids, empty) in enumerate((([end, 1, end, end, 2, 3], 1), ([1, end, end, end, 2, 3, end], 2))):
         found, manifest = imported("nanogpt", nanogpt(tmp_path / "a.bin", ids), out=f"out{number}")
@@ -215,7 +215,7 @@ def test_an_end_of_text_of_their_own_becomes_that_of_the_tokenizer(
     assert found == [[bpe.end_of_text, 1, 2], [bpe.end_of_text, 3]]
 
 
-def test_the_split_is_told_by_the_name_or_by_the_option(tmp_path: Path, imported: Import) -> None:
+def test_the_split_is_decided_by_the_name_or_by_the_option(tmp_path: Path, imported: Import) -> None:
     for name in ("fineweb_train_000001", "fineweb_val_000000", "validated", "interval"):
         llmc(tmp_path / f"{name}.bin", [1, 2, 3])
     files = sorted(tmp_path.glob("*.bin"))
@@ -233,7 +233,7 @@ def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
     done = command("data_prep.import_shards", "--from", "nanogpt", str(tmp_path / "a.bin"),
                    "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder))  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"end-of-text {bpe.end_of_text} behind each document" in done.stdout
+    assert f"end-of-text {bpe.end_of_text} after each document" in done.stdout
     assert "it begins: 'import hashlib" in done.stdout
 
 
@@ -242,17 +242,17 @@ def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
     ("ids", "convention"),
     [
         ([511, 1, 511, 2], "before each document"),
-        ([1, 511, 2, 511], "behind each document"),
+        ([1, 511, 2, 511], "after each document"),
         ([1, 511, 2], "between documents, of which the first and the last may be parts"),
         ([1, 2], "nowhere"),
     ],
 )
-def test_where_the_end_of_text_stood_is_told(
+def test_where_the_end_of_text_was_is_reported(
     ids: list[int], convention: str, piece: int, tmp_path: Path, bpe: interface.Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(foreign_readers, "PIECE_TOKENS", piece)
-    documents = document_splitter.Documents(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 100)
+    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", piece)
+    documents = document_splitter.DocumentSplitter(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 100)
     assert bpe.end_of_text == 511
     for found in foreign_readers.nanogpt(nanogpt(tmp_path / "a.bin", ids)):
         documents.add(found)
@@ -269,8 +269,8 @@ def test_the_commands_of_the_pages_do_what_is_shown(
     shown = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
     lines = re.findall(r"^python -m data_prep\.(\w+) (.*)$", shown, flags=re.MULTILINE)
     assert [name for name, _ in lines] == [*mains]
-    for name, words in lines:
-        assert mains[name]([str(there.get(word, word)) for word in words.split()]) == 0
+    for name, arguments in lines:
+        assert mains[name]([str(there.get(word, word)) for word in arguments.split()]) == 0
     assert f"{tmp_path / 'imported'}: complete" in capsys.readouterr().out
     assert documents_of(tmp_path / "imported", "val") == documents_of(shards_folder, "val")
 
@@ -284,10 +284,10 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "empty": ("nanogpt", lambda p: p.write_bytes(b""), "0 bytes, expected a number of uint16 tokens"),
     "odd": ("nanogpt", lambda p: p.write_bytes(b"abc"), "3 bytes, expected a number of uint16 tokens"),
     "llm.c's": ("nanogpt", lambda p: llmc(p, [1, 2]), "use --from llmc"),
-    "nanoGPT's": ("llmc", lambda p: nanogpt(p, [1] * 600), "may be for --from nanogpt"),
-    "half a header": ("llmc", lambda p: p.write_bytes(MAGIC), "has no header of llm.c's"),
+    "nanoGPT's": ("llmc", lambda p: nanogpt(p, [1] * 600), "may be nanoGPT's: --from nanogpt"),
+    "half a header": ("llmc", lambda p: p.write_bytes(MAGIC), "has no header of llm.c"),
     "header alone": ("llmc", lambda p: llmc(p, []), "do not fit the 0 uint16 tokens"),
-    "old magic": ("llmc", lambda p: llmc(p, [1], 20240520 + 1), "has no header of llm.c's"),
+    "old magic": ("llmc", lambda p: llmc(p, [1], 20240520 + 1), "has no header of llm.c"),
     "truncated": ("llmc", lambda p: p.write_bytes(MAGIC + bytes(1012 + 9)), "1,033 bytes do not fit the 5 uint16"),
     "too long": ("llmc", lambda p: p.write_bytes(MAGIC + bytes(1012 + 11)), "1,035 bytes do not fit the 5 uint16"),
     "negative": ("llmc", lambda p: p.write_bytes(struct.pack("<3i", 20240520, 1, -1) + bytes(1022)), "the -1 uint"),
@@ -299,7 +299,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "floats": ("megatron", lambda p: megatron(p, [1, 2], [2], letter="f"), "floating-point numbers, code 7"),
     "other magic": ("megatron", lambda p: megatron(p, [1], [1], head=b"TNTIDX\0\0\0"), "start with MMIDIDX"),
     "version 2": ("megatron", lambda p: megatron(p, [1], [1], version=2), "version 2, expected 1"),
-    "code 9": ("megatron", lambda p: megatron(p, [1], [1], code=9), "unknown kind of tokens, code 9"),
+    "code 9": ("megatron", lambda p: megatron(p, [1], [1], code=9), "unknown type of tokens, code 9"),
     "many sequences": ("megatron", lambda p: megatron(p, [1], [1], sequences=2**63), "9,223,372,036,854,775,808 seq"),
     "no borders": ("megatron", lambda p: megatron(p, [1], [1], borders=[]), "no document borders"),
     "index too long": ("megatron", lambda p: megatron(p, [1], [1], tail=b"ab"), "64 bytes, but 1 sequences"),
@@ -318,14 +318,12 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_none_of_theirs_is_refused_and_leaves_nothing_behind(
-    name: str, tmp_path: Path, tokenizer_folder: Path
-) -> None:
+def test_other_files_are_refused_and_nothing_is_left(name: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     kind, make, sentence = BAD[name]
     make(tmp_path / "a.bin")
-    words = ["--from", kind, str(tmp_path / "a.bin"), "--out", str(tmp_path / "out"), "--tokenizer"]
+    arguments = ["--from", kind, str(tmp_path / "a.bin"), "--out", str(tmp_path / "out"), "--tokenizer"]
     with pytest.raises(ValueError, match=sentence) as error:
-        import_shards.main([*words, str(tokenizer_folder)])
+        import_shards.main([*arguments, str(tokenizer_folder)])
     assert str(tmp_path / "a.") in str(error.value) or name == "nothing in it"
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
@@ -333,10 +331,10 @@ def test_what_is_none_of_theirs_is_refused_and_leaves_nothing_behind(
 def test_a_failure_takes_away_the_shards_that_were_finished(tmp_path: Path, tokenizer_folder: Path) -> None:
     """The bad id comes last, when other shards are whole."""
     path = llmc(tmp_path / "a.bin", [0, 1, 2, 0, 3, 4, 0, 1, 0, 5000])
-    words = ["--from", "llmc", str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
+    arguments = ["--from", "llmc", str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="token 9 is 5,000"):
-        patch.setattr(foreign_readers, "PIECE_TOKENS", 2)
-        import_shards.main([*words, "--end-of-text", "0", "--shard-tokens", "3"])
+        patch.setattr(foreign_readers, "CHUNK_TOKENS", 2)
+        import_shards.main([*arguments, "--end-of-text", "0", "--shard-tokens", "3"])
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -344,7 +342,7 @@ def test_the_place_of_a_bad_id_counts_all_tokens_before_it(
     tmp_path: Path, imported: Import, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the index is read in pieces."""
-    monkeypatch.setattr(megatron_index, "PIECE_SEQUENCES", 1)
+    monkeypatch.setattr(megatron_index, "CHUNK_SEQUENCES", 1)
     path = megatron(tmp_path / "a.bin", [1, 2, 3, 4, 5, 6000, 7], [2, 2, 3])
     with pytest.raises(ValueError, match=r"a\.bin: token 5 is 6,000"):
         imported("megatron", path)
@@ -363,9 +361,9 @@ def test_options_that_do_not_fit_are_refused(
     ids: list[int], options: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
     path = nanogpt(tmp_path / "a.bin", ids)
-    words = ["--from", "nanogpt", str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
+    arguments = ["--from", "nanogpt", str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
     with pytest.raises(ValueError, match=sentence):
-        import_shards.main([*words, *options])
+        import_shards.main([*arguments, *options])
 
 
 def test_a_wrong_end_of_text_id_is_noticed_by_the_right_one(

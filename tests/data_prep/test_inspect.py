@@ -1,4 +1,4 @@
-"""data_prep.inspect: what it tells of a data set is what is in it."""
+"""data_prep.inspect: what it reports of a data set is what is in it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from data_prep import inspect, make_shards
 from data_prep.token_files import chunked_file
 from hpcgpt.data import shard_format
 from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from tests.data.test_shard_format import read_like_megatron, write
 from tests.programs import command
 
@@ -38,6 +39,12 @@ def documents_of(folder: Path, split: str) -> list[list[int]]:
     return [d for shard in manifest.shards if shard.split == split for d in read_like_megatron(folder / shard.name)]
 
 
+def tokenizer_of(folder: Path) -> ByteLevelBPE:
+    tokenizer = save_load.load(folder / "tokenizer")
+    assert isinstance(tokenizer, ByteLevelBPE)
+    return tokenizer
+
+
 def asked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
     assert inspect.main([str(folder), "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)
@@ -47,13 +54,13 @@ def asked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> An
 
 
 def test_the_summary_agrees_with_the_documents_themselves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest, made_with = shard_format.read_manifest(folder), save_load.load(folder / "tokenizer")
+    manifest, tokenizer = shard_format.read_manifest(folder), tokenizer_of(folder)
     found = asked(folder, capsys)
     assert (found["digest"], found["dtype"], found["tokenizer"]) == (manifest.digest, "uint16", manifest.tokenizer)
     assert set(found["splits"]) == {"train", "val"}
     for split, about in found["splits"].items():
         documents = documents_of(folder, split)
-        text = "".join(made_with.encoding.decode(document[1:]) for document in documents)
+        text = "".join(tokenizer.encoding.decode(document[1:]) for document in documents)
         tokens = sum(map(len, documents))
         assert (about["documents"], about["tokens"]) == (len(documents), tokens)
         assert about["characters_per_token"] == len(text) / tokens
@@ -68,7 +75,7 @@ def test_lengths_are_those_that_numpy_finds(
 ) -> None:
     """With all, some and none of the documents counted as long ones."""
     monkeypatch.setattr(inspect, "LONG", long)
-    monkeypatch.setattr(inspect, "PIECE_DOCUMENTS", 7)
+    monkeypatch.setattr(inspect, "CHUNK_DOCUMENTS", 7)
     about = asked(folder, capsys)["splits"]["train"]["document_tokens"]
     lengths = [len(document) for document in documents_of(folder, "train")]
     percentiles = {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in inspect.PERCENTILES}
@@ -84,21 +91,21 @@ def test_lengths_are_those_that_numpy_finds(
 def test_the_command_prints_for_people(folder: Path) -> None:
     done = command("data_prep.inspect", str(folder))
     assert (done.returncode, done.stderr) == (0, "")
-    for words in (
+    for message in (
         "bpe512, 512 ids as uint16",
         "train      ",
         "val        ",
-        "tokens a document: ",
+        "tokens per document: ",
         "left out   nothing",
     ):
-        assert words in done.stdout
+        assert message in done.stdout
 
 
 # --- a page ----------------------------------------------------------------------------------------
 
 
 def test_documents_are_found_with_its_place_and_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made_with = save_load.load(folder / "tokenizer")
+    tokenizer = tokenizer_of(folder)
     for split in ("train", "val"):
         for number, document in [*enumerate(documents_of(folder, split))][::7]:
             found = asked(folder, capsys, "--split", split, "--document", str(number))["document"]
@@ -111,8 +118,8 @@ def test_documents_are_found_with_its_place_and_text(folder: Path, capsys: pytes
             ]
             text = "".join(page["text"] for page in pages)
             # A page cannot cut a character, so even the first ones alone are text.
-            assert text == "<|endoftext|>" + made_with.encoding.decode(document[1:])[: len(text) - 13]
-            assert found["pages"] > 4 or len(text) - 13 == len(made_with.encoding.decode(document[1:]))
+            assert text == "<|endoftext|>" + tokenizer.encoding.decode(document[1:])[: len(text) - 13]
+            assert found["pages"] > 4 or len(text) - 13 == len(tokenizer.encoding.decode(document[1:]))
 
 
 @pytest.mark.parametrize("page_tokens", [1, 2, 3, 5, 64])
@@ -121,17 +128,17 @@ def test_no_page_cuts_a_character(
 ) -> None:
     """The tokenizer was trained on English: a Chinese character is three tokens of a byte each."""
     monkeypatch.setattr(inspect, "PAGE_TOKENS", page_tokens)
-    made_with = save_load.load(folder / "tokenizer")
-    ids = np.array(made_with.encode("明月 é a😀光"), dtype=np.uint16)
-    pages = [inspect.page_text(made_with, ids, n + 1) for n in range(-(-len(ids) // page_tokens))]
+    tokenizer = tokenizer_of(folder)
+    ids = np.array(tokenizer.encode("明月 é a😀光"), dtype=np.uint16)
+    pages = [inspect.page_text(tokenizer, ids, n + 1) for n in range(-(-len(ids) // page_tokens))]
     assert "".join(pages) == "明月 é a😀光"
     assert capsys.readouterr().out == ""
 
 
 def test_a_terminal_is_sent_nothing_that_it_would_obey(folder: Path) -> None:
-    made_with = save_load.load(folder / "tokenizer")
+    tokenizer = tokenizer_of(folder)
     begins = {
-        made_with.encoding.decode(document[1:4]): (split, str(number))
+        tokenizer.encoding.decode(document[1:4]): (split, str(number))
         for split in ("train", "val")
         for number, document in enumerate(documents_of(folder, split))
     }
@@ -163,7 +170,7 @@ def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
     documents = shard_format.read_manifest(copy).shards[0].documents
     index[34 + 4 * documents : 42 + 4 * documents] = (2**62).to_bytes(8, "little")
     (copy / "train_000000.idx").write_bytes(index)
-    with pytest.raises(ValueError, match=r"train_000000\.idx: document 0 lies outside of the \.bin"):
+    with pytest.raises(ValueError, match=r"train_000000\.idx: document 0 is outside of the \.bin"):
         inspect.main([str(copy), "--document", "0"])
     (copy / "train_000000.idx").write_bytes(index[:100])
     for options in ([], ["--document", "0"]):
@@ -178,7 +185,7 @@ def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
 def test_the_histogram_counts_every_token(
     split: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(chunked_file, "PIECE_TOKENS", 1000)
+    monkeypatch.setattr(chunked_file, "CHUNK_TOKENS", 1000)
     tokens = [*chain(*(d for name in ([split] if split else ["train", "val"]) for d in documents_of(folder, name)))]
     options = ["--split", split] if split else []
     found = asked(folder, capsys, "--histogram", "--top", "1000", *options)["histogram"]
@@ -186,13 +193,13 @@ def test_the_histogram_counts_every_token(
     assert {row["id"]: row["count"] for row in found["top"]} == Counter(tokens)
     assert found["ids_that_occur"] == len(set(tokens))
     assert [row["count"] for row in found["top"]] == sorted((row["count"] for row in found["top"]), reverse=True)
-    made_with = save_load.load(folder / "tokenizer")
+    tokenizer = tokenizer_of(folder)
     whole = [row for row in found["top"] if "\ufffd" not in row["text"]]
     assert len(whole) > 100
-    assert all(row["text"] == made_with.encoding.decode([row["id"]]) for row in whole)
+    assert all(row["text"] == tokenizer.encoding.decode([row["id"]]) for row in whole)
 
 
-def test_an_id_outside_of_the_vocabulary_is_told_with_its_file(folder: Path, tmp_path: Path) -> None:
+def test_an_id_outside_of_the_vocabulary_is_reported_with_its_file(folder: Path, tmp_path: Path) -> None:
     manifest = write(tmp_path / "shards", {"train": [[[0, 1]], [[0, 600]]]})
     copy = tmp_path / "shards"
     shutil.copytree(folder / "tokenizer", copy / "tokenizer")

@@ -1,4 +1,4 @@
-"""data_prep.make_shards: the same shards however often it is killed and whoever makes them."""
+"""data_prep.make_shards: the same shards however often it is killed, and however the work is divided."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import regex
+import regex  # type: ignore[import-untyped]
 
 from data_prep import make_shards, verify
 from data_prep.pipeline import dedup, finalize, plan, task_share
-from data_prep.pipeline.task_share import Share
+from data_prep.pipeline.task_share import TaskShare
 from hpcgpt.data import shard_format, shard_reader
 from hpcgpt.tokenizer import save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
@@ -36,7 +36,7 @@ def make(*arguments: str | Path, out: Path, env: dict[str, str] | None = None) -
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The data set in a folder: everything but the notes of who is to make what, and hidden leftovers."""
+    """The data set in a folder: everything but the plan, the leases and hidden leftovers."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and not path.name.startswith(".")
             and "prep" not in path.relative_to(folder).parts}  # fmt: skip
@@ -148,23 +148,24 @@ def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(t
 
 
 def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus: Path) -> None:
-    words = save_load.load(whole / "tokenizer")
+    tokenizer = save_load.load(whole / "tokenizer")
+    assert isinstance(tokenizer, ByteLevelBPE)
     lines = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     manifest = shard_format.read_manifest(whole)
     found: dict[str, list[str]] = {}
     for name in manifest.splits:
         split = shard_reader.open_split(whole, manifest, name)
         ids = split.read(0, split.tokens)
-        assert ids[0] == words.end_of_text
-        borders = np.append(np.flatnonzero(ids == words.end_of_text), len(ids))
-        found[name] = [words.encoding.decode(ids[a + 1 : b].tolist()) for a, b in pairwise(borders)]
+        assert ids[0] == tokenizer.end_of_text
+        borders = np.append(np.flatnonzero(ids == tokenizer.end_of_text), len(ids))
+        found[name] = [tokenizer.encoding.decode(ids[a + 1 : b].tolist()) for a, b in pairwise(borders)]
     assert sorted(found["train"] + found["val"]) == sorted(lines)
     assert 0.05 < len(found["val"]) / len(lines) < 0.2
     assert [text for text in lines if text in set(found["train"])] == found["train"]
     assert verify.verify(whole, manifest) == []
 
 
-def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
+def test_the_manifest_says_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
     manifest = shard_format.read_manifest(whole)
     assert manifest.inputs == [{"name": "corpus.jsonl", "bytes": corpus.stat().st_size}]
     assert manifest.tokenizer["fingerprint"] == save_load.load(tokenizer_folder).fingerprint
@@ -173,7 +174,7 @@ def test_the_manifest_tells_where_the_tokens_come_from(whole: Path, corpus: Path
     assert sum(shard.text_bytes for shard in manifest.shards) == text
 
 
-# --- whoever makes them, however often it is killed ------------------------------------------------
+# --- however the work is divided, however often it is killed ---------------------------------------
 
 
 @pytest.mark.parametrize("workers", [2, 7])
@@ -184,7 +185,7 @@ def test_the_number_of_workers_changes_no_byte(workers: int, options: list[str],
 
 
 def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole: Path, tmp_path: Path) -> None:
-    """Tasks 4 and 0 to 3 one after the other, then all at once: whoever is last writes the manifest."""
+    """Tasks 4 and 0 to 3 one after the other, then all at once: the last one writes the manifest."""
     for name, together in (("in turn", False), ("at once", True)):
         out = tmp_path / name
         running = []
@@ -200,9 +201,9 @@ def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole
         assert files(out) == files(whole)
 
 
-def test_a_folder_that_another_task_claims_meanwhile_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_task_claims_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at what is in it and the look for the plan, and the other way round."""
-    look = plan._foreign
+    look = plan._has_other_files
 
     def claimed_before(out: Path) -> bool:
         claim()
@@ -219,7 +220,7 @@ def test_a_folder_that_another_task_claims_meanwhile_is_ours(tmp_path: Path, mon
 
     for number, way in enumerate((claimed_before, claimed_after)):
         out = tmp_path / str(number)
-        monkeypatch.setattr(plan, "_foreign", way)
+        monkeypatch.setattr(plan, "_has_other_files", way)
         plan.check_ours(out)
 
 
@@ -232,10 +233,10 @@ def make_task(options: list[str], out: Path, task: int, tasks: int) -> subproces
 @contextmanager
 def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.Popen[bytes]]:
     """make_shards in a process group of its own, of which nothing is left afterwards."""
-    words = ["-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)]
+    arguments = ["-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)]
     process = subprocess.Popen(
-        # Whoever starts the tests in the background may have them ignore Ctrl-C, and that is inherited.
-        ["env", "--default-signal=INT", sys.executable, *words],
+        # A shell that starts the tests in the background makes them ignore Ctrl-C, and that is inherited.
+        ["env", "--default-signal=INT", sys.executable, *arguments],
         cwd=ROOT, env=clean_env(), start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE)  # fmt: skip
     try:
@@ -319,7 +320,7 @@ def test_a_start_that_ended_before_its_plan_was_written_is_started_again(moment:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, long: list[str], tmp_path: Path) -> None:
-    """On a login node nobody else would end them."""
+    """On a login node nothing else would end them."""
     with started(long, tmp_path / "out", 2) as process:
         wait_until_finished(tmp_path / "out", process, 1)
         assert len(members(process.pid)) >= 3
@@ -366,14 +367,15 @@ def test_ctrl_c_ends_with_status_130_and_without_a_traceback(long: list[str], lo
 def in_shards(out: Path) -> list[str]:
     """Every document of a data set, split by split, with its split's name before it."""
     manifest = shard_format.read_manifest(out)
-    words = save_load.load(out / "tokenizer", manifest.tokenizer["fingerprint"])
+    tokenizer = save_load.load(out / "tokenizer", manifest.tokenizer["fingerprint"])
+    assert isinstance(tokenizer, ByteLevelBPE)
     found = []
     for shard in manifest.shards:
         ids = shard_reader.open_tokens(out / f"{shard.name}.bin")
         lengths = shard_format.document_lengths((out / f"{shard.name}.idx").read_bytes())
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-            assert ids[end - length] == words.end_of_text
-            found.append(f"{shard.split}: " + words.encoding.decode(ids[end - length + 1 : end].tolist()))
+            assert ids[end - length] == tokenizer.end_of_text
+            found.append(f"{shard.split}: " + tokenizer.encoding.decode(ids[end - length + 1 : end].tolist()))
     return found
 
 
@@ -412,7 +414,7 @@ def test_of_equal_documents_the_first_stays(
     assert len(shard_format.read_manifest(tmp_path / "all").shards) > 4
 
 
-def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
+def test_killed_while_it_removes_duplicates_or_renames_shards_it_continues(
     copies: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each of the files that are written or moved once all units are finished."""
@@ -436,7 +438,7 @@ def test_killed_while_it_removes_duplicates_or_gives_names_it_goes_on(
 
         return hit
 
-    for module, name in ((finalize, "_move"), (dedup, "_kept"), (dedup, "_remove_replaced")):
+    for module, name in ((finalize, "_move"), (dedup, "_rewrite"), (dedup, "_remove_replaced")):
         monkeypatch.setattr(module, name, count_down(getattr(module, name)))
     kills = 0
     while not (out / "manifest.json").exists():
@@ -499,7 +501,7 @@ def test_two_runs_into_one_folder_are_refused_where_their_shares_overlap(
     """This process holds share 1 of 5: task 1 of 2 would do the same units sometime, and so would 11 of 20."""
     out = tmp_path / "out"
     make_task(options, out, 4, 5).communicate()
-    with task_share.taken(out, Share(1, 5)):
+    with task_share.acquire(out, TaskShare(1, 5)):
         second = make(*options, "--task", str(task), "--tasks", str(tasks), out=out)
     if refused:
         assert second.returncode == 2
@@ -609,9 +611,9 @@ def test_a_file_that_is_added_beside_the_shards_stays(options: list[str], tmp_pa
 )
 def test_a_mistaken_option_is_refused(flags: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    words = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1", *flags]
+    arguments = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1", *flags]
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *words])
+        make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -667,7 +669,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("room", "workers"), [(0, 1), (9_000, 1), (30_000, 1), (2_000_000, 1), (2_000_000, 2)])
-def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
+def test_a_full_disk_ends_in_a_sentence_and_a_rerun_continues(
     room: int, workers: int, options: list[str], whole: Path, small_disk: Path
 ) -> None:
     """Full at every stage: at the plan, at the tokenizer, in mid-shard."""
@@ -692,11 +694,11 @@ def test_a_full_disk_ends_in_a_sentence_and_a_rerun_goes_on(
     assert list(out.rglob(".*")) == []
 
 
-def test_a_corpus_too_small_for_its_validation_split_is_told_so_and_kept(tmp_path: Path) -> None:
+def test_a_corpus_too_small_for_its_validation_split_causes_a_warning_and_is_kept(tmp_path: Path) -> None:
     """Twenty novels and one in a hundred: tokenizing them all must not have been in vain."""
     (tmp_path / "a.txt").write_text("x")
     done = command("data_prep.make_shards", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
                    "--val-fraction", "0.000001")  # fmt: skip
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: no document fell into validation (1 documents, ")
+    assert done.stderr.startswith("warning: no document was held out for validation (1 documents, ")
     assert shard_format.read_manifest(tmp_path / "out").splits == ["train"]

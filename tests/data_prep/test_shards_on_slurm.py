@@ -119,7 +119,7 @@ def test_an_array_that_loses_a_node_in_mid_work_makes_the_same_files(site: Site,
         assert files(out) == files(whole)
         signal.pidfd_send_signal(orphan, signal.SIGCONT)
         gone(orphan)
-        assert "has taken this folder" in (site.home / f"shards-{job}_{task}.out").read_text()
+        assert "has taken over" in (site.home / f"shards-{job}_{task}.out").read_text()
         assert files(out) == files(whole)
     finally:
         os.close(orphan)
@@ -139,8 +139,8 @@ def gone(process: int) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_a_task_whose_time_is_over_requeues_itself_and_goes_on(site: Site, whole: Path) -> None:
-    """Slurm's signal before the time limit, sent by hand so that nobody waits for a minute."""
+def test_a_task_whose_time_is_over_requeues_itself_and_continues(site: Site, whole: Path) -> None:
+    """Slurm's signal before the time limit, sent by hand so that the test does not wait for a minute."""
     out = site.home / "limited"
     job = site.sbatch(out, "--array=0")
     wait_for_units(out, 2)
@@ -158,5 +158,5 @@ def test_an_array_with_holes_is_refused_with_one_that_has_none(site: Site, tmp_p
     while site.states(job) != {"FAILED"}:
         assert time.monotonic() < deadline, site.logs(job)
         time.sleep(0.3)
-    assert "submit one without holes, such as --array=0-2" in site.logs(job)
+    assert "submit an array without gaps, such as --array=0-2" in site.logs(job)
     assert not (tmp_path / "out").exists()

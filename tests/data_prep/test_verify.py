@@ -19,11 +19,11 @@ from tests.programs import ROOT, clean_env
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-def test_any_number_of_workers_tells_the_same_in_the_same_order(
+def test_any_number_of_workers_reports_the_same_in_the_same_order(
     workers: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "PIECE_TOKENS", 500)
-    monkeypatch.setattr(verify, "PIECE_DOCUMENTS", 2)
+    monkeypatch.setattr(verify, "CHUNK_TOKENS", 500)
+    monkeypatch.setattr(verify, "CHUNK_DOCUMENTS", 2)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     manifest = shard_format.read_manifest(copy)
     assert verify.verify(copy, manifest, workers) == []
@@ -48,8 +48,8 @@ def test_quick_looks_at_sizes_and_headers_only(
     flip(copy / "train_000001.idx", 26)
     (copy / "val_000000.bin").write_bytes(b"")
     found = "\n".join(verify.verify(copy, shard_format.read_manifest(copy), quick=True))
-    for words in ("train_000000.bin: not a token shard", "train_000001.idx: ", "val_000000.bin is truncated"):
-        assert words in found
+    for message in ("train_000000.bin: not a token shard", "train_000001.idx: ", "val_000000.bin is truncated"):
+        assert message in found
     with pytest.raises(ValueError, match="--workers 0: expected 1 or more"):
         verify.main([str(copy), "--workers", "0"])
 
@@ -74,8 +74,8 @@ def test_verify_needs_no_more_memory_for_a_larger_shard(folder: Path, tmp_path: 
         file.truncate(1024 + 2 * tokens)
     index = shard_format.index(width, np.array([tokens]))
     (tmp_path / "train_000000.idx").write_bytes(index)
-    sums = [shard_format.checksum(tmp_path / f"train_000000.{suffix}") for suffix in ("bin", "idx")]
-    shard = shard_format.Shard("train_000000", "train", tokens, 1, 1024 + 2 * tokens, *sums, 0, 0, 0, 0)
+    xxh3, idx_xxh3 = (shard_format.checksum(tmp_path / f"train_000000.{suffix}") for suffix in ("bin", "idx"))
+    shard = shard_format.Shard("train_000000", "train", tokens, 1, 1024 + 2 * tokens, xxh3, idx_xxh3, 0, 0, 0, 0)
     about = shard_format.read_manifest(folder).tokenizer | {"end_of_text": 0}
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     shard_format.write_manifest(tmp_path, "uint16", about, [], "by hand", {}, [shard])

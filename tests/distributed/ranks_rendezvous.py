@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     Path(argv[0], f"up.{os.getpid()}").touch()
     ranks = rendezvous.connect(world.discover(), torch.device("cpu"), Path(argv[0]), "auto", float(argv[1]))
     total = torch.tensor([ranks.world.rank])
-    dist.all_reduce(total, group=ranks.control)
+    dist.all_reduce(total, group=ranks.cpu_group)
     print("met", ranks.world.rank, int(total), flush=True)
     rendezvous.disconnect()
     return 0

@@ -20,7 +20,7 @@ from hpcgpt.distributed.world import Ranks
 
 # Which rank is sent which signals, one case after the other.
 CASES: dict[str, dict[int, list[signal.Signals]]] = {
-    "nobody": {},
+    "no rank": {},
     "the last rank alone": {3: [signal.SIGUSR1]},
     "two ranks with different reasons": {1: [signal.SIGINT], 2: [signal.SIGTERM]},
     "every rank the same": {rank: [signal.SIGUSR2] for rank in range(4)},
@@ -29,26 +29,26 @@ CASES: dict[str, dict[int, list[signal.Signals]]] = {
 
 
 def agreed(ranks: Ranks, out: Path) -> dict[str, str]:
-    told = {}
+    reported = {}
     for name, sent in CASES.items():
         flag = StopFlag(None, 60.0, {})
         flag.install()
         for number in sent.get(ranks.world.rank, []):
             os.kill(os.getpid(), number)
-        told[name] = flag.agree(ranks).name
+        reported[name] = flag.agree(ranks).name
     stop_file = out / "STOP"
     if ranks.world.is_first:
         stop_file.touch()
-    told["a file that only rank 0 looks for"] = (
+    reported["a file that only rank 0 looks for"] = (
         StopFlag(stop_file if ranks.world.is_first else None, 60.0, {}).agree(ranks).name
     )
     for name, whose in {"the clock of rank 0": 0, "the clock of another rank": 2}.items():
         end = {"SLURM_JOB_END_TIME": "1"} if ranks.world.rank == whose else {}
-        told[name] = StopFlag(None, 60.0, end).agree(ranks).name
-    return told
+        reported[name] = StopFlag(None, 60.0, end).agree(ranks).name
+    return reported
 
 
-def rounds_until_told(ranks: Ranks) -> int:
+def rounds_until_stop(ranks: Ranks) -> int:
     """In which round of asking the ranks stop, if rank 2 gets a signal at a moment of its own."""
     flag = StopFlag(None, 60.0, {})
     flag.install()
@@ -63,8 +63,8 @@ def rounds_until_told(ranks: Ranks) -> int:
 def main(out: Path) -> None:
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
-    told = {"agreed": agreed(ranks, out), "rounds": [rounds_until_told(ranks) for _ in range(5)]}
-    (out / f"rank_{here.rank}.json").write_text(json.dumps(told))
+    reported = {"agreed": agreed(ranks, out), "rounds": [rounds_until_stop(ranks) for _ in range(5)]}
+    (out / f"rank_{here.rank}.json").write_text(json.dumps(reported))
     rendezvous.disconnect()
 
 

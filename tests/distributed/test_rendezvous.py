@@ -225,7 +225,7 @@ def test_one_rank_meets_nobody_and_opens_nothing(tmp_path: Path) -> None:
     import torch
 
     alone = discover({})
-    assert rendezvous.connect(alone, torch.device("cpu"), tmp_path, "auto", 1).control is None
+    assert rendezvous.connect(alone, torch.device("cpu"), tmp_path, "auto", 1).cpu_group is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from hpcgpt.distributed.stop_signals import SIGNALS, Stop, StopFlag, leave_at, s
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env, on_ranks
 
-# After each line on stdin it tells its reason.
+# After each line on stdin it prints its reason.
 ASK = """
 import sys
 from hpcgpt.distributed.stop_signals import StopFlag
@@ -112,8 +112,8 @@ def test_without_a_reason_there_is_none(tmp_path: Path) -> None:
     flag = StopFlag(tmp_path / "STOP", 60.0, {})
     assert flag.here() == flag.agree(ALONE) == Stop.NO
     assert not flag.agree(ALONE)
-    assert Stop.NO.words == ""
-    assert all(reason.words for reason in Stop if reason)
+    assert Stop.NO.message == ""
+    assert all(reason.message for reason in Stop if reason)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def run_until_told(flag: StopFlag, clock: list[float], steps_s: Sequence[float]) -> float:
+def run_until_stop(flag: StopFlag, clock: list[float], steps_s: Sequence[float]) -> float:
     """Step, and look after each step, until the flag says stop; when that was."""
     flag.look_from_now()
     for step_s in steps_s:
         clock[0] += step_s
         if flag.agree(ALONE, after_step=True):
             return clock[0]
-    raise AssertionError("never told to stop")
+    raise AssertionError("never asked to stop")
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_steps_of_any_length_are_saved_before_the_job_ends(clock: list[float], s
         end = clock[0] + 7200 + offset
         flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
         flag.save_takes(20.0)
-        told_at = run_until_told(flag, clock, [step_s] * 10_000)
-        assert told_at + 2 * 20.0 <= end
-        assert end - told_at <= 1.25 * step_s + max(60.0, 50.0) + step_s, "much earlier than is needed"
+        stop_at = run_until_stop(flag, clock, [step_s] * 10_000)
+        assert stop_at + 2 * 20.0 <= end
+        assert end - stop_at <= 1.25 * step_s + max(60.0, 50.0) + step_s, "much earlier than is needed"
         clock[0] = end
 
 
@@ -302,10 +302,10 @@ def test_under_nohup_a_hangup_is_still_ignored() -> None:
 def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_round(tmp_path: Path) -> None:
     done = on_ranks(4, "tests.distributed.ranks_stop_signals", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    told = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(4)]
-    for rank in told:
+    reported = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(4)]
+    for rank in reported:
         assert rank["agreed"] == {
-            "nobody": "NO",
+            "no rank": "NO",
             "the last rank alone": "TIME_LIMIT",
             "two ranks with different reasons": "TERMINATED",
             "every rank the same": "TIME_LIMIT",
@@ -314,8 +314,8 @@ def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_rou
             "the clock of rank 0": "TIME_LIMIT",
             "the clock of another rank": "NO",
         }
-        assert rank["rounds"] == told[0]["rounds"]
-    assert len(set(told[0]["rounds"])) > 1
+        assert rank["rounds"] == reported[0]["rounds"]
+    assert len(set(reported[0]["rounds"])) > 1
 
 
 # --- children --------------------------------------------------------------------------------------
@@ -333,9 +333,9 @@ def test_a_child_started_in_the_shield_is_deaf_to_our_signals(number: signal.Sig
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.send_signal(number)
-    assert kept.communicate() == (b"lives\n", None)
+    assert kept.communicate()[0] == b"lives\n"
     assert kept.returncode == 0
-    assert bare.communicate() == (b"", None), "without the shield it would live too, so this shows nothing"
+    assert bare.communicate()[0] == b"", "without the shield it would survive too, so this shows nothing"
 
 
 @pytest.mark.usefixtures("handlers")

@@ -86,7 +86,7 @@ def test_a_shell_is_alone_also_inside_an_allocation(env: dict[str, str]) -> None
     ],
 )
 def test_variables_that_contradict_each_other_are_refused(env: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="started an impossible process"):
+    with pytest.raises(ValueError, match=r"the variables of .* contradict each other"):
         discover(env)
 
 
@@ -123,7 +123,7 @@ def at(local_rank: int, rank: int | None = None) -> World:
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "visible", "requested", "promised", "index"),
+    ("local_rank", "visible", "requested", "allocated", "index"),
     [
         (0, 4, "auto", True, 0),
         (3, 4, "auto", True, 3),
@@ -137,9 +137,9 @@ def at(local_rank: int, rank: int | None = None) -> World:
     ],
 )
 def test_the_device_is_the_local_rank_or_the_only_one(
-    local_rank: int, visible: int, requested: str, promised: bool, index: int | None
+    local_rank: int, visible: int, requested: str, allocated: bool, index: int | None
 ) -> None:
-    assert device_index(at(local_rank), visible, requested, promised) == index
+    assert device_index(at(local_rank), visible, requested, allocated) == index
 
 
 def test_the_device_is_not_the_global_rank() -> None:
@@ -147,25 +147,25 @@ def test_the_device_is_not_the_global_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "visible", "requested", "promised", "sentence"),
+    ("local_rank", "visible", "requested", "allocated", "sentence"),
     [
         (0, 0, "cuda", 0, "run.device is cuda, but torch sees none"),
         (0, 0, "cuda", 4, "run.device is cuda, but torch sees none"),
         (0, 0, "auto", 4, "Slurm gave this job GPUs, but torch sees none"),
         (2, 2, "auto", 2, "local rank 2, but only 2 GPUs are visible"),
-        (2, 2, "auto", 3, "Slurm gave this job 3 GPUs here, and torch sees 2: a GPU is dead"),
+        (2, 2, "auto", 3, "Slurm gave this job 3 GPUs here, but torch sees 2: a GPU has failed"),
     ],
 )
 def test_no_gpu_or_too_few_of_them_is_an_error_and_no_fallback(
-    local_rank: int, visible: int, requested: str, promised: int, sentence: str
+    local_rank: int, visible: int, requested: str, allocated: int, sentence: str
 ) -> None:
     """The course's script left with status 0, untrained. What Slurm gave and torch does not see is the node's fault."""
-    with pytest.raises(NodeError if promised > visible else UserError, match=sentence):
-        device_index(at(local_rank), visible, requested, promised)
+    with pytest.raises(NodeError if allocated > visible else UserError, match=sentence):
+        device_index(at(local_rank), visible, requested, allocated)
 
 
 def test_a_task_has_the_cores_that_slurm_says_and_never_more_than_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "quota", lambda: None)
+    monkeypatch.setattr(world, "cgroup_cpu_limit", lambda: None)
     allowed = len(os.sched_getaffinity(0))
     assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "1"}) == 1
     assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "100000"}) == allowed
@@ -191,8 +191,8 @@ def test_a_container_has_the_cores_whose_time_it_gets(
     (root / "a/b").mkdir(parents=True)
     for place, words in limits.items():
         (root / place / "cpu.max").write_text(f"{words}\n")
-    assert world.quota(own, root) == cores
-    assert world.quota(tmp_path / "none", root) is None
-    monkeypatch.setattr(world, "quota", lambda: 1)
+    assert world.cgroup_cpu_limit(own, root) == cores
+    assert world.cgroup_cpu_limit(tmp_path / "none", root) is None
+    monkeypatch.setattr(world, "cgroup_cpu_limit", lambda: 1)
     assert world.cores(World(0, 0, 1, 1, "alone", ""), {}) == 1
     assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "100000"}) == 1

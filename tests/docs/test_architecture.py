@@ -97,6 +97,24 @@ def test_the_walks_name_functions_and_a_wrong_one_is_found() -> None:
     assert missing(wrong) == ["hpcgpt/train.py:mains", "hpcgpt/trains.py:main", "slurm/pretrain.sbatch:decided"]
 
 
+def line_of(path: Path, name: str) -> int:
+    """The line of `f` or `Class.method` in a file."""
+    owner, _, method = name.rpartition(".")
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    if owner:
+        (nodes,) = [node.body for node in nodes if isinstance(node, ast.ClassDef) and node.name == owner]
+    (line,) = [node.lineno for node in nodes if isinstance(node, ast.FunctionDef) and node.name == method]
+    return line
+
+
+def test_the_lines_that_a_walk_names_are_those_of_the_functions() -> None:
+    found = re.findall(r"`([\w/]+\.py):([\w.]+)`(?:, | \()line (\d+)", ARCHITECTURE)
+    assert len(found) >= 7
+    assert {(path, name): int(line) for path, name, line in found} == {
+        (path, name): line_of(ROOT / path, name) for path, name, _ in found
+    }
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_file_that_is_named_exists(page: Path) -> None:
     named = re.findall(r"(?<![\w/.~-])((?:hpcgpt|data_prep|slurm|tests|benchmarks|docs)/[\w/.-]*\w)",

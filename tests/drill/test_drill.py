@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from hpcgpt.drill import __main__ as drill_command
 from hpcgpt.drill import compare
 from hpcgpt.drill import faults as drill_faults
 from hpcgpt.drill import report as drill_report
-from hpcgpt.drill.injector import Strike
+from hpcgpt.drill.injector import FaultResult, Recovery
 from hpcgpt.drill.report import Report, RoundReport
 from hpcgpt.drill.testbed import Rank
 from hpcgpt.drill.wandb_server import WandbServer
-from hpcgpt.drill.watched_run import CheckpointCounter, Undoing, Watched
+from hpcgpt.drill.watched_run import CheckpointCounter, CleanupStack, WatchedRun
 from hpcgpt.run import run_folder
 from tests.programs import ROOT, command
 
@@ -41,23 +41,23 @@ STEPS = 12
 def test_the_same_seed_draws_the_same_faults_and_another_one_others() -> None:
     names = list(drill_command.chosen("lab"))
     first, again, other = (drill_faults.draw(seed, names) for seed in (1, 1, 2))
-    drawn = [[deck.take() for _ in range(60)] for deck in (first, again, other)]
+    drawn = [[schedule.next() for _ in range(60)] for schedule in (first, again, other)]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
 
 
 def test_all_kinds_come_equally_often() -> None:
     names = list(drill_command.chosen("lab"))
-    deck = drill_faults.draw(3, names)
-    counts = Counter(deck.take().kind for _ in range(3 * len(names)))
+    schedule = drill_faults.draw(3, names)
+    counts = Counter(schedule.next().kind for _ in range(3 * len(names)))
     assert counts == dict.fromkeys(names, 3)
 
 
 def test_a_fault_that_could_not_be_used_yet_comes_next() -> None:
-    deck = drill_faults.draw(1, ["a", "b", "c"])
-    planned = deck.take()
-    deck.put_back(planned)
-    assert deck.take() is planned
+    schedule = drill_faults.draw(1, ["a", "b", "c"])
+    scheduled = schedule.next()
+    schedule.put_back(scheduled)
+    assert schedule.next() is scheduled
 
 
 def test_an_unknown_fault_is_refused_with_those_that_there_are() -> None:
@@ -115,7 +115,7 @@ def test_a_missing_tensor_and_a_missing_checkpoint_are_seen(trained: Path, other
     found = load_file(path)
     del found["rng/0/cpu"]
     save_file(found, path)
-    assert "in one of the two only: rng/0/cpu" in "\n".join(compare.differences(other, trained, STEPS))
+    assert "in only one of the two: rng/0/cpu" in "\n".join(compare.differences(other, trained, STEPS))
     shutil.rmtree(checkpoint)
     assert "there is no checkpoint" in "\n".join(compare.differences(other, trained, STEPS))
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_an_older_generation_after_a_newer_one_is_seen(trained: 
     path = other / "checkpoints/step_000000006/manifest.json"
     manifest = json.loads(path.read_bytes())
     path.write_text(json.dumps(manifest | {"generation": 5}))
-    assert "one before it of generation 5" in compare.differences(other, trained, STEPS)[0]
+    assert "one before it of attempt 5" in compare.differences(other, trained, STEPS)[0]
 
 
 def _sent(folder: Path) -> list[dict[str, Any]]:
@@ -180,12 +180,12 @@ def test_sync_completes_what_wandb_lacks_and_a_second_id_is_a_problem(
     trained: Path, tmp_path: Path, server: WandbServer
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "alone"))
-    told = "0 of 12 rows at the end, 0 missing, 0 doubled after sync"
-    assert compare.wandb_differences(folder, server, STEPS) == ([], told)
+    reported = "0 of 12 rows at the end, 0 missing, 0 doubled after sync"
+    assert compare.wandb_differences(folder, server, STEPS) == ([], reported)
     server.names["another"] = "alone"
-    (problem,), told = compare.wandb_differences(folder, server, STEPS)
+    (problem,), reported = compare.wandb_differences(folder, server, STEPS)
     assert "'another'" in problem
-    assert told == "12 of 12 rows at the end, 0 missing, 0 doubled after sync"
+    assert reported == "12 of 12 rows at the end, 0 missing, 0 doubled after sync"
 
 
 # --- wandb's server --------------------------------------------------------------------------------
@@ -212,9 +212,9 @@ def test_a_wandb_server_that_refuses_connections_answers_at_its_old_address_late
 
 
 class WandbOnly:
-    """A place of which the fault uses nothing else."""
+    """A testbed of which the fault uses nothing else."""
 
-    def __init__(self, server: WandbServer) -> None:
+    def __init__(self, server: WandbServer | None) -> None:
         self.wandb = server
 
 
@@ -222,12 +222,12 @@ class WandbOnly:
 def test_an_outage_of_wandb_is_of_the_kind_that_was_drawn_and_ends(
     tmp_path: Path, server: WandbServer, pick: float, mode: str
 ) -> None:
-    undo = Undoing(lambda _text: None)
-    planned = drill_faults.Planned("wandb outage", 2.0, pick, 0.5)
-    scene = drill_faults.Scene(WandbOnly(server), "1", [], Watched(tmp_path), planned, undo)  # type: ignore[arg-type]
-    assert drill_faults.stop_wandb(scene) == f"{mode}, 19 s"
+    cleanup = CleanupStack(lambda _text: None)
+    scheduled = drill_faults.ScheduledFault("wandb outage", 2.0, pick, 0.5)
+    context = drill_faults.FaultContext(WandbOnly(server), "1", [], WatchedRun(tmp_path), scheduled, cleanup)  # type: ignore[arg-type]
+    assert drill_faults.stop_wandb(context) == f"{mode}, 19 s"
     assert server.mode == mode
-    undo.all()
+    cleanup.run_all()
     assert server.mode == "healthy"
 
 
@@ -235,7 +235,7 @@ def test_an_outage_of_wandb_is_of_the_kind_that_was_drawn_and_ends(
 
 
 class Restarts:
-    """A place where the next attempt has begun when it is looked at again, as after a quick requeue."""
+    """A testbed where the next attempt has begun at the second look, as after a quick requeue."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[bytes]] = []
@@ -250,49 +250,93 @@ class Restarts:
 
 
 def test_the_next_attempt_is_hit_even_if_it_is_there_at_the_first_look(tmp_path: Path) -> None:
-    place, planned = Restarts(), drill_faults.Planned("kill in a start", 2.0, 0.0, 0.0)
-    scene = drill_faults.Scene(place, "1", [], Watched(tmp_path), planned, Undoing(print))  # type: ignore[arg-type]
-    assert drill_faults.kill_in_start(scene) == "rank 0 on here, 0.0 s after it began"
-    assert [process.wait() for process in place.started] == [-signal.SIGKILL] * 2
+    testbed, scheduled = Restarts(), drill_faults.ScheduledFault("kill in a start", 2.0, 0.0, 0.0)
+    context = drill_faults.FaultContext(testbed, "1", [], WatchedRun(tmp_path), scheduled, CleanupStack(print))  # type: ignore[arg-type]
+    assert drill_faults.kill_in_start(context) == "rank 0 on here, 0.0 s after it began"
+    assert [process.wait() for process in testbed.started] == [-signal.SIGKILL] * 2
 
 
-# --- undoing ---------------------------------------------------------------------------------------
+# --- recovery --------------------------------------------------------------------------------------
+
+
+def _step(run: WatchedRun, step: int, attempt: int) -> None:
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "attempt": attempt, "time": time.time()}) + "\n")
+
+
+def _recovery(run: WatchedRun, expected: drill_faults.Expected, cleanup: CleanupStack) -> Recovery:
+    scheduled = drill_faults.ScheduledFault("a", 2.0, 0.0, 0.0)
+    context = drill_faults.FaultContext(WandbOnly(None), "1", [], run, scheduled, cleanup)  # type: ignore[arg-type]
+    return Recovery(context, expected, attempt=1)
+
+
+def test_after_a_fault_that_ends_the_attempt_the_next_one_has_to_make_a_step(tmp_path: Path) -> None:
+    run, result = WatchedRun(tmp_path), FaultResult(1, 0.0, "a", "", "missed", 5)
+    _step(run, 5, attempt=1)
+    recovery = _recovery(run, "restart", CleanupStack(print))
+    assert not recovery.is_complete()
+    _step(run, 6, attempt=1)
+    assert not recovery.is_complete(), "the attempt that was hit has made a last step"
+    run_folder.record(tmp_path, "start", attempt=2, step=4)
+    _step(run, 5, attempt=2)
+    assert recovery.is_complete()
+    recovery.describe(result)
+    assert (result.outcome, result.lost_steps) == ("came back", 2)
+    assert result.back_s is not None
+    assert result.back_s > 0
+
+
+def test_after_a_fault_that_the_attempt_survives_a_step_counts_once_the_cleanup_is_done(tmp_path: Path) -> None:
+    run, result, cleanup = WatchedRun(tmp_path), FaultResult(1, 0.0, "a", "", "missed", 5), CleanupStack(print)
+    cleanup.add("the disk has room again", lambda: None, 0)
+    recovery = _recovery(run, "on", cleanup)
+    _step(run, 6, attempt=1)
+    assert not recovery.is_complete()
+    cleanup.run_all()
+    assert not recovery.is_complete(), "that step was made before the cleanup"
+    _step(run, 7, attempt=1)
+    assert recovery.is_complete()
+    recovery.describe(result)
+    assert (result.outcome, result.lost_steps) == ("went on", 0)
+
+
+# --- cleanup ---------------------------------------------------------------------------------------
 
 
 def test_every_fault_is_undone_even_if_another_one_cannot_be() -> None:
-    said: list[str] = []
+    output: list[str] = []
     undone: list[str] = []
-    undo = Undoing(said.append)
+    cleanup = CleanupStack(output.append)
 
     def broken() -> None:
         raise OSError("no such cable")
 
-    undo.later("first", lambda: undone.append("first"), 100)
-    undo.later("second", broken, 100)
-    undo.later("third", lambda: undone.append("third"), 100)
+    cleanup.add("first", lambda: undone.append("first"), 100)
+    cleanup.add("second", broken, 100)
+    cleanup.add("third", lambda: undone.append("third"), 100)
     with pytest.raises(RuntimeError, match="second: no such cable"):
-        undo.all()
+        cleanup.run_all()
     assert undone == ["third", "first"]
-    assert undo.empty
+    assert cleanup.empty
 
 
 def test_a_fault_is_undone_when_its_time_has_come_and_its_condition_holds() -> None:
     undone: list[str] = []
     ready: list[bool] = []
-    undo = Undoing(lambda _text: None)
-    undo.later("at once", lambda: undone.append("at once"), 0)
-    undo.later("when ready", lambda: undone.append("when ready"), 0, lambda: bool(ready))
-    undo.later("much later", lambda: undone.append("much later"), 1000)
-    undo.tick()
+    cleanup = CleanupStack(lambda _text: None)
+    cleanup.add("at once", lambda: undone.append("at once"), 0)
+    cleanup.add("when ready", lambda: undone.append("when ready"), 0, lambda: bool(ready))
+    cleanup.add("much later", lambda: undone.append("much later"), 1000)
+    cleanup.run_due()
     assert undone == ["at once"]
     ready.append(True)
-    undo.tick()
+    cleanup.run_due()
     assert undone == ["at once", "when ready"]
-    assert not undo.empty
+    assert not cleanup.empty
 
 
 def test_a_run_is_read_while_its_files_change(tmp_path: Path) -> None:
-    run = Watched(tmp_path)
+    run = WatchedRun(tmp_path)
     assert run.position() == (0, 0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "attempt": 2}\n{"step": 4, "att')
     assert run.position() == (3, 2)
@@ -300,7 +344,7 @@ def test_a_run_is_read_while_its_files_change(tmp_path: Path) -> None:
 
 def test_the_most_checkpoints_at_a_time_are_counted(tmp_path: Path) -> None:
     """Also those that are gone by the end; a folder without a manifest is none."""
-    run = Watched(tmp_path)
+    run = WatchedRun(tmp_path)
     with CheckpointCounter(run) as counter:
         for step in range(4):
             (run.checkpoints / f"step_{step:09d}").mkdir(parents=True)
@@ -319,10 +363,10 @@ def _report() -> Report:
     report = Report(
         "python -m hpcgpt.drill --seed 7", 7, {"place": "a lab"}, {"requeue": "scontrol requeue", "TERM": ""}
     )
-    report.strikes = [
-        Strike(1, 10.0, "requeue", "job 4", "came back", 50, back_s=12.0, lost_steps=0),
-        Strike(1, 40.0, "requeue", "job 4", "came back", 90, back_s=20.0, lost_steps=6),
-        Strike(1, 70.0, "requeue", "", "missed", 95, note="no rank was there"),
+    report.faults = [
+        FaultResult(1, 10.0, "requeue", "job 4", "came back", 50, back_s=12.0, lost_steps=0),
+        FaultResult(1, 40.0, "requeue", "job 4", "came back", 90, back_s=20.0, lost_steps=6),
+        FaultResult(1, 70.0, "requeue", "", "missed", 95, note="no rank was there"),
     ]
     report.rounds = [RoundReport(1, "low", 3, 100.0, 2, [], "12 of 12 rows at the end")]
     return report
@@ -337,13 +381,14 @@ def test_a_report_counts_hits_and_misses() -> None:
 
 def test_a_report_is_red_for_a_run_that_differs_a_fault_that_failed_and_a_drill_without_any() -> None:
     assert _report().identical
-    for spoil in (
+    spoils: list[Callable[[Report], object]] = [
         lambda report: report.rounds[0].problems.append("1 of 9 tensors differ"),
-        lambda report: report.strikes.append(Strike(1, 80.0, "TERM", "step 4.0", "FAILED", 99)),
+        lambda report: report.faults.append(FaultResult(1, 80.0, "TERM", "step 4.0", "FAILED", 99)),
         lambda report: report.problems.append("interrupted"),
         lambda report: report.rounds.clear(),
-        lambda report: report.strikes.clear(),
-    ):
+        lambda report: report.faults.clear(),
+    ]
+    for spoil in spoils:
         report = _report()
         spoil(report)
         assert not report.identical
@@ -359,10 +404,10 @@ def test_a_report_is_written_for_people_and_for_programs(tmp_path: Path) -> None
     report.rounds[0].problems.append(f"cannot write {tmp_path}/drill/disk on {HOST_NAME}")
     hidden = {str(tmp_path): "DRILL", HOST_NAME: "HOST"}
     drill_report.write(report, tmp_path / "new", "drill-seed7", hidden)
-    told = json.loads((tmp_path / "new/drill-seed7.json").read_bytes())
-    assert told["identical"] is False
-    assert told["rounds"][0]["problems"] == ["cannot write DRILL/drill/disk on HOST"]
-    assert told["strikes"][1]["lost_steps"] == 6
+    reported = json.loads((tmp_path / "new/drill-seed7.json").read_bytes())
+    assert reported["identical"] is False
+    assert reported["rounds"][0]["problems"] == ["cannot write DRILL/drill/disk on HOST"]
+    assert reported["strikes"][1]["lost_steps"] == 6
     text = (tmp_path / "new/drill-seed7.md").read_text()
     assert "22.05.8" in text
     assert HOST_NAME not in text
@@ -396,8 +441,8 @@ def test_three_minutes_of_it_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_
         "--out", str(tmp_path / "report"), timeout_s=850,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "report/drill-seed1.json").read_bytes())
-    assert told["identical"]
-    hit = {strike["kind"] for strike in told["strikes"] if strike["outcome"] != "missed"}
+    reported = json.loads((tmp_path / "report/drill-seed1.json").read_bytes())
+    assert reported["identical"]
+    hit = {result["kind"] for result in reported["strikes"] if result["outcome"] != "missed"}
     assert len(hit) >= 4, done.stdout
     assert not (tmp_path / "drill/disk").is_mount()

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt.config.options import Config, Model
-from hpcgpt.model import attention, kernels
-from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model import attention, attention_context, kernels
+from hpcgpt.model.attention_context import AttentionContext
+from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.model.kernels import Attention
 from hpcgpt.model.precision import computing_in
 from tests.model.test_gpt import KINDS
@@ -21,12 +23,17 @@ from tests.model.test_gpt import KINDS
 START = 99  # the id that begins a document
 
 
-def masked(kind: Model, manner: Manner | None = None, **changes: Any) -> GPT:
-    model = GPT(Model(**vars(kind) | changes), 0, manner or Manner(document_start=START)).double()
+def masked(kind: Model, options: ForwardOptions | None = None, **changes: Any) -> GPT:
+    model = GPT(Model(**vars(kind) | changes), 0, options or ForwardOptions(document_start=START)).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return model
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def document(length: int, seed: int) -> Tensor:
@@ -41,23 +48,23 @@ def pairs(text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @KINDS
-@pytest.mark.parametrize("manner", [{}, {"loss_chunk": 5}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"loss_chunk": 5}, {"recompute": True}], ids=str)
 def test_the_loss_and_gradients_of_two_packed_documents_are_those_of_the_two_apart(
-    kind: Model, manner: dict[str, Any]
+    kind: Model, options: dict[str, Any]
 ) -> None:
     first, second = document(13, seed=1), document(9, seed=2)
     # The token that begins the second document is a target of the first one's last.
     alone = [torch.cat((first, second[:1])), second]
-    model = masked(kind, Manner(START, **manner))
+    model = masked(kind, ForwardOptions(START, **options))
     packed = model(*pairs(torch.cat((first, second))))
     packed.backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    gradients = [gradient_of(parameter).clone() for parameter in model.parameters()]
     model.zero_grad()
     apart = sum(model(*pairs(text)) * (len(text) - 1) for text in alone) / 21
     apart.backward()
     assert abs(packed - apart) < 1e-10
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        assert (gradient - parameter.grad).abs().max() < 1e-10
+        assert (gradient - gradient_of(parameter)).abs().max() < 1e-10
 
     plain = GPT(model.config).double()
     plain.load_state_dict(model.state_dict())
@@ -94,7 +101,9 @@ def test_a_window_of_one_document_is_computed_as_without_a_mask(kind: Model) -> 
 
 
 def test_each_start_begins_a_document_at_position_0() -> None:
-    documents, positions = attention.borders(torch.tensor([[5, 5, 9, 5, 9, 9, 5], [9, 1, 1, 1, 1, 1, 9]]), 9)
+    documents, positions = attention_context.document_positions(
+        torch.tensor([[5, 5, 9, 5, 9, 9, 5], [9, 1, 1, 1, 1, 1, 9]]), 9
+    )
     assert documents.tolist() == [[0, 0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]]
     assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0]]
 
@@ -109,47 +118,49 @@ def test_flex_attention_sees_the_same_as_the_mask_that_is_written_out(
     rows = torch.stack([torch.cat((document(140, 1), document(160, 2))), torch.cat((document(7, 3), document(293, 4)))])
     with torch.no_grad():
         expected = model(rows)
-        monkeypatch.setattr(attention, "has_flex", lambda *_: True)
-        monkeypatch.setattr(attention, "_compiled_flex", lambda: attention.flex_attention)
-        sight = model._sight(rows, 300)
-        assert isinstance(sight.mask, attention.BlockMask)
-        assert sight.mask.kv_num_blocks.tolist() == [[[1, 2, 2]], [[1, 2, 3]]]
+        monkeypatch.setattr(attention_context, "supports_flex", lambda *_: True)
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+        context = model._attention_context(rows, 300)
+        assert isinstance(context.mask, BlockMask)
+        assert context.mask.kv_num_blocks.tolist() == [[[1, 2, 2]], [[1, 2, 3]]]
         found = model(rows)
     assert (found - expected).abs().max() < 1e-4
 
 
 def test_flex_attention_is_for_gpus_without_dropout_and_in_at_most_32_bits() -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert attention.has_flex(gpu, torch.float32, 0.0)
-    assert not attention.has_flex(gpu, torch.float64, 0.0)
-    assert not attention.has_flex(gpu, torch.float32, 0.1)
-    assert not attention.has_flex(cpu, torch.float32, 0.0)
+    assert attention_context.supports_flex(gpu, torch.float32, 0.0)
+    assert not attention_context.supports_flex(gpu, torch.float64, 0.0)
+    assert not attention_context.supports_flex(gpu, torch.float32, 0.1)
+    assert not attention_context.supports_flex(cpu, torch.float32, 0.0)
 
 
 # --- torch.compile ---------------------------------------------------------------------------------
 
 
 @KINDS
-@pytest.mark.parametrize("manner", [Manner(), Manner(START, 16, 1e-3, recompute=True)], ids=["plain", "all options"])
-def test_torch_compile_makes_one_graph_of_the_forward_pass(kind: Model, manner: Manner) -> None:
+@pytest.mark.parametrize(
+    "options", [ForwardOptions(), ForwardOptions(START, 16, 1e-3, recompute=True)], ids=["plain", "all options"]
+)
+def test_torch_compile_makes_one_graph_of_the_forward_pass(kind: Model, options: ForwardOptions) -> None:
     """One graph also means that nothing in it waits for a number from the device.
 
     The last part of the compiler, which makes machine code of the graph, takes too long for a test:
     benchmarks/model.py runs it.
     """
-    model = GPT(Model(**vars(kind) | {"n_layer": 1}), 0, manner)
+    model = GPT(Model(**vars(kind) | {"n_layer": 1}), 0, options)
     torch._dynamo.reset()
     text = torch.cat((document(13, 1), document(12, 2)))[None]
     x, y = text[:, :-1], text[:, 1:]
     expected = model(x, y)
     expected.backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    gradients = [gradient_of(parameter).clone() for parameter in model.parameters()]
     model.zero_grad()
     loss = torch.compile(model, fullgraph=True, backend="aot_eager")(x, y)
     loss.backward()
     assert (loss - expected).abs() < 1e-5
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        assert (gradient - parameter.grad).abs().max() < 1e-5
+        assert (gradient - gradient_of(parameter)).abs().max() < 1e-5
 
 
 # --- written out -----------------------------------------------------------------------------------
@@ -161,7 +172,7 @@ def test_written_out_it_is_the_same_function(groups: int) -> None:
     q, k, v = (torch.randn(2, heads, 9, 8, generator=generator).double() for heads in (4, groups, groups))
     parts = [part.requires_grad_() for part in (q, k, v)]
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    made = attention.written_out(q, k, v, 0.0)
+    made = attention.naive_attention(q, k, v, 0.0)
     assert (made - expected).abs().max() < 1e-12
     weights = torch.randn(expected.shape, generator=generator).double()
     for ours, theirs in zip(
@@ -170,18 +181,20 @@ def test_written_out_it_is_the_same_function(groups: int) -> None:
         assert (ours - theirs).abs().max() < 1e-12
 
 
-def test_written_out_it_drops_chances_and_scales_the_others() -> None:
-    q = torch.zeros(1, 1, 4000, 2)  # so all chances of a row are alike
-    made = attention.written_out(q, q, torch.ones_like(q), 0.25)[0, 0, 1000:, 0]
+def test_naive_attention_drops_weights_and_scales_the_others() -> None:
+    q = torch.zeros(1, 1, 4000, 2)  # so all weights of a query are equal
+    made = attention.naive_attention(q, q, torch.ones_like(q), 0.25)[0, 0, 1000:, 0]
     assert made.mean() == pytest.approx(1, abs=0.01)
     assert 0.01 < made.std() < 0.05
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_with_and_without_a_mask_chances_are_dropped(masked: bool) -> None:
-    q = torch.zeros(1, 1, 500, 2)  # so all chances of a row are alike
-    sight = attention.Sight(torch.arange(500), torch.ones(1, 1, 500, 500, dtype=torch.bool).tril() if masked else None)
-    made = attention.attend(q, q, torch.ones_like(q), sight, 0.25)[0, 0, 100:, 0]
+def test_with_and_without_a_mask_weights_are_dropped(masked: bool) -> None:
+    q = torch.zeros(1, 1, 500, 2)  # so all weights of a query are equal
+    context = AttentionContext(
+        torch.arange(500), torch.ones(1, 1, 500, 500, dtype=torch.bool).tril() if masked else None
+    )
+    made = attention.attend(q, q, torch.ones_like(q), context, 0.25)[0, 0, 100:, 0]
     assert made.mean() == pytest.approx(1, abs=0.02)
     assert 0.01 < made.std() < 0.1
 
@@ -194,7 +207,7 @@ FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
     [
         (torch.bfloat16, 32, "auto", False),
         (torch.bfloat16, 32, "flash", True),
-        (torch.bfloat16, attention.WRITTEN_OUT_UP_TO + 1, "auto", True),
+        (torch.bfloat16, attention.NAIVE_UP_TO + 1, "auto", True),
         (torch.float32, 32, "auto", True),
     ],
 )
@@ -203,7 +216,10 @@ def test_short_windows_in_bfloat16_are_written_out_unless_a_kernel_was_asked_for
 ) -> None:
     settings = Config(model=Model(n_layer=1, n_head=2, n_embd=16, block_size=1024, vocab_size=100))
     settings = replace(settings, train=replace(settings.train, attention=wanted))
-    model, ids = GPT(settings.model, manner=Manner.of(settings, START)), torch.zeros(1, length, dtype=torch.int64)
+    model, ids = (
+        GPT(settings.model, options=ForwardOptions.from_config(settings, START)),
+        torch.zeros(1, length, dtype=torch.int64),
+    )
     cpu = torch.device("cpu")
     with (
         profile(activities=[ProfilerActivity.CPU]) as found,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcgpt.config.options import Model
-from hpcgpt.model.block_modern import Norm, rotation, turned
+from hpcgpt.model.attention_context import rope_cos_sin
+from hpcgpt.model.block_modern import Norm, apply_rope
 from hpcgpt.model.gpt import GPT
 from tests.model.test_gpt import MODERN, ids, small
 
@@ -38,10 +39,13 @@ def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_qw
     loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
     assert (loss - reference).abs() < 1e-10
     loss.backward()
-    reference.backward()
+    reference.backward()  # type: ignore[no-untyped-call]
     compared = pairs(ours, theirs)
     for mine, his in compared:
-        split = zip(mine.grad.split([len(part) for part in his]) if len(his) > 1 else [mine.grad], his, strict=True)
+        assert mine.grad is not None
+        split = zip(
+            torch.split(mine.grad, [len(part) for part in his]) if len(his) > 1 else [mine.grad], his, strict=True
+        )
         for gradient, part in split:
             assert (gradient[: len(part)] - part.grad).abs().max() < 1e-10
             assert part.grad.abs().max() > 1e-6
@@ -51,17 +55,20 @@ def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_qw
 def hugging_face(tied: bool, groups: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    options: dict[str, Any] = {"rope_theta": 10_000.0}  # newer versions do not declare it
     config = Qwen3Config(vocab_size=100, hidden_size=48, intermediate_size=128, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=groups, head_dim=12, rms_norm_eps=1e-6,
-                         max_position_embeddings=24, rope_theta=10_000.0, tie_word_embeddings=tied,
-                         attention_dropout=0.0, use_cache=False)  # fmt: skip
+                         max_position_embeddings=24, tie_word_embeddings=tied,
+                         attention_dropout=0.0, use_cache=False, **options)  # fmt: skip
     return Qwen3ForCausalLM(config).double().train()
 
 
 def copy_weights(ours: GPT, theirs: Any) -> None:
     with torch.no_grad():
         for mine, his in pairs(ours, theirs):
-            for part, target in zip(mine.split([len(p) for p in his]) if len(his) > 1 else [mine], his, strict=True):
+            for part, target in zip(
+                torch.split(mine, [len(p) for p in his]) if len(his) > 1 else [mine], his, strict=True
+            ):
                 target.copy_(part[: len(target)])
 
 
@@ -72,7 +79,8 @@ def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, list[Any]]]:
     if not ours.config.tied:
         found.append((ours.head.weight, [theirs.lm_head.weight]))
     for mine, his in zip(ours.blocks, body.layers, strict=True):
-        block, attention = mine, his.self_attn
+        block: Any = mine
+        attention = his.self_attn
         found += [
             (block.attention_norm.weight, [his.input_layernorm.weight]),
             (block.mlp_norm.weight, [his.post_attention_layernorm.weight]),
@@ -90,7 +98,10 @@ def test_what_heads_see_of_each_other_depends_on_their_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
 
     def score(here: int, there: int) -> float:
-        query, key = turned(q, rotation(torch.tensor([here]), 16)), turned(k, rotation(torch.tensor([there]), 16))
+        query, key = (
+            apply_rope(q, rope_cos_sin(torch.tensor([here]), 16)),
+            apply_rope(k, rope_cos_sin(torch.tensor([there]), 16)),
+        )
         return (query * key).sum().item()
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-5)
@@ -98,7 +109,7 @@ def test_what_heads_see_of_each_other_depends_on_their_distance_only() -> None:
 
 
 def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
-    cosine, sine = rotation(torch.tensor([0, 1, 7]), 8)
+    cosine, sine = rope_cos_sin(torch.tensor([0, 1, 7]), 8)
     for row, position in enumerate((0, 1, 7)):
         angles = [position / 10_000 ** (2 * pair / 8) for pair in range(4)]
         assert cosine[row].tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-6)
@@ -106,8 +117,8 @@ def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
 
 
 def test_in_bfloat16_angles_are_not_rounded_and_the_result_is_once() -> None:
-    x, by = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1)), rotation(torch.arange(600), 16)
-    assert torch.equal(turned(x.bfloat16(), by), turned(x.bfloat16().float(), by).bfloat16())
+    x, by = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1)), rope_cos_sin(torch.arange(600), 16)
+    assert torch.equal(apply_rope(x.bfloat16(), by), apply_rope(x.bfloat16().float(), by).bfloat16())
 
 
 def test_the_norm_makes_the_root_mean_square_one_and_then_applies_its_gains() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcgpt.config.options import Model, Sample
 from hpcgpt.model.generate import choose, generate, generate_several
-from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.gpt import GPT, ForwardOptions
 
 CPU = torch.device("cpu")
 # Probabilities 0.1, 0.4, 0.2, 0.3: not in order of their ids.
@@ -55,8 +55,8 @@ def test_the_choice_follows_temperature_top_k_and_top_p(settings: dict[str, Any]
 
 
 def test_of_equally_likely_ids_beyond_top_k_the_first_stay() -> None:
-    chances = drawn(torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 1.0]), top_k=2)
-    assert chances == pytest.approx({1: 0.5, 2: 0.5}, abs=0.04)
+    shares = drawn(torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 1.0]), top_k=2)
+    assert shares == pytest.approx({1: 0.5, 2: 0.5}, abs=0.04)
 
 
 def test_of_two_equally_likely_ids_greedy_takes_the_first() -> None:
@@ -120,10 +120,10 @@ def uncached(model: GPT, prompt: list[int], config: Sample, seed: int) -> list[i
 def test_with_the_cache_a_text_is_that_without_one_token_for_token_also_beyond_the_context(
     kind: Literal["gpt2", "modern"], document_start: int | None, slide: int, temperature: float
 ) -> None:
-    groups = {"n_kv_head": 2, "qkv_bias": False} if kind == "modern" else {}
+    groups: dict[str, Any] = {"n_kv_head": 2, "qkv_bias": False} if kind == "modern" else {}
     shape = Model(kind=kind, n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=8, dropout=0.3, tied=False,
                   **groups)  # fmt: skip
-    model = GPT(shape, 3, Manner(document_start)).double()
+    model = GPT(shape, 3, ForwardOptions(document_start)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
@@ -141,7 +141,7 @@ def test_within_the_context_each_token_is_read_once_and_beyond_it_a_window_for_e
 ) -> None:
     read: list[int] = []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, cache: read.append(ids.shape[1]) or hidden(ids, cache))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(model, "hidden", lambda ids, cache: read.append(ids.shape[1]) or hidden(ids, cache))
     text = generate(model, [1, 2, 3], Sample(tokens=14 + 2 * slide, slide=slide), CPU, seed=0)
     next(text)
     assert read == [3], "the first token is given before the second is made"

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcgpt.config.options import Config, Data, Model, Optim, Train
-from hpcgpt.model.attention import look_back
-from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.attention_context import causal_context
+from hpcgpt.model.gpt import GPT, ForwardOptions
 
 SMALL = Model(n_layer=3, n_head=4, n_embd=48, block_size=24, vocab_size=100)
 MODERN = replace(SMALL, kind="modern", n_kv_head=2, qkv_bias=False)
@@ -27,7 +27,7 @@ def small(seed: int = 0, shape: Model = SMALL, **changes: Any) -> GPT:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 
@@ -65,11 +65,13 @@ def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry(tied:
     assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
-def test_the_configuration_says_in_which_manner_a_model_computes() -> None:
-    assert Manner.of(Config(), end_of_text=7) == Manner(attention="auto")
+def test_the_options_of_the_forward_pass_come_from_the_configuration() -> None:
+    assert ForwardOptions.from_config(Config(), end_of_text=7) == ForwardOptions(attention="auto")
     train = Train(loss_chunk=64, attention="math", activation_checkpointing=True)
     config = Config(data=Data(document_mask=True), train=train, optim=Optim(z_loss=0.25))
-    assert Manner.of(config, end_of_text=7) == Manner(7, 64, 0.25, recompute=True, attention="math")
+    assert ForwardOptions.from_config(config, end_of_text=7) == ForwardOptions(
+        7, 64, 0.25, recompute=True, attention="math"
+    )
 
 
 # --- padding of the vocabulary ---------------------------------------------------------------------
@@ -118,9 +120,10 @@ def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_gp
     loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
     assert (loss - reference).abs() < 1e-10
     loss.backward()
-    reference.backward()
+    reference.backward()  # type: ignore[no-untyped-call]
     seen = 0
     for mine, his, transposed in pairs(ours, theirs):
+        assert mine.grad is not None
         gradient = mine.grad[: len(his)] if mine.dim() == 2 and not transposed else mine.grad
         gradient = gradient.T if transposed else gradient
         assert (gradient - his.grad).abs().max() < 1e-10
@@ -146,6 +149,7 @@ def copy_weights(ours: GPT, theirs: Any) -> None:
 def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, Any, bool]]:
     """Our parameters, theirs, and whether theirs is the transpose (GPT-2's Conv1D keeps inputs first)."""
     body = theirs.transformer
+    assert ours.position_embedding is not None
     found = [
         (ours.token_embedding.weight, body.wte.weight, False),
         (ours.position_embedding.weight, body.wpe.weight, False),
@@ -262,8 +266,8 @@ def test_dropout_acts_on_embeddings_attention_and_both_residual_branches() -> No
     assert dropped(model.dropout, x) == 0
     assert dropped(block.mlp, x) < 1e-12
     # Attention has a second place of its own: its probabilities. So what is left is not merely scaled.
-    sight = look_back(512, torch.zeros(1, 512))
-    assert dropped(block.attention, x, sight) > 0.1
+    context = causal_context(512, torch.zeros(1, 512))
+    assert dropped(block.attention, x, context) > 0.1
 
 
 def dropped(module: torch.nn.Module, *arguments: Any) -> Tensor:
@@ -272,4 +276,5 @@ def dropped(module: torch.nn.Module, *arguments: Any) -> Tensor:
     plain, noisy = module.eval()(*arguments), module.train()(*arguments)
     gone = noisy == 0
     assert 0.45 < gone.double().mean() < 0.55
-    return (noisy - 2 * plain)[~gone].abs().max()
+    furthest: Tensor = (noisy - 2 * plain)[~gone].abs().max()
+    return furthest

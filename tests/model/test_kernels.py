@@ -16,7 +16,7 @@ from hpcgpt.config.options import Model
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.model import kernels
-from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.training.engine import Engine
 from tests.programs import command
 from tests.tiny_run import curve, rows
@@ -44,7 +44,7 @@ def test_the_kernel_that_was_asked_for_computes(wanted: kernels.Attention, kerne
 def test_a_kernel_for_gpus_is_refused_on_a_cpu(wanted: str, tiny: Path) -> None:
     done = command("hpcgpt.train", str(tiny), "--train.attention", wanted)
     assert done.returncode == 2
-    assert f"train.attention {wanted} is for GPUs: on a CPU it may be auto, flash, math" in done.stderr
+    assert f"train.attention {wanted} is for GPUs: on a CPU use auto, flash, math" in done.stderr
 
 
 def test_flash_attention_3_needs_its_package() -> None:
@@ -55,7 +55,7 @@ def test_flash_attention_3_needs_its_package() -> None:
 @pytest.mark.parametrize("wanted", ["flash", "cudnn", "fa3"])
 def test_a_kernel_that_has_bfloat16_only_is_refused_in_another_precision(wanted: kernels.Attention) -> None:
     with pytest.raises(
-        ValueError, match=rf"train\.attention {wanted} computes in bfloat16 on a GPU, and this run in float"
+        ValueError, match=rf"train\.attention {wanted} computes in bfloat16 on a GPU, but this run computes in float"
     ):
         kernels.attention(wanted, GPU, torch.float32)
     others: tuple[kernels.Attention, ...] = ("auto", "efficient", "math")
@@ -65,14 +65,14 @@ def test_a_kernel_that_has_bfloat16_only_is_refused_in_another_precision(wanted:
 
 
 def test_code_compiled_for_one_kernel_is_not_taken_for_another() -> None:
-    """In one process, by the model's manner; between processes, by the name under which it is kept on the disk."""
+    """In one process, by the model's options; between processes, by the key of the cache on disk."""
     shape, ids = Model(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=100), torch.zeros(2, 64).long()
     torch._dynamo.reset()
     asked: tuple[kernels.Attention, ...] = ("math", "flash", "auto", "math")
     found, names = [], []
     for wanted in asked:
         context = kernels.attention(wanted, CPU, torch.float32)
-        model = torch.compile(GPT(shape, manner=Manner(attention=wanted)), backend="aot_eager")
+        model = torch.compile(GPT(shape, options=ForwardOptions(attention=wanted)), backend="aot_eager")
         with profile(activities=[ProfilerActivity.CPU]) as seen, context():
             model(ids, ids).backward()
         found.append(

@@ -1,4 +1,4 @@
-"""hpcgpt.model.loss, and recomputation: less memory, the same numbers; and every gradient is the slope of the loss."""
+"""hpcgpt.model.loss, and recomputation: less cache, the same numbers; and every gradient is the slope of the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcgpt.config.options import Model
-from hpcgpt.model.gpt import GPT, PLAIN, Manner
+from hpcgpt.model.gpt import GPT, PLAIN, ForwardOptions
 from hpcgpt.model.loss import mean_loss
 from tests.model.test_attention import START, document
 from tests.model.test_gpt import KINDS, MODERN, ids
@@ -33,9 +33,9 @@ def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Te
 @pytest.mark.parametrize("chunk", [1, 7, 32, 69])
 def test_chunks_change_neither_the_loss_nor_a_gradient(chunk: int, z_loss: float) -> None:
     hidden, targets, weight, bias = head()
-    whole = mean_loss(hidden, targets, weight, bias, 0, z_loss)
+    whole = mean_loss(hidden, targets, weight, bias, z_loss=z_loss)
     expected = torch.autograd.grad(whole, (hidden, weight))
-    parts = mean_loss(hidden, targets, weight, bias, chunk, z_loss)
+    parts = mean_loss(hidden, targets, weight, bias, chunk=chunk, z_loss=z_loss)
     assert (parts - whole).abs() < 1e-13
     for gradient, reference in zip(torch.autograd.grad(parts, (hidden, weight)), expected, strict=True):
         assert (gradient - reference).abs().max() < 1e-14
@@ -46,7 +46,7 @@ def test_z_loss_is_the_mean_square_of_the_log_of_the_sum_of_exponentials() -> No
     hidden, targets, weight, bias = head()
     logits = (hidden @ weight.T)[:, :90]
     expected = F.cross_entropy(logits, targets) + 0.1 * logits.exp().sum(dim=1).log().square().mean()
-    assert (mean_loss(hidden, targets, weight, bias, 0, 0.1) - expected).abs() < 1e-12
+    assert (mean_loss(hidden, targets, weight, bias, z_loss=0.1) - expected).abs() < 1e-12
 
 
 def test_without_z_loss_the_loss_is_the_plain_cross_entropy_bit_for_bit() -> None:
@@ -62,14 +62,14 @@ def test_of_logits_in_bfloat16_the_loss_is_still_computed_in_float32(chunk: int,
     logits = F.linear(hidden, weight, bias.bfloat16())  # rounded, and nothing behind them
     expected = F.cross_entropy(logits.float(), targets) + z_loss * logits.float().logsumexp(dim=-1).square().mean()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = mean_loss(hidden, targets, weight, bias, chunk, z_loss)
+        loss = mean_loss(hidden, targets, weight, bias, chunk=chunk, z_loss=z_loss)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @KINDS
 def test_z_loss_is_trained_on_and_not_evaluated(kind: Model) -> None:
-    plain, with_z = GPT(kind, 1).double(), GPT(kind, 1, Manner(z_loss=0.1)).double()
+    plain, with_z = GPT(kind, 1).double(), GPT(kind, 1, ForwardOptions(z_loss=0.1)).double()
     x, y = ids(), ids(seed=6)
     added = 0.1 * plain(x).logsumexp(dim=-1).square().mean()
     assert (with_z(x, y) - plain(x, y) - added).abs() < 1e-12
@@ -77,11 +77,11 @@ def test_z_loss_is_trained_on_and_not_evaluated(kind: Model) -> None:
     assert torch.equal(with_z.eval()(x, y), plain.eval()(x, y))
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the number of elements of the largest tensor that any operation made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,7 +97,7 @@ def test_with_chunks_no_tensor_is_ever_as_large_as_the_logits(kind: Model) -> No
     """Seen by a look at everything that forward and backward pass make: 8 x 24 targets, 3,008 ids."""
     shape = Model(**vars(kind) | {"vocab_size": 3000})
     for chunk, expected in ((0, 8 * 24 * 3008), (16, 3008 * 48)):  # the head's own gradient is the largest then
-        model, x = GPT(shape, 1, Manner(loss_chunk=chunk)), ids(8)
+        model, x = GPT(shape, 1, ForwardOptions(loss_chunk=chunk)), ids(8)
         with Largest() as largest:
             model(x, x).backward()
         assert largest.elements == expected
@@ -124,18 +124,18 @@ def saved_bytes(model: GPT) -> int:
 @KINDS
 def test_with_chunks_the_logits_of_none_of_them_are_kept(kind: Model) -> None:
     shape = Model(**vars(kind) | {"vocab_size": 3000})
-    whole, parts = (saved_bytes(GPT(shape, 1, Manner(loss_chunk=chunk))) for chunk in (0, 16))
+    whole, parts = (saved_bytes(GPT(shape, 1, ForwardOptions(loss_chunk=chunk))) for chunk in (0, 16))
     assert whole - parts > 0.9 * (4 * 24 * 3008 * 4)
 
 
 @KINDS
 def test_recomputation_keeps_less_of_each_further_block(kind: Model) -> None:
-    def of_a_block(manner: Manner) -> int:
-        small, large = (GPT(Model(**vars(kind) | {"n_layer": n}), 1, manner) for n in (2, 6))
+    def of_a_block(options: ForwardOptions) -> int:
+        small, large = (GPT(Model(**vars(kind) | {"n_layer": n}), 1, options) for n in (2, 6))
         return (saved_bytes(large) - saved_bytes(small)) // 4
 
     inputs = 4 * 24 * 48 * 4  # of a block, in bytes
-    assert of_a_block(Manner(recompute=True)) == inputs
+    assert of_a_block(ForwardOptions(recompute=True)) == inputs
     assert of_a_block(PLAIN) > 10 * inputs
 
 
@@ -144,7 +144,7 @@ def test_recomputation_keeps_less_of_each_further_block(kind: Model) -> None:
 def test_recomputation_gives_the_same_bits_with_dropout_too(kind: Model, dropout: float) -> None:
     found = []
     for recompute in (False, True):
-        model = GPT(Model(**vars(kind) | {"dropout": dropout}), 1, Manner(recompute=recompute))
+        model = GPT(Model(**vars(kind) | {"dropout": dropout}), 1, ForwardOptions(recompute=recompute))
         torch.manual_seed(3)
         loss = model(ids(), ids(seed=6))
         loss.backward()
@@ -159,23 +159,30 @@ TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 10, "vocab_size": 
 
 @KINDS
 @pytest.mark.parametrize(
-    "manner",
-    [PLAIN, Manner(START), Manner(loss_chunk=4), Manner(z_loss=0.1), Manner(START, 4, 0.1, recompute=True)],
+    "options",
+    [
+        PLAIN,
+        ForwardOptions(START),
+        ForwardOptions(loss_chunk=4),
+        ForwardOptions(z_loss=0.1),
+        ForwardOptions(START, 4, 0.1, recompute=True),
+    ],
     ids=["plain", "document mask", "chunks", "z-loss", "all at once"],
 )
-def test_gradients_are_the_slopes_of_the_loss(kind: Model, manner: Manner) -> None:
+def test_gradients_are_the_slopes_of_the_loss(kind: Model, options: ForwardOptions) -> None:
     """By central differences, in float64: of each parameter the entry with the largest gradient and another one."""
     grouped = {"n_kv_head": 1} if kind.kind == "modern" else {}
-    model = GPT(Model(**vars(kind) | TINY | grouped), 1, manner).double()
+    model = GPT(Model(**vars(kind) | TINY | grouped), 1, options).double()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     text = torch.cat((document(6, 1), document(5, 2)))
     x, y = torch.stack((text[:-1], text[1:].flip(0))), torch.stack((text[1:], text[:-1].flip(0)))
     model(x, y).backward()
     step = 1e-5
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
         slopes, values = parameter.grad.flatten(), parameter.data.flatten()
         assert values.data_ptr() == parameter.data_ptr()
         places = {
@@ -195,10 +202,10 @@ def test_gradients_are_the_slopes_of_the_loss(kind: Model, manner: Manner) -> No
         assert slopes.abs().max() > 1e-4, f"{name}: its gradient is too small to tell anything"
 
 
-def test_every_combination_of_manners_gives_the_same_loss_on_one_document() -> None:
+def test_every_combination_of_options_gives_the_same_loss_on_one_document() -> None:
     x, y = document(24, 1)[None], ids(1)
     for kind in (GPT2, MODERN):
         expected = GPT(kind, 1).double()(x, y)
         for start, chunk, recompute in itertools.product((None, START), (0, 5), (False, True)):
-            found = GPT(kind, 1, Manner(start, chunk, recompute=recompute)).double()(x, y)
+            found = GPT(kind, 1, ForwardOptions(start, chunk, recompute=recompute)).double()(x, y)
             assert (found - expected).abs() < 1e-12

@@ -1,4 +1,4 @@
-"""hpcgpt.run.crash_report: who failed first, on which host, and how."""
+"""hpcgpt.run.crash_report: which rank failed first, on which host, and how."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from hpcgpt.distributed.world import World
 from hpcgpt.run import crash_report
-from hpcgpt.run.crash_report import Blame, Death, Fault, blame, deaths
+from hpcgpt.run.crash_report import Fault, FirstFailure, TaskExit, first_failure, task_exits
 from tests.programs import command, torchrun
 
 # As srun 22.05 said it, in the lab.
@@ -36,47 +36,52 @@ LOST_FIRST = "srun: error: n1: tasks 0-1: Exited with exit code 1\n" + KILLED
 
 
 def fault(rank: int, kind: str = "error", status: int = 1, at: float = 10.0) -> Fault:
-    return Fault(rank, f"h{rank}", 1, status, f"words of {rank}", ["a", "b"], at, None, kind)  # type: ignore[arg-type]
+    return Fault(rank, f"h{rank}", 1, status, f"message of {rank}", ["a", "b"], at, None, kind)  # type: ignore[arg-type]
 
 
 def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
-    assert deaths(KILLED) == [
-        Death("n2", (3,), "Killed", False), Death("n2", (2,), "Killed", True), Death("n1", (0, 1), "Killed", True),
-    ]  # fmt: skip
-    assert deaths(NODE)[0] == Death("n2", (), "node failed", False)
-    many = deaths(
+    assert task_exits(KILLED) == [
+        TaskExit("n2", (3,), "Killed", False),
+        TaskExit("n2", (2,), "Killed", True),
+        TaskExit("n1", (0, 1), "Killed", True),
+    ]
+    assert task_exits(NODE)[0] == TaskExit("n2", (), "node failed", False)
+    many = task_exits(
         "srun: error: gpu-07: tasks 8-10,15: Exited with exit code 76\nsrun: error: n1: task 0: Out Of Memory"
     )
     assert [(end.host, end.ranks, end.status, end.how) for end in many] == [
         ("gpu-07", (8, 9, 10, 15), 76, "Exited with exit code 76"), ("n1", (0,), None, "Out Of Memory"),
     ]  # fmt: skip
-    assert deaths("srun: error: Unable to create step for job 7: Requested nodes are busy\n\x00\xff: task x: y") == []
+    other = "srun: error: Unable to create step for job 7: Requested nodes are busy\n\x00\xff: task x: y"
+    assert task_exits(other) == []
 
 
 @pytest.mark.parametrize(
-    ("said", "words", "expected"),
+    ("srun_output", "faults", "expected"),
     [
         (KILLED, [], "rank 3 on n2: Killed"),
-        # gloo tells the others within milliseconds; they are gone before Slurm has seen who was killed.
+        # With gloo the other ranks notice within milliseconds, and end before Slurm reports the one that was killed.
         (LOST_FIRST, [fault(0, "lost"), fault(1, "lost")], "rank 3 on n2: Killed"),
         (LOST_FIRST, [], "rank 0 on n1: Exited with exit code 1"),
         (NODE, [fault(0, "lost")], "n2: node failed"),
-        ("srun: error: n2: task 3: Exited with exit code 1", [fault(3)], "rank 3 on h3: exit status 1: words of 3"),
-        (LOST_FIRST, [fault(0, "lost"), fault(1, "lost"), fault(3, at=9)], "rank 3 on h3: exit status 1: words of 3"),
-        # Nobody's fault: Slurm ended all of them.
+        ("srun: error: n2: task 3: Exited with exit code 1", [fault(3)], "rank 3 on h3: exit status 1: message of 3"),
+        (LOST_FIRST, [fault(0, "lost"), fault(1, "lost"), fault(3, at=9)], "rank 3 on h3: exit status 1: message of 3"),
+        # No rank's fault: Slurm ended all of them.
         (REQUEUED, [], None),
         (REQUEUED, [fault(0, "lost")], None),
         ("", [fault(2, at=11.0), fault(1, "lost", at=5.0), fault(3, at=10.5)],
-         "rank 3 on h3: exit status 1: words of 3"),
-        ("", [fault(1, "hang", at=3.0), fault(0, "lost")], "rank 1 on h1: hung: words of 1"),
+         "rank 3 on h3: exit status 1: message of 3"),
+        ("", [fault(1, "hang", at=3.0), fault(0, "lost")], "rank 1 on h1: hung: message of 1"),
         ("", [], None),
         # The watchdog's rank was ended by srun afterwards.
         (KILLED.replace("task 3: Killed", "task 3: Exited with exit code 1"), [fault(3, "hang")],
-         "rank 3 on h3: hung: words of 3"),
+         "rank 3 on h3: hung: message of 3"),
     ],
 )  # fmt: skip
-def test_the_first_to_fail_is_blamed_and_no_consequence(said: str, words: list[Fault], expected: str | None) -> None:
-    found = blame(deaths(said), words)
+def test_the_first_failure_is_found_and_no_consequence(
+    srun_output: str, faults: list[Fault], expected: str | None
+) -> None:
+    found = first_failure(task_exits(srun_output), faults)
     assert (str(found) if found else None) == expected
 
 
@@ -116,15 +121,15 @@ def test_where_nothing_can_be_written_it_is_said_and_nothing_is_raised(
 def test_the_report_has_all_of_it_in_one_place(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "7_0.log").write_text("\n".join(f"line {n}" for n in range(100)))
-    text = crash_report.report(tmp_path, "7_0", Blame(3, "n2", "Killed", None), deaths(KILLED))
+    text = crash_report.report(tmp_path, "7_0", FirstFailure(3, "n2", "Killed", None), task_exits(KILLED))
     assert "first to fail: rank 3 on n2: Killed" in text
     assert "line 99" in text
     assert "line 84" not in text
     assert "n2 rank 3: Killed; n2 rank 2: Killed; n1 ranks 0, 1: Killed" in text
     assert (tmp_path / "faults" / "7_0" / "report.txt").read_text() == text + "\n"
-    told = Blame(3, "n2", "exit status 1", 1, "boom", ("Traceback", "RuntimeError: boom"))
+    reported = FirstFailure(3, "n2", "exit status 1", 1, "boom", ("Traceback", "RuntimeError: boom"))
     (tmp_path / "faults" / "7_0" / "rank_00003.stacks.txt").write_text("stack")
-    text = crash_report.report(tmp_path, "7_0", told, [])
+    text = crash_report.report(tmp_path, "7_0", reported, [])
     assert "    RuntimeError: boom" in text
     assert "line 99" not in text
     assert "rank_00003.stacks.txt" in text

@@ -243,7 +243,7 @@ def test_the_kinds_add_up_to_the_whole_whatever_the_files_say(tmp_path: Path, se
     numbers = ["queued_at", "started_at", "began_at", "seconds", "stall_s", "warm_up_s", "load_s", "lost_s"]
     events = []
     for _ in range(draw.randrange(30)):
-        fields = {key: draw.uniform(0, 1000) for key in numbers if draw.random() < 0.5}
+        fields: dict[str, Any] = {key: draw.uniform(0, 1000) for key in numbers if draw.random() < 0.5}
         fields |= {"attempt": draw.randrange(1, 5)} if draw.random() < 0.9 else {}
         fields |= {"step": draw.randrange(50), "status": draw.choice([0, 1, 75]), "job": f"7_{draw.randrange(3)}"}
         fields |= {"lost_steps": draw.randrange(9)} if draw.random() < 0.5 else {}

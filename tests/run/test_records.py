@@ -12,7 +12,7 @@ import pytest
 
 from hpcgpt.run import attempts, goodput, records, run_folder
 from hpcgpt.slurm import restart_history
-from hpcgpt.status import _in_words, status
+from hpcgpt.status import _as_text, status
 
 NOW = 10_000.0
 WRONG: list[Any] = [
@@ -61,11 +61,11 @@ def answer(folder: Path) -> None:
     """Ask everything that reads the two files."""
     for now in (NOW - 850, NOW):
         found = status(folder, now, with_history=True)
-        _in_words(found).encode()
+        _as_text(found).encode()
         json.dumps(found, allow_nan=False)
         assert all(value >= 0 for value in goodput.measure(*attempts.read(folder), now).seconds.values())
     goodput.words(folder).encode()
-    restart_history.history(records.events(folder), "7_0", 8)
+    restart_history.count_restarts(records.events(folder), "7_0", 8)
 
 
 def written(folder: Path, events: list[Any], rows: list[Any]) -> Path:

@@ -274,9 +274,9 @@ for user in (12001, 12002):
         os.umask(0o002)
         run_folder.prepare(folder)
         run_folder.record(folder, "crash", user=user)
-        held = lease.take(folder, "")
+        own = lease.acquire(folder, "")
         lease._write_beat(folder / "generations/000001.alive", user)
-        held.release()
+        own.release()
         run_folder.write_exit(folder, run_folder.Exit("", 1, f"by {user}", 0, saved=False))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -71,8 +71,8 @@ class Cluster:
         return done.stdout.strip()
 
     def sbatch(self, name: str, *flags: str, arguments: tuple[str, ...] = (), env: dict[str, str] | None = None) -> str:
-        words = (*SHAPE, *flags, SCRIPT, str(self.config), "--run.name", name, *self.arguments, *arguments)
-        return self.slurm("sbatch", "--parsable", *words, env=env)
+        command_line = (*SHAPE, *flags, SCRIPT, str(self.config), "--run.name", name, *self.arguments, *arguments)
+        return self.slurm("sbatch", "--parsable", *command_line, env=env)
 
     def submit(self, name: str, *flags: str) -> str:
         answer = self.slurm(
@@ -89,22 +89,22 @@ class Cluster:
         while (now := self.state(job)) not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
             assert time.monotonic() < deadline, f"job {job} is {now} after {limit_s} s"
             time.sleep(0.5)
-        assert now == state, self.story(job)
+        assert now == state, self.describe(job)
 
     def wait_for_rows(self, name: str, count: int, limit_s: float = 200) -> None:
         path, deadline = self.folder(name) / "metrics.jsonl", time.monotonic() + limit_s
         while not path.exists() or len(path.read_bytes().splitlines()) < count:
-            assert time.monotonic() < deadline, f"{name} made no progress: {self.story('*')}"
+            assert time.monotonic() < deadline, f"{name} made no progress: {self.describe('*')}"
             time.sleep(0.1)
 
     def wait_for_ends(self, name: str, count: int, limit_s: float = 90) -> None:
         """Until `count` attempts have left by themselves."""
         deadline = time.monotonic() + limit_s
         while [event["event"] for event in run_folder.events(self.folder(name))].count("end") < count:
-            assert time.monotonic() < deadline, f"{name} did not leave: {self.story('*')}"
+            assert time.monotonic() < deadline, f"{name} did not leave: {self.describe('*')}"
             time.sleep(0.1)
 
-    def story(self, job: str) -> str:
+    def describe(self, job: str) -> str:
         """All that was printed, for a failing test."""
         files = [*self.home.glob(f"slurm-{job}.out"), *self.home.glob(f"runs/*/logs/{job}_*.log"),
                  *self.home.glob(f"runs/*/submit/{job}_*.out")]  # fmt: skip
@@ -132,14 +132,14 @@ def rank_pids(job: str) -> dict[int, int]:
 
 
 def running(module: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The processes ``python -m module``: the machine's own pids, whichever host of the lab they live on, and their
+    """The processes ``python -m module``: the machine's own pids, on whichever host of the lab they are, and their
     environments.
     """
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_text(errors="replace").split("\0")
+            command_line = (entry / "cmdline").read_text(errors="replace").split("\0")
             env = dict(pair.partition("=")[::2] for pair in (entry / "environ").read_text(errors="replace").split("\0"))
         except OSError:  # it has just ended
             continue
-        if words[1:3] == ["-m", module]:
+        if command_line[1:3] == ["-m", module]:
             yield int(entry.name), env

@@ -21,7 +21,8 @@ import lab as commands
 import lab_needs
 from lab_conf import Lab
 
-WANTED = Lab(*os.environ.get("HPCGPT_LAB", "").split())
+NAME, _, SUBNET = os.environ.get("HPCGPT_LAB", "").partition(" ")
+WANTED = Lab(NAME or Lab.name, SUBNET or Lab.subnet)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.programs import ROOT, clean_env
 
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
 
-# It keeps the job's fields in files, as slurmctld keeps them, and what it was told in `told`.
+# It keeps the job's fields in files, as slurmctld keeps them, and its commands in `calls`.
 SQUEUE = """#!/bin/bash
 cd "$STATE"
 for word; do case $word in
@@ -31,8 +32,8 @@ esac; done
 SCONTROL = """#!/bin/bash
 cd "$STATE"
 case $1 in
-    requeue) echo "$@" >> told; [ ! -e refuses ] || { echo "Requeue disabled" >&2; exit 1; } ;;
-    update) echo "$@" >> told; case $3 in
+    requeue) echo "$@" >> calls; [ ! -e refuses ] || { echo "Requeue disabled" >&2; exit 1; } ;;
+    update) echo "$@" >> calls; case $3 in
         Comment=*) [ ! -e no_comments ] || exit 1; echo "${3#Comment=}" > comment ;;
         ExcNodeList=*) echo "${3#ExcNodeList=}" > excluded ;; esac ;;
     show) [ ! -e no_hostnames ] || exit 1; [ "$2" != hostnames ] || tr , '\\n' <<< "$3" | grep . ;;
@@ -87,14 +88,14 @@ class Batch:
         more = {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
         if restarts:
             self.is_("restarts", str(restarts))
-        words = ["bash", str(SCRIPT), "--run.dir", str(self.home / "runs"), "--run.name", "mine"]
+        command = ["bash", str(SCRIPT), "--run.dir", str(self.home / "runs"), "--run.name", "mine"]
         return subprocess.run(
-            words, env=self.env | more | env, cwd=self.home, capture_output=True, text=True, timeout=120, check=False
+            command, env=self.env | more | env, cwd=self.home, capture_output=True, text=True, timeout=120, check=False
         )
 
     @property
-    def told(self) -> list[str]:
-        path = self.state / "told"
+    def calls(self) -> list[str]:
+        path = self.state / "calls"
         return path.read_text().splitlines() if path.exists() else []
 
     def has(self, field: str) -> str:
@@ -113,8 +114,8 @@ def test_a_first_start_without_python_is_a_persons_mistake(batch: Batch) -> None
     batch.python.unlink()
     done = batch.start()
     assert done.returncode == 2
-    assert f"{batch.python} has no hpcgpt" in done.stderr
-    assert batch.told == []
+    assert f"{batch.python} cannot import hpcgpt" in done.stderr
+    assert batch.calls == []
 
 
 def test_a_restart_without_python_comes_back_on_another_node(batch: Batch) -> None:
@@ -122,7 +123,7 @@ def test_a_restart_without_python_comes_back_on_another_node(batch: Batch) -> No
     batch.python.unlink()
     done = batch.start(restarts=3)
     assert "requeue of job 7, 1 of 5 without hpcgpt.requeue" in done.stderr
-    assert batch.told == [
+    assert batch.calls == [
         "update JobId=7 Comment=hpcgpt_lost=1", "requeue 7", "update JobId=7 Comment=hpcgpt_lost=1 hpcgpt_avoid=n1",
         "update JobId=7 ExcNodeList=n1",
     ]  # fmt: skip
@@ -131,13 +132,13 @@ def test_a_restart_without_python_comes_back_on_another_node(batch: Batch) -> No
 def test_the_first_start_of_a_chained_job_is_a_restart(batch: Batch) -> None:
     batch.python.unlink()
     batch.start(HPCGPT_CHAINED="1")
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
 
 
 def test_of_a_job_array_the_task_comes_back(batch: Batch) -> None:
     batch.python.unlink()
     batch.start(restarts=1, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
-    assert "requeue 5_2" in batch.told
+    assert "requeue 5_2" in batch.calls
 
 
 def test_it_comes_back_so_often_in_a_row_ever_later_and_then_stops(batch: Batch) -> None:
@@ -146,11 +147,11 @@ def test_it_comes_back_so_often_in_a_row_ever_later_and_then_stops(batch: Batch)
     for restarts in range(1, 6):
         batch.start(restarts)
     assert batch.has("comment") == "mine hpcgpt_x=3 hpcgpt_lost=5 hpcgpt_avoid=n1"
-    assert [line.split("=")[-1] for line in batch.told if "StartTime" in line] == [
+    assert [line.split("=")[-1] for line in batch.calls if "StartTime" in line] == [
         "now+2minutes", "now+10minutes", "now+30minutes", "now+60minutes"]  # fmt: skip
     done = batch.start(6)
-    assert "no requeue of job 7: 5 starts in a row came to this, the last one: " in done.stderr
-    assert batch.told.count("requeue 7") == 5
+    assert "no requeue of job 7: 5 starts in a row failed like this, the last one: " in done.stderr
+    assert batch.calls.count("requeue 7") == 5
 
 
 def test_where_the_comment_is_refused_a_job_that_was_restarted_often_is_left(batch: Batch) -> None:
@@ -158,7 +159,7 @@ def test_where_the_comment_is_refused_a_job_that_was_restarted_often_is_left(bat
     batch.is_("no_comments", "")
     assert "requeue of job 7, 1 of 5" in batch.start(4).stderr
     assert "no requeue of job 7: 5 starts" in batch.start(5).stderr
-    assert batch.told.count("requeue 7") == 1
+    assert batch.calls.count("requeue 7") == 1
 
 
 def test_what_it_left_out_itself_adds_up_and_a_persons_nodes_stay(batch: Batch) -> None:
@@ -190,7 +191,7 @@ def test_once_hpcgpt_requeue_has_decided_again_its_nodes_come_back(batch: Batch)
     (batch.state / "run" / "logs").mkdir(parents=True)
     batch.is_("excluded", "n9,n1").is_("comment", "hpcgpt_lost=1 hpcgpt_avoid=n1 mine")
     batch.start(2)
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
     assert (batch.has("excluded"), batch.has("comment")) == ("n9", "mine")
 
 
@@ -200,11 +201,11 @@ def test_a_job_that_is_over_keeps_nothing_in_its_comment(batch: Batch) -> None:
     assert batch.has("comment") == "mine"
 
 
-def test_where_it_is_not_known_whom_a_person_excluded_they_stay_excluded(batch: Batch) -> None:
+def test_if_the_nodes_that_the_user_excluded_are_unknown_all_stay_excluded(batch: Batch) -> None:
     batch.python.unlink()
     batch.is_("excluded", "n[5-9]").is_("no_hostnames", "")
     batch.start(1)
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
     assert batch.has("excluded") == "n[5-9]"
 
 
@@ -220,22 +221,22 @@ def test_a_node_is_left_out_only_if_enough_are_left(batch: Batch) -> None:
     batch.is_("nodes", "n1\nn2").is_("excluded", "n2")
     batch.start(1)
     assert batch.has("excluded") == "n2"
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "output"),
     [
-        ("echo 'ImportError: libtorch.so: cannot open shared object file: Input/output error' >&2; exit 1", "has no"),
-        ("kill -BUS $$", "has no hpcgpt"),
+        ("echo 'ImportError: libtorch.so: cannot open shared object file: Input/output error' >&2; exit 1", "cannot"),
+        ("kill -BUS $$", "cannot import hpcgpt"),
         ('[ "$2" != hpcgpt.requeue ] || exit 1', "could not be made ready: status 1"),
     ],
     ids=["EIO", "SIGBUS", "folder"],
 )
-def test_what_is_clearly_the_nodes_comes_back_from_the_first_start_too(batch: Batch, line: str, said: str) -> None:
+def test_what_is_clearly_the_nodes_comes_back_from_the_first_start_too(batch: Batch, line: str, output: str) -> None:
     batch.has_python(line)
-    assert said in batch.start().stderr
-    assert "requeue 7" in batch.told
+    assert output in batch.start().stderr
+    assert "requeue 7" in batch.calls
 
 
 def test_a_check_that_never_ends_is_ended(batch: Batch) -> None:
@@ -244,8 +245,8 @@ def test_a_check_that_never_ends_is_ended(batch: Batch) -> None:
     os.mkfifo(never)
     batch.has_python(f"cat {never}")
     done = batch.start(HPCGPT_PATIENCE_S="1")
-    assert "has no hpcgpt" in done.stderr
-    assert "requeue 7" in batch.told
+    assert "cannot import hpcgpt" in done.stderr
+    assert "requeue 7" in batch.calls
 
 
 def test_of_several_nodes_those_are_left_out_that_cannot_what_others_can(batch: Batch) -> None:
@@ -258,11 +259,11 @@ def test_of_several_nodes_those_are_left_out_that_cannot_what_others_can(batch: 
 
 def test_what_none_of_several_nodes_can_is_a_mistake_at_first_and_no_single_nodes_fault_later(batch: Batch) -> None:
     batch.python.unlink()
-    several = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n1,n2,n3"}
+    several: dict[str, Any] = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "n1,n2,n3"}
     assert batch.start(**several).returncode == 2
-    assert batch.told == []
+    assert batch.calls == []
     batch.start(1, **several)
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
     assert batch.has("excluded") == ""
 
 
@@ -272,9 +273,9 @@ def test_a_mistake_in_the_configuration_is_one_at_the_first_start_only(batch: Ba
     done = batch.start()
     assert done.returncode == 2
     assert "no.such" in done.stderr
-    assert batch.told == []
+    assert batch.calls == []
     batch.start(1)
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
 
 
 def test_a_job_that_slurm_is_ending_is_left(batch: Batch) -> None:
@@ -284,7 +285,7 @@ def test_a_job_that_slurm_is_ending_is_left(batch: Batch) -> None:
     batch.is_("state", "RUNNING").is_("restarts", "2")
     batch.env["SLURM_RESTART_COUNT"] = "1"
     assert "Slurm has requeued it already" in batch.start().stderr
-    assert batch.told == []
+    assert batch.calls == []
 
 
 def test_where_slurm_refuses_it_says_what_to_do(batch: Batch) -> None:
@@ -292,7 +293,7 @@ def test_where_slurm_refuses_it_says_what_to_do(batch: Batch) -> None:
     batch.is_("refuses", "")
     done = batch.start(1)
     assert "Slurm refused to requeue job 7 (Requeue disabled)" in done.stderr
-    assert "Submit it again, it goes on from the newest checkpoint" in done.stderr
+    assert "Submit it again, it continues from the newest checkpoint" in done.stderr
 
 
 def test_a_job_that_slurm_began_in_tmp_instead_of_its_folder_makes_no_run_there(batch: Batch) -> None:
@@ -303,7 +304,7 @@ def test_a_job_that_slurm_began_in_tmp_instead_of_its_folder_makes_no_run_there(
     )  # fmt: skip
     assert "cannot enter /gone/away" in done.stderr
     assert not (batch.home / "runs").exists()
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
 
 
 # --- the site file -------------------------------------------------------------------------------------
@@ -320,9 +321,9 @@ def test_a_site_file_may_use_variables_that_are_not_set_and_is_read_in_this_shel
 
 def test_a_site_file_that_is_missing_is_a_mistake_at_first_and_the_nodes_fault_later(batch: Batch) -> None:
     assert batch.start(HPCGPT_SITE="/nowhere/site.sh").returncode == 2
-    assert batch.told == []
+    assert batch.calls == []
     assert "cannot read HPCGPT_SITE=/nowhere/site.sh" in batch.start(1, HPCGPT_SITE="/nowhere/site.sh").stderr
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
 
 
 # --- a job of hpcgpt.submit ------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def test_a_submitted_job_decides_where_the_checkout_is_gone_too(batch: Batch, mo
     assert (batch.home / "my runs" / "two  'words'" / "run.json").exists()
     batch.python.unlink()
     done = subprocess.run(["bash", str(job)], env=env, cwd=batch.home, capture_output=True, text=True, check=False)
-    assert "requeue 7" in batch.told
+    assert "requeue 7" in batch.calls
     assert "pickled" not in done.stdout
 
 
@@ -359,21 +360,21 @@ def test_where_python_is_gone_by_then_the_status_decides(batch: Batch, status: i
     done = batch.start()
     assert done.returncode == status
     assert "no decision: status 127" in done.stderr
-    assert ("requeue 7" in batch.told) == again
+    assert ("requeue 7" in batch.calls) == again
 
 
 def test_a_stop_file_counts_here_too(batch: Batch) -> None:
     batch.has_python(f'if [ "$3" = decide ]; then touch {batch.home}/runs/mine/STOP; exit 1; fi')
     batch.is_("status", "75")
-    assert "a STOP file asks the run to stay stopped" in batch.start().stderr
-    assert batch.told == []
+    assert "a STOP file keeps the run stopped" in batch.start().stderr
+    assert batch.calls == []
 
 
 def test_a_decision_not_to_requeue_is_one_though_slurm_refused_or_not(batch: Batch) -> None:
     batch.has_python('if [ "$3" = decide ]; then echo decided; exit 1; fi')
     batch.is_("status", "1").is_("comment", "mine hpcgpt_lost=4")
     batch.start(5)
-    assert batch.told == ["update JobId=7 Comment=mine"]  # the count is of starts in a row
+    assert batch.calls == ["update JobId=7 Comment=mine"]  # the count is of starts in a row
 
 
 def test_while_slurm_ends_the_job_at_its_time_limit_it_comes_back_without_python_too(batch: Batch) -> None:
@@ -394,7 +395,7 @@ def test_what_is_decided_while_srun_still_runs_is_decided_before_it_ends(batch: 
     batch.is_("reason", "TimeLimit").is_("state", "COMPLETING")
     (batch.bin / "srun").write_text(
         '#!/bin/bash\nread -r _ _ _ script _ < "/proc/$PPID/stat"\nkill -TERM "$script"\n'
-        'until [ -s "$STATE/told" ]; do sleep 0.1; done\nexit 143\n'
+        'until [ -s "$STATE/calls" ]; do sleep 0.1; done\nexit 143\n'
     )
     batch.start()
     assert batch.has("asked").split() == ["ending", "143"]
@@ -420,7 +421,7 @@ def test_slurms_tools_need_not_be_where_python_is(batch: Batch) -> None:
     batch.is_("status", "75").is_("comment", "mine")
     done = batch.start()
     assert "requeue of job 7: saved, by the ranks' exit status" in done.stderr
-    assert batch.told == ["requeue 7"]
+    assert batch.calls == ["requeue 7"]
     events = (batch.home / "runs" / "mine" / "events.jsonl").read_text()
     assert '"event": "requeue"' in events
     assert "error" not in done.stderr
@@ -432,7 +433,7 @@ def test_nothing_comes_back_that_hpcgpt_requeue_leaves_or_slurm_is_ending(batch:
     batch.start()
     batch.is_("status", "75").is_("state", "COMPLETING")  # a person's scancel
     batch.start()
-    assert batch.told == []
+    assert batch.calls == []
 
 
 # --- the ranks' signals --------------------------------------------------------------------------------

@@ -84,9 +84,9 @@ def test_a_first_start_on_a_node_that_lacks_python_comes_back_where_another_node
     lacks("n1", python.parent)
     job = cluster.sbatch("batch-node", *TWO, "--comment=a word=1", env={"HPCGPT_PYTHON": str(python)})
     cluster.wait(job)
-    said = log(cluster, job)
-    assert f"requeue of job {job}, 1 of 5 without hpcgpt.requeue: {python} has no hpcgpt" in said
-    assert "the next start keeps away from n1\n" in said
+    output = log(cluster, job)
+    assert f"requeue of job {job}, 1 of 5 without hpcgpt.requeue: {python} cannot import hpcgpt" in output
+    assert "the next start avoids n1\n" in output
     (start,) = starts(cluster.folder("batch-node"))
     assert start["job"] == f"{job}_1"
     assert events(cluster.folder("batch-node"), "job")[0]["hosts"] == ["n2", "n3"]
@@ -113,8 +113,8 @@ def test_a_rank_whose_node_lacks_the_configuration_is_a_crash_of_that_node(clust
     config.parent.mkdir()
     config.write_bytes(cluster.config.read_bytes())
     lacks("n2", config.parent)
-    words = ("--requeue.exclude_bad_nodes", "true")
-    job = cluster.slurm("sbatch", "--parsable", *TWO, SCRIPT, str(config), "--run.name", "config", *QUICK, *words)
+    flags = ("--requeue.exclude_bad_nodes", "true")
+    job = cluster.slurm("sbatch", "--parsable", *TWO, SCRIPT, str(config), "--run.name", "config", *QUICK, *flags)
     cluster.wait(job)
     (crash,) = events(cluster.folder("config"), "crash")
     assert (crash["host"], crash["excluded"]) == ("n2", ["n2"])
@@ -125,7 +125,7 @@ def test_a_rank_whose_node_lacks_the_configuration_is_a_crash_of_that_node(clust
 def test_what_no_node_has_is_a_persons_mistake(cluster: Cluster) -> None:
     job = cluster.sbatch("nowhere", *TWO, env={"HPCGPT_PYTHON": "/nowhere/python"})
     cluster.wait(job, state="FAILED")
-    assert "/nowhere/python has no hpcgpt, or not what it needs: export HPCGPT_PYTHON" in log(cluster, job)
+    assert "/nowhere/python cannot import hpcgpt: export HPCGPT_PYTHON" in log(cluster, job)
     assert shown(cluster, job, "--Format=RestartCnt:9") == "0"
     assert "requeue" not in log(cluster, job)
 
@@ -142,8 +142,8 @@ def test_a_mount_that_is_lost_in_mid_run_is_survived_without_python(cluster: Clu
     first, second = starts(cluster.folder("lost"))
     assert (first["host"], second["host"]) == ("n1", "n2")
     assert second["step"] >= 40 // 20 * 20
-    said = log(cluster, job)
-    assert "without hpcgpt.requeue: srun ended with status 137, and hpcgpt.requeue could not decide" in said
+    output = log(cluster, job)
+    assert "without hpcgpt.requeue: srun ended with status 137, and hpcgpt.requeue could not decide" in output
     cluster.slurm("scancel", job)
     cluster.wait(job, state="CANCELLED")
 
@@ -154,8 +154,8 @@ def test_a_restart_on_a_node_without_the_jobs_folder_does_not_begin_a_run_in_tmp
     place = cluster.home / "mount" / "place"
     place.mkdir(parents=True)
     # Its log is elsewhere: where Slurm cannot open that, it ends the job before there is a script.
-    words = ("--chdir", str(place), "--output", f"{cluster.home}/slurm-%j.out", *ONE)
-    job = cluster.sbatch("moved", *words, arguments=("--train.steps", "3000", "--run.dir", "here"))
+    flags = ("--chdir", str(place), "--output", f"{cluster.home}/slurm-%j.out", *ONE)
+    job = cluster.sbatch("moved", *flags, arguments=("--train.steps", "3000", "--run.dir", "here"))
     folder = place / "here" / "moved"
     wait_for_rows(folder, 40)
     lacks("n1", place.parent)
@@ -173,9 +173,9 @@ def test_a_job_with_spaces_and_fields_in_its_words_is_followed_by_the_same(clust
     place = cluster.home / "a b JobState=CANCELLED"
     place.mkdir()
     name = "x JobState=CANCELLED\n   Restarts=9 Reason=NodeDown"
-    words = (*TWO, "--no-requeue", f"--job-name={name}", "--chdir", str(place), "--output", "out %% %j.txt")
+    flags = (*TWO, "--no-requeue", f"--job-name={name}", "--chdir", str(place), "--output", "out %% %j.txt")
     arguments = ("--train.steps", "600", "--run.dir", "here%t", "--sample.prompt", "WorkDir=/a b")
-    job = cluster.sbatch("spaced", *words, arguments=arguments)
+    job = cluster.sbatch("spaced", *flags, arguments=arguments)
     folder = place / "here%t" / "spaced"
     wait_for_rows(folder, 40)
     cluster.slurm("scancel", "--signal=USR1", f"{job}.0")

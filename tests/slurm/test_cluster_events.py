@@ -121,7 +121,7 @@ class TestSlow:
         assert slow.cut not in events(folder, "job")[1]["hosts"]
 
 
-# --- told to leave -----------------------------------------------------------------------------------
+# --- asked to stop -----------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(600)
@@ -138,10 +138,10 @@ def test_ranks_that_leave_within_the_grace_time_are_requeued_by_ourselves(cluste
 
 @pytest.mark.timeout(600)
 def test_where_requeueing_is_forbidden_the_same_job_waits_behind(cluster: Cluster, whole: Path) -> None:
-    """The same words, with their spaces, the same resources, and a count of restarts that starts anew."""
-    words = ("--sample.prompt", "two  spaces 'and' quotes")
+    """The same arguments, with their spaces, the same resources, and a restart count that starts again at 0."""
+    typed = ("--sample.prompt", "two  spaces 'and' quotes")
     flags = ("--no-requeue", "--job-name=a chain", "--time=9", "--mem=1000", f"--output={cluster.home}/slurm-%j.out")
-    job = cluster.sbatch("chained", *TWO, *flags, arguments=words)
+    job = cluster.sbatch("chained", *TWO, *flags, arguments=typed)
     folder = cluster.folder("chained")
     for hit in (1, 2):
         cluster.wait_for_rows("chained", hit * STEPS // 3)
@@ -149,7 +149,7 @@ def test_where_requeueing_is_forbidden_the_same_job_waits_behind(cluster: Cluste
         cluster.wait(job, state="FAILED")
         chain = events(folder, "chain")[-1]
         assert chain["job"] == f"{job}_0"
-        assert f"job {chain['next_job']} waits behind it" in batch_log(cluster, job)
+        assert f"job {chain['next_job']} will run after it" in batch_log(cluster, job)
         before, job = job, chain["next_job"]
         same = ("JobName", "TimeLimit", "NumTasks", "MinMemoryNode", "TresPerNode", "Requeue", "WorkDir")
         assert {key: shown(cluster, job, key) for key in same} == {key: shown(cluster, before, key) for key in same}
@@ -164,8 +164,8 @@ def test_a_wrapper_around_the_script_is_followed_by_the_wrapper(cluster: Cluster
     wrapper.write_text(
         f'#!/bin/bash\ntrap : TERM INT USR1 USR2\necho "mine: $1"\nshift\nbash {SCRIPT} {cluster.config} "$@"\n'
     )
-    words = ("a  b", "--run.name", "wrapped", *QUICK)
-    job = cluster.slurm("sbatch", "--parsable", "--no-requeue", *TWO, str(wrapper), *words)
+    typed = ("a  b", "--run.name", "wrapped", *QUICK)
+    job = cluster.slurm("sbatch", "--parsable", "--no-requeue", *TWO, str(wrapper), *typed)
     cluster.wait_for_rows("wrapped", 100)
     cluster.slurm("scancel", "--signal=USR1", job)
     cluster.wait(job, state="FAILED")
@@ -227,8 +227,10 @@ def test_a_killed_rank_is_named_and_its_host_is_left_out(cluster: Cluster, whole
 
 
 @pytest.mark.timeout(600)
-def test_an_exception_in_one_rank_is_told_with_its_traceback_and_a_mistake_is_not_requeued(cluster: Cluster) -> None:
-    """Rank 1 may open few files, or is told something else than rank 0."""
+def test_an_exception_in_one_rank_is_reported_with_its_traceback_and_a_mistake_is_not_requeued(
+    cluster: Cluster,
+) -> None:
+    """Rank 1 may open few files, or gets other arguments than rank 0."""
     jobs = {}
     for name, line in {"few": "ulimit -n 8", "odd": 'set -- "$@" --data.dir nowhere'}.items():
         wrapper = cluster.home / f"python-{name}"
@@ -248,7 +250,7 @@ def test_an_exception_in_one_rank_is_told_with_its_traceback_and_a_mistake_is_no
     assert "crash loop: 1 crashes" in few
     assert "Too many open files" in few
     assert "Traceback" in few
-    assert "it needs a person: rank 1 on" in odd
+    assert "a person has to act: rank 1 on" in odd
     assert "no folder of shards at nowhere" in odd
     assert events(cluster.folder("odd"), "crash", "requeue") == []
 
@@ -269,7 +271,7 @@ def test_a_rank_that_is_stopped_for_a_while_goes_on(cluster: Cluster, whole: Pat
 
 @pytest.mark.timeout(600)
 def test_rank_0_may_live_on_any_host(cluster: Cluster) -> None:
-    """Slurm lists n3 first, and the ranks start on n4: the way to rank 0 is none that the list tells."""
+    """Slurm lists n3 first, and the ranks start on n4: rank 0's host cannot be seen from the list."""
     hosts = cluster.home / "hosts"
     hosts.write_text("n4\nn4\nn3\n")
     shape = ("--nodes=2", "--ntasks=3", "--distribution=arbitrary", "--time=10")

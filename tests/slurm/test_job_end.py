@@ -21,7 +21,7 @@ DAY_S = 86_400
 
 
 class Controller:
-    """An scontrol that answers as it is told, and counts its questions."""
+    """An scontrol with answers from the test, which counts its questions."""
 
     def __init__(self, folder: Path) -> None:
         self.bin, self._asked = folder / "bin", folder / "asked"
@@ -78,13 +78,13 @@ def test_another_time_limit_is_noticed_after_a_while(slurm: Controller, clock: l
     flag = believing(began + DAY_S)
     asked = JobEnd("7", flag)
     slurm.ends(began + new)
-    asked.look()
+    asked.ask_if_due()
     clock[0] += EVERY_S - 1
-    asked.look()
+    asked.ask_if_due()
     assert flag.end == began + DAY_S
     assert slurm.questions == []
     clock[0] += 1
-    asked.look()
+    asked.ask_if_due()
     assert flag.end == began + new
     assert flag.agree(ALONE) == (Stop.TIME_LIMIT if new < EVERY_S else Stop.NO)
     clock[0] = began + DAY_S
@@ -97,18 +97,18 @@ def test_shortly_before_the_run_leaves_it_is_asked_once_for_each_end(slurm: Cont
     asked = JobEnd("7", flag)
     slurm.ends(began + 550)
     clock[0] = flag.leave_at - BEFORE_S - 1
-    asked.look()
+    asked.ask_if_due()
     assert slurm.questions == []
     for _ in range(3):
         clock[0] += 1
-        asked.look()
+        asked.ask_if_due()
     assert len(slurm.questions) == 1
     assert flag.agree(ALONE) == Stop.NO
     flag.ends_at(began + 1000)
     clock[0] = flag.leave_at - BEFORE_S
     slurm.ends(began + 2000)
-    asked.look()
-    asked.look()
+    asked.ask_if_due()
+    asked.ask_if_due()
     assert len(slurm.questions) == 2
     assert flag.end == began + 2000
 
@@ -130,7 +130,7 @@ def test_what_is_no_answer_changes_nothing(slurm: Controller, clock: list[float]
     asked = JobEnd("7", flag)
     slurm.says(line, status)
     clock[0] += EVERY_S
-    asked.look()
+    asked.ask_if_due()
     assert len(slurm.questions) == 1
     assert flag.end == 1_000_000.0 + DAY_S
 
@@ -142,7 +142,7 @@ def test_where_there_is_no_scontrol_nothing_changes(
     flag = believing(clock[0] + DAY_S)
     asked = JobEnd("7", flag)
     clock[0] += EVERY_S
-    asked.look()
+    asked.ask_if_due()
     assert flag.end == 1_000_000.0 + DAY_S
 
 
@@ -151,7 +151,7 @@ def test_a_day_of_looking_is_few_questions_also_if_none_is_answered(slurm: Contr
     asked = JobEnd("7", flag)
     slurm.says("", 1)
     while clock[0] < flag.end:
-        asked.look()
+        asked.ask_if_due()
         clock[0] += LOOK_S
     assert len(slurm.questions) == pytest.approx(DAY_S / EVERY_S, abs=1)
 

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: what a job sees on it, what can be broken, and that nothing of it stays behind."""
+"""A real Slurm on this machine: what a job sees on it, what can be broken, and that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_every_host_knows_the_others_by_name(lab: Lab) -> None:
 
 def test_a_two_by_two_job_sees_its_ranks_and_two_gpus(lab: Lab) -> None:
     shape = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
-    told = slurm(lab, "srun", *shape, "sh", "-c", "echo $SLURM_PROCID $SLURM_LOCALID $CUDA_VISIBLE_DEVICES")
-    assert sorted(told.splitlines()) == ["0 0 0,1", "1 1 0,1", "2 0 0,1", "3 1 0,1"]
+    reported = slurm(lab, "srun", *shape, "sh", "-c", "echo $SLURM_PROCID $SLURM_LOCALID $CUDA_VISIBLE_DEVICES")
+    assert sorted(reported.splitlines()) == ["0 0 0,1", "1 1 0,1", "2 0 0,1", "3 1 0,1"]
 
 
 def test_a_job_that_requeues_itself_is_back_soon(lab: Lab, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_slurmd_can_be_killed_and_started(lab: Lab) -> None:
 def test_down_leaves_no_trace(second: Lab, tmp_path: Path) -> None:
     before = traces()
     up(second)
-    # What a job can leave behind: a process that has no parent, no job any more, and no ear for SIGTERM.
+    # What a job can leave: a process without parent and job that ignores SIGTERM.
     sleep = f"98765.{os.getpid()}"
     stubborn = f"trap '' TERM HUP; setsid sleep {sleep} & setsid sleep {sleep}"
     batch(second, tmp_path, f"srun --nodes=2 sh -c {stubborn!r}", "--nodes=2")
@@ -188,8 +188,8 @@ def test_what_is_missing_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_commands_exit_statuses() -> None:
-    def lab_py(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(SCRIPT), *words]
+    def lab_py(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     assert lab_py("env").stdout == "export SLURM_CONF=/run/hpcgpt-lab/slurm.conf\n"
@@ -207,12 +207,12 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.1)
 
 
-def processes_with(word: str) -> list[str]:
-    """The command lines, of all processes on this machine, that have this word in them."""
+def processes_with(text: str) -> list[str]:
+    """The command lines, of all processes on this machine, that contain this text."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            found += [line for line in [file.read_text(errors="replace")] if word in line]
+            found += [line for line in [file.read_text(errors="replace")] if text in line]
     return found
 
 

@@ -44,12 +44,12 @@ def test_a_task_of_an_array_is_followed_by_that_task_alone() -> None:
 
 @pytest.fixture
 def forbidding(slurm: FakeSlurm) -> FakeSlurm:
-    """A Slurm that does not requeue, knows the batch script, and takes another job, whose environment it keeps."""
+    """A Slurm that does not requeue, shows the batch script, and accepts another job, whose environment it keeps."""
     slurm.answers(state="COMPLETING", refuses=True, Reason="NodeDown", Command="/home/me/mine.sh")
     script = slurm.folder / "scontrol"
     script.write_text(script.read_text().replace("if ", 'if [ "$1" = write ]; then echo "#!/bin/sh"; exit; fi\nif ', 1))
     sbatch = slurm.folder / "sbatch"
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {slurm.said}.sbatch\nenv > {slurm.said}.env\necho "8;cluster"\n')
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {slurm.calls}.sbatch\nenv > {slurm.calls}.env\necho "8;cluster"\n')
     sbatch.chmod(0o755)
     return slurm
 
@@ -59,31 +59,31 @@ def test_one_job_is_queued_behind_though_it_is_decided_twice(forbidding: FakeSlu
     run_folder.record(run, "job", job="7_0")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_CONF": "/etc/slurm.conf", "MINE": "kept"}
     path = {"PATH": f"{forbidding.folder}:/usr/bin:/bin"}
-    words = ("--run.dir", str(run.parent), "--run.name", run.name)
-    early = command("hpcgpt.requeue", "decide", "--status", "ending", *words, env=env | path)
-    assert (early.returncode, "job 8 waits behind it" in early.stderr) == (0, True), early.stderr
+    flags = ("--run.dir", str(run.parent), "--run.name", run.name)
+    early = command("hpcgpt.requeue", "decide", "--status", "ending", *flags, env=env | path)
+    assert (early.returncode, "job 8 will run after it" in early.stderr) == (0, True), early.stderr
     status, said = decided(forbidding, run, 137, **env)
     assert status == 0
-    assert "no requeue of job 7: another one waits behind it already" in said
-    (submitted,) = Path(f"{forbidding.said}.sbatch").read_text().splitlines()
+    assert "no requeue of job 7: the next job is queued already" in said
+    (submitted,) = Path(f"{forbidding.calls}.sbatch").read_text().splitlines()
     assert "--dependency=afterany:7 " in submitted
     assert submitted.endswith("/mine.sh")
     (chain,) = [event for event in run_folder.events(run) if event["event"] == "chain"]
     assert (chain["job"], chain["next_job"], chain["reason"]) == ("7_3", "8", "a node failed")
     # --export=ALL would make the next job believe that it had been restarted three times.
-    told = Path(f"{forbidding.said}.env").read_text().splitlines()
-    assert {line for line in told if line.startswith(("SLURM_", "MINE="))} == {
+    reported = Path(f"{forbidding.calls}.env").read_text().splitlines()
+    assert {line for line in reported if line.startswith(("SLURM_", "MINE="))} == {
         "SLURM_CONF=/etc/slurm.conf", "SLURM_TIME_FORMAT=%s", "MINE=kept"}  # fmt: skip
 
 
 def test_a_host_that_failed_is_left_out_of_the_next_job_too(forbidding: FakeSlurm, run: Path) -> None:
     forbidding.has_nodes("n1 idle", "n2 down*", "n3 idle")
     (run / "logs" / "7_0.srun").write_text("srun: error: Node failure on n2\n")
-    words = ("--run.dir", str(run.parent), "--run.name", run.name, "--requeue.exclude_bad_nodes", "true")
+    flags = ("--run.dir", str(run.parent), "--run.name", run.name, "--requeue.exclude_bad_nodes", "true")
     env = {"SLURM_JOB_ID": "7", "PATH": f"{forbidding.folder}:/usr/bin:/bin"}
-    done = command("hpcgpt.requeue", "decide", "--status", "137", *words, env=env)
+    done = command("hpcgpt.requeue", "decide", "--status", "137", *flags, env=env)
     assert done.returncode == 0, done.stderr
-    assert " --exclude=n2 " in Path(f"{forbidding.said}.sbatch").read_text()
+    assert " --exclude=n2 " in Path(f"{forbidding.calls}.sbatch").read_text()
     assert [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())] == ["n2"]
 
 
@@ -95,7 +95,7 @@ def test_what_a_person_excluded_is_excluded_from_the_next_job_too(forbidding: Fa
     run_folder.record(run, "chain", job="6_0", next_job="7")
     run_folder.record(run, "excluded", job="6_0", hosts=["n2"])
     assert decided(forbidding, run, 137)[0] == 0
-    assert " --exclude=n8,n9 " in Path(f"{forbidding.said}.sbatch").read_text()
+    assert " --exclude=n8,n9 " in Path(f"{forbidding.calls}.sbatch").read_text()
 
 
 def test_folders_and_logs_keep_their_spaces() -> None:

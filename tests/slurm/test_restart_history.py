@@ -8,183 +8,187 @@ from typing import Any
 
 import pytest
 
-from hpcgpt.slurm.restart_history import History, history, newest_step, starts
+from hpcgpt.slurm.restart_history import RestartHistory, count_restarts, newest_step, starts
 from tests.checkpoint.small_checkpoints import flip_a_byte, names, write_manifest
 
 Event = dict[str, Any]
 
 
-class Story:
+class RecordedRun:
     """Events of a run folder, made one start after the other. The clock runs with them."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.now, self.attempt, self.job = 1000.0, 0, ""
 
-    def add(self, event: str, **fields: Any) -> Story:
+    def add(self, event: str, **fields: Any) -> RecordedRun:
         self.events.append({"time": self.now, "event": event, **fields})
         return self
 
-    def begin(self, job: str, newest: int | None = None) -> Story:
+    def begin(self, job: str, newest: int | None = None) -> RecordedRun:
         """`requeue folder` runs."""
         self.job = job
         return self.add("job", job=job, **({} if newest is None else {"newest_step": newest}))
 
-    def ready(self, step: int, start_s: float = 20.0) -> Story:
+    def ready(self, step: int, start_s: float = 20.0) -> RecordedRun:
         """The ranks are ready to step, after `start_s`."""
         self.attempt += 1
         began_at, self.now = self.now, self.now + start_s
         self.add("start", attempt=self.attempt, job=self.job, step=step, began_at=began_at)
         return self.add("ready", attempt=self.attempt, step=step)
 
-    def save(self, step: int, trained_s: float = 100.0, save_s: float = 5.0) -> Story:
+    def save(self, step: int, trained_s: float = 100.0, save_s: float = 5.0) -> RecordedRun:
         self.now += trained_s + save_s
         return self.add("save", attempt=self.attempt, step=step, seconds=save_s)
 
-    def crash(self) -> Story:
+    def crash(self) -> RecordedRun:
         return self.add("crash", job=self.job)
 
-    def back(self) -> Story:
+    def back(self) -> RecordedRun:
         return self.add("requeue", job=self.job)
 
-    def chain(self, next_job: str) -> Story:
+    def chain(self, next_job: str) -> RecordedRun:
         return self.add("chain", job=self.job, next_job=next_job)
 
     def counts(self, job: str, newest: int | None) -> tuple[int, int, int]:
-        found = history(self.events, job, newest)
-        return found.crashes, found.node_failures, found.idle
+        found = count_restarts(self.events, job, newest)
+        return found.crashes, found.node_failures, found.without_progress
 
 
 def test_without_events_there_is_no_history() -> None:
-    assert history([], "7_0", 0) == history([], "", None) == History()
+    assert count_restarts([], "7_0", 0) == count_restarts([], "", None) == RestartHistory()
 
 
-def test_a_start_that_trained_longer_than_it_took_to_start_was_worth_it() -> None:
-    story = Story().begin("7_0", 0).ready(0, start_s=20.0).save(8, trained_s=15.0).save(12, trained_s=5.0)
-    (start,) = starts(story.events, "7_0", 12)
-    # From ready to the copy of the newest checkpoint: the save before it was behind training.
+def test_a_start_that_trained_longer_than_it_took_to_start_made_progress() -> None:
+    run = RecordedRun().begin("7_0", 0).ready(0, start_s=20.0).save(8, trained_s=15.0).save(12, trained_s=5.0)
+    (start,) = starts(run.events, "7_0", 12)
+    # From ready to the copy of the newest checkpoint: the earlier save was written while training continued.
     assert (start.from_step, start.to_step, start.start_s, start.trained_s) == (0, 12, 20.0, 25.0)
-    assert (start.gained, start.idle) == (True, False)
-    assert start.words == "took 20 s until its first step and trained for 25 s, 12 steps"
+    assert (start.gained, start.without_progress) == (True, False)
+    assert start.summary == "took 20 s until its first step and trained for 25 s, 12 steps"
 
 
-@pytest.mark.parametrize(("trained_s", "idle"), [(19.9, 1), (20.0, 0)])
-def test_a_start_that_gained_a_step_for_more_than_it_is_worth_is_idle(trained_s: float, idle: int) -> None:
-    story = Story().begin("7_0", 0).ready(0, start_s=20.0).save(1, trained_s)
-    assert story.counts("7_0", 1) == (0, 0, idle)
+@pytest.mark.parametrize(("trained_s", "without_progress"), [(19.9, 1), (20.0, 0)])
+def test_a_start_that_gained_a_step_in_less_time_than_it_took_to_start_made_no_progress(
+    trained_s: float, without_progress: int
+) -> None:
+    run = RecordedRun().begin("7_0", 0).ready(0, start_s=20.0).save(1, trained_s)
+    assert run.counts("7_0", 1) == (0, 0, without_progress)
 
 
 def test_many_starts_that_gain_a_step_each_add_up() -> None:
-    story = Story()
+    run = RecordedRun()
     for restart in range(6):
-        story.begin(f"7_{restart}", restart).ready(restart, start_s=25.0).save(restart + 1, trained_s=2.0).back()
-        assert story.counts(f"7_{restart}", restart + 1) == (0, 0, restart + 1)
-    story.begin("7_6", 6).ready(6, start_s=25.0).save(9, trained_s=30.0)
-    assert story.counts("7_6", 9) == (0, 0, 0)
+        run.begin(f"7_{restart}", restart).ready(restart, start_s=25.0).save(restart + 1, trained_s=2.0).back()
+        assert run.counts(f"7_{restart}", restart + 1) == (0, 0, restart + 1)
+    run.begin("7_6", 6).ready(6, start_s=25.0).save(9, trained_s=30.0)
+    assert run.counts("7_6", 9) == (0, 0, 0)
 
 
 def test_a_job_that_is_preempted_often_and_gains_each_time_is_well() -> None:
-    story = Story()
+    run = RecordedRun()
     for restart in range(50):
-        story.begin(f"7_{restart}", restart * 10).ready(restart * 10, start_s=60.0)
-        story.save(restart * 10 + 10, trained_s=90.0).back()
-    assert story.counts("7_49", 500) == (0, 0, 0)
+        run.begin(f"7_{restart}", restart * 10).ready(restart * 10, start_s=60.0)
+        run.save(restart * 10 + 10, trained_s=90.0).back()
+    assert run.counts("7_49", 500) == (0, 0, 0)
 
 
 def test_what_a_start_gained_is_read_from_the_checkpoints_also_where_the_word_of_it_is_lost() -> None:
-    story = Story().begin("7_0", 4).ready(4).crash()
-    assert not starts(story.events, "7_0", 4)[-1].gained
-    assert starts(story.events, "7_0", 8)[-1].gained
+    run = RecordedRun().begin("7_0", 4).ready(4).crash()
+    assert not starts(run.events, "7_0", 4)[-1].gained
+    assert starts(run.events, "7_0", 8)[-1].gained
     # Its times are not known then, and it is given the benefit of the doubt.
-    assert story.counts("7_0", 8) == (0, 0, 0)
-    story.begin("7_1", 8).ready(8)
-    assert [start.gained for start in starts(story.events, "7_1", 8)] == [True, False]
+    assert run.counts("7_0", 8) == (0, 0, 0)
+    run.begin("7_1", 8).ready(8)
+    assert [start.gained for start in starts(run.events, "7_1", 8)] == [True, False]
 
 
 def test_where_the_checkpoints_cannot_be_seen_the_events_count() -> None:
-    story = Story().begin("7_0", 4).ready(4).save(8)
-    assert starts(story.events, "7_0", None)[-1].to_step == 8
+    run = RecordedRun().begin("7_0", 4).ready(4).save(8)
+    assert starts(run.events, "7_0", None)[-1].to_step == 8
 
 
 def test_a_start_that_never_got_ready_gained_nothing() -> None:
-    story = Story().begin("7_0", 4).crash().begin("7_1", 4).crash().begin("7_2", 4)
-    assert story.counts("7_2", 4) == (2, 0, 3)
-    (*_, last) = starts(story.events, "7_2", 4)
-    assert last.words == "made no new checkpoint"
+    run = RecordedRun().begin("7_0", 4).crash().begin("7_1", 4).crash().begin("7_2", 4)
+    assert run.counts("7_2", 4) == (2, 0, 3)
+    (*_, last) = starts(run.events, "7_2", 4)
+    assert last.summary == "made no new checkpoint"
 
 
 def test_crashes_count_since_the_last_start_that_gained() -> None:
-    story = Story().begin("7_0", 0).ready(0).crash().begin("7_1", 0).ready(0).save(4).crash()
-    assert story.counts("7_1", 4) == (0, 0, 0), "the end that is decided about is not among them"
-    story.begin("7_2", 4)
-    assert story.counts("7_2", 4) == (1, 0, 1)
-    story.ready(4).crash().begin("7_3", 4).ready(4)
-    assert story.counts("7_3", 4) == (2, 0, 2)
+    run = RecordedRun().begin("7_0", 0).ready(0).crash().begin("7_1", 0).ready(0).save(4).crash()
+    assert run.counts("7_1", 4) == (0, 0, 0), "the end that is decided about is not among them"
+    run.begin("7_2", 4)
+    assert run.counts("7_2", 4) == (1, 0, 1)
+    run.ready(4).crash().begin("7_3", 4).ready(4)
+    assert run.counts("7_3", 4) == (2, 0, 2)
 
 
 def test_a_checkpoint_that_is_damaged_each_time_it_is_made_is_no_gain() -> None:
     """Each start resumes at step 2, saves step 4 and crashes; the next one finds that damaged."""
-    story = Story().begin("7_0", 2).ready(2).save(4).crash()
-    assert story.counts("7_0", 4)[0] == 0
+    run = RecordedRun().begin("7_0", 2).ready(2).save(4).crash()
+    assert run.counts("7_0", 4)[0] == 0
     for restart in (1, 2):
-        story.begin(f"7_{restart}", 4).ready(2).save(4).crash()
-        assert story.counts(f"7_{restart}", 4)[0] == restart
+        run.begin(f"7_{restart}", 4).ready(2).save(4).crash()
+        assert run.counts(f"7_{restart}", 4)[0] == restart
 
 
 def test_a_start_from_an_older_checkpoint_is_measured_against_that_one() -> None:
     """A person took away everything after step 2,000."""
-    story = Story().begin("7_0", 0).ready(0).save(10_000).back()
+    run = RecordedRun().begin("7_0", 0).ready(0).save(10_000).back()
     for restart in range(1, 12):
         step = 1_900 + restart * 100
-        story.begin(f"8_{restart}", step).ready(step).save(step + 100).back()
-        assert story.counts(f"8_{restart}", step + 100) == (0, 0, 0)
+        run.begin(f"8_{restart}", step).ready(step).save(step + 100).back()
+        assert run.counts(f"8_{restart}", step + 100) == (0, 0, 0)
 
 
 def test_within_one_chain_such_a_way_back_costs_a_start_or_two_and_no_more() -> None:
-    story = Story().begin("7_0", 0).ready(0).save(10_000).back()
-    idle = []
+    run = RecordedRun().begin("7_0", 0).ready(0).save(10_000).back()
+    without_progress = []
     for restart in range(1, 12):
         step = 1_900 + restart * 100
-        story.begin(f"7_{restart}", step).ready(step).save(step + 100).back()
-        idle.append(story.counts(f"7_{restart}", step + 100)[2])
-    assert max(idle) <= 2
-    assert idle[-1] == 0
+        run.begin(f"7_{restart}", step).ready(step).save(step + 100).back()
+        without_progress.append(run.counts(f"7_{restart}", step + 100)[2])
+    assert max(without_progress) <= 2
+    assert without_progress[-1] == 0
 
 
 def test_another_jobs_events_neither_add_nor_reset() -> None:
     """Job 8 is refused each time, since 7 holds the folder."""
-    story = Story()
+    run = RecordedRun()
     for restart in range(3):
-        story.begin(f"7_{restart}", 0).ready(0).crash().begin(f"8_{restart}", 0).crash()
-    assert history(story.events, "7_3", 0).crashes == 3
-    assert history(story.events, "8_3", 0).crashes == 3
+        run.begin(f"7_{restart}", 0).ready(0).crash().begin(f"8_{restart}", 0).crash()
+    assert count_restarts(run.events, "7_3", 0).crashes == 3
+    assert count_restarts(run.events, "8_3", 0).crashes == 3
 
 
 def test_what_another_job_trained_in_between_is_no_gain_of_this_one() -> None:
-    story = Story().begin("7_0", 0).ready(0).crash().begin("8_0", 0).ready(0).save(100).begin("7_1", 100).ready(100)
-    assert [start.gained for start in starts(story.events, "7_1", 100)] == [False, False]
-    assert [start.gained for start in starts(story.events, "8_0", 100)] == [True]
+    run = RecordedRun().begin("7_0", 0).ready(0).crash().begin("8_0", 0).ready(0).save(100).begin("7_1", 100).ready(100)
+    assert [start.gained for start in starts(run.events, "7_1", 100)] == [False, False]
+    assert [start.gained for start in starts(run.events, "8_0", 100)] == [True]
 
 
 def test_a_chain_of_jobs_is_counted_as_one_and_another_submission_begins_anew() -> None:
-    story = Story().begin("7_0", 0).ready(0).crash().chain("8").begin("8_0", 0).ready(0).crash().chain("9")
-    assert history(story.events, "9_0", 0).crashes == 2
-    assert history(story.events, "10_0", 0) == History()
+    run = RecordedRun().begin("7_0", 0).ready(0).crash().chain("8").begin("8_0", 0).ready(0).crash().chain("9")
+    assert count_restarts(run.events, "9_0", 0).crashes == 2
+    assert count_restarts(run.events, "10_0", 0) == RestartHistory()
 
 
 def test_after_the_policy_gave_up_a_start_that_a_person_asked_for_begins_anew() -> None:
-    story = Story().begin("7_0", 0).crash().begin("7_1", 0).crash().add("give_up", job="7_1").begin("7_2", 0).crash()
-    assert history(story.events, "7_3", 0) == History(1, 0, 1, starts(story.events, "7_2", 0)[-1])
+    run = (
+        RecordedRun().begin("7_0", 0).crash().begin("7_1", 0).crash().add("give_up", job="7_1").begin("7_2", 0).crash()
+    )
+    assert count_restarts(run.events, "7_3", 0) == RestartHistory(1, 0, 1, starts(run.events, "7_2", 0)[-1])
 
 
 def test_a_failed_node_has_a_count_of_its_own() -> None:
-    story = Story().begin("7_0", 0).ready(0).back()
+    run = RecordedRun().begin("7_0", 0).ready(0).back()
     for restart in range(1, 4):
-        story.begin(f"7_{restart}", 0).add("node_failed", job=f"7_{restart}")
-    assert history(story.events, "7_4", 0).node_failures == 3
-    assert history(story.events, "7_4", 0).idle == 1
-    story.begin("7_4", 0).ready(0).save(8).add("node_failed", job="7_4")
-    assert history(story.events, "7_5", 8).node_failures == 1
+        run.begin(f"7_{restart}", 0).add("node_failed", job=f"7_{restart}")
+    assert count_restarts(run.events, "7_4", 0).node_failures == 3
+    assert count_restarts(run.events, "7_4", 0).without_progress == 1
+    run.begin("7_4", 0).ready(0).save(8).add("node_failed", job="7_4")
+    assert count_restarts(run.events, "7_5", 8).node_failures == 1
 
 
 def test_events_of_older_versions_count_as_well() -> None:
@@ -195,13 +199,13 @@ def test_events_of_older_versions_count_as_well() -> None:
         events += [{"event": "start", "job": f"7_{restart}", "attempt": restart + 1, "step": step, "time": 2.0}]
         events += [{"event": "save", "attempt": restart + 1, "step": step + 4, "time": 3.0}]
         events += [{"event": "crash", "job": f"7_{restart}", "time": 4.0}]
-    found = history(events, "7_2", 12)
-    assert (found.crashes, found.idle) == (0, 0)
+    found = count_restarts(events, "7_2", 12)
+    assert (found.crashes, found.without_progress) == (0, 0)
 
 
 def test_a_chain_that_announces_itself_is_followed_once() -> None:
-    story = Story().begin("7_0", 0).chain("8").begin("8_0", 0).chain("7")
-    assert len(starts(story.events, "8_0", 0)) == 2
+    run = RecordedRun().begin("7_0", 0).chain("8").begin("8_0", 0).chain("7")
+    assert len(starts(run.events, "8_0", 0)) == 2
 
 
 # --- the newest checkpoint ---------------------------------------------------------------------------

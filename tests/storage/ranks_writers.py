@@ -1,13 +1,13 @@
 """What test_lease races: ``python -m tests.storage.ranks_writers RUN_FOLDER ROUNDS SEED``.
 
-Jobs that fight for one run folder, as real processes: each takes a generation, cleans up, goes on from the newest valid
-checkpoint and saves step after step behind its (pretended) training. It appends "generation step began|committed" to
+Jobs that race for a run folder, as real processes: each acquires the lease, cleans up, continues from the newest valid
+checkpoint and saves step after step during its (pretended) training. It appends "generation step began|committed" to
 RUN_FOLDER/log, at once, with one write. They are forked from one parent, so that torch is loaded once, and the seconds
 for which a newcomer watches a holder that is silent are shortened to tenths: what is compared there are counters, so
 nothing but the waiting changes.
 
 In each round two jobs want the folder while its holder is killed, or stopped, at a random moment. A stopped one is
-continued after the newcomer has committed: the orphan. A line of JSON tells what became of it.
+continued after the newcomer has committed: the orphan. A line of JSON reports how it ended.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hpcgpt.checkpoint import layout, load, retention
 from hpcgpt.checkpoint.save import Saver
 from hpcgpt.config import options
 from hpcgpt.storage import lease
+from hpcgpt.storage.lease import acquire
 from tests.checkpoint.ranks_killed import content
 from tests.one_rank import ALONE
 
@@ -34,30 +35,30 @@ REFUSED = 2
 
 def work(run: Path) -> int:
     try:
-        held = lease.take(run, "")
+        lease = acquire(run, "")
     except ValueError:
         return REFUSED
     log = os.open(run / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(log, f"{held.number} 0 took\n".encode())
-    retention.clean(run / "checkpoints", held)
-    newest = load.newest_valid(run / "checkpoints", ALONE, held)
+    os.write(log, f"{lease.number} 0 took\n".encode())
+    retention.clean(run / "checkpoints", lease)
+    newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
-    os.write(log, f"{held.number} {step} chose\n".encode())
-    saver = Saver(run / "checkpoints", ALONE, held, options.Checkpoint(keep_last=1000, keep_best=False))
+    os.write(log, f"{lease.number} {step} chose\n".encode())
+    saver = Saver(run / "checkpoints", ALONE, lease, options.Checkpoint(keep_last=1000, keep_best=False))
     while True:
         step += 1
-        saved = saver.begin(layout.State(step, held.number, 0, 1, {}), content(step))
+        saved = saver.begin(layout.State(step, lease.number, 0, 1, {}), content(step))
         if saved is not None and not saved.problem:
-            os.write(log, f"{held.number} {step} found\n".encode())  # another's: no commit of ours
+            os.write(log, f"{lease.number} {step} found\n".encode())  # another's: no commit of ours
             continue
         while saved is None:
             time.sleep(0.0005)
             saved = saver.poll()
         if saved.problem:
-            os.write(log, f"{held.number} {step} failed\n".encode())
+            os.write(log, f"{lease.number} {step} failed\n".encode())
             step -= 1
         else:
-            os.write(log, f"{held.number} {step} committed\n".encode())
+            os.write(log, f"{lease.number} {step} committed\n".encode())
 
 
 def start(run: Path) -> int:
@@ -81,7 +82,7 @@ def wait_for(run: Path, what: str, newer_than: int, children: list[int]) -> int:
             if did == what and int(number) > newer_than:
                 return int(number)
         time.sleep(0.002)
-    raise AssertionError(f"nobody newer than {newer_than} has {what}: {children}")
+    raise AssertionError(f"no attempt newer than {newer_than} has logged {what}: {children}")
 
 
 def main(run: Path, rounds: int, seed: int) -> None:
@@ -99,14 +100,14 @@ def main(run: Path, rounds: int, seed: int) -> None:
             os.waitpid(holder, 0)
         rivals = [start(run), start(run)]
         newer = wait_for(run, "committed", number, rivals)
-        told = {"orphaned": orphaned, "number": newer, "orphan": None}
+        reported = {"orphaned": orphaned, "number": newer, "orphan": None}
         if orphaned:
             os.kill(holder, signal.SIGCONT)
-            told["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
+            reported["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
         who = json.loads((run / f"generations/{newer:06d}.json").read_text())["pid"]
         (loser,) = [rival for rival in rivals if rival != who]
-        told["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
-        print(json.dumps(told), flush=True)
+        reported["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
+        print(json.dumps(reported), flush=True)
         holder, number = who, newer
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)

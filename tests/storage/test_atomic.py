@@ -70,7 +70,7 @@ for n in range(10**9):
 
 
 def test_of_many_processes_exactly_one_creates_a_file(tmp_path: Path) -> None:
-    """Each file in turn is fought for by six processes; whoever wins, what is in it is whole and the winner's."""
+    """Six processes compete for each file in turn; its content is whole, and the winner's."""
     code = """
 import os, sys
 from pathlib import Path
@@ -133,9 +133,9 @@ for call, path in ((atomic.write, sys.argv[1]), (atomic.create, sys.argv[2])):
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
     new = tmp_path / "new.bin"
-    said = python(code, str(path), str(new)).communicate(timeout=60)[0].splitlines()
-    assert len(said) == 2
-    for line, target in zip(said, (path, new), strict=True):
+    output = python(code, str(path), str(new)).communicate(timeout=60)[0].splitlines()
+    assert len(output) == 2
+    for line, target in zip(output, (path, new), strict=True):
         assert f"cannot write {target}: File too large; " in line
         assert "MB free there" in line
     assert path.read_bytes() == b"before"
@@ -160,8 +160,8 @@ atomic.write(Path(sys.argv[1], "a"), b"x")
 atomic.create(Path(sys.argv[1], "b"), b"x")
 print(",".join(calls))
 """
-    said = python(code, str(tmp_path)).communicate(timeout=60)[0].strip()
-    assert said == "fsync,replace,fsync folder,fsync,link,fsync folder"
+    output = python(code, str(tmp_path)).communicate(timeout=60)[0].strip()
+    assert output == "fsync,replace,fsync folder,fsync,link,fsync folder"
 
 
 # --- machines as they are --------------------------------------------------------------------------
@@ -179,12 +179,12 @@ print(*won)
 
 
 def fight(folder: Path, count: int, fighters: list[list[str]], env: dict[str, str]) -> None:
-    """Each file is fought for by all; exactly one may win it, and what is in it is whole and the winner's."""
+    """All compete for each file; exactly one may win it, and its content is whole, and the winner's."""
     folder.mkdir()
     running = [
-        subprocess.Popen([*words, sys.executable, "-c", FIGHT, folder, str(me), str(count)], cwd=ROOT,
+        subprocess.Popen([*prefix, sys.executable, "-c", FIGHT, folder, str(me), str(count)], cwd=ROOT,
                          env=clean_env() | env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for me, words in enumerate(fighters)
+        for me, prefix in enumerate(fighters)
     ]  # fmt: skip
     for each in running:
         assert each.stdout is not None

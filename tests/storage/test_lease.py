@@ -29,29 +29,29 @@ import sys, time
 from pathlib import Path
 from hpcgpt.checkpoint import layout
 from hpcgpt.storage import lease
-print(lease.take(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
+print(lease.acquire(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
 time.sleep(600)
 """
 
-# Takes folder after folder, each at its moment, and tells which it got and what it was told where it did not.
+# Takes folder after folder, each at its moment, and reports which it got, and the error where it did not.
 RACE = """
 import json, sys, threading, time
 from pathlib import Path
 from hpcgpt.checkpoint import layout
 from hpcgpt.storage import lease
 root, rounds, starts_at = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-told = [""] * rounds
+results = [""] * rounds
 def take(number):
     time.sleep(max(0.0, starts_at + 0.02 * number - time.time()))
     try:
-        told[number] = lease.take(root / str(number), "").number
+        results[number] = lease.acquire(root / str(number), "").number
     except ValueError as error:
-        told[number] = str(error)
+        results[number] = str(error)
 threads = [threading.Thread(target=take, args=[number]) for number in range(rounds)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-print(json.dumps(told), file=sys.stderr, flush=True)
-sys.stdin.read()  # live on, until all have been told: who won must not look dead to the others
+print(json.dumps(results), file=sys.stderr, flush=True)
+sys.stdin.read()  # stay alive until all have reported: a winner must not look dead to the others
 """
 
 
@@ -74,21 +74,21 @@ class Holder:
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[Holder]:
-    """Generation 1, held by the first start of Slurm job 7."""
-    held = Holder(tmp_path, "7_0")
-    assert held.number == "1"
-    yield held
-    held.end()
+    """Lease 1, held by the first start of Slurm job 7."""
+    holder = Holder(tmp_path, "7_0")
+    assert holder.number == "1"
+    yield holder
+    holder.end()
 
 
 def test_numbers_rise_and_tell_who_took_them(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        taken = lease.take(tmp_path, f"7_{number}")
+        taken = lease.acquire(tmp_path, f"7_{number}")
         assert taken.number == number
         assert taken.superseded_by() is None
         taken.release()
-    told = json.loads((tmp_path / "generations/000003.json").read_text())
-    assert (told["pid"], told["attempt"]) == (os.getpid(), "7_3")
+    reported = json.loads((tmp_path / "generations/000003.json").read_text())
+    assert (reported["pid"], reported["attempt"]) == (os.getpid(), "7_3")
     assert sorted(path.name for path in (tmp_path / "generations").iterdir()) == [
         f"00000{number}.{kind}" for number in (1, 2, 3) for kind in ("done", "json")]  # fmt: skip
 
@@ -100,26 +100,26 @@ def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: P
                          env=clean_env(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for _ in range(3)
     ]  # fmt: skip
-    told = [json.loads(racer.stderr.readline()) for racer in racers if racer.stderr]
+    reported = [json.loads(racer.stderr.readline()) for racer in racers if racer.stderr]
     for racer in racers:
         racer.communicate()
     for number in range(rounds):
-        winners = [each[number] for each in told if each[number] == 1]
-        losers = [each[number] for each in told if each[number] != 1]
-        assert len(winners) == 1, (number, [each[number] for each in told])
-        assert all("at this very moment" in words or "which is alive" in words for words in losers), losers
+        winners = [each[number] for each in reported if each[number] == 1]
+        losers = [each[number] for each in reported if each[number] != 1]
+        assert len(winners) == 1, (number, [each[number] for each in reported])
+        assert all("has just been taken" in message or "which is alive" in message for message in losers), losers
         assert len(list((tmp_path / str(number) / "generations").glob("*.json"))) == 1
 
 
 def test_the_counter_of_a_holder_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it had to be filled anew at each beat a full disk would leave it empty, and its holder would look dead."""
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.001)
-    held = lease.take(tmp_path, "")
+    own = lease.acquire(tmp_path, "")
     path = tmp_path / "generations/000001.alive"
     while not path.exists() or not path.read_text():
         time.sleep(0.001)
     seen = {path.read_text() for _ in range(20_000)}
-    held.release()
+    own.release()
     assert "" not in seen
     assert len(seen) > 10, "it does not beat"
 
@@ -128,28 +128,28 @@ def test_the_counter_of_a_holder_is_never_empty(tmp_path: Path, monkeypatch: pyt
 def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: Path, host: str) -> None:
     if host and os.geteuid() != 0:
         pytest.skip("another host name needs root")
-    held = Holder(tmp_path, "7_0", host)
+    holder = Holder(tmp_path, "7_0", host)
     try:
-        with pytest.raises(ValueError, match=r"generation 1 \(Slurm job 7, host .*, which is alive: end it") as error:
-            lease.take(tmp_path, "8_0")
-        assert f"pid {held.process.pid})" in str(error.value)
+        with pytest.raises(ValueError, match=r"attempt 1 \(Slurm job 7, host .*, which is alive: end it") as error:
+            lease.acquire(tmp_path, "8_0")
+        assert f"pid {holder.process.pid})" in str(error.value)
         assert host in str(error.value)
         assert not list((tmp_path / "generations").glob("000002*"))
-        assert held.process.poll() is None
+        assert holder.process.poll() is None
     finally:
-        held.end()
+        holder.end()
 
 
 def test_a_dead_holder_is_taken_over_at_once(tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:
     holder.end()
-    taken = lease.take(tmp_path, "")
+    taken = lease.acquire(tmp_path, "")
     assert taken.number == 2
     assert "watching" not in capfd.readouterr().out
     taken.release()
 
 
 def test_a_living_holder_in_another_container_is_not_taken_for_dead(tmp_path: Path, holder: Holder) -> None:
-    """Two containers of one host: the name is the same, and in the newcomer's the holder's number is nobody's."""
+    """Two containers of one host: the name is the same, and in the newcomer's no process has the holder's pid."""
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     if os.geteuid() != 0 or subprocess.run([*container, "true"], check=False).returncode:
         pytest.skip("another pid namespace needs root")
@@ -166,7 +166,7 @@ def test_where_a_container_hides_the_kernels_id_a_run_starts_and_a_dead_holder_i
     """The same host name and number may then be another machine's. (Each start failed.)"""
     holder.end()
     monkeypatch.setattr(lease, "BOOT_ID", tmp_path / "hidden")
-    taken = lease.take(tmp_path, "")
+    taken = lease.acquire(tmp_path, "")
     assert taken.number == 2
     assert "watching it" in capfd.readouterr().out
     taken.release()
@@ -178,7 +178,7 @@ def test_a_process_that_has_a_dead_holders_number_is_not_taken_for_it(
     holder.end()
     path = tmp_path / "generations/000001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
-    taken = lease.take(tmp_path, "")
+    taken = lease.acquire(tmp_path, "")
     assert taken.number == 2
     assert "watching" not in capfd.readouterr().out
     taken.release()
@@ -188,15 +188,15 @@ def test_a_full_disk_keeps_no_run_from_being_taken_and_its_holder_is_seen_to_liv
     with small_disk(tmp_path / "disk", "64k") as disk:
         (disk / "generations").mkdir()
         fill(disk)
-        held = Holder(disk, "7_0")
+        holder = Holder(disk, "7_0")
         try:
-            assert held.number == "1"
+            assert holder.number == "1"
             assert (disk / "generations/000001.json").read_bytes() == b"", "there was room, so this shows nothing"
-            with pytest.raises(UserError, match="generation 1, which is alive"):
-                lease.take(disk, "8_0")
+            with pytest.raises(UserError, match="attempt 1, which is alive"):
+                lease.acquire(disk, "8_0")
         finally:
-            held.end()
-        taken = lease.take(disk, "8_0")
+            holder.end()
+        taken = lease.acquire(disk, "8_0")
         assert taken.number == 2
         taken.release()
 
@@ -204,12 +204,12 @@ def test_a_full_disk_keeps_no_run_from_being_taken_and_its_holder_is_seen_to_liv
 def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_leave_even_if_they_hang(
     tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    taken = lease.take(tmp_path, "7_1")
+    taken = lease.acquire(tmp_path, "7_1")
     assert taken.number == 2
     assert "watching" not in capfd.readouterr().out
     assert holder.process.wait(30) == SUPERSEDED
     assert holder.process.stderr is not None
-    assert holder.process.stderr.read().startswith("error: generation 2 has taken this folder")
+    assert holder.process.stderr.read().startswith(f"error: attempt 2 has taken over {tmp_path}")
     taken.release()
 
 
@@ -237,25 +237,25 @@ import os, sys
 from pathlib import Path
 from hpcgpt.checkpoint import layout
 from hpcgpt.storage import lease
-held = lease.take(Path(sys.argv[1]), "7_0")
-held.check()
-os.link(held.folder / "000001.json", held.folder / "000002.json")
-held.check()
-print("has gone on", flush=True)
+own = lease.acquire(Path(sys.argv[1]), "7_0")
+own.check()
+os.link(own.folder / "000001.json", own.folder / "000002.json")
+own.check()
+print("has continued", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
                           text=True, check=False)  # fmt: skip
     assert (done.returncode, done.stdout) == (SUPERSEDED, "")
-    assert "leaves without writing another byte" in done.stderr
+    assert "exits without writing anything more" in done.stderr
 
 
 def test_a_holder_can_leave_a_disk_that_has_no_room_for_its_farewell(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m,nr_inodes=20") as disk:
-        held = lease.take(disk, "")
+        own = lease.acquire(disk, "")
         with suppress(OSError):
             for number in range(20):
                 (disk / str(number)).touch()
-        held.release()
+        own.release()
         assert not (disk / "generations/000001.done").exists(), "there was room, so this shows nothing"
 
 
@@ -274,14 +274,14 @@ def test_a_holder_that_slept_through_a_takeover_leaves_on_waking_and_changes_not
         sleeper.send_signal(signal.SIGSTOP)
         successor = command("hpcgpt.train", str(tiny))
         assert successor.returncode == FINISHED, successor.stderr
-        assert f"pid {sleeper.pid}) did not say that it left: watching it" in successor.stdout
+        assert f"pid {sleeper.pid}) has not released its lease: watching it" in successor.stdout
         before = content(folder)
         assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, 13))
         sleeper.send_signal(signal.SIGCONT)
         assert sleeper.wait(30) == SUPERSEDED
         assert content(folder) == before
         assert sleeper.stderr is not None
-        assert "generation 2 has taken this folder" in sleeper.stderr.read()
+        assert "attempt 2 has taken over" in sleeper.stderr.read()
     finally:
         sleeper.kill()
         sleeper.communicate()
@@ -304,17 +304,17 @@ def test_in_50_rounds_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_
                           env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=240, check=False)  # fmt: skip
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(told) == 50
-    assert [each["orphan"] for each in told] == [None, SUPERSEDED] * 25, f"an orphan has stayed (seed {seed})"
-    assert all(each["loser"] == 2 for each in told), f"two jobs had the folder (seed {seed}): {told}"
-    assert [each["number"] for each in told] == list(range(2, 52))
+    reported = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reported) == 50
+    assert [each["orphan"] for each in reported] == [None, SUPERSEDED] * 25, f"an orphan has stayed (seed {seed})"
+    assert all(each["loser"] == 2 for each in reported), f"two jobs had the folder (seed {seed}): {reported}"
+    assert [each["number"] for each in reported] == list(range(2, 52))
 
     log = [line.split() for line in (run / "log").read_text().splitlines()]
     committed = [(int(number), int(step)) for number, step, did in log if did == "committed"]
     steps = [step for _, step in committed]
     assert len(set(steps)) == len(steps), f"a step was committed twice (seed {seed})"
-    # On the disk is what nobody could log any more, too: the manifest says whose it is.
+    # Checkpoints on the disk may be missing in the log: their manifests have the attempt.
     paths = (run / "checkpoints").glob("step_*")
     found = sorted((layout.step_of(path), layout._json(path / "manifest.json")["generation"]) for path in paths)
     assert {(step, number) for number, step in committed} <= set(found), f"a checkpoint is gone (seed {seed})"

@@ -16,16 +16,14 @@ import pytest
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from data_prep.encode import equivalence_texts, find_tokenizer, vocabulary
+from data_prep.encode import encoders, equivalence_texts, find_tokenizer, gigatoken_encoder
 from hpcgpt.tokenizer import interface, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 from hpcgpt.tokenizer.interface import Tokenizer
 from tests.programs import ROOT
 
 END = "<|endoftext|>"
-LLAMA3_PATTERN = next(
-    pattern for pattern, scheme in find_tokenizer.gigatoken_encoder.SCHEMES.items() if scheme == "olmo3"
-)
+LLAMA3_PATTERN = next(pattern for pattern, scheme in gigatoken_encoder.SCHEMES.items() if scheme == "olmo3")
 TEXTS = [path.read_text() for path in sorted(ROOT.glob("hpcgpt/c*/*.py"))] + ["斗之力，三段！萧炎 don't I'll é"] * 20
 
 
@@ -116,7 +114,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(files: Path) -> dict[str, Tokenizer]:
-    return {name: vocabulary.find(str(files / f"{name}.json")) for name in MAKERS}
+    return {name: find_tokenizer.find(str(files / f"{name}.json")) for name in MAKERS}
 
 
 def reference(file: Path) -> Library:
@@ -144,7 +142,7 @@ def test_it_gives_the_ids_that_tokenizers_gives(name: str, files: Path, found: d
         texts = [text for text in texts if "</s>" not in text]
     expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
     assert [found[name].encode(text) for text in texts] == expected
-    ids, counts = find_tokenizer.encoder(found[name]).batch(texts)
+    ids, counts = encoders.choose(found[name]).batch(texts)
     assert ids.tolist() == [number for row in expected for number in row]
     assert counts.tolist() == [len(row) for row in expected]
 
@@ -156,12 +154,12 @@ def test_it_runs_on_tiktoken_where_that_is_exact(name: str, found: dict[str, Tok
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_special_tokens_in_the_text_are_plain_text(name: str, found: dict[str, Tokenizer]) -> None:
-    words = found[name]
-    special = set(words.special_tokens.values())
-    unknown = {number for token, number in words.special_tokens.items() if "unk" in token.lower()}
-    for token in words.special_tokens:
+    tokenizer = found[name]
+    special = set(tokenizer.special_tokens.values())
+    unknown = {number for token, number in tokenizer.special_tokens.items() if "unk" in token.lower()}
+    for token in tokenizer.special_tokens:
         for text in (token, f"a {token} b", f"a{token}{token}"):
-            assert not (special - unknown) & set(words.encode(text)), text
+            assert not (special - unknown) & set(tokenizer.encode(text)), text
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -171,43 +169,43 @@ def test_it_is_the_same_from_the_shards_folder(name: str, found: dict[str, Token
     assert again == found[name]
     assert again.describe() == found[name].describe()
     assert again.describe()["vocab_size"] == found[name].vocab_size > max(again.encode("hello 斗之力"))
-    assert vocabulary.find(str(tmp_path)) == again
+    assert find_tokenizer.find(str(tmp_path)) == again
 
 
 @pytest.mark.parametrize("name", ["with_prefix_space", "llama2_like", "unigram", "qwen_like", "gpt2_like"])
 def test_its_text_comes_back_piece_by_piece(name: str, found: dict[str, Tokenizer]) -> None:
-    words = found[name]
+    tokenizer = found[name]
     text = "def main: naïve\n  return 1\n" if name == "unigram" else "Hello 斗之力 👍\n  naïve, \x00 don't"
-    ids = words.encode(text)
-    whole = "".join(interface.stream(words, ids)).lstrip(" ")
+    ids = tokenizer.encode(text)
+    whole = "".join(interface.stream(tokenizer, ids)).lstrip(" ")
     assert whole == text.replace("ï", "<unk>") if name == "unigram" and "<unk>" in whole else whole == text
-    pieces = list(interface.stream(words, ids))
+    pieces = list(interface.stream(tokenizer, ids))
     assert len(pieces) > 5
     assert not any("\ufffd" in piece for piece in pieces)
-    # Going on behind a prompt, no blank is lost.
-    cut = len(words.encode("Hello")) if name != "unigram" else 2
-    before = "".join(interface.stream(words, ids[:cut]))
-    assert before + "".join(interface.stream(words, ids[cut:], after=[words.end_of_text, *ids[:cut]])) == "".join(
-        pieces
-    )
+    # Continuing after a prompt, no space is lost.
+    cut = len(tokenizer.encode("Hello")) if name != "unigram" else 2
+    before = "".join(interface.stream(tokenizer, ids[:cut]))
+    assert before + "".join(
+        interface.stream(tokenizer, ids[cut:], after=[tokenizer.end_of_text, *ids[:cut]])
+    ) == "".join(pieces)
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_special_tokens_are_printed_by_their_names(name: str, found: dict[str, Tokenizer]) -> None:
-    words = found[name]
-    end = next(token for token, number in words.special_tokens.items() if number == words.end_of_text)
-    ids = [*words.encode("one"), words.end_of_text, *words.encode("one")]
-    assert "".join(interface.stream(words, ids)).replace(" ", "") == f"one{end}one"
-    assert words.token_bytes[words.end_of_text] == 0
+    tokenizer = found[name]
+    end = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.end_of_text)
+    ids = [*tokenizer.encode("one"), tokenizer.end_of_text, *tokenizer.encode("one")]
+    assert "".join(interface.stream(tokenizer, ids)).replace(" ", "") == f"one{end}one"
+    assert tokenizer.token_bytes[tokenizer.end_of_text] == 0
 
 
 @pytest.mark.parametrize("name", ["with_prefix_space", "llama2_like", "qwen_like", "gpt2_like"])
 def test_the_bytes_of_its_ids_are_the_bytes_of_the_text(name: str, found: dict[str, Tokenizer]) -> None:
     """But for the blank that some put before a text."""
-    words, prefixed = found[name], name in ("with_prefix_space", "llama2_like")
+    tokenizer, prefixed = found[name], name in ("with_prefix_space", "llama2_like")
     for text in ("Hello 斗之力 👍\n naïve", "x", "def main(argv):\n    return 0\n"):
-        assert words.token_bytes.shape == (words.vocab_size,)
-        assert words.token_bytes[words.encode(text)].sum() == len(text.encode()) + prefixed
+        assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+        assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode()) + prefixed
 
 
 def test_lone_surrogates_become_u_fffd(found: dict[str, Tokenizer]) -> None:
@@ -227,10 +225,10 @@ def test_nothing_cuts_pads_adds_or_draws_lots(found: dict[str, Tokenizer], tmp_p
     def dropout(about: dict[str, Any]) -> None:
         about["model"]["dropout"] = 0.9
 
-    words = vocabulary.find(changed(tmp_path / "a.json", tmp_path / "llama2_like.json", dropout))
+    tokenizer = find_tokenizer.find(changed(tmp_path / "a.json", tmp_path / "llama2_like.json", dropout))
     text = "the words of a longer text, again and again"
-    assert words.encode(text) == found["llama2_like"].encode(text)
-    assert words.fingerprint == found["llama2_like"].fingerprint
+    assert tokenizer.encode(text) == found["llama2_like"].encode(text)
+    assert tokenizer.fingerprint == found["llama2_like"].fingerprint
 
 
 def test_a_marker_is_special_and_another_added_token_is_not(tmp_path: Path) -> None:
@@ -238,17 +236,17 @@ def test_a_marker_is_special_and_another_added_token_is_not(tmp_path: Path) -> N
     library = gpt2_like()
     library.add_tokens(["<tool_call>", "[x]"])
     library.save(str(tmp_path / "a.json"))
-    words = vocabulary.find(str(tmp_path / "a.json"))
-    assert {"<tool_call>", "[x]"} < set(words.special_tokens)
-    assert words.kind == "tiktoken"
-    assert not {800, 801} & set(words.encode("a <tool_call> [x]"))
-    assert words.vocab_size == 802
+    tokenizer = find_tokenizer.find(str(tmp_path / "a.json"))
+    assert {"<tool_call>", "[x]"} < set(tokenizer.special_tokens)
+    assert tokenizer.kind == "tiktoken"
+    assert not {800, 801} & set(tokenizer.encode("a <tool_call> [x]"))
+    assert tokenizer.vocab_size == 802
     library.add_tokens(["      "])
     library.save(str(tmp_path / "b.json"))
-    words = vocabulary.find(str(tmp_path / "b.json"))
-    assert words.kind == "tokenizers"
-    assert 802 in words.encode("a      b")
-    assert not {800, 801} & set(words.encode("a <tool_call> [x]"))
+    tokenizer = find_tokenizer.find(str(tmp_path / "b.json"))
+    assert tokenizer.kind == "tokenizers"
+    assert 802 in tokenizer.encode("a      b")
+    assert not {800, 801} & set(tokenizer.encode("a <tool_call> [x]"))
 
 
 def test_merges_in_another_order_than_the_ids_stay_with_the_library(files: Path, tmp_path: Path) -> None:
@@ -259,9 +257,9 @@ def test_merges_in_another_order_than_the_ids_stay_with_the_library(files: Path,
         one, two = list(vocab)[600:602]
         vocab[one], vocab[two] = vocab[two], vocab[one]
 
-    words = vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", swap))
-    assert words.kind == "tokenizers"
-    assert words.encode(TEXTS[0]) == reference(tmp_path / "a.json").encode(TEXTS[0]).ids
+    tokenizer = find_tokenizer.find(changed(files / "gpt2_like.json", tmp_path / "a.json", swap))
+    assert tokenizer.kind == "tokenizers"
+    assert tokenizer.encode(TEXTS[0]) == reference(tmp_path / "a.json").encode(TEXTS[0]).ids
 
 
 def unreached(about: dict[str, Any]) -> None:
@@ -270,13 +268,13 @@ def unreached(about: dict[str, Any]) -> None:
 
 
 def test_a_token_that_no_merge_makes_is_not_made(files: Path, tmp_path: Path) -> None:
-    words = vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", unreached))
-    assert words.kind == "tiktoken"
-    assert isinstance(words, ByteLevelBPE)
-    assert not {800, 801} & set(words.ranks.values())
+    tokenizer = find_tokenizer.find(changed(files / "gpt2_like.json", tmp_path / "a.json", unreached))
+    assert tokenizer.kind == "tiktoken"
+    assert isinstance(tokenizer, ByteLevelBPE)
+    assert not {800, 801} & set(tokenizer.ranks.values())
     text = "zq zqzq zq"
-    assert words.encode(text) == reference(tmp_path / "a.json").encode(text).ids
-    assert words.token_bytes.shape == (words.vocab_size,)
+    assert tokenizer.encode(text) == reference(tmp_path / "a.json").encode(text).ids
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
 
 
 @pytest.mark.parametrize(("merged", "kind"), [(False, "tokenizers"), (True, "tiktoken")])
@@ -290,12 +288,12 @@ def test_whole_words_before_merges_as_llama_3_has_it(merged: bool, kind: str, fi
         if merged:
             about["model"]["merges"].append(["z", "q"])
 
-    words = vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", whole))
+    tokenizer = find_tokenizer.find(changed(files / "gpt2_like.json", tmp_path / "a.json", whole))
     library = reference(tmp_path / "a.json")
-    assert words.kind == kind
+    assert tokenizer.kind == kind
     assert library.encode("zq").ids == [800] != library.encode("zqz").ids
     for text in ("zq", "zqz", "zq zqzq", *TEXTS[:2]):
-        assert words.encode(text) == library.encode(text).ids
+        assert tokenizer.encode(text) == library.encode(text).ids
 
 
 @pytest.mark.parametrize("pattern", [r"\w+|[^\w\s]+", r"\p{N}{1,3}+|\P{N}+", r"\s+$|\S+|\s"])
@@ -305,10 +303,10 @@ def test_a_pattern_that_means_something_else_to_tiktoken_stays_with_the_library(
     byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), 700).save(
         str(tmp_path / "a.json")
     )
-    words, library = vocabulary.find(str(tmp_path / "a.json")), reference(tmp_path / "a.json")
-    assert words.kind == "tokenizers"
+    tokenizer, library = find_tokenizer.find(str(tmp_path / "a.json")), reference(tmp_path / "a.json")
+    assert tokenizer.kind == "tokenizers"
     for text in equivalence_texts.chosen():
-        assert words.encode(text) == library.encode(text).ids
+        assert tokenizer.encode(text) == library.encode(text).ids
 
 
 def test_seventy_thousand_ids(tmp_path: Path) -> None:
@@ -343,14 +341,14 @@ def test_seventy_thousand_ids(tmp_path: Path) -> None:
         "model": model,
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(about))
-    words, library = vocabulary.find(str(tmp_path)), reference(tmp_path / "tokenizer.json")
-    assert (words.kind, words.vocab_size, words.end_of_text) == ("tiktoken", 70_000, 69_999)
-    assert words.name == tmp_path.name
+    tokenizer, library = find_tokenizer.find(str(tmp_path)), reference(tmp_path / "tokenizer.json")
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.end_of_text) == ("tiktoken", 70_000, 69_999)
+    assert tokenizer.name == tmp_path.name
     texts = [*made[-2000:], *("".join(chance.choices(made[-9000:], k=4)) for _ in range(300))]
     expected = [library.encode(text).ids for text in texts]
     assert max(map(max, expected)) > 65_535
     for backend in ("tiktoken", "gigatoken"):
-        ids, counts = find_tokenizer.encoder(words, backend).batch(texts)
+        ids, counts = encoders.choose(tokenizer, backend).batch(texts)
         assert ids.tolist() == [number for row in expected for number in row]
         assert counts.tolist() == [len(row) for row in expected]
 
@@ -360,20 +358,20 @@ def test_seventy_thousand_ids(tmp_path: Path) -> None:
 
 def test_the_end_of_text_is_asked_for_usual_or_configured(files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "word_piece.json", tmp_path / "tokenizer.json")
-    assert vocabulary.find(str(tmp_path)).end_of_text == 2
-    assert vocabulary.find(str(tmp_path), "[PAD]").end_of_text == 0
+    assert find_tokenizer.find(str(tmp_path)).end_of_text == 2
+    assert find_tokenizer.find(str(tmp_path), "[PAD]").end_of_text == 0
     with pytest.raises(ValueError, match=r"has no '\[SEP\]': name one of its special tokens with --end-of-text"):
-        vocabulary.find(str(tmp_path), "[SEP]")
+        find_tokenizer.find(str(tmp_path), "[SEP]")
     with pytest.raises(ValueError, match=r"end-of-text \[UNK\] is also its token for unknown text"):
-        vocabulary.find(str(tmp_path), "[UNK]")
+        find_tokenizer.find(str(tmp_path), "[UNK]")
     changed(files / "word_piece.json", tmp_path / "tokenizer.json", lambda about: about["added_tokens"].pop(2))
     with pytest.raises(ValueError, match=r"has no usual end of text .* --end-of-text \(\[PAD\], \[UNK\]\)"):
-        vocabulary.find(str(tmp_path))
+        find_tokenizer.find(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "[PAD]"}}))
-    assert vocabulary.find(str(tmp_path)).end_of_text == 0
+    assert find_tokenizer.find(str(tmp_path)).end_of_text == 0
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[UNK]", "auto_map": {"x": "y"}}))
     with pytest.raises(ValueError, match="also its token for unknown text"):
-        vocabulary.find(str(tmp_path))
+        find_tokenizer.find(str(tmp_path))
 
 
 # --- damage ----------------------------------------------------------------------------------------
@@ -395,7 +393,7 @@ def test_what_is_no_tokenizer_is_refused_with_a_sentence(content: bytes, tmp_pat
     (tmp_path / "tokenizer.json").write_bytes(content)
     for given in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(ValueError, match=str(tmp_path)) as raised:
-            vocabulary.find(str(given))
+            find_tokenizer.find(str(given))
         assert len(str(raised.value)) < 500
 
 
@@ -416,7 +414,7 @@ def test_damage_anywhere_is_a_sentence_or_another_tokenizer(files: Path, tmp_pat
         file = tmp_path / f"{number}.json"
         file.write_bytes(broken)
         try:
-            vocabulary.find(str(file))
+            find_tokenizer.find(str(file))
             outcomes.add("found")
         except ValueError as error:
             assert str(file) in str(error)
@@ -424,14 +422,14 @@ def test_damage_anywhere_is_a_sentence_or_another_tokenizer(files: Path, tmp_pat
     assert outcomes == {"found", "refused"}
 
 
-def test_a_file_that_crashes_the_library_ends_no_process_of_ours(files: Path, tmp_path: Path) -> None:
+def test_a_file_that_crashes_the_library_does_not_crash_this_process(files: Path, tmp_path: Path) -> None:
     """It cuts within a character, and aborts."""
 
     def prefix(about: dict[str, Any]) -> None:
         about["model"]["continuing_subword_prefix"] = "x"
 
     with pytest.raises(ValueError, match=r"a\.json: not a Hugging Face tokenizer: `tokenizers` (crashes|cannot)"):
-        vocabulary.find(changed(files / "gpt2_like.json", tmp_path / "a.json", prefix))
+        find_tokenizer.find(changed(files / "gpt2_like.json", tmp_path / "a.json", prefix))
 
 
 def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
@@ -456,17 +454,17 @@ def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
 def test_the_library_kind_goes_to_worker_processes(found: dict[str, Tokenizer], tmp_path: Path) -> None:
     """Both kinds are sent to a fresh interpreter, as make_shards does, after use and before."""
     for name in ("unigram", "gpt2_like"):
-        words = found[name]
-        words.encode("a")
-        save_load.save(words, tmp_path / name)
+        tokenizer = found[name]
+        tokenizer.encode("a")
+        save_load.save(tokenizer, tmp_path / name)
         code = (
             "import multiprocessing, sys\nfrom pathlib import Path\nfrom hpcgpt.tokenizer import save_load\n"
-            f"words = save_load.load(Path({str(tmp_path / name)!r}))\nwords.encode('a')\n"
+            f"tokenizer = save_load.load(Path({str(tmp_path / name)!r}))\ntokenizer.encode('a')\n"
             "if __name__ == '__main__':\n"
             "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-            "        print(pool.apply(type(words).encode, (words, 'the text')))\n"
+            "        print(pool.apply(type(tokenizer).encode, (tokenizer, 'the text')))\n"
         )
         (tmp_path / "send.py").write_text(code)
         done = subprocess.run([sys.executable, str(tmp_path / "send.py")], cwd=ROOT, capture_output=True, text=True,
                               env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, check=False)  # fmt: skip
-        assert done.stdout == f"{words.encode('the text')}\n", done.stderr
+        assert done.stdout == f"{tokenizer.encode('the text')}\n", done.stderr

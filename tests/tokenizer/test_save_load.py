@@ -1,4 +1,4 @@
-"""hpcgpt.tokenizer.save_load, data_prep.encode.vocabulary and data_prep.encode.from_tiktoken: GPT-2's ids without a
+"""hpcgpt.tokenizer.save_load, data_prep.encode.find_tokenizer and data_prep.encode.from_tiktoken: GPT-2's ids without a
 network, the other published ones, and one's own."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import xxhash
 from tokenizers import Regex, pre_tokenizers
 
 from data_prep import train_tokenizer
-from data_prep.encode import equivalence_texts, from_tiktoken, vocabulary
+from data_prep.encode import equivalence_texts, find_tokenizer, from_tiktoken
 from data_prep.pipeline import holdout
 from hpcgpt.tokenizer import interface, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
@@ -35,7 +35,7 @@ TEXTS = ["", "hello world", "  two  spaces\n\n\n\tand a tab ", "萧炎,斗之力
 
 @pytest.fixture(scope="module")
 def gpt2() -> ByteLevelBPE:
-    return vocabulary.gpt2()
+    return find_tokenizer.gpt2()
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,13 @@ def test_gpt2s_pattern_is_tiktokens(gpt2: ByteLevelBPE) -> None:
 
 def test_gpt2_works_without_a_network(tmp_path: Path) -> None:
     """In a network namespace without any interface where one may be had; else with every proxy at a closed port."""
-    code = "from data_prep.encode import vocabulary; print(vocabulary.find('gpt2').encode('hello world'))"
-    words = [sys.executable, "-c", code]
+    code = "from data_prep.encode import find_tokenizer; print(find_tokenizer.find('gpt2').encode('hello world'))"
+    arguments = [sys.executable, "-c", code]
     if shutil.which("unshare") and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0:
-        words = ["unshare", "-n", *words]
+        arguments = ["unshare", "-n", *arguments]
     closed = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     env = clean_env() | closed | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)}
-    done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "[31373, 995]\n", done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -102,8 +102,8 @@ def test_the_table_of_encodings_is_tiktokens(monkeypatch: pytest.MonkeyPatch) ->
         return {}
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", ranks)
-    assert {*from_tiktoken.PUBLISHED, "gpt2"} == set(openai_public.ENCODING_CONSTRUCTORS)
-    for name, entry in from_tiktoken.PUBLISHED.items():
+    assert {*from_tiktoken.ENCODINGS, "gpt2"} == set(openai_public.ENCODING_CONSTRUCTORS)
+    for name, entry in from_tiktoken.ENCODINGS.items():
         theirs = openai_public.ENCODING_CONSTRUCTORS[name]()
         assert (theirs["pat_str"], theirs["special_tokens"]) == (entry.pattern, entry.special_tokens)
         url, sha256 = asked.pop()
@@ -125,7 +125,7 @@ R50K_NAME_IN_CACHE = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
 
 def test_ranks_that_are_not_here_are_asked_for_by_file_and_place(offline: Path) -> None:
     with pytest.raises(ValueError, match=r"cl100k_base: its ranks are not on this machine") as raised:
-        vocabulary.find("cl100k_base")
+        find_tokenizer.find("cl100k_base")
     assert "encodings/cl100k_base.tiktoken elsewhere, and name that file in place of 'cl100k_base'" in str(raised.value)
     assert f"or copy it to {offline}/9b5ad71b2ce5302211f9c61530b329a4922fc6a4" in str(raised.value)
     assert not offline.exists()
@@ -134,7 +134,7 @@ def test_ranks_that_are_not_here_are_asked_for_by_file_and_place(offline: Path) 
 def test_ranks_are_taken_from_tiktokens_cache(gpt2: ByteLevelBPE, offline: Path) -> None:
     save_load.save(gpt2, offline)
     (offline / "vocab.tiktoken").rename(offline / R50K_NAME_IN_CACHE)
-    found = vocabulary.find("r50k_base")
+    found = find_tokenizer.find("r50k_base")
     assert (found.name, found.fingerprint) == ("r50k_base", gpt2.fingerprint)
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_cache_is_named_and_left_alone(offline: Path) -> None:
     offline.mkdir()
     (offline / R50K_NAME_IN_CACHE).write_bytes(b"IQ== 0\n")
     with pytest.raises(ValueError, match=f"{R50K_NAME_IN_CACHE}: not r50k_base.tiktoken: SHA-256 .* expected 306cd27f"):
-        vocabulary.find("r50k_base")
+        find_tokenizer.find("r50k_base")
     assert (offline / R50K_NAME_IN_CACHE).read_bytes() == b"IQ== 0\n"
 
 
@@ -163,7 +163,7 @@ class Ranks(http.server.BaseHTTPRequestHandler):
 def test_a_cache_of_another_user_is_passed_over(
     gpt2: ByteLevelBPE, offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """/tmp/data-gym-cache is whose account used it first: neither what is in it can be read, nor can it be written."""
+    """/tmp/data-gym-cache belongs to the first user of it: others can neither read nor write it."""
     del offline
     monkeypatch.setattr(Ranks, "content", gpt2.files()["vocab.tiktoken"])
     with tempfile.TemporaryDirectory() as name, http.server.HTTPServer(("127.0.0.1", 0), Ranks) as server:
@@ -181,7 +181,7 @@ def test_a_cache_of_another_user_is_passed_over(
         else:
             cache.chmod(0)
         try:
-            found = vocabulary.find("r50k_base")
+            found = find_tokenizer.find("r50k_base")
         finally:
             os.seteuid(user)
             cache.chmod(0o700)
@@ -191,20 +191,20 @@ def test_a_cache_of_another_user_is_passed_over(
         assert f"its ranks cannot be kept in {cache}: Permission denied" in capsys.readouterr().err
 
 
-def test_ranks_brought_along_are_known_by_their_hash(gpt2: ByteLevelBPE, offline: Path) -> None:
+def test_a_file_of_ranks_is_recognized_by_its_hash(gpt2: ByteLevelBPE, offline: Path) -> None:
     save_load.save(gpt2, offline)
-    brought = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
-    assert vocabulary.find(str(brought)).fingerprint == gpt2.fingerprint
-    brought.write_bytes(brought.read_bytes() + b"\n")
+    downloaded = (offline / "vocab.tiktoken").rename(offline / "from a friend.tiktoken")
+    assert find_tokenizer.find(str(downloaded)).fingerprint == gpt2.fingerprint
+    downloaded.write_bytes(downloaded.read_bytes() + b"\n")
     with pytest.raises(ValueError, match=r"from a friend.tiktoken: its SHA-256 .* is that of no published encoding"):
-        vocabulary.find(str(brought))
+        find_tokenizer.find(str(downloaded))
 
 
 def test_another_end_of_text_than_the_tokenizers_own_is_refused(tokenizer_folder: Path) -> None:
-    assert vocabulary.find("gpt2", END).end_of_text == 50256
+    assert find_tokenizer.find("gpt2", END).end_of_text == 50256
     for name in ("gpt2", str(tokenizer_folder)):
         with pytest.raises(ValueError, match=f"its end of text is {re.escape(END)}: leave --end-of-text </s> out"):
-            vocabulary.find(name, "</s>")
+            find_tokenizer.find(name, "</s>")
 
 
 # --- any -------------------------------------------------------------------------------------------
@@ -212,38 +212,38 @@ def test_another_end_of_text_than_the_tokenizers_own_is_refused(tokenizer_folder
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_comes_back_as_it_was(text: str, gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
-    for words in (gpt2, bpe):
-        assert words.encoding.decode(words.encode(text)) == text
-        assert "".join(interface.stream(words, words.encode(text))) == text
+    for tokenizer in (gpt2, bpe):
+        assert tokenizer.encoding.decode(tokenizer.encode(text)) == text
+        assert "".join(interface.stream(tokenizer, tokenizer.encode(text))) == text
 
 
 def test_fuzzed_text_comes_back_as_it_was(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     for text in equivalence_texts.fuzzed(500, seed=1):
-        for words in (bpe, gpt2):
-            ids = words.encode(text)
-            assert words.encoding.decode_bytes(ids) == text.encode()
-            assert "".join(interface.stream(words, ids)) == text
+        for tokenizer in (bpe, gpt2):
+            ids = tokenizer.encode(text)
+            assert tokenizer.encoding.decode_bytes(ids) == text.encode()
+            assert "".join(interface.stream(tokenizer, ids)) == text
 
 
 def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     """Bits per byte are computed from this table."""
-    for words in (gpt2, bpe):
-        assert len(words.token_bytes) == words.vocab_size
-        assert words.token_bytes[words.end_of_text] == 0
+    for tokenizer in (gpt2, bpe):
+        assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+        assert tokenizer.token_bytes[tokenizer.end_of_text] == 0
         for text in TEXTS:
-            assert words.token_bytes[words.encode(text)].sum() == len(text.encode())
+            assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_a_stream_never_holds_half_a_character(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
-    for words in (gpt2, bpe):
+    for tokenizer in (gpt2, bpe):
         text = "萧炎👩‍👧é"
-        pieces = list(interface.stream(words, words.encode(text)))
+        pieces = list(interface.stream(tokenizer, tokenizer.encode(text)))
         assert "".join(pieces) == text
         assert not any("\ufffd" in piece for piece in pieces)
-        assert len(words.encode(text)) > len(text)  # so most characters did come in halves
+        assert len(tokenizer.encode(text)) > len(text)  # so most characters did come in halves
 
 
-def test_a_stream_that_ends_or_is_cut_within_a_character_says_so_and_goes_on(bpe: ByteLevelBPE) -> None:
+def test_a_stream_that_ends_or_is_cut_within_a_character_shows_it_and_continues(bpe: ByteLevelBPE) -> None:
     half = bpe.encode("萧")[:1]
     assert bpe.encoding.decode_bytes(half) != "萧".encode()
     assert "".join(interface.stream(bpe, [*half, *bpe.encode("b")])) == "\ufffdb"
@@ -289,9 +289,9 @@ def test_training_twice_gives_the_same_tokenizer(text_folder: Path, tmp_path: Pa
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
 def test_training_cuts_text_as_the_saved_pattern_does(pattern: str) -> None:
     """The trainer has other regular expressions than tiktoken."""
-    written, cut = train_tokenizer._CUTS[pattern]
-    by_trainer = pre_tokenizers.Split(Regex(cut), "isolated")
-    pairs = equivalence_texts.all_pairs(written).encoding
+    tiktoken_pattern, regex = train_tokenizer._PATTERNS[pattern]
+    by_trainer = pre_tokenizers.Split(Regex(regex), "isolated")
+    pairs = equivalence_texts.all_pairs(tiktoken_pattern).encoding
     for text in [
         *equivalence_texts.chosen(),
         *islice(equivalence_texts.code_points(), 300),
@@ -304,23 +304,23 @@ def test_training_cuts_text_as_the_saved_pattern_does(pattern: str) -> None:
 
 def test_a_sample_is_even_bounded_and_the_same_in_any_order() -> None:
     texts = [f"{n} " + "x" * (n % 50) for n in range(4000)]
-    sample = train_tokenizer.sampled(texts, 20_000)
+    sample = train_tokenizer.draw_sample(texts, 20_000)
     assert 19_900 < sum(map(len, sample)) <= 20_000
-    assert train_tokenizer.sampled(reversed([*texts, *texts]), 20_000) == sample
+    assert train_tokenizer.draw_sample(reversed([*texts, *texts]), 20_000) == sample
     numbers = sorted(int(content.split()[0]) for content in sample)
     for quarter in range(4):
         assert 0.15 < sum(quarter * 1000 <= n < quarter * 1000 + 1000 for n in numbers) / len(numbers) < 0.35
-    assert train_tokenizer.sampled(texts, 10**9) == sorted(
+    assert train_tokenizer.draw_sample(texts, 10**9) == sorted(
         (text.encode() for text in texts), key=lambda content: xxhash.xxh3_64_intdigest(content, seed=1)
     )
-    assert len(train_tokenizer.sampled(["x" * 100, "y" * 100], 10)) == 1
+    assert len(train_tokenizer.draw_sample(["x" * 100, "y" * 100], 10)) == 1
 
 
 def test_a_sample_ends_where_its_different_words_are_too_many() -> None:
     alike, different = [b"the same words again"] * 1000, [f"word{n} ".encode() * 3 for n in range(1000)]
-    assert train_tokenizer.fitting(alike, 100) == 1000
-    assert train_tokenizer.fitting(different, 60) == 11  # "word0" to "word10" are 56 bytes
-    assert train_tokenizer.fitting(different[:1], 2) == 1
+    assert train_tokenizer.count_fitting(alike, 100) == 1000
+    assert train_tokenizer.count_fitting(different, 60) == 11  # "word0" to "word10" are 56 bytes
+    assert train_tokenizer.count_fitting(different[:1], 2) == 1
 
 
 def test_training_reads_a_large_corpus_here_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,8 +330,8 @@ def test_training_reads_a_large_corpus_here_and_there(tmp_path: Path, monkeypatc
         for n in range(24_000):
             half = "begin" if n < 12_000 else "later"
             file.write(json.dumps({"text": f"{half} {n} " + "x" * 960}) + "\n")
-    options = train_tokenizer._parser().parse_args([str(tmp_path / "a.jsonl"), "--out", "x"])
-    texts = list(train_tokenizer._texts(options, 1_000_000))
+    arguments = train_tokenizer._parser().parse_args([str(tmp_path / "a.jsonl"), "--out", "x"])
+    texts = list(train_tokenizer._training_texts(arguments, 1_000_000))
     assert 4_000 < len(texts) < 5_000
     assert 0.4 < sum(text.startswith("begin") for text in texts) / len(texts) < 0.6
 
@@ -344,7 +344,7 @@ def test_a_bpe_of_chinese_text_needs_fewer_tokens_than_gpt2s(tmp_path: Path, gpt
                    "--pattern", "gpt4", "--val-fraction", "0")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "sample: 1 documents, 0.0 MB; learning 330 ids" in done.stdout
-    assert "characters a token of the sample" in done.stdout
+    assert "characters per token of the sample" in done.stdout
     found = save_load.load(out)
     assert isinstance(found, ByteLevelBPE)
     assert found.pattern == from_tiktoken.GPT4_PATTERN
@@ -365,7 +365,9 @@ def test_training_leaves_the_validation_documents_out(tmp_path: Path) -> None:
         done = command("data_prep.train_tokenizer", str(tmp_path / "text"), "--out", str(out), "--vocab-size", "258",
                        "--val-fraction", fraction)  # fmt: skip
         assert done.returncode == 0, done.stderr
-        (merges[fraction],) = (token for token, rank in save_load.load(out).ranks.items() if rank == 256)
+        trained = save_load.load(out)
+        assert isinstance(trained, ByteLevelBPE)
+        (merges[fraction],) = (token for token, rank in trained.ranks.items() if rank == 256)
     assert merges == {"0": b"qz", "0.5": b"xj"}
 
 
@@ -412,11 +414,11 @@ def test_a_tokenizer_that_was_half_written_is_written_again(text_folder: Path, t
 
 
 def test_a_saved_tokenizer_is_the_same_tokenizer(gpt2: ByteLevelBPE, bpe: ByteLevelBPE, tmp_path: Path) -> None:
-    for words in (gpt2, bpe):
-        save_load.save(words, tmp_path / words.name)
-        found = save_load.load(tmp_path / words.name, words.fingerprint)
-        assert found == words
-        assert found.fingerprint == words.fingerprint
+    for tokenizer in (gpt2, bpe):
+        save_load.save(tokenizer, tmp_path / tokenizer.name)
+        found = save_load.load(tmp_path / tokenizer.name, tokenizer.fingerprint)
+        assert found == tokenizer
+        assert found.fingerprint == tokenizer.fingerprint
 
 
 def test_whatever_changes_an_id_changes_the_fingerprint(bpe: ByteLevelBPE) -> None:
@@ -479,7 +481,7 @@ DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter ch
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_tokenizer_is_refused(how: str, asked: bool, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Also by who has no fingerprint to ask for: `make_shards --tokenizer DIR` is the first to read one."""
+    """Also without a fingerprint to compare with: `make_shards --tokenizer DIR` reads it first."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
     fingerprint = save_load.load(folder).fingerprint if asked else ""
     damaged(folder, how)
@@ -497,4 +499,4 @@ def test_a_missing_file_is_named(name: str, tokenizer_folder: Path, tmp_path: Pa
 
 def test_a_name_that_is_no_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no tokenizer 'gtp2': it is neither gpt2, r50k_base, .*, nor a folder with"):
-        vocabulary.find("gtp2")
+        find_tokenizer.find("gtp2")

@@ -19,9 +19,10 @@ class ConnectProxy:
 
     def __init__(self, folder: Path, name: str, server: str) -> None:
         self.certificate, key = folder / "certificate.pem", folder / "key.pem"
-        words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                 "-keyout", key, "-out", self.certificate, "-subj", f"/CN={name}", "-addext",
-                 f"subjectAltName=DNS:{name}"]  # fmt: skip
+        words: list[str | Path] = [
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-keyout", key, "-out", self.certificate, "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}",
+        ]  # fmt: skip
         subprocess.run(words, check=True, capture_output=True)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, key)

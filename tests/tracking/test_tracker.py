@@ -421,7 +421,7 @@ def test_training_ends_and_leaves_while_the_server_is_out_of_order_and_the_next_
     env |= {"HPCGPT_TRACKING_INIT_S": "100000"}  # wandb itself would give up after a while
     words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "200", "--tracking.wandb", "auto"]
     told = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert server.wait(lambda: server.requests or told.poll() is not None)
+    assert server.wait(lambda: bool(server.requests) or told.poll() is not None)
     until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
     told.send_signal(signal.SIGTERM)
     assert told.wait(60) == AGAIN, told.communicate()[1]

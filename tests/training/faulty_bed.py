@@ -22,7 +22,7 @@ from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED
 from hpcgpt.run import crash_report, run_folder
 from hpcgpt.slurm import requeue_policy
 from hpcgpt.slurm.requeue_policy import Decision
-from hpcgpt.slurm.restart_history import History
+from hpcgpt.slurm.restart_history import RestartHistory
 from hpcgpt.slurm.scontrol import Job
 from tests.preloaded import Preloaded
 from tests.programs import ROOT, clean_env
@@ -103,8 +103,8 @@ class Bed:
         self._preloaded = Preloaded(library)
         (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards}"\n')
         self.whole, self.stopped = folder / "whole" / "tiny", folder / "stopped" / "tiny"
-        self.calls = {"start": self._calls(self.train(self.whole.parent, 0))}
-        # As a kill behind the last rows would leave it.
+        self.calls: dict[Phase, list[Site]] = {"start": self._calls(self.train(self.whole.parent, 0))}
+        # As a kill after the last rows would leave it.
         shutil.copytree(self.whole, self.stopped)
         shutil.rmtree(self.stopped / "checkpoints" / f"step_{STEPS:09d}")
         (self.stopped / "exit.json").unlink()
@@ -181,8 +181,8 @@ class Bed:
             if "Traceback" in ended.err:
                 yield f"a traceback: {ended.err[-1500:]}"
             decision = decided(folder, f"7_{restart}", ended.status, restart)
-            if not decision.requeue and decision.why != "training is finished":
-                yield f"decision: {decision.why}"
+            if not decision.requeue and not decision.finished:
+                yield f"decision: {decision.reason}"
             if case.phase == "resume" and not any((folder / "checkpoints").glob("step_*")):
                 yield "no checkpoint is left"
             again = None
@@ -217,5 +217,5 @@ def decided(folder: Path, attempt: str, status: int, restart: int) -> Decision:
     ended = run_folder.read_exit(folder)
     if ended and ended.attempt != attempt:
         ended = None
-    blamed = crash_report.blame([], crash_report.read(folder, attempt))
-    return requeue_policy.decide(ended, status, Job("RUNNING", restart), restart, History(), Requeue(), blamed)
+    blamed = crash_report.first_failure([], crash_report.read(folder, attempt))
+    return requeue_policy.decide(ended, status, Job("RUNNING", restart), restart, RestartHistory(), Requeue(), blamed)

@@ -17,7 +17,7 @@ from hpcgpt.distributed import rendezvous, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.tokenizer import save_load
-from hpcgpt.training.evaluation import Terms, evaluate
+from hpcgpt.training.evaluation import EvalContext, evaluate
 
 CONTEXT, MICRO_BATCH = 32, 3
 BATCHES = (1, 5, 7, 0)  # none but 0 is a multiple of 2 or 4; 0 is the whole split
@@ -26,20 +26,25 @@ BATCHES = (1, 5, 7, 0)  # none but 0 is a multiple of 2 or 4; 0 is the whole spl
 def model_and_windows(folder: Path, seed: int = 1) -> tuple[GPT, Windows, np.ndarray[Any, Any]]:
     """A model whose predictions are not uniform, the validation windows, and the bytes of each id."""
     manifest = shard_format.read_manifest(folder)
-    words = save_load.load(folder / "tokenizer")
-    size = words.vocab_size
+    tokenizer = save_load.load(folder / "tokenizer")
+    size = tokenizer.vocab_size
     model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=CONTEXT, vocab_size=size, dropout=0.2), seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
-    return model, Windows(shard_reader.open_split(folder, manifest, "val"), CONTEXT, CONTEXT, size), words.token_bytes
+    return (
+        model,
+        Windows(shard_reader.open_split(folder, manifest, "val"), CONTEXT, CONTEXT, size),
+        tokenizer.token_bytes,
+    )
 
 
 def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """The figures for each of BATCHES, and what a stop on the last rank at the third question gives."""
     model, windows, token_bytes = model_and_windows(folder)
     told: dict[str, Any] = {
-        str(batches): evaluate(model, windows, Terms(batches, MICRO_BATCH, token_bytes, ranks)) for batches in BATCHES
+        str(batches): evaluate(model, windows, EvalContext(batches, MICRO_BATCH, token_bytes, ranks))
+        for batches in BATCHES
     }
     asked = 0
 
@@ -49,7 +54,7 @@ def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
         return asked == 3
 
     model.train()
-    told["stopped"] = evaluate(model, windows, Terms(0, MICRO_BATCH, token_bytes, ranks, stopped=stopped))
+    told["stopped"] = evaluate(model, windows, EvalContext(0, MICRO_BATCH, token_bytes, ranks, stopped=stopped))
     told["asked"], told["training"] = asked, model.training
     return told
 

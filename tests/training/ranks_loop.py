@@ -81,7 +81,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     around(metrics_file.MetricsFile, "sync", slow)
     around(stop_signals.StopFlag, "__init__", flag)
     around(stop_signals.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
-    evaluate, attempt.evaluate_all = attempt.evaluate_all, evaluation
+    evaluate, vars(attempt)["evaluate_all"] = vars(attempt)["evaluate_all"], evaluation
     around(engine, "accumulate", lambda *_: told["order"].append("warm up"))
     around(retention, "clean", lambda *_: told["order"].append("clean"))
     around(load, "newest_valid", lambda *_: told["order"].append("choose"))

@@ -31,7 +31,7 @@ from hpcgpt.config.options import Config
 from hpcgpt.distributed import rendezvous, sharded_tensor, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model import kernels
-from hpcgpt.storage import lease
+from hpcgpt.storage.lease import acquire
 from hpcgpt.training.engine import Engine
 
 Mode = Literal["ddp", "zero1", "fsdp"]
@@ -72,7 +72,7 @@ def steps(its: Engine, numbers: Iterable[int]) -> list[tuple[float, float]]:
 def digest(its: Engine, ranks: Ranks) -> str:
     """Of every byte that this rank would save."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(checkpoint_save.tensors_of(its.trained, its.optimizer, ranks).items()):
+    for name, tensor in sorted(checkpoint_save.tensors_of(its.model.local, its.optimizer, ranks).items()):
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -80,24 +80,24 @@ def digest(its: Engine, ranks: Ranks) -> str:
 def state_bytes(its: Engine) -> int:
     """What the optimizer holds on this rank, without its counters."""
     kept = [value for state in its.optimizer.state.values() for value in state.values()]
-    return sum(sharded_tensor.held(value).local.nbytes for value in kept if value.dim())
+    return sum(sharded_tensor.local_rows(value).local.nbytes for value in kept if value.dim())
 
 
 def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     """Save; how many bytes this rank has written."""
-    held = None
+    lease = None
     if ranks.world.is_first:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        held = lease.take(folder, "")
-    writes = Saver(folder / "checkpoints", ranks, held, options.Checkpoint())
+        lease = acquire(folder, "")
+    writes = Saver(folder / "checkpoints", ranks, lease, options.Checkpoint())
     state = State(step, step * 512, step * 16, ranks.world.size, {})
-    ended = writes.begin(state, checkpoint_save.tensors_of(its.trained, its.optimizer, ranks)) or writes.finish(
+    ended = writes.begin(state, checkpoint_save.tensors_of(its.model.local, its.optimizer, ranks)) or writes.finish(
         lambda: None
     )
     assert ended is not None
     assert not ended.problem, ended.problem
-    if held:
-        held.release()
+    if lease:
+        lease.release()
     path = layout.path_of(folder / "checkpoints", step)
     return (path / layout.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
 
@@ -119,10 +119,10 @@ def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS
     last = steps(its, range(count - MORE, count))
     told = {"figures": figures + last, "written": written, "state": state_bytes(its), "digest": digest(its, ranks)}
     again = engine(configuration, ranks)
-    load.load(layout.path_of(folder / "checkpoints", count - MORE), again.trained, again.optimizer, ranks)
+    load.load(layout.path_of(folder / "checkpoints", count - MORE), again.model.local, again.optimizer, ranks)
     told["again"] = steps(again, range(count - MORE, count)) == last and digest(again, ranks) == told["digest"]
-    looked_at = again.gathered()
-    weights = {name: sharded_tensor.whole(share.detach()) for name, share in again.trained.named_parameters()}
+    looked_at = again.model.gather()
+    weights = {name: sharded_tensor.full_tensor(share.detach()) for name, share in again.model.local.named_parameters()}
     told["gathered"] = all(torch.equal(weights[name], p) for name, p in looked_at.named_parameters())
     told["whole digest"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
     steps(again, [count])
@@ -140,7 +140,9 @@ def messages(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32", "
     clipped: list[float] = []
 
     def look(*_: object) -> None:
-        gradients = [sharded_tensor.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
+        gradients = [
+            sharded_tensor.local_rows(p.grad).local for p in its.model.local.parameters() if p.grad is not None
+        ]
         squared = torch.nn.utils.get_total_norm(gradients).square()
         if mode != "ddp":
             torch.distributed.all_reduce(squared)
@@ -175,7 +177,9 @@ def rounded(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
     seen: list[bool] = []
 
     def look(*_: object) -> None:
-        gradients = [sharded_tensor.held(p.grad).local for p in its.trained.parameters() if p.grad is not None]
+        gradients = [
+            sharded_tensor.local_rows(p.grad).local for p in its.model.local.parameters() if p.grad is not None
+        ]
         seen.append(all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients))
 
     its.optimizer.register_step_pre_hook(look)
@@ -200,11 +204,11 @@ def frugal(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> dict[str, 
         its = engine(dataclasses.replace(plain, train=wanted), ranks)
         if not compiled:  # the compiler would compile the hook, too
             passes: list[int] = []
-            its.trained.blocks[-1].register_forward_pre_hook(lambda *_: passes.append(1))
+            its.model.local.get_submodule("blocks.9").register_forward_pre_hook(lambda *_: passes.append(1))
         told["frugal"] = steps(its, range(2))
         told["passes"] = 0 if compiled else len(passes)
-        its.gathered().eval()  # as an evaluation does between two steps
-        its.gathered().train()
+        its.model.gather().eval()  # as an evaluation does between two steps
+        its.model.gather().train()
         told["frugal"] += steps(its, [2])
         told["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         torch._dynamo.utils.counters.clear()
@@ -219,7 +223,7 @@ def resumes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
         for folder in sorted(out.glob("*_[124]")):
             if "muon" not in folder.name:
                 path = layout.path_of(folder / "checkpoints", STEPS - MORE)
-                load.load(path, its.trained, its.optimizer, ranks)
+                load.load(path, its.model.local, its.optimizer, ranks)
                 told[f"{folder.name} in {mode}"] = steps(its, range(STEPS - MORE, STEPS))
     return told
 

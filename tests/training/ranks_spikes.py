@@ -40,7 +40,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
     asked: list[int] = []
     micro_step = 0
 
-    def batches(self: prefetch.Feed, number: int, count: int | None = None) -> Any:
+    def batches(self: prefetch.Prefetcher, number: int, count: int | None = None) -> Any:
         nonlocal micro_step
         if count is None:  # else it is the warm-up
             asked.append(number)
@@ -63,7 +63,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         if place == faults.get("nan"):
             return loss * float("nan")
         if place == faults.get("grad"):
-            loss.register_hook(lambda gradient: gradient * float("inf"))
+            loss.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
         leaps = asked[-1] in faults.get("spikes", ()) and rank == faults.get("leaps", rank)
         return loss * (10 if "leaps" in faults else 3) if leaps else loss
 
@@ -72,13 +72,13 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         if asked and torch.is_grad_enabled() and asked[-1] == faults.get("row"):
             factors = torch.ones_like(embedded)
             factors[..., -1, :] = float("inf")
-            embedded.register_hook(lambda gradient: gradient * factors)
+            embedded.register_hook(lambda gradient: gradient * factors)  # type: ignore[no-untyped-call]
 
     def build(self: engine.Engine, *given: Any) -> None:
         real_build(self, *given)
-        self.trained.register_forward_hook(hit)
-        self.trained.get_submodule("position_embedding").register_forward_hook(hit_row)
-        self.reads_late = bool(faults.get("late"))
+        self.model.local.register_forward_hook(hit)
+        self.model.local.get_submodule("position_embedding").register_forward_hook(hit_row)
+        self.defers_metrics = bool(faults.get("late"))
 
     def load(self: resume.Restorer, path: Path) -> None:
         if asked:  # else it is where the attempt continues
@@ -86,8 +86,8 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         real_load(self, path)
 
     real_load, resume.Restorer.load = resume.Restorer.load, load  # type: ignore[method-assign]
-    real_batches, prefetch.Feed.batches = prefetch.Feed.batches, batches  # type: ignore[method-assign]
-    real_build, engine.Engine.__init__ = engine.Engine.__init__, build  # type: ignore[method-assign]
+    real_batches, prefetch.Prefetcher.batches = prefetch.Prefetcher.batches, batches  # type: ignore[method-assign]
+    real_build, engine.Engine.__init__ = engine.Engine.__init__, build  # type: ignore[method-assign, assignment]
     sys.argv[1:] = arguments
     cli.run(train.main)
 

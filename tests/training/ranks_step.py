@@ -20,12 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt.config.options import Model, Optim, Parallel
 from hpcgpt.data import shard_format, shard_reader
-from hpcgpt.data.loader import Loader, Windows, widen
+from hpcgpt.data.loader import Loader, Mixture, Windows
 from hpcgpt.distributed import rendezvous, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
-from hpcgpt.training import parallel
+from hpcgpt.training.parallel import parallelize
 from hpcgpt.training.step import train_step
 
 GLOBAL_BATCH = 16
@@ -40,23 +40,24 @@ class Bench:
         config = Model(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=512, dropout=dropout)
         self.ranks, self.micro_steps = ranks, micro_steps
         self.model = GPT(config, seed=1).to(dtype)
-        self.forward, _ = parallel.shared_out(self.model, ranks, Parallel(), compiled=False, dtype=dtype)
+        self.parallel = parallelize(self.model, ranks, Parallel(), compiled=False, dtype=dtype)
         self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
         self.optimizer.register_step_pre_hook(self._remember)
         self.taken: dict[str, Tensor] = {}
         split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
         size = ranks.world.size
         self.loader = Loader(
-            Windows(split, 32, 32, 512), 1, ranks.world.rank, size, GLOBAL_BATCH, GLOBAL_BATCH // (size * micro_steps)
-        )
+            mixture=Mixture([Windows(split, 32, 32, 512)]), seed=1, rank=ranks.world.rank, world_size=size,
+            global_batch=GLOBAL_BATCH, micro_batch=GLOBAL_BATCH // (size * micro_steps),
+        )  # fmt: skip
 
     def step(self, number: int, clip_norm: float) -> tuple[Tensor, Tensor]:
-        batches = (widen(self.loader.batch(number, m), self.ranks.device) for m in range(self.micro_steps))
-        outcome = train_step(
-            self.forward, self.optimizer, batches, micro_steps=self.micro_steps, rate=1e-3, clip_norm=clip_norm,
+        batches = (self.loader.batch(number, m) for m in range(self.micro_steps))
+        result = train_step(
+            self.parallel, self.optimizer, batches, micro_steps=self.micro_steps, rate=1e-3, clip_norm=clip_norm,
             precision=nullcontext, ranks=self.ranks,
         )  # fmt: skip
-        return outcome.loss, outcome.norm
+        return result.loss, result.norm
 
     def _remember(self, *_: Any) -> None:
         self.taken = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -110,7 +111,7 @@ def in_buckets(ranks: Ranks, folder: Path) -> list[bool]:
         found.append(all(g is not None and g.untyped_storage().nbytes() > g.nbytes for g in gradients))
 
     bench.step(0, clip_norm=1.0)
-    bench.forward.register_forward_pre_hook(look)
+    bench.parallel.module.register_forward_pre_hook(look)
     bench.optimizer.register_step_pre_hook(look)
     bench.step(1, clip_norm=1.0)
     return found

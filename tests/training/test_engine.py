@@ -15,7 +15,7 @@ from hpcgpt import plan
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.distributed.world import Ranks
-from hpcgpt.model.gpt import GPT, Manner
+from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.optim.lr_schedule import learning_rate
 from hpcgpt.training.engine import Engine
 from tests.one_rank import ALONE
@@ -49,7 +49,7 @@ def test_steps_are_clipped_to_the_norm_that_was_asked_for(shards_folder: Path) -
     its, used = engine(shards_folder, optim__clip_norm=0.03), []
 
     def look(*_: object) -> None:
-        used.append(float(nn.utils.get_total_norm([p.grad for p in its.model.parameters() if p.grad is not None])))
+        used.append(float(nn.utils.get_total_norm([p.grad for p in its.model.gpt.parameters() if p.grad is not None])))
 
     its.optimizer.register_step_pre_hook(look)
     assert its.read(its.launch(0, 0))["train/grad_norm"] > 0.1
@@ -59,17 +59,19 @@ def test_steps_are_clipped_to_the_norm_that_was_asked_for(shards_folder: Path) -
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_forward_pass_computes_in_the_precision_that_was_asked_for(shards_folder: Path, dtype: str) -> None:
     its, seen = engine(shards_folder, train__dtype=dtype), set()
-    its.model.blocks[1].register_forward_hook(lambda module, _, __: seen.add(module.mlp.up(torch.ones(1, 32)).dtype))
+    its.model.gpt.blocks[1].register_forward_hook(
+        lambda module, _, __: seen.add(module.mlp.up(torch.ones(1, 32)).dtype)
+    )
     its.read(its.launch(0, 0))
     assert seen == {getattr(torch, dtype)}
-    assert {parameter.dtype for parameter in its.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in its.model.gpt.parameters()} == {torch.float32}
 
 
 def test_the_seed_decides_the_first_weights_and_the_order_of_the_samples(shards_folder: Path) -> None:
     first, other = (engine(shards_folder, run__seed=seed) for seed in (3, 4))
-    expected = GPT(first.model.config, seed=3)
-    assert all(map(torch.equal, first.model.state_dict().values(), expected.state_dict().values()))
-    assert not torch.equal(first.model.head.weight, other.model.head.weight)
+    expected = GPT(first.model.gpt.config, seed=3)
+    assert all(map(torch.equal, first.model.gpt.state_dict().values(), expected.state_dict().values()))
+    assert not torch.equal(first.model.gpt.head.weight, other.model.gpt.head.weight)
     assert not torch.equal(first.loader.batch(0, 0), other.loader.batch(0, 0))
 
 
@@ -80,10 +82,12 @@ def test_windows_are_as_far_apart_as_was_asked_for_and_documents_masked(shards_f
     samples = planned.sets[0].windows
     assert (
         samples
-        == sum(part.count for part in its.loader.windows.sets)
+        == sum(part.count for part in its.loader.mixture.sets)
         > 3 * plan.make(settings(shards_folder), 1).sets[0].windows
     )
-    assert its.model.manner == Manner.of(configuration, planned.sets[0].manifest.tokenizer["end_of_text"])
+    assert its.model.gpt.options == ForwardOptions.from_config(
+        configuration, planned.sets[0].manifest.tokenizer["end_of_text"]
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -93,17 +97,18 @@ def test_utilisation_is_the_achieved_part_of_the_peak_of_all_ranks(shards_folder
     its._peak_flops = 2e12
     row = its.read(its.launch(1, 1))
     assert row["train/tokens_per_s"] * row["train/step_s"] == pytest.approx(16 * 32)
-    needed = 16 * 32 * its.model.flops_per_token()
+    needed = 16 * 32 * its.model.gpt.flops_per_token()
     assert row["train/mfu"] == pytest.approx(needed / (row["train/step_s"] * ranks * 2e12))
 
 
 def test_warming_up_is_one_pass_forth_and_back_that_leaves_nothing(shards_folder: Path) -> None:
     """After one, DDP has its buckets in their order: a resumed run adds in the order of one left alone."""
-    its, passes = engine(shards_folder), []
-    before = [parameter.detach().clone() for parameter in its.model.parameters()]
-    its.model.norm.weight.register_post_accumulate_grad_hook(passes.append)
+    its = engine(shards_folder)
+    passes: list[Any] = []
+    before = [parameter.detach().clone() for parameter in its.model.gpt.parameters()]
+    its.model.gpt.norm.weight.register_post_accumulate_grad_hook(passes.append)
     its.warm_up()
     assert len(passes) == 1
-    assert all(parameter.grad is None for parameter in its.model.parameters())
-    assert all(map(torch.equal, before, its.model.parameters()))
+    assert all(parameter.grad is None for parameter in its.model.gpt.parameters())
+    assert all(map(torch.equal, before, its.model.gpt.parameters()))
     assert not its.optimizer.state

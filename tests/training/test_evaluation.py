@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from hpcgpt.checkpoint import layout
-from hpcgpt.data.loader import widen
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.model.precision import computing_in
-from hpcgpt.training.evaluation import Terms, evaluate
+from hpcgpt.training.evaluation import EvalContext, evaluate
+from hpcgpt.training.step import to_inputs_and_targets
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env, command, on_ranks
 from tests.tiny_run import curve, rows, tensors
@@ -61,7 +61,7 @@ def test_the_figures_are_those_of_a_computation_by_hand_in_float64(
     count = min(windows.count, batches * MICRO_BATCH) if batches else windows.count
     chosen = np.array([number * windows.count // count for number in range(count)])
     assert len(set(chosen.tolist())) == count
-    inputs, targets = widen(windows.read(chosen), ALONE.device)
+    inputs, targets = to_inputs_and_targets(windows.read(chosen), ALONE.device)
     with torch.no_grad():
         chances = model(inputs).log_softmax(dim=-1)
     nats = -chances.gather(-1, targets.unsqueeze(-1)).sum().item()
@@ -75,12 +75,14 @@ def test_the_figures_are_those_of_a_computation_by_hand_in_float64(
 def test_bits_per_byte_count_the_bytes_of_the_text_itself(shards_folder: Path, alone: dict[str, Any]) -> None:
     """From the other side: decode the targets, and count the bytes of the text that comes out."""
     from hpcgpt.tokenizer import save_load
+    from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 
-    words = save_load.load(shards_folder / "tokenizer")
+    tokenizer = save_load.load(shards_folder / "tokenizer")
+    assert isinstance(tokenizer, ByteLevelBPE)
     _, windows, _ = model_and_windows(shards_folder)
-    _, targets = widen(windows.read(np.arange(windows.count)), ALONE.device)
-    ids = [number for number in targets.flatten().tolist() if number != words.end_of_text]
-    text = words.encoding.decode_bytes(ids)
+    _, targets = to_inputs_and_targets(windows.read(np.arange(windows.count)), ALONE.device)
+    ids = [number for number in targets.flatten().tolist() if number != tokenizer.end_of_text]
+    text = tokenizer.encoding.decode_bytes(ids)
     expected = alone["0"]["val/loss"] * targets.numel() / math.log(2) / len(text)
     assert alone["0"]["val/bits_per_byte"] == pytest.approx(expected, rel=1e-12)
 
@@ -96,8 +98,8 @@ def test_evaluation_leaves_generators_gradients_and_the_mode_of_the_model_alone(
     before = torch.get_rng_state()
     modes = []
     for stop in (False, True):
-        terms = Terms(2, MICRO_BATCH, token_bytes, ALONE, stopped=lambda stop=stop: stop)  # type: ignore[misc]
-        evaluate(model, windows, terms)
+        context = EvalContext(2, MICRO_BATCH, token_bytes, ALONE, stopped=lambda stop=stop: stop)  # type: ignore[misc]
+        evaluate(model, windows, context)
         modes.append(model.training)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -108,22 +110,24 @@ def test_the_mode_is_restored_when_evaluation_fails(shards_folder: Path) -> None
     model, windows, token_bytes = model_and_windows(shards_folder)
     broken = type(windows)(windows.split, CONTEXT, CONTEXT, vocab_size=10)
     with pytest.raises(ValueError, match="outside of the vocabulary"):
-        evaluate(model, broken, Terms(2, MICRO_BATCH, token_bytes, ALONE))
+        evaluate(model, broken, EvalContext(2, MICRO_BATCH, token_bytes, ALONE))
     assert model.training
 
 
 def test_dropout_is_off(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
-    terms = Terms(3, MICRO_BATCH, token_bytes, ALONE)
-    assert evaluate(model.train(), windows, terms) == evaluate(model.train(), windows, terms)
+    context = EvalContext(3, MICRO_BATCH, token_bytes, ALONE)
+    assert evaluate(model.train(), windows, context) == evaluate(model.train(), windows, context)
 
 
 def test_it_computes_in_the_precision_of_training(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     seen: set[torch.dtype] = set()
-    model.blocks[0].attention.register_forward_hook(lambda _, __, made: seen.add(made.dtype))
+    model.get_submodule("blocks.0.attention").register_forward_hook(lambda _, __, made: seen.add(made.dtype))
     evaluate(
-        model, windows, Terms(1, MICRO_BATCH, token_bytes, ALONE, lambda: computing_in(torch.bfloat16, ALONE.device))
+        model,
+        windows,
+        EvalContext(1, MICRO_BATCH, token_bytes, ALONE, lambda: computing_in(torch.bfloat16, ALONE.device)),
     )
     assert seen == {torch.bfloat16}
 
@@ -132,7 +136,7 @@ def test_a_hopeless_model_has_a_finite_perplexity(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     with torch.no_grad():
         model.token_embedding.weight.mul_(1e4)
-    figures = evaluate(model, windows, Terms(1, MICRO_BATCH, token_bytes, ALONE))
+    figures = evaluate(model, windows, EvalContext(1, MICRO_BATCH, token_bytes, ALONE))
     assert figures is not None
     assert figures["val/loss"] > 710
     assert math.isfinite(figures["val/perplexity"])

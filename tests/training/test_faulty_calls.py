@@ -35,7 +35,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path, faulty_ca
 
 def once(bed: Bed) -> list[Case]:
     """The first and the last call of each kind about each file, each with another of the answers that it may get."""
-    cases = []
+    cases: list[Case] = []
     for phase, sites in bed.calls.items():
         last = {(site.call, site.path): site for site in sites}
         for site in sites:
@@ -47,7 +47,7 @@ def once(bed: Bed) -> list[Case]:
 
 def lasting(bed: Bed) -> list[Case]:
     """From a call on the disk stays full, or read-only, or a file cannot be read any more."""
-    cases = []
+    cases: list[Case] = []
     for phase, sites in bed.calls.items():
         for site in sites:
             if site.nth > 1:

@@ -345,7 +345,7 @@ def test_threads_and_cpus_are_harmless_where_a_gpu_computes(shards_folder: Path)
 def test_a_run_that_ends_within_its_warm_up_says_so(config: Path, tmp_path: Path) -> None:
     told = resumed(config, tmp_path / "tiny", "--schedule.warmup_steps", "700")
     assert (
-        "warning: the learning rate of this run only climbs, to 9.43e-06: schedule.warmup_steps is 700, the run has 12 "
+        "warning: the learning rate of this run only rises, to 9.43e-06: schedule.warmup_steps is 700, the run has 12 "
         "steps, and optim.lr 0.0006 is never reached" in lines(told)
     )
 

@@ -103,9 +103,9 @@ def test_the_watchdog_hears_of_every_round_of_an_evaluation(finished: Told) -> N
     assert [rank["evaluations"] for rank in finished] == [[4, 4], [4, 4]]
 
 
-def test_every_rank_is_watched_and_looks_for_a_newer_generation(stopped: Told) -> None:
+def test_every_rank_is_watched_and_looks_for_a_newer_attempt(stopped: Told) -> None:
     assert {"watchdog", "heartbeat"} <= set(stopped[0]["threads"])
-    assert {"watchdog", "generation"} <= set(stopped[1]["threads"])
+    assert {"watchdog", "lease"} <= set(stopped[1]["threads"])
     assert [rank["watched"] for rank in stopped] == [True, True]
 
 

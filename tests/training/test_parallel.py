@@ -159,8 +159,8 @@ def test_rows_that_do_not_divide_are_where_the_library_has_put_them(rows: int) -
         layer = nn.Linear(2, rows, bias=False)
         layer.weight = nn.Parameter(expected.clone())
         fully_shard(layer, mesh=init_device_mesh("cpu", (3,)))
-        own = sharded_tensor.held(layer.weight.detach())
-        assert torch.equal(own.local, expected[own.first : own.after])
+        own = sharded_tensor.local_rows(layer.weight.detach())
+        assert torch.equal(own.local, expected[own.start : own.stop])
         parts.append(own.local.clone())
         dist.destroy_process_group()
     assert torch.equal(torch.cat(parts), expected)
@@ -241,7 +241,7 @@ def test_gradients_sent_in_bfloat16_are_rounded_and_train_as_well(told: Told, mo
 def test_a_single_rank_that_would_round_its_gradients_for_nobody_is_refused(tiny: Path) -> None:
     done = command("hpcgpt.train", str(tiny), "--parallel.gradient_dtype", "bfloat16")
     assert done.returncode == 2
-    assert "gradient_dtype is bfloat16, but a single rank sends its gradients to nobody" in done.stderr
+    assert "gradient_dtype is bfloat16, but a single rank sends no gradients" in done.stderr
 
 
 def test_double_precision_with_rounded_gradients_is_refused() -> None:

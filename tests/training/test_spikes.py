@@ -113,7 +113,7 @@ def test_ten_skipped_steps_in_a_row_end_it(runs: Runs) -> None:
     done = runs.start("tiny", {}, "--train.on_nonfinite", "skip", *rate)
     assert done.returncode == 2
     assert f"and so it was in {spikes.LONGEST_SKIP} steps in a row" in done.stderr
-    assert "the sample: the model's logits are no finite numbers" in done.stderr
+    assert "the sample: the model's logits are not finite" in done.stderr
 
 
 # --- a leap ----------------------------------------------------------------------------------------

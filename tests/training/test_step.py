@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hpcgpt.training.step import to_inputs_and_targets
 from tests.one_rank import ALONE
 from tests.programs import on_ranks
 from tests.training import ranks_step
@@ -44,10 +45,10 @@ def whole_batch(shards_folder: Path) -> dict[str, tuple[Tensor, dict[str, Tensor
     found = {}
     for name, dtype in ranks_step.DTYPES.items():
         bench = ranks_step.Bench(ALONE, shards_folder, 1, dtype)
-        inputs, targets = ranks_step.widen(bench.loader.batch(3, 0), ALONE.device)
+        inputs, targets = to_inputs_and_targets(bench.loader.batch(3, 0), ALONE.device)
         assert inputs.shape == (16, 32)
         loss = F.cross_entropy(bench.model(inputs).flatten(0, 1), targets.flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         found[name] = loss.detach(), {key: p.grad for key, p in bench.model.named_parameters() if p.grad is not None}
     return found
 

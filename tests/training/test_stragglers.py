@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hpcgpt.config.options import Blame as Settings
+from hpcgpt.model.gpt import GPT
 from hpcgpt.run import run_folder
+from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.step import accumulate
 from hpcgpt.training.stragglers import Blame, LocalTime, Straggler, judge, usual
 from tests.one_rank import ALONE
@@ -90,17 +92,18 @@ def test_only_what_a_rank_does_without_the_others_is_timed(micro_steps: int) -> 
     class Model(nn.Linear):
         def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
             story.append("forward")
-            loss: Tensor = (super().forward(inputs) - targets).square().mean()
-            loss.register_hook(lambda _: story.append("backward"))
+            loss: Tensor = (super().forward(inputs.float()) - targets).square().mean()
+            loss.register_hook(lambda _: story.append("backward"))  # type: ignore[no-untyped-call]
             return loss
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def batches() -> Iterator[Tensor]:
         for _ in range(micro_steps):
             story.append("read")
-            yield torch.ones(2, 4), torch.zeros(2, 1)
+            yield torch.ones(2, 5, dtype=torch.int32)
 
-    watch = Told(story)
-    accumulate(Model(4, 1), batches(), micro_steps, nullcontext, watch)
+    watch, module = Told(story), Model(4, 1)
+    model = ParallelModel(module, module, cast(GPT, module), torch.device("cpu"))
+    accumulate(model, batches(), micro_steps=micro_steps, precision=nullcontext, local=watch)
     alone = ["read", "forward", "backward"] * (micro_steps - 1)
     assert story == ["start", *alone, "read", "forward", "stop", "backward"]
     assert watch.take() > 0

@@ -1,4 +1,4 @@
-"""data_prep.encode.ideographs: Chinese a character at a time gives tiktoken's ids, whatever stands beside it."""
+"""data_prep.encode.ideographs: looking up single characters gives tiktoken's ids, whatever is beside them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from data_prep.encode import ideographs, vocabulary
-from data_prep.encode.ideographs import Batch, ByCharacter
+from data_prep.encode import find_tokenizer, ideographs
+from data_prep.encode.ideographs import ByCharacterEncoder
+from data_prep.encode.interface import EncodedBatch
 
-GPT2 = vocabulary.gpt2()
-# What meets ideographs in texts; and those that GPT-2 has tokens with that go over their borders.
+GPT2 = find_tokenizer.gpt2()
+# Neighbours of ideographs in texts, and ideographs with which GPT-2 has tokens that cross their border.
 BESIDE = [
     *"，。！？、；：「」『』（）《》…—“”‘’·～",
     *" \n\t\r\u3000\u00a0\u2028", "\n\n", "  ", " \n", "\r\n", "。\n", "\n　　", "——", "……", "“‘", "'s", "'", "'t",
@@ -25,23 +26,23 @@ BESIDE = [
 class Plain:
     """tiktoken, text by text, which counts the characters it is given."""
 
-    name, why = "tiktoken", ""
+    name, fallback_reason = "tiktoken", ""
 
     def __init__(self) -> None:
         self.characters = 0
 
-    def batch(self, texts: Sequence[str]) -> Batch:
+    def batch(self, texts: Sequence[str]) -> EncodedBatch:
         self.characters += sum(map(len, texts))
         parts = [np.array(GPT2.encoding.encode_ordinary(text), dtype=np.uint32) for text in texts]
         return np.concatenate([np.empty(0, np.uint32), *parts]), np.array([len(part) for part in parts], dtype=np.int64)
 
 
 @pytest.fixture(scope="module")
-def by_character() -> ByCharacter:
-    return ByCharacter(Plain(), list(GPT2.ranks))
+def by_character() -> ByCharacterEncoder:
+    return ByCharacterEncoder(Plain(), list(GPT2.ranks))
 
 
-def check(encoder: ByCharacter, texts: Sequence[str]) -> None:
+def check(encoder: ByCharacterEncoder, texts: Sequence[str]) -> None:
     ids, counts = encoder.batch(texts)
     expected, expected_counts = Plain().batch(texts)
     assert ids.dtype == np.uint32
@@ -65,15 +66,17 @@ def prose(chance: random.Random, most: int) -> str:
     return "".join(parts)
 
 
-def test_prose_of_all_kinds_of_neighbours(by_character: ByCharacter) -> None:
+def test_prose_of_all_kinds_of_neighbours(by_character: ByCharacterEncoder) -> None:
     chance = random.Random(0)
     for _ in range(60):
         check(by_character, [prose(chance, 60) for _ in range(100)])
 
 
-def test_every_ideograph_and_mark_beside_every_troublesome_neighbour(by_character: ByCharacter) -> None:
-    """Each in the middle of a row that it would be taken out of, before and behind the neighbour."""
-    points = [*ideographs._LETTERS[::7], *ideographs._MARKS, *map(ord, "龍士裏覚醒喚契極神魔")]
+def test_every_character_of_the_table_beside_every_troublesome_neighbour(
+    by_character: ByCharacterEncoder,
+) -> None:
+    """Each in the middle of a run that would be looked up, before and after the neighbour."""
+    points = [*ideographs._LETTERS[::7], *ideographs._PUNCTUATION, *map(ord, "龍士裏覚醒喚契極神魔")]
     for beside in BESIDE:
         check(
             by_character,
@@ -81,8 +84,8 @@ def test_every_ideograph_and_mark_beside_every_troublesome_neighbour(by_characte
         )
 
 
-def test_every_pair_that_a_token_goes_over(by_character: ByCharacter) -> None:
-    letters = np.array([*ideographs._LETTERS, *ideographs._MARKS])
+def test_every_pair_that_a_token_crosses(by_character: ByCharacterEncoder) -> None:
+    letters = np.array([*ideographs._LETTERS, *ideographs._PUNCTUATION])
     table = by_character._table
     assert table
     ends, starts = letters[table.ends[letters] > 0], letters[table.starts[letters] > 0]
@@ -93,7 +96,7 @@ def test_every_pair_that_a_token_goes_over(by_character: ByCharacter) -> None:
     check(by_character, pairs)
 
 
-def test_whole_words_of_the_vocabulary_in_the_middle_of_chinese(by_character: ByCharacter) -> None:
+def test_whole_words_of_the_vocabulary_in_the_middle_of_chinese(by_character: ByCharacterEncoder) -> None:
     """Every token that is text of its own, not ASCII."""
     words = [
         word
@@ -107,7 +110,7 @@ def test_whole_words_of_the_vocabulary_in_the_middle_of_chinese(by_character: By
 
 def test_most_of_a_chinese_text_is_not_left_for_the_encoder() -> None:
     plain = Plain()
-    encoder = ByCharacter(plain, list(GPT2.ranks))
+    encoder = ByCharacterEncoder(plain, list(GPT2.ranks))
     text = "天地玄黃，宇宙洪荒。\n日月盈昃，辰宿列張。\n" * 50
     encoder.batch([text])
     plain.characters = 0
@@ -115,7 +118,7 @@ def test_most_of_a_chinese_text_is_not_left_for_the_encoder() -> None:
     assert plain.characters < 0.1 * 2 * len(text)
 
 
-def test_texts_without_chinese_and_empty_batches(by_character: ByCharacter) -> None:
+def test_texts_without_chinese_and_empty_batches(by_character: ByCharacterEncoder) -> None:
     check(by_character, ["plain text", ""])
     check(by_character, [""])
     check(by_character, ["", "é", ""])
@@ -123,16 +126,16 @@ def test_texts_without_chinese_and_empty_batches(by_character: ByCharacter) -> N
     check(by_character, ["one 之力之力 two", "three"])
 
 
-def test_a_text_with_the_stand_in_itself(by_character: ByCharacter) -> None:
+def test_a_text_with_the_stand_in_itself(by_character: ByCharacterEncoder) -> None:
     table = by_character._table
     assert table
     check(by_character, [f"之力之力{table.stand_in}之力之力", "之力之力之力"])
 
 
 def test_a_vocabulary_with_words_of_chinese_goes_to_the_encoder() -> None:
-    """Tokens over borders in more ways than there are bits for."""
+    """More kinds of crossing tokens than there are bits for."""
     words = [
         f"{a}{b}".encode()
         for a, b in zip("天地玄黃宇宙洪荒日月盈昃辰宿列張寒", "來暑往秋收冬藏閏餘成歲律呂調陽雲騰", strict=True)
     ]
-    assert ideographs._table(Plain(), [*GPT2.ranks, *words]) is None
+    assert ideographs._build_table(Plain(), [*GPT2.ranks, *words]) is None

@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data_prep import import_shards, inspect, make_shards, train_tokenizer, verify
 from data_prep.text import documents, inputs, unread
 from data_prep.text.compression import zstd
-from data_prep.text.options import Reading, Skipped
+from data_prep.text.options import Skipped, TextOptions
 from hpcgpt import cli
 from hpcgpt.data import shard_format
 from hpcgpt.data.shard_format import Manifest
@@ -42,9 +42,9 @@ def make(
 ) -> Make:
     """make_shards into tmp_path/out: its status, and what it says on stdout and stderr."""
 
-    def run(*words: str | Path, tokenizer: Path = tokenizer_folder) -> tuple[int, str, str]:
+    def run(*arguments: str | Path, tokenizer: Path = tokenizer_folder) -> tuple[int, str, str]:
         given = ["--tokenizer", str(tokenizer), "--val-fraction", "0", "--workers", "1", "--out", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", ["make_shards", *given, *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["make_shards", *given, *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             cli.run(make_shards.main)
         out, err = capsys.readouterr()
@@ -77,9 +77,9 @@ def arrow_stream(path: Path, texts: list[str | None], rows: int = 2) -> None:
         writer.write_table(table, max_chunksize=rows)
 
 
-def read(path: Path, reading: Reading | None = None, skipped: list[Skipped] | None = None) -> list[str]:
+def read(path: Path, reading: TextOptions | None = None, skipped: list[Skipped] | None = None) -> list[str]:
     unit = inputs.units(inputs.find([str(path)]), 10**9, reading)[0]
-    return list(documents.documents(unit, reading, skipped))
+    return list(documents.read_documents(unit, reading, skipped))
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -123,13 +123,12 @@ def unread_reason(folder: Path) -> str:
     return str(shard_format.read_manifest(folder / "out").unread[0]["reason"])
 
 
-def test_what_lies_beside_is_named_and_hidden_files_are_counted(make: Make, tmp_path: Path) -> None:
+def test_other_files_are_named_and_hidden_files_are_counted(make: Make, tmp_path: Path) -> None:
     names = ["README.md", "x/LICENSE", "checksums.md5", ".DS_Store", ".git/a.txt", "x/._a.txt", "dataset_info.json"]
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, **dict.fromkeys(names, b"{\n")})
     code, out, _ = make(given)
     assert code == 0
-    told = "1 file (ending in .md): README.md"
-    assert told in out
+    assert "1 file (ending in .md): README.md" in out
     manifest = manifest_of(tmp_path)
     assert {row["name"] for row in manifest.unread} == {
         "README.md",
@@ -157,7 +156,7 @@ def test_every_file_below_a_folder_is_in_the_manifest(make: Make, tmp_path: Path
         ".py",
         ".TXT.GZ",
     ]
-    contents = {".xz": lzma.compress, ".bz2": bz2.compress, ".gz": gzip.compress}
+    contents: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.compress, ".bz2": bz2.compress, ".gz": gzip.compress}
     files = {
         f"{folder}f{number}{ending}": contents.get(Path(ending.lower()).suffix, bytes)(b'{"text": "x"}')
         for number, ending in enumerate(endings)
@@ -172,8 +171,8 @@ def test_every_file_below_a_folder_is_in_the_manifest(make: Make, tmp_path: Path
 
 
 def test_of_very_many_files_a_thousand_are_named_and_all_are_counted() -> None:
-    rows = [unread.Unread(f"{n}.md", n, "a" if n % 2 else "b") for n in range(5000)]
-    listed = unread.listed(rows)
+    rows = [unread.UnreadFile(f"{n}.md", n, "a" if n % 2 else "b") for n in range(5000)]
+    listed = unread.for_manifest(rows)
     assert len(listed) == 1002
     assert sum(row.get("count", 1) for row in listed) == 5000
     assert sum(row["bytes"] for row in listed) == sum(range(5000))
@@ -183,7 +182,7 @@ def test_a_json_is_read_if_it_holds_lines_with_a_text(tmp_path: Path) -> None:
     other = {"b.json": b'[{"text": "x"}]', "c.json": b'{\n "text": "x"\n}', "d.json": b'{"words": 7}\n', "e.json": b"",
              "deep.json": b"[" * 100_000}  # fmt: skip
     given = folder_of(tmp_path / "in", {"a.json": LINES, "one.json": b'{"text": "three"}', **other})
-    others: list[unread.Unread] = []
+    others: list[unread.UnreadFile] = []
     assert [source.name for source in inputs.find([str(given)], others=others)] == ["a.json", "one.json"]
     assert {row.name for row in others} == set(other)
     assert all(row.looks_like_data for row in others)
@@ -192,7 +191,7 @@ def test_a_json_is_read_if_it_holds_lines_with_a_text(tmp_path: Path) -> None:
     assert len(inputs.find([str(given / "d.json")], text_key="words")) == 1
 
 
-def test_a_file_that_is_named_twice_is_taken_once_and_told(make: Make, tmp_path: Path) -> None:
+def test_a_file_that_is_named_twice_is_read_once_and_reported(make: Make, tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, "b.txt": b"another"})
     (given / "link.jsonl").symlink_to("a.jsonl")
     os.link(given / "a.jsonl", given / "hard.jsonl")
@@ -219,7 +218,7 @@ def test_a_name_with_a_tilde_is_a_name(make: Make, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.xz", "a.jsonl.bz2"])
-def test_xz_and_bz2_are_streams_and_their_breaks_are_told(name: str, tmp_path: Path) -> None:
+def test_xz_and_bz2_are_streams_and_damage_is_reported(name: str, tmp_path: Path) -> None:
     pack = lzma.compress if name.endswith("xz") else bz2.compress
     lines = b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(300).hex().encode()) for n in range(2000))
     path = tmp_path / name
@@ -229,17 +228,17 @@ def test_xz_and_bz2_are_streams_and_their_breaks_are_told(name: str, tmp_path: P
     for content, problem in (
         (whole[:-700], "breaks off"),
         (b"<html>404</html>", "it is no "),
-        (whole + b"<html>", "behind its end"),
+        (whole + b"<html>", "what follows its end"),
         (whole[:5], "breaks off"),
     ):
         path.write_bytes(content)
         skipped: list[Skipped] = []
-        found = read(path, Reading(on_bad_input="skip"), skipped)
+        found = read(path, TextOptions(on_bad_input="skip"), skipped)
         assert (len(skipped), problem in skipped[0].problem) == (1, True), skipped
-        assert len(found) == {"it is no ": 0, "behind its end": 2000}.get(problem, len(found))
+        assert len(found) == {"it is no ": 0, "what follows its end": 2000}.get(problem, len(found))
 
 
-def test_an_arrow_file_gives_its_rows_and_its_breaks_are_told(tmp_path: Path) -> None:
+def test_an_arrow_file_gives_its_rows_and_damage_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.arrow"
     arrow_stream(path, ["a", None, "", "斗"])
     assert read(path) == ["a", "斗"]
@@ -249,7 +248,7 @@ def test_an_arrow_file_gives_its_rows_and_its_breaks_are_told(tmp_path: Path) ->
     for size in (len(whole) - 8, len(whole) - 40, 4):
         path.write_bytes(whole[:size])
         skipped: list[Skipped] = []
-        read(path, Reading(on_bad_input="skip"), skipped)
+        read(path, TextOptions(on_bad_input="skip"), skipped)
         assert len(skipped) == 1, size
     path.write_bytes(b"<html>404</html>")
     with pytest.raises(UserError, match=r"a\.arrow: no Arrow file that can be read"):
@@ -363,19 +362,19 @@ def test_byte_80_is_the_euro_sign_of_code_page_936(tmp_path: Path) -> None:
     content = NOVEL.encode("gb18030")
     path = folder_of(tmp_path, {"a.txt": content + b"\x80" + "很贵".encode("gb18030")}) / "a.txt"
     for encoding in ("cp936", "gbk", "auto"):
-        assert read(path, Reading(encoding=encoding)) == [NOVEL + "€很贵"]
-    # Behind a lead byte it is half of a character, as before.
+        assert read(path, TextOptions(encoding=encoding)) == [NOVEL + "€很贵"]
+    # After a lead byte it is half of a character, as before.
     path.write_bytes(b"\x81\x80" + content)
-    assert read(path, Reading(encoding="gbk"))[0][0] == b"\x81\x80".decode("gb18030")
+    assert read(path, TextOptions(encoding="gbk"))[0][0] == b"\x81\x80".decode("gb18030")
 
 
-def test_chinese_behind_pages_of_english_is_known(tmp_path: Path) -> None:
+def test_chinese_after_pages_of_english_is_recognized(tmp_path: Path) -> None:
     english = "The project's own preface, in plain words.\n" * 3000
     path = folder_of(tmp_path, {"a.txt": (english + NOVEL).encode("gb18030")}) / "a.txt"
-    assert read(path, Reading(encoding="auto")) == [english + NOVEL]
+    assert read(path, TextOptions(encoding="auto")) == [english + NOVEL]
     lines = [json.dumps({"text": english})] * 20 + [json.dumps({"text": NOVEL}, ensure_ascii=False)] * 2
     (tmp_path / "b.jsonl").write_bytes("\n".join(lines).encode("gb18030"))
-    assert read(tmp_path / "b.jsonl", Reading(encoding="auto"))[-1] == NOVEL
+    assert read(tmp_path / "b.jsonl", TextOptions(encoding="auto"))[-1] == NOVEL
 
 
 @pytest.mark.parametrize(
@@ -401,7 +400,7 @@ def test_u_fffd_that_was_there_before_is_not_counted(tmp_path: Path) -> None:
     lines = before + b'\xffuv"}\n{"text": "\xff' + b"x" * 30 + b'"}\n'
     given = folder_of(tmp_path, {"a.jsonl": lines})
     found: list[Skipped] = []
-    assert read(given / "a.jsonl", Reading(on_bad_input="replace"), found) == [
+    assert read(given / "a.jsonl", TextOptions(on_bad_input="replace"), found) == [
         "a\ufffdbcdefghijklmnopqrst\ufffduv", "\ufffd" + "x" * 30
     ]  # fmt: skip
     assert [row.problem.partition(": ")[2][:29] for row in found] == ["1 characters were replaced wi"] * 2
@@ -433,9 +432,9 @@ def byte_unigram(folder: Path, special: bool) -> Path:
 def test_bytes_are_spelled_in_pieces_also_where_those_are_marked_special(
     special: bool, make: Make, tmp_path: Path
 ) -> None:
-    from data_prep.encode import vocabulary
+    from data_prep.encode import find_tokenizer
 
-    found = vocabulary.find(str(byte_unigram(tmp_path / "bytes", special)))
+    found = find_tokenizer.find(str(byte_unigram(tmp_path / "bytes", special)))
     ids = found.encode("the 斗")
     assert found.unknown not in ids
     assert len(ids) >= 3 + 1
@@ -444,7 +443,7 @@ def test_bytes_are_spelled_in_pieces_also_where_those_are_marked_special(
     assert "unknown_tokens" not in manifest_of(tmp_path).counts
 
 
-def test_tokens_for_unknown_text_are_counted_and_many_are_warned_of(
+def test_tokens_for_unknown_text_are_counted_and_many_cause_a_warning(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = Library(models.Unigram())
@@ -460,8 +459,8 @@ def test_tokens_for_unknown_text_are_counted_and_many_are_warned_of(
     manifest = manifest_of(tmp_path)
     share = 3 / sum(shard.tokens for shard in manifest.shards)
     assert manifest.counts["unknown_tokens"] == 3
-    assert f"changed: 3 tokens ({share:.3%}) for text that the tokenizer does not know" in out
-    assert f"warning: {share:.2%} of the tokens stand for text that the tokenizer does not know" in err
+    assert f"changed: 3 tokens ({share:.3%}) for text that the tokenizer cannot encode" in out
+    assert f"warning: {share:.2%} of the tokens are for text that the tokenizer cannot encode" in err
     inspect.main([str(tmp_path / "out")])
     assert f"changed    3 tokens ({share:.3%})" in capsys.readouterr().out
 
@@ -500,13 +499,13 @@ def test_bytes_that_an_index_does_not_cover_are_refused_or_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = megatron(tmp_path / "a.bin", [n % 500 for n in range(200)], lengths, places)
-    words = ["--from", "megatron", str(path), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match=rf"its \.idx gives {missing} of its 400 bytes to no document: is it the \.idx"):
-        import_shards.main(words)
+    arguments = ["--from", "megatron", str(path), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=rf"{missing} of its 400 bytes belong to no document of its \.idx: is that"):
+        import_shards.main(arguments)
     assert list((tmp_path / "out").iterdir()) == []
-    assert import_shards.main([*words, "--allow-uncovered"]) == 0
+    assert import_shards.main([*arguments, "--allow-uncovered"]) == 0
     out = capsys.readouterr().out
-    assert f"left out: {missing} bytes that the index gives to no document" in out
+    assert f"left out: {missing} bytes that belong to no document of the index" in out
     assert f"read {sum(lengths):,} tokens, {sum(lengths):,} of text and 0 end-of-text" in out
     assert manifest_of(tmp_path).counts == {"empty": 0, "uncovered_bytes": missing}
 
@@ -515,44 +514,44 @@ def test_documents_that_overlap_are_refused_also_where_others_are_missing(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     path = megatron(tmp_path / "a.bin", [1] * 200, [100, 100], [0, 100])
-    words = ["--from", "megatron", str(path), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
+    arguments = ["--from", "megatron", str(path), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"two sequences have byte 100 of the \.bin, so they overlap"):
-        import_shards.main([*words, "--allow-uncovered"])
+        import_shards.main([*arguments, "--allow-uncovered"])
 
 
 def test_the_index_of_another_file_is_warned_of(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = [511 if n % 10 == 9 else n for n in range(200)]
-    words = ["--from", "megatron", "--tokenizer", str(tokenizer_folder), "--out"]
-    import_shards.main([*words, str(tmp_path / "out"), str(megatron(tmp_path / "a.bin", ids, [10] * 20))])
+    arguments = ["--from", "megatron", "--tokenizer", str(tokenizer_folder), "--out"]
+    import_shards.main([*arguments, str(tmp_path / "out"), str(megatron(tmp_path / "a.bin", ids, [10] * 20))])
     assert capsys.readouterr().err == ""
-    import_shards.main([*words, str(tmp_path / "b"), str(megatron(tmp_path / "b.bin", ids, [7] * 28 + [4]))])
-    assert "begin where no end-of-text 511 stands" in capsys.readouterr().err
+    import_shards.main([*arguments, str(tmp_path / "b"), str(megatron(tmp_path / "b.bin", ids, [7] * 28 + [4]))])
+    assert "begin without an end-of-text 511" in capsys.readouterr().err
 
 
 def test_numpys_files_and_nanogpts_characters_are_refused_with_the_reason(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "a.npy", np.arange(100, dtype=np.uint16))
-    words = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), "--from"]
+    arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), "--from"]
     for kind in ("nanogpt", "llmc"):
-        with pytest.raises(UserError, match=r"a\.npy is a \.npy file of NumPy's.*tofile"):
-            import_shards.main([*words, kind, str(tmp_path / "a.npy")])
+        with pytest.raises(UserError, match=r"a\.npy is NumPy's \.npy file.*tofile"):
+            import_shards.main([*arguments, kind, str(tmp_path / "a.npy")])
     given = folder_of(tmp_path / "char", {"train.bin": bytes(200), "meta.pkl": b"cos\nsystem\n"})
     for name in (given, given / "train.bin"):
         with pytest.raises(UserError, match=r"meta\.pkl says that nanoGPT's tokens .* not read"):
-            import_shards.main([*words, "nanogpt", str(name)])
+            import_shards.main([*arguments, "nanogpt", str(name)])
 
 
-def test_what_lies_beside_imported_files_is_told(
+def test_files_beside_imported_ones_are_reported(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = folder_of(tmp_path / "in", {"train.bin": bytes(200), "part.bin.gz": b"x", "x/train.bin": bytes(2)})
-    words = ["--from", "nanogpt", "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), str(given)]
-    assert import_shards.main(words) == 0
-    told = capsys.readouterr().out
-    assert f"1 file (no tokens to read): {given / 'part.bin.gz'}; 1 file (a folder): {given / 'x'}" in told
+    arguments = ["--from", "nanogpt", "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), str(given)]
+    assert import_shards.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert f"1 file (no tokens to read): {given / 'part.bin.gz'}; 1 file (a folder): {given / 'x'}" in output
     assert len(manifest_of(tmp_path).unread) == 2
 
 
@@ -562,7 +561,7 @@ def test_verify_names_token_files_that_are_no_part_of_the_data_set(
     make(folder_of(tmp_path / "in", {"a.jsonl": LINES}))
     (tmp_path / "out" / "train_000007.bin").write_bytes(b"x")
     assert verify.main([str(tmp_path / "out")]) == 0
-    assert "not checked, for the manifest does not name them: train_000007.bin\n" in capsys.readouterr().out
+    assert "not checked, because the manifest does not list them: train_000007.bin\n" in capsys.readouterr().out
 
 
 # --- other commands, and JSON without measure --------------------------------------------------------
@@ -573,10 +572,10 @@ def test_train_tokenizer_says_what_it_read_and_what_not(
 ) -> None:
     given = folder_of(tmp_path / "in", {"f.csv": b"a,b", "e.txt": b" "})
     (given / "a.txt").write_bytes(b"".join(path.read_bytes() for path in text_folder.iterdir()))
-    words = [str(given), "--out", str(tmp_path / "tokenizer"), "--vocab-size", "300"]
+    arguments = [str(given), "--out", str(tmp_path / "tokenizer"), "--vocab-size", "300"]
     with pytest.raises(UserError, match=r"1 file below the inputs look like data and would not be read"):
-        train_tokenizer.main(words)
-    assert train_tokenizer.main([*words, "--ignore-other-files"]) == 0
+        train_tokenizer.main(arguments)
+    assert train_tokenizer.main([*arguments, "--ignore-other-files"]) == 0
     out, err = capsys.readouterr()
     assert "read: 2 files\n" in out
     assert "left out or changed: 1 empty\n" in out
@@ -600,7 +599,7 @@ def test_deeply_nested_json_is_damage_and_no_crash(name: str, make: Make, tmp_pa
 
 
 def test_make_shards_takes_any_flag_from_make() -> None:
-    words = ["make", "--dry-run", "--silent", "shards", "CORPUS=novels", "ARGS=--encoding auto --dedup exact"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    arguments = ["make", "--dry-run", "--silent", "shards", "CORPUS=novels", "ARGS=--encoding auto --dedup exact"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     line = next(line for line in done.stdout.splitlines() if "data_prep.make_shards" in line)
     assert line.endswith("--val-fraction 0.01 --encoding auto --dedup exact")

@@ -20,9 +20,8 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.text import compression, documents, encodings, inputs, standard_input
-from data_prep.text import options as text_options
 from data_prep.text.compression import zstd
-from data_prep.text.options import Reading, Skipped
+from data_prep.text.options import MOST_LISTED, Skipped, TextOptions
 from tests.programs import ROOT, clean_env
 
 GOOD = b'{"text": "a"}\n'
@@ -39,12 +38,12 @@ def rows(path: Path, texts: Sequence[str | None], **options: object) -> None:
     parquet.write_table(pa.table({"id": range(len(texts)), "text": pa.array(texts, pa.string())}), path, **options)
 
 
-def read(given: Path | str | Sequence[Path | str], options: Reading | None = None, unit_bytes: int = 10**9,
+def read(given: Path | str | Sequence[Path | str], options: TextOptions | None = None, unit_bytes: int = 10**9,
          skipped: list[Skipped] | None = None) -> list[str]:  # fmt: skip
-    options = options or Reading()
+    options = options or TextOptions()
     names = [given] if isinstance(given, str | Path) else given
     cut = inputs.units(inputs.find(list(map(str, names))), unit_bytes, options)
-    return [text for unit in cut for text in documents.documents(unit, options, skipped)]
+    return [text for unit in cut for text in documents.read_documents(unit, options, skipped)]
 
 
 # --- kinds of files --------------------------------------------------------------------------------
@@ -62,13 +61,13 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [lambda text: text, gzip.compress, zstd.compress], ids=["txt", "gz", "zst"])
-def test_a_text_is_a_document_as_it_stands_packed_or_not(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    path = tmp_path / ("a.txt" + {gzip.compress: ".gz", zstd.compress: ".zst"}.get(packed, ""))  # type: ignore[call-overload]
+def test_a_text_is_one_unchanged_document_compressed_or_not(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / ("a.txt" + {gzip.compress: ".gz", zstd.compress: ".zst"}.get(packed, ""))
     path.write_bytes(packed("\ufeff a\r\nb\rc 萧\ufeff\n\n".encode()))
     assert read(path) == [" a\r\nb\rc 萧\ufeff\n\n"]
 
 
-def test_members_and_frames_one_behind_the_other_are_one_file(tmp_path: Path) -> None:
+def test_concatenated_members_and_frames_are_one_file(tmp_path: Path) -> None:
     content = jsonl([*TEXTS, "y" * 2_000_000])
     cuts = [0, 5, 5, 700, len(content)]
     parts = [content[a:b] for a, b in itertools.pairwise(cuts)]
@@ -120,8 +119,8 @@ def test_jsonl_cut_at_any_byte_gives_the_same_documents(bom: bool, tmp_path: Pat
     size = path.stat().st_size
     for unit_bytes in range(1, size + 2):
         cut = inputs.units(inputs.find([str(path)]), unit_bytes)
-        assert sum(piece.stop - piece.start for unit in cut for piece in unit) == size
-        found = [text for unit in cut for text in documents.documents(unit)]
+        assert sum(part.stop - part.start for unit in cut for part in unit) == size
+        found = [text for unit in cut for text in documents.read_documents(unit)]
         assert found == ["one", "萧炎 two", "three"], f"units of {unit_bytes} bytes"
 
 
@@ -146,21 +145,21 @@ def test_a_text_cut_at_any_byte_gives_the_documents_between_its_separators(
     path = tmp_path / "a.txt"
     path.write_text(content)
     for unit_bytes in range(1, len(content.encode()) + 2):
-        assert read(path, Reading(separator=separator), unit_bytes) == expected, f"units of {unit_bytes} bytes"
+        assert read(path, TextOptions(separator=separator), unit_bytes) == expected, f"units of {unit_bytes} bytes"
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content.encode()))
-    assert read(tmp_path / "a.txt.gz", Reading(separator=separator)) == expected
+    assert read(tmp_path / "a.txt.gz", TextOptions(separator=separator)) == expected
 
 
 def test_separators_are_found_across_the_borders_of_what_is_read_at_once(tmp_path: Path) -> None:
-    """The reader takes a MiB at a time; one separator lies across each border."""
+    """The reader takes a MiB at a time; one separator crosses each border."""
     path = tmp_path / "a.txt"
     pieces = [chr(97 + n) * ((1 << 20) - 13 if n else (1 << 20) - 5) for n in range(4)]
     path.write_text("<|endoftext|>".join(pieces))
     for unit_bytes in (10**9, 1 << 20, (1 << 20) + 3, 700_000):
-        assert read(path, Reading(separator="<|endoftext|>"), unit_bytes) == pieces
+        assert read(path, TextOptions(separator="<|endoftext|>"), unit_bytes) == pieces
     small = [Skipped("a.txt", "document at byte 1048584", "a document above 1 MB")]
     skipped: list[Skipped] = []
-    options = Reading(separator="<|endoftext|>", on_bad_input="skip", max_document_mb=1)
+    options = TextOptions(separator="<|endoftext|>", on_bad_input="skip", max_document_mb=1)
     path.write_text("<|endoftext|>".join(["a" * 1_048_571, "b" * 3_000_000, "c"]))
     assert read(path, options, 10**9, skipped) == ["c"]
     assert skipped[1:] == small
@@ -177,7 +176,7 @@ def test_any_separator_anywhere_against_python(tmp_path: Path) -> None:
         starts = [n for n in range(len(content)) if content.startswith(separator, n)] + [len(content)]
         expected = [content[a:b] for a, b in zip(ends, starts, strict=True) if content[a:b].strip()]
         for unit_bytes in (1, 2, 3, 7, 100):
-            assert read(path, Reading(separator=separator), unit_bytes) == expected, (separator, content)
+            assert read(path, TextOptions(separator=separator), unit_bytes) == expected, (separator, content)
 
 
 def test_parquet_is_cut_between_row_groups(tmp_path: Path) -> None:
@@ -186,9 +185,11 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path) -> None:
     sources = inputs.find([str(tmp_path)])
     for unit_bytes in (1, 2000, 3000, 10**9):
         cut = inputs.units(sources, unit_bytes)
-        assert sum(piece.stop - piece.start for unit in cut for piece in unit) == sources[0].bytes
-        assert [text for unit in cut for text in documents.documents(unit)] == texts
-    assert [[piece.groups for piece in unit] for unit in inputs.units(sources, 1)] == [[(n, n + 1)] for n in range(10)]
+        assert sum(part.stop - part.start for unit in cut for part in unit) == sources[0].bytes
+        assert [text for unit in cut for text in documents.read_documents(unit)] == texts
+    assert [[part.row_groups for part in unit] for unit in inputs.units(sources, 1)] == [
+        [(n, n + 1)] for n in range(10)
+    ]
 
 
 def test_units_hold_whole_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_units_hold_whole_files_in_the_order_of_their_paths(tmp_path: Path) -> N
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith(".gz") else b"x" * 10)
     cut = inputs.units(inputs.find([str(tmp_path)]), unit_bytes=1)
-    assert [[piece.source.name for piece in unit] for unit in cut] == [
+    assert [[part.file.name for part in unit] for unit in cut] == [
         ["a.txt"],
         ["a/y.txt.gz"],
         ["a/z.txt"],
@@ -208,7 +209,7 @@ def test_units_hold_whole_files_in_the_order_of_their_paths(tmp_path: Path) -> N
 @pytest.mark.timeout(60)
 def test_many_small_files_are_grouped_in_a_moment() -> None:
     """100,000 novels in one unit: the sizes must not be added up anew for each, which takes minutes."""
-    sources = [inputs.Source("a.txt", Path("/a.txt"), 1000, 0)] * 110_000
+    sources = [inputs.InputFile("a.txt", Path("/a.txt"), 1000, 0)] * 110_000
     assert [len(unit) for unit in inputs.units(sources, 100_000_000)] == [100_000, 10_000]
 
 
@@ -249,7 +250,7 @@ def test_the_order_of_the_inputs_is_the_one_given(tree: Path) -> None:
 
 
 def test_links_to_folders_are_followed(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Data that lies on another disk is linked to, and must not be missing without a word."""
+    """Data on another disk is linked to, and must not be left out silently."""
     other = tmp_path_factory.mktemp("disk")
     (other / "far.txt").write_text("far")
     (tree / "x" / "link").symlink_to(other)
@@ -288,20 +289,20 @@ def test_text_in_other_encodings(encoding: str, options: str, tmp_path: Path) ->
     content = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines)
     (tmp_path / "a.jsonl").write_bytes(content.encode(encoding))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content.encode(encoding)))
-    cut = inputs.units(inputs.find([str(tmp_path)]), 500, Reading(encoding=options))
-    found = [text for unit in cut for text in documents.documents(unit, Reading(encoding=options))]
+    cut = inputs.units(inputs.find([str(tmp_path)]), 500, TextOptions(encoding=options))
+    found = [text for unit in cut for text in documents.read_documents(unit, TextOptions(encoding=options))]
     assert found == [*lines, lines[0], *lines]
     (tmp_path / "s.txt").write_bytes("\n===\n".join(lines).encode(encoding))
-    assert read(tmp_path / "s.txt", Reading(encoding=options, separator="\n===\n"), 300) == lines
+    assert read(tmp_path / "s.txt", TextOptions(encoding=options, separator="\n===\n"), 300) == lines
 
 
-def test_auto_tells_each_file_apart(tmp_path: Path) -> None:
+def test_auto_detects_the_encoding_of_each_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(CHINESE.encode())
     (tmp_path / "b.txt").write_bytes(CHINESE.encode("gb18030"))
     (tmp_path / "c.txt").write_bytes(TRADITIONAL.encode("gb18030"))
     (tmp_path / "d.txt").write_bytes(b"plain")
     (tmp_path / "e.txt").write_bytes(KOREAN.encode())
-    assert read(tmp_path, Reading(encoding="auto")) == [CHINESE, CHINESE, TRADITIONAL, "plain", KOREAN]
+    assert read(tmp_path, TextOptions(encoding="auto")) == [CHINESE, CHINESE, TRADITIONAL, "plain", KOREAN]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_auto_tells_each_file_apart(tmp_path: Path) -> None:
      (CHINESE, "utf-8", False), ("萧炎", "utf-8", False), (KOREAN, "utf-8", False),
      (FRENCH, "cp1252", False), ("naïve", "cp1252", False)],
 )  # fmt: skip
-def test_chinese_in_gb18030_is_known_when_it_is_seen(text: str, encoding: str, chinese: bool) -> None:
+def test_chinese_in_gb18030_is_recognized(text: str, encoding: str, chinese: bool) -> None:
     assert encodings.is_chinese(text.encode(encoding)) is chinese
 
 
@@ -332,26 +333,26 @@ def test_broken_utf8_never_passes_for_chinese() -> None:
                 if not valid(broken, "utf-8"):
                     passed_for_gb18030 += valid(broken, "gb18030")
                     with pytest.raises(encodings.UndecodableError):
-                        encodings.decoded(broken, "auto")
+                        encodings.decode(broken, "auto")
     assert passed_for_gb18030 > 10
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
 def test_a_whole_text_may_be_in_utf16(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes((CHINESE + "\u0a0d\u0d0a").encode(encoding))
-    assert read(tmp_path / "a.txt", Reading(encoding=encoding)) == [CHINESE + "\u0a0d\u0d0a"]
+    assert read(tmp_path / "a.txt", TextOptions(encoding=encoding)) == [CHINESE + "\u0a0d\u0d0a"]
 
 
 def test_an_encoding_has_one_name() -> None:
-    assert {Reading(encoding=name).encoding for name in ("gbk", "GB2312", "gb18030", "cp936")} == {"gb18030"}
-    assert {Reading(encoding=name).encoding for name in ("utf8", "UTF-8", "utf-8-sig")} == {"utf-8"}
+    assert {TextOptions(encoding=name).encoding for name in ("gbk", "GB2312", "gb18030", "cp936")} == {"gb18030"}
+    assert {TextOptions(encoding=name).encoding for name in ("utf8", "UTF-8", "utf-8-sig")} == {"utf-8"}
 
 
 # --- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str, tmp_path: Path) -> None:
+def test_wherever_a_compressed_file_is_cut_short_what_was_before_is_kept(suffix: str, tmp_path: Path) -> None:
     chance = random.Random(1)
     texts = ["".join(chance.choices("abcdefghijklmnop", k=2000)) for _ in range(200)]
     whole = jsonl(texts)
@@ -361,7 +362,7 @@ def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str
     for size in [*range(1, len(packed), len(packed) // 40), len(packed) - 1]:
         path.write_bytes(packed[:size])
         skipped: list[Skipped] = []
-        found = read(path, Reading(on_bad_input="skip"), 10**9, skipped)
+        found = read(path, TextOptions(on_bad_input="skip"), 10**9, skipped)
         assert found == texts[: len(found)]
         assert len(skipped) == 1, size
         assert "breaks off" in skipped[0].problem
@@ -374,7 +375,7 @@ def test_wherever_a_packed_file_is_cut_short_what_was_before_is_kept(suffix: str
 
 
 def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> None:
-    """Of text that repeats itself, the last bytes taken may stand for more than fits into what is asked for."""
+    """In repetitive text, the last input bytes may decompress to more than fits into one output chunk."""
     packed = gzip.compress(GOOD * 40_000)
 
     def holds(size: int) -> bool:
@@ -388,14 +389,14 @@ def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> No
     for size in sizes:
         (tmp_path / "a.jsonl.gz").write_bytes(packed[:size])
         lines = zlib.decompressobj(31).decompress(packed[:size]).count(b"\n")
-        assert len(read(tmp_path / "a.jsonl.gz", Reading(on_bad_input="skip"))) == lines
+        assert len(read(tmp_path / "a.jsonl.gz", TextOptions(on_bad_input="skip"))) == lines
 
 
-def test_what_is_told_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
+def test_the_list_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n' * 3000)
     skipped: list[Skipped] = []
-    assert read(tmp_path / "a.jsonl", Reading(on_bad_input="skip"), 10**9, skipped) == ["a"] * 3000
-    assert len(skipped) == text_options.MOST_TOLD
+    assert read(tmp_path / "a.jsonl", TextOptions(on_bad_input="skip"), 10**9, skipped) == ["a"] * 3000
+    assert len(skipped) == MOST_LISTED
     assert sum(row.count for row in skipped) == 3000
 
 
@@ -403,9 +404,9 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_even_where_bad_input_i
     path = tmp_path / "a.jsonl"
     for change in ("grows", "is rewritten", "is gone"):
         path.write_bytes(jsonl(TEXTS))
-        options = Reading(on_bad_input="skip")
+        options = TextOptions(on_bad_input="skip")
         unit = inputs.units(inputs.find([str(path)]), 10**9, options)[0]
-        texts = documents.documents(unit, options, [])
+        texts = documents.read_documents(unit, options, [])
         assert next(texts) == TEXTS[0]
         if change == "is gone":
             path.unlink()
@@ -413,10 +414,10 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_even_where_bad_input_i
             path.write_bytes(jsonl([*TEXTS, "more"]))
         else:
             os.utime(path, ns=(1, 1))
-        with pytest.raises(ValueError, match=r"changed since this was planned|was there when this was planned"):
+        with pytest.raises(ValueError, match=r"changed since this was planned|existed when this was planned"):
             list(texts)
         with pytest.raises(ValueError, match="was planned"):
-            next(documents.documents(unit, options, []))
+            next(documents.read_documents(unit, options, []))
 
 
 MEMORY = """
@@ -424,16 +425,16 @@ import sys
 from pathlib import Path
 import pyarrow.parquet
 from data_prep.text import documents, inputs
-from data_prep.text.options import Reading
+from data_prep.text.options import TextOptions
 
 def peak_mb():
     return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1]) / 1000
 
 for name in sys.argv[1:]:
     before = peak_mb()
-    options = Reading(max_document_mb=1, on_bad_input="skip", separator="\\n" if ".txt" in name else "")
+    options = TextOptions(max_document_mb=1, on_bad_input="skip", separator="\\n" if ".txt" in name else "")
     cut = inputs.units(inputs.find([name]), 10**8, options)
-    lengths = [len(text) for unit in cut for text in documents.documents(unit, options, [])]
+    lengths = [len(text) for unit in cut for text in documents.read_documents(unit, options, [])]
     print(name, len(lengths), sum(lengths), peak_mb() - before)
 """
 
@@ -451,8 +452,10 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     (tmp_path / "c.txt.zst").write_bytes(zstd.compress(content(text.encode() + b"\n")))
     table = pa.table({"text": [str(n) + text for n in range(9000)], "other": ["y" * 999] * 9000})
     parquet.write_table(table, tmp_path / "d.parquet", row_group_size=9000, use_dictionary=False, compression="none")
-    words = [sys.executable, "-c", MEMORY, *map(str, sorted(tmp_path.iterdir()))]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=clean_env(), check=False, timeout=120)
+    arguments = [sys.executable, "-c", MEMORY, *map(str, sorted(tmp_path.iterdir()))]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, cwd=ROOT, env=clean_env(), check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [(int(count), int(size) >= int(count) * 9_999) for _, count, size, _ in rows] == [(1000, True)] * 3 + [
@@ -495,7 +498,7 @@ def test_a_rerun_takes_the_same_input_or_a_terminal_and_refuses_any_other(tmp_pa
     assert standard_input.spool(Stdin(b"", terminal=True), tmp_path) == path
     other = content[:2_500_000] + b"!" + content[2_500_001:]
     for wrong in (other, content[:-1], content + b"!", b'{"text": 1}'):
-        with pytest.raises(ValueError, match="standard input is not what it was when this was begun"):
+        with pytest.raises(ValueError, match="standard input has changed since the first run"):
             standard_input.spool(Stdin(wrong), tmp_path)
     assert (path.stat().st_mtime_ns, path.read_bytes() == content) == (before, True)
 

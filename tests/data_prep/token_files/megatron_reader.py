@@ -1,6 +1,6 @@
 """Megatron's own ``megatron/core/datasets/indexed_dataset.py``, and nothing else of Megatron.
 
-It comes out of the wheel of megatron-core on PyPI, which pip downloads (2.6 MB) and nobody installs: the
+It comes out of the wheel of megatron-core on PyPI, which pip downloads (2.6 MB) but does not install: the
 package imports itself as a whole, which takes seconds and warns. The reader needs numpy, torch, two small
 files beside it, and of ``megatron.core.utils`` one function that really lives in ``_rank_utils``. The wheel is the
 same one on every machine: only Python files of it are read, and they are checked by their SHA-256.

@@ -69,7 +69,7 @@ def test_megatron_gives_back_every_document(
 
 
 def test_llm_c_and_modded_nanogpt_give_back_every_document(made: tuple[Path, Manifest], expected: Documents) -> None:
-    """Of which they know by the end-of-text id alone."""
+    """Which these programs separate only by the end-of-text id."""
     folder, manifest = made
     found: Documents = []
     for token in chain.from_iterable(read_like_llm_c(folder / f"{shard.name}.bin") for shard in manifest.shards):

@@ -1,4 +1,4 @@
-"""data_prep.encode.find_tokenizer: every backend gives tiktoken's ids, or is not offered."""
+"""data_prep.encode.encoders: every backend gives tiktoken's ids, or is not offered."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.encode import equivalence_texts, find_tokenizer, from_tiktoken, gigatoken_encoder, vocabulary
-from data_prep.encode.find_tokenizer import Encoder
+from data_prep.encode import encoders, equivalence_texts, find_tokenizer, from_tiktoken, gigatoken_encoder
+from data_prep.encode.interface import Encoder
 from data_prep.text import inputs
-from data_prep.text.documents import documents
+from data_prep.text.documents import read_documents
 from hpcgpt.tokenizer import huggingface, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
@@ -24,23 +24,23 @@ STRINGS = 5000
 
 @pytest.fixture(scope="module")
 def gpt2() -> ByteLevelBPE:
-    return vocabulary.gpt2()
+    return find_tokenizer.gpt2()
 
 
 @pytest.fixture(scope="module")
 def plain(gpt2: ByteLevelBPE) -> Encoder:
-    return find_tokenizer.encoder(gpt2, "tiktoken")
+    return encoders.choose(gpt2, "tiktoken")
 
 
 @pytest.fixture(scope="module")
 def fast(gpt2: ByteLevelBPE) -> Encoder:
-    return find_tokenizer.encoder(gpt2, "gigatoken")
+    return encoders.choose(gpt2, "gigatoken")
 
 
 @pytest.fixture(scope="module")
 def library(gpt2: ByteLevelBPE) -> Encoder:
     """GPT-2's merges, run by `tokenizers`."""
-    lines = (Path(vocabulary.__file__).with_name("vocab") / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
+    lines = (Path(find_tokenizer.__file__).with_name("vocab") / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
     letters = byte_characters()
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     source = {
@@ -54,13 +54,13 @@ def library(gpt2: ByteLevelBPE) -> Encoder:
         },
     }
     content = huggingface.prepared(source, [])
-    return find_tokenizer.encoder(huggingface.LibraryTokenizer("gpt2", content, {END: 50256}, 50256))
+    return encoders.choose(huggingface.LibraryTokenizer("gpt2", content, {END: 50256}, 50256))
 
 
 def same(one: Encoder, other: Encoder, texts: list[str]) -> bool:
     found, expected = one.batch(texts), other.batch(texts)
-    assert (found[0].dtype, found[1].dtype) == (np.uint32, np.int64)
-    return all(np.array_equal(left, right) for left, right in zip(found, expected, strict=True))
+    assert (found[0].dtype, found[1].dtype) == (np.dtype(np.uint32), np.dtype(np.int64))
+    return np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
 
 
 # --- the same ids ----------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_every_backend_gives_the_same_ids_for_random_strings(
 def test_gigatoken_cuts_where_tiktoken_does(pattern: str) -> None:
     """With a vocabulary that shows it. All of Unicode is compared in benchmarks/fuzz_backends.py."""
     pairs = equivalence_texts.all_pairs(pattern)
-    fast, plain = find_tokenizer.encoder(pairs, "gigatoken"), find_tokenizer.encoder(pairs, "tiktoken")
+    fast, plain = encoders.choose(pairs, "gigatoken"), encoders.choose(pairs, "tiktoken")
     near = {code for first, last in gigatoken_encoder.NEWER for code in (first - 1, first, last, last + 1)}
     texts = [
         *equivalence_texts.chosen(),
@@ -97,18 +97,18 @@ def test_gigatoken_cuts_where_tiktoken_does(pattern: str) -> None:
 def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
     """If this fails, tiktoken has caught up, or gigatoken changed: compare all code points again."""
     pairs = equivalence_texts.all_pairs(from_tiktoken.O200K_PATTERN)
-    fast, plain = find_tokenizer.encoder(pairs, "gigatoken"), find_tokenizer.encoder(pairs, "tiktoken")
-    assert isinstance(fast, gigatoken_encoder.Gigatoken)
+    fast, plain = encoders.choose(pairs, "gigatoken"), encoders.choose(pairs, "tiktoken")
+    assert isinstance(fast, gigatoken_encoder.GigatokenEncoder)
     texts = ["plain", "a\u0c5ca", "ʕÃa", "é\U000323b0a", "萧炎", ""]
-    alone = [fast._program.encode(text).tolist() for text in texts]
+    alone = [fast._gigatoken.encode(text).tolist() for text in texts]
     expected = [pairs.encode(text) for text in texts]
     assert [number for number in range(6) if alone[number] != expected[number]] == [1, 2, 3]
     assert same(fast, plain, texts)
     assert same(fast, plain, texts[::-1])
 
 
-def test_tokens_that_may_hold_a_newer_letter_are_known(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gigatoken_encoder.Gigatoken, "_made", lambda _: None)  # no merge makes these tokens
+def test_tokens_that_may_hold_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "_build", lambda _: None)  # no merge makes these tokens
     tokens = {
         "ʕb": True,
         "bʕ": True,
@@ -122,8 +122,8 @@ def test_tokens_that_may_hold_a_newer_letter_are_known(gpt2: ByteLevelBPE, monke
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {token.encode(): 256 + number for number, token in enumerate(tokens)}
     ranks |= {b"\xe0\xb1": 264, b"\xe0\xb2": 265, b"\x95\xca": 266, b"\xf0\x9f": 267}
-    words = ByteLevelBPE("few", gpt2.pattern, ranks, {END: 268}, 268)
-    fast = gigatoken_encoder.Gigatoken(words, find_tokenizer.encoder(words, "tiktoken").batch)
+    tokenizer = ByteLevelBPE("few", gpt2.pattern, ranks, {END: 268}, 268)
+    fast = gigatoken_encoder.GigatokenEncoder(tokenizer, encoders.choose(tokenizer, "tiktoken").batch)
     assert fast._may_be_newer[256:].tolist() == [*tokens.values(), True, False, True, False, False]
     assert {number for number in range(256) if fast._may_be_newer[number]} == {0xCA, 0xE0, 0xE1, 0xEA, 0xF0}
 
@@ -134,7 +134,7 @@ def test_documents_with_lone_surrogates_come_out_alike(
     """A line of JSON can say \\ud800; the documents are free of it, and so are the ids."""
     broken = ["a\ud800b", "\udfff", "\udc00\ud800", "萧\ud83d"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in broken))
-    texts = list(documents(inputs.units(inputs.find([str(tmp_path)]), 10**6)[0]))
+    texts = list(read_documents(inputs.units(inputs.find([str(tmp_path)]), 10**6)[0]))
     assert texts == ["a\ufffdb", "\ufffd", "\ufffd\ufffd", "萧\ufffd"]
     assert same(fast, plain, texts)
     assert fast.batch(texts)[0].tolist() == [number for text in broken for number in gpt2.encode(text)]
@@ -153,7 +153,7 @@ def test_a_batch_is_its_texts_one_after_the_other(
     for nothing in ([], [""]):
         ids, counts = encoder.batch(nothing)
         assert (ids.tolist(), counts.tolist()) == ([], [0] * len(nothing))
-        assert (ids.dtype, counts.dtype) == (np.uint32, np.int64)
+        assert (ids.dtype, counts.dtype) == (np.dtype(np.uint32), np.dtype(np.int64))
 
 
 def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
     ranks = {token: rank if rank < 256 else 256 + 65_791 - rank for token, rank in pairs.ranks.items()}
     save_load.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
     for backend in ("tiktoken", "gigatoken"):
-        ids, counts = find_tokenizer.encoder(save_load.load(tmp_path), backend).batch(["\0\0", "\0\x01\0"])
+        ids, counts = encoders.choose(save_load.load(tmp_path), backend).batch(["\0\0", "\0\x01\0"])
         assert (ids.tolist(), counts.tolist()) == ([65_791, 0, 65_535], [1, 2])
     assert save_load.load(tmp_path).describe()["vocab_size"] == 65_793
 
@@ -170,95 +170,97 @@ def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
 def test_gigatoken_is_renewed_when_it_has_grown(
     gpt2: ByteLevelBPE, plain: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = gigatoken_encoder.Gigatoken(gpt2, plain.batch)
+    fast = gigatoken_encoder.GigatokenEncoder(gpt2, plain.batch)
     texts = list(equivalence_texts.fuzzed(100, seed=3))
     characters = sum(map(len, texts))
     monkeypatch.setattr(gigatoken_encoder, "FEWEST_CHARACTERS", characters + 1)
-    programs = []
+    built = []
     for limit in (1 << 60, 1 << 60, 1, 1):
         fast._limit = limit
         assert same(fast, plain, texts)
-        programs.append(fast._program)
-    assert programs[0] is programs[1] is not programs[2]
-    assert programs[2] is programs[3]  # it has grown, but this little text is not why
+        built.append(fast._gigatoken)
+    assert built[0] is built[1] is not built[2]
+    assert built[2] is built[3]  # it has grown, but this little text is not why
 
 
 # --- which one -------------------------------------------------------------------------------------
 
 
 def test_auto_takes_gigatoken_where_it_can(gpt2: ByteLevelBPE) -> None:
-    chosen = find_tokenizer.encoder(gpt2)
-    assert (chosen.name, chosen.why) == ("gigatoken", "")
+    chosen = encoders.choose(gpt2)
+    assert (chosen.name, chosen.fallback_reason) == ("gigatoken", "")
 
 
 def test_without_gigatoken_auto_takes_tiktoken_and_says_so(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
-    chosen = find_tokenizer.encoder(gpt2)
+    chosen = encoders.choose(gpt2)
     assert chosen.name == "tiktoken"
-    assert re.fullmatch(r"encoding with tiktoken, not gigatoken: it is not installed .*hpcgpt\[fast\].*", chosen.why)
+    assert re.fullmatch(
+        r"encoding with tiktoken, not gigatoken: it is not installed .*hpcgpt\[fast\].*", chosen.fallback_reason
+    )
     with pytest.raises(ValueError, match="it is not installed"):
-        find_tokenizer.encoder(gpt2, "gigatoken")
+        encoders.choose(gpt2, "gigatoken")
 
 
-def test_a_pattern_that_gigatoken_does_not_know_is_tiktokens(gpt2: ByteLevelBPE) -> None:
+def test_a_pattern_that_gigatoken_does_not_support_is_left_to_tiktoken(gpt2: ByteLevelBPE) -> None:
     own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.ranks, gpt2.special_tokens, 50256)
-    chosen = find_tokenizer.encoder(own)
+    chosen = encoders.choose(own)
     assert chosen.name == "tiktoken"
-    assert chosen.why.endswith("gigatoken does not know the pattern of tokenizer own")
-    with pytest.raises(ValueError, match="does not know the pattern of tokenizer own"):
-        find_tokenizer.encoder(own, "gigatoken")
+    assert chosen.fallback_reason.endswith("gigatoken does not support the pattern of tokenizer own")
+    with pytest.raises(ValueError, match="does not support the pattern of tokenizer own"):
+        encoders.choose(own, "gigatoken")
 
 
 def test_a_vocabulary_that_gigatoken_cannot_load_is_tiktokens(gpt2: ByteLevelBPE) -> None:
     """On a token that no merge makes it panics."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"xyz": 257}
-    chosen = find_tokenizer.encoder(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
+    chosen = encoders.choose(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
     assert chosen.name == "tiktoken"
-    assert "gigatoken cannot run tokenizer unreached: " in chosen.why
-    assert len(chosen.why.splitlines()) == 1
+    assert "gigatoken cannot run tokenizer unreached: " in chosen.fallback_reason
+    assert len(chosen.fallback_reason.splitlines()) == 1
 
 
 @pytest.mark.parametrize("shift", [lambda rank: rank + 5, lambda rank: rank + (rank >= 40_000), lambda rank: 3 * rank])
 def test_gaps_between_the_ids_are_no_obstacle(shift: Callable[[int], int], gpt2: ByteLevelBPE) -> None:
     """Special tokens come first in many of Hugging Face's; p50k_base leaves 50256 out."""
     ranks = {token: shift(rank) for token, rank in gpt2.ranks.items()}
-    words = ByteLevelBPE("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
-    chosen = find_tokenizer.encoder(words)
-    assert (chosen.name, chosen.why) == ("gigatoken", "")
+    tokenizer = ByteLevelBPE("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
+    chosen = encoders.choose(tokenizer)
+    assert (chosen.name, chosen.fallback_reason) == ("gigatoken", "")
     assert same(
         chosen,
-        find_tokenizer.encoder(words, "tiktoken"),
+        encoders.choose(tokenizer, "tiktoken"),
         ["hello world", END, "a\u0c5ca", *equivalence_texts.fuzzed(200, seed=6)],
     )
 
 
-def test_a_backend_that_cuts_otherwise_is_found_at_the_start(
+def test_a_backend_that_splits_text_differently_is_found_at_the_start(
     gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gigatoken_encoder.SCHEMES, gpt2.pattern, "qwen2")
-    chosen = find_tokenizer.encoder(gpt2)
+    chosen = encoders.choose(gpt2)
     assert chosen.name == "tiktoken"
-    assert "gigatoken and tiktoken give different ids for " in chosen.why
+    assert "gigatoken and tiktoken give different ids for " in chosen.fallback_reason
     with pytest.raises(ValueError, match="gigatoken and tiktoken give different ids for "):
-        find_tokenizer.encoder(gpt2, "gigatoken")
+        encoders.choose(gpt2, "gigatoken")
 
 
 def test_a_backend_that_takes_special_tokens_for_ids_is_found_at_the_start(gpt2: ByteLevelBPE, plain: Encoder) -> None:
-    special = find_tokenizer.OneByOne("special", lambda text: gpt2.encoding.encode(text, allowed_special="all"))
+    special = encoders.OneByOneEncoder("special", lambda text: gpt2.encoding.encode(text, allowed_special="all"))
     with pytest.raises(ValueError, match=r"special and tiktoken give different ids for '<\|endoftext\|>'"):
-        find_tokenizer.check(special, plain)
+        encoders.check(special, plain)
 
 
 def test_a_result_of_another_form_is_refused() -> None:
-    with pytest.raises(ValueError, match="result is of an unknown form"):
-        gigatoken_encoder._arrays([1, 2])
+    with pytest.raises(ValueError, match="result has an unknown layout"):
+        gigatoken_encoder._as_arrays([1, 2])
 
 
 def test_what_only_the_library_runs_is_run_by_the_library(library: Encoder, gpt2: ByteLevelBPE) -> None:
-    assert (library.name, library.why) == ("tokenizers", "")
-    words = huggingface.LibraryTokenizer("other", "{}", {END: 0}, 0)
+    assert (library.name, library.fallback_reason) == ("tokenizers", "")
+    tokenizer = huggingface.LibraryTokenizer("other", "{}", {END: 0}, 0)
     for backend in ("tiktoken", "gigatoken"):
         with pytest.raises(ValueError, match=f"backend {backend} cannot run tokenizer other"):
-            find_tokenizer.encoder(words, backend)
+            encoders.choose(tokenizer, backend)
     with pytest.raises(ValueError, match="backend tokenizers cannot run tokenizer gpt2"):
-        find_tokenizer.encoder(gpt2, "tokenizers")
+        encoders.choose(gpt2, "tokenizers")
