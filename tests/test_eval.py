@@ -154,7 +154,7 @@ def test_on_a_terminal_an_evaluation_has_a_bar(runs: Path, tmp_path: Path) -> No
         status = program("hpcgpt.eval", words, clean_env(), ROOT, out, err).wait(120)
         screen = on_screen(leader)
     assert status == 0, screen
-    assert "batch" in screen
+    assert "2/3" in screen, "two batches were done when the last one began"
     assert "val/loss" in (tmp_path / "out").read_text()
 
 

@@ -132,7 +132,10 @@ class MetricsFile:
             self._waiting = self._waiting[written:]
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Close it, once: at a rollback that fails it is closed before, and its number may be another file's."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:

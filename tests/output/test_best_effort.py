@@ -145,22 +145,23 @@ def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: st
 
 
 def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
-    """A file of events that nobody ever finishes writing: a pipe. exit.json comes first, and the run ends."""
+    """It never answers. exit.json comes first, and the run ends; to wait for it, with no step, is no hang."""
     folder = tiny.parent / "runs" / "tiny"
     first = command("hpcgpt.train", str(tiny), "--train.steps", "8")
     assert first.returncode == FINISHED
     script = BROKEN.format(error="OSError(5, 'x')", breakage=(
-        "import time\nreporter.GOODPUT_S = 5.0\n"
+        "import time\nreporter.GOODPUT_S = 7.0\n"
         "def hang(folder):\n    print('exit', run_folder.read_exit(folder).step, flush=True)\n    time.sleep(3600)\n"
         "goodput.words = hang"
     ))  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tiny)], cwd=ROOT, env=clean_env(), capture_output=True, text=True,
+        [sys.executable, "-c", script, str(tiny), "--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1"],
+        cwd=ROOT, env=clean_env(), capture_output=True, text=True,
         check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == FINISHED
     assert "exit 12\n" in done.stdout
-    assert "goodput: no answer within 5 s" in done.stderr
+    assert "goodput: no answer within 7 s" in done.stderr
     assert f"goodput: ask `python -m hpcgpt.status {folder}`" in done.stdout
     assert run_folder.read_exit(folder) == run_folder.Exit("", FINISHED, "finished", 12, saved=True)
 

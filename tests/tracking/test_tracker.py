@@ -22,12 +22,14 @@ from hpcgpt.config import sources
 from hpcgpt.config.options import Config, Run
 from hpcgpt.config.options import Tracking as TrackingOptions
 from hpcgpt.drill.wandb_server import WandbServer
+from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.run import run_folder
 from hpcgpt.storage import atomic
 from hpcgpt.tracking.tracker import Tracker, check
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows
+from tests.tracking.connect_proxy import ConnectProxy
 
 KEY = "k" * 40
 LONG_S = 60.0
@@ -39,8 +41,10 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     home = tmp_path_factory.mktemp("home")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NETRC"):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
     return home
@@ -98,10 +102,10 @@ class Attempt:
         return self.tracker._child
 
 
-def fragments(folder: Path) -> list[list[dict[str, Any]]]:
-    """The records of each .wandb file of a run that is offline, the oldest first."""
+def fragments(folder: Path, kind: str = "offline-run") -> list[list[dict[str, Any]]]:
+    """The records of each .wandb file of a run that is offline (or, of kind "run", online), the oldest first."""
     found = []
-    for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted((folder / "wandb").glob(f"{kind}-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         read = command("wandb", "leet", "inspect", "--json", str(path))
         assert read.returncode == 0
         found.append([json.loads(line) for line in read.stdout.splitlines()])
@@ -170,14 +174,19 @@ def test_what_a_rollback_makes_void_is_sent_anew_and_nothing_else(tmp_path: Path
     assert len(server.steps(attempt.id)) == 40
 
 
-def test_what_an_outage_kept_back_the_next_attempt_sends(tmp_path: Path, server: WandbServer) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_an_outage_kept_back_the_next_attempt_sends(tmp_path: Path, server: WandbServer, killed: bool) -> None:
+    """wandb has taken the rows, and no server has them."""
     stopped = Attempt(tmp_path)
     stopped.write(range(1, 11))
     assert server.wait(lambda: len(server.steps(stopped.id)) == 10)
     server.mode = "forgetful"
     stopped.write(range(11, 101))
-    assert server.wait(lambda: server.requests[-1].endswith("/file_stream"))
-    stopped.tracker.close(75, 1.0)
+    until(lambda: steps_of(fragments(stopped.folder, "run"))[-1:] == [100])
+    if killed:
+        stopped.kill()
+    else:
+        stopped.tracker.close(75, 1.0)
     server.mode = "healthy"
     last = Attempt(tmp_path, keep=100)
     last.write(range(101, 111))
@@ -304,6 +313,17 @@ def test_a_key_in_a_netrc_of_any_mode_counts(
     check("online")
 
 
+def test_a_key_for_wandbs_own_host_counts_whatever_that_host_is(home: Path) -> None:
+    """Without WANDB_BASE_URL; the key is kept as `wandb login` keeps it. Nothing is sent there."""
+    with pytest.raises(UserError, match="there is no key"):
+        check("online")
+    login = "import wandb\nfrom wandb.sdk.lib import wbauth\n"
+    login += f"wbauth.write_netrc_auth(host=wandb.Settings().base_url, api_key='{KEY}')"
+    subprocess.run([sys.executable, "-c", login], check=True, capture_output=True)
+    assert (home / ".netrc").exists()
+    check("online")
+
+
 def test_the_server_may_stand_in_wandbs_settings_file(
     tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +338,33 @@ def test_the_server_may_be_behind_a_proxy(tmp_path: Path, server: WandbServer, m
     monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.invalid")
     monkeypatch.setenv("HTTP_PROXY", server.url)
     assert server.steps(one_row(tmp_path).id) == [1]
+
+
+def test_a_proxy_for_https_alone_is_used(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that it is asked for is one tunnel or more to the server, whose name resolves nowhere."""
+    proxy = ConnectProxy(tmp_path, "wandb.invalid", server.url)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(proxy.certificate))
+    assert server.steps(one_row(tmp_path).id) == [1]
+    assert proxy.tunnels == {"wandb.invalid:443"}
+    proxy.close()
+
+
+def test_a_server_that_no_proxy_names_is_asked_directly(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.0.0.0 is this host, but to wandb's core no loopback address, which it would never ask a proxy for."""
+    proxy = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url.replace("127.0.0.1", "0.0.0.0"))
+    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    monkeypatch.setenv("NO_PROXY", "0.0.0.0")
+    assert server.steps(one_row(tmp_path).id) == [1]
+    assert proxy.requests == []
+    monkeypatch.delenv("NO_PROXY")
+    one_row(tmp_path / "proxied")
+    assert proxy.requests != []
+    proxy.close()
 
 
 @pytest.mark.parametrize(
@@ -371,6 +418,7 @@ def test_training_ends_and_leaves_while_the_server_is_out_of_order_and_the_next_
     server.mode = mode
     env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
     env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
+    env |= {"HPCGPT_TRACKING_INIT_S": "100000"}  # wandb itself would give up after a while
     words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "200", "--tracking.wandb", "auto"]
     told = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.wait(lambda: bool(server.requests) or told.poll() is not None)

@@ -10,6 +10,8 @@ The program itself, in which a micro-batch's loss goes wrong. FAULTS is JSON; ev
     late     true: figures are read a step late, as on a GPU
     stop     global batch: SIGUSR1 when it has been asked for
     kill     global batch: SIGKILL then
+    folder   [global batch, path]: rank 0 puts a folder in the place of this file then
+    slow_s   a checkpoint takes that many seconds more to load, where the run goes back to it
 
 Each rank writes TOLD/batches_R.json at its end: the numbers of the global batches that it has trained on.
 """
@@ -20,6 +22,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from torch import Tensor
 from hpcgpt import cli, train
 from hpcgpt.data import prefetch
 from hpcgpt.distributed import world
-from hpcgpt.training import engine
+from hpcgpt.training import engine, resume
 
 
 def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
@@ -47,6 +50,9 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
                 os.kill(os.getpid(), signal.SIGUSR1)
             if faults.get("kill") == number:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 0 and number == faults.get("folder", [None])[0]:
+                Path(faults["folder"][1]).unlink()
+                Path(faults["folder"][1]).mkdir()
         return real_batches(self, number, count)
 
     def hit(_model: object, inputs: tuple[Tensor, ...], loss: Tensor) -> Tensor:
@@ -74,6 +80,12 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         self.model.local.get_submodule("position_embedding").register_forward_hook(hit_row)
         self.defers_metrics = bool(faults.get("late"))
 
+    def load(self: resume.Restorer, path: Path) -> None:
+        if asked:  # else it is where the attempt continues
+            time.sleep(faults.get("slow_s", 0))
+        real_load(self, path)
+
+    real_load, resume.Restorer.load = resume.Restorer.load, load  # type: ignore[method-assign]
     real_batches, prefetch.Prefetcher.batches = prefetch.Prefetcher.batches, batches  # type: ignore[method-assign]
     real_build, engine.Engine.__init__ = engine.Engine.__init__, build  # type: ignore[method-assign, assignment]
     sys.argv[1:] = arguments

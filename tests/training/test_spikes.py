@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpcgpt.config.options import Spike
-from hpcgpt.exit_codes import AGAIN, FINISHED
+from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED
 from hpcgpt.run import goodput, run_folder
 from hpcgpt.run.metrics_file import finite
 from hpcgpt.training import spikes
@@ -229,6 +229,22 @@ def test_rollbacks_of_earlier_attempts_count(spiked: Runs) -> None:
     done = spiked.start("counted", {"spikes": [9]}, *once)
     assert done.returncode == 2
     assert "step 7: another spike after 1 rollbacks" in done.stderr
+
+
+def test_a_slow_way_back_is_no_hang(runs: Runs) -> None:
+    """The checkpoint takes longer to load than a step may, and no step says meanwhile that the rank is alive."""
+    watched = ("--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1")
+    done = runs.start("tiny", {"spikes": [6], "slow_s": 7}, *SPIKE, *watched)
+    assert done.returncode == FINISHED, done.stderr
+    assert len(events(runs.run("tiny"), "rollback")) == 1
+
+
+def test_metrics_that_cannot_be_cut_end_every_rank_with_the_same_error(runs: Runs) -> None:
+    """Rank 0 alone has the file; the other one must not wait for it, nor blame the network."""
+    path = runs.run("tiny") / "metrics.jsonl"
+    done = runs.start("tiny", {"spikes": [6], "folder": [6, str(path)]}, *SPIKE, ranks=2)
+    assert done.returncode == FAILED, done.stderr
+    assert done.stderr.count(f"error: [Errno 21] Is a directory: '{path}'") == 2, done.stderr
 
 
 def test_before_the_first_checkpoint_there_is_nothing_to_go_back_to(runs: Runs) -> None:
