@@ -12,7 +12,7 @@ from hpcgpt.exit_codes import USER_MISTAKE
 from hpcgpt.output import terminal
 
 COMMANDS = {
-    "train": "pretrain a model, or go on with a run",
+    "train": "pretrain a model, or resume a run",
     "submit": "queue a training job on Slurm",
     "slurm-script": "print a batch script, for sbatch without a checkout",
     "status": "how a run is going",
@@ -36,7 +36,7 @@ OF_DATA_PREP = ("make_shards", "verify", "inspect", "export", "import_shards", "
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         rows = "\n".join(f"  {name:12} {about}" for name, about in COMMANDS.items())
-        print(f"usage: hpcgpt COMMAND [...]\n\n{rows}\n\n`hpcgpt COMMAND --help` tells more.")
+        print(f"usage: hpcgpt COMMAND [...]\n\n{rows}\n\n`hpcgpt COMMAND --help` shows its options.")
         return
     name = sys.argv.pop(1)
     if name not in COMMANDS:

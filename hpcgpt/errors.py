@@ -23,7 +23,7 @@ import errno
 
 from hpcgpt.exit_codes import FAILED, USER_MISTAKE
 
-# A file is not there, or may not be read: somebody named the wrong one. Any other error is the machine's.
+# A file is not there, or may not be read: the user named the wrong one. Any other error is the machine's.
 _OF_A_NAME = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 

@@ -1,6 +1,6 @@
-"""``python -m hpcgpt.train [CONFIG] [--section.key value]...``: pretrain, or go on with a run.
+"""``python -m hpcgpt.train [CONFIG] [--section.key value]...``: pretrain, or resume a run.
 
-This file is the command: who am I, what is asked, what can be checked before torch is loaded, and how
+This file is the command: which rank this is, what is requested, what can be checked before torch is loaded, and how
 the process ends. An attempt is ``hpcgpt/training/attempt.py``, its loop ``hpcgpt/training/loop.py``, one step
 ``hpcgpt/training/step.py``.
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 def _settings(argv: Sequence[str]) -> Config:
     """The configuration. The batch script has read the same one before it started this rank, or says nothing."""
     try:
-        return sources.from_command_line(argv, "train", "Pretrain a GPT, or go on with a run.")
+        return sources.from_command_line(argv, "train", "Pretrain a GPT, or resume a run.")
     except UserError as error:
         if os.environ.get("HPCGPT_CHECKED", "") == world.job_attempt() != "":
             raise NodeError(f"{error} (the batch script could read it: {socket.gethostname()} cannot)") from error
@@ -103,7 +103,7 @@ def _say_why(folder: Path, here: World, error: Exception) -> None:
     # Of a lost connection the reason is in the word of another rank.
     if isinstance(error, ConnectionError) or not isinstance(error, UserError | OSError):
         return
-    # exit.json belongs to whoever holds the folder; a newcomer who was refused has his exit status only.
+    # exit.json belongs to the attempt that holds the lease; one that was refused has only its exit status.
     with suppress(OSError):  # the disk that is full, or away, may be this one
         if here.is_first and not lease.is_held(folder):
             ended = run_folder.Exit(world.job_attempt(), status, sentence(error), 0, saved=False)

@@ -1,6 +1,6 @@
 """Initial weights from another run: ``run.init_from`` names its folder, and its newest valid checkpoint is taken.
 
-Only the weights come along. The optimizer, the schedule, the samples and the step begin anew, in a run of its own: it
+Only the weights are loaded. The optimizer, the schedule, the samples and the step start afresh, in a run of its own: it
 may have other data (of the same tokenizer), another learning rate, another length. Once it has a checkpoint itself
 the other run is not looked at any more.
 

@@ -14,13 +14,13 @@
 The tensors, spread over the ranks by size: ``model/<parameter>``, ``optim/<parameter>/<state>``, and
 ``rng/<rank>/cpu`` (and ``/cuda``), the state of each rank's random generators as bytes. A tensor of which each rank had
 some rows only (parallel.mode zero1 and fsdp) is in pieces, in the shares of those ranks: ``<name>[0:384]``,
-``<name>[384:768]``, the first row and the one after the last. Each row is there once; a run goes on from it in any
+``<name>[384:768]``, the first row and the one after the last. Each row is there once; a run resumes from it in any
 mode.
 
 A folder without its manifest does not exist as far as loading is concerned, and nothing is believed that the
 manifest's checksums do not bear out. safetensors and JSON only: nothing in a checkpoint can run code.
 
-The checksum is XXH3 with 128 bits: against disks and networks, not people. Whoever can write into the folder can
+The checksum is XXH3 with 128 bits: against disks and networks, not people. A user with write access to the folder can
 also write a manifest. SHA-256 ran at a tenth of its speed here, and would take a core from training for longer.
 
 Written by ``hpcgpt.checkpoint.save``, loaded by ``hpcgpt.checkpoint.load``, removed by ``hpcgpt.checkpoint.retention``.
@@ -173,7 +173,7 @@ def read_state(checkpoint: Path) -> State:
 def val_loss(checkpoint: Path) -> float | None:
     """In nats, if this very step was evaluated. Raises as `read_state`.
 
-    Where that was cut short the loss is not in the checkpoint: the next attempt has told it in the run's metrics.jsonl.
+    If the evaluation was interrupted, the loss is in the run's metrics.jsonl, written by the next attempt.
     """
     state = read_state(checkpoint)
     if state.pending is None:
@@ -189,7 +189,7 @@ def val_loss(checkpoint: Path) -> float | None:
 
 
 def read_files(checkpoint: Path) -> dict[str, Any]:
-    """The files of a checkpoint, by name, as its manifest tells. Raises as `read_state`, and KeyError."""
+    """Return the files of a checkpoint, by name, from its manifest. Raises as `read_state`, and KeyError."""
     return dict(_json(checkpoint / "manifest.json")["files"])
 
 
@@ -300,7 +300,7 @@ def quarantine(checkpoint: Path, problem: str, lease: Lease) -> None:
     """Take a damaged checkpoint out of the way, with a loud line; nothing of it is lost."""
     name, count = f"damaged_{checkpoint.name}.g{lease.number:04d}", 1
     aside = checkpoint.with_name(name)
-    while aside.is_symlink() or aside.exists():  # the same step, made anew and damaged again
+    while aside.is_symlink() or aside.exists():  # the same step, saved again and damaged again
         count += 1
         aside = checkpoint.with_name(f"{name}.{count}")
     checkpoint.rename(aside)

@@ -47,7 +47,7 @@ def newest_valid(
     """The newest valid checkpoint of a step that is `wanted`, the same on every rank; None if there never was one, or
     none of such a step. A collective.
 
-    Damaged ones are set aside with a loud line; by a reader, who holds no generation, they are only passed over.
+    Damaged ones are set aside with a loud line; by a reader, which holds no lease, they are only skipped.
 
     Raises:
         UserError: there are such checkpoints, and none is valid; or the newest is of another format version.
@@ -69,7 +69,9 @@ def newest_valid(
             return path
         problems.append(f"{name}: {problem}")
         run_on_rank0(ranks, lambda path=path, problem=problem: _tell(path, problem, lease))  # type: ignore[misc]
-    if not names:  # Those that earlier starts set aside: there was training, and it must not silently begin anew.
+    if (
+        not names
+    ):  # Those that earlier starts set aside: there was training, and it must not silently start from scratch.
         problems = run_on_rank0(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
     if problems:
         raise UserError(
@@ -140,7 +142,7 @@ def _told_apart(found: list[str | _Unreadable]) -> tuple[str, _Unreadable | None
 def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
     """Which earlier attempts could not read this checkpoint, if they are enough to do without it; else ''.
 
-    By rank 0 alone; a reader, who holds no generation, waits for nobody.
+    On rank 0 alone; a reader, which holds no lease, does not wait.
     """
     if lease is None:
         return ""
@@ -171,7 +173,7 @@ def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
 
 
 def _identity(path: Path) -> str:
-    """What tells a checkpoint from another one of the same step: when its manifest was written, and its size; '' if
+    """Identify a checkpoint among those of the same step: when its manifest was written, and its size; '' if
     not even that can be seen.
 
     Not what is in it: made again, the step has the same bytes. In whole seconds, since hosts of one network file system
@@ -292,7 +294,7 @@ def _check_complete(
     for name, pieces in seen.items():
         if None in pieces and len(pieces) > 1:
             raise InputError(f"{path} has the tensor {name} twice")
-        if None in pieces or name not in expected:  # the optimizer's, for whom only wants the weights
+        if None in pieces or name not in expected:  # the optimizer's, where only the weights are loaded
             continue
         after = 0
         for rows in sorted((piece for piece in pieces if piece is not None), key=lambda rows: rows.start):
@@ -301,7 +303,7 @@ def _check_complete(
                 raise InputError(f"{path} {what} rows of {name} before row {max(rows.start, after):,}")
             after = rows.stop
         if after != expected[name]:
-            raise InputError(f"{path} lacks rows of {name} behind row {after:,} of {expected[name]:,}")
+            raise InputError(f"{path} lacks rows of {name} after row {after:,} of {expected[name]:,}")
 
 
 def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:

@@ -15,7 +15,7 @@ from hpcgpt.config import options
 from hpcgpt.output import streams
 from hpcgpt.storage.lease import Lease
 
-WAIT_S = 10.0  # how long a save waits for what the start removes: a job that is told to leave has little time
+WAIT_S = 10.0  # how long a save waits for what the start removes: a job that must stop has little time
 
 
 class Pruner:

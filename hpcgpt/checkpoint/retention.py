@@ -1,14 +1,14 @@
 """Which checkpoints go: old ones once newer ones have been read back, and what ended attempts left half done.
 
 What stays are the `keep_last` newest valid ones, every `keep_every`-th step, and the one with the smallest
-validation loss. Behind a save (`retire`) only checkpoints whose checksums hold count, so an old one never goes for a
-damaged newer one's sake.
+validation loss. After a save (`prune_after_save`) only checkpoints whose checksums hold count, so an old one is never
+removed because of a damaged newer one.
 
 To read a large checkpoint back takes longer than some attempts last. So that their checkpoints do not pile up, each
 start removes what is too much, once it has loaded one (`prune`). That reads no tensors: those whose manifest, sizes
 and state fit count as well, as long as one that has been read back, the loaded one, is among those that stay. The same
-makes room before a save that would have none: what would go behind that save goes before it. So there are never more
-than the settings keep, the one that is being written, and the one that has just been saved.
+makes room before a save that would have none: what would be removed after that save is removed before it. So there
+are never more than the settings keep, the one that is being written, and the one that has just been saved.
 
 One that cannot be read (EIO: perhaps this host's fault) neither counts nor goes, and keeps no other from going.
 

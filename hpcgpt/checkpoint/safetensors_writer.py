@@ -1,7 +1,7 @@
 """A safetensors file, written and hashed in one pass.
 
 The format (https://github.com/huggingface/safetensors, "Format"): the length N of the header, 8 bytes little-endian;
-N bytes of JSON that give each tensor's dtype, shape and place; then the tensors' bytes, one behind the other.
+N bytes of JSON that give each tensor's dtype, shape and place; then the tensors' bytes, one after the other.
 
 Why not the library's own writer: it holds Python's interpreter lock for the whole write, which would stand the
 training beside it still; it hides the operating system's errors in texts; and the checksum would need a second pass.

@@ -1,4 +1,4 @@
-"""Saving behind training: the state is copied at a step boundary, and written while the next steps run.
+"""Saving during training: the state is copied at a step boundary, and written while the next steps run.
 
 A save has two stages. First each rank writes its share of the tensors, in a thread of its own; when all ranks have,
 which they find out together at a step boundary, rank 0 writes state and manifest, gives the folder its name and
@@ -112,14 +112,14 @@ class Saver:
         """`lease` is rank 0's generation, None on the others.
 
         Rank 0 calls both in its thread: `before_commit` puts on the disk what has to be there before the checkpoint
-        is; `committed` tells of it as soon as it is there, with what it has cost until then. `regular`: see
+        is; `committed` is called as soon as it is there, with what it has cost until then. `regular`: see
         retention.prune.
         """
         self._checkpoints, self._ranks, self._lease = checkpoints, ranks, lease
         self._before_commit, self._committed = before_commit, committed
         self.pruner = Pruner(checkpoints, lease, keep, regular) if lease else None  # rank 0's
-        # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
-        # read back a large checkpoint takes longer than a job has that is told to leave.
+        # Remove old checkpoints after each save. Once it is False a removal under way is not waited for either: to read
+        # back a large checkpoint takes longer than a job that must stop has.
         self.prune_old = True
         self._there = threading.Event()  # the checkpoint of this save is; old ones may still be removed
         self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
@@ -158,7 +158,7 @@ class Saver:
         return None
 
     def poll(self) -> Saved | None:
-        """At a step boundary while `busy`: go on if all ranks are ready to; the outcome when the save has ended."""
+        """At a step boundary while `busy`: continue if all ranks are ready; the outcome when the save has ended."""
         started_at = time.monotonic()
         problem = self._advance()
         self._stall_s += time.monotonic() - started_at
@@ -190,7 +190,7 @@ class Saver:
                 return ""
             files = dict(gather_from_all(self._ranks, work.result))
         except OSError as error:
-            # Nobody writes any more: the error was shared. What is half written is ours, and useless.
+            # No rank writes any more: the error was shared. What is half written is ours, and useless.
             if self._lease is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             self._work = None

@@ -27,7 +27,7 @@ class Attempt:
 
     It began when its process began, `first_step_at` it was ready to step, `ended_at` it was over, or now if it runs.
     It resumed at `from_step` and came as far as `to_step`, of which `lost_steps` were done in vain: thrown away by a
-    later attempt, or beyond the newest checkpoint if nobody has come after it. `rows` are those of its steps that
+    later attempt, or beyond the newest checkpoint if it is the last. `rows` are those of its steps that
     are in metrics.jsonl, `events` its own. `end` and `crash` are {} where there was none.
     """
 
@@ -64,7 +64,7 @@ class Attempt:
 
     @property
     def reason(self) -> str:
-        """Why it ended, in its own words or in those of the batch script; '' if nobody said."""
+        """Why it ended, in its own words or in those of the batch script; '' if neither did."""
         return str(self.end.get("reason") or self.crash.get("reason") or "")
 
 

@@ -163,7 +163,7 @@ def measure(events: Sequence[Row], rows: Sequence[Row], now: float | None = None
 def _jobs(events: Sequence[Row], attempts: Sequence[Attempt], now: float | None) -> list[tuple[float, float]]:
     """When the jobs of the run were queued, or there: (start, end) of each, over all of its starts.
 
-    A job that is requeued is queued at once; one that is queued behind another, when that one says so.
+    A job that is requeued is queued at once; one that is queued after another, when that one says so.
     """
     moments: dict[str, list[float]] = {}
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, and the console.
+"""What a run reports while it trains: metrics.jsonl, and the console.
 
 metrics.jsonl has one JSON object a line, one line an optimizer step: ``step`` (counted from 1), ``tokens``,
 ``samples``, ``time`` (unix seconds), ``attempt`` (the generation), the ``train/...`` figures, and on steps
@@ -70,10 +70,10 @@ class MetricsFile:
     attempts that may have been lost on their way to elsewhere, `cut_off` those that were beyond where this
     attempt goes on, `tail` the last ones before. Any thread may call `sync`.
 
-    Each attempt makes the file anew, so that an orphan goes on writing into the old one. Nor can one that was stopped
+    Each attempt writes a new file, so that an orphan continues to write into the old one. Nor can one that was stopped
     while it did the same put its file in the place of this one: what it has written so far is taken away
-    here, and behind that it would look for a newer generation first (`check`). (On a full disk there may be no room to
-    make it anew: then it is cut in its place, and a start on a full disk behind an orphan has no such protection.)
+    here, and after that it would look for a newer generation first (`check`). (On a full disk there may be no room to
+    write a new one: then it is cut in place, and a start on a full disk after an orphan has no such protection.)
 
     A damaged line never ends the run. If a step is missing that a line below the cut should have had, the damaged lines
     are kept in metrics.damaged.jsonl, a warning and the event ``damaged_metrics`` name the missing steps, and the
@@ -139,7 +139,7 @@ class MetricsFile:
 
 
 def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
-    """Make the file anew; or, where there is no room for that, cut it in its place, which needs none."""
+    """Write a new file; or, where there is no room for that, cut the old one in place, which needs none."""
     try:
         atomic.write(path, content, check)
         return
@@ -148,7 +148,7 @@ def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
             raise
         if path.exists() and not path.read_bytes().startswith(content):
             raise
-    streams.warn(f"there is no room to make {path} anew: it is cut in its place")
+    streams.warn(f"there is no room for a new {path}: it is cut in place")
     check()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
@@ -237,7 +237,7 @@ class Console:
             )
         if self._bar is None and (now >= self._next_line_at or row["step"] == self._total):
             self._next_line_at = now + LINE_EVERY_S
-            # A run stopped within its evaluation tells the row of the very step that it resumed at: none is done yet.
+            # A run stopped during an evaluation reports the row of the step that it resumed at: no step is done yet.
             done = max(1, row["step"] - self._first_step)
             left_s = (self._total - row["step"]) * (now - self._started_at) / done
             self.say(

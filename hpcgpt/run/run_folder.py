@@ -8,7 +8,7 @@
       run.json             the run's id (also wandb's), made once
       metrics.jsonl        see hpcgpt.run.metrics_file
       samples.jsonl        one JSON object a generated text: step, time, text
-      events.jsonl         one JSON object a line: time, event, attempt, and what the event tells
+      events.jsonl         one JSON object a line: time, event, attempt, and the fields of the event
       exit.json            how the newest attempt ended: written by rank 0, read by hpcgpt.requeue
       checkpoints/         see hpcgpt.checkpoint
       faults/              see hpcgpt.run.crash_report
@@ -95,7 +95,7 @@ def put_aside(folder: Path, attempt: str) -> None:
     """Take what an earlier start of the same name left out of the way: it would be taken for the word of this one.
 
     `attempt` is world.job_attempt. Two starts in one allocation of salloc have one name; so have two jobs, where Slurm
-    begins to count anew. exit.json is removed, the others get a number behind their names.
+    counts from the start again. exit.json is removed, the others get a number after their names.
     """
     ended = read_exit(folder)
     try:
@@ -106,7 +106,7 @@ def put_aside(folder: Path, attempt: str) -> None:
                 path.rename(
                     next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
                 )
-    except OSError as error:  # training can go on all the same
+    except OSError as error:  # training can continue all the same
         streams.warn(error)
 
 
@@ -183,7 +183,7 @@ def record(folder: Path, event: str, **fields: Any) -> None:
         try:
             end = os.fstat(descriptor).st_size
             if end and os.pread(descriptor, 1, end - 1) != b"\n":
-                line = b"\n" + line  # behind one that a crash cut short
+                line = b"\n" + line  # after one that a crash cut short
             if os.write(descriptor, line) < len(line):
                 os.ftruncate(descriptor, end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -87,7 +87,7 @@ class RunRows:
         for lines, arrived in self._files:
             found = lines.read()
             while rows := list(islice(found, READ_AHEAD)):
-                # After the rows: what a rollback makes anew is written after its event.
+                # After the rows: what is computed again after a rollback is written after its event.
                 self._read_rollbacks()
                 for row in rows:
                     if _is_row(row) and not arrived.has(row["step"], self._void_until(row["step"], row["time"])):

@@ -243,7 +243,7 @@ class Sender:
 
     def _stop_run(self) -> None:
         stop_file = self._process.folder / "STOP"
-        self._process.say(f"'Stop run' was pressed on the dashboard: made {stop_file}, remove it to go on", event=True)
+        self._process.say(f"'Stop run' was pressed on the dashboard: made {stop_file}; delete it to resume", event=True)
         with suppress(OSError):
             stop_file.write_text("'Stop run' was pressed on the wandb dashboard\n")
 
@@ -318,7 +318,7 @@ class Sender:
         next_check = time.monotonic() + CHECK_S
         next_probe = time.monotonic() + PROBE_S
         while True:
-            finish = self._process.state.finish  # looked at before the files: everything was in them when it was told
+            finish = self._process.state.finish  # read before the files, which had everything when it was requested
             for row in self._rows.lacking():
                 self._log(row, online)
             if finish:
@@ -359,7 +359,7 @@ def ask_wandb() -> tuple[str, str, bool]:
 
 
 def _within(limit_s: float, work: Callable[[], T]) -> T:
-    """The result of `work`, or TimeoutError; work that takes longer is left behind."""
+    """The result of `work`, or TimeoutError; work that takes longer is abandoned."""
     results: list[T] = []
     errors: list[Exception] = []
 

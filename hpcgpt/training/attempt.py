@@ -109,7 +109,7 @@ class Attempt:
         self.state = TrainState()
 
     def run(self) -> int:
-        """Train to the end, or until told to stop; returns the exit status."""
+        """Train to the end, or until a stop is requested; return the exit status."""
         started_at = time.monotonic()
         self.engine.warm_up()
         self._times["warm_up_s"] = time.monotonic() - started_at
@@ -156,7 +156,7 @@ class Attempt:
         finished = loop.finished
         if reporter:
             reporter.event("stop", step=self.state.step, reason=reason.message or "finished")
-        # A job that is told to leave has no time for old checkpoints; the next attempt has.
+        # A job that must stop has no time for old checkpoints; the next attempt has.
         problem = checkpointer.last_save(prune_old=finished)
         if problem:
             status, message = exit_codes.FAILED, f"the last checkpoint could not be written: {problem}"

@@ -1,6 +1,6 @@
 """A rank that does nothing for too long says where it stands, and ends.
 
-A hang (a collective that somebody never came to, a disk that does not answer, a deadlock in a driver) would otherwise
+A hang (a collective that one rank never entered, a disk that does not answer, a deadlock in a driver) would otherwise
 burn GPU hours until a timeout of 10 to 30 minutes, and then tell nothing. Here each rank has a thread that counts
 the seconds since training last said ``alive()``. Too many of them, and it writes the stacks of all threads to
 ``faults/<attempt>/rank_00003.stacks.txt``, and ends the process with FAILED: to the requeue policy, a crash. All
@@ -8,14 +8,14 @@ ranks do so at about the same time, so the stacks of all lie side by side. The o
 has none, is the one to look at.
 
 It counts its own seconds, not a clock's: a process that was stopped (SIGSTOP) and continues starts counting
-anew. Where the interpreter's lock itself is stuck, the thread cannot run; then faulthandler's own thread, which
+again. Where the interpreter's lock itself is stuck, the thread cannot run; then faulthandler's own thread, which
 needs no lock, prints the stacks to stderr and ends the process.
 
-That one knows a clock only, which goes on while a process is stopped. SIGTSTP (Ctrl-Z, and what Slurm sends before it
-suspends a job) turns it off in time. A bare SIGSTOP cannot be heard: who was stopped by one for longer than the limit
-and FAREWELL_S ends when it continues, and the next attempt goes on from its checkpoint. To count otherwise without
-the interpreter's lock would take another process beside each rank, and would save few: the other ranks have been
-waiting for this one and counted it a hang, and the timeouts of gloo and NCCL know a clock only, too.
+That thread has only a clock, which continues while a process is stopped. SIGTSTP (Ctrl-Z, and what Slurm sends before
+it suspends a job) turns it off in time. A bare SIGSTOP cannot be caught: a process stopped by one for longer than the
+limit and FAREWELL_S ends when it continues, and the next attempt resumes from its checkpoint. To count otherwise
+without the interpreter's lock would take another process beside each rank, and would save few: the other ranks have
+been waiting for this one and counted it a hang, and the timeouts of gloo and NCCL have only a clock, too.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ def _rate(known: Mapping[str, Any], step: int) -> float | None:
             config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
         total = known["total_steps"]
         return learning_rate(step, total, config) if type(total) is int and total > 0 and "optim.lr" in known else None
-    except (ArithmeticError, KeyError, TypeError, ValueError):  # a state.json that somebody has written by hand
+    except (ArithmeticError, KeyError, TypeError, ValueError):  # a state.json that was edited by hand
         return None
 
 

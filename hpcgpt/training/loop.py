@@ -67,12 +67,12 @@ class Loop:
         return self.state.step >= self.plan.total_steps and self.state.pending is None
 
     def run(self) -> Stop:
-        """Step until the end or until told to stop; returns why."""
+        """Train until the end or until a stop is requested; return the reason."""
         self.stop.look_from_now()
         while not self.finished:
             row = self._pending_row() or self._step()
             if row and self._is_evaluated(self.state.step) and not self._evaluate(row):
-                self.state.pending = row  # told to stop: the next attempt evaluates this step
+                self.state.pending = row  # a stop was requested: the next attempt evaluates this step
                 return self.stop.agree(self.ranks)
             if row:
                 self._report(row)
@@ -158,7 +158,7 @@ class Loop:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self, row: Row) -> bool:
-        """Add the validation figures to a row; False if the run was told to stop before they were complete."""
+        """Add the validation figures to a row; False if a stop was requested before they were complete."""
         started_at = time.monotonic()
         found = self.evaluate(lambda: self._agree() != Stop.NO)
         if found is None:
@@ -178,7 +178,7 @@ class Loop:
             self.reporter.sample(self.state.step, limit_s, self._may_sample)
 
     def _may_sample(self) -> bool:
-        """Called for each token of a sample on rank 0: it is no hang, and ends when this rank is told to stop."""
+        """Called for each token of a sample on rank 0: resets the watchdog; ends the sample if a stop is requested."""
         self.watchdog.alive()
         return self.stop.here() == Stop.NO
 

@@ -7,7 +7,7 @@ number of steps in it (default: 3). What comes of it, for Perfetto or chrome://t
     profile/steps_000000100_to_000000102.memory         on a GPU: every allocation
     profile/PROFILE.step_000000100                      the request, as it was
 
-The other ranks go on as always, and wait for rank 0 in their collectives: its trace shows those, too. A trace that
+The other ranks continue, and wait for rank 0 in their collectives: its trace shows those, too. A trace that
 cannot be written costs a warning and not the run.
 """
 
@@ -28,7 +28,7 @@ DEFAULT_STEPS, MOST_STEPS = 3, 100  # a trace grows by megabytes a step
 
 
 class Profiler:
-    """Rank 0 has one, and tells it before and after each step, counted from 1."""
+    """Traces steps of rank 0, which calls it before and after each step, counted from 1."""
 
     def __init__(self, run: Path, steps: range, device: torch.device) -> None:
         self._run, self._folder, self._steps = run, run / "profile", steps

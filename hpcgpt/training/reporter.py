@@ -143,7 +143,7 @@ class Reporter:
         self.event("straggler", step=step, **asdict(found), factor=found.factor)
 
     def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
-        """The run has gone back to `step`; `spiked` is the row that nobody has seen of the step that sent it back."""
+        """The run has gone back to `step`; `spiked`: the unreported row of the step that caused the rollback."""
         if self._worker.drain(DRAIN_S):  # else it may still write: its descriptor must not become another file's
             self.metrics.close()
         self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._lease.check)

@@ -87,7 +87,7 @@ class Restorer:
 class Rollback:
     """Goes back to the last regular checkpoint, without the samples since. All methods are collectives.
 
-    A checkpoint that was saved because the run was told to leave is none to go back to: where a run goes must not
+    A checkpoint that was saved because the job had to stop is none to go back to: where a run goes must not
     depend on its interruptions. For the same reason nothing is noted for a later attempt before the next save: one
     that starts from the same checkpoint meets the same loss, and goes back again.
     """

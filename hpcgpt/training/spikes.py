@@ -1,7 +1,7 @@
 """Steps that went wrong: a loss or a gradient that is no finite number, and a loss that leaps.
 
-Both are judged by numbers that are the same on every rank, so all ranks come to the same verdict at the same step,
-and nobody has to ask the others. Only whose batch it was must be gathered.
+Both are detected from numbers that are the same on every rank, so all ranks detect the same at the same step without
+communication. Only the batch that caused it must be gathered.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LONGEST_SKIP = 10  # steps in a row whose gradients are not finite: it will not 
 
 
 def locate_nonfinite(micro_losses: Sequence[Tensor], number: int, loader: Loader, ranks: Ranks) -> str:
-    """Whose batches made a step's loss no finite number, in words. A collective.
+    """Describe the micro-batches that made a step's loss not finite. A collective.
 
     `own`: the losses of this rank's micro-batches, `number`: of the global batch.
     """
@@ -43,7 +43,7 @@ def locate_nonfinite(micro_losses: Sequence[Tensor], number: int, loader: Loader
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """On a step: `words` where there is something to tell, `fatal` how they go on if it ends the run, `spike`."""
+    """The result of checking a step: `message` if there is one to report, `fatal`: its continuation if the run ends."""
 
     message: str = ""
     fatal: str = ""
@@ -51,7 +51,7 @@ class StepVerdict:
 
 
 class SpikeDetector:
-    """Looks at each step in turn. Every rank has one, and comes to the same verdicts."""
+    """Checks each step in turn. Every rank has one, and all get the same results."""
 
     def __init__(self, settings: Spike) -> None:
         self._settings = settings
@@ -59,9 +59,9 @@ class SpikeDetector:
         self._bad_steps = 0  # in a row
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """The steps until now, from rows of metrics.jsonl; what was known before is forgotten.
+        """Replace the history by the steps of these rows of metrics.jsonl.
 
-        As if this judge had seen those steps itself, since a verdict must not depend on interruptions.
+        As if this detector had checked those steps itself, since results must not depend on interruptions.
         """
         self._recent.clear()
         self._bad_steps = 0

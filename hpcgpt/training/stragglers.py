@@ -1,7 +1,7 @@
 """Blame: which rank is it that all the others wait for?
 
 In data-parallel training every rank's step takes equally long, since all wait for the slowest in the all-reduce. What
-tells them apart is the time before that: each rank's own reading of data, its micro-steps without
+distinguishes them is the time before that: each rank's own reading of data, its micro-steps without
 synchronisation, and the forward pass of the last micro-step. ``LocalTime`` measures it, at the cost of
 reading a clock twice a step. Every `blame.every` steps all ranks gather their medians, and `judge` compares
 them: a rank that took more than `blame.factor` times as long as usual, twice in a row, is a straggler.

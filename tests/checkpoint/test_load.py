@@ -182,7 +182,7 @@ def test_pieces_are_put_together_to_the_same_bytes(tmp_path: Path) -> None:
 Shares = tuple[Content, Content]
 WRONG_PIECES: dict[str, tuple[Callable[[Shares], Any], str]] = {
     "the first is missing": (lambda s: s[0].pop(f"{ROWS}[0:50]"), "lacks rows of .*up.weight before row 50"),
-    "the last is missing": (lambda s: s[1].pop(f"{ROWS}[50:128]"), "lacks rows of .*up.weight behind row 50 of 128"),
+    "the last is missing": (lambda s: s[1].pop(f"{ROWS}[50:128]"), "lacks rows of .*up.weight after row 50 of 128"),
     "some rows twice": (
         lambda s: (s[1].pop(f"{ROWS}[50:128]"), s[1].update({f"{ROWS}[49:128]": torch.zeros(79, 32)})),
         "has twice some rows of .*up.weight before row 50"),
@@ -201,7 +201,7 @@ WRONG_PIECES: dict[str, tuple[Callable[[Shares], Any], str]] = {
     "moments that are narrower": (
         lambda s: s[0].update({f"optim/{ROWS[6:]}/exp_avg[0:50]": torch.zeros(50, 9)}), r"is torch.float32 \(128, 9\)"),
     "moments missing": (
-        lambda s: s[1].pop(f"optim/{ROWS[6:]}/exp_avg[50:128]"), "lacks rows of .*exp_avg behind row 50"),
+        lambda s: s[1].pop(f"optim/{ROWS[6:]}/exp_avg[50:128]"), "lacks rows of .*exp_avg after row 50"),
     "rows of a counter": (
         lambda s: s[0].update({f"optim/{ROWS[6:]}/step[0:1]": torch.zeros(1)}), "step.0:1. is .*expected rows of"),
 }  # fmt: skip
