@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.checkpoint.save import Saver, tensors_of
+from hpcgpt.checkpoint.save import Saver, local_state_dict
 from hpcgpt.config import sources
 from hpcgpt.config.options import Checkpoint, Parallel
 from hpcgpt.distributed import world
@@ -71,7 +71,7 @@ def main() -> None:
                 for at in range(options.steps):
                     step()
                     if at == 0 and way != "no save":
-                        saver.begin(State(number, 0, 0, 1, {}), tensors_of(gpt, optimizer, ALONE))
+                        saver.begin(State(number, 0, 0, 1, {}), local_state_dict(gpt, optimizer, ALONE))
                         if way == "waited for" and (saved := saver.finish(lambda: None)):
                             stalls[way].append(saved.stall_s)
                     elif saver.busy and (saved := saver.poll()):
@@ -80,7 +80,7 @@ def main() -> None:
                 if saver.busy:
                     raise SystemExit(f"{options.steps} steps are over before the save is: take more --steps")
         own.release()
-    _report(options, times, stalls, sum(t.nbytes for t in tensors_of(gpt, optimizer, ALONE).values()))
+    _report(options, times, stalls, sum(t.nbytes for t in local_state_dict(gpt, optimizer, ALONE).values()))
 
 
 def _report(

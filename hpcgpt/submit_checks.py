@@ -61,7 +61,7 @@ def _newest_state(folder: Path) -> State | None:
     """Return the state of the newest intact checkpoint, by its sizes and not its checksums; None if there is none."""
     problems = []
     for path in layout.found(folder / "checkpoints"):
-        problem = layout.outline(path)
+        problem = layout.check_structure(path)
         if not problem:
             return layout.read_state(path)
         problems.append(f"{path.name}: {problem}")

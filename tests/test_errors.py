@@ -107,7 +107,7 @@ def test_a_machines_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> 
 def test_the_rank_whose_fault_it_is_is_blamed_and_no_other(tiny: Path, where: str, rank: int) -> None:
     """Also where ranks share an error, so that all of them raise it."""
     if where == "hpcgpt.checkpoint.layout:check":
-        where = "hpcgpt.checkpoint.layout:outline" if rank == 0 else "hpcgpt.checkpoint.layout:damage"
+        where = "hpcgpt.checkpoint.layout:check_structure" if rank == 0 else "hpcgpt.checkpoint.layout:check_checksums"
         assert command("hpcgpt.train", str(tiny), "--train.steps", "8").returncode == FINISHED
     status, said, folder = broken(2, rank, where, "ValueError('a fault of its own')", tiny)
     assert status not in (FINISHED, USER_MISTAKE), said

@@ -183,7 +183,7 @@ def test_the_batch_scripts_are_handed_out_as_they_are(installed: Installed) -> N
 
 def test_a_drill_in_the_lab_asks_for_a_checkout(installed: Installed) -> None:
     told = installed.hpcgpt("drill", "--on", "lab", status=2)
-    assert "a lab is brought up from a checkout" in told
+    assert "a lab needs a checkout" in told
     assert told.rstrip().endswith("Without a Slurm: --on here")
 
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
     """`problem`: what `verify` found; None: it was not asked."""
     whole = "whole" if problem == "" else "sizes fit"
-    problem = layout.outline(path) if problem is None else problem
+    problem = layout.check_structure(path) if problem is None else problem
     row: dict[str, Any] = {"name": path.name, "step": layout.step_of(path), "problem": problem}
     row |= {"state": "damaged" if problem else whole, "bytes": None, "val_loss": None, "world_size": None}
     row["age_s"] = time.time() - path.stat().st_mtime
@@ -90,7 +90,7 @@ def _print(rows: Sequence[dict[str, Any]], as_json: bool, none: str) -> int:
 
 
 def _show(path: Path, as_json: bool) -> int:
-    if problem := layout.outline(path):
+    if problem := layout.check_structure(path):
         raise UserError(f"{path} is damaged: {problem}")
     state, tensors = layout.read_state(path), {}
     for name in sorted(set(layout.read_files(path)) - {"state.json"}):

@@ -216,11 +216,11 @@ def verify(checkpoint: Path) -> str:
         FormatError: it is of another format version.
         OSError: a file that is there cannot be read.
     """
-    problem = outline(checkpoint)
-    return problem or damage(checkpoint, read_files(checkpoint))
+    problem = check_structure(checkpoint)
+    return problem or check_checksums(checkpoint, read_files(checkpoint))
 
 
-def outline(checkpoint: Path) -> str:
+def check_structure(checkpoint: Path) -> str:
     """What is wrong with all but the checksums of the files: manifest, names, sizes, state.
 
     Raises:
@@ -267,8 +267,8 @@ def outline(checkpoint: Path) -> str:
     return ""
 
 
-def damage(checkpoint: Path, names: Iterable[str]) -> str:
-    """Which of the files `names` is not what the manifest of an outlined checkpoint says; '' if none.
+def check_checksums(checkpoint: Path, names: Iterable[str]) -> str:
+    """Name the first of the files `names` that differs from the manifest, after `check_structure`; '' if none does.
 
     Raises:
         OSError: it cannot be read, which may be this host's fault and no damage.
@@ -296,7 +296,7 @@ def _checksum(file: BinaryIO) -> str:
     return str(digest.hexdigest())
 
 
-def set_aside(checkpoint: Path, problem: str, lease: Lease) -> None:
+def quarantine(checkpoint: Path, problem: str, lease: Lease) -> None:
     """Take a damaged checkpoint out of the way, with a loud line; nothing of it is lost."""
     name, count = f"damaged_{checkpoint.name}.g{lease.number:04d}", 1
     aside = checkpoint.with_name(name)

@@ -103,13 +103,13 @@ class _Unreadable:
 def _problem(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
     """What is wrong with a checkpoint, '' if it is whole; and what could not be read of it. The same on every rank."""
     rank = ranks.world.rank
-    found = run_on_rank0(ranks, lambda: _twice(lambda: layout.outline(path), rank))
+    found = run_on_rank0(ranks, lambda: _twice(lambda: layout.check_structure(path), rank))
     if found != "":
         return _told_apart([found])
 
     def mine() -> str:
         names = sorted(layout.read_files(path))
-        return layout.damage(path, names[rank :: ranks.world.size])
+        return layout.check_checksums(path, names[rank :: ranks.world.size])
 
     return _told_apart(gather_from_all(ranks, lambda: _twice(mine, rank)))
 
@@ -186,7 +186,7 @@ def _identity(path: Path) -> str:
 
 def _tell(path: Path, problem: str, lease: Lease | None) -> None:
     if lease is not None:
-        layout.set_aside(path, problem, lease)
+        layout.quarantine(path, problem, lease)
     else:
         layout.warn(path, problem)
 

@@ -103,7 +103,7 @@ def _best(folder: Path) -> Path:
     """The whole one with the smallest validation loss, the newest of several."""
     losses = []
     for path in layout.found(folder / "checkpoints"):
-        if not layout.outline(path):
+        if not layout.check_structure(path):
             loss = layout.val_loss(path)
             if loss is not None and math.isfinite(loss):
                 losses.append((loss, -layout.step_of(path), path))

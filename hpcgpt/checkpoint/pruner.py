@@ -65,11 +65,11 @@ class Pruner:
         """A new checkpoint is there, which has not been read back: after a rollback the same step comes once more."""
         self._verified.discard(path.name)
 
-    def retire(self) -> None:
+    def prune_after_save(self) -> None:
         """Remove what is not to stay beside a new checkpoint."""
         with self._removing:
             try:
-                retention.retire(self._checkpoints, self._keep, self._lease, self._verified)
+                retention.prune_after_save(self._checkpoints, self._keep, self._lease, self._verified)
             except (OSError, ValueError) as error:
                 _warn_that_old_ones_stay(error)
 

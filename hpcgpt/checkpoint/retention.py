@@ -44,7 +44,7 @@ _HIDDEN = re.compile(r"(\.(step_\d+)\.g(\d+)\.(tmp|removed))(\.gone)?")
 _ASIDE = re.compile(r"damaged_(step_\d+)\.g(\d+)(\.\d+)?")
 
 
-def retire(checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: set[str]) -> list[Path]:
+def prune_after_save(checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: set[str]) -> list[Path]:
     """Remove what is not to stay; returns those that went.
 
     `verified` has the names that this process has read back; it is added to. Damaged ones are set aside.
@@ -53,7 +53,7 @@ def retire(checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: 
         OSError: one could not be removed.
         UserError: there is one of another format version.
     """
-    clean(checkpoints, lease)
+    recover_leftovers(checkpoints, lease)
     whole: list[Path] = []
     unreadable: set[Path] = set()
     waiting = layout.found(checkpoints)
@@ -67,7 +67,7 @@ def retire(checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: 
             continue
         if problem:
             lease.check()
-            layout.set_aside(path, problem, lease)
+            layout.quarantine(path, problem, lease)
         else:
             verified.add(path.name)
             whole.append(path)
@@ -96,7 +96,7 @@ def prune(
             waiting.append(path)
             continue
         try:
-            fits = not layout.outline(path)
+            fits = not layout.check_structure(path)
         except OSError as error:
             _warn_unreadable(path, error)
             unreadable.add(path)
@@ -141,7 +141,7 @@ def remove(path: Path, lease: Lease) -> None:
     _destroy(hidden)
 
 
-def clean(checkpoints: Path, lease: Lease) -> None:
+def recover_leftovers(checkpoints: Path, lease: Lease) -> None:
     """Take away what earlier generations left half written or half removed; put back what they took away wrongly.
 
     Each is renamed first. An orphan of an earlier generation that is about to give its checkpoint its name finds it

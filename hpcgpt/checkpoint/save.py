@@ -58,7 +58,7 @@ class Saved:
     bytes: int
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+def local_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
     """All tensors of a checkpoint that this rank has, by name. They are the live ones: not copied.
 
     Where ranks have shares of the rows of a tensor, under ``name[first:after]``; else the same on every rank, but for
@@ -120,7 +120,7 @@ class Saver:
         self.pruner = Pruner(checkpoints, lease, keep, regular) if lease else None  # rank 0's
         # Remove old checkpoints behind each new one. Once it is False nobody waits for a removal under way either: to
         # read back a large checkpoint takes longer than a job has that is told to leave.
-        self.tidy = True
+        self.prune_old = True
         self._there = threading.Event()  # the checkpoint of this save is; old ones may still be removed
         self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
         self._work: _Work | None = None
@@ -132,7 +132,7 @@ class Saver:
         return self._work is not None
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
-        """Copy `tensors`, as `tensors_of` gives them, and start to write them.
+        """Copy `tensors`, as `local_state_dict` gives them, and start to write them.
 
         Returns the outcome at once if there is nothing to wait for: it is there already, or there is no room.
         """
@@ -200,7 +200,7 @@ class Saver:
         return None
 
     def _all_ready(self, work: _Work) -> bool:
-        left_alone = self._there.is_set() and not self.tidy
+        left_alone = self._there.is_set() and not self.prune_old
         ready = torch.tensor([int(work.ready or left_alone)])
         if self._ranks.cpu_group is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
@@ -264,8 +264,8 @@ class Saver:
         self.pruner.saved(self._final)
         self._committed(self._so_far())
         self._there.set()
-        if self.tidy:
-            self.pruner.retire()
+        if self.prune_old:
+            self.pruner.prune_after_save()
 
 
 class _Work:

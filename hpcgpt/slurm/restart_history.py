@@ -92,7 +92,7 @@ def newest_step(checkpoints: Path) -> int | None:
         return None
     for path in paths:
         try:
-            if not layout.outline(path):
+            if not layout.check_structure(path):
                 return layout.step_of(path)
         except (OSError, FormatError):
             continue  # a start cannot resume from it either

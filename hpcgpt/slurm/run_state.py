@@ -144,7 +144,7 @@ def _is_held(folder: Path) -> bool:
 def _of_attempt(
     start: Row, events: Sequence[Row], rows: Sequence[Row], now: float, ask: Callable[[str], Presence]
 ) -> State | None:  # fmt: skip
-    """Judge an attempt that has recorded no end; None if it has ended nevertheless."""
+    """SpikeDetector an attempt that has recorded no end; None if it has ended nevertheless."""
     number = start.get("attempt")
     signs = [start["time"], *(event["time"] for event in events if event.get("attempt") == number)]
     own = bool(rows) and rows[-1].get("attempt", number) == number

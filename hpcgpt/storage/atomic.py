@@ -136,12 +136,19 @@ def create(path: Path, content: bytes) -> bool:
 
 
 def claim(path: Path, content: bytes) -> bool:
-    """Create a file of which only the name matters: if the disk has no room for its content it is left empty."""
+    """Create a file of which only the name matters: if the disk has no room for its content it is left empty.
+
+    `content` differs from that of any other process.
+    """
     try:
         return create(path, content)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
+    with suppress(FileNotFoundError):
+        if path.read_bytes() == content:  # ours: it was created, and then its folder could not be flushed
+            sync_folder(path.parent)
+            return True
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError:

@@ -34,10 +34,10 @@ from hpcgpt.training.evaluation import EvalContext, bytes_per_token, evaluate_al
 from hpcgpt.training.hang_watchdog import Watchdog
 from hpcgpt.training.loop import Loop
 from hpcgpt.training.profiler import Profiler
-from hpcgpt.training.reporter import Reporter, Story
+from hpcgpt.training.reporter import AttemptInfo, Reporter
 from hpcgpt.training.resume import Restorer, Resumed, Rollback
-from hpcgpt.training.spikes import Judge
-from hpcgpt.training.stragglers import Blame
+from hpcgpt.training.spikes import SpikeDetector
+from hpcgpt.training.stragglers import StragglerDetector
 
 LAST_WORDS_S = 60.0  # what the reporter may take at the end, at most
 
@@ -97,7 +97,7 @@ class Attempt:
         if not lease:
             exit_when_superseded(self.folder, self.number)
         self.watchdog = Watchdog(self.config, ranks.world, self.number)
-        self.stragglers = Blame(self.config.blame, ranks)
+        self.stragglers = StragglerDetector(self.config.blame, ranks)
         self.engine = Engine(planned, ranks, self.stragglers.local)
         self.hosts = gather_from_all(ranks, socket.gethostname)
         first = planned.sets[0]
@@ -124,7 +124,7 @@ class Attempt:
         )  # fmt: skip
         if resumed.path:
             checkpointer.loaded(resumed.path)
-        spikes = Judge(self.config.spike)
+        spikes = SpikeDetector(self.config.spike)
         rollback = Rollback(restorer, checkpointer, spikes, reporter)
         rollback.replay_losses()
         loop = Loop(
@@ -157,7 +157,7 @@ class Attempt:
         if reporter:
             reporter.event("stop", step=self.state.step, reason=reason.message or "finished")
         # A job that is told to leave has no time for old checkpoints; the next attempt has.
-        problem = checkpointer.last_save(tidy=finished)
+        problem = checkpointer.last_save(prune_old=finished)
         if problem:
             status, message = exit_codes.FAILED, f"the last checkpoint could not be written: {problem}"
         elif finished:
@@ -177,11 +177,11 @@ class Attempt:
         self._has_config = self._keep_config()
         save_load.save(self.tokenizer, self.folder / "tokenizer")
         saves = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
-        story = Story(
+        info = AttemptInfo(
             self.plan, self.ranks, self.number, self.hosts, self.engine.dtype, self._began_at, self.state.step,
             self.state.pending is not None,
         )  # fmt: skip
-        reporter = Reporter(story, self.lease, self.engine.model.gpt, self.tokenizer)
+        reporter = Reporter(info, self.lease, self.engine.model.gpt, self.tokenizer)
         if resumed.origin:
             reporter.say(resumed.origin)
             reporter.event("init_from", words=resumed.origin)

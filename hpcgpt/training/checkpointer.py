@@ -13,7 +13,7 @@ from typing import Any
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import TrainState
 from hpcgpt.checkpoint.pruner import Pruner
-from hpcgpt.checkpoint.save import Saved, Saver, tensors_of
+from hpcgpt.checkpoint.save import Saved, Saver, local_state_dict
 from hpcgpt.distributed.stop_signals import StopFlag
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.plan import Plan
@@ -80,9 +80,9 @@ class Checkpointer:
         """Wait for the save that is under way, if one is."""
         self._ended(self.saver.finish(self.watchdog.alive))
 
-    def last_save(self, tidy: bool) -> str:
-        """Save this step before leaving; '' or why that failed, on every rank. `tidy`: then remove old checkpoints."""
-        self.saver.tidy = tidy
+    def last_save(self, prune_old: bool) -> str:
+        """Save this step before the end; '' or why that failed, on every rank. `prune_old`: then remove old ones."""
+        self.saver.prune_old = prune_old
         saved = self._begin() or self.saver.finish(self.watchdog.alive)
         assert saved is not None
         self._ended(saved)
@@ -99,7 +99,7 @@ class Checkpointer:
             identity=self.plan.identity,
             in_effect=self.in_effect,
         )
-        saved = self.saver.begin(state, tensors_of(self.engine.model.local, self.engine.optimizer, self.ranks))
+        saved = self.saver.begin(state, local_state_dict(self.engine.model.local, self.engine.optimizer, self.ranks))
         if saved is None and not self.plan.config.checkpoint.background:
             saved = self.saver.finish(self.watchdog.alive)
         return saved

@@ -154,9 +154,9 @@ class Engine:
             row["train/mfu"] = achieved / self._peak_flops
         return metrics_file.finite(row)
 
-    def blame(self, pending_step: PendingStep) -> str:
+    def locate_nonfinite(self, pending_step: PendingStep) -> str:
         """Return a message: which ranks' batches made the loss of this step not finite. A collective."""
-        return spikes.blame(pending_step.result.micro_losses, pending_step.batch, self.loader, self._ranks)
+        return spikes.locate_nonfinite(pending_step.result.micro_losses, pending_step.batch, self.loader, self._ranks)
 
     @contextmanager
     def precision(self) -> Iterator[None]:

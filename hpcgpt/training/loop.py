@@ -26,8 +26,8 @@ from hpcgpt.training.hang_watchdog import START_S, Watchdog
 from hpcgpt.training.profiler import Profiler
 from hpcgpt.training.reporter import Reporter
 from hpcgpt.training.resume import Rollback
-from hpcgpt.training.spikes import Judge
-from hpcgpt.training.stragglers import Blame
+from hpcgpt.training.spikes import SpikeDetector
+from hpcgpt.training.stragglers import StragglerDetector
 
 COLLECT_EVERY = 1000  # steps
 
@@ -54,9 +54,9 @@ class Loop:
     stop: StopFlag
     evaluate: Callable[[Callable[[], bool]], dict[str, float] | None]
     checkpointer: Checkpointer
-    spikes: Judge
+    spikes: SpikeDetector
     rollback: Rollback
-    stragglers: Blame
+    stragglers: StragglerDetector
     watchdog: Watchdog
     reporter: Reporter | None
     profiler: Profiler | None
@@ -132,14 +132,14 @@ class Loop:
         """
         row = self.engine.read(pending_step) | {"attempt": self.number}
         loss, norm = pending_step.figures.tolist()
-        found = self.spikes.of(
-            row["step"], loss, norm, pending_step.result.skipped, lambda: self.engine.blame(pending_step)
+        found = self.spikes.check(
+            row["step"], loss, norm, pending_step.result.skipped, lambda: self.engine.locate_nonfinite(pending_step)
         )
-        if found.words and self.reporter:
-            self.reporter.say(found.words)
-            self.reporter.event("spike" if found.spike else "nonfinite", step=row["step"], words=found.words)
+        if found.message and self.reporter:
+            self.reporter.say(found.message)
+            self.reporter.event("spike" if found.spike else "nonfinite", step=row["step"], words=found.message)
         if found.fatal:
-            raise DivergedError(f"{found.words}{found.fatal}")
+            raise DivergedError(f"{found.message}{found.fatal}")
         return None if found.spike and self._roll_back(pending_step, row) else row
 
     def _roll_back(self, pending_step: PendingStep, row: Row) -> bool:

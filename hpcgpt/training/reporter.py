@@ -37,10 +37,10 @@ from hpcgpt.training.stragglers import Straggler
 
 
 @dataclass(frozen=True)
-class Story:
-    """What an attempt tells of itself. `number` is its generation, `hosts` those of its ranks, by rank.
+class AttemptInfo:
+    """What an attempt reports of itself. `number`: its generation; `hosts`: of its ranks, by rank; `step`: resumed at.
 
-    It goes on behind step `step`; `pending` says that this step's row is still to come.
+    `pending`: the metrics row of that step has not been written yet.
     """
 
     plan: Plan
@@ -68,50 +68,50 @@ def goodput_limit_s(folder: Path) -> float:
 
 
 class Reporter:
-    def __init__(self, story: Story, lease: Lease, model: GPT, words: Tokenizer) -> None:
-        self._story, self._lease, self._model, self._words = story, lease, model, words
-        self._config: Config = story.plan.config
+    def __init__(self, info: AttemptInfo, lease: Lease, model: GPT, tokenizer: Tokenizer) -> None:
+        self._info, self._lease, self._model, self._tokenizer = info, lease, model, tokenizer
+        self._config: Config = info.plan.config
         self._folder = self._config.run_folder
-        self._told: Saved | None = None  # the save whose commit has been told, and not its end
+        self._reported: Saved | None = None  # the save whose commit has been reported, and not its end
         self._lead_said_s = 0.0
         self._worker = Worker("reporter")
-        keep_below = story.step + (0 if story.pending else 1)
+        keep_below = info.step + (0 if info.pending else 1)
         self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, lease.check)
-        lost = [row for row in self.metrics.cut_off if row["step"] > story.step]
+        lost = [row for row in self.metrics.cut_off if row["step"] > info.step]
         self.event(
             "start",
             job=world.job_attempt(),
-            step=story.step,
-            total_steps=story.plan.total_steps,
-            world_size=story.ranks.world.size,
-            host=story.hosts[0],
-            hosts=story.hosts,
-            began_at=story.began_at,
+            step=info.step,
+            total_steps=info.plan.total_steps,
+            world_size=info.ranks.world.size,
+            host=info.hosts[0],
+            hosts=info.hosts,
+            began_at=info.began_at,
             lost_steps=len(lost),
             lost_s=sum(row["train/step_s"] for row in lost),
             lost_until=max((row["time"] for row in lost), default=None),
         )
-        self._tracker = Tracker(self._config, story.number)
-        self._console = metrics_file.Console(story.step, story.plan.total_steps)
+        self._tracker = Tracker(self._config, info.number)
+        self._console = metrics_file.Console(info.step, info.plan.total_steps)
         with only_informs("the greeting"):
             self._greet()
 
     def _greet(self) -> None:
-        story, total = self._story, self._story.plan.total_steps
+        info, total = self._info, self._info.plan.total_steps
         self._console.say(
-            f"run {self._folder}, generation {story.number}: {self._model.parameter_count():,} parameters, "
-            f"{story.ranks.world.size} x {story.ranks.device.type}, "
-            f"{str(story.dtype).removeprefix('torch.')}, {story.plan.tokens_per_step:,} tokens a step "
-            f"({story.plan.micro_steps} micro-steps a rank)"
+            f"run {self._folder}, generation {info.number}: {self._model.parameter_count():,} parameters, "
+            f"{info.ranks.world.size} x {info.ranks.device.type}, "
+            f"{str(info.dtype).removeprefix('torch.')}, {info.plan.tokens_per_step:,} tokens a step "
+            f"({info.plan.micro_steps} micro-steps a rank)"
         )
-        for line in story.plan.warnings:
+        for line in info.plan.warnings:
             self._console.say(f"warning: {line}")
-        for line in story.plan.mixture:
+        for line in info.plan.mixture:
             self._console.say(f"samples: {line}")
-        if story.step >= total and not story.pending:
+        if info.step >= total and not info.pending:
             self._console.say(f"finished already, at step {total:,}: nothing to do")
-        elif story.step:
-            self._console.say(f"resumed at step {story.step:,} of {total:,}")
+        elif info.step:
+            self._console.say(f"resumed at step {info.step:,} of {total:,}")
 
     def row(self, row: dict[str, Any]) -> None:
         """Report a step."""
@@ -124,12 +124,12 @@ class Reporter:
         """Report a checkpoint that is there now. From the thread that made it: a kill may come within the next step."""
         figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
         with only_informs("events.jsonl"):
-            run_folder.record(self._folder, "save", attempt=self._story.number, step=saved.step, **figures)
-            self._told = saved
+            run_folder.record(self._folder, "save", attempt=self._info.number, step=saved.step, **figures)
+            self._reported = saved
 
     def saved(self, saved: Saved) -> None:
         """Report that a save has ended, and that training stands still for it no longer."""
-        told, self._told = self._told, None
+        told, self._reported = self._reported, None
         if saved.problem:
             streams.warn(f"no checkpoint of step {saved.step:,}: {saved.problem}")
             self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
@@ -193,7 +193,7 @@ class Reporter:
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line to events.jsonl, in the background; what the disk does not take is lost with a warning."""
-        line = {"time": time.time(), "attempt": self._story.number, **fields}
+        line = {"time": time.time(), "attempt": self._info.number, **fields}
         self._worker.post("events.jsonl", lambda: run_folder.record(self._folder, event, **line))
 
     def sample(self, step: int, limit_s: float, alive: Callable[[], bool]) -> None:
@@ -202,7 +202,7 @@ class Reporter:
         It uses the device that training uses, so training waits for it: for `limit_s` seconds at most. `alive` is
         called for each token; generation stops when it returns False.
         """
-        settings, device = self._config.sample, self._story.ranks.device
+        settings, device = self._config.sample, self._info.ranks.device
         deadline = time.monotonic() + limit_s
 
         def ids() -> Iterator[int]:
@@ -212,9 +212,9 @@ class Reporter:
                     return
 
         with only_informs("the sample"):
-            prompt = [self._words.end_of_text, *self._words.encode(settings.prompt)]
+            prompt = [self._tokenizer.end_of_text, *self._tokenizer.encode(settings.prompt)]
             # As `hpcgpt sample` does. Not by train.attention: there are kernels that take no single token.
-            with computing_in(self._story.dtype, device):
-                text = settings.prompt + "".join(interface.stream(self._words, ids(), after=prompt))
+            with computing_in(self._info.dtype, device):
+                text = settings.prompt + "".join(interface.stream(self._tokenizer, ids(), after=prompt))
             self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
             self._worker.post("samples.jsonl", lambda: self._tracker.sample(step, text))

@@ -21,7 +21,7 @@ from hpcgpt.training import in_effect
 from hpcgpt.training.checkpointer import Checkpointer
 from hpcgpt.training.engine import Engine
 from hpcgpt.training.reporter import Reporter
-from hpcgpt.training.spikes import Judge
+from hpcgpt.training.spikes import SpikeDetector
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Restorer:
             UserError: the run was trained with other settings, or `run.strict` refuses what has changed.
         """
         if self.lease:
-            retention.clean(self.checkpoints, self.lease)
+            retention.recover_leftovers(self.checkpoints, self.lease)
         newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), self._begin())
@@ -93,7 +93,7 @@ class Rollback:
     """
 
     def __init__(
-        self, restorer: Restorer, checkpointer: Checkpointer, spikes: Judge, reporter: Reporter | None
+        self, restorer: Restorer, checkpointer: Checkpointer, spikes: SpikeDetector, reporter: Reporter | None
     ) -> None:
         self._restorer, self._checkpointer, self._spikes, self._reporter = restorer, checkpointer, spikes, reporter
         self._ranks, self._state = restorer.ranks, restorer.state
@@ -143,4 +143,4 @@ class Rollback:
         rows = list(run_on_rank0(self._ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
         if self._state.pending:  # its row is not in the file yet
             rows.append(self._state.pending)
-        self._spikes.remember(rows)
+        self._spikes.replay(rows)

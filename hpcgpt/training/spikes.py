@@ -23,14 +23,14 @@ from hpcgpt.distributed.world import Ranks
 LONGEST_SKIP = 10  # steps in a row whose gradients are not finite: it will not get better by itself
 
 
-def blame(own: Sequence[Tensor], number: int, loader: Loader, ranks: Ranks) -> str:
+def locate_nonfinite(micro_losses: Sequence[Tensor], number: int, loader: Loader, ranks: Ranks) -> str:
     """Whose batches made a step's loss no finite number, in words. A collective.
 
     `own`: the losses of this rank's micro-batches, `number`: of the global batch.
     """
 
     def mine() -> list[str]:
-        bad = [micro_step for micro_step, loss in enumerate(own) if not math.isfinite(float(loss))]
+        bad = [micro_step for micro_step, loss in enumerate(micro_losses) if not math.isfinite(float(loss))]
         spans = [loader.samples(number, micro_step) for micro_step in bad]
         return [f"rank {ranks.world.rank}, samples {span[0]:,} to {span[-1]:,}" for span in spans]
 
@@ -42,15 +42,15 @@ def blame(own: Sequence[Tensor], number: int, loader: Loader, ranks: Ranks) -> s
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepVerdict:
     """On a step: `words` where there is something to tell, `fatal` how they go on if it ends the run, `spike`."""
 
-    words: str = ""
+    message: str = ""
     fatal: str = ""
     spike: bool = False
 
 
-class Judge:
+class SpikeDetector:
     """Looks at each step in turn. Every rank has one, and comes to the same verdicts."""
 
     def __init__(self, settings: Spike) -> None:
@@ -58,7 +58,7 @@ class Judge:
         self._recent: deque[float] = deque(maxlen=settings.window)
         self._bad_steps = 0  # in a row
 
-    def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The steps until now, from rows of metrics.jsonl; what was known before is forgotten.
 
         As if this judge had seen those steps itself, since a verdict must not depend on interruptions.
@@ -69,7 +69,7 @@ class Judge:
             loss, norm = row["train/loss"], row["train/grad_norm"]
             self._leaps(math.nan if loss is None else loss, math.nan if norm is None else norm)
 
-    def of(self, step: int, loss: float, norm: float, skipped: bool, whose: Callable[[], str]) -> Verdict:
+    def check(self, step: int, loss: float, norm: float, skipped: bool, whose: Callable[[], str]) -> StepVerdict:
         """On a step, counted from 1, with this loss and gradient norm; was it `skipped`?
 
         `whose` is asked, by all ranks, for the batches that made them no finite numbers.
@@ -80,8 +80,8 @@ class Judge:
             return self._not_finite(words, skipped)
         if leaps:
             usual = statistics.median(self._recent)
-            return Verdict(f"step {step:,}: the loss is {loss:.4f}, and {usual:.4f} was usual", spike=True)
-        return Verdict()
+            return StepVerdict(f"step {step:,}: the loss is {loss:.4f}, and {usual:.4f} was usual", spike=True)
+        return StepVerdict()
 
     def _leaps(self, loss: float, norm: float) -> bool:
         """Note a step; does its loss leap? If it does, or is no finite number, it is none of the usual ones."""
@@ -96,16 +96,16 @@ class Judge:
             self._recent.append(loss)
         return leaps
 
-    def _not_finite(self, words: str, skipped: bool) -> Verdict:
+    def _not_finite(self, words: str, skipped: bool) -> StepVerdict:
         if not skipped:
-            return Verdict(
+            return StepVerdict(
                 words,
                 ": training has diverged, and the checkpoints before are whole; try a lower optim.lr under another "
                 "--run.name, or train.on_nonfinite skip",
             )
         if self._bad_steps >= LONGEST_SKIP:
-            return Verdict(words, f", and so it was in {self._bad_steps} steps in a row: training has diverged")
-        return Verdict(f"{words}: skipped, weights and optimizer are as they were")
+            return StepVerdict(words, f", and so it was in {self._bad_steps} steps in a row: training has diverged")
+        return StepVerdict(f"{words}: skipped, weights and optimizer are as they were")
 
 
 def is_spike(loss: float, recent: Sequence[float], factor: float, window: int) -> bool:

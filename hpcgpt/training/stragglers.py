@@ -68,7 +68,7 @@ def usual(local_s: Sequence[float]) -> float:
     return statistics.median_low([own for own in local_s if own > 0] or [0.0])
 
 
-class Blame:
+class StragglerDetector:
     """Gathers local times every so many steps. Each rank has one, and comes to the same verdict."""
 
     def __init__(self, settings: options.Blame, ranks: Ranks) -> None:

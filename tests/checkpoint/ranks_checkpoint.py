@@ -45,7 +45,7 @@ def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
 
 def content(model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, bytes]:
     """Every byte of a rank's state that a checkpoint keeps."""
-    found = checkpoint_save.tensors_of(model, optimizer, ranks)
+    found = checkpoint_save.local_state_dict(model, optimizer, ranks)
     return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
 
@@ -61,7 +61,9 @@ def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) 
     def save(to: Path, number: int) -> str:
         numbered = State(number, 400, 40, ranks.world.size, state.identity, state.pending)
         its = savers.setdefault(to, Saver(to, ranks, lease, options.Checkpoint()))
-        saved = its.begin(numbered, checkpoint_save.tensors_of(model, optimizer, ranks)) or its.finish(lambda: None)
+        saved = its.begin(numbered, checkpoint_save.local_state_dict(model, optimizer, ranks)) or its.finish(
+            lambda: None
+        )
         assert saved is not None
         return saved.problem
 
@@ -117,7 +119,7 @@ def behind(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, An
     """A save behind training: the weights change at once, and rank 1's share is slow to come."""
     model, optimizer = trained(seed=3)
     its = Saver(checkpoints, ranks, lease, options.Checkpoint())
-    its.begin(State(12, 1200, 120, ranks.world.size, {}), checkpoint_save.tensors_of(model, optimizer, ranks))
+    its.begin(State(12, 1200, 120, ranks.world.size, {}), checkpoint_save.local_state_dict(model, optimizer, ranks))
     before = content(model, optimizer, ranks)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -37,7 +37,7 @@ def save_until_killed(run: Path, told: int) -> None:
     """Writes to the descriptor `told` the step of the newest valid checkpoint (-1 if its content is wrong), and then
     each step whose save has ended."""
     lease = acquire(run, "")
-    retention.clean(run / "checkpoints", lease)
+    retention.recover_leftovers(run / "checkpoints", lease)
     newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
     os.write(told, f"{step if newest is None or holds(newest, step) else -1}\n".encode())

@@ -69,7 +69,7 @@ def test_an_impossible_state_is_refused(changes: dict[str, Any]) -> None:
 
 def test_verify_reads_every_byte_and_outline_none_of_the_tensors(three: Path) -> None:
     flip_a_byte(three / "step_000000012")
-    assert layout.outline(three / "step_000000012") == ""
+    assert layout.check_structure(three / "step_000000012") == ""
     assert layout.verify(three / "step_000000012") == f"the checksum of {SHARE} is not the one in the manifest"
     assert layout.verify(three / "step_000000008") == ""
 
@@ -86,7 +86,7 @@ def test_another_version_is_refused_only_if_the_manifest_was_not_damaged(three: 
 
 def test_setting_aside_loses_nothing_and_says_why(three: Path, lease: Lease, capfd: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in (three / "step_000000012").iterdir()}
-    layout.set_aside(three / "step_000000012", "a reason", dataclasses.replace(lease, number=7))
+    layout.quarantine(three / "step_000000012", "a reason", dataclasses.replace(lease, number=7))
     aside = three / "damaged_step_000000012.g0007"
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before | {"REASON.txt": b"a reason\n"}
     told = f"warning: checkpoint {three / 'step_000000012'} is damaged: a reason; set aside as {aside.name}\n"
@@ -96,7 +96,7 @@ def test_setting_aside_loses_nothing_and_says_why(three: Path, lease: Lease, cap
 def test_the_same_step_can_be_set_aside_again_and_again(three: Path, lease: Lease) -> None:
     for _ in range(3):
         (three / "step_000000012" / "part").mkdir(parents=True, exist_ok=True)
-        layout.set_aside(three / "step_000000012", "a reason", lease)
+        layout.quarantine(three / "step_000000012", "a reason", lease)
     assert [path.name.removeprefix("damaged_step_000000012.") for path in layout.damaged(three)] == [
         "g0001", "g0001.2", "g0001.3"]  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tm
     (three / "step_000000012").rename(mine)
     (three / "step_000000012").symlink_to(mine)
     before = sorted(path.name for path in mine.iterdir())
-    layout.set_aside(three / "step_000000012", "a reason", lease)
+    layout.quarantine(three / "step_000000012", "a reason", lease)
     assert (three / "damaged_step_000000012.g0001").readlink() == mine
     assert sorted(path.name for path in mine.iterdir()) == before
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from hpcgpt.checkpoint import layout, load
 from hpcgpt.checkpoint.layout import FormatError, State
-from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.checkpoint.save import local_state_dict
 from hpcgpt.config.options import Model, Optim
 from hpcgpt.errors import rank_of
 from hpcgpt.model.gpt import GPT
@@ -52,7 +52,7 @@ def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpo
     torch.rand(5)
     before = content(model, optimizer, ALONE)
     state = State(3, 300, 30, 1, IDENTITY, {"step": 3, "train/loss": 0.1 + 0.2})
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
+    assert save_tensors(checkpoints, state, local_state_dict(model, optimizer, ALONE), lease) == ""
     assert content(model, optimizer, ALONE) == before, "saving has changed the state"
     drawn = torch.rand(5)
 
@@ -72,7 +72,7 @@ def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpo
 def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
+    assert save_tensors(checkpoints, state, local_state_dict(model, optimizer, ALONE), lease) == ""
     other = GPT(model.config, seed=2)
     fresh = make_optimizer(other, Optim())
     load.load(checkpoints / "step_000000003", other, fresh, ALONE)
@@ -84,7 +84,7 @@ def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, lease: Lease)
 def test_for_sampling_only_the_weights_are_loaded(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
+    assert save_tensors(checkpoints, state, local_state_dict(model, optimizer, ALONE), lease) == ""
     other = GPT(model.config, seed=2)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_name_of_a_tensor(
 ) -> None:
     model, optimizer = trained(seed=1)
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
+    assert save_tensors(checkpoints, state, local_state_dict(model, optimizer, ALONE), lease) == ""
     other = GPT(Model(**dataclasses.asdict(model.config) | change))
     with pytest.raises(ValueError, match=r"(token_embedding|blocks\.|head)\S*weight|qkv\.bias"):
         load.load(
@@ -129,7 +129,7 @@ def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "state.json").write_text(json.dumps(dataclasses.asdict(State(4, 40, 4, 2, IDENTITY))))
     model, optimizer = trained(seed=1)
-    everything = tensors_of(model, optimizer, ALONE) | {"rng/1/cpu": torch.get_rng_state()}
+    everything = local_state_dict(model, optimizer, ALONE) | {"rng/1/cpu": torch.get_rng_state()}
     save_file(everything, folder / "tensors_00000_of_00002.safetensors")
     name = next(name for name in everything if name.startswith("model/"))
     save_file({name: everything[name] + 1}, folder / "tensors_00001_of_00002.safetensors")
@@ -167,7 +167,7 @@ def of_two(folder: Path, shares: tuple[Content, Content]) -> Path:
 
 def test_pieces_are_put_together_to_the_same_bytes(tmp_path: Path) -> None:
     model, optimizer = trained(seed=1)
-    path = of_two(tmp_path, in_pieces(tensors_of(model, optimizer, ALONE)))
+    path = of_two(tmp_path, in_pieces(local_state_dict(model, optimizer, ALONE)))
     other, its_optimizer = trained(seed=2, steps=0)
     load.load(path, other, its_optimizer, ALONE)
     found, expected = content(other, its_optimizer, ALONE), content(model, optimizer, ALONE)
@@ -211,7 +211,7 @@ WRONG_PIECES: dict[str, tuple[Callable[[Shares], Any], str]] = {
 def test_pieces_that_do_not_make_up_the_tensor_are_refused(
     tmp_path: Path, change: Callable[[Shares], Any], told: str
 ) -> None:
-    shares = in_pieces(tensors_of(*trained(seed=1), ALONE))
+    shares = in_pieces(local_state_dict(*trained(seed=1), ALONE))
     change(shares)
     path = of_two(tmp_path, shares)
     model, optimizer = trained(seed=2, steps=0)
@@ -483,7 +483,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         self.run, self.name, self.bad = run, "n1", set[str]()
         self.tries = 0
-        real = {name: getattr(layout, name) for name in ("outline", "damage")}
+        real = {name: getattr(layout, name) for name in ("check_structure", "check_checksums")}
 
         def look(name: str, path: Path, *rest: Any) -> str:
             if f"{path.name} {name}" in self.bad:
@@ -513,7 +513,7 @@ def host(three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(monkeypatch, three.parent)
 
 
-@pytest.mark.parametrize("look", ["outline", "damage"])
+@pytest.mark.parametrize("look", ["check_structure", "check_checksums"])
 @pytest.mark.parametrize("hosts", [["n1", "n2"], ["n1", "n1", "n1"], ["n1", "n1", "n2"]])
 def test_a_checkpoint_that_attempts_cannot_read_one_after_the_other_does_not_block_the_run(
     host: Host, look: str, hosts: list[str], capfd: pytest.CaptureFixture[str]
@@ -541,7 +541,7 @@ def test_a_checkpoint_that_attempts_cannot_read_one_after_the_other_does_not_blo
 
 
 def test_a_checkpoint_that_another_host_can_read_is_used(host: Host) -> None:
-    host.bad.add("step_000000012 damage")
+    host.bad.add("step_000000012 check_checksums")
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n1")
     host.bad.clear()
@@ -550,7 +550,7 @@ def test_a_checkpoint_that_another_host_can_read_is_used(host: Host) -> None:
 
 def test_each_checkpoint_has_to_be_unreadable_more_than_once(host: Host) -> None:
     """Where a whole file system is ill, an attempt sets one aside at most, and not all of them."""
-    host.bad |= {f"step_{step:09d} outline" for step in (4, 8, 12)}
+    host.bad |= {f"step_{step:09d} check_structure" for step in (4, 8, 12)}
     for name in ("n1", "n2"):
         with pytest.raises(OSError, match="Input/output error"):
             host.attempt(name)
@@ -560,7 +560,7 @@ def test_each_checkpoint_has_to_be_unreadable_more_than_once(host: Host) -> None
 @pytest.mark.parametrize("how", ["saved", "brought back"])
 def test_a_checkpoint_that_was_made_again_has_not_failed_before(host: Host, how: str) -> None:
     """What could not be read was another one of the same step."""
-    host.bad.add("step_000000012 damage")
+    host.bad.add("step_000000012 check_checksums")
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n1")
     manifest = host.run / "checkpoints/step_000000012/manifest.json"
@@ -575,7 +575,7 @@ def test_a_checkpoint_that_was_made_again_has_not_failed_before(host: Host, how:
 
 
 def test_a_save_of_another_step_does_not_help_a_checkpoint_that_cannot_be_read(host: Host) -> None:
-    host.bad.add("step_000000012 damage")
+    host.bad.add("step_000000012 check_checksums")
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n1")
     run_folder.record(host.run, "save", step=8, attempt=1)
@@ -589,14 +589,14 @@ def test_where_a_checkpoint_cannot_be_told_from_another_the_step_has_to_do(
     """An older version did not record which one it was; and of one on a dead disk nothing can be seen."""
     seen = {"identity": "1:2"} if not known else {}
     run_folder.record(host.run, "unreadable", attempt=99, step=12, rank=0, host="n1", problem="EIO", **seen)
-    host.bad.add("step_000000012 damage")
+    host.bad.add("step_000000012 check_checksums")
     if not known:
         monkeypatch.setattr(load, "_identity", lambda _: "")
     assert host.attempt("n2") == "step_000000008"
 
 
 def test_a_moment_out_of_order_is_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    host.bad.add("step_000000012 damage")
+    host.bad.add("step_000000012 check_checksums")
     monkeypatch.setattr(time, "sleep", lambda _: host.bad.clear())
     assert host.attempt("n1") == "step_000000012"
     assert host.tries == 1
@@ -618,7 +618,7 @@ def test_a_run_whose_steps_were_all_skipped_so_far_can_go_on(
     model, _ = trained(seed=1, steps=0)
     optimizer = make_optimizer(model, Optim(name=name))
     state = State(3, 300, 30, 1, IDENTITY)
-    assert save_tensors(checkpoints, state, tensors_of(model, optimizer, ALONE), lease) == ""
+    assert save_tensors(checkpoints, state, local_state_dict(model, optimizer, ALONE), lease) == ""
     assert not any(optimizer.state.values()), "saving has changed the state"
     other, _ = trained(seed=2, steps=0)
     its = make_optimizer(other, Optim(name=name))
@@ -697,7 +697,7 @@ def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     taken = acquire(run, "")
     torch.manual_seed(17)
     model, optimizer = trained(seed=1)
-    assert save_tensors(run / "checkpoints", State(2, 20, 2, 1, IDENTITY), tensors_of(model, optimizer, ALONE),
+    assert save_tensors(run / "checkpoints", State(2, 20, 2, 1, IDENTITY), local_state_dict(model, optimizer, ALONE),
                         taken) == ""  # fmt: skip
     taken.release()
     return run / "checkpoints/step_000000002"

@@ -23,7 +23,7 @@ import torch
 
 from hpcgpt.checkpoint import load
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.checkpoint.save import local_state_dict
 from hpcgpt.storage.lease import Lease, acquire
 from tests.checkpoint.ranks_checkpoint import content, trained
 from tests.checkpoint.small_checkpoints import IDENTITY, SHARE, mend, save_tensors, write_manifest
@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     torch.manual_seed(17)
     model, optimizer = trained(seed=1)
     saved = content(model, optimizer, ALONE)
-    assert save_tensors(run / "checkpoints", STATE, tensors_of(model, optimizer, ALONE), lease) == ""
+    assert save_tensors(run / "checkpoints", STATE, local_state_dict(model, optimizer, ALONE), lease) == ""
     yield run / "checkpoints/step_000000002", saved, lease
     lease.release()
 

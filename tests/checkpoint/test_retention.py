@@ -59,19 +59,19 @@ def test_the_newest_the_multiples_and_the_best_stay(
     """Of two equal losses the newer one counts."""
     for number, loss in LOSSES.items():
         assert save(checkpoints, number, lease, loss) == ""
-    gone = retention.retire(checkpoints, keep, lease, set())
+    gone = retention.prune_after_save(checkpoints, keep, lease, set())
     assert steps(checkpoints) == stay
     assert [layout.step_of(path) for path in gone] == sorted(set(LOSSES) - set(stay), reverse=True)
     assert names(checkpoints) == [step(number) for number in stay], "something is left of what went"
     assert all(layout.verify(checkpoints / step(number)) == "" for number in stay)
-    assert retention.retire(checkpoints, keep, lease, set()) == []
+    assert retention.prune_after_save(checkpoints, keep, lease, set()) == []
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, lease: Lease, loss: float) -> None:
     for number, its in ((4, 2.0), (8, loss), (12, None)):
         assert save(checkpoints, number, lease, its) == ""
-    retention.retire(checkpoints, best(), lease, set())
+    retention.prune_after_save(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 12]
 
 
@@ -95,7 +95,7 @@ def test_where_an_evaluation_was_cut_short_the_loss_is_the_one_that_was_told_lat
     assert save(checkpoints, 4, lease, 2.0) == ""
     assert save(checkpoints, 8, lease, pending={"step": 8}) == ""
     assert save(checkpoints, 12, lease) == ""
-    retention.retire(checkpoints, best(), lease, set())
+    retention.prune_after_save(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [stays, 12]
 
 
@@ -106,7 +106,7 @@ def test_nothing_else_in_the_folder_is_touched(three: Path, lease: Lease) -> Non
         (three / name / "file").write_text("mine")
     (three / "notes.txt").write_text("mine")
     assert save(three, 1_000_000_000, lease) == ""
-    gone = retention.retire(three, Checkpoint(keep_last=2), lease, set())
+    gone = retention.prune_after_save(three, Checkpoint(keep_last=2), lease, set())
     assert [path.name for path in gone] == ["step_000000008", "step_000000004"]
     assert names(three) == sorted([*foreign, "notes.txt", "step_000000012", "step_1000000000"])
     assert all((three / name / "file").read_text() == "mine" for name in foreign)
@@ -163,7 +163,7 @@ class Unreadable:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
         self.paths = paths
-        real = layout._json, layout.damage
+        real = layout._json, layout.check_checksums
 
         def read_json(path: Path) -> dict[str, object]:
             self.try_to_read(path.parent, path.name)
@@ -174,7 +174,7 @@ class Unreadable:
             return real[1](folder, files)
 
         monkeypatch.setattr(layout, "_json", read_json)
-        monkeypatch.setattr(layout, "damage", damage)
+        monkeypatch.setattr(layout, "check_checksums", damage)
 
     def try_to_read(self, folder: Path, name: str) -> None:
         if folder / name in self.paths:
@@ -193,7 +193,7 @@ def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
     Unreadable(monkeypatch, checkpoints / step(bad) / file)
     keep = Checkpoint(keep_last=2, keep_best=best_too)
     verified: set[str] = set()
-    retention.retire(checkpoints, keep, lease, verified)
+    retention.prune_after_save(checkpoints, keep, lease, verified)
     left = steps(checkpoints)
     newest = [number for number in (24, 20, 16) if number != bad][:2]
     assert set(newest) <= set(left)
@@ -218,7 +218,7 @@ def test_at_the_start_too_one_that_cannot_be_read_stays(
 
 def test_a_damaged_newer_one_does_not_count_and_is_set_aside_with_the_reason(three: Path, lease: Lease) -> None:
     flip_a_byte(three / step(12))
-    assert [path.name for path in retention.retire(three, Checkpoint(keep_last=1), lease, set())] == [step(4)]
+    assert [path.name for path in retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())] == [step(4)]
     assert names(three) == ["damaged_step_000000012.g0001", step(8)]
     assert "checksum" in (three / "damaged_step_000000012.g0001/REASON.txt").read_text()
 
@@ -227,7 +227,7 @@ def test_a_damaged_newer_one_does_not_count_and_is_set_aside_with_the_reason(thr
 def test_nothing_goes_while_fewer_are_whole_than_are_to_stay(three: Path, lease: Lease, damaged: list[int]) -> None:
     for number in damaged:
         flip_a_byte(three / step(number))
-    assert retention.retire(three, Checkpoint(keep_last=3), lease, set()) == []
+    assert retention.prune_after_save(three, Checkpoint(keep_last=3), lease, set()) == []
     assert steps(three) == sorted({4, 8, 12} - set(damaged))
     assert len(list(three.glob("damaged_*"))) == len(damaged), "a damaged one is gone"
 
@@ -237,7 +237,7 @@ def test_the_last_whole_one_survives_however_many_damaged_ones_are_newer(checkpo
         assert save(checkpoints, number, lease) == ""
         if number > 4:
             flip_a_byte(checkpoints / step(number))
-        retention.retire(checkpoints, Checkpoint(keep_last=1), lease, set())
+        retention.prune_after_save(checkpoints, Checkpoint(keep_last=1), lease, set())
         assert steps(checkpoints) == [4]
     assert load.newest_valid(checkpoints, ALONE, lease) == checkpoints / step(4)
 
@@ -246,7 +246,7 @@ def test_the_best_that_is_damaged_does_not_push_out_the_best_that_is_whole(check
     for number, loss in ((4, 2.0), (8, 1.0), (12, 3.0), (16, None)):
         assert save(checkpoints, number, lease, loss) == ""
     flip_a_byte(checkpoints / step(8))
-    retention.retire(checkpoints, best(), lease, set())
+    retention.prune_after_save(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 16]
 
 
@@ -255,7 +255,7 @@ def test_a_loss_that_rotted_in_its_file_is_not_believed(checkpoints: Path, lease
         assert save(checkpoints, number, lease, loss) == ""
     state = checkpoints / step(8) / "state.json"
     state.write_text(state.read_text().replace('"val_loss": 3.0', '"val_loss": 1.0'))
-    retention.retire(checkpoints, best(), lease, set())
+    retention.prune_after_save(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 12]
 
 
@@ -263,7 +263,7 @@ def test_what_was_read_back_once_is_not_read_again(three: Path, lease: Lease) ->
     """Reading costs as much as writing; so the newest is read back each time, and no other."""
     verified = {step(8), step(12)}
     (three / step(8) / SHARE).unlink()
-    retention.retire(three, Checkpoint(keep_last=3), lease, verified)
+    retention.prune_after_save(three, Checkpoint(keep_last=3), lease, verified)
     assert verified == {step(4), step(8), step(12)}
     assert steps(three) == [4, 8, 12]
 
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_another_format_keeps_all_of_them(three: Path, lease: Le
 
     edit_manifest(lambda manifest: manifest.update(version=3))(three / step(12))
     with pytest.raises(ValueError, match="format version 3"):
-        retention.retire(three, Checkpoint(keep_last=1), lease, set())
+        retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())
     assert steps(three) == [4, 8, 12]
 
 
@@ -297,15 +297,15 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint
         left = survives
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "unlink", unlink)
-            retention.retire(three, Checkpoint(keep_last=2 - survives), lease, set())
+            retention.prune_after_save(three, Checkpoint(keep_last=2 - survives), lease, set())
         assert removed not in steps(three)
         assert f".{step(removed)}.g0001.removed" in names(three)
         assert load.newest_valid(three, ALONE, lease) == three / step(12)
     newer = dataclasses.replace(lease, number=2)
-    retention.clean(three, newer)
+    retention.recover_leftovers(three, newer)
     assert names(three) == [step(4), step(12)], "what had lost nothing yet comes back, and nothing else"
     assert layout.verify(three / step(4)) == ""
-    retention.retire(three, Checkpoint(keep_last=1), newer, set())
+    retention.prune_after_save(three, Checkpoint(keep_last=1), newer, set())
     assert names(three) == [step(12)]
 
 
@@ -321,7 +321,7 @@ def test_half_written_checkpoints_of_earlier_generations_go_and_everything_else_
     for name in stay + go:
         (checkpoints / name).mkdir()
         (checkpoints / name / "file").write_text("x")
-    retention.clean(checkpoints, newer)
+    retention.recover_leftovers(checkpoints, newer)
     assert names(checkpoints) == sorted(stay)
 
 
@@ -329,7 +329,7 @@ def test_what_an_earlier_clean_left_is_no_obstacle(checkpoints: Path, lease: Lea
     for name in (".step_000000004.g0001.tmp", ".step_000000004.g0001.tmp.gone"):
         (checkpoints / name).mkdir()
         (checkpoints / name / "file").write_text("x")
-    retention.clean(checkpoints, dataclasses.replace(lease, number=2))
+    retention.recover_leftovers(checkpoints, dataclasses.replace(lease, number=2))
     assert names(checkpoints) == []
 
 
@@ -360,14 +360,14 @@ def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
     assert os.read(looked[0], 1) == b"x"  # it has done `before` steps
     newcomer = acquire(run, "7_1")
     if cleaned:
-        retention.clean(checkpoints, newcomer)
+        retention.recover_leftovers(checkpoints, newcomer)
         chosen = load.newest_valid(checkpoints, ALONE, newcomer)
         os.write(taken[1], b"x")
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     else:
         os.write(taken[1], b"x")
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        retention.clean(checkpoints, newcomer)
+        retention.recover_leftovers(checkpoints, newcomer)
         chosen = load.newest_valid(checkpoints, ALONE, newcomer)
     for end in (*taken, *looked):
         os.close(end)
@@ -406,7 +406,7 @@ def orphan(checkpoints: Path, lease: Lease, before: int, looked: int, taken: int
         "manifest": manifest,
         "check": lease.check,
         "rename": lambda: temporary.rename(final),
-        "retire": lambda: retention.retire(checkpoints, Checkpoint(keep_last=2), lease, set()),
+        "retire": lambda: retention.prune_after_save(checkpoints, Checkpoint(keep_last=2), lease, set()),
     }
     for number, name in enumerate(ORPHAN):
         if number == before:
@@ -437,7 +437,7 @@ def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
     child = os.fork()
     if child == 0:
         try:
-            retention.retire(three, Checkpoint(keep_last=2), lease, set())
+            retention.prune_after_save(three, Checkpoint(keep_last=2), lease, set())
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SUPERSEDED
@@ -461,7 +461,7 @@ def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_succe
     if child == 0:
         try:
             stop_behind(lease, looks)
-            retention.retire(three, Checkpoint(keep_last=1), lease, set())
+            retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())
             os._exit(0)
         finally:
             os._exit(99)
@@ -472,7 +472,7 @@ def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_succe
     for number in () if damaged else (8, 12):
         if (three / step(number)).exists():
             flip_a_byte(three / step(number))
-    retention.clean(three, newer)
+    retention.recover_leftovers(three, newer)
     chosen = load.newest_valid(three, ALONE, newer)
     assert chosen is not None
     mine = [chosen]
@@ -484,7 +484,7 @@ def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_succe
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (SUPERSEDED, 1, 99)
     # The newer one may save once more, or be killed before it does.
     last = dataclasses.replace(newer, number=3)
-    retention.clean(three, last)
+    retention.recover_leftovers(three, last)
     for path in mine:
         assert layout.verify(path) == "", "the orphan took what the newer generation relies on"
     assert load.newest_valid(three, ALONE, last) == mine[-1]
@@ -512,7 +512,7 @@ def test_what_a_newer_generation_finds_moved_away_it_puts_back_before_it_removes
 ) -> None:
     (three / step(12)).rename(three / f"damaged_{step(12)}.g0001")
     (three / step(8)).rename(three / f".{step(8)}.g0001.removed")
-    gone = retention.retire(three, Checkpoint(keep_last=2), dataclasses.replace(lease, number=2), set())
+    gone = retention.prune_after_save(three, Checkpoint(keep_last=2), dataclasses.replace(lease, number=2), set())
     assert [path.name for path in gone] == [step(4)]
     assert names(three) == [step(8), step(12)]
 
@@ -520,6 +520,6 @@ def test_what_a_newer_generation_finds_moved_away_it_puts_back_before_it_removes
 def test_a_link_is_removed_and_not_what_it_points_to(three: Path, lease: Lease, tmp_path: Path) -> None:
     (three / step(4)).rename(tmp_path / "kept")
     (three / step(4)).symlink_to(tmp_path / "kept")
-    retention.retire(three, Checkpoint(keep_last=1), lease, set())
+    retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())
     assert names(three) == [step(12)]
     assert names(tmp_path / "kept") == ["manifest.json", "state.json", SHARE]

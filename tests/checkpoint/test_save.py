@@ -159,14 +159,14 @@ def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
         removing.set()
         assert gate.wait(60)
 
-    monkeypatch.setattr("hpcgpt.checkpoint.retention.retire", retire)
+    monkeypatch.setattr("hpcgpt.checkpoint.retention.prune_after_save", retire)
     its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS)
     its.begin(state(4), {WEIGHT: torch.zeros(9)})
     while not removing.is_set():
         assert its.poll() is None
         time.sleep(0.001)
     assert its.poll() is None
-    its.tidy = False
+    its.prune_old = False
     for step in (4, 8):
         saved = its.finish(lambda: None)
         assert saved is not None
@@ -212,7 +212,7 @@ def test_a_step_that_is_saved_already_is_left_as_it_is(three: Path, lease: Lease
 def test_saving_changes_nothing_of_what_is_saved(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     before = content(model, optimizer, ALONE)
-    assert save_tensors(checkpoints, state(2), checkpoint_save.tensors_of(model, optimizer, ALONE), lease) == ""
+    assert save_tensors(checkpoints, state(2), checkpoint_save.local_state_dict(model, optimizer, ALONE), lease) == ""
     assert content(model, optimizer, ALONE) == before
     assert tensors(checkpoints / "step_000000002") == before
 
@@ -221,7 +221,7 @@ def test_saving_changes_nothing_of_what_is_saved(checkpoints: Path, lease: Lease
 def test_old_ones_go_behind_a_new_one_unless_there_is_no_time(checkpoints: Path, lease: Lease, tidy: bool) -> None:
     its = Saver(checkpoints, ALONE, lease, Checkpoint(keep_last=1))
     for step in (4, 8, 12):
-        its.tidy = tidy or step < 12
+        its.prune_old = tidy or step < 12
         its.begin(state(step), {WEIGHT: torch.zeros(9)})
         its.finish(lambda: None)
     assert names(checkpoints) == (["step_000000012"] if tidy else ["step_000000008", "step_000000012"])
@@ -243,7 +243,7 @@ def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
             assert layout.step_of(newest) == step - 1
             assert its.pruner
             its.pruner.loaded(newest)
-        its.tidy = False
+        its.prune_old = False
         saved = its.begin(state(step), {WEIGHT: torch.zeros(9)}) or its.finish(lambda: None)
         assert saved is not None
         assert saved.problem == ""

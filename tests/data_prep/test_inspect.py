@@ -29,7 +29,7 @@ def folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.T
     out = tmp_path_factory.mktemp("inspected") / "shards"
     make_shards.main([
         str(texts), "--out", str(out), "--tokenizer", str(tokenizer_folder), "--val-fraction", "0.2",
-        "--shard-tokens", "30000", "--workers", "1", "--unit-mb", "1",
+        "--shard-tokens", "30000", "--workers", "1", "--unit-mb", "64",
     ])  # fmt: skip
     return out
 

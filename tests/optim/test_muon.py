@@ -12,7 +12,7 @@ import torch
 
 from hpcgpt.checkpoint import load
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.checkpoint.save import tensors_of
+from hpcgpt.checkpoint.save import local_state_dict
 from hpcgpt.config import sources
 from hpcgpt.config.options import Model, Optim
 from hpcgpt.model.gpt import GPT
@@ -121,7 +121,9 @@ def test_a_loaded_run_goes_on_like_the_saved_one(checkpoints: Path, lease: Lease
     model, optimizer = trained(MUON, 3)
     before = content(model, optimizer, ALONE)
     assert "optim/blocks.0.mlp.up.weight/momentum_buffer" in before
-    assert save_tensors(checkpoints, State(3, 3, 3, 1, IDENTITY), tensors_of(model, optimizer, ALONE), lease) == ""
+    assert (
+        save_tensors(checkpoints, State(3, 3, 3, 1, IDENTITY), local_state_dict(model, optimizer, ALONE), lease) == ""
+    )
     other, its_optimizer = trained(MUON, 0, seed=2)
     load.load(checkpoints / "step_000000003", other, its_optimizer, ALONE)
     assert content(other, its_optimizer, ALONE) == before
@@ -133,7 +135,9 @@ def test_a_loaded_run_goes_on_like_the_saved_one(checkpoints: Path, lease: Lease
 @pytest.mark.parametrize(("was", "now"), [(MUON, Optim()), (Optim(), MUON)], ids=["muon to adamw", "adamw to muon"])
 def test_a_checkpoint_of_another_optimizer_is_refused(checkpoints: Path, lease: Lease, was: Optim, now: Optim) -> None:
     model, optimizer = trained(was, 2)
-    assert save_tensors(checkpoints, State(2, 2, 2, 1, IDENTITY), tensors_of(model, optimizer, ALONE), lease) == ""
+    assert (
+        save_tensors(checkpoints, State(2, 2, 2, 1, IDENTITY), local_state_dict(model, optimizer, ALONE), lease) == ""
+    )
     other, its_optimizer = trained(now, 0)
     with pytest.raises(ValueError, match=r"is nothing that the optimizer keeps of it .*set optim\.name as it was"):
         load.load(checkpoints / "step_000000002", other, its_optimizer, ALONE)

@@ -40,7 +40,7 @@ def work(run: Path) -> int:
         return REFUSED
     log = os.open(run / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(log, f"{lease.number} 0 took\n".encode())
-    retention.clean(run / "checkpoints", lease)
+    retention.recover_leftovers(run / "checkpoints", lease)
     newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
     os.write(log, f"{lease.number} {step} chose\n".encode())

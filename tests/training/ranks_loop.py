@@ -45,8 +45,8 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
 
     def begin(its: save.Saver, state: Any, _: object) -> None:
         told["saves"].append(
-            {"step": state.step, "tokens": state.tokens, "samples": state.samples, "tidy": its.tidy, "busy": its.busy,
-             "pending": state.pending is not None, "evaluated": state.val_loss is not None}
+            {"step": state.step, "tokens": state.tokens, "samples": state.samples, "tidy": its.prune_old,
+             "busy": its.busy, "pending": state.pending is not None, "evaluated": state.val_loss is not None}
         )  # fmt: skip
 
     def slow(*_: object) -> None:
@@ -82,8 +82,8 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     around(stop_signals.StopFlag, "__init__", flag)
     around(stop_signals.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
     evaluate, vars(attempt)["evaluate_all"] = vars(attempt)["evaluate_all"], evaluation
-    around(engine, "accumulate", lambda *_: told["order"].append("warm up"))
-    around(retention, "clean", lambda *_: told["order"].append("clean"))
+    around(engine, "accumulate", lambda *_, **__: told["order"].append("warm up"))
+    around(retention, "recover_leftovers", lambda *_: told["order"].append("clean"))
     around(load, "newest_valid", lambda *_: told["order"].append("choose"))
     around(loop.Loop, "run", stepping)
     around(reporter.Reporter, "close", close)

@@ -72,7 +72,7 @@ def steps(its: Engine, numbers: Iterable[int]) -> list[tuple[float, float]]:
 def digest(its: Engine, ranks: Ranks) -> str:
     """Of every byte that this rank would save."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(checkpoint_save.tensors_of(its.model.local, its.optimizer, ranks).items()):
+    for name, tensor in sorted(checkpoint_save.local_state_dict(its.model.local, its.optimizer, ranks).items()):
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -91,9 +91,9 @@ def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
         lease = acquire(folder, "")
     writes = Saver(folder / "checkpoints", ranks, lease, options.Checkpoint())
     state = State(step, step * 512, step * 16, ranks.world.size, {})
-    ended = writes.begin(state, checkpoint_save.tensors_of(its.model.local, its.optimizer, ranks)) or writes.finish(
-        lambda: None
-    )
+    ended = writes.begin(
+        state, checkpoint_save.local_state_dict(its.model.local, its.optimizer, ranks)
+    ) or writes.finish(lambda: None)
     assert ended is not None
     assert not ended.problem, ended.problem
     if lease:

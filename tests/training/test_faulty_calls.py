@@ -93,6 +93,8 @@ ONCE_DID_HARM = (
     Case("resume", Site("write", "run/generations/.000002.json.*.new", 1), errno.ENOSPC, "disk"),
     Case("resume", Site("open", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 4), errno.EIO),
     Case("resume", Site("mmap", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 3), errno.ENOMEM),
+    Case("resume", Site("fsync", "run/generations", 1), errno.ENOSPC),
+    Case("resume", Site("close", "run/generations", 1), errno.ENOSPC),
 )
 
 

@@ -15,7 +15,7 @@ from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.config.options import Checkpoint, Config
 from hpcgpt.storage.lease import Lease
 from hpcgpt.training.resume import Rollback
-from hpcgpt.training.spikes import Judge
+from hpcgpt.training.spikes import SpikeDetector
 from tests.one_rank import ALONE
 
 
@@ -32,7 +32,7 @@ def test_a_rollback_chooses_its_checkpoint_after_the_removals_of_the_start(
         ranks=ALONE, state=TrainState(), checkpoints=three, lease=lease, plan=SimpleNamespace(config=Config())
     )
     checkpointer: Any = SimpleNamespace(pruner=pruning, is_regular=lambda step: step % 4 == 0)
-    rollback = Rollback(restorer, checkpointer, Judge(Config().spike), None)
+    rollback = Rollback(restorer, checkpointer, SpikeDetector(Config().spike), None)
     chosen: list[Path | None] = []
     choosing = threading.Thread(target=lambda: chosen.append(rollback.target(13)), daemon=True)
     choosing.start()

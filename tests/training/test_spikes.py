@@ -18,7 +18,7 @@ from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED
 from hpcgpt.run import goodput, run_folder
 from hpcgpt.run.metrics_file import finite
 from hpcgpt.training import spikes
-from hpcgpt.training.spikes import Judge
+from hpcgpt.training.spikes import SpikeDetector
 from tests.programs import command, on_ranks
 from tests.tiny_run import TINY, curve, rows, tensors
 
@@ -271,38 +271,38 @@ def test_usual_is_the_median_of_the_last_ones_once_half_of_them_are_there() -> N
 
 
 def test_only_the_last_losses_are_usual_and_a_leap_is_none_of_them() -> None:
-    judge = Judge(Spike(factor=1.5, window=4))
+    judge = SpikeDetector(Spike(factor=1.5, window=4))
     losses = [9.0] * 10 + [3.0, 3.1, 3.2, 3.3] + [5.0] * 9
-    verdicts = [judge.of(step, loss, 1.0, False, str) for step, loss in enumerate(losses)]
+    verdicts = [judge.check(step, loss, 1.0, False, str) for step, loss in enumerate(losses)]
     assert [verdict.spike for verdict in verdicts] == [False] * 14 + [True] * 9
-    assert verdicts[-1].words == "step 22: the loss is 5.0000, and 3.1500 was usual"
+    assert verdicts[-1].message == "step 22: the loss is 5.0000, and 3.1500 was usual"
 
 
 def test_after_an_interruption_the_same_is_usual_as_without_one() -> None:
     """Neither a leap that could not be answered yet is, nor a step that was skipped for its gradient."""
-    alone = Judge(Spike(factor=1.5, window=4))
+    alone = SpikeDetector(Spike(factor=1.5, window=4))
     steps = [(9.0, 1.0), (9.0, 1.0), (9.0, 1.0), (3.0, 1.0), (3.1, 1.0), (3.2, 1.0), (3.3, 1.0), (math.nan, 1.0)]
     steps += [(loss, norm) for loss in (8.0, 8.1) for norm in (1.0, math.inf)]
     for step, (loss, norm) in enumerate(steps):
-        alone.of(step, loss, norm, not math.isfinite(loss * norm), str)
-    resumed = Judge(Spike(factor=1.5, window=4))
-    resumed.of(1, 20.0, 1.0, False, str)
-    resumed.remember(finite({"train/loss": loss, "train/grad_norm": norm}) for loss, norm in steps)
-    verdicts = [judge.of(20, 7.0, 1.0, False, str) for judge in (alone, resumed)]
-    assert verdicts == [spikes.Verdict("step 20: the loss is 7.0000, and 3.1500 was usual", spike=True)] * 2
+        alone.check(step, loss, norm, not math.isfinite(loss * norm), str)
+    resumed = SpikeDetector(Spike(factor=1.5, window=4))
+    resumed.check(1, 20.0, 1.0, False, str)
+    resumed.replay(finite({"train/loss": loss, "train/grad_norm": norm}) for loss, norm in steps)
+    verdicts = [judge.check(20, 7.0, 1.0, False, str) for judge in (alone, resumed)]
+    assert verdicts == [spikes.StepVerdict("step 20: the loss is 7.0000, and 3.1500 was usual", spike=True)] * 2
 
 
 def test_skipped_steps_end_a_run_in_a_row_only() -> None:
     """One batch in a hundred is what a long run may lose."""
-    judge = Judge(Spike())
+    judge = SpikeDetector(Spike())
     for step in range(100):
         loss = math.nan if step % 2 else 3.0
-        assert not judge.of(step, loss, 1.0, bool(step % 2), str).fatal
-    resumed = Judge(Spike())
-    resumed.remember([{"train/loss": 3.0, "train/grad_norm": None}, {"train/loss": 3.0, "train/grad_norm": 1.0},
+        assert not judge.check(step, loss, 1.0, bool(step % 2), str).fatal
+    resumed = SpikeDetector(Spike())
+    resumed.replay([{"train/loss": 3.0, "train/grad_norm": None}, {"train/loss": 3.0, "train/grad_norm": 1.0},
                       {"train/loss": None, "train/grad_norm": None}])  # fmt: skip
     for its in (judge, resumed):
-        in_a_row = [its.of(step, 3.0, math.inf, True, str).fatal for step in range(spikes.LONGEST_SKIP)]
+        in_a_row = [its.check(step, 3.0, math.inf, True, str).fatal for step in range(spikes.LONGEST_SKIP)]
         assert [bool(fatal) for fatal in in_a_row] == [False] * 8 + [True] * 2
 
 

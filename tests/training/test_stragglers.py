@@ -22,7 +22,7 @@ from hpcgpt.model.gpt import GPT
 from hpcgpt.run import run_folder
 from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.step import accumulate
-from hpcgpt.training.stragglers import Blame, LocalTime, Straggler, judge, usual
+from hpcgpt.training.stragglers import LocalTime, Straggler, StragglerDetector, judge, usual
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env
 
@@ -118,7 +118,7 @@ def test_a_hiccup_does_not_move_the_median() -> None:
 
 @pytest.mark.parametrize("every", [0, 50])
 def test_one_rank_alone_measures_nothing(every: int) -> None:
-    blame = Blame(Settings(every=every), ALONE)
+    blame = StragglerDetector(Settings(every=every), ALONE)
     assert blame.local is None
     assert [blame.after(step) for step in (1, 50, 100)] == [[], [], []]
 
