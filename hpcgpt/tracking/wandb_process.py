@@ -42,11 +42,10 @@ LOOK_S = 0.5
 INIT_S = float(os.environ.get("HPCGPT_TRACKING_INIT_S", "30"))
 ASK_S = 120.0
 CHECK_S = float(os.environ.get("HPCGPT_TRACKING_CHECK_S", "600"))
-TEARDOWN_S = 10.0
 UPLOAD_S = 120.0  # rows that a healthy server still lacks after that long have been lost on the way
 PROBE_S = float(os.environ.get("HPCGPT_TRACKING_PROBE_S", "300"))
 RETRY_S, MOST_RETRY_S = 1.0, 60.0
-ORPHAN_S = 5.0
+ORPHAN_S, TEARDOWN_S = 5.0, 10.0
 MOST_ASKS = 3
 
 
@@ -87,8 +86,8 @@ class Process:
             Sender(self).send_everything()
         except Exception as error:
             self._start_again(error)
-        with suppress(Exception):
-            _within(TEARDOWN_S, _end_core)
+        with suppress(Exception):  # wandb's core may write the end of a .wandb file after `finish` has returned
+            _within(TEARDOWN_S, sys.modules["wandb"].teardown)
         _end_children()
         os._exit(0)
 
@@ -378,13 +377,6 @@ def _within(limit_s: float, work: Callable[[], T]) -> T:
     if results:
         return results[0]
     raise errors[0] if errors else TimeoutError(f"no answer within {limit_s:.0f} s")
-
-
-def _end_core() -> None:
-    """Let wandb's core process end by itself: it may write the end of a .wandb file after `finish` has returned."""
-    import wandb
-
-    wandb.teardown()
 
 
 def _end_children() -> None:
