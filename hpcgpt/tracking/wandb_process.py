@@ -45,7 +45,7 @@ CHECK_S = float(os.environ.get("HPCGPT_TRACKING_CHECK_S", "600"))
 UPLOAD_S = 120.0  # rows that a healthy server still lacks after that long have been lost on the way
 PROBE_S = float(os.environ.get("HPCGPT_TRACKING_PROBE_S", "300"))
 RETRY_S, MOST_RETRY_S = 1.0, 60.0
-ORPHAN_S = 5.0
+ORPHAN_S, TEARDOWN_S = 5.0, 10.0
 MOST_ASKS = 3
 
 
@@ -86,6 +86,8 @@ class Process:
             Sender(self).send_everything()
         except Exception as error:
             self._start_again(error)
+        with suppress(Exception):  # wandb's core may write the end of a .wandb file after `finish` has returned
+            _within(TEARDOWN_S, sys.modules["wandb"].teardown)
         _end_children()
         os._exit(0)
 
