@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,6 +341,7 @@ def test_the_server_may_be_behind_a_proxy(tmp_path: Path, server: WandbServer, m
     assert server.steps(one_row(tmp_path).id) == [1]
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate of the proxy")
 def test_a_proxy_for_https_alone_is_used(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that it is asked for is one tunnel or more to the server, whose name resolves nowhere."""
     proxy = ConnectProxy(tmp_path, "wandb.invalid", server.url)
