@@ -82,6 +82,14 @@ def faulty_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.fixture(scope="session")
+def config(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file for a run of 12 small steps, without a run.dir. Read-only."""
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", '[run]\nname = "tiny"'))
+    return path
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, shards_folder: Path) -> Path:
     """A configuration file for a run of 12 small steps, in tmp_path/runs/tiny."""

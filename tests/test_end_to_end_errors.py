@@ -25,18 +25,10 @@ from hpcgpt.run import run_folder
 from hpcgpt.tokenizer import save_load
 from tests.disks import small_disk
 from tests.programs import ROOT, clean_env, command
-from tests.tiny_run import TINY, rows, tensors
+from tests.tiny_run import rows, tensors
 
 # What every start leaves: how it ended and why, and that it had the folder.
 TRACES = ("exit.json", "verified.json", ".verified.json", "generations/", "rendezvous/", "logs/", "faults/")
-
-
-@pytest.fixture(scope="module")
-def config(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration without a run.dir."""
-    path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", '[run]\nname = "tiny"'))
-    return path
 
 
 @pytest.fixture(scope="module")

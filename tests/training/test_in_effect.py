@@ -24,16 +24,9 @@ from hpcgpt.run import run_folder
 from hpcgpt.training import in_effect
 from tests.programs import command, on_ranks
 from tests.test_end_to_end_errors import kept, sentence
-from tests.tiny_run import TINY, tensors
+from tests.tiny_run import tensors
 
 LAST = "step_000000012"
-
-
-@pytest.fixture(scope="module")
-def config(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", '[run]\nname = "tiny"'))
-    return path
 
 
 @pytest.fixture(scope="module")
