@@ -16,7 +16,8 @@ import socket
 import struct
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -242,18 +243,14 @@ def _register(store: Store, world: World, device: torch.device, timeout_s: float
         ) from None
 
 
-class _timeout_error:  # noqa: N801 (used like a function)
-    """Turns torch's errors while connecting into a TimeoutError with a message."""
-
-    def __init__(self, world: World, where: str, timeout_s: float) -> None:
-        self.sentence = f"{world} could not reach rank 0 at {where} within {timeout_s:.0f} s"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            raise TimeoutError(f"{self.sentence}: {str(error).splitlines()[0]}") from None
+@contextmanager
+def _timeout_error(world: World, where: str, timeout_s: float) -> Iterator[None]:
+    """Turn torch's errors while connecting into a TimeoutError with a message."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TimeoutError(f"{world} could not reach rank 0 at {where} within {timeout_s:.0f} s: {reason}") from None
 
 
 # --- addresses and interfaces ----------------------------------------------------------------------
