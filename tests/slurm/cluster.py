@@ -105,10 +105,12 @@ class Cluster:
             time.sleep(0.1)
 
     def describe(self, job: str) -> str:
-        """All that was printed, for a failing test."""
-        files = [*self.home.glob(f"slurm-{job}.out"), *self.home.glob(f"runs/*/logs/{job}_*.log"),
-                 *self.home.glob(f"runs/*/submit/{job}_*.out")]  # fmt: skip
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in files)
+        """All that was printed by `job`, or with "*" by every job, and what Slurm knows of it, for a failing test."""
+        known = "" if job == "*" else self.slurm("scontrol", "show", "job", job)
+        own = fields_of(known).get("JobId", job)  # the files of an array's task have its own id
+        files = [*self.home.glob(f"slurm-{own}.out"), *self.home.glob(f"runs/*/logs/{own}_*.log"),
+                 *self.home.glob(f"runs/*/submit/{own}_*.out")]  # fmt: skip
+        return "\n".join([known, *(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in files)])
 
 
 def same_result(folder: Path, whole: Path, steps: int) -> None:
