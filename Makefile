@@ -14,7 +14,7 @@ CONFIG ?= gpt2-124m
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart shards train test check lab lab-down
+.PHONY: help install quickstart shards train test test-fast test-all check lab lab-down
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -63,19 +63,22 @@ check: $(VENV)/.installed-test ## linter, formatter and type checker
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test: $(VENV)/.installed-test ## all tests, against a real Slurm where one can run (LAB=0: without, and nothing is installed)
+# Tests run in several processes: most of the time those with Slurm wait for it. ARGS chooses: make test ARGS=tests/model
+TIER ?= -m 'not long' --numprocesses 3
+
+test-fast: TIER = -m 'not processes and not slurm and not long' --numprocesses 2
+test-fast: $(VENV)/.installed-test ## the tests that start no process: a minute or two
+	@LAB=0 $(BIN)/python -m pytest $(TIER) $(ARGS)
+
+test: $(VENV)/.installed-test ## all tests of a change, against a real Slurm where one can run (LAB=0: without, and nothing is installed)
 	@$(BIN)/python -m compileall -q hpcgpt data_prep # once, and not in each process that the tests start
 ifneq ($(LAB),0)
 	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
 endif
-ifneq ($(ARGS),)
-	@LAB=$(LAB) $(BIN)/python -m pytest $(ARGS)
-else
-	@status=0; \
-	LAB=$(LAB) $(BIN)/python -m pytest -m alone || status=1; \
-	LAB=$(LAB) $(BIN)/python -m pytest -m 'not alone' --numprocesses 3 || status=1; \
-	exit $$status
-endif
+	@LAB=$(LAB) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(TIER))
+
+test-all: test ## `make test`, and then what takes long: drills, large samples of damage, races of many rounds
+	@LAB=$(LAB) $(BIN)/python -m pytest -m long --numprocesses 3
 
 lab: install ## bring up a real four-node Slurm on this machine (as root; it installs its Debian packages)
 	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)

@@ -5,7 +5,6 @@ tiny run on them, and the lab.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -19,27 +18,15 @@ from tests.checkpoint.small_checkpoints import lease as lease
 from tests.checkpoint.small_checkpoints import three as three
 from tests.programs import ROOT
 from tests.slurm.lab_fixture import lab as lab  # a fixture, for all tests
+from tests.tiers import pytest_collection_modifyitems as pytest_collection_modifyitems  # hooks
+from tests.tiers import pytest_configure as pytest_configure
+from tests.tiers import pytest_fixture_setup as pytest_fixture_setup
+from tests.tiers import pytest_runtest_call as pytest_runtest_call
 from tests.tiny_run import TINY
 
-WITH_LAB = {
-    path for path in ROOT.glob("tests/**/test_*.py") if re.search("from lab_conf import .*Lab", path.read_text())
-}
-
-
-def pytest_configure() -> None:
-    """One thread for each process of the tests, of which three run at a time: torch loads later than this.
-
-    With as many threads as cores in each, models of this size wait for each other's threads most of the time.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for Slurm, or wants the whole machine as the quick start does, runs alone and begins first."""
-    for item in items:
-        if item.path in WITH_LAB:
-            item.add_marker("alone")
-    items.sort(key=lambda item: item.path not in WITH_LAB)
+# One thread for each process of the tests, of which three run at a time: torch loads later than this. With as many
+# threads as cores in each, models of this size wait for each other's threads most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -322,7 +322,9 @@ def test_every_option_is_read_by_something_else_than_the_configuration(section: 
 # --- the tools -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])
+@pytest.mark.parametrize(
+    "arguments", [["ruff", "check"], ["ruff", "format", "--check"], pytest.param(["mypy"], marks=pytest.mark.long)]
+)
 def test_the_tools_have_nothing_to_say(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -50,6 +50,7 @@ def replace_once(code: Path, old: str, new: str) -> None:
     found[0].write_text(found[0].read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
+@pytest.mark.long
 def test_one_other_constant_is_found_where_it_has_an_effect_and_nowhere_else(copied: Path, tmp_path: Path) -> None:
     replace_once(copied, FACTOR, "104728 * ")
     done = net(copied, *SMALL, "--record", str(tmp_path / "record.json"))
@@ -67,6 +68,7 @@ def test_one_other_constant_is_found_where_it_has_an_effect_and_nowhere_else(cop
     assert record["different"] and record["hashes"].keys() == {*found, "run: continued on fewer ranks"}
 
 
+@pytest.mark.long
 def test_the_same_code_is_equal() -> None:
     done = net(ROOT, "--only", "help: hpcgpt train", "--only", "help: data_prep.verify")
     assert done.returncode == 0, done.stdout + done.stderr

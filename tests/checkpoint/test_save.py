@@ -435,8 +435,9 @@ def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path
 # --- killed ----------------------------------------------------------------------------------------
 
 
-def test_200_sigkills_at_random_moments_never_cost_a_checkpoint_that_was_there(tmp_path: Path) -> None:
-    seed, rounds = random.randrange(10_000), 200
+@pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.long)])
+def test_sigkills_at_random_moments_never_cost_a_checkpoint_that_was_there(tmp_path: Path, rounds: int) -> None:
+    seed = random.randrange(10_000)
     killed = [sys.executable, "-m", "tests.checkpoint.ranks_killed", str(tmp_path / "run"), str(rounds), str(seed)]
     done = subprocess.run(killed, cwd=ROOT, env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=240, check=False)  # fmt: skip

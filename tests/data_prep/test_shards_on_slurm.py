@@ -91,9 +91,9 @@ def wait_for_units(out: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def makers() -> Iterator[tuple[int, int, str]]:
+def makers(lab: Lab) -> Iterator[tuple[int, int, str]]:
     """The processes that make shards for a task of an array: pid, task, node."""
-    for pid, env in running("data_prep.make_shards"):
+    for pid, env in running(lab, "data_prep.make_shards"):
         if "SLURM_ARRAY_TASK_ID" in env:
             yield pid, int(env["SLURM_ARRAY_TASK_ID"]), env["SLURMD_NODENAME"]
 
@@ -105,7 +105,7 @@ def test_an_array_that_loses_a_node_in_mid_work_makes_the_same_files(site: Site,
     out = site.home / "out"
     job = site.sbatch(out, "--array=10-18:2")
     wait_for_units(out, 4)
-    pid, task, node = next(makers())
+    pid, task, node = next(makers(site.lab))
     os.kill(pid, signal.SIGSTOP)
     orphan = os.pidfd_open(pid)
     cut(site.lab, node)

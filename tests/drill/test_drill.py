@@ -432,6 +432,7 @@ def test_it_loads_no_torch() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_three_minutes_of_it_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_path: Path) -> None:
     faults = "kill a rank,kill in a save,requeue,second job,TERM,truncate,wandb outage at the start"

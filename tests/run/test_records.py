@@ -19,6 +19,8 @@ WRONG: list[Any] = [
     None, True, -1, 0, 1.5, float("nan"), float("inf"), 1e300, 10**30, -(10**400), "", "7", "\ud800", "\x1b[31m", [],
     {}, [None], ["n1", 3], {"a": 1},
 ]  # fmt: skip
+# Each wrong value in every place, or in one place of six.
+SHARES = [6, pytest.param(1, marks=pytest.mark.long)]
 
 
 def whole_run() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -84,26 +86,28 @@ def test_a_whole_run_is_read_whole(tmp_path: Path) -> None:
     answer(folder)
 
 
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("place", range(len(whole_run()[0])), ids=lambda place: whole_run()[0][place]["event"])
-def test_no_field_of_an_event_can_end_a_reader(tmp_path: Path, place: int) -> None:
+def test_no_field_of_an_event_can_end_a_reader(tmp_path: Path, place: int, share: int) -> None:
     """Each field once without, and once with each wrong value; and no line after this one."""
     events, rows = whole_run()
-    for key in events[place]:
+    for number, key in enumerate(events[place]):
         answer(written(tmp_path, [*events[:place], {k: v for k, v in events[place].items() if k != key}], rows))
-        for value in WRONG:
+        for value in WRONG[(place + number) % share :: share]:
             answer(written(tmp_path, [*events[:place], events[place] | {key: value}], rows))
 
 
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("place", [0, 4, 8])
-def test_no_field_of_a_row_can_end_a_reader(tmp_path: Path, place: int) -> None:
+def test_no_field_of_a_row_can_end_a_reader(tmp_path: Path, place: int, share: int) -> None:
     events, rows = whole_run()
-    for key in rows[place]:
-        for value in [*WRONG, ...]:
+    for number, key in enumerate(rows[place]):
+        for value in [*WRONG, ...][(place + number) % share :: share]:
             damaged = {k: v for k, v in rows[place].items() if k != key} | ({} if value is ... else {key: value})
             answer(written(tmp_path, events, [*rows[:place], damaged, *rows[place + 1 :]]))
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(20, 400))])
 def test_whatever_is_done_to_the_lines_the_readers_answer(tmp_path: Path, seed: int) -> None:
     """Lines that are gone, twice, elsewhere, cut short, at another time; many fields that are wrong at once."""
     draw = random.Random(seed)

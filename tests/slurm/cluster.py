@@ -128,14 +128,15 @@ def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in run_folder.events(folder) if event["event"] in kinds]
 
 
-def rank_pids(job: str) -> dict[int, int]:
+def rank_pids(lab: Lab, job: str) -> dict[int, int]:
     """The ranks of a job, by their number."""
-    return {int(env["SLURM_PROCID"]): pid for pid, env in running("hpcgpt.train") if env.get("SLURM_JOB_ID") == job}
+    ranks = ((int(env["SLURM_PROCID"]), pid, env) for pid, env in running(lab, "hpcgpt.train"))
+    return {rank: pid for rank, pid, env in ranks if env.get("SLURM_JOB_ID") == job}
 
 
-def running(module: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The processes ``python -m module``: the machine's own pids, on whichever host of the lab they are, and their
-    environments.
+def running(lab: Lab, module: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The processes ``python -m module`` of this lab's jobs: the machine's own pids, on whichever host of the lab they
+    are, and their environments.
     """
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -143,5 +144,5 @@ def running(module: str) -> Iterator[tuple[int, dict[str, str]]]:
             env = dict(pair.partition("=")[::2] for pair in (entry / "environ").read_text(errors="replace").split("\0"))
         except OSError:  # it has just ended
             continue
-        if command_line[1:3] == ["-m", module]:
+        if command_line[1:3] == ["-m", module] and env.get("SLURM_CONF") == str(lab.conf):
             yield int(entry.name), env

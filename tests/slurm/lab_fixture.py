@@ -2,7 +2,8 @@
 
 A lab that was up before the session is used as it is, and stays up. Where none can be had, every test that asks
 for one is skipped, with the sentence that says what is missing. HPCGPT_LAB="hpcgpt-lab2 10.78.0" takes another one:
-two test runs on one machine must not cut each other's cables.
+two test runs on one machine must not cut each other's cables. For the same reason each process of pytest-xdist has a
+lab of its own: hpcgpt-lab0 at 10.77.0, hpcgpt-lab1 at 10.77.1, and so on.
 """
 
 from __future__ import annotations
@@ -21,8 +22,17 @@ import lab as commands
 import lab_needs
 from lab_conf import Lab
 
-NAME, _, SUBNET = os.environ.get("HPCGPT_LAB", "").partition(" ")
-WANTED = Lab(NAME or Lab.name, SUBNET or Lab.subnet)
+
+def _lab() -> Lab:
+    name, _, subnet = os.environ.get("HPCGPT_LAB", f"{Lab.name} {Lab.subnet}").partition(" ")
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if not worker:
+        return Lab(name, subnet)
+    net, _, last = subnet.rpartition(".")
+    return Lab(f"{name}{worker}", f"{net}.{int(last) + int(worker)}")
+
+
+LAB = _lab()
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +41,8 @@ def lab() -> Iterator[Lab]:
         pytest.skip("LAB=0")
     if reason := lab_needs.why_not():
         pytest.skip(reason)
-    was_up = commands.status(WANTED.name).up
-    commands.up(WANTED)
-    yield WANTED
+    was_up = commands.status(LAB.name).up
+    commands.up(LAB)
+    yield LAB
     if not was_up:
-        commands.down(WANTED.name)
+        commands.down(LAB.name)

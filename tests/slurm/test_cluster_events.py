@@ -65,7 +65,7 @@ def slow(cluster: Cluster, whole: Path) -> Iterator[Slow]:  # noqa: ARG001 (made
     cluster.wait_for_rows("hung", 1)
     node = cluster.sbatch("node", *TWO)
     chained = cluster.sbatch("lost", *TWO, "--no-requeue")
-    stopped = threading.Thread(target=keep_stopped, args=[rank_pids(hung)])
+    stopped = threading.Thread(target=keep_stopped, args=[rank_pids(cluster.lab, hung)])
     stopped.start()
     cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
     for name in ("node", "lost"):
@@ -216,7 +216,7 @@ def test_a_killed_rank_is_named_and_its_host_is_left_out(cluster: Cluster, whole
     cluster.wait_for_rows("killed", 100)
     folder = cluster.folder("killed")
     bad = events(folder, "job")[0]["hosts"][1]
-    os.kill(rank_pids(job)[1], signal.SIGKILL)
+    os.kill(rank_pids(cluster.lab, job)[1], signal.SIGKILL)
     finish(cluster, job, "killed", whole)
     (crash,) = events(folder, "crash")
     assert (crash["rank"], crash["host"], crash["excluded"]) == (1, bad, [bad])
@@ -259,7 +259,7 @@ def test_an_exception_in_one_rank_is_reported_with_its_traceback_and_a_mistake_i
 def test_a_rank_that_is_stopped_for_a_while_goes_on(cluster: Cluster, whole: Path) -> None:
     job = cluster.sbatch("stopped", *TWO)
     cluster.wait_for_rows("stopped", 100)
-    pid = rank_pids(job)[1]
+    pid = rank_pids(cluster.lab, job)[1]
     os.kill(pid, signal.SIGSTOP)
     time.sleep(5)
     done = len((cluster.folder("stopped") / "metrics.jsonl").read_bytes().splitlines())

@@ -27,8 +27,8 @@ SCRIPT = ROOT / "slurm/lab/lab.py"
 
 # Brought up and taken down here, while the session's lab serves the other tests. It has a name and a subnet of its own
 # for each HPCGPT_LAB, so that this file too may run twice on one machine.
-_NET, _, _LAST = lab_fixture.WANTED.subnet.rpartition(".")
-SECOND = Lab(f"{lab_fixture.WANTED.name[:14]}b", f"{_NET}.{(int(_LAST) + 100) % 256}", nodes=2)
+_NET, _, _LAST = lab_fixture.LAB.subnet.rpartition(".")
+SECOND = Lab(f"{lab_fixture.LAB.name[:14]}b", f"{_NET}.{(int(_LAST) + 100) % 256}", nodes=2)
 
 
 @pytest.fixture

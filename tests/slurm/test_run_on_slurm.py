@@ -63,7 +63,7 @@ def test_a_submitted_job_goes_on_after_its_time_limit(cluster: Cluster, whole: P
     folder = cluster.folder("limited")
     cluster.wait_for_rows("limited", 1)
     begun = events(folder, "job")[0]
-    hold_until_warned(rank_pids(job).get(0), begun["started_at"] + 47)
+    hold_until_warned(rank_pids(cluster.lab, job).get(0), begun["started_at"] + 47)
     cluster.wait_for_ends("limited", 1)
     # Once is enough: a slow machine would need a minute for every few steps.
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")

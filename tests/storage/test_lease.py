@@ -295,20 +295,23 @@ def content(folder: Path) -> dict[str, bytes]:
 # --- one writer ------------------------------------------------------------------------------------
 
 
-def test_in_50_rounds_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_nor_by_an_older_one(
-    tmp_path: Path,
+@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
+def test_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_nor_by_an_older_one(
+    tmp_path: Path, rounds: int
 ) -> None:
     """The holder is killed in one round; in the next it is stopped, and continues after the newcomer has committed."""
     seed, run = random.randrange(10_000), tmp_path / "run"
-    done = subprocess.run([sys.executable, "-m", "tests.storage.ranks_writers", run, "50", str(seed)], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "tests.storage.ranks_writers", run, str(rounds), str(seed)], cwd=ROOT,
                           env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=240, check=False)  # fmt: skip
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     reported = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reported) == 50
-    assert [each["orphan"] for each in reported] == [None, SUPERSEDED] * 25, f"an orphan has stayed (seed {seed})"
+    assert len(reported) == rounds
+    assert [each["orphan"] for each in reported] == [None, SUPERSEDED] * (rounds // 2), (
+        f"an orphan has stayed (seed {seed})"
+    )
     assert all(each["loser"] == 2 for each in reported), f"two jobs had the folder (seed {seed}): {reported}"
-    assert [each["number"] for each in reported] == list(range(2, 52))
+    assert [each["number"] for each in reported] == list(range(2, rounds + 2))
 
     log = [line.split() for line in (run / "log").read_text().splitlines()]
     committed = [(int(number), int(step)) for number, step, did in log if did == "committed"]

@@ -1,4 +1,4 @@
-"""What test_parallel runs on 1, 2 and 4 ranks: ``-m tests.training.ranks_parallel SHARDS OUT PART``.
+"""What test_parallel runs on 1, 2 and 4 ranks: ``-m tests.training.ranks_parallel SHARDS OUT PART STEPS``.
 
 PART is "modes" (each mode trains, saves, and goes on; each rank writes OUT/modes_W_R.json) or "resume" (each mode goes
 on from each checkpoint that there is; OUT/resume_W_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
@@ -36,7 +36,7 @@ from hpcgpt.training.engine import Engine
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
-STEPS, MORE = 50, 3
+MORE = 3  # steps after the save
 SIZES = {"float": 4, "c10::BFloat16": 2}  # bytes of a number, by the profiler's names
 
 
@@ -102,7 +102,7 @@ def save(its: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     return (path / layout.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
 
 
-def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int = STEPS, **optim: Any) -> dict[str, Any]:
+def trains(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int, **optim: Any) -> dict[str, Any]:
     """A run of `count` steps, and one that is saved three steps before its end and goes on in another engine.
 
     With other settings of the optimizer than the usual in float64.
@@ -215,22 +215,22 @@ def frugal(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> dict[str, 
     return told
 
 
-def resumes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+def resumes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     """Go on from every checkpoint in every mode."""
     told = {}
     for mode in MODES if ranks.world.size > 1 else MODES[:1]:
         its = engine(settings(shards, mode), ranks)
         for folder in sorted(out.glob("*_[124]")):
             if "muon" not in folder.name:
-                path = layout.path_of(folder / "checkpoints", STEPS - MORE)
+                path = layout.path_of(folder / "checkpoints", count - MORE)
                 load.load(path, its.model.local, its.optimizer, ranks)
-                told[f"{folder.name} in {mode}"] = steps(its, range(STEPS - MORE, STEPS))
+                told[f"{folder.name} in {mode}"] = steps(its, range(count - MORE, count))
     return told
 
 
-def modes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+def modes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     chosen = MODES if ranks.world.size > 1 else MODES[:1]
-    told: dict[str, Any] = {mode: trains(shards, out, ranks, mode) for mode in chosen}
+    told: dict[str, Any] = {mode: trains(shards, out, ranks, mode, count) for mode in chosen}
     if ranks.world.size == 2:
         told |= {f"{mode} muon": trains(shards, out, ranks, mode, 12, name="muon") for mode in chosen}
         told |= {f"{mode} messages": messages(shards, ranks, mode, "float32") for mode in chosen}
@@ -241,14 +241,14 @@ def modes(shards: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     return told
 
 
-def main(shards: Path, out: Path, part: str) -> None:
+def main(shards: Path, out: Path, part: str, count: int) -> None:
     torch.set_num_threads(1)
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
-    told = modes(shards, out, ranks) if part == "modes" else resumes(shards, out, ranks)
+    told = modes(shards, out, ranks, count) if part == "modes" else resumes(shards, out, ranks, count)
     (out / f"{part}_{here.size}_{here.rank}.json").write_text(json.dumps(told))
     rendezvous.disconnect()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

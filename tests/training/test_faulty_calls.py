@@ -4,7 +4,7 @@ After each: a status that says "a crash", "run me again" or "finished", and neve
 policy that brings the job back; no traceback; no file of the run lost; and started again the run ends with the bytes of
 one that had no fault.
 
-A sample is tried here, of other sites each week. All of them, some 900 in an hour of one core:
+`make test` tries a few, of other sites each week, and `make test-all` more. All of them, some 900 in half an hour:
 ``FAULTY_SITES=all make test ARGS=tests/training/test_faulty_calls.py``.
 """
 
@@ -20,7 +20,7 @@ import pytest
 
 from tests.training.faulty_bed import ANSWERS, Bed, Case, Site
 
-SAMPLE = 16  # of each of the two groups below; with the eight that once did harm, 40
+SAMPLES = [4, pytest.param(40, marks=pytest.mark.long)]  # how many calls of each of the two groups below
 ALL = os.environ.get("FAULTY_SITES") == "all"
 
 pytestmark = pytest.mark.timeout(7200 if ALL else 600)
@@ -59,10 +59,10 @@ def lasting(bed: Bed) -> list[Case]:
     return cases
 
 
-def chosen(cases: list[Case]) -> list[Case]:
+def chosen(cases: list[Case], sample: int) -> list[Case]:
     """All, or some that are spread over them, others each week."""
     week = int(time.time() // (7 * 24 * 3600))
-    apart = max(1, len(cases) // SAMPLE)
+    apart = max(1, len(cases) // sample)
     return cases if ALL else cases[week % apart :: apart]
 
 
@@ -102,9 +102,11 @@ def test_calls_whose_failure_once_did_harm(bed: Bed) -> None:
     tried(bed, list(ONCE_DID_HARM))
 
 
-def test_a_call_that_fails_once_costs_a_start_at_most(bed: Bed) -> None:
-    tried(bed, chosen(once(bed)))
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_a_call_that_fails_once_costs_a_start_at_most(bed: Bed, sample: int) -> None:
+    tried(bed, chosen(once(bed), sample))
 
 
-def test_a_disk_that_stays_bad_until_the_next_start_costs_a_start_at_most(bed: Bed) -> None:
-    tried(bed, chosen(lasting(bed)))
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_a_disk_that_stays_bad_until_the_next_start_costs_a_start_at_most(bed: Bed, sample: int) -> None:
+    tried(bed, chosen(lasting(bed), sample))

@@ -30,6 +30,7 @@ WAYS = [("ddp", 1), *((mode, ranks) for ranks in (2, 4) for mode in MODES)]
 class Told:
     """What each rank told of its training and of going on, by world size and rank."""
 
+    steps: int
     modes: dict[int, list[dict[str, Any]]]
     resumed: dict[int, list[dict[str, Any]]]
     parameters: int
@@ -39,34 +40,34 @@ class Told:
         return [told[mode] for told in self.modes[ranks]]
 
 
-@pytest.fixture(scope="module")
-def told(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    out = tmp_path_factory.mktemp("modes")
+@pytest.fixture(scope="module", params=[12, pytest.param(50, marks=pytest.mark.long)])
+def told(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Told:
+    out, count = tmp_path_factory.mktemp("modes"), request.param
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
-        "modes": {1: [ranks_parallel.modes(shards_folder, out, ALONE)]}, "resume": {}}  # fmt: skip
+        "modes": {1: [ranks_parallel.modes(shards_folder, out, ALONE, count)]}, "resume": {}}  # fmt: skip
     for part, ranks in [("modes", 2), ("modes", 4), ("resume", 4), ("resume", 2)]:
-        done = on_ranks(ranks, "tests.training.ranks_parallel", str(shards_folder), str(out), part)
+        done = on_ranks(ranks, "tests.training.ranks_parallel", str(shards_folder), str(out), part, str(count))
         assert done.returncode == 0, done.stderr
         found[part][ranks] = [json.loads((out / f"{part}_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
-    found["resume"][1] = [ranks_parallel.resumes(shards_folder, out, ALONE)]
+    found["resume"][1] = [ranks_parallel.resumes(shards_folder, out, ALONE, count)]
     model = GPT(plan.make(ranks_parallel.settings(shards_folder), 1).config.model)
     everything, in_blocks = (
         sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.blocks)
     )
-    return Told(found["modes"], found["resume"], everything, in_blocks)
+    return Told(count, found["modes"], found["resume"], everything, in_blocks)
 
 
 # --- the same training -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mode", "ranks"), WAYS)
-def test_fifty_steps_have_the_same_losses_and_norms_in_every_mode_on_any_number_of_ranks(
+def test_the_steps_have_the_same_losses_and_norms_in_every_mode_on_any_number_of_ranks(
     told: Told, mode: str, ranks: int
 ) -> None:
     expected = told.of("ddp", 1)[0]["figures"]
-    assert expected[0][0] - expected[-1][0] > 0.2, "nothing was learnt that could differ"
+    assert expected[0][0] - expected[-1][0] > 0.004 * told.steps, "nothing was learnt that could differ"
     for rank in told.of(mode, ranks):
-        assert len(rank["figures"]) == 50
+        assert len(rank["figures"]) == told.steps
         for (loss, norm), (its_loss, its_norm) in zip(rank["figures"], expected, strict=True):
             assert abs(loss - its_loss) < 1e-5
             assert norm == pytest.approx(its_norm, rel=1e-3)
