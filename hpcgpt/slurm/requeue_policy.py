@@ -5,12 +5,14 @@ The first line that applies decides:
     Slurm has requeued the job already      leave it: nothing is left to do
     a user has cancelled the job            leave it
     training is finished                    leave it
-    a user's mistake (also one that only    leave it: a person has to act
-      one rank found), a STOP file, or
-      another attempt has the run folder
-    saved before the end                    requeue, unless the last requeue.max_idle starts made no progress
+    rank 0 has recorded a user's mistake    leave it: a person has to act
+    saved before the end                    leave it if a STOP file was the reason; else requeue, unless the last
+                                            requeue.max_idle starts made no progress
     a node failed, and Slurm may not        requeue, unless the last requeue.max_node_failures starts ended so without
       requeue                               a new checkpoint
+    another rank has found a user's         leave it: a person has to act
+      mistake, or another attempt has the
+      run folder
     a crash                                 requeue, unless the last requeue.max_crashes starts crashed without a new
                                             checkpoint (a crash loop), or the last requeue.max_idle made no progress
 
