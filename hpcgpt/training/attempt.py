@@ -36,6 +36,7 @@ from hpcgpt.training.loop import Loop
 from hpcgpt.training.profiler import Profiler
 from hpcgpt.training.reporter import AttemptInfo, Reporter
 from hpcgpt.training.resume import Restorer, Resumed, Rollback
+from hpcgpt.training.samples import Sampler
 from hpcgpt.training.spikes import SpikeDetector
 from hpcgpt.training.stragglers import StragglerDetector
 
@@ -129,8 +130,9 @@ class Attempt:
         rollback.replay_losses()
         loop = Loop(
             plan=self.plan, ranks=self.ranks, number=self.number, engine=self.engine, state=self.state, stop=self.flag,
-            evaluate=self._evaluate, checkpointer=checkpointer, spikes=spikes, rollback=rollback,
-            stragglers=self.stragglers, watchdog=self.watchdog, reporter=reporter, profiler=self._profiler(),
+            evaluate=self._evaluate, sampler=self._sampler(), checkpointer=checkpointer, spikes=spikes,
+            rollback=rollback, stragglers=self.stragglers, watchdog=self.watchdog, reporter=reporter,
+            profiler=self._profiler(),
         )  # fmt: skip
         check = self._check_shards(reporter)
         status = exit_codes.FAILED
@@ -178,10 +180,11 @@ class Attempt:
         save_load.save(self.tokenizer, self.folder / "tokenizer")
         saves = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
         info = AttemptInfo(
-            self.plan, self.ranks, self.number, self.hosts, self.engine.dtype, self._began_at, self.state.step,
-            self.state.pending is not None,
+            plan=self.plan, ranks=self.ranks, number=self.number, hosts=self.hosts,
+            parameters=self.engine.model.gpt.parameter_count(), dtype=self.engine.dtype, began_at=self._began_at,
+            step=self.state.step, pending=self.state.pending is not None,
         )  # fmt: skip
-        reporter = Reporter(info, self.lease, self.engine.model.gpt, self.tokenizer)
+        reporter = Reporter(info, self.lease)
         if resumed.origin:
             reporter.say(resumed.origin)
             reporter.event("init_from", words=resumed.origin)
@@ -208,6 +211,16 @@ class Attempt:
         if not self.ranks.world.is_first:
             return None
         return Profiler(self.folder, self.config.profiled_steps, self.ranks.device)
+
+    def _sampler(self) -> Sampler:
+        return Sampler(
+            self.engine.model.gpt,
+            self.tokenizer,
+            self.config.sample,
+            self.config.run.seed,
+            self.engine.dtype,
+            self.ranks.device,
+        )
 
     def _evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """The figures of the validation split; None if `stopped` said so before they were complete. A collective."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcgpt.checkpoint.layout import TrainState
-from hpcgpt.distributed import rendezvous
 from hpcgpt.distributed.stop_signals import Stop, StopFlag
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import DivergedError
@@ -26,17 +25,13 @@ from hpcgpt.training.hang_watchdog import START_S, Watchdog
 from hpcgpt.training.profiler import Profiler
 from hpcgpt.training.reporter import Reporter
 from hpcgpt.training.resume import Rollback
+from hpcgpt.training.samples import Sampler, sample_limit_s
 from hpcgpt.training.spikes import SpikeDetector
 from hpcgpt.training.stragglers import StragglerDetector
 
 COLLECT_EVERY = 1000  # steps
 
 Row = dict[str, Any]
-
-
-def sample_limit_s(wanted_s: float, hang_s: float) -> float:
-    """How long a sample may take: the other ranks wait for it in a collective, and must not take it for a hang."""
-    return min(wanted_s, hang_s / 2, rendezvous.COLLECTIVE_TIMEOUT.total_seconds() / 2)
 
 
 @dataclass(kw_only=True)
@@ -53,6 +48,7 @@ class Loop:
     state: TrainState
     stop: StopFlag
     evaluate: Callable[[Callable[[], bool]], dict[str, float] | None]
+    sampler: Sampler
     checkpointer: Checkpointer
     spikes: SpikeDetector
     rollback: Rollback
@@ -172,10 +168,11 @@ class Loop:
         if not self.reporter:
             return
         self.reporter.row(row)
-        settings = self.plan.config.sample
+        settings, step = self.plan.config.sample, self.state.step
         if "val/loss" in row and settings.tokens:
             limit_s = sample_limit_s(settings.max_s, self.watchdog.limit_s)
-            self.reporter.sample(self.state.step, limit_s, self._may_sample)
+            with only_informs("the sample"):
+                self.reporter.sample(step, self.sampler.generate(step, limit_s, self._may_sample))
 
     def _may_sample(self) -> bool:
         """Called for each token of a sample on rank 0: resets the watchdog; ends the sample if a stop is requested."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +21,11 @@ from hpcgpt.checkpoint.save import Saved
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.distributed.world import Ranks
-from hpcgpt.model.generate import generate
-from hpcgpt.model.gpt import GPT
-from hpcgpt.model.precision import computing_in
 from hpcgpt.output import streams, terminal
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.plan import Plan
 from hpcgpt.run import goodput, metrics_file, run_folder
 from hpcgpt.storage.lease import Lease
-from hpcgpt.tokenizer import interface
-from hpcgpt.tokenizer.interface import Tokenizer
 from hpcgpt.tracking.tracker import Tracker
 from hpcgpt.training.stragglers import Straggler
 
@@ -47,6 +41,7 @@ class AttemptInfo:
     ranks: Ranks
     number: int
     hosts: list[str]
+    parameters: int
     dtype: torch.dtype
     began_at: float
     step: int
@@ -68,8 +63,8 @@ def goodput_limit_s(folder: Path) -> float:
 
 
 class Reporter:
-    def __init__(self, info: AttemptInfo, lease: Lease, model: GPT, tokenizer: Tokenizer) -> None:
-        self._info, self._lease, self._model, self._tokenizer = info, lease, model, tokenizer
+    def __init__(self, info: AttemptInfo, lease: Lease) -> None:
+        self._info, self._lease = info, lease
         self._config: Config = info.plan.config
         self._folder = self._config.run_folder
         self._reported: Saved | None = None  # the save whose commit has been reported, and not its end
@@ -99,7 +94,7 @@ class Reporter:
     def _greet(self) -> None:
         info, total = self._info, self._info.plan.total_steps
         self._console.say(
-            f"run {self._folder}, generation {info.number}: {self._model.parameter_count():,} parameters, "
+            f"run {self._folder}, generation {info.number}: {info.parameters:,} parameters, "
             f"{info.ranks.world.size} x {info.ranks.device.type}, "
             f"{str(info.dtype).removeprefix('torch.')}, {info.plan.tokens_per_step:,} tokens a step "
             f"({info.plan.micro_steps} micro-steps a rank)"
@@ -196,25 +191,8 @@ class Reporter:
         line = {"time": time.time(), "attempt": self._info.number, **fields}
         self._worker.post("events.jsonl", lambda: run_folder.record(self._folder, event, **line))
 
-    def sample(self, step: int, limit_s: float, alive: Callable[[], bool]) -> None:
-        """Generate a text with the weights of this step and show it.
-
-        It uses the device that training uses, so training waits for it: for `limit_s` seconds at most. `alive` is
-        called for each token; generation stops when it returns False.
-        """
-        settings, device = self._config.sample, self._info.ranks.device
-        deadline = time.monotonic() + limit_s
-
-        def ids() -> Iterator[int]:
-            for token in generate(self._model, prompt, settings, device, self._config.run.seed + step):
-                yield token
-                if not alive() or time.monotonic() > deadline:
-                    return
-
+    def sample(self, step: int, text: str) -> None:
+        """Show a text that was generated with the weights of this step."""
         with only_informs("the sample"):
-            prompt = [self._tokenizer.end_of_text, *self._tokenizer.encode(settings.prompt)]
-            # As `hpcgpt sample` does. Not by train.attention: there are kernels that take no single token.
-            with computing_in(self._info.dtype, device):
-                text = settings.prompt + "".join(interface.stream(self._tokenizer, ids(), after=prompt))
             self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
             self._worker.post("samples.jsonl", lambda: self._tracker.sample(step, text))
