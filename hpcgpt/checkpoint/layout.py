@@ -31,9 +31,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -186,6 +187,22 @@ def val_loss(checkpoint: Path) -> float | None:
         return None
     loss = row.get("val/loss")
     return loss if isinstance(loss, float) else None
+
+
+def best(
+    checkpoints: Iterable[Path], loss_of: Callable[[Path], float | None], is_whole: Callable[[Path], bool]
+) -> Path | None:
+    """Return the whole checkpoint with the smallest validation loss, the newest of equal ones; None if there is none.
+
+    `loss_of` returns None for a checkpoint that is no candidate. `is_whole` is called for candidates, the best first,
+    until it returns True. Both decide what an error means.
+    """
+    candidates = []
+    for path in checkpoints:
+        loss = loss_of(path)
+        if loss is not None and math.isfinite(loss):
+            candidates.append((loss, -step_of(path), path))
+    return next((path for _, _, path in sorted(candidates) if is_whole(path)), None)
 
 
 def read_files(checkpoint: Path) -> dict[str, Any]:

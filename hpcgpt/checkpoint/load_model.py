@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -100,18 +99,21 @@ def _of_step(folder: Path, step: int) -> Path:
 
 
 def _best(folder: Path) -> Path:
-    """The whole one with the smallest validation loss, the newest of several."""
-    losses = []
-    for path in layout.found(folder / "checkpoints"):
-        if not layout.check_structure(path):
-            loss = layout.val_loss(path)
-            if loss is not None and math.isfinite(loss):
-                losses.append((loss, -layout.step_of(path), path))
-    for _, _, path in sorted(losses):
-        if not (problem := layout.verify(path)):
-            return path
-        layout.warn(path, problem)
-    raise UserError(
-        f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where eval.every "
-        "and checkpoint.every fall on the same step, and at the end"
-    )
+    """Return the best checkpoint; see layout.best. Warn about better ones that are damaged."""
+
+    def loss_of(path: Path) -> float | None:
+        return None if layout.check_structure(path) else layout.val_loss(path)
+
+    def is_whole(path: Path) -> bool:
+        problem = layout.verify(path)
+        if problem:
+            layout.warn(path, problem)
+        return not problem
+
+    best = layout.best(layout.found(folder / "checkpoints"), loss_of, is_whole)
+    if best is None:
+        raise UserError(
+            f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where "
+            "eval.every and checkpoint.every fall on the same step, and at the end"
+        )
+    return best

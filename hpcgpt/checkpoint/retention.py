@@ -29,7 +29,6 @@ No torch in here.
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from contextlib import suppress
@@ -179,31 +178,33 @@ def _destroy(folder: Path) -> None:
 
 
 def _best(paths: list[Path], verified: set[str], unreadable: set[Path], read_back: bool) -> Path | None:
-    """The whole one with the smallest validation loss, the newest of several; None if no one has any.
+    """Return the best checkpoint; see layout.best. Warn about unreadable ones and add them to `unreadable`.
 
-    Those that cannot be read are added to `unreadable`. Without `read_back` its checksums may be unknown.
+    With `read_back` it is one whose checksums have been compared, now if not before.
     """
-    losses = []
-    for path in paths:
+
+    def loss_of(path: Path) -> float | None:
         try:
-            loss = layout.val_loss(path)
+            return layout.val_loss(path)
         except OSError as error:
             if error.errno not in layout.MISSING:
                 _warn_unreadable(path, error)
                 unreadable.add(path)
-            continue
         except (TypeError, ValueError):
-            continue  # damaged, and no candidate
-        if loss is not None and math.isfinite(loss):
-            losses.append((loss, -layout.step_of(path), path))
-    for _, _, path in sorted(losses):
+            pass  # damaged
+        return None
+
+    def is_whole(path: Path) -> bool:
         if path.name in verified or not read_back:
-            return path
+            return True
         try:
-            if not layout.verify(path):
-                verified.add(path.name)
-                return path
+            whole = not layout.verify(path)
         except OSError as error:
             _warn_unreadable(path, error)
             unreadable.add(path)
-    return None
+            return False
+        if whole:
+            verified.add(path.name)
+        return whole
+
+    return layout.best(paths, loss_of, is_whole)
