@@ -27,7 +27,7 @@ def sample_limit_s(wanted_s: float, hang_s: float) -> float:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Generates samples with `model`, which must have all of its weights by then."""
+    """Generates samples with `model`, which must have all of its weights whenever `generate` is called."""
 
     model: GPT
     tokenizer: Tokenizer

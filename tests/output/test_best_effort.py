@@ -162,7 +162,7 @@ def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
     assert done.returncode == FINISHED
     assert "exit 12\n" in done.stdout
     assert "goodput: no answer within 7 s" in done.stderr
-    assert f"goodput: ask `python -m hpcgpt.status {folder}`" in done.stdout
+    assert f"goodput: see `python -m hpcgpt.status {folder}`" in done.stdout
     assert run_folder.read_exit(folder) == run_folder.Exit("", FINISHED, "finished", 12, saved=True)
 
 
@@ -175,7 +175,7 @@ def test_the_time_for_goodput_grows_with_the_rows_up_to_a_limit(
         with open(tmp_path / "metrics.jsonl", "w") as file:
             file.truncate(megabytes * 1_000_000)
     assert reporter.goodput_limit_s(tmp_path) == pytest.approx(limit_s)
-    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < attempt.LAST_WORDS_S
+    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < attempt.LAST_REPORT_S
 
 
 @pytest.mark.parametrize(("wanted_s", "hang_s", "limit_s"), [(30, 300, 30), (200, 300, 150), (7200, 36_000, 300)])
