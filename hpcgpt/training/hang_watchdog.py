@@ -57,7 +57,7 @@ class Watchdog:
             signal.signal(signal.SIGTSTP, _stop)
 
     def alive(self) -> None:
-        """Start to count from 0."""
+        """Count from 0 again: training makes progress."""
         self._silent_s = 0.0
 
     def step(self, step: int) -> None:

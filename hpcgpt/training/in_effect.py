@@ -186,7 +186,7 @@ def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
     step, total = state.step, planned.total_steps
     if step > total:
         raise UserError(
-            f"the run has made {step:,} steps already, and {_length(planned.config)} asks for {total:,}: give at least "
+            f"the run has made {step:,} steps already, and {_length(planned.config)} means {total:,}: give at least "
             f"{step:,}, or train a shorter run under another --run.name"
         )
     if step == total and state.pending is None:

@@ -38,7 +38,7 @@ class Profiler:
         self._running: profile | None = None
 
     def before(self, step: int) -> None:
-        """Start a trace if `step` is its first step."""
+        """Start the trace that begins with `step`, if any."""
         if self._running is None and step not in self._steps and time.monotonic() >= self._next_look:
             self._read_request(step)
         if self._running is None and step in self._steps:
@@ -87,6 +87,6 @@ class Profiler:
             streams.warn(f"{request}: {error}")
             return
         if content and not (content.isdecimal() and 1 <= int(content) <= MOST_STEPS):
-            streams.warn(f"{request} asks for {content[:80]!r} steps, expected 1 to {MOST_STEPS}")
+            streams.warn(f"{request} contains {content[:80]!r}, expected a number of steps from 1 to {MOST_STEPS}")
             return
         self._steps = range(step, step + int(content or DEFAULT_STEPS))

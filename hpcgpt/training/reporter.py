@@ -163,7 +163,7 @@ class Reporter:
         """Report how early the run will stop, if it needs more than requeue.end_margin_s; again when that has grown."""
         if lead_s > max(self._config.requeue.end_margin_s, 1.5 * self._reported_lead_s):
             self._reported_lead_s = lead_s
-            self.say(f"a step takes {step_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
+            self.say(f"a step takes {step_s:.1f} s: stopping {lead_s:.0f} s before the job's end")
 
     def say(self, text: str) -> None:
         """Print a line on the console."""
@@ -180,7 +180,7 @@ class Reporter:
             table = within(goodput_limit_s(self._folder), "goodput", lambda: goodput.words(self._folder))
             self.say(table or f"goodput: see `python -m hpcgpt.status {shlex.quote(str(self._folder))}`")
         elif status == exit_codes.AGAIN:
-            self.say(f"saved at step {step:,} and leaving: {message}")
+            self.say(f"saved at step {step:,} and stopping: {message}")
         elif status == exit_codes.FAILED:
             print(f"error: {message}", file=sys.stderr, flush=True)
 
