@@ -1,3 +1,1 @@
-"""Checkpoints: their layout on disk, saving, loading, which ones stay. `python -m hpcgpt.checkpoint ls|verify|show
-RUN`.
-"""
+"""Checkpoints: format, saving, loading, verifying, removing. `python -m hpcgpt.checkpoint ls|verify|show RUN`."""

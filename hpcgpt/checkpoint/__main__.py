@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
-    """`problem`: what `verify` found; None: it was not asked."""
+    """Return the row of a checkpoint. `problem`: what `verify` returned; None if it was not called."""
     whole = "whole" if problem == "" else "sizes fit"
     problem = layout.check_structure(path) if problem is None else problem
     row: dict[str, Any] = {"name": path.name, "step": layout.step_of(path), "problem": problem}
@@ -65,6 +65,7 @@ def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
 
 
 def _set_aside(path: Path) -> dict[str, Any]:
+    """Return the row of a damaged checkpoint that was set aside."""
     try:
         problem = (path / "REASON.txt").read_text().strip()
     except OSError:
@@ -97,8 +98,8 @@ def _show(path: Path, as_json: bool) -> int:
         try:
             with safe_open(path / name, framework="np") as file:
                 for key in sorted(file.keys()):
-                    piece = file.get_slice(key)
-                    tensors[key] = {"dtype": piece.get_dtype(), "shape": list(piece.get_shape()), "file": name}
+                    stored = file.get_slice(key)
+                    tensors[key] = {"dtype": stored.get_dtype(), "shape": list(stored.get_shape()), "file": name}
         except SafetensorError as error:
             raise UserError(f"{path / name} is damaged: {error}") from None
     if as_json:
@@ -107,8 +108,8 @@ def _show(path: Path, as_json: bool) -> int:
     print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.samples:,} samples, {state.world_size} ranks")
     for key, value in (state.identity | state.in_effect).items():
         print(f"  {key} = {value!r}")
-    for key, told in tensors.items():
-        print(f"  {key:60} {told['dtype']:5} {'x'.join(map(str, told['shape'])) or 'scalar'}")
+    for key, tensor in tensors.items():
+        print(f"  {key:60} {tensor['dtype']:5} {'x'.join(map(str, tensor['shape'])) or 'scalar'}")
     return 0
 
 

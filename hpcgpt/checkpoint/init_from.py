@@ -1,10 +1,10 @@
 """Initial weights from another run: ``run.init_from`` names its folder, and its newest valid checkpoint is taken.
 
-Only the weights are loaded. The optimizer, the schedule, the samples and the step start afresh, in a run of its own: it
-may have other data (of the same tokenizer), another learning rate, another length. Once it has a checkpoint itself
-the other run is not looked at any more.
+Only the weights are loaded. Optimizer, schedule, samples and step start from the beginning: the new run may have other
+data (with the same tokenizer), another learning rate, another length. Once it has a checkpoint of its own, the other
+run is not read any more.
 
-No torch in here, but where weights are loaded.
+Only `load` imports torch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
     from hpcgpt.distributed.world import Ranks
 
-# Of the model's options those that change no weight's name or shape.
+# Options of the model that change neither names nor shapes of weights.
 _FREE = ("dropout", "init_std")
 
 
 def check(config: Config, fingerprint: str) -> None:
-    """Does `run.init_from` fit this run, whose shards have the tokenizer with this fingerprint? Without torch.
+    """Check that `run.init_from` fits this run, whose tokenizer has this fingerprint. Without torch.
 
     Raises:
-        UserError: it is no run with a checkpoint, or of another model or tokenizer.
+        UserError: it has no checkpoint, or another model or tokenizer.
     """
     source = Path(config.run.init_from)
     if not config.run.init_from or layout.found(config.run_folder / "checkpoints"):
         return
     if source.resolve() == config.run_folder.resolve():
-        raise UserError(f"run.init_from {source} is this very run")
+        raise UserError(f"run.init_from {source} is this run itself")
     try:
         run_folder.run_id(source)
         other = sources.from_file(source / "config.toml").model
@@ -58,10 +58,10 @@ def check(config: Config, fingerprint: str) -> None:
 
 
 def load(source: Path, model: nn.Module, ranks: Ranks) -> str:
-    """Fill the weights of `model`; returns where they come from, in words. A collective.
+    """Load the weights of `model`; return a message that says where they come from. A collective.
 
     Raises:
-        UserError: there is no valid checkpoint, or it is of another model.
+        UserError: there is no valid checkpoint, or it has another model.
     """
     from hpcgpt.checkpoint import load as checkpoint_load
 

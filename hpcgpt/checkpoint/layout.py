@@ -1,4 +1,4 @@
-"""The on-disk form of a run's state.
+"""The format of checkpoints on disk.
 
 ::
 
@@ -11,17 +11,18 @@
       .step_000002000.g0003.tmp/              being written by generation 3
       damaged_step_000000500.g0003/           set aside by generation 3, with the reason in REASON.txt
 
-The tensors, spread over the ranks by size: ``model/<parameter>``, ``optim/<parameter>/<state>``, and
+The tensors are spread over the ranks by size: ``model/<parameter>``, ``optim/<parameter>/<state>``, and
 ``rng/<rank>/cpu`` (and ``/cuda``), the state of each rank's random generators as bytes. A tensor of which each rank had
-some rows only (parallel.mode zero1 and fsdp) is in pieces, in the shares of those ranks: ``<name>[0:384]``,
-``<name>[384:768]``, the first row and the one after the last. Each row is there once; a run resumes from it in any
-mode.
+only some rows (parallel.mode zero1 and fsdp) is divided among the shares of those ranks: ``<name>[0:384]``,
+``<name>[384:768]``, with the first row and the one after the last. Each row is stored once; a run can resume from it in
+any mode.
 
-A folder without its manifest does not exist as far as loading is concerned, and nothing is believed that the
-manifest's checksums do not bear out. safetensors and JSON only: nothing in a checkpoint can run code.
+A folder without its manifest is never loaded, and no file is used unless its checksum is that in the manifest. All
+files are safetensors or JSON: nothing in a checkpoint can run code.
 
-The checksum is XXH3 with 128 bits: against disks and networks, not people. A user with write access to the folder can
-also write a manifest. SHA-256 ran at a tenth of its speed here, and would take a core from training for longer.
+The checksum is XXH3 with 128 bits. It protects from faulty disks and networks, not from people: a user with write
+access to the folder can also write a manifest. SHA-256 ran at a tenth of its speed here, and would take a core from
+training for longer.
 
 Written by ``hpcgpt.checkpoint.save``, loaded by ``hpcgpt.checkpoint.load``, removed by ``hpcgpt.checkpoint.retention``.
 No torch in here.
@@ -31,9 +32,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -47,21 +49,21 @@ from hpcgpt.output import streams
 from hpcgpt.storage.lease import Lease
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
-JSON_LIMIT = 64 << 20  # bytes; what is larger is no state.json or manifest.json of ours
+JSON_LIMIT = 64 << 20  # bytes; no state.json or manifest.json of ours is larger
 _NAME = re.compile(r"step_(\d{9,})")
-_PIECE = re.compile(r"(.*)\[(\d{1,18}):(\d{1,18})\]", re.ASCII)
+_NAME_WITH_ROWS = re.compile(r"(.*)\[(\d{1,18}):(\d{1,18})\]", re.ASCII)
 _FILE = re.compile(r"(tensors_\d{5}_of_\d{5}\.safetensors|state\.json)")
-# A file is not there. Any other error may be this host's or the network's, and is no damage.
+# These mean that a file is missing. Any other error may be the fault of this host or the network, and is no damage.
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 @dataclass
 class TrainState:
-    """Where training stands. Each field is one of `State`, too.
+    """The progress of training. `State` has each of these fields, too.
 
     `pending` is the metrics row of this step, if the run was stopped before its evaluation had ended; `val_loss` in
-    nats, if this very step was evaluated. `skipped` global batches were left out so far, in `rollbacks`: step s uses
-    global batch s + skipped.
+    nats, if this step was evaluated. `skipped` global batches were left out by `rollbacks` rollbacks so far: step s
+    uses global batch s + skipped.
     """
 
     step: int = 0
@@ -71,17 +73,17 @@ class TrainState:
     rollbacks: int = 0
 
     def become(self, saved: State) -> None:
-        """Take over what a checkpoint says."""
+        """Take the values of a checkpoint."""
         for item in fields(self):
             setattr(self, item.name, getattr(saved, item.name))
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint says beside its tensors. For `pending`, `val_loss`, `skipped` and `rollbacks` see TrainState.
+    """The contents of state.json. For `pending`, `val_loss`, `skipped` and `rollbacks` see TrainState.
 
     `identity` is what must not change between attempts. `in_effect` is what the attempt that saved it computed with:
-    see ``hpcgpt.training.in_effect``; older checkpoints do not say.
+    see ``hpcgpt.training.in_effect``; empty in older checkpoints.
     """
 
     step: int
@@ -107,7 +109,7 @@ class State:
 
 
 class FormatError(UserError):
-    """A checkpoint of another format version: whole perhaps, so not to be set aside."""
+    """A checkpoint has another format version. It may be whole, so it is not set aside."""
 
 
 # --- names -----------------------------------------------------------------------------------------
@@ -126,16 +128,16 @@ def share_name(rank: int, world_size: int) -> str:
 
 
 def found(checkpoints: Path) -> list[Path]:
-    """Checkpoints by name, the newest first; valid or not.
+    """Return the checkpoints, the newest first, valid or not.
 
     Raises:
-        OSError: the folder is there, and cannot be read.
+        OSError: the folder exists, but cannot be read.
     """
     return sorted((path for path in entries(checkpoints) if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder. Unlike glob, which takes one that cannot be read for an empty one."""
+    """Return the contents of a folder, [] if it does not exist. Unlike glob, raise OSError if it cannot be read."""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -143,9 +145,9 @@ def entries(folder: Path) -> list[Path]:
 
 
 def rows_of(name: str) -> tuple[str, range | None]:
-    """A tensor's name without its rows, and those; None: all."""
-    found = _PIECE.fullmatch(name)
-    return (found[1], range(int(found[2]), int(found[3]))) if found else (name, None)
+    """Split a stored name into the name of the tensor and the stored rows; None: all rows."""
+    match = _NAME_WITH_ROWS.fullmatch(name)
+    return (match[1], range(int(match[2]), int(match[3]))) if match else (name, None)
 
 
 def step_of(path: Path) -> int:
@@ -160,32 +162,48 @@ def state_bytes(state: State) -> bytes:
 
 
 def manifest_bytes(files: dict[str, Any], generation: int) -> bytes:
-    """`files`: name -> {"bytes": int, "xxh3": hex}."""
+    """Return the contents of manifest.json. `files`: name -> {"bytes": int, "xxh3": hex}."""
     manifest = {"format": FORMAT, "version": VERSION, "generation": generation, "files": files}
     return json.dumps(manifest | {"digest": _digest(manifest)}, indent=1).encode()
 
 
 def read_state(checkpoint: Path) -> State:
-    """Raises ValueError, TypeError or OSError if it is none; see `verify` first."""
+    """Read state.json, after `verify`. Raises ValueError, TypeError or OSError if it is not valid."""
     return State(**_json(checkpoint / "state.json"))
 
 
 def val_loss(checkpoint: Path) -> float | None:
-    """In nats, if this very step was evaluated. Raises as `read_state`.
+    """Return the validation loss in nats; None if this step was not evaluated. Raises as `read_state`.
 
     If the evaluation was interrupted, the loss is in the run's metrics.jsonl, written by the next attempt.
     """
     state = read_state(checkpoint)
     if state.pending is None:
         return state.val_loss
-    begin = f'{{"step": {state.step}, '.encode()  # not all of them are parsed: there may be a million
+    begin = f'{{"step": {state.step}, '.encode()  # no other row is parsed: there may be a million
     try:
         with open(checkpoint.parents[1] / "metrics.jsonl", "rb") as file:
             row = json.loads(next((line for line in file if line.startswith(begin)), b"{}"))
-    except (FileNotFoundError, RecursionError, ValueError):  # not yet there, half written, or no row of ours
+    except (FileNotFoundError, RecursionError, ValueError):  # missing, half written, or not ours
         return None
     loss = row.get("val/loss")
     return loss if isinstance(loss, float) else None
+
+
+def best(
+    checkpoints: Iterable[Path], loss_of: Callable[[Path], float | None], is_whole: Callable[[Path], bool]
+) -> Path | None:
+    """Return the whole checkpoint with the smallest validation loss, the newest of equal ones; None if there is none.
+
+    `loss_of` returns None for a checkpoint that is no candidate. `is_whole` is called for candidates, the best first,
+    until it returns True. Both decide what an error means.
+    """
+    candidates = []
+    for path in checkpoints:
+        loss = loss_of(path)
+        if loss is not None and math.isfinite(loss):
+            candidates.append((loss, -step_of(path), path))
+    return next((path for _, _, path in sorted(candidates) if is_whole(path)), None)
 
 
 def read_files(checkpoint: Path) -> dict[str, Any]:
@@ -210,22 +228,22 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def verify(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; '' if it is whole.
+    """Return what is wrong with a checkpoint; '' if it is whole.
 
     Raises:
-        FormatError: it is of another format version.
-        OSError: a file that is there cannot be read.
+        FormatError: it has another format version.
+        OSError: a file exists, but cannot be read.
     """
     problem = check_structure(checkpoint)
     return problem or check_checksums(checkpoint, read_files(checkpoint))
 
 
 def check_structure(checkpoint: Path) -> str:
-    """What is wrong with all but the checksums of the files: manifest, names, sizes, state.
+    """Check manifest, names, sizes and state, but not the checksums of files; return what is wrong, or ''.
 
     Raises:
-        FormatError: it is of another format version.
-        OSError: a file that is there cannot be read.
+        FormatError: it has another format version.
+        OSError: a file exists, but cannot be read.
     """
     try:
         manifest = _json(checkpoint / "manifest.json")
@@ -236,7 +254,7 @@ def check_structure(checkpoint: Path) -> str:
         digest = manifest.pop("digest", None)
         if manifest["version"] != VERSION and digest in (_digest(manifest), None):
             raise FormatError(
-                f"{checkpoint} has format version {manifest['version']}, and this program knows {VERSION}: use the "
+                f"{checkpoint} has format version {manifest['version']}, and this program reads {VERSION}: use the "
                 "hpcgpt that wrote it, or start another --run.name"
             )
         if digest != _digest(manifest):
@@ -271,7 +289,7 @@ def check_checksums(checkpoint: Path, names: Iterable[str]) -> str:
     """Name the first of the files `names` that differs from the manifest, after `check_structure`; '' if none does.
 
     Raises:
-        OSError: it cannot be read, which may be this host's fault and no damage.
+        OSError: a file cannot be read, which may be the fault of this host, and is no damage.
     """
     files = read_files(checkpoint)
     for name in names:
@@ -284,28 +302,28 @@ def check_checksums(checkpoint: Path, names: Iterable[str]) -> str:
                     pass
             except SafetensorError as error:
                 return f"{name}: {error}"
-            except MemoryError as error:  # no room for another map: of the host, and no damage
+            except MemoryError as error:  # the host has no memory for another map: no damage
                 raise OSError(errno.ENOMEM, f"{checkpoint / name}: {error}") from None
     return ""
 
 
 def _checksum(file: BinaryIO) -> str:
     digest = xxhash.xxh3_128()
-    while piece := file.read(8 << 20):
-        digest.update(piece)
+    while chunk := file.read(8 << 20):
+        digest.update(chunk)
     return str(digest.hexdigest())
 
 
 def quarantine(checkpoint: Path, problem: str, lease: Lease) -> None:
-    """Take a damaged checkpoint out of the way, with a loud line; nothing of it is lost."""
+    """Set a damaged checkpoint aside with a warning: rename it, and delete nothing."""
     name, count = f"damaged_{checkpoint.name}.g{lease.number:04d}", 1
     aside = checkpoint.with_name(name)
     while aside.is_symlink() or aside.exists():  # the same step, saved again and damaged again
         count += 1
         aside = checkpoint.with_name(f"{name}.{count}")
     checkpoint.rename(aside)
-    lease.check()  # if it was not ours to move, it stays without a reason, and is put back: see retention
-    # On a full disk the warning below has to do; and what a link points to is not ours to write into.
+    lease.check()  # if a newer generation exists, no reason is written, and it is restored: see retention
+    # On a full disk there is only the warning below. What a link points to is not ours.
     with suppress(OSError):
         if not aside.is_symlink():
             (aside / "REASON.txt").write_text(problem + "\n")
@@ -313,15 +331,16 @@ def quarantine(checkpoint: Path, problem: str, lease: Lease) -> None:
 
 
 def warn(checkpoint: Path, problem: str) -> None:
+    """Warn that a checkpoint is damaged."""
     streams.warn(f"checkpoint {checkpoint} is damaged: {problem}")
 
 
 def _not_a_file(path: Path) -> str:
-    """Also a pipe or a device, which could be waited for without end."""
+    """Return a problem unless `path` is a regular file: reading a pipe or a device might never end."""
     mode = path.lstat().st_mode
     return "" if stat.S_ISREG(mode) else f"{path.name} is no regular file"
 
 
 def damaged(checkpoints: Path) -> list[Path]:
-    """Those that were set aside."""
+    """Return the checkpoints that were set aside."""
     return sorted(path for path in entries(checkpoints) if path.name.startswith("damaged_step_"))

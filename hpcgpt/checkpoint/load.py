@@ -1,14 +1,14 @@
-"""Going on from a checkpoint: the newest valid one is chosen by all ranks together, and loaded by each.
+"""Resumes from a checkpoint: all ranks together choose the newest valid one, and each loads it.
 
-Rank 0 looks what there is and whether it fits together; the checksums are shared out over the ranks. What is
-damaged is set aside, and the one before is used.
+Rank 0 checks which checkpoints there are, and their structure; the checksums are divided among the ranks. A damaged
+checkpoint is set aside, and the one before it is used.
 
-One that cannot be read (EIO, ESTALE; tried twice) is perhaps whole, and the host's fault: so the attempt crashes, and
-the requeue policy may choose other nodes. But a bad block must not end a run. Once an attempt on another host could not
-read it either, or two earlier ones on any, it is set aside like a damaged one, with a loud line, and the one before is
-used. Nothing of it is deleted: a person can give it its name back once the disk is well. It has to be moved, since the
-run will make that step once more, and must not meet the two in one place. Each failure is an event, ``unreadable``. It
-says nothing about a checkpoint of the same step that was made, or brought back, after that.
+One that cannot be read (EIO, ESTALE; tried twice) may be whole, and the host at fault. So the attempt crashes, and the
+requeue policy may choose other nodes. But a bad block must not end a run: once an attempt on another host could not
+read it either, or two earlier ones on any host, it is set aside like a damaged one, with a warning, and the one before
+it is used. Nothing of it is deleted: a person can give it back its name when the disk works again. It has to be
+renamed, because the run will save this step once more, under the same name. Each failure is recorded as an event,
+``unreadable``. It does not count for a checkpoint of the same step that was saved, or restored, after it.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from hpcgpt.run import run_folder
 from hpcgpt.storage.lease import Lease
 
 RETRY_S = 0.5
-ATTEMPTS = 2  # so many earlier ones that could not read a checkpoint are enough, on whatever host
+FAILED_ATTEMPTS = 2  # earlier ones that could not read a checkpoint, on any host, until it is set aside
 
 
 def newest_valid(
     checkpoints: Path, ranks: Ranks, lease: Lease | None, wanted: Callable[[int], bool] = lambda _: True
 ) -> Path | None:
-    """The newest valid checkpoint of a step that is `wanted`, the same on every rank; None if there never was one, or
-    none of such a step. A collective.
+    """Return the newest valid checkpoint of a step that is `wanted`, the same on every rank. A collective.
 
-    Damaged ones are set aside with a loud line; by a reader, which holds no lease, they are only skipped.
+    None if there never was a checkpoint, or none of such a step. Damaged ones are set aside with a warning; without a
+    lease, as for a command that only reads, they are skipped.
 
     Raises:
-        UserError: there are such checkpoints, and none is valid; or the newest is of another format version.
-        OSError: the newest cannot be read, by the first attempts that try.
+        UserError: there are such checkpoints, but none is valid; or the newest has another format version.
+        OSError: the newest cannot be read, and this is one of the first attempts to fail.
     """
     names = run_on_rank0(ranks, lambda: [path.name for path in layout.found(checkpoints)])
     problems = []
@@ -59,23 +59,22 @@ def newest_valid(
         path = checkpoints / name
         if not wanted(layout.step_of(path)):
             continue
-        problem, unreadable = _problem(path, ranks)
+        problem, unreadable = _check(path, ranks)
         if unreadable:
             earlier = run_on_rank0(ranks, lambda path=path, one=unreadable: _failed_before(path, one, lease))  # type: ignore[misc]
             if not earlier:
                 raise unreadable.error
-            problem = f"it cannot be read, as {earlier} found as well: {unreadable.words}"
+            problem = f"it cannot be read, as {earlier} found as well: {unreadable.message}"
         if not problem:
             return path
         problems.append(f"{name}: {problem}")
-        run_on_rank0(ranks, lambda path=path, problem=problem: _tell(path, problem, lease))  # type: ignore[misc]
-    if (
-        not names
-    ):  # Those that earlier starts set aside: there was training, and it must not silently start from scratch.
+        run_on_rank0(ranks, lambda path=path, problem=problem: _reject(path, problem, lease))  # type: ignore[misc]
+    if not names:
+        # If earlier starts have set all of them aside, the run must not silently start from scratch.
         problems = run_on_rank0(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
     if problems:
         raise UserError(
-            f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): bring one back, or start "
+            f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): restore one, or start "
             "another --run.name; training is not started over silently"
         )
     return None
@@ -83,7 +82,7 @@ def newest_valid(
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """What a rank could not read, and why."""
+    """A file that a rank could not read, and why."""
 
     rank: int
     host: str
@@ -92,7 +91,7 @@ class _Unreadable:
     file: str
 
     @property
-    def words(self) -> str:
+    def message(self) -> str:
         return f"{self.file}: {self.reason}"
 
     @property
@@ -102,26 +101,26 @@ class _Unreadable:
         return error
 
 
-def _problem(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
-    """What is wrong with a checkpoint, '' if it is whole; and what could not be read of it. The same on every rank."""
+def _check(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
+    """Return what is wrong with a checkpoint, or '', and what of it cannot be read: the same on every rank."""
     rank = ranks.world.rank
-    found = run_on_rank0(ranks, lambda: _twice(lambda: layout.check_structure(path), rank))
+    found = run_on_rank0(ranks, lambda: _try_twice(lambda: layout.check_structure(path), rank))
     if found != "":
-        return _told_apart([found])
+        return _first_problem([found])
 
-    def mine() -> str:
+    def check_share() -> str:
         names = sorted(layout.read_files(path))
         return layout.check_checksums(path, names[rank :: ranks.world.size])
 
-    return _told_apart(gather_from_all(ranks, lambda: _twice(mine, rank)))
+    return _first_problem(gather_from_all(ranks, lambda: _try_twice(check_share, rank)))
 
 
-def _twice(look: Callable[[], str], rank: int) -> str | _Unreadable:
+def _try_twice(check: Callable[[], str], rank: int) -> str | _Unreadable:
     with suppress(OSError):
-        return look()
-    time.sleep(RETRY_S)  # a network file system may have been out of order for a moment
+        return check()
+    time.sleep(RETRY_S)  # a network file system may recover
     try:
-        return look()
+        return check()
     except OSError as error:
         return _Unreadable(
             rank,
@@ -132,17 +131,17 @@ def _twice(look: Callable[[], str], rank: int) -> str | _Unreadable:
         )
 
 
-def _told_apart(found: list[str | _Unreadable]) -> tuple[str, _Unreadable | None]:
-    """The first problem, which is damage whatever else could not be read."""
+def _first_problem(found: list[str | _Unreadable]) -> tuple[str, _Unreadable | None]:
+    """Return the first problem, or else the first unreadable file: damage counts, whatever could not be read."""
     problem = next((one for one in found if isinstance(one, str) and one), "")
     unreadable = next((one for one in found if isinstance(one, _Unreadable)), None)
     return problem, None if problem else unreadable
 
 
 def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
-    """Which earlier attempts could not read this checkpoint, if they are enough to do without it; else ''.
+    """Record that a checkpoint cannot be read; return which earlier attempts could not either, if enough, or ''.
 
-    On rank 0 alone; a reader, which holds no lease, does not wait.
+    Rank 0 only. Without a lease, nothing is recorded, and the result is ''.
     """
     if lease is None:
         return ""
@@ -152,8 +151,8 @@ def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
         if event.get("step") != step:
             continue
         if event.get("event") == "save" or event.get("set_aside"):
-            found = []  # those before were about another one, or about one that a person has brought back since
-        # Where it is not known which one it was, the step has to do: a disk that shows nothing must not block the run.
+            found = []  # earlier events are about one that was replaced, or restored, since
+        # If its identity is not known, its step is enough: a disk that cannot be read must not block the run.
         elif (
             event.get("event") == "unreadable"
             and event.get("attempt") != lease.number
@@ -161,10 +160,10 @@ def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
         ):
             found.append(event)
     hosts = {str(event.get("host")) for event in found}
-    enough = len({event.get("attempt") for event in found}) >= ATTEMPTS or bool(hosts - {now.host})
-    with suppress(OSError):  # then it counts as the first failure, next time
+    enough = len({event.get("attempt") for event in found}) >= FAILED_ATTEMPTS or bool(hosts - {now.host})
+    with suppress(OSError):  # if it is not recorded, the next failure counts as the first
         run_folder.record(
-            run, "unreadable", attempt=lease.number, step=step, rank=now.rank, host=now.host, problem=now.words,
+            run, "unreadable", attempt=lease.number, step=step, rank=now.rank, host=now.host, problem=now.message,
             identity=identity, set_aside=enough,
         )  # fmt: skip
     return (
@@ -173,11 +172,11 @@ def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
 
 
 def _identity(path: Path) -> str:
-    """Identify a checkpoint among those of the same step: when its manifest was written, and its size; '' if
-    not even that can be seen.
+    """Return what distinguishes a checkpoint from others of the same step: time and size of its manifest; '' if these
+    cannot be read.
 
-    Not what is in it: made again, the step has the same bytes. In whole seconds, since hosts of one network file system
-    may see finer times differently.
+    The contents do not: the same step saved again has the same bytes. In whole seconds, since hosts of one network file
+    system may see finer times differently.
     """
     try:
         manifest = (path / "manifest.json").stat()
@@ -186,7 +185,8 @@ def _identity(path: Path) -> str:
     return f"{int(manifest.st_mtime)}:{manifest.st_size}"
 
 
-def _tell(path: Path, problem: str, lease: Lease | None) -> None:
+def _reject(path: Path, problem: str, lease: Lease | None) -> None:
+    """Set a damaged checkpoint aside; without a lease, only warn."""
     if lease is not None:
         layout.quarantine(path, problem, lease)
     else:
@@ -194,10 +194,10 @@ def _tell(path: Path, problem: str, lease: Lease | None) -> None:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> State:
-    """Fill model, optimizer (None: leave it out) and this rank's random generators; returns the rest.
+    """Load model, optimizer (None: leave it out) and this rank's random generators; return the rest.
 
-    Each may be whole, or this rank's share, and so may what is stored: nothing more is read than is needed. On another
-    world size than the checkpoint's the generators are left as they are.
+    Tensors in memory may be whole or sharded, and so may those in the files; only the needed rows are read. If the
+    world size has changed, the generators are not changed.
 
     Raises:
         UserError: the tensors are not those of this model, this optimizer, or this precision.
@@ -219,21 +219,21 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
             owner = _named(parameters, parameter)
             if key not in keys[owner]:
                 raise UserError(
-                    f"{stored.name} is nothing that the optimizer keeps of it ({', '.join(keys[owner])}): set "
-                    "optim.name as it was"
+                    f"{stored.name} is not part of this optimizer's state ({', '.join(keys[owner])}): set optim.name "
+                    "as it was"
                 )
             _fill_state(optimizer.state[owner], key, stored, owner)
         elif stored.name in generators and optimizer is not None:
             _restore_generator(stored.name, stored.read(), ranks)
         elif kind not in ("model", "optim", "rng"):
-            raise InputError(f"{path} has a tensor {stored.name}, which is nothing that this program knows")
+            raise InputError(f"{path} has an unknown tensor, {stored.name}")
     _check_complete(path, seen, parameters, keys, ranks, state)
     return state
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of a checkpoint, or the `rows` of it that lie in one file; None: it is whole."""
+    """A tensor in a file of a checkpoint, or `rows` of it; None: all rows."""
 
     share: Path
     file: Any
@@ -248,17 +248,18 @@ class _Stored:
         return self._try(lambda: self.file.get_tensor(self.key))  # type: ignore[no-any-return]
 
     def read_rows(self, first: int, after: int) -> Tensor:
-        """Rows of what is stored here, counted from its first."""
+        """Read some of the rows that are stored here, counted from the first of them."""
         return self._try(lambda: self.file.get_slice(self.key)[first:after])  # type: ignore[no-any-return]
 
-    def _try(self, look: Callable[[], Any]) -> Any:
+    def _try(self, read: Callable[[], Any]) -> Any:
         try:
-            return look()
+            return read()
         except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that this torch does not have
             raise InputError(f"{self.share}: {self.key} cannot be read: {error}") from None
 
 
 def _tensors(path: Path, state: State) -> Iterator[_Stored]:
+    """Yield what is stored in a checkpoint."""
     for rank in range(state.world_size):
         share = path / layout.share_name(rank, state.world_size)
         try:
@@ -267,7 +268,7 @@ def _tensors(path: Path, state: State) -> Iterator[_Stored]:
                     yield _Stored(share, file, key, *layout.rows_of(key))
         except SafetensorError as error:
             raise InputError(f"{share}: {error}") from None
-        except MemoryError as error:  # no room for another map: the host's fault
+        except MemoryError as error:  # no memory for another map: the fault of the host
             raise OSError(errno.ENOMEM, f"{share}: {error}") from None
         except RuntimeError as error:  # torch could not open or map it, though its checksum was read before
             raise OSError(errno.EIO, f"{share}: {error}") from None
@@ -281,7 +282,7 @@ def _check_complete(
     ranks: Ranks,
     state: State,
 ) -> None:
-    """A tensor that is not there must not leave its place at what it was by chance, nor be there in two versions."""
+    """Check that each tensor, and each row, was stored exactly once: none may keep its initial value."""
     expected = {f"model/{name}": len(parameter) for name, parameter in parameters.items()}
     if keys:
         if state.step or any(name.startswith("optim/") for name in seen):
@@ -291,13 +292,13 @@ def _check_complete(
             expected[f"rng/{ranks.world.rank}/cpu"] = 1
     if missing := sorted(expected.keys() - seen.keys()):
         raise InputError(f"{path} lacks {', '.join(missing[:3])} of this model")
-    for name, pieces in seen.items():
-        if None in pieces and len(pieces) > 1:
+    for name, parts in seen.items():
+        if None in parts and len(parts) > 1:
             raise InputError(f"{path} has the tensor {name} twice")
-        if None in pieces or name not in expected:  # the optimizer's, where only the weights are loaded
+        if None in parts or name not in expected:  # part of an optimizer that is not loaded
             continue
         after = 0
-        for rows in sorted((piece for piece in pieces if piece is not None), key=lambda rows: rows.start):
+        for rows in sorted((part for part in parts if part is not None), key=lambda rows: rows.start):
             if rows.start != after:
                 what = "lacks" if rows.start > after else "has twice some"
                 raise InputError(f"{path} {what} rows of {name} before row {max(rows.start, after):,}")
@@ -307,6 +308,7 @@ def _check_complete(
 
 
 def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
+    """Return the parameter with this name."""
     if name not in parameters:
         raise InputError(f"the checkpoint has a tensor {name}, and the model has none of that name")
     return parameters[name]
@@ -333,6 +335,7 @@ def _fill_state(state: dict[str, Any], key: str, stored: _Stored, owner: nn.Para
 
 
 def _fill(target: nn.Parameter, stored: _Stored, exactly: bool) -> None:
+    """Set a parameter, or the rows of it that are stored here. `exactly`: the dtypes must be the same."""
     shape = _whole_shape(stored, tuple(target.shape))
     if tuple(target.shape) != shape:
         raise InputError(f"{stored.name} is {shape} in the checkpoint and {tuple(target.shape)} in the model")
@@ -345,7 +348,7 @@ def _fill(target: nn.Parameter, stored: _Stored, exactly: bool) -> None:
 
 
 def _whole_shape(stored: _Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that the tensor has, of which some rows are stored: if those are as many as their name says."""
+    """Return the shape of the whole tensor, after a check that as many rows are stored as their name says."""
     shape, rows = stored.shape(), stored.rows
     if rows is None:
         return shape
@@ -356,7 +359,7 @@ def _whole_shape(stored: _Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _fill_rows(target: Tensor, stored: _Stored) -> None:
-    """Those rows that are stored here, and that this rank has."""
+    """Copy the rows that are stored here and that this rank has."""
     own, rows = local_rows(target), stored.rows or range(len(target))
     first, after = max(own.start, rows.start), min(own.stop, rows.stop)
     if first < after:
@@ -364,10 +367,11 @@ def _fill_rows(target: Tensor, stored: _Stored) -> None:
 
 
 def _restore_generator(name: str, state: Tensor, ranks: Ranks) -> None:
+    """Set a random generator of this rank."""
     try:
         if name.endswith("/cpu"):
             torch.set_rng_state(state)
         elif ranks.device.type == "cuda":
             torch.cuda.set_rng_state(state, ranks.device)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{name} is no state of a random generator: {error}") from None
+        raise InputError(f"{name} is not the state of a random generator: {error}") from None

@@ -1,8 +1,7 @@
-"""A trained model out of a run's folder, for the commands that use one: ``hpcgpt sample`` and ``hpcgpt eval``."""
+"""Loads a trained model from a run folder, for ``hpcgpt sample`` and ``hpcgpt eval``."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 @dataclass(frozen=True)
 class Trained:
-    """`model` as the checkpoint at `path` has it, on `ranks.device`; `ranks` are this process alone."""
+    """A model with the weights of the checkpoint `path`, on `ranks.device`; `ranks` are this process alone."""
 
     config: Config
     path: Path
@@ -37,17 +36,18 @@ class Trained:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What training computes in, or would on this device."""
+        """Return the dtype that training computes in, or would on this device."""
         return pick_dtype(self.config.train.dtype, self.ranks.device)
 
     def computing(self) -> torch.autocast:
-        """A context for `dtype`. Weights are cast once in it, if it is entered once."""
+        """Return a context that computes in `dtype`. Enter it once: weights are cast each time."""
         return computing_in(self.dtype, self.ranks.device)
 
     @contextmanager
     def as_trained(self) -> Iterator[None]:
-        """The same, and training's attention kernel, for windows like training's: so figures are the same to the last
-        bit. Not for a text that grows: there are kernels that take no single token.
+        """Also use the attention kernel of training, so that losses are the same to the last bit.
+
+        Only for windows like those of training: some kernels cannot process a single token.
         """
         with self.computing(), self._attention()():
             yield
@@ -55,20 +55,20 @@ class Trained:
     def _attention(self) -> kernels.Context:
         try:
             return kernels.attention(self.config.train.attention, self.ranks.device, self.dtype)
-        except ValueError:  # a run of GPUs may be looked at where there are none
+        except ValueError:  # trained on GPUs, loaded where there are none
             return nullcontext
 
 
 def load(folder: Path, step: int | None, best: bool) -> Trained:
-    """The model of a run, from the checkpoint of a step, from the best, or else from the newest.
+    """Load the model of a run from the checkpoint of a step, from the best one, or else from the newest.
 
     Raises:
-        UserError: no such run or checkpoint, or it is damaged. If none is named damaged ones are passed over.
+        UserError: there is no such run or checkpoint, or the one of `step` is damaged. Other damaged ones are skipped.
     """
     config = run_config.config(folder)
     alone = world.World(0, 0, 1, 1, "alone", "command")
     torch.set_num_threads(config.run.threads or world.cores(alone))
-    # A run of GPUs may be looked at where there are none.
+    # A run on GPUs may be loaded where there are none.
     device = world.pick_device(alone, "cpu" if config.run.device == "cpu" else "auto")
     if device.type == "cpu":
         host_memory.keep_freed()
@@ -90,28 +90,31 @@ def _newest(folder: Path, ranks: Ranks) -> Path:
 
 
 def _of_step(folder: Path, step: int) -> Path:
-    there = {layout.step_of(path): path for path in reversed(layout.found(folder / "checkpoints"))}
-    if step not in there:
-        steps = f"there are {', '.join(f'{found:,}' for found in there)}" if there else "there is none yet"
+    by_step = {layout.step_of(path): path for path in reversed(layout.found(folder / "checkpoints"))}
+    if step not in by_step:
+        steps = f"there are {', '.join(f'{found:,}' for found in by_step)}" if by_step else "there is none yet"
         raise UserError(f"{folder} has no checkpoint of step {step:,}: {steps}")
-    if problem := layout.verify(there[step]):
-        raise UserError(f"{there[step]} is damaged: {problem}")
-    return there[step]
+    if problem := layout.verify(by_step[step]):
+        raise UserError(f"{by_step[step]} is damaged: {problem}")
+    return by_step[step]
 
 
 def _best(folder: Path) -> Path:
-    """The whole one with the smallest validation loss, the newest of several."""
-    losses = []
-    for path in layout.found(folder / "checkpoints"):
-        if not layout.check_structure(path):
-            loss = layout.val_loss(path)
-            if loss is not None and math.isfinite(loss):
-                losses.append((loss, -layout.step_of(path), path))
-    for _, _, path in sorted(losses):
-        if not (problem := layout.verify(path)):
-            return path
-        layout.warn(path, problem)
-    raise UserError(
-        f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where eval.every "
-        "and checkpoint.every fall on the same step, and at the end"
-    )
+    """Return the best checkpoint; see layout.best. Warn about better ones that are damaged."""
+
+    def loss_of(path: Path) -> float | None:
+        return None if layout.check_structure(path) else layout.val_loss(path)
+
+    def is_whole(path: Path) -> bool:
+        problem = layout.verify(path)
+        if problem:
+            layout.warn(path, problem)
+        return not problem
+
+    best = layout.best(layout.found(folder / "checkpoints"), loss_of, is_whole)
+    if best is None:
+        raise UserError(
+            f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where "
+            "eval.every and checkpoint.every fall on the same step, and at the end"
+        )
+    return best

@@ -1,35 +1,36 @@
-"""Which checkpoints go: old ones once newer ones have been read back, and what ended attempts left half done.
+"""Decides which checkpoints are removed, and removes them: old ones, and what ended attempts left incomplete.
 
-What stays are the `keep_last` newest valid ones, every `keep_every`-th step, and the one with the smallest
-validation loss. After a save (`prune_after_save`) only checkpoints whose checksums hold count, so an old one is never
+The `keep_last` newest valid ones are kept, every `keep_every`-th step, and the one with the smallest validation loss.
+After a save (`prune_after_save`), only checkpoints whose checksums have been compared count, so that no old one is
 removed because of a damaged newer one.
 
-To read a large checkpoint back takes longer than some attempts last. So that their checkpoints do not pile up, each
-start removes what is too much, once it has loaded one (`prune`). That reads no tensors: those whose manifest, sizes
-and state fit count as well, as long as one that has been read back, the loaded one, is among those that stay. The same
-makes room before a save that would have none: what would be removed after that save is removed before it. So there
-are never more than the settings keep, the one that is being written, and the one that has just been saved.
+Comparing the checksums of a large checkpoint takes longer than some attempts last. So that their checkpoints do not
+accumulate, each start removes old ones, too, once it has loaded one (`prune`). This reads no tensors: checkpoints whose
+manifest, sizes and state fit count as well, provided that one whose checksums have been compared, the loaded one, is
+kept. The same makes room before a save that would have too little: what would be removed after the save is removed
+before it. So there are never more than the settings keep, the one that is being written, and the one just saved.
 
-One that cannot be read (EIO: perhaps this host's fault) neither counts nor goes, and keeps no other from going.
+A checkpoint that cannot be read (EIO: perhaps this host's fault) does not count, is kept, and does not prevent others
+from being removed.
 
-An orphan of an earlier generation may be stopped between its last look for a newer one and a rename, and wake up
-when a newer one relies on what it then moves. That cannot be kept from happening, so it is made to do no harm. To
-move and to destroy are two things, and a look stands between them::
+A process of an earlier generation may be suspended between its last check of the lease and a rename, and continue when
+a newer generation uses what it then renames. This cannot be prevented, so it must do no harm: renaming and destroying
+are separate steps, with a check of the lease between them::
 
-    removing        step_X -> .step_X.gN.removed    look    its manifest is unlinked    the rest is
-    setting aside   step_X -> damaged_step_X.gN     look    REASON.txt is written
+    removing        step_X -> .step_X.gN.removed    check    unlink its manifest    remove the rest
+    setting aside   step_X -> damaged_step_X.gN     check    write REASON.txt
 
-So what was moved by generation N while a newer one was there has still its manifest, or has no reason, and stays so.
-The newer one puts it back: before each of its own removals, and each start before it chooses (`clean`). If it was moved
-rightly it is merely found superfluous, or damaged, once more. And what one generation is about to put back, or
-to destroy, is by then renamed by a newer one, and gone for the older one's system calls, which name it by its path.
+So what generation N has renamed although there was a newer one keeps its manifest, or has no REASON.txt. The newer
+generation gives it back its name: before each of its own removals, and at each start before it chooses a checkpoint
+(`recover_leftovers`). If it was renamed rightly, it is merely found to be old, or damaged, once more. And whatever a
+generation is about to restore or destroy has another path once a newer one has renamed it, so that the system calls of
+the older one do not reach it.
 
 No torch in here.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from contextlib import suppress
@@ -45,20 +46,20 @@ _ASIDE = re.compile(r"damaged_(step_\d+)\.g(\d+)(\.\d+)?")
 
 
 def prune_after_save(checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: set[str]) -> list[Path]:
-    """Remove what is not to stay; returns those that went.
+    """Remove old checkpoints after a save; return those that were removed. Damaged ones are set aside.
 
-    `verified` has the names that this process has read back; it is added to. Damaged ones are set aside.
+    `verified`: names of checkpoints whose checksums this process has compared; new ones are added.
 
     Raises:
         OSError: one could not be removed.
-        UserError: there is one of another format version.
+        UserError: one has another format version.
     """
     recover_leftovers(checkpoints, lease)
     whole: list[Path] = []
     unreadable: set[Path] = set()
-    waiting = layout.found(checkpoints)
-    while waiting and len(whole) < keep.keep_last:
-        path = waiting.pop(0)
+    older = layout.found(checkpoints)
+    while older and len(whole) < keep.keep_last:
+        path = older.pop(0)
         try:
             problem = "" if path.name in verified else layout.verify(path)
         except OSError as error:
@@ -71,29 +72,29 @@ def prune_after_save(checkpoints: Path, keep: options.Checkpoint, lease: Lease, 
         else:
             verified.add(path.name)
             whole.append(path)
-    best = _best([*whole, *waiting], verified, unreadable, read_back=True) if keep.keep_best else None
-    return _remove_all(waiting, keep, lease, {best, *unreadable})
+    best = _best([*whole, *older], verified, unreadable, compare=True) if keep.keep_best else None
+    return _remove_all(older, keep, lease, {best, *unreadable})
 
 
 def prune(
     checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: set[str], more: int = 0, regular: int = 0
 ) -> list[Path]:
-    """Remove what is too much, without reading tensors; returns those that went. Nothing goes unless one of `verified`
-    stays.
+    """Remove old checkpoints without reading tensors; return those that were removed: none unless one of `verified` is
+    kept.
 
-    `more` are about to be saved: as many fewer of the newest stay, but one at least. The newest of a multiple of
-    `regular` steps stays, too: a loss spike sends the run back to that one, however often it was interrupted since.
+    `more` are about to be saved: so many fewer of the newest are kept, but at least one. The newest at a multiple of
+    `regular` steps is kept, too: a loss spike sends the run back to it, however often it was interrupted since.
 
     Raises:
         OSError: one could not be removed.
     """
-    staying: list[Path] = []
+    kept: list[Path] = []
     unreadable: set[Path] = set()
-    waiting = []
+    older = []
     for path in layout.found(checkpoints):
-        safe = any(one.name in verified for one in staying)
-        if len(staying) >= max(1, keep.keep_last - more) and safe:
-            waiting.append(path)
+        safe = any(one.name in verified for one in kept)
+        if len(kept) >= max(1, keep.keep_last - more) and safe:
+            older.append(path)
             continue
         try:
             fits = not layout.check_structure(path)
@@ -103,38 +104,39 @@ def prune(
             continue
         except layout.FormatError:
             fits = False
-        # Beyond the newest only one that was read back is still looked for. What is damaged is the next start's matter.
-        if fits and (len(staying) < max(1, keep.keep_last - more) or path.name in verified):
-            staying.append(path)
+        # Beyond the newest, only a verified one is still needed. The next start sets damaged ones aside.
+        if fits and (len(kept) < max(1, keep.keep_last - more) or path.name in verified):
+            kept.append(path)
         elif fits:
-            waiting.append(path)
-    if not any(one.name in verified for one in staying):
+            older.append(path)
+    if not any(one.name in verified for one in kept):
         return []
-    best = _best([*staying, *waiting], verified, unreadable, read_back=False) if keep.keep_best else None
-    multiples = [path for path in [*staying, *waiting] if regular and layout.step_of(path) % regular == 0]
-    back = max(multiples, key=layout.step_of, default=None)
-    return _remove_all(waiting, keep, lease, {best, back, *unreadable})
+    best = _best([*kept, *older], verified, unreadable, compare=False) if keep.keep_best else None
+    multiples = [path for path in [*kept, *older] if regular and layout.step_of(path) % regular == 0]
+    rollback_target = max(multiples, key=layout.step_of, default=None)
+    return _remove_all(older, keep, lease, {best, rollback_target, *unreadable})
 
 
-def _remove_all(paths: list[Path], keep: options.Checkpoint, lease: Lease, staying: set[Path | None]) -> list[Path]:
-    going = [
+def _remove_all(paths: list[Path], keep: options.Checkpoint, lease: Lease, kept: set[Path | None]) -> list[Path]:
+    """Remove `paths` except `kept` and every `keep_every`-th step; return those that were removed."""
+    removed = [
         path
         for path in paths
-        if path not in staying and not (keep.keep_every and layout.step_of(path) % keep.keep_every == 0)
+        if path not in kept and not (keep.keep_every and layout.step_of(path) % keep.keep_every == 0)
     ]
-    for path in going:
+    for path in removed:
         remove(path, lease)
-    return going
+    return removed
 
 
 def _warn_unreadable(path: Path, error: OSError) -> None:
-    streams.warn(f"checkpoint {path} cannot be read, and stays: {error}")
+    streams.warn(f"checkpoint {path} cannot be read, and is kept: {error}")
 
 
 def remove(path: Path, lease: Lease) -> None:
-    """Raises OSError if that could not be done."""
+    """Remove a checkpoint. Raises OSError if that failed."""
     lease.check()
-    # Out of sight first: a removal that is cut short must not leave a checkpoint without its files.
+    # Hide it first: a removal that is interrupted must not leave a checkpoint without its files.
     hidden = path.with_name(f".{path.name}.g{lease.number:04d}.removed")
     path.rename(hidden)
     lease.check()
@@ -142,25 +144,25 @@ def remove(path: Path, lease: Lease) -> None:
 
 
 def recover_leftovers(checkpoints: Path, lease: Lease) -> None:
-    """Take away what earlier generations left half written or half removed; put back what they took away wrongly.
+    """Remove what earlier generations left half written or half removed; restore what they renamed wrongly.
 
-    Each is renamed first. An orphan of an earlier generation that is about to give its checkpoint its name finds it
-    gone, or was quicker, and then its checkpoint is there before ours is chosen. What it begins later fails its
-    own look for a newer generation. So none of its checkpoints ever follows one of ours.
+    Each is renamed first. A process of an earlier generation that is about to make its checkpoint visible does not find
+    it any more, or was faster, and then the checkpoint is there before this generation chooses one. What it begins
+    later fails at its check of the lease. So no checkpoint of an earlier generation appears after one of this one.
     """
-    for path in sorted(layout.entries(checkpoints), reverse=True):  # a .gone before what would become it
+    for path in sorted(layout.entries(checkpoints), reverse=True):  # X.gone before X, which may be renamed to it
         hidden, aside = _HIDDEN.fullmatch(path.name), _ASIDE.fullmatch(path.name)
         if hidden and int(hidden[3]) < lease.number:
             gone = path.with_name(f"{hidden[1]}.gone")
             try:
                 path.rename(gone)
             except FileNotFoundError:
-                continue  # its writer was quicker
+                continue  # its writer was faster
             final = path.with_name(hidden[2])
             if hidden[4] == "removed" and (gone / "manifest.json").exists() and not final.exists():
                 gone.rename(final)
             else:
-                # An orphan may still write into it, and NFS keeps open files under other names.
+                # An earlier generation may still write into it, and NFS keeps open files under other names.
                 with suppress(OSError):
                     _destroy(gone)
         elif aside and int(aside[2]) < lease.number and path.is_dir() and not path.is_symlink():
@@ -170,40 +172,43 @@ def recover_leftovers(checkpoints: Path, lease: Lease) -> None:
 
 
 def _destroy(folder: Path) -> None:
+    """Delete a folder that is hidden already."""
     if folder.is_symlink():
         folder.unlink()  # what it points to is not ours
         return
-    # First what makes it a checkpoint: one that lost other files must not be put back.
+    # The manifest first: a checkpoint that has lost other files must not be restored.
     (folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
-def _best(paths: list[Path], verified: set[str], unreadable: set[Path], read_back: bool) -> Path | None:
-    """The whole one with the smallest validation loss, the newest of several; None if no one has any.
+def _best(paths: list[Path], verified: set[str], unreadable: set[Path], compare: bool) -> Path | None:
+    """Return the best checkpoint; see layout.best. Warn about unreadable ones and add them to `unreadable`.
 
-    Those that cannot be read are added to `unreadable`. Without `read_back` its checksums may be unknown.
+    `compare`: unless it is `verified`, compare its checksums, and add it.
     """
-    losses = []
-    for path in paths:
+
+    def loss_of(path: Path) -> float | None:
         try:
-            loss = layout.val_loss(path)
+            return layout.val_loss(path)
         except OSError as error:
             if error.errno not in layout.MISSING:
                 _warn_unreadable(path, error)
                 unreadable.add(path)
-            continue
         except (TypeError, ValueError):
-            continue  # damaged, and no candidate
-        if loss is not None and math.isfinite(loss):
-            losses.append((loss, -layout.step_of(path), path))
-    for _, _, path in sorted(losses):
-        if path.name in verified or not read_back:
-            return path
+            pass  # damaged
+        return None
+
+    def is_whole(path: Path) -> bool:
+        if path.name in verified or not compare:
+            return True
         try:
-            if not layout.verify(path):
-                verified.add(path.name)
-                return path
+            whole = not layout.verify(path)
         except OSError as error:
             _warn_unreadable(path, error)
             unreadable.add(path)
-    return None
+            return False
+        if whole:
+            verified.add(path.name)
+        return whole
+
+    return layout.best(paths, loss_of, is_whole)

@@ -1,11 +1,10 @@
-"""A safetensors file, written and hashed in one pass.
+"""Writes and hashes a safetensors file in one pass.
 
 The format (https://github.com/huggingface/safetensors, "Format"): the length N of the header, 8 bytes little-endian;
-N bytes of JSON that give each tensor's dtype, shape and place; then the tensors' bytes, one after the other.
+N bytes of JSON with dtype, shape and offsets of each tensor; then the tensors' bytes, one after the other.
 
-Why not the library's own writer: it holds Python's interpreter lock for the whole write, which would stand the
-training beside it still; it hides the operating system's errors in texts; and the checksum would need a second pass.
-Reading is the library's.
+Why not the library's own writer: it holds the interpreter lock during the whole write, which would stop training; it
+turns the operating system's errors into strings; and the checksum would need a second pass. Reading uses the library.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from hpcgpt.storage import atomic
 
-PIECE = 8 << 20  # bytes; a write and a hash of this much run without the interpreter lock
+CHUNK = 8 << 20  # bytes; writing and hashing this much does not hold the interpreter lock
 
 _DTYPES = {
     torch.float64: "F64",
@@ -36,21 +35,21 @@ _DTYPES = {
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write `tensors`, all on the CPU and contiguous, flushed to the disk; returns ``bytes`` and ``xxh3``.
+    """Write `tensors`, all on the CPU and contiguous, and flush the file; return its ``bytes`` and ``xxh3``.
 
     Raises:
-        OSError: the file could not be written; the message names it. What there is of it stays.
+        OSError: the file could not be written; the message names it. It is left incomplete.
     """
     digest, size = xxhash.xxh3_128(), 0
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            for piece in _pieces(tensors):
-                left = piece
-                while left:
-                    left = left[os.write(descriptor, left) :]
-                digest.update(piece)
-                size += len(piece)
+            for chunk in _chunks(tensors):
+                unwritten = chunk
+                while unwritten:
+                    unwritten = unwritten[os.write(descriptor, unwritten) :]
+                digest.update(chunk)
+                size += len(chunk)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -59,22 +58,23 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """Yield the bytes of the file."""
     header: dict[str, Any] = {}
-    place = 0
+    start = 0
     for name, tensor in tensors.items():
-        end = place + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
         content = tensor.reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(content), PIECE):
-            yield content[start : start + PIECE]
+        for first in range(0, len(content), CHUNK):
+            yield content[first : first + CHUNK]
 
 
 def fingerprint(content: bytes) -> dict[str, Any]:
-    """The same of a small file's content."""
+    """Return ``bytes`` and ``xxh3`` of a small file with this content."""
     return {"bytes": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)}

@@ -1,14 +1,14 @@
-"""Saving during training: the state is copied at a step boundary, and written while the next steps run.
+"""Saves checkpoints during training: the state is copied at a step boundary, and written while the next steps run.
 
-A save has two stages. First each rank writes its share of the tensors, in a thread of its own; when all ranks have,
-which they find out together at a step boundary, rank 0 writes state and manifest, gives the folder its name and
-removes old checkpoints (``hpcgpt.checkpoint.pruner``), in a thread too.
+A save has two stages. First a thread of each rank writes the rank's share of the tensors. Once all have finished, which
+the ranks find out together at a step boundary, a thread of rank 0 writes state and manifest, renames the folder to its
+final name, and removes old checkpoints (``hpcgpt.checkpoint.pruner``).
 
-One save is under way at a time: to begin the next waits for it.
+One save is under way at a time: the next one waits for its end.
 
-Files are flushed to the disk, then the folder; then it gets its name, and the folder above is flushed. Ranks
-share the outcome of each stage before the next one, so a full disk on one of them costs all of them this
-checkpoint, and no rank waits for one that has left.
+Files are flushed to the disk, then their folder; then it is renamed, and the folder above is flushed. Ranks share the
+outcome of each stage before the next one, so a full disk on one of them costs all of them this checkpoint, and no rank
+waits for one that has exited.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from hpcgpt.storage import atomic
 from hpcgpt.storage.lease import Lease
 
 POLL_S = 0.005
-LONGEST_S = 3600.0  # a save that takes longer waits for a disk that does not answer: the watchdog may end the rank
+LONGEST_S = 3600.0  # after that the disk is taken to hang, and the watchdog may end the rank
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save ended: '' or the problem, the same on every rank.
+    """The outcome of a save. `problem`: why it failed, the same on every rank; '' if it did not.
 
-    `seconds` is the time from the copy until the checkpoint was there, `stall_s` the time that training stood still
-    for it, `bytes` its size.
+    `seconds` is the time from the copy until the checkpoint was visible, `stall_s` how long training waited for it,
+    `bytes` its size.
     """
 
     step: int
@@ -59,44 +59,44 @@ class Saved:
 
 
 def local_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
-    """All tensors of a checkpoint that this rank has, by name. They are the live ones: not copied.
+    """Return all tensors of a checkpoint that this rank has, by name. They are not copied.
 
-    Where ranks have shares of the rows of a tensor, under ``name[first:after]``; else the same on every rank, but for
-    ``rng/``.
+    If ranks have different rows of a tensor, its name is ``name[first:after]``. All others are the same on every rank,
+    except ``rng/``.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def add(name: str, tensor: Tensor) -> None:
-        own = local_rows(tensor)
+        rows = local_rows(tensor)
         if not is_sharded(tensor):
-            found[name] = tensor
-        elif own.start < own.stop:
-            found[f"{name}[{own.start}:{own.stop}]"] = own.local
+            tensors[name] = tensor
+        elif rows.start < rows.stop:
+            tensors[f"{name}[{rows.start}:{rows.stop}]"] = rows.local
 
-    begun = any(optimizer.state.values())
+    has_state = any(optimizer.state.values())
     keys = state_keys(optimizer)
     for name, parameter in model.named_parameters():
         add(f"model/{name}", parameter.detach())
-        # Before its first step an optimizer has no state. A run may save then, where every step so far was skipped
-        # (train.on_nonfinite): so what it would begin with is written, and a checkpoint is always complete.
-        state = optimizer.state[parameter] if begun else dict.fromkeys(keys.get(parameter, ()))
+        # An optimizer has no state before its first step. If a run saves before, because it has skipped every step
+        # (train.on_nonfinite), the initial state is written: a checkpoint is always complete.
+        state = optimizer.state[parameter] if has_state else dict.fromkeys(keys.get(parameter, ()))
         for key, value in state.items():
-            add(f"optim/{name}/{key}", _first_state(key, parameter) if value is None else value)
+            add(f"optim/{name}/{key}", _initial_state(key, parameter) if value is None else value)
     rank = ranks.world.rank
-    found[f"rng/{rank}/cpu"] = torch.get_rng_state()
+    tensors[f"rng/{rank}/cpu"] = torch.get_rng_state()
     if ranks.device.type == "cuda":
-        found[f"rng/{rank}/cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return found
+        tensors[f"rng/{rank}/cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return tensors
 
 
-def _first_state(key: str, parameter: nn.Parameter) -> Tensor:
+def _initial_state(key: str, parameter: nn.Parameter) -> Tensor:
     return torch.tensor(0.0, device=parameter.device) if key == "step" else torch.zeros_like(parameter.detach())
 
 
 class Saver:
-    """Saves the checkpoints of one attempt. Every rank has one, and calls it at the same places.
+    """Saves the checkpoints of one attempt. Every rank has one, and calls it at the same points.
 
-    All but `busy` are collectives.
+    All methods but `busy` are collectives. `lease` is None except on rank 0.
     """
 
     def __init__(
@@ -109,38 +109,37 @@ class Saver:
         committed: Callable[[Saved], None] = lambda _: None,
         regular: int = 0,
     ) -> None:
-        """`lease` is rank 0's generation, None on the others.
+        """Prepare to save, without a save under way.
 
-        Rank 0 calls both in its thread: `before_commit` puts on the disk what has to be there before the checkpoint
-        is; `committed` is called as soon as it is there, with what it has cost until then. `regular`: see
-        retention.prune.
+        A thread of rank 0 calls `before_commit`, which flushes what must be on the disk before the checkpoint becomes
+        visible, and `committed` as soon as it is. `regular`: see retention.prune.
         """
         self._checkpoints, self._ranks, self._lease = checkpoints, ranks, lease
         self._before_commit, self._committed = before_commit, committed
         self.pruner = Pruner(checkpoints, lease, keep, regular) if lease else None  # rank 0's
-        # Remove old checkpoints after each save. Once it is False a removal under way is not waited for either: to read
-        # back a large checkpoint takes longer than a job that must stop has.
+        # Remove old checkpoints after each save. Once this is False, a removal under way is not waited for, either:
+        # comparing the checksums of a large checkpoint may take longer than a job has that must stop.
         self.prune_old = True
-        self._there = threading.Event()  # the checkpoint of this save is; old ones may still be removed
-        self._copies: dict[str, Tensor] = {}  # kept: fresh memory costs more than the copying
+        self._visible = threading.Event()  # this checkpoint is visible; the removal of old ones may be under way
+        self._copies: dict[str, Tensor] = {}  # reused: allocating memory takes longer than copying
         self._work: _Work | None = None
         self._committing = False
 
     @property
     def busy(self) -> bool:
-        """Is a save under way? The same on every rank."""
+        """Return whether a save is under way: the same on every rank."""
         return self._work is not None
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
-        """Copy `tensors`, as `local_state_dict` gives them, and start to write them.
+        """Copy `tensors`, from `local_state_dict`, and start to write them.
 
-        Returns the outcome at once if there is nothing to wait for: it is there already, or there is no room.
+        Return the outcome if it has ended already: the checkpoint exists, or there is no room.
         """
         assert not self.busy
         self._state, self._began_at, self._stall_s = state, time.monotonic(), 0.0
-        common = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
-        own = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
-        self._bytes = common + sum(gather_from_all(self._ranks, lambda: own))
+        common_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
+        own_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
+        self._bytes = common_bytes + sum(gather_from_all(self._ranks, lambda: own_bytes))
         self._final = layout.path_of(self._checkpoints, state.step)
         try:
             temporary = run_on_rank0(self._ranks, self._make_folder)
@@ -149,23 +148,23 @@ class Saver:
         if temporary is None:
             return self._ended("")
         self._temporary = Path(temporary)
-        share = self._copied(_share(tensors, self._ranks))
+        share = self._copy(_share(tensors, self._ranks))
         path = self._temporary / layout.share_name(self._ranks.world.rank, self._ranks.world.size)
         self._committing = False
-        self._there.clear()
+        self._visible.clear()
         self._work = _Work(lambda: (path.name, safetensors_writer.write(path, share)))
         self._stall_s += time.monotonic() - self._began_at
         return None
 
     def poll(self) -> Saved | None:
-        """At a step boundary while `busy`: continue if all ranks are ready; the outcome when the save has ended."""
+        """Advance the save at a step boundary, while `busy`; return the outcome if it has ended."""
         started_at = time.monotonic()
         problem = self._advance()
         self._stall_s += time.monotonic() - started_at
         return None if problem is None else self._ended(problem)
 
     def finish(self, alive: Callable[[], None]) -> Saved | None:
-        """Wait for the save that is under way, if one is; `alive` is called while it lasts, up to LONGEST_S."""
+        """Wait for the save that is under way, if any; return its outcome. Meanwhile call `alive`, up to LONGEST_S."""
         started_at = time.monotonic()
         while self.busy:
             if time.monotonic() - self._began_at < LONGEST_S:
@@ -178,7 +177,7 @@ class Saver:
         return None
 
     def _advance(self) -> str | None:
-        """One look: None while it lasts, then '' or the problem."""
+        """Begin the next stage if all ranks are ready; return '' or the problem if the save has ended, else None."""
         assert self._work is not None
         if not self._all_ready(self._work):
             return None
@@ -190,7 +189,7 @@ class Saver:
                 return ""
             files = dict(gather_from_all(self._ranks, work.result))
         except OSError as error:
-            # No rank writes any more: the error was shared. What is half written is ours, and useless.
+            # The error was shared: no rank writes any more, and the incomplete folder is useless.
             if self._lease is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             self._work = None
@@ -200,24 +199,27 @@ class Saver:
         return None
 
     def _all_ready(self, work: _Work) -> bool:
-        left_alone = self._there.is_set() and not self.prune_old
-        ready = torch.tensor([int(work.ready or left_alone)])
+        """Return whether no rank has to wait for its thread any longer."""
+        only_pruning = self._visible.is_set() and not self.prune_old
+        ready = torch.tensor([int(work.ready or only_pruning)])
         if self._ranks.cpu_group is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
         return bool(ready)
 
     def _ended(self, problem: str) -> Saved:
-        if not self._stall_s:  # it ended where it began
+        """Return the outcome of a save that has ended."""
+        if not self._stall_s:  # it ended in `begin`
             self._stall_s = time.monotonic() - self._began_at
-        return self._so_far(problem)
+        return self._outcome(problem)
 
-    def _so_far(self, problem: str = "") -> Saved:
+    def _outcome(self, problem: str = "") -> Saved:
         return Saved(self._state.step, problem, time.monotonic() - self._began_at, self._stall_s, self._bytes)
 
     def _make_folder(self) -> str | None:
+        """Make the temporary folder, and room if necessary; return its path, None if the checkpoint exists already."""
         assert self._lease is not None
         assert self.pruner is not None
-        self._lease.check()  # an orphan must neither begin anything nor take its successor's checkpoint for its own
+        self._lease.check()  # an older generation must not write, nor take a newer one's checkpoint for its own
         if self._final.exists():
             return None
         self.pruner.wait()
@@ -237,7 +239,8 @@ class Saver:
         status = os.statvfs(self._checkpoints)
         return status.f_bavail * status.f_frsize
 
-    def _copied(self, share: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _copy(self, share: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to host memory."""
         for name, tensor in share.items():
             if name not in self._copies:
                 self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -247,6 +250,7 @@ class Saver:
         return {name: self._copies[name] for name in share}
 
     def _commit(self, files: dict[str, Any]) -> None:
+        """Write state and manifest, make the checkpoint visible, and remove old ones."""
         lease, temporary = self._lease, self._temporary
         assert lease is not None
         assert self.pruner is not None
@@ -262,26 +266,26 @@ class Saver:
             raise atomic.with_path_and_free_space(error, self._final) from error
         atomic.sync_folder(self._checkpoints)
         self.pruner.saved(self._final)
-        self._committed(self._so_far())
-        self._there.set()
+        self._committed(self._outcome())
+        self._visible.set()
         if self.prune_old:
             self.pruner.prune_after_save()
 
 
 class _Work:
-    """Something done in a thread, whose result or error waits to be taken."""
+    """Runs a function in a thread, and keeps its result or error."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work, self._result = work, None
         self._error: BaseException | None = None
-        # A daemon: a process that has to leave does not wait for a disk that hangs.
+        # A daemon, so that the process can exit while a disk hangs.
         self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._result = self._work()
-        except BaseException as error:  # it is raised where the result is taken
+        except BaseException as error:  # `result` raises it
             self._error = error
 
     @property
@@ -295,20 +299,21 @@ class _Work:
 
 
 def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors that this rank writes: its own, and of those that all have the largest first, each to the rank with
-    the least of them so far.
+    """Return the tensors that this rank writes: those that only it has, and its share of those that all have.
+
+    These are divided by size: the largest first, each to the rank with the fewest bytes of them so far.
     """
     sizes = [0] * ranks.world.size
-    mine = {name: tensor for name, tensor in tensors.items() if _is_own(name)}
-    common = [(t.numel() * t.element_size(), name) for name, t in tensors.items() if name not in mine]
+    share = {name: tensor for name, tensor in tensors.items() if _is_own(name)}
+    common = [(t.numel() * t.element_size(), name) for name, t in tensors.items() if name not in share]
     for size, name in sorted(common, key=lambda row: (-row[0], row[1])):
         rank = sizes.index(min(sizes))
         sizes[rank] += size
         if rank == ranks.world.rank:
-            mine[name] = tensors[name]
-    return mine
+            share[name] = tensors[name]
+    return share
 
 
 def _is_own(name: str) -> bool:
-    """Has no other rank this tensor?"""
+    """Return whether only one rank has this tensor."""
     return name.startswith("rng/") or name.endswith("]")

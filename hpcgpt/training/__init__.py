@@ -1,2 +1,4 @@
-"""Training: the loop, one step, ranks together, evaluation, and what watches over them. Imported late: it loads
-torch."""
+"""Training: one attempt at a run, its loop and steps, evaluation, and the detection of spikes, stragglers and hangs.
+
+It loads torch, so import it late.
+"""

@@ -1,7 +1,7 @@
-"""One attempt at a run: meet the other ranks, take the run folder, load the newest checkpoint, train, leave.
+"""One attempt at a run: connect to the other ranks, acquire the lease, load the newest checkpoint, train, exit.
 
-This builds what the training loop (``hpcgpt.training.loop``) works with, in the order in which it can fail, and turns
-the loop's end into the last checkpoint, exit.json and the exit status.
+This builds what the training loop (``hpcgpt.training.loop``) needs. When the loop has ended, it saves the last
+checkpoint, and reports the exit status.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from hpcgpt.training.loop import Loop
 from hpcgpt.training.profiler import Profiler
 from hpcgpt.training.reporter import AttemptInfo, Reporter
 from hpcgpt.training.resume import Restorer, Resumed, Rollback
+from hpcgpt.training.samples import Sampler
 from hpcgpt.training.spikes import SpikeDetector
 from hpcgpt.training.stragglers import StragglerDetector
 
-LAST_WORDS_S = 60.0  # what the reporter may take at the end, at most
+LAST_REPORT_S = 60.0  # limit for the last report
 
 
 def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
-    """Run one attempt to its end; returns its exit status, the same on every rank.
+    """Run one attempt to its end; return its exit status, the same on every rank.
 
-    `began_at` is when this process began, in unix seconds.
+    `began_at` is when this process started, in unix seconds.
     """
     settings = planned.config
     times = {"imports_s": time.time() - began_at}
@@ -60,12 +61,12 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     times["meet_s"] = time.time() - began_at - times["imports_s"]
     try:
         status = Attempt(planned, ranks, lease, flag, began_at, times).run()
-        # Rank 0 has more to do at the end, and `srun -K` ends the ranks that are left when the first one leaves.
+        # Wait for rank 0, which has more to do at the end: `srun -K` ends all ranks once the first one has exited.
         run_on_rank0(ranks, lambda: None)
     except RuntimeError as error:
         if not rendezvous.is_broken_connection(error):
             raise
-        raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its words") from error
+        raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its error") from error
     finally:
         if lease is not None:
             lease.release()
@@ -78,7 +79,7 @@ def _acquire(folder: Path) -> Lease:
 
 
 class Attempt:
-    """One attempt at a run, from its generation to its exit status. Every rank has one."""
+    """One attempt at a run, from its lease to its exit status. Every rank has one."""
 
     def __init__(
         self,
@@ -89,7 +90,10 @@ class Attempt:
         began_at: float,
         times: dict[str, float],
     ) -> None:
-        """`lease` is rank 0's, None on the others; `times` has the seconds that the start took so far, see "ready"."""
+        """Build all that does not depend on the checkpoint. `lease` is None except on rank 0.
+
+        `times`: how long the parts of the start took so far, in seconds, for the event "ready".
+        """
         self.plan, self.ranks, self.lease, self.flag = planned, ranks, lease, flag
         self._began_at, self._times = began_at, times
         self.config, self.folder = planned.config, planned.config.run_folder
@@ -105,7 +109,7 @@ class Attempt:
         self._validation_sets = validation_sets(planned)
         self._bytes_per_token = bytes_per_token(self.tokenizer, self.config.model.vocab_size)
         self._in_effect = in_effect.collect(planned, ranks, self.engine)
-        self._has_config = False  # rank 0: is config.toml written? What reads the run later needs it
+        self._has_config = False  # rank 0: whether config.toml is written, which other commands need
         self.state = TrainState()
 
     def run(self) -> int:
@@ -129,8 +133,9 @@ class Attempt:
         rollback.replay_losses()
         loop = Loop(
             plan=self.plan, ranks=self.ranks, number=self.number, engine=self.engine, state=self.state, stop=self.flag,
-            evaluate=self._evaluate, checkpointer=checkpointer, spikes=spikes, rollback=rollback,
-            stragglers=self.stragglers, watchdog=self.watchdog, reporter=reporter, profiler=self._profiler(),
+            evaluate=self._evaluate, sampler=self._sampler(), checkpointer=checkpointer, spikes=spikes,
+            rollback=rollback, stragglers=self.stragglers, watchdog=self.watchdog, reporter=reporter,
+            profiler=self._profiler(),
         )  # fmt: skip
         check = self._check_shards(reporter)
         status = exit_codes.FAILED
@@ -149,14 +154,14 @@ class Attempt:
         return status
 
     def _leave(self, loop: Loop, checkpointer: Checkpointer, reporter: Reporter | None) -> int:
-        """Run the loop, save what it came to, and report how it ended."""
+        """Run the loop, save the last step, report how the attempt ended; return the exit status."""
         reason = loop.run()
         self.watchdog.alive()
         loop.trace(leaving=True)
         finished = loop.finished
         if reporter:
             reporter.event("stop", step=self.state.step, reason=reason.message or "finished")
-        # A job that must stop has no time for old checkpoints; the next attempt has.
+        # A job that must stop has no time to remove old checkpoints. The next attempt removes them.
         problem = checkpointer.last_save(prune_old=finished)
         if problem:
             status, message = exit_codes.FAILED, f"the last checkpoint could not be written: {problem}"
@@ -165,23 +170,24 @@ class Attempt:
         else:
             status, message = exit_codes.AGAIN, reason.message
         if reporter:
-            with self.watchdog.patience(LAST_WORDS_S):
+            with self.watchdog.patience(LAST_REPORT_S):
                 if not self._has_config:
                     self._keep_config()
                 reporter.leave(status, message, self.state.step, saved=not problem)
         return status
 
     def _begin_to_report(self, resumed: Resumed) -> Reporter:
-        """Write what the run folder is to hold, and report the start. Rank 0 only."""
+        """Write config.toml and the tokenizer, and report the start. Rank 0 only."""
         assert self.lease is not None
         self._has_config = self._keep_config()
         save_load.save(self.tokenizer, self.folder / "tokenizer")
         saves = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
         info = AttemptInfo(
-            self.plan, self.ranks, self.number, self.hosts, self.engine.dtype, self._began_at, self.state.step,
-            self.state.pending is not None,
+            plan=self.plan, ranks=self.ranks, number=self.number, hosts=self.hosts,
+            parameters=self.engine.model.gpt.parameter_count(), dtype=self.engine.dtype, began_at=self._began_at,
+            step=self.state.step, pending=self.state.pending is not None,
         )  # fmt: skip
-        reporter = Reporter(info, self.lease, self.engine.model.gpt, self.tokenizer)
+        reporter = Reporter(info, self.lease)
         if resumed.origin:
             reporter.say(resumed.origin)
             reporter.event("init_from", words=resumed.origin)
@@ -198,7 +204,7 @@ class Attempt:
         return run_folder.keep_config(self.folder, self.number, sources.to_toml(self.config.from_anywhere))
 
     def _check_shards(self, reporter: Reporter | None) -> ShardCheck | None:
-        """Compare the shards with their checksums while training runs. Rank 0 only, and only if there is a step."""
+        """Compare the shards with their checksums while training runs. Rank 0 only, and only if steps are left."""
         rate = self.config.data.verify_mb_per_s
         if not reporter or not rate or self.state.step >= self.plan.total_steps:
             return None
@@ -209,8 +215,21 @@ class Attempt:
             return None
         return Profiler(self.folder, self.config.profiled_steps, self.ranks.device)
 
+    def _sampler(self) -> Sampler:
+        return Sampler(
+            self.engine.model.gpt,
+            self.tokenizer,
+            self.config.sample,
+            self.config.run.seed,
+            self.engine.dtype,
+            self.ranks.device,
+        )
+
     def _evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """The figures of the validation split; None if `stopped` said so before they were complete. A collective."""
+        """Return the figures of the validation split; None if `stopped` returned True before they were complete.
+
+        A collective.
+        """
         context = EvalContext(
             self.config.eval.batches,
             self.config.train.micro_batch,

@@ -1,7 +1,7 @@
 """When a run is saved, and what the end of a save means for it.
 
-A save runs in the background (``hpcgpt.checkpoint.save``): it is begun at a step boundary, and ends at a later one. A
-save that fails costs a checkpoint, not the run; only the last one's failure is one of the attempt.
+A save runs in the background (``hpcgpt.checkpoint.save``): it begins at a step boundary, and ends at a later one. If it
+fails, the run continues without this checkpoint. If the last save fails, the attempt fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hpcgpt.training.reporter import Reporter
 @dataclass(kw_only=True)
 class Checkpointer:
     """Saves `state` and the engine's tensors. Every rank has one; `save`, `poll`, `finish` and `last_save` are
-    collectives. `lease` and `reporter` are rank 0's, None on the others.
+    collectives. `lease` and `reporter` are None except on rank 0.
     """
 
     plan: Plan
@@ -52,36 +52,36 @@ class Checkpointer:
         )
 
     def is_regular(self, step: int) -> bool:
-        """Is this step saved whatever happens? The last one is, too, but by `last_save`."""
+        """Return whether this step is saved because of checkpoint.every. Not the last: `last_save` saves it."""
         every = self.plan.config.checkpoint.every
         return bool(every) and step % every == 0 and step < self.plan.total_steps
 
     @property
     def pruner(self) -> Pruner:
-        """Rank 0's."""
+        """Return the pruner. Rank 0 only."""
         assert self.saver.pruner is not None
         return self.saver.pruner
 
     def loaded(self, path: Path) -> None:
-        """Training continues from this checkpoint: old ones may go. No collective."""
+        """Start to remove old checkpoints: training continues from the one at `path`. No collective."""
         if self.lease:
             self.pruner.loaded(path)
 
     def save(self) -> None:
-        """Begin to save this step. The save before has to end first."""
+        """Begin to save this step, once the previous save has ended."""
         self._ended(self._begin())
 
     def poll(self) -> None:
-        """At a step boundary: let a save that is under way proceed."""
+        """Advance the save that is under way, if any. Called at each step boundary."""
         if self.saver.busy:
             self._ended(self.saver.poll())
 
     def finish(self) -> None:
-        """Wait for the save that is under way, if one is."""
+        """Wait for the save that is under way, if any."""
         self._ended(self.saver.finish(self.watchdog.alive))
 
     def last_save(self, prune_old: bool) -> str:
-        """Save this step before the end; '' or why that failed, on every rank. `prune_old`: then remove old ones."""
+        """Save the last step; return '' or why that failed, on every rank. `prune_old`: then remove old checkpoints."""
         self.saver.prune_old = prune_old
         saved = self._begin() or self.saver.finish(self.watchdog.alive)
         assert saved is not None
@@ -89,7 +89,7 @@ class Checkpointer:
         return saved.problem
 
     def _begin(self) -> Saved | None:
-        """The outcome, if there is one at once."""
+        """Begin a save; return its outcome if it has ended already."""
         self.finish()
         state = layout.State(
             **vars(self.state),
@@ -105,21 +105,21 @@ class Checkpointer:
         return saved
 
     def _ended(self, saved: Saved | None) -> None:
-        """Report a save that has ended, if one has."""
+        """Report the end of a save, if it has ended."""
         if saved is None:
             return
         if self.reporter:
             self.reporter.saved(saved)
-        if not saved.problem:  # one that failed at once says nothing of how long a whole one takes
+        if not saved.problem:  # the time of a failed save is no estimate for the next one
             self.stop.save_takes(saved.seconds)
 
-    # In the saver's thread, on rank 0.
+    # Called from the saver's thread, on rank 0.
 
     def _committed(self, saved: Saved) -> None:
         assert self.reporter is not None
         self.reporter.committed(saved)
 
     def _flush_rows(self) -> None:
-        """Rows must be on the disk before the checkpoint that follows them: a resume would not make them again."""
+        """Flush the rows to the disk before their checkpoint becomes visible: a resume would not write them again."""
         assert self.reporter is not None
         self.reporter.metrics.sync()

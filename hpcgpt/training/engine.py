@@ -54,6 +54,8 @@ class PendingStep:
 
 
 class Engine:
+    """The model, optimizer and batches of this rank."""
+
     def __init__(self, planned: Plan, ranks: Ranks, local: LocalTime | None = None) -> None:
         """Make a model with its initial weights, not warmed up yet. A collective.
 
@@ -155,7 +157,7 @@ class Engine:
         return metrics_file.finite(row)
 
     def locate_nonfinite(self, pending_step: PendingStep) -> str:
-        """Return a message: which ranks' batches made the loss of this step not finite. A collective."""
+        """Return a message that names the batches that made this step's loss not finite. A collective."""
         return spikes.locate_nonfinite(pending_step.result.micro_losses, pending_step.batch, self.loader, self._ranks)
 
     @contextmanager
@@ -172,6 +174,7 @@ class Engine:
 
 
 def _loader(planned: Plan, ranks: Ranks) -> Loader:
+    """Make the loader of this rank's training batches."""
     settings = planned.config
     block_size, vocab_size = settings.model.block_size, settings.model.vocab_size
     return Loader(

@@ -145,4 +145,5 @@ def _batch_sums(model: nn.Module, windows: Windows, numbers: NDArray[np.int64], 
 
 
 def _perplexity(loss: float) -> float:
+    """Return the perplexity, limited so that it is finite."""
     return math.exp(min(loss, 700.0))

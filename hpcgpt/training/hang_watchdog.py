@@ -1,21 +1,21 @@
-"""A rank that does nothing for too long says where it stands, and ends.
+"""Ends a rank that hangs, after it has written the stacks of its threads.
 
 A hang (a collective that one rank never entered, a disk that does not answer, a deadlock in a driver) would otherwise
-burn GPU hours until a timeout of 10 to 30 minutes, and then tell nothing. Here each rank has a thread that counts
-the seconds since training last said ``alive()``. Too many of them, and it writes the stacks of all threads to
-``faults/<attempt>/rank_00003.stacks.txt``, and ends the process with FAILED: to the requeue policy, a crash. All
-ranks do so at about the same time, so the stacks of all lie side by side. The one that is in no collective, or
-has none, is the one to look at.
+waste GPU hours until a timeout of 10 to 30 minutes, which explains nothing. Here a thread of each rank counts the
+seconds since training last called ``alive()``. If there are too many, it writes the stacks of all threads to
+``faults/<attempt>/rank_00003.stacks.txt``, and ends the process with FAILED: to the requeue policy, a crash. All ranks
+do so at about the same time, so the stacks of all are in one folder. The rank to look at is the one that is not in a
+collective, or has written no stacks.
 
-It counts its own seconds, not a clock's: a process that was stopped (SIGSTOP) and continues starts counting
-again. Where the interpreter's lock itself is stuck, the thread cannot run; then faulthandler's own thread, which
-needs no lock, prints the stacks to stderr and ends the process.
+The thread counts its own ticks and reads no clock: a process that was stopped (SIGSTOP) and continues does not count
+the time in between. While another thread holds the interpreter lock it cannot run. Then faulthandler's thread, which
+does not need the lock, prints the stacks to stderr and ends the process.
 
-That thread has only a clock, which continues while a process is stopped. SIGTSTP (Ctrl-Z, and what Slurm sends before
-it suspends a job) turns it off in time. A bare SIGSTOP cannot be caught: a process stopped by one for longer than the
-limit and FAREWELL_S ends when it continues, and the next attempt resumes from its checkpoint. To count otherwise
-without the interpreter's lock would take another process beside each rank, and would save few: the other ranks have
-been waiting for this one and counted it a hang, and the timeouts of gloo and NCCL have only a clock, too.
+That thread reads a clock, which continues while a process is stopped. SIGTSTP (Ctrl-Z, and what Slurm sends before it
+suspends a job) turns it off in time. SIGSTOP cannot be caught: a process stopped by it for longer than the limit and
+REPORT_S ends when it continues, and the next attempt resumes from its checkpoint. To avoid this would take another
+process beside each rank, and would help little: the other ranks have been waiting for this one and have counted it as a
+hang, and the timeouts of gloo and NCCL read a clock, too.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from hpcgpt.output import streams
 from hpcgpt.run import crash_report, run_folder
 
 TICK_S = 1.0
-START_S = 1800.0  # until the first steps: compilation, a cold file system
-FAREWELL_S = 10.0  # a disk that does not answer must not keep the process
+START_S = 1800.0  # limit until the first steps: compilation, a cold file system
+REPORT_S = 10.0  # limit for writing stacks: the disk may not answer
 
 
 class Watchdog:
     def __init__(self, settings: options.Config, here: World, attempt: int) -> None:
-        """Watches from now on, unless watchdog.hang_factor is 0. `attempt` is the generation. Main thread only."""
+        """Start to watch, unless watchdog.hang_factor is 0. `attempt` is the generation. Main thread only."""
         self._settings, self._here, self._attempt = settings, here, attempt
         self._silent_s, self._patience_s = 0.0, 0.0
         self._step, self._step_at = 0, time.monotonic()
@@ -57,10 +57,11 @@ class Watchdog:
             signal.signal(signal.SIGTSTP, _stop)
 
     def alive(self) -> None:
+        """Count from 0 again: training makes progress."""
         self._silent_s = 0.0
 
     def step(self, step: int) -> None:
-        """Optimizer step number `step` is done."""
+        """Record the end of optimizer step number `step`."""
         now = time.monotonic()
         if self._step:
             self._steps_s.append(now - self._step_at)
@@ -68,12 +69,13 @@ class Watchdog:
         self.alive()
 
     def off(self) -> None:
+        """Stop watching."""
         self._off.set()
         faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
     def patience(self, limit_s: float) -> Iterator[None]:
-        """Allow at least `limit_s` seconds of silence inside, for what takes long and has no steps."""
+        """Allow at least `limit_s` seconds without `alive` inside, for work that takes long and has no steps."""
         self.alive()
         self._patience_s, before = max(limit_s, self._patience_s), self._patience_s
         try:
@@ -84,25 +86,26 @@ class Watchdog:
 
     @property
     def limit_s(self) -> float:
-        """How long is too long."""
+        """Return how many seconds without `alive` count as a hang."""
         return max(self._patience_s, self._usual_limit_s())
 
     def _usual_limit_s(self) -> float:
-        wanted = self._settings.watchdog
+        settings = self._settings.watchdog
         if len(self._steps_s) < 3:
-            return max(START_S, wanted.hang_min_s)
-        return max(wanted.hang_min_s, wanted.hang_factor * statistics.median(self._steps_s))
+            return max(START_S, settings.hang_min_s)
+        return max(settings.hang_min_s, settings.hang_factor * statistics.median(self._steps_s))
 
     def _watch(self) -> None:
         while not self._off.wait(TICK_S):
             self._silent_s += TICK_S
             limit_s = self.limit_s
-            faulthandler.dump_traceback_later(limit_s + FAREWELL_S, exit=True)
+            faulthandler.dump_traceback_later(limit_s + REPORT_S, exit=True)
             if self._silent_s > limit_s:
                 self._end()
 
     def _end(self) -> None:
-        timer = threading.Timer(FAREWELL_S, os._exit, [FAILED])
+        """Write the stacks, report the hang, and end the process."""
+        timer = threading.Timer(REPORT_S, os._exit, [FAILED])
         timer.daemon = True
         timer.start()
         host = socket.gethostname()
@@ -122,11 +125,11 @@ class Watchdog:
                 silent_s=self._silent_s,
             )  # fmt: skip
         streams.drain()
-        time.sleep(2 * TICK_S)  # `srun -K` ends the others when the first one leaves: let them speak
+        time.sleep(2 * TICK_S)  # `srun -K` ends all ranks once the first one has exited: the others need time to write
         os._exit(FAILED)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    """What SIGTSTP does by default, but the clock does not run meanwhile. The next look starts it again."""
+    """Cancel faulthandler's timer, then stop as SIGTSTP does by default. The next tick starts the timer again."""
     faulthandler.cancel_dump_traceback_later()
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,15 +1,15 @@
 """What was in effect when a checkpoint was made, and what differs when a run is resumed from it.
 
-The identity of a run (``hpcgpt.plan``) holds what may not change at all. This is the rest: options with what their
-"auto" resolved to, the number of ranks, the hardware and the versions of the software. `State.in_effect` has it, flat::
+The identity of a run (``hpcgpt.plan``) is what may not change at all. This is the rest: options with what "auto"
+resolved to, the number of ranks, the hardware and the versions of the software. `State.in_effect` has it, flat::
 
     {"optim.lr": 0.0006, "train.dtype": "bfloat16", "run.threads": 8, "total_steps": 19073, "ranks": 4,
      "cpu": "AMD EPYC 7763", "gpu": "none", "torch": "2.13.0", "environment NCCL_ALGO": "Ring", ...}
 
-A resume prints each difference and records them all in the event ``changed``. A difference either changes the result
-(another order of additions is enough to change its bytes) or does not; `run.strict` refuses the former.
+A resume prints each difference and records them all in the event ``changed``. `run.strict` refuses those that change
+the result: another order of additions is enough to change its bytes.
 
-No torch in here, except where the machine is described.
+Only `collect` imports torch.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from hpcgpt.training.engine import Engine
 
 _SECTIONS = ("optim", "schedule", "train", "parallel", "spike", "data", "checkpoint", "eval")
-# In the identity, or said by total_steps.
+# Part of the identity, or of total_steps.
 _ELSEWHERE = {"train.global_batch", "data.stride", "data.document_mask", "train.steps", "train.tokens", "train.epochs"}
 _HARMLESS_SECTIONS = ("data", "checkpoint", "eval")
 _HARMLESS = {"python", "numpy"}
-_ON_CPU_ONLY = {"run.threads", "cpu", "cpu_capability"}  # on a GPU the CPU adds nothing up
+_ON_CPU_ONLY = {"run.threads", "cpu", "cpu_capability"}  # on a GPU they do not affect the result
 _ENVIRONMENT = "environment "
-# Variables by which libraries choose another kernel, precision or order of additions. OMP_NUM_THREADS is none of them:
-# run.threads replaces it.
+# Variables by which libraries choose another kernel, precision or order of additions. Not OMP_NUM_THREADS: run.threads
+# replaces it.
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -64,7 +64,7 @@ _LONGEST = 200  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Change:
-    """One difference. `affects_result`: the trained weights will not have the bytes that they would have had."""
+    """One difference. `affects_result`: the trained weights will have other bytes than without it."""
 
     key: str
     before: Any
@@ -77,7 +77,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """What differs from the attempt that saved step `step`; `rate_before` and `rate_now` are the next step's."""
+    """What differs from the attempt that saved `step`. `rate_before`, `rate_now`: learning rate of the next step."""
 
     step: int
     found: tuple[Change, ...] = ()
@@ -86,11 +86,12 @@ class Changes:
 
     @property
     def affecting(self) -> tuple[Change, ...]:
+        """Return the differences that change the result."""
         return tuple(change for change in self.found if change.affects_result)
 
     @property
     def lines(self) -> list[str]:
-        """For the console: what changes the result first."""
+        """Return lines for the console; those about the result come first."""
         ordered = [*self.affecting, *(change for change in self.found if not change.affects_result)]
         lines = [
             f"{'warning: changed' if change.affects_result else 'changed'} since step {self.step:,} was saved: {change}"
@@ -104,14 +105,14 @@ class Changes:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """For the event."""
+        """Return the fields of the event ``changed``."""
         fields: dict[str, Any] = {"step": self.step, "changes": [asdict(change) for change in self.found]}
         if self.rate_before != self.rate_now:
             fields |= {"rate_before": self.rate_before, "rate_now": self.rate_now}
         return fields
 
     def refuse(self) -> None:
-        """Raise UserError if anything changes the result (run.strict)."""
+        """Raise UserError if any difference changes the result (run.strict)."""
         if not self.affecting:
             return
         rates = [self._rates] if self.rate_before != self.rate_now else []
@@ -127,7 +128,7 @@ class Changes:
 
 
 def collect(planned: Plan, ranks: Ranks, engine: Engine) -> dict[str, Any]:
-    """All that is in effect for this attempt; see the module's docstring. A collective."""
+    """Return all that is in effect in this attempt; see the module's docstring. A collective."""
     import numpy
     import torch
     import torch.distributed as dist
@@ -149,17 +150,17 @@ def collect(planned: Plan, ranks: Ranks, engine: Engine) -> dict[str, Any]:
         machine["run.backend"] = dist.get_backend()
     if on_gpu:
         machine["cuda"] = torch.version.cuda
-    own = {
+    of_this_rank = {
         "run.threads": torch.get_num_threads(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(ranks.device) if on_gpu else "none",
     }
-    return options(planned) | resolved | machine | environment() | _of_all(own, ranks)
+    return options(planned) | resolved | machine | environment() | _merge_ranks(of_this_rank, ranks)
 
 
 def options(planned: Plan) -> dict[str, Any]:
-    """The options that the identity leaves out, by section.key, in JSON's types."""
+    """Return the options that are not in the identity, by section.key, in JSON's types."""
     found: dict[str, Any] = {"total_steps": planned.total_steps}
     for section in _SECTIONS:
         for key, value in asdict(getattr(planned.config, section)).items():
@@ -169,23 +170,23 @@ def options(planned: Plan) -> dict[str, Any]:
 
 
 def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that are set, of those that libraries compute by."""
+    """Return the variables that are set, of those that affect how libraries compute."""
     return {_ENVIRONMENT + name: env[name] for name in _VARIABLES if name in env}
 
 
 def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
-    """What differs between the attempt that saved `state` and this one; nothing if no step is left to make.
+    """Return what differs between the attempt that saved `state` and this one; nothing if no step is left.
 
-    Only what both know: an option that is newer than the checkpoint counts as its default, and a checkpoint without
-    `State.in_effect` says how many ranks there were.
+    Only what both recorded is compared. An option that is newer than the checkpoint had its default value then. Of a
+    checkpoint without `State.in_effect`, only the number of ranks is compared.
 
     Raises:
-        UserError: the run has made more steps than it is to have now.
+        UserError: the run has made more steps than it should have now.
     """
     step, total = state.step, planned.total_steps
     if step > total:
         raise UserError(
-            f"the run has made {step:,} steps already, and {_length(planned.config)} asks for {total:,}: give at least "
+            f"the run has made {step:,} steps already, and {_length(planned.config)} means {total:,}: give at least "
             f"{step:,}, or train a shorter run under another --run.name"
         )
     if step == total and state.pending is None:
@@ -207,22 +208,24 @@ def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
 
 
 def _affects_result(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    def ever(key: str, value: Any) -> bool:
+    """Return whether a change of `key` changes the bytes of the result."""
+
+    def then_or_now(key: str, value: Any) -> bool:
         return value in (before.get(key), now.get(key))
 
     section = key.partition(".")[0]
     watches_spikes = bool(before.get("spike.factor") or now.get("spike.factor"))
     if key == "checkpoint.every" or section == "spike":  # a spike sends the run back to a regular checkpoint
         return watches_spikes
-    if key == "total_steps":  # where no schedule depends on it, the run is longer and that is all
-        return any(ever("schedule.kind", kind) for kind in ("cosine", "linear", "wsd"))
+    if key == "total_steps":  # it changes only the length, unless the schedule depends on it
+        return any(then_or_now("schedule.kind", kind) for kind in ("cosine", "linear", "wsd"))
     if key in _ON_CPU_ONLY:
-        return ever("run.device", "cpu")
+        return then_or_now("run.device", "cpu")
     return section not in _HARMLESS_SECTIONS and key not in _HARMLESS
 
 
 def _rate(known: Mapping[str, Any], step: int) -> float | None:
-    """The rate of the step after `step` steps, by what was in effect; None if that does not tell."""
+    """Return the learning rate after `step` steps with the options in `known`; None if they are incomplete."""
     config = Config()
     try:
         for section in ("optim", "schedule"):
@@ -240,7 +243,7 @@ def _rate(known: Mapping[str, Any], step: int) -> float | None:
 
 
 def _default(key: str) -> Any:
-    """Of an option; None of anything else."""
+    """Return the default value of an option; None if `key` is not an option."""
     section, _, name = key.partition(".")
     if section not in _SECTIONS:
         return None
@@ -248,25 +251,26 @@ def _default(key: str) -> Any:
 
 
 def _length(config: Config) -> str:
+    """Return the option that sets the length of the run, with its value."""
     train = config.train
     name = next(name for name in ("steps", "tokens", "epochs") if getattr(train, name))
     return f"train.{name} {getattr(train, name):,}"
 
 
-def _of_all(own: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The same of all ranks: a value where they have the same, else the different ones, sorted."""
+def _merge_ranks(of_this_rank: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Return the values of all ranks: one value if it is the same on all, else the different ones, sorted."""
     from hpcgpt.distributed.collectives import gather_from_all
 
-    everybody = gather_from_all(ranks, lambda: own)
-    found = {}
-    for key in own:
-        values = sorted({rank[key] for rank in everybody})
-        found[key] = values[0] if len(values) == 1 else values
-    return found
+    by_rank = gather_from_all(ranks, lambda: of_this_rank)
+    merged = {}
+    for key in of_this_rank:
+        values = sorted({of_rank[key] for of_rank in by_rank})
+        merged[key] = values[0] if len(values) == 1 else values
+    return merged
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What the kernel calls this CPU, or its architecture."""
+    """Return the name of this CPU from the kernel, or else its architecture."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -275,5 +279,5 @@ def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)  # a checkpoint may come from anywhere: nothing of it may move a terminal's cursor
+    text = repr(value)  # escapes control characters, since a checkpoint may come from anywhere
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."

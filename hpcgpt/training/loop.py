@@ -1,7 +1,7 @@
 """The training loop: what a step is, and when a run is evaluated, saved, reported and stopped.
 
-Every rank runs it. What decides where it goes is the same on every rank: the step, the configuration, the loss, and
-what all ranks have agreed on at the step boundary.
+Every rank runs it. Every decision depends only on what is the same on all ranks: the step, the configuration, the loss,
+and what they have agreed on at the step boundary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcgpt.checkpoint.layout import TrainState
-from hpcgpt.distributed import rendezvous
 from hpcgpt.distributed.stop_signals import Stop, StopFlag
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import DivergedError
@@ -26,6 +25,7 @@ from hpcgpt.training.hang_watchdog import START_S, Watchdog
 from hpcgpt.training.profiler import Profiler
 from hpcgpt.training.reporter import Reporter
 from hpcgpt.training.resume import Rollback
+from hpcgpt.training.samples import Sampler, sample_limit_s
 from hpcgpt.training.spikes import SpikeDetector
 from hpcgpt.training.stragglers import StragglerDetector
 
@@ -34,16 +34,12 @@ COLLECT_EVERY = 1000  # steps
 Row = dict[str, Any]
 
 
-def sample_limit_s(wanted_s: float, hang_s: float) -> float:
-    """How long a sample may take: the other ranks wait for it in a collective, and must not take it for a hang."""
-    return min(wanted_s, hang_s / 2, rendezvous.COLLECTIVE_TIMEOUT.total_seconds() / 2)
-
-
 @dataclass(kw_only=True)
 class Loop:
-    """The steps of one attempt, `number`. `reporter` and `profiler` are rank 0's, None on the others.
+    """The training loop of attempt `number`. `reporter` and `profiler` are None except on rank 0.
 
-    `evaluate` returns the validation figures, None if its argument said stop before they were complete.
+    `evaluate` returns the validation figures, or None if its argument, a function, returned True before they were
+    complete.
     """
 
     plan: Plan
@@ -53,6 +49,7 @@ class Loop:
     state: TrainState
     stop: StopFlag
     evaluate: Callable[[Callable[[], bool]], dict[str, float] | None]
+    sampler: Sampler
     checkpointer: Checkpointer
     spikes: SpikeDetector
     rollback: Rollback
@@ -60,10 +57,11 @@ class Loop:
     watchdog: Watchdog
     reporter: Reporter | None
     profiler: Profiler | None
-    _unread: PendingStep | None = None  # the step that was launched last, until its metrics are read
+    _unread: PendingStep | None = None  # the last step that was launched, until its metrics are read
 
     @property
     def finished(self) -> bool:
+        """Return whether all steps have been made and evaluated."""
         return self.state.step >= self.plan.total_steps and self.state.pending is None
 
     def run(self) -> Stop:
@@ -85,15 +83,14 @@ class Loop:
         return Stop.NO
 
     def _pending_row(self) -> Row | None:
-        """The row of a step that an earlier attempt made, and was stopped before it had evaluated it."""
+        """Take the row of a step that an earlier attempt made, but could not evaluate before it was stopped."""
         row, self.state.pending = self.state.pending, None
         return row
 
     def _step(self) -> Row | None:
-        """Make the next step; its row, if it is read at once.
+        """Make the next step; return its row if it has been read.
 
-        On a GPU a row that is needed later only is read while the next step computes. None, too, where the loss has
-        sent the run back.
+        On a GPU, a row that is not needed yet is read while the next step computes. After a rollback there is no row.
         """
         if self.profiler:
             with only_informs("the trace"):
@@ -115,7 +112,7 @@ class Loop:
         return self._read(pending_step)
 
     def _read_unread(self) -> bool:
-        """Read and report the step before, if that has not been done; False if it sent the run back."""
+        """Read and report the previous step, if that has not been done; return False if it caused a rollback."""
         pending_step, self._unread = self._unread, None
         if pending_step is None:
             return True
@@ -125,31 +122,31 @@ class Loop:
         return row is not None
 
     def _read(self, pending_step: PendingStep) -> Row | None:
-        """The row of a step that is no spike; None if it was one, and the run has gone back.
+        """Return the row of a step; None if it was a spike and caused a rollback.
 
         Raises:
             DivergedError: training has failed, and would fail again.
         """
         row = self.engine.read(pending_step) | {"attempt": self.number}
         loss, norm = pending_step.figures.tolist()
-        found = self.spikes.check(
+        verdict = self.spikes.check(
             row["step"], loss, norm, pending_step.result.skipped, lambda: self.engine.locate_nonfinite(pending_step)
         )
-        if found.message and self.reporter:
-            self.reporter.say(found.message)
-            self.reporter.event("spike" if found.spike else "nonfinite", step=row["step"], words=found.message)
-        if found.fatal:
-            raise DivergedError(f"{found.message}{found.fatal}")
-        return None if found.spike and self._roll_back(pending_step, row) else row
+        if verdict.message and self.reporter:
+            self.reporter.say(verdict.message)
+            self.reporter.event("spike" if verdict.spike else "nonfinite", step=row["step"], words=verdict.message)
+        if verdict.fatal:
+            raise DivergedError(f"{verdict.message}{verdict.fatal}")
+        return None if verdict.spike and self._roll_back(pending_step, row) else row
 
     def _roll_back(self, pending_step: PendingStep, row: Row) -> bool:
-        """Go back to the last regular checkpoint, without the samples since; False if there is none."""
+        """Go back to the last regular checkpoint, without the samples since; return False if there is none."""
         self.checkpointer.finish()
         with self.watchdog.patience(START_S):
             target = self.rollback.target(row["step"])
             if target is None:
                 return False
-            self.trace(leaving=True)  # its name has steps that come once
+            self.trace(leaving=True)  # the steps in its name must not occur twice
             self.rollback.to(target, row, pending_step.batch + 1)
             return True
 
@@ -158,32 +155,34 @@ class Loop:
         return bool(every) and (step % every == 0 or step == self.plan.total_steps)
 
     def _evaluate(self, row: Row) -> bool:
-        """Add the validation figures to a row; False if a stop was requested before they were complete."""
+        """Add the validation figures to a row; return False if a stop was requested before they were complete."""
         started_at = time.monotonic()
-        found = self.evaluate(lambda: self._agree() != Stop.NO)
-        if found is None:
+        evaluated = self.evaluate(lambda: self._agree() != Stop.NO)
+        if evaluated is None:
             return False
-        figures = metrics_file.finite(found)
+        figures = metrics_file.finite(evaluated)
         row |= figures | {"val/elapsed_s": time.monotonic() - started_at}
         self.state.val_loss = figures["val/loss"]
         return True
 
     def _report(self, row: Row) -> None:
+        """Report a row, and a sample if the step was evaluated. Rank 0 only; the others return at once."""
         if not self.reporter:
             return
         self.reporter.row(row)
-        settings = self.plan.config.sample
+        settings, step = self.plan.config.sample, self.state.step
         if "val/loss" in row and settings.tokens:
             limit_s = sample_limit_s(settings.max_s, self.watchdog.limit_s)
-            self.reporter.sample(self.state.step, limit_s, self._may_sample)
+            with only_informs("the sample"):
+                self.reporter.sample(step, self.sampler.generate(step, limit_s, self._may_sample))
 
     def _may_sample(self) -> bool:
-        """Called for each token of a sample on rank 0: resets the watchdog; ends the sample if a stop is requested."""
+        """Reset the watchdog; return False if a stop is requested. Rank 0 calls it for each token of a sample."""
         self.watchdog.alive()
         return self.stop.here() == Stop.NO
 
     def _agree(self, after_step: bool = False) -> Stop:
-        """Ask all ranks whether to stop: at each step boundary, and between the batches of an evaluation."""
+        """Agree with all ranks whether to stop: at each step boundary, and between the batches of an evaluation."""
         self.watchdog.alive()
         self.checkpointer.poll()
         reason = self.stop.agree(self.ranks, after_step)
@@ -192,12 +191,12 @@ class Loop:
         return reason
 
     def trace(self, leaving: bool) -> None:
-        """Write the trace that ends at this step, if one does; `leaving`: however short it is."""
+        """Write the trace that ends at this step, if any. `leaving`: end it here, however short it is."""
         with only_informs("the trace"):
             if self.profiler and (path := self.profiler.after(self.state.step, leaving)) and self.reporter:
                 self.reporter.say(f"traced until step {self.state.step:,}: {path}")
 
     def _collect_garbage(self) -> None:
-        """Here, and not when Python does it by itself: each rank would do so in another step."""
+        """Collect garbage on all ranks at the same step. Python alone would slow down each rank at a different one."""
         if self.state.step % COLLECT_EVERY == 0 or self._is_evaluated(self.state.step):
             gc.collect()

@@ -1,7 +1,7 @@
-"""Everything that rank 0 alone reports: exit.json, metrics.jsonl, events, console, samples, wandb.
+"""Everything that rank 0 alone reports: exit.json, metrics.jsonl, events, console, samples, W&B.
 
-But for exit.json, which the requeue policy needs, all of it only informs (``hpcgpt.output.best_effort``): no exception
-leaves this module, files are written by a thread of their own, and exit.json is written before anything is waited for.
+Except for exit.json, which the requeue policy reads, all of it only informs (``hpcgpt.output.best_effort``): no
+exception leaves this module, a thread writes the files, and exit.json is written before anything is waited for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,45 +21,42 @@ from hpcgpt.checkpoint.save import Saved
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.distributed.world import Ranks
-from hpcgpt.model.generate import generate
-from hpcgpt.model.gpt import GPT
-from hpcgpt.model.precision import computing_in
 from hpcgpt.output import streams, terminal
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.plan import Plan
 from hpcgpt.run import goodput, metrics_file, run_folder
 from hpcgpt.storage.lease import Lease
-from hpcgpt.tokenizer import interface
-from hpcgpt.tokenizer.interface import Tokenizer
 from hpcgpt.tracking.tracker import Tracker
 from hpcgpt.training.stragglers import Straggler
 
 
 @dataclass(frozen=True)
 class AttemptInfo:
-    """What an attempt reports of itself. `number`: its generation; `hosts`: of its ranks, by rank; `step`: resumed at.
+    """What the start of an attempt is reported with.
 
-    `pending`: the metrics row of that step has not been written yet.
+    `number`: its generation; `hosts`: by rank; `step`: where it starts; `pending`: the metrics row of that step has not
+    been written yet.
     """
 
     plan: Plan
     ranks: Ranks
     number: int
     hosts: list[str]
+    parameters: int
     dtype: torch.dtype
     began_at: float
     step: int
     pending: bool
 
 
-DRAIN_S = 5.0  # what waits to be written at the end of an attempt, and before a rollback
-# For the table at the end: it takes longer the more rows there are. 400,000 (97 MB) took 9 s of CPU.
+DRAIN_S = 5.0  # limit for the queue of writes, at the end of an attempt and before a rollback
+# Limits for the table at the end, which takes longer the more rows there are: 9 s of CPU for 400,000 (97 MB).
 GOODPUT_S, GOODPUT_S_PER_MB, GOODPUT_MOST_S = 10.0, 0.3, 40.0
-FINISH_S, LEAVE_S = 20.0, 4.0  # for wandb: at the end of training; when the job has to leave, KillWait may be 30 s
+FINISH_S, LEAVE_S = 20.0, 4.0  # limits for W&B: at the end of training; when the job must stop (KillWait may be 30 s)
 
 
 def goodput_limit_s(folder: Path) -> float:
-    """How long the goodput of a run may take to compute at its end."""
+    """Return how long computing the goodput of a run may take at its end."""
     size = 0
     with suppress(OSError):
         size = (folder / "metrics.jsonl").stat().st_size
@@ -68,12 +64,12 @@ def goodput_limit_s(folder: Path) -> float:
 
 
 class Reporter:
-    def __init__(self, info: AttemptInfo, lease: Lease, model: GPT, tokenizer: Tokenizer) -> None:
-        self._info, self._lease, self._model, self._tokenizer = info, lease, model, tokenizer
+    def __init__(self, info: AttemptInfo, lease: Lease) -> None:
+        self._info, self._lease = info, lease
         self._config: Config = info.plan.config
         self._folder = self._config.run_folder
-        self._reported: Saved | None = None  # the save whose commit has been reported, and not its end
-        self._lead_said_s = 0.0
+        self._committed: Saved | None = None  # the save whose commit has been reported, until its end is
+        self._reported_lead_s = 0.0
         self._worker = Worker("reporter")
         keep_below = info.step + (0 if info.pending else 1)
         self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, lease.check)
@@ -97,9 +93,10 @@ class Reporter:
             self._greet()
 
     def _greet(self) -> None:
+        """Print what is trained, on what, and from which step on."""
         info, total = self._info, self._info.plan.total_steps
         self._console.say(
-            f"run {self._folder}, generation {info.number}: {self._model.parameter_count():,} parameters, "
+            f"run {self._folder}, generation {info.number}: {info.parameters:,} parameters, "
             f"{info.ranks.world.size} x {info.ranks.device.type}, "
             f"{str(info.dtype).removeprefix('torch.')}, {info.plan.tokens_per_step:,} tokens a step "
             f"({info.plan.micro_steps} micro-steps a rank)"
@@ -114,37 +111,41 @@ class Reporter:
             self._console.say(f"resumed at step {info.step:,} of {total:,}")
 
     def row(self, row: dict[str, Any]) -> None:
-        """Report a step."""
+        """Report the metrics row of a step."""
         self.metrics.append(row)
         self._worker.post("metrics.jsonl", self.metrics.write_appended)
         with only_informs("the console"):
             self._console.step(row)
 
     def committed(self, saved: Saved) -> None:
-        """Report a checkpoint that is there now. From the thread that made it: a kill may come within the next step."""
+        """Report a checkpoint that has become visible.
+
+        Called from the saver's thread: the job may be killed before the next step boundary.
+        """
         figures = {"seconds": saved.seconds, "stall_s": saved.stall_s, "bytes": saved.bytes}
         with only_informs("events.jsonl"):
             run_folder.record(self._folder, "save", attempt=self._info.number, step=saved.step, **figures)
-            self._reported = saved
+            self._committed = saved
 
     def saved(self, saved: Saved) -> None:
-        """Report that a save has ended, and that training stands still for it no longer."""
-        told, self._reported = self._reported, None
+        """Report that a save has ended. Training no longer waits for it."""
+        committed, self._committed = self._committed, None
         if saved.problem:
             streams.warn(f"no checkpoint of step {saved.step:,}: {saved.problem}")
             self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
-        elif told:
-            self.event("save_stall", step=saved.step, stall_s=saved.stall_s - told.stall_s)
-        else:  # it was there already, or there was no room for the line
+        elif committed:
+            self.event("save_stall", step=saved.step, stall_s=saved.stall_s - committed.stall_s)
+        else:  # the checkpoint existed already, or its commit could not be recorded
             self.committed(saved)
 
     def straggler(self, step: int, found: Straggler) -> None:
-        self._console.say(f"step {step:,}: {found.words}")
+        """Report a rank that all others wait for."""
+        self._console.say(f"step {step:,}: {found.message}")
         self.event("straggler", step=step, **asdict(found), factor=found.factor)
 
     def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
-        """The run has gone back to `step`; `spiked`: the unreported row of the step that caused the rollback."""
-        if self._worker.drain(DRAIN_S):  # else it may still write: its descriptor must not become another file's
+        """Report a rollback to `step`. `spiked`: the unreported row of the step that caused it."""
+        if self._worker.drain(DRAIN_S):  # else it may still write: its descriptor must not be reused for another file
             self.metrics.close()
         self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._lease.check)
         lost = [*self.metrics.cut_off, spiked]
@@ -159,31 +160,32 @@ class Reporter:
         )
 
     def lead(self, lead_s: float, step_s: float) -> None:
-        """Say it once where a step and its saves need more than the margin that was asked for, and when that grows."""
-        if lead_s > max(self._config.requeue.end_margin_s, 1.5 * self._lead_said_s):
-            self._lead_said_s = lead_s
-            self.say(f"a step takes {step_s:.1f} s: leaving {lead_s:.0f} s before the job's end")
+        """Report how early the run will stop, if it needs more than requeue.end_margin_s; again when that has grown."""
+        if lead_s > max(self._config.requeue.end_margin_s, 1.5 * self._reported_lead_s):
+            self._reported_lead_s = lead_s
+            self.say(f"a step takes {step_s:.1f} s: stopping {lead_s:.0f} s before the job's end")
 
     def say(self, text: str) -> None:
+        """Print a line on the console."""
         with only_informs("the console"):
             self._console.say(text)
 
-    def leave(self, status: int, words: str, step: int, saved: bool) -> None:
-        """Report the end of an attempt that ends by itself; exit.json first, which decides what happens next."""
+    def leave(self, status: int, message: str, step: int, saved: bool) -> None:
+        """Report how an attempt ended, unless it crashed. exit.json is first: it decides what happens next."""
         with only_informs("exit.json"):
-            run_folder.write_exit(self._folder, run_folder.Exit(world.job_attempt(), status, words, step, saved))
-        self.event("end", status=status, reason=words, step=step)
+            run_folder.write_exit(self._folder, run_folder.Exit(world.job_attempt(), status, message, step, saved))
+        self.event("end", status=status, reason=message, step=step)
         if status == exit_codes.FINISHED:
             self._worker.drain(DRAIN_S)
             table = within(goodput_limit_s(self._folder), "goodput", lambda: goodput.words(self._folder))
-            self.say(table or f"goodput: ask `python -m hpcgpt.status {shlex.quote(str(self._folder))}`")
+            self.say(table or f"goodput: see `python -m hpcgpt.status {shlex.quote(str(self._folder))}`")
         elif status == exit_codes.AGAIN:
-            self.say(f"saved at step {step:,} and leaving: {words}")
+            self.say(f"saved at step {step:,} and stopping: {message}")
         elif status == exit_codes.FAILED:
-            print(f"error: {words}", file=sys.stderr, flush=True)
+            print(f"error: {message}", file=sys.stderr, flush=True)
 
     def close(self, status: int) -> None:
-        """Finish what is reported in the background, within bounded time."""
+        """Finish the writes in the background, within bounded time."""
         with only_informs("the console"):
             self._console.close()
         if self._worker.drain(DRAIN_S):
@@ -192,29 +194,12 @@ class Reporter:
             self._tracker.close(status, FINISH_S if status == exit_codes.FINISHED else LEAVE_S)
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append a line to events.jsonl, in the background; what the disk does not take is lost with a warning."""
+        """Append a line to events.jsonl in the background. If that fails, the line is lost with a warning."""
         line = {"time": time.time(), "attempt": self._info.number, **fields}
         self._worker.post("events.jsonl", lambda: run_folder.record(self._folder, event, **line))
 
-    def sample(self, step: int, limit_s: float, alive: Callable[[], bool]) -> None:
-        """Generate a text with the weights of this step and show it.
-
-        It uses the device that training uses, so training waits for it: for `limit_s` seconds at most. `alive` is
-        called for each token; generation stops when it returns False.
-        """
-        settings, device = self._config.sample, self._info.ranks.device
-        deadline = time.monotonic() + limit_s
-
-        def ids() -> Iterator[int]:
-            for token in generate(self._model, prompt, settings, device, self._config.run.seed + step):
-                yield token
-                if not alive() or time.monotonic() > deadline:
-                    return
-
+    def sample(self, step: int, text: str) -> None:
+        """Report a text that was generated with the weights of this step."""
         with only_informs("the sample"):
-            prompt = [self._tokenizer.end_of_text, *self._tokenizer.encode(settings.prompt)]
-            # As `hpcgpt sample` does. Not by train.attention: there are kernels that take no single token.
-            with computing_in(self._info.dtype, device):
-                text = settings.prompt + "".join(interface.stream(self._tokenizer, ids(), after=prompt))
             self._console.say(f"--- sample at step {step:,}\n{terminal.shown(text)}\n---")
             self._worker.post("samples.jsonl", lambda: self._tracker.sample(step, text))

@@ -1,5 +1,4 @@
-"""What a checkpoint means for a run: where a new attempt continues, and where a run goes back to when its loss
-leaps."""
+"""What a checkpoint means for a run: where a new attempt continues, and where a run goes back to after a loss spike."""
 
 from __future__ import annotations
 
@@ -26,10 +25,10 @@ from hpcgpt.training.spikes import SpikeDetector
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where an attempt continues: from the checkpoint at `path`, or (None) from the beginning.
+    """Where an attempt continues: at the checkpoint `path`; None: at the beginning.
 
-    `changes`: what differs from the attempt that saved it. `origin`: where the first weights come from, in words, if
-    from another run.
+    `changes`: what differs from the attempt that saved it. `origin`: a message if the first weights come from another
+    run.
     """
 
     path: Path | None
@@ -38,24 +37,26 @@ class Resumed:
 
 
 class Restorer:
-    """Loads checkpoints into the engine and the state. Every rank has one; `resume` and `load` are collectives."""
+    """Loads checkpoints into the engine and the state. Every rank has one; `resume` and `load` are collectives.
+
+    `lease` is None except on rank 0.
+    """
 
     def __init__(self, planned: Plan, ranks: Ranks, lease: Lease | None, engine: Engine, state: TrainState) -> None:
-        """`lease` is rank 0's generation, None on the others."""
         self.plan, self.ranks, self.lease, self.engine, self.state = planned, ranks, lease, engine, state
         self.checkpoints = planned.config.run_folder / "checkpoints"
 
     def resume(self, now: dict[str, Any]) -> Resumed:
-        """Load the newest valid checkpoint, or begin. `now`: what is in effect in this attempt.
+        """Load the newest valid checkpoint, or initialize a new run. `now`: what is in effect in this attempt.
 
         Raises:
-            UserError: the run was trained with other settings, or `run.strict` refuses what has changed.
+            UserError: the run was trained with other settings, or `run.strict` refuses a change.
         """
         if self.lease:
             retention.recover_leftovers(self.checkpoints, self.lease)
         newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
-            return Resumed(None, in_effect.Changes(0), self._begin())
+            return Resumed(None, in_effect.Changes(0), self._initialize())
         state = layout.read_state(newest)
         if changed := plan.changes(state.identity, self.plan.identity):
             raise UserError(
@@ -68,7 +69,8 @@ class Restorer:
         self.load(newest)
         return Resumed(newest, changes)
 
-    def _begin(self) -> str:
+    def _initialize(self) -> str:
+        """Load weights from another run if `run.init_from` names one, and seed the generators; return the origin."""
         settings = self.plan.config.run
         origin = ""
         if settings.init_from:
@@ -77,7 +79,7 @@ class Restorer:
         return origin
 
     def load(self, path: Path) -> None:
-        """Make a checkpoint's tensors, random generators and state those of this rank."""
+        """Load the tensors, random generators and state of a checkpoint."""
         saved = load.load(path, self.engine.model.local, self.engine.optimizer, self.ranks)
         self.state.become(saved)
         if saved.world_size != self.ranks.world.size:
@@ -87,9 +89,9 @@ class Restorer:
 class Rollback:
     """Goes back to the last regular checkpoint, without the samples since. All methods are collectives.
 
-    A checkpoint that was saved because the job had to stop is none to go back to: where a run goes must not
-    depend on its interruptions. For the same reason nothing is noted for a later attempt before the next save: one
-    that starts from the same checkpoint meets the same loss, and goes back again.
+    It never chooses a checkpoint that was saved because the job had to stop: the result must not depend on
+    interruptions. For the same reason, a rollback is not recorded before the next checkpoint: an attempt that starts
+    from the same one finds the same spike, and goes back again.
     """
 
     def __init__(
@@ -99,10 +101,10 @@ class Rollback:
         self._ranks, self._state = restorer.ranks, restorer.state
 
     def target(self, step: int) -> Path | None:
-        """The checkpoint to go back to from a spike at `step`; None if there is none yet.
+        """Return the checkpoint to go back to after a spike at `step`; None if there is none yet.
 
         Raises:
-            DivergedError: the run has gone back as often as it may.
+            DivergedError: the run has gone back spike.max_rollbacks times.
         """
         run_on_rank0(self._ranks, lambda: self._checkpointer.pruner.wait())
         found = load.newest_valid(
@@ -124,23 +126,24 @@ class Rollback:
         return found
 
     def to(self, target: Path, spiked: dict[str, Any], next_batch: int) -> None:
-        """Continue from `target` with global batch `next_batch`; `spiked` is the row of the step that went wrong."""
+        """Continue from `target` with global batch `next_batch`; `spiked` is the row of the step with the spike."""
         state, rollbacks = self._state, self._state.rollbacks + 1
         run_on_rank0(self._ranks, lambda: self._checkpointer.pruner.remove_beyond(layout.step_of(target)))
         self._restorer.load(target)
         state.skipped, state.rollbacks = next_batch - state.step, rollbacks
-        state.pending = None  # if it was, when that was saved: its row has been reported since
-        run_on_rank0(self._ranks, lambda: self._cut_off(spiked))
+        state.pending = None  # a row that was pending when `target` was saved has been reported since
+        run_on_rank0(self._ranks, lambda: self._report(spiked))
         self.replay_losses()
 
-    def _cut_off(self, spiked: dict[str, Any]) -> None:
+    def _report(self, spiked: dict[str, Any]) -> None:
+        """Report the rollback, which removes the later rows from metrics.jsonl. Rank 0 only."""
         assert self._reporter is not None
         self._reporter.roll_back(self._state.step, spiked, self._state.skipped)
         self._reporter.say(f"back to step {self._state.step:,}, without the samples since")
 
     def replay_losses(self) -> None:
-        """Let the detector of spikes see the steps until here, from the rows that there are."""
+        """Rebuild the history of the spike detector from the rows until this step."""
         rows = list(run_on_rank0(self._ranks, lambda: self._reporter.metrics.tail if self._reporter else []))
-        if self._state.pending:  # its row is not in the file yet
+        if self._state.pending:  # this row is not in the file yet
             rows.append(self._state.pending)
         self._spikes.replay(rows)

@@ -1,7 +1,7 @@
-"""Steps that went wrong: a loss or a gradient that is no finite number, and a loss that leaps.
+"""Detects a loss or gradient that is not finite, and a loss spike.
 
 Both are detected from numbers that are the same on every rank, so all ranks detect the same at the same step without
-communication. Only the batch that caused it must be gathered.
+communication. Only the names of the batches that caused it are gathered.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from hpcgpt.data.loader import Loader
 from hpcgpt.distributed.collectives import gather_from_all
 from hpcgpt.distributed.world import Ranks
 
-LONGEST_SKIP = 10  # steps in a row whose gradients are not finite: it will not get better by itself
+LONGEST_SKIP = 10  # steps in a row with a loss or gradient that is not finite: training has diverged
 
 
 def locate_nonfinite(micro_losses: Sequence[Tensor], number: int, loader: Loader, ranks: Ranks) -> str:
     """Describe the micro-batches that made a step's loss not finite. A collective.
 
-    `own`: the losses of this rank's micro-batches, `number`: of the global batch.
+    `micro_losses`: of this rank's micro-batches; `number`: of the global batch.
     """
 
-    def mine() -> list[str]:
+    def local_batches() -> list[str]:
         bad = [micro_step for micro_step, loss in enumerate(micro_losses) if not math.isfinite(float(loss))]
         spans = [loader.samples(number, micro_step) for micro_step in bad]
         return [f"rank {ranks.world.rank}, samples {span[0]:,} to {span[-1]:,}" for span in spans]
 
-    found = [words for of_rank in gather_from_all(ranks, mine) for words in of_rank]
+    found = [batch for of_rank in gather_from_all(ranks, local_batches) for batch in of_rank]
     if found:
         return "; ".join(found[:8]) + (f"; and {len(found) - 8:,} more" if len(found) > 8 else "")
     first, after = number * loader.global_batch, (number + 1) * loader.global_batch
@@ -59,59 +59,60 @@ class SpikeDetector:
         self._bad_steps = 0  # in a row
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the history by the steps of these rows of metrics.jsonl.
+        """Replace the history by the steps of these rows of metrics.jsonl, as if this detector had checked them.
 
-        As if this detector had checked those steps itself, since results must not depend on interruptions.
+        So its results do not depend on interruptions.
         """
         self._recent.clear()
         self._bad_steps = 0
         for row in rows:
             loss, norm = row["train/loss"], row["train/grad_norm"]
-            self._leaps(math.nan if loss is None else loss, math.nan if norm is None else norm)
+            self._record(math.nan if loss is None else loss, math.nan if norm is None else norm)
 
-    def check(self, step: int, loss: float, norm: float, skipped: bool, whose: Callable[[], str]) -> StepVerdict:
-        """On a step, counted from 1, with this loss and gradient norm; was it `skipped`?
+    def check(self, step: int, loss: float, norm: float, skipped: bool, locate: Callable[[], str]) -> StepVerdict:
+        """Check a step, counted from 1, by its loss and gradient norm. `skipped`: the weights were not changed.
 
-        `whose` is asked, by all ranks, for the batches that made them no finite numbers.
+        If one of them is not finite, all ranks call `locate` for a message that names the batches that caused it.
         """
-        leaps = self._leaps(loss, norm)
+        spike = self._record(loss, norm)
         if self._bad_steps:
-            words = f"step {step:,}: the loss is {loss} and the gradient's norm {norm} ({whose()})"
-            return self._not_finite(words, skipped)
-        if leaps:
+            message = f"step {step:,}: the loss is {loss} and the gradient's norm {norm} ({locate()})"
+            return self._not_finite(message, skipped)
+        if spike:
             usual = statistics.median(self._recent)
             return StepVerdict(f"step {step:,}: the loss is {loss:.4f}, and {usual:.4f} was usual", spike=True)
         return StepVerdict()
 
-    def _leaps(self, loss: float, norm: float) -> bool:
-        """Note a step; does its loss leap? If it does, or is no finite number, it is none of the usual ones."""
+    def _record(self, loss: float, norm: float) -> bool:
+        """Add a step to the history, unless its loss is a spike or not finite; return whether it is a spike."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._bad_steps += 1
             return False
         self._bad_steps = 0
         if not self._settings.factor:
             return False
-        leaps = is_spike(loss, self._recent, self._settings.factor, self._settings.window)
-        if not leaps:
+        spike = is_spike(loss, self._recent, self._settings.factor, self._settings.window)
+        if not spike:
             self._recent.append(loss)
-        return leaps
+        return spike
 
-    def _not_finite(self, words: str, skipped: bool) -> StepVerdict:
+    def _not_finite(self, message: str, skipped: bool) -> StepVerdict:
+        """Return whether the run continues after a loss or gradient that is not finite."""
         if not skipped:
             return StepVerdict(
-                words,
+                message,
                 ": training has diverged, and the checkpoints before are whole; try a lower optim.lr under another "
                 "--run.name, or train.on_nonfinite skip",
             )
         if self._bad_steps >= LONGEST_SKIP:
-            return StepVerdict(words, f", and so it was in {self._bad_steps} steps in a row: training has diverged")
-        return StepVerdict(f"{words}: skipped, weights and optimizer are as they were")
+            return StepVerdict(message, f", and so it was in {self._bad_steps} steps in a row: training has diverged")
+        return StepVerdict(f"{message}: skipped, weights and optimizer are as they were")
 
 
 def is_spike(loss: float, recent: Sequence[float], factor: float, window: int) -> bool:
-    """Is `loss` more than `factor` times the usual one, the median of the last `window`?
+    """Return whether `loss` is more than `factor` times the median of the last `window` losses.
 
-    Nothing is usual before half of the window is there. In nats, where a factor of 1.5 is a leap: losses near 3
-    scatter by some hundredths.
+    There are no spikes until half of the window is filled. Losses are in nats; near 3 they vary by some hundredths, so
+    a factor of 1.5 is large.
     """
     return len(recent) >= max(1, window // 2) and loss > factor * statistics.median(recent)

@@ -118,6 +118,7 @@ def to_ids(batch: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
+    """Return the mean of a tensor over all ranks. A collective."""
     if ranks.cpu_group is None:
         return value
     value = value.clone()

@@ -1,13 +1,13 @@
-"""Blame: which rank is it that all the others wait for?
+"""Detects stragglers: ranks that all others wait for.
 
-In data-parallel training every rank's step takes equally long, since all wait for the slowest in the all-reduce. What
-distinguishes them is the time before that: each rank's own reading of data, its micro-steps without
-synchronisation, and the forward pass of the last micro-step. ``LocalTime`` measures it, at the cost of
-reading a clock twice a step. Every `blame.every` steps all ranks gather their medians, and `judge` compares
-them: a rank that took more than `blame.factor` times as long as usual, twice in a row, is a straggler.
+In data-parallel training every rank's step takes equally long, since all wait for the slowest in the all-reduce. Ranks
+differ in the time before that, the local time: reading data, micro-steps without synchronization, and the forward pass
+of the last micro-step. ``LocalTime`` measures it by reading a clock twice a step. Every `blame.every` steps the medians
+of all ranks are gathered, and `count_strikes` compares them: a rank that took more than `blame.factor` times the usual
+time, twice in a row, is a straggler. Medians over many steps, and twice in a row, because a single delay is harmless.
 
-The usual time is the lower median of all ranks: where half of them are slow (one node of two), the slow
-half is not usual. Medians over many steps, and twice in a row, since one hiccup is no straggler.
+The usual time is the lower median of all ranks, so that it is that of the fast half if half of the ranks are slow (one
+node of two).
 
 Torch is imported where it is used.
 """
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from hpcgpt.config import options
     from hpcgpt.distributed.world import Ranks
 
-PATIENCE = 2
+PATIENCE = 2  # strikes
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that is slow: seconds of its own work a step, and those of a usual rank; `factor` is their ratio."""
+    """A slow rank: its local seconds a step, and the usual ones; `factor` is their ratio."""
 
     rank: int
     host: str
@@ -45,37 +45,37 @@ class Straggler:
         return self.local_s / self.usual_s
 
     @property
-    def words(self) -> str:
+    def message(self) -> str:
         return (
             f"rank {self.rank} on {self.host} is slow, and all wait for it: its own work takes "
             f"{1000 * self.local_s:,.1f} ms a step, {self.factor:.1f} times the usual {1000 * self.usual_s:,.1f} ms"
         )
 
 
-def judge(strikes: Sequence[int], local_s: Sequence[float], factor: float) -> tuple[list[int], list[int]]:
-    """How often in a row each rank has been slow by now, and the ranks to name.
+def count_strikes(strikes: Sequence[int], local_s: Sequence[float], factor: float) -> tuple[list[int], list[int]]:
+    """Return how often in a row each rank has been slow, and the ranks to report now.
 
-    `strikes` are those before, `local_s` the new times by rank; a time of 0 is not known, and neither slow nor
-    usual. A rank is named once, when its strikes reach `PATIENCE`, and again only after it was fast in between.
+    `strikes` are those so far, `local_s` the new times by rank; 0: not known, neither slow nor usual. A rank is
+    reported when its strikes reach `PATIENCE`, and again only after it was fast in between.
     """
     usual_s = usual(local_s)
-    now = [before + 1 if own > factor * usual_s else 0 for before, own in zip(strikes, local_s, strict=True)]
-    return now, [rank for rank, count in enumerate(now) if count == PATIENCE]
+    counts = [before + 1 if time_s > factor * usual_s else 0 for before, time_s in zip(strikes, local_s, strict=True)]
+    return counts, [rank for rank, count in enumerate(counts) if count == PATIENCE]
 
 
 def usual(local_s: Sequence[float]) -> float:
-    """The lower median of the times that are known."""
-    return statistics.median_low([own for own in local_s if own > 0] or [0.0])
+    """Return the lower median of the times that are known; 0 if none is."""
+    return statistics.median_low([time_s for time_s in local_s if time_s > 0] or [0.0])
 
 
 class StragglerDetector:
-    """Gathers local times every so many steps. Each rank has one, and comes to the same verdict."""
+    """Gathers and compares local times. Each rank has one, and all find the same stragglers."""
 
     def __init__(self, settings: options.Blame, ranks: Ranks) -> None:
-        """A collective."""
+        """Gather the names of the hosts. A collective."""
         self._settings, self._ranks = settings, ranks
         self._strikes = [0] * ranks.world.size
-        # None: nothing is measured, which is for one rank alone too.
+        # None if nothing is measured, as with a single rank.
         self.local = LocalTime(ranks.device) if settings.every and ranks.cpu_group is not None else None
         self._hosts: list[str] = []
         if self.local:
@@ -84,25 +84,26 @@ class StragglerDetector:
             self._hosts = gather_from_all(ranks, socket.gethostname)
 
     def after(self, step: int) -> list[Straggler]:
-        """The stragglers to name after this step. A collective: every rank calls it after each step."""
+        """Return the stragglers to report after this step. A collective: every rank calls it after each step."""
         if self.local is None or step % self._settings.every:
             return []
         local_s = self._gather(self.local.take())
-        self._strikes, named = judge(self._strikes, local_s, self._settings.factor)
-        return [Straggler(rank, self._hosts[rank], local_s[rank], usual(local_s)) for rank in named]
+        self._strikes, slow = count_strikes(self._strikes, local_s, self._settings.factor)
+        return [Straggler(rank, self._hosts[rank], local_s[rank], usual(local_s)) for rank in slow]
 
-    def _gather(self, own: float) -> list[float]:
+    def _gather(self, local_s: float) -> list[float]:
+        """Return the times of all ranks, by rank."""
         import torch
         import torch.distributed as dist
 
-        mine = torch.tensor([own], dtype=torch.float64)
-        all_of_them = [torch.zeros_like(mine) for _ in range(self._ranks.world.size)]
-        dist.all_gather(all_of_them, mine, group=self._ranks.cpu_group)
-        return [float(one) for one in all_of_them]
+        local = torch.tensor([local_s], dtype=torch.float64)
+        gathered = [torch.zeros_like(local) for _ in range(self._ranks.world.size)]
+        dist.all_gather(gathered, local, group=self._ranks.cpu_group)
+        return [float(time_s) for time_s in gathered]
 
 
 class LocalTime:
-    """A stopwatch for a rank's own part of each step. On a GPU its stops are read once the device has passed them."""
+    """Measures the local time of each step. On a GPU, clock marks are read only once the device has passed them."""
 
     def __init__(self, device: torch.device) -> None:
         self._clock = DeviceClock(device)
@@ -116,7 +117,7 @@ class LocalTime:
         self._spans.append((self._started, self._clock.mark()))
 
     def take(self) -> float:
-        """Median seconds since the last time it was asked; 0 if there were none."""
+        """Return the median seconds of the steps since the last call; 0 if there were none."""
         spans, self._spans = self._spans, []
-        found = [self._clock.between_s(start, stop) for start, stop in spans if self._clock.passed(stop)]
-        return float(statistics.median(found or [0.0]))
+        times_s = [self._clock.between_s(start, stop) for start, stop in spans if self._clock.passed(stop)]
+        return float(statistics.median(times_s or [0.0]))

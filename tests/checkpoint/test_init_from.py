@@ -89,7 +89,7 @@ def test_what_is_no_run_with_a_checkpoint_is_refused(trained: Path, tmp_path: Pa
     shutil.copytree(first, empty, ignore=shutil.ignore_patterns("step_*"))
     assert f"run.init_from {empty} has no checkpoint yet" in start(trained, "refused", empty)[2]
     assert (
-        f"run.init_from {trained / 'runs' / 'new'} is this very run"
+        f"run.init_from {trained / 'runs' / 'new'} is this run itself"
         in start(trained, "new", trained / "runs" / "new")[2]
     )
     foreign = tmp_path / "foreign"

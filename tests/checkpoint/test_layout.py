@@ -80,7 +80,7 @@ def test_another_version_is_refused_only_if_the_manifest_was_not_damaged(three: 
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "own checksum" in layout.verify(folder)
     write_manifest(folder, manifest)
-    with pytest.raises(FormatError, match=r"format version 3, and this program knows 2"):
+    with pytest.raises(FormatError, match=r"format version 3, and this program reads 2"):
         layout.verify(folder)
 
 
@@ -223,4 +223,4 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_name(checkpoints: Pat
     for name in ("ls", "verify", "show"):
         done = command("hpcgpt.checkpoint", name, str(checkpoints.parent))
         assert done.returncode == 2
-        assert done.stderr.startswith(f"error: {folder} has format version 9, and this program knows 2")
+        assert done.stderr.startswith(f"error: {folder} has format version 9, and this program reads 2")

@@ -436,7 +436,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_stays_where_it_is(
 ) -> None:
     edit_manifest(lambda manifest: manifest.update(version=version))(three / "step_000000012")
     before = names(three)
-    with pytest.raises(FormatError, match=rf"step_000000012 has format version {version}, .*knows 2: use the hpcgpt"):
+    with pytest.raises(FormatError, match=rf"step_000000012 has format version {version}, .*reads 2: use the hpcgpt"):
         load.newest_valid(three, ALONE, lease)
     assert names(three) == before
 
@@ -662,9 +662,9 @@ MENDED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a parameter missing": (lambda found: found.pop(f"model/{BIAS}"), f"lacks model/{BIAS}"),
     "no state of the generator": (lambda found: found.pop("rng/0/cpu"), "lacks rng/0/cpu"),
     "half a state of the generator": (
-        all_of("rng/0/cpu", lambda tensor: tensor[:100].clone()), "rng/0/cpu is no state"),
-    "numbers for a generator": (all_of("rng/0/cpu", lambda tensor: tensor.float()), "rng/0/cpu is no state"),
-    "a generator that never was": (all_of("rng/0/cpu", torch.zeros_like), "rng/0/cpu is no state"),
+        all_of("rng/0/cpu", lambda tensor: tensor[:100].clone()), "rng/0/cpu is not the state"),
+    "numbers for a generator": (all_of("rng/0/cpu", lambda tensor: tensor.float()), "rng/0/cpu is not the state"),
+    "a generator that never was": (all_of("rng/0/cpu", torch.zeros_like), "rng/0/cpu is not the state"),
     "moments of one number": (all_of("exp_avg", lambda _: torch.tensor(0.5)), "exp_avg is torch.float32 "),
     "moments in half precision": (all_of("exp_avg_sq", lambda tensor: tensor.half()), "exp_avg_sq is torch.float16"),
     "moments of whole numbers": (all_of("exp_avg_sq", lambda tensor: tensor.int()), "exp_avg_sq is torch.int32"),
@@ -673,15 +673,15 @@ MENDED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "steps of a vector": (all_of("/step", lambda tensor: tensor.repeat(2)), r"step is torch.float32 \(2,\)"),
     "a state that AdamW does not keep": (
         lambda found: found.update({f"optim/{BIAS}/max_exp_avg_sq": found[f"optim/{BIAS}/exp_avg"].clone()}),
-        "max_exp_avg_sq is nothing that the optimizer keeps"),
+        "max_exp_avg_sq is not part of this optimizer's state"),
     "weights in double precision": (all_of("mlp.up.weight", lambda tensor: tensor.double()), "is torch.float64"),
     "weights turned over": (
         lambda found: found.update({UP: found[UP].T.contiguous()}),
         "mlp.up.weight is .* in the checkpoint and .* in the model"),
     "a layer too many": (lambda found: found.update({"model/blocks.7.x": torch.zeros(3)}), "blocks.7.x"),
-    "a name of no kind": (lambda found: found.update({"none": torch.zeros(3)}), "none, which is nothing"),
+    "a name of no kind": (lambda found: found.update({"none": torch.zeros(3)}), "an unknown tensor, none"),
     "a name that looks like one": (
-        lambda found: found.update({"nonesuch/cpu": torch.zeros(3)}), "nonesuch/cpu, which is"),
+        lambda found: found.update({"nonesuch/cpu": torch.zeros(3)}), "an unknown tensor, nonesuch/cpu"),
     "a dtype that is no one's": (
         lambda found: found.update({f"model/{BIAS}": found[f"model/{BIAS}"].to(torch.float8_e4m3fn)}), BIAS),
 }  # fmt: skip

@@ -202,7 +202,7 @@ def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
     assert (bad in left) == (looked_at or bad in newest)
     assert len(left) <= 2 + best_too + 1
     assert 4 not in left
-    assert looked_at == ("cannot be read, and stays" in capfd.readouterr().err)
+    assert looked_at == ("cannot be read, and is kept" in capfd.readouterr().err)
 
 
 def test_at_the_start_too_one_that_cannot_be_read_stays(

@@ -60,7 +60,7 @@ def test_no_tensors_make_a_file_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_tensors_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int) -> None:
-    monkeypatch.setattr(safetensors_writer, "PIECE", 4096)
+    monkeypatch.setattr(safetensors_writer, "CHUNK", 4096)
     tensor = torch.arange(3 * 4096 + more, dtype=torch.int64).to(torch.uint8)
     told = safetensors_writer.write(tmp_path / "a", {"a": tensor, "b": tensor[:5]})
     assert load_file(tmp_path / "a")["a"].equal(tensor)

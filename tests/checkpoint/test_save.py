@@ -284,7 +284,7 @@ def test_an_old_one_that_cannot_be_judged_does_not_cost_the_new_one(
     edit_manifest(lambda manifest: manifest.update(version=3))(three / "step_000000008")
     assert save(three, 16, lease, keep=Checkpoint(keep_last=3)) == ""
     assert len(names(three)) == 4
-    assert "warning: old checkpoints stay: " in capfd.readouterr().err
+    assert "warning: old checkpoints were not removed: " in capfd.readouterr().err
 
 
 def test_what_is_read_back_behind_the_save_is_the_new_one(checkpoints: Path, lease: Lease) -> None:

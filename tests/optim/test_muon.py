@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(checkpoints: Path, lease: 
         save_tensors(checkpoints, State(2, 2, 2, 1, IDENTITY), local_state_dict(model, optimizer, ALONE), lease) == ""
     )
     other, its_optimizer = trained(now, 0)
-    with pytest.raises(ValueError, match=r"is nothing that the optimizer keeps of it .*set optim\.name as it was"):
+    with pytest.raises(ValueError, match=r"is not part of this optimizer's state .*set optim\.name as it was"):
         load.load(checkpoints / "step_000000002", other, its_optimizer, ALONE)
 
 

@@ -18,7 +18,7 @@ from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.output import best_effort
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.run import run_folder
-from hpcgpt.training import attempt, loop, reporter
+from hpcgpt.training import attempt, reporter, samples
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import curve, rows
 
@@ -104,7 +104,7 @@ def test_events_that_goodput_cannot_make_sense_of_do_not_end_a_finished_run(tiny
 BREAKAGES = {
     "events": "run_folder.record = broken",
     "goodput": "goodput.words = broken",
-    "samples": "reporter.generate = broken",
+    "samples": "samples.generate = broken",
     "console": "metrics_file.Console.step = metrics_file.Console.say = metrics_file.Console.close = broken",
     "metrics file": "metrics_file.MetricsFile.write_appended = broken",
     "dashboard": "tracker.Tracker.write = tracker.Tracker.close = broken",
@@ -115,7 +115,7 @@ import sys
 from hpcgpt import cli, train
 from hpcgpt.run import goodput, metrics_file, run_folder
 from hpcgpt.tracking import tracker
-from hpcgpt.training import profiler, reporter
+from hpcgpt.training import profiler, reporter, samples
 def broken(*_arguments, **_options):
     raise {error}
 {breakage}
@@ -162,7 +162,7 @@ def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
     assert done.returncode == FINISHED
     assert "exit 12\n" in done.stdout
     assert "goodput: no answer within 7 s" in done.stderr
-    assert f"goodput: ask `python -m hpcgpt.status {folder}`" in done.stdout
+    assert f"goodput: see `python -m hpcgpt.status {folder}`" in done.stdout
     assert run_folder.read_exit(folder) == run_folder.Exit("", FINISHED, "finished", 12, saved=True)
 
 
@@ -175,13 +175,13 @@ def test_the_time_for_goodput_grows_with_the_rows_up_to_a_limit(
         with open(tmp_path / "metrics.jsonl", "w") as file:
             file.truncate(megabytes * 1_000_000)
     assert reporter.goodput_limit_s(tmp_path) == pytest.approx(limit_s)
-    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < attempt.LAST_WORDS_S
+    assert reporter.DRAIN_S + reporter.GOODPUT_MOST_S < attempt.LAST_REPORT_S
 
 
 @pytest.mark.parametrize(("wanted_s", "hang_s", "limit_s"), [(30, 300, 30), (200, 300, 150), (7200, 36_000, 300)])
 def test_a_sample_ends_before_the_other_ranks_take_it_for_a_hang(wanted_s: int, hang_s: int, limit_s: float) -> None:
     """They wait in a collective, which has a limit of its own, also where the watchdog has much patience."""
-    assert loop.sample_limit_s(wanted_s, hang_s) == limit_s
+    assert samples.sample_limit_s(wanted_s, hang_s) == limit_s
     assert limit_s < rendezvous.COLLECTIVE_TIMEOUT.total_seconds()
 
 

@@ -20,15 +20,15 @@ from hpcgpt.exit_codes import FAILED
 from hpcgpt.run import run_folder
 from tests.programs import ROOT, clean_env
 
-# A rank with a watchdog that thinks a second and a half of silence too long. The farewell is shortened, since it is how
+# A rank with a watchdog that thinks a second and a half of silence too long. REPORT_S is shortened, since it is how
 # long faulthandler waits beyond that where the interpreter's lock is stuck.
 RANK = """
 import ctypes, dataclasses, sys, threading, time
 from hpcgpt.config import options
 from hpcgpt.training import hang_watchdog
 from hpcgpt.distributed.world import World
-run, mode, farewell_s, factor = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
-hang_watchdog.FAREWELL_S, hang_watchdog.TICK_S = farewell_s, 0.2
+run, mode, report_s, factor = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
+hang_watchdog.REPORT_S, hang_watchdog.TICK_S = report_s, 0.2
 settings = dataclasses.replace(options.Config(), run=options.Run(dir=run, name="tiny"),
                                watchdog=options.Watchdog(hang_factor=factor, hang_min_s=1.5))
 dog = hang_watchdog.Watchdog(settings, World(3, 0, 4, 1, "alone", "7_0"), 5)
@@ -65,9 +65,9 @@ print("lives", flush=True)
 
 
 @contextmanager
-def rank(run: Path, mode: str, farewell_s: float = 1.0, factor: float = 2.0) -> Iterator[subprocess.Popen[str]]:
+def rank(run: Path, mode: str, report_s: float = 1.0, factor: float = 2.0) -> Iterator[subprocess.Popen[str]]:
     (run / "tiny").mkdir(exist_ok=True)
-    process = subprocess.Popen([sys.executable, "-c", RANK, str(run), mode, str(farewell_s), str(factor)], cwd=ROOT,
+    process = subprocess.Popen([sys.executable, "-c", RANK, str(run), mode, str(report_s), str(factor)], cwd=ROOT,
                                env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
         assert process.stdout is not None
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_does_not_keep_a_rank_that_hangs(tmp_pat
 
 
 def test_a_rank_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path: Path) -> None:
-    with rank(tmp_path, "alive", farewell_s=60.0) as process:
+    with rank(tmp_path, "alive", report_s=60.0) as process:
         process.send_signal(signal.SIGSTOP)
         time.sleep(3)
         process.send_signal(signal.SIGCONT)
@@ -119,7 +119,7 @@ def test_a_rank_that_was_stopped_for_longer_than_the_limit_goes_on(tmp_path: Pat
 
 
 def test_ctrl_z_stops_all_clocks(tmp_path: Path) -> None:
-    """Also the one that needs no interpreter: it would go off after the limit and the farewell, 2.5 s."""
+    """Also the one that needs no interpreter: it would go off after the limit and REPORT_S, 2.5 s."""
     with rank(tmp_path, "alive") as process:
         process.send_signal(signal.SIGTSTP)
         _, status = os.waitpid(process.pid, os.WUNTRACED)

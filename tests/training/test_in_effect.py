@@ -195,8 +195,8 @@ def test_a_variable_by_which_libraries_compute_is_seen_when_it_is_set_and_when_i
 def test_fewer_steps_than_the_run_has_made_are_refused_and_its_configuration_stays(config: Path, run: Path) -> None:
     before = (run / "config.toml").read_bytes()
     told = refused(config, run, "--train.steps", "10")
-    assert "the run has made 12 steps already, and train.steps 10 asks for 10: give at least 12" in told
-    assert "train.tokens 2,560 asks for 10: give at least 12" in refused(config, run, "--train.tokens", "2560")
+    assert "the run has made 12 steps already, and train.steps 10 means 10: give at least 12" in told
+    assert "train.tokens 2,560 means 10: give at least 12" in refused(config, run, "--train.tokens", "2560")
     assert (run / "config.toml").read_bytes() == before
 
 

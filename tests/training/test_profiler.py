@@ -71,7 +71,7 @@ def test_a_request_that_makes_no_sense_costs_a_warning(
     profiler = Profiler(tmp_path, range(0), torch.device("cpu"))
     profiler.before(5)
     assert profiler.after(5) == ""
-    assert f"PROFILE asks for '{words}' steps, expected 1 to 100" in capsys.readouterr().err
+    assert f"PROFILE contains '{words}', expected a number of steps from 1 to 100" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["PROFILE.step_000000005"]
 
 

@@ -22,11 +22,11 @@ from hpcgpt.model.gpt import GPT
 from hpcgpt.run import run_folder
 from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.step import accumulate
-from hpcgpt.training.stragglers import LocalTime, Straggler, StragglerDetector, judge, usual
+from hpcgpt.training.stragglers import LocalTime, Straggler, StragglerDetector, count_strikes, usual
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env
 
-# --- the judge -------------------------------------------------------------------------------------
+# --- strikes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ from tests.programs import ROOT, clean_env
 def test_a_rank_is_named_when_it_is_slow_twice_in_a_row(heard: list[list[float]], named: list[list[int]]) -> None:
     strikes, told = [0] * len(heard[0]), []
     for local_s in heard:
-        strikes, ranks = judge(strikes, local_s, 1.5)
+        strikes, ranks = count_strikes(strikes, local_s, 1.5)
         told.append(ranks)
     assert told == named
 
@@ -61,7 +61,7 @@ def test_the_usual_time_is_the_lower_median_of_what_is_known() -> None:
 
 
 def test_the_words_name_rank_host_and_figures() -> None:
-    words = Straggler(rank=3, host="n2", local_s=0.5, usual_s=0.2).words
+    words = Straggler(rank=3, host="n2", local_s=0.5, usual_s=0.2).message
     assert all(part in words for part in ("rank 3 on n2", "2.5 times", "500.0 ms", "200.0 ms"))
 
 
