@@ -9,7 +9,7 @@ for every path of the configuration and of a command, before anything is created
 
 The name of an existing file or folder is never expanded, whatever characters it has.
 
-`problem_of_name` checks names, which become file names, job names and lines of scripts.
+`problem_of_name` checks names that become file names, job names and lines of scripts.
 
 No torch in here.
 """
@@ -42,7 +42,7 @@ def expand(text: str, what: str) -> str:
         expanded = str(Path(_VARIABLE.sub(lambda found: _value(found, shown, what), text)).expanduser())
     except RuntimeError:
         raise UserError(
-            f"{what} '{shown}': there is no such file here, and ~ is not the home folder of a user: write it out, or "
+            f"{what} '{shown}': there is no such file, and ~ is not the home folder of a user: write the path out, or "
             f"./{shown}"
         ) from None
     if any(map(terminal.is_control, expanded)):

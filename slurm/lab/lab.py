@@ -19,8 +19,8 @@ default; `high`, which preempts it by requeueing; and `grace`, which has 25 s be
     kill-slurmd NODE    SIGKILL to its slurmd; the job's processes survive, as on any node
     start-slurmd NODE   start it again
 
-A lab consists of /run/<name>, one interface <name> and its own namespaces. A Slurm or a munged that this machine runs
-itself is not read, stopped or changed. `--name hpcgpt-lab2 --subnet 10.78.0` makes a second
+A lab consists of /run/<name>, one interface <name> and its own namespaces. A Slurm or munged of this machine itself is
+not read, stopped or changed. `--name hpcgpt-lab2 --subnet 10.78.0` makes a second
 lab beside the first.
 """
 
@@ -58,7 +58,7 @@ RESPONDING = {"idle", "mix", "alloc", "comp", "plnd", "resv"}
 
 @dataclass(frozen=True)
 class Status:
-    """`up`: every daemon runs and every node answers; else `fault` has the reason."""
+    """Whether a lab is up: every daemon runs and every node answers; else `fault` has the reason."""
 
     up: bool
     fault: str
@@ -74,7 +74,7 @@ def up(lab: Lab, *, install: bool = False) -> str:
     with _one_at_a_time():
         if status(lab.name).up:
             if (running := recall(lab.name)) != lab:
-                raise LabError(f"what is up is {running}, and not {lab}: take it down first")
+                raise LabError(f"another lab is up, {running}, not {lab}: take it down first")
             return f"{lab.name} is up already"
         began_at = time.monotonic()
         lab_hosts.remove_everything(lab)
@@ -110,12 +110,12 @@ def status(name: str) -> Status:
     daemons = [(host, "munged") for host in lab.addresses]
     daemons += [(host, "slurmctld" if host == "ctl" else "slurmd") for host in lab.addresses]
     if os.geteuid() != 0:
-        daemons = []  # only root sees the namespaces of processes; other users ask only slurmctld
+        daemons = []  # only root sees the namespaces of processes; for other users only slurmctld is asked
     absent = [f"{daemon} on {host}" for host, daemon in daemons if not lab_hosts.processes(lab, host, daemon)]
     nodes = {} if "slurmctld on ctl" in absent else node_states(lab)
     silent = [f"{node} is {state}" for node, state in nodes.items() if state not in RESPONDING]
     if absent or silent or len(nodes) != lab.nodes:
-        faults = [*(f"there is no {daemon}" for daemon in absent), *silent] or ["slurmctld knows other nodes"]
+        faults = [*(f"there is no {daemon}" for daemon in absent), *silent] or ["slurmctld has other nodes"]
         return Status(False, "; ".join(faults), nodes)
     return Status(True, "", nodes)
 
@@ -159,8 +159,8 @@ def slurm(lab: Lab, *command: str, timeout_s: float = 20) -> str:
 def node_states(lab: Lab) -> dict[str, str]:
     """Ask slurmctld for each node's state: idle, mix, down*, ...; empty if it does not answer."""
     with contextlib.suppress(LabError):
-        words = slurm(lab, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").split()
-        return dict(zip(words[::2], words[1::2], strict=True))
+        fields = slurm(lab, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").split()
+        return dict(zip(fields[::2], fields[1::2], strict=True))
     return {}
 
 
@@ -195,17 +195,17 @@ def _bring_up(lab: Lab) -> None:
     for gpu in range(lab.gpus):
         os.mknod(lab.state / f"dev/gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # another /dev/null
     lab_hosts.build_network(lab)
-    # A munged on each host, as on any cluster: one alone sees every node decode the same credential, which is
-    # a replay, and Slurm lets that pass only if it was built for several slurmd on one host.
+    # A munged on each host, as on any cluster. With a single one, every node would decode the same credential there: a
+    # replay, which Slurm accepts only if it was built for several slurmd on one host.
     munged = _prepare_munge(lab)
     for host in lab.addresses:
         lab_hosts.start_daemon(lab, host, *munged)
         lab_hosts.start_daemon(lab, host, "slurmctld" if host == "ctl" else "slurmd")
     wait_until_idle(lab)
-    # That they are idle says that they can speak to the controller. A job says that they can speak to us.
-    said = slurm(lab, "srun", f"--nodes={lab.nodes}", "--ntasks-per-node=1", "hostname", timeout_s=30).split()
-    if sorted(said) != sorted(lab.node_names):
-        raise LabError(f"the first job printed the host names {said}, not {lab.node_names}")
+    # Idle nodes can reach the controller. A job shows that they can reach srun, too.
+    printed = slurm(lab, "srun", f"--nodes={lab.nodes}", "--ntasks-per-node=1", "hostname", timeout_s=30).split()
+    if sorted(printed) != sorted(lab.node_names):
+        raise LabError(f"the first job printed the host names {printed}, not {lab.node_names}")
     wait_until_idle(lab)
 
 
@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     bring_up.add_argument(
         "--subnet", default=default.subnet, help="first three numbers of its addresses; default: %(default)s"
     )
-    command("down", "take the lab and every trace of it away")
+    command("down", "remove the lab without a trace")
     state = command("status", "is the lab up, and does every node answer?")
     state.add_argument("--json", action="store_true", help="one object: up, fault, nodes")
     check = command("check", "can a lab be had on this machine?")
