@@ -205,7 +205,7 @@ def _hosts_to_avoid(
         events,
         settings.requeue.exclude_factor,
     )
-    kept = bad_nodes.remember(settings.run_folder, bad if adds_nodes else {}, before.by_batch_script)
+    kept = bad_nodes.update_list(settings.run_folder, bad if adds_nodes else {}, before.by_batch_script)
     nodes = scontrol.nodes(job.fields.get("Partition", ""))
     # If Slurm does not show which nodes there are, the list stays unchanged.
     return bad_nodes.excludable_nodes(kept, job, nodes, before.by_user) if nodes else list(before.own)

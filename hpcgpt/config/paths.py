@@ -42,7 +42,7 @@ def expand(text: str, what: str) -> str:
         expanded = str(Path(_VARIABLE.sub(lambda found: _value(found, shown, what), text)).expanduser())
     except RuntimeError:
         raise UserError(
-            f"{what} '{shown}': there is no such file, and ~ is not the home folder of a user: write the path out, or "
+            f"{what} '{shown}': there is no such file here, and ~ is not the home folder of a user: write it out, or "
             f"./{shown}"
         ) from None
     if any(map(terminal.is_control, expanded)):

@@ -49,7 +49,7 @@ if __name__ == "__main__":
 
 import lab_hosts
 import lab_needs
-from lab_conf import Lab, cgroup_conf, gres_conf, hosts_file, recall, remember, slurm_conf
+from lab_conf import Lab, cgroup_conf, gres_conf, hosts_file, load_lab, save_lab, slurm_conf
 from lab_hosts import LabError, run
 
 # The states of a node that answers and takes jobs, in sinfo; an asterisk after a state: it does not answer.
@@ -73,7 +73,7 @@ def up(lab: Lab, *, install: bool = False) -> str:
         raise LabError(reason, lab_needs.CANNOT)
     with _one_at_a_time():
         if status(lab.name).up:
-            if (running := recall(lab.name)) != lab:
+            if (running := load_lab(lab.name)) != lab:
                 raise LabError(f"another lab is up, {running}, not {lab}: take it down first")
             return f"{lab.name} is up already"
         began_at = time.monotonic()
@@ -95,7 +95,7 @@ def down(name: str) -> str:
     """Remove everything that a lab of this name has, or left, on this machine. Returns a message."""
     _need_root()
     with _one_at_a_time():
-        lab = recall(name) or Lab(name)
+        lab = load_lab(name) or Lab(name)
         was_there = lab.state.exists() or lab_hosts.link_kind(name) == "veth"
         if status(name).up:
             _end_jobs(lab)
@@ -104,7 +104,7 @@ def down(name: str) -> str:
 
 
 def status(name: str) -> Status:
-    lab = recall(name)
+    lab = load_lab(name)
     if lab is None:
         return Status(False, f"there is no lab {name}: bring one up with `up`", {})
     daemons = [(host, "munged") for host in lab.addresses]
@@ -127,7 +127,7 @@ def cut(lab: Lab, node: str) -> None:
 
 def heal(lab: Lab, node: str) -> None:
     lab_hosts.set_link(lab, _node(lab, node), "up")
-    # It registers at once; without this, slurmctld asked for it only after 140 s.
+    # It registers at once; without this, slurmctld contacted it only after 140 s.
     lab_hosts.send(lab, node, "slurmd", signal.SIGHUP)
 
 
@@ -187,7 +187,7 @@ def _bring_up(lab: Lab) -> None:
     lab.state.mkdir(mode=0o755)
     for folder in ("ctld", "dev", "log", "munge", "pid", "spool"):
         (lab.state / folder).mkdir()
-    remember(lab)
+    save_lab(lab)
     lab.conf.write_text(slurm_conf(lab))
     (lab.state / "gres.conf").write_text(gres_conf(lab))
     (lab.state / "cgroup.conf").write_text(cgroup_conf(lab_needs.slurm_version()))
@@ -314,11 +314,11 @@ def _obey(asked: argparse.Namespace) -> int:
             print("a lab can be started here")
         case "env":
             print(f"export SLURM_CONF={Lab(name).conf}")
-            if recall(name) is None:
+            if load_lab(name) is None:
                 print(f"lab: there is no lab {name} yet: bring one up with `up`", file=sys.stderr)
         case _:
             _need_root()
-            running = recall(name)
+            running = load_lab(name)
             if running is None:
                 raise LabError(f"there is no lab {name}: bring one up with `up`")
             actions = {"cut": cut, "heal": heal, "kill-slurmd": kill_slurmd, "start-slurmd": start_slurmd}
