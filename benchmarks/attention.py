@@ -1,8 +1,8 @@
-"""Causal attention on a CPU: torch's kernel beside the matrix products written out, forward and backward.
+"""Time causal attention on a CPU: torch's kernel against explicit matrix products, forward and backward.
 
     python benchmarks/attention.py [--threads 2] [--rounds 8] [--json benchmarks/results/attention_cpu.json]
 
-For each length as many windows as make 2,048 tokens, 12 heads of 64. Both in turns, medians, in milliseconds.
+Each length has as many windows as make 2,048 tokens, 12 heads of 64. Both run in turns; medians in milliseconds.
 """
 
 from __future__ import annotations

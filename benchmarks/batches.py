@@ -1,16 +1,16 @@
-"""How fast batches are made, beside the way of nanoGPT's get_batch; and how sets of any size open and draw.
+"""Time how fast batches are made, compared with nanoGPT's get_batch, and how large data sets open.
 
     python benchmarks/batches.py [--rounds 15] [--shards 10000] [--dir .] [--json benchmarks/results/batches.json]
 
-Batches of 64 x 1,024 of the same 100 million random ids, one thread. nanoGPT's way, written anew from its
-description: random places, each row cast to int64 and made a tensor, the rows stacked, for inputs and for
-targets. Ours is `Loader.batch`, the order and the check of the ids included, which is what crosses the bus to
-a GPU; "widened" is what the model is given where there is no bus. In each round each way makes as many
-batches as ours works out ahead (nanoGPT's an eighth of that), in a new order; the figures are the medians over the
-rounds of the mean time of a batch: of the clock, and of the processor, which says more on a busy machine.
+Batches of 64 x 1,024 of the same 100 million random ids, one thread. nanoGPT's method, reimplemented from its
+description: random positions, each row cast to int64 and made a tensor, the rows stacked, for inputs and for
+targets. Ours is `Loader.batch`, with the order and the check of the ids: the tensor that is copied to a GPU;
+"widened" is the same converted to int64 inputs and targets, as on a CPU. In each round each method makes as many
+batches as ours plans ahead (nanoGPT's an eighth of that), in a new order; the figures are the medians over the rounds
+of the mean time of a batch, in wall-clock time and in CPU time, which is less sensitive to other load on the machine.
 
-The large set has sparse files with true headers: 10**13 tokens, in 10,000 shards. How it opens is
-measured in fresh processes, as one rank of many and as the one that looks at the size of every shard.
+The large set has sparse files with valid headers: 10**13 tokens, in 10,000 shards. Opening it is measured in
+fresh processes, as one rank of many and as the rank that checks the size of every shard.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def speeds(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     }
     ways: dict[str, Callable[[int], object]] = {NANOGPT: lambda _: _like_nanogpt(plain)}
     for name, source in sources.items():
-        # One each: what is worked out ahead for the one is not there for the other.
+        # One loader for each, so that what one plans ahead is not reused by the other.
         narrow, wide = (
             Loader(mixture=source, seed=1, rank=0, world_size=1, global_batch=8 * ROWS, micro_batch=ROWS)
             for _ in range(2)

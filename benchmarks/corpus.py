@@ -1,21 +1,21 @@
-"""English and Chinese text to measure with, of public packages, in documents of natural sizes.
+"""Make English and Chinese text for measurements from public packages, in documents of natural sizes.
 
     python benchmarks/corpus.py DIR [--copies 8]
 
-Makes, with a line ``{"text": ...}`` for each document::
+It makes, with a line ``{"text": ...}`` for each document::
 
     DIR/english.jsonl     93 MB of text in 17,146 documents, as pages of the web: 2 KB is the median
     DIR/chinese.jsonl     76 MB, 13,849 documents: all poems of one author, as a novel is one document
     DIR/poems.jsonl       the same text, 343,965 documents of 220 bytes: a poem each
-    DIR/english.x8.jsonl  ... with --copies 8, each of the three eight times over
+    DIR/english.x8.jsonl  ... with --copies 8, each of the three repeated eight times
     DIR/sources.json      which packages it was made of, and the SHA-256 of everything
 
-Chinese comes twice because a document has a price, and so has a byte: novels are what people train on, and the worst
-that a preparation can meet are documents of one line.
+Chinese is there twice because both each document and each byte cost time: novels are typical training data, and
+documents of one line are the worst case.
 
-Copies are for programs that have finished 90 MB before they have well begun. They help nobody's cache: a text
-comes again only after all others, in another order. Documents are shuffled (seed 0), as corpora for training
-are, so every part of a file has every kind of text. The same packages give the same bytes.
+Copies are for programs so fast that 90 MB only measure their start-up. They do not help caches: a text is repeated
+only after all others, in another order. Documents are shuffled (seed 0), as corpora for training are, so every part
+of a file has every kind of text. The same packages give the same bytes.
 
 | text | package | licence |
 |---|---|---|
@@ -25,8 +25,8 @@ are, so every part of a file has every kind of text. The same packages give the 
 | Python's documentation, a page a document | Debian `python3.11-doc` | PSF |
 | poems of the Tang and Song, ci and qu | npm `chinese-poetry` 2.0.1 | MIT; the poems are in the public domain |
 
-They are fetched with pip, apt-get (of Debian 12, after `apt-get update`) and npm, as these are set up here;
-nothing is installed. What was fetched stays in DIR/packages, and is taken from there the next time.
+They are downloaded with pip, apt-get (of Debian 12, after `apt-get update`) and npm, as these are set up here;
+nothing is installed. Downloads stay in DIR/packages, and are reused from there.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _works(packages: Path) -> list[str]:
 
 
 def _dictionary(debian: list[Path]) -> Iterator[str]:
-    """Entries follow each other; an entry begins at the margin, behind an empty line."""
+    """Yield the entries: each begins at the margin, after an empty line."""
     (packed,) = _members(debian, "dict-gcide", ".dict.dz").values()
     group: list[str] = []
     size = 0
@@ -119,7 +119,7 @@ def _python(debian: list[Path]) -> Iterator[str]:
 
 
 def _authors(npm: Path) -> dict[str, list[str]]:
-    """Author -> poems, title first, in the order of the files."""
+    """Read the poems of each author, with their titles first, in the order of the files."""
     authors: dict[str, list[str]] = {}
     wanted = ("/quantangshi/poet.", "/songci/ci.", "/yuanqu/yuanqu")
     with tarfile.open(npm) as tar:
@@ -136,7 +136,7 @@ def _authors(npm: Path) -> dict[str, list[str]]:
 
 
 def _members(debian: list[Path], package: str, *endings: str) -> dict[str, bytes]:
-    """The files in a Debian package whose names end so; nothing is unpacked to the disk."""
+    """Read the files of a Debian package whose names have these endings; nothing is unpacked to the disk."""
     (path,) = (path for path in debian if path.name.startswith(f"{package}_"))
     found = {}
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", path], stdout=subprocess.PIPE) as process:

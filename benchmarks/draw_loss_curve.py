@@ -1,4 +1,4 @@
-"""Draw what benchmarks/loss_curve.py found: validation loss over the seconds of training, nanoGPT's and ours.
+"""Draw the results of benchmarks/loss_curve.py: validation loss over seconds of training, nanoGPT's and hpcgpt's.
 
 python benchmarks/draw_loss_curve.py benchmarks/results/loss_curve_cpu.json > docs/loss_curve.svg
 """

@@ -1,4 +1,4 @@
-"""Draw the README's picture: the loss of a run that was requeued, an attempt a colour, over one left alone.
+"""Draw the README's picture: the loss of a requeued run, a colour for each attempt, and of an uninterrupted run.
 
     python benchmarks/draw_requeues.py RUN LEFT_ALONE > docs/requeues.svg
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def curve(folder: Path) -> dict[int, list[Point]]:
-    """Of each attempt the points (step, loss); about POINTS in all, each the mean of its neighbourhood."""
+    """Return the points (step, loss) of each attempt; about POINTS in all, each the mean of its neighbourhood."""
     rows = read_rows(folder / "metrics.jsonl")
     width = max(1, len(rows) // POINTS)
     found: dict[int, list[Point]] = {}

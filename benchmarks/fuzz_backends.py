@@ -1,12 +1,12 @@
-"""Do all backends give the same ids? ``python benchmarks/fuzz_backends.py --strings 200000 --seed 1``
+"""Check that all backends give the same ids: ``python benchmarks/fuzz_backends.py --strings 200000 --seed 1``
 
 Every code point, each between all kinds of others, then random strings (`data_prep.encode.equivalence_texts`), with
 
 - GPT-2's vocabulary: gigatoken against tiktoken, and tiktoken against `tokenizers` running the same merges;
-- for each pattern that gigatoken is trusted with, a vocabulary of all pairs of bytes, whose ids show where text
-  was cut, which a real vocabulary mostly hides: gigatoken against tiktoken.
+- for each pattern that gigatoken is used with, a vocabulary of all pairs of bytes, whose ids show where text
+  was split, which a real vocabulary mostly hides: gigatoken against tiktoken.
 
-Prints a line a comparison; exit status 1 and the first string at the first difference.
+Prints a line for each comparison; at the first difference its string, and exit status 1.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def comparisons() -> Iterator[tuple[str, Encoder, Encoder]]:
-    """What is compared: a name, the encoder in question, and the one that is right."""
+    """Yield the comparisons: a name, the encoder to test, and the reference."""
     gpt2 = find_tokenizer.gpt2()
     plain = encoders.choose(gpt2, "tiktoken")
     yield "gpt2, gigatoken", encoders.choose(gpt2, "gigatoken"), plain
@@ -67,7 +67,7 @@ def comparisons() -> Iterator[tuple[str, Encoder, Encoder]]:
 
 
 def groups(strings: int, seed: int) -> Iterator[list[str]]:
-    # Beyond the third plane nothing is assigned but a few marks and what is for private use.
+    # After the third plane, only a few marks and private-use characters are assigned.
     codes = (code for code in [*range(0x40000), *range(0xE0000, 0xE0200)] if not 0xD800 <= code <= 0xDFFF)
     texts: Iterator[str] = itertools.chain(
         equivalence_texts.chosen(),
@@ -81,7 +81,7 @@ def groups(strings: int, seed: int) -> Iterator[list[str]]:
 
 
 def with_surrogates(count: int, seed: int) -> Iterator[str]:
-    """Strings that held lone surrogates, cleaned as documents are."""
+    """Make strings with lone surrogates, cleaned as documents are."""
     chance = random.Random(seed)
     for text in equivalence_texts.fuzzed(count, seed + 1):
         at = chance.randrange(len(text) + 1)
@@ -99,7 +99,7 @@ def difference(one: Encoder, other: Encoder, texts: list[str]) -> str | None:
 
 
 def in_library(gpt2: ByteLevelBPE) -> huggingface.LibraryTokenizer:
-    """GPT-2's merges for `tokenizers`, from the same file."""
+    """Load GPT-2's merges into `tokenizers`, from the same file."""
     merges = Path(find_tokenizer.__file__).with_name("vocab") / "gpt2.bpe"
     pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
     letters = byte_characters()

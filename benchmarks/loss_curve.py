@@ -1,13 +1,12 @@
-"""Does it learn as well as nanoGPT? Loss curves of both on the same tokens, with the same model and schedule.
+"""Compare loss curves with nanoGPT's: the same tokens, model and schedule.
 
     python benchmarks/loss_curve.py --peer DIR --data data/quickstart/shards [--seeds 3] [--steps 500]
         [--json benchmarks/results/loss_curve.json]
 
-Each seed of each is a run of its own. The validation loss is what each program says of itself, at the same
-steps: nanoGPT's over --windows random windows, ours over as many that are spread evenly. Compared are the means over
-the seeds, beside the scatter of the seeds; and the loss that each has reached when the faster of the two has finished.
-nanoGPT's own seed is fixed in its source: 1337, beside its rank. So its seeds differ in nothing but that number, which
-is replaced in a copy of train.py in the scratch folder.
+Each seed of each program is a run. Each program computes its own validation loss, at the same steps: nanoGPT over
+--windows random windows, hpcgpt over as many that are spread evenly. The means over the seeds are compared, with their
+scatter; and the loss that each has reached when the faster one has finished. nanoGPT's seed is fixed in its source
+(1337 plus its rank); for other seeds that number is replaced in a copy of train.py in the scratch folder.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = side_by_side.prepared(options.peer, Path(scratch), options.data)
         for seed in range(1, options.seeds + 1):
-            found["nanoGPT"].append(_theirs(options, folder, seed))
-            found["ours"].append(_ours(options, folder, seed))
+            found["nanoGPT"].append(_nanogpt_curve(options, folder, seed))
+            found["ours"].append(_hpcgpt_curve(options, folder, seed))
     _report(found, options)
 
 
-def _theirs(options: Any, folder: Path, seed: int) -> Curve:
+def _nanogpt_curve(options: Any, folder: Path, seed: int) -> Curve:
     copy = folder / f"seed_{seed}"
     copy.mkdir()
     source = (options.peer / "train.py").read_text()
@@ -60,21 +59,21 @@ def _theirs(options: Any, folder: Path, seed: int) -> Curve:
         "eval_interval": options.every, "eval_iters": options.windows // options.batch, "compile": gpu,
         "dtype": "bfloat16" if gpu else "float32",
     }  # fmt: skip
-    lines = side_by_side.theirs(copy, folder, options.model, options.steps, options.batch, options.batch,
+    lines = side_by_side.run_nanogpt(copy, folder, options.model, options.steps, options.batch, options.batch,
                                 options.device, **values)  # fmt: skip
     curve: Curve = {}
     began_at, evaluating_s, last_at = 0.0, 0.0, 0.0
     for at, line in lines:
-        if told := re.match(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", line):
+        if found := re.match(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", line):
             began_at = began_at or at
-            evaluating_s += at - last_at if last_at else 0.0  # about: since the last line of an iteration
-            curve[int(told[1])] = (at - began_at - evaluating_s, float(told[2]))
+            evaluating_s += at - last_at if last_at else 0.0  # approximately: since the last line of an iteration
+            curve[int(found[1])] = (at - began_at - evaluating_s, float(found[2]))
         last_at = at
     return curve
 
 
-def _ours(options: Any, folder: Path, seed: int) -> Curve:
-    rows = side_by_side.ours(
+def _hpcgpt_curve(options: Any, folder: Path, seed: int) -> Curve:
+    rows = side_by_side.run_hpcgpt(
         folder, f"ours_{seed}", options.data, options.model, options.steps, options.batch, options.batch,
         "--run.device", options.device, "--run.seed", str(seed),
         *words("optim", lr=RATE), *words("schedule", warmup_steps=WARMUP, min_lr=LOW),

@@ -1,4 +1,4 @@
-"""What figures depend on: the machine and the versions, for the JSON of a benchmark."""
+"""Describe the machine and the versions, on which measurements depend, for the JSON of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def about() -> dict[str, Any]:
-    """`load` says whether others were at work: averages over 1, 5 and 15 minutes, now."""
+    """Describe this machine. `load` are the load averages over 1, 5 and 15 minutes: was other work running?"""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": _processor(),

@@ -1,19 +1,19 @@
-"""How much memory make_shards takes: every process, over the whole run, on a small and on a large corpus.
+"""Measure the memory of make_shards: every process, over the whole run, on a small and on a large corpus.
 
     python benchmarks/corpus.py .cache/bench
     python benchmarks/memory.py .cache/bench [--sizes 0.3 3] [--ways gigatoken:chinese ...] [--json FILE]
 
-A corpus of that many GB is a file of benchmarks/corpus.py, again and again; it is removed afterwards. While
-`make_shards --workers 2` is at work, /proc/PID/smaps_rollup of each of its processes is read every 50 ms:
+A corpus of that many GB is a file of benchmarks/corpus.py, repeated; it is removed afterwards. While
+`make_shards --workers 2` runs, /proc/PID/smaps_rollup of each of its processes is read every 50 ms:
 
     Rss       what the process has in memory, shared or not: its peak is also VmHWM, which the kernel keeps
     Pss       the same with every shared page divided by the number of processes that share it: these add up
-    private   Private_Dirty: what it has written itself and shares with nobody, so neither code nor mapped files
+    private   Private_Dirty: pages that it has written and does not share, so neither code nor mapped files
 
 Mapped files count in Rss while they are read (a finished shard is, for its checksum), though the kernel may drop them
-at any time. So `private` says best what a worker needs. Peaks are of each process by itself, and of the sum of Pss.
+at any time. So `private` is the best measure of what a worker needs. Peaks are of each process, and of the sum of Pss.
 
-Flat means: the large corpus takes what the small one takes.
+Flat means that the large corpus needs no more than the small one.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main() -> None:
             finally:
                 source.unlink(missing_ok=True)
             _print(rows[-1])
-    told = {"workers": 2, "sampled_every_s": EVERY_S, "python": platform.python_version(), "runs": rows}
-    told |= {"load_average": os.getloadavg(), "kernel": platform.release()}
+    report = {"workers": 2, "sampled_every_s": EVERY_S, "python": platform.python_version(), "runs": rows}
+    report |= {"load_average": os.getloadavg(), "kernel": platform.release()}
     if options.json:
-        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _repeat(source: Path, target: Path, size: int) -> None:
@@ -106,7 +106,7 @@ def _members(session: int) -> list[int]:
 
 
 def _sample(pid: int) -> dict[str, Any]:
-    """Nothing if the process has just ended."""
+    """Read a process's memory; {} if it has just ended."""
     folder = Path(f"/proc/{pid}")
     try:
         rollup = _fields(folder / "smaps_rollup")
@@ -123,13 +123,13 @@ def _sample(pid: int) -> dict[str, Any]:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The lines ``Name:   12 kB`` of a file, in bytes."""
+    """Parse the lines ``Name:   12 kB`` of a file, in bytes."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0].rstrip(":"): 1024 * int(row[1]) for row in rows if len(row) == 3 and row[2] == "kB"}
 
 
 def _what(pid: int) -> str:
-    """The command, the server that forks, its workers, or the tracker that Python keeps beside them."""
+    """Name a process: the command, the fork server, a worker, or Python's resource tracker."""
     with suppress(OSError):
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
         if b"resource_tracker" in line:

@@ -1,16 +1,16 @@
-"""What the model's options cost and save: memory of a step, speed of generation, torch.compile.
+"""Measure the model's options: memory of a step, speed of generation, torch.compile.
 
     python benchmarks/model.py [memory] [generation] [compile] [--device cpu|cuda] [--json FILE]
 
 All three by default. The model is GPT-2 small's size, of both kinds; the modern one with 4 key-value heads.
 
-    memory      forward and backward pass of 4 x 512 tokens, each way in a process of its own: its peak above what
-                the model itself takes (on a CPU the highest resident set, on a GPU torch's own count)
-    generation  tokens a second behind a prompt of 32, greedy, with the cache and by a whole pass for each token
-    compile     the same step through torch.compile, as one graph, against the plain one: how far apart loss and
-                gradients are, and seconds a step. Two layers; with all options, and with none
+    memory      forward and backward pass of 4 x 512 tokens, each option in a process of its own: the peak above the
+                memory of the model itself (on a CPU the resident set, on a GPU torch's count)
+    generation  tokens a second after a prompt of 32, greedy, with the cache and with a whole pass for each token
+    compile     the same step with torch.compile, as one graph, and without: the differences of loss and gradients,
+                and seconds a step. Two layers; with all options, and with none
 
-Times are of this process alone on a CPU (CPU seconds, so that other processes do not count), and of the clock on a GPU.
+Times are CPU seconds of this process on a CPU, so that other processes do not count, and wall-clock time on a GPU.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def main() -> None:
     parts: dict[str, Callable[[torch.device], list[dict[str, Any]]]] = {
         "memory": _memory, "generation": _generation, "compile": _compile,
     }  # fmt: skip
-    told: dict[str, Any] = {"device": str(device), "machine": machine.about()}
+    report: dict[str, Any] = {"device": str(device), "machine": machine.about()}
     for name in options.parts or parts:
-        told[name] = parts[name](device)
+        report[name] = parts[name](device)
     if options.json:
-        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _memory(device: torch.device) -> list[dict[str, Any]]:
@@ -85,14 +85,14 @@ def _peak_bytes(kind: str, way: str, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         model(x, y).backward()
         return torch.cuda.max_memory_allocated(device) - before
-    # Torch is warm, its threads have their memory, and what it gave back is not counted as new.
+    # After this, torch's threads have their memory, and memory that torch has freed does not count as new.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model(x, y).backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def _prepared(shape: Model, options: ForwardOptions, device: torch.device) -> tuple[GPT, torch.Tensor, torch.Tensor]:
-    """A model, and inputs and targets (4, 512) in which a document begins every 50 tokens or so."""
+    """Make a model, and inputs and targets (4, 512) in which a document begins about every 50 tokens."""
     torch.manual_seed(1)
     ids = torch.randint(0, 50257, (4, 513))
     ids[torch.rand(ids.shape) < 1 / 50] = 0
@@ -151,7 +151,7 @@ def _compile(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _step(module: Any, x: torch.Tensor, y: torch.Tensor, device: torch.device, times: int = 3) -> tuple[float, float]:
-    """The loss, and the median of the seconds."""
+    """Run steps; return the loss and the median of the seconds."""
     seconds = []
     for _ in range(times):
         module.zero_grad()

@@ -1,4 +1,4 @@
-"""Pictures of losses, as SVG: a frame, a curve for each way, words."""
+"""Draw pictures of losses as SVG: a frame, curves and labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Point = tuple[float, float]
 
 
 class Picture:
-    """Lines of SVG, for `last` units along and losses from `low` to `high` up; a grid line every `grid`."""
+    """Lines of SVG: an x axis up to `last`, a y axis of losses from `low` to `high`, and grid lines every `grid`."""
 
     def __init__(self, last: float, low: float, high: float, grid: float, title: str, below: str) -> None:
         self._last, self._low, self._high = last, low, high
@@ -27,7 +27,7 @@ class Picture:
         self.word(WIDTH - RIGHT, HEIGHT - 10, below, GREY, ' text-anchor="end"')
 
     def place(self, point: Point) -> Point:
-        """Where it stands in the picture."""
+        """Convert a point to coordinates of the picture."""
         along, loss = point
         x = LEFT + (WIDTH - LEFT - RIGHT) * along / self._last
         return x, TOP + (HEIGHT - TOP - BOTTOM) * (self._high - loss) / (self._high - self._low)
@@ -38,7 +38,7 @@ class Picture:
         self.lines.append(f'<polyline points="{places}" {stroke}/>')
 
     def bar(self, along: float, colour: str) -> None:
-        """A dotted line from top to bottom."""
+        """Draw a dashed line from top to bottom."""
         x, _ = self.place((along, 0))
         path = f"M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"
         self.lines.append(f'<path d="{path}" stroke="{colour}" stroke-dasharray="2 4"/>')

@@ -1,12 +1,12 @@
-"""A job that is preempted again and again, on the lab's Slurm: do its checkpoints pile up, and does it come to an end?
+"""Preempt a job again and again, on the lab's Slurm: do its checkpoints accumulate, and does the job end?
 
     python benchmarks/preempted.py --every 40 --minutes 30
     python benchmarks/preempted.py --every 20 --minutes 10 --max-idle 4      (starts without progress)
 
-One rank trains a small model. A job of a higher partition takes its node away every so many seconds after each start
-of the job. The checkpoints are counted several times a second. At the end a table, and status 1 if there were more at
-any time than the settings keep, and the one that was just saved; or if the job was given up although its last starts
-made progress, or was not although they made none.
+One rank trains a small model. --every seconds after each start of the job, a job of a higher partition takes its node.
+The checkpoints are counted several times a second. At the end it prints a table; status 1 if at any time there were
+more checkpoints than the settings keep plus the one just saved, or if the job was given up although its last starts
+made progress, or was not given up although they made none.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def watch(testbed: LabTestbed, job: str, folder: Path, options: argparse.Namespace) -> tuple[int, int]:
-    """Preempt until the time is over or the job has ended. Returns the most checkpoints at a time, and preemptions."""
+    """Preempt until the time is over or the job has ended. Returns the maximum of checkpoints, and the preemptions."""
     deadline = time.monotonic() + 60 * options.minutes
     most = preemptions = begun = 0
     preempt_at = float("inf")

@@ -1,11 +1,11 @@
-"""How long from a SIGKILL to the first new step, and what of.
+"""Measure the time from a SIGKILL to the first new step, and its parts.
 
     make quickstart                 (for its shards)
     python benchmarks/restart.py [--config quickstart] [--rounds 5] [--json FILE]
 
-A run of the configuration, on this machine and without a Slurm, is killed at a random moment and started again at once,
---rounds times. The parts are those of the event "ready" in events.jsonl; what is before them is the start of
-the interpreter, what is behind them the first step itself. Prints medians.
+A run of the configuration, on this machine and without Slurm, is killed at a random moment and started again at once,
+--rounds times. The parts are those of the event "ready" in events.jsonl; before them is the start of the interpreter,
+after them the first step. Prints medians.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def main() -> None:
     for name, seconds in medians.items():
         print(f"{name:22} {seconds:6.2f} s")
     if options.json:
-        told: dict[str, Any] = {"config": options.config, "medians_s": medians, "rounds": found}
-        told |= {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
+        report: dict[str, Any] = {"config": options.config, "medians_s": medians, "rounds": found}
+        report |= {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _first_row(run: Path, after: float, process: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", default=".", help="a folder on the disk to measure (default: this one)")
     parser.add_argument("--json", help="write the figures to this file, too")
-    parser.add_argument("training", nargs="*", help="more flags of `hpcgpt train`, behind --")
+    parser.add_argument("training", nargs="*", help="more flags of `hpcgpt train`, after --")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""What a checkpoint costs the training loop, behind training against a save that is waited for.
+"""Measure what a checkpoint costs the training loop, saved in the background or synchronously.
 
     python benchmarks/save_stall.py [--config gpt2-124m] [--tokens 256] [--steps 6] [--rounds 3] [--dir .]
 
-Each round runs the same number of optimizer steps three times, in a new order: without a save, with one that is waited
-for behind the first step, with one behind training. The cost is the median time with a save less the median without;
-so it has all of it: the copy, and what the writing takes away from the steps beside it. Prints a table, and JSON with
---json FILE. The checkpoints are real ones, flushed to the disk of --dir, in a folder that is removed at the end.
+Each round runs the same number of optimizer steps three times, in a new order: without a save, with a synchronous save
+after the first step, and with a background save. The cost is the median time with a save less the median without: it
+includes the copy, and how much the writing slows the steps. Prints a table, and JSON with --json FILE. The checkpoints
+are real ones, flushed to the disk of --dir, in a folder that is removed at the end.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> None:
 
     for _ in range(2):
         step()
-    times: dict[str, list[float]] = {"no save": [], "waited for": [], "behind training": []}
-    stalls: dict[str, list[float]] = {"waited for": [], "behind training": []}
+    times: dict[str, list[float]] = {"no save": [], "synchronous": [], "background": []}
+    stalls: dict[str, list[float]] = {"synchronous": [], "background": []}
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         run = Path(folder)
         (run / "checkpoints").mkdir()
@@ -72,7 +72,7 @@ def main() -> None:
                     step()
                     if at == 0 and way != "no save":
                         saver.begin(State(number, 0, 0, 1, {}), local_state_dict(gpt, optimizer, ALONE))
-                        if way == "waited for" and (saved := saver.finish(lambda: None)):
+                        if way == "synchronous" and (saved := saver.finish(lambda: None)):
                             stalls[way].append(saved.stall_s)
                     elif saver.busy and (saved := saver.poll()):
                         stalls[way].append(saved.stall_s)
@@ -102,7 +102,7 @@ def _report(
     for way, found in stalls.items():
         cost, stall = medians[way] - medians["no save"], statistics.median(found)
         result["ways"][way] = {"cost_s": cost, "stall_s": stall, "totals_s": times[way]}
-        print(f"{way:16}  stands still for {stall:6.2f} s   costs {cost:6.2f} s in all   {cost / step_s:5.2f} steps")
+        print(f"{way:16}  stalls for {stall:6.2f} s   costs {cost:6.2f} s in all   {cost / step_s:5.2f} steps")
     result["ways"]["no save"] = {"totals_s": times["no save"]}
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

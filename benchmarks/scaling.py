@@ -1,20 +1,20 @@
-"""Several ranks against one: throughput, and the share of a step that communication takes.
+"""Compare several ranks with one: throughput, and the fraction of a step that communication takes.
 
     python benchmarks/scaling.py --data data/quickstart/shards [--config gpt2-124m] [--ranks 1,2] [--modes ddp,fsdp]
         [--micro-batch 4] [--micro-steps 2] [--rounds 5] [--steps 4] [--threads 1] [--device cpu] [--compile]
         [--dtype auto] [--gradient-dtype float32] [--json benchmarks/results/scaling.json]
 
 On a node of 8 GPUs: --device cuda --ranks 1,2,4,8 --micro-batch 32 --micro-steps 4 --steps 20 --compile. Every rank
-has as much work, however many there are, and as many threads. Ways:
+has the same work and the same number of threads, however many ranks there are. Compared are:
 
     1 rank         alone
-    W apart        W processes that train alone, at the same time: what they take from each other (memory, caches, heat)
-    W ranks, MODE  W ranks together. Compiled, the mode ddp cuts its graph at DDP's buckets, so that they are sent while
-                   it still computes (torch's optimize_ddp); the mode ddp:whole leaves it whole
+    W apart        W processes that train independently at the same time: they share memory, caches and power
+    W ranks, MODE  W ranks together. Compiled, the mode ddp splits its graph at DDP's buckets, so that they are sent
+                   while it still computes (torch's optimize_ddp); the mode ddp:whole does not split it
 
-so efficiency is tokens/s over W times those of one rank, and the share of communication is what a step takes longer
-than apart: what of it is not hidden behind computing. All ways stand ready from the beginning, with engines as `hpcgpt
-train` makes them; in each round each makes --steps steps, in a new order, while the others wait. Medians over rounds.
+Efficiency is tokens/s over W times those of one rank. Communication is the fraction of a step by which it is longer
+than apart: what does not overlap with computation. All processes start at the beginning, with engines as in `hpcgpt
+train`; in each round each makes --steps steps, in a new order, while the others wait. Medians over rounds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from hpcgpt.training.engine import Engine
 
 
 class Way:
-    """`ranks` processes that train together in a mode, or apart, on demand."""
+    """Several processes that train on demand, together in a mode or independently."""
 
     def __init__(self, ranks: int, mode: str, folder: Path) -> None:
         self.ranks, self.mode, self.seconds = ranks, mode, list[float]()
@@ -68,7 +68,7 @@ class Way:
         return f"{self.ranks} ranks, {self.mode}"
 
     def answers(self) -> list[float]:
-        """A number from each process; they end this one if they could not give any."""
+        """Read a number from each process; exit if one of them has ended."""
         found = []
         for process in self._processes:
             assert process.stdout is not None
@@ -120,13 +120,13 @@ def _report(options: argparse.Namespace, ways: list[Way]) -> None:
     found: dict[str, dict[str, float]] = {}
     for way in ways:
         seconds = step_s[way.ranks, way.mode]
-        told = {"step_s": seconds, "tokens_per_s": way.ranks * tokens / seconds}
-        told["efficiency"] = step_s[1, "apart"] / seconds
-        told["spread"] = (max(way.seconds) - min(way.seconds)) / seconds
+        figures = {"step_s": seconds, "tokens_per_s": way.ranks * tokens / seconds}
+        figures["efficiency"] = step_s[1, "apart"] / seconds
+        figures["spread"] = (max(way.seconds) - min(way.seconds)) / seconds
         if way.mode != "apart":
-            told["communication"] = 1 - step_s[way.ranks, "apart"] / seconds
-        found[way.name] = told
-        print(f"{way.name:20} " + "  ".join(f"{key} {value:,.4g}" for key, value in told.items()), flush=True)
+            figures["communication"] = 1 - step_s[way.ranks, "apart"] / seconds
+        found[way.name] = figures
+        print(f"{way.name:20} " + "  ".join(f"{key} {value:,.4g}" for key, value in figures.items()), flush=True)
     if options.json:
         unsaid = ("json", "worker", "folder", "data", "config")
         about = {
@@ -168,7 +168,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def _steps(engine: Engine, step: int, count: int, device: torch.device) -> tuple[int, float]:
-    """The number of the next step, and the seconds that `count` steps took, launched and read as the loop does."""
+    """Run `count` steps as the training loop does; return the number of the next step, and the seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started_at = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Runs of hpcgpt and of a checkout of nanoGPT that the user has, on the same tokens: what both benchmarks need.
+"""Run hpcgpt and the user's checkout of nanoGPT on the same tokens, for both benchmarks that compare them.
 
-Each run is a process, started by its own command, in a folder of its own. nanoGPT opens configurator.py and its data
-below the current folder, so it gets a folder with a link to the one and a copy of the other: the shards of --data, put
-together to its headerless files by `data_prep.export`. Nothing of it is imported or copied.
+Each run is a process in a folder of its own. nanoGPT opens configurator.py and its data below the current folder, so
+its folder has a link to the former, and the shards of --data as nanoGPT's headerless files, made by `data_prep.export`.
+None of nanoGPT's code is imported or copied.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ EVERY = 10  # steps between two lines of nanoGPT's: a line waits for the GPU
 
 
 def words(section: str, /, **values: Any) -> list[str]:
-    """``--section.key value`` for each of `values`; `section` may be empty, for nanoGPT's ``--key=value``."""
+    """Format `values` as flags: ``--section.key value``, or nanoGPT's ``--key=value`` if `section` is empty."""
     if not section:
         return [f"--{key}={value}" for key, value in values.items()]
     return [word for key, value in values.items() for word in (f"--{section}.{key}", str(value))]
 
 
-def ours(
+def run_hpcgpt(
     folder: Path, name: str, data: Path, model: str, steps: int, batch: int, micro: int, *more: str
 ) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl of a run of `steps` steps."""
+    """Run hpcgpt for `steps` steps; return its rows of metrics.jsonl."""
     layers, heads, width, context = MODELS[model]
     command = [
         sys.executable, "-m", "hpcgpt.train",
@@ -66,7 +66,7 @@ def ours(
 
 
 def prepared(peer: Path, folder: Path, data: Path) -> Path:
-    """A folder that nanoGPT's train.py runs in, with the tokens of the shards in `data`."""
+    """Make a folder in which nanoGPT's train.py runs, with the tokens of the shards in `data`."""
     if not (peer / "train.py").is_file() or not (peer / "configurator.py").is_file():
         raise SystemExit(f"{peer} is no checkout of nanoGPT: train.py and configurator.py are not there")
     tokens = folder / "data" / "tokens"
@@ -78,10 +78,10 @@ def prepared(peer: Path, folder: Path, data: Path) -> Path:
     return folder
 
 
-def theirs(
+def run_nanogpt(
     peer: Path, folder: Path, model: str, steps: int, batch: int, micro: int, device: str, **values: Any
 ) -> Iterator[tuple[float, str]]:
-    """The lines that nanoGPT prints, each with the time when it came, in seconds. `folder` is a `prepared` one."""
+    """Run nanoGPT in a `prepared` folder; yield the lines that it prints, each with its time in seconds."""
     layers, heads, width, context = MODELS[model]
     settings: Mapping[str, Any] = {
         "dataset": "tokens", "out_dir": folder / "out", "device": device, "bias": True, "dropout": 0.0,
@@ -103,13 +103,13 @@ def theirs(
 
 
 def iteration(line: str) -> int | None:
-    """The number of the iteration that a line of nanoGPT's tells of, from 0; None if it is of something else."""
+    """Return the number of the iteration, from 0, that a line of nanoGPT's reports; None if it reports none."""
     found = re.match(r"iter (\d+): loss", line)
     return int(found[1]) if found else None
 
 
 def machine(peer: Path) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Describe what the figures depend on."""
     words = ["git", "-C", str(peer), "rev-parse", "HEAD"]
     head = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     return about() | {"peer_commit": head or None}

@@ -1,13 +1,13 @@
-"""One rank's training step in several ways, in turns: what compiling, precision and attention kernels give.
+"""Time one rank's training step with several settings, in turns: compilation, precision and attention kernels.
 
     python benchmarks/step.py --data data/quickstart/shards [--config gpt2-124m] [--micro-batch 8] [--micro-steps 1]
         [--rounds 5] [--steps 10] [--ways NAME ...] [--json benchmarks/results/step.json]
 
-Each way has an engine of its own, as `hpcgpt train` makes it, of the same first weights and on the same samples. In
-each round each way makes --steps steps, in a new order; figures are medians over the rounds. Steps are pending_step and
-read as the training loop does. "Between" is the part of the time that no step took: reading figures, and whatever
-keeps the host from being ahead. Ways that this machine cannot go are left out, with the reason. All stand ready at the
-same time: where that is too much for a GPU's memory, name some with --ways.
+Each setting has an engine as in `hpcgpt train`, with the same initial weights and the same samples. In each round each
+engine makes --steps steps, in a new order; figures are medians over the rounds. Steps are launched and read as in the
+training loop. "Between" is the fraction of the time outside of steps: reading metrics, and whatever keeps the host from
+launching early enough. Settings that this machine does not support are left out, with the reason. All engines are in
+memory at the same time: if that is too much for a GPU, name some with --ways.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def main() -> None:
     for name, rounds in found.items():
         result[name] = {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
         result[name]["warm_up_s"] = ways[name].warm_up_s
-        told = "  ".join(f"{key} {value:,.4g}" for key, value in result[name].items())
-        print(f"{name:28} {told}", flush=True)
+        text = "  ".join(f"{key} {value:,.4g}" for key, value in result[name].items())
+        print(f"{name:28} {text}", flush=True)
     if options.json:
         model = plan.make(_config(options, {}), 1).config.model
         about = {
@@ -108,7 +108,7 @@ def _config(options: argparse.Namespace, flags: dict[str, Any]) -> Config:
 
 
 def _steps(way: Way, count: int, device: torch.device) -> dict[str, float]:
-    """Steps as the loop makes them: the figures of one are read when the next is launched."""
+    """Run steps as the training loop does: the metrics of a step are read when the next one has been launched."""
     engine = way.engine
     assert engine is not None
     rows: list[dict[str, Any]] = []

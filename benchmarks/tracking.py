@@ -1,10 +1,10 @@
-"""What a W&B server that is out of order costs a run, and which rows it has in the end.
+"""Measure what a failing W&B server costs a run, and which rows it has in the end.
 
     python benchmarks/tracking.py [--seconds 45] [--outage 60] [--json FILE]
 
-A small model is trained on this machine, once without wandb and once for each way in which the server can be out of
-order; the server is a stand-in on loopback (hpcgpt/drill/wandb_server.py), the client is the real wandb. Each run is
-asked to leave by SIGTERM after --seconds of steps. Prints for each of them
+A small model is trained on this machine, once without wandb and once for each way in which the server can fail; the
+server is a stand-in on loopback (hpcgpt/drill/wandb_server.py), the client is the real wandb. Each run is stopped by
+SIGTERM after --seconds of steps. Prints for each of them
 
     median, longest    the time between two steps; the longest one is the longest stop of training
     exit               from SIGTERM to the end of the process
@@ -57,8 +57,8 @@ def main() -> None:
     for case in found:
         print("| " + " | ".join(_cell(case[column]) for column in COLUMNS) + " |")
     if options.json:
-        told = {"seconds": options.seconds, "outage_s": options.outage, "machine": machine.about(), "cases": found}
-        Path(options.json).write_text(json.dumps(told, indent=1) + "\n")
+        report = {"seconds": options.seconds, "outage_s": options.outage, "machine": machine.about(), "cases": found}
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 class Bench:
@@ -76,7 +76,7 @@ class Bench:
         make_shards(home, home / "shards", lambda text: print(text, file=sys.stderr))
 
     def measure(self, name: str) -> dict[str, Any]:
-        """Train in the case of this name, and count."""
+        """Train in the case of this name, and count steps and rows."""
         print(f"{name} ...", file=sys.stderr, flush=True)
         modes: dict[str, Mode] = {"silent": "silent", "500": "failing", "refused": "refusing"}
         server = WandbServer()
@@ -137,7 +137,7 @@ class Bench:
 
 
 def _kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all that descend from it, as a node's end does it."""
+    """Send SIGKILL to a process and all of its descendants, as when a node fails."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

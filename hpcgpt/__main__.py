@@ -1,4 +1,4 @@
-"""``hpcgpt NAME ...`` is ``python -m hpcgpt.NAME ...``, with _ for a - in the name."""
+"""Run a command: ``hpcgpt NAME ...`` is ``python -m hpcgpt.NAME ...``, with _ for a - in the name."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ COMMANDS = {
     "train": "pretrain a model, or resume a run",
     "submit": "queue a training job on Slurm",
     "slurm-script": "print a batch script, for sbatch without a checkout",
-    "status": "how a run is going",
+    "status": "show how runs are going",
     "checkpoint": "list, verify and show a run's checkpoints",
     "sample": "generate text from a run's checkpoint",
-    "eval": "a checkpoint's loss on the validation split",
-    "tracking": "send to Weights & Biases what it lacks of a run",
-    "drill": "train under fire: faults of all kinds, and the same bytes in the end",
+    "eval": "compute a checkpoint's loss on the validation split",
+    "tracking": "send the missing rows of a run to Weights & Biases",
+    "drill": "inject faults into training runs, and compare the results byte for byte",
 }
-# What other programs call them, or a person might.
-ALSO_CALLED = {
+# Names of these commands in other programs, or that a person might try.
+ALIASES = {
     "run": "train", "resume": "train", "pretrain": "train", "sbatch": "submit", "queue": "submit", "list": "status",
     "show": "status", "ps": "status", "ls": "checkpoint ls", "checkpoints": "checkpoint ls", "verify":
     "checkpoint verify", "generate": "sample", "evaluate": "eval", "val": "eval", "test": "drill",
     "script": "slurm-script", "batch-script": "slurm-script",
 }  # fmt: skip
 PACKAGES = ("checkpoint", "drill", "tracking")
-OF_DATA_PREP = ("make_shards", "verify", "inspect", "export", "import_shards", "train_tokenizer")
+DATA_PREP_COMMANDS = ("make_shards", "verify", "inspect", "export", "import_shards", "train_tokenizer")
 
 
 def main() -> None:
@@ -40,16 +40,16 @@ def main() -> None:
         return
     name = sys.argv.pop(1)
     if name not in COMMANDS:
-        there = f"no command '{terminal.printable(name)}'; there are {', '.join(COMMANDS)}"
-        sys.exit(cli.complain(UserError(there + _meant(name)), USER_MISTAKE))
+        message = f"no command '{terminal.printable(name)}'; there are {', '.join(COMMANDS)}{_suggestion(name)}"
+        sys.exit(cli.print_error(UserError(message), USER_MISTAKE))
     module = f"hpcgpt.{name}.__main__" if name in PACKAGES else f"hpcgpt.{name.replace('-', '_')}"
     cli.run(importlib.import_module(module).main)
 
 
-def _meant(name: str) -> str:
-    if name in ALSO_CALLED:
-        return f" (did you mean {ALSO_CALLED[name]}?)"
-    if name.replace("-", "_") in OF_DATA_PREP:
+def _suggestion(name: str) -> str:
+    if name in ALIASES:
+        return f" (did you mean {ALIASES[name]}?)"
+    if name.replace("-", "_") in DATA_PREP_COMMANDS:
         return f" (did you mean `python -m data_prep.{name.replace('-', '_')}`?)"
     return nearest(name, list(COMMANDS))
 

@@ -1,7 +1,7 @@
 """How a command starts and ends: its exit status, and errors without a traceback.
 
-Exit status, for all commands: 0 done, 2 a mistake in what was asked or given (the sentence is on
-stderr), anything else a failure; see ``hpcgpt.errors``. ``hpcgpt train`` adds those of ``hpcgpt.run.run_folder``.
+Exit status of all commands: 0 for success, 2 for a user's mistake (the message is on stderr), any other for a failure;
+see ``hpcgpt.errors``. ``hpcgpt train`` has more of them: ``hpcgpt.exit_codes``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Main = Callable[[Sequence[str]], int]
 
 
 def run(main: Main) -> None:
-    """Run a command on sys.argv and leave with its status.
+    """Run a command on sys.argv and exit with its status.
 
-    UserErrors are people's mistakes, and OSErrors the machine's (a full disk, a dead node): both are sentences
-    already, and HPCGPT_TRACEBACK=1 shows where they came from. Any other exception is a fault of this program.
+    A UserError (a user's mistake) and an OSError (a full disk, a dead node) are printed as one message; with
+    HPCGPT_TRACEBACK=1 as a traceback. Any other exception is a bug of this program, and always has its traceback.
     """
     streams.open_missing()
     streams.escape_unknown_characters()
@@ -29,32 +29,32 @@ def run(main: Main) -> None:
         sys.exit(main(sys.argv[1:]))
     try:
         status = main(sys.argv[1:])
-        # Here, where a full disk is an error with a sentence. At the interpreter's end it is a status of 120.
+        # A full disk is reported here. At the interpreter's exit it would end the process with status 120.
         sys.stdout.flush()
         sys.exit(status)
     except BrokenPipeError:
-        # `hpcgpt status | head`: the reader left, which is no failure of ours.
-        _give_up_stdout()
+        # `hpcgpt status | head`: the reader has exited, which is no error.
+        _discard_stdout()
         sys.exit(0)
     except (UserError, OSError) as error:
-        status = complain(error, status_of(error))
-        _give_up_stdout()
+        status = print_error(error, status_of(error))
+        _discard_stdout()
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _give_up_stdout() -> None:
-    """Print what can be printed, and drop the rest: the interpreter would try once more and end with status 120."""
+def _discard_stdout() -> None:
+    """Flush stdout, or discard what cannot be written: at exit the interpreter would try again, and exit with 120."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def complain(error: BaseException, status: int) -> int:
-    """Print the sentence of an error to stderr; returns `status`."""
-    with suppress(OSError):  # the status has to do where stderr cannot be written
+def print_error(error: BaseException, status: int) -> int:
+    """Print the message of an error to stderr, and return `status`."""
+    with suppress(OSError):  # where stderr cannot be written, the status is all that is left
         for line in sentence(error).rstrip("\n").split("\n"):
             print(f"error: {terminal.shown(line)}", file=sys.stderr, flush=True)
     return status

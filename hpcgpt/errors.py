@@ -1,18 +1,18 @@
-"""Whose fault an error is: what a person can mend ends with status 2, everything else is a crash.
+"""The exceptions: what a user can correct ends with status 2, everything else is a crash.
 
 ::
 
-    UserError(ValueError)       a person's word is wrong: a flag, a key, a file that is named. Status 2; a job that
-      |                         ends so is not requeued. Raised explicitly where that word is checked.
-      +-- InputError            shards, a tokenizer or a checkpoint cannot be used. Once the run has trained with them
-      |                         they were right, so then it is a machine's fault: `blame_the_node`
-      +-- DivergedError       training itself has failed, and would fail again
+    UserError(ValueError)       a user's mistake: a wrong flag, key or file name. Status 2; the job is not requeued.
+      |                         Raised explicitly where the input is checked.
+      +-- InputError            shards, a tokenizer or a checkpoint cannot be used. If the run has trained with them
+      |                         before, it is the machine's fault instead: `as_node_error`
+      +-- DivergedError         training has failed, and would fail again
 
-    NodeError(OSError)          a node, its GPU or a disk is not what was promised. Status 1, a crash: the job is
-                                requeued while it makes progress, and the host can be kept away from.
+    NodeError(OSError)          a node, its GPU or a disk does not work. Status 1, a crash: the job is requeued while it
+                                makes progress, and the host can be excluded.
 
-Any other exception, a library's ValueError too, is a crash with status 1. Sentences that stand on their own are
-printed without a traceback: those of UserError and of OSError.
+Any other exception, such as a library's ValueError, is a crash with status 1. The messages of UserError and OSError
+are printed without a traceback.
 
 No torch in here.
 """
@@ -23,12 +23,12 @@ import errno
 
 from hpcgpt.exit_codes import FAILED, USER_MISTAKE
 
-# A file is not there, or may not be read: the user named the wrong one. Any other error is the machine's.
-_OF_A_NAME = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+# The file does not exist or may not be read: the user named a wrong one. Any other error is the machine's.
+_WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
-    """What a person asked for or gave is wrong; the message says what was expected and what to type."""
+    """A user's mistake; the message says what was expected and what to type."""
 
 
 class InputError(UserError):
@@ -36,49 +36,49 @@ class InputError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss is no finite number any more, or keeps leaping."""
+    """The loss is not finite, or has spiked too often."""
 
 
 class NodeError(OSError):
-    """A machine is not what was promised; the message is a sentence."""
+    """A node, its GPU or a disk does not work; the message can be printed without a traceback."""
 
 
 def cannot_read(error: OSError, sentence: str) -> UserError | OSError:
-    """The error to raise where a file that a person named, or that belongs to what was named, cannot be read.
+    """Return the error to raise for a file that the user named, directly or as part of a folder, and cannot be read.
 
-    An InputError with this sentence if it is not there or may not be read; an OSError with the same sentence for what
-    is the machine's fault (EIO, ESTALE, ...).
+    An InputError with this message if it does not exist or may not be read; an OSError with the same message if it is
+    the machine's fault (EIO, ESTALE, ...).
     """
-    if error.errno in _OF_A_NAME:
+    if error.errno in _WRONG_PATH:
         return InputError(sentence)
     return type(error)(error.errno, sentence)
 
 
 def mark(error: Exception, rank: int) -> None:
-    """Note whose error it is, before ranks share it: each of them raises it, and one is to blame."""
+    """Record the rank that an error is from, before all ranks raise it."""
     error.from_rank = rank  # type: ignore[attr-defined]
 
 
 def rank_of(error: BaseException) -> int | None:
-    """The rank whose error this is; None if ranks have not shared it."""
+    """Return the rank that the error is from; None if it was not shared between ranks."""
     return getattr(error, "from_rank", None)
 
 
-def blame_the_node(error: InputError) -> NodeError:
-    """The same where the run has made steps with these inputs before: what was right then is no person's mistake."""
-    found = NodeError(f"{error} (the run has trained with it before: this node cannot read it, or it has changed)")
+def as_node_error(error: InputError) -> NodeError:
+    """Convert an error of inputs that the run has trained with before: they were valid, so it is no user's mistake."""
+    node_error = NodeError(f"{error} (the run has trained with it before: this node cannot read it, or it has changed)")
     if (rank := rank_of(error)) is not None:
-        mark(found, rank)
-    return found
+        mark(node_error, rank)
+    return node_error
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says, without the number that OSError puts before it; its type if it says nothing."""
+    """Return the message of an error, without the number that OSError puts before it; its type if it has none."""
     if isinstance(error, OSError) and error.strerror and error.filename is None:
         return error.strerror
     return str(error) or type(error).__name__
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that an error stands for."""
+    """Return the exit status of a command that ends with this error."""
     return USER_MISTAKE if isinstance(error, UserError) else FAILED

@@ -1,6 +1,6 @@
-"""``python -m hpcgpt.eval RUN``: evaluates a run's checkpoint on its validation split, by default on all of it.
+"""``python -m hpcgpt.eval RUN``: evaluate a run's checkpoint on its validation split, by default on all of it.
 
-The figures are those that training logs (``hpcgpt.training.evaluation``): over the whole split, on the same kind of
+The metrics are those that training logs (``hpcgpt.training.evaluation``): over the whole split, on the same kind of
 machine and one rank, they are bit-identical.
 """
 
@@ -54,16 +54,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _figures(model: Trained, batches: int) -> dict[str, Any]:
-    """Return the ``val/...`` figures of `hpcgpt.training.evaluation`, and ``tokens``: the number of their targets.
+    """Compute the ``val/...`` metrics of `hpcgpt.training.evaluation`, and ``tokens``: the number of their targets.
 
     Raises:
-        UserError: there is no validation split, or it is not the one of the run.
+        UserError: there is no validation split, or it is not that of the run.
     """
     from hpcgpt import plan
     from hpcgpt.training.evaluation import EvalContext, bytes_per_token, evaluate_all, validation_sets
 
     config = model.config
-    # With eval.every 0 the plan would not open the split; and the run that gave the initial weights may be gone.
+    # With eval.every 0 the plan would not open the split; and the run that `init_from` names may have been deleted.
     evaluated, run = dataclasses.replace(config.eval, every=1), dataclasses.replace(config.run, init_from="")
     planned = plan.make(dataclasses.replace(config, eval=evaluated, run=run), world_size=1)
     if changed := plan.changes(model.state.identity, planned.identity):
@@ -73,12 +73,12 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     rounds = sum(-(-context.count(part.windows) // context.micro_batch) for part in sets)
     with Progress(rounds) as progress:
         figures = evaluate_all(model.model, sets, dataclasses.replace(context, stopped=progress.next_batch))
-    assert figures is not None, "nothing stops it"
+    assert figures is not None, "None is returned only if `stopped` returns True"
     return figures | {"tokens": config.model.block_size * sum(context.count(part.windows) for part in sets)}
 
 
 class Progress:
-    """The progress in batches: a bar on a terminal, else a line on stderr every `every_s` seconds."""
+    """Shows the progress in batches: a bar on a terminal, else a line on stderr every `every_s` seconds."""
 
     def __init__(self, total: int, every_s: float = LINE_EVERY_S) -> None:
         self._total, self._every_s, self._started = total, every_s, -1
@@ -92,7 +92,7 @@ class Progress:
         self._bar.close()
 
     def next_batch(self) -> bool:
-        """Count the batches before the one that starts now. Returns False: do not stop."""
+        """Count one more batch as started. Always returns False: the evaluation is not to be stopped."""
         self._started += 1
         if not self._bar.disable:
             self._bar.update(self._started - self._bar.n)
@@ -117,7 +117,7 @@ def _with_data(settings: Config, folder: str | None, mix: str | None) -> Config:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "The loss of a run's checkpoint, the newest one, on its validation split."
+    about = "Compute the loss of a run's newest checkpoint on its validation split."
     parser = argparse.ArgumentParser(prog="hpcgpt eval", description=about)
     parser.add_argument("RUN", help="run folder")
     which = parser.add_mutually_exclusive_group()
@@ -128,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     moved = parser.add_mutually_exclusive_group()
     moved.add_argument("--data.dir", dest="data_dir", metavar="DIR", help="the run's shards, if they have moved")
-    moved.add_argument("--data.mix", dest="data_mix", metavar="DIR:WEIGHT,...", help="those of a mix")
-    parser.add_argument("--json", action="store_true", help="one JSON object, for scripts")
+    moved.add_argument("--data.mix", dest="data_mix", metavar="DIR:WEIGHT,...", help="the same for a run with data.mix")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     return parser
 
 

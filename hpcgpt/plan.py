@@ -1,6 +1,7 @@
 """The plan of a run: configuration, shards and number of ranks, checked against each other before anything is queued.
 
-So a batch that cannot be divided, a missing shard or a wrong tokenizer costs a second on a login node, and no GPU time.
+A batch that cannot be divided, a missing shard or a wrong tokenizer is found in a second on a login node, without GPU
+time.
 
 No torch in here.
 """
@@ -22,8 +23,10 @@ from hpcgpt.optim.lr_schedule import learning_rate
 
 @dataclass(frozen=True)
 class Plan:
-    """`config` has its open values filled in; `sets` are the data sets, several if they are mixed; `micro_steps` are
-    those of one rank.
+    """A checked configuration and its data.
+
+    `config` has the values that were left open filled in; `sets` are the data sets, several with data.mix;
+    `micro_steps` are those of one rank.
     """
 
     config: Config
@@ -77,10 +80,10 @@ class Plan:
 
 
 def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
-    """Make the plan of a run on `world_size` ranks. `check_sizes`, needed on one rank: look at every shard's size.
+    """Make the plan of a run on `world_size` ranks. `check_sizes`: check the size of every shard; one rank does.
 
     Raises:
-        UserError: something does not fit; the message says what would.
+        UserError: something does not fit together; the message says what would.
     """
     if world_size == 1 and config.parallel.gradient_dtype != "float32":
         raise UserError(

@@ -1,20 +1,19 @@
-"""What the batch script runs before and after the ranks: it decides whether the job runs again, and requeues it.
+"""What the batch script runs before and after the ranks: decide whether the job runs again, and requeue it.
 
 ``python -m hpcgpt.requeue folder TRAIN_ARGUMENTS`` checks the configuration, makes the run folder, records this start
-of the job and prints the folder. It refuses a job that Slurm itself requeued if the policy has given it up.
+of the job and prints the folder. If Slurm itself requeued a job that the policy has given up, the start is refused.
 ``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or prints why not.
-``... decide --status ending ...`` is for the time when srun still runs and Slurm is ending the job: see `decide_early`.
-``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` fails on any node where `folder` would fail, and records nothing.
+``... decide --status ending ...`` decides while srun still runs and Slurm is ending the job: see `decide_early`.
+``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` fails on every node where `folder` would fail, and records nothing.
 
 The policy is in hpcgpt.slurm.requeue_policy. The job is requeued by ``scontrol requeue``. If Slurm refuses that
 (JobRequeue=0, --no-requeue) a new job is submitted that waits for this one (hpcgpt.slurm.next_job), and if that is
 refused too, the command is printed.
 
-`decide` prints "decided" on stdout once it has acted, also if Slurm refused. Without that word the batch script
-decides by a small policy in bash: on a node where this program cannot run, and if the job is to be requeued but the
-disk has no room for a line in events.jsonl. Then this start could not be counted here; the script counts in the job's
-comment. Without scontrol, as in most containers, "requeue" is printed before "decided", if the batch script has
-announced by HPCGPT_ACTS that it will requeue the job.
+`decide` prints "decided" on stdout once it has acted, also if Slurm refused. Without that word the batch script decides
+by a small policy in bash: on a node where this program cannot run, or if the job is to be requeued but the disk has no
+room for the line in events.jsonl that counts this start. The script counts in the job's comment. Without scontrol, as
+in most containers, "requeue" is printed before "decided", if HPCGPT_ACTS says that the batch script will requeue.
 
 No torch in here.
 """
@@ -43,12 +42,12 @@ from hpcgpt.slurm.scontrol import Job
 from hpcgpt.storage import atomic, lease
 
 ENDING = "ending"
-REFUSED = 3  # status of `folder` if the policy refuses this start. The batch script may take 2 for a fault of the node
-CANNOT_EXECUTE, NOT_FOUND = 126, 127  # the shell's exit statuses if the rank's program cannot be started
+REFUSED = 3  # status of `folder` if the policy refuses this start. After 2 the batch script may suspect the node
+CANNOT_EXECUTE, NOT_FOUND = 126, 127  # the shell's exit statuses if a rank's program cannot be started
 # How long to wait for a controller that is restarting: for an answer, and for the requeue. Both must fit into the time
-# limit of slurm/pretrain.sbatch; while Slurm is ending the job that is short.
+# that slurm/pretrain.sbatch allows, which is short while Slurm is ending the job.
 ASK_S, REQUEUE_S, ENDING_S = 60.0, 150.0, 5.0
-ABOUT = "For the batch script: prepare the run folder, and decide whether the job runs again."
+ABOUT = "Prepare the run folder, or decide whether the job runs again; for the batch script."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,14 +61,14 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "folder":
         settings = sources.from_command_line(argv[1:], "requeue folder", ABOUT)
         if problem := _begin(settings):
-            return cli.complain(UserError(problem), REFUSED)
+            return cli.print_error(UserError(problem), REFUSED)
         print(settings.run_folder)
         return 0
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
         raise UserError("requeue decide needs --status N first")
     settings = sources.from_command_line(argv[3:], "requeue decide", ABOUT)
     if argv[2] == ENDING and _acts_outside():
-        return 1  # why Slurm is ending the job can be asked only where Slurm's tools are
+        return 1  # only Slurm's tools can find out why Slurm is ending the job
     refused = _act(settings, None if argv[2] == ENDING else int(argv[2]))
     if refused is None:
         return 1
@@ -78,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def job_event(job: Job) -> dict[str, Any]:
-    """Return what the event `job` records of this start; a time that Slurm does not show is left out."""
+    """Return the fields of the event `job` for this start; a time that Slurm does not show is left out."""
     times = {
         "queued_at": scontrol.unix_time(job.fields.get("EligibleTime", "")),
         "started_at": scontrol.unix_time(job.fields.get("StartTime", "")),
@@ -88,7 +87,7 @@ def job_event(job: Job) -> dict[str, Any]:
 
 
 def _begin(settings: Config) -> str:
-    """Prepare the run folder and record this start; '' or why the job may not train."""
+    """Prepare the run folder and record this start; return '', or why the job may not train."""
     folder = settings.run_folder
     run_folder.prepare(folder)
     _claim(folder, os.environ)
@@ -98,14 +97,14 @@ def _begin(settings: Config) -> str:
     job_attempt, newest = world.job_attempt(), restart_history.newest_step(folder / "checkpoints")
     with suppress(OSError):
         if not lease.is_held(folder) or lease.holder_is_gone(folder):
-            run_folder.put_aside(folder, job_attempt)
+            run_folder.rotate_records(folder, job_attempt)
     past = restart_history.count_restarts(_events(folder), job_attempt, newest)
     problem = requeue_policy.reason_to_refuse(past, settings.requeue)
     try:
         run_folder.record(folder, "job", job=job_attempt, newest_step=newest, **job_event(scontrol.ask(job)))
         if problem:
             run_folder.record(folder, "give_up", job=job_attempt, reason=problem)
-    except OSError as error:  # the disk is full: the job can train nevertheless
+    except OSError as error:  # the disk is full, but the job can train
         streams.warn(error)
     if problem:
         return f"job {job} is not started again: {problem}"
@@ -115,7 +114,7 @@ def _begin(settings: Config) -> str:
 def _events(folder: Path) -> list[records.Record]:
     try:
         return records.events(folder)
-    except OSError as error:  # without events nothing speaks against this start
+    except OSError as error:  # without events there is no reason to refuse this start
         streams.warn(error)
         return []
 
@@ -136,8 +135,10 @@ def _claim(folder: Path, env: Mapping[str, str]) -> None:
 
 
 def _act(settings: Config, status: int | None) -> int | None:
-    """Decide and act; `status` is srun's, None while it still runs. Returns an exit status; None if the job should run
-    again but this start could not be recorded: then the batch script decides, and counts.
+    """Decide and act; `status` is srun's, None while it still runs.
+
+    Returns an exit status; None if the job should run again but this start could not be recorded: then the batch script
+    decides, and counts.
     """
     folder, job_attempt, id_ = settings.run_folder, world.job_attempt(), scontrol.job_id(os.environ)
     events = _events(folder)
@@ -151,10 +152,10 @@ def _act(settings: Config, status: int | None) -> int | None:
     decision = _decision(settings, status, job, restart, events, failure)
     if decision is None:
         return 0
-    barred = run_folder.barred(folder)
-    if decision.requeue and barred and not job.node_failed:
+    unwritable = run_folder.why_events_unwritable(folder)
+    if decision.requeue and unwritable and not job.node_failed:
         # Each crash would count as the first one, and the job would be requeued forever.
-        decision = Decision(False, f"it could not be counted ({decision.reason}): {barred}", decision.crashed)
+        decision = Decision(False, f"it could not be counted ({decision.reason}): {unwritable}", decision.crashed)
     if decision.crashed or job.node_failed:
         _log(crash_report.report(folder, job_attempt, failure, exits))
 
@@ -162,10 +163,10 @@ def _act(settings: Config, status: int | None) -> int | None:
     runs_again = decision.requeue or job.restarts > restart
     hosts = _hosts_to_avoid(settings, job, decision, failure, events, before) if runs_again else []
     # Recorded before the requeue, which may end this process at once.
-    happened = _what_happened(decision, status, job, failure, hosts)
-    if decision.requeue and not happened and not any(event.get("job") == job_attempt for event in events):
-        happened = [{"event": "job"}]  # the disk had no room for it at the start
-    uncounted = _record(folder, job_attempt, happened)
+    counted = _counted_events(decision, status, job, failure, hosts)
+    if decision.requeue and not counted and not any(event.get("job") == job_attempt for event in events):
+        counted = [{"event": "job"}]  # the disk had no room for it at the start
+    uncounted = _record(folder, job_attempt, counted)
     if uncounted and decision.requeue:
         _log(f"{decision.reason}. It could not be counted ({uncounted}): the batch script decides")
         return None
@@ -177,14 +178,14 @@ def _act(settings: Config, status: int | None) -> int | None:
         hosts = _exclude(id_, job, before, hosts)
     if hosts:
         _log(f"the next start avoids {', '.join(hosts)} ({folder / 'excluded_nodes.json'})")
-    what: list[dict[str, Any]] = [{"event": "excluded", "hosts": hosts}] if hosts else []
+    informing: list[dict[str, Any]] = [{"event": "excluded", "hosts": hosts}] if hosts else []
     if decision.gave_up:
-        what.append({"event": "give_up", "reason": decision.reason})
+        informing.append({"event": "give_up", "reason": decision.reason})
     if requeued:
-        what.append({"reason": decision.reason, **requeued})
+        informing.append({"reason": decision.reason, **requeued})
     elif not decision.crashed and job.restarts <= restart:  # for hpcgpt.status: this job is over
-        what.append({"event": "no_requeue", "reason": decision.reason})
-    if problem := _record(folder, job_attempt, what):
+        informing.append({"event": "no_requeue", "reason": decision.reason})
+    if problem := _record(folder, job_attempt, informing):
         streams.warn(problem)
     return refused
 
@@ -193,8 +194,8 @@ def _hosts_to_avoid(
     settings: Config, job: Job, decision: Decision, failure: FirstFailure | None,
     events: Sequence[Mapping[str, Any]], before: bad_nodes.ExcludedNodes,
 ) -> list[str]:  # fmt: skip
-    """Return the nodes that the next start is to avoid, beside those that the user excluded."""
-    # A rank's program that could not even be started means a missing mount: the next start would fail there too.
+    """Return the nodes that the next start is to avoid, besides those that the user excluded."""
+    # If a rank's program cannot be started, a mount is missing: the next start would fail on that node, too.
     has_no_program = bool(failure and failure.status in (CANNOT_EXECUTE, NOT_FOUND))
     adds_nodes = settings.requeue.exclude_bad_nodes or has_no_program
     if not adds_nodes and not before.own:
@@ -204,30 +205,30 @@ def _hosts_to_avoid(
         events,
         settings.requeue.exclude_factor,
     )
-    kept = bad_nodes.remember(settings.run_folder, bad if adds_nodes else {}, before.by_batch_script)
+    kept = bad_nodes.update_list(settings.run_folder, bad if adds_nodes else {}, before.by_batch_script)
     nodes = scontrol.nodes(job.fields.get("Partition", ""))
     # If Slurm does not show which nodes there are, the list stays unchanged.
     return bad_nodes.excludable_nodes(kept, job, nodes, before.by_user) if nodes else list(before.own)
 
 
-def _what_happened(
+def _counted_events(
     decision: Decision, status: int | None, job: Job, failure: FirstFailure | None, hosts: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the events that later starts count. `hosts`: those that the next start is to avoid."""
     failed_node = failure.host if failure and failure.node_failed else None
-    what: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
     if decision.crashed:
         which = {"rank": failure.rank, "host": failure.host} if failure else {"rank": None, "host": None}
-        what.append({"event": "crash", "status": status, "reason": decision.reason, **which, "excluded": list(hosts)})
+        events.append({"event": "crash", "status": status, "reason": decision.reason, **which, "excluded": list(hosts)})
     if job.node_failed or failed_node is not None:
-        what.append({"event": "node_failed", "host": failed_node})
-    return what
+        events.append({"event": "node_failed", "host": failed_node})
+    return events
 
 
-def _record(folder: Path, job_attempt: str, what: Sequence[dict[str, Any]]) -> str:
-    """Append events of this start; returns '' or an error message."""
+def _record(folder: Path, job_attempt: str, events: Sequence[dict[str, Any]]) -> str:
+    """Append events of this start; return '' or an error message."""
     try:
-        for fields in what:
+        for fields in events:
             run_folder.record(folder, job=job_attempt, **fields)
     except OSError as error:
         return str(error)
@@ -249,7 +250,7 @@ def _decision(
 
 
 def _requeue(id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s: float) -> tuple[dict[str, str], int]:
-    """Have the job run again. Returns the event to record, {} if it does not run again, and an exit status."""
+    """Requeue the job, or queue a next one. Returns the event to record, {} if both failed, and an exit status."""
     if _acts_outside():
         print("requeue")
         return {"event": "requeue"}, 0
@@ -260,7 +261,7 @@ def _requeue(id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s:
         )
         return {}, 1
     done = scontrol.run_patiently("scontrol", "requeue", id_, patience_s=patience_s)
-    # If only Slurm's answer was lost, the job is requeued already: a second one must not be submitted.
+    # If only Slurm's answer was lost, the job is requeued already, and a second one must not be submitted.
     if done.returncode == 0 or scontrol.ask(id_).restarts > restart:
         return {"event": "requeue"}, 0
     next_id, problem = next_job.submit(job, os.environ, hosts)
@@ -279,7 +280,7 @@ def _requeue(id_: str, job: Job, restart: int, hosts: Sequence[str], patience_s:
 
 
 def _acts_outside() -> bool:
-    """Does the batch script requeue the job, since only it has Slurm's tools?"""
+    """Is it the batch script that requeues the job, because this program has no scontrol?"""
     return os.environ.get("HPCGPT_ACTS") == "1" and shutil.which("scontrol") is None
 
 

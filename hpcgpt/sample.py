@@ -1,4 +1,4 @@
-"""``python -m hpcgpt.sample RUN``: generates text from a run's checkpoint, and prints it token by token."""
+"""``python -m hpcgpt.sample RUN``: generate text from a run's checkpoint, and print it token by token."""
 
 from __future__ import annotations
 
@@ -23,54 +23,54 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     folder = Path(paths.expand(options.RUN, "RUN"))
     settings = run_config.config(folder)
-    chosen = {}
+    given = {}
     for key in ("prompt", "tokens", "temperature", "top_k", "top_p", "slide"):
         value = getattr(options, key)
         try:
-            chosen[key] = None if value is None else sources.checked("sample", key, value)
+            given[key] = None if value is None else sources.checked("sample", key, value)
         except ValueError as error:
             raise UserError(f"--{key.replace('_', '-')}: {error}") from None
-    wanted = dataclasses.replace(settings.sample, **{key: value for key, value in chosen.items() if value is not None})
-    if wanted.slide > settings.model.block_size:
-        raise UserError(f"--slide: {wanted.slide} is more than the run's block_size of {settings.model.block_size}")
+    sampling = dataclasses.replace(settings.sample, **{key: value for key, value in given.items() if value is not None})
+    if sampling.slide > settings.model.block_size:
+        raise UserError(f"--slide: {sampling.slide} is more than the run's block_size of {settings.model.block_size}")
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples} must be at least 1")
     # Imported here, since it loads torch.
     from hpcgpt.checkpoint import load_model
 
-    _print_samples(load_model.load(folder, options.step, options.best), wanted, options.samples, options.seed)
+    _print_samples(load_model.load(folder, options.step, options.best), sampling, options.samples, options.seed)
     return 0
 
 
-def _print_samples(model: Trained, wanted: Sample, samples: int, seed: int) -> None:
-    """Generate all texts at once: the first is printed while it is generated, the others after it."""
+def _print_samples(model: Trained, sampling: Sample, samples: int, seed: int) -> None:
+    """Generate all texts in one batch: the first is printed while it is generated, the others after it."""
     from hpcgpt.model.generate import generate_several
     from hpcgpt.tokenizer import interface
 
     tokenizer = model.tokenizer
     print(f"{model.path}, step {model.state.step:,}")
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(wanted.prompt)]
-    later: list[list[int]] = [[] for _ in range(samples)]
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(sampling.prompt)]
+    generated: list[list[int]] = [[] for _ in range(samples)]
 
     def first() -> Iterator[int]:
         seeds = range(seed, seed + samples)
-        for chosen in generate_several(model.model, prompt, wanted, model.ranks.device, seeds):
-            for text, number in zip(later, chosen, strict=True):
-                text.append(number)
-            yield chosen[0]
+        for tokens in generate_several(model.model, prompt, sampling, model.ranks.device, seeds):
+            for text, token in zip(generated, tokens, strict=True):
+                text.append(token)
+            yield tokens[0]
 
     with model.computing():
         for number in range(samples):
-            print(f"--- sample {number + 1}\n{terminal.for_stdout(wanted.prompt)}", end="")
-            for piece in interface.stream(tokenizer, later[number] if number else first(), after=prompt):
+            print(f"--- sample {number + 1}\n{terminal.for_stdout(sampling.prompt)}", end="")
+            for piece in interface.stream(tokenizer, generated[number] if number else first(), after=prompt):
                 print(terminal.for_stdout(piece), end="", flush=True)
             print()
 
 
 def _parser() -> argparse.ArgumentParser:
     about = (
-        "Text from a run's checkpoint, printed as it comes. On a terminal control characters in it are shown as "
-        "\\x1b, so that no text can give the terminal orders; into a file or a pipe goes every byte as it is."
+        "Generate text from a run's checkpoint, and print it token by token. On a terminal, control characters are "
+        "escaped (\\x1b), so that no text can control the terminal; a file or a pipe gets every byte unchanged."
     )
     parser = argparse.ArgumentParser(prog="hpcgpt sample", description=about)
     parser.add_argument("RUN", help="run folder")
@@ -79,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--best", action="store_true", help="the checkpoint with the smallest validation loss")
     parser.add_argument("--prompt", help="text to start from")
     parser.add_argument("--tokens", type=int, help="tokens to generate")
-    parser.add_argument("--temperature", type=float, help="0: greedy")
-    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens; 0: all")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens with this much mass")
-    parser.add_argument("--slide", type=int, help="tokens that leave a full window at a time; more is faster")
-    parser.add_argument("--samples", type=int, default=1, help="how many, all made at once (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another text (default: 0)")
+    parser.add_argument("--temperature", type=float, help="sampling temperature; 0: greedy")
+    parser.add_argument("--top-k", type=int, help="sample among the k most likely tokens; 0: all")
+    parser.add_argument("--top-p", type=float, help="sample among the most likely tokens with this total probability")
+    parser.add_argument("--slide", type=int, help="drop this many tokens at a time once the context is full")
+    parser.add_argument("--samples", type=int, default=1, help="number of texts, generated in one batch (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first text; then the next ones (default: 0)")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""``python -m hpcgpt.status RUN...``: how is it going?
+"""``python -m hpcgpt.status RUN...``: show how runs are going.
 
-It reads the run folder, on any machine that sees it. If a job has written nothing for long, Slurm is asked whether it
-still exists (the states: hpcgpt.slurm.run_state).
+It reads the run folder, on any machine that sees it. If a job has written nothing for a long time, it asks Slurm
+whether the job still exists (the states: hpcgpt.slurm.run_state).
 
 No torch in here.
 """
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 def status(
     folder: Path, now: float, with_history: bool = False, ask: Callable[[str], Presence] | None = None
 ) -> dict[str, Any]:
-    """Collect what is known of a run; `now` in unix seconds. Figures that are not known yet are None.
+    """Collect the state of a run; `now` in unix seconds. Figures that are not known yet are None.
 
     `ask` asks Slurm about a job (run_state.presence_of); None: Slurm is not asked.
 
@@ -112,11 +112,11 @@ def _stragglers(events: Sequence[Row], start: Row) -> list[dict[str, Any]]:
     return [dict(e) for e in events if e["event"] == "straggler" and e.get("attempt") == start.get("attempt")]
 
 
-# --- its history -----------------------------------------------------------------------------------
+# --- history ---------------------------------------------------------------------------------------
 
 
 def _history(events: Sequence[Row], rows: Sequence[Row], now: float | None) -> list[dict[str, Any]]:
-    """Make an entry for each attempt, and one (attempt None) for each crash of a job whose ranks never began."""
+    """Make an entry for each attempt, and one (attempt None) for each crash of a job whose ranks did not start."""
     found = attempts.attempts(events, rows, now)
     entries = [_entry(attempt, events) for attempt in found]
     covered = {attempt.crash["time"] for attempt in found if attempt.crash}
@@ -194,9 +194,9 @@ def _as_text(found: dict[str, Any]) -> str:
     lines += [f"  {_at(event)}: {_slow(event)}" for event in found["stragglers"]]
     if "history" in found:
         lines += [f"  {line}" for entry in found["history"] for line in _entry_lines(entry)]
-        lines += [f"  {line}" for line in Goodput.of(found["goodput"]).words().splitlines()]
+        lines += [f"  {line}" for line in Goodput.from_dict(found["goodput"]).table().splitlines()]
     elif found["goodput"]["goodput"] is not None:
-        lines.append(f"  {Goodput.of(found['goodput']).line()}")
+        lines.append(f"  {Goodput.from_dict(found['goodput']).line()}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ submitit checks Slurm's parameters and submits the job. It submits a command, no
 it writes sets the resources and then executes ``slurm/pretrain.sbatch TRAIN_ARGUMENTS``. So a job that is submitted
 here and one that is submitted with sbatch run the same lines, with the same signals and the same requeue policy.
 
-Everything that can be checked without a GPU is checked before the job is queued.
+What can be checked without a GPU is checked before the job is queued.
 
 No torch in here.
 """
@@ -38,12 +38,12 @@ def main(argv: Sequence[str]) -> int:
         print("\nAll other arguments are those of `hpcgpt train`; see `hpcgpt train --help`.")
         return 0
     options, training = parser.parse_known_args(argv)
-    own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
-    settings = sources.from_command_line(training, "submit", "", unknown_flags.for_submit(own))
+    own_flags = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    settings = sources.from_command_line(training, "submit", "", unknown_flags.for_submit(own_flags))
     tasks = options.tasks_per_node
     if options.nodes < 1 or tasks < 1:
         raise UserError("--nodes and --tasks-per-node must be at least 1")
-    from hpcgpt import plan, submit_checks  # late, so that --help does not load numpy
+    from hpcgpt import plan, submit_checks  # imported late, so that --help does not load numpy
 
     parameters = slurm_parameters(options, settings.run_folder)
     planned = plan.make(settings, options.nodes * tasks)

@@ -1,7 +1,7 @@
-"""Checks of the run folder before a job is queued: what would end the job at its start is refused now.
+"""Checks of the run folder before a job is queued: what would end the job at its start is refused here.
 
-They look at the STOP file, the newest checkpoint, the run's jobs in Slurm, and the heartbeat of the attempt that holds
-the lease. Nothing is written.
+They read the STOP file, the newest checkpoint, the run's jobs in Slurm, and the heartbeat of the attempt that holds the
+lease. Nothing is written.
 
 No torch in here.
 """
@@ -32,7 +32,7 @@ _ALIVE = {
 
 
 def check(planned: Plan, waits_for_others: bool) -> str:
-    """Return why a job would have nothing to do; "" if it would train.
+    """Check the run folder; return why a job would have nothing to do, or "" if it would train.
 
     `waits_for_others`: the job has a dependency on other jobs, so these may still use the folder.
 
@@ -58,7 +58,7 @@ def check(planned: Plan, waits_for_others: bool) -> str:
 
 
 def _newest_state(folder: Path) -> State | None:
-    """Return the state of the newest intact checkpoint, by its sizes and not its checksums; None if there is none."""
+    """Read the state of the newest checkpoint whose files have the right sizes; None if there is no checkpoint."""
     problems = []
     for path in layout.found(folder / "checkpoints"):
         problem = layout.check_structure(path)
@@ -87,7 +87,7 @@ def _refuse_while_held(folder: Path) -> None:
 
 
 def _jobs(folder: Path) -> list[str]:
-    """List the Slurm jobs that may have this run: from its events, and from the scripts of `hpcgpt submit`."""
+    """List the Slurm jobs that may use this run folder: from its events, and from the scripts of `hpcgpt submit`."""
     events = [event for event in run_folder.events(folder) if event.get("event") in ("job", "start", "chain")]
     ids = [str(event.get("next_job") or event.get("job")).partition("_")[0] for event in events[-10:]]
     ids += sorted(path.name.partition("_")[0] for path in folder.glob("submit/*_submission.sh"))[-10:]

@@ -1,6 +1,6 @@
 """llm.c's way (dev/data/fineweb.py): a pool maps documents to uint16 arrays, end-of-text first.
 
-The parent copies them into a buffer of 1e8 tokens, and writes it behind a header of 256 int32 when it is full.
+The parent copies them into a buffer of 1e8 tokens, and writes it after a header of 256 int32 when it is full.
 Documents run over shards.
 """
 

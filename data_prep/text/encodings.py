@@ -31,7 +31,7 @@ _SAMPLE_BYTES = 1 << 16
 # Text with at most one bad byte in 50 characters can still be recognized as Chinese. Text with more than one bad
 # character in ten is in another encoding.
 _GOOD_FOR_A_BAD, _MOST_REPLACED = 50, 0.1
-_REMEDY = "correct it, put U+FFFD in its place with --on-bad-input replace, or set the document aside with skip"
+_REMEDY = "correct it, put U+FFFD in its place with --on-bad-input replace, or leave the document out with skip"
 _MAGIC = {
     b"\x1f\x8b": "gzip: its name should end in .gz",
     b"\x28\xb5\x2f\xfd": "zstandard: its name should end in .zst",
@@ -227,7 +227,7 @@ def _explain(content: bytes, error: UnicodeDecodeError, encoding: str) -> NoRetu
         raise UndecodableError(start, problem, _REMEDY, replaceable=True) from None
     if _mostly_utf8(content, start):
         raise UndecodableError(start, f"broken UTF-8 ({found})", _REMEDY, replaceable=True) from None
-    remedy = "name its --encoding if it has another; --on-bad-input skip sets such text aside, and replace puts U+FFFD"
+    remedy = "name its --encoding if it has another; --on-bad-input skip leaves such text out, and replace puts U+FFFD"
     raise UndecodableError(start, f"neither UTF-8 nor Chinese in GB18030 ({found})", remedy, replaceable=True) from None
 
 

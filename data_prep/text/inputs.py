@@ -324,7 +324,7 @@ def too_long(options: TextOptions, kind: str) -> tuple[str, str]:
     cut = "cut the text into documents with --separator, or " if kind == "txt" and not options.separator else ""
     return (
         f"a document above {options.max_document_mb} MB",
-        f"{cut}allow it with --max-document-mb, or set it aside with --on-bad-input skip",
+        f"{cut}allow it with --max-document-mb, or leave it out with --on-bad-input skip",
     )
 
 

@@ -1,7 +1,7 @@
-"""Define every option of a run: frozen dataclasses, one for each section.
+"""Every option of a run: frozen dataclasses, one for each section.
 
-Where their values come from (a TOML file or preset, then flags) is in ``hpcgpt/config/sources.py``. The defaults
-are GPT-2 small's (124M).
+Where their values come from (a TOML file or preset, then flags) is in ``hpcgpt/config/sources.py``. The defaults are
+those of GPT-2 small (124M).
 
 No torch in here: a login node reads configurations too.
 """
@@ -28,7 +28,9 @@ def option(
     below: float | None = None,
     path: bool = False,
 ) -> Any:
-    """Declare an option and its help. ``low <= value <= high``, ``above < value < below``; `path`: a path."""
+    """Declare an option: its default, its help, its bounds (``low <= value <= high``, ``above < value < below``), and
+    whether it is a `path`.
+    """
     metadata = {"help": about, "low": low, "above": above, "high": high, "below": below, "path": path}
     return field(default=default, metadata=metadata)
 
@@ -42,13 +44,13 @@ class Run:
         "", "folder of another run, whose newest weights are the initial ones; empty: random weights", path=True
     )
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "auto: the GPUs that Slurm gave or that are visible, else the CPU"
+        "auto", "auto: the GPUs that Slurm allocated or that are visible, else the CPU"
     )
     backend: Literal["auto", "gloo", "nccl"] = option("auto", "collectives; auto: nccl on GPUs, gloo on CPUs")
     rendezvous_timeout_s: float = option(60.0, "how long ranks wait for each other at the start, in seconds", above=0)
-    threads: int = option(0, "CPU threads of a rank; 0: the cores that this rank was given", low=0)
+    threads: int = option(0, "CPU threads of a rank; 0: the number of its cores", low=0)
     strict: bool = option(
-        False, "refuse to resume if anything has changed that changes the bytes of the result: see docs/training.md"
+        False, "refuse to resume if something has changed that affects the bytes of the result: see docs/training.md"
     )
 
 
@@ -75,7 +77,7 @@ class Data:
         low=0,
     )
     document_mask: bool = option(
-        False, "keep attention within a document, and restart positions at each; else it spans the whole window"
+        False, "limit attention to each document, and restart positions there; else attention spans the whole window"
     )
 
 
@@ -120,7 +122,7 @@ class Optim:
 class Schedule:
     kind: Literal["cosine", "linear", "wsd", "constant"] = option("cosine", "shape of the learning rate after warm-up")
     warmup_steps: int = option(700, "steps of linear warm-up from initial_lr to optim.lr", low=0)
-    initial_lr: float = option(0.0, "learning rate of the very first step", low=0)
+    initial_lr: float = option(0.0, "learning rate of the first step", low=0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", low=0)
     decay_fraction: float = option(0.2, "wsd: fraction of all steps in which the rate decays at the end", low=0, high=1)
 
@@ -136,14 +138,14 @@ class Train:
         "auto", "precision of the forward pass; auto: bfloat16 where the hardware has it, else float32"
     )
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "run the model through torch.compile; auto: on a GPU, if what it needs is there"
+        "auto", "run the model through torch.compile; auto: on a GPU, if torch.compile's requirements are installed"
     )
     attention: Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"] = option(
         "auto", "attention kernel; auto: torch chooses"
     )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
-        "after a loss or gradient that is not finite: stop the run, or skip that step; to skip, each step has to wait "
+        "after a loss or gradient that is not finite: stop the run, or skip that step, for which each step has to wait "
         "for its result",
     )
     loss_chunk: int = option(
@@ -173,8 +175,8 @@ class Parallel:
 class Spike:
     factor: float = option(
         0.0,
-        "after a loss above this many times the usual one, go back to the last regular checkpoint and leave out the "
-        "samples since; 0: never",
+        "after a loss above this many times the usual one, go back to the last regular checkpoint and skip the samples "
+        "since; 0: never",
         low=0,
     )
     window: int = option(100, "number of steps whose median loss is the usual one", low=2, high=1000)
@@ -209,12 +211,12 @@ class Eval:
 class Sample:
     prompt: str = option("", "text that samples start from; empty: the end-of-text token alone")
     tokens: int = option(50, "tokens to generate at each evaluation; 0: no samples", low=0)
-    temperature: float = option(0.8, "0: greedy", low=0)
+    temperature: float = option(0.8, "sampling temperature; 0: greedy", low=0)
     top_k: int = option(50, "sample among the k most likely tokens; 0: all", low=0)
     top_p: float = option(
         1.0, "sample among the most likely tokens that together have this probability", above=0, high=1
     )
-    max_s: float = option(30.0, "cut a sample short after this many seconds, because training waits for it", above=0)
+    max_s: float = option(30.0, "end a sample after this many seconds, because training waits for it", above=0)
     slide: int = option(
         1, "drop this many of the oldest tokens at a time once block_size is reached; more is faster", low=1
     )
@@ -223,7 +225,7 @@ class Sample:
 @dataclass(frozen=True)
 class Tracking:
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
-        "auto", "auto: online with a key and a network, else offline"
+        "auto", "auto: online if there are a key and a network, else offline"
     )
     project: str = option("hpcgpt", "wandb project")
 
@@ -231,15 +233,15 @@ class Tracking:
 @dataclass(frozen=True)
 class Requeue:
     max_crashes: int = option(
-        3, "do not requeue a job that crashed this often in a row without a new checkpoint", low=1
+        3, "do not requeue a job after this many crashes in a row without a new checkpoint", low=1
     )
     max_idle: int = option(
         10,
-        "do not requeue a job that this often in a row trained for less time than it took to start",
+        "do not requeue a job after this many starts in a row that trained for less time than they took to start",
         low=1,
     )
     max_node_failures: int = option(
-        10, "do not requeue a job that lost a node this often in a row without a new checkpoint", low=1
+        10, "do not requeue a job after this many node failures in a row without a new checkpoint", low=1
     )
     exclude_bad_nodes: bool = option(False, "exclude hosts that crashed the job or were stragglers from its next start")
     exclude_factor: float = option(
@@ -247,7 +249,7 @@ class Requeue:
         "exclude_bad_nodes: exclude a straggler whose steps take at least this many times as long as usual",
         above=1,
     )
-    end_margin_s: float = option(60.0, "save and leave when the job's end is this near, in seconds", low=0)
+    end_margin_s: float = option(60.0, "save and exit this long before the end of the job, in seconds", low=0)
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ class Watchdog:
 class Blame:
     every: int = option(50, "steps between two comparisons of the speed of the ranks; 0: none", low=0)
     factor: float = option(
-        1.5, "report a rank as a straggler that is twice in a row this many times slower than usual", above=1
+        1.5, "report a rank as a straggler if it is this many times slower than usual twice in a row", above=1
     )
 
 
@@ -293,20 +295,20 @@ class Config:
 
     @property
     def from_anywhere(self) -> Config:
-        """The configuration with absolute paths, as a run stores it, so that it can be read in another folder."""
+        """Return the configuration with absolute paths, as a run stores it, so that it can be read in any folder."""
         run = replace(self.run, dir=paths.absolute(self.run.dir), init_from=paths.absolute(self.run.init_from))
         mix = tuple(Part(paths.absolute(part.dir), part.weight) for part in self.data.mix)
         return replace(self, run=run, data=replace(self.data, dir=paths.absolute(self.data.dir), mix=mix))
 
     @property
     def profiled_steps(self) -> range:
-        """The steps to trace, counted from 1."""
+        """Return the steps to trace, counted from 1."""
         first, _, last = self.profile.steps.partition("-")
         return range(int(first), int(last or first) + 1) if first else range(0)
 
     @property
     def stride(self) -> int:
-        """Tokens between the starts of two windows."""
+        """Return the number of tokens between the starts of two windows."""
         return self.data.stride or self.model.block_size
 
 
@@ -315,11 +317,11 @@ def contradictions(config: Config) -> Iterator[str]:
     model, train = config.model, config.train
     if model.n_embd % model.n_head:
         yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
-    yield from _of_another_kind(model)
+    yield from _model_contradictions(model)
     if config.stride > model.block_size:
         yield (
             f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
-            "the tokens between would never be trained on"
+            "the tokens between two windows would never be trained on"
         )
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name)]
     if len(lengths) != 1:
@@ -353,7 +355,7 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"optim.{key} has no effect with optim.name {config.optim.name}: use muon, or leave it out"
     if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
         yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: use one of them"
-    yield from _of_checkpoints(config)
+    yield from _checkpoint_contradictions(config)
     steps = config.profile.steps
     if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
         yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
@@ -364,7 +366,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
 
 
-def _of_checkpoints(config: Config) -> Iterator[str]:
+def _checkpoint_contradictions(config: Config) -> Iterator[str]:
     keep = config.checkpoint
     if keep.keep_every and (not keep.every or keep.keep_every % keep.every):
         yield (
@@ -378,10 +380,10 @@ def _of_checkpoints(config: Config) -> Iterator[str]:
 
 
 # Defaults of a kind of model that differ from those in Model.
-OF_KIND: dict[str, dict[str, Any]] = {"modern": {"qkv_bias": False}}
+KIND_DEFAULTS: dict[str, dict[str, Any]] = {"modern": {"qkv_bias": False}}
 
 
-def _of_another_kind(model: Model) -> Iterator[str]:
+def _model_contradictions(model: Model) -> Iterator[str]:
     """Yield a message for each setting that the kind of model does not have."""
     if model.kind == "gpt2":
         if model.n_kv_head not in (0, model.n_head):

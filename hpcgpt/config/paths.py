@@ -9,7 +9,7 @@ for every path of the configuration and of a command, before anything is created
 
 The name of an existing file or folder is never expanded, whatever characters it has.
 
-`problem_of_name` checks names, which become file names, job names and lines of scripts.
+`problem_of_name` checks names that become file names, job names and lines of scripts.
 
 No torch in here.
 """

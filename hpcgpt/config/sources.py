@@ -1,6 +1,6 @@
 """Where a configuration comes from: the defaults, then a TOML file or preset, then command-line flags.
 
-The later ones win. Flags are spelled ``--section.key value``; a TOML file has one table a section::
+Later sources win. Flags are spelled ``--section.key value``; a TOML file has one table for each section::
 
     [model]
     n_layer = 6
@@ -11,7 +11,7 @@ The later ones win. Flags are spelled ``--section.key value``; a TOML file has o
 Both are checked strictly: an unknown section or key, a wrong type or a value out of range is an error that names the
 key, its source, and the nearest valid key. All errors of a configuration are reported together, in one UserError.
 
-No torch in here: login nodes read configurations too.
+No torch in here: login nodes read configurations, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tomli_w
 
 from hpcgpt.config import paths, unknown_flags
-from hpcgpt.config.options import OF_KIND, Config, Part, contradictions
+from hpcgpt.config.options import KIND_DEFAULTS, Config, Part, contradictions
 from hpcgpt.config.unknown_flags import nearest, nearest_key
 from hpcgpt.errors import UserError
 from hpcgpt.output import terminal
@@ -42,8 +42,8 @@ def from_command_line(
 ) -> Config:
     """Parse ``[CONFIG] [--section.key value]...`` into the checked configuration.
 
-    CONFIG is a TOML file or the name of a preset. ``--help`` exits with status 0. `elsewhere` maps flags that are not
-    valid here, but may be expected, to the advice that is printed.
+    CONFIG is a TOML file or the name of a preset. ``--help`` exits with status 0. `elsewhere` maps flags of other
+    programs, which are not valid here, to the advice to print.
 
     Raises:
         UserError: all errors, one on each line.
@@ -183,7 +183,7 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
             if any(given.values()):
                 values.setdefault(section, {}).update(_ONE_OF[section] | given)
     if model := values.get("model"):
-        values["model"] = OF_KIND.get(model.get("kind", ""), {}) | model
+        values["model"] = KIND_DEFAULTS.get(model.get("kind", ""), {}) | model
     config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})
     if not problems:
         problems.extend(contradictions(config))

@@ -1,4 +1,4 @@
-"""Suggests the flag or key that was meant when an unknown one is given.
+"""Suggests a flag or key when an unknown one is given.
 
 No torch in here.
 """
@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hpcgpt.output import terminal
 
-# Names of these options in other programs, if the key alone would not be found.
-_ALSO_CALLED = {
+# Names of these options in other programs, where comparing the spelling would not find them.
+_ALIASES = {
     "learning_rate": "optim.lr", "min_learning_rate": "schedule.min_lr", "max_steps": "train.steps",
     "num_steps": "train.steps", "batch_size": "train.global_batch", "context": "model.block_size",
     "seq_len": "model.block_size", "sequence_length": "model.block_size", "grad_clip": "optim.clip_norm",
     "precision": "train.dtype", "num_layers": "model.n_layer", "hidden_size": "model.n_embd", "data": "data.dir",
     "data_dir": "data.dir", "out": "run.dir", "out_dir": "run.dir", "output_dir": "run.dir",
 }  # fmt: skip
-_OF_SBATCH = (
+_SBATCH_FLAGS = (
     "account", "array", "constraint", "cpus-per-task", "dependency", "exclude", "exclusive", "gpus", "gpus-per-node",
     "gpus-per-task", "gres", "job-name", "mem", "mem-per-cpu", "mem-per-gpu", "nodelist", "nodes", "ntasks",
     "ntasks-per-node", "output", "partition", "qos", "reservation", "tasks-per-node", "time",
@@ -27,10 +27,10 @@ _OF_SBATCH = (
 # Advice for sbatch's flags when they are given to the program that sbatch starts.
 BEFORE_THE_SCRIPT = {
     name: f"it is one of sbatch's, before the script's name: sbatch --{name}=... pretrain.sbatch ..."
-    for name in _OF_SBATCH
+    for name in _SBATCH_FLAGS
 }
 # The same for `hpcgpt submit`, which has some of them under other names.
-_OF_SUBMIT = {
+_SUBMIT_ADVICE = {
     "exclusive": "give it to sbatch: --sbatch exclusive",
     "gpus": "did you mean --gpus-per-node?",
     "gpus-per-task": "did you mean --gpus-per-node?",
@@ -41,18 +41,18 @@ _OF_SUBMIT = {
 }
 
 
-def for_submit(own: Sequence[str]) -> dict[str, str]:
-    """Return the advice of `hpcgpt submit`, whose flags are `own`, for flags of sbatch that it does not have."""
-    passed_on = {name: f"give it to sbatch: --sbatch {name}=..." for name in _OF_SBATCH}
-    return passed_on | _OF_SUBMIT | dict.fromkeys(own, "")
+def for_submit(own_flags: Sequence[str]) -> dict[str, str]:
+    """Return the advice of `hpcgpt submit` for flags of sbatch that are not among its `own_flags`."""
+    passed_on = {name: f"give it to sbatch: --sbatch {name}=..." for name in _SBATCH_FLAGS}
+    return passed_on | _SUBMIT_ADVICE | dict.fromkeys(own_flags, "")
 
 
 def split(
     argv: Sequence[str], keys: Sequence[str], is_configuration: Callable[[str], bool]
 ) -> tuple[list[str], list[str]]:
-    """Split arguments into those without unknown flags, and the flags that are not in `keys` ("section.key").
+    """Separate the unknown flags, those not in `keys` ("section.key"); return the other arguments, and these flags.
 
-    The argument after an unknown flag is its value, and not CONFIG, unless there is a configuration with that name.
+    The argument after an unknown flag is taken as its value, unless there is a configuration with that name.
     """
     known = {"--help", *(f"--{key}" for key in keys)}
     kept: list[str] = []
@@ -83,25 +83,25 @@ def advice(argument: str, keys: Sequence[str], elsewhere: Mapping[str, str]) -> 
     section, _, key = flag.rpartition(".")
     if any(found.startswith(f"{section}.") for found in keys):
         return error + nearest_key(section, key, keys, "--")
-    meant = [found for found in keys if found.endswith(f".{key}")] or [_ALSO_CALLED.get(key, "")]
-    if any(meant):
-        return f"{error} (did you mean {' or '.join(f'--{found}' for found in meant)}?)"
+    candidates = [found for found in keys if found.endswith(f".{key}")] or [_ALIASES.get(key, "")]
+    if any(candidates):
+        return f"{error} (did you mean {' or '.join(f'--{found}' for found in candidates)}?)"
     underscored = {other.replace("-", "_"): other for other in [*keys, *elsewhere]}
     close = difflib.get_close_matches(flag, underscored, n=1, cutoff=0.5)
     return f"{error} (did you mean --{underscored[close[0]]}?)" if close else error
 
 
 def nearest_key(section: str, key: str, keys: Sequence[str], prefix: str = "") -> str:
-    """' (did you mean ...?)': the same key of another section, else a key of the same section."""
-    own = [found for found in keys if found.startswith(f"{section}.")]
+    """Return ' (did you mean ...?)' with the same key of another section, else with a key of the same section."""
+    in_section = [found for found in keys if found.startswith(f"{section}.")]
     elsewhere = [found for found in keys if found.endswith(f".{key}")]
     if elsewhere:
         return f" (did you mean {prefix}{elsewhere[0]}?)"
-    names = [found.partition(".")[2] for found in own]
-    return nearest(key, names, f"{prefix}{section}.") or f" (valid: {', '.join(own)})"
+    names = [found.partition(".")[2] for found in in_section]
+    return nearest(key, names, f"{prefix}{section}.") or f" (valid: {', '.join(in_section)})"
 
 
 def nearest(word: str, valid: Sequence[str], prefix: str = "") -> str:
-    """' (did you mean ...?)', or '' if nothing is near."""
+    """Return ' (did you mean ...?)' with the closest valid word, or '' if none is close."""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""

@@ -84,11 +84,11 @@ def _check_same_tokens(folders: Sequence[Path], manifests: Sequence[Manifest]) -
         if manifest.digest in seen:
             raise UserError(f"data.mix: {folder} and {seen[manifest.digest]} are the same data set: give it one weight")
         seen[manifest.digest] = folder
-        ours, theirs = manifest.tokenizer, first.tokenizer
-        if ours["fingerprint"] != theirs["fingerprint"]:
+        tokenizer, expected = manifest.tokenizer, first.tokenizer
+        if tokenizer["fingerprint"] != expected["fingerprint"]:
             raise UserError(
-                f"data.mix: {folder} was made with tokenizer {ours['name']} ({ours['fingerprint'][:12]}), but "
-                f"{folders[0]} with {theirs['name']} ({theirs['fingerprint'][:12]}): make one of them again"
+                f"data.mix: {folder} was made with tokenizer {tokenizer['name']} ({tokenizer['fingerprint'][:12]}), "
+                f"but {folders[0]} with {expected['name']} ({expected['fingerprint'][:12]}): make one of them again"
             )
         if manifest.dtype != first.dtype:
             raise UserError(

@@ -83,7 +83,7 @@ def writing(
     describes them then. With `opened` atomic.open_plain that is the caller's care.
 
     Raises:
-        OSError: a file could not be written; neither is left behind.
+        OSError: a file could not be written; neither file remains.
         UserError: see `ShardWriter.add`.
     """
     with opened(folder / f"{name}.bin") as bin_file, opened(folder / f"{name}.idx") as idx_file:

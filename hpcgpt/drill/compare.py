@@ -66,10 +66,10 @@ def row_differences(folder: Path, baseline: Path, steps: int) -> list[str]:
 
 def tensor_differences(folder: Path, baseline: Path, steps: int) -> list[str]:
     name = f"step_{steps:09d}"
-    mine, theirs = folder / "checkpoints" / name, baseline / "checkpoints" / name
-    if not (mine / "manifest.json").is_file():
+    checkpoint, undisturbed = folder / "checkpoints" / name, baseline / "checkpoints" / name
+    if not (checkpoint / "manifest.json").is_file():
         return [f"there is no checkpoint {name}"]
-    found, expected = tensors(mine), tensors(theirs)
+    found, expected = tensors(checkpoint), tensors(undisturbed)
     problems = []
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())
@@ -77,7 +77,7 @@ def tensor_differences(folder: Path, baseline: Path, steps: int) -> list[str]:
     wrong = sorted(key for key in found.keys() & expected.keys() if found[key] != expected[key])
     if wrong:
         problems.append(f"{name}: {len(wrong)} of {len(found)} tensors differ: {', '.join(wrong[:3])}")
-    states = [json.loads((path / "state.json").read_bytes()) for path in (mine, theirs)]
+    states = [json.loads((path / "state.json").read_bytes()) for path in (checkpoint, undisturbed)]
     problems += [
         f"{name}: state.json says {key} {states[0].get(key)!r}, undisturbed it was {states[1].get(key)!r}"
         for key in STATE_KEYS

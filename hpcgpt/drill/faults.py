@@ -247,15 +247,15 @@ def _damage_and_kill(context: FaultContext, damage: Callable[[Path], str]) -> st
         rank.send(signal.SIGKILL)
     step, attempt = int(newest.name.removeprefix("step_")), context.run.newest_start()
 
-    def set_aside() -> str:
+    def quarantined() -> str:
         resumed = [start["step"] for start in context.run.starts() if start["attempt"] > attempt]
         if resumed and resumed[0] >= step:
             return f"{newest.name} was damaged, but the next attempt started at step {resumed[0]:,}"
         if not list(context.run.checkpoints.glob(f"damaged_{newest.name}*")):
-            return f"{newest.name} was damaged, but it was not set aside"
+            return f"{newest.name} was damaged, but it was not quarantined"
         return ""
 
-    context.checks.append(set_aside)
+    context.checks.append(quarantined)
     return f"{newest.name}: {description}"
 
 

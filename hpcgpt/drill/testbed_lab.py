@@ -61,7 +61,7 @@ class LabTestbed:
         if not is_up or not self._queue_of(self.lab):
             self._mount()
         if is_up:
-            self.lab = _lab_module("lab_conf").recall(self.name)
+            self.lab = _lab_module("lab_conf").load_lab(self.name)
             if self._mounted:
                 self._restart_slurmds()
         else:

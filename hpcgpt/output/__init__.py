@@ -1,1 +1,1 @@
-"""What a process prints: escaped for terminals, written in the background, and never able to end a run."""
+"""What a process prints: escaped for terminals, and written by background threads, so that it can never end a run."""

@@ -1,12 +1,12 @@
-"""The boundary around everything that only informs: it can neither end a run, nor stall it, nor delay it.
+"""The boundary around what only informs: it can neither end nor delay a run.
 
-Console, metrics.jsonl, events, samples, traces, goodput and the dashboard inform. Training calls them through these:
+Console, metrics.jsonl, events, samples, traces, goodput and the dashboard only inform. Training calls them through:
 
-    only_informs(what)    an exception inside becomes a warning, whatever it is
-    Worker                does on a daemon thread what may wait for a disk or a network
-    within(seconds, ...)  waits for an answer for that long, and goes without it then
+    only_informs(what)    turns any exception inside into a warning
+    Worker                runs on a daemon thread what may wait for a disk or a network
+    within(seconds, ...)  waits that long for a result, and continues without it
 
-What a checkpoint needs is not here: it has to be right, or fail.
+Nothing that a checkpoint needs goes through here: there an error must be raised.
 
 No torch in here.
 """
@@ -25,8 +25,8 @@ from hpcgpt.output import streams
 
 T = TypeVar("T")
 
-MOST_WAITING = 100_000  # actions; beyond that new ones are dropped
-MOST_WARNINGS = 5  # of one kind; a disk that is full is so at each step
+MOST_WAITING = 100_000  # actions; with more, new ones are dropped
+MOST_WARNINGS = 5  # of one kind: a full disk fails at each step
 
 _warned: Counter[str] = Counter()
 
@@ -41,11 +41,11 @@ def only_informs(what: str) -> Iterator[None]:
 
 
 def warn(what: str, error: BaseException) -> None:
-    """Say that `what` has failed, unless that has been said MOST_WARNINGS times."""
+    """Print a warning that `what` has failed, up to MOST_WARNINGS times."""
     _warned[what] += 1
     if _warned[what] > MOST_WARNINGS:
         return
-    last = "; it will not be said again" if _warned[what] == MOST_WARNINGS else ""
+    last = "; no more such warnings are printed" if _warned[what] == MOST_WARNINGS else ""
     message = sentence(error)
     if not isinstance(error, OSError | UserError):
         message = f"{type(error).__name__}: {message}"
@@ -53,7 +53,7 @@ def warn(what: str, error: BaseException) -> None:
 
 
 class Worker:
-    """Does actions one after the other on a daemon thread; their exceptions become warnings."""
+    """Runs actions one after the other on a daemon thread; their exceptions become warnings."""
 
     def __init__(self, name: str) -> None:
         self._actions: deque[tuple[str, Callable[[], object]]] = deque()
@@ -62,16 +62,16 @@ class Worker:
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def post(self, what: str, action: Callable[[], object]) -> None:
-        """Have `action` done later; returns at once."""
+        """Queue `action` and return at once."""
         with self._changed:
             if len(self._actions) < MOST_WAITING:
                 self._actions.append((what, action))
                 self._changed.notify_all()
                 return
-        warn(what, TimeoutError(f"{MOST_WAITING:,} actions wait already, this one is left out"))
+        warn(what, TimeoutError(f"{MOST_WAITING:,} actions are waiting already, this one is dropped"))
 
     def drain(self, limit_s: float) -> bool:
-        """Wait until all actions so far are done, for `limit_s` seconds at most; False if they are not."""
+        """Wait until all queued actions are done, for `limit_s` seconds at most; return False if they are not."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._actions and not self._busy, limit_s)
 
@@ -89,9 +89,9 @@ class Worker:
 
 
 def within(limit_s: float, what: str, work: Callable[[], T]) -> T | None:
-    """The result of `work`; None, with a warning, if it fails or takes longer than `limit_s` seconds.
+    """Return the result of `work`; None, with a warning, if it fails or takes longer than `limit_s` seconds.
 
-    Work that takes longer continues on its daemon thread, and its result is not used.
+    Work that takes longer continues on its daemon thread, and its result is discarded.
     """
     results: list[T] = []
 

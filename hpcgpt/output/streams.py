@@ -1,9 +1,8 @@
-"""Standard output and error of a long run: text that is lost is better than a run that is.
+"""Standard output and error of a long run: rather lose text than the run.
 
-What reads them may be gone (a closed pipe), stopped (Ctrl-S, a pager), full (the disk of a log) or of an encoding that
-lacks the character (PYTHONIOENCODING=gbk, LC_ALL=C). Under ``in_background`` each write only queues its text, and a
-thread of its own writes it; training never waits for it. Whatever ends the process calls ``drain`` first, which
-waits for a bounded time.
+The reader may be gone (a closed pipe) or stopped (Ctrl-S, a pager), the disk of the log full, and the encoding may lack
+a character (PYTHONIOENCODING=gbk, LC_ALL=C). After ``in_background`` each write only queues its text, and a thread
+writes it, so training never waits. Code that ends the process calls ``drain`` first, which waits for a bounded time.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from collections import deque
 from contextlib import suppress
 from typing import Any, TextIO
 
-MOST_WAITING = 4 << 20  # characters; beyond that the oldest text is dropped
+MOST_WAITING = 4 << 20  # characters; with more, the oldest text is dropped
 DRAIN_S = 2.0
 
 
 def open_missing() -> None:
-    """Open os.devnull as descriptors 0, 1 and 2 where they are closed (`>&-`), before another file gets the number."""
+    """Open os.devnull as descriptors 0, 1 and 2 if they are closed (`>&-`), before another file gets the number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -32,14 +31,14 @@ def open_missing() -> None:
 
 
 def escape_unknown_characters() -> None:
-    """Show a character that the stream's encoding lacks as an escape, instead of raising UnicodeEncodeError."""
+    """Print a character that the stream's encoding lacks as an escape, instead of raising UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 class BackgroundStream:
-    """A text stream whose writes only queue their text; a daemon thread hands it to `stream`. All threads may write."""
+    """A text stream whose writes only queue their text; a daemon thread writes it to `stream`. Thread-safe."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -62,7 +61,7 @@ class BackgroundStream:
         """Return at once: the thread flushes after each text."""
 
     def drain(self, limit_s: float = DRAIN_S) -> bool:
-        """Wait until everything is written, for `limit_s` seconds at most; False if something is left."""
+        """Wait until everything is written, for `limit_s` seconds at most; return False if something is left."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, limit_s)
 
@@ -75,7 +74,7 @@ class BackgroundStream:
                 if self._dropped:
                     text = f"[{self._dropped:,} characters were dropped: nothing read them]\n{text}"
                     self._dropped = 0
-            with suppress(OSError, ValueError):  # its disk is full, its reader gone, or the stream closed
+            with suppress(OSError, ValueError):  # the disk is full, the reader gone, or the stream closed
                 self._stream.write(text)
                 self._stream.flush()
             with self._changed:
@@ -87,19 +86,19 @@ class BackgroundStream:
 
 
 def warn(message: object) -> None:
-    """Print a warning to stderr: the one place where warnings are printed."""
+    """Print a warning to stderr; all warnings are printed here."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def in_background() -> None:
-    """From now on, what this process prints is written by threads of its own."""
+    """Have background threads write everything that this process prints from now on."""
     escape_unknown_characters()
     sys.stdout, sys.stderr = BackgroundStream(sys.stdout), BackgroundStream(sys.stderr)
     atexit.register(drain)
 
 
 def drain(limit_s: float = DRAIN_S) -> None:
-    """Wait for what was printed, for `limit_s` seconds at most in all; for whatever is about to end the process."""
+    """Wait until everything printed is written, for `limit_s` seconds at most; call it before ending the process."""
     deadline = time.monotonic() + limit_s
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, BackgroundStream):

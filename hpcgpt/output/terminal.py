@@ -1,7 +1,7 @@
-"""Text of models, corpora and file names, made safe to show.
+"""Text of models, corpora and file names, made safe to print.
 
-A terminal obeys what it is sent: escape sequences clear the screen, change its title or answer as if they were typed;
-direction marks show a text in another order than it is read. Such characters are shown as ``\\x1b`` or ``\\u202e``.
+Escape sequences can clear a terminal's screen, change its title or make it send input; direction marks change the order
+in which text is shown. Such characters are printed as ``\\x1b`` or ``\\u202e``.
 
 No torch in here.
 """
@@ -21,17 +21,17 @@ def is_control(character: str) -> bool:
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""`text` with each control character as Python writes it, but for those in `keep`."""
+    r"""Escape each control character of `text` as Python does, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(ascii(c)[1:-1] if is_control(c) and c not in keep else c for c in text)
 
 
 def shown(text: str) -> str:
-    """A text of several lines for a terminal or a log: line ends and tabs stay."""
+    """Escape a text of several lines for a terminal or a log: line ends and tabs stay."""
     return printable(text, keep="\n\t")
 
 
 def for_stdout(text: str) -> str:
-    """A model's or a corpus's text for stdout: as `shown` on a terminal, byte for byte into a file or a pipe."""
+    """Prepare a model's or a corpus's text for stdout: as `shown` on a terminal, unchanged into a file or a pipe."""
     return shown(text) if sys.stdout.isatty() else text

@@ -1,3 +1,3 @@
-"""The run folder: its small files, metrics and events, and what they say of attempts, faults and time. Imports no
-torch.
+"""The run folder: its small files, metrics and events, and the attempts, faults and goodput computed from them. Imports
+no torch.
 """

@@ -1,20 +1,20 @@
 """The crash report: which rank failed first, on which host, and how.
 
-A rank that ends with an error writes a file of its own, so that ranks' messages do not mix::
+A rank that ends with an error writes a file of its own, so that the ranks' messages do not mix::
 
     faults/<attempt>/rank_00003.json          one JSON object, see Fault; attempt is world.job_attempt, or
                                               outside of Slurm world.attempt
     faults/<attempt>/rank_00003.stacks.txt    the stacks of its threads, if it hung
-    faults/<attempt>/report.txt               the crash report, by hpcgpt.requeue
+    faults/<attempt>/report.txt               the crash report, written by hpcgpt.requeue
 
-A rank that was killed cannot write. srun reports those, in lines like ::
+A rank that was killed cannot write one. srun reports such ranks, in lines like ::
 
     srun: error: n2: task 3: Killed
     srun: error: n1: tasks 0-1: Exited with exit code 1
     srun: error: Node failure on n3
 
-which the batch script keeps in logs/<attempt>.srun. Ranks that only lost their connection to another rank, and those
-that srun ended after the first failure, are consequences: they are never the first failure.
+which the batch script keeps in logs/<attempt>.srun. Ranks that only lost their connection to another rank, and ranks
+that srun ended after the first failure, never count as the first failure.
 
 No torch in here.
 """
@@ -44,7 +44,7 @@ NODE_FAILED = "node failed"
 
 @dataclass(frozen=True)
 class Fault:
-    """What a rank wrote as it ended with an error. `kind` "lost": it ended only because another rank did."""
+    """What a rank wrote when it ended with an error. `kind` "lost": it ended only because another rank did."""
 
     rank: int
     host: str
@@ -61,7 +61,7 @@ class Fault:
 class TaskExit:
     """Tasks that srun reports as failed, or, without ranks, a failed node. `how` is Slurm's message.
 
-    `late`: it came after srun had begun to end the other tasks.
+    `late`: srun reported it after it had begun to end the other tasks.
     """
 
     host: str
@@ -81,8 +81,9 @@ class TaskExit:
 
 @dataclass(frozen=True)
 class FirstFailure:
-    """The first failure of an attempt. `rank` is None if a node failed; `status` is the rank's exit status, None if it
-    was killed.
+    """The first failure of an attempt.
+
+    `rank` is None if a node failed; `status` is the rank's exit status, None if it was killed.
     """
 
     rank: int | None
@@ -97,8 +98,8 @@ class FirstFailure:
         return self.rank is None
 
     def __str__(self) -> str:
-        who = f"rank {self.rank} on {self.host}" if self.rank is not None else self.host
-        return f"{who}: {self.how}" + (f": {self.reason}" if self.reason else "")
+        where = f"rank {self.rank} on {self.host}" if self.rank is not None else self.host
+        return f"{where}: {self.how}" + (f": {self.reason}" if self.reason else "")
 
 
 def path_of(run_folder: Path, here: world.World) -> Path:
@@ -107,7 +108,7 @@ def path_of(run_folder: Path, here: world.World) -> Path:
 
 
 def write(run_folder: Path, here: world.World, error: BaseException, status: int, step: int | None = None) -> None:
-    """Write this rank's file: it ends with `error`. Never raises OSError: the disk may be what has failed."""
+    """Write this rank's file because it ends with `error`. Never raises OSError: the disk may be what has failed."""
     lost = isinstance(error, ConnectionError) or rank_of(error) not in (None, here.rank)
     trace = "".join(traceback.format_exception(error)).splitlines()
     reason = str(error).strip() or type(error).__name__
@@ -118,7 +119,7 @@ def write_message(
     run_folder: Path, here: world.World, status: int, reason: str, trace: Sequence[str], step: int | None,
     kind: Literal["error", "lost", "hang"],
 ) -> None:  # fmt: skip
-    """Write this rank's file for what is no exception, such as a hang."""
+    """Write this rank's file for a failure that is not an exception, such as a hang."""
     fault = Fault(
         here.rank, socket.gethostname(), os.getpid(), status, " ".join(reason.split()), list(trace)[-TRACE_LINES:],
         time.time(), step, kind,
@@ -152,7 +153,7 @@ def task_exits(srun_output: str) -> list[TaskExit]:
             found.append(TaskExit(node[1].rstrip(",.:"), (), NODE_FAILED, late))
         elif task := re.search(r"error: (\S+): tasks? ([\d,-]+): (.+)", line):
             found.append(TaskExit(task[1], tuple(_numbers(task[2])), task[3].strip(), late))
-        # Versions of Slurm print different ones of these, but each prints one.
+        # Each version of Slurm prints one of these.
         late |= bool(re.search(r"Terminating|Job step aborted|forcing job termination", line))
     return found
 
@@ -165,7 +166,7 @@ def first_failure(exits: Sequence[TaskExit], faults: Sequence[Fault]) -> FirstFa
     by_rank = {fault.rank: fault for fault in faults}
     own = sorted((fault for fault in faults if fault.kind != "lost"), key=lambda fault: fault.time)
     for end in exits:
-        # A rank that lost its connection may end before the one that it was connected to.
+        # A rank that lost its connection may end before the rank at the other end of it.
         ranks = [rank for rank in end.ranks if rank not in by_rank or by_rank[rank].kind != "lost"]
         if (end.late and end.status is None) or not ranks:
             continue
@@ -181,7 +182,7 @@ def first_failure(exits: Sequence[TaskExit], faults: Sequence[Fault]) -> FirstFa
 
 
 def report(run_folder: Path, attempt: str, first: FirstFailure | None, exits: Sequence[TaskExit]) -> str:
-    """Compose the crash report: which rank, how, and its last lines. Also written to report.txt."""
+    """Compose the crash report, and write it to report.txt: the first failure, and its traceback or last lines."""
     folder = run_folder / "faults" / attempt
     log = run_folder / "logs" / f"{attempt}.log"
     lines = [f"crash report of {attempt} (kept in {folder / 'report.txt'})"]
@@ -205,7 +206,7 @@ def report(run_folder: Path, attempt: str, first: FirstFailure | None, exits: Se
 
 
 def _numbers(text: str) -> list[int]:
-    """Slurm's '0-2,5' as 0, 1, 2, 5."""
+    """Parse Slurm's '0-2,5' as 0, 1, 2, 5."""
     found: list[int] = []
     for part in text.strip(",-").split(","):
         low, _, high = part.partition("-")

@@ -1,23 +1,23 @@
-"""Goodput: what the time of a run went into, over all of its attempts and jobs.
+"""Goodput: what the time of a run was spent on, over all of its attempts and jobs.
 
-Every moment between the first event and the last one (or now, while the run is going) belongs to exactly one kind of
-time, so the kinds add up to the whole:
+Every moment from the first event to the last one (or to now, for a running run) belongs to exactly one kind of time, so
+the kinds add up to the total:
 
     productive   steps that are part of the result
     evaluation   validation
-    lost         steps that were thrown away because an attempt died after its last checkpoint, what else it did
-                 since, and the time until its death was noticed; or because a loss spike sent the run back
-    save_stall   training stood still for a checkpoint
+    lost         steps that were repeated because an attempt died after its last checkpoint, everything else since that
+                 checkpoint, and the time until its death was noticed; also the steps of a rollback
+    save_stall   training waited for a checkpoint
     restart      from the start of a job or a process to its first step: imports, rendezvous, loading
     compile      the warm-up pass and compilation
-    queue        a job of the run waits for Slurm: from when it was queued, or requeued, to its start
-    idle         outside of all jobs and attempts: a person had stopped the run, or had not started it again yet
-    other        the rest of an attempt: logging, samples, leaving
+    queue        a job of the run waited in the queue: from its submission or requeue to its start
+    idle         no job and no attempt: a user had stopped the run, or had not started it again yet
+    other        the rest of an attempt: logging, samples, shutdown
 
-Goodput is productive / all but idle. It is computed by laying everything that is known on one timeline: where two
-things claim the same moment the more certain one has it, and a moment that nothing claims is other within an attempt,
-queue within a Slurm job, idle outside. Only save stalls have a length and no exact place: they take what is unclaimed
-after their step. Runs of older versions record less: what they leave out shows as idle, queue or other, never twice.
+Goodput is productive / (total - idle). All intervals that are known are put on one timeline. Where two kinds claim the
+same moment, the later one in `KINDS` gets it; a moment without a claim is other within an attempt, queue within a Slurm
+job, and idle outside. Only save stalls have a length but no exact position: they take unclaimed time after their step.
+Runs of older versions recorded less: what is missing counts as idle, queue or other, and nothing counts twice.
 
 No torch in here.
 """
@@ -34,14 +34,14 @@ from hpcgpt.run import attempts as attempt_history
 from hpcgpt.run.attempts import Attempt, evaluation_s, step_began_at
 from hpcgpt.run.records import Record as Row
 
-# Of two claims to one moment the later in this list has it. Idle is never claimed: it is what is left.
+# Of two claims to one moment the later one in this list gets it. Idle is never claimed: it is the rest.
 KINDS = ("idle", "queue", "restart", "compile", "other", "lost", "evaluation", "productive")
 IDLE = "idle: no job queued or running"
 SHOWN = {
     "productive_s": "productive",
     "evaluation_s": "evaluation",
     "lost_s": "lost after the last checkpoint",
-    "save_stall_s": "standing still for saves",
+    "save_stall_s": "waiting for saves",
     "restart_s": "start-up until the first step",
     "compile_s": "warm-up and compile",
     "queue_s": "queue: waiting for Slurm",
@@ -52,7 +52,7 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds by kind; `lost_steps` were done in vain, in `attempts` so far."""
+    """Seconds by kind, and how many steps were lost in how many attempts."""
 
     productive_s: float
     evaluation_s: float
@@ -68,17 +68,17 @@ class Goodput:
 
     @property
     def total_s(self) -> float:
-        """All the time, idle time too."""
+        """Sum up all time, including idle time."""
         return sum(self.seconds.values())
 
     @property
     def active_s(self) -> float:
-        """The time that goodput is a fraction of."""
+        """Return the time that goodput is a fraction of: all but idle time."""
         return self.total_s - self.idle_s
 
     @property
     def goodput(self) -> float | None:
-        """A fraction; None while there is no time to divide by."""
+        """Return goodput as a fraction; None if there is no active time."""
         return self.productive_s / self.active_s if self.active_s > 0 else None
 
     @property
@@ -86,7 +86,7 @@ class Goodput:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name in SHOWN}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures by name, for JSON."""
         return {
             "goodput": self.goodput,
             "total_s": self.total_s,
@@ -96,23 +96,23 @@ class Goodput:
         }
 
     @classmethod
-    def of(cls, figures: Mapping[str, Any]) -> Goodput:
-        """What `as_dict` gave, in this version or an older one."""
+    def from_dict(cls, figures: Mapping[str, Any]) -> Goodput:
+        """Build it from what `as_dict` returned, in this version or an older one."""
         return cls(**{item.name: figures[item.name] for item in fields(cls) if item.name in figures})
 
     def line(self) -> str:
-        """The same in one line: what costs most comes first, what costs less than 0.1 % is left out."""
+        """Format the figures as one line, the largest cost first, without costs below 0.1 %."""
         costs = {name: seconds for name, seconds in self.seconds.items() if name not in ("productive_s", "idle_s")}
         shares = [(SHOWN[name], seconds / self.active_s if seconds else 0.0) for name, seconds in costs.items()]
-        told = [f"{label} {share:.1%}" for label, share in sorted(shares, key=lambda s: -s[1]) if share >= 0.001]
+        parts = [f"{label} {share:.1%}" for label, share in sorted(shares, key=lambda s: -s[1]) if share >= 0.001]
         idle = f"; idle for {self.idle_s:,.0f} s besides" if self.idle_s >= 1 else ""
-        return f"goodput {self.goodput or 0:.1%}: " + (", ".join(told) or "nothing else") + idle
+        return f"goodput {self.goodput or 0:.1%}: " + (", ".join(parts) or "nothing else") + idle
 
-    def words(self) -> str:
-        """A small table for people."""
+    def table(self) -> str:
+        """Format the figures as a table."""
         if self.goodput is None:
             return "goodput: nothing has been trained yet"
-        lost = f", {self.lost_steps:,} steps done in vain" if self.lost_steps else ""
+        lost = f", {self.lost_steps:,} steps lost" if self.lost_steps else ""
         lines = [f"goodput {self.goodput:.1%} over {self.attempts} attempt{'s' * (self.attempts != 1)}{lost}"]
         width = max(len(f"{self.total_s:,.1f}"), 8)
         for name, label in SHOWN.items():
@@ -123,14 +123,14 @@ class Goodput:
 
 
 def words(folder: Path) -> str:
-    """The table of a run whose newest attempt is over."""
-    return measure(*attempt_history.read(folder)).words()
+    """Format the table of a run whose newest attempt has ended."""
+    return measure(*attempt_history.read(folder)).table()
 
 
 def measure(events: Sequence[Row], rows: Sequence[Row], now: float | None = None, stepping: bool = True) -> Goodput:
-    """Of the events and rows of a run; `now` in unix seconds while it is going, else None.
+    """Compute the goodput from the events and rows of a run; `now` in unix seconds if it is running, else None.
 
-    `stepping`: its newest attempt is what is going; else it is a job that is about to start one.
+    `stepping`: its newest attempt is running; else a job has started whose ranks have not.
     """
     attempts = attempt_history.attempts(events, rows, now if stepping else None)
     moments = [now] if now is not None else []
@@ -161,9 +161,9 @@ def measure(events: Sequence[Row], rows: Sequence[Row], now: float | None = None
 
 
 def _jobs(events: Sequence[Row], attempts: Sequence[Attempt], now: float | None) -> list[tuple[float, float]]:
-    """When the jobs of the run were queued, or there: (start, end) of each, over all of its starts.
+    """Return (start, end) of each job, in which it was queued or running, over all of its starts.
 
-    A job that is requeued is queued at once; one that is queued after another, when that one says so.
+    A requeued job is in the queue at once; a job that another one submitted, from that one's event on.
     """
     moments: dict[str, list[float]] = {}
 
@@ -186,7 +186,7 @@ def _jobs(events: Sequence[Row], attempts: Sequence[Attempt], now: float | None)
 
 
 class Timeline:
-    """Claims to the time between two moments."""
+    """The time between two moments, and the claims of the kinds to it."""
 
     def __init__(self, first: float, last: float) -> None:
         self._first, self._last = first, last
@@ -198,7 +198,7 @@ class Timeline:
             self._changes += [(start, KINDS.index(kind), 1), (end, KINDS.index(kind), -1)]
 
     def seconds(self, stalls: Iterable[tuple[float, float, float]]) -> dict[str, float]:
-        """Seconds by kind. A stall (start, until, seconds) takes unclaimed time of an attempt between the two."""
+        """Sum up the seconds by kind. A stall (start, until, seconds) takes unclaimed time from its start on."""
         pieces = list(self._pieces())
         free = [(start, end - start, kind) for start, end, kind in pieces if kind in ("other", "lost")]
         starts, left = [start for start, _, _ in free], [length for _, length, _ in free]
@@ -215,11 +215,11 @@ class Timeline:
                 total[free[index][2]] -= taken
                 total["save_stall"] += taken
                 index += 1
-        # Differences of large numbers: rounding may leave less than nothing.
+        # Differences of large numbers may be negative after rounding.
         return {kind: max(0.0, length) for kind, length in total.items()}
 
     def _pieces(self) -> Iterator[tuple[float, float, str]]:
-        """(start, end, kind): the whole time, without a gap and without an overlap."""
+        """Yield (start, end, kind): the whole time, without gaps and overlaps."""
         claims = [1] + [0] * (len(KINDS) - 1)
         at = self._first
         for moment, kind, change in sorted(self._changes):
@@ -236,7 +236,7 @@ def _strongest(claims: list[int]) -> str:
 
 
 def _job_steps_at(job: Row, later: Sequence[Row], now: float | None) -> float:
-    """When the ranks of a job began, or the batch script said that they never did; `now` if they are about to."""
+    """Return when the ranks of a job started, or were recorded as not started; `now` if they still may start."""
     for event in later:
         if event.get("job") == job.get("job") and event["time"] >= job["time"]:
             if event["event"] == "start":
@@ -261,7 +261,7 @@ def _lay_out(timeline: Timeline, attempt: Attempt, following: Attempt | None) ->
             continue
         row_at, elapsed_s = float(row["time"]), evaluation_s(row)
         timeline.claim("productive", step_began_at(row), row_at)
-        # An attempt that is stopped within an evaluation leaves it to the next one, which makes it before any step.
+        # If an attempt is stopped during an evaluation, the next one does it before its first step.
         if row_at + elapsed_s <= attempt.ended_at or following is None:
             timeline.claim("evaluation", row_at, min(row_at + elapsed_s, attempt.ended_at))
         else:
@@ -275,10 +275,10 @@ def _lay_out(timeline: Timeline, attempt: Attempt, following: Attempt | None) ->
 
 
 def _stalls(attempt: Attempt) -> Iterator[tuple[float, float, float]]:
-    """(earliest start, latest end, seconds) of each time that training stood still for a checkpoint."""
+    """Yield (earliest start, latest end, seconds) of each time that training waited for a checkpoint."""
     ends = {row["step"]: float(row["time"]) for row in attempt.rows}
     for event in attempt.events:
         if event["event"] in ("save", "save_stall", "save_failed"):
-            # Saving was synchronous once: then all of it was a stall.
+            # An older version saved synchronously: then the whole save was a stall.
             stall_s = float(event.get("stall_s", event.get("seconds", 0.0)))
             yield ends.get(event.get("step"), float(event["time"]) - stall_s), attempt.ended_at, stall_s

@@ -1,11 +1,11 @@
 """What a run reports while it trains: metrics.jsonl, and the console.
 
-metrics.jsonl has one JSON object a line, one line an optimizer step: ``step`` (counted from 1), ``tokens``,
-``samples``, ``time`` (unix seconds), ``attempt`` (the generation), the ``train/...`` figures, and on steps
-that evaluate the ``val/...`` ones. It never has a step twice: a resumed run first cuts off what an
-attempt that was killed had written beyond its last checkpoint.
+metrics.jsonl has one JSON object for each optimizer step, one to a line: ``step`` (counted from 1), ``tokens``,
+``samples``, ``time`` (unix seconds), ``attempt`` (its number), the ``train/...`` metrics, and on steps with an
+evaluation the ``val/...`` metrics. It never has a step twice: a resumed run first cuts off the rows after its
+checkpoint.
 
-The console shows a bar on a terminal, and one plain line every few seconds in a log file.
+The console shows a bar on a terminal, and a plain line every few seconds in a log file.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from hpcgpt.storage import atomic
 
 LINE_EVERY_S = 5.0
 TAIL_ROWS = 1000
-JUDGED = ("train/loss", "train/grad_norm")  # by hpcgpt.training.spikes
+SPIKE_METRICS = ("train/loss", "train/grad_norm")  # read by hpcgpt.training.spikes
 
-# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. No entry, no MFU: a
-# utilisation of the wrong chip is worse than none. The longer name is found first.
+# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the longer name is found first.
+# Without an entry there is no MFU: a utilisation of the wrong chip is worse than none.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -51,7 +51,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s; None if it is not in the table, or a slice of a GPU (MIG)."""
+    """Return the dense bf16 peak of a GPU in FLOP/s; None if it is not in the table, or a slice of a GPU (MIG)."""
     if " MIG " in device_name:
         return None
     # Whole words: an RTX A1000 is no A100.
@@ -59,62 +59,61 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """With None for the figures that are no finite numbers, for which JSON has no word."""
+    """Replace numbers that are not finite, which JSON cannot represent, by None."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 class MetricsFile:
     """Appends rows to metrics.jsonl. Rank 0 only.
 
-    A full disk does not end the run: rows wait in memory until there is room again. `again` are the rows of earlier
-    attempts that may have been lost on their way to elsewhere, `cut_off` those that were beyond where this
-    attempt goes on, `tail` the last ones before. Any thread may call `sync`.
+    A full disk does not end the run: rows stay in memory until there is room. `cut_off` are the rows that were removed
+    because this attempt repeats their steps, `tail` the last rows before them. Any thread may call `sync`.
 
-    Each attempt writes a new file, so that an orphan continues to write into the old one. Nor can one that was stopped
-    while it did the same put its file in the place of this one: what it has written so far is taken away
-    here, and after that it would look for a newer generation first (`check`). (On a full disk there may be no room to
-    write a new one: then it is cut in place, and a start on a full disk after an orphan has no such protection.)
+    Each attempt makes a new file, so orphans of earlier attempts keep writing to the old one. An orphan that was
+    stopped while it made its own new file cannot replace this one: its temporary file is removed here, and before the
+    rename it checks for a newer attempt (`check`). (If a full disk has no room for a new file, the old one is truncated
+    in place, without this protection from orphans.)
 
-    A damaged line never ends the run. If a step is missing that a line below the cut should have had, the damaged lines
-    are kept in metrics.damaged.jsonl, a warning and the event ``damaged_metrics`` name the missing steps, and the
-    file has a gap there.
+    A damaged line never ends the run. If a step before the cut has no row, the damaged lines are kept in
+    metrics.damaged.jsonl, a warning and the event ``damaged_metrics`` name the missing steps, and the file has a gap
+    there.
     """
 
     def __init__(self, path: Path, keep_below: int, check: Callable[[], None] = lambda: None) -> None:
-        """Open it for going on: rows of step `keep_below` and beyond are cut off first.
+        """Open the file to append to it, after cutting off the rows of step `keep_below` and later.
 
-        Lines beyond the cut may be anything: rows are flushed before each checkpoint, and what a host that died had
-        not flushed may be full of holes.
+        Lines after the cut may be damaged: rows are flushed before each checkpoint, and those after it may be lost in
+        part when a host dies.
         """
         atomic.remove_stale_temporaries(path)
         rows, damaged = _read(path)
         kept = [row for row in rows if row["step"] < keep_below]
         content = "".join(json.dumps(row) + "\n" for row in kept).encode()
         if damaged and len(kept) < keep_below - 1:
-            content += _keep_aside(path, kept, keep_below, damaged)
+            content += _keep_damaged_lines(path, kept, keep_below, damaged)
         _rewrite(path, content, check)
         timed = [row for row in rows if all(records.is_time(row.get(key)) for key in ("time", "train/step_s"))]
         self.cut_off = [row for row in timed if row["step"] >= keep_below]
-        self.tail = [row for row in kept[-TAIL_ROWS:] if all(_is_figure(row, key) for key in JUDGED)]
+        self.tail = [row for row in kept[-TAIL_ROWS:] if all(_is_figure(row, key) for key in SPIKE_METRICS)]
         self._path, self._end, self._waiting = path, len(content), b""
         self._descriptor = os.open(path, os.O_WRONLY)
         self._appended: deque[dict[str, Any]] = deque()
         self._lock = threading.Lock()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Queue a row; returns at once. `write_appended` or `sync` writes it, on another thread."""
+        """Queue a row and return at once. `write_appended` or `sync` writes it, on another thread."""
         self._appended.append(row)
 
     def write_appended(self) -> None:
-        """Write the rows that wait. Raises OSError if that cannot be done: they wait for the next time."""
+        """Write the queued rows. If that raises OSError, they stay queued."""
         with self._lock:
             self._write_waiting()
 
     def sync(self) -> None:
-        """Flush to the disk: rows must not be younger than the checkpoint that follows them.
+        """Flush the rows to the disk, as must be done before a checkpoint of their steps becomes visible.
 
         Raises:
-            OSError: there are rows that could not be written.
+            OSError: rows could not be written.
         """
         with self._lock:
             self._write_waiting()
@@ -132,14 +131,14 @@ class MetricsFile:
             self._waiting = self._waiting[written:]
 
     def close(self) -> None:
-        """Close it, once: at a rollback that fails it is closed before, and its number may be another file's."""
+        """Close the file. A second call, as after a failed rollback, does nothing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
 
 def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
-    """Write a new file; or, where there is no room for that, cut the old one in place, which needs none."""
+    """Replace the file; if the disk has no room for a new one, truncate the old one in place."""
     try:
         atomic.write(path, content, check)
         return
@@ -148,7 +147,7 @@ def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
             raise
         if path.exists() and not path.read_bytes().startswith(content):
             raise
-    streams.warn(f"there is no room for a new {path}: it is cut in place")
+    streams.warn(f"there is no room for a new {path}: it is truncated in place")
     check()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
@@ -159,7 +158,7 @@ def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The rows of a metrics.jsonl, in the order of its steps, and the lines that are none."""
+    """Read the rows of a metrics.jsonl, ordered by step, and its damaged lines."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -180,30 +179,30 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 
 
 def _is_figure(row: dict[str, Any], key: str) -> bool:
-    """Is it there, and a number, or null, as which `finite` writes what is none?"""
+    """Does the row have this key, with a number or null (see `finite`)?"""
     return key in row and (row[key] is None or records.is_number(row[key]))
 
 
-def _keep_aside(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged: list[bytes]) -> bytes:
-    """Keep damaged lines beside the file, and say which steps are missing. Returns what could not be kept there."""
+def _keep_damaged_lines(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged: list[bytes]) -> bytes:
+    """Move damaged lines to a file beside `path`, and report the missing steps. Returns what could not be moved."""
     have = {row["step"] for row in kept}
     missing = [step for step in range(1, keep_below) if step not in have]
-    aside = path.with_name("metrics.damaged.jsonl")
+    damaged_path = path.with_name("metrics.damaged.jsonl")
     lines = b"".join(line + b"\n" for line in damaged)
     problem, rest = "", b""
     try:
-        with open(aside, "ab") as file:
+        with open(damaged_path, "ab") as file:
             file.write(lines)
     except OSError as error:
         problem, rest = f" ({error.strerror}: they stay where they are)", lines
     streams.warn(
-        f"{path} has {len(damaged)} damaged lines, kept in {aside}{problem}: {len(missing):,} steps have no "
+        f"{path} has {len(damaged)} damaged lines, kept in {damaged_path}{problem}: {len(missing):,} steps have no "
         f"row, from step {missing[0]:,} to step {missing[-1]:,}. Training is not affected",
     )
     try:
         run_folder.record(
             path.parent, "damaged_metrics", lines=len(damaged), missing_steps=len(missing), first_missing=missing[0],
-            last_missing=missing[-1], kept_in=aside.name,
+            last_missing=missing[-1], kept_in=damaged_path.name,
         )  # fmt: skip
     except OSError as error:
         streams.warn(error)
@@ -211,7 +210,7 @@ def _keep_aside(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged
 
 
 class Console:
-    """Progress for a person. Rank 0 only."""
+    """Shows the progress of training. Rank 0 only."""
 
     def __init__(self, step: int, total_steps: int) -> None:
         self._total = total_steps
@@ -237,7 +236,7 @@ class Console:
             )
         if self._bar is None and (now >= self._next_line_at or row["step"] == self._total):
             self._next_line_at = now + LINE_EVERY_S
-            # A run stopped during an evaluation reports the row of the step that it resumed at: no step is done yet.
+            # A run that was stopped during an evaluation first reports the step that it resumed at: none is done yet.
             done = max(1, row["step"] - self._first_step)
             left_s = (self._total - row["step"]) * (now - self._started_at) / done
             self.say(
@@ -246,7 +245,7 @@ class Console:
             )
 
     def say(self, text: str) -> None:
-        """A line of text that does not tear the bar; in a log the time is before it."""
+        """Print a line above the bar; in a log, with the time before it."""
         if self._bar is not None:
             self._bar.write(text)
         else:

@@ -1,15 +1,15 @@
-"""The lines of events.jsonl and metrics.jsonl, read so that no reader can fail over one of them.
+"""The lines of events.jsonl and metrics.jsonl, validated so that no reader fails on them.
 
-A run folder outlives crashes, full disks, other versions of this program and people with editors. So a line may lack
-a field, hold null or NaN, or a text where a number belongs. What is read here is sorted out once, at the door:
+After crashes, full disks, other versions of this program and manual edits, a line may lack a field, or have null, NaN
+or a text instead of a number. All lines are validated here, once:
 
     event    has a finite `time` and a text `event`
     row      has a finite `time` and a `step`
 
-    Every other field that this program knows (`_KINDS`) is of its type and within reason, or it is not there:
-    readers say `record.get(key, default)`. Fields that it does not know are left as they are, but for NaN.
+    Every other known field (`_KINDS`) has its type and a plausible value, or is removed: readers use
+    `record.get(key, default)`. Unknown fields are left as they are, except that NaN is removed.
 
-Lines without `time` and `event`, or `time` and `step`, are left out. A row of a step that is there already replaces it.
+Lines without `time` and `event`, or `time` and `step`, are left out. Of several rows of a step the last one counts.
 
 No torch in here.
 """
@@ -25,18 +25,18 @@ from hpcgpt.run import run_folder
 
 Record = Mapping[str, Any]
 
-LATEST_S = 1e11  # unix seconds of the year 5138, and longer than anything lasts
+LATEST_S = 1e11  # unix seconds of the year 5138, and longer than any duration
 LARGEST = 2**63
 
 
 def events(folder: Path) -> list[Record]:
-    """The events of a run folder."""
+    """Read the events of a run folder."""
     found = (_cleaned(event) for event in run_folder.events(folder))
     return [event for event in found if "time" in event and "event" in event]
 
 
 def rows(folder: Path) -> list[Record]:
-    """The rows of a run folder's metrics.jsonl, a step once."""
+    """Read the rows of a run folder's metrics.jsonl, one for each step."""
     found: dict[int, Record] = {}
     for line in run_folder.read_rows(folder / "metrics.jsonl", torn=True):
         row = _cleaned(line)
@@ -46,7 +46,7 @@ def rows(folder: Path) -> list[Record]:
 
 
 def _cleaned(record: dict[str, Any]) -> Record:
-    """The same without the known fields that are of a wrong type or out of all reason. Changes `record`."""
+    """Remove the known fields that have a wrong type or an implausible value from `record`, and return it."""
     bad = [key for key, value in record.items() if not _KINDS.get(key, _can_be_shown)(value)]
     for key in bad:
         del record[key]
@@ -62,7 +62,7 @@ def is_count(value: Any) -> bool:
 
 
 def is_time(value: Any) -> bool:
-    """A moment in unix seconds, or a length of time in seconds."""
+    """Is it a moment in unix seconds, or a duration in seconds?"""
     return type(value) in (float, int) and 0 <= value < LATEST_S
 
 
@@ -75,7 +75,7 @@ def _is_status(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Text that can be printed: half of a surrogate pair cannot."""
+    """Is it text that can be printed? Half of a surrogate pair cannot."""
     return type(value) is str and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 

@@ -1,4 +1,4 @@
-"""The run folder, which is the truth: what lies where, and the small files that tell a run's story.
+"""The run folder: what it contains, and its small files. Everything else about a run is derived from it.
 
 ::
 
@@ -7,7 +7,7 @@
       configs/             see keep_config
       run.json             the run's id (also wandb's), made once
       metrics.jsonl        see hpcgpt.run.metrics_file
-      samples.jsonl        one JSON object a generated text: step, time, text
+      samples.jsonl        one JSON object for each generated text: step, time, text
       events.jsonl         one JSON object a line: time, event, attempt, and the fields of the event
       exit.json            how the newest attempt ended: written by rank 0, read by hpcgpt.requeue
       checkpoints/         see hpcgpt.checkpoint
@@ -16,10 +16,10 @@
       rendezvous/          see hpcgpt.distributed.rendezvous
       verified.json        see hpcgpt.data.shard_check
       tokenizer/           a copy of the shards' tokenizer
-      logs/                one file a job attempt
+      logs/                one file for each start of a job
       wandb/
 
-A file called STOP in it asks a running job to save and leave, and keeps others from starting.
+A file named STOP in it makes a running job save and exit, and keeps other jobs from starting.
 
 No torch in here.
 """
@@ -47,7 +47,7 @@ from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
-_recording = threading.Lock()  # what is taken back where there is no room must not be another thread's line
+_recording = threading.Lock()  # truncating a line that did not fit must not remove another thread's line
 
 
 @dataclass(frozen=True)
@@ -66,36 +66,38 @@ class Exit:
 
 
 def prepare(folder: Path) -> str:
-    """Make the folder and its run.json unless they are there; returns the run's id.
+    """Make the folder and its run.json unless they exist; return the run's id.
 
     Raises:
-        UserError: no such folder can be made, or nothing can be written into it.
-        NodeError: the same on a later start of a Slurm job, which had the folder before.
+        UserError: the folder cannot be made, or cannot be written to.
+        NodeError: the same on a later start of a Slurm job: its first start could use the folder.
     """
     letters = string.ascii_lowercase + string.digits
     made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time()}
     try:
         for name in ("checkpoints", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        # Each that is there: another user may have made the run, or root a part of it.
+        # Check each that exists: another user may have made the run, or root a part of it.
         for path in (folder, *(folder / name for name in ("checkpoints", "logs", "generations"))):
             if path.exists():
                 _try_to_write(path)
         atomic.create(folder / "run.json", (json.dumps(made) + "\n").encode())
     except OSError as error:
         why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-        told = f"{folder} cannot be a run folder: {why}"
+        problem = f"{folder} cannot be a run folder: {why}"
         if world.job_attempt().rpartition("_")[2] not in ("", "0"):
-            raise NodeError(error.errno, f"{told}; it was one before: does this node have its file system?") from None
-        raise cannot_read(error, f"{told}: choose a folder that you may write to, with --run.dir") from None
+            raise NodeError(
+                error.errno, f"{problem}; it was one before: does this node have its file system?"
+            ) from None
+        raise cannot_read(error, f"{problem}: choose a folder that you may write to, with --run.dir") from None
     return run_id(folder)
 
 
-def put_aside(folder: Path, attempt: str) -> None:
-    """Take what an earlier start of the same name left out of the way: it would be taken for the word of this one.
+def rotate_records(folder: Path, attempt: str) -> None:
+    """Rename the records that an earlier start with the same name left, so that they are not taken for this one's.
 
-    `attempt` is world.job_attempt. Two starts in one allocation of salloc have one name; so have two jobs, where Slurm
-    counts from the start again. exit.json is removed, the others get a number after their names.
+    `attempt` is world.job_attempt. Two starts in one allocation of salloc have the same name, and so have two jobs with
+    the same id, where Slurm's ids began at 1 again. exit.json is removed, the others get a number after their names.
     """
     ended = read_exit(folder)
     try:
@@ -106,12 +108,12 @@ def put_aside(folder: Path, attempt: str) -> None:
                 path.rename(
                     next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
                 )
-    except OSError as error:  # training can continue all the same
+    except OSError as error:  # training can continue without this
         streams.warn(error)
 
 
 def _try_to_write(folder: Path) -> None:
-    """Raise OSError where this user may not make files; a disk that is full or ill is found out elsewhere."""
+    """Raise OSError if this user may not make files in `folder`; a full or failing disk is detected elsewhere."""
     probe = folder / f".{socket.gethostname()}-{os.getpid()}.probe"
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -133,11 +135,11 @@ def run_id(folder: Path) -> str:
 
 
 def keep_config(folder: Path, attempt: int, text: str) -> bool:
-    """Make `text` the run's config.toml. If it differs from the one before, ``configs/<attempt>.toml`` has it, too.
+    """Write `text` to the run's config.toml, and, if it differs from the one before, to ``configs/<attempt>.toml``.
 
-    So an attempt had the configuration with the highest number that is not above its own; number 0 is what config.toml
-    held before there was such a folder. A disk without room costs a warning and no more: training does not read them.
-    Returns False then, so that it can be tried again.
+    So the configuration of an attempt is the file with the highest number up to its own; number 0 is the config.toml of
+    a version that had no such folder. If the disk has no room, print a warning and return False, so that the caller can
+    try again: training does not read these files.
     """
     path, earlier = folder / "config.toml", folder / "configs"
     try:
@@ -168,10 +170,10 @@ def has_trained(folder: Path) -> bool:
 
 
 def record(folder: Path, event: str, **fields: Any) -> None:
-    """Append one event. The line is written in one piece, so that writers on one host never mix theirs.
+    """Append one event. The line is written by one call, so that the lines of several writers on a host never mix.
 
     Raises:
-        OSError: there is no room for it, or the file is another user's; no part of it is there.
+        OSError: there is no room for it, or the file belongs to another user; no part of the line remains.
     """
     line = json.dumps({"time": time.time(), "event": event, **fields}).encode() + b"\n"
     path = folder / "events.jsonl"
@@ -179,11 +181,11 @@ def record(folder: Path, event: str, **fields: Any) -> None:
         try:
             descriptor = os.open(path, _APPENDING, 0o666)  # less the umask: a group may share a run
         except PermissionError as error:
-            raise PermissionError(error.errno, _not_ours(path)) from None
+            raise PermissionError(error.errno, _other_owner(path)) from None
         try:
             end = os.fstat(descriptor).st_size
             if end and os.pread(descriptor, 1, end - 1) != b"\n":
-                line = b"\n" + line  # after one that a crash cut short
+                line = b"\n" + line  # a crash truncated the line before
             if os.write(descriptor, line) < len(line):
                 os.ftruncate(descriptor, end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -193,23 +195,23 @@ def record(folder: Path, event: str, **fields: Any) -> None:
             os.close(descriptor)
 
 
-def barred(folder: Path) -> str:
-    """Why this user may not append to events.jsonl, and what to do; '' if nothing is in the way."""
+def why_events_unwritable(folder: Path) -> str:
+    """Return why this user may not append to events.jsonl, and what to do; '' if they may."""
     path = folder / "events.jsonl"
     try:
         os.close(os.open(path, _APPENDING, 0o666))
     except PermissionError:
-        return _not_ours(path)
-    except OSError:  # a full disk passes; it is for those that write
+        return _other_owner(path)
+    except OSError:  # such as a full disk: reported when something is written
         return ""
     return ""
 
 
-def _not_ours(path: Path) -> str:
-    """A sentence on a file that another user owns."""
-    held = path if path.exists() else path.parent
+def _other_owner(path: Path) -> str:
+    """Return the message on a file that belongs to another user."""
+    existing = path if path.exists() else path.parent
     try:
-        owner = f"user {held.stat().st_uid}, not by user {os.geteuid()}"
+        owner = f"user {existing.stat().st_uid}, not by user {os.geteuid()}"
     except OSError:
         owner = f"not by user {os.geteuid()}"
     return (
@@ -220,15 +222,15 @@ def _not_ours(path: Path) -> str:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The events so far. Lines that a crash cut short are left out."""
+    """Read the events. Lines that a crash truncated are left out."""
     return read_rows(folder / "events.jsonl", torn=True)
 
 
 def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a .jsonl file, one a line, without a torn last line; [] if there is no file.
+    """Read the JSON objects of a .jsonl file, without an incomplete last line; [] if there is no file.
 
     Raises:
-        UserError: a line before the last one is no JSON object; `torn` leaves it out instead.
+        ValueError: a line before the last one is not a JSON object; with `torn` it is left out instead.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -254,7 +256,7 @@ def write_exit(folder: Path, ended: Exit) -> None:
 
 
 def read_exit(folder: Path) -> Exit | None:
-    """How the newest attempt that could still tell ended; None if none did."""
+    """Read how the newest attempt that wrote exit.json ended; None if there is none."""
     try:
         return Exit(**json.loads((folder / "exit.json").read_bytes()))
     except (OSError, TypeError, ValueError, RecursionError):

@@ -9,7 +9,7 @@ You may edit or remove the file. It has at most MOST hosts, the newest ones. Ent
 that a repaired node is used again; an entry without a time was added by a user, and stays. Hosts are excluded only
 while the partition has enough nodes left.
 
-Slurm's list, ExcNodeList, does not say where an entry comes from. What the user asked for stays. What this program
+Slurm's list, ExcNodeList, does not say where an entry comes from. What the user excluded stays. What this program
 added is known from the event ``excluded`` of the same chain of jobs, and what slurm/pretrain.sbatch added from the
 job's comment (hpcgpt_avoid=HOST,HOST): at each requeue these are replaced by the list in the run folder.
 
@@ -50,7 +50,7 @@ def bad_hosts(failure: FirstFailure | None, events: Sequence[Mapping[str, Any]],
     return found
 
 
-def remember(run_folder: Path, bad: Mapping[str, str], by_batch_script: Sequence[str] = ()) -> list[str]:
+def update_list(run_folder: Path, bad: Mapping[str, str], by_batch_script: Sequence[str] = ()) -> list[str]:
     """Add `bad` hosts to excluded_nodes.json, and return all in it, the oldest first.
 
     Hosts that slurm/pretrain.sbatch has excluded are added if they are not in the file yet.
@@ -71,7 +71,7 @@ def remember(run_folder: Path, bad: Mapping[str, str], by_batch_script: Sequence
 
 @dataclass(frozen=True)
 class ExcludedNodes:
-    """The hosts of a job's ExcNodeList: those that the user asked for, and this program's `own`. Of the latter
+    """The hosts of a job's ExcNodeList: those that the user excluded, and this program's `own`. Of the latter
     `by_batch_script` are those that slurm/pretrain.sbatch excluded.
     """
 

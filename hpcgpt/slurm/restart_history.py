@@ -4,7 +4,7 @@ A chain is a job with all its restarts, and the jobs before it that queued it (e
 the same run folder meanwhile neither adds to its counts nor resets them. A job that a person submits begins a new
 chain, and so does a start after one at which the policy gave up (``give_up``).
 
-Each start of the chain is judged by two questions:
+For each start of the chain it computes:
 
     gained             Is there a checkpoint of a later step than the one that this start resumed at? For the newest
                        start this is read from the checkpoints that exist now, for an earlier one from the step at

@@ -1,6 +1,6 @@
 """The state of a run, and the reason for it.
 
-It follows from the newest attempt and from the jobs that began after it. Each is judged separately, so that a second
+It follows from the newest attempt and from the jobs that began after it. Each is considered by itself, so that a second
 job that was refused does not change the state of the attempt that is running. If the run folder does not show whether
 a job still exists, Slurm is asked (`presence_of`); without Slurm, elapsed time decides.
 

@@ -1,1 +1,1 @@
-"""Weights & Biases: the side of training, and the process beside it that sends rows. Imports no torch."""
+"""Weights & Biases: the interface for training, and the separate process that sends rows. Imports no torch."""

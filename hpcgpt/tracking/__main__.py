@@ -1,4 +1,4 @@
-"""``python -m hpcgpt.tracking sync RUN``: send to Weights & Biases what it lacks of a run."""
+"""``python -m hpcgpt.tracking sync RUN``: send the missing rows and samples of a run to Weights & Biases."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which rows of a run a dashboard lacks: what the run folder has, less what has arrived.
+"""Which rows of a run the dashboard lacks: the rows of the run folder, less those that have arrived.
 
-A row is its step. A requeued run makes the same step again with the same figures, so that one row of a step is enough.
-A rollback (an event with the step that the run has gone back to) makes rows of the steps beyond it void: what has
-arrived of them was made before, and the new ones are lacking until they have arrived, too.
+Rows are identified by their steps. A requeued run repeats a step with the same metrics, so one row of a step is enough.
+A rollback (an event with the step that the run has gone back to) invalidates the rows of later steps: of these, only
+rows made after the rollback count as arrived.
 
 No torch in here, and no wandb.
 """
@@ -20,8 +20,8 @@ from typing import Any
 READ_AHEAD = 1000  # rows
 
 
-class Lines:
-    """The JSON objects of a .jsonl file that grows, as they come; all of them again if it was replaced or cut."""
+class JsonlTail:
+    """Follows a growing .jsonl file; if the file was replaced or truncated, it begins again at the first line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -29,7 +29,7 @@ class Lines:
         self._end, self._last = 0, b""
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The objects since the last call; a line that is damaged or not complete is left out."""
+        """Yield the objects added since the last call; damaged and incomplete lines are left out."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
@@ -38,7 +38,7 @@ class Lines:
             found = os.fstat(file.fileno())
             start = self._end - len(self._last)
             file.seek(start)
-            # It may also have been cut in its place, and have grown again.
+            # It may also have been truncated in place, and have grown again.
             if (found.st_dev, found.st_ino) != self._file or file.read(len(self._last)) != self._last:
                 self._file, self._end, self._last = (found.st_dev, found.st_ino), 0, b""
                 file.seek(0)
@@ -54,8 +54,8 @@ class Lines:
                     yield row
 
 
-class Arrived:
-    """When the newest row of each step was made that has arrived, in unix seconds; 8 bytes a step."""
+class ArrivedSteps:
+    """The steps whose rows have arrived, each with the unix time at which its newest such row was made (8 bytes)."""
 
     def __init__(self) -> None:
         self._times = array("d")
@@ -71,26 +71,29 @@ class Arrived:
 
 
 class RunRows:
-    """The rows and samples of a run folder, and which of them have not been sent."""
+    """The rows and samples of a run folder, and which of them have arrived."""
 
     def __init__(self, folder: Path) -> None:
-        self.rows, self.samples = Arrived(), Arrived()
-        self._events = Lines(folder / "events.jsonl")
-        self._files = ((Lines(folder / "metrics.jsonl"), self.rows), (Lines(folder / "samples.jsonl"), self.samples))
+        self.rows, self.samples = ArrivedSteps(), ArrivedSteps()
+        self._events = JsonlTail(folder / "events.jsonl")
+        self._files = (
+            (JsonlTail(folder / "metrics.jsonl"), self.rows),
+            (JsonlTail(folder / "samples.jsonl"), self.samples),
+        )
         self._rollbacks: list[tuple[int, float]] = []
 
     def lacking(self) -> Iterator[dict[str, Any]]:
-        """Rows and samples that have come since the last call and have not arrived; each counts as sent then.
+        """Yield the rows and samples added since the last call that have not arrived; each then counts as arrived.
 
-        Samples are the ones with a `text`.
+        Samples are those with a `text`.
         """
-        for lines, arrived in self._files:
-            found = lines.read()
+        for tail, arrived in self._files:
+            found = tail.read()
             while rows := list(islice(found, READ_AHEAD)):
-                # After the rows: what is computed again after a rollback is written after its event.
+                # Read after the rows: a rollback's event is written before the rows that repeat its steps.
                 self._read_rollbacks()
                 for row in rows:
-                    if _is_row(row) and not arrived.has(row["step"], self._void_until(row["step"], row["time"])):
+                    if _is_row(row) and not arrived.has(row["step"], self._invalid_until(row["step"], row["time"])):
                         arrived.add(row["step"], row["time"])
                         yield row
 
@@ -99,9 +102,11 @@ class RunRows:
             if event.get("event") == "rollback" and _is_row(event):
                 self._rollbacks.append((event["step"], event["time"]))
 
-    def _void_until(self, step: int, made_at: float) -> float:
-        """When the run last went back over this step before `made_at`: rows of the step from before that are void.
-        0 if it has not."""
+    def _invalid_until(self, step: int, made_at: float) -> float:
+        """Return the time of the last rollback over this step before `made_at`, which invalidated older rows of it.
+
+        0 if there is none.
+        """
         return max((at for back_to, at in self._rollbacks if back_to < step and at <= made_at), default=0.0)
 
 

@@ -1,13 +1,13 @@
-"""Weights & Biases: one run, however often the job is requeued, and nothing that wandb does can touch training.
+"""Weights & Biases: one run however often the job is requeued, and isolated from training.
 
-Training never calls wandb. metrics.jsonl is the truth; a process beside rank 0 (``hpcgpt.tracking.wandb_process``)
-follows it and sends what is lacking. This module is the side of training: it starts that process, adds samples to
-samples.jsonl in the run folder, and at the end gives the process a limited time to finish. What it could not send, the
-next attempt's process sends, or ::
+Training never calls wandb. A separate process on rank 0's host (``hpcgpt.tracking.wandb_process``) follows
+metrics.jsonl and sends the missing rows. This module starts that process, adds samples to samples.jsonl in the run
+folder, and at the end gives the process a limited time to finish. What it could not send is sent by the process of the
+next attempt, or by ::
 
     python -m hpcgpt.tracking sync RUN_FOLDER
 
-which sends everything that the server does not have, and is safe to repeat.
+which sends everything that the server does not have, and may be repeated.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 
 ASK_S = 30.0  # importing wandb from a cold network file system takes many seconds
-STATE = "HPCGPT_TRACKING_STATE"  # what the process keeps over a restart of itself, see hpcgpt.tracking.wandb_process
+STATE = "HPCGPT_TRACKING_STATE"  # the state that the process keeps when it restarts itself: wandb_process.State
 
 
 class Tracker:
-    """The process that sends rows and samples to wandb; none if tracking is disabled. Rank 0 only.
+    """Starts the process that sends rows and samples to wandb, unless tracking is disabled. Rank 0 only.
 
-    No method waits for anything but `close`, which waits for `patience_s` seconds at most.
+    Only `close` waits, for `patience_s` seconds at most.
     """
 
     def __init__(self, config: Config, generation: int = 0) -> None:
-        """`generation` is this attempt's number; the process leaves as soon as there is a newer one."""
+        """Start the process. `generation` is this attempt's number; the process exits when there is a newer attempt."""
         self._folder = config.run_folder
         self._child: subprocess.Popen[bytes] | None = None
         self._starting: threading.Thread | None = None
@@ -46,21 +46,21 @@ class Tracker:
             return
         command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(self._folder), config.tracking.wandb,
                    str(generation)]  # fmt: skip
-        # The program may be on a file system that is slow.
+        # In a thread: the program may be on a slow file system.
         self._starting = threading.Thread(target=self._start, args=(command,), daemon=True)
         self._starting.start()
 
     def _start(self, command: list[str]) -> None:
         try:
-            # In a session of its own, so that Ctrl-C does not reach it and its whole group can be ended. The mask is
-            # inherited; wandb's core asks for SIGTERM all the same, and is started again.
+            # In a session of its own, so that Ctrl-C does not reach it and its whole group can be killed. It inherits
+            # the signal mask, but wandb's core process unblocks SIGTERM, and is restarted if that ends it.
             with shielded():
                 self._child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         except OSError as error:
-            streams.warn(f"wandb gets nothing from this attempt: {error}")
+            streams.warn(f"nothing of this attempt is sent to wandb: {error}")
 
     def sample(self, step: int, text: str) -> None:
-        """Add a piece of generated text to samples.jsonl; this writes to the disk.
+        """Append a generated text to samples.jsonl; this writes to the disk.
 
         Raises:
             OSError: there is no room for it.
@@ -75,7 +75,7 @@ class Tracker:
             os.close(descriptor)
 
     def close(self, exit_code: int, patience_s: float) -> None:
-        """Let the process send what is left, for `patience_s` seconds at most, and end it."""
+        """Let the process send the rest, for `patience_s` seconds at most, and end it."""
         if self._starting is None:
             return
         deadline = time.monotonic() + patience_s
@@ -94,16 +94,16 @@ class Tracker:
                 f"wandb did not take everything within {patience_s:.0f} s; the next attempt sends the rest, "
                 f"or `{sync_command(self._folder)}`",
             )
-        with suppress(OSError):  # wandb's core is in the same group
+        with suppress(OSError):  # wandb's core process is in the same group
             os.killpg(child.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # it may hang in a disk
+        with suppress(subprocess.TimeoutExpired):  # it may be waiting for a disk
             child.wait(1)
 
 
 def check(wanted: str) -> None:
-    """Raise UserError if "online" is asked for and wandb knows of no key. It is asked in a process of its own.
+    """Raise UserError if tracking.wandb is "online" and wandb has no key, as a process of its own finds out.
 
-    If it does not answer within ASK_S seconds the run starts: the process beside it says what is wrong.
+    Without an answer within ASK_S seconds the run starts, and the process that sends rows will print what is wrong.
     """
     if wanted != "online" or os.environ.get("WANDB_API_KEY"):
         return
@@ -114,14 +114,14 @@ def check(wanted: str) -> None:
         )  # fmt: skip
         has_key = done.stdout.strip().rpartition("\n")[2]
     except (OSError, subprocess.TimeoutExpired) as error:
-        streams.warn(f"wandb could not be asked whether there is a key: {error}")
+        streams.warn(f"could not find out whether wandb has a key: {error}")
         return
     if has_key == "False":
         raise UserError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
 
 
 def _disabled(wanted: str) -> bool:
-    # The rest of wandb's settings is for wandb to read; this one spares a process.
+    # wandb itself reads the rest of its settings; this one is read here to save a process.
     return wanted == "disabled" or (wanted == "auto" and os.environ.get("WANDB_MODE") == "disabled")
 
 

@@ -1,16 +1,16 @@
-"""The process beside rank 0 that sends a run to Weights & Biases. The only module that imports wandb.
+"""The process that sends a run to Weights & Biases, on rank 0's host. The only module that imports wandb.
 
-It follows metrics.jsonl and samples.jsonl, and may take as long as it likes: training does not wait for it. What counts
-as arrived is what the server has (asked at each start, every CHECK_S seconds and at the end), or what is in the .wandb
-files of a run that is offline. Where anything fails it replaces itself by a fresh process (exec), which asks again; so
-whatever wandb or its core process do, no row is lost or sent twice.
+It follows metrics.jsonl and samples.jsonl; training does not wait for it. Rows count as arrived if the server has them
+(it is asked at each start, every CHECK_S seconds and at the end), or if they are in the .wandb files of an offline run.
+After any failure the process replaces itself by a fresh one (exec), which asks again: so no failure of wandb or its
+core process loses a row or sends one twice.
 
-wandb itself is asked for its settings: host, key, mode, proxy. Why a run is kept offline is said in one line and in an
-event. A run that is offline only since the server did not answer tries again every PROBE_S seconds.
+Settings (host, key, mode, proxy) are read through wandb. The reason for keeping a run offline is printed and recorded
+once. A run that is offline only because the server did not answer tries again every PROBE_S seconds.
 
-Standard input is a pipe from the process that trains: ``finish EXIT_CODE SECONDS`` asks to send the rest within that
-time; its end without that word means that training is gone. The process also leaves at once when a newer attempt has
-the run folder. W&B's "Stop run" makes a STOP file in the run folder: a person wants the run to stop, and stay so.
+Standard input is a pipe from the training process: ``finish EXIT_CODE SECONDS`` is the request to send the rest within
+that time; end of file without it means that training has died. The process also exits at once when a newer attempt
+holds the run folder. W&B's "Stop run" makes a STOP file in the run folder, so the run stops and stays stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOOK_S = 0.5
 INIT_S = float(os.environ.get("HPCGPT_TRACKING_INIT_S", "30"))
 ASK_S = 120.0
 CHECK_S = float(os.environ.get("HPCGPT_TRACKING_CHECK_S", "600"))
-UPLOAD_S = 120.0  # rows that a healthy server still lacks after that long have been lost on the way
+UPLOAD_S = 120.0  # rows that a healthy server still lacks after this time have been lost on the way
 PROBE_S = float(os.environ.get("HPCGPT_TRACKING_PROBE_S", "300"))
 RETRY_S, MOST_RETRY_S = 1.0, 60.0
 ORPHAN_S, TEARDOWN_S = 5.0, 10.0
@@ -51,25 +51,25 @@ MOST_ASKS = 3
 
 @dataclass
 class State:
-    """What outlives a restart of this process. `finish` is (exit code, unix time at which to be gone)."""
+    """What this process keeps when it restarts itself. `finish` is (exit code, unix time by which to exit)."""
 
     failures: int = 0
-    unanswered: int = 0  # the server did not say which rows it has, that many times in a row
+    unanswered: int = 0  # how often in a row the server did not return which rows it has
     offline: str = ""  # why the run is kept offline although there is a key
     said: list[str] = field(default_factory=list)
     finish: tuple[int, float] | None = None
 
 
 class UnansweredError(Exception):
-    """The server did not say which rows it has."""
+    """The server did not return which rows it has."""
 
 
 class LostError(Exception):
-    """Rows that wandb took have not arrived."""
+    """Rows that wandb accepted have not arrived."""
 
 
 class Process:
-    """The life of this process: its parent's word, its time, and its replacement by a fresh one after a failure."""
+    """This process: its parent's request to finish, its deadline, and its replacement after a failure."""
 
     def __init__(self, folder: Path, wanted: str, generation: int) -> None:
         self.folder, self.wanted, self.generation = folder, wanted, generation
@@ -78,7 +78,7 @@ class Process:
         self._replacing = threading.Lock()
 
     def main(self) -> NoReturn:
-        """Send until training ends, and leave. Does not return."""
+        """Send until training ends, and exit."""
         if self.state.finish is None:
             threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -94,24 +94,25 @@ class Process:
     # --- the parent, the generation, the time ------------------------------------------------------
 
     def _listen(self) -> None:
-        """Wait until the pipe is closed, and note what is in it. Nothing is read before, and none of it while this
-        process is being replaced: it is in the pipe or in the state, and the next process finds it in either."""
+        """Wait until the pipe is closed, and read the request in it: not earlier, and not while this process is being
+        replaced, so that the next process finds the request either in the pipe or in the state.
+        """
         closed = select.poll()
-        closed.register(0, 0)  # asks for no event; that the other end is closed is always one
+        closed.register(0, 0)  # no events are requested: a hang-up is always reported
         closed.poll()
         with self._replacing:
-            words = b""
-            while piece := os.read(0, 4096):
-                words += piece
-            told = words.decode(errors="replace").split()
-            if len(told) == 3 and told[0] == "finish":
-                self.state.finish = (int(told[1]), time.time() + float(told[2]))
+            received = b""
+            while chunk := os.read(0, 4096):
+                received += chunk
+            request = received.decode(errors="replace").split()
+            if len(request) == 3 and request[0] == "finish":
+                self.state.finish = (int(request[1]), time.time() + float(request[2]))
             else:
                 self.state.finish = (1, time.time() + ORPHAN_S)
         self.changed.set()
 
     def _watch(self) -> None:
-        """End this process when its time is over, or when a newer attempt has the run folder."""
+        """End this process at its deadline, or when a newer attempt holds the run folder."""
         while True:
             time.sleep(LOOK_S)
             late = self.state.finish is not None and time.time() > self.state.finish[1]
@@ -128,13 +129,13 @@ class Process:
         return False
 
     def _start_again(self, error: Exception) -> NoReturn:
-        """Replace this process by a fresh one: nothing of wandb's state outlives that."""
+        """Replace this process by a fresh one, without any state of wandb."""
         state = self.state
         state.failures += 1
         state.unanswered = state.unanswered + 1 if isinstance(error, UnansweredError) else 0
         wait_s = min(MOST_RETRY_S, RETRY_S * 2 ** (state.failures - 1))
         if not state.offline and (state.failures <= 3 or state.failures % 20 == 0):
-            self.say(f"failed and is started again in {wait_s:.0f} s, metrics.jsonl has everything: {_words(error)}")
+            self.say(f"failed and is started again in {wait_s:.0f} s, metrics.jsonl has everything: {_summary(error)}")
         _end_children()
         if state.finish is not None:
             time.sleep(min(wait_s, 5.0))
@@ -144,25 +145,25 @@ class Process:
 
     def replace(self) -> NoReturn:
         _end_children()
-        os.environ.pop("WANDB_SERVICE", None)  # names the core process that is gone
+        os.environ.pop("WANDB_SERVICE", None)  # names the core process, which has been killed
         with self._replacing:
             os.environ[STATE] = json.dumps(asdict(self.state))
             os.execv(sys.executable, [sys.executable, "-m", "hpcgpt.tracking.wandb_process", *sys.argv[1:]])
 
-    def say(self, words: str, event: bool = False) -> None:
-        """Print a line, and record it if it is the reason for being offline; each reason once."""
-        if words in self.state.said:
+    def say(self, message: str, event: bool = False) -> None:
+        """Print a message, and with `event` record it; each message once."""
+        if message in self.state.said:
             return
-        self.state.said = [*self.state.said[-20:], words]
+        self.state.said = [*self.state.said[-20:], message]
         with suppress(OSError, ValueError, AttributeError):
-            print(f"wandb: {words}", file=sys.stderr, flush=True)
+            print(f"wandb: {message}", file=sys.stderr, flush=True)
         if event:
             with suppress(OSError):
-                run_folder.record(self.folder, "wandb", attempt=self.generation, words=words)
+                run_folder.record(self.folder, "wandb", attempt=self.generation, words=message)
 
 
 class Sender:
-    """wandb's run: online or offline, what has arrived of it, and what is sent."""
+    """Sends rows to wandb's run, online or offline, and checks that they arrive."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -188,23 +189,23 @@ class Sender:
                 self._open("online")
             except Exception as error:
                 if self._process.wanted == "auto":
-                    self._process.state.offline = f"the server does not answer ({_words(error)})"
+                    self._process.state.offline = f"the server does not answer ({_summary(error)})"
                 raise
             self._ask_server()
         self._process.state.unanswered = 0
         self._follow(online=mode == "online")
 
     def _choose(self) -> tuple[str, str]:
-        """'online', 'offline' or 'disabled', and why; wandb's own settings decide."""
+        """Return 'online', 'offline' or 'disabled', and the reason; wandb's own settings decide."""
         if self._process.wanted == "offline":
             return "offline", ""
         try:
             host, mode, has_key = ask_wandb()
         except Exception as error:
-            # wandb refuses its own settings. What can be done without them is to keep the run offline.
+            # wandb refuses its own settings. Without them the run can still be kept offline.
             for name in [name for name in os.environ if name.startswith("WANDB_") and "DIR" not in name]:
                 del os.environ[name]
-            return "offline", f"wandb does not take its settings ({_words(error)})"
+            return "offline", f"wandb does not accept its settings ({_summary(error)})"
         if self._process.wanted == "auto" and mode == "disabled":
             return "disabled", "wandb's settings say so (WANDB_MODE, WANDB_DISABLED)"
         if self._process.wanted == "auto" and mode in ("offline", "dryrun"):
@@ -234,9 +235,9 @@ class Sender:
                 init_timeout=INIT_S,
                 # Rows are otherwise kept in memory for 15 s.
                 x_transaction_log_flush_interval=1.0,
-                # By default it waits for a dead network without end.
+                # By default it waits for a dead network forever.
                 finish_timeout=20.0,
-                # wandb's own way is to interrupt the main thread.
+                # By default wandb interrupts the main thread.
                 stop_fn=self._stop_run,
             ),
         )
@@ -252,18 +253,18 @@ class Sender:
     # --- what has arrived --------------------------------------------------------------------------
 
     def _ask_server(self) -> None:
-        """Note which rows and samples the server has. After MOST_ASKS failures all count as lacking.
+        """Ask the server which rows and samples it has. After MOST_ASKS failures all count as missing.
 
         Raises:
-            UnansweredError: it does not say.
+            UnansweredError: it did not return them.
         """
         try:
             self._next_step = _within(ASK_S, self._read_server)
         except Exception as error:
             if self._process.state.unanswered + 1 < MOST_ASKS:
-                raise UnansweredError(f"the server does not say which steps it has ({_words(error)})") from error
+                raise UnansweredError(f"the server does not return which steps it has ({_summary(error)})") from error
             self._process.say(
-                "the server does not say which steps it has: all rows of the run are sent, some may be there twice"
+                "the server does not return which steps it has: all rows of the run are sent, some may be there twice"
             )
 
     def _read_server(self) -> int:
@@ -279,7 +280,7 @@ class Sender:
         return next_step
 
     def _read_files(self) -> None:
-        """Note which rows and samples are in the .wandb files."""
+        """Read which rows and samples are in the .wandb files."""
         for path in (self._process.folder / "wandb").glob("offline-run-*/*.wandb"):
             command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
             with (
@@ -294,15 +295,15 @@ class Sender:
                         arrived.add(int(row["step"]), float(row["time"]))
 
     def _check(self) -> None:
-        """Raises LostError if rows that wandb took some time ago are not on the server."""
+        """Raise LostError if rows that wandb accepted some time ago are not on the server."""
         arrived = RunRows(self._process.folder)
-        mine, self._rows = self._rows, arrived
+        previous, self._rows = self._rows, arrived
         try:
             next_step = _within(ASK_S, self._read_server)
-        except Exception:  # an outage, which wandb's core sits out
+        except Exception:  # an outage: wandb's core keeps the rows until it is over
             return
         finally:
-            self._rows = mine
+            self._rows = previous
         self._next_step = next_step
         since = time.monotonic() - (0 if self._process.state.finish else UPLOAD_S)
         left: deque[tuple[float, bool, int, float]] = deque()
@@ -320,7 +321,7 @@ class Sender:
         next_check = time.monotonic() + CHECK_S
         next_probe = time.monotonic() + PROBE_S
         while True:
-            finish = self._process.state.finish  # read before the files, which had everything when it was requested
+            finish = self._process.state.finish  # read before the files, which were complete when it was requested
             for row in self._rows.lacking():
                 self._log(row, online)
             if finish:
@@ -351,7 +352,7 @@ class Sender:
 
 
 def ask_wandb() -> tuple[str, str, bool]:
-    """wandb's server, its mode, and whether it has a key for that server."""
+    """Return wandb's server, its mode, and whether it has a key for that server."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -361,7 +362,7 @@ def ask_wandb() -> tuple[str, str, bool]:
 
 
 def _within(limit_s: float, work: Callable[[], T]) -> T:
-    """The result of `work`, or TimeoutError; work that takes longer is abandoned."""
+    """Return the result of `work`. Raise TimeoutError if it takes longer than `limit_s`; it is then abandoned."""
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -380,15 +381,15 @@ def _within(limit_s: float, work: Callable[[], T]) -> T:
 
 
 def _end_children() -> None:
-    """Kill wandb's core process: what it still holds is lost, and is sent again."""
-    mine = str(os.getpid())
+    """Kill wandb's core process: rows that it has not sent are lost, and are sent again."""
+    own_pid = str(os.getpid())
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError, ValueError):
-            if path.read_text().rpartition(")")[2].split()[1] == mine:
+            if path.read_text().rpartition(")")[2].split()[1] == own_pid:
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def _words(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

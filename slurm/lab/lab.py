@@ -19,8 +19,8 @@ default; `high`, which preempts it by requeueing; and `grace`, which has 25 s be
     kill-slurmd NODE    SIGKILL to its slurmd; the job's processes survive, as on any node
     start-slurmd NODE   start it again
 
-A lab consists of /run/<name>, one interface <name> and its own namespaces. A Slurm or a munged that this machine runs
-itself is not read, stopped or changed. `--name hpcgpt-lab2 --subnet 10.78.0` makes a second
+A lab consists of /run/<name>, one interface <name> and its own namespaces. A Slurm or munged of this machine itself is
+not read, stopped or changed. `--name hpcgpt-lab2 --subnet 10.78.0` makes a second
 lab beside the first.
 """
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
 
 import lab_hosts
 import lab_needs
-from lab_conf import Lab, cgroup_conf, gres_conf, hosts_file, recall, remember, slurm_conf
+from lab_conf import Lab, cgroup_conf, gres_conf, hosts_file, load_lab, save_lab, slurm_conf
 from lab_hosts import LabError, run
 
 # The states of a node that answers and takes jobs, in sinfo; an asterisk after a state: it does not answer.
@@ -58,7 +58,7 @@ RESPONDING = {"idle", "mix", "alloc", "comp", "plnd", "resv"}
 
 @dataclass(frozen=True)
 class Status:
-    """`up`: every daemon runs and every node answers; else `fault` has the reason."""
+    """Whether a lab is up: every daemon runs and every node answers; else `fault` has the reason."""
 
     up: bool
     fault: str
@@ -73,8 +73,8 @@ def up(lab: Lab, *, install: bool = False) -> str:
         raise LabError(reason, lab_needs.CANNOT)
     with _one_at_a_time():
         if status(lab.name).up:
-            if (running := recall(lab.name)) != lab:
-                raise LabError(f"what is up is {running}, and not {lab}: take it down first")
+            if (running := load_lab(lab.name)) != lab:
+                raise LabError(f"another lab is up, {running}, not {lab}: take it down first")
             return f"{lab.name} is up already"
         began_at = time.monotonic()
         lab_hosts.remove_everything(lab)
@@ -95,7 +95,7 @@ def down(name: str) -> str:
     """Remove everything that a lab of this name has, or left, on this machine. Returns a message."""
     _need_root()
     with _one_at_a_time():
-        lab = recall(name) or Lab(name)
+        lab = load_lab(name) or Lab(name)
         was_there = lab.state.exists() or lab_hosts.link_kind(name) == "veth"
         if status(name).up:
             _end_jobs(lab)
@@ -104,18 +104,18 @@ def down(name: str) -> str:
 
 
 def status(name: str) -> Status:
-    lab = recall(name)
+    lab = load_lab(name)
     if lab is None:
         return Status(False, f"there is no lab {name}: bring one up with `up`", {})
     daemons = [(host, "munged") for host in lab.addresses]
     daemons += [(host, "slurmctld" if host == "ctl" else "slurmd") for host in lab.addresses]
     if os.geteuid() != 0:
-        daemons = []  # only root sees the namespaces of processes; other users ask only slurmctld
+        daemons = []  # only root sees the namespaces of processes; for other users only slurmctld is asked
     absent = [f"{daemon} on {host}" for host, daemon in daemons if not lab_hosts.processes(lab, host, daemon)]
     nodes = {} if "slurmctld on ctl" in absent else node_states(lab)
     silent = [f"{node} is {state}" for node, state in nodes.items() if state not in RESPONDING]
     if absent or silent or len(nodes) != lab.nodes:
-        faults = [*(f"there is no {daemon}" for daemon in absent), *silent] or ["slurmctld knows other nodes"]
+        faults = [*(f"there is no {daemon}" for daemon in absent), *silent] or ["slurmctld has other nodes"]
         return Status(False, "; ".join(faults), nodes)
     return Status(True, "", nodes)
 
@@ -127,7 +127,7 @@ def cut(lab: Lab, node: str) -> None:
 
 def heal(lab: Lab, node: str) -> None:
     lab_hosts.set_link(lab, _node(lab, node), "up")
-    # It registers at once; without this, slurmctld asked for it only after 140 s.
+    # It registers at once; without this, slurmctld contacted it only after 140 s.
     lab_hosts.send(lab, node, "slurmd", signal.SIGHUP)
 
 
@@ -159,8 +159,8 @@ def slurm(lab: Lab, *command: str, timeout_s: float = 20) -> str:
 def node_states(lab: Lab) -> dict[str, str]:
     """Ask slurmctld for each node's state: idle, mix, down*, ...; empty if it does not answer."""
     with contextlib.suppress(LabError):
-        words = slurm(lab, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").split()
-        return dict(zip(words[::2], words[1::2], strict=True))
+        fields = slurm(lab, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t").split()
+        return dict(zip(fields[::2], fields[1::2], strict=True))
     return {}
 
 
@@ -187,7 +187,7 @@ def _bring_up(lab: Lab) -> None:
     lab.state.mkdir(mode=0o755)
     for folder in ("ctld", "dev", "log", "munge", "pid", "spool"):
         (lab.state / folder).mkdir()
-    remember(lab)
+    save_lab(lab)
     lab.conf.write_text(slurm_conf(lab))
     (lab.state / "gres.conf").write_text(gres_conf(lab))
     (lab.state / "cgroup.conf").write_text(cgroup_conf(lab_needs.slurm_version()))
@@ -195,17 +195,17 @@ def _bring_up(lab: Lab) -> None:
     for gpu in range(lab.gpus):
         os.mknod(lab.state / f"dev/gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # another /dev/null
     lab_hosts.build_network(lab)
-    # A munged on each host, as on any cluster: one alone sees every node decode the same credential, which is
-    # a replay, and Slurm lets that pass only if it was built for several slurmd on one host.
+    # A munged on each host, as on any cluster. With a single one, every node would decode the same credential there: a
+    # replay, which Slurm accepts only if it was built for several slurmd on one host.
     munged = _prepare_munge(lab)
     for host in lab.addresses:
         lab_hosts.start_daemon(lab, host, *munged)
         lab_hosts.start_daemon(lab, host, "slurmctld" if host == "ctl" else "slurmd")
     wait_until_idle(lab)
-    # That they are idle says that they can speak to the controller. A job says that they can speak to us.
-    said = slurm(lab, "srun", f"--nodes={lab.nodes}", "--ntasks-per-node=1", "hostname", timeout_s=30).split()
-    if sorted(said) != sorted(lab.node_names):
-        raise LabError(f"the first job printed the host names {said}, not {lab.node_names}")
+    # Idle nodes can reach the controller. A job shows that they can reach srun, too.
+    printed = slurm(lab, "srun", f"--nodes={lab.nodes}", "--ntasks-per-node=1", "hostname", timeout_s=30).split()
+    if sorted(printed) != sorted(lab.node_names):
+        raise LabError(f"the first job printed the host names {printed}, not {lab.node_names}")
     wait_until_idle(lab)
 
 
@@ -314,11 +314,11 @@ def _obey(asked: argparse.Namespace) -> int:
             print("a lab can be started here")
         case "env":
             print(f"export SLURM_CONF={Lab(name).conf}")
-            if recall(name) is None:
+            if load_lab(name) is None:
                 print(f"lab: there is no lab {name} yet: bring one up with `up`", file=sys.stderr)
         case _:
             _need_root()
-            running = recall(name)
+            running = load_lab(name)
             if running is None:
                 raise LabError(f"there is no lab {name}: bring one up with `up`")
             actions = {"cut": cut, "heal": heal, "kill-slurmd": kill_slurmd, "start-slurmd": start_slurmd}
@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     bring_up.add_argument(
         "--subnet", default=default.subnet, help="first three numbers of its addresses; default: %(default)s"
     )
-    command("down", "take the lab and every trace of it away")
+    command("down", "remove the lab without a trace")
     state = command("status", "is the lab up, and does every node answer?")
     state.add_argument("--json", action="store_true", help="one object: up, fault, nodes")
     check = command("check", "can a lab be had on this machine?")

@@ -84,11 +84,11 @@ class Lab:
         return {**ours, "SLURM_CONF": str(self.conf)}
 
 
-def remember(lab: Lab) -> None:
+def save_lab(lab: Lab) -> None:
     (lab.state / "lab.json").write_text(json.dumps(dataclasses.asdict(lab)) + "\n")
 
 
-def recall(name: str) -> Lab | None:
+def load_lab(name: str) -> Lab | None:
     """Return the lab of this name as it was started; None if there is none, or its file is damaged."""
     file = Lab(name).state / "lab.json"
     try:

@@ -78,13 +78,13 @@ def inside(lab: Lab, host: str, *command: str | Path) -> list[str | Path]:
 def refuse_what_is_taken(lab: Lab) -> None:
     """Raise LabError if this machine uses the lab's interface name or addresses for something else."""
     if (kind := link_kind(lab.name)) is not None:
-        raise LabError(f"there is an interface {lab.name} of kind {kind!r} that no lab made: choose another --name")
+        raise LabError(f"there is an interface {lab.name} of kind {kind!r} that is not a lab's: choose another --name")
     for interface in json.loads(run(["ip", "-json", "-4", "address", "show"])):
         for address in interface.get("addr_info", []):
-            theirs = ipaddress.IPv4Interface(f"{address['local']}/{address['prefixlen']}").network
-            if theirs.overlaps(lab.network) and interface["ifname"] != lab.name:
+            network = ipaddress.IPv4Interface(f"{address['local']}/{address['prefixlen']}").network
+            if network.overlaps(lab.network) and interface["ifname"] != lab.name:
                 raise LabError(
-                    f"the subnet {lab.network} is in use: interface {interface['ifname']} is in {theirs}; "
+                    f"the subnet {lab.network} is in use: interface {interface['ifname']} is in {network}; "
                     "choose another one with --subnet, such as --subnet 10.78.0"
                 )
 
@@ -125,8 +125,8 @@ def _ip(*lines: str, within: tuple[Lab, str] | None = None) -> None:
 
 def start_daemon(lab: Lab, host: str, *command: str | Path) -> None:
     """Start a daemon, which puts itself into the background, on that host. Raises LabError if it fails."""
-    # Every host finds its own munged where slurm.conf says that ctl's is. /run is noexec on many systems, and
-    # Slurm runs batch scripts from its spool folder. Without -n, mount leaves a /run/mount behind.
+    # Each host's own munged is mounted where slurm.conf says that ctl's is. /run is noexec on many systems, and
+    # Slurm runs batch scripts from its spool folder. Without -n, mount would make a folder /run/mount.
     script = """
         hostname "$1"
         mount -n --bind "$2/hosts" /etc/hosts
@@ -142,13 +142,13 @@ def start_daemon(lab: Lab, host: str, *command: str | Path) -> None:
     path = f"{SYSTEM_PATH}:{os.environ.get('PATH', '')}"
     what = f"{' '.join(map(str, command))} on {host}"
     # Output goes into a file: a daemon that keeps a pipe open would block the reader.
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         try:
             done = subprocess.run(
-                [str(word) for word in entered],
+                [str(argument) for argument in entered],
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 env={"PATH": path, "LANG": "C.UTF-8", "SLURM_CONF": str(lab.conf)},
                 cwd=lab.state,
                 umask=0o022,
@@ -158,8 +158,8 @@ def start_daemon(lab: Lab, host: str, *command: str | Path) -> None:
         except subprocess.TimeoutExpired as error:
             raise LabError(f"{what}: did not start within 20 s") from error
         if done.returncode:
-            said.seek(0)
-            raise LabError(f"{what}: exit status {done.returncode}: {said.read().strip()}")
+            output.seek(0)
+            raise LabError(f"{what}: exit status {done.returncode}: {output.read().strip()}")
 
 
 def hide(lab: Lab, host: str, path: Path) -> None:
@@ -192,7 +192,7 @@ def send(lab: Lab, host: str, called: str, what: signal.Signals) -> int:
     pids = processes(lab, host, called)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(pid)  # unlike the pid, it cannot come to mean another process
+            handle = os.pidfd_open(pid)  # unlike the pid, it never refers to another process
             try:
                 if _network_of(pid) in ours:
                     signal.pidfd_send_signal(handle, what)
@@ -223,7 +223,7 @@ def remove_everything(lab: Lab) -> None:
         run(["ip", "link", "delete", lab.name])
     for file in _namespaces(lab):
         device, parents_device = _identity(file)[0], _identity(file.parent)[0]
-        if device != parents_device:  # else nothing is mounted on it, as after a reboot
+        if device != parents_device:  # equal after a reboot, when nothing is mounted on it
             run(["umount", "-n", file])
     if lab.state.is_dir():
         shutil.rmtree(lab.state)

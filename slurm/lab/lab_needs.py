@@ -70,7 +70,7 @@ def install_missing() -> None:
     if shutil.which("apt-get") is None:
         raise LabError(
             f"missing are {', '.join(sorted(programs))}, and there is no apt-get here: "
-            "install Slurm, munge, iproute2 and util-linux by the means of your system",
+            "install Slurm, munge, iproute2 and util-linux with your system's package manager",
             CANNOT,
         )
     print(f"installing {' '.join(packages)} with apt-get", flush=True)
@@ -78,7 +78,7 @@ def install_missing() -> None:
     get = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=60"]
     run([*get, "update"], env=env, timeout_s=300)
     run([*get, "install", "--yes", "--no-install-recommends", *packages], env=env, timeout_s=900)
-    # A policy-rc.d would have kept them from starting, but that is a file of the system.
+    # A policy-rc.d would prevent that they start, but it would be a file of the system.
     for service in (service for program, service in SERVICES.items() if program in programs):
         if Path("/run/systemd/system").is_dir():
             run(["systemctl", "disable", "--now", service], timeout_s=60)

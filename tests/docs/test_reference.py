@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from hpcgpt import exit_codes
-from hpcgpt.__main__ import COMMANDS, OF_DATA_PREP
+from hpcgpt.__main__ import COMMANDS, DATA_PREP_COMMANDS
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import reference
 from hpcgpt.data.shard_format import Manifest, Shard
@@ -50,7 +50,7 @@ def test_a_key_that_is_not_in_the_page_is_noticed() -> None:
 
 
 def test_every_command_is_listed_and_no_other() -> None:
-    of_data_prep = {f"python -m data_prep.{name}" for name in OF_DATA_PREP}
+    of_data_prep = {f"python -m data_prep.{name}" for name in DATA_PREP_COMMANDS}
     assert first_cells(section("Commands")) == set(COMMANDS) | of_data_prep
 
 

@@ -45,7 +45,7 @@ def test_a_warning_is_not_repeated_for_ever(capfd: pytest.CaptureFixture[str]) -
             raise OSError(28, "No space left on device")
     said = capfd.readouterr().err.splitlines()
     assert len(said) == best_effort.MOST_WARNINGS
-    assert said[-1].endswith("it will not be said again")
+    assert said[-1].endswith("no more such warnings are printed")
 
 
 def test_a_worker_does_things_in_order_and_survives_their_exceptions(capfd: pytest.CaptureFixture[str]) -> None:

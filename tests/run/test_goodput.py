@@ -213,9 +213,9 @@ def test_goodput_is_a_fraction_of_the_time_in_which_the_run_was_not_idle(tmp_pat
     assert found.goodput == pytest.approx(8 / 14)
     assert found.idle_s == pytest.approx(month_s - 20)
     assert found.queue_s == 0
-    assert Goodput.of(found.as_dict()) == found
+    assert Goodput.from_dict(found.as_dict()) == found
     old = {key: value for key, value in found.as_dict().items() if key != "idle_s"}
-    assert Goodput.of(old).goodput == pytest.approx(8 / 14), "figures of a version that had no idle time"
+    assert Goodput.from_dict(old).goodput == pytest.approx(8 / 14), "figures of a version that had no idle time"
     assert "goodput 57.1%: other 42.9%; idle for 2,591,980 s besides" in found.line()
 
 

@@ -191,10 +191,10 @@ def test_events_of_a_run_that_a_group_shares_may_be_written_by_all_of_it(shared:
 
 def test_who_may_not_write_the_events_is_told_what_to_do(shared: Path) -> None:
     run_folder.record(shared, "start")
-    assert run_folder.barred(shared) == ""
+    assert run_folder.why_events_unwritable(shared) == ""
     (shared / "events.jsonl").chmod(0o444)
     with another_user():
-        problem = run_folder.barred(shared)
+        problem = run_folder.why_events_unwritable(shared)
         with pytest.raises(PermissionError, match="chmod g"):
             run_folder.record(shared, "crash")
     assert f"may be written by user {os.getuid()}" in problem

@@ -376,7 +376,7 @@ def test_a_server_that_no_proxy_names_is_asked_directly(
         ({"WANDB_MODE": "dryrun"}, "", "wandb's settings say mode"),
         ({}, "mode = offline", "wandb's settings say mode offline"),
         ({"WANDB_API_KEY": ""}, "", "there is no key for http://127.0.0.1:"),
-        ({"WANDB_BASE_URL": "http://localhost:99999"}, "", "wandb does not take its settings"),
+        ({"WANDB_BASE_URL": "http://localhost:99999"}, "", "wandb does not accept its settings"),
     ],
     ids=["offline", "dryrun", "wandb-offline", "no-key", "bad-port"],
 )
