@@ -94,16 +94,16 @@ def _begin(settings: Config) -> str:
     job = scontrol.job_id(os.environ)
     if not job:
         return ""
-    job_attempt, newest = world.job_attempt(), restart_history.newest_step(folder / "checkpoints")
+    job_start, newest = world.job_start(), restart_history.newest_step(folder / "checkpoints")
     with suppress(OSError):
         if not lease.is_held(folder) or lease.holder_is_gone(folder):
-            run_folder.rotate_records(folder, job_attempt)
-    past = restart_history.count_restarts(_events(folder), job_attempt, newest)
+            run_folder.rotate_records(folder, job_start)
+    past = restart_history.count_restarts(_events(folder), job_start, newest)
     problem = requeue_policy.reason_to_refuse(past, settings.requeue)
     try:
-        run_folder.record(folder, "job", job=job_attempt, newest_step=newest, **job_event(scontrol.ask(job)))
+        run_folder.record(folder, "job", job=job_start, newest_step=newest, **job_event(scontrol.ask(job)))
         if problem:
-            run_folder.record(folder, "give_up", job=job_attempt, reason=problem)
+            run_folder.record(folder, "give_up", job=job_start, reason=problem)
     except OSError as error:  # the disk is full, but the job can train
         streams.warn(error)
     if problem:
@@ -140,14 +140,14 @@ def _act(settings: Config, status: int | None) -> int | None:
     Returns an exit status; None if the job should run again but this start could not be recorded: then the batch script
     decides, and counts.
     """
-    folder, job_attempt, id_ = settings.run_folder, world.job_attempt(), scontrol.job_id(os.environ)
+    folder, job_start, id_ = settings.run_folder, world.job_start(), scontrol.job_id(os.environ)
     events = _events(folder)
-    if any(event["event"] == "chain" and event.get("job") == job_attempt for event in events):
+    if any(event["event"] == "chain" and event.get("job") == job_start for event in events):
         _log(f"no requeue of job {id_}: the next job is queued already")
         return 0
     job = scontrol.ask(id_, ENDING_S if status is None else ASK_S)
-    exits = crash_report.task_exits(_read(folder / "logs" / f"{job_attempt}.srun"))
-    failure = crash_report.first_failure(exits, crash_report.read(folder, job_attempt))
+    exits = crash_report.task_exits(_read(folder / "logs" / f"{job_start}.srun"))
+    failure = crash_report.first_failure(exits, crash_report.read(folder, job_start))
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     decision = _decision(settings, status, job, restart, events, failure)
     if decision is None:
@@ -157,16 +157,16 @@ def _act(settings: Config, status: int | None) -> int | None:
         # Each crash would count as the first one, and the job would be requeued forever.
         decision = Decision(False, f"it could not be counted ({decision.reason}): {unwritable}", decision.crashed)
     if decision.crashed or job.node_failed:
-        _log(crash_report.report(folder, job_attempt, failure, exits))
+        _log(crash_report.report(folder, job_start, failure, exits))
 
-    before = bad_nodes.excluded_nodes(job, job_attempt, events)
+    before = bad_nodes.excluded_nodes(job, job_start, events)
     runs_again = decision.requeue or job.restarts > restart
     hosts = _hosts_to_avoid(settings, job, decision, failure, events, before) if runs_again else []
     # Recorded before the requeue, which may end this process at once.
     counted = _counted_events(decision, status, job, failure, hosts)
-    if decision.requeue and not counted and not any(event.get("job") == job_attempt for event in events):
+    if decision.requeue and not counted and not any(event.get("job") == job_start for event in events):
         counted = [{"event": "job"}]  # the disk had no room for it at the start
-    uncounted = _record(folder, job_attempt, counted)
+    uncounted = _record(folder, job_start, counted)
     if uncounted and decision.requeue:
         _log(f"{decision.reason}. It could not be counted ({uncounted}): the batch script decides")
         return None
@@ -185,7 +185,7 @@ def _act(settings: Config, status: int | None) -> int | None:
         informing.append({"reason": decision.reason, **requeued})
     elif not decision.crashed and job.restarts <= restart:  # for hpcgpt.status: this job is over
         informing.append({"event": "no_requeue", "reason": decision.reason})
-    if problem := _record(folder, job_attempt, informing):
+    if problem := _record(folder, job_start, informing):
         streams.warn(problem)
     return refused
 
@@ -225,11 +225,11 @@ def _counted_events(
     return events
 
 
-def _record(folder: Path, job_attempt: str, events: Sequence[dict[str, Any]]) -> str:
+def _record(folder: Path, job_start: str, events: Sequence[dict[str, Any]]) -> str:
     """Append events of this start; return '' or an error message."""
     try:
         for fields in events:
-            run_folder.record(folder, job=job_attempt, **fields)
+            run_folder.record(folder, job=job_start, **fields)
     except OSError as error:
         return str(error)
     return ""
@@ -240,11 +240,11 @@ def _decision(
     failure: FirstFailure | None,
 ) -> Decision | None:  # fmt: skip
     newest = restart_history.newest_step(settings.run_folder / "checkpoints")
-    past = restart_history.count_restarts(events, world.job_attempt(), newest)
+    past = restart_history.count_restarts(events, world.job_start(), newest)
     if status is None:
         return requeue_policy.decide_early(job, restart, past, settings.requeue)
     ended = run_folder.read_exit(settings.run_folder)
-    if ended and ended.attempt != world.job_attempt():
+    if ended and ended.attempt != world.job_start():
         ended = None
     return requeue_policy.decide(ended, status, job, restart, past, settings.requeue, failure)
 

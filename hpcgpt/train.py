@@ -77,7 +77,7 @@ def _settings(argv: Sequence[str]) -> Config:
     try:
         return sources.from_command_line(argv, "train", "Pretrain a GPT, or resume a run.")
     except UserError as error:
-        if os.environ.get("HPCGPT_CHECKED", "") == world.job_attempt() != "":
+        if os.environ.get("HPCGPT_CHECKED", "") == world.job_start() != "":
             raise NodeError(f"{error} (the batch script could read it: {socket.gethostname()} cannot)") from error
         raise
 
@@ -106,7 +106,7 @@ def _record_error(folder: Path, here: World, error: Exception) -> None:
     # exit.json belongs to the attempt that holds the lease; one that was refused only has its exit status.
     with suppress(OSError):  # this disk may be what has failed
         if here.is_first and not lease.is_held(folder):
-            ended = run_folder.Exit(world.job_attempt(), status, sentence(error), 0, saved=False)
+            ended = run_folder.Exit(world.job_start(), status, sentence(error), 0, saved=False)
             run_folder.write_exit(folder, ended)
 
 

@@ -31,9 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 40 real text files: the sources of data_prep, one document each. Many tests encode, train on or evaluate all
-    of it.
-    """
+    """About 40 real text files: the sources of data_prep, one document each. Many tests use all of it."""
     folder = tmp_path_factory.mktemp("text")
     for path in sorted(ROOT.glob("data_prep/**/*.py")):
         name = path.relative_to(ROOT).as_posix().replace("/", "_")

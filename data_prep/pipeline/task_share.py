@@ -40,7 +40,7 @@ def acquire(out: Path, share: TaskShare) -> Iterator[None]:
         UserError: a living process holds this share or one that overlaps with it.
     """
     folder = out / "prep" / "shares"
-    attempt = world.job_attempt()
+    attempt = world.job_start()
     try:
         task_lease = lease.acquire(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
     except ValueError as error:

@@ -145,7 +145,7 @@ def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
     """
     if lease is None:
         return ""
-    run, step, identity = path.parents[1], layout.step_of(path), _identity(path)
+    run, step, identity = path.parents[1], layout.step_of(path), _stamp(path)
     found: list[dict[str, Any]] = []
     for event in run_folder.events(run):
         if event.get("step") != step:
@@ -171,7 +171,7 @@ def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
     )
 
 
-def _identity(path: Path) -> str:
+def _stamp(path: Path) -> str:
     """Return what distinguishes a checkpoint from others of the same step: time and size of its manifest; '' if these
     cannot be read.
 

@@ -258,6 +258,7 @@ class Saver:
         content = layout.state_bytes(self._state)
         atomic.write(temporary / "state.json", content)
         files["state.json"] = safetensors_writer.fingerprint(content)
+        # The last file: `atomic.write` also flushes the folder.
         atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, lease.number))
         lease.check()
         try:

@@ -28,8 +28,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from hpcgpt.config import paths, unknown_flags
-from hpcgpt.config.options import KIND_DEFAULTS, Config, Part, contradictions
+from hpcgpt.config import contradictions, paths, unknown_flags
+from hpcgpt.config.options import KIND_DEFAULTS, Config, Part
 from hpcgpt.config.unknown_flags import nearest, nearest_key
 from hpcgpt.errors import UserError
 from hpcgpt.output import terminal
@@ -186,7 +186,7 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
         values["model"] = KIND_DEFAULTS.get(model.get("kind", ""), {}) | model
     config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})
     if not problems:
-        problems.extend(contradictions(config))
+        problems.extend(contradictions.find(config))
     if problems:
         raise UserError("\n".join(problems))
     return config

@@ -86,13 +86,13 @@ def _found(env: Mapping[str, str]) -> World:
             int(env["SLURM_STEP_NUM_TASKS"]),
             _tasks_here(env),
             "srun",
-            f"{job_attempt(env)}_{step}",
+            f"{job_start(env)}_{step}",
             tuple(hosts),
         )
     return World(0, 0, 1, 1, "alone", f"alone_{socket.gethostname()}_{os.getpid()}")
 
 
-def job_attempt(env: Mapping[str, str] = os.environ) -> str:
+def job_start(env: Mapping[str, str] = os.environ) -> str:
     """Return the name of this start of this Slurm job, different after each requeue; '' outside of a job."""
     job = env.get("SLURM_JOB_ID", "")
     return f"{job}_{env.get('SLURM_RESTART_COUNT', '0')}" if job else ""

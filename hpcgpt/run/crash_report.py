@@ -2,7 +2,7 @@
 
 A rank that ends with an error writes a file of its own, so that the ranks' messages do not mix::
 
-    faults/<attempt>/rank_00003.json          one JSON object, see Fault; attempt is world.job_attempt, or
+    faults/<attempt>/rank_00003.json          one JSON object, see Fault; attempt is world.job_start, or
                                               outside of Slurm world.attempt
     faults/<attempt>/rank_00003.stacks.txt    the stacks of its threads, if it hung
     faults/<attempt>/report.txt               the crash report, written by hpcgpt.requeue
@@ -104,7 +104,7 @@ class FirstFailure:
 
 def path_of(run_folder: Path, here: world.World) -> Path:
     """Return the path of this rank's file."""
-    return run_folder / "faults" / (world.job_attempt() or here.attempt) / f"rank_{here.rank:05d}.json"
+    return run_folder / "faults" / (world.job_start() or here.attempt) / f"rank_{here.rank:05d}.json"
 
 
 def write(run_folder: Path, here: world.World, error: BaseException, status: int, step: int | None = None) -> None:

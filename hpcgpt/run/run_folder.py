@@ -52,7 +52,7 @@ _recording = threading.Lock()  # truncating a line that did not fit must not rem
 
 @dataclass(frozen=True)
 class Exit:
-    """How an attempt ended. `attempt` is world.job_attempt; `reason` is a message, and `stop` its code if it saved."""
+    """How an attempt ended. `attempt` is world.job_start; `reason` is a message, and `stop` its code if it saved."""
 
     attempt: str
     status: int
@@ -85,7 +85,7 @@ def prepare(folder: Path) -> str:
     except OSError as error:
         why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
         problem = f"{folder} cannot be a run folder: {why}"
-        if world.job_attempt().rpartition("_")[2] not in ("", "0"):
+        if world.job_start().rpartition("_")[2] not in ("", "0"):
             raise NodeError(
                 error.errno, f"{problem}; it was one before: does this node have its file system?"
             ) from None
@@ -96,7 +96,7 @@ def prepare(folder: Path) -> str:
 def rotate_records(folder: Path, attempt: str) -> None:
     """Rename the records that an earlier start with the same name left, so that they are not taken for this one's.
 
-    `attempt` is world.job_attempt. Two starts in one allocation of salloc have the same name, and so have two jobs with
+    `attempt` is world.job_start. Two starts in one allocation of salloc have the same name, and so have two jobs with
     the same id, where Slurm's ids began at 1 again. exit.json is removed, the others get a number after their names.
     """
     ended = read_exit(folder)

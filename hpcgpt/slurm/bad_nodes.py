@@ -80,10 +80,10 @@ class ExcludedNodes:
     by_batch_script: tuple[str, ...]
 
 
-def excluded_nodes(job: scontrol.Job, job_attempt: str, events: Sequence[Mapping[str, Any]]) -> ExcludedNodes:
-    """Return the nodes that the job avoids now. `job_attempt` is world.job_attempt, '<id>_<restart>'."""
+def excluded_nodes(job: scontrol.Job, job_start: str, events: Sequence[Mapping[str, Any]]) -> ExcludedNodes:
+    """Return the nodes that the job avoids now. `job_start` is world.job_start, '<id>_<restart>'."""
     by_batch_script = _avoided(job)
-    chain = restart_history.chain_of(events, job_attempt)
+    chain = restart_history.chain_of(events, job_start)
     own = set(by_batch_script)
     for event in events:
         # Earlier versions recorded them only in the event of a crash.

@@ -100,7 +100,7 @@ def newest_step(checkpoints: Path) -> int | None:
 
 
 def count_restarts(events: Sequence[Row], job: str, newest: int | None) -> RestartHistory:
-    """Count over the starts of the chain of `job` ('<id>_<restart>', as world.job_attempt).
+    """Count over the starts of the chain of `job` ('<id>_<restart>', as world.job_start).
 
     `newest` is the present `newest_step`. A start that is not on record yet is not counted.
     """

@@ -112,17 +112,17 @@ def exit_when_superseded(run_folder: Path, number: int) -> None:
     threading.Thread(target=mine._check_forever, name="lease", daemon=True).start()
 
 
-def acquire(run_folder: Path, job_attempt: str) -> Lease:
-    """Acquire the next lease on a run folder. `job_attempt` is world.job_attempt: '<job>_<restart>' or ''.
+def acquire(run_folder: Path, job_start: str) -> Lease:
+    """Acquire the next lease on a run folder. `job_start` is world.job_start: '<job>_<restart>' or ''.
 
     Raises:
         UserError: another attempt holds the lease and is alive, or acquired it at the same moment.
     """
     folder = run_folder / "generations"
     folder.mkdir(parents=True, exist_ok=True)
-    newest = wait_until_gone(run_folder, job_attempt)
+    newest = wait_until_gone(run_folder, job_start)
     number = newest + 1
-    holder = {"host": socket.gethostname(), "attempt": job_attempt, "time": time.time(), **_process(os.getpid())}
+    holder = {"host": socket.gethostname(), "attempt": job_start, "time": time.time(), **_process(os.getpid())}
     if not atomic.claim(folder / f"{number:06d}.json", json.dumps(holder).encode()):
         raise UserError(f"{run_folder} has just been taken by another job: {_describe(folder, number)}")
     lease = Lease(folder, number, threading.Event())
@@ -146,7 +146,7 @@ def holder_is_gone(run_folder: Path) -> bool:
         return False
 
 
-def wait_until_gone(run_folder: Path, job_attempt: str) -> int:
+def wait_until_gone(run_folder: Path, job_start: str) -> int:
     """Return the number of the newest lease once its holder is gone; 0 if there was none yet.
 
     Raises:
@@ -157,7 +157,7 @@ def wait_until_gone(run_folder: Path, job_attempt: str) -> int:
     if not number:
         return 0
     holder = _holder(folder, number)
-    if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), job_attempt):
+    if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), job_start):
         return number
     if _is_known_to_be_gone(holder):
         return number

@@ -75,7 +75,7 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
 
 def _acquire(folder: Path) -> Lease:
     run_folder.prepare(folder)
-    return acquire(folder, world.job_attempt())
+    return acquire(folder, world.job_start())
 
 
 class Attempt:

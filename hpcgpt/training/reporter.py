@@ -76,7 +76,7 @@ class Reporter:
         lost = [row for row in self.metrics.cut_off if row["step"] > info.step]
         self.event(
             "start",
-            job=world.job_attempt(),
+            job=world.job_start(),
             step=info.step,
             total_steps=info.plan.total_steps,
             world_size=info.ranks.world.size,
@@ -173,7 +173,7 @@ class Reporter:
     def leave(self, status: int, message: str, step: int, saved: bool) -> None:
         """Report how an attempt ended, unless it crashed. exit.json is first: it decides what happens next."""
         with only_informs("exit.json"):
-            run_folder.write_exit(self._folder, run_folder.Exit(world.job_attempt(), status, message, step, saved))
+            run_folder.write_exit(self._folder, run_folder.Exit(world.job_start(), status, message, step, saved))
         self.event("end", status=status, reason=message, step=step)
         if status == exit_codes.FINISHED:
             self._worker.drain(DRAIN_S)

@@ -1,0 +1,97 @@
+"""Errors in a configuration that no single key shows: values that contradict each other, or that have no effect.
+
+Without shards and ranks: what depends on those is checked in ``hpcgpt/plan.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from hpcgpt.config import paths
+from hpcgpt.config.options import Config, Model, Optim
+from hpcgpt.output import terminal
+
+
+def find(config: Config) -> Iterator[str]:
+    """Yield a message for each error in the combination of several keys."""
+    model, train = config.model, config.train
+    if model.n_embd % model.n_head:
+        yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
+    yield from _model_contradictions(model)
+    if config.stride > model.block_size:
+        yield (
+            f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
+            "the tokens between two windows would never be trained on"
+        )
+    lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name)]
+    if len(lengths) != 1:
+        found = " and ".join(f"train.{name}" for name in lengths) or "none"
+        yield f"give exactly one of train.steps, train.tokens and train.epochs (found {found})"
+    if config.data.dir and config.data.mix:
+        yield "give one of data.dir and data.mix, not both"
+    if train.epochs and config.data.mix:
+        yield (
+            "train.epochs is not defined for data.mix, whose data sets have different epochs: give train.tokens or "
+            "train.steps"
+        )
+    if train.global_batch % train.micro_batch:
+        yield (f"train.global_batch {train.global_batch} must be a multiple of train.micro_batch {train.micro_batch}")
+    tokens = train.micro_batch * model.block_size
+    if train.loss_chunk > tokens:
+        yield (
+            f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch and has no effect: "
+            "give 0"
+        )
+    if config.data.document_mask and train.attention != "auto":
+        yield f"train.attention {train.attention} has no effect with data.document_mask, which has its own kernel"
+    if train.attention == "fa3" and model.dropout:
+        yield f"train.attention fa3 has no dropout, and model.dropout is {model.dropout}: use flash or auto"
+    if config.sample.slide > model.block_size:
+        yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
+    if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
+        yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
+    for key in ("muon_lr", "muon_momentum"):
+        if config.optim.name != "muon" and getattr(config.optim, key) != getattr(Optim(), key):
+            yield f"optim.{key} has no effect with optim.name {config.optim.name}: use muon, or leave it out"
+    if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
+        yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: use one of them"
+    yield from _checkpoint_contradictions(config)
+    steps = config.profile.steps
+    if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
+        yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
+    for key, name in (("run.name", config.run.name), ("tracking.project", config.tracking.project)):
+        if problem := paths.problem_of_name(name):
+            yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
+    if any(map(terminal.is_control, config.run.dir)):
+        yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
+
+
+def _checkpoint_contradictions(config: Config) -> Iterator[str]:
+    keep = config.checkpoint
+    if keep.keep_every and (not keep.every or keep.keep_every % keep.every):
+        yield (
+            f"checkpoint.keep_every {keep.keep_every} must be a multiple of checkpoint.every {keep.every}: other steps "
+            "are not saved"
+        )
+    if 0 < config.spike.factor <= 1:
+        yield f"spike.factor {config.spike.factor} must be greater than 1, or 0: the usual loss is no spike"
+    if config.spike.factor and not keep.every:
+        yield "spike.factor needs checkpoints to go back to: give checkpoint.every"
+
+
+def _model_contradictions(model: Model) -> Iterator[str]:
+    """Yield a message for each setting that the kind of model does not have."""
+    if model.kind == "gpt2":
+        if model.n_kv_head not in (0, model.n_head):
+            yield f'model.n_kv_head {model.n_kv_head} is for model.kind "modern": gpt2 has a key for each head'
+        return
+    if model.qkv_bias:
+        yield 'model.qkv_bias: model.kind "modern" has no biases: leave it out'
+    if model.n_kv_head and model.n_head % model.n_kv_head:
+        yield f"model.n_head {model.n_head} must be a multiple of model.n_kv_head {model.n_kv_head}"
+    if model.n_embd % model.n_head == 0 and model.n_embd // model.n_head % 2:
+        yield (
+            f"model.n_embd {model.n_embd} / model.n_head {model.n_head} is odd: rotary positions rotate pairs, so the "
+            "size of a head must be even"
+        )
