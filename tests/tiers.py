@@ -52,6 +52,7 @@ def _record(event: str, arguments: tuple[Any, ...]) -> None:
         _started.append(event)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that need the lab, keep each file in one process, and begin with what takes longest."""
     for item in items:
