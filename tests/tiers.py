@@ -22,9 +22,9 @@ import pytest
 
 # Programs that take some milliseconds.
 TOOLS = {"cc", "git"}
-# Tests of one group run in one process, one after another. Each such process has a lab of its own, so two groups of
-# tests wait for two Slurms at the same time.
-LAB_GROUPS = 2
+# Tests of one group run in one process, which has a lab of its own: so tests wait for two Slurms at the same time. These
+# files take about as long as the others that need a lab.
+SECOND_LAB = {"test_batch_script_on_slurm.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"}
 
 _started: list[str] = []
 _fixtures: dict[str, str] = {}  # by the fixture's id: the first process that it started
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slurm")
         group = item.path.as_posix()
         if item.get_closest_marker("slurm"):
-            group = f"lab {sum(item.path.name.encode()) % LAB_GROUPS}"
+            group = "second lab" if item.path.name in SECOND_LAB else "lab"
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: [not item.get_closest_marker(name) for name in ("slurm", "long", "processes")])
 
