@@ -22,8 +22,8 @@ import pytest
 
 # Programs that take some milliseconds.
 TOOLS = {"cc", "git"}
-# Tests of one group run in one process, which has a lab of its own: so tests wait for two Slurms at the same time. These
-# files take about as long as the others that need a lab.
+# Tests of one group run in one process, which has a lab of its own: so tests wait for two Slurms at the same time.
+# These files take about as long as the others that need a lab.
 SECOND_LAB = {"test_batch_script_on_slurm.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"}
 
 _started: list[str] = []
@@ -62,7 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slurm"):
             group = "second lab" if item.path.name in SECOND_LAB else "lab"
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: [not item.get_closest_marker(name) for name in ("slurm", "long", "processes")])
+    marked = {(item.path, mark.name) for item in items for mark in item.iter_markers()}
+    items.sort(key=lambda item: [(item.path, name) not in marked for name in ("slurm", "long", "processes")])
 
 
 @pytest.hookimpl(wrapper=True)
