@@ -183,7 +183,7 @@ def test_with_too_few_nodes_only_the_one_that_failed_last_is_excluded(batch: Bat
 
 
 def test_a_decision_of_hpcgpt_requeue_ends_the_exclusions_of_the_batch_script(batch: Batch) -> None:
-    """Where hpcgpt.requeue runs in a container without Slurm's tools; else it takes them over: tests/test_requeue.py."""
+    """Where hpcgpt.requeue runs in a container without Slurm's tools; else it adopts them: tests/test_requeue.py."""
     batch.set_python(
         'case $2.$3 in *.folder) echo "$STATE/run"; exit ;; *.decide) echo requeue; echo decided; exit ;; '
         "hpcgpt.train.*) exit 75 ;; esac"

@@ -1,4 +1,4 @@
-"""hpcgpt.training.resume: what a rollback waits for. Whole runs that go back are in test_spikes."""
+"""hpcgpt.training.resume: what a rollback waits for. test_spikes.py has whole runs that roll back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.one_rank import ALONE
 def test_a_rollback_chooses_its_checkpoint_after_the_removals_of_the_start(
     three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The start removes old checkpoints in a thread, whose disk is slow."""
+    """The start removes old checkpoints in a thread, here on a slow disk."""
     monkeypatch.setattr(pruner, "WAIT_S", 600.0)
     disk_answers = threading.Event()
     monkeypatch.setattr(retention, "prune", lambda *_, **__: disk_answers.wait())
