@@ -16,7 +16,7 @@ from data_prep.text import documents, inputs
 from hpcgpt.tokenizer import save_load
 from tests.checkpoint.small_checkpoints import checkpoints as checkpoints  # fixtures
 from tests.checkpoint.small_checkpoints import lease as lease
-from tests.checkpoint.small_checkpoints import three as three
+from tests.checkpoint.small_checkpoints import three_checkpoints as three_checkpoints
 from tests.programs import ROOT
 from tests.slurm.lab_fixture import lab as lab  # a fixture, for all tests
 from tests.tiny_run import TINY

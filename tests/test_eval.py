@@ -16,7 +16,7 @@ import pytest
 from hpcgpt.eval import Progress
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.output import terminal
-from tests.checkpoint.small_checkpoints import flip_a_byte, mend
+from tests.checkpoint.small_checkpoints import flip_byte, update_checksums
 from tests.programs import ROOT, clean_env, command, program
 from tests.tiny_run import TINY, rows
 
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_refused_where_it_is_named_and_passed_over_where
     runs: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(runs / "gpt2", tmp_path / "gpt2"))
-    flip_a_byte(copy / "checkpoints/step_000000012")
+    flip_byte(copy / "checkpoints/step_000000012")
     done = command("hpcgpt.eval", str(copy), "--step", "12")
     assert done.returncode == 2
     assert "step_000000012 is damaged: the checksum of" in done.stderr
@@ -293,4 +293,4 @@ def forget(checkpoint: Path, *keys: str) -> None:
     for key in keys:
         del state["identity"][key]
     (checkpoint / "state.json").write_text(json.dumps(state))
-    mend(checkpoint)
+    update_checksums(checkpoint)

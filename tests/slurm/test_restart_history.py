@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpcgpt.slurm.restart_history import RestartHistory, count_restarts, newest_step, starts
-from tests.checkpoint.small_checkpoints import flip_a_byte, names, write_manifest
+from tests.checkpoint.small_checkpoints import flip_byte, names, write_manifest
 
 Event = dict[str, Any]
 
@@ -211,16 +211,16 @@ def test_chain_events_that_form_a_circle_are_followed_once() -> None:
 # --- the newest checkpoint ---------------------------------------------------------------------------
 
 
-def test_the_newest_step_is_that_of_the_newest_checkpoint_with_a_valid_structure(three: Path) -> None:
-    assert newest_step(three) == 12
-    flip_a_byte(three / "step_000000012")
-    assert newest_step(three) == 12, "checksums are not read"
-    (three / "step_000000012/manifest.json").unlink()
-    assert newest_step(three) == 8
-    write_manifest(three / "step_000000008", json.loads((three / "step_000000004/manifest.json").read_text()) | {
-        "version": 99})  # fmt: skip
-    assert newest_step(three) == 4
-    assert len(names(three)) == 3, "nothing is removed"
+def test_the_newest_step_is_that_of_the_newest_checkpoint_with_a_valid_structure(three_checkpoints: Path) -> None:
+    assert newest_step(three_checkpoints) == 12
+    flip_byte(three_checkpoints / "step_000000012")
+    assert newest_step(three_checkpoints) == 12, "checksums are not read"
+    (three_checkpoints / "step_000000012/manifest.json").unlink()
+    assert newest_step(three_checkpoints) == 8
+    manifest = json.loads((three_checkpoints / "step_000000004/manifest.json").read_text())
+    write_manifest(three_checkpoints / "step_000000008", manifest | {"version": 99})
+    assert newest_step(three_checkpoints) == 4
+    assert len(names(three_checkpoints)) == 3, "nothing is removed"
 
 
 def test_without_a_checkpoint_the_newest_step_is_0(checkpoints: Path) -> None:

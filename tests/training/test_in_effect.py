@@ -293,13 +293,13 @@ def test_a_checkpoint_without_settings_only_reports_the_number_of_ranks(shards_f
 
 
 def test_a_run_whose_checkpoints_lack_the_settings_resumes(config: Path, interrupted_run: Path) -> None:
-    from tests.checkpoint.small_checkpoints import mend
+    from tests.checkpoint.small_checkpoints import update_checksums
 
     newest = interrupted_run / "checkpoints" / "step_000000008"
     state = json.loads((newest / "state.json").read_text())
     del state["in_effect"]
     (newest / "state.json").write_text(json.dumps(state))
-    mend(newest)
+    update_checksums(newest)
     output = resumed(config, interrupted_run, "--optim.lr", "0.001")
     assert "resumed at step 8 of 12" in output
     assert "changed" not in output
