@@ -325,9 +325,9 @@ def test_seventy_thousand_ids(tmp_path: Path) -> None:
         for left, right in level:
             merge(left, right)
     while len(vocab) < 69_999:
-        (one, two), three_checkpoints = chance.choice(fours), chance.choice(twos)
-        if vocab[one + two] < vocab[two + three_checkpoints] and one + two + three_checkpoints not in vocab:
-            merge(one + two, three_checkpoints)
+        (one, two), three = chance.choice(fours), chance.choice(twos)
+        if vocab[one + two] < vocab[two + three] and one + two + three not in vocab:
+            merge(one + two, three)
     made = list(vocab)
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     added = {"id": 69_999, "content": END, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
