@@ -1,5 +1,5 @@
 """Fixtures of all tests: a small corpus of real text (this project's own sources) as shards, the configuration of a
-tiny run on them, and the lab.
+tiny run on it, and the lab.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for Slurm, or wants the whole machine as the quick start does, runs alone and begins first."""
+    """Run the tests that wait for Slurm, or need the whole machine as the quick start does, alone and first."""
     for item in items:
         if item.path in WITH_LAB:
             item.add_marker("alone")
@@ -74,7 +74,7 @@ def shards_folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def faulty_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that makes calls about files fail, to be preloaded."""
+    """A library that makes file operations fail, to be preloaded."""
     library = tmp_path_factory.mktemp("faulty") / "faulty_calls.so"
     source = ROOT / "tests/training/faulty_calls.c"
     command = ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]

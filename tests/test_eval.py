@@ -227,7 +227,7 @@ def on_a_terminal(folder: Path, *arguments: str) -> str:
         return on_screen(leader)
 
 
-def test_a_terminal_is_given_no_orders_by_a_text_and_a_pipe_gets_every_byte(runs: Path, tmp_path: Path) -> None:
+def test_control_characters_of_a_text_are_escaped_on_a_terminal_and_not_in_a_pipe(runs: Path, tmp_path: Path) -> None:
     flags = (str(runs / "gpt2"), "--prompt", "\x1b[2J\u202edef ", "--tokens", "30", "--temperature", "3")
     shown, piped = on_a_terminal(tmp_path, *flags), command("hpcgpt.sample", *flags).stdout
     assert "\n\x1b[2J\u202edef " in piped
@@ -235,14 +235,14 @@ def test_a_terminal_is_given_no_orders_by_a_text_and_a_pipe_gets_every_byte(runs
     assert shown.replace("\r\n", "\n") == terminal.shown(piped)
 
 
-def test_a_log_is_given_none_either(runs: Path, tmp_path: Path) -> None:
+def test_control_characters_of_a_sample_are_escaped_in_the_log(runs: Path, tmp_path: Path) -> None:
     done = command("hpcgpt.train", str(runs / "tiny.toml"), "--run.dir", str(tmp_path), "--sample.prompt", "\x1b[2J")
     assert done.returncode == FINISHED, done.stderr
     assert "--- sample at step 12\n\\x1b[2J" in done.stdout
     assert "\x1b" not in done.stdout
 
 
-def test_a_sample_goes_on_behind_its_prompt_and_may_be_of_an_earlier_step(runs: Path) -> None:
+def test_a_sample_continues_its_prompt_and_may_be_of_an_earlier_step(runs: Path) -> None:
     flags = (str(runs / "gpt2"), "--prompt", "def ", "--tokens", "20", "--temperature", "0")
     assert sampled(*flags).startswith("--- sample 1\ndef ")
     assert sampled(*flags, "--step", "12") == sampled(*flags)
@@ -263,17 +263,17 @@ def test_without_a_prompt_a_sample_is_a_document_from_its_beginning(runs: Path) 
         (["--step", "7"], "has no checkpoint of step 7: there are 4, 8, 12"),
     ],
 )
-def test_a_sample_that_cannot_be_is_refused(flags: list[str], sentence: str, runs: Path) -> None:
+def test_impossible_samples_are_refused(flags: list[str], sentence: str, runs: Path) -> None:
     done = command("hpcgpt.sample", str(runs / "gpt2"), *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert sentence in done.stderr
 
 
-# --- runs from before ------------------------------------------------------------------------------
+# --- runs of earlier versions ----------------------------------------------------------------------
 
 
-def test_a_run_from_before_there_were_these_options_is_gone_on_with(runs: Path, tmp_path: Path) -> None:
-    """Its checkpoints name neither option, and what they name now is what it did then."""
+def test_a_run_from_before_these_options_is_continued(runs: Path, tmp_path: Path) -> None:
+    """Its checkpoints lack both options, whose defaults mean what the version did then."""
     shutil.copytree(runs / "gpt2", tmp_path / "gpt2")
     forget(tmp_path / "gpt2/checkpoints/step_000000012", "model.n_kv_head", "data.document_mask")
     config = str(tmp_path / "gpt2/config.toml")
@@ -286,7 +286,7 @@ def test_a_run_from_before_there_were_these_options_is_gone_on_with(runs: Path, 
 
 
 def forget(checkpoint: Path, *keys: str) -> None:
-    """Take keys out of a checkpoint's identity."""
+    """Remove keys from a checkpoint's identity."""
     state = json.loads((checkpoint / "state.json").read_bytes())
     for key in keys:
         del state["identity"][key]

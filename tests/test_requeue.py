@@ -641,9 +641,7 @@ def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, ru
 
 
 @pytest.mark.parametrize("case", ["another job's", "no nodes", "finished"])
-def test_exclusions_that_are_not_ours_or_not_needed_any_more_stay(
-    slurm: FakeSlurm, run: Path, case: str
-) -> None:
+def test_exclusions_that_are_not_ours_or_not_needed_any_more_stay(slurm: FakeSlurm, run: Path, case: str) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
     slurm.has_nodes(*([] if case == "no nodes" else ["n1 idle", "n2 idle", "n3 idle"]))
     # The user may have adopted the exclusions of an earlier job.

@@ -128,9 +128,9 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
     arguments = [part.replace("~/novels", str(text_folder)).replace("data/shards", "data/second") for part in array[1:]]
     few = ["--cpus-per-task=1", "--output=%a.log", "--wait"]  # later flags win, and the lab's hosts have few cores
     script = arguments.index("slurm/shards.sbatch")
-    queued = subprocess.run(["sbatch", *arguments[:script], *few, *arguments[script:], "--val-fraction", "0.2"], cwd=checkout,
-                            env=clean_env() | lab.environ() | {"HPCGPT_PYTHON": sys.executable}, capture_output=True,
-                            text=True, timeout=200)  # fmt: skip
+    queued = subprocess.run(["sbatch", *arguments[:script], *few, *arguments[script:], "--val-fraction", "0.2"],
+                            cwd=checkout, env=clean_env() | lab.environ() | {"HPCGPT_PYTHON": sys.executable},
+                            capture_output=True, text=True, timeout=200)  # fmt: skip
     assert queued.returncode == 0, queued.stdout + queued.stderr
     second = shard_format.read_manifest(checkout / "data" / "second")
     assert [shard.xxh3 for shard in second.shards] == [shard.xxh3 for shard in manifest.shards]

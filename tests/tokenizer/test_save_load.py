@@ -436,7 +436,7 @@ def test_every_change_of_an_id_changes_the_fingerprint(bpe: ByteLevelBPE) -> Non
     assert renamed.fingerprint == bpe.fingerprint
 
 
-def test_another_tokenizer_than_the_shards_is_refused(gpt2: ByteLevelBPE, tokenizer_folder: Path) -> None:
+def test_a_tokenizer_other_than_the_shards_is_refused(gpt2: ByteLevelBPE, tokenizer_folder: Path) -> None:
     with pytest.raises(ValueError, match=f"fingerprint .*, but the shards were made with {gpt2.fingerprint[:12]}"):
         save_load.load(tokenizer_folder, gpt2.fingerprint)
 
