@@ -1,5 +1,5 @@
 """Fixtures of all tests: a small corpus of real text (this project's own sources) as shards, the configuration of a
-tiny run on them, and the lab.
+tiny run on it, and the lab.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from data_prep.text import documents, inputs
 from hpcgpt.tokenizer import save_load
 from tests.checkpoint.small_checkpoints import checkpoints as checkpoints  # fixtures
 from tests.checkpoint.small_checkpoints import lease as lease
-from tests.checkpoint.small_checkpoints import three as three
+from tests.checkpoint.small_checkpoints import three_checkpoints as three_checkpoints
 from tests.programs import ROOT
 from tests.slurm.lab_fixture import lab as lab  # a fixture, for all tests
 from tests.tiers import pytest_collection_modifyitems as pytest_collection_modifyitems  # hooks
@@ -61,7 +61,7 @@ def shards_folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def faulty_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that makes calls about files fail, to be preloaded."""
+    """A library that makes file operations fail, to be preloaded."""
     library = tmp_path_factory.mktemp("faulty") / "faulty_calls.so"
     source = ROOT / "tests/training/faulty_calls.c"
     command = ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]

@@ -1,4 +1,4 @@
-"""Disks and users of a test: a small real file system, the end of its room, and a user without root's rights."""
+"""A small real file system, a full one, and a user without root's rights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A real file system of that size at `folder`. Skips the test where none can be mounted."""
+    """Mount a real file system of that size at `folder`. Skip the test where that is not possible."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True,
                              text=True, check=False) if os.geteuid() == 0 else None  # fmt: skip
@@ -27,7 +27,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Use up the last byte of a disk; the file that does."""
+    """Fill a disk to its last byte; return the file that does it."""
     path = folder / "filler"
     with open(path, "ab", buffering=0) as file:
         for size in (1 << 16, 1):
@@ -49,11 +49,11 @@ def shared() -> Iterator[Path]:
 
 @contextmanager
 def another_user() -> Iterator[None]:
-    """What follows is done by a user without rights of root's."""
-    mine = os.geteuid()
-    if mine == 0:
+    """Act as a user without root's rights within the block."""
+    user = os.geteuid()
+    if user == 0:
         os.seteuid(65534)
     try:
         yield
     finally:
-        os.seteuid(mine)
+        os.seteuid(user)

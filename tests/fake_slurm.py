@@ -1,4 +1,4 @@
-"""An `scontrol` in a folder of its own, a run that asks it, and the command that decides about the job."""
+"""A fake `scontrol` in a folder, a run that uses it, and the command that decides about the job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.programs import command
 
 
 class FakeSlurm:
-    """An scontrol that records its calls. The real one is tested in tests/slurm/test_lab.py and its neighbours."""
+    """An scontrol that records its calls. tests/slurm/test_lab.py and its neighbours test the real one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "bin"
@@ -20,7 +20,7 @@ class FakeSlurm:
         self.answers()
 
     def away(self, times: int, then_requeued: bool = False) -> None:
-        """Its controller cannot be reached for so many calls; the last of these may have reached it nevertheless."""
+        """Make the controller unreachable for this many calls; the last of them may have taken effect nevertheless."""
         script = self.folder / "scontrol"
         back = script.read_text().replace("#!/bin/sh\n", "", 1)
         requeued = back.replace("Restarts=0", "Restarts=1").replace("exit 0", "echo Job is completing >&2; exit 1")
@@ -44,7 +44,7 @@ class FakeSlurm:
         script.chmod(0o755)
 
     def has_nodes(self, *nodes: str) -> None:
-        """sinfo's answer: node and state."""
+        """Set sinfo's answer: node and state."""
         (self.folder / "sinfo").write_text("#!/bin/sh\n" + "\n".join(f"echo {node}" for node in nodes) + "\n")
         (self.folder / "sinfo").chmod(0o755)
 
@@ -64,7 +64,7 @@ def slurm(tmp_path: Path) -> FakeSlurm:
 
 
 def decided(slurm: FakeSlurm, run: Path, status: int, **env: str) -> tuple[int, str]:
-    """Let `requeue decide` act on the run in that folder; its exit status and what it said."""
+    """Run `requeue decide` for the run in that folder; return exit status and messages."""
     job = {"SLURM_JOB_ID": "7", "PATH": f"{slurm.folder}:/usr/bin:/bin"} | env
     done = command("hpcgpt.requeue", "decide", "--status", str(status), "--run.dir", str(run.parent), "--run.name",
                    run.name, env=job)  # fmt: skip

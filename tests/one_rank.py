@@ -1,4 +1,4 @@
-"""The only rank of a group of one, on the CPU, for tests of what ranks do together."""
+"""A group of one rank, on the CPU, for tests of what ranks do together."""
 
 from __future__ import annotations
 

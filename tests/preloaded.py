@@ -1,9 +1,9 @@
-"""Starts programs in a process that has loaded torch already. To load it takes a second of both cores, most of what
-a run of the tests' size takes at all, and they start more than a hundred.
+"""Starts programs in a process that has loaded torch already: loading takes a second of both cores, most of the time of
+a small run, and the tests start more than a hundred.
 
-``Preloaded`` keeps one process that has imported the libraries, and nothing of ours. For each program it forks; the
-fork becomes ``python -m module arguments`` with the environment and the files that it is given, and ends as that would.
-Tests of the start itself (what is imported, signals that come early, a real launcher) start python for real.
+``Preloaded`` keeps one process that has imported the libraries, and none of our modules. It forks for each program; the
+fork becomes ``python -m module arguments`` with the given environment and files. Tests of the start itself (what is
+imported, early signals, a real launcher) start python for real.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Program:
-    """One that runs: what the tests need of subprocess.Popen."""
+    """A running program: what the tests need of subprocess.Popen."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._said = connection, connection.makefile("r")
-        self.pid = int(self._said.readline())
+        self._connection, self._messages = connection, connection.makefile("r")
+        self.pid = int(self._messages.readline())
         self.returncode: int | None = None
 
     def wait(self, timeout_s: float) -> int | None:
-        """Its exit status; None if it still runs."""
+        """Wait; return its exit status, or None if it still runs."""
         if self.returncode is None and select.select([self._connection], [], [], timeout_s)[0]:
-            self.returncode = int(self._said.readline())
-            self._said.close()
+            self.returncode = int(self._messages.readline())
+            self._messages.close()
             self._connection.close()
         return self.returncode
 
@@ -52,16 +52,16 @@ class Program:
 
 class Preloaded:
     def __init__(self, library: Path | None = None, code: Path | None = None) -> None:
-        """`library` is preloaded by the dynamic linker, too; `code`: the folder of another version to run."""
-        # An abstract address: that of a file may have 107 bytes, and TMPDIR alone may be longer.
+        """`library` is preloaded by the dynamic linker; `code` is the folder of another version to run."""
+        # An abstract address: the path of a socket file is limited to 107 bytes, and TMPDIR may be longer.
         self._address = f"hpcgpt-preloaded-{os.getpid()}-{secrets.token_hex(8)}"
         env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as hpcgpt.train sets it before torch is loaded
         if library:
             env["LD_PRELOAD"] = str(library)
         if code:
             env["PYTHONPATH"] = str(code)
-        words = [sys.executable, "-m", "tests.preloaded", self._address]
-        self._process = subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, "-m", "tests.preloaded", self._address]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
@@ -83,7 +83,7 @@ class Preloaded:
 
 
 def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
-    """Returns in each of the forks, with what that one is to be."""
+    """Serve until the end of the tests; return in each fork, with the program that it has to become."""
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.freeze()
@@ -91,9 +91,9 @@ def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
     server.bind(f"\0{address}")
     server.listen(64)
     print("ready", flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the programs
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for those that wait for the programs
     while True:
-        # The tests are gone when their end of our stdin is.
+        # When stdin is closed the tests have ended.
         if sys.stdin in select.select([server, sys.stdin], [], [])[0]:
             os._exit(0)
         connection = server.accept()[0]
@@ -131,7 +131,7 @@ if __name__ == "__main__":
     os.environ.clear()
     os.environ.update(_env)
     sys.argv, sys.path[0] = [_module, *_arguments], _cwd
-    # Those of the server remember whether its files could be sought in.
+    # The server's own objects remember whether its files were seekable.
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
     runpy.run_module(_module, run_name="__main__", alter_sys=True)

@@ -35,64 +35,64 @@ def program(
 def command(module: str, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 120,
             cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run ``python -m module arguments`` to its end, as a user would."""
-    words, env = [sys.executable, "-m", module, *arguments], clean_env() | (env or {})
+    command_line, env = [sys.executable, "-m", module, *arguments], clean_env() | (env or {})
     if module not in NEED_TORCH:
-        done = subprocess.run(words, capture_output=True, cwd=cwd, env=env, timeout=timeout_s, check=False)
-        return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
+        done = subprocess.run(command_line, capture_output=True, cwd=cwd, env=env, timeout=timeout_s, check=False)
+        return subprocess.CompletedProcess(command_line, done.returncode, done.stdout.decode(), done.stderr.decode())
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         running = program(module, arguments, env, cwd, out, err)
         status = running.wait(timeout_s)
         if status is None:
             running.kill()
-            raise subprocess.TimeoutExpired(words, timeout_s, _said(out), _said(err))
-        return subprocess.CompletedProcess(words, status, _said(out), _said(err))
+            raise subprocess.TimeoutExpired(command_line, timeout_s, _output(out), _output(err))
+        return subprocess.CompletedProcess(command_line, status, _output(out), _output(err))
 
 
-def _said(file: IO[bytes]) -> str:
+def _output(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode()
 
 
 def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m module arguments`` as that many ranks on this host, each told its place as by torchrun.
+    """Run ``python -m module arguments`` as that many ranks on this host, with the variables that torchrun sets.
 
-    When one rank fails the others are ended, as it would; on a timeout none of them is left. The status is the
-    first one that is not 0.
+    When one rank fails the others are ended, as by torchrun; after a timeout none is left. The status is the first one
+    that is not 0.
     """
     run_id = secrets.token_hex(4)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         running: list[Program] = []
         for number in range(count):
-            place = {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(number), "LOCAL_RANK": str(number),
+            variables = {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(number), "LOCAL_RANK": str(number),
                      "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
-            running.append(program(module, arguments, clean_env() | place, ROOT, out, err))
+            running.append(program(module, arguments, clean_env() | variables, ROOT, out, err))
         deadline = time.monotonic() + timeout_s
         try:
             while any(rank.wait(0.01) is None for rank in running):
-                assert time.monotonic() < deadline, f"{module} still runs after {timeout_s} s: {_said(err)}"
+                assert time.monotonic() < deadline, f"{module} still runs after {timeout_s} s: {_output(err)}"
                 if any(rank.returncode for rank in running):
-                    deadline = min(deadline, time.monotonic() + 5)  # they may end by themselves, and say why
+                    deadline = min(deadline, time.monotonic() + 5)  # they may end by themselves, and report the reason
         finally:
             for rank in running:
                 rank.kill()
         status = next((rank.returncode for rank in running if rank.returncode), 0)
-        return subprocess.CompletedProcess([module, *arguments], status, _said(out), _said(err))
+        return subprocess.CompletedProcess([module, *arguments], status, _output(out), _output(err))
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run ``torchrun -m arguments`` with that many processes on this host; on a timeout none of them is left."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
-    with subprocess.Popen([*words, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                          env=clean_env(), start_new_session=True) as running:  # fmt: skip
+    """Run ``torchrun -m arguments`` with that many processes on this host; after a timeout none is left."""
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
+    with subprocess.Popen([*command_line, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          cwd=ROOT, env=clean_env(), start_new_session=True) as running:  # fmt: skip
         try:
             out, err = running.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
             raise
-    return subprocess.CompletedProcess(words, running.returncode, out, err)
+    return subprocess.CompletedProcess(command_line, running.returncode, out, err)
 
 
 def clean_env() -> dict[str, str]:
-    """This environment without what a launcher, Slurm or wandb would have set."""
+    """Return this environment without variables of a launcher, Slurm or wandb."""
     drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_", "OMP_")
     return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"WANDB_MODE": "offline"}

@@ -1,6 +1,6 @@
-"""``python -m tests.ranks_broken RANK WHERE ERROR TRAIN_ARGUMENTS``: train, where WHERE of one rank raises ERROR.
+"""``python -m tests.ranks_broken RANK WHERE ERROR TRAIN_ARGUMENTS``: train, while WHERE raises ERROR on one rank.
 
-WHERE is a function of ours, ERROR an expression: what a library or a bad machine would raise in there.
+WHERE is a function of ours, ERROR an expression: an exception of a library or of a failing machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A version of the program as `tests/refactoring_net.py` runs it, and how it reads what was made.
+"""Runs one version of the program for `tests/refactoring_net.py`, and reads its files.
 
-An outcome is a dict from the name of a file, or of a part of one, to bytes that have to be the same for two versions.
-What a clock, a host, a process id or a version number decides is left out; the names of such fields are kept.
+An outcome is a dict from the name of a file, or of a part of one, to bytes that must be the same for both versions.
+What depends on a clock, host, process id or version number is left out; the names of such fields are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIMIT_S = 300  # for one command
 
 @dataclass(frozen=True)
 class Code:
-    """A version of the program, and where it works. `old` is the folder of the version that it is compared with."""
+    """A version of the program, and its working folder. `old` is the folder of the version that it is compared with."""
 
     root: Path
     work: Path
@@ -38,7 +38,7 @@ class Code:
         return self.preloaded.start(module, arguments, environment(self.root) | more, self.work, out, out)
 
     def run(self, module: str, *arguments: str, ranks: int = 1, expect: int = 0) -> str:
-        """Run ``python -m module`` where torch is loaded already, on that many ranks; what it printed."""
+        """Run ``python -m module`` where torch is loaded already, on that many ranks; return its output."""
         with tempfile.TemporaryFile() as out:
             running = [self.start(out, module, *arguments, **place) for place in _places(ranks)]
             try:
@@ -49,7 +49,7 @@ class Code:
             return checked(out, f"{module} {' '.join(arguments)}", statuses, expect)
 
     def python(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run python itself, for what starts processes of its own."""
+        """Run python itself, for code that starts its own processes."""
         with tempfile.TemporaryFile() as out:
             done = subprocess.run([sys.executable, *arguments], input=stdin, stdout=out, stderr=subprocess.STDOUT,
                                   cwd=self.work, env=environment(self.root), timeout=LIMIT_S, check=False)  # fmt: skip
@@ -60,7 +60,7 @@ class Code:
 
 
 def environment(root: Path) -> dict[str, str]:
-    """This environment with the code at `root`, and without what a launcher, Slurm or a person may have set."""
+    """Return this environment with the code at `root`, and without variables of launchers, Slurm or the user."""
     drop = (
         "SLURM_",
         "MASTER_",
@@ -79,7 +79,7 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def _places(ranks: int) -> list[dict[str, str]]:
-    """What torchrun sets for each rank."""
+    """Return the variables that torchrun sets for each rank."""
     if ranks == 1:
         return [{}]
     same = {"TORCHELASTIC_RUN_ID": secrets.token_hex(4), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -94,20 +94,20 @@ def checked(out: Any, command: str, statuses: Iterable[int | None], expect: int)
     return str(printed)
 
 
-# --- reading what was made -------------------------------------------------------------------------
+# --- reading files ---------------------------------------------------------------------------------
 
 
 def files(folder: Path, leave_out: str = "") -> Outcome:
-    """Every file below a folder, but those whose path matches."""
+    """Return every file below a folder, except those whose path matches `leave_out`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: path.read_bytes() for name, path in names.items() if not (leave_out and re.search(leave_out, name))}
 
 
 def checkpoints(run: Path, same_attempts: bool = True) -> Outcome:
-    """The files of all checkpoints; of state and manifest only what is neither of the host nor of a version.
+    """Return the files of all checkpoints; of state and manifest only what depends on neither host nor version.
 
-    `same_attempts`: whether the number of the attempt that wrote them has to be the same, too.
+    `same_attempts`: whether the number of the attempt that wrote them must be the same, too.
     """
     found: Outcome = {}
     for name, content in files(run / "checkpoints").items():

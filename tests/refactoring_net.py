@@ -1,12 +1,11 @@
-"""Proves that a refactoring changed nothing that is promised: ``python -m tests.refactoring_net --against COMMIT``.
+"""Compares two versions of the code: ``python -m tests.refactoring_net --against COMMIT``.
 
-The code of a commit (or of a folder) and the present code make the same runs, shards and help texts on this machine,
-one after the other, and every file has to have the same hash: see `refactoring_outcomes` for what is made. Then the
-present code continues runs of the old one, and verifies its shards and checkpoints. Hashes of another machine say
-nothing, since its kernels round in another way; so both are made here.
+Both make the same runs, shards and help texts on this machine, one after the other, and every file must have the same
+hash: `refactoring_outcomes` lists what is made. Then the new code continues runs of the old one, and verifies its
+shards and checkpoints. Hashes of another machine prove nothing, since its kernels round differently.
 
-Status 0: all are equal. 1: something differs, each of which is named. ``--except '*: words'`` is for help texts whose
-words were changed on purpose. ``--record FILE`` keeps the hashes as JSON.
+Status 0: all are equal. 1: something differs, and is named. ``--except '*: words'`` allows help texts whose words were
+changed on purpose. ``--record FILE`` writes the hashes as JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Outcomes = dict[str, Outcome]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which outcomes are made: of `every` combination of settings, whose name fits one of `only`; `jobs` at a time."""
+    """Which outcomes are made: all combinations of settings if `every`, names that match `only`, `jobs` at a time."""
 
     every: bool
     only: list[str]
@@ -73,7 +72,7 @@ def main() -> int:
 
 
 def unpacked(code: str, folder: Path) -> Path:
-    """The folder of the old code: the one that is named, or `folder` with the files of a commit."""
+    """Return the folder of the old code: the one that is named, or `folder` with the files of a commit."""
     if Path(code).is_dir():
         return Path(code).resolve()
     folder.mkdir()
@@ -83,10 +82,10 @@ def unpacked(code: str, folder: Path) -> Path:
 
 
 def make(root: Path, folder: Path, choice: Choice, old: Path | None = None) -> Outcomes:
-    """The outcomes of the code at `root`, made in folder/work. Without an `old` this is called folder/old afterwards.
+    """Make the outcomes of the code at `root` in folder/work. Without `old` it is renamed folder/old afterwards.
 
     Raises:
-        RuntimeError: another code than this would have run.
+        RuntimeError: python would run other code.
     """
     started_at, work = time.monotonic(), folder / "work"
     work.mkdir()
@@ -111,12 +110,12 @@ def make(root: Path, folder: Path, choice: Choice, old: Path | None = None) -> O
 
 
 def _anywhere(outcome: Outcome, folder: Path) -> Outcome:
-    """With a name for the temporary folder, so that hashes that were recorded on other days can be compared."""
+    """Replace the temporary folder by a fixed name, so that hashes of different days can be compared."""
     return {name: content.replace(bytes(folder), b"FOLDER") for name, content in outcome.items()}
 
 
 def _all(outcomes: dict[str, Callable[[Code], Outcome]], code: Code, choice: Choice) -> Outcomes:
-    """Make those that are chosen. One that cannot be made is a difference, also where both versions fail alike."""
+    """Make the chosen outcomes. One that cannot be made counts as a difference, also where both versions fail alike."""
 
     def attempt(one: Callable[[Code], Outcome]) -> Outcome:
         try:
@@ -130,7 +129,7 @@ def _all(outcomes: dict[str, Callable[[Code], Outcome]], code: Code, choice: Cho
 
 
 def report(old: Outcomes, new: Outcomes, allowed: list[str]) -> list[str]:
-    """Print a line for each outcome, and the first differing lines of each text; returns what differs."""
+    """Print a line for each outcome, and the first differing lines of each text; return what differs."""
     different = []
     for outcome in old | new:
         before, after = old.get(outcome, {}), new.get(outcome, {})

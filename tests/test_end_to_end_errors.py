@@ -1,4 +1,4 @@
-"""What can go wrong, from end to end: each ends soon, with a sentence, a status that is not 0, and nothing lost."""
+"""Errors of a whole run: each ends soon, with a message and a status that is not 0, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.disks import small_disk
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows, tensors
 
-# What every start leaves: how it ended and why, and that it had the folder.
+# The files that every start writes: its end and its reason, and its lease.
 TRACES = ("exit.json", "verified.json", ".verified.json", "generations/", "rendezvous/", "logs/", "faults/")
 
 
 @pytest.fixture(scope="module")
 def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps with checkpoints 4 and 8. Read-only: copied by `run`."""
+    """A run of 8 steps with checkpoints 4 and 8. Read-only: `run` copies it."""
     runs = tmp_path_factory.mktemp("trained")
     done = command("hpcgpt.train", str(config), "--run.dir", str(runs), "--train.steps", "8")
     assert done.returncode == FINISHED, done.stderr
@@ -42,20 +42,20 @@ def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A run that could go on: what must not be lost."""
+    """A run that could continue, of which nothing may be lost."""
     folder = tmp_path / "runs" / "tiny"
     shutil.copytree(trained, folder)
     return folder
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but the traces of a start."""
+    """Return every file of a run except the traces of a start."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith(TRACES)}
 
 
 def refused(config: Path, run: Path, *flags: str, status: int = USER_MISTAKE, env: dict[str, str] | None = None) -> str:
-    """Training that must end with that status and a sentence, and leave the run as it is; returns the sentence."""
+    """Check that training ends with that status and a message, and leaves the run as it is; return the message."""
     before = kept(run)
     done = command("hpcgpt.train", str(config), "--run.dir", str(run.parent), *flags, env=env, timeout_s=60)
     assert done.returncode == status, done.stdout + done.stderr
@@ -64,7 +64,7 @@ def refused(config: Path, run: Path, *flags: str, status: int = USER_MISTAKE, en
 
 
 def sentence(stderr: str) -> str:
-    """The text of an error as a person sees it: no traceback, and nothing but lines that say what they are."""
+    """Return the error output after a check: no traceback, and only lines with a prefix."""
     lines = stderr.splitlines()
     assert lines
     assert all(line.startswith(("error: ", "warning: ")) for line in lines), stderr
@@ -73,14 +73,14 @@ def sentence(stderr: str) -> str:
 
 
 def copied(folder: Path, tmp_path: Path) -> Path:
-    """Shards to break."""
+    """Return a copy of the shards, which a test may damage."""
     broken = tmp_path / "shards"
     shutil.copytree(folder, broken)
     return broken
 
 
 def as_rank(rank: int, size: int) -> dict[str, str]:
-    """The environment of one task of an srun step on this host."""
+    """Return the environment of one task of an srun step on this host."""
     return {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
             "SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_TASKS_PER_NODE": str(size), "SLURM_NODEID": "0",
             "SLURM_STEP_NODELIST": socket.gethostname()}  # fmt: skip
@@ -105,26 +105,26 @@ def start(
     ],
 )
 def test_a_rank_that_never_starts_is_named(config: Path, run: Path, rank: int, expected: str) -> None:
-    told = refused(config, run, "--run.rendezvous_timeout_s", "2", status=FAILED, env=as_rank(rank, 2))
-    assert matches(expected, told)
+    message = refused(config, run, "--run.rendezvous_timeout_s", "2", status=FAILED, env=as_rank(rank, 2))
+    assert matches(expected, message)
 
 
-def test_a_global_batch_that_the_ranks_cannot_divide_is_refused_with_what_would_do(config: Path, run: Path) -> None:
-    told = refused(config, run, env=as_rank(0, 3))
-    assert "train.global_batch 8 is not a multiple of 3 ranks x train.micro_batch 2" in told
-    assert "choose a train.global_batch that is a multiple of 6" in told
+def test_a_global_batch_that_the_ranks_cannot_divide_is_refused_with_a_remedy(config: Path, run: Path) -> None:
+    message = refused(config, run, env=as_rank(0, 3))
+    assert "train.global_batch 8 is not a multiple of 3 ranks x train.micro_batch 2" in message
+    assert "choose a train.global_batch that is a multiple of 6" in message
 
 
-def test_a_gpu_that_is_not_there_is_refused(config: Path, run: Path) -> None:
+def test_a_missing_gpu_is_refused(config: Path, run: Path) -> None:
     assert "run.device is cuda, but torch sees none" in refused(
         config, run, "--run.device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""}
     )
 
 
-def test_an_error_on_one_rank_ends_all_of_them_with_a_sentence(
+def test_an_error_on_one_rank_ends_all_of_them_with_a_message(
     config: Path, run: Path, shards_folder: Path, tmp_path: Path
 ) -> None:
-    """The damaged token is in the first batch of rank 1 alone. The run has trained with these shards: a crash."""
+    """The damaged token is in the first batch of rank 1 only. The run has trained with these shards: a crash."""
     from hpcgpt.data import sample_order
 
     folder = copied(shards_folder, tmp_path)
@@ -135,11 +135,11 @@ def test_an_error_on_one_rank_ends_all_of_them_with_a_sentence(
     settings.write_text(settings.read_text().replace(str(shards_folder), str(folder)))
     before = kept(run)
     ranks = [start(config, run.parent, "--data.dir", str(folder), env=as_rank(rank, 2)) for rank in range(2)]
-    told = [rank.communicate(timeout=60)[1] for rank in ranks]
+    message = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks][1] == FAILED
-    assert "id 700 is outside of the vocabulary" in sentence(told[1])
+    assert "id 700 is outside of the vocabulary" in sentence(message[1])
     assert ranks[0].returncode not in (FINISHED, AGAIN)
-    sentence(told[0])
+    sentence(message[0])
     assert kept(run) == before
 
 
@@ -184,8 +184,8 @@ def exchange_tokenizer(folder: Path) -> None:
     save_load.save(train_tokenizer.train(documents.read_documents(unit), 280, "other"), folder / "tokenizer")
 
 
-def spoil_tokens(folder: Path) -> None:
-    """Every token is out of range, so the first batch meets one."""
+def invalidate_tokens(folder: Path) -> None:
+    """Put every token out of range, so that the first batch has one."""
     path = folder / "train_000000.bin"
     size = (path.stat().st_size - shard_format.HEADER_BYTES) // 2
     with open(path, "r+b") as file:
@@ -208,7 +208,7 @@ def change_manifest(folder: Path) -> None:
         (truncate_shard, r"train_000000.bin is truncated: [\d,]+ bytes, expected [\d,]+; make the shards again"),
         (remove_tokenizer, "no tokenizer in .*: No such file"),
         (exchange_tokenizer, "tokenizer other has fingerprint .*, but the shards were made with "),
-        (spoil_tokens, r"id 60000 is outside of the vocabulary of 512 ids .*train_000000.bin, token [\d,]+\)"),
+        (invalidate_tokens, r"id 60000 is outside of the vocabulary of 512 ids .*train_000000.bin, token [\d,]+\)"),
         (change_manifest, "its digest does not fit its content: the file was changed or damaged"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -221,27 +221,27 @@ def test_damaged_shards_are_refused(
     assert matches(expected, refused(config, run, "--data.dir", str(folder)))
 
 
-def test_another_tokenizer_than_the_shards_is_refused(config: Path, run: Path) -> None:
-    told = refused(config, run, "--data.tokenizer", "gpt2")
-    assert matches("data.tokenizer is gpt2, but the shards in .* were made with bpe512", told)
+def test_a_tokenizer_other_than_the_shards_is_refused(config: Path, run: Path) -> None:
+    message = refused(config, run, "--data.tokenizer", "gpt2")
+    assert matches("data.tokenizer is gpt2, but the shards in .* were made with bpe512", message)
 
 
 # --- settings --------------------------------------------------------------------------------------
 
 
-def test_an_unknown_key_is_refused_and_the_nearest_one_is_named(config: Path, run: Path, tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_valid_one(config: Path, run: Path, tmp_path: Path) -> None:
     assert "unknown flag --train.globalbatch (did you mean --train.global_batch?)" in refused(
         config, run, "--train.globalbatch", "8"
     )
     written = tmp_path / "written.toml"
     written.write_text(config.read_text().replace("micro_batch", "microbatch"))
-    told = refused(written, run)
-    assert f"{written}: unknown key train.microbatch (did you mean train.micro_batch?)" in told
+    message = refused(written, run)
+    assert f"{written}: unknown key train.microbatch (did you mean train.micro_batch?)" in message
 
 
 def test_online_tracking_without_a_key_is_refused(config: Path, run: Path, tmp_path: Path) -> None:
-    told = refused(config, run, "--tracking.wandb", "online", env={"NETRC": str(tmp_path / "none")})
-    assert "there is no key: run `wandb login`, or use offline" in told
+    message = refused(config, run, "--tracking.wandb", "online", env={"NETRC": str(tmp_path / "none")})
+    assert "there is no key: run `wandb login`, or use offline" in message
 
 
 @pytest.mark.parametrize(
@@ -254,17 +254,17 @@ def test_online_tracking_without_a_key_is_refused(config: Path, run: Path, tmp_p
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_resume_with_other_settings_is_refused(config: Path, run: Path, flags: list[str], expected: str) -> None:
-    told = refused(config, run, *flags)
-    assert expected in told
-    assert "Give the new run another --run.name, or restore the settings" in told
+    message = refused(config, run, *flags)
+    assert expected in message
+    assert "Give the new run another --run.name, or restore the settings" in message
 
 
 def test_a_resume_with_other_data_is_refused(config: Path, run: Path, text_folder: Path, tmp_path: Path) -> None:
     made = command("data_prep.make_shards", str(text_folder), "--out", str(tmp_path / "other"), "--tokenizer",
                    str(run / "tokenizer"), "--val-fraction", "0.4", "--workers", "1")  # fmt: skip
     assert made.returncode == 0, made.stderr
-    told = refused(config, run, "--data.dir", str(tmp_path / "other"))
-    assert "digest of the shards was" in told
+    message = refused(config, run, "--data.dir", str(tmp_path / "other"))
+    assert "digest of the shards was" in message
 
 
 def test_a_stop_file_keeps_a_run_from_starting(config: Path, run: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_stop_file_keeps_a_run_from_starting(config: Path, run: Path) -> None:
 # --- the run folder --------------------------------------------------------------------------------
 
 
-def test_a_run_folder_that_is_held_by_a_living_process_is_refused_and_that_process_goes_on(
+def test_a_run_folder_that_a_living_process_holds_is_refused_and_that_process_continues(
     config: Path, run: Path
 ) -> None:
     holder = start(config, run.parent, "--train.steps", "1000000", "--checkpoint.every", "0", "--eval.every", "0")
@@ -285,8 +285,8 @@ def test_a_run_folder_that_is_held_by_a_living_process_is_refused_and_that_proce
             time.sleep(0.02)
         second = command("hpcgpt.train", str(config), "--run.dir", str(run.parent))
         assert second.returncode == USER_MISTAKE
-        who = rf"is in use by attempt 2 \(host .*, pid {holder.pid}\), which is alive"
-        assert matches(who, sentence(second.stderr))
+        holder_message = rf"is in use by attempt 2 \(host .*, pid {holder.pid}\), which is alive"
+        assert matches(holder_message, sentence(second.stderr))
         holder.send_signal(signal.SIGTERM)
         assert holder.wait(60) == AGAIN
         steps = [row["step"] for row in rows(run / "metrics.jsonl")]
@@ -311,7 +311,7 @@ def test_if_every_checkpoint_is_damaged_the_run_ends_and_its_metrics_stay(config
     assert len(list((run / "checkpoints").glob("damaged_step_*/REASON.txt"))) == 2
 
 
-def test_a_run_folder_that_cannot_be_made_is_a_sentence(config: Path, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_created_is_a_user_error(config: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     done = command("hpcgpt.train", str(config), "--run.dir", str(tmp_path / "runs"))
     assert done.returncode == USER_MISTAKE
@@ -322,44 +322,44 @@ def test_a_run_folder_that_cannot_be_made_is_a_sentence(config: Path, tmp_path: 
 
 # --- no space left ---------------------------------------------------------------------------------
 
-# Room for one checkpoint of about 0.5 MB with the spare megabyte that a save asks for, but not for a second.
-ONE_CHECKPOINT, PLENTY = "2000k", "8m"
+# Room for one checkpoint of about 0.5 MB and the spare megabyte that a save requires, but not for a second one.
+ONE_CHECKPOINT, ROOMY = "2000k", "8m"
 
 
-def test_without_room_for_the_last_checkpoint_the_status_is_a_failure_and_the_older_one_carries_on(
+def test_without_room_for_the_last_checkpoint_the_run_fails_and_later_continues_from_the_older_one(
     config: Path, tmp_path: Path
 ) -> None:
     with small_disk(tmp_path / "disk", ONE_CHECKPOINT) as disk:
         folder = disk / "tiny"
         full = command("hpcgpt.train", str(config), "--run.dir", str(disk))
         assert full.returncode == FAILED, full.stderr
-        told = sentence(full.stderr).splitlines()
+        message = sentence(full.stderr).splitlines()
         assert matches(
-            "warning: no checkpoint of step 8: .*No space left on device: .* MB needed; .* MB free there", told[0]
+            "warning: no checkpoint of step 8: .*No space left on device: .* MB needed; .* MB free there", message[0]
         )
-        assert matches("error: the last checkpoint could not be written: .*No space left on device", told[-1])
+        assert matches("error: the last checkpoint could not be written: .*No space left on device", message[-1])
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000000004"]
         assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, 13))
         ended = run_folder.read_exit(folder)
         assert ended is not None
         assert (ended.status, ended.saved) == (FAILED, False)
         found = [event["event"] for event in run_folder.events(folder)]
-        assert [name for name in found if name != "shards_verified"] == [  # that may come at any time
+        assert [name for name in found if name != "shards_verified"] == [  # that one may be recorded at any time
             "start", "ready", "save", "save_stall", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
-        subprocess.run(["mount", "-o", f"remount,size={PLENTY}", disk], check=True)
-        again = command("hpcgpt.train", str(config), "--run.dir", str(disk))
-        assert again.returncode == FINISHED, again.stderr
-        assert "resumed at step 4 of 12" in again.stdout
+        subprocess.run(["mount", "-o", f"remount,size={ROOMY}", disk], check=True)
+        second = command("hpcgpt.train", str(config), "--run.dir", str(disk))
+        assert second.returncode == FINISHED, second.stderr
+        assert "resumed at step 4 of 12" in second.stdout
         assert tensors(folder / "checkpoints/step_000000012")
 
 
-def test_training_goes_on_while_the_disk_is_full_and_saves_again_when_it_is_not(config: Path, tmp_path: Path) -> None:
+def test_training_continues_on_a_full_disk_and_saves_again_once_there_is_room(config: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", ONE_CHECKPOINT) as disk:
         folder = disk / "tiny"
         running = start(config, disk, "--train.steps", "300", "--checkpoint.every", "20", "--eval.every", "0")
         assert running.stderr is not None
         assert matches("warning: no checkpoint of step 40: .*No space left on device", running.stderr.readline())
-        subprocess.run(["mount", "-o", f"remount,size={PLENTY}", disk], check=True)
+        subprocess.run(["mount", "-o", f"remount,size={ROOMY}", disk], check=True)
         running.communicate()
         assert running.returncode == FINISHED
         assert "step_000000300" in [path.name for path in (folder / "checkpoints").iterdir()]
@@ -374,14 +374,14 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(config: Path, tmp_path: Path)
     assert tensors(tmp_path / "tiny/checkpoints/step_000000012")
 
 
-def test_a_reader_of_the_log_who_leaves_is_no_reason_to_call_training_finished(config: Path, tmp_path: Path) -> None:
+def test_a_reader_that_closes_the_log_does_not_make_training_count_as_finished(config: Path, tmp_path: Path) -> None:
     """As in `hpcgpt train ... | head -1`."""
     running = start(config, tmp_path, stdout=subprocess.PIPE)
     assert running.stdout is not None
     assert " run " in running.stdout.readline()
     running.stdout.close()
-    _, told = running.communicate(timeout=60)
-    assert "Traceback" not in told
+    _, message = running.communicate(timeout=60)
+    assert "Traceback" not in message
     trained = (tmp_path / "tiny/checkpoints/step_000000012").exists()
     assert (running.returncode == FINISHED) == trained, "status 0 says that training is finished"
 

@@ -1,4 +1,4 @@
-"""hpcgpt.errors: a person's mistake ends with status 2 and is not requeued; a machine's fault is a crash."""
+"""hpcgpt.errors: a user error ends with status 2 and is not requeued; a machine fault is a crash."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ from tests.programs import command, on_ranks
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )  # fmt: skip
-def test_only_what_a_person_said_is_a_persons_mistake(error: Exception, status: int) -> None:
+def test_only_user_errors_have_the_status_of_user_errors(error: Exception, status: int) -> None:
     assert status_of(error) == status
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EISDIR])
-def test_a_file_that_is_not_there_was_named_wrongly(number: int) -> None:
+def test_a_missing_file_is_a_user_error(number: int) -> None:
     assert isinstance(cannot_read(OSError(number, "x"), "shard: x"), InputError)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOTCONN])
-def test_a_file_that_the_machine_cannot_read_is_the_machines_fault(number: int) -> None:
+def test_a_file_that_the_machine_cannot_read_is_a_machine_fault(number: int) -> None:
     error = cannot_read(OSError(number, "x"), "shard: x")
     assert isinstance(error, OSError)
     assert (error.errno, sentence(error), status_of(error)) == (number, "shard: x", FAILED)
 
 
-def test_an_error_that_ranks_share_keeps_the_rank_that_had_it() -> None:
+def test_a_shared_error_keeps_the_rank_that_raised_it() -> None:
     error = RuntimeError("x")
     assert rank_of(error) is None
     mark(error, 3)
@@ -64,13 +64,13 @@ def test_an_error_that_ranks_share_keeps_the_rank_that_had_it() -> None:
 
 
 def broken(count: int, rank: int, where: str, error: str, tiny: Path, *flags: str) -> tuple[int, str, Path]:
-    """A run of `count` ranks, of which one fails so: its status, what it said, and its folder."""
+    """Run `count` ranks, of which one fails in this way; return the status, stderr and the run folder."""
     done = on_ranks(count, "tests.ranks_broken", str(rank), where, error, str(tiny), *flags)
     return done.returncode, done.stderr, tiny.parent / "runs" / "tiny"
 
 
 def decided(folder: Path, status: int) -> requeue_policy.Decision:
-    """What the requeue policy says of the attempt whose faults are in `folder`."""
+    """Return the decision of the requeue policy about the attempt whose faults are in `folder`."""
     words = [
         crash_report.read(folder, path.name) for path in folder.glob("faults/*")
     ]  # none before there is a run folder
@@ -90,8 +90,8 @@ MACHINE = {
 
 
 @pytest.mark.parametrize("fault", MACHINE)
-def test_a_machines_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> None:
-    """Each of the ValueErrors, and each OSError at a shard, was status 2 and never requeued."""
+def test_a_machine_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> None:
+    """A ValueError, or an OSError at a shard, used to end with status 2, and the job was not requeued."""
     status, _, folder = broken(1, 0, *MACHINE[fault], tiny)
     assert status == FAILED
     decision = decided(folder, status)
@@ -104,22 +104,22 @@ def test_a_machines_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> 
     ["hpcgpt.training.engine:train_step", "hpcgpt.checkpoint.layout:check", "hpcgpt.training.attempt:save_load.load"],
     ids=str,
 )
-def test_the_rank_whose_fault_it_is_is_blamed_and_no_other(tiny: Path, where: str, rank: int) -> None:
+def test_the_failing_rank_is_reported_and_no_other(tiny: Path, where: str, rank: int) -> None:
     """Also where ranks share an error, so that all of them raise it."""
     if where == "hpcgpt.checkpoint.layout:check":
         where = "hpcgpt.checkpoint.layout:check_structure" if rank == 0 else "hpcgpt.checkpoint.layout:check_checksums"
         assert command("hpcgpt.train", str(tiny), "--train.steps", "8").returncode == FINISHED
-    status, said, folder = broken(2, rank, where, "ValueError('a fault of its own')", tiny)
-    assert status not in (FINISHED, USER_MISTAKE), said
+    status, stderr, folder = broken(2, rank, where, "ValueError('a fault of this rank')", tiny)
+    assert status not in (FINISHED, USER_MISTAKE), stderr
     attempt = next((folder / "faults").iterdir()).name
-    blamed = crash_report.first_failure([], crash_report.read(folder, attempt))
-    assert blamed is not None
-    assert (blamed.rank, blamed.status) == (rank, FAILED)
-    assert "a fault of its own" in blamed.reason
+    failure = crash_report.first_failure([], crash_report.read(folder, attempt))
+    assert failure is not None
+    assert (failure.rank, failure.status) == (rank, FAILED)
+    assert "a fault of this rank" in failure.reason
 
 
-def test_shards_that_the_run_has_trained_with_are_no_mistake(tiny: Path, shards_folder: Path) -> None:
-    """A node that lacks the mount: never requeued, a three-week run was over. On the first start it is a mistake."""
+def test_missing_shards_that_the_run_has_trained_with_are_no_user_error(tiny: Path, shards_folder: Path) -> None:
+    """A node may lack the mount: that must not end a run of weeks. At the first start it is a user error."""
     mounted = shutil.copytree(shards_folder, tiny.parent / "mounted")
     shards, wrong = ("--data.dir", str(mounted)), ("--data.dir", str(tiny.parent / "mistyped"))
     srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "localhost",
@@ -138,6 +138,6 @@ def test_shards_that_the_run_has_trained_with_are_no_mistake(tiny: Path, shards_
     assert ended is not None
     assert (ended.attempt, ended.status) == ("7_1", FAILED)
     alone = command("hpcgpt.train", str(tiny), *shards)
-    assert alone.returncode == USER_MISTAKE  # a person types it again
+    assert alone.returncode == USER_MISTAKE  # a user starts it by hand
     other = command("hpcgpt.train", str(tiny), *wrong, env=srun | {"SLURM_JOB_ID": "8"})
     assert other.returncode == USER_MISTAKE  # the run has never trained with these

@@ -1,4 +1,4 @@
-"""hpcgpt.eval and hpcgpt.sample: what a run's checkpoints can do, as commands."""
+"""hpcgpt.eval and hpcgpt.sample: commands that use the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from hpcgpt.eval import Progress
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.output import terminal
-from tests.checkpoint.small_checkpoints import flip_a_byte, mend
+from tests.checkpoint.small_checkpoints import flip_byte, update_checksums
 from tests.programs import ROOT, clean_env, command, program
 from tests.tiny_run import TINY, rows
 
-# The second run has everything on that changes what a model computes, and how; the third rounds, by another kernel.
+# The second run sets every option that changes what a model computes; the third uses bfloat16 and another kernel.
 KINDS = {
     "gpt2": [],
     "modern": ["--model.kind", "modern", "--model.n_kv_head", "1", "--model.dropout", "0.1", "--data.document_mask",
@@ -37,14 +37,14 @@ def runs(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny.toml"
     path.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n')
     for name, flags in KINDS.items():
-        words = ["--run.dir", str(folder), "--run.name", name, "--eval.batches", "0", "--checkpoint.every", "4"]
-        done = command("hpcgpt.train", str(path), *words, *flags)
+        arguments = ["--run.dir", str(folder), "--run.name", name, "--eval.batches", "0", "--checkpoint.every", "4"]
+        done = command("hpcgpt.train", str(path), *arguments, *flags)
         assert done.returncode == FINISHED, done.stderr
         (folder / f"{name}.txt").write_bytes(done.stdout.encode())
     return folder
 
 
-def told(*arguments: str) -> dict[str, Any]:
+def evaluated(*arguments: str) -> dict[str, Any]:
     done = command("hpcgpt.eval", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert re.sub(r"[\d,]+ of [\d,]+ batches, \d+%\n", "", done.stderr) == ""  # where the machine is busy
@@ -53,8 +53,8 @@ def told(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_newest_checkpoint_has_the_figures_that_training_logged_to_the_last_bit(kind: str, runs: Path) -> None:
-    found, logged = told(str(runs / kind)), rows(runs / kind / "metrics.jsonl")[-1]
+def test_the_figures_of_the_newest_checkpoint_equal_those_of_training_bit_for_bit(kind: str, runs: Path) -> None:
+    found, logged = evaluated(str(runs / kind)), rows(runs / kind / "metrics.jsonl")[-1]
     names = [name for name in logged if name.startswith("val/") and name != "val/elapsed_s"]
     assert {name: found[name] for name in names} == {name: logged[name] for name in names}
     assert len(names) == 3
@@ -63,23 +63,23 @@ def test_the_newest_checkpoint_has_the_figures_that_training_logged_to_the_last_
     assert found["tokens"] % 32 == 0
 
 
-def test_a_step_may_be_named_or_the_best_one(runs: Path) -> None:
+def test_a_step_or_the_best_checkpoint_may_be_chosen(runs: Path) -> None:
     run = str(runs / "gpt2")
-    named = told(run, "--step", "4")
+    named = evaluated(run, "--step", "4")
     assert named["step"] == 4
-    assert named["val/loss"] > told(run)["val/loss"]
-    assert told(run, "--best")["step"] == 12, "of the steps with a checkpoint only this one was evaluated"
+    assert named["val/loss"] > evaluated(run)["val/loss"]
+    assert evaluated(run, "--best")["step"] == 12, "of the steps with a checkpoint only this one was evaluated"
 
 
-def test_a_part_of_the_split_is_what_training_takes_of_it(runs: Path) -> None:
-    part = told(str(runs / "gpt2"), "--batches", "3")
+def test_with_batches_the_same_part_of_the_split_is_used_as_in_training(runs: Path) -> None:
+    part = evaluated(str(runs / "gpt2"), "--batches", "3")
     assert part["tokens"] == 3 * 2 * 32
-    assert part["val/loss"] != told(str(runs / "gpt2"))["val/loss"]
+    assert part["val/loss"] != evaluated(str(runs / "gpt2"))["val/loss"]
 
 
-def test_without_json_it_is_for_people(runs: Path) -> None:
+def test_without_json_the_output_is_readable(runs: Path) -> None:
     done = command("hpcgpt.eval", str(runs / "gpt2"))
-    figures = told(str(runs / "gpt2"))
+    figures = evaluated(str(runs / "gpt2"))
     assert f"{figures['tokens']:,} tokens of validation" in done.stdout
     assert f"val/loss           {figures['val/loss']:.6f}\n" in done.stdout
 
@@ -92,66 +92,66 @@ def test_without_json_it_is_for_people(runs: Path) -> None:
         (["--step", "8", "--best"], "not allowed with argument"),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_sentence(flags: list[str], sentence: str, runs: Path) -> None:
+def test_impossible_arguments_are_refused(flags: list[str], sentence: str, runs: Path) -> None:
     done = command("hpcgpt.eval", str(runs / "gpt2"), *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     done = command("hpcgpt.eval", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert f"no run in {tmp_path}" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["hpcgpt.eval", "hpcgpt.sample"])
-def test_a_run_without_a_checkpoint_is_refused_with_where_to_look(module: str, runs: Path, tmp_path: Path) -> None:
-    """As `submit` leaves it for a job that waits, and as a job has it before its first save."""
+def test_a_run_without_a_checkpoint_is_refused_with_a_hint(module: str, runs: Path, tmp_path: Path) -> None:
+    """As `submit` leaves it while the job waits, and as it is before the first save."""
     for there in (["run.json"], ["run.json", "config.toml"]):
         for name in there:
             shutil.copy(runs / "gpt2" / name, tmp_path)
         done = command(module, str(tmp_path))
         assert (done.returncode, done.stdout) == (2, "")
-        told = f"{tmp_path} has no checkpoint yet, so there is no model to look at: training writes one every"
-        assert done.stderr.startswith(f"error: {told}")
+        message = f"{tmp_path} has no checkpoint yet, so there is no model to look at: training writes one every"
+        assert done.stderr.startswith(f"error: {message}")
         assert f"`python -m hpcgpt.status {tmp_path}` says how" in done.stderr
 
 
-def test_a_run_of_relative_paths_can_be_evaluated_from_anywhere(shards_folder: Path, tmp_path: Path) -> None:
-    """Also one of an earlier version, whose config.toml has the paths as they were typed."""
+def test_a_run_with_relative_paths_can_be_evaluated_from_any_folder(shards_folder: Path, tmp_path: Path) -> None:
+    """Also a run of an earlier version, whose config.toml has the paths as they were written."""
     (tmp_path / "tiny.toml").write_text(TINY)
     shutil.copytree(shards_folder, tmp_path / "data" / "shards")
     done = command("hpcgpt.train", "tiny.toml", "--run.name", "r", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == FINISHED, done.stderr
     run = tmp_path / "runs" / "r"
-    found = told(str(run))
+    found = evaluated(str(run))
     kept = (run / "config.toml").read_text()
     assert f'dir = "{tmp_path}/data/shards"' in kept
     (run / "config.toml").write_text(kept.replace(f"{tmp_path}/", ""))
-    assert told(str(run)) | {"elapsed_s": 0} == found | {"elapsed_s": 0}
+    assert evaluated(str(run)) | {"elapsed_s": 0} == found | {"elapsed_s": 0}
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     done = command("hpcgpt.eval", str(run))
     assert done.returncode == 2
     assert "no folder of shards at data/shards" in done.stderr
     assert "or set data.dir" in done.stderr
-    moved = told(str(run), "--data.dir", str(tmp_path / "elsewhere" / "shards"))
+    moved = evaluated(str(run), "--data.dir", str(tmp_path / "elsewhere" / "shards"))
     assert moved["val/loss"] == found["val/loss"]
 
 
-def test_an_evaluation_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(4, every_s=0) as progress:
         assert [progress.next_batch() for _ in range(4)] == [False] * 4
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["0 of 4 batches, 0%", "1 of 4 batches, 25%", "2 of 4 batches, 50%", "3 of 4 batches, 75%"]
 
 
-def test_on_a_terminal_an_evaluation_has_a_bar(runs: Path, tmp_path: Path) -> None:
+def test_on_a_terminal_an_evaluation_shows_a_bar(runs: Path, tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     termios.tcsetwinsize(leader, (24, 80))
     with open(follower, "wb") as err, open(tmp_path / "out", "wb") as out:
-        words = [str(runs / "gpt2"), "--batches", "3"]
-        status = program("hpcgpt.eval", words, clean_env(), ROOT, out, err).wait(120)
+        arguments = [str(runs / "gpt2"), "--batches", "3"]
+        status = program("hpcgpt.eval", arguments, clean_env(), ROOT, out, err).wait(120)
         screen = on_screen(leader)
     assert status == 0, screen
     assert "2/3" in screen, "two batches were done when the last one began"
@@ -159,7 +159,7 @@ def test_on_a_terminal_an_evaluation_has_a_bar(runs: Path, tmp_path: Path) -> No
 
 
 def on_screen(leader: int) -> str:
-    """What a terminal has been sent so far."""
+    """Return what a terminal has received so far."""
     os.set_blocking(leader, False)
     sent = b""
     with open(leader, "rb", buffering=0) as screen:
@@ -168,11 +168,9 @@ def on_screen(leader: int) -> str:
     return sent.decode()
 
 
-def test_a_damaged_checkpoint_is_refused_where_it_is_named_and_passed_over_where_not(
-    runs: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_refused_if_named_and_otherwise_skipped(runs: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(runs / "gpt2", tmp_path / "gpt2"))
-    flip_a_byte(copy / "checkpoints/step_000000012")
+    flip_byte(copy / "checkpoints/step_000000012")
     done = command("hpcgpt.eval", str(copy), "--step", "12")
     assert done.returncode == 2
     assert "step_000000012 is damaged: the checksum of" in done.stderr
@@ -183,10 +181,10 @@ def test_a_damaged_checkpoint_is_refused_where_it_is_named_and_passed_over_where
     assert done.returncode == 0
     assert json.loads(done.stdout)["step"] == 8
     assert "warning: checkpoint" in done.stderr
-    assert (copy / "checkpoints/step_000000012").is_dir(), "a reader sets nothing aside"
+    assert (copy / "checkpoints/step_000000012").is_dir(), "a command that only reads sets nothing aside"
 
 
-def test_figures_of_other_shards_than_the_runs_are_refused(runs: Path, tmp_path: Path) -> None:
+def test_evaluating_other_data_than_the_runs_is_refused(runs: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(runs / "gpt2", tmp_path / "gpt2"))
     config = copy / "config.toml"
     config.write_text(config.read_text().replace("seed = 1", "seed = 2"))
@@ -201,11 +199,11 @@ def test_figures_of_other_shards_than_the_runs_are_refused(runs: Path, tmp_path:
 def sampled(*arguments: str) -> str:
     done = command("hpcgpt.sample", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.partition("\n")[2]  # behind the line that names the checkpoint
+    return done.stdout.partition("\n")[2]  # after the line that names the checkpoint
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_made_at_once_are_those_made_one_by_one(kind: str, runs: Path) -> None:
+def test_samples_made_at_once_equal_those_made_one_by_one(kind: str, runs: Path) -> None:
     flags = (str(runs / kind), "--prompt", "def ", "--tokens", "40")  # the context is 32
     first, second = (sampled(*flags, "--seed", seed) for seed in ("7", "8"))
     assert sampled(*flags, "--seed", "7", "--samples", "2") == first + second.replace("sample 1", "sample 2")
@@ -213,23 +211,23 @@ def test_samples_made_at_once_are_those_made_one_by_one(kind: str, runs: Path) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_sample_that_training_made(kind: str, runs: Path) -> None:
-    """Its seed is the run's and the step's."""
-    said = (runs / f"{kind}.txt").read_bytes().decode()  # as text a carriage return would be read as a line's end
-    made = said.partition("--- sample at step 12\n")[2].partition("\n---\n")[0]
+def test_the_sample_equals_that_of_training(kind: str, runs: Path) -> None:
+    """Its seed is computed from the run's and the step."""
+    output = (runs / f"{kind}.txt").read_bytes().decode()  # as text a carriage return would be read as a line's end
+    made = output.partition("--- sample at step 12\n")[2].partition("\n---\n")[0]
     assert made
     assert terminal.shown(sampled(str(runs / kind), "--seed", "13")) == f"--- sample 1\n{made}\n"
 
 
 def on_a_terminal(folder: Path, *arguments: str) -> str:
-    """What `hpcgpt.sample` sends to a terminal."""
+    """Return what `hpcgpt.sample` sends to a terminal."""
     leader, follower = pty.openpty()
     with open(follower, "wb") as out, open(folder / "err", "wb") as err:
         assert program("hpcgpt.sample", arguments, clean_env(), ROOT, out, err).wait(120) == 0
         return on_screen(leader)
 
 
-def test_a_terminal_is_given_no_orders_by_a_text_and_a_pipe_gets_every_byte(runs: Path, tmp_path: Path) -> None:
+def test_control_characters_of_a_text_are_escaped_on_a_terminal_and_not_in_a_pipe(runs: Path, tmp_path: Path) -> None:
     flags = (str(runs / "gpt2"), "--prompt", "\x1b[2J\u202edef ", "--tokens", "30", "--temperature", "3")
     shown, piped = on_a_terminal(tmp_path, *flags), command("hpcgpt.sample", *flags).stdout
     assert "\n\x1b[2J\u202edef " in piped
@@ -237,14 +235,14 @@ def test_a_terminal_is_given_no_orders_by_a_text_and_a_pipe_gets_every_byte(runs
     assert shown.replace("\r\n", "\n") == terminal.shown(piped)
 
 
-def test_a_log_is_given_none_either(runs: Path, tmp_path: Path) -> None:
+def test_control_characters_of_a_sample_are_escaped_in_the_log(runs: Path, tmp_path: Path) -> None:
     done = command("hpcgpt.train", str(runs / "tiny.toml"), "--run.dir", str(tmp_path), "--sample.prompt", "\x1b[2J")
     assert done.returncode == FINISHED, done.stderr
     assert "--- sample at step 12\n\\x1b[2J" in done.stdout
     assert "\x1b" not in done.stdout
 
 
-def test_a_sample_goes_on_behind_its_prompt_and_may_be_of_an_earlier_step(runs: Path) -> None:
+def test_a_sample_continues_its_prompt_and_may_be_of_an_earlier_step(runs: Path) -> None:
     flags = (str(runs / "gpt2"), "--prompt", "def ", "--tokens", "20", "--temperature", "0")
     assert sampled(*flags).startswith("--- sample 1\ndef ")
     assert sampled(*flags, "--step", "12") == sampled(*flags)
@@ -265,17 +263,17 @@ def test_without_a_prompt_a_sample_is_a_document_from_its_beginning(runs: Path) 
         (["--step", "7"], "has no checkpoint of step 7: there are 4, 8, 12"),
     ],
 )
-def test_a_sample_that_cannot_be_is_refused(flags: list[str], sentence: str, runs: Path) -> None:
+def test_impossible_samples_are_refused(flags: list[str], sentence: str, runs: Path) -> None:
     done = command("hpcgpt.sample", str(runs / "gpt2"), *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert sentence in done.stderr
 
 
-# --- runs from before ------------------------------------------------------------------------------
+# --- runs of earlier versions ----------------------------------------------------------------------
 
 
-def test_a_run_from_before_there_were_these_options_is_gone_on_with(runs: Path, tmp_path: Path) -> None:
-    """Its checkpoints name neither option, and what they name now is what it did then."""
+def test_a_run_from_before_these_options_is_continued(runs: Path, tmp_path: Path) -> None:
+    """Its checkpoints lack both options, whose defaults mean what the version did then."""
     shutil.copytree(runs / "gpt2", tmp_path / "gpt2")
     forget(tmp_path / "gpt2/checkpoints/step_000000012", "model.n_kv_head", "data.document_mask")
     config = str(tmp_path / "gpt2/config.toml")
@@ -288,9 +286,9 @@ def test_a_run_from_before_there_were_these_options_is_gone_on_with(runs: Path, 
 
 
 def forget(checkpoint: Path, *keys: str) -> None:
-    """Take keys out of a checkpoint's identity."""
+    """Remove keys from a checkpoint's identity."""
     state = json.loads((checkpoint / "state.json").read_bytes())
     for key in keys:
         del state["identity"][key]
     (checkpoint / "state.json").write_text(json.dumps(state))
-    mend(checkpoint)
+    update_checksums(checkpoint)

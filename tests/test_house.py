@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: which way imports point, and that nothing is there for nothing."""
+"""The rules of the code base that can be checked: direction of imports, sizes, and no unused options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def module_name(path: Path) -> str:
 HPCGPT = sorted((ROOT / "hpcgpt").rglob("*.py"))
 MODULES = {module_name(path): path for path in [*HPCGPT, *sorted((ROOT / "data_prep").rglob("*.py"))]}
 
-# Each may import what stands before it, and nothing else of ours. A room is a folder of hpcgpt, or a module beside it.
+# Each may import what is before it, and nothing else of ours. A room is a folder of hpcgpt, or a module beside it.
 LEVELS = (
     ("exit_codes",), ("errors",), ("output",), ("cli", "config"), ("storage",),
     ("distributed", "tokenizer", "data", "model"), ("optim", "run"), ("tracking", "checkpoint"), ("slurm",), ("plan",),
@@ -31,7 +31,7 @@ LEVELS = (
     ("train", "submit", "slurm_script", "requeue", "status", "sample", "eval"), ("drill",),
     ("__main__",),
 )  # fmt: skip
-# What a login node loads, before anything that it decides to load late. Of the other rooms every module counts.
+# A login node loads none of these, except by late imports. Of the other rooms every module counts.
 WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "training", "data.prefetch", "data.loader",
 "distributed.collectives",
               "distributed.sharded_tensor", "checkpoint.save", "checkpoint.load", "checkpoint.load_model",
@@ -49,7 +49,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(nodes: list[ast.stmt]) -> set[str]:
-    """The modules that these statements import, by their full names."""
+    """Return the full names of the modules that these statements import."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def imported(nodes: list[ast.stmt]) -> set[str]:
 
 
 def at_import_time(path: Path) -> set[str]:
-    """What importing the file imports itself: all but what stands in functions and under TYPE_CHECKING."""
+    """Return what importing the file imports: everything outside of functions and of TYPE_CHECKING."""
     nodes: list[ast.stmt] = []
     todo: list[ast.stmt] = list(tree(path).body)
     while todo:
@@ -82,7 +82,7 @@ def anywhere(path: Path) -> set[str]:
 
 
 def reached(module: str) -> set[str]:
-    """Everything that importing a module imports, through our own modules, however far."""
+    """Return everything that importing a module imports through our own modules, at any depth."""
     found: set[str] = set()
     todo = [module]
     while todo:
@@ -97,18 +97,18 @@ def reached(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_what_a_login_node_loads_never_imports_torch(name: str) -> None:
+def test_modules_of_a_login_node_never_import_torch(name: str) -> None:
     heavy = {found for found in reached(f"hpcgpt.{name}") if found.partition(".")[0] in ("torch", "transformers")}
     assert not heavy
 
 
-def test_the_walk_sees_torch_where_it_is() -> None:
+def test_reached_finds_torch_where_it_is_imported() -> None:
     assert "torch" in reached("hpcgpt.training.loop")
     assert "torch" not in at_import_time(MODULES["hpcgpt.distributed.rendezvous"])
     assert "torch" in anywhere(MODULES["hpcgpt.distributed.rendezvous"])
 
 
-def test_importing_them_for_real_loads_no_torch_either() -> None:
+def test_really_importing_them_loads_no_torch() -> None:
     names = ", ".join(f"hpcgpt.{name}" for name in WITHOUT_TORCH)
     code = f"import sys, {names}; print(sorted({{'torch', 'wandb', 'submitit'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -116,12 +116,12 @@ def test_importing_them_for_real_loads_no_torch_either() -> None:
 
 
 def room_of(module: str) -> str:
-    """`training` of hpcgpt.training.loop, `plan` of hpcgpt.plan."""
+    """Return `training` for hpcgpt.training.loop, `plan` for hpcgpt.plan."""
     return module.split(".")[1]
 
 
 def upward(path: Path) -> list[str]:
-    """The imports of a file that its room may not have."""
+    """Return the imports of a file that its room may not have."""
     level = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
     own = room_of(module_name(path))
     found = {name for name in anywhere(path) if name in MODULES and name.count(".") and name.startswith("hpcgpt.")}
@@ -133,7 +133,7 @@ def test_imports_point_down(name: str) -> None:
     assert upward(MODULES[name]) == []
 
 
-def test_every_room_has_its_level_and_the_walk_finds_all_of_them() -> None:
+def test_every_room_has_a_level_and_every_module_is_found() -> None:
     rooms = {path.name.removesuffix(".py") for path in (ROOT / "hpcgpt").iterdir() if path.suffix == ".py" or
              (path.is_dir() and list(path.glob("*.py")))} - {"__init__"}  # fmt: skip
     assert rooms == {room for rooms in LEVELS for room in rooms}
@@ -142,7 +142,7 @@ def test_every_room_has_its_level_and_the_walk_finds_all_of_them() -> None:
     assert {ROOT / name for name in tracked if name.endswith(".py")} <= set(MODULES.values())
 
 
-def test_no_folder_has_more_modules_than_one_can_see_at_a_glance() -> None:
+def test_no_folder_has_too_many_modules() -> None:
     folders = {path.parent for path in MODULES.values()}
     assert len(folders) > 15
     assert {str(folder): len(list(folder.glob("*.py"))) for folder in folders
@@ -150,7 +150,7 @@ def test_no_folder_has_more_modules_than_one_can_see_at_a_glance() -> None:
 
 
 def too_large(path: Path) -> list[str]:
-    """The module, its classes and functions that are longer than MOST_LINES, or take more than MOST_POSITIONAL."""
+    """Return the module, classes and functions longer than MOST_LINES, or with more parameters than MOST_POSITIONAL."""
     sized = [("module", path.name, len(path.read_text(encoding="utf-8").splitlines()))]
     found = []
     for node in ast.walk(tree(path)):
@@ -165,11 +165,11 @@ def too_large(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_nothing_is_longer_than_one_can_read(name: str) -> None:
+def test_no_module_class_or_function_is_too_long(name: str) -> None:
     assert too_large(MODULES[name]) == []
 
 
-def test_the_package_never_imports_the_preparation_of_data() -> None:
+def test_hpcgpt_never_imports_data_prep() -> None:
     for path in HPCGPT:
         assert not {found for found in anywhere(path) if found.startswith("data_prep")}, path
 
@@ -178,7 +178,7 @@ def test_nothing_imports_the_command_that_trains() -> None:
     assert [name for name, path in MODULES.items() if "hpcgpt.train" in anywhere(path)] == []
 
 
-def test_only_the_process_beside_training_imports_wandb() -> None:
+def test_only_the_tracking_process_imports_wandb() -> None:
     found = [path.stem for path in HPCGPT if any(n.partition(".")[0] == "wandb" for n in anywhere(path))]
     assert found == ["wandb_process"]
 
@@ -189,7 +189,7 @@ def test_no_import_goes_in_a_circle() -> None:
 
 
 def test_importing_a_module_has_no_effect(tmp_path: Path) -> None:
-    """Nothing printed, nothing written, no signal handler, no thread."""
+    """Nothing is printed or written; there is no new signal handler or thread."""
     names = [name for name in MODULES if not name.endswith("__main__")]
     code = f"""
 import importlib, signal, threading
@@ -210,14 +210,14 @@ for name in {names}:
 
 
 def strings(path: Path) -> set[str]:
-    """The string constants of a file that are no docstrings or other bare statements."""
+    """Return the string constants of a file except docstrings and other bare statements."""
     bare = {id(node.value) for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)}
     return {node.value for node in ast.walk(tree(path))
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare}  # fmt: skip
 
 
 @pytest.mark.parametrize("variable", ["SLURM_PROCID", "SLURM_LOCALID", "LOCAL_RANK", "WORLD_SIZE", "RANK"])
-def test_only_world_reads_who_this_process_is(variable: str) -> None:
+def test_only_world_reads_the_variables_of_the_rank(variable: str) -> None:
     assert [path.stem for path in HPCGPT if variable in strings(path)] == ["world"]
 
 
@@ -225,8 +225,8 @@ def test_cuda_visible_devices_is_never_written_or_read() -> None:
     assert [name for name, path in MODULES.items() if "CUDA_VISIBLE_DEVICES" in strings(path)] == []
 
 
-def test_no_file_runs_pickles() -> None:
-    """Loading runs no code from a file."""
+def test_nothing_loads_pickles() -> None:
+    """Loading executes no code from a file."""
     for name, path in MODULES.items():
         assert not {found for found in anywhere(path) if found in ("pickle", "dill", "shelve")}, name
         calls = {ast.unparse(node.func) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
@@ -234,7 +234,7 @@ def test_no_file_runs_pickles() -> None:
 
 
 def warnings_printed(path: Path) -> list[int]:
-    """The lines that print a text beginning with `warning: `."""
+    """Return the lines that print a text beginning with `warning: `."""
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and last_name(node.func) == "print"]
     texts = [(node.lineno, ast.unparse(argument)) for node in calls for argument in node.args[:1]]
     return [line for line, text in texts if text.lstrip("f").strip("'\"").startswith("warning: ")]
@@ -245,21 +245,21 @@ def test_warnings_are_printed_in_one_place() -> None:
     assert found == {"hpcgpt.output.streams"}
 
 
-def test_file_names_answer_where_a_thing_is() -> None:
+def test_no_file_has_a_vague_name() -> None:
     vague = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base", "core", "tools"}
     assert not {path.stem for path in MODULES.values()} & vague
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_every_module_says_what_it_owns(name: str) -> None:
+def test_every_module_has_a_docstring(name: str) -> None:
     assert ast.get_docstring(tree(MODULES[name]))
 
 
-# --- nothing for nothing ---------------------------------------------------------------------------
+# --- no unused options ------------------------------------------------------------------------------
 
 
 def options() -> list[tuple[str, str]]:
-    """Every option that has more than one value."""
+    """Return every option that has more than one value."""
     found = []
     for section in dataclasses.fields(Config):
         cls = type(getattr(Config(), section.name))
@@ -271,21 +271,21 @@ def options() -> list[tuple[str, str]]:
 
 
 def last_name(node: ast.expr | None) -> str:
-    """`b` of `a.b`, and `a` of `a`."""
+    """Return `b` for `a.b`, and `a` for `a`."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def read_in(path: Path) -> set[tuple[str, str]]:
-    """The options (section, key) that a file reads: `x.section.key`, or `name.key` where name stands for one.
+    """Return the options (section, key) that a file reads: `x.section.key`, or `name.key` for a name of a section.
 
-    A name stands for a section when it is annotated with its class, or is assigned it.
+    A name refers to a section if it is annotated with its class, or assigned from it.
     """
     classes = {type(getattr(Config(), item.name)).__name__: item.name for item in dataclasses.fields(Config)}
     sections = set(classes.values())
-    stands_for = {section: {section} for section in sections}
+    refers_to = {section: {section} for section in sections}
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.arg) and last_name(node.annotation) in classes:
-            stands_for.setdefault(node.arg, set()).add(classes[last_name(node.annotation)])
+            refers_to.setdefault(node.arg, set()).add(classes[last_name(node.annotation)])
     for _ in range(2):  # a name of a name
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Assign):
@@ -293,13 +293,13 @@ def read_in(path: Path) -> set[tuple[str, str]]:
                     many = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
                     pairs = zip(target.elts, node.value.elts, strict=False) if many else [(target, node.value)]  # type: ignore[attr-defined]
                     for left, right in pairs:
-                        if last_name(left) and last_name(right) in stands_for:
-                            stands_for.setdefault(last_name(left), set()).update(stands_for[last_name(right)])
+                        if last_name(left) and last_name(right) in refers_to:
+                            refers_to.setdefault(last_name(left), set()).update(refers_to[last_name(right)])
     return {
         (section, node.attr)
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Attribute)
-        for section in stands_for.get(last_name(node.value), ())
+        for section in refers_to.get(last_name(node.value), ())
     }
 
 
@@ -307,7 +307,7 @@ READ = set().union(*(read_in(path) for path in HPCGPT if path.parent.name != "co
 
 
 @pytest.mark.parametrize(("section", "key"), options())
-def test_every_option_is_read_by_something_else_than_the_configuration(section: str, key: str) -> None:
+def test_every_option_is_read_outside_of_the_configuration(section: str, key: str) -> None:
     # Read by plan and loader through Config's own properties.
     through = {("run", "dir"): "run_folder", ("run", "name"): "run_folder", ("data", "stride"): "stride",
                ("profile", "steps"): "profiled_steps"}  # fmt: skip
@@ -325,12 +325,12 @@ def test_every_option_is_read_by_something_else_than_the_configuration(section: 
 @pytest.mark.parametrize(
     "arguments", [["ruff", "check"], ["ruff", "format", "--check"], pytest.param(["mypy"], marks=pytest.mark.long)]
 )
-def test_the_tools_have_nothing_to_say(arguments: list[str]) -> None:
+def test_linter_formatter_and_type_checker_pass(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_command_of_the_list_has_its_help() -> None:
+def test_every_listed_command_has_help() -> None:
     from hpcgpt.__main__ import COMMANDS
 
     for name in COMMANDS:
@@ -342,12 +342,12 @@ def test_every_command_of_the_list_has_its_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "suggestion"),
     [("trian", "train"), ("tran", "train"), ("list", "status"), ("ls", "checkpoint ls"), ("generate", "sample"),
      ("make-shards", "`python -m data_prep.make_shards`")],
 )  # fmt: skip
-def test_a_command_that_is_not_there_is_refused_with_the_one_that_was_meant(typed: str, meant: str) -> None:
+def test_an_unknown_command_is_refused_with_the_nearest_one(typed: str, suggestion: str) -> None:
     done = command("hpcgpt", typed)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: no command '{typed}'; there are train, ")
-    assert done.stderr.endswith(f" (did you mean {meant}?)\n")
+    assert done.stderr.endswith(f" (did you mean {suggestion}?)\n")

@@ -1,4 +1,4 @@
-"""hpcgpt.plan: what does not fit is refused before a GPU second is spent, with what would."""
+"""hpcgpt.plan: what does not fit is refused before a GPU second is spent, with a remedy."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.programs import command
 
 @pytest.fixture
 def copy(shards_folder: Path, tmp_path: Path) -> Path:
-    """Shards that a test may break."""
+    """A copy of the shards, which a test may damage."""
     return Path(shutil.copytree(shards_folder, tmp_path / "shards"))
 
 
 def settings(folder: Path, **flags: Any) -> Config:
-    """A small configuration; flags are spelled section__key=value."""
+    """Return a small configuration; flags are spelled section__key=value."""
     small = {"model__n_layer": 1, "model__n_head": 1, "model__n_embd": 8, "model__block_size": 32, "train__steps": 5,
              "train__global_batch": 8, "train__micro_batch": 2, "data__dir": folder} | flags  # fmt: skip
     arguments = [flag for key, value in small.items() for flag in (f"--{key.replace('__', '.')}", str(value))]
@@ -51,7 +51,7 @@ def test_tokens_become_steps_rounded_up(tokens: int, steps: int, shards_folder: 
 
 
 @pytest.mark.parametrize("epochs", [0.5, 1, 2.5])
-def test_epochs_become_the_steps_whose_samples_they_hold(epochs: float, shards_folder: Path) -> None:
+def test_epochs_become_the_steps_that_their_samples_fill(epochs: float, shards_folder: Path) -> None:
     made = plan.make(settings(shards_folder, train__steps=0, train__epochs=epochs), 1)
     assert 0 <= epochs * made.sets[0].windows - made.total_steps * 8 < 8
 
@@ -90,7 +90,7 @@ def test_micro_steps_follow_from_the_global_batch(global_batch: int, micro_batch
         (8, 8, 16, "choose a train.global_batch that is a multiple of 128"),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_what_would(
+def test_a_batch_that_does_not_divide_is_refused_with_batches_that_do(
     global_batch: int, micro_batch: int, ranks: int, advice: str, shards_folder: Path
 ) -> None:
     small = settings(shards_folder, train__global_batch=global_batch, train__micro_batch=micro_batch)
@@ -98,8 +98,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(
         plan.make(small, ranks)
 
 
-def test_sums_of_micro_batches_are_not_rounded_to_bfloat16(shards_folder: Path) -> None:
-    """With zero1 FSDP2 would, before it sends them."""
+def test_rounded_gradients_are_not_accumulated_with_zero1(shards_folder: Path) -> None:
+    """FSDP2 would round the sums of micro-batches to bfloat16 before it sends them."""
     flags = {"parallel__mode": "zero1", "parallel__gradient_dtype": "bfloat16"}
     with pytest.raises(ValueError, match="with zero1 would also accumulate a step's 2 micro-batches"):
         plan.make(settings(shards_folder, **flags), world_size=2)
@@ -116,14 +116,14 @@ def test_a_missing_folder_of_shards_is_refused_with_how_to_make_one(tmp_path: Pa
         plan.make(settings(tmp_path / "nowhere"), 1)
 
 
-def test_shards_without_their_manifest_are_no_data_set(copy: Path) -> None:
+def test_shards_without_a_manifest_are_refused(copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"manifest\.json, which is written last, is missing"):
         plan.make(settings(copy), 1)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_missing_shard_is_refused_by_its_name(split: str, copy: Path) -> None:
+def test_a_missing_shard_is_refused_by_name(split: str, copy: Path) -> None:
     (copy / f"{split}_000000.bin").unlink()
     with pytest.raises(ValueError, match=rf"{split}_000000\.bin: the manifest lists it, but"):
         plan.make(settings(copy), 1)
@@ -139,7 +139,7 @@ def test_a_shard_of_another_size_is_refused_with_both_sizes(change: int, problem
 
 
 def test_fewer_windows_than_one_global_batch_are_refused(shards_folder: Path) -> None:
-    """The course's script trained nothing on such a corpus, and saved it."""
+    """The course's script trained nothing on such a corpus, and saved that."""
     windows = plan.make(settings(shards_folder), 1).sets[0].windows
     fits, more = settings(shards_folder, train__global_batch=windows, train__micro_batch=1), windows + 1
     assert plan.make(fits, 1).sets[0].windows == windows
@@ -177,24 +177,24 @@ def test_an_id_outside_of_the_tokenizer_is_refused(copy: Path) -> None:
 # --- the tokenizer ---------------------------------------------------------------------------------
 
 
-def test_another_tokenizer_than_the_one_asked_for_is_refused(shards_folder: Path) -> None:
+def test_a_tokenizer_other_than_the_configured_one_is_refused(shards_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.tokenizer is gpt2, but the shards in .* were made with bpe512"):
         plan.make(settings(shards_folder, data__tokenizer="gpt2"), 1)
 
 
-def test_the_tokenizer_may_be_asked_for_by_name_or_fingerprint(shards_folder: Path) -> None:
+def test_the_tokenizer_may_be_configured_by_name_or_fingerprint(shards_folder: Path) -> None:
     fingerprint = save_load.load(shards_folder / "tokenizer").fingerprint
     for name in ("bpe512", fingerprint, fingerprint[:12], ""):
         assert plan.make(settings(shards_folder, data__tokenizer=name), 1).config.model.vocab_size == 512
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_and_a_larger_one_taken(shards_folder: Path) -> None:
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_and_a_larger_one_accepted(shards_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size 511 is smaller than the 512 ids"):
         plan.make(settings(shards_folder, model__vocab_size=511), 1)
     assert plan.make(settings(shards_folder, model__vocab_size=600), 1).config.model.vocab_size == 600
 
 
-# --- going on with a run ---------------------------------------------------------------------------
+# --- resuming a run --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,9 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_and_a_larger_one_ta
         ({"model__kind": "modern"}, "model.kind"),
     ],
 )
-def test_a_change_of_the_model_or_of_the_order_is_seen(change: dict[str, Any], name: str, shards_folder: Path) -> None:
+def test_a_change_of_the_model_or_of_the_order_is_noticed(
+    change: dict[str, Any], name: str, shards_folder: Path
+) -> None:
     before, now = plan.make(settings(shards_folder), 1), plan.make(settings(shards_folder, **change), 1)
     assert any(line.startswith(f"{name} was ") for line in plan.changes(before.identity, now.identity))
 
@@ -224,23 +226,23 @@ def test_an_option_that_is_newer_than_the_run_counts_as_its_default(shards_folde
     assert plan.changes(before, now | {"data.document_mask": True}) == ["data.document_mask was False and is now True"]
 
 
-def test_other_shards_are_seen(shards_folder: Path, copy: Path) -> None:
+def test_other_shards_are_noticed(shards_folder: Path, copy: Path) -> None:
     only_training_shards(copy)
     before, now = plan.make(settings(shards_folder), 1), plan.make(settings(copy, eval__every=0), 1)
     assert "digest of the shards" in " ".join(plan.changes(before.identity, now.identity))
 
 
-def test_a_move_to_another_number_of_ranks_is_no_change(shards_folder: Path) -> None:
+def test_another_number_of_ranks_is_no_change(shards_folder: Path) -> None:
     small = settings(shards_folder)
     filled = dataclasses.replace(small, model=dataclasses.replace(small.model, vocab_size=512))
     before, now = plan.make(small, 1), plan.make(filled, 4)
     assert plan.changes(before.identity, now.identity) == []
 
 
-# --- as a command ----------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------
 
 
-def test_training_on_a_truncated_shard_ends_with_status_2_and_the_sentence(tiny: Path, copy: Path) -> None:
+def test_training_on_a_truncated_shard_ends_with_status_2_and_the_message(tiny: Path, copy: Path) -> None:
     os.truncate(copy / "train_000000.bin", 2000)
     done = command("hpcgpt.train", str(tiny), "--data.dir", str(copy))
     assert done.returncode == 2

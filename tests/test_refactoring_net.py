@@ -1,7 +1,7 @@
-"""The net for refactorings: it holds when the code is the same, and shows what differs when one constant is another.
+"""tests/refactoring_net.py: it finds equal code equal, and shows the difference if one constant is changed.
 
-The whole comparison is for a person or a stage of a refactoring to start, see tests/refactoring_net.py; here it is
-made small.
+The whole comparison is started by hand, see tests/refactoring_net.py; here it is made small.
+
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.refactoring_net import report
 from tests.refactoring_outcomes import plan
 
 SMALL = ["--only", "run: gpt2, 1 ranks, muon, zero1", "--only", "run: continued on fewer ranks", "--only", "old: *ver*"]
-# In the random numbers of a run that continues on another number of ranks, and nowhere else.
+# It affects the random numbers of a run that continues on another number of ranks, and nothing else.
 FACTOR = "104729 * "
 
 
@@ -30,21 +30,21 @@ def net(old: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def verdicts(printed: str) -> dict[str, str]:
-    """What the table says of each outcome: 'equal', or what is different."""
+    """Return what the table says of each outcome: 'equal', or what is different."""
     lines = [line for line in printed.splitlines() if " files  " in line]
     return {line.partition("  ")[0]: line.split(" files  ")[1].split("  ", 1)[1] for line in lines}
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The present code in a folder of its own, to be changed."""
+    """The present code in a separate folder, to be changed."""
     for package in ("hpcgpt", "data_prep"):
         shutil.copytree(ROOT / package, tmp_path / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "code"
 
 
 def replace_once(code: Path, old: str, new: str) -> None:
-    """Change a constant, in whichever file it stands by now."""
+    """Change a constant, whichever file it is in."""
     found = [path for path in code.rglob("*.py") if old in path.read_text(encoding="utf-8")]
     assert len(found) == 1, f"'{old}' stands in {found}: find another constant for this test"
     found[0].write_text(found[0].read_text(encoding="utf-8").replace(old, new), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""hpcgpt.requeue: what happens to the job next."""
+"""hpcgpt.requeue: the decision about the job after a start."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.fake_slurm import slurm as slurm
 from tests.programs import command
 from tests.tiny_run import rows
 
-NO_EXIT_FILE = None  # rank 0 could not write exit.json: killed, or its node is gone
+NO_EXIT_FILE = None  # rank 0 could not write exit.json: it was killed, or its node failed
 
 
 NEW, LIMITS = RestartHistory(), options.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
@@ -41,7 +41,7 @@ NEW, LIMITS = RestartHistory(), options.Requeue(max_crashes=3, max_idle=10, max_
 def policy(
     ended: Exit | None, status: int, crashes: int = 0, most: int = 3, failure: FirstFailure | None = None
 ) -> Decision:
-    """What is decided at the first start of a job that Slurm leaves alone."""
+    """Return the decision at the first start of a job that Slurm leaves alone."""
     limits = options.Requeue(max_crashes=most)
     return decide(ended, status, Job("RUNNING"), 0, RestartHistory(crashes), limits, failure)
 
@@ -57,7 +57,7 @@ def left(status: int, reason: str = "", saved: bool = False) -> Exit:
     ("ended", "status", "requeue", "crashed", "message"),
     [
         (left(FINISHED), 0, False, False, "finished"),
-        (left(FINISHED), 137, False, False, "finished"),  # srun -K may lose the true status
+        (left(FINISHED), 137, False, False, "finished"),  # srun -K may lose the status
         (left(2, "no such key"), 2, False, False, "a person has to act: no such key"),
         (left(2, "no such key"), 143, False, False, "a person has to act: no such key"),
         (NO_EXIT_FILE, 2, False, False, "a person has to act"),
@@ -75,11 +75,11 @@ def left(status: int, reason: str = "", saved: bool = False) -> Exit:
             "crash 1 since the last new checkpoint: the ranks exited with status 137 and reported no error",
         ),
         (NO_EXIT_FILE, 1, True, True, "exited with status 1 and reported no error"),
-        (NO_EXIT_FILE, 0, False, False, "finished"),  # every rank said so, and rank 0's disk was full
+        (NO_EXIT_FILE, 0, False, False, "finished"),  # every rank exited with 0, and rank 0's disk was full
         (NO_EXIT_FILE, AGAIN, True, False, "saved"),
     ],
 )
-def test_how_an_attempt_ended_decides(
+def test_the_end_of_an_attempt_decides(
     ended: Exit | None, status: int, requeue: bool, crashed: bool, message: str
 ) -> None:
     decision = policy(ended, status)
@@ -93,8 +93,8 @@ def test_how_an_attempt_ended_decides(
     [("a STOP file", Stop.FILE), ("the time limit is near", Stop.TIME_LIMIT), ("interrupted", Stop.INTERRUPT),
      ("told to terminate", Stop.TERMINATED), ("out of memory", Stop.NO), ("", Stop.NO)],
 )  # fmt: skip
-def test_the_reasons_that_run_folders_contain_are_understood_as_codes(reason: str, stop: Stop) -> None:
-    """These texts are in exit.json files on disk: they must be understood whatever the messages are now."""
+def test_reasons_in_existing_run_folders_are_understood_as_codes(reason: str, stop: Stop) -> None:
+    """These texts are in exit.json files on disk: they must be understood whatever the messages are today."""
     ended = left(AGAIN, reason, saved=True)
     assert ended.stop == stop
     assert policy(ended, AGAIN).requeue == (stop != Stop.FILE)
@@ -107,7 +107,7 @@ ENDS = [NO_EXIT_FILE, TERMINATED, left(FAILED, "x")]
 @pytest.mark.parametrize("ended", ENDS)
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
 def test_a_job_that_a_user_cancelled_is_never_requeued_and_did_not_crash(ended: Exit | None, state: str) -> None:
-    """While its processes are being ended, a cancelled job is COMPLETING."""
+    """A cancelled job is COMPLETING while its processes are being ended."""
     decision = decide(ended, 143, Job(state), 0, NEW, LIMITS)
     assert (decision.requeue, decision.crashed) == (False, False)
     assert "cancelled" in decision.reason
@@ -134,16 +134,14 @@ def test_the_last_of_max_crashes_in_a_row_is_a_crash_loop(before: int, allowed: 
     assert ("crash loop" in decision.reason) != requeue
 
 
-def test_earlier_crashes_do_not_keep_a_saved_job_from_being_requeued() -> None:
+def test_earlier_crashes_do_not_prevent_the_requeue_of_a_saved_job() -> None:
     assert policy(left(AGAIN, Stop.TIME_LIMIT.message, saved=True), AGAIN, crashes=99).requeue
 
 
 @pytest.mark.parametrize("ended", ENDS)
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING"])
-def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash(
-    ended: Exit | None, state: str
-) -> None:
-    """It may even run again already; a second requeue would hit the new start."""
+def test_a_job_that_slurm_has_requeued_itself_is_left_alone_and_did_not_crash(ended: Exit | None, state: str) -> None:
+    """It may even run again; a second requeue would hit the new start."""
     decision = decide(ended, 143, Job(state, restarts=2), 1, NEW, LIMITS)
     assert (decision.requeue, decision.crashed) == (False, False)
     assert decide(TERMINATED, 143, Job("RUNNING", restarts=2), 2, NEW, LIMITS).requeue
@@ -152,7 +150,7 @@ def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash
 @pytest.mark.parametrize(
     ("failure", "status", "requeue", "crashed", "message"),
     [
-        # One rank alone found a mistake; srun -K ended the others, rank 0 too, and its status is 137.
+        # Only one rank found a user error; srun -K ended the others, rank 0 too, and its status is 137.
         (FirstFailure(3, "n2", "exit status 2", 2, "no such file"), 137, False, False, "exit status 2: no such"),
         (FirstFailure(0, "n1", "Exited with exit code 76", 76), 137, False, False, "exit code 76: see the log"),
         (
@@ -163,11 +161,11 @@ def test_a_job_that_slurm_has_requeued_by_itself_is_left_alone_and_did_not_crash
             "crash 1 since the last new checkpoint: rank 3 on n2: Killed",
         ),
         (FirstFailure(3, "n2", "exit status 1", 1, "boom"), 137, True, True, "rank 3 on n2: exit status 1: boom"),
-        # srun's own status may be any of its tasks': 2 is no mistake of the user's if a rank was killed first.
+        # srun's own status may be that of any task: 2 is not a user error if a rank was killed first.
         (FirstFailure(3, "n2", "Killed", None), 2, True, True, "Killed"),
     ],
 )
-def test_without_a_word_from_rank_0_the_first_to_fail_decides(
+def test_without_a_report_from_rank_0_the_first_failure_decides(
     failure: FirstFailure, status: int, requeue: bool, crashed: bool, message: str
 ) -> None:
     decision = policy(NO_EXIT_FILE, status, failure=failure)
@@ -175,7 +173,7 @@ def test_without_a_word_from_rank_0_the_first_to_fail_decides(
     assert message in decision.reason
 
 
-def test_a_node_that_failed_is_no_crash_and_no_cancellation() -> None:
+def test_a_node_failure_is_neither_a_crash_nor_a_cancellation() -> None:
     decision = decide(NO_EXIT_FILE, 143, Job("COMPLETING", node_failed=True), 0, RestartHistory(crashes=99), LIMITS)
     assert (decision.requeue, decision.crashed, decision.reason) == (True, False, "a node failed")
 
@@ -185,8 +183,8 @@ IDLE = Start("7_9", from_step=20, to_step=21, start_s=25.4, trained_s=3.2)
 
 @pytest.mark.parametrize(("idle", "requeue"), [(0, True), (9, True), (10, False), (30, False)])
 @pytest.mark.parametrize("ended", [left(AGAIN, Stop.TIME_LIMIT.message, saved=True), left(FAILED, "out of memory")])
-def test_a_job_whose_starts_cost_more_than_they_gain_comes_to_an_end(ended: Exit, idle: int, requeue: bool) -> None:
-    """`idle` counts the start that has just ended, too."""
+def test_a_job_whose_starts_cost_more_than_they_gain_is_ended(ended: Exit, idle: int, requeue: bool) -> None:
+    """`idle` includes the start that has just ended."""
     decision = decide(ended, AGAIN, Job("RUNNING"), 0, RestartHistory(without_progress=idle, last=IDLE), LIMITS)
     assert (decision.requeue, decision.gave_up) == (requeue, not requeue)
     assert decision.crashed == (ended.status == FAILED)
@@ -199,7 +197,7 @@ def test_a_job_whose_starts_cost_more_than_they_gain_comes_to_an_end(ended: Exit
 
 
 @pytest.mark.parametrize(("before", "requeue"), [(0, True), (2, True), (3, False), (9, False)])
-def test_nodes_that_keep_failing_bring_a_job_back_only_so_often(before: int, requeue: bool) -> None:
+def test_node_failures_bring_a_job_back_a_limited_number_of_times(before: int, requeue: bool) -> None:
     job, past = Job("COMPLETING", node_failed=True), RestartHistory(node_failures=before)
     for decision in (decide(NO_EXIT_FILE, 143, job, 0, past, LIMITS), decide_early(job, 0, past, LIMITS)):
         assert decision is not None
@@ -216,8 +214,8 @@ ENDING = "COMPLETING"
         (Job(ENDING, node_failed=True), "a node failed"),
         (Job(ENDING, over_time=True), "at its time limit"),
         (Job(ENDING, preempted=True, fields={"Requeue": "0"}), "preempted"),
-        (Job(ENDING, preempted=True, fields={"Requeue": "1"}), None),  # Slurm brings it back by itself
-        (Job(ENDING), None),  # a person's scancel
+        (Job(ENDING, preempted=True, fields={"Requeue": "1"}), None),  # Slurm itself requeues it
+        (Job(ENDING), None),  # the user's scancel
         (Job("RUNNING"), None),
         (Job(""), None),
         *((Job(ENDING, restarts=1, fields={"Requeue": "0"}, **{why: True}), None)
@@ -225,7 +223,7 @@ ENDING = "COMPLETING"
     ],
     ids=str,
 )  # fmt: skip
-def test_while_slurm_ends_a_job_whose_ranks_hang_what_slurm_will_not_do_is_decided(job: Job, why: str | None) -> None:
+def test_decide_early_decides_only_what_slurm_will_not_do_itself(job: Job, why: str | None) -> None:
     decision = decide_early(job, 0, NEW, LIMITS)
     assert (decision is None) == (why is None)
     if decision:
@@ -234,7 +232,7 @@ def test_while_slurm_ends_a_job_whose_ranks_hang_what_slurm_will_not_do_is_decid
         assert why in decision.reason
 
 
-def test_a_job_that_hangs_until_its_time_limit_each_time_comes_to_an_end() -> None:
+def test_a_job_that_hangs_until_its_time_limit_each_time_is_ended() -> None:
     decision = decide_early(Job(ENDING, over_time=True), 0, RestartHistory(without_progress=10, last=IDLE), LIMITS)
     assert decision is not None
     assert not decision.requeue
@@ -254,10 +252,10 @@ def test_an_array_task_requeues_itself_and_not_the_array(env: dict[str, str], jo
     assert job_id(env) == job
 
 
-# --- as the batch script runs it -------------------------------------------------------------------
+# --- the command, as in the batch script -----------------------------------------------------------
 
 
-def test_folder_makes_the_run_folder_and_prints_it_and_nothing_else(tmp_path: Path) -> None:
+def test_folder_makes_the_run_folder_and_prints_only_its_path(tmp_path: Path) -> None:
     done = command("hpcgpt.requeue", "folder", "quickstart", "--run.dir", str(tmp_path), "--run.name", "a b")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/a b\n"), done.stderr
     assert (tmp_path / "a b" / "logs").is_dir()
@@ -278,7 +276,7 @@ def test_folder_with_a_wrong_configuration_makes_nothing(tmp_path: Path) -> None
     [[], ["quickstart"], ["--status", "0"], ["decide"], ["decide", "quickstart"], ["decide", "--status"],
      ["decide", "--status", "x", "quickstart"], ["decide", "--status", "-1"]],
 )  # fmt: skip
-def test_wrong_usage_ends_with_status_2_and_a_sentence(arguments: list[str]) -> None:
+def test_wrong_usage_ends_with_status_2_and_a_message(arguments: list[str]) -> None:
     done = command("hpcgpt.requeue", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(("error: usage:", "error: requeue decide needs --status N first"))
@@ -318,8 +316,8 @@ def test_a_job_that_slurm_ended_for_another_reason_is_requeued(
     assert slurm.requeued == ["7"]
 
 
-def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: FakeSlurm, run: Path) -> None:
-    """The second start was killed, and wrote nothing; the exit.json in the folder is the first one's."""
+def test_the_exit_json_of_an_earlier_start_does_not_count(slurm: FakeSlurm, run: Path) -> None:
+    """The second start was killed and wrote nothing; the exit.json in the folder is from the first one."""
     run_folder.write_exit(run, left(FINISHED))
     _, output = decided(slurm, run, 137, SLURM_RESTART_COUNT="1")
     assert "crash 1" in output
@@ -327,11 +325,11 @@ def test_what_an_earlier_attempt_left_behind_says_nothing_about_this_one(slurm: 
 
 
 @pytest.fixture
-def keeps(run: Path) -> Iterator[Callable[[int], None]]:
-    """Save a checkpoint of a step into the run."""
-    own = lease.acquire(run, "")
-    yield lambda step: assert_saved(save(run / "checkpoints", step, own))
-    own.release()
+def save_step(run: Path) -> Iterator[Callable[[int], None]]:
+    """A function that saves a checkpoint of a step into the run."""
+    held = lease.acquire(run, "")
+    yield lambda step: assert_saved(save(run / "checkpoints", step, held))
+    held.release()
 
 
 def assert_saved(problem: str) -> None:
@@ -339,7 +337,7 @@ def assert_saved(problem: str) -> None:
 
 
 def begin(slurm: FakeSlurm, run: Path, **env: str) -> tuple[int, str]:
-    """`requeue folder`, as at the beginning of the batch script; its exit status and what it said."""
+    """Run `requeue folder` as at the beginning of the batch script; return exit status and messages."""
     job = {"SLURM_JOB_ID": "7", "PATH": f"{slurm.folder}:/usr/bin:/bin"} | env
     done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=job)
     assert "Traceback" not in done.stderr
@@ -347,28 +345,28 @@ def begin(slurm: FakeSlurm, run: Path, **env: str) -> tuple[int, str]:
 
 
 def crash(slurm: FakeSlurm, run: Path, restart: int, job: str = "7") -> str:
-    """A start that crashes; what was decided."""
+    """Run a start that crashes; return the messages of the decision."""
     slurm.answers(restarts=restart)
     env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}
     assert begin(slurm, run, **env)[0] == 0
     return decided(slurm, run, 137, **env)[1]
 
 
-def test_three_crashes_without_a_checkpoint_are_the_end_and_a_checkpoint_between_starts_anew(
-    slurm: FakeSlurm, run: Path, keeps: Callable[[int], None]
+def test_three_crashes_without_a_new_checkpoint_end_the_job(
+    slurm: FakeSlurm, run: Path, save_step: Callable[[int], None]
 ) -> None:
     output = [crash(slurm, run, restart) for restart in range(2)]
-    keeps(10)
+    save_step(10)
     output += [crash(slurm, run, restart) for restart in range(2, 4)]
-    # It was the second start that saved it, and crashed afterwards.
+    # The second start saved it, and crashed afterwards.
     assert ["crash loop" in text for text in output] == [False, False, False, True]
     assert len(slurm.requeued) == 3
     names = [row["event"] for row in rows(run / "events.jsonl")]
     assert (names.count("crash"), names.count("give_up")) == (4, 1)
 
 
-def test_two_jobs_that_crash_in_turns_in_one_folder_both_come_to_an_end(slurm: FakeSlurm, run: Path) -> None:
-    """The other one's `job` event says nothing of this one's crashes."""
+def test_two_jobs_that_crash_alternately_in_one_folder_are_both_ended(slurm: FakeSlurm, run: Path) -> None:
+    """The `job` event of one job does not reset the crashes of the other."""
     output: dict[str, list[str]] = {"7": [], "8": []}
     for restart in range(3):
         for job in output:
@@ -378,19 +376,19 @@ def test_two_jobs_that_crash_in_turns_in_one_folder_both_come_to_an_end(slurm: F
     assert slurm.requeued == ["7", "8", "7", "8"]
 
 
-def test_who_goes_back_to_an_older_checkpoint_is_measured_against_that_one(
-    slurm: FakeSlurm, run: Path, keeps: Callable[[int], None]
+def test_after_going_back_progress_is_measured_from_the_older_checkpoint(
+    slurm: FakeSlurm, run: Path, save_step: Callable[[int], None]
 ) -> None:
-    """From step 10,000 back to 2,000: starts that train on from there get somewhere."""
+    """From step 10,000 back to 2,000: starts that train on from there make progress."""
     for step in (2_000, 10_000):
         run_folder.record(run, "save", step=step)
-    keeps(2_000)
+    save_step(2_000)
     for restart in range(12):
         env = {"SLURM_RESTART_COUNT": str(restart)}
         slurm.answers(restarts=restart)
         run_folder.record(run, "job", job=f"7_{restart}", newest_step=2_000 + restart * 100)
         run_folder.record(run, "start", attempt=restart + 1, job=f"7_{restart}", step=2_000 + restart * 100)
-        keeps(2_100 + restart * 100)
+        save_step(2_100 + restart * 100)
         if restart < 11:
             run_folder.record(run, "requeue", job=f"7_{restart}")
             continue
@@ -398,21 +396,21 @@ def test_who_goes_back_to_an_older_checkpoint_is_measured_against_that_one(
         assert "\nhpcgpt: requeue of job 7: " in "\n" + decided(slurm, run, 143, **env)[1]
 
 
-def test_a_job_that_slurm_itself_brings_back_and_that_gets_nowhere_is_refused_at_its_next_start(
+def test_a_job_that_slurm_keeps_requeueing_without_progress_is_refused_at_its_start(
     slurm: FakeSlurm, run: Path
 ) -> None:
-    """A preemption requeues it without a decision of ours."""
+    """Slurm requeues it after a preemption without a decision of ours."""
     for restart in range(9):
         run_folder.record(run, "job", job=f"7_{restart}", newest_step=0)
     assert begin(slurm, run, SLURM_RESTART_COUNT="9")[0] == 0
     status, output = begin(slurm, run, SLURM_RESTART_COUNT="10")
     assert status == requeue.REFUSED
     assert "job 7 is not started again: no progress: 10 starts in a row" in output
-    assert begin(slurm, run, SLURM_JOB_ID="8")[0] == 0, "another job begins anew"
-    assert begin(slurm, run, SLURM_RESTART_COUNT="11")[0] == 0, "a person requeued it all the same"
+    assert begin(slurm, run, SLURM_JOB_ID="8")[0] == 0, "the count of another job starts over"
+    assert begin(slurm, run, SLURM_RESTART_COUNT="11")[0] == 0, "the user requeued it nevertheless"
 
 
-def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm: FakeSlurm, run: Path) -> None:
+def test_node_failures_are_recorded_also_where_slurm_has_requeued_the_job(slurm: FakeSlurm, run: Path) -> None:
     for restart in range(9):
         run_folder.record(run, "job", job=f"7_{restart}", newest_step=0)
         run_folder.record(run, "node_failed", job=f"7_{restart}")
@@ -425,7 +423,7 @@ def test_node_failures_are_on_record_also_where_slurm_has_requeued_the_job(slurm
     assert "10 starts without a new checkpoint ended with a node failure" in output
 
 
-def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
+def test_a_controller_that_does_not_answer_for_a_while_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=2)
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, output = decided(slurm, run, 143)
@@ -433,7 +431,7 @@ def test_a_controller_that_is_away_for_a_moment_is_waited_for(slurm: FakeSlurm, 
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
-def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlurm, run: Path) -> None:
+def test_a_requeue_whose_answer_was_lost_does_not_count_as_refused(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=1, then_requeued=True)
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, output = decided(slurm, run, 143)
@@ -442,7 +440,7 @@ def test_a_requeue_whose_answer_was_lost_is_none_that_was_refused(slurm: FakeSlu
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
-def test_a_requeue_that_slurm_refuses_ends_with_what_to_do(slurm: FakeSlurm, run: Path) -> None:
+def test_a_refused_requeue_ends_with_the_remedy(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(refuses=True)
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, output = decided(slurm, run, AGAIN, SLURM_JOB_NUM_NODES="2")
@@ -462,12 +460,12 @@ def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: Fake
     assert slurm.requeued == []
 
 
-def test_a_damaged_exit_json_is_a_crash_and_no_end(slurm: FakeSlurm, run: Path) -> None:
+def test_a_damaged_exit_json_counts_as_a_crash(slurm: FakeSlurm, run: Path) -> None:
     (run / "exit.json").write_text(json.dumps({"status": 0}))
     assert "crash 1" in decided(slurm, run, 137)[1]
 
 
-def test_without_scontrol_it_says_so_in_a_sentence(slurm: FakeSlurm, run: Path) -> None:
+def test_without_scontrol_there_is_a_message(slurm: FakeSlurm, run: Path) -> None:
     (slurm.folder / "scontrol").unlink()
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, output = decided(slurm, run, AGAIN, PATH=str(slurm.folder))
@@ -475,7 +473,7 @@ def test_without_scontrol_it_says_so_in_a_sentence(slurm: FakeSlurm, run: Path) 
     assert "scontrol" in output
 
 
-def test_an_interactive_allocation_cannot_be_requeued_and_says_so(slurm: FakeSlurm, run: Path) -> None:
+def test_an_interactive_allocation_cannot_be_requeued(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(BatchFlag="0")
     run_folder.write_exit(run, TERMINATED)
     status, output = decided(slurm, run, AGAIN)
@@ -484,37 +482,37 @@ def test_an_interactive_allocation_cannot_be_requeued_and_says_so(slurm: FakeSlu
     assert slurm.requeued == []
 
 
-def begun(slurm: FakeSlurm, run: Path) -> None:
+def start_in_allocation(slurm: FakeSlurm, run: Path) -> None:
     env = {"SLURM_JOB_ID": "7", "PATH": f"{slurm.folder}:/usr/bin:/bin"}
     done = command("hpcgpt.requeue", "folder", "--run.dir", str(run.parent), "--run.name", run.name, env=env)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_word_of_an_earlier_start_in_the_same_allocation_is_not_this_ones(slurm: FakeSlurm, run: Path) -> None:
-    """Both are called 7_0. The first saved and left; the second is killed, and writes nothing."""
+def test_reports_of_an_earlier_start_in_the_same_allocation_do_not_count(slurm: FakeSlurm, run: Path) -> None:
+    """Both are called 7_0. The first one saved and exited; the second is killed and writes nothing."""
     slurm.answers(BatchFlag="0")
     for round_ in range(2):
-        begun(slurm, run)
+        start_in_allocation(slurm, run)
         crashed_on(run, f"n{round_}")
         (run / "faults" / "7_0").mkdir(parents=True)
         run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
-    begun(slurm, run)
+    start_in_allocation(slurm, run)
     (run / "logs" / "7_0.srun").write_text("srun: error: n5: task 0: Killed\n")
     _, output = decided(slurm, run, 137)
     assert "crash 1 since the last new checkpoint: rank 0 on n5" in output
     assert "n0" not in output
     assert sorted(path.name for path in (run / "logs").glob("7_0.srun.*")) == ["7_0.srun.1", "7_0.srun.2"]
-    assert {"7_0.1", "7_0.2"} < {path.name for path in (run / "faults").iterdir()}, "and this start's own"
+    assert {"7_0.1", "7_0.2"} < {path.name for path in (run / "faults").iterdir()}, "beside those of this start"
 
 
-def test_what_a_start_that_lives_has_written_is_left_where_it_is(slurm: FakeSlurm, run: Path) -> None:
-    """A second one in its allocation, which will be refused."""
+def test_reports_of_a_start_that_still_runs_are_not_moved(slurm: FakeSlurm, run: Path) -> None:
+    """A second start in its allocation will be refused."""
     crashed_on(run, "n0")
-    taken = lease.acquire(run, "7_0")
-    begun(slurm, run)
+    held = lease.acquire(run, "7_0")
+    start_in_allocation(slurm, run)
     assert (run / "logs" / "7_0.srun").exists()
-    taken.release()
-    begun(slurm, run)
+    held.release()
+    start_in_allocation(slurm, run)
     assert not (run / "logs" / "7_0.srun").exists()
 
 
@@ -537,7 +535,7 @@ def test_a_run_folder_belongs_to_one_task_of_an_array(slurm: FakeSlurm, run: Pat
         return done.returncode, done.stderr
 
     assert task("7", "1")[0] == 0
-    assert task("7", "1")[0] == 0  # it comes back
+    assert task("7", "1")[0] == 0  # it was requeued
     status, output = task("7", "2")
     assert status == 2
     assert "is the run folder of task 1 of this job array" in output
@@ -561,16 +559,16 @@ def excluding(slurm: FakeSlurm, run: Path, restart: int) -> str:
     return done.stderr
 
 
-def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, run: Path) -> None:
+def test_bad_hosts_are_excluded_from_the_next_start_and_add_up(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="2", ExcNodeList="n[8-9]", ReqNodeList="(null)")
     slurm.has_nodes("n1 idle", "n2 mixed", "n3 allocated", "n4 idle", "n5 down*", "n6 drained", "n7 idle*")
     crashed_on(run, "n2")
     assert "the next start avoids n2" in excluding(slurm, run, 0)
     run_folder.record(run, "start", attempt=2)
     run_folder.record(run, "straggler", host="n4", factor=3.0)
-    run_folder.record(run, "straggler", host="n1", factor=1.5)  # not that slow
+    run_folder.record(run, "straggler", host="n1", factor=1.5)  # not slow enough
     crashed_on(run, "n3", "7_1")
-    # n1 to n4 can be used, and two are needed: the newest two go, n2 stays.
+    # n1 to n4 are usable and two are needed: the newest two are excluded, n2 comes back.
     assert "the next start avoids n3, n4" in excluding(slurm, run, 1)
     assert slurm.updates == ["update JobId=7 ExcNodeList=n8,n9,n2", "update JobId=7 ExcNodeList=n8,n9,n3,n4"]
     crashes = [event for event in run_folder.events(run) if event["event"] == "crash"]
@@ -582,13 +580,13 @@ def test_bad_hosts_are_left_out_of_the_next_start_and_add_up(slurm: FakeSlurm, r
 
 
 def test_only_stragglers_of_the_newest_start_are_bad() -> None:
-    """Those before were judged then; a person may have taken one out of the list since."""
+    """Earlier ones were judged then; the user may have removed one from the list since."""
     before = {"event": "straggler", "host": "n1", "factor": 9.0}
     assert bad_hosts(None, [{"event": "start"}, before, {"event": "start"}, before | {"host": "n2"}], 2.0) == {
         "n2": "steps took 9.0 times as long as usual"}  # fmt: skip
 
 
-def test_only_so_many_hosts_are_remembered_and_the_oldest_goes(slurm: FakeSlurm, run: Path) -> None:
+def test_a_limited_number_of_hosts_is_remembered_the_newest(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1")
     slurm.has_nodes(*(f"n{n} idle" for n in range(20)))
     for restart in range(10):
@@ -602,10 +600,8 @@ def remembered(run: Path) -> list[str]:
     return [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())]
 
 
-def test_a_host_that_a_person_takes_out_of_the_file_comes_back_and_a_persons_own_stay(
-    slurm: FakeSlurm, run: Path
-) -> None:
-    """Slurm's list has both, and does not tell them apart."""
+def test_a_host_removed_from_the_file_comes_back_and_the_users_exclusions_stay(slurm: FakeSlurm, run: Path) -> None:
+    """Slurm's list has both, without a distinction."""
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[8-9]")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 idle")
     crashed_on(run, "n2")
@@ -624,7 +620,7 @@ def test_a_host_comes_back_after_some_days_without_a_crash(slurm: FakeSlurm, run
     entries = [
         {"host": "n2", "reason": "killed", "time": time.time() - bad_nodes.KEEP_S - 1},
         {"host": "n3", "reason": "killed", "time": time.time() - bad_nodes.KEEP_S / 2},
-        {"host": "n5", "reason": "a person's"},
+        {"host": "n5", "reason": "the user's"},
     ]
     (run / "excluded_nodes.json").write_text(json.dumps(entries))
     run_folder.write_exit(run, Exit("7_1", AGAIN, Stop.TIME_LIMIT.message, 1200, saved=True))
@@ -644,22 +640,20 @@ def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, ru
     assert slurm.updates == ["update JobId=7 ExcNodeList="]
 
 
-@pytest.mark.parametrize("why", ["another job's", "no nodes", "finished"])
-def test_what_was_excluded_stays_where_it_is_not_this_programs_or_nothing_is_known(
-    slurm: FakeSlurm, run: Path, why: str
-) -> None:
+@pytest.mark.parametrize("case", ["another job's", "no nodes", "finished"])
+def test_exclusions_that_are_not_ours_or_not_needed_any_more_stay(slurm: FakeSlurm, run: Path, case: str) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
-    slurm.has_nodes(*([] if why == "no nodes" else ["n1 idle", "n2 idle", "n3 idle"]))
-    # A person may have learned from the job before.
-    run_folder.record(run, "excluded", job="6_0" if why == "another job's" else "7_0", hosts=["n2"])
-    run_folder.write_exit(run, Exit("7_1", FINISHED if why == "finished" else AGAIN, "x", 1200, saved=True))
+    slurm.has_nodes(*([] if case == "no nodes" else ["n1 idle", "n2 idle", "n3 idle"]))
+    # The user may have adopted the exclusions of an earlier job.
+    run_folder.record(run, "excluded", job="6_0" if case == "another job's" else "7_0", hosts=["n2"])
+    run_folder.write_exit(run, Exit("7_1", FINISHED if case == "finished" else AGAIN, "x", 1200, saved=True))
     excluding(slurm, run, 1)
-    assert slurm.requeued == ([] if why == "finished" else ["7"])
+    assert slurm.requeued == ([] if case == "finished" else ["7"])
     assert slurm.updates == []
 
 
-def test_what_the_batch_script_excluded_is_taken_over(slurm: FakeSlurm, run: Path) -> None:
-    """Also without requeue.exclude_bad_nodes: nothing could be started there."""
+def test_exclusions_of_the_batch_script_are_adopted(slurm: FakeSlurm, run: Path) -> None:
+    """Also without requeue.exclude_bad_nodes: no start was possible on those nodes."""
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", Comment="hpcgpt_avoid=n2,n3")
     slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
@@ -672,8 +666,8 @@ def test_what_the_batch_script_excluded_is_taken_over(slurm: FakeSlurm, run: Pat
     assert slurm.updates[1:] == ["update JobId=7 ExcNodeList=n4"]
 
 
-def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -> None:
-    """With one that it does not know Slurm refuses the others too, and in a chain the whole next job."""
+def test_only_node_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -> None:
+    """Slurm refuses the whole list if it contains an unknown name, and in a chain the whole next job."""
     slurm.answers(Partition="low", NumNodes="1")
     slurm.has_nodes("n1 idle", "n2 down", "n3 idle", "n4 idle")
     run_folder.record(run, "start", attempt=1)
@@ -685,7 +679,7 @@ def test_only_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -
 
 
 @pytest.mark.parametrize("fields", [{"NumNodes": "3"}, {"NumNodes": "1", "ReqNodeList": "n[1-2]"}])
-def test_no_host_is_excluded_that_the_job_needs(fields: dict[str, Any], slurm: FakeSlurm, run: Path) -> None:
+def test_hosts_that_the_job_needs_are_not_excluded(fields: dict[str, Any], slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", **fields)
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle", "n4 down")
     crashed_on(run, "n2")
@@ -701,28 +695,28 @@ def test_without_the_option_no_host_is_excluded(slurm: FakeSlurm, run: Path) -> 
     assert slurm.updates == []
 
 
-# --- what this start records -----------------------------------------------------------------------
+# --- events of a start -----------------------------------------------------------------------------
 
 
-def test_a_time_that_slurm_does_not_give_is_left_out_of_the_event() -> None:
-    """slurmctld did not answer once: a null would be for readers to stumble over."""
+def test_a_time_that_slurm_does_not_know_is_left_out_of_the_event() -> None:
+    """slurmctld may not answer, and readers could fail on a null."""
     assert set(requeue.job_event(Job(""))) == {"hosts"}
     known = requeue.job_event(Job("RUNNING", fields={"StartTime": "8", "EligibleTime": "Unknown"}))
     assert known["started_at"] == 8.0
     assert "queued_at" not in known
 
 
-def test_a_job_that_is_not_requeued_says_so(slurm: FakeSlurm, run: Path) -> None:
+def test_a_decision_not_to_requeue_is_recorded(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers("CANCELLED")
     decided(slurm, run, 143)
     (event,) = run_folder.events(run)
     assert (event["event"], event["job"], event["reason"]) == ("no_requeue", "7_0", "the job was cancelled")
 
 
-def test_what_a_full_disk_cannot_count_is_left_to_the_batch_script(
+def test_what_cannot_be_counted_on_a_full_disk_is_left_to_the_batch_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Each crash would be the first one, without end; the batch script counts in the job's comment."""
+    """Each crash would count as the first one, endlessly; the batch script counts in the job's comment."""
     slurm = FakeSlurm(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", f"{slurm.folder}:/usr/bin:/bin")
@@ -736,7 +730,7 @@ def test_what_a_full_disk_cannot_count_is_left_to_the_batch_script(
         assert "decided" not in captured.out
         assert "crash 1 since the last new checkpoint" in captured.err
         assert "It could not be counted" in captured.err
-        arguments[2] = "75"  # nor a start that was preempted before it was on record
+        arguments[2] = "75"  # nor a start that was preempted before it was recorded
         assert requeue.main(arguments) == 1
         arguments[2] = "0"
         assert requeue.main(arguments) == 0
@@ -745,7 +739,7 @@ def test_what_a_full_disk_cannot_count_is_left_to_the_batch_script(
 
 
 def test_check_fails_on_a_node_where_folder_would(tmp_path: Path) -> None:
-    """The batch script tries it on the job's other nodes: what none of them can is a mistake, and no node's fault."""
+    """The batch script tries it on the job's other nodes: what fails on all of them is a user error."""
     (tmp_path / "file").write_text("")
     flags = ("quickstart", "--run.dir", str(tmp_path / "file"), "--run.name", "mine")
     for what in ("folder", "check"):
@@ -761,7 +755,7 @@ def test_check_fails_on_a_node_where_folder_would(tmp_path: Path) -> None:
 def test_a_crash_that_cannot_be_counted_is_not_requeued(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Another user's events.jsonl: each crash would be the first one, without end."""
+    """With another user's events.jsonl each crash would count as the first one, endlessly."""
     slurm, run = FakeSlurm(shared), shared / "runs" / "mine"
     run_folder.prepare(run)
     run_folder.record(run, "start", attempt=1, job="7_0", step=0)

@@ -1,4 +1,4 @@
-"""hpcgpt.status: how a run is going, from its folder alone."""
+"""hpcgpt.status: the state of a run, from its folder alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path)
     assert (found["state"], found["step"], found["checkpoint_step"], found["attempts"]) == ("finished", 12, 12, 1)
     assert found["val/bits_per_byte"] == last["val/bits_per_byte"]
     assert found["time_left_s"] == 0
-    # Every second of a real run is accounted for.
+    # All time of a real run is accounted for.
     spent = found["goodput"]
     assert spent["productive_s"] == pytest.approx(
         sum(r["train/step_s"] for r in rows(folder / "metrics.jsonl")), rel=0.1
@@ -42,21 +42,21 @@ def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path)
     assert spent["lost_steps"] == spent["lost_s"] == 0
 
 
-def test_a_run_that_is_asked_to_stop_is_saved_and_has_the_reason(tiny: Path, tmp_path: Path) -> None:
-    """An end that is near enough already: one step, and out."""
+def test_a_run_that_was_asked_to_stop_is_saved_with_the_reason(tiny: Path, tmp_path: Path) -> None:
+    """The end of the job is near from the start: one step, then it stops."""
     assert command("hpcgpt.train", str(tiny), env={"SLURM_JOB_END_TIME": "1"}).returncode == 75
     found = json.loads(command("hpcgpt.status", "--json", str(tmp_path / "runs" / "tiny")).stdout)
     assert (found["state"], found["step"], found["total_steps"]) == ("saved", 1, 12)
     assert "time limit" in found["reason"]
 
 
-def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
     done = command("hpcgpt.status", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: no run in {tmp_path}")
 
 
-# --- a real run, from its first step over a kill to its end ----------------------------------------
+# --- a real run: started, killed, finished ---------------------------------------------------------
 
 
 def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGSTOP)  # so that it is at one place while it is looked at
+        os.kill(process.pid, signal.SIGSTOP)  # so that it stays at one step while it is read
         alive = status(folder, time.time())
         later = status(folder, time.time() + 1000)
         process.kill()
@@ -80,7 +80,7 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
     text = _as_text(later)
     assert "nothing written for 16" in text
     assert "its process or its node is gone; see `squeue --me`" in text
-    # 1000 s of silence count as no attempt's training, and a run that has ended has no present time.
+    # 1000 s of silence are not training time, and a run that has ended does not get older.
     assert later["goodput"]["total_s"] - alive["goodput"]["total_s"] == pytest.approx(1000, abs=5)
     assert later["goodput"]["productive_s"] == pytest.approx(alive["goodput"]["productive_s"])
     assert killed["goodput"]["total_s"] < 500
@@ -101,13 +101,13 @@ def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny:
         assert line in done.stdout
 
 
-# --- states that a machine without Slurm does not come to by itself --------------------------------
+# --- states that do not occur without Slurm ---------------------------------------------------------
 
 NOW = 10_000.0
 
 
 def run_folder(tmp_path: Path, *events: tuple[float, str, dict[str, Any]], steps: int = 0, held: bool = True) -> Path:
-    """A run whose events happened the given seconds before NOW; its steps of 1 s ended right before NOW."""
+    """Make a run whose events happened the given seconds before NOW; its steps of 1 s end right before NOW."""
     folder = tmp_path / "run"
     run_folder_module.prepare(folder)
     lines = [json.dumps({"time": NOW - ago, "event": name, **fields}) for ago, name, fields in events]
@@ -116,7 +116,7 @@ def run_folder(tmp_path: Path, *events: tuple[float, str, dict[str, Any]], steps
                 "train/tokens_per_s": 9.0} for n in range(1, steps + 1)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics) + '{"torn')
     (folder / "generations").mkdir()
-    # Elsewhere: a process of this number on this host says nothing about it.
+    # Another host: a process with this pid on this host says nothing about it.
     holder = {"host": "elsewhere", "pid": os.getpid(), "attempt": "7_0"}
     (folder / "generations/000001.json").write_text(json.dumps(holder))
     if not held:
@@ -155,7 +155,7 @@ CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed", "r
         ([(9, "start", START), (1, "end", SAVED | {"status": 1, "reason": "no room"})], 3, False, "stopped", "no room"),
     ],
 )  # fmt: skip
-def test_the_state_follows_from_the_newest_turn(
+def test_the_state_follows_from_the_newest_event(
     tmp_path: Path, events: list[Any], steps: int, held: bool, expected: str, reason: str
 ) -> None:
     found = status(run_folder(tmp_path, *events, steps=steps, held=held), NOW)
@@ -166,7 +166,7 @@ def test_the_state_follows_from_the_newest_turn(
 FINISHED = SAVED | {"status": 0, "reason": "finished"}
 SECOND = JOB | {"job": "9_0"}
 GONE = "job 9 was cancelled, or ended, before training began"
-STAYS = "a STOP file keeps it stopped"
+STAYS_STOPPED = "a STOP file keeps it stopped"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ STAYS = "a STOP file keeps it stopped"
         ([(30, "job", SECOND)], 0, False, "pending", False, "queued", ""),
         ([(30, "job", SECOND), (20, "no_requeue", {"job": "9_0", "reason": "the job was cancelled"})], 0, False,
          "unknown", False, "stopped", "the job was cancelled"),
-        # A second job that was refused leaves a finished run what it is, and a running one too.
+        # A second job that was refused changes neither a finished run nor a running one.
         ([(950, "start", START), (940, "end", FINISHED), (900, "job", SECOND)], 3, False, "unknown", False, "finished",
          "finished"),
         ([(950, "start", START), (940, "end", FINISHED), (30, "job", SECOND)], 3, False, "gone", False, "finished",
@@ -192,14 +192,14 @@ STAYS = "a STOP file keeps it stopped"
          "running", ""),
         ([(950, "start", START), (30, "job", SECOND), (1, "end", FINISHED)], 3, False, "unknown", False, "finished",
          "finished"),
-        # But it may be what continues the run.
+        # But it may be the job that continues the run.
         ([(950, "start", START), (940, "end", SAVED), (30, "job", SECOND)], 3, False, "there", False, "starting", ""),
         # A STOP file: nothing will start.
-        ([], 0, False, "unknown", True, "stopped", STAYS),
-        ([(900, "job", SECOND)], 0, False, "unknown", True, "stopped", STAYS),
-        ([(30, "job", SECOND)], 0, False, "unknown", True, "stopped", STAYS),
+        ([], 0, False, "unknown", True, "stopped", STAYS_STOPPED),
+        ([(900, "job", SECOND)], 0, False, "unknown", True, "stopped", STAYS_STOPPED),
+        ([(30, "job", SECOND)], 0, False, "unknown", True, "stopped", STAYS_STOPPED),
         ([(950, "start", START), (940, "end", SAVED), (30, "job", SECOND)], 3, False, "unknown", True, "stopped",
-         STAYS),
+         STAYS_STOPPED),
         ([(950, "start", START), (940, "end", FINISHED)], 3, False, "unknown", True, "finished", "finished"),
         ([(950, "start", START)], 3, True, "unknown", True, "running", ""),
         # Silent, and Slurm shows why.
@@ -212,7 +212,7 @@ STAYS = "a STOP file keeps it stopped"
         ([(900, "start", START), (30, "job", JOB | {"job": "7_1"})], 3, True, "unknown", False, "starting", ""),
     ],
 )  # fmt: skip
-def test_each_job_and_attempt_is_looked_at_on_its_own(
+def test_each_job_and_attempt_is_judged_on_its_own(
     tmp_path: Path,
     events: list[Any],
     steps: int,
@@ -241,29 +241,27 @@ def test_each_job_and_attempt_is_looked_at_on_its_own(
         (None, "starting"),
     ],
 )
-def test_the_command_asks_slurm_for_the_job_where_there_is_one(
-    tmp_path: Path, squeue: str | None, expected: str
-) -> None:
+def test_the_command_asks_slurm_about_the_job(tmp_path: Path, squeue: str | None, expected: str) -> None:
     folder = run_folder(tmp_path, held=False)
     run_folder_module.record(folder, "job", job="7_0")
     tools = tmp_path / "bin"
     tools.mkdir()
     if squeue is not None:
-        asked = "--noheader --states=all --format=%T --jobs=7"
-        (tools / "squeue").write_text(f"#!/bin/sh\n[ \"$*\" = '{asked}' ] || exit 9\n{squeue}\n")
+        expected_arguments = "--noheader --states=all --format=%T --jobs=7"
+        (tools / "squeue").write_text(f"#!/bin/sh\n[ \"$*\" = '{expected_arguments}' ] || exit 9\n{squeue}\n")
         (tools / "squeue").chmod(0o755)
     done = command("hpcgpt.status", "--json", str(folder), env={"PATH": str(tools)})
     assert json.loads(done.stdout)["state"] == expected
 
 
-def test_a_clock_that_was_set_back_makes_no_time_negative(tmp_path: Path) -> None:
+def test_a_clock_that_was_set_back_gives_no_negative_times(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
     found = status(folder, NOW - 600, with_history=True)
     assert (found["state"], found["last_step_age_s"], found["still_s"]) == ("running", 0, 0)
     assert found["goodput"]["total_s"] == 900
 
 
-def test_how_long_a_run_may_be_still_follows_its_own_steps_and_evaluations(tmp_path: Path) -> None:
+def test_the_limit_of_silence_follows_the_runs_steps_and_evaluations(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
     assert [status(folder, NOW + later)["state"] for later in (100, 140)] == ["running", "silent"]
     text = (folder / "metrics.jsonl").read_text()
@@ -273,7 +271,7 @@ def test_how_long_a_run_may_be_still_follows_its_own_steps_and_evaluations(tmp_p
     assert [status(folder, NOW + later)["state"] for later in (140, 790, 810)] == ["running", "running", "silent"]
 
 
-def test_an_evaluation_that_was_slow_once_does_not_put_silence_off_for_ever(tmp_path: Path) -> None:
+def test_a_single_slow_evaluation_does_not_raise_the_limit_forever(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=12)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
     for row in rows:
@@ -284,8 +282,8 @@ def test_an_evaluation_that_was_slow_once_does_not_put_silence_off_for_ever(tmp_
     assert [status(folder, NOW + later)["state"] for later in (290, 310)] == ["running", "silent"]
 
 
-# After "gone" it has taken the run and died; then status is asked.
-TAKE = """
+# Acquires the lease and ends without a report.
+ACQUIRE_AND_DIE = """
 import os, sys
 from pathlib import Path
 from hpcgpt.storage import lease
@@ -294,43 +292,43 @@ os._exit(0)
 """
 
 
-def taken(folder: Path) -> dict[str, Any]:
-    """Let a process take the run and end without a report; returns what it wrote."""
+def lease_of_dead_process(folder: Path) -> dict[str, Any]:
+    """Let a process acquire the lease and end without a report; return the file that it wrote."""
     (folder / "generations/000001.json").unlink()
-    subprocess.run([sys.executable, "-c", TAKE, folder], cwd=ROOT, env=clean_env(), check=True)
+    subprocess.run([sys.executable, "-c", ACQUIRE_AND_DIE, folder], cwd=ROOT, env=clean_env(), check=True)
     return dict(json.loads((folder / "generations/000001.json").read_text()))
 
 
-def test_a_holder_whose_number_another_process_has_now_is_gone(tmp_path: Path) -> None:
+def test_a_dead_holder_whose_pid_was_reused_is_recognized(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
-    holder = taken(folder)
+    holder = lease_of_dead_process(folder)
     assert status(folder, NOW)["state"] == "stopped"
     (folder / "generations/000001.json").write_text(json.dumps(holder | {"pid": os.getpid()}))
     assert status(folder, NOW)["state"] == "stopped"
 
 
 @pytest.mark.parametrize("other", [{"pid_namespace": 1}, {"boot": "another kernel"}])
-def test_a_holder_in_another_container_of_this_host_is_not_taken_for_gone(
+def test_a_holder_in_another_container_of_this_host_is_not_considered_dead(
     tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    """There its number, which no process has here, may well be that of one."""
+    """Its pid, which no process has here, may exist there."""
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
-    holder = taken(folder)
+    holder = lease_of_dead_process(folder)
     (folder / "generations/000001.json").write_text(json.dumps(holder | other))
     assert status(folder, NOW)["state"] == "running"
 
 
 @pytest.mark.parametrize("holder", ['{"pid": "x"}', '{"pid": 1e300}', "[" * 100_000, "3"])
-def test_a_holders_file_that_is_damaged_is_no_reason_to_end(tmp_path: Path, holder: str) -> None:
+def test_a_damaged_lease_file_does_not_make_a_run_stopped(tmp_path: Path, holder: str) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
-    whole = taken(folder)
+    undamaged = lease_of_dead_process(folder)
     if holder.startswith("{"):
-        holder = json.dumps(whole | json.loads(holder))
+        holder = json.dumps(undamaged | json.loads(holder))
     (folder / "generations/000001.json").write_text(holder)
     assert status(folder, NOW)["state"] == "running"
 
 
-def test_a_silent_run_whose_rank_0_lives_waits_for_something(tmp_path: Path) -> None:
+def test_a_silent_run_with_a_living_rank_0_is_reported_as_waiting(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
     beat, log = folder / "generations/000001.alive", folder / "logs/7_0.log"
     beat.write_text("9")
@@ -348,7 +346,7 @@ def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3, held=False)
     run_folder_module.write_exit(folder, run_folder_module.Exit("7_0", 1, "training has diverged", 0, saved=False))
     assert status(folder, NOW)["reason"] == "training has diverged"
-    os.utime(folder / "exit.json", (NOW - 1000, NOW - 1000))  # of an attempt before
+    os.utime(folder / "exit.json", (NOW - 1000, NOW - 1000))  # from an earlier attempt
     assert status(folder, NOW)["reason"] == NOTHING_REPORTED
 
 

@@ -1,7 +1,7 @@
-"""hpcgpt.submit: the same command as with sbatch, and nothing queued that cannot run.
+"""hpcgpt.submit: the same job as with sbatch, and nothing queued that cannot run.
 
-The programs of Slurm are stand-ins here that keep what they are given, so that this file runs on any
-machine; tests/slurm/test_run_on_slurm.py submits to a real one.
+Slurm's programs are replaced by stand-ins that record their input, so that this file runs on any machine;
+tests/slurm/test_run_on_slurm.py submits to a real one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Path:
-    """Stand-ins for srun and sbatch; sbatch keeps the script in submitted.sh beside it."""
+    """Stand-ins for srun and sbatch; sbatch saves the script as submitted.sh beside it."""
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {
@@ -46,34 +46,34 @@ def submit(slurm: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def resources(script: str) -> dict[str, str]:
-    """The #SBATCH lines of a batch script."""
+    """Return the options in the #SBATCH lines of a batch script."""
     pairs = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, flags=re.MULTILINE)
     return {key: shlex.split(value)[0] if value else "" for key, value in pairs}
 
 
 def run_by(script: str, folder: Path) -> list[str]:
-    """What a batch script runs: its arguments, as bash itself reads them. Only `bash` and `srun` are stand-ins."""
-    watch = folder / "watch"
-    watch.mkdir()
+    """Return the arguments that a batch script runs, as bash reads them; only `bash` and `srun` are stand-ins."""
+    stand_ins = folder / "stand_ins"
+    stand_ins.mkdir()
     for name in ("bash", "srun"):
-        (watch / name).write_text(f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >> {folder}/ran\n')
-        (watch / name).chmod(0o755)
+        (stand_ins / name).write_text(f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >> {folder}/ran\n')
+        (stand_ins / name).chmod(0o755)
     path = folder / "script.sh"
     path.write_text(script)
-    subprocess.run(["/bin/bash", str(path)], env=clean_env() | {"PATH": f"{watch}:/usr/bin:/bin"}, check=True)
+    subprocess.run(["/bin/bash", str(path)], env=clean_env() | {"PATH": f"{stand_ins}:/usr/bin:/bin"}, check=True)
     return (folder / "ran").read_text().split("\0")[:-1]
 
 
 # --- the same command ------------------------------------------------------------------------------
 
 
-def test_the_job_becomes_the_batch_script_with_exactly_these_arguments(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+def test_the_job_runs_the_batch_script_with_exactly_these_arguments(slurm: Path, tiny: Path, tmp_path: Path) -> None:
     done = submit(slurm, "--nodes", "2", "--tasks-per-node", "2", str(tiny), *ODD, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert run_by(done.stdout, tmp_path) == ["bash", str(ROOT / "slurm" / "pretrain.sbatch"), str(tiny), *ODD]
 
 
-def test_what_is_submitted_is_what_the_dry_run_shows(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+def test_the_submitted_job_is_the_one_that_dry_run_shows(slurm: Path, tiny: Path, tmp_path: Path) -> None:
     flags = ["--nodes", "2", "--tasks-per-node", "2", "--time", "1:30:00", str(tiny), *ODD]
     shown = submit(slurm, *flags, "--dry-run")
     assert not (slurm / "submitted.sh").exists()
@@ -84,7 +84,7 @@ def test_what_is_submitted_is_what_the_dry_run_shows(slurm: Path, tiny: Path, tm
     assert run_by(submitted, tmp_path) == ["bash", str(SCRIPT), str(tiny), *ODD]
 
 
-def test_the_resources_are_those_that_were_asked_for(slurm: Path, tiny: Path) -> None:
+def test_the_resources_are_the_requested_ones(slurm: Path, tiny: Path) -> None:
     done = submit(
         slurm, "--nodes", "2", "--tasks-per-node", "2", "--gpus-per-node", "2", "--time", "1-2", "--partition", "low",
         "--signal-lead-s", "90", "--sbatch", "exclusive", "--sbatch", "comment=a b", str(tiny), "--dry-run",
@@ -99,42 +99,42 @@ def test_the_resources_are_those_that_were_asked_for(slurm: Path, tiny: Path) ->
 
 
 def test_the_defaults_are_those_of_the_batch_script(slurm: Path, tiny: Path) -> None:
-    """Whoever goes from one to the other gets the same time, the same warning and the same appending log."""
+    """Both ways give the same time limit, the same signal and an appended log."""
     done = submit(slurm, "--nodes", "1", str(tiny), "--dry-run")
-    ours, theirs = resources(done.stdout), resources(SCRIPT.read_text())
-    assert ours["time"] == str(minutes(theirs["time"]))
-    assert ours["signal"].partition("@")[2] == theirs["signal"].partition("@")[2]
-    assert (ours["requeue"], ours["open-mode"]) == (theirs["requeue"], theirs["open-mode"])
+    from_submit, from_script = resources(done.stdout), resources(SCRIPT.read_text())
+    assert from_submit["time"] == str(minutes(from_script["time"]))
+    assert from_submit["signal"].partition("@")[2] == from_script["signal"].partition("@")[2]
+    assert (from_submit["requeue"], from_submit["open-mode"]) == (from_script["requeue"], from_script["open-mode"])
 
 
 @pytest.mark.parametrize(
-    ("asked", "runs"),
+    ("variables", "runs"),
     [
         ({}, sys.executable),
         ({"HPCGPT_PYTHON": "/mine/python"}, "/mine/python"),
-        ({"HPCGPT_SITE": "/mine/site.sh"}, ""),  # may bring an environment, which a job takes from there
+        ({"HPCGPT_SITE": "/mine/site.sh"}, ""),  # the site file may activate an environment, so no Python is named
         ({"HPCGPT_SITE": "/mine/site.sh", "HPCGPT_PYTHON": "/mine/python"}, "/mine/python"),
     ],
 )
 def test_the_job_runs_the_python_that_submitted_it_unless_another_is_named(
-    asked: dict[str, str], runs: str, slurm: Path, tiny: Path, tmp_path: Path
+    variables: dict[str, str], runs: str, slurm: Path, tiny: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.sh"
     script.write_text(submit(slurm, str(tiny), "--dry-run").stdout)
     (slurm / "bash").write_text('#!/bin/sh\nprintf %s "$HPCGPT_PYTHON"\n')
     (slurm / "bash").chmod(0o755)
     env = {key: value for key, value in clean_env().items() if not key.startswith("HPCGPT_")}
-    env |= {"PATH": f"{slurm}:/usr/bin:/bin"} | asked
+    env |= {"PATH": f"{slurm}:/usr/bin:/bin"} | variables
     done = subprocess.run(["/bin/bash", script], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == runs
 
 
-def test_the_job_id_comes_back_as_json(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+def test_the_job_id_is_printed_as_json(slurm: Path, tiny: Path, tmp_path: Path) -> None:
     done = submit(slurm, "--nodes", "2", str(tiny), "--json")
     assert json.loads(done.stdout) == {"job": "123", "run": str(tmp_path / "runs" / "tiny"), "steps": 12}
 
 
-# --- checked first ---------------------------------------------------------------------------------
+# --- checks before the job is queued ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_job_id_comes_back_as_json(slurm: Path, tiny: Path, tmp_path: Path) 
         (["--model.block_size", "1000000"], "fewer than one global batch"),
     ],
 )
-def test_what_cannot_run_is_refused_and_not_queued(
+def test_a_job_that_cannot_run_is_refused_and_not_queued(
     flags: list[str], sentence: str, slurm: Path, tiny: Path, tmp_path: Path
 ) -> None:
     done = submit(slurm, str(tiny), *flags)
@@ -180,7 +180,7 @@ def test_what_cannot_run_is_refused_and_not_queued(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_truncated_shard_is_found_before_the_job_waits_in_the_queue(
+def test_a_truncated_shard_is_found_before_the_job_is_queued(
     slurm: Path, tiny: Path, shards_folder: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -203,14 +203,14 @@ def test_slurms_refusal_is_reported_as_a_message(slurm: Path, tiny: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
-def test_without_slurm_it_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
+def test_without_slurm_there_is_a_message(tiny: Path, tmp_path: Path) -> None:
     done = command("hpcgpt.submit", "--nodes", "1", str(tiny), env={"PATH": str(tmp_path)})
     assert done.returncode == 2
     assert "there is no srun on this machine" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_percent_sign_in_a_name_is_none_of_slurms_patterns(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_percent_sign_in_a_name_is_escaped_for_slurm(slurm: Path, tiny: Path, tmp_path: Path) -> None:
     done = submit(slurm, str(tiny), "--run.name", "50%x", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert resources(done.stdout)["output"] == f"{tmp_path}/runs/50%%x/submit/%j_0_log.out"
@@ -220,12 +220,12 @@ def test_without_a_time_limit_any_lead_is_fine(slurm: Path, tiny: Path) -> None:
     assert submit(slurm, str(tiny), "--time", "0", "--signal-lead-s", "3600", "--dry-run").returncode == 0
 
 
-# --- the run that exists ---------------------------------------------------------------------------
+# --- an existing run -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of 12 steps that is finished, "tiny"; copied by tests that change it."""
+    """A folder with a finished run "tiny" of 12 steps; tests that change it copy it."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n')
     done = command("hpcgpt.train", "tiny.toml", "--run.name", "tiny", cwd=folder, env={"PYTHONPATH": str(ROOT)})
@@ -234,8 +234,8 @@ def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def again(tiny: Path, trained: Path, tmp_path: Path) -> list[str]:
-    """The arguments of a submit that continues a copy of that run, of which 100 steps are wanted now."""
+def continuing_arguments(tiny: Path, trained: Path, tmp_path: Path) -> list[str]:
+    """The arguments of a submit that continues a copy of that run to 100 steps."""
     shutil.copytree(trained / "runs" / "tiny", tmp_path / "runs" / "tiny")
     return [str(tiny), "--train.steps", "100"]
 
@@ -244,8 +244,8 @@ def snapshot(folder: Path) -> dict[str, int]:
     return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def refused(slurm: Path, *arguments: str) -> str:
-    """The sentence; nothing is queued, and nothing changed, with --dry-run and without."""
+def refusal(slurm: Path, *arguments: str) -> str:
+    """Check that nothing is queued or changed, with --dry-run and without; return the message."""
     before = snapshot(slurm.parent)
     for flags in ([], ["--dry-run"]):
         done = submit(slurm, *arguments, *flags)
@@ -255,62 +255,68 @@ def refused(slurm: Path, *arguments: str) -> str:
     return done.stderr
 
 
-def test_a_run_that_stopped_before_its_end_is_queued_again(slurm: Path, again: list[str]) -> None:
-    assert submit(slurm, *again).returncode == 0
+def test_a_run_that_stopped_before_its_end_is_queued_again(slurm: Path, continuing_arguments: list[str]) -> None:
+    assert submit(slurm, *continuing_arguments).returncode == 0
     assert (slurm / "submitted.sh").exists()
 
 
-def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, again: list[str]) -> None:
-    done = submit(slurm, again[0])
+def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, continuing_arguments: list[str]) -> None:
+    done = submit(slurm, continuing_arguments[0])
     assert (done.returncode, done.stderr) == (0, "")
     assert "is finished already, at step 12 of 12: nothing to do, nothing queued" in done.stdout
-    reported = json.loads(submit(slurm, again[0], "--json").stdout)
+    reported = json.loads(submit(slurm, continuing_arguments[0], "--json").stdout)
     assert (reported["job"], reported["steps"]) == (None, 12)
     assert not (slurm / "submitted.sh").exists()
 
 
-def test_other_settings_than_the_runs_are_refused_before_anything_waits(slurm: Path, again: list[str]) -> None:
-    reported = refused(slurm, *again, "--model.n_layer", "3", "--run.seed", "5")
+def test_settings_other_than_the_runs_are_refused(slurm: Path, continuing_arguments: list[str]) -> None:
+    reported = refusal(slurm, *continuing_arguments, "--model.n_layer", "3", "--run.seed", "5")
     assert "was trained with other settings: model.n_layer was 2 and is now 3; run.seed was 1 and" in reported
 
 
-def test_a_run_that_is_to_stay_stopped_is_not_queued(slurm: Path, again: list[str], tmp_path: Path) -> None:
+def test_a_run_with_a_stop_file_is_not_queued(slurm: Path, continuing_arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "runs" / "tiny" / "STOP").touch()
-    assert "STOP keeps this run stopped: remove it to continue" in refused(slurm, *again)
+    assert "STOP keeps this run stopped: remove it to continue" in refusal(slurm, *continuing_arguments)
 
 
-def test_checkpoints_of_which_none_is_whole_are_refused(slurm: Path, again: list[str], tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(
+    slurm: Path, continuing_arguments: list[str], tmp_path: Path
+) -> None:
     for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir():
         (path / "manifest.json").write_bytes(b"{}")
-    assert "has checkpoints, but all are damaged (step_000000012: its" in refused(slurm, *again)
+    assert "has checkpoints, but all are damaged (step_000000012: its" in refusal(slurm, *continuing_arguments)
 
 
-def test_a_run_that_a_process_has_is_refused_until_it_leaves(slurm: Path, again: list[str], tmp_path: Path) -> None:
-    own = lease.acquire(tmp_path / "runs" / "tiny", "")
+def test_a_run_that_a_process_holds_is_refused_until_it_exits(
+    slurm: Path, continuing_arguments: list[str], tmp_path: Path
+) -> None:
+    held = lease.acquire(tmp_path / "runs" / "tiny", "")
     try:
-        done = submit(slurm, *again, "--json")
+        done = submit(slurm, *continuing_arguments, "--json")
         assert (done.returncode, done.stdout) == (2, "")
         assert f"pid {os.getpid()}), which is alive: end it first, or give this run another --run.name" in done.stderr
         assert not (slurm / "submitted.sh").exists()
     finally:
-        own.release()
-    assert submit(slurm, *again).returncode == 0
+        held.release()
+    assert submit(slurm, *continuing_arguments).returncode == 0
 
 
-def test_a_run_whose_job_slurm_still_has_is_refused_or_queued_behind_it(slurm: Path, again: list[str]) -> None:
-    assert submit(slurm, *again).returncode == 0
+def test_a_run_whose_job_is_still_in_slurm_is_refused_or_queued_after_it(
+    slurm: Path, continuing_arguments: list[str]
+) -> None:
+    assert submit(slurm, *continuing_arguments).returncode == 0
     (slurm / "submitted.sh").unlink()
-    (slurm / "squeue").write_text(f'#!/bin/sh\necho "$@" > {slurm}/asked\necho 123 PENDING\n')
+    (slurm / "squeue").write_text(f'#!/bin/sh\necho "$@" > {slurm}/arguments\necho 123 PENDING\n')
     (slurm / "squeue").chmod(0o755)
-    done = submit(slurm, *again)
+    done = submit(slurm, *continuing_arguments)
     assert done.returncode == 2
     assert "is the run of job 123, which waits in the queue: end that job first (scancel 123)" in done.stderr
-    assert "--me" in (slurm / "asked").read_text()
+    assert "--me" in (slurm / "arguments").read_text()
     assert not (slurm / "submitted.sh").exists()
-    assert submit(slurm, *again, "--sbatch", "dependency=afterany:123").returncode == 0
+    assert submit(slurm, *continuing_arguments, "--sbatch", "dependency=afterany:123").returncode == 0
     assert "#SBATCH --dependency=afterany:123" in (slurm / "submitted.sh").read_text()
     (slurm / "squeue").write_text("#!/bin/sh\necho 123 COMPLETED\n")
-    assert submit(slurm, *again).returncode == 0
+    assert submit(slurm, *continuing_arguments).returncode == 0
 
 
 # --- on a login node -------------------------------------------------------------------------------
@@ -349,11 +355,11 @@ def test_help_loads_neither_torch_nor_numpy() -> None:
         ("7-00:00:01", 10081),
     ],
 )
-def test_slurms_ways_to_write_a_duration(text: str, expected: int) -> None:
+def test_slurms_formats_of_durations_are_understood(text: str, expected: int) -> None:
     assert minutes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "1h", "-5", "1:2:3:4", "1-", "1-2-3", "1.5", "12:", " 5"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_invalid_durations_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected minutes, HH:MM:SS or D-HH:MM:SS"):
         minutes(text)

@@ -1,7 +1,7 @@
-"""A wheel, installed into an environment of its own and used in an empty folder: nothing of the checkout is missed.
+"""A wheel, installed into its own environment and used in an empty folder: it lacks nothing of the checkout.
 
-Nothing is downloaded: setuptools is the tests' own, and the environment is lent their libraries by a .pth file. Slurm's
-programs are stand-ins, and srun's runs one rank for real.
+Nothing is downloaded: setuptools is that of the tests, and a .pth file gives the environment their libraries. Slurm's
+programs are stand-ins; the one for srun really runs one rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OFFLINE = ["--no-deps", "--no-index"]
 SCRIPTS = "hpcgpt/slurm/scripts/"  # where slurm/ is in a wheel
 COMMANDS = ("train", "submit", "slurm-script", "status", "checkpoint", "sample", "eval", "tracking", "drill")
 TEXT = "A long time ago, in a village by the sea, there lived a fisherman and his wife. "
-# Slurm's other programs know of no job; srun drops its own flags and is rank 0 of 1.
+# Slurm's other programs report no job; srun drops its own flags and runs rank 0 of 1.
 SILENT = "#!/bin/bash\n"
 SRUN = """#!/bin/bash
 while [ "$1" != bash ]; do shift; done
@@ -32,24 +32,24 @@ SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_NODELIST=n1 exe
 """
 SBATCH = '#!/bin/bash\n[ "$1" = --help ] || { cp "$1" submitted.sh; echo Submitted batch job 123; }\n'
 
-# Nothing of the environment that runs the tests, nor of a checkout, reaches the programs that are started here.
+# Neither the environment of the tests nor a checkout has an effect on the programs started here.
 ENV = {key: value for key, value in clean_env().items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "HPCGPT_"))}
 
 
 def pip(*arguments: object) -> None:
-    words = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, arguments)]
-    subprocess.run(words, cwd="/", env=ENV, check=True)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *map(str, arguments)]
+    subprocess.run(command, cwd="/", env=ENV, check=True)
 
 
 def tracked() -> set[str]:
-    """The files of the project; those that a commit to come adds are among them once they are staged."""
+    """Return the files of the project; new ones are included once they are staged."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     return {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files alone: no build/ of another day gets into the wheel, and none is left here."""
+    """The tracked files alone: no old build/ gets into the wheel, and none is left here."""
     folder = tmp_path_factory.mktemp("checkout") / "source"
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,14 +65,14 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def empty_environment(folder: Path) -> Path:
-    """Its python."""
+def make_empty_environment(folder: Path) -> Path:
+    """Make an environment; return its python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     return folder / "bin" / "python"
 
 
 def lend_libraries(python: Path) -> None:
-    """Those of the environment that runs the tests, behind what is installed in this one."""
+    """Add the libraries of the tests' environment, after what is installed in this one."""
     (packages,) = python.parent.parent.glob("lib/python3*/site-packages")
     (packages / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
@@ -81,7 +81,7 @@ class Installed:
     """An environment with the wheel, and an empty folder to use it in."""
 
     def __init__(self, wheel: Path, home: Path) -> None:
-        self.python, self.home = empty_environment(home / "env"), home / "empty"
+        self.python, self.home = make_empty_environment(home / "env"), home / "empty"
         self.home.mkdir()
         pip("--python", self.python, "install", *OFFLINE, wheel)
         lend_libraries(self.python)  # now: the installation would see the tests' own hpcgpt among them
@@ -92,12 +92,12 @@ class Installed:
         for name, text in programs.items():
             (self.slurm / name).write_text(text)
             (self.slurm / name).chmod(0o755)
-        # The environment is not activated: a job has to find its Python all the same.
+        # The environment is not activated: a job has to find its Python nevertheless.
         self.env = ENV | {"PATH": f"{self.slurm}:/usr/bin:/bin"}
         self.activated = f"{self.python.parent}:{self.env['PATH']}"
 
     def run(self, *command: object, status: int = 0, env: dict[str, str] | None = None) -> str:
-        """What a command prints on stdout, and on stderr behind it."""
+        """Return what a command prints on stdout, followed by stderr."""
         done = subprocess.run(list(map(str, command)), cwd=self.home, env=self.env | (env or {}), capture_output=True,
                               text=True, timeout=120, check=False)  # fmt: skip
         assert done.returncode == status, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -115,10 +115,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     return Installed(wheel, tmp_path_factory.mktemp("installed"))
 
 
-# --- what is in it ---------------------------------------------------------------------------------
+# --- content ---------------------------------------------------------------------------------------
 
 
-def test_it_has_every_tracked_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_every_tracked_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     files = tracked()
     expected = {name for name in files if name.startswith(("hpcgpt/", "data_prep/"))}
@@ -133,14 +133,14 @@ def test_it_has_every_tracked_file_of_the_packages_and_nothing_else(wheel: Path)
 
 
 @pytest.mark.usefixtures("wheel")
-def test_a_wheel_made_in_a_checkout_leaves_no_build_folder_there(source: Path) -> None:
-    """The next wheel would take modules from it that are gone."""
+def test_building_a_wheel_leaves_no_build_folder(source: Path) -> None:
+    """The next wheel would contain removed modules from it."""
     assert not (source / "build").exists()
 
 
 def test_an_editable_installation_reads_the_scripts_in_the_checkout(source: Path, tmp_path: Path) -> None:
-    """`make install` makes one."""
-    python = empty_environment(tmp_path / "env")
+    """`make install` makes such an installation."""
+    python = make_empty_environment(tmp_path / "env")
     lend_libraries(python)  # setuptools too, which makes the installation
     pip("--python", python, "install", *OFFLINE, "--no-build-isolation", "--editable", source)
     code = "import data_prep; from hpcgpt.slurm import batch_scripts as b; print(data_prep.__path__[0], b.FOLDER)"
@@ -162,13 +162,13 @@ def test_every_command_has_its_help(installed: Installed) -> None:
         assert f"data_prep.{name}" in installed.data_prep(name, "--help")
 
 
-def test_it_runs_its_own_code(installed: Installed) -> None:
+def test_the_installed_code_is_that_of_the_wheel(installed: Installed) -> None:
     code = "import data_prep, hpcgpt; print(hpcgpt.__path__[0]); print(data_prep.__path__[0])"
     found = installed.run(installed.python, "-c", code).splitlines()
     assert found == [str(installed.packages / "hpcgpt"), str(installed.packages / "data_prep")]
 
 
-def test_the_batch_scripts_are_handed_out_as_they_are(installed: Installed) -> None:
+def test_slurm_script_prints_the_batch_scripts_unchanged(installed: Installed) -> None:
     assert installed.hpcgpt("slurm-script", "--list").split() == ["pretrain", "shards", "sites/README"]
     hint = f"before sbatch: export HPCGPT_PYTHON={installed.python}\n"
     for name, path in (("pretrain", "pretrain.sbatch"), ("shards.sbatch", "shards.sbatch")):
@@ -176,20 +176,20 @@ def test_the_batch_scripts_are_handed_out_as_they_are(installed: Installed) -> N
     shown = installed.run("hpcgpt", "slurm-script", "pretrain", env={"PATH": installed.activated})
     assert shown == (ROOT / "slurm" / "pretrain.sbatch").read_text()
     assert installed.hpcgpt("slurm-script", "sites/README") == (ROOT / "slurm/sites/README.md").read_text()
-    told = installed.hpcgpt("slurm-script", "pretrian", status=2)
-    assert told == "error: no script 'pretrian'; there are pretrain, shards, sites/README (did you mean pretrain?)\n"
+    message = installed.hpcgpt("slurm-script", "pretrian", status=2)
+    assert message == "error: no script 'pretrian'; there are pretrain, shards, sites/README (did you mean pretrain?)\n"
     assert installed.hpcgpt("slurm-script", status=2).startswith("error: which script; there are pretrain, ")
 
 
-def test_a_drill_in_the_lab_asks_for_a_checkout(installed: Installed) -> None:
-    told = installed.hpcgpt("drill", "--on", "lab", status=2)
-    assert "a lab needs a checkout" in told
-    assert told.rstrip().endswith("Without a Slurm: --on here")
+def test_a_drill_in_the_lab_requires_a_checkout(installed: Installed) -> None:
+    message = installed.hpcgpt("drill", "--on", "lab", status=2)
+    assert "a lab needs a checkout" in message
+    assert message.rstrip().endswith("Without a Slurm: --on here")
 
 
 @pytest.fixture(scope="module")
 def data(installed: Installed) -> None:
-    """Shards of a small text, with a tokenizer of its own; and GPT-2's, of the same."""
+    """Shards of a small text, with a tokenizer trained on it; and with GPT-2's."""
     (installed.home / "text").mkdir()
     for number in range(8):
         (installed.home / "text" / f"{number}.txt").write_text(f"{number}. {TEXT * 40}")
@@ -204,15 +204,15 @@ def data(installed: Installed) -> None:
 
 
 @pytest.mark.usefixtures("data")
-def test_text_becomes_a_model_that_writes(installed: Installed) -> None:
+def test_text_becomes_a_model_that_generates(installed: Installed) -> None:
     installed.hpcgpt("train", "tiny.toml", "--run.name", "here")
     assert rows(installed.home / "runs" / "here" / "metrics.jsonl")[-1]["step"] == 4
     assert "finished" in installed.hpcgpt("status", "runs/here")
     assert "whole" in installed.hpcgpt("checkpoint", "verify", "runs/here")
     assert "step 4" in installed.hpcgpt("sample", "runs/here", "--tokens", 5)
     # The presets are in the wheel: only its data are missing.
-    told = installed.hpcgpt("train", "quickstart", status=2)
-    assert "data/quickstart/shards" in told
+    message = installed.hpcgpt("train", "quickstart", status=2)
+    assert "data/quickstart/shards" in message
 
 
 def as_job(installed: Installed, script: str, *arguments: str, **env: str) -> str:
@@ -243,8 +243,8 @@ def test_a_submitted_job_trains_with_the_python_that_submitted_it(installed: Ins
 
 
 @pytest.mark.usefixtures("data")
-def test_a_script_that_was_handed_out_is_a_job(installed: Installed) -> None:
-    """In an environment that is activated, and so in the PATH that sbatch gives the job."""
+def test_a_printed_batch_script_runs_as_a_job(installed: Installed) -> None:
+    """In an activated environment, whose PATH sbatch passes on to the job."""
     script = installed.run("hpcgpt", "slurm-script", "pretrain", env={"PATH": installed.activated})
     (installed.home / "mine.sbatch").write_text(script)
     as_job(installed, "mine.sbatch", "tiny.toml", "--run.name", "mine", PATH=installed.activated)

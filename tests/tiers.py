@@ -34,9 +34,9 @@ def pytest_configure() -> None:
     sys.addaudithook(_record)
     start = multiprocessing.process.BaseProcess.start
 
-    def recorded(process: multiprocessing.process.BaseProcess) -> None:
+    def recorded(self: multiprocessing.process.BaseProcess) -> None:
         _started.append("multiprocessing")
-        start(process)
+        start(self)
 
     multiprocessing.process.BaseProcess.start = recorded  # type: ignore[method-assign]
 
@@ -83,6 +83,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     if item.get_closest_marker("processes") or item.get_closest_marker("slurm"):
         return
     names = _started[before:]
+    assert isinstance(item, pytest.Function)
     for definitions in item._fixtureinfo.name2fixturedefs.values():
         names += [_fixtures[key] for f in definitions if (key := f"{f.baseid}::{f.argname}") in _fixtures]
     if names:

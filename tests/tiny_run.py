@@ -47,7 +47,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
-    """Every tensor of a checkpoint as bytes, whichever rank wrote it."""
+    """Return every tensor of a checkpoint as bytes, whichever rank wrote it."""
     from safetensors import safe_open
 
     found: dict[str, bytes] = {}
@@ -58,7 +58,7 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
 
 
 def curve(folder: Path) -> list[tuple[Any, ...]]:
-    """What must not depend on interruptions, of every row of metrics.jsonl."""
+    """Return the values of every row of metrics.jsonl that must not depend on interruptions."""
     keys: Sequence[str] = ("step", "tokens", "samples", "train/loss", "train/lr", "train/grad_norm", "val/loss",
                            "val/perplexity", "val/bits_per_byte")  # fmt: skip
     return [tuple(row.get(key) for key in keys) for row in rows(folder / "metrics.jsonl")]

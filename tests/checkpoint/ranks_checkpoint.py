@@ -1,4 +1,4 @@
-"""What test_save runs on 2 ranks: ``torchrun -m tests.checkpoint.ranks_checkpoint RUN_FOLDER [SMALL_DISK]``.
+"""The program of test_save on 2 ranks: ``torchrun -m tests.checkpoint.ranks_checkpoint RUN_FOLDER [SMALL_DISK]``.
 
 Each rank writes RUN_FOLDER/rank_R.json. SMALL_DISK has no room for a checkpoint.
 """
@@ -32,7 +32,7 @@ from hpcgpt.storage.lease import Lease, acquire
 
 
 def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
-    """A model and its optimizer after some steps on made-up tokens; the same on every rank."""
+    """Return a model and its optimizer after some steps on random tokens; the same on every rank."""
     model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100), seed)
     optimizer = make_optimizer(model, Optim())
     ids = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(seed))
@@ -44,13 +44,13 @@ def trained(seed: int, steps: int = 2) -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def content(model: GPT, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, bytes]:
-    """Every byte of a rank's state that a checkpoint keeps."""
+    """Return every byte of a rank's state that a checkpoint keeps."""
     found = checkpoint_save.local_state_dict(model, optimizer, ranks)
     return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
 
 def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     savers: dict[Path, Saver] = {}
     rank = ranks.world.rank
     model, optimizer = trained(seed=1)
@@ -60,91 +60,95 @@ def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) 
 
     def save(to: Path, number: int) -> str:
         numbered = State(number, 400, 40, ranks.world.size, state.identity, state.pending)
-        its = savers.setdefault(to, Saver(to, ranks, lease, options.Checkpoint()))
-        saved = its.begin(numbered, checkpoint_save.local_state_dict(model, optimizer, ranks)) or its.finish(
+        saver = savers.setdefault(to, Saver(to, ranks, lease, options.Checkpoint()))
+        saved = saver.begin(numbered, checkpoint_save.local_state_dict(model, optimizer, ranks)) or saver.finish(
             lambda: None
         )
         assert saved is not None
         return saved.problem
 
-    told["saved"] = save(folder / "checkpoints", 4)
-    told["rng"] = before[f"rng/{rank}/cpu"].hex()
+    report["saved"] = save(folder / "checkpoints", 4)
+    report["rng"] = before[f"rng/{rank}/cpu"].hex()
 
     other, other_optimizer = trained(seed=2, steps=1)
     torch.manual_seed(7)
     chosen = load.newest_valid(folder / "checkpoints", ranks, lease)
     assert chosen is not None
-    told["chosen"] = chosen.name
-    told["state"] = load.load(chosen, other, other_optimizer, ranks) == state
-    told["same"] = content(other, other_optimizer, ranks) == before
+    report["chosen"] = chosen.name
+    report["state"] = load.load(chosen, other, other_optimizer, ranks) == state
+    report["same"] = content(other, other_optimizer, ranks) == before
 
     if full:
-        told["full"] = save(full, 8)
+        report["full"] = save(full, 8)
 
-    # Only the second rank may not write: a limit of its process that is as real as a quota.
+    # Only rank 1 may not write: a limit of its process stands in for a quota.
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
-    told["one_rank_fails"] = save(folder / "checkpoints", 8)
+    report["one_rank_fails"] = save(folder / "checkpoints", 8)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    told["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    told["again"] = save(folder / "checkpoints", 8)
-    told["behind"] = behind(ranks, lease, folder / "checkpoints")
-    told |= choices(ranks, lease, folder / "checkpoints")
-    return told
+    report["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    report["retried"] = save(folder / "checkpoints", 8)
+    report["background"] = background_save(ranks, lease, folder / "checkpoints")
+    report |= choose(ranks, lease, folder / "checkpoints")
+    return report
 
 
-def choices(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
-    """What is chosen when rank 1 does not see what rank 0 sees, and when each share is damaged once.
+def choose(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
+    """Report what is chosen when rank 1 does not see what rank 0 sees, and when each share is damaged once.
 
-    Rank 0 reads state.json and the second share, rank 1 the first: what one of them finds both have to know.
+    Rank 0 reads state.json and the second share, rank 1 the first: both must get the result of both.
     """
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     try:
         seen = checkpoints if ranks.world.is_first else checkpoints.with_name("elsewhere")
-        told["unseen"] = str(load.newest_valid(seen, ranks, lease))
+        report["unseen"] = str(load.newest_valid(seen, ranks, lease))
     except OSError as error:
-        told["unseen"] = str(error)
+        report["unseen"] = str(error)
     if ranks.world.is_first:
         for step, share in ((12, 0), (8, 1)):
             path = checkpoints / f"step_{step:09d}" / f"tensors_0000{share}_of_00002.safetensors"
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
-    told["whole"] = str(load.newest_valid(checkpoints, ranks, lease))
-    return told
+    report["undamaged"] = str(load.newest_valid(checkpoints, ranks, lease))
+    return report
 
 
-def behind(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
-    """A save behind training: the weights change at once, and rank 1's share is slow to come."""
+def background_save(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
+    """Report a save in the background: the weights change at once, and rank 1's share is written late."""
     model, optimizer = trained(seed=3)
-    its = Saver(checkpoints, ranks, lease, options.Checkpoint())
-    its.begin(State(12, 1200, 120, ranks.world.size, {}), checkpoint_save.local_state_dict(model, optimizer, ranks))
+    saver = Saver(checkpoints, ranks, lease, options.Checkpoint())
+    saver.begin(State(12, 1200, 120, ranks.world.size, {}), checkpoint_save.local_state_dict(model, optimizer, ranks))
     before = content(model, optimizer, ranks)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    work = its._work
+    work = saver._work
     assert work is not None
     work._thread.join()
-    if ranks.world.rank == 1:  # not ready, as far as the others are told, for three more step boundaries
-        its._work = slow = checkpoint_save._Work(partial(_wait_for, checkpoints / "go", work.result))
-    outcomes = [its.poll() for _ in range(3)]
-    told: dict[str, Any] = {"waits": outcomes == [None] * 3 and its.busy and not its._committing}
-    told["unpublished"] = not (checkpoints / "step_000000012").exists()
+    if ranks.world.rank == 1:  # its share is not ready for three more step boundaries
+        saver._work = slow_work = checkpoint_save._Work(partial(_wait_for, checkpoints / "go", work.result))
+    outcomes = [saver.poll() for _ in range(3)]
+    report: dict[str, Any] = {"waits_for_all": outcomes == [None] * 3 and saver.busy and not saver._committing}
+    report["unpublished"] = not (checkpoints / "step_000000012").exists()
     (checkpoints / "go").touch()
     if ranks.world.rank == 1:
-        slow._thread.join()
-    polls = [its.poll()]
-    told["second stage"] = polls[0] is None and its._committing
-    saved = its.finish(lambda: None)
+        slow_work._thread.join()
+    polls = [saver.poll()]
+    report["second_stage"] = polls[0] is None and saver._committing
+    saved = saver.finish(lambda: None)
     assert saved is not None
-    told["problem"], told["step"], told["idle"] = saved.problem, saved.step, not its.busy and its.finish(print) is None
+    report["problem"], report["step"], report["idle"] = (
+        saved.problem,
+        saved.step,
+        not saver.busy and saver.finish(print) is None,
+    )
     found: dict[str, bytes] = {}
     for path in (checkpoints / "step_000000012").glob("*.safetensors"):
         found |= {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
-    told["as it was"] = all(found[name] == value for name, value in before.items())
-    return told
+    report["old_weights"] = all(found[name] == value for name, value in before.items())
+    return report
 
 
 def _wait_for(path: Path, work: Callable[[], Any]) -> Any:

@@ -1,9 +1,9 @@
-"""What test_save kills: ``python -m tests.checkpoint.ranks_killed RUN_FOLDER ROUNDS SEED``.
+"""The program that test_save kills: ``python -m tests.checkpoint.ranks_killed RUN_FOLDER ROUNDS SEED``.
 
-Each round a process goes on from the newest valid checkpoint and saves one after the other, each written behind
-its (pretended) training, until it gets SIGKILL at a random moment. A line of JSON a round tells what it had found, the
-newest step whose save it had been told to have ended well, what was left under a temporary name, and which
-checkpoints are not whole. The rounds are forked from one parent, so that torch is loaded once.
+In each round a process continues from the newest valid checkpoint and saves one after the other in the background,
+while its weights change, until it gets SIGKILL at a random moment. One line of JSON per round reports the step that
+it found, the newest step whose save was reported as finished, what was left under a temporary name, and which
+checkpoints are damaged. The rounds are forked from one parent, so that torch is loaded once.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from hpcgpt.config import options
 from hpcgpt.storage.lease import acquire
 from tests.one_rank import ALONE
 
-LONGEST_S = 0.12  # a round; a save takes about a tenth of it
+LONGEST_ROUND_S = 0.12  # a save takes about a tenth of it
 
 
 def content(step: int) -> dict[str, Tensor]:
-    """The tensors that the checkpoint of a step must hold, half a megabyte."""
+    """Return the tensors of the checkpoint of a step, half a megabyte."""
     return {f"model/{name}": torch.full((128, 128), float(step * 10 + name)) for name in range(8)}
 
 
-def save_until_killed(run: Path, told: int) -> None:
-    """Writes to the descriptor `told` the step of the newest valid checkpoint (-1 if its content is wrong), and then
-    each step whose save has ended."""
+def save_until_killed(run: Path, reports: int) -> None:
+    """Write to the descriptor `reports` the step of the newest valid checkpoint (-1 if its content is wrong), and then
+    each step whose save has finished.
+    """
     lease = acquire(run, "")
     retention.recover_leftovers(run / "checkpoints", lease)
     newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
-    os.write(told, f"{step if newest is None or holds(newest, step) else -1}\n".encode())
+    os.write(reports, f"{step if newest is None or holds(newest, step) else -1}\n".encode())
     saver = Saver(run / "checkpoints", ALONE, lease, options.Checkpoint(keep_last=2))
     weights = content(0)
     while True:
@@ -48,13 +49,13 @@ def save_until_killed(run: Path, told: int) -> None:
         for name, tensor in content(step).items():
             weights[name].copy_(tensor)
         saved = saver.begin(layout.State(step, step * 100, step * 10, 1, {}), weights)
-        for tensor in weights.values():  # training goes on at once
+        for tensor in weights.values():  # training continues at once
             tensor.fill_(-1.0)
         while saved is None:
             time.sleep(0.0005)
             saved = saver.poll()
         assert saved.problem == ""
-        os.write(told, f"{step}\n".encode())
+        os.write(reports, f"{step}\n".encode())
 
 
 def holds(path: Path, step: int) -> bool:
@@ -65,8 +66,8 @@ def holds(path: Path, step: int) -> bool:
     return set(tensors) == set(expected) and all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def named_but_not_whole(path: Path) -> bool:
-    """Does it have a checkpoint's own name, or was it set aside, without being whole?"""
+def is_named_but_damaged(path: Path) -> bool:
+    """Return whether it is damaged and yet has a checkpoint's name, or that of one set aside."""
     return not path.name.startswith(".") and layout.verify(path) != ""
 
 
@@ -86,14 +87,14 @@ def main(run: Path, rounds: int, seed: int) -> None:
         os.close(writing)
         with open(reading) as pipe:
             found = int(pipe.readline() or -2)
-            time.sleep(dice.uniform(0.0, LONGEST_S))
+            time.sleep(dice.uniform(0.0, LONGEST_ROUND_S))
             os.kill(child, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             ended = [int(line) for line in pipe]
         left = sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("."))
-        broken = [path.name for path in (run / "checkpoints").glob("*step_*") if named_but_not_whole(path)]
-        told = {"found": found, "saved": max([found, *ended]), "saves": len(ended), "status": status}
-        print(json.dumps(told | {"left": left, "broken": broken}), flush=True)
+        broken = [path.name for path in (run / "checkpoints").glob("*step_*") if is_named_but_damaged(path)]
+        report = {"found": found, "saved": max([found, *ended]), "saves": len(ended), "status": status}
+        print(json.dumps(report | {"left": left, "broken": broken}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: small real ones, written by the program's own saver, and ways to damage them."""
+"""Shared by the tests of checkpoints: small real ones, written by the program's own saver, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpcgpt.storage.lease import Lease, acquire
 
 IDENTITY = {"model.n_layer": 2, "run.seed": 1, "digest of the shards": "abc"}
 SHARE = "tensors_00000_of_00001.safetensors"
-EVERYTHING_STAYS = options.Checkpoint(keep_last=1000)
+KEEP_ALL = options.Checkpoint(keep_last=1000)
 
 
 @pytest.fixture
@@ -30,13 +30,14 @@ def lease(tmp_path: Path) -> Iterator[Lease]:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
+    """An empty folder for checkpoints."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     return folder
 
 
 @pytest.fixture
-def three(checkpoints: Path, lease: Lease) -> Path:
+def three_checkpoints(checkpoints: Path, lease: Lease) -> Path:
     """The checkpoints of steps 4, 8 and 12."""
     for step in (4, 8, 12):
         assert save(checkpoints, step, lease) == ""
@@ -44,8 +45,8 @@ def three(checkpoints: Path, lease: Lease) -> Path:
 
 
 def save(folder: Path, step: int, lease: Lease, val_loss: float | None = None, size: int = 500,
-         keep: options.Checkpoint = EVERYTHING_STAYS, pending: dict[str, Any] | None = None) -> str:  # fmt: skip
-    """Save a checkpoint of two tensors; '' or the problem."""
+         keep: options.Checkpoint = KEEP_ALL, pending: dict[str, Any] | None = None) -> str:  # fmt: skip
+    """Save a checkpoint of two tensors; return '' or the problem."""
     import torch
 
     made = {"model/weight": torch.full((size,), float(step)), "rng/0/cpu": torch.get_rng_state()}
@@ -54,8 +55,8 @@ def save(folder: Path, step: int, lease: Lease, val_loss: float | None = None, s
 
 
 def save_tensors(folder: Path, state: State, tensors: dict[str, Any], lease: Lease,
-                 keep: options.Checkpoint = EVERYTHING_STAYS) -> str:  # fmt: skip
-    """Save, and wait for it; '' or the problem."""
+                 keep: options.Checkpoint = KEEP_ALL) -> str:  # fmt: skip
+    """Save, and wait for the end; return '' or the problem."""
     from hpcgpt.checkpoint.save import Saver
     from tests.one_rank import ALONE
 
@@ -73,8 +74,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3": xxhash.xxh3_128(path.read_bytes()).hexdigest()}
 
 
-def mend(folder: Path, manifest: dict[str, Any] | None = None) -> None:
-    """What an attacker does who knows the format: sizes, checksums and the manifest's own digest fit again."""
+def update_checksums(folder: Path, manifest: dict[str, Any] | None = None) -> None:
+    """Make sizes, checksums and the manifest's own digest fit again, as an attacker can who knows the format."""
     path = folder / "manifest.json"
     manifest = manifest or json.loads(path.read_text())
     for name in manifest["files"]:
@@ -84,14 +85,14 @@ def mend(folder: Path, manifest: dict[str, Any] | None = None) -> None:
 
 
 def write_manifest(folder: Path, manifest: Any) -> None:
-    """With a digest that fits, whatever it says."""
+    """Write a manifest, whatever it contains, with a digest that fits."""
     if isinstance(manifest, dict):
         manifest.pop("digest", None)
         manifest["digest"] = layout._digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def flip_a_byte(folder: Path) -> None:
+def flip_byte(folder: Path) -> None:
     content = bytearray((folder / SHARE).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / SHARE).write_bytes(content)

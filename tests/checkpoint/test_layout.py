@@ -1,4 +1,4 @@
-"""hpcgpt.checkpoint: the form on disk, and the command that looks at it."""
+"""hpcgpt.checkpoint.layout: the format on disk, and the command `hpcgpt checkpoint`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,28 @@ from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import FormatError, State
 from hpcgpt.run import run_folder
 from hpcgpt.storage.lease import Lease
-from tests.checkpoint.small_checkpoints import IDENTITY, SHARE, flip_a_byte, mend, names, save, write_manifest
+from tests.checkpoint.small_checkpoints import (
+    IDENTITY,
+    SHARE,
+    flip_byte,
+    names,
+    save,
+    update_checksums,
+    write_manifest,
+)
 from tests.programs import command
 
-# --- the form --------------------------------------------------------------------------------------
+# --- the format ------------------------------------------------------------------------------------
 
 
-def test_on_disk_it_is_as_documented(three: Path) -> None:
-    folder = three / "step_000000012"
+def test_the_files_are_as_documented(three_checkpoints: Path) -> None:
+    folder = three_checkpoints / "step_000000012"
     assert names(folder) == ["manifest.json", "state.json", SHARE]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["format"], manifest["version"], manifest["generation"]) == ("hpcgpt-checkpoint", 2, 1)
-    for name, told in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         body = (folder / name).read_bytes()
-        assert told == {"bytes": len(body), "xxh3": xxhash.xxh3_128(body).hexdigest()}
+        assert entry == {"bytes": len(body), "xxh3": xxhash.xxh3_128(body).hexdigest()}
     assert set(manifest["files"]) == {"state.json", SHARE}
     assert set(load_file(folder / SHARE)) == {"model/weight", "rng/0/cpu"}
     assert State(**json.loads((folder / "state.json").read_text())) == State(12, 120, 12, 1, IDENTITY)
@@ -38,14 +46,14 @@ def test_on_disk_it_is_as_documented(three: Path) -> None:
     assert digest == xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def test_names_say_the_step_and_who_writes_it(tmp_path: Path) -> None:
+def test_names_contain_the_step_and_the_attempt(tmp_path: Path) -> None:
     assert layout.path_of(tmp_path, 7).name == "step_000000007"
     assert layout.path_of(tmp_path, 12_345_678_901).name == "step_12345678901"
     assert layout.temporary_of(layout.path_of(tmp_path, 7), 3).name == ".step_000000007.g0003.tmp"
     assert layout.share_name(3, 16) == "tensors_00003_of_00016.safetensors"
 
 
-def test_they_are_found_by_their_number_the_newest_first(tmp_path: Path) -> None:
+def test_checkpoints_are_found_by_number_the_newest_first(tmp_path: Path) -> None:
     good = ["step_000000003", "step_000000020", "step_1000000000", "step_999999999"]
     for name in [*good, "step_4", "step_best", ".step_000000004.g0001.tmp", "damaged_step_000000004.g0001"]:
         (tmp_path / name).mkdir()
@@ -67,15 +75,17 @@ def test_an_impossible_state_is_refused(changes: dict[str, Any]) -> None:
         State(**good | changes)
 
 
-def test_verify_reads_every_byte_and_outline_none_of_the_tensors(three: Path) -> None:
-    flip_a_byte(three / "step_000000012")
-    assert layout.check_structure(three / "step_000000012") == ""
-    assert layout.verify(three / "step_000000012") == f"the checksum of {SHARE} is not the one in the manifest"
-    assert layout.verify(three / "step_000000008") == ""
+def test_verify_reads_every_byte_and_check_structure_no_tensors(three_checkpoints: Path) -> None:
+    flip_byte(three_checkpoints / "step_000000012")
+    assert layout.check_structure(three_checkpoints / "step_000000012") == ""
+    assert (
+        layout.verify(three_checkpoints / "step_000000012") == f"the checksum of {SHARE} is not the one in the manifest"
+    )
+    assert layout.verify(three_checkpoints / "step_000000008") == ""
 
 
-def test_another_version_is_refused_only_if_the_manifest_was_not_damaged(three: Path) -> None:
-    folder = three / "step_000000012"
+def test_another_version_is_refused_only_if_the_manifest_is_undamaged(three_checkpoints: Path) -> None:
+    folder = three_checkpoints / "step_000000012"
     manifest = json.loads((folder / "manifest.json").read_text()) | {"version": 3}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "own checksum" in layout.verify(folder)
@@ -84,31 +94,36 @@ def test_another_version_is_refused_only_if_the_manifest_was_not_damaged(three: 
         layout.verify(folder)
 
 
-def test_setting_aside_loses_nothing_and_says_why(three: Path, lease: Lease, capfd: pytest.CaptureFixture[str]) -> None:
-    before = {path.name: path.read_bytes() for path in (three / "step_000000012").iterdir()}
-    layout.quarantine(three / "step_000000012", "a reason", dataclasses.replace(lease, number=7))
-    aside = three / "damaged_step_000000012.g0007"
-    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before | {"REASON.txt": b"a reason\n"}
-    told = f"warning: checkpoint {three / 'step_000000012'} is damaged: a reason; set aside as {aside.name}\n"
-    assert capfd.readouterr().err == told
+def test_quarantine_loses_nothing_and_gives_the_reason(
+    three_checkpoints: Path, lease: Lease, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in (three_checkpoints / "step_000000012").iterdir()}
+    layout.quarantine(three_checkpoints / "step_000000012", "a reason", dataclasses.replace(lease, number=7))
+    quarantined = three_checkpoints / "damaged_step_000000012.g0007"
+    assert {path.name: path.read_bytes() for path in quarantined.iterdir()} == before | {"REASON.txt": b"a reason\n"}
+    path = three_checkpoints / "step_000000012"
+    warning = f"warning: checkpoint {path} is damaged: a reason; set aside as {quarantined.name}\n"
+    assert capfd.readouterr().err == warning
 
 
-def test_the_same_step_can_be_set_aside_again_and_again(three: Path, lease: Lease) -> None:
+def test_the_same_step_can_be_quarantined_repeatedly(three_checkpoints: Path, lease: Lease) -> None:
     for _ in range(3):
-        (three / "step_000000012" / "part").mkdir(parents=True, exist_ok=True)
-        layout.quarantine(three / "step_000000012", "a reason", lease)
-    assert [path.name.removeprefix("damaged_step_000000012.") for path in layout.damaged(three)] == [
+        (three_checkpoints / "step_000000012" / "part").mkdir(parents=True, exist_ok=True)
+        layout.quarantine(three_checkpoints / "step_000000012", "a reason", lease)
+    assert [path.name.removeprefix("damaged_step_000000012.") for path in layout.damaged(three_checkpoints)] == [
         "g0001", "g0001.2", "g0001.3"]  # fmt: skip
 
 
-def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tmp_path: Path, lease: Lease) -> None:
-    mine = tmp_path / "mine"
-    (three / "step_000000012").rename(mine)
-    (three / "step_000000012").symlink_to(mine)
-    before = sorted(path.name for path in mine.iterdir())
-    layout.quarantine(three / "step_000000012", "a reason", lease)
-    assert (three / "damaged_step_000000012.g0001").readlink() == mine
-    assert sorted(path.name for path in mine.iterdir()) == before
+def test_quarantine_writes_nothing_into_the_target_of_a_link(
+    three_checkpoints: Path, tmp_path: Path, lease: Lease
+) -> None:
+    target = tmp_path / "target"
+    (three_checkpoints / "step_000000012").rename(target)
+    (three_checkpoints / "step_000000012").symlink_to(target)
+    before = sorted(path.name for path in target.iterdir())
+    layout.quarantine(three_checkpoints / "step_000000012", "a reason", lease)
+    assert (three_checkpoints / "damaged_step_000000012.g0001").readlink() == target
+    assert sorted(path.name for path in target.iterdir()) == before
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -116,7 +131,7 @@ def test_setting_aside_writes_nothing_into_what_a_link_points_to(three: Path, tm
 
 @pytest.fixture(scope="module")
 def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run with the checkpoints of steps 4, 8 and 12. Read-only: copied by `run`."""
+    """A real run with the checkpoints of steps 4, 8 and 12. Read-only: `run` copies it."""
     from tests.tiny_run import TINY
 
     base = tmp_path_factory.mktemp("trained")
@@ -134,8 +149,8 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_the_command_lists_verifies_and_shows_a_real_run(run: Path) -> None:
-    """12 is damaged where only its checksum shows it, 8 cut off, and an older one was set aside."""
-    flip_a_byte(run / "checkpoints/step_000000012")
+    """12 is damaged where only its checksum shows it, 8 is cut off, and an older one was set aside."""
+    flip_byte(run / "checkpoints/step_000000012")
     os.truncate(run / "checkpoints/step_000000008" / SHARE, 1000)
     shutil.copytree(run / "checkpoints/step_000000004", run / "checkpoints/damaged_step_000000002.g0003")
     (run / "checkpoints/damaged_step_000000002.g0003/REASON.txt").write_text("its disk died\n")
@@ -156,41 +171,45 @@ def test_the_command_lists_verifies_and_shows_a_real_run(run: Path) -> None:
     assert "set aside" in lines[3]
     assert "its disk died" in lines[3]
 
-    told = [json.loads(line) for line in command("hpcgpt.checkpoint", "ls", str(run), "--json").stdout.splitlines()]
-    assert [(row["step"], row["state"]) for row in told] == [
+    shown_rows = [
+        json.loads(line) for line in command("hpcgpt.checkpoint", "ls", str(run), "--json").stdout.splitlines()
+    ]
+    assert [(row["step"], row["state"]) for row in shown_rows] == [
         (12, "sizes fit"), (8, "damaged"), (4, "sizes fit"), (None, "set aside")]  # fmt: skip
     files = [run / "checkpoints/step_000000012" / name for name in ("state.json", SHARE)]
-    assert told[0]["bytes"] == sum(path.stat().st_size for path in files)
-    assert all(0 <= row["age_s"] < 3600 for row in told)
+    assert shown_rows[0]["bytes"] == sum(path.stat().st_size for path in files)
+    assert all(0 <= row["age_s"] < 3600 for row in shown_rows)
 
     verified = command("hpcgpt.checkpoint", "verify", str(run), "--json")
     assert verified.returncode == 1
-    told = [json.loads(line) for line in verified.stdout.splitlines()]
-    assert [(row["step"], row["state"]) for row in told] == [(12, "damaged"), (8, "damaged"), (4, "whole")]
-    assert "checksum" in told[0]["problem"]
+    shown_rows = [json.loads(line) for line in verified.stdout.splitlines()]
+    assert [(row["step"], row["state"]) for row in shown_rows] == [(12, "damaged"), (8, "damaged"), (4, "whole")]
+    assert "checksum" in shown_rows[0]["problem"]
     assert command("hpcgpt.checkpoint", "verify", str(run), "--step", "4").returncode == 0
     assert command("hpcgpt.checkpoint", "verify", str(run), "--step", "12").returncode == 1
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "looking changed something"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, (
+        "a read-only command changed something"
+    )
 
 
-def test_show_tells_the_state_and_every_tensor_of_the_newest_or_of_a_step(run: Path) -> None:
+def test_show_prints_the_state_and_every_tensor_of_the_newest_or_a_given_step(run: Path) -> None:
     shown = command("hpcgpt.checkpoint", "show", str(run))
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"{run / 'checkpoints/step_000000012'}: step 12, 3,072 tokens, 96 samples, 1 ranks")
     assert "model.n_layer = 2" in shown.stdout
-    told = json.loads(command("hpcgpt.checkpoint", "show", str(run), "--step", "4", "--json").stdout)
-    assert told["state"]["step"] == 4
+    shown_rows = json.loads(command("hpcgpt.checkpoint", "show", str(run), "--step", "4", "--json").stdout)
+    assert shown_rows["state"]["step"] == 4
     found = load_file(run / "checkpoints/step_000000004" / SHARE)
-    assert {name: (tuple(tensor["shape"]), tensor["file"]) for name, tensor in told["tensors"].items()} == {
+    assert {name: (tuple(tensor["shape"]), tensor["file"]) for name, tensor in shown_rows["tensors"].items()} == {
         name: (tuple(tensor.shape), SHARE) for name, tensor in found.items()}  # fmt: skip
-    assert {tensor["dtype"] for tensor in told["tensors"].values()} == {"F32", "U8"}
+    assert {tensor["dtype"] for tensor in shown_rows["tensors"].values()} == {"F32", "U8"}
 
 
-def test_what_cannot_be_shown_is_a_sentence(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_shown_is_an_error_without_a_traceback(run: Path, tmp_path: Path) -> None:
     os.truncate(run / "checkpoints/step_000000008" / SHARE, 1000)
     header = run / "checkpoints/step_000000012" / SHARE
     header.write_bytes(b"\xff" * 9 + header.read_bytes()[9:])
-    mend(run / "checkpoints/step_000000012")
+    update_checksums(run / "checkpoints/step_000000012")
     (tmp_path / "empty").mkdir()
     run_folder.prepare(tmp_path / "new")
     for arguments, status, expected in [
@@ -215,7 +234,7 @@ def test_what_cannot_be_shown_is_a_sentence(run: Path, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_a_checkpoint_of_another_version_is_refused_by_its_name(checkpoints: Path, lease: Lease) -> None:
+def test_a_checkpoint_of_another_version_is_refused_by_name(checkpoints: Path, lease: Lease) -> None:
     run_folder.prepare(checkpoints.parent)
     assert save(checkpoints, 4, lease) == ""
     folder = checkpoints / "step_000000004"

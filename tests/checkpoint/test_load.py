@@ -1,4 +1,4 @@
-"""hpcgpt.checkpoint.load: what was saved is what is loaded, and only a whole checkpoint is ever chosen."""
+"""hpcgpt.checkpoint.load: what was saved is what is loaded, and only an undamaged checkpoint is ever chosen."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from tests.checkpoint.small_checkpoints import (
     IDENTITY,
     SHARE,
     fingerprint,
-    flip_a_byte,
-    mend,
+    flip_byte,
     names,
     save,
     save_tensors,
+    update_checksums,
     write_manifest,
 )
 from tests.one_rank import ALONE
 
-# --- what comes back -------------------------------------------------------------------------------
+# --- what is loaded --------------------------------------------------------------------------------
 
 
-def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpoints: Path, lease: Lease) -> None:
+def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_continues_like_it(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1, steps=3)
     torch.manual_seed(17)
     torch.rand(5)
@@ -62,14 +62,14 @@ def test_a_loaded_run_has_the_bytes_of_the_saved_one_and_goes_on_like_it(checkpo
     assert content(other, other_optimizer, ALONE) == before
     assert torch.equal(torch.rand(5), drawn)
 
-    for each, its_optimizer in [(model, optimizer), (other, other_optimizer)]:
+    for each_model, each_optimizer in [(model, optimizer), (other, other_optimizer)]:
         ids = torch.arange(32).view(2, 16)
-        each(ids, ids).backward()
-        its_optimizer.step()
+        each_model(ids, ids).backward()
+        each_optimizer.step()
     assert content(other, other_optimizer, ALONE) == content(model, optimizer, ALONE) != before
 
 
-def test_a_fresh_optimizer_gets_its_whole_state(checkpoints: Path, lease: Lease) -> None:
+def test_an_optimizer_without_state_gets_all_of_it(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     state = State(3, 300, 30, 1, IDENTITY)
     assert save_tensors(checkpoints, state, local_state_dict(model, optimizer, ALONE), lease) == ""
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_name_of_a_tensor(
 
 
 def test_another_model_is_refused_whichever_share_its_tensors_are_in(tmp_path: Path) -> None:
-    """The optimizer's part of a tensor may lie in an earlier share than its weight."""
+    """The optimizer's state of a tensor may be in an earlier share than its weight."""
     folder = tmp_path / "step_000000004"
     folder.mkdir()
     state = State(4, 40, 4, 2, IDENTITY)
@@ -123,8 +123,8 @@ def test_another_model_is_refused_whichever_share_its_tensors_are_in(tmp_path: P
         load.load(folder, model, optimizer, ALONE)
 
 
-def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    """Of two different ones either would be loaded silently."""
+def test_a_duplicate_tensor_is_refused(tmp_path: Path) -> None:
+    """Two different ones would leave it open which one is loaded."""
     folder = tmp_path / "step_000000004"
     folder.mkdir()
     (folder / "state.json").write_text(json.dumps(dataclasses.asdict(State(4, 40, 4, 2, IDENTITY))))
@@ -137,14 +137,14 @@ def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         load.load(folder, model, optimizer, ALONE)
 
 
-# --- tensors in pieces -----------------------------------------------------------------------------
+# --- sharded tensors -------------------------------------------------------------------------------
 
 Content = dict[str, torch.Tensor]
 ROWS = "model/blocks.0.mlp.up.weight"  # 128 rows, in pieces of 50 and 78
 
 
-def in_pieces(found: Content) -> tuple[Content, Content]:
-    """What two ranks would have written, each of whom had some rows of each tensor."""
+def sharded(found: Content) -> tuple[Content, Content]:
+    """Return the shares of two ranks, each with some rows of each tensor."""
     first, second = {}, {"rng/1/cpu": torch.get_rng_state()}
     for name, tensor in found.items():
         cut = 50 * len(tensor) // 128 if tensor.dim() and not name.startswith("rng/") else 0
@@ -156,7 +156,7 @@ def in_pieces(found: Content) -> tuple[Content, Content]:
     return first, second
 
 
-def of_two(folder: Path, shares: tuple[Content, Content]) -> Path:
+def write_checkpoint_of_two(folder: Path, shares: tuple[Content, Content]) -> Path:
     path = folder / "step_000000004"
     path.mkdir()
     (path / "state.json").write_text(json.dumps(dataclasses.asdict(State(4, 40, 4, 2, IDENTITY))))
@@ -165,12 +165,12 @@ def of_two(folder: Path, shares: tuple[Content, Content]) -> Path:
     return path
 
 
-def test_pieces_are_put_together_to_the_same_bytes(tmp_path: Path) -> None:
+def test_sharded_tensors_are_joined_to_the_same_bytes(tmp_path: Path) -> None:
     model, optimizer = trained(seed=1)
-    path = of_two(tmp_path, in_pieces(local_state_dict(model, optimizer, ALONE)))
-    other, its_optimizer = trained(seed=2, steps=0)
-    load.load(path, other, its_optimizer, ALONE)
-    found, expected = content(other, its_optimizer, ALONE), content(model, optimizer, ALONE)
+    path = write_checkpoint_of_two(tmp_path, sharded(local_state_dict(model, optimizer, ALONE)))
+    other, other_optimizer = trained(seed=2, steps=0)
+    load.load(path, other, other_optimizer, ALONE)
+    found, expected = content(other, other_optimizer, ALONE), content(model, optimizer, ALONE)
     assert {name: value for name, value in found.items() if not name.startswith("rng/")} == {
         name: value for name, value in expected.items() if not name.startswith("rng/")
     }
@@ -180,19 +180,19 @@ def test_pieces_are_put_together_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 Shares = tuple[Content, Content]
-WRONG_PIECES: dict[str, tuple[Callable[[Shares], Any], str]] = {
+WRONG_ROWS: dict[str, tuple[Callable[[Shares], Any], str]] = {
     "the first is missing": (lambda s: s[0].pop(f"{ROWS}[0:50]"), "lacks rows of .*up.weight before row 50"),
     "the last is missing": (lambda s: s[1].pop(f"{ROWS}[50:128]"), "lacks rows of .*up.weight after row 50 of 128"),
     "some rows twice": (
         lambda s: (s[1].pop(f"{ROWS}[50:128]"), s[1].update({f"{ROWS}[49:128]": torch.zeros(79, 32)})),
         "has twice some rows of .*up.weight before row 50"),
-    "whole, too": (lambda s: s[1].update({ROWS: torch.zeros(128, 32)}), f"has the tensor {ROWS} twice"),
+    "the full tensor, too": (lambda s: s[1].update({ROWS: torch.zeros(128, 32)}), f"has the tensor {ROWS} twice"),
     "more rows than its name says": (
         lambda s: s[0].update({f"{ROWS}[0:50]": torch.zeros(51, 32)}), r"0:50\] is \(51, 32\) .*rows of \(128, 32"),
-    "rows behind the end": (
+    "rows after the end": (
         lambda s: s[1].update({f"{ROWS}[128:130]": torch.zeros(2, 32)}), r"128:130\] is .*expected rows of \(128, 32"),
     "no rows": (lambda s: s[1].update({f"{ROWS}[128:128]": torch.zeros(0, 32)}), r"128:128\] is .*expected rows"),
-    "rows backwards": (lambda s: s[1].update({f"{ROWS}[50:10]": torch.zeros(40, 32)}), r"50:10\] is .*expected rows"),
+    "reversed rows": (lambda s: s[1].update({f"{ROWS}[50:10]": torch.zeros(40, 32)}), r"50:10\] is .*expected rows"),
     "narrower": (lambda s: s[0].update({f"{ROWS}[0:50]": torch.zeros(50, 31)}), "is .128, 31. in the checkpoint"),
     "of another precision": (
         lambda s: s[0].update({f"{ROWS}[0:50]": torch.zeros(50, 32).double()}), "is torch.float64 in the checkpoint"),
@@ -207,19 +207,19 @@ WRONG_PIECES: dict[str, tuple[Callable[[Shares], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "told"), WRONG_PIECES.values(), ids=WRONG_PIECES)
-def test_pieces_that_do_not_make_up_the_tensor_are_refused(
-    tmp_path: Path, change: Callable[[Shares], Any], told: str
+@pytest.mark.parametrize(("change", "message"), WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_rows_that_do_not_make_up_the_tensor_are_refused(
+    tmp_path: Path, change: Callable[[Shares], Any], message: str
 ) -> None:
-    shares = in_pieces(local_state_dict(*trained(seed=1), ALONE))
+    shares = sharded(local_state_dict(*trained(seed=1), ALONE))
     change(shares)
-    path = of_two(tmp_path, shares)
+    path = write_checkpoint_of_two(tmp_path, shares)
     model, optimizer = trained(seed=2, steps=0)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load.load(path, model, optimizer, ALONE)
 
 
-# --- which one is chosen ---------------------------------------------------------------------------
+# --- which checkpoint is chosen ---------------------------------------------------------------------
 
 
 def test_the_newest_is_chosen_by_its_number(checkpoints: Path, lease: Lease) -> None:
@@ -228,10 +228,10 @@ def test_the_newest_is_chosen_by_its_number(checkpoints: Path, lease: Lease) -> 
     assert load.newest_valid(checkpoints, ALONE, lease) == checkpoints / "step_1000000000"
 
 
-def test_without_checkpoints_there_is_none(checkpoints: Path, lease: Lease) -> None:
+def test_without_checkpoints_none_is_chosen(checkpoints: Path, lease: Lease) -> None:
     (checkpoints / ".step_000000004.g0001.tmp").mkdir()
     (checkpoints / "step_4").mkdir()
-    (checkpoints / "notes.txt").write_text("mine")
+    (checkpoints / "notes.txt").write_text("the user's")
     assert load.newest_valid(checkpoints, ALONE, lease) is None
 
 
@@ -250,13 +250,13 @@ def truncate(folder: Path) -> None:
 
 
 def lose_a_share(folder: Path) -> None:
-    """The share is gone, and whoever took it away has mended the manifest."""
+    """Remove the share, also from the manifest."""
     (folder / SHARE).unlink()
     edit_manifest(lambda manifest: manifest["files"].pop(SHARE) and None)(folder)
 
 
 class Bomb:
-    """A pickle that makes a file when somebody loads it."""
+    """A pickle that makes a file when it is loaded."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -269,17 +269,17 @@ def put_a_pickle(folder: Path) -> None:
     (folder / SHARE).write_bytes(pickle.dumps(Bomb(folder.parent / "exploded")))
 
 
-def put_a_pickle_and_mend_the_manifest(folder: Path) -> None:
+def put_a_pickle_and_update_the_manifest(folder: Path) -> None:
     put_a_pickle(folder)
-    mend(folder)
+    update_checksums(folder)
 
 
 def name_a_file_elsewhere(name: str) -> Callable[[Path], None]:
-    """The manifest names a file outside of the folder, with its true size and checksum."""
+    """Make the manifest name a file outside of the folder, with its true size and checksum."""
 
     def damage(folder: Path) -> None:
-        told = fingerprint(folder / name)
-        edit_manifest(lambda manifest: manifest["files"].update({name: told}))(folder)
+        entry = fingerprint(folder / name)
+        edit_manifest(lambda manifest: manifest["files"].update({name: entry}))(folder)
 
     return damage
 
@@ -287,11 +287,11 @@ def name_a_file_elsewhere(name: str) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tensors truncated by a byte": (truncate, r"tensors_00000.* has [\d,]+ bytes, expected [\d,]+"),
     "tensors empty": (lambda folder: (folder / SHARE).write_bytes(b""), r"tensors_00000.* has 0 bytes"),
-    "a flipped bit": (flip_a_byte, r"checksum of tensors_00000.*"),
+    "a flipped bit": (flip_byte, r"checksum of tensors_00000.*"),
     "a share missing": (lambda folder: (folder / SHARE).unlink(), r"tensors_00000.*: No such file"),
     "a share missing in the manifest too": (lose_a_share, r"lacks tensors_00000"),
     "a pickle instead of tensors": (put_a_pickle, r"tensors_00000"),
-    "a pickle instead of tensors, with its checksum": (put_a_pickle_and_mend_the_manifest, r"tensors_00000"),
+    "a pickle instead of tensors, with its checksum": (put_a_pickle_and_update_the_manifest, r"tensors_00000"),
     "state.json changed": (
         lambda folder: (folder / "state.json").write_text(
             (folder / "state.json").read_text().replace('"tokens": 120', '"tokens": 121')
@@ -303,7 +303,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: ((folder / "state.json").unlink(), os.mkfifo(folder / "state.json")),
         r"state\.json is no regular file",
     ),
-    "tensors a link to the true ones": (
+    "tensors a link to the real file": (
         lambda folder: ((folder / SHARE).rename(folder / "moved"), (folder / SHARE).symlink_to("moved")),
         r"tensors_00000.* is no regular file",
     ),
@@ -316,7 +316,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"manifest\.json is larger than 64 MB",
     ),
     "a file instead of the folder": (
-        lambda folder: (shutil.rmtree(folder), folder.write_text("mine")),
+        lambda folder: (shutil.rmtree(folder), folder.write_text("the user's")),
         r"manifest\.json: Not a directory",
     ),
     "state.json a folder": (
@@ -368,7 +368,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest of another format": (edit_manifest(lambda manifest: manifest.update(format="gguf")), "format is 'gguf'"),
     "manifest that names a file above": (name_a_file_elsewhere("../step_000000008/state.json"), "manifest names"),
     "manifest that names an absolute path": (name_a_file_elsewhere("/etc/hostname"), "manifest names"),
-    "manifest that names a file no terminal should print": (
+    "manifest that names control characters": (
         edit_manifest(lambda manifest: manifest["files"].update({"\ud800\x1b[2J": {"bytes": 1, "xxh3": ""}})),
         r"manifest names .*'\\ud800\\x1b\[2J'",
     ),
@@ -387,117 +387,126 @@ def small_file(path: Path) -> bool:
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_set_aside_with_the_reason_and_the_next_older_one_is_used(
-    three: Path, lease: Lease, damage: Callable[[Path], Any], reason: str, capfd: pytest.CaptureFixture[str]
+    three_checkpoints: Path, lease: Lease, damage: Callable[[Path], Any], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    damage(three / "step_000000012")
-    remains = {path.name: path.read_bytes() for path in (three / "step_000000012").glob("*") if small_file(path)}
-    assert load.newest_valid(three, ALONE, lease) == three / "step_000000008"
-    assert names(three) == ["damaged_step_000000012.g0001", "step_000000004", "step_000000008"]
-    aside = three / "damaged_step_000000012.g0001"
+    damage(three_checkpoints / "step_000000012")
+    remains = {
+        path.name: path.read_bytes() for path in (three_checkpoints / "step_000000012").glob("*") if small_file(path)
+    }
+    assert load.newest_valid(three_checkpoints, ALONE, lease) == three_checkpoints / "step_000000008"
+    assert names(three_checkpoints) == ["damaged_step_000000012.g0001", "step_000000004", "step_000000008"]
+    quarantined = three_checkpoints / "damaged_step_000000012.g0001"
     warning = capfd.readouterr().err
-    if aside.is_dir():
-        assert (aside / "REASON.txt").read_text().strip() in warning
+    if quarantined.is_dir():
+        assert (quarantined / "REASON.txt").read_text().strip() in warning
     assert re.search(reason, warning), warning
-    assert all((aside / name).read_bytes() == body for name, body in remains.items()), "evidence was changed"
-    assert warning.startswith(f"warning: checkpoint {three / 'step_000000012'} is damaged: ")
+    assert all((quarantined / name).read_bytes() == body for name, body in remains.items()), "evidence was changed"
+    assert warning.startswith(f"warning: checkpoint {three_checkpoints / 'step_000000012'} is damaged: ")
     assert "damaged_step_000000012.g0001" in warning
-    assert save(three, 12, lease) == "", "the step cannot be saved anew"
-    assert load.newest_valid(three, ALONE, lease) == three / "step_000000012"
+    assert save(three_checkpoints, 12, lease) == "", "the step cannot be saved anew"
+    assert load.newest_valid(three_checkpoints, ALONE, lease) == three_checkpoints / "step_000000012"
 
 
-def test_a_step_that_nobody_has_saved_is_missing_and_not_damaged(three: Path, lease: Lease) -> None:
-    """To go back to before a spike: that one was set aside long ago ends no run."""
-    flip_a_byte(three / "step_000000012")
-    assert load.newest_valid(three, ALONE, lease) == three / "step_000000008"
-    assert load.newest_valid(three, ALONE, lease, lambda step: step < 8) == three / "step_000000004"
-    assert load.newest_valid(three, ALONE, lease, lambda step: step < 4) is None
+def test_a_step_that_was_never_saved_is_missing_and_not_damaged(three_checkpoints: Path, lease: Lease) -> None:
+    """This matters for a rollback: a checkpoint set aside long ago does not end the run."""
+    flip_byte(three_checkpoints / "step_000000012")
+    assert load.newest_valid(three_checkpoints, ALONE, lease) == three_checkpoints / "step_000000008"
+    assert (
+        load.newest_valid(three_checkpoints, ALONE, lease, lambda step: step < 8)
+        == three_checkpoints / "step_000000004"
+    )
+    assert load.newest_valid(three_checkpoints, ALONE, lease, lambda step: step < 4) is None
 
 
-def test_looking_without_a_generation_moves_nothing(three: Path) -> None:
-    flip_a_byte(three / "step_000000012")
-    before = names(three)
-    assert load.newest_valid(three, ALONE, None) == three / "step_000000008"
-    assert names(three) == before
+def test_reading_without_a_lease_moves_nothing(three_checkpoints: Path) -> None:
+    flip_byte(three_checkpoints / "step_000000012")
+    before = names(three_checkpoints)
+    assert load.newest_valid(three_checkpoints, ALONE, None) == three_checkpoints / "step_000000008"
+    assert names(three_checkpoints) == before
 
 
-def test_if_all_are_damaged_training_is_not_started_over_now_nor_at_the_next_start(three: Path, lease: Lease) -> None:
+def test_if_all_are_damaged_training_is_not_started_over_now_nor_at_the_next_start(
+    three_checkpoints: Path, lease: Lease
+) -> None:
     for step in (4, 8, 12):
-        flip_a_byte(three / f"step_{step:09d}")
+        flip_byte(three_checkpoints / f"step_{step:09d}")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"none is valid .*step_000000004.*not started over") as error:
-            load.newest_valid(three, ALONE, lease)
-        assert str(three) in str(error.value)
-    assert len(list(three.glob("damaged_step_*"))) == 3
+            load.newest_valid(three_checkpoints, ALONE, lease)
+        assert str(three_checkpoints) in str(error.value)
+    assert len(list(three_checkpoints.glob("damaged_step_*"))) == 3
 
 
 @pytest.mark.parametrize("version", [0, 1, 3])
 def test_a_checkpoint_of_another_format_is_refused_and_stays_where_it_is(
-    three: Path, lease: Lease, version: int
+    three_checkpoints: Path, lease: Lease, version: int
 ) -> None:
-    edit_manifest(lambda manifest: manifest.update(version=version))(three / "step_000000012")
-    before = names(three)
+    edit_manifest(lambda manifest: manifest.update(version=version))(three_checkpoints / "step_000000012")
+    before = names(three_checkpoints)
     with pytest.raises(FormatError, match=rf"step_000000012 has format version {version}, .*reads 2: use the hpcgpt"):
-        load.newest_valid(three, ALONE, lease)
-    assert names(three) == before
+        load.newest_valid(three_checkpoints, ALONE, lease)
+    assert names(three_checkpoints) == before
 
 
-def test_a_checkpoint_of_the_first_format_which_had_no_digest_is_refused_too(three: Path, lease: Lease) -> None:
-    path = three / "step_000000012" / "manifest.json"
+def test_a_checkpoint_of_the_first_format_without_digest_is_refused_too(three_checkpoints: Path, lease: Lease) -> None:
+    path = three_checkpoints / "step_000000012" / "manifest.json"
     manifest = json.loads(path.read_text()) | {"version": 1}
     del manifest["digest"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match="format version 1"):
-        load.newest_valid(three, ALONE, lease)
-    assert (three / "step_000000012").exists()
+        load.newest_valid(three_checkpoints, ALONE, lease)
+    assert (three_checkpoints / "step_000000012").exists()
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", SHARE, ".", ".."])
-def test_what_cannot_be_read_at_the_moment_is_no_damage_and_nothing_is_set_aside(three: Path, name: str) -> None:
-    """A file system that fails for a while must not cost a run its newest checkpoints, nor let it start over."""
-    told, tell = os.pipe()
-    path = three / "step_000000012" / name
+def test_a_checkpoint_that_cannot_be_read_for_a_while_is_neither_damaged_nor_set_aside(
+    three_checkpoints: Path, name: str
+) -> None:
+    """A temporary failure of the file system must neither cost the newest checkpoints nor start the run over."""
+    reading, writing = os.pipe()
+    path = three_checkpoints / "step_000000012" / name
     path.chmod(0)
     child = os.fork()
     if child == 0:
         try:
-            os.chdir(three)  # the folders above may be closed to others
+            os.chdir(three_checkpoints)  # other users may have no access to the folders above
             if os.geteuid() == 0:
                 os.seteuid(65534)  # root could read everything
-            load.newest_valid(Path(), ALONE, None)  # as a reader: setting aside would be refused anyway
-            os.write(tell, b"nothing")
+            load.newest_valid(Path(), ALONE, None)  # as a reader: it may not set anything aside
+            os.write(writing, b"nothing")
         except OSError as error:
-            os.write(tell, (error.strerror or "").encode())
+            os.write(writing, (error.strerror or "").encode())
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    os.close(tell)
+    os.close(writing)
     path.chmod(0o755)
-    with open(told) as pipe:
+    with open(reading) as pipe:
         assert pipe.read() == "Permission denied"
-    assert names(three) == ["step_000000004", "step_000000008", "step_000000012"]
+    assert names(three_checkpoints) == ["step_000000004", "step_000000008", "step_000000012"]
 
 
 class Host:
-    """The host that this test pretends to run on; it cannot read certain files of checkpoints."""
+    """The host that this test runs on by name; it cannot read certain files of checkpoints."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         self.run, self.name, self.bad = run, "n1", set[str]()
         self.tries = 0
         real = {name: getattr(layout, name) for name in ("check_structure", "check_checksums")}
 
-        def look(name: str, path: Path, *rest: Any) -> str:
+        def check(name: str, path: Path, *rest: Any) -> str:
             if f"{path.name} {name}" in self.bad:
                 self.tries += 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path / SHARE))
             return str(real[name](path, *rest))
 
         for name in real:
-            monkeypatch.setattr(layout, name, partial(look, name))
+            monkeypatch.setattr(layout, name, partial(check, name))
         monkeypatch.setattr(socket, "gethostname", lambda: self.name)
         monkeypatch.setattr(load, "RETRY_S", 0.0)
 
     def attempt(self, name: str) -> str:
-        """A new attempt on that host; the name of the checkpoint that it chose."""
+        """Start an attempt on that host; return the name of the checkpoint that it chose."""
         self.name = name
         lease = acquire(self.run, "")
         try:
@@ -508,33 +517,33 @@ class Host:
 
 
 @pytest.fixture
-def host(three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> Host:
+def host(three_checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> Host:
     lease.release()
-    return Host(monkeypatch, three.parent)
+    return Host(monkeypatch, three_checkpoints.parent)
 
 
-@pytest.mark.parametrize("look", ["check_structure", "check_checksums"])
+@pytest.mark.parametrize("check", ["check_structure", "check_checksums"])
 @pytest.mark.parametrize("hosts", [["n1", "n2"], ["n1", "n1", "n1"], ["n1", "n1", "n2"]])
-def test_a_checkpoint_that_attempts_cannot_read_one_after_the_other_does_not_block_the_run(
-    host: Host, look: str, hosts: list[str], capfd: pytest.CaptureFixture[str]
+def test_a_checkpoint_that_several_attempts_cannot_read_does_not_block_the_run(
+    host: Host, check: str, hosts: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    host.bad.add(f"step_000000012 {look}")
+    host.bad.add(f"step_000000012 {check}")
     needed = 1 if hosts[1] != "n1" else 2
     for name in hosts[:needed]:
         with pytest.raises(OSError, match="Input/output error") as caught:
             host.attempt(name)
-        assert rank_of(caught.value) == 0, "this rank's host is the one to blame"
+        assert rank_of(caught.value) == 0, "the error must name this rank, and so its host"
         assert names(host.run / "checkpoints") == ["step_000000004", "step_000000008", "step_000000012"]
     assert host.attempt(hosts[needed]) == "step_000000008"
-    (aside,) = layout.damaged(host.run / "checkpoints")
-    assert "it cannot be read" in (aside / "REASON.txt").read_text()
+    (quarantined,) = layout.damaged(host.run / "checkpoints")
+    assert "it cannot be read" in (quarantined / "REASON.txt").read_text()
     assert "on n1 found as well" in capfd.readouterr().err
-    # The disk is mended, and a person puts it back.
+    # The disk is repaired, and the user renames the checkpoint back.
     host.bad.clear()
-    aside.rename(host.run / "checkpoints/step_000000012")
+    quarantined.rename(host.run / "checkpoints/step_000000012")
     assert host.attempt("n1") == "step_000000012"
-    # It was not: that is the first failure of what was put back.
-    host.bad.add(f"step_000000012 {look}")
+    # The disk still fails: that counts as the first failure of the checkpoint put back.
+    host.bad.add(f"step_000000012 {check}")
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n2")
     assert host.attempt("n1") == "step_000000008"
@@ -548,8 +557,8 @@ def test_a_checkpoint_that_another_host_can_read_is_used(host: Host) -> None:
     assert host.attempt("n2") == "step_000000012"
 
 
-def test_each_checkpoint_has_to_be_unreadable_more_than_once(host: Host) -> None:
-    """Where a whole file system is ill, an attempt sets one aside at most, and not all of them."""
+def test_each_checkpoint_must_be_unreadable_more_than_once(host: Host) -> None:
+    """Where a whole file system fails, an attempt sets at most one aside, not all of them."""
     host.bad |= {f"step_{step:09d} check_structure" for step in (4, 8, 12)}
     for name in ("n1", "n2"):
         with pytest.raises(OSError, match="Input/output error"):
@@ -557,24 +566,24 @@ def test_each_checkpoint_has_to_be_unreadable_more_than_once(host: Host) -> None
     assert names(host.run / "checkpoints")[1:] == ["step_000000004", "step_000000008"]
 
 
-@pytest.mark.parametrize("how", ["saved", "brought back"])
-def test_a_checkpoint_that_was_made_again_has_not_failed_before(host: Host, how: str) -> None:
-    """What could not be read was another one of the same step."""
+@pytest.mark.parametrize("origin", ["saved", "restored"])
+def test_a_new_checkpoint_of_the_same_step_has_no_failures_yet(host: Host, origin: str) -> None:
+    """Another checkpoint of the same step could not be read."""
     host.bad.add("step_000000012 check_checksums")
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n1")
     manifest = host.run / "checkpoints/step_000000012/manifest.json"
-    if how == "saved":  # within the same second
+    if origin == "saved":  # within the same second
         run_folder.record(host.run, "save", step=12, attempt=1)
     else:
         os.utime(manifest, (1e9, 1e9))
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n2")
     assert names(host.run / "checkpoints")[-1] == "step_000000012"
-    assert host.attempt("n1") == "step_000000008", "now it has"
+    assert host.attempt("n1") == "step_000000008", "the second failure"
 
 
-def test_a_save_of_another_step_does_not_help_a_checkpoint_that_cannot_be_read(host: Host) -> None:
+def test_a_save_of_another_step_does_not_reset_the_failures(host: Host) -> None:
     host.bad.add("step_000000012 check_checksums")
     with pytest.raises(OSError, match="Input/output error"):
         host.attempt("n1")
@@ -583,10 +592,10 @@ def test_a_save_of_another_step_does_not_help_a_checkpoint_that_cannot_be_read(h
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_where_a_checkpoint_cannot_be_told_from_another_the_step_has_to_do(
+def test_failures_are_counted_by_step_where_the_checkpoints_identity_is_unknown(
     host: Host, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """An older version did not record which one it was; and of one on a dead disk nothing can be seen."""
+    """An older version did not record the identity; and on a dead disk it cannot be read."""
     seen = {"identity": "1:2"} if not known else {}
     run_folder.record(host.run, "unreadable", attempt=99, step=12, rank=0, host="n1", problem="EIO", **seen)
     host.bad.add("step_000000012 check_checksums")
@@ -595,7 +604,7 @@ def test_where_a_checkpoint_cannot_be_told_from_another_the_step_has_to_do(
     assert host.attempt("n2") == "step_000000008"
 
 
-def test_a_moment_out_of_order_is_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_read_error_is_retried(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.bad.add("step_000000012 check_checksums")
     monkeypatch.setattr(time, "sleep", lambda _: host.bad.clear())
     assert host.attempt("n1") == "step_000000012"
@@ -604,10 +613,10 @@ def test_a_moment_out_of_order_is_waited_for(host: Host, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_run_whose_steps_were_all_skipped_so_far_can_go_on(
+def test_a_run_whose_steps_were_all_skipped_so_far_resumes(
     checkpoints: Path, lease: Lease, name: Literal["adamw", "muon"]
 ) -> None:
-    """train.on_nonfinite skip: steps count, and the optimizer has not made one."""
+    """With train.on_nonfinite skip the steps count, and the optimizer may not have made any."""
 
     def step(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
         ids = torch.arange(32).view(2, 16)
@@ -621,12 +630,12 @@ def test_a_run_whose_steps_were_all_skipped_so_far_can_go_on(
     assert save_tensors(checkpoints, state, local_state_dict(model, optimizer, ALONE), lease) == ""
     assert not any(optimizer.state.values()), "saving has changed the state"
     other, _ = trained(seed=2, steps=0)
-    its = make_optimizer(other, Optim(name=name))
-    load.load(checkpoints / "step_000000003", other, its, ALONE)
-    assert step(other, its) == step(model, optimizer)
+    other_optimizer = make_optimizer(other, Optim(name=name))
+    load.load(checkpoints / "step_000000003", other, other_optimizer, ALONE)
+    assert step(other, other_optimizer) == step(model, optimizer)
 
 
-# --- tensors that are not what they should be, with every checksum mended ---------------------------
+# --- wrong tensors, with checksums that fit -------------------------------------------------------
 
 
 def edit_share(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -634,13 +643,13 @@ def edit_share(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Pa
         found = load_file(folder / SHARE)
         change(found)
         save_file(found, folder / SHARE)
-        mend(folder)
+        update_checksums(folder)
 
     return edit
 
 
 def all_of(key: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[dict[str, torch.Tensor]], Any]:
-    """Change all tensors whose name ends so; None takes it away."""
+    """Change all tensors whose name ends with `key`; None removes one."""
 
     def edit(found: dict[str, torch.Tensor]) -> None:
         for name in [name for name in found if name.endswith(key)]:
@@ -652,7 +661,7 @@ def all_of(key: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> C
 
 
 BIAS, UP = "blocks.0.attention.qkv.bias", "model/blocks.0.mlp.up.weight"
-MENDED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "no optimizer state": (
         lambda found: [found.pop(name) for name in list(found) if name.startswith("optim/")], "lacks optim/"),
     "no second moments at all": (all_of("exp_avg_sq", lambda _: None), "lacks optim/.*exp_avg_sq"),
@@ -664,53 +673,53 @@ MENDED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "half a state of the generator": (
         all_of("rng/0/cpu", lambda tensor: tensor[:100].clone()), "rng/0/cpu is not the state"),
     "numbers for a generator": (all_of("rng/0/cpu", lambda tensor: tensor.float()), "rng/0/cpu is not the state"),
-    "a generator that never was": (all_of("rng/0/cpu", torch.zeros_like), "rng/0/cpu is not the state"),
+    "an impossible state of the generator": (all_of("rng/0/cpu", torch.zeros_like), "rng/0/cpu is not the state"),
     "moments of one number": (all_of("exp_avg", lambda _: torch.tensor(0.5)), "exp_avg is torch.float32 "),
     "moments in half precision": (all_of("exp_avg_sq", lambda tensor: tensor.half()), "exp_avg_sq is torch.float16"),
     "moments of whole numbers": (all_of("exp_avg_sq", lambda tensor: tensor.int()), "exp_avg_sq is torch.int32"),
     "moments of another shape": (all_of("exp_avg", lambda tensor: tensor.flatten()[None]), "exp_avg is .* expected"),
-    "steps that are no number": (all_of("/step", lambda tensor: tensor.long()), "step is torch.int64"),
+    "steps of whole numbers": (all_of("/step", lambda tensor: tensor.long()), "step is torch.int64"),
     "steps of a vector": (all_of("/step", lambda tensor: tensor.repeat(2)), r"step is torch.float32 \(2,\)"),
     "a state that AdamW does not keep": (
         lambda found: found.update({f"optim/{BIAS}/max_exp_avg_sq": found[f"optim/{BIAS}/exp_avg"].clone()}),
         "max_exp_avg_sq is not part of this optimizer's state"),
     "weights in double precision": (all_of("mlp.up.weight", lambda tensor: tensor.double()), "is torch.float64"),
-    "weights turned over": (
+    "transposed weights": (
         lambda found: found.update({UP: found[UP].T.contiguous()}),
         "mlp.up.weight is .* in the checkpoint and .* in the model"),
-    "a layer too many": (lambda found: found.update({"model/blocks.7.x": torch.zeros(3)}), "blocks.7.x"),
-    "a name of no kind": (lambda found: found.update({"none": torch.zeros(3)}), "an unknown tensor, none"),
-    "a name that looks like one": (
+    "an extra layer": (lambda found: found.update({"model/blocks.7.x": torch.zeros(3)}), "blocks.7.x"),
+    "a name without prefix": (lambda found: found.update({"none": torch.zeros(3)}), "an unknown tensor, none"),
+    "a name with a wrong prefix": (
         lambda found: found.update({"nonesuch/cpu": torch.zeros(3)}), "an unknown tensor, nonesuch/cpu"),
-    "a dtype that is no one's": (
+    "an unsupported dtype": (
         lambda found: found.update({f"model/{BIAS}": found[f"model/{BIAS}"].to(torch.float8_e4m3fn)}), BIAS),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real one of a trained model. Read-only: copy it."""
+    """A real checkpoint of a trained model. Read-only: copy it."""
     from hpcgpt.storage.lease import acquire
 
     run = tmp_path_factory.mktemp("trained")
     (run / "checkpoints").mkdir()
-    taken = acquire(run, "")
+    lease = acquire(run, "")
     torch.manual_seed(17)
     model, optimizer = trained(seed=1)
     assert save_tensors(run / "checkpoints", State(2, 20, 2, 1, IDENTITY), local_state_dict(model, optimizer, ALONE),
-                        taken) == ""  # fmt: skip
-    taken.release()
+                        lease) == ""  # fmt: skip
+    lease.release()
     return run / "checkpoints/step_000000002"
 
 
-@pytest.mark.parametrize(("change", "told"), MENDED.values(), ids=MENDED)
-def test_tensors_of_another_kind_are_refused_though_every_checksum_holds(
-    trained_checkpoint: Path, checkpoints: Path, change: Callable[[dict[str, torch.Tensor]], Any], told: str
+@pytest.mark.parametrize(("change", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_wrong_tensors_are_refused_though_every_checksum_fits(
+    trained_checkpoint: Path, checkpoints: Path, change: Callable[[dict[str, torch.Tensor]], Any], message: str
 ) -> None:
     path = checkpoints / trained_checkpoint.name
     shutil.copytree(trained_checkpoint, path)
     edit_share(change)(path)
     assert layout.verify(path) == ""
     model, optimizer = trained(seed=2, steps=0)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load.load(path, model, optimizer, ALONE)

@@ -1,9 +1,9 @@
-"""hpcgpt.checkpoint.load against 2,000 damaged and forged checkpoints: the very same state, or a clear refusal.
+"""hpcgpt.checkpoint.load against 2,000 damaged and forged checkpoints: the identical state, or a clear refusal.
 
-Each case takes a real checkpoint of a trained model and changes something of it. What comes out must be what was saved,
-byte for byte, or a ValueError; the checkpoint is set aside with its reason, unless it is a forgery whose checksums all
-fit, which loading itself refuses. No other exception, no code run, no waiting without end. A forgery that is
-consistent in everything is a checkpoint of other values, and no test could tell.
+Each case changes something of a real checkpoint of a trained model. The result must be what was saved, byte for byte,
+or a ValueError; the checkpoint is set aside with the reason, unless it is a forgery whose checksums all fit, which
+loading refuses. No other exception, no code executed, no endless waiting. A fully consistent forgery is a checkpoint of
+other values, which no test can detect.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.save import local_state_dict
 from hpcgpt.storage.lease import Lease, acquire
 from tests.checkpoint.ranks_checkpoint import content, trained
-from tests.checkpoint.small_checkpoints import IDENTITY, SHARE, mend, save_tensors, write_manifest
+from tests.checkpoint.small_checkpoints import IDENTITY, SHARE, save_tensors, update_checksums, write_manifest
 from tests.one_rank import ALONE
 
 CASES, CHUNK = 2000, 100
 NAMES = [SHARE, "state.json", "manifest.json"]
 STATE = State(2, 20, 2, 1, IDENTITY, {"step": 2, "train/loss": 0.1 + 0.2}, 3.5)
-Whole = tuple[Path, dict[str, bytes], Lease]
+Undamaged = tuple[Path, dict[str, bytes], Lease]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
-    """A real checkpoint, its content, and the generation that wrote it. Read-only: copied for each case."""
-    run = tmp_path_factory.mktemp("whole")
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undamaged]:
+    """A real checkpoint, its content, and the lease that wrote it. Read-only: copied for each case."""
+    run = tmp_path_factory.mktemp("undamaged")
     (run / "checkpoints").mkdir()
     lease = acquire(run, "")
     torch.manual_seed(17)
@@ -57,7 +57,7 @@ class Bomb:
         return Path.touch, (self.target,)
 
 
-# --- damage: nobody mends the checksums -------------------------------------------------------------
+# --- damage: the checksums do not fit ---------------------------------------------------------------
 
 
 def flip_bits(folder: Path, dice: random.Random) -> None:
@@ -65,8 +65,8 @@ def flip_bits(folder: Path, dice: random.Random) -> None:
     body = bytearray(path.read_bytes())
     for _ in range(dice.choice([1, 1, 1, 2, 8])):
         # Half of them near the beginning, where the header is.
-        place = dice.randrange(len(body)) if dice.random() < 0.5 else dice.randrange(min(len(body), 300))
-        body[place] ^= 1 << dice.randrange(8)
+        position = dice.randrange(len(body)) if dice.random() < 0.5 else dice.randrange(min(len(body), 300))
+        body[position] ^= 1 << dice.randrange(8)
     path.write_bytes(body)
 
 
@@ -77,18 +77,18 @@ def truncate(folder: Path, dice: random.Random) -> None:
 
 def insert(folder: Path, dice: random.Random) -> None:
     path = folder / dice.choice(NAMES)
-    body, place = path.read_bytes(), dice.randrange(path.stat().st_size + 1)
-    path.write_bytes(body[:place] + dice.randbytes(dice.choice([1, 8, 4096])) + body[place:])
+    body, position = path.read_bytes(), dice.randrange(path.stat().st_size + 1)
+    path.write_bytes(body[:position] + dice.randbytes(dice.choice([1, 8, 4096])) + body[position:])
 
 
 def cut_out(folder: Path, dice: random.Random) -> None:
     path = folder / dice.choice(NAMES)
-    body, place = path.read_bytes(), dice.randrange(path.stat().st_size)
-    path.write_bytes(body[:place] + body[place + dice.choice([1, 8, 4096]) :])
+    body, position = path.read_bytes(), dice.randrange(path.stat().st_size)
+    path.write_bytes(body[:position] + body[position + dice.choice([1, 8, 4096]) :])
 
 
 def swap_blocks(folder: Path, dice: random.Random) -> None:
-    """The size stays."""
+    """Swap two blocks; the size stays."""
     path = folder / SHARE
     body = bytearray(path.read_bytes())
     a, b = (dice.randrange(len(body) // 64) * 64 for _ in range(2))
@@ -97,7 +97,7 @@ def swap_blocks(folder: Path, dice: random.Random) -> None:
 
 
 def zero_a_page(folder: Path, dice: random.Random) -> None:
-    """As a file system does with what was not flushed before a power cut."""
+    """Zero a page, as a file system does with what was not flushed before a power cut."""
     path = folder / dice.choice(NAMES)
     body = bytearray(path.read_bytes())
     start = dice.randrange(0, len(body), 4096)
@@ -147,20 +147,20 @@ def put_something_instead_of_the_folder(folder: Path, dice: random.Random) -> No
         folder.mkdir()
 
 
-def spoil_json(folder: Path, dice: random.Random) -> None:
+def replace_json(folder: Path, dice: random.Random) -> None:
     path = folder / dice.choice(["state.json", "manifest.json"])
     path.write_bytes(dice.choice([b"null", b"[]", b"0", b'"x"', b"{}", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe{}",
                                   b"NaN", b"1" * 10_000, b'{"step": 1e999}', b"\x80\x04."]))  # fmt: skip
 
 
-# --- forgery: every checksum is mended --------------------------------------------------------------
+# --- forgery: every checksum fits -------------------------------------------------------------------
 
 STRANGE: list[Any] = [None, True, False, -1, 0, 1, 2, 3.5, 10**30, -(10**30), float("nan"), float("inf"), "", "x", "2",
                       "\ud800", [], [1], {}, {"x": 1}, "../../x", "a" * 10_000]  # fmt: skip
 
 
 def forge_state(folder: Path, dice: random.Random) -> None:
-    """A type or a count that cannot be; values of the right kind would be a valid checkpoint of other values."""
+    """Put in an impossible type or count; plausible values would be a valid checkpoint of other values."""
     state = json.loads((folder / "state.json").read_text())
     key = dice.choice([*state, "more"])
     plausible: dict[str, Callable[[Any], bool]] = {
@@ -179,7 +179,7 @@ def forge_state(folder: Path, dice: random.Random) -> None:
     else:
         state[key] = dice.choice([v for v in STRANGE if key not in plausible or not plausible[key](v)])
     (folder / "state.json").write_text(json.dumps(state))
-    mend(folder)
+    update_checksums(folder)
 
 
 def forge_manifest(folder: Path, dice: random.Random) -> None:
@@ -206,21 +206,23 @@ DTYPES = ["F64", "F16", "BF16", "I8", "F8_E4M3", "F8_E8M0", "F4", "BOOL", "C64",
 
 
 def forge_header(folder: Path, dice: random.Random) -> None:
-    """The header of the tensors: always something that does not fit a model of this kind."""
+    """Change the tensors' header to something that never fits a model of this kind."""
     body = (folder / SHARE).read_bytes()
     length = int.from_bytes(body[:8], "little")
     header, rest = json.loads(body[8 : 8 + length]), body[8 + length :]
     name = dice.choice(list(header))
-    its = header[name]
+    entry = header[name]
     kind = dice.randrange(11)
     if kind == 0:
-        its["dtype"] = dice.choice(DTYPES)
+        entry["dtype"] = dice.choice(DTYPES)
     elif kind == 1:
-        its["shape"] = dice.choice([[*its["shape"], 2], [2**63], [2**64], [-1], [0], [1.5], "x", None, [1] * 99])
+        entry["shape"] = dice.choice([[*entry["shape"], 2], [2**63], [2**64], [-1], [0], [1.5], "x", None, [1] * 99])
     elif kind == 2:
-        its["data_offsets"] = dice.choice([[0, 4], [0, 2**63], [2**64, 0], [-1, 3], [8, 0], [], "x", None, [0, 1e300]])
-    elif kind == 3:  # two tensors in one place
-        its["data_offsets"] = header[dice.choice([other for other in header if other != name])]["data_offsets"]
+        entry["data_offsets"] = dice.choice(
+            [[0, 4], [0, 2**63], [2**64, 0], [-1, 3], [8, 0], [], "x", None, [0, 1e300]]
+        )
+    elif kind == 3:  # two tensors at the same offsets
+        entry["data_offsets"] = header[dice.choice([other for other in header if other != name])]["data_offsets"]
     elif kind == 4:
         header[dice.choice(["model/other", "other", "", "optim/x", "optim/x/y", "rng", "a/" * 999, "\ud800"])] = {
             "dtype": "F32", "shape": [2], "data_offsets": [len(rest), len(rest) + 8]}  # fmt: skip
@@ -230,60 +232,60 @@ def forge_header(folder: Path, dice: random.Random) -> None:
     elif kind == 6:
         del header[name]
     elif kind == 7:
-        for its_name in [each for each in header if each.endswith(dice.choice(["exp_avg", "exp_avg_sq", "/step"]))]:
-            del header[its_name]
-        place = 0
-        for each in header.values():  # consistent again, so only the lack of them can show
+        for other_name in [each for each in header if each.endswith(dice.choice(["exp_avg", "exp_avg_sq", "/step"]))]:
+            del header[other_name]
+        offset = 0
+        for each in header.values():  # consistent again: only the missing tensors are wrong
             size = each["data_offsets"][1] - each["data_offsets"][0]
-            each["data_offsets"] = [place, place + size]
-            place += size
+            each["data_offsets"] = [offset, offset + size]
+            offset += size
         if len(header) == len(json.loads(body[8 : 8 + length])):
             del header[name]
-        rest = rest[:place]
+        rest = rest[:offset]
     elif kind == 8:
         text = json.dumps(header).encode()
-        again = json.dumps({name: its | {"dtype": "I32", "shape": [1]}}).encode()
+        second = json.dumps({name: entry | {"dtype": "I32", "shape": [1]}}).encode()
         (folder / SHARE).write_bytes(
-            (len(text) + len(again)).to_bytes(8, "little") + text[:-1] + b", " + again[1:] + rest
+            (len(text) + len(second)).to_bytes(8, "little") + text[:-1] + b", " + second[1:] + rest
         )
-        mend(folder)
+        update_checksums(folder)
         return
     elif kind == 9:
         length = dice.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(body), len(body) - 8, length - 1, length + 1])
         (folder / SHARE).write_bytes(length.to_bytes(8, "little") + body[8:])
-        mend(folder)
+        update_checksums(folder)
         return
     else:
         rest = rest[: dice.randrange(len(rest))] if dice.random() < 0.5 else rest + bytes(dice.choice([1, 8, 4096]))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     (folder / SHARE).write_bytes(len(text).to_bytes(8, "little") + text + rest)
-    mend(folder)
+    update_checksums(folder)
 
 
 def forge_share(folder: Path, dice: random.Random) -> None:
-    """Something quite different, with checksums that fit."""
+    """Put in something quite different, with checksums that fit."""
     (folder / SHARE).write_bytes(dice.choice([
         b"", bytes(8), b"{}", bytes(7), (2).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
         pickle.dumps(Bomb(folder.parent / "exploded")), (100_000).to_bytes(8, "little") + b"[" * 100_000,
         (8).to_bytes(8, "little") + b"\xff" * 8, dice.randbytes(1000)]))  # fmt: skip
-    mend(folder)
+    update_checksums(folder)
 
 
 MUTATIONS: list[tuple[Callable[[Path, random.Random], None], int]] = [
     (flip_bits, 5), (truncate, 3), (insert, 2), (cut_out, 2), (swap_blocks, 2), (zero_a_page, 1), (swap_files, 1),
-    (remove, 1), (put_something_else, 2), (put_something_instead_of_the_folder, 1), (spoil_json, 2), (forge_state, 4),
+    (remove, 1), (put_something_else, 2), (put_something_instead_of_the_folder, 1), (replace_json, 2), (forge_state, 4),
     (forge_manifest, 4), (forge_header, 9), (forge_share, 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("chunk", range(CASES // CHUNK))
-def test_a_changed_checkpoint_gives_the_very_same_state_or_a_clear_refusal(
-    whole: Whole, tmp_path: Path, chunk: int, capfd: pytest.CaptureFixture[str]
+def test_a_changed_checkpoint_gives_the_identical_state_or_a_clear_refusal(
+    undamaged: Undamaged, tmp_path: Path, chunk: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    source, saved, lease = whole
+    source, saved, lease = undamaged
     model, optimizer = trained(seed=2, steps=0)
-    outcomes = {"same": 0, "aside": 0, "refused": 0}
+    outcomes = {"same": 0, "set aside": 0, "refused": 0}
     weights = [weight for _, weight in MUTATIONS]
     for number in range(chunk * CHUNK, (chunk + 1) * CHUNK):
         dice = random.Random(number)
@@ -291,32 +293,34 @@ def test_a_changed_checkpoint_gives_the_very_same_state_or_a_clear_refusal(
         checkpoints = tmp_path / str(number)
         shutil.copytree(source, checkpoints / source.name)
         mutation(checkpoints / source.name, dice)
-        what = f"{mutation.__name__}, seed {number}"
-        # A loader that hangs in C would not be ended by an exception: then all stacks, and the end.
+        case = f"{mutation.__name__}, seed {number}"
+        # An exception cannot end a loader that hangs in C: print all stacks and exit.
         faulthandler.dump_traceback_later(60, exit=True)
         try:
             newest = load.newest_valid(checkpoints, ALONE, lease)
-            assert newest is not None, f"{what}: would start over silently"
+            assert newest is not None, f"{case}: would start over silently"
             optimizer.state.clear()
             loaded = load.load(newest, model, optimizer, ALONE)
         except ValueError as error:
-            assert len(str(error)) > 20, what
-            aside = list(checkpoints.glob("damaged_*"))
-            outcomes["aside" if aside else "refused"] += 1
-            if aside and aside[0].is_symlink():
-                assert not (checkpoints / aside[0].readlink() / "REASON.txt").exists(), f"{what}: wrote through a link"
-            elif aside and aside[0].is_dir():
-                assert len((aside[0] / "REASON.txt").read_text()) > 5, what
+            assert len(str(error)) > 20, case
+            quarantined = list(checkpoints.glob("damaged_*"))
+            outcomes["set aside" if quarantined else "refused"] += 1
+            if quarantined and quarantined[0].is_symlink():
+                assert not (checkpoints / quarantined[0].readlink() / "REASON.txt").exists(), (
+                    f"{case}: wrote through a link"
+                )
+            elif quarantined and quarantined[0].is_dir():
+                assert len((quarantined[0] / "REASON.txt").read_text()) > 5, case
         except Exception as error:
-            raise AssertionError(f"{what}: {error!r}") from error
+            raise AssertionError(f"{case}: {error!r}") from error
         else:
-            assert (loaded, content(model, optimizer, ALONE)) == (STATE, saved), f"{what}: other values"
+            assert (loaded, content(model, optimizer, ALONE)) == (STATE, saved), f"{case}: other values"
             outcomes["same"] += 1
         finally:
             faulthandler.cancel_dump_traceback_later()
-        assert not (checkpoints / "exploded").exists(), f"{what}: it ran"
+        assert not (checkpoints / "exploded").exists(), f"{case}: code was executed"
         shutil.rmtree(checkpoints)
     capfd.readouterr()
     print(outcomes)
-    assert outcomes["aside"] > CHUNK // 2
+    assert outcomes["set aside"] > CHUNK // 2
     assert outcomes["refused"] > 0

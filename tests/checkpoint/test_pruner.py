@@ -1,4 +1,4 @@
-"""hpcgpt.checkpoint.pruner: removals of two threads in one folder."""
+"""hpcgpt.checkpoint.pruner: removals by two threads in one folder."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hpcgpt.config.options import Checkpoint
 from hpcgpt.storage.lease import Lease
 
 
-def test_a_checkpoint_that_another_thread_has_removed_is_no_error_of_a_rollback(
-    three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+def test_a_rollback_tolerates_a_checkpoint_that_another_thread_has_removed(
+    three_checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start may still remove old ones, where its disk was slow: the newest goes between the look and the removal."""
-    look = layout.found
+    """The start may still remove old ones on a slow disk: the newest disappears between listing and removal."""
+    list_checkpoints = layout.found
 
-    def look_and_lose_one(checkpoints: Path) -> list[Path]:
-        paths = look(checkpoints)
+    def list_and_lose_one(checkpoints: Path) -> list[Path]:
+        paths = list_checkpoints(checkpoints)
         retention.remove(paths[0], lease)
         return paths
 
-    monkeypatch.setattr(layout, "found", look_and_lose_one)
-    Pruner(three, lease, Checkpoint(), regular=4).remove_beyond(4)
-    assert [layout.step_of(path) for path in look(three)] == [4]
+    monkeypatch.setattr(layout, "found", list_and_lose_one)
+    Pruner(three_checkpoints, lease, Checkpoint(), regular=4).remove_beyond(4)
+    assert [layout.step_of(path) for path in list_checkpoints(three_checkpoints)] == [4]

@@ -1,4 +1,4 @@
-"""hpcgpt.checkpoint.retention: what goes, and that nothing goes for the sake of a checkpoint that is not whole."""
+"""hpcgpt.checkpoint.retention: what is removed, and that nothing is removed for the sake of a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpcgpt.checkpoint import layout, load, retention
 from hpcgpt.config.options import Checkpoint
 from hpcgpt.exit_codes import SUPERSEDED
 from hpcgpt.storage.lease import Lease, acquire
-from tests.checkpoint.small_checkpoints import SHARE, flip_a_byte, names, save
+from tests.checkpoint.small_checkpoints import SHARE, flip_byte, names, save
 from tests.one_rank import ALONE
 
 
@@ -62,15 +62,15 @@ def test_the_newest_the_multiples_and_the_best_stay(
     gone = retention.prune_after_save(checkpoints, keep, lease, set())
     assert steps(checkpoints) == stay
     assert [layout.step_of(path) for path in gone] == sorted(set(LOSSES) - set(stay), reverse=True)
-    assert names(checkpoints) == [step(number) for number in stay], "something is left of what went"
+    assert names(checkpoints) == [step(number) for number in stay], "a removed checkpoint left something"
     assert all(layout.verify(checkpoints / step(number)) == "" for number in stay)
     assert retention.prune_after_save(checkpoints, keep, lease, set()) == []
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, lease: Lease, loss: float) -> None:
-    for number, its in ((4, 2.0), (8, loss), (12, None)):
-        assert save(checkpoints, number, lease, its) == ""
+def test_a_loss_that_is_not_finite_is_never_the_best(checkpoints: Path, lease: Lease, loss: float) -> None:
+    for number, value in ((4, 2.0), (8, loss), (12, None)):
+        assert save(checkpoints, number, lease, value) == ""
     retention.prune_after_save(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 12]
 
@@ -87,7 +87,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(checkpoints: Path, lease: Le
     ],
     ids=["smaller", "larger", "no number", "half written", "another step", "nothing"],
 )
-def test_where_an_evaluation_was_cut_short_the_loss_is_the_one_that_was_told_later(
+def test_the_loss_of_an_interrupted_evaluation_is_taken_from_metrics_jsonl(
     checkpoints: Path, lease: Lease, row: str | None, stays: int
 ) -> None:
     if row:
@@ -99,20 +99,20 @@ def test_where_an_evaluation_was_cut_short_the_loss_is_the_one_that_was_told_lat
     assert steps(checkpoints) == [stays, 12]
 
 
-def test_nothing_else_in_the_folder_is_touched(three: Path, lease: Lease) -> None:
+def test_nothing_else_in_the_folder_is_touched(three_checkpoints: Path, lease: Lease) -> None:
     foreign = ["damaged_step_000000002.g0001", "step_4", "step_000000001.bak", "best", ".step_000000016.g0001.tmp"]
     for name in foreign:
-        (three / name).mkdir()
-        (three / name / "file").write_text("mine")
-    (three / "notes.txt").write_text("mine")
-    assert save(three, 1_000_000_000, lease) == ""
-    gone = retention.prune_after_save(three, Checkpoint(keep_last=2), lease, set())
+        (three_checkpoints / name).mkdir()
+        (three_checkpoints / name / "file").write_text("the user's")
+    (three_checkpoints / "notes.txt").write_text("the user's")
+    assert save(three_checkpoints, 1_000_000_000, lease) == ""
+    gone = retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=2), lease, set())
     assert [path.name for path in gone] == ["step_000000008", "step_000000004"]
-    assert names(three) == sorted([*foreign, "notes.txt", "step_000000012", "step_1000000000"])
-    assert all((three / name / "file").read_text() == "mine" for name in foreign)
+    assert names(three_checkpoints) == sorted([*foreign, "notes.txt", "step_000000012", "step_1000000000"])
+    assert all((three_checkpoints / name / "file").read_text() == "the user's" for name in foreign)
 
 
-# --- at the start, and where there is no room --------------------------------------------------------
+# --- at the start, and on a full disk ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_nothing_else_in_the_folder_is_touched(three: Path, lease: Lease) -> Non
         (Checkpoint(keep_last=1, keep_best=False), 5, [20, 24]),
     ],
 )
-def test_a_start_removes_what_earlier_ones_left_and_reads_nothing_back(
+def test_a_start_removes_old_checkpoints_and_reads_nothing_back(
     checkpoints: Path, lease: Lease, keep: Checkpoint, regular: int, stay: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The newest was just loaded; the one that a loss spike would send the run back to stays, too."""
+    """The newest was just loaded; the target of a rollback stays, too."""
     for number, loss in LOSSES.items():
         assert save(checkpoints, number, lease, loss) == ""
     monkeypatch.setattr(layout, "verify", lambda _: pytest.fail("this would take minutes"))
@@ -140,26 +140,26 @@ def test_a_start_removes_what_earlier_ones_left_and_reads_nothing_back(
     assert steps(checkpoints) == stay
 
 
-def test_of_those_whose_tensors_nobody_has_read_none_is_the_last(three: Path, lease: Lease) -> None:
+def test_prune_keeps_a_checkpoint_that_was_read_back(three_checkpoints: Path, lease: Lease) -> None:
     keep = Checkpoint(keep_last=1, keep_best=False)
-    assert retention.prune(three, keep, lease, set()) == []
-    retention.prune(three, keep, lease, {step(8)})
-    assert steps(three) == [8, 12], "the newest may be damaged, and what was read back stays beside it"
-    flip_a_byte(three / step(12))
-    retention.prune(three, keep, lease, {step(8)})
-    assert load.newest_valid(three, ALONE, lease) == three / step(8)
+    assert retention.prune(three_checkpoints, keep, lease, set()) == []
+    retention.prune(three_checkpoints, keep, lease, {step(8)})
+    assert steps(three_checkpoints) == [8, 12], "the newest may be damaged, so one that was read back stays too"
+    flip_byte(three_checkpoints / step(12))
+    retention.prune(three_checkpoints, keep, lease, {step(8)})
+    assert load.newest_valid(three_checkpoints, ALONE, lease) == three_checkpoints / step(8)
 
 
 @pytest.mark.parametrize(("keep_last", "stay"), [(1, [12]), (2, [12]), (3, [8, 12]), (4, [4, 8, 12])])
-def test_room_is_made_by_what_would_go_behind_the_save(
-    three: Path, lease: Lease, keep_last: int, stay: list[int]
+def test_room_is_made_by_removing_what_the_save_would_remove_anyway(
+    three_checkpoints: Path, lease: Lease, keep_last: int, stay: list[int]
 ) -> None:
-    retention.prune(three, Checkpoint(keep_last=keep_last, keep_best=False), lease, {step(12)}, more=1)
-    assert steps(three) == stay
+    retention.prune(three_checkpoints, Checkpoint(keep_last=keep_last, keep_best=False), lease, {step(12)}, more=1)
+    assert steps(three_checkpoints) == stay
 
 
 class Unreadable:
-    """Reading certain files of a checkpoint fails, on this host, whoever tries."""
+    """Makes reading certain files of a checkpoint fail on this host."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
         self.paths = paths
@@ -184,7 +184,7 @@ class Unreadable:
 @pytest.mark.parametrize("file", ["manifest.json", "state.json", SHARE])
 @pytest.mark.parametrize("bad", [12, 16, 20, 24])
 @pytest.mark.parametrize("best_too", [False, True])
-def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
+def test_an_unreadable_checkpoint_stays_and_does_not_prevent_other_removals(
     checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, file: str, bad: int, best_too: bool,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -198,59 +198,63 @@ def test_one_that_cannot_be_read_stays_and_keeps_no_other_from_going(
     newest = [number for number in (24, 20, 16) if number != bad][:2]
     assert set(newest) <= set(left)
     assert step(bad) not in verified
-    looked_at = bad >= 20 or (best_too and (bad == 12 or file == "state.json"))
-    assert (bad in left) == (looked_at or bad in newest)
+    was_read = bad >= 20 or (best_too and (bad == 12 or file == "state.json"))
+    assert (bad in left) == (was_read or bad in newest)
     assert len(left) <= 2 + best_too + 1
     assert 4 not in left
-    assert looked_at == ("cannot be read, and is kept" in capfd.readouterr().err)
+    assert was_read == ("cannot be read, and is kept" in capfd.readouterr().err)
 
 
-def test_at_the_start_too_one_that_cannot_be_read_stays(
-    three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+def test_an_unreadable_checkpoint_stays_at_the_start_too(
+    three_checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Unreadable(monkeypatch, three / step(12) / "manifest.json")
-    retention.prune(three, Checkpoint(keep_last=1, keep_best=False), lease, {step(8)})
-    assert steps(three) == [8, 12]
+    Unreadable(monkeypatch, three_checkpoints / step(12) / "manifest.json")
+    retention.prune(three_checkpoints, Checkpoint(keep_last=1, keep_best=False), lease, {step(8)})
+    assert steps(three_checkpoints) == [8, 12]
 
 
-# --- only whole ones count -------------------------------------------------------------------------
+# --- only undamaged ones count ---------------------------------------------------------------------
 
 
-def test_a_damaged_newer_one_does_not_count_and_is_set_aside_with_the_reason(three: Path, lease: Lease) -> None:
-    flip_a_byte(three / step(12))
-    assert [path.name for path in retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())] == [step(4)]
-    assert names(three) == ["damaged_step_000000012.g0001", step(8)]
-    assert "checksum" in (three / "damaged_step_000000012.g0001/REASON.txt").read_text()
+def test_a_damaged_newer_one_does_not_count_and_is_set_aside(three_checkpoints: Path, lease: Lease) -> None:
+    flip_byte(three_checkpoints / step(12))
+    assert [
+        path.name for path in retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=1), lease, set())
+    ] == [step(4)]
+    assert names(three_checkpoints) == ["damaged_step_000000012.g0001", step(8)]
+    assert "checksum" in (three_checkpoints / "damaged_step_000000012.g0001/REASON.txt").read_text()
 
 
 @pytest.mark.parametrize("damaged", [[8], [12], [4, 8], [8, 12], [4, 8, 12]], ids=str)
-def test_nothing_goes_while_fewer_are_whole_than_are_to_stay(three: Path, lease: Lease, damaged: list[int]) -> None:
+def test_nothing_is_removed_while_fewer_are_undamaged_than_should_stay(
+    three_checkpoints: Path, lease: Lease, damaged: list[int]
+) -> None:
     for number in damaged:
-        flip_a_byte(three / step(number))
-    assert retention.prune_after_save(three, Checkpoint(keep_last=3), lease, set()) == []
-    assert steps(three) == sorted({4, 8, 12} - set(damaged))
-    assert len(list(three.glob("damaged_*"))) == len(damaged), "a damaged one is gone"
+        flip_byte(three_checkpoints / step(number))
+    assert retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=3), lease, set()) == []
+    assert steps(three_checkpoints) == sorted({4, 8, 12} - set(damaged))
+    assert len(list(three_checkpoints.glob("damaged_*"))) == len(damaged), "a damaged one was removed"
 
 
-def test_the_last_whole_one_survives_however_many_damaged_ones_are_newer(checkpoints: Path, lease: Lease) -> None:
+def test_the_last_undamaged_one_stays_however_many_damaged_ones_are_newer(checkpoints: Path, lease: Lease) -> None:
     for number in range(4, 44, 4):
         assert save(checkpoints, number, lease) == ""
         if number > 4:
-            flip_a_byte(checkpoints / step(number))
+            flip_byte(checkpoints / step(number))
         retention.prune_after_save(checkpoints, Checkpoint(keep_last=1), lease, set())
         assert steps(checkpoints) == [4]
     assert load.newest_valid(checkpoints, ALONE, lease) == checkpoints / step(4)
 
 
-def test_the_best_that_is_damaged_does_not_push_out_the_best_that_is_whole(checkpoints: Path, lease: Lease) -> None:
+def test_a_damaged_best_one_does_not_replace_the_undamaged_best_one(checkpoints: Path, lease: Lease) -> None:
     for number, loss in ((4, 2.0), (8, 1.0), (12, 3.0), (16, None)):
         assert save(checkpoints, number, lease, loss) == ""
-    flip_a_byte(checkpoints / step(8))
+    flip_byte(checkpoints / step(8))
     retention.prune_after_save(checkpoints, best(), lease, set())
     assert steps(checkpoints) == [4, 16]
 
 
-def test_a_loss_that_rotted_in_its_file_is_not_believed(checkpoints: Path, lease: Lease) -> None:
+def test_a_loss_that_was_damaged_on_disk_is_not_used(checkpoints: Path, lease: Lease) -> None:
     for number, loss in ((4, 2.0), (8, 3.0), (12, None)):
         assert save(checkpoints, number, lease, loss) == ""
     state = checkpoints / step(8) / "state.json"
@@ -259,31 +263,31 @@ def test_a_loss_that_rotted_in_its_file_is_not_believed(checkpoints: Path, lease
     assert steps(checkpoints) == [4, 12]
 
 
-def test_what_was_read_back_once_is_not_read_again(three: Path, lease: Lease) -> None:
-    """Reading costs as much as writing; so the newest is read back each time, and no other."""
+def test_what_was_read_back_once_is_not_read_again(three_checkpoints: Path, lease: Lease) -> None:
+    """Reading costs as much as writing; so only the newest is read back each time."""
     verified = {step(8), step(12)}
-    (three / step(8) / SHARE).unlink()
-    retention.prune_after_save(three, Checkpoint(keep_last=3), lease, verified)
+    (three_checkpoints / step(8) / SHARE).unlink()
+    retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=3), lease, verified)
     assert verified == {step(4), step(8), step(12)}
-    assert steps(three) == [4, 8, 12]
+    assert steps(three_checkpoints) == [4, 8, 12]
 
 
-def test_a_checkpoint_of_another_format_keeps_all_of_them(three: Path, lease: Lease) -> None:
+def test_a_checkpoint_of_another_format_prevents_all_removals(three_checkpoints: Path, lease: Lease) -> None:
     from tests.checkpoint.test_load import edit_manifest
 
-    edit_manifest(lambda manifest: manifest.update(version=3))(three / step(12))
+    edit_manifest(lambda manifest: manifest.update(version=3))(three_checkpoints / step(12))
     with pytest.raises(ValueError, match="format version 3"):
-        retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())
-    assert steps(three) == [4, 8, 12]
+        retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=1), lease, set())
+    assert steps(three_checkpoints) == [4, 8, 12]
 
 
-# --- cut short -------------------------------------------------------------------------------------
+# --- interruptions ---------------------------------------------------------------------------------
 
 
-def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint(
-    three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_removal_leaves_nothing_that_looks_like_a_checkpoint(
+    three_checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off after any number of files: the rest has no name of a checkpoint, and the next attempt takes it away."""
+    """After any number of files: the rest has no checkpoint's name, and the next attempt removes it."""
     real, left = os.unlink, 0
 
     def unlink(*arguments: object, **more: object) -> None:
@@ -297,19 +301,19 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_like_a_checkpoint
         left = survives
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "unlink", unlink)
-            retention.prune_after_save(three, Checkpoint(keep_last=2 - survives), lease, set())
-        assert removed not in steps(three)
-        assert f".{step(removed)}.g0001.removed" in names(three)
-        assert load.newest_valid(three, ALONE, lease) == three / step(12)
+            retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=2 - survives), lease, set())
+        assert removed not in steps(three_checkpoints)
+        assert f".{step(removed)}.g0001.removed" in names(three_checkpoints)
+        assert load.newest_valid(three_checkpoints, ALONE, lease) == three_checkpoints / step(12)
     newer = dataclasses.replace(lease, number=2)
-    retention.recover_leftovers(three, newer)
-    assert names(three) == [step(4), step(12)], "what had lost nothing yet comes back, and nothing else"
-    assert layout.verify(three / step(4)) == ""
-    retention.prune_after_save(three, Checkpoint(keep_last=1), newer, set())
-    assert names(three) == [step(12)]
+    retention.recover_leftovers(three_checkpoints, newer)
+    assert names(three_checkpoints) == [step(4), step(12)], "only what had lost no file yet comes back"
+    assert layout.verify(three_checkpoints / step(4)) == ""
+    retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=1), newer, set())
+    assert names(three_checkpoints) == [step(12)]
 
 
-def test_half_written_checkpoints_of_earlier_generations_go_and_everything_else_stays(
+def test_unfinished_checkpoints_of_earlier_attempts_are_removed_and_everything_else_stays(
     checkpoints: Path, lease: Lease
 ) -> None:
     newer = dataclasses.replace(lease, number=3)
@@ -325,7 +329,7 @@ def test_half_written_checkpoints_of_earlier_generations_go_and_everything_else_
     assert names(checkpoints) == sorted(stay)
 
 
-def test_what_an_earlier_clean_left_is_no_obstacle(checkpoints: Path, lease: Lease) -> None:
+def test_leftovers_of_an_interrupted_recovery_are_removed(checkpoints: Path, lease: Lease) -> None:
     for name in (".step_000000004.g0001.tmp", ".step_000000004.g0001.tmp.gone"):
         (checkpoints / name).mkdir()
         (checkpoints / name / "file").write_text("x")
@@ -333,56 +337,56 @@ def test_what_an_earlier_clean_left_is_no_obstacle(checkpoints: Path, lease: Lea
     assert names(checkpoints) == []
 
 
-# --- an orphan -------------------------------------------------------------------------------------
+# --- a superseded attempt --------------------------------------------------------------------------
 
-# What the steps of a save are, in order, as Saver takes them. An orphan of generation 1 has done the first `before` of
-# them when a newcomer takes generation 2 and cleans up; then it does the others.
-ORPHAN = ["mkdir", "share", "state", "manifest", "check", "rename", "retire"]
+# The steps of a save, in the order in which Saver takes them. A superseded attempt 1 has done the first `before`
+# of them when attempt 2 acquires the lease and recovers leftovers; then it does the others.
+SAVE_STEPS = ["mkdir", "share", "state", "manifest", "check", "rename", "prune"]
 
 
-@pytest.mark.parametrize("cleaned", [True, False], ids=["before-its-rest", "after-its-rest"])
-@pytest.mark.parametrize("before", range(len(ORPHAN) + 1))
-def test_an_orphan_publishes_before_the_newcomer_looks_or_never(
+@pytest.mark.parametrize("cleaned", [True, False], ids=["before-the-rest", "after-the-rest"])
+@pytest.mark.parametrize("before", range(len(SAVE_STEPS) + 1))
+def test_a_superseded_attempt_publishes_before_the_next_one_looks_or_never(
     checkpoints: Path, tmp_path: Path, before: int, cleaned: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A process of its own for the orphan, since the check ends it; the two wait for each other at each step."""
+    """It runs in a process of its own, since its check ends it; the two wait for each other at each step."""
     run = tmp_path
     first = acquire(run, "7_0")
     assert save(checkpoints, 4, first) == ""
     first._stop.set()
-    taken, looked = os.pipe(), os.pipe()
+    resume, paused = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os._exit(orphan(checkpoints, first, before, looked[1], taken[0]))
+            os._exit(superseded_save(checkpoints, first, before, paused[1], resume[0]))
         finally:
             os._exit(99)
-    assert os.read(looked[0], 1) == b"x"  # it has done `before` steps
-    newcomer = acquire(run, "7_1")
+    assert os.read(paused[0], 1) == b"x"  # it has done the first `before` steps
+    next_attempt = acquire(run, "7_1")
     if cleaned:
-        retention.recover_leftovers(checkpoints, newcomer)
-        chosen = load.newest_valid(checkpoints, ALONE, newcomer)
-        os.write(taken[1], b"x")
+        retention.recover_leftovers(checkpoints, next_attempt)
+        chosen = load.newest_valid(checkpoints, ALONE, next_attempt)
+        os.write(resume[1], b"x")
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     else:
-        os.write(taken[1], b"x")
+        os.write(resume[1], b"x")
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        retention.recover_leftovers(checkpoints, newcomer)
-        chosen = load.newest_valid(checkpoints, ALONE, newcomer)
-    for end in (*taken, *looked):
+        retention.recover_leftovers(checkpoints, next_attempt)
+        chosen = load.newest_valid(checkpoints, ALONE, next_attempt)
+    for end in (*resume, *paused):
         os.close(end)
     assert chosen is not None
-    # It could publish only if it had asked whether it may before the newcomer was there.
-    may = before > ORPHAN.index("rename") or (before > ORPHAN.index("check") and not cleaned)
+    # It could publish only if its check came before the next attempt acquired the lease.
+    may = before > SAVE_STEPS.index("rename") or (before > SAVE_STEPS.index("check") and not cleaned)
     assert steps(checkpoints) == ([4, 8] if may else [4])
     assert layout.step_of(chosen) == steps(checkpoints)[-1], "a checkpoint came after the choice"
     assert status in ((0, SUPERSEDED) if may else (SUPERSEDED, 1))
-    newcomer.release()
+    next_attempt.release()
     capfd.readouterr()
 
 
-def orphan(checkpoints: Path, lease: Lease, before: int, looked: int, taken: int) -> int:
-    """The steps of Saver, one by one; 1 if its rename failed."""
+def superseded_save(checkpoints: Path, lease: Lease, before: int, paused: int, resume: int) -> int:
+    """Take the steps of Saver one by one; return 1 if the rename failed."""
     import torch
 
     from hpcgpt.checkpoint import safetensors_writer
@@ -406,96 +410,96 @@ def orphan(checkpoints: Path, lease: Lease, before: int, looked: int, taken: int
         "manifest": manifest,
         "check": lease.check,
         "rename": lambda: temporary.rename(final),
-        "retire": lambda: retention.prune_after_save(checkpoints, Checkpoint(keep_last=2), lease, set()),
+        "prune": lambda: retention.prune_after_save(checkpoints, Checkpoint(keep_last=2), lease, set()),
     }
-    for number, name in enumerate(ORPHAN):
+    for number, name in enumerate(SAVE_STEPS):
         if number == before:
-            os.write(looked, b"x")
-            os.read(taken, 1)
+            os.write(paused, b"x")
+            os.read(resume, 1)
         try:
             work[name]()
         except OSError:
             if name in ("rename", "share", "state", "manifest") and number >= before:
                 if name == "rename":
                     return 1
-                continue  # its folder is gone: as in Saver, where the save has failed; its check must stop it too
+                continue  # the folder is gone and the save has failed, as in Saver; the check must stop it too
             raise
-    if before == len(ORPHAN):
-        os.write(looked, b"x")
-        os.read(taken, 1)
+    if before == len(SAVE_STEPS):
+        os.write(paused, b"x")
+        os.read(resume, 1)
     return 0
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_an_orphan_that_is_superseded_removes_nothing_and_sets_nothing_aside(
-    three: Path, lease: Lease, damaged: bool
+def test_a_superseded_attempt_removes_nothing_and_sets_nothing_aside(
+    three_checkpoints: Path, lease: Lease, damaged: bool
 ) -> None:
     if damaged:
-        flip_a_byte(three / step(8))
-    (three.parent / "generations/000002.json").write_text("{}")
-    before = names(three)
+        flip_byte(three_checkpoints / step(8))
+    (three_checkpoints.parent / "generations/000002.json").write_text("{}")
+    before = names(three_checkpoints)
     child = os.fork()
     if child == 0:
         try:
-            retention.prune_after_save(three, Checkpoint(keep_last=2), lease, set())
+            retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=2), lease, set())
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SUPERSEDED
-    assert names(three) == before
+    assert names(three_checkpoints) == before
 
 
-@pytest.mark.parametrize("looks", [1, 2, 3, 4])
+@pytest.mark.parametrize("checks", [1, 2, 3, 4])
 @pytest.mark.parametrize("damaged", [False, True], ids=["removing", "setting-aside"])
-def test_an_orphan_that_was_stopped_behind_its_look_takes_nothing_from_its_successor(
-    three: Path, lease: Lease, looks: int, damaged: bool, capfd: pytest.CaptureFixture[str]
+def test_an_attempt_that_was_stopped_after_its_check_takes_nothing_from_the_next_one(
+    three_checkpoints: Path, lease: Lease, checks: int, damaged: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It removes what is old, or sets aside what is damaged, and is stopped each time behind another of its looks.
+    """It removes old checkpoints, or sets a damaged one aside, and is stopped after its n-th check of the lease.
 
-    The newer generation goes back: behind a removal to what the orphan was about to remove, since the newer ones were
-    damaged meanwhile; behind a setting aside it makes that step anew. Then the orphan wakes up.
+    The next attempt goes back: after a removal to the checkpoint that was to be removed, since the newer ones were
+    damaged meanwhile; after a quarantine it saves that step anew. Then the first attempt continues.
     """
     lease._stop.set()
     if damaged:
-        flip_a_byte(three / step(12))
+        flip_byte(three_checkpoints / step(12))
     child = os.fork()
     if child == 0:
         try:
-            stop_behind(lease, looks)
-            retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())
+            stop_after_check(lease, checks)
+            retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=1), lease, set())
             os._exit(0)
         finally:
             os._exit(99)
     _, status = os.waitpid(child, os.WUNTRACED)
-    assert os.WIFSTOPPED(status) or looks > 3, "it was not stopped"
-    (three.parent / "generations/000002.json").write_text("{}")
+    assert os.WIFSTOPPED(status) or checks > 3, "it was not stopped"
+    (three_checkpoints.parent / "generations/000002.json").write_text("{}")
     newer = dataclasses.replace(lease, number=2)
     for number in () if damaged else (8, 12):
-        if (three / step(number)).exists():
-            flip_a_byte(three / step(number))
-    retention.recover_leftovers(three, newer)
-    chosen = load.newest_valid(three, ALONE, newer)
+        if (three_checkpoints / step(number)).exists():
+            flip_byte(three_checkpoints / step(number))
+    retention.recover_leftovers(three_checkpoints, newer)
+    chosen = load.newest_valid(three_checkpoints, ALONE, newer)
     assert chosen is not None
-    mine = [chosen]
+    relied_on = [chosen]
     if damaged:
-        assert save(three, 12, newer) == ""
-        mine.append(three / step(12))
+        assert save(three_checkpoints, 12, newer) == ""
+        relied_on.append(three_checkpoints / step(12))
     if os.WIFSTOPPED(status):
         os.kill(child, signal.SIGCONT)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (SUPERSEDED, 1, 99)
-    # The newer one may save once more, or be killed before it does.
+    # The next attempt may save once more, or be killed before.
     last = dataclasses.replace(newer, number=3)
-    retention.recover_leftovers(three, last)
-    for path in mine:
-        assert layout.verify(path) == "", "the orphan took what the newer generation relies on"
-    assert load.newest_valid(three, ALONE, last) == mine[-1]
-    reasons = [path for path in layout.damaged(three) if not (path / "REASON.txt").exists()]
+    retention.recover_leftovers(three_checkpoints, last)
+    for path in relied_on:
+        assert layout.verify(path) == "", "the superseded attempt removed what the next one relies on"
+    assert load.newest_valid(three_checkpoints, ALONE, last) == relied_on[-1]
+    reasons = [path for path in layout.damaged(three_checkpoints) if not (path / "REASON.txt").exists()]
     assert reasons == []
     capfd.readouterr()
 
 
-def stop_behind(lease: Lease, looks: int) -> None:
-    """Let this process be stopped when it has looked for a newer generation so often."""
-    real, left = type(lease).check, looks
+def stop_after_check(lease: Lease, checks: int) -> None:
+    """Stop this process after it has checked the lease that many times."""
+    real, left = type(lease).check, checks
 
     def check(self: Lease) -> None:
         nonlocal left
@@ -507,19 +511,21 @@ def stop_behind(lease: Lease, looks: int) -> None:
     type(lease).check = check  # type: ignore[method-assign]
 
 
-def test_what_a_newer_generation_finds_moved_away_it_puts_back_before_it_removes_anything(
-    three: Path, lease: Lease
+def test_checkpoints_that_a_superseded_attempt_moved_are_restored_before_any_removal(
+    three_checkpoints: Path, lease: Lease
 ) -> None:
-    (three / step(12)).rename(three / f"damaged_{step(12)}.g0001")
-    (three / step(8)).rename(three / f".{step(8)}.g0001.removed")
-    gone = retention.prune_after_save(three, Checkpoint(keep_last=2), dataclasses.replace(lease, number=2), set())
+    (three_checkpoints / step(12)).rename(three_checkpoints / f"damaged_{step(12)}.g0001")
+    (three_checkpoints / step(8)).rename(three_checkpoints / f".{step(8)}.g0001.removed")
+    gone = retention.prune_after_save(
+        three_checkpoints, Checkpoint(keep_last=2), dataclasses.replace(lease, number=2), set()
+    )
     assert [path.name for path in gone] == [step(4)]
-    assert names(three) == [step(8), step(12)]
+    assert names(three_checkpoints) == [step(8), step(12)]
 
 
-def test_a_link_is_removed_and_not_what_it_points_to(three: Path, lease: Lease, tmp_path: Path) -> None:
-    (three / step(4)).rename(tmp_path / "kept")
-    (three / step(4)).symlink_to(tmp_path / "kept")
-    retention.prune_after_save(three, Checkpoint(keep_last=1), lease, set())
-    assert names(three) == [step(12)]
+def test_a_link_is_removed_but_not_its_target(three_checkpoints: Path, lease: Lease, tmp_path: Path) -> None:
+    (three_checkpoints / step(4)).rename(tmp_path / "kept")
+    (three_checkpoints / step(4)).symlink_to(tmp_path / "kept")
+    retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=1), lease, set())
+    assert names(three_checkpoints) == [step(12)]
     assert names(tmp_path / "kept") == ["manifest.json", "state.json", SHARE]

@@ -1,5 +1,4 @@
-"""hpcgpt.checkpoint.safetensors_writer: files that the safetensors library reads, flushed and hashed as they are
-written."""
+"""hpcgpt.checkpoint.safetensors_writer: files that the safetensors library reads, flushed, and hashed while written."""
 
 from __future__ import annotations
 
@@ -35,14 +34,14 @@ EACH: dict[str, torch.Tensor] = {
 
 
 def test_the_library_reads_the_same_bytes_of_every_dtype_and_shape(tmp_path: Path) -> None:
-    told = safetensors_writer.write(tmp_path / "a", EACH)
+    entry = safetensors_writer.write(tmp_path / "a", EACH)
     found = load_file(tmp_path / "a")
     assert set(found) == set(EACH)
     for name, tensor in EACH.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert found[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
     content = (tmp_path / "a").read_bytes()
-    assert told == {"bytes": len(content), "xxh3": xxhash.xxh3_128(content).hexdigest()}
+    assert entry == {"bytes": len(content), "xxh3": xxhash.xxh3_128(content).hexdigest()}
     assert (8 + int.from_bytes(content[:8], "little")) % 8 == 0
     with safe_open(tmp_path / "a", framework="np") as file:
         assert file.metadata() is None
@@ -52,38 +51,40 @@ def test_every_dtype_that_training_uses_can_be_written() -> None:
     assert set(safetensors_writer._DTYPES) >= {torch.float32, torch.float64, torch.bfloat16, torch.uint8}
 
 
-def test_no_tensors_make_a_file_too(tmp_path: Path) -> None:
-    """A rank whose share is empty."""
+def test_an_empty_share_makes_a_valid_file(tmp_path: Path) -> None:
+    """As on a rank that has no tensors."""
     assert safetensors_writer.write(tmp_path / "a", {})["bytes"] == (tmp_path / "a").stat().st_size
     assert load_file(tmp_path / "a") == {}
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
-def test_tensors_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+def test_tensors_larger_than_a_chunk_are_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
     monkeypatch.setattr(safetensors_writer, "CHUNK", 4096)
     tensor = torch.arange(3 * 4096 + more, dtype=torch.int64).to(torch.uint8)
-    told = safetensors_writer.write(tmp_path / "a", {"a": tensor, "b": tensor[:5]})
+    entry = safetensors_writer.write(tmp_path / "a", {"a": tensor, "b": tensor[:5]})
     assert load_file(tmp_path / "a")["a"].equal(tensor)
-    assert told["xxh3"] == xxhash.xxh3_128((tmp_path / "a").read_bytes()).hexdigest()
+    assert entry["xxh3"] == xxhash.xxh3_128((tmp_path / "a").read_bytes()).hexdigest()
 
 
-def test_a_write_that_the_system_cuts_short_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: real(descriptor, content[:1000]))
-    told = safetensors_writer.write(tmp_path / "a", EACH | {"large": torch.randn(3000)})
+    entry = safetensors_writer.write(tmp_path / "a", EACH | {"large": torch.randn(3000)})
     monkeypatch.undo()
-    assert told["xxh3"] == xxhash.xxh3_128((tmp_path / "a").read_bytes()).hexdigest()
+    assert entry["xxh3"] == xxhash.xxh3_128((tmp_path / "a").read_bytes()).hexdigest()
     assert set(load_file(tmp_path / "a")) == {*EACH, "large"}
 
 
-def test_a_file_that_is_there_is_never_written_over(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("mine")
+def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("the user's")
     with pytest.raises(FileExistsError, match=f"cannot write {tmp_path / 'a'}: File exists"):
         safetensors_writer.write(tmp_path / "a", EACH)
-    assert (tmp_path / "a").read_text() == "mine"
+    assert (tmp_path / "a").read_text() == "the user's"
 
 
-def test_errors_name_the_file_and_the_room(tmp_path: Path) -> None:
+def test_errors_name_the_file_and_the_free_space(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot write .*/nowhere/a: No such file or directory"):
         safetensors_writer.write(tmp_path / "nowhere" / "a", EACH)
     refusal = r"cannot write .*/disk/a: No space left on device; 0\.0 MB free there"
@@ -92,7 +93,7 @@ def test_errors_name_the_file_and_the_room(tmp_path: Path) -> None:
 
 
 def test_another_thread_runs_while_a_file_is_written(tmp_path: Path) -> None:
-    """Training goes on beside the save: the interpreter's lock is free during writes, flushes and hashes."""
+    """Training continues during a save: the GIL is released while files are written, flushed and hashed."""
     code = """
 import json, sys, threading
 from pathlib import Path
@@ -108,4 +109,4 @@ print(json.dumps(turns))
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, env=clean_env(), capture_output=True,
                           text=True, check=True)  # fmt: skip
-    assert json.loads(done.stdout) > 100_000, "a pure-Python loop got next to no turns"
+    assert json.loads(done.stdout) > 100_000, "a pure-Python loop hardly ran"

@@ -1,4 +1,4 @@
-"""hpcgpt.checkpoint.save: the state of one step, written behind training, agreed by all ranks, whole or not there."""
+"""hpcgpt.checkpoint.save: the state of one step, written in the background, agreed by all ranks, complete or absent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hpcgpt.config.options import Checkpoint
 from hpcgpt.exit_codes import SUPERSEDED
 from hpcgpt.storage.lease import Lease
 from tests.checkpoint.ranks_checkpoint import content, trained
-from tests.checkpoint.small_checkpoints import EVERYTHING_STAYS, IDENTITY, SHARE, flip_a_byte, names, save, save_tensors
+from tests.checkpoint.small_checkpoints import IDENTITY, KEEP_ALL, SHARE, flip_byte, names, save, save_tensors
 from tests.disks import fill, small_disk
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env, on_ranks
@@ -42,174 +42,179 @@ def state(step: int) -> State:
     return State(step, step * 10, step, 1, IDENTITY)
 
 
-# --- behind training -------------------------------------------------------------------------------
+# --- in the background -----------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_what_was_there_at_the_beginning(checkpoints: Path, lease: Lease) -> None:
-    """Also of the next save, which copies into the same memory."""
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS)
+def test_a_save_has_the_state_at_its_beginning(checkpoints: Path, lease: Lease) -> None:
+    """Also the next save, which copies into the same memory."""
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL)
     weight = torch.zeros(1000)
-    places = []
+    addresses = []
     for step in (4, 8):
         weight.fill_(float(step))
-        assert its.begin(state(step), {WEIGHT: weight, "rng/0/cpu": torch.get_rng_state()}) is None
-        assert its.busy
+        assert saver.begin(state(step), {WEIGHT: weight, "rng/0/cpu": torch.get_rng_state()}) is None
+        assert saver.busy
         weight.fill_(-1.0)
-        saved = its.finish(lambda: None)
+        saved = saver.finish(lambda: None)
         assert saved is not None
-        assert (saved.problem, saved.step, its.busy) == ("", step, False)
-        places.append(its._copies[WEIGHT].data_ptr())
-    assert places[0] == places[1], "fresh memory costs more than the copying"
+        assert (saved.problem, saved.step, saver.busy) == ("", step, False)
+        addresses.append(saver._copies[WEIGHT].data_ptr())
+    assert addresses[0] == addresses[1], "new memory costs more than the copying"
     for step in (4, 8):
         found = load_file(checkpoints / f"step_{step:09d}" / SHARE)
         assert found[WEIGHT].eq(step).all()
 
 
-def test_a_save_ends_by_polling_alone_and_takes_less_of_training_than_it_lasts(checkpoints: Path, lease: Lease) -> None:
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS)
-    assert its.begin(state(4), {WEIGHT: torch.zeros(1 << 20)}) is None
+def test_a_save_finishes_by_polling_and_stalls_training_for_less_than_it_takes(checkpoints: Path, lease: Lease) -> None:
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL)
+    assert saver.begin(state(4), {WEIGHT: torch.zeros(1 << 20)}) is None
     saved, polls = None, 0
     while saved is None:
-        assert its.busy
+        assert saver.busy
         time.sleep(0.001)
-        saved, polls = its.poll(), polls + 1
+        saved, polls = saver.poll(), polls + 1
     assert polls >= 2, "there are two stages"
     assert (saved.problem, saved.bytes) == ("", 4 << 20)
     assert 0 < saved.stall_s < saved.seconds
-    assert its.finish(lambda: None) is None
+    assert saver.finish(lambda: None) is None
     assert layout.verify(checkpoints / "step_000000004") == ""
 
 
-def test_waiting_says_that_it_is_alive(checkpoints: Path, lease: Lease) -> None:
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, lambda: time.sleep(0.1))
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+def test_waiting_for_a_save_reports_that_the_rank_is_alive(checkpoints: Path, lease: Lease) -> None:
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, lambda: time.sleep(0.1))
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
     calls: list[None] = []
-    assert its.finish(lambda: calls.append(None)) is not None
+    assert saver.finish(lambda: calls.append(None)) is not None
     assert len(calls) > 2
 
 
-def test_waiting_for_a_disk_that_never_answers_is_no_life(
+def test_waiting_for_a_disk_that_never_answers_does_not_report_life_forever(
     checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpcgpt.checkpoint.save.LONGEST_S", 0.5)
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, lambda: time.sleep(2))
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, lambda: time.sleep(2))
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
     began_at = time.monotonic()
     calls: list[float] = []
-    assert its.finish(lambda: calls.append(time.monotonic())) is not None
+    assert saver.finish(lambda: calls.append(time.monotonic())) is not None
     assert calls
     assert calls[-1] - began_at < 1.5 < time.monotonic() - began_at
 
 
-def test_never_two_saves_at_once(checkpoints: Path, lease: Lease) -> None:
+def test_two_saves_never_run_at_once(checkpoints: Path, lease: Lease) -> None:
     gate = threading.Event()
 
     def wait() -> None:
         assert gate.wait(60)
 
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, wait)
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, wait)
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
     with pytest.raises(AssertionError):
-        its.begin(state(8), {WEIGHT: torch.zeros(9)})
+        saver.begin(state(8), {WEIGHT: torch.zeros(9)})
     gate.set()
-    assert its.finish(lambda: None) is not None
+    assert saver.finish(lambda: None) is not None
     assert names(checkpoints) == ["step_000000004"]
 
 
-def test_before_the_commit_comes_what_has_to_be_on_the_disk_first(checkpoints: Path, lease: Lease) -> None:
+def test_the_synchronisation_callback_runs_before_the_commit(checkpoints: Path, lease: Lease) -> None:
     seen: list[list[str]] = []
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, lambda: seen.append(names(checkpoints)))
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
-    its.finish(lambda: None)
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, lambda: seen.append(names(checkpoints)))
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
+    saver.finish(lambda: None)
     assert seen == [[".step_000000004.g0001.tmp"]]
 
 
-def test_a_checkpoint_is_told_of_as_soon_as_it_is_there_and_not_at_the_next_step_boundary(
+def test_a_checkpoint_is_reported_as_soon_as_it_is_committed_and_not_at_the_next_step_boundary(
     checkpoints: Path, lease: Lease
 ) -> None:
-    """Nobody polls: a run that is killed before its next step ends has told of its checkpoint all the same."""
-    told: list[Saved] = []
+    """Without polling: a run that is killed before its next step ends has reported its checkpoint."""
+    reported: list[Saved] = []
     there = threading.Event()
 
     def committed(saved: Saved) -> None:
-        told.append(saved)
+        reported.append(saved)
         assert names(checkpoints) == ["step_000000004"]
         there.set()
 
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, committed=committed)
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
-    while its.poll() is not None or not its._committing:  # the first stage alone waits for the ranks
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, committed=committed)
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
+    while saver.poll() is not None or not saver._committing:  # only the first stage waits for the ranks
         time.sleep(0.001)
     assert there.wait(30)
-    assert its.busy
-    saved = its.finish(lambda: None)
+    assert saver.busy
+    saved = saver.finish(lambda: None)
     assert saved is not None
-    assert [(one.step, one.problem, one.bytes) for one in told] == [(4, "", saved.bytes)]
-    assert told[0].stall_s <= saved.stall_s
-    assert told[0].seconds <= saved.seconds
+    assert [(one.step, one.problem, one.bytes) for one in reported] == [(4, "", saved.bytes)]
+    assert reported[0].stall_s <= saved.stall_s
+    assert reported[0].seconds <= saved.seconds
 
 
-def test_who_is_told_to_leave_waits_for_no_removal_of_old_checkpoints(
+def test_a_run_that_is_stopping_does_not_wait_for_the_removal_of_old_checkpoints(
     checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind the save before the last one it is under way, reads for minutes, say, and the last one is to be made."""
+    """The save before the last one still removes, say reads for minutes, when the last save is due."""
     gate, removing = threading.Event(), threading.Event()
 
-    def retire(*_: object) -> None:
+    def prune(*_: object) -> None:
         removing.set()
         assert gate.wait(60)
 
-    monkeypatch.setattr("hpcgpt.checkpoint.retention.prune_after_save", retire)
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS)
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    monkeypatch.setattr("hpcgpt.checkpoint.retention.prune_after_save", prune)
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL)
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
     while not removing.is_set():
-        assert its.poll() is None
+        assert saver.poll() is None
         time.sleep(0.001)
-    assert its.poll() is None
-    its.prune_old = False
+    assert saver.poll() is None
+    saver.prune_old = False
     for step in (4, 8):
-        saved = its.finish(lambda: None)
+        saved = saver.finish(lambda: None)
         assert saved is not None
         assert (saved.step, saved.problem) == (step, "")
         if step == 4:
-            its.begin(state(8), {WEIGHT: torch.zeros(9)})
+            saver.begin(state(8), {WEIGHT: torch.zeros(9)})
     assert names(checkpoints) == ["step_000000004", "step_000000008"]
     gate.set()
 
 
-def test_of_a_save_that_fails_nothing_is_told(checkpoints: Path, lease: Lease) -> None:
-    told: list[Saved] = []
+def test_a_failed_save_is_not_reported(checkpoints: Path, lease: Lease) -> None:
+    reported: list[Saved] = []
     (checkpoints / "step_000000004").write_text("in the way")
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, committed=told.append)
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, committed=reported.append)
     (checkpoints / "step_000000004").rename(checkpoints / "aside")
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
     (checkpoints / "aside").rename(checkpoints / "step_000000004")
-    saved = its.finish(lambda: None)
+    saved = saver.finish(lambda: None)
     assert saved is not None
     assert "Not a directory" in saved.problem
-    assert told == []
+    assert reported == []
 
 
-def test_if_that_fails_there_is_no_checkpoint(checkpoints: Path, lease: Lease) -> None:
+def test_if_the_synchronisation_fails_there_is_no_checkpoint(checkpoints: Path, lease: Lease) -> None:
     def fail() -> None:
         raise OSError(28, "the rows have no room")
 
-    its = Saver(checkpoints, ALONE, lease, EVERYTHING_STAYS, fail)
-    its.begin(state(4), {WEIGHT: torch.zeros(9)})
-    saved = its.finish(lambda: None)
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, fail)
+    saver.begin(state(4), {WEIGHT: torch.zeros(9)})
+    saved = saver.finish(lambda: None)
     assert saved is not None
     assert "the rows have no room" in saved.problem
     assert names(checkpoints) == []
     assert save(checkpoints, 4, lease) == ""
 
 
-def test_a_step_that_is_saved_already_is_left_as_it_is(three: Path, lease: Lease) -> None:
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (three / "step_000000012").iterdir()}
-    assert save(three, 12, lease) == ""
-    assert before == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (three / "step_000000012").iterdir()}
+def test_a_step_that_is_saved_already_stays_as_it_is(three_checkpoints: Path, lease: Lease) -> None:
+    before = {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in (three_checkpoints / "step_000000012").iterdir()
+    }
+    assert save(three_checkpoints, 12, lease) == ""
+    assert before == {
+        p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (three_checkpoints / "step_000000012").iterdir()
+    }
 
 
-def test_saving_changes_nothing_of_what_is_saved(checkpoints: Path, lease: Lease) -> None:
+def test_saving_does_not_change_the_state(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(seed=1)
     before = content(model, optimizer, ALONE)
     assert save_tensors(checkpoints, state(2), checkpoint_save.local_state_dict(model, optimizer, ALONE), lease) == ""
@@ -217,34 +222,36 @@ def test_saving_changes_nothing_of_what_is_saved(checkpoints: Path, lease: Lease
     assert tensors(checkpoints / "step_000000002") == before
 
 
-@pytest.mark.parametrize("tidy", [True, False])
-def test_old_ones_go_behind_a_new_one_unless_there_is_no_time(checkpoints: Path, lease: Lease, tidy: bool) -> None:
-    its = Saver(checkpoints, ALONE, lease, Checkpoint(keep_last=1))
+@pytest.mark.parametrize("prune", [True, False])
+def test_old_checkpoints_are_removed_after_a_save_unless_prune_old_is_false(
+    checkpoints: Path, lease: Lease, prune: bool
+) -> None:
+    saver = Saver(checkpoints, ALONE, lease, Checkpoint(keep_last=1))
     for step in (4, 8, 12):
-        its.prune_old = tidy or step < 12
-        its.begin(state(step), {WEIGHT: torch.zeros(9)})
-        its.finish(lambda: None)
-    assert names(checkpoints) == (["step_000000012"] if tidy else ["step_000000008", "step_000000012"])
+        saver.prune_old = prune or step < 12
+        saver.begin(state(step), {WEIGHT: torch.zeros(9)})
+        saver.finish(lambda: None)
+    assert names(checkpoints) == (["step_000000012"] if prune else ["step_000000008", "step_000000012"])
 
 
 @pytest.mark.parametrize("keep_last", [1, 3])
-def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
+def test_attempts_that_only_save_and_exit_do_not_accumulate_checkpoints(
     checkpoints: Path, lease: Lease, keep_last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each loads the newest, makes a step, and is told to leave: it has no time to remove any, and none to read back
-    more than the one that it loads.
+    """Each loads the newest, makes a step, and is told to stop: it has no time to remove any, nor to read back more
+    than the one that it loads.
     """
     keep = Checkpoint(keep_last=keep_last, keep_best=False)
     monkeypatch.setattr(layout, "verify", lambda _: pytest.fail("this would take minutes"))
     for step in range(1, 12):
-        its = Saver(checkpoints, ALONE, lease, keep)
+        saver = Saver(checkpoints, ALONE, lease, keep)
         newest = load.newest_valid(checkpoints, ALONE, lease)
         if newest:
             assert layout.step_of(newest) == step - 1
-            assert its.pruner
-            its.pruner.loaded(newest)
-        its.prune_old = False
-        saved = its.begin(state(step), {WEIGHT: torch.zeros(9)}) or its.finish(lambda: None)
+            assert saver.pruner
+            saver.pruner.loaded(newest)
+        saver.prune_old = False
+        saved = saver.begin(state(step), {WEIGHT: torch.zeros(9)}) or saver.finish(lambda: None)
         assert saved is not None
         assert saved.problem == ""
         there = layout.found(checkpoints)
@@ -252,14 +259,14 @@ def test_attempts_that_only_save_and_leave_do_not_pile_up_checkpoints(
         assert len(there) <= keep_last + 1
 
 
-def test_a_save_makes_its_own_room_by_what_it_replaces(
+def test_a_save_makes_room_by_removing_what_it_replaces(
     tmp_path: Path, lease: Lease, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """There is room for three, and keep_last was 3: the fourth never had any."""
+    """The disk has room for three, and keep_last is 3, so there is none for the fourth."""
     with small_disk(tmp_path / "disk", "4500k") as folder:
-        its = Saver(folder, ALONE, lease, Checkpoint(keep_last=3, keep_best=False))
+        saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=3, keep_best=False))
         for step in (4, 8, 12, 16, 20):
-            saved = its.begin(state(step), {WEIGHT: torch.zeros(250_000)}) or its.finish(lambda: None)
+            saved = saver.begin(state(step), {WEIGHT: torch.zeros(250_000)}) or saver.finish(lambda: None)
             assert saved is not None
             assert saved.problem == ""
         assert names(folder) == ["step_000000012", "step_000000016", "step_000000020"]
@@ -268,46 +275,46 @@ def test_a_save_makes_its_own_room_by_what_it_replaces(
 
 def test_the_last_valid_one_is_not_removed_to_make_room(tmp_path: Path, lease: Lease) -> None:
     with small_disk(tmp_path / "disk", "3m") as folder:
-        its = Saver(folder, ALONE, lease, Checkpoint(keep_last=1, keep_best=False))
+        saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=1, keep_best=False))
         for step, size in ((4, 250_000), (8, 350_000)):
-            saved = its.begin(state(step), {WEIGHT: torch.zeros(size)}) or its.finish(lambda: None)
+            saved = saver.begin(state(step), {WEIGHT: torch.zeros(size)}) or saver.finish(lambda: None)
         assert saved is not None
         assert "No space left on device" in saved.problem
         assert names(folder) == ["step_000000004"]
 
 
-def test_an_old_one_that_cannot_be_judged_does_not_cost_the_new_one(
-    three: Path, lease: Lease, capfd: pytest.CaptureFixture[str]
+def test_an_old_checkpoint_of_another_format_does_not_cost_the_new_one(
+    three_checkpoints: Path, lease: Lease, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tests.checkpoint.test_load import edit_manifest
 
-    edit_manifest(lambda manifest: manifest.update(version=3))(three / "step_000000008")
-    assert save(three, 16, lease, keep=Checkpoint(keep_last=3)) == ""
-    assert len(names(three)) == 4
+    edit_manifest(lambda manifest: manifest.update(version=3))(three_checkpoints / "step_000000008")
+    assert save(three_checkpoints, 16, lease, keep=Checkpoint(keep_last=3)) == ""
+    assert len(names(three_checkpoints)) == 4
     assert "warning: old checkpoints were not removed: " in capfd.readouterr().err
 
 
-def test_what_is_read_back_behind_the_save_is_the_new_one(checkpoints: Path, lease: Lease) -> None:
-    """A write that the disk did not keep is found at once, while the older one is still there."""
+def test_the_new_checkpoint_is_read_back_after_the_save(checkpoints: Path, lease: Lease) -> None:
+    """A write that the disk lost is found at once, while the older checkpoint still exists."""
     assert save(checkpoints, 4, lease) == ""
     real = layout.verify
 
-    def spoil_and_verify(path: Path) -> str:
+    def damage_and_verify(path: Path) -> str:
         if path.name == "step_000000008":
-            flip_a_byte(path)
+            flip_byte(path)
         return real(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "verify", spoil_and_verify)
+        patch.setattr(layout, "verify", damage_and_verify)
         assert save(checkpoints, 8, lease, keep=Checkpoint(keep_last=1)) == ""
     assert names(checkpoints) == ["damaged_step_000000008.g0001", "step_000000004"]
 
 
-# --- in which order --------------------------------------------------------------------------------
+# --- order of operations ---------------------------------------------------------------------------
 
 
-def test_everything_is_flushed_before_the_folder_gets_its_name_and_the_folder_above_after(tmp_path: Path) -> None:
-    """What survives a power cut cannot be tried here, so the system calls of a real save are looked at, in order."""
+def test_everything_is_flushed_before_the_folder_gets_its_name_and_the_parent_folder_after(tmp_path: Path) -> None:
+    """A power cut cannot be tested here, so the system calls of a real save are checked, in order."""
     code = """
 import os, sys
 from pathlib import Path
@@ -322,12 +329,12 @@ def name(target):
     path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
     return "checkpoints" if path == run / "checkpoints" else path.name.split(".vm-")[0]
 for call in ("fsync", "rename", "replace", "write"):
-    def watched(*arguments, call=call, real=getattr(os, call)):
+    def recorded(*arguments, call=call, real=getattr(os, call)):
         if "checkpoints" in (os.readlink(f"/proc/self/fd/{arguments[0]}") if isinstance(arguments[0], int)
                              else str(arguments[0])):
             calls.append(call + " " + " ".join(name(a) for a in arguments if isinstance(a, int | str | os.PathLike)))
         return real(*arguments)
-    setattr(os, call, watched)
+    setattr(os, call, recorded)
 assert save(run / "checkpoints", 4, lease) == ""
 lease.release()
 print("\\n".join(calls))
@@ -351,13 +358,13 @@ print("\\n".join(calls))
     assert published < at("fsync checkpoints") == len(calls) - 1
 
 
-# --- no room, and refused --------------------------------------------------------------------------
+# --- full disk, refused writes ---------------------------------------------------------------------
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, lease: Lease) -> None:
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, lease: Lease) -> None:
     with small_disk(tmp_path / "disk", "3m") as folder:
         assert save(folder, 4, lease, size=250_000) == ""
-        problem = save(folder, 8, lease, size=350_000)  # the disk is large enough, what is left of it is not
+        problem = save(folder, 8, lease, size=350_000)  # the disk is large enough, its free space is not
         assert f"cannot write {folder / '.step_000000008.g0001.tmp'}: No space left on device: 2.5 MB needed" in problem
         assert "MB free there" in problem
         assert names(folder) == ["step_000000004"]
@@ -368,7 +375,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, lease: L
 def test_a_disk_may_fill_up_at_any_page_of_a_checkpoint(
     tmp_path: Path, lease: Lease, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There was room when the save began, and then somebody else took it."""
+    """There was room when the save began, and then another program took it."""
     monkeypatch.setattr(checkpoint_save, "SPARE_BYTES", -(1 << 30))
     with small_disk(tmp_path / "disk", "1m") as folder:
         assert save(folder, 4, lease) == ""
@@ -384,14 +391,14 @@ def test_a_disk_may_fill_up_at_any_page_of_a_checkpoint(
         assert load.newest_valid(folder, ALONE, lease) == folder / "step_000000008"
 
 
-def test_a_folder_that_is_not_there_is_a_sentence_too(tmp_path: Path, lease: Lease) -> None:
+def test_a_missing_folder_is_reported_as_a_problem_too(tmp_path: Path, lease: Lease) -> None:
     problem = save(tmp_path / "nowhere", 4, lease)
     assert "cannot write" in problem
     assert "No such file or directory" in problem
 
 
-def test_a_share_that_is_refused_costs_this_checkpoint_and_no_other(checkpoints: Path, lease: Lease) -> None:
-    """By a limit on the size of files, which is as real as a quota."""
+def test_a_share_that_cannot_be_written_only_costs_this_checkpoint(checkpoints: Path, lease: Lease) -> None:
+    """The limit on file sizes stands in for a quota."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
@@ -408,51 +415,61 @@ def test_a_share_that_is_refused_costs_this_checkpoint_and_no_other(checkpoints:
 # --- superseded ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["before the beginning", "behind training", "within the commit"])
-def test_a_saver_whose_folder_was_taken_leaves_and_publishes_nothing(three: Path, lease: Lease, when: str) -> None:
-    """Long before its heartbeat would look."""
+@pytest.mark.parametrize("when", ["before the beginning", "in the background", "within the commit"])
+def test_a_saver_that_lost_the_lease_exits_and_publishes_nothing(
+    three_checkpoints: Path, lease: Lease, when: str
+) -> None:
+    """It exits long before its heartbeat would check."""
 
-    def taken() -> None:
-        (three.parent / "generations/000002.json").write_text("{}")
+    def supersede() -> None:
+        (three_checkpoints.parent / "generations/000002.json").write_text("{}")
 
     child = os.fork()
     if child == 0:
         try:
             if when == "before the beginning":
-                taken()
-            its = Saver(three, ALONE, lease, Checkpoint(), taken if when == "within the commit" else lambda: None)
-            its.begin(state(16), {WEIGHT: torch.zeros(9)})
-            if when == "behind training":
-                taken()
-            its.finish(lambda: None)
+                supersede()
+            saver = Saver(
+                three_checkpoints,
+                ALONE,
+                lease,
+                Checkpoint(),
+                supersede if when == "within the commit" else lambda: None,
+            )
+            saver.begin(state(16), {WEIGHT: torch.zeros(9)})
+            if when == "in the background":
+                supersede()
+            saver.finish(lambda: None)
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == SUPERSEDED
     rest = [] if when == "before the beginning" else [".step_000000016.g0001.tmp"]
-    assert names(three) == [*rest, "step_000000004", "step_000000008", "step_000000012"]
+    assert names(three_checkpoints) == [*rest, "step_000000004", "step_000000008", "step_000000012"]
 
 
 # --- killed ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.long)])
-def test_sigkills_at_random_moments_never_cost_a_checkpoint_that_was_there(tmp_path: Path, rounds: int) -> None:
+def test_sigkills_at_random_moments_never_cost_an_existing_checkpoint(tmp_path: Path, rounds: int) -> None:
     seed = random.randrange(10_000)
     killed = [sys.executable, "-m", "tests.checkpoint.ranks_killed", str(tmp_path / "run"), str(rounds), str(seed)]
     done = subprocess.run(killed, cwd=ROOT, env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                           text=True, timeout=240, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [each["status"] for each in told] == [-9] * rounds, done.stderr
-    assert all(each["found"] >= 0 for each in told), f"content was not what was saved (seed {seed})"
-    for before, after in pairwise(told):
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["status"] for each in reports] == [-9] * rounds, done.stderr
+    assert all(each["found"] >= 0 for each in reports), f"content was not what was saved (seed {seed})"
+    for before, after in pairwise(reports):
         assert after["found"] >= before["saved"], f"older than before the kill (seed {seed}): {before}, {after}"
-    assert not any(each["broken"] for each in told), f"half a checkpoint has got its name (seed {seed})"
-    within = sum(any(name.endswith(".tmp") for name in each["left"]) for each in told)
-    removing = sum(any(name.endswith(".removed") for name in each["left"]) for each in told)
-    print(f"{within} kills within a save, {removing} within a removal, {sum(each['saves'] for each in told)} saves")
+    assert not any(each["broken"] for each in reports), (
+        f"an unfinished checkpoint has a checkpoint's name (seed {seed})"
+    )
+    within = sum(any(name.endswith(".tmp") for name in each["left"]) for each in reports)
+    removing = sum(any(name.endswith(".removed") for name in each["left"]) for each in reports)
+    print(f"{within} kills within a save, {removing} within a removal, {sum(each['saves'] for each in reports)} saves")
     assert within >= rounds // 4, "too few were killed while they saved for this to show anything"
-    assert all(len(each["left"]) <= 2 for each in told), "what a killed process left was not removed"
+    assert all(len(each["left"]) <= 2 for each in reports), "what a killed process left was not removed"
 
 
 # --- two ranks -------------------------------------------------------------------------------------
@@ -462,7 +479,7 @@ Two = tuple[Path, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
-    """A run folder that two ranks have worked in, and what each told."""
+    """A run folder that two ranks have worked in, and the report of each."""
     folder = tmp_path_factory.mktemp("ranks") / "run"
     folder.mkdir()
     with ExitStack() as stack:
@@ -474,56 +491,58 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
         yield folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_two_ranks_save_a_share_each_and_each_gets_its_own_state_back(two_ranks: Two) -> None:
-    folder, told = two_ranks
-    assert [rank["saved"] for rank in told] == ["", ""]
-    assert [rank["chosen"] for rank in told] == ["step_000000004"] * 2
-    assert [(rank["state"], rank["same"]) for rank in told] == [(True, True)] * 2
+def test_each_of_two_ranks_saves_a_share_and_gets_its_own_state_back(two_ranks: Two) -> None:
+    folder, reports = two_ranks
+    assert [rank["saved"] for rank in reports] == ["", ""]
+    assert [rank["chosen"] for rank in reports] == ["step_000000004"] * 2
+    assert [(rank["state"], rank["same"]) for rank in reports] == [(True, True)] * 2
     shares = [load_file(path) for path in sorted((folder / "checkpoints/step_000000004").glob("*.safetensors"))]
     assert [f"rng/{rank}/cpu" in share for rank, share in enumerate(shares)] == [True, True]
     assert not set(shares[0]) & set(shares[1])
     sizes = [sum(t.numel() * t.element_size() for t in share.values()) for share in shares]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
     assert [shares[rank][f"rng/{rank}/cpu"].numpy().tobytes().hex() for rank in range(2)] == [
-        rank["rng"] for rank in told]  # fmt: skip
+        rank["rng"] for rank in reports]  # fmt: skip
 
 
-def test_both_ranks_hear_of_the_full_disk_and_leave_nothing_on_it(two_ranks: Two) -> None:
-    folder, told = two_ranks
-    if "full" not in told[0]:
+def test_both_ranks_report_the_full_disk_and_leave_nothing_on_it(two_ranks: Two) -> None:
+    folder, reports = two_ranks
+    if "full" not in reports[0]:
         pytest.skip("a small disk needs root and the right to mount a tmpfs")
-    assert told[0]["full"] == told[1]["full"]
-    assert "No space left on device" in told[0]["full"]
+    assert reports[0]["full"] == reports[1]["full"]
+    assert "No space left on device" in reports[0]["full"]
     assert names(folder.parent / "disk") == []
 
 
-def test_both_ranks_hear_of_what_befell_the_second_alone_and_can_save_again(two_ranks: Two) -> None:
-    _, told = two_ranks
-    assert told[0]["one_rank_fails"] == told[1]["one_rank_fails"]
-    assert "tensors_00001_of_00002.safetensors: File too large" in told[0]["one_rank_fails"]
-    assert told[0]["names"] == ["step_000000004"]
-    assert [rank["again"] for rank in told] == ["", ""]
+def test_both_ranks_report_a_failure_of_one_and_can_save_again(two_ranks: Two) -> None:
+    _, reports = two_ranks
+    assert reports[0]["one_rank_fails"] == reports[1]["one_rank_fails"]
+    assert "tensors_00001_of_00002.safetensors: File too large" in reports[0]["one_rank_fails"]
+    assert reports[0]["names"] == ["step_000000004"]
+    assert [rank["retried"] for rank in reports] == ["", ""]
 
 
 def test_nothing_is_published_before_every_rank_has_written_its_share(two_ranks: Two) -> None:
-    _, told = two_ranks
-    for rank in told:
-        assert rank["behind"] == {"waits": True, "unpublished": True, "second stage": True, "problem": "", "step": 12,
-                                  "idle": True, "as it was": True}  # fmt: skip
+    _, reports = two_ranks
+    for rank in reports:
+        assert rank["background"] == {
+            "waits_for_all": True, "unpublished": True, "second_stage": True, "problem": "", "step": 12, "idle": True,
+            "old_weights": True,
+        }  # fmt: skip
 
 
-def test_both_ranks_choose_the_same_though_one_alone_finds_the_damage_or_sees_less(two_ranks: Two) -> None:
-    folder, told = two_ranks
-    assert [rank["whole"] for rank in told] == [str(folder / "checkpoints/step_000000004")] * 2
+def test_both_ranks_choose_the_same_though_only_one_finds_the_damage_or_sees_less(two_ranks: Two) -> None:
+    folder, reports = two_ranks
+    assert [rank["undamaged"] for rank in reports] == [str(folder / "checkpoints/step_000000004")] * 2
     reasons = {path.parent.name: path.read_text() for path in folder.glob("checkpoints/damaged_*/REASON.txt")}
     assert reasons == {
         f"damaged_step_{step:09d}.g0001":
             f"the checksum of tensors_0000{share}_of_00002.safetensors is not the one in the manifest\n"
         for step, share in ((12, 0), (8, 1))
     }  # fmt: skip
-    assert told[0]["unseen"] == told[1]["unseen"]
-    assert "No such file or directory: " in told[0]["unseen"]
-    assert "elsewhere/step_000000012" in told[0]["unseen"]
+    assert reports[0]["unseen"] == reports[1]["unseen"]
+    assert "No such file or directory: " in reports[0]["unseen"]
+    assert "elsewhere/step_000000012" in reports[0]["unseen"]
 
 
 def test_one_process_loads_what_two_ranks_saved_and_keeps_its_own_generator(two_ranks: Two) -> None:

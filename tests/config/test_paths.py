@@ -1,5 +1,4 @@
-"""hpcgpt.config.paths and hpcgpt.output.terminal: what is written for a path, a name, a text, and what it stands
-for."""
+"""hpcgpt.config.paths and hpcgpt.output.terminal: paths and names that a user writes, and text on a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from tests.programs import ROOT, clean_env
 
 @pytest.fixture(autouse=True)
 def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in, with a home below it."""
+    """Work in an empty folder, with a home below it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SCRATCH", "/scratch/me")
@@ -33,7 +32,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("written", "expected"),
     [
         ("runs", "runs"),
         ("/data/shards", "/data/shards"),
@@ -45,8 +44,8 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("萧 炎", "萧 炎"),
     ],
 )
-def test_home_and_variables_are_what_a_shell_takes_them_for(written: str, meant: str) -> None:
-    assert paths.expand(written, "--run.dir") == meant
+def test_variables_are_expanded_as_by_a_shell(written: str, expected: str) -> None:
+    assert paths.expand(written, "--run.dir") == expected
 
 
 def test_a_tilde_is_the_home_folder(at_home: Path) -> None:
@@ -55,7 +54,7 @@ def test_a_tilde_is_the_home_folder(at_home: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["~lock.txt", "~", "$SCRATCH", "$UNSET", "a\nb", "a\x1bb"])
-def test_what_exists_under_the_very_name_is_meant(written: str, at_home: Path) -> None:
+def test_a_path_that_exists_as_written_is_not_expanded(written: str, at_home: Path) -> None:
     (at_home / written).touch()
     assert paths.expand(written, "INPUT") == written
 
@@ -72,7 +71,7 @@ def test_what_exists_under_the_very_name_is_meant(written: str, at_home: Path) -
         ("a\0b", r"INPUT 'a\x00b': a path has no NUL characters"),
     ],
 )
-def test_what_stands_for_nothing_is_refused_with_a_remedy(written: str, sentence: str) -> None:
+def test_a_path_that_cannot_be_expanded_is_refused_with_a_remedy(written: str, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         paths.expand(written, "INPUT")
 
@@ -83,7 +82,7 @@ def test_control_characters_of_a_variable_are_refused_too(monkeypatch: pytest.Mo
         paths.expand("$SCRATCH/x", "--out")
 
 
-def test_a_percent_sign_is_one_for_slurm_too() -> None:
+def test_a_percent_sign_is_escaped_for_slurm() -> None:
     assert paths.literal_in_slurm(Path("runs/50%j")) == "runs/50%%j"
 
 
@@ -91,7 +90,7 @@ def test_a_percent_sign_is_one_for_slurm_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", 'it\'s a "run"', "50%", "萧炎" * 33, "x" * 200, "a.b-c"])
-def test_a_plain_name_is_fine(name: str) -> None:
+def test_a_plain_name_is_valid(name: str) -> None:
     assert paths.problem_of_name(name) == ""
 
 
@@ -112,7 +111,7 @@ def test_a_plain_name_is_fine(name: str) -> None:
         ("萧" * 67, "it has 201 bytes"),
     ],
 )
-def test_a_name_that_some_file_system_script_or_terminal_would_take_for_more_is_none(name: str, problem: str) -> None:
+def test_a_name_that_is_special_to_file_systems_scripts_or_terminals_is_refused(name: str, problem: str) -> None:
     assert problem in paths.problem_of_name(name)
 
 
@@ -133,21 +132,21 @@ def test_a_name_that_some_file_system_script_or_terminal_would_take_for_more_is_
         ("\u200b\U0001f469\u200d\U0001f52c", "\u200b\U0001f469\u200d\U0001f52c"),
     ],
 )
-def test_what_a_terminal_would_obey_is_shown(text: str, expected: str) -> None:
+def test_control_characters_are_shown_escaped(text: str, expected: str) -> None:
     assert terminal.shown(text) == expected
 
 
-def test_on_one_line_line_ends_are_shown_too() -> None:
+def test_on_one_line_line_ends_are_escaped_too() -> None:
     assert terminal.printable("a\nb\tc") == r"a\nb\tc"
 
 
 def test_stdout_gets_every_byte_unless_it_is_a_terminal() -> None:
     code = r"from hpcgpt.output import terminal; print(terminal.for_stdout('a\x1b[2J'))"
-    words = [sys.executable, "-c", code]
-    piped = subprocess.run(words, cwd=ROOT, env=clean_env(), capture_output=True, check=True)
+    command = [sys.executable, "-c", code]
+    piped = subprocess.run(command, cwd=ROOT, env=clean_env(), capture_output=True, check=True)
     assert piped.stdout == b"a\x1b[2J\n"
     leader, follower = pty.openpty()
     with open(leader, "rb", buffering=0) as screen:
-        subprocess.run(words, cwd=ROOT, env=clean_env(), stdout=follower, check=True)
+        subprocess.run(command, cwd=ROOT, env=clean_env(), stdout=follower, check=True)
         assert screen.read(100) == b"a\\x1b[2J\r\n"
         os.close(follower)

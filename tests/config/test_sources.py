@@ -1,4 +1,4 @@
-"""hpcgpt.config.options: defaults <- TOML <- flags, strict about every one of them."""
+"""hpcgpt.config.sources and options: defaults, then TOML, then flags, each checked strictly."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def from_text(folder: Path, text: str) -> Config:
     return sources.from_file(path)
 
 
-# --- where values come from ------------------------------------------------------------------------
+# --- sources of values -----------------------------------------------------------------------------
 
 
-def test_nothing_given_means_the_defaults() -> None:
+def test_without_arguments_the_defaults_apply() -> None:
     assert from_flags() == Config()
 
 
-def test_a_file_wins_over_the_defaults_and_a_flag_over_the_file(tmp_path: Path) -> None:
+def test_a_file_overrides_the_defaults_and_a_flag_the_file(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text("[model]\nn_layer = 3\nn_head = 4\n[optim]\nlr = 1e-3\n")
     found = from_flags(str(path), "--model.n_layer", "5", "--model.tied=false")
@@ -47,7 +47,7 @@ def test_every_preset_is_found_by_its_name_and_loads(preset: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("gpt2-*.toml")), ids=lambda path: path.stem)
-def test_the_presets_of_gpt2_have_the_parameters_that_they_tell(path: Path) -> None:
+def test_the_presets_of_gpt2_have_the_documented_number_of_parameters(path: Path) -> None:
     shape = sources.from_file(path).model
     layers, width = shape.n_layer, shape.n_embd
     a_block = 12 * width * width + 13 * width  # four matrices and their biases, two norms
@@ -55,13 +55,13 @@ def test_the_presets_of_gpt2_have_the_parameters_that_they_tell(path: Path) -> N
     assert f"{count:,} parameters" in path.read_text()
 
 
-def test_a_file_wins_over_a_preset_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_overrides_a_preset_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quickstart").write_text("[model]\nn_layer = 7\n")
     monkeypatch.chdir(tmp_path)
     assert from_flags("quickstart").model.n_layer == 7
 
 
-def test_a_file_may_start_with_no_table_at_all(tmp_path: Path) -> None:
+def test_an_empty_file_is_valid(tmp_path: Path) -> None:
     assert from_text(tmp_path, "") == Config()
 
 
@@ -74,7 +74,7 @@ def test_a_file_may_start_with_no_table_at_all(tmp_path: Path) -> None:
         (["--train.tokens", "1e9"], (0, 1_000_000_000, 0.0)),
     ],
 )
-def test_a_length_on_the_command_line_replaces_the_presets_in_whichever_unit(
+def test_a_length_on_the_command_line_replaces_the_presets_in_any_unit(
     flags: list[str], length: tuple[int, int, float]
 ) -> None:
     train = from_flags("gpt2-124m", *flags).train
@@ -86,12 +86,12 @@ def test_a_length_in_a_file_replaces_the_default_one(tmp_path: Path) -> None:
     assert (train.steps, train.tokens, train.epochs) == (0, 0, 2.0)
 
 
-def test_two_lengths_at_once_are_a_contradiction() -> None:
+def test_two_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"exactly one of .*found train\.steps and train\.epochs"):
         from_flags("--train.steps", "5", "--train.epochs", "1")
 
 
-def test_to_toml_and_back_is_the_same_configuration(tmp_path: Path) -> None:
+def test_a_configuration_survives_toml_and_back(tmp_path: Path) -> None:
     odd = 'a "quoted" = \\ 萧炎\n\tline'
     before = from_flags("--sample.prompt", odd, "--optim.lr", "0.12345678901234567", "--train.steps", "3",
                         "--model.tied", "false", "--run.seed", str(2**63 - 1))  # fmt: skip
@@ -99,17 +99,17 @@ def test_to_toml_and_back_is_the_same_configuration(tmp_path: Path) -> None:
     assert before.sample.prompt == odd
 
 
-def test_the_modern_kind_has_no_biases_unless_somebody_insists(tmp_path: Path) -> None:
+def test_the_modern_kind_has_no_biases_by_default(tmp_path: Path) -> None:
     found = from_flags("--model.kind", "modern", "--model.n_kv_head", "4")
     assert (found.model.qkv_bias, found.model.n_kv_head) == (False, 4)
-    (tmp_path / "again.toml").write_text(sources.to_toml(found))
-    assert sources.from_file(tmp_path / "again.toml") == found
+    (tmp_path / "copy.toml").write_text(sources.to_toml(found))
+    assert sources.from_file(tmp_path / "copy.toml") == found
     assert from_flags("--model.kind", "gpt2").model.qkv_bias
     with pytest.raises(ValueError, match=r"model\.qkv_bias: model\.kind .modern. has no biases"):
         from_flags("--model.kind", "modern", "--model.qkv_bias", "true")
 
 
-def test_nothing_can_be_changed_afterwards() -> None:
+def test_a_configuration_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.n_layer = 3  # type: ignore[misc]
 
@@ -119,9 +119,9 @@ def test_the_stride_is_the_block_size_unless_set() -> None:
     assert from_flags("--model.block_size", "64", "--data.stride", "16").stride == 16
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- refused values --------------------------------------------------------------------------------
 
-# What is wrong about one key, then what no single key shows.
+# First errors in a single key, then contradictions between keys.
 WRONG_KEYS = [
     ("[modle]\nn_layer = 3", "unknown section [modle] (did you mean model?)"),
     ("[model]\nn_layers = 3", "unknown key model.n_layers (did you mean model.n_layer?)"),
@@ -225,7 +225,7 @@ def test_keys_that_contradict_each_other_are_refused(text: str, sentence: str, t
 )
 @pytest.mark.parametrize("preset", [True, False])
 def test_a_wrong_flag_is_refused_with_the_nearest_valid_one(flags: list[str], sentence: str, preset: bool) -> None:
-    """With and without a CONFIG before it: the value of an unknown flag is no CONFIG."""
+    """With and without a CONFIG before it: the value of an unknown flag is not taken for a CONFIG."""
     if preset and flags[0].startswith("-"):
         flags = ["quickstart", *flags]
     with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
@@ -233,7 +233,7 @@ def test_a_wrong_flag_is_refused_with_the_nearest_valid_one(flags: list[str], se
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_a_configuration_behind_an_unknown_flag_is_one_all_the_same() -> None:
+def test_a_configuration_after_an_unknown_flag_is_checked_too() -> None:
     with pytest.raises(ValueError, match="unknown flag --fast") as refused:
         from_flags("--fast", "quickstart", "--model.n_layer", "0")
     assert "model.n_layer: 0 must be at least 1" in str(refused.value)
@@ -242,23 +242,23 @@ def test_a_configuration_behind_an_unknown_flag_is_one_all_the_same() -> None:
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text("[model]\nn_layers = 3\nn_head = 0\n[optin]\nlr = 1\n")
     with pytest.raises(ValueError, match="n_layers") as caught:
         from_flags(str(path), "--optim.lr", "x", "--schedule.knd", "wsd")
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
-    for word in ("model.n_layers", "model.n_head", "[optin]", "optim.lr", "--schedule.knd"):
-        assert any(word in line for line in lines), word
+    for key in ("model.n_layers", "model.n_head", "[optin]", "optim.lr", "--schedule.knd"):
+        assert any(key in line for line in lines), key
 
 
-def test_a_file_that_is_no_toml_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_toml_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"my\.toml: not valid TOML: .*line 2"):
         from_text(tmp_path, "[model]\nn_layer = = 3\n")
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_bytes(b"[run]\nname = '\xff'\n")
     with pytest.raises(ValueError, match=r"my\.toml: cannot be read"):
@@ -279,7 +279,7 @@ def test_a_missing_file_does_not_hide_a_wrong_flag() -> None:
 # --- paths and text --------------------------------------------------------------------------------
 
 
-def test_paths_are_expanded_wherever_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_expanded_in_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.chdir(tmp_path)
@@ -287,7 +287,7 @@ def test_paths_are_expanded_wherever_they_are_written(tmp_path: Path, monkeypatc
     assert (found.run.dir, found.run.init_from) == ("/home/me/runs", "/scratch/me/old")
     assert [part.dir for part in found.data.mix] == ["/home/me/a", "/scratch/me/b"]
     assert from_text(tmp_path, '[data]\ndir = "$SCRATCH/shards"\n').data.dir == "/scratch/me/shards"
-    assert from_flags("--sample.prompt", "~ $SCRATCH").sample.prompt == "~ $SCRATCH", "a prompt is no path"
+    assert from_flags("--sample.prompt", "~ $SCRATCH").sample.prompt == "~ $SCRATCH", "a prompt is not a path"
     (tmp_path / "$SCRATCH").mkdir()
     assert from_flags("--data.dir", "$SCRATCH").data.dir == "$SCRATCH", "it exists"
 
@@ -306,23 +306,19 @@ def test_paths_are_expanded_wherever_they_are_written(tmp_path: Path, monkeypatc
         (["hpcgpt"], "'hpcgpt' is a folder: name a TOML file"),
     ],
 )
-def test_a_path_or_text_that_cannot_be_used_is_refused(
-    flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_path_or_text_is_refused(flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         from_flags(*flags)
 
 
-def test_the_mark_that_windows_puts_first_is_no_part_of_a_file(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_bytes(b"\xef\xbb\xbf[model]\nn_layer = 3\n")
     assert sources.from_file(tmp_path / "my.toml").model.n_layer == 3
 
 
-def test_as_a_run_keeps_it_a_configuration_means_the_same_in_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_anywhere_means_the_same_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     kept = from_flags("--run.dir", "runs", "--data.dir", "a/shards", "--run.init_from", "../old").from_anywhere
     assert (kept.run.dir, kept.data.dir) == (f"{tmp_path}/runs", f"{tmp_path}/a/shards")
@@ -334,7 +330,7 @@ def test_as_a_run_keeps_it_a_configuration_means_the_same_in_any_folder(
     assert kept.from_anywhere == kept
 
 
-# --- as commands -----------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------
 
 
 def test_help_names_every_option_and_loads_neither_torch_nor_numpy() -> None:
@@ -354,7 +350,7 @@ def test_help_names_every_option_and_loads_neither_torch_nor_numpy() -> None:
 @pytest.mark.parametrize(
     "flags", [["--model.n_layers", "3"], ["--train.steps"], ["nowhere"], ["quickstart", "--optim.lr", "inf"]]
 )
-def test_a_mistake_ends_with_status_2_a_sentence_and_no_traceback(flags: list[str], tmp_path: Path) -> None:
+def test_a_user_error_ends_with_status_2_a_message_and_no_traceback(flags: list[str], tmp_path: Path) -> None:
     done = command("hpcgpt.train", *flags, "--run.dir", str(tmp_path / "runs"))
     assert done.returncode == 2
     assert "error: " in done.stderr

@@ -1,4 +1,4 @@
-"""hpcgpt.data.loader: any number of ranks sees the same samples in the same global batches."""
+"""hpcgpt.data.loader: any number of ranks gets the same samples in the same global batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def stream(windows: Windows) -> NDArray[np.int64]:
 
 
 @cache
-def of_rank(windows: Windows, rank: int, ranks: int, micro_batch: int) -> Loader:
+def loader_of(windows: Windows, rank: int, ranks: int, micro_batch: int) -> Loader:
     return Loader(
         mixture=Mixture([windows]),
         seed=SEED,
@@ -49,11 +49,11 @@ def of_rank(windows: Windows, rank: int, ranks: int, micro_batch: int) -> Loader
 
 
 def global_batch(windows: Windows, step: int, ranks: int, micro_batch: int) -> Tensor:
-    """What all ranks see of one step (GLOBAL_BATCH, T+1): rank after rank, micro-step after micro-step."""
+    """Return what all ranks get of one step (GLOBAL_BATCH, T+1): rank after rank, micro-step after micro-step."""
     seen = []
     for rank in range(ranks):
         for micro_step in range(GLOBAL_BATCH // ranks // micro_batch):
-            batch = of_rank(windows, rank, ranks, micro_batch).batch(step, micro_step)
+            batch = loader_of(windows, rank, ranks, micro_batch).batch(step, micro_step)
             assert batch.shape == (micro_batch, CONTEXT + 1)
             seen.append(batch)
     return torch.cat(seen)
@@ -69,13 +69,13 @@ def test_a_global_batch_is_the_same_however_many_ranks_and_micro_steps_share_it(
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_an_epoch_shows_every_window_once_to_exactly_one_rank(
+def test_in_an_epoch_exactly_one_rank_gets_each_window_once(
     windows: Windows, stream: NDArray[np.int64], ranks: int
 ) -> None:
     steps = windows.count // GLOBAL_BATCH
     seen: dict[bytes, int] = {}
     for step in range(steps):
-        for window in widen_whole(global_batch(windows, step, ranks, GLOBAL_BATCH // ranks)):
+        for window in to_int64(global_batch(windows, step, ranks, GLOBAL_BATCH // ranks)):
             key = window.numpy().tobytes()
             seen[key] = seen.get(key, 0) + 1
     every: dict[bytes, int] = {}
@@ -99,7 +99,7 @@ def test_another_seed_has_another_order(windows: Windows) -> None:
     assert not torch.equal(first, other)
 
 
-def test_a_batch_is_computed_and_not_remembered(windows: Windows) -> None:
+def test_a_batch_depends_on_its_number_only(windows: Windows) -> None:
     loader = Loader(
         mixture=Mixture([windows]), seed=SEED, rank=1, world_size=2, global_batch=GLOBAL_BATCH, micro_batch=2
     )
@@ -115,7 +115,7 @@ def test_a_batch_is_computed_and_not_remembered(windows: Windows) -> None:
 
 
 @pytest.mark.parametrize("ahead", [1, 6, 50])
-def test_how_far_ahead_the_order_is_worked_out_changes_nothing(
+def test_how_far_ahead_the_order_is_computed_changes_nothing(
     windows: Windows, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def batches() -> list[Tensor]:
@@ -129,9 +129,9 @@ def test_how_far_ahead_the_order_is_worked_out_changes_nothing(
     assert all(map(torch.equal, batches(), expected))
 
 
-def test_a_run_of_far_more_epochs_than_windows_works_out_no_more_than_an_epoch_ahead(tmp_path: Path) -> None:
-    """Each epoch has a permutation of its own: thousands of them for one batch would be felt."""
-    windows = Windows(hand_made(tmp_path, list(range(29))), block_size=4, stride=4, vocab_size=29)
+def test_with_fewer_windows_than_a_batch_ahead_at_most_an_epoch_is_computed(tmp_path: Path) -> None:
+    """Each epoch has its own permutation: computing thousands of them for one batch would be slow."""
+    windows = Windows(split_of(tmp_path, list(range(29))), block_size=4, stride=4, vocab_size=29)
     loader = Loader(mixture=Mixture([windows]), seed=SEED, rank=0, world_size=1, global_batch=7, micro_batch=7)
     assert windows.count == 7
     for step in (0, 1, 12345):
@@ -140,12 +140,12 @@ def test_a_run_of_far_more_epochs_than_windows_works_out_no_more_than_an_epoch_a
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_epoch_of_overlapping_windows_shows_each_once(
+def test_an_epoch_of_overlapping_windows_contains_each_once(
     windows: Windows, stream: NDArray[np.int64], ranks: int
 ) -> None:
     overlapping = Windows(windows.split, CONTEXT, 12, 512)
     steps = overlapping.count // GLOBAL_BATCH
-    seen = torch.cat([widen_whole(global_batch(overlapping, step, ranks, 4)) for step in range(steps)])
+    seen = torch.cat([to_int64(global_batch(overlapping, step, ranks, 4)) for step in range(steps)])
     there = sample_order.windows(np.arange(steps * GLOBAL_BATCH), overlapping.count, SEED)
     assert len(set(there.tolist())) == steps * GLOBAL_BATCH > overlapping.count - GLOBAL_BATCH
     expected = np.lib.stride_tricks.sliding_window_view(stream, CONTEXT + 1)[there * 12]
@@ -170,30 +170,30 @@ def test_with_a_smaller_stride_windows_overlap(windows: Windows, stream: NDArray
     assert overlapping.count == (len(stream) - CONTEXT - 1) // 5 + 1
 
 
-def test_a_window_may_reach_over_several_shards(tmp_path: Path) -> None:
-    windows = Windows(hand_made(tmp_path, [1, 2, 3], [4, 5], [6, 7, 8, 9]), block_size=7, stride=1, vocab_size=10)
+def test_a_window_may_cross_several_shards(tmp_path: Path) -> None:
+    windows = Windows(split_of(tmp_path, [1, 2, 3], [4, 5], [6, 7, 8, 9]), block_size=7, stride=1, vocab_size=10)
     inputs, targets = to_inputs_and_targets(windows.read(np.array([0, 1])), torch.device("cpu"))
     assert inputs.tolist() == [[1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7, 8]]
     assert targets[:, -1].tolist() == [8, 9]
     assert windows.count == 2
 
 
-def test_ids_above_32767_survive_the_16_bits(tmp_path: Path) -> None:
+def test_ids_above_32767_survive_int16(tmp_path: Path) -> None:
     ids = [0, 1, 32767, 32768, 50256, 65535, 12, 40000]
-    windows = Windows(hand_made(tmp_path, ids), block_size=7, stride=7, vocab_size=65536)
+    windows = Windows(split_of(tmp_path, ids), block_size=7, stride=7, vocab_size=65536)
     inputs, targets = to_inputs_and_targets(windows.read(np.array([0])), torch.device("cpu"))
     assert inputs.tolist() == [ids[:-1]]
     assert targets.tolist() == [ids[1:]]
 
 
-def test_ids_above_32767_survive_too_where_the_device_widens_them() -> None:
+def test_ids_above_32767_survive_int16_where_the_device_widens_them() -> None:
     ids = to_ids(torch.tensor([[0, 32767, -32768, -1]], dtype=torch.int16))
     assert (ids.tolist(), ids.dtype) == ([[0, 32767, 32768, 65535]], torch.int64)
 
 
-def test_ids_above_65535_come_as_32_bits(tmp_path: Path) -> None:
+def test_ids_above_65535_are_read_as_int32(tmp_path: Path) -> None:
     ids = [0, 65535, 65536, 100_000, 2**31 - 1, 1, 7, 40000]
-    split = hand_made(tmp_path, ids, width=shard_format.WIDTHS["uint32"])
+    split = split_of(tmp_path, ids, width=shard_format.WIDTHS["uint32"])
     batch = Windows(split, block_size=7, stride=7, vocab_size=2**31).read(np.array([0]))
     assert batch.dtype == torch.int32
     inputs, targets = to_inputs_and_targets(batch, torch.device("cpu"))
@@ -204,9 +204,7 @@ def test_ids_above_65535_come_as_32_bits(tmp_path: Path) -> None:
         Windows(split, block_size=7, stride=7, vocab_size=2**31 - 1).read(np.array([0]))
 
 
-def test_a_batch_of_more_rows_than_shards_may_be_open_is_the_same(
-    windows: Windows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_with_more_rows_than_open_shards_is_the_same(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = np.arange(windows.count)[::-1]
     expected = windows.read(chosen)
     monkeypatch.setattr("hpcgpt.data.shard_reader.most_maps", lambda: 10)
@@ -216,7 +214,7 @@ def test_a_batch_of_more_rows_than_shards_may_be_open_is_the_same(
 def test_an_id_outside_of_the_vocabulary_names_the_shard_the_token_and_what_to_do(tmp_path: Path) -> None:
     ids = [5] * 40
     ids[29] = 100
-    windows = Windows(hand_made(tmp_path, ids), block_size=8, stride=8, vocab_size=100)
+    windows = Windows(split_of(tmp_path, ids), block_size=8, stride=8, vocab_size=100)
     assert windows.read(np.array([0, 1, 2])).shape == (3, 9)
     with pytest.raises(ValueError, match=r"id 100 is outside of the vocabulary of 100 ids") as error:
         windows.read(np.array([1, 3]))
@@ -224,14 +222,14 @@ def test_an_id_outside_of_the_vocabulary_names_the_shard_the_token_and_what_to_d
     assert "data_prep.verify" in str(error.value)
 
 
-def test_an_id_in_a_later_shard_is_named_by_its_place_in_that_shard(tmp_path: Path) -> None:
-    windows = Windows(hand_made(tmp_path, [5] * 10, [5, 5, 600, 5, 5]), block_size=7, stride=7, vocab_size=512)
+def test_a_bad_id_in_a_later_shard_is_named_by_its_position_in_that_shard(tmp_path: Path) -> None:
+    windows = Windows(split_of(tmp_path, [5] * 10, [5, 5, 600, 5, 5]), block_size=7, stride=7, vocab_size=512)
     with pytest.raises(ValueError, match=r"id 600 .*train_000001\.bin, token 2"):
         windows.read(np.array([1]))
 
 
-def hand_made(folder: Path, *contents: list[int], width: Width = shard_format.WIDTHS["uint16"]) -> Split:
-    """A split with these ids, one shard each."""
+def split_of(folder: Path, *contents: list[int], width: Width = shard_format.WIDTHS["uint16"]) -> Split:
+    """Return a split with these ids, one shard each."""
     made = []
     for number, ids in enumerate(contents):
         with shard_writer.writing(folder, f"train_{number:06d}", "train", width) as writer:
@@ -241,7 +239,7 @@ def hand_made(folder: Path, *contents: list[int], width: Width = shard_format.WI
     return Split(folder, "train", made, width)
 
 
-def widen_whole(batch: Tensor) -> Tensor:
-    """A batch (B, T+1) of 16-bit patterns as int64."""
+def to_int64(batch: Tensor) -> Tensor:
+    """Return a batch (B, T+1) of 16-bit patterns as int64."""
     inputs, targets = to_inputs_and_targets(batch, torch.device("cpu"))
     return torch.cat([inputs, targets[:, -1:]], dim=1)

@@ -1,4 +1,4 @@
-"""hpcgpt.data.mix and the way there: several data sets, drawn from in exact proportions by a pure function."""
+"""hpcgpt.data.mix and its use: samples are drawn from several data sets in exact proportions by a pure function."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ IDS = 70_000  # more than 16 bits hold
         ([1e-9, 3e-9], [M // 4, 3 * M // 4]),
     ],
 )
-def test_quotas_are_the_table_and_add_up(weights: list[float], expected: list[int]) -> None:
+def test_samples_per_block_are_the_table_and_add_up(weights: list[float], expected: list[int]) -> None:
     assert mix.divide_block(weights) == expected
     assert sum(expected) == M
 
@@ -66,25 +66,25 @@ def test_the_proportions_are_exact_after_every_block() -> None:
         assert np.bincount(sets).tolist() == QUOTAS
 
 
-def test_within_a_block_the_proportions_are_about_right_everywhere() -> None:
+def test_within_a_block_the_proportions_are_nearly_right_everywhere() -> None:
     sets, _ = drawn(0, M)
     for part in sets.reshape(16, -1):
         assert np.abs(np.bincount(part, minlength=3) / len(part) - [0.6, 0.3, 0.1]).max() < 0.03
 
 
-def test_each_data_set_goes_through_its_own_epochs_each_window_once() -> None:
+def test_each_data_set_has_epochs_that_contain_each_window_once() -> None:
     sets, windows = drawn(0, 4 * M)
     for d, total in enumerate(TOTALS):
-        own = windows[sets == d]
-        assert len(own) == 4 * QUOTAS[d]
-        # In the order of their numbers they are a run of that data set alone; here, block by block, only as sets.
-        numbers = np.arange(len(own))
+        of_set = windows[sets == d]
+        assert len(of_set) == 4 * QUOTAS[d]
+        # Sorted by sample they are a run on that data set alone; compared here block by block, as sets.
+        numbers = np.arange(len(of_set))
         expected = sample_order.windows(numbers, total, SEED, d)
         for block in range(4):
             part = slice(block * QUOTAS[d], (block + 1) * QUOTAS[d])
-            assert sorted(own[part]) == sorted(expected[part])
-        times = np.bincount(own, minlength=total)
-        assert times.max() - times.min() <= 1 + (len(own) % total > 0)
+            assert sorted(of_set[part]) == sorted(expected[part])
+        times = np.bincount(of_set, minlength=total)
+        assert times.max() - times.min() <= 1 + (len(of_set) % total > 0)
 
 
 def test_a_sample_is_the_same_alone_and_in_any_order() -> None:
@@ -92,33 +92,33 @@ def test_a_sample_is_the_same_alone_and_in_any_order() -> None:
     for i in (0, 49, 50, 99):
         one_set, one_window = drawn(M - 50 + i, 1)
         assert (one_set[0], one_window[0]) == (sets[i], windows[i])
-    mixed_up = np.random.default_rng(1).permutation(100)
-    again = mix.draw(M - 50 + mixed_up, QUOTAS, TOTALS, SEED)
-    assert np.array_equal(again[0], sets[mixed_up])
-    assert np.array_equal(again[1], windows[mixed_up])
+    shuffled = np.random.default_rng(1).permutation(100)
+    shuffled_draw = mix.draw(M - 50 + shuffled, QUOTAS, TOTALS, SEED)
+    assert np.array_equal(shuffled_draw[0], sets[shuffled])
+    assert np.array_equal(shuffled_draw[1], windows[shuffled])
 
 
 def test_the_mix_is_frozen() -> None:
-    """As the order is (test_sample_order): what was begun with one version must be continued by the next."""
+    """As the order is (test_sample_order): a run begun with one version must continue with the next."""
     sets, windows = drawn(3 * M - 4, 8)
     assert sets.tolist() == [1, 0, 1, 1, 0, 0, 0, 1]
     assert windows.tolist() == [21224, 5330, 10181, 7961, 39654, 10016, 39776, 23443]
 
 
-def test_blocks_and_seeds_have_places_of_their_own() -> None:
+def test_blocks_and_seeds_have_different_orders() -> None:
     firsts = [tuple(drawn(block * M, 200, seed)[0]) for block in range(3) for seed in range(3)]
     assert len(set(firsts)) == 9
 
 
-def test_data_sets_of_one_size_have_orders_of_their_own() -> None:
-    """Else a text and its translation would come at the same time, in every epoch."""
+def test_data_sets_of_equal_size_have_different_orders() -> None:
+    """Else a text and its translation would be drawn at the same time, in every epoch."""
     sets, windows = mix.draw(np.arange(M), [M // 2, M // 2], [M // 2, M // 2], SEED)
     assert sorted(windows[sets == 0]) == sorted(windows[sets == 1])
     both = [sample_order.windows(np.arange(1000), M // 2, SEED, d) for d in (0, 1)]
     assert np.count_nonzero(both[0] == both[1]) < 5
 
 
-def test_one_alone_has_the_order_of_a_run_without_a_mix() -> None:
+def test_a_single_data_set_has_the_order_of_a_run_without_a_mix() -> None:
     sets, windows = mix.draw(np.arange(5000), [M], [1234], SEED)
     assert not sets.any()
     assert np.array_equal(windows, sample_order.windows(np.arange(5000), 1234, SEED))
@@ -139,8 +139,8 @@ def test_a_huge_mix_takes_no_memory() -> None:
 # --- the data sets ---------------------------------------------------------------------------------
 
 
-def words(ids: int = IDS) -> ByteLevelBPE:
-    """A tokenizer of so many ids, the last of which ends a text: the bytes, then three-byte tokens made up."""
+def tokenizer_of_size(ids: int = IDS) -> ByteLevelBPE:
+    """Return a tokenizer with this many ids, the last of which is end-of-text: bytes, then three-byte tokens."""
     made = {bytes([n]): n for n in range(256)}
     made |= {bytes([1 + n // 65536, n // 256 % 256, n % 256]): n for n in range(256, ids - 1)}
     return ByteLevelBPE(f"made-up-{ids}", r"(?s).", made, {"<|endoftext|>": ids - 1}, ids - 1)
@@ -148,7 +148,7 @@ def words(ids: int = IDS) -> ByteLevelBPE:
 
 def make_set(folder: Path, seed: int, width: str = "uint32", ids: int = IDS, tokens: int = 20_000,
              val: bool = True) -> Path:  # fmt: skip
-    """A data set of random ids, most of them above 65,535 where there are such."""
+    """Make a data set of random ids, most of them above 65,535 where there are such ids."""
     folder.mkdir(parents=True)
     random, made = np.random.default_rng(seed), []
     for number in range(3):
@@ -161,8 +161,8 @@ def make_set(folder: Path, seed: int, width: str = "uint32", ids: int = IDS, tok
             writer.add(content.astype(shard_format.WIDTHS[width].dtype), np.array([len(content)]), 1, 1)
         assert writer.shard
         made.append(writer.shard)
-    save_load.save(words(ids), folder / "tokenizer")
-    shard_format.write_manifest(folder, width, words(ids).describe(), [{"seed": seed}], "by hand", {}, made)
+    save_load.save(tokenizer_of_size(ids), folder / "tokenizer")
+    shard_format.write_manifest(folder, width, tokenizer_of_size(ids).describe(), [{"seed": seed}], "by hand", {}, made)
     return folder
 
 
@@ -185,18 +185,18 @@ def loaders(pair: tuple[Path, Path], ranks: int, micro_batch: int) -> list[Loade
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 4), (2, 1), (8, 1)])
-def test_any_number_of_ranks_sees_the_same_mixed_batches(pair: tuple[Path, Path], ranks: int, micro_batch: int) -> None:
+def test_any_number_of_ranks_gets_the_same_mixed_batches(pair: tuple[Path, Path], ranks: int, micro_batch: int) -> None:
     for step in (0, 1, 100, 9000):
-        (whole,) = loaders(pair, 1, 8)
+        (one_rank,) = loaders(pair, 1, 8)
         parts = [
             loader.batch(step, micro_step)
             for loader in loaders(pair, ranks, micro_batch)
             for micro_step in range(8 // ranks // micro_batch)
         ]
-        assert torch.equal(torch.cat(parts), whole.batch(step, 0))
+        assert torch.equal(torch.cat(parts), one_rank.batch(step, 0))
 
 
-def test_a_batch_holds_the_windows_that_the_function_names(pair: tuple[Path, Path]) -> None:
+def test_a_batch_contains_the_windows_that_draw_returns(pair: tuple[Path, Path]) -> None:
     (loader,) = loaders(pair, 1, 8)
     sets = loader.mixture.sets
     chosen, windows = mix.draw(np.arange(24, 32), loader.mixture.samples_per_block, [part.count for part in sets], 1)
@@ -208,7 +208,7 @@ def test_a_batch_holds_the_windows_that_the_function_names(pair: tuple[Path, Pat
     assert int(batch.max()) > 65_535
 
 
-def test_a_bad_id_is_found_in_the_data_set_where_it_is(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_bad_id_is_reported_with_its_data_set(pair: tuple[Path, Path], tmp_path: Path) -> None:
     sets = [Windows(shard_reader.open_split(folder, shard_format.read_manifest(folder), "train"), 32, 32, IDS)
             for folder in pair]  # fmt: skip
     broken = replace(sets[1], split=replace(sets[1].split, folder=Path(shutil.copytree(pair[1], tmp_path / "broken"))))
@@ -235,7 +235,7 @@ def from_flags(*argv: str) -> Config:
     return sources.from_command_line(argv, "train", "")
 
 
-def test_a_mix_is_spelled_as_a_flag_or_as_a_list_in_toml(tmp_path: Path) -> None:
+def test_a_mix_is_written_as_a_flag_or_as_a_list_in_toml(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text('[data]\nmix = [{dir = "a:b", weight = 0.7}, {dir = "c", weight = 1}]\n')
     expected = (Part("a:b", 0.7), Part("c", 1.0))
@@ -243,14 +243,14 @@ def test_a_mix_is_spelled_as_a_flag_or_as_a_list_in_toml(tmp_path: Path) -> None
     assert from_flags("--data.mix", "a:b:0.7,c:1").data.mix == expected
 
 
-def test_a_mix_replaces_the_folder_of_an_earlier_source_and_the_other_way_round(tmp_path: Path) -> None:
+def test_a_mix_replaces_the_folder_of_an_earlier_source_and_vice_versa(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text('[data]\nmix = [{dir = "a", weight = 0.7}]\n')
     assert from_flags(str(path)).data == Data(dir="", mix=(Part("a", 0.7),))
     assert from_flags(str(path), "--data.dir", "b").data == Data(dir="b", mix=())
 
 
-def test_a_mix_comes_back_from_toml(tmp_path: Path) -> None:
+def test_a_mix_survives_toml_and_back(tmp_path: Path) -> None:
     before = from_flags("--data.mix", "a b:0.7,萧:1e-3", "--data.stride", "8")
     (tmp_path / "my.toml").write_text(sources.to_toml(before))
     assert sources.from_file(tmp_path / "my.toml") == before
@@ -270,7 +270,7 @@ def test_a_mix_comes_back_from_toml(tmp_path: Path) -> None:
         (["--data.mix", "a:1", "--train.epochs", "2"], "train.epochs is not defined for data.mix"),
     ],
 )
-def test_a_mix_that_makes_no_sense_is_refused(flags: list[str], sentence: str) -> None:
+def test_an_invalid_mix_is_refused(flags: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         from_flags(*flags)
 
@@ -279,7 +279,7 @@ def test_a_mix_that_makes_no_sense_is_refused(flags: list[str], sentence: str) -
     "value", ['"a:1"', '["a"]', "3", '[{dir = "a"}]', '[{dir = 1, weight = 1}]', '[{dir = "a", weight = true}]',
               '[{dir = "a", weight = "1"}]', '[{dir = "a", weight = 1, wieght = 2}]']
 )  # fmt: skip
-def test_toml_that_is_no_list_of_folders_and_weights_is_refused(value: str, tmp_path: Path) -> None:
+def test_toml_that_is_not_a_list_of_folders_and_weights_is_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(f"[data]\nmix = {value}\n")
     with pytest.raises(ValueError, match=r"my\.toml: data\.mix: "):
         sources.from_file(tmp_path / "my.toml")
@@ -295,10 +295,10 @@ def settings(*parts: tuple[Path, float], **flags: Any) -> Config:
 def small(flags: dict[str, Any]) -> Config:
     all_flags = {"model__n_layer": 1, "model__n_head": 1, "model__n_embd": 8, "model__block_size": 32,
                  "train__steps": 5, "train__global_batch": 8, "train__micro_batch": 2} | flags  # fmt: skip
-    return from_flags(*(word for k, v in all_flags.items() for word in (f"--{k.replace('__', '.')}", str(v))))
+    return from_flags(*(part for k, v in all_flags.items() for part in (f"--{k.replace('__', '.')}", str(v))))
 
 
-def test_the_plan_says_what_the_run_will_see_of_each(pair: tuple[Path, Path]) -> None:
+def test_the_plan_reports_share_and_epochs_of_each_data_set(pair: tuple[Path, Path]) -> None:
     made = plan.make(settings((pair[0], 0.75), (pair[1], 0.25), train__steps=1000), 1)
     windows = [part.windows for part in made.sets]
     assert windows == [(20_000 - 1) // 32, (6000 - 1) // 32]
@@ -309,13 +309,13 @@ def test_the_plan_says_what_the_run_will_see_of_each(pair: tuple[Path, Path]) ->
     assert made.config.model.vocab_size == IDS
 
 
-def test_what_is_mixed_and_how_belongs_to_the_identity_of_a_run(pair: tuple[Path, Path]) -> None:
+def test_data_sets_and_weights_belong_to_the_identity_of_a_run(pair: tuple[Path, Path]) -> None:
     before = plan.make(settings((pair[0], 0.7), (pair[1], 0.3)), 1).identity
     assert plan.changes(before, plan.make(settings((pair[0], 7), (pair[1], 3)), 4).identity) == []
     other = plan.make(settings((pair[0], 0.8), (pair[1], 0.2)), 1).identity
     assert [line.partition(" was")[0] for line in plan.changes(before, other)] == ["share in 65536ths of each data set"]
-    turned = plan.make(settings((pair[1], 0.3), (pair[0], 0.7)), 1).identity
-    assert len(plan.changes(before, turned)) == 2
+    reversed_order = plan.make(settings((pair[1], 0.3), (pair[0], 0.7)), 1).identity
+    assert len(plan.changes(before, reversed_order)) == 2
     alone = plan.make(settings((pair[0], 1)), 1).identity
     assert "digest of the shards was" in " ".join(plan.changes(before, alone))
     assert plan.make(small({"data__dir": pair[0]}), 1).identity == alone
@@ -336,14 +336,16 @@ def test_data_sets_that_do_not_fit_together_are_refused(pair: tuple[Path, Path],
         plan.make(settings((narrow, 1), (narrow32, 1)), 1)
 
 
-def test_a_weight_of_no_sample_and_a_part_too_small_for_its_share_are_refused(pair: tuple[Path, Path]) -> None:
+def test_too_small_weights_and_too_small_data_sets_are_refused(pair: tuple[Path, Path]) -> None:
     with pytest.raises(ValueError, match=r"weight of .*news is less than one sample in 65,536: leave it out, or raise"):
         plan.make(settings((pair[0], 1), (pair[1], 1e-6)), 1)
     with pytest.raises(ValueError, match=r"news has 187 windows of 32 tokens, fewer than its 75\.00% of one global"):
         plan.make(settings((pair[0], 1), (pair[1], 3), train__global_batch=256), 1)
 
 
-def test_what_has_no_validation_is_not_evaluated_but_one_must_have(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_data_set_without_validation_is_not_evaluated_but_one_must_have_it(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     bare = [make_set(tmp_path / name, n, val=False) for n, name in enumerate(("one", "two"), start=6)]
     made = plan.make(settings((pair[0], 1), (bare[0], 1)), 1)
     assert [part.val is not None for part in made.sets] == [True, False]
@@ -363,7 +365,7 @@ def test_what_has_no_validation_is_not_evaluated_but_one_must_have(pair: tuple[P
         (["/d/a/"], ["a"]),
     ],
 )
-def test_names_are_as_short_as_tells_them_apart(folders: list[str], expected: list[str]) -> None:
+def test_names_are_as_short_as_possible_and_distinct(folders: list[str], expected: list[str]) -> None:
     assert datasets.names([Path(folder) for folder in folders]) == expected
 
 
@@ -387,26 +389,26 @@ def test_a_mixed_run_of_ids_above_65535_is_resumed_with_the_same_bytes(pair: tup
     runs = tmp_path / "runs"
     flags = [str(tmp_path / "my.toml"), "--run.dir", str(runs), "--data.mix", f"{pair[0]}:0.75,{pair[1]}:0.25"]
     flags += ["--model.tied", "false"]
-    done = command("hpcgpt.train", *flags, "--run.name", "whole")
+    done = command("hpcgpt.train", *flags, "--run.name", "uninterrupted")
     assert done.returncode == FINISHED, done.stderr
     assert "samples: 75.00% from novels, 0.06 epochs of 624 windows" in done.stdout
-    shutil.copytree(runs / "whole", runs / "cut")
+    shutil.copytree(runs / "uninterrupted", runs / "cut")
     shutil.rmtree(runs / "cut/checkpoints/step_000000006")
-    again = command("hpcgpt.train", *flags, "--run.name", "cut")
-    assert again.returncode == FINISHED, again.stderr
-    assert "resumed at step 3 of 6" in again.stdout
-    assert curve(runs / "cut") == curve(runs / "whole")
-    whole, cut = (tensors(runs / name / "checkpoints/step_000000006") for name in ("whole", "cut"))
-    assert whole == cut
-    last = rows(runs / "whole/metrics.jsonl")[-1]
+    resumed = command("hpcgpt.train", *flags, "--run.name", "cut")
+    assert resumed.returncode == FINISHED, resumed.stderr
+    assert "resumed at step 3 of 6" in resumed.stdout
+    assert curve(runs / "cut") == curve(runs / "uninterrupted")
+    expected, found = (tensors(runs / name / "checkpoints/step_000000006") for name in ("uninterrupted", "cut"))
+    assert found == expected
+    last = rows(runs / "uninterrupted/metrics.jsonl")[-1]
     assert last["val/loss"] == pytest.approx(0.75 * last["val/loss/novels"] + 0.25 * last["val/loss/news"])
     assert last["val/loss/novels"] != last["val/loss/news"]
-    # The made-up tokens are of three bytes each; end-of-text, of none, is rare.
+    # The invented tokens have three bytes each; end-of-text, with none, is rare.
     assert last["val/bits_per_byte"] == pytest.approx(last["val/loss"] / math.log(2) / 3, rel=0.02)
-    # What was trained on is what has moved: the inputs of 48 samples, of both data sets, hardly any of 16 bits.
+    # The inputs of the trained samples are those whose first moments are not zero: 48 samples, of both data sets.
     mixture = loaders(pair, 1, 8)[0].mixture
     seen = read_windows(mixture.sets, mixture.locate(np.arange(48), seed=1))[:, :-1]
-    moved = np.flatnonzero(first_moment(whole, "token_embedding").reshape(-1, 8).any(axis=1))
+    moved = np.flatnonzero(first_moment(expected, "token_embedding").reshape(-1, 8).any(axis=1))
     assert moved.tolist() == sorted(set(seen.flatten().tolist()))
     assert moved.max() > 65_535
 

@@ -1,4 +1,4 @@
-"""hpcgpt.data.prefetch: batches are read one ahead, in their order, by a thread."""
+"""hpcgpt.data.prefetch: a thread reads batches one ahead, in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Shards:
-    """Stands for the loader: batch (number, micro-step) is full of 100 * number + micro-step. `gate` holds it up."""
+    """A stand-in for the loader: batch (number, micro-step) is full of 100 * number + micro-step. `gate` blocks it."""
 
     def __init__(self) -> None:
         self.read_by: list[tuple[int, int, str]] = []
@@ -33,12 +33,12 @@ class Shards:
         return torch.full((2, 5), 100 * number + micro_step, dtype=torch.int16)
 
     @property
-    def places(self) -> list[tuple[int, int]]:
+    def positions(self) -> list[tuple[int, int]]:
         return [(number, micro_step) for number, micro_step, _ in self.read_by]
 
 
 @contextmanager
-def feeding(micro_steps: int = 2) -> Iterator[tuple[Shards, Prefetcher]]:
+def prefetching(micro_steps: int = 2) -> Iterator[tuple[Shards, Prefetcher]]:
     shards = Shards()
     yield shards, Prefetcher(shards.read, micro_steps, CPU)
     shards.gate.set()
@@ -52,58 +52,58 @@ def values(prefetcher: Prefetcher, number: int) -> list[int]:
     return found
 
 
-def test_each_batch_is_the_one_that_was_asked_for() -> None:
-    with feeding() as (_, prefetcher):
+def test_each_batch_is_the_requested_one() -> None:
+    with prefetching() as (_, prefetcher):
         assert [values(prefetcher, number) for number in (0, 1, 2)] == [[0, 1], [100, 101], [200, 201]]
 
 
-def test_the_next_one_is_read_before_it_is_asked_for_and_once() -> None:
-    with feeding() as (shards, prefetcher):
+def test_the_next_batch_is_read_before_it_is_requested_and_only_once() -> None:
+    with prefetching() as (shards, prefetcher):
         values(prefetcher, 0)
         for _ in range(3):
             assert shards.reads.acquire(timeout=60)
-        assert shards.places == [(0, 0), (0, 1), (1, 0)]
+        assert shards.positions == [(0, 0), (0, 1), (1, 0)]
         values(prefetcher, 1)
         assert shards.reads.acquire(timeout=60)
         assert shards.reads.acquire(timeout=60)
-        assert shards.places[3:] == [(1, 1), (2, 0)]
+        assert shards.positions[3:] == [(1, 1), (2, 0)]
         assert {name for _, _, name in shards.read_by} == {"prefetcher"}
 
 
-def test_a_run_that_goes_back_or_leaves_batches_out_gets_the_right_ones() -> None:
-    with feeding() as (_, prefetcher):
+def test_after_a_jump_back_or_ahead_the_batches_are_right() -> None:
+    with prefetching() as (_, prefetcher):
         assert values(prefetcher, 5) == [500, 501]
         assert values(prefetcher, 2) == [200, 201]
         assert values(prefetcher, 6) == [600, 601]
 
 
-def test_a_part_of_a_batch_may_be_left() -> None:
-    """The warm-up takes one micro-batch of the first batch."""
-    with feeding() as (_, prefetcher):
+def test_a_batch_may_be_used_partly() -> None:
+    """The warm-up uses one micro-batch of the first batch."""
+    with prefetching() as (_, prefetcher):
         assert [set(batch.flatten().tolist()) for batch in prefetcher.batches(0, 1)] == [{0}]
         assert values(prefetcher, 0) == [0, 1]
 
 
-def test_an_error_is_raised_where_the_batch_is_taken_and_not_before() -> None:
-    with feeding() as (shards, prefetcher):
-        assert values(prefetcher, 6) == [600, 601]  # the bad one is read by now, or soon
+def test_an_error_is_raised_where_the_batch_is_used_and_not_before() -> None:
+    with prefetching() as (shards, prefetcher):
+        assert values(prefetcher, 6) == [600, 601]  # the bad one is being read ahead
         for _ in range(3):
             assert shards.reads.acquire(timeout=60)
-        assert shards.places[-1] == (7, 0)
-        assert values(prefetcher, 8) == [800, 801]  # and never used
+        assert shards.positions[-1] == (7, 0)
+        assert values(prefetcher, 8) == [800, 801]  # and the bad one is never used
         with pytest.raises(ValueError, match="a bad shard"):
             values(prefetcher, 7)
 
 
-def test_only_waiting_counts_as_waiting() -> None:
-    with feeding(micro_steps=1) as (shards, prefetcher):
+def test_waited_s_counts_only_waiting() -> None:
+    with prefetching(micro_steps=1) as (shards, prefetcher):
         values(prefetcher, 0)
         prefetcher.waited_s()
         for _ in range(2):
             assert shards.reads.acquire(timeout=60)
         shards.gate.clear()
         values(prefetcher, 1)  # read ahead already
-        assert shards.reads.acquire(timeout=60)  # 2 is held up
+        assert shards.reads.acquire(timeout=60)  # the gate blocks batch 2
         free_s = prefetcher.waited_s()
         threading.Timer(0.5, shards.gate.set).start()
         assert values(prefetcher, 2) == [200]

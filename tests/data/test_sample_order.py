@@ -1,4 +1,4 @@
-"""hpcgpt.data.sample_order and hpcgpt.data.loader.Loader: which tokens are sample number i of a run."""
+"""hpcgpt.data.sample_order and hpcgpt.data.loader.Loader: which tokens sample i of a run consists of."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Ints = NDArray[np.int64]
 
 
 def drawn_of(first: int, count: int, total: int, seed: int) -> Ints:
-    """The windows of samples first ... first + count - 1."""
+    """Return the windows of samples first ... first + count - 1."""
     return sample_order.windows(np.arange(first, first + count), total, seed)
 
 
 def step_of_rank(step: int, rank: int, ranks: int, batch: int, total: int, seed: int = 1) -> list[int]:
-    """The windows of one rank's share of a global batch, as hpcgpt.data.loader asks for them."""
+    """Return the windows of one rank's share of a global batch, as hpcgpt.data.loader requests them."""
     share = batch // ranks
     windows: list[int] = drawn_of(step * batch + rank * share, share, total, seed).tolist()
     return windows
@@ -37,26 +37,26 @@ def test_an_epoch_holds_every_window_exactly_once(total: int) -> None:
         assert sorted(drawn_of(0, total, total, seed)) == list(range(total))
 
 
-def test_the_order_of_every_epoch_is_another_one() -> None:
+def test_every_epoch_has_another_order() -> None:
     total = 1000
     epochs = [tuple(drawn_of(n * total, total, total, seed=1)) for n in range(20)]
     assert len(set(epochs)) == 20
 
 
-def test_the_order_of_every_seed_is_another_one() -> None:
+def test_every_seed_has_another_order() -> None:
     orders = [tuple(drawn_of(0, 1000, 1000, seed)) for seed in range(20)]
     assert len(set(orders)) == 20
 
 
-def test_an_epoch_of_one_seed_is_no_epoch_of_another() -> None:
-    """(seed, epoch) must not be folded into one number: seed 1's second epoch is not seed 2's first."""
+def test_no_epoch_of_one_seed_is_an_epoch_of_another_seed() -> None:
+    """(seed, epoch) is not folded into one number: seed 1's second epoch is not seed 2's first."""
     first = {(seed, n): tuple(drawn_of(n * 500, 500, 500, seed)) for seed in range(5) for n in range(5)}
     assert len(set(first.values())) == 25
 
 
-def test_the_order_looks_like_chance() -> None:
-    """No window stays where it was more often than chance would have it, neighbours are torn apart, and the
-    mean place of the first tenth of an epoch is the middle of the corpus."""
+def test_the_order_looks_random() -> None:
+    """Few windows keep their position, few neighbours stay neighbours, and the mean position of the first tenth of an
+    epoch is the middle of the corpus."""
     total = 10_000
     drawn = drawn_of(0, total, total, seed=1)
     assert np.count_nonzero(drawn == np.arange(total)) < 10
@@ -72,8 +72,8 @@ def test_a_sample_is_the_same_alone_and_in_any_batch() -> None:
 
 
 def test_the_order_is_frozen() -> None:
-    """A run that was started with one version must be continued by the next. Change these rows only if the
-    order is meant to change, and then say so in the changelog."""
+    """A run that was started with one version must continue with the next. Change these rows only if the order is meant
+    to change, and then say so in the changelog."""
     assert drawn_of(0, 12, 12, seed=1).tolist() == [2, 1, 5, 3, 11, 6, 10, 4, 0, 7, 8, 9]
     assert drawn_of(10**6, 4, 1000, seed=42).tolist() == [880, 706, 703, 178]
     assert drawn_of(7, 3, 2**50, seed=0).tolist() == [1098155107782491, 945993599896615, 721290025354011]
@@ -102,7 +102,7 @@ def test_a_huge_corpus_is_shuffled_over_its_whole_length(total: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_the_ranks_shares_are_disjoint_and_together_the_global_batch(ranks: int) -> None:
+def test_the_ranks_shares_are_disjoint_and_add_up_to_the_global_batch(ranks: int) -> None:
     batch, total = 16, 1000
     for step in range(60):  # up to, but not across, the end of the epoch
         shares = [step_of_rank(step, rank, ranks, batch, total) for rank in range(ranks)]
@@ -113,7 +113,7 @@ def test_the_ranks_shares_are_disjoint_and_together_the_global_batch(ranks: int)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_each_window_comes_exactly_once_an_epoch_also_where_a_batch_crosses_the_border(ranks: int) -> None:
+def test_each_window_occurs_once_per_epoch_also_where_a_batch_crosses_epochs(ranks: int) -> None:
     batch, total = 16, 100  # 100 is no multiple of 16: batches cross the border of every epoch
     steps = 3 * total // batch + 1
     samples = [w for step in range(steps) for r in range(ranks) for w in step_of_rank(step, r, ranks, batch, total)]
@@ -122,7 +122,7 @@ def test_each_window_comes_exactly_once_an_epoch_also_where_a_batch_crosses_the_
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
-def test_the_loader_gives_these_windows_whatever_the_ranks_and_the_micro_batch(
+def test_the_loader_reads_these_windows_whatever_the_ranks_and_the_micro_batch(
     ranks: int, micro_batch: int, shards_folder: Path
 ) -> None:
     split = shard_reader.open_split(shards_folder, shard_format.read_manifest(shards_folder), "train")
@@ -140,12 +140,12 @@ def test_the_loader_gives_these_windows_whatever_the_ranks_and_the_micro_batch(
         assert [row for batch in batches for row in (batch.numpy().view(np.uint16)).tolist()] == expected
 
 
-def test_a_corpus_smaller_than_a_batch_is_gone_through_epoch_by_epoch() -> None:
+def test_a_corpus_smaller_than_a_batch_is_repeated_epoch_by_epoch() -> None:
     drawn = drawn_of(0, 10, 3, seed=1).tolist()
     assert [sorted(drawn[i : i + 3]) for i in (0, 3, 6)] == [[0, 1, 2]] * 3
 
 
-def test_no_windows_have_no_order() -> None:
+def test_without_windows_there_is_no_order() -> None:
     with pytest.raises(ValueError, match="without windows"):
         drawn_of(0, 1, 0, seed=1)
 
@@ -173,7 +173,7 @@ def test_the_number_of_windows_is_the_table(tokens: int, context: int, stride: i
 
 
 def targets(tokens: int, context: int, stride: int) -> Ints:
-    """How often each token of the stream is a target in one epoch (tokens,)."""
+    """Return how often each token of the stream is a target in one epoch (tokens,)."""
     hits = np.zeros(tokens, dtype=np.int64)
     for window in drawn_of(0, (count := sample_order.window_count(tokens, context, stride)), count, seed=1):
         hits[window * stride + 1 : window * stride + context + 1] += 1
@@ -181,7 +181,7 @@ def targets(tokens: int, context: int, stride: int) -> Ints:
 
 
 @pytest.mark.parametrize("tokens", [9, 15, 16, 17, 100, 1001])
-def test_at_stride_context_every_target_comes_exactly_once_but_for_a_tail_shorter_than_the_context(
+def test_with_stride_equal_to_context_every_target_occurs_once_except_a_short_tail(
     tokens: int,
 ) -> None:
     context = 8
@@ -193,7 +193,7 @@ def test_at_stride_context_every_target_comes_exactly_once_but_for_a_tail_shorte
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 7])
-def test_at_a_smaller_stride_no_target_is_left_out_but_for_a_tail_shorter_than_the_stride(stride: int) -> None:
+def test_with_a_smaller_stride_every_target_occurs_except_a_tail_shorter_than_the_stride(stride: int) -> None:
     tokens, context = 100, 8
     hits = targets(tokens, context, stride)
     last = int(np.flatnonzero(hits)[-1])

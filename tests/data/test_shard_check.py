@@ -1,4 +1,4 @@
-"""hpcgpt.data.shard_check: a shard whose bytes have changed is named while training runs, at a bounded rate."""
+"""hpcgpt.data.shard_check: while training runs, a shard whose bytes have changed is reported, at a bounded rate."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.test_end_to_end_errors import put_id, start
 from tests.tiny_run import TINY
 from tests.training.test_in_effect import planned
 
-PLENTY = 10_000.0  # MB/s
-Told = list[tuple[str, dict[str, Any]]]
+UNLIMITED_RATE = 10_000.0  # MB/s
+Events = list[tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture
@@ -32,35 +32,35 @@ def copy(shards_folder: Path, tmp_path: Path) -> Path:
 
 
 def flip(folder: Path, name: str = "train_000000") -> Path:
-    """Another id in the place of one: a shard of the right size, with ids of the vocabulary."""
+    """Change one id: a shard of the right size, with ids of the vocabulary."""
     path = folder / f"{name}.bin"
     before = int(shard_reader.open_tokens(path)[1000])
     put_id(path, 1000, before - 1 if before > 1 else before + 1)
     return path
 
 
-def checked(made: Plan, folder: Path) -> Told:
-    """The events of one check, from start to end."""
-    told: Told = []
-    check = ShardCheck(made.sets, folder, PLENTY, lambda event, **fields: told.append((event, fields)))
+def checked(made: Plan, folder: Path) -> Events:
+    """Run one check to its end; return its events."""
+    events: Events = []
+    check = ShardCheck(made.sets, folder, UNLIMITED_RATE, lambda event, **fields: events.append((event, fields)))
     assert check.wait(60)
     check.close()
-    return told
+    return events
 
 
 def sizes(folder: Path) -> int:
     return sum(shard.bytes for shard in shard_format.read_manifest(folder).shards)
 
 
-def test_whole_shards_are_read_once_a_run_and_said_to_be_whole(copy: Path, tmp_path: Path) -> None:
+def test_undamaged_shards_are_read_once_per_run_and_reported(copy: Path, tmp_path: Path) -> None:
     made = planned(copy)
     ((event, fields),) = checked(made, tmp_path)
     assert (event, fields["bytes"], fields["damaged"]) == ("shards_verified", sizes(copy), 0)
-    assert checked(made, tmp_path) == [], "it has read them again"
+    assert checked(made, tmp_path) == [], "the shards were read again"
 
 
 @pytest.mark.parametrize("name", ["train_000000", "val_000000"])
-def test_a_damaged_shard_is_named_by_each_attempt(
+def test_a_damaged_shard_is_reported_by_each_attempt(
     copy: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, made = flip(copy, name), planned(copy)
@@ -70,30 +70,30 @@ def test_a_damaged_shard_is_named_by_each_attempt(
         assert (last, summary["damaged"]) == ("shards_verified", 1)
         warned = capsys.readouterr().err
         assert f"warning: {path} is damaged: its checksum is not the one in the manifest" in warned
-    assert summary["bytes"] == path.stat().st_size, "what was whole is not read again"
+    assert summary["bytes"] == path.stat().st_size, "the undamaged shard is not read again"
 
 
-def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_read(copy: Path, tmp_path: Path) -> None:
+def test_an_unreadable_shard_is_reported_and_the_others_are_read(copy: Path, tmp_path: Path) -> None:
     made = planned(copy)
     (copy / "train_000000.bin").unlink()
     (event, fields), (last, _) = checked(made, tmp_path)
     assert (event, fields["problem"]) == ("damaged_shard", "cannot be read: No such file or directory")
     assert last == "shards_verified"
-    assert list(noted(made, tmp_path)) == ["val_000000"]
+    assert list(recorded(made, tmp_path)) == ["val_000000"]
 
 
-def test_other_shards_are_read_whatever_was_noted_of_the_first(copy: Path, tmp_path: Path) -> None:
+def test_another_data_set_is_read_whatever_is_recorded_of_the_first(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "verified.json").write_text(json.dumps({"another digest": ["train_000000"]}))
     ((_, fields),) = checked(planned(copy), tmp_path)
     assert fields["bytes"] == sizes(copy)
 
 
-def noted(made: Plan, folder: Path) -> dict[str, Any]:
-    """What verified.json says of the first data set."""
+def recorded(made: Plan, folder: Path) -> dict[str, Any]:
+    """Return what verified.json records of the first data set."""
     return dict(json.loads((folder / "verified.json").read_text())[made.sets[0].manifest.digest])
 
 
-def test_a_shard_that_was_whole_and_has_been_changed_since_is_read_again(
+def test_a_shard_that_changed_after_its_check_is_read_again(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = planned(copy)
@@ -101,13 +101,13 @@ def test_a_shard_that_was_whole_and_has_been_changed_since_is_read_again(
     path = flip(copy)
     (event, fields), (_, summary) = checked(made, tmp_path)
     assert (event, fields["path"]) == ("damaged_shard", str(path))
-    assert summary["bytes"] == path.stat().st_size, "the others are as they were"
-    assert "train_000000" not in noted(made, tmp_path)
+    assert summary["bytes"] == path.stat().st_size, "the other shard is not read again"
+    assert "train_000000" not in recorded(made, tmp_path)
     assert str(path) in capsys.readouterr().err
 
 
-def test_a_copy_of_a_data_set_that_was_whole_is_read(copy: Path, tmp_path: Path) -> None:
-    """As on a node's own disk, of the same digest, sizes and times."""
+def test_a_copy_of_a_verified_data_set_is_read(copy: Path, tmp_path: Path) -> None:
+    """A copy on a node's own disk has the same digest, sizes and times."""
     checked(planned(copy), tmp_path)
     shutil.copytree(copy, tmp_path / "nvme")
     path = tmp_path / "nvme" / "train_000000.bin"
@@ -120,16 +120,16 @@ def test_a_copy_of_a_data_set_that_was_whole_is_read(copy: Path, tmp_path: Path)
     assert events[1][1]["bytes"] == sizes(copy)
 
 
-def test_notes_of_an_earlier_version_are_not_believed_and_replaced(copy: Path, tmp_path: Path) -> None:
+def test_records_of_an_earlier_version_are_ignored_and_replaced(copy: Path, tmp_path: Path) -> None:
     """They have names only."""
     made = planned(copy)
     (tmp_path / "verified.json").write_text(json.dumps({made.sets[0].manifest.digest: ["train_000000", "val_000000"]}))
     ((_, fields),) = checked(made, tmp_path)
     assert fields["bytes"] == sizes(copy)
-    assert set(noted(made, tmp_path)) == {shard.name for shard in shard_format.read_manifest(copy).shards}
+    assert set(recorded(made, tmp_path)) == {shard.name for shard in shard_format.read_manifest(copy).shards}
 
 
-def test_a_shard_that_is_changed_while_it_is_read_is_not_noted(
+def test_a_shard_that_changes_while_it_is_read_is_not_recorded(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = planned(copy)
@@ -141,23 +141,23 @@ def test_a_shard_that_is_changed_while_it_is_read_is_not_noted(
 
     monkeypatch.setattr(shard_check, "pause_s", touch)
     checked(made, tmp_path)
-    assert "train_000000" not in noted(made, tmp_path)
+    assert "train_000000" not in recorded(made, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"x": 3}', b"\xff", b"[" * 100_000])
-def test_damaged_notes_say_nothing(copy: Path, tmp_path: Path, content: bytes) -> None:
+def test_damaged_records_are_ignored(copy: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "verified.json").write_bytes(content)
     ((_, fields),) = checked(planned(copy), tmp_path)
     assert fields["bytes"] == sizes(copy)
 
 
-def test_one_that_is_closed_early_says_nothing_and_leaves_its_thread(copy: Path, tmp_path: Path) -> None:
-    told: Told = []
-    slow = 1e-6  # a byte a second: it waits after its first piece
-    check = ShardCheck(planned(copy).sets, tmp_path, slow, lambda event, **fields: told.append((event, fields)))
+def test_a_check_that_is_closed_early_reports_nothing_and_ends_its_thread(copy: Path, tmp_path: Path) -> None:
+    events: Events = []
+    slow = 1e-6  # a byte per second: it waits after its first chunk
+    check = ShardCheck(planned(copy).sets, tmp_path, slow, lambda event, **fields: events.append((event, fields)))
     check.close()
     assert check.wait(60)
-    assert told == []
+    assert events == []
     assert "shard check" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -169,7 +169,7 @@ def test_the_rate_is_bounded() -> None:
 def test_the_thread_has_the_lowest_priority(copy: Path, tmp_path: Path) -> None:
     seen: list[int] = []
     check = ShardCheck(
-        planned(copy).sets, tmp_path, PLENTY,
+        planned(copy).sets, tmp_path, UNLIMITED_RATE,
         lambda *_, **__: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())),
     )  # fmt: skip
     assert check.wait(60)
@@ -177,7 +177,7 @@ def test_the_thread_has_the_lowest_priority(copy: Path, tmp_path: Path) -> None:
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
 
 
-def test_a_run_on_a_damaged_shard_names_it_and_trains(copy: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_damaged_shard_reports_it_and_trains(copy: Path, tmp_path: Path) -> None:
     path = flip(copy)
     config = tmp_path / "tiny.toml"
     config.write_text(f'{TINY}\n[data]\ndir = "{copy}"\n'.replace("[run]", '[run]\nname = "tiny"'))

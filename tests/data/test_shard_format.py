@@ -1,7 +1,7 @@
-"""hpcgpt.data.shard_format, data_prep.verify and hpcgpt.data.loader.Windows: the format, its readers, and its damages.
+"""hpcgpt.data.shard_format, data_prep.verify and hpcgpt.data.loader.Windows: the format, its readers, and damage.
 
-The two readers below were written from the format descriptions alone (the docstring of hpcgpt.data.shard_format), as
-llm.c and Megatron's IndexedDataset do it, and share no line with the code that they test.
+The two readers below were written from the descriptions of the formats alone, as llm.c and Megatron's IndexedDataset
+read them. They share no line with the tested code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.programs import command
 
 
 def read_like_llm_c(path: Path) -> list[int]:
-    """256 int32 (magic, version, tokens), then the tokens: uint16, or uint32 as llm.c stores Llama 3's."""
+    """Read 256 int32 (magic, version, tokens), then the tokens: uint16, or uint32 as in llm.c's files of Llama 3."""
     content = path.read_bytes()
     header = struct.unpack("<256i", content[:1024])
     size, letter = {(20240520, 1): (2, "H"), (20240801, 7): (4, "I")}[header[:2]]
@@ -41,7 +41,7 @@ def read_like_llm_c(path: Path) -> list[int]:
 
 
 def read_like_megatron(prefix: Path) -> list[list[int]]:
-    """The sequences that <prefix>.idx finds in <prefix>.bin."""
+    """Return the sequences of <prefix>.bin that <prefix>.idx lists."""
     with open(prefix.with_suffix(".idx"), "rb") as file:
         assert file.read(9) == b"MMIDIDX\x00\x00"
         version, code, sequences, borders = struct.unpack("<QBQQ", file.read(25))
@@ -59,7 +59,7 @@ def read_like_megatron(prefix: Path) -> list[list[int]]:
 
 
 def write(folder: Path, documents: dict[str, list[list[list[int]]]], vocab_size: int = 65536) -> Manifest:
-    """A data set from {split: [shard: [document: ids]]}."""
+    """Write a data set from {split: [shard: [document: ids]]}."""
     folder.mkdir()
     made = []
     for split, of_split in documents.items():
@@ -80,14 +80,14 @@ THREE: list[list[list[int]]] = [[[0, 1, 2], [0, 3]], [[0, 65535, 4]], [[0], [0, 
 
 @pytest.fixture
 def copy(shards_folder: Path, tmp_path: Path) -> Path:
-    """Shards that a test may break."""
+    """A copy of the shards, which a test may damage."""
     return Path(shutil.copytree(shards_folder, tmp_path / "copy"))
 
 
-# --- written and read ------------------------------------------------------------------------------
+# --- writing and reading ---------------------------------------------------------------------------
 
 
-def test_both_readers_give_back_every_document(tmp_path: Path) -> None:
+def test_both_readers_return_every_document(tmp_path: Path) -> None:
     write(tmp_path / "shards", {"train": THREE})
     for number, documents in enumerate(THREE):
         prefix = tmp_path / "shards" / f"train_{number:06d}"
@@ -95,7 +95,7 @@ def test_both_readers_give_back_every_document(tmp_path: Path) -> None:
         assert read_like_megatron(prefix) == documents
 
 
-def test_both_readers_agree_on_real_shards_and_each_document_starts_with_end_of_text(shards_folder: Path) -> None:
+def test_both_readers_agree_on_real_shards_and_each_document_begins_with_end_of_text(shards_folder: Path) -> None:
     manifest = shard_format.read_manifest(shards_folder)
     assert manifest.splits == ["train", "val"]
     for shard in manifest.shards:
@@ -116,13 +116,13 @@ def test_the_manifest_describes_each_shard(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_the_digest_is_the_hash_of_everything_else_in_the_manifest(shards_folder: Path) -> None:
+def test_the_digest_is_the_hash_of_the_rest_of_the_manifest(shards_folder: Path) -> None:
     body = json.loads((shards_folder / "manifest.json").read_bytes())
     digest = body.pop("digest")
     assert hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == digest
 
 
-def test_a_shard_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:
+def test_a_shard_whose_writing_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), shard_writer.writing(tmp_path, "train_000000", "train") as writer:
         writer.add(np.array([0, 1], dtype=np.uint16), np.array([2]), 1, 1)
         raise KeyboardInterrupt
@@ -130,7 +130,7 @@ def test_a_shard_that_fails_leaves_no_file_behind(tmp_path: Path) -> None:
 
 
 def test_more_tokens_than_the_header_can_count_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2**31 tokens are 4 GiB, so the limit is lowered here, and the place where it bites is the same."""
+    """2**31 tokens are 4 GiB, so the limit is lowered here."""
     monkeypatch.setattr(shard_format, "MOST_TOKENS", 10)
     refused = pytest.raises(ValueError, match="a shard holds at most 10 tokens")
     with refused, shard_writer.writing(tmp_path, "a", "train") as writer:
@@ -141,7 +141,7 @@ def test_more_tokens_than_the_header_can_count_are_refused(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 14])
-def test_a_window_is_read_across_the_borders_of_shards(count: int, tmp_path: Path) -> None:
+def test_a_window_is_read_across_shards(count: int, tmp_path: Path) -> None:
     manifest = write(tmp_path / "shards", {"train": THREE})
     stream = [*chain(*chain(*THREE))]
     split = shard_reader.open_split(tmp_path / "shards", manifest, "train")
@@ -150,15 +150,15 @@ def test_a_window_is_read_across_the_borders_of_shards(count: int, tmp_path: Pat
         assert split.read(start, count).tolist() == stream[start : start + count]
 
 
-def test_a_place_in_the_stream_is_told_as_a_shard_and_a_token(tmp_path: Path) -> None:
+def test_a_position_in_the_stream_is_reported_as_shard_and_token(tmp_path: Path) -> None:
     split = shard_reader.open_split(tmp_path / "shards", write(tmp_path / "shards", {"train": THREE}), "train")
-    assert [split.where(place).rpartition("/")[2] for place in (0, 4, 5, 7, 8, 14)] == [
+    assert [split.where(position).rpartition("/")[2] for position in (0, 4, 5, 7, 8, 14)] == [
         "train_000000.bin, token 0", "train_000000.bin, token 4", "train_000001.bin, token 0",
         "train_000001.bin, token 2", "train_000002.bin, token 0", "train_000002.bin, token 6"]  # fmt: skip
 
 
 def test_a_window_is_the_inputs_and_one_more_token(tmp_path: Path) -> None:
-    """Ids above 32767 must survive the 16 bits that torch only knows with a sign."""
+    """Ids above 32767 must survive int16, torch's only 16-bit integer."""
     import torch
 
     ids = [0, 1, 32767, 32768, 65535, 2, 40000, 3, 4]
@@ -171,10 +171,10 @@ def test_a_window_is_the_inputs_and_one_more_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "token"), [(5, 2), (7, 4)])
-def test_an_id_outside_of_the_vocabulary_stops_the_loader_with_its_place(
+def test_an_id_outside_of_the_vocabulary_is_an_error_with_its_position(
     vocab_size: int, token: int, tmp_path: Path
 ) -> None:
-    """The manifest here says that all is well, as one would that a script had made."""
+    """The manifest does not show it, as one written by another program might not."""
     split = shard_reader.open_split(
         tmp_path / "shards", write(tmp_path / "shards", {"train": [THREE[0], THREE[2]]}), "train"
     )
@@ -186,7 +186,7 @@ def test_an_id_outside_of_the_vocabulary_stops_the_loader_with_its_place(
     assert Windows(split, 3, 3, 9).read(np.array([0, 1, 2])).shape == (3, 4)
 
 
-# --- damaged ---------------------------------------------------------------------------------------
+# --- damage ----------------------------------------------------------------------------------------
 
 
 def flip(path: Path, place: int) -> None:
@@ -195,19 +195,19 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def rewritten(folder: Path, **changes: Any) -> None:
-    """The manifest with these fields of the first shard changed and a digest that fits again."""
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """Rewrite the manifest with these fields of the first shard changed and a digest that fits."""
     m = shard_format.read_manifest(folder)
     first = Shard(**(vars(m.shards[0]) | changes))
     shard_format.write_manifest(folder, m.dtype, m.tokenizer, m.inputs, m.split_rule, m.counts, [first, *m.shards[1:]])
 
 
 def checked(folder: Path) -> str:
-    """Every problem that verify finds."""
+    """Return every problem that verify finds."""
     return "\n".join(verify.verify(folder, shard_format.read_manifest(folder)))
 
 
-def test_whole_shards_have_no_problems(copy: Path) -> None:
+def test_undamaged_shards_have_no_problems(copy: Path) -> None:
     assert checked(copy) == ""
 
 
@@ -242,14 +242,14 @@ def test_a_missing_file_is_found(name: str, copy: Path) -> None:
     assert name in checked(copy)
 
 
-def test_every_damaged_shard_is_told_and_not_only_the_first(copy: Path) -> None:
+def test_every_damaged_shard_is_reported(copy: Path) -> None:
     flip(copy / "train_000000.bin", 2000)
     flip(copy / "val_000000.bin", 2000)
     assert "train_000000.bin" in checked(copy)
     assert "val_000000.bin" in checked(copy)
 
 
-def test_an_id_outside_of_the_vocabulary_is_found_also_where_all_checksums_hold(tmp_path: Path) -> None:
+def test_an_id_outside_of_the_vocabulary_is_found_also_where_all_checksums_fit(tmp_path: Path) -> None:
     manifest = write(tmp_path / "shards", {"train": THREE}, vocab_size=65535)
     found = "\n".join(verify.verify(tmp_path / "shards", manifest))
     assert "train_000001.bin: id 65535 is outside of the tokenizer's 65,535 ids" in found
@@ -263,10 +263,8 @@ def test_an_id_outside_of_the_vocabulary_is_found_also_where_all_checksums_hold(
         ({"min_id": 1}, "the manifest says 1 to 511"),
     ],
 )
-def test_a_manifest_that_tells_something_else_than_the_shard_is_found(
-    changes: dict[str, int], sentence: str, copy: Path
-) -> None:
-    rewritten(copy, **changes)
+def test_a_manifest_that_contradicts_the_shard_is_found(changes: dict[str, int], sentence: str, copy: Path) -> None:
+    rewrite_manifest(copy, **changes)
     assert sentence in checked(copy)
 
 
@@ -276,23 +274,23 @@ def test_a_document_without_its_end_of_text_is_found(tmp_path: Path) -> None:
 
 
 def test_an_index_of_other_documents_is_found(tmp_path: Path) -> None:
-    """Both files and the manifest agree with their checksums; only together they make no sense."""
+    """Both files fit their checksums in the manifest, but not each other."""
     folder = tmp_path / "shards"
     write(folder, {"train": [[[0, 1, 2]], [[0, 1]]]})
     shutil.copy(folder / "train_000001.idx", folder / "train_000000.idx")
-    rewritten(folder, idx_xxh3=xxhash.xxh3_128_hexdigest((folder / "train_000000.idx").read_bytes()))
+    rewrite_manifest(folder, idx_xxh3=xxhash.xxh3_128_hexdigest((folder / "train_000000.idx").read_bytes()))
     assert "train_000000.idx: its documents do not add up to the 3 tokens" in checked(folder)
 
 
-def test_a_header_that_counts_other_tokens_is_found(tmp_path: Path) -> None:
+def test_a_header_with_another_number_of_tokens_is_found(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     write(folder, {"train": [[[0, 1, 2]]]})
     flip(folder / "train_000000.bin", 8)
-    rewritten(folder, xxh3=xxhash.xxh3_128_hexdigest((folder / "train_000000.bin").read_bytes()))
+    rewrite_manifest(folder, xxh3=xxhash.xxh3_128_hexdigest((folder / "train_000000.bin").read_bytes()))
     assert "1,030 bytes do not fit the 2 tokens of its header" in checked(folder)
 
 
-def test_a_file_that_is_no_shard_is_refused_before_its_first_token_is_used(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_shard_is_refused_before_its_first_token_is_used(tmp_path: Path) -> None:
     for content in (b"", b"\x00" * 1023, b"PK\x03\x04" * 1000):
         (tmp_path / "a.bin").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.bin: not a token shard: header .*expected 20240520, 1"):
@@ -317,7 +315,7 @@ def test_a_changed_manifest_is_refused(change: Any, sentence: str, copy: Path) -
         shard_format.read_manifest(copy)
 
 
-# --- the tokenizer beside them ---------------------------------------------------------------------
+# --- the tokenizer folder --------------------------------------------------------------------------
 
 
 def test_a_missing_tokenizer_is_found(copy: Path) -> None:
@@ -333,10 +331,10 @@ def test_another_tokenizer_is_found(copy: Path, tokenizer_folder: Path) -> None:
     assert "but the shards were made with" in checked(copy)
 
 
-# --- as a command ----------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------
 
 
-def test_verify_ends_with_status_0_on_whole_shards_1_on_damaged_and_2_on_none(copy: Path, tmp_path: Path) -> None:
+def test_verify_exits_with_0_for_undamaged_shards_1_for_damaged_and_2_for_none(copy: Path, tmp_path: Path) -> None:
     done = command("data_prep.verify", str(copy))
     assert (done.returncode, done.stderr) == (0, "")
     assert "all as the manifest says" in done.stdout
@@ -353,7 +351,7 @@ def test_verify_ends_with_status_0_on_whole_shards_1_on_damaged_and_2_on_none(co
         assert "Traceback" not in done.stderr
 
 
-def test_a_shard_opens_as_an_array_of_numpy_without_this_package(shards_folder: Path) -> None:
+def test_numpy_reads_a_shard_without_this_package(shards_folder: Path) -> None:
     shard = shard_format.read_manifest(shards_folder).shards[0]
     tokens: NDArray[np.uint16] = np.fromfile(shards_folder / f"{shard.name}.bin", dtype="<u2", offset=1024)
     assert len(tokens) == shard.tokens

@@ -1,4 +1,4 @@
-"""hpcgpt.data.shard_reader: any number of shards, a bounded number of them open."""
+"""hpcgpt.data.shard_reader: any number of shards, of which a bounded number is open."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ SHARDS, TOKENS_EACH = 2_000, 10**9
 
 
 def sparse_set(folder: Path, count: int, tokens_each: int, vocab_size: int = 50_257) -> Manifest:
-    """Shards with true headers and sizes that take no room: holes, but for one token of each: id n at place n in
-    shard n.
-    """
+    """Write shards with valid headers and sizes that take no room: sparse files, with id n as token n of shard n."""
     folder.mkdir()
     width = shard_format.WIDTHS["uint16"]
     size, head = shard_format.HEADER_BYTES + width.bytes * tokens_each, shard_format.header(width, tokens_each)
@@ -66,7 +64,7 @@ mapped = False
 for line in open("/proc/self/smaps"):
     mapped = str(folder) in line or (mapped and "-" not in line.split()[0])
     if mapped and line.startswith("VmFlags"):
-        assert " rr " in line, "what is larger than memory is read ahead"
+        assert " rr " in line, "a file larger than memory is read ahead"
 marks = np.arange(len(split.shards))
 found = windows.read((split.starts[:-1] + marks) // 64).numpy()
 places = (split.starts[:-1] + marks) % 64
@@ -77,20 +75,20 @@ print(json.dumps({
 """
 
 
-def test_two_thousand_shards_are_drawn_from_with_256_descriptors_and_in_constant_memory(tmp_path: Path) -> None:
+def test_two_thousand_shards_are_read_with_256_descriptors_and_constant_memory(tmp_path: Path) -> None:
     sparse_set(tmp_path / "big", SHARDS, TOKENS_EACH)
     done = subprocess.run([sys.executable, "-c", DRAWING, str(tmp_path / "big")], capture_output=True, text=True,
                           cwd=ROOT, env=clean_env(), check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["tokens"] == SHARDS * TOKENS_EACH
-    assert told["bound"] == 64
-    assert 64 <= told["open"] <= 2 * 64, "not many shards were open, or more than the bound"
-    assert told["bytes"][1] < told["bytes"][0] + 50_000
-    assert told["marks"], "a shard that was opened again gave other tokens"
+    report = json.loads(done.stdout)
+    assert report["tokens"] == SHARDS * TOKENS_EACH
+    assert report["bound"] == 64
+    assert 64 <= report["open"] <= 2 * 64, "not many shards were open, or more than the bound"
+    assert report["bytes"][1] < report["bytes"][0] + 50_000
+    assert report["marks"], "a reopened shard returned other tokens"
 
 
-def test_the_first_of_several_bad_shards_is_named_by_the_rank_that_looks_at_all(tmp_path: Path) -> None:
+def test_with_size_checks_the_first_of_several_bad_shards_is_reported(tmp_path: Path) -> None:
     manifest = sparse_set(tmp_path / "set", 300, 1000)
     for number in (299, 170, 171):
         os.truncate(tmp_path / f"set/train_{number:06d}.bin", 2000)
@@ -98,7 +96,7 @@ def test_the_first_of_several_bad_shards_is_named_by_the_rank_that_looks_at_all(
         shard_reader.open_split(tmp_path / "set", manifest, "train")
 
 
-def test_who_does_not_look_at_all_of_them_looks_at_what_it_opens(tmp_path: Path) -> None:
+def test_without_size_checks_a_bad_shard_is_reported_when_it_is_opened(tmp_path: Path) -> None:
     manifest = sparse_set(tmp_path / "set", 3, 1000)
     os.truncate(tmp_path / "set/train_000001.bin", 2000)
     (tmp_path / "set/train_000002.bin").unlink()
@@ -111,7 +109,7 @@ def test_who_does_not_look_at_all_of_them_looks_at_what_it_opens(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(900, "uint16"), (1000, "uint32")])
-def test_a_whole_shard_that_the_manifest_does_not_mean_is_refused(tmp_path: Path, tokens: int, width: str) -> None:
+def test_a_valid_shard_that_differs_from_the_manifest_is_refused(tmp_path: Path, tokens: int, width: str) -> None:
     manifest = sparse_set(tmp_path / "set", 1, 1000)
     other = shard_format.WIDTHS[width]
     content = shard_format.header(other, tokens) + bytes(other.bytes * tokens)
@@ -132,7 +130,7 @@ def test_tokens_are_a_plain_read_only_array(shards_folder: Path) -> None:
 # --- where documents begin -------------------------------------------------------------------------
 
 
-def test_documents_begin_where_the_index_says_they_do(shards_folder: Path) -> None:
+def test_document_starts_agree_with_the_index(shards_folder: Path) -> None:
     manifest = shard_format.read_manifest(shards_folder)
     split = shard_reader.open_split(shards_folder, manifest, "train")
     lengths = np.concatenate([
@@ -141,14 +139,14 @@ def test_documents_begin_where_the_index_says_they_do(shards_folder: Path) -> No
     expected = np.cumsum(lengths) - lengths
     assert len(expected) > 10
     end_of_text = manifest.tokenizer["end_of_text"]
-    whole = split.read(0, split.tokens)
-    assert np.flatnonzero(shard_reader.document_starts(whole, end_of_text)).tolist() == expected.tolist()
-    windows = whole[: split.tokens // 33 * 33].reshape(-1, 33)
+    stream = split.read(0, split.tokens)
+    assert np.flatnonzero(shard_reader.document_starts(stream, end_of_text)).tolist() == expected.tolist()
+    windows = stream[: split.tokens // 33 * 33].reshape(-1, 33)
     rows, columns = np.nonzero(shard_reader.document_starts(windows, end_of_text))
-    assert (rows * 33 + columns).tolist() == [place for place in expected.tolist() if place < windows.size]
+    assert (rows * 33 + columns).tolist() == [start for start in expected.tolist() if start < windows.size]
 
 
-def test_a_window_that_begins_within_a_document_is_not_marked_at_its_first_token() -> None:
+def test_a_window_that_begins_within_a_document_has_no_start_at_its_first_token() -> None:
     starts = shard_reader.document_starts(np.array([[5, 9, 1, 9, 9], [9, 1, 1, 1, 9]], dtype=np.uint32), 9)
     assert starts.tolist() == [[False, True, False, True, True], [True, False, False, False, True]]
     assert np.cumsum(starts, axis=-1).tolist() == [[0, 1, 1, 2, 3], [1, 1, 1, 1, 2]]

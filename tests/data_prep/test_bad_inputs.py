@@ -1,8 +1,8 @@
-"""What make_shards reports for bad input: a sentence with the place and what to type, or a count of what it skipped.
+"""What make_shards reports for bad input: an error with its position and the remedy, or a count of what it skipped.
 
-Every case runs the command's main function three times: into a new folder; into the same folder again, now with a
-file of the user's in it; and into another folder with ``--on-bad-input skip``. Each time the inputs, finished units and
-other files have to stay as they are.
+Every case runs the command's main function three times: into a new folder; into the same folder again, which now has a
+file of the user; and into another folder with ``--on-bad-input skip``. Each time the inputs, finished units and other
+files must stay as they are.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Files = dict[str, bytes] | Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Bad:
-    """The files of a folder, one of them bad; what is said of it; and what skipping leaves: how many documents are
-    read and how many things are skipped (None if skipping does not help)."""
+    """The files of a folder, one of them bad; the expected message; and the result of skipping: how many documents are
+    read and how many inputs skipped (None if skipping does not help)."""
 
     about: str
     files: Files
-    says: str
+    message: str
     left: tuple[int, int] | None = None
     flags: tuple[str, ...] = ()
     plan: bool = False  # found before any unit is made
@@ -53,8 +53,8 @@ class Bad:
 
     @property
     def first_unit(self) -> bool:
-        """Is the good unit in front of it finished and kept?"""
-        return not (self.plan or self.alone or "0.jsonl" in self.says or "--unit-mb" in self.flags)
+        """Return whether the good unit before the bad one is finished and kept."""
+        return not (self.plan or self.alone or "0.jsonl" in self.message or "--unit-mb" in self.flags)
 
 
 def one(name: str, content: bytes) -> dict[str, bytes]:
@@ -62,7 +62,7 @@ def one(name: str, content: bytes) -> dict[str, bytes]:
 
 
 def giant(name: str, head: bytes) -> Callable[[Path], None]:
-    """A sparse GB after `head`, in one line, and a good line after it."""
+    """Return a maker of a file: `head`, a sparse GB in one line, and a good line after it."""
 
     def make(folder: Path) -> None:
         with open(folder / name, "wb") as file:
@@ -79,7 +79,7 @@ def table(name: str, **columns: object) -> Callable[[Path], None]:
 
 
 def damaged_parquet(folder: Path) -> None:
-    """Two row groups; in the first one, bytes in the middle of the text are not what they were."""
+    """Write two row groups; in the first one, bytes in the middle of the text are changed."""
     path = folder / "a.parquet"
     texts = pa.table({"text": [f"{n:09}" * 50 for n in range(40)]})
     parquet.write_table(texts, path, row_group_size=20, use_dictionary=False, write_page_checksum=True,
@@ -95,7 +95,7 @@ def twice_the_same_column(folder: Path) -> None:
 
 
 def bad_string(folder: Path) -> None:
-    """A file of strings, one of which is no UTF-8, as some writers make them."""
+    """Write a file of strings, one of which is not UTF-8, as some programs do."""
     values = pa.Array.from_buffers(pa.string(), 3, pa.array([b"ok", b"a\xff", b"fine"], pa.binary()).buffers())
     parquet.write_table(pa.table({"text": values}), folder / "a.parquet")
 
@@ -109,7 +109,7 @@ def changed(content: bytes, place: int) -> bytes:
 
 
 def long_window() -> bytes:
-    """A frame that asks for a window of 2 GB."""
+    """Return a frame that requests a window of 2 GB."""
     return b"\x28\xb5\x2f\xfd\x00\xa8" + b"\x01\x00\x00"
 
 
@@ -251,7 +251,7 @@ FILES = [
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory, where it can be: some thousand small files are flushed to the disk here."""
+    """A folder in memory where possible: some thousand small files are flushed here."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
@@ -266,7 +266,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tok
 
 @dataclass
 class Run:
-    """The command as ``python -m data_prep.make_shards`` starts it, but in this process."""
+    """Runs the command as ``python -m data_prep.make_shards`` does, but in this process."""
 
     capsys: pytest.CaptureFixture[str]
     monkeypatch: pytest.MonkeyPatch
@@ -281,15 +281,15 @@ class Run:
         assert isinstance(left.value.code, int)
         return left.value.code, out, err
 
-    def refused(self, says: str, *arguments: str | Path, status: int = 2) -> None:
+    def assert_refused(self, message: str, *arguments: str | Path, status: int = 2) -> None:
         code, out, err = self(*arguments)
-        assert (code, says in err) == (status, True), (code, out, err)
+        assert (code, message in err) == (status, True), (code, out, err)
         assert err.startswith("error: ")
         assert err.count("\n") == 1, err
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Of all below a folder: its kind, its time, and its content, or where a link leads to."""
+    """Return kind, time and content (or target) of everything below a folder."""
     found = {}
     for root, folders, names in os.walk(folder):
         for path in (Path(root, name) for name in [*folders, *names]):
@@ -300,14 +300,14 @@ def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     return found
 
 
-def work(out: Path) -> dict[str, tuple[int, int, bytes]]:
-    """What must stay of a folder of shards: the units, the plan, and the user's files."""
+def kept_files(out: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Return the files of a folder of shards that must stay: units, plan, and the user's."""
     return {name: found for name, found in everything(out).items()
             if Path(name).is_file() and "/prep/shares/" not in name and "/tokenizer/" not in name}  # fmt: skip
 
 
 def fill(folder: Path, files: Files, alone: bool = False) -> None:
-    """The files of a case, between two good ones; the first is a unit of its own."""
+    """Write the files of a case between two good ones; the first is a unit of its own."""
     folder.mkdir()
     if not alone:
         (folder / "0.jsonl").write_bytes(b'{"text": "before"}\n'.ljust(999_999) + b"\n")
@@ -329,15 +329,15 @@ def test_a_bad_file_is_reported_or_counted_and_nothing_is_lost(case: Bad, run: R
     fill(given, case.files, case.alone)
     before = everything(given)
 
-    run.refused(case.says, given, "--out", out, *case.flags)
+    run.assert_refused(case.message, given, "--out", out, *case.flags)
     finished = out / "prep" / "units" / "000000" / "record.json"
     assert finished.exists() == case.first_unit
     assert out.exists() != case.plan
     if not case.plan:
         (out / "NOTES").write_text("years of work")
-        made = work(out)
-        run.refused(case.says, given, "--out", out, *case.flags)
-        assert work(out) == made
+        made = kept_files(out)
+        run.assert_refused(case.message, given, "--out", out, *case.flags)
+        assert kept_files(out) == made
     assert not (out / "manifest.json").exists()
     assert everything(given) == before
 
@@ -347,9 +347,9 @@ def test_a_bad_file_is_reported_or_counted_and_nothing_is_lost(case: Bad, run: R
         assert run(*arguments)[0] == 2
         return
     documents, skipped = case.left
-    code, said, err = run(*arguments)
+    code, output, err = run(*arguments)
     assert (code, err) == (0, ""), err
-    assert f"left out: {skipped} bad input, listed in skipped.jsonl" in said
+    assert f"left out: {skipped} bad input, listed in skipped.jsonl" in output
     manifest = shard_format.read_manifest(out)
     assert sum(shard.documents for shard in manifest.shards) == documents + 2
     assert manifest.counts["skipped"] == skipped
@@ -364,7 +364,7 @@ def test_a_bad_file_is_reported_or_counted_and_nothing_is_lost(case: Bad, run: R
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "says"),
+    ("name", "flags", "message"),
     [
         ("gone", [], "no such input: "),
         ("gone/a.txt", [], "no such input: "),
@@ -396,8 +396,8 @@ def test_a_bad_file_is_reported_or_counted_and_nothing_is_lost(case: Bad, run: R
         ("-", [], "there is nothing on standard input"),
     ],
 )  # fmt: skip
-def test_an_input_or_option_that_means_nothing_is_refused_before_anything_is_made(
-    name: str, flags: list[str], says: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_invalid_input_or_option_is_refused_before_anything_is_made(
+    name: str, flags: list[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = tmp_path / "in"
     for folder in (given, given / "empty", given / "a.jsonl"):
@@ -412,8 +412,8 @@ def test_an_input_or_option_that_means_nothing_is_refused_before_anything_is_mad
     with open(os.devnull, encoding="utf-8") as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         for skip in ([], ["--on-bad-input", "skip"]):
-            run.refused(
-                says.replace("link.txt: ", "" if skip else "link.txt: "),
+            run.assert_refused(
+                message.replace("link.txt: ", "" if skip else "link.txt: "),
                 *([name] if name == "-" else [given / name]),
                 "--out",
                 tmp_path / "out",
@@ -423,12 +423,12 @@ def test_an_input_or_option_that_means_nothing_is_refused_before_anything_is_mad
     assert everything(tmp_path) == before
 
 
-# --- what the machine has to say ----------------------------------------------------------------------
+# --- errors of the machine ----------------------------------------------------------------------------
 
 
 @contextmanager
 def without_root() -> Iterator[None]:
-    """Without root's power over files, for as long as the block runs."""
+    """Act without root's rights to files within the block."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -440,7 +440,7 @@ def without_root() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder(tokenizer_folder: Path) -> Iterator[Path]:
-    """A folder that every user may enter, unlike pytest's own, with the tokenizer in it and a writable folder."""
+    """A folder that every user may enter, unlike pytest's own, with the tokenizer and a writable folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -454,26 +454,28 @@ def open_folder(tokenizer_folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("a.txt", "a.txt: no permission to read it"), ("a", "this folder cannot be")]
+    ("name", "message"), [("a.txt", "a.txt: no permission to read it"), ("a", "this folder cannot be")]
 )
-def test_what_may_not_be_read_is_reported_or_counted(name: str, says: str, run: Run, open_folder: Path) -> None:
+def test_unreadable_files_and_folders_are_reported_or_counted(
+    name: str, message: str, run: Run, open_folder: Path
+) -> None:
     given = open_folder / "in"
-    fill(given, one("a.txt", b"mine") if name == "a.txt" else lambda folder: (folder / "a").mkdir())
+    fill(given, one("a.txt", b"private") if name == "a.txt" else lambda folder: (folder / "a").mkdir())
     (given / name).chmod(0)
     run.tokenizer = open_folder / "tokenizer"
     with without_root():
-        run.refused(says, given, "--out", open_folder / "writable" / "out")
+        run.assert_refused(message, given, "--out", open_folder / "writable" / "out")
         assert not (open_folder / "writable" / "out").exists()
-        code, said, err = run(given, "--out", open_folder / "writable" / "out", "--on-bad-input", "skip")
-    assert (code, err, "left out: 1 bad input" in said) == (0, "", True)
+        code, output, err = run(given, "--out", open_folder / "writable" / "out", "--on-bad-input", "skip")
+    assert (code, err, "left out: 1 bad input" in output) == (0, "", True)
 
 
-def test_a_folder_that_may_not_be_written_is_reported(run: Run, open_folder: Path) -> None:
+def test_a_folder_without_write_permission_is_reported(run: Run, open_folder: Path) -> None:
     fill(open_folder / "in", {})
     run.tokenizer = open_folder / "tokenizer"
     before = everything(open_folder)
     with without_root():
-        run.refused("Permission denied", open_folder / "in", "--out", open_folder / "out", status=1)
+        run.assert_refused("Permission denied", open_folder / "in", "--out", open_folder / "out", status=1)
     assert everything(open_folder) == before
 
 
@@ -482,10 +484,10 @@ def test_the_shards_of_another_tokenizer_stay(run: Run, tmp_path: Path) -> None:
     fill(given, {})
     assert run(given, "--out", out)[0] == 0
     before = everything(out)
-    run.refused(
+    run.assert_refused(
         "made differently (tokenizer changed): choose another --out", given, "--out", out, "--tokenizer", "gpt2"
     )
-    run.refused("made of other inputs: choose another --out", "-", "--out", out)
+    run.assert_refused("made of other inputs: choose another --out", "-", "--out", out)
     assert everything(out) == before
 
 
@@ -498,11 +500,11 @@ def test_standard_input_is_not_copied_into_a_folder_with_other_files(
     before = everything(tmp_path)
     with open(tmp_path / "in", encoding="utf-8") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        run.refused("is not empty, and what is in it was not made by this", "-", "--out", tmp_path / "out")
+        run.assert_refused("is not empty, and what is in it was not made by this", "-", "--out", tmp_path / "out")
     assert everything(tmp_path) == before
 
 
-def test_a_file_where_the_folder_should_be_stays(run: Run, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_stays(run: Run, tmp_path: Path) -> None:
     fill(tmp_path / "in", {})
     (tmp_path / "out").write_text("years of work")
     code, _, err = run(tmp_path / "in", "--out", tmp_path / "out")
@@ -520,7 +522,7 @@ def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Pat
         fill(tmp_path / "in", one("a.txt", os.urandom(500_000).hex().encode()))
         (disk / "NOTES").write_text("years of work")
         for _ in range(2):
-            run.refused("No space left on device", tmp_path / "in", "--out", disk / "out", status=1)
+            run.assert_refused("No space left on device", tmp_path / "in", "--out", disk / "out", status=1)
             assert (disk / "out" / "prep" / "units" / "000000" / "record.json").is_file()
             assert (disk / "NOTES").read_text() == "years of work"
         (disk / "out" / "prep").chmod(0o755)
@@ -534,7 +536,7 @@ def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Pat
 # --- as a process ----------------------------------------------------------------------------------
 
 
-def test_the_command_reads_standard_input_and_refuses_another_on_a_rerun(
+def test_the_command_reads_standard_input_and_refuses_other_input_on_a_rerun(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     arguments = ["-", "--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1"]
@@ -545,8 +547,8 @@ def test_the_command_reads_standard_input_and_refuses_another_on_a_rerun(
         return done.returncode, (done.stdout + done.stderr).decode()
 
     bad = GOOD + b"bad\n"
-    for content, says in ((bad, f"stdin.jsonl, byte {AT}: not JSON"), (GOOD, "standard input has changed")):
-        status, said = piped(content, "--out", str(tmp_path / "out"))
-        assert (status, says in said, "Traceback" in said) == (2, True, False), said
-    status, said = piped(bad, "--out", str(tmp_path / "skip"), "--on-bad-input", "skip")
-    assert (status, "left out: 1 bad input" in said) == (0, True), said
+    for content, message in ((bad, f"stdin.jsonl, byte {AT}: not JSON"), (GOOD, "standard input has changed")):
+        status, output = piped(content, "--out", str(tmp_path / "out"))
+        assert (status, message in output, "Traceback" in output) == (2, True, False), output
+    status, output = piped(bad, "--out", str(tmp_path / "skip"), "--on-bad-input", "skip")
+    assert (status, "left out: 1 bad input" in output) == (0, True), output

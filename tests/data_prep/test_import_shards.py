@@ -1,7 +1,7 @@
-"""data_prep.export and data_prep.import_shards: to other programs' token files, and from them.
+"""data_prep.export and data_prep.import_shards: conversion to and from other programs' token files.
 
-What the others' files look like is written down here once more, from their descriptions: nanoGPT's prepare.py
-puts end-of-text after each document, llm.c's scripts before, and cut their shards anywhere.
+The other programs' formats are written here independently, from their descriptions: nanoGPT's prepare.py puts
+end-of-text after each document, llm.c's scripts before, and they split shards anywhere.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ Import = Callable[..., tuple[Documents, Manifest]]
 
 @pytest.fixture
 def imported(tokenizer_folder: Path, tmp_path: Path) -> Import:
-    """Run the command in here; the documents of a split, from every shard, and the manifest, verified."""
+    """Run the command here; return the documents of a split, from every shard, and the verified manifest."""
 
     def run(kind: str, *arguments: Path | str, split: str = "train", out: str = "out") -> tuple[Documents, Manifest]:
         folder = tmp_path / out
@@ -100,7 +100,7 @@ def documents_of(folder: Path, split: str) -> Documents:
 # --- round trips -----------------------------------------------------------------------------------
 
 
-def test_exported_files_are_those_of_nanogpts_own_preparation(shards_folder: Path, tmp_path: Path) -> None:
+def test_exported_files_equal_those_of_nanogpts_own_script(shards_folder: Path, tmp_path: Path) -> None:
     assert export.main([str(shards_folder), "--to", "nanogpt", "--out", str(tmp_path / "nano")]) == 0
     assert sorted(path.name for path in (tmp_path / "nano").iterdir()) == ["train.bin", "val.bin"]
     for split in ("train", "val"):
@@ -109,8 +109,8 @@ def test_exported_files_are_those_of_nanogpts_own_preparation(shards_folder: Pat
         assert (tmp_path / "nano" / f"{split}.bin").read_bytes() == expected
 
 
-def test_what_is_exported_and_imported_is_the_same_data_set(folder: Path, tmp_path: Path, imported: Import) -> None:
-    """To the byte, as are its counts of characters; the manifests differ in their inputs alone."""
+def test_exporting_and_importing_gives_the_same_data_set(folder: Path, tmp_path: Path, imported: Import) -> None:
+    """To the byte, with the same counts of characters; the manifests differ only in their inputs."""
     before = shard_format.read_manifest(folder)
     export.main([str(folder), "--to", "nanogpt", "--out", str(tmp_path / "nano")])
     for kind, source in (("nanogpt", tmp_path / "nano"), ("llmc", folder), ("megatron", folder)):
@@ -120,11 +120,11 @@ def test_what_is_exported_and_imported_is_the_same_data_set(folder: Path, tmp_pa
         assert {row["split"] for row in after.inputs} == {"train", "val"}
 
 
-def written_in_every_way(random: np.random.Generator, folder: Path, documents: Documents, end: int) -> list[Run]:
+def write_in_every_format(random: np.random.Generator, folder: Path, documents: Documents, end: int) -> list[Run]:
     before = [token for document in documents for token in (end, *document)]
     eot_after = [token for document in documents for token in (*document, end)]
     parts = [part.tolist() for part in np.split(before, sorted(random.integers(1, len(before), 2))) if len(part)]
-    bare = [token for document in documents for token in document]
+    without_eot = [token for document in documents for token in document]
     lengths = [len(document) for document in documents]
     return [
         ("nanogpt", [nanogpt(folder / "before.bin", before)]),
@@ -132,7 +132,7 @@ def written_in_every_way(random: np.random.Generator, folder: Path, documents: D
         ("nanogpt", [nanogpt(folder / "between.bin", before[1:])]),
         ("llmc", [llmc(folder / f"llmc_{n}.bin", part) for n, part in enumerate(parts)]),
         ("llmc", [llmc(folder / f"wide_{n}.bin", part, 20240801, 7) for n, part in enumerate(parts)]),
-        ("megatron", [megatron(folder / "bare.bin", bare, lengths)]),
+        ("megatron", [megatron(folder / "bare.bin", without_eot, lengths)]),
         ("megatron", [megatron(folder / "eod.bin", eot_after, [n + 1 for n in lengths], letter="i")]),
         ("megatron", [megatron(folder / "eot_before.bin", before, [n + 1 for n in lengths], letter="q")]),
     ]
@@ -147,38 +147,39 @@ def random_documents(random: np.random.Generator, bpe: interface.Tokenizer) -> D
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_every_way_to_write_documents_gives_the_same_ones(
+def test_all_formats_give_the_same_documents(
     seed: int, tmp_path: Path, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random documents, cut into pieces and files of random sizes: none of it shows in the documents."""
+    """Random documents, read in chunks and files of random sizes."""
     random = np.random.default_rng(seed)
     monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", int(random.integers(1, 30)))
     monkeypatch.setattr(megatron_index, "CHUNK_SEQUENCES", int(random.integers(1, 5)))
     documents = random_documents(random, bpe)
     expected = [[bpe.end_of_text, *document] for document in documents]
-    for kind, paths in written_in_every_way(random, tmp_path, documents, bpe.end_of_text):
-        cut = document_splitter.DocumentSplitter(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 41)
-        blocks = [*(cut.add(piece) for path in paths for piece in foreign_readers.READERS[kind](path)), cut.rest()]
+    for kind, paths in write_in_every_format(random, tmp_path, documents, bpe.end_of_text):
+        splitter = document_splitter.DocumentSplitter(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 41)
+        blocks = [
+            *(splitter.add(chunk) for path in paths for chunk in foreign_readers.READERS[kind](path)),
+            splitter.rest(),
+        ]
         found = [part.tolist() for tokens, lengths in blocks for part in np.split(tokens, np.cumsum(lengths))[:-1]]
         assert found == expected, paths
-        assert cut.empty == 0
+        assert splitter.empty == 0
 
 
-def test_every_way_to_write_documents_gives_the_same_data_set(
-    tmp_path: Path, imported: Import, bpe: interface.Tokenizer
-) -> None:
-    """The same by the command, in shards of bounded size."""
+def test_all_formats_give_the_same_data_set(tmp_path: Path, imported: Import, bpe: interface.Tokenizer) -> None:
+    """The same with the command, in shards of bounded size."""
     random = np.random.default_rng(7)
     documents = random_documents(random, bpe)
     assert len(documents) > 8
-    for number, (kind, paths) in enumerate(written_in_every_way(random, tmp_path, documents, bpe.end_of_text)):
+    for number, (kind, paths) in enumerate(write_in_every_format(random, tmp_path, documents, bpe.end_of_text)):
         found, manifest = imported(kind, *paths, "--shard-tokens", "100", out=f"out{number}")
         assert found == [[bpe.end_of_text, *document] for document in documents]
         assert len(manifest.shards) > 1
         assert max(shard.tokens for shard in manifest.shards) <= 100
 
 
-def test_megatrons_sequences_may_lie_anywhere_and_several_make_a_document(
+def test_megatrons_sequences_may_be_anywhere_and_several_make_a_document(
     tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", 2)
@@ -192,11 +193,11 @@ def test_megatrons_sequences_may_lie_anywhere_and_several_make_a_document(
     assert manifest.counts == {"empty": 1}
 
 
-@pytest.mark.parametrize("piece", [1, 2, 100])
-def test_documents_with_nothing_in_them_are_left_out_and_counted(
-    piece: int, tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 100])
+def test_empty_documents_are_left_out_and_counted(
+    chunk_tokens: int, tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", piece)
+    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", chunk_tokens)
     end = bpe.end_of_text
     for number, (ids, empty) in enumerate((([end, 1, end, end, 2, 3], 1), ([1, end, end, end, 2, 3, end], 2))):
         found, manifest = imported("nanogpt", nanogpt(tmp_path / "a.bin", ids), out=f"out{number}")
@@ -207,7 +208,7 @@ def test_documents_with_nothing_in_them_are_left_out_and_counted(
     assert manifest.counts == {"empty": 4}
 
 
-def test_an_end_of_text_of_their_own_becomes_that_of_the_tokenizer(
+def test_a_foreign_end_of_text_id_becomes_that_of_the_tokenizer(
     tmp_path: Path, imported: Import, bpe: interface.Tokenizer
 ) -> None:
     path = llmc(tmp_path / "a.bin", [9000, 1, 2, 9000, 3])
@@ -215,7 +216,7 @@ def test_an_end_of_text_of_their_own_becomes_that_of_the_tokenizer(
     assert found == [[bpe.end_of_text, 1, 2], [bpe.end_of_text, 3]]
 
 
-def test_the_split_is_decided_by_the_name_or_by_the_option(tmp_path: Path, imported: Import) -> None:
+def test_the_split_is_chosen_by_name_or_option(tmp_path: Path, imported: Import) -> None:
     for name in ("fineweb_train_000001", "fineweb_val_000000", "validated", "interval"):
         llmc(tmp_path / f"{name}.bin", [1, 2, 3])
     files = sorted(tmp_path.glob("*.bin"))
@@ -225,7 +226,7 @@ def test_the_split_is_decided_by_the_name_or_by_the_option(tmp_path: Path, impor
     assert all_val.splits == ["val"]
 
 
-def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
+def test_the_command_reports_where_end_of_text_was_and_how_the_text_begins(
     tmp_path: Path, tokenizer_folder: Path, bpe: interface.Tokenizer
 ) -> None:
     text = bpe.encode("import hashlib")
@@ -237,7 +238,7 @@ def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
     assert "it begins: 'import hashlib" in done.stdout
 
 
-@pytest.mark.parametrize("piece", [1, 2, 10])
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 10])
 @pytest.mark.parametrize(
     ("ids", "convention"),
     [
@@ -247,11 +248,11 @@ def test_the_command_says_where_the_end_of_text_stood_and_how_the_text_begins(
         ([1, 2], "nowhere"),
     ],
 )
-def test_where_the_end_of_text_was_is_reported(
-    ids: list[int], convention: str, piece: int, tmp_path: Path, bpe: interface.Tokenizer,
+def test_the_position_of_end_of_text_is_reported(
+    ids: list[int], convention: str, chunk_tokens: int, tmp_path: Path, bpe: interface.Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", piece)
+    monkeypatch.setattr(foreign_readers, "CHUNK_TOKENS", chunk_tokens)
     documents = document_splitter.DocumentSplitter(bpe, shard_format.WIDTHS["uint16"], bpe.end_of_text, 100)
     assert bpe.end_of_text == 511
     for found in foreign_readers.nanogpt(nanogpt(tmp_path / "a.bin", ids)):
@@ -259,10 +260,10 @@ def test_where_the_end_of_text_was_is_reported(
     assert documents.convention == convention
 
 
-def test_the_commands_of_the_pages_do_what_is_shown(
+def test_the_commands_of_the_docs_pages_work(
     shards_folder: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here with the tests' shards and tokenizer instead of the reader's."""
+    """With the tests' shards and tokenizer in place of the reader's."""
     there = {"data/shards": shards_folder, "data/for-nanogpt": tmp_path / "n", "data/imported": tmp_path / "imported",
              "gpt2": tokenizer_folder}  # fmt: skip
     mains = {"inspect": inspect.main, "verify": verify.main, "export": export.main, "import_shards": import_shards.main}
@@ -270,12 +271,12 @@ def test_the_commands_of_the_pages_do_what_is_shown(
     lines = re.findall(r"^python -m data_prep\.(\w+) (.*)$", shown, flags=re.MULTILINE)
     assert [name for name, _ in lines] == [*mains]
     for name, arguments in lines:
-        assert mains[name]([str(there.get(word, word)) for word in arguments.split()]) == 0
+        assert mains[name]([str(there.get(part, part)) for part in arguments.split()]) == 0
     assert f"{tmp_path / 'imported'}: complete" in capsys.readouterr().out
     assert documents_of(tmp_path / "imported", "val") == documents_of(shards_folder, "val")
 
 
-# --- refused ---------------------------------------------------------------------------------------
+# --- refused files ---------------------------------------------------------------------------------
 
 MAGIC = struct.pack("<3i", 20240520, 1, 5)
 BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -318,7 +319,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_other_files_are_refused_and_nothing_is_left(name: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_invalid_files_are_refused_and_nothing_is_left(name: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     kind, make, sentence = BAD[name]
     make(tmp_path / "a.bin")
     arguments = ["--from", kind, str(tmp_path / "a.bin"), "--out", str(tmp_path / "out"), "--tokenizer"]
@@ -328,8 +329,8 @@ def test_other_files_are_refused_and_nothing_is_left(name: str, tmp_path: Path, 
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_failure_takes_away_the_shards_that_were_finished(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """The bad id comes last, when other shards are whole."""
+def test_a_failure_removes_the_finished_shards(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """The bad id comes last, when other shards are finished."""
     path = llmc(tmp_path / "a.bin", [0, 1, 2, 0, 3, 4, 0, 1, 0, 5000])
     arguments = ["--from", "llmc", str(path), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="token 9 is 5,000"):
@@ -338,10 +339,10 @@ def test_a_failure_takes_away_the_shards_that_were_finished(tmp_path: Path, toke
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_place_of_a_bad_id_counts_all_tokens_before_it(
+def test_the_position_of_a_bad_id_counts_all_tokens_before_it(
     tmp_path: Path, imported: Import, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the index is read in pieces."""
+    """Also where the index is read in chunks."""
     monkeypatch.setattr(megatron_index, "CHUNK_SEQUENCES", 1)
     path = megatron(tmp_path / "a.bin", [1, 2, 3, 4, 5, 6000, 7], [2, 2, 3])
     with pytest.raises(ValueError, match=r"a\.bin: token 5 is 6,000"):
@@ -366,9 +367,7 @@ def test_options_that_do_not_fit_are_refused(
         import_shards.main([*arguments, *options])
 
 
-def test_a_wrong_end_of_text_id_is_noticed_by_the_right_one(
-    tmp_path: Path, imported: Import, bpe: interface.Tokenizer
-) -> None:
+def test_a_wrong_end_of_text_id_is_noticed(tmp_path: Path, imported: Import, bpe: interface.Tokenizer) -> None:
     path = nanogpt(tmp_path / "a.bin", [1, 7, 2, bpe.end_of_text])
     with pytest.raises(ValueError, match=rf"token 3 is {bpe.end_of_text}, the end-of-text of tokenizer bpe512"):
         imported("nanogpt", path, "--end-of-text", "7")
@@ -385,17 +384,15 @@ def test_a_folder_that_is_not_empty_and_a_file_named_twice_are_refused(tmp_path:
         imported("nanogpt", tmp_path / "out" / "tokenizer", out="other")
 
 
-def test_an_export_refuses_files_that_are_there_and_ids_that_nanogpt_cannot_read(
-    shards_folder: Path, tmp_path: Path
-) -> None:
+def test_an_export_refuses_existing_files_and_ids_that_nanogpt_cannot_read(shards_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "nano"
     out.mkdir()
-    (out / "val.bin").write_text("mine")
+    (out / "val.bin").write_text("the user's")
     done = command("data_prep.export", str(shards_folder), "--to", "nanogpt", "--out", str(out))
     assert done.returncode == 2
     assert "val.bin is there already" in done.stderr
     assert [path.name for path in out.iterdir()] == ["val.bin"]
-    assert (out / "val.bin").read_text() == "mine"
+    assert (out / "val.bin").read_text() == "the user's"
     for number, (highest, fits) in enumerate(((65535, True), (65536, False))):
         folder = tmp_path / f"wide{number}"
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""data_prep.inspect: what it reports of a data set is what is in it."""
+"""data_prep.inspect: its reports agree with the content of the data set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.programs import command
 
 @pytest.fixture(scope="module")
 def folder(text_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Several small shards; one of the texts is Chinese, so that its characters have several bytes."""
+    """Several small shards; one of the texts is Chinese, with characters of several bytes."""
     texts = Path(shutil.copytree(text_folder, tmp_path_factory.mktemp("chinese") / "texts"))
     (texts / "poem.txt").write_text("床前明月光，疑是地上霜。\x1b[31m　" * 100, encoding="utf-8")
     out = tmp_path_factory.mktemp("inspected") / "shards"
@@ -45,17 +45,17 @@ def tokenizer_of(folder: Path) -> ByteLevelBPE:
     return tokenizer
 
 
-def asked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
+def inspected(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
     assert inspect.main([str(folder), "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-# --- what is in it ---------------------------------------------------------------------------------
+# --- summary ---------------------------------------------------------------------------------------
 
 
-def test_the_summary_agrees_with_the_documents_themselves(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_agrees_with_the_documents(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest, tokenizer = shard_format.read_manifest(folder), tokenizer_of(folder)
-    found = asked(folder, capsys)
+    found = inspected(folder, capsys)
     assert (found["digest"], found["dtype"], found["tokenizer"]) == (manifest.digest, "uint16", manifest.tokenizer)
     assert set(found["splits"]) == {"train", "val"}
     for split, about in found["splits"].items():
@@ -70,13 +70,13 @@ def test_the_summary_agrees_with_the_documents_themselves(folder: Path, capsys: 
 
 
 @pytest.mark.parametrize("long", [3, 1000, 1 << 20])
-def test_lengths_are_those_that_numpy_finds(
+def test_document_lengths_agree_with_numpy(
     long: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all, some and none of the documents counted as long ones."""
+    """With all, some and none of the documents counted as long."""
     monkeypatch.setattr(inspect, "LONG", long)
     monkeypatch.setattr(inspect, "CHUNK_DOCUMENTS", 7)
-    about = asked(folder, capsys)["splits"]["train"]["document_tokens"]
+    about = inspected(folder, capsys)["splits"]["train"]["document_tokens"]
     lengths = [len(document) for document in documents_of(folder, "train")]
     percentiles = {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in inspect.PERCENTILES}
     assert about == {
@@ -88,7 +88,7 @@ def test_lengths_are_those_that_numpy_finds(
     }
 
 
-def test_the_command_prints_for_people(folder: Path) -> None:
+def test_the_command_prints_a_readable_summary(folder: Path) -> None:
     done = command("data_prep.inspect", str(folder))
     assert (done.returncode, done.stderr) == (0, "")
     for message in (
@@ -101,32 +101,34 @@ def test_the_command_prints_for_people(folder: Path) -> None:
         assert message in done.stdout
 
 
-# --- a page ----------------------------------------------------------------------------------------
+# --- one document ----------------------------------------------------------------------------------
 
 
-def test_documents_are_found_with_its_place_and_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_document_is_found_with_its_position_and_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tokenizer_of(folder)
     for split in ("train", "val"):
         for number, document in [*enumerate(documents_of(folder, split))][::7]:
-            found = asked(folder, capsys, "--split", split, "--document", str(number))["document"]
+            found = inspected(folder, capsys, "--split", split, "--document", str(number))["document"]
             raw = np.fromfile(folder / f"{found['shard']}.bin", dtype="<u2", offset=1024)
-            place = found["first_token"]
-            assert raw[place : place + found["tokens"]].tolist() == document
+            start = found["first_token"]
+            assert raw[start : start + found["tokens"]].tolist() == document
             pages = [
-                asked(folder, capsys, "--split", split, "--document", str(number), "--page", str(page + 1))["document"]
+                inspected(folder, capsys, "--split", split, "--document", str(number), "--page", str(page + 1))[
+                    "document"
+                ]
                 for page in range(min(4, found["pages"]))
             ]
             text = "".join(page["text"] for page in pages)
-            # A page cannot cut a character, so even the first ones alone are text.
+            # A page ends at a character, so even the first ones alone are text.
             assert text == "<|endoftext|>" + tokenizer.encoding.decode(document[1:])[: len(text) - 13]
             assert found["pages"] > 4 or len(text) - 13 == len(tokenizer.encoding.decode(document[1:]))
 
 
 @pytest.mark.parametrize("page_tokens", [1, 2, 3, 5, 64])
-def test_no_page_cuts_a_character(
+def test_no_page_splits_a_character(
     page_tokens: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tokenizer was trained on English: a Chinese character is three tokens of a byte each."""
+    """The tokenizer was trained on English: a Chinese character is three tokens of one byte each."""
     monkeypatch.setattr(inspect, "PAGE_TOKENS", page_tokens)
     tokenizer = tokenizer_of(folder)
     ids = np.array(tokenizer.encode("明月 é a😀光"), dtype=np.uint16)
@@ -135,7 +137,7 @@ def test_no_page_cuts_a_character(
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_is_sent_nothing_that_it_would_obey(folder: Path) -> None:
+def test_terminals_get_no_control_characters(folder: Path) -> None:
     tokenizer = tokenizer_of(folder)
     begins = {
         tokenizer.encoding.decode(document[1:4]): (split, str(number))
@@ -159,12 +161,12 @@ def test_a_terminal_is_sent_nothing_that_it_would_obey(folder: Path) -> None:
         (["--histogram", "--split", "test"], r"has no test shards \(it has train, val\)"),
     ],
 )
-def test_what_is_not_there_is_refused(options: list[str], sentence: str, folder: Path) -> None:
+def test_missing_documents_pages_and_splits_are_refused(options: list[str], sentence: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         inspect.main([str(folder), *options])
 
 
-def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_an_error(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     index = bytearray((copy / "train_000000.idx").read_bytes())
     documents = shard_format.read_manifest(copy).shards[0].documents
@@ -178,7 +180,7 @@ def test_a_damaged_index_is_a_sentence(folder: Path, tmp_path: Path) -> None:
             inspect.main([str(copy), *options])
 
 
-# --- how often ids occur ---------------------------------------------------------------------------
+# --- frequencies of ids ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "val", None])
@@ -188,15 +190,15 @@ def test_the_histogram_counts_every_token(
     monkeypatch.setattr(chunked_file, "CHUNK_TOKENS", 1000)
     tokens = [*chain(*(d for name in ([split] if split else ["train", "val"]) for d in documents_of(folder, name)))]
     options = ["--split", split] if split else []
-    found = asked(folder, capsys, "--histogram", "--top", "1000", *options)["histogram"]
+    found = inspected(folder, capsys, "--histogram", "--top", "1000", *options)["histogram"]
     assert found["tokens"] == len(tokens)
     assert {row["id"]: row["count"] for row in found["top"]} == Counter(tokens)
     assert found["ids_that_occur"] == len(set(tokens))
     assert [row["count"] for row in found["top"]] == sorted((row["count"] for row in found["top"]), reverse=True)
     tokenizer = tokenizer_of(folder)
-    whole = [row for row in found["top"] if "\ufffd" not in row["text"]]
-    assert len(whole) > 100
-    assert all(row["text"] == tokenizer.encoding.decode([row["id"]]) for row in whole)
+    complete = [row for row in found["top"] if "\ufffd" not in row["text"]]
+    assert len(complete) > 100
+    assert all(row["text"] == tokenizer.encoding.decode([row["id"]]) for row in complete)
 
 
 def test_an_id_outside_of_the_vocabulary_is_reported_with_its_file(folder: Path, tmp_path: Path) -> None:

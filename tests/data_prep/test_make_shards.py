@@ -1,4 +1,4 @@
-"""data_prep.make_shards: the same shards however often it is killed, and however the work is divided."""
+"""data_prep.make_shards: the same shards however often it is killed and however the work is divided."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def make(*arguments: str | Path, out: Path, env: dict[str, str] | None = None) -
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The data set in a folder: everything but the plan, the leases and hidden leftovers."""
+    """Return the files of the data set in a folder: all but the plan, the leases and hidden leftovers."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and not path.name.startswith(".")
             and "prep" not in path.relative_to(folder).parts}  # fmt: skip
 
 
 def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Each file's content and time; folders without."""
+    """Return content and time of each file, and the folders without."""
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else (b"", 0)
             for path in folder.rglob("*")}  # fmt: skip
 
 
 def write_corpus(path: Path, size: int) -> Path:
-    """Some jsonl: the words of these sources, shuffled, and Chinese between them."""
+    """Write jsonl: the words of these sources, shuffled, with Chinese in between."""
     words = [word for path in sorted(ROOT.glob("hpcgpt/**/*.py")) for word in path.read_text().split(" ")]
     chance = random.Random(1)
     with open(path, "w") as file:
@@ -61,7 +61,7 @@ def write_corpus(path: Path, size: int) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four units."""
+    """A corpus of four units."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 3_300_000)
 
 
@@ -71,35 +71,35 @@ def options(corpus: Path, tokenizer_folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus' shards, made by one worker that was left alone."""
-    return made_alone(options, tmp_path_factory.mktemp("whole") / "out")
+def uninterrupted(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus' shards, made by one worker without interruptions."""
+    return make_uninterrupted(options, tmp_path_factory.mktemp("uninterrupted") / "out")
 
 
 @pytest.fixture(scope="module")
-def long(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The options of a preparation that takes long enough to be hit in the middle, with the slower backend."""
+def long_options(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options of a preparation that takes long enough to be killed in the middle, with the slower backend."""
     path = write_corpus(tmp_path_factory.mktemp("long") / "corpus.jsonl", 16_000_000)
     flags = ["--unit-mb", "1", "--val-fraction", "0.1", "--backend", "tiktoken"]
     return [str(path), "--tokenizer", str(tokenizer_folder), *flags]
 
 
 @pytest.fixture(scope="module")
-def long_whole(long: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_alone(long, tmp_path_factory.mktemp("long_whole") / "out")
+def long_uninterrupted(long_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_uninterrupted(long_options, tmp_path_factory.mktemp("long_whole") / "out")
 
 
-def made_alone(options: list[str], out: Path) -> Path:
+def make_uninterrupted(options: list[str], out: Path) -> Path:
     done = make(*options, "--workers", "1", out=out)
     assert done.returncode == 0, done.stderr
     return out
 
 
-# --- what is in them -------------------------------------------------------------------------------
+# --- content ---------------------------------------------------------------------------------------
 
 
 class ReferenceGPT2:
-    """GPT-2's encoder as OpenAI published it (encoder.py, 2019), from the list of merges alone."""
+    """GPT-2's encoder as published by OpenAI (encoder.py, 2019), from the list of merges alone."""
 
     def __init__(self) -> None:
         merges = (ROOT / "data_prep" / "encode" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
@@ -130,7 +130,7 @@ class ReferenceGPT2:
         return [self.id[part] for part in parts]
 
 
-def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(tmp_path: Path) -> None:
+def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_of_each_file(tmp_path: Path) -> None:
     texts = {"a.txt": "hello world", "b/c.txt": CHINESE * 3, "b/d.txt": (ROOT / "hpcgpt/cli.py").read_text(),
              "e.txt": "a literal <|endoftext|> is text\r\n\n  \t it's I'LL 12345 ½ é 👩‍👧\u00a0\u3000x  "}  # fmt: skip
     for name, text in texts.items():
@@ -147,14 +147,14 @@ def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_file_by_file(t
     assert command("data_prep.verify", str(out)).returncode == 0
 
 
-def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus: Path) -> None:
-    tokenizer = save_load.load(whole / "tokenizer")
+def test_each_document_is_complete_and_in_its_split(uninterrupted: Path, corpus: Path) -> None:
+    tokenizer = save_load.load(uninterrupted / "tokenizer")
     assert isinstance(tokenizer, ByteLevelBPE)
     lines = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    manifest = shard_format.read_manifest(whole)
+    manifest = shard_format.read_manifest(uninterrupted)
     found: dict[str, list[str]] = {}
     for name in manifest.splits:
-        split = shard_reader.open_split(whole, manifest, name)
+        split = shard_reader.open_split(uninterrupted, manifest, name)
         ids = split.read(0, split.tokens)
         assert ids[0] == tokenizer.end_of_text
         borders = np.append(np.flatnonzero(ids == tokenizer.end_of_text), len(ids))
@@ -162,11 +162,13 @@ def test_each_document_is_whole_and_on_its_side_of_the_split(whole: Path, corpus
     assert sorted(found["train"] + found["val"]) == sorted(lines)
     assert 0.05 < len(found["val"]) / len(lines) < 0.2
     assert [text for text in lines if text in set(found["train"])] == found["train"]
-    assert verify.verify(whole, manifest) == []
+    assert verify.verify(uninterrupted, manifest) == []
 
 
-def test_the_manifest_says_where_the_tokens_come_from(whole: Path, corpus: Path, tokenizer_folder: Path) -> None:
-    manifest = shard_format.read_manifest(whole)
+def test_the_manifest_records_the_origin_of_the_tokens(
+    uninterrupted: Path, corpus: Path, tokenizer_folder: Path
+) -> None:
+    manifest = shard_format.read_manifest(uninterrupted)
     assert manifest.inputs == [{"name": "corpus.jsonl", "bytes": corpus.stat().st_size}]
     assert manifest.tokenizer["fingerprint"] == save_load.load(tokenizer_folder).fingerprint
     assert "below 0.1" in manifest.split_rule
@@ -174,18 +176,20 @@ def test_the_manifest_says_where_the_tokens_come_from(whole: Path, corpus: Path,
     assert sum(shard.text_bytes for shard in manifest.shards) == text
 
 
-# --- however the work is divided, however often it is killed ---------------------------------------
+# --- division of the work, kills -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [2, 7])
-def test_the_number_of_workers_changes_no_byte(workers: int, options: list[str], whole: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_changes_no_byte(
+    workers: int, options: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
     done = make(*options, "--workers", str(workers), out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "out") == files(whole)
+    assert files(tmp_path / "out") == files(uninterrupted)
 
 
-def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole: Path, tmp_path: Path) -> None:
-    """Tasks 4 and 0 to 3 one after the other, then all at once: the last one writes the manifest."""
+def test_five_tasks_of_an_array_change_no_byte(options: list[str], uninterrupted: Path, tmp_path: Path) -> None:
+    """Tasks 4 and 0 to 3 one after the other, then all at once: the last to finish writes the manifest."""
     for name, together in (("in turn", False), ("at once", True)):
         out = tmp_path / name
         running = []
@@ -195,22 +199,24 @@ def test_five_tasks_that_share_the_work_change_no_byte(options: list[str], whole
             running.append(process)
             if not together:
                 process.wait()
-        said = [process.communicate(timeout=120)[0] for process in running]
-        assert [process.returncode for process in running] == [0] * 5, said
-        assert sum("complete in" in text for text in said) == 1
-        assert files(out) == files(whole)
+        outputs = [process.communicate(timeout=120)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * 5, outputs
+        assert sum("complete in" in text for text in outputs) == 1
+        assert files(out) == files(uninterrupted)
 
 
-def test_a_folder_that_another_task_claims_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at what is in it and the look for the plan, and the other way round."""
-    look = plan._has_other_files
+def test_a_folder_that_another_task_claims_meanwhile_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the search for other files and that for the plan, and the other way round."""
+    search = plan._has_other_files
 
     def claimed_before(out: Path) -> bool:
         claim()
-        return look(out)
+        return search(out)
 
     def claimed_after(out: Path) -> bool:
-        found = look(out)
+        found = search(out)
         claim()
         return found
 
@@ -218,9 +224,9 @@ def test_a_folder_that_another_task_claims_is_accepted(tmp_path: Path, monkeypat
         (out / "prep" / "shares").mkdir(parents=True)
         (out / "prep" / "plan.json").write_text("{}")
 
-    for number, way in enumerate((claimed_before, claimed_after)):
+    for number, check in enumerate((claimed_before, claimed_after)):
         out = tmp_path / str(number)
-        monkeypatch.setattr(plan, "_has_other_files", way)
+        monkeypatch.setattr(plan, "_has_other_files", check)
         plan.check_ours(out)
 
 
@@ -232,7 +238,7 @@ def make_task(options: list[str], out: Path, task: int, tasks: int) -> subproces
 
 @contextmanager
 def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.Popen[bytes]]:
-    """make_shards in a process group of its own, of which nothing is left afterwards."""
+    """Start make_shards in a process group of its own, of which nothing is left afterwards."""
     arguments = ["-m", "data_prep.make_shards", *options, "--out", str(out), "--workers", str(workers)]
     process = subprocess.Popen(
         # A shell that starts the tests in the background makes them ignore Ctrl-C, and that is inherited.
@@ -248,13 +254,13 @@ def started(options: list[str], out: Path, workers: int) -> Iterator[subprocess.
 
 
 def wait_until_finished(out: Path, process: subprocess.Popen[bytes], units: int) -> None:
-    """Until that many units have their record, or the process has ended."""
+    """Wait until that many units have their record, or the process has ended."""
     while len(list((out / "prep" / "units").glob("[0-9]*"))) < units and process.poll() is None:
         time.sleep(0.005)
 
 
 def members(session: int) -> list[int]:
-    """The living processes of a session."""
+    """Return the living processes of a session."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -265,7 +271,7 @@ def members(session: int) -> list[int]:
 
 
 def workers_of(command: int) -> list[int]:
-    """The workers of a command: they are forked from a server, which is its child."""
+    """Return the workers of a command: they are forked from a server, which is its child."""
 
     def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -275,25 +281,25 @@ def workers_of(command: int) -> list[int]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
-    workers: int, long: list[str], long_whole: Path, tmp_path: Path
+    workers: int, long_options: list[str], long_uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     chance = random.Random(workers)
     half_done = False
     for units in (0, 0, 1, 1, 1, 2, 2, 2, 3, 3):
-        with started(long, out, workers) as process:
+        with started(long_options, out, workers) as process:
             wait_until_finished(out, process, units)
             time.sleep(chance.choice([0, 0, chance.uniform(0, 0.1)]))
             process.kill()
         half_done |= any((out / "prep" / "units").glob("[0-9]*")) and not (out / "manifest.json").exists()
-    assert half_done, "every one was killed too early or too late to show anything"
-    done = make(*long, "--workers", str(workers), out=out)
+    assert half_done, "every kill was too early or too late to prove anything"
+    done = make(*long_options, "--workers", str(workers), out=out)
     assert done.returncode == 0, done.stderr
     assert "units are finished already" in done.stdout or "complete already" in done.stdout
-    assert files(out) == files(long_whole)
+    assert files(out) == files(long_uninterrupted)
 
 
-def test_a_finished_unit_is_not_made_again(options: list[str], whole: Path, tmp_path: Path) -> None:
+def test_a_finished_unit_is_not_made_again(options: list[str], uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with started(options, out, 1) as process:
         wait_until_finished(out, process, 1)
@@ -304,11 +310,11 @@ def test_a_finished_unit_is_not_made_again(options: list[str], whole: Path, tmp_
     assert make(*options, out=out).returncode == 0
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*_000000.*")}
     assert after == {name.replace("_000.", "_000000."): time for name, time in before.items()}
-    assert files(out) == files(whole)
+    assert files(out) == files(uninterrupted)
 
 
 @pytest.mark.parametrize("moment", ["before the plan", "within the plan"])
-def test_a_start_that_ended_before_its_plan_was_written_is_started_again(moment: str, tmp_path: Path) -> None:
+def test_a_start_that_ended_before_its_plan_was_written_can_be_repeated(moment: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
     out = tmp_path / "out"
     (out / "prep").mkdir(parents=True)
@@ -319,9 +325,11 @@ def test_a_start_that_ended_before_its_plan_was_written_is_started_again(moment:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, long: list[str], tmp_path: Path) -> None:
+def test_workers_exit_when_their_parent_is_gone(
+    number: signal.Signals, long_options: list[str], tmp_path: Path
+) -> None:
     """On a login node nothing else would end them."""
-    with started(long, tmp_path / "out", 2) as process:
+    with started(long_options, tmp_path / "out", 2) as process:
         wait_until_finished(tmp_path / "out", process, 1)
         assert len(members(process.pid)) >= 3
         process.send_signal(number)
@@ -332,40 +340,42 @@ def test_workers_leave_when_their_parent_is_gone(number: signal.Signals, long: l
         assert members(process.pid) == []
 
 
-def test_a_worker_that_is_killed_ends_the_command_with_a_sentence(
-    long: list[str], long_whole: Path, tmp_path: Path
+def test_a_killed_worker_ends_the_command_with_an_error(
+    long_options: list[str], long_uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """As the kernel does when the memory is full."""
+    """As by the kernel when memory runs out."""
     out = tmp_path / "out"
-    with started(long, out, 2) as process:
+    with started(long_options, out, 2) as process:
         wait_until_finished(out, process, 1)
         os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-        said = process.communicate(timeout=60)[1].decode()
+        error = process.communicate(timeout=60)[1].decode()
     assert process.returncode not in (0, 2)
-    assert said.startswith("error: a worker was killed")
-    assert "Traceback" not in said
+    assert error.startswith("error: a worker was killed")
+    assert "Traceback" not in error
     assert not (out / "manifest.json").exists()
-    assert make(*long, out=out).returncode == 0
-    assert files(out) == files(long_whole)
+    assert make(*long_options, out=out).returncode == 0
+    assert files(out) == files(long_uninterrupted)
 
 
-def test_ctrl_c_ends_with_status_130_and_without_a_traceback(long: list[str], long_whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_status_130_and_without_a_traceback(
+    long_options: list[str], long_uninterrupted: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    with started(long, out, 2) as process:
+    with started(long_options, out, 2) as process:
         wait_until_finished(out, process, 1)
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-        said = process.communicate(timeout=60)[1].decode()
+        error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130
-    assert "Traceback" not in said
-    assert make(*long, out=out).returncode == 0
-    assert files(out) == files(long_whole)
+    assert "Traceback" not in error
+    assert make(*long_options, out=out).returncode == 0
+    assert files(out) == files(long_uninterrupted)
 
 
-# --- what is left out ------------------------------------------------------------------------------
+# --- documents left out ----------------------------------------------------------------------------
 
 
 def in_shards(out: Path) -> list[str]:
-    """Every document of a data set, split by split, with its split's name before it."""
+    """Return every document of a data set, with the name of its split before it."""
     manifest = shard_format.read_manifest(out)
     tokenizer = save_load.load(out / "tokenizer", manifest.tokenizer["fingerprint"])
     assert isinstance(tokenizer, ByteLevelBPE)
@@ -381,7 +391,7 @@ def in_shards(out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """4 MB of jsonl in which documents come again: beside each other, and in other units. And its texts."""
+    """4 MB of jsonl with repeated documents, beside each other and in different units; and its texts."""
     chance = random.Random(3)
     fresh = [" ".join(chance.choices(["alpha", "beta", "gamma", "萧炎", "x"], k=chance.randint(1, 900)))
              for _ in range(1000)]  # fmt: skip
@@ -392,10 +402,10 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 @pytest.mark.parametrize("at_once", [None, 100])
-def test_of_equal_documents_the_first_stays(
+def test_of_equal_documents_the_first_is_kept(
     at_once: int | None, copies: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if the hashes do not fit the memory at once, and are compared range by range."""
+    """Also if the hashes do not fit into memory and are compared range by range."""
     path, texts = copies
     if at_once:
         monkeypatch.setattr(dedup, "ROWS_AT_ONCE", at_once)
@@ -414,13 +424,13 @@ def test_of_equal_documents_the_first_stays(
     assert len(shard_format.read_manifest(tmp_path / "all").shards) > 4
 
 
-def test_killed_while_it_removes_duplicates_or_renames_shards_it_continues(
+def test_a_kill_while_duplicates_are_removed_or_shards_renamed_changes_no_byte(
     copies: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each of the files that are written or moved once all units are finished."""
+    """At each of the files that are written or moved after all units are finished."""
     flags = ["--dedup", "exact", "--val-fraction", "0.1", "--unit-mb", "1", "--workers", "1"]
     arguments = [str(copies[0]), "--tokenizer", str(tokenizer_folder), *flags, "--out"]
-    assert make_shards.main([*arguments, str(tmp_path / "whole")]) == 0
+    assert make_shards.main([*arguments, str(tmp_path / "uninterrupted")]) == 0
     out = tmp_path / "out"
 
     class Killed(BaseException):
@@ -448,10 +458,10 @@ def test_killed_while_it_removes_duplicates_or_renames_shards_it_continues(
         except Killed:
             kills += 1
     assert kills > 10
-    assert files(out) == files(tmp_path / "whole")
+    assert files(out) == files(tmp_path / "uninterrupted")
 
 
-def test_documents_shorter_than_asked_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_documents_that_are_too_short_are_left_out_and_counted(tmp_path: Path) -> None:
     lines = ["ab", "萧炎", "萧炎,斗", "abcd"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     flags = ("--min-characters", "4", "--val-fraction", "0")
@@ -464,7 +474,7 @@ def test_documents_shorter_than_asked_are_left_out_and_counted(tmp_path: Path) -
 def test_a_full_shard_is_followed_by_another_and_no_document_is_split(
     most: int, copies: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """A document larger than a shard has one of its own."""
+    """A document larger than a shard gets its own."""
     flags = ["--val-fraction", "0.1", "--unit-mb", "2", "--workers", "1", "--shard-tokens", str(most)]
     path = tmp_path / "some.jsonl"
     path.write_text("".join(copies[0].read_text().splitlines(keepends=True)[:300]))
@@ -495,10 +505,10 @@ def test_uint32_shards_hold_the_same_documents(copies: tuple[Path, list[str]], t
 
 
 @pytest.mark.parametrize(("task", "tasks", "refused"), [(0, 1, True), (1, 2, True), (11, 20, True), (3, 5, False)])
-def test_two_runs_into_one_folder_are_refused_where_their_shares_overlap(
+def test_two_runs_into_one_folder_are_refused_if_their_shares_overlap(
     task: int, tasks: int, refused: bool, options: list[str], tmp_path: Path
 ) -> None:
-    """This process holds share 1 of 5: task 1 of 2 would do the same units sometime, and so would 11 of 20."""
+    """This process holds share 1 of 5: tasks 1 of 2 and 11 of 20 include some of its units."""
     out = tmp_path / "out"
     make_task(options, out, 4, 5).communicate()
     with task_share.acquire(out, TaskShare(1, 5)):
@@ -512,19 +522,19 @@ def test_two_runs_into_one_folder_are_refused_where_their_shares_overlap(
     assert make(*options, out=out).returncode == 0
 
 
-# --- what is there already -------------------------------------------------------------------------
+# --- existing folders ------------------------------------------------------------------------------
 
 
-def test_a_rerun_says_that_it_is_complete_and_touches_nothing(options: list[str], whole: Path) -> None:
-    before = everything(whole)
-    done = make(*options, out=whole)
+def test_a_rerun_of_a_complete_data_set_changes_nothing(options: list[str], uninterrupted: Path) -> None:
+    before = everything(uninterrupted)
+    done = make(*options, out=uninterrupted)
     assert done.returncode == 0
     assert "is complete already" in done.stdout
-    assert everything(whole) == before
+    assert everything(uninterrupted) == before
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("change", "key"),
     [
         (["--val-fraction", "0.2"], "val_fraction"),
         (["--unit-mb", "2"], "unit_bytes"),
@@ -533,46 +543,48 @@ def test_a_rerun_says_that_it_is_complete_and_touches_nothing(options: list[str]
     ],
 )
 def test_other_options_are_refused_and_nothing_is_changed(
-    change: list[str], word: str, options: list[str], whole: Path
+    change: list[str], key: str, options: list[str], uninterrupted: Path
 ) -> None:
-    before = everything(whole)
-    done = make(*options, *change, out=whole)
+    before = everything(uninterrupted)
+    done = make(*options, *change, out=uninterrupted)
     assert done.returncode == 2
-    assert f"made differently ({word} changed): choose another --out" in done.stderr
-    assert everything(whole) == before
+    assert f"made differently ({key} changed): choose another --out" in done.stderr
+    assert everything(uninterrupted) == before
 
 
-def test_other_inputs_are_refused_and_nothing_is_changed(options: list[str], whole: Path, tmp_path: Path) -> None:
+def test_other_inputs_are_refused_and_nothing_is_changed(
+    options: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
     (tmp_path / "more.txt").write_text("more")
-    before = everything(whole)
-    done = make(str(tmp_path / "more.txt"), *options, out=whole)
+    before = everything(uninterrupted)
+    done = make(str(tmp_path / "more.txt"), *options, out=uninterrupted)
     assert done.returncode == 2
     assert "made differently (inputs changed)" in done.stderr
-    assert everything(whole) == before
+    assert everything(uninterrupted) == before
 
 
-def test_younger_copies_of_the_inputs_are_the_same_once_everything_is_made_and_not_before(
+def test_newer_copies_of_the_inputs_are_accepted_once_the_data_set_is_complete(
     corpus: Path, options: list[str], tmp_path: Path
 ) -> None:
-    """A fresh clone or a copy of the corpus has new times; half-made shards could be of two corpora."""
-    younger = tmp_path / "corpus.jsonl"
-    younger.write_bytes(corpus.read_bytes())
+    """A new clone or copy of the corpus has new times; half-made shards could then be of two corpora."""
+    newer = tmp_path / "corpus.jsonl"
+    newer.write_bytes(corpus.read_bytes())
     out = tmp_path / "out"
     with started(options, out, 1) as process:
         wait_until_finished(out, process, 1)
         process.kill()
-    done = make(younger, *options[1:], out=out)
+    done = make(newer, *options[1:], out=out)
     assert done.returncode == 2
     assert "made differently (inputs changed)" in done.stderr
     assert make(*options, out=out).returncode == 0
     before = everything(out)
-    done = make(younger, *options[1:], out=out)
+    done = make(newer, *options[1:], out=out)
     assert (done.returncode, "is complete already" in done.stdout) == (0, True), done.stderr
     assert everything(out) == before
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "train_000000.bin", ".hidden", "prep/notes.txt", "data/x"])
-def test_a_folder_with_foreign_files_is_refused_and_left_as_it_is(name: str, tmp_path: Path) -> None:
+def test_a_folder_with_foreign_files_is_refused_and_stays_as_it_is(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
@@ -594,8 +606,8 @@ def test_a_file_that_is_added_beside_the_shards_stays(options: list[str], tmp_pa
     assert (out / "NOTES").read_text() == "years of work"
 
 
-# --- mistakes --------------------------------------------------------------------------------------
-# What may be wrong with the text itself is in test_bad_inputs.py.
+# --- user errors -----------------------------------------------------------------------------------
+# test_bad_inputs.py has what may be wrong with the text itself.
 
 
 @pytest.mark.parametrize(
@@ -609,7 +621,7 @@ def test_a_file_that_is_added_beside_the_shards_stays(options: list[str], tmp_pa
         (["--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
     ],
 )
-def test_a_mistaken_option_is_refused(flags: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_a_wrong_option_is_refused(flags: list[str], sentence: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     arguments = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1", *flags]
     with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -617,7 +629,7 @@ def test_a_mistaken_option_is_refused(flags: list[str], sentence: str, tmp_path:
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
+def test_a_bad_input_in_a_worker_ends_with_status_2_and_its_position(
     options: list[str], corpus: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "corpus.jsonl"
@@ -629,7 +641,7 @@ def test_a_bad_input_that_a_worker_meets_ends_with_status_2_and_its_place(
     assert "Traceback" not in done.stderr
 
 
-def test_a_vocabulary_above_65536_ids_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_vocabulary_above_65536_ids_is_refused_with_the_remedy(tmp_path: Path) -> None:
     ranks = {n.to_bytes(3, "big"): 256 + n for n in range(65_400)} | {bytes([b]): b for b in range(256)}
     big = ByteLevelBPE("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
     save_load.save(big, tmp_path / "big")
@@ -669,10 +681,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("room", "workers"), [(0, 1), (9_000, 1), (30_000, 1), (2_000_000, 1), (2_000_000, 2)])
-def test_a_full_disk_ends_in_a_sentence_and_a_rerun_continues(
-    room: int, workers: int, options: list[str], whole: Path, small_disk: Path
+def test_a_full_disk_is_an_error_and_a_rerun_continues(
+    room: int, workers: int, options: list[str], uninterrupted: Path, small_disk: Path
 ) -> None:
-    """Full at every stage: at the plan, at the tokenizer, in mid-shard."""
+    """The disk fills up at the plan, at the tokenizer, or within a shard."""
     ballast = small_disk / "ballast"
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     ballast.write_bytes(bytes(free - room))
@@ -690,12 +702,12 @@ def test_a_full_disk_ends_in_a_sentence_and_a_rerun_continues(
     ballast.unlink()
     done = make(*options, "--workers", str(workers), out=out)
     assert done.returncode == 0, done.stderr
-    assert files(out) == files(whole)
+    assert files(out) == files(uninterrupted)
     assert list(out.rglob(".*")) == []
 
 
-def test_a_corpus_too_small_for_its_validation_split_causes_a_warning_and_is_kept(tmp_path: Path) -> None:
-    """Twenty novels and one in a hundred: tokenizing them all must not have been in vain."""
+def test_a_corpus_too_small_for_a_validation_split_causes_a_warning(tmp_path: Path) -> None:
+    """A failure would waste the whole tokenization, for example of twenty novels with one percent held out."""
     (tmp_path / "a.txt").write_text("x")
     done = command("data_prep.make_shards", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
                    "--val-fraction", "0.000001")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Token shards made by a job array on a real Slurm, hit in mid-work: the files are those that one machine makes."""
+"""Token shards made by a job array on a real Slurm, with faults: the files are those that one machine makes."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def site(lab: Lab, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def whole(site: Site) -> Path:
-    """The same shards, made here by two workers that were left alone."""
-    out = site.home / "whole"
+def uninterrupted(site: Site) -> Path:
+    """The same shards, made here by two workers without interruptions."""
+    out = site.home / "uninterrupted"
     done = command("data_prep.make_shards", *site.options, "--workers", "2", "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out
@@ -92,42 +92,42 @@ def wait_for_units(out: Path, count: int) -> None:
 
 
 def makers(lab: Lab) -> Iterator[tuple[int, int, str]]:
-    """The processes that make shards for a task of an array: pid, task, node."""
+    """Yield the processes that make shards for a task of an array: pid, task, node."""
     for pid, env in running(lab, "data_prep.make_shards"):
         if "SLURM_ARRAY_TASK_ID" in env:
             yield pid, int(env["SLURM_ARRAY_TASK_ID"]), env["SLURMD_NODENAME"]
 
 
 @pytest.mark.timeout(400)
-def test_an_array_that_loses_a_node_in_mid_work_makes_the_same_files(site: Site, whole: Path) -> None:
-    """Five tasks for four nodes. The node that is cut off has a maker on it that was frozen, and wakes up when
-    another one has done its work: it leaves, and changes nothing."""
+def test_an_array_that_loses_a_node_makes_the_same_files(site: Site, uninterrupted: Path) -> None:
+    """Five tasks for four nodes. A process on the node that is cut off is stopped, and continued when another one has
+    done its work: it exits, and changes nothing."""
     out = site.home / "out"
     job = site.sbatch(out, "--array=10-18:2")
     wait_for_units(out, 4)
     pid, task, node = next(makers(site.lab))
     os.kill(pid, signal.SIGSTOP)
-    orphan = os.pidfd_open(pid)
+    superseded = os.pidfd_open(pid)
     cut(site.lab, node)
     try:
-        # An operator is quicker than Slurm, which would find out after SlurmdTimeout.
+        # An operator is faster than Slurm, which would notice after SlurmdTimeout.
         slurm(site.lab, "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=cut")
         left = set(range((task - 10) // 2, UNITS, 5)) - set(units(out))
         assert left, "the task was finished before its node was cut off"
         site.wait(job)
         assert "start 1, on" in (site.home / f"shards-{job}_{task}.out").read_text()
-        assert files(out) == files(whole)
-        signal.pidfd_send_signal(orphan, signal.SIGCONT)
-        gone(orphan)
+        assert files(out) == files(uninterrupted)
+        signal.pidfd_send_signal(superseded, signal.SIGCONT)
+        wait_until_gone(superseded)
         assert "has taken over" in (site.home / f"shards-{job}_{task}.out").read_text()
-        assert files(out) == files(whole)
+        assert files(out) == files(uninterrupted)
     finally:
-        os.close(orphan)
+        os.close(superseded)
         heal(site.lab, node)
         wait_until_idle(site.lab)
 
 
-def gone(process: int) -> None:
+def wait_until_gone(process: int) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
@@ -135,12 +135,12 @@ def gone(process: int) -> None:
         except ProcessLookupError:
             return
         time.sleep(0.1)
-    raise AssertionError("the orphan works on")
+    raise AssertionError("the superseded process still runs")
 
 
 @pytest.mark.timeout(400)
-def test_a_task_whose_time_is_over_requeues_itself_and_continues(site: Site, whole: Path) -> None:
-    """Slurm's signal before the time limit, sent by hand so that the test does not wait for a minute."""
+def test_a_task_at_its_time_limit_requeues_itself_and_continues(site: Site, uninterrupted: Path) -> None:
+    """Slurm's signal before the time limit is sent by hand, so that the test does not wait for a minute."""
     out = site.home / "limited"
     job = site.sbatch(out, "--array=0")
     wait_for_units(out, 2)
@@ -149,10 +149,10 @@ def test_a_task_whose_time_is_over_requeues_itself_and_continues(site: Site, who
     log = site.logs(job)
     assert "the time limit is near: requeueing" in log
     assert "units are finished already" in log
-    assert files(out) == files(whole)
+    assert files(out) == files(uninterrupted)
 
 
-def test_an_array_with_holes_is_refused_with_one_that_has_none(site: Site, tmp_path: Path) -> None:
+def test_an_array_with_gaps_is_refused_with_the_remedy(site: Site, tmp_path: Path) -> None:
     job = site.sbatch(tmp_path / "out", "--array=1,2,5")
     deadline = time.monotonic() + 60
     while site.states(job) != {"FAILED"}:

@@ -1,4 +1,4 @@
-"""data_prep.verify: in parallel, in pieces, and quickly. Which damages it finds is in test_shard_format."""
+"""data_prep.verify: in parallel, in chunks, and quickly. test_shard_format has the damage that it finds."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def test_any_number_of_workers_reports_the_same_in_the_same_order(
         "train_000000", "train_000001", "val_000000"]  # fmt: skip
 
 
-def test_quick_looks_at_sizes_and_headers_only(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quick_checks_only_sizes_and_headers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     flip(copy / "train_000000.bin", 2000)
     assert verify.main([str(copy), "--quick"]) == 0
@@ -54,19 +52,19 @@ def test_quick_looks_at_sizes_and_headers_only(
         verify.main([str(copy), "--workers", "0"])
 
 
-@pytest.mark.parametrize("place", ["length", "pointer", "border", "last border"])
-def test_each_number_of_an_index_is_looked_at_also_where_all_checksums_hold(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", ["length", "pointer", "border", "last border"])
+def test_each_entry_of_an_index_is_checked_also_where_all_checksums_fit(entry: str, tmp_path: Path) -> None:
     manifest = write(tmp_path / "shards", {"train": [[[0, 1, 2], [0, 3], [0, 4, 5]]]})
     at = {"length": 34 + 4, "pointer": 34 + 4 * 3 + 8, "border": 34 + 12 * 3 + 8, "last border": 34 + 12 * 3 + 24}
     path = tmp_path / "shards" / "train_000000.idx"
-    flip(path, at[place])
+    flip(path, at[entry])
     changed = dataclasses.replace(manifest.shards[0], idx_xxh3=shard_format.checksum(path))
     manifest = dataclasses.replace(manifest, shards=[changed])
     assert "its documents do not add up" in "\n".join(verify.verify(tmp_path / "shards", manifest))
 
 
 def test_verify_needs_no_more_memory_for_a_larger_shard(folder: Path, tmp_path: Path) -> None:
-    """240 MB of zeros, which take no room on the disk: as a whole they would show."""
+    """240 MB of zeros in a sparse file: reading it at once would show in the memory."""
     tokens = 120_000_000
     width = shard_format.WIDTHS["uint16"]
     with open(tmp_path / "train_000000.bin", "wb") as file:
@@ -79,7 +77,7 @@ def test_verify_needs_no_more_memory_for_a_larger_shard(folder: Path, tmp_path: 
     about = shard_format.read_manifest(folder).tokenizer | {"end_of_text": 0}
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     shard_format.write_manifest(tmp_path, "uint16", about, [], "by hand", {}, [shard])
-    # Not ru_maxrss: of a new process it begins with what its parent had.
+    # Not ru_maxrss: that of a new process begins with its parent's.
     code = (
         "import sys; from pathlib import Path; from data_prep import verify\n"
         "def peak(): return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"

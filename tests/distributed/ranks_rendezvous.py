@@ -1,6 +1,6 @@
-"""What test_rendezvous starts: ``python -m tests.distributed.ranks_rendezvous FOLDER TIMEOUT_S``.
+"""The program of test_rendezvous: ``python -m tests.distributed.ranks_rendezvous FOLDER TIMEOUT_S``.
 
-A rank that meets the others, as a training process would, and says so with the sum of all ranks.
+A rank that connects to the others as training does, and prints the sum of all ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What test_stop_signals runs on 4 ranks: ``-m tests.distributed.ranks_stop_signals OUT``.
+"""The program of test_stop_signals on 4 ranks: ``-m tests.distributed.ranks_stop_signals OUT``.
 
 Each rank writes OUT/rank_R.json.
 """
@@ -18,7 +18,7 @@ from hpcgpt.distributed import rendezvous, world
 from hpcgpt.distributed.stop_signals import StopFlag
 from hpcgpt.distributed.world import Ranks
 
-# Which rank is sent which signals, one case after the other.
+# The signals that each rank gets, one case after the other.
 CASES: dict[str, dict[int, list[signal.Signals]]] = {
     "no rank": {},
     "the last rank alone": {3: [signal.SIGUSR1]},
@@ -42,14 +42,14 @@ def agreed(ranks: Ranks, out: Path) -> dict[str, str]:
     reported["a file that only rank 0 looks for"] = (
         StopFlag(stop_file if ranks.world.is_first else None, 60.0, {}).agree(ranks).name
     )
-    for name, whose in {"the clock of rank 0": 0, "the clock of another rank": 2}.items():
-        end = {"SLURM_JOB_END_TIME": "1"} if ranks.world.rank == whose else {}
+    for name, rank in {"the clock of rank 0": 0, "the clock of another rank": 2}.items():
+        end = {"SLURM_JOB_END_TIME": "1"} if ranks.world.rank == rank else {}
         reported[name] = StopFlag(None, 60.0, end).agree(ranks).name
     return reported
 
 
 def rounds_until_stop(ranks: Ranks) -> int:
-    """In which round of asking the ranks stop, if rank 2 gets a signal at a moment of its own."""
+    """Return in which round the ranks stop, if rank 2 gets a signal at a random moment."""
     flag = StopFlag(None, 60.0, {})
     flag.install()
     if ranks.world.rank == 2:

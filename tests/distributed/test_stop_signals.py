@@ -1,4 +1,4 @@
-"""hpcgpt.distributed.stop_signals: signals become one agreed reason, and children are kept from them."""
+"""hpcgpt.distributed.stop_signals: signals become one agreed reason to stop, and child processes are shielded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hpcgpt.distributed.stop_signals import SIGNALS, Stop, StopFlag, leave_at, s
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env, on_ranks
 
-# After each line on stdin it prints its reason.
+# Prints its reason to stop after each line on stdin.
 ASK = """
 import sys
 from hpcgpt.distributed.stop_signals import StopFlag
@@ -31,8 +31,8 @@ for _ in sys.stdin:
 """
 
 
-class Asked:
-    """A process with our handlers, to send signals to and to ask."""
+class ProcessWithHandlers:
+    """A process with our handlers, which gets signals and reports its reason."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", ASK], cwd=ROOT, env=clean_env(), text=True, bufsize=1,
@@ -41,7 +41,7 @@ class Asked:
         assert self.process.stdout.readline() == "ready\n"
 
     def after(self, *numbers: signal.Signals) -> str:
-        """The reason it gives after these signals, one after the other; '' if it has left."""
+        """Return its reason after these signals, one after the other; '' if it has exited."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         answer = ""
@@ -56,16 +56,16 @@ class Asked:
 
 
 @pytest.fixture
-def asked() -> Iterator[Asked]:
-    process = Asked()
-    yield process
-    process.process.kill()
-    process.process.communicate()
+def process_with_handlers() -> Iterator[ProcessWithHandlers]:
+    made = ProcessWithHandlers()
+    yield made
+    made.process.kill()
+    made.process.communicate()
 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """This process's own handlers, put back afterwards."""
+    """Restore this process's own handlers afterwards."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -92,20 +92,22 @@ def handlers() -> Iterator[None]:
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(number.name for number in value),
 )
-def test_each_signal_gives_its_reason_and_the_largest_counts(
-    asked: Asked, numbers: list[signal.Signals], reason: str
+def test_each_signal_has_its_reason_and_the_largest_counts(
+    process_with_handlers: ProcessWithHandlers, numbers: list[signal.Signals], reason: str
 ) -> None:
-    assert asked.after(*numbers) == reason
-    assert asked.process.poll() is None
+    assert process_with_handlers.after(*numbers) == reason
+    assert process_with_handlers.process.poll() is None
 
 
 @pytest.mark.parametrize(
     "before", [[], [signal.SIGUSR1], [signal.SIGTERM]], ids=["at-once", "after-USR1", "after-TERM"]
 )
-def test_a_second_ctrl_c_leaves_at_once(asked: Asked, before: list[signal.Signals]) -> None:
-    assert asked.after(*before, signal.SIGINT) != ""
-    assert asked.after(signal.SIGINT) == ""
-    assert asked.process.wait(10) == 130
+def test_a_second_ctrl_c_exits_at_once(
+    process_with_handlers: ProcessWithHandlers, before: list[signal.Signals]
+) -> None:
+    assert process_with_handlers.after(*before, signal.SIGINT) != ""
+    assert process_with_handlers.after(signal.SIGINT) == ""
+    assert process_with_handlers.process.wait(10) == 130
 
 
 def test_without_a_reason_there_is_none(tmp_path: Path) -> None:
@@ -127,13 +129,13 @@ def test_without_a_reason_there_is_none(tmp_path: Path) -> None:
         (1000.0, 2000.0, 60.0, 1000.0),
     ],
 )
-def test_a_job_leaves_a_margin_before_its_end_but_no_more_than_a_fifth_of_its_time(
+def test_a_job_stops_a_margin_before_its_end_but_at_most_a_fifth_of_its_time(
     end: float, now: float, margin_s: float, expected: float
 ) -> None:
     assert leave_at(end, now, margin_s) == expected
 
 
-def test_near_the_end_of_the_job_the_clock_says_stop() -> None:
+def test_near_the_end_of_the_job_the_reason_is_the_time_limit() -> None:
     flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(time.time()) + 2)})
     assert flag.here() == Stop.NO
     time.sleep(2)
@@ -141,25 +143,21 @@ def test_near_the_end_of_the_job_the_clock_says_stop() -> None:
 
 
 @pytest.mark.parametrize("env", [{}, {"SLURM_JOB_END_TIME": ""}, {"SLURM_JOB_END_TIME": "Unknown"}])
-def test_without_an_end_the_clock_says_nothing(env: dict[str, str]) -> None:
+def test_without_an_end_there_is_no_time_limit(env: dict[str, str]) -> None:
     assert StopFlag(None, 1e9, env).agree(ALONE) == Stop.NO
 
 
-def test_a_stop_file_counts_when_it_is_looked_for_and_less_than_the_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late = {"SLURM_JOB_END_TIME": "1"}
-    flag, hurried = StopFlag(tmp_path / "STOP", 60.0, {}), StopFlag(tmp_path / "STOP", 60.0, late)
+def test_a_stop_file_counts_less_than_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"SLURM_JOB_END_TIME": "1"}
+    flag, late = StopFlag(tmp_path / "STOP", 60.0, {}), StopFlag(tmp_path / "STOP", 60.0, env)
     monkeypatch.setattr(stop_signals, "LOOK_EVERY_S", 0.0)
     assert flag.here() == Stop.NO
     (tmp_path / "STOP").touch()
     assert flag.here() == flag.agree(ALONE) == Stop.FILE
-    assert hurried.here() == Stop.TIME_LIMIT
+    assert late.here() == Stop.TIME_LIMIT
 
 
-def test_a_stop_file_is_looked_for_at_once_and_then_now_and_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_file_is_looked_for_at_once_and_then_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_signals, "LOOK_EVERY_S", 1e9)
     early = StopFlag(tmp_path / "STOP", 60.0, {})
     assert early.here() == Stop.NO
@@ -168,21 +166,21 @@ def test_a_stop_file_is_looked_for_at_once_and_then_now_and_then(
     assert StopFlag(tmp_path / "STOP", 60.0, {}).here() == Stop.FILE
 
 
-def test_a_file_system_that_does_not_answer_for_a_moment_stops_nobody(tmp_path: Path) -> None:
-    """No errno of a missing file: a name that is too long is one that can be had without a broken file system."""
+def test_a_file_system_error_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """ENAMETOOLONG stands in for the errors of a broken file system, which is not a missing file."""
     assert StopFlag(tmp_path / ("x" * 300), 60.0, {}).here() == Stop.NO
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The time that preempt sees, by both of its clocks; a test moves it."""
+    """Both clocks as stop_signals reads them; a test moves them."""
     now = [1_000_000.0]
     monkeypatch.setattr(stop_signals, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
     yield now
 
 
 def run_until_stop(flag: StopFlag, clock: list[float], steps_s: Sequence[float]) -> float:
-    """Step, and look after each step, until the flag says stop; when that was."""
+    """Step until the flag says stop, polling after each step; return the time of the stop."""
     flag.look_from_now()
     for step_s in steps_s:
         clock[0] += step_s
@@ -199,7 +197,7 @@ def run_until_stop(flag: StopFlag, clock: list[float], steps_s: Sequence[float])
         (10_000, 60.0, 100.0, 0.0, 210.0),
         (10_000, 300.0, 100.0, 0.0, 300.0),
         (10_000, 0.0, 0.0, 0.0, 10.0),
-        (10_000, 60.0, 0.0, 80.0, 110.0),  # a whole step passes between two looks
+        (10_000, 60.0, 0.0, 80.0, 110.0),  # a whole step passes between two polls
         (10_000, 60.0, 20.0, 80.0, 150.0),
         (1000, 60.0, 400.0, 0.0, 500.0),  # half of the job at most
         (1000, 60.0, 0.0, 700.0, 500.0),
@@ -207,13 +205,13 @@ def run_until_stop(flag: StopFlag, clock: list[float], steps_s: Sequence[float])
         (100, 60.0, 30.0, 0.0, 50.0),
     ],
 )
-def test_what_a_step_and_its_saves_take_has_to_fit_before_the_end(
+def test_a_step_and_its_saves_fit_before_the_end(
     clock: list[float], left_s: int, margin_s: float, save_s: float, step_s: float, leads_s: float
 ) -> None:
     end = clock[0] + left_s
     flag = StopFlag(None, margin_s, {"SLURM_JOB_END_TIME": str(int(end))})
     flag.save_takes(save_s)
-    flag.save_takes(save_s / 2)  # a quicker save puts nothing off
+    flag.save_takes(save_s / 2)  # a faster save does not postpone the stop
     flag.look_from_now()
     clock[0] += step_s
     flag.agree(ALONE, after_step=True)
@@ -221,19 +219,19 @@ def test_what_a_step_and_its_saves_take_has_to_fit_before_the_end(
 
 
 @pytest.mark.parametrize("step_s", [1.0, 30.0, 90.0, 300.0])
-def test_steps_of_any_length_are_saved_before_the_job_ends(clock: list[float], step_s: float) -> None:
-    """With the margin alone, 60 s, the flag would be looked at 90 s before the end, and never again."""
+def test_with_steps_of_any_length_the_run_stops_in_time_for_a_save(clock: list[float], step_s: float) -> None:
+    """With the margin alone, 60 s, the last poll could be 90 s before the end."""
     for offset in range(0, 300, 7):
         end = clock[0] + 7200 + offset
         flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
         flag.save_takes(20.0)
         stop_at = run_until_stop(flag, clock, [step_s] * 10_000)
         assert stop_at + 2 * 20.0 <= end
-        assert end - stop_at <= 1.25 * step_s + max(60.0, 50.0) + step_s, "much earlier than is needed"
+        assert end - stop_at <= 1.25 * step_s + max(60.0, 50.0) + step_s, "much earlier than necessary"
         clock[0] = end
 
 
-def test_a_single_long_wait_is_forgotten_after_a_while(clock: list[float]) -> None:
+def test_a_single_long_step_is_forgotten_after_some_steps(clock: list[float]) -> None:
     flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(clock[0]) + 100_000)})
     flag.look_from_now()
     for step_s in (1.0, 2000.0, 1.0):
@@ -246,8 +244,8 @@ def test_a_single_long_wait_is_forgotten_after_a_while(clock: list[float]) -> No
     assert flag.step_s == 1.0
 
 
-def test_a_single_slow_save_is_forgotten_after_a_few_more(clock: list[float]) -> None:
-    """Other jobs kept the file system busy for a while: the run must not leave early for the rest of its days."""
+def test_a_single_slow_save_is_forgotten_after_some_saves(clock: list[float]) -> None:
+    """Other jobs made the file system slow for a while: that must not make the run stop early forever."""
     end = clock[0] + 100_000
     flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
     for seconds in [20.0, 900.0, *[20.0] * (stop_signals.RECENT_SAVES - 1)]:
@@ -257,7 +255,7 @@ def test_a_single_slow_save_is_forgotten_after_a_few_more(clock: list[float]) ->
     assert end - flag.leave_at == 2 * 30.0 + stop_signals.SLACK_S
 
 
-def test_looks_between_the_batches_of_an_evaluation_are_no_steps(clock: list[float]) -> None:
+def test_polls_between_the_batches_of_an_evaluation_do_not_count_as_steps(clock: list[float]) -> None:
     flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(clock[0]) + 100_000)})
     flag.look_from_now()
     clock[0] += 90.0
@@ -272,7 +270,7 @@ def test_looks_between_the_batches_of_an_evaluation_are_no_steps(clock: list[flo
 
 
 @pytest.mark.parametrize("env", [{}, {"SLURM_JOB_END_TIME": "Unknown"}])
-def test_without_an_end_nothing_is_too_slow(clock: list[float], env: dict[str, str]) -> None:
+def test_without_an_end_no_save_or_step_is_too_slow(clock: list[float], env: dict[str, str]) -> None:
     flag = StopFlag(None, 60.0, env)
     flag.save_takes(1e9)
     flag.look_from_now()
@@ -281,8 +279,8 @@ def test_without_an_end_nothing_is_too_slow(clock: list[float], env: dict[str, s
     assert flag.lead_s == 0.0
 
 
-def test_under_nohup_a_hangup_is_still_ignored() -> None:
-    """What nohup does: SIGHUP is ignored when the program begins."""
+def test_under_nohup_sighup_stays_ignored() -> None:
+    """nohup makes a program begin with SIGHUP ignored."""
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     )
@@ -299,7 +297,7 @@ def test_under_nohup_a_hangup_is_still_ignored() -> None:
 # --- several ranks ---------------------------------------------------------------------------------
 
 
-def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_round(tmp_path: Path) -> None:
+def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_in_the_same_round(tmp_path: Path) -> None:
     done = on_ranks(4, "tests.distributed.ranks_stop_signals", str(tmp_path))
     assert done.returncode == 0, done.stderr
     reported = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(4)]
@@ -318,14 +316,14 @@ def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_and_in_the_same_rou
     assert len(set(reported[0]["rounds"])) > 1
 
 
-# --- children --------------------------------------------------------------------------------------
+# --- child processes -------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_child_started_in_the_shield_is_deaf_to_our_signals(number: signal.Signals) -> None:
+def test_a_child_started_in_the_shield_does_not_get_our_signals(number: signal.Signals) -> None:
     StopFlag(None, 60.0, {}).install()
-    child = "import time; print('up', flush=True); time.sleep(0.2); print('lives', flush=True)"
+    child = "import time; print('up', flush=True); time.sleep(0.2); print('survived', flush=True)"
     with shielded():
         kept = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
     bare = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -333,13 +331,13 @@ def test_a_child_started_in_the_shield_is_deaf_to_our_signals(number: signal.Sig
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.send_signal(number)
-    assert kept.communicate()[0] == b"lives\n"
+    assert kept.communicate()[0] == b"survived\n"
     assert kept.returncode == 0
-    assert bare.communicate()[0] == b"", "without the shield it would survive too, so this shows nothing"
+    assert bare.communicate()[0] == b"", "it survived without the shield, so this proves nothing"
 
 
 @pytest.mark.usefixtures("handlers")
-def test_a_signal_that_comes_within_the_shield_reaches_us_afterwards() -> None:
+def test_a_signal_within_the_shield_is_handled_afterwards() -> None:
     flag = StopFlag(None, 60.0, {})
     flag.install()
     with shielded():
@@ -347,7 +345,7 @@ def test_a_signal_that_comes_within_the_shield_reaches_us_afterwards() -> None:
     assert flag.here() == Stop.TERMINATED
 
 
-def test_the_shield_is_taken_down_also_when_the_start_of_a_child_fails() -> None:
+def test_the_shield_is_removed_also_when_the_start_of_a_child_fails() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with pytest.raises(FileNotFoundError), shielded():
         subprocess.run(["no-such-program-anywhere"], check=True)
@@ -355,8 +353,8 @@ def test_the_shield_is_taken_down_also_when_the_start_of_a_child_fails() -> None
     assert not before & set(SIGNALS)
 
 
-def test_a_signal_that_was_blocked_from_the_start_is_heard_once_the_handlers_are_there() -> None:
-    """The batch script starts a rank so: a signal that comes while Python is being loaded waits."""
+def test_a_signal_that_was_blocked_from_the_start_is_handled_once_there_are_handlers() -> None:
+    """The batch script starts ranks like this: a signal that arrives while Python loads stays pending."""
     code = (
         "import os, signal; os.kill(os.getpid(), signal.SIGTERM); from hpcgpt.distributed import stop_signals\n"
         "flag = stop_signals.StopFlag(None, 60, env={}); flag.install(); print(flag.here().name)"

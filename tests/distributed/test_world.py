@@ -1,4 +1,4 @@
-"""hpcgpt.distributed.world: who am I, and which device is mine."""
+"""hpcgpt.distributed.world: rank, world size, hosts and device of this process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hpcgpt.distributed import world
 from hpcgpt.distributed.world import World, device_index, discover, expand_hosts
 from hpcgpt.errors import NodeError, UserError
 
-# --- who am I --------------------------------------------------------------------------------------
+# --- rank and world size ---------------------------------------------------------------------------
 
-# What every process in a Slurm job sees, whether srun started it or not.
+# The variables that every process in a Slurm job has, whether srun started it or not.
 JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
        "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
 
@@ -21,8 +21,8 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB
 def srun(rank: int, local_rank: int, node: int, tasks: int = 4, here: str = "2(x2)") -> dict[str, str]:
     step = {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NODELIST": "n[1-2]",
             "SLURM_STEP_TASKS_PER_NODE": here}  # fmt: skip
-    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NODEID": str(node)}
-    return JOB | step | place
+    variables = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NODEID": str(node)}
+    return JOB | step | variables
 
 
 def torchrun(rank: int, local_rank: int, size: int, local_size: int) -> dict[str, str]:
@@ -30,8 +30,8 @@ def torchrun(rank: int, local_rank: int, size: int, local_size: int) -> dict[str
             "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local_size)}  # fmt: skip
 
 
-def test_two_nodes_with_two_tasks_are_the_ranks_0_to_3() -> None:
-    """The course's script took mp.spawn's local index as the rank, so that two servers collided."""
+def test_two_nodes_with_two_tasks_each_have_ranks_0_to_3() -> None:
+    """The course's script used mp.spawn's local index as the rank, so that two servers collided."""
     found = [discover(srun(2 * node + local, local, node)) for node in (0, 1) for local in (0, 1)]
     assert [w.rank for w in found] == [0, 1, 2, 3]
     assert [w.local_rank for w in found] == [0, 1, 0, 1]
@@ -41,34 +41,34 @@ def test_two_nodes_with_two_tasks_are_the_ranks_0_to_3() -> None:
 
 
 @pytest.mark.parametrize(
-    ("here", "sizes"),
+    ("tasks_per_node", "sizes"),
     [("2(x2)", [2, 2]), ("3,1", [3, 1]), ("2,2", [2, 2]), ("1(x2),2", [1, 1, 2]), ("1,3(x1)", [1, 3])],
 )
-def test_a_node_knows_its_own_tasks_also_where_they_are_uneven(here: str, sizes: list[int]) -> None:
-    assert [discover(srun(0, 0, n, sum(sizes), here)).local_size for n in range(len(sizes))] == sizes
+def test_local_size_is_right_also_where_tasks_are_uneven(tasks_per_node: str, sizes: list[int]) -> None:
+    assert [discover(srun(0, 0, n, sum(sizes), tasks_per_node)).local_size for n in range(len(sizes))] == sizes
 
 
-def test_a_requeue_and_a_step_are_attempts_of_their_own() -> None:
+def test_a_requeue_and_a_step_are_separate_attempts() -> None:
     env = srun(0, 0, 0)
     changes = {"SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "4", "SLURM_JOB_ID": "8"}
     attempts = [discover(env).attempt, *(discover(env | {key: value}).attempt for key, value in changes.items())]
     assert len(set(attempts)) == 4
 
 
-def test_torchrun_says_its_own_ranks() -> None:
+def test_torchruns_variables_give_the_ranks() -> None:
     found = discover(torchrun(3, 1, 4, 2))
     assert (found.rank, found.local_rank, found.size, found.local_size, found.launcher) == (3, 1, 4, 2, "torchrun")
     assert "/" not in found.attempt
 
 
 def test_torchrun_inside_srun_is_torchrun() -> None:
-    """One srun task a node, torchrun with two processes in each: then torchrun's ranks are the true ones."""
+    """One srun task per node, torchrun with two processes in each: torchrun's ranks count."""
     found = discover(srun(1, 0, 1, tasks=2, here="1(x2)") | torchrun(3, 1, 4, 2))
     assert (found.rank, found.local_rank, found.size, found.launcher) == (3, 1, 4, "torchrun")
 
 
 @pytest.mark.parametrize("env", [{}, JOB, {"RANK": "1", "WORLD_SIZE": "2"}])
-def test_a_shell_is_alone_also_inside_an_allocation(env: dict[str, str]) -> None:
+def test_a_shell_is_a_single_rank_also_inside_an_allocation(env: dict[str, str]) -> None:
     found = discover(env)
     assert (found.rank, found.local_rank, found.size, found.local_size, found.launcher) == (0, 0, 1, 1, "alone")
 
@@ -91,7 +91,7 @@ def test_variables_that_contradict_each_other_are_refused(env: dict[str, str]) -
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_LOCALID"])
-def test_a_launcher_that_forgot_a_variable_is_named_with_it(missing: str) -> None:
+def test_a_missing_variable_of_a_launcher_is_named(missing: str) -> None:
     env = srun(0, 0, 0) if missing == "SLURM_LOCALID" else torchrun(0, 0, 2, 2)
     del env[missing]
     with pytest.raises(ValueError, match=missing):
@@ -111,11 +111,11 @@ def test_a_launcher_that_forgot_a_variable_is_named_with_it(missing: str) -> Non
         ("a[1-2]-ib.site,b-[3]", ["a1-ib.site", "a2-ib.site", "b-3"]),
     ],
 )
-def test_slurms_short_form_of_host_names_is_written_out(text: str, hosts: list[str]) -> None:
+def test_slurms_short_form_of_host_names_is_expanded(text: str, hosts: list[str]) -> None:
     assert expand_hosts(text) == hosts
 
 
-# --- which device is mine --------------------------------------------------------------------------
+# --- device ----------------------------------------------------------------------------------------
 
 
 def at(local_rank: int, rank: int | None = None) -> World:
@@ -128,7 +128,7 @@ def at(local_rank: int, rank: int | None = None) -> World:
         (0, 4, "auto", True, 0),
         (3, 4, "auto", True, 3),
         (0, 1, "auto", True, 0),
-        (3, 1, "auto", True, 0),  # Slurm shows each task its own GPU only
+        (3, 1, "auto", True, 0),  # Slurm shows each task only its own GPU
         (0, 0, "auto", False, None),
         (5, 0, "cpu", True, None),
         (0, 4, "cpu", True, None),
@@ -156,15 +156,15 @@ def test_the_device_is_not_the_global_rank() -> None:
         (2, 2, "auto", 3, "Slurm gave this job 3 GPUs here, but torch sees 2: a GPU has failed"),
     ],
 )
-def test_no_gpu_or_too_few_of_them_is_an_error_and_no_fallback(
+def test_missing_gpus_are_an_error_without_fallback(
     local_rank: int, visible: int, requested: str, allocated: int, sentence: str
 ) -> None:
-    """The course's script left with status 0, untrained. What Slurm gave and torch does not see is the node's fault."""
+    """The course's script ended with status 0, untrained. GPUs that Slurm allocated and torch lacks: a node fault."""
     with pytest.raises(NodeError if allocated > visible else UserError, match=sentence):
         device_index(at(local_rank), visible, requested, allocated)
 
 
-def test_a_task_has_the_cores_that_slurm_says_and_never_more_than_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_has_the_cores_that_slurm_allocated_at_most_those_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "cgroup_cpu_limit", lambda: None)
     allowed = len(os.sched_getaffinity(0))
     assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "1"}) == 1
@@ -183,15 +183,15 @@ def test_a_task_has_the_cores_that_slurm_says_and_never_more_than_it_may_use(mon
         ({"a/b": "50000 100000"}, 1),
     ],
 )
-def test_a_container_has_the_cores_whose_time_it_gets(
+def test_a_container_has_as_many_cores_as_its_cpu_quota(
     limits: dict[str, str], cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, root = tmp_path / "cgroup", tmp_path / "root"
-    own.write_text("1:cpuset:/elsewhere\n0::/a/b\n")
+    cgroup, root = tmp_path / "cgroup", tmp_path / "root"
+    cgroup.write_text("1:cpuset:/elsewhere\n0::/a/b\n")
     (root / "a/b").mkdir(parents=True)
-    for place, words in limits.items():
-        (root / place / "cpu.max").write_text(f"{words}\n")
-    assert world.cgroup_cpu_limit(own, root) == cores
+    for path, content in limits.items():
+        (root / path / "cpu.max").write_text(f"{content}\n")
+    assert world.cgroup_cpu_limit(cgroup, root) == cores
     assert world.cgroup_cpu_limit(tmp_path / "none", root) is None
     monkeypatch.setattr(world, "cgroup_cpu_limit", lambda: 1)
     assert world.cores(World(0, 0, 1, 1, "alone", ""), {}) == 1

@@ -23,13 +23,13 @@ TREES = ("hpcgpt", "data_prep", "slurm")
 
 
 def block(heading: str) -> str:
-    """The first block of code below a heading of the page."""
+    """Return the first block of code below a heading of the page."""
     (found,) = re.findall(rf"^## {heading}\n.*?```\n(.*?)```", ARCHITECTURE, flags=re.DOTALL | re.MULTILINE)[:1]
     return str(found)
 
 
 def listed() -> list[str]:
-    """The paths of the tree, folders with a slash behind."""
+    """Return the paths of the tree, folders with a slash at the end."""
     paths: list[str] = []
     folders: list[str] = []
     for line in block("The tree").splitlines():
@@ -54,19 +54,19 @@ def test_the_tree_lists_every_module_and_no_other() -> None:
     assert [path for path in listed() if not (ROOT / path).exists()] == []
 
 
-def test_the_tree_says_something_of_every_line_and_is_not_too_wide() -> None:
+def test_every_line_of_the_tree_has_a_description_and_fits_the_width() -> None:
     for line in block("The tree").splitlines():
         assert len(line) <= 120
         assert len(line.split()) > 2 or line in {f"{name}/" for name in TREES}, line
 
 
-def test_the_import_order_is_the_one_that_is_checked() -> None:
+def test_the_import_order_is_the_checked_one() -> None:
     assert [tuple(line.split()) for line in block("Import order").splitlines()] == list(LEVELS)
 
 
 @cache
 def names_in(path: Path) -> set[str]:
-    """The functions and classes of a file: `f`, `Class`, `Class.method`; the functions of a shell script."""
+    """Return the functions and classes of a file (`f`, `Class`, `Class.method`), or the functions of a shell script."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return set(re.findall(r"^([a-z_]+)\(\) ?\{", text, flags=re.MULTILINE))
@@ -80,7 +80,7 @@ def names_in(path: Path) -> set[str]:
 
 
 def missing(page: str) -> list[str]:
-    """The `file:function` of a text that do not exist."""
+    """Return each `file:function` in a text that does not exist."""
     named = re.findall(r"`((?:hpcgpt|data_prep|slurm|tests)/[\w/.-]+):([\w.]+)`", page)
     return [f"{path}:{name}" for path, name in named
             if not (ROOT / path).is_file() or name not in names_in(ROOT / path)]  # fmt: skip
@@ -91,14 +91,14 @@ def test_every_function_that_is_named_exists(page: Path) -> None:
     assert missing(page.read_text(encoding="utf-8")) == []
 
 
-def test_the_walks_name_functions_and_a_wrong_one_is_found() -> None:
+def test_the_walks_name_functions_and_a_wrong_name_is_found() -> None:
     assert len(re.findall(r"`hpcgpt/[\w/]+\.py:\w", ARCHITECTURE)) > 50
     wrong = "`hpcgpt/train.py:main` `hpcgpt/train.py:mains` `hpcgpt/trains.py:main` `slurm/pretrain.sbatch:decided`"
     assert missing(wrong) == ["hpcgpt/train.py:mains", "hpcgpt/trains.py:main", "slurm/pretrain.sbatch:decided"]
 
 
 def line_of(path: Path, name: str) -> int:
-    """The line of `f` or `Class.method` in a file."""
+    """Return the line of `f` or `Class.method` in a file."""
     owner, _, method = name.rpartition(".")
     nodes = ast.parse(path.read_text(encoding="utf-8")).body
     if owner:
@@ -107,7 +107,7 @@ def line_of(path: Path, name: str) -> int:
     return line
 
 
-def test_the_lines_that_a_walk_names_are_those_of_the_functions() -> None:
+def test_the_line_numbers_in_the_walks_are_right() -> None:
     found = re.findall(r"`([\w/]+\.py):([\w.]+)`(?:, | \()line (\d+)", ARCHITECTURE)
     assert len(found) >= 7
     assert {(path, name): int(line) for path, name, line in found} == {
@@ -141,13 +141,13 @@ def is_room(name: str) -> bool:
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page as links name them."""
+    """Return the headings of a page in the form of link anchors."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_an_existing_target(page: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if "://" in link:
             continue
@@ -169,13 +169,13 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
             path = path / "README.md" if path.is_dir() else path
             if path.suffix == ".md" and path.exists() and path not in seen:
                 todo.append(path)
-    wanted = {ROOT / name for name in tracked.stdout.split() if name.startswith("docs/") and name.count("/") == 1}
-    assert {page.name for page in wanted - seen} == set()
+    expected = {ROOT / name for name in tracked.stdout.split() if name.startswith("docs/") and name.count("/") == 1}
+    assert {page.name for page in expected - seen} == set()
 
 
-def test_the_lab_notes_name_modules_that_exist_for_those_that_have_moved() -> None:
+def test_the_lab_notes_map_old_module_names_to_existing_modules() -> None:
     mapping = next(line for line in (ROOT / "docs" / "lab-notes.md").read_text(encoding="utf-8").splitlines()
                    if line.startswith("> "))  # fmt: skip
-    paths = set(re.findall(r"`([\w/]+\.py)`", mapping)) - {"hpcgpt/x.py", "data_prep/x.py"}  # which stand for any
+    paths = set(re.findall(r"`([\w/]+\.py)`", mapping)) - {"hpcgpt/x.py", "data_prep/x.py"}  # placeholders
     assert len(paths) > 30
     assert [path for path in paths if not (ROOT / path).is_file()] == []

@@ -1,4 +1,4 @@
-"""README.md and docs/cluster.md: what they show is run here. tests/docs/test_architecture.py follows their links."""
+"""README.md and docs/cluster.md: the commands that they show are run. test_architecture.py checks their links."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def make(checkout: Path, *words: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-    """``make words`` with the environment that runs these tests instead of a new .venv."""
-    command_line = ["make", "--old-file=install", *words, f"BIN={BIN}"]
+def make(checkout: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run ``make arguments`` with the environment of these tests instead of a new .venv."""
+    command_line = ["make", "--old-file=install", *arguments, f"BIN={BIN}"]
     environment = clean_env() | {"PYTHONPATH": str(checkout)}
     with subprocess.Popen(command_line, cwd=checkout, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, start_new_session=True) as running:  # fmt: skip
@@ -59,27 +59,27 @@ def make(checkout: Path, *words: str, timeout_s: float = 600) -> subprocess.Comp
 
 
 def test_every_make_target_exists() -> None:
-    targets = {words[words.index("make") + 1] for words in COMMANDS if "make" in words}
+    targets = {arguments[arguments.index("make") + 1] for arguments in COMMANDS if "make" in arguments}
     assert targets >= {"quickstart", "test", "shards", "lab", "lab-down"}
     for target in targets:
         done = subprocess.run(["make", "--dry-run", target, "CORPUS=text"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
-def test_the_configuration_example_is_one(tmp_path: Path) -> None:
+def test_the_configuration_example_is_valid(tmp_path: Path) -> None:
     (example,) = blocks("toml")
     path = tmp_path / "example.toml"
     path.write_text(example, encoding="utf-8")
     assert sources.from_file(path).train.epochs == 4
-    training = next(words for words in COMMANDS if "hpcgpt.train" in words)
+    training = next(arguments for arguments in COMMANDS if "hpcgpt.train" in arguments)
     assert sources.from_command_line(training[3:], "train", "").optim.lr == 3e-4
 
 
-def test_the_drill_takes_the_words_that_are_shown() -> None:
-    """test_drill runs one."""
-    words = next(words for words in COMMANDS if "hpcgpt.drill" in words)
-    asked = drill_command.parser().parse_args(words[words.index("hpcgpt.drill") + 1 :])
-    assert (asked.minutes, asked.seed, asked.on) == (20, 1, "auto")
+def test_the_drill_accepts_the_shown_arguments() -> None:
+    """test_drill runs a drill."""
+    arguments = next(arguments for arguments in COMMANDS if "hpcgpt.drill" in arguments)
+    parsed = drill_command.parser().parse_args(arguments[arguments.index("hpcgpt.drill") + 1 :])
+    assert (parsed.minutes, parsed.seed, parsed.on) == (20, 1, "auto")
 
 
 @pytest.mark.processes
@@ -87,12 +87,12 @@ def test_the_drill_takes_the_words_that_are_shown() -> None:
 @pytest.mark.parametrize(
     "flags", ["--train.steps 150 --schedule.warmup_steps 30", pytest.param("", marks=pytest.mark.long)]
 )
-def test_the_quick_start_trains_a_model_that_writes_plays(
+def test_the_quick_start_trains_a_model_that_writes_dialogue(
     checkout: Path, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is, a held-out 2.3 bits per byte, or less; and a second one has nothing left to do."""
-    folder, words = checkout / "runs" / "quickstart", ["quickstart", f"ARGS={flags}"]
-    done = make(checkout, *words)
+    """In full: at most 2.3 bits per byte on held-out text; and a second run has nothing to do."""
+    folder, arguments = checkout / "runs" / "quickstart", ["quickstart", f"ARGS={flags}"]
+    done = make(checkout, *arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     last = rows(folder / "metrics.jsonl")[-1]
     samples = done.stdout[done.stdout.index("== 4. samples") :]
@@ -101,41 +101,42 @@ def test_the_quick_start_trains_a_model_that_writes_plays(
         assert len(samples) > 300
     else:
         assert last["val/bits_per_byte"] <= 2.3
-        assert len(re.findall(r"^[A-Z][A-Z .]+\.$", samples, flags=re.MULTILINE)) >= 3, "nobody speaks"
-    # What docs/cluster.md does with these shards in the lab fits two nodes with two ranks.
-    lab_job = next(words for words in COMMANDS if "on-slurm" in words)
+        speakers = re.findall(r"^[A-Z][A-Z .]+\.$", samples, flags=re.MULTILINE)
+        assert len(speakers) >= 3, "the samples have too few speakers"
+    # The lab job of docs/cluster.md on these shards fits two nodes with two ranks.
+    lab_job = next(arguments for arguments in COMMANDS if "on-slurm" in arguments)
     monkeypatch.chdir(checkout)
     settings = sources.from_command_line(lab_job[lab_job.index("slurm/pretrain.sbatch") + 1 :], "train", "")
     assert plan.make(settings, 2 * 2).micro_steps == 1
     sampled = f"step {last['step']:,}"
-    for module, told in (
+    for module, expected in (
         ("status", "finished"), ("checkpoint", "whole"), ("eval", "val/bits_per_byte"), ("sample", sampled)
     ):  # fmt: skip
-        words = next(words for words in COMMANDS if f"hpcgpt.{module}" in words)
-        shown = [word.replace("gpt2-124m", "quickstart") for word in words[3:]]
-        looked = command(f"hpcgpt.{module}", *shown, cwd=checkout)
-        assert looked.returncode == 0, looked.stderr
-        assert told in looked.stdout
+        line = next(line for line in COMMANDS if f"hpcgpt.{module}" in line)
+        shown = [part.replace("gpt2-124m", "quickstart") for part in line[3:]]
+        done = command(f"hpcgpt.{module}", *shown, cwd=checkout)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
     before = (folder / "metrics.jsonl").read_bytes()
-    again = make(checkout, *words)
-    assert again.returncode == 0, again.stderr
-    assert "is complete already" in again.stdout
-    assert "finished already" in again.stdout
+    second = make(checkout, *arguments)
+    assert second.returncode == 0, second.stderr
+    assert "is complete already" in second.stdout
+    assert "finished already" in second.stdout
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, lab: Lab) -> None:
-    """GPT-2's vocabulary and the gpt2-124m preset, as shown, up to the point where GPUs would be needed."""
+    """With GPT-2's vocabulary and the gpt2-124m preset, as shown, up to where GPUs would be needed."""
     done = make(checkout, "shards", f"CORPUS={text_folder}", "VAL=0.2")
     assert done.returncode == 0, done.stderr
     manifest = shard_format.read_manifest(checkout / "data" / "shards")
     assert (manifest.tokenizer["name"], manifest.tokenizer["vocab_size"]) == ("gpt2", 50257)
     assert command("data_prep.verify", "data/shards", cwd=checkout).returncode == 0
-    submit = next(words for words in COMMANDS if "hpcgpt.submit" in words)
+    submit = next(arguments for arguments in COMMANDS if "hpcgpt.submit" in arguments)
     small = ["--train.global_batch", "8", "--train.micro_batch", "1"]  # the corpus of the tests is small
     shown = command("hpcgpt.submit", *submit[3:], *small, "--dry-run", cwd=checkout, env=lab.environ())
     assert shown.returncode == 0, shown.stderr
-    sbatch = next(words for words in COMMANDS if "slurm/pretrain.sbatch" in words)
+    sbatch = next(arguments for arguments in COMMANDS if "slurm/pretrain.sbatch" in arguments)
     script = sbatch.index("slurm/pretrain.sbatch")
     ran = f"{checkout / 'slurm' / 'pretrain.sbatch'} {shlex.join([*sbatch[script + 1 :], *small])}"
     assert f"exec bash {ran}\n" in shown.stdout
@@ -144,13 +145,13 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
     tested = subprocess.run(["sbatch", "--test-only", "--nodes=2", "--ntasks-per-node=2", sbatch[script]],
                             cwd=checkout, env=clean_env() | lab.environ(), capture_output=True, text=True)  # fmt: skip
     assert tested.returncode == 0, tested.stderr
-    array = next(words for words in COMMANDS if "slurm/shards.sbatch" in words)
-    words = [word.replace("~/novels", str(text_folder)).replace("data/shards", "data/again") for word in array[1:]]
+    array = next(arguments for arguments in COMMANDS if "slurm/shards.sbatch" in arguments)
+    arguments = [part.replace("~/novels", str(text_folder)).replace("data/shards", "data/second") for part in array[1:]]
     few = ["--cpus-per-task=1", "--output=%a.log", "--wait"]  # later flags win, and the lab's hosts have few cores
-    script = words.index("slurm/shards.sbatch")
-    queued = subprocess.run(["sbatch", *words[:script], *few, *words[script:], "--val-fraction", "0.2"], cwd=checkout,
-                            env=clean_env() | lab.environ() | {"HPCGPT_PYTHON": sys.executable}, capture_output=True,
-                            text=True, timeout=200)  # fmt: skip
+    script = arguments.index("slurm/shards.sbatch")
+    queued = subprocess.run(["sbatch", *arguments[:script], *few, *arguments[script:], "--val-fraction", "0.2"],
+                            cwd=checkout, env=clean_env() | lab.environ() | {"HPCGPT_PYTHON": sys.executable},
+                            capture_output=True, text=True, timeout=200)  # fmt: skip
     assert queued.returncode == 0, queued.stdout + queued.stderr
-    again = shard_format.read_manifest(checkout / "data" / "again")
-    assert [shard.xxh3 for shard in again.shards] == [shard.xxh3 for shard in manifest.shards]
+    second = shard_format.read_manifest(checkout / "data" / "second")
+    assert [shard.xxh3 for shard in second.shards] == [shard.xxh3 for shard in manifest.shards]

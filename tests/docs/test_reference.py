@@ -22,13 +22,13 @@ SOURCES = [path for path in sorted((ROOT / "hpcgpt").rglob("*.py")) if path.pare
 
 
 def section(title: str) -> str:
-    """What stands below a heading of the page, up to the next one of its kind."""
+    """Return the text below a heading of the page, up to the next one of the same level."""
     (found,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)
     return str(found)
 
 
 def first_cells(text: str) -> set[str]:
-    """The names in the first column of the tables."""
+    """Return the names in the first column of the tables."""
     cells = re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE)
     return {name for cell in cells for name in re.findall(r"`([^`]*)`", cell)}
 

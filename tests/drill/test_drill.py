@@ -1,4 +1,4 @@
-"""The drill: the same seed draws the same faults, one wrong byte makes it red, and three minutes of it on a real Slurm
+"""hpcgpt.drill: a seed draws the same faults, one wrong byte fails the drill, and three minutes of it on a real Slurm
 end with the same bytes."""
 
 from __future__ import annotations
@@ -35,42 +35,42 @@ from tests.programs import ROOT, command
 STEPS = 12
 
 
-# --- what the seed decides -------------------------------------------------------------------------
+# --- drawing faults --------------------------------------------------------------------------------
 
 
-def test_the_same_seed_draws_the_same_faults_and_another_one_others() -> None:
+def test_the_same_seed_draws_the_same_faults_and_another_seed_others() -> None:
     names = list(drill_command.chosen("lab"))
-    first, again, other = (drill_faults.draw(seed, names) for seed in (1, 1, 2))
-    drawn = [[schedule.next() for _ in range(60)] for schedule in (first, again, other)]
+    first, second, other = (drill_faults.draw(seed, names) for seed in (1, 1, 2))
+    drawn = [[schedule.next() for _ in range(60)] for schedule in (first, second, other)]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
 
 
-def test_all_kinds_come_equally_often() -> None:
+def test_all_kinds_of_faults_are_drawn_equally_often() -> None:
     names = list(drill_command.chosen("lab"))
     schedule = drill_faults.draw(3, names)
     counts = Counter(schedule.next().kind for _ in range(3 * len(names)))
     assert counts == dict.fromkeys(names, 3)
 
 
-def test_a_fault_that_could_not_be_used_yet_comes_next() -> None:
+def test_a_fault_that_was_put_back_comes_next() -> None:
     schedule = drill_faults.draw(1, ["a", "b", "c"])
     scheduled = schedule.next()
     schedule.put_back(scheduled)
     assert schedule.next() is scheduled
 
 
-def test_an_unknown_fault_is_refused_with_those_that_there_are() -> None:
+def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no fault 'requeue' on here; there are kill a rank, .*second start"):
         drill_command.chosen("here", "kill a rank,requeue")
 
 
-# --- the judge -------------------------------------------------------------------------------------
+# --- comparison with the undisturbed run -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps that was left alone."""
+    """A run of 12 steps that nothing disturbed."""
     home = tmp_path_factory.mktemp("drill")
     done = command(
         "hpcgpt.train", "--run.dir", str(home), "--run.name", "alone", "--run.device", "cpu", "--run.threads", "1",
@@ -86,16 +86,16 @@ def trained(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def other(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of it, which a test may damage."""
     return Path(shutil.copytree(trained, tmp_path / "other"))
 
 
-def test_a_copy_differs_in_nothing(trained: Path, other: Path) -> None:
+def test_a_copy_has_no_differences(trained: Path, other: Path) -> None:
     assert compare.differences(other, trained, STEPS) == []
 
 
 @pytest.mark.parametrize("kind", ["model/", "optim/", "rng/"])
-def test_one_wrong_byte_of_the_final_state_is_seen(trained: Path, other: Path, kind: str) -> None:
+def test_one_wrong_byte_of_the_final_state_is_found(trained: Path, other: Path, kind: str) -> None:
     from safetensors.torch import load_file, save_file
 
     path = next((other / f"checkpoints/step_{STEPS:09d}").glob("*.safetensors"))
@@ -107,7 +107,7 @@ def test_one_wrong_byte_of_the_final_state_is_seen(trained: Path, other: Path, k
     assert f"1 of {len(found)} tensors differ: {name}" in problem
 
 
-def test_a_missing_tensor_and_a_missing_checkpoint_are_seen(trained: Path, other: Path) -> None:
+def test_a_missing_tensor_and_a_missing_checkpoint_are_found(trained: Path, other: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     checkpoint = other / f"checkpoints/step_{STEPS:09d}"
@@ -124,7 +124,7 @@ def _rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_one_wrong_row_is_seen(trained: Path, other: Path) -> None:
+def test_one_wrong_row_is_found(trained: Path, other: Path) -> None:
     rows = run_folder.read_rows(other / "metrics.jsonl")
     for key in ("train/loss", "train/lr", "train/grad_norm", "samples", "val/loss"):
         changed = [dict(row) for row in rows]
@@ -134,7 +134,7 @@ def test_one_wrong_row_is_seen(trained: Path, other: Path) -> None:
         assert f"step 6 has {key}" in "\n".join(compare.differences(other, trained, STEPS))
 
 
-def test_a_step_that_is_missing_or_there_twice_is_seen(trained: Path, other: Path) -> None:
+def test_a_missing_or_doubled_step_is_found(trained: Path, other: Path) -> None:
     rows = run_folder.read_rows(other / "metrics.jsonl")
     _rewrite(other, [*rows[:4], *rows[5:]])
     assert "the first wrong one is row 5 (step 6)" in compare.differences(other, trained, STEPS)[0]
@@ -144,13 +144,13 @@ def test_a_step_that_is_missing_or_there_twice_is_seen(trained: Path, other: Pat
     assert "the first wrong one is row 12 (missing)" in compare.differences(other, trained, STEPS)[0]
 
 
-def test_figures_of_time_may_differ(trained: Path, other: Path) -> None:
+def test_times_may_differ(trained: Path, other: Path) -> None:
     rows = run_folder.read_rows(other / "metrics.jsonl")
     _rewrite(other, [row | {"train/step_s": 9.0, "time": 1.0, "attempt": 7} for row in rows])
     assert compare.differences(other, trained, STEPS) == []
 
 
-def test_a_checkpoint_of_an_older_generation_after_a_newer_one_is_seen(trained: Path, other: Path) -> None:
+def test_a_checkpoint_of_an_older_attempt_after_a_newer_one_is_found(trained: Path, other: Path) -> None:
     path = other / "checkpoints/step_000000006/manifest.json"
     manifest = json.loads(path.read_bytes())
     path.write_text(json.dumps(manifest | {"generation": 5}))
@@ -162,7 +162,7 @@ def _sent(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
-def test_rows_that_wandb_lacks_has_twice_or_has_otherwise_are_problems(trained: Path) -> None:
+def test_missing_doubled_and_different_rows_at_wandb_are_problems(trained: Path) -> None:
     sent = _sent(trained)
     assert compare.wandb_row_differences(trained, sent, STEPS) == ([], "0 missing, 0 doubled")
     for lines, problem in (
@@ -176,7 +176,7 @@ def test_rows_that_wandb_lacks_has_twice_or_has_otherwise_are_problems(trained: 
         assert found.startswith(problem)
 
 
-def test_sync_completes_what_wandb_lacks_and_a_second_id_is_a_problem(
+def test_sync_completes_wandbs_rows_and_a_second_id_is_a_problem(
     trained: Path, tmp_path: Path, server: WandbServer
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "alone"))
@@ -188,7 +188,7 @@ def test_sync_completes_what_wandb_lacks_and_a_second_id_is_a_problem(
     assert reported == "12 of 12 rows at the end, 0 missing, 0 doubled after sync"
 
 
-# --- wandb's server --------------------------------------------------------------------------------
+# --- the stand-in for wandb's server ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def server() -> Iterator[WandbServer]:
     server.close()
 
 
-def test_a_wandb_server_that_refuses_connections_answers_at_its_old_address_later(server: WandbServer) -> None:
+def test_a_wandb_server_that_refused_connections_answers_at_the_same_address_later(server: WandbServer) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.url) as answer:
         assert answer.status == 200
@@ -212,14 +212,14 @@ def test_a_wandb_server_that_refuses_connections_answers_at_its_old_address_late
 
 
 class WandbOnly:
-    """A testbed of which the fault uses nothing else."""
+    """A testbed with nothing but a wandb server."""
 
     def __init__(self, server: WandbServer | None) -> None:
         self.wandb = server
 
 
 @pytest.mark.parametrize(("pick", "mode"), [(0.0, "silent"), (0.4, "failing"), (0.9, "refusing")])
-def test_an_outage_of_wandb_is_of_the_kind_that_was_drawn_and_ends(
+def test_an_outage_of_wandb_has_the_drawn_mode_and_ends(
     tmp_path: Path, server: WandbServer, pick: float, mode: str
 ) -> None:
     cleanup = CleanupStack(lambda _text: None)
@@ -231,11 +231,11 @@ def test_an_outage_of_wandb_is_of_the_kind_that_was_drawn_and_ends(
     assert server.mode == "healthy"
 
 
-# --- the next attempt ------------------------------------------------------------------------------
+# --- a fault in the next start ---------------------------------------------------------------------
 
 
 class Restarts:
-    """A testbed where the next attempt has begun at the second look, as after a quick requeue."""
+    """A testbed in which the next attempt has begun at the second poll, as after a quick requeue."""
 
     def __init__(self) -> None:
         self.started: list[subprocess.Popen[bytes]] = []
@@ -249,7 +249,7 @@ class Restarts:
         return [Rank(0, pid, "here", os.pidfd_open(pid))]
 
 
-def test_the_next_attempt_is_hit_even_if_it_is_there_at_the_first_look(tmp_path: Path) -> None:
+def test_kill_in_a_start_hits_the_next_attempt_even_if_it_exists_at_the_first_poll(tmp_path: Path) -> None:
     testbed, scheduled = Restarts(), drill_faults.ScheduledFault("kill in a start", 2.0, 0.0, 0.0)
     context = drill_faults.FaultContext(testbed, "1", [], WatchedRun(tmp_path), scheduled, CleanupStack(print))  # type: ignore[arg-type]
     assert drill_faults.kill_in_start(context) == "rank 0 on here, 0.0 s after it began"
@@ -270,13 +270,13 @@ def _recovery(run: WatchedRun, expected: drill_faults.Expected, cleanup: Cleanup
     return Recovery(context, expected, attempt=1)
 
 
-def test_after_a_fault_that_ends_the_attempt_the_next_one_has_to_make_a_step(tmp_path: Path) -> None:
+def test_after_a_fault_that_ends_the_attempt_the_next_one_must_make_a_step(tmp_path: Path) -> None:
     run, result = WatchedRun(tmp_path), FaultResult(1, 0.0, "a", "", "missed", 5)
     _step(run, 5, attempt=1)
     recovery = _recovery(run, "restart", CleanupStack(print))
     assert not recovery.is_complete()
     _step(run, 6, attempt=1)
-    assert not recovery.is_complete(), "the attempt that was hit has made a last step"
+    assert not recovery.is_complete(), "the attempt that was hit made a last step"
     run_folder.record(tmp_path, "start", attempt=2, step=4)
     _step(run, 5, attempt=2)
     assert recovery.is_complete()
@@ -286,7 +286,7 @@ def test_after_a_fault_that_ends_the_attempt_the_next_one_has_to_make_a_step(tmp
     assert result.back_s > 0
 
 
-def test_after_a_fault_that_the_attempt_survives_a_step_counts_once_the_cleanup_is_done(tmp_path: Path) -> None:
+def test_after_a_fault_that_the_attempt_survives_a_step_after_the_cleanup_counts(tmp_path: Path) -> None:
     run, result, cleanup = WatchedRun(tmp_path), FaultResult(1, 0.0, "a", "", "missed", 5), CleanupStack(print)
     cleanup.add("the disk has room again", lambda: None, 0)
     recovery = _recovery(run, "on", cleanup)
@@ -303,7 +303,7 @@ def test_after_a_fault_that_the_attempt_survives_a_step_counts_once_the_cleanup_
 # --- cleanup ---------------------------------------------------------------------------------------
 
 
-def test_every_fault_is_undone_even_if_another_one_cannot_be() -> None:
+def test_every_fault_is_cleaned_up_even_if_another_cleanup_fails() -> None:
     output: list[str] = []
     undone: list[str] = []
     cleanup = CleanupStack(output.append)
@@ -320,7 +320,7 @@ def test_every_fault_is_undone_even_if_another_one_cannot_be() -> None:
     assert cleanup.empty
 
 
-def test_a_fault_is_undone_when_its_time_has_come_and_its_condition_holds() -> None:
+def test_a_cleanup_runs_when_it_is_due_and_its_condition_holds() -> None:
     undone: list[str] = []
     ready: list[bool] = []
     cleanup = CleanupStack(lambda _text: None)
@@ -342,8 +342,8 @@ def test_a_run_is_read_while_its_files_change(tmp_path: Path) -> None:
     assert run.position() == (3, 2)
 
 
-def test_the_most_checkpoints_at_a_time_are_counted(tmp_path: Path) -> None:
-    """Also those that are gone by the end; a folder without a manifest is none."""
+def test_the_maximum_number_of_checkpoints_is_counted(tmp_path: Path) -> None:
+    """Also those that are removed by the end; a folder without a manifest is not one."""
     run = WatchedRun(tmp_path)
     with CheckpointCounter(run) as counter:
         for step in range(4):
@@ -379,18 +379,18 @@ def test_a_report_counts_hits_and_misses() -> None:
     assert "**GOOD: 2 faults in 1 runs, and the same bytes" in text
 
 
-def test_a_report_is_red_for_a_run_that_differs_a_fault_that_failed_and_a_drill_without_any() -> None:
+def test_a_report_fails_on_a_differing_run_a_failed_fault_and_a_drill_without_faults() -> None:
     assert _report().identical
-    spoils: list[Callable[[Report], object]] = [
+    damages: list[Callable[[Report], object]] = [
         lambda report: report.rounds[0].problems.append("1 of 9 tensors differ"),
         lambda report: report.faults.append(FaultResult(1, 80.0, "TERM", "step 4.0", "FAILED", 99)),
         lambda report: report.problems.append("interrupted"),
         lambda report: report.rounds.clear(),
         lambda report: report.faults.clear(),
     ]
-    for spoil in spoils:
+    for damage in damages:
         report = _report()
-        spoil(report)
+        damage(report)
         assert not report.identical
         assert "**NOT" in drill_report.markdown(report)
 
@@ -398,7 +398,7 @@ def test_a_report_is_red_for_a_run_that_differs_a_fault_that_failed_and_a_drill_
 HOST_NAME = "workstation-17"
 
 
-def test_a_report_is_written_for_people_and_for_programs(tmp_path: Path) -> None:
+def test_a_report_is_written_as_markdown_and_json_without_local_names(tmp_path: Path) -> None:
     report = _report()
     report.machine = drill_report.machine("22.05.8")
     report.rounds[0].problems.append(f"cannot write {tmp_path}/drill/disk on {HOST_NAME}")
@@ -417,7 +417,7 @@ def test_a_report_is_written_for_people_and_for_programs(tmp_path: Path) -> None
 # --- the drill itself ------------------------------------------------------------------------------
 
 
-def test_mistakes_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     done = command("hpcgpt.drill", "--on", "here", "--dir", str(tmp_path))
     assert done.returncode == 2
     assert "exists already" in done.stderr
@@ -426,7 +426,7 @@ def test_mistakes_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_it_loads_no_torch() -> None:
+def test_the_drill_package_loads_no_torch() -> None:
     code = "import sys, hpcgpt.drill; print(sorted({'torch', 'wandb', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == "[]\n", done.stderr
@@ -434,7 +434,7 @@ def test_it_loads_no_torch() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_three_minutes_of_it_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_path: Path) -> None:
+def test_three_minutes_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_path: Path) -> None:
     faults = "kill a rank,kill in a save,requeue,second job,TERM,truncate,wandb outage at the start"
     done = command(
         "hpcgpt.drill", "--minutes", "3", "--seed", "1", "--on", "lab", "--name", lab.name, "--subnet", lab.subnet,

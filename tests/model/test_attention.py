@@ -1,4 +1,4 @@
-"""hpcgpt.model.attention: documents that are packed into one window are computed as if each stood alone."""
+"""hpcgpt.model.attention: documents packed into one window are computed as if each were alone."""
 
 from __future__ import annotations
 
@@ -37,23 +37,21 @@ def gradient_of(parameter: Tensor) -> Tensor:
 
 
 def document(length: int, seed: int) -> Tensor:
-    """Its first token is START, and no other one."""
+    """Return a document: its first token is START, and no other one is."""
     rest = torch.randint(0, START, (length - 1,), generator=torch.Generator().manual_seed(seed))
     return torch.cat((torch.tensor([START]), rest))
 
 
 def pairs(text: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (1, T)."""
+    """Return inputs and targets (1, T)."""
     return text[None, :-1], text[None, 1:]
 
 
 @KINDS
 @pytest.mark.parametrize("options", [{}, {"loss_chunk": 5}, {"recompute": True}], ids=str)
-def test_the_loss_and_gradients_of_two_packed_documents_are_those_of_the_two_apart(
-    kind: Model, options: dict[str, Any]
-) -> None:
+def test_packed_documents_have_the_loss_and_gradients_of_separate_ones(kind: Model, options: dict[str, Any]) -> None:
     first, second = document(13, seed=1), document(9, seed=2)
-    # The token that begins the second document is a target of the first one's last.
+    # The first token of the second document is the target of the first document's last token.
     alone = [torch.cat((first, second[:1])), second]
     model = masked(kind, ForwardOptions(START, **options))
     packed = model(*pairs(torch.cat((first, second))))
@@ -68,11 +66,13 @@ def test_the_loss_and_gradients_of_two_packed_documents_are_those_of_the_two_apa
 
     plain = GPT(model.config).double()
     plain.load_state_dict(model.state_dict())
-    assert abs(plain(*pairs(torch.cat((first, second)))) - apart) > 1e-3, "the mask would make no difference"
+    assert abs(plain(*pairs(torch.cat((first, second)))) - apart) > 1e-3, (
+        "without the mask the result is the same, so this proves nothing"
+    )
 
 
 @KINDS
-def test_a_window_from_the_middle_of_a_document_goes_on_with_it_from_position_0(kind: Model) -> None:
+def test_a_window_that_begins_within_a_document_has_positions_from_0(kind: Model) -> None:
     tail, second = document(9, seed=1)[1:], document(7, seed=2)
     model = masked(kind)
     plain = GPT(model.config).double()
@@ -83,7 +83,7 @@ def test_a_window_from_the_middle_of_a_document_goes_on_with_it_from_position_0(
 
 
 @KINDS
-def test_rows_have_borders_of_their_own_and_evaluation_has_the_mask_too(kind: Model) -> None:
+def test_each_row_has_its_own_document_borders_also_in_evaluation(kind: Model) -> None:
     rows = torch.stack([torch.cat((document(5, 1), document(15, 2))), torch.cat((document(12, 3), document(8, 4)))])
     model = masked(kind, dropout=0.3).eval()
     together = model(rows)
@@ -100,7 +100,7 @@ def test_a_window_of_one_document_is_computed_as_without_a_mask(kind: Model) -> 
     assert (model(text) - plain(text)).abs().max() < 1e-12
 
 
-def test_each_start_begins_a_document_at_position_0() -> None:
+def test_each_start_token_begins_a_document_at_position_0() -> None:
     documents, positions = attention_context.document_positions(
         torch.tensor([[5, 5, 9, 5, 9, 9, 5], [9, 1, 1, 1, 1, 1, 9]]), 9
     )
@@ -110,10 +110,8 @@ def test_each_start_begins_a_document_at_position_0() -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @KINDS
-def test_flex_attention_sees_the_same_as_the_mask_that_is_written_out(
-    kind: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its forward pass, which CPUs have too, where the library itself computes it: written out and in blocks."""
+def test_flex_attention_equals_naive_attention_with_the_mask(kind: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pass, which also runs on CPUs: the library computes it without compilation, in blocks."""
     model = masked(kind, block_size=300).float().eval()
     rows = torch.stack([torch.cat((document(140, 1), document(160, 2))), torch.cat((document(7, 3), document(293, 4)))])
     with torch.no_grad():
@@ -127,7 +125,7 @@ def test_flex_attention_sees_the_same_as_the_mask_that_is_written_out(
     assert (found - expected).abs().max() < 1e-4
 
 
-def test_flex_attention_is_for_gpus_without_dropout_and_in_at_most_32_bits() -> None:
+def test_flex_attention_is_for_gpus_without_dropout_and_up_to_32_bits() -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     assert attention_context.supports_flex(gpu, torch.float32, 0.0)
     assert not attention_context.supports_flex(gpu, torch.float64, 0.0)
@@ -145,8 +143,7 @@ def test_flex_attention_is_for_gpus_without_dropout_and_in_at_most_32_bits() -> 
 def test_torch_compile_makes_one_graph_of_the_forward_pass(kind: Model, options: ForwardOptions) -> None:
     """One graph also means that nothing in it waits for a number from the device.
 
-    The last part of the compiler, which makes machine code of the graph, takes too long for a test:
-    benchmarks/model.py runs it.
+    The compiler's last stage, which generates machine code, takes too long for a test: benchmarks/model.py runs it.
     """
     model = GPT(Model(**vars(kind) | {"n_layer": 1}), 0, options)
     torch._dynamo.reset()
@@ -163,11 +160,11 @@ def test_torch_compile_makes_one_graph_of_the_forward_pass(kind: Model, options:
         assert (gradient - gradient_of(parameter)).abs().max() < 1e-5
 
 
-# --- written out -----------------------------------------------------------------------------------
+# --- naive attention -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_written_out_it_is_the_same_function(groups: int) -> None:
+def test_naive_attention_equals_scaled_dot_product_attention(groups: int) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, heads, 9, 8, generator=generator).double() for heads in (4, groups, groups))
     parts = [part.requires_grad_() for part in (q, k, v)]
@@ -175,13 +172,13 @@ def test_written_out_it_is_the_same_function(groups: int) -> None:
     made = attention.naive_attention(q, k, v, 0.0)
     assert (made - expected).abs().max() < 1e-12
     weights = torch.randn(expected.shape, generator=generator).double()
-    for ours, theirs in zip(
+    for found_gradient, expected_gradient in zip(
         *(torch.autograd.grad((out * weights).sum(), parts) for out in (made, expected)), strict=True
     ):
-        assert (ours - theirs).abs().max() < 1e-12
+        assert (found_gradient - expected_gradient).abs().max() < 1e-12
 
 
-def test_naive_attention_drops_weights_and_scales_the_others() -> None:
+def test_dropout_zeroes_attention_weights_and_scales_the_others() -> None:
     q = torch.zeros(1, 1, 4000, 2)  # so all weights of a query are equal
     made = attention.naive_attention(q, q, torch.ones_like(q), 0.25)[0, 0, 1000:, 0]
     assert made.mean() == pytest.approx(1, abs=0.01)
@@ -189,7 +186,7 @@ def test_naive_attention_drops_weights_and_scales_the_others() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_with_and_without_a_mask_weights_are_dropped(masked: bool) -> None:
+def test_attention_weights_are_dropped_with_and_without_a_mask(masked: bool) -> None:
     q = torch.zeros(1, 1, 500, 2)  # so all weights of a query are equal
     context = AttentionContext(
         torch.arange(500), torch.ones(1, 1, 500, 500, dtype=torch.bool).tril() if masked else None
@@ -203,7 +200,7 @@ FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "wanted", "by_flash"),
+    ("dtype", "length", "kernel", "uses_flash"),
     [
         (torch.bfloat16, 32, "auto", False),
         (torch.bfloat16, 32, "flash", True),
@@ -211,11 +208,11 @@ FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
         (torch.float32, 32, "auto", True),
     ],
 )
-def test_short_windows_in_bfloat16_are_written_out_unless_a_kernel_was_asked_for(
-    dtype: torch.dtype, length: int, wanted: Attention, by_flash: bool
+def test_short_windows_in_bfloat16_use_naive_attention_unless_a_kernel_is_named(
+    dtype: torch.dtype, length: int, kernel: Attention, uses_flash: bool
 ) -> None:
     settings = Config(model=Model(n_layer=1, n_head=2, n_embd=16, block_size=1024, vocab_size=100))
-    settings = replace(settings, train=replace(settings.train, attention=wanted))
+    settings = replace(settings, train=replace(settings.train, attention=kernel))
     model, ids = (
         GPT(settings.model, options=ForwardOptions.from_config(settings, START)),
         torch.zeros(1, length, dtype=torch.int64),
@@ -224,7 +221,7 @@ def test_short_windows_in_bfloat16_are_written_out_unless_a_kernel_was_asked_for
     with (
         profile(activities=[ProfilerActivity.CPU]) as found,
         computing_in(dtype, cpu),
-        kernels.attention(wanted, cpu, dtype)(),
+        kernels.attention(kernel, cpu, dtype)(),
     ):
         model(ids, ids).backward()
-    assert (FLASH in {event.key for event in found.key_averages()}) == by_flash
+    assert (FLASH in {event.key for event in found.key_averages()}) == uses_flash

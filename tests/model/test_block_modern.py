@@ -1,4 +1,4 @@
-"""hpcgpt.model.block_modern: RMSNorm, rotary positions, SwiGLU, QK-norm and grouped queries, as Qwen3 has them."""
+"""hpcgpt.model.block_modern: RMSNorm, rotary positions, SwiGLU, QK-norm and grouped queries, as in Qwen3."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpcgpt.model.block_modern import Norm, apply_rope
 from hpcgpt.model.gpt import GPT
 from tests.model.test_gpt import MODERN, ids, small
 
-# --- what it computes ------------------------------------------------------------------------------
+# --- the computation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("tied", "groups"), [(True, 4), (False, 2), (True, 1)])
@@ -25,31 +25,35 @@ def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_qw
 ) -> None:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-    # Theirs goes through float32, whatever the model is in.
+    # Hugging Face's computes in float32, whatever the dtype of the model.
     monkeypatch.setattr(
         Qwen3RMSNorm, "forward", lambda self, x: self.weight * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     )
-    ours, theirs = small(shape=MODERN, tied=tied, n_kv_head=groups), hugging_face(tied, groups)
-    copy_weights(ours, theirs)
+    our_model, hf_model = small(shape=MODERN, tied=tied, n_kv_head=groups), hugging_face(tied, groups)
+    copy_weights(our_model, hf_model)
     x, y = ids(batch=3), ids(batch=3, seed=6)
-    expected = theirs(x).logits
-    assert (ours(x) - expected).abs().max() < 1e-10
-    assert expected.std() > 0.5, "the logits hardly differ, so the comparison would show nothing"
+    expected = hf_model(x).logits
+    assert (our_model(x) - expected).abs().max() < 1e-10
+    assert expected.std() > 0.5, "the logits hardly differ, so the comparison proves nothing"
 
-    loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
+    loss, reference = our_model(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
     assert (loss - reference).abs() < 1e-10
     loss.backward()
     reference.backward()  # type: ignore[no-untyped-call]
-    compared = pairs(ours, theirs)
-    for mine, his in compared:
-        assert mine.grad is not None
+    compared = pairs(our_model, hf_model)
+    for our_parameter, hf_parameters in compared:
+        assert our_parameter.grad is not None
         split = zip(
-            torch.split(mine.grad, [len(part) for part in his]) if len(his) > 1 else [mine.grad], his, strict=True
+            torch.split(our_parameter.grad, [len(part) for part in hf_parameters])
+            if len(hf_parameters) > 1
+            else [our_parameter.grad],
+            hf_parameters,
+            strict=True,
         )
         for gradient, part in split:
             assert (gradient[: len(part)] - part.grad).abs().max() < 1e-10
             assert part.grad.abs().max() > 1e-6
-    assert len(compared) == len(list(ours.parameters()))
+    assert len(compared) == len(list(our_model.parameters()))
 
 
 def hugging_face(tied: bool, groups: int) -> Any:
@@ -63,38 +67,45 @@ def hugging_face(tied: bool, groups: int) -> Any:
     return Qwen3ForCausalLM(config).double().train()
 
 
-def copy_weights(ours: GPT, theirs: Any) -> None:
+def copy_weights(our_model: GPT, hf_model: Any) -> None:
     with torch.no_grad():
-        for mine, his in pairs(ours, theirs):
+        for our_parameter, hf_parameters in pairs(our_model, hf_model):
             for part, target in zip(
-                torch.split(mine, [len(p) for p in his]) if len(his) > 1 else [mine], his, strict=True
+                torch.split(our_parameter, [len(p) for p in hf_parameters])
+                if len(hf_parameters) > 1
+                else [our_parameter],
+                hf_parameters,
+                strict=True,
             ):
                 target.copy_(part[: len(target)])
 
 
-def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, list[Any]]]:
-    """Our parameters, and theirs that stand for the rows of it."""
-    body = theirs.model
-    found = [(ours.token_embedding.weight, [body.embed_tokens.weight]), (ours.norm.weight, [body.norm.weight])]
-    if not ours.config.tied:
-        found.append((ours.head.weight, [theirs.lm_head.weight]))
-    for mine, his in zip(ours.blocks, body.layers, strict=True):
-        block: Any = mine
-        attention = his.self_attn
+def pairs(our_model: GPT, hf_model: Any) -> list[tuple[Tensor, list[Any]]]:
+    """Return each of our parameters with Hugging Face's parameters for its rows."""
+    body = hf_model.model
+    found = [
+        (our_model.token_embedding.weight, [body.embed_tokens.weight]),
+        (our_model.norm.weight, [body.norm.weight]),
+    ]
+    if not our_model.config.tied:
+        found.append((our_model.head.weight, [hf_model.lm_head.weight]))
+    for our_parameter, hf_parameters in zip(our_model.blocks, body.layers, strict=True):
+        block: Any = our_parameter
+        attention = hf_parameters.self_attn
         found += [
-            (block.attention_norm.weight, [his.input_layernorm.weight]),
-            (block.mlp_norm.weight, [his.post_attention_layernorm.weight]),
+            (block.attention_norm.weight, [hf_parameters.input_layernorm.weight]),
+            (block.mlp_norm.weight, [hf_parameters.post_attention_layernorm.weight]),
             (block.attention.qkv.weight, [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]),
             (block.attention.query_norm.weight, [attention.q_norm.weight]),
             (block.attention.key_norm.weight, [attention.k_norm.weight]),
             (block.attention.residual.weight, [attention.o_proj.weight]),
-            (block.mlp.gate_and_up.weight, [his.mlp.gate_proj.weight, his.mlp.up_proj.weight]),
-            (block.mlp.residual.weight, [his.mlp.down_proj.weight]),
+            (block.mlp.gate_and_up.weight, [hf_parameters.mlp.gate_proj.weight, hf_parameters.mlp.up_proj.weight]),
+            (block.mlp.residual.weight, [hf_parameters.mlp.down_proj.weight]),
         ]
     return found
 
 
-def test_what_heads_see_of_each_other_depends_on_their_distance_only() -> None:
+def test_attention_scores_depend_only_on_the_distance_of_positions() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
 
     def score(here: int, there: int) -> float:
@@ -108,7 +119,7 @@ def test_what_heads_see_of_each_other_depends_on_their_distance_only() -> None:
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
-def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
+def test_rotation_angles_are_the_position_over_powers_of_the_base() -> None:
     cosine, sine = rope_cos_sin(torch.tensor([0, 1, 7]), 8)
     for row, position in enumerate((0, 1, 7)):
         angles = [position / 10_000 ** (2 * pair / 8) for pair in range(4)]
@@ -116,12 +127,12 @@ def test_pairs_turn_by_the_position_over_powers_of_the_base() -> None:
         assert sine[row].tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-6)
 
 
-def test_in_bfloat16_angles_are_not_rounded_and_the_result_is_once() -> None:
+def test_in_bfloat16_angles_stay_exact_and_only_the_result_is_rounded() -> None:
     x, by = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1)), rope_cos_sin(torch.arange(600), 16)
     assert torch.equal(apply_rope(x.bfloat16(), by), apply_rope(x.bfloat16().float(), by).bfloat16())
 
 
-def test_the_norm_makes_the_root_mean_square_one_and_then_applies_its_gains() -> None:
+def test_the_norm_divides_by_the_root_mean_square_and_multiplies_by_its_gains() -> None:
     norm, x = Norm(8).double(), torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         norm.weight.copy_(torch.arange(8))
@@ -130,7 +141,7 @@ def test_the_norm_makes_the_root_mean_square_one_and_then_applies_its_gains() ->
     assert (norm(x) - expected).abs().max() < 1e-12
 
 
-# --- its size and its start ------------------------------------------------------------------------
+# --- size, defaults --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,20 +153,20 @@ def test_the_norm_makes_the_root_mean_square_one_and_then_applies_its_gains() ->
         (4, False, 152_712_960),
     ],
 )
-def test_its_parameters_are_those_of_the_matrices_and_gains(groups: int, tied: bool, expected: int) -> None:
+def test_the_parameter_count_is_that_of_the_matrices_and_gains(groups: int, tied: bool, expected: int) -> None:
     shape = Model(kind="modern", vocab_size=50257, n_kv_head=groups, tied=tied)
     with torch.device("meta"):
         model = GPT(shape)
     assert model.parameter_count() == expected
-    used_twice = 50257 * 768 * (not tied)  # a token table that is no head multiplies nothing
-    assert model.flops_per_token() == 6 * (expected - used_twice) + 12 * 12 * 768 * 1024
+    only_looked_up = 50257 * 768 * (not tied)  # an untied embedding is no matrix product
+    assert model.flops_per_token() == 6 * (expected - only_looked_up) + 12 * 12 * 768 * 1024
 
 
-def test_no_number_of_key_value_heads_means_one_for_each_head() -> None:
+def test_n_kv_head_0_means_one_for_each_head() -> None:
     first, same = GPT(Model(**vars(MODERN) | {"n_kv_head": 0})), GPT(Model(**vars(MODERN) | {"n_kv_head": 4}))
     assert torch.equal(first(ids()), same(ids()))
 
 
-def test_it_has_neither_biases_nor_a_table_of_positions() -> None:
+def test_modern_has_neither_biases_nor_a_position_embedding() -> None:
     names = [name for name, _ in GPT(MODERN).named_parameters()]
     assert not [name for name in names if name.endswith("bias") or "position" in name]

@@ -1,4 +1,4 @@
-"""hpcgpt.model.generate: which id comes next, and that asking does not disturb training."""
+"""hpcgpt.model.generate: which id comes next, and that generation does not disturb training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hpcgpt.model.gpt import GPT, ForwardOptions
 
 CPU = torch.device("cpu")
 # Probabilities 0.1, 0.4, 0.2, 0.3: not in order of their ids.
-CHANCES = torch.tensor([0.1, 0.4, 0.2, 0.3])
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
 
 
 def drawn(logits: Tensor, draws: int = 2000, **settings: Any) -> dict[int, float]:
-    """How often each id is chosen, as a share of all draws; ids that never are, are left out."""
+    """Return how often each id is chosen, as a fraction of all draws, without ids that are never chosen."""
     generator = torch.Generator().manual_seed(0)
     config = Sample(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings)
     counts = Counter(choose(logits, config, generator) for _ in range(draws))
@@ -44,26 +44,26 @@ def drawn(logits: Tensor, draws: int = 2000, **settings: Any) -> dict[int, float
         ({"top_p": 0.95}, {0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}),
         ({"temperature": 0.5}, {0: 1 / 30, 1: 16 / 30, 2: 4 / 30, 3: 9 / 30}),
         ({"temperature": 2.0}, {0: 0.163, 1: 0.325, 2: 0.230, 3: 0.282}),
-        # top_p counts the mass of what top_k has left, at the temperature that was asked for.
+        # top_p is the cumulative probability among what top_k keeps, at the given temperature.
         ({"top_k": 2, "top_p": 0.5}, {1: 1.0}),
         ({"temperature": 0.5, "top_p": 0.53}, {1: 1.0}),
         ({"temperature": 0.5, "top_p": 0.54}, {1: 16 / 25, 3: 9 / 25}),
     ],
 )
 def test_the_choice_follows_temperature_top_k_and_top_p(settings: dict[str, Any], expected: dict[int, float]) -> None:
-    assert drawn(CHANCES.log(), **settings) == pytest.approx(expected, abs=0.04)
+    assert drawn(PROBABILITIES.log(), **settings) == pytest.approx(expected, abs=0.04)
 
 
-def test_of_equally_likely_ids_beyond_top_k_the_first_stay() -> None:
+def test_of_equally_likely_ids_beyond_top_k_the_first_are_kept() -> None:
     shares = drawn(torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 1.0]), top_k=2)
     assert shares == pytest.approx({1: 0.5, 2: 0.5}, abs=0.04)
 
 
-def test_of_two_equally_likely_ids_greedy_takes_the_first() -> None:
+def test_of_two_equally_likely_ids_greedy_chooses_the_first() -> None:
     assert drawn(torch.tensor([1.0, 3.0, 3.0]), draws=3, temperature=0.0) == {1: 1.0}
 
 
-def test_a_tiny_temperature_and_enormous_logits_are_no_trouble() -> None:
+def test_a_tiny_temperature_with_enormous_logits_works() -> None:
     assert drawn(torch.tensor([-3e4, 2e4, 1e4]), draws=20, temperature=1e-4) == {1: 1.0}
 
 
@@ -84,7 +84,7 @@ def test_greedy_text_is_the_argmax_of_the_models_logits_step_by_step(model: GPT)
     for _ in range(10):
         expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
     assert ids == expected[3:]
-    assert len(set(ids)) > 1, "a constant text would show nothing"
+    assert len(set(ids)) > 1, "a constant text proves nothing"
 
 
 def test_a_prompt_longer_than_the_context_is_cut_to_its_end(model: GPT) -> None:
@@ -99,7 +99,7 @@ def test_a_prompt_longer_than_the_context_is_cut_to_its_end(model: GPT) -> None:
 
 
 def uncached(model: GPT, prompt: list[int], config: Sample, seed: int) -> list[int]:
-    """The same text by a whole pass for each token: the oldest `slide` tokens leave a window that is too long."""
+    """Generate the same text with a full forward pass for each token; the oldest `slide` tokens leave a full window."""
     generator = torch.Generator().manual_seed(seed)
     window, found = list(prompt), []
     model.eval()
@@ -117,7 +117,7 @@ def uncached(model: GPT, prompt: list[int], config: Sample, seed: int) -> list[i
 @pytest.mark.parametrize("document_start", [None, 0], ids=["", "document mask"])
 @pytest.mark.parametrize("slide", [1, 5, 16])
 @pytest.mark.parametrize("temperature", [0.0, 3.0], ids=["greedy", "drawn"])
-def test_with_the_cache_a_text_is_that_without_one_token_for_token_also_beyond_the_context(
+def test_the_cache_does_not_change_a_text_also_beyond_the_context(
     kind: Literal["gpt2", "modern"], document_start: int | None, slide: int, temperature: float
 ) -> None:
     groups: dict[str, Any] = {"n_kv_head": 2, "qkv_bias": False} if kind == "modern" else {}
@@ -128,15 +128,15 @@ def test_with_the_cache_a_text_is_that_without_one_token_for_token_also_beyond_t
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
     config = Sample(tokens=40, temperature=temperature, top_k=0, top_p=0.95, slide=slide)
-    for prompt in ([0, 1, 2], [*range(8), 7, 6, 5, 4, 0, 4, 5, 6, 7]):  # the longer one begins a second document
+    for prompt in ([0, 1, 2], [*range(8), 7, 6, 5, 4, 0, 4, 5, 6, 7]):  # the longer prompt begins a second document
         expected = uncached(model, prompt, config, seed=1)
         assert list(generate(model, prompt, config, CPU, seed=1)) == expected
-        assert len(set(expected)) > 2, "a constant text would show nothing"
+        assert len(set(expected)) > 2, "a constant text proves nothing"
         assert 0 in expected or document_start is None or not temperature, "no document ends within the text"
 
 
 @pytest.mark.parametrize("slide", [1, 5, 16])
-def test_within_the_context_each_token_is_read_once_and_beyond_it_a_window_for_every_slide(
+def test_each_token_is_read_once_within_the_context_and_a_window_after_each_slide(
     model: GPT, slide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -144,12 +144,12 @@ def test_within_the_context_each_token_is_read_once_and_beyond_it_a_window_for_e
     monkeypatch.setattr(model, "hidden", lambda ids, cache: read.append(ids.shape[1]) or hidden(ids, cache))
     text = generate(model, [1, 2, 3], Sample(tokens=14 + 2 * slide, slide=slide), CPU, seed=0)
     next(text)
-    assert read == [3], "the first token is given before the second is made"
+    assert read == [3], "the first token is returned before the second is generated"
     assert list(text)
     assert read == [3, *[1] * 13, *[17 - slide, *[1] * (slide - 1)] * 2]
 
 
-def test_several_texts_at_once_are_those_of_each_alone(model: GPT) -> None:
+def test_several_texts_at_once_equal_those_generated_alone(model: GPT) -> None:
     config = Sample(tokens=30, temperature=1.0, top_k=0)
     together = zip(*generate_several(model.double(), [1, 2], config, CPU, [5, 6, 7]), strict=True)
     alone = [tuple(generate(model, [1, 2], config, CPU, seed)) for seed in (5, 6, 7)]
@@ -157,20 +157,20 @@ def test_several_texts_at_once_are_those_of_each_alone(model: GPT) -> None:
     assert len(set(alone)) == 3
 
 
-# --- what it leaves alone --------------------------------------------------------------------------
+# --- no side effects -------------------------------------------------------------------------------
 
 
-def test_text_goes_on_beyond_the_context(model: GPT) -> None:
+def test_a_text_may_be_longer_than_the_context(model: GPT) -> None:
     assert len(list(generate(model, [1], Sample(tokens=50), CPU, seed=0))) == 50
 
 
-def test_the_seed_decides_the_text(model: GPT) -> None:
+def test_the_seed_determines_the_text(model: GPT) -> None:
     config = Sample(tokens=20, temperature=1.0, top_k=0)
-    first, again, other = (list(generate(model, [1], config, CPU, seed)) for seed in (5, 5, 6))
-    assert first == again != other
+    first, second, other = (list(generate(model, [1], config, CPU, seed)) for seed in (5, 5, 6))
+    assert first == second != other
 
 
-def test_training_goes_on_as_if_nobody_had_asked_for_text(model: GPT) -> None:
+def test_generation_has_no_effect_on_training(model: GPT) -> None:
     torch.manual_seed(4)
     before = torch.get_rng_state()
     assert list(generate(model, [1], Sample(tokens=5), CPU, seed=0))
@@ -179,25 +179,25 @@ def test_training_goes_on_as_if_nobody_had_asked_for_text(model: GPT) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_reader_who_stops_early_leaves_the_model_in_training_mode(model: GPT) -> None:
+def test_closing_the_generator_early_restores_training_mode(model: GPT) -> None:
     text = generate(model, [1], Sample(tokens=5), CPU, seed=0)
     next(text)
     text.close()  # type: ignore[attr-defined]
     assert model.training
 
 
-def test_gradients_are_still_made_while_a_text_is_half_read(model: GPT) -> None:
-    """A generator that is suspended within no_grad must not switch it off for its reader."""
+def test_gradients_are_enabled_while_the_generator_is_suspended(model: GPT) -> None:
+    """A generator that is suspended within no_grad must not disable gradients for its caller."""
     text = generate(model, [1], Sample(tokens=5), CPU, seed=0)
     next(text)
     assert torch.is_grad_enabled()
 
 
-def test_no_tokens_asked_for_are_none_given(model: GPT) -> None:
+def test_zero_tokens_give_an_empty_text(model: GPT) -> None:
     assert list(generate(model, [1], Sample(tokens=0), CPU, seed=0)) == []
 
 
-def test_ids_beyond_the_vocabulary_are_never_drawn(model: GPT) -> None:
+def test_padding_ids_of_the_vocabulary_are_never_drawn(model: GPT) -> None:
     with torch.no_grad():
         model.head.weight[100:] = 1e3
     assert max(generate(model, [1], Sample(tokens=60, temperature=5.0, top_k=0), CPU, seed=0)) < 100

@@ -1,5 +1,4 @@
-"""hpcgpt.model.gpt: GPT-2 as it was published, to the last parameter and to the tenth digit; what holds for every
-kind."""
+"""hpcgpt.model.gpt: GPT-2 as published, to the last parameter and the tenth digit; and what holds for every kind."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ KINDS = pytest.mark.parametrize("kind", [SMALL, MODERN], ids=["gpt2", "modern"])
 
 
 def small(seed: int = 0, shape: Model = SMALL, **changes: Any) -> GPT:
-    """A model in float64 whose every parameter, biases and gains too, differs from its neutral value."""
+    """Return a model in float64 in which every parameter, also biases and gains, differs from its neutral value."""
     model = GPT(replace(shape, **changes), seed).double()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -35,7 +34,7 @@ def ids(batch: int = 2, length: int = 24, vocab_size: int = 100, seed: int = 5) 
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# --- its size --------------------------------------------------------------------------------------
+# --- size ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,21 +50,21 @@ def test_gpt2_small_has_the_published_number_of_parameters(tied: bool, qkv_bias:
 
 
 @pytest.mark.parametrize(("vocab_size", "rows"), [(1, 64), (63, 64), (64, 64), (65, 128), (100, 128), (50257, 50304)])
-def test_the_tables_have_a_multiple_of_64_rows_and_the_logits_only_the_vocabulary(vocab_size: int, rows: int) -> None:
+def test_the_embedding_has_a_multiple_of_64_rows_and_the_logits_only_the_vocabulary(vocab_size: int, rows: int) -> None:
     model = GPT(Model(n_layer=1, n_head=1, n_embd=2, block_size=4, vocab_size=vocab_size, tied=False))
     assert model.token_embedding.weight.shape == model.head.weight.shape == (rows, 2)
     assert model(torch.zeros(1, 4, dtype=torch.int64)).shape == (1, 4, vocab_size)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_flops_are_six_a_matrix_weight_and_twelve_for_each_attention_entry(tied: bool) -> None:
-    """A token table of its own is only looked up in, so an untied head costs nothing more."""
+def test_flops_are_six_per_matrix_weight_and_twelve_per_attention_entry(tied: bool) -> None:
+    """An embedding of its own is only looked up in, so an untied head costs nothing more."""
     with torch.device("meta"):
         model = GPT(Model(vocab_size=50257, tied=tied))
     assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
-def test_the_options_of_the_forward_pass_come_from_the_configuration() -> None:
+def test_the_forward_options_come_from_the_configuration() -> None:
     assert ForwardOptions.from_config(Config(), end_of_text=7) == ForwardOptions(attention="auto")
     train = Train(loss_chunk=64, attention="math", activation_checkpointing=True)
     config = Config(data=Data(document_mask=True), train=train, optim=Optim(z_loss=0.25))
@@ -81,7 +80,7 @@ def test_the_options_of_the_forward_pass_come_from_the_configuration() -> None:
 def test_padding_ids_have_no_probability_and_their_rows_no_gradient(tied: bool) -> None:
     model = small(tied=tied)
     with torch.no_grad():
-        model.head.weight[100:] = 1e3  # rows that would win every comparison, were they not masked
+        model.head.weight[100:] = 1e3  # rows that would always have the largest logits without the mask
     x = ids()
     assert torch.equal(
         model.padded_logits(model.hidden(x)).softmax(dim=-1)[..., 100:], torch.zeros(2, 24, 28, dtype=torch.float64)
@@ -93,7 +92,7 @@ def test_padding_ids_have_no_probability_and_their_rows_no_gradient(tied: bool) 
         assert (table.grad[:100] != 0).any()
 
 
-def test_the_loss_is_that_of_a_model_without_padding() -> None:
+def test_padding_does_not_change_the_loss() -> None:
     model, x, y = small(), ids(), ids(seed=6)
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     assert (model(x, y) - expected).abs() < 1e-14
@@ -105,31 +104,35 @@ def test_a_vocabulary_that_needs_no_padding_works_too() -> None:
     assert (model(x, x) - expected).abs() < 1e-14
 
 
-# --- what it computes ------------------------------------------------------------------------------
+# --- the computation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_gpt2(tied: bool) -> None:
-    ours, theirs = small(tied=tied), hugging_face(tied)
-    copy_weights(ours, theirs)
+    our_model, hf_model = small(tied=tied), hugging_face(tied)
+    copy_weights(our_model, hf_model)
     x, y = ids(batch=3), ids(batch=3, seed=6)
-    expected = theirs(x).logits
-    assert (ours(x) - expected).abs().max() < 1e-10
-    assert expected.std() > 0.5, "the logits hardly differ, so the comparison would show nothing"
+    expected = hf_model(x).logits
+    assert (our_model(x) - expected).abs().max() < 1e-10
+    assert expected.std() > 0.5, "the logits hardly differ, so the comparison proves nothing"
 
-    loss, reference = ours(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
+    loss, reference = our_model(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
     assert (loss - reference).abs() < 1e-10
     loss.backward()
     reference.backward()  # type: ignore[no-untyped-call]
     seen = 0
-    for mine, his, transposed in pairs(ours, theirs):
-        assert mine.grad is not None
-        gradient = mine.grad[: len(his)] if mine.dim() == 2 and not transposed else mine.grad
+    for our_parameter, hf_parameter, transposed in pairs(our_model, hf_model):
+        assert our_parameter.grad is not None
+        gradient = (
+            our_parameter.grad[: len(hf_parameter)]
+            if our_parameter.dim() == 2 and not transposed
+            else our_parameter.grad
+        )
         gradient = gradient.T if transposed else gradient
-        assert (gradient - his.grad).abs().max() < 1e-10
-        assert his.grad.abs().max() > 1e-6
+        assert (gradient - hf_parameter.grad).abs().max() < 1e-10
+        assert hf_parameter.grad.abs().max() > 1e-6
         seen += 1
-    assert seen == len(list(ours.parameters()))
+    assert seen == len(list(our_model.parameters()))
 
 
 def hugging_face(tied: bool) -> Any:
@@ -140,42 +143,45 @@ def hugging_face(tied: bool) -> Any:
     return GPT2LMHeadModel(config).double().train()
 
 
-def copy_weights(ours: GPT, theirs: Any) -> None:
+def copy_weights(our_model: GPT, hf_model: Any) -> None:
     with torch.no_grad():
-        for mine, his, transposed in pairs(ours, theirs):
-            his.copy_(mine.T if transposed else mine[: len(his)])
+        for our_parameter, hf_parameter, transposed in pairs(our_model, hf_model):
+            hf_parameter.copy_(our_parameter.T if transposed else our_parameter[: len(hf_parameter)])
 
 
-def pairs(ours: GPT, theirs: Any) -> list[tuple[Tensor, Any, bool]]:
-    """Our parameters, theirs, and whether theirs is the transpose (GPT-2's Conv1D keeps inputs first)."""
-    body = theirs.transformer
-    assert ours.position_embedding is not None
+def pairs(our_model: GPT, hf_model: Any) -> list[tuple[Tensor, Any, bool]]:
+    """Return our parameters, Hugging Face's, and whether its one is the transpose (Conv1D has inputs first)."""
+    body = hf_model.transformer
+    assert our_model.position_embedding is not None
     found = [
-        (ours.token_embedding.weight, body.wte.weight, False),
-        (ours.position_embedding.weight, body.wpe.weight, False),
-        (ours.norm.weight, body.ln_f.weight, False),
-        (ours.norm.bias, body.ln_f.bias, False),
+        (our_model.token_embedding.weight, body.wte.weight, False),
+        (our_model.position_embedding.weight, body.wpe.weight, False),
+        (our_model.norm.weight, body.ln_f.weight, False),
+        (our_model.norm.bias, body.ln_f.bias, False),
     ]
-    if not ours.config.tied:
-        found.append((ours.head.weight, theirs.lm_head.weight, False))
-    for mine, his in zip(ours.blocks, body.h, strict=True):
-        block: Any = mine
+    if not our_model.config.tied:
+        found.append((our_model.head.weight, hf_model.lm_head.weight, False))
+    for our_parameter, hf_parameter in zip(our_model.blocks, body.h, strict=True):
+        block: Any = our_parameter
         found += [
-            (block.attention_norm.weight, his.ln_1.weight, False),
-            (block.mlp_norm.weight, his.ln_2.weight, False),
+            (block.attention_norm.weight, hf_parameter.ln_1.weight, False),
+            (block.mlp_norm.weight, hf_parameter.ln_2.weight, False),
         ]
-        found += [(block.attention_norm.bias, his.ln_1.bias, False), (block.mlp_norm.bias, his.ln_2.bias, False)]
+        found += [
+            (block.attention_norm.bias, hf_parameter.ln_1.bias, False),
+            (block.mlp_norm.bias, hf_parameter.ln_2.bias, False),
+        ]
         for linear, conv in [
-            (block.attention.qkv, his.attn.c_attn),
-            (block.attention.residual, his.attn.c_proj),
-            (block.mlp.up, his.mlp.c_fc),
-            (block.mlp.residual, his.mlp.c_proj),
+            (block.attention.qkv, hf_parameter.attn.c_attn),
+            (block.attention.residual, hf_parameter.attn.c_proj),
+            (block.mlp.up, hf_parameter.mlp.c_fc),
+            (block.mlp.residual, hf_parameter.mlp.c_proj),
         ]:
             found += [(linear.weight, conv.weight, True), (linear.bias, conv.bias, False)]
     return found
 
 
-def test_without_qkv_bias_it_is_the_model_whose_qkv_biases_are_zero() -> None:
+def test_without_qkv_bias_the_model_equals_one_with_zero_biases() -> None:
     with_bias, without = small(), small(qkv_bias=False)
     for block in with_bias.blocks:
         torch.nn.init.zeros_(block.attention.qkv.bias)  # type: ignore[arg-type, union-attr]
@@ -190,14 +196,14 @@ def test_a_tied_head_is_the_embedding_itself() -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("place", [1, 11, 23])
-def test_a_token_changes_its_own_logits_and_later_ones_but_none_before(kind: Model, place: int) -> None:
+@pytest.mark.parametrize("position", [1, 11, 23])
+def test_a_token_changes_only_its_own_and_later_logits(kind: Model, position: int) -> None:
     model, x = small(shape=kind), ids()
     changed = x.clone()
-    changed[:, place] = (changed[:, place] + 1) % 100
+    changed[:, position] = (changed[:, position] + 1) % 100
     before, after = model(x), model(changed)
-    assert torch.equal(before[:, :place], after[:, :place])
-    assert (before[:, place:] != after[:, place:]).any(dim=-1).all()
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert (before[:, position:] != after[:, position:]).any(dim=-1).all()
 
 
 def test_a_shorter_context_gives_the_same_logits() -> None:
@@ -206,7 +212,7 @@ def test_a_shorter_context_gives_the_same_logits() -> None:
 
 
 @KINDS
-def test_bfloat16_autocast_is_near_float32_and_still_adds_up_the_loss_in_it(kind: Model) -> None:
+def test_bfloat16_autocast_is_close_to_float32_and_sums_the_loss_in_float32(kind: Model) -> None:
     model = GPT(kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(ids(), ids())
@@ -215,20 +221,20 @@ def test_bfloat16_autocast_is_near_float32_and_still_adds_up_the_loss_in_it(kind
     assert (loss - model(ids(), ids())).abs() < 0.05
 
 
-# --- how it starts ---------------------------------------------------------------------------------
+# --- initialization --------------------------------------------------------------------------------
 
 
-def test_the_seed_alone_decides_the_weights() -> None:
+def test_only_the_seed_determines_the_initial_weights() -> None:
     torch.manual_seed(1)
     first = GPT(SMALL, seed=3).state_dict()
     torch.manual_seed(2)
-    again, other = GPT(SMALL, seed=3).state_dict(), GPT(SMALL, seed=4).state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    second, other = GPT(SMALL, seed=3).state_dict(), GPT(SMALL, seed=4).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
 @KINDS
-def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_twice_the_layers(kind: Model) -> None:
+def test_residual_projections_are_initialized_smaller_by_the_root_of_twice_the_layers(kind: Model) -> None:
     model = GPT(replace(kind, n_layer=8, n_embd=256, block_size=256, vocab_size=1000, tied=False), seed=1)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -265,16 +271,16 @@ def test_dropout_acts_on_embeddings_attention_and_both_residual_branches() -> No
     block: Any = model.blocks[0]
     assert dropped(model.dropout, x) == 0
     assert dropped(block.mlp, x) < 1e-12
-    # Attention has a second place of its own: its probabilities. So what is left is not merely scaled.
+    # Attention also drops its weights, so the outputs that are left are not merely scaled.
     context = causal_context(512, torch.zeros(1, 512))
     assert dropped(block.attention, x, context) > 0.1
 
 
 def dropped(module: torch.nn.Module, *arguments: Any) -> Tensor:
-    """In training, how far the outputs that are left are from the doubled plain ones; half of them are gone."""
+    """Return how far the remaining outputs in training are from the doubled plain ones; half of them are zero."""
     torch.manual_seed(0)
     plain, noisy = module.eval()(*arguments), module.train()(*arguments)
-    gone = noisy == 0
-    assert 0.45 < gone.double().mean() < 0.55
-    furthest: Tensor = (noisy - 2 * plain)[~gone].abs().max()
+    dropped_outputs = noisy == 0
+    assert 0.45 < dropped_outputs.double().mean() < 0.55
+    furthest: Tensor = (noisy - 2 * plain)[~dropped_outputs].abs().max()
     return furthest

@@ -1,4 +1,4 @@
-"""hpcgpt.model.kernels: the kernels that were asked for are those that compute, and what cannot be had is refused."""
+"""hpcgpt.model.kernels: the configured kernels compute, and what is not available is refused."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "kernel"),
+    ("name", "kernel"),
     [
         ("math", "aten::_scaled_dot_product_attention_math"),
         ("flash", "aten::_scaled_dot_product_flash_attention_for_cpu"),
         ("auto", "aten::_scaled_dot_product_flash_attention_for_cpu"),
     ],
 )
-def test_the_kernel_that_was_asked_for_computes(wanted: kernels.Attention, kernel: str) -> None:
+def test_the_configured_kernel_computes(name: kernels.Attention, kernel: str) -> None:
     q = torch.ones(1, 2, 16, 8)
-    with profile(activities=[ProfilerActivity.CPU]) as found, kernels.attention(wanted, CPU, torch.float32)():
+    with profile(activities=[ProfilerActivity.CPU]) as found, kernels.attention(name, CPU, torch.float32)():
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
     names = {event.key for event in found.key_averages() if event.key.startswith("aten::_scaled_dot")}
     assert names == {kernel}
 
 
-@pytest.mark.parametrize("wanted", ["cudnn", "efficient", "fa3"])
-def test_a_kernel_for_gpus_is_refused_on_a_cpu(wanted: str, tiny: Path) -> None:
-    done = command("hpcgpt.train", str(tiny), "--train.attention", wanted)
+@pytest.mark.parametrize("name", ["cudnn", "efficient", "fa3"])
+def test_a_kernel_for_gpus_is_refused_on_a_cpu(name: str, tiny: Path) -> None:
+    done = command("hpcgpt.train", str(tiny), "--train.attention", name)
     assert done.returncode == 2
-    assert f"train.attention {wanted} is for GPUs: on a CPU use auto, flash, math" in done.stderr
+    assert f"train.attention {name} is for GPUs: on a CPU use auto, flash, math" in done.stderr
 
 
 def test_flash_attention_3_needs_its_package() -> None:
@@ -52,27 +52,27 @@ def test_flash_attention_3_needs_its_package() -> None:
         kernels.attention("fa3", GPU, torch.bfloat16)
 
 
-@pytest.mark.parametrize("wanted", ["flash", "cudnn", "fa3"])
-def test_a_kernel_that_has_bfloat16_only_is_refused_in_another_precision(wanted: kernels.Attention) -> None:
+@pytest.mark.parametrize("name", ["flash", "cudnn", "fa3"])
+def test_a_bfloat16_kernel_is_refused_in_another_precision(name: kernels.Attention) -> None:
     with pytest.raises(
-        ValueError, match=rf"train\.attention {wanted} computes in bfloat16 on a GPU, but this run computes in float"
+        ValueError, match=rf"train\.attention {name} computes in bfloat16 on a GPU, but this run computes in float"
     ):
-        kernels.attention(wanted, GPU, torch.float32)
+        kernels.attention(name, GPU, torch.float32)
     others: tuple[kernels.Attention, ...] = ("auto", "efficient", "math")
     for other in others:
         kernels.attention(other, GPU, torch.float32)
     kernels.attention("flash", CPU, torch.float64)
 
 
-def test_code_compiled_for_one_kernel_is_not_taken_for_another() -> None:
-    """In one process, by the model's options; between processes, by the key of the cache on disk."""
+def test_code_compiled_for_one_kernel_is_not_used_for_another() -> None:
+    """In one process because of the model's options; between processes because of the key of the cache on disk."""
     shape, ids = Model(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=100), torch.zeros(2, 64).long()
     torch._dynamo.reset()
-    asked: tuple[kernels.Attention, ...] = ("math", "flash", "auto", "math")
+    requested: tuple[kernels.Attention, ...] = ("math", "flash", "auto", "math")
     found, names = [], []
-    for wanted in asked:
-        context = kernels.attention(wanted, CPU, torch.float32)
-        model = torch.compile(GPT(shape, options=ForwardOptions(attention=wanted)), backend="aot_eager")
+    for name in requested:
+        context = kernels.attention(name, CPU, torch.float32)
+        model = torch.compile(GPT(shape, options=ForwardOptions(attention=name)), backend="aot_eager")
         with profile(activities=[ProfilerActivity.CPU]) as seen, context():
             model(ids, ids).backward()
         found.append(
@@ -83,17 +83,17 @@ def test_code_compiled_for_one_kernel_is_not_taken_for_another() -> None:
     assert names == [" attention: math", " attention: flash", "", " attention: math"]
 
 
-def test_another_kernel_is_the_same_function(tiny: Path) -> None:
+def test_another_kernel_computes_the_same_function(tiny: Path) -> None:
     runs = tiny.parent / "runs"
-    for wanted in ("math", "flash"):
-        flags = ("--run.name", wanted, "--train.attention", wanted, "--train.dtype", "float64")
+    for name in ("math", "flash"):
+        flags = ("--run.name", name, "--train.attention", name, "--train.dtype", "float64")
         assert command("hpcgpt.train", str(tiny), *flags).returncode == FINISHED
     losses = [[row["train/loss"] for row in rows(runs / name / "metrics.jsonl")] for name in ("math", "flash")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    assert curve(runs / "math") != curve(runs / "flash"), "both took the same"
+    assert curve(runs / "math") != curve(runs / "flash"), "both used the same kernel"
 
 
-def test_the_kernel_computes_also_what_is_computed_once_more_in_the_backward_pass(tiny: Path) -> None:
+def test_the_configured_kernel_also_recomputes_in_the_backward_pass(tiny: Path) -> None:
     settings = sources.from_file(tiny)
     train = replace(settings.train, attention="math", activation_checkpointing=True, dtype="float32")
     alone = Ranks(World(0, 0, 1, 1, "alone", "test"), CPU, None)
@@ -105,14 +105,14 @@ def test_the_kernel_computes_also_what_is_computed_once_more_in_the_backward_pas
         assert names == {"aten::_scaled_dot_product_attention_math"}
 
 
-def test_compiling_is_left_alone_on_a_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_on_a_cpu_the_model_is_compiled_only_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     for name in ("g++", "gcc"):
         (tmp_path / name).write_text("")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [kernels.compiles(wanted, CPU) for wanted in ("auto", "on", "off")] == [False, True, False]
+    assert [kernels.compiles(name, CPU) for name in ("auto", "on", "off")] == [False, True, False]
     (tmp_path / "g++").unlink()
     with pytest.raises(ValueError, match=r"train\.compile on needs a C\+\+ compiler"):
         kernels.compiles("on", CPU)
@@ -120,14 +120,14 @@ def test_compiling_is_left_alone_on_a_cpu_unless_asked_for(monkeypatch: pytest.M
     assert kernels.compiles("on", CPU)
 
 
-def test_on_a_gpu_it_is_compiled_where_it_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whether triton is here depends on the build of torch; without a C compiler it is of no use."""
+def test_on_a_gpu_the_model_is_compiled_where_possible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether triton is installed depends on the build of torch; without a C compiler it is useless."""
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "off")] == [False, False]
+    assert [kernels.compiles(name, GPU) for name in ("auto", "off")] == [False, False]
     with pytest.raises(ValueError, match=r"train\.compile on needs triton and a C compiler"):
         kernels.compiles("on", GPU)
     (tmp_path / "gcc").write_text("")
     (tmp_path / "gcc").chmod(0o755)
     monkeypatch.setattr(kernels, "find_spec", lambda _: object())
-    assert [kernels.compiles(wanted, GPU) for wanted in ("auto", "on", "off")] == [True, True, False]
+    assert [kernels.compiles(name, GPU) for name in ("auto", "on", "off")] == [True, True, False]

@@ -1,4 +1,4 @@
-"""hpcgpt.model.loss, and recomputation: less cache, the same numbers; and every gradient is the slope of the loss."""
+"""hpcgpt.model.loss, and recomputation: less memory, the same numbers; every gradient is the slope of the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.model.test_gpt import SMALL as GPT2
 
 
 def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states (70, 16), targets, and a head of 96 rows, of which the bias rules out the last 6."""
+    """Return hidden states (70, 16), targets, and a head of 96 rows, of which the bias excludes the last 6."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, 16, dtype=dtype, generator=generator, requires_grad=True) for n in (70, 96))
     bias = torch.zeros(96, dtype=dtype)
@@ -33,16 +33,16 @@ def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Te
 @pytest.mark.parametrize("chunk", [1, 7, 32, 69])
 def test_chunks_change_neither_the_loss_nor_a_gradient(chunk: int, z_loss: float) -> None:
     hidden, targets, weight, bias = head()
-    whole = mean_loss(hidden, targets, weight, bias, z_loss=z_loss)
-    expected = torch.autograd.grad(whole, (hidden, weight))
+    unchunked = mean_loss(hidden, targets, weight, bias, z_loss=z_loss)
+    expected = torch.autograd.grad(unchunked, (hidden, weight))
     parts = mean_loss(hidden, targets, weight, bias, chunk=chunk, z_loss=z_loss)
-    assert (parts - whole).abs() < 1e-13
+    assert (parts - unchunked).abs() < 1e-13
     for gradient, reference in zip(torch.autograd.grad(parts, (hidden, weight)), expected, strict=True):
         assert (gradient - reference).abs().max() < 1e-14
         assert reference.abs().max() > 1e-3
 
 
-def test_z_loss_is_the_mean_square_of_the_log_of_the_sum_of_exponentials() -> None:
+def test_z_loss_is_the_mean_square_of_logsumexp() -> None:
     hidden, targets, weight, bias = head()
     logits = (hidden @ weight.T)[:, :90]
     expected = F.cross_entropy(logits, targets) + 0.1 * logits.exp().sum(dim=1).log().square().mean()
@@ -56,10 +56,10 @@ def test_without_z_loss_the_loss_is_the_plain_cross_entropy_bit_for_bit() -> Non
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [0, 32])
-def test_of_logits_in_bfloat16_the_loss_is_still_computed_in_float32(chunk: int, z_loss: float) -> None:
+def test_the_loss_of_bfloat16_logits_is_computed_in_float32(chunk: int, z_loss: float) -> None:
     hidden, targets, weight, bias = head(torch.float32)
     hidden, weight = hidden.detach().bfloat16(), weight.detach().bfloat16()
-    logits = F.linear(hidden, weight, bias.bfloat16())  # rounded, and nothing behind them
+    logits = F.linear(hidden, weight, bias.bfloat16())  # rounded to bfloat16
     expected = F.cross_entropy(logits.float(), targets) + z_loss * logits.float().logsumexp(dim=-1).square().mean()
     with torch.autocast("cpu", torch.bfloat16):
         loss = mean_loss(hidden, targets, weight, bias, chunk=chunk, z_loss=z_loss)
@@ -68,7 +68,7 @@ def test_of_logits_in_bfloat16_the_loss_is_still_computed_in_float32(chunk: int,
 
 
 @KINDS
-def test_z_loss_is_trained_on_and_not_evaluated(kind: Model) -> None:
+def test_z_loss_is_added_in_training_only(kind: Model) -> None:
     plain, with_z = GPT(kind, 1).double(), GPT(kind, 1, ForwardOptions(z_loss=0.1)).double()
     x, y = ids(), ids(seed=6)
     added = 0.1 * plain(x).logsumexp(dim=-1).square().mean()
@@ -78,7 +78,7 @@ def test_z_loss_is_trained_on_and_not_evaluated(kind: Model) -> None:
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers the number of elements of the largest tensor that any operation made."""
+    """Records the number of elements of the largest tensor that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -93,10 +93,10 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @KINDS
-def test_with_chunks_no_tensor_is_ever_as_large_as_the_logits(kind: Model) -> None:
-    """Seen by a look at everything that forward and backward pass make: 8 x 24 targets, 3,008 ids."""
+def test_with_chunks_no_tensor_is_as_large_as_the_logits(kind: Model) -> None:
+    """Records everything that forward and backward pass allocate: 8 x 24 targets, 3,008 ids."""
     shape = Model(**vars(kind) | {"vocab_size": 3000})
-    for chunk, expected in ((0, 8 * 24 * 3008), (16, 3008 * 48)):  # the head's own gradient is the largest then
+    for chunk, expected in ((0, 8 * 24 * 3008), (16, 3008 * 48)):  # then the head's gradient is the largest
         model, x = GPT(shape, 1, ForwardOptions(loss_chunk=chunk)), ids(8)
         with Largest() as largest:
             model(x, x).backward()
@@ -104,7 +104,7 @@ def test_with_chunks_no_tensor_is_ever_as_large_as_the_logits(kind: Model) -> No
 
 
 def saved_bytes(model: GPT) -> int:
-    """What the forward pass of 4 x 24 tokens keeps for the backward pass, each storage once, without the weights."""
+    """Return what the forward pass of 4 x 24 tokens saves for the backward pass, each storage once, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -122,26 +122,26 @@ def saved_bytes(model: GPT) -> int:
 
 
 @KINDS
-def test_with_chunks_the_logits_of_none_of_them_are_kept(kind: Model) -> None:
+def test_with_chunks_no_logits_are_saved(kind: Model) -> None:
     shape = Model(**vars(kind) | {"vocab_size": 3000})
-    whole, parts = (saved_bytes(GPT(shape, 1, ForwardOptions(loss_chunk=chunk))) for chunk in (0, 16))
-    assert whole - parts > 0.9 * (4 * 24 * 3008 * 4)
+    unchunked, chunked = (saved_bytes(GPT(shape, 1, ForwardOptions(loss_chunk=chunk))) for chunk in (0, 16))
+    assert unchunked - chunked > 0.9 * (4 * 24 * 3008 * 4)
 
 
 @KINDS
-def test_recomputation_keeps_less_of_each_further_block(kind: Model) -> None:
+def test_recomputation_saves_only_the_inputs_of_each_block(kind: Model) -> None:
     def of_a_block(options: ForwardOptions) -> int:
         small, large = (GPT(Model(**vars(kind) | {"n_layer": n}), 1, options) for n in (2, 6))
         return (saved_bytes(large) - saved_bytes(small)) // 4
 
-    inputs = 4 * 24 * 48 * 4  # of a block, in bytes
+    inputs = 4 * 24 * 48 * 4  # bytes of the inputs of a block
     assert of_a_block(ForwardOptions(recompute=True)) == inputs
     assert of_a_block(PLAIN) > 10 * inputs
 
 
 @KINDS
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputation_gives_the_same_bits_with_dropout_too(kind: Model, dropout: float) -> None:
+def test_recomputation_gives_the_same_bits_also_with_dropout(kind: Model, dropout: float) -> None:
     found = []
     for recompute in (False, True):
         model = GPT(Model(**vars(kind) | {"dropout": dropout}), 1, ForwardOptions(recompute=recompute))
@@ -170,7 +170,7 @@ TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 10, "vocab_size": 
     ids=["plain", "document mask", "chunks", "z-loss", "all at once"],
 )
 def test_gradients_are_the_slopes_of_the_loss(kind: Model, options: ForwardOptions) -> None:
-    """By central differences, in float64: of each parameter the entry with the largest gradient and another one."""
+    """By central differences in float64: for each parameter the two entries of largest gradient and two others."""
     grouped = {"n_kv_head": 1} if kind.kind == "modern" else {}
     model = GPT(Model(**vars(kind) | TINY | grouped), 1, options).double()
     generator = torch.Generator().manual_seed(2)
@@ -185,21 +185,21 @@ def test_gradients_are_the_slopes_of_the_loss(kind: Model, options: ForwardOptio
         assert parameter.grad is not None
         slopes, values = parameter.grad.flatten(), parameter.data.flatten()
         assert values.data_ptr() == parameter.data_ptr()
-        places = {
+        entries = {
             *slopes.abs().topk(2).indices.tolist(),
             *torch.randint(0, len(slopes), (2,), generator=generator).tolist(),
         }
-        for place in places:
-            before = values[place].item()
+        for entry in entries:
+            before = values[entry].item()
             with torch.no_grad():
-                values[place] = before + step
+                values[entry] = before + step
                 above = model(x, y)
-                values[place] = before - step
+                values[entry] = before - step
                 below = model(x, y)
-                values[place] = before
+                values[entry] = before
             measured = ((above - below) / (2 * step)).item()
-            assert slopes[place].item() == pytest.approx(measured, rel=1e-6, abs=1e-8), (name, place)
-        assert slopes.abs().max() > 1e-4, f"{name}: its gradient is too small to tell anything"
+            assert slopes[entry].item() == pytest.approx(measured, rel=1e-6, abs=1e-8), (name, entry)
+        assert slopes.abs().max() > 1e-4, f"{name}: the gradient is too small for a meaningful comparison"
 
 
 def test_every_combination_of_options_gives_the_same_loss_on_one_document() -> None:

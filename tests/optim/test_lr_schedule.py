@@ -36,11 +36,11 @@ def rate(step: int, kind: Kind = "cosine", warmup: int = WARMUP, total: int = TO
         (10**9, LOW),
     ],
 )
-def test_cosine_is_the_table(step: int, value: float) -> None:
+def test_cosine_equals_the_table(step: int, value: float) -> None:
     assert rate(step) == pytest.approx(value, rel=1e-12, abs=0)
 
 
-def test_warm_up_climbs_in_equal_steps_to_the_peak() -> None:
+def test_warm_up_rises_linearly_to_the_peak() -> None:
     steps = [rate(g + 1) - rate(g) for g in range(WARMUP)]
     assert steps == pytest.approx([(PEAK - INITIAL) / WARMUP] * WARMUP, rel=1e-9)
 
@@ -61,7 +61,7 @@ def test_without_warm_up_the_first_step_has_the_peak(kind: Kind) -> None:
     [(0, INITIAL), (9, 5.43e-4), (10, PEAK), (79, PEAK), (80, PEAK), (90, (PEAK + LOW) / 2),
      (99, LOW + (PEAK - LOW) / 20), (100, LOW), (1000, LOW)],
 )  # fmt: skip
-def test_wsd_stays_at_the_peak_and_falls_in_a_straight_line_to_the_minimum(step: int, value: float) -> None:
+def test_wsd_stays_at_the_peak_and_falls_linearly_to_the_minimum(step: int, value: float) -> None:
     assert rate(step, "wsd") == pytest.approx(value, rel=1e-12, abs=0)
 
 
@@ -71,7 +71,7 @@ def test_wsd_stays_at_the_peak_and_falls_in_a_straight_line_to_the_minimum(step:
     [(0, INITIAL), (9, 5.43e-4), (10, PEAK), (40, 4.0033333333333333e-4), (55, 3.005e-4), (99, 7.6555555555555556e-6),
      (100, LOW), (101, LOW), (10**9, LOW)],
 )  # fmt: skip
-def test_linear_falls_in_a_straight_line_from_warm_up_to_the_minimum(step: int, value: float) -> None:
+def test_linear_falls_linearly_from_warm_up_to_the_minimum(step: int, value: float) -> None:
     assert rate(step, "linear") == pytest.approx(value, rel=1e-12, abs=0)
 
 
@@ -85,7 +85,7 @@ def test_constant_stays_at_the_peak_after_warm_up(step: int, value: float) -> No
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
-def test_a_run_shorter_than_its_warm_up_only_climbs(kind: Kind) -> None:
+def test_a_run_shorter_than_its_warm_up_only_rises(kind: Kind) -> None:
     assert [rate(g, kind, total=5) for g in range(5)] == [rate(g) for g in range(5)]
 
 

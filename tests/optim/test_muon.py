@@ -1,5 +1,4 @@
-"""hpcgpt.optim.muon: its numbers are torch's own, each parameter has the optimizer that is meant for it, and it
-learns."""
+"""hpcgpt.optim.muon: its updates equal torch's, the right parameters use it, and it learns."""
 
 from __future__ import annotations
 
@@ -31,11 +30,11 @@ MUON = Optim(name="muon", lr=1e-3, muon_lr=0.02, muon_momentum=0.95, weight_deca
 def trained(config: Optim, steps: int, seed: int = 1, tied: bool = True) -> tuple[GPT, torch.optim.Optimizer]:
     model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=100, tied=tied), seed)
     optimizer = make_optimizer(model, config)
-    go_on(model, optimizer, range(steps))
+    train(model, optimizer, range(steps))
     return model, optimizer
 
 
-def go_on(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+def train(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
     losses = []
     for step in steps:
         ids = torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(step % 3))
@@ -47,7 +46,7 @@ def go_on(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> list[fl
     return losses
 
 
-def test_its_numbers_are_those_of_torchs_own_bit_for_bit() -> None:
+def test_updates_equal_those_of_torchs_muon_bit_for_bit() -> None:
     model, _ = trained(MUON, 20)
     other = GPT(model.config, seed=1)
     matrices = [p for name, p in other.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
@@ -67,7 +66,7 @@ def test_its_numbers_are_those_of_torchs_own_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (64, 256), (256, 64), (1, 30), (96, 32)])
-def test_an_update_has_the_directions_of_the_matrix_and_counts_them_alike(shape: tuple[int, int]) -> None:
+def test_an_update_has_the_singular_vectors_of_the_matrix_and_singular_values_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     made = orthogonal(matrix).float()
@@ -77,12 +76,12 @@ def test_an_update_has_the_directions_of_the_matrix_and_counts_them_alike(shape:
     assert (rotated - rotated.diag().diag()).norm() < 0.1 * rotated.norm()
 
 
-def test_a_matrix_of_zeros_stays_one() -> None:
+def test_a_matrix_of_zeros_stays_zero() -> None:
     assert torch.equal(orthogonal(torch.zeros(8, 4)), torch.zeros(8, 4, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_blocks_matrices_are_muons_and_nothing_else_is(tied: bool) -> None:
+def test_muon_updates_the_matrices_of_the_blocks_and_nothing_else(tied: bool) -> None:
     model, optimizer = trained(MUON, 0, tied=tied)
     keys = {name: state_keys(optimizer)[p] for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -92,44 +91,44 @@ def test_the_blocks_matrices_are_muons_and_nothing_else_is(tied: bool) -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_its_rate_has_the_shape_of_the_schedule_and_a_peak_of_its_own() -> None:
+def test_muons_rate_follows_the_schedule_with_its_own_peak() -> None:
     _, optimizer = trained(MUON, 0)
     for rate in (0.0, 5e-4, 1e-3):
         set_learning_rate(optimizer, rate)
         assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(20 * rate), rate, rate]
 
 
-def test_a_step_moves_a_matrix_by_the_rate_that_it_was_given() -> None:
+def test_a_step_moves_a_matrix_by_the_given_rate() -> None:
     model, optimizer = trained(dataclasses.replace(MUON, weight_decay=0.0), 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     set_learning_rate(optimizer, 1e-4)
-    go_on(model, optimizer, range(1))
+    train(model, optimizer, range(1))
     up = "blocks.0.mlp.up"
-    moved = model.get_parameter(f"{up}.weight") - before[f"{up}.weight"]  # 128 x 32: twice as long a step
+    moved = model.get_parameter(f"{up}.weight") - before[f"{up}.weight"]  # 128 x 32: the step is scaled by two
     assert 0.5 < torch.linalg.matrix_norm(moved.detach(), 2) / (2 * 0.02 * 0.1) < 1.3
     bias = model.get_parameter(f"{up}.bias") - before[f"{up}.bias"]
     assert bias.detach().abs().max().item() == pytest.approx(1e-4, rel=1e-2)
 
 
-def test_it_learns_what_it_has_seen() -> None:
+def test_muon_learns_repeated_batches() -> None:
     model, optimizer = trained(MUON, 0)
-    losses = go_on(model, optimizer, range(60))
+    losses = train(model, optimizer, range(60))
     assert losses[-1] < losses[0] - 1
 
 
-def test_a_loaded_run_goes_on_like_the_saved_one(checkpoints: Path, lease: Lease) -> None:
+def test_a_loaded_run_continues_like_the_saved_one(checkpoints: Path, lease: Lease) -> None:
     model, optimizer = trained(MUON, 3)
     before = content(model, optimizer, ALONE)
     assert "optim/blocks.0.mlp.up.weight/momentum_buffer" in before
     assert (
         save_tensors(checkpoints, State(3, 3, 3, 1, IDENTITY), local_state_dict(model, optimizer, ALONE), lease) == ""
     )
-    other, its_optimizer = trained(MUON, 0, seed=2)
-    load.load(checkpoints / "step_000000003", other, its_optimizer, ALONE)
-    assert content(other, its_optimizer, ALONE) == before
-    go_on(model, optimizer, range(3, 6))
-    go_on(other, its_optimizer, range(3, 6))
-    assert content(other, its_optimizer, ALONE) == content(model, optimizer, ALONE) != before
+    other, other_optimizer = trained(MUON, 0, seed=2)
+    load.load(checkpoints / "step_000000003", other, other_optimizer, ALONE)
+    assert content(other, other_optimizer, ALONE) == before
+    train(model, optimizer, range(3, 6))
+    train(other, other_optimizer, range(3, 6))
+    assert content(other, other_optimizer, ALONE) == content(model, optimizer, ALONE) != before
 
 
 @pytest.mark.parametrize(("was", "now"), [(MUON, Optim()), (Optim(), MUON)], ids=["muon to adamw", "adamw to muon"])
@@ -138,19 +137,19 @@ def test_a_checkpoint_of_another_optimizer_is_refused(checkpoints: Path, lease: 
     assert (
         save_tensors(checkpoints, State(2, 2, 2, 1, IDENTITY), local_state_dict(model, optimizer, ALONE), lease) == ""
     )
-    other, its_optimizer = trained(now, 0)
+    other, other_optimizer = trained(now, 0)
     with pytest.raises(ValueError, match=r"is not part of this optimizer's state .*set optim\.name as it was"):
-        load.load(checkpoints / "step_000000002", other, its_optimizer, ALONE)
+        load.load(checkpoints / "step_000000002", other, other_optimizer, ALONE)
 
 
 @pytest.mark.parametrize("flags", [["--optim.muon_lr", "0.01"], ["--optim.muon_momentum", "0.9"]], ids=" ".join)
-def test_what_only_muon_uses_is_refused_without_it(flags: list[str]) -> None:
+def test_options_of_muon_are_refused_without_it(flags: list[str]) -> None:
     with pytest.raises(ValueError, match=r"optim\.muon_\w+ has no effect with optim\.name adamw"):
         sources.from_command_line(flags, "train", "")
     sources.from_command_line([*flags, "--optim.name", "muon"], "train", "")
 
 
-def test_the_program_trains_with_it(tiny: Path, tmp_path: Path) -> None:
+def test_the_program_trains_with_muon(tiny: Path, tmp_path: Path) -> None:
     done = command("hpcgpt.train", str(tiny), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr
     losses = [row["train/loss"] for row in rows(tmp_path / "runs/tiny/metrics.jsonl")]

@@ -1,4 +1,4 @@
-"""hpcgpt.optim.optimizer: AdamW with the betas that were asked for, and decay where it was."""
+"""hpcgpt.optim.optimizer: AdamW with the configured betas, and weight decay where configured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.model.test_gpt import SMALL
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])
-def test_without_a_gradient_only_what_decays_moves(decay: Literal["matrices", "all"]) -> None:
+def test_with_zero_gradients_only_decayed_parameters_move(decay: Literal["matrices", "all"]) -> None:
     model = GPT(SMALL)
     optimizer = make_optimizer(model, Optim(lr=0.5, weight_decay=0.2, decay=decay))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -28,14 +28,14 @@ def test_without_a_gradient_only_what_decays_moves(decay: Literal["matrices", "a
         assert (parameter - left * before[name]).abs().max() < 1e-6, name
 
 
-def test_its_means_fade_by_the_betas_and_its_epsilon_is_the_papers() -> None:
+def test_the_moving_averages_use_the_betas_and_epsilon_is_the_papers() -> None:
     model = GPT(SMALL)
     optimizer = make_optimizer(model, Optim(lr=0.5, weight_decay=0.0, beta1=0.75, beta2=0.5))
     weight = model.norm.weight
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-8)
     optimizer.step()
-    # Kingma and Ba, "Adam", 2015: the gradient over its own size and 1e-8, which is half of the rate here.
+    # Kingma and Ba, "Adam", 2015: gradient / (|gradient| + epsilon), which is half of the rate here.
     assert weight.detach().mean().item() == pytest.approx(1 - 0.25, rel=1e-5)
     state = optimizer.state[weight]
     assert state["exp_avg"].mean().item() == pytest.approx(0.25 * 1e-8, rel=1e-5)

@@ -1,4 +1,4 @@
-"""What only informs cannot end, stall or delay a run; exit.json is there before anything is waited for."""
+"""hpcgpt.output.best_effort: what only informs cannot end or delay a run; exit.json is written before any wait."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tiny_run import curve, rows
 
 
 @pytest.fixture(autouse=True)
-def _warned_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(best_effort, "_warned", type(best_effort._warned)())
 
 
@@ -39,16 +39,16 @@ def test_any_exception_becomes_a_warning(capfd: pytest.CaptureFixture[str]) -> N
     ]
 
 
-def test_a_warning_is_not_repeated_for_ever(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_not_repeated_endlessly(capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(100):
         with only_informs("events.jsonl"):
             raise OSError(28, "No space left on device")
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == best_effort.MOST_WARNINGS
-    assert said[-1].endswith("no more such warnings are printed")
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == best_effort.MOST_WARNINGS
+    assert warnings[-1].endswith("no more such warnings are printed")
 
 
-def test_a_worker_does_things_in_order_and_survives_their_exceptions(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_runs_actions_in_order_and_survives_their_exceptions(capfd: pytest.CaptureFixture[str]) -> None:
     worker, done = Worker("test"), []
     for number in range(5):
         worker.post("one", lambda number=number: done.append(number))  # type: ignore[misc]
@@ -58,38 +58,38 @@ def test_a_worker_does_things_in_order_and_survives_their_exceptions(capfd: pyte
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
-def test_an_action_that_hangs_holds_up_neither_post_nor_drain(capfd: pytest.CaptureFixture[str],
+def test_an_action_that_hangs_blocks_neither_post_nor_drain(capfd: pytest.CaptureFixture[str],
                                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(best_effort, "MOST_WAITING", 3)
-    worker, go_on, done = Worker("test"), threading.Event(), []
+    worker, resume, done = Worker("test"), threading.Event(), []
     started = threading.Event()
-    worker.post("hangs", lambda: (started.set(), go_on.wait()))
+    worker.post("hangs", lambda: (started.set(), resume.wait()))
     assert started.wait(60)
     for number in range(5):
         worker.post("later", lambda number=number: done.append(number))  # type: ignore[misc]
     assert not worker.drain(0.01)
     assert capfd.readouterr().err.count("this one is left out") == 2
-    go_on.set()
+    resume.set()
     assert worker.drain(60)
     assert done == [0, 1, 2]
 
 
-def test_an_answer_that_does_not_come_is_done_without(capfd: pytest.CaptureFixture[str]) -> None:
+def test_within_returns_none_without_an_answer(capfd: pytest.CaptureFixture[str]) -> None:
     never = threading.Event()
     assert within(60, "sum", lambda: 1 + 1) == 2
     assert within(60, "fails", lambda: 1 // 0) is None
     assert within(0.01, "hangs", lambda: never.wait()) is None
-    said = capfd.readouterr().err
-    assert "fails: ZeroDivisionError" in said
-    assert "hangs: no answer within 0 s" in said
+    warnings = capfd.readouterr().err
+    assert "fails: ZeroDivisionError" in warnings
+    assert "hangs: no answer within 0 s" in warnings
     never.set()
 
 
-# --- whole runs ------------------------------------------------------------------------------------
+# --- real runs -------------------------------------------------------------------------------------
 
 
-def test_events_that_goodput_cannot_make_sense_of_do_not_end_a_finished_run(tiny: Path) -> None:
-    """`started_at` was null where slurmctld did not answer once: three crashes of a run that was finished."""
+def test_odd_events_do_not_end_a_finished_run(tiny: Path) -> None:
+    """`started_at` was null where slurmctld did not answer: a finished run used to crash on it three times."""
     folder = tiny.parent / "runs" / "tiny"
     folder.mkdir(parents=True)
     odd = [{"time": 1.0, "event": "job", "job": "1_0", "started_at": None, "queued_at": None, "hosts": None},
@@ -128,7 +128,7 @@ cli.run(train.main)
 )
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: str) -> None:
-    """Every one of them fails from the first step to the last. The code is ours, and broken where nothing else can."""
+    """Each of them fails from the first step to the last; our own code is broken where no other way exists."""
     script = BROKEN.format(error=error, breakage=BREAKAGES[breakage])
     done = subprocess.run(
         [sys.executable, "-c", script, str(tiny)], cwd=ROOT, env=clean_env(), capture_output=True, text=True,
@@ -144,8 +144,8 @@ def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: st
     assert "training continues" in done.stderr or breakage == "console"
 
 
-def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
-    """It never answers. exit.json comes first, and the run ends; to wait for it, with no step, is no hang."""
+def test_exit_json_is_written_before_goodput_is_waited_for(tiny: Path) -> None:
+    """goodput never answers. exit.json comes first, and the run ends; waiting without a step is not a hang."""
     folder = tiny.parent / "runs" / "tiny"
     first = command("hpcgpt.train", str(tiny), "--train.steps", "8")
     assert first.returncode == FINISHED
@@ -170,7 +170,7 @@ def test_exit_json_is_there_before_goodput_is_waited_for(tiny: Path) -> None:
 def test_the_time_for_goodput_grows_with_the_rows_up_to_a_limit(
     tmp_path: Path, megabytes: int | None, limit_s: float
 ) -> None:
-    """A fixed one is too short for a long run, whose table is the one that counts."""
+    """A fixed limit is too short for long runs, whose goodput matters most."""
     if megabytes is not None:
         with open(tmp_path / "metrics.jsonl", "w") as file:
             file.truncate(megabytes * 1_000_000)
@@ -179,14 +179,14 @@ def test_the_time_for_goodput_grows_with_the_rows_up_to_a_limit(
 
 
 @pytest.mark.parametrize(("wanted_s", "hang_s", "limit_s"), [(30, 300, 30), (200, 300, 150), (7200, 36_000, 300)])
-def test_a_sample_ends_before_the_other_ranks_take_it_for_a_hang(wanted_s: int, hang_s: int, limit_s: float) -> None:
-    """They wait in a collective, which has a limit of its own, also where the watchdog has much patience."""
+def test_a_sample_ends_before_the_other_ranks_consider_it_a_hang(wanted_s: int, hang_s: int, limit_s: float) -> None:
+    """They wait in a collective, which has a time limit of its own, also where the watchdog's is long."""
     assert samples.sample_limit_s(wanted_s, hang_s) == limit_s
     assert limit_s < rendezvous.COLLECTIVE_TIMEOUT.total_seconds()
 
 
-def test_a_long_sample_is_cut_short_and_is_no_hang(tiny: Path) -> None:
-    """A million tokens: it was a hang for the watchdog, and again at each attempt."""
+def test_a_long_sample_is_cut_short_and_is_not_a_hang(tiny: Path) -> None:
+    """A million tokens used to be a hang for the watchdog, at each attempt."""
     done = command(
         "hpcgpt.train", str(tiny), "--sample.tokens", "1000000", "--sample.max_s", "3", "--watchdog.hang_min_s", "2",
         "--watchdog.hang_factor", "1",
@@ -195,10 +195,19 @@ def test_a_long_sample_is_cut_short_and_is_no_hang(tiny: Path) -> None:
     assert done.stdout.count("--- sample at step") == 2
 
 
-def test_a_signal_in_a_sample_is_answered(tiny: Path) -> None:
-    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--sample.tokens", "1000000", "--sample.max_s", "3600"]
+def test_a_signal_within_a_sample_is_handled(tiny: Path) -> None:
+    command_line = [
+        sys.executable,
+        "-m",
+        "hpcgpt.train",
+        str(tiny),
+        "--sample.tokens",
+        "1000000",
+        "--sample.max_s",
+        "3600",
+    ]
     with subprocess.Popen(
-        words, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command_line, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as running:
         folder = tiny.parent / "runs" / "tiny"
         deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""What a run prints can be lost, and never ends, stops or delays it."""
+"""hpcgpt.output.streams: what a run prints can be lost, but never ends, stops or delays it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from tests.programs import ROOT, clean_env
 from tests.tiny_run import curve
 
 TRAIN = [sys.executable, "-m", "hpcgpt.train"]
-# Greedy samples of an untrained model: whatever bytes they are, this prompt has characters that gbk and ascii lack.
+# Greedy samples of an untrained model are any bytes; this prompt has characters that gbk and ascii lack.
 PROMPT = ("--sample.prompt", "萧炎 é ☃ 𝕏", "--run.name", "printed")
 
 
 def train(tiny: Path, *arguments: str, env: dict[str, str] | None = None, shell: str = "") -> subprocess.Popen[bytes]:
-    """A run as a real process; `shell` is what is behind its command line."""
-    words = ["bash", "-c", f'exec "$@" {shell}', "bash", *TRAIN, str(tiny), *PROMPT, *arguments]
+    """Start a run as a real process; `shell` follows its command line, for redirections."""
+    command_line = ["bash", "-c", f'exec "$@" {shell}', "bash", *TRAIN, str(tiny), *PROMPT, *arguments]
     return subprocess.Popen(
-        words, cwd=ROOT, env=clean_env() | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command_line, cwd=ROOT, env=clean_env() | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path) -> list[tuple[object, ...]]:
-    """The curve of the same run, printed without trouble."""
+def expected_curve(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path) -> list[tuple[object, ...]]:
+    """The curve of the same run with a working stdout."""
     from tests.tiny_run import TINY
 
-    home = tmp_path_factory.mktemp("whole")
+    home = tmp_path_factory.mktemp("expected")
     config = home / "tiny.toml"
     config.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", f'[run]\ndir = "{home / "runs"}"'))
     with train(config) as running:
@@ -53,69 +53,71 @@ def whole(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path) -> list
     ],
     ids=["gbk", "latin-1", "ascii", "LC_ALL=C"],
 )
-def test_a_sample_that_stdout_cannot_encode_costs_nothing(
-    tiny: Path, whole: list[tuple[object, ...]], env: dict[str, str], seen: bytes
+def test_a_sample_that_stdout_cannot_encode_has_no_effect(
+    tiny: Path, expected_curve: list[tuple[object, ...]], env: dict[str, str], seen: bytes
 ) -> None:
-    """It was status 2 at the first sample, with no checkpoint."""
+    """It used to end the run with status 2 at the first sample, before any checkpoint."""
     with train(tiny, env=env) as running:
         out, err = running.communicate(timeout=120)
     assert running.returncode == FINISHED, err
     assert seen in out
-    assert curve(tiny.parent / "runs" / "printed") == whole
+    assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", ">/dev/full 2>/dev/full"])
-def test_closed_and_full_outputs_cost_nothing(tiny: Path, whole: list[tuple[object, ...]], closed: str) -> None:
-    """It was status 120, and the descriptor of stdout went to a file of the run."""
+def test_closed_and_full_outputs_have_no_effect(
+    tiny: Path, expected_curve: list[tuple[object, ...]], closed: str
+) -> None:
+    """They used to cause status 120, and the descriptor of stdout was reused for a file of the run."""
     with train(tiny, shell=closed) as running:
         running.communicate(timeout=120)
     assert running.returncode == FINISHED
-    assert curve(tiny.parent / "runs" / "printed") == whole
+    assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 
-def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, whole: list[tuple[object, ...]]) -> None:
-    """The pipe is full before the first line, as under a pager or after Ctrl-S."""
+def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: list[tuple[object, ...]]) -> None:
+    """The pipe is full before the first line, as with a pager or after Ctrl-S."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with pytest.raises(BlockingIOError):
         while True:
             os.write(writer, b"x" * 4096)
     os.set_blocking(writer, True)
-    words = [*TRAIN, str(tiny), *PROMPT]
-    with subprocess.Popen(words, cwd=ROOT, env=clean_env(), stdout=writer, stderr=writer) as running:
+    command_line = [*TRAIN, str(tiny), *PROMPT]
+    with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=writer, stderr=writer) as running:
         assert running.wait(timeout=120) == FINISHED
     os.close(writer)
     os.close(reader)
-    assert curve(tiny.parent / "runs" / "printed") == whole
+    assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 
 @pytest.mark.parametrize("module", ["hpcgpt.status", "hpcgpt.checkpoint"])
-def test_a_command_that_cannot_print_says_so(tiny: Path, module: str) -> None:
-    """Where printing is all that a command does, text that is lost is an error, and not status 120."""
+def test_a_command_that_cannot_print_fails(tiny: Path, module: str) -> None:
+    """Where printing is all that a command does, lost text is an error, with status 1 and not 120."""
     with train(tiny) as running:
         running.communicate(timeout=120)
     arguments = ["ls"] if module == "hpcgpt.checkpoint" else []
-    words = [sys.executable, "-m", module, *arguments, str(tiny.parent / "runs" / "printed")]
+    command_line = [sys.executable, "-m", module, *arguments, str(tiny.parent / "runs" / "printed")]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(words, cwd=ROOT, env=clean_env(), stdout=full, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(command_line, cwd=ROOT, env=clean_env(), stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 1
     assert done.stderr == b"error: No space left on device\n"
 
 
-def test_the_last_words_are_printed_before_the_process_ends() -> None:
-    """Also where it ends by os._exit, and after an exception."""
+def test_buffered_output_is_printed_before_the_process_ends() -> None:
+    """Also where it ends with os._exit, or with an exception."""
     for ending, status in (("streams.drain(); os._exit(3)", 3), ("raise RuntimeError('last')", 1), ("sys.exit(4)", 4)):
         script = (
-            f"import os, sys\nfrom hpcgpt.output import streams\nstreams.in_background()\nprint('words')\n{ending}\n"
+            f"import os, sys\nfrom hpcgpt.output import streams\nstreams.in_background()\nprint('text')\n{ending}\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=False
         )
-        assert (done.returncode, done.stdout) == (status, "words\n")
+        assert (done.returncode, done.stdout) == (status, "text\n")
         assert ("RuntimeError: last" in done.stderr) == (status == 1)
 
 
-def test_what_nothing_reads_is_dropped_the_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_not_read_is_dropped_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpcgpt.output.streams.MOST_WAITING", 1000)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -136,13 +138,13 @@ def test_what_nothing_reads_is_dropped_the_oldest_first(monkeypatch: pytest.Monk
     while not read.endswith(b"000000299\n"):
         read += os.read(reader, 1 << 16)
     assert stream.drain(60)
-    said = read.lstrip(b".").decode().splitlines()
-    assert said[0] == "first"
-    assert said[1] == "[2,010 characters were dropped: nothing read them]"  # beside the six that are being written
-    assert said[2:] == [f"{number:09d}" for number in range(201, 300)]
+    lines = read.lstrip(b".").decode().splitlines()
+    assert lines[0] == "first"
+    assert lines[1] == "[2,010 characters were dropped: nothing read them]"  # beside the six that are being written
+    assert lines[2:] == [f"{number:09d}" for number in range(201, 300)]
 
 
-def test_a_mistake_is_still_a_sentence(tmp_path: Path) -> None:
+def test_a_user_error_is_reported_where_stderr_cannot_encode_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [*TRAIN, "--run.dir", str(tmp_path), "--data.dir", "萧炎"], cwd=ROOT,
         env=clean_env() | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False,

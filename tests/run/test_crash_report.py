@@ -12,7 +12,7 @@ from hpcgpt.run import crash_report
 from hpcgpt.run.crash_report import Fault, FirstFailure, TaskExit, first_failure, task_exits
 from tests.programs import command, torchrun
 
-# As srun 22.05 said it, in the lab.
+# The output of srun 22.05, in the lab.
 KILLED = """\
 srun: error: n2: task 3: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=4.0
@@ -39,7 +39,7 @@ def fault(rank: int, kind: str = "error", status: int = 1, at: float = 10.0) -> 
     return Fault(rank, f"h{rank}", 1, status, f"message of {rank}", ["a", "b"], at, None, kind)  # type: ignore[arg-type]
 
 
-def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
+def test_srun_messages_about_tasks_and_nodes_are_parsed() -> None:
     assert task_exits(KILLED) == [
         TaskExit("n2", (3,), "Killed", False),
         TaskExit("n2", (2,), "Killed", True),
@@ -73,19 +73,19 @@ def test_what_srun_says_of_tasks_and_nodes_is_read() -> None:
          "rank 3 on h3: exit status 1: message of 3"),
         ("", [fault(1, "hang", at=3.0), fault(0, "lost")], "rank 1 on h1: hung: message of 1"),
         ("", [], None),
-        # The watchdog's rank was ended by srun afterwards.
+        # The watchdog ended the rank before srun reported it.
         (KILLED.replace("task 3: Killed", "task 3: Exited with exit code 1"), [fault(3, "hang")],
          "rank 3 on h3: hung: message of 3"),
     ],
 )  # fmt: skip
-def test_the_first_failure_is_found_and_no_consequence(
+def test_the_first_failure_is_found_not_its_consequences(
     srun_output: str, faults: list[Fault], expected: str | None
 ) -> None:
     found = first_failure(task_exits(srun_output), faults)
     assert (str(found) if found else None) == expected
 
 
-def test_a_rank_writes_its_last_words_and_they_are_read_back_in_order(tmp_path: Path) -> None:
+def test_errors_of_ranks_are_written_and_read_back_in_order(tmp_path: Path) -> None:
     def here(rank: int) -> World:
         return World(rank, rank, 4, 4, "alone", "mine")
 
@@ -109,7 +109,7 @@ def test_a_rank_writes_its_last_words_and_they_are_read_back_in_order(tmp_path: 
     assert crash_report.read(tmp_path, "another") == []
 
 
-def test_where_nothing_can_be_written_it_is_said_and_nothing_is_raised(
+def test_where_nothing_can_be_written_there_is_a_warning_and_no_exception(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "faults").write_text("a file where a folder belongs")
@@ -118,7 +118,7 @@ def test_where_nothing_can_be_written_it_is_said_and_nothing_is_raised(
     assert capsys.readouterr().err.count("warning: ") == 2
 
 
-def test_the_report_has_all_of_it_in_one_place(tmp_path: Path) -> None:
+def test_the_report_contains_first_failure_log_stacks_and_exits(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "7_0.log").write_text("\n".join(f"line {n}" for n in range(100)))
     text = crash_report.report(tmp_path, "7_0", FirstFailure(3, "n2", "Killed", None), task_exits(KILLED))
@@ -135,7 +135,7 @@ def test_the_report_has_all_of_it_in_one_place(tmp_path: Path) -> None:
     assert "rank_00003.stacks.txt" in text
 
 
-def test_a_process_that_ends_by_an_error_leaves_its_traceback(tiny: Path, tmp_path: Path) -> None:
+def test_a_process_that_ends_with_an_error_leaves_its_traceback(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert command("hpcgpt.requeue", "folder", str(tiny)).returncode == 0
     (folder / "generations").write_text("a file where a folder belongs")
@@ -148,6 +148,6 @@ def test_a_process_that_ends_by_an_error_leaves_its_traceback(tiny: Path, tmp_pa
     assert any("attempt.py" in line for line in found[0].trace)
 
 
-def test_a_mistake_outside_of_a_run_folder_makes_none(tiny: Path, tmp_path: Path) -> None:
+def test_a_user_error_outside_of_a_run_folder_makes_none(tiny: Path, tmp_path: Path) -> None:
     assert command("hpcgpt.train", str(tiny), "--data.dir", "nowhere").returncode == 2
     assert not (tmp_path / "runs").exists()

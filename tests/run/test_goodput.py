@@ -1,4 +1,4 @@
-"""hpcgpt.run.goodput: every moment of a run belongs to one kind of time, whatever is missing from its files."""
+"""hpcgpt.run.goodput: all time of a run is divided into kinds, whatever is missing from its files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def row(step: int, at: float, attempt: int, step_s: float = 1.0, **more: float) 
 
 
 def seconds(found: Goodput) -> dict[str, float]:
-    """What is not zero, without its unit."""
+    """Return the times that are not zero, without the suffix of the unit."""
     return {name.removesuffix("_s"): round(value, 6) for name, value in found.seconds.items() if round(value, 6)}
 
 
@@ -39,7 +39,7 @@ def measured(folder: Path, now: float | None = None) -> Goodput:
     return goodput.measure(*attempts.read(folder), now)
 
 
-# --- one run that has everything -------------------------------------------------------------------
+# --- a complete run --------------------------------------------------------------------------------
 
 
 def test_a_chain_of_two_jobs_with_a_crash_is_accounted_for_to_the_second(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_table_names_each_kind_and_its_share(tmp_path: Path) -> None:
     assert set(goodput.SHOWN) == set(measured(tmp_path).seconds)
 
 
-# --- what ends how ---------------------------------------------------------------------------------
+# --- how attempts end ------------------------------------------------------------------------------
 
 END = event(20, "end", attempt=1, status=75, step=4, reason="told to terminate")
 FOUR = [row(n, 10 + n, 1) for n in range(1, 5)]
@@ -110,12 +110,12 @@ FOUR = [row(n, 10 + n, 1) for n in range(1, 5)]
     ("name", "events", "metrics", "now", "expected", "lost_steps"),
     [
         ("nothing", [], [], None, {}, 0),
-        ("a job that waits to be looked at", [event(9, "job", queued_at=1, started_at=8, **JOB)], [], None,
+        ("a job without ranks so far", [event(9, "job", queued_at=1, started_at=8, **JOB)], [], None,
          {"queue": 7, "restart": 1}, 0),
         ("a job whose ranks never began",
          [event(9, "job", queued_at=1, started_at=8, **JOB), event(20, "crash", **JOB)], [], None,
          {"queue": 7, "restart": 12}, 0),
-        ("a person stopped it for a while: that is idle, and the wait for Slurm is queue",
+        ("the user stopped it for a while: idle; the wait for Slurm: queue",
          [event(10, "start", attempt=1, step=0, **JOB), END | {"job": "7_0"},
           event(1009, "job", job="8_0", queued_at=1000, started_at=1008),
           event(1012, "start", attempt=2, step=4, job="8_0"),
@@ -132,17 +132,17 @@ FOUR = [row(n, 10 + n, 1) for n in range(1, 5)]
         ("just started", [event(10, "start", attempt=1, step=0, began_at=5)], [], 30, {"restart": 5, "other": 20}, 0),
         ("running", [event(10, "start", attempt=1, step=0)], FOUR, 20, {"productive": 4, "other": 6}, 0),
         ("saved and left", [event(10, "start", attempt=1, step=0), END], FOUR, None, {"productive": 4, "other": 6}, 0),
-        ("died, and nobody came after it",
+        ("died, without a next attempt",
          [event(10, "start", attempt=1, step=0), event(12.5, "save", attempt=1, step=2, stall_s=0),
           event(20, "crash", **JOB)], FOUR, None, {"productive": 2, "lost": 2, "idle": 6}, 2),
-        ("the same in a job of ours: its death is known",
+        ("the same in a Slurm job: the time of its end is known",
          [event(10, "start", attempt=1, step=0, **JOB), event(12.5, "save", attempt=1, step=2, stall_s=0),
           event(20, "crash", **JOB)], FOUR, None, {"productive": 2, "lost": 8}, 2),
         ("SIGKILL and a second attempt, without Slurm",
          [event(10, "start", attempt=1, step=0), event(20, "start", attempt=2, step=4, lost_steps=3, lost_s=2.5),
           event(22, "end", attempt=2, status=0, step=5, reason="finished")],
          [*FOUR, row(5, 21, 2)], None, {"productive": 5, "lost": 2.5, "idle": 3.5, "other": 1}, 3),
-        ("an old run that does not tell what it lost",
+        ("a run of a version that did not record lost steps",
          [event(10, "start", attempt=1, step=0), event(14, "save", attempt=1, step=4, seconds=0.5),
           event(20, "start", attempt=2, step=4), event(22, "end", attempt=2, status=0, step=5, reason="finished")],
          [*FOUR, row(5, 21, 2)], None, {"productive": 5, "idle": 6, "other": 1}, 0),
@@ -155,26 +155,26 @@ FOUR = [row(n, 10 + n, 1) for n in range(1, 5)]
           event(15, "save_failed", attempt=1, step=4, stall_s=0.5),
           event(16, "end", attempt=1, status=1, step=4, reason="disk full")], FOUR, None,
          {"productive": 2, "lost": 3.5, "save_stall": 0.5}, 2),
-        ("a checkpoint was damaged: what an attempt had saved is lost after all",
+        ("a checkpoint was damaged: what an attempt had saved is lost",
          [event(10, "start", attempt=1, step=0), END, event(20, "start", attempt=2, step=2, lost_steps=2, lost_s=2)],
          [FOUR[0], FOUR[1], row(3, 21, 2)], 21, {"productive": 3, "lost": 8}, 2),
-        ("an orphan that goes on after the next attempt began",
+        ("a superseded attempt that continues after the next one began",
          [event(10, "start", attempt=1, step=0), event(14, "start", attempt=2, step=2, lost_steps=0, lost_s=0),
           event(15, "save", attempt=1, step=4, seconds=1, stall_s=1),
           event(16, "end", attempt=2, status=0, step=3, reason="finished")],
          [row(1, 11, 1), row(2, 12, 1), row(3, 15, 2)], None, {"productive": 3, "lost": 2, "other": 1}, 2),
-        ("an orphan that outlives the next attempt, and gives signs of life",
+        ("a superseded attempt that records an event after the end of the next one",
          [event(10, "start", attempt=1, step=0), event(14, "start", attempt=2, step=2),
           event(16, "end", attempt=2, status=0, step=3, reason="finished"), event(25, "hang", attempt=1)],
          [row(1, 11, 1), row(2, 12, 1), row(3, 15, 2)], None, {"productive": 3, "lost": 2, "other": 1, "idle": 9}, 0),
-        ("an orphan that outlives the next attempt, and says that it ended",
+        ("a superseded attempt that records its end after that of the next one",
          [event(10, "start", attempt=1, step=0), event(14, "start", attempt=2, step=2),
           event(16, "end", attempt=2, status=0, step=3, reason="finished"), END | {"time": 25}],
          [row(1, 11, 1), row(2, 12, 1), row(3, 15, 2)], None, {"productive": 3, "lost": 2, "other": 1, "idle": 9}, 2),
         ("two attempts of one job, as torchrun makes them: the crash is that of the second",
          [event(10, "start", attempt=1, step=0, **JOB), event(20, "start", attempt=2, step=4, **JOB),
           event(26, "crash", **JOB)], FOUR, None, {"productive": 4, "lost": 6, "queue": 6}, 0),
-        ("stopped within an evaluation, which the next attempt makes",
+        ("stopped within an evaluation, which the next attempt repeats",
          [event(10, "start", attempt=1, step=0), event(12, "end", attempt=1, status=75, step=1, reason="interrupted"),
           event(20, "start", attempt=2, step=1), event(26, "end", attempt=2, status=0, step=1, reason="finished")],
          [row(1, 11, 1, **{"val/elapsed_s": 4})], None, {"productive": 1, "evaluation": 4, "idle": 8, "other": 3}, 0),
@@ -182,14 +182,14 @@ FOUR = [row(n, 10 + n, 1) for n in range(1, 5)]
          [event(10, "start", attempt=1, step=0), event(19, "save", attempt=1, step=1, seconds=9, stall_s=1.5), END],
          [row(n, 10 + 2 * n, 1) for n in range(1, 5)], None,
          {"productive": 4, "save_stall": 1.5, "restart": 1, "other": 3.5}, 0),
-        ("a stall longer than there is room for",
+        ("a stall longer than the time left",
          [event(10, "start", attempt=1, step=0), event(15, "save", attempt=1, step=4, stall_s=100), END], FOUR, None,
          {"productive": 4, "save_stall": 6}, 0),
-        ("a start that a full disk swallowed", [END], FOUR, None, {"productive": 4, "other": 6}, 0),
+        ("a start event lost to a full disk", [END], FOUR, None, {"productive": 4, "other": 6}, 0),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_time_is_told_apart(
+def test_time_is_divided_into_kinds(
     tmp_path: Path,
     name: str,  # noqa: ARG001 (the id)
     events: list[dict[str, Any]],
@@ -204,7 +204,7 @@ def test_time_is_told_apart(
 
 
 def test_goodput_is_a_fraction_of_the_time_in_which_the_run_was_not_idle(tmp_path: Path) -> None:
-    """A month's break is no queue: it was 'goodput 1.7 %'."""
+    """A month's break does not count as queue time."""
     month_s = 30 * 86400
     write(tmp_path, [event(10, "start", attempt=1, step=0), END, event(month_s, "start", attempt=2, step=4),
                      event(month_s + 4, "end", attempt=2, status=0, step=8, reason="finished")],
@@ -215,19 +215,19 @@ def test_goodput_is_a_fraction_of_the_time_in_which_the_run_was_not_idle(tmp_pat
     assert found.queue_s == 0
     assert Goodput.from_dict(found.as_dict()) == found
     old = {key: value for key, value in found.as_dict().items() if key != "idle_s"}
-    assert Goodput.from_dict(old).goodput == pytest.approx(8 / 14), "figures of a version that had no idle time"
+    assert Goodput.from_dict(old).goodput == pytest.approx(8 / 14), "figures of a version without idle time"
     assert "goodput 57.1%: other 42.9%; idle for 2,591,980 s besides" in found.line()
 
 
-def test_a_job_that_starts_is_not_the_attempt_before_it(tmp_path: Path) -> None:
-    """Its start-up counts, and the attempt that crashed before it does not run on."""
+def test_a_starting_job_does_not_extend_the_attempt_before_it(tmp_path: Path) -> None:
+    """Its start-up counts as restart, and the attempt that crashed before it ended at the crash."""
     folder = write(tmp_path, [event(10, "start", attempt=1, step=0, **JOB), event(20, "crash", **JOB),
                               event(31, "job", job="7_1", queued_at=20, started_at=30)], [])  # fmt: skip
     found = goodput.measure(*attempts.read(folder), 50, stepping=False)
     assert seconds(found) == {"lost": 10, "queue": 10, "restart": 20}
 
 
-def test_torn_lines_are_left_out(tmp_path: Path) -> None:
+def test_torn_lines_are_skipped(tmp_path: Path) -> None:
     write(tmp_path, [event(10, "start", attempt=1, step=0), END], FOUR)
     for name in ("events.jsonl", "metrics.jsonl"):
         first, _, rest = (tmp_path / name).read_text().partition("\n")
@@ -236,7 +236,7 @@ def test_torn_lines_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_the_kinds_add_up_to_the_whole_whatever_the_files_say(tmp_path: Path, seed: int) -> None:
+def test_the_kinds_add_up_to_the_total_whatever_the_files_contain(tmp_path: Path, seed: int) -> None:
     """Events and rows at random moments, in any order, with attempts that overlap and clocks that jump."""
     draw = random.Random(seed)
     names = ["job", "start", "ready", "save", "save_stall", "save_failed", "stop", "hang", "end", "crash", "requeue"]
@@ -255,7 +255,7 @@ def test_the_kinds_add_up_to_the_whole_whatever_the_files_say(tmp_path: Path, se
     moments = [at for e in events for at in (e["time"], e.get("began_at", e["time"]), e.get("queued_at", e["time"]))]
     moments += [at for r in metrics for at in (r["time"], r["time"] - r["train/step_s"])]
     moments += [now] if now else []
-    # An attempt that died may be known to have lived beyond the last line.
+    # An attempt that died may have lived beyond the last line.
     moments += [attempt.ended_at for attempt in attempts.attempts(*attempts.read(tmp_path), now)]
     assert found.total_s == pytest.approx(max(moments, default=0.0) - min(moments, default=0.0), abs=1e-6)
     assert all(value >= 0 for value in found.seconds.values())

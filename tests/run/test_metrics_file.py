@@ -1,4 +1,4 @@
-"""hpcgpt.run.metrics_file: every step once in metrics.jsonl, whatever happens; and what a person is told."""
+"""hpcgpt.run.metrics_file: every step once in metrics.jsonl, whatever happens; and the console."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 
 
 def write(file: MetricsFile, row: dict[str, Any]) -> None:
-    """As the training loop and its reporter do; a full disk leaves the row waiting."""
+    """Write a row as the training loop and its reporter do; on a full disk it stays waiting."""
     file.append(row)
     with suppress(OSError):
         file.write_appended()
@@ -57,7 +57,7 @@ def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
     file.close()
 
 
-def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> None:
+def test_a_resumed_run_cuts_off_the_steps_that_it_repeats(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, range(1, 11)).close()
     before = path.read_bytes().splitlines(keepends=True)
@@ -69,7 +69,7 @@ def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> 
                                                                             (4, None), (5, 2)]  # fmt: skip
 
 
-def test_a_torn_last_line_is_forgotten_and_the_next_row_stands_on_its_own(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_removed_before_the_next_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, range(1, 4)).close()
     path.write_bytes(path.read_bytes()[:-20])
@@ -87,7 +87,7 @@ def test_a_last_line_without_its_line_feed_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 2', b"5", b"\x00\x00"])
-def test_a_damaged_line_in_the_middle_is_kept_aside_and_the_run_continues_with_a_gap(
+def test_a_damaged_line_in_the_middle_is_moved_to_another_file_and_the_run_continues_with_a_gap(
     tmp_path: Path, damage: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -100,14 +100,14 @@ def test_a_damaged_line_in_the_middle_is_kept_aside_and_the_run_continues_with_a
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
     warning = f"warning: {path} has 1 damaged lines, kept in {tmp_path}/metrics.damaged.jsonl: 1 steps have no row"
     assert warning in capfd.readouterr().err
-    (told,) = run_folder.events(tmp_path)
-    assert (told["event"], told["missing_steps"], told["first_missing"]) == ("damaged_metrics", 1, 2)
-    MetricsFile(path, keep_below=5).close()  # said once
+    (damaged,) = run_folder.events(tmp_path)
+    assert (damaged["event"], damaged["missing_steps"], damaged["first_missing"]) == ("damaged_metrics", 1, 2)
+    MetricsFile(path, keep_below=5).close()  # reported once
     assert len(run_folder.events(tmp_path)) == 1
     assert not capfd.readouterr().err
 
 
-def test_damaged_lines_that_cannot_be_kept_aside_stay_where_they_are(tmp_path: Path) -> None:
+def test_damaged_lines_that_cannot_be_moved_stay(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(json.dumps(row(1)).encode() + b'\n{"step": 2, "tr\n')
     (tmp_path / "metrics.damaged.jsonl").mkdir()
@@ -117,8 +117,8 @@ def test_damaged_lines_that_cannot_be_kept_aside_stay_where_they_are(tmp_path: P
 
 @pytest.mark.parametrize("value", [None, "3", [], True, float("nan"), 10**400])
 @pytest.mark.parametrize("key", ["step", "time", "train/loss", "train/grad_norm", "train/step_s"])
-def test_a_row_with_a_field_of_a_wrong_kind_stops_no_run(tmp_path: Path, key: str, value: Any) -> None:
-    """Neither the one that opens the file, nor those that use what it says of the rows."""
+def test_a_row_with_a_field_of_a_wrong_type_stops_no_run(tmp_path: Path, key: str, value: Any) -> None:
+    """Neither opening the file fails, nor code that uses the rows."""
     path = tmp_path / "metrics.jsonl"
     good = [row(step, **{"train/step_s": 1.0}) for step in range(1, 7)]
     bad = [each | ({key: value} if each["step"] in (2, 5) else {}) for each in good]
@@ -131,7 +131,7 @@ def test_a_row_with_a_field_of_a_wrong_kind_stops_no_run(tmp_path: Path, key: st
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 3', b"5", b"\x00\x00", b'{"step": 4}\n\x00\x00'])
-def test_what_a_host_that_died_left_beyond_the_checkpoint_may_be_full_of_holes(tmp_path: Path, damage: bytes) -> None:
+def test_damage_after_the_checkpoint_is_cut_off(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, range(1, 3)).close()
     kept = path.read_bytes()
@@ -140,8 +140,8 @@ def test_what_a_host_that_died_left_beyond_the_checkpoint_may_be_full_of_holes(t
     assert path.read_bytes() == kept
 
 
-@pytest.mark.parametrize("when", ["before its file has a name", "before its look"])
-def test_an_orphan_that_was_stopped_while_it_began_does_not_replace_its_successors_rows(
+@pytest.mark.parametrize("when", ["before its file has a name", "before its check"])
+def test_a_superseded_attempt_that_was_stopped_at_its_start_does_not_replace_newer_rows(
     tmp_path: Path, when: str
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -152,11 +152,11 @@ def test_an_orphan_that_was_stopped_while_it_began_does_not_replace_its_successo
             superseded = path.with_name("newer").exists
 
             def check() -> None:
-                if when == "before its look":
+                if when == "before its check":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 if superseded():
                     os._exit(SUPERSEDED)
-                if when != "before its look":
+                if when != "before its check":
                     os.kill(os.getpid(), signal.SIGSTOP)
 
             MetricsFile(path, keep_below=2, check=check)
@@ -169,7 +169,7 @@ def test_an_orphan_that_was_stopped_while_it_began_does_not_replace_its_successo
     file = MetricsFile(path, keep_below=4)
     write(file, row(4))
     os.kill(child, signal.SIGCONT)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (SUPERSEDED if when == "before its look" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (SUPERSEDED if when == "before its check" else 1)
     write(file, row(5))
     file.sync()
     file.close()
@@ -192,8 +192,8 @@ def test_on_a_full_disk_rows_wait_and_are_written_when_there_is_room(tmp_path: P
         file.close()
 
 
-def test_before_a_checkpoint_waiting_rows_are_written_too(tmp_path: Path) -> None:
-    """Rows must not be younger than the checkpoint that follows them: nobody would make them again."""
+def test_waiting_rows_are_written_before_a_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint must not be older than missing rows: they would never be made again."""
     with small_disk(tmp_path / "disk", "64k") as folder:
         file = written(folder / "metrics.jsonl", range(1, 4))
         filler = fill(folder)
@@ -205,7 +205,7 @@ def test_before_a_checkpoint_waiting_rows_are_written_too(tmp_path: Path) -> Non
         file.close()
 
 
-def test_rows_that_cannot_be_written_are_no_basis_for_a_checkpoint(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_written_prevent_a_checkpoint(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as folder:
         file = written(folder / "metrics.jsonl", range(1, 4))
         fill(folder)
@@ -223,21 +223,21 @@ def without_times(log: str) -> list[str]:
     return [line[20:] for line in log.splitlines()]
 
 
-def test_in_a_log_file_the_first_step_and_the_last_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_has_plain_lines_for_the_first_and_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(0, 1000)
     for step in range(1, 1001):
         console.step(row(step))
     console.close()
-    told = capsys.readouterr()
-    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d step ", line) for line in told.out.splitlines())
-    lines = without_times(told.out)
+    captured = capsys.readouterr()
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d step ", line) for line in captured.out.splitlines())
+    lines = without_times(captured.out)
     assert lines[0].startswith("step 1/1,000  loss 3.2500  12,346 tok/s  lr 6.00e-04  grad norm 0.500  ")
     assert lines[-1] == "step 1,000/1,000  loss 3.2500  12,346 tok/s  lr 6.00e-04  grad norm 0.500  0:00:00 left"
-    assert len(lines) < 100, "a line a step would fill the log"
-    assert "\r" not in told.out + told.err
+    assert len(lines) < 100, "one line per step would fill the log"
+    assert "\r" not in captured.out + captured.err
 
 
-def test_an_evaluation_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_is_printed_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(0, 1000)
     console.step(row(1))
     console.step(row(2, **{"val/loss": 2.5, "val/perplexity": 12.1825, "val/bits_per_byte": 1.25}))
@@ -245,8 +245,8 @@ def test_an_evaluation_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> No
         "step 2: validation loss 2.5000, perplexity 12.18, 1.2500 bits per byte"]  # fmt: skip
 
 
-def test_the_row_of_the_very_step_that_was_resumed_can_be_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """A run stopped within its evaluation evaluates again, and the row has the step that it resumed at."""
+def test_the_row_of_the_step_that_was_resumed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run stopped within its evaluation repeats it, and the row has the step of the resume."""
     Console(6, 12).step(row(6))
     assert without_times(capsys.readouterr().out)[0].startswith("step 6/12")
 
@@ -261,9 +261,9 @@ def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
                           stdout=subprocess.PIPE, check=True)  # fmt: skip
     os.close(writing)
     shown = ""
-    with suppress(OSError):  # EIO is how a terminal says that nobody writes any more
-        while piece := os.read(reading, 1 << 16):
-            shown += piece.decode()
+    with suppress(OSError):  # EIO: the other end of the terminal is closed
+        while chunk := os.read(reading, 1 << 16):
+            shown += chunk.decode()
     os.close(reading)
     assert done.stdout.decode() == "a line\n"
     assert "3/3" in shown
@@ -290,7 +290,7 @@ def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA GH200 480GB", 989e12),
         ("NVIDIA B200", 2250e12),
-        # A slice of a chip has a part of its peak, and which part depends on the slice.
+        # A slice of a chip has a fraction of its peak, which depends on the slice.
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         # Other chips whose names look alike.

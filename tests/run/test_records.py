@@ -1,4 +1,4 @@
-"""hpcgpt.run.records: no line of events.jsonl or metrics.jsonl, however damaged, can end one of their readers."""
+"""hpcgpt.run.records: no line of events.jsonl or metrics.jsonl, however damaged, ends one of their readers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WRONG: list[Any] = [
 SHARES = [6, pytest.param(1, marks=pytest.mark.long)]
 
 
-def whole_run() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Events of every kind, with every field, and rows."""
+def complete_run() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return events of every kind, with every field, and rows."""
     first, second = {"attempt": 1, "job": "7_0"}, {"attempt": 2, "job": "7_1"}
     events: list[tuple[float, str, dict[str, Any]]] = [
         (100, "job", {"job": "7_0", "queued_at": NOW - 900, "started_at": NOW - 850, "hosts": ["n1", "n2"]}),
@@ -51,16 +51,16 @@ def whole_run() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         (150, "job", {"job": "8_0"}),
         (151, "no_requeue", {"job": "8_0", "reason": "the job was cancelled"}),
     ]  # fmt: skip
-    told = [{"time": NOW - 1000 + ago, "event": name, **fields} for ago, name, fields in events]
+    recorded = [{"time": NOW - 1000 + ago, "event": name, **fields} for ago, name, fields in events]
     rows = [{"step": n, "tokens": 8 * n, "samples": n, "time": NOW - 890 + n + 20 * (n > 4), "attempt": 1 + (n > 4),
              "train/loss": 2.0, "train/lr": 0.1, "train/grad_norm": 1.0, "train/tokens_per_s": 9.0, "train/step_s": 1.0,
              "train/data_wait_s": 0.1, "val/loss": 2.0, "val/perplexity": 7.4, "val/bits_per_byte": 1.0,
              "val/elapsed_s": 0.25} for n in range(1, 10)]  # fmt: skip
-    return told, rows
+    return recorded, rows
 
 
-def answer(folder: Path) -> None:
-    """Ask everything that reads the two files."""
+def read_all(folder: Path) -> None:
+    """Call everything that reads the two files."""
     for now in (NOW - 850, NOW):
         found = status(folder, now, with_history=True)
         _as_text(found).encode()
@@ -78,58 +78,60 @@ def written(folder: Path, events: list[Any], rows: list[Any]) -> Path:
     return folder
 
 
-def test_a_whole_run_is_read_whole(tmp_path: Path) -> None:
-    events, rows = whole_run()
+def test_a_complete_run_is_read_completely(tmp_path: Path) -> None:
+    events, rows = complete_run()
     folder = written(tmp_path, events, rows)
-    del events[1]["lost_until"]  # null is not there
+    del events[1]["lost_until"]  # null is dropped
     assert attempts.read(folder) == (events, rows)
-    answer(folder)
+    read_all(folder)
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("place", range(len(whole_run()[0])), ids=lambda place: whole_run()[0][place]["event"])
-def test_no_field_of_an_event_can_end_a_reader(tmp_path: Path, place: int, share: int) -> None:
-    """Each field once without, and once with each wrong value; and no line after this one."""
-    events, rows = whole_run()
-    for number, key in enumerate(events[place]):
-        answer(written(tmp_path, [*events[:place], {k: v for k, v in events[place].items() if k != key}], rows))
-        for value in WRONG[(place + number) % share :: share]:
-            answer(written(tmp_path, [*events[:place], events[place] | {key: value}], rows))
+@pytest.mark.parametrize(
+    "position", range(len(complete_run()[0])), ids=lambda position: complete_run()[0][position]["event"]
+)
+def test_no_field_of_an_event_can_end_a_reader(tmp_path: Path, position: int, share: int) -> None:
+    """Each field once missing and once with each wrong value; no line follows."""
+    events, rows = complete_run()
+    for number, key in enumerate(events[position]):
+        read_all(written(tmp_path, [*events[:position], {k: v for k, v in events[position].items() if k != key}], rows))
+        for value in WRONG[(position + number) % share :: share]:
+            read_all(written(tmp_path, [*events[:position], events[position] | {key: value}], rows))
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("place", [0, 4, 8])
-def test_no_field_of_a_row_can_end_a_reader(tmp_path: Path, place: int, share: int) -> None:
-    events, rows = whole_run()
-    for number, key in enumerate(rows[place]):
-        for value in [*WRONG, ...][(place + number) % share :: share]:
-            damaged = {k: v for k, v in rows[place].items() if k != key} | ({} if value is ... else {key: value})
-            answer(written(tmp_path, events, [*rows[:place], damaged, *rows[place + 1 :]]))
+@pytest.mark.parametrize("position", [0, 4, 8])
+def test_no_field_of_a_row_can_end_a_reader(tmp_path: Path, position: int, share: int) -> None:
+    events, rows = complete_run()
+    for number, key in enumerate(rows[position]):
+        for value in [*WRONG, ...][(position + number) % share :: share]:
+            damaged = {k: v for k, v in rows[position].items() if k != key} | ({} if value is ... else {key: value})
+            read_all(written(tmp_path, events, [*rows[:position], damaged, *rows[position + 1 :]]))
 
 
 @pytest.mark.parametrize("seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(20, 400))])
-def test_whatever_is_done_to_the_lines_the_readers_answer(tmp_path: Path, seed: int) -> None:
-    """Lines that are gone, twice, elsewhere, cut short, at another time; many fields that are wrong at once."""
+def test_readers_survive_any_change_of_the_lines(tmp_path: Path, seed: int) -> None:
+    """Lines that are missing, doubled, moved, cut short or at another time; several wrong fields at once."""
     draw = random.Random(seed)
-    told: list[list[Any]] = []
-    for lines in whole_run():
-        told.append([])
+    changed: list[list[Any]] = []
+    for lines in complete_run():
+        changed.append([])
         for line in lines:
             for key in draw.sample(sorted(line), draw.randrange(len(line))) if draw.random() < 0.3 else ():
                 line[key] = draw.choice(WRONG)
             if draw.random() < 0.2:
                 line["time"] = draw.uniform(0, 2 * NOW)
-            told[-1] += [line] * draw.choice([0, 1, 1, 1, 1, 2])
+            changed[-1] += [line] * draw.choice([0, 1, 1, 1, 1, 2])
         if draw.random() < 0.5:
-            draw.shuffle(told[-1])
-    folder = written(tmp_path, told[0], told[1])
+            draw.shuffle(changed[-1])
+    folder = written(tmp_path, changed[0], changed[1])
     for name in ("events.jsonl", "metrics.jsonl"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: draw.randrange(len(content) + 1)] if draw.random() < 0.3 else content)
     if draw.random() < 0.5:
         (folder / "generations").mkdir()
         (folder / "generations/000001.json").write_text(json.dumps(draw.choice(WRONG)))
-    answer(folder)
+    read_all(folder)
 
 
 @pytest.mark.parametrize(
@@ -137,27 +139,27 @@ def test_whatever_is_done_to_the_lines_the_readers_answer(tmp_path: Path, seed: 
     ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\0" * 100, "null", "[]", '"x"'],
     ids=["lists", "objects", "digits", "zeros", "null", "list", "text"],
 )
-def test_a_line_that_no_reader_can_parse_is_left_out(tmp_path: Path, line: str) -> None:
-    events, rows = whole_run()
+def test_a_line_that_cannot_be_parsed_is_skipped(tmp_path: Path, line: str) -> None:
+    events, rows = complete_run()
     folder = written(tmp_path, events, rows)
     for name in ("events.jsonl", "metrics.jsonl"):
         (folder / name).write_text(line + "\n" + (folder / name).read_text() + line)
     found_events, found_rows = attempts.read(folder)
     assert (len(found_events), len(found_rows)) == (len(events), len(rows))
-    answer(folder)
+    read_all(folder)
 
 
-def test_a_null_time_as_an_older_version_wrote_it_costs_nothing(tmp_path: Path) -> None:
-    """slurmctld had not answered once; then goodput's float(None) ended a finished run."""
-    events, rows = whole_run()
+def test_a_null_time_of_an_older_version_is_harmless(tmp_path: Path) -> None:
+    """It was written when slurmctld did not answer, and goodput's float(None) ended a finished run."""
+    events, rows = complete_run()
     events[0] |= {"queued_at": None, "started_at": None}
     folder = written(tmp_path, events, rows)
-    answer(folder)
+    read_all(folder)
     assert goodput.measure(*attempts.read(folder)).productive_s == 9.0
 
 
 def test_files_that_are_being_written_are_read_as_far_as_they_go(tmp_path: Path) -> None:
-    events, rows = whole_run()
+    events, rows = complete_run()
     folder = written(tmp_path, events, rows)
     content = (folder / "metrics.jsonl").read_bytes()
     for size in (len(content) - 1, len(content) - 20):

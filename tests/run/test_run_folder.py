@@ -1,4 +1,4 @@
-"""hpcgpt.run.run_folder: the small files that tell a run's story, also when a crash or a full disk tore them."""
+"""hpcgpt.run.run_folder: the small files of a run folder, also when a crash or a full disk tore them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_processes_that_prepare_a_folder_at_once_agree_on_one_id(tmp_path: Path)
     ]
     for racer in racers:
         assert racer.stdin is not None
-        racer.stdin.close()  # off they go
+        racer.stdin.close()  # all start now
     ids = []
     for racer in racers:
         assert racer.stdout is not None
@@ -55,21 +55,21 @@ def test_processes_that_prepare_a_folder_at_once_agree_on_one_id(tmp_path: Path)
     assert set(ids) == {f"{run_folder.run_id(tmp_path / 'run')}\n".encode()}
 
 
-def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"no run in {tmp_path}: No such file"):
         run_folder.run_id(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"3", b"\xff\xfe"])
-def test_a_damaged_run_json_says_so(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_run_json_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
         run_folder.run_id(tmp_path)
 
 
 @contextmanager
-def as_nobody(folder: Path) -> Iterator[None]:
-    """Without root's right to write everywhere, in a folder that anybody may enter and nobody else write to."""
+def unprivileged(folder: Path) -> Iterator[None]:
+    """Act as a user without root's rights, in a folder that others may enter but not write to."""
     for path in (folder, *folder.parents):
         if not path.stat().st_mode & 0o001:
             path.chmod(path.stat().st_mode | 0o011)
@@ -83,41 +83,41 @@ def as_nobody(folder: Path) -> Iterator[None]:
             os.seteuid(before)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["new", "another's"])
-def test_a_folder_that_may_not_be_written_is_refused_with_a_remedy(there: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [False, True], ids=["new", "another user's"])
+def test_a_folder_without_write_permission_is_refused_with_a_remedy(there: bool, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     if there:
         run_folder.prepare(folder)
     (folder if there else tmp_path).chmod(0o555)
-    with as_nobody(tmp_path), pytest.raises(UserError, match=f"{folder} cannot be a run folder: .*--run.dir"):
+    with unprivileged(tmp_path), pytest.raises(UserError, match=f"{folder} cannot be a run folder: .*--run.dir"):
         run_folder.prepare(folder)
 
 
-def test_a_part_of_a_run_that_is_another_users_is_found_before_training(tmp_path: Path) -> None:
+def test_a_part_of_a_run_that_belongs_to_another_user_is_found_before_training(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_folder.prepare(run)
     for path in (run, run / "checkpoints", run / "logs"):
         path.chmod(0o777)
     (run / "generations").mkdir(mode=0o555)
-    with as_nobody(tmp_path), pytest.raises(UserError, match=r"Permission denied .*generations"):
+    with unprivileged(tmp_path), pytest.raises(UserError, match=r"Permission denied .*generations"):
         run_folder.prepare(run)
 
 
 @pytest.mark.parametrize("place", ["/proc/runs", "/dev/null", "x" * 300])
-def test_where_no_folder_can_be_the_remedy_is_another_one(place: str, tmp_path: Path) -> None:
+def test_an_impossible_folder_is_refused_with_the_advice_to_choose_another(place: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be a run folder: .*choose a folder .* with --run\.dir"):
         run_folder.prepare(tmp_path / place / "run")
 
 
-def test_a_disk_that_may_only_be_read_is_the_machines_fault_with_the_same_remedy(tmp_path: Path) -> None:
-    """A disk that is ill is often mounted so by its node."""
+def test_a_read_only_disk_is_a_machine_fault_with_the_same_remedy(tmp_path: Path) -> None:
+    """Nodes often remount a failing disk read-only."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with pytest.raises(OSError, match=r"Read-only file system .*choose a folder"):
             run_folder.prepare(disk / "run")
 
 
-def test_on_a_later_start_of_a_job_it_is_the_node_that_lacks_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_restart_of_a_job_an_impossible_folder_is_a_node_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(UserError):
@@ -130,7 +130,7 @@ def test_on_a_later_start_of_a_job_it_is_the_node_that_lacks_the_folder(monkeypa
 # --- events.jsonl ----------------------------------------------------------------------------------
 
 
-def test_events_come_back_in_their_order_with_their_fields(tmp_path: Path) -> None:
+def test_events_are_read_in_order_with_their_fields(tmp_path: Path) -> None:
     assert run_folder.events(tmp_path) == []
     run_folder.record(tmp_path, "start", attempt=1, job="7_0")
     run_folder.record(tmp_path, "save", attempt=1, step=4)
@@ -140,15 +140,15 @@ def test_events_come_back_in_their_order_with_their_fields(tmp_path: Path) -> No
     assert start["time"] <= save["time"]
 
 
-def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_last_line_that_a_crash_cut_short_is_skipped(tmp_path: Path) -> None:
     run_folder.record(tmp_path, "start")
     with open(tmp_path / "events.jsonl", "ab") as file:
         file.write(b'{"time": 1.5, "eve')
     assert [event["event"] for event in run_folder.events(tmp_path)] == ["start"]
 
 
-def test_events_go_on_behind_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
-    """The next start of the job appends, and the decision to requeue reads them all."""
+def test_events_continue_after_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
+    """The next start of the job appends, and the requeue decision reads them all."""
     run_folder.record(tmp_path, "start", attempt=1)
     with open(tmp_path / "events.jsonl", "ab") as file:
         file.write(b'{"time": 1.5, "eve')
@@ -172,15 +172,15 @@ def test_events_can_still_be_read_after_the_disk_was_full(tmp_path: Path) -> Non
         assert refused
         filler.unlink()
         run_folder.record(folder, "end")
-        told = run_folder.events(folder)
-        assert told == rows(folder / "events.jsonl"), "a part of a line is left"
-        assert [told[0]["event"], told[-1]["event"]] == ["start", "end"]
-        steps = [event["step"] for event in told[1:-1]]
+        recorded = run_folder.events(folder)
+        assert recorded == rows(folder / "events.jsonl"), "a part of a line is left"
+        assert [recorded[0]["event"], recorded[-1]["event"]] == ["start", "end"]
+        steps = [event["step"] for event in recorded[1:-1]]
         assert steps == sorted(set(steps))
         assert len(steps) + refused == 200, "what could not be written was not refused"
 
 
-def test_events_of_a_run_that_a_group_shares_may_be_written_by_all_of_it(shared: Path) -> None:
+def test_the_events_of_a_run_that_a_group_shares_are_group_writable(shared: Path) -> None:
     mask = os.umask(0o002)
     try:
         run_folder.record(shared, "start")
@@ -189,7 +189,7 @@ def test_events_of_a_run_that_a_group_shares_may_be_written_by_all_of_it(shared:
     assert (shared / "events.jsonl").stat().st_mode & 0o777 == 0o664
 
 
-def test_who_may_not_write_the_events_is_told_what_to_do(shared: Path) -> None:
+def test_a_user_who_may_not_write_the_events_gets_the_remedy(shared: Path) -> None:
     run_folder.record(shared, "start")
     assert run_folder.why_events_unwritable(shared) == ""
     (shared / "events.jsonl").chmod(0o444)
@@ -205,7 +205,7 @@ def test_who_may_not_write_the_events_is_told_what_to_do(shared: Path) -> None:
 # --- rows of a .jsonl file -------------------------------------------------------------------------
 
 
-def test_rows_of_a_file_that_is_not_there_are_none(tmp_path: Path) -> None:
+def test_a_missing_jsonl_file_has_no_rows(tmp_path: Path) -> None:
     assert run_folder.read_rows(tmp_path / "none.jsonl") == []
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_line_before_the_last_one_is_named(tmp_path: Path, damage: byt
         run_folder.read_rows(path)
 
 
-def test_a_last_line_of_zeros_as_a_power_cut_leaves_it_is_left_out(tmp_path: Path) -> None:
+def test_a_last_line_of_zeros_from_a_power_cut_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bytes(100))
     assert run_folder.read_rows(path) == [{"step": 1}]
@@ -226,7 +226,7 @@ def test_a_last_line_of_zeros_as_a_power_cut_leaves_it_is_left_out(tmp_path: Pat
 # --- exit.json -------------------------------------------------------------------------------------
 
 
-def test_how_an_attempt_ended_is_written_whole_and_read_back(tmp_path: Path) -> None:
+def test_the_end_of_an_attempt_is_written_atomically_and_read_back(tmp_path: Path) -> None:
     assert run_folder.read_exit(tmp_path) is None
     ended = Exit("7_1", exit_codes.AGAIN, "the time limit is near", 1200, saved=True)
     run_folder.write_exit(tmp_path, ended)
@@ -235,12 +235,12 @@ def test_how_an_attempt_ended_is_written_whole_and_read_back(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"status": 0', b'{"status": 0, "more": 1}', b"\xff"])
-def test_an_exit_json_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+def test_an_unreadable_exit_json_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "exit.json").write_bytes(content)
     assert run_folder.read_exit(tmp_path) is None
 
 
-def test_a_full_disk_keeps_the_exit_json_that_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_earlier_exit_json(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as folder:
         before = Exit("7_0", exit_codes.AGAIN, "interrupted", 4, saved=True)
         run_folder.write_exit(folder, before)
@@ -274,18 +274,18 @@ for user in (12001, 12002):
         os.umask(0o002)
         run_folder.prepare(folder)
         run_folder.record(folder, "crash", user=user)
-        own = lease.acquire(folder, "")
+        held = lease.acquire(folder, "")
         lease._write_beat(folder / "generations/000001.alive", user)
-        own.release()
+        held.release()
         run_folder.write_exit(folder, run_folder.Exit("", 1, f"by {user}", 0, saved=False))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
-def test_two_people_of_a_group_share_a_run_if_their_umask_lets_them(tmp_path: Path) -> None:
+def test_two_users_of_a_group_share_a_run_if_their_umask_allows(tmp_path: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("to be two people needs root")
+        pytest.skip("acting as two users needs root")
     shared = tmp_path / "shared"
     shared.mkdir()
     os.chown(shared, 0, 12000)

@@ -1,4 +1,4 @@
-"""The lab as a user sees it: jobs are submitted, watched and hit. Shared by the tests that run on a real Slurm."""
+"""A user's view of the lab: submit jobs, wait for them, read their files. Shared by the tests on a real Slurm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPE = ("--nodes=2", "--ntasks-per-node=2")
 
 
 class Cluster:
-    """The lab, and one folder that all of its nodes see. Every run of it gets `arguments`."""
+    """The lab, and a folder that all of its nodes see. Every run of it gets `arguments`."""
 
     def __init__(self, lab: Lab, shards: Path, home: Path, steps: int, arguments: tuple[str, ...] = ()) -> None:
         self.lab, self.steps, self.arguments = lab, steps, arguments
@@ -98,26 +98,26 @@ class Cluster:
             time.sleep(0.1)
 
     def wait_for_ends(self, name: str, count: int, limit_s: float = 90) -> None:
-        """Until `count` attempts have left by themselves."""
+        """Wait until `count` attempts have recorded their end."""
         deadline = time.monotonic() + limit_s
         while [event["event"] for event in run_folder.events(self.folder(name))].count("end") < count:
-            assert time.monotonic() < deadline, f"{name} did not leave: {self.describe('*')}"
+            assert time.monotonic() < deadline, f"{name} did not record its end: {self.describe('*')}"
             time.sleep(0.1)
 
     def describe(self, job: str) -> str:
-        """All that was printed by `job`, or with "*" by every job, and what Slurm knows of it, for a failing test."""
-        known = "" if job == "*" else self.slurm("scontrol", "show", "job", job)
-        own = fields_of(known).get("JobId", job)  # the files of an array's task have its own id
-        files = [*self.home.glob(f"slurm-{own}.out"), *self.home.glob(f"runs/*/logs/{own}_*.log"),
-                 *self.home.glob(f"runs/*/submit/{own}_*.out")]  # fmt: skip
-        return "\n".join([known, *(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in files)])
+        """Return what `job` printed (with "*": every job) and what Slurm reports of it, for a failing test."""
+        report = "" if job == "*" else self.slurm("scontrol", "show", "job", job)
+        job_id = fields_of(report).get("JobId", job)  # a task of an array has files under its own id
+        files = [*self.home.glob(f"slurm-{job_id}.out"), *self.home.glob(f"runs/*/logs/{job_id}_*.log"),
+                 *self.home.glob(f"runs/*/submit/{job_id}_*.out")]  # fmt: skip
+        return "\n".join([report, *(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in files)])
 
 
-def same_result(folder: Path, whole: Path, steps: int) -> None:
+def assert_same_result(folder: Path, uninterrupted: Path, steps: int) -> None:
     assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, steps + 1))
-    assert curve(folder) == curve(whole)
+    assert curve(folder) == curve(uninterrupted)
     last = f"checkpoints/step_{steps:09d}"
-    assert tensors(folder / last) == tensors(whole / last)
+    assert tensors(folder / last) == tensors(uninterrupted / last)
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
@@ -129,20 +129,18 @@ def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def rank_pids(lab: Lab, job: str) -> dict[int, int]:
-    """The ranks of a job, by their number."""
+    """Return the pid of each rank of a job."""
     ranks = ((int(env["SLURM_PROCID"]), pid, env) for pid, env in running(lab, "hpcgpt.train"))
     return {rank: pid for rank, pid, env in ranks if env.get("SLURM_JOB_ID") == job}
 
 
 def running(lab: Lab, module: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The processes ``python -m module`` of this lab's jobs: the machine's own pids, on whichever host of the lab they
-    are, and their environments.
-    """
+    """Yield the processes ``python -m module`` of this lab's jobs: pid on this machine, and environment."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command_line = (entry / "cmdline").read_text(errors="replace").split("\0")
             env = dict(pair.partition("=")[::2] for pair in (entry / "environ").read_text(errors="replace").split("\0"))
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if command_line[1:3] == ["-m", module] and env.get("SLURM_CONF") == str(lab.conf):
             yield int(entry.name), env

@@ -1,9 +1,9 @@
 """The tests' Slurm: one lab for the session, brought up by the first test that asks for it.
 
-A lab that was up before the session is used as it is, and stays up. Where none can be had, every test that asks
-for one is skipped, with the sentence that says what is missing. HPCGPT_LAB="hpcgpt-lab2 10.78.0" takes another one:
-two test runs on one machine must not cut each other's cables. For the same reason each process of pytest-xdist has a
-lab of its own: hpcgpt-lab0 at 10.77.0, hpcgpt-lab1 at 10.77.1, and so on.
+A lab that was up before the session is used as it is, and stays up. Where none can be started, each test that needs
+one is skipped, with a message that says what is missing. HPCGPT_LAB="hpcgpt-lab2 10.78.0" uses another one: two test
+runs on one machine must not cut each other's network cables. For the same reason each process of pytest-xdist has a lab
+of its own: hpcgpt-lab0 at 10.77.0, hpcgpt-lab1 at 10.77.1, and so on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import lab_needs
 from lab_conf import Lab
 
 
-def _lab() -> Lab:
+def _session_lab() -> Lab:
     name, _, subnet = os.environ.get("HPCGPT_LAB", f"{Lab.name} {Lab.subnet}").partition(" ")
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if not worker:
@@ -32,7 +32,7 @@ def _lab() -> Lab:
     return Lab(f"{name}{worker}", f"{net}.{int(last) + int(worker)}")
 
 
-LAB = _lab()
+SESSION_LAB = _session_lab()
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +41,8 @@ def lab() -> Iterator[Lab]:
         pytest.skip("LAB=0")
     if reason := lab_needs.why_not():
         pytest.skip(reason)
-    was_up = commands.status(LAB.name).up
-    commands.up(LAB)
-    yield LAB
+    was_up = commands.status(SESSION_LAB.name).up
+    commands.up(SESSION_LAB)
+    yield SESSION_LAB
     if not was_up:
-        commands.down(LAB.name)
+        commands.down(SESSION_LAB.name)

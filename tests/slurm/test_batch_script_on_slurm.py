@@ -1,6 +1,6 @@
-"""slurm/pretrain.sbatch where a node lacks a mount: Python, the configuration or the job's folder is not there.
+"""slurm/pretrain.sbatch on nodes that lack a mount: Python, the configuration or the job's folder is missing.
 
-On a real Slurm. tests/slurm/test_batch_script.py has what needs no nodes.
+On a real Slurm. tests/slurm/test_batch_script.py tests what needs no nodes.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def lacks(lab: Lab) -> Iterator[Hide]:
-    """Take a folder from a node, until the end of the test."""
+def hide_from(lab: Lab) -> Iterator[Hide]:
+    """Hide a folder from a node until the end of the test."""
     wait_until_idle(lab)
     hidden: list[tuple[str, Path]] = []
 
-    def take(node: str, path: Path) -> None:
+    def hide_until_end(node: str, path: Path) -> None:
         hide(lab, node, path)
         hidden.append((node, path))
 
-    yield take
+    yield hide_until_end
     for node, path in hidden:
         unhide(lab, node, path)
 
 
 def environment(cluster: Cluster, name: str, line: str = "") -> Path:
-    """A folder with a Python in it, HPCGPT_PYTHON, that runs this line first."""
+    """Return a folder's `python`, for HPCGPT_PYTHON, that runs this line first."""
     python = cluster.home / name / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/bash\n{line}\nexec {shlex.quote(cluster.env["HPCGPT_PYTHON"])} "$@"\n')
@@ -77,11 +77,9 @@ def wait_for_starts(folder: Path, count: int) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_first_start_on_a_node_that_lacks_python_comes_back_where_another_node_has_it(
-    cluster: Cluster, lacks: Hide
-) -> None:
+def test_a_first_start_on_a_node_without_python_is_requeued_to_other_nodes(cluster: Cluster, hide_from: Hide) -> None:
     python = environment(cluster, "batch-node")
-    lacks("n1", python.parent)
+    hide_from("n1", python.parent)
     job = cluster.sbatch("batch-node", *TWO, "--comment=a word=1", env={"HPCGPT_PYTHON": str(python)})
     cluster.wait(job)
     output = log(cluster, job)
@@ -91,13 +89,13 @@ def test_a_first_start_on_a_node_that_lacks_python_comes_back_where_another_node
     assert start["job"] == f"{job}_1"
     assert events(cluster.folder("batch-node"), "job")[0]["hosts"] == ["n2", "n3"]
     assert shown(cluster, job, "--format=%x") == "n1"
-    assert shown(cluster, job, "--format=%k") == "a word=1"  # hpcgpt.requeue has decided since: the count is gone
+    assert shown(cluster, job, "--format=%k") == "a word=1"  # hpcgpt.requeue has decided since: no count
 
 
 @pytest.mark.timeout(300)
-def test_a_rank_whose_node_lacks_python_is_a_crash_and_its_node_is_left_out(cluster: Cluster, lacks: Hide) -> None:
+def test_a_rank_on_a_node_without_python_is_a_crash_and_the_node_is_excluded(cluster: Cluster, hide_from: Hide) -> None:
     python = environment(cluster, "rank-node")
-    lacks("n2", python.parent)
+    hide_from("n2", python.parent)
     job = cluster.sbatch("rank-node", *TWO, env={"HPCGPT_PYTHON": str(python)})
     cluster.wait(job)
     (crash,) = events(cluster.folder("rank-node"), "crash")
@@ -107,12 +105,12 @@ def test_a_rank_whose_node_lacks_python_is_a_crash_and_its_node_is_left_out(clus
 
 
 @pytest.mark.timeout(300)
-def test_a_rank_whose_node_lacks_the_configuration_is_a_crash_of_that_node(cluster: Cluster, lacks: Hide) -> None:
-    """It is read by every rank, and says "no such file" where it is missing, as if a person had named the wrong one."""
+def test_a_rank_that_cannot_read_the_configuration_is_a_crash_of_its_node(cluster: Cluster, hide_from: Hide) -> None:
+    """Every rank reads it, and "no such file" looks like a wrong name on the command line."""
     config = cluster.home / "configs" / "run.toml"
     config.parent.mkdir()
     config.write_bytes(cluster.config.read_bytes())
-    lacks("n2", config.parent)
+    hide_from("n2", config.parent)
     flags = ("--requeue.exclude_bad_nodes", "true")
     job = cluster.slurm("sbatch", "--parsable", *TWO, SCRIPT, str(config), "--run.name", "config", *QUICK, *flags)
     cluster.wait(job)
@@ -122,7 +120,7 @@ def test_a_rank_whose_node_lacks_the_configuration_is_a_crash_of_that_node(clust
 
 
 @pytest.mark.timeout(300)
-def test_what_no_node_has_is_a_persons_mistake(cluster: Cluster) -> None:
+def test_python_that_no_node_has_is_a_user_error(cluster: Cluster) -> None:
     job = cluster.sbatch("nowhere", *TWO, env={"HPCGPT_PYTHON": "/nowhere/python"})
     cluster.wait(job, state="FAILED")
     assert "/nowhere/python cannot import hpcgpt: export HPCGPT_PYTHON" in log(cluster, job)
@@ -131,12 +129,12 @@ def test_what_no_node_has_is_a_persons_mistake(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_mount_that_is_lost_in_mid_run_is_survived_without_python(cluster: Cluster, lacks: Hide) -> None:
-    """hpcgpt.requeue cannot run after the crash; the next start is on a node that has it."""
+def test_a_mount_that_is_lost_in_mid_run_is_survived_without_python(cluster: Cluster, hide_from: Hide) -> None:
+    """hpcgpt.requeue cannot run after the crash; the next start is on a node that has Python."""
     python = environment(cluster, "lost")
     job = cluster.sbatch("lost", *ONE, arguments=("--train.steps", "3000"), env={"HPCGPT_PYTHON": str(python)})
     cluster.wait_for_rows("lost", 40)
-    lacks("n1", python.parent)
+    hide_from("n1", python.parent)
     cluster.slurm("scancel", "--signal=KILL", f"{job}.0")
     wait_for_starts(cluster.folder("lost"), 2)
     first, second = starts(cluster.folder("lost"))
@@ -149,16 +147,16 @@ def test_a_mount_that_is_lost_in_mid_run_is_survived_without_python(cluster: Clu
 
 
 @pytest.mark.timeout(300)
-def test_a_restart_on_a_node_without_the_jobs_folder_does_not_begin_a_run_in_tmp(cluster: Cluster, lacks: Hide) -> None:
-    """Slurm starts it in /tmp, where a relative run.dir would be another one."""
-    place = cluster.home / "mount" / "place"
-    place.mkdir(parents=True)
-    # Its log is elsewhere: where Slurm cannot open that, it ends the job before there is a script.
-    flags = ("--chdir", str(place), "--output", f"{cluster.home}/slurm-%j.out", *ONE)
+def test_a_restart_on_a_node_without_the_jobs_folder_makes_no_run_in_tmp(cluster: Cluster, hide_from: Hide) -> None:
+    """Slurm starts it in /tmp, where a relative run.dir means another folder."""
+    workdir = cluster.home / "mount" / "workdir"
+    workdir.mkdir(parents=True)
+    # The log is elsewhere: where Slurm cannot open it, it ends the job before the script starts.
+    flags = ("--chdir", str(workdir), "--output", f"{cluster.home}/slurm-%j.out", *ONE)
     job = cluster.sbatch("moved", *flags, arguments=("--train.steps", "3000", "--run.dir", "here"))
-    folder = place / "here" / "moved"
+    folder = workdir / "here" / "moved"
     wait_for_rows(folder, 40)
-    lacks("n1", place.parent)
+    hide_from("n1", workdir.parent)
     cluster.slurm("scontrol", "requeue", job)
     wait_for_starts(folder, 2)
     assert [start["host"] for start in starts(folder)] == ["n1", "n2"]
@@ -168,32 +166,32 @@ def test_a_restart_on_a_node_without_the_jobs_folder_does_not_begin_a_run_in_tmp
 
 
 @pytest.mark.timeout(300)
-def test_a_job_with_spaces_and_fields_in_its_words_is_followed_by_the_same(cluster: Cluster) -> None:
-    """Its folder, its name, its arguments and its log's name are any text; a % is a pattern to srun and sbatch."""
-    place = cluster.home / "a b JobState=CANCELLED"
-    place.mkdir()
+def test_the_next_job_has_the_same_name_folder_and_arguments_whatever_is_in_them(cluster: Cluster) -> None:
+    """Folder, name, arguments and the log's name are any text; a % is a pattern to srun and sbatch."""
+    workdir = cluster.home / "a b JobState=CANCELLED"
+    workdir.mkdir()
     name = "x JobState=CANCELLED\n   Restarts=9 Reason=NodeDown"
-    flags = (*TWO, "--no-requeue", f"--job-name={name}", "--chdir", str(place), "--output", "out %% %j.txt")
+    flags = (*TWO, "--no-requeue", f"--job-name={name}", "--chdir", str(workdir), "--output", "out %% %j.txt")
     arguments = ("--train.steps", "600", "--run.dir", "here%t", "--sample.prompt", "WorkDir=/a b")
     job = cluster.sbatch("spaced", *flags, arguments=arguments)
-    folder = place / "here%t" / "spaced"
+    folder = workdir / "here%t" / "spaced"
     wait_for_rows(folder, 40)
     cluster.slurm("scancel", "--signal=USR1", f"{job}.0")
     cluster.wait(job, state="FAILED")
     (chain,) = events(folder, "chain")
-    following = chain["next_job"]
-    cluster.wait(following)
+    next_job = chain["next_job"]
+    cluster.wait(next_job)
     for field in ("%Z", "%j"):
-        assert shown(cluster, following, f"--format={field}") == shown(cluster, job, f"--format={field}")
-    assert sorted(path.name for path in place.glob("out*")) == sorted(f"out % {n}.txt" for n in (job, following))
+        assert shown(cluster, next_job, f"--format={field}") == shown(cluster, job, f"--format={field}")
+    assert sorted(path.name for path in workdir.glob("out*")) == sorted(f"out % {n}.txt" for n in (job, next_job))
     logs = sorted(path.name for path in (folder / "logs").glob("*.log"))
-    assert logs == sorted([f"{job}_0.log", f"{following}_0.log"])
+    assert logs == sorted([f"{job}_0.log", f"{next_job}_0.log"])
     assert [start["host"] for start in starts(folder)] == ["n1", "n1"]
 
 
 @pytest.mark.timeout(300)
-def test_a_signal_that_comes_before_the_ranks_handlers_is_heard(cluster: Cluster) -> None:
-    """While Python and torch are being loaded, from a slow file system for minutes. Here, before they even begin."""
+def test_a_signal_that_arrives_before_the_ranks_handlers_is_not_lost(cluster: Cluster) -> None:
+    """Loading Python and torch can take minutes from a slow file system. Here the signal arrives before they load."""
     line = 'if [ "$2" = hpcgpt.train ] && [ "$SLURM_RESTART_COUNT$SLURM_PROCID" = 1 ]; then kill -USR1 $$; fi'
     python = environment(cluster, "early", line)
     job = cluster.sbatch("early", *TWO, env={"HPCGPT_PYTHON": str(python)})

@@ -1,6 +1,6 @@
-"""What a cluster does to a job, one test each, on a real Slurm: and the run ends with the bytes of one left alone.
+"""What a cluster does to a job, one test each, on a real Slurm: the run ends with the bytes of an uninterrupted one.
 
-tests/slurm/test_run_on_slurm.py has the rest: `scontrol requeue`, the time limit, a preemption, scancel.
+tests/slurm/test_run_on_slurm.py has `scontrol requeue`, the time limit, preemption and scancel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from lab import cut, heal, wait_until_idle
 from lab_conf import Lab
 
-from tests.slurm.cluster import SCRIPT, Cluster, events, rank_pids, same_result, starts
+from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, rank_pids, starts
 
 STEPS = 300
 QUICK = ("--train.micro_batch", "8", "--sample.tokens", "0", "--tracking.wandb", "disabled", "--checkpoint.every", "50")
@@ -31,36 +31,38 @@ def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster) -> Path:
-    """A run that was left alone."""
-    cluster.wait(cluster.sbatch("whole", *TWO))
-    return cluster.folder("whole")
+def uninterrupted_run(cluster: Cluster) -> Path:
+    """The folder of a run that nothing interrupted."""
+    cluster.wait(cluster.sbatch("uninterrupted", *TWO))
+    return cluster.folder("uninterrupted")
 
 
 def batch_log(cluster: Cluster, job: str) -> str:
     return (cluster.home / f"slurm-{job}.out").read_text()
 
 
-def finish(cluster: Cluster, job: str, name: str, whole: Path) -> Path:
+def finish(cluster: Cluster, job: str, name: str, uninterrupted_run: Path) -> Path:
     cluster.wait(job)
-    same_result(cluster.folder(name), whole, STEPS)
+    assert_same_result(cluster.folder(name), uninterrupted_run, STEPS)
     return cluster.folder(name)
 
 
-# --- what takes Slurm a minute: three jobs, hit at the same time -------------------------------------
+# --- faults that take Slurm a minute: three jobs, hit at the same time -------------------------------
 
 
 @dataclass(frozen=True)
-class Slow:
+class FaultyJobs:
+    """Ids of the three jobs, and the node whose cable was cut."""
+
     hung: str
     node: str
     chained: str
     cut: str
 
 
-@pytest.fixture(scope="class")  # the cable is in again before the next test
-def slow(cluster: Cluster, whole: Path) -> Iterator[Slow]:  # noqa: ARG001 (made first, alone)
-    """A job whose ranks hang when it is preempted, and two that lose a node."""
+@pytest.fixture(scope="class")  # heals the node before the next test
+def faulty_jobs(cluster: Cluster, uninterrupted_run: Path) -> Iterator[FaultyJobs]:  # noqa: ARG001 (must run first, alone)
+    """One job whose ranks hang when it is preempted, and two that lose a node."""
     hung = cluster.sbatch("hung", *TWO, "--partition=grace", "--nodelist=n1", "--exclusive")
     cluster.wait_for_rows("hung", 1)
     node = cluster.sbatch("node", *TWO)
@@ -73,14 +75,14 @@ def slow(cluster: Cluster, whole: Path) -> Iterator[Slow]:  # noqa: ARG001 (made
     hosts = events(cluster.folder("node"), "job")[0]["hosts"]
     assert hosts == events(cluster.folder("lost"), "job")[0]["hosts"]
     cut(cluster.lab, hosts[1])
-    yield Slow(hung, node, chained, hosts[1])
+    yield FaultyJobs(hung, node, chained, hosts[1])
     heal(cluster.lab, hosts[1])
     wait_until_idle(cluster.lab)
     stopped.join()
 
 
 def keep_stopped(ranks: dict[int, int]) -> None:
-    """Hold these processes until they are gone. Slurm wakes a stopped one before it terminates it."""
+    """Keep these processes stopped until they are killed: Slurm continues a stopped one before it terminates it."""
     handles = [os.pidfd_open(pid) for pid in ranks.values()]
     assert handles
     deadline = time.monotonic() + 200
@@ -91,54 +93,58 @@ def keep_stopped(ranks: dict[int, int]) -> None:
             time.sleep(0.002)
 
 
-class TestSlow:
+class TestFaultyJobs:
     @pytest.mark.timeout(600)
     def test_ranks_that_hang_through_the_grace_time_are_killed_and_slurm_requeues_the_job(
-        self, cluster: Cluster, slow: Slow, whole: Path
+        self, cluster: Cluster, faulty_jobs: FaultyJobs, uninterrupted_run: Path
     ) -> None:
-        folder = finish(cluster, slow.hung, "hung", whole)
-        assert [start["job"] for start in starts(folder)] == [f"{slow.hung}_0", f"{slow.hung}_1"]
+        folder = finish(cluster, faulty_jobs.hung, "hung", uninterrupted_run)
+        assert [start["job"] for start in starts(folder)] == [f"{faulty_jobs.hung}_0", f"{faulty_jobs.hung}_1"]
         assert events(folder, "requeue", "crash", "chain") == []
 
     @pytest.mark.timeout(600)
-    def test_a_job_that_loses_a_node_goes_on_without_it(self, cluster: Cluster, slow: Slow, whole: Path) -> None:
-        folder = finish(cluster, slow.node, "node", whole)
+    def test_a_job_that_loses_a_node_is_requeued_without_it(
+        self, cluster: Cluster, faulty_jobs: FaultyJobs, uninterrupted_run: Path
+    ) -> None:
+        folder = finish(cluster, faulty_jobs.node, "node", uninterrupted_run)
         first, second = events(folder, "job")
-        assert slow.cut in first["hosts"]
-        assert slow.cut not in second["hosts"]
+        assert faulty_jobs.cut in first["hosts"]
+        assert faulty_jobs.cut not in second["hosts"]
         assert first["queued_at"] <= first["started_at"] <= second["queued_at"] <= second["started_at"] <= time.time()
-        assert events(folder, "requeue", "crash", "chain") == []  # Slurm does this alone
+        assert events(folder, "requeue", "crash", "chain") == []  # Slurm itself requeued it
 
     @pytest.mark.timeout(600)
-    def test_a_job_that_loses_a_node_and_may_not_be_requeued_is_followed_by_another(
-        self, cluster: Cluster, slow: Slow, whole: Path
+    def test_a_no_requeue_job_that_loses_a_node_is_followed_by_the_next_job(
+        self, cluster: Cluster, faulty_jobs: FaultyJobs, uninterrupted_run: Path
     ) -> None:
-        cluster.wait(slow.chained, state="NODE_FAIL")
+        cluster.wait(faulty_jobs.chained, state="NODE_FAIL")
         (chain,) = events(cluster.folder("lost"), "chain")
         assert chain["reason"] == "a node failed"
-        folder = finish(cluster, chain["next_job"], "lost", whole)
-        assert f"first to fail: {slow.cut}: node failed" in batch_log(cluster, slow.chained)
-        assert slow.cut not in events(folder, "job")[1]["hosts"]
+        folder = finish(cluster, chain["next_job"], "lost", uninterrupted_run)
+        assert f"first to fail: {faulty_jobs.cut}: node failed" in batch_log(cluster, faulty_jobs.chained)
+        assert faulty_jobs.cut not in events(folder, "job")[1]["hosts"]
 
 
-# --- asked to stop -----------------------------------------------------------------------------------
+# --- signals to stop ---------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(600)
-def test_ranks_that_leave_within_the_grace_time_are_requeued_by_ourselves(cluster: Cluster, whole: Path) -> None:
-    """Slurm before 24.05 takes such a job for finished."""
+def test_ranks_that_exit_within_the_grace_time_are_requeued_by_the_batch_script(
+    cluster: Cluster, uninterrupted_run: Path
+) -> None:
+    """Slurm before 24.05 considers such a job finished."""
     job = cluster.sbatch("graceful", *TWO, "--partition=grace", "--nodelist=n1")
     cluster.wait_for_rows("graceful", 100)
     cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
     cluster.wait_for_ends("graceful", 1)
-    folder = finish(cluster, job, "graceful", whole)
+    folder = finish(cluster, job, "graceful", uninterrupted_run)
     assert [event["reason"] for event in events(folder, "end")] == ["told to terminate", "finished"]
     assert len(starts(folder)) == 2
 
 
 @pytest.mark.timeout(600)
-def test_where_requeueing_is_forbidden_the_same_job_waits_behind(cluster: Cluster, whole: Path) -> None:
-    """The same arguments, with their spaces, the same resources, and a restart count that starts again at 0."""
+def test_a_no_requeue_job_is_followed_by_an_identical_next_job(cluster: Cluster, uninterrupted_run: Path) -> None:
+    """Same arguments, with their spaces, and same resources; the restart count begins again at 0."""
     typed = ("--sample.prompt", "two  spaces 'and' quotes")
     flags = ("--no-requeue", "--job-name=a chain", "--time=9", "--mem=1000", f"--output={cluster.home}/slurm-%j.out")
     job = cluster.sbatch("chained", *TWO, *flags, arguments=typed)
@@ -153,13 +159,13 @@ def test_where_requeueing_is_forbidden_the_same_job_waits_behind(cluster: Cluste
         before, job = job, chain["next_job"]
         same = ("JobName", "TimeLimit", "NumTasks", "MinMemoryNode", "TresPerNode", "Requeue", "WorkDir")
         assert {key: shown(cluster, job, key) for key in same} == {key: shown(cluster, before, key) for key in same}
-    finish(cluster, job, "chained", whole)
+    finish(cluster, job, "chained", uninterrupted_run)
     assert "prompt = \"two  spaces 'and' quotes\"" in (folder / "config.toml").read_text()
     assert [start["world_size"] for start in starts(folder)] == [2, 2, 2]
 
 
 @pytest.mark.timeout(600)
-def test_a_wrapper_around_the_script_is_followed_by_the_wrapper(cluster: Cluster, whole: Path) -> None:
+def test_the_next_job_runs_the_users_wrapper_around_the_script(cluster: Cluster, uninterrupted_run: Path) -> None:
     wrapper = cluster.home / "mine.sh"
     wrapper.write_text(
         f'#!/bin/bash\ntrap : TERM INT USR1 USR2\necho "mine: $1"\nshift\nbash {SCRIPT} {cluster.config} "$@"\n'
@@ -170,12 +176,12 @@ def test_a_wrapper_around_the_script_is_followed_by_the_wrapper(cluster: Cluster
     cluster.slurm("scancel", "--signal=USR1", job)
     cluster.wait(job, state="FAILED")
     (chain,) = events(cluster.folder("wrapped"), "chain")
-    finish(cluster, chain["next_job"], "wrapped", whole)
+    finish(cluster, chain["next_job"], "wrapped", uninterrupted_run)
     assert "mine: a  b\n" in batch_log(cluster, chain["next_job"])
 
 
 @pytest.mark.timeout(600)
-def test_of_a_job_array_only_the_task_that_was_hit_comes_back(cluster: Cluster, whole: Path) -> None:
+def test_only_the_signalled_task_of_a_job_array_is_requeued(cluster: Cluster, uninterrupted_run: Path) -> None:
     job = cluster.sbatch("array-%a", *TWO, "--array=1-2")
     cluster.wait_for_rows("array-2", 100)
     cluster.slurm("scancel", "--signal=USR1", f"{job}_2")
@@ -183,14 +189,14 @@ def test_of_a_job_array_only_the_task_that_was_hit_comes_back(cluster: Cluster, 
     cluster.wait(f"{job}_2")
     for task, count in ((1, 1), (2, 2)):
         folder = cluster.folder(f"array-{task}")
-        same_result(folder, whole, STEPS)
+        assert_same_result(folder, uninterrupted_run, STEPS)
         assert len(starts(folder)) == count
         assert len(events(folder, "requeue")) == count - 1
 
 
 @pytest.mark.timeout(600)
-def test_what_stands_around_the_ranks_does_not_die_of_their_signals(cluster: Cluster, whole: Path) -> None:
-    """A shell that waits for python, and a program beside it: SIGUSR1 would end both, and `srun -K` the rest."""
+def test_processes_around_the_ranks_survive_the_ranks_signals(cluster: Cluster, uninterrupted_run: Path) -> None:
+    """A shell that waits for python, and a program beside it: SIGUSR1 would end both, and `srun -K` the job step."""
     wrapper = cluster.home / "python-in-a-shell"
     wrapper.write_text(
         f'#!/bin/bash\nsleep 300 &\n{cluster.env["HPCGPT_PYTHON"]} "$@"\nstatus=$?\nkill -9 $!\nexit $status\n'
@@ -200,10 +206,10 @@ def test_what_stands_around_the_ranks_does_not_die_of_their_signals(cluster: Clu
     cluster.wait_for_rows("around", 100)
     cluster.slurm("scancel", "--signal=USR1", job)
     cluster.wait_for_ends("around", 1)
-    folder = finish(cluster, job, "around", whole)
+    folder = finish(cluster, job, "around", uninterrupted_run)
     assert [event["reason"] for event in events(folder, "end")] == ["the time limit is near", "finished"]
     assert len(events(folder, "requeue")) == 1
-    # A model as small as this is saved before srun has ended the rest; what counts is that it had no reason to.
+    # So small a model is saved before srun has ended the rest; what counts is that there was no reason to end it.
     assert "User defined signal" not in batch_log(cluster, job)
 
 
@@ -211,13 +217,13 @@ def test_what_stands_around_the_ranks_does_not_die_of_their_signals(cluster: Clu
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_rank_is_named_and_its_host_is_left_out(cluster: Cluster, whole: Path) -> None:
+def test_a_killed_rank_is_reported_and_its_host_is_excluded(cluster: Cluster, uninterrupted_run: Path) -> None:
     job = cluster.sbatch("killed", *TWO, arguments=("--requeue.exclude_bad_nodes", "true"))
     cluster.wait_for_rows("killed", 100)
     folder = cluster.folder("killed")
     bad = events(folder, "job")[0]["hosts"][1]
     os.kill(rank_pids(cluster.lab, job)[1], signal.SIGKILL)
-    finish(cluster, job, "killed", whole)
+    finish(cluster, job, "killed", uninterrupted_run)
     (crash,) = events(folder, "crash")
     assert (crash["rank"], crash["host"], crash["excluded"]) == (1, bad, [bad])
     report = (folder / "faults" / f"{job}_0" / "report.txt").read_text()
@@ -227,10 +233,10 @@ def test_a_killed_rank_is_named_and_its_host_is_left_out(cluster: Cluster, whole
 
 
 @pytest.mark.timeout(600)
-def test_an_exception_in_one_rank_is_reported_with_its_traceback_and_a_mistake_is_not_requeued(
+def test_an_exception_on_one_rank_is_reported_with_its_traceback_and_a_user_error_is_not_requeued(
     cluster: Cluster,
 ) -> None:
-    """Rank 1 may open few files, or gets other arguments than rank 0."""
+    """Rank 1 may open few files only, or gets other arguments than rank 0."""
     jobs = {}
     for name, line in {"few": "ulimit -n 8", "odd": 'set -- "$@" --data.dir nowhere'}.items():
         wrapper = cluster.home / f"python-{name}"
@@ -256,7 +262,7 @@ def test_an_exception_in_one_rank_is_reported_with_its_traceback_and_a_mistake_i
 
 
 @pytest.mark.timeout(600)
-def test_a_rank_that_is_stopped_for_a_while_goes_on(cluster: Cluster, whole: Path) -> None:
+def test_a_rank_that_is_stopped_for_a_while_continues(cluster: Cluster, uninterrupted_run: Path) -> None:
     job = cluster.sbatch("stopped", *TWO)
     cluster.wait_for_rows("stopped", 100)
     pid = rank_pids(cluster.lab, job)[1]
@@ -265,13 +271,13 @@ def test_a_rank_that_is_stopped_for_a_while_goes_on(cluster: Cluster, whole: Pat
     done = len((cluster.folder("stopped") / "metrics.jsonl").read_bytes().splitlines())
     assert done < STEPS
     os.kill(pid, signal.SIGCONT)
-    folder = finish(cluster, job, "stopped", whole)
+    folder = finish(cluster, job, "stopped", uninterrupted_run)
     assert len(starts(folder)) == 1
 
 
 @pytest.mark.timeout(600)
-def test_rank_0_may_live_on_any_host(cluster: Cluster) -> None:
-    """Slurm lists n3 first, and the ranks start on n4: rank 0's host cannot be seen from the list."""
+def test_rank_0_may_be_on_any_host(cluster: Cluster) -> None:
+    """Slurm lists n3 first but starts rank 0 on n4: rank 0's host cannot be taken from the list."""
     hosts = cluster.home / "hosts"
     hosts.write_text("n4\nn4\nn3\n")
     shape = ("--nodes=2", "--ntasks=3", "--distribution=arbitrary", "--time=10")

@@ -21,23 +21,23 @@ DAY_S = 86_400
 
 
 class Controller:
-    """An scontrol with answers from the test, which counts its questions."""
+    """An scontrol whose answers the test sets, and which records its calls."""
 
     def __init__(self, folder: Path) -> None:
-        self.bin, self._asked = folder / "bin", folder / "asked"
+        self.bin, self._calls = folder / "bin", folder / "calls"
         self.bin.mkdir()
 
-    def says(self, line: str, status: int = 0) -> None:
+    def answers(self, line: str, status: int = 0) -> None:
         program = self.bin / "scontrol"
-        program.write_text(f"#!/bin/sh\necho \"$@\" >> {self._asked}\necho '{line}'\nexit {status}\n")
+        program.write_text(f"#!/bin/sh\necho \"$@\" >> {self._calls}\necho '{line}'\nexit {status}\n")
         program.chmod(0o755)
 
     def ends(self, end: float, state: str = "RUNNING") -> None:
-        self.says(f"JobId=7 JobName=x JobState={state} EndTime={int(end)}")
+        self.answers(f"JobId=7 JobName=x JobState={state} EndTime={int(end)}")
 
     @property
-    def questions(self) -> list[str]:
-        return self._asked.read_text().splitlines() if self._asked.exists() else []
+    def calls(self) -> list[str]:
+        return self._calls.read_text().splitlines() if self._calls.exists() else []
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The time that is seen, by both clocks; a test moves it."""
+    """Both clocks as the code reads them; a test moves them."""
     now = [1_000_000.0]
     seen = SimpleNamespace(
         time=lambda: now[0], monotonic=lambda: now[0], strftime=time.strftime, localtime=time.localtime
@@ -59,57 +59,57 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def believing(end: float) -> StopFlag:
+def stop_flag_for(end: float) -> StopFlag:
     return StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
 
 
-def test_a_run_that_was_given_more_time_uses_it(slurm: Controller, tiny: Path) -> None:
+def test_a_run_whose_time_limit_was_extended_uses_the_time(slurm: Controller, tiny: Path) -> None:
     slurm.ends(time.time() + DAY_S)
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1", "PATH": f"{slurm.bin}:/usr/bin:/bin"}
     done = command("hpcgpt.train", str(tiny), env=env)
     assert done.returncode == 0, done.stderr
-    assert slurm.questions == ["show job 7"]
+    assert slurm.calls == ["show job 7"]
     assert "warning: Slurm now ends this job at " in done.stderr
 
 
 @pytest.mark.parametrize("new", [DAY_S + 7200, 3600, 300])
-def test_another_time_limit_is_noticed_after_a_while(slurm: Controller, clock: list[float], new: int) -> None:
+def test_a_changed_time_limit_is_noticed_at_the_next_query(slurm: Controller, clock: list[float], new: int) -> None:
     began = clock[0]
-    flag = believing(began + DAY_S)
-    asked = JobEnd("7", flag)
+    flag = stop_flag_for(began + DAY_S)
+    job_end_query = JobEnd("7", flag)
     slurm.ends(began + new)
-    asked.ask_if_due()
+    job_end_query.ask_if_due()
     clock[0] += EVERY_S - 1
-    asked.ask_if_due()
+    job_end_query.ask_if_due()
     assert flag.end == began + DAY_S
-    assert slurm.questions == []
+    assert slurm.calls == []
     clock[0] += 1
-    asked.ask_if_due()
+    job_end_query.ask_if_due()
     assert flag.end == began + new
     assert flag.agree(ALONE) == (Stop.TIME_LIMIT if new < EVERY_S else Stop.NO)
     clock[0] = began + DAY_S
     assert flag.agree(ALONE) == (Stop.TIME_LIMIT if new < DAY_S else Stop.NO)
 
 
-def test_shortly_before_the_run_leaves_it_is_asked_once_for_each_end(slurm: Controller, clock: list[float]) -> None:
+def test_shortly_before_its_end_slurm_is_asked_once_for_each_end(slurm: Controller, clock: list[float]) -> None:
     began = clock[0]
-    flag = believing(began + 550)
-    asked = JobEnd("7", flag)
+    flag = stop_flag_for(began + 550)
+    job_end_query = JobEnd("7", flag)
     slurm.ends(began + 550)
     clock[0] = flag.leave_at - BEFORE_S - 1
-    asked.ask_if_due()
-    assert slurm.questions == []
+    job_end_query.ask_if_due()
+    assert slurm.calls == []
     for _ in range(3):
         clock[0] += 1
-        asked.ask_if_due()
-    assert len(slurm.questions) == 1
+        job_end_query.ask_if_due()
+    assert len(slurm.calls) == 1
     assert flag.agree(ALONE) == Stop.NO
     flag.ends_at(began + 1000)
     clock[0] = flag.leave_at - BEFORE_S
     slurm.ends(began + 2000)
-    asked.ask_if_due()
-    asked.ask_if_due()
-    assert len(slurm.questions) == 2
+    job_end_query.ask_if_due()
+    job_end_query.ask_if_due()
+    assert len(slurm.calls) == 2
     assert flag.end == began + 2000
 
 
@@ -121,42 +121,42 @@ def test_shortly_before_the_run_leaves_it_is_asked_once_for_each_end(slurm: Cont
         ("", 0),
         ("JobId=7 JobName=x JobState=RUNNING EndTime=Unknown", 0),
         ("JobId=7 JobName=x JobState=RUNNING", 0),
-        ("JobId=7 JobName=x JobState=COMPLETING EndTime=1000", 0),  # it is being ended: that is no limit
+        ("JobId=7 JobName=x JobState=COMPLETING EndTime=1000", 0),  # Slurm is ending it: that is not the limit
         ("JobId=7 JobName=x JobState=PENDING EndTime=1000", 0),
     ],
 )
-def test_what_is_no_answer_changes_nothing(slurm: Controller, clock: list[float], line: str, status: int) -> None:
-    flag = believing(clock[0] + DAY_S)
-    asked = JobEnd("7", flag)
-    slurm.says(line, status)
-    clock[0] += EVERY_S
-    asked.ask_if_due()
-    assert len(slurm.questions) == 1
-    assert flag.end == 1_000_000.0 + DAY_S
-
-
-def test_where_there_is_no_scontrol_nothing_changes(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_answer_without_an_end_changes_nothing(
+    slurm: Controller, clock: list[float], line: str, status: int
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    flag = believing(clock[0] + DAY_S)
-    asked = JobEnd("7", flag)
+    flag = stop_flag_for(clock[0] + DAY_S)
+    job_end_query = JobEnd("7", flag)
+    slurm.answers(line, status)
     clock[0] += EVERY_S
-    asked.ask_if_due()
+    job_end_query.ask_if_due()
+    assert len(slurm.calls) == 1
     assert flag.end == 1_000_000.0 + DAY_S
 
 
-def test_a_day_of_looking_is_few_questions_also_if_none_is_answered(slurm: Controller, clock: list[float]) -> None:
-    flag = believing(clock[0] + DAY_S)
-    asked = JobEnd("7", flag)
-    slurm.says("", 1)
+def test_without_scontrol_nothing_changes(clock: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flag = stop_flag_for(clock[0] + DAY_S)
+    job_end_query = JobEnd("7", flag)
+    clock[0] += EVERY_S
+    job_end_query.ask_if_due()
+    assert flag.end == 1_000_000.0 + DAY_S
+
+
+def test_slurm_is_asked_rarely_in_a_day_even_if_it_never_answers(slurm: Controller, clock: list[float]) -> None:
+    flag = stop_flag_for(clock[0] + DAY_S)
+    job_end_query = JobEnd("7", flag)
+    slurm.answers("", 1)
     while clock[0] < flag.end:
-        asked.ask_if_due()
+        job_end_query.ask_if_due()
         clock[0] += LOOK_S
-    assert len(slurm.questions) == pytest.approx(DAY_S / EVERY_S, abs=1)
+    assert len(slurm.calls) == pytest.approx(DAY_S / EVERY_S, abs=1)
 
 
-def test_an_end_that_the_environment_lacks_is_asked_for_at_once_on_another_thread(slurm: Controller) -> None:
+def test_an_end_missing_from_the_environment_is_asked_for_at_once_in_another_thread(slurm: Controller) -> None:
     answered, askers = threading.Event(), []
 
     class Flag(StopFlag):

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: what a job sees on it, what can be broken, and that nothing of it is left."""
+"""A real Slurm on this machine: what a job sees, which faults can be injected, and that `down` leaves nothing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.slurm import lab_fixture
 
 SCRIPT = ROOT / "slurm/lab/lab.py"
 
-# Brought up and taken down here, while the session's lab serves the other tests. It has a name and a subnet of its own
-# for each HPCGPT_LAB, so that this file too may run twice on one machine.
-_NET, _, _LAST = lab_fixture.LAB.subnet.rpartition(".")
-SECOND = Lab(f"{lab_fixture.LAB.name[:14]}b", f"{_NET}.{(int(_LAST) + 100) % 256}", nodes=2)
+# Brought up and taken down here, while the session's lab serves the other tests. Its name and subnet depend on
+# HPCGPT_LAB, so that this file too may run twice on one machine.
+_NET, _, _LAST = lab_fixture.SESSION_LAB.subnet.rpartition(".")
+SECOND = Lab(f"{lab_fixture.SESSION_LAB.name[:14]}b", f"{_NET}.{(int(_LAST) + 100) % 256}", nodes=2)
 
 
 @pytest.fixture
-def second() -> Iterator[Lab]:
+def second_lab() -> Iterator[Lab]:
     if reason := lab_needs.why_not():
         pytest.skip(reason)
     down(SECOND.name)
@@ -41,14 +41,14 @@ def second() -> Iterator[Lab]:
 
 
 def batch(lab: Lab, folder: Path, script: str, *options: str) -> str:
-    """Submits the script; returns its job id. Its output goes to <folder>/out, every attempt's."""
+    """Submit the script; return its job id. All its starts append their output to <folder>/out."""
     file = folder / "job.sh"
     file.write_text(f"#!/bin/bash\n{script}\n")
-    kept = (f"--output={folder}/out", "--open-mode=append", f"--chdir={folder}")
-    return slurm(lab, "sbatch", "--parsable", *kept, *options, str(file)).strip()
+    flags = (f"--output={folder}/out", "--open-mode=append", f"--chdir={folder}")
+    return slurm(lab, "sbatch", "--parsable", *flags, *options, str(file)).strip()
 
 
-def test_up_may_be_repeated(lab: Lab) -> None:
+def test_up_twice_is_no_error(lab: Lab) -> None:
     assert up(lab) == f"{lab.name} is up already"
     assert status(lab.name).up
     assert list(status(lab.name).nodes) == ["n1", "n2", "n3", "n4"]
@@ -60,7 +60,7 @@ def test_a_job_runs_on_four_hosts(lab: Lab) -> None:
     assert sorted(slurm(lab, "srun", "--nodes=4", "hostname").split()) == ["n1", "n2", "n3", "n4"]
 
 
-def test_every_host_knows_the_others_by_name(lab: Lab) -> None:
+def test_every_host_resolves_the_others_names(lab: Lab) -> None:
     found = slurm(lab, "srun", "--nodes=4", "getent", "ahostsv4", "n1", "n4", "ctl", "login", "localhost")
     for host, number in {"n1": 1, "n4": 4, "ctl": 254}.items():
         address = f"{lab.subnet}.{number}"
@@ -69,11 +69,11 @@ def test_every_host_knows_the_others_by_name(lab: Lab) -> None:
 
 def test_a_two_by_two_job_sees_its_ranks_and_two_gpus(lab: Lab) -> None:
     shape = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
-    reported = slurm(lab, "srun", *shape, "sh", "-c", "echo $SLURM_PROCID $SLURM_LOCALID $CUDA_VISIBLE_DEVICES")
-    assert sorted(reported.splitlines()) == ["0 0 0,1", "1 1 0,1", "2 0 0,1", "3 1 0,1"]
+    output = slurm(lab, "srun", *shape, "sh", "-c", "echo $SLURM_PROCID $SLURM_LOCALID $CUDA_VISIBLE_DEVICES")
+    assert sorted(output.splitlines()) == ["0 0 0,1", "1 1 0,1", "2 0 0,1", "3 1 0,1"]
 
 
-def test_a_job_that_requeues_itself_is_back_soon(lab: Lab, tmp_path: Path) -> None:
+def test_a_job_that_requeues_itself_restarts_within_seconds(lab: Lab, tmp_path: Path) -> None:
     script = """
         echo attempt ${SLURM_RESTART_COUNT:-0}: $(srun hostname | sort | tr '\\n' ' ')
         [ -z "$SLURM_RESTART_COUNT" ] && scontrol requeue $SLURM_JOB_ID && sleep 60
@@ -86,7 +86,7 @@ def test_a_job_that_requeues_itself_is_back_soon(lab: Lab, tmp_path: Path) -> No
     assert time.monotonic() - began_at < 15
 
 
-def test_high_preempts_low_by_requeueing_it(lab: Lab, tmp_path: Path) -> None:
+def test_partition_high_preempts_low_by_requeueing(lab: Lab, tmp_path: Path) -> None:
     low = batch(lab, tmp_path, "srun sleep 100", "--nodes=4", "--exclusive", "--partition=low")
     try:
         wait_for(lambda: "RUNNING" in slurm(lab, "squeue", f"--jobs={low}", "--format=%T"), 10)
@@ -97,7 +97,7 @@ def test_high_preempts_low_by_requeueing_it(lab: Lab, tmp_path: Path) -> None:
         wait_until_idle(lab, 15)
 
 
-def test_a_cable_can_be_unplugged(lab: Lab) -> None:
+def test_cut_and_heal_unplug_and_plug_in_a_nodes_network_cable(lab: Lab) -> None:
     def answers() -> bool:
         with contextlib.suppress(OSError), socket.create_connection((f"{lab.subnet}.4", SLURMD_PORT), timeout=0.5):
             return True
@@ -113,7 +113,7 @@ def test_a_cable_can_be_unplugged(lab: Lab) -> None:
     wait_until_idle(lab, 15)
 
 
-def test_a_slurmd_can_be_killed_and_started(lab: Lab) -> None:
+def test_slurmd_of_a_node_can_be_killed_and_started(lab: Lab) -> None:
     kill_slurmd(lab, "n3")
     assert status(lab.name).fault == "there is no slurmd on n3"
     with pytest.raises(LabError, match="no slurmd on n3 to kill"):
@@ -124,34 +124,34 @@ def test_a_slurmd_can_be_killed_and_started(lab: Lab) -> None:
         cut(lab, "n5")
 
 
-def test_down_leaves_no_trace(second: Lab, tmp_path: Path) -> None:
+def test_down_leaves_no_trace(second_lab: Lab, tmp_path: Path) -> None:
     before = traces()
-    up(second)
-    # What a job can leave: a process without parent and job that ignores SIGTERM.
+    up(second_lab)
+    # The worst that a job can leave: an orphaned process outside of the job that ignores SIGTERM.
     sleep = f"98765.{os.getpid()}"
     stubborn = f"trap '' TERM HUP; setsid sleep {sleep} & setsid sleep {sleep}"
-    batch(second, tmp_path, f"srun --nodes=2 sh -c {stubborn!r}", "--nodes=2")
+    batch(second_lab, tmp_path, f"srun --nodes=2 sh -c {stubborn!r}", "--nodes=2")
     wait_for(lambda: len(processes_with(sleep)) >= 4, 10)
     assert traces() != before
-    assert down(second.name) == f"{second.name} is down"
+    assert down(second_lab.name) == f"{second_lab.name} is down"
     assert traces() == before
     assert processes_with(sleep) == []
-    assert processes_with(second.name) == []
-    assert down(second.name) == f"{second.name} was down already"
+    assert processes_with(second_lab.name) == []
+    assert down(second_lab.name) == f"{second_lab.name} was down already"
 
 
-def test_up_clears_away_what_a_crash_left(second: Lab) -> None:
-    up(second)
-    lab_hosts.kill(second)
-    assert status(second.name).fault.startswith("there is no munged on ctl; there is no munged on n1")
-    assert up(second).endswith("idle: n1 n2")
+def test_up_removes_what_a_crash_left(second_lab: Lab) -> None:
+    up(second_lab)
+    lab_hosts.kill(second_lab)
+    assert status(second_lab.name).fault.startswith("there is no munged on ctl; there is no munged on n1")
+    assert up(second_lab).endswith("idle: n1 n2")
 
 
-def test_up_that_fails_says_why_and_leaves_no_trace(second: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_up_reports_why_and_leaves_no_trace(second_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     before = traces()
     monkeypatch.setattr("lab.slurm_conf", lambda _: "ClusterName=broken\nNonsense=1\n")
     with pytest.raises(LabError, match=r"slurmctld on ctl: exit status 1: .*Nonsense"):
-        up(second)
+        up(second_lab)
     assert traces() == before
 
 
@@ -170,12 +170,12 @@ def test_a_subnet_in_use_is_refused(lab: Lab) -> None:
         ({"nodes": 0}, "nodes is 0; it has to be between 1 and 64"),
     ],
 )
-def test_a_lab_that_cannot_be_is_refused(wrong: dict[str, object], sentence: str) -> None:
+def test_an_impossible_lab_is_refused(wrong: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Lab(**wrong)  # type: ignore[arg-type]
 
 
-def test_what_is_missing_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_are_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 1000)
         with pytest.raises(LabError, match="needs root, for its namespaces; this is user id 1000") as refused:
@@ -187,7 +187,7 @@ def test_what_is_missing_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch
     assert "apt-get install slurm-wlm munge iproute2 util-linux hostname" in lab_needs.why_not()
 
 
-def test_the_commands_exit_statuses() -> None:
+def test_the_exit_statuses_of_the_command() -> None:
     def lab_py(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(SCRIPT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -203,32 +203,32 @@ def test_the_commands_exit_statuses() -> None:
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
     give_up_at = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < give_up_at, f"still not so after {timeout_s:g} s"
+        assert time.monotonic() < give_up_at, f"the condition is still false after {timeout_s:g} s"
         time.sleep(0.1)
 
 
 def processes_with(text: str) -> list[str]:
-    """The command lines, of all processes on this machine, that contain this text."""
+    """Return the command lines, of all processes on this machine, that contain this text."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has just ended
             found += [line for line in [file.read_text(errors="replace")] if text in line]
     return found
 
 
 def traces() -> dict[str, object]:
-    """What a lab changes on this machine, but for processes; other labs may come and go meanwhile."""
+    """Return what a lab changes on this machine, except processes; without other labs, which may come and go."""
 
     def without_other_labs(lines: Iterable[str]) -> list[str]:
         return sorted(line for line in lines if not re.search(rf"hpcgpt-(?!{SECOND.name[7:]}\b)", line))
 
-    def said(*command: str) -> list[str]:
+    def output_of(*command: str) -> list[str]:
         return without_other_labs(lab_hosts.run(command).splitlines())
 
     return {
-        "interfaces": said("ip", "-brief", "link"),
-        "routes": said("ip", "route"),
-        "named namespaces": said("ip", "netns", "list"),
+        "interfaces": output_of("ip", "-brief", "link"),
+        "routes": output_of("ip", "route"),
+        "named namespaces": output_of("ip", "netns", "list"),
         "mounts": without_other_labs(Path("/proc/self/mounts").read_text().splitlines()),
         "/run": without_other_labs(entry.name for entry in Path("/run").iterdir()),
         "hosts": Path("/etc/hosts").read_bytes(),

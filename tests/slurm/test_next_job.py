@@ -1,5 +1,7 @@
-"""hpcgpt.slurm.next_job: the next job, where Slurm may not requeue this one. test_cluster_events.py has it on a
-real Slurm."""
+"""hpcgpt.slurm.next_job: submits the next job where Slurm may not requeue this one.
+
+test_cluster_events.py has the same on a real Slurm.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ FIELDS = {"TimeLimit": "1:00", "Requeue": "0", "StdOut": "/home/me/slurm-7.out",
           "WorkDir": "/home/me", "Features": "(null)", "OverSubscribe": "NO"}  # fmt: skip
 
 
-def test_the_next_job_asks_for_the_same_behind_this_one_however_that_ends() -> None:
-    """`afterok` would wait for ever: this job ends with status 75."""
+def test_the_next_job_asks_for_the_same_resources_and_depends_on_any_end_of_this_one() -> None:
+    """`afterok` would wait forever: this job ends with status 75."""
     assert sorted(flags(Job("RUNNING", fields=FIELDS), ENV, ["n3", "n4"])) == [
         "--chdir=/home/me", "--cpus-per-task=3", "--dependency=afterany:7", "--exclude=n3,n4", "--exclusive",
         "--gpus-per-node=2", "--job-name=a b", "--no-requeue", "--nodes=2", "--ntasks-per-node=2", "--ntasks=4",
@@ -43,8 +45,8 @@ def test_a_task_of_an_array_is_followed_by_that_task_alone() -> None:
 
 
 @pytest.fixture
-def forbidding(slurm: FakeSlurm) -> FakeSlurm:
-    """A Slurm that does not requeue, shows the batch script, and accepts another job, whose environment it keeps."""
+def no_requeue_slurm(slurm: FakeSlurm) -> FakeSlurm:
+    """A Slurm that refuses to requeue, shows the batch script, and accepts a job, whose environment it records."""
     slurm.answers(state="COMPLETING", refuses=True, Reason="NodeDown", Command="/home/me/mine.sh")
     script = slurm.folder / "scontrol"
     script.write_text(script.read_text().replace("if ", 'if [ "$1" = write ]; then echo "#!/bin/sh"; exit; fi\nif ', 1))
@@ -54,48 +56,50 @@ def forbidding(slurm: FakeSlurm) -> FakeSlurm:
     return slurm
 
 
-def test_one_job_is_queued_behind_though_it_is_decided_twice(forbidding: FakeSlurm, run: Path) -> None:
-    """While Slurm ends a job whose ranks hang, and again when srun has returned after all."""
+def test_one_next_job_is_queued_though_it_is_decided_twice(no_requeue_slurm: FakeSlurm, run: Path) -> None:
+    """While Slurm ends a job whose ranks hang, and again when srun has returned."""
     run_folder.record(run, "job", job="7_0")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_CONF": "/etc/slurm.conf", "MINE": "kept"}
-    path = {"PATH": f"{forbidding.folder}:/usr/bin:/bin"}
+    path = {"PATH": f"{no_requeue_slurm.folder}:/usr/bin:/bin"}
     flags = ("--run.dir", str(run.parent), "--run.name", run.name)
     early = command("hpcgpt.requeue", "decide", "--status", "ending", *flags, env=env | path)
     assert (early.returncode, "job 8 will run after it" in early.stderr) == (0, True), early.stderr
-    status, said = decided(forbidding, run, 137, **env)
+    status, output = decided(no_requeue_slurm, run, 137, **env)
     assert status == 0
-    assert "no requeue of job 7: the next job is queued already" in said
-    (submitted,) = Path(f"{forbidding.calls}.sbatch").read_text().splitlines()
+    assert "no requeue of job 7: the next job is queued already" in output
+    (submitted,) = Path(f"{no_requeue_slurm.calls}.sbatch").read_text().splitlines()
     assert "--dependency=afterany:7 " in submitted
     assert submitted.endswith("/mine.sh")
     (chain,) = [event for event in run_folder.events(run) if event["event"] == "chain"]
     assert (chain["job"], chain["next_job"], chain["reason"]) == ("7_3", "8", "a node failed")
-    # --export=ALL would make the next job believe that it had been restarted three times.
-    reported = Path(f"{forbidding.calls}.env").read_text().splitlines()
-    assert {line for line in reported if line.startswith(("SLURM_", "MINE="))} == {
+    # --export=ALL would make the next job count as restarted three times.
+    environment = Path(f"{no_requeue_slurm.calls}.env").read_text().splitlines()
+    assert {line for line in environment if line.startswith(("SLURM_", "MINE="))} == {
         "SLURM_CONF=/etc/slurm.conf", "SLURM_TIME_FORMAT=%s", "MINE=kept"}  # fmt: skip
 
 
-def test_a_host_that_failed_is_left_out_of_the_next_job_too(forbidding: FakeSlurm, run: Path) -> None:
-    forbidding.has_nodes("n1 idle", "n2 down*", "n3 idle")
+def test_a_host_that_failed_is_excluded_from_the_next_job_too(no_requeue_slurm: FakeSlurm, run: Path) -> None:
+    no_requeue_slurm.has_nodes("n1 idle", "n2 down*", "n3 idle")
     (run / "logs" / "7_0.srun").write_text("srun: error: Node failure on n2\n")
     flags = ("--run.dir", str(run.parent), "--run.name", run.name, "--requeue.exclude_bad_nodes", "true")
-    env = {"SLURM_JOB_ID": "7", "PATH": f"{forbidding.folder}:/usr/bin:/bin"}
+    env = {"SLURM_JOB_ID": "7", "PATH": f"{no_requeue_slurm.folder}:/usr/bin:/bin"}
     done = command("hpcgpt.requeue", "decide", "--status", "137", *flags, env=env)
     assert done.returncode == 0, done.stderr
-    assert " --exclude=n2 " in Path(f"{forbidding.calls}.sbatch").read_text()
+    assert " --exclude=n2 " in Path(f"{no_requeue_slurm.calls}.sbatch").read_text()
     assert [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())] == ["n2"]
 
 
-def test_what_a_person_excluded_is_excluded_from_the_next_job_too(forbidding: FakeSlurm, run: Path) -> None:
-    """With the flag of the command line it would be lost; and what this program excluded for the job before, goes."""
-    forbidding.has_nodes("n1 idle", "n2 idle", "n3 idle")
-    script = forbidding.folder / "scontrol"
+def test_hosts_that_the_user_excluded_are_excluded_from_the_next_job_too(
+    no_requeue_slurm: FakeSlurm, run: Path
+) -> None:
+    """A flag of the command line would be lost; and what hpcgpt excluded for the previous job is not kept."""
+    no_requeue_slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
+    script = no_requeue_slurm.folder / "scontrol"
     script.write_text(script.read_text().replace("Requeue=1", "ExcNodeList=n[2,8-9] Requeue=0"))
     run_folder.record(run, "chain", job="6_0", next_job="7")
     run_folder.record(run, "excluded", job="6_0", hosts=["n2"])
-    assert decided(forbidding, run, 137)[0] == 0
-    assert " --exclude=n8,n9 " in Path(f"{forbidding.calls}.sbatch").read_text()
+    assert decided(no_requeue_slurm, run, 137)[0] == 0
+    assert " --exclude=n8,n9 " in Path(f"{no_requeue_slurm.calls}.sbatch").read_text()
 
 
 def test_folders_and_logs_keep_their_spaces() -> None:

@@ -1,7 +1,7 @@
-"""A run on a real Slurm: two nodes with two ranks each, hit in mid-run, ends with the bytes of one left alone.
+"""A run on a real Slurm, two nodes with two ranks each: interrupted, it ends with the bytes of an uninterrupted one.
 
-The jobs run in the lab (slurm/lab): real slurmctld, slurmd, srun and scontrol, hosts with their own names
-and addresses, and GPUs that are not there.
+The jobs run in the lab (slurm/lab): real slurmctld, slurmd, srun and scontrol; hosts with their own names and
+addresses; fake GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 from lab_conf import Lab
 
 from hpcgpt.run import run_folder
-from tests.slurm.cluster import Cluster, events, rank_pids, same_result, starts
+from tests.slurm.cluster import Cluster, assert_same_result, events, rank_pids, starts
 
 STEPS = 300
 
@@ -31,33 +31,35 @@ def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster) -> Path:
-    """A run that was left alone."""
-    job = cluster.sbatch("whole", "--time=10")
+def uninterrupted_run(cluster: Cluster) -> Path:
+    """The folder of a run that nothing interrupted."""
+    job = cluster.sbatch("uninterrupted", "--time=10")
     cluster.wait(job)
-    return cluster.folder("whole")
+    return cluster.folder("uninterrupted")
 
 
 @pytest.mark.timeout(600)
-def test_an_sbatch_job_that_is_requeued_twice_ends_with_the_same_bytes(cluster: Cluster, whole: Path) -> None:
+def test_an_sbatch_job_that_is_requeued_twice_ends_with_the_same_bytes(
+    cluster: Cluster, uninterrupted_run: Path
+) -> None:
     job = cluster.sbatch("requeued", "--time=10")
     for hit in (1, 2):
         cluster.wait_for_rows("requeued", hit * STEPS // 3)
         cluster.slurm("scontrol", "requeue", job)
         cluster.wait_for_ends("requeued", hit)
     cluster.wait(job)
-    same_result(cluster.folder("requeued"), whole, STEPS)
+    assert_same_result(cluster.folder("requeued"), uninterrupted_run, STEPS)
     attempts = starts(cluster.folder("requeued"))
     assert [(start["job"], start["world_size"]) for start in attempts] == [(f"{job}_{n}", 4) for n in range(3)]
-    one_wandb_run(cluster.folder("requeued"), attempts=3)
+    assert_one_wandb_run(cluster.folder("requeued"), attempts=3)
 
 
 @pytest.mark.timeout(600)
-def test_a_submitted_job_goes_on_after_its_time_limit(cluster: Cluster, whole: Path) -> None:
-    """USR1 before the end of the one minute that Slurm allows; saved, status 75, requeued by ourselves.
+def test_a_submitted_job_continues_after_its_time_limit(cluster: Cluster, uninterrupted_run: Path) -> None:
+    """USR1 before the end of the one minute that Slurm allows; saved, status 75, requeued by the batch script.
 
-    Slurm looks every 30 s, so the warning comes at any time of the first 30: on a slow machine before the second step.
-    Else rank 0 is held until it is there.
+    Slurm checks every 30 s, so the signal arrives at any time of the first 30: on a slow machine before the second
+    step. Else rank 0 is stopped until it has arrived.
     """
     job = cluster.submit("limited", "--time", "1", "--signal-lead-s", "30")
     folder = cluster.folder("limited")
@@ -65,21 +67,21 @@ def test_a_submitted_job_goes_on_after_its_time_limit(cluster: Cluster, whole: P
     begun = events(folder, "job")[0]
     hold_until_warned(rank_pids(cluster.lab, job).get(0), begun["started_at"] + 47)
     cluster.wait_for_ends("limited", 1)
-    # Once is enough: a slow machine would need a minute for every few steps.
+    # One time limit is enough: a slow machine would need a minute for every few steps.
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     cluster.wait(job)
-    same_result(folder, whole, STEPS)
+    assert_same_result(folder, uninterrupted_run, STEPS)
     requeued = [event for event in run_folder.events(folder) if event["event"] == "requeue"]
     assert requeued, "the job was over before its time limit"
     assert all("the time limit is near" in event["reason"] for event in requeued)
     assert len(starts(folder)) == len(requeued) + 1
-    one_wandb_run(folder, attempts=len(requeued) + 1)
+    assert_one_wandb_run(folder, attempts=len(requeued) + 1)
 
 
 def hold_until_warned(pid: int | None, until: float) -> None:
-    """Hold a process until SIGUSR1 waits for it; or `until` its clock is about to say the same, if it came before.
+    """Stop a process until SIGUSR1 is pending, or until this time, when its own clock says the same.
 
-    None, or one that has gone: it has heard of it already.
+    Without a pid, or if the process has ended, the signal has arrived already.
     """
     if pid is None:
         return
@@ -94,19 +96,19 @@ def hold_until_warned(pid: int | None, until: float) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_submitted_job_goes_on_after_a_preemption(cluster: Cluster, whole: Path) -> None:
+def test_a_submitted_job_continues_after_a_preemption(cluster: Cluster, uninterrupted_run: Path) -> None:
     job = cluster.submit("preempted", "--time", "10")
     cluster.wait_for_rows("preempted", STEPS // 3)
     cluster.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     cluster.wait_for_ends("preempted", 1)
     cluster.wait(job)
     folder = cluster.folder("preempted")
-    same_result(folder, whole, STEPS)
+    assert_same_result(folder, uninterrupted_run, STEPS)
     ends = [event for event in run_folder.events(folder) if event["event"] == "end"]
     assert [end["reason"] for end in ends] == ["told to terminate", "finished"]
 
 
-def test_a_cancelled_job_is_not_requeued_and_a_mistake_neither(cluster: Cluster) -> None:
+def test_cancelled_jobs_and_user_errors_are_not_requeued(cluster: Cluster) -> None:
     job = cluster.sbatch("cancelled", "--time=10")
     cluster.wait_for_rows("cancelled", 20)
     cluster.slurm("scancel", job)
@@ -119,18 +121,18 @@ def test_a_cancelled_job_is_not_requeued_and_a_mistake_neither(cluster: Cluster)
     assert len(starts(cluster.folder("cancelled"))) == 1
 
 
-def test_gpus_that_slurm_gave_and_torch_does_not_see_are_an_error(cluster: Cluster) -> None:
-    """The lab's GPUs are fake, so this is real: no silent training on the CPU."""
+def test_gpus_that_slurm_allocated_and_torch_does_not_see_are_an_error(cluster: Cluster) -> None:
+    """The lab's GPUs are fake, so this is a real case: no silent training on the CPU."""
     job = cluster.sbatch("blind", "--time=10", arguments=("--run.device", "auto"))
     cluster.wait(job, state="FAILED")
     log = (cluster.folder("blind") / "logs" / f"{job}_0.log").read_text()
     assert "Slurm gave this job GPUs, but torch sees none" in log
 
 
-def one_wandb_run(folder: Path, attempts: int) -> None:
-    """Each attempt left offline parts with the same id, and together they have every step."""
+def assert_one_wandb_run(folder: Path, attempts: int) -> None:
+    """Check that each attempt left offline parts with the same id, and that together they have every step."""
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    # More where a signal ended wandb's core, which is started again then.
+    # There are more where a signal ended wandb's core process, which is then started again.
     assert len(parts) >= attempts
     assert {path.stem for path in parts} == {f"run-{run_folder.run_id(folder)}"}
     steps: set[int] = set()
@@ -139,7 +141,7 @@ def one_wandb_run(folder: Path, attempts: int) -> None:
             [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(part)],
             capture_output=True, text=True, timeout=60, check=True,
         )  # fmt: skip
-        # SIGTERM ends wandb's core too, and then its file has no closing record.
+        # SIGTERM ends wandb's core process too, and then its file has no closing record.
         assert not shown.stderr or "incomplete .wandb file" in shown.stderr
         records = [json.loads(line) for line in shown.stdout.splitlines()]
         ids = {record["run"]["run_id"] for record in records if record["type"] == "run"}

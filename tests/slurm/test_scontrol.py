@@ -1,4 +1,4 @@
-"""hpcgpt.slurm.scontrol.fields_of: what a person may write into a job is no field of Slurm's."""
+"""hpcgpt.slurm.scontrol.fields_of: text that a user may choose is never taken for a field of Slurm's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from hpcgpt.slurm.scontrol import fields_of
 
-# As Slurm 22.05 shows a job with a free name, arguments and folders.
+# How Slurm 22.05 shows a job with a free name, arguments and folders.
 SHOWN = """\
 JobId=2 {array}JobName={name}
    UserId=root(0) GroupId=root(0) MCS_label=N/A
@@ -38,7 +38,7 @@ BROKEN = "x\n   JobState=CANCELLED\n   Restarts=9\n   WorkDir=/elsewhere"
 
 @pytest.mark.parametrize("text", [FAKED, BROKEN])
 @pytest.mark.parametrize("place", ["name", "command", "comment"])
-def test_a_job_may_be_called_anything(place: str, text: str) -> None:
+def test_text_chosen_by_the_user_does_not_change_the_fields(place: str, text: str) -> None:
     found = fields_of(SHOWN.format(**PLAIN | {place: text}))
     expected = fields_of(SHOWN.format(**PLAIN))
     assert found | {"JobName": "", "Command": "", "Comment": ""} == expected | {
@@ -55,7 +55,7 @@ def test_values_keep_their_spaces() -> None:
     assert (found["TresPerNode"], found["OverSubscribe"], found["ExcNodeList"]) == ("gres:gpu:2", "OK", "(null)")
 
 
-def test_of_a_task_of_an_array_and_of_several_jobs_the_first_counts() -> None:
+def test_of_several_jobs_the_first_counts_also_for_a_task_of_an_array() -> None:
     text = SHOWN.format(**PLAIN | {"array": "ArrayJobId=1 ArrayTaskId=3 "})
     more = SHOWN.format(**PLAIN | {"workdir": "/other", "name": "y"}).replace("RUNNING", "PENDING")
     found = fields_of(text.rstrip("\n") + "\n\n" + more)

@@ -1,13 +1,12 @@
-"""What test_lease races: ``python -m tests.storage.ranks_writers RUN_FOLDER ROUNDS SEED``.
+"""The program of test_lease's race: ``python -m tests.storage.ranks_writers RUN_FOLDER ROUNDS SEED``.
 
-Jobs that race for a run folder, as real processes: each acquires the lease, cleans up, continues from the newest valid
-checkpoint and saves step after step during its (pretended) training. It appends "generation step began|committed" to
-RUN_FOLDER/log, at once, with one write. They are forked from one parent, so that torch is loaded once, and the seconds
-for which a newcomer watches a holder that is silent are shortened to tenths: what is compared there are counters, so
-nothing but the waiting changes.
+Real processes compete for a run folder as jobs do: each acquires the lease, recovers leftovers, continues from the
+newest valid checkpoint and saves step after step while its weights change. It appends "generation step
+began|committed" to RUN_FOLDER/log, with one write each. They are forked from one parent, so that torch is loaded once.
+The seconds for which a process watches a silent holder are shortened to tenths; only the waiting changes.
 
-In each round two jobs want the folder while its holder is killed, or stopped, at a random moment. A stopped one is
-continued after the newcomer has committed: the orphan. A line of JSON reports how it ended.
+In each round two processes compete while the holder is killed, or stopped, at a random moment. A stopped one is
+continued after the next holder has committed: it is superseded. A line of JSON reports how it ended.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def work(run: Path) -> int:
     except ValueError:
         return REFUSED
     log = os.open(run / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(log, f"{lease.number} 0 took\n".encode())
+    os.write(log, f"{lease.number} 0 acquired\n".encode())
     retention.recover_leftovers(run / "checkpoints", lease)
     newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
@@ -49,7 +48,7 @@ def work(run: Path) -> int:
         step += 1
         saved = saver.begin(layout.State(step, lease.number, 0, 1, {}), content(step))
         if saved is not None and not saved.problem:
-            os.write(log, f"{lease.number} {step} found\n".encode())  # another's: no commit of ours
+            os.write(log, f"{lease.number} {step} found\n".encode())  # another process saved it: no commit of this one
             continue
         while saved is None:
             time.sleep(0.0005)
@@ -73,7 +72,7 @@ def start(run: Path) -> int:
 
 
 def wait_for(run: Path, what: str, newer_than: int, children: list[int]) -> int:
-    """The generation, newer than that, that has logged so; fails if it takes long."""
+    """Return the number of the attempt above `newer_than` that has logged this; fail after 30 s."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         lines = (run / "log").read_text().splitlines() if (run / "log").exists() else []
@@ -94,21 +93,21 @@ def main(run: Path, rounds: int, seed: int) -> None:
     number = wait_for(run, "chose", 0, [holder])
     for round_number in range(rounds):
         time.sleep(dice.uniform(0.0, 0.08))
-        orphaned = round_number % 2 == 1
-        os.kill(holder, signal.SIGSTOP if orphaned else signal.SIGKILL)
-        if not orphaned:
+        superseded = round_number % 2 == 1
+        os.kill(holder, signal.SIGSTOP if superseded else signal.SIGKILL)
+        if not superseded:
             os.waitpid(holder, 0)
         rivals = [start(run), start(run)]
         newer = wait_for(run, "committed", number, rivals)
-        reported = {"orphaned": orphaned, "number": newer, "orphan": None}
-        if orphaned:
+        reported = {"superseded": superseded, "number": newer, "superseded_status": None}
+        if superseded:
             os.kill(holder, signal.SIGCONT)
-            reported["orphan"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
-        who = json.loads((run / f"generations/{newer:06d}.json").read_text())["pid"]
-        (loser,) = [rival for rival in rivals if rival != who]
+            reported["superseded_status"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
+        winner = json.loads((run / f"generations/{newer:06d}.json").read_text())["pid"]
+        (loser,) = [rival for rival in rivals if rival != winner]
         reported["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
         print(json.dumps(reported), flush=True)
-        holder, number = who, newer
+        holder, number = winner, newer
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
 

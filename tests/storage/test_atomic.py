@@ -1,4 +1,4 @@
-"""hpcgpt.storage.atomic: files that are whole or absent."""
+"""hpcgpt.storage.atomic: files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def python(code: str, *arguments: str) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
+def test_a_file_appears_when_it_is_complete_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     with atomic.writing(path) as file:
         file.write(b"half")
@@ -34,7 +34,7 @@ def test_a_file_appears_when_it_is_whole_and_not_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_a_block_that_fails_leaves_everything_as_it_was(error: type[BaseException], tmp_path: Path) -> None:
+def test_an_exception_leaves_everything_as_it_was(error: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
     with pytest.raises(error), atomic.writing(path) as file:
@@ -70,18 +70,18 @@ for n in range(10**9):
 
 
 def test_of_many_processes_exactly_one_creates_a_file(tmp_path: Path) -> None:
-    """Six processes compete for each file in turn; its content is whole, and the winner's."""
+    """Six processes compete for each file in turn; its content is complete, and the winner's."""
     code = """
 import os, sys
 from pathlib import Path
 from hpcgpt.storage import atomic
-folder, me = Path(sys.argv[1]), sys.argv[2]
-sys.stdout.write(" ".join(str(n) for n in range(60) if atomic.create(folder / f"{n}", me.encode() * 10_000)))
+folder, name = Path(sys.argv[1]), sys.argv[2]
+sys.stdout.write(" ".join(str(n) for n in range(60) if atomic.create(folder / f"{n}", name.encode() * 10_000)))
 """
-    fighters = [python(code, str(tmp_path), str(n)) for n in range(6)]
-    won = [(str(me), n) for me, fighter in enumerate(fighters) for n in fighter.communicate(timeout=60)[0].split()]
+    competitors = [python(code, str(tmp_path), str(n)) for n in range(6)]
+    won = [(str(name), n) for name, each in enumerate(competitors) for n in each.communicate(timeout=60)[0].split()]
     assert sorted(n for _, n in won) == sorted(str(n) for n in range(60))
-    assert {n: (tmp_path / n).read_text() for _, n in won} == {n: me * 10_000 for me, n in won}
+    assert {n: (tmp_path / n).read_text() for _, n in won} == {n: name * 10_000 for name, n in won}
     assert sorted(os.listdir(tmp_path)) == sorted(str(n) for n in range(60))
 
 
@@ -93,8 +93,10 @@ def test_creating_a_file_that_exists_changes_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_link_that_was_made_and_asked_for_again_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on NFS when an answer is lost. There is no such server here, so the second question is asked by the test."""
+def test_a_link_that_exists_already_with_the_own_content_counts_as_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS when an answer is lost and the request repeated; here the test repeats it."""
     real = os.link
 
     def link(source: Path, target: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_link_that_was_made_and_asked_for_again_is_ours(tmp_path: Path, monkey
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_file_that_cannot_be_written_is_named_with_the_reason_and_the_room(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None:
     for path in (tmp_path / "missing" / "a.bin", Path("/proc/self/a.bin")):
         with pytest.raises(OSError, match="No such file or directory") as caught:
             atomic.write(path, b"x")
@@ -116,8 +118,8 @@ def test_a_file_that_cannot_be_written_is_named_with_the_reason_and_the_room(tmp
             atomic.create(path, b"x")
 
 
-def test_a_write_that_the_system_refuses_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on the size of files is the refusal that needs neither root nor a full disk."""
+def test_a_refused_write_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on file sizes: it needs neither root nor a full disk."""
     code = """
 import resource, signal, sys
 from pathlib import Path
@@ -143,7 +145,7 @@ for call, path in ((atomic.write, sys.argv[1]), (atomic.create, sys.argv[2])):
 
 
 def test_files_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_path: Path) -> None:
-    """What survives a power cut can't be tried here, so the order of the system calls is looked at."""
+    """A power cut cannot be tested here, so the order of the system calls is checked."""
     code = """
 import os, sys
 from pathlib import Path
@@ -151,11 +153,11 @@ from hpcgpt.storage import atomic
 calls = []
 for name in ("fsync", "replace", "link"):
     real = getattr(os, name)
-    def watched(*arguments, name=name, real=real):
+    def recorded(*arguments, name=name, real=real):
         target = arguments[0]
         calls.append(name + (" folder" if name == "fsync" and os.path.isdir(f"/proc/self/fd/{target}") else ""))
         return real(*arguments)
-    setattr(os, name, watched)
+    setattr(os, name, recorded)
 atomic.write(Path(sys.argv[1], "a"), b"x")
 atomic.create(Path(sys.argv[1], "b"), b"x")
 print(",".join(calls))
@@ -164,27 +166,27 @@ print(",".join(calls))
     assert output == "fsync,replace,fsync folder,fsync,link,fsync folder"
 
 
-# --- machines as they are --------------------------------------------------------------------------
+# --- file systems without links, containers --------------------------------------------------------
 
-FIGHT = """
+COMPETITOR = """
 import os, sys
 from pathlib import Path
 from hpcgpt.storage import atomic
-folder, me, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()
-won = [n for n in range(count) if atomic.create(folder / str(n), (me * 5000).encode())]
+won = [n for n in range(count) if atomic.create(folder / str(n), (name * 5000).encode())]
 print(*won)
 """
 
 
-def fight(folder: Path, count: int, fighters: list[list[str]], env: dict[str, str]) -> None:
-    """All compete for each file; exactly one may win it, and its content is whole, and the winner's."""
+def compete(folder: Path, count: int, competitors: list[list[str]], env: dict[str, str]) -> None:
+    """Let all compete for each file; exactly one may win it, and its content is complete, and the winner's."""
     folder.mkdir()
     running = [
-        subprocess.Popen([*prefix, sys.executable, "-c", FIGHT, folder, str(me), str(count)], cwd=ROOT,
+        subprocess.Popen([*prefix, sys.executable, "-c", COMPETITOR, folder, str(name), str(count)], cwd=ROOT,
                          env=clean_env() | env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for me, prefix in enumerate(fighters)
+        for name, prefix in enumerate(competitors)
     ]  # fmt: skip
     for each in running:
         assert each.stdout is not None
@@ -193,33 +195,33 @@ def fight(folder: Path, count: int, fighters: list[list[str]], env: dict[str, st
         assert each.stdin is not None
         each.stdin.write("\n")
         each.stdin.flush()
-    won = [(str(me), n) for me, each in enumerate(running) for n in each.communicate(timeout=60)[0].split()]
+    won = [(str(name), n) for name, each in enumerate(running) for n in each.communicate(timeout=60)[0].split()]
     assert sorted(n for _, n in won) == sorted(str(n) for n in range(count))
-    assert {n: (folder / n).read_text() for _, n in won} == {n: me * 5000 for me, n in won}
+    assert {n: (folder / n).read_text() for _, n in won} == {n: name * 5000 for name, n in won}
     assert sorted(os.listdir(folder)) == sorted(str(n) for n in range(count))
 
 
 @pytest.mark.parametrize("answer", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
-def test_where_there_are_no_hard_links_still_exactly_one_creates_a_file(
+def test_without_hard_links_still_exactly_one_process_creates_a_file(
     answer: int, tmp_path: Path, faulty_calls: Path
 ) -> None:
-    """gcsfuse, exFAT and others have none: link(2) fails here by a preloaded library."""
+    """gcsfuse, exFAT and others have none: here a preloaded library makes link(2) fail."""
     env = {"LD_PRELOAD": str(faulty_calls), "FAULTY_ROOTS": str(tmp_path), "FAULTY_CALL": "link", "FAULTY_PATH": "*",
            "FAULTY_NTH": "1", "FAULTY_LATER": "call", "FAULTY_ERRNO": str(answer),
            "FAULTY_LOG": str(tmp_path / "calls.log")}  # fmt: skip
-    fight(tmp_path / "files", 40, [[]] * 4, env)
+    compete(tmp_path / "files", 40, [[]] * 4, env)
     calls = [line.split("\t") for line in (tmp_path / "calls.log").read_text().splitlines()]
     assert {fired for call, _, fired in calls if call == "link"} == {"1"}, "there were links"
 
 
-def test_in_containers_that_share_host_name_and_process_numbers_exactly_one_creates_a_file(tmp_path: Path) -> None:
+def test_in_containers_with_equal_host_name_and_pids_exactly_one_process_creates_a_file(tmp_path: Path) -> None:
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     if os.geteuid() != 0 or subprocess.run([*container, "true"], check=False).returncode:
         pytest.skip("another pid namespace needs root")
-    fight(tmp_path / "files", 300, [container] * 3, {})
+    compete(tmp_path / "files", 300, [container] * 3, {})
 
 
-def test_a_file_is_kept_without_being_written_again(tmp_path: Path) -> None:
+def test_an_unchanged_file_is_not_written_again(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     atomic.keep(path, b"x")
     before = path.stat().st_ino
@@ -229,7 +231,7 @@ def test_a_file_is_kept_without_being_written_again(tmp_path: Path) -> None:
     assert path.read_bytes() == b"y"
 
 
-def test_a_claim_needs_no_room_for_its_content(tmp_path: Path) -> None:
+def test_a_claim_needs_no_space_for_its_content(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as folder:
         fill(folder)
         with pytest.raises(OSError, match="No space left"):

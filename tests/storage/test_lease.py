@@ -1,4 +1,4 @@
-"""hpcgpt.storage.lease: of all attempts at a run, only the newest may publish. Real processes hold, die and wake up."""
+"""hpcgpt.storage.lease: of all attempts of a run only the newest may publish. Real processes hold, die and continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.disks import fill, small_disk
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows
 
-# Takes the run folder, says its number, and then does nothing: its main thread hangs, as in a collective.
+# Acquires the lease, prints its number, and hangs: its main thread sleeps, as in a collective.
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -33,7 +33,7 @@ print(lease.acquire(Path(sys.argv[1]), sys.argv[2]).number, flush=True)
 time.sleep(600)
 """
 
-# Takes folder after folder, each at its moment, and reports which it got, and the error where it did not.
+# Acquires one lease after the other, each at its moment, and reports the numbers, or the error.
 RACE = """
 import json, sys, threading, time
 from pathlib import Path
@@ -41,22 +41,22 @@ from hpcgpt.checkpoint import layout
 from hpcgpt.storage import lease
 root, rounds, starts_at = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 results = [""] * rounds
-def take(number):
+def acquire(number):
     time.sleep(max(0.0, starts_at + 0.02 * number - time.time()))
     try:
         results[number] = lease.acquire(root / str(number), "").number
     except ValueError as error:
         results[number] = str(error)
-threads = [threading.Thread(target=take, args=[number]) for number in range(rounds)]
+threads = [threading.Thread(target=acquire, args=[number]) for number in range(rounds)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(json.dumps(results), file=sys.stderr, flush=True)
-sys.stdin.read()  # stay alive until all have reported: a winner must not look dead to the others
+sys.stdin.read()  # stay alive until all have reported: a winner must not seem dead to the others
 """
 
 
 class Holder:
-    """A process that holds a run folder."""
+    """A process that holds the lease of a run folder."""
 
     def __init__(self, folder: Path, attempt: str = "", host: str = "") -> None:
         arguments = [sys.executable, "-c", HOLD, str(folder), attempt]
@@ -81,19 +81,19 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
     holder.end()
 
 
-def test_numbers_rise_and_tell_who_took_them(tmp_path: Path) -> None:
+def test_numbers_rise_and_the_file_names_the_process(tmp_path: Path) -> None:
     for number in (1, 2, 3):
-        taken = lease.acquire(tmp_path, f"7_{number}")
-        assert taken.number == number
-        assert taken.superseded_by() is None
-        taken.release()
+        held = lease.acquire(tmp_path, f"7_{number}")
+        assert held.number == number
+        assert held.superseded_by() is None
+        held.release()
     reported = json.loads((tmp_path / "generations/000003.json").read_text())
     assert (reported["pid"], reported["attempt"]) == (os.getpid(), "7_3")
     assert sorted(path.name for path in (tmp_path / "generations").iterdir()) == [
         f"00000{number}.{kind}" for number in (1, 2, 3) for kind in ("done", "json")]  # fmt: skip
 
 
-def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: Path) -> None:
+def test_of_processes_that_acquire_at_once_exactly_one_gets_the_lease(tmp_path: Path) -> None:
     rounds, starts_at = 40, time.time() + 1.0
     racers = [
         subprocess.Popen([sys.executable, "-c", RACE, tmp_path, str(rounds), str(starts_at)], cwd=ROOT,
@@ -111,21 +111,21 @@ def test_of_processes_that_take_a_folder_at_once_exactly_one_gets_it(tmp_path: P
         assert len(list((tmp_path / str(number) / "generations").glob("*.json"))) == 1
 
 
-def test_the_counter_of_a_holder_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it had to be filled anew at each beat a full disk would leave it empty, and its holder would look dead."""
+def test_the_heartbeat_file_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If each beat truncated it, a full disk would leave it empty, and the holder would seem dead."""
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.001)
-    own = lease.acquire(tmp_path, "")
+    held = lease.acquire(tmp_path, "")
     path = tmp_path / "generations/000001.alive"
     while not path.exists() or not path.read_text():
         time.sleep(0.001)
     seen = {path.read_text() for _ in range(20_000)}
-    own.release()
+    held.release()
     assert "" not in seen
-    assert len(seen) > 10, "it does not beat"
+    assert len(seen) > 10, "there was no heartbeat"
 
 
 @pytest.mark.parametrize("host", ["", "elsewhere"])
-def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: Path, host: str) -> None:
+def test_acquiring_from_a_living_holder_is_refused_and_names_it(tmp_path: Path, host: str) -> None:
     if host and os.geteuid() != 0:
         pytest.skip("another host name needs root")
     holder = Holder(tmp_path, "7_0", host)
@@ -140,77 +140,79 @@ def test_a_newcomer_finds_the_living_holder_says_who_it_is_and_leaves(tmp_path: 
         holder.end()
 
 
-def test_a_dead_holder_is_taken_over_at_once(tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_holder_is_replaced_at_once(tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:
     holder.end()
-    taken = lease.acquire(tmp_path, "")
-    assert taken.number == 2
+    held = lease.acquire(tmp_path, "")
+    assert held.number == 2
     assert "watching" not in capfd.readouterr().out
-    taken.release()
+    held.release()
 
 
-def test_a_living_holder_in_another_container_is_not_taken_for_dead(tmp_path: Path, holder: Holder) -> None:
-    """Two containers of one host: the name is the same, and in the newcomer's no process has the holder's pid."""
+def test_a_living_holder_in_another_container_is_not_considered_dead(tmp_path: Path, holder: Holder) -> None:
+    """Two containers on one host: same host name, and the holder's pid does not exist in the second container."""
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     if os.geteuid() != 0 or subprocess.run([*container, "true"], check=False).returncode:
         pytest.skip("another pid namespace needs root")
-    newcomer = subprocess.run([*container, sys.executable, "-c", HOLD, tmp_path, "8_0"], cwd=ROOT, env=clean_env(),
+    second = subprocess.run([*container, sys.executable, "-c", HOLD, tmp_path, "8_0"], cwd=ROOT, env=clean_env(),
                               capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
-    assert "which is alive: end it first" in newcomer.stderr
+    assert "which is alive: end it first" in second.stderr
     assert holder.process.poll() is None
     assert not list((tmp_path / "generations").glob("000002*"))
 
 
-def test_where_a_container_hides_the_kernels_id_a_run_starts_and_a_dead_holder_is_watched(
+def test_without_the_kernels_boot_id_a_dead_holder_is_watched_first(
     tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The same host name and number may then be another machine's. (Each start failed.)"""
+    """The same host name and pid may then be those of another machine. (A start used to fail here.)"""
     holder.end()
     monkeypatch.setattr(lease, "BOOT_ID", tmp_path / "hidden")
-    taken = lease.acquire(tmp_path, "")
-    assert taken.number == 2
+    held = lease.acquire(tmp_path, "")
+    assert held.number == 2
     assert "watching it" in capfd.readouterr().out
-    taken.release()
+    held.release()
 
 
-def test_a_process_that_has_a_dead_holders_number_is_not_taken_for_it(
+def test_a_process_that_reuses_a_dead_holders_pid_is_not_mistaken_for_it(
     tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
 ) -> None:
     holder.end()
     path = tmp_path / "generations/000001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
-    taken = lease.acquire(tmp_path, "")
-    assert taken.number == 2
+    held = lease.acquire(tmp_path, "")
+    assert held.number == 2
     assert "watching" not in capfd.readouterr().out
-    taken.release()
+    held.release()
 
 
-def test_a_full_disk_keeps_no_run_from_being_taken_and_its_holder_is_seen_to_live(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_prevent_acquiring_and_its_holder_is_recognized_as_alive(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
         (disk / "generations").mkdir()
         fill(disk)
         holder = Holder(disk, "7_0")
         try:
             assert holder.number == "1"
-            assert (disk / "generations/000001.json").read_bytes() == b"", "there was room, so this shows nothing"
+            assert (disk / "generations/000001.json").read_bytes() == b"", (
+                "the disk was not full, so this proves nothing"
+            )
             with pytest.raises(UserError, match="attempt 1, which is alive"):
                 lease.acquire(disk, "8_0")
         finally:
             holder.end()
-        taken = lease.acquire(disk, "8_0")
-        assert taken.number == 2
-        taken.release()
+        held = lease.acquire(disk, "8_0")
+        assert held.number == 2
+        held.release()
 
 
-def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_leave_even_if_they_hang(
+def test_the_next_start_of_the_same_job_does_not_wait_and_the_old_ranks_exit_even_if_they_hang(
     tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    taken = lease.acquire(tmp_path, "7_1")
-    assert taken.number == 2
+    held = lease.acquire(tmp_path, "7_1")
+    assert held.number == 2
     assert "watching" not in capfd.readouterr().out
     assert holder.process.wait(30) == SUPERSEDED
     assert holder.process.stderr is not None
     assert holder.process.stderr.read().startswith(f"error: attempt 2 has taken over {tmp_path}")
-    taken.release()
+    held.release()
 
 
 @pytest.mark.parametrize(
@@ -227,20 +229,20 @@ def test_the_next_start_of_the_same_slurm_job_need_not_wait_and_the_old_ranks_le
         ("", "", False),
     ],
 )
-def test_only_a_higher_restart_of_the_same_job_is_its_next_start(before: str, now: str, expected: bool) -> None:
+def test_only_a_higher_restart_count_of_the_same_job_is_its_next_start(before: str, now: str, expected: bool) -> None:
     assert lease._is_next_start(before, now) == expected
 
 
-def test_a_holder_learns_at_its_commit_that_it_was_superseded(tmp_path: Path) -> None:
+def test_a_superseded_holder_exits_at_its_check(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
 from hpcgpt.checkpoint import layout
 from hpcgpt.storage import lease
-own = lease.acquire(Path(sys.argv[1]), "7_0")
-own.check()
-os.link(own.folder / "000001.json", own.folder / "000002.json")
-own.check()
+held = lease.acquire(Path(sys.argv[1]), "7_0")
+held.check()
+os.link(held.folder / "000001.json", held.folder / "000002.json")
+held.check()
 print("has continued", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
@@ -249,20 +251,20 @@ print("has continued", flush=True)
     assert "exits without writing anything more" in done.stderr
 
 
-def test_a_holder_can_leave_a_disk_that_has_no_room_for_its_farewell(tmp_path: Path) -> None:
+def test_a_lease_can_be_released_on_a_full_disk(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m,nr_inodes=20") as disk:
-        own = lease.acquire(disk, "")
+        held = lease.acquire(disk, "")
         with suppress(OSError):
             for number in range(20):
                 (disk / str(number)).touch()
-        own.release()
-        assert not (disk / "generations/000001.done").exists(), "there was room, so this shows nothing"
+        held.release()
+        assert not (disk / "generations/000001.done").exists(), "the disk was not full, so this proves nothing"
 
 
-def test_a_holder_that_slept_through_a_takeover_leaves_on_waking_and_changes_nothing(
+def test_a_stopped_holder_that_was_superseded_exits_on_continuing_and_changes_nothing(
     tiny: Path, tmp_path: Path
 ) -> None:
-    """The whole program: a process stopped in mid-training, as by a suspended node, and one that trains instead."""
+    """The real program: a process that was stopped in mid-training, as by a suspended node, and its successor."""
     folder = tmp_path / "runs" / "tiny"
     sleeper = subprocess.Popen([sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "100000",
                                 "--checkpoint.every", "0", "--eval.every", "0"], cwd=ROOT, env=clean_env(),
@@ -296,10 +298,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
-def test_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_nor_by_an_older_one(
-    tmp_path: Path, rounds: int
-) -> None:
-    """The holder is killed in one round; in the next it is stopped, and continues after the newcomer has committed."""
+def test_of_competing_jobs_no_step_is_committed_twice_or_by_an_older_attempt(tmp_path: Path, rounds: int) -> None:
+    """The holder is killed in one round; in the next it is stopped, and continues after the next one has committed."""
     seed, run = random.randrange(10_000), tmp_path / "run"
     done = subprocess.run([sys.executable, "-m", "tests.storage.ranks_writers", run, str(rounds), str(seed)], cwd=ROOT,
                           env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
@@ -307,9 +307,8 @@ def test_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_nor_by_an_old
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     reported = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(reported) == rounds
-    assert [each["orphan"] for each in reported] == [None, SUPERSEDED] * (rounds // 2), (
-        f"an orphan has stayed (seed {seed})"
-    )
+    superseded = [each["superseded_status"] for each in reported]
+    assert superseded == [None, SUPERSEDED] * (rounds // 2), f"one survived (seed {seed})"
     assert all(each["loser"] == 2 for each in reported), f"two jobs had the folder (seed {seed}): {reported}"
     assert [each["number"] for each in reported] == list(range(2, rounds + 2))
 
@@ -320,10 +319,12 @@ def test_of_jobs_that_race_for_a_folder_no_step_is_committed_twice_nor_by_an_old
     # Checkpoints on the disk may be missing in the log: their manifests have the attempt.
     paths = (run / "checkpoints").glob("step_*")
     found = sorted((layout.step_of(path), layout._json(path / "manifest.json")["generation"]) for path in paths)
-    assert {(step, number) for number, step in committed} <= set(found), f"a checkpoint is gone (seed {seed})"
+    assert {(step, number) for number, step in committed} <= set(found), f"a checkpoint is missing (seed {seed})"
     numbers = [number for _, number in found]
-    assert numbers == sorted(numbers), f"an older generation's after a newer one's (seed {seed})"
+    assert numbers == sorted(numbers), f"an older attempt's after a newer one's (seed {seed})"
     chosen = {int(number): int(step) for number, step, did in log if did == "chose"}
     for number, first in chosen.items():
-        assert all(step <= first for step, its in found if its < number), f"it came after the choice (seed {seed})"
+        assert all(step <= first for step, author in found if author < number), (
+            f"it came after the choice (seed {seed})"
+        )
     assert not list((run / "checkpoints").glob("damaged_*"))

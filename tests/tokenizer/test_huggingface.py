@@ -1,5 +1,4 @@
-"""data_prep.encode.from_huggingface and hpcgpt.tokenizer.huggingface: a tokenizer.json gives the ids that `tokenizers`
-gives."""
+"""data_prep.encode.from_huggingface and hpcgpt.tokenizer.huggingface: a tokenizer.json gives the library's ids."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def qwen_like() -> Library:
 
 
 def llama2_like() -> Library:
-    """Metaspace by a normalizer, unknown characters as bytes."""
+    """Metaspace through a normalizer, unknown characters as bytes."""
     trained = Library(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -124,7 +123,7 @@ def reference(file: Path) -> Library:
 
 
 def changed(file: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> str:
-    """A copy of `file` whose content `change` has changed."""
+    """Write a copy of `file` whose content `change` has changed; return its path."""
     about = json.loads(file.read_text())
     change(about)
     to.write_text(json.dumps(about))
@@ -135,10 +134,10 @@ def changed(file: Path, to: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_gives_the_ids_that_tokenizers_gives(name: str, files: Path, found: dict[str, Tokenizer]) -> None:
+def test_the_ids_are_those_of_the_library(name: str, files: Path, found: dict[str, Tokenizer]) -> None:
     library = reference(files / f"{name}.json")
     texts = [*equivalence_texts.chosen(), *equivalence_texts.fuzzed(300, seed=7, special=[END, "<|pad|>"])]
-    if name == "unigram":  # its model makes </s> of the text "</s>", see below
+    if name == "unigram":  # its model encodes the text "</s>" as the special token
         texts = [text for text in texts if "</s>" not in text]
     expected = [library.encode(text, add_special_tokens=False).ids for text in texts]
     assert [found[name].encode(text) for text in texts] == expected
@@ -148,12 +147,12 @@ def test_it_gives_the_ids_that_tokenizers_gives(name: str, files: Path, found: d
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_runs_on_tiktoken_where_that_is_exact(name: str, found: dict[str, Tokenizer]) -> None:
+def test_tiktoken_runs_a_tokenizer_where_it_is_exact(name: str, found: dict[str, Tokenizer]) -> None:
     assert found[name].kind == MAKERS[name][1]
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_special_tokens_in_the_text_are_plain_text(name: str, found: dict[str, Tokenizer]) -> None:
+def test_special_tokens_in_the_text_are_encoded_as_plain_text(name: str, found: dict[str, Tokenizer]) -> None:
     tokenizer = found[name]
     special = set(tokenizer.special_tokens.values())
     unknown = {number for token, number in tokenizer.special_tokens.items() if "unk" in token.lower()}
@@ -163,35 +162,39 @@ def test_special_tokens_in_the_text_are_plain_text(name: str, found: dict[str, T
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_is_the_same_from_the_shards_folder(name: str, found: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_a_tokenizer_survives_saving_and_loading(name: str, found: dict[str, Tokenizer], tmp_path: Path) -> None:
     save_load.save(found[name], tmp_path)
-    again = save_load.load(tmp_path, found[name].fingerprint)
-    assert again == found[name]
-    assert again.describe() == found[name].describe()
-    assert again.describe()["vocab_size"] == found[name].vocab_size > max(again.encode("hello 斗之力"))
-    assert find_tokenizer.find(str(tmp_path)) == again
+    loaded = save_load.load(tmp_path, found[name].fingerprint)
+    assert loaded == found[name]
+    assert loaded.describe() == found[name].describe()
+    assert loaded.describe()["vocab_size"] == found[name].vocab_size > max(loaded.encode("hello 斗之力"))
+    assert find_tokenizer.find(str(tmp_path)) == loaded
 
 
 @pytest.mark.parametrize("name", ["with_prefix_space", "llama2_like", "unigram", "qwen_like", "gpt2_like"])
-def test_its_text_comes_back_piece_by_piece(name: str, found: dict[str, Tokenizer]) -> None:
+def test_streamed_text_equals_the_original(name: str, found: dict[str, Tokenizer]) -> None:
     tokenizer = found[name]
     text = "def main: naïve\n  return 1\n" if name == "unigram" else "Hello 斗之力 👍\n  naïve, \x00 don't"
     ids = tokenizer.encode(text)
-    whole = "".join(interface.stream(tokenizer, ids)).lstrip(" ")
-    assert whole == text.replace("ï", "<unk>") if name == "unigram" and "<unk>" in whole else whole == text
-    pieces = list(interface.stream(tokenizer, ids))
-    assert len(pieces) > 5
-    assert not any("\ufffd" in piece for piece in pieces)
+    text_of_stream = "".join(interface.stream(tokenizer, ids)).lstrip(" ")
+    assert (
+        text_of_stream == text.replace("ï", "<unk>")
+        if name == "unigram" and "<unk>" in text_of_stream
+        else text_of_stream == text
+    )
+    parts = list(interface.stream(tokenizer, ids))
+    assert len(parts) > 5
+    assert not any("\ufffd" in part for part in parts)
     # Continuing after a prompt, no space is lost.
     cut = len(tokenizer.encode("Hello")) if name != "unigram" else 2
     before = "".join(interface.stream(tokenizer, ids[:cut]))
     assert before + "".join(
         interface.stream(tokenizer, ids[cut:], after=[tokenizer.end_of_text, *ids[:cut]])
-    ) == "".join(pieces)
+    ) == "".join(parts)
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_special_tokens_are_printed_by_their_names(name: str, found: dict[str, Tokenizer]) -> None:
+def test_special_tokens_are_printed_by_name(name: str, found: dict[str, Tokenizer]) -> None:
     tokenizer = found[name]
     end = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.end_of_text)
     ids = [*tokenizer.encode("one"), tokenizer.end_of_text, *tokenizer.encode("one")]
@@ -200,8 +203,8 @@ def test_special_tokens_are_printed_by_their_names(name: str, found: dict[str, T
 
 
 @pytest.mark.parametrize("name", ["with_prefix_space", "llama2_like", "qwen_like", "gpt2_like"])
-def test_the_bytes_of_its_ids_are_the_bytes_of_the_text(name: str, found: dict[str, Tokenizer]) -> None:
-    """But for the blank that some put before a text."""
+def test_token_bytes_add_up_to_the_bytes_of_the_text(name: str, found: dict[str, Tokenizer]) -> None:
+    """Except for the space that some tokenizers put before a text."""
     tokenizer, prefixed = found[name], name in ("with_prefix_space", "llama2_like")
     for text in ("Hello 斗之力 👍\n naïve", "x", "def main(argv):\n    return 0\n"):
         assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
@@ -213,10 +216,10 @@ def test_lone_surrogates_become_u_fffd(found: dict[str, Tokenizer]) -> None:
         assert found[name].encode("a\ud800b") == found[name].encode("a\ufffdb")
 
 
-# --- what a file may ask for, and must not get -----------------------------------------------------
+# --- settings of a file that must be ignored -------------------------------------------------------
 
 
-def test_nothing_cuts_pads_adds_or_draws_lots(found: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_truncation_padding_and_dropout_of_a_file_are_ignored(found: dict[str, Tokenizer], tmp_path: Path) -> None:
     library = llama2_like()
     library.enable_truncation(4)
     library.enable_padding(length=64)
@@ -232,7 +235,7 @@ def test_nothing_cuts_pads_adds_or_draws_lots(found: dict[str, Tokenizer], tmp_p
 
 
 def test_a_marker_is_special_and_another_added_token_is_not(tmp_path: Path) -> None:
-    """<tool_call> is not marked special in Qwen's, nor are GPT-NeoX's runs of blanks."""
+    """Qwen's <tool_call> is not marked special, nor are GPT-NeoX's runs of spaces."""
     library = gpt2_like()
     library.add_tokens(["<tool_call>", "[x]"])
     library.save(str(tmp_path / "a.json"))
@@ -249,8 +252,8 @@ def test_a_marker_is_special_and_another_added_token_is_not(tmp_path: Path) -> N
     assert not {800, 801} & set(tokenizer.encode("a <tool_call> [x]"))
 
 
-def test_merges_in_another_order_than_the_ids_stay_with_the_library(files: Path, tmp_path: Path) -> None:
-    """RoBERTa's: the same merges as GPT-2's, other ids."""
+def test_merges_in_another_order_than_the_ids_are_run_by_the_library(files: Path, tmp_path: Path) -> None:
+    """As in RoBERTa: the same merges as GPT-2's, other ids."""
 
     def swap(about: dict[str, Any]) -> None:
         vocab = about["model"]["vocab"]
@@ -263,11 +266,11 @@ def test_merges_in_another_order_than_the_ids_stay_with_the_library(files: Path,
 
 
 def unreached(about: dict[str, Any]) -> None:
-    """Two tokens that no merge makes: "zq" and " zqzq"."""
+    """Add two tokens that no merge produces: "zq" and " zqzq"."""
     about["model"]["vocab"] |= {"zq": 800, "Ġzqzq": 801}
 
 
-def test_a_token_that_no_merge_makes_is_not_made(files: Path, tmp_path: Path) -> None:
+def test_a_token_that_no_merge_produces_is_never_encoded(files: Path, tmp_path: Path) -> None:
     tokenizer = find_tokenizer.find(changed(files / "gpt2_like.json", tmp_path / "a.json", unreached))
     assert tokenizer.kind == "tiktoken"
     assert isinstance(tokenizer, ByteLevelBPE)
@@ -278,17 +281,17 @@ def test_a_token_that_no_merge_makes_is_not_made(files: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("merged", "kind"), [(False, "tokenizers"), (True, "tiktoken")])
-def test_whole_words_before_merges_as_llama_3_has_it(merged: bool, kind: str, files: Path, tmp_path: Path) -> None:
-    """Tokens that only a whole word can be are exact in tiktoken if every split of them is a merge."""
+def test_ignore_merges_as_in_llama_3(merged: bool, kind: str, files: Path, tmp_path: Path) -> None:
+    """Tokens of whole words only are exact in tiktoken if every split of them is a merge."""
 
-    def whole(about: dict[str, Any]) -> None:
+    def ignore_merges(about: dict[str, Any]) -> None:
         unreached(about)
         about["model"]["ignore_merges"] = True
         del about["model"]["vocab"]["Ġzqzq"]
         if merged:
             about["model"]["merges"].append(["z", "q"])
 
-    tokenizer = find_tokenizer.find(changed(files / "gpt2_like.json", tmp_path / "a.json", whole))
+    tokenizer = find_tokenizer.find(changed(files / "gpt2_like.json", tmp_path / "a.json", ignore_merges))
     library = reference(tmp_path / "a.json")
     assert tokenizer.kind == kind
     assert library.encode("zq").ids == [800] != library.encode("zqz").ids
@@ -297,8 +300,8 @@ def test_whole_words_before_merges_as_llama_3_has_it(merged: bool, kind: str, fi
 
 
 @pytest.mark.parametrize("pattern", [r"\w+|[^\w\s]+", r"\p{N}{1,3}+|\P{N}+", r"\s+$|\S+|\s"])
-def test_a_pattern_that_means_something_else_to_tiktoken_stays_with_the_library(pattern: str, tmp_path: Path) -> None:
-    """It leaves text out; {1,3}+ repeats; $ is the end of a line."""
+def test_a_pattern_with_another_meaning_in_tiktoken_is_run_by_the_library(pattern: str, tmp_path: Path) -> None:
+    """One leaves text out; {1,3}+ repeats; $ is the end of a line."""
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), 700).save(
         str(tmp_path / "a.json")
@@ -310,7 +313,7 @@ def test_a_pattern_that_means_something_else_to_tiktoken_stays_with_the_library(
 
 
 def test_seventy_thousand_ids(tmp_path: Path) -> None:
-    """Random merges in four levels, so that all are reached. Ids above 65,535 are whole on every backend."""
+    """Random merges in four levels, so that all tokens occur. Ids above 65,535 are not truncated on any backend."""
     chance = random.Random(1)
     vocab, merges = {letter: number for number, letter in enumerate(byte_characters().values())}, []
 
@@ -356,7 +359,7 @@ def test_seventy_thousand_ids(tmp_path: Path) -> None:
 # --- end of text -----------------------------------------------------------------------------------
 
 
-def test_the_end_of_text_is_asked_for_usual_or_configured(files: Path, tmp_path: Path) -> None:
+def test_end_of_text_is_named_usual_or_configured(files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "word_piece.json", tmp_path / "tokenizer.json")
     assert find_tokenizer.find(str(tmp_path)).end_of_text == 2
     assert find_tokenizer.find(str(tmp_path), "[PAD]").end_of_text == 0
@@ -389,7 +392,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("content", FILES, ids=lambda content: content[:24].decode("latin-1"))
-def test_what_is_no_tokenizer_is_refused_with_a_sentence(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused_with_a_message(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     for given in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(ValueError, match=str(tmp_path)) as raised:
@@ -397,8 +400,8 @@ def test_what_is_no_tokenizer_is_refused_with_a_sentence(content: bytes, tmp_pat
         assert len(str(raised.value)) < 500
 
 
-def test_damage_anywhere_is_a_sentence_or_another_tokenizer(files: Path, tmp_path: Path) -> None:
-    """Cut off at random places, and with values exchanged: never anything but a ValueError."""
+def test_any_damage_is_refused_or_gives_another_tokenizer(files: Path, tmp_path: Path) -> None:
+    """Files cut off at random, or with exchanged values: never any exception but a ValueError."""
     chance = random.Random(1)
     damaged = []
     for name in ("gpt2_like", "unigram", "llama2_like"):
@@ -423,7 +426,7 @@ def test_damage_anywhere_is_a_sentence_or_another_tokenizer(files: Path, tmp_pat
 
 
 def test_a_file_that_crashes_the_library_does_not_crash_this_process(files: Path, tmp_path: Path) -> None:
-    """It cuts within a character, and aborts."""
+    """The library splits within a character, and aborts."""
 
     def prefix(about: dict[str, Any]) -> None:
         about["model"]["continuing_subword_prefix"] = "x"
@@ -436,10 +439,10 @@ def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
     found: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
     save_load.save(found["unigram"], tmp_path)
-    whole = (tmp_path / "huggingface.json").read_text()
+    content = (tmp_path / "huggingface.json").read_text()
     for broken in (
-        whole[:-9],
-        whole.replace("NFKC", "NFKD"),
+        content[:-9],
+        content.replace("NFKC", "NFKD"),
         "",
         "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
     ):
@@ -451,8 +454,8 @@ def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
         save_load.load(tmp_path)
 
 
-def test_the_library_kind_goes_to_worker_processes(found: dict[str, Tokenizer], tmp_path: Path) -> None:
-    """Both kinds are sent to a fresh interpreter, as make_shards does, after use and before."""
+def test_both_kinds_of_tokenizers_can_be_sent_to_worker_processes(found: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """To a new interpreter, as in make_shards, before and after use."""
     for name in ("unigram", "gpt2_like"):
         tokenizer = found[name]
         tokenizer.encode("a")

@@ -1,5 +1,5 @@
 """hpcgpt.tokenizer.save_load, data_prep.encode.find_tokenizer and data_prep.encode.from_tiktoken: GPT-2's ids without a
-network, the other published ones, and one's own."""
+network, the other published tokenizers, and trained ones."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def bpe(tokenizer_folder: Path) -> ByteLevelBPE:
     return found
 
 
-# --- GPT-2's ---------------------------------------------------------------------------------------
+# --- GPT-2's tokenizer -----------------------------------------------------------------------------
 
 
-def test_gpt2_has_its_ids(gpt2: ByteLevelBPE) -> None:
+def test_gpt2_has_the_published_ids(gpt2: ByteLevelBPE) -> None:
     assert (gpt2.vocab_size, gpt2.end_of_text, gpt2.special_tokens) == (50257, 50256, {END: 50256})
     assert gpt2.encode("hello world") == [31373, 995]
     assert gpt2.encode("Hello, world!\n") == [15496, 11, 995, 0, 198]
@@ -61,14 +61,14 @@ def test_gpt2s_vocabulary_is_the_one_that_tiktoken_publishes(gpt2: ByteLevelBPE,
     assert found == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
-def test_gpt2s_pattern_is_tiktokens(gpt2: ByteLevelBPE) -> None:
+def test_gpt2s_pattern_is_that_of_tiktoken(gpt2: ByteLevelBPE) -> None:
     from tiktoken_ext import openai_public  # type: ignore[import-untyped]
 
     assert gpt2.pattern == openai_public.r50k_pat_str
 
 
 def test_gpt2_works_without_a_network(tmp_path: Path) -> None:
-    """In a network namespace without any interface where one may be had; else with every proxy at a closed port."""
+    """In a network namespace without interfaces where possible; else with every proxy at a closed port."""
     code = "from data_prep.encode import find_tokenizer; print(find_tokenizer.find('gpt2').encode('hello world'))"
     arguments = [sys.executable, "-c", code]
     if shutil.which("unshare") and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0:
@@ -80,7 +80,7 @@ def test_gpt2_works_without_a_network(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_literal_end_of_text_in_the_text_stays_plain_text(gpt2: ByteLevelBPE) -> None:
+def test_a_literal_end_of_text_is_encoded_as_plain_text(gpt2: ByteLevelBPE) -> None:
     """The course's script raised on it."""
     ids = gpt2.encode(f"a {END} b")
     assert gpt2.end_of_text not in ids
@@ -88,42 +88,42 @@ def test_a_literal_end_of_text_in_the_text_stays_plain_text(gpt2: ByteLevelBPE) 
     assert len(gpt2.encode(END)) == 7
 
 
-# --- the other published ones --------------------------------------------------------------------------
+# --- the other published tokenizers --------------------------------------------------------------------
 
 
-def test_the_table_of_encodings_is_tiktokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_encodings_equals_tiktokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, hashes, patterns and special tokens, as tiktoken would use them if it could read its ranks."""
     from tiktoken_ext import openai_public
 
-    asked: list[tuple[str, str]] = []
+    requested: list[tuple[str, str]] = []
 
     def ranks(url: str, expected_hash: str) -> dict[bytes, int]:
-        asked.append((url, expected_hash))
+        requested.append((url, expected_hash))
         return {}
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", ranks)
     assert {*from_tiktoken.ENCODINGS, "gpt2"} == set(openai_public.ENCODING_CONSTRUCTORS)
     for name, entry in from_tiktoken.ENCODINGS.items():
-        theirs = openai_public.ENCODING_CONSTRUCTORS[name]()
-        assert (theirs["pat_str"], theirs["special_tokens"]) == (entry.pattern, entry.special_tokens)
-        url, sha256 = asked.pop()
+        expected = openai_public.ENCODING_CONSTRUCTORS[name]()
+        assert (expected["pat_str"], expected["special_tokens"]) == (entry.pattern, entry.special_tokens)
+        url, sha256 = requested.pop()
         assert (url.rpartition("/")[2], sha256) == (entry.file, entry.sha256)
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No network; returns the folder where tiktoken would keep its files."""
+    """Disable the network; return the folder where tiktoken would keep its files."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-# GPT-2's ranks are r50k_base's: the one published file that is there without a network.
+# GPT-2's ranks are r50k_base's: the only published file that is available without a network.
 R50K_NAME_IN_CACHE = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
 
 
-def test_ranks_that_are_not_here_are_asked_for_by_file_and_place(offline: Path) -> None:
+def test_missing_ranks_are_an_error_that_names_the_file_and_its_place(offline: Path) -> None:
     with pytest.raises(ValueError, match=r"cl100k_base: its ranks are not on this machine") as raised:
         find_tokenizer.find("cl100k_base")
     assert "encodings/cl100k_base.tiktoken elsewhere, and name that file in place of 'cl100k_base'" in str(raised.value)
@@ -131,14 +131,14 @@ def test_ranks_that_are_not_here_are_asked_for_by_file_and_place(offline: Path) 
     assert not offline.exists()
 
 
-def test_ranks_are_taken_from_tiktokens_cache(gpt2: ByteLevelBPE, offline: Path) -> None:
+def test_ranks_are_read_from_tiktokens_cache(gpt2: ByteLevelBPE, offline: Path) -> None:
     save_load.save(gpt2, offline)
     (offline / "vocab.tiktoken").rename(offline / R50K_NAME_IN_CACHE)
     found = find_tokenizer.find("r50k_base")
     assert (found.name, found.fingerprint) == ("r50k_base", gpt2.fingerprint)
 
 
-def test_a_damaged_cache_is_named_and_left_alone(offline: Path) -> None:
+def test_a_damaged_cache_is_an_error_and_stays(offline: Path) -> None:
     offline.mkdir()
     (offline / R50K_NAME_IN_CACHE).write_bytes(b"IQ== 0\n")
     with pytest.raises(ValueError, match=f"{R50K_NAME_IN_CACHE}: not r50k_base.tiktoken: SHA-256 .* expected 306cd27f"):
@@ -147,7 +147,7 @@ def test_a_damaged_cache_is_named_and_left_alone(offline: Path) -> None:
 
 
 class Ranks(http.server.BaseHTTPRequestHandler):
-    """Serves one file, whatever is asked for."""
+    """Serves one file at any path."""
 
     content = b""
 
@@ -157,13 +157,13 @@ class Ranks(http.server.BaseHTTPRequestHandler):
         self.wfile.write(self.content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing."""
+        """Print nothing."""
 
 
-def test_a_cache_of_another_user_is_passed_over(
+def test_an_inaccessible_cache_of_another_user_is_not_used(
     gpt2: ByteLevelBPE, offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """/tmp/data-gym-cache belongs to the first user of it: others can neither read nor write it."""
+    """/tmp/data-gym-cache belongs to its first user: others can neither read nor write it."""
     del offline
     monkeypatch.setattr(Ranks, "content", gpt2.files()["vocab.tiktoken"])
     with tempfile.TemporaryDirectory() as name, http.server.HTTPServer(("127.0.0.1", 0), Ranks) as server:
@@ -200,24 +200,24 @@ def test_a_file_of_ranks_is_recognized_by_its_hash(gpt2: ByteLevelBPE, offline: 
         find_tokenizer.find(str(downloaded))
 
 
-def test_another_end_of_text_than_the_tokenizers_own_is_refused(tokenizer_folder: Path) -> None:
+def test_an_end_of_text_other_than_the_tokenizers_is_refused(tokenizer_folder: Path) -> None:
     assert find_tokenizer.find("gpt2", END).end_of_text == 50256
     for name in ("gpt2", str(tokenizer_folder)):
         with pytest.raises(ValueError, match=f"its end of text is {re.escape(END)}: leave --end-of-text </s> out"):
             find_tokenizer.find(name, "</s>")
 
 
-# --- any -------------------------------------------------------------------------------------------
+# --- any tokenizer ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_comes_back_as_it_was(text: str, gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
+def test_encoding_and_decoding_returns_the_text(text: str, gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     for tokenizer in (gpt2, bpe):
         assert tokenizer.encoding.decode(tokenizer.encode(text)) == text
         assert "".join(interface.stream(tokenizer, tokenizer.encode(text))) == text
 
 
-def test_fuzzed_text_comes_back_as_it_was(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
+def test_encoding_and_decoding_returns_fuzzed_text(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     for text in equivalence_texts.fuzzed(500, seed=1):
         for tokenizer in (bpe, gpt2):
             ids = tokenizer.encode(text)
@@ -225,7 +225,7 @@ def test_fuzzed_text_comes_back_as_it_was(gpt2: ByteLevelBPE, bpe: ByteLevelBPE)
             assert "".join(interface.stream(tokenizer, ids)) == text
 
 
-def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
+def test_token_bytes_add_up_to_the_bytes_of_the_text(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     """Bits per byte are computed from this table."""
     for tokenizer in (gpt2, bpe):
         assert len(tokenizer.token_bytes) == tokenizer.vocab_size
@@ -234,16 +234,16 @@ def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(gpt2: ByteLevelBPE, bpe:
             assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-def test_a_stream_never_holds_half_a_character(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
+def test_a_stream_never_yields_half_a_character(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
     for tokenizer in (gpt2, bpe):
         text = "萧炎👩‍👧é"
-        pieces = list(interface.stream(tokenizer, tokenizer.encode(text)))
-        assert "".join(pieces) == text
-        assert not any("\ufffd" in piece for piece in pieces)
-        assert len(tokenizer.encode(text)) > len(text)  # so most characters did come in halves
+        parts = list(interface.stream(tokenizer, tokenizer.encode(text)))
+        assert "".join(parts) == text
+        assert not any("\ufffd" in part for part in parts)
+        assert len(tokenizer.encode(text)) > len(text)  # so most characters consist of several tokens
 
 
-def test_a_stream_that_ends_or_is_cut_within_a_character_shows_it_and_continues(bpe: ByteLevelBPE) -> None:
+def test_a_stream_that_ends_within_a_character_yields_u_fffd_and_continues(bpe: ByteLevelBPE) -> None:
     half = bpe.encode("萧")[:1]
     assert bpe.encoding.decode_bytes(half) != "萧".encode()
     assert "".join(interface.stream(bpe, [*half, *bpe.encode("b")])) == "\ufffdb"
@@ -252,7 +252,7 @@ def test_a_stream_that_ends_or_is_cut_within_a_character_shows_it_and_continues(
 
 
 def test_a_stream_is_lazy(bpe: ByteLevelBPE) -> None:
-    """Text must appear while it is generated."""
+    """Text must appear while it is being generated."""
     drawn: list[int] = []
 
     def ids() -> object:
@@ -265,10 +265,10 @@ def test_a_stream_is_lazy(bpe: ByteLevelBPE) -> None:
     assert len(drawn) == 1
 
 
-# --- one's own -------------------------------------------------------------------------------------
+# --- training a tokenizer --------------------------------------------------------------------------
 
 
-def test_a_trained_bpe_has_exactly_the_ids_that_were_asked_for(bpe: ByteLevelBPE) -> None:
+def test_a_trained_bpe_has_exactly_the_requested_number_of_ids(bpe: ByteLevelBPE) -> None:
     assert (bpe.vocab_size, bpe.end_of_text, bpe.name) == (512, 511, "bpe512")
     assert sorted([*bpe.ranks.values(), *bpe.special_tokens.values()]) == list(range(512))
     assert all(bytes([byte]) in bpe.ranks for byte in range(256))
@@ -280,15 +280,15 @@ def test_training_twice_gives_the_same_tokenizer(text_folder: Path, tmp_path: Pa
     flags = ["--out", str(out), "--vocab-size", "512", "--val-fraction", "0"]
     done = command("data_prep.train_tokenizer", str(text_folder), *flags)
     assert done.returncode == 0, done.stderr
-    again = tmp_path / "again" / "bpe512"
-    assert command("data_prep.train_tokenizer", str(text_folder), "--out", str(again), *flags[2:]).returncode == 0
+    second = tmp_path / "second" / "bpe512"
+    assert command("data_prep.train_tokenizer", str(text_folder), "--out", str(second), *flags[2:]).returncode == 0
     for name in ("vocab.tiktoken", "tokenizer.json"):
-        assert (out / name).read_bytes() == (again / name).read_bytes()
+        assert (out / name).read_bytes() == (second / name).read_bytes()
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
-def test_training_cuts_text_as_the_saved_pattern_does(pattern: str) -> None:
-    """The trainer has other regular expressions than tiktoken."""
+def test_training_splits_text_like_the_saved_pattern(pattern: str) -> None:
+    """The trainer has another regular expression engine than tiktoken."""
     tiktoken_pattern, regex = train_tokenizer._PATTERNS[pattern]
     by_trainer = pre_tokenizers.Split(Regex(regex), "isolated")
     pairs = equivalence_texts.all_pairs(tiktoken_pattern).encoding
@@ -297,12 +297,12 @@ def test_training_cuts_text_as_the_saved_pattern_does(pattern: str) -> None:
         *islice(equivalence_texts.code_points(), 300),
         *equivalence_texts.fuzzed(500, seed=4),
     ]:
-        pieces = [piece for piece, _ in by_trainer.pre_tokenize_str(text)]
-        assert "".join(pieces) == text
-        assert [n for piece in pieces for n in pairs._encode_single_piece(piece)] == pairs.encode_ordinary(text)
+        parts = [part for part, _ in by_trainer.pre_tokenize_str(text)]
+        assert "".join(parts) == text
+        assert [n for part in parts for n in pairs._encode_single_piece(part)] == pairs.encode_ordinary(text)
 
 
-def test_a_sample_is_even_bounded_and_the_same_in_any_order() -> None:
+def test_a_sample_is_even_bounded_and_independent_of_the_order() -> None:
     texts = [f"{n} " + "x" * (n % 50) for n in range(4000)]
     sample = train_tokenizer.draw_sample(texts, 20_000)
     assert 19_900 < sum(map(len, sample)) <= 20_000
@@ -316,15 +316,15 @@ def test_a_sample_is_even_bounded_and_the_same_in_any_order() -> None:
     assert len(train_tokenizer.draw_sample(["x" * 100, "y" * 100], 10)) == 1
 
 
-def test_a_sample_ends_where_its_different_words_are_too_many() -> None:
+def test_a_sample_ends_where_it_has_too_many_different_words() -> None:
     alike, different = [b"the same words again"] * 1000, [f"word{n} ".encode() * 3 for n in range(1000)]
     assert train_tokenizer.count_fitting(alike, 100) == 1000
     assert train_tokenizer.count_fitting(different, 60) == 11  # "word0" to "word10" are 56 bytes
     assert train_tokenizer.count_fitting(different[:1], 2) == 1
 
 
-def test_training_reads_a_large_corpus_here_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The corpus is 24 times the sample: every fifth or sixth unit is read, the last as well as the first."""
+def test_training_reads_units_from_all_over_a_large_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The corpus is 24 times the sample: every fifth or sixth unit is read, from the first to the last."""
     monkeypatch.setattr(train_tokenizer, "_UNIT_BYTES", 250_000)
     with open(tmp_path / "a.jsonl", "w") as file:
         for n in range(24_000):
@@ -352,8 +352,8 @@ def test_a_bpe_of_chinese_text_needs_fewer_tokens_than_gpt2s(tmp_path: Path, gpt
     assert "".join(interface.stream(found, found.encode(text))) == text
 
 
-def test_training_leaves_the_validation_documents_out(tmp_path: Path) -> None:
-    """The one merge of a vocabulary of 258 comes from the longer text, unless that is held out."""
+def test_training_excludes_the_validation_documents(tmp_path: Path) -> None:
+    """The only merge of a vocabulary of 258 comes from the longer text, unless it is held out."""
     held_out = next(text for n in range(99) if holdout.is_validation(text := f"qz {n}" * 1000, 0.5))
     kept = next(text for n in range(99) if not holdout.is_validation(text := f"xj {n}" * 100, 0.5))
     (tmp_path / "text").mkdir()
@@ -381,7 +381,7 @@ def test_training_leaves_the_validation_documents_out(tmp_path: Path) -> None:
         (["--pattern", "gpt5"], "invalid choice: 'gpt5'"),
     ],
 )
-def test_a_vocabulary_that_cannot_be_is_refused(
+def test_an_impossible_vocabulary_is_refused(
     flags: list[str], sentence: str, text_folder: Path, tmp_path: Path
 ) -> None:
     done = command("data_prep.train_tokenizer", str(text_folder), "--out", str(tmp_path / "out"), *flags)
@@ -400,8 +400,8 @@ def test_a_tokenizer_is_not_overwritten(text_folder: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_a_tokenizer_that_was_half_written_is_written_again(text_folder: Path, tmp_path: Path) -> None:
-    """tokenizer.json comes last."""
+def test_a_half_written_tokenizer_is_written_again(text_folder: Path, tmp_path: Path) -> None:
+    """tokenizer.json is written last."""
     flags = [str(text_folder), "--out", str(tmp_path / "out"), "--vocab-size", "300"]
     assert command("data_prep.train_tokenizer", *flags).returncode == 0
     (tmp_path / "out" / "tokenizer.json").unlink()
@@ -410,10 +410,10 @@ def test_a_tokenizer_that_was_half_written_is_written_again(text_folder: Path, t
     assert save_load.load(tmp_path / "out").vocab_size == 300
 
 
-# --- on the disk -----------------------------------------------------------------------------------
+# --- on disk ---------------------------------------------------------------------------------------
 
 
-def test_a_saved_tokenizer_is_the_same_tokenizer(gpt2: ByteLevelBPE, bpe: ByteLevelBPE, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_loaded_unchanged(gpt2: ByteLevelBPE, bpe: ByteLevelBPE, tmp_path: Path) -> None:
     for tokenizer in (gpt2, bpe):
         save_load.save(tokenizer, tmp_path / tokenizer.name)
         found = save_load.load(tmp_path / tokenizer.name, tokenizer.fingerprint)
@@ -421,7 +421,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(gpt2: ByteLevelBPE, bpe: ByteLe
         assert found.fingerprint == tokenizer.fingerprint
 
 
-def test_whatever_changes_an_id_changes_the_fingerprint(bpe: ByteLevelBPE) -> None:
+def test_every_change_of_an_id_changes_the_fingerprint(bpe: ByteLevelBPE) -> None:
     swapped = dict(bpe.ranks)
     one, two = list(swapped)[300:302]
     swapped[one], swapped[two] = swapped[two], swapped[one]
@@ -436,40 +436,40 @@ def test_whatever_changes_an_id_changes_the_fingerprint(bpe: ByteLevelBPE) -> No
     assert renamed.fingerprint == bpe.fingerprint
 
 
-def test_another_tokenizer_than_the_shards_is_refused(gpt2: ByteLevelBPE, tokenizer_folder: Path) -> None:
+def test_a_tokenizer_other_than_the_shards_is_refused(gpt2: ByteLevelBPE, tokenizer_folder: Path) -> None:
     with pytest.raises(ValueError, match=f"fingerprint .*, but the shards were made with {gpt2.fingerprint[:12]}"):
         save_load.load(tokenizer_folder, gpt2.fingerprint)
 
 
-def damaged(folder: Path, how: str) -> None:
+def damage_tokenizer(folder: Path, damage: str) -> None:
     vocab, about = folder / "vocab.tiktoken", folder / "tokenizer.json"
     lines = vocab.read_bytes().splitlines(keepends=True)
-    if how == "cut within a line":
+    if damage == "cut within a line":
         vocab.write_bytes(vocab.read_bytes()[:-9])
-    elif how == "cut between lines":
+    elif damage == "cut between lines":
         vocab.write_bytes(b"".join(lines[:400]))
-    elif how == "a line lost":
+    elif damage == "a line lost":
         vocab.write_bytes(b"".join(lines[:300] + lines[301:]))
-    elif how == "a letter changed":
+    elif damage == "a letter changed":
         token, rank = lines[400].split()
         other = base64.b64encode(base64.b64decode(token)[:-1] + b"\xfe")
         vocab.write_bytes(b"".join([*lines[:400], other + b" " + rank + b"\n", *lines[401:]]))
-    elif how == "no base64":
+    elif damage == "no base64":
         vocab.write_bytes(b"!!!! 0\n" + b"".join(lines[1:]))
-    elif how == "empty":
+    elif damage == "empty":
         vocab.write_bytes(b"")
-    elif how == "no JSON":
+    elif damage == "no JSON":
         about.write_text(about.read_text()[:20])
-    elif how == "another kind of JSON":
+    elif damage == "another kind of JSON":
         about.write_text("[]")
-    elif how == "a key lost":
+    elif damage == "a key lost":
         about.write_text(json.dumps({"name": "x", "pattern": "x", "special_tokens": {}}))
-    elif how == "a key of another kind":
+    elif damage == "a key of another kind":
         about.write_text(json.dumps(json.loads(about.read_text()) | {"special_tokens": [END]}))
-    elif how == "another kind":
+    elif damage == "another kind":
         about.write_text(json.dumps(json.loads(about.read_text()) | {"kind": "tokenizers"}))
         (folder / "huggingface.json").write_text("{}")
-    elif how == "another pattern":
+    elif damage == "another pattern":
         about.write_text(json.dumps(json.loads(about.read_text()) | {"pattern": r"\w+|\W+"}))
 
 
@@ -478,13 +478,15 @@ DAMAGES = ["cut within a line", "cut between lines", "a line lost", "a letter ch
            "another kind"]  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", [True, False])
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_tokenizer_is_refused(how: str, asked: bool, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Also without a fingerprint to compare with: `make_shards --tokenizer DIR` reads it first."""
+@pytest.mark.parametrize("with_fingerprint", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_tokenizer_is_refused(
+    damage: str, with_fingerprint: bool, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Also without a fingerprint: `make_shards --tokenizer DIR` has none at first."""
     folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
-    fingerprint = save_load.load(folder).fingerprint if asked else ""
-    damaged(folder, how)
+    fingerprint = save_load.load(folder).fingerprint if with_fingerprint else ""
+    damage_tokenizer(folder, damage)
     with pytest.raises(ValueError, match=str(folder)):
         save_load.load(folder, fingerprint)
 
@@ -497,6 +499,6 @@ def test_a_missing_file_is_named(name: str, tokenizer_folder: Path, tmp_path: Pa
         save_load.load(folder)
 
 
-def test_a_name_that_is_no_tokenizer_is_refused() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no tokenizer 'gtp2': it is neither gpt2, r50k_base, .*, nor a folder with"):
         find_tokenizer.find("gtp2")

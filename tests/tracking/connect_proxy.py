@@ -1,5 +1,4 @@
-"""An HTTP proxy that takes CONNECT, and plays the HTTPS server at the other end of its tunnels: the name of that server
-need not resolve."""
+"""An HTTP proxy that accepts CONNECT and acts as the HTTPS server at the other end, whose name need not resolve."""
 
 from __future__ import annotations
 
@@ -14,25 +13,27 @@ from urllib.parse import urlsplit
 
 
 class ConnectProxy:
-    """Passes on to `server` (http://HOST:PORT) what comes by TLS for the host `name`. `tunnels` has what was asked for;
-    `certificate` is what a client has to trust."""
+    """Forwards to `server` (http://HOST:PORT) what arrives by TLS for the host `name`.
+
+    `tunnels` are the requested addresses; `certificate` is what a client has to trust.
+    """
 
     def __init__(self, folder: Path, name: str, server: str) -> None:
         self.certificate, key = folder / "certificate.pem", folder / "key.pem"
-        words: list[str | Path] = [
+        command: list[str | Path] = [
             "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
             "-keyout", key, "-out", self.certificate, "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}",
         ]  # fmt: skip
-        subprocess.run(words, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, key)
-        behind = urlsplit(server)
+        target = urlsplit(server)
         self.tunnels: set[str] = set()
         tunnels = self.tunnels
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *args: object) -> None:
-                """Stay quiet."""
+                """Print nothing."""
 
             def do_CONNECT(self) -> None:
                 tunnels.add(self.path)
@@ -41,7 +42,7 @@ class ConnectProxy:
                 with (
                     suppress(OSError),
                     context.wrap_socket(self.connection, server_side=True) as client,
-                    socket.create_connection((behind.hostname or "", behind.port or 0)) as end,
+                    socket.create_connection((target.hostname or "", target.port or 0)) as end,
                 ):
                     back = threading.Thread(target=_pass_on, args=(end, client), daemon=True)
                     back.start()
@@ -60,7 +61,7 @@ class ConnectProxy:
 
 def _pass_on(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError):
-        while piece := source.recv(1 << 16):
-            target.sendall(piece)
+        while chunk := source.recv(1 << 16):
+            target.sendall(chunk)
     with suppress(OSError):
         target.shutdown(socket.SHUT_WR)

@@ -1,5 +1,4 @@
-"""hpcgpt.tracking.missing_rows: a row is judged by the rollbacks from before it was made, not by those of the last
-look."""
+"""hpcgpt.tracking.missing_rows: a row is compared with the rollbacks before it, not with those of the last read."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ def add(folder: Path, name: str, *lines: dict[str, Any]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def go_back(folder: Path, to: int, at: float) -> None:
-    """Cut metrics.jsonl and record it, in the order in which the reporter does."""
+def roll_back(folder: Path, to: int, at: float) -> None:
+    """Cut metrics.jsonl off and record it, in the reporter's order."""
     path = folder / "metrics.jsonl"
     kept = path.read_text().splitlines(True)[:to] if path.exists() else []
     (folder / "new").write_text("".join(kept))
@@ -36,24 +35,24 @@ def steps(found: list[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
-def test_a_rollback_between_two_looks_at_the_files_is_seen(tmp_path: Path, name: str) -> None:
-    """What is made anew while the rows before it are being sent is lacking, though its step has arrived."""
+def test_a_rollback_between_two_reads_of_the_files_is_noticed(tmp_path: Path, name: str) -> None:
+    """Rows that are made again while earlier ones are being sent are missing, though their steps have arrived."""
     run = RunRows(tmp_path)
     extra = {"text": "a"} if name == "samples.jsonl" else {}
     add(tmp_path, name, *[row | extra for row in rows(1, 4, 100.0)])
     assert steps(list(run.lacking())) == [1, 2, 3, 4]
     add(tmp_path, "metrics.jsonl", *rows(5, 5, 100.0))
-    looking = run.lacking()
-    assert next(looking)["step"] == 5
-    go_back(tmp_path, 2, at=200.0)
+    missing = run.lacking()
+    assert next(missing)["step"] == 5
+    roll_back(tmp_path, 2, at=200.0)
     add(tmp_path, name, *[row | extra for row in rows(3, 5, 201.0)])
-    later = [*looking, *run.lacking()]
+    later = [*missing, *run.lacking()]
     assert [row["step"] for row in later if row["time"] > 200] == [3, 4, 5]
     assert list(run.lacking()) == []
 
 
 def test_a_row_from_before_a_rollback_that_has_arrived_is_not_sent_again(tmp_path: Path) -> None:
-    """The rollback may be recorded between the look at the rows and the look at the events."""
+    """The rollback may be recorded after the rows were read and before the events are."""
     run = RunRows(tmp_path)
     for row in rows(1, 4, 100.0):
         run.rows.add(row["step"], row["time"])

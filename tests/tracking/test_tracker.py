@@ -1,6 +1,6 @@
-"""hpcgpt.tracking: one wandb run over all attempts, no row missing or doubled, and training never waits for wandb.
+"""hpcgpt.tracking.tracker: one wandb run over all attempts, no row missing or doubled; training never waits for wandb.
 
-The server is hpcgpt/drill/wandb_server.py on loopback, and the client is the real wandb. What is on disk is read with
+The server is hpcgpt/drill/wandb_server.py on loopback; the client is the real wandb. Files on disk are read with
 wandb's own reader, ``wandb leet inspect``.
 """
 
@@ -38,7 +38,7 @@ LONG_S = 60.0
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without a key and without settings, and no variable of wandb's."""
+    """A home without a key and without settings; and no variable of wandb's."""
     home = tmp_path_factory.mktemp("home")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -61,12 +61,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 class Attempt:
-    """One attempt of a run that logs rows as the reporter does; its generation is taken for real."""
+    """One attempt of a run that logs rows as the reporter does, with a real generation file."""
 
-    def __init__(self, tmp_path: Path, wanted: str = "auto", keep: int = 0) -> None:
+    def __init__(self, tmp_path: Path, mode: str = "auto", keep: int = 0) -> None:
         self.config = Config(
             run=Run(name="run", dir=str(tmp_path)),
-            tracking=TrackingOptions(wandb=wanted),  # type: ignore[arg-type]
+            tracking=TrackingOptions(wandb=mode),  # type: ignore[arg-type]
         )
         self.folder = self.config.run_folder
         self.id = run_folder.prepare(self.folder)
@@ -78,7 +78,7 @@ class Attempt:
         self.tracker = Tracker(self.config, number)
 
     def cut(self, keep: int) -> None:
-        """Keep rows up to step `keep`, in a file of its own, as a resume and a rollback do."""
+        """Keep the rows up to step `keep` in a new file, as a resume and a rollback do."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(True)[:keep] if path.exists() else []
         atomic.write(path, "".join(lines).encode())
@@ -90,7 +90,7 @@ class Attempt:
                 file.write(json.dumps(row) + "\n")
 
     def kill(self) -> None:
-        """SIGKILL for the process beside training and for wandb's core, as a node's end does it."""
+        """Kill the tracking process and wandb's core with SIGKILL, as the failure of a node does."""
         child = self.wait_for_process()
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -104,7 +104,7 @@ class Attempt:
 
 
 def fragments(folder: Path, kind: str = "offline-run") -> list[list[dict[str, Any]]]:
-    """The records of each .wandb file of a run that is offline (or, of kind "run", online), the oldest first."""
+    """Return the records of each .wandb file of an offline run (with kind "run": an online run), the oldest first."""
     found = []
     for path in sorted((folder / "wandb").glob(f"{kind}-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         read = command("wandb", "leet", "inspect", "--json", str(path))
@@ -125,10 +125,10 @@ def until(what: Callable[[], Any]) -> None:
         time.sleep(0.05)
 
 
-# --- rows and samples arrive, each once ------------------------------------------------------------
+# --- each row and sample arrives once --------------------------------------------------------------
 
 
-def test_rows_and_samples_arrive_under_the_runs_id_with_the_names_that_metrics_jsonl_has(
+def test_rows_and_samples_arrive_under_the_runs_id_with_the_names_of_metrics_jsonl(
     tmp_path: Path, server: WandbServer
 ) -> None:
     attempt = Attempt(tmp_path)
@@ -154,14 +154,14 @@ def test_after_a_sigkill_at_any_moment_the_next_attempt_sends_exactly_what_the_s
     assert server.wait(lambda: len(server.steps(killed.id)) >= seen)
     killed.write(range(26, 41))
     killed.kill()
-    # It resumes at its last checkpoint, and makes steps 21 to 40 once more.
+    # It resumes at its last checkpoint, and repeats steps 21 to 40.
     last = Attempt(tmp_path, keep=20)
     last.write(range(21, 51))
     last.tracker.close(0, LONG_S)
     assert sorted(server.steps(last.id)) == list(range(1, 51))
 
 
-def test_what_a_rollback_makes_void_is_sent_anew_and_nothing_else(tmp_path: Path, server: WandbServer) -> None:
+def test_after_a_rollback_only_the_repeated_rows_are_sent_again(tmp_path: Path, server: WandbServer) -> None:
     attempt = Attempt(tmp_path)
     attempt.write(range(1, 21))
     assert server.wait(lambda: len(server.steps(attempt.id)) == 20)
@@ -170,14 +170,14 @@ def test_what_a_rollback_makes_void_is_sent_anew_and_nothing_else(tmp_path: Path
     attempt.write(range(11, 31))
     attempt.tracker.close(0, LONG_S)
     assert sorted(server.steps(attempt.id)) == sorted([*range(1, 21), *range(11, 31)])
-    again = Attempt(tmp_path, keep=30)
-    again.tracker.close(0, LONG_S)
+    rerun = Attempt(tmp_path, keep=30)
+    rerun.tracker.close(0, LONG_S)
     assert len(server.steps(attempt.id)) == 40
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_what_an_outage_kept_back_the_next_attempt_sends(tmp_path: Path, server: WandbServer, killed: bool) -> None:
-    """wandb has taken the rows, and no server has them."""
+def test_the_next_attempt_sends_what_an_outage_held_back(tmp_path: Path, server: WandbServer, killed: bool) -> None:
+    """wandb has accepted the rows, but no server has received them."""
     stopped = Attempt(tmp_path)
     stopped.write(range(1, 11))
     assert server.wait(lambda: len(server.steps(stopped.id)) == 10)
@@ -195,10 +195,10 @@ def test_what_an_outage_kept_back_the_next_attempt_sends(tmp_path: Path, server:
     assert server.steps(last.id) == list(range(1, 111))
 
 
-def test_an_outage_that_ends_while_the_run_goes_on_costs_nothing(
+def test_an_outage_that_ends_during_the_run_costs_nothing(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With a key and without an answer it is kept offline, says so, and goes online later."""
+    """Without an answer the tracker stays offline in spite of the key, says so, and goes online later."""
     monkeypatch.setenv("HPCGPT_TRACKING_PROBE_S", "1")
     server.mode = "failing"
     monkeypatch.setenv("HPCGPT_TRACKING_INIT_S", "5")
@@ -215,7 +215,7 @@ def test_an_outage_that_ends_while_the_run_goes_on_costs_nothing(
     assert "the server does not answer" in event["words"]
 
 
-def test_sync_sends_what_is_lacking_and_may_be_repeated(tmp_path: Path, server: WandbServer) -> None:
+def test_sync_sends_what_is_missing_and_may_be_repeated(tmp_path: Path, server: WandbServer) -> None:
     offline = Attempt(tmp_path, "offline")
     offline.write(range(1, 11))
     offline.tracker.close(0, LONG_S)
@@ -227,18 +227,20 @@ def test_sync_sends_what_is_lacking_and_may_be_repeated(tmp_path: Path, server: 
         assert server.steps(offline.id) == list(range(1, 11))
 
 
-def test_an_older_attempts_process_leaves_when_a_newer_one_has_the_folder(tmp_path: Path, server: WandbServer) -> None:
-    orphan = Attempt(tmp_path)
-    child = orphan.wait_for_process()
+def test_the_process_of_an_older_attempt_exits_when_a_newer_one_has_the_folder(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    older = Attempt(tmp_path)
+    child = older.wait_for_process()
     newer = Attempt(tmp_path)
     child.wait(60)
-    orphan.tracker.close(1, 1.0)
+    older.tracker.close(1, 1.0)
     newer.write(range(1, 4))
     newer.tracker.close(0, LONG_S)
     assert server.steps(newer.id) == [1, 2, 3]
 
 
-def test_stop_run_on_the_dashboard_makes_a_stop_file(tmp_path: Path, server: WandbServer) -> None:
+def test_stop_run_on_the_dashboard_creates_a_stop_file(tmp_path: Path, server: WandbServer) -> None:
     attempt = Attempt(tmp_path)
     attempt.write(range(1, 4))
     server.stop_asked = True
@@ -251,8 +253,8 @@ def test_stop_run_on_the_dashboard_makes_a_stop_file(tmp_path: Path, server: Wan
 # --- offline ---------------------------------------------------------------------------------------
 
 
-def test_offline_parts_hold_each_row_once_whatever_dies(tmp_path: Path) -> None:
-    """wandb's core dies of a signal; then the whole attempt does; then the run goes back to step 20."""
+def test_offline_parts_contain_each_row_once_whatever_is_killed(tmp_path: Path) -> None:
+    """wandb's core gets a signal; then the whole attempt is killed; then the run resumes at step 20."""
     first = Attempt(tmp_path, "offline")
     first.write(range(1, 11))
     child = first.wait_for_process()
@@ -276,24 +278,24 @@ def test_offline_parts_hold_each_row_once_whatever_dies(tmp_path: Path) -> None:
 def children(pid: int) -> list[int]:
     listed = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True,
                             check=False)  # fmt: skip
-    return [int(word) for word in listed.stdout.split()]
+    return [int(pid_text) for pid_text in listed.stdout.split()]
 
 
-def test_disabled_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for wanted, mode in (("disabled", "online"), ("auto", "disabled")):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        attempt = Attempt(tmp_path, wanted)
+def test_disabled_tracking_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for option, variable in (("disabled", "online"), ("auto", "disabled")):
+        monkeypatch.setenv("WANDB_MODE", variable)
+        attempt = Attempt(tmp_path, option)
         attempt.tracker.sample(2, "text")
         attempt.tracker.close(0, LONG_S)
         assert not (attempt.folder / "wandb").exists()
         assert not (attempt.folder / "samples.jsonl").exists()
 
 
-# --- wandb's own settings decide -------------------------------------------------------------------
+# --- wandb's own settings --------------------------------------------------------------------------
 
 
-def one_row(tmp_path: Path, wanted: str = "auto") -> Attempt:
-    attempt = Attempt(tmp_path, wanted)
+def one_row(tmp_path: Path, mode: str = "auto") -> Attempt:
+    attempt = Attempt(tmp_path, mode)
     attempt.write(range(1, 2))
     attempt.tracker.close(0, LONG_S)
     return attempt
@@ -305,7 +307,7 @@ def netrc(home: Path, machine: str, mode: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
-def test_a_key_in_a_netrc_of_any_mode_counts(
+def test_a_key_in_a_netrc_of_any_file_mode_counts(
     tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
@@ -314,8 +316,8 @@ def test_a_key_in_a_netrc_of_any_mode_counts(
     check("online")
 
 
-def test_a_key_for_wandbs_own_host_counts_whatever_that_host_is(home: Path) -> None:
-    """Without WANDB_BASE_URL; the key is kept as `wandb login` keeps it. Nothing is sent there."""
+def test_a_key_for_wandbs_default_host_counts(home: Path) -> None:
+    """Without WANDB_BASE_URL; the key is stored as by `wandb login`. Nothing is sent there."""
     with pytest.raises(UserError, match="there is no key"):
         check("online")
     login = "import wandb\nfrom wandb.sdk.lib import wbauth\n"
@@ -325,7 +327,7 @@ def test_a_key_for_wandbs_own_host_counts_whatever_that_host_is(home: Path) -> N
     check("online")
 
 
-def test_the_server_may_stand_in_wandbs_settings_file(
+def test_the_server_may_be_set_in_wandbs_settings_file(
     tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_BASE_URL")
@@ -334,16 +336,18 @@ def test_the_server_may_stand_in_wandbs_settings_file(
     assert server.steps(one_row(tmp_path).id) == [1]
 
 
-def test_the_server_may_be_behind_a_proxy(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name resolves nowhere: what arrives came through the proxy, which the server itself plays."""
+def test_the_server_may_be_reached_through_a_proxy(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name does not resolve: what arrives came through the proxy, which is the server itself."""
     monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.invalid")
     monkeypatch.setenv("HTTP_PROXY", server.url)
     assert server.steps(one_row(tmp_path).id) == [1]
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate of the proxy")
-def test_a_proxy_for_https_alone_is_used(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that it is asked for is one tunnel or more to the server, whose name resolves nowhere."""
+def test_a_proxy_for_https_only_is_used(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy only gets requests for tunnels to the server, whose name does not resolve."""
     proxy = ConnectProxy(tmp_path, "wandb.invalid", server.url)
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
@@ -353,10 +357,10 @@ def test_a_proxy_for_https_alone_is_used(tmp_path: Path, server: WandbServer, mo
     proxy.close()
 
 
-def test_a_server_that_no_proxy_names_is_asked_directly(
+def test_a_server_in_no_proxy_is_contacted_directly(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0.0.0.0 is this host, but to wandb's core no loopback address, which it would never ask a proxy for."""
+    """0.0.0.0 is this host, but no loopback address for wandb's core, which never uses a proxy for those."""
     proxy = WandbServer()
     monkeypatch.setenv("WANDB_BASE_URL", server.url.replace("127.0.0.1", "0.0.0.0"))
     monkeypatch.setenv("HTTP_PROXY", proxy.url)
@@ -380,7 +384,7 @@ def test_a_server_that_no_proxy_names_is_asked_directly(
     ],
     ids=["offline", "dryrun", "wandb-offline", "no-key", "bad-port"],
 )
-def test_offline_is_kept_to_and_its_reason_is_said_and_recorded(
+def test_offline_mode_is_respected_and_its_reason_printed_and_recorded(
     tmp_path: Path, server: WandbServer, home: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str], variables: dict[str, str], settings: str, reason: str,
 ) -> None:  # fmt: skip
@@ -392,9 +396,9 @@ def test_offline_is_kept_to_and_its_reason_is_said_and_recorded(
     attempt = one_row(tmp_path)
     assert server.history == {}
     assert steps_of(fragments(attempt.folder)) == [1]
-    said = capfd.readouterr().err
-    assert f"wandb: offline, because {reason}" in said
-    assert f"`python -m hpcgpt.tracking sync {attempt.folder}` later" in said
+    output = capfd.readouterr().err
+    assert f"wandb: offline, because {reason}" in output
+    assert f"`python -m hpcgpt.tracking sync {attempt.folder}` later" in output
     (event,) = (event for event in run_folder.events(attempt.folder) if event["event"] == "wandb")
     assert reason in event["words"]
 
@@ -402,8 +406,8 @@ def test_offline_is_kept_to_and_its_reason_is_said_and_recorded(
 def test_online_without_a_key_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="there is no key: run `wandb login`, or use offline"):
         check("online")
-    for wanted in ("auto", "offline", "disabled"):
-        check(wanted)
+    for option in ("auto", "offline", "disabled"):
+        check(option)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     check("online")
 
@@ -412,27 +416,29 @@ def test_online_without_a_key_is_refused_with_what_to_do(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("mode", ["silent", "failing"])
-def test_training_ends_and_leaves_while_the_server_is_out_of_order_and_the_next_attempt_sends_everything(
+def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_everything(
     tiny: Path, tmp_path: Path, server: WandbServer, mode: Any
 ) -> None:
-    """No answer ever comes, so whatever waits for one would not end: neither the steps, nor SIGTERM, nor the end."""
+    """The server never answers, so anything that waits for it would hang: steps, SIGTERM and the end."""
     folder = tmp_path / "runs" / "tiny"
     server.mode = mode
     env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
     env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
     env |= {"HPCGPT_TRACKING_INIT_S": "100000"}  # wandb itself would give up after a while
-    words = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "200", "--tracking.wandb", "auto"]
-    told = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert server.wait(lambda: bool(server.requests) or told.poll() is not None)
+    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "200", "--tracking.wandb", "auto"]
+    training = subprocess.Popen(
+        command_line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert server.wait(lambda: bool(server.requests) or training.poll() is not None)
     until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
-    told.send_signal(signal.SIGTERM)
-    assert told.wait(60) == AGAIN, told.communicate()[1]
-    told.communicate()
+    training.send_signal(signal.SIGTERM)
+    assert training.wait(60) == AGAIN, training.communicate()[1]
+    training.communicate()
     steps = len(rows(folder / "metrics.jsonl"))
     assert run_folder.read_exit(folder).status == AGAIN  # type: ignore[union-attr]
     assert server.history == {}
     server.mode = "healthy"
-    last = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    last = subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert last.returncode == FINISHED, last.stderr
     assert steps <= 200
     assert server.steps(run_folder.run_id(folder)) == list(range(1, 201))

@@ -1,8 +1,8 @@
-"""A test bed in which one call about a file fails: in a run of its own, started again afterwards without any fault.
+"""A test bed in which one file operation of a run fails; afterwards the run is started again without a fault.
 
-The calls are those that the C library sees of one process (faulty_calls.c, preloaded by the dynamic linker) about
-files of the run and its shards. Which there are is found out by a run in which none fails. A site is a call, a path and
-a number: the third ``read`` of ``run/run.json`` in a first start.
+A file operation is a call of the C library, in one process, about a file of the run or of its shards (faulty_calls.c,
+preloaded by the dynamic linker). A run without faults lists them. A site is a call, a path and a number: the third
+``read`` of ``run/run.json`` in a first start.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Later = Literal["once", "path", "disk"]
 STEPS = 6
 FLAGS = ("--train.steps", str(STEPS), "--checkpoint.every", "2", "--checkpoint.keep_last", "2", "--eval.every", "3",
          "--eval.batches", "2", "--model.dropout", "0.1")  # fmt: skip
-LONGEST_S = 60.0
+TIME_LIMIT_S = 60.0
 
-# What a disk, its server or its quota answers. Not ENOENT and its like, which a person's wrong word answers, too.
+# The errors of a disk, its server or its quota. Not ENOENT and its like: a wrong path in the command gives them too.
 ANSWERS: dict[str, Sequence[int]] = {
     "access": (errno.EIO, errno.ESTALE),
     "chmod": (errno.EPERM, errno.EROFS, errno.EIO),
@@ -64,7 +64,7 @@ ANSWERS: dict[str, Sequence[int]] = {
 @dataclass(frozen=True)
 class Site:
     call: str
-    path: str  # under run/ or shards/; * where host and process would be
+    path: str  # under run/ or shards/; * in place of host and process
     nth: int
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ended:
-    """`status` is None if it had to be killed."""
+    """The end of a start; `status` is None if it had to be killed."""
 
     status: int | None
     out: str
@@ -96,16 +96,18 @@ class Ended:
         return any(fired for *_, fired in self.calls)
 
 
-class Bed:
+class FaultyBed:
+    """Runs the cases, each in a run folder of its own; `hits` counts those in which the call came."""
+
     def __init__(self, folder: Path, shards: Path, library: Path) -> None:
         self.folder, self._shards, self._count = folder, shards, 0
-        self.came = 0
+        self.hits = 0
         self._preloaded = Preloaded(library)
         (folder / "tiny.toml").write_text(f'{TINY}\n[data]\ndir = "{shards}"\n')
-        self.whole, self.stopped = folder / "whole" / "tiny", folder / "stopped" / "tiny"
-        self.calls: dict[Phase, list[Site]] = {"start": self._calls(self.train(self.whole.parent, 0))}
-        # As a kill after the last rows would leave it.
-        shutil.copytree(self.whole, self.stopped)
+        self.uninterrupted, self.stopped = folder / "uninterrupted" / "tiny", folder / "stopped" / "tiny"
+        self.calls: dict[Phase, list[Site]] = {"start": self._calls(self.train(self.uninterrupted.parent, 0))}
+        # The state that a kill after the last rows would leave.
+        shutil.copytree(self.uninterrupted, self.stopped)
         shutil.rmtree(self.stopped / "checkpoints" / f"step_{STEPS:09d}")
         (self.stopped / "exit.json").unlink()
         runs = folder / "resumed"
@@ -116,7 +118,7 @@ class Bed:
         self._preloaded.close()
 
     def train(self, runs: Path, restart: int, case: Case | None = None) -> Ended:
-        """One start of job 7, as the only task of its step."""
+        """Run one start of job 7, as the only task of its step."""
         env = clean_env() | {
             "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
             "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_RESTART_COUNT": str(restart),
@@ -133,17 +135,17 @@ class Bed:
         arguments = [str(self.folder / "tiny.toml"), "--run.dir", str(runs), "--run.name", "tiny", *FLAGS]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             running = self._preloaded.start("hpcgpt.train", arguments, env, ROOT, out, err)
-            status = running.wait(LONGEST_S)
+            status = running.wait(TIME_LIMIT_S)
             running.kill()
-            said = []
+            outputs = []
             for file in (out, err):
                 file.seek(0)
-                said.append(file.read().decode())
+                outputs.append(file.read().decode())
         calls = []
         for line in log.read_text().splitlines():
             call, path, fired = line.split("\t")
             calls.append((call, self._canonical(path, runs), fired == "1"))
-        return Ended(status, said[0], said[1], calls)
+        return Ended(status, outputs[0], outputs[1], calls)
 
     def _canonical(self, path: str, runs: Path) -> str:
         for root, name in ((runs / "tiny", "run"), (self._shards, "shards")):
@@ -163,8 +165,11 @@ class Bed:
         return sites
 
     def problems(self, case: Case) -> Iterator[str]:
-        """Everything that is wrong with how a run went in which that call failed. If the call did not come, as where
-        threads took turns in another way, the run is looked at all the same; `came` counts the others."""
+        """Yield everything that is wrong after a run in which that call failed.
+
+        The call may not come, where threads run in another order. The run is checked all the same; `hits` counts the
+        others.
+        """
         self._count += 1
         runs = self.folder / f"case_{self._count}"
         if case.phase == "resume":
@@ -172,7 +177,7 @@ class Bed:
         folder, restart = runs / "tiny", 0 if case.phase == "start" else 1
         try:
             ended = self.train(runs, restart, case)
-            self.came += ended.fired
+            self.hits += ended.fired
             if ended.status is None:
                 yield f"it hangs: {ended.err[-500:]}"
                 return
@@ -185,35 +190,35 @@ class Bed:
                 yield f"decision: {decision.reason}"
             if case.phase == "resume" and not any((folder / "checkpoints").glob("step_*")):
                 yield "no checkpoint is left"
-            again = None
+            rerun = None
             if ended.status != FINISHED or not (folder / f"checkpoints/step_{STEPS:09d}").exists():
-                again = self.train(runs, restart + 1)
-                if again.status != FINISHED:
-                    yield f"started again: status {again.status}: {again.err[-500:]}"
+                rerun = self.train(runs, restart + 1)
+                if rerun.status != FINISHED:
+                    yield f"started again: status {rerun.status}: {rerun.err[-500:]}"
                     return
             last = f"checkpoints/step_{STEPS:09d}"
-            if tensors(folder / last) != tensors(self.whole / last):
+            if tensors(folder / last) != tensors(self.uninterrupted / last):
                 yield "other tensors"
-            if curve(folder) != curve(self.whole):
+            if curve(folder) != curve(self.uninterrupted):
                 yield f"another curve: {[row[0] for row in curve(folder)]}"
             lost = self._lost(folder)
-            if lost - {"exit.json"} and again is None:
+            if lost - {"exit.json"} and rerun is None:
                 # A run that finished lacks what could not be written, config.toml for one: the next start writes it.
-                again = self.train(runs, restart + 1)
+                rerun = self.train(runs, restart + 1)
                 lost = self._lost(folder)
-            if lost - ({"exit.json"} if again is None else set()):
+            if lost - ({"exit.json"} if rerun is None else set()):
                 yield f"lost: {lost}"
         finally:
             shutil.rmtree(runs, ignore_errors=True)
 
     def _lost(self, folder: Path) -> set[str]:
-        """What the run without a fault has, and this one has not."""
-        found = {path.name for path in self.whole.iterdir()} - {path.name for path in folder.iterdir()}
-        return found - {"verified.json"}  # what a later start need not read again: without it, it does
+        """Return the files that the run without a fault has and this one lacks."""
+        found = {path.name for path in self.uninterrupted.iterdir()} - {path.name for path in folder.iterdir()}
+        return found - {"verified.json"}  # it only saves a later start some reading
 
 
 def decided(folder: Path, attempt: str, status: int, restart: int) -> Decision:
-    """What the batch script's policy makes of it."""
+    """Return the decision of the batch script's policy about this end."""
     ended = run_folder.read_exit(folder)
     if ended and ended.attempt != attempt:
         ended = None

@@ -1,4 +1,4 @@
-"""What test_evaluation runs on 2 and 4 ranks: ``-m tests.training.ranks_evaluation SHARDS OUT``; see `measure`."""
+"""The program of test_evaluation on 2 and 4 ranks: ``-m tests.training.ranks_evaluation SHARDS OUT``; see `measure`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCHES = (1, 5, 7, 0)  # none but 0 is a multiple of 2 or 4; 0 is the whole spl
 
 
 def model_and_windows(folder: Path, seed: int = 1) -> tuple[GPT, Windows, np.ndarray[Any, Any]]:
-    """A model whose predictions are not uniform, the validation windows, and the bytes of each id."""
+    """Return a model whose predictions are not uniform, the validation windows, and the bytes of each id."""
     manifest = shard_format.read_manifest(folder)
     tokenizer = save_load.load(folder / "tokenizer")
     size = tokenizer.vocab_size
@@ -40,23 +40,23 @@ def model_and_windows(folder: Path, seed: int = 1) -> tuple[GPT, Windows, np.nda
 
 
 def measure(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """The figures for each of BATCHES, and what a stop on the last rank at the third question gives."""
+    """Return the figures for each of BATCHES, and the result of a stop on the last rank at the third poll."""
     model, windows, token_bytes = model_and_windows(folder)
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         str(batches): evaluate(model, windows, EvalContext(batches, MICRO_BATCH, token_bytes, ranks))
         for batches in BATCHES
     }
-    asked = 0
+    polls = 0
 
     def stopped() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == 3
+        nonlocal polls
+        polls += 1
+        return polls == 3
 
     model.train()
-    told["stopped"] = evaluate(model, windows, EvalContext(0, MICRO_BATCH, token_bytes, ranks, stopped=stopped))
-    told["asked"], told["training"] = asked, model.training
-    return told
+    report["stopped"] = evaluate(model, windows, EvalContext(0, MICRO_BATCH, token_bytes, ranks, stopped=stopped))
+    report["polls"], report["training"] = polls, model.training
+    return report
 
 
 def main(folder: Path, out: Path) -> None:

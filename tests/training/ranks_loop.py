@@ -1,8 +1,8 @@
-"""What test_loop runs on 2 ranks: ``torchrun -m tests.training.ranks_loop TOLD HIT TRAIN_ARGUMENTS``.
+"""The program of test_loop on 2 ranks: ``torchrun -m tests.training.ranks_loop OUT HIT TRAIN_ARGUMENTS``.
 
-The program itself, with notes taken of what its loop asks of its parts: each rank writes TOLD/rank_R.json. Nothing is
-replaced, but what stands behind a save is made slow, so that one is under way when the next is due. HIT is 1 if rank 1
-is to be told to stop, by a signal to it alone, at the beginning of the first evaluation.
+It is `hpcgpt.train`, recording what its loop calls: each rank writes OUT/rank_R.json. Nothing is replaced, but the
+thread of a save is slowed down, so that it still runs when the next save is due. HIT is 1 if rank 1 gets a signal to
+stop, alone, at the beginning of the first evaluation.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from hpcgpt.training import attempt, engine, hang_watchdog, loop, reporter
 SLOW_S = 0.3
 
 
-def around(owner: Any, name: str, note: Callable[..., None]) -> None:
-    """Call `note` with the same arguments before each call."""
+def record_calls(owner: Any, name: str, note: Callable[..., None]) -> None:
+    """Before each call, call `note` with the same arguments."""
     real = getattr(owner, name)
 
     def noted(*arguments: Any, **named: Any) -> Any:
@@ -41,12 +41,12 @@ def around(owner: Any, name: str, note: Callable[..., None]) -> None:
 def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     rank = world.discover().rank
     counts: Counter[str] = Counter()
-    told: dict[str, Any] = {"order": [], "saves": [], "save_takes": [], "evaluations": []}
+    report: dict[str, Any] = {"order": [], "saves": [], "save_takes": [], "evaluations": []}
 
-    def begin(its: save.Saver, state: Any, _: object) -> None:
-        told["saves"].append(
-            {"step": state.step, "tokens": state.tokens, "samples": state.samples, "tidy": its.prune_old,
-             "busy": its.busy, "pending": state.pending is not None, "evaluated": state.val_loss is not None}
+    def begin(saver: save.Saver, state: Any, _: object) -> None:
+        report["saves"].append(
+            {"step": state.step, "tokens": state.tokens, "samples": state.samples, "prune_old": saver.prune_old,
+             "busy": saver.busy, "pending": state.pending is not None, "evaluated": state.val_loss is not None}
         )  # fmt: skip
 
     def slow(*_: object) -> None:
@@ -55,42 +55,42 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
 
     def evaluation(*arguments: Any) -> Any:
         before = counts["alive"]
-        if hit and rank == 1 and not told["evaluations"]:
+        if hit and rank == 1 and not report["evaluations"]:
             os.kill(os.getpid(), signal.SIGUSR1)
         figures = evaluate(*arguments)
-        told["evaluations"].append(counts["alive"] - before)
+        report["evaluations"].append(counts["alive"] - before)
         return figures
 
-    def stepping(its: loop.Loop) -> None:
-        told["threads"] = sorted(thread.name for thread in threading.enumerate())
-        told["watched"] = not its.watchdog._off.is_set()
+    def stepping(loop_object: loop.Loop) -> None:
+        report["threads"] = sorted(thread.name for thread in threading.enumerate())
+        report["watched"] = not loop_object.watchdog._off.is_set()
 
     def leave(status: int) -> None:
-        told["left_at"], told["status"] = time.monotonic(), status
+        report["left_at"], report["status"] = time.monotonic(), status
 
     def close(*_: object) -> None:
         time.sleep(SLOW_S)
-        told["closed_at"] = time.monotonic()
+        report["closed_at"] = time.monotonic()
 
     def flag(_: object, stop_file: Path | None, end_margin_s: float) -> None:
-        told["looks_for"], told["end_margin_s"] = str(stop_file), end_margin_s
+        report["stop_file"], report["end_margin_s"] = str(stop_file), end_margin_s
 
-    around(save.Saver, "begin", begin)
-    around(save.Saver, "poll", lambda _: counts.update(["polls"]))
-    around(hang_watchdog.Watchdog, "alive", lambda _: counts.update(["alive"]))
-    around(metrics_file.MetricsFile, "sync", slow)
-    around(stop_signals.StopFlag, "__init__", flag)
-    around(stop_signals.StopFlag, "save_takes", lambda _, seconds: told["save_takes"].append(seconds))
+    record_calls(save.Saver, "begin", begin)
+    record_calls(save.Saver, "poll", lambda _: counts.update(["polls"]))
+    record_calls(hang_watchdog.Watchdog, "alive", lambda _: counts.update(["alive"]))
+    record_calls(metrics_file.MetricsFile, "sync", slow)
+    record_calls(stop_signals.StopFlag, "__init__", flag)
+    record_calls(stop_signals.StopFlag, "save_takes", lambda _, seconds: report["save_takes"].append(seconds))
     evaluate, vars(attempt)["evaluate_all"] = vars(attempt)["evaluate_all"], evaluation
-    around(engine, "accumulate", lambda *_, **__: told["order"].append("warm up"))
-    around(retention, "recover_leftovers", lambda *_: told["order"].append("clean"))
-    around(load, "newest_valid", lambda *_: told["order"].append("choose"))
-    around(loop.Loop, "run", stepping)
-    around(reporter.Reporter, "close", close)
-    train._leave = leave  # type: ignore[assignment]  # it would end this process before it has told anything
+    record_calls(engine, "accumulate", lambda *_, **__: report["order"].append("warm_up"))
+    record_calls(retention, "recover_leftovers", lambda *_: report["order"].append("recover_leftovers"))
+    record_calls(load, "newest_valid", lambda *_: report["order"].append("newest_valid"))
+    record_calls(loop.Loop, "run", stepping)
+    record_calls(reporter.Reporter, "close", close)
+    train._leave = leave  # type: ignore[assignment]  # it would end this process before the report is written
     train.main(arguments)
-    told |= {"polls": counts["polls"], "synced": counts["synced"]}
-    (folder / f"rank_{rank}.json").write_text(json.dumps(told))
+    report |= {"polls": counts["polls"], "synced": counts["synced"]}
+    (folder / f"rank_{rank}.json").write_text(json.dumps(report))
     sys.stdout.flush()
     os._exit(0)
 

@@ -1,19 +1,19 @@
-"""What test_spikes runs, on 1 or 2 ranks: ``tests.training.ranks_spikes TOLD FAULTS TRAIN_ARGUMENTS``.
+"""The program of test_spikes on 1 or 2 ranks: ``tests.training.ranks_spikes OUT FAULTS TRAIN_ARGUMENTS``.
 
-The program itself, in which a micro-batch's loss goes wrong. FAULTS is JSON; every key may be left out:
+It is `hpcgpt.train` with injected losses and gradients. FAULTS is JSON; every key is optional:
 
     nan      [rank, global batch, micro-step]: its loss is NaN
-    grad     [rank, global batch, micro-step]: its loss is a number, and its gradient is not
-    row      global batch: of all gradients that of the last position's embedding alone is no finite number
+    grad     [rank, global batch, micro-step]: its loss is finite, its gradient is not
+    row      global batch: of all gradients only that of the last position's embedding is not finite
     spikes   global batches: the losses of all their micro-batches are three times as large
-    leaps    rank: only its losses leap, to ten times
-    late     true: figures are read a step late, as on a GPU
-    stop     global batch: SIGUSR1 when it has been asked for
+    leaps    rank: only its losses spike, to ten times
+    late     true: metrics are read one step late, as on a GPU
+    stop     global batch: SIGUSR1 once it has been requested
     kill     global batch: SIGKILL then
-    folder   [global batch, path]: rank 0 puts a folder in the place of this file then
-    slow_s   a checkpoint takes that many seconds more to load, where the run goes back to it
+    folder   [global batch, path]: rank 0 replaces this file by a folder then
+    slow_s   seconds that loading a checkpoint takes longer at a rollback
 
-Each rank writes TOLD/batches_R.json at its end: the numbers of the global batches that it has trained on.
+Each rank writes OUT/batches_R.json: the numbers of the global batches that it has trained on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
 
     def batches(self: prefetch.Prefetcher, number: int, count: int | None = None) -> Any:
         nonlocal micro_step
-        if count is None:  # else it is the warm-up
+        if count is None:  # not the warm-up
             asked.append(number)
             micro_step = 0
             (folder / f"batches_{rank}.json").write_text(json.dumps(asked))
@@ -59,16 +59,16 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         nonlocal micro_step
         if len(inputs) < 2 or not asked or not torch.is_grad_enabled():
             return loss
-        place, micro_step = [rank, asked[-1], micro_step], micro_step + 1
-        if place == faults.get("nan"):
+        position, micro_step = [rank, asked[-1], micro_step], micro_step + 1
+        if position == faults.get("nan"):
             return loss * float("nan")
-        if place == faults.get("grad"):
+        if position == faults.get("grad"):
             loss.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
-        leaps = asked[-1] in faults.get("spikes", ()) and rank == faults.get("leaps", rank)
-        return loss * (10 if "leaps" in faults else 3) if leaps else loss
+        spikes = asked[-1] in faults.get("spikes", ()) and rank == faults.get("leaps", rank)
+        return loss * (10 if "leaps" in faults else 3) if spikes else loss
 
     def hit_row(_module: object, _inputs: object, embedded: Tensor) -> None:
-        """The last row of 32: where two ranks have shares, the first one has nothing of it."""
+        """Hit the last row of 32: where two ranks have shares, rank 0 has nothing of it."""
         if asked and torch.is_grad_enabled() and asked[-1] == faults.get("row"):
             factors = torch.ones_like(embedded)
             factors[..., -1, :] = float("inf")
@@ -81,7 +81,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         self.defers_metrics = bool(faults.get("late"))
 
     def load(self: resume.Restorer, path: Path) -> None:
-        if asked:  # else it is where the attempt continues
+        if asked:  # a rollback, not the load at the start
             time.sleep(faults.get("slow_s", 0))
         real_load(self, path)
 

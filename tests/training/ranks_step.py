@@ -1,4 +1,4 @@
-"""What test_step runs on 1, 2 and 4 ranks: ``torchrun -m tests.training.ranks_step SHARDS OUT``.
+"""The program of test_step on 1, 2 and 4 ranks: ``torchrun -m tests.training.ranks_step SHARDS OUT``.
 
 Each rank writes OUT/rank_R.json; rank 0 also the gradients, OUT/gradients.safetensors.
 """
@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class Bench:
-    """A model, its optimizer and its batches on this rank; `taken` is the gradient that the last step used."""
+    """A model, its optimizer and its batches on this rank; `used_gradients` are those that the last step applied."""
 
     def __init__(self, ranks: Ranks, folder: Path, micro_steps: int, dtype: torch.dtype, dropout: float = 0.0) -> None:
         config = Model(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=512, dropout=dropout)
@@ -42,8 +42,8 @@ class Bench:
         self.model = GPT(config, seed=1).to(dtype)
         self.parallel = parallelize(self.model, ranks, Parallel(), compiled=False, dtype=dtype)
         self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
-        self.optimizer.register_step_pre_hook(self._remember)
-        self.taken: dict[str, Tensor] = {}
+        self.optimizer.register_step_pre_hook(self._record_gradients)
+        self.used_gradients: dict[str, Tensor] = {}
         split = shard_reader.open_split(folder, shard_format.read_manifest(folder), "train")
         size = ranks.world.size
         self.loader = Loader(
@@ -59,38 +59,38 @@ class Bench:
         )  # fmt: skip
         return result.loss, result.norm
 
-    def _remember(self, *_: Any) -> None:
-        self.taken = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+    def _record_gradients(self, *_: Any) -> None:
+        self.used_gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
 
 def gradients(ranks: Ranks, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Loss, norm and gradient of one unclipped step, for each precision and number of micro-steps."""
-    told: dict[str, Any] = {}
+    """Return loss, norm and gradient of one unclipped step, for each precision and number of micro-steps."""
+    report: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for precision, dtype in DTYPES.items():
         for micro_steps in ACCUMULATIONS:
             bench = Bench(ranks, folder, micro_steps, dtype)
             loss, norm = bench.step(3, clip_norm=0)
             name = f"{precision}/{micro_steps}"
-            told[name] = {"loss": loss.item(), "norm": norm.item(), "digest": digest(bench.taken)}
-            tensors |= {f"{name}/{key}": value for key, value in bench.taken.items()}
-    return told, tensors
+            report[name] = {"loss": loss.item(), "norm": norm.item(), "digest": digest(bench.used_gradients)}
+            tensors |= {f"{name}/{key}": value for key, value in bench.used_gradients.items()}
+    return report, tensors
 
 
 def hundred_steps(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Weights and norms of a run whose every step is clipped, with dropout, on two micro-steps."""
+    """Return weights and norms of a run in which every step is clipped, with dropout, on two micro-steps."""
     torch.manual_seed(ranks.world.rank)
     bench = Bench(ranks, folder, 2, torch.float32, dropout=0.1)
     norms, used = [], []
     for step in range(100):
         _, norm = bench.step(step, clip_norm=0.05)
         norms.append(norm.item())
-        used.append(nn.utils.get_total_norm(bench.taken.values()).item())
+        used.append(nn.utils.get_total_norm(bench.used_gradients.values()).item())
     return {"norms": norms, "used": used, "digest": digest(bench.model.state_dict())}
 
 
 def reductions(ranks: Ranks, folder: Path) -> list[int]:
-    """How many numbers each all-reduce carried, in order, of a step for each of ACCUMULATIONS."""
+    """Return how many numbers each all-reduce carried, in order, in a step for each of ACCUMULATIONS."""
     benches = [Bench(ranks, folder, micro_steps, torch.float32) for micro_steps in ACCUMULATIONS]
     for bench in benches:
         bench.step(0, clip_norm=1.0)  # DDP makes its buckets
@@ -102,17 +102,17 @@ def reductions(ranks: Ranks, folder: Path) -> list[int]:
 
 
 def in_buckets(ranks: Ranks, folder: Path) -> list[bool]:
-    """Before each micro-batch of a step that is not the first, and at its end: is every gradient a part of a bucket?"""
+    """Return whether every gradient is part of a bucket: before each micro-batch of the second step, and at its end."""
     bench = Bench(ranks, folder, 2, torch.float32)
     found: list[bool] = []
 
-    def look(*_: object) -> None:
+    def record(*_: object) -> None:
         gradients = [parameter.grad for parameter in bench.model.parameters()]
         found.append(all(g is not None and g.untyped_storage().nbytes() > g.nbytes for g in gradients))
 
     bench.step(0, clip_norm=1.0)
-    bench.parallel.module.register_forward_pre_hook(look)
-    bench.optimizer.register_step_pre_hook(look)
+    bench.parallel.module.register_forward_pre_hook(record)
+    bench.optimizer.register_step_pre_hook(record)
     bench.step(1, clip_norm=1.0)
     return found
 
@@ -128,8 +128,11 @@ def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
-    told, tensors = gradients(ranks, folder)
-    report = {"gradients": told, "hundred": hundred_steps(ranks, folder), "reductions": reductions(ranks, folder)}
+    report_of_gradients, tensors = gradients(ranks, folder)
+    report = {
+        "gradients": report_of_gradients, "hundred": hundred_steps(ranks, folder),
+        "reductions": reductions(ranks, folder),
+    }  # fmt: skip
     report["in_buckets"] = in_buckets(ranks, folder)
     (out / f"rank_{here.rank}.json").write_text(json.dumps(report))
     if here.is_first:

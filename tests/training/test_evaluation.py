@@ -1,4 +1,4 @@
-"""hpcgpt.training.evaluation: the same figures on any number of ranks, and no trace left in training."""
+"""hpcgpt.training.evaluation: the same figures on any number of ranks, and no effect on training."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.training.ranks_evaluation import BATCHES, CONTEXT, MICRO_BATCH, measu
 
 
 @pytest.fixture(scope="module")
-def alone(shards_folder: Path) -> dict[str, Any]:
+def one_rank_report(shards_folder: Path) -> dict[str, Any]:
     return measure(ALONE, shards_folder)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
-def told(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What `measure` gave on each rank."""
+def reports(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Return what `measure` returned on each rank."""
     out = tmp_path_factory.mktemp("ranks")
     done = on_ranks(request.param, "tests.training.ranks_evaluation", str(shards_folder), str(out))
     assert done.returncode == 0, done.stderr
@@ -41,20 +41,22 @@ def told(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: 
 
 
 @pytest.mark.parametrize("batches", BATCHES)
-def test_the_loss_is_that_of_one_process_on_every_rank(told: list[Any], alone: dict[str, Any], batches: int) -> None:
-    expected = alone[str(batches)]
-    for rank in told:
+def test_the_loss_is_that_of_one_process_on_every_rank(
+    reports: list[Any], one_rank_report: dict[str, Any], batches: int
+) -> None:
+    expected = one_rank_report[str(batches)]
+    for rank in reports:
         assert rank[str(batches)] == pytest.approx(expected, abs=1e-6)
-        assert rank[str(batches)] == told[0][str(batches)]
+        assert rank[str(batches)] == reports[0][str(batches)]
 
 
-def test_told_to_stop_all_ranks_give_up_at_the_same_round_and_give_no_figure(told: list[Any]) -> None:
-    assert [(rank["stopped"], rank["asked"], rank["training"]) for rank in told] == [(None, 3, True)] * len(told)
+def test_asked_to_stop_all_ranks_stop_at_the_same_batch_without_figures(reports: list[Any]) -> None:
+    assert [(rank["stopped"], rank["polls"], rank["training"]) for rank in reports] == [(None, 3, True)] * len(reports)
 
 
 @pytest.mark.parametrize("batches", BATCHES)
-def test_the_figures_are_those_of_a_computation_by_hand_in_float64(
-    shards_folder: Path, alone: dict[str, Any], batches: int
+def test_the_figures_are_those_of_a_plain_computation_in_float64(
+    shards_folder: Path, one_rank_report: dict[str, Any], batches: int
 ) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     model.double().eval()
@@ -63,17 +65,17 @@ def test_the_figures_are_those_of_a_computation_by_hand_in_float64(
     assert len(set(chosen.tolist())) == count
     inputs, targets = to_inputs_and_targets(windows.read(chosen), ALONE.device)
     with torch.no_grad():
-        chances = model(inputs).log_softmax(dim=-1)
-    nats = -chances.gather(-1, targets.unsqueeze(-1)).sum().item()
+        log_probabilities = model(inputs).log_softmax(dim=-1)
+    nats = -log_probabilities.gather(-1, targets.unsqueeze(-1)).sum().item()
     bits_per_byte = nats / math.log(2) / int(token_bytes[targets.numpy()].sum())
-    figures = alone[str(batches)]
+    figures = one_rank_report[str(batches)]
     assert figures["val/loss"] == pytest.approx(nats / targets.numel(), rel=1e-6)
     assert figures["val/perplexity"] == pytest.approx(math.exp(nats / targets.numel()), rel=1e-5)
     assert figures["val/bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-6)
 
 
-def test_bits_per_byte_count_the_bytes_of_the_text_itself(shards_folder: Path, alone: dict[str, Any]) -> None:
-    """From the other side: decode the targets, and count the bytes of the text that comes out."""
+def test_bits_per_byte_counts_the_bytes_of_the_text(shards_folder: Path, one_rank_report: dict[str, Any]) -> None:
+    """Computed in another way: decode the targets, and count the bytes of the text."""
     from hpcgpt.tokenizer import save_load
     from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 
@@ -83,12 +85,12 @@ def test_bits_per_byte_count_the_bytes_of_the_text_itself(shards_folder: Path, a
     _, targets = to_inputs_and_targets(windows.read(np.arange(windows.count)), ALONE.device)
     ids = [number for number in targets.flatten().tolist() if number != tokenizer.end_of_text]
     text = tokenizer.encoding.decode_bytes(ids)
-    expected = alone["0"]["val/loss"] * targets.numel() / math.log(2) / len(text)
-    assert alone["0"]["val/bits_per_byte"] == pytest.approx(expected, rel=1e-12)
+    expected = one_rank_report["0"]["val/loss"] * targets.numel() / math.log(2) / len(text)
+    assert one_rank_report["0"]["val/bits_per_byte"] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_leaves_generators_gradients_and_the_mode_of_the_model_alone(
+def test_evaluation_changes_neither_generators_nor_gradients_nor_the_mode_of_the_model(
     shards_folder: Path, training: bool
 ) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
@@ -120,7 +122,7 @@ def test_dropout_is_off(shards_folder: Path) -> None:
     assert evaluate(model.train(), windows, context) == evaluate(model.train(), windows, context)
 
 
-def test_it_computes_in_the_precision_of_training(shards_folder: Path) -> None:
+def test_evaluation_computes_in_the_precision_of_training(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     seen: set[torch.dtype] = set()
     model.get_submodule("blocks.0.attention").register_forward_hook(lambda _, __, made: seen.add(made.dtype))
@@ -132,7 +134,7 @@ def test_it_computes_in_the_precision_of_training(shards_folder: Path) -> None:
     assert seen == {torch.bfloat16}
 
 
-def test_a_hopeless_model_has_a_finite_perplexity(shards_folder: Path) -> None:
+def test_a_very_high_loss_has_a_finite_perplexity(shards_folder: Path) -> None:
     model, windows, token_bytes = model_and_windows(shards_folder)
     with torch.no_grad():
         model.token_embedding.weight.mul_(1e4)
@@ -142,26 +144,26 @@ def test_a_hopeless_model_has_a_finite_perplexity(shards_folder: Path) -> None:
     assert math.isfinite(figures["val/perplexity"])
 
 
-def test_a_run_stopped_within_an_evaluation_does_it_again_and_ends_with_the_same_rows_and_bytes(
+def test_an_evaluation_that_a_stop_interrupted_is_repeated_with_the_same_rows_and_bytes(
     tiny: Path, tmp_path: Path
 ) -> None:
     flags = [str(tiny), "--eval.every", "4", "--eval.batches", "0", "--train.micro_batch", "1"]
     flags += ["--model.dropout", "0.1"]
-    whole = tmp_path / "runs" / "whole"
-    assert command("hpcgpt.train", *flags, "--run.name", "whole").returncode == FINISHED
-    # The signal has to come within the evaluation of step 4; should it come too early or too late, again.
-    cut = next(folder for folder in (stopped_behind_step_3(tmp_path / "runs", n, flags) for n in range(5)) if folder)
+    uninterrupted = tmp_path / "runs" / "uninterrupted"
+    assert command("hpcgpt.train", *flags, "--run.name", "uninterrupted").returncode == FINISHED
+    # The signal has to arrive within the evaluation of step 4; if it arrives too early or too late, try again.
+    cut = next(folder for folder in (stopped_after_step_3(tmp_path / "runs", n, flags) for n in range(5)) if folder)
     saved = cut / "checkpoints/step_000000004"
     assert layout.val_loss(saved) is None
     done = command("hpcgpt.train", *flags, "--run.name", cut.name)
     assert done.returncode == FINISHED, done.stderr
-    assert curve(cut) == curve(whole)
-    assert layout.val_loss(saved) == rows(whole / "metrics.jsonl")[3]["val/loss"], "told by the attempt behind it"
-    assert tensors(cut / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
+    assert curve(cut) == curve(uninterrupted)
+    assert layout.val_loss(saved) == rows(uninterrupted / "metrics.jsonl")[3]["val/loss"], "written by the next attempt"
+    assert tensors(cut / "checkpoints/step_000000012") == tensors(uninterrupted / "checkpoints/step_000000012")
 
 
-def stopped_behind_step_3(runs: Path, number: int, flags: list[str]) -> Path | None:
-    """A run that has a checkpoint of step 4, and in metrics.jsonl nothing beyond step 3; None if it came otherwise."""
+def stopped_after_step_3(runs: Path, number: int, flags: list[str]) -> Path | None:
+    """Stop a run after step 3; return its folder if step 4 is saved and its row is not written yet, else None."""
     folder = runs / f"cut_{number}"
     running = subprocess.Popen([sys.executable, "-m", "hpcgpt.train", *flags, "--run.name", folder.name], cwd=ROOT,
                                env=clean_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip

@@ -1,4 +1,4 @@
-"""A disk that is full when a run starts: the run trains, and ends as it would have once there is room again."""
+"""A disk that is full when a run starts: the run trains, and ends with the usual result once there is room again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows, tensors
 
 
-def test_a_start_on_a_full_disk_trains_and_costs_the_checkpoint_only(tiny: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "runs" / "tiny"
+def test_a_start_on_a_full_disk_trains_and_loses_only_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    uninterrupted = tmp_path / "runs" / "tiny"
     assert command("hpcgpt.train", str(tiny)).returncode == FINISHED
     with small_disk(tmp_path / "disk", "4m") as disk:
         folder = disk / "tiny"
-        shutil.copytree(whole, folder)
+        shutil.copytree(uninterrupted, folder)
         shutil.rmtree(folder / "checkpoints/step_000000012")
         (folder / "exit.json").unlink()
         filler = fill(disk)
@@ -29,20 +29,20 @@ def test_a_start_on_a_full_disk_trains_and_costs_the_checkpoint_only(tiny: Path,
         assert sorted(path.name for path in (folder / "checkpoints").glob("step_*")) == [
             "step_000000004", "step_000000008"]  # fmt: skip
         filler.unlink()
-        again = command("hpcgpt.train", str(tiny), "--run.dir", str(disk))
-        assert again.returncode == FINISHED, again.stderr
-        assert tensors(folder / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
-        assert curve(folder) == curve(whole)
-        assert run_folder.run_id(folder) == run_folder.run_id(whole)
+        rerun = command("hpcgpt.train", str(tiny), "--run.dir", str(disk))
+        assert rerun.returncode == FINISHED, rerun.stderr
+        assert tensors(folder / "checkpoints/step_000000012") == tensors(uninterrupted / "checkpoints/step_000000012")
+        assert curve(folder) == curve(uninterrupted)
+        assert run_folder.run_id(folder) == run_folder.run_id(uninterrupted)
 
 
-def test_ranks_that_meet_in_the_run_folder_start_on_a_full_disk(tiny: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "runs" / "tiny"
+def test_several_ranks_can_start_on_a_full_disk(tiny: Path, tmp_path: Path) -> None:
+    uninterrupted = tmp_path / "runs" / "tiny"
     done = on_ranks(2, "hpcgpt.train", str(tiny))
     assert done.returncode == FINISHED, done.stderr
     with small_disk(tmp_path / "disk", "4m") as disk:
         folder = disk / "tiny"
-        shutil.copytree(whole, folder)
+        shutil.copytree(uninterrupted, folder)
         shutil.rmtree(folder / "checkpoints/step_000000012")
         (folder / "exit.json").unlink()
         filler = fill(disk)
@@ -51,13 +51,13 @@ def test_ranks_that_meet_in_the_run_folder_start_on_a_full_disk(tiny: Path, tmp_
         assert "the last checkpoint could not be written" in done.stderr
         assert list((folder / "rendezvous").iterdir()) == []
         filler.unlink()
-        again = on_ranks(2, "hpcgpt.train", str(tiny), "--run.dir", str(disk))
-        assert again.returncode == FINISHED, again.stderr
-        assert tensors(folder / "checkpoints/step_000000012") == tensors(whole / "checkpoints/step_000000012")
-        assert curve(folder) == curve(whole)
+        rerun = on_ranks(2, "hpcgpt.train", str(tiny), "--run.dir", str(disk))
+        assert rerun.returncode == FINISHED, rerun.stderr
+        assert tensors(folder / "checkpoints/step_000000012") == tensors(uninterrupted / "checkpoints/step_000000012")
+        assert curve(folder) == curve(uninterrupted)
 
 
-def test_rows_are_cut_off_in_their_place_where_there_is_no_room_for_another_file(tmp_path: Path) -> None:
+def test_metrics_rows_are_cut_off_in_place_where_there_is_no_room_for_a_second_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
         path = disk / "metrics.jsonl"
         file = metrics_file.MetricsFile(path, 1)
@@ -66,10 +66,10 @@ def test_rows_are_cut_off_in_their_place_where_there_is_no_room_for_another_file
         file.sync()
         file.close()
         fill(disk)
-        again = metrics_file.MetricsFile(path, 6)
-        assert [row["step"] for row in again.cut_off] == [6, 7, 8, 9]
+        rerun = metrics_file.MetricsFile(path, 6)
+        assert [row["step"] for row in rerun.cut_off] == [6, 7, 8, 9]
         assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
-        again.append({"step": 6, "time": 6.0})
-        again.sync()
-        again.close()
+        rerun.append({"step": 6, "time": 6.0})
+        rerun.sync()
+        rerun.close()
         assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5, 6]

@@ -1,5 +1,4 @@
-"""hpcgpt.training.in_effect: what changed between two attempts is said, recorded, and refused where that was asked
-for."""
+"""hpcgpt.training.in_effect: changes between two attempts are reported, recorded, and refused with run.strict."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ LAST = "step_000000012"
 
 
 @pytest.fixture(scope="module")
-def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that made its 12 steps. Read-only: copied by `run`."""
+def finished_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that finished its 12 steps. Read-only: `run` copies it."""
     runs = tmp_path_factory.mktemp("finished")
     done = command("hpcgpt.train", str(config), "--run.dir", str(runs))
     assert done.returncode == FINISHED, done.stderr
@@ -40,15 +39,15 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
+def run(finished_run: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "tiny"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished_run, folder)
     return folder
 
 
 @pytest.fixture
-def cut(run: Path) -> Path:
-    """The same, as if it had been killed after step 8."""
+def interrupted_run(run: Path) -> Path:
+    """The same run, as a kill after step 8 would leave it."""
     shutil.rmtree(run / "checkpoints" / LAST)
     return run
 
@@ -59,14 +58,14 @@ def lines(log: str) -> list[str]:
 
 
 def resumed(config: Path, run: Path, *flags: str, env: dict[str, str] | None = None) -> str:
-    """Train on to the end; returns what was printed."""
+    """Train to the end; return the output."""
     done = command("hpcgpt.train", str(config), "--run.dir", str(run.parent), *flags, env=env)
     assert done.returncode == FINISHED, done.stderr
     return done.stdout
 
 
 def refused(config: Path, run: Path, *flags: str) -> str:
-    """A start that must end with status 2 and leave the run as it is; returns the sentence."""
+    """Check that a start ends with status 2 and leaves the run as it is; return its message."""
     before = kept(run)
     done = command("hpcgpt.train", str(config), "--run.dir", str(run.parent), *flags)
     assert done.returncode == USER_MISTAKE, done.stdout + done.stderr
@@ -75,7 +74,7 @@ def refused(config: Path, run: Path, *flags: str) -> str:
 
 
 def changed(run: Path) -> dict[str, tuple[Any, Any, bool]]:
-    """The event of the newest attempt, which has to have one."""
+    """Return the changes in the event of the newest attempt, which must have one."""
     (event,) = [e for e in run_folder.events(run) if e["event"] == "changed"]
     return {c["key"]: (c["before"], c["now"], c["affects_result"]) for c in event["changes"]}
 
@@ -83,10 +82,10 @@ def changed(run: Path) -> dict[str, tuple[Any, Any, bool]]:
 # --- what is recorded ------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_records_what_the_identity_leaves_out_with_every_auto_resolved(finished: Path) -> None:
+def test_a_checkpoint_records_the_settings_outside_of_the_identity_with_auto_resolved(finished_run: Path) -> None:
     import torch
 
-    known = layout.read_state(finished / "checkpoints" / LAST).in_effect
+    known = layout.read_state(finished_run / "checkpoints" / LAST).in_effect
     assert known["optim.lr"] == 6e-4
     assert known["schedule.warmup_steps"] == 3
     assert (known["total_steps"], known["ranks"], known["run.threads"]) == (12, 1, 1)
@@ -106,53 +105,57 @@ def test_every_option_that_shapes_training_is_in_the_identity_or_recorded(shards
             assert length or f"{section}.{item.name}" in known
 
 
-def test_show_prints_it(finished: Path) -> None:
-    told = command("hpcgpt.checkpoint", "show", str(finished)).stdout
-    assert "  optim.lr = 0.0006\n" in told
-    assert "  run.threads = 1\n" in told
+def test_checkpoint_show_prints_the_settings(finished_run: Path) -> None:
+    output = command("hpcgpt.checkpoint", "show", str(finished_run)).stdout
+    assert "  optim.lr = 0.0006\n" in output
+    assert "  run.threads = 1\n" in output
 
 
 # --- a resume --------------------------------------------------------------------------------------
 
 
-def test_a_resume_with_the_same_settings_says_nothing(config: Path, cut: Path, finished: Path) -> None:
-    told = resumed(config, cut, "--run.strict", "true")
-    assert "changed" not in told
-    assert "changed" not in [event["event"] for event in run_folder.events(cut)]
-    assert tensors(cut / "checkpoints" / LAST) == tensors(finished / "checkpoints" / LAST)
+def test_a_resume_with_the_same_settings_reports_nothing(
+    config: Path, interrupted_run: Path, finished_run: Path
+) -> None:
+    output = resumed(config, interrupted_run, "--run.strict", "true")
+    assert "changed" not in output
+    assert "changed" not in [event["event"] for event in run_folder.events(interrupted_run)]
+    assert tensors(interrupted_run / "checkpoints" / LAST) == tensors(finished_run / "checkpoints" / LAST)
 
 
-def test_another_learning_rate_is_said_with_what_it_does_to_the_next_step(config: Path, cut: Path) -> None:
-    told = resumed(config, cut, "--optim.lr", "0.001")
-    assert "warning: changed since step 8 was saved: optim.lr was 0.0006 and is now 0.001" in lines(told)
+def test_another_learning_rate_is_reported_with_its_effect_on_the_next_step(
+    config: Path, interrupted_run: Path
+) -> None:
+    output = resumed(config, interrupted_run, "--optim.lr", "0.001")
+    assert "warning: changed since step 8 was saved: optim.lr was 0.0006 and is now 0.001" in lines(output)
     rates = [rate(config, 8), rate(config, 8, "--optim.lr", "0.001")]
-    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in lines(told)
-    assert changed(cut) == {"optim.lr": (6e-4, 1e-3, True)}
-    (event,) = [event for event in run_folder.events(cut) if event["event"] == "changed"]
+    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in lines(output)
+    assert changed(interrupted_run) == {"optim.lr": (6e-4, 1e-3, True)}
+    (event,) = [event for event in run_folder.events(interrupted_run) if event["event"] == "changed"]
     assert (event["step"], event["attempt"], event["rate_before"], event["rate_now"]) == (8, 2, *rates)
-    assert layout.read_state(cut / "checkpoints" / LAST).in_effect["optim.lr"] == 1e-3
+    assert layout.read_state(interrupted_run / "checkpoints" / LAST).in_effect["optim.lr"] == 1e-3
 
 
-def test_more_steps_for_a_finished_run_say_how_far_the_rate_leaps(config: Path, run: Path) -> None:
-    told = lines(resumed(config, run, "--train.steps", "24"))
-    assert "warning: changed since step 12 was saved: total_steps was 12 and is now 24" in told
+def test_more_steps_for_a_finished_run_report_the_jump_of_the_learning_rate(config: Path, run: Path) -> None:
+    output = lines(resumed(config, run, "--train.steps", "24"))
+    assert "warning: changed since step 12 was saved: total_steps was 12 and is now 24" in output
     rates = [6e-5, rate(config, 12, "--train.steps", "24")]
     assert rates[1] > 5 * rates[0]
-    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in told
+    assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in output
     assert changed(run) == {"total_steps": (12, 24, True)}
 
 
-def test_more_steps_at_a_constant_rate_are_a_longer_run_and_no_other_one(config: Path, tmp_path: Path) -> None:
+def test_more_steps_at_a_constant_rate_do_not_change_the_result_so_far(config: Path, tmp_path: Path) -> None:
     folder, flags = tmp_path / "tiny", ("--schedule.kind", "constant", "--run.strict", "true")
     resumed(config, folder, *flags)
-    told = resumed(config, folder, *flags, "--train.steps", "16")
-    assert "changed since step 12 was saved: total_steps was 12 and is now 16" in lines(told)
-    assert "warning" not in told
+    output = resumed(config, folder, *flags, "--train.steps", "16")
+    assert "changed since step 12 was saved: total_steps was 12 and is now 16" in lines(output)
+    assert "warning" not in output
     assert changed(folder) == {"total_steps": (12, 16, False)}
 
 
-def test_another_number_of_threads_is_said_and_does_change_bytes(config: Path, tmp_path: Path) -> None:
-    """Sums are split over the threads, and floats added in another order round otherwise."""
+def test_another_number_of_threads_is_reported_and_changes_bytes(config: Path, tmp_path: Path) -> None:
+    """Sums are split over the threads, and floats added in another order round differently."""
     flags = ("--model.n_embd", "128", "--model.block_size", "64", "--train.micro_batch", "8", "--eval.every", "0",
              "--train.dtype", "float32", "--train.steps", "6", "--checkpoint.every", "3")  # fmt: skip
     alone, other = tmp_path / "alone" / "tiny", tmp_path / "other" / "tiny"
@@ -161,55 +164,66 @@ def test_another_number_of_threads_is_said_and_does_change_bytes(config: Path, t
         shutil.copytree(alone, folder)
         shutil.rmtree(folder / "checkpoints" / "step_000000006")
     assert "changed" not in resumed(config, tmp_path / "same" / "tiny", *flags)
-    told = lines(resumed(config, other, *flags, "--run.threads", "2"))
-    assert "warning: changed since step 3 was saved: run.threads was 1 and is now 2" in told
-    assert any("will not have the same bytes" in line for line in told)
+    output = lines(resumed(config, other, *flags, "--run.threads", "2"))
+    assert "warning: changed since step 3 was saved: run.threads was 1 and is now 2" in output
+    assert any("will not have the same bytes" in line for line in output)
     results = [tensors(path / "checkpoints" / "step_000000006") for path in (alone, tmp_path / "same" / "tiny", other)]
     assert results[0] == results[1]
     assert results[0] != results[2]
 
 
-def test_another_number_of_ranks_and_what_is_harmless_are_told_apart(config: Path, cut: Path) -> None:
-    flags = ("--run.dir", str(cut.parent), "--eval.every", "4", "--checkpoint.every", "2")
+def test_another_number_of_ranks_is_reported_apart_from_harmless_changes(config: Path, interrupted_run: Path) -> None:
+    flags = ("--run.dir", str(interrupted_run.parent), "--eval.every", "4", "--checkpoint.every", "2")
     done = on_ranks(2, "hpcgpt.train", str(config), *flags)
     assert done.returncode == FINISHED, done.stderr
-    told = lines(done.stdout)
-    assert told.count("warning: changed since step 8 was saved: ranks was 1 and is now 2") == 1
-    assert "changed since step 8 was saved: eval.every was 6 and is now 4" in told
-    assert changed(cut) == {"ranks": (1, 2, True), "eval.every": (6, 4, False), "checkpoint.every": (4, 2, False)}
+    output = lines(done.stdout)
+    assert output.count("warning: changed since step 8 was saved: ranks was 1 and is now 2") == 1
+    assert "changed since step 8 was saved: eval.every was 6 and is now 4" in output
+    assert changed(interrupted_run) == {
+        "ranks": (1, 2, True),
+        "eval.every": (6, 4, False),
+        "checkpoint.every": (4, 2, False),
+    }
 
 
-def test_a_variable_by_which_libraries_compute_is_seen_when_it_is_set_and_when_it_is_not(
-    config: Path, cut: Path
-) -> None:
-    told = resumed(config, cut, env={"MKL_CBWR": "COMPATIBLE"})
-    assert "environment MKL_CBWR was 'unset' and is now 'COMPATIBLE'" in told
-    assert changed(cut) == {"environment MKL_CBWR": ("unset", "COMPATIBLE", True)}
-    told = resumed(config, cut, "--train.steps", "16")
-    assert "environment MKL_CBWR was 'COMPATIBLE' and is now 'unset'" in told
+def test_a_changed_variable_of_a_numerical_library_is_reported(config: Path, interrupted_run: Path) -> None:
+    output = resumed(config, interrupted_run, env={"MKL_CBWR": "COMPATIBLE"})
+    assert "environment MKL_CBWR was 'unset' and is now 'COMPATIBLE'" in output
+    assert changed(interrupted_run) == {"environment MKL_CBWR": ("unset", "COMPATIBLE", True)}
+    output = resumed(config, interrupted_run, "--train.steps", "16")
+    assert "environment MKL_CBWR was 'COMPATIBLE' and is now 'unset'" in output
 
 
 # --- what is refused -------------------------------------------------------------------------------
 
 
-def test_fewer_steps_than_the_run_has_made_are_refused_and_its_configuration_stays(config: Path, run: Path) -> None:
+def test_fewer_steps_than_the_run_has_are_refused_and_its_configuration_stays(config: Path, run: Path) -> None:
     before = (run / "config.toml").read_bytes()
-    told = refused(config, run, "--train.steps", "10")
-    assert "the run has made 12 steps already, and train.steps 10 means 10: give at least 12" in told
+    output = refused(config, run, "--train.steps", "10")
+    assert "the run has made 12 steps already, and train.steps 10 means 10: give at least 12" in output
     assert "train.tokens 2,560 means 10: give at least 12" in refused(config, run, "--train.tokens", "2560")
     assert (run / "config.toml").read_bytes() == before
 
 
-def test_strict_refuses_what_changes_the_result_before_anything_is_written(config: Path, cut: Path) -> None:
-    told = refused(
-        config, cut, "--run.strict", "true", "--optim.lr", "0.001", "--run.threads", "2", "--eval.every", "4"
+def test_strict_refuses_what_changes_the_result_before_anything_is_written(config: Path, interrupted_run: Path) -> None:
+    output = refused(
+        config,
+        interrupted_run,
+        "--run.strict",
+        "true",
+        "--optim.lr",
+        "0.001",
+        "--run.threads",
+        "2",
+        "--eval.every",
+        "4",
     )
-    assert "run.strict: this would change the result of a run that is at step 8: " in told
+    assert "run.strict: this would change the result of a run that is at step 8: " in output
     assert (
-        "optim.lr was 0.0006 and is now 0.001; run.threads was 1 and is now 2; learning rate of the next step" in told
+        "optim.lr was 0.0006 and is now 0.001; run.threads was 1 and is now 2; learning rate of the next step" in output
     )
-    assert "eval.every" not in told
-    assert "changed since" in resumed(config, cut, "--run.strict", "true", "--eval.every", "4"), "harmless"
+    assert "eval.every" not in output
+    assert "changed since" in resumed(config, interrupted_run, "--run.strict", "true", "--eval.every", "4"), "harmless"
 
 
 def test_strict_refuses_a_stretched_schedule(config: Path, run: Path) -> None:
@@ -219,7 +233,7 @@ def test_strict_refuses_a_stretched_schedule(config: Path, run: Path) -> None:
 # --- the configurations ----------------------------------------------------------------------------
 
 
-def test_earlier_configurations_stay_beside_the_attempt_that_had_them(config: Path, tmp_path: Path) -> None:
+def test_earlier_configurations_are_kept_by_attempt(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     resumed(config, run)
     first = (run / "config.toml").read_text()
@@ -233,7 +247,7 @@ def test_earlier_configurations_stay_beside_the_attempt_that_had_them(config: Pa
         "000001.toml": first, "000003.toml": newest}  # fmt: skip
 
 
-def test_the_configuration_of_before_they_were_kept_is_kept(tmp_path: Path) -> None:
+def test_the_configuration_of_an_older_version_is_kept(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("old")
     run_folder.keep_config(tmp_path, 7, "new")
     assert (tmp_path / "config.toml").read_text() == "new"
@@ -255,7 +269,7 @@ def test_a_disk_without_room_for_the_configuration_is_a_warning(
     assert "cannot write" in capsys.readouterr().err
 
 
-# --- old and odd checkpoints -----------------------------------------------------------------------
+# --- checkpoints of older versions, forged records -------------------------------------------------
 
 
 def planned(shards_folder: Path, *flags: str) -> Plan:
@@ -270,7 +284,7 @@ def rate(config: Path, step: int, *flags: str) -> float:
     return learning_rate(step, settings.train.steps, settings)
 
 
-def test_a_checkpoint_of_before_says_how_many_ranks_there_were_and_nothing_else(shards_folder: Path) -> None:
+def test_a_checkpoint_without_settings_only_reports_the_number_of_ranks(shards_folder: Path) -> None:
     made = planned(shards_folder)
     now = in_effect.options(made) | {"ranks": 2, "torch": "9.9"}
     found = in_effect.since(State(4, 1, 1, 1, {}), now, made)
@@ -278,17 +292,17 @@ def test_a_checkpoint_of_before_says_how_many_ranks_there_were_and_nothing_else(
     assert in_effect.since(State(4, 1, 1, 2, {}), now, made).lines == []
 
 
-def test_a_run_that_was_made_before_state_recorded_this_resumes(config: Path, cut: Path) -> None:
-    from tests.checkpoint.small_checkpoints import mend
+def test_a_run_whose_checkpoints_lack_the_settings_resumes(config: Path, interrupted_run: Path) -> None:
+    from tests.checkpoint.small_checkpoints import update_checksums
 
-    newest = cut / "checkpoints" / "step_000000008"
+    newest = interrupted_run / "checkpoints" / "step_000000008"
     state = json.loads((newest / "state.json").read_text())
     del state["in_effect"]
     (newest / "state.json").write_text(json.dumps(state))
-    mend(newest)
-    told = resumed(config, cut, "--optim.lr", "0.001")
-    assert "resumed at step 8 of 12" in told
-    assert "changed" not in told
+    update_checksums(newest)
+    output = resumed(config, interrupted_run, "--optim.lr", "0.001")
+    assert "resumed at step 8 of 12" in output
+    assert "changed" not in output
 
 
 def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(shards_folder: Path) -> None:
@@ -311,7 +325,7 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_its_default(shard
     ],
     ids=lambda forged: next(iter(forged))[:20],
 )  # fmt: skip
-def test_a_forged_record_is_shown_and_no_more(forged: dict[str, Any], shards_folder: Path) -> None:
+def test_a_forged_record_is_only_displayed(forged: dict[str, Any], shards_folder: Path) -> None:
     made = planned(shards_folder)
     now = in_effect.options(made) | {"run.threads": 1}
     found = in_effect.since(State(4, 1, 1, 1, {}, in_effect=now | forged), now, made)
@@ -320,7 +334,7 @@ def test_a_forged_record_is_shown_and_no_more(forged: dict[str, Any], shards_fol
         assert line.isprintable()
 
 
-def test_threads_and_cpus_are_harmless_where_a_gpu_computes(shards_folder: Path) -> None:
+def test_threads_and_cpus_are_harmless_on_a_gpu(shards_folder: Path) -> None:
     made = planned(shards_folder)
     before = in_effect.options(made) | {"run.threads": 1, "cpu": "A", "gpu": "H100", "run.device": "cuda"}
     found = in_effect.since(
@@ -335,15 +349,15 @@ def test_threads_and_cpus_are_harmless_where_a_gpu_computes(shards_folder: Path)
 # --- a warm-up that is longer than the run ---------------------------------------------------------
 
 
-def test_a_run_that_ends_within_its_warm_up_says_so(config: Path, tmp_path: Path) -> None:
-    told = resumed(config, tmp_path / "tiny", "--schedule.warmup_steps", "700")
+def test_a_run_that_ends_within_its_warm_up_warns(config: Path, tmp_path: Path) -> None:
+    output = resumed(config, tmp_path / "tiny", "--schedule.warmup_steps", "700")
     assert (
         "warning: the learning rate of this run only rises, to 9.43e-06: schedule.warmup_steps is 700, the run has 12 "
-        "steps, and optim.lr 0.0006 is never reached" in lines(told)
+        "steps, and optim.lr 0.0006 is never reached" in lines(output)
     )
 
 
-def test_a_warm_up_that_ends_in_time_is_nothing_to_say(shards_folder: Path) -> None:
+def test_a_warm_up_that_ends_in_time_causes_no_warning(shards_folder: Path) -> None:
     assert planned(shards_folder).warnings == []
     assert planned(shards_folder, "--schedule.warmup_steps", "0").warnings == []
     assert planned(shards_folder, "--schedule.warmup_steps", "11").warnings == []

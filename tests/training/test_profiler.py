@@ -1,4 +1,4 @@
-"""hpcgpt.training.profiler: traces of real steps, asked for by the configuration and of a run that goes already."""
+"""hpcgpt.training.profiler: traces of real steps, requested by the configuration or while a run is running."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def count(path: Path, name: str) -> int:
     return sum(event.get("name") == name and event.get("ph") == "X" for event in events(path))
 
 
-def test_steps_are_traced_and_the_result_is_the_same(tiny: Path) -> None:
+def test_traced_steps_do_not_change_the_result(tiny: Path) -> None:
     runs = tiny.parent / "runs"
     done = command("hpcgpt.train", str(tiny), "--profile.steps", "3-4")
     assert done.returncode == FINISHED, done.stderr
@@ -43,7 +43,7 @@ def test_steps_are_traced_and_the_result_is_the_same(tiny: Path) -> None:
     assert tensors(runs / "tiny" / LAST) == tensors(runs / "plain" / LAST)
 
 
-def test_steps_beyond_the_end_are_traced_as_far_as_there_are_any(tiny: Path) -> None:
+def test_a_range_beyond_the_end_is_traced_to_the_last_step(tiny: Path) -> None:
     done = command("hpcgpt.train", str(tiny), "--profile.steps", "11-20")
     assert done.returncode == FINISHED, done.stderr
     (trace,) = (tiny.parent / "runs" / "tiny" / "profile").iterdir()
@@ -63,21 +63,17 @@ def test_a_request_in_the_run_folder_is_served_once(tiny: Path) -> None:
     assert count(run / "profile" / found[1], "Optimizer.step#AdamW.step") == 2
 
 
-@pytest.mark.parametrize("words", ["many", "0", "101", "-1", "1.5"])
-def test_a_request_that_makes_no_sense_costs_a_warning(
-    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "PROFILE").write_text(words)
+@pytest.mark.parametrize("content", ["many", "0", "101", "-1", "1.5"])
+def test_an_invalid_request_causes_a_warning(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "PROFILE").write_text(content)
     profiler = Profiler(tmp_path, range(0), torch.device("cpu"))
     profiler.before(5)
     assert profiler.after(5) == ""
-    assert f"PROFILE contains '{words}', expected a number of steps from 1 to 100" in capsys.readouterr().err
+    assert f"PROFILE contains '{content}', expected a number of steps from 1 to 100" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["PROFILE.step_000000005"]
 
 
-def test_an_empty_request_to_a_run_that_goes_already_means_three_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_request_to_a_running_run_means_three_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler_module, "LOOK_EVERY_S", 0.0)
     profiler = Profiler(tmp_path, range(0), torch.device("cpu"))
     written = []
@@ -91,7 +87,7 @@ def test_an_empty_request_to_a_run_that_goes_already_means_three_steps(
     assert count(Path(written[3]), "aten::mm") == 3
 
 
-def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_that_cannot_be_written_causes_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "profile").write_text("in the way")
     profiler = Profiler(tmp_path, range(1, 2), torch.device("cpu"))
     profiler.before(1)
@@ -99,28 +95,28 @@ def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path: Path, capsys: 
     assert "is not written: " in capsys.readouterr().err
 
 
-def test_the_record_of_a_gpus_memory_ends_with_the_traced_steps_whatever_happens(
+def test_recording_a_gpus_memory_ends_with_the_traced_steps_whatever_happens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stands for a GPU: what is asked of torch, and not what it does."""
-    asked: list[dict[str, object]] = []
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **named: asked.append(named))
+    """A stand-in for a GPU: it checks the calls to torch, not their effect."""
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **named: calls.append(named))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
     monkeypatch.setattr(profiler_module, "profile", lambda **_: profile(activities=[ProfilerActivity.CPU]))
     profiler = Profiler(tmp_path, range(1, 2), torch.device("cuda"))
     profiler.before(1)
     assert Path(profiler.after(1)).with_name("steps_000000001_to_000000001.memory").exists()
-    assert [named.get("enabled", "on") for named in asked] == ["on", None]
+    assert [named.get("enabled", "on") for named in calls] == ["on", None]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/profile").write_text("in the way")
     profiler = Profiler(tmp_path / "run", range(1, 2), torch.device("cuda"))
     profiler.before(1)
     assert profiler.after(1) == ""
-    assert [named.get("enabled", "on") for named in asked] == ["on", None] * 2
+    assert [named.get("enabled", "on") for named in calls] == ["on", None] * 2
 
 
 @pytest.mark.parametrize("steps", ["x", "5-3", "1-", "-2", "1-2-3", "²"])
-def test_steps_that_make_no_sense_are_refused(steps: str, tiny: Path) -> None:
+def test_invalid_step_ranges_are_refused(steps: str, tiny: Path) -> None:
     done = command("hpcgpt.train", str(tiny), f"--profile.steps={steps}")
     assert done.returncode == 2
     assert f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102" in done.stderr

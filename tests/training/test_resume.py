@@ -1,4 +1,4 @@
-"""hpcgpt.training.resume: what a rollback waits for. Whole runs that go back are in test_spikes."""
+"""hpcgpt.training.resume: what a rollback waits for. test_spikes.py has whole runs that roll back."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from tests.one_rank import ALONE
 
 
 def test_a_rollback_chooses_its_checkpoint_after_the_removals_of_the_start(
-    three: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+    three_checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The start removes old checkpoints in a thread, whose disk is slow."""
+    """The start removes old checkpoints in a thread, here on a slow disk."""
     monkeypatch.setattr(pruner, "WAIT_S", 600.0)
     disk_answers = threading.Event()
     monkeypatch.setattr(retention, "prune", lambda *_, **__: disk_answers.wait())
-    pruning = Pruner(three, lease, Checkpoint(), regular=4)
-    pruning.loaded(three / "step_000000012")
+    pruning = Pruner(three_checkpoints, lease, Checkpoint(), regular=4)
+    pruning.loaded(three_checkpoints / "step_000000012")
     restorer: Any = SimpleNamespace(
-        ranks=ALONE, state=TrainState(), checkpoints=three, lease=lease, plan=SimpleNamespace(config=Config())
+        ranks=ALONE,
+        state=TrainState(),
+        checkpoints=three_checkpoints,
+        lease=lease,
+        plan=SimpleNamespace(config=Config()),
     )
     checkpointer: Any = SimpleNamespace(pruner=pruning, is_regular=lambda step: step % 4 == 0)
     rollback = Rollback(restorer, checkpointer, SpikeDetector(Config().spike), None)
@@ -40,4 +44,4 @@ def test_a_rollback_chooses_its_checkpoint_after_the_removals_of_the_start(
     assert not chosen
     disk_answers.set()
     choosing.join()
-    assert chosen == [three / "step_000000012"]
+    assert chosen == [three_checkpoints / "step_000000012"]

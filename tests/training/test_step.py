@@ -23,20 +23,20 @@ NEAR = {"fp32": 1e-6, "fp64": 1e-12}
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the ranks of one world wrote, by rank, and the gradients that rank 0 had."""
+class Reports:
+    """What the ranks of one world reported, by rank, and the gradients of rank 0."""
 
     ranks: list[dict[str, Any]]
     gradients: dict[str, Tensor]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
-def told(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+def reports(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
     out = tmp_path_factory.mktemp("ranks")
     done = on_ranks(request.param, "tests.training.ranks_step", str(shards_folder), str(out))
     assert done.returncode == 0, done.stderr
     reports = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(request.param)]
-    return Told(reports, load_file(out / "gradients.safetensors"))
+    return Reports(reports, load_file(out / "gradients.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -56,67 +56,67 @@ def whole_batch(shards_folder: Path) -> dict[str, tuple[Tensor, dict[str, Tensor
 @pytest.mark.parametrize("micro_steps", ranks_step.ACCUMULATIONS)
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_the_gradient_is_that_of_one_process_on_the_whole_batch(
-    told: Told, whole_batch: dict[str, tuple[Tensor, dict[str, Tensor]]], precision: str, micro_steps: int
+    reports: Reports, whole_batch: dict[str, tuple[Tensor, dict[str, Tensor]]], precision: str, micro_steps: int
 ) -> None:
     _, expected = whole_batch[precision]
     for name, gradient in expected.items():
-        difference = told.gradients[f"{precision}/{micro_steps}/{name}"] - gradient
+        difference = reports.gradients[f"{precision}/{micro_steps}/{name}"] - gradient
         assert difference.abs().max() < NEAR[precision], name
-        assert gradient.abs().max() > 1e-4, f"{name}: its gradient is too small to tell anything"
-    assert len(told.gradients) == len(expected) * 6
+        assert gradient.abs().max() > 1e-4, f"{name}: the gradient is too small for a meaningful comparison"
+    assert len(reports.gradients) == len(expected) * 6
 
 
 @pytest.mark.parametrize("micro_steps", ranks_step.ACCUMULATIONS)
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_the_logged_loss_is_the_mean_over_all_targets_of_the_global_batch_on_every_rank(
-    told: Told, whole_batch: dict[str, tuple[Tensor, dict[str, Tensor]]], precision: str, micro_steps: int
+def test_the_logged_loss_is_the_mean_over_the_global_batch_on_every_rank(
+    reports: Reports, whole_batch: dict[str, tuple[Tensor, dict[str, Tensor]]], precision: str, micro_steps: int
 ) -> None:
-    losses = {rank["gradients"][f"{precision}/{micro_steps}"]["loss"] for rank in told.ranks}
+    losses = {rank["gradients"][f"{precision}/{micro_steps}"]["loss"] for rank in reports.ranks}
     assert len(losses) == 1
     assert losses.pop() == pytest.approx(whole_batch[precision][0].item(), rel=NEAR[precision])
 
 
-def test_every_rank_has_the_same_gradient_and_norm(told: Told) -> None:
-    assert all(rank["gradients"] == told.ranks[0]["gradients"] for rank in told.ranks)
+def test_every_rank_has_the_same_gradient_and_norm(reports: Reports) -> None:
+    assert all(rank["gradients"] == reports.ranks[0]["gradients"] for rank in reports.ranks)
 
 
-def test_the_norm_is_the_one_before_clipping(told: Told, whole_batch: dict[str, Any]) -> None:
+def test_the_norm_is_the_one_before_clipping(reports: Reports, whole_batch: dict[str, Any]) -> None:
     for precision, (_, gradients) in whole_batch.items():
         expected = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
         for micro_steps in ranks_step.ACCUMULATIONS:
-            norm = told.ranks[0]["gradients"][f"{precision}/{micro_steps}"]["norm"]
+            norm = reports.ranks[0]["gradients"][f"{precision}/{micro_steps}"]["norm"]
             assert norm == pytest.approx(expected, rel=10 * NEAR[precision])
 
 
-def test_after_a_hundred_steps_the_parameters_are_the_same_bytes_on_every_rank(told: Told) -> None:
-    assert len({rank["hundred"]["digest"] for rank in told.ranks}) == 1
+def test_after_a_hundred_steps_the_parameters_are_the_same_bytes_on_every_rank(reports: Reports) -> None:
+    assert len({rank["hundred"]["digest"] for rank in reports.ranks}) == 1
 
 
-def test_the_norm_of_each_of_a_hundred_steps_is_the_same_on_every_rank(told: Told) -> None:
-    assert all(rank["hundred"]["norms"] == told.ranks[0]["hundred"]["norms"] for rank in told.ranks)
-    assert len(set(told.ranks[0]["hundred"]["norms"])) == 100
+def test_the_norm_of_each_of_a_hundred_steps_is_the_same_on_every_rank(reports: Reports) -> None:
+    assert all(rank["hundred"]["norms"] == reports.ranks[0]["hundred"]["norms"] for rank in reports.ranks)
+    assert len(set(reports.ranks[0]["hundred"]["norms"])) == 100
 
 
-def test_every_step_is_clipped_from_the_very_first(told: Told) -> None:
-    hundred = told.ranks[0]["hundred"]
+def test_every_step_is_clipped_from_the_first_on(reports: Reports) -> None:
+    hundred = reports.ranks[0]["hundred"]
     assert min(hundred["norms"]) > 0.05
     assert hundred["used"] == pytest.approx([0.05] * 100, rel=1e-4)
 
 
-def test_a_step_has_one_gradient_all_reduce_however_many_micro_steps(told: Told, shards_folder: Path) -> None:
+def test_a_step_has_one_gradient_all_reduce_however_many_micro_steps(reports: Reports, shards_folder: Path) -> None:
     model = ranks_step.Bench(ALONE, shards_folder, 1, torch.float32).model
     everything = sum(parameter.numel() for parameter in model.parameters())
-    for rank in told.ranks:
+    for rank in reports.ranks:
         # The 1 is the loss that is logged.
         assert rank["reductions"] == [everything, 1] * len(ranks_step.ACCUMULATIONS)
 
 
-def test_gradients_are_in_the_buckets_that_are_sent_and_not_there_twice(told: Told) -> None:
-    for rank in told.ranks:
+def test_gradients_are_views_of_the_communication_buckets(reports: Reports) -> None:
+    for rank in reports.ranks:
         assert rank["in_buckets"] == [True, True, True]
 
 
-def test_alone_the_same_code_gives_the_same_numbers(
+def test_one_rank_gives_the_same_numbers(
     shards_folder: Path, whole_batch: dict[str, tuple[Tensor, dict[str, Tensor]]]
 ) -> None:
     figures, gradients = ranks_step.gradients(ALONE, shards_folder)
@@ -131,10 +131,10 @@ def test_alone_the_same_code_gives_the_same_numbers(
 def test_without_a_limit_the_norm_is_measured_and_nothing_is_clipped(shards_folder: Path) -> None:
     bench = ranks_step.Bench(ALONE, shards_folder, 1, torch.float64)
     _, norm = bench.step(0, clip_norm=0)
-    assert torch.nn.utils.get_total_norm(bench.taken.values()).item() == pytest.approx(norm.item(), rel=1e-12)
+    assert torch.nn.utils.get_total_norm(bench.used_gradients.values()).item() == pytest.approx(norm.item(), rel=1e-12)
 
 
-def test_a_step_uses_the_rate_it_was_given_and_leaves_no_gradient(shards_folder: Path) -> None:
+def test_a_step_uses_the_given_rate_and_leaves_no_gradient(shards_folder: Path) -> None:
     bench = ranks_step.Bench(ALONE, shards_folder, 2, torch.float64)
     bench.optimizer.param_groups[0]["weight_decay"] = 0.0
     before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}

@@ -1,4 +1,4 @@
-"""hpcgpt.training.stragglers: the rank that all others wait for is named, and no other."""
+"""hpcgpt.training.stragglers: reports the rank that all others wait for, and no other."""
 
 from __future__ import annotations
 
@@ -26,101 +26,103 @@ from hpcgpt.training.stragglers import LocalTime, Straggler, StragglerDetector, 
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env
 
-# --- strikes ---------------------------------------------------------------------------------------
+# --- which rank is slow ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("heard", "named"),
+    ("local_times", "reported"),
     [
         ([[1, 1, 1, 1]] * 5, [[], [], [], [], []]),
         ([[1, 1, 1, 1.5]] * 3, [[], [], []]),  # not more than the factor
-        ([[1, 1, 1, 1.6]], [[]]),  # once is a hiccup
-        ([[1, 1, 1, 1.6]] * 4, [[], [3], [], []]),  # named once, until it recovers
+        ([[1, 1, 1, 1.6]], [[]]),  # once is not enough
+        ([[1, 1, 1, 1.6]] * 4, [[], [3], [], []]),  # reported once, until it recovers
         ([[1, 1, 1, 9], [1, 1, 1, 1], [1, 1, 1, 9], [1, 1, 1, 9]], [[], [], [], [3]]),
         ([[2, 1, 1]] * 2 + [[1, 1, 1]] + [[2, 1, 1]] * 2, [[], [0], [], [], [0]]),
         ([[1, 2, 1, 1], [1, 1, 2, 1]], [[], []]),  # two ranks, once each
-        ([[2, 3]] * 2, [[], []]),  # of two ranks the faster is usual
+        ([[2, 3]] * 2, [[], []]),  # of two ranks the faster one's time is the usual
         ([[2, 4]] * 2, [[], [1]]),
         ([[1, 1, 3, 3]] * 2, [[], [2, 3]]),  # the ranks of one node of two
-        ([[10, 10, 10, 1]] * 2, [[], []]),  # one that is faster than usual is nobody's trouble
-        ([[1, 0, 1, 3]] * 2, [[], [3]]),  # not known
+        ([[10, 10, 10, 1]] * 2, [[], []]),  # a fast rank makes nobody wait
+        ([[1, 0, 1, 3]] * 2, [[], [3]]),  # 0 is an unknown time
         ([[0, 0]] * 2, [[], []]),
         ([[5]] * 2, [[], []]),
     ],
 )
-def test_a_rank_is_named_when_it_is_slow_twice_in_a_row(heard: list[list[float]], named: list[list[int]]) -> None:
-    strikes, told = [0] * len(heard[0]), []
-    for local_s in heard:
+def test_a_rank_is_reported_when_it_is_slow_twice_in_a_row(
+    local_times: list[list[float]], reported: list[list[int]]
+) -> None:
+    strikes, found = [0] * len(local_times[0]), []
+    for local_s in local_times:
         strikes, ranks = count_strikes(strikes, local_s, 1.5)
-        told.append(ranks)
-    assert told == named
+        found.append(ranks)
+    assert found == reported
 
 
 def test_the_usual_time_is_the_lower_median_of_what_is_known() -> None:
     assert [usual(times) for times in ([3, 1, 2], [4, 1, 2, 3], [0, 0, 7], [0], [])] == [2, 2, 7, 0, 0]
 
 
-def test_the_words_name_rank_host_and_figures() -> None:
-    words = Straggler(rank=3, host="n2", local_s=0.5, usual_s=0.2).message
-    assert all(part in words for part in ("rank 3 on n2", "2.5 times", "500.0 ms", "200.0 ms"))
+def test_the_message_names_rank_host_and_times() -> None:
+    message = Straggler(rank=3, host="n2", local_s=0.5, usual_s=0.2).words
+    assert all(part in message for part in ("rank 3 on n2", "2.5 times", "500.0 ms", "200.0 ms"))
 
 
-# --- the stopwatch ---------------------------------------------------------------------------------
+# --- the rank's own time ---------------------------------------------------------------------------
 
 
-class Told(LocalTime):
-    """Notes when it is started and stopped, among other things that happen."""
+class RecordingLocalTime(LocalTime):
+    """Records when it is started and stopped, among other calls."""
 
-    def __init__(self, story: list[str]) -> None:
+    def __init__(self, calls: list[str]) -> None:
         super().__init__(torch.device("cpu"))
-        self.story = story
+        self.calls = calls
 
     def start(self) -> None:
-        self.story.append("start")
+        self.calls.append("start")
         super().start()
 
     def stop(self) -> None:
-        self.story.append("stop")
+        self.calls.append("stop")
         super().stop()
 
 
 @pytest.mark.parametrize("micro_steps", [1, 3])
-def test_only_what_a_rank_does_without_the_others_is_timed(micro_steps: int) -> None:
-    """Reading, and all passes but the last one backward, in which gradients are reduced."""
-    story: list[str] = []
+def test_only_work_without_other_ranks_is_timed(micro_steps: int) -> None:
+    """Reading, and all passes but the last backward one, in which gradients are reduced."""
+    calls: list[str] = []
 
     class Model(nn.Linear):
         def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
-            story.append("forward")
+            calls.append("forward")
             loss: Tensor = (super().forward(inputs.float()) - targets).square().mean()
-            loss.register_hook(lambda _: story.append("backward"))  # type: ignore[no-untyped-call]
+            loss.register_hook(lambda _: calls.append("backward"))  # type: ignore[no-untyped-call]
             return loss
 
     def batches() -> Iterator[Tensor]:
         for _ in range(micro_steps):
-            story.append("read")
+            calls.append("read")
             yield torch.ones(2, 5, dtype=torch.int32)
 
-    watch, module = Told(story), Model(4, 1)
+    watch, module = RecordingLocalTime(calls), Model(4, 1)
     model = ParallelModel(module, module, cast(GPT, module), torch.device("cpu"))
     accumulate(model, batches(), micro_steps=micro_steps, precision=nullcontext, local=watch)
     alone = ["read", "forward", "backward"] * (micro_steps - 1)
-    assert story == ["start", *alone, "read", "forward", "stop", "backward"]
+    assert calls == ["start", *alone, "read", "forward", "stop", "backward"]
     assert watch.take() > 0
-    assert watch.take() == 0, "what was taken is counted once"
+    assert watch.take() == 0, "a time is counted once"
 
 
-def test_a_hiccup_does_not_move_the_median() -> None:
+def test_one_slow_step_does_not_move_the_median() -> None:
     watch = LocalTime(torch.device("cpu"))
     watch._spans = [(0.0, 1.0), (1.0, 2.0), (2.0, 100.0)]
     assert watch.take() == 1.0
 
 
 @pytest.mark.parametrize("every", [0, 50])
-def test_one_rank_alone_measures_nothing(every: int) -> None:
-    blame = StragglerDetector(Settings(every=every), ALONE)
-    assert blame.local is None
-    assert [blame.after(step) for step in (1, 50, 100)] == [[], [], []]
+def test_a_single_rank_measures_nothing(every: int) -> None:
+    detector = StragglerDetector(Settings(every=every), ALONE)
+    assert detector.local is None
+    assert [detector.after(step) for step in (1, 50, 100)] == [[], [], []]
 
 
 # --- a real straggler ------------------------------------------------------------------------------
@@ -129,35 +131,35 @@ EVERY = 5
 SLOW = 2
 
 
-def test_of_four_real_ranks_the_one_that_is_held_up_is_named_once_and_nobody_before(tiny: Path, tmp_path: Path) -> None:
-    """Rank 2 is stopped and continued all the time by another process, so it gets a small part of its time."""
+def test_of_four_real_ranks_the_one_that_is_slowed_down_is_reported_once(tiny: Path, tmp_path: Path) -> None:
+    """Another process stops and continues rank 2 all the time, so that it runs for a small part of the time."""
     folder = tmp_path / "runs" / "tiny"
     with training(tiny) as process:
         wait(process, lambda: steps(folder) >= 4 * EVERY)
-        assert stragglers(folder) == [], "named while all were equal"
-        with held_up(rank_process(process.pid, SLOW)):
+        assert stragglers(folder) == [], "reported while all were equal"
+        with slowed_down(rank_process(process.pid, SLOW)):
             wait(process, lambda: bool(stragglers(folder)))
             there = steps(folder)
             wait(process, lambda: steps(folder) >= there + EVERY)
         (folder / "STOP").touch()
         out, err = process.communicate(timeout=60)
-    named = stragglers(folder)
-    assert [found["rank"] for found in named] == [SLOW], out + err
-    assert named[0]["host"] == os.uname().nodename
-    assert named[0]["factor"] == pytest.approx(named[0]["local_s"] / named[0]["usual_s"])
-    assert named[0]["factor"] > 2.5
-    assert named[0]["step"] % EVERY == 0
+    reported = stragglers(folder)
+    assert [found["rank"] for found in reported] == [SLOW], out + err
+    assert reported[0]["host"] == os.uname().nodename
+    assert reported[0]["factor"] == pytest.approx(reported[0]["local_s"] / reported[0]["usual_s"])
+    assert reported[0]["factor"] > 2.5
+    assert reported[0]["step"] % EVERY == 0
     assert out.count(f"rank {SLOW} on {os.uname().nodename} is slow") == 1
 
 
 @contextmanager
 def training(config: Path) -> Iterator[subprocess.Popen[str]]:
-    """Four ranks whose own work takes longer than the slices in which one of them is held up."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "-m",
+    """Train on four ranks, whose steps take longer than the slices in which one of them is stopped."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "-m",
              "hpcgpt.train", str(config), "--train.steps", "100000", "--train.global_batch", "32", "--model.n_embd",
              "64", "--checkpoint.every", "0", "--eval.every", "0", "--blame.every", str(EVERY),
              "--blame.factor", "2.5"]  # fmt: skip
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                           env=clean_env(), start_new_session=True) as process:  # fmt: skip
         try:
             yield process
@@ -167,7 +169,7 @@ def training(config: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def held_up(pid: int) -> Iterator[None]:
+def slowed_down(pid: int) -> Iterator[None]:
     over = threading.Event()
 
     def pulse() -> None:
@@ -187,7 +189,7 @@ def held_up(pid: int) -> Iterator[None]:
 
 
 def rank_process(launcher: int, rank: int) -> int:
-    """The process of a rank, among the children of torchrun."""
+    """Return the pid of a rank, among the children of torchrun."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     found = [int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
     assert len(found) == 1
@@ -206,5 +208,5 @@ def wait(process: subprocess.Popen[str], until: Callable[[], bool], limit_s: flo
     deadline = time.monotonic() + limit_s
     while not until():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"not within {limit_s} s"
+        assert time.monotonic() < deadline, f"the condition is still false after {limit_s} s"
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""data_prep.encode.encoders: every backend gives tiktoken's ids, or is not offered."""
+"""data_prep.encode.encoders: every backend returns tiktoken's ids, or is not used."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fast(gpt2: ByteLevelBPE) -> Encoder:
 
 @pytest.fixture(scope="module")
 def library(gpt2: ByteLevelBPE) -> Encoder:
-    """GPT-2's merges, run by `tokenizers`."""
+    """GPT-2's merges, run by the library `tokenizers`."""
     lines = (Path(find_tokenizer.__file__).with_name("vocab") / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
     letters = byte_characters()
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -57,7 +57,7 @@ def library(gpt2: ByteLevelBPE) -> Encoder:
     return encoders.choose(huggingface.LibraryTokenizer("gpt2", content, {END: 50256}, 50256))
 
 
-def same(one: Encoder, other: Encoder, texts: list[str]) -> bool:
+def equal_batches(one: Encoder, other: Encoder, texts: list[str]) -> bool:
     found, expected = one.batch(texts), other.batch(texts)
     assert (found[0].dtype, found[1].dtype) == (np.dtype(np.uint32), np.dtype(np.int64))
     return np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
@@ -66,23 +66,23 @@ def same(one: Encoder, other: Encoder, texts: list[str]) -> bool:
 # --- the same ids ----------------------------------------------------------------------------------
 
 
-def test_every_backend_gives_the_ids_of_every_code_point(plain: Encoder, fast: Encoder) -> None:
+def test_gigatoken_returns_tiktokens_ids_for_every_code_point(plain: Encoder, fast: Encoder) -> None:
     texts = list(equivalence_texts.code_points())
     assert sum(map(len, texts)) == 0x110000 - 0x800
-    assert same(fast, plain, texts)
+    assert equal_batches(fast, plain, texts)
 
 
 @pytest.mark.parametrize("name", ["fast", "library"])
-def test_every_backend_gives_the_same_ids_for_random_strings(
+def test_every_backend_returns_the_same_ids_for_random_strings(
     name: str, plain: Encoder, request: pytest.FixtureRequest
 ) -> None:
     texts = [*equivalence_texts.chosen(), *equivalence_texts.fuzzed(STRINGS, seed=1, special=[END])]
-    assert same(request.getfixturevalue(name), plain, texts)
+    assert equal_batches(request.getfixturevalue(name), plain, texts)
 
 
 @pytest.mark.parametrize("pattern", list(gigatoken_encoder.SCHEMES), ids=str)
-def test_gigatoken_cuts_where_tiktoken_does(pattern: str) -> None:
-    """With a vocabulary that shows it. All of Unicode is compared in benchmarks/fuzz_backends.py."""
+def test_gigatoken_splits_text_where_tiktoken_does(pattern: str) -> None:
+    """With a vocabulary in which every split shows. benchmarks/fuzz_backends.py compares all of Unicode."""
     pairs = equivalence_texts.all_pairs(pattern)
     fast, plain = encoders.choose(pairs, "gigatoken"), encoders.choose(pairs, "tiktoken")
     near = {code for first, last in gigatoken_encoder.NEWER for code in (first - 1, first, last, last + 1)}
@@ -91,11 +91,11 @@ def test_gigatoken_cuts_where_tiktoken_does(pattern: str) -> None:
         *equivalence_texts.fuzzed(500, seed=2),
         *equivalence_texts.between_others([*range(0x400), *sorted(near)]),
     ]
-    assert same(fast, plain, texts)
+    assert equal_batches(fast, plain, texts)
 
 
-def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
-    """If this fails, tiktoken has caught up, or gigatoken changed: compare all code points again."""
+def test_gigatoken_alone_differs_for_letters_of_newer_unicode_versions() -> None:
+    """If this fails, tiktoken or gigatoken has changed: compare all code points again."""
     pairs = equivalence_texts.all_pairs(from_tiktoken.O200K_PATTERN)
     fast, plain = encoders.choose(pairs, "gigatoken"), encoders.choose(pairs, "tiktoken")
     assert isinstance(fast, gigatoken_encoder.GigatokenEncoder)
@@ -103,12 +103,14 @@ def test_letters_that_are_too_new_are_why_gigatoken_needs_help() -> None:
     alone = [fast._gigatoken.encode(text).tolist() for text in texts]
     expected = [pairs.encode(text) for text in texts]
     assert [number for number in range(6) if alone[number] != expected[number]] == [1, 2, 3]
-    assert same(fast, plain, texts)
-    assert same(fast, plain, texts[::-1])
+    assert equal_batches(fast, plain, texts)
+    assert equal_batches(fast, plain, texts[::-1])
 
 
-def test_tokens_that_may_hold_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "_build", lambda _: None)  # no merge makes these tokens
+def test_tokens_that_may_contain_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        gigatoken_encoder.GigatokenEncoder, "_build", lambda _: None
+    )  # these tokens are not products of merges
     tokens = {
         "ʕb": True,
         "bʕ": True,
@@ -128,22 +130,20 @@ def test_tokens_that_may_hold_a_newer_letter_are_found(gpt2: ByteLevelBPE, monke
     assert {number for number in range(256) if fast._may_be_newer[number]} == {0xCA, 0xE0, 0xE1, 0xEA, 0xF0}
 
 
-def test_documents_with_lone_surrogates_come_out_alike(
+def test_documents_with_lone_surrogates_are_encoded_alike(
     tmp_path: Path, gpt2: ByteLevelBPE, plain: Encoder, fast: Encoder
 ) -> None:
-    """A line of JSON can say \\ud800; the documents are free of it, and so are the ids."""
+    """A line of JSON can contain \\ud800; documents and ids do not."""
     broken = ["a\ud800b", "\udfff", "\udc00\ud800", "萧\ud83d"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in broken))
     texts = list(read_documents(inputs.units(inputs.find([str(tmp_path)]), 10**6)[0]))
     assert texts == ["a\ufffdb", "\ufffd", "\ufffd\ufffd", "萧\ufffd"]
-    assert same(fast, plain, texts)
+    assert equal_batches(fast, plain, texts)
     assert fast.batch(texts)[0].tolist() == [number for text in broken for number in gpt2.encode(text)]
 
 
 @pytest.mark.parametrize("name", ["plain", "fast", "library"])
-def test_a_batch_is_its_texts_one_after_the_other(
-    name: str, gpt2: ByteLevelBPE, request: pytest.FixtureRequest
-) -> None:
+def test_a_batch_is_its_texts_in_order(name: str, gpt2: ByteLevelBPE, request: pytest.FixtureRequest) -> None:
     encoder: Encoder = request.getfixturevalue(name)
     texts = ["hello world", "", f"a {END} b", "萧炎", ""]
     ids, counts = encoder.batch(texts)
@@ -156,8 +156,8 @@ def test_a_batch_is_its_texts_one_after_the_other(
         assert (ids.dtype, counts.dtype) == (np.dtype(np.uint32), np.dtype(np.int64))
 
 
-def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
-    """65,793 ids have no place in uint16. Pairs are counted from the other end here, so that text has the highest."""
+def test_ids_above_65535_are_not_truncated(tmp_path: Path) -> None:
+    """65,793 ids do not fit uint16. Pairs are numbered in reverse, so that text has the highest ids."""
     pairs = equivalence_texts.all_pairs(from_tiktoken.GPT4_PATTERN)
     ranks = {token: rank if rank < 256 else 256 + 65_791 - rank for token, rank in pairs.ranks.items()}
     save_load.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
@@ -167,7 +167,7 @@ def test_ids_above_65536_are_whole(tmp_path: Path) -> None:
     assert save_load.load(tmp_path).describe()["vocab_size"] == 65_793
 
 
-def test_gigatoken_is_renewed_when_it_has_grown(
+def test_gigatoken_is_rebuilt_when_it_has_grown(
     gpt2: ByteLevelBPE, plain: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = gigatoken_encoder.GigatokenEncoder(gpt2, plain.batch)
@@ -177,21 +177,23 @@ def test_gigatoken_is_renewed_when_it_has_grown(
     built = []
     for limit in (1 << 60, 1 << 60, 1, 1):
         fast._limit = limit
-        assert same(fast, plain, texts)
+        assert equal_batches(fast, plain, texts)
         built.append(fast._gigatoken)
     assert built[0] is built[1] is not built[2]
-    assert built[2] is built[3]  # it has grown, but this little text is not why
+    assert built[2] is built[3]  # it has grown, but not because of this short text
 
 
-# --- which one -------------------------------------------------------------------------------------
+# --- choice of the backend -------------------------------------------------------------------------
 
 
-def test_auto_takes_gigatoken_where_it_can(gpt2: ByteLevelBPE) -> None:
+def test_auto_chooses_gigatoken_where_it_can(gpt2: ByteLevelBPE) -> None:
     chosen = encoders.choose(gpt2)
     assert (chosen.name, chosen.fallback_reason) == ("gigatoken", "")
 
 
-def test_without_gigatoken_auto_takes_tiktoken_and_says_so(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gigatoken_auto_chooses_tiktoken_and_gives_the_reason(
+    gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
     chosen = encoders.choose(gpt2)
     assert chosen.name == "tiktoken"
@@ -202,7 +204,7 @@ def test_without_gigatoken_auto_takes_tiktoken_and_says_so(gpt2: ByteLevelBPE, m
         encoders.choose(gpt2, "gigatoken")
 
 
-def test_a_pattern_that_gigatoken_does_not_support_is_left_to_tiktoken(gpt2: ByteLevelBPE) -> None:
+def test_a_pattern_that_gigatoken_does_not_support_is_run_by_tiktoken(gpt2: ByteLevelBPE) -> None:
     own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.ranks, gpt2.special_tokens, 50256)
     chosen = encoders.choose(own)
     assert chosen.name == "tiktoken"
@@ -211,8 +213,8 @@ def test_a_pattern_that_gigatoken_does_not_support_is_left_to_tiktoken(gpt2: Byt
         encoders.choose(own, "gigatoken")
 
 
-def test_a_vocabulary_that_gigatoken_cannot_load_is_tiktokens(gpt2: ByteLevelBPE) -> None:
-    """On a token that no merge makes it panics."""
+def test_a_vocabulary_that_gigatoken_cannot_load_is_run_by_tiktoken(gpt2: ByteLevelBPE) -> None:
+    """gigatoken panics on a token that no merge produces."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"xyz": 257}
     chosen = encoders.choose(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
     assert chosen.name == "tiktoken"
@@ -221,20 +223,20 @@ def test_a_vocabulary_that_gigatoken_cannot_load_is_tiktokens(gpt2: ByteLevelBPE
 
 
 @pytest.mark.parametrize("shift", [lambda rank: rank + 5, lambda rank: rank + (rank >= 40_000), lambda rank: 3 * rank])
-def test_gaps_between_the_ids_are_no_obstacle(shift: Callable[[int], int], gpt2: ByteLevelBPE) -> None:
-    """Special tokens come first in many of Hugging Face's; p50k_base leaves 50256 out."""
+def test_gaps_between_the_ids_are_supported(shift: Callable[[int], int], gpt2: ByteLevelBPE) -> None:
+    """Many of Hugging Face's tokenizers begin with special tokens; p50k_base leaves out 50256."""
     ranks = {token: shift(rank) for token, rank in gpt2.ranks.items()}
     tokenizer = ByteLevelBPE("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
     chosen = encoders.choose(tokenizer)
     assert (chosen.name, chosen.fallback_reason) == ("gigatoken", "")
-    assert same(
+    assert equal_batches(
         chosen,
         encoders.choose(tokenizer, "tiktoken"),
         ["hello world", END, "a\u0c5ca", *equivalence_texts.fuzzed(200, seed=6)],
     )
 
 
-def test_a_backend_that_splits_text_differently_is_found_at_the_start(
+def test_a_backend_that_splits_text_differently_is_found_by_the_check(
     gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gigatoken_encoder.SCHEMES, gpt2.pattern, "qwen2")
@@ -245,18 +247,20 @@ def test_a_backend_that_splits_text_differently_is_found_at_the_start(
         encoders.choose(gpt2, "gigatoken")
 
 
-def test_a_backend_that_takes_special_tokens_for_ids_is_found_at_the_start(gpt2: ByteLevelBPE, plain: Encoder) -> None:
+def test_a_backend_that_encodes_special_tokens_as_such_is_found_by_the_check(
+    gpt2: ByteLevelBPE, plain: Encoder
+) -> None:
     special = encoders.OneByOneEncoder("special", lambda text: gpt2.encoding.encode(text, allowed_special="all"))
     with pytest.raises(ValueError, match=r"special and tiktoken give different ids for '<\|endoftext\|>'"):
         encoders.check(special, plain)
 
 
-def test_a_result_of_another_form_is_refused() -> None:
+def test_a_result_with_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="result has an unknown layout"):
         gigatoken_encoder._as_arrays([1, 2])
 
 
-def test_what_only_the_library_runs_is_run_by_the_library(library: Encoder, gpt2: ByteLevelBPE) -> None:
+def test_a_tokenizer_of_the_library_is_only_run_by_the_library(library: Encoder, gpt2: ByteLevelBPE) -> None:
     assert (library.name, library.fallback_reason) == ("tokenizers", "")
     tokenizer = huggingface.LibraryTokenizer("other", "{}", {END: 0}, 0)
     for backend in ("tiktoken", "gigatoken"):

@@ -1,4 +1,4 @@
-"""data_prep.encode.ideographs: looking up single characters gives tiktoken's ids, whatever is beside them."""
+"""data_prep.encode.ideographs: looking up single characters gives tiktoken's ids, whatever the neighbours are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from data_prep.encode.ideographs import ByCharacterEncoder
 from data_prep.encode.interface import EncodedBatch
 
 GPT2 = find_tokenizer.gpt2()
-# Neighbours of ideographs in texts, and ideographs with which GPT-2 has tokens that cross their border.
-BESIDE = [
+# Neighbours of ideographs in texts, and ideographs that GPT-2 has tokens across.
+NEIGHBOURS = [
     *"，。！？、；：「」『』（）《》…—“”‘’·～",
     *" \n\t\r\u3000\u00a0\u2028", "\n\n", "  ", " \n", "\r\n", "。\n", "\n　　", "——", "……", "“‘", "'s", "'", "'t",
     *"aZ9!.,の龍士裏覚醒喚契極神魔亖龘㐀éñß½Ⅷ１ａ", "’s", "ドラゴン", "한국어", "👍", "𠜎", "\U0002a6d6",
@@ -24,7 +24,7 @@ BESIDE = [
 
 
 class Plain:
-    """tiktoken, text by text, which counts the characters it is given."""
+    """tiktoken, text by text; counts the characters that it gets."""
 
     name, fallback_reason = "tiktoken", ""
 
@@ -53,7 +53,7 @@ def check(encoder: ByCharacterEncoder, texts: Sequence[str]) -> None:
 
 
 def prose(chance: random.Random, most: int) -> str:
-    """Chinese as it is written, with what else there is thrown in now and then."""
+    """Return random Chinese prose with other characters in between."""
     parts = []
     for _ in range(chance.randint(0, most)):
         draw = chance.random()
@@ -62,25 +62,28 @@ def prose(chance: random.Random, most: int) -> str:
         elif draw < 0.9:
             parts.append(chance.choice("，。！\n"))
         else:
-            parts.append(chance.choice(BESIDE))
+            parts.append(chance.choice(NEIGHBOURS))
     return "".join(parts)
 
 
-def test_prose_of_all_kinds_of_neighbours(by_character: ByCharacterEncoder) -> None:
+def test_prose_with_all_kinds_of_neighbours(by_character: ByCharacterEncoder) -> None:
     chance = random.Random(0)
     for _ in range(60):
         check(by_character, [prose(chance, 60) for _ in range(100)])
 
 
-def test_every_character_of_the_table_beside_every_troublesome_neighbour(
+def test_every_character_of_the_table_beside_every_difficult_neighbour(
     by_character: ByCharacterEncoder,
 ) -> None:
     """Each in the middle of a run that would be looked up, before and after the neighbour."""
     points = [*ideographs._LETTERS[::7], *ideographs._PUNCTUATION, *map(ord, "龍士裏覚醒喚契極神魔")]
-    for beside in BESIDE:
+    for neighbour in NEIGHBOURS:
         check(
             by_character,
-            [f"之力{chr(point)}段{beside}{chr(point)}之{beside}" for point in points[len(beside.encode()) % 5 :: 5]],
+            [
+                f"之力{chr(point)}段{neighbour}{chr(point)}之{neighbour}"
+                for point in points[len(neighbour.encode()) % 5 :: 5]
+            ],
         )
 
 
@@ -96,8 +99,8 @@ def test_every_pair_that_a_token_crosses(by_character: ByCharacterEncoder) -> No
     check(by_character, pairs)
 
 
-def test_whole_words_of_the_vocabulary_in_the_middle_of_chinese(by_character: ByCharacterEncoder) -> None:
-    """Every token that is text of its own, not ASCII."""
+def test_tokens_of_the_vocabulary_in_the_middle_of_chinese(by_character: ByCharacterEncoder) -> None:
+    """Every token that is complete text and not ASCII."""
     words = [
         word
         for token in GPT2.ranks
@@ -108,7 +111,7 @@ def test_whole_words_of_the_vocabulary_in_the_middle_of_chinese(by_character: By
     check(by_character, ["之力之力" + "".join(words) + "之力之力", *words])
 
 
-def test_most_of_a_chinese_text_is_not_left_for_the_encoder() -> None:
+def test_most_of_a_chinese_text_is_looked_up() -> None:
     plain = Plain()
     encoder = ByCharacterEncoder(plain, list(GPT2.ranks))
     text = "天地玄黃，宇宙洪荒。\n日月盈昃，辰宿列張。\n" * 50
@@ -126,14 +129,14 @@ def test_texts_without_chinese_and_empty_batches(by_character: ByCharacterEncode
     check(by_character, ["one 之力之力 two", "three"])
 
 
-def test_a_text_with_the_stand_in_itself(by_character: ByCharacterEncoder) -> None:
+def test_a_text_that_contains_the_stand_in_character(by_character: ByCharacterEncoder) -> None:
     table = by_character._table
     assert table
     check(by_character, [f"之力之力{table.stand_in}之力之力", "之力之力之力"])
 
 
-def test_a_vocabulary_with_words_of_chinese_goes_to_the_encoder() -> None:
-    """More kinds of crossing tokens than there are bits for."""
+def test_a_vocabulary_with_many_chinese_words_is_left_to_the_encoder() -> None:
+    """It has more kinds of crossing tokens than there are bits."""
     words = [
         f"{a}{b}".encode()
         for a, b in zip("天地玄黃宇宙洪荒日月盈昃辰宿列張寒", "來暑往秋收冬藏閏餘成歲律呂調陽雲騰", strict=True)

@@ -1,4 +1,4 @@
-"""data_prep.pipeline.workers: the server that workers are forked from."""
+"""data_prep.pipeline.workers: the server from which workers are forked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hpcgpt.data import shard_format
 from tests.programs import command
 
 
-def test_workers_start_whatever_the_length_of_tmpdir(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """The server listens at a file, whose path may have 107 bytes."""
+def test_workers_start_however_long_tmpdir_is(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """The server listens on a socket file, whose path is limited to 107 bytes."""
     text, temporary = tmp_path / "text", tmp_path / ("t" * 110)
     for folder in (text, temporary):
         folder.mkdir()

@@ -1,6 +1,5 @@
-"""data_prep.text.accounting and data_prep.text.unread: every file, document, byte and token that is found is in the
-shards, or is counted by reason in the summary and in the manifest. The commands run here as they are started, but in
-this process."""
+"""data_prep.text.accounting and data_prep.text.unread: every file, document, byte and token found is in the shards, or
+is counted by reason in the summary and in the manifest. The commands run as they are started, but in this process."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ Make = Callable[..., tuple[int, str, str]]
 def make(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Make:
-    """make_shards into tmp_path/out: its status, and what it says on stdout and stderr."""
+    """Run make_shards into tmp_path/out; return status, stdout and stderr."""
 
     def run(*arguments: str | Path, tokenizer: Path = tokenizer_folder) -> tuple[int, str, str]:
         given = ["--tokenizer", str(tokenizer), "--val-fraction", "0", "--workers", "1", "--out", str(tmp_path / "out")]
@@ -85,8 +84,8 @@ def read(path: Path, reading: TextOptions | None = None, skipped: list[Skipped] 
 # --- files -----------------------------------------------------------------------------------------
 
 
-def test_each_of_seven_files_of_other_endings_is_read(make: Make, tmp_path: Path) -> None:
-    """One of seven was read before, with status 0."""
+def test_files_of_all_supported_endings_are_read(make: Make, tmp_path: Path) -> None:
+    """An earlier version read one of seven, with status 0."""
     packed = {"a.jsonl": LINES, "b.json.gz": gzip.compress(LINES), "c.jsonl.xz": lzma.compress(LINES),
               "d.jsonl.bz2": bz2.compress(LINES), "e.ndjson": LINES, "f.json": LINES,
               "h.ndjson.zst": zstd.compress(LINES)}  # fmt: skip
@@ -103,7 +102,7 @@ def test_each_of_seven_files_of_other_endings_is_read(make: Make, tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["f.json", "f.csv", "x/f.zip", "f.jsonl.lz4", "f.JSON", "f.tar.gz", "f.npy", "f.html", "f.bin"]
 )
-def test_a_file_that_looks_like_data_is_refused_or_left_out_on_demand(name: str, make: Make, tmp_path: Path) -> None:
+def test_a_file_that_looks_like_data_is_refused_or_ignored_on_demand(name: str, make: Make, tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, name: b'[\n{"text": "x"}\n]\n'})
     code, out, err = make(given)
     assert (code, out) == (2, "")
@@ -115,7 +114,7 @@ def test_a_file_that_looks_like_data_is_refused_or_left_out_on_demand(name: str,
     code, out, err = make(given, "--ignore-other-files")
     assert code == 0
     assert f"not read: 1 file ({unread_reason(tmp_path)}): {name}" in out
-    assert f": {name}" in err  # and said before the work begins
+    assert f": {name}" in err  # and reported before the work begins
     assert [(row["name"], row["bytes"]) for row in manifest_of(tmp_path).unread] == [(name, 18)]
 
 
@@ -170,7 +169,7 @@ def test_every_file_below_a_folder_is_in_the_manifest(make: Make, tmp_path: Path
     assert sum(row["bytes"] for row in rows) == sum(map(len, files.values()))
 
 
-def test_of_very_many_files_a_thousand_are_named_and_all_are_counted() -> None:
+def test_of_very_many_files_a_thousand_are_listed_and_all_are_counted() -> None:
     rows = [unread.UnreadFile(f"{n}.md", n, "a" if n % 2 else "b") for n in range(5000)]
     listed = unread.for_manifest(rows)
     assert len(listed) == 1002
@@ -178,7 +177,7 @@ def test_of_very_many_files_a_thousand_are_named_and_all_are_counted() -> None:
     assert sum(row["bytes"] for row in listed) == sum(range(5000))
 
 
-def test_a_json_is_read_if_it_holds_lines_with_a_text(tmp_path: Path) -> None:
+def test_a_json_file_is_read_if_it_has_lines_with_the_text_key(tmp_path: Path) -> None:
     other = {"b.json": b'[{"text": "x"}]', "c.json": b'{\n "text": "x"\n}', "d.json": b'{"words": 7}\n', "e.json": b"",
              "deep.json": b"[" * 100_000}  # fmt: skip
     given = folder_of(tmp_path / "in", {"a.json": LINES, "one.json": b'{"text": "three"}', **other})
@@ -209,7 +208,7 @@ def test_equal_files_are_two_files(make: Make, tmp_path: Path) -> None:
     assert documents_in(manifest_of(tmp_path)) == 4
 
 
-def test_a_name_with_a_tilde_is_a_name(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_name_is_not_expanded(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = make("~lock.txt")
     assert (code, "INPUT '~lock.txt': there is no such file here" in err, "Traceback" in err) == (2, True, False)
@@ -218,18 +217,18 @@ def test_a_name_with_a_tilde_is_a_name(make: Make, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.xz", "a.jsonl.bz2"])
-def test_xz_and_bz2_are_streams_and_damage_is_reported(name: str, tmp_path: Path) -> None:
+def test_xz_and_bz2_are_read_as_streams_and_damage_is_reported(name: str, tmp_path: Path) -> None:
     pack = lzma.compress if name.endswith("xz") else bz2.compress
     lines = b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(300).hex().encode()) for n in range(2000))
     path = tmp_path / name
     path.write_bytes(pack(lines[:500_000]) + pack(lines[500_000:]))
     assert len(read(path)) == 2000
-    whole = path.read_bytes()
+    undamaged = path.read_bytes()
     for content, problem in (
-        (whole[:-700], "breaks off"),
+        (undamaged[:-700], "breaks off"),
         (b"<html>404</html>", "it is no "),
-        (whole + b"<html>", "what follows its end"),
-        (whole[:5], "breaks off"),
+        (undamaged + b"<html>", "what follows its end"),
+        (undamaged[:5], "breaks off"),
     ):
         path.write_bytes(content)
         skipped: list[Skipped] = []
@@ -238,15 +237,15 @@ def test_xz_and_bz2_are_streams_and_damage_is_reported(name: str, tmp_path: Path
         assert len(found) == {"it is no ": 0, "what follows its end": 2000}.get(problem, len(found))
 
 
-def test_an_arrow_file_gives_its_rows_and_damage_is_reported(tmp_path: Path) -> None:
+def test_the_rows_of_an_arrow_file_are_read_and_damage_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.arrow"
     arrow_stream(path, ["a", None, "", "斗"])
     assert read(path) == ["a", "斗"]
-    whole = path.read_bytes()
+    undamaged = path.read_bytes()
     arrow_stream(path, ["a", "b"])
-    # A stream that is cut off between two batches is a whole one to pyarrow.
-    for size in (len(whole) - 8, len(whole) - 40, 4):
-        path.write_bytes(whole[:size])
+    # pyarrow takes a stream that is cut off between two batches for a complete one.
+    for size in (len(undamaged) - 8, len(undamaged) - 40, 4):
+        path.write_bytes(undamaged[:size])
         skipped: list[Skipped] = []
         read(path, TextOptions(on_bad_input="skip"), skipped)
         assert len(skipped) == 1, size
@@ -261,7 +260,7 @@ def test_an_arrow_file_gives_its_rows_and_damage_is_reported(tmp_path: Path) -> 
 # --- documents -------------------------------------------------------------------------------------
 
 
-def test_documents_that_are_null_or_empty_are_counted(make: Make, tmp_path: Path) -> None:
+def test_null_and_empty_documents_are_counted(make: Make, tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES + b'{"text": ""}\n{"text": " "}\n\n', "b.txt": b"\n"})
     parquet.write_table(pa.table({"text": pa.array(["x", None, None, ""])}), given / "c.parquet")
     code, out, _ = make(given)
@@ -271,7 +270,7 @@ def test_documents_that_are_null_or_empty_are_counted(make: Make, tmp_path: Path
     assert (manifest.counts["null"], manifest.counts["empty"], documents_in(manifest)) == (2, 4, 3)
 
 
-def test_a_corpus_of_nulls_is_not_blamed_on_the_validation_fraction(make: Make, tmp_path: Path) -> None:
+def test_a_corpus_of_nulls_is_not_explained_by_the_validation_fraction(make: Make, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     parquet.write_table(pa.table({"text": pa.array([None] * 5, pa.string())}), tmp_path / "in" / "a.parquet")
     code, _, err = make(tmp_path / "in", "--val-fraction", "0.5")
@@ -281,7 +280,7 @@ def test_a_corpus_of_nulls_is_not_blamed_on_the_validation_fraction(make: Make, 
 
 
 def test_the_manifest_of_a_plain_corpus_has_no_new_key(make: Make, tmp_path: Path) -> None:
-    """What was made from it before stays the same data set, with the same digest."""
+    """Data sets made before stay the same, with the same digest."""
     assert make(folder_of(tmp_path / "in", {"a.jsonl": LINES, "b.txt": b"three"}))[0] == 0
     body = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert list(body) == [
@@ -298,18 +297,18 @@ def test_the_manifest_of_a_plain_corpus_has_no_new_key(make: Make, tmp_path: Pat
     assert body["counts"] == {"too_short": 0, "duplicates": 0, "skipped": 0}
 
 
-# --- bytes that are no text ------------------------------------------------------------------------
+# --- bytes that are not text -----------------------------------------------------------------------
 
 
 def broken_novel() -> tuple[bytes, int]:
-    """A novel in GBK with one bad byte in the middle, and its place."""
+    """Return a novel in GBK with one bad byte in the middle, and its position."""
     lines = NOVEL.encode("gb18030").splitlines(keepends=True)
     head = b"".join(lines[:20])
     return head + b"\xff" + b"".join(lines[20:]), len(head)
 
 
 @pytest.mark.parametrize("encoding", ["auto", "gb18030", "cp936"])
-def test_one_bad_byte_in_a_novel_is_named_by_its_place_and_can_be_replaced(
+def test_one_bad_byte_in_a_novel_is_reported_with_its_position_and_can_be_replaced(
     encoding: str, make: Make, tmp_path: Path
 ) -> None:
     content, at = broken_novel()
@@ -319,7 +318,7 @@ def test_one_bad_byte_in_a_novel_is_named_by_its_place_and_can_be_replaced(
     assert f"a.txt, byte {at}: broken gb18030 (byte 0xff); " in err
     assert "--on-bad-input replace" in err
     code, out, _ = make(given, "--encoding", encoding, "--on-bad-input", "replace")
-    if code == 2:  # another plan was begun in that folder
+    if code == 2:  # the folder has a plan with other options
         (tmp_path / "out").rename(tmp_path / "before")
         code, out, _ = make(given, "--encoding", encoding, "--on-bad-input", "replace")
     assert code == 0
@@ -331,8 +330,8 @@ def test_one_bad_byte_in_a_novel_is_named_by_its_place_and_can_be_replaced(
     assert (row["name"], row["place"], row["count"]) == ("a.txt", f"byte {at}", 0)
 
 
-def test_with_no_encoding_given_the_bad_byte_leads_to_the_right_one(make: Make, tmp_path: Path) -> None:
-    """Each remedy is followed as it is printed, until the shards are there."""
+def test_without_an_encoding_the_error_messages_lead_to_the_right_one(make: Make, tmp_path: Path) -> None:
+    """Follow each remedy as it is printed, until the shards exist."""
     content, at = broken_novel()
     given = folder_of(tmp_path / "in", {"a.txt": content, "b.txt": NOVEL.encode(), "c.txt": b"plain"})
     code, _, err = make(given)
@@ -345,7 +344,7 @@ def test_with_no_encoding_given_the_bad_byte_leads_to_the_right_one(make: Make, 
     assert documents_in(manifest_of(tmp_path)) == 3
 
 
-def test_the_way_to_gb18030_names_a_separator_that_can_be_found_in_it(make: Make, tmp_path: Path) -> None:
+def test_the_remedy_for_gb18030_names_a_separator_that_can_be_found(make: Make, tmp_path: Path) -> None:
     content = "".join(f"第{n}章\n{NOVEL}\n" for n in "一二三").encode("gb18030")
     given = folder_of(tmp_path / "in", {"a.txt": content})
     code, _, err = make(given, "--separator", "第")
@@ -363,7 +362,7 @@ def test_byte_80_is_the_euro_sign_of_code_page_936(tmp_path: Path) -> None:
     path = folder_of(tmp_path, {"a.txt": content + b"\x80" + "很贵".encode("gb18030")}) / "a.txt"
     for encoding in ("cp936", "gbk", "auto"):
         assert read(path, TextOptions(encoding=encoding)) == [NOVEL + "€很贵"]
-    # After a lead byte it is half of a character, as before.
+    # After a lead byte it is the second half of a character, as before.
     path.write_bytes(b"\x81\x80" + content)
     assert read(path, TextOptions(encoding="gbk"))[0][0] == b"\x81\x80".decode("gb18030")
 
@@ -378,7 +377,7 @@ def test_chinese_after_pages_of_english_is_recognized(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "flags", "says"),
+    ("content", "flags", "message"),
     [
         (NOVEL.encode("gb18030"), [], "not UTF-8 but Chinese in GB18030"),
         (NOVEL.encode(), ["--encoding", "gbk"], "not gb18030 but UTF-8"),
@@ -388,14 +387,14 @@ def test_chinese_after_pages_of_english_is_recognized(tmp_path: Path) -> None:
         (b"\xe9\xe8" * 100, [], "neither UTF-8 nor Chinese"),
     ],
 )
-def test_text_in_another_encoding_is_not_replaced_away(
-    content: bytes, flags: list[str], says: str, make: Make, tmp_path: Path
+def test_text_in_another_encoding_is_refused_rather_than_replaced(
+    content: bytes, flags: list[str], message: str, make: Make, tmp_path: Path
 ) -> None:
     code, _, err = make(folder_of(tmp_path / "in", {"a.txt": content}), "--on-bad-input", "replace", *flags)
-    assert (code, says in err) == (2, True), err
+    assert (code, message in err) == (2, True), err
 
 
-def test_u_fffd_that_was_there_before_is_not_counted(tmp_path: Path) -> None:
+def test_an_existing_u_fffd_is_not_counted(tmp_path: Path) -> None:
     before = '{"text": "a\ufffdbcdefghijklmnopqrst'.encode()
     lines = before + b'\xffuv"}\n{"text": "\xff' + b"x" * 30 + b'"}\n'
     given = folder_of(tmp_path, {"a.jsonl": lines})
@@ -410,7 +409,7 @@ def test_u_fffd_that_was_there_before_is_not_counted(tmp_path: Path) -> None:
 
 
 def byte_unigram(folder: Path, special: bool) -> Path:
-    """A Unigram model with pieces for all bytes, which are added tokens and marked special."""
+    """Save a Unigram model with pieces for all bytes, which are added tokens and marked special."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     made = Library(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -429,7 +428,7 @@ def byte_unigram(folder: Path, special: bool) -> Path:
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_bytes_are_spelled_in_pieces_also_where_those_are_marked_special(
+def test_bytes_are_encoded_as_byte_pieces_also_where_those_are_marked_special(
     special: bool, make: Make, tmp_path: Path
 ) -> None:
     from data_prep.encode import find_tokenizer
@@ -468,20 +467,20 @@ def test_tokens_for_unknown_text_are_counted_and_many_cause_a_warning(
 # --- Megatron's index, and other programs' files ----------------------------------------------------
 
 
-def megatron(path: Path, ids: list[int], lengths: list[int], places: list[int] | None = None) -> Path:
+def megatron(path: Path, ids: list[int], lengths: list[int], offsets: list[int] | None = None) -> Path:
     import struct
 
     path.write_bytes(struct.pack(f"<{len(ids)}H", *ids))
-    places = [2 * sum(lengths[:n]) for n in range(len(lengths))] if places is None else places
+    offsets = [2 * sum(lengths[:n]) for n in range(len(lengths))] if offsets is None else offsets
     body = struct.pack("<QBQQ", 1, 8, len(lengths), len(lengths) + 1)
-    numbers = struct.pack(f"<{len(lengths)}i{len(lengths)}q{len(lengths) + 1}q", *lengths, *places,
+    numbers = struct.pack(f"<{len(lengths)}i{len(lengths)}q{len(lengths) + 1}q", *lengths, *offsets,
                           *range(len(lengths) + 1))  # fmt: skip
     path.with_suffix(".idx").write_bytes(b"MMIDIDX\0\0" + body + numbers)
     return path
 
 
 @pytest.mark.parametrize(
-    ("lengths", "places", "missing"),
+    ("lengths", "offsets", "missing"),
     [
         ([50, 100], None, 2 * 50),
         ([50, 100], [100, 200], 2 * 50),
@@ -492,13 +491,13 @@ def megatron(path: Path, ids: list[int], lengths: list[int], places: list[int] |
 )
 def test_bytes_that_an_index_does_not_cover_are_refused_or_counted(
     lengths: list[int],
-    places: list[int] | None,
+    offsets: list[int] | None,
     missing: int,
     tokenizer_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = megatron(tmp_path / "a.bin", [n % 500 for n in range(200)], lengths, places)
+    path = megatron(tmp_path / "a.bin", [n % 500 for n in range(200)], lengths, offsets)
     arguments = ["--from", "megatron", str(path), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match=rf"{missing} of its 400 bytes belong to no document of its \.idx: is that"):
         import_shards.main(arguments)
@@ -510,7 +509,7 @@ def test_bytes_that_an_index_does_not_cover_are_refused_or_counted(
     assert manifest_of(tmp_path).counts == {"empty": 0, "uncovered_bytes": missing}
 
 
-def test_documents_that_overlap_are_refused_also_where_others_are_missing(
+def test_overlapping_documents_are_refused_also_where_others_are_missing(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     path = megatron(tmp_path / "a.bin", [1] * 200, [100, 100], [0, 100])
@@ -519,7 +518,7 @@ def test_documents_that_overlap_are_refused_also_where_others_are_missing(
         import_shards.main([*arguments, "--allow-uncovered"])
 
 
-def test_the_index_of_another_file_is_warned_of(
+def test_an_index_of_another_file_causes_a_warning(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = [511 if n % 10 == 9 else n for n in range(200)]
@@ -530,7 +529,7 @@ def test_the_index_of_another_file_is_warned_of(
     assert "begin without an end-of-text 511" in capsys.readouterr().err
 
 
-def test_numpys_files_and_nanogpts_characters_are_refused_with_the_reason(
+def test_numpys_files_and_nanogpts_character_data_are_refused_with_the_reason(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "a.npy", np.arange(100, dtype=np.uint16))
@@ -555,7 +554,7 @@ def test_files_beside_imported_ones_are_reported(
     assert len(manifest_of(tmp_path).unread) == 2
 
 
-def test_verify_names_token_files_that_are_no_part_of_the_data_set(
+def test_verify_lists_token_files_that_do_not_belong_to_the_data_set(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(folder_of(tmp_path / "in", {"a.jsonl": LINES}))
@@ -564,10 +563,10 @@ def test_verify_names_token_files_that_are_no_part_of_the_data_set(
     assert "not checked, because the manifest does not list them: train_000007.bin\n" in capsys.readouterr().out
 
 
-# --- other commands, and JSON without measure --------------------------------------------------------
+# --- other commands, and deeply nested JSON ----------------------------------------------------------
 
 
-def test_train_tokenizer_says_what_it_read_and_what_not(
+def test_train_tokenizer_reports_what_it_read_and_what_not(
     text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = folder_of(tmp_path / "in", {"f.csv": b"a,b", "e.txt": b" "})
@@ -583,7 +582,7 @@ def test_train_tokenizer_says_what_it_read_and_what_not(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json", "prep/plan.json"])
-def test_deeply_nested_json_is_damage_and_no_crash(name: str, make: Make, tmp_path: Path) -> None:
+def test_deeply_nested_json_is_reported_as_damage(name: str, make: Make, tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES})
     assert make(given)[0] == 0
     (tmp_path / "out" / name).write_bytes(b"[" * 200_000)
@@ -598,7 +597,7 @@ def test_deeply_nested_json_is_damage_and_no_crash(name: str, make: Make, tmp_pa
     assert status.stderr.startswith("error: ")
 
 
-def test_make_shards_takes_any_flag_from_make() -> None:
+def test_make_passes_any_flag_to_make_shards() -> None:
     arguments = ["make", "--dry-run", "--silent", "shards", "CORPUS=novels", "ARGS=--encoding auto --dedup exact"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     line = next(line for line in done.stdout.splitlines() if "data_prep.make_shards" in line)

@@ -1,5 +1,5 @@
-"""data_prep.text.inputs and data_prep.text.documents: every kind of file gives its documents once, wherever it is
-cut."""
+"""data_prep.text.inputs and data_prep.text.documents: each document of any kind of file is read once, wherever the
+file is cut into units."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_concatenated_members_and_frames_are_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
-def test_parquet_may_keep_its_strings_in_any_way_and_null_is_no_document(kind: pa.DataType, tmp_path: Path) -> None:
+def test_parquet_strings_of_any_type_are_read_and_null_is_no_document(kind: pa.DataType, tmp_path: Path) -> None:
     column = pa.array([None, "a", "", "萧炎", "a", " \n", None], pa.string()).cast(kind)
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=3)
     assert read(tmp_path / "a.parquet") == ["a", "萧炎", "a"]
@@ -93,8 +93,8 @@ def test_a_lone_surrogate_becomes_the_replacement_character_and_a_pair_its_chara
     assert read(path) == ["a\ufffdb", "😀", "\ufffd\ufffd"]
 
 
-def test_what_python_takes_for_json_is_taken(tmp_path: Path) -> None:
-    """orjson is stricter; which of the two reads a line must not matter."""
+def test_whatever_pythons_json_accepts_is_accepted(tmp_path: Path) -> None:
+    """orjson is stricter; it must not matter which of the two reads a line."""
     path = tmp_path / "a.jsonl"
     lines = ['{"text": "a", "n": NaN}', '{"n": 1e999, "text": "b"}', '{"text": "x", "text": "c"}',
              '{"text": "d", "n": ' + "9" * 400 + "}"]  # fmt: skip
@@ -102,12 +102,12 @@ def test_what_python_takes_for_json_is_taken(tmp_path: Path) -> None:
     assert read(path) == [json.loads(line)["text"] for line in lines] == ["a", "b", "c", "d"]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_jsonl(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x\\ufeff"}')
     assert read(tmp_path / "a.jsonl") == ["x\ufeff"]
 
 
-# --- cutting ---------------------------------------------------------------------------------------
+# --- units -----------------------------------------------------------------------------------------
 
 LINES = ['{"text": "one"}\n', "\n", '{"text": "萧炎 two"}\r\n', '   \n{"text": ""}\n', '{"text": "three", "id": 3}']
 
@@ -150,13 +150,13 @@ def test_a_text_cut_at_any_byte_gives_the_documents_between_its_separators(
     assert read(tmp_path / "a.txt.gz", TextOptions(separator=separator)) == expected
 
 
-def test_separators_are_found_across_the_borders_of_what_is_read_at_once(tmp_path: Path) -> None:
-    """The reader takes a MiB at a time; one separator crosses each border."""
+def test_separators_are_found_across_the_borders_of_read_buffers(tmp_path: Path) -> None:
+    """The reader reads one MiB at a time; a separator crosses each border."""
     path = tmp_path / "a.txt"
-    pieces = [chr(97 + n) * ((1 << 20) - 13 if n else (1 << 20) - 5) for n in range(4)]
-    path.write_text("<|endoftext|>".join(pieces))
+    parts = [chr(97 + n) * ((1 << 20) - 13 if n else (1 << 20) - 5) for n in range(4)]
+    path.write_text("<|endoftext|>".join(parts))
     for unit_bytes in (10**9, 1 << 20, (1 << 20) + 3, 700_000):
-        assert read(path, TextOptions(separator="<|endoftext|>"), unit_bytes) == pieces
+        assert read(path, TextOptions(separator="<|endoftext|>"), unit_bytes) == parts
     small = [Skipped("a.txt", "document at byte 1048584", "a document above 1 MB")]
     skipped: list[Skipped] = []
     options = TextOptions(separator="<|endoftext|>", on_bad_input="skip", max_document_mb=1)
@@ -165,7 +165,7 @@ def test_separators_are_found_across_the_borders_of_what_is_read_at_once(tmp_pat
     assert skipped[1:] == small
 
 
-def test_any_separator_anywhere_against_python(tmp_path: Path) -> None:
+def test_separators_anywhere_give_the_documents_of_a_plain_python_split(tmp_path: Path) -> None:
     chance = random.Random(1)
     path = tmp_path / "a.txt"
     for _ in range(60):
@@ -192,7 +192,7 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path) -> None:
     ]
 
 
-def test_units_hold_whole_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
+def test_units_contain_whole_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a/y.txt.gz", "a.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith(".gz") else b"x" * 10)
@@ -207,13 +207,13 @@ def test_units_hold_whole_files_in_the_order_of_their_paths(tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(60)
-def test_many_small_files_are_grouped_in_a_moment() -> None:
-    """100,000 novels in one unit: the sizes must not be added up anew for each, which takes minutes."""
+def test_many_small_files_are_grouped_quickly() -> None:
+    """100,000 novels in one unit: adding up the sizes again for each would take minutes."""
     sources = [inputs.InputFile("a.txt", Path("/a.txt"), 1000, 0)] * 110_000
     assert [len(unit) for unit in inputs.units(sources, 100_000_000)] == [100_000, 10_000]
 
 
-# --- finding ---------------------------------------------------------------------------------------
+# --- finding files ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_the_order_of_the_inputs_is_the_one_given(tree: Path) -> None:
 
 
 def test_links_to_folders_are_followed(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Data on another disk is linked to, and must not be left out silently."""
+    """Data on another disk is often linked to."""
     other = tmp_path_factory.mktemp("disk")
     (other / "far.txt").write_text("far")
     (tree / "x" / "link").symlink_to(other)
@@ -258,8 +258,8 @@ def test_links_to_folders_are_followed(tree: Path, tmp_path_factory: pytest.Temp
     assert [source.name for source in inputs.find([f"{tree}/**/far.txt"])] == ["x/link/far.txt"]
 
 
-def test_names_that_are_no_utf8_or_have_line_ends_are_no_obstacle(tmp_path: Path) -> None:
-    """Chinese novels come with names in GB18030."""
+def test_names_that_are_not_utf8_or_contain_line_ends_are_read(tmp_path: Path) -> None:
+    """Chinese novels have names in GB18030."""
     names = [os.fsdecode("斗破苍穹.txt".encode("gb18030")), "a\nb.txt", "斗.txt"]
     for name in names:
         (tmp_path / name).write_text("萧炎")
@@ -282,7 +282,7 @@ FRENCH = "les élèves français étaient à l'aise où ça va\n"
     [("gb18030", "gb18030"), ("gb18030", "GBK"), ("gb18030", "gb2312"), ("gb18030", "auto"), ("utf-8", "auto"),
      ("utf-8-sig", "auto"), ("utf-8-sig", "utf-8"), ("big5", "big5")],
 )  # fmt: skip
-def test_text_in_other_encodings(encoding: str, options: str, tmp_path: Path) -> None:
+def test_text_in_other_encodings_is_read(encoding: str, options: str, tmp_path: Path) -> None:
     text = CHINESE if encoding != "big5" else TRADITIONAL
     lines = [text + str(n) for n in range(30)]
     (tmp_path / "a.txt").write_bytes(lines[0].encode(encoding))
@@ -312,7 +312,7 @@ def test_auto_detects_the_encoding_of_each_file(tmp_path: Path) -> None:
      (CHINESE, "utf-8", False), ("萧炎", "utf-8", False), (KOREAN, "utf-8", False),
      (FRENCH, "cp1252", False), ("naïve", "cp1252", False)],
 )  # fmt: skip
-def test_chinese_in_gb18030_is_recognized(text: str, encoding: str, chinese: bool) -> None:
+def test_is_chinese_recognizes_chinese_in_gb18030(text: str, encoding: str, chinese: bool) -> None:
     assert encodings.is_chinese(text.encode(encoding)) is chinese
 
 
@@ -324,8 +324,8 @@ def valid(content: bytes, encoding: str) -> bool:
     return True
 
 
-def test_broken_utf8_never_passes_for_chinese() -> None:
-    """Whichever byte of Chinese in UTF-8 is lost or changed."""
+def test_damaged_utf8_is_never_taken_for_chinese() -> None:
+    """Whichever byte of Chinese in UTF-8 is missing or changed."""
     passed_for_gb18030 = 0
     for content in (text.encode() for text in (CHINESE, CHINESE[:4], CHINESE[:5], TRADITIONAL[7:16], KOREAN)):
         for n, size in itertools.product(range(len(content)), (1, 2)):
@@ -338,7 +338,7 @@ def test_broken_utf8_never_passes_for_chinese() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
-def test_a_whole_text_may_be_in_utf16(encoding: str, tmp_path: Path) -> None:
+def test_a_whole_text_may_be_in_utf16_or_utf32(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes((CHINESE + "\u0a0d\u0d0a").encode(encoding))
     assert read(tmp_path / "a.txt", TextOptions(encoding=encoding)) == [CHINESE + "\u0a0d\u0d0a"]
 
@@ -352,11 +352,11 @@ def test_an_encoding_has_one_name() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_wherever_a_compressed_file_is_cut_short_what_was_before_is_kept(suffix: str, tmp_path: Path) -> None:
+def test_of_a_truncated_compressed_file_everything_before_the_cut_is_kept(suffix: str, tmp_path: Path) -> None:
     chance = random.Random(1)
     texts = ["".join(chance.choices("abcdefghijklmnop", k=2000)) for _ in range(200)]
-    whole = jsonl(texts)
-    packed = gzip.compress(whole) if suffix == "gz" else zstd.compress(whole)
+    content = jsonl(texts)
+    packed = gzip.compress(content) if suffix == "gz" else zstd.compress(content)
     path = tmp_path / f"a.jsonl.{suffix}"
     counts = []
     for size in [*range(1, len(packed), len(packed) // 40), len(packed) - 1]:
@@ -374,7 +374,7 @@ def test_wherever_a_compressed_file_is_cut_short_what_was_before_is_kept(suffix:
         read(path)
 
 
-def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> None:
+def test_what_zlib_still_buffers_at_the_end_of_the_input_is_kept(tmp_path: Path) -> None:
     """In repetitive text, the last input bytes may decompress to more than fits into one output chunk."""
     packed = gzip.compress(GOOD * 40_000)
 
@@ -392,7 +392,7 @@ def test_what_zlib_still_holds_when_the_input_ends_is_kept(tmp_path: Path) -> No
         assert len(read(tmp_path / "a.jsonl.gz", TextOptions(on_bad_input="skip"))) == lines
 
 
-def test_the_list_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> None:
+def test_the_list_of_bad_lines_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n' * 3000)
     skipped: list[Skipped] = []
     assert read(tmp_path / "a.jsonl", TextOptions(on_bad_input="skip"), 10**9, skipped) == ["a"] * 3000
@@ -400,7 +400,7 @@ def test_the_list_of_bad_lines_does_not_grow_without_bound(tmp_path: Path) -> No
     assert sum(row.count for row in skipped) == 3000
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error_even_where_bad_input_is_skipped(tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_is_an_error_also_with_skip(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for change in ("grows", "is rewritten", "is gone"):
         path.write_bytes(jsonl(TEXTS))
@@ -439,9 +439,9 @@ for name in sys.argv[1:]:
 """
 
 
-def test_memory_stays_flat(tmp_path: Path) -> None:
-    """60 MB of each kind, a line of 50 MB among it; of parquet, one row group of as much (pyarrow's own buffers are
-    30 MB, of a file of any size)."""
+def test_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
+    """60 MB of each kind, including a line of 50 MB; for parquet, one row group of that size (pyarrow's own buffers are
+    30 MB for a file of any size)."""
     text = "x" * 9_999
 
     def content(line: bytes) -> bytes:
@@ -482,7 +482,7 @@ class Stdin(io.BytesIO):
     [(b'{"text": "a"}\n', "", "stdin.jsonl"), (b'\xef\xbb\xbf\n {"text": "a"}\n', "", "stdin.jsonl"),
      (b"a novel", "", "stdin.txt"), (b'{"text": "a"}\n', "txt", "stdin.txt"), (b" \n" * 10, "", "stdin.txt")],
 )  # fmt: skip
-def test_standard_input_is_copied_under_a_name_that_says_what_it_is(
+def test_standard_input_is_copied_to_a_file_named_by_its_kind(
     content: bytes, kind: str, name: str, tmp_path: Path
 ) -> None:
     path = standard_input.spool(Stdin(content), tmp_path / "prep", kind)  # type: ignore[arg-type]
@@ -490,7 +490,7 @@ def test_standard_input_is_copied_under_a_name_that_says_what_it_is(
     assert [p.name for p in path.parent.iterdir()] == [name]
 
 
-def test_a_rerun_takes_the_same_input_or_a_terminal_and_refuses_any_other(tmp_path: Path) -> None:
+def test_a_rerun_accepts_the_same_input_or_a_terminal_and_refuses_any_other(tmp_path: Path) -> None:
     content = b"a novel" * 400_000
     path = standard_input.spool(Stdin(content), tmp_path)
     before = path.stat().st_mtime_ns
@@ -509,7 +509,7 @@ def test_a_rerun_takes_the_same_input_or_a_terminal_and_refuses_any_other(tmp_pa
      (zstd.compress(b"x"), "pipe it through `zstd -dc` first"), (b"PAR1....", "name the file instead")],
     ids=["nothing", "gzip", "zstd", "parquet"],
 )  # fmt: skip
-def test_standard_input_that_is_no_text_is_refused_and_leaves_nothing(
+def test_standard_input_that_is_not_text_is_refused_and_leaves_nothing(
     content: bytes, sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=sentence):

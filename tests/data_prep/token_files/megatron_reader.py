@@ -1,9 +1,9 @@
 """Megatron's own ``megatron/core/datasets/indexed_dataset.py``, and nothing else of Megatron.
 
-It comes out of the wheel of megatron-core on PyPI, which pip downloads (2.6 MB) but does not install: the
-package imports itself as a whole, which takes seconds and warns. The reader needs numpy, torch, two small
-files beside it, and of ``megatron.core.utils`` one function that really lives in ``_rank_utils``. The wheel is the
-same one on every machine: only Python files of it are read, and they are checked by their SHA-256.
+It is from the wheel of megatron-core on PyPI, which pip downloads (2.6 MB) but does not install: importing the package
+takes seconds and warns. The reader needs numpy, torch, two small files beside it, and one function of
+``megatron.core.utils`` that is defined in ``_rank_utils``. The wheel is the same on every machine: only its Python
+files are read, and they are checked by their SHA-256.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ def download(folder: Path) -> Path:
                           timeout=200, check=False)  # fmt: skip
     assert done.returncode == 0, f"pip could not download {PACKAGE}: {done.stderr}"
     (wheel,) = folder.glob("*.whl")
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == SHA256, f"{wheel.name} is another one than expected"
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == SHA256, f"{wheel.name} has another checksum than expected"
     return wheel

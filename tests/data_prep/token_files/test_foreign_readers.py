@@ -1,7 +1,7 @@
-"""Shards of real text, made by the real command, are opened by the programs that they are meant for.
+"""Shards of real text, made by the real command, are read by the programs that they are meant for.
 
-Megatron's reader is its own. llm.c is C and CUDA and modded-nanogpt a script for eight GPUs, so theirs is the
-one of test_shard_format, written from the description of the format. What is expected comes from the texts.
+Megatron's reader is its own. llm.c is C and CUDA and modded-nanogpt a script for eight GPUs, so the reader of
+test_shard_format stands in, which was written from the format's description. What is expected comes from the texts.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def made(
 
 @pytest.fixture(scope="module")
 def expected(text_folder: Path, tokenizer_folder: Path) -> Documents:
-    """Every text as end-of-text and its ids, in some order."""
+    """Each text as end-of-text and its ids, sorted."""
     made_with = save_load.load(tokenizer_folder)
     texts = (path.read_text(encoding="utf-8") for path in text_folder.iterdir())
     return sorted([made_with.end_of_text, *made_with.encode(text)] for text in texts if text)
 
 
-def test_there_are_several_shards_of_the_width_that_was_asked_for(made: tuple[Path, Manifest]) -> None:
+def test_there_are_several_shards_of_the_requested_width(made: tuple[Path, Manifest]) -> None:
     folder, manifest = made
     assert manifest.dtype == folder.name
     assert len(manifest.shards) > 3
@@ -51,7 +51,7 @@ def test_there_are_several_shards_of_the_width_that_was_asked_for(made: tuple[Pa
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_megatron_gives_back_every_document(
+def test_megatron_returns_every_document(
     mapped: bool, made: tuple[Path, Manifest], expected: Documents, megatron: types.ModuleType
 ) -> None:
     folder, manifest = made
@@ -62,14 +62,14 @@ def test_megatron_gives_back_every_document(
         assert opened.document_indices.tolist() == list(range(shard.documents + 1))
         assert opened.index.dtype == {"uint16": np.uint16, "uint32": np.int32}[manifest.dtype]
         documents = [opened[number].tolist() for number in range(len(opened))]
-        assert [row.tolist() for row in opened[:]] == documents, "a slice reads across the borders of documents"
+        assert [row.tolist() for row in opened[:]] == documents, "a slice crosses documents"
         assert opened.get(0, offset=1, length=2).tolist() == documents[0][1:3]
         found += documents
     assert sorted(found) == expected
 
 
-def test_llm_c_and_modded_nanogpt_give_back_every_document(made: tuple[Path, Manifest], expected: Documents) -> None:
-    """Which these programs separate only by the end-of-text id."""
+def test_llm_c_and_modded_nanogpt_return_every_document(made: tuple[Path, Manifest], expected: Documents) -> None:
+    """These programs separate documents only by the end-of-text id."""
     folder, manifest = made
     found: Documents = []
     for token in chain.from_iterable(read_like_llm_c(folder / f"{shard.name}.bin") for shard in manifest.shards):
@@ -79,22 +79,22 @@ def test_llm_c_and_modded_nanogpt_give_back_every_document(made: tuple[Path, Man
     assert sorted(found) == expected
 
 
-def test_all_of_them_see_the_same_bytes(made: tuple[Path, Manifest], megatron: types.ModuleType) -> None:
+def test_all_readers_return_the_same_tokens(made: tuple[Path, Manifest], megatron: types.ModuleType) -> None:
     folder, manifest = made
     for shard in manifest.shards:
         opened = megatron.IndexedDataset(str(folder / shard.name))
         assert np.concatenate(opened[:]).tolist() == read_like_llm_c(folder / f"{shard.name}.bin")
 
 
-# --- and back: what Megatron's own builder wrote ----------------------------------------------------
+# --- files of Megatron's own builder ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eod", ["none", "appended"])
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
-def test_what_megatrons_builder_wrote_becomes_the_same_documents(
+def test_files_of_megatrons_builder_are_imported_as_the_same_documents(
     dtype: str, eod: str, expected: Documents, tokenizer_folder: Path, tmp_path: Path, megatron: types.ModuleType
 ) -> None:
-    """A document is one sequence or several there, as with --split-sentences."""
+    """A document there is one sequence or several, as with --split-sentences."""
     end = expected[0][0]
     bodies = [document[1:] + [end] * (eod == "appended") for document in expected]
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "a.text_document.bin"), dtype=getattr(np, dtype))
@@ -110,5 +110,5 @@ def test_what_megatrons_builder_wrote_becomes_the_same_documents(
     manifest = shard_format.read_manifest(out)
     assert verify.verify(out, manifest) == []
     assert len(manifest.shards) > 2
-    again = [megatron.IndexedDataset(str(out / shard.name)) for shard in manifest.shards]
-    assert [row.tolist() for opened in again for row in opened[:]] == expected
+    imported = [megatron.IndexedDataset(str(out / shard.name)) for shard in manifest.shards]
+    assert [row.tolist() for opened in imported for row in opened[:]] == expected
