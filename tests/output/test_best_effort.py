@@ -68,7 +68,7 @@ def test_an_action_that_hangs_holds_up_neither_post_nor_drain(capfd: pytest.Capt
     for number in range(5):
         worker.post("later", lambda number=number: done.append(number))  # type: ignore[misc]
     assert not worker.drain(0.01)
-    assert capfd.readouterr().err.count("this one is left out") == 2
+    assert capfd.readouterr().err.count("this one is dropped") == 2
     go_on.set()
     assert worker.drain(60)
     assert done == [0, 1, 2]
