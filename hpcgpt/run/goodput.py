@@ -122,7 +122,7 @@ class Goodput:
         return "\n".join(lines)
 
 
-def words(folder: Path) -> str:
+def table(folder: Path) -> str:
     """Format the table of a run whose newest attempt has ended."""
     return measure(*attempt_history.read(folder)).table()
 

@@ -177,7 +177,7 @@ class Reporter:
         self.event("end", status=status, reason=message, step=step)
         if status == exit_codes.FINISHED:
             self._worker.drain(DRAIN_S)
-            table = within(goodput_limit_s(self._folder), "goodput", lambda: goodput.words(self._folder))
+            table = within(goodput_limit_s(self._folder), "goodput", lambda: goodput.table(self._folder))
             self.say(table or f"goodput: see `python -m hpcgpt.status {shlex.quote(str(self._folder))}`")
         elif status == exit_codes.AGAIN:
             self.say(f"saved at step {step:,} and stopping: {message}")

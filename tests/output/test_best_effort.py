@@ -68,7 +68,7 @@ def test_an_action_that_hangs_blocks_neither_post_nor_drain(capfd: pytest.Captur
     for number in range(5):
         worker.post("later", lambda number=number: done.append(number))  # type: ignore[misc]
     assert not worker.drain(0.01)
-    assert capfd.readouterr().err.count("this one is left out") == 2
+    assert capfd.readouterr().err.count("this one is dropped") == 2
     resume.set()
     assert worker.drain(60)
     assert done == [0, 1, 2]
@@ -103,7 +103,7 @@ def test_odd_events_do_not_end_a_finished_run(tiny: Path) -> None:
 
 BREAKAGES = {
     "events": "run_folder.record = broken",
-    "goodput": "goodput.words = broken",
+    "goodput": "goodput.table = broken",
     "samples": "samples.generate = broken",
     "console": "metrics_file.Console.step = metrics_file.Console.say = metrics_file.Console.close = broken",
     "metrics file": "metrics_file.MetricsFile.write_appended = broken",
@@ -152,7 +152,7 @@ def test_exit_json_is_written_before_goodput_is_waited_for(tiny: Path) -> None:
     script = BROKEN.format(error="OSError(5, 'x')", breakage=(
         "import time\nreporter.GOODPUT_S = 7.0\n"
         "def hang(folder):\n    print('exit', run_folder.read_exit(folder).step, flush=True)\n    time.sleep(3600)\n"
-        "goodput.words = hang"
+        "goodput.table = hang"
     ))  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", script, str(tiny), "--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1"],

@@ -89,7 +89,7 @@ def test_the_table_names_each_kind_and_its_share(tmp_path: Path) -> None:
         [event(0, "start", attempt=1, step=0), event(8, "end", attempt=1, status=0, step=2, reason="finished")],
         [row(1, 2, 1, 2), row(2, 4, 1, 2)],
     )
-    lines = goodput.words(tmp_path).splitlines()
+    lines = goodput.table(tmp_path).splitlines()
     assert lines[0] == "goodput 50.0% over 1 attempt"
     assert len({len(line) for line in lines[1:-1]}) == 1, "not aligned"
     assert [line.split()[-4:] for line in lines[1:3]] == [

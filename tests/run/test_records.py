@@ -66,7 +66,7 @@ def read_all(folder: Path) -> None:
         _as_text(found).encode()
         json.dumps(found, allow_nan=False)
         assert all(value >= 0 for value in goodput.measure(*attempts.read(folder), now).seconds.values())
-    goodput.words(folder).encode()
+    goodput.table(folder).encode()
     restart_history.count_restarts(records.events(folder), "7_0", 8)
 
 

@@ -63,7 +63,7 @@ def test_the_usual_time_is_the_lower_median_of_what_is_known() -> None:
 
 
 def test_the_message_names_rank_host_and_times() -> None:
-    message = Straggler(rank=3, host="n2", local_s=0.5, usual_s=0.2).words
+    message = Straggler(rank=3, host="n2", local_s=0.5, usual_s=0.2).message
     assert all(part in message for part in ("rank 3 on n2", "2.5 times", "500.0 ms", "200.0 ms"))
 
 
