@@ -44,7 +44,7 @@ from tests.refactoring_code import (
     without,
 )
 
-SAVED = 75  # the exit status of a run that was told to stop, and saved
+SAVED = 75  # the exit status of a run that was asked to stop, and saved
 
 SETTINGS = """
 [run]

@@ -29,12 +29,14 @@ ENGLISH = (
 PATTERN = re.compile(
     rf"(?<!\w)(?:(?P<name>{'|'.join(NAMES)})|(?P<english>(?i:{'|'.join(ENGLISH)})))(?!\w)".replace(" ", r"\s+")
 )
-# (file, text of the line, reason)
+# (file or "" for any, text of the line, reason)
 ALLOWED = (
     ("data_prep/make_shards.py", '"prep" / "placing"', "a file in the folder of shards"),
     ("hpcgpt/checkpoint/load.py", "set_aside", "a field in events.jsonl, which is on disk"),
-    ("hpcgpt/distributed/stop_signals.py", '"told to terminate"', "a reason in exit.json, which is on disk"),
-    ("hpcgpt/drill/injector.py", '"went on"', "an outcome in reports of drills, which are on disk"),
+    ("", "told to terminate", "a reason in exit.json, which is on disk"),
+    ("", "for a quota", "of a disk"),
+    ("", "or its quota", "of a disk"),
+    ("", '"went on"', "an outcome in reports of drills, which are on disk"),
     ("hpcgpt/drill/wandb_server.py", '"somebody"', "the name of a user, which the stand-in for the server returns"),
     ("docs/reference.md", "`set_aside`", "a field in events.jsonl, which is on disk"),
 )  # fmt: skip
@@ -61,7 +63,7 @@ def found_in(text: str) -> list[tuple[int, str, str]]:
 
 
 def is_allowed(name: str, line: str) -> bool:
-    return any(name == file and text in line for file, text, _ in ALLOWED)
+    return any(file in ("", name) and text in line for file, text, _ in ALLOWED)
 
 
 @pytest.mark.parametrize("name", searched())
@@ -72,7 +74,8 @@ def test_no_dropped_word_is_used(name: str) -> None:
 
 @pytest.mark.parametrize(("file", "text"), [(file, text) for file, text, _ in ALLOWED])
 def test_every_exception_is_still_needed(file: str, text: str) -> None:
-    assert any(text in line for _, _, line in found_in((ROOT / file).read_text(encoding="utf-8")))
+    files = [file] if file else searched()
+    assert any(text in line for name in files for *_, line in found_in((ROOT / name).read_text(encoding="utf-8")))
 
 
 def test_the_search_finds_what_it_should_and_no_more() -> None:

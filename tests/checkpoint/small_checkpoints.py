@@ -75,7 +75,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def update_checksums(folder: Path, manifest: dict[str, Any] | None = None) -> None:
-    """Make sizes, checksums and the manifest's own digest fit again, as an attacker can who knows the format."""
+    """Make sizes, checksums and the manifest's digest fit again, as an attacker with knowledge of the format can."""
     path = folder / "manifest.json"
     manifest = manifest or json.loads(path.read_text())
     for name in manifest["files"]:

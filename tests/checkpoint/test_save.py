@@ -238,7 +238,7 @@ def test_old_checkpoints_are_removed_after_a_save_unless_prune_old_is_false(
 def test_attempts_that_only_save_and_exit_do_not_accumulate_checkpoints(
     checkpoints: Path, lease: Lease, keep_last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each loads the newest, makes a step, and is told to stop: it has no time to remove any, nor to read back more
+    """Each loads the newest, makes a step, and is asked to stop: it has no time to remove any, nor to read back more
     than the one that it loads.
     """
     keep = Checkpoint(keep_last=keep_last, keep_best=False)

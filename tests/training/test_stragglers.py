@@ -42,7 +42,7 @@ from tests.programs import ROOT, clean_env
         ([[2, 3]] * 2, [[], []]),  # of two ranks the faster one's time is the usual
         ([[2, 4]] * 2, [[], [1]]),
         ([[1, 1, 3, 3]] * 2, [[], [2, 3]]),  # the ranks of one node of two
-        ([[10, 10, 10, 1]] * 2, [[], []]),  # a fast rank makes nobody wait
+        ([[10, 10, 10, 1]] * 2, [[], []]),  # no rank waits for a fast one
         ([[1, 0, 1, 3]] * 2, [[], [3]]),  # 0 is an unknown time
         ([[0, 0]] * 2, [[], []]),
         ([[5]] * 2, [[], []]),
