@@ -27,6 +27,8 @@ from tests.disks import small_disk
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows, tensors
 
+pytestmark = pytest.mark.processes
+
 # The files that every start writes: its end and its reason, and its lease.
 TRACES = ("exit.json", "verified.json", ".verified.json", "generations/", "rendezvous/", "logs/", "faults/")
 

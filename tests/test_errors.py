@@ -89,6 +89,7 @@ MACHINE = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("fault", MACHINE)
 def test_a_machine_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> None:
     """A ValueError, or an OSError at a shard, used to end with status 2, and the job was not requeued."""
@@ -98,6 +99,7 @@ def test_a_machine_fault_is_a_crash_and_is_requeued(tiny: Path, fault: str) -> N
     assert (decision.requeue, decision.crashed) == (True, True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     "where",
@@ -118,6 +120,7 @@ def test_the_failing_rank_is_reported_and_no_other(tiny: Path, where: str, rank:
     assert "a fault of this rank" in failure.reason
 
 
+@pytest.mark.processes
 def test_missing_shards_that_the_run_has_trained_with_are_no_user_error(tiny: Path, shards_folder: Path) -> None:
     """A node may lack the mount: that must not end a run of weeks. At the first start it is a user error."""
     mounted = shutil.copytree(shards_folder, tiny.parent / "mounted")

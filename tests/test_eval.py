@@ -20,6 +20,8 @@ from tests.checkpoint.small_checkpoints import flip_byte, update_checksums
 from tests.programs import ROOT, clean_env, command, program
 from tests.tiny_run import TINY, rows
 
+pytestmark = pytest.mark.processes
+
 # The second run sets every option that changes what a model computes; the third uses bfloat16 and another kernel.
 KINDS = {
     "gpt2": [],

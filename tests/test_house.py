@@ -108,6 +108,7 @@ def test_reached_finds_torch_where_it_is_imported() -> None:
     assert "torch" in anywhere(MODULES["hpcgpt.distributed.rendezvous"])
 
 
+@pytest.mark.processes
 def test_really_importing_them_loads_no_torch() -> None:
     names = ", ".join(f"hpcgpt.{name}" for name in WITHOUT_TORCH)
     code = f"import sys, {names}; print(sorted({{'torch', 'wandb', 'submitit'}} & set(sys.modules)))"
@@ -188,6 +189,7 @@ def test_no_import_goes_in_a_circle() -> None:
         assert name not in reached(name), f"{name} imports itself"
 
 
+@pytest.mark.processes
 def test_importing_a_module_has_no_effect(tmp_path: Path) -> None:
     """Nothing is printed or written; there is no new signal handler or thread."""
     names = [name for name in MODULES if not name.endswith("__main__")]
@@ -322,6 +324,7 @@ def test_every_option_is_read_outside_of_the_configuration(section: str, key: st
 # --- the tools -------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "arguments", [["ruff", "check"], ["ruff", "format", "--check"], pytest.param(["mypy"], marks=pytest.mark.long)]
 )
@@ -330,6 +333,7 @@ def test_linter_formatter_and_type_checker_pass(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.processes
 def test_every_listed_command_has_help() -> None:
     from hpcgpt.__main__ import COMMANDS
 
@@ -341,6 +345,7 @@ def test_every_listed_command_has_help() -> None:
     assert all(about in listed for about in COMMANDS.values())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("typed", "suggestion"),
     [("trian", "train"), ("tran", "train"), ("list", "status"), ("ls", "checkpoint ls"), ("generate", "sample"),

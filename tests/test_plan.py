@@ -242,6 +242,7 @@ def test_another_number_of_ranks_is_no_change(shards_folder: Path) -> None:
 # --- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_training_on_a_truncated_shard_ends_with_status_2_and_the_message(tiny: Path, copy: Path) -> None:
     os.truncate(copy / "train_000000.bin", 2000)
     done = command("hpcgpt.train", str(tiny), "--data.dir", str(copy))

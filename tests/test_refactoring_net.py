@@ -50,6 +50,7 @@ def replace_once(code: Path, old: str, new: str) -> None:
     found[0].write_text(found[0].read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
+@pytest.mark.processes
 @pytest.mark.long
 def test_one_other_constant_is_found_where_it_has_an_effect_and_nowhere_else(copied: Path, tmp_path: Path) -> None:
     replace_once(copied, FACTOR, "104728 * ")
@@ -68,6 +69,7 @@ def test_one_other_constant_is_found_where_it_has_an_effect_and_nowhere_else(cop
     assert record["different"] and record["hashes"].keys() == {*found, "run: continued on fewer ranks"}
 
 
+@pytest.mark.processes
 @pytest.mark.long
 def test_the_same_code_is_equal() -> None:
     done = net(ROOT, "--only", "help: hpcgpt train", "--only", "help: data_prep.verify")
@@ -77,6 +79,7 @@ def test_the_same_code_is_equal() -> None:
     assert {"help: hpcgpt train", "help: data_prep.verify", "tokenizer"} <= found.keys()
 
 
+@pytest.mark.processes
 def test_the_folder_of_another_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hpcgpt").mkdir()
     done = net(tmp_path, "--only", "help: hpcgpt train")
@@ -102,6 +105,7 @@ def test_a_file_more_or_less_or_another_is_a_difference_and_words_can_be_allowed
     assert "g: only of the old code" in printed
 
 
+@pytest.mark.processes
 def test_half_of_the_combinations_has_every_pair() -> None:
     every, half = ([name for name in plan(ROOT, of_all) if name.count(", ") == 3] for of_all in (True, False))
     assert (len(every), len(half)) == (24, 12)

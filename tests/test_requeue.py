@@ -255,6 +255,7 @@ def test_an_array_task_requeues_itself_and_not_the_array(env: dict[str, str], jo
 # --- the command, as in the batch script -----------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_folder_makes_the_run_folder_and_prints_only_its_path(tmp_path: Path) -> None:
     done = command("hpcgpt.requeue", "folder", "quickstart", "--run.dir", str(tmp_path), "--run.name", "a b")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/a b\n"), done.stderr
@@ -264,6 +265,7 @@ def test_folder_makes_the_run_folder_and_prints_only_its_path(tmp_path: Path) ->
     assert (tmp_path / "a b" / "run.json").read_bytes() == before
 
 
+@pytest.mark.processes
 def test_folder_with_a_wrong_configuration_makes_nothing(tmp_path: Path) -> None:
     done = command("hpcgpt.requeue", "folder", "--run.dir", str(tmp_path / "runs"), "--model.n_layers=3")
     assert (done.returncode, done.stdout) == (2, "")
@@ -271,6 +273,7 @@ def test_folder_with_a_wrong_configuration_makes_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "arguments",
     [[], ["quickstart"], ["--status", "0"], ["decide"], ["decide", "quickstart"], ["decide", "--status"],
@@ -282,6 +285,7 @@ def test_wrong_usage_ends_with_status_2_and_a_message(arguments: list[str]) -> N
     assert done.stderr.startswith(("error: usage:", "error: requeue decide needs --status N first"))
 
 
+@pytest.mark.processes
 def test_a_saved_attempt_is_requeued(slurm: FakeSlurm, run: Path) -> None:
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
     status, output = decided(slurm, run, 143)
@@ -291,6 +295,7 @@ def test_a_saved_attempt_is_requeued(slurm: FakeSlurm, run: Path) -> None:
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
+@pytest.mark.processes
 def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     run_folder.write_exit(run, left(FINISHED))
     status, output = decided(slurm, run, 0)
@@ -299,6 +304,7 @@ def test_a_finished_attempt_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     assert slurm.requeued == []
 
 
+@pytest.mark.processes
 def test_a_cancelled_job_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="COMPLETING")
     run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.message, saved=True))
@@ -306,6 +312,7 @@ def test_a_cancelled_job_is_left_alone(slurm: FakeSlurm, run: Path) -> None:
     assert slurm.requeued == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("fields", [{"PreemptTime": "2026-01-02T03:04:05"}, {"Reason": "TimeLimit"}])
 def test_a_job_that_slurm_ended_for_another_reason_is_requeued(
     fields: dict[str, Any], slurm: FakeSlurm, run: Path
@@ -316,6 +323,7 @@ def test_a_job_that_slurm_ended_for_another_reason_is_requeued(
     assert slurm.requeued == ["7"]
 
 
+@pytest.mark.processes
 def test_the_exit_json_of_an_earlier_start_does_not_count(slurm: FakeSlurm, run: Path) -> None:
     """The second start was killed and wrote nothing; the exit.json in the folder is from the first one."""
     run_folder.write_exit(run, left(FINISHED))
@@ -352,6 +360,7 @@ def crash(slurm: FakeSlurm, run: Path, restart: int, job: str = "7") -> str:
     return decided(slurm, run, 137, **env)[1]
 
 
+@pytest.mark.processes
 def test_three_crashes_without_a_new_checkpoint_end_the_job(
     slurm: FakeSlurm, run: Path, save_step: Callable[[int], None]
 ) -> None:
@@ -365,6 +374,7 @@ def test_three_crashes_without_a_new_checkpoint_end_the_job(
     assert (names.count("crash"), names.count("give_up")) == (4, 1)
 
 
+@pytest.mark.processes
 def test_two_jobs_that_crash_alternately_in_one_folder_are_both_ended(slurm: FakeSlurm, run: Path) -> None:
     """The `job` event of one job does not reset the crashes of the other."""
     output: dict[str, list[str]] = {"7": [], "8": []}
@@ -376,6 +386,7 @@ def test_two_jobs_that_crash_alternately_in_one_folder_are_both_ended(slurm: Fak
     assert slurm.requeued == ["7", "8", "7", "8"]
 
 
+@pytest.mark.processes
 def test_after_going_back_progress_is_measured_from_the_older_checkpoint(
     slurm: FakeSlurm, run: Path, save_step: Callable[[int], None]
 ) -> None:
@@ -396,6 +407,7 @@ def test_after_going_back_progress_is_measured_from_the_older_checkpoint(
         assert "\nhpcgpt: requeue of job 7: " in "\n" + decided(slurm, run, 143, **env)[1]
 
 
+@pytest.mark.processes
 def test_a_job_that_slurm_keeps_requeueing_without_progress_is_refused_at_its_start(
     slurm: FakeSlurm, run: Path
 ) -> None:
@@ -410,6 +422,7 @@ def test_a_job_that_slurm_keeps_requeueing_without_progress_is_refused_at_its_st
     assert begin(slurm, run, SLURM_RESTART_COUNT="11")[0] == 0, "the user requeued it nevertheless"
 
 
+@pytest.mark.processes
 def test_node_failures_are_recorded_also_where_slurm_has_requeued_the_job(slurm: FakeSlurm, run: Path) -> None:
     for restart in range(9):
         run_folder.record(run, "job", job=f"7_{restart}", newest_step=0)
@@ -423,6 +436,7 @@ def test_node_failures_are_recorded_also_where_slurm_has_requeued_the_job(slurm:
     assert "10 starts without a new checkpoint ended with a node failure" in output
 
 
+@pytest.mark.processes
 def test_a_controller_that_does_not_answer_for_a_while_is_waited_for(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=2)
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
@@ -431,6 +445,7 @@ def test_a_controller_that_does_not_answer_for_a_while_is_waited_for(slurm: Fake
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
+@pytest.mark.processes
 def test_a_requeue_whose_answer_was_lost_does_not_count_as_refused(slurm: FakeSlurm, run: Path) -> None:
     slurm.away(times=1, then_requeued=True)
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
@@ -440,6 +455,7 @@ def test_a_requeue_whose_answer_was_lost_does_not_count_as_refused(slurm: FakeSl
     assert [event["event"] for event in run_folder.events(run)] == ["job", "requeue"]
 
 
+@pytest.mark.processes
 def test_a_refused_requeue_ends_with_the_remedy(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(refuses=True)
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
@@ -451,6 +467,7 @@ def test_a_refused_requeue_ends_with_the_remedy(slurm: FakeSlurm, run: Path) -> 
     assert "Submit the same command again, it continues from the newest checkpoint:\n  sbatch --nodes=2 " in output
 
 
+@pytest.mark.processes
 def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(state="PENDING", restarts=1)
     run_folder.write_exit(run, left(AGAIN, Stop.TERMINATED.message, saved=True))
@@ -460,11 +477,13 @@ def test_a_job_that_slurm_has_requeued_already_is_not_requeued_twice(slurm: Fake
     assert slurm.requeued == []
 
 
+@pytest.mark.processes
 def test_a_damaged_exit_json_counts_as_a_crash(slurm: FakeSlurm, run: Path) -> None:
     (run / "exit.json").write_text(json.dumps({"status": 0}))
     assert "crash 1" in decided(slurm, run, 137)[1]
 
 
+@pytest.mark.processes
 def test_without_scontrol_there_is_a_message(slurm: FakeSlurm, run: Path) -> None:
     (slurm.folder / "scontrol").unlink()
     run_folder.write_exit(run, left(AGAIN, Stop.TIME_LIMIT.message, saved=True))
@@ -473,6 +492,7 @@ def test_without_scontrol_there_is_a_message(slurm: FakeSlurm, run: Path) -> Non
     assert "scontrol" in output
 
 
+@pytest.mark.processes
 def test_an_interactive_allocation_cannot_be_requeued(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(BatchFlag="0")
     run_folder.write_exit(run, TERMINATED)
@@ -488,6 +508,7 @@ def start_in_allocation(slurm: FakeSlurm, run: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.processes
 def test_reports_of_an_earlier_start_in_the_same_allocation_do_not_count(slurm: FakeSlurm, run: Path) -> None:
     """Both are called 7_0. The first one saved and exited; the second is killed and writes nothing."""
     slurm.answers(BatchFlag="0")
@@ -505,6 +526,7 @@ def test_reports_of_an_earlier_start_in_the_same_allocation_do_not_count(slurm: 
     assert {"7_0.1", "7_0.2"} < {path.name for path in (run / "faults").iterdir()}, "beside those of this start"
 
 
+@pytest.mark.processes
 def test_reports_of_a_start_that_still_runs_are_not_moved(slurm: FakeSlurm, run: Path) -> None:
     """A second start in its allocation will be refused."""
     crashed_on(run, "n0")
@@ -516,6 +538,7 @@ def test_reports_of_a_start_that_still_runs_are_not_moved(slurm: FakeSlurm, run:
     assert not (run / "logs" / "7_0.srun").exists()
 
 
+@pytest.mark.processes
 def test_this_start_of_the_job_is_recorded(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(EligibleTime="1700000000", StartTime="1700000060")
     env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n[1-2,4]",
@@ -527,6 +550,7 @@ def test_this_start_of_the_job_is_recorded(slurm: FakeSlurm, run: Path) -> None:
                     "started_at": 1700000060.0, "hosts": ["n1", "n2", "n4"]} == event  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_run_folder_belongs_to_one_task_of_an_array(slurm: FakeSlurm, run: Path) -> None:
     def task(array: str, number: str, name: str = "mine") -> tuple[int, str]:
         env = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": number,
@@ -559,6 +583,7 @@ def excluding(slurm: FakeSlurm, run: Path, restart: int) -> str:
     return done.stderr
 
 
+@pytest.mark.processes
 def test_bad_hosts_are_excluded_from_the_next_start_and_add_up(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="2", ExcNodeList="n[8-9]", ReqNodeList="(null)")
     slurm.has_nodes("n1 idle", "n2 mixed", "n3 allocated", "n4 idle", "n5 down*", "n6 drained", "n7 idle*")
@@ -586,6 +611,7 @@ def test_only_stragglers_of_the_newest_start_are_bad() -> None:
         "n2": "steps took 9.0 times as long as usual"}  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_limited_number_of_hosts_is_remembered_the_newest(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1")
     slurm.has_nodes(*(f"n{n} idle" for n in range(20)))
@@ -600,6 +626,7 @@ def remembered(run: Path) -> list[str]:
     return [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())]
 
 
+@pytest.mark.processes
 def test_a_host_removed_from_the_file_comes_back_and_the_users_exclusions_stay(slurm: FakeSlurm, run: Path) -> None:
     """Slurm's list has both, without a distinction."""
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[8-9]")
@@ -613,6 +640,7 @@ def test_a_host_removed_from_the_file_comes_back_and_the_users_exclusions_stay(s
     assert slurm.updates[1:] == ["update JobId=7 ExcNodeList=n8,n9,n3"]
 
 
+@pytest.mark.processes
 def test_a_host_comes_back_after_some_days_without_a_crash(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2,n3,n4")
     slurm.has_nodes(*(f"n{n} idle" for n in range(9)))
@@ -631,6 +659,7 @@ def test_a_host_comes_back_after_some_days_without_a_crash(slurm: FakeSlurm, run
     assert (event["job"], event["hosts"]) == ("7_1", ["n5", "n3"])
 
 
+@pytest.mark.processes
 def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
@@ -640,6 +669,7 @@ def test_the_last_host_that_comes_back_leaves_an_empty_list(slurm: FakeSlurm, ru
     assert slurm.updates == ["update JobId=7 ExcNodeList="]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", ["another job's", "no nodes", "finished"])
 def test_exclusions_that_are_not_ours_or_not_needed_any_more_stay(slurm: FakeSlurm, run: Path, case: str) -> None:
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n2")
@@ -652,6 +682,7 @@ def test_exclusions_that_are_not_ours_or_not_needed_any_more_stay(slurm: FakeSlu
     assert slurm.updates == []
 
 
+@pytest.mark.processes
 def test_exclusions_of_the_batch_script_are_adopted(slurm: FakeSlurm, run: Path) -> None:
     """Also without requeue.exclude_bad_nodes: no start was possible on those nodes."""
     slurm.answers(Partition="low", NumNodes="1", ExcNodeList="n[2-4]", Comment="hpcgpt_avoid=n2,n3")
@@ -666,6 +697,7 @@ def test_exclusions_of_the_batch_script_are_adopted(slurm: FakeSlurm, run: Path)
     assert slurm.updates[1:] == ["update JobId=7 ExcNodeList=n4"]
 
 
+@pytest.mark.processes
 def test_only_node_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Path) -> None:
     """Slurm refuses the whole list if it contains an unknown name, and in a chain the whole next job."""
     slurm.answers(Partition="low", NumNodes="1")
@@ -678,6 +710,7 @@ def test_only_node_names_that_slurm_knows_are_excluded(slurm: FakeSlurm, run: Pa
     assert slurm.updates == ["update JobId=7 ExcNodeList=n2,n3"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("fields", [{"NumNodes": "3"}, {"NumNodes": "1", "ReqNodeList": "n[1-2]"}])
 def test_hosts_that_the_job_needs_are_not_excluded(fields: dict[str, Any], slurm: FakeSlurm, run: Path) -> None:
     slurm.answers(Partition="low", **fields)
@@ -688,6 +721,7 @@ def test_hosts_that_the_job_needs_are_not_excluded(fields: dict[str, Any], slurm
     assert slurm.requeued == ["7"]
 
 
+@pytest.mark.processes
 def test_without_the_option_no_host_is_excluded(slurm: FakeSlurm, run: Path) -> None:
     slurm.has_nodes("n1 idle", "n2 idle", "n3 idle")
     crashed_on(run, "n2")
@@ -706,6 +740,7 @@ def test_a_time_that_slurm_does_not_know_is_left_out_of_the_event() -> None:
     assert "queued_at" not in known
 
 
+@pytest.mark.processes
 def test_a_decision_not_to_requeue_is_recorded(slurm: FakeSlurm, run: Path) -> None:
     slurm.answers("CANCELLED")
     decided(slurm, run, 143)
@@ -713,6 +748,7 @@ def test_a_decision_not_to_requeue_is_recorded(slurm: FakeSlurm, run: Path) -> N
     assert (event["event"], event["job"], event["reason"]) == ("no_requeue", "7_0", "the job was cancelled")
 
 
+@pytest.mark.processes
 def test_what_cannot_be_counted_on_a_full_disk_is_left_to_the_batch_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -738,6 +774,7 @@ def test_what_cannot_be_counted_on_a_full_disk_is_left_to_the_batch_script(
     assert slurm.requeued == []
 
 
+@pytest.mark.processes
 def test_check_fails_on_a_node_where_folder_would(tmp_path: Path) -> None:
     """The batch script tries it on the job's other nodes: what fails on all of them is a user error."""
     (tmp_path / "file").write_text("")
@@ -752,6 +789,7 @@ def test_check_fails_on_a_node_where_folder_would(tmp_path: Path) -> None:
     assert run_folder.events(tmp_path / "mine") == []
 
 
+@pytest.mark.processes
 def test_a_crash_that_cannot_be_counted_is_not_requeued(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows
 
 
+@pytest.mark.processes
 def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path) -> None:
     assert command("hpcgpt.train", str(tiny)).returncode == 0
     folder = tmp_path / "runs" / "tiny"
@@ -42,6 +43,7 @@ def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path)
     assert spent["lost_steps"] == spent["lost_s"] == 0
 
 
+@pytest.mark.processes
 def test_a_run_that_was_asked_to_stop_is_saved_with_the_reason(tiny: Path, tmp_path: Path) -> None:
     """The end of the job is near from the start: one step, then it stops."""
     assert command("hpcgpt.train", str(tiny), env={"SLURM_JOB_END_TIME": "1"}).returncode == 75
@@ -50,6 +52,7 @@ def test_a_run_that_was_asked_to_stop_is_saved_with_the_reason(tiny: Path, tmp_p
     assert "time limit" in found["reason"]
 
 
+@pytest.mark.processes
 def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
     done = command("hpcgpt.status", str(tmp_path))
     assert done.returncode == 2
@@ -59,6 +62,7 @@ def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
 # --- a real run: started, killed, finished ---------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_run_is_running_then_silent_then_stopped_by_a_kill_then_finished(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "3000"]
@@ -230,6 +234,7 @@ def test_each_job_and_attempt_is_judged_on_its_own(
     assert f"run: {expected}" in _as_text(found)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("squeue", "expected"),
     [
@@ -299,6 +304,7 @@ def lease_of_dead_process(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "generations/000001.json").read_text()))
 
 
+@pytest.mark.processes
 def test_a_dead_holder_whose_pid_was_reused_is_recognized(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)
     holder = lease_of_dead_process(folder)
@@ -307,6 +313,7 @@ def test_a_dead_holder_whose_pid_was_reused_is_recognized(tmp_path: Path) -> Non
     assert status(folder, NOW)["state"] == "stopped"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("other", [{"pid_namespace": 1}, {"boot": "another kernel"}])
 def test_a_holder_in_another_container_of_this_host_is_not_considered_dead(
     tmp_path: Path, other: dict[str, Any]
@@ -318,6 +325,7 @@ def test_a_holder_in_another_container_of_this_host_is_not_considered_dead(
     assert status(folder, NOW)["state"] == "running"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("holder", ['{"pid": "x"}', '{"pid": 1e300}', "[" * 100_000, "3"])
 def test_a_damaged_lease_file_does_not_make_a_run_stopped(tmp_path: Path, holder: str) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3)

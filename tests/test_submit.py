@@ -22,6 +22,8 @@ from hpcgpt.submit import SCRIPT, minutes
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import TINY
 
+pytestmark = pytest.mark.processes
+
 # As a user might type them.
 ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; #!*\n\tnew line  "]
 

@@ -16,6 +16,8 @@ from hpcgpt.run import run_folder
 from tests.programs import ROOT, clean_env, command, on_ranks
 from tests.tiny_run import TINY, curve, rows, tensors
 
+pytestmark = pytest.mark.processes
+
 
 def test_a_run_trains_evaluates_saves_and_finishes(tiny: Path, tmp_path: Path) -> None:
     done = command("hpcgpt.train", str(tiny))

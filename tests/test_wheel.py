@@ -20,6 +20,8 @@ import pytest
 from tests.programs import ROOT, clean_env
 from tests.tiny_run import TINY, rows
 
+pytestmark = pytest.mark.processes
+
 OFFLINE = ["--no-deps", "--no-index"]
 SCRIPTS = "hpcgpt/slurm/scripts/"  # where slurm/ is in a wheel
 COMMANDS = ("train", "submit", "slurm-script", "status", "checkpoint", "sample", "eval", "tracking", "drill")

@@ -14,6 +14,8 @@ from hpcgpt.tokenizer import save_load
 from tests.programs import command
 from tests.tiny_run import TINY, rows, tensors
 
+pytestmark = pytest.mark.processes
+
 LAST = "checkpoints/step_000000012"
 
 

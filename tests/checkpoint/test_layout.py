@@ -148,6 +148,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
+@pytest.mark.processes
 def test_the_command_lists_verifies_and_shows_a_real_run(run: Path) -> None:
     """12 is damaged where only its checksum shows it, 8 is cut off, and an older one was set aside."""
     flip_byte(run / "checkpoints/step_000000012")
@@ -192,6 +193,7 @@ def test_the_command_lists_verifies_and_shows_a_real_run(run: Path) -> None:
     )
 
 
+@pytest.mark.processes
 def test_show_prints_the_state_and_every_tensor_of_the_newest_or_a_given_step(run: Path) -> None:
     shown = command("hpcgpt.checkpoint", "show", str(run))
     assert (shown.returncode, shown.stderr) == (0, "")
@@ -205,6 +207,7 @@ def test_show_prints_the_state_and_every_tensor_of_the_newest_or_a_given_step(ru
     assert {tensor["dtype"] for tensor in shown_rows["tensors"].values()} == {"F32", "U8"}
 
 
+@pytest.mark.processes
 def test_what_cannot_be_shown_is_an_error_without_a_traceback(run: Path, tmp_path: Path) -> None:
     os.truncate(run / "checkpoints/step_000000008" / SHARE, 1000)
     header = run / "checkpoints/step_000000012" / SHARE
@@ -234,6 +237,7 @@ def test_what_cannot_be_shown_is_an_error_without_a_traceback(run: Path, tmp_pat
         assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.mark.processes
 def test_a_checkpoint_of_another_version_is_refused_by_name(checkpoints: Path, lease: Lease) -> None:
     run_folder.prepare(checkpoints.parent)
     assert save(checkpoints, 4, lease) == ""

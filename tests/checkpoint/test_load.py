@@ -458,6 +458,7 @@ def test_a_checkpoint_of_the_first_format_without_digest_is_refused_too(three_ch
     assert (three_checkpoints / "step_000000012").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", SHARE, ".", ".."])
 def test_a_checkpoint_that_cannot_be_read_for_a_while_is_neither_damaged_nor_set_aside(
     three_checkpoints: Path, name: str

@@ -344,6 +344,7 @@ def test_leftovers_of_an_interrupted_recovery_are_removed(checkpoints: Path, lea
 SAVE_STEPS = ["mkdir", "share", "state", "manifest", "check", "rename", "prune"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("cleaned", [True, False], ids=["before-the-rest", "after-the-rest"])
 @pytest.mark.parametrize("before", range(len(SAVE_STEPS) + 1))
 def test_a_superseded_attempt_publishes_before_the_next_one_looks_or_never(
@@ -430,6 +431,7 @@ def superseded_save(checkpoints: Path, lease: Lease, before: int, paused: int, r
     return 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("damaged", [True, False])
 def test_a_superseded_attempt_removes_nothing_and_sets_nothing_aside(
     three_checkpoints: Path, lease: Lease, damaged: bool
@@ -448,6 +450,7 @@ def test_a_superseded_attempt_removes_nothing_and_sets_nothing_aside(
     assert names(three_checkpoints) == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("checks", [1, 2, 3, 4])
 @pytest.mark.parametrize("damaged", [False, True], ids=["removing", "setting-aside"])
 def test_an_attempt_that_was_stopped_after_its_check_takes_nothing_from_the_next_one(

@@ -92,6 +92,7 @@ def test_errors_name_the_file_and_the_free_space(tmp_path: Path) -> None:
         safetensors_writer.write(disk / "a", {"a": torch.zeros(1 << 20)})
 
 
+@pytest.mark.processes
 def test_another_thread_runs_while_a_file_is_written(tmp_path: Path) -> None:
     """Training continues during a save: the GIL is released while files are written, flushed and hashed."""
     code = """

@@ -313,6 +313,7 @@ def test_the_new_checkpoint_is_read_back_after_the_save(checkpoints: Path, lease
 # --- order of operations ---------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_everything_is_flushed_before_the_folder_gets_its_name_and_the_parent_folder_after(tmp_path: Path) -> None:
     """A power cut cannot be tested here, so the system calls of a real save are checked, in order."""
     code = """
@@ -415,6 +416,7 @@ def test_a_share_that_cannot_be_written_only_costs_this_checkpoint(checkpoints: 
 # --- superseded ------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("when", ["before the beginning", "in the background", "within the commit"])
 def test_a_saver_that_lost_the_lease_exits_and_publishes_nothing(
     three_checkpoints: Path, lease: Lease, when: str
@@ -450,6 +452,7 @@ def test_a_saver_that_lost_the_lease_exits_and_publishes_nothing(
 # --- killed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.long)])
 def test_sigkills_at_random_moments_never_cost_an_existing_checkpoint(tmp_path: Path, rounds: int) -> None:
     seed = random.randrange(10_000)
@@ -491,6 +494,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
         yield folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.processes
 def test_each_of_two_ranks_saves_a_share_and_gets_its_own_state_back(two_ranks: Two) -> None:
     folder, reports = two_ranks
     assert [rank["saved"] for rank in reports] == ["", ""]
@@ -505,6 +509,7 @@ def test_each_of_two_ranks_saves_a_share_and_gets_its_own_state_back(two_ranks: 
         rank["rng"] for rank in reports]  # fmt: skip
 
 
+@pytest.mark.processes
 def test_both_ranks_report_the_full_disk_and_leave_nothing_on_it(two_ranks: Two) -> None:
     folder, reports = two_ranks
     if "full" not in reports[0]:
@@ -514,6 +519,7 @@ def test_both_ranks_report_the_full_disk_and_leave_nothing_on_it(two_ranks: Two)
     assert names(folder.parent / "disk") == []
 
 
+@pytest.mark.processes
 def test_both_ranks_report_a_failure_of_one_and_can_save_again(two_ranks: Two) -> None:
     _, reports = two_ranks
     assert reports[0]["one_rank_fails"] == reports[1]["one_rank_fails"]
@@ -522,6 +528,7 @@ def test_both_ranks_report_a_failure_of_one_and_can_save_again(two_ranks: Two) -
     assert [rank["retried"] for rank in reports] == ["", ""]
 
 
+@pytest.mark.processes
 def test_nothing_is_published_before_every_rank_has_written_its_share(two_ranks: Two) -> None:
     _, reports = two_ranks
     for rank in reports:
@@ -531,6 +538,7 @@ def test_nothing_is_published_before_every_rank_has_written_its_share(two_ranks:
         }  # fmt: skip
 
 
+@pytest.mark.processes
 def test_both_ranks_choose_the_same_though_only_one_finds_the_damage_or_sees_less(two_ranks: Two) -> None:
     folder, reports = two_ranks
     assert [rank["undamaged"] for rank in reports] == [str(folder / "checkpoints/step_000000004")] * 2
@@ -545,6 +553,7 @@ def test_both_ranks_choose_the_same_though_only_one_finds_the_damage_or_sees_les
     assert "elsewhere/step_000000012" in reports[0]["unseen"]
 
 
+@pytest.mark.processes
 def test_one_process_loads_what_two_ranks_saved_and_keeps_its_own_generator(two_ranks: Two) -> None:
     folder, _ = two_ranks
     path = folder / "checkpoints/step_000000004"
@@ -558,6 +567,7 @@ def test_one_process_loads_what_two_ranks_saved_and_keeps_its_own_generator(two_
     assert all(loaded[name] == saved[name] for name in loaded if not name.startswith("rng/"))
 
 
+@pytest.mark.processes
 def test_a_checkpoint_that_lacks_the_share_of_a_rank_is_damaged(two_ranks: Two, tmp_path: Path) -> None:
     import shutil
 

@@ -140,6 +140,7 @@ def test_on_one_line_line_ends_are_escaped_too() -> None:
     assert terminal.printable("a\nb\tc") == r"a\nb\tc"
 
 
+@pytest.mark.processes
 def test_stdout_gets_every_byte_unless_it_is_a_terminal() -> None:
     code = r"from hpcgpt.output import terminal; print(terminal.for_stdout('a\x1b[2J'))"
     command = [sys.executable, "-c", code]

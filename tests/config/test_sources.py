@@ -333,6 +333,7 @@ def test_from_anywhere_means_the_same_in_any_folder(tmp_path: Path, monkeypatch:
 # --- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_help_names_every_option_and_loads_neither_torch_nor_numpy() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "hpcgpt.train", "--help"],
@@ -347,6 +348,7 @@ def test_help_names_every_option_and_loads_neither_torch_nor_numpy() -> None:
             assert f"--{section.name}.{option.name} " in done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "flags", [["--model.n_layers", "3"], ["--train.steps"], ["nowhere"], ["quickstart", "--optim.lr", "inf"]]
 )

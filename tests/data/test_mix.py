@@ -381,6 +381,7 @@ def test_the_figures_of_a_mix_are_the_weighted_means_of_its_parts(pair: tuple[Pa
                                      "val/bits_per_byte": 1.25, "val/loss/a": 2.0, "val/loss/b": 4.0}  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_mixed_run_of_ids_above_65535_is_resumed_with_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     text = (
         TINY.replace("n_embd = 32", "n_embd = 8").replace("steps = 12", "steps = 6").replace("every = 4", "every = 3")

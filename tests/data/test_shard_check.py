@@ -177,6 +177,7 @@ def test_the_thread_has_the_lowest_priority(copy: Path, tmp_path: Path) -> None:
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
 
 
+@pytest.mark.processes
 def test_a_run_on_a_damaged_shard_reports_it_and_trains(copy: Path, tmp_path: Path) -> None:
     path = flip(copy)
     config = tmp_path / "tiny.toml"

@@ -334,6 +334,7 @@ def test_another_tokenizer_is_found(copy: Path, tokenizer_folder: Path) -> None:
 # --- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_verify_exits_with_0_for_undamaged_shards_1_for_damaged_and_2_for_none(copy: Path, tmp_path: Path) -> None:
     done = command("data_prep.verify", str(copy))
     assert (done.returncode, done.stderr) == (0, "")

@@ -75,6 +75,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.processes
 def test_two_thousand_shards_are_read_with_256_descriptors_and_constant_memory(tmp_path: Path) -> None:
     sparse_set(tmp_path / "big", SHARDS, TOKENS_EACH)
     done = subprocess.run([sys.executable, "-c", DRAWING, str(tmp_path / "big")], capture_output=True, text=True,

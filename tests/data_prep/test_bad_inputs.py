@@ -512,6 +512,7 @@ def test_a_file_in_place_of_the_folder_stays(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "years of work"
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -536,6 +537,7 @@ def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Pat
 # --- as a process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_command_reads_standard_input_and_refuses_other_input_on_a_rerun(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -226,6 +226,7 @@ def test_the_split_is_chosen_by_name_or_option(tmp_path: Path, imported: Import)
     assert all_val.splits == ["val"]
 
 
+@pytest.mark.processes
 def test_the_command_reports_where_end_of_text_was_and_how_the_text_begins(
     tmp_path: Path, tokenizer_folder: Path, bpe: interface.Tokenizer
 ) -> None:
@@ -384,6 +385,7 @@ def test_a_folder_that_is_not_empty_and_a_file_named_twice_are_refused(tmp_path:
         imported("nanogpt", tmp_path / "out" / "tokenizer", out="other")
 
 
+@pytest.mark.processes
 def test_an_export_refuses_existing_files_and_ids_that_nanogpt_cannot_read(shards_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "nano"
     out.mkdir()

@@ -88,6 +88,7 @@ def test_document_lengths_agree_with_numpy(
     }
 
 
+@pytest.mark.processes
 def test_the_command_prints_a_readable_summary(folder: Path) -> None:
     done = command("data_prep.inspect", str(folder))
     assert (done.returncode, done.stderr) == (0, "")
@@ -137,6 +138,7 @@ def test_no_page_splits_a_character(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.processes
 def test_terminals_get_no_control_characters(folder: Path) -> None:
     tokenizer = tokenizer_of(folder)
     begins = {

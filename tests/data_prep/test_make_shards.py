@@ -130,6 +130,7 @@ class ReferenceGPT2:
         return [self.id[part] for part in parts]
 
 
+@pytest.mark.processes
 def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_of_each_file(tmp_path: Path) -> None:
     texts = {"a.txt": "hello world", "b/c.txt": CHINESE * 3, "b/d.txt": (ROOT / "hpcgpt/cli.py").read_text(),
              "e.txt": "a literal <|endoftext|> is text\r\n\n  \t it's I'LL 12345 ½ é 👩‍👧\u00a0\u3000x  "}  # fmt: skip
@@ -147,6 +148,7 @@ def test_the_stream_is_end_of_text_and_the_reference_encoders_ids_of_each_file(t
     assert command("data_prep.verify", str(out)).returncode == 0
 
 
+@pytest.mark.processes
 def test_each_document_is_complete_and_in_its_split(uninterrupted: Path, corpus: Path) -> None:
     tokenizer = save_load.load(uninterrupted / "tokenizer")
     assert isinstance(tokenizer, ByteLevelBPE)
@@ -165,6 +167,7 @@ def test_each_document_is_complete_and_in_its_split(uninterrupted: Path, corpus:
     assert verify.verify(uninterrupted, manifest) == []
 
 
+@pytest.mark.processes
 def test_the_manifest_records_the_origin_of_the_tokens(
     uninterrupted: Path, corpus: Path, tokenizer_folder: Path
 ) -> None:
@@ -179,6 +182,7 @@ def test_the_manifest_records_the_origin_of_the_tokens(
 # --- division of the work, kills -------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [2, 7])
 def test_the_number_of_workers_changes_no_byte(
     workers: int, options: list[str], uninterrupted: Path, tmp_path: Path
@@ -188,6 +192,7 @@ def test_the_number_of_workers_changes_no_byte(
     assert files(tmp_path / "out") == files(uninterrupted)
 
 
+@pytest.mark.processes
 def test_five_tasks_of_an_array_change_no_byte(options: list[str], uninterrupted: Path, tmp_path: Path) -> None:
     """Tasks 4 and 0 to 3 one after the other, then all at once: the last to finish writes the manifest."""
     for name, together in (("in turn", False), ("at once", True)):
@@ -279,6 +284,7 @@ def workers_of(command: int) -> list[int]:
     return [worker for child in children(command) for worker in children(child)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
     workers: int, long_options: list[str], long_uninterrupted: Path, tmp_path: Path
@@ -299,6 +305,7 @@ def test_sigkill_at_any_moment_and_a_rerun_change_no_byte(
     assert files(out) == files(long_uninterrupted)
 
 
+@pytest.mark.processes
 def test_a_finished_unit_is_not_made_again(options: list[str], uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with started(options, out, 1) as process:
@@ -313,6 +320,7 @@ def test_a_finished_unit_is_not_made_again(options: list[str], uninterrupted: Pa
     assert files(out) == files(uninterrupted)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", ["before the plan", "within the plan"])
 def test_a_start_that_ended_before_its_plan_was_written_can_be_repeated(moment: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
@@ -324,6 +332,7 @@ def test_a_start_that_ended_before_its_plan_was_written_can_be_repeated(moment: 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_exit_when_their_parent_is_gone(
     number: signal.Signals, long_options: list[str], tmp_path: Path
@@ -340,6 +349,7 @@ def test_workers_exit_when_their_parent_is_gone(
         assert members(process.pid) == []
 
 
+@pytest.mark.processes
 def test_a_killed_worker_ends_the_command_with_an_error(
     long_options: list[str], long_uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -357,6 +367,7 @@ def test_a_killed_worker_ends_the_command_with_an_error(
     assert files(out) == files(long_uninterrupted)
 
 
+@pytest.mark.processes
 def test_ctrl_c_ends_with_status_130_and_without_a_traceback(
     long_options: list[str], long_uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -424,6 +435,7 @@ def test_of_equal_documents_the_first_is_kept(
     assert len(shard_format.read_manifest(tmp_path / "all").shards) > 4
 
 
+@pytest.mark.processes
 def test_a_kill_while_duplicates_are_removed_or_shards_renamed_changes_no_byte(
     copies: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,6 +473,7 @@ def test_a_kill_while_duplicates_are_removed_or_shards_renamed_changes_no_byte(
     assert files(out) == files(tmp_path / "uninterrupted")
 
 
+@pytest.mark.processes
 def test_documents_that_are_too_short_are_left_out_and_counted(tmp_path: Path) -> None:
     lines = ["ab", "萧炎", "萧炎,斗", "abcd"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -504,6 +517,7 @@ def test_uint32_shards_hold_the_same_documents(copies: tuple[Path, list[str]], t
 # --- two at once -----------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("task", "tasks", "refused"), [(0, 1, True), (1, 2, True), (11, 20, True), (3, 5, False)])
 def test_two_runs_into_one_folder_are_refused_if_their_shares_overlap(
     task: int, tasks: int, refused: bool, options: list[str], tmp_path: Path
@@ -525,6 +539,7 @@ def test_two_runs_into_one_folder_are_refused_if_their_shares_overlap(
 # --- existing folders ------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_rerun_of_a_complete_data_set_changes_nothing(options: list[str], uninterrupted: Path) -> None:
     before = everything(uninterrupted)
     done = make(*options, out=uninterrupted)
@@ -533,6 +548,7 @@ def test_a_rerun_of_a_complete_data_set_changes_nothing(options: list[str], unin
     assert everything(uninterrupted) == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("change", "key"),
     [
@@ -552,6 +568,7 @@ def test_other_options_are_refused_and_nothing_is_changed(
     assert everything(uninterrupted) == before
 
 
+@pytest.mark.processes
 def test_other_inputs_are_refused_and_nothing_is_changed(
     options: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -563,6 +580,7 @@ def test_other_inputs_are_refused_and_nothing_is_changed(
     assert everything(uninterrupted) == before
 
 
+@pytest.mark.processes
 def test_newer_copies_of_the_inputs_are_accepted_once_the_data_set_is_complete(
     corpus: Path, options: list[str], tmp_path: Path
 ) -> None:
@@ -583,6 +601,7 @@ def test_newer_copies_of_the_inputs_are_accepted_once_the_data_set_is_complete(
     assert everything(out) == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["thesis.tex", "train_000000.bin", ".hidden", "prep/notes.txt", "data/x"])
 def test_a_folder_with_foreign_files_is_refused_and_stays_as_it_is(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello world")
@@ -596,6 +615,7 @@ def test_a_folder_with_foreign_files_is_refused_and_stays_as_it_is(name: str, tm
     assert everything(tmp_path / "out") == before
 
 
+@pytest.mark.processes
 def test_a_file_that_is_added_beside_the_shards_stays(options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with started(options, out, 1) as process:
@@ -629,6 +649,7 @@ def test_a_wrong_option_is_refused(flags: list[str], sentence: str, tmp_path: Pa
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.processes
 def test_a_bad_input_in_a_worker_ends_with_status_2_and_its_position(
     options: list[str], corpus: Path, tmp_path: Path
 ) -> None:
@@ -641,6 +662,7 @@ def test_a_bad_input_in_a_worker_ends_with_status_2_and_its_position(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.processes
 def test_a_vocabulary_above_65536_ids_is_refused_with_the_remedy(tmp_path: Path) -> None:
     ranks = {n.to_bytes(3, "big"): 256 + n for n in range(65_400)} | {bytes([b]): b for b in range(256)}
     big = ByteLevelBPE("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
@@ -652,6 +674,7 @@ def test_a_vocabulary_above_65536_ids_is_refused_with_the_remedy(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)} | {n.to_bytes(3, "big"): 256 + n for n in range(65_279)}
     most = ByteLevelBPE("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
@@ -680,6 +703,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("room", "workers"), [(0, 1), (9_000, 1), (30_000, 1), (2_000_000, 1), (2_000_000, 2)])
 def test_a_full_disk_is_an_error_and_a_rerun_continues(
     room: int, workers: int, options: list[str], uninterrupted: Path, small_disk: Path
@@ -706,6 +730,7 @@ def test_a_full_disk_is_an_error_and_a_rerun_continues(
     assert list(out.rglob(".*")) == []
 
 
+@pytest.mark.processes
 def test_a_corpus_too_small_for_a_validation_split_causes_a_warning(tmp_path: Path) -> None:
     """A failure would waste the whole tokenization, for example of twenty novels with one percent held out."""
     (tmp_path / "a.txt").write_text("x")

@@ -63,6 +63,7 @@ def test_each_entry_of_an_index_is_checked_also_where_all_checksums_fit(entry: s
     assert "its documents do not add up" in "\n".join(verify.verify(tmp_path / "shards", manifest))
 
 
+@pytest.mark.processes
 def test_verify_needs_no_more_memory_for_a_larger_shard(folder: Path, tmp_path: Path) -> None:
     """240 MB of zeros in a sparse file: reading it at once would show in the memory."""
     tokens = 120_000_000

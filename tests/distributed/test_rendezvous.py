@@ -92,6 +92,7 @@ def assert_connected(*ranks: Rank) -> None:
         assert f"met {number} {total}\n" in output, output
 
 
+@pytest.mark.processes
 def test_ranks_connect_in_any_order_and_leave_no_address_file(tmp_path: Path) -> None:
     second = Rank(tmp_path, 1, 3, 30).wait_until_up()
     first, third = (Rank(tmp_path, rank, 3, 30) for rank in (0, 2))
@@ -100,6 +101,7 @@ def test_ranks_connect_in_any_order_and_leave_no_address_file(tmp_path: Path) ->
     assert not address_file(tmp_path).exists()
 
 
+@pytest.mark.processes
 def test_a_missing_rank_is_named_by_all_others(tmp_path: Path) -> None:
     """Also by ranks that still wait when rank 0 gives up and exits."""
     second = Rank(tmp_path, 1, 4, 30).wait_until_up()
@@ -109,12 +111,14 @@ def test_a_missing_rank_is_named_by_all_others(tmp_path: Path) -> None:
         assert_error(*second.end(), "rank 1 of 4")
 
 
+@pytest.mark.processes
 def test_a_missing_rank_0_is_named_by_the_others(tmp_path: Path) -> None:
     single = Rank(tmp_path, 1, 2, 2)
     with kill_at_end(single):
         assert_error(*single.end(), "rank 1 of 2", "waited 2 s for rank 0", "never published its address")
 
 
+@pytest.mark.processes
 def test_a_duplicate_rank_is_refused(tmp_path: Path) -> None:
     others = [Rank(tmp_path, rank, 3, 60) for rank in (0, 1, 1)]
     with kill_at_end(*others):
@@ -124,6 +128,7 @@ def test_a_duplicate_rank_is_refused(tmp_path: Path) -> None:
         assert_error(*second.end(), "rank 1 of 3", "another process has this rank already", expected=2)
 
 
+@pytest.mark.processes
 def test_processes_with_different_world_sizes_do_not_hang(tmp_path: Path) -> None:
     large = Rank(tmp_path, 2, 3, 30).wait_until_up()
     small = Rank(tmp_path, 0, 2, 3)
@@ -143,6 +148,7 @@ def free_port() -> int:
         return int(closing.getsockname()[1])
 
 
+@pytest.mark.processes
 def test_a_stale_address_file_without_a_server_is_ignored(tmp_path: Path) -> None:
     stale(tmp_path, free_port())
     second = Rank(tmp_path, 1, 2, 30).wait_until_up()
@@ -152,6 +158,7 @@ def test_a_stale_address_file_without_a_server_is_ignored(tmp_path: Path) -> Non
         assert_connected(first, second)
 
 
+@pytest.mark.processes
 def test_a_stale_address_file_without_rank_0_is_an_error(tmp_path: Path) -> None:
     stale(tmp_path, free_port())
     single = Rank(tmp_path, 1, 2, 3)
@@ -159,6 +166,7 @@ def test_a_stale_address_file_without_rank_0_is_an_error(tmp_path: Path) -> None
         assert_error(*single.end(), "waited 3 s for rank 0", "does not answer")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("foreign", ["a store", "a silent server"])
 def test_a_stale_address_file_with_a_foreign_server_is_ignored(foreign: str, tmp_path: Path) -> None:
     """The port may now belong to another job's store, or to a server of another kind that never answers.
@@ -191,6 +199,7 @@ def _accept_and_say_nothing(listener: socket.socket, held: list[socket.socket]) 
             held.append(listener.accept()[0])
 
 
+@pytest.mark.processes
 def test_a_torn_address_file_is_read_again(tmp_path: Path) -> None:
     address_file(tmp_path).parent.mkdir()
     address_file(tmp_path).write_text('{"address": "127.')
@@ -200,6 +209,7 @@ def test_a_torn_address_file_is_read_again(tmp_path: Path) -> None:
         assert_connected(first, second)
 
 
+@pytest.mark.processes
 def test_master_addr_and_master_port_take_precedence(tmp_path: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [Rank(tmp_path, n, 2, 30, **address) for n in (0, 1)]
@@ -208,6 +218,7 @@ def test_master_addr_and_master_port_take_precedence(tmp_path: Path) -> None:
     assert not address_file(tmp_path).parent.exists()
 
 
+@pytest.mark.processes
 def test_a_master_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
     port = free_port()
     single = Rank(tmp_path, 1, 2, 3, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -215,6 +226,7 @@ def test_a_master_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
         assert_error(*single.end(), "rank 1 of 2", f"could not reach rank 0 at 127.0.0.1:{port}")
 
 
+@pytest.mark.processes
 def test_a_master_whose_name_does_not_resolve_is_an_error_without_fallback(tmp_path: Path) -> None:
     single = Rank(tmp_path, 0, 2, 3, MASTER_ADDR="no-such-host.invalid", MASTER_PORT="29500")
     with kill_at_end(single):

@@ -75,6 +75,7 @@ def handlers() -> Iterator[None]:
 # --- one process -----------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("numbers", "reason"),
     [
@@ -99,6 +100,7 @@ def test_each_signal_has_its_reason_and_the_largest_counts(
     assert process_with_handlers.process.poll() is None
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "before", [[], [signal.SIGUSR1], [signal.SIGTERM]], ids=["at-once", "after-USR1", "after-TERM"]
 )
@@ -279,6 +281,7 @@ def test_without_an_end_no_save_or_step_is_too_slow(clock: list[float], env: dic
     assert flag.lead_s == 0.0
 
 
+@pytest.mark.processes
 def test_under_nohup_sighup_stays_ignored() -> None:
     """nohup makes a program begin with SIGHUP ignored."""
     ignoring = (
@@ -297,6 +300,7 @@ def test_under_nohup_sighup_stays_ignored() -> None:
 # --- several ranks ---------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_in_the_same_round(tmp_path: Path) -> None:
     done = on_ranks(4, "tests.distributed.ranks_stop_signals", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -319,6 +323,7 @@ def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_in_the_same_round(t
 # --- child processes -------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_child_started_in_the_shield_does_not_get_our_signals(number: signal.Signals) -> None:
@@ -345,6 +350,7 @@ def test_a_signal_within_the_shield_is_handled_afterwards() -> None:
     assert flag.here() == Stop.TERMINATED
 
 
+@pytest.mark.processes
 def test_the_shield_is_removed_also_when_the_start_of_a_child_fails() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with pytest.raises(FileNotFoundError), shielded():
@@ -353,6 +359,7 @@ def test_the_shield_is_removed_also_when_the_start_of_a_child_fails() -> None:
     assert not before & set(SIGNALS)
 
 
+@pytest.mark.processes
 def test_a_signal_that_was_blocked_from_the_start_is_handled_once_there_are_handlers() -> None:
     """The batch script starts ranks like this: a signal that arrives while Python loads stays pending."""
     code = (

@@ -55,12 +55,14 @@ def test_a_requeue_and_a_step_are_separate_attempts() -> None:
     assert len(set(attempts)) == 4
 
 
+@pytest.mark.processes
 def test_torchruns_variables_give_the_ranks() -> None:
     found = discover(torchrun(3, 1, 4, 2))
     assert (found.rank, found.local_rank, found.size, found.local_size, found.launcher) == (3, 1, 4, 2, "torchrun")
     assert "/" not in found.attempt
 
 
+@pytest.mark.processes
 def test_torchrun_inside_srun_is_torchrun() -> None:
     """One srun task per node, torchrun with two processes in each: torchrun's ranks count."""
     found = discover(srun(1, 0, 1, tasks=2, here="1(x2)") | torchrun(3, 1, 4, 2))
@@ -73,6 +75,7 @@ def test_a_shell_is_a_single_rank_also_inside_an_allocation(env: dict[str, str])
     assert (found.rank, found.local_rank, found.size, found.local_size, found.launcher) == (0, 0, 1, 1, "alone")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "env",
     [
@@ -90,6 +93,7 @@ def test_variables_that_contradict_each_other_are_refused(env: dict[str, str]) -
         discover(env)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_LOCALID"])
 def test_a_missing_variable_of_a_launcher_is_named(missing: str) -> None:
     env = srun(0, 0, 0) if missing == "SLURM_LOCALID" else torchrun(0, 0, 2, 2)

@@ -58,6 +58,7 @@ def make(checkout: Path, *arguments: str, timeout_s: float = 600) -> subprocess.
     return subprocess.CompletedProcess(command_line, running.returncode, out, err)
 
 
+@pytest.mark.processes
 def test_every_make_target_exists() -> None:
     targets = {arguments[arguments.index("make") + 1] for arguments in COMMANDS if "make" in arguments}
     assert targets >= {"quickstart", "test", "shards", "lab", "lab-down"}
@@ -125,6 +126,7 @@ def test_the_quick_start_trains_a_model_that_writes_dialogue(
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.processes
 def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, lab: Lab) -> None:
     """With GPT-2's vocabulary and the gpt2-124m preset, as shown, up to where GPUs would be needed."""
     done = make(checkout, "shards", f"CORPUS={text_folder}", "VAL=0.2")

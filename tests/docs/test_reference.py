@@ -38,6 +38,7 @@ def test_the_keys_are_those_of_the_options() -> None:
     assert "| `micro_batch` | integer, >= 1 | `16` | sequences in a forward pass on one rank |" in PAGE
 
 
+@pytest.mark.processes
 def test_the_command_prints_the_tables() -> None:
     done = command("hpcgpt.config.reference")
     assert (done.returncode, done.stderr) == (0, "")

@@ -38,6 +38,7 @@ STEPS = 12
 # --- drawing faults --------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_same_seed_draws_the_same_faults_and_another_seed_others() -> None:
     names = list(drill_command.chosen("lab"))
     first, second, other = (drill_faults.draw(seed, names) for seed in (1, 1, 2))
@@ -90,10 +91,12 @@ def other(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "other"))
 
 
+@pytest.mark.processes
 def test_a_copy_has_no_differences(trained: Path, other: Path) -> None:
     assert compare.differences(other, trained, STEPS) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["model/", "optim/", "rng/"])
 def test_one_wrong_byte_of_the_final_state_is_found(trained: Path, other: Path, kind: str) -> None:
     from safetensors.torch import load_file, save_file
@@ -107,6 +110,7 @@ def test_one_wrong_byte_of_the_final_state_is_found(trained: Path, other: Path, 
     assert f"1 of {len(found)} tensors differ: {name}" in problem
 
 
+@pytest.mark.processes
 def test_a_missing_tensor_and_a_missing_checkpoint_are_found(trained: Path, other: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -124,6 +128,7 @@ def _rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.processes
 def test_one_wrong_row_is_found(trained: Path, other: Path) -> None:
     rows = run_folder.read_rows(other / "metrics.jsonl")
     for key in ("train/loss", "train/lr", "train/grad_norm", "samples", "val/loss"):
@@ -134,6 +139,7 @@ def test_one_wrong_row_is_found(trained: Path, other: Path) -> None:
         assert f"step 6 has {key}" in "\n".join(compare.differences(other, trained, STEPS))
 
 
+@pytest.mark.processes
 def test_a_missing_or_doubled_step_is_found(trained: Path, other: Path) -> None:
     rows = run_folder.read_rows(other / "metrics.jsonl")
     _rewrite(other, [*rows[:4], *rows[5:]])
@@ -144,12 +150,14 @@ def test_a_missing_or_doubled_step_is_found(trained: Path, other: Path) -> None:
     assert "the first wrong one is row 12 (missing)" in compare.differences(other, trained, STEPS)[0]
 
 
+@pytest.mark.processes
 def test_times_may_differ(trained: Path, other: Path) -> None:
     rows = run_folder.read_rows(other / "metrics.jsonl")
     _rewrite(other, [row | {"train/step_s": 9.0, "time": 1.0, "attempt": 7} for row in rows])
     assert compare.differences(other, trained, STEPS) == []
 
 
+@pytest.mark.processes
 def test_a_checkpoint_of_an_older_attempt_after_a_newer_one_is_found(trained: Path, other: Path) -> None:
     path = other / "checkpoints/step_000000006/manifest.json"
     manifest = json.loads(path.read_bytes())
@@ -162,6 +170,7 @@ def _sent(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 
 
+@pytest.mark.processes
 def test_missing_doubled_and_different_rows_at_wandb_are_problems(trained: Path) -> None:
     sent = _sent(trained)
     assert compare.wandb_row_differences(trained, sent, STEPS) == ([], "0 missing, 0 doubled")
@@ -176,6 +185,7 @@ def test_missing_doubled_and_different_rows_at_wandb_are_problems(trained: Path)
         assert found.startswith(problem)
 
 
+@pytest.mark.processes
 def test_sync_completes_wandbs_rows_and_a_second_id_is_a_problem(
     trained: Path, tmp_path: Path, server: WandbServer
 ) -> None:
@@ -249,6 +259,7 @@ class Restarts:
         return [Rank(0, pid, "here", os.pidfd_open(pid))]
 
 
+@pytest.mark.processes
 def test_kill_in_a_start_hits_the_next_attempt_even_if_it_exists_at_the_first_poll(tmp_path: Path) -> None:
     testbed, scheduled = Restarts(), drill_faults.ScheduledFault("kill in a start", 2.0, 0.0, 0.0)
     context = drill_faults.FaultContext(testbed, "1", [], WatchedRun(tmp_path), scheduled, CleanupStack(print))  # type: ignore[arg-type]
@@ -417,6 +428,7 @@ def test_a_report_is_written_as_markdown_and_json_without_local_names(tmp_path: 
 # --- the drill itself ------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     done = command("hpcgpt.drill", "--on", "here", "--dir", str(tmp_path))
     assert done.returncode == 2
@@ -426,12 +438,14 @@ def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.processes
 def test_the_drill_package_loads_no_torch() -> None:
     code = "import sys, hpcgpt.drill; print(sorted({'torch', 'wandb', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_three_minutes_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_path: Path) -> None:

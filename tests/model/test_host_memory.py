@@ -11,6 +11,8 @@ import pytest
 
 from tests.programs import ROOT, clean_env
 
+pytestmark = pytest.mark.processes
+
 FAULTS = """
 import resource, sys, torch
 from hpcgpt.model import host_memory

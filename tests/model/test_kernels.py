@@ -40,6 +40,7 @@ def test_the_configured_kernel_computes(name: kernels.Attention, kernel: str) ->
     assert names == {kernel}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["cudnn", "efficient", "fa3"])
 def test_a_kernel_for_gpus_is_refused_on_a_cpu(name: str, tiny: Path) -> None:
     done = command("hpcgpt.train", str(tiny), "--train.attention", name)
@@ -83,6 +84,7 @@ def test_code_compiled_for_one_kernel_is_not_used_for_another() -> None:
     assert names == [" attention: math", " attention: flash", "", " attention: math"]
 
 
+@pytest.mark.processes
 def test_another_kernel_computes_the_same_function(tiny: Path) -> None:
     runs = tiny.parent / "runs"
     for name in ("math", "flash"):

@@ -149,6 +149,7 @@ def test_options_of_muon_are_refused_without_it(flags: list[str]) -> None:
     sources.from_command_line([*flags, "--optim.name", "muon"], "train", "")
 
 
+@pytest.mark.processes
 def test_the_program_trains_with_muon(tiny: Path, tmp_path: Path) -> None:
     done = command("hpcgpt.train", str(tiny), "--optim.name", "muon")
     assert done.returncode == 0, done.stderr

@@ -88,6 +88,7 @@ def test_within_returns_none_without_an_answer(capfd: pytest.CaptureFixture[str]
 # --- real runs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_odd_events_do_not_end_a_finished_run(tiny: Path) -> None:
     """`started_at` was null where slurmctld did not answer: a finished run used to crash on it three times."""
     folder = tiny.parent / "runs" / "tiny"
@@ -123,6 +124,7 @@ cli.run(train.main)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "error", ["ValueError('odd')", "OSError(5, 'Input/output error')", "RuntimeError('CUDA error')"]
 )
@@ -144,6 +146,7 @@ def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: st
     assert "training continues" in done.stderr or breakage == "console"
 
 
+@pytest.mark.processes
 def test_exit_json_is_written_before_goodput_is_waited_for(tiny: Path) -> None:
     """goodput never answers. exit.json comes first, and the run ends; waiting without a step is not a hang."""
     folder = tiny.parent / "runs" / "tiny"
@@ -185,6 +188,7 @@ def test_a_sample_ends_before_the_other_ranks_consider_it_a_hang(wanted_s: int, 
     assert limit_s < rendezvous.COLLECTIVE_TIMEOUT.total_seconds()
 
 
+@pytest.mark.processes
 def test_a_long_sample_is_cut_short_and_is_not_a_hang(tiny: Path) -> None:
     """A million tokens used to be a hang for the watchdog, at each attempt."""
     done = command(
@@ -195,6 +199,7 @@ def test_a_long_sample_is_cut_short_and_is_not_a_hang(tiny: Path) -> None:
     assert done.stdout.count("--- sample at step") == 2
 
 
+@pytest.mark.processes
 def test_a_signal_within_a_sample_is_handled(tiny: Path) -> None:
     command_line = [
         sys.executable,

@@ -43,6 +43,7 @@ def expected_curve(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path
     return curve(home / "runs" / "printed")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("env", "seen"),
     [
@@ -64,6 +65,7 @@ def test_a_sample_that_stdout_cannot_encode_has_no_effect(
     assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", ">/dev/full 2>/dev/full"])
 def test_closed_and_full_outputs_have_no_effect(
     tiny: Path, expected_curve: list[tuple[object, ...]], closed: str
@@ -75,6 +77,7 @@ def test_closed_and_full_outputs_have_no_effect(
     assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 
+@pytest.mark.processes
 def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: list[tuple[object, ...]]) -> None:
     """The pipe is full before the first line, as with a pager or after Ctrl-S."""
     reader, writer = os.pipe()
@@ -91,6 +94,7 @@ def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: 
     assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("module", ["hpcgpt.status", "hpcgpt.checkpoint"])
 def test_a_command_that_cannot_print_fails(tiny: Path, module: str) -> None:
     """Where printing is all that a command does, lost text is an error, with status 1 and not 120."""
@@ -104,6 +108,7 @@ def test_a_command_that_cannot_print_fails(tiny: Path, module: str) -> None:
     assert done.stderr == b"error: No space left on device\n"
 
 
+@pytest.mark.processes
 def test_buffered_output_is_printed_before_the_process_ends() -> None:
     """Also where it ends with os._exit, or with an exception."""
     for ending, status in (("streams.drain(); os._exit(3)", 3), ("raise RuntimeError('last')", 1), ("sys.exit(4)", 4)):
@@ -144,6 +149,7 @@ def test_text_that_is_not_read_is_dropped_oldest_first(monkeypatch: pytest.Monke
     assert lines[2:] == [f"{number:09d}" for number in range(201, 300)]
 
 
+@pytest.mark.processes
 def test_a_user_error_is_reported_where_stderr_cannot_encode_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [*TRAIN, "--run.dir", str(tmp_path), "--data.dir", "萧炎"], cwd=ROOT,

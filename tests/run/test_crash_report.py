@@ -135,6 +135,7 @@ def test_the_report_contains_first_failure_log_stacks_and_exits(tmp_path: Path) 
     assert "rank_00003.stacks.txt" in text
 
 
+@pytest.mark.processes
 def test_a_process_that_ends_with_an_error_leaves_its_traceback(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert command("hpcgpt.requeue", "folder", str(tiny)).returncode == 0
@@ -148,6 +149,7 @@ def test_a_process_that_ends_with_an_error_leaves_its_traceback(tiny: Path, tmp_
     assert any("attempt.py" in line for line in found[0].trace)
 
 
+@pytest.mark.processes
 def test_a_user_error_outside_of_a_run_folder_makes_none(tiny: Path, tmp_path: Path) -> None:
     assert command("hpcgpt.train", str(tiny), "--data.dir", "nowhere").returncode == 2
     assert not (tmp_path / "runs").exists()

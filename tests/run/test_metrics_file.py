@@ -140,6 +140,7 @@ def test_damage_after_the_checkpoint_is_cut_off(tmp_path: Path, damage: bytes) -
     assert path.read_bytes() == kept
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("when", ["before its file has a name", "before its check"])
 def test_a_superseded_attempt_that_was_stopped_at_its_start_does_not_replace_newer_rows(
     tmp_path: Path, when: str
@@ -251,6 +252,7 @@ def test_the_row_of_the_step_that_was_resumed_is_printed(capsys: pytest.CaptureF
     assert without_times(capsys.readouterr().out)[0].startswith("step 6/12")
 
 
+@pytest.mark.processes
 def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
     code = "from hpcgpt.run.metrics_file import Console; import tests.run.test_metrics_file as t; c = Console(0, 3)\n"
     code += "for step in (1, 2, 3): c.step(t.row(step))\n"

@@ -36,6 +36,7 @@ def test_two_runs_have_two_ids(tmp_path: Path) -> None:
     assert run_folder.prepare(tmp_path / "a") != run_folder.prepare(tmp_path / "b")
 
 
+@pytest.mark.processes
 def test_processes_that_prepare_a_folder_at_once_agree_on_one_id(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from hpcgpt.run import run_folder; sys.stdin.read(); "
     code += f"print(run_folder.prepare(Path({str(tmp_path / 'run')!r})))"
@@ -283,6 +284,7 @@ for user in (12001, 12002):
 """
 
 
+@pytest.mark.processes
 def test_two_users_of_a_group_share_a_run_if_their_umask_allows(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("acting as two users needs root")

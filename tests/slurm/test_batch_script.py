@@ -18,6 +18,8 @@ import pytest
 from hpcgpt import submit
 from tests.programs import ROOT, clean_env
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
 
 # The stand-ins keep the job's fields in files, as slurmctld does in memory, and record their calls in `calls`.

@@ -63,6 +63,7 @@ def stop_flag_for(end: float) -> StopFlag:
     return StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
 
 
+@pytest.mark.processes
 def test_a_run_whose_time_limit_was_extended_uses_the_time(slurm: Controller, tiny: Path) -> None:
     slurm.ends(time.time() + DAY_S)
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1", "PATH": f"{slurm.bin}:/usr/bin:/bin"}

@@ -187,6 +187,7 @@ def test_missing_requirements_are_reported_in_one_sentence(monkeypatch: pytest.M
     assert "apt-get install slurm-wlm munge iproute2 util-linux hostname" in lab_needs.why_not()
 
 
+@pytest.mark.processes
 def test_the_exit_statuses_of_the_command() -> None:
     def lab_py(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(SCRIPT), *arguments]

@@ -56,6 +56,7 @@ def no_requeue_slurm(slurm: FakeSlurm) -> FakeSlurm:
     return slurm
 
 
+@pytest.mark.processes
 def test_one_next_job_is_queued_though_it_is_decided_twice(no_requeue_slurm: FakeSlurm, run: Path) -> None:
     """While Slurm ends a job whose ranks hang, and again when srun has returned."""
     run_folder.record(run, "job", job="7_0")
@@ -78,6 +79,7 @@ def test_one_next_job_is_queued_though_it_is_decided_twice(no_requeue_slurm: Fak
         "SLURM_CONF=/etc/slurm.conf", "SLURM_TIME_FORMAT=%s", "MINE=kept"}  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_host_that_failed_is_excluded_from_the_next_job_too(no_requeue_slurm: FakeSlurm, run: Path) -> None:
     no_requeue_slurm.has_nodes("n1 idle", "n2 down*", "n3 idle")
     (run / "logs" / "7_0.srun").write_text("srun: error: Node failure on n2\n")
@@ -89,6 +91,7 @@ def test_a_host_that_failed_is_excluded_from_the_next_job_too(no_requeue_slurm: 
     assert [entry["host"] for entry in json.loads((run / "excluded_nodes.json").read_text())] == ["n2"]
 
 
+@pytest.mark.processes
 def test_hosts_that_the_user_excluded_are_excluded_from_the_next_job_too(
     no_requeue_slurm: FakeSlurm, run: Path
 ) -> None:

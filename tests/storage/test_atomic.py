@@ -44,6 +44,7 @@ def test_an_exception_leaves_everything_as_it_was(error: type[BaseException], tm
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
+@pytest.mark.processes
 def test_a_process_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     code = """
@@ -69,6 +70,7 @@ for n in range(10**9):
         assert len(set(found)) == 1
 
 
+@pytest.mark.processes
 def test_of_many_processes_exactly_one_creates_a_file(tmp_path: Path) -> None:
     """Six processes compete for each file in turn; its content is complete, and the winner's."""
     code = """
@@ -118,6 +120,7 @@ def test_a_file_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path) 
             atomic.create(path, b"x")
 
 
+@pytest.mark.processes
 def test_a_refused_write_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
     """A limit on file sizes: it needs neither root nor a full disk."""
     code = """
@@ -144,6 +147,7 @@ for call, path in ((atomic.write, sys.argv[1]), (atomic.create, sys.argv[2])):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
+@pytest.mark.processes
 def test_files_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_path: Path) -> None:
     """A power cut cannot be tested here, so the order of the system calls is checked."""
     code = """
@@ -201,6 +205,7 @@ def compete(folder: Path, count: int, competitors: list[list[str]], env: dict[st
     assert sorted(os.listdir(folder)) == sorted(str(n) for n in range(count))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("answer", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
 def test_without_hard_links_still_exactly_one_process_creates_a_file(
     answer: int, tmp_path: Path, faulty_calls: Path
@@ -214,6 +219,7 @@ def test_without_hard_links_still_exactly_one_process_creates_a_file(
     assert {fired for call, _, fired in calls if call == "link"} == {"1"}, "there were links"
 
 
+@pytest.mark.processes
 def test_in_containers_with_equal_host_name_and_pids_exactly_one_process_creates_a_file(tmp_path: Path) -> None:
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
     if os.geteuid() != 0 or subprocess.run([*container, "true"], check=False).returncode:

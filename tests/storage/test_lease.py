@@ -93,6 +93,7 @@ def test_numbers_rise_and_the_file_names_the_process(tmp_path: Path) -> None:
         f"00000{number}.{kind}" for number in (1, 2, 3) for kind in ("done", "json")]  # fmt: skip
 
 
+@pytest.mark.processes
 def test_of_processes_that_acquire_at_once_exactly_one_gets_the_lease(tmp_path: Path) -> None:
     rounds, starts_at = 40, time.time() + 1.0
     racers = [
@@ -124,6 +125,7 @@ def test_the_heartbeat_file_is_never_empty(tmp_path: Path, monkeypatch: pytest.M
     assert len(seen) > 10, "there was no heartbeat"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("host", ["", "elsewhere"])
 def test_acquiring_from_a_living_holder_is_refused_and_names_it(tmp_path: Path, host: str) -> None:
     if host and os.geteuid() != 0:
@@ -140,6 +142,7 @@ def test_acquiring_from_a_living_holder_is_refused_and_names_it(tmp_path: Path, 
         holder.end()
 
 
+@pytest.mark.processes
 def test_a_dead_holder_is_replaced_at_once(tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]) -> None:
     holder.end()
     held = lease.acquire(tmp_path, "")
@@ -148,6 +151,7 @@ def test_a_dead_holder_is_replaced_at_once(tmp_path: Path, holder: Holder, capfd
     held.release()
 
 
+@pytest.mark.processes
 def test_a_living_holder_in_another_container_is_not_considered_dead(tmp_path: Path, holder: Holder) -> None:
     """Two containers on one host: same host name, and the holder's pid does not exist in the second container."""
     container = ["unshare", "--pid", "--fork", "--mount-proc"]
@@ -160,6 +164,7 @@ def test_a_living_holder_in_another_container_is_not_considered_dead(tmp_path: P
     assert not list((tmp_path / "generations").glob("000002*"))
 
 
+@pytest.mark.processes
 def test_without_the_kernels_boot_id_a_dead_holder_is_watched_first(
     tmp_path: Path, holder: Holder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +177,7 @@ def test_without_the_kernels_boot_id_a_dead_holder_is_watched_first(
     held.release()
 
 
+@pytest.mark.processes
 def test_a_process_that_reuses_a_dead_holders_pid_is_not_mistaken_for_it(
     tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +190,7 @@ def test_a_process_that_reuses_a_dead_holders_pid_is_not_mistaken_for_it(
     held.release()
 
 
+@pytest.mark.processes
 def test_a_full_disk_does_not_prevent_acquiring_and_its_holder_is_recognized_as_alive(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
         (disk / "generations").mkdir()
@@ -203,6 +210,7 @@ def test_a_full_disk_does_not_prevent_acquiring_and_its_holder_is_recognized_as_
         held.release()
 
 
+@pytest.mark.processes
 def test_the_next_start_of_the_same_job_does_not_wait_and_the_old_ranks_exit_even_if_they_hang(
     tmp_path: Path, holder: Holder, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +241,7 @@ def test_only_a_higher_restart_count_of_the_same_job_is_its_next_start(before: s
     assert lease._is_next_start(before, now) == expected
 
 
+@pytest.mark.processes
 def test_a_superseded_holder_exits_at_its_check(tmp_path: Path) -> None:
     code = """
 import os, sys
@@ -261,6 +270,7 @@ def test_a_lease_can_be_released_on_a_full_disk(tmp_path: Path) -> None:
         assert not (disk / "generations/000001.done").exists(), "the disk was not full, so this proves nothing"
 
 
+@pytest.mark.processes
 def test_a_stopped_holder_that_was_superseded_exits_on_continuing_and_changes_nothing(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -297,6 +307,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # --- one writer ------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
 def test_of_competing_jobs_no_step_is_committed_twice_or_by_an_older_attempt(tmp_path: Path, rounds: int) -> None:
     """The holder is killed in one round; in the next it is stopped, and continues after the next one has committed."""

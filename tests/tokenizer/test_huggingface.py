@@ -454,6 +454,7 @@ def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
         save_load.load(tmp_path)
 
 
+@pytest.mark.processes
 def test_both_kinds_of_tokenizers_can_be_sent_to_worker_processes(found: dict[str, Tokenizer], tmp_path: Path) -> None:
     """To a new interpreter, as in make_shards, before and after use."""
     for name in ("unigram", "gpt2_like"):

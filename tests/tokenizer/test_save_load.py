@@ -67,6 +67,7 @@ def test_gpt2s_pattern_is_that_of_tiktoken(gpt2: ByteLevelBPE) -> None:
     assert gpt2.pattern == openai_public.r50k_pat_str
 
 
+@pytest.mark.processes
 def test_gpt2_works_without_a_network(tmp_path: Path) -> None:
     """In a network namespace without interfaces where possible; else with every proxy at a closed port."""
     code = "from data_prep.encode import find_tokenizer; print(find_tokenizer.find('gpt2').encode('hello world'))"
@@ -275,6 +276,7 @@ def test_a_trained_bpe_has_exactly_the_requested_number_of_ids(bpe: ByteLevelBPE
     assert max(len(token) for token in bpe.ranks) > 3
 
 
+@pytest.mark.processes
 def test_training_twice_gives_the_same_tokenizer(text_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "bpe512"
     flags = ["--out", str(out), "--vocab-size", "512", "--val-fraction", "0"]
@@ -336,6 +338,7 @@ def test_training_reads_units_from_all_over_a_large_corpus(tmp_path: Path, monke
     assert 0.4 < sum(text.startswith("begin") for text in texts) / len(texts) < 0.6
 
 
+@pytest.mark.processes
 def test_a_bpe_of_chinese_text_needs_fewer_tokens_than_gpt2s(tmp_path: Path, gpt2: ByteLevelBPE) -> None:
     text = "斗之气，三段！\n望着测验魔石碑上面闪亮得甚至有些刺眼的五个大字，少年面无表情，唇角有着一抹自嘲。\n" * 20
     (tmp_path / "zh.txt").write_text(text)
@@ -352,6 +355,7 @@ def test_a_bpe_of_chinese_text_needs_fewer_tokens_than_gpt2s(tmp_path: Path, gpt
     assert "".join(interface.stream(found, found.encode(text))) == text
 
 
+@pytest.mark.processes
 def test_training_excludes_the_validation_documents(tmp_path: Path) -> None:
     """The only merge of a vocabulary of 258 comes from the longer text, unless it is held out."""
     held_out = next(text for n in range(99) if holdout.is_validation(text := f"qz {n}" * 1000, 0.5))
@@ -371,6 +375,7 @@ def test_training_excludes_the_validation_documents(tmp_path: Path) -> None:
     assert merges == {"0": b"qz", "0.5": b"xj"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -390,6 +395,7 @@ def test_an_impossible_vocabulary_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_a_tokenizer_is_not_overwritten(text_folder: Path, tmp_path: Path) -> None:
     flags = [str(text_folder), "--out", str(tmp_path / "out"), "--vocab-size"]
     assert command("data_prep.train_tokenizer", *flags, "300").returncode == 0
@@ -400,6 +406,7 @@ def test_a_tokenizer_is_not_overwritten(text_folder: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.processes
 def test_a_half_written_tokenizer_is_written_again(text_folder: Path, tmp_path: Path) -> None:
     """tokenizer.json is written last."""
     flags = [str(text_folder), "--out", str(tmp_path / "out"), "--vocab-size", "300"]

@@ -32,6 +32,8 @@ from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import rows
 from tests.tracking.connect_proxy import ConnectProxy
 
+pytestmark = pytest.mark.processes
+
 KEY = "k" * 40
 LONG_S = 60.0
 

@@ -12,6 +12,8 @@ import pytest
 from hpcgpt.tracking.tracker import STATE
 from tests.programs import ROOT, clean_env
 
+pytestmark = pytest.mark.processes
+
 # The process that replaces it prints what it was given: its state, and its standard input.
 SUCCESSOR = f"""#!/bin/sh
 echo "${STATE}"

@@ -40,6 +40,7 @@ def reports(request: pytest.FixtureRequest, shards_folder: Path, tmp_path_factor
     return [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(request.param)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("batches", BATCHES)
 def test_the_loss_is_that_of_one_process_on_every_rank(
     reports: list[Any], one_rank_report: dict[str, Any], batches: int
@@ -50,6 +51,7 @@ def test_the_loss_is_that_of_one_process_on_every_rank(
         assert rank[str(batches)] == reports[0][str(batches)]
 
 
+@pytest.mark.processes
 def test_asked_to_stop_all_ranks_stop_at_the_same_batch_without_figures(reports: list[Any]) -> None:
     assert [(rank["stopped"], rank["polls"], rank["training"]) for rank in reports] == [(None, 3, True)] * len(reports)
 
@@ -144,6 +146,7 @@ def test_a_very_high_loss_has_a_finite_perplexity(shards_folder: Path) -> None:
     assert math.isfinite(figures["val/perplexity"])
 
 
+@pytest.mark.processes
 def test_an_evaluation_that_a_stop_interrupted_is_repeated_with_the_same_rows_and_bytes(
     tiny: Path, tmp_path: Path
 ) -> None:

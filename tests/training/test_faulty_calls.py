@@ -23,7 +23,7 @@ from tests.training.faulty_bed import ANSWERS, Case, FaultyBed, Site
 SAMPLES = [4, pytest.param(40, marks=pytest.mark.long)]  # of each of the two groups below; plus the known regressions
 ALL = os.environ.get("FAULTY_SITES") == "all"
 
-pytestmark = pytest.mark.timeout(7200 if ALL else 600)
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(7200 if ALL else 600)]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from hpcgpt.exit_codes import FAILED, FINISHED
 from hpcgpt.run import metrics_file, run_folder
 from tests.disks import fill, small_disk
@@ -12,6 +14,7 @@ from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows, tensors
 
 
+@pytest.mark.processes
 def test_a_start_on_a_full_disk_trains_and_loses_only_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
     uninterrupted = tmp_path / "runs" / "tiny"
     assert command("hpcgpt.train", str(tiny)).returncode == FINISHED
@@ -36,6 +39,7 @@ def test_a_start_on_a_full_disk_trains_and_loses_only_the_checkpoint(tiny: Path,
         assert run_folder.run_id(folder) == run_folder.run_id(uninterrupted)
 
 
+@pytest.mark.processes
 def test_several_ranks_can_start_on_a_full_disk(tiny: Path, tmp_path: Path) -> None:
     uninterrupted = tmp_path / "runs" / "tiny"
     done = on_ranks(2, "hpcgpt.train", str(tiny))

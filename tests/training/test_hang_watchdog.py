@@ -77,6 +77,7 @@ def rank(run: Path, mode: str, report_s: float = 1.0, factor: float = 2.0) -> It
         process.communicate()
 
 
+@pytest.mark.processes
 def test_a_rank_that_hangs_writes_its_stacks_and_an_event_and_fails(tmp_path: Path) -> None:
     with rank(tmp_path, "lock") as process:
         _, stderr = process.communicate(timeout=60)
@@ -91,6 +92,7 @@ def test_a_rank_that_hangs_writes_its_stacks_and_an_event_and_fails(tmp_path: Pa
     assert event["silent_s"] > 1.5
 
 
+@pytest.mark.processes
 def test_a_rank_that_hangs_with_the_gil_prints_its_stacks_and_fails_too(tmp_path: Path) -> None:
     with rank(tmp_path, "gil") as process:
         _, stderr = process.communicate(timeout=50)  # less than its sleep
@@ -98,6 +100,7 @@ def test_a_rank_that_hangs_with_the_gil_prints_its_stacks_and_fails_too(tmp_path
     assert "stuck_with_the_gil" in stderr
 
 
+@pytest.mark.processes
 def test_a_rank_that_hangs_fails_also_where_the_folder_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/faults").write_text("in the way")
@@ -107,6 +110,7 @@ def test_a_rank_that_hangs_fails_also_where_the_folder_cannot_be_written(tmp_pat
     assert "hang: nothing for " in stderr
 
 
+@pytest.mark.processes
 def test_a_rank_that_was_stopped_for_longer_than_the_limit_continues(tmp_path: Path) -> None:
     with rank(tmp_path, "alive", report_s=60.0) as process:
         process.send_signal(signal.SIGSTOP)
@@ -117,6 +121,7 @@ def test_a_rank_that_was_stopped_for_longer_than_the_limit_continues(tmp_path: P
     assert not (tmp_path / "tiny/faults").exists()
 
 
+@pytest.mark.processes
 def test_ctrl_z_stops_all_timers(tmp_path: Path) -> None:
     """Also the timer that needs no interpreter: it would fire after limit and REPORT_S, 2.5 s."""
     with rank(tmp_path, "alive") as process:
@@ -130,6 +135,7 @@ def test_ctrl_z_stops_all_timers(tmp_path: Path) -> None:
     assert not (tmp_path / "tiny/faults").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("mode", "factor"), [("off", 2.0), ("never", 0.0), ("alive", 2.0)])
 def test_a_rank_with_its_watchdog_off_or_with_steps_is_not_ended(tmp_path: Path, mode: str, factor: float) -> None:
     with rank(tmp_path, mode, factor=factor) as process:

@@ -82,6 +82,7 @@ def changed(run: Path) -> dict[str, tuple[Any, Any, bool]]:
 # --- what is recorded ------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_checkpoint_records_the_settings_outside_of_the_identity_with_auto_resolved(finished_run: Path) -> None:
     import torch
 
@@ -105,6 +106,7 @@ def test_every_option_that_shapes_training_is_in_the_identity_or_recorded(shards
             assert length or f"{section}.{item.name}" in known
 
 
+@pytest.mark.processes
 def test_checkpoint_show_prints_the_settings(finished_run: Path) -> None:
     output = command("hpcgpt.checkpoint", "show", str(finished_run)).stdout
     assert "  optim.lr = 0.0006\n" in output
@@ -114,6 +116,7 @@ def test_checkpoint_show_prints_the_settings(finished_run: Path) -> None:
 # --- a resume --------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_resume_with_the_same_settings_reports_nothing(
     config: Path, interrupted_run: Path, finished_run: Path
 ) -> None:
@@ -123,6 +126,7 @@ def test_a_resume_with_the_same_settings_reports_nothing(
     assert tensors(interrupted_run / "checkpoints" / LAST) == tensors(finished_run / "checkpoints" / LAST)
 
 
+@pytest.mark.processes
 def test_another_learning_rate_is_reported_with_its_effect_on_the_next_step(
     config: Path, interrupted_run: Path
 ) -> None:
@@ -136,6 +140,7 @@ def test_another_learning_rate_is_reported_with_its_effect_on_the_next_step(
     assert layout.read_state(interrupted_run / "checkpoints" / LAST).in_effect["optim.lr"] == 1e-3
 
 
+@pytest.mark.processes
 def test_more_steps_for_a_finished_run_report_the_jump_of_the_learning_rate(config: Path, run: Path) -> None:
     output = lines(resumed(config, run, "--train.steps", "24"))
     assert "warning: changed since step 12 was saved: total_steps was 12 and is now 24" in output
@@ -145,6 +150,7 @@ def test_more_steps_for_a_finished_run_report_the_jump_of_the_learning_rate(conf
     assert changed(run) == {"total_steps": (12, 24, True)}
 
 
+@pytest.mark.processes
 def test_more_steps_at_a_constant_rate_do_not_change_the_result_so_far(config: Path, tmp_path: Path) -> None:
     folder, flags = tmp_path / "tiny", ("--schedule.kind", "constant", "--run.strict", "true")
     resumed(config, folder, *flags)
@@ -154,6 +160,7 @@ def test_more_steps_at_a_constant_rate_do_not_change_the_result_so_far(config: P
     assert changed(folder) == {"total_steps": (12, 16, False)}
 
 
+@pytest.mark.processes
 def test_another_number_of_threads_is_reported_and_changes_bytes(config: Path, tmp_path: Path) -> None:
     """Sums are split over the threads, and floats added in another order round differently."""
     flags = ("--model.n_embd", "128", "--model.block_size", "64", "--train.micro_batch", "8", "--eval.every", "0",
@@ -172,6 +179,7 @@ def test_another_number_of_threads_is_reported_and_changes_bytes(config: Path, t
     assert results[0] != results[2]
 
 
+@pytest.mark.processes
 def test_another_number_of_ranks_is_reported_apart_from_harmless_changes(config: Path, interrupted_run: Path) -> None:
     flags = ("--run.dir", str(interrupted_run.parent), "--eval.every", "4", "--checkpoint.every", "2")
     done = on_ranks(2, "hpcgpt.train", str(config), *flags)
@@ -186,6 +194,7 @@ def test_another_number_of_ranks_is_reported_apart_from_harmless_changes(config:
     }
 
 
+@pytest.mark.processes
 def test_a_changed_variable_of_a_numerical_library_is_reported(config: Path, interrupted_run: Path) -> None:
     output = resumed(config, interrupted_run, env={"MKL_CBWR": "COMPATIBLE"})
     assert "environment MKL_CBWR was 'unset' and is now 'COMPATIBLE'" in output
@@ -197,6 +206,7 @@ def test_a_changed_variable_of_a_numerical_library_is_reported(config: Path, int
 # --- what is refused -------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_fewer_steps_than_the_run_has_are_refused_and_its_configuration_stays(config: Path, run: Path) -> None:
     before = (run / "config.toml").read_bytes()
     output = refused(config, run, "--train.steps", "10")
@@ -205,6 +215,7 @@ def test_fewer_steps_than_the_run_has_are_refused_and_its_configuration_stays(co
     assert (run / "config.toml").read_bytes() == before
 
 
+@pytest.mark.processes
 def test_strict_refuses_what_changes_the_result_before_anything_is_written(config: Path, interrupted_run: Path) -> None:
     output = refused(
         config,
@@ -226,6 +237,7 @@ def test_strict_refuses_what_changes_the_result_before_anything_is_written(confi
     assert "changed since" in resumed(config, interrupted_run, "--run.strict", "true", "--eval.every", "4"), "harmless"
 
 
+@pytest.mark.processes
 def test_strict_refuses_a_stretched_schedule(config: Path, run: Path) -> None:
     assert "total_steps was 12 and is now 24" in refused(config, run, "--run.strict", "true", "--train.steps", "24")
 
@@ -233,6 +245,7 @@ def test_strict_refuses_a_stretched_schedule(config: Path, run: Path) -> None:
 # --- the configurations ----------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_earlier_configurations_are_kept_by_attempt(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     resumed(config, run)
@@ -292,6 +305,7 @@ def test_a_checkpoint_without_settings_only_reports_the_number_of_ranks(shards_f
     assert in_effect.since(State(4, 1, 1, 2, {}), now, made).lines == []
 
 
+@pytest.mark.processes
 def test_a_run_whose_checkpoints_lack_the_settings_resumes(config: Path, interrupted_run: Path) -> None:
     from tests.checkpoint.small_checkpoints import update_checksums
 
@@ -349,6 +363,7 @@ def test_threads_and_cpus_are_harmless_on_a_gpu(shards_folder: Path) -> None:
 # --- a warm-up that is longer than the run ---------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_run_that_ends_within_its_warm_up_warns(config: Path, tmp_path: Path) -> None:
     output = resumed(config, tmp_path / "tiny", "--schedule.warmup_steps", "700")
     assert (

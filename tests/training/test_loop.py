@@ -17,6 +17,8 @@ from tests.programs import on_ranks
 from tests.tiny_run import TINY, rows
 from tests.training.ranks_loop import SLOW_S
 
+pytestmark = pytest.mark.processes
+
 Reports = list[dict[str, Any]]  # one dict for each rank
 
 

@@ -22,6 +22,8 @@ from tests.tiny_run import curve, rows
 from tests.training import ranks_parallel
 from tests.training.ranks_parallel import MODES
 
+pytestmark = pytest.mark.processes
+
 MODES_AND_RANKS = [("ddp", 1), *((mode, ranks) for ranks in (2, 4) for mode in MODES)]
 
 

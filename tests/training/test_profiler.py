@@ -29,6 +29,7 @@ def count(path: Path, name: str) -> int:
     return sum(event.get("name") == name and event.get("ph") == "X" for event in events(path))
 
 
+@pytest.mark.processes
 def test_traced_steps_do_not_change_the_result(tiny: Path) -> None:
     runs = tiny.parent / "runs"
     done = command("hpcgpt.train", str(tiny), "--profile.steps", "3-4")
@@ -43,6 +44,7 @@ def test_traced_steps_do_not_change_the_result(tiny: Path) -> None:
     assert tensors(runs / "tiny" / LAST) == tensors(runs / "plain" / LAST)
 
 
+@pytest.mark.processes
 def test_a_range_beyond_the_end_is_traced_to_the_last_step(tiny: Path) -> None:
     done = command("hpcgpt.train", str(tiny), "--profile.steps", "11-20")
     assert done.returncode == FINISHED, done.stderr
@@ -52,6 +54,7 @@ def test_a_range_beyond_the_end_is_traced_to_the_last_step(tiny: Path) -> None:
     assert f"traced until step 12: {trace}" in done.stdout
 
 
+@pytest.mark.processes
 def test_a_request_in_the_run_folder_is_served_once(tiny: Path) -> None:
     run = tiny.parent / "runs" / "tiny"
     run.mkdir(parents=True)
@@ -115,6 +118,7 @@ def test_recording_a_gpus_memory_ends_with_the_traced_steps_whatever_happens(
     assert [named.get("enabled", "on") for named in calls] == ["on", None] * 2
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("steps", ["x", "5-3", "1-", "-2", "1-2-3", "²"])
 def test_invalid_step_ranges_are_refused(steps: str, tiny: Path) -> None:
     done = command("hpcgpt.train", str(tiny), f"--profile.steps={steps}")

@@ -58,6 +58,7 @@ def runs(tiny: Path) -> Runs:
 # --- losses that are not finite --------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("late", "micro_batch", "micro_step", "samples"), [(False, 2, 1, "54 to 55"), (True, 4, 0, "52 to 55")]
 )
@@ -79,6 +80,7 @@ def test_a_nan_in_one_ranks_batch_stops_all_ranks_and_names_the_samples(
     assert [runs.batches("tiny", rank)[-1] for rank in (0, 1)] == [6 + late] * 2
 
 
+@pytest.mark.processes
 def test_skip_drops_that_step_on_all_ranks_and_nothing_else(runs: Runs) -> None:
     skip = ("--train.on_nonfinite", "skip")
     done = runs.start("tiny", {"nan": [1, 6, 1]}, *skip, ranks=2)
@@ -97,6 +99,7 @@ def test_skip_drops_that_step_on_all_ranks_and_nothing_else(runs: Runs) -> None:
     assert curve(runs.run("resumed")) == curve(runs.run("tiny"))
 
 
+@pytest.mark.processes
 def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(runs: Runs) -> None:
     skip = ("--train.on_nonfinite", "skip", "--checkpoint.every", "1", "--checkpoint.keep_last", "20")
     assert runs.start("tiny", {"grad": [0, 6, 2]}, *skip).returncode == FINISHED
@@ -108,6 +111,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(runs: Runs) ->
     assert "(every micro-batch's loss is a finite number, and a gradient is not: samples 48 to 55)" in event["words"]
 
 
+@pytest.mark.processes
 def test_ten_skipped_steps_in_a_row_end_the_run(runs: Runs) -> None:
     rate = ("--optim.lr", "1e30", "--schedule.initial_lr", "1e30")
     done = runs.start("tiny", {}, "--train.on_nonfinite", "skip", *rate)
@@ -134,6 +138,7 @@ def spiked(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path) -> Run
     return runs
 
 
+@pytest.mark.processes
 def test_a_rollback_leaves_out_the_samples_since_the_checkpoint(spiked: Runs) -> None:
     assert spiked.batches("alone") == [0, 1, 2, 3, 4, 5, 6, *range(7, 15)]
     found = rows(spiked.run("alone") / "metrics.jsonl")
@@ -143,6 +148,7 @@ def test_a_rollback_leaves_out_the_samples_since_the_checkpoint(spiked: Runs) ->
     assert (event["step"], event["spiked_step"], event["lost_steps"], event["skipped_batches"]) == (4, 7, 3, 3)
 
 
+@pytest.mark.processes
 def test_a_second_spike_leaves_out_more_samples(spiked: Runs) -> None:
     """Global batch 8 is then step 6. The usual loss is the median over the steps that remain, those of the other run:
     also over the step that it goes back to, whose checkpoint says that it has not been evaluated yet.
@@ -170,6 +176,7 @@ def with_one_rank_run(spiked: Runs) -> Runs:
     return spiked
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["zero1", "fsdp"])
 def test_ranks_with_shares_roll_back_and_skip_together(with_one_rank_run: Runs, mode: str) -> None:
     """Only rank 1's losses spike, twice, and only it has the row whose gradient is not finite. As on one rank."""
@@ -192,6 +199,7 @@ def test_ranks_with_shares_roll_back_and_skip_together(with_one_rank_run: Runs, 
     assert "(every micro-batch's loss is a finite number, and a gradient is not: samples 80 to 87)" in event["words"]
 
 
+@pytest.mark.processes
 def test_steps_that_a_rollback_undoes_are_lost_time(spiked: Runs) -> None:
     from hpcgpt.run import attempts
 
@@ -200,6 +208,7 @@ def test_steps_that_a_rollback_undoes_are_lost_time(spiked: Runs) -> None:
     assert 0 < measured.lost_s < measured.total_s
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "faults"),
     [
@@ -220,6 +229,7 @@ def test_interruptions_do_not_change_a_rollback(spiked: Runs, name: str, faults:
     assert messages == alone, "the usual loss was another one"
 
 
+@pytest.mark.processes
 def test_a_rollback_removes_the_checkpoints_after_its_target(spiked: Runs) -> None:
     """Stopped and saved at step 6; then rolled back to step 4, and stopped at step 5."""
     assert spiked.start("between", {"stop": 5}, *SPIKE).returncode == AGAIN
@@ -228,6 +238,7 @@ def test_a_rollback_removes_the_checkpoints_after_its_target(spiked: Runs) -> No
     assert there == ["step_000000004", "step_000000005"]
 
 
+@pytest.mark.processes
 def test_rollbacks_of_earlier_attempts_count(spiked: Runs) -> None:
     once = (*SPIKE, "--spike.max_rollbacks", "1")
     assert spiked.start("counted", {"spikes": [6], "stop": 8}, *once).returncode == AGAIN
@@ -236,6 +247,7 @@ def test_rollbacks_of_earlier_attempts_count(spiked: Runs) -> None:
     assert "step 7: another spike after 1 rollbacks" in done.stderr
 
 
+@pytest.mark.processes
 def test_a_rollback_that_loads_slowly_is_not_a_hang(runs: Runs) -> None:
     """Loading takes longer than the watchdog's limit for a step."""
     watched = ("--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1")
@@ -244,6 +256,7 @@ def test_a_rollback_that_loads_slowly_is_not_a_hang(runs: Runs) -> None:
     assert len(events(runs.run("tiny"), "rollback")) == 1
 
 
+@pytest.mark.processes
 def test_metrics_that_cannot_be_cut_off_end_every_rank_with_the_same_error(runs: Runs) -> None:
     """Only rank 0 has the file; the other one must neither wait for it nor report a network error."""
     path = runs.run("tiny") / "metrics.jsonl"
@@ -252,6 +265,7 @@ def test_metrics_that_cannot_be_cut_off_end_every_rank_with_the_same_error(runs:
     assert done.stderr.count(f"error: [Errno 21] Is a directory: '{path}'") == 2, done.stderr
 
 
+@pytest.mark.processes
 def test_before_the_first_checkpoint_a_spike_is_only_reported(runs: Runs) -> None:
     done = runs.start("tiny", {"spikes": [3]}, *SPIKE)
     assert done.returncode == FINISHED, done.stderr
@@ -260,6 +274,7 @@ def test_before_the_first_checkpoint_a_spike_is_only_reported(runs: Runs) -> Non
     assert runs.batches("tiny") == list(range(12))
 
 
+@pytest.mark.processes
 def test_a_run_that_keeps_spiking_ends(runs: Runs) -> None:
     done = runs.start("tiny", {"spikes": [6]}, "--spike.factor", "1.0001", "--spike.max_rollbacks", "1",
                       "--spike.window", "2", "--optim.lr", "0.5", "--schedule.warmup_steps", "8")  # fmt: skip
@@ -314,12 +329,14 @@ def test_only_skipped_steps_in_a_row_end_a_run() -> None:
 # --- metrics that are read one step late -----------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_last_row_is_written_where_nothing_else_waits_for_it(runs: Runs) -> None:
     alone = ("--eval.every", "0", "--checkpoint.every", "0")
     assert runs.start("tiny", {"late": True}, *alone).returncode == FINISHED
     assert [row["step"] for row in rows(runs.run("tiny") / "metrics.jsonl")] == list(range(1, 13))
 
 
+@pytest.mark.processes
 def test_metrics_that_are_read_late_are_the_same(spiked: Runs) -> None:
     """As on a GPU: rows come one step later, except those that a checkpoint or an evaluation waits for."""
     for late in (False, True):

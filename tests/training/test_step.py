@@ -53,6 +53,7 @@ def whole_batch(shards_folder: Path) -> dict[str, tuple[Tensor, dict[str, Tensor
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("micro_steps", ranks_step.ACCUMULATIONS)
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_the_gradient_is_that_of_one_process_on_the_whole_batch(
@@ -66,6 +67,7 @@ def test_the_gradient_is_that_of_one_process_on_the_whole_batch(
     assert len(reports.gradients) == len(expected) * 6
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("micro_steps", ranks_step.ACCUMULATIONS)
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_the_logged_loss_is_the_mean_over_the_global_batch_on_every_rank(
@@ -76,10 +78,12 @@ def test_the_logged_loss_is_the_mean_over_the_global_batch_on_every_rank(
     assert losses.pop() == pytest.approx(whole_batch[precision][0].item(), rel=NEAR[precision])
 
 
+@pytest.mark.processes
 def test_every_rank_has_the_same_gradient_and_norm(reports: Reports) -> None:
     assert all(rank["gradients"] == reports.ranks[0]["gradients"] for rank in reports.ranks)
 
 
+@pytest.mark.processes
 def test_the_norm_is_the_one_before_clipping(reports: Reports, whole_batch: dict[str, Any]) -> None:
     for precision, (_, gradients) in whole_batch.items():
         expected = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
@@ -88,21 +92,25 @@ def test_the_norm_is_the_one_before_clipping(reports: Reports, whole_batch: dict
             assert norm == pytest.approx(expected, rel=10 * NEAR[precision])
 
 
+@pytest.mark.processes
 def test_after_a_hundred_steps_the_parameters_are_the_same_bytes_on_every_rank(reports: Reports) -> None:
     assert len({rank["hundred"]["digest"] for rank in reports.ranks}) == 1
 
 
+@pytest.mark.processes
 def test_the_norm_of_each_of_a_hundred_steps_is_the_same_on_every_rank(reports: Reports) -> None:
     assert all(rank["hundred"]["norms"] == reports.ranks[0]["hundred"]["norms"] for rank in reports.ranks)
     assert len(set(reports.ranks[0]["hundred"]["norms"])) == 100
 
 
+@pytest.mark.processes
 def test_every_step_is_clipped_from_the_first_on(reports: Reports) -> None:
     hundred = reports.ranks[0]["hundred"]
     assert min(hundred["norms"]) > 0.05
     assert hundred["used"] == pytest.approx([0.05] * 100, rel=1e-4)
 
 
+@pytest.mark.processes
 def test_a_step_has_one_gradient_all_reduce_however_many_micro_steps(reports: Reports, shards_folder: Path) -> None:
     model = ranks_step.Bench(ALONE, shards_folder, 1, torch.float32).model
     everything = sum(parameter.numel() for parameter in model.parameters())
@@ -111,6 +119,7 @@ def test_a_step_has_one_gradient_all_reduce_however_many_micro_steps(reports: Re
         assert rank["reductions"] == [everything, 1] * len(ranks_step.ACCUMULATIONS)
 
 
+@pytest.mark.processes
 def test_gradients_are_views_of_the_communication_buckets(reports: Reports) -> None:
     for rank in reports.ranks:
         assert rank["in_buckets"] == [True, True, True]

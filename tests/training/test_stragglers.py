@@ -131,6 +131,7 @@ EVERY = 5
 SLOW = 2
 
 
+@pytest.mark.processes
 def test_of_four_real_ranks_the_one_that_is_slowed_down_is_reported_once(tiny: Path, tmp_path: Path) -> None:
     """Another process stops and continues rank 2 all the time, so that it runs for a small part of the time."""
     folder = tmp_path / "runs" / "tiny"

@@ -8,6 +8,8 @@ from data_prep.make_shards import main
 from hpcgpt.data import shard_format
 from tests.programs import command
 
+pytestmark = pytest.mark.processes
+
 
 def test_workers_start_however_long_tmpdir_is(tokenizer_folder: Path, tmp_path: Path) -> None:
     """The server listens on a socket file, whose path is limited to 107 bytes."""

@@ -581,6 +581,7 @@ def test_train_tokenizer_reports_what_it_read_and_what_not(
     assert "not read: 1 file (ending in .csv): f.csv" in err
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer/tokenizer.json", "prep/plan.json"])
 def test_deeply_nested_json_is_reported_as_damage(name: str, make: Make, tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES})
@@ -597,6 +598,7 @@ def test_deeply_nested_json_is_reported_as_damage(name: str, make: Make, tmp_pat
     assert status.stderr.startswith("error: ")
 
 
+@pytest.mark.processes
 def test_make_passes_any_flag_to_make_shards() -> None:
     arguments = ["make", "--dry-run", "--silent", "shards", "CORPUS=novels", "ARGS=--encoding auto --dedup exact"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -439,6 +439,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 def test_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
     """60 MB of each kind, including a line of 50 MB; for parquet, one row group of that size (pyarrow's own buffers are
     30 MB for a file of any size)."""

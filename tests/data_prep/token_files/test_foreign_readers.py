@@ -50,6 +50,7 @@ def test_there_are_several_shards_of_the_requested_width(made: tuple[Path, Manif
     assert manifest.splits == ["train", "val"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mapped", [True, False])
 def test_megatron_returns_every_document(
     mapped: bool, made: tuple[Path, Manifest], expected: Documents, megatron: types.ModuleType
@@ -79,6 +80,7 @@ def test_llm_c_and_modded_nanogpt_return_every_document(made: tuple[Path, Manife
     assert sorted(found) == expected
 
 
+@pytest.mark.processes
 def test_all_readers_return_the_same_tokens(made: tuple[Path, Manifest], megatron: types.ModuleType) -> None:
     folder, manifest = made
     for shard in manifest.shards:
@@ -89,6 +91,7 @@ def test_all_readers_return_the_same_tokens(made: tuple[Path, Manifest], megatro
 # --- files of Megatron's own builder ----------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("eod", ["none", "appended"])
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
 def test_files_of_megatrons_builder_are_imported_as_the_same_documents(
