@@ -6,6 +6,8 @@ from pathlib import Path
 
 from data_prep.make_shards import main
 from hpcgpt.data import shard_format
+import pytest
+
 from tests.programs import command
 
 pytestmark = pytest.mark.processes
