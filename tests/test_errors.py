@@ -71,10 +71,10 @@ def broken(count: int, rank: int, where: str, error: str, tiny: Path, *flags: st
 
 def decided(folder: Path, status: int) -> requeue_policy.Decision:
     """Return the decision of the requeue policy about the attempt whose faults are in `folder`."""
-    words = [
+    faults = [
         crash_report.read(folder, path.name) for path in folder.glob("faults/*")
     ]  # none before there is a run folder
-    failure = crash_report.first_failure([], words[0] if words else [])
+    failure = crash_report.first_failure([], faults[0] if faults else [])
     ended = run_folder.read_exit(folder)
     return requeue_policy.decide(ended, status, Job("RUNNING"), 0, RestartHistory(), Requeue(), failure)
 

@@ -46,7 +46,7 @@ def copied(tmp_path: Path) -> Path:
 def replace_once(code: Path, old: str, new: str) -> None:
     """Change a constant, whichever file it is in."""
     found = [path for path in code.rglob("*.py") if old in path.read_text(encoding="utf-8")]
-    assert len(found) == 1, f"'{old}' stands in {found}: find another constant for this test"
+    assert len(found) == 1, f"'{old}' is in {found}: find another constant for this test"
     found[0].write_text(found[0].read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 # Programs that take some milliseconds.
-TOOLS = {"cc", "git"}
+TOOLS = {"cc", "git", "mount", "umount"}
 # Tests of one group run in one process, which has a lab of its own: so tests wait for two Slurms at the same time.
 # These files take about as long as the others that need a lab.
 SECOND_LAB = {"test_batch_script_on_slurm.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"}
