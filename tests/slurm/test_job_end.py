@@ -73,6 +73,7 @@ def test_a_run_whose_time_limit_was_extended_uses_the_time(slurm: Controller, ti
     assert "warning: Slurm now ends this job at " in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("new", [DAY_S + 7200, 3600, 300])
 def test_a_changed_time_limit_is_noticed_at_the_next_query(slurm: Controller, clock: list[float], new: int) -> None:
     began = clock[0]
@@ -92,6 +93,7 @@ def test_a_changed_time_limit_is_noticed_at_the_next_query(slurm: Controller, cl
     assert flag.agree(ALONE) == (Stop.TIME_LIMIT if new < DAY_S else Stop.NO)
 
 
+@pytest.mark.processes
 def test_shortly_before_its_end_slurm_is_asked_once_for_each_end(slurm: Controller, clock: list[float]) -> None:
     began = clock[0]
     flag = stop_flag_for(began + 550)
@@ -114,6 +116,7 @@ def test_shortly_before_its_end_slurm_is_asked_once_for_each_end(slurm: Controll
     assert flag.end == began + 2000
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("line", "status"),
     [
@@ -138,6 +141,7 @@ def test_an_answer_without_an_end_changes_nothing(
     assert flag.end == 1_000_000.0 + DAY_S
 
 
+@pytest.mark.processes
 def test_without_scontrol_nothing_changes(clock: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     flag = stop_flag_for(clock[0] + DAY_S)
@@ -147,6 +151,7 @@ def test_without_scontrol_nothing_changes(clock: list[float], monkeypatch: pytes
     assert flag.end == 1_000_000.0 + DAY_S
 
 
+@pytest.mark.processes
 def test_slurm_is_asked_rarely_in_a_day_even_if_it_never_answers(slurm: Controller, clock: list[float]) -> None:
     flag = stop_flag_for(clock[0] + DAY_S)
     job_end_query = JobEnd("7", flag)
@@ -157,6 +162,7 @@ def test_slurm_is_asked_rarely_in_a_day_even_if_it_never_answers(slurm: Controll
     assert len(slurm.calls) == pytest.approx(DAY_S / EVERY_S, abs=1)
 
 
+@pytest.mark.processes
 def test_an_end_missing_from_the_environment_is_asked_for_at_once_in_another_thread(slurm: Controller) -> None:
     answered, askers = threading.Event(), []
 

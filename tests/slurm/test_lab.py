@@ -124,6 +124,7 @@ def test_slurmd_of_a_node_can_be_killed_and_started(lab: Lab) -> None:
         cut(lab, "n5")
 
 
+@pytest.mark.processes
 def test_down_leaves_no_trace(second_lab: Lab, tmp_path: Path) -> None:
     before = traces()
     up(second_lab)
@@ -140,6 +141,7 @@ def test_down_leaves_no_trace(second_lab: Lab, tmp_path: Path) -> None:
     assert down(second_lab.name) == f"{second_lab.name} was down already"
 
 
+@pytest.mark.processes
 def test_up_removes_what_a_crash_left(second_lab: Lab) -> None:
     up(second_lab)
     lab_hosts.kill(second_lab)
@@ -147,6 +149,7 @@ def test_up_removes_what_a_crash_left(second_lab: Lab) -> None:
     assert up(second_lab).endswith("idle: n1 n2")
 
 
+@pytest.mark.processes
 def test_a_failing_up_reports_why_and_leaves_no_trace(second_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     before = traces()
     monkeypatch.setattr("lab.slurm_conf", lambda _: "ClusterName=broken\nNonsense=1\n")

@@ -21,6 +21,8 @@ from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 from hpcgpt.tokenizer.interface import Tokenizer
 from tests.programs import ROOT
 
+pytestmark = pytest.mark.processes  # another process reads a tokenizer.json first
+
 END = "<|endoftext|>"
 LLAMA3_PATTERN = next(pattern for pattern, scheme in gigatoken_encoder.SCHEMES.items() if scheme == "olmo3")
 TEXTS = [path.read_text() for path in sorted(ROOT.glob("hpcgpt/c*/*.py"))] + ["斗之力，三段！萧炎 don't I'll é"] * 20
@@ -454,7 +456,6 @@ def test_a_changed_huggingface_file_in_the_shards_folder_is_refused(
         save_load.load(tmp_path)
 
 
-@pytest.mark.processes
 def test_both_kinds_of_tokenizers_can_be_sent_to_worker_processes(found: dict[str, Tokenizer], tmp_path: Path) -> None:
     """To a new interpreter, as in make_shards, before and after use."""
     for name in ("unigram", "gpt2_like"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.make_shards import main
-from hpcgpt.data import shard_format
 import pytest
 
+from data_prep.make_shards import main
+from hpcgpt.data import shard_format
 from tests.programs import command
 
 pytestmark = pytest.mark.processes

@@ -427,6 +427,7 @@ def byte_unigram(folder: Path, special: bool) -> Path:
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("special", [True, False])
 def test_bytes_are_encoded_as_byte_pieces_also_where_those_are_marked_special(
     special: bool, make: Make, tmp_path: Path
@@ -442,6 +443,7 @@ def test_bytes_are_encoded_as_byte_pieces_also_where_those_are_marked_special(
     assert "unknown_tokens" not in manifest_of(tmp_path).counts
 
 
+@pytest.mark.processes
 def test_tokens_for_unknown_text_are_counted_and_many_cause_a_warning(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
