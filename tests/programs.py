@@ -17,7 +17,15 @@ from typing import IO, Any
 from tests.preloaded import Preloaded, Program
 
 ROOT = Path(__file__).resolve().parent.parent
-NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export", "hpcgpt.drill")
+NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export", "hpcgpt.drill",
+              "tests.output.broken_part")  # fmt: skip
+    "hpcgpt.train",
+    "hpcgpt.sample",
+    "hpcgpt.eval",
+    "hpcgpt.export",
+    "hpcgpt.drill",
+    "tests.output.broken_part",
+)
 
 _preloaded: list[Preloaded] = []
 

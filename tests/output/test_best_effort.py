@@ -19,6 +19,7 @@ from hpcgpt.output import best_effort
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.run import run_folder
 from hpcgpt.training import attempt, reporter, samples
+from tests.output import broken_part
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import curve, rows
 
@@ -102,40 +103,12 @@ def test_odd_events_do_not_end_a_finished_run(tiny: Path) -> None:
     assert [row["step"] for row in rows(folder / "metrics.jsonl")] == list(range(1, 13))
 
 
-BREAKAGES = {
-    "events": "run_folder.record = broken",
-    "goodput": "goodput.table = broken",
-    "samples": "samples.generate = broken",
-    "console": "metrics_file.Console.step = metrics_file.Console.say = metrics_file.Console.close = broken",
-    "metrics file": "metrics_file.MetricsFile.write_appended = broken",
-    "dashboard": "tracker.Tracker.write = tracker.Tracker.close = broken",
-    "traces": "profiler.Profiler.before = profiler.Profiler.after = broken",
-}
-BROKEN = """
-import sys
-from hpcgpt import cli, train
-from hpcgpt.run import goodput, metrics_file, run_folder
-from hpcgpt.tracking import tracker
-from hpcgpt.training import profiler, reporter, samples
-def broken(*_arguments, **_options):
-    raise {error}
-{breakage}
-cli.run(train.main)
-"""
-
-
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "error", ["ValueError('odd')", "OSError(5, 'Input/output error')", "RuntimeError('CUDA error')"]
-)
-@pytest.mark.parametrize("breakage", BREAKAGES)
-def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: str) -> None:
-    """Each of them fails from the first step to the last; our own code is broken where no other way exists."""
-    script = BROKEN.format(error=error, breakage=BREAKAGES[breakage])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tiny)], cwd=ROOT, env=clean_env(), capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+@pytest.mark.parametrize("error", broken_part.ERRORS)
+@pytest.mark.parametrize("part", broken_part.PARTS)
+def test_nothing_that_informs_can_end_a_run(tiny: Path, part: str, error: str) -> None:
+    """Each of them fails from the first step to the last."""
+    done = command("tests.output.broken_part", part, error, str(tiny))
     folder = tiny.parent / "runs" / "tiny"
     assert done.returncode == FINISHED, done.stderr
     ended = run_folder.read_exit(folder)
@@ -143,7 +116,7 @@ def test_nothing_that_informs_can_end_a_run(tiny: Path, breakage: str, error: st
     assert (ended.status, ended.step, ended.saved) == (FINISHED, 12, True)
     assert (folder / "checkpoints/step_000000012/manifest.json").exists()
     assert len(curve(folder)) == 12
-    assert "training continues" in done.stderr or breakage == "console"
+    assert "training continues" in done.stderr or part == "console"
 
 
 @pytest.mark.processes
@@ -152,16 +125,8 @@ def test_exit_json_is_written_before_goodput_is_waited_for(tiny: Path) -> None:
     folder = tiny.parent / "runs" / "tiny"
     first = command("hpcgpt.train", str(tiny), "--train.steps", "8")
     assert first.returncode == FINISHED
-    script = BROKEN.format(error="OSError(5, 'x')", breakage=(
-        "import time\nreporter.GOODPUT_S = 7.0\n"
-        "def hang(folder):\n    print('exit', run_folder.read_exit(folder).step, flush=True)\n    time.sleep(3600)\n"
-        "goodput.table = hang"
-    ))  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tiny), "--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1"],
-        cwd=ROOT, env=clean_env(), capture_output=True, text=True,
-        check=False, timeout=120,
-    )  # fmt: skip
+    flags = ("--watchdog.hang_min_s", "3", "--watchdog.hang_factor", "1")
+    done = command("tests.output.broken_part", "goodput", broken_part.HANGS, str(tiny), *flags)
     assert done.returncode == FINISHED
     assert "exit 12\n" in done.stdout
     assert "goodput: no answer within 7 s" in done.stderr
