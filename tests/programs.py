@@ -19,13 +19,6 @@ from tests.preloaded import Preloaded, Program
 ROOT = Path(__file__).resolve().parent.parent
 NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export", "hpcgpt.drill",
               "tests.output.broken_part")  # fmt: skip
-    "hpcgpt.train",
-    "hpcgpt.sample",
-    "hpcgpt.eval",
-    "hpcgpt.export",
-    "hpcgpt.drill",
-    "tests.output.broken_part",
-)
 
 _preloaded: list[Preloaded] = []
 
