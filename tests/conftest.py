@@ -22,6 +22,7 @@ from tests.tiers import pytest_collection_modifyitems as pytest_collection_modif
 from tests.tiers import pytest_configure as pytest_configure
 from tests.tiers import pytest_fixture_setup as pytest_fixture_setup
 from tests.tiers import pytest_runtest_call as pytest_runtest_call
+from tests.tiers import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 from tests.tiny_run import TINY
 
 # One thread for each process of the tests, of which three run at a time: torch loads later than this. With as many

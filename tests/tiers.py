@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 # Programs that take some milliseconds.
 TOOLS = {"cc", "git", "mount", "umount"}
-# Tests of one group run in one process, which has a lab of its own: so tests wait for two Slurms at the same time.
-# These files take about as long as the others that need a lab.
-SECOND_LAB = {"test_batch_script_on_slurm.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"}
+# Files of one group run in one process of pytest-xdist, which has a lab of its own: so tests wait for two Slurms at the
+# same time. The two groups take about equally long.
+LAB_GROUPS = (
+    {"test_cluster_events.py", "test_lab.py"},
+    {"test_batch_script_on_slurm.py", "test_readme.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"},
+)
 
 _started: list[str] = []
 _fixtures: dict[str, str] = {}  # by the fixture's id: the first process that it started
@@ -52,18 +56,27 @@ def _record(event: str, arguments: tuple[Any, ...]) -> None:
         _started.append(event)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need the lab, keep each file in one process, and begin with what takes longest."""
+    """Mark the tests that need the lab, and begin with the files that take longest."""
     for item in items:
         if "lab" in getattr(item, "fixturenames", ()):
             item.add_marker("slurm")
-        group = item.path.as_posix()
-        if item.get_closest_marker("slurm"):
-            group = "second lab" if item.path.name in SECOND_LAB else "lab"
-        item.add_marker(pytest.mark.xdist_group(group))
     marked = {(item.path, mark.name) for item in items for mark in item.iter_markers()}
     items.sort(key=lambda item: [(item.path, name) not in marked for name in ("slurm", "long", "processes")])
+
+
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Runs the tests of a file in one process, and so the files of a group in `LAB_GROUPS`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        groups = (f"lab {n}" for n, files in enumerate(LAB_GROUPS) if file.rpartition("/")[2] in files)
+        return next(groups, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    return FileScheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
