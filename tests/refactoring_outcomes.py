@@ -283,7 +283,7 @@ def taken_over(code: Code, name: str) -> Outcome:
 
 
 def verified(code: Code) -> Outcome:
-    """Shards and checkpoints of the old code are whole to the new one."""
+    """Verify shards and checkpoints of the old code with the new code."""
     old = code.old or code.work
     for shards in ("shards", "formats"):
         code.python("-m", "data_prep.verify", str(old / shards))
@@ -300,7 +300,7 @@ SUBCOMMANDS = ("checkpoint ls", "checkpoint verify", "checkpoint show", "trackin
 
 
 def commands(root: Path) -> list[str]:
-    """What a person starts: all of data_prep that can be, and what `hpcgpt` lists."""
+    """List the commands: modules of data_prep with a `__main__`, and what `hpcgpt` lists."""
     found = [path for path in sorted((root / "data_prep").glob("*.py")) if "__main__" in path.read_text()]
     listed = subprocess.run([sys.executable, "-m", "hpcgpt"], env=environment(root), capture_output=True, text=True,
                             check=True, cwd="/")  # fmt: skip
@@ -313,7 +313,7 @@ def commands(root: Path) -> list[str]:
 
 
 def help_of(code: Code, command: str) -> Outcome:
-    """The help of a command word by word; and its options alone, which better words leave as they are."""
+    """Return a command's help as it is, and its options alone, which a change of wording leaves equal."""
     module, *arguments = command.split()
     words = code.run(module, *arguments, "--help").encode()
     flat = re.sub(rb"\s+", b" ", words)
