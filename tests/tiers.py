@@ -27,7 +27,7 @@ TOOLS = {"cc", "git", "mount", "umount"}
 # same time. The two groups take about equally long.
 LAB_GROUPS = (
     {"test_cluster_events.py", "test_lab.py"},
-    {"test_batch_script_on_slurm.py", "test_readme.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"},
+    {"test_batch_script_on_slurm.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"},
 )
 
 _started: list[str] = []

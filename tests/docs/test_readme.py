@@ -86,7 +86,8 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 @pytest.mark.processes
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "flags", ["--train.steps 150 --schedule.warmup_steps 30", pytest.param("", marks=pytest.mark.long)]
+    "flags",
+    ["--train.steps 150 --schedule.warmup_steps 30 --eval.batches 50", pytest.param("", marks=pytest.mark.long)],
 )
 def test_the_quick_start_trains_a_model_that_writes_dialogue(
     checkout: Path, flags: str, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +116,8 @@ def test_the_quick_start_trains_a_model_that_writes_dialogue(
     ):  # fmt: skip
         line = next(line for line in COMMANDS if f"hpcgpt.{module}" in line)
         shown = [part.replace("gpt2-124m", "quickstart") for part in line[3:]]
+        if flags and module == "eval":
+            shown += ["--batches", "50"]
         done = command(f"hpcgpt.{module}", *shown, cwd=checkout)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout

@@ -39,6 +39,7 @@ def test_large_tensors_reuse_freed_memory() -> None:
     assert faults["default"] > 10 * faults["kept"], "keep_freed makes no difference here"
 
 
+@pytest.mark.long
 def test_more_steps_of_a_run_cause_hardly_more_page_faults(tiny: Path) -> None:
     """Steps of 40 windows, 512 tokens and 512 ids each: logits of 42 MB."""
     command = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.dtype", "float32", "--model.block_size", "512",

@@ -20,8 +20,8 @@ from lab_conf import Lab
 
 from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, rank_pids, starts
 
-STEPS = 300
-QUICK = ("--train.micro_batch", "8", "--sample.tokens", "0", "--tracking.wandb", "disabled", "--checkpoint.every", "50")
+STEPS = 150
+QUICK = ("--train.micro_batch", "8", "--sample.tokens", "0", "--tracking.wandb", "disabled", "--checkpoint.every", "25")
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=10")
 
 
@@ -71,7 +71,7 @@ def faulty_jobs(cluster: Cluster, uninterrupted_run: Path) -> Iterator[FaultyJob
     stopped.start()
     cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
     for name in ("node", "lost"):
-        cluster.wait_for_rows(name, 60)
+        cluster.wait_for_rows(name, STEPS // 4)
     hosts = events(cluster.folder("node"), "job")[0]["hosts"]
     assert hosts == events(cluster.folder("lost"), "job")[0]["hosts"]
     cut(cluster.lab, hosts[1])
@@ -134,7 +134,7 @@ def test_ranks_that_exit_within_the_grace_time_are_requeued_by_the_batch_script(
 ) -> None:
     """Slurm before 24.05 considers such a job finished."""
     job = cluster.sbatch("graceful", *TWO, "--partition=grace", "--nodelist=n1")
-    cluster.wait_for_rows("graceful", 100)
+    cluster.wait_for_rows("graceful", STEPS // 3)
     cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
     cluster.wait_for_ends("graceful", 1)
     folder = finish(cluster, job, "graceful", uninterrupted_run)
@@ -172,7 +172,7 @@ def test_the_next_job_runs_the_users_wrapper_around_the_script(cluster: Cluster,
     )
     typed = ("a  b", "--run.name", "wrapped", *QUICK)
     job = cluster.slurm("sbatch", "--parsable", "--no-requeue", *TWO, str(wrapper), *typed)
-    cluster.wait_for_rows("wrapped", 100)
+    cluster.wait_for_rows("wrapped", STEPS // 3)
     cluster.slurm("scancel", "--signal=USR1", job)
     cluster.wait(job, state="FAILED")
     (chain,) = events(cluster.folder("wrapped"), "chain")
@@ -183,7 +183,7 @@ def test_the_next_job_runs_the_users_wrapper_around_the_script(cluster: Cluster,
 @pytest.mark.timeout(600)
 def test_only_the_signalled_task_of_a_job_array_is_requeued(cluster: Cluster, uninterrupted_run: Path) -> None:
     job = cluster.sbatch("array-%a", *TWO, "--array=1-2")
-    cluster.wait_for_rows("array-2", 100)
+    cluster.wait_for_rows("array-2", STEPS // 3)
     cluster.slurm("scancel", "--signal=USR1", f"{job}_2")
     cluster.wait(f"{job}_1")
     cluster.wait(f"{job}_2")
@@ -203,7 +203,7 @@ def test_processes_around_the_ranks_survive_the_ranks_signals(cluster: Cluster, 
     )
     wrapper.chmod(0o755)
     job = cluster.sbatch("around", *TWO, env={"HPCGPT_PYTHON": str(wrapper)})
-    cluster.wait_for_rows("around", 100)
+    cluster.wait_for_rows("around", STEPS // 3)
     cluster.slurm("scancel", "--signal=USR1", job)
     cluster.wait_for_ends("around", 1)
     folder = finish(cluster, job, "around", uninterrupted_run)
@@ -219,7 +219,7 @@ def test_processes_around_the_ranks_survive_the_ranks_signals(cluster: Cluster, 
 @pytest.mark.timeout(600)
 def test_a_killed_rank_is_reported_and_its_host_is_excluded(cluster: Cluster, uninterrupted_run: Path) -> None:
     job = cluster.sbatch("killed", *TWO, arguments=("--requeue.exclude_bad_nodes", "true"))
-    cluster.wait_for_rows("killed", 100)
+    cluster.wait_for_rows("killed", STEPS // 3)
     folder = cluster.folder("killed")
     bad = events(folder, "job")[0]["hosts"][1]
     os.kill(rank_pids(cluster.lab, job)[1], signal.SIGKILL)
@@ -264,7 +264,7 @@ def test_an_exception_on_one_rank_is_reported_with_its_traceback_and_a_user_erro
 @pytest.mark.timeout(600)
 def test_a_rank_that_is_stopped_for_a_while_continues(cluster: Cluster, uninterrupted_run: Path) -> None:
     job = cluster.sbatch("stopped", *TWO)
-    cluster.wait_for_rows("stopped", 100)
+    cluster.wait_for_rows("stopped", STEPS // 3)
     pid = rank_pids(cluster.lab, job)[1]
     os.kill(pid, signal.SIGSTOP)
     time.sleep(5)

@@ -22,7 +22,7 @@ from lab_conf import Lab
 from hpcgpt.run import run_folder
 from tests.slurm.cluster import Cluster, assert_same_result, events, rank_pids, starts
 
-STEPS = 300
+STEPS = 150
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.one_rank import ALONE
 from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows
 from tests.training import ranks_parallel
-from tests.training.ranks_parallel import MODES
+from tests.training.ranks_parallel import MANY, MODES
 
 pytestmark = pytest.mark.processes
 
@@ -41,7 +41,7 @@ class Reports:
         return [report[mode] for report in self.modes[ranks]]
 
 
-@pytest.fixture(scope="module", params=[12, pytest.param(50, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[12, pytest.param(MANY, marks=pytest.mark.long)])
 def reports(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Reports:
     out, count = tmp_path_factory.mktemp("modes"), request.param
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
@@ -122,18 +122,23 @@ def test_muon_is_the_same_in_every_mode(reports: Reports, mode: str) -> None:
         assert rank["state"] == reports.of("ddp muon", 2)[0]["state"] // 2
 
 
-@pytest.mark.parametrize("variant", ["saving", "compiled"])
 @pytest.mark.parametrize("mode", MODES)
-def test_activation_checkpointing_loss_chunks_and_compilation_do_not_change_training(
-    reports: Reports, mode: str, variant: str
-) -> None:
-    for rank in reports.of(f"{mode} {variant}", 2):
+def test_activation_checkpointing_and_loss_chunks_do_not_change_training(reports: Reports, mode: str) -> None:
+    for rank in reports.of(f"{mode} saving", 2):
         for figures, expected in zip(rank["saving"], rank["plain"], strict=True):
             assert figures == pytest.approx(expected, abs=1e-5, rel=1e-4)
-        in_all = 1 if mode == "ddp" else 2  # the model; or the blocks, which are alike, and the loss
-        assert rank["graphs"] == (in_all if variant == "compiled" else 0)
-        if variant == "saving":
-            assert rank["passes"] == 2 * 2 * 4, "twice in each of four micro-batches of two steps"
+        assert rank["graphs"] == 0
+        assert rank["passes"] == 2 * 2 * 4, "twice in each of four micro-batches of two steps"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reports", [MANY], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+def test_compilation_with_both_does_not_change_training(reports: Reports, mode: str) -> None:
+    for rank in reports.of(f"{mode} compiled", 2):
+        for figures, expected in zip(rank["saving"], rank["plain"], strict=True):
+            assert figures == pytest.approx(expected, abs=1e-5, rel=1e-4)
+        assert rank["graphs"] == (1 if mode == "ddp" else 2)  # the model; or the blocks, which are alike, and the loss
 
 
 # --- shares ----------------------------------------------------------------------------------------
