@@ -30,6 +30,9 @@ LAB_GROUPS = (
     {"test_batch_script_on_slurm.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"},
 )
 
+# Files that take minutes begin first.
+LONGEST = ("test_tracker.py", "test_parallel.py", "test_make_shards.py")
+
 _started: list[str] = []
 _fixtures: dict[str, str] = {}  # by the fixture's id: the first process that it started
 
@@ -62,7 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "lab" in getattr(item, "fixturenames", ()):
             item.add_marker("slurm")
     marked = {(item.path, mark.name) for item in items for mark in item.iter_markers()}
-    items.sort(key=lambda item: [(item.path, name) not in marked for name in ("slurm", "long", "processes")])
+
+    def order(item: pytest.Item) -> list[bool]:
+        slurm, processes = ((item.path, name) in marked for name in ("slurm", "processes"))
+        return [not slurm, item.path.name not in LONGEST, not processes]
+
+    items.sort(key=order)
 
 
 class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
