@@ -117,7 +117,7 @@ def test_a_run_without_a_checkpoint_is_refused_with_a_hint(module: str, runs: Pa
         assert (done.returncode, done.stdout) == (2, "")
         message = f"{tmp_path} has no checkpoint yet, so there is no model to look at: training writes one every"
         assert done.stderr.startswith(f"error: {message}")
-        assert f"`python -m hpcgpt.status {tmp_path}` says how" in done.stderr
+        assert f"see `python -m hpcgpt.status {tmp_path}`" in done.stderr
 
 
 def test_a_run_with_relative_paths_can_be_evaluated_from_any_folder(shards_folder: Path, tmp_path: Path) -> None:

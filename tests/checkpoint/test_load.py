@@ -601,7 +601,7 @@ def test_failures_are_counted_by_step_where_the_checkpoints_identity_is_unknown(
     run_folder.record(host.run, "unreadable", attempt=99, step=12, rank=0, host="n1", problem="EIO", **seen)
     host.bad.add("step_000000012 check_checksums")
     if not known:
-        monkeypatch.setattr(load, "_identity", lambda _: "")
+        monkeypatch.setattr(load, "_stamp", lambda _: "")
     assert host.attempt("n2") == "step_000000008"
 
 
