@@ -63,7 +63,7 @@ check: $(VENV)/.installed-test ## run the linter, the formatter and the type che
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test-fast: $(VENV)/.installed-test ## run the tests that start no other process: a minute and a half
+test-fast: $(VENV)/.installed-test ## run the tests that start no other process: two minutes
 	@LAB=0 $(BIN)/python -m pytest -m 'not processes and not slurm and not long' --numprocesses 2 $(ARGS)
 
 test: $(VENV)/.installed-test ## run all tests but the longest, with a real Slurm if one can run here (LAB=0: without; nothing is installed)

@@ -416,6 +416,18 @@ def test_sbatchs_signal_b_reaches_srun_and_the_status_is_sruns(batch: Batch) -> 
     assert batch.start().returncode == 75
 
 
+def test_a_warning_before_sruns_pid_is_known_is_passed_on_to_it(batch: Batch) -> None:
+    """With --signal=B: and a start that takes long, Slurm may warn before srun runs."""
+    (batch.bin / "srun").write_text('#!/bin/bash\ntrap "exit 75" USR1\nwhile :; do sleep 0.1; done\n')
+    # The shell that prints its pid and becomes srun warns the batch script first.
+    batch._program(
+        batch.bin / "bash",
+        '#!/bin/bash\nif [[ $2 == "echo "* ]]; then\n    read -r _ _ _ script _ < "/proc/$PPID/stat"\n'
+        '    kill -USR1 "$script"\n    sleep 0.5\nfi\nexec /bin/bash "$@"\n',
+    )
+    assert batch.start().returncode == 75
+
+
 def without_slurm(batch: Batch) -> None:
     """Make HPCGPT_PYTHON run as in a container without Slurm's tools."""
     batch.set_python("case $2 in hpcgpt.train) exit 0 ;; esac; PATH=/usr/bin/nowhere")
