@@ -74,7 +74,7 @@ endif
 	@LAB=$(LAB) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 3)
 
 test-all: test ## then also the longest: drills, large samples of damage, races of many rounds
-	@LAB=$(LAB) $(BIN)/python -m pytest -m long --numprocesses 2
+	@LAB=$(LAB) $(BIN)/python -m pytest -m long
 
 lab: install ## start a real four-node Slurm on this machine (as root; it installs its Debian packages)
 	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)

@@ -81,10 +81,17 @@ def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run ``torchrun -m arguments`` with that many processes on this host; after a timeout none is left."""
-    command_line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
-    with subprocess.Popen([*command_line, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          cwd=ROOT, env=clean_env(), start_new_session=True) as running:  # fmt: skip
+    """Run ``torchrun -m arguments`` with that many processes on this host; on a timeout none of them is left."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
+    return run_group([*launcher, *arguments], clean_env(), ROOT, timeout_s)
+
+
+def run_group(
+    command_line: Sequence[str], env: dict[str, str], cwd: Path, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. On a timeout all processes that it has started are killed, too."""
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env,
+                          start_new_session=True) as running:  # fmt: skip
         try:
             out, err = running.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:

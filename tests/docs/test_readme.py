@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,7 @@ from hpcgpt import plan
 from hpcgpt.config import sources
 from hpcgpt.data import shard_format
 from hpcgpt.drill import __main__ as drill_command
-from tests.programs import ROOT, clean_env, command
+from tests.programs import ROOT, clean_env, command, run_group
 from tests.tiny_run import rows
 
 README, CLUSTER = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/cluster.md"))
@@ -47,18 +45,9 @@ def checkout(tmp_path: Path) -> Path:
 def make(checkout: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     """Run ``make arguments`` with the environment of these tests instead of a new .venv."""
     command_line = ["make", "--old-file=install", *arguments, f"BIN={BIN}"]
-    environment = clean_env() | {"PYTHONPATH": str(checkout)}
-    with subprocess.Popen(command_line, cwd=checkout, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, start_new_session=True) as running:  # fmt: skip
-        try:
-            out, err = running.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # also what make has started
-            raise
-    return subprocess.CompletedProcess(command_line, running.returncode, out, err)
+    return run_group(command_line, clean_env() | {"PYTHONPATH": str(checkout)}, checkout, timeout_s)
 
 
-@pytest.mark.processes
 def test_every_make_target_exists() -> None:
     targets = {arguments[arguments.index("make") + 1] for arguments in COMMANDS if "make" in arguments}
     assert targets >= {"quickstart", "test", "shards", "lab", "lab-down"}

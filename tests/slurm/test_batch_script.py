@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hpcgpt import submit
-from tests.programs import ROOT, clean_env
+from tests.programs import ROOT, clean_env, run_group
 
 pytestmark = pytest.mark.processes
 
@@ -91,9 +91,7 @@ class Batch:
         if restarts:
             self.set_field("restarts", str(restarts))
         command = ["bash", str(SCRIPT), "--run.dir", str(self.home / "runs"), "--run.name", "mine"]
-        return subprocess.run(
-            command, env=self.env | more | env, cwd=self.home, capture_output=True, text=True, timeout=120, check=False
-        )
+        return run_group(command, self.env | more | env, self.home, timeout_s=120)
 
     @property
     def calls(self) -> list[str]:
