@@ -76,7 +76,10 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "flags",
-    ["--train.steps 150 --schedule.warmup_steps 30 --eval.batches 50", pytest.param("", marks=pytest.mark.long)],
+    [
+        "--train.steps 150 --schedule.warmup_steps 30 --eval.batches 50 --run.threads 1",
+        pytest.param("", marks=pytest.mark.long),
+    ],
 )
 def test_the_quick_start_trains_a_model_that_writes_dialogue(
     checkout: Path, flags: str, monkeypatch: pytest.MonkeyPatch
