@@ -152,7 +152,8 @@ def _hash(content: bytes) -> str:
 
 def _first_difference(name: str, before: bytes | None, after: bytes | None) -> str:
     if before is None or after is None:
-        return f"    {name}: only of the {'new' if before is None else 'old'} code"
+        text = f"\n        {(after or before or b'').decode()[-2000:]}" if name == "error" else ""
+        return f"    {name}: only of the {'new' if before is None else 'old'} code{text}"
     try:
         lines = difflib.ndiff(before.decode().splitlines(), after.decode().splitlines())
     except UnicodeDecodeError:
