@@ -48,6 +48,7 @@ def make(checkout: Path, *arguments: str, timeout_s: float = 600) -> subprocess.
     return run_group(command_line, clean_env() | {"PYTHONPATH": str(checkout)}, checkout, timeout_s)
 
 
+@pytest.mark.processes
 def test_every_make_target_exists() -> None:
     targets = {arguments[arguments.index("make") + 1] for arguments in COMMANDS if "make" in arguments}
     assert targets >= {"quickstart", "test", "shards", "lab", "lab-down"}
