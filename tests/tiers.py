@@ -5,9 +5,8 @@
     make test-all    everything: `long` adds whole drills, large samples of random damage, races of many rounds
 
 A test that needs the lab (the fixture `lab`) is marked `slurm` here. `processes` and `long` are written where the test
-is. A test that starts a process without the mark `processes` fails: this process's own starts are seen by an audit
-hook, those of multiprocessing and of tests.preloaded by a wrapper. The same holds for its fixtures, in which the first
-test that asks for one starts it and the others use it.
+is. A test that starts a process without the mark `processes` fails, also if one of its fixtures started it for an
+earlier test. Starts are seen by an audit hook; tests.preloaded raises an event of its own, multiprocessing is wrapped.
 """
 
 from __future__ import annotations

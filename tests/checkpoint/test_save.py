@@ -81,11 +81,22 @@ def test_a_save_finishes_by_polling_and_stalls_training_for_less_than_it_takes(c
 
 
 def test_waiting_for_a_save_reports_that_the_rank_is_alive(checkpoints: Path, lease: Lease) -> None:
-    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, lambda: time.sleep(0.1))
+    reported, calls = threading.Event(), 0
+
+    def report() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            reported.set()
+
+    def answer() -> None:
+        assert reported.wait(60)
+
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, answer)
     saver.begin(state(4), {WEIGHT: torch.zeros(9)})
-    calls: list[None] = []
-    assert saver.finish(lambda: calls.append(None)) is not None
-    assert len(calls) > 2
+    saved = saver.finish(report)
+    assert saved is not None
+    assert saved.problem == ""
 
 
 def test_waiting_for_a_disk_that_never_answers_does_not_report_life_forever(

@@ -328,17 +328,19 @@ def test_the_largest_reason_of_all_ranks_counts_on_all_ranks_in_the_same_round(t
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_child_started_in_the_shield_does_not_get_our_signals(number: signal.Signals) -> None:
     StopFlag(None, 60.0, {}).install()
-    child = "import time; print('up', flush=True); time.sleep(0.2); print('survived', flush=True)"
+    child = "import sys; print('up', flush=True); sys.stdin.readline(); print('survived', flush=True)"
     with shielded():
-        kept = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
-    bare = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        kept = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    bare = subprocess.Popen(
+        [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     for process in (kept, bare):
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.send_signal(number)
-    assert kept.communicate()[0] == b"survived\n"
+    assert kept.communicate(b"\n")[0] == b"survived\n"
     assert kept.returncode == 0
-    assert bare.communicate()[0] == b"", "it survived without the shield, so this proves nothing"
+    assert bare.communicate(b"\n")[0] == b"", "it survived without the shield, so this proves nothing"
 
 
 @pytest.mark.usefixtures("handlers")
