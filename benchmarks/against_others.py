@@ -245,8 +245,8 @@ def _corpus(path: Path) -> Corpus:
 
 
 def _reference(path: Path, start: int, stop: int) -> tuple[Stream, NDArray[np.bool_], int]:
-    from data_prep.encode import find_tokenizer
     from data_prep.pipeline import holdout
+    from hpcgpt.tokenizer import find_tokenizer
 
     encoding = find_tokenizer.gpt2().encoding
     tokens: list[Stream] = []
@@ -269,13 +269,12 @@ def _tokenizer(folder: Path) -> Path:
     if not (folder / "huggingface.json").is_file():
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-        from data_prep.encode import find_tokenizer
-        from hpcgpt.tokenizer import save_load
+        from hpcgpt.tokenizer import find_tokenizer, save_load
         from hpcgpt.tokenizer.byte_level_bpe import byte_characters
 
         tokenizer = find_tokenizer.gpt2()
         save_load.save(tokenizer, folder)
-        merges = (ROOT / "data_prep/encode/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
+        merges = (ROOT / "hpcgpt/tokenizer/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
         letters = byte_characters()
         ids = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
         made = Tokenizer(models.BPE(vocab=ids, merges=[(left, right) for left, right in map(str.split, merges)]))

@@ -1,6 +1,6 @@
 """Check that all backends give the same ids: ``python benchmarks/fuzz_backends.py --strings 200000 --seed 1``
 
-Every code point, each between all kinds of others, then random strings (`data_prep.encode.equivalence_texts`), with
+Every code point, each between all kinds of others, then random strings (`hpcgpt.tokenizer.equivalence_texts`), with
 
 - GPT-2's vocabulary: gigatoken against tiktoken, and tiktoken against `tokenizers` running the same merges;
 - for each pattern that gigatoken is used with, a vocabulary of all pairs of bytes, whose ids show where text
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.encode import encoders, equivalence_texts, find_tokenizer, gigatoken_encoder
+from data_prep.encode import encoders, gigatoken_encoder
 from data_prep.encode.interface import Encoder
-from hpcgpt.tokenizer import huggingface
+from hpcgpt.tokenizer import equivalence_texts, find_tokenizer, huggingface
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
 _GROUP = 2000

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_prep import inspect
-from data_prep.encode import find_tokenizer
 from data_prep.text import accounting, unread
 from data_prep.text.options import printable_path
 from data_prep.text.unread import UnreadFile
@@ -40,7 +39,7 @@ from hpcgpt.data.shard_format import Manifest, Shard, Width
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.storage import atomic
-from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer import find_tokenizer, save_load
 from hpcgpt.tokenizer.interface import Tokenizer
 
 VALIDATION = re.compile(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", re.IGNORECASE)

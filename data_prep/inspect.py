@@ -195,7 +195,7 @@ def page_text(tokenizer: Tokenizer, document: Tokens, number: int) -> str:
 def token_text(tokenizer: Tokenizer, *ids: int) -> str:
     """Return the text of ids; "?" if the tokenizer lacks one of them."""
     try:
-        return "".join(interface.stream(tokenizer, ids))
+        return "".join(interface.stream(tokenizer, ids, unfinished="\ufffd"))
     except KeyError:
         return "?"
 

@@ -1,4 +1,4 @@
-"""Turn text into token shards: ``python -m data_prep.make_shards INPUT... --out DIR``.
+"""Turn text into token shards: ``python -m data_prep.make_shards INPUT... [--val VAL...] --out DIR``.
 
 The input is divided into units of work (``data_prep.text.inputs``). Each unit is made as a whole or not at all
 (``data_prep.pipeline.unit``). After the last one, the shards get their final names, and the manifest is written
@@ -25,9 +25,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from data_prep.encode import encoders, find_tokenizer
+from data_prep.encode import encoders
 from data_prep.encode.encoders import Backend
 from data_prep.pipeline import finalize, task_share, unit, workers
 from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours, claim
@@ -36,7 +37,7 @@ from data_prep.pipeline.task_share import TaskShare
 from data_prep.pipeline.workers import WorkerConfig
 from data_prep.text import accounting, inputs, standard_input, unread
 from data_prep.text.inputs import InputFile
-from data_prep.text.options import Skipped, TextOptions, add_text_arguments
+from data_prep.text.options import Skipped, TextOptions, add_text_arguments, printable_path
 from data_prep.text.unread import UnreadFile
 from hpcgpt import cli
 from hpcgpt.config import paths
@@ -46,12 +47,13 @@ from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.storage import lease
-from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer import find_tokenizer, save_load
 
 GiB = 1 << 30
+VAL_FRACTION = 0.01
 _LARGE = 1_000_000_000  # bytes of input
 # What a worker imports: the imports of this module, which is run again there, and what gigatoken's results need.
-_PRELOADED = ("argparse", "data_prep.encode.find_tokenizer", "data_prep.pipeline.finalize",
+_PRELOADED = ("argparse", "hpcgpt.tokenizer.find_tokenizer", "data_prep.pipeline.finalize",
               "data_prep.pipeline.progress", "data_prep.pipeline.task_share")  # fmt: skip
 _PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
 
@@ -68,11 +70,40 @@ def main(argv: Sequence[str]) -> int:
     others: list[UnreadFile] = []
     skips = options.text.on_bad_input == "skip"
     files = inputs.find(names, skipped if skips else None, others, options.text.text_key)
+    val_files = _val_files(arguments, files, skipped if skips else None, others, options.text.text_key)
     unread.check(others, arguments.ignore_other_files)
-    unit_bytes = arguments.unit_mb * 1_000_000 if arguments.unit_mb else _unit_bytes(files)
-    plan = PrepPlan(options, files, inputs.units(files, unit_bytes, options.text), unit_bytes, skipped, others)
+    unit_bytes = arguments.unit_mb * 1_000_000 if arguments.unit_mb else _unit_bytes([*files, *val_files])
+    units = inputs.units(files, unit_bytes, options.text)
+    if val_files:
+        options = replace(options, val_units_from=len(units))
+        units += inputs.units(val_files, unit_bytes, options.text)
+    plan = PrepPlan(options, files, units, unit_bytes, skipped, others, val_files)
     make(plan, out, arguments.workers, arguments.backend, TaskShare(arguments.task, arguments.tasks))
     return 0
+
+
+def _val_files(
+    arguments: argparse.Namespace,
+    files: Sequence[InputFile],
+    skipped: list[Skipped] | None,
+    others: list[UnreadFile],
+    text_key: str,
+) -> list[InputFile]:
+    """Find the files of --val; none without it.
+
+    Raises:
+        UserError: one of them is also among `files`, to train on; or as `inputs.find`.
+    """
+    if not arguments.val:
+        return []
+    found = inputs.find(arguments.val, skipped, others, text_key)
+    for_training = {os.path.realpath(file.path) for file in files}
+    if both := [file for file in found if os.path.realpath(file.path) in for_training]:
+        raise UserError(
+            f"{printable_path(both[0].path)} is in INPUT and in --val: it would be trained on and validated on. Name "
+            "the folders or patterns to train on without it"
+        )
+    return found
 
 
 def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
@@ -89,7 +120,7 @@ def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
         tokenizer=tokenizer,
         text=TextOptions.from_arguments(arguments),
         dtype=arguments.dtype,
-        val_fraction=arguments.val_fraction,
+        val_fraction=0.0 if arguments.val else arguments.val_fraction,
         min_characters=arguments.min_characters,
         dedup=arguments.dedup == "exact",
         shard_tokens=arguments.shard_tokens,
@@ -190,6 +221,8 @@ def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: flo
         print(f"not read: {unread.summarize(manifest.unread)}")
     if warning := accounting.unknown_warning(manifest.counts, all_tokens):
         streams.warn(warning)
+    if plan.val_files and "val" not in manifest.splits:
+        streams.warn("no document of --val is left for validation: train with --eval.every 0, or look at these files")
     if plan.options.val_fraction and "val" not in manifest.splits:
         documents = sum(shard.documents for shard in manifest.shards)
         streams.warn(
@@ -204,6 +237,12 @@ def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: flo
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if arguments.val and arguments.val_fraction is not None:
+        raise UserError("give one of --val and --val-fraction: the documents of --val, or a part of all, are held out")
+    if "-" in (arguments.val or ()):
+        raise UserError("--val -: standard input can only be text to train on: name files")
+    if arguments.val_fraction is None:
+        arguments.val_fraction = VAL_FRACTION
     if not 0 <= arguments.val_fraction < 1:
         raise UserError(f"--val-fraction {arguments.val_fraction}: expected 0 or more, and less than 1")
     if arguments.workers < 1 or (arguments.unit_mb is not None and arguments.unit_mb < 1):
@@ -241,9 +280,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--val-fraction",
         type=float,
-        default=0.01,
         metavar="F",
-        help="fraction of the documents that is held out for validation (default: 0.01)",
+        help=f"fraction of the documents that is held out for validation (default: {VAL_FRACTION})",
+    )
+    parser.add_argument(
+        "--val",
+        nargs="+",
+        metavar="VAL",
+        help="files, folders or patterns to validate on, instead of --val-fraction: then every INPUT is trained on",
     )
     parser.add_argument(
         "--min-characters", type=int, default=0, metavar="N", help="leave shorter documents out (default: 0)"

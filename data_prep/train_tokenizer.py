@@ -28,7 +28,6 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trainable
 from tqdm import tqdm
 
-from data_prep.encode import from_tiktoken
 from data_prep.pipeline import holdout
 from data_prep.text import accounting, inputs, unread
 from data_prep.text.documents import read_documents
@@ -38,7 +37,7 @@ from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.data import shard_format
 from hpcgpt.errors import UserError
-from hpcgpt.tokenizer import save_load
+from hpcgpt.tokenizer import from_tiktoken, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
 # Name -> pattern for tiktoken, and the equivalent regular expression for `tokenizers`, in whose syntax $ is the end of

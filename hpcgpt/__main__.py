@@ -14,12 +14,19 @@ from hpcgpt.output import terminal
 COMMANDS = {
     "train": "pretrain a model, or resume a run",
     "submit": "queue a training job on Slurm",
+    "estimate": "estimate memory, time and disk of a run, without a GPU",
     "slurm-script": "print a batch script, for sbatch without a checkout",
+    "site": "show what hpcgpt has on known clusters, and compare it with this one",
     "status": "show how runs are going",
+    "report": "show runs on one HTML page, to read, mail or print",
     "checkpoint": "list, verify and show a run's checkpoints",
     "sample": "generate text from a run's checkpoint",
-    "eval": "compute a checkpoint's loss on the validation split",
-    "tracking": "send the missing rows of a run to Weights & Biases",
+    "eval": "compute a checkpoint's loss on the validation split, or its answers to tasks",
+    "lm-eval": "run lm-evaluation-harness on a run's checkpoint",
+    "import": "make a run folder of weights from Hugging Face or nanoGPT",
+    "export": "write a run's weights for Hugging Face, nanoGPT or llm.c",
+    "tracking": "send what Weights & Biases lacks of a run; make its dashboard",
+    "doctor": "check this machine, the nodes of a cluster or its Slurm, before a run finds out",
     "drill": "inject faults into training runs, and compare the results byte for byte",
 }
 # Names of these commands in other programs, or that a person might try.
@@ -27,9 +34,14 @@ ALIASES = {
     "run": "train", "resume": "train", "pretrain": "train", "sbatch": "submit", "queue": "submit", "list": "status",
     "show": "status", "ps": "status", "ls": "checkpoint ls", "checkpoints": "checkpoint ls", "verify":
     "checkpoint verify", "generate": "sample", "evaluate": "eval", "val": "eval", "test": "drill",
-    "script": "slurm-script", "batch-script": "slurm-script",
+    "plan": "estimate", "memory": "estimate", "sites": "site list", "script": "slurm-script",
+    "convert": "export", "to-hf": "export", "batch-script": "slurm-script", "html": "report", "plot": "report",
+    "check": "doctor", "health": "doctor", "preflight": "doctor",
 }  # fmt: skip
-PACKAGES = ("checkpoint", "drill", "tracking")
+# Packages of another name than the command: `import` is a keyword.
+RENAMED = {"import": "import_weights", "lm-eval": "lm_eval"}
+PACKAGES = ("checkpoint", "doctor", "drill", "estimate", "export", "import_weights", "lm_eval", "report", "status",
+            "tracking")  # fmt: skip
 DATA_PREP_COMMANDS = ("make_shards", "verify", "inspect", "export", "import_shards", "train_tokenizer")
 
 
@@ -42,6 +54,7 @@ def main() -> None:
     if name not in COMMANDS:
         message = f"no command '{terminal.printable(name)}'; there are {', '.join(COMMANDS)}{_suggestion(name)}"
         sys.exit(cli.print_error(UserError(message), USER_MISTAKE))
+    name = RENAMED.get(name, name)
     module = f"hpcgpt.{name}.__main__" if name in PACKAGES else f"hpcgpt.{name.replace('-', '_')}"
     cli.run(importlib.import_module(module).main)
 

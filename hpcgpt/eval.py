@@ -1,7 +1,8 @@
-"""``python -m hpcgpt.eval RUN``: evaluate a run's checkpoint on its validation split, by default on all of it.
+"""``python -m hpcgpt.eval RUN``: evaluate a run's checkpoint on its validation split, by default on all of it; with
+``--tasks FILE...`` on tasks instead (``hpcgpt.tasks``), which several ranks may divide.
 
-The metrics are those that training logs (``hpcgpt.training.evaluation``): over the whole split, on the same kind of
-machine and one rank, they are bit-identical.
+The metrics of the split are those that training logs (``hpcgpt.training.evaluation``): over the whole split, on the
+same kind of machine and one rank, they are bit-identical.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +24,9 @@ from hpcgpt import cli
 from hpcgpt.checkpoint import run_config
 from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config
+from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
+from hpcgpt.tasks import questions, report, requests
 
 if TYPE_CHECKING:
     from hpcgpt.checkpoint.load_model import Trained
@@ -34,7 +39,10 @@ def main(argv: Sequence[str]) -> int:
     if options.batches < 0:
         raise UserError(f"--batches: {options.batches} must be at least 0")
     folder = Path(paths.expand(options.RUN, "RUN"))
-    run_config.config(folder)
+    settings = run_config.config(folder)
+    _check_combination(options)
+    if options.tasks:
+        return _on_tasks(folder, settings, options)
     # Imported here, since it loads torch.
     from hpcgpt.checkpoint import load_model
 
@@ -53,6 +61,50 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check_combination(options: argparse.Namespace) -> None:
+    """Raise UserError if an option has no effect: some are for tasks only, and some for the validation split only."""
+    of_tasks = {"--limit": options.limit, "--batch": options.batch, "--device": options.device}
+    of_split = {"--batches": options.batches, "--data.dir": options.data_dir, "--data.mix": options.data_mix}
+    for name, value in (of_split if options.tasks else of_tasks).items():
+        if value:
+            raise UserError(f"{name} has no effect {'with' if options.tasks else 'without'} --tasks: leave it out")
+    for name in ("--limit", "--batch"):
+        if of_tasks[name] < 0:
+            raise UserError(f"{name}: {of_tasks[name]} must be at least 1")
+
+
+def _on_tasks(folder: Path, settings: Config, options: argparse.Namespace) -> int:
+    """Evaluate on tasks, divided among the ranks that were started; rank 0 prints the result."""
+    tasks = questions.read_all([paths.expand(path, "--tasks") for path in options.tasks], options.limit)
+    here = world.discover()
+    if here.is_first:
+        for task in tasks:
+            print(f"{task.path}: {len(task.questions):,} questions, form {task.form}", file=sys.stderr, flush=True)
+    # Imported here, since they load torch.
+    from hpcgpt.checkpoint import load_model
+    from hpcgpt.tasks import evaluation, likelihood
+
+    model = load_model.load(folder, options.step, options.best, options.device, here)
+    encoded = requests.encode(tasks, model.tokenizer, model.config.model.block_size)
+    how = likelihood.Computation(options.batch or settings.train.micro_batch, model.ranks, model.computing)
+    results = []
+    with Progress(sum(how.rounds(one.count) for one in encoded), shown=here.is_first) as progress:
+        how = dataclasses.replace(how, stopped=progress.next_batch)
+        for one in encoded:
+            figures = evaluation.evaluate(model.model, one, how)
+            assert figures is not None, "None is returned only if `stopped` returns True"
+            results.append(report.of_task(one.task, figures, one.truncated))
+    if here.is_first:
+        about = {"path": str(model.path), "step": model.state.step, "dtype": str(model.dtype).removeprefix("torch.")}
+        whole = about | {"tasks": {one.task.name: result for one, result in zip(encoded, results, strict=True)}}
+        print(json.dumps(whole) if options.json else report.as_text(whole))
+    if here.size > 1:
+        # As `hpcgpt train` does: threads of gloo may still hold Python objects.
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
 def _figures(model: Trained, batches: int) -> dict[str, Any]:
     """Compute the ``val/...`` metrics of `hpcgpt.training.evaluation`, and ``tokens``: the number of their targets.
 
@@ -64,7 +116,8 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
 
     config = model.config
     # With eval.every 0 the plan would not open the split; and the run that `init_from` names may have been deleted.
-    evaluated, run = dataclasses.replace(config.eval, every=1), dataclasses.replace(config.run, init_from="")
+    evaluated = dataclasses.replace(config.eval, every=1, tasks=(), tasks_every=0)
+    run = dataclasses.replace(config.run, init_from="")
     planned = plan.make(dataclasses.replace(config, eval=evaluated, run=run), world_size=1)
     if changed := plan.changes(model.state.identity, planned.identity):
         raise UserError(f"{model.path} was trained with other data or settings: {'; '.join(changed)}")
@@ -80,10 +133,10 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
 class Progress:
     """Shows the progress in batches: a bar on a terminal, else a line on stderr every `every_s` seconds."""
 
-    def __init__(self, total: int, every_s: float = LINE_EVERY_S) -> None:
-        self._total, self._every_s, self._started = total, every_s, -1
-        self._line_at = time.monotonic() + every_s
-        self._bar = tqdm(total=total, unit="batch", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    def __init__(self, total: int, every_s: float = LINE_EVERY_S, shown: bool = True) -> None:
+        self._total, self._every_s, self._started = total, every_s if shown else math.inf, -1
+        self._line_at = time.monotonic() + self._every_s
+        self._bar = tqdm(total=total, unit="batch", dynamic_ncols=True, disable=not shown or not sys.stderr.isatty())
 
     def __enter__(self) -> Progress:
         return self
@@ -117,7 +170,11 @@ def _with_data(settings: Config, folder: str | None, mix: str | None) -> Config:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Compute the loss of a run's newest checkpoint on its validation split."
+    about = (
+        "Compute the loss of a run's newest checkpoint on its validation split. With --tasks: its accuracy on multiple "
+        "choice and last-word questions, on one process or divided among the ranks of srun or torchrun; see "
+        "docs/evaluation.md."
+    )
     parser = argparse.ArgumentParser(prog="hpcgpt eval", description=about)
     parser.add_argument("RUN", help="run folder")
     which = parser.add_mutually_exclusive_group()
@@ -129,6 +186,15 @@ def _parser() -> argparse.ArgumentParser:
     moved = parser.add_mutually_exclusive_group()
     moved.add_argument("--data.dir", dest="data_dir", metavar="DIR", help="the run's shards, if they have moved")
     moved.add_argument("--data.mix", dest="data_mix", metavar="DIR:WEIGHT,...", help="the same for a run with data.mix")
+    tasks = parser.add_argument_group("tasks, instead of the validation split")
+    tasks.add_argument(
+        "--tasks", nargs="+", metavar="FILE", help="questions as .jsonl, in the form of HellaSwag, ARC or LAMBADA"
+    )
+    tasks.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N questions of each file")
+    tasks.add_argument(
+        "--batch", type=int, default=0, metavar="N", help="answers in a forward pass (default: train.micro_batch)"
+    )
+    tasks.add_argument("--device", choices=("auto", "cpu", "cuda"), default="", help="default: that of the run")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     return parser
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpcgpt.checkpoint import init_from
+from hpcgpt.checkpoint import go_back, init_from
 from hpcgpt.config.options import Config
 from hpcgpt.data import datasets, mix
 from hpcgpt.data.datasets import DataSet
 from hpcgpt.errors import UserError
 from hpcgpt.optim.lr_schedule import learning_rate
+from hpcgpt.tasks import questions, requests
+from hpcgpt.tasks.requests import EncodedTask
+from hpcgpt.tokenizer import save_load
+
+DIGEST = "digest of the shards"  # the key of Plan.identity; checkpoints have it
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,14 @@ class Plan:
     """A checked configuration and its data.
 
     `config` has the values that were left open filled in; `sets` are the data sets, several with data.mix;
-    `micro_steps` are those of one rank.
+    `micro_steps` are those of one rank; `tasks` those of eval.tasks.
     """
 
     config: Config
     sets: list[DataSet]
     total_steps: int
     micro_steps: int
+    tasks: Sequence[EncodedTask] = ()
 
     @property
     def tokens_per_step(self) -> int:
@@ -51,7 +58,7 @@ class Plan:
                 "data.stride": self.config.stride,
                 "data.document_mask": self.config.data.document_mask,
                 "train.global_batch": self.config.train.global_batch,
-                "digest of the shards": digests[0] if alone else digests,
+                DIGEST: digests[0] if alone else digests,
             }
             | (
                 {}
@@ -93,6 +100,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     sets = datasets.open_all(config, check_sizes)
     for part in sets:
         config = _with_vocabulary(config, part)
+    go_back.check(config)
     init_from.check(config, sets[0].manifest.tokenizer["fingerprint"])
     own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
     parallel = config.parallel
@@ -102,7 +110,10 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
             f"parallel.gradient_dtype bfloat16 with zero1 would also accumulate a step's {own} micro-batches in "
             "bfloat16, and lose small values: use ddp or fsdp, which accumulate in float32, or leave it at float32"
         )
-    return Plan(config, sets, _total_steps(config, sets[0].windows), own)
+    tasks = _tasks(config, sets[0])
+    planned = Plan(config, sets, _total_steps(config, sets[0].windows), own, tasks)
+    init_from.check_samples(config, planned.identity)
+    return planned
 
 
 def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -132,13 +143,44 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     An option that `before` lacks is newer than the run, which did what is now the option's default.
     """
+    if DIGEST not in before:  # imported weights, which are a model and no run: see hpcgpt.import_weights
+        now = {key: value for key, value in now.items() if key.startswith("model.")}
     before = {key: _default(key) for key in now} | before
     return [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if before[key] != now[key]]
+
+
+def check_identity(config: Config, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a run whose checkpoint has the identity `before` may continue with `now`.
+
+    Raises:
+        UserError: it may not; the message says what differs, and how to use its weights nevertheless.
+    """
+    if not (changed := changes(before, now)):
+        return
+    fork = ""
+    if not any(message.startswith("model.") for message in changed):
+        fork = (
+            f" (to continue from its weights: --run.name NEW --run.init_from {config.run_folder} --run.init_optimizer "
+            "true, see docs/continue.md)"
+        )
+    raise UserError(
+        f"{config.run_folder} was trained with other settings than these: {'; '.join(changed)}. Give the new run "
+        f"another --run.name{fork}, or restore the settings"
+    )
 
 
 def _default(key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(Config(), section, None), name, None)
+
+
+def _tasks(config: Config, part: DataSet) -> list[EncodedTask]:
+    """Read the tasks of the run, and encode them with the tokenizer of its shards."""
+    if not config.eval.tasks:
+        return []
+    tasks = questions.read_all(config.eval.tasks)
+    tokenizer = save_load.load(part.folder / "tokenizer", part.manifest.tokenizer["fingerprint"])
+    return requests.encode(tasks, tokenizer, config.model.block_size)
 
 
 def _with_vocabulary(config: Config, part: DataSet) -> Config:

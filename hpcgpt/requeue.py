@@ -1,7 +1,9 @@
 """What the batch script runs before and after the ranks: decide whether the job runs again, and requeue it.
 
 ``python -m hpcgpt.requeue folder TRAIN_ARGUMENTS`` checks the configuration, makes the run folder, records this start
-of the job and prints the folder. If Slurm itself requeued a job that the policy has given up, the start is refused.
+of the job and prints the folder. With `doctor.preflight` it also checks the nodes, and if some fail prints them, with
+status BAD_NODES: the batch script requeues the job without them. If Slurm itself requeued a job that the policy has
+given up, the start is refused.
 ``python -m hpcgpt.requeue decide --status N TRAIN_ARGUMENTS`` decides, and requeues the job or prints why not.
 ``... decide --status ending ...`` decides while srun still runs and Slurm is ending the job: see `decide_early`.
 ``python -m hpcgpt.requeue check TRAIN_ARGUMENTS`` fails on every node where `folder` would fail, and records nothing.
@@ -32,6 +34,7 @@ from hpcgpt import cli
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
+from hpcgpt.doctor import preflight
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.run import crash_report, records, run_folder
@@ -43,6 +46,7 @@ from hpcgpt.storage import atomic, lease
 
 ENDING = "ending"
 REFUSED = 3  # status of `folder` if the policy refuses this start. After 2 the batch script may suspect the node
+BAD_NODES = 4  # status of `folder` if some nodes fail doctor.preflight: their names are printed instead of the folder
 CANNOT_EXECUTE, NOT_FOUND = 126, 127  # the shell's exit statuses if a rank's program cannot be started
 # How long to wait for a controller that is restarting: for an answer, and for the requeue. Both must fit into the time
 # that slurm/pretrain.sbatch allows, which is short while Slurm is ending the job.
@@ -62,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
         settings = sources.from_command_line(argv[1:], "requeue folder", ABOUT)
         if problem := _begin(settings):
             return cli.print_error(UserError(problem), REFUSED)
+        if settings.doctor.preflight == "quick" and scontrol.job_id(os.environ):
+            return _preflight(settings)
         print(settings.run_folder)
         return 0
     if len(argv) < 3 or argv[1] != "--status" or not (argv[2].isdigit() or argv[2] == ENDING):
@@ -109,6 +115,25 @@ def _begin(settings: Config) -> str:
     if problem:
         return f"job {job} is not started again: {problem}"
     return ""
+
+
+def _preflight(settings: Config) -> int:
+    """Check the nodes; print the run folder, or, with status BAD_NODES, the nodes that the next start is to avoid."""
+    folder = settings.run_folder
+    failing = preflight.failing(settings)
+    if not failing:
+        print(folder)
+        return 0
+    for node, reason in failing.items():
+        _log(f"{node} fails the check before the start: {reason}")
+    if problem := _record(folder, world.job_start(), [{"event": "preflight", "failing": failing}]):
+        streams.warn(problem)
+    if preflight.is_common(failing, len(world.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", "")))):
+        message = "all nodes fail the check before the start: correct it, or pass --doctor.preflight off"
+        return cli.print_error(UserError(message), REFUSED)
+    bad_nodes.update_list(folder, failing)
+    print(" ".join(failing))
+    return BAD_NODES
 
 
 def _events(folder: Path) -> list[records.Record]:

@@ -1,8 +1,8 @@
 """``python -m hpcgpt.submit --nodes N [CONFIG] [--section.key value]...``: queue a training job.
 
-submitit checks Slurm's parameters and submits the job. It submits a command, not pickled state: the batch script that
-it writes sets the resources and then executes ``slurm/pretrain.sbatch TRAIN_ARGUMENTS``. So a job that is submitted
-here and one that is submitted with sbatch run the same lines, with the same signals and the same requeue policy.
+sbatch's flags keep their names and are passed on. What is not given is taken from the nodes of the partition: their
+GPUs, one rank for each, and cores and memory in proportion (hpcgpt/slurm/request.py). The job runs the same lines as
+``sbatch slurm/pretrain.sbatch`` (hpcgpt/slurm/submission.py).
 
 What can be checked without a GPU is checked before the job is queued.
 
@@ -13,223 +13,238 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpcgpt import cli
-from hpcgpt.config import paths, sources, unknown_flags
+from hpcgpt import cli, submit_options
+from hpcgpt.config import sources
+from hpcgpt.doctor import site as doctor_site
 from hpcgpt.errors import UserError
-from hpcgpt.output import terminal
+from hpcgpt.output import streams
 from hpcgpt.run import run_folder
-from hpcgpt.slurm import batch_scripts
+from hpcgpt.sites import catalog, qos
+from hpcgpt.sites import job as site_job
+from hpcgpt.slurm import code_snapshot, partitions, request, sbatch_flags, submission, sweep
+from hpcgpt.slurm.code_snapshot import Snapshot
+from hpcgpt.slurm.request import Request
 
-LONGEST_LEAD_S = 65535  # sbatch(1), --signal
-SCRIPT = batch_scripts.FOLDER / "pretrain.sbatch"
+if TYPE_CHECKING:
+    from hpcgpt.plan import Plan  # loads numpy, which --help should not
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run to queue. `nothing_to_do`: why it needs no job, "" if it does."""
+
+    arguments: list[str]
+    folder: Path
+    planned: Plan
+    nothing_to_do: str
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = _parser()
+    parser = submit_options.parser()
     if "-h" in argv or "--help" in argv:
         parser.print_help()
-        print("\nAll other arguments are those of `hpcgpt train`; see `hpcgpt train --help`.")
+        print(submit_options.HELP_AFTER)
         return 0
-    options, training = parser.parse_known_args(argv)
-    own_flags = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
-    settings = sources.from_command_line(training, "submit", "", unknown_flags.for_submit(own_flags))
-    tasks = options.tasks_per_node
-    if options.nodes < 1 or tasks < 1:
-        raise UserError("--nodes and --tasks-per-node must be at least 1")
-    from hpcgpt import plan, submit_checks  # imported late, so that --help does not load numpy
+    flags, others = sbatch_flags.split(argv)
+    options, training = parser.parse_known_args([argument for argument in others if argument != "--dry-run=json"])
+    if "--dry-run=json" in others:
+        options.dry_run = "json"
+    if options.watch and (options.json or options.dry_run):
+        raise UserError(f"--watch cannot be combined with {'--json' if options.json else '--dry-run'}")
+    flags |= submit_options.further_flags(options, flags)
+    own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    elsewhere = dict.fromkeys([*own, *sbatch_flags.NAMES], "")
+    # Checked before the grid, which is made of the same keys.
+    settings = sources.from_command_line(training, "submit", "", elsewhere)
 
-    parameters = slurm_parameters(options, settings.run_folder)
-    planned = plan.make(settings, options.nodes * tasks)
-    nothing_to_do = submit_checks.check(planned, "dependency" in parameters["additional_parameters"])
-    if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT} is missing: install hpcgpt again")
-    if options.dry_run:
-        print(batch_text(settings.run_folder, parameters, training))
-        return 0
-    if nothing_to_do:
-        result = {"job": None, "run": str(settings.run_folder), "steps": planned.total_steps}
-        print(json.dumps(result) if options.json else f"{nothing_to_do}, nothing queued")
-        return 0
-    run_folder.prepare(settings.run_folder)
-    job = _submit(settings.run_folder, parameters, training)
-    if options.json:
-        print(json.dumps({"job": job, "run": str(settings.run_folder), "steps": planned.total_steps}))
-        return 0
-    print(
-        f"job {job}: {options.nodes} nodes x {tasks} ranks, {planned.total_steps:,} steps of "
-        f"{planned.tokens_per_step:,} tokens, {planned.micro_steps} micro-steps per rank"
+    if settings.run.device == "cpu" and not any(name in flags for name in request.GPU_FLAGS):
+        flags["gpus-per-node"] = "0"
+    site = catalog.find(options.site) if options.site else None
+    offered = partitions.ask()
+    requested = (
+        site_job.complete(site, flags, offered, os.environ) if site else request.complete(flags, *offered, os.environ)
     )
-    print(f"run folder: {settings.run_folder}\nfollow it:  tail -F {settings.run_folder}/logs/{job}_0.log")
+    requested = qos.fit(requested, flags, os.environ)
+    tasks = sweep.expand(training, options.grid)
+    runs = [_checked(arguments, requested) for arguments in tasks]
+    to_do = [run for run in runs if not run.nothing_to_do]
+    requested = _with_measured_lead(requested, [run.folder for run in to_do])
+    parameters = submission.job_parameters(requested.flags, runs[0].folder)
+    if options.grid:
+        parameters["additional_parameters"]["array"] = submission.array(len(to_do), options.at_once)
+    environment = site_job.setup(site, runs[0].folder / "submit") if site else []
+    if options.probe or options.probe_steps is not None:
+        _probe(options, requested, runs[0], environment)
+    if options.dry_run:
+        codes = [code_snapshot.live(run.arguments) for run in to_do or runs]
+        script = submission.batch_text(runs[0].folder, parameters, codes, environment)
+        return _dry_run(options, requested, runs, script)
+    if not to_do:
+        return _report(options, None, runs, [f"{run.nothing_to_do}, nothing queued" for run in runs])
+    if not options.yes:
+        _confirm(options, requested, to_do)
+    status = _queue(options, requested, runs, parameters, environment)
+    if options.watch:
+        sys.stdout.flush()
+        os.execv(
+            sys.executable, [sys.executable, "-m", "hpcgpt.status", "--watch", *(str(run.folder) for run in to_do)]
+        )
+    return status
+
+
+def _queue(
+    options: argparse.Namespace, requested: Request, runs: Sequence[Run], parameters: dict[str, Any],
+    environment: Sequence[str],
+) -> int:  # fmt: skip
+    """Keep the code of each run that has something to do, queue the job, and report it."""
+    to_do = [run for run in runs if not run.nothing_to_do]
+    codes = [_keep_code(run, options.live) for run in to_do]
+    job = submission.submit(runs[0].folder, parameters, codes, environment)
+    for number, run in enumerate(to_do):
+        _record(run.folder, f"{job}_{number}" if options.grid else job)
+    lines = [f"job {job}: {_summary(requested, to_do)}", *(f"  {note}" for note in requested.notes)]
+    lines += [f"  {run.nothing_to_do}" for run in runs if run.nothing_to_do]
+    for number, run in enumerate(to_do):
+        if options.grid:
+            lines.append(f"task {number}: {run.folder}")
+        else:
+            log = shlex.quote(f"{run.folder}/logs/{job}_0.log")
+            lines.append(f"run folder: {run.folder}\nfollow it:  tail -F {log}")
+    return _report(options, job, runs, lines)
+
+
+def _dry_run(options: argparse.Namespace, requested: Request, runs: Sequence[Run], script: str) -> int:
+    """Print the script, and on standard error what would be trained and what it would need; or both as JSON."""
+    from hpcgpt.estimate import for_job, report
+
+    estimate, reason = for_job.make(runs[0].planned, requested, options.gpu)
+    if options.dry_run == "json":
+        shown = {"script": script, "flags": requested.flags, "ranks": requested.ranks, "notes": requested.notes,
+                 "runs": [{"run": str(run.folder), "steps": run.planned.total_steps} for run in runs],
+                 "estimate": estimate and estimate.as_dict(), "no_estimate": reason}  # fmt: skip
+        print(json.dumps(shown))
+        return 0
+    print(script, end="")
+    each = ["", "of each run:"] if len(runs) > 1 and estimate else [""]
+    lines = [_summary(requested, runs), *requested.notes, *each, report.text(estimate) if estimate else reason]
+    print("\n".join(lines), file=sys.stderr)
     return 0
 
 
-def slurm_parameters(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the parameters of the job, by submitit's names; `folder` is the run folder.
+def _probe(options: argparse.Namespace, requested: Request, run: Run, environment: Sequence[str]) -> None:
+    """Have a job train some steps of this run, wait for it, and keep what it measured for the estimate."""
+    from hpcgpt.estimate.probe import in_job, measure
+
+    if not (options.probe and options.dry_run):
+        raise UserError("a probe measures for the estimate: give --dry-run and --probe together")
+    run_dir = Path(run.planned.config.run.dir)
+    prepared = measure.prepare(run.planned.config, options.probe_steps)
+    job = in_job.queue(prepared, requested.flags, environment)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    say(f"job {job} trains {prepared.config.train.steps} steps in {prepared.folder}, to measure them")
+    try:
+        in_job.wait(prepared, job, say)
+    except KeyboardInterrupt:
+        say(f"job {job} stays in the queue: when it has ended, --dry-run shows what it measured; scancel {job} ends it")
+        raise
+    measure.collect(run_dir, ending_s=0)
+
+
+def _confirm(options: argparse.Namespace, requested: Request, runs: Sequence[Run]) -> None:
+    """Have a person confirm a job without a configuration, or of more GPU hours than --ask-above.
 
     Raises:
-        UserError: a value that Slurm, submitit or a batch script would misread.
+        UserError: no configuration is named; there is no terminal to ask on, or the answer is not yes.
     """
-    log = f"{paths.literal_in_slurm(paths.absolute(str(folder)))}/submit/%j_0_log.out"
-    extra: dict[str, Any] = {"requeue": True, "output": log}
-    for pair in options.sbatch:
-        key, _, value = pair.partition("=")
-        if key.lstrip("-") == "array":
-            raise UserError(
-                f"submit queues one run: for a job array use `sbatch --array=0-7 {shlex.quote(str(SCRIPT))} CONFIG "
-                "--run.name sweep-%a`, where %a is replaced by the task's number"
-            )
-        extra[key.lstrip("-")] = value or True
-    wanted = {
-        "job_name": folder.name,
-        "nodes": options.nodes,
-        "ntasks_per_node": options.tasks_per_node,
-        "gpus_per_node": options.gpus_per_node,
-        "cpus_per_task": options.cpus_per_task,
-        "mem": options.mem,
-        "time": minutes(options.time),
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-        "constraint": options.constraint,
-        "exclude": options.exclude,
-        "signal_delay_s": options.signal_lead_s,
-        "stderr_to_stdout": True,
-        "additional_parameters": extra,
-    }
-    limit_s = 60 * minutes(options.time)
-    if options.signal_lead_s < 1 or options.signal_lead_s > LONGEST_LEAD_S or 0 < limit_s <= options.signal_lead_s:
+    from hpcgpt.estimate import for_job
+
+    if not all(sources.configuration_named(run.arguments) for run in runs):
         raise UserError(
-            f"--signal-lead-s {options.signal_lead_s}: expected 1 to {LONGEST_LEAD_S:,} seconds, and less than the "
-            f"time limit (--time {options.time}, {limit_s:,} s): only the rest is left for training"
+            f"no configuration is named. This would queue {_summary(requested, runs)}, into {runs[0].folder}: "
+            f"name a TOML file or a preset ({', '.join(sources.presets())}), or confirm with --yes"
         )
-    for key, value in (wanted | extra).items():
-        if any(map(terminal.is_control, f"{key}{value}")):
-            raise UserError(f"control characters in a parameter for Slurm: {key} '{terminal.printable(str(value))}'")
-    if tag := re.search("%[jtAa]", paths.absolute(str(folder))):
-        raise UserError(
-            f"the run folder {folder} has {tag[0]} in its path, which submitit replaces by a number: choose another "
-            "--run.name. In a job array, made with `sbatch --array`, %a is replaced by the task's number"
-        )
-    return {key: value for key, value in wanted.items() if value is not None}
+    limit = for_job.ASK_ABOVE_GPU_HOURS if options.ask_above is None else options.ask_above
+    estimates = [for_job.gpu_hours(run.planned, requested, options.gpu) for run in runs]
+    hours = sum(hours for hours, _ in estimates)
+    if not hours > limit:
+        return
+    found = f"this would take about {hours:,.0f} GPU hours, by {estimates[0][1]}; more than --ask-above {limit:g}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(f"{found}: confirm with --yes, or give a higher limit")
+    print(f"{found}. Queue it? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError("not confirmed: nothing is queued")
 
 
-def minutes(text: str) -> int:
-    """Convert a duration as Slurm writes it to minutes, rounded up.
+def _keep_code(run: Run, live: bool) -> Snapshot:
+    run_folder.prepare(run.folder)
+    return code_snapshot.live(run.arguments) if live else code_snapshot.keep(run.folder, run.arguments)
 
-    M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; see sbatch(1), --time.
 
-    Raises:
-        UserError: it is none of these.
-    """
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
-        raise UserError(f"--time {text}: expected minutes, HH:MM:SS or D-HH:MM:SS")
-    days, _, rest = text.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if days:
-        hours, mins, secs = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, mins, secs = parts
+def _record(folder: Path, job: str) -> None:
+    """Record the job in the run folder, for `hpcgpt status`; it is queued already, so a full disk is no error."""
+    try:
+        run_folder.record(folder, "submit", job=job)
+    except OSError as error:
+        streams.warn(error)
+
+
+def _checked(arguments: list[str], requested: Request) -> Run:
+    """Check the configuration, the shards and the run folder of one run."""
+    from hpcgpt import plan, submit_checks  # imported late, so that --help does not load numpy
+
+    settings = sources.from_command_line(arguments, "submit", "")
+    planned = plan.make(settings, requested.ranks)
+    waits = "dependency" in requested.flags
+    return Run(arguments, settings.run_folder, planned, submit_checks.check(planned, waits))
+
+
+def _report(options: argparse.Namespace, job: str | None, runs: Sequence[Run], lines: Sequence[str]) -> int:
+    """Print the result, as JSON if that is requested."""
+    if not options.json:
+        print("\n".join(lines))
+    elif options.grid:
+        named = [{"run": str(run.folder), "steps": run.planned.total_steps} for run in runs]
+        print(json.dumps({"job": job, "runs": named}))
     else:
-        hours, mins, secs = 0, *[*parts, 0][:2]
-    return int(days or 0) * 1440 + hours * 60 + mins + (secs > 0)
+        print(json.dumps({"job": job, "run": str(runs[0].folder), "steps": runs[0].planned.total_steps}))
+    return 0
 
 
-def command(training: Sequence[str]) -> list[str]:
-    """Return the command of the job: the same script, with the same arguments, as with sbatch."""
-    return ["bash", str(SCRIPT), *training]
-
-
-def batch_text(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> str:
-    """Return the batch script that submitit would submit."""
-    return str(_executor(folder, parameters, training)._make_submission_file_text("unreached", "dry-run"))
-
-
-def _executor(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> Any:
-    from submitit import SlurmExecutor
-
-    try:
-        executor = SlurmExecutor(folder=folder / "submit")
-    except RuntimeError:
-        raise UserError(
-            "there is no srun on this machine: submit from a login node, or start a Slurm here with `make lab`"
-        ) from None
-    executor.update_parameters(**parameters, setup=setup(training))
-    return executor
-
-
-def setup(training: Sequence[str]) -> list[str]:
-    """Return the lines by which the job executes the batch script; submitit's pickled call after them is not reached.
-
-    The job runs the Python that runs this, unless HPCGPT_PYTHON is set, or a site file, which may have its own
-    environment.
-
-    A node may lack the file system of the script. For that case the lines contain a copy of it, which then decides
-    what happens to the job, as it does for a job of sbatch.
-    """
-    copy = [line for line in SCRIPT.read_text().splitlines() if line and not line.startswith("#")]
-    return [
-        f'[ -n "${{HPCGPT_PYTHON:-}}${{HPCGPT_SITE:-}}" ] || export HPCGPT_PYTHON={shlex.quote(sys.executable)}',
-        f"if timeout --signal=KILL 60 test -r {shlex.quote(str(SCRIPT))}; then",
-        "exec " + shlex.join(command(training)),
-        "fi",
-        "set -- " + shlex.join(training),
-        *copy,
-    ]
-
-
-def _submit(folder: Path, parameters: dict[str, Any], training: Sequence[str]) -> str:
-    from submitit.core.utils import CommandFunction, FailedJobError
-
-    executor = _executor(folder, parameters, training)
-    try:
-        job = executor.submit(CommandFunction(command(training)))
-    except FailedJobError as error:
-        raise UserError(f"Slurm refused the job: {error}") from None
-    return str(job.job_id)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hpcgpt submit",
-        usage="hpcgpt submit [--nodes N] [Slurm flags] [CONFIG] [--section.key value]...",
-        description="Queue a training job on Slurm.",
-        allow_abbrev=False,
-        add_help=False,
+def _summary(requested: Request, runs: Sequence[Run]) -> str:
+    """Describe the job in a line: resources, model and length."""
+    planned, model = runs[0].planned, runs[0].planned.config.model
+    each = f"{len(runs)} runs, each with " if len(runs) > 1 else ""
+    nodes = "1 node" if requested.nodes == 1 else f"{requested.nodes} nodes"
+    ranks = "1 rank" if requested.ranks == 1 else f"{requested.ranks} ranks"
+    return (
+        f"{each}{nodes}, {ranks} on {'GPUs' if requested.gpus_per_node else 'CPUs'}: {planned.total_steps:,} steps of "
+        f"{planned.tokens_per_step:,} tokens, {planned.micro_steps} micro-steps per rank; a {model.kind} model of "
+        f"{model.n_layer} layers x {model.n_embd}"
     )
-    slurm = parser.add_argument_group("Slurm")
-    slurm.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
-    slurm.add_argument(
-        "--tasks-per-node", type=int, default=1, metavar="N", help="ranks per node, one for each GPU (default: 1)"
-    )
-    slurm.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs per node")
-    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores per rank")
-    slurm.add_argument("--mem", metavar="SIZE", help="memory per node, as Slurm writes it: 64G")
-    slurm.add_argument("--time", default="24:00:00", help="time limit (default: 24:00:00)")
-    slurm.add_argument("--partition", help="partition")
-    slurm.add_argument("--account", help="account")
-    slurm.add_argument("--qos", help="quality of service")
-    slurm.add_argument("--constraint", help="node features")
-    slurm.add_argument("--exclude", help="nodes to avoid")
-    slurm.add_argument(
-        "--signal-lead-s",
-        type=int,
-        default=120,
-        metavar="S",
-        help="warn the ranks this long before the time limit, in seconds (default: 120)",
-    )
-    slurm.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help="any other flag of sbatch; may be repeated"
-    )
-    slurm.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
-    slurm.add_argument("--json", action="store_true", help="print the job's id and run folder as JSON")
-    return parser
+
+
+def _with_measured_lead(requested: Request, folders: Sequence[Path]) -> Request:
+    """Have Slurm warn as early as the saves of these runs need, if some were measured and nothing else is asked for."""
+    started = [folder for folder in folders if (folder / "events.jsonl").exists()]
+    lead_s = max((doctor_site.advised_lead_s(folder) or 0 for folder in started), default=0)
+    limit_s = 60 * (partitions.minutes(requested.flags["time"]) or 0) or math.inf
+    if "signal" in requested.flags or "SBATCH_SIGNAL" in os.environ or not submission.DEFAULT_LEAD_S < lead_s < limit_s:
+        return requested
+    note = f"--signal=USR1@{lead_s}: a step and two saves of this run take as long"
+    return replace(requested, flags={**requested.flags, "signal": f"USR1@{lead_s}"}, notes=(*requested.notes, note))
 
 
 if __name__ == "__main__":

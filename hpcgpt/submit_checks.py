@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from hpcgpt import plan
-from hpcgpt.checkpoint import layout
-from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint import go_back
 from hpcgpt.errors import UserError
 from hpcgpt.plan import Plan
 from hpcgpt.run import run_folder
@@ -44,33 +43,14 @@ def check(planned: Plan, waits_for_others: bool) -> str:
     stop_file = folder / "STOP"
     if stop_file.exists():
         raise UserError(f"{stop_file} keeps this run stopped: remove it to continue")
-    state = _newest_state(folder)
-    if state and (changed := plan.changes(state.identity, planned.identity)):
-        raise UserError(
-            f"{folder} was trained with other settings: {'; '.join(changed)}. Give the new run another --run.name, or "
-            "restore the settings"
-        )
+    state = go_back.state_to_continue_from(planned.config)
+    if state:
+        plan.check_identity(planned.config, state.identity, planned.identity)
     if not waits_for_others:
         _refuse_while_held(folder)
     if state and state.step >= planned.total_steps and state.pending is None:
         return f"{folder} is finished already, at step {state.step:,} of {planned.total_steps:,}: nothing to do"
     return ""
-
-
-def _newest_state(folder: Path) -> State | None:
-    """Read the state of the newest checkpoint whose files have the right sizes; None if there is no checkpoint."""
-    problems = []
-    for path in layout.found(folder / "checkpoints"):
-        problem = layout.check_structure(path)
-        if not problem:
-            return layout.read_state(path)
-        problems.append(f"{path.name}: {problem}")
-    if problems:
-        raise UserError(
-            f"{folder / 'checkpoints'} has checkpoints, but all are damaged ({'; '.join(problems)}): restore one, or "
-            "choose another --run.name. Training does not silently start from the beginning"
-        )
-    return None
 
 
 def _refuse_while_held(folder: Path) -> None:
@@ -79,7 +59,7 @@ def _refuse_while_held(folder: Path) -> None:
         if state in _ALIVE:
             raise UserError(
                 f"{folder} is the run of job {job}, which {_ALIVE[state]}: end that job first (scancel {job}), give "
-                f"this run another --run.name, or queue it to run afterwards: --sbatch dependency=afterany:{job}"
+                f"this run another --run.name, or queue it to run afterwards: --after {job}"
             )
     if lease.is_held(folder):
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the job's id
@@ -98,7 +78,7 @@ def _states(jobs: list[str]) -> dict[str, str]:
     """Ask Slurm for the states of those jobs that still exist and belong to this user; {} if it does not answer."""
     if not jobs:
         return {}
-    # squeue fails on a single id that no longer exists, but of two it omits one: hence 0, which is no job's id.
-    asked = ["--me", "--noheader", "--states=all", f"--jobs={','.join([*jobs, '0'])}", "--format=%A %T"]
+    # squeue fails on a single id that no longer exists, but of two it omits one: hence one twice. (It refuses 0.)
+    asked = ["--me", "--noheader", "--states=all", f"--jobs={','.join([*jobs, jobs[0]])}", "--format=%A %T"]
     pairs = [line.split() for line in scontrol.run("squeue", *asked).stdout.splitlines()]
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}

@@ -1,4 +1,4 @@
-"""``python -m hpcgpt.train [CONFIG] [--section.key value]...``: pretrain, or resume a run.
+"""``python -m hpcgpt.train [CONFIG] [--section.key value]... [--dry-run]``: pretrain, or resume a run.
 
 This file is the command: it finds this process's rank, reads the configuration, checks what can be checked before torch
 is loaded, and ends the process. An attempt is ``hpcgpt/training/attempt.py``, its loop ``hpcgpt/training/loop.py``, one
@@ -22,18 +22,25 @@ from typing import NoReturn
 from hpcgpt import cli
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
-from hpcgpt.distributed import stop_signals, world
+from hpcgpt.distributed import layout, stop_signals, world
 from hpcgpt.distributed.world import World
 from hpcgpt.errors import InputError, NodeError, UserError, as_node_error, sentence, status_of
-from hpcgpt.output import streams
+from hpcgpt.output import streams, terminal
 from hpcgpt.run import crash_report, run_folder
 from hpcgpt.slurm import job_end, scontrol
 from hpcgpt.storage import lease
 from hpcgpt.tracking import tracker
 
+ABOUT = (
+    "Pretrain a GPT, or resume a run. With --dry-run: print what would be trained, and from where, without training or "
+    "writing anything; --dry-run=N: on N ranks."
+)
+
 
 def main(argv: Sequence[str]) -> int:
     began_at = time.time()
+    if wanted := [argument for argument in argv if argument.partition("=")[0] == "--dry-run"]:
+        return _dry_run([argument for argument in argv if argument not in wanted], wanted[-1].partition("=")[2])
     settings = _settings(argv)
     here = world.discover()
     streams.in_background()
@@ -46,10 +53,12 @@ def main(argv: Sequence[str]) -> int:
     if here.is_first and (job := scontrol.job_id(os.environ)):
         job_end.watch(job, flag)
     try:
+        layout.check(here, settings.run.device)
         if stop_file.exists():
             raise UserError(f"{stop_file} keeps this run stopped: remove it to continue")
         if here.is_first:
             tracker.check(settings.tracking.wandb)
+            tracker.check_tensorboard(settings.tracking.tensorboard)
         # Imported late, so that --help loads neither numpy nor torch.
         from hpcgpt import plan
 
@@ -75,11 +84,25 @@ def main(argv: Sequence[str]) -> int:
 def _settings(argv: Sequence[str]) -> Config:
     """Read the configuration. If the batch script could read it (HPCGPT_CHECKED), an error is this node's fault."""
     try:
-        return sources.from_command_line(argv, "train", "Pretrain a GPT, or resume a run.")
+        return sources.from_command_line(argv, "train", ABOUT)
     except UserError as error:
         if os.environ.get("HPCGPT_CHECKED", "") == world.job_start() != "":
             raise NodeError(f"{error} (the batch script could read it: {socket.gethostname()} cannot)") from error
         raise
+
+
+def _dry_run(argv: Sequence[str], ranks: str) -> int:
+    """Print what would be done, and do nothing. `ranks`: how many there would be; "": as many as were started."""
+    from hpcgpt import preview
+
+    settings = sources.from_command_line(argv, "train", ABOUT)
+    here = world.discover()
+    if ranks and (not ranks.isdecimal() or not int(ranks)):
+        raise UserError(f"--dry-run={terminal.printable(ranks)}: expected a number of ranks")
+    if here.is_first:
+        for line in preview.lines(settings, int(ranks or here.size)):
+            print(line)
+    return 0
 
 
 def _has_trained_with(settings: Config) -> bool:

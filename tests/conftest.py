@@ -5,6 +5,7 @@ tiny run on it, and the lab.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 
 from data_prep import make_shards, train_tokenizer
 from data_prep.text import documents, inputs
+from hpcgpt.exit_codes import FINISHED
 from hpcgpt.tokenizer import save_load
 from tests.checkpoint.small_checkpoints import checkpoints as checkpoints  # fixtures
 from tests.checkpoint.small_checkpoints import lease as lease
 from tests.checkpoint.small_checkpoints import three_checkpoints as three_checkpoints
-from tests.programs import ROOT
+from tests.programs import ROOT, command
 from tests.slurm.lab_fixture import lab as lab  # a fixture, for all tests
 from tests.tiers import pytest_collection_modifyitems as pytest_collection_modifyitems  # hooks
 from tests.tiers import pytest_configure as pytest_configure
@@ -76,6 +78,21 @@ def config(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("config") / "tiny.toml"
     path.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", '[run]\nname = "tiny"'))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with checkpoints of steps 4, 8 and 12. Read-only: `run` copies it."""
+    runs = tmp_path_factory.mktemp("finished")
+    done = command("hpcgpt.train", str(config), "--run.dir", str(runs))
+    assert done.returncode == FINISHED, done.stderr
+    assert "changed" not in done.stdout
+    return runs / "tiny"
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "runs" / "tiny"))
 
 
 @pytest.fixture

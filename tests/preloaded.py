@@ -8,6 +8,7 @@ imported, early signals, a real launcher) start python for real.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -19,12 +20,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 LIBRARIES = ("numpy", "torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel",
-             "safetensors.torch", "tokenizers", "tiktoken", "tqdm", "xxhash")  # fmt: skip
+             "torch.nn.attention.flex_attention", "safetensors.torch", "tokenizers", "tiktoken", "tqdm", "xxhash",
+             "numpy.typing", "tomllib", "tomli_w")  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -125,6 +128,24 @@ def become(connection: socket.socket) -> tuple[str, list[str], dict[str, str], s
     return module, arguments, env, cwd
 
 
+def leave(end: SystemExit) -> NoReturn:
+    """End as the interpreter does for this exception, but do not destroy every object.
+
+    That would write to all of the memory that the fork shares with the server, so that all of it would be copied.
+    """
+    status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for file in (sys.stdout, sys.stderr):
+        try:
+            file.flush()
+        except OSError:
+            status = status or 120
+    os._exit(status)
+
+
 if __name__ == "__main__":
     _module, _arguments, _env, _cwd = serve(sys.argv[1])
     os.chdir(_cwd)
@@ -134,4 +155,7 @@ if __name__ == "__main__":
     # The server's own objects remember whether its files were seekable.
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
-    runpy.run_module(_module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(_module, run_name="__main__", alter_sys=True)
+    except SystemExit as _end:
+        leave(_end)

@@ -17,7 +17,7 @@ from typing import IO, Any
 from tests.preloaded import Preloaded, Program
 
 ROOT = Path(__file__).resolve().parent.parent
-NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export", "hpcgpt.drill",
+NEED_TORCH = ("hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export", "hpcgpt.import_weights", "hpcgpt.drill",
               "tests.output.broken_part")  # fmt: skip
 
 _preloaded: list[Preloaded] = []
@@ -102,5 +102,5 @@ def run_group(
 
 def clean_env() -> dict[str, str]:
     """Return this environment without variables of a launcher, Slurm or wandb."""
-    drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_", "OMP_")
+    drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_", "OMP_", "OMPI_", "PMI", "RANK", "WORLD_SIZE")
     return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"WANDB_MODE": "offline"}

@@ -258,7 +258,10 @@ def test_online_tracking_without_a_key_is_refused(config: Path, run: Path, tmp_p
 def test_a_resume_with_other_settings_is_refused(config: Path, run: Path, flags: list[str], expected: str) -> None:
     message = refused(config, run, *flags)
     assert expected in message
-    assert "Give the new run another --run.name, or restore the settings" in message
+    assert "Give the new run another --run.name" in message
+    assert message.endswith("or restore the settings\n")
+    # The weights of another model are of no use; else the way is a fork.
+    assert (f"--run.init_from {run} " in message) == ("model." not in flags[0])
 
 
 def test_a_resume_with_other_data_is_refused(config: Path, run: Path, text_folder: Path, tmp_path: Path) -> None:
@@ -347,7 +350,7 @@ def test_without_room_for_the_last_checkpoint_the_run_fails_and_later_continues_
         assert (ended.status, ended.saved) == (FAILED, False)
         found = [event["event"] for event in run_folder.events(folder)]
         assert [name for name in found if name != "shards_verified"] == [  # that one may be recorded at any time
-            "start", "ready", "save", "save_stall", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
+            "start", "ready", "about", "save", "save_stall", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
         subprocess.run(["mount", "-o", f"remount,size={ROOMY}", disk], check=True)
         second = command("hpcgpt.train", str(config), "--run.dir", str(disk))
         assert second.returncode == FINISHED, second.stderr

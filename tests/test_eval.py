@@ -92,6 +92,12 @@ def test_without_json_the_output_is_readable(runs: Path) -> None:
         (["--step", "5"], "has no checkpoint of step 5: there are 4, 8, 12"),
         (["--batches", "-1"], "--batches: -1 must be at least 0"),
         (["--step", "8", "--best"], "not allowed with argument"),
+        (["--limit", "5"], "--limit has no effect without --tasks: leave it out"),
+        (["--device", "cpu"], "--device has no effect without --tasks: leave it out"),
+        (["--tasks", "README.md", "--batches", "2"], "--batches has no effect with --tasks: leave it out"),
+        (["--tasks", "README.md", "--limit", "-1"], "--limit: -1 must be at least 1"),
+        (["--tasks", "absent.jsonl"], "the task absent.jsonl cannot be read: No such file or directory"),
+        (["--tasks", "README.md"], "README.md, line 1: not valid JSON"),
     ],
 )
 def test_impossible_arguments_are_refused(flags: list[str], sentence: str, runs: Path) -> None:

@@ -101,6 +101,18 @@ def test_reasons_in_existing_run_folders_are_understood_as_codes(reason: str, st
 
 
 TERMINATED = left(AGAIN, Stop.TERMINATED.message, saved=True)
+
+
+def test_a_run_that_was_saved_since_another_task_refused_to_train_is_not_requeued() -> None:
+    """Two processes that each train alone in one folder: one is refused, and srun ends the other one."""
+    refused = FirstFailure(0, "n2", "exit status 2", 2, "the folder is in use", ())
+    decision = policy(TERMINATED, AGAIN, failure=refused)
+    assert (decision.requeue, decision.crashed) == (False, False)
+    assert "a person has to act" in decision.reason
+    assert "the folder is in use" in decision.reason
+    assert policy(TERMINATED, AGAIN, failure=FirstFailure(0, "n2", "exit status 75", AGAIN)).requeue
+
+
 ENDS = [NO_EXIT_FILE, TERMINATED, left(FAILED, "x")]
 
 

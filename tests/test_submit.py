@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from hpcgpt.slurm.partitions import minutes
 from hpcgpt.storage import lease
-from hpcgpt.submit import SCRIPT, minutes
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import TINY
 
 pytestmark = pytest.mark.processes
+
+SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
 
 # As a user might type them.
 ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; #!*\n\tnew line  "]
@@ -56,7 +60,9 @@ def resources(script: str) -> dict[str, str]:
 def run_by(script: str, folder: Path) -> list[str]:
     """Return the arguments that a batch script runs, as bash reads them; only `bash` and `srun` are stand-ins."""
     stand_ins = folder / "stand_ins"
+    shutil.rmtree(stand_ins, ignore_errors=True)
     stand_ins.mkdir()
+    (folder / "ran").unlink(missing_ok=True)
     for name in ("bash", "srun"):
         (stand_ins / name).write_text(f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >> {folder}/ran\n')
         (stand_ins / name).chmod(0o755)
@@ -70,42 +76,46 @@ def run_by(script: str, folder: Path) -> list[str]:
 
 
 def test_the_job_runs_the_batch_script_with_exactly_these_arguments(slurm: Path, tiny: Path, tmp_path: Path) -> None:
-    done = submit(slurm, "--nodes", "2", "--tasks-per-node", "2", str(tiny), *ODD, "--dry-run")
+    done = submit(slurm, "--nodes", "2", "--ntasks-per-node", "2", str(tiny), *ODD, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert run_by(done.stdout, tmp_path) == ["bash", str(ROOT / "slurm" / "pretrain.sbatch"), str(tiny), *ODD]
 
 
 def test_the_submitted_job_is_the_one_that_dry_run_shows(slurm: Path, tiny: Path, tmp_path: Path) -> None:
-    flags = ["--nodes", "2", "--tasks-per-node", "2", "--time", "1:30:00", str(tiny), *ODD]
+    flags = ["--nodes", "2", "--ntasks-per-node", "2", "--time", "1:30:00", str(tiny), *ODD]
     shown = submit(slurm, *flags, "--dry-run")
     assert not (slurm / "submitted.sh").exists()
     done = submit(slurm, *flags)
     assert done.returncode == 0, done.stderr
     submitted = (slurm / "submitted.sh").read_text()
     assert resources(submitted) == resources(shown.stdout)
-    assert run_by(submitted, tmp_path) == ["bash", str(SCRIPT), str(tiny), *ODD]
+    (code,) = (tmp_path / "runs" / ODD[1] / "code").iterdir()
+    assert run_by(submitted, tmp_path) == ["bash", f"{code}/slurm/pretrain.sbatch", f"{code}/config/{tiny.name}", *ODD]
+    live = submit(slurm, *flags, "--live")
+    assert live.returncode == 0, live.stderr
+    assert run_by((slurm / "submitted.sh").read_text(), tmp_path) == ["bash", str(SCRIPT), str(tiny), *ODD]
 
 
 def test_the_resources_are_the_requested_ones(slurm: Path, tiny: Path) -> None:
     done = submit(
-        slurm, "--nodes", "2", "--tasks-per-node", "2", "--gpus-per-node", "2", "--time", "1-2", "--partition", "low",
-        "--signal-lead-s", "90", "--sbatch", "exclusive", "--sbatch", "comment=a b", str(tiny), "--dry-run",
+        slurm, "-N2", "--tasks-per-node", "2", "--gpus-per-node=2", "--time", "1-2", "-p", "low",
+        "--signal-lead-s", "90", "--exclusive", "--comment=a b", "--mail-type=END", "--sbatch", "bb-site=x",
+        str(tiny), "--dry-run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = resources(done.stdout)
-    expected = {"nodes": "2", "ntasks-per-node": "2", "gpus-per-node": "2", "time": str(26 * 60), "partition": "low",
-                "job-name": "tiny", "requeue": "", "open-mode": "append", "exclusive": "",
-                "comment": "a b"}  # fmt: skip
-    assert found | expected == found
-    assert re.fullmatch(r"(B:)?USR[12]@90", found["signal"])
+    expected = {"nodes": "2", "ntasks-per-node": "2", "gpus-per-node": "2", "time": "1-2", "partition": "low",
+                "job-name": "tiny", "requeue": "", "open-mode": "append", "exclusive": "", "comment": "a b",
+                "mail-type": "END", "bb-site": "x", "signal": "USR1@90", "output": found["output"]}  # fmt: skip
+    assert found == expected  # nothing else: no --wckey, which submitit adds
 
 
 def test_the_defaults_are_those_of_the_batch_script(slurm: Path, tiny: Path) -> None:
     """Both ways give the same time limit, the same signal and an appended log."""
     done = submit(slurm, "--nodes", "1", str(tiny), "--dry-run")
     from_submit, from_script = resources(done.stdout), resources(SCRIPT.read_text())
-    assert from_submit["time"] == str(minutes(from_script["time"]))
-    assert from_submit["signal"].partition("@")[2] == from_script["signal"].partition("@")[2]
+    assert minutes(from_submit["time"]) == minutes(from_script["time"])
+    assert from_submit["signal"] == from_script["signal"]
     assert (from_submit["requeue"], from_submit["open-mode"]) == (from_script["requeue"], from_script["open-mode"])
 
 
@@ -145,26 +155,31 @@ def test_the_job_id_is_printed_as_json(slurm: Path, tiny: Path, tmp_path: Path) 
         (["--nodes", "3"], "train.global_batch 8 is not a multiple of 3 ranks"),
         (["--nodes", "0"], "--nodes"),
         (["--nodes", "-1"], "--nodes"),
-        (["--tasks-per-node", "0"], "--tasks-per-node"),
+        (["--tasks-per-node", "0"], "--ntasks-per-node=0: expected a whole number of at least 1"),
         (["--modle.n_layer=3"], "unknown flag --modle.n_layer"),
         (["--partion", "low"], "unknown flag --partion (did you mean --partition?)"),
-        (["--ntasks-per-node", "2"], "unknown flag --ntasks-per-node: did you mean --tasks-per-node?"),
-        (
-            ["--gres", "gpu:2"],
-            "unknown flag --gres: did you mean --gpus-per-node N? Anything else goes to sbatch: --sb",
-        ),
-        (["--mem-per-cpu=2G"], "unknown flag --mem-per-cpu: give it to sbatch: --sbatch mem-per-cpu=..."),
+        (["--gpu-per-node", "2"], "unknown flag --gpu-per-node (did you mean --gpus-per-node?)"),
+        (["--nodes"], "--nodes needs a value"),
+        (["--hold=1"], "--hold has no value"),
+        (["--wrap", "true"], "--wrap: the job runs hpcgpt's own batch script"),
+        (["--after", "7", "--dependency=singleton"], "--after 7 is --dependency=afterany:7: give one of the two"),
+        (["--signal=TERM@60"], "--signal=TERM@60: expected USR1@SECONDS or USR2@SECONDS"),
+        (["--gpus-per-node=x"], "--gpus-per-node=x: expected a number of GPUs"),
+        (["--run.device", "auto"], "so say what to request: --gpus-per-node N, or --gpus-per-node 0 for CPUs only"),
         (["--lr", "1"], "unknown flag --lr (did you mean --optim.lr?)"),
-        (["--signal-lead-s", "0"], "--signal-lead-s 0: expected 1 to 65,535 seconds"),
-        (["--signal-lead-s", "-5"], "--signal-lead-s -5: expected"),
-        (["--signal-lead-s", "99999999"], "--signal-lead-s 99999999: expected"),
+        (["--signal-lead-s", "0"], "--signal=USR1@0: expected 1 to 65,535 seconds"),
+        (["--signal-lead-s", "-5"], "--signal=USR1@-5: expected"),
+        (["--signal-lead-s", "99999999"], "--signal=USR1@99999999: expected"),
         (["--time", "2", "--signal-lead-s", "120"], "and less than the time limit (--time 2, 120 s)"),
         (["--run.name", "a\ntouch b"], r"run.name 'a\ntouch b' must be a plain folder name: it has control char"),
         (["--run.name", "x" * 300], "it has 300 bytes, and 200 are the most"),
         (["--run.name", "sweep-%a"], "has %a in its path, which submitit replaces by a number"),
-        (["--partition", "a\ntouch b"], r"control characters in a parameter for Slurm: partition 'a\ntouch b'"),
-        (["--sbatch", "comment=a\ntouch b"], r"control characters in a parameter for Slurm: comment 'a\ntouch b'"),
-        (["--sbatch", "array=0-3"], "submit queues one run: for a job array use `sbatch --array"),
+        (["--partition", "a\ntouch b"], r"control characters in a flag for Slurm: --partition 'a\ntouch b'"),
+        (["--sbatch", "comment=a\ntouch b"], r"control characters in a flag for Slurm: --comment 'a\ntouch b'"),
+        (
+            ["--array=0-3"],
+            "--array: submit makes an array of the runs of --grid KEY=VALUE,VALUE...; for any other use `sbatch --arr",
+        ),
         (["--time", "tomorrow"], "--time tomorrow: expected minutes"),
         (["--data.dir", "nowhere"], "no folder of shards at nowhere"),
         (["--data.tokenizer", "gpt2"], "data.tokenizer is gpt2, but"),
@@ -180,6 +195,16 @@ def test_a_job_that_cannot_run_is_refused_and_not_queued(
     assert len(done.stderr.splitlines()) == 1
     assert not (slurm / "submitted.sh").exists()
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_limits_of_the_qos_are_looked_at_before_the_job_is_queued(slurm: Path, tiny: Path) -> None:
+    (slurm / "sacctmgr").write_text("#!/bin/sh\necho 'short|DenyOnLimit|01:00:00|node=1|||||||'\n")
+    (slurm / "sacctmgr").chmod(0o755)
+    for flags, sentence in ((["--nodes=2", "--time=60"], "2 nodes: a job in QOS short can have 1"),
+                            (["--time=61"], "--time=61 is more than QOS short allows, 60 minutes")):  # fmt: skip
+        done = submit(slurm, str(tiny), "--qos=short", *flags)
+        assert (done.returncode, sentence in done.stderr) == (2, True), done.stderr
+        assert not (slurm / "submitted.sh").exists()
 
 
 def test_a_truncated_shard_is_found_before_the_job_is_queued(
@@ -210,6 +235,20 @@ def test_without_slurm_there_is_a_message(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "there is no srun on this machine" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_a_configuration_the_plan_is_shown_and_has_to_be_confirmed(slurm: Path, tiny: Path) -> None:
+    settings = tomllib.loads(tiny.read_text())
+    flags = [f"--model.{key}={value}" for key, value in settings["model"].items()]
+    small = [*flags, "--data.dir", settings["data"]["dir"], "--run.dir", str(tiny.parent), "--train.steps", "7",
+             "--train.global_batch", "8", "--train.micro_batch", "8", "--gpus-per-node=0"]  # fmt: skip
+    done = submit(slurm, *small)
+    assert done.returncode == 2
+    assert "no configuration is named. This would queue 1 node, 1 rank on CPUs: 7 steps of 256 tokens" in done.stderr
+    assert "(gpt2-124m, " in done.stderr
+    assert not (slurm / "submitted.sh").exists()
+    assert submit(slurm, *small, "--yes").returncode == 0
+    assert (slurm / "submitted.sh").exists()
 
 
 def test_a_percent_sign_in_a_name_is_escaped_for_slurm(slurm: Path, tiny: Path, tmp_path: Path) -> None:
@@ -262,6 +301,19 @@ def test_a_run_that_stopped_before_its_end_is_queued_again(slurm: Path, continui
     assert (slurm / "submitted.sh").exists()
 
 
+def test_the_warning_comes_as_early_as_the_saves_of_the_run_need(
+    slurm: Path, continuing_arguments: list[str], tmp_path: Path
+) -> None:
+    with open(tmp_path / "runs" / "tiny" / "events.jsonl", "a") as file:
+        file.write(json.dumps({"event": "save", "time": 1.0, "attempt": 1, "step": 12, "seconds": 200.0}) + "\n")
+    done = submit(slurm, *continuing_arguments, "--dry-run")
+    assert resources(done.stdout)["signal"] in ("USR1@420", "USR1@430", "USR1@440"), done.stderr
+    assert "a step and two saves of this run take as long" in done.stderr
+    for flags, signal in ((["--signal=USR1@90"], "USR1@90"), (["--time=5"], "USR1@120"),
+                          (["--time=0"], resources(done.stdout)["signal"])):  # fmt: skip
+        assert resources(submit(slurm, *continuing_arguments, "--dry-run", *flags).stdout)["signal"] == signal
+
+
 def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, continuing_arguments: list[str]) -> None:
     done = submit(slurm, continuing_arguments[0])
     assert (done.returncode, done.stderr) == (0, "")
@@ -273,7 +325,7 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, continu
 
 def test_settings_other_than_the_runs_are_refused(slurm: Path, continuing_arguments: list[str]) -> None:
     reported = refusal(slurm, *continuing_arguments, "--model.n_layer", "3", "--run.seed", "5")
-    assert "was trained with other settings: model.n_layer was 2 and is now 3; run.seed was 1 and" in reported
+    assert "with other settings than these: model.n_layer was 2 and is now 3; run.seed was 1 and" in reported
 
 
 def test_a_run_with_a_stop_file_is_not_queued(slurm: Path, continuing_arguments: list[str], tmp_path: Path) -> None:
@@ -315,7 +367,7 @@ def test_a_run_whose_job_is_still_in_slurm_is_refused_or_queued_after_it(
     assert "is the run of job 123, which waits in the queue: end that job first (scancel 123)" in done.stderr
     assert "--me" in (slurm / "arguments").read_text()
     assert not (slurm / "submitted.sh").exists()
-    assert submit(slurm, *continuing_arguments, "--sbatch", "dependency=afterany:123").returncode == 0
+    assert submit(slurm, *continuing_arguments, "--after", "123").returncode == 0
     assert "#SBATCH --dependency=afterany:123" in (slurm / "submitted.sh").read_text()
     (slurm / "squeue").write_text("#!/bin/sh\necho 123 COMPLETED\n")
     assert submit(slurm, *continuing_arguments).returncode == 0
@@ -341,27 +393,103 @@ def test_help_loads_neither_torch_nor_numpy() -> None:
     assert not loaded & {"torch", "numpy", "submitit"}
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", 90),
-        ("30:00", 30),
-        ("30:01", 31),
-        ("0:59", 1),
-        ("24:00:00", 1440),
-        ("01:30:00", 90),
-        ("1:0:30", 61),
-        ("1-0", 1440),
-        ("1-12", 2160),
-        ("2-01:30", 2970),
-        ("7-00:00:01", 10081),
-    ],
-)
-def test_slurms_formats_of_durations_are_understood(text: str, expected: int) -> None:
-    assert minutes(text) == expected
+# --- a sweep ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "1h", "-5", "1:2:3:4", "1-", "1-2-3", "1.5", "12:", " 5"])
-def test_invalid_durations_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="expected minutes, HH:MM:SS or D-HH:MM:SS"):
-        minutes(text)
+def test_each_task_of_a_grid_trains_its_own_run(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+    grid = ["--grid", "optim.lr=1e-4,3e-4", "--grid=run.seed=1,2", "--at-once", "2", str(tiny)]
+    done = submit(slurm, *grid)
+    assert done.returncode == 0, done.stderr
+    assert "job 123: 4 runs, each with 1 node, 1 rank on CPUs: 12 steps of 256 tokens" in done.stdout
+    script = (slurm / "submitted.sh").read_text()
+    assert resources(script)["array"] == "0-3%2"
+    names = ["tiny-lr1e-4-seed1", "tiny-lr1e-4-seed2", "tiny-lr3e-4-seed1", "tiny-lr3e-4-seed2"]
+    for task, name in enumerate(names):
+        assert f"task {task}: {tmp_path}/runs/{name}\n" in done.stdout
+        bash, _, config, *flags = run_by(f"SLURM_ARRAY_TASK_ID={task}\n{script}", tmp_path)
+        assert (bash, Path(config).read_bytes()) == ("bash", tiny.read_bytes())
+        assert config.startswith(f"{tmp_path}/runs/{name}/code/")
+        assert flags[-1] == f"--run.name={name}"
+    shown = json.loads(submit(slurm, *grid, "--json").stdout)
+    assert [Path(run["run"]).name for run in shown["runs"]] == names
+
+
+def test_finished_runs_of_a_grid_get_no_task(slurm: Path, tiny: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs" / "tiny", tmp_path / "runs" / "tiny-seed1")
+    done = submit(slurm, "--grid=run.seed=1,2", str(tiny))
+    assert "tiny-seed1 is finished already, at step 12 of 12" in done.stdout
+    assert f"task 0: {tmp_path}/runs/tiny-seed2\n" in done.stdout
+    assert resources((slurm / "submitted.sh").read_text())["array"] == "0-0"
+
+
+# --- a site ----------------------------------------------------------------------------------------
+
+
+def test_a_site_gives_the_flags_and_the_environment_of_the_job(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+    (slurm / "sinfo").write_text(
+        "#!/bin/sh\necho 'boost_usr_prod|up|1-00:00:00|1-64|3456|32|494000|x|gpu:a100:4|idle'\n"
+    )
+    (slurm / "sinfo").chmod(0o755)
+    done = submit(slurm, "--site", "leonardo", "--account=abc", str(tiny), "--run.device", "cuda", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    asked = resources(done.stdout)
+    assert {key: asked[key] for key in ("partition", "gres", "ntasks-per-node", "cpus-per-task", "mem", "account")} == {
+        "partition": "boost_usr_prod", "gres": "gpu:4", "ntasks-per-node": "4", "cpus-per-task": "8", "mem": "482G",
+        "account": "abc",
+    }  # fmt: skip
+    assert "gpus-per-node" not in asked
+    assert 'export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME-ib0}"' in done.stdout
+    assert run_by(done.stdout, tmp_path)[:3] == ["bash", str(SCRIPT), str(tiny)]
+    refused = submit(slurm, "--site", "leonardo", str(tiny), "--dry-run")
+    assert refused.returncode == 2
+    assert "needs the account that pays for the job" in refused.stderr
+
+
+# --- more than a limit of GPU hours ----------------------------------------------------------------
+
+
+def test_a_job_above_the_limit_of_gpu_hours_is_confirmed_or_refused(slurm: Path, tiny: Path) -> None:
+    """Its speed is not known, so it is counted until its time limit: 2 nodes x 2 GPUs x 3 hours."""
+    job = ["--nodes", "2", "--gpus-per-node", "2", "--time", "3:00:00", str(tiny), "--run.device", "auto"]
+    refused = submit(slurm, *job, "--ask-above", "11.5")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "this would take about 12 GPU hours, by one start, until its time limit" in refused.stderr
+    assert "more than --ask-above 11.5: confirm with --yes, or give a higher limit" in refused.stderr
+    assert not (slurm / "submitted.sh").exists()
+    wrong = submit(slurm, *job, "--ask-above", "much")
+    assert (wrong.returncode, "expected a number of hours, not 'much'" in wrong.stderr) == (2, True)
+    assert submit(slurm, *job, "--ask-above", "11.5", "--yes").returncode == 0
+    assert (slurm / "submitted.sh").exists()
+
+
+def test_a_job_below_the_limit_is_queued_without_a_question(slurm: Path, tiny: Path) -> None:
+    job = ["--nodes", "2", "--gpus-per-node", "2", "--time", "3:00:00", str(tiny), "--run.device", "auto"]
+    done = submit(slurm, *job, "--ask-above", "12")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("n", 2), ("", 2)])
+def test_on_a_terminal_the_question_is_asked(slurm: Path, tiny: Path, answer: str, status: int) -> None:
+    own_end, terminal = pty.openpty()
+    os.write(own_end, f"{answer}\n".encode())
+    words = [sys.executable, "-m", "hpcgpt.submit", "--gpus-per-node", "2", "--ask-above", "1", str(tiny),
+             "--run.device", "auto"]  # fmt: skip
+    env = clean_env() | {"PATH": f"{slurm}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        words, cwd=ROOT, env=env, stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, check=False
+    )
+    os.close(terminal)
+    shown = os.read(own_end, 65536).decode()
+    os.close(own_end)
+    assert done.returncode == status
+    assert "48 GPU hours" in shown
+    assert "Queue it? [y/N]" in shown
+    assert (slurm / "submitted.sh").exists() is (status == 0)
+
+
+def test_a_probe_is_for_an_estimate(slurm: Path, tiny: Path) -> None:
+    for words in (["--probe"], ["--dry-run", "--probe-steps", "20"]):
+        done = submit(slurm, "--gpus-per-node", "1", str(tiny), *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "give --dry-run and --probe together" in done.stderr
+    assert not (slurm / "submitted.sh").exists()

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.processes
 
 OFFLINE = ["--no-deps", "--no-index"]
 SCRIPTS = "hpcgpt/slurm/scripts/"  # where slurm/ is in a wheel
-COMMANDS = ("train", "submit", "slurm-script", "status", "checkpoint", "sample", "eval", "tracking", "drill")
+COMMANDS = ("train", "submit", "estimate", "slurm-script", "site", "status", "checkpoint", "sample", "eval", "tracking",
+            "doctor", "drill", "export", "import", "report", "lm-eval")  # fmt: skip
 TEXT = "A long time ago, in a village by the sea, there lived a fisherman and his wife. "
 # Slurm's other programs report no job; srun drops its own flags and runs rank 0 of 1.
 SILENT = "#!/bin/bash\n"
@@ -183,6 +184,12 @@ def test_slurm_script_prints_the_batch_scripts_unchanged(installed: Installed) -
     assert installed.hpcgpt("slurm-script", status=2).startswith("error: which script; there are pretrain, ")
 
 
+def test_the_site_files_are_in_the_wheel(installed: Installed) -> None:
+    assert len(re.findall("untried", installed.hpcgpt("site", "list"))) > 10
+    script = installed.hpcgpt("site", "script", "jean-zay", "--account=abc@h100")
+    assert "#SBATCH --gres=gpu:4\n" in script
+
+
 def test_a_drill_in_the_lab_requires_a_checkout(installed: Installed) -> None:
     message = installed.hpcgpt("drill", "--on", "lab", status=2)
     assert "a lab needs a checkout" in message
@@ -212,6 +219,7 @@ def test_text_becomes_a_model_that_generates(installed: Installed) -> None:
     assert "finished" in installed.hpcgpt("status", "runs/here")
     assert "whole" in installed.hpcgpt("checkpoint", "verify", "runs/here")
     assert "step 4" in installed.hpcgpt("sample", "runs/here", "--tokens", 5)
+    assert "report.html: 1 run" in installed.hpcgpt("report", "runs/here")
     # The presets are in the wheel: only its data are missing.
     message = installed.hpcgpt("train", "quickstart", status=2)
     assert "data/quickstart/shards" in message
@@ -239,7 +247,8 @@ def test_a_submitted_job_trains_with_the_python_that_submitted_it(installed: Ins
     flags = ["tiny.toml", "--run.name", "job"]
     assert "job 123" in installed.hpcgpt("submit", *flags)
     submitted = (installed.home / "submitted.sh").read_text()
-    assert f"exec bash {installed.packages / SCRIPTS / 'pretrain.sbatch'} tiny.toml --run.name job\n" in submitted
+    (code,) = (installed.home / "runs" / "job" / "code").iterdir()
+    assert f"set -- {code}/slurm/pretrain.sbatch {code}/config/tiny.toml --run.name job\n" in submitted
     as_job(installed, "submitted.sh")
     assert rows(installed.home / "runs" / "job" / "metrics.jsonl")[-1]["step"] == 4
 

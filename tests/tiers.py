@@ -1,6 +1,7 @@
 """The tiers of the tests, and the check that a test is in the right one. CONTRIBUTING.md says when to run which.
 
-    make test-fast   not `processes`, not `slurm`, not `long`: what this process computes by itself
+    make test-fast   not `processes`, `slurm`, `slow` or `long`: what this process computes by itself, in little time;
+                     `slow` are tests, also tables of them, that add a second or more to it
     make test        not `long`
     make test-all    everything: `long` adds whole drills, large samples of random damage, races of many rounds
 
@@ -25,8 +26,21 @@ TOOLS = {"cc", "git", "mount", "umount"}
 # Files of one group run in one process of pytest-xdist, which has a lab of its own: so tests wait for two Slurms at the
 # same time. The two groups take about equally long.
 LAB_GROUPS = (
-    {"test_cluster_events.py", "test_lab.py"},
-    {"test_batch_script_on_slurm.py", "test_run_on_slurm.py", "test_shards_on_slurm.py"},
+    {
+        "test_cluster_events.py",
+        "test_lab.py",
+        "test_status_on_slurm.py",
+        "test_doctor_on_slurm.py",
+        "test_launchers_on_slurm.py",
+    },
+    {
+        "test_batch_script_on_slurm.py",
+        "test_probe_on_slurm.py",
+        "test_run_on_slurm.py",
+        "test_shards_on_slurm.py",
+        "test_submit_on_slurm.py",
+        "test_layouts_on_slurm.py",
+    },
 )
 
 # Files that take minutes begin first.

@@ -1,1 +1,1 @@
-"""Documents to ids: finding the tokenizer, and fast encoders that were compared with it."""
+"""Documents to ids: fast encoders that were compared with the tokenizer."""

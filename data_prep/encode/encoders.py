@@ -7,7 +7,7 @@
 ================  ============================================================================================
 
 "auto" means gigatoken if it is installed, supports the pattern, and gives the same ids as tiktoken for the strings of
-``data_prep.encode.equivalence_texts``, which is checked at every start. Chinese text is then encoded by
+``hpcgpt.tokenizer.equivalence_texts``, which is checked at every start. Chinese text is then encoded by
 ``data_prep.encode.ideographs``.
 """
 
@@ -19,9 +19,10 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.encode import equivalence_texts, from_tiktoken, gigatoken_encoder, ideographs
+from data_prep.encode import gigatoken_encoder, ideographs
 from data_prep.encode.interface import EncodedBatch, Encoder
 from hpcgpt.errors import UserError
+from hpcgpt.tokenizer import equivalence_texts, from_tiktoken
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from hpcgpt.tokenizer.huggingface import LibraryTokenizer
 from hpcgpt.tokenizer.interface import Tokenizer

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.encode import from_tiktoken
 from data_prep.encode.interface import EncodedBatch
 from hpcgpt.errors import UserError
+from hpcgpt.tokenizer import from_tiktoken
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, write_ranks
 
 MOST_GROWTH_BYTES = 256_000_000

@@ -37,7 +37,7 @@ def finalize(out: Path, plan: PrepPlan) -> Manifest:
     counts = _counts(records, removed, skipped)
     if not any(shard.split == "train" for of_unit in kept for shard in of_unit):
         held_out = sum(shard.documents for of_unit in kept for shard in of_unit)
-        if held_out:
+        if held_out and not plan.val_files:
             raise UserError(f"no document is left for training ({held_out} for validation): lower --val-fraction")
         why = accounting.left_out(counts) or "the inputs have none"
         raise UserError(
@@ -54,8 +54,9 @@ def finalize(out: Path, plan: PrepPlan) -> Manifest:
         out,
         plan.options.dtype,
         plan.options.tokenizer.describe(),
-        [{"name": file.name, "bytes": file.bytes} for file in plan.files],
-        holdout.rule(plan.options.val_fraction),
+        [{"name": file.name, "bytes": file.bytes} for file in plan.files]
+        + [{"name": file.name, "bytes": file.bytes, "split": "val"} for file in plan.val_files],
+        holdout.OWN_FILES_RULE if plan.val_files else holdout.rule(plan.options.val_fraction),
         counts,
         sorted(shards, key=lambda shard: shard.name),
         unread=unread.for_manifest(plan.unread),

@@ -1,4 +1,4 @@
-"""Choose which documents are held out for validation: those whose hash is below the fraction.
+"""Choose which documents are held out for validation: those whose hash is below the fraction, or those of --val.
 
 The hash is of the text alone. So a document stays in its split when the corpus is reordered or grows, and all copies of
 a text are in the same split.
@@ -22,6 +22,9 @@ def is_held_out(text_digest: bytes, fraction: float) -> bool:
 def is_validation(text: str, fraction: float) -> bool:
     """Return whether a document is held out for validation."""
     return is_held_out(digest(text.encode()), fraction)
+
+
+OWN_FILES_RULE = "val if in a file of --val"  # covered by the manifest's digest
 
 
 def rule(fraction: float) -> str:

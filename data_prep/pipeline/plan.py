@@ -26,7 +26,10 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How text becomes tokens in shards."""
+    """How text becomes tokens in shards.
+
+    With --val, the units from `val_units_from` on are the validation split; else `val_fraction` of the documents is.
+    """
 
     tokenizer: Tokenizer
     text: TextOptions
@@ -35,6 +38,13 @@ class ShardOptions:
     min_characters: int
     dedup: bool
     shard_tokens: int
+    val_units_from: int | None = None
+
+    def val_fraction_of(self, unit: int) -> float:
+        """Return the fraction of the documents of a unit that is held out for validation."""
+        if self.val_units_from is None:
+            return self.val_fraction
+        return 1.0 if unit >= self.val_units_from else 0.0
 
     @property
     def width(self) -> Width:
@@ -51,12 +61,13 @@ class PrepPlan:
     unit_bytes: int
     skipped: list[Skipped] = field(default_factory=list)  # whole files, skipped while finding them; not in plan.json
     unread: list[UnreadFile] = field(default_factory=list)  # found, but not to be read; not in plan.json
+    val_files: list[InputFile] = field(default_factory=list)  # those of --val, of which the last units are
 
     @cached_property
     def as_json(self) -> bytes:
         """The content of plan.json."""
         body = {
-            "inputs": [{"name": f.name, "bytes": f.bytes, "modified_ns": f.modified_ns} for f in self.files],
+            "inputs": _rows(self.files),
             "tokenizer": self.options.tokenizer.fingerprint,
             **asdict(self.options.text),
             "dtype": self.options.dtype,
@@ -66,12 +77,18 @@ class PrepPlan:
             "shard_tokens": self.options.shard_tokens,
             "unit_bytes": self.unit_bytes,
         }
+        if self.val_files:
+            body["val_inputs"] = _rows(self.val_files)
         return (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode()
 
     @cached_property
     def plan_hash(self) -> str:
         """Eight hexadecimal digits that identify this plan, for the names of its temporary folders."""
         return sha256(self.as_json).hexdigest()[:8]
+
+
+def _rows(files: list[InputFile]) -> list[dict[str, Any]]:
+    return [{"name": file.name, "bytes": file.bytes, "modified_ns": file.modified_ns} for file in files]
 
 
 def claim(out: Path, plan: PrepPlan) -> bool:
@@ -118,5 +135,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], complete: bool) ->
     """Return the keys that differ between two plans. Times of the inputs matter only until the data set is complete."""
     if complete:
         for plan in (before, now):
-            plan["inputs"] = [{**row, "modified_ns": 0} for row in plan["inputs"]]
-    return [key for key in now if before.get(key) != now[key]]
+            for key in ("inputs", "val_inputs"):
+                if key in plan:
+                    plan[key] = [{**row, "modified_ns": 0} for row in plan[key]]
+    return [key for key in {**now, "val_inputs": None} if before.get(key) != now.get(key)]

@@ -95,7 +95,7 @@ def make(
     temporary = final.with_name(f".{number:06d}.{plan_hash}.{socket.gethostname()}-{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        _fill(temporary, unit, options, encoder, report)
+        _fill(temporary, unit, options, options.val_fraction_of(number), encoder, report)
     except BaseException:
         shutil.rmtree(temporary)
         raise
@@ -130,7 +130,9 @@ def remove_leftovers(out: Path, number: int, plan_hash: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _fill(where: Path, unit: Unit, options: ShardOptions, encoder: Encoder, report: ReportProgress) -> None:
+def _fill(
+    where: Path, unit: Unit, options: ShardOptions, val_fraction: float, encoder: Encoder, report: ReportProgress
+) -> None:
     skipped: list[Skipped] = []
     counts: Counter[str] = Counter()
     too_short = 0
@@ -142,7 +144,7 @@ def _fill(where: Path, unit: Unit, options: ShardOptions, encoder: Encoder, repo
                 continue
             content = text.encode()
             digest = holdout.digest(content)
-            name = "val" if holdout.is_held_out(digest, options.val_fraction) else "train"
+            name = "val" if holdout.is_held_out(digest, val_fraction) else "train"
             if name not in outputs:
                 outputs[name] = stack.enter_context(_SplitOutput(where, name, options, encoder, report))
             outputs[name].add(text, len(content), digest)

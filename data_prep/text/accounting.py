@@ -1,8 +1,8 @@
 """Count what was left out or changed, by reason: for the summary and the manifest.
 
-Every document in the input is in a shard, or is counted under one of these reasons. (A blank line is no document; what
-follows damage in a compressed file counts once.) Those in `ALWAYS` are in every
-manifest, even if 0; the others only where there is something to count, so that the digest of a corpus from which
+Every document in the input is in a shard, or is counted under one of these reasons. (A blank line is no document, nor
+is white space between two separators; what follows damage in a compressed file counts once.) Those in `ALWAYS` are in
+every manifest, even if 0; the others only where there is something to count, so that the digest of a corpus from which
 nothing was left out does not depend on which reasons exist.
 """
 

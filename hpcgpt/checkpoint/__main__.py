@@ -1,10 +1,12 @@
-"""``python -m hpcgpt.checkpoint ls|verify|show RUN``: look at a run's checkpoints. No torch in here."""
+"""``python -m hpcgpt.checkpoint ls|verify|show|back RUN``: look at a run's checkpoints, or go back to an older one.
+
+No torch in here.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +15,18 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hpcgpt import cli
-from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint import go_back, layout, listing
+from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
 from hpcgpt.run import run_folder
+from hpcgpt.storage import lease
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="hpcgpt checkpoint", description="Look at a run's checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|show")
+    parser = argparse.ArgumentParser(
+        prog="hpcgpt checkpoint", description="Look at a run's checkpoints, or go back to one."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|show|back")
     for name, about in (
         ("ls", "what there is; sizes and states are checked, checksums not"),
         ("verify", "check every byte; status 1 if anything is damaged"),
@@ -31,19 +37,24 @@ def main(argv: Sequence[str]) -> int:
         added.add_argument("--json", action="store_true", help="JSON, one object a line")
         if name != "ls":
             added.add_argument("--step", type=int, help="this step (show: the newest by default; verify: all)")
+    about = "go back to an older checkpoint: newer ones are set aside, and the next start continues from it"
+    added = commands.add_parser("back", help=about, description=about)
+    added.add_argument("RUN", help="run folder")
+    added.add_argument("--step", type=int, required=True, help="the step to go back to")
     options = parser.parse_args(argv)
     run = Path(options.RUN)
     run_folder.run_id(run)
+    if options.command == "back":
+        return _back(run, options.step)
     paths = layout.found(run / "checkpoints")
     if options.command == "ls":
-        rows = [_listed(path) for path in paths] + [_set_aside(path) for path in layout.damaged(run / "checkpoints")]
-        return _print(rows, options.json, f"{run} has no checkpoint yet")
+        return _print(listing.rows(run / "checkpoints"), options.json, f"{run} has no checkpoint yet")
     if options.step is not None:
         paths = [path for path in paths if layout.step_of(path) == options.step]
         if not paths:
             raise UserError(f"{run} has no checkpoint of step {options.step}")
     if options.command == "verify":
-        rows = [_listed(path, layout.verify(path)) for path in paths]
+        rows = [listing.row(path, layout.verify(path)) for path in paths]
         _print(rows, options.json, f"{run} has no checkpoint yet")
         return 1 if any(row["problem"] for row in rows) else 0
     if not paths:
@@ -51,27 +62,16 @@ def main(argv: Sequence[str]) -> int:
     return _show(paths[0], options.json)
 
 
-def _listed(path: Path, problem: str | None = None) -> dict[str, Any]:
-    """Return the row of a checkpoint. `problem`: what `verify` returned; None if it was not called."""
-    whole = "whole" if problem == "" else "sizes fit"
-    problem = layout.check_structure(path) if problem is None else problem
-    row: dict[str, Any] = {"name": path.name, "step": layout.step_of(path), "problem": problem}
-    row |= {"state": "damaged" if problem else whole, "bytes": None, "val_loss": None, "world_size": None}
-    row["age_s"] = time.time() - path.stat().st_mtime
-    if not problem:
-        row["bytes"] = sum(file["bytes"] for file in layout.read_files(path).values())
-        row["val_loss"], row["world_size"] = layout.val_loss(path), layout.read_state(path).world_size
-    return row
-
-
-def _set_aside(path: Path) -> dict[str, Any]:
-    """Return the row of a damaged checkpoint that was set aside."""
+def _back(run: Path, step: int) -> int:
+    """Go back to the checkpoint of `step`, unless an attempt is running."""
+    go_back.find(run, step, "--step")  # before the lease, for which it may have to wait
+    held = lease.acquire(run, world.job_start())
     try:
-        problem = (path / "REASON.txt").read_text().strip()
-    except OSError:
-        problem = "no reason is kept"
-    row = dict.fromkeys(("bytes", "val_loss", "world_size")) | {"name": path.name, "problem": problem}
-    return row | {"step": None, "state": "set aside", "age_s": time.time() - path.stat().st_mtime}
+        done = go_back.set_aside_newer(run, step, held, "--step")
+    finally:
+        held.release()
+    print(done or f"the checkpoint of step {step:,} is the newest already")
+    return 0
 
 
 def _print(rows: Sequence[dict[str, Any]], as_json: bool, none: str) -> int:

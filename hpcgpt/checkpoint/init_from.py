@@ -1,8 +1,12 @@
-"""Initial weights from another run: ``run.init_from`` names its folder, and its newest valid checkpoint is taken.
+"""A run that begins with another one's weights: ``run.init_from`` names its folder, ``run.init_step`` the
+checkpoint, by default the newest valid one.
 
-Only the weights are loaded. Optimizer, schedule, samples and step start from the beginning: the new run may have other
-data (with the same tokenizer), another learning rate, another length. Once it has a checkpoint of its own, the other
-run is not read any more.
+Step, schedule and random generators start from the beginning: the new run may have another learning rate, another
+length, another batch, other data (with the same tokenizer). ``run.init_optimizer`` takes the optimizer's state as well.
+With ``run.init_data = "continue"`` the samples continue after those that the other run has trained on, so that a fork
+at step k with both, and at the same constant rate, computes what the other run did after step k.
+
+Once the new run has a checkpoint of its own, the other one is not read any more.
 
 Only `load` imports torch.
 """
@@ -10,23 +14,45 @@ Only `load` imports torch.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint import go_back, layout
+from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import sources
-from hpcgpt.config.options import Config
+from hpcgpt.config.options import Config, Run
 from hpcgpt.errors import UserError
 from hpcgpt.run import run_folder
 from hpcgpt.tokenizer import save_load
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from hpcgpt.distributed.world import Ranks
 
+# The file in a folder of imported weights that says where they are from: see hpcgpt.import_weights.
+IMPORTED = "imported.json"
 # Options of the model that change neither names nor shapes of weights.
 _FREE = ("dropout", "init_std")
+# Keys of Plan.identity that decide which tokens a sample has. The batch does not: samples are counted, not batches.
+_ORDER = ("run.seed", "data.stride", "digest of the shards")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run begins with."""
+
+    path: Path
+    state: State
+    with_optimizer: bool
+
+    def message(self, first_sample: int) -> str:
+        """Say where the first weights come from. `first_sample`: the one that training begins with."""
+        optimizer = ", with its optimizer" if self.with_optimizer else ""
+        samples = f"; samples from {first_sample:,} on" if first_sample else ""
+        return f"first weights from {self.path}, step {self.state.step:,}{optimizer}{samples}"
 
 
 def check(config: Config, fingerprint: str) -> None:
@@ -35,38 +61,108 @@ def check(config: Config, fingerprint: str) -> None:
     Raises:
         UserError: it has no checkpoint, or another model or tokenizer.
     """
+    if (config.run_folder / IMPORTED).exists():
+        raise UserError(
+            f"{config.run_folder} holds imported weights, and no run trains there: give the run another --run.name, "
+            f"and --run.init_from {config.run_folder}"
+        )
     source = Path(config.run.init_from)
-    if not config.run.init_from or layout.found(config.run_folder / "checkpoints"):
+    if not _is_needed(config):
         return
     if source.resolve() == config.run_folder.resolve():
         raise UserError(f"run.init_from {source} is this run itself")
     try:
         run_folder.run_id(source)
-        other = sources.from_file(source / "config.toml").model
+        other_config = sources.from_file(source / "config.toml")
         save_load.load(source / "tokenizer", fingerprint)
     except ValueError as error:
         raise UserError(f"run.init_from: {error}") from None
     if not layout.found(source / "checkpoints"):
         raise UserError(f"run.init_from {source} has no checkpoint yet")
+    if config.run.init_step:
+        go_back.find(source, config.run.init_step, "run.init_step")
+    other = other_config.model
+    # No weight of a model with rotary positions depends on the length of its context.
+    free = (*_FREE, "block_size") if config.model.kind == "modern" else _FREE
     different = [
         f"model.{item.name} is {getattr(other, item.name)!r} there and {getattr(config.model, item.name)!r} here"
         for item in dataclasses.fields(other)
-        if item.name not in _FREE and getattr(other, item.name) != getattr(config.model, item.name)
+        if item.name not in free and getattr(other, item.name) != getattr(config.model, item.name)
     ]
     if different:
         raise UserError(f"run.init_from {source} has another model: {'; '.join(different)}")
+    if (source / IMPORTED).exists() and (config.run.init_optimizer or config.run.init_data != "start"):
+        key = "init_optimizer" if config.run.init_optimizer else "init_data"
+        raise UserError(f"run.{key}: {source} holds imported weights, without optimizer and samples: leave it out")
+    if config.run.init_optimizer and other_config.optim.name != config.optim.name:
+        raise UserError(
+            f"run.init_optimizer: optim.name is {other_config.optim.name} in {source} and {config.optim.name} here: "
+            "use the same, or leave run.init_optimizer out"
+        )
 
 
-def load(source: Path, model: nn.Module, ranks: Ranks) -> str:
-    """Load the weights of `model`; return a message that says where they come from. A collective.
+def check_samples(config: Config, identity: dict[str, Any]) -> None:
+    """Check that a run with this `identity` (Plan.identity) can continue with the samples of run.init_from.
 
     Raises:
-        UserError: there is no valid checkpoint, or it has another model.
+        UserError: it has other samples.
+    """
+    if not _is_needed(config) or config.run.init_data == "start":
+        return
+    checkpoints = Path(config.run.init_from) / "checkpoints"
+    step = config.run.init_step
+    path = layout.path_of(checkpoints, step) if step else layout.found(checkpoints)[0]
+    try:
+        state = layout.read_state(path)
+    except (OSError, TypeError, ValueError):  # a damaged one: `load` reports it, and may use an older one
+        return
+    first_batch(state, config, identity)
+
+
+def _is_needed(config: Config) -> bool:
+    """Return whether a run begins with another one's weights: it is to, and has no checkpoint of its own yet."""
+    return bool(config.run.init_from) and not layout.found(config.run_folder / "checkpoints")
+
+
+def not_read(settings: Run) -> str:
+    """Say that `run.init_from` has no effect on a run that has checkpoints; '' if it is not set."""
+    source = settings.init_from
+    return f"run.init_from {source} is not read: this run has checkpoints of its own" if source else ""
+
+
+def first_batch(other: State, config: Config, identity: dict[str, Any]) -> int:
+    """Return the number of the global batch that a new run with this `identity` (Plan.identity) begins with.
+
+    With run.init_data = "continue", that is the first whose samples the run in state `other` has not used. If the batch
+    has another size, less than a batch of samples may be left out.
+
+    Raises:
+        UserError: the runs do not have the same samples.
+    """
+    if config.run.init_data == "start":
+        return 0
+    shares = {key for key in other.identity.keys() | identity.keys() if key.startswith("share in ")}
+    for key in (*_ORDER, *sorted(shares)):
+        if other.identity.get(key) != identity.get(key):
+            raise UserError(
+                f'run.init_data "continue" needs the samples of {config.run.init_from}, whose {key} is '
+                f"{other.identity.get(key)!r} and here is {identity.get(key)!r}: restore that, or use "
+                "--run.init_data start"
+            )
+    used = (other.step + other.skipped) * int(other.identity["train.global_batch"])
+    return -(-used // config.train.global_batch)
+
+
+def load(settings: Run, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> Origin:
+    """Load the weights of `model`, and the state of `optimizer` unless it is None. A collective.
+
+    Raises:
+        UserError: there is no valid checkpoint, or it has another model or optimizer.
     """
     from hpcgpt.checkpoint import load as checkpoint_load
 
-    newest = checkpoint_load.newest_valid(source / "checkpoints", ranks, None)
-    if newest is None:
-        raise UserError(f"run.init_from {source} has no checkpoint yet")
-    state = checkpoint_load.load(newest, model, None, ranks)
-    return f"first weights from {newest}, step {state.step:,}"
+    source, step = Path(settings.init_from), settings.init_step
+    found = checkpoint_load.newest_valid(source / "checkpoints", ranks, None, lambda one: step in (0, one))
+    if found is None:
+        raise UserError(f"run.init_from {source} has no checkpoint {f'of step {step:,}' if step else 'yet'}")
+    return Origin(found, checkpoint_load.load(found, model, optimizer, ranks), optimizer is not None)

@@ -13,8 +13,8 @@ from hpcgpt.checkpoint import layout, run_config
 from hpcgpt.checkpoint import load as checkpoint_load
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config.options import Config
-from hpcgpt.distributed import world
-from hpcgpt.distributed.world import Ranks
+from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.errors import UserError
 from hpcgpt.model import host_memory, kernels
 from hpcgpt.model.gpt import GPT, ForwardOptions
@@ -22,10 +22,12 @@ from hpcgpt.model.precision import allow_tf32, computing_in, pick_dtype
 from hpcgpt.tokenizer import save_load
 from hpcgpt.tokenizer.interface import Tokenizer
 
+ALONE = World(0, 0, 1, 1, "alone", "command")
+
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the weights of the checkpoint `path`, on `ranks.device`; `ranks` are this process alone."""
+    """A model with the weights of the checkpoint `path`, on `ranks.device`; each of `ranks` has all of it."""
 
     config: Config
     path: Path
@@ -59,27 +61,36 @@ class Trained:
             return nullcontext
 
 
-def load(folder: Path, step: int | None, best: bool) -> Trained:
+def load(folder: Path, step: int | None, best: bool, device_name: str = "", here: World = ALONE) -> Trained:
     """Load the model of a run from the checkpoint of a step, from the best one, or else from the newest.
+
+    `device_name`: auto, cpu or cuda; "": that of the run, or the CPU where there is no GPU. `here`: this rank of
+    several that load the same model; then this is a collective.
 
     Raises:
         UserError: there is no such run or checkpoint, or the one of `step` is damaged. Other damaged ones are skipped.
+            There is no such device.
     """
     config = run_config.config(folder)
-    alone = world.World(0, 0, 1, 1, "alone", "command")
-    torch.set_num_threads(config.run.threads or world.cores(alone))
+    torch.set_num_threads(config.run.threads or world.cores(here))
     # A run on GPUs may be loaded where there are none.
-    device = world.pick_device(alone, "cpu" if config.run.device == "cpu" else "auto")
+    device = world.pick_device(here, device_name or ("cpu" if config.run.device == "cpu" else "auto"))
     if device.type == "cpu":
         host_memory.keep_freed()
     allow_tf32(device)
-    ranks = Ranks(alone, device, None)
-    path = _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
+    # What the ranks send each other here are Python objects, never tensors on a GPU.
+    ranks = rendezvous.connect(here, device, folder, "gloo", config.run.rendezvous_timeout_s)
+    path = choose(folder, step, best, ranks)
     tokenizer = save_load.load(folder / "tokenizer")
     model = GPT(config.model, options=ForwardOptions.from_config(config, tokenizer.end_of_text)).to(ranks.device)
     if config.train.dtype == "float64":
         model.double()
     return Trained(config, path, checkpoint_load.load(path, model, None, ranks), model.eval(), tokenizer, ranks)
+
+
+def choose(folder: Path, step: int | None, best: bool, ranks: Ranks) -> Path:
+    """Return the checkpoint of a step, the best one, or else the newest, after a check of every byte; see `load`."""
+    return _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
 
 
 def _newest(folder: Path, ranks: Ranks) -> Path:

@@ -10,8 +10,9 @@ turns the operating system's errors into strings; and the checksum would need a 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hpcgpt.storage import atomic
 
+About = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 CHUNK = 8 << 20  # bytes; writing and hashing this much does not hold the interpreter lock
 
 _DTYPES = {
@@ -40,11 +42,19 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         OSError: the file could not be written; the message names it. It is left incomplete.
     """
+    about = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_one_by_one(path, about, tensors.values())
+
+
+def write_one_by_one(
+    path: Path, about: Mapping[str, About], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write tensors that need not all be in memory: `tensors` yields them in the order of `about`. Else as `write`."""
     digest, size = xxhash.xxh3_128(), 0
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            for chunk in _chunks(tensors):
+            for chunk in _chunks(about, tensors, metadata):
                 unwritten = chunk
                 while unwritten:
                     unwritten = unwritten[os.write(descriptor, unwritten) :]
@@ -58,21 +68,30 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
-def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def _chunks(
+    about: Mapping[str, About], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None
+) -> Iterator[memoryview]:
     """Yield the bytes of the file."""
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
-    for name, tensor in tensors.items():
-        end = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, (dtype, shape) in about.items():
+        end = start + byte_count((dtype, shape))
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
     yield memoryview(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
+    for tensor, expected in zip(tensors, about.values(), strict=True):
+        assert (tensor.dtype, tuple(tensor.shape)) == expected
         content = tensor.reshape(-1).view(torch.uint8).numpy().data
         for first in range(0, len(content), CHUNK):
             yield content[first : first + CHUNK]
+
+
+def byte_count(about: About) -> int:
+    """Return the bytes of a tensor."""
+    dtype, shape = about
+    return math.prod(shape) * dtype.itemsize
 
 
 def fingerprint(content: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,13 @@ class Saver:
         # Remove old checkpoints after each save. Once this is False, a removal under way is not waited for, either:
         # comparing the checksums of a large checkpoint may take longer than a job has that must stop.
         self.prune_old = True
-        self._visible = threading.Event()  # this checkpoint is visible; the removal of old ones may be under way
         self._copies: dict[str, Tensor] = {}  # reused: allocating memory takes longer than copying
-        self._work: _Work | None = None
-        self._committing = False
+        self._save: _Save | None = None
 
     @property
     def busy(self) -> bool:
         """Return whether a save is under way: the same on every rank."""
-        return self._work is not None
+        return self._save is not None
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
         """Copy `tensors`, from `local_state_dict`, and start to write them.
@@ -136,98 +134,92 @@ class Saver:
         Return the outcome if it has ended already: the checkpoint exists, or there is no room.
         """
         assert not self.busy
-        self._state, self._began_at, self._stall_s = state, time.monotonic(), 0.0
-        common_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
-        own_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
-        self._bytes = common_bytes + sum(gather_from_all(self._ranks, lambda: own_bytes))
-        self._final = layout.path_of(self._checkpoints, state.step)
+        began_at, problem = time.monotonic(), ""
+        size = self._size(tensors)
+        final = layout.path_of(self._checkpoints, state.step)
         try:
-            temporary = run_on_rank0(self._ranks, self._make_folder)
+            temporary = run_on_rank0(self._ranks, lambda: self._make_folder(final, size))
         except OSError as error:
-            return self._ended(str(error))
+            temporary, problem = None, str(error)
         if temporary is None:
-            return self._ended("")
-        self._temporary = Path(temporary)
-        share = self._copy(_share(tensors, self._ranks))
-        path = self._temporary / layout.share_name(self._ranks.world.rank, self._ranks.world.size)
-        self._committing = False
-        self._visible.clear()
-        self._work = _Work(lambda: (path.name, safetensors_writer.write(path, share)))
-        self._stall_s += time.monotonic() - self._began_at
+            seconds = time.monotonic() - began_at
+            return Saved(state.step, problem, seconds, seconds, size)
+        share = self._copy(share_of(tensors, self._ranks))
+        path = Path(temporary) / layout.share_name(self._ranks.world.rank, self._ranks.world.size)
+        work = _Work(lambda: (path.name, safetensors_writer.write(path, share)))
+        self._save = _Save(state, size, path.parent, final, began_at, work, stall_s=time.monotonic() - began_at)
         return None
 
     def poll(self) -> Saved | None:
         """Advance the save at a step boundary, while `busy`; return the outcome if it has ended."""
+        assert self._save is not None
         started_at = time.monotonic()
-        problem = self._advance()
-        self._stall_s += time.monotonic() - started_at
-        return None if problem is None else self._ended(problem)
+        problem = self._advance(self._save)
+        self._save.stall_s += time.monotonic() - started_at
+        return None if problem is None else self._end(self._save, problem)
 
     def finish(self, alive: Callable[[], None]) -> Saved | None:
         """Wait for the save that is under way, if any; return its outcome. Meanwhile call `alive`, up to LONGEST_S."""
-        started_at = time.monotonic()
-        while self.busy:
-            if time.monotonic() - self._began_at < LONGEST_S:
+        save, started_at = self._save, time.monotonic()
+        while save is not None:
+            if time.monotonic() - save.began_at < LONGEST_S:
                 alive()
-            problem = self._advance()
+            problem = self._advance(save)
             if problem is not None:
-                self._stall_s += time.monotonic() - started_at
-                return self._ended(problem)
+                save.stall_s += time.monotonic() - started_at
+                return self._end(save, problem)
             time.sleep(POLL_S)
         return None
 
-    def _advance(self) -> str | None:
+    def _advance(self, save: _Save) -> str | None:
         """Begin the next stage if all ranks are ready; return '' or the problem if the save has ended, else None."""
-        assert self._work is not None
-        if not self._all_ready(self._work):
+        if not self._all_ready(save):
             return None
-        work = self._work
         try:
-            if self._committing:
-                run_on_rank0(self._ranks, work.result)
-                self._work = None
+            if save.committing:
+                run_on_rank0(self._ranks, save.work.result)
                 return ""
-            files = dict(gather_from_all(self._ranks, work.result))
+            files = dict(gather_from_all(self._ranks, save.work.result))
         except OSError as error:
             # The error was shared: no rank writes any more, and the incomplete folder is useless.
             if self._lease is not None:
-                shutil.rmtree(self._temporary, ignore_errors=True)
-            self._work = None
+                shutil.rmtree(save.temporary, ignore_errors=True)
             return str(error)
-        self._committing = True
-        self._work = _Work((lambda: self._commit(files)) if self._ranks.world.is_first else lambda: None)
+        save.committing = True
+        save.work = _Work((lambda: self._commit(save, files)) if self._ranks.world.is_first else lambda: None)
         return None
 
-    def _all_ready(self, work: _Work) -> bool:
+    def _all_ready(self, save: _Save) -> bool:
         """Return whether no rank has to wait for its thread any longer."""
-        only_pruning = self._visible.is_set() and not self.prune_old
-        ready = torch.tensor([int(work.ready or only_pruning)])
+        only_pruning = save.visible.is_set() and not self.prune_old
+        ready = torch.tensor([int(save.work.ready or only_pruning)])
         if self._ranks.cpu_group is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
         return bool(ready)
 
-    def _ended(self, problem: str) -> Saved:
-        """Return the outcome of a save that has ended."""
-        if not self._stall_s:  # it ended in `begin`
-            self._stall_s = time.monotonic() - self._began_at
-        return self._outcome(problem)
+    def _end(self, save: _Save, problem: str) -> Saved:
+        self._save = None
+        return save.outcome(problem)
 
-    def _outcome(self, problem: str = "") -> Saved:
-        return Saved(self._state.step, problem, time.monotonic() - self._began_at, self._stall_s, self._bytes)
+    def _size(self, tensors: dict[str, Tensor]) -> int:
+        """Return the bytes of a checkpoint of `tensors`, those that only other ranks have included."""
+        common = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
+        own = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
+        return common + sum(gather_from_all(self._ranks, lambda: own))
 
-    def _make_folder(self) -> str | None:
+    def _make_folder(self, final: Path, size: int) -> str | None:
         """Make the temporary folder, and room if necessary; return its path, None if the checkpoint exists already."""
         assert self._lease is not None
         assert self.pruner is not None
         self._lease.check()  # an older generation must not write, nor take a newer one's checkpoint for its own
-        if self._final.exists():
+        if final.exists():
             return None
         self.pruner.wait()
-        temporary = layout.temporary_of(self._final, self._lease.number)
-        needed = self._bytes + SPARE_BYTES
+        temporary = layout.temporary_of(final, self._lease.number)
+        needed = size + SPARE_BYTES
         try:
             if self._free() < needed:
-                self.pruner.make_room(self._final.name)
+                self.pruner.make_room(final.name)
             if self._free() < needed:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
             temporary.mkdir()
@@ -249,28 +241,47 @@ class Saver:
             torch.cuda.current_stream(self._ranks.device).synchronize()
         return {name: self._copies[name] for name in share}
 
-    def _commit(self, files: dict[str, Any]) -> None:
+    def _commit(self, save: _Save, files: dict[str, Any]) -> None:
         """Write state and manifest, make the checkpoint visible, and remove old ones."""
-        lease, temporary = self._lease, self._temporary
+        lease, temporary = self._lease, save.temporary
         assert lease is not None
         assert self.pruner is not None
         self._before_commit()
-        content = layout.state_bytes(self._state)
+        content = layout.state_bytes(save.state)
         atomic.write(temporary / "state.json", content)
         files["state.json"] = safetensors_writer.fingerprint(content)
         # The last file: `atomic.write` also flushes the folder.
         atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, lease.number))
         lease.check()
         try:
-            temporary.rename(self._final)
+            temporary.rename(save.final)
         except OSError as error:
-            raise atomic.with_path_and_free_space(error, self._final) from error
+            raise atomic.with_path_and_free_space(error, save.final) from error
         atomic.sync_folder(self._checkpoints)
-        self.pruner.saved(self._final)
-        self._committed(self._outcome())
-        self._visible.set()
+        self.pruner.saved(save.final)
+        self._committed(save.outcome())
+        save.visible.set()
         if self.prune_old:
             self.pruner.prune_after_save()
+
+
+@dataclass
+class _Save:
+    """The save that is under way. `work` is its first stage, or its second if `committing`."""
+
+    state: State
+    bytes: int
+    temporary: Path
+    final: Path
+    began_at: float
+    work: _Work
+    stall_s: float
+    committing: bool = False
+    # Set once the checkpoint is visible; old ones may still be being removed.
+    visible: threading.Event = field(default_factory=threading.Event)
+
+    def outcome(self, problem: str = "") -> Saved:
+        return Saved(self.state.step, problem, time.monotonic() - self.began_at, self.stall_s, self.bytes)
 
 
 class _Work:
@@ -299,7 +310,7 @@ class _Work:
         return self._result
 
 
-def _share(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def share_of(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """Return the tensors that this rank writes: those that only it has, and its share of those that all have.
 
     These are divided by size: the largest first, each to the rank with the fewest bytes of them so far.

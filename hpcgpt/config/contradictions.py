@@ -9,14 +9,16 @@ import re
 from collections.abc import Iterator
 
 from hpcgpt.config import paths
-from hpcgpt.config.options import Config, Model, Optim
+from hpcgpt.config.options import Config, Eval, Model, Optim, Run
 from hpcgpt.output import terminal
+
+_MODERN = ("head_size", "qk_norm", "rope_base", "rope_factor", "rope_low", "rope_high", "rope_context")
 
 
 def find(config: Config) -> Iterator[str]:
     """Yield a message for each error in the combination of several keys."""
     model, train = config.model, config.train
-    if model.n_embd % model.n_head:
+    if model.n_embd % model.n_head and not model.head_size:
         yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
     yield from _model_contradictions(model)
     if config.stride > model.block_size:
@@ -57,6 +59,12 @@ def find(config: Config) -> Iterator[str]:
     if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
         yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: use one of them"
     yield from _checkpoint_contradictions(config)
+    if config.eval.train_batches and not config.eval.every:
+        yield "eval.train_batches has no effect with eval.every 0, which evaluates nothing: give eval.every"
+    yield from _task_contradictions(config.eval)
+    for key in ("init_step", "init_optimizer", "init_data"):
+        if not config.run.init_from and getattr(config.run, key) != getattr(Run(), key):
+            yield f"run.{key} has no effect without run.init_from, the folder of another run: give both"
     steps = config.profile.steps
     if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
         yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
@@ -65,6 +73,15 @@ def find(config: Config) -> Iterator[str]:
             yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
     if any(map(terminal.is_control, config.run.dir)):
         yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
+
+
+def _task_contradictions(evaluation: Eval) -> Iterator[str]:
+    every, tasks_every = evaluation.every, evaluation.tasks_every
+    if bool(evaluation.tasks) != bool(tasks_every):
+        given, missing = ("eval.tasks", "eval.tasks_every") if evaluation.tasks else ("eval.tasks_every", "eval.tasks")
+        yield f"{given} has no effect without {missing}: give both"
+    elif tasks_every and (not every or tasks_every % every):
+        yield f"eval.tasks_every {tasks_every} must be a multiple of eval.every {every}: other steps are not evaluated"
 
 
 def _checkpoint_contradictions(config: Config) -> Iterator[str]:
@@ -85,13 +102,20 @@ def _model_contradictions(model: Model) -> Iterator[str]:
     if model.kind == "gpt2":
         if model.n_kv_head not in (0, model.n_head):
             yield f'model.n_kv_head {model.n_kv_head} is for model.kind "modern": gpt2 has a key for each head'
+        for key in _MODERN:
+            if getattr(model, key) != getattr(Model(), key):
+                yield f'model.{key} is for model.kind "modern": leave it out'
         return
-    if model.qkv_bias:
-        yield 'model.qkv_bias: model.kind "modern" has no biases: leave it out'
+    if model.gelu != Model().gelu:
+        yield f'model.gelu {model.gelu} is for model.kind "gpt2": modern has SwiGLU'
     if model.n_kv_head and model.n_head % model.n_kv_head:
         yield f"model.n_head {model.n_head} must be a multiple of model.n_kv_head {model.n_kv_head}"
-    if model.n_embd % model.n_head == 0 and model.n_embd // model.n_head % 2:
-        yield (
-            f"model.n_embd {model.n_embd} / model.n_head {model.n_head} is odd: rotary positions rotate pairs, so the "
-            "size of a head must be even"
-        )
+    if model.head_size % 2 or (not model.head_size and model.n_embd // model.n_head % 2):
+        found = f"n_embd {model.n_embd} / model.n_head {model.n_head}"
+        found = f"head_size {model.head_size}" if model.head_size else found
+        yield f"model.{found} is odd: rotary positions rotate pairs, so the size of a head must be even"
+    for key in ("rope_low", "rope_high", "rope_context"):
+        if model.rope_factor == 1 and getattr(model, key) != getattr(Model(), key):
+            yield f"model.{key} has no effect with model.rope_factor 1: give both, or leave it out"
+    if model.rope_low >= model.rope_high:
+        yield f"model.rope_low {model.rope_low:g} must be less than model.rope_high {model.rope_high:g}"

@@ -8,11 +8,15 @@ No torch in here: a login node reads configurations too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hpcgpt.config import paths
+
+# The hidden width of the modern block's MLP is a multiple of this by default, for efficient matrix products.
+WIDTH_MULTIPLE = 64
 
 
 def option(
@@ -39,6 +43,11 @@ class Run:
     seed: int = option(1, "seed of weights, sample order and dropout", low=0, below=2**63)
     init_from: str = option(
         "", "folder of another run, whose newest weights are the initial ones; empty: random weights", path=True
+    )
+    init_step: int = option(0, "init_from: take the checkpoint of this step; 0: the newest", low=0)
+    init_optimizer: bool = option(False, "init_from: also take the state of the optimizer; else it begins anew")
+    init_data: Literal["start", "continue"] = option(
+        "start", "init_from: begin with the first samples, or continue after those that the other run has trained on"
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "auto: the GPUs that Slurm allocated or that are visible, else the CPU"
@@ -81,7 +90,7 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     kind: Literal["gpt2", "modern"] = option(
-        "gpt2", "architecture; modern: RMSNorm, rotary positions, SwiGLU, QK-norm, grouped queries, no biases"
+        "gpt2", "architecture; modern: RMSNorm, rotary positions, SwiGLU, QK-norm, grouped queries, no biases (Qwen3's)"
     )
     n_layer: int = option(12, "transformer blocks", low=1)
     n_head: int = option(12, "attention heads of a block", low=1)
@@ -89,12 +98,55 @@ class Model:
         0, "modern: key-value heads of a block, each shared by as many query heads; 0: n_head", low=0
     )
     n_embd: int = option(768, "width of the residual stream", low=1)
+    head_size: int = option(0, "modern: width of a head; 0: n_embd / n_head", low=0)
+    mlp_width: int = option(
+        0, "hidden width of a block's MLP; 0: 4 n_embd, or for modern 8/3 n_embd, rounded up to a multiple of 64", low=0
+    )
     block_size: int = option(1024, "context length in tokens", low=1)
     vocab_size: int = option(0, "size of the vocabulary; 0: that of the shards' tokenizer", low=0)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", low=0, below=1)
-    qkv_bias: bool = option(True, "biases in the query, key and value projections; modern has none")
+    qkv_bias: bool = option(True, "biases in the query, key and value projections (default of modern: false)")
+    qk_norm: bool = option(True, "modern: norms on queries and keys")
+    norm_eps: float = option(0.0, "epsilon of the norms; 0: 1e-5 for gpt2, 1e-6 for modern", low=0, below=1)
+    gelu: Literal["tanh", "exact"] = option("tanh", "gpt2: GELU in its tanh form, as OpenAI's, or exact, as nanoGPT's")
+    rope_base: float = option(10_000.0, "modern: base of the rotary angles", above=1)
+    rope_factor: float = option(
+        1.0, "modern: slow down rotary pairs with long periods by this factor, as Llama 3.1 does; 1: none", low=1
+    )
+    rope_low: float = option(
+        1.0, "rope_factor: slow down pairs that turn fewer times than this within rope_context entirely", above=0
+    )
+    rope_high: float = option(
+        4.0, "rope_factor: leave pairs that turn more often than this within rope_context as they are", above=0
+    )
+    rope_context: int = option(8192, "rope_factor: context length before it was extended, in tokens", low=1)
     tied: bool = option(True, "share the token embedding with the output head")
     init_std: float = option(0.02, "standard deviation of the initial weights; narrow models need more", above=0)
+
+    @property
+    def head_width(self) -> int:
+        """Return D, the width of a head."""
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Return K, the number of key-value heads of a block."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def hidden_width(self) -> int:
+        """Return F, the hidden width of a block's MLP."""
+        if self.mlp_width:
+            return self.mlp_width
+        if self.kind == "gpt2":
+            return 4 * self.n_embd
+        # Three matrices of width 8/3 C have as many weights as GPT-2's two of width 4 C.
+        return math.ceil(8 * self.n_embd / 3 / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+    @property
+    def epsilon(self) -> float:
+        """Return the epsilon of the norms: of GPT-2's LayerNorm, or of Qwen3's RMSNorm, unless it was set."""
+        return self.norm_eps or (1e-5 if self.kind == "gpt2" else 1e-6)
 
 
 @dataclass(frozen=True)
@@ -194,6 +246,9 @@ class Checkpoint:
     keep_every: int = option(0, "also keep the checkpoints of steps that are a multiple of this; 0: none", low=0)
     keep_best: bool = option(True, "also keep the checkpoint with the best validation loss")
     background: bool = option(True, "write checkpoints while training continues")
+    step: int = option(
+        0, "go back to the checkpoint of this step, once; newer ones are kept aside; 0: continue from the newest", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -201,6 +256,15 @@ class Eval:
     every: int = option(250, "steps between two evaluations; 0: none", low=0)
     batches: int = option(
         20, "size of an evaluation, in batches of train.micro_batch sequences; 0: the whole split", low=0
+    )
+    train_batches: int = option(
+        0, "also evaluate as many batches of the training split, as eval/train_loss; 0: none", low=0
+    )
+    tasks: tuple[str, ...] = option(
+        (), "files of questions to evaluate on as well, FILE,... (in TOML a list); see docs/evaluation.md", path=True
+    )
+    tasks_every: int = option(
+        0, "steps between two evaluations on eval.tasks, a multiple of eval.every; the last step has one, too", low=0
     )
 
 
@@ -225,6 +289,11 @@ class Tracking:
         "auto", "auto: online if there are a key and a network, else offline"
     )
     project: str = option("hpcgpt", "wandb project")
+    entity: str = option("", "wandb user or team that owns the project; empty: as wandb's own settings say")
+    group: str = option("", "wandb group, which puts runs together; empty: none")
+    tags: str = option("", "wandb tags, with commas between them")
+    notes: str = option("", "a description of the run, shown on its wandb page")
+    tensorboard: bool = option(False, "also write event files for TensorBoard into tensorboard/ in the run folder")
 
 
 @dataclass(frozen=True)
@@ -268,6 +337,15 @@ class Blame:
 
 
 @dataclass(frozen=True)
+class Doctor:
+    preflight: Literal["off", "quick"] = option(
+        "off",
+        "quick: check the job's nodes for some seconds before each start, and exclude those that fail from the next; "
+        "see docs/doctor.md",
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -285,6 +363,7 @@ class Config:
     requeue: Requeue = field(default_factory=Requeue)
     watchdog: Watchdog = field(default_factory=Watchdog)
     blame: Blame = field(default_factory=Blame)
+    doctor: Doctor = field(default_factory=Doctor)
 
     @property
     def run_folder(self) -> Path:
@@ -295,7 +374,9 @@ class Config:
         """Return the configuration with absolute paths, as a run stores it, so that it can be read in any folder."""
         run = replace(self.run, dir=paths.absolute(self.run.dir), init_from=paths.absolute(self.run.init_from))
         mix = tuple(Part(paths.absolute(part.dir), part.weight) for part in self.data.mix)
-        return replace(self, run=run, data=replace(self.data, dir=paths.absolute(self.data.dir), mix=mix))
+        data = replace(self.data, dir=paths.absolute(self.data.dir), mix=mix)
+        tasks = tuple(paths.absolute(path) for path in self.eval.tasks)
+        return replace(self, run=run, data=data, eval=replace(self.eval, tasks=tasks))
 
     @property
     def profiled_steps(self) -> range:

@@ -52,6 +52,8 @@ def _type(hint: Any, limits: Mapping[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if hint == tuple[Part, ...]:
         return "list of `{dir, weight}`"
+    if hint == tuple[str, ...]:
+        return "list of paths"
     bounds = [f"{sign} {_bound(limits[name])}" for name, sign in _BOUNDS.items() if limits[name] is not None]
     return _escaped(", ".join(["path" if limits["path"] else _TYPES[hint], *bounds]))
 

@@ -71,6 +71,17 @@ def from_command_line(
     return _build(written, problems)
 
 
+def configuration_named(argv: Sequence[str]) -> str:
+    """Return the CONFIG in these arguments of `from_command_line`, as it is written; "" if there is none."""
+    arguments, _ = unknown_flags.split(argv, _keys(), _is_configuration)
+    return str(_parser("", "").parse_known_args(arguments)[0].CONFIG)
+
+
+def presets() -> list[str]:
+    """List the names of the presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
 def from_file(path: Path) -> Config:
     """Read and check the configuration in a TOML file. Raises UserError, with one line for each error."""
     return _build([(str(path), _read_toml(path))], [])
@@ -86,7 +97,7 @@ def find(name: str) -> Path:
     Raises:
         UserError: there is neither such a file nor such a preset.
     """
-    path, names = Path(paths.expand(name, "CONFIG")), sorted(p.stem for p in PRESETS.glob("*.toml"))
+    path, names = Path(paths.expand(name, "CONFIG")), presets()
     try:
         mode = path.stat().st_mode
     except OSError:  # it does not exist, or the name is too long for a file
@@ -127,7 +138,7 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
         "CONFIG",
         nargs="?",
         default="",
-        help="a TOML file, or the name of a preset: " + ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml"))),
+        help="a TOML file, or the name of a preset: " + ", ".join(presets()),
     )
     for section, cls in _sections().items():
         group = parser.add_argument_group(f"[{section}]")
@@ -224,6 +235,8 @@ def checked(section: str, key: str, value: Any) -> Any:
         return str(value)
     if hint == _MIX:
         return _mix(value)
+    if hint == _FILES:
+        return _files(value)
     value = _from_text(value, hint) if isinstance(value, _Text) else value
     if hint is float and type(value) is int:
         value = float(value)
@@ -258,7 +271,10 @@ _ONE_OF: dict[str, dict[str, Any]] = {
     "data": {"dir": "", "mix": ()},
 }
 _MIX = tuple[Part, ...]
-_METAVAR: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "BOOL", str: "STR", _MIX: "DIR:WEIGHT,..."}
+_FILES = tuple[str, ...]
+_METAVAR: dict[Any, str] = {
+    int: "INT", float: "FLOAT", bool: "BOOL", str: "STR", _MIX: "DIR:WEIGHT,...", _FILES: "FILE,..."
+}  # fmt: skip
 _KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "low": (operator.ge, "at least"),
@@ -302,6 +318,17 @@ def _mix(value: Any) -> tuple[Part, ...]:
         _check_text(folder)
         parts.append(Part(paths.expand(folder, "path"), float(weight)))
     return tuple(parts)
+
+
+def _files(value: Any) -> tuple[str, ...]:
+    """Parse ``a.jsonl,b.jsonl`` from the command line or ``["a.jsonl", "b.jsonl"]`` from TOML; "" and [] are none."""
+    if isinstance(value, _Text):
+        value = value.split(",") if value else []
+    if not isinstance(value, list) or not all(isinstance(path, str) and path for path in value):
+        raise UserError(f"expected a list of files, found {value!r}")
+    for path in value:
+        _check_text(path)
+    return tuple(paths.expand(path, "path") for path in value)
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -29,22 +29,6 @@ BEFORE_THE_SCRIPT = {
     name: f"it is one of sbatch's, before the script's name: sbatch --{name}=... pretrain.sbatch ..."
     for name in _SBATCH_FLAGS
 }
-# The same for `hpcgpt submit`, which has some of them under other names.
-_SUBMIT_ADVICE = {
-    "exclusive": "give it to sbatch: --sbatch exclusive",
-    "gpus": "did you mean --gpus-per-node?",
-    "gpus-per-task": "did you mean --gpus-per-node?",
-    "gres": "did you mean --gpus-per-node N? Anything else goes to sbatch: --sbatch gres=...",
-    "job-name": "did you mean --run.name? The job is called after the run",
-    "ntasks": "did you mean --tasks-per-node?",
-    "ntasks-per-node": "did you mean --tasks-per-node?",
-}
-
-
-def for_submit(own_flags: Sequence[str]) -> dict[str, str]:
-    """Return the advice of `hpcgpt submit` for flags of sbatch that are not among its `own_flags`."""
-    passed_on = {name: f"give it to sbatch: --sbatch {name}=..." for name in _SBATCH_FLAGS}
-    return passed_on | _SUBMIT_ADVICE | dict.fromkeys(own_flags, "")
 
 
 def split(

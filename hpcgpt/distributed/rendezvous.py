@@ -89,7 +89,7 @@ def _connect_store(world: World, folder: Path, timeout_s: float) -> TCPStore:
     limit = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        _use_interface_towards(_resolve(host), port)
+        use_interface_towards(resolve(host), port)
         # torchrun's agent already serves its own store on that port.
         serve = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         with _timeout_error(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
@@ -117,7 +117,7 @@ def _host(world: World, card: Path, limit: timedelta) -> TCPStore:
     address = _own_address(world)
     listener = socket.create_server(("", 0), backlog=1024)
     port = listener.getsockname()[1]
-    _use_interface_towards(address, port)
+    use_interface_towards(address, port)
     token = secrets.token_hex(8)
     # The store takes ownership of the descriptor, and closes it.
     store = TCPStore(address, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach())
@@ -178,7 +178,7 @@ def _join(world: World, card: Path, timeout_s: float) -> TCPStore:
                 store = _open(address, port, UNKNOWN_SERVER_S)
                 if store and store.get("token").decode() == token:
                     store.set_timeout(timedelta(seconds=timeout_s))
-                    _use_interface_towards(address, port)
+                    use_interface_towards(address, port)
                     return store
         time.sleep(0.5 if published else 0.1)
     raise TimeoutError(
@@ -225,7 +225,7 @@ def _register(store: Store, world: World, device: torch.device, timeout_s: float
     if store.add(f"there/{world.rank}", 1) > 1:
         raise UserError(f"{world}: another process has this rank already: was the job started twice, or without srun?")
     if device.type == "cuda":
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        gpu = identity(torch.cuda.get_device_properties(device))
         if store.add(f"gpu/{host}/{gpu}", 1) > 1:
             raise UserError(f"{world}: another rank uses {device} as well: ask for one GPU a task")
     names = [f"ready/{rank}" for rank in range(world.size)]
@@ -241,6 +241,16 @@ def _register(store: Store, world: World, device: torch.device, timeout_s: float
             f"{world} waited {timeout_s:.0f} s: {world.size - len(missing)} of {world.size} ranks are there, missing: "
             f"{', '.join(missing)}. Start as many processes as the world size says"
         ) from None
+
+
+def identity(properties: object) -> str:
+    """Return what distinguishes a GPU from the others of its host.
+
+    Slices of a GPU (MIG) share its PCI address, and have a UUID each. The two halves of an MI250X have an address each;
+    that their UUIDs differ, too, is untried.
+    """
+    names = ("uuid", "pci_domain_id", "pci_bus_id", "pci_device_id")
+    return "/".join(str(getattr(properties, name, "")) for name in names)
 
 
 @contextmanager
@@ -262,11 +272,11 @@ def _own_address(world: World) -> str:
     others = [host for host in world.hosts if host.split(".")[0] != here.split(".")[0]]
     if others:
         # The source address of the route to another node: a host's own name may resolve to loopback.
-        return _route(_resolve(others[0]), 9)
-    return "127.0.0.1" if world.local_size == world.size else _resolve(here)
+        return route(resolve(others[0]), 9)
+    return "127.0.0.1" if world.local_size == world.size else resolve(here)
 
 
-def _resolve(host: str) -> str:
+def resolve(host: str) -> str:
     try:
         return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]  # type: ignore[return-value]
     except socket.gaierror as error:
@@ -276,7 +286,7 @@ def _resolve(host: str) -> str:
         ) from None
 
 
-def _route(address: str, port: int) -> str:
+def route(address: str, port: int) -> str:
     """Return this host's address on the route to another one; connecting a UDP socket sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -286,9 +296,9 @@ def _route(address: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def _use_interface_towards(address: str, port: int) -> None:
+def use_interface_towards(address: str, port: int) -> None:
     """Make gloo and NCCL use the interface on the route to rank 0: by default they often choose loopback."""
-    name = _interface_of(_route(address, port))
+    name = _interface_of(route(address, port))
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         # NCCL finds shared memory and NVLink itself; loopback would only hide the network.

@@ -1,13 +1,19 @@
 """Rank, world size, host and device of this process.
 
-Three launchers are distinguished by variables that only they set:
+Five launchers are distinguished by variables that only they set, in this order:
 
     torchrun   TORCHELASTIC_RUN_ID, with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE
+    mpirun     Open MPI: OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE
+               MPICH, Intel MPI: PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS; PALS: PMI_LOCAL_RANK, _SIZE
     srun       SLURM_STEP_NUM_TASKS, with SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST
-    alone      neither: also a shell inside an allocation, where SLURM_* is set but there is no step
+    env        RANK and WORLD_SIZE, set by hand or by a script, with LOCAL_RANK, MASTER_ADDR, MASTER_PORT, and
+               LOCAL_WORLD_SIZE where MASTER_ADDR is another host
+    alone      none of these: also a shell inside an allocation, where SLURM_* is set but there is no step
 
-torchrun is checked first, since srun may have started it, and then torchrun's ranks are the right ones. No other module
-reads these variables.
+torchrun and mpirun come before srun, which may have started them: then their ranks are the right ones. But an MPI's
+variables that srun itself has set (--mpi=pmi2, cray_shasta) agree with srun's, and then srun is the launcher. RANK and
+WORLD_SIZE that contradict the launcher's are an error, and so is an MPI that says only half. No other module reads
+these variables.
 
 How ranks connect: ``hpcgpt.distributed.rendezvous``. Torch is imported inside functions, since login nodes import this
 module too.
@@ -18,13 +24,14 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hpcgpt.errors import NodeError, UserError
+from hpcgpt.output import terminal
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +46,7 @@ class World:
     local_rank: int
     size: int
     local_size: int
-    launcher: Literal["srun", "torchrun", "alone"]
+    launcher: Literal["torchrun", "mpirun", "srun", "env", "alone"]
     attempt: str
     hosts: tuple[str, ...] = ()
 
@@ -60,7 +67,9 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
     try:
         found = _found(env)
     except KeyError as error:
-        raise UserError(f"the launcher did not set {error.args[0]}: start the ranks with srun or torchrun") from None
+        raise UserError(
+            f"the launcher did not set {error.args[0]}: start the ranks with srun, torchrun or mpirun"
+        ) from None
     if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
         raise UserError(f"the variables of {found.launcher} contradict each other: {found}")
     return found
@@ -69,27 +78,109 @@ def discover(env: Mapping[str, str] = os.environ) -> World:
 def _found(env: Mapping[str, str]) -> World:
     if "TORCHELASTIC_RUN_ID" in env:
         attempt = f"torchrun_{env['TORCHELASTIC_RUN_ID']}_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        return World(
-            int(env["RANK"]),
-            int(env["LOCAL_RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env["LOCAL_WORLD_SIZE"]),
-            "torchrun",
-            re.sub(r"\W", "_", attempt),
-        )
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        hosts = expand_hosts(env.get("SLURM_STEP_NODELIST", ""))
-        step = env.get("SLURM_STEP_ID", "0")
-        return World(
-            int(env["SLURM_PROCID"]),
-            int(env["SLURM_LOCALID"]),
-            int(env["SLURM_STEP_NUM_TASKS"]),
-            _tasks_here(env),
-            "srun",
-            f"{job_start(env)}_{step}",
-            tuple(hosts),
+        rank, local_rank, size, local_size = _numbers(env, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return World(rank, local_rank, size, local_size, "torchrun", re.sub(r"\W", "_", attempt))
+    if names := _mpi_names(env):
+        _check_agreement(env, names[0], names[2])
+        rank, local_rank, size, local_size = _numbers(env, names)
+        # The same on all ranks; where there is no name of this start, the published address has a token.
+        start = env.get("PMIX_NAMESPACE", "") or job_start(env) or "mpi"
+        attempt = f"mpirun_{re.sub(r'[^0-9A-Za-z]', '_', start)}"
+        return World(rank, local_rank, size, local_size, "mpirun", attempt)
+    if _has_srun_step(env):
+        _check_agreement(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        rank, local_rank, size = _numbers(env, ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"))
+        hosts = tuple(expand_hosts(env.get("SLURM_STEP_NODELIST", "")))
+        attempt = f"{job_start(env)}_{env.get('SLURM_STEP_ID', '0')}"
+        return World(rank, local_rank, size, _tasks_here(env), "srun", attempt, hosts)
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_plain_variables(env)
+    if name := next((name for name in _MPI_HINTS if name in env), ""):
+        raise UserError(
+            f"an MPI has started this process ({name} is set), but not said how many processes there are: it would "
+            "train alone. Use srun, torchrun, or an mpirun of Open MPI or MPICH; or set RANK, WORLD_SIZE, LOCAL_RANK, "
+            "LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )
     return World(0, 0, 1, 1, "alone", f"alone_{socket.gethostname()}_{os.getpid()}")
+
+
+# By MPI: rank, local rank, world size, local size.
+_MPIS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    ("PMI_RANK", "PMI_LOCAL_RANK", "PMI_SIZE", "PMI_LOCAL_SIZE"),
+)
+_MPI_HINTS = ("PMIX_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MV2_COMM_WORLD_RANK")
+_LOOPBACK = ("localhost", "127.", "::1")
+
+
+def _has_srun_step(env: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env
+
+
+def _mpi_names(env: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """Return the variables of the mpirun that started this process; None if none did."""
+    for names in _MPIS:
+        rank, _, size, _ = names
+        if rank not in env or size not in env:
+            continue
+        from_srun = _has_srun_step(env) and (env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]) == (env[rank], env[size])
+        if not from_srun and all(name in env for name in names):
+            return names
+    return None
+
+
+def _from_plain_variables(env: Mapping[str, str]) -> World:
+    """Read RANK, WORLD_SIZE and so on, which were set by hand or by a script.
+
+    Raises:
+        UserError: one is missing.
+    """
+    needed = ["RANK", "WORLD_SIZE"]
+    if env.get("WORLD_SIZE") != "1":
+        needed += ["LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        if not env.get("MASTER_ADDR", "").startswith(_LOOPBACK):  # else all ranks are on this host
+            needed.append("LOCAL_WORLD_SIZE")
+    if missing := [name for name in needed if name not in env]:
+        set_here = [f"{name}={env[name]}" for name in needed if name in env]
+        raise UserError(
+            f"{' and '.join(set_here)} {'are' if len(set_here) > 1 else 'is'} set, but not {', '.join(missing)}: set "
+            f"{' and '.join(needed)}; or, to train with this process alone: unset RANK WORLD_SIZE"
+        )
+    rank, size = _numbers(env, ("RANK", "WORLD_SIZE"))
+    local_rank = _numbers(env, ("LOCAL_RANK",))[0] if "LOCAL_RANK" in env else 0
+    local_size = _numbers(env, ("LOCAL_WORLD_SIZE",))[0] if "LOCAL_WORLD_SIZE" in env else size
+    address = f"{env.get('MASTER_ADDR', '')}_{env.get('MASTER_PORT', '')}"
+    return World(rank, local_rank, size, local_size, "env", re.sub(r"\W", "_", f"env_{address}"))
+
+
+def _check_agreement(env: Mapping[str, str], rank: str, size: str) -> None:
+    """Raise UserError if RANK or WORLD_SIZE is set and is not what the launcher says in `rank` and `size`."""
+    for plain, name in (("RANK", rank), ("WORLD_SIZE", size)):
+        if plain in env and name in env and env[plain] != env[name]:
+            raise UserError(
+                f"{plain} is {env[plain]}, but {name} is {env[name]}: which of them is right? If it is {name}, which "
+                f"the launcher has set: unset RANK WORLD_SIZE; else start the ranks without that launcher"
+            )
+
+
+def _numbers(env: Mapping[str, str], names: Sequence[str]) -> list[int]:
+    """Return the values of these variables. Raises KeyError if one is missing, UserError if one is no number."""
+    try:
+        return [int(env[name]) for name in names]
+    except ValueError:
+        wrong = next(name for name in names if not re.fullmatch(r"\s*[+-]?\d+\s*", env[name]))
+        raise UserError(f"{wrong} is '{terminal.printable(env[wrong])}', expected a whole number") from None
+
+
+def of_torchrun(environment: Mapping[str, str], rank: int, size: int, job: str) -> dict[str, str]:
+    """Return the environment of one of `size` ranks on this machine, with the variables that torchrun sets.
+
+    Those of a step of srun, in which this process may run, are left out. `job` names these ranks.
+    """
+    kept = {key: value for key, value in environment.items() if not key.startswith(("SLURM_STEP", "SLURM_PROCID"))}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return kept | {key: str(number) for key, number in place.items()} | {"TORCHELASTIC_RUN_ID": job}
 
 
 def job_start(env: Mapping[str, str] = os.environ) -> str:
@@ -146,8 +237,8 @@ def device_index(world: World, visible: int, requested: str, allocated: int) -> 
         if requested == "cuda" or allocated:
             why = "run.device is cuda" if requested == "cuda" else "Slurm gave this job GPUs"
             raise (NodeError if allocated else UserError)(
-                f"{why}, but torch sees none ({world}): check the driver and that torch is a CUDA "
-                "build, or pass --run.device cpu"
+                f"{why}, but torch sees none ({world}): check the driver and that torch is a "
+                "CUDA or ROCm build, or pass --run.device cpu"
             )
         return None
     if world.local_rank < visible:
@@ -188,6 +279,8 @@ def cores(world: World, env: Mapping[str, str] = os.environ) -> int:
     allowed = min(len(os.sched_getaffinity(0)), cgroup_cpu_limit() or 10**6)
     if world.launcher == "srun" and env.get("SLURM_CPUS_PER_TASK"):
         return min(allowed, int(env["SLURM_CPUS_PER_TASK"]))
+    if env.get("OMPI_MCA_orte_bound_at_launch") == "1":  # Open MPI has bound each rank to a core, or to all of a socket
+        return max(1, min(allowed, min(os.cpu_count() or 1, cgroup_cpu_limit() or 10**6) // world.local_size))
     return max(1, allowed // world.local_size)
 
 

@@ -23,17 +23,34 @@ from typing import Any, Literal
 
 Mode = Literal["healthy", "silent", "failing", "refusing", "forgetful"]
 BIND_S = 20.0
+ENTITY = "a-user"  # of every key
+
+
+class Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore it: clients that are killed are part of the tests."""
 
 
 class WandbServer:
     """Answers at `url` until it is closed. `history` has the lines of each run in the order of their arrival, `names`
-    the name of each run. It listens on `host` only."""
+    the name of each run, `config` and `summary` what wandb shows beside its curves. It listens on `host` only.
+
+    `rewinds`: it can rewind a run that has ended, as W&B's own servers can and self-managed ones cannot.
+    """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self._mode: Mode = "healthy"
-        self.stop_asked = False
+        self.stop_asked, self.rewinds = False, True
+        self._ended: set[str] = set()
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.names: dict[str, str] = {}
+        self.config: dict[str, dict[str, Any]] = {}
+        self.summary: dict[str, dict[str, Any]] = {}
+        self.labels: dict[str, dict[str, Any]] = {}
+        self.alerts: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
         self.changed = threading.Condition()
@@ -50,12 +67,6 @@ class WandbServer:
                 server.answer(self)
 
             do_POST = do_PUT = do_GET  # noqa: N815
-
-        class Http(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                """Ignore it: clients that are killed are part of the tests."""
 
         self._listener: Callable[[tuple[str, int]], ThreadingHTTPServer] = lambda address: Http(address, Handler)
         self._http: ThreadingHTTPServer | None = None
@@ -133,7 +144,7 @@ class WandbServer:
             asked.close_connection = True  # opened before the outage
             return
         if mode == "failing" or (mode == "forgetful" and "/file_stream" in asked.path):
-            self._reply(asked, 500, {"error": "out of order"})
+            _reply(asked, 500, {"error": "out of order"})
             return
         with self.changed:
             if asked.path.endswith("/graphql"):
@@ -143,15 +154,8 @@ class WandbServer:
             else:
                 reply = {}
             self.changed.notify_all()
-        self._reply(asked, 200, reply)
-
-    def _reply(self, asked: BaseHTTPRequestHandler, status: int, reply: Any) -> None:
-        content = json.dumps(reply).encode()
-        asked.send_response(status)
-        asked.send_header("Content-Type", "application/json")
-        asked.send_header("Content-Length", str(len(content)))
-        asked.end_headers()
-        asked.wfile.write(content)
+        refused = isinstance(reply, dict) and "rewindRun" in (reply.get("data") or {}) and "errors" in reply["data"]
+        _reply(asked, 400 if refused else 200, reply["data"] if refused else reply)
 
     def _file_stream(self, run: str, sent: dict[str, Any]) -> dict[str, Any]:
         lines = sent.get("files", {}).get("wandb-history.jsonl")
@@ -159,52 +163,102 @@ class WandbServer:
             history = self.history.setdefault(run, [])
             del history[lines["offset"] :]
             history += [json.loads(line) for line in lines["content"]]
+        for line in sent.get("files", {}).get("wandb-summary.json", {}).get("content", []):
+            self.summary[run] = json.loads(line)
+        if sent.get("complete"):
+            self._ended.add(run)
         return {"exitcode": None, "limits": {}, "stopped": self.stop_asked}
 
     def _graphql(self, name: str, query: str, given: dict[str, Any]) -> dict[str, Any]:
         run = str(given.get("name") or given.get("runName") or given.get("run") or "")
         lines = self.history.get(run, [])
-        project = {"id": "project", "name": "hpcgpt", "entity": {"id": "entity", "name": "somebody"}}
+        project = {"id": "project", "name": "hpcgpt", "entity": {"id": "entity", "name": ENTITY}}
+        if "rewindRun" in query:
+            return self._rewind(given, project)
+        if "upsertView" in query:
+            self.views.append(given)
+            return {"upsertView": {"view": {"id": "view", "name": given["name"]}, "inserted": True}}
+        if "notifyScriptableRunAlert" in query:
+            self.alerts.append(given)
+            return {"notifyScriptableRunAlert": {"success": True}}
         if "upsertBucket" in query:
-            new = run not in self.history
-            self.history.setdefault(run, [])
-            self.names[run] = given["displayName"] or self.names.get(run, "")
-            bucket = {"id": run, "name": run, "displayName": given["displayName"], "config": given["config"],
-                      "project": project, "historyLineCount": len(lines)}  # fmt: skip
-            return {"upsertBucket": {"bucket": bucket, "inserted": new}}
+            return self._upsert(run, given, project)
         if name == "RunResumeStatus":
             if run not in self.history:
                 return {"model": {**project, "bucket": None}}
-            tail = json.dumps([json.dumps(line) for line in lines[-1:]])
-            bucket = {"id": run, "name": run, "summaryMetrics": "{}", "displayName": run, "logLineCount": 0,
-                      "historyLineCount": len(lines), "eventsLineCount": 0, "historyTail": tail, "eventsTail": "[]",
-                      "config": "{}", "tags": [], "notes": "", "wandbConfig": json.dumps({"t": 1})}  # fmt: skip
-            return {"model": {**project, "bucket": bucket}}
+            return {"model": {**project, "bucket": _bucket(run, lines)}}
         if "sampledHistory" in query or "parquetHistory" in query:
             specs = [json.loads(spec) for spec in given.get("specs") or [given.get("spec") or "{}"]]
-            found = [self._sampled(lines, spec) for spec in specs]
+            found = [_sampled(lines, spec) for spec in specs]
             live = [line for line in lines if all(key in line for key in given.get("liveKeys") or [])]
             parquet = {"liveData": live, "parquetUrls": []}
             return {"project": {"run": {"sampledHistory": found, "parquetHistory": parquet}}}
         if "viewer" in query:
-            return {"viewer": {"id": "viewer", "entity": "somebody", "username": "somebody", "flags": "{}",
+            return {"viewer": {"id": "viewer", "entity": ENTITY, "username": ENTITY, "flags": "{}",
                                "teams": {"edges": []}}}  # fmt: skip
         if "createRunFiles" in query:
             files = [{"name": file, "uploadUrl": f"{self.url}/storage/{file}"} for file in given["files"]]
             return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
         if "runStopped" in query or "stopped" in query:
             return {"project": {"run": {"stopped": self.stop_asked}}}
-        last = max((line.get("_step", -1) for line in lines), default=-1)
-        now = "2026-01-01T00:00:00Z"
-        return {"project": {**project, "internalId": "1", "run": {
-            "id": run, "name": run, "projectId": "1", "displayName": run, "state": "running", "tags": [], "group": None,
-            "config": "{}", "summaryMetrics": "{}", "historyKeys": {"lastStep": last}, "createdAt": now,
-            "heartbeatAt": now, "historyLineCount": len(lines), "lastHistoryStep": last, "user": {"name": "somebody",
-            "username": "somebody"}, "systemMetrics": "{}", "sweepName": None, "jobType": None, "readOnly": False,
-            "description": "", "notes": "", "commit": None, "stopped": self.stop_asked}}}  # fmt: skip
+        return {"project": {**project, "internalId": "1", "run": _run(run, lines, self.stop_asked)}}
 
-    @staticmethod
-    def _sampled(lines: list[dict[str, Any]], spec: dict[str, Any]) -> list[dict[str, Any]]:
-        keys, least, most = spec.get("keys", []), spec.get("minStep", 0), spec.get("maxStep", 1 << 60)
-        picked = [line for line in lines if all(key in line for key in keys) and least <= line["_step"] <= most]
-        return [{key: line[key] for key in keys} for line in picked[: spec.get("samples", 500)]]
+    def _upsert(self, run: str, given: dict[str, Any], project: dict[str, Any]) -> dict[str, Any]:
+        """Make a run, or begin to continue it."""
+        self._ended.discard(run)
+        if given.get("config"):
+            self.config[run] = {key: value["value"] for key, value in json.loads(given["config"]).items()}
+        said = {key: given[key] for key in ("groupName", "tags", "notes") if given.get(key)}
+        self.labels[run] = self.labels.get(run, {}) | said
+        new = run not in self.history
+        self.history.setdefault(run, [])
+        self.names[run] = given["displayName"] or self.names.get(run, "")
+        bucket = {"id": run, "name": run, "displayName": given["displayName"], "config": given["config"],
+                  "project": project, "historyLineCount": len(self.history[run])}  # fmt: skip
+        return {"upsertBucket": {"bucket": bucket, "inserted": new}}
+
+    def _rewind(self, given: dict[str, Any], project: dict[str, Any]) -> dict[str, Any]:
+        """Remove the lines after one of wandb's own steps; refuse that while the run has not ended."""
+        run, last = str(given["runName"]), given["metricValue"]
+        why = "" if run in self._ended else "cannot rewind a run that is not in a terminal state"
+        if why or not self.rewinds:
+            error = {"message": why or "rewind is not enabled", "path": ["rewindRun"]}
+            return {"rewindRun": None, "errors": [error]}
+        self.history[run] = lines = [line for line in self.history[run] if line["_step"] <= last]
+        rewound = {"id": run, "name": run, "displayName": self.names.get(run, ""), "description": "", "config": "{}",
+                   "sweepName": None, "project": project, "historyLineCount": len(lines)}  # fmt: skip
+        return {"rewindRun": {"rewoundRun": rewound}}
+
+
+def _reply(asked: BaseHTTPRequestHandler, status: int, reply: Any) -> None:
+    content = json.dumps(reply).encode()
+    asked.send_response(status)
+    asked.send_header("Content-Type", "application/json")
+    asked.send_header("Content-Length", str(len(content)))
+    asked.end_headers()
+    asked.wfile.write(content)
+
+
+def _bucket(run: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a client gets of a run that it resumes."""
+    tail = json.dumps([json.dumps(line) for line in lines[-1:]])
+    return {"id": run, "name": run, "summaryMetrics": "{}", "displayName": run, "logLineCount": 0,
+            "historyLineCount": len(lines), "eventsLineCount": 0, "historyTail": tail, "eventsTail": "[]",
+            "config": "{}", "tags": [], "notes": "", "wandbConfig": json.dumps({"t": 1})}  # fmt: skip
+
+
+def _run(run: str, lines: list[dict[str, Any]], stopped: bool) -> dict[str, Any]:
+    """Return what a client gets of a run that it reads."""
+    last = max((line.get("_step", -1) for line in lines), default=-1)
+    now = "2026-01-01T00:00:00Z"
+    return {"id": run, "name": run, "projectId": "1", "displayName": run, "state": "running", "tags": [],
+            "group": None, "config": "{}", "summaryMetrics": "{}", "historyKeys": {"lastStep": last}, "createdAt": now,
+            "heartbeatAt": now, "historyLineCount": len(lines), "lastHistoryStep": last, "user": {"name": ENTITY,
+            "username": ENTITY}, "systemMetrics": "{}", "sweepName": None, "jobType": None, "readOnly": False,
+            "description": "", "notes": "", "commit": None, "stopped": stopped}  # fmt: skip
+
+
+def _sampled(lines: list[dict[str, Any]], spec: dict[str, Any]) -> list[dict[str, Any]]:
+    keys, least, most = spec.get("keys", []), spec.get("minStep", 0), spec.get("maxStep", 1 << 60)
+    picked = [line for line in lines if all(key in line for key in keys) and least <= line["_step"] <= most]
+    return [{key: line[key] for key in keys} for line in picked[: spec.get("samples", 500)]]

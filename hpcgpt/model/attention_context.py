@@ -11,13 +11,14 @@ Shapes: B batch, T tokens of this pass, S all tokens that can be attended to (T,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-ROPE_BASE = 10_000.0
+from hpcgpt.config.options import Model
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,35 @@ def supports_flex(device: torch.device, dtype: torch.dtype, dropout: float) -> b
     return device.type == "cuda" and dtype != torch.float64 and dropout == 0
 
 
-def rope_cos_sin(positions: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the rotation angles of `positions` (T,) or (B, T), for heads of `head_size` (even).
+def rope_cos_sin(positions: Tensor, config: Model) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the rotation angles of `positions` (T,) or (B, T).
 
-    float32, (T, D/2) or (B, 1, T, D/2). Pair i is rotated by position / ROPE_BASE^(2i / D).
+    float32, (T, D/2) or (B, 1, T, D/2). Pair i is rotated by position / rope_base^(2i / D), see also `slowed_down`.
     """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device) / head_size  # (D/2,)
-    angles = positions.unsqueeze(-1) * (1.0 / ROPE_BASE**exponents)  # (..., T, D/2)
+    size = config.head_width
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size  # (D/2,)
+    frequencies = 1.0 / config.rope_base**exponents  # (D/2,), radians for each token
+    if config.rope_factor != 1:
+        frequencies = slowed_down(frequencies, config)
+    angles = positions.unsqueeze(-1) * frequencies  # (..., T, D/2)
     if angles.dim() == 3:
         angles = angles.unsqueeze(1)  # (B, 1, T, D/2): the same for all heads
     return angles.cos(), angles.sin()
+
+
+def slowed_down(frequencies: Tensor, config: Model) -> Tensor:
+    """Divide low `frequencies` (D/2,) by model.rope_factor, so that a model can be used with a longer context.
+
+    Pairs that turn more than rope_high times within rope_context keep their frequency, those that turn fewer than
+    rope_low times are slowed down, and between the two the change is gradual. Source: Llama 3.1 (Grattafiori et al.,
+    "The Llama 3 Herd of Models", 2024; rope_type "llama3" in transformers, whose order of operations is used, since
+    rounding of frequencies grows with the position).
+    """
+    periods = 2 * math.pi / frequencies  # tokens
+    kept = ((config.rope_context / periods - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    slow = frequencies / config.rope_factor
+    gradual = (1 - kept) * frequencies / config.rope_factor + kept * frequencies
+    return torch.where(kept == 1, frequencies, torch.where(kept == 0, slow, gradual))
 
 
 def _block_mask(documents: Tensor) -> BlockMask:

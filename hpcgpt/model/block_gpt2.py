@@ -1,9 +1,10 @@
 """The parts of GPT-2's block: LayerNorm, attention, MLP with GELU, biases in all of them.
 
-Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H).
+Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), F hidden width (4 C unless it is set).
 
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019: pre-norm blocks, GELU in its tanh
-form, LayerNorm epsilon 1e-5. Positions are learned, and added to the token embedding in ``hpcgpt.model.gpt``.
+form (nanoGPT has the exact one), LayerNorm epsilon 1e-5. Positions are learned, and added to the token embedding in
+``hpcgpt.model.gpt``.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.residual = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.up = nn.Linear(config.n_embd, config.hidden_width)
+        self.residual = nn.Linear(config.hidden_width, config.n_embd)
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.up(x), approximate="tanh")  # (B, T, 4C)
+        hidden = F.gelu(self.up(x), approximate=self.approximate)  # (B, T, F)
         return self.dropout(self.residual(hidden))  # type: ignore[no-any-return]

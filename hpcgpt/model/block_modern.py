@@ -1,7 +1,8 @@
 """The parts of the modern block: RMSNorm, attention with rotary positions, grouped queries and norms on queries and
-keys, SwiGLU; no biases.
+keys, SwiGLU.
 
-Shapes: B batch, T time, C channels (n_embd), H heads, K key-value heads, D head size (C / H), F hidden width.
+Shapes: B batch, T time, C channels (n_embd), H heads, K key-value heads, D head size (C / H unless it is set), F hidden
+width.
 
 Sources, one for each change from GPT-2's block:
 
@@ -12,12 +13,11 @@ Sources, one for each change from GPT-2's block:
   Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023.
 * grouped queries: Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models", 2023.
 
-Together they are the block of Qwen3 (Yang et al., 2025), whose layout of rotary pairs is used.
+Together they are the block of Qwen3 (Yang et al., 2025), whose layout of rotary pairs is used. Without the norms on
+queries and keys it is Llama's (Touvron et al., 2023), and Qwen2's with biases of queries, keys and values.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -28,38 +28,37 @@ from hpcgpt.model.attention import attend
 from hpcgpt.model.attention_context import AttentionContext
 from hpcgpt.model.kv_cache import LayerKVCache
 
-EPSILON = 1e-6
-# The hidden width is a multiple of this, for efficient matrix products.
-WIDTH_MULTIPLE = 64
-
 
 class Norm(nn.Module):
     """RMSNorm: x / rms(x), times a gain for each channel; the mean of squares is computed in float32 or wider."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         # Under autocast the gains would stay float32, and torch has no fused kernel for bfloat16 with float32 gains.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPSILON)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.heads, self.groups = config.n_head, config.n_kv_head or config.n_head
-        size = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (self.heads + 2 * self.groups) * size, bias=False)
-        self.query_norm, self.key_norm = Norm(size), Norm(size)
-        self.residual = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.heads, self.groups, size = config.n_head, config.kv_heads, config.head_width
+        self.qkv = nn.Linear(config.n_embd, (self.heads + 2 * self.groups) * size, bias=config.qkv_bias)
+        self.query_norm = Norm(size, config.epsilon) if config.qk_norm else None
+        self.key_norm = Norm(size, config.epsilon) if config.qk_norm else None
+        self.residual = nn.Linear(self.heads * size, config.n_embd, bias=False)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerKVCache | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.groups, -1)).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = heads.split((self.heads, self.groups, self.groups), dim=1)  # (B, H, T, D), (B, K, T, D) twice
         assert context.rope is not None
-        q, k = apply_rope(self.query_norm(q), context.rope), apply_rope(self.key_norm(k), context.rope)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, K, S, D)
         mixed = attend(q, k, v, context, self.dropout if self.training else 0.0)  # (B, H, T, D)
@@ -70,10 +69,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
-        # Three matrices of width 8/3 C have as many weights as GPT-2's two of width 4 C.
-        width = math.ceil(8 * config.n_embd / 3 / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        self.gate_and_up = nn.Linear(config.n_embd, 2 * width, bias=False)
-        self.residual = nn.Linear(width, config.n_embd, bias=False)
+        self.gate_and_up = nn.Linear(config.n_embd, 2 * config.hidden_width, bias=False)
+        self.residual = nn.Linear(config.hidden_width, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if config.kind == "gpt2" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = KINDS[config.kind].Norm(config.n_embd)
+        self.norm = KINDS[config.kind].Norm(config.n_embd, config.epsilon)
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
@@ -148,7 +148,7 @@ class GPT(nn.Module):
             flex = may_use_flex and attention_context.supports_flex(weight.device, weight.dtype, dropout)
             context = attention_context.document_context(new, ids, self.options.document_start, flex)
         if c.kind == "modern":
-            rope = attention_context.rope_cos_sin(context.positions, c.n_embd // c.n_head)
+            rope = attention_context.rope_cos_sin(context.positions, c)
             context = replace(context, rope=rope)
         return context
 
@@ -173,24 +173,26 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Count the floating-point operations of one token's forward and backward pass, as nanoGPT does.
 
-        6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B). N are the parameters in matrix products: the head,
-        but neither position embeddings nor an untied token embedding. The second term is attention (queries times keys,
-        attention weights times values), which grouped queries do not reduce. The causal mask, document masking and
-        recomputation are ignored, so that figures of different runs can be compared.
+        6 N + 12 L H D T, for L layers of H heads of width D (Chowdhery et al., "PaLM", 2022, appendix B). N are the
+        parameters in matrix products: the head, but neither position embeddings nor an untied token embedding. The
+        second term is attention (queries times keys, attention weights times values), which grouped queries do not
+        reduce. The causal mask, document masking and recomputation are ignored, so that figures of different runs can
+        be compared.
         """
         c = self.config
         tables = 0 if self.position_embedding is None else c.block_size
         tables += 0 if c.tied else c.vocab_size
-        return 6 * (self.parameter_count() - tables * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+        attention = 12 * c.n_layer * c.n_head * c.head_width * c.block_size
+        return 6 * (self.parameter_count() - tables * c.n_embd) + attention
 
 
 class Block(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         kind = KINDS[config.kind]
-        self.attention_norm = kind.Norm(config.n_embd)
+        self.attention_norm = kind.Norm(config.n_embd, config.epsilon)
         self.attention = kind.Attention(config)
-        self.mlp_norm = kind.Norm(config.n_embd)
+        self.mlp_norm = kind.Norm(config.n_embd, config.epsilon)
         self.mlp = kind.MLP(config)
 
     def forward(self, x: Tensor, context: AttentionContext, cache: LayerKVCache | None = None) -> Tensor:

@@ -27,6 +27,7 @@ _BACKENDS = {
 }
 _ON_CPU = ("auto", "flash", "math")
 _BF16_ON_GPU = ("flash", "cudnn", "fa3")
+_NVIDIA_ONLY = ("cudnn", "fa3")
 
 
 def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Context:
@@ -43,6 +44,8 @@ def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Co
         return nullcontext
     if device.type == "cpu" and wanted not in _ON_CPU:
         raise UserError(f"train.attention {wanted} is for GPUs: on a CPU use {', '.join(_ON_CPU)}")
+    if torch.version.hip and wanted in _NVIDIA_ONLY:
+        raise UserError(f"train.attention {wanted} is for NVIDIA GPUs, and this torch is built for AMD's: use auto")
     if device.type == "cuda" and wanted in _BF16_ON_GPU and dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UserError(

@@ -19,6 +19,24 @@ import math
 from hpcgpt.config.options import Config
 
 
+def first_that_depends_on_length(total_steps: int, config: Config) -> int | None:
+    """Return the first step (counted from 0) whose rate a longer run would not have; None if there is none.
+
+    Up to there, a run of `total_steps` and one that was planned longer from the start are the same run.
+    """
+    schedule = config.schedule
+    if schedule.kind == "constant":
+        return None
+    if schedule.kind == "wsd":
+        return max(schedule.warmup_steps, total_steps - wsd_decay_steps(total_steps, config) + 1)
+    return schedule.warmup_steps + 1  # at the end of the warm-up, the rate is the peak for any length
+
+
+def wsd_decay_steps(total_steps: int, config: Config) -> int:
+    """Return the number of steps at the end of which the rate of wsd decays."""
+    return max(1, round(config.schedule.decay_fraction * total_steps))
+
+
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """Return the learning rate of optimizer step number `step` (counted from 0) of `total_steps`."""
     schedule, peak = config.schedule, config.optim.lr
@@ -34,6 +52,6 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
         return low + (peak - low) / 2 * (1 + math.cos(math.pi * progress))
     if schedule.kind == "linear":
         return low + (peak - low) * ((total_steps - step) / (total_steps - warmup))
-    decay_steps = max(1, round(schedule.decay_fraction * total_steps))
+    decay_steps = wsd_decay_steps(total_steps, config)
     left = total_steps - step
     return low + (peak - low) * min(1.0, left / decay_steps)

@@ -12,7 +12,7 @@ torch in here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,9 +68,13 @@ class Attempt:
         return str(self.end.get("reason") or self.crash.get("reason") or "")
 
 
-def read(folder: Path) -> tuple[list[Row], list[Row]]:
-    """Read the events and rows of a run folder, without damaged ones."""
-    return records.events(folder), records.rows(folder)
+# The fields of rows that attempts and goodput are computed from.
+TIMING = ("step", "time", "attempt", "train/step_s", "val/elapsed_s")
+
+
+def read(folder: Path, keys: Collection[str] | None = None) -> tuple[list[Row], list[Row]]:
+    """Read the events and rows of a run folder, without damaged ones; with `keys` only these fields of the rows."""
+    return records.events(folder), records.rows(folder, keys)
 
 
 def attempts(events: Sequence[Row], rows: Sequence[Row], now: float | None = None) -> list[Attempt]:
@@ -78,8 +82,7 @@ def attempts(events: Sequence[Row], rows: Sequence[Row], now: float | None = Non
     found = starts(events, rows)
     events_of, rows_of = _by_attempt(events), _by_attempt(rows)
     crashes = [event for event in events if event["event"] == "crash"]
-    # The step at which the next attempt would resume.
-    saved = max((event.get("step", 0) for event in events if event["event"] == "save"), default=0)
+    saved = newest_checkpoint(events) or 0  # at which the next attempt would resume
     return [
         _attempt(
             start, found[index + 1 :], events_of[start["attempt"]], rows_of[start["attempt"]], crashes, saved,
@@ -98,6 +101,34 @@ def starts(events: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
             step = max(0, row["step"] - 1)
             found[attempt] = {"event": "start", "attempt": attempt, "time": step_began_at(row), "step": step}
     return [found[number] for number in sorted(found)]
+
+
+def newest_checkpoint(events: Iterable[Row]) -> int | None:
+    """Return the step of the newest checkpoint that a start would use, as the events show it; None if there is none.
+
+    A start records where it resumed, and a rollback or ``checkpoint.step`` where the run went back to: newer ones were
+    damaged, removed or set aside.
+    """
+    newest: int | None = None
+    for event in events:
+        step = event.get("step")
+        if step is None:
+            continue
+        if event["event"] == "save":
+            newest = max(step, newest or 0)
+        elif event["event"] in ("start", "rollback", "went_back"):
+            newest = step or None
+    return newest
+
+
+def went_back_to(events: Sequence[Row]) -> int | None:
+    """Return the step to which the run went back and from which no attempt has continued yet; None if there is none."""
+    for event in reversed(events):
+        if event["event"] == "went_back" and "step" in event:
+            return int(event["step"])
+        if event["event"] == "start":
+            return None
+    return None
 
 
 def step_began_at(row: Row) -> float:

@@ -6,7 +6,8 @@ the kinds add up to the total:
     productive   steps that are part of the result
     evaluation   validation
     lost         steps that were repeated because an attempt died after its last checkpoint, everything else since that
-                 checkpoint, and the time until its death was noticed; also the steps of a rollback
+                 checkpoint, and the time until its death was noticed; also the steps of a rollback, and those that
+                 were repeated because the run went back (checkpoint.step)
     save_stall   training waited for a checkpoint
     restart      from the start of a job or a process to its first step: imports, rendezvous, loading
     compile      the warm-up pass and compilation

@@ -33,14 +33,21 @@ TAIL_ROWS = 1000
 SPIKE_METRICS = ("train/loss", "train/grad_norm")  # read by hpcgpt.training.spikes
 
 # Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the longer name is found first.
-# Without an entry there is no MFU: a utilisation of the wrong chip is worse than none.
+# Without an entry there is no MFU: a utilisation of the wrong chip is worse than none. A V100 has no bf16.
+# AMD, GB200: https://github.com/stas00/ml-engineering/blob/master/compute/accelerator/README.md, MI300A:
+# https://vengineer.hatenablog.com/entry/2023/12/11/080000. Torch shows an MI250X as two devices, each with half of its
+# 383 TFLOP/s. AMD GPUs are untried.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "GH200": 989e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "MI250X": 191.5e12,
+    "MI300A": 980.6e12,
+    "MI300X": 1307e12,
     "A100": 312e12,
     "A40": 149.7e12,
     "A30": 165e12,
@@ -233,6 +240,8 @@ class Console:
             self.say(
                 f"step {row['step']:,}: validation loss {_number(row['val/loss'], 4)}, perplexity "
                 f"{_number(row['val/perplexity'], 2)}, {_number(row['val/bits_per_byte'], 4)} bits per byte"
+                + (f", training loss {_number(row['eval/train_loss'], 4)}" if "eval/train_loss" in row else "")
+                + "".join(f", {name} accuracy {_number(value, 4)}" for name, value in _accuracies(row))
             )
         if self._bar is None and (now >= self._next_line_at or row["step"] == self._total):
             self._next_line_at = now + LINE_EVERY_S
@@ -254,6 +263,12 @@ class Console:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _accuracies(row: dict[str, Any]) -> list[tuple[str, float | None]]:
+    """Return the accuracy of each of the tasks in a row, eval/TASK/accuracy."""
+    begin, end = "eval/", "/accuracy"
+    return [(key[len(begin) : -len(end)], row[key]) for key in row if key.startswith(begin) and key.endswith(end)]
 
 
 def _number(value: float | None, places: int) -> str:

@@ -11,15 +11,22 @@ or a text instead of a number. All lines are validated here, once:
 
 Lines without `time` and `event`, or `time` and `step`, are left out. Of several rows of a step the last one counts.
 
+A run of a million steps has half a gigabyte of rows. `rows` reads them all, line by line, and keeps the fields that its
+caller needs; `blocks` keeps none of them; `newest_rows` reads only the end of the file.
+
 No torch in here.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from hpcgpt.run import run_folder
 
@@ -27,6 +34,10 @@ Record = Mapping[str, Any]
 
 LATEST_S = 1e11  # unix seconds of the year 5138, and longer than any duration
 LARGEST = 2**63
+TAIL_BYTES = 4 << 20  # about 10,000 rows
+NEWEST_ROWS = 200
+LAST_ROWS = 3  # not only one, which may be damaged
+BLOCK_BYTES = 4 << 20
 
 
 def events(folder: Path) -> list[Record]:
@@ -35,17 +46,78 @@ def events(folder: Path) -> list[Record]:
     return [event for event in found if "time" in event and "event" in event]
 
 
-def rows(folder: Path) -> list[Record]:
-    """Read the rows of a run folder's metrics.jsonl, one for each step."""
+def rows(folder: Path, keys: Collection[str] | None = None) -> list[Record]:
+    """Read the rows of a run folder's metrics.jsonl, one for each step; with `keys` only these fields of each."""
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            return rows_of(file, keys)
+    except FileNotFoundError:
+        return []
+
+
+def blocks(folder: Path, keys: Collection[str]) -> Iterator[list[Record]]:
+    """Yield the rows, with these fields, in blocks of about BLOCK_BYTES of the file; memory for one is needed.
+
+    Steps increase, as they do in every metrics.jsonl: a row whose step does not, or is beyond the file's last rows, is
+    damaged, and left out. Rows that are appended meanwhile may be.
+    """
+    last = -1
+    highest = max((row["step"] for row in newest_rows(folder)[-LAST_ROWS:]), default=0)
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            while lines := file.readlines(BLOCK_BYTES):
+                kept = []
+                for row in rows_of(lines, keys):
+                    if last < row["step"] <= highest:
+                        last = row["step"]
+                        kept.append(row)
+                if kept:
+                    yield kept
+    except FileNotFoundError:
+        return
+
+
+def newest_rows(folder: Path) -> list[Record]:
+    """Read the last NEWEST_ROWS rows, and those before them that have an evaluation, of the last TAIL_BYTES."""
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read(TAIL_BYTES).split(b"\n")
+    except FileNotFoundError:
+        return []
+    if size > TAIL_BYTES:
+        del lines[0]  # it begins in the middle of a line
+    evaluations = [line for line in lines[:-NEWEST_ROWS] if b'"val/' in line]
+    return rows_of([*evaluations, *lines[-NEWEST_ROWS:]])
+
+
+def rows_of(lines: Iterable[bytes], keys: Collection[str] | None = None) -> list[Record]:
+    """Parse lines of metrics.jsonl, as `rows` does."""
     found: dict[int, Record] = {}
-    for line in run_folder.read_rows(folder / "metrics.jsonl", torn=True):
-        row = _cleaned(line)
+    for line in lines:
+        row = _parsed(line)
+        if keys is not None:
+            row = {key: row[key] for key in keys if key in row}
+        row = _cleaned(row)
         if "time" in row and "step" in row:
             found[row["step"]] = row
     return list(found.values())
 
 
-def _cleaned(record: dict[str, Any]) -> Record:
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Parse a line; {} if it is no JSON object. orjson is fast, but refuses NaN and numbers of any length."""
+    try:
+        row = orjson.loads(line)
+    except ValueError:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _cleaned(record: dict[str, Any]) -> dict[str, Any]:
     """Remove the known fields that have a wrong type or an implausible value from `record`, and return it."""
     bad = [key for key, value in record.items() if not _KINDS.get(key, _can_be_shown)(value)]
     for key in bad:
@@ -88,7 +160,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("seconds", "stall_s", "imports_s", "meet_s", "warm_up_s", "load_s", "lost_s"), is_time),
     **dict.fromkeys(("silent_s", "local_s", "usual_s", "factor"), is_time),
     **dict.fromkeys(("step", "attempt", "total_steps", "lost_steps", "spiked_step", "skipped_batches"), is_count),
-    **dict.fromkeys(("world_size", "rank", "bytes", "tokens", "samples"), is_count),
+    **dict.fromkeys(("world_size", "from_step", "rank", "bytes", "tokens", "samples"), is_count),
     "status": _is_status,
     **dict.fromkeys(("event", "job", "next_job", "reason", "problem", "host"), _is_text),
     **dict.fromkeys(("hosts", "excluded"), _are_texts),

@@ -8,6 +8,7 @@
       run.json             the run's id (also wandb's), made once
       metrics.jsonl        see hpcgpt.run.metrics_file
       samples.jsonl        one JSON object for each generated text: step, time, text
+      ranks.jsonl          times of all ranks, figures of all nodes: see hpcgpt.training.stragglers
       events.jsonl         one JSON object a line: time, event, attempt, and the fields of the event
       exit.json            how the newest attempt ended: written by rank 0, read by hpcgpt.requeue
       checkpoints/         see hpcgpt.checkpoint
@@ -18,6 +19,7 @@
       tokenizer/           a copy of the shards' tokenizer
       logs/                one file for each start of a job
       wandb/
+      tensorboard/
 
 A file named STOP in it makes a running job save and exit, and keeps other jobs from starting.
 

@@ -1,7 +1,7 @@
-"""The batch scripts and site files: slurm/ of a checkout, or the copy in a wheel (see setup.py).
+"""The batch scripts: slurm/ of a checkout, or the copy in a wheel (see setup.py).
 
-A file is named by its path in that folder; ``.sbatch``, or the suffix of a site file, may be left out: ``pretrain``,
-``shards``, ``sites/mycluster``. The lab (slurm/lab) needs root and a checkout; it is not among them.
+A file is named by its path in that folder; its suffix may be left out: ``pretrain``, ``shards``, ``sites/README``. The
+site files are printed by `hpcgpt site show`. The lab (slurm/lab) needs root and a checkout; it is not among them.
 """
 
 from __future__ import annotations
@@ -15,5 +15,6 @@ FOLDER = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 def found() -> dict[str, Path]:
     """List every file that `slurm-script` prints, by its short name, sorted."""
-    paths = [*FOLDER.glob("*.sbatch"), *(path for path in FOLDER.glob("sites/*") if path.is_file())]
+    sites = [path for path in FOLDER.glob("sites/*") if path.is_file() and path.suffix != ".toml"]
+    paths = [*FOLDER.glob("*.sbatch"), *sites]
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(paths)}

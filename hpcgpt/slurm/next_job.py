@@ -56,8 +56,12 @@ def flags(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] = 
     found = [f"--{flag}={env[name]}" for name, flag in _FROM_ENV.items() if env.get(name)]
     shown = job.fields
     found += [f"--{flag}={shown[key]}" for key, flag in _FROM_FIELDS.items() if shown.get(key, "") not in _NOTHING]
-    if not any(flag.startswith("--gpus") for flag in found) and (gres := shown.get("TresPerNode", "")):
+    gres = shown.get("TresPerNode", "")
+    if not any(flag.startswith("--gpus") for flag in found) and gres:
         found += ["--gres=" + re.sub(r"\bgres[:/]", "", gres)]
+    # The batch script sets SLURM_GPUS_PER_NODE to a number where --gres has replaced its own request.
+    if typed := re.search(r"\bgpu:([a-zA-Z][\w.-]*:(\d+))", gres):
+        found = [f"--gpus-per-node={typed[1]}" if flag == f"--gpus-per-node={typed[2]}" else flag for flag in found]
     outputs = {flag: _pattern(shown[key], env) for key, flag in _OUTPUTS.items() if shown.get(key, "") not in _NOTHING}
     if outputs.get("error") == outputs.get("output"):
         outputs.pop("error", None)

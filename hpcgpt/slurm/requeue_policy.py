@@ -6,6 +6,8 @@ The first line that applies decides:
     a user has cancelled the job            leave it
     training is finished                    leave it
     rank 0 has recorded a user's mistake    leave it: a person has to act
+    it was terminated and has saved, since  leave it: a person has to act. They were processes that each train
+      another task found a user's mistake   alone, or were started with different arguments
     saved before the end                    leave it if a STOP file was the reason; else requeue, unless the last
                                             requeue.max_idle starts made no progress
     a node failed, and Slurm may not        requeue, unless the last requeue.max_node_failures starts ended so without
@@ -42,6 +44,8 @@ from hpcgpt.run.run_folder import Exit
 from hpcgpt.slurm.restart_history import RestartHistory
 from hpcgpt.slurm.scontrol import Job
 
+CANCELLED = "the job was cancelled"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -66,7 +70,7 @@ def decide(
     if job.restarts > restart:
         return Decision(False, "Slurm has requeued it already")
     if job.cancelled:
-        return Decision(False, "the job was cancelled")
+        return Decision(False, CANCELLED)
     if ended and ended.status == FINISHED:
         return Decision(False, "training is finished", finished=True)
     if ended and ended.status == USER_MISTAKE:
@@ -74,6 +78,9 @@ def decide(
     if ended and ended.status == AGAIN:
         if ended.stop == Stop.FILE:
             return Decision(False, "a STOP file keeps the run stopped")
+        # srun -K ends the other tasks. Ranks of one world would have found the mistake together.
+        if ended.stop == Stop.TERMINATED and failure and failure.status == USER_MISTAKE:
+            return Decision(False, f"a person has to act: {failure}")
         return _again(f"saved at step {ended.step:,}: {ended.reason}", past, limits)
     if job.node_failed:
         return _node_failed(past, limits)

@@ -123,14 +123,15 @@ def run_patiently(*command: str, patience_s: float) -> subprocess.CompletedProce
 
 
 def run(
-    *command: str, env: Mapping[str, str] | None = None, cwd: str | None = None
+    *command: str, env: Mapping[str, str] | None = None, cwd: str | None = None, stdin: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a Slurm command. No answer within 20 s, or a missing command, is returned as a failure."""
     environment = {**(os.environ if env is None else env), "SLURM_TIME_FORMAT": "%s"}
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=20, check=False, env=environment, cwd=cwd
-        )
+            command, capture_output=True, text=True, errors="replace", timeout=20, check=False, env=environment,
+            cwd=cwd, input=stdin,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]} did not answer within 20 s")
     except OSError as error:

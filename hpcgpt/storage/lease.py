@@ -49,6 +49,10 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LEASE_FILE = re.compile(r"\d+\.json")
 
 
+class HeldError(UserError):
+    """Another attempt holds the lease and is alive, or acquired it at the same moment."""
+
+
 @dataclass
 class Lease:
     """The lease that this process holds. Of a job's ranks only rank 0 has one."""
@@ -116,7 +120,7 @@ def acquire(run_folder: Path, job_start: str) -> Lease:
     """Acquire the next lease on a run folder. `job_start` is world.job_start: '<job>_<restart>' or ''.
 
     Raises:
-        UserError: another attempt holds the lease and is alive, or acquired it at the same moment.
+        HeldError: another attempt holds the lease and is alive, or acquired it at the same moment.
     """
     folder = run_folder / "generations"
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def acquire(run_folder: Path, job_start: str) -> Lease:
     number = newest + 1
     holder = {"host": socket.gethostname(), "attempt": job_start, "time": time.time(), **_process(os.getpid())}
     if not atomic.claim(folder / f"{number:06d}.json", json.dumps(holder).encode()):
-        raise UserError(f"{run_folder} has just been taken by another job: {_describe(folder, number)}")
+        raise HeldError(f"{run_folder} has just been taken by another job: {_describe(folder, number)}")
     lease = Lease(folder, number, threading.Event())
     threading.Thread(target=lease._beat_forever, name="heartbeat", daemon=True).start()
     return lease
@@ -135,6 +139,11 @@ def is_held(run_folder: Path) -> bool:
     folder = run_folder / "generations"
     newest = _newest(folder)
     return newest > 0 and not (folder / f"{newest:06d}.done").exists()
+
+
+def newest_number(run_folder: Path) -> int:
+    """Return the number of the newest lease on this run folder; 0 if there is none."""
+    return _newest(run_folder / "generations")
 
 
 def holder_is_gone(run_folder: Path) -> bool:
@@ -150,7 +159,7 @@ def wait_until_gone(run_folder: Path, job_start: str) -> int:
     """Return the number of the newest lease once its holder is gone; 0 if there was none yet.
 
     Raises:
-        UserError: its holder is alive.
+        HeldError: its holder is alive.
     """
     folder = run_folder / "generations"
     number = _newest(folder)
@@ -167,7 +176,7 @@ def wait_until_gone(run_folder: Path, job_start: str) -> int:
     while time.monotonic() < deadline:
         time.sleep(HEARTBEAT_S / 4)
         if _beats(folder, number) != before:
-            raise UserError(
+            raise HeldError(
                 f"{folder.parent} is in use by {_describe(folder, number)}, which is alive: end it first, or give "
                 "this run another --run.name"
             )

@@ -1,1 +1,4 @@
-"""Tokenizers: their interface, both kinds, and the folder in which shards and runs keep one. Imports no torch."""
+"""Tokenizers: their interface, both kinds, where they come from, and the folder in which shards and runs keep one.
+
+Imports no torch.
+"""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from hpcgpt.errors import UserError
-from hpcgpt.tokenizer.interface import Tokenizer
+from hpcgpt.tokenizer.interface import CharacterDecoder, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ByteLevelBPE(Tokenizer):
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
+        return _Encoding(
             self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
         )
 
@@ -64,22 +63,36 @@ class ByteLevelBPE(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
-    def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:  # noqa: ARG002
+    def stream(
+        self,
+        ids: Iterable[int],
+        after: Sequence[int] = (),  # noqa: ARG002
+        unfinished: str = "",
+    ) -> Iterator[str]:
         special = {number: name for name, number in self.special_tokens.items()}
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = CharacterDecoder(unfinished)
         for number in ids:
             if number in special:
-                yield decoder.decode(b"", final=True) + special[number]
-                decoder.reset()
+                yield decoder.end() + special[number]
             else:
                 yield decoder.decode(self.encoding.decode_single_token_bytes(number))
-        yield decoder.decode(b"", final=True)
+        yield decoder.end()
 
     def files(self) -> dict[str, bytes]:
         return {"vocab.tiktoken": write_ranks(self.ranks)}
 
     def about(self) -> dict[str, Any]:
         return {"pattern": self.pattern}
+
+
+class _Encoding(tiktoken.Encoding):
+    """tiktoken's, for which an id without a token has no text. A model may have more ids than its tokenizer."""
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        try:
+            return super().decode_single_token_bytes(token)
+        except KeyError:
+            return b""
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:

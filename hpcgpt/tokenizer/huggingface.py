@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -22,7 +22,8 @@ import tokenizers
 from numpy.typing import NDArray
 
 from hpcgpt.errors import UserError
-from hpcgpt.tokenizer.interface import Tokenizer
+from hpcgpt.tokenizer.byte_level_bpe import byte_characters
+from hpcgpt.tokenizer.interface import CharacterDecoder, Tokenizer
 
 # Special tokens in the model's own vocabulary are renamed with noncharacters, which text does not contain, so that the
 # model cannot encode text to them.
@@ -31,7 +32,6 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _BYTE_FALLBACK_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 # This many tokens are decoded again with each new one; the text of earlier ones cannot change any more.
 _CONTEXT = 4
-_LONGEST_WAIT = 64
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,43 @@ class LibraryTokenizer(Tokenizer):
             clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self.library.encode(clean, add_special_tokens=False).ids
 
-    def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+    def stream(self, ids: Iterable[int], after: Sequence[int] = (), unfinished: str = "") -> Iterator[str]:
         special = {number: name for name, number in self.special_tokens.items()}
         # The text of a token depends on the tokens before it, so some of them are decoded with it.
         context = list(after[-_CONTEXT:])
         while any(number in special for number in context):
             context.pop(0)
-        new: list[int] = []
+        decoder = CharacterDecoder(unfinished)
         for number in ids:
             if number in special:
-                yield self._decode_after(context, new) + special[number]
-                context, new = [], []
+                yield decoder.end() + special[number]
+                context = []
                 continue
-            new.append(number)
-            text = self._decode_after(context, new)
-            if not text.endswith("\ufffd") or len(new) > _LONGEST_WAIT:
-                yield text
-                context, new = [*context, *new][-_CONTEXT:], []
-        yield self._decode_after(context, new)
+            if number in self._raw_bytes:
+                yield decoder.decode(self._raw_bytes[number])
+            else:
+                # A character cannot be continued by a token of whole ones: what is held back of it is no character.
+                yield decoder.broken_off() + self._decode_after(context, number)
+            context = [*context, number][-_CONTEXT:]
+        yield decoder.end()
+
+    @cached_property
+    def _raw_bytes(self) -> dict[int, bytes]:
+        """The bytes of the tokens that may be a part of a character: of a byte-level tokenizer those of all tokens, of
+        one that falls back to bytes those of ``<0x0A>`` and so on; of any other there are none."""
+        vocabulary = self.library.get_vocab(with_added_tokens=True)
+        about = json.dumps(json.loads(self.content)["decoder"])
+        if '"ByteLevel"' in about:
+            bytes_of = {character: byte for byte, character in byte_characters().items()}
+            return {
+                number: bytes(map(bytes_of.__getitem__, token)) if bytes_of.keys() >= set(token) else token.encode()
+                for token, number in vocabulary.items()
+            }
+        if '"ByteFallback"' in about:
+            return {
+                number: bytes([int(token[3:5], 16)]) for token, number in vocabulary.items() if _BYTE.fullmatch(token)
+            }
+        return {}
 
     def files(self) -> dict[str, bytes]:
         return {"huggingface.json": self.content.encode()}
@@ -118,9 +137,9 @@ class LibraryTokenizer(Tokenizer):
     def about(self) -> dict[str, Any]:
         return {}
 
-    def _decode_after(self, context: list[int], new: list[int]) -> str:
+    def _decode_after(self, context: list[int], number: int) -> str:
         before = self.library.decode(context, skip_special_tokens=False)
-        return self.library.decode([*context, *new], skip_special_tokens=False)[len(before) :]
+        return self.library.decode([*context, number], skip_special_tokens=False)[len(before) :]
 
     def _bytes(self, ids: list[int]) -> int:
         return len(self.library.decode(ids, skip_special_tokens=False).encode())
@@ -150,13 +169,7 @@ def prepared(source: dict[str, Any], special: Iterable[str]) -> str:
         model["dropout"] = None
     # A byte-level BPE encodes text only to what its merges produce, unless it ignores them.
     hidden = {name: _HIDDEN.format(name) for name in names} if _makes_any_entry(model) else {}
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {hidden.get(token, token): number for token, number in vocabulary.items()}
-    else:
-        model["vocab"] = [[hidden.get(token, token), score] for token, score in vocabulary]
-    if model.get("unk_token") in hidden:
-        model["unk_token"] = hidden[model["unk_token"]]
+    _rename(model, hidden)
     fallback = byte_fallback_tokens(source["model"])
     added = [
         {**token, "content": hidden.get(token["content"], token["content"]), "special": token["content"] in names}
@@ -175,6 +188,31 @@ def prepared(source: dict[str, Any], special: Iterable[str]) -> str:
         "model": model,
     }
     return json.dumps(body, ensure_ascii=False)
+
+
+def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Rename tokens in the vocabulary of a tokenizer.json's model, which is an object, or for Unigram a list."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+
+
+def original(tokenizer: LibraryTokenizer) -> dict[str, Any]:
+    """Undo `prepared`: return a tokenizer.json in which special tokens have their names, and text may contain them."""
+    made = json.loads(tokenizer.content)
+    shown = {_HIDDEN.format(name): name for name in tokenizer.special_tokens}
+    _rename(made["model"], shown)
+    added = {token["id"]: {**token, "content": shown.get(token["content"], token["content"])}
+             for token in made["added_tokens"]}  # fmt: skip
+    for name, number in tokenizer.special_tokens.items():
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added.setdefault(number, {"id": number, "content": name, **plain, "special": True})
+    made["added_tokens"] = [added[number] for number in sorted(added)]
+    return made  # type: ignore[no-any-return]
 
 
 def byte_fallback_tokens(model: dict[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -45,7 +46,7 @@ class Tokenizer(ABC):
         """Encode plain text. Lone surrogates become U+FFFD."""
 
     @abstractmethod
-    def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+    def stream(self, ids: Iterable[int], after: Sequence[int] = (), unfinished: str = "") -> Iterator[str]:
         """See the function `stream` below."""
 
     @abstractmethod
@@ -67,9 +68,34 @@ class Tokenizer(ABC):
         }
 
 
-def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+class CharacterDecoder:
+    """Decodes UTF-8 that arrives in pieces. A character is held back until its last byte; invalid bytes are U+FFFD."""
+
+    def __init__(self, unfinished: str = "") -> None:
+        """Replace a character without its last byte, at the end, by `unfinished`."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._unfinished = unfinished
+
+    def decode(self, piece: bytes) -> str:
+        """Return the characters that `piece` completes."""
+        return self._decoder.decode(piece)
+
+    def broken_off(self) -> str:
+        """Return U+FFFD if bytes are held back, since what follows does not complete them; and begin anew."""
+        return self._decoder.decode(b"", final=True)
+
+    def end(self) -> str:
+        """Return what stands for bytes that are still held back, and begin anew."""
+        held_back, _ = self._decoder.getstate()
+        self._decoder.reset()
+        return self._unfinished if held_back else ""
+
+
+def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Sequence[int] = (), unfinished: str = "") -> Iterator[str]:
     """Decode `ids` one by one, without splitting characters. Special tokens are decoded to their names.
 
-    `after` are the ids before them: some tokenizers drop the space before a text's first word.
+    A character is held back until it is complete. If the ids, or those before a special token, end within one, it is
+    replaced by `unfinished`. Bytes that are no character become U+FFFD. `after` are the ids before them: some
+    tokenizers drop the space before a text's first word.
     """
-    return tokenizer.stream(ids, after)
+    return tokenizer.stream(ids, after, unfinished)

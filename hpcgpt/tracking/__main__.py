@@ -1,37 +1,108 @@
-"""``python -m hpcgpt.tracking sync RUN``: send the missing rows and samples of a run to Weights & Biases."""
+"""``hpcgpt tracking``: send a run to Weights & Biases, and make the dashboard that shows it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hpcgpt import cli
+from hpcgpt.config.options import Tracking
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FAILED
+from hpcgpt.storage import lease
 from hpcgpt.tracking import tracker
 
 SYNC_S = 3600.0
+RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="hpcgpt tracking", description="Send a run to Weights & Biases.")
+    parser = argparse.ArgumentParser(prog="hpcgpt tracking", description="Send runs to Weights & Biases.")
     actions = parser.add_subparsers(dest="action", required=True)
-    sync = actions.add_parser("sync", help="send the rows and samples of a run that the server does not have")
+    sync = actions.add_parser(
+        "sync", help="send what the server does not have of a run",
+        description="Send what the server does not have of a run: rows, events and samples, of the run folder. It may "
+        "be repeated.",
+    )  # fmt: skip
     sync.add_argument("run", type=Path, help="the run's folder")
-    folder: Path = parser.parse_args(argv).run
+    where = sync.add_mutually_exclusive_group()
+    where.add_argument("--offline", type=Path, metavar="DIR", help="send nothing: make one folder for `wandb sync`")
+    where.add_argument("--copy", metavar="ID", help="send the whole run under another id, as a new wandb run")
+    sync.add_argument("--within", type=float, default=SYNC_S, metavar="SECONDS", help="give up after (%(default).0f)")
+    board = actions.add_parser(
+        "dashboard", help="make the dashboard of a project",
+        description="Make the dashboard of a project, a saved view of its workspace: loss by tokens, throughput, "
+        "goodput and restarts, gradients, ranks and nodes, samples.",
+    )  # fmt: skip
+    board.add_argument("--project", default=Tracking.project, help="default: %(default)s")
+    board.add_argument("--entity", default="", help="user or team; default: that of the key")
+    board.add_argument("--name", default="hpcgpt", help="of the view; default: %(default)s")
+    board.add_argument("--json", action="store_true", help="send nothing: print what would be sent")
+    given = parser.parse_args(argv)
+    if given.action == "dashboard":
+        return _make_dashboard(given.project, given.entity, given.name, given.json)
+    return _sync(given.run, given.offline, given.copy, given.within)
+
+
+def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) -> int:
+    """Run the process that sends a run; return the exit status."""
     if not (folder / "run.json").is_file():
         raise UserError(f"no run in {folder}: there is no run.json")
-    tracker.check("online")
-    state = json.dumps({"finish": [0, time.time() + SYNC_S]})
+    state: dict[str, Any] = {"finish": [0, time.time() + limit_s]}
+    if offline:
+        if list(offline.glob("wandb/offline-run-*")):
+            raise UserError(f"{offline} has a run already: choose another folder, or remove {offline / 'wandb'}")
+        state["into"] = str(offline.absolute())
+    else:
+        _refuse_running(folder)
+        if copy and not RUN_ID.fullmatch(copy):
+            raise UserError(f"--copy '{copy}': an id has letters, digits, - and _, at most 64")
+        state["run_id"] = copy or ""
+        tracker.check("online")
     command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(folder), "online", "0"]
-    done = subprocess.run(command, env={**os.environ, tracker.STATE: state}, stdin=subprocess.DEVNULL, check=False)
-    return FAILED if done.returncode else 0
+    env = {**os.environ, tracker.STATE: json.dumps(state)}
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        return FAILED
+    if offline:
+        (made,) = offline.glob("wandb/offline-run-*")
+        print(f"made {made}; where there is a network: wandb sync {made}")
+    return 0
+
+
+def _make_dashboard(project: str, entity: str, name: str, as_json: bool) -> int:
+    from hpcgpt.tracking import dashboard
+
+    if as_json:
+        print(dashboard.spec(entity or "ENTITY", project, name))
+        return 0
+    tracker.check("online")
+    try:
+        print(dashboard.save(entity, project, name))
+    except UserError:
+        raise
+    except Exception as error:  # of a library, and of a server that may answer anything
+        raise UserError(f"the dashboard was not made: {' '.join(str(error).split())[:300]}") from None
+    return 0
+
+
+def _refuse_running(folder: Path) -> None:
+    """Raise UserError if the run is being trained. Of a holder on another host that takes seconds to find out."""
+    try:
+        lease.wait_until_gone(folder, "")
+    except lease.HeldError:
+        raise UserError(
+            f"{folder} is being trained, and its own process sends what is missing: wait until it has ended, or make a "
+            f"folder for `wandb sync` now: hpcgpt tracking sync {folder} --offline DIR"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Which rows of a run the dashboard lacks: the rows of the run folder, less those that have arrived.
+"""Which lines of a run the dashboard lacks: the lines of the run folder, less those that have arrived.
 
-Rows are identified by their steps. A requeued run repeats a step with the same metrics, so one row of a step is enough.
-A rollback (an event with the step that the run has gone back to) invalidates the rows of later steps: of these, only
-rows made after the rollback count as arrived.
+Rows and samples are identified by their steps. A requeued run repeats a step with the same metrics, so one row of a
+step is enough. A rollback (an event with the step that the run has gone back to) makes the rows of later steps
+obsolete: of these, only rows made after the rollback count as arrived. So does the event of checkpoint.step. Events are
+identified by their times, and are never obsolete: a rollback has happened.
 
 No torch in here, and no wandb.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 READ_AHEAD = 1000  # rows
+LINES = ("metrics.jsonl", "samples.jsonl", "ranks.jsonl")  # files of lines with a step
 
 
 class JsonlTail:
@@ -69,41 +72,93 @@ class ArrivedSteps:
         """Has a row of this step arrived that was made after `since`?"""
         return step < len(self._times) and self._times[step] > since
 
+    def any_obsolete(self, back_to: int, at: float) -> bool:
+        """Has a row of a step after `back_to` arrived that was made before the time `at`?"""
+        return any(0.0 < made_at <= at for made_at in self._times[back_to + 1 :])
+
 
 class RunRows:
-    """The rows and samples of a run folder, and which of them have arrived."""
+    """The lines of a run folder, and which of them have arrived.
+
+    `has_obsolete`: rows have arrived that the run has gone back from since.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.rows, self.samples = ArrivedSteps(), ArrivedSteps()
+        self.rows, self.samples, self.ranks = ArrivedSteps(), ArrivedSteps(), ArrivedSteps()
+        self.events: set[float] = set()  # the times of those that have arrived
+        self.has_obsolete = False
         self._events = JsonlTail(folder / "events.jsonl")
-        self._files = (
-            (JsonlTail(folder / "metrics.jsonl"), self.rows),
-            (JsonlTail(folder / "samples.jsonl"), self.samples),
-        )
+        self._files = tuple((JsonlTail(folder / name), self.arrived(name)) for name in LINES)
         self._rollbacks: list[tuple[int, float]] = []
+        self._new_events: deque[dict[str, Any]] = deque()
+        self._step = 0  # of the newest row or event
+        self._loss: float | None = None
+
+    def arrived(self, name: str) -> ArrivedSteps:
+        """Return which lines of the file of this name have arrived."""
+        return {"metrics.jsonl": self.rows, "samples.jsonl": self.samples, "ranks.jsonl": self.ranks}[name]
+
+    def note(self, name: str, step: int, made_at: float) -> None:
+        """Note that a line of the file of this name has arrived."""
+        if name == "events.jsonl":
+            self.events.add(made_at)
+        else:
+            self.arrived(name).add(step, made_at)
+
+    def has(self, name: str, step: int, made_at: float) -> bool:
+        """Has this line, or a newer one of its step, arrived?"""
+        return made_at in self.events if name == "events.jsonl" else self.arrived(name).has(step, made_at - 1e-3)
 
     def lacking(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows and samples added since the last call that have not arrived; each then counts as arrived.
+        """Yield the lines added since the last call that have not arrived; each then counts as arrived.
 
-        Samples are those with a `text`.
+        Events have an `event`, samples a `text`, times of the ranks a `local_s`; the others are rows. An event comes
+        before the rows that were made after it; one without a step gets that of the row before. `loss_before` is the
+        loss of that row.
         """
         for tail, arrived in self._files:
             found = tail.read()
             while rows := list(islice(found, READ_AHEAD)):
                 # Read after the rows: a rollback's event is written before the rows that repeat its steps.
-                self._read_rollbacks()
+                self.read_events()
                 for row in rows:
-                    if _is_row(row) and not arrived.has(row["step"], self._invalid_until(row["step"], row["time"])):
+                    if not _is_row(row) or self.is_obsolete(row["step"], row["time"]):
+                        continue
+                    if arrived is self.rows:
+                        yield from self._lacking_events(until=row["time"])
+                        self._step, self._loss = row["step"], row.get("train/loss", self._loss)
+                    if not arrived.has(row["step"], self._invalid_until(row["step"], row["time"])):
                         arrived.add(row["step"], row["time"])
                         yield row
+        self.read_events()
+        yield from self._lacking_events(until=float("inf"))
 
-    def _read_rollbacks(self) -> None:
+    def read_events(self) -> None:
+        """Read the events added since the last call."""
         for event in self._events.read():
-            if event.get("event") == "rollback" and _is_row(event):
+            if not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):
+                continue
+            self._new_events.append(event)
+            if event["event"] in ("rollback", "went_back") and _is_row(event):
                 self._rollbacks.append((event["step"], event["time"]))
+                arrived = (self.rows, self.samples, self.ranks)
+                self.has_obsolete |= any(each.any_obsolete(event["step"], event["time"]) for each in arrived)
+
+    def is_obsolete(self, step: int, made_at: float) -> bool:
+        """Has the run gone back from this step after the time `made_at`?"""
+        return any(back_to < step and made_at <= at for back_to, at in self._rollbacks)
+
+    def _lacking_events(self, until: float) -> Iterator[dict[str, Any]]:
+        while self._new_events and self._new_events[0]["time"] <= until:
+            event = self._new_events.popleft()
+            if _is_row(event):
+                self._step = event["step"]
+            if event["time"] not in self.events:
+                self.events.add(event["time"])
+                yield event | {"step": self._step, "loss_before": self._loss}
 
     def _invalid_until(self, step: int, made_at: float) -> float:
-        """Return the time of the last rollback over this step before `made_at`, which invalidated older rows of it.
+        """Return the time of the last rollback over this step before `made_at`, which made older rows of it obsolete.
 
         0 if there is none.
         """

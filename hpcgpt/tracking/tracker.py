@@ -1,17 +1,18 @@
-"""Weights & Biases: one run however often the job is requeued, and isolated from training.
+"""Weights & Biases and TensorBoard: one run however often the job is requeued, and isolated from training.
 
-Training never calls wandb. A separate process on rank 0's host (``hpcgpt.tracking.wandb_process``) follows
-metrics.jsonl and sends the missing rows. This module starts that process, adds samples to samples.jsonl in the run
-folder, and at the end gives the process a limited time to finish. What it could not send is sent by the process of the
-next attempt, or by ::
+Training never calls them. Separate processes on rank 0's host (``hpcgpt.tracking.wandb_process`` and
+``tensorboard_process``) follow the run folder and send what is missing. This module starts them, adds samples and times
+of the ranks to files in the run folder, and at the end gives the processes a limited time to finish. What wandb's could
+not send is sent by the process of the next attempt, or by ::
 
-    python -m hpcgpt.tracking sync RUN_FOLDER
+    hpcgpt tracking sync RUN_FOLDER
 
 which sends everything that the server does not have, and may be repeated.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,8 +20,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hpcgpt.config.options import Config
 from hpcgpt.distributed.stop_signals import shielded
@@ -31,33 +34,66 @@ ASK_S = 30.0  # importing wandb from a cold network file system takes many secon
 STATE = "HPCGPT_TRACKING_STATE"  # the state that the process keeps when it restarts itself: wandb_process.State
 
 
-class Tracker:
-    """Starts the process that sends rows and samples to wandb, unless tracking is disabled. Rank 0 only.
+class Child:
+    """A process that follows the run folder beside training, started in a thread: it may be on a slow file system."""
 
-    Only `close` waits, for `patience_s` seconds at most.
-    """
-
-    def __init__(self, config: Config, generation: int = 0) -> None:
-        """Start the process. `generation` is this attempt's number; the process exits when there is a newer attempt."""
-        self._folder = config.run_folder
-        self._child: subprocess.Popen[bytes] | None = None
-        self._starting: threading.Thread | None = None
-        if _disabled(config.tracking.wandb):
-            return
-        command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(self._folder), config.tracking.wandb,
-                   str(generation)]  # fmt: skip
-        # In a thread: the program may be on a slow file system.
-        self._starting = threading.Thread(target=self._start, args=(command,), daemon=True)
-        self._starting.start()
+    def __init__(self, name: str, module: str, *arguments: str) -> None:
+        self.name = name
+        self.process: subprocess.Popen[bytes] | None = None
+        command = [sys.executable, "-m", f"hpcgpt.tracking.{module}", *arguments]
+        self.starting = threading.Thread(target=self._start, args=(command,), daemon=True)
+        self.starting.start()
 
     def _start(self, command: list[str]) -> None:
         try:
             # In a session of its own, so that Ctrl-C does not reach it and its whole group can be killed. It inherits
             # the signal mask, but wandb's core process unblocks SIGTERM, and is restarted if that ends it.
             with shielded():
-                self._child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         except OSError as error:
-            streams.warn(f"nothing of this attempt is sent to wandb: {error}")
+            streams.warn(f"nothing of this attempt is sent to {self.name}: {error}")
+
+    def finish(self, exit_code: int, deadline: float) -> None:
+        """Ask it to finish until `deadline`, by time.monotonic, and close its standard input."""
+        self.starting.join(max(0.0, deadline - time.monotonic()))
+        if self.process is None:
+            return
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it has ended already
+            self.process.stdin.write(f"finish {exit_code} {max(0.0, deadline - time.monotonic())}\n".encode())
+            self.process.stdin.close()
+
+    def end(self, deadline: float) -> bool:
+        """Wait for its end until `deadline`, and kill what is left of it; return whether it has ended by itself."""
+        if self.process is None:
+            return True
+        has_ended = True
+        try:
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            has_ended = False
+        with suppress(OSError):  # wandb's core process is in the same group
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # it may be waiting for a disk
+            self.process.wait(1)
+        return has_ended
+
+
+class Tracker:
+    """Starts the processes that send rows and samples to wandb and TensorBoard, unless they are disabled. Rank 0 only.
+
+    Only `close` waits, for `patience_s` seconds at most.
+    """
+
+    def __init__(self, config: Config, generation: int = 0) -> None:
+        """Start them. `generation` is this attempt's number; a process exits when there is a newer attempt."""
+        self._folder = config.run_folder
+        self._children: list[Child] = []
+        folder, mode = str(self._folder), config.tracking.wandb
+        if not _disabled(mode):
+            self._children.append(Child("wandb", "wandb_process", folder, mode, str(generation)))
+        if config.tracking.tensorboard:
+            self._children.append(Child("TensorBoard", "tensorboard_process", folder, str(generation)))
 
     def sample(self, step: int, text: str) -> None:
         """Append a generated text to samples.jsonl; this writes to the disk.
@@ -65,39 +101,33 @@ class Tracker:
         Raises:
             OSError: there is no room for it.
         """
-        if self._starting is None:
+        self._append("samples.jsonl", {"step": step, "time": time.time(), "text": text})
+
+    def ranks(self, step: int, line: Mapping[str, Any]) -> None:
+        """Append the times of the ranks to ranks.jsonl; as `sample`."""
+        self._append("ranks.jsonl", {"step": step, "time": time.time(), **line})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if not self._children:
             return
-        line = json.dumps({"step": step, "time": time.time(), "text": text}) + "\n"
-        descriptor = os.open(self._folder / "samples.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(descriptor, line.encode())
+            os.write(descriptor, json.dumps(line).encode() + b"\n")
         finally:
             os.close(descriptor)
 
     def close(self, exit_code: int, patience_s: float) -> None:
-        """Let the process send the rest, for `patience_s` seconds at most, and end it."""
-        if self._starting is None:
-            return
+        """Let the processes send the rest, for `patience_s` seconds at most, and end them."""
         deadline = time.monotonic() + patience_s
-        self._starting.join(patience_s)
-        self._starting = None
-        if (child := self._child) is None:
-            return
-        assert child.stdin is not None
-        with suppress(OSError):  # it has ended already
-            child.stdin.write(f"finish {exit_code} {max(0.0, deadline - time.monotonic())}\n".encode())
-            child.stdin.close()
-        try:
-            child.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            streams.warn(
-                f"wandb did not take everything within {patience_s:.0f} s; the next attempt sends the rest, "
-                f"or `{sync_command(self._folder)}`",
-            )
-        with suppress(OSError):  # wandb's core process is in the same group
-            os.killpg(child.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # it may be waiting for a disk
-            child.wait(1)
+        children, self._children = self._children, []
+        for child in children:
+            child.finish(exit_code, deadline)
+        for child in children:
+            if not child.end(deadline):
+                streams.warn(
+                    f"{child.name} did not take everything within {patience_s:.0f} s; the next attempt sends the rest"
+                    + (f", or `{sync_command(self._folder)}`" if child.name == "wandb" else "")
+                )
 
 
 def check(wanted: str) -> None:
@@ -118,6 +148,12 @@ def check(wanted: str) -> None:
         return
     if has_key == "False":
         raise UserError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """Raise UserError if tracking.tensorboard is set, and the package that writes event files is missing."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tracking.tensorboard needs the package tensorboard: pip install 'hpcgpt[tensorboard]'")
 
 
 def _disabled(wanted: str) -> bool:

@@ -18,19 +18,20 @@ from hpcgpt import exit_codes
 from hpcgpt.checkpoint.layout import TrainState
 from hpcgpt.config import sources
 from hpcgpt.data.shard_check import ShardCheck
-from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed import layout, rendezvous, world
 from hpcgpt.distributed.collectives import gather_from_all, make_on_rank0, run_on_rank0
 from hpcgpt.distributed.stop_signals import RECENT_SAVES, StopFlag
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.model import host_memory
+from hpcgpt.output import streams
 from hpcgpt.plan import Plan
 from hpcgpt.run import records, run_folder
-from hpcgpt.storage.lease import Lease, acquire, exit_when_superseded
+from hpcgpt.storage.lease import HeldError, Lease, acquire, exit_when_superseded
 from hpcgpt.tokenizer import save_load
 from hpcgpt.training import in_effect
 from hpcgpt.training.checkpointer import Checkpointer
 from hpcgpt.training.engine import Engine
-from hpcgpt.training.evaluation import EvalContext, bytes_per_token, evaluate_all, validation_sets
+from hpcgpt.training.evaluation import Evaluator
 from hpcgpt.training.hang_watchdog import Watchdog
 from hpcgpt.training.loop import Loop
 from hpcgpt.training.profiler import Profiler
@@ -54,10 +55,12 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     device = world.pick_device(here, settings.run.device)
     if device.type == "cpu":
         host_memory.keep_freed()
+        if here.is_first and (warning := layout.why_no_gpu(here, settings.run.device)):
+            streams.warn(warning)
     ranks = rendezvous.connect(
         here, device, settings.run_folder, settings.run.backend, settings.run.rendezvous_timeout_s
     )
-    lease = make_on_rank0(ranks, lambda: _acquire(settings.run_folder))
+    lease = make_on_rank0(ranks, lambda: _acquire(settings.run_folder, here))
     times["meet_s"] = time.time() - began_at - times["imports_s"]
     try:
         status = Attempt(planned, ranks, lease, flag, began_at, times).run()
@@ -73,9 +76,20 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     return status
 
 
-def _acquire(folder: Path) -> Lease:
+def _acquire(folder: Path, here: World) -> Lease:
     run_folder.prepare(folder)
-    return acquire(folder, world.job_start())
+    try:
+        return acquire(folder, world.job_start())
+    except HeldError as error:
+        if here.size > 1:
+            raise
+        named = "RANK and WORLD_SIZE" if here.launcher == "env" else f"the variables of {here.launcher}"
+        why = "it has found no variables of srun, torchrun or mpirun" if here.launcher == "alone" else f"so say {named}"
+        raise HeldError(
+            f"{error}. This process is rank 0 of 1: {why}. If both are to train together, start both at once (srun "
+            "--ntasks 2, torchrun --nproc-per-node 2 or, on two nodes, --nnodes 2, mpirun -n 2), and hand the "
+            "variables of the launcher on into a container"
+        ) from None
 
 
 class Attempt:
@@ -106,8 +120,7 @@ class Attempt:
         self.hosts = gather_from_all(ranks, socket.gethostname)
         first = planned.sets[0]
         self.tokenizer = save_load.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
-        self._validation_sets = validation_sets(planned)
-        self._bytes_per_token = bytes_per_token(self.tokenizer, self.config.model.vocab_size)
+        self._evaluator = Evaluator(planned, ranks, self.tokenizer, self.engine.precision, self.engine.dtype)
         self._in_effect = in_effect.collect(planned, ranks, self.engine)
         self._has_config = False  # rank 0: whether config.toml is written, which other commands need
         self.state = TrainState()
@@ -188,6 +201,8 @@ class Attempt:
             step=self.state.step, pending=self.state.pending is not None,
         )  # fmt: skip
         reporter = Reporter(info, self.lease)
+        for note in resumed.notes:
+            reporter.say(note)
         if resumed.origin:
             reporter.say(resumed.origin)
             reporter.event("init_from", words=resumed.origin)
@@ -225,17 +240,9 @@ class Attempt:
             self.ranks.device,
         )
 
-    def _evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """Return the figures of the validation split; None if `stopped` returned True before they were complete.
+    def _evaluate(self, stopped: Callable[[], bool]) -> dict[str, float | None] | None:
+        """Return the figures of an evaluation; None if `stopped` returned True before they were complete.
 
         A collective.
         """
-        context = EvalContext(
-            self.config.eval.batches,
-            self.config.train.micro_batch,
-            self._bytes_per_token,
-            self.ranks,
-            self.engine.precision,
-            stopped,
-        )
-        return evaluate_all(self.engine.model.gather(), self._validation_sets, context)
+        return self._evaluator.evaluate(self.engine.model.gather(), self.state.step, stopped)

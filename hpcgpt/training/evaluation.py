@@ -6,6 +6,12 @@ mod R, and sums are float64. Dropout, z-loss and gradients are off, and no rando
 Bits per byte compare models with different tokenizers: the loss of all targets, end-of-text tokens included, in bits,
 divided by the bytes of the text that the targets encode.
 
+With eval.train_batches, windows of the training split are evaluated in the same way: their loss, ``eval/train_loss``,
+differs from the training loss of the step by dropout, z-loss and samples, and can be compared with the validation loss.
+
+With eval.tasks, the model is also evaluated on those tasks every eval.tasks_every steps: ``eval/TASK/accuracy`` and so
+on (``hpcgpt.tasks.scores``).
+
 Of a mix of data sets, each one that has a validation split is evaluated separately, and the figures are the means with
 the weights of the mix.
 """
@@ -15,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,9 +31,15 @@ from torch import Tensor, nn
 
 from hpcgpt.data.loader import Windows
 from hpcgpt.distributed.world import Ranks
+from hpcgpt.model.gpt import GPT
+from hpcgpt.model.precision import computing_in
 from hpcgpt.plan import Plan
+from hpcgpt.tasks import evaluation as task_evaluation
+from hpcgpt.tasks.likelihood import Computation
 from hpcgpt.tokenizer.interface import Tokenizer
 from hpcgpt.training.step import to_inputs_and_targets
+
+Precision = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,55 @@ class EvalContext:
     micro_batch: int
     bytes_per_token: NDArray[np.int64]
     ranks: Ranks
-    precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    precision: Precision = nullcontext
     stopped: Callable[[], bool] = lambda: False
 
     def count(self, windows: Windows) -> int:
         """Return how many of `windows` are evaluated."""
         return windows.count if self.batches == 0 else min(windows.count, self.batches * self.micro_batch)
+
+
+class Evaluator:
+    """Evaluates the model while it trains: on the validation split, and on what else the options of [eval] name."""
+
+    def __init__(
+        self, planned: Plan, ranks: Ranks, tokenizer: Tokenizer, precision: Precision, dtype: torch.dtype
+    ) -> None:
+        """Open the sets.
+
+        `precision` is for windows like those of training. Questions are of any length, which some attention kernels
+        cannot process, so these are computed in `dtype`, as by ``hpcgpt eval --tasks``.
+        """
+        settings = planned.config
+        self._config, self._total_steps, self._dtype = settings, planned.total_steps, dtype
+        self._validation, self._training = validation_sets(planned), training_sets(planned)
+        self._tasks = planned.tasks
+        self._context = EvalContext(
+            settings.eval.batches,
+            settings.train.micro_batch,
+            bytes_per_token(tokenizer, settings.model.vocab_size),
+            ranks,
+            precision,
+        )
+
+    def evaluate(self, model: GPT, step: int, stopped: Callable[[], bool]) -> dict[str, float | None] | None:
+        """Return the figures after `step` steps; None if `stopped` returned True before they were complete.
+
+        A collective. `model` must have all of its weights.
+        """
+        context = replace(self._context, stopped=stopped)
+        of_validation = evaluate_all(model, self._validation, context)
+        if of_validation is None:
+            return None
+        of_training = training_loss(model, self._training, replace(context, batches=self._config.eval.train_batches))
+        if of_training is None:
+            return None
+        of_tasks: dict[str, float | None] | None = {}
+        if self._tasks and (step % self._config.eval.tasks_every == 0 or step == self._total_steps):
+            device = context.ranks.device
+            how = Computation(context.micro_batch, context.ranks, lambda: computing_in(self._dtype, device), stopped)
+            of_tasks = task_evaluation.metrics(model, self._tasks, how)
+        return None if of_tasks is None else {**of_validation, **of_training, **of_tasks}
 
 
 def validation_sets(planned: Plan) -> list[ValidationSet]:
@@ -67,6 +122,28 @@ def validation_sets(planned: Plan) -> list[ValidationSet]:
         for part in planned.sets
         if part.val
     ]
+
+
+def training_sets(planned: Plan) -> list[ValidationSet]:
+    """Return the training split in the same form; no sets without eval.train_batches."""
+    if not planned.config.eval.train_batches:
+        return []
+    block_size, vocab_size = planned.config.model.block_size, planned.config.model.vocab_size
+    return [
+        ValidationSet(part.name, Windows(part.train, block_size, block_size, vocab_size), part.samples_per_block)
+        for part in planned.sets
+    ]
+
+
+def training_loss(model: nn.Module, sets: Sequence[ValidationSet], context: EvalContext) -> dict[str, float] | None:
+    """Return the loss of the training split, ``eval/train_loss``; {} without sets, None if `context.stopped` ended it.
+
+    A collective.
+    """
+    if not sets:
+        return {}
+    figures = evaluate_all(model, sets, context)
+    return None if figures is None else {"eval/train_loss": figures["val/loss"]}
 
 
 def bytes_per_token(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
-from hpcgpt.optim.lr_schedule import learning_rate
+from hpcgpt.optim.lr_schedule import first_that_depends_on_length, learning_rate
 from hpcgpt.plan import Plan
 
 if TYPE_CHECKING:
@@ -77,12 +77,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """What differs from the attempt that saved `step`. `rate_before`, `rate_now`: learning rate of the next step."""
+    """What differs from the attempt that saved `step`. `rate_before`, `rate_now`: learning rate of the next step.
+
+    `schedule`: what another length of the run means for its learning rates; '' if it has the same length.
+    """
 
     step: int
     found: tuple[Change, ...] = ()
     rate_before: float | None = None
     rate_now: float | None = None
+    schedule: str = ""
 
     @property
     def affecting(self) -> tuple[Change, ...]:
@@ -101,7 +105,7 @@ class Changes:
             lines.append(f"warning: {self._rates}")
         elif self.affecting:
             lines.append("the result will not have the same bytes as without that; run.strict refuses such a resume")
-        return lines
+        return [*lines, self.schedule] if self.schedule else lines
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -149,7 +153,7 @@ def collect(planned: Plan, ranks: Ranks, engine: Engine) -> dict[str, Any]:
     if ranks.cpu_group is not None:
         machine["run.backend"] = dist.get_backend()
     if on_gpu:
-        machine["cuda"] = torch.version.cuda
+        machine["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     of_this_rank = {
         "run.threads": torch.get_num_threads(),
         "cpu": _cpu_name(),
@@ -187,7 +191,8 @@ def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
     if step > total:
         raise UserError(
             f"the run has made {step:,} steps already, and {_length(planned.config)} means {total:,}: give at least "
-            f"{step:,}, or train a shorter run under another --run.name"
+            f"{step:,}, go back to an earlier checkpoint with --checkpoint.step, or train a shorter run under another "
+            "--run.name"
         )
     if step == total and state.pending is None:
         return Changes(step)
@@ -201,7 +206,8 @@ def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
             found.append(Change(key, old, new, _affects_result(key, before, now)))
     rate_before, rate_now = _rate(before, step), _rate(now, step)
     known = rate_before is not None and bool(found)
-    return Changes(step, tuple(found), *((rate_before, rate_now) if known else (None, None)))
+    schedule = _other_length(before.get("total_steps"), step, planned)
+    return Changes(step, tuple(found), *((rate_before, rate_now) if known else (None, None)), schedule)
 
 
 # --- details ---------------------------------------------------------------------------------------
@@ -222,6 +228,30 @@ def _affects_result(key: str, before: Mapping[str, Any], now: Mapping[str, Any])
     if key in _ON_CPU_ONLY:
         return then_or_now("run.device", "cpu")
     return section not in _HARMLESS_SECTIONS and key not in _HARMLESS
+
+
+def _other_length(before: Any, step: int, planned: Plan) -> str:
+    """Say what it means for the learning rates that a run of `before` steps now has another length; '' if it has not.
+
+    Only the schedule of this attempt counts. That it differs from the one before is reported by itself.
+    """
+    total, config = planned.total_steps, planned.config
+    if type(before) is not int or before < 1 or before == total:
+        return ""
+    kind, lengths = config.schedule.kind, f"schedule: {before:,} steps are now {total:,}"
+    first = first_that_depends_on_length(min(before, total), config)
+    if first is None or step <= first:
+        return f"{lengths}; with {kind}, the rates until here are those of a run of {total:,} steps from the start"
+    last = learning_rate(step, before, config)
+    ways = [f"to train on at the last rate, --schedule.kind constant --optim.lr {last:g}"]
+    if kind == "wsd":
+        ways.append(f"to leave out the decay, --checkpoint.step with a checkpoint up to step {first:,}")
+    ways.append("to begin another schedule, a new run with --run.init_from")
+    return (
+        f"warning: {lengths}: {kind} is {'stretched' if total > before else 'shortened'}. A run of {total:,} steps "
+        f"from the start would have had other rates since step {first:,}, so from here on the curve is not that of "
+        f"such a run. Instead: {'; '.join(ways)} (docs/continue.md)"
+    )
 
 
 def _rate(known: Mapping[str, Any], step: int) -> float | None:

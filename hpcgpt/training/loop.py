@@ -48,7 +48,7 @@ class Loop:
     engine: Engine
     state: TrainState
     stop: StopFlag
-    evaluate: Callable[[Callable[[], bool]], dict[str, float] | None]
+    evaluate: Callable[[Callable[[], bool]], dict[str, float | None] | None]
     sampler: Sampler
     checkpointer: Checkpointer
     spikes: SpikeDetector
@@ -104,6 +104,8 @@ class Loop:
         for straggler in self.stragglers.after(step):
             if self.reporter:
                 self.reporter.straggler(step, straggler)
+        if self.reporter and self.stragglers.gathered:
+            self.reporter.ranks(step, self.stragglers.gathered)
         self.trace(leaving=False)
         needed_now = step == self.plan.total_steps or self._is_evaluated(step) or self.checkpointer.is_regular(step)
         if self.engine.defers_metrics and not needed_now:

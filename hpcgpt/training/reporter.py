@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,9 +26,11 @@ from hpcgpt.output import streams, terminal
 from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.plan import Plan
 from hpcgpt.run import goodput, metrics_file, run_folder
+from hpcgpt.slurm import code_snapshot
 from hpcgpt.storage.lease import Lease
+from hpcgpt.tracking import totals
 from hpcgpt.tracking.tracker import Tracker
-from hpcgpt.training.stragglers import Straggler
+from hpcgpt.training.stragglers import Gathered, Straggler
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class AttemptInfo:
 DRAIN_S = 5.0  # limit for the queue of writes, at the end of an attempt and before a rollback
 # Limits for the table at the end, which takes longer the more rows there are: 9 s of CPU for 400,000 (97 MB).
 GOODPUT_S, GOODPUT_S_PER_MB, GOODPUT_MOST_S = 10.0, 0.3, 40.0
+RANKS_EVERY_S = 30.0
 FINISH_S, LEAVE_S = 20.0, 4.0  # limits for W&B: at the end of training; when the job must stop (KillWait may be 30 s)
 
 
@@ -70,6 +74,7 @@ class Reporter:
         self._folder = self._config.run_folder
         self._committed: Saved | None = None  # the save whose commit has been reported, until its end is
         self._reported_lead_s = 0.0
+        self._next_ranks = 0.0
         self._worker = Worker("reporter")
         keep_below = info.step + (0 if info.pending else 1)
         self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, lease.check)
@@ -87,10 +92,29 @@ class Reporter:
             lost_s=sum(row["train/step_s"] for row in lost),
             lost_until=max((row["time"] for row in lost), default=None),
         )
+        # In a thread: git may take seconds on a slow file system.
+        threading.Thread(target=self._record_about, name="about", daemon=True).start()
         self._tracker = Tracker(self._config, info.number)
         self._console = metrics_file.Console(info.step, info.plan.total_steps)
         with only_informs("the greeting"):
             self._greet()
+
+    def _record_about(self) -> None:
+        """Append the event ``about``: what the dashboard shows of the run as a whole."""
+        info = self._info
+        on_gpu = info.ranks.device.type == "cuda"
+        digests = [part.manifest.digest for part in info.plan.sets]
+        figures = {
+            "parameters": info.parameters,
+            "gpus": info.ranks.world.size if on_gpu else 0,
+            "device": torch.cuda.get_device_name(info.ranks.device) if on_gpu else "cpu",
+            "dtype": str(info.dtype).removeprefix("torch."),
+            "total_steps": info.plan.total_steps,
+            "total_tokens": info.plan.total_steps * info.plan.tokens_per_step,
+            "data_digest": digests[0] if len(digests) == 1 else digests,
+        }
+        with only_informs("the event about"):
+            totals.record(self._folder, info.number, figures, code_snapshot.commit)
 
     def _greet(self) -> None:
         """Print what is trained, on what, and from which step on."""
@@ -106,7 +130,9 @@ class Reporter:
         for line in info.plan.mixture:
             self._console.say(f"samples: {line}")
         if info.step >= total and not info.pending:
-            self._console.say(f"finished already, at step {total:,}: nothing to do")
+            self._console.say(
+                f"finished already, at step {total:,}: nothing to do; to train longer, give more --train.steps"
+            )
         elif info.step:
             self._console.say(f"resumed at step {info.step:,} of {total:,}")
 
@@ -142,6 +168,15 @@ class Reporter:
         """Report a rank that all others wait for."""
         self._console.say(f"step {step:,}: {found.message}")
         self.event("straggler", step=step, **asdict(found), factor=found.factor)
+
+    def ranks(self, step: int, found: Gathered) -> None:
+        """Report the local times of the ranks and the figures of the nodes, at most every RANKS_EVERY_S seconds."""
+        if time.monotonic() < self._next_ranks:
+            return
+        self._next_ranks = time.monotonic() + RANKS_EVERY_S
+        line = {"attempt": self._info.number, "local_s": [round(time_s, 6) for time_s in found.local_s],
+                "nodes": found.nodes}  # fmt: skip
+        self._worker.post("ranks.jsonl", lambda: self._tracker.ranks(step, line))
 
     def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
         """Report a rollback to `step`. `spiked`: the unreported row of the step that caused it."""

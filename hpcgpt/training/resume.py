@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from hpcgpt import plan
-from hpcgpt.checkpoint import init_from, layout, load, retention
+from hpcgpt.checkpoint import go_back, init_from, layout, load, retention
 from hpcgpt.checkpoint.layout import TrainState
 from hpcgpt.distributed.collectives import run_on_rank0
 from hpcgpt.distributed.world import Ranks
-from hpcgpt.errors import DivergedError, UserError
+from hpcgpt.errors import DivergedError
 from hpcgpt.plan import Plan
 from hpcgpt.storage.lease import Lease
 from hpcgpt.training import in_effect
@@ -28,12 +28,13 @@ class Resumed:
     """Where an attempt continues: at the checkpoint `path`; None: at the beginning.
 
     `changes`: what differs from the attempt that saved it. `origin`: a message if the first weights come from another
-    run.
+    run. `notes`: messages on options that make the run go back, or that have no effect any more.
     """
 
     path: Path | None
     changes: in_effect.Changes
     origin: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Restorer:
@@ -54,27 +55,40 @@ class Restorer:
         """
         if self.lease:
             retention.recover_leftovers(self.checkpoints, self.lease)
+        back = run_on_rank0(self.ranks, self._go_back)
         newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), self._initialize())
         state = layout.read_state(newest)
-        if changed := plan.changes(state.identity, self.plan.identity):
-            raise UserError(
-                f"{self.plan.config.run_folder} was trained with other settings than these: {'; '.join(changed)}. Give "
-                "the new run another --run.name, or restore the settings"
-            )
+        plan.check_identity(self.plan.config, state.identity, self.plan.identity)
         changes = in_effect.since(state, now, self.plan)
         if self.plan.config.run.strict:
             changes.refuse()
         self.load(newest)
-        return Resumed(newest, changes)
+        notes = (back, init_from.not_read(self.plan.config.run))
+        return Resumed(newest, changes, notes=tuple(note for note in notes if note))
+
+    def _go_back(self) -> str:
+        """Go back to `checkpoint.step`, unless that was done before; return a message, or ''. Rank 0 only."""
+        config, step = self.plan.config, self.plan.config.checkpoint.step
+        if not step or not self.lease:
+            return ""
+        if go_back.was_done(config):
+            return (
+                f"checkpoint.step {step}: this run has gone back there already and continues from its newest "
+                f"checkpoint; to go back once more: hpcgpt checkpoint back {config.run_folder} --step {step}"
+            )
+        return go_back.set_aside_newer(config.run_folder, step, self.lease)
 
     def _initialize(self) -> str:
-        """Load weights from another run if `run.init_from` names one, and seed the generators; return the origin."""
+        """Load what `run.init_from` names, if anything, and seed the generators; return a message on the origin."""
         settings = self.plan.config.run
         origin = ""
         if settings.init_from:
-            origin = init_from.load(Path(settings.init_from), self.engine.model.local, self.ranks)
+            optimizer = self.engine.optimizer if settings.init_optimizer else None
+            source = init_from.load(settings, self.engine.model.local, optimizer, self.ranks)
+            self.state.skipped = init_from.first_batch(source.state, self.plan.config, self.plan.identity)
+            origin = source.message(self.state.skipped * self.plan.config.train.global_batch)
         torch.manual_seed(settings.seed + 7919 * self.ranks.world.rank)
         return origin
 

@@ -14,13 +14,16 @@ Torch is imported where it is used.
 
 from __future__ import annotations
 
+import math
 import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hpcgpt.distributed import node_figures
 from hpcgpt.distributed.device_clock import DeviceClock
+from hpcgpt.distributed.node_figures import NodeFigures
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +55,16 @@ class Straggler:
         )
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """The local seconds a step of all ranks, by rank, and the figures of each node (hpcgpt.distributed.node_figures)
+    that are known, by name, with its `host`.
+    """
+
+    local_s: list[float]
+    nodes: list[dict[str, Any]]
+
+
 def count_strikes(strikes: Sequence[int], local_s: Sequence[float], factor: float) -> tuple[list[int], list[int]]:
     """Return how often in a row each rank has been slow, and the ranks to report now.
 
@@ -78,6 +91,8 @@ class StragglerDetector:
         # None if nothing is measured, as with a single rank.
         self.local = LocalTime(ranks.device) if settings.every and ranks.cpu_group is not None else None
         self._hosts: list[str] = []
+        self._node = NodeFigures() if self.local and ranks.world.local_rank == 0 else None
+        self.gathered: Gathered | None = None  # what the last call of `after` has gathered
         if self.local:
             from hpcgpt.distributed.collectives import gather_from_all
 
@@ -85,21 +100,29 @@ class StragglerDetector:
 
     def after(self, step: int) -> list[Straggler]:
         """Return the stragglers to report after this step. A collective: every rank calls it after each step."""
+        self.gathered = None
         if self.local is None or step % self._settings.every:
             return []
-        local_s = self._gather(self.local.take())
+        self.gathered = self._gather(self.local.take())
+        local_s = self.gathered.local_s
         self._strikes, slow = count_strikes(self._strikes, local_s, self._settings.factor)
         return [Straggler(rank, self._hosts[rank], local_s[rank], usual(local_s)) for rank in slow]
 
-    def _gather(self, local_s: float) -> list[float]:
-        """Return the times of all ranks, by rank."""
+    def _gather(self, local_s: float) -> Gathered:
+        """Return the times of all ranks, by rank, and the figures of the nodes."""
         import torch
         import torch.distributed as dist
 
-        local = torch.tensor([local_s], dtype=torch.float64)
-        gathered = [torch.zeros_like(local) for _ in range(self._ranks.world.size)]
-        dist.all_gather(gathered, local, group=self._ranks.cpu_group)
-        return [float(time_s) for time_s in gathered]
+        of_node = self._node.newest() if self._node else node_figures.UNKNOWN
+        own = torch.tensor([local_s, *of_node], dtype=torch.float64)
+        gathered = [torch.zeros_like(own) for _ in range(self._ranks.world.size)]
+        dist.all_gather(gathered, own, group=self._ranks.cpu_group)
+        nodes = []
+        for host, (_, *figures) in zip(self._hosts, (each.tolist() for each in gathered), strict=True):
+            known = {key: value for key, value in zip(node_figures.KEYS, figures, strict=True) if math.isfinite(value)}
+            if known:
+                nodes.append({"host": host, **known})
+        return Gathered([float(each[0]) for each in gathered], nodes)
 
 
 class LocalTime:

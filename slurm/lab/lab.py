@@ -10,7 +10,8 @@ network that can be cut. The nodes' CPUs and memory are only declared, and their
 CUDA_VISIBLE_DEVICES=0,1, and there are no such devices. The partitions (lab_conf.py) are `low`, the
 default; `high`, which preempts it by requeueing; and `grace`, which has 25 s between SIGTERM and that.
 
-    check [--install]   can a lab be started here? Status 0, or 3 and what is missing (lab_needs.py)
+    check [--install]   can a lab be started here? Status 0, or 3 and what is missing (lab_needs.py); it also installs
+                        what only tests use
     up, down            start and remove it; both may be repeated; `up` removes what a crash or a reboot left
     status [--json]     status 0 if every node answers, else 1
     env                 print the line that points sbatch, srun and squeue to the lab
@@ -47,6 +48,7 @@ from typing import NoReturn
 if __name__ == "__main__":
     sys.dont_write_bytecode = True  # under sudo it would be root's, in a user's checkout
 
+import lab_accounts
 import lab_hosts
 import lab_needs
 from lab_conf import Lab, cgroup_conf, gres_conf, hosts_file, load_lab, save_lab, slurm_conf
@@ -200,6 +202,8 @@ def _bring_up(lab: Lab) -> None:
     munged = _prepare_munge(lab)
     for host in lab.addresses:
         lab_hosts.start_daemon(lab, host, *munged)
+        if host == "ctl" and lab.accounts:
+            lab_accounts.start(lab)
         lab_hosts.start_daemon(lab, host, "slurmctld" if host == "ctl" else "slurmd")
     wait_until_idle(lab)
     # Idle nodes can reach the controller. A job shows that they can reach srun, too.
@@ -207,6 +211,7 @@ def _bring_up(lab: Lab) -> None:
     if sorted(printed) != sorted(lab.node_names):
         raise LabError(f"the first job printed the host names {printed}, not {lab.node_names}")
     wait_until_idle(lab)
+    lab_accounts.fill(lab)
 
 
 def _prepare_munge(lab: Lab) -> tuple[str, ...]:
@@ -309,6 +314,10 @@ def _obey(asked: argparse.Namespace) -> int:
         case "check":
             if asked.install and os.geteuid() == 0:
                 lab_needs.install_missing()
+                try:
+                    lab_needs.install_missing({**lab_needs.FOR_TESTS, **lab_needs.FOR_ACCOUNTING})
+                except LabError as error:  # then the tests with mpirun, and those with accounting, are skipped
+                    print(f"lab: {error}", file=sys.stderr)
             if reason := lab_needs.why_not():
                 raise LabError(reason, lab_needs.CANNOT)
             print("a lab can be started here")

@@ -18,6 +18,7 @@ from typing import Final
 # Not Slurm's own 6817 and 6818: a Slurm that this machine already runs keeps its ports, listening or not.
 CTLD_PORT: Final = 26817
 SLURMD_PORT: Final = 26818
+DBD_PORT: Final = 26819
 
 # Anything with such a name may be deleted. The kernel allows 15 characters for an interface.
 NAME_PATTERN: Final = re.compile(r"hpcgpt-[a-z0-9]{1,8}")
@@ -32,6 +33,10 @@ class Lab:
     nodes: int = 4
     gpus: int = 2
     cpus: int = 8
+    memory_mb: int = 64000
+    features: str = ""
+    more: str = ""  # lines of slurm.conf: other partitions
+    accounts: str = ""  # commands of sacctmgr, one a line (lab_accounts.py); empty: a lab without accounting
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
@@ -50,7 +55,7 @@ class Lab:
         for option, value, least, most in (
             ("nodes", self.nodes, 1, 64),
             ("gpus", self.gpus, 0, 16),
-            ("cpus", self.cpus, 1, 256),
+            ("cpus", self.cpus, 1, 512),
         ):
             if not least <= value <= most:
                 raise ValueError(f"{option} is {value}; it has to be between {least} and {most}")
@@ -100,6 +105,8 @@ def load_lab(name: str) -> Lab | None:
 def slurm_conf(lab: Lab) -> str:
     state, nodes = lab.state, f"n[1-{lab.nodes}]"
     gres = f" Gres=gpu:{lab.gpus}" if lab.gpus else ""
+    features = f" Features={lab.features}" if lab.features else ""
+    accounting = _accounting_conf(lab) if lab.accounts else ""
     return f"""\
 ClusterName={lab.name}
 SlurmctldHost=ctl({lab.addresses["ctl"]})
@@ -121,7 +128,7 @@ SlurmctldLogFile={state}/log/ctl.log
 SlurmdLogFile={state}/log/%n.log
 MailProg=/bin/true
 
-# No cgroups and no accounting: a lab has to run where neither can be had.
+# No cgroups, and accounting only if it is requested: a lab has to run where neither can be had.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 # A node may claim more CPUs and memory than this machine has.
@@ -144,11 +151,23 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=1
 
 NodeName={nodes} NodeAddr={lab.subnet}.[1-{lab.nodes}] Sockets=1 CoresPerSocket={lab.cpus} \\
-    ThreadsPerCore=1 RealMemory=64000{gres} State=UNKNOWN
+    ThreadsPerCore=1 RealMemory={lab.memory_mb}{gres}{features} State=UNKNOWN
 PartitionName=DEFAULT Nodes={nodes} DefaultTime=01:00:00 MaxTime=1-00:00:00 State=UP
 PartitionName=low PriorityTier=1 Default=YES
 PartitionName=grace PriorityTier=1 GraceTime=25
 PartitionName=high PriorityTier=10
+{accounting}{lab.more}"""
+
+
+def _accounting_conf(lab: Lab) -> str:
+    """A job needs an account, and what is above a limit of its QOS waits. The password is munge's socket."""
+    return f"""\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost={lab.addresses["ctl"]}
+AccountingStoragePort={DBD_PORT}
+AccountingStoragePass={lab.state}/munge/ctl/socket
+AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=associations,limits,qos
 """
 
 
@@ -165,7 +184,10 @@ def cgroup_conf(slurm_version: tuple[int, int]) -> str:
 
 
 def hosts_file(lab: Lab) -> str:
-    """The nodes' /etc/hosts: there is no DNS in a lab, and this machine's own file stays as it is."""
-    lines = [f"{address} {host}" for host, address in lab.addresses.items()]
+    """The nodes' /etc/hosts: there is no DNS in a lab, and this machine's own file stays as it is.
+
+    n1i is another name of n1: at some sites a node has such a name in the fast network.
+    """
+    lines = [f"{address} {host} {host}i" for host, address in lab.addresses.items()]
     this_machine = f"{lab.subnet}.253 login {os.uname().nodename}"
     return "\n".join(["127.0.0.1 localhost", "::1 localhost", *lines, this_machine]) + "\n"

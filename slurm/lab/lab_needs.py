@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,8 +24,16 @@ PROGRAMS: Final = {
     "util-linux": ("mount", "nsenter", "setpriv", "umount", "unshare"),
     "hostname": ("hostname",),
 }
+# A lab starts without these; some of its tests start ranks with them. 70 MB together, of which 14 are downloaded.
+FOR_TESTS: Final = {"openmpi-bin": ("mpirun.openmpi",), "mpich": ("mpiexec.hydra",)}
+# For a lab with accounting (lab_accounts.py).
+FOR_ACCOUNTING: Final = {
+    "slurmdbd": ("slurmdbd",),
+    "mariadb-server-core": ("mariadbd", "mariadb-install-db"),
+    "mariadb-client-core": ("my_print_defaults",),
+}
 # The services that the packages of these programs may start.
-SERVICES: Final = {"slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge"}
+SERVICES: Final = {"slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge", "slurmdbd": "slurmdbd"}
 
 # Everything that `up` needs from the kernel, in namespaces that end with this script.
 REHEARSAL: Final = """
@@ -57,20 +66,20 @@ def why_not() -> str:
     return ""
 
 
-def missing_packages() -> list[str]:
-    missing = _missing_programs()
-    return [package for package, programs in PROGRAMS.items() if missing & set(programs)]
+def missing_packages(needed: Mapping[str, Sequence[str]] = PROGRAMS) -> list[str]:
+    missing = _missing_programs(needed)
+    return [package for package, programs in needed.items() if missing & set(programs)]
 
 
-def install_missing() -> None:
+def install_missing(needed: Mapping[str, Sequence[str]] = PROGRAMS) -> None:
     """Install missing packages with apt-get, and stop services that they start."""
-    programs, packages = _missing_programs(), missing_packages()
+    programs, packages = _missing_programs(needed), missing_packages(needed)
     if not packages:
         return
     if shutil.which("apt-get") is None:
         raise LabError(
             f"missing are {', '.join(sorted(programs))}, and there is no apt-get here: "
-            "install Slurm, munge, iproute2 and util-linux with your system's package manager",
+            f"install what Debian calls {', '.join(packages)} with your system's package manager",
             CANNOT,
         )
     print(f"installing {' '.join(packages)} with apt-get", flush=True)
@@ -95,7 +104,7 @@ def slurm_version() -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _missing_programs() -> set[str]:
+def _missing_programs(needed: Mapping[str, Sequence[str]]) -> set[str]:
     path = f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"
-    every = [program for programs in PROGRAMS.values() for program in programs]
+    every = [program for programs in needed.values() for program in programs]
     return {program for program in every if shutil.which(program, path=path) is None}

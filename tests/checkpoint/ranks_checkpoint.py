@@ -124,19 +124,20 @@ def background_save(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dic
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    work = saver._work
-    assert work is not None
+    under_way = saver._save
+    assert under_way is not None
+    work = under_way.work
     work._thread.join()
     if ranks.world.rank == 1:  # its share is not ready for three more step boundaries
-        saver._work = slow_work = checkpoint_save._Work(partial(_wait_for, checkpoints / "go", work.result))
+        under_way.work = slow_work = checkpoint_save._Work(partial(_wait_for, checkpoints / "go", work.result))
     outcomes = [saver.poll() for _ in range(3)]
-    report: dict[str, Any] = {"waits_for_all": outcomes == [None] * 3 and saver.busy and not saver._committing}
+    report: dict[str, Any] = {"waits_for_all": outcomes == [None] * 3 and saver.busy and not under_way.committing}
     report["unpublished"] = not (checkpoints / "step_000000012").exists()
     (checkpoints / "go").touch()
     if ranks.world.rank == 1:
         slow_work._thread.join()
     polls = [saver.poll()]
-    report["second_stage"] = polls[0] is None and saver._committing
+    report["second_stage"] = polls[0] is None and under_way.committing
     saved = saver.finish(lambda: None)
     assert saved is not None
     report["problem"], report["step"], report["idle"] = (

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from data_prep.encode import find_tokenizer
+from hpcgpt import plan
+from hpcgpt.checkpoint import layout
+from hpcgpt.config import sources
+from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.run import run_folder
-from hpcgpt.tokenizer import save_load
-from tests.programs import command
+from hpcgpt.tokenizer import find_tokenizer, save_load
+from tests.programs import command, on_ranks
 from tests.tiny_run import TINY, rows, tensors
 
 pytestmark = pytest.mark.processes
@@ -65,6 +69,7 @@ def test_a_run_with_a_checkpoint_does_not_need_the_other_run_any_more(trained: P
     assert status == FINISHED, err
     assert "resumed at step 5" in out
     assert "first weights" not in out
+    assert f"run.init_from {source} is not read: this run has checkpoints of its own" in out
     found = [event["event"] for event in run_folder.events(trained / "runs" / "third")]
     assert found.count("init_from") == 1
 
@@ -124,3 +129,83 @@ def test_a_damaged_checkpoint_of_the_source_is_skipped_and_only_damaged_ones_are
     status, _, err = start(trained, "fifth", source, "--train.steps", "1")
     assert status == 2
     assert "none is valid" in err
+
+
+# --- forks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def constant(trained: Path) -> Path:
+    """A run of 12 steps at a constant rate, from which forks can compute the same once more."""
+    done = command("hpcgpt.train", str(trained / "tiny.toml"), "--run.name", "constant", *CONSTANT)
+    assert done.returncode == FINISHED, done.stderr
+    return trained / "runs" / "constant"
+
+
+CONSTANT = ("--schedule.kind", "constant", "--schedule.warmup_steps", "0")
+FORK = ("--run.init_step", "4", "--run.init_optimizer", "true", "--run.init_data", "continue")
+
+
+def test_a_fork_with_optimizer_and_samples_computes_what_the_other_run_did(trained: Path, constant: Path) -> None:
+    status, out, err = start(trained, "fork", constant, *CONSTANT, *FORK, "--train.steps", "8")
+    assert status == FINISHED, err
+    source = constant / "checkpoints" / "step_000000004"
+    assert f"first weights from {source}, step 4, with its optimizer; samples from 32 on" in out
+    there, here = tensors(constant / LAST), tensors(trained / "runs" / "fork" / "checkpoints" / "step_000000008")
+    same = {name for name in there if not name.startswith("rng/")}
+    assert all(there[name] == here[name] for name in same)
+    losses = [[row["train/loss"] for row in rows(run / "metrics.jsonl")] for run in (constant, trained / "runs/fork")]
+    assert losses[0][4:] == losses[1]
+    # An interrupted fork continues as itself.
+    assert "first weights" not in start(trained, "fork", constant, *CONSTANT, *FORK, "--train.steps", "10")[1]
+
+
+@pytest.mark.parametrize("left_out", ["--run.init_optimizer", "--run.init_data"])
+def test_without_one_of_them_it_does_not(left_out: str, trained: Path, constant: Path) -> None:
+    flags = [*FORK, "--train.steps", "1"]
+    del flags[flags.index(left_out) : flags.index(left_out) + 2]
+    name = left_out.replace("--run.", "without_")
+    status, _, err = start(trained, name, constant, *CONSTANT, *flags)
+    assert status == FINISHED, err
+    there, here = (
+        tensors(run / "checkpoints" / step)
+        for run, step in ((constant, "step_000000008"), (trained / "runs" / name, "step_000000001"))
+    )
+    assert there.keys() == here.keys()
+    (row,) = rows(trained / "runs" / name / "metrics.jsonl")
+    loss = rows(constant / "metrics.jsonl")[4]["train/loss"]
+    assert (row["train/loss"] == loss) == (left_out == "--run.init_optimizer")  # the first loss needs no optimizer
+
+
+def test_a_fork_on_two_ranks_with_another_batch_continues_after_the_samples_that_were_used(
+    trained: Path, constant: Path
+) -> None:
+    """4 steps of 8 samples are 2.67 of 12: the new run begins with its batch 3."""
+    done = on_ranks(
+        2, "hpcgpt.train", str(trained / "tiny.toml"), "--run.name", "wider", "--run.init_from", str(constant), *FORK,
+        "--train.global_batch", "12", "--train.steps", "2",
+    )  # fmt: skip
+    assert done.returncode == FINISHED, done.stderr
+    assert "samples from 36 on" in done.stdout
+    state = layout.read_state(trained / "runs" / "wider" / "checkpoints" / "step_000000002")
+    assert (state.step, state.skipped, state.rollbacks) == (2, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--run.init_step", "5"], "run.init_step 5: "),
+        (["--run.init_step", "5"], "no checkpoint of step 5, but those of steps 4, 8, 12"),
+        (["--run.init_optimizer", "true", "--optim.name", "muon"], "optim.name is adamw in"),
+        (["--run.init_data", "continue", "--run.seed", "7"], "whose run.seed is 1 and here is 7"),
+        (["--run.init_data", "continue", "--data.stride", "8"], "whose data.stride is 32 and here is 8"),
+    ],
+)
+def test_what_cannot_be_forked_is_refused_with_the_way_out(
+    trained: Path, constant: Path, flags: list[str], expected: str
+) -> None:
+    settings = sources.from_command_line(
+        [str(trained / "tiny.toml"), "--run.name", "no", "--run.init_from", str(constant), *flags], "train", ""
+    )
+    with pytest.raises(UserError, match=re.escape(expected)):
+        plan.make(settings, 1)

@@ -279,6 +279,7 @@ MUTATIONS: list[tuple[Callable[[Path, random.Random], None], int]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CASES // CHUNK))
 def test_a_changed_checkpoint_gives_the_identical_state_or_a_clear_refusal(
     undamaged: Undamaged, tmp_path: Path, chunk: int, capfd: pytest.CaptureFixture[str]

@@ -157,7 +157,9 @@ def test_a_checkpoint_is_reported_as_soon_as_it_is_committed_and_not_at_the_next
 
     saver = Saver(checkpoints, ALONE, lease, KEEP_ALL, committed=committed)
     saver.begin(state(4), {WEIGHT: torch.zeros(9)})
-    while saver.poll() is not None or not saver._committing:  # only the first stage waits for the ranks
+    under_way = saver._save
+    assert under_way is not None
+    while saver.poll() is not None or not under_way.committing:  # only the first stage waits for the ranks
         time.sleep(0.001)
     assert there.wait(30)
     assert saver.busy

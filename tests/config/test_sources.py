@@ -105,8 +105,7 @@ def test_the_modern_kind_has_no_biases_by_default(tmp_path: Path) -> None:
     (tmp_path / "copy.toml").write_text(sources.to_toml(found))
     assert sources.from_file(tmp_path / "copy.toml") == found
     assert from_flags("--model.kind", "gpt2").model.qkv_bias
-    with pytest.raises(ValueError, match=r"model\.qkv_bias: model\.kind .modern. has no biases"):
-        from_flags("--model.kind", "modern", "--model.qkv_bias", "true")
+    assert from_flags("--model.kind", "modern", "--model.qkv_bias", "true").model.qkv_bias  # Qwen2's
 
 
 def test_a_configuration_is_immutable() -> None:
@@ -159,7 +158,16 @@ CONTRADICTIONS = [
     ("[checkpoint]\nevery = 10\nkeep_every = 15", "checkpoint.keep_every 15 must be a multiple of checkpoint.every 10"),
     ("[checkpoint]\nevery = 0\nkeep_every = 5", "checkpoint.keep_every 5 must be a multiple of checkpoint.every 0"),
     ("[model]\nn_kv_head = 4", 'model.n_kv_head 4 is for model.kind "modern"'),
-    ('[model]\nkind = "modern"\nqkv_bias = true', 'model.qkv_bias: model.kind "modern" has no biases: leave it out'),
+    ("[model]\nqk_norm = false", 'model.qk_norm is for model.kind "modern": leave it out'),
+    ("[model]\nhead_size = 32", 'model.head_size is for model.kind "modern": leave it out'),
+    ("[model]\nrope_base = 1e6", 'model.rope_base is for model.kind "modern": leave it out'),
+    ('[model]\nkind = "modern"\ngelu = "exact"', 'model.gelu exact is for model.kind "gpt2": modern has SwiGLU'),
+    ('[model]\nkind = "modern"\nhead_size = 5', "model.head_size 5 is odd: rotary positions rotate pairs"),
+    ('[model]\nkind = "modern"\nrope_low = 2', "model.rope_low has no effect with model.rope_factor 1: give both"),
+    (
+        '[model]\nkind = "modern"\nrope_factor = 8\nrope_low = 4\nrope_high = 4',
+        "model.rope_low 4 must be less than model.rope_high 4",
+    ),
     ('[model]\nkind = "modern"\nn_kv_head = 5', "model.n_head 12 must be a multiple of model.n_kv_head 5"),
     ('[model]\nkind = "modern"\nn_embd = 36', "n_embd 36 / model.n_head 12 is odd: rotary positions rotate pairs"),
     ("[model]\nblock_size = 8\n[train]\nloss_chunk = 200", "train.loss_chunk 200 is more than the 128 tokens of a"),
@@ -177,6 +185,10 @@ CONTRADICTIONS = [
     ('[run]\nname = ""', "run.name '' must be a plain folder name"),
     ('[run]\nname = "-n"', "run.name '-n' must be a plain folder name: it is empty, begins with . or -, or has a /"),
     ('[run]\nname = "a\\nb"', r"run.name 'a\nb' must be a plain folder name: it has control characters"),
+    ("[run]\ninit_step = 4", "run.init_step has no effect without run.init_from"),
+    ("[run]\ninit_optimizer = true", "run.init_optimizer has no effect without run.init_from"),
+    ('[run]\ninit_data = "continue"', "run.init_data has no effect without run.init_from"),
+    ("[eval]\nevery = 0\ntrain_batches = 2", "eval.train_batches has no effect with eval.every 0"),
     (f'[run]\nname = "{"x" * 300}"', "must be a plain folder name: it has 300 bytes, and 200 are the most"),
     ('[tracking]\nproject = "a\\u001bb"', r"tracking.project 'a\x1bb' must be a plain folder name: it has control"),
 ]

@@ -184,6 +184,7 @@ def loaders(pair: tuple[Path, Path], ranks: int, micro_batch: int) -> list[Loade
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 4), (2, 1), (8, 1)])
 def test_any_number_of_ranks_gets_the_same_mixed_batches(pair: tuple[Path, Path], ranks: int, micro_batch: int) -> None:
     for step in (0, 1, 100, 9000):

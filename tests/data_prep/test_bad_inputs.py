@@ -319,6 +319,7 @@ def fill(folder: Path, files: Files, alone: bool = False) -> None:
         files(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [*IN_JSONL, *IN_TXT, *IN_PACKED, *IN_PARQUET, *FILES],

@@ -146,6 +146,7 @@ def random_documents(random: np.random.Generator, bpe: interface.Tokenizer) -> D
     return [random.choice(ids, random.integers(1, 40)).tolist() for _ in range(random.integers(1, 20))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_all_formats_give_the_same_documents(
     seed: int, tmp_path: Path, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
@@ -270,8 +271,10 @@ def test_the_commands_of_the_docs_pages_work(
     mains = {"inspect": inspect.main, "verify": verify.main, "export": export.main, "import_shards": import_shards.main}
     shown = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/data.md"))
     lines = re.findall(r"^python -m data_prep\.(\w+) (.*)$", shown, flags=re.MULTILINE)
-    assert [name for name, _ in lines] == [*mains]
+    assert [name for name, _ in lines if name != "make_shards"] == [*mains]  # test_make_shards runs that with --val
     for name, arguments in lines:
+        if name == "make_shards":
+            continue
         assert mains[name]([str(there.get(part, part)) for part in arguments.split()]) == 0
     assert f"{tmp_path / 'imported'}: complete" in capsys.readouterr().out
     assert documents_of(tmp_path / "imported", "val") == documents_of(shards_folder, "val")

@@ -102,7 +102,7 @@ class ReferenceGPT2:
     """GPT-2's encoder as published by OpenAI (encoder.py, 2019), from the list of merges alone."""
 
     def __init__(self) -> None:
-        merges = (ROOT / "data_prep" / "encode" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
+        merges = (ROOT / "hpcgpt" / "tokenizer" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
         self.rank = {tuple(line.split()): n for n, line in enumerate(merges)}
         bytes_first = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
         rest = [b for b in range(256) if b not in bytes_first]
@@ -412,6 +412,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return path, texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, 100])
 def test_of_equal_documents_the_first_is_kept(
     at_once: int | None, copies: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -483,6 +484,7 @@ def test_documents_that_are_too_short_are_left_out_and_counted(tmp_path: Path) -
     assert "left out: 2 too short" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 500, 3000])
 def test_a_full_shard_is_followed_by_another_and_no_document_is_split(
     most: int, copies: tuple[Path, list[str]], tmp_path: Path
@@ -505,6 +507,7 @@ def test_a_full_shard_is_followed_by_another_and_no_document_is_split(
     assert in_shards(tmp_path / "out") == in_shards(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_uint32_shards_hold_the_same_documents(copies: tuple[Path, list[str]], tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text("".join(copies[0].read_text().splitlines(keepends=True)[:50]))
@@ -739,3 +742,82 @@ def test_a_corpus_too_small_for_a_validation_split_causes_a_warning(tmp_path: Pa
     assert done.returncode == 0
     assert done.stderr.startswith("warning: no document was held out for validation (1 documents, ")
     assert shard_format.read_manifest(tmp_path / "out").splits == ["train"]
+
+
+# --- a validation folder of one's own --------------------------------------------------------------
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path) -> tuple[Path, Path]:
+    train, val = tmp_path / "novels", tmp_path / "val_data"
+    for folder, count in ((train, 5), (val, 2)):
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number}.txt").write_text(f"{folder.name} {number} {CHINESE}" * 20)
+    return train, val
+
+
+@pytest.mark.slow
+def test_the_files_of_val_are_the_validation_split_and_no_input_is_held_out(
+    two_folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    train, val = two_folders
+    make_shards.main([str(train), "--val", str(val), "--out", str(tmp_path / "out"), "--workers", "1"])
+    manifest = shard_format.read_manifest(tmp_path / "out")
+    documents = {shard.split: shard.documents for shard in manifest.shards}
+    assert documents == {"train": 5, "val": 2}
+    assert manifest.split_rule == "val if in a file of --val"
+    assert [row.get("split") for row in manifest.inputs] == [None] * 5 + ["val"] * 2
+    # The same texts as two data sets of their own, token for token.
+    for split, folder in (("train", train), ("val", val)):
+        alone = tmp_path / split
+        make_shards.main([str(folder), "--val-fraction", "0", "--out", str(alone), "--workers", "1"])
+        assert (alone / "train_000000.bin").read_bytes() == (tmp_path / "out" / f"{split}_000000.bin").read_bytes()
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.processes
+def test_many_workers_tasks_and_a_rerun_make_the_same_split(two_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train, val = two_folders
+    write_corpus(train / "large.jsonl", 3_000_000)
+    write_corpus(val / "large.jsonl", 2_000_000)
+    arguments = [str(train), "--val", str(val), "--unit-mb", "1", "--dedup", "exact"]
+    make_shards.main([*arguments, "--out", str(tmp_path / "one"), "--workers", "1"])
+    for task in range(3):
+        make_shards.main([*arguments, "--out", str(tmp_path / "tasks"), "--workers", "2",
+                          "--task", str(task), "--tasks", "3"])  # fmt: skip
+    assert files(tmp_path / "one") == files(tmp_path / "tasks")
+    before = everything(tmp_path / "one")
+    make_shards.main([*arguments, "--out", str(tmp_path / "one"), "--workers", "1"])
+    assert everything(tmp_path / "one") == before
+
+
+@pytest.mark.usefixtures("two_folders")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["novels", "--val", "val_data", "--val-fraction", "0.1"], "give one of --val and --val-fraction"),
+        (["novels", "--val", "-"], "standard input can only be text to train on"),
+        (["novels", "val_data", "--val", "val_data"], r"val_data/0.txt is in INPUT and in --val: it would be trained"),
+        (["novels", "--val", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_validation_folder_that_cannot_be_one_is_refused(
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        make_shards.main([*arguments, "--out", "out", "--workers", "1"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_other_files_of_val_are_another_data_set(two_folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train, val = two_folders
+    out = str(tmp_path / "out")
+    make_shards.main([str(train), "--val", str(val), "--out", out, "--workers", "1"])
+    (val / "0.txt").write_text("another text")
+    with pytest.raises(ValueError, match=r"made differently \(val_inputs changed\)"):
+        make_shards.main([str(train), "--val", str(val), "--out", out, "--workers", "1"])
+    with pytest.raises(ValueError, match=r"made differently \(val_fraction, val_inputs changed\)"):
+        make_shards.main([str(train), "--out", out, "--workers", "1"])

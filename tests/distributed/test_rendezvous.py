@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,6 +117,16 @@ def test_a_missing_rank_0_is_named_by_the_others(tmp_path: Path) -> None:
     single = Rank(tmp_path, 1, 2, 2)
     with kill_at_end(single):
         assert_error(*single.end(), "rank 1 of 2", "waited 2 s for rank 0", "never published its address")
+
+
+def test_slices_of_a_gpu_and_halves_of_a_module_are_different_gpus() -> None:
+    def gpu(uuid: str, bus: int) -> str:
+        return rendezvous.identity(SimpleNamespace(uuid=uuid, pci_domain_id=0, pci_bus_id=bus, pci_device_id=0))
+
+    assert gpu("GPU-1", 7) == gpu("GPU-1", 7)
+    assert gpu("MIG-1", 7) != gpu("MIG-2", 7)
+    assert gpu("GPU-1", 7) != gpu("GPU-1", 8)
+    assert rendezvous.identity(SimpleNamespace(pci_bus_id=7)) == "//7/"  # a torch that has no UUIDs
 
 
 @pytest.mark.processes

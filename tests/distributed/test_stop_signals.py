@@ -220,6 +220,7 @@ def test_a_step_and_its_saves_fit_before_the_end(
     assert end - flag.leave_at == pytest.approx(leads_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_s", [1.0, 30.0, 90.0, 300.0])
 def test_with_steps_of_any_length_the_run_stops_in_time_for_a_save(clock: list[float], step_s: float) -> None:
     """With the margin alone, 60 s, the last poll could be 90 s before the end."""

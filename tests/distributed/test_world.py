@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,88 @@ def test_torchrun_inside_srun_is_torchrun() -> None:
     assert (found.rank, found.local_rank, found.size, found.launcher) == (3, 1, 4, "torchrun")
 
 
-@pytest.mark.parametrize("env", [{}, JOB, {"RANK": "1", "WORLD_SIZE": "2"}])
+@pytest.mark.parametrize("env", [{}, JOB, {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, {"LOCAL_RANK": "1"}])
 def test_a_shell_is_a_single_rank_also_inside_an_allocation(env: dict[str, str]) -> None:
     found = discover(env)
     assert (found.rank, found.local_rank, found.size, found.local_size, found.launcher) == (0, 0, 1, 1, "alone")
+
+
+def open_mpi(rank: int, local_rank: int, size: int = 4, local_size: int = 2) -> dict[str, str]:
+    return {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(local_rank),
+            "OMPI_COMM_WORLD_SIZE": str(size), "OMPI_COMM_WORLD_LOCAL_SIZE": str(local_size),
+            "PMIX_RANK": str(rank), "PMIX_NAMESPACE": "632094721"}  # fmt: skip
+
+
+def mpich(rank: int, local_rank: int, size: int = 4, local_size: int = 2) -> dict[str, str]:
+    return {"PMI_RANK": str(rank), "PMI_SIZE": str(size), "MPI_LOCALRANKID": str(local_rank),
+            "MPI_LOCALNRANKS": str(local_size)}  # fmt: skip
+
+
+def plain(rank: int, local_rank: int, size: int = 4, local_size: int = 2, address: str = "n1") -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank), "MASTER_ADDR": address,
+            "LOCAL_WORLD_SIZE": str(local_size), "MASTER_PORT": "29500"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "launcher"), [(open_mpi, "mpirun"), (mpich, "mpirun"), (plain, "env")], ids=["openmpi", "mpich", "plain"]
+)
+def test_mpirun_and_plain_variables_give_the_ranks(make: Callable[[int, int], dict[str, str]], launcher: str) -> None:
+    # In an allocation, mpirun starts its daemons with srun: one task a node, whose variables are inherited.
+    daemon = srun(1, 0, 1, tasks=2, here="1(x2)") if launcher == "mpirun" else JOB
+    for env in ({}, daemon):
+        found = [discover(env | make(2 * node + local, local)) for node in (0, 1) for local in (0, 1)]
+        assert [(w.rank, w.local_rank) for w in found] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+        assert {(w.size, w.local_size, w.launcher) for w in found} == {(4, 2, launcher)}
+        assert len({w.attempt for w in found}) == 1
+
+
+def test_the_mpi_variables_that_srun_sets_leave_srun_the_launcher() -> None:
+    """srun --mpi=pmi2 and --mpi=cray_shasta."""
+    for extra in ({"PMI_RANK": "3", "PMI_SIZE": "4"}, {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1",
+                  "PMI_LOCAL_SIZE": "2"}, {"PMIX_RANK": "3", "PMIX_NAMESPACE": "slurm.pmix.7.0"}):  # fmt: skip
+        found = discover(srun(3, 1, 1) | extra)
+        assert (found.launcher, found.rank, found.hosts) == ("srun", 3, ("n1", "n2"))
+
+
+def test_plain_variables_need_no_local_world_size_on_one_host_and_little_for_one_rank() -> None:
+    env = plain(1, 1, size=2, address="127.0.0.1")
+    del env["LOCAL_WORLD_SIZE"]
+    assert discover(env).local_size == 2
+    assert discover({"RANK": "0", "WORLD_SIZE": "1"}).size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"RANK": "0"}, "RANK=0 is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, LOCAL_WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 and WORLD_SIZE=2 are set, but not LOCAL_RANK, MASTER_ADDR, "),
+        ({"WORLD_SIZE": "2"}, "unset RANK WORLD_SIZE"),
+        (plain(0, 0) | {"RANK": "first"}, "RANK is 'first', expected a whole number"),
+        (srun(1, 1, 0) | {"RANK": "0", "WORLD_SIZE": "4"}, "RANK is 0, but SLURM_PROCID is 1"),
+        (srun(1, 1, 0) | {"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, but SLURM_STEP_NUM_TASKS is 4"),
+        (open_mpi(1, 1) | {"RANK": "0"}, "RANK is 0, but OMPI_COMM_WORLD_RANK is 1"),
+        ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "x"}, r"an MPI has started this process \(PMIX_RANK is set\), but"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "it would train alone"),
+    ],
+)
+def test_variables_that_say_half_or_contradict_the_launcher_are_refused_by_name(
+    env: dict[str, str], expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        discover(env)
+
+
+@pytest.mark.parametrize(
+    ("bound", "affinity", "cores"), [(True, 1, 1), (True, 4, 4), (True, 32, 16), (False, 32, 8), (False, 2, 1)]
+)
+def test_a_rank_of_open_mpi_has_the_cores_that_it_is_bound_to_and_shares_a_socket(
+    bound: bool, affinity: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "cgroup_cpu_limit", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(affinity))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    env = {"OMPI_MCA_orte_bound_at_launch": "1"} if bound else {}
+    assert world.cores(World(0, 0, 4, 4, "mpirun", ""), env) == cores
 
 
 @pytest.mark.processes
@@ -200,3 +279,11 @@ def test_a_container_has_as_many_cores_as_its_cpu_quota(
     monkeypatch.setattr(world, "cgroup_cpu_limit", lambda: 1)
     assert world.cores(World(0, 0, 1, 1, "alone", ""), {}) == 1
     assert world.cores(at(0), {"SLURM_CPUS_PER_TASK": "100000"}) == 1
+
+
+def test_the_ranks_that_a_command_starts_here_are_found_also_in_a_step_of_srun() -> None:
+    inside = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1"}
+    found = [world.discover(world.of_torchrun(inside, rank, 2, "probe")) for rank in (0, 1)]
+    assert [(one.rank, one.local_rank, one.size, one.launcher) for one in found] == [
+        (0, 0, 2, "torchrun"), (1, 1, 2, "torchrun"),
+    ]  # fmt: skip

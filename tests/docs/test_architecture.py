@@ -19,7 +19,7 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # The dated notes stay as they were written, and drill reports are written by the drill.
 PAGES = [path for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
                            *sorted((ROOT / "slurm").rglob("*.md"))] if path.name != "lab-notes.md"]  # fmt: skip
-TREES = ("hpcgpt", "data_prep", "slurm")
+TREES = ("hpcgpt", "data_prep", "slurm", "bundle")
 
 
 def block(heading: str) -> str:
@@ -117,7 +117,7 @@ def test_the_line_numbers_in_the_walks_are_right() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_file_that_is_named_exists(page: Path) -> None:
-    named = re.findall(r"(?<![\w/.~-])((?:hpcgpt|data_prep|slurm|tests|benchmarks|docs)/[\w/.-]*\w)",
+    named = re.findall(r"(?<![\w/.~-])((?:hpcgpt|data_prep|slurm|bundle|tests|benchmarks|docs)/[\w/.-]*\w)",
                        page.read_text(encoding="utf-8"))  # fmt: skip
     ours = {name for name in named if "." in name.rpartition("/")[2]}
     assert [name for name in sorted(ours) if not (ROOT / name).exists() and name not in OF_USERS] == []

@@ -78,7 +78,7 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--train.steps 150 --schedule.warmup_steps 30 --eval.batches 50 --run.threads 1",
+        "--train.steps 100 --schedule.warmup_steps 20 --eval.batches 20 --run.threads 1",
         pytest.param("", marks=pytest.mark.long),
     ],
 )
@@ -92,7 +92,7 @@ def test_the_quick_start_trains_a_model_that_writes_dialogue(
     last = rows(folder / "metrics.jsonl")[-1]
     samples = done.stdout[done.stdout.index("== 4. samples") :]
     if flags:
-        assert last["val/bits_per_byte"] < 3.3  # 4.2 before training
+        assert last["val/bits_per_byte"] < 3.5  # 4.2 before training
         assert len(samples) > 300
     else:
         assert last["val/bits_per_byte"] <= 2.3
@@ -105,15 +105,19 @@ def test_the_quick_start_trains_a_model_that_writes_dialogue(
     assert plan.make(settings, 2 * 2).micro_steps == 1
     sampled = f"step {last['step']:,}"
     for module, expected in (
-        ("status", "finished"), ("checkpoint", "whole"), ("eval", "val/bits_per_byte"), ("sample", sampled)
+        ("status", "finished"), ("checkpoint", "whole"), ("eval", "val/bits_per_byte"), ("sample", sampled),
+        ("report", "1 run"),
+        ("export", "agreed: logits of transformers")
     ):  # fmt: skip
         line = next(line for line in COMMANDS if f"hpcgpt.{module}" in line)
         shown = [part.replace("gpt2-124m", "quickstart") for part in line[3:]]
         if flags and module == "eval":
-            shown += ["--batches", "50"]
+            shown += ["--batches", "20"]
         done = command(f"hpcgpt.{module}", *shown, cwd=checkout)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
+    assert "runs/quickstart/report.html: 1 run, " in samples
+    assert "Samples over time" in (folder / "report.html").read_text(encoding="utf-8")
     before = (folder / "metrics.jsonl").read_bytes()
     second = make(checkout, *arguments)
     assert second.returncode == 0, second.stderr
@@ -130,14 +134,16 @@ def test_make_shards_and_both_ways_to_submit(checkout: Path, text_folder: Path, 
     manifest = shard_format.read_manifest(checkout / "data" / "shards")
     assert (manifest.tokenizer["name"], manifest.tokenizer["vocab_size"]) == ("gpt2", 50257)
     assert command("data_prep.verify", "data/shards", cwd=checkout).returncode == 0
-    submit = next(arguments for arguments in COMMANDS if "hpcgpt.submit" in arguments)
+    # The lab's nodes have 2 GPUs, those of the README 4.
+    commands = [[{"4": "2"}.get(part, part).replace("node=4", "node=2") for part in a] for a in COMMANDS]
+    submit = next(arguments for arguments in commands if "hpcgpt.submit" in arguments)
     small = ["--train.global_batch", "8", "--train.micro_batch", "1"]  # the corpus of the tests is small
     shown = command("hpcgpt.submit", *submit[3:], *small, "--dry-run", cwd=checkout, env=lab.environ())
     assert shown.returncode == 0, shown.stderr
-    sbatch = next(arguments for arguments in COMMANDS if "slurm/pretrain.sbatch" in arguments)
+    sbatch = next(arguments for arguments in commands if "slurm/pretrain.sbatch" in arguments)
     script = sbatch.index("slurm/pretrain.sbatch")
     ran = f"{checkout / 'slurm' / 'pretrain.sbatch'} {shlex.join([*sbatch[script + 1 :], *small])}"
-    assert f"exec bash {ran}\n" in shown.stdout
+    assert f"set -- {ran}\n" in shown.stdout
     for flag in sbatch[1:script]:
         assert f"#SBATCH {flag}\n" in shown.stdout
     tested = subprocess.run(["sbatch", "--test-only", "--nodes=2", "--ntasks-per-node=2", sbatch[script]],

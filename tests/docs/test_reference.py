@@ -95,10 +95,11 @@ def test_every_metric_is_listed() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    metrics = {text for text in strings if re.fullmatch(r"(train|val)/[a-z_]+", text)}
+    metrics = {text for text in strings if re.fullmatch(r"(train|val|eval)/[a-z_]+", text)}
     listed = first_cells(section("metrics.jsonl"))
     assert len(metrics) > 10
-    assert metrics | {"step", "tokens", "samples", "time", "attempt", "val/loss/<name>"} == listed
+    names = {"step", "tokens", "samples", "time", "attempt", "val/loss/<name>", "eval/<task>/<figure>"}
+    assert metrics | names == listed
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_each_start_token_begins_a_document_at_position_0() -> None:
     assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @KINDS
 def test_flex_attention_equals_naive_attention_with_the_mask(kind: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +137,7 @@ def test_flex_attention_is_for_gpus_without_dropout_and_up_to_32_bits() -> None:
 # --- torch.compile ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize(
     "options", [ForwardOptions(), ForwardOptions(START, 16, 1e-3, recompute=True)], ids=["plain", "all options"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcgpt.config.options import Model
-from hpcgpt.model.attention_context import rope_cos_sin
+from hpcgpt.model.attention_context import rope_cos_sin, slowed_down
 from hpcgpt.model.block_modern import Norm, apply_rope
 from hpcgpt.model.gpt import GPT
+from hpcgpt.model.kv_cache import KVCache
 from tests.model.test_gpt import MODERN, ids, small
+
+# Heads that are not n_embd / n_head wide, and nothing at its default.
+RELEASED = replace(MODERN, head_size=20, mlp_width=80, qkv_bias=True, qk_norm=False, norm_eps=1e-3, rope_base=500.0,
+                   rope_factor=8.0, rope_context=12)  # fmt: skip
+HEADS_OF_16 = Model(kind="modern", head_size=16)
+HEADS_OF_8 = Model(kind="modern", head_size=8)
 
 # --- the computation -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tied", "groups"), [(True, 4), (False, 2), (True, 1)])
 def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_qwen3(
     tied: bool, groups: int, monkeypatch: pytest.MonkeyPatch
@@ -110,8 +119,8 @@ def test_attention_scores_depend_only_on_the_distance_of_positions() -> None:
 
     def score(here: int, there: int) -> float:
         query, key = (
-            apply_rope(q, rope_cos_sin(torch.tensor([here]), 16)),
-            apply_rope(k, rope_cos_sin(torch.tensor([there]), 16)),
+            apply_rope(q, rope_cos_sin(torch.tensor([here]), HEADS_OF_16)),
+            apply_rope(k, rope_cos_sin(torch.tensor([there]), HEADS_OF_16)),
         )
         return (query * key).sum().item()
 
@@ -120,20 +129,59 @@ def test_attention_scores_depend_only_on_the_distance_of_positions() -> None:
 
 
 def test_rotation_angles_are_the_position_over_powers_of_the_base() -> None:
-    cosine, sine = rope_cos_sin(torch.tensor([0, 1, 7]), 8)
+    cosine, sine = rope_cos_sin(torch.tensor([0, 1, 7]), HEADS_OF_8)
     for row, position in enumerate((0, 1, 7)):
         angles = [position / 10_000 ** (2 * pair / 8) for pair in range(4)]
         assert cosine[row].tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-6)
         assert sine[row].tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-6)
 
 
+@pytest.mark.slow
+def test_slow_rotations_are_those_of_llama_3() -> None:
+    """Bit for bit: an error of a frequency grows with the position."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    options: dict[str, Any] = {"rope_scaling": scaling, "rope_theta": 5e5}  # newer versions do not declare them
+    theirs = LlamaConfig(hidden_size=4096, num_attention_heads=32, **options)
+    expected, factor = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
+    assert factor == 1
+    config = Model(kind="modern", n_embd=4096, n_head=32, rope_base=5e5, rope_factor=8.0)
+    plain = 1.0 / 5e5 ** (torch.arange(0, 128, 2, dtype=torch.float32) / 128)
+    assert torch.equal(slowed_down(plain, config), expected)
+    kinds = {"kept" if new == old else "slowed" if new == old / 8 else "between"
+             for new, old in zip(expected, plain, strict=True)}  # fmt: skip
+    assert kinds == {"kept", "slowed", "between"}
+
+
+def test_every_option_of_the_block_changes_what_it_computes_and_the_kv_cache_follows() -> None:
+    model = small(shape=RELEASED).eval()
+    expected, cache = model(ids()), KVCache(RELEASED)
+    for position in range(24):
+        found = model(ids()[:, position : position + 1], cache=cache)
+        assert (found[:, 0] - expected[:, position]).abs().max() < 1e-10
+    for key in ("norm_eps", "rope_base", "rope_factor", "rope_context"):
+        other = small(shape=replace(RELEASED, **{key: getattr(MODERN, key)})).eval()
+        other.load_state_dict(model.state_dict())
+        assert (other(ids()) - expected).abs().max() > 1e-4, key
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.blocks[0].named_parameters()}
+    assert shapes == {
+        "attention_norm.weight": (48,), "mlp_norm.weight": (48,), "attention.qkv.weight": (8 * 20, 48),
+        "attention.qkv.bias": (8 * 20,), "attention.residual.weight": (48, 4 * 20), "mlp.gate_and_up.weight": (160, 48),
+        "mlp.residual.weight": (48, 80),
+    }  # fmt: skip
+
+
 def test_in_bfloat16_angles_stay_exact_and_only_the_result_is_rounded() -> None:
-    x, by = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1)), rope_cos_sin(torch.arange(600), 16)
+    x = torch.randn(1, 2, 600, 16, generator=torch.Generator().manual_seed(1))
+    by = rope_cos_sin(torch.arange(600), HEADS_OF_16)
     assert torch.equal(apply_rope(x.bfloat16(), by), apply_rope(x.bfloat16().float(), by).bfloat16())
 
 
 def test_the_norm_divides_by_the_root_mean_square_and_multiplies_by_its_gains() -> None:
-    norm, x = Norm(8).double(), torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    norm, x = Norm(8, 1e-6).double(), torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         norm.weight.copy_(torch.arange(8))
     expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * torch.arange(8)
@@ -154,7 +202,7 @@ def test_the_norm_divides_by_the_root_mean_square_and_multiplies_by_its_gains() 
     ],
 )
 def test_the_parameter_count_is_that_of_the_matrices_and_gains(groups: int, tied: bool, expected: int) -> None:
-    shape = Model(kind="modern", vocab_size=50257, n_kv_head=groups, tied=tied)
+    shape = Model(kind="modern", vocab_size=50257, n_kv_head=groups, tied=tied, qkv_bias=False)
     with torch.device("meta"):
         model = GPT(shape)
     assert model.parameter_count() == expected

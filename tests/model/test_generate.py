@@ -26,6 +26,7 @@ def drawn(logits: Tensor, draws: int = 2000, **settings: Any) -> dict[int, float
     return {number: count / draws for number, count in counts.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -113,6 +114,7 @@ def uncached(model: GPT, prompt: list[int], config: Sample, seed: int) -> list[i
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "modern"])
 @pytest.mark.parametrize("document_start", [None, 0], ids=["", "document mask"])
 @pytest.mark.parametrize("slide", [1, 5, 16])

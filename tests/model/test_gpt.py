@@ -107,6 +107,7 @@ def test_a_vocabulary_that_needs_no_padding_works_too() -> None:
 # --- the computation -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_gpt2(tied: bool) -> None:
     our_model, hf_model = small(tied=tied), hugging_face(tied)
@@ -179,6 +180,25 @@ def pairs(our_model: GPT, hf_model: Any) -> list[tuple[Tensor, Any, bool]]:
         ]:
             found += [(linear.weight, conv.weight, True), (linear.bias, conv.bias, False)]
     return found
+
+
+@pytest.mark.parametrize(("changed", "least"), [({"gelu": "exact"}, 1e-5), ({"norm_eps": 0.01}, 1e-3)])
+def test_the_form_of_gelu_and_the_epsilon_of_norms_are_those_that_were_asked_for(
+    changed: dict[str, Any], least: float
+) -> None:
+    model, other = small(), small(**changed)
+    assert (model(ids()) - other(ids())).abs().max() > least
+    block: Any = other.blocks[0]
+    x = torch.randn(5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    centred = x - x.mean(dim=-1, keepdim=True)
+    expected = centred / (centred.square().mean(dim=-1, keepdim=True) + changed.get("norm_eps", 1e-5)).sqrt()
+    norm = block.mlp_norm
+    assert (norm(x) - expected * norm.weight - norm.bias).abs().max() < 1e-12
+    hidden = block.mlp.up(x)
+    curved = (
+        hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2 if "gelu" in changed else F.gelu(hidden, approximate="tanh")
+    )
+    assert (block.mlp(x) - block.mlp.residual(curved)).abs().max() < 1e-12
 
 
 def test_without_qkv_bias_the_model_equals_one_with_zero_biases() -> None:

@@ -41,7 +41,10 @@ def test_large_tensors_reuse_freed_memory() -> None:
 
 @pytest.mark.long
 def test_more_steps_of_a_run_cause_hardly_more_page_faults(tiny: Path) -> None:
-    """Steps of 40 windows, 512 tokens and 512 ids each: logits of 42 MB."""
+    """Steps of 40 windows, 512 tokens and 512 ids each: logits of 42 MB.
+
+    Without keep_freed four steps more cause 180,000 faults more; the faults of a start vary by 20,000.
+    """
     command = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.dtype", "float32", "--model.block_size", "512",
              "--train.micro_batch", "40", "--train.global_batch", "40", "--checkpoint.every", "0", "--eval.every", "0",
              "--sample.tokens", "0"]  # fmt: skip
@@ -51,4 +54,4 @@ def test_more_steps_of_a_run_cause_hardly_more_page_faults(tiny: Path) -> None:
         more = ["--run.name", steps, "--train.steps", steps]
         subprocess.run([*command, *more], cwd=ROOT, env=clean_env(), capture_output=True, check=True)
         faults.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before)
-    assert faults[1] - faults[0] < 4 * 5000
+    assert faults[1] - faults[0] < 80_000

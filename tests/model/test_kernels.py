@@ -48,6 +48,15 @@ def test_a_kernel_for_gpus_is_refused_on_a_cpu(name: str, tiny: Path) -> None:
     assert f"train.attention {name} is for GPUs: on a CPU use auto, flash, math" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["cudnn", "fa3"])
+def test_kernels_of_nvidia_are_refused_where_torch_is_built_for_amd(
+    name: kernels.Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.1.52802")
+    with pytest.raises(ValueError, match=rf"train\.attention {name} is for NVIDIA GPUs"):
+        kernels.attention(name, GPU, torch.bfloat16)
+
+
 def test_flash_attention_3_needs_its_package() -> None:
     with pytest.raises(ValueError, match="needs the package flash_attn_interface"):
         kernels.attention("fa3", GPU, torch.bfloat16)
@@ -65,6 +74,7 @@ def test_a_bfloat16_kernel_is_refused_in_another_precision(name: kernels.Attenti
     kernels.attention("flash", CPU, torch.float64)
 
 
+@pytest.mark.slow
 def test_code_compiled_for_one_kernel_is_not_used_for_another() -> None:
     """In one process because of the model's options; between processes because of the key of the cache on disk."""
     shape, ids = Model(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=100), torch.zeros(2, 64).long()
@@ -95,6 +105,7 @@ def test_another_kernel_computes_the_same_function(tiny: Path) -> None:
     assert curve(runs / "math") != curve(runs / "flash"), "both used the same kernel"
 
 
+@pytest.mark.slow
 def test_the_configured_kernel_also_recomputes_in_the_backward_pass(tiny: Path) -> None:
     settings = sources.from_file(tiny)
     train = replace(settings.train, attention="math", activation_checkpointing=True, dtype="float32")

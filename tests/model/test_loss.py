@@ -157,6 +157,7 @@ def test_recomputation_gives_the_same_bits_also_with_dropout(kind: Model, dropou
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 10, "vocab_size": 100}
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize(
     "options",

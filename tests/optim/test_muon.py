@@ -110,6 +110,7 @@ def test_a_step_moves_a_matrix_by_the_given_rate() -> None:
     assert bias.detach().abs().max().item() == pytest.approx(1e-4, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_muon_learns_repeated_batches() -> None:
     model, optimizer = trained(MUON, 0)
     losses = train(model, optimizer, range(60))

@@ -292,6 +292,11 @@ def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA GH200 480GB", 989e12),
         ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        # One of the two devices of the module, which has 383.
+        ("AMD Instinct MI250X", 191.5e12),
+        ("AMD Instinct MI300A", 980.6e12),
+        ("AMD Instinct MI300X", 1307e12),
         # A slice of a chip has a fraction of its peak, which depends on the slice.
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
@@ -304,7 +309,7 @@ def test_on_a_terminal_there_is_a_bar_and_lines_go_above_it() -> None:
         ("NVIDIA H20", None),
         ("NVIDIA GeForce RTX 4090", None),
         ("Tesla V100-SXM2-32GB", None),
-        ("AMD Instinct MI300X", None),
+        ("AMD Radeon Graphics", None),
         ("", None),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 from hpcgpt.run import attempts, goodput, records, run_folder
 from hpcgpt.slurm import restart_history
-from hpcgpt.status import _as_text, status
+from hpcgpt.status import as_text, run_status, table, view, why
 
 NOW = 10_000.0
 WRONG: list[Any] = [
@@ -62,8 +62,11 @@ def complete_run() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def read_all(folder: Path) -> None:
     """Call everything that reads the two files."""
     for now in (NOW - 850, NOW):
-        found = status(folder, now, with_history=True)
-        _as_text(found).encode()
+        found = run_status.complete(folder, now, None, with_history=True)
+        as_text.as_text(found, now).encode()
+        table.lines([found], now)
+        "\n".join(why.lines(found)).encode()
+        view.lines(view.Snapshot(now, [found]), 80, 24, "braille")
         json.dumps(found, allow_nan=False)
         assert all(value >= 0 for value in goodput.measure(*attempts.read(folder), now).seconds.values())
     goodput.table(folder).encode()
@@ -86,6 +89,7 @@ def test_a_complete_run_is_read_completely(tmp_path: Path) -> None:
     read_all(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(
     "position", range(len(complete_run()[0])), ids=lambda position: complete_run()[0][position]["event"]
@@ -99,6 +103,7 @@ def test_no_field_of_an_event_can_end_a_reader(tmp_path: Path, position: int, sh
             read_all(written(tmp_path, [*events[:position], events[position] | {key: value}], rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("position", [0, 4, 8])
 def test_no_field_of_a_row_can_end_a_reader(tmp_path: Path, position: int, share: int) -> None:
@@ -164,4 +169,4 @@ def test_files_that_are_being_written_are_read_as_far_as_they_go(tmp_path: Path)
     content = (folder / "metrics.jsonl").read_bytes()
     for size in (len(content) - 1, len(content) - 20):
         os.truncate(folder / "metrics.jsonl", size)
-        assert status(folder, NOW)["step"] in (8, 9)
+        assert run_status.complete(folder, NOW)["step"] in (8, 9)

@@ -76,10 +76,17 @@ class Cluster:
 
     def submit(self, name: str, *flags: str) -> str:
         answer = self.slurm(
-            sys.executable, "-m", "hpcgpt.submit", "--json", "--nodes", "2", "--tasks-per-node", "2",
+            sys.executable, "-m", "hpcgpt.submit", "--json", "--nodes", "2", "--ntasks-per-node", "2",
             "--gpus-per-node", "2", *flags, str(self.config), "--run.name", name,
+            *self.arguments,
         )  # fmt: skip
         return str(json.loads(answer)["job"])
+
+    def try_to_submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run hpcgpt.submit with these arguments alone, and return how it ended."""
+        command = [sys.executable, "-m", "hpcgpt.submit", *arguments]
+        env = self.env | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=self.home, env=env, capture_output=True, text=True, check=False)
 
     def state(self, job: str) -> str:
         return fields_of(self.slurm("scontrol", "show", "job", job))["JobState"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt import submit
+from hpcgpt.slurm import code_snapshot, submission
 from tests.programs import ROOT, clean_env, run_group
 
 pytestmark = pytest.mark.processes
@@ -105,6 +106,22 @@ class Batch:
 @pytest.fixture
 def batch(tmp_path: Path) -> Batch:
     return Batch(tmp_path)
+
+
+def test_srun_gets_the_flags_of_a_container_and_starts_the_python_in_it(batch: Batch) -> None:
+    """As for pyxis: the batch script's own Python is another one, outside."""
+    (batch.bin / "python-inside").write_text('#!/bin/bash\necho "$@" > "$STATE/inside"\n')
+    (batch.bin / "python-inside").chmod(0o755)
+    done = batch.start(
+        HPCGPT_SRUN_FLAGS=" --container-image=nvcr.io#a/b:1  --container-mounts=/x:/x",
+        HPCGPT_RANKS_PYTHON="python-inside",
+    )
+    assert done.returncode == 0, done.stderr
+    words = (batch.state / "srun").read_text().splitlines()
+    assert words[3:6] == ["--container-image=nvcr.io#a/b:1", "--container-mounts=/x:/x", "bash"]
+    assert batch.field("inside").startswith("-m hpcgpt.train --run.dir ")
+    batch.start()
+    assert (batch.state / "srun").read_text().splitlines()[3] == "bash"
 
 
 # --- the start fails -----------------------------------------------------------------------------------
@@ -331,23 +348,20 @@ def test_a_missing_site_file_is_a_user_error_at_first_and_the_nodes_fault_later(
 # --- a job of hpcgpt.submit ------------------------------------------------------------------------------
 
 
-def test_a_submitted_job_is_requeued_also_where_the_checkout_is_gone(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkout = batch.home / "checkout.sbatch"
-    checkout.write_bytes(SCRIPT.read_bytes())
-    monkeypatch.setattr(submit, "SCRIPT", checkout)
-    lines = submit.setup(["--run.dir", f"{batch.home}/my runs", "--run.name", "two  'words'"])
+def test_a_submitted_job_runs_the_kept_code_and_is_requeued_where_that_is_gone(batch: Batch) -> None:
+    """The job's own script has a copy of the batch script for that case."""
+    arguments = ["--run.dir", f"{batch.home}/my runs", "--run.name", "two  'words'"]
+    code = code_snapshot.keep(batch.home / "my runs" / "kept", arguments)
     job = batch.home / "job.sh"
-    job.write_text("\n".join(["#!/bin/bash", *lines, "echo pickled"]))
-    checkout.unlink()
+    job.write_text("\n".join(["#!/bin/bash", *submission.setup([code]), "echo pickled"]))
     env = batch.env | {"SLURM_RESTART_COUNT": "1"}
     batch.set_field("restarts", "1")
     done = subprocess.run(["bash", str(job)], env=env, cwd=batch.home, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert (batch.home / "my runs" / "two  'words'" / "run.json").exists()
-    batch.python.unlink()
+    shutil.rmtree(code.folder)
     done = subprocess.run(["bash", str(job)], env=env, cwd=batch.home, capture_output=True, text=True, check=False)
+    assert f"{code.folder}, the code that was submitted, cannot be read" in done.stderr
     assert "requeue 7" in batch.calls
     assert "pickled" not in done.stdout
 

@@ -171,7 +171,7 @@ def test_the_next_job_has_the_same_name_folder_and_arguments_whatever_is_in_them
     workdir = cluster.home / "a b JobState=CANCELLED"
     workdir.mkdir()
     name = "x JobState=CANCELLED\n   Restarts=9 Reason=NodeDown"
-    flags = (*TWO, "--no-requeue", f"--job-name={name}", "--chdir", str(workdir), "--output", "out %% %j.txt")
+    flags = (*ONE, "--no-requeue", f"--job-name={name}", "--chdir", str(workdir), "--output", "out %% %j.txt")
     arguments = ("--train.steps", "600", "--run.dir", "here%t", "--sample.prompt", "WorkDir=/a b")
     job = cluster.sbatch("spaced", *flags, arguments=arguments)
     folder = workdir / "here%t" / "spaced"

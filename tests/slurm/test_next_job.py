@@ -44,6 +44,12 @@ def test_a_task_of_an_array_is_followed_by_that_task_alone() -> None:
     ]  # fmt: skip
 
 
+def test_a_request_of_gpus_keeps_the_type_that_only_gres_has() -> None:
+    job = Job("RUNNING", fields=FIELDS | {"TresPerNode": "gres:gpu:a100-80:2"})
+    assert "--gpus-per-node=a100-80:2" in flags(job, ENV)
+    assert "--gpus-per-node=4" in flags(job, ENV | {"SLURM_GPUS_PER_NODE": "4"})  # of another step
+
+
 @pytest.fixture
 def no_requeue_slurm(slurm: FakeSlurm) -> FakeSlurm:
     """A Slurm that refuses to requeue, shows the batch script, and accepts a job, whose environment it records."""

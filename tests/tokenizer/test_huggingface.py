@@ -1,4 +1,4 @@
-"""data_prep.encode.from_huggingface and hpcgpt.tokenizer.huggingface: a tokenizer.json gives the library's ids."""
+"""hpcgpt.tokenizer.from_huggingface and hpcgpt.tokenizer.huggingface: a tokenizer.json gives the library's ids."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from data_prep.encode import encoders, equivalence_texts, find_tokenizer, gigatoken_encoder
-from hpcgpt.tokenizer import interface, save_load
+from data_prep.encode import encoders, gigatoken_encoder
+from hpcgpt.tokenizer import equivalence_texts, find_tokenizer, interface, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 from hpcgpt.tokenizer.interface import Tokenizer
 from tests.programs import ROOT
@@ -193,6 +193,22 @@ def test_streamed_text_equals_the_original(name: str, found: dict[str, Tokenizer
     assert before + "".join(
         interface.stream(tokenizer, ids[cut:], after=[tokenizer.end_of_text, *ids[:cut]])
     ) == "".join(parts)
+
+
+@pytest.mark.parametrize("name", ["with_prefix_space", "llama2_like", "qwen_like", "gpt2_like"])
+def test_every_beginning_of_a_stream_is_a_beginning_of_the_text(name: str, found: dict[str, Tokenizer]) -> None:
+    """What the last tokens lack of a character is not printed. U+FFFD is printed where it is in the text."""
+    tokenizer = found[name]
+    text = "斗之力，三段！ \ufffd 👩‍👧 naïve"
+    ids = tokenizer.encode(text)
+    beginnings = ["".join(interface.stream(tokenizer, ids[:n])).lstrip(" ") for n in range(len(ids) + 1)]
+    assert beginnings[-1] == text
+    assert all(text.startswith(beginning) for beginning in beginnings)
+    assert len(set(beginnings)) < len(beginnings) - 3  # tokens that end within a character print nothing
+    end = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.end_of_text)
+    cut = next(n for n in range(1, len(ids)) if beginnings[n] == beginnings[n - 1])
+    shown = "".join(interface.stream(tokenizer, [*ids[:cut], tokenizer.end_of_text])).lstrip(" ")
+    assert shown == beginnings[cut] + end
 
 
 @pytest.mark.parametrize("name", MAKERS)

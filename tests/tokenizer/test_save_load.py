@@ -1,11 +1,11 @@
-"""hpcgpt.tokenizer.save_load, data_prep.encode.find_tokenizer and data_prep.encode.from_tiktoken: GPT-2's ids without a
+"""hpcgpt.tokenizer.save_load, hpcgpt.tokenizer.find_tokenizer and hpcgpt.tokenizer.from_tiktoken: GPT-2's ids without a
 network, the other published tokenizers, and trained ones."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
-import http.server
 import json
 import os
 import re
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
+from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +22,8 @@ import xxhash
 from tokenizers import Regex, pre_tokenizers
 
 from data_prep import train_tokenizer
-from data_prep.encode import equivalence_texts, find_tokenizer, from_tiktoken
 from data_prep.pipeline import holdout
-from hpcgpt.tokenizer import interface, save_load
+from hpcgpt.tokenizer import equivalence_texts, find_tokenizer, from_tiktoken, interface, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from tests.programs import ROOT, clean_env, command
 
@@ -70,7 +69,7 @@ def test_gpt2s_pattern_is_that_of_tiktoken(gpt2: ByteLevelBPE) -> None:
 @pytest.mark.processes
 def test_gpt2_works_without_a_network(tmp_path: Path) -> None:
     """In a network namespace without interfaces where possible; else with every proxy at a closed port."""
-    code = "from data_prep.encode import find_tokenizer; print(find_tokenizer.find('gpt2').encode('hello world'))"
+    code = "from hpcgpt.tokenizer import find_tokenizer; print(find_tokenizer.find('gpt2').encode('hello world'))"
     arguments = [sys.executable, "-c", code]
     if shutil.which("unshare") and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0:
         arguments = ["unshare", "-n", *arguments]
@@ -147,35 +146,40 @@ def test_a_damaged_cache_is_an_error_and_stays(offline: Path) -> None:
     assert (offline / R50K_NAME_IN_CACHE).read_bytes() == b"IQ== 0\n"
 
 
-class Ranks(http.server.BaseHTTPRequestHandler):
-    """Serves one file at any path."""
+@contextlib.contextmanager
+def serving(folder: Path) -> Generator[str]:
+    """Serve a folder by a process of its own, and give its address.
 
-    content = b""
+    Not by a thread: seteuid interrupts every thread of its process, and a server in one lost a connection now and then.
+    """
+    arguments = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout is not None
+            banner = server.stdout.readline()
+            port = re.search(r"port (\d+)", banner)
+            assert port is not None, banner
+            yield f"http://127.0.0.1:{port[1]}/"
+        finally:
+            server.terminate()
+            print(server.communicate()[0])
 
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(self.content)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Print nothing."""
-
-
+@pytest.mark.processes
 def test_an_inaccessible_cache_of_another_user_is_not_used(
     gpt2: ByteLevelBPE, offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """/tmp/data-gym-cache belongs to its first user: others can neither read nor write it."""
-    del offline
-    monkeypatch.setattr(Ranks, "content", gpt2.files()["vocab.tiktoken"])
-    with tempfile.TemporaryDirectory() as name, http.server.HTTPServer(("127.0.0.1", 0), Ranks) as server:
+    published = offline.parent / "published"
+    published.mkdir()
+    (published / "r50k_base.tiktoken").write_bytes(gpt2.files()["vocab.tiktoken"])
+    with tempfile.TemporaryDirectory() as name, serving(published) as url:
         Path(name).chmod(0o755)
         cache = Path(name) / "data-gym-cache"
         cache.mkdir(mode=0o700)
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(from_tiktoken, "_URL", f"http://127.0.0.1:{server.server_port}/")
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+        monkeypatch.setattr(from_tiktoken, "_URL", url)
         user = os.geteuid()
         if user == 0:
             os.seteuid(65534)
@@ -186,10 +190,8 @@ def test_an_inaccessible_cache_of_another_user_is_not_used(
         finally:
             os.seteuid(user)
             cache.chmod(0o700)
-            server.shutdown()
-            thread.join()
-        assert found.fingerprint == gpt2.fingerprint
-        assert f"its ranks cannot be kept in {cache}: Permission denied" in capsys.readouterr().err
+    assert found.fingerprint == gpt2.fingerprint
+    assert f"its ranks cannot be kept in {cache}: Permission denied" in capsys.readouterr().err
 
 
 def test_a_file_of_ranks_is_recognized_by_its_hash(gpt2: ByteLevelBPE, offline: Path) -> None:
@@ -244,12 +246,34 @@ def test_a_stream_never_yields_half_a_character(gpt2: ByteLevelBPE, bpe: ByteLev
         assert len(tokenizer.encode(text)) > len(text)  # so most characters consist of several tokens
 
 
-def test_a_stream_that_ends_within_a_character_yields_u_fffd_and_continues(bpe: ByteLevelBPE) -> None:
+def test_every_beginning_of_a_stream_is_a_beginning_of_the_text(gpt2: ByteLevelBPE, bpe: ByteLevelBPE) -> None:
+    """What the last tokens lack of a character is not printed; nor is a part of it."""
+    for tokenizer in (gpt2, bpe):
+        text, within = "斗之力，三段！👩‍👧é", 0
+        ids = tokenizer.encode(text)
+        for number in range(len(ids) + 1):
+            shown = "".join(interface.stream(tokenizer, ids[:number]))
+            assert text.startswith(shown)
+            whole = tokenizer.encoding.decode_bytes(ids[:number])
+            assert shown.encode() == whole[: len(shown.encode())]
+            assert len(whole) - len(shown.encode()) < 4
+            within += shown.encode() != whole
+        assert within > 3  # ends of the tokens are within characters
+
+
+def test_a_character_that_is_not_completed_is_left_out_or_u_fffd_where_text_follows(bpe: ByteLevelBPE) -> None:
     half = bpe.encode("萧")[:1]
     assert bpe.encoding.decode_bytes(half) != "萧".encode()
     assert "".join(interface.stream(bpe, [*half, *bpe.encode("b")])) == "\ufffdb"
-    assert "".join(interface.stream(bpe, half)) == "\ufffd"
-    assert "".join(interface.stream(bpe, [*half, bpe.end_of_text, *bpe.encode("b")])) == f"\ufffd{END}b"
+    assert "".join(interface.stream(bpe, half)) == ""
+    assert "".join(interface.stream(bpe, half, unfinished="\ufffd")) == "\ufffd"
+    assert "".join(interface.stream(bpe, [*half, bpe.end_of_text, *bpe.encode("b")])) == f"{END}b"
+
+
+def test_an_id_without_a_token_has_no_text(bpe: ByteLevelBPE) -> None:
+    """Imported models have rows for more ids than their tokenizer, and may generate one."""
+    ids = bpe.encode("hello")
+    assert "".join(interface.stream(bpe, [*ids, bpe.vocab_size + 5, *ids])) == "hellohello"
 
 
 def test_a_stream_is_lazy(bpe: ByteLevelBPE) -> None:

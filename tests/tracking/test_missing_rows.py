@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,41 @@ def add(folder: Path, name: str, *lines: dict[str, Any]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def roll_back(folder: Path, to: int, at: float) -> None:
+def roll_back(folder: Path, to: int, at: float, event: str) -> None:
     """Cut metrics.jsonl off and record it, in the reporter's order."""
     path = folder / "metrics.jsonl"
     kept = path.read_text().splitlines(True)[:to] if path.exists() else []
     (folder / "new").write_text("".join(kept))
     os.replace(folder / "new", path)
-    add(folder, "events.jsonl", {"event": "rollback", "time": at, "step": to})
+    add(folder, "events.jsonl", {"event": event, "time": at, "step": to})
 
 
 def rows(first: int, last: int, at: float) -> list[dict[str, Any]]:
     return [{"step": step, "time": at + step / 100, "train/loss": 1.0} for step in range(first, last + 1)]
 
 
-def steps(found: list[dict[str, Any]]) -> list[int]:
-    return [row["step"] for row in found]
+def steps(found: Iterable[dict[str, Any]]) -> list[int]:
+    """Return the steps of all lines but events."""
+    return [row["step"] for row in found if "event" not in row]
 
 
+@pytest.mark.parametrize("event", ["rollback", "went_back"])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
-def test_a_rollback_between_two_reads_of_the_files_is_noticed(tmp_path: Path, name: str) -> None:
+def test_a_rollback_between_two_reads_of_the_files_is_noticed(tmp_path: Path, name: str, event: str) -> None:
     """Rows that are made again while earlier ones are being sent are missing, though their steps have arrived."""
     run = RunRows(tmp_path)
     extra = {"text": "a"} if name == "samples.jsonl" else {}
     add(tmp_path, name, *[row | extra for row in rows(1, 4, 100.0)])
-    assert steps(list(run.lacking())) == [1, 2, 3, 4]
+    assert steps(run.lacking()) == [1, 2, 3, 4]
     add(tmp_path, "metrics.jsonl", *rows(5, 5, 100.0))
     missing = run.lacking()
     assert next(missing)["step"] == 5
-    roll_back(tmp_path, 2, at=200.0)
+    roll_back(tmp_path, 2, at=200.0, event=event)
     add(tmp_path, name, *[row | extra for row in rows(3, 5, 201.0)])
     later = [*missing, *run.lacking()]
-    assert [row["step"] for row in later if row["time"] > 200] == [3, 4, 5]
-    assert list(run.lacking()) == []
+    assert steps(row for row in later if row["time"] > 200) == [3, 4, 5]
+    assert run.has_obsolete
+    assert steps(run.lacking()) == []
 
 
 def test_a_row_from_before_a_rollback_that_has_arrived_is_not_sent_again(tmp_path: Path) -> None:
@@ -58,7 +62,26 @@ def test_a_row_from_before_a_rollback_that_has_arrived_is_not_sent_again(tmp_pat
         run.rows.add(row["step"], row["time"])
     add(tmp_path, "metrics.jsonl", *rows(1, 4, 100.0))
     add(tmp_path, "events.jsonl", {"event": "rollback", "time": 200.0, "step": 2})
-    assert list(run.lacking()) == []
+    assert steps(run.lacking()) == []
     add(tmp_path, "metrics.jsonl", *rows(3, 4, 201.0))
-    assert steps(list(run.lacking())) == [3, 4]
-    assert list(run.lacking()) == []
+    assert steps(run.lacking()) == [3, 4]
+    assert steps(run.lacking()) == []
+
+
+def test_obsolete_rows_that_have_not_arrived_are_not_sent(tmp_path: Path) -> None:
+    """The samples of a run are kept when it goes back; so may rows be that were read before."""
+    add(tmp_path, "samples.jsonl", *[row | {"text": "a"} for row in rows(1, 4, 100.0)])
+    add(tmp_path, "events.jsonl", {"event": "rollback", "time": 200.0, "step": 2})
+    add(tmp_path, "samples.jsonl", *[row | {"text": "b"} for row in rows(3, 4, 201.0)])
+    assert steps(RunRows(tmp_path).lacking()) == [1, 2, 3, 4]
+
+
+def test_an_event_comes_between_the_rows_it_lies_between_with_their_step_and_loss(tmp_path: Path) -> None:
+    add(tmp_path, "metrics.jsonl", *[row | {"train/loss": 9.0 - row["step"]} for row in rows(1, 4, 100.0)])
+    add(tmp_path, "events.jsonl", {"event": "crash", "time": 100.025}, {"event": "damaged"}, {"event": 3, "time": 1})
+    found = list(RunRows(tmp_path).lacking())
+    assert [row.get("event", row["step"]) for row in found] == [1, 2, "crash", 3, 4]
+    assert (found[2]["step"], found[2]["loss_before"]) == (2, 7.0)
+    again = RunRows(tmp_path)
+    again.note("events.jsonl", 2, 100.025)
+    assert [row for row in again.lacking() if "event" in row] == []

@@ -6,125 +6,29 @@ wandb's own reader, ``wandb leet inspect``.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpcgpt.config import sources
-from hpcgpt.config.options import Config, Run
-from hpcgpt.config.options import Tracking as TrackingOptions
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.run import run_folder
-from hpcgpt.storage import atomic
-from hpcgpt.tracking.tracker import Tracker, check
-from tests.programs import ROOT, clean_env, command
+from hpcgpt.tracking.tracker import check
+from tests.programs import ROOT, clean_env
 from tests.tiny_run import rows
+from tests.tracking.attempts import KEY, LONG_S, Attempt, fragments, home, server, steps_of, sync, until
 from tests.tracking.connect_proxy import ConnectProxy
 
 pytestmark = pytest.mark.processes
 
-KEY = "k" * 40
-LONG_S = 60.0
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without a key and without settings; and no variable of wandb's."""
-    home = tmp_path_factory.mktemp("home")
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.delenv("NETRC", raising=False)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
-    return home
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    server = WandbServer()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    yield server
-    server.close()
-
-
-class Attempt:
-    """One attempt of a run that logs rows as the reporter does, with a real generation file."""
-
-    def __init__(self, tmp_path: Path, mode: str = "auto", keep: int = 0) -> None:
-        self.config = Config(
-            run=Run(name="run", dir=str(tmp_path)),
-            tracking=TrackingOptions(wandb=mode),  # type: ignore[arg-type]
-        )
-        self.folder = self.config.run_folder
-        self.id = run_folder.prepare(self.folder)
-        atomic.write(self.folder / "config.toml", sources.to_toml(self.config).encode())
-        (self.folder / "generations").mkdir(exist_ok=True)
-        number = 1 + len(list((self.folder / "generations").iterdir()))
-        (self.folder / "generations" / f"{number:06d}.json").touch()
-        self.cut(keep)
-        self.tracker = Tracker(self.config, number)
-
-    def cut(self, keep: int) -> None:
-        """Keep the rows up to step `keep` in a new file, as a resume and a rollback do."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(True)[:keep] if path.exists() else []
-        atomic.write(path, "".join(lines).encode())
-
-    def write(self, steps: range) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            for step in steps:
-                row = {"step": step, "time": time.time(), "tokens": 64 * step, "train/loss": 1 / step, "none": None}
-                file.write(json.dumps(row) + "\n")
-
-    def kill(self) -> None:
-        """Kill the tracking process and wandb's core with SIGKILL, as the failure of a node does."""
-        child = self.wait_for_process()
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        self.tracker.close(1, 1.0)
-
-    def wait_for_process(self) -> subprocess.Popen[bytes]:
-        assert self.tracker._starting is not None
-        self.tracker._starting.join()
-        assert self.tracker._child is not None
-        return self.tracker._child
-
-
-def fragments(folder: Path, kind: str = "offline-run") -> list[list[dict[str, Any]]]:
-    """Return the records of each .wandb file of an offline run (with kind "run": an online run), the oldest first."""
-    found = []
-    for path in sorted((folder / "wandb").glob(f"{kind}-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        read = command("wandb", "leet", "inspect", "--json", str(path))
-        assert read.returncode == 0
-        found.append([json.loads(line) for line in read.stdout.splitlines()])
-    return found
-
-
-def steps_of(parts: list[list[dict[str, Any]]]) -> list[int]:
-    items = [record["history"]["item"] for part in parts for record in part if record["type"] == "history"]
-    return [item["step"] for item in items if "train/loss" in item]
-
-
-def until(what: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+__all__ = ["home", "server"]  # fixtures
 
 
 # --- each row and sample arrives once --------------------------------------------------------------
@@ -163,18 +67,45 @@ def test_after_a_sigkill_at_any_moment_the_next_attempt_sends_exactly_what_the_s
     assert sorted(server.steps(last.id)) == list(range(1, 51))
 
 
-def test_after_a_rollback_only_the_repeated_rows_are_sent_again(tmp_path: Path, server: WandbServer) -> None:
+def test_after_a_rollback_the_server_has_each_step_once(tmp_path: Path, server: WandbServer) -> None:
+    """The run is rewound: the server refuses that while it has not ended. An attempt after it sends nothing again."""
     attempt = Attempt(tmp_path)
     attempt.write(range(1, 21))
+    attempt.tracker.sample(5, "kept")
+    attempt.tracker.sample(20, "obsolete")
     assert server.wait(lambda: len(server.steps(attempt.id)) == 20)
     attempt.cut(10)
-    run_folder.record(attempt.folder, "rollback", attempt=1, step=10)
+    run_folder.record(attempt.folder, "rollback", attempt=1, step=10, loss=9.5, spiked_step=21)
     attempt.write(range(11, 31))
     attempt.tracker.close(0, LONG_S)
-    assert sorted(server.steps(attempt.id)) == sorted([*range(1, 21), *range(11, 31)])
+    assert server.steps(attempt.id) == list(range(1, 31))
+    sent = server.history[attempt.id]
+    assert [row["sample/text"] for row in sent if "sample" in row] == ["kept"]
     rerun = Attempt(tmp_path, keep=30)
     rerun.tracker.close(0, LONG_S)
-    assert len(server.steps(attempt.id)) == 40
+    assert [row for row in server.history[attempt.id] if "goodput/goodput" not in row] == [
+        row for row in sent if "goodput/goodput" not in row
+    ]
+    own = [row["_step"] for row in server.history[attempt.id]]
+    assert own == sorted(set(own))
+
+
+def test_a_server_that_cannot_rewind_keeps_both_and_the_log_says_so(
+    tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of wandb's own step, `_step`, it refuses none. `--copy` makes a run without the obsolete rows."""
+    server.rewinds = False
+    first = Attempt(tmp_path)
+    first.write(range(1, 21))
+    first.tracker.close(0, LONG_S)
+    run_folder.record(first.folder, "went_back", attempt=2, step=10, from_step=20)
+    again = Attempt(tmp_path, keep=10)
+    again.write(range(11, 26))
+    again.tracker.close(0, LONG_S)
+    assert server.steps(first.id) == [*range(1, 21), *range(11, 26)]
+    assert "it cannot rewind" in capfd.readouterr().err
+    sync(again.folder, "--copy", "clean")
+    assert server.steps("clean") == list(range(1, 26))
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -223,9 +154,7 @@ def test_sync_sends_what_is_missing_and_may_be_repeated(tmp_path: Path, server: 
     offline.tracker.close(0, LONG_S)
     assert server.history == {}
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-m", "hpcgpt.tracking", "sync", str(offline.folder)], cwd=ROOT,
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        sync(offline.folder)
         assert server.steps(offline.id) == list(range(1, 11))
 
 
@@ -427,13 +356,16 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
     env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
     env |= {"HPCGPT_TRACKING_INIT_S": "100000"}  # wandb itself would give up after a while
-    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "200", "--tracking.wandb", "auto"]
+    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--tracking.wandb", "auto", "--train.steps", "800"]
+    command_line += ["--checkpoint.every", "400", "--eval.every", "400"]
     training = subprocess.Popen(
         command_line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    assert server.wait(lambda: bool(server.requests) or training.poll() is not None)
     until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
+    training.send_signal(signal.SIGSTOP)  # or it might end before wandb has sent anything
+    assert server.wait(lambda: bool(server.requests))
     training.send_signal(signal.SIGTERM)
+    training.send_signal(signal.SIGCONT)
     assert training.wait(60) == AGAIN, training.communicate()[1]
     training.communicate()
     steps = len(rows(folder / "metrics.jsonl"))
@@ -442,5 +374,5 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     server.mode = "healthy"
     last = subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert last.returncode == FINISHED, last.stderr
-    assert steps <= 200
-    assert server.steps(run_folder.run_id(folder)) == list(range(1, 201))
+    assert steps < 800
+    assert server.steps(run_folder.run_id(folder)) == list(range(1, 801))

@@ -22,7 +22,8 @@ from hpcgpt import train
 from hpcgpt.checkpoint import load, retention, save
 from hpcgpt.distributed import stop_signals, world
 from hpcgpt.run import metrics_file
-from hpcgpt.training import attempt, engine, hang_watchdog, loop, reporter
+from hpcgpt.training import engine, hang_watchdog, loop, reporter
+from hpcgpt.training import evaluation as evaluation_module
 
 SLOW_S = 0.3
 
@@ -81,7 +82,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     record_calls(metrics_file.MetricsFile, "sync", slow)
     record_calls(stop_signals.StopFlag, "__init__", flag)
     record_calls(stop_signals.StopFlag, "save_takes", lambda _, seconds: report["save_takes"].append(seconds))
-    evaluate, vars(attempt)["evaluate_all"] = vars(attempt)["evaluate_all"], evaluation
+    evaluate, vars(evaluation_module)["evaluate_all"] = vars(evaluation_module)["evaluate_all"], evaluation
     record_calls(engine, "accumulate", lambda *_, **__: report["order"].append("warm_up"))
     record_calls(retention, "recover_leftovers", lambda *_: report["order"].append("recover_leftovers"))
     record_calls(load, "newest_valid", lambda *_: report["order"].append("newest_valid"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep import make_shards
 from hpcgpt.checkpoint import layout
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.model.precision import computing_in
@@ -178,3 +180,44 @@ def stopped_after_step_3(runs: Path, number: int, flags: list[str]) -> Path | No
     assert running.wait(60) == AGAIN
     newest = max(path.name for path in (folder / "checkpoints").glob("step_*"))
     return folder if (len(rows(folder / "metrics.jsonl")), newest) == (3, "step_000000004") else None
+
+
+# --- the training loss in evaluation mode ----------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_the_training_loss_in_evaluation_mode_is_computed_as_that_of_validation(
+    tiny: Path, text_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """With the texts to train on in the validation split as well, both losses are the same; with dropout, too."""
+    copied = shutil.copytree(text_folder, tmp_path / "copy")
+    shards = tmp_path / "shards"
+    make_shards.main([str(text_folder), "--val", str(copied), "--tokenizer", str(tokenizer_folder), "--out",
+                      str(shards), "--workers", "1"])  # fmt: skip
+    flags = ["--data.dir", str(shards), "--model.dropout", "0.3", "--eval.batches", "7"]
+    program = ["hpcgpt.train", str(tiny), *flags]
+    assert command(*program, "--run.name", "without").returncode == FINISHED
+    done = command(*program, "--run.name", "one", "--eval.train_batches", "7")
+    assert done.returncode == FINISHED, done.stderr
+    assert on_ranks(2, *program, "--run.name", "two", "--eval.train_batches", "7").returncode == FINISHED
+    runs = tmp_path / "runs"
+    evaluated = [row for row in rows(runs / "one" / "metrics.jsonl") if "eval/train_loss" in row]
+    assert [row["step"] for row in evaluated] == [6, 12]
+    assert all(row["eval/train_loss"] == row["val/loss"] for row in evaluated)
+    assert f"bits per byte, training loss {evaluated[-1]['eval/train_loss']:.4f}" in done.stdout
+    # It touches neither gradients nor random generators.
+    last = "checkpoints/step_000000012"
+    assert curve(runs / "one") == curve(runs / "without")
+    assert tensors(runs / "one" / last) == tensors(runs / "without" / last)
+    # Divided among two ranks, each of which evaluates other windows.
+    both = [row for row in rows(runs / "two" / "metrics.jsonl") if "eval/train_loss" in row]
+    assert all(row["eval/train_loss"] == row["val/loss"] for row in both)
+
+
+@pytest.mark.processes
+def test_its_windows_are_those_of_the_training_split(tiny: Path, tmp_path: Path) -> None:
+    done = command("hpcgpt.train", str(tiny), "--eval.train_batches", "2", "--train.steps", "1")
+    assert done.returncode == FINISHED, done.stderr
+    (row,) = rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    assert row["eval/train_loss"] != row["val/loss"]
+    assert row["eval/train_loss"] == pytest.approx(row["val/loss"], rel=0.05)

@@ -28,23 +28,6 @@ from tests.tiny_run import tensors
 LAST = "step_000000012"
 
 
-@pytest.fixture(scope="module")
-def finished_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that finished its 12 steps. Read-only: `run` copies it."""
-    runs = tmp_path_factory.mktemp("finished")
-    done = command("hpcgpt.train", str(config), "--run.dir", str(runs))
-    assert done.returncode == FINISHED, done.stderr
-    assert "changed" not in done.stdout
-    return runs / "tiny"
-
-
-@pytest.fixture
-def run(finished_run: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "runs" / "tiny"
-    shutil.copytree(finished_run, folder)
-    return folder
-
-
 @pytest.fixture
 def interrupted_run(run: Path) -> Path:
     """The same run, as a kill after step 8 would leave it."""
@@ -148,6 +131,10 @@ def test_more_steps_for_a_finished_run_report_the_jump_of_the_learning_rate(conf
     assert rates[1] > 5 * rates[0]
     assert f"warning: learning rate of the next step: {rates[0]:.3g} before, {rates[1]:.3g} now" in output
     assert changed(run) == {"total_steps": (12, 24, True)}
+    (line,) = [line for line in output if line.startswith("warning: schedule")]
+    assert "12 steps are now 24: cosine is stretched. A run of 24 steps" in line
+    assert "since step 4, so" in line  # the warm-up ends with step 3, at the peak for any length
+    assert "--schedule.kind constant --optim.lr 6e-05;" in line
 
 
 @pytest.mark.processes
@@ -158,6 +145,36 @@ def test_more_steps_at_a_constant_rate_do_not_change_the_result_so_far(config: P
     assert "changed since step 12 was saved: total_steps was 12 and is now 16" in lines(output)
     assert "warning" not in output
     assert changed(folder) == {"total_steps": (12, 16, False)}
+    assert "the rates until here are those of a run of 16 steps from the start" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "step", "total", "expected"),
+    [
+        ("cosine", 12, 24, "cosine is stretched"),
+        ("cosine", 5, 24, "since step 4"),
+        ("cosine", 4, 24, ""),
+        ("linear", 10, 11, "linear is shortened"),
+        ("wsd", 12, 24, "a checkpoint up to step 11"),  # the last two of 12 steps decay, the first of them at the peak
+        ("wsd", 11, 24, ""),
+        ("constant", 12, 24, ""),
+    ],
+)
+def test_another_length_says_what_it_does_to_the_rates(
+    kind: str, step: int, total: int, expected: str, config: Path
+) -> None:
+    """The message agrees with the rates themselves."""
+    planned, longer = (["--schedule.kind", kind, "--train.steps", str(steps)] for steps in (12, total))
+    before, now = (
+        plan.make(sources.from_command_line([str(config), *flags], "train", ""), 1) for flags in (planned, longer)
+    )
+    state = State(step, 0, 0, 1, {}, in_effect=in_effect.options(before))
+    message = in_effect.since(state, in_effect.options(now), now).schedule
+    same = all(rate(config, s, *planned) == rate(config, s, *longer) for s in range(step))
+    assert same == (not expected)
+    assert message.startswith("schedule: 12 steps are now" if same else "warning: schedule: 12 steps are now")
+    assert expected in message
 
 
 @pytest.mark.processes

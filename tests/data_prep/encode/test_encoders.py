@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.encode import encoders, equivalence_texts, find_tokenizer, from_tiktoken, gigatoken_encoder
+from data_prep.encode import encoders, gigatoken_encoder
 from data_prep.encode.interface import Encoder
 from data_prep.text import inputs
 from data_prep.text.documents import read_documents
-from hpcgpt.tokenizer import huggingface, save_load
+from hpcgpt.tokenizer import equivalence_texts, find_tokenizer, from_tiktoken, huggingface, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
 END = "<|endoftext|>"
@@ -66,12 +66,14 @@ def equal_batches(one: Encoder, other: Encoder, texts: list[str]) -> bool:
 # --- the same ids ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gigatoken_returns_tiktokens_ids_for_every_code_point(plain: Encoder, fast: Encoder) -> None:
     texts = list(equivalence_texts.code_points())
     assert sum(map(len, texts)) == 0x110000 - 0x800
     assert equal_batches(fast, plain, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fast", "library"])
 def test_every_backend_returns_the_same_ids_for_random_strings(
     name: str, plain: Encoder, request: pytest.FixtureRequest
@@ -80,6 +82,7 @@ def test_every_backend_returns_the_same_ids_for_random_strings(
     assert equal_batches(request.getfixturevalue(name), plain, texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", list(gigatoken_encoder.SCHEMES), ids=str)
 def test_gigatoken_splits_text_where_tiktoken_does(pattern: str) -> None:
     """With a vocabulary in which every split shows. benchmarks/fuzz_backends.py compares all of Unicode."""
@@ -156,6 +159,7 @@ def test_a_batch_is_its_texts_in_order(name: str, gpt2: ByteLevelBPE, request: p
         assert (ids.dtype, counts.dtype) == (np.dtype(np.uint32), np.dtype(np.int64))
 
 
+@pytest.mark.slow
 def test_ids_above_65535_are_not_truncated(tmp_path: Path) -> None:
     """65,793 ids do not fit uint16. Pairs are numbered in reverse, so that text has the highest ids."""
     pairs = equivalence_texts.all_pairs(from_tiktoken.GPT4_PATTERN)
@@ -222,6 +226,7 @@ def test_a_vocabulary_that_gigatoken_cannot_load_is_run_by_tiktoken(gpt2: ByteLe
     assert len(chosen.fallback_reason.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [lambda rank: rank + 5, lambda rank: rank + (rank >= 40_000), lambda rank: 3 * rank])
 def test_gaps_between_the_ids_are_supported(shift: Callable[[int], int], gpt2: ByteLevelBPE) -> None:
     """Many of Hugging Face's tokenizers begin with special tokens; p50k_base leaves out 50256."""

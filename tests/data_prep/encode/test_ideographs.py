@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from data_prep.encode import find_tokenizer, ideographs
+from data_prep.encode import ideographs
 from data_prep.encode.ideographs import ByCharacterEncoder
 from data_prep.encode.interface import EncodedBatch
+from hpcgpt.tokenizer import find_tokenizer
 
 GPT2 = find_tokenizer.gpt2()
 # Neighbours of ideographs in texts, and ideographs that GPT-2 has tokens across.
@@ -66,12 +67,14 @@ def prose(chance: random.Random, most: int) -> str:
     return "".join(parts)
 
 
+@pytest.mark.slow
 def test_prose_with_all_kinds_of_neighbours(by_character: ByCharacterEncoder) -> None:
     chance = random.Random(0)
     for _ in range(60):
         check(by_character, [prose(chance, 60) for _ in range(100)])
 
 
+@pytest.mark.slow
 def test_every_character_of_the_table_beside_every_difficult_neighbour(
     by_character: ByCharacterEncoder,
 ) -> None:

@@ -216,6 +216,7 @@ def test_a_tilde_in_a_name_is_not_expanded(make: Make, tmp_path: Path, monkeypat
     assert make("~lock.txt")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl.xz", "a.jsonl.bz2"])
 def test_xz_and_bz2_are_read_as_streams_and_damage_is_reported(name: str, tmp_path: Path) -> None:
     pack = lzma.compress if name.endswith("xz") else bz2.compress
@@ -432,7 +433,7 @@ def byte_unigram(folder: Path, special: bool) -> Path:
 def test_bytes_are_encoded_as_byte_pieces_also_where_those_are_marked_special(
     special: bool, make: Make, tmp_path: Path
 ) -> None:
-    from data_prep.encode import find_tokenizer
+    from hpcgpt.tokenizer import find_tokenizer
 
     found = find_tokenizer.find(str(byte_unigram(tmp_path / "bytes", special)))
     ids = found.encode("the 斗")

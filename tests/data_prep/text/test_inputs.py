@@ -206,6 +206,7 @@ def test_units_contain_whole_files_in_the_order_of_their_paths(tmp_path: Path) -
     assert len(inputs.units(inputs.find([str(tmp_path)]), unit_bytes=10**9)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_many_small_files_are_grouped_quickly() -> None:
     """100,000 novels in one unit: adding up the sizes again for each would take minutes."""

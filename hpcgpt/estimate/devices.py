@@ -1,0 +1,99 @@
+"""The GPUs for which an estimate can be made: their memory, and whether they compute in bfloat16.
+
+Memory is what the vendor names, in GB of 10^9 bytes. The cards have some per cent more (an H100 "80 GB" has 81,559 MiB,
+85.5e9 bytes, as nvidia-smi shows it): that is left for what no account of tensors sees, the gaps between the blocks of
+torch's allocator. Peaks are in ``hpcgpt.run.metrics_file``.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hpcgpt.config.unknown_flags import nearest
+from hpcgpt.errors import UserError
+from hpcgpt.run import metrics_file
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """`name`: as `--gpu` takes it. `reported`: part of the name that the driver reports. `memory_gb`: 0 is unknown."""
+
+    name: str
+    reported: str
+    memory_gb: float
+    has_bf16: bool = True
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == CPU
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return int(self.memory_gb * 1e9) or None
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Return the dense bf16 peak in FLOP/s, None if it is not known."""
+        return None if self.is_cpu else metrics_file.peak_flops(self.reported)
+
+
+# An MI250X is two devices of 64 GB each, as torch and Slurm count them.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("b200-180", "NVIDIA B200", 180),
+        Device("h200-141", "NVIDIA H200", 141),
+        Device("gh200-96", "NVIDIA GH200", 96),
+        Device("h100-94", "NVIDIA H100 NVL", 94),
+        Device("h100-80", "NVIDIA H100", 80),
+        Device("h100-64", "NVIDIA H100", 64),
+        Device("a100-80", "NVIDIA A100", 80),
+        Device("a100-64", "NVIDIA A100", 64),
+        Device("a100-40", "NVIDIA A100", 40),
+        Device("l40s-48", "NVIDIA L40S", 48),
+        Device("a40-48", "NVIDIA A40", 48),
+        Device("a30-24", "NVIDIA A30", 24),
+        Device("a10-24", "NVIDIA A10", 24),
+        Device("v100-32", "Tesla V100", 32, has_bf16=False),
+        Device("v100-16", "Tesla V100", 16, has_bf16=False),
+        Device("mi300x-192", "AMD Instinct MI300X", 192),
+        Device("mi300a-128", "AMD Instinct MI300A", 128),
+        Device("mi250x-64", "AMD Instinct MI250X", 64),
+        Device(CPU, "", 0),
+    )
+}
+
+
+def find(name: str) -> Device:
+    """Return the device that `name` means: ``h100-80``, or ``h100`` where there is one size, or the largest of them.
+
+    Raises:
+        UserError: it is not in the table.
+    """
+    wanted = re.sub(r"[\s_]+", "-", name.strip().lower()).removeprefix("nvidia-").removeprefix("amd-")
+    found = DEVICES.get(wanted)
+    if not found:
+        sized = [device for key, device in DEVICES.items() if key.partition("-")[0] == wanted]
+        found = max(sized, key=lambda device: device.memory_gb, default=None)
+    if not found:
+        raise UserError(f"--gpu {name}: not in the table ({', '.join(DEVICES)}){nearest(wanted, list(DEVICES))}")
+    return found
+
+
+def recognised(name: str) -> Device | None:
+    """Return the device of a gres type (``a100_80``) or of a driver's name (``NVIDIA A100-SXM4-80GB``); None: unknown.
+
+    Where the name has no size, it is the smallest of its model: what fits there fits everywhere.
+    """
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    if name == CPU:
+        return DEVICES[CPU]
+    same = [device for key, device in DEVICES.items() if key.partition("-")[0] in words]
+    sizes = {int(found[1]) for word in words if (found := re.fullmatch(r"(\d+)(?:gb?)?", word))}
+    return next((device for device in same if device.memory_gb in sizes),
+                min(same, key=lambda device: device.memory_gb, default=None))  # fmt: skip

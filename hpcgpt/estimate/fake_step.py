@@ -1,0 +1,310 @@
+"""The memory of one rank, from optimizer steps of our own model, parallel mode and optimizer on fake tensors.
+
+Nothing is computed and no GPU is used: fake tensors have shapes and no memory, and the process group of N ranks is one
+that sends nothing (``torch.testing._internal.distributed.fake_pg``), so that this process is rank 0 of N. What runs is
+what trains: ``parallelize``, ``make_optimizer``, ``train_step``. Only DistributedDataParallel is replaced by gradient
+buckets of the same size, because its C++ part reads the values of tensors.
+
+As a program (``python -m hpcgpt.estimate.fake_step``) it reads requests as JSON from stdin and prints one line of JSON
+for each: ``hpcgpt.estimate.memory`` runs it, so that no other process loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from hpcgpt.checkpoint.save import local_state_dict, share_of
+from hpcgpt.config.options import Config, Model, Optim
+from hpcgpt.distributed.world import Ranks, World
+from hpcgpt.estimate.account import GPU_FRAMEWORK_BYTES, PARTS, Memory, Moment
+from hpcgpt.estimate.request import Request, from_json
+from hpcgpt.estimate.storage_log import StorageLog
+from hpcgpt.model.gpt import GPT, ForwardOptions
+from hpcgpt.model.precision import computing_in, pick_dtype
+from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.training.parallel import ParallelModel, parallelize
+from hpcgpt.training.step import accumulate, to_inputs_and_targets, train_step
+
+CPU = torch.device("cpu")
+BUCKET_BYTES = 25 << 20  # of DistributedDataParallel, whose first bucket has 1 MiB
+FIRST_BUCKET_BYTES = 1 << 20
+
+
+def main() -> None:
+    """Answer the requests on stdin, a line each."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever libraries print is no answer
+    framework_bytes = _framework_bytes()
+    for line in sys.stdin:
+        print(json.dumps(asdict(measure(from_json(line), framework_bytes))), file=answers, flush=True)
+
+
+def _framework_bytes() -> int:
+    """Return what a rank holds beside its tensors: measured here, after a real step of a model of almost nothing."""
+    import hpcgpt.training.attempt  # noqa: F401 - what a rank loads
+
+    model = GPT(Model(n_layer=1, n_head=1, n_embd=32, block_size=32, vocab_size=64))
+    optimizer = make_optimizer(model, Optim())
+    ids = torch.zeros(1, 32, dtype=torch.int64)
+    model(ids, ids).backward()  # libraries load kernels at their first use
+    optimizer.step()
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def measure(request: Request, framework_bytes: int) -> Memory:
+    """Return the memory of rank 0. `framework_bytes`: what a process holds that has loaded torch, and no model."""
+    config = request.config
+    with (
+        fake_ranks(request.ranks) as ranks,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        StorageLog(request.on_cpu) as log,
+    ):
+        step = _Step(request, ranks, log)
+        parameters, flops = step.gpt.parameter_count(), step.gpt.flops_per_token()
+        step.run()
+        if config.eval.every:
+            step.evaluate()
+        tensors = local_state_dict(step.model.local, step.optimizer, ranks)
+        copied = sum(tensor.nbytes for tensor in share_of(tensors, ranks).values())
+        saved = step.saved_bytes()
+        moments = _moments(log, framework_bytes if request.on_cpu else GPU_FRAMEWORK_BYTES)
+        del step, tensors
+    if request.on_cpu:
+        if request.saves_while_training:
+            moments.append(_with_copy(max(moments, key=lambda moment: moment.total), copied))
+        host = max(moment.total for moment in moments)
+    else:
+        # Weights are made in host memory, and freed there before the first save.
+        host = framework_bytes + max(4 * parameters, copied)
+    return Memory(
+        tuple(moments), parameters, flops, saved, copied, host, "fake tensors", tuple(_remarks(request, config))
+    )
+
+
+@contextmanager
+def fake_ranks(size: int) -> Iterator[Ranks]:
+    """Be rank 0 of `size` ranks that send nothing."""
+    world = World(0, 0, size, size, "torchrun", "estimate")
+    if size == 1:
+        yield Ranks(world, CPU, None)
+        return
+    from torch.distributed import device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    make_mesh = device_mesh.init_device_mesh
+
+    def make_real_mesh(*arguments: Any) -> device_mesh.DeviceMesh:
+        with unset_fake_temporarily():  # it reads the numbers of ranks from a tensor
+            return make_mesh(*arguments)
+
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    device_mesh.init_device_mesh = make_real_mesh  # type: ignore[assignment]
+    try:
+        yield Ranks(world, CPU, dist.group.WORLD)
+    finally:
+        device_mesh.init_device_mesh = make_mesh
+        dist.destroy_process_group()
+
+
+class _Step:
+    """Model, optimizer and batches of the rank, on fake tensors."""
+
+    def __init__(self, request: Request, ranks: Ranks, log: StorageLog) -> None:
+        self._request, self._ranks, self._log = request, ranks, log
+        config = request.config
+        dtype = pick_dtype(config.train.dtype, CPU)
+        log.phase("start")
+        with log.within("weights"):
+            self.gpt = _model(request, dtype)
+            self.gpt.mean_loss = _logged_loss(self.gpt.mean_loss, log)
+            self.model = _parallel(self.gpt, ranks, config, dtype, log)
+        for parameter in self.model.local.parameters():
+            log.label(parameter, "weights")
+        self.optimizer = make_optimizer(self.model.local, config.optim)
+        self.optimizer.register_step_pre_hook(lambda *_: self._before_optimizer())
+        self.optimizer.register_step_post_hook(lambda *_: self._after_optimizer())
+        self._precision: Callable[[], Any] = lambda: computing_in(dtype, CPU)
+
+    def run(self) -> None:
+        """Warm up, make the optimizer's state, then make one whole step."""
+        log, config, micro_steps = self._log, self._request.config, self._request.micro_steps
+        self.model.module.train()
+        with log.within("activations"):
+            accumulate(self.model, [self._batch()], micro_steps=1, precision=self._precision)
+            self.optimizer.step()
+            self.model.clear_gradients(self.optimizer)
+            log.phase("step")
+            train_step(
+                self.model,
+                self.optimizer,
+                [self._batch() for _ in range(micro_steps)],
+                micro_steps=micro_steps,
+                rate=config.optim.lr,
+                clip_norm=config.optim.clip_norm,
+                precision=self._precision,
+                ranks=self._ranks,
+            )
+
+    def evaluate(self) -> None:
+        """Compute the loss of one batch of an evaluation, as ``hpcgpt.training.evaluation`` does."""
+        log = self._log
+        log.phase("evaluation")
+        with log.within("weights"):
+            gpt = self.model.gather()
+        gpt.eval()
+        with torch.no_grad(), log.within("activations"), self._precision():
+            inputs, targets = to_inputs_and_targets(self._batch(), CPU)
+            gpt(inputs, targets)
+        self.model.release()
+
+    def saved_bytes(self) -> int:
+        """Return the bytes of a checkpoint's tensors, of all ranks together."""
+        found = 0
+        for parameter in self.model.local.parameters():
+            state = self.optimizer.state[parameter].values()
+            # The size of a sharded tensor is that of all its rows.
+            found += sum(tensor.numel() * tensor.itemsize for tensor in (parameter, *state))
+        return found
+
+    def _batch(self) -> Tensor:
+        config = self._request.config
+        with self._log.within("other"):
+            return torch.zeros(config.train.micro_batch, config.model.block_size + 1, dtype=torch.int32)
+
+    def _before_optimizer(self) -> None:
+        for parameter in self.model.local.parameters():
+            self._log.label(parameter.grad, "gradients")
+        self._log.scope = "optimizer"
+
+    def _after_optimizer(self) -> None:
+        self._log.scope = "activations"
+
+
+def _model(request: Request, dtype: torch.dtype) -> GPT:
+    before = torch.get_default_dtype()
+    # GPT.double() and .to() exchange tensors, which torch does not support for fake ones.
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
+    try:
+        gpt = GPT(request.config.model, request.config.run.seed, _options(request))
+    finally:
+        torch.set_default_dtype(before)
+    gpt.to = lambda *_: gpt  # type: ignore[method-assign]
+    return gpt
+
+
+def _options(request: Request) -> ForwardOptions:
+    """Return the options of the forward pass on the device of the run, as this CPU can follow them.
+
+    On a GPU attention is a kernel that keeps no scores, also with document masking: `naive_attention` and dense masks
+    are for CPUs.
+    """
+    options = ForwardOptions.from_config(request.config, end_of_text=0)
+    if request.on_cpu:
+        return options
+    return ForwardOptions(None, options.loss_chunk, options.z_loss, options.recompute, "flash")
+
+
+def _logged_loss(mean_loss: Callable[..., Tensor], log: StorageLog) -> Callable[..., Tensor]:
+    """Return the loss function, such that the log attributes what it allocates to the logits, in both passes."""
+
+    def scope(name: str) -> Callable[[Tensor], None]:
+        def switch(_gradient: Tensor) -> None:
+            log.scope = name
+
+        return switch
+
+    def logged(hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
+        with log.within("logits"):
+            loss = mean_loss(hidden, *rest, **options)
+        if loss.requires_grad:
+            loss.register_hook(scope("logits"))  # type: ignore[no-untyped-call] # the backward pass begins here,
+            hidden.register_hook(scope("activations"))  # type: ignore[no-untyped-call] # and has passed the head here
+        return loss
+
+    return logged
+
+
+@dataclass
+class _Bucketed(ParallelModel):
+    """A model whose gradients are in buckets, like those of DistributedDataParallel."""
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
+def _parallel(gpt: GPT, ranks: Ranks, config: Config, dtype: torch.dtype, log: StorageLog) -> ParallelModel:
+    settings = config.parallel
+    if ranks.cpu_group is None or settings.mode != "ddp":
+        return parallelize(gpt, ranks, settings, compiled=False, dtype=dtype)
+    with log.within("gradients"):
+        bucket: list[torch.nn.Parameter] = []
+        limit = FIRST_BUCKET_BYTES
+        for parameter in reversed(list(gpt.parameters())):
+            bucket.append(parameter)
+            if sum(held.nbytes for held in bucket) >= limit:
+                _fill(bucket)
+                bucket, limit = [], BUCKET_BYTES
+        _fill(bucket)
+    return _Bucketed(gpt, gpt, gpt, CPU)
+
+
+def _fill(bucket: list[torch.nn.Parameter]) -> None:
+    """Make the gradients of `bucket` views of one tensor."""
+    if not bucket:
+        return
+    flat = torch.zeros(sum(parameter.numel() for parameter in bucket), dtype=bucket[0].dtype)
+    for parameter, part in zip(bucket, torch.split(flat, [parameter.numel() for parameter in bucket]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def _moments(log: StorageLog, framework_bytes: int) -> list[Moment]:
+    """Return the fullest moment of each phase."""
+    ends = [place for place, _ in log.marks[1:]] + [len(log.changes)]
+    held = dict.fromkeys(PARTS, 0)
+    found, total = [], 0
+    for (start, phase), end in zip(log.marks, ends, strict=True):
+        most, at_most = total, dict(held)
+        for number, change in log.changes[start:end]:
+            held[log.holds[number]] += change
+            total += change
+            if total > most:
+                most, at_most = total, dict(held)
+        found.append(Moment(phase, at_most | {"framework": framework_bytes}))
+    return found
+
+
+def _with_copy(moment: Moment, copied: int) -> Moment:
+    return Moment("save", moment.parts | {"other": moment.parts["other"] + copied})
+
+
+def _remarks(request: Request, config: Config) -> Iterator[str]:
+    if request.on_cpu:
+        yield "a process on a CPU keeps what it frees, with gaps: 20 to 70 % more was measured, see docs/estimate.md"
+        return
+    if config.train.compile != "off":
+        yield "counted without torch.compile, which usually needs less"
+    if config.train.attention == "math":
+        yield "train.attention math keeps all scores, which are not counted"
+    if config.model.dropout:
+        yield "dropout masks of the attention kernel are not counted"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""README.md of an export: what the model is, how it was trained, what was checked, and how to use it.
+
+Figures are from the checkpoint and from the run's metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hpcgpt
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.export.source import Source
+from hpcgpt.export.tensor_names import Architecture, Piece
+from hpcgpt.slurm import code_snapshot
+
+_HUGGING_FACE = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export of `source`. `kind`: what reads it; `checked`: a sentence; `command`: that made it."""
+
+    source: Source
+    kind: Architecture
+    checked: str
+    command: str
+
+
+def text(export: Export, usage: str, notes: list[str]) -> str:
+    """Return README.md. `usage`: Markdown; `notes`: sentences on what differs in the other program."""
+    source = export.source
+    rows = [f"| {name} | {value} |" for name, value in {**_model(export), **_training(export)}.items() if value]
+    head = _HUGGING_FACE if export.kind.endswith(("CausalLM", "HeadModel")) else ""
+    more = "".join(f"\n- {note}" for note in notes)
+    return "\n".join([
+        f"{head}# {source.config.run.name}", "",
+        f"Weights of a language model that was pretrained with hpcgpt, of step {source.state.step:,} of its run.", "",
+        "| | |", "|---|---|", *rows, "", "## Use", "", usage.strip(),
+        *(["", "## Note", "", more.strip()] if notes else []), "",
+    ])  # fmt: skip
+
+
+def figures(run: Path, state: State) -> dict[str, Any]:
+    """Return the row of metrics of the checkpoint's step; {} if there is none."""
+    if state.pending is not None and "val/loss" in state.pending:
+        return state.pending
+    begin, found = f'{{"step": {state.step}, '.encode(), b"{}"  # no other row is parsed: there may be a million
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            for line in file:
+                found = line if line.startswith(begin) else found  # the last one, where a step was repeated
+        row = json.loads(found)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def parameter_count(pieces: list[Piece]) -> int:
+    """Count the parameters of a model, a tied head once, and no zeros that stand for biases that it has not."""
+    return sum(math.prod(piece.shape) for piece in pieces if piece.ours)
+
+
+def _model(export: Export) -> dict[str, str]:
+    source, model = export.source, export.source.model
+    heads = f"{model.n_head} heads"
+    heads += "" if model.kv_heads == model.n_head else f" ({model.kv_heads} for keys and values)"
+    return {
+        "format": f"{export.kind}, {source.dtype_name}",
+        "parameters": f"{parameter_count(source.pieces(export.kind)):,}",
+        "shape": f"{model.n_layer} layers, {heads}, width {model.n_embd:,}, MLP {model.hidden_width:,}",
+        "context": f"{model.block_size:,} tokens",
+        "vocabulary": f"{model.vocab_size:,} ids, tokenizer {source.tokenizer.name}",
+    }
+
+
+def _training(export: Export) -> dict[str, str]:
+    source, state = export.source, export.source.state
+    row = figures(source.folder, state)
+    val_loss, bits = row.get("val/loss"), row.get("val/bits_per_byte")
+    digests = state.identity.get("digest of the shards", "unknown")
+    digests = digests if isinstance(digests, list) else [digests]
+    made_with = {name: state.in_effect.get(name) for name in ("hpcgpt", "torch", "gpu", "ranks")}
+    config = source.config
+    rate = f"peak learning rate {config.optim.lr:g}, schedule {config.schedule.kind}"
+    steps = f"{state.step:,} steps of {source.config.train.global_batch:,} sequences"
+    return {
+        "trained on": f"{state.tokens:,} tokens, {steps}",
+        "data": ", ".join(f"shards with digest `{digest}`" for digest in digests),
+        "documents": "attention stayed within a document" if source.config.data.document_mask else "",
+        "validation loss": "" if val_loss is None else f"{val_loss:.4f} nats a token",
+        "bits per byte": "" if bits is None else f"{bits:.4f}",
+        "trained with": ", ".join(
+            f"{name} {value}" for name, value in made_with.items() if value not in (None, "none")
+        ),
+        "optimizer": f"{config.optim.name}, {rate}, weight decay {config.optim.weight_decay:g}",
+        "first weights": f"of `{config.run.init_from}`" if config.run.init_from else "",
+        "commit": _commit(source.folder),
+        "checkpoint": f"`{source.weights.path.name}` of the run `{source.config.run.name}`",
+        "exported by": f"`{export.command}`, hpcgpt {hpcgpt.__version__}{_with(code_snapshot.commit())}",
+        "checked": export.checked,
+    }
+
+
+def _commit(run: Path) -> str:
+    """Return the commit of the newest code that the run was submitted with; '' if it was not submitted."""
+    kept = sorted(run.glob("code/*/about.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        commit = str(json.loads(kept[-1].read_bytes())["commit"]) if kept else ""
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    changed = commit and (kept[-1].parent / "uncommitted.diff").exists()
+    return f"{commit}{', with uncommitted changes' if changed else ''}"
+
+
+def _with(commit: str) -> str:
+    return f", commit {commit}" if commit else ""

@@ -1,0 +1,1 @@
+"""A run as a model of lm-evaluation-harness (the extra `lm-eval`)."""

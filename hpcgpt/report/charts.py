@@ -1,0 +1,138 @@
+"""Which charts a page has: those of one run, with its attempts coloured, or those of several runs over each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from hpcgpt.report import scale
+from hpcgpt.report.chart import Chart, Line, colour
+from hpcgpt.report.columns import Columns, narrowed
+from hpcgpt.report.facts import Facts
+from hpcgpt.report.markup import Markup, element, join
+from hpcgpt.report.scale import Scale, short
+
+# metric, title, unit, whether the axis begins at zero
+OTHERS = (
+    ("train/lr", "Learning rate", "", True),
+    ("train/grad_norm", "Gradient norm", "before clipping", False),
+    ("train/tokens_per_s", "Throughput", "tokens a second, all ranks together", True),
+)
+LOSS, NATS = "Loss", "nats a token"
+ZOOM = 4  # the second chart of the loss leaves out the first of so many parts of the steps
+WORTH_A_ZOOM = 0.4  # of the range of all losses
+ALL_COLUMNS = 2400  # of several runs together
+LEAST_COLUMNS = 24
+BAND = "Line: mean of the steps in a column; band: their least and most."
+
+
+def of_one(run: Facts) -> Markup:
+    """Draw the charts of one run."""
+    columns = run.columns
+    if len(columns) < 2:
+        return element("p", "No curve yet: fewer than two steps.")
+    marks = run.marks
+    x = Scale(0.0, float(columns.last[-1]))
+
+    def tokens(step: float) -> str:
+        found = columns.tokens_at(step)
+        return short(found) if step and math.isfinite(found) else ""
+
+    def chart(title: str, unit: str, lines: Sequence[Line], along: Scale, y: Scale, note: str = "") -> Markup:
+        return Chart(title, unit, lines, along, y, ("step", "tokens"), marks, below=tokens, note=note).html()
+
+    made = []
+    losses = _losses(columns)
+    if losses:
+        axis = _axis(losses, steep=True)
+        made.append(chart(LOSS, NATS, losses, x, axis, BAND if columns.width > 1 else ""))
+        begin = int(columns.last[-1]) // ZOOM
+        later = _losses(columns.part(columns.first > begin))
+        if later and len(later[0].columns) > 2:
+            near = _axis(later, steep=True)
+            if not axis.logarithmic and near.high - near.low < WORTH_A_ZOOM * (axis.high - axis.low):
+                made.append(chart(f"{LOSS} since step {begin:,}", NATS, later, Scale(float(begin), x.high), near))
+    for metric, title, unit, zero in OTHERS:
+        line = Line(title.lower(), columns, metric, "c0", by_attempt=True)
+        if line.curve.known.any():
+            made.append(chart(title, unit, [line], x, _axis([line], zero, steep=True)))
+    return join(_legend_of_one(run), element("div", *made, class_="charts"))
+
+
+def of_several(runs: Sequence[Facts]) -> Markup:
+    """Draw the curves of several runs over each other."""
+    most = max(LEAST_COLUMNS, ALL_COLUMNS // len(runs))
+    shown = [(number, run, narrowed(run.columns, most)) for number, run in enumerate(runs) if len(run.columns) > 1]
+    if not shown:
+        return element("p", "No curve yet: no run has two steps.")
+    last = max(float(columns.last[-1]) for _, _, columns in shown)
+    made = []
+
+    def chart(metric: str, title: str, unit: str, zero: bool = False, by_tokens: bool = False) -> None:
+        lines = [
+            Line(run.name, columns, metric, colour(number), dots=metric == "val/loss")
+            for number, run, columns in shown if columns.curves[metric].known.any()
+        ]  # fmt: skip
+        if not lines:
+            return
+        if by_tokens:
+            tokens = max(float(np.nanmax(line.columns.tokens)) for line in lines)
+            x, names = Scale(0.0, tokens), ("tokens",)
+        else:
+            x, names = Scale(0.0, last), ("step",)
+        drawn = Chart(title, unit, lines, x, _axis(lines, zero, steep=True), names)
+        made.append((dataclasses.replace(drawn, along=_tokens) if by_tokens else drawn).html())
+
+    chart("train/loss", "Training loss", NATS)
+    chart("val/loss", "Validation loss", NATS)
+    if _differ([columns for _, _, columns in shown]):
+        chart("train/loss", "Training loss by tokens", NATS, by_tokens=True)
+    for metric, title, unit, zero in OTHERS:
+        chart(metric, title, unit, zero)
+    legend = element("ul", *(
+        element("li", element("i", class_=f"key {colour(number)}"), run.name) for number, run in enumerate(runs)
+    ), class_="legend")  # fmt: skip
+    return join(legend, element("div", *made, class_="charts"))
+
+
+def _losses(columns: Columns) -> list[Line]:
+    """Return the curves of the loss that have values: of the training split, and of validation."""
+    lines = [
+        Line("training loss", columns, "train/loss", "c0", by_attempt=True),
+        Line("validation loss", columns, "val/loss", "val", dots=True),
+    ]
+    return [line for line in lines if line.curve.known.any()]
+
+
+def _axis(lines: Sequence[Line], from_zero: bool = False, steep: bool = False) -> Scale:
+    lows = [float(value) for line in lines for value in line.curve.low[line.curve.known]]
+    highs = [float(value) for line in lines for value in line.curve.high[line.curve.known]]
+    return scale.around(lows, highs, from_zero, steep)
+
+
+def _tokens(columns: Columns) -> np.ndarray:
+    """Place columns by tokens."""
+    return np.nan_to_num(columns.tokens)
+
+
+def _differ(columns: Sequence[Columns]) -> bool:
+    """Do the runs have different numbers of tokens in a step? Then steps alone compare nothing."""
+    rates = [float(one.tokens[-1] / one.last[-1]) for one in columns]
+    return all(map(math.isfinite, rates)) and max(rates) > min(rates) * 1.01
+
+
+def _legend_of_one(run: Facts) -> Markup:
+    """Explain the colours."""
+    numbers = sorted({int(number) for number in run.columns.attempt if number > 0})
+    items = [element("li", element("i", class_=f"key {colour(n - 1)}"), f"attempt {n}") for n in numbers[:12]]
+    if len(numbers) > 12:
+        items.append(element("li", f"and {len(numbers) - 12:,} more"))
+    items.append(element("li", element("i", class_="key val"), "validation"))
+    if any(mark.colour == "start" for mark in run.marks):
+        items.append(element("li", element("i", class_="key start"), "an attempt began"))
+    if any(mark.colour == "fault" for mark in run.marks):
+        items.append(element("li", element("i", class_="key fault"), "went back or failed"))
+    return element("ul", *items, class_="legend")

@@ -1,0 +1,171 @@
+"""The rows of a metrics.jsonl of any size as at most MOST columns, each with the extremes and the mean of its steps.
+
+A column is a range of steps of one attempt. The file is read once; whenever there are more than MOST columns, all
+become twice as wide. So memory and the size of a page do not depend on the length of a run, and a spike of a single
+step is in the maximum of its column, however wide that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpcgpt.run.records import Record
+
+MOST = 800  # columns; a chart is about a thousand pixels wide
+CURVES = ("train/loss", "val/loss", "train/lr", "train/grad_norm", "train/tokens_per_s")
+FIELDS = ("step", "time", "attempt", "tokens", *CURVES)
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric, a value for each column; NaN where none of its steps has a finite one."""
+
+    low: Floats
+    high: Floats
+    total: Floats
+    count: Integers
+
+    @property
+    def mean(self) -> Floats:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(self.total / self.count)
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which columns have a value."""
+        return self.count > 0
+
+    def part(self, which: Any) -> Curve:
+        """Return some columns."""
+        return Curve(self.low[which], self.high[which], self.total[which], self.count[which])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns in the order of their steps. `first`, `last`: its steps; `tokens`: of the run after its last step.
+
+    `attempt` is -1 where it is not known. `width`: how many steps a column may have.
+    """
+
+    width: int
+    attempt: Integers
+    first: Integers
+    last: Integers
+    tokens: Floats
+    curves: dict[str, Curve]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def part(self, which: Any) -> Columns:
+        """Return some columns."""
+        curves = {name: curve.part(which) for name, curve in self.curves.items()}
+        taken = (self.attempt[which], self.first[which], self.last[which], self.tokens[which])
+        return Columns(self.width, *taken, curves)
+
+    def tokens_at(self, step: float) -> float:
+        """Return how many tokens the run had trained on after a step, between columns in proportion."""
+        known = np.isfinite(self.tokens)
+        if not known.any():
+            return float("nan")
+        steps: list[float] = [0.0, *self.last[known].tolist()]
+        tokens: list[float] = [0.0, *self.tokens[known].tolist()]
+        if step > steps[-1]:
+            return tokens[-1] * step / steps[-1]
+        return float(np.interp(step, steps, tokens))
+
+
+class Gatherer:
+    """Makes columns of the rows that `add` gets, with `FIELDS`; their steps must increase."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._found = _of_rows([])
+
+    @property
+    def columns(self) -> Columns:
+        return self._found
+
+    def add(self, rows: Sequence[Record]) -> None:
+        self._found = narrowed(_joined(self._found, _of_rows(rows)), self._most)
+
+
+def narrowed(columns: Columns, most: int) -> Columns:
+    """Merge neighbours until there are at most `most` columns.
+
+    Attempts are kept apart, unless there are more changes of attempt than that: then a column may have several, and
+    its attempt is not known.
+    """
+    if not len(columns):
+        return columns
+    merged, last = _merged(columns, columns.width), int(columns.last[-1])
+    while len(merged) > most and merged.width <= last:
+        merged = _merged(merged, merged.width * 2)
+    if len(merged) > most:
+        merged = narrowed(_without_attempts(columns), most)
+    return merged
+
+
+def _of_rows(rows: Sequence[Record]) -> Columns:
+    """Make a column of each row."""
+    steps = np.array([row["step"] for row in rows], dtype=np.int64)
+    attempts = np.array([row.get("attempt", -1) for row in rows], dtype=np.int64)
+    tokens = np.array([row.get("tokens", np.nan) for row in rows], dtype=np.float64)
+    curves = {}
+    for name in CURVES:
+        values = np.array([row.get(name, np.nan) for row in rows], dtype=np.float64)
+        known = np.isfinite(values)
+        curves[name] = Curve(values, values, np.where(known, values, 0.0), known.astype(np.int64))
+    return Columns(1, attempts, steps, steps, tokens, curves)
+
+
+def _joined(one: Columns, other: Columns) -> Columns:
+    """Append columns to others, which have lower steps."""
+    return Columns(
+        max(one.width, other.width),
+        np.concatenate([one.attempt, other.attempt]),
+        np.concatenate([one.first, other.first]),
+        np.concatenate([one.last, other.last]),
+        np.concatenate([one.tokens, other.tokens]),
+        {name: _appended(one.curves[name], other.curves[name]) for name in CURVES},
+    )
+
+
+def _appended(one: Curve, other: Curve) -> Curve:
+    return Curve(
+        np.concatenate([one.low, other.low]),
+        np.concatenate([one.high, other.high]),
+        np.concatenate([one.total, other.total]),
+        np.concatenate([one.count, other.count]),
+    )
+
+
+def _merged(columns: Columns, width: int) -> Columns:
+    """Merge the columns of one attempt that are in the same range of `width` steps."""
+    ranges = (columns.first - 1) // width
+    new = np.ones(len(columns), dtype=bool)
+    new[1:] = (ranges[1:] != ranges[:-1]) | (columns.attempt[1:] != columns.attempt[:-1])
+    starts = np.flatnonzero(new)
+    ends = np.append(starts[1:], len(columns)) - 1
+    curves = {
+        name: Curve(
+            np.fmin.reduceat(curve.low, starts), np.fmax.reduceat(curve.high, starts),
+            np.add.reduceat(curve.total, starts), np.add.reduceat(curve.count, starts),
+        )
+        for name, curve in columns.curves.items()
+    }  # fmt: skip
+    return Columns(
+        width, columns.attempt[starts], columns.first[starts], columns.last[ends], columns.tokens[ends], curves
+    )
+
+
+def _without_attempts(columns: Columns) -> Columns:
+    return Columns(1, np.full(len(columns), -1), columns.first, columns.last, columns.tokens, columns.curves)

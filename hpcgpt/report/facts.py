@@ -1,0 +1,202 @@
+"""Everything that a page shows of a run, read from its folder. What is missing or damaged is named, and not fatal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hpcgpt.checkpoint import layout, listing
+from hpcgpt.config.options import Config
+from hpcgpt.errors import UserError, sentence
+from hpcgpt.report.chart import Mark
+from hpcgpt.report.columns import FIELDS, Columns, Gatherer
+from hpcgpt.run import attempts, crash_report, records
+from hpcgpt.run.condensed import Timing
+from hpcgpt.run.records import Record
+from hpcgpt.slurm.queue import Queue
+from hpcgpt.status import run_status
+
+T = TypeVar("T")
+
+MOST_SAMPLES = 12
+SAMPLE_CHARACTERS = 1500
+MOST_REPORTS = 5  # crash reports
+REPORT_CHARACTERS = 6000
+CONFIG_BYTES = 1 << 20
+MOST_CHECKPOINTS = 40
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that the model wrote after `step` steps; cut off after SAMPLE_CHARACTERS."""
+
+    step: int
+    text: str
+
+
+@dataclass
+class Facts:
+    """What is known of a run. `status`: see hpcgpt.status.run_status, with its history.
+
+    `settings`: section.key of config.toml -> value. `state`: of the newest readable checkpoint. `crashes`: name and
+    text of crash reports, the newest first. `problems`: what could not be read, and why.
+    """
+
+    folder: Path
+    name: str
+    status: dict[str, Any]
+    columns: Columns
+    events: Sequence[Record]
+    samples: Sequence[Sample] = ()
+    all_samples: int = 0
+    checkpoints: Sequence[dict[str, Any]] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    state: layout.State | None = None
+    crashes: Sequence[tuple[str, str]] = ()
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def marks(self) -> list[Mark]:
+        """Return where attempts began and where the run went back or failed, in the order of the steps."""
+        found: list[Mark] = []
+        for entry in self.status["history"]:
+            if entry["attempt"] is None:
+                continue
+            if found or entry["from_step"]:
+                words = f"attempt {entry['attempt']} began, at step {entry['from_step']:,}"
+                found.append(Mark(float(entry["from_step"]), f"#{entry['attempt']}", words, "start"))
+            if entry["lost_steps"]:
+                words = f"attempt {entry['attempt']} ended at step {entry['to_step']:,}: {entry['reason']}"
+                found.append(Mark(float(entry["to_step"]), "", words, "fault"))
+        for event in self.events:
+            if event["event"] == "rollback" and "step" in event:
+                spiked = event.get("spiked_step", event["step"])
+                words = f"a loss spike at step {spiked:,}: back to step {event['step']:,}"
+                found.append(Mark(float(event["step"]), "spike", words, "fault"))
+        return sorted(found, key=lambda mark: mark.at)
+
+
+def read(folder: Path, now: float, queue: Queue | None) -> Facts:
+    """Read a run; `now` in unix seconds, `queue` has Slurm's answers.
+
+    Raises:
+        UserError: there is no run in `folder`.
+        OSError: it cannot be read at all.
+    """
+    events = records.events(folder)
+    gatherer, timing = Gatherer(), Timing(events)
+    for rows in records.blocks(folder, {*FIELDS, *attempts.TIMING}):
+        gatherer.add(rows)
+        timing.add(rows)
+    status = run_status.complete(folder, now, queue, with_history=True, timing=timing.rows)
+    found = Facts(folder, folder.resolve().name, status, gatherer.columns, events)
+
+    def part(what: str, make: Callable[[], T], otherwise: T) -> T:
+        try:
+            return make()
+        except (OSError, UserError, ValueError, TypeError, RecursionError) as error:
+            found.problems.append(f"{what}: {sentence(error)}")
+            return otherwise
+
+    found.settings = part("config.toml", lambda: _settings(folder / "config.toml"), {})
+    none: tuple[list[Sample], int] = ([], 0)
+    found.samples, found.all_samples = part("samples.jsonl", lambda: _samples(folder / "samples.jsonl"), none)
+    found.checkpoints = part("checkpoints", lambda: listing.rows(folder / "checkpoints"), [])
+    found.state = part("state.json", lambda: _newest_state(folder, found.checkpoints), None)
+    found.crashes = part("faults", lambda: _crashes(folder), [])
+    return found
+
+
+def defaults() -> dict[str, Any]:
+    """Return the default of every key."""
+    return _flat(dataclasses.asdict(Config()))
+
+
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Flatten {section: {key: value}}."""
+    found: dict[str, Any] = {}
+    for section, keys in table.items():
+        if isinstance(keys, dict):
+            found |= {f"{section}.{key}": value for key, value in keys.items()}
+        else:
+            found[section] = keys
+    return found
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Read config.toml as it is: of this version or another."""
+    try:
+        with open(path, "rb") as file:
+            return _flat(tomllib.loads(file.read(CONFIG_BYTES).decode()))
+    except FileNotFoundError:
+        return {}
+
+
+def _samples(path: Path) -> tuple[list[Sample], int]:
+    """Read at most MOST_SAMPLES samples, spread over all, and count them. A file of any size is read line by line."""
+    kept: list[tuple[int, Sample]] = []
+    number, every = -1, 1
+    newest: Sample | None = None
+    for number, newest in enumerate(_all_samples(path)):
+        if number % every == 0:
+            kept.append((number, newest))
+        if len(kept) > 2 * MOST_SAMPLES:
+            every *= 2
+            kept = [(n, sample) for n, sample in kept if n % every == 0]
+    if newest is not None and kept[-1][1] is not newest:
+        kept.append((number, newest))
+    last = len(kept) - 1
+    most = min(len(kept), MOST_SAMPLES)
+    chosen = sorted({round(n * last / max(1, most - 1)) for n in range(most)})
+    return [kept[n][1] for n in chosen], number + 1
+
+
+def _all_samples(path: Path) -> Iterator[Sample]:
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and records.is_count(row.get("step")) and isinstance(row.get("text"), str):
+                text = row["text"]
+                yield Sample(row["step"], text[:SAMPLE_CHARACTERS] + ("…" if len(text) > SAMPLE_CHARACTERS else ""))
+
+
+def _newest_state(folder: Path, rows: Sequence[dict[str, Any]]) -> layout.State | None:
+    """Read the state of the newest checkpoint whose structure is sound."""
+    for row in rows:
+        if row["step"] is not None and not row["problem"]:
+            return layout.read_state(folder / "checkpoints" / row["name"])
+    return None
+
+
+def _crashes(folder: Path) -> list[tuple[str, str]]:
+    """Read the newest crash reports: report.txt of the batch script, else what the ranks wrote themselves."""
+    faults = [path for path in layout.entries(folder / "faults") if path.is_dir()]
+    found = []
+    for path in sorted(faults, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            text = (path / "report.txt").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            text = "\n\n".join(_fault_text(fault) for fault in crash_report.read(folder, path.name)[:3])
+        if text:
+            found.append((path.name, text[:REPORT_CHARACTERS]))
+        if len(found) == MOST_REPORTS:
+            break
+    return found
+
+
+def _fault_text(fault: crash_report.Fault) -> str:
+    at = f", after step {fault.step:,}" if isinstance(fault.step, int) else ""
+    trace = fault.trace if isinstance(fault.trace, list) else []
+    return "\n".join([f"rank {fault.rank} on {fault.host}{at}: {fault.reason}", *map(str, trace)])

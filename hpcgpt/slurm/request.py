@@ -1,0 +1,203 @@
+"""What a job requests: the flags that the user wrote, and for the rest what the partition's nodes have.
+
+One task for each GPU, and cores and memory in proportion: a job with 2 of a node's 8 GPUs gets a quarter of its
+cores and memory. Without GPUs, a task for each node with all of its cores. Every flag that is written is kept as it is.
+
+Limits that sinfo shows are checked before the job is queued. A job that waits for a day and then is never started, or
+trains on one GPU of eight, is what these checks are for.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hpcgpt.config.unknown_flags import nearest
+from hpcgpt.errors import UserError
+from hpcgpt.slurm.partitions import NodeKind, Partition, minutes
+from hpcgpt.slurm.sbatch_flags import Flags
+
+DEFAULT_MINUTES = 24 * 60
+GPU_FLAGS = ("gpus-per-node", "gpus", "gpus-per-task", "gres", "tres-per-task")
+MEMORY_FLAGS = ("mem", "mem-per-cpu", "mem-per-gpu")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The complete flags of a job, its number of ranks, and sentences about what was chosen for the user.
+
+    `gpu_type`: the name that the requested GPUs have in Slurm, "" if they have none or it is not known.
+    """
+
+    flags: Flags
+    nodes: int
+    ranks: int
+    gpus_per_node: int
+    gpu_type: str
+    notes: tuple[str, ...]
+
+
+def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, environment: Mapping[str, str]) -> Request:
+    """Complete the flags that the user wrote.
+
+    `partitions` is what sinfo lists; if it lists none, `no_answer` says why, and only what the user wrote is requested.
+    `environment` may choose a partition with SBATCH_PARTITION, as for sbatch.
+
+    Raises:
+        UserError: the GPUs of a node are not known, the nodes have none, or the job exceeds a limit.
+    """
+    flags = dict(wanted)
+    nodes = _count(flags.setdefault("nodes", "1"), "nodes")
+    partition = _partition(flags, partitions, environment)
+    kinds = partition.kinds_with(flags.get("constraint", "")) if partition else ()
+    if partition and not kinds:
+        features = sorted(set().union(*(kind.features for kind in partition.kinds)))
+        raise UserError(
+            f"no node of partition {partition.name} has --constraint={flags['constraint']}: their features are "
+            f"{', '.join(features) or 'none'}"
+        )
+    notes: list[str] = []
+    if not any(name in flags for name in GPU_FLAGS):
+        flags["gpus-per-node"] = str(_default_gpus(partition, kinds, partitions, no_answer, notes))
+    gpus = gpus_per_node(flags, nodes)
+    if gpus == 0 and flags.get("gpus-per-node") == "0":
+        del flags["gpus-per-node"]  # Slurm 22.05 takes 0 for a request of the gres
+    if "ntasks" not in flags and "ntasks-per-node" not in flags:
+        flags["ntasks-per-node"] = str(max(gpus, 1))
+    ranks = _ranks(flags, nodes)
+    kind = _kind_for(gpus, kinds)
+    if kind:
+        _add_cores_and_memory(flags, kind, gpus, -(-ranks // nodes))
+    if partition:
+        _set_time(flags, partition, notes)
+        _check_limits(flags, partition, kinds, nodes, gpus)
+    flags.setdefault("time", "24:00:00")
+    return Request(flags, nodes, ranks, gpus, _gpu_type(flags, kind) if gpus else "", tuple(notes))
+
+
+def gpus_per_node(flags: Flags, nodes: int) -> int:
+    """Return how many GPUs of a node the flags request; with ``--gpus``, which Slurm distributes, the mean."""
+    if text := flags.get("gpus-per-node"):
+        return _sum_of_types(text, "gpus-per-node")
+    if text := flags.get("gpus"):
+        return -(-_sum_of_types(text, "gpus") // nodes)
+    if text := flags.get("gpus-per-task"):
+        return _sum_of_types(text, "gpus-per-task") * -(-_ranks(flags, nodes) // nodes)
+    found = re.findall(r"(?:^|,)(?:gres[:/])?gpu(?::[^:,=]+)?[:=](\d+)", flags.get("gres", ""))
+    if not found and re.search(r"(?:^|,)gpu(?::[A-Za-z][^:,]*)?(?:,|$)", flags.get("gres", "")):
+        return 1
+    return sum(map(int, found))
+
+
+def _gpu_type(flags: Flags, kind: NodeKind | None) -> str:
+    """Return the type in a flag, as in ``a100:4`` or ``gpu:a100:4``; else that of the nodes."""
+    for name in ("gpus-per-node", "gpus", "gpus-per-task", "gres"):
+        found = re.search(r"(?:^|,)(?:(?:gres[:/])?gpu:)?([A-Za-z][^:,]*)(?::\d+)?(?:,|$)", flags.get(name, ""))
+        if found and found[1] != "gpu":
+            return found[1]
+    return kind.gpu_types[0] if kind and len(kind.gpu_types) == 1 else ""
+
+
+def _partition(flags: Flags, partitions: Sequence[Partition], environment: Mapping[str, str]) -> Partition | None:
+    """Return the partition of the job; None if Slurm does not answer, or the flags name several."""
+    if not partitions:
+        return None
+    name = flags.get("partition") or environment.get("SBATCH_PARTITION", "")
+    if "," in name:
+        return None
+    if not name:
+        return next((found for found in partitions if found.is_default), None)
+    found = {partition.name: partition for partition in partitions}
+    if name not in found:
+        raise UserError(f"there is no partition {name}: there are {', '.join(found)}" + nearest(name, list(found)))
+    return found[name]
+
+
+def _default_gpus(
+    partition: Partition | None, kinds: Sequence[NodeKind], partitions: Sequence[Partition], no_answer: str,
+    notes: list[str],
+) -> int:  # fmt: skip
+    """Return how many GPUs the most common kind of node has."""
+    if not partition:
+        reason = f"Slurm does not answer ({no_answer})" if no_answer else "the partition is not known"
+        raise UserError(f"{reason}, so say what to request: --gpus-per-node N, or --gpus-per-node 0 for CPUs only")
+    with_gpus = [kind for kind in kinds if kind.gpus]
+    if not with_gpus:
+        others = [other.name for other in partitions if any(kind.gpus for kind in other.kinds)]
+        there = f"partitions with GPUs: {', '.join(others)}" if others else "no partition has any"
+        raise UserError(
+            f"the nodes of partition {partition.name} have no GPUs ({there}). Name a partition with --partition, or "
+            "train on CPUs: --gpus-per-node 0"
+        )
+    best = max(with_gpus, key=lambda kind: (kind.usable, kind.count, kind.gpus))
+    notes.append(f"--gpus-per-node={best.gpus}: nodes of partition {partition.name} have {best.gpu_text}")
+    return best.gpus
+
+
+def _kind_for(gpus: int, kinds: Sequence[NodeKind]) -> NodeKind | None:
+    """Return the smallest kind of node that has so many GPUs, of the usable ones if there are any."""
+    enough = [kind for kind in kinds if kind.gpus >= gpus]
+    return min(enough, key=lambda kind: (not kind.usable, kind.gpus, kind.cpus, kind.memory_mb), default=None)
+
+
+def _add_cores_and_memory(flags: Flags, kind: NodeKind, gpus: int, tasks: int) -> None:
+    """Request cores and memory in proportion to the GPUs; all if no GPU, or every one, is requested."""
+    whole = gpus in (0, kind.gpus)
+    if "cpus-per-task" not in flags and "cpus-per-gpu" not in flags:
+        cpus = kind.cpus if whole else kind.cpus * gpus // kind.gpus
+        flags["cpus-per-task"] = str(max(cpus // tasks, 1))
+    if not any(name in flags for name in MEMORY_FLAGS) and kind.memory_mb > 1:  # 1: the site does not count memory
+        flags["mem"] = "0" if whole else f"{kind.memory_mb * gpus // kind.gpus}M"  # 0: all of the node's
+
+
+def _set_time(flags: Flags, partition: Partition, notes: list[str]) -> None:
+    most = partition.max_minutes
+    if "time" not in flags and most is not None and most < DEFAULT_MINUTES:
+        flags["time"] = str(most)
+        notes.append(f"--time={most}: the longest that partition {partition.name} allows, in minutes")
+
+
+def _check_limits(flags: Flags, partition: Partition, kinds: Sequence[NodeKind], nodes: int, gpus: int) -> None:
+    name = partition.name
+    if not partition.is_up:
+        raise UserError(f"partition {name} is down: jobs in it are not started")
+    asked = minutes(flags.get("time", ""))
+    if asked is not None and partition.max_minutes is not None and asked > partition.max_minutes:
+        raise UserError(
+            f"--time={flags['time']} is more than partition {name} allows, {partition.max_minutes} minutes: request "
+            f"--time={partition.max_minutes}; a longer run is requeued at the limit and continues"
+        )
+    if partition.max_nodes is not None and nodes > partition.max_nodes:
+        raise UserError(f"--nodes={nodes}: a job in partition {name} may have {partition.max_nodes} at most")
+    enough = sum(kind.count for kind in kinds if kind.gpus >= gpus)
+    if not enough:
+        most = max(kind.gpus for kind in kinds)
+        raise UserError(f"{gpus} GPUs per node: no node of partition {name} has more than {most}")
+    if nodes > enough:
+        constraint = f" and --constraint={flags['constraint']}" if "constraint" in flags else ""
+        having = f" with {gpus} GPUs{constraint}" if gpus else constraint.replace(" and", " with")
+        raise UserError(f"--nodes={nodes}: partition {name} has {enough} nodes{having}")
+
+
+def _ranks(flags: Flags, nodes: int) -> int:
+    if "ntasks" in flags:
+        return _count(flags["ntasks"], "ntasks")
+    return nodes * _count(flags.get("ntasks-per-node", "1"), "ntasks-per-node")
+
+
+def _count(text: str, flag: str) -> int:
+    """Return a number from 1; of ``2-4``, which lets Slurm choose, nothing is known before the start."""
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise UserError(f"--{flag}={text}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _sum_of_types(text: str, flag: str) -> int:
+    """Return the number of GPUs in ``4``, ``a100:4`` or ``a100:2,v100:2``."""
+    counts = [part.rpartition(":")[2] for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]+", count) for count in counts):
+        raise UserError(f"--{flag}={text}: expected a number of GPUs, as in --{flag}=4 or --{flag}=a100:4")
+    return sum(map(int, counts))

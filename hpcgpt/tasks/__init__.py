@@ -1,0 +1,1 @@
+"""Evaluation on tasks: multiple choice and last-word questions from local files."""

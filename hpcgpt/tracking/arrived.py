@@ -1,0 +1,148 @@
+"""Asks wandb: its mode and key, and which lines of a run its server, or the .wandb files of an offline run, have.
+
+Imports wandb where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hpcgpt.tracking.missing_rows import RunRows
+
+T = TypeVar("T")
+
+# For each kind of line, the key that only its rows have at the server, and the keys by which it is identified.
+MARKS = {
+    "metrics.jsonl": "tokens",
+    "samples.jsonl": "sample",
+    "ranks.jsonl": "ranks/usual_s",
+    "events.jsonl": "event/name",
+}
+
+
+@dataclass
+class Arrived:
+    """What the server has: wandb's own step of the next row, and of the first row that is obsolete (None: there is
+    none)."""
+
+    next_step: int = 0
+    first_obsolete: int | None = None
+
+
+def ask_wandb() -> tuple[str, str, bool]:
+    """Return wandb's server, its mode, and whether it has a key for that server."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    key = wbauth.authenticate_session(host=settings.base_url, source="hpcgpt", prompt=False, update_session=False)
+    return settings.base_url, settings.mode, key is not None
+
+
+def choose_mode(wanted: str, why_offline: str) -> tuple[str, str]:
+    """Return 'online', 'offline' or 'disabled', and the reason.
+
+    `wanted` is tracking.wandb; wandb's own settings decide the rest. `why_offline`: why the server is not tried now.
+    """
+    if wanted == "offline":
+        return "offline", ""
+    try:
+        host, mode, has_key = ask_wandb()
+    except Exception as error:
+        # wandb refuses its own settings. Without them the run can still be kept offline.
+        for name in [name for name in os.environ if name.startswith("WANDB_") and "DIR" not in name]:
+            del os.environ[name]
+        return "offline", f"wandb does not accept its settings ({summary(error)})"
+    if wanted == "auto" and mode == "disabled":
+        return "disabled", "wandb's settings say so (WANDB_MODE, WANDB_DISABLED)"
+    if wanted == "auto" and mode in ("offline", "dryrun"):
+        return "offline", f"wandb's settings say mode {mode} (WANDB_MODE, or `wandb offline`)"
+    if not has_key:
+        return "offline", f"there is no key for {host} (`wandb login`)"
+    if wanted == "auto" and why_offline:
+        return "offline", f"{host}: {why_offline}"
+    return "online", ""
+
+
+def read_server(path: str, lines: RunRows, from_step: int = 0) -> Arrived:
+    """Note in `lines` what the server has of a run, from wandb's own step `from_step` on. `path` is the run's."""
+    import wandb
+
+    lines.read_events()
+    run = wandb.Api(timeout=20).run(path)
+    found = Arrived(from_step)
+    for name, mark in MARKS.items():
+        for row in run.scan_history(keys=["_step", "step", "time", mark], min_step=from_step, use_cache=False):
+            step, made_at, own_step = int(row["step"]), float(row["time"]), int(row["_step"])
+            lines.note(name, step, made_at)
+            found.next_step = max(found.next_step, own_step + 1)
+            if name != "events.jsonl" and lines.is_obsolete(step, made_at):
+                found.first_obsolete = min(own_step, own_step if found.first_obsolete is None else found.first_obsolete)
+    return found
+
+
+def read_files(folder: Path, lines: RunRows) -> None:
+    """Note in `lines` what the .wandb files of offline runs in `folder` have.
+
+    If a row in them is obsolete, all of these files are removed, and nothing is noted: what is sent next is the whole
+    run, in one file.
+    """
+    lines.read_events()
+    found: list[tuple[str, int, float]] = []
+    for path in folder.glob("offline-run-*/*.wandb"):
+        for item in _history(path):
+            names = [name for name, mark in MARKS.items() if mark in item]
+            if names and isinstance(item.get("step"), int) and isinstance(item.get("time"), int | float):
+                found.append((names[0], item["step"], item["time"]))
+    if any(name != "events.jsonl" and lines.is_obsolete(step, made_at) for name, step, made_at in found):
+        for part in folder.glob("offline-run-*"):
+            shutil.rmtree(part)
+        return
+    for name, step, made_at in found:
+        lines.note(name, step, made_at)
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    """Return the history rows of a .wandb file, as wandb's own reader finds them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    rows = []
+    with suppress(OSError), subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as read:
+        assert read.stdout is not None
+        for line in read.stdout:
+            with suppress(ValueError, KeyError, TypeError):
+                rows.append(dict(json.loads(line)["history"]["item"]))
+    return rows
+
+
+def within(limit_s: float, work: Callable[[], T]) -> T:
+    """Return the result of `work`. Raise TimeoutError if it takes longer than `limit_s`; it is then abandoned."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if results:
+        return results[0]
+    raise errors[0] if errors else TimeoutError(f"no answer within {limit_s:.0f} s")
+
+
+def summary(error: BaseException) -> str:
+    """Return an exception as a line of at most 200 characters and its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,264 @@
+"""hpcgpt.doctor on a real Slurm: nodes with five faults, each of which is named; a sound job; and what the site does.
+
+The faults of the six nodes, in one job:
+
+    n2   its network is slow: `tc netem`, or `tc tbf` where the kernel lacks netem
+    n3   its disk for temporary files is full: a tmpfs
+    n4   the mount of the shards is missing: an empty file system hides it
+    n5   its clock is wrong: a preloaded library shifts the clock of its Python (shifted_clock.c); the kernel's is the
+         machine's, and the same on all nodes of a lab
+    n6   it gets a tenth of a CPU: a limit of the cgroup of its slurmd
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import lab as commands
+import lab_hosts
+import pytest
+from lab_conf import Lab
+
+from hpcgpt.doctor import login
+from hpcgpt.doctor.findings import Finding, from_dict
+from hpcgpt.run import run_folder
+from hpcgpt.sites import qos
+from hpcgpt.slurm import scontrol
+from tests.programs import ROOT, clean_env, command, run_group
+from tests.slurm.cluster import Cluster
+from tests.slurm.lab_fixture import SESSION_LAB
+
+CPU_SHARE = 0.1
+CGROUPS = Path("/sys/fs/cgroup")
+CLOCK_SHIFT_S = 120
+
+
+@pytest.fixture(scope="module")
+def six(lab: Lab) -> Iterator[Lab]:  # noqa: ARG001 (skips where no lab can be started)
+    """A lab of six nodes beside the tests' own."""
+    first, second, third = SESSION_LAB.subnet.split(".")
+    beside = Lab(f"{SESSION_LAB.name}d", f"{first}.{int(second) + 10}.{third}", nodes=6, gpus=0)
+    commands.up(beside)
+    yield beside
+    commands.down(beside.name)
+
+
+# --- faults ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def slow_network(lab: Lab, node: str) -> Iterator[None]:
+    """Delay the node's packets, or limit their rate: Firecracker's kernels have no netem."""
+    add = ("tc", "qdisc", "add", "dev", "eth0", "root")
+    try:
+        lab_hosts.run(lab_hosts.inside(lab, node, *add, "netem", "delay", "30ms"))
+    except lab_hosts.LabError:
+        lab_hosts.run(lab_hosts.inside(lab, node, *add, "tbf", "rate", "60mbit", "burst", "64kb", "latency", "400ms"))
+    yield
+    lab_hosts.run(lab_hosts.inside(lab, node, "tc", "qdisc", "del", "dev", "eth0", "root"))
+
+
+@contextmanager
+def full_disk(lab: Lab, node: str, folder: Path) -> Iterator[None]:
+    """Mount a small file system at the folder, on that node only, and fill it."""
+    (slurmd, *_) = lab_hosts.processes(lab, node, "slurmd")
+    enter = ["nsenter", f"--mount=/proc/{slurmd}/ns/mnt"]
+    lab_hosts.run([*enter, "mount", "-n", "-t", "tmpfs", "-o", "size=1m", "full", folder])
+    lab_hosts.run([*enter, "sh", "-c", f"head -c 2M /dev/zero >{folder}/filler 2>/dev/null || true"])
+    yield
+    lab_hosts.unhide(lab, node, folder)
+
+
+@contextmanager
+def missing_mount(lab: Lab, node: str, folder: Path) -> Iterator[None]:
+    commands.hide(lab, node, folder)
+    yield
+    commands.unhide(lab, node, folder)
+
+
+@contextmanager
+def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
+    """Limit the CPU time of the node's slurmd and its jobs, with the cgroups that this machine has."""
+    first = (CGROUPS / "cpu/cpu.shares").exists()
+    group = (CGROUPS / "cpu" if first else CGROUPS) / f"{lab.name}-{node}"
+    try:
+        group.mkdir()
+        if first:
+            (group / "cpu.cfs_quota_us").write_text(f"{CPU_SHARE * 100_000:.0f}")
+        else:
+            (CGROUPS / "cgroup.subtree_control").write_text("+cpu")
+            (group / "cpu.max").write_text(f"{CPU_SHARE * 100_000:.0f} 100000")
+        for pid in lab_hosts.processes(lab, node):
+            (group / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        pytest.skip(f"no limit on CPU time can be set here: {error}")
+    yield
+    for member in (group / "cgroup.procs").read_text().split():
+        (group.parent / "cgroup.procs").write_text(member)
+    group.rmdir()
+
+
+def python_with_a_wrong_clock(folder: Path, node: str) -> Path:
+    """Make a Python whose clock is wrong on that node."""
+    library, program = folder / "shifted_clock.so", folder / "python"
+    source = ROOT / "tests/doctor/nodes/shifted_clock.c"
+    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+    program.write_text(
+        "#!/bin/bash\n"
+        f'[ "$(hostname)" != {node} ] || export LD_PRELOAD={library} CLOCK_SHIFT_S={CLOCK_SHIFT_S}\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+# --- nodes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(six: Lab, shards_folder: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of one job on six nodes, five of which have a fault; and what the command printed."""
+    home = tmp_path_factory.mktemp("doctor")
+    scratch = home / "scratch"
+    scratch.mkdir()
+    env = clean_env() | six.environ()
+    env |= {
+        "HPCGPT_PYTHON": str(python_with_a_wrong_clock(home, "n5")),
+        "TMPDIR": str(scratch),
+        "PYTHONPATH": str(ROOT),
+    }
+    with ExitStack() as faults:
+        faults.enter_context(slow_network(six, "n2"))
+        faults.enter_context(full_disk(six, "n3", scratch))
+        faults.enter_context(missing_mount(six, "n4", shards_folder))
+        faults.enter_context(limited_cpu(six, "n6"))
+        done = command(
+            "hpcgpt.doctor", "--nodes", "6", str(config), f"--run.dir={home}", env=env, timeout_s=200, cwd=home
+        )
+    files = list((home / "doctor").glob("*.json"))
+    assert len(files) == 1, done.stderr
+    return {**json.loads(files[0].read_text()), "printed": done.stdout, "returncode": done.returncode}
+
+
+def named(report: dict[str, Any], node: str) -> dict[str, Finding]:
+    found = map(from_dict, report["findings"])
+    return {finding.check: finding for finding in found if finding.node == node and finding.level == "bad"}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("node", "check", "words"),
+    [
+        ("n2", "pairs", "slow with each of its partners"),
+        ("n3", "TMPDIR room", "0 KiB of 1.0 MiB free"),
+        ("n4", "data mount", "is on tmpfs"),
+        ("n5", "clock", "differs from the other nodes' by +1"),
+        ("n6", "matrix products, CPU", "TFLOP/s"),
+    ],
+)
+def test_each_fault_is_named_with_its_node(report: dict[str, Any], node: str, check: str, words: str) -> None:
+    found = named(report, node)
+    assert check in found, report["printed"]
+    assert words in found[check].found
+
+
+@pytest.mark.timeout(400)
+def test_the_sound_node_is_not_excluded_and_the_others_are(report: dict[str, Any]) -> None:
+    assert named(report, "n1") == {}, report["printed"]
+    assert report["exclude"] == ["n2", "n3", "n4", "n5", "n6"]
+    assert report["printed"].endswith("\n--exclude=n2,n3,n4,n5,n6\n")
+    assert (report["returncode"], report["status"]) == (1, 1)
+    assert report["elapsed_s"] < 90  # the coordinator's own limit
+
+
+@pytest.mark.timeout(400)
+def test_no_other_node_is_blamed_for_the_network_or_the_clock(report: dict[str, Any]) -> None:
+    """n6 is slow in its pairs, too: it has a tenth of a CPU to send with."""
+    for check, nodes in (("pairs", {"n2", "n6"}), ("clock", {"n5"}), ("data mount", {"n4"}), ("TMPDIR room", {"n3"})):
+        bad = [finding for finding in report["findings"] if finding["level"] == "bad"]
+        blamed = {finding["node"] for finding in bad if finding["check"] == check}
+        assert blamed <= nodes, report["printed"]
+
+
+@pytest.mark.timeout(300)
+def test_a_node_without_python_has_answered_nothing_and_the_others_are_measured(
+    lab: Lab, config: Path, tmp_path: Path
+) -> None:
+    """In an allocation of salloc, with a node on which Python cannot be started."""
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/bash\n[ "$(hostname)" != n3 ] || exit 127\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    env = clean_env() | lab.environ() | {"PYTHONPATH": str(ROOT), "HPCGPT_PYTHON": str(program)}
+    doctor = [sys.executable, "-m", "hpcgpt.doctor", "--nodes=3", "--json", str(config), f"--run.dir={tmp_path}"]
+    salloc = ["salloc", "--quiet", "--nodes=3", "--nodelist=n1,n2,n3", "--ntasks-per-node=1", "--time=5"]
+    done = run_group([*salloc, *doctor], env, tmp_path, 200)
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout)
+    assert named(found, "n3")["answer"].found == "this node has answered nothing"
+    assert found["exclude"] == ["n3"]
+    assert {node for node, rates in found["rates"]["matmul"].items() if rates[0] > 0} == {"n1", "n2"}
+    ((pair,),) = [found["pairs"]]
+    assert (pair["nodes"], pair["gbps"] > 0, pair["latency_s"] > 0) == (["n1", "n2"], True, True)
+
+
+# --- the site ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_the_site_is_described_as_it_is_configured(lab: Lab, tmp_path: Path) -> None:
+    env = clean_env() | lab.environ() | {"PYTHONPATH": str(ROOT)}
+    done = command("hpcgpt.doctor", "site", "--json", "--try-job", "--partition=low", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {finding["check"]: finding["found"] for finding in json.loads(done.stdout)["findings"]}
+    assert found["version"].startswith("Slurm 2")
+    assert found["KillWait"].startswith("5 sec")
+    assert found["requeue delay"].startswith("a requeued job waits for 5 s")
+    assert "grace 25 s" in found["partition grace"]
+    assert found["JobRequeue"] == "jobs may be requeued"
+    assert "partition_prio, mode REQUEUE" in found["preemption"]
+    assert (found["scontrol on a node"], found["sbatch on a node"]) == ("works", "works")
+    assert found["QOS"].startswith("not readable here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_controllers_clock_is_read(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in lab.environ().items():
+        monkeypatch.setenv(name, value)
+    answers, clock = login.slurm()
+    assert answers.found.startswith("Slurm 2")
+    assert (clock.check, clock.level) == ("slurm clock", "ok")
+
+
+def test_without_accounting_the_controller_shows_no_qos(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in lab.environ().items():
+        monkeypatch.setenv(name, value)
+    shown = scontrol.run("scontrol", "show", "assoc_mgr", "flags=qos")
+    assert "QOS" in shown.stdout + shown.stderr, shown
+    assert qos.ask() == {}
+
+
+# --- before each start -------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+def test_a_node_that_fails_the_check_before_the_start_is_excluded_from_the_next(
+    lab: Lab, shards_folder: Path, tmp_path: Path
+) -> None:
+    cluster = Cluster(lab, shards_folder, tmp_path, 20, ("--doctor.preflight", "quick", "--tracking.wandb", "disabled"))
+    flags = ("--nodes=2", "--ntasks-per-node=1", "--time=10")
+    with missing_mount(lab, "n2", shards_folder):
+        job = cluster.sbatch("checked", *flags, "--exclude=n3")
+        cluster.wait(job)
+    first, second = [event for event in run_folder.events(cluster.folder("checked")) if event["event"] == "job"]
+    assert first["hosts"] == ["n1", "n2"]
+    assert second["hosts"] == ["n1", "n4"]
+    (event,) = [event for event in run_folder.events(cluster.folder("checked")) if event["event"] == "preflight"]
+    assert list(event["failing"]) == ["n2"]
+    (kept,) = json.loads((cluster.folder("checked") / "excluded_nodes.json").read_text())
+    assert (kept["host"], "manifest.json" in kept["reason"]) == ("n2", True)

@@ -1,0 +1,21 @@
+"""A finished run of the tests, in the place of a finished probe."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config
+from hpcgpt.estimate.probe import measure
+from hpcgpt.estimate.probe.measure import Prepared
+
+
+def finished_probe(finished_run: Path, run_dir: Path) -> tuple[Path, Config]:
+    """Return the folder of the probe, and the configuration of the run that it measures."""
+    trained = sources.from_file(finished_run / "config.toml")
+    config = dataclasses.replace(trained, run=dataclasses.replace(trained.run, dir=str(run_dir)))
+    prepared: Prepared = measure.prepare(config)
+    shutil.copytree(finished_run, prepared.folder, dirs_exist_ok=True)
+    return prepared.folder, config
