@@ -106,6 +106,8 @@ def habits(
         assumed.append(f"a checkpoint is written at {WRITE_BYTES_PER_S / 1e9:g} GB/s")
     if config.eval.every and measured.eval_s is None:
         assumed.append("evaluations take no time: --probe measures them")
+    if config.eval.tasks and config.eval.tasks_every:
+        assumed.append("evaluations on eval.tasks take no time: they are not measured")
     if config.checkpoint.every and measured.stall_s is None:
         assumed.append("training does not wait for saves: --probe measures it")
     if failure_s is None:

@@ -106,6 +106,12 @@ def test_habits_are_what_was_measured() -> None:
     assert schedule.habits(CONFIG, measured, 1, 10**9, failure_s=1e5) == Habits(40.0, 10.0, 1e5, (), 3.0, 0.5)
 
 
+def test_that_evaluations_on_tasks_are_not_counted_is_said() -> None:
+    config = dataclasses.replace(CONFIG, eval=Eval(tasks=("a.jsonl",), tasks_every=CONFIG.eval.every))
+    more = set(schedule.habits(config, Pace(0), 8, 1).assumed) - set(schedule.habits(CONFIG, Pace(0), 8, 1).assumed)
+    assert more == {"evaluations on eval.tasks take no time: they are not measured"}
+
+
 def test_nothing_is_assumed_of_what_a_run_does_not_do() -> None:
     config = dataclasses.replace(CONFIG, eval=Eval(every=0), checkpoint=Checkpoint(every=0))
     found = schedule.habits(config, Pace(0), 1, 10**9, failure_s=1e5, save_s=3.0)

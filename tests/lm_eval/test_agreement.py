@@ -33,6 +33,8 @@ metric_list:
 # What lm-eval's own tasks of these names say, with a local file.
 TASKS = {
     "endings": f'{MULTIPLE_CHOICE}doc_to_text: "{{{{ctx}}}}"\ndoc_to_choice: endings\ndoc_to_target: label\n',
+    "arc": f'{MULTIPLE_CHOICE}doc_to_text: "Question: {{{{question}}}}\\nAnswer:"\n'
+    'doc_to_choice: "{{choices.text}}"\ndoc_to_target: "{{choices.label.index(answerKey)}}"\n',
     "hellaswag": f'{MULTIPLE_CHOICE}process_docs: !function hellaswag_docs.process_docs\ndoc_to_text: "{{{{query}}}}"\n'
     'doc_to_choice: choices\ndoc_to_target: "{{label}}"\n',
     "lambada": """
@@ -76,19 +78,23 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 200 steps, its export, and lm-eval's descriptions of tasks of 500 questions."""
+    """A run of 200 steps of each kind, their exports, and lm-eval's descriptions of tasks of 500 questions."""
     home = tmp_path_factory.mktemp("agreement")
     longer = (
         TINY.replace("steps = 12", "steps = 200").replace("every = 4", "every = 0").replace("every = 6", "every = 0")
     )
     (home / "my.toml").write_text(f'{longer}\n[data]\ndir = "{shards_folder}"\n[optim]\nlr = 5e-3\n')
-    done = command("hpcgpt.train", str(home / "my.toml"), "--run.dir", str(home), "--run.name", "run")
-    assert done.returncode == 0, done.stderr
-    done = command("hpcgpt.export", str(home / "run"), str(home / "export"), "--to", "hf")
-    assert done.returncode == 0, done.stderr
+    for kind, run, export in (("gpt2", "run", "export"), ("modern", "modern_run", "modern_export")):
+        flags = ["--run.dir", str(home), "--run.name", run, "--model.kind", kind]
+        done = command("hpcgpt.train", str(home / "my.toml"), *flags)
+        assert done.returncode == 0, done.stderr
+        done = command("hpcgpt.export", str(home / run), str(home / export), "--to", "hf")
+        assert done.returncode == 0, done.stderr
     tasks = home / "tasks"
     tasks.mkdir()
     made_questions.write(tasks)
+    of_one_form = [as_hugging_face_has_it(row) for row in made_questions.arc()]
+    (tasks / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_one_form))
     source = made_questions.text()
     for name, length, count in (("documents", 400, 20), ("continued", 60, 20)):
         parts = [source[start : start + length] for start in range(5000, 5000 + 1000 * count, 1000)]
@@ -100,11 +106,19 @@ def folder(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return home
 
 
+def as_hugging_face_has_it(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a question of ARC's original files with the fields of Hugging Face's data set."""
+    if isinstance(row["question"], str):
+        return row
+    stem, pairs = row["question"]["stem"], row["question"]["choices"]
+    return row | {"question": stem, "choices": {key: [pair[key] for pair in pairs] for key in ("text", "label")}}
+
+
 @pytest.fixture(scope="module")
 def found(python: Path, folder: Path) -> dict[str, Any]:
     """The results of lm-eval: of the run through the adapter, and of the export."""
     offline = {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    arguments = [str(folder / "tasks"), str(folder / "run"), str(folder / "export")]
+    arguments = [str(folder / name) for name in ("tasks", "run", "export", "modern_run", "modern_export")]
     done = subprocess.run(
         [python, "-m", "tests.lm_eval.harness", *arguments], cwd=ROOT, env=clean_env() | offline, check=False,
         capture_output=True, text=True,
@@ -114,9 +128,9 @@ def found(python: Path, folder: Path) -> dict[str, Any]:
     return results
 
 
-def ours(folder: Path, ranks: int) -> dict[str, Any]:
-    files = [str(folder / f"tasks/{form}.jsonl") for form in ("endings", "hellaswag", "lambada")]
-    done = on_ranks(ranks, "hpcgpt.eval", str(folder / "run"), "--tasks", *files, "--batch", "16", "--json")
+def ours(folder: Path, ranks: int, run: str = "run") -> dict[str, Any]:
+    files = [str(folder / f"tasks/{form}.jsonl") for form in ("endings", "hellaswag", "arc", "lambada")]
+    done = on_ranks(ranks, "hpcgpt.eval", str(folder / run), "--tasks", *files, "--batch", "16", "--json")
     assert done.returncode == 0, done.stderr
     tasks: dict[str, Any] = json.loads(done.stdout)["tasks"]
     return tasks
@@ -142,9 +156,18 @@ def test_accuracies_and_standard_errors_of_500_questions_are_the_same(
             assert 0.2 < task["accuracy"] < 0.9
 
 
+@pytest.mark.parametrize("model", ["modern_ours", "modern_export"], ids=["adapter", "hf"])
+def test_so_are_those_of_a_modern_model(model: str, folder: Path, found: dict[str, Any]) -> None:
+    own, result = ours(folder, 1, "modern_run")["arc"], found[model]["results"]["made_arc"]
+    assert own["questions"] == 500
+    for name in NAMES:
+        value, error = (result[f"{NAMES[name]}{end},none"] for end in ("", "_stderr"))
+        assert (own[name], own[f"{name}_stderr"]) == pytest.approx((value, error), rel=1e-12)
+
+
 def test_log_likelihoods_agree_for_each_request(found: dict[str, Any]) -> None:
     """Also of whole documents, which are longer than the window."""
-    for task in ("made_endings", "made_hellaswag", "made_lambada"):
+    for task in ("made_endings", "made_hellaswag", "made_arc", "made_lambada"):
         pairs = zip(found["ours"]["answers"][task], found["export"]["answers"][task], strict=True)
         for own, expected in pairs:
             assert [one[0] for (one,) in own] == pytest.approx([one[0] for (one,) in expected], rel=1e-4)
