@@ -1,7 +1,7 @@
 """What a person sees of a run on the dashboard: how each line of the run folder is shown.
 
     rows       as they are in metrics.jsonl; the axis is `step`, and `tokens` is in each row
-    samples    `sample`, a page, and `sample/text`
+    samples    `sample`, a page with a table of the samples so far, and `sample/text`
     events     `event/<kind>`: a point on the curve of the loss, with `event/name` and `event/text` beside it
     ranks      `ranks/...`: the local time of each rank; `node/<host>/...` and `nodes/...`: figures of GPUs and hosts
     goodput    `goodput/...`, every minute or less often
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from hpcgpt.config.options import Config
 from hpcgpt.run import attempts, goodput
 from hpcgpt.tracking import totals
+from hpcgpt.tracking.missing_rows import JsonlTail
 
 if TYPE_CHECKING:
     from hpcgpt.tracking.wandb_process import State
@@ -38,6 +39,7 @@ ALERT_AGE_S = 86400.0  # of an older event no alert is sent
 WORDS = ("reason", "words", "problem", "host")
 GOODPUT_EVERY_S, GOODPUT_SHARE = 60.0, 0.02  # of the time of this process, at most
 MOST_RANKS, MOST_NODES = 64, 32  # with a curve each
+MOST_SAMPLES = 50  # in a table
 GOODPUT = ("productive_s", "evaluation_s", "lost_s", "save_stall_s", "restart_s", "compile_s", "queue_s", "other_s")
 
 
@@ -73,7 +75,7 @@ class Shown:
         if "text" in line:
             import wandb
 
-            page = wandb.Html(f"<pre>{html.escape(line['text'])}</pre>")
+            page = wandb.Html(samples_page(self._folder / "samples.jsonl", line["step"]))
             run.log(identity | {"sample": page, "sample/text": line["text"]})
             return "samples.jsonl"
         if "local_s" in line:
@@ -119,6 +121,23 @@ class Shown:
         state.alerted_at = made_at
         run.alert(f"{self._config.run.name}: {line['event']}"[:63], f"step {line['step']:,}: {words(line)}",
                   level="ERROR" if kind == "fault" else "WARN")  # fmt: skip
+
+
+def samples_page(path: Path, until_step: int) -> str:
+    """Return a page with a table of the newest MOST_SAMPLES samples up to a step, newest first.
+
+    Not a wandb.Table: each would be an artifact with a version of its own, which a rewind does not take back.
+    """
+    texts: dict[int, str] = {}
+    for line in JsonlTail(path).read():
+        if isinstance(line.get("step"), int) and line["step"] <= until_step:
+            texts[line["step"]] = str(line.get("text", ""))  # a later line of a step was made after a rollback
+    rows = [
+        f"<tr><td>{step:,}</td><td style='white-space:pre-wrap'>{html.escape(texts[step])}</td></tr>"
+        for step in sorted(texts, reverse=True)[:MOST_SAMPLES]
+    ]
+    head = "<tr><th>step</th><th>sample</th></tr>"
+    return f"<table style='text-align:left;vertical-align:top'>{head}{''.join(rows)}</table>"
 
 
 def as_point(event: Mapping[str, Any]) -> dict[str, Any]:

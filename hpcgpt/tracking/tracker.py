@@ -96,7 +96,9 @@ class Tracker:
             self._children.append(Child("TensorBoard", "tensorboard_process", folder, str(generation)))
 
     def sample(self, step: int, text: str) -> None:
-        """Append a generated text to samples.jsonl; this writes to the disk.
+        """Append a generated text to samples.jsonl, also where nothing is sent: reports show it.
+
+        This writes to the disk.
 
         Raises:
             OSError: there is no room for it.
@@ -104,12 +106,11 @@ class Tracker:
         self._append("samples.jsonl", {"step": step, "time": time.time(), "text": text})
 
     def ranks(self, step: int, line: Mapping[str, Any]) -> None:
-        """Append the times of the ranks to ranks.jsonl; as `sample`."""
-        self._append("ranks.jsonl", {"step": step, "time": time.time(), **line})
+        """Append the times of the ranks to ranks.jsonl, which only trackers read; as `sample`."""
+        if self._children:
+            self._append("ranks.jsonl", {"step": step, "time": time.time(), **line})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        if not self._children:
-            return
         descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(descriptor, json.dumps(line).encode() + b"\n")

@@ -13,7 +13,7 @@ from hpcgpt.config import sources
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.run import run_folder
 from hpcgpt.storage import atomic
-from hpcgpt.tracking.shown import MOST_NODES, MOST_RANKS, as_curves, as_point
+from hpcgpt.tracking.shown import MOST_NODES, MOST_RANKS, MOST_SAMPLES, as_curves, as_point, samples_page
 from tests.tracking.attempts import LONG_S, Attempt, home, server, sync
 
 __all__ = ["home", "server"]  # fixtures
@@ -89,3 +89,15 @@ def test_of_many_ranks_and_nodes_only_extremes_and_distribution_are_shown() -> N
                            "ranks/usual_s"]  # fmt: skip
     assert (row["ranks/usual_s"], row["ranks/slowest"]) == (0.1, MOST_RANKS + 1)
     assert as_curves({"local_s": [0.0, 0.0]})["ranks/usual_s"] == 0.0
+
+
+def test_a_page_has_a_table_of_the_samples_up_to_its_step_as_they_are_after_a_rollback(tmp_path: Path) -> None:
+    for step, text in ((10, "first"), (20, "<script>old</script>"), (20, "<script>new</script>\nline"), (30, "later")):
+        append(tmp_path, "samples.jsonl", {"step": step, "time": 1.0, "text": text})
+    page = samples_page(tmp_path / "samples.jsonl", 20)
+    assert page.index(">20<") < page.index("&lt;script&gt;new&lt;/script&gt;\nline") < page.index(">10<")
+    assert [word in page for word in ("first", "later", "old", "<script>")] == [True, False, False, False]
+    for step in range(100, 100 + MOST_SAMPLES):
+        append(tmp_path, "samples.jsonl", {"step": step, "time": 1.0, "text": "many"})
+    page = samples_page(tmp_path / "samples.jsonl", 1000)
+    assert (page.count("many"), "later" in page) == (MOST_SAMPLES, False)

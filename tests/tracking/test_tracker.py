@@ -6,6 +6,7 @@ wandb's own reader, ``wandb leet inspect``.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -47,7 +48,7 @@ def test_rows_and_samples_arrive_under_the_runs_id_with_the_names_of_metrics_jso
     (sample,) = (line for line in server.history[attempt.id] if "sample" in line)
     assert sample["step"] == 30
     (page,) = (attempt.folder / "wandb").glob("run-*/files/media/html/*.html")
-    assert "<pre>&lt;b&gt;萧炎 &amp; co&lt;/b&gt;</pre>" in page.read_text(encoding="utf-8")
+    assert ">&lt;b&gt;萧炎 &amp; co&lt;/b&gt;<" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("seen", [0, 1, 25])
@@ -212,14 +213,17 @@ def children(pid: int) -> list[int]:
     return [int(pid_text) for pid_text in listed.stdout.split()]
 
 
-def test_disabled_tracking_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_tracking_writes_nothing_but_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option, variable in (("disabled", "online"), ("auto", "disabled")):
         monkeypatch.setenv("WANDB_MODE", variable)
-        attempt = Attempt(tmp_path, option)
+        attempt = Attempt(tmp_path, option, name=f"{option}-{variable}")
         attempt.tracker.sample(2, "text")
+        attempt.tracker.ranks(2, {"local_s": [0.1]})
         attempt.tracker.close(0, LONG_S)
         assert not (attempt.folder / "wandb").exists()
-        assert not (attempt.folder / "samples.jsonl").exists()
+        assert not (attempt.folder / "ranks.jsonl").exists()
+        samples = (attempt.folder / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["text"] for line in samples] == ["text"]
 
 
 # --- wandb's own settings --------------------------------------------------------------------------
