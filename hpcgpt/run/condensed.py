@@ -47,7 +47,7 @@ class Timing:
         """Take the rows that follow, with the fields `attempts.TIMING`."""
         for row in rows:
             before, self._before = self._before, row
-            same = row.get("attempt") == before.get("attempt")
+            same = bool(before) and row.get("attempt") == before.get("attempt")
             if same and "train/step_s" in row:
                 # Clocks differ by milliseconds: without what the step before took already.
                 row = {**row, "train/step_s": min(row["train/step_s"], max(0.0, row["time"] - before["time"]))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ class Kept(list[Any]):
 
 
 @pytest.fixture
-def model(finished_run: Path) -> RunModel:
-    made = RunModel(run=str(finished_run), batch_size="16", max_batch_size=None, device="cuda:0")
+def model(finished_run: Path, tmp_path: Path) -> RunModel:
+    """The finished run in float32: bfloat16, which some CPUs compute in, depends on the batch that a text is in."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    settings = run / "config.toml"
+    settings.write_text(settings.read_text().replace('dtype = "auto"', 'dtype = "float32"'))
+    made = RunModel(run=str(run), batch_size="16", max_batch_size=None, device="cuda:0")
     made.cache_hook = Kept()
     return made
 
