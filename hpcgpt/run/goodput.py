@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.run import attempts as attempt_history
+from hpcgpt.run import condensed, records
 from hpcgpt.run.attempts import Attempt, evaluation_s, step_began_at
 from hpcgpt.run.records import Record as Row
 
@@ -124,8 +125,9 @@ class Goodput:
 
 
 def table(folder: Path) -> str:
-    """Format the table of a run whose newest attempt has ended."""
-    return measure(*attempt_history.read(folder)).table()
+    """Format the table of a run whose newest attempt has ended. Memory does not grow with its steps."""
+    events = records.events(folder)
+    return measure(events, condensed.timing(folder, events)).table()
 
 
 def measure(events: Sequence[Row], rows: Sequence[Row], now: float | None = None, stepping: bool = True) -> Goodput:
