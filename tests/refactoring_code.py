@@ -147,7 +147,8 @@ def names_in(notes: bytes) -> bytes:
 def run_folder(run: Path, printed: str) -> Outcome:
     """All of a run that was not interrupted: checkpoints, metrics, events, samples, settings, which files there are."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    keys = sorted({f"{event['event']}: {', '.join(event)}" for event in events})
+    # `about` names the commit, if the code is in a repository, and is written in the background: a run may end before.
+    keys = sorted({f"{event['event']}: {', '.join(event)}" for event in events if event["event"] != "about"})
     samples = re.findall(r"--- (sample at step \d+\n.*?)\n---", printed, re.DOTALL)
     kept = files(run, r"checkpoints/|jsonl$|generations/|rendezvous/|run.json$")
     return {
