@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import cli
+from hpcgpt.config import sources
 from hpcgpt.config.options import Tracking
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FAILED
+from hpcgpt.run import run_folder
 from hpcgpt.storage import lease
 from hpcgpt.tracking import tracker
 
@@ -56,7 +58,10 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
     """Run the process that sends a run; return the exit status."""
     if not (folder / "run.json").is_file():
         raise UserError(f"no run in {folder}: there is no run.json")
-    state: dict[str, Any] = {"finish": [0, time.time() + limit_s]}
+    sources.from_file(folder / "config.toml")  # refused here, and not for as long as it is tried
+    ended = run_folder.read_exit(folder)
+    state: dict[str, Any] = {"finish": [ended.status if ended else 1, time.time() + limit_s], "sync": True}
+    generation = 0
     if offline:
         if list(offline.glob("wandb/offline-run-*")):
             raise UserError(f"{offline} has a run already: choose another folder, or remove {offline / 'wandb'}")
@@ -67,13 +72,14 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
             raise UserError(f"--copy '{copy}': an id has letters, digits, - and _, at most 64")
         state["run_id"] = copy or ""
         tracker.check("online")
-    command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(folder), "online", "0"]
+        generation = lease.newest_number(folder)  # if a newer attempt starts, it sends the rest
+    command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(folder), "online", str(generation)]
     env = {**os.environ, tracker.STATE: json.dumps(state)}
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         return FAILED
     if offline:
-        (made,) = offline.glob("wandb/offline-run-*")
+        made = min(offline.glob("wandb/offline-run-*"))
         print(f"made {made}; where there is a network: wandb sync {made}")
     return 0
 

@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ MARKS = {
     "ranks.jsonl": "ranks/usual_s",
     "events.jsonl": "event/name",
 }
+
+STEPS_AT_A_TIME = 10_000  # that the server is asked for, wandb's own
 
 
 @dataclass
@@ -74,21 +77,34 @@ def choose_mode(wanted: str, why_offline: str) -> tuple[str, str]:
     return "online", ""
 
 
-def read_server(path: str, lines: RunRows, from_step: int = 0) -> Arrived:
-    """Note in `lines` what the server has of a run, from wandb's own step `from_step` on. `path` is the run's."""
+def read_server(path: str, lines: RunRows, limit_s: float, from_step: int = 0) -> Arrived:
+    """Note in `lines` what the server has of a run, from wandb's own step `from_step` on. `path` is the run's.
+
+    Raises:
+        TimeoutError: the server did not answer for `limit_s` seconds. All of a long run may take longer.
+    """
     import wandb
 
     lines.read_events()
-    run = wandb.Api(timeout=20).run(path)
-    found = Arrived(from_step)
-    for name, mark in MARKS.items():
-        for row in run.scan_history(keys=["_step", "step", "time", mark], min_step=from_step, use_cache=False):
-            step, made_at, own_step = int(row["step"]), float(row["time"]), int(row["_step"])
-            lines.note(name, step, made_at)
-            found.next_step = max(found.next_step, own_step + 1)
-            if name != "events.jsonl" and lines.is_obsolete(step, made_at):
-                found.first_obsolete = min(own_step, own_step if found.first_obsolete is None else found.first_obsolete)
+    run: Any = within(limit_s, partial(wandb.Api(timeout=20).run, path))
+    # Read once: rows that arrive meanwhile are beyond it for all four kinds.
+    end = int(within(limit_s, partial(getattr, run, "lastHistoryStep"))) + 1
+    found = Arrived(max(from_step, end))
+    for first in range(from_step, end, STEPS_AT_A_TIME):
+        for name, mark in MARKS.items():
+            keys, most = ["_step", "step", "time", mark], min(end, first + STEPS_AT_A_TIME)
+            for row in within(limit_s, partial(_scan, run, keys, first, most)):
+                step, made_at, own_step = int(row["step"]), float(row["time"]), int(row["_step"])
+                lines.note(name, step, made_at)
+                if name != "events.jsonl" and lines.is_obsolete(step, made_at):
+                    before = found.first_obsolete
+                    found.first_obsolete = own_step if before is None else min(own_step, before)
     return found
+
+
+def _scan(run: Any, keys: list[str], first: int, end: int) -> list[dict[str, Any]]:
+    """Read the rows of a run at the server that have all `keys`, of wandb's own steps from `first` to before `end`."""
+    return list(run.scan_history(keys=keys, min_step=first, max_step=end, use_cache=False))
 
 
 def read_files(folder: Path, lines: RunRows) -> None:
@@ -96,14 +112,12 @@ def read_files(folder: Path, lines: RunRows) -> None:
 
     If a row in them is obsolete, all of these files are removed, and nothing is noted: what is sent next is the whole
     run, in one file.
+
+    Raises:
+        OSError: wandb's own reader cannot read one of them.
     """
     lines.read_events()
-    found: list[tuple[str, int, float]] = []
-    for path in folder.glob("offline-run-*/*.wandb"):
-        for item in _history(path):
-            names = [name for name, mark in MARKS.items() if mark in item]
-            if names and isinstance(item.get("step"), int) and isinstance(item.get("time"), int | float):
-                found.append((names[0], item["step"], item["time"]))
+    found = [line for path in folder.glob("offline-run-*/*.wandb") for line in _history(path)]
     if any(name != "events.jsonl" and lines.is_obsolete(step, made_at) for name, step, made_at in found):
         for part in folder.glob("offline-run-*"):
             shutil.rmtree(part)
@@ -112,16 +126,20 @@ def read_files(folder: Path, lines: RunRows) -> None:
         lines.note(name, step, made_at)
 
 
-def _history(path: Path) -> list[dict[str, Any]]:
-    """Return the history rows of a .wandb file, as wandb's own reader finds them."""
+def _history(path: Path) -> Iterator[tuple[str, int, float]]:
+    """Yield file, step and time of the lines that a .wandb file has, as wandb's own reader finds them."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    rows = []
-    with suppress(OSError), subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as read:
-        assert read.stdout is not None
-        for line in read.stdout:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as read:
+        assert read.stdout is not None and read.stderr is not None
+        for text in read.stdout:
             with suppress(ValueError, KeyError, TypeError):
-                rows.append(dict(json.loads(line)["history"]["item"]))
-    return rows
+                item = dict(json.loads(text)["history"]["item"])
+                names = [name for name, mark in MARKS.items() if mark in item]
+                if names and isinstance(item.get("step"), int) and isinstance(item.get("time"), int | float):
+                    yield names[0], item["step"], item["time"]
+        problem = read.stderr.read()
+    if read.returncode:
+        raise OSError(f"wandb cannot read {path}: {' '.join(problem.split())[:200]}")
 
 
 def within(limit_s: float, work: Callable[[], T]) -> T:

@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hpcgpt.run import records
+
 READ_AHEAD = 1000  # rows
 LINES = ("metrics.jsonl", "samples.jsonl", "ranks.jsonl")  # files of lines with a step
 
@@ -80,13 +82,15 @@ class ArrivedSteps:
 class RunRows:
     """The lines of a run folder, and which of them have arrived.
 
-    `has_obsolete`: rows have arrived that the run has gone back from since.
+    `has_obsolete`: rows have arrived that the run has gone back from since. `evaluations`: validation loss by step, of
+    all rows that have been read, without obsolete ones.
     """
 
     def __init__(self, folder: Path) -> None:
         self.rows, self.samples, self.ranks = ArrivedSteps(), ArrivedSteps(), ArrivedSteps()
         self.events: set[float] = set()  # the times of those that have arrived
         self.has_obsolete = False
+        self.evaluations: dict[int, float] = {}
         self._events = JsonlTail(folder / "events.jsonl")
         self._files = tuple((JsonlTail(folder / name), self.arrived(name)) for name in LINES)
         self._rollbacks: list[tuple[int, float]] = []
@@ -127,6 +131,8 @@ class RunRows:
                     if arrived is self.rows:
                         yield from self._lacking_events(until=row["time"])
                         self._step, self._loss = row["step"], row.get("train/loss", self._loss)
+                        if records.is_number(row.get("val/loss")):
+                            self.evaluations[row["step"]] = row["val/loss"]
                     if not arrived.has(row["step"], self._invalid_until(row["step"], row["time"])):
                         arrived.add(row["step"], row["time"])
                         yield row
@@ -141,6 +147,7 @@ class RunRows:
             self._new_events.append(event)
             if event["event"] in ("rollback", "went_back") and _is_row(event):
                 self._rollbacks.append((event["step"], event["time"]))
+                self.evaluations = {step: loss for step, loss in self.evaluations.items() if step <= event["step"]}
                 arrived = (self.rows, self.samples, self.ranks)
                 self.has_obsolete |= any(each.any_obsolete(event["step"], event["time"]) for each in arrived)
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcgpt.config.options import Config
-from hpcgpt.run import attempts, goodput
+from hpcgpt.run import condensed, goodput, records
 from hpcgpt.tracking import totals
-from hpcgpt.tracking.missing_rows import JsonlTail
+from hpcgpt.tracking.missing_rows import JsonlTail, RunRows
 
 if TYPE_CHECKING:
     from hpcgpt.tracking.wandb_process import State
@@ -46,11 +46,13 @@ GOODPUT = ("productive_s", "evaluation_s", "lost_s", "save_stall_s", "restart_s"
 class Shown:
     """Shows the lines of one run. `run` is wandb's in all methods."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self._folder, self._config = folder, config
-        self._next_goodput = 0.0
+    def __init__(self, folder: Path, config: Config, lines: RunRows) -> None:
+        self._folder, self._config, self._lines = folder, config, lines
+        self._next_goodput, self._goodput_took_s = 0.0, 0.0
+        self._figures: dict[str, Any] = {}  # the newest goodput
         self._newest: Mapping[str, Any] = {}  # the newest row that was logged
-        self._best: tuple[float, int] | None = None
+        self._has_changed = False  # what the run is as a whole
+        self._samples = Samples(folder / "samples.jsonl", lines)
 
     def totals(self) -> dict[str, Any]:
         """Return what the run is as a whole."""
@@ -66,8 +68,7 @@ class Shown:
         """Log a line of the run folder; return the name of its file, '' if such lines are not shown."""
         identity = {"step": line["step"], "time": line["time"]}
         if "event" in line:
-            if line["event"] in ("about", "job"):
-                run.config.update({"about": self.totals()}, allow_val_change=True)
+            self._has_changed |= line["event"] in ("about", "job")
             if line["event"] not in KINDS:
                 return ""
             run.log(identity | as_point(line))
@@ -75,7 +76,7 @@ class Shown:
         if "text" in line:
             import wandb
 
-            page = wandb.Html(samples_page(self._folder / "samples.jsonl", line["step"]))
+            page = wandb.Html(self._samples.page(line["step"]))
             run.log(identity | {"sample": page, "sample/text": line["text"]})
             return "samples.jsonl"
         if "local_s" in line:
@@ -85,33 +86,38 @@ class Shown:
         self._newest = line
         return "metrics.jsonl"
 
-    def log_goodput(self, run: Any) -> None:
-        """Log the goodput so far, if it is time to."""
-        if time.monotonic() < self._next_goodput or not self._newest:
-            return
-        started_at = time.monotonic()
-        found = self._goodput(time.time())
-        took_s = time.monotonic() - started_at
-        self._next_goodput = time.monotonic() + max(GOODPUT_EVERY_S, took_s / GOODPUT_SHARE)
-        run.log({"step": self._newest["step"], **found})
+    def log_whole(self, run: Any) -> None:
+        """Log what the run is as a whole, if that has changed, and the goodput so far, if it is time to."""
+        if self._has_changed:
+            run.config.update({"about": self.totals()}, allow_val_change=True)
+            self._has_changed = False
+        if time.monotonic() >= self._next_goodput and self._newest:
+            self._measure_goodput(time.time())
+            self._next_goodput = time.monotonic() + max(GOODPUT_EVERY_S, self._goodput_took_s / GOODPUT_SHARE)
+            run.log({"step": self._newest["step"], **self._figures})
 
-    def finish(self, run: Any) -> None:
-        """Put what the run is as a whole, its best validation loss and its goodput into the summary."""
-        best = min(
-            ((row["val/loss"], row["step"]) for row in attempts.read(self._folder, ("step", "time", "val/loss"))[1]
-             if row.get("val/loss") is not None), default=None,
-        )  # fmt: skip
-        found = self._goodput(None)
-        if self._newest:
-            run.log({"step": self._newest["step"], **found})
-        figures = {"about": self.totals()} | found
+    def finish(self, run: Any, left_s: float) -> None:
+        """Put what the run is as a whole, its best validation loss and its goodput into the summary.
+
+        `left_s`: the time in which rows must be sent, too; the goodput is the newest known if measuring it would take
+        a fourth of that.
+        """
+        if self._goodput_took_s < left_s / 4:
+            self._measure_goodput(None)
+            if self._newest:
+                run.log({"step": self._newest["step"], **self._figures})
+        best = min(((loss, step) for step, loss in self._lines.evaluations.items()), default=None)
+        figures = {"about": self.totals()} | self._figures
         run.summary.update(figures if best is None else figures | {"best/val_loss": best[0], "best/step": best[1]})
 
-    def _goodput(self, now: float | None) -> dict[str, Any]:
-        """Return the goodput of a run that is running until `now`, or has ended."""
-        found = goodput.measure(*attempts.read(self._folder, attempts.TIMING), now)
-        return {"goodput/goodput": found.goodput, "goodput/attempts": found.attempts,
-                **{f"goodput/{name}": found.seconds[name] for name in GOODPUT}}  # fmt: skip
+    def _measure_goodput(self, now: float | None) -> None:
+        """Measure the goodput of a run that is running until `now`, or has ended."""
+        started_at = time.monotonic()
+        events = records.events(self._folder)
+        found = goodput.measure(events, condensed.timing(self._folder, events), now)
+        self._figures = {"goodput/goodput": found.goodput, "goodput/attempts": found.attempts,
+                         **{f"goodput/{name}": found.seconds[name] for name in GOODPUT}}  # fmt: skip
+        self._goodput_took_s = time.monotonic() - started_at
 
     def alert(self, run: Any, line: Mapping[str, Any], state: State) -> None:
         """Send an alert if the line is a fault or a rollback, and recent; each once."""
@@ -123,21 +129,31 @@ class Shown:
                   level="ERROR" if kind == "fault" else "WARN")  # fmt: skip
 
 
-def samples_page(path: Path, until_step: int) -> str:
-    """Return a page with a table of the newest MOST_SAMPLES samples up to a step, newest first.
+class Samples:
+    """The samples of a run, read once, as pages with a table.
 
     Not a wandb.Table: each would be an artifact with a version of its own, which a rewind does not take back.
     """
-    texts: dict[int, str] = {}
-    for line in JsonlTail(path).read():
-        if isinstance(line.get("step"), int) and line["step"] <= until_step:
-            texts[line["step"]] = str(line.get("text", ""))  # a later line of a step was made after a rollback
-    rows = [
-        f"<tr><td>{step:,}</td><td style='white-space:pre-wrap'>{html.escape(texts[step])}</td></tr>"
-        for step in sorted(texts, reverse=True)[:MOST_SAMPLES]
-    ]
-    head = "<tr><th>step</th><th>sample</th></tr>"
-    return f"<table style='text-align:left;vertical-align:top'>{head}{''.join(rows)}</table>"
+
+    def __init__(self, path: Path, lines: RunRows) -> None:
+        self._tail, self._lines = JsonlTail(path), lines
+        self._texts: dict[int, tuple[float, str]] = {}  # by step, with the time
+
+    def page(self, until_step: int) -> str:
+        """Return a page with the newest MOST_SAMPLES samples up to a step, newest first, without obsolete ones."""
+        for line in self._tail.read():
+            if records.is_count(line.get("step")) and records.is_time(line.get("time")):
+                self._texts[line["step"]] = line["time"], str(line.get("text", ""))
+        rows = []
+        for step in sorted(self._texts, reverse=True):
+            made_at, text = self._texts[step]
+            if step <= until_step and not self._lines.is_obsolete(step, made_at):
+                cell = f"<td style='white-space:pre-wrap'>{html.escape(text)}</td>"
+                rows.append(f"<tr><td>{step:,}</td>{cell}</tr>")
+            if len(rows) == MOST_SAMPLES:
+                break
+        head = "<tr><th>step</th><th>sample</th></tr>"
+        return f"<table style='text-align:left;vertical-align:top'>{head}{''.join(rows)}</table>"
 
 
 def as_point(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from hpcgpt.errors import UserError
 from hpcgpt.run import run_folder
 from hpcgpt.tracking import arrived
 from hpcgpt.tracking.arrived import summary, within
 from hpcgpt.tracking.tracker import STATE
-from hpcgpt.tracking.wandb_sender import Sender, UnansweredError
+from hpcgpt.tracking.wandb_sender import Sender
 
 LOOK_S = 0.5
 RETRY_S, MOST_RETRY_S = 1.0, 60.0
@@ -44,7 +45,6 @@ class State:
     """What this process keeps when it restarts itself. `finish` is (exit code, unix time by which to exit)."""
 
     failures: int = 0
-    unanswered: int = 0  # how often in a row the server did not return which rows it has
     offline: str = ""  # why the run is kept offline although there is a key
     probes: int = 0  # how often in a row it was tried again
     said: list[str] = field(default_factory=list)
@@ -53,6 +53,7 @@ class State:
     rewinds: int = 0  # how often it was to be rewound
     no_rewind: bool = False  # the server cannot
     alerted_at: float = 0.0  # the time of the newest event of which an alert was sent
+    sync: bool = False  # started by `hpcgpt tracking sync`: it must send everything, or fail
     into: str = ""  # of `hpcgpt tracking sync --offline`: the folder that gets the run, as a whole
     run_id: str = ""  # of `hpcgpt tracking sync --copy`: instead of the run's own id
 
@@ -73,6 +74,10 @@ class Process:
         threading.Thread(target=self._watch, daemon=True).start()
         try:
             Sender(self).send_everything()
+        except UserError as error:
+            self.say(str(error))
+            _end_children()
+            os._exit(1)
         except Exception as error:
             self._start_again(error)
         with suppress(Exception):  # wandb's core may write the end of a .wandb file after `finish` has returned
@@ -121,7 +126,6 @@ class Process:
         """Replace this process by a fresh one, without any state of wandb."""
         state = self.state
         state.failures += 1
-        state.unanswered = state.unanswered + 1 if isinstance(error, UnansweredError) else 0
         wait_s = min(MOST_RETRY_S, RETRY_S * 2 ** (state.failures - 1))
         if not state.offline and (state.failures <= 3 or state.failures % 20 == 0):
             self.say(f"failed and is started again in {wait_s:.0f} s, metrics.jsonl has everything: {summary(error)}")
@@ -148,7 +152,9 @@ class Process:
             print(f"wandb: {message}", file=sys.stderr, flush=True)
         if event:
             with suppress(OSError):
-                run_folder.record(self.folder, "wandb", attempt=self.generation, words=message)
+                run_folder.record(
+                    self.folder, "wandb", attempt=0 if self.state.sync else self.generation, words=message
+                )
 
 
 def _end_children() -> None:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
+from hpcgpt.errors import UserError
 from hpcgpt.run import run_folder
 from hpcgpt.tracking import arrived
-from hpcgpt.tracking.arrived import summary, within
+from hpcgpt.tracking.arrived import summary
 from hpcgpt.tracking.missing_rows import RunRows
 from hpcgpt.tracking.shown import Shown
 from hpcgpt.tracking.tracker import sync_command
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.5
 INIT_S = float(os.environ.get("HPCGPT_TRACKING_INIT_S", "30"))
-ASK_S = 120.0
+ASK_S = 120.0  # without any answer
 CHECK_S = float(os.environ.get("HPCGPT_TRACKING_CHECK_S", "600"))
 UPLOAD_S = 120.0  # rows that a healthy server still lacks after this time have been lost on the way
 # How long a run that the server did not answer stays offline: at first, and at most.
 PROBE_S, MOST_PROBE_S = 30.0, float(os.environ.get("HPCGPT_TRACKING_PROBE_S", "300"))
 FINISH_S = 20.0
-MOST_ASKS = 3
+MOST_REWINDS = 3
 # wandb's own limits for a request with rows are 180 s, and 60 s between two: after an outage of a minute it would send
 # nothing for three.
 REQUEST_S, MOST_PAUSE_S = 20.0, 15.0
@@ -68,6 +69,8 @@ class Sender:
             self._follow(online=False)
             return
         mode, why = arrived.choose_mode(process.wanted, state.offline)
+        if state.sync and mode != "online":
+            raise UserError(f"nothing was sent, because {why}")
         if mode == "disabled":
             process.say(f"disabled, because {why}")
             os._exit(0)
@@ -87,7 +90,6 @@ class Sender:
                 raise
             self._ask_server()
             state.probes = 0
-        state.unanswered = 0
         self._follow(online=mode == "online")
 
     # --- the run -----------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class Sender:
         else:
             how = {"resume_from": f"{run_id}?_step={rewind_to}"}
         (into / "wandb").mkdir(parents=True, exist_ok=True)
-        self._shown = Shown(self._process.folder, config)
+        self._shown = Shown(self._process.folder, config, self._lines)
         self._run = wandb.init(
             **_labels(config),
             id=run_id,
@@ -122,7 +124,7 @@ class Sender:
                 x_file_stream_timeout_seconds=REQUEST_S,
                 x_file_stream_retry_wait_max_seconds=MOST_PAUSE_S,
                 # By default it waits for a dead network forever.
-                finish_timeout=FINISH_S,
+                finish_timeout=max(FINISH_S, state.finish[1] - time.time()) if state.finish else FINISH_S,
                 # By default wandb interrupts the main thread.
                 stop_fn=self._stop_run,
             ),
@@ -139,7 +141,7 @@ class Sender:
     # --- what has arrived --------------------------------------------------------------------------
 
     def _ask_server(self) -> None:
-        """Ask the server which lines it has. After MOST_ASKS failures all count as missing.
+        """Ask the server which lines it has. None is sent before that is known: it would be there twice.
 
         If it has obsolete rows, this process is replaced by one that rewinds the run.
 
@@ -148,14 +150,12 @@ class Sender:
         """
         process, state = self._process, self._process.state
         try:
-            found = within(ASK_S, lambda: arrived.read_server(self._run.path, self._lines))
+            found = arrived.read_server(self._run.path, self._lines, ASK_S)
         except Exception as error:
-            if state.unanswered + 1 < MOST_ASKS:
-                raise UnansweredError(f"the server does not return which steps it has ({summary(error)})") from error
-            process.say(
-                "the server does not return which steps it has: all rows of the run are sent, some may be there twice"
-            )
-            return
+            unanswered = f"the server does not return which steps it has ({summary(error)})"
+            if process.wanted == "auto":
+                state.offline = unanswered
+            raise UnansweredError(unanswered) from error
         self._next_step = found.next_step
         rewound_to, state.rewind_to = state.rewind_to, None
         if found.first_obsolete is None or state.no_rewind:
@@ -171,7 +171,7 @@ class Sender:
     def _not_rewound(self, error: Exception) -> None:
         """Try again, if the server does not know yet that the run has ended; else keep the obsolete rows."""
         state = self._process.state
-        if "terminal state" not in str(error) or state.rewinds >= MOST_ASKS:
+        if "terminal state" not in str(error) or state.rewinds >= MOST_REWINDS:
             self._keep_obsolete(summary(error))
         state.rewind_to = None
         raise error
@@ -190,9 +190,11 @@ class Sender:
         """Raise LostError if lines that wandb accepted some time ago are not on the server."""
         on_server = RunRows(self._process.folder)
         try:
-            found = within(ASK_S, lambda: arrived.read_server(self._run.path, on_server, self._next_step))
-        except Exception:  # an outage: wandb's core keeps the rows until it is over
-            return
+            found = arrived.read_server(self._run.path, on_server, ASK_S, self._next_step)
+        except Exception as error:
+            if self._process.state.sync:
+                raise UnansweredError(f"the server does not return what has arrived ({summary(error)})") from error
+            return  # an outage: wandb's core keeps the rows until it is over
         self._next_step = found.next_step
         since = time.monotonic() - (0 if self._process.state.finish else UPLOAD_S)
         left: deque[tuple[float, str, int, float]] = deque()
@@ -220,7 +222,7 @@ class Sender:
                 process.replace()
             if finish:
                 break
-            self._shown.log_goodput(self._run)
+            self._shown.log_whole(self._run)
             if online and time.monotonic() >= next_check:
                 self._check()
                 next_check = time.monotonic() + CHECK_S
@@ -229,14 +231,18 @@ class Sender:
                 state.offline, state.probes = "", state.probes + 1
                 process.replace()
             process.changed.wait(LOOK_S)
-        self._shown.finish(self._run)
+        self._shown.finish(self._run, finish[1] - time.time())
         self._run.finish(exit_code=finish[0])
         if online:
             self._check()
 
     def _send(self, line: dict[str, Any], online: bool) -> None:
         assert self._shown
-        sent = self._shown.log(self._run, line)
+        try:
+            sent = self._shown.log(self._run, line)
+        except (KeyError, TypeError, ValueError) as error:  # such a line will fail each time
+            self._process.say(f"a line of step {line['step']:,} cannot be sent: {summary(error)}")
+            return
         if sent and online:
             self._unconfirmed.append((time.monotonic(), sent, line["step"], line["time"]))
             self._shown.alert(self._run, line, self._process.state)

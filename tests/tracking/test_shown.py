@@ -13,7 +13,8 @@ from hpcgpt.config import sources
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.run import run_folder
 from hpcgpt.storage import atomic
-from hpcgpt.tracking.shown import MOST_NODES, MOST_RANKS, MOST_SAMPLES, as_curves, as_point, samples_page
+from hpcgpt.tracking.missing_rows import RunRows
+from hpcgpt.tracking.shown import MOST_NODES, MOST_RANKS, MOST_SAMPLES, Samples, as_curves, as_point
 from tests.tracking.attempts import LONG_S, Attempt, home, server, sync
 
 __all__ = ["home", "server"]  # fixtures
@@ -91,13 +92,22 @@ def test_of_many_ranks_and_nodes_only_extremes_and_distribution_are_shown() -> N
     assert as_curves({"local_s": [0.0, 0.0]})["ranks/usual_s"] == 0.0
 
 
-def test_a_page_has_a_table_of_the_samples_up_to_its_step_as_they_are_after_a_rollback(tmp_path: Path) -> None:
-    for step, text in ((10, "first"), (20, "<script>old</script>"), (20, "<script>new</script>\nline"), (30, "later")):
-        append(tmp_path, "samples.jsonl", {"step": step, "time": 1.0, "text": text})
-    page = samples_page(tmp_path / "samples.jsonl", 20)
+def test_a_page_has_a_table_of_the_samples_up_to_its_step_without_those_that_the_run_went_back_from(
+    tmp_path: Path,
+) -> None:
+    lines = RunRows(tmp_path)
+    samples = Samples(tmp_path / "samples.jsonl", lines)
+    for step, at, text in ((10, 1.0, "first"), (20, 2.0, "<script>old</script>"), (25, 3.0, "abandoned")):
+        append(tmp_path, "samples.jsonl", {"step": step, "time": at, "text": text})
+    assert "abandoned" in samples.page(30)
+    append(tmp_path, "events.jsonl", {"event": "rollback", "step": 15, "time": 4.0})
+    lines.read_events()
+    for step, at, text in ((20, 5.0, "<script>new</script>\nline"), (30, 6.0, "later")):
+        append(tmp_path, "samples.jsonl", {"step": step, "time": at, "text": text})
+    page = samples.page(25)
     assert page.index(">20<") < page.index("&lt;script&gt;new&lt;/script&gt;\nline") < page.index(">10<")
-    assert [word in page for word in ("first", "later", "old", "<script>")] == [True, False, False, False]
+    assert [word in page for word in ("first", "later", "old", "abandoned", "<script>")] == [True, *[False] * 4]
     for step in range(100, 100 + MOST_SAMPLES):
-        append(tmp_path, "samples.jsonl", {"step": step, "time": 1.0, "text": "many"})
-    page = samples_page(tmp_path / "samples.jsonl", 1000)
+        append(tmp_path, "samples.jsonl", {"step": step, "time": 7.0, "text": "many"})
+    page = samples.page(1000)
     assert (page.count("many"), "later" in page) == (MOST_SAMPLES, False)
