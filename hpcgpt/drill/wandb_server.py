@@ -21,7 +21,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Mode = Literal["healthy", "silent", "failing", "refusing", "forgetful"]
+Mode = Literal["healthy", "silent", "failing", "refusing", "forgetful", "unreadable"]
 BIND_S = 20.0
 ENTITY = "a-user"  # of every key
 
@@ -37,6 +37,7 @@ class WandbServer:
     """Answers at `url` until it is closed. `history` has the lines of each run in the order of their arrival, `names`
     the name of each run, `config` and `summary` what wandb shows beside its curves. It listens on `host` only.
 
+    `mode`: "forgetful" takes no rows, "unreadable" takes them, but does not return which it has.
     `rewinds`: it can rewind a run that has ended, as W&B's own servers can and self-managed ones cannot.
     """
 
@@ -130,7 +131,7 @@ class WandbServer:
             body = gzip.decompress(body)
         with self.changed:
             self.authorizations.add(asked.headers.get("Authorization") or "")
-            name = asked.path
+            name, query = asked.path, ""
             if asked.path.endswith("/graphql"):
                 query = json.loads(body)["query"]
                 found = re.search(r"(?:query|mutation)\s+(\w+)", query)
@@ -143,7 +144,8 @@ class WandbServer:
                 self._closed.wait()
             asked.close_connection = True  # opened before the outage
             return
-        if mode == "failing" or (mode == "forgetful" and "/file_stream" in asked.path):
+        broken = {"failing": True, "forgetful": "/file_stream" in asked.path, "unreadable": "History" in query}
+        if broken.get(mode):
             _reply(asked, 500, {"error": "out of order"})
             return
         with self.changed:

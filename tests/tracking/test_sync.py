@@ -1,0 +1,77 @@
+"""``hpcgpt tracking sync``: everything is sent once, or it fails and says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcgpt.drill.wandb_server import WandbServer
+from hpcgpt.exit_codes import FAILED, USER_MISTAKE
+from hpcgpt.run import run_folder
+from tests.programs import ROOT
+from tests.tracking.attempts import LONG_S, Attempt, home, server, sync, until
+
+__all__ = ["home", "server"]  # fixtures
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+
+
+def failing_sync(folder: Path, within_s: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hpcgpt.tracking", "sync", str(folder), "--within", str(within_s)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_rows_are_not_sent_before_it_is_known_which_have_arrived(tmp_path: Path, server: WandbServer) -> None:
+    """The server takes rows, but does not return which it has: the next attempt stays offline, sync fails."""
+    first = Attempt(tmp_path)
+    first.write(range(1, 11))
+    first.tracker.close(0, LONG_S)
+    assert server.steps(first.id) == list(range(1, 11))
+    server.mode = "unreadable"
+    second = Attempt(tmp_path, keep=10)
+    second.write(range(11, 16))
+    until(lambda: any("does not return which" in event.get("words", "") for event in run_folder.events(second.folder)))
+    second.tracker.close(0, LONG_S)
+    assert server.steps(first.id) == list(range(1, 11))
+    (second.folder / "generations/000002.done").touch()
+    (second.folder / "generations/000001.done").touch()
+    done = failing_sync(second.folder, 20)
+    assert done.returncode == FAILED
+    assert server.steps(first.id) == list(range(1, 11))
+    server.mode = "healthy"
+    sync(second.folder)
+    assert server.steps(first.id) == list(range(1, 16))
+
+
+def test_settings_that_wandb_refuses_are_named_and_nothing_is_written(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = Attempt(tmp_path, "disabled")
+    attempt.write(range(1, 6))
+    monkeypatch.setenv("WANDB_BASE_URL", "no address")
+    done = failing_sync(attempt.folder, 60)
+    assert done.returncode == FAILED
+    assert "nothing was sent, because" in done.stderr
+    assert not list(attempt.folder.glob("wandb/*run*"))
+    assert not server.history
+
+
+@pytest.mark.usefixtures("server")
+def test_a_run_whose_configuration_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, "disabled")
+    attempt.write(range(1, 6))
+    (attempt.folder / "config.toml").write_text("[model]\nunknown = 1\n")
+    done = failing_sync(attempt.folder, 3600)
+    assert done.returncode == USER_MISTAKE
+    assert "unknown" in done.stderr
+
+
+def test_a_line_that_cannot_be_shown_does_not_stop_those_after_it(tmp_path: Path, server: WandbServer) -> None:
+    attempt = Attempt(tmp_path)
+    run_folder.record(attempt.folder, "straggler", attempt=1, step=2, rank=0, host="n1", factor="twice")
+    attempt.write(range(1, 6))
+    attempt.tracker.close(0, LONG_S)
+    assert server.steps(attempt.id) == list(range(1, 6))
