@@ -74,8 +74,12 @@ def _check(out: Path) -> None:
         raise UserError(f"-o {name}: there is no folder {terminal.printable(str(out.parent))}")
     if out.is_file():
         with open(out, "rb") as file:
-            if out.stat().st_size and MADE_BY.encode() not in file.read(2000):
-                raise UserError(f"-o {name}: this file exists and is no report of hpcgpt: choose another name")
+            head = file.read(2000)
+        tag = f'<meta name="generator" content="{MADE_BY}"'.encode()
+        if head and not (head.startswith(b"<!DOCTYPE html>\n<html") and tag in head):
+            raise UserError(f"-o {name}: this file exists and is no report of hpcgpt: choose another name")
+    elif out.exists():
+        raise UserError(f"-o {name} exists and is no regular file: choose another name")
 
 
 def _parser() -> argparse.ArgumentParser:

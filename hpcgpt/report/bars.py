@@ -30,7 +30,9 @@ def goodput(found: Goodput) -> Markup:
                 element("rect", element("title", words), x=f"{at * UNITS:.1f}", y=0, width=f"{share * UNITS:.1f}",
                         height=UNITS, class_=f"g-{kind}")
             )  # fmt: skip
-            keys.append(element("li", element("i", class_=f"key g-{kind}"), f"{label} {share:.1%}"))
+            keys.append(
+                element("li", element("i", class_=f"key g-{kind}"), f"{label} {span(seconds[name])}, {share:.1%}")
+            )
         at += share
         if seconds[name] > 0:
             of_active = f"{seconds[name] / found.active_s:.1%}" if name != "idle_s" else "not counted"
@@ -40,7 +42,7 @@ def goodput(found: Goodput) -> Markup:
     svg = element("svg", element("title", label), *parts, viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none",
                   role="img", aria_label=label, class_="bar")  # fmt: skip
     inner = table(["time", "seconds", "of the time with a job"], rows, "What the time was spent on", numbers=(1, 2))
-    return join(svg, element("ul", *keys, class_="legend"), element("details", element("summary", "Figures"), inner))
+    return join(svg, element("ul", *keys, class_="legend"), element("details", element("summary", "Table"), inner))
 
 
 def attempts_in_time(history: list[dict[str, Any]]) -> Markup | None:

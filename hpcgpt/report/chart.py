@@ -19,6 +19,7 @@ from hpcgpt.report.scale import Scale, short
 UNITS = 1000
 COLOURS = 6  # of attempts or runs, in style.css: c0 to c5
 LEAST_GAP = 0.045  # between two labels of marks, as a fraction of the width
+NARROW_GAP = 0.12  # the same on a phone
 TABLE_ROWS = 12
 TICKS = 6
 MOST_MARKS = 200
@@ -135,12 +136,14 @@ class Chart:
 
     def _mark_labels(self) -> list[Markup]:
         """Label the marks, without those that would cover another label."""
-        made, free_from = [], -1.0
+        made, free_from, free_on_phone = [], -1.0, -1.0
         for mark in self.marks[:MOST_MARKS]:
             place = self.x.place(mark.at)
-            if 0 <= place <= 0.98 and place >= free_from:
-                made.append(element("span", mark.label, class_=f"at {mark.colour}", style=f"left:{place:.2%}"))
+            if mark.label and 0 <= place <= 0.98 and place >= free_from:
                 free_from = place + LEAST_GAP
+                wide = " wide" if place < free_on_phone else ""
+                free_on_phone = free_on_phone if wide else place + NARROW_GAP
+                made.append(element("span", mark.label, class_=f"at {mark.colour}{wide}", style=f"left:{place:.2%}"))
         return made
 
     def _y_labels(self) -> Markup:
@@ -177,7 +180,7 @@ class Chart:
             return None
         head: list[Child] = ["curve", "steps", "mean", "least", "most"]
         inner = table(head, rows, f"{self.title}, {self.unit}", numbers=(1, 2, 3, 4))
-        return element("details", element("summary", "Figures"), inner)
+        return element("details", element("summary", "Table"), inner)
 
 
 def colour(number: int) -> str:

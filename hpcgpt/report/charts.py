@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hpcgpt.report import scale
-from hpcgpt.report.chart import Chart, Line, colour
+from hpcgpt.report.chart import COLOURS, MOST_MARKS, Chart, Line, colour
 from hpcgpt.report.columns import Columns, narrowed
 from hpcgpt.report.facts import Facts
 from hpcgpt.report.markup import Markup, element, join
@@ -26,7 +26,7 @@ ZOOM = 4  # the second chart of the loss leaves out the first of so many parts o
 WORTH_A_ZOOM = 0.4  # of the range of all losses
 ALL_COLUMNS = 2400  # of several runs together
 LEAST_COLUMNS = 24
-BAND = "Line: mean of the steps in a column; band: their least and most."
+BAND = "Each column of pixels stands for several steps. Line: their mean; band: their least and most."
 
 
 def of_one(run: Facts) -> Markup:
@@ -90,6 +90,7 @@ def of_several(runs: Sequence[Facts]) -> Markup:
     chart("val/loss", "Validation loss", NATS)
     if _differ([columns for _, _, columns in shown]):
         chart("train/loss", "Training loss by tokens", NATS, by_tokens=True)
+        chart("val/loss", "Validation loss by tokens", NATS, by_tokens=True)
     for metric, title, unit, zero in OTHERS:
         chart(metric, title, unit, zero)
     legend = element("ul", *(
@@ -130,9 +131,20 @@ def _legend_of_one(run: Facts) -> Markup:
     items = [element("li", element("i", class_=f"key {colour(n - 1)}"), f"attempt {n}") for n in numbers[:12]]
     if len(numbers) > 12:
         items.append(element("li", f"and {len(numbers) - 12:,} more"))
+    if numbers and numbers[-1] > COLOURS:
+        items.append(element("li", f"(colours repeat after {COLOURS})"))
+    without = [
+        entry["attempt"] for entry in run.status["history"] if entry["attempt"] and entry["attempt"] not in numbers
+    ]
+    if without and numbers:
+        listed = ", ".join(map(str, without[:12])) + (", ..." if len(without) > 12 else "")
+        items.append(element("li", f"no step of attempt{'s' * (len(without) > 1)} {listed} is part of the result"))
     items.append(element("li", element("i", class_="key val"), "validation"))
     if any(mark.colour == "start" for mark in run.marks):
         items.append(element("li", element("i", class_="key start"), "an attempt began"))
     if any(mark.colour == "fault" for mark in run.marks):
-        items.append(element("li", element("i", class_="key fault"), "went back or failed"))
+        why = "an attempt failed here, or the run went back from here (see Attempts, and Faults and changes)"
+        items.append(element("li", element("i", class_="key fault"), why))
+    if len(run.marks) > MOST_MARKS:
+        items.append(element("li", f"only the first {MOST_MARKS} of {len(run.marks):,} of these lines are drawn"))
     return element("ul", *items, class_="legend")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,7 +106,7 @@ def read(folder: Path, now: float, queue: Queue | None) -> Facts:
 
     found.settings = part("config.toml", lambda: _settings(folder / "config.toml"), {})
     none: tuple[list[Sample], int] = ([], 0)
-    found.samples, found.all_samples = part("samples.jsonl", lambda: _samples(folder / "samples.jsonl"), none)
+    found.samples, found.all_samples = part("samples.jsonl", lambda: _samples(folder / "samples.jsonl", events), none)
     found.checkpoints = part("checkpoints", lambda: listing.rows(folder / "checkpoints"), [])
     found.state = part("state.json", lambda: _newest_state(folder, found.checkpoints), None)
     found.crashes = part("faults", lambda: _crashes(folder), [])
@@ -137,39 +138,46 @@ def _settings(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _samples(path: Path) -> tuple[list[Sample], int]:
-    """Read at most MOST_SAMPLES samples, spread over all, and count them. A file of any size is read line by line."""
-    kept: list[tuple[int, Sample]] = []
-    number, every = -1, 1
-    newest: Sample | None = None
-    for number, newest in enumerate(_all_samples(path)):
-        if number % every == 0:
-            kept.append((number, newest))
-        if len(kept) > 2 * MOST_SAMPLES:
-            every *= 2
-            kept = [(n, sample) for n, sample in kept if n % every == 0]
-    if newest is not None and kept[-1][1] is not newest:
-        kept.append((number, newest))
-    last = len(kept) - 1
-    most = min(len(kept), MOST_SAMPLES)
-    chosen = sorted({round(n * last / max(1, most - 1)) for n in range(most)})
-    return [kept[n][1] for n in chosen], number + 1
+def _samples(path: Path, events: Sequence[Record]) -> tuple[list[Sample], int]:
+    """Read at most MOST_SAMPLES samples, spread over the steps, and count them: of each step the newest.
 
-
-def _all_samples(path: Path) -> Iterator[Sample]:
+    Without those that the run went back from. Of each sample only its place is kept until it is chosen.
+    """
+    back = [(e["step"], e["time"]) for e in events if e["event"] in ("rollback", "went_back") and "step" in e]
+    places: dict[int, int] = {}
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
-        return
+        return [], 0
     with file:
+        at = 0
         for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and records.is_count(row.get("step")) and isinstance(row.get("text"), str):
-                text = row["text"]
-                yield Sample(row["step"], text[:SAMPLE_CHARACTERS] + ("…" if len(text) > SAMPLE_CHARACTERS else ""))
+            found = _sample(line)
+            if found and not any(to < found[0].step and found[1] <= when for to, when in back):
+                places[found[0].step] = at
+            at += len(line)
+        steps = sorted(places)
+        most = min(len(steps), MOST_SAMPLES)
+        chosen = sorted({round(n * (len(steps) - 1) / max(1, most - 1)) for n in range(most)})
+        samples = []
+        for number in chosen:
+            file.seek(places[steps[number]])
+            if found := _sample(file.readline()):
+                samples.append(found[0])
+    return samples, len(steps)
+
+
+def _sample(line: bytes) -> tuple[Sample, float] | None:
+    """Parse a line of samples.jsonl: the sample, and when it was made; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not (isinstance(row, dict) and records.is_count(row.get("step")) and isinstance(row.get("text"), str)):
+        return None
+    text = row["text"]
+    shown = text[:SAMPLE_CHARACTERS] + ("…" if len(text) > SAMPLE_CHARACTERS else "")
+    return Sample(row["step"], shown), float(row["time"]) if records.is_time(row.get("time")) else math.inf
 
 
 def _newest_state(folder: Path, rows: Sequence[dict[str, Any]]) -> layout.State | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpcgpt.output import terminal
-from hpcgpt.report import bars
+from hpcgpt.report import bars, summary
 from hpcgpt.report.facts import MOST_CHECKPOINTS, Facts, defaults
 from hpcgpt.report.markup import EMPTY, Child, Markup, element, join, table
 from hpcgpt.report.notes import Note, notes
@@ -38,18 +38,20 @@ def head(run: Facts) -> Markup:
     goodput = found["goodput"]["goodput"] if found["goodput"] else None
     cards = [
         _card("step", f"{found['step']:,}", progress),
-        _card("training loss", _figure(found["train/loss"], ".4f")),
+        _card("training loss", _figure(found["train/loss"], ".4f"), "of the last step"),
         _card("validation loss", _figure(found["val/loss"], ".4f"), _bits(found)),
         _card("tokens", count(found["tokens"]) if found["tokens"] else "–"),
-        _card("tokens a second", count(found["train/tokens_per_s"]) if found["train/tokens_per_s"] else "–",
-              f"on {found['world_size']} rank{'s' * (found['world_size'] != 1)}" if found["world_size"] else None),
+        _card("tokens a second", f"{found['train/tokens_per_s']:,.0f}" if found["train/tokens_per_s"] else "–",
+              "in the last step"),
         _card("goodput", f"{goodput:.1%}" if goodput is not None else "–",
               f"{found['attempts']} attempt{'s' * (found['attempts'] != 1)}"),
     ]  # fmt: skip
     reason = element("p", found["reason"], class_="reason") if found["reason"] not in ("", found["state"]) else None
     hosts = f" on {why.compressed(found['hosts'])}" if any(found["hosts"]) else ""
     where = element("p", f"{found['run']}{hosts}", class_="where")
-    return element("header", element("h1", run.name, " ", state), where, reason, element("div", *cards, class_="cards"))
+    about = element("p", summary.sentence(run), class_="about")
+    title = element("h1", run.name, " ", state)
+    return element("header", title, about, where, reason, element("div", *cards, class_="cards"))
 
 
 def problems(run: Facts) -> Markup:
@@ -81,10 +83,13 @@ def attempts(run: Facts) -> Markup:
 def time_spent(run: Facts) -> Markup:
     """Show the goodput."""
     figures = run.status["goodput"]
-    about = "Goodput is the time of steps that are part of the result, as a fraction of the time in which a job was "
+    about = (
+        "Goodput is the time of productive steps (those that were not repeated later) as a fraction of the time in "
+        "which a job was queued or running. The bar is all time from the first start to the end, idle time included."
+    )
     return section(
         "Where the time went",
-        element("p", f"{about}queued or running.", class_="note"),
+        element("p", about, class_="note"),
         bars.goodput(Goodput.from_dict(figures)) if figures else None,
     )
 
@@ -176,6 +181,7 @@ def versions(run: Facts) -> Markup:
     known = {key: value for key, value in run.state.in_effect.items() if "." not in key and key != "total_steps"}
     known |= {key: run.state.in_effect[key] for key in _RESOLVED if key in run.state.in_effect}
     known |= {key: value for key, value in run.state.identity.items() if "." not in key}
+    known |= {"commit": commit} if (commit := summary.code(run)) else {}
     rows: list[list[Child]] = [[key, _value(value)] for key, value in known.items()]
     return section(
         "Versions and data", table(["", ""], rows, f"Of the checkpoint of step {run.state.step:,}", texts=(1,))
@@ -191,9 +197,9 @@ def differences(runs: Sequence[Facts]) -> Markup:
     usual = defaults()
     rows: list[list[Child]] = []
     for key in keys:
-        values = [_value(run.settings.get(key, usual.get(key, "–"))) for run in runs]
-        if len(set(values)) > 1 and key != "run.name":
-            rows.append([key, *values])
+        values = [run.settings.get(key, usual.get(key, "–")) for run in runs]
+        if len(set(map(repr, values))) > 1 and key != "run.name":
+            rows.append([key, *_distinct(values)])
     if not rows:
         return section("Configuration", element("p", "The runs have the same configuration."))
     return section(
@@ -249,6 +255,14 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return short(value) if 0 < abs(value) < 1e-3 else f"{value:g}"
     return _cut(value if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def _distinct(values: Sequence[Any]) -> list[str]:
+    """Format values so that different ones look different; where that takes more characters, whole."""
+    short_ones = [_value(value) for value in values]
+    if len(set(short_ones)) == len(set(map(repr, values))):
+        return short_ones
+    return [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
 
 
 def _cut(text: str) -> str:

@@ -28,7 +28,6 @@ from hpcgpt.tracking.missing_rows import JsonlTail
 
 LOOK_S, RETRY_S = 2.0, 30.0
 FOLDER = "tensorboard"
-MARK = "train/loss"  # the tag that each row has
 SAMPLE = "sample/text"
 
 
@@ -113,10 +112,10 @@ class EventFiles:
                 self._forget(event.step)
                 self._begun = True
             tags = [value.tag for value in event.summary.value]
-            if MARK in tags:
-                _put(self._times, event.step, event.wall_time)
-            elif SAMPLE in tags:
+            if SAMPLE in tags:
                 _put(self._samples, event.step, event.wall_time)
+            elif tags:  # a row, whichever of its figures are known
+                _put(self._times, event.step, event.wall_time)
 
     def _forget(self, first: int) -> None:
         """Forget the rows and samples from step `first` on."""
@@ -129,14 +128,15 @@ def follow(run: Path, generation: int) -> None:
     closed.register(0, 0)  # no events are requested: a hang-up is always reported
     files: EventFiles | None = None
     while True:
-        is_last, wait_s = bool(closed.poll(0)), LOOK_S
+        is_last, is_superseded, wait_s = bool(closed.poll(0)), False, LOOK_S
         try:
+            is_superseded = lease.newest_number(run) > generation
             files = files or EventFiles(run)
             files.update()
         except OSError as error:  # such as a full disk: the files are read again
             streams.warn(f"TensorBoard's event files: {error}; trying again in {RETRY_S:.0f} s")
             files, wait_s = None, RETRY_S
-        if is_last or lease.newest_number(run) > generation:
+        if is_last or is_superseded:
             if files:
                 files.close()
             return

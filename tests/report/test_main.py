@@ -49,14 +49,17 @@ def test_nothing_is_written_into_a_run_folder(runs: Path) -> None:
         (["one", "-o", "runs"], "-o runs is a folder: name a file in it, such as runs/report.html"),
         (["one", "-o", "none/page.html"], "-o none/page.html: there is no folder none"),
         (["one", "-o", "thesis.html"], "-o thesis.html: this file exists and is no report of hpcgpt"),
+        (["one", "-o", "pipe"], "-o pipe exists and is no regular file"),
     ],
 )
 def test_mistakes_are_refused(arguments: list[str], sentence: str, runs: Path) -> None:
     thesis = runs.parent / "thesis.html"
-    thesis.write_text("<p>my thesis")
+    mine = "<!DOCTYPE html>\n<p>my thesis, with a page of hpcgpt report"
+    thesis.write_text(mine)
+    os.mkfifo(runs.parent / "pipe")
     with pytest.raises(UserError, match=sentence):
         main(arguments)
-    assert thesis.read_text() == "<p>my thesis"
+    assert thesis.read_text() == mine
 
 
 def test_a_run_that_cannot_be_read_is_named(runs: Path, tmp_path: Path) -> None:

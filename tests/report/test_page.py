@@ -178,3 +178,31 @@ def test_samples_are_spread_over_the_run(tmp_path: Path) -> None:
     steps = [sample.step for sample in found.samples]
     assert (steps[0], steps[-1], len(steps), found.all_samples) == (1, 1000, facts.MOST_SAMPLES, 1000)
     assert max(after - before for before, after in itertools.pairwise(steps)) < 200
+
+
+def test_samples_that_the_run_went_back_from_are_not_shown_and_none_is_shown_twice(tmp_path: Path) -> None:
+    back = {"event": "rollback", "attempt": 1, "step": 15, "spiked_step": 26, "time": 1040.0}
+    folder = run_with(tmp_path / "run", START, back, steps=5)
+    made = ((10, 1010.0, "first"), (20, 1020.0, "old"), (25, 1030.0, "abandoned"), (20, 1050.0, "new"))
+    lines = [json.dumps({"step": step, "time": at, "text": text}) for step, at, text in made]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    found = facts.read(folder, time.time(), None)
+    assert [(sample.step, sample.text) for sample in found.samples] == [(10, "first"), (20, "new")]
+    assert found.all_samples == 2
+
+
+def test_runs_that_differ_by_little_look_different(tmp_path: Path) -> None:
+    folders = []
+    for name, rate, notes in (("a", "0.0006", "x" * 300), ("b", "0.0006000001", "x" * 299 + "y")):
+        folders.append(run_with(tmp_path / name, START, steps=5))
+        (folders[-1] / "config.toml").write_text(f'[optim]\nlr = {rate}\n[tracking]\nnotes = "{notes}"\n')
+    content = page_of(*folders).text
+    assert "0.0006000001" in content
+    assert "x" * 299 + "y" in content
+    assert "same configuration" not in content
+
+
+def test_an_attempt_without_a_step_in_the_result_is_named(tmp_path: Path) -> None:
+    again = START | {"attempt": 2, "time": 1100.0}
+    folder = run_with(tmp_path / "run", START, again, steps=5)
+    assert "no step of attempt 2 is part of the result" in page_of(folder).text

@@ -78,7 +78,11 @@ def test_after_a_rollback_a_resume_and_kills_each_step_is_there_once_with_its_la
 
 
 def test_rows_that_are_there_are_not_written_again(tmp_path: Path) -> None:
+    """Also one whose loss is not finite, which is null."""
     write(tmp_path, range(1, 1001), 100.0)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(True)
+    lines[500] = lines[500].replace('"train/loss": 1.0', '"train/loss": null')
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     for _ in range(2):
         files = EventFiles(tmp_path)
         files.update()
