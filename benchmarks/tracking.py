@@ -6,7 +6,9 @@ A small model is trained on this machine, once without wandb and once for each w
 server is a stand-in on loopback (hpcgpt/drill/wandb_server.py), the client is the real wandb. Each run is stopped by
 SIGTERM after --seconds of steps. Prints for each of them
 
-    median, longest    the time between two steps; the longest one is the longest stop of training
+    median, longest    the time between two steps. The longest one has stops of the machine in it, too: compare it
+                       with the case "disabled"
+    reporting          the longest time that a step waited for all reporting, of which tracking is a part
     exit               from SIGTERM to the end of the process
     rows               those that the server has: at the end of the run, and after `python -m hpcgpt.tracking sync`,
                        which runs when the server answers again; of those that metrics.jsonl has; `twice` counts rows
@@ -45,7 +47,7 @@ TRAINING = (
     "--model.block_size", "64", "--train.micro_batch", "4", "--train.global_batch", "4", "--train.dtype", "float32",
     "--train.steps", "1000000", "--checkpoint.every", "1000000", "--eval.every", "0", "--sample.tokens", "0",
 )  # fmt: skip
-COLUMNS = ("case", "median ms", "longest ms", "exit s", "rows due", "at the end", "after sync", "twice")
+COLUMNS = ("case", "median ms", "longest ms", "reporting ms", "exit s", "rows due", "at the end", "after sync", "twice")
 
 
 def main() -> None:
@@ -88,7 +90,9 @@ class Bench:
 
     def _measure(self, name: str, server: WandbServer) -> dict[str, Any]:
         run, wanted = self._home / name, "disabled" if name == "disabled" else "auto"
-        words = [sys.executable, "-m", "hpcgpt.train", "--run.dir", str(self._home), "--run.name", name]
+        timing = self._home / f"{name}.json"
+        words = [sys.executable, str(Path(__file__).with_name("train_timing_reports.py")), str(timing)]
+        words += ["--run.dir", str(self._home), "--run.name", name]
         words += ["--data.dir", str(self._home / "shards"), "--tracking.wandb", wanted, *TRAINING]
         env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | server.environ()
         with open(self._home / f"{name}.log", "wb") as log:
@@ -114,11 +118,12 @@ class Bench:
             subprocess.run(sync, env=env, check=True, timeout=LIMIT_S)
         steps = Counter(server.steps(run_id))
         figures: tuple[Any, ...] = (
-            name, 1000 * statistics.median(gaps), 1000 * max(gaps), None if name == "killed" else exit_s, len(rows),
+            name, 1000 * statistics.median(gaps), 1000 * max(gaps), 1000 * json.loads(timing.read_text())["longest_s"],
+            None if name == "killed" else exit_s, len(rows),
             at_the_end, len(steps.keys() & {row["step"] for row in rows}), len([n for n in steps.values() if n > 1]),
         )  # fmt: skip
         if wanted == "disabled":
-            figures = (*figures[:4], None, None, None, None)
+            figures = (*figures[:5], None, None, None, None)
         return dict(zip(COLUMNS, figures, strict=True))
 
     def _leave(self, _server: WandbServer, _process: subprocess.Popen[bytes]) -> None:
