@@ -27,7 +27,7 @@ from hpcgpt.tracking.tracker import Tracker
 from tests.programs import ROOT, command
 
 KEY = "k" * 40
-LONG_S = 60.0
+LONG_S = 180.0  # on a busy machine; a tracker that has sent everything exits at once
 
 
 @pytest.fixture(autouse=True)
