@@ -65,12 +65,16 @@ class Facts:
     def marks(self) -> list[Mark]:
         """Return where attempts began and where the run went back or failed, in the order of the steps."""
         found: list[Mark] = []
+        changed = {event.get("attempt"): event for event in self.events if event["event"] == "changed"}
         for entry in self.status["history"]:
             if entry["attempt"] is None:
                 continue
             if found or entry["from_step"]:
                 words = f"attempt {entry['attempt']} began, at step {entry['from_step']:,}"
-                found.append(Mark(float(entry["from_step"]), f"#{entry['attempt']}", words, "start"))
+                label = f"#{entry['attempt']}"
+                if entry["attempt"] in changed:
+                    words, label = f"{words}, with changed settings", f"{label} changed settings"
+                found.append(Mark(float(entry["from_step"]), label, words, "start"))
             if entry["lost_steps"]:
                 words = f"attempt {entry['attempt']} ended at step {entry['to_step']:,}: {entry['reason']}"
                 found.append(Mark(float(entry["to_step"]), "", words, "fault"))

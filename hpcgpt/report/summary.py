@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hpcgpt.report.facts import Facts
@@ -39,8 +40,11 @@ def _model(settings: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 def _data(settings: Mapping[str, Any]) -> str:
     mix = settings.get("data.mix")
-    where = str(settings.get("data.dir") or (", ".join(map(str, mix)) if isinstance(mix, list | tuple) else ""))
-    return f"trained on {where}" if where else ""
+    parts = mix if mix and isinstance(mix, list | tuple) else [settings.get("data.dir")]
+    folders = [part.get("dir") if isinstance(part, Mapping) else part for part in parts]
+    # The end of a path is enough to recognise it, and a page that is mailed need not name the others.
+    names = ["/".join(Path(folder).parts[-2:]) for folder in folders if folder and isinstance(folder, str)]
+    return f"trained on {', '.join(names)}" if names else ""
 
 
 def _hardware(run: Facts, about: Mapping[str, Any]) -> str:

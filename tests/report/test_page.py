@@ -206,3 +206,14 @@ def test_an_attempt_without_a_step_in_the_result_is_named(tmp_path: Path) -> Non
     again = START | {"attempt": 2, "time": 1100.0}
     folder = run_with(tmp_path / "run", START, again, steps=5)
     assert "no step of attempt 2 is part of the result" in page_of(folder).text
+
+
+def test_an_attempt_with_changed_settings_is_marked(tmp_path: Path) -> None:
+    again = START | {"attempt": 2, "step": 5, "time": 1100.0}
+    change = {"key": "optim.lr", "before": 0.1, "now": 0.2, "affects_result": True}
+    changed = {"event": "changed", "attempt": 2, "step": 5, "changes": [change], "time": 1100.0}
+    folder = run_with(tmp_path / "run", START, again, changed, steps=5)
+    row = {"step": 6, "time": 1110.0, "attempt": 2, "tokens": 600, "train/loss": 3.0, "train/step_s": 1.0}
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert "#2 changed settings" in page_of(folder).text

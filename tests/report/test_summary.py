@@ -9,7 +9,7 @@ from hpcgpt.report import facts, summary
 from tests.report.test_page import START, run_with
 
 ABOUT = {"event": "about", "attempt": 1, "parameters": 940_000, "device": "cpu", "commit": "a" * 40, "dirty": True}
-SETTINGS = '[model]\nkind = "modern"\nblock_size = 64\n[data]\ndir = "data/shakespeare"\n'
+SETTINGS = '[model]\nkind = "modern"\nblock_size = 64\n[data]\ndir = "/home/me/data/shakespeare"\n'
 
 
 def sentence(folder: Path) -> str:
