@@ -37,6 +37,7 @@ import socket
 import string
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,13 +173,21 @@ def has_trained(folder: Path) -> bool:
 
 
 def record(folder: Path, event: str, **fields: Any) -> None:
-    """Append one event. The line is written by one call, so that the lines of several writers on a host never mix.
+    """Append one event.
+
+    Raises:
+        OSError: see `append_line`.
+    """
+    append_line(folder / "events.jsonl", {"time": time.time(), "event": event, **fields})
+
+
+def append_line(path: Path, fields: Mapping[str, Any]) -> None:
+    """Append a JSON object to a file, by one call, so that the lines of several writers on a host never mix.
 
     Raises:
         OSError: there is no room for it, or the file belongs to another user; no part of the line remains.
     """
-    line = json.dumps({"time": time.time(), "event": event, **fields}).encode() + b"\n"
-    path = folder / "events.jsonl"
+    line = json.dumps(fields).encode() + b"\n"
     with _recording:
         try:
             descriptor = os.open(path, _APPENDING, 0o666)  # less the umask: a group may share a run

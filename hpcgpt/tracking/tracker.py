@@ -13,7 +13,6 @@ which sends everything that the server does not have, and may be repeated.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from hpcgpt.config.options import Config
 from hpcgpt.distributed.stop_signals import shielded
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
+from hpcgpt.run import run_folder
 
 ASK_S = 30.0  # importing wandb from a cold network file system takes many seconds
 STATE = "HPCGPT_TRACKING_STATE"  # the state that the process keeps when it restarts itself: wandb_process.State
@@ -103,19 +103,12 @@ class Tracker:
         Raises:
             OSError: there is no room for it.
         """
-        self._append("samples.jsonl", {"step": step, "time": time.time(), "text": text})
+        run_folder.append_line(self._folder / "samples.jsonl", {"step": step, "time": time.time(), "text": text})
 
     def ranks(self, step: int, line: Mapping[str, Any]) -> None:
         """Append the times of the ranks to ranks.jsonl, which only trackers read; as `sample`."""
         if self._children:
-            self._append("ranks.jsonl", {"step": step, "time": time.time(), **line})
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(descriptor, json.dumps(line).encode() + b"\n")
-        finally:
-            os.close(descriptor)
+            run_folder.append_line(self._folder / "ranks.jsonl", {"step": step, "time": time.time(), **line})
 
     def close(self, exit_code: int, patience_s: float) -> None:
         """Let the processes send the rest, for `patience_s` seconds at most, and end them."""
