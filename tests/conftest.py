@@ -30,6 +30,7 @@ from tests.tiny_run import TINY
 # One thread for each process of the tests, of which three run at a time: torch loads later than this. With as many
 # threads as cores in each, models of this size wait for each other's threads most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,7 @@ def run_group(
 
 
 def clean_env() -> dict[str, str]:
-    """Return this environment without variables of a launcher, Slurm or wandb."""
-    drop = ("SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_", "OMP_", "OMPI_", "PMI", "RANK", "WORLD_SIZE")
+    """Return this environment without variables of a launcher, Slurm, wandb, or the make that started the tests."""
+    drop = ("MAKE", "MFLAGS", "ARGS", "SLURM_", "MASTER_", "WANDB_", "TORCHELASTIC_", "GLOO_", "OMP_", "OMPI_", "PMI",
+            "RANK", "WORLD_SIZE")  # fmt: skip
     return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {"WANDB_MODE": "offline"}

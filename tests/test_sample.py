@@ -104,13 +104,13 @@ def test_a_conversation_on_a_terminal(finished_run: Path) -> None:
         screen = Screen(leader)
         screen.wait_for("Ctrl-D: quit.")
         for typed in ("def f", "二"):
-            screen.wait_for("> ")
+            screen.wait_for("\n> ")  # a text may have "> " in it
             os.write(leader, f"{typed}\n".encode())
             screen.wait_for(typed)  # its echo
             screen.wait_for(typed)  # the text
             screen.wait_for_more(20)
             os.kill(running.pid, signal.SIGINT)
-        screen.wait_for("> ")
+        screen.wait_for("\n> ")
         os.kill(running.pid, signal.SIGINT)
         assert running.wait(60) == 130
         assert running.stderr

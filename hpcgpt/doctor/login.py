@@ -167,7 +167,7 @@ def slurm() -> list[Finding]:
     """Check that Slurm answers, and compare its controller's clock with this machine's."""
     before = time.time()
     done = scontrol.run("scontrol", "show", "config")
-    now = (before + time.time()) / 2
+    after = time.time()
     if done.returncode:
         why = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         return [warning("slurm", why, "an answer of Slurm's controller", "run this on a login node of the cluster")]
@@ -175,7 +175,7 @@ def slurm() -> list[Finding]:
     found = [ok("slurm", f"Slurm {version[1] if version else 'of an unknown version'} answers")]
     # The first line has the time at which the controller answered.
     if answered := re.match(r"Configuration data as of (\d+)", done.stdout):
-        # It is rounded down to whole seconds.
-        offset_s = int(answered[1]) + 0.5 - now
-        found.append(disks.judge_clock("slurm clock", offset_s, "Slurm's controller's clock", disks.CLOCK_S + 0.5))
+        # It is rounded down to whole seconds, and was read at some moment while this waited for the answer.
+        offset_s, unsure_s = int(answered[1]) + 0.5 - (before + after) / 2, 0.5 + (after - before) / 2
+        found.append(disks.judge_clock("slurm clock", offset_s, "Slurm's controller's clock", disks.CLOCK_S + unsure_s))
     return found

@@ -125,8 +125,8 @@ class Repeated:
         while not self._stop.is_set():
             began_at = time.monotonic()
             try:
-                self.result = self._function()
-                self.error = None
+                result = self._function()
+                self.error, self.result = None, result
             except Exception as error:
                 self.error = error
             self._changed.set()

@@ -34,6 +34,10 @@ def test_every_key_of_json_is_in_the_reference(tmp_path: Path) -> None:
     assert keys - named - {"running"} == set()
 
 
+def test_the_page_shows_commands() -> None:
+    assert len(COMMANDS) > 3
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "/scratch" not in line])
 def test_each_command_runs(tmp_path: Path, line: str) -> None:

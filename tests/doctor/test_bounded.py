@@ -43,10 +43,10 @@ def test_a_check_that_hangs_is_cut_off_with_what_it_started_and_the_others_are_n
     hanging = partial(read_a_pipe_without_a_writer, tmp_path / "pipe", tmp_path / "pids")
     found = bounded.run([
         Check("first", partial(answer, "a", 0.2), 20, "nothing"),
-        Check("mount", hanging, 0.6, "the file system of /data"),
+        Check("mount", hanging, 10, "the file system of /data"),
         Check("last", partial(answer, "b"), 20, "nothing"),
     ])  # fmt: skip
-    assert [finding.found for finding in found] == ["a", "no answer within 1 s", "b"]
+    assert [finding.found for finding in found] == ["a", "no answer within 10 s", "b"]
     assert (found[1].check, found[1].level) == ("mount", "bad")
     assert "the file system of /data may hang" in found[1].advice
     deadline = time.monotonic() + 10
@@ -57,9 +57,8 @@ def test_a_check_that_hangs_is_cut_off_with_what_it_started_and_the_others_are_n
 
 
 def test_a_check_that_died_is_not_said_to_have_hung_and_one_that_is_not_needed_is_a_warning() -> None:
-    """Both are reported after the longest limit, which is then over for all."""
     dead, slow = bounded.run([
-        Check("death", die, 0.1, "x"),
+        Check("death", die, 20, "x"),
         Check("slow", partial(answer, "late", 30), 0.3, "the W&B server", needed=False),
     ])  # fmt: skip
     assert (dead.found, dead.level) == ("the check died", "bad")

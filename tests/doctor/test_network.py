@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,13 +91,13 @@ def test_the_proxy_is_used_and_named_without_its_password(monkeypatch: pytest.Mo
 
 
 def test_no_answer_is_bad_only_if_wandb_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(200) as server:
-        url = server.url
-    monkeypatch.setenv("WANDB_BASE_URL", url)
-    (found,) = network.wandb("online")
-    assert (found.level, "Connection refused" in found.found) == ("bad", True)
-    assert "hpcgpt tracking sync RUN" in found.advice
-    assert network.wandb("auto")[0].level == "warning"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # not listening: it refuses, and nobody else gets the port
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        (found,) = network.wandb("online")
+        assert (found.level, "Connection refused" in found.found) == ("bad", True)
+        assert "hpcgpt tracking sync RUN" in found.advice
+        assert network.wandb("auto")[0].level == "warning"
 
 
 @pytest.mark.parametrize(("mode", "variable"), [("disabled", ""), ("offline", ""), ("auto", "disabled")])
