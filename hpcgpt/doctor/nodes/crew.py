@@ -48,6 +48,7 @@ class Crew:
                    addresses, str(self.peers.port)]  # fmt: skip
         # Variables of this step, if there is one, would shape the new one.
         env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_STEP", "SRUN_"))}
+        env["SLURM_EXPORT_ENV"] = "ALL"  # in a job of sbatch --export=NONE, srun would drop the token
         env["HPCGPT_DOCTOR_TOKEN"] = self.peers.token
         if shutil.which("srun") is None:
             raise UserError("there is no srun here: start this check outside of the container")
