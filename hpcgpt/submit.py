@@ -61,12 +61,13 @@ def main(argv: Sequence[str]) -> int:
     if options.watch and (options.json or options.dry_run):
         raise UserError(f"--watch cannot be combined with {'--json' if options.json else '--dry-run'}")
     flags |= submit_options.further_flags(options, flags)
+    flags = sbatch_flags.from_environment(flags, os.environ)
     own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
     elsewhere = dict.fromkeys([*own, *sbatch_flags.NAMES], "")
     # Checked before the grid, which is made of the same keys.
     settings = sources.from_command_line(training, "submit", "", elsewhere)
 
-    if settings.run.device == "cpu" and not any(name in flags for name in request.GPU_FLAGS):
+    if settings.run.device == "cpu" and not any(name in flags for name in sbatch_flags.GPU_FLAGS):
         flags["gpus-per-node"] = "0"
     site = catalog.find(options.site) if options.site else None
     offered = partitions.ask()
@@ -241,7 +242,7 @@ def _with_measured_lead(requested: Request, folders: Sequence[Path]) -> Request:
     started = [folder for folder in folders if (folder / "events.jsonl").exists()]
     lead_s = max((doctor_site.advised_lead_s(folder) or 0 for folder in started), default=0)
     limit_s = 60 * (partitions.minutes(requested.flags["time"]) or 0) or math.inf
-    if "signal" in requested.flags or "SBATCH_SIGNAL" in os.environ or not submission.DEFAULT_LEAD_S < lead_s < limit_s:
+    if "signal" in requested.flags or not submission.DEFAULT_LEAD_S < lead_s < limit_s:
         return requested
     note = f"--signal=USR1@{lead_s}: a step and two saves of this run take as long"
     return replace(requested, flags={**requested.flags, "signal": f"USR1@{lead_s}"}, notes=(*requested.notes, note))

@@ -39,7 +39,8 @@ def slurm(tmp_path: Path) -> Path:
     folder.mkdir()
     scripts = {
         "srun": "exit 1",
-        "sbatch": f'[ "$1" = --help ] && exit; cp "$1" {folder}/submitted.sh; echo Submitted batch job 123',
+        "sbatch": f'[ "$1" = --help ] && exit; env > {folder}/environment; cp "$1" {folder}/submitted.sh; '
+        "echo Submitted batch job 123",
     }
     for name, text in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -47,8 +48,8 @@ def slurm(tmp_path: Path) -> Path:
     return folder
 
 
-def submit(slurm: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return command("hpcgpt.submit", *arguments, env={"PATH": f"{slurm}:{os.environ['PATH']}"})
+def submit(slurm: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return command("hpcgpt.submit", *arguments, env={"PATH": f"{slurm}:{os.environ['PATH']}"} | env)
 
 
 def resources(script: str) -> dict[str, str]:
@@ -108,6 +109,20 @@ def test_the_resources_are_the_requested_ones(slurm: Path, tiny: Path) -> None:
                 "job-name": "tiny", "requeue": "", "open-mode": "append", "exclusive": "", "comment": "a b",
                 "mail-type": "END", "bb-site": "x", "signal": "USR1@90", "output": found["output"]}  # fmt: skip
     assert found == expected  # nothing else: no --wckey, which submitit adds
+
+
+def test_a_flag_that_is_written_comes_before_the_variable_of_sbatch(slurm: Path, tiny: Path) -> None:
+    """For sbatch, a variable comes before the lines of a script, which have the flags here."""
+    variables = {"SBATCH_TIMELIMIT": "9", "SBATCH_GRES": "gpu:1", "SBATCH_QOS": "long", "SBATCH_SIGNAL": "USR1@30",
+                 "SBATCH_NO_REQUEUE": "1", "SBATCH_JOB_NAME": "other", "SBATCH_DEBUG": "1"}  # fmt: skip
+    done = submit(slurm, "--time=60", "--gpus-per-node=2", "--job-name=mine", str(tiny), **variables)
+    assert done.returncode == 0, done.stderr
+    found = resources((slurm / "submitted.sh").read_text())
+    assert (found["time"], found["gpus-per-node"], found["job-name"]) == ("60", "2", "mine")
+    assert (found["qos"], found["signal"], found["no-requeue"]) == ("long", "USR1@30", "")
+    assert not found.keys() & {"gres", "requeue"}
+    left = [line for line in (slurm / "environment").read_text().splitlines() if line.startswith("SBATCH_")]
+    assert left == ["SBATCH_DEBUG=1"]
 
 
 def test_the_defaults_are_those_of_the_batch_script(slurm: Path, tiny: Path) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from hpcgpt.errors import UserError
 from hpcgpt.sites.schema import Node, Queue, Site
 from hpcgpt.slurm.partitions import minutes
-from hpcgpt.slurm.request import DEFAULT_MINUTES, GPU_FLAGS, MEMORY_FLAGS, gpus_per_node
+from hpcgpt.slurm.request import DEFAULT_MINUTES, gpus_per_node
+from hpcgpt.slurm.sbatch_flags import GPU_FLAGS, MEMORY_FLAGS
 
 _CHOICE = ("partition", "qos", "constraint")
 

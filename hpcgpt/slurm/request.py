@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from hpcgpt.config.unknown_flags import nearest
 from hpcgpt.errors import UserError
 from hpcgpt.slurm.partitions import NodeKind, Partition, minutes
-from hpcgpt.slurm.sbatch_flags import Flags
+from hpcgpt.slurm.sbatch_flags import GPU_FLAGS, MEMORY_FLAGS, Flags
 
 DEFAULT_MINUTES = 24 * 60
-GPU_FLAGS = ("gpus-per-node", "gpus", "gpus-per-task", "gres", "tres-per-task")
-MEMORY_FLAGS = ("mem", "mem-per-cpu", "mem-per-gpu")
 
 
 @dataclass(frozen=True)

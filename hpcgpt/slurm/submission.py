@@ -9,6 +9,7 @@ No torch in here.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 from hpcgpt.config import paths
 from hpcgpt.errors import UserError
 from hpcgpt.output import terminal
-from hpcgpt.slurm import batch_scripts
+from hpcgpt.slurm import batch_scripts, sbatch_flags
 from hpcgpt.slurm.code_snapshot import Snapshot
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.slurm.sbatch_flags import Flags
@@ -109,10 +110,18 @@ def submit(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot], 
     from submitit.core.utils import CommandFunction, FailedJobError
 
     executor = _executor(folder, parameters, codes, environment)
+    named = {name.replace("_", "-"): "" for name in (*parameters["additional_parameters"], "job-name")}
+    inherited = dict(os.environ)
+    kept = sbatch_flags.without_variables(named, inherited)
     try:
+        # submitit passes this process's environment to sbatch.
+        for name in inherited.keys() - kept.keys():
+            del os.environ[name]
         job = executor.submit(CommandFunction(["true"]))  # not reached
     except FailedJobError as error:
         raise UserError(f"Slurm refused the job: {error}") from None
+    finally:
+        os.environ.update(inherited)
     return str(job.job_id)
 
 
