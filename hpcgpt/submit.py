@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     # Checked before the grid, which is made of the same keys.
     settings = sources.from_command_line(training, "submit", "", elsewhere)
 
-    if settings.run.device == "cpu" and not any(name in flags for name in sbatch_flags.GPU_FLAGS):
+    if settings.run.device == "cpu" and not request.written_for_gpus(flags):
         flags["gpus-per-node"] = "0"
     site = catalog.find(options.site) if options.site else None
     offered = partitions.ask()
@@ -164,7 +164,7 @@ def _probe(options: argparse.Namespace, requested: Request, run: Run, environmen
 
 
 def _confirm(options: argparse.Namespace, requested: Request, runs: Sequence[Run]) -> None:
-    """Have a person confirm a job without a configuration, or of more GPU hours than --ask-above.
+    """Have a person confirm a job without a configuration, with idle GPUs, or of more GPU hours than --ask-above.
 
     Raises:
         UserError: no configuration is named; there is no terminal to ask on, or the answer is not yes.
@@ -176,14 +176,29 @@ def _confirm(options: argparse.Namespace, requested: Request, runs: Sequence[Run
             f"no configuration is named. This would queue {_summary(requested, runs)}, into {runs[0].folder}: "
             f"name a TOML file or a preset ({', '.join(sources.presets())}), or confirm with --yes"
         )
+    if requested.idle_gpus and runs[0].planned.config.run.device != "cpu":
+        _ask(
+            f"{requested.idle_gpus} of {requested.gpus_per_node * requested.nodes} GPUs would be idle: there "
+            f"{'is 1 rank' if requested.ranks == 1 else f'are {requested.ranks} ranks'}, and a rank uses one GPU",
+            "or leave out --ntasks, --ntasks-per-node and --gpus-per-task",
+        )
     limit = for_job.ASK_ABOVE_GPU_HOURS if options.ask_above is None else options.ask_above
     estimates = [for_job.gpu_hours(run.planned, requested, options.gpu) for run in runs]
     hours = sum(hours for hours, _ in estimates)
     if not hours > limit:
         return
     found = f"this would take about {hours:,.0f} GPU hours, by {estimates[0][1]}; more than --ask-above {limit:g}"
+    _ask(found, "or give a higher limit")
+
+
+def _ask(found: str, instead: str) -> None:
+    """Ask a person whether a job is to be queued, after `found`; `instead`: what else to do than to confirm.
+
+    Raises:
+        UserError: there is no terminal to ask on, or the answer is not yes.
+    """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError(f"{found}: confirm with --yes, or give a higher limit")
+        raise UserError(f"{found}: confirm with --yes, {instead}")
     print(f"{found}. Queue it? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UserError("not confirmed: nothing is queued")

@@ -477,6 +477,15 @@ def test_a_job_above_the_limit_of_gpu_hours_is_confirmed_or_refused(slurm: Path,
     assert (slurm / "submitted.sh").exists()
 
 
+def test_a_job_with_idle_gpus_is_confirmed_or_refused(slurm: Path, tiny: Path) -> None:
+    job = ["--gpus-per-node=8", "--ntasks-per-node=1", str(tiny), "--run.device", "auto", "--time=5"]
+    refused = submit(slurm, *job)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "7 of 8 GPUs would be idle: there is 1 rank, and a rank uses one GPU: confirm with --yes" in refused.stderr
+    assert not (slurm / "submitted.sh").exists()
+    assert submit(slurm, *job, "--yes").returncode == 0
+
+
 def test_a_job_below_the_limit_is_queued_without_a_question(slurm: Path, tiny: Path) -> None:
     job = ["--nodes", "2", "--gpus-per-node", "2", "--time", "3:00:00", str(tiny), "--run.device", "auto"]
     done = submit(slurm, *job, "--ask-above", "12")

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcgpt.slurm import scontrol
+from hpcgpt.slurm.partitions import gpus_in
 
 # The documented variables of a job (sbatch(1), "output environment variables") and the flags that set them.
 _FROM_ENV = {
@@ -60,8 +61,10 @@ def flags(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] = 
     if not any(flag.startswith("--gpus") for flag in found) and gres:
         found += ["--gres=" + re.sub(r"\bgres[:/]", "", gres)]
     # The batch script sets SLURM_GPUS_PER_NODE to a number where --gres has replaced its own request.
-    if typed := re.search(r"\bgpu:([a-zA-Z][\w.-]*:(\d+))", gres):
-        found = [f"--gpus-per-node={typed[1]}" if flag == f"--gpus-per-node={typed[2]}" else flag for flag in found]
+    for name, count in gpus_in(gres):
+        if name:
+            typed = f"--gpus-per-node={name}:{count}"
+            found = [typed if flag == f"--gpus-per-node={count}" else flag for flag in found]
     outputs = {flag: _pattern(shown[key], env) for key, flag in _OUTPUTS.items() if shown.get(key, "") not in _NOTHING}
     if outputs.get("error") == outputs.get("output"):
         outputs.pop("error", None)
