@@ -79,7 +79,9 @@ def main(argv: Sequence[str]) -> int:
     runs = [_checked(arguments, requested) for arguments in tasks]
     to_do = [run for run in runs if not run.nothing_to_do]
     requested = _with_measured_lead(requested, [run.folder for run in to_do])
-    parameters = submission.job_parameters(requested.flags, runs[0].folder)
+    # The folder of submit's logs is not there yet: a script of --dry-run logs where it is submitted.
+    log = {"output": "slurm-%A_%a.out" if options.grid else "slurm-%j.out"} if options.dry_run else {}
+    parameters = submission.job_parameters({**log, **requested.flags}, runs[0].folder)
     if options.grid:
         parameters["additional_parameters"]["array"] = submission.array(len(to_do), options.at_once)
     environment = site_job.setup(site, runs[0].folder / "submit") if site else []

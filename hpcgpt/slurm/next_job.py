@@ -83,8 +83,12 @@ def submit(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] =
     if script.returncode or not script.stdout.startswith("#!"):
         return "", f"the batch script could not be read back: {script.stderr.strip() or 'it is no script'}"
     # --export=ALL would pass this job's variables to the next one, among them its restart count.
+    # What the site's file has set is of this job, too: the name of its first node, caches in its folders.
+    own = {"HPCGPT_SITE_SET", *env.get("HPCGPT_SITE_SET", "").split()}
     kept = {
-        k: v for k, v in env.items() if not k.startswith(("SLURM_", "SLURMD_")) or k in ("SLURM_CONF", "SLURM_HOSTFILE")
+        k: v
+        for k, v in env.items()
+        if k in ("SLURM_CONF", "SLURM_HOSTFILE") or not (k.startswith(("SLURM_", "SLURMD_")) or k in own)
     } | {"HPCGPT_CHAINED": "1"}  # as after a restart: its command has worked before
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / (Path(_script(job)).name.strip("()") or "pretrain.sbatch")
