@@ -60,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
         options.dry_run = "json"
     if options.watch and (options.json or options.dry_run):
         raise UserError(f"--watch cannot be combined with {'--json' if options.json else '--dry-run'}")
+    if options.at_once is not None and not options.grid:
+        raise UserError(f"--at-once {options.at_once}: it is for the tasks of --grid, which is not given")
     flags |= submit_options.further_flags(options, flags)
     flags = sbatch_flags.from_environment(flags, os.environ)
     own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
@@ -162,7 +164,7 @@ def _probe(options: argparse.Namespace, requested: Request, run: Run, environmen
     except KeyboardInterrupt:
         say(f"job {job} stays in the queue: when it has ended, --dry-run shows what it measured; scancel {job} ends it")
         raise
-    measure.collect(run_dir, ending_s=0)
+    measure.collect(run_dir, ending_s=0, own=prepared.folder)
 
 
 def _confirm(options: argparse.Namespace, requested: Request, runs: Sequence[Run]) -> None:

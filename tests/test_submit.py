@@ -95,6 +95,7 @@ def test_the_submitted_job_is_the_one_that_dry_run_shows(slurm: Path, tiny: Path
     assert run_by(submitted, tmp_path) == ["bash", f"{code}/slurm/pretrain.sbatch", f"{code}/config/{tiny.name}", *ODD]
     live = submit(slurm, *flags, "--live")
     assert live.returncode == 0, live.stderr
+    assert "\nunset HPCGPT_CODE; set -- " in (slurm / "submitted.sh").read_text()  # of the user's own shell
     assert run_by((slurm / "submitted.sh").read_text(), tmp_path) == ["bash", str(SCRIPT), str(tiny), *ODD]
 
 
@@ -436,6 +437,11 @@ def test_finished_runs_of_a_grid_get_no_task(slurm: Path, tiny: Path, trained: P
     assert "tiny-seed1 is finished already, at step 12 of 12" in done.stdout
     assert f"task 0: {tmp_path}/runs/tiny-seed2\n" in done.stdout
     assert resources((slurm / "submitted.sh").read_text())["array"] == "0-0"
+
+
+def test_a_limit_of_tasks_without_a_grid_is_refused(slurm: Path, tiny: Path) -> None:
+    done = submit(slurm, "--at-once", "2", str(tiny))
+    assert (done.returncode, "--at-once 2: it is for the tasks of --grid" in done.stderr) == (2, True)
 
 
 # --- a site ----------------------------------------------------------------------------------------

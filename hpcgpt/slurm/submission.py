@@ -154,7 +154,7 @@ def setup(codes: Sequence[Snapshot], environment: Sequence[str] = ()) -> list[st
     copy = [line for line in codes[0].script.read_text().splitlines() if line and not line.startswith("#")]
     chosen = [f"set -- {shlex.quote(str(code.script))} {shlex.join(code.arguments)}" for code in codes]
     chosen = [
-        f"export HPCGPT_CODE={shlex.quote(str(code.folder))}; {line}" if code.is_kept else line
+        f"export HPCGPT_CODE={shlex.quote(str(code.folder))}; {line}" if code.is_kept else f"unset HPCGPT_CODE; {line}"
         for code, line in zip(codes, chosen, strict=True)
     ]
     if len(codes) > 1:
