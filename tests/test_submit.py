@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcgpt.errors import UserError
+from hpcgpt.slurm import code_snapshot, submission
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.storage import lease
 from tests.programs import ROOT, clean_env, command
@@ -266,6 +268,17 @@ def test_without_a_configuration_the_plan_is_shown_and_has_to_be_confirmed(slurm
     assert not (slurm / "submitted.sh").exists()
     assert submit(slurm, *small, "--yes").returncode == 0
     assert (slurm / "submitted.sh").exists()
+
+
+def test_an_sbatch_that_does_not_answer_is_given_up(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm / "sbatch").write_text("#!/bin/sh\nexec sleep 100\n")
+    monkeypatch.setenv("PATH", f"{slurm}:{os.environ['PATH']}")
+    monkeypatch.setattr(submission, "_SBATCH_S", 1)
+    parameters = submission.job_parameters({"time": "5"}, tmp_path / "run")
+    with pytest.raises(UserError, match=r"sbatch did not answer within 1 s\. The job may be queued nevertheless"):
+        submission.submit(tmp_path / "run", parameters, [code_snapshot.live([])])
 
 
 def test_a_percent_sign_in_a_name_is_escaped_for_slurm(slurm: Path, tiny: Path, tmp_path: Path) -> None:

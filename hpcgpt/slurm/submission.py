@@ -26,6 +26,7 @@ from hpcgpt.slurm.partitions import minutes
 from hpcgpt.slurm.sbatch_flags import Flags
 
 DEFAULT_LEAD_S = 120
+_SBATCH_S = 120  # a controller that restarts is waited for by sbatch itself
 LONGEST_LEAD_S = 65535  # sbatch(1), --signal
 
 # Flags that would make another job than the one that is checked, and what to use instead.
@@ -119,6 +120,11 @@ def submit(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot], 
             del os.environ[name]
         job = executor.submit(CommandFunction(["true"]))  # not reached
     except FailedJobError as error:
+        if getattr(error.__cause__, "returncode", 0) == 124:
+            raise UserError(
+                f"sbatch did not answer within {_SBATCH_S} s. The job may be queued nevertheless: see `squeue --me` "
+                "before you submit it again"
+            ) from None
         raise UserError(f"Slurm refused the job: {error}") from None
     finally:
         os.environ.update(inherited)
@@ -131,13 +137,19 @@ def _executor(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot
     from submitit import SlurmExecutor
 
     try:
-        executor = SlurmExecutor(folder=folder / "submit")
+        executor: Any = SlurmExecutor(folder=folder / "submit")
     except RuntimeError:
         raise UserError(
             "there is no srun on this machine: submit from a login node, or start a Slurm here with `make lab`"
         ) from None
+    executor._make_submission_command = _limited_sbatch
     executor.update_parameters(**parameters, setup=setup(codes, environment))
     return executor
+
+
+def _limited_sbatch(script: Path) -> list[str]:
+    """Return the command that submits a script, in place of submitit's, which has no time limit."""
+    return ["timeout", "--foreground", str(_SBATCH_S), "sbatch", str(script)]
 
 
 def setup(codes: Sequence[Snapshot], environment: Sequence[str] = ()) -> list[str]:
