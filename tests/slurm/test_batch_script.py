@@ -129,7 +129,8 @@ def test_srun_gets_the_flags_of_a_container_and_starts_the_python_in_it(batch: B
 def test_the_ranks_of_a_job_of_export_none_get_what_the_script_exports(batch: Batch, name: str) -> None:
     """sbatch --export=NONE sets SLURM_EXPORT_ENV=NONE: without PYTHONPATH the ranks would import the live checkout."""
     batch.set_python('case $2 in hpcgpt.train) echo "$PYTHONPATH" > "$STATE/path"; exit 0 ;; esac')
-    done = batch.start(HPCGPT_CODE=str(ROOT), **{name: "NONE"})
+    batch.env |= {"HPCGPT_CODE": str(ROOT), name: "NONE"}
+    done = batch.start()
     assert done.returncode == 0, done.stderr
     assert batch.field("path") == str(ROOT)
 

@@ -10,6 +10,7 @@ import pytest
 
 from hpcgpt.estimate.probe import pace
 from hpcgpt.estimate.probe.pace import Pace
+from hpcgpt.run import records
 
 START = 1000.0
 
@@ -140,7 +141,7 @@ def test_a_gap_is_compared_with_few_saves(made: Records, tmp_path: Path, monkeyp
         made.steps(20, 1.0)
         made.event("save", seconds=0.5, stall_s=0.1)
     made.read(tmp_path)
-    rows, events = pace.records.rows(tmp_path, pace._KEYS), pace.records.events(tmp_path)
+    rows, events = records.rows(tmp_path, pace._KEYS), records.events(tmp_path)
     looks = 0
 
     class Counted(dict[str, Any]):
@@ -150,7 +151,7 @@ def test_a_gap_is_compared_with_few_saves(made: Records, tmp_path: Path, monkeyp
             return super().__getitem__(key)
 
     counted = [Counted(row) for row in rows]
-    monkeypatch.setattr(pace.records, "rows", lambda *_: counted)
-    monkeypatch.setattr(pace.records, "events", lambda *_: events)
+    monkeypatch.setattr(records, "rows", lambda *_: counted)
+    monkeypatch.setattr(records, "events", lambda *_: events)
     assert pace.read(tmp_path).save_s == 0.5
     assert looks < 20 * len(counted)
