@@ -20,6 +20,7 @@ found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fai
         "a bundle with PYTHON_VERSION=$found"
 [ ! -e "$target" ] || fail "$target exists: remove it, or name another folder"
 have=$(getconf GNU_LIBC_VERSION 2>/dev/null) || have="no glibc"
+case $have in glibc\ *) ;; *) fail "the wheels of this bundle need glibc $glibc or later, and this machine has $have" ;; esac
 [ "$(printf '%s\n' "glibc $glibc" "$have" | sort -V | head -n 1)" = "glibc $glibc" ] ||
     fail "the wheels of this bundle need glibc $glibc or later, and this machine has $have"
 echo "comparing the files with their SHA-256"

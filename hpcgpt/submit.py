@@ -60,13 +60,16 @@ def main(argv: Sequence[str]) -> int:
         options.dry_run = "json"
     if options.watch and (options.json or options.dry_run):
         raise UserError(f"--watch cannot be combined with {'--json' if options.json else '--dry-run'}")
+    if options.at_once is not None and not options.grid:
+        raise UserError(f"--at-once {options.at_once}: it is for the tasks of --grid, which is not given")
     flags |= submit_options.further_flags(options, flags)
+    flags = sbatch_flags.from_environment(flags, os.environ)
     own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
     elsewhere = dict.fromkeys([*own, *sbatch_flags.NAMES], "")
     # Checked before the grid, which is made of the same keys.
     settings = sources.from_command_line(training, "submit", "", elsewhere)
 
-    if settings.run.device == "cpu" and not any(name in flags for name in request.GPU_FLAGS):
+    if settings.run.device == "cpu" and not request.written_for_gpus(flags):
         flags["gpus-per-node"] = "0"
     site = catalog.find(options.site) if options.site else None
     offered = partitions.ask()
@@ -78,7 +81,9 @@ def main(argv: Sequence[str]) -> int:
     runs = [_checked(arguments, requested) for arguments in tasks]
     to_do = [run for run in runs if not run.nothing_to_do]
     requested = _with_measured_lead(requested, [run.folder for run in to_do])
-    parameters = submission.job_parameters(requested.flags, runs[0].folder)
+    # The folder of submit's logs is not there yet: a script of --dry-run logs where it is submitted.
+    log = {"output": "slurm-%A_%a.out" if options.grid else "slurm-%j.out"} if options.dry_run else {}
+    parameters = submission.job_parameters({**log, **requested.flags}, runs[0].folder)
     if options.grid:
         parameters["additional_parameters"]["array"] = submission.array(len(to_do), options.at_once)
     environment = site_job.setup(site, runs[0].folder / "submit") if site else []
@@ -159,11 +164,11 @@ def _probe(options: argparse.Namespace, requested: Request, run: Run, environmen
     except KeyboardInterrupt:
         say(f"job {job} stays in the queue: when it has ended, --dry-run shows what it measured; scancel {job} ends it")
         raise
-    measure.collect(run_dir, ending_s=0)
+    measure.collect(run_dir, ending_s=0, own=prepared.folder)
 
 
 def _confirm(options: argparse.Namespace, requested: Request, runs: Sequence[Run]) -> None:
-    """Have a person confirm a job without a configuration, or of more GPU hours than --ask-above.
+    """Have a person confirm a job without a configuration, with idle GPUs, or of more GPU hours than --ask-above.
 
     Raises:
         UserError: no configuration is named; there is no terminal to ask on, or the answer is not yes.
@@ -175,14 +180,29 @@ def _confirm(options: argparse.Namespace, requested: Request, runs: Sequence[Run
             f"no configuration is named. This would queue {_summary(requested, runs)}, into {runs[0].folder}: "
             f"name a TOML file or a preset ({', '.join(sources.presets())}), or confirm with --yes"
         )
+    if requested.idle_gpus and runs[0].planned.config.run.device != "cpu":
+        _ask(
+            f"{requested.idle_gpus} of {requested.gpus_per_node * requested.nodes} GPUs would be idle: there "
+            f"{'is 1 rank' if requested.ranks == 1 else f'are {requested.ranks} ranks'}, and a rank uses one GPU",
+            "or leave out --ntasks, --ntasks-per-node and --gpus-per-task",
+        )
     limit = for_job.ASK_ABOVE_GPU_HOURS if options.ask_above is None else options.ask_above
     estimates = [for_job.gpu_hours(run.planned, requested, options.gpu) for run in runs]
     hours = sum(hours for hours, _ in estimates)
     if not hours > limit:
         return
     found = f"this would take about {hours:,.0f} GPU hours, by {estimates[0][1]}; more than --ask-above {limit:g}"
+    _ask(found, "or give a higher limit")
+
+
+def _ask(found: str, instead: str) -> None:
+    """Ask a person whether a job is to be queued, after `found`; `instead`: what else to do than to confirm.
+
+    Raises:
+        UserError: there is no terminal to ask on, or the answer is not yes.
+    """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UserError(f"{found}: confirm with --yes, or give a higher limit")
+        raise UserError(f"{found}: confirm with --yes, {instead}")
     print(f"{found}. Queue it? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise UserError("not confirmed: nothing is queued")
@@ -241,7 +261,7 @@ def _with_measured_lead(requested: Request, folders: Sequence[Path]) -> Request:
     started = [folder for folder in folders if (folder / "events.jsonl").exists()]
     lead_s = max((doctor_site.advised_lead_s(folder) or 0 for folder in started), default=0)
     limit_s = 60 * (partitions.minutes(requested.flags["time"]) or 0) or math.inf
-    if "signal" in requested.flags or "SBATCH_SIGNAL" in os.environ or not submission.DEFAULT_LEAD_S < lead_s < limit_s:
+    if "signal" in requested.flags or not submission.DEFAULT_LEAD_S < lead_s < limit_s:
         return requested
     note = f"--signal=USR1@{lead_s}: a step and two saves of this run take as long"
     return replace(requested, flags={**requested.flags, "signal": f"USR1@{lead_s}"}, notes=(*requested.notes, note))

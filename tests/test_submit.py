@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcgpt.errors import UserError
+from hpcgpt.slurm import code_snapshot, submission
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.storage import lease
 from tests.programs import ROOT, clean_env, command
@@ -39,7 +41,8 @@ def slurm(tmp_path: Path) -> Path:
     folder.mkdir()
     scripts = {
         "srun": "exit 1",
-        "sbatch": f'[ "$1" = --help ] && exit; cp "$1" {folder}/submitted.sh; echo Submitted batch job 123',
+        "sbatch": f'[ "$1" = --help ] && exit; env > {folder}/environment; cp "$1" {folder}/submitted.sh; '
+        "echo Submitted batch job 123",
     }
     for name, text in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -47,8 +50,8 @@ def slurm(tmp_path: Path) -> Path:
     return folder
 
 
-def submit(slurm: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return command("hpcgpt.submit", *arguments, env={"PATH": f"{slurm}:{os.environ['PATH']}"})
+def submit(slurm: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return command("hpcgpt.submit", *arguments, env={"PATH": f"{slurm}:{os.environ['PATH']}"} | env)
 
 
 def resources(script: str) -> dict[str, str]:
@@ -88,11 +91,13 @@ def test_the_submitted_job_is_the_one_that_dry_run_shows(slurm: Path, tiny: Path
     done = submit(slurm, *flags)
     assert done.returncode == 0, done.stderr
     submitted = (slurm / "submitted.sh").read_text()
-    assert resources(submitted) == resources(shown.stdout)
+    # A script of --dry-run logs where it is submitted: the run folder is not there yet.
+    assert resources(submitted) | {"output": "slurm-%j.out"} == resources(shown.stdout)
     (code,) = (tmp_path / "runs" / ODD[1] / "code").iterdir()
     assert run_by(submitted, tmp_path) == ["bash", f"{code}/slurm/pretrain.sbatch", f"{code}/config/{tiny.name}", *ODD]
     live = submit(slurm, *flags, "--live")
     assert live.returncode == 0, live.stderr
+    assert "\nunset HPCGPT_CODE; set -- " in (slurm / "submitted.sh").read_text()  # of the user's own shell
     assert run_by((slurm / "submitted.sh").read_text(), tmp_path) == ["bash", str(SCRIPT), str(tiny), *ODD]
 
 
@@ -108,6 +113,20 @@ def test_the_resources_are_the_requested_ones(slurm: Path, tiny: Path) -> None:
                 "job-name": "tiny", "requeue": "", "open-mode": "append", "exclusive": "", "comment": "a b",
                 "mail-type": "END", "bb-site": "x", "signal": "USR1@90", "output": found["output"]}  # fmt: skip
     assert found == expected  # nothing else: no --wckey, which submitit adds
+
+
+def test_a_flag_that_is_written_comes_before_the_variable_of_sbatch(slurm: Path, tiny: Path) -> None:
+    """For sbatch, a variable comes before the lines of a script, which have the flags here."""
+    variables = {"SBATCH_TIMELIMIT": "9", "SBATCH_GRES": "gpu:1", "SBATCH_QOS": "long", "SBATCH_SIGNAL": "USR1@30",
+                 "SBATCH_NO_REQUEUE": "1", "SBATCH_JOB_NAME": "other", "SBATCH_DEBUG": "1"}  # fmt: skip
+    done = submit(slurm, "--time=60", "--gpus-per-node=2", "--job-name=mine", str(tiny), **variables)
+    assert done.returncode == 0, done.stderr
+    found = resources((slurm / "submitted.sh").read_text())
+    assert (found["time"], found["gpus-per-node"], found["job-name"]) == ("60", "2", "mine")
+    assert (found["qos"], found["signal"], found["no-requeue"]) == ("long", "USR1@30", "")
+    assert not found.keys() & {"gres", "requeue"}
+    left = [line for line in (slurm / "environment").read_text().splitlines() if line.startswith("SBATCH_")]
+    assert left == ["SBATCH_DEBUG=1"]
 
 
 def test_the_defaults_are_those_of_the_batch_script(slurm: Path, tiny: Path) -> None:
@@ -251,10 +270,21 @@ def test_without_a_configuration_the_plan_is_shown_and_has_to_be_confirmed(slurm
     assert (slurm / "submitted.sh").exists()
 
 
+def test_an_sbatch_that_does_not_answer_is_given_up(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm / "sbatch").write_text("#!/bin/sh\nexec sleep 100\n")
+    monkeypatch.setenv("PATH", f"{slurm}:{os.environ['PATH']}")
+    monkeypatch.setattr(submission, "_SBATCH_S", 1)
+    parameters = submission.job_parameters({"time": "5"}, tmp_path / "run")
+    with pytest.raises(UserError, match=r"sbatch did not answer within 1 s\. The job may be queued nevertheless"):
+        submission.submit(tmp_path / "run", parameters, [code_snapshot.live([])])
+
+
 def test_a_percent_sign_in_a_name_is_escaped_for_slurm(slurm: Path, tiny: Path, tmp_path: Path) -> None:
-    done = submit(slurm, str(tiny), "--run.name", "50%x", "--dry-run")
+    done = submit(slurm, str(tiny), "--run.name", "50%x")
     assert done.returncode == 0, done.stderr
-    assert resources(done.stdout)["output"] == f"{tmp_path}/runs/50%%x/submit/%j_0_log.out"
+    assert resources((slurm / "submitted.sh").read_text())["output"] == f"{tmp_path}/runs/50%%x/submit/%j_0_log.out"
 
 
 def test_without_a_time_limit_any_lead_is_fine(slurm: Path, tiny: Path) -> None:
@@ -422,6 +452,11 @@ def test_finished_runs_of_a_grid_get_no_task(slurm: Path, tiny: Path, trained: P
     assert resources((slurm / "submitted.sh").read_text())["array"] == "0-0"
 
 
+def test_a_limit_of_tasks_without_a_grid_is_refused(slurm: Path, tiny: Path) -> None:
+    done = submit(slurm, "--at-once", "2", str(tiny))
+    assert (done.returncode, "--at-once 2: it is for the tasks of --grid" in done.stderr) == (2, True)
+
+
 # --- a site ----------------------------------------------------------------------------------------
 
 
@@ -460,6 +495,15 @@ def test_a_job_above_the_limit_of_gpu_hours_is_confirmed_or_refused(slurm: Path,
     assert (wrong.returncode, "expected a number of hours, not 'much'" in wrong.stderr) == (2, True)
     assert submit(slurm, *job, "--ask-above", "11.5", "--yes").returncode == 0
     assert (slurm / "submitted.sh").exists()
+
+
+def test_a_job_with_idle_gpus_is_confirmed_or_refused(slurm: Path, tiny: Path) -> None:
+    job = ["--gpus-per-node=8", "--ntasks-per-node=1", str(tiny), "--run.device", "auto", "--time=5"]
+    refused = submit(slurm, *job)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "7 of 8 GPUs would be idle: there is 1 rank, and a rank uses one GPU: confirm with --yes" in refused.stderr
+    assert not (slurm / "submitted.sh").exists()
+    assert submit(slurm, *job, "--yes").returncode == 0
 
 
 def test_a_job_below_the_limit_is_queued_without_a_question(slurm: Path, tiny: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
-from hpcgpt.doctor import bounded, disks, machine
+from hpcgpt.doctor import bounded, disks, machine, whole_nodes
 from hpcgpt.doctor.bounded import Check
 from hpcgpt.doctor.findings import Finding, bad, ok
 from hpcgpt.doctor.nodes import gpu_state
@@ -45,24 +45,24 @@ def failing(config: Config, env: Mapping[str, str] = os.environ) -> dict[str, st
     data = config.from_anywhere.data
     folders = [config.from_anywhere.run_folder, *(Path(part.dir) for part in data.mix)]
     folders += [] if data.mix else [Path(data.dir)]
-    count, python = str(len(nodes)), env.get("HPCGPT_PYTHON") or sys.executable
-    command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "--overlap",
-               "--kill-on-bad-exit=0", python, "-m", "hpcgpt.doctor.preflight", *map(str, folders)]  # fmt: skip
+    python = env.get("HPCGPT_PYTHON") or sys.executable
+    command = ["srun", *whole_nodes.flags(len(nodes), env), "--cpus-per-task=1", python, "-m",
+               "hpcgpt.doctor.preflight", *map(str, folders)]  # fmt: skip
     try:
-        output, errors = _run(command, LIMIT_S)
+        output, errors = _run(command, LIMIT_S, whole_nodes.environment(env))
     except OSError as error:
         streams.warn(f"doctor.preflight: {error}")
         return {}
     return read(output, errors, nodes)
 
 
-def _run(command: Sequence[str], limit_s: float) -> tuple[str, str]:
+def _run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Run srun; return its output and errors, also those of a step that did not end in time.
 
     SIGTERM lets srun cancel its step. After SIGKILL the step would stay on the nodes, beside the ranks.
     """
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, errors="replace", start_new_session=True) as srun:  # fmt: skip
+                          text=True, errors="replace", start_new_session=True, env=env) as srun:  # fmt: skip
         with suppress(subprocess.TimeoutExpired):
             return srun.communicate(timeout=limit_s)
         srun.terminate()

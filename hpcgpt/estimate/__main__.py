@@ -87,7 +87,7 @@ def _probe(config: Config, options: argparse.Namespace) -> None:
     steps = prepared.config.train.steps
     print(f"training {steps} steps on {options.ranks} ranks here, in {prepared.folder}", file=sys.stderr, flush=True)
     here.run(prepared, options.ranks)
-    measure.collect(Path(config.run.dir), ending_s=0)
+    measure.collect(Path(config.run.dir), ending_s=0, own=prepared.folder)
 
 
 def _device_and_pace(

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from hpcgpt.errors import UserError
 from hpcgpt.sites.schema import Node, Queue, Site
 from hpcgpt.slurm.partitions import minutes
-from hpcgpt.slurm.request import DEFAULT_MINUTES, GPU_FLAGS, MEMORY_FLAGS, gpus_per_node
+from hpcgpt.slurm.request import DEFAULT_MINUTES, gpus_per_node, written_for_gpus
+from hpcgpt.slurm.sbatch_flags import GPU_FLAGS, MEMORY_FLAGS
 
 _CHOICE = ("partition", "qos", "constraint")
 
@@ -157,7 +158,7 @@ def _request_gpus(site: Site, node: Node, flags: dict[str, str], nodes: int, not
     Raises:
         UserError: a node has fewer, or is only given whole.
     """
-    own = [name for name in GPU_FLAGS if name in flags]
+    own = list(written_for_gpus(flags))
     gpus = gpus_per_node(flags, nodes) if own else node.gpus
     if gpus == 0:
         return 0
@@ -174,7 +175,8 @@ def _request_gpus(site: Site, node: Node, flags: dict[str, str], nodes: int, not
         return gpus
     written = flags.pop("gpus-per-node", None)
     if form == "gres":
-        flags["gres"] = f"{site.request.gres}:{gpus}"
+        others = [flags["gres"]] if "gres" in flags else []  # as nvme:100
+        flags["gres"] = ",".join([*others, f"{site.request.gres}:{gpus}"])
     elif form == "gpus-per-task":
         flags["gpus-per-task"] = "1"
         flags.setdefault("ntasks-per-node", str(gpus))

@@ -54,7 +54,8 @@ def text(site: Site, python: Python) -> str:
     if python.container and site.container:
         lines += [f"{line} || return" for line in site.container.lines]
     lines += [*_python(python, inside), *(_srun_flags(site, python.container) if python.container != inside else ())]
-    lines += ["", *_network(site), *_environment(site), *_binding(site), "true"]
+    settings = [*_network(site), *_environment(site), *_binding(site)]
+    lines += ["", *_mark(settings), *settings, "true"]
     return "\n".join(lines) + "\n"
 
 
@@ -131,6 +132,19 @@ def _network(site: Site) -> Iterator[str]:
         # Below the ports that Linux gives to connections (32768 and above), and different for jobs that overlap.
         yield "    export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))"
         yield "fi"
+
+
+def _mark(settings: list[str]) -> Iterator[str]:
+    """Name in HPCGPT_SITE_SET what this file sets: the next job of a chain starts without it (slurm/next_job.py).
+
+    Its host names and folders are those of this job.
+    """
+    names = [found[1] for line in settings if (found := re.match(r" *export (\w+)=", line))]
+    if names:
+        yield f"for HPCGPT_NAME in {' '.join(dict.fromkeys(names))}; do"
+        yield '    [ -n "${!HPCGPT_NAME+set}" ] || HPCGPT_SITE_SET="${HPCGPT_SITE_SET:-} $HPCGPT_NAME"'
+        yield "done"
+        yield "export HPCGPT_SITE_SET"
 
 
 def _environment(site: Site) -> Iterator[str]:

@@ -78,7 +78,10 @@ def keep(run_folder: Path, arguments: Sequence[str]) -> Snapshot:
         _write(folder, files)
     kept = list(arguments)
     if config and config.parent != sources.PRESETS:
-        kept[kept.index(named)] = str(folder / "config" / config.name)
+        copy = str(folder / "config" / config.name)
+        # The same word may be the value of a key, as in --run.name my.toml.
+        replaced = ([*kept[:i], copy, *kept[i + 1 :]] for i, word in enumerate(kept) if word == named)
+        kept = next(words for words in replaced if sources.configuration_named(words) == copy)
     return Snapshot(folder, tuple(kept), is_kept=True)
 
 

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcgpt.slurm import scontrol
+from hpcgpt.slurm.partitions import gpus_in
 
 # The documented variables of a job (sbatch(1), "output environment variables") and the flags that set them.
 _FROM_ENV = {
@@ -60,8 +61,10 @@ def flags(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] = 
     if not any(flag.startswith("--gpus") for flag in found) and gres:
         found += ["--gres=" + re.sub(r"\bgres[:/]", "", gres)]
     # The batch script sets SLURM_GPUS_PER_NODE to a number where --gres has replaced its own request.
-    if typed := re.search(r"\bgpu:([a-zA-Z][\w.-]*:(\d+))", gres):
-        found = [f"--gpus-per-node={typed[1]}" if flag == f"--gpus-per-node={typed[2]}" else flag for flag in found]
+    for name, count in gpus_in(gres):
+        if name:
+            typed = f"--gpus-per-node={name}:{count}"
+            found = [typed if flag == f"--gpus-per-node={count}" else flag for flag in found]
     outputs = {flag: _pattern(shown[key], env) for key, flag in _OUTPUTS.items() if shown.get(key, "") not in _NOTHING}
     if outputs.get("error") == outputs.get("output"):
         outputs.pop("error", None)
@@ -80,8 +83,12 @@ def submit(job: scontrol.Job, env: Mapping[str, str], bad_nodes: Sequence[str] =
     if script.returncode or not script.stdout.startswith("#!"):
         return "", f"the batch script could not be read back: {script.stderr.strip() or 'it is no script'}"
     # --export=ALL would pass this job's variables to the next one, among them its restart count.
+    # What the site's file has set is of this job, too: the name of its first node, caches in its folders.
+    own = {"HPCGPT_SITE_SET", *env.get("HPCGPT_SITE_SET", "").split()}
     kept = {
-        k: v for k, v in env.items() if not k.startswith(("SLURM_", "SLURMD_")) or k in ("SLURM_CONF", "SLURM_HOSTFILE")
+        k: v
+        for k, v in env.items()
+        if k in ("SLURM_CONF", "SLURM_HOSTFILE") or not (k.startswith(("SLURM_", "SLURMD_")) or k in own)
     } | {"HPCGPT_CHAINED": "1"}  # as after a restart: its command has worked before
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / (Path(_script(job)).name.strip("()") or "pretrain.sbatch")

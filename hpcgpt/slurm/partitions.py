@@ -41,13 +41,14 @@ class NodeKind:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition. `max_minutes` and `max_nodes` are None without a limit."""
+    """A partition. `max_minutes` and `max_nodes` are None without a limit; a job has `min_nodes` at least."""
 
     name: str
     is_default: bool
     is_up: bool
     max_minutes: int | None
     max_nodes: int | None
+    min_nodes: int
     kinds: tuple[NodeKind, ...]
 
     def kinds_with(self, constraint: str) -> tuple[NodeKind, ...]:
@@ -80,6 +81,7 @@ def parse(text: str) -> list[Partition]:
             is_up=found[0][1] == "up",
             max_minutes=minutes(found[0][2]),
             max_nodes=_last_number(found[0][3]),
+            min_nodes=int(least[0]) if (least := re.match(r"\d+", found[0][3])) else 1,
             kinds=tuple(_kind(row) for row in found if row[4] != "0"),
         )
         for name, found in by_name.items()
@@ -104,8 +106,22 @@ def minutes(text: str) -> int | None:
     return int(days or 0) * 1440 + hours * 60 + mins + (secs > 0)
 
 
+def gpus_in(gres: str) -> list[tuple[str, int]]:
+    """Return the types ("" without one) and numbers of the GPUs in a list of gres or TRES; [] if it has none.
+
+    As flags have it and as Slurm shows it: ``gpu``, ``gpu:a100:4(S:0-1)``, ``nvme:1,gres/gpu:2``, ``gres/gpu:a100=2``.
+    """
+    found = []
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        words = re.split("[:/=]", part.strip().removeprefix("gres/").removeprefix("gres:"))
+        if words[0] == "gpu":
+            count = int(words.pop()) if words[-1].isdigit() else 1
+            found.append((":".join(words[1:]), count))
+    return found
+
+
 def _kind(row: Sequence[str]) -> NodeKind:
-    gpus = re.findall(r"(?:^|,)gpu(?::([^:(),]+))?:(\d+)", re.sub(r"\([^)]*\)", "", row[8]))
+    gpus = gpus_in(row[8])
     return NodeKind(
         count=int(row[4]),
         cpus=_last_number(row[5]) or 1,

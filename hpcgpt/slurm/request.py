@@ -17,12 +17,14 @@ from dataclasses import dataclass
 
 from hpcgpt.config.unknown_flags import nearest
 from hpcgpt.errors import UserError
-from hpcgpt.slurm.partitions import NodeKind, Partition, minutes
-from hpcgpt.slurm.sbatch_flags import Flags
+from hpcgpt.slurm.partitions import NodeKind, Partition, gpus_in, minutes
+from hpcgpt.slurm.sbatch_flags import GPU_FLAGS, MEMORY_FLAGS, Flags
 
 DEFAULT_MINUTES = 24 * 60
-GPU_FLAGS = ("gpus-per-node", "gpus", "gpus-per-task", "gres", "tres-per-task")
-MEMORY_FLAGS = ("mem", "mem-per-cpu", "mem-per-gpu")
+_NOT_COUNTED = {
+    "ntasks-per-gpu": "there is one rank for each GPU, as with --gpus-per-node alone",
+    "gpus-per-socket": "give --gpus-per-node",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Request:
     gpu_type: str
     notes: tuple[str, ...]
 
+    @property
+    def idle_gpus(self) -> int:
+        """Return how many of the GPUs no rank would use: a rank uses one."""
+        return max(self.gpus_per_node * self.nodes - self.ranks, 0)
+
 
 def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, environment: Mapping[str, str]) -> Request:
     """Complete the flags that the user wrote.
@@ -49,6 +56,8 @@ def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, env
     Raises:
         UserError: the GPUs of a node are not known, the nodes have none, or the job exceeds a limit.
     """
+    for name in _NOT_COUNTED.keys() & wanted.keys():
+        raise UserError(f"--{name}: hpcgpt does not count these: {_NOT_COUNTED[name]}")
     flags = dict(wanted)
     nodes = _count(flags.setdefault("nodes", "1"), "nodes")
     partition = _partition(flags, partitions, environment)
@@ -60,7 +69,7 @@ def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, env
             f"{', '.join(features) or 'none'}"
         )
     notes: list[str] = []
-    if not any(name in flags for name in GPU_FLAGS):
+    if not written_for_gpus(flags):
         flags["gpus-per-node"] = str(_default_gpus(partition, kinds, partitions, no_answer, notes))
     gpus = gpus_per_node(flags, nodes)
     if gpus == 0 and flags.get("gpus-per-node") == "0":
@@ -68,6 +77,7 @@ def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, env
     if "ntasks" not in flags and "ntasks-per-node" not in flags:
         flags["ntasks-per-node"] = str(max(gpus, 1))
     ranks = _ranks(flags, nodes)
+    _check_ranks(flags, nodes, ranks, gpus)
     kind = _kind_for(gpus, kinds)
     if kind:
         _add_cores_and_memory(flags, kind, gpus, -(-ranks // nodes))
@@ -84,20 +94,42 @@ def gpus_per_node(flags: Flags, nodes: int) -> int:
         return _sum_of_types(text, "gpus-per-node")
     if text := flags.get("gpus"):
         return -(-_sum_of_types(text, "gpus") // nodes)
+    tasks_per_node = -(-_ranks(flags, nodes) // nodes)
     if text := flags.get("gpus-per-task"):
-        return _sum_of_types(text, "gpus-per-task") * -(-_ranks(flags, nodes) // nodes)
-    found = re.findall(r"(?:^|,)(?:gres[:/])?gpu(?::[^:,=]+)?[:=](\d+)", flags.get("gres", ""))
-    if not found and re.search(r"(?:^|,)gpu(?::[A-Za-z][^:,]*)?(?:,|$)", flags.get("gres", "")):
-        return 1
-    return sum(map(int, found))
+        return _sum_of_types(text, "gpus-per-task") * tasks_per_node
+    if "gpu" in written_for_gpus(flags).get("tres-per-task", ""):
+        return sum(count for _, count in gpus_in(flags["tres-per-task"])) * tasks_per_node
+    return sum(count for _, count in gpus_in(flags.get("gres", "")))
+
+
+def written_for_gpus(flags: Flags) -> Flags:
+    """Return the flags that request GPUs, without one of other gres, as ``--gres=nvme:100`` is."""
+    return {name: flags[name] for name in GPU_FLAGS if name in flags
+            and (name not in ("gres", "tres-per-task") or gpus_in(flags[name]))}  # fmt: skip
+
+
+def _check_ranks(flags: Flags, nodes: int, ranks: int, gpus: int) -> None:
+    """Check that each rank can have a GPU of its own, and --gpus the same number on each node."""
+    if "gpus" in flags and "gpus-per-node" not in flags and (total := _sum_of_types(flags["gpus"], "gpus")) % nodes:
+        raise UserError(
+            f"--gpus={flags['gpus']} on --nodes={nodes}: {total} GPUs cannot be the same number on each node, as the "
+            "ranks need: give --gpus-per-node"
+        )
+    each = -(-ranks // nodes)
+    if gpus and each > gpus:
+        raise UserError(
+            f"{each} ranks per node on {gpus} GPU{'' if gpus == 1 else 's'}: each rank needs one of its own, so leave "
+            f"out --ntasks and --ntasks-per-node, or give --ntasks-per-node={gpus}"
+        )
 
 
 def _gpu_type(flags: Flags, kind: NodeKind | None) -> str:
     """Return the type in a flag, as in ``a100:4`` or ``gpu:a100:4``; else that of the nodes."""
-    for name in ("gpus-per-node", "gpus", "gpus-per-task", "gres"):
-        found = re.search(r"(?:^|,)(?:(?:gres[:/])?gpu:)?([A-Za-z][^:,]*)(?::\d+)?(?:,|$)", flags.get(name, ""))
-        if found and found[1] != "gpu":
-            return found[1]
+    for name, text in written_for_gpus(flags).items():
+        is_gres = name in ("gres", "tres-per-task")
+        for named, _ in gpus_in(text if is_gres else ",".join(f"gpu:{part}" for part in text.split(","))):
+            if named:
+                return named
     return kind.gpu_types[0] if kind and len(kind.gpu_types) == 1 else ""
 
 
@@ -172,6 +204,8 @@ def _check_limits(flags: Flags, partition: Partition, kinds: Sequence[NodeKind],
         )
     if partition.max_nodes is not None and nodes > partition.max_nodes:
         raise UserError(f"--nodes={nodes}: a job in partition {name} may have {partition.max_nodes} at most")
+    if nodes < partition.min_nodes:
+        raise UserError(f"--nodes={nodes}: a job in partition {name} has at least {partition.min_nodes}")
     enough = sum(kind.count for kind in kinds if kind.gpus >= gpus)
     if not enough:
         most = max(kind.gpus for kind in kinds)

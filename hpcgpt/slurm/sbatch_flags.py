@@ -9,7 +9,7 @@ No torch in here.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hpcgpt.errors import UserError
 
@@ -40,6 +40,25 @@ SHORT = {
     "O": "overcommit", "p": "partition", "q": "qos", "s": "oversubscribe", "S": "core-spec", "t": "time",
     "W": "wait", "w": "nodelist", "x": "exclude",
 }  # fmt: skip
+
+GPU_FLAGS = ("gpus-per-node", "gpus", "gpus-per-task", "gres", "tres-per-task")
+MEMORY_FLAGS = ("mem", "mem-per-cpu", "mem-per-gpu")
+
+# The flags that have a variable: sbatch(1), "input environment variables". Most are named like their flag.
+_HAVE_VARIABLES = """
+    account acctg-freq array batch clusters constraint container core-spec cpus-per-gpu delay-boot distribution error
+    exclusive export get-user-env gpu-bind gpu-freq gpus gpus-per-node gpus-per-task gres gres-flags hint input job-name
+    mem mem-bind mem-per-cpu mem-per-gpu network no-kill no-requeue open-mode output overcommit partition power profile
+    qos requeue reservation signal spread-job switches thread-spec threads-per-core time tres-bind tres-per-task
+    use-min-nodes wait wait-all-nodes wckey
+"""
+_WITH_VARIABLE = frozenset(_HAVE_VARIABLES.split())
+_OTHER_VARIABLES = {
+    "array": "SBATCH_ARRAY_INX", "mem": "SBATCH_MEM_PER_NODE", "switches": "SBATCH_REQ_SWITCH",
+    "time": "SBATCH_TIMELIMIT",
+}  # fmt: skip
+# Of the flags in one line, sbatch takes one or two that agree.
+_TOGETHER = (GPU_FLAGS, MEMORY_FLAGS, ("requeue", "no-requeue"), ("cpus-per-task", "cpus-per-gpu"))
 
 Flags = dict[str, str]  # by name; the value is "" for a flag without one
 
@@ -72,6 +91,30 @@ def split(argv: Sequence[str]) -> tuple[Flags, list[str]]:
     if "tasks-per-node" in flags:  # sbatch accepts it as another name
         flags["ntasks-per-node"] = flags.pop("tasks-per-node")
     return flags, others
+
+
+def from_environment(written: Flags, environment: Mapping[str, str]) -> Flags:
+    """Return the flags that the user wrote, and those that sbatch would read from its SBATCH_ variables.
+
+    A flag that is written replaces its variable, and those of flags that ask for the same in another form.
+    """
+    taken = set(written).union(*(group for group in _TOGETHER if written.keys() & set(group)))
+    found = {name: environment[variable] for name in sorted(_WITH_VARIABLE - taken)
+             if (variable := _variable(name)) in environment}  # fmt: skip
+    return {name: "" if name in WITHOUT_VALUE else value for name, value in found.items()} | written
+
+
+def without_variables(flags: Flags, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables by which sbatch would replace these flags of a script.
+
+    For sbatch they come before the #SBATCH lines of a script, which is where a job of submit has all its flags.
+    """
+    names = set(flags).union(*(group for group in _TOGETHER if flags.keys() & set(group)))
+    return {key: value for key, value in environment.items() if key not in {_variable(name) for name in names}}
+
+
+def _variable(flag: str) -> str:
+    return _OTHER_VARIABLES.get(flag, f"SBATCH_{flag.upper().replace('-', '_')}")
 
 
 def _flag(argument: str) -> tuple[str, bool, str]:

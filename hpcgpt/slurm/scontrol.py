@@ -22,6 +22,7 @@ class Job:
 
     If srun ended by itself the job is RUNNING. If Slurm is ending the job it is COMPLETING, and Slurm 22.05 shows the
     cause only if it is the time limit, a preemption or a node failure: otherwise it was cancelled with scancel.
+    `answered` is False if Slurm did not answer, so nothing is known; a job that it has forgotten has no state.
     `batch` is False for an allocation of salloc. `fields` has everything that Slurm shows.
     """
 
@@ -31,6 +32,7 @@ class Job:
     over_time: bool = False
     node_failed: bool = False
     batch: bool = True
+    answered: bool = True
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -48,7 +50,8 @@ def job_id(env: Mapping[str, str]) -> str:
 
 def ask(job: str, patience_s: float = 0.0) -> Job:
     """Ask Slurm about a job; the Job has an empty state if Slurm does not answer."""
-    fields = fields_of(run_patiently("scontrol", "show", "job", job, patience_s=patience_s).stdout)
+    done = run_patiently("scontrol", "show", "job", job, patience_s=patience_s)
+    fields = fields_of(done.stdout)
     return Job(
         fields.get("JobState", ""),
         int(fields.get("Restarts", "0")),
@@ -56,6 +59,7 @@ def ask(job: str, patience_s: float = 0.0) -> Job:
         over_time=fields.get("Reason") == "TimeLimit",
         node_failed=fields.get("Reason") == "NodeDown" or fields.get("JobState") == "NODE_FAIL",
         batch=fields.get("BatchFlag", "1") != "0",
+        answered=done.returncode == 0 or "Invalid job id" in done.stderr,
         fields=fields,
     )
 

@@ -9,6 +9,7 @@ No torch in here.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -19,12 +20,13 @@ from typing import Any
 from hpcgpt.config import paths
 from hpcgpt.errors import UserError
 from hpcgpt.output import terminal
-from hpcgpt.slurm import batch_scripts
+from hpcgpt.slurm import batch_scripts, sbatch_flags
 from hpcgpt.slurm.code_snapshot import Snapshot
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.slurm.sbatch_flags import Flags
 
 DEFAULT_LEAD_S = 120
+_SBATCH_S = 120  # a controller that restarts is waited for by sbatch itself
 LONGEST_LEAD_S = 65535  # sbatch(1), --signal
 
 # Flags that would make another job than the one that is checked, and what to use instead.
@@ -109,10 +111,23 @@ def submit(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot], 
     from submitit.core.utils import CommandFunction, FailedJobError
 
     executor = _executor(folder, parameters, codes, environment)
+    named = {name.replace("_", "-"): "" for name in (*parameters["additional_parameters"], "job-name")}
+    inherited = dict(os.environ)
+    kept = sbatch_flags.without_variables(named, inherited)
     try:
+        # submitit passes this process's environment to sbatch.
+        for name in inherited.keys() - kept.keys():
+            del os.environ[name]
         job = executor.submit(CommandFunction(["true"]))  # not reached
     except FailedJobError as error:
+        if getattr(error.__cause__, "returncode", 0) == 124:
+            raise UserError(
+                f"sbatch did not answer within {_SBATCH_S} s. The job may be queued nevertheless: see `squeue --me` "
+                "before you submit it again"
+            ) from None
         raise UserError(f"Slurm refused the job: {error}") from None
+    finally:
+        os.environ.update(inherited)
     return str(job.job_id)
 
 
@@ -122,13 +137,19 @@ def _executor(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot
     from submitit import SlurmExecutor
 
     try:
-        executor = SlurmExecutor(folder=folder / "submit")
+        executor: Any = SlurmExecutor(folder=folder / "submit")
     except RuntimeError:
         raise UserError(
             "there is no srun on this machine: submit from a login node, or start a Slurm here with `make lab`"
         ) from None
+    executor._make_submission_command = _limited_sbatch
     executor.update_parameters(**parameters, setup=setup(codes, environment))
     return executor
+
+
+def _limited_sbatch(script: Path) -> list[str]:
+    """Return the command that submits a script, in place of submitit's, which has no time limit."""
+    return ["timeout", "--foreground", str(_SBATCH_S), "sbatch", str(script)]
 
 
 def setup(codes: Sequence[Snapshot], environment: Sequence[str] = ()) -> list[str]:
@@ -145,7 +166,7 @@ def setup(codes: Sequence[Snapshot], environment: Sequence[str] = ()) -> list[st
     copy = [line for line in codes[0].script.read_text().splitlines() if line and not line.startswith("#")]
     chosen = [f"set -- {shlex.quote(str(code.script))} {shlex.join(code.arguments)}" for code in codes]
     chosen = [
-        f"export HPCGPT_CODE={shlex.quote(str(code.folder))}; {line}" if code.is_kept else line
+        f"export HPCGPT_CODE={shlex.quote(str(code.folder))}; {line}" if code.is_kept else f"unset HPCGPT_CODE; {line}"
         for code, line in zip(codes, chosen, strict=True)
     ]
     if len(codes) > 1:

@@ -69,6 +69,17 @@ def test_another_machine_or_python_is_refused(changes: dict[str, str], sentence:
 
 
 @pytest.mark.processes
+def test_a_machine_without_glibc_is_refused(tmp_path: Path) -> None:
+    """As with musl, whose getconf does not know GNU_LIBC_VERSION."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "getconf").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "getconf").chmod(0o755)
+    done = install(made(tmp_path / "bundle"), "env", home=tmp_path, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    assert done.returncode == 2
+    assert "need glibc 2.17 or later, and this machine has no glibc" in done.stderr
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("damage", [lambda path: path.write_text("x==1\n"), Path.unlink])
 def test_a_damaged_or_missing_file_is_named(damage: Callable[[Path], object], tmp_path: Path) -> None:
     bundle = made(tmp_path / "bundle")

@@ -160,3 +160,8 @@ def test_nodes_without_internet_are_said(site: str, has_none: bool) -> None:
     """Frontier's reach it through a proxy."""
     notes = request.fill(catalog.find(site), {"account": "x"}, {}).notes
     assert any("have no internet: --tracking.wandb offline" in note for note in notes) == has_none
+
+
+def test_a_gres_that_is_no_gpu_is_kept_beside_those_of_the_site() -> None:
+    filled = request.fill(catalog.find("leonardo"), {"account": "x", "gres": "tmpfs:100g"}, {})
+    assert filled.flags["gres"] == "tmpfs:100g,gpu:4"

@@ -91,6 +91,14 @@ def test_ranks_meet_at_the_name_of_the_fast_network(job: Job) -> None:
     ) == (0, ["mine", "1"])  # fmt: skip
 
 
+def test_what_the_file_sets_is_named_for_the_next_job_and_what_the_user_set_is_not(job: Job) -> None:
+    job.program("scontrol", "printf 'jwb0001.juwels\\njwb0002.juwels\\n'")
+    status, (named,) = job.read("juwels-booster", "HPCGPT_SITE_SET", SLURM_JOB_NUM_NODES="2", MASTER_PORT="1")
+    assert status == 0
+    assert "MASTER_ADDR" in named.split()
+    assert "MASTER_PORT" not in named.split()
+
+
 def test_a_virtual_environment_is_activated(job: Job) -> None:
     (job.folder / "my env" / "bin").mkdir(parents=True)
     (job.folder / "my env" / "bin" / "activate").write_text("export VIRTUAL_ENV=here\n")

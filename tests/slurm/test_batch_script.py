@@ -48,6 +48,7 @@ SRUN = """#!/bin/bash
 if [[ " $* " == *" --overlap "* ]]; then cat "$STATE/can" 2>/dev/null; exit; fi
 printf '%s\\n' "$@" > "$STATE/srun"
 [ ! -e "$STATE/status" ] || exit "$(cat "$STATE/status")"
+[ "${SRUN_EXPORT_ENV:-${SLURM_EXPORT_ENV:-ALL}}" != NONE ] || exec env -i "PATH=$PATH" "STATE=$STATE" "$0" "$@"
 while [ "$1" != bash ]; do shift; done
 exec "$@"
 """
@@ -122,6 +123,16 @@ def test_srun_gets_the_flags_of_a_container_and_starts_the_python_in_it(batch: B
     assert batch.field("inside").startswith("-m hpcgpt.train --run.dir ")
     batch.start()
     assert (batch.state / "srun").read_text().splitlines()[3] == "bash"
+
+
+@pytest.mark.parametrize("name", ["SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV"])
+def test_the_ranks_of_a_job_of_export_none_get_what_the_script_exports(batch: Batch, name: str) -> None:
+    """sbatch --export=NONE sets SLURM_EXPORT_ENV=NONE: without PYTHONPATH the ranks would import the live checkout."""
+    batch.set_python('case $2 in hpcgpt.train) echo "$PYTHONPATH" > "$STATE/path"; exit 0 ;; esac')
+    batch.env |= {"HPCGPT_CODE": str(ROOT), name: "NONE"}
+    done = batch.start()
+    assert done.returncode == 0, done.stderr
+    assert batch.field("path") == str(ROOT)
 
 
 # --- the start fails -----------------------------------------------------------------------------------

@@ -85,3 +85,11 @@ def test_live_code_is_where_it_is(tiny: Path) -> None:
     live = code_snapshot.live([str(tiny)])
     assert (live.arguments, live.is_kept) == ((str(tiny),), False)
     assert live.script == batch_scripts.FOLDER / "pretrain.sbatch"
+
+
+def test_only_the_configuration_is_replaced_by_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same word may be the value of a key before it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("[train]\nsteps = 3\n")
+    kept = code_snapshot.keep(tmp_path / "run", ["--run.name", "mine.toml", "mine.toml"])
+    assert kept.arguments == ("--run.name", "mine.toml", str(kept.folder / "config" / "mine.toml"))

@@ -66,7 +66,8 @@ def no_requeue_slurm(slurm: FakeSlurm) -> FakeSlurm:
 def test_one_next_job_is_queued_though_it_is_decided_twice(no_requeue_slurm: FakeSlurm, run: Path) -> None:
     """While Slurm ends a job whose ranks hang, and again when srun has returned."""
     run_folder.record(run, "job", job="7_0")
-    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_CONF": "/etc/slurm.conf", "MINE": "kept"}
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "SLURM_CONF": "/etc/slurm.conf", "MINE": "kept",
+           "HPCGPT_SITE_SET": " MASTER_ADDR MASTER_PORT", "MASTER_ADDR": "n1i", "MASTER_PORT": "10007"}  # fmt: skip
     path = {"PATH": f"{no_requeue_slurm.folder}:/usr/bin:/bin"}
     flags = ("--run.dir", str(run.parent), "--run.name", run.name)
     early = command("hpcgpt.requeue", "decide", "--status", "ending", *flags, env=env | path)
@@ -81,7 +82,7 @@ def test_one_next_job_is_queued_though_it_is_decided_twice(no_requeue_slurm: Fak
     assert (chain["job"], chain["next_job"], chain["reason"]) == ("7_3", "8", "a node failed")
     # --export=ALL would make the next job count as restarted three times.
     environment = Path(f"{no_requeue_slurm.calls}.env").read_text().splitlines()
-    assert {line for line in environment if line.startswith(("SLURM_", "MINE="))} == {
+    assert {line for line in environment if line.startswith(("SLURM_", "MINE=", "MASTER_", "HPCGPT_SITE"))} == {
         "SLURM_CONF=/etc/slurm.conf", "SLURM_TIME_FORMAT=%s", "MINE=kept"}  # fmt: skip
 
 

@@ -15,6 +15,7 @@ gpu*|up|12:00:00|1-4|12|64|512000|a100|gpu:a100:4(S:0-1)|mixed
 gpu*|up|12:00:00|1-4|3|96|768000|h100|gpu:h100:8|idle
 cpu|up|infinite|1-infinite|100|128|256000|(null)|(null)|allocated
 whole|up|2-00:00:00|1-infinite|50|48|1|(null)|gpu:4|idle
+large|up|1-0|4-8|20|48|1|(null)|gpu:4|idle
 off|down|30:00|1-infinite|1|8|1000|(null)|gpu:2|idle
 """
 )
@@ -40,6 +41,9 @@ def requested(command_line: str, environment: dict[str, str] | None = None) -> R
         ("--gres=gpu:a100:2 -N2", "--ntasks-per-node=2 --cpus-per-task=16 --mem=256000M --time=720", 2, 4),
         ("--gpus=8 --nodes=2", "--ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 2, 8),
         ("--gpus-per-task=1 --ntasks=8 --nodes=2", "--cpus-per-task=16 --mem=0 --time=720", 2, 8),
+        # Other gres are no GPUs.
+        ("--gres=nvme:100", "--gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 1, 4),
+        ("--tres-per-task=cpu=16,gres/gpu:a100:1 --ntasks=2", "--cpus-per-task=16 --mem=256000M --time=720", 1, 2),
         # What is written stays.
         ("--gpus-per-node=4 --ntasks-per-node=1", "--cpus-per-task=64 --mem=0 --time=720", 1, 1),
         ("-c7 --mem-per-cpu=2G -t30", "--gpus-per-node=4 --ntasks-per-node=4", 1, 4),
@@ -63,7 +67,8 @@ def test_what_is_not_written_is_in_proportion_to_the_nodes(
 @pytest.mark.parametrize(
     ("command_line", "gpu_type"),
     [("", "a100"), ("--gpus-per-node=8", "h100"), ("--gpus-per-node=h100:2", "h100"), ("--gres=gpu:a100:2", "a100"),
-     ("--gres=gpu:2", "a100"), ("--gpus=a100:4", "a100"), ("-p whole", ""), ("-p cpu --gpus-per-node=0", "")],
+     ("--gres=gpu:2", "a100"), ("--gres=nvme:1,gpu:h100:2", "h100"), ("--tres-per-task=gres/gpu:h100=1", "h100"),
+     ("--gpus=a100:4", "a100"), ("-p whole", ""), ("-p cpu --gpus-per-node=0", "")],
 )  # fmt: skip
 def test_the_name_of_the_gpus_is_what_slurm_has(command_line: str, gpu_type: str) -> None:
     assert requested(command_line).gpu_type == gpu_type
@@ -85,8 +90,8 @@ def test_the_partition_of_the_environment_counts_as_for_sbatch() -> None:
 @pytest.mark.parametrize(
     ("command_line", "message"),
     [
-        ("-p cpu", "the nodes of partition cpu have no GPUs (partitions with GPUs: gpu, whole, off). Name a partition"),
-        ("-p gpus", "there is no partition gpus: there are gpu, cpu, whole, off (did you mean gpu?)"),
+        ("-p cpu", "the nodes of partition cpu have no GPUs (partitions with GPUs: gpu, whole, large, off). Name a"),
+        ("-p gpus", "there is no partition gpus: there are gpu, cpu, whole, large, off (did you mean gpu?)"),
         ("-p off", "partition off is down"),
         ("-C v100", "no node of partition gpu has --constraint=v100: their features are a100, h100"),
         ("-t 1-0", "--time=1-0 is more than partition gpu allows, 720 minutes: request --time=720; a longer run is"),
@@ -97,6 +102,12 @@ def test_the_partition_of_the_environment_counts_as_for_sbatch() -> None:
         ("-N 0", "--nodes=0: expected a whole number of at least 1"),
         ("-N 2-4", "--nodes=2-4: expected a whole number"),
         ("--ntasks-per-node=x", "--ntasks-per-node=x: expected a whole number"),
+        ("--gpus-per-node=4 --ntasks-per-node=8", "8 ranks per node on 4 GPUs: each rank needs one of its own"),
+        ("--gpus=3 --nodes=2", "--gpus=3 on --nodes=2: 3 GPUs cannot be the same number on each node"),
+        ("--gpus-per-node=2 --ntasks=5 --nodes=2", "3 ranks per node on 2 GPUs"),
+        ("--ntasks-per-gpu=2", "--ntasks-per-gpu: hpcgpt does not count these"),
+        ("--gpus-per-socket=2", "--gpus-per-socket: hpcgpt does not count these: give --gpus-per-node"),
+        ("-p large -N 2", "--nodes=2: a job in partition large has at least 4"),
         ("--gpus-per-node=all", "--gpus-per-node=all: expected a number of GPUs"),
     ],
 )  # fmt: skip
@@ -112,6 +123,12 @@ def test_without_an_answer_of_slurm_only_what_is_written_is_requested() -> None:
     assert found.flags == {**flags, "ntasks-per-node": "4", "time": "24:00:00"}
     with pytest.raises(UserError, match=r"Slurm does not answer \(sinfo did not .*: --gpus-per-node N, or"):
         complete({}, [], "sinfo did not answer within 20 s", {})
+
+
+def test_gpus_without_a_rank_are_counted() -> None:
+    assert requested("--gpus-per-node=8 --ntasks-per-node=1").idle_gpus == 7
+    assert requested("--gpus-per-task=2 --ntasks=2").idle_gpus == 2
+    assert requested("--gpus-per-node=8 --nodes=2").idle_gpus == 0
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,25 @@ def test_submit_sbatch_and_the_script_of_dry_run_make_the_same_job(cluster: Clus
 
 
 @pytest.mark.timeout(300)
+def test_the_script_of_dry_run_trains_in_a_fresh_run_folder_also_without_the_users_environment(
+    cluster: Cluster,
+) -> None:
+    """Slurm ends a job that cannot open its log. With --export=NONE the ranks need what the script exports."""
+    dry = cluster.try_to_submit(
+        "--gpus-per-node=1", "--export=NONE", str(cluster.config), "--run.name", "fresh", "--dry-run",
+        "--tracking.wandb", "disabled",
+    )  # fmt: skip
+    assert dry.returncode == 0, dry.stderr
+    assert not cluster.folder("fresh").exists()
+    script = cluster.home / "fresh.sh"
+    script.write_text(dry.stdout)
+    job = cluster.slurm("sbatch", "--parsable", str(script))
+    cluster.wait(job)
+    assert [row["step"] for row in rows(cluster.folder("fresh") / "metrics.jsonl")] == list(range(1, 21))
+    assert (cluster.home / f"slurm-{job}.out").read_text()
+
+
+@pytest.mark.timeout(300)
 def test_the_code_and_the_configuration_that_were_submitted_run_whatever_is_edited_later(
     cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from hpcgpt.distributed import rendezvous
-from hpcgpt.doctor import findings
+from hpcgpt.doctor import findings, whole_nodes
 from hpcgpt.doctor.findings import Finding, bad
 from hpcgpt.doctor.nodes import judge
 from hpcgpt.doctor.nodes.wire import Message, Peer, Peers
@@ -43,11 +43,11 @@ class Crew:
         """Start an agent on each node with srun, and end them."""
         python = os.environ.get("HPCGPT_PYTHON") or sys.executable  # it may be a wrapper
         count, addresses = len(self._nodes), ",".join(own_addresses(self._nodes))
-        command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap",
-                   "--cpu-bind=none", "--kill-on-bad-exit=0", python, "-m", "hpcgpt.doctor.nodes.agent",
-                   addresses, str(self.peers.port)]  # fmt: skip
+        command = ["srun", *whole_nodes.flags(count, os.environ), "--cpu-bind=none", python,
+                   "-m", "hpcgpt.doctor.nodes.agent", addresses, str(self.peers.port)]  # fmt: skip
         # Variables of this step, if there is one, would shape the new one.
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_STEP", "SRUN_"))}
+        job = whole_nodes.environment(os.environ)
+        env = {key: value for key, value in job.items() if not key.startswith(("SLURM_STEP", "SRUN_"))}
         env["HPCGPT_DOCTOR_TOKEN"] = self.peers.token
         if shutil.which("srun") is None:
             raise UserError("there is no srun here: start this check outside of the container")

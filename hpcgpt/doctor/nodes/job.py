@@ -156,6 +156,10 @@ def _wait(job: str, report: Path) -> str:
     began_at = time.monotonic()
     while not report.exists():
         found = scontrol.ask(job, PATIENCE_S)
+        if not found.answered:
+            print("no answer of Slurm", file=sys.stderr)
+            time.sleep(LATER_S)
+            continue
         if not found.state and state:
             break  # Slurm has forgotten it
         state = found.state

@@ -62,7 +62,8 @@ def wait(
         ended = run_folder.read_exit(probe.folder)
         finished = ended is not None and ended.status == exit_codes.FINISHED
         if finished or time.monotonic() - asked_at > _ASK_SLURM_S:
-            state, asked_at = ask(job).state, time.monotonic()
+            found, asked_at = ask(job), time.monotonic()
+            state = found.state if found.answered else "NO ANSWER OF SLURM"
             if state != shown:
                 shown = state
                 say(f"the probe's job {job}: {state.lower() or 'is no longer known to Slurm'}")

@@ -29,6 +29,7 @@ from hpcgpt.errors import UserError
 from hpcgpt.estimate.devices import CPU
 from hpcgpt.estimate.probe import pace, table
 from hpcgpt.estimate.probe.table import Probe
+from hpcgpt.output import streams
 from hpcgpt.run import records, run_folder
 from hpcgpt.slurm import code_snapshot
 from hpcgpt.storage import lease
@@ -105,8 +106,10 @@ def prepare(config: Config, steps: int | None = None) -> Prepared:
     return Prepared(folder, file, probe)
 
 
-def collect(run_dir: Path, ending_s: float = _ENDING_S) -> list[Probe]:
+def collect(run_dir: Path, ending_s: float = _ENDING_S, own: Path | None = None) -> list[Probe]:
     """Add the probes that have finished to the table, remove their folders, and return them.
+
+    One that cannot be read is passed over with a warning, unless it is `own`, the folder that was waited for.
 
     `ending_s`: leave those alone that have finished within so many seconds, whose jobs still write.
     """
@@ -117,7 +120,13 @@ def collect(run_dir: Path, ending_s: float = _ENDING_S) -> list[Probe]:
             continue
         if time.time() - (about.parent / "exit.json").stat().st_mtime < ending_s:
             continue
-        probe = read(about.parent)
+        try:
+            probe = read(about.parent)
+        except (UserError, OSError, ValueError, KeyError) as error:
+            if about.parent == own:
+                raise
+            streams.warn(f"the probe in {about.parent} is passed over: {error!r:.300}")
+            continue
         table.add(run_dir, probe)
         shutil.rmtree(about.parent, ignore_errors=True)
         found.append(probe)

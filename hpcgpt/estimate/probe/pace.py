@@ -8,9 +8,10 @@ No torch in here.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -51,13 +52,25 @@ class _Gap:
     after: Record
     is_warm_up: bool
 
+    def began_at(self) -> float:
+        return float(self.before["time"])
+
     @property
     def seconds(self) -> float:
         return float(self.after["time"]) - float(self.before["time"])
 
-    def overlaps(self, save: Record) -> bool:
-        ended_at = float(save["time"])
-        return float(self.before["time"]) < ended_at and ended_at - save["seconds"] < float(self.after["time"])
+
+class _Saves:
+    """When a run saved. A run has up to a million gaps and thousands of saves, so they are found by bisection."""
+
+    def __init__(self, saves: Sequence[Record]) -> None:
+        spans = sorted((float(save["time"]) - float(save["seconds"]), float(save["time"])) for save in saves)
+        self._starts = [start for start, _ in spans]
+        self._latest_ends = list(accumulate((end for _, end in spans), max))
+
+    def overlap(self, gap: _Gap) -> bool:
+        begun = bisect_left(self._starts, float(gap.after["time"]))
+        return begun > 0 and self._latest_ends[begun - 1] > float(gap.before["time"])
 
 
 def read(folder: Path) -> Pace:
@@ -66,17 +79,17 @@ def read(folder: Path) -> Pace:
     events = records.events(folder) if folder.is_dir() else []
     saves = [event for event in events if event["event"] == "save" and event.get("seconds")]
     save_s = median(event["seconds"] for event in saves) if saves else None
-    gaps = list(_gaps(rows))
+    gaps, during = list(_gaps(rows)), _Saves(saves)
     steady = [
         gap for gap in gaps
-        if not gap.is_warm_up and not evaluation_s(gap.before) and not any(map(gap.overlaps, saves))
+        if not gap.is_warm_up and not evaluation_s(gap.before) and not during.overlap(gap)
     ][-RECENT_STEPS:]  # fmt: skip
     if len(steady) < FEWEST_STEPS:
         return Pace(len(steady), save_s=save_s, start_s=_start_s(events, rows, None))
     step_s = median(gap.seconds for gap in steady)
     tokens = steady[-1].after.get("tokens", 0) / steady[-1].after["step"] if steady[-1].after["step"] else 0
     return Pace(
-        len(steady), step_s, tokens / step_s if tokens and step_s > 0 else None, _eval_s(rows, gaps, saves, step_s),
+        len(steady), step_s, tokens / step_s if tokens and step_s > 0 else None, _eval_s(rows, gaps, during, step_s),
         _stall_s(events, gaps, saves, step_s), save_s, _start_s(events, rows, step_s),
     )  # fmt: skip
 
@@ -92,14 +105,16 @@ def _gaps(rows: Sequence[Record]) -> Iterator[_Gap]:
         yield _Gap(before, after, made < WARM_UP_STEPS)
 
 
-def _eval_s(rows: Sequence[Record], gaps: Sequence[_Gap], saves: Sequence[Record], step_s: float) -> float | None:
+def _eval_s(rows: Sequence[Record], gaps: Sequence[_Gap], during: _Saves, step_s: float) -> float | None:
     """Return how long an evaluation takes. The first one of an attempt may compile, so others are preferred."""
     evaluated = [row for row in rows if evaluation_s(row)]
-    attempts = [row.get("attempt") for row in evaluated]
-    first = {id(row) for number, row in enumerate(evaluated) if attempts.index(attempts[number]) == number}
+    by_attempt: dict[object, Record] = {}
+    for row in evaluated:
+        by_attempt.setdefault(row.get("attempt"), row)
+    first = {id(row) for row in by_attempt.values()}
     whole = [
         max(evaluation_s(gap.before), gap.seconds - step_s) for gap in gaps
-        if evaluation_s(gap.before) and id(gap.before) not in first and not any(map(gap.overlaps, saves))
+        if evaluation_s(gap.before) and id(gap.before) not in first and not during.overlap(gap)
     ]  # fmt: skip
     later = [evaluation_s(row) for row in evaluated if id(row) not in first]
     found = whole or later or [evaluation_s(row) for row in evaluated]
@@ -109,12 +124,21 @@ def _eval_s(rows: Sequence[Record], gaps: Sequence[_Gap], saves: Sequence[Record
 def _stall_s(events: Sequence[Record], gaps: Sequence[_Gap], saves: Sequence[Record], step_s: float) -> float | None:
     """Return what a save costs training: what it waits, and how much slower steps are beside it."""
     found = []
+    in_order = sorted(gaps, key=_Gap.began_at)
+    begins = [gap.began_at() for gap in in_order]
+    ends = list(accumulate((float(gap.after["time"]) for gap in in_order), max))
+    stalls: dict[object, list[Record]] = {}
+    for event in events:
+        if event["event"] == "save_stall":
+            stalls.setdefault(event.get("step"), []).append(event)
     for save in saves:
-        beside = [gap for gap in gaps if gap.overlaps(save)]
+        ended_at = float(save["time"])
+        begun_at = ended_at - float(save["seconds"])
+        near = in_order[bisect_right(ends, begun_at) : bisect_left(begins, ended_at)]
+        beside = [gap for gap in near if float(gap.after["time"]) > begun_at]
         if not beside:
             continue  # the last save, after the last step
-        same = [event for event in events if event["event"] == "save_stall" and event.get("step") == save.get("step")]
-        waited_s = sum(event.get("stall_s", 0.0) for event in [save, *same])
+        waited_s = sum(event.get("stall_s", 0.0) for event in [save, *stalls.get(save.get("step"), [])])
         if any(evaluation_s(gap.before) for gap in beside):
             found.append(waited_s)
         else:

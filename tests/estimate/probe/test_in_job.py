@@ -63,6 +63,20 @@ def test_a_requeued_probe_is_waited_for_until_its_job_has_ended(probe: Prepared)
     assert len(said) == 7  # none twice in a row
 
 
+def test_no_answer_of_slurm_is_no_end_of_the_job(probe: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_job, "_ASK_SLURM_S", 0.0)
+    said: list[str] = []
+
+    def answers() -> Iterator[Job]:
+        yield from (Job("RUNNING"), Job("", answered=False), Job("RUNNING"))
+        end(probe, exit_codes.FINISHED)
+        yield Job("COMPLETED")
+
+    left = answers()
+    in_job.wait(probe, "12", said.append, lambda _: next(left))
+    assert said[1] == "the probe's job 12: no answer of slurm"
+
+
 @pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "TIMEOUT"])
 def test_a_probe_that_fails_is_named_with_its_log(probe: Prepared, state: str) -> None:
     log = probe.folder / "logs" / "12_0.log"

@@ -109,4 +109,15 @@ def test_a_probe_without_steady_steps_is_named(finished_run: Path, tmp_path: Pat
     folder, _ = finished_probe(finished_run, tmp_path)
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"\.probe/tiny has no complete probe \(0 steady steps\): remove it"):
-        measure.collect(tmp_path, ending_s=0)
+        measure.collect(tmp_path, ending_s=0, own=folder)
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "probe.toml", "probe.json"])
+def test_a_probe_that_cannot_be_read_does_not_stop_the_jobs_of_other_runs(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    folder, _ = finished_probe(finished_run, tmp_path)
+    (folder / file).write_text("")
+    assert measure.collect(tmp_path, ending_s=0) == []
+    assert f"the probe in {folder} is passed over" in capsys.readouterr().err
+    assert folder.exists()

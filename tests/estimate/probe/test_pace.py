@@ -10,6 +10,7 @@ import pytest
 
 from hpcgpt.estimate.probe import pace
 from hpcgpt.estimate.probe.pace import Pace
+from hpcgpt.run import records
 
 START = 1000.0
 
@@ -132,3 +133,25 @@ def test_a_run_that_has_hardly_begun_shows_only_its_start(made: Records, tmp_pat
 
 def test_a_folder_that_does_not_exist_shows_nothing(tmp_path: Path) -> None:
     assert pace.read(tmp_path / "none") == Pace(0)
+
+
+def test_a_gap_is_compared_with_few_saves(made: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a long run there are too many to compare all gaps with all saves: what is read of a row is counted."""
+    for _ in range(100):
+        made.steps(20, 1.0)
+        made.event("save", seconds=0.5, stall_s=0.1)
+    made.read(tmp_path)
+    rows, events = records.rows(tmp_path, pace._KEYS), records.events(tmp_path)
+    looks = 0
+
+    class Counted(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            nonlocal looks
+            looks += key == "time"
+            return super().__getitem__(key)
+
+    counted = [Counted(row) for row in rows]
+    monkeypatch.setattr(records, "rows", lambda *_: counted)
+    monkeypatch.setattr(records, "events", lambda *_: events)
+    assert pace.read(tmp_path).save_s == 0.5
+    assert looks < 20 * len(counted)
