@@ -43,6 +43,11 @@ def main(argv: Sequence[str]) -> int:
     _check_combination(options)
     if options.tasks:
         return _on_tasks(folder, settings, options)
+    if (here := world.discover()).size > 1:
+        raise UserError(
+            f"{here.size} ranks were started, and each would evaluate the whole validation split: start one process, "
+            "without srun or torchrun. Only --tasks are divided among ranks"
+        )
     # Imported here, since it loads torch.
     from hpcgpt.checkpoint import load_model
 

@@ -107,6 +107,13 @@ def test_impossible_arguments_are_refused(flags: list[str], sentence: str, runs:
     assert "Traceback" not in done.stderr
 
 
+def test_several_ranks_are_refused_without_tasks(runs: Path) -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = command("hpcgpt.eval", str(runs / "gpt2"), env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "2 ranks were started, and each would evaluate the whole validation split" in done.stderr
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     done = command("hpcgpt.eval", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")

@@ -86,7 +86,7 @@ def check(source: Source, folder: Path, probe: Probe) -> Agreement:
         DisagreementError: it does not.
         UserError: the tokenizer gives other ids.
     """
-    tokenizer_files.check(source.tokenizer, (folder / "tokenizer.json").read_bytes(), probe.texts)
+    tokenizer_files.check(source.tokenizer, huggingface_model.encoder(folder), probe.texts)
     names = tensor_names.modules(source.model, tensor_names.architecture(source.model))
     theirs = huggingface_model.forward(folder, names)
     return compare(ours(source.model, source.read()), theirs, probe.ids, source.model)

@@ -357,6 +357,12 @@ def test_an_import_that_computes_something_else_is_not_written(
     imported(qwen3, tmp_path / "out", "--no-check")
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "configuration_files"])
+def test_a_config_json_that_chooses_code_is_refused(key: str, qwen3: Path, tmp_path: Path, refused: Refused) -> None:
+    other = changed(qwen3, tmp_path / "other", **{key: "someone/kernel"})
+    assert f"{other}/config.json: {key} chooses code or files of its own" in refused(other, tmp_path / "out")
+
+
 def test_without_transformers_that_is_said(
     qwen3: Path,
     tmp_path: Path,
