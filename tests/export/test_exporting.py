@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpcgpt.checkpoint import run_config
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.export import __main__ as export_command
 from hpcgpt.export import exporting, source
@@ -80,6 +81,25 @@ def test_a_full_disk_leaves_nothing_and_names_the_file(
         OSError, match=r"cannot write .*/\.out\..*/model\.safetensors: No space left on device; .* MB free"
     ):
         export(run, tmp_path / "out", to="hf")
+    assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize(("to", "name"), [("nanogpt", "ckpt.pt"), ("llmc", "model.bin"), ("llmc", "tokenizer.bin")])
+def test_a_full_disk_is_named_whichever_library_writes(to: str, name: str, run: Path, tmp_path: Path) -> None:
+    """The device /dev/full stands in for the file: every write there fails with ENOSPC."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / name).symlink_to("/dev/full")
+    found = exporting.open_source(run, run_config.config(run), None, False, "float32")
+    with pytest.raises(OSError, match=rf"cannot write .*/files/{name}: No space left on device; .* MB free"):
+        exporting.TARGETS[to].write(found, tmp_path / "files")
+
+
+def test_weights_that_are_not_finite_are_not_blamed_on_the_export(run: Path, tmp_path: Path) -> None:
+    diverged = made_runs.weights(made_runs.GPT2)
+    diverged["norm.weight"][3] = float("nan")
+    made_runs.save(run, diverged, ranks=1, step=9)
+    with pytest.raises(UserError, match=r"itself computes from these weights are not finite, .* earlier checkpoint"):
+        export(run, tmp_path / "out")
     assert names(tmp_path) == ["run"]
 
 
