@@ -13,6 +13,7 @@ from typing import Any
 
 import hpcgpt
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.export import origin
 from hpcgpt.export.source import Source
 from hpcgpt.export.tensor_names import Architecture, Piece
 from hpcgpt.slurm import code_snapshot
@@ -43,7 +44,7 @@ def text(export: Export, usage: str, notes: list[str]) -> str:
     more = "".join(f"\n- {note}" for note in notes)
     return "\n".join([
         f"{head}# {source.config.run.name}", "",
-        f"Weights of a language model that was pretrained with hpcgpt, of step {source.state.step:,} of its run.", "",
+        _sentence(source), "",
         "| | |", "|---|---|", *rows, "", "## Use", "", usage.strip(),
         *(["", "## Note", "", more.strip()] if notes else []), "",
     ])  # fmt: skip
@@ -82,14 +83,35 @@ def _model(export: Export) -> dict[str, str]:
     }
 
 
+def _sentence(source: Source) -> str:
+    if imported := origin.imported(source.folder):
+        return f"Weights of a language model that hpcgpt imported from {imported}, and did not train."
+    runs, imported = origin.before(source.config)
+    if imported:
+        how = f"that hpcgpt imported from {imported} and trained on"
+    else:
+        how = "that was trained on from another run with hpcgpt" if runs else "that was pretrained with hpcgpt"
+    return f"Weights of a language model {how}, of step {source.state.step:,} of its run."
+
+
 def _training(export: Export) -> dict[str, str]:
-    source, state = export.source, export.source.state
+    source = export.source
+    return {
+        **({} if origin.imported(source.folder) else _trained(source)),
+        "checkpoint": f"`{source.weights.path.name}` of the run `{source.config.run.name}`",
+        "exported by": f"`{export.command}`, hpcgpt {hpcgpt.__version__}{_with(code_snapshot.commit())}",
+        "checked": export.checked,
+    }
+
+
+def _trained(source: Source) -> dict[str, str]:
+    state = source.state
     row = figures(source.folder, state)
     val_loss, bits = row.get("val/loss"), row.get("val/bits_per_byte")
     digests = state.identity.get("digest of the shards", "unknown")
     digests = digests if isinstance(digests, list) else [digests]
     made_with = {name: state.in_effect.get(name) for name in ("hpcgpt", "torch", "gpu", "ranks")}
-    config = source.config
+    config, (runs, imported) = source.config, origin.before(source.config)
     rate = f"peak learning rate {config.optim.lr:g}, schedule {config.schedule.kind}"
     steps = f"{state.step:,} steps of {source.config.train.global_batch:,} sequences"
     return {
@@ -102,11 +124,9 @@ def _training(export: Export) -> dict[str, str]:
             f"{name} {value}" for name, value in made_with.items() if value not in (None, "none")
         ),
         "optimizer": f"{config.optim.name}, {rate}, weight decay {config.optim.weight_decay:g}",
-        "first weights": f"of `{config.run.init_from}`" if config.run.init_from else "",
-        "commit": _commit(source.folder),
-        "checkpoint": f"`{source.weights.path.name}` of the run `{source.config.run.name}`",
-        "exported by": f"`{export.command}`, hpcgpt {hpcgpt.__version__}{_with(code_snapshot.commit())}",
-        "checked": export.checked,
+        "first weights": ", which began with ".join(f"`{run}`" for run in runs)
+        + (f", imported from {imported}" if imported else ""),
+        "commit": origin.commit(source.folder, state.step) or _commit(source.folder),
     }
 
 
