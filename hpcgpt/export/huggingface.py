@@ -9,8 +9,8 @@
       tokenizer.json, tokenizer_config.json, special_tokens_map.json     see hpcgpt.export.tokenizer_files
       README.md                          see hpcgpt.export.model_card
 
-Weights are read, converted and written tensor by tensor, in the order of the forward pass: what is in memory is one
-tensor, and not the model.
+Weights are read, converted and written tensor by tensor, in the order of the forward pass. What is in memory is the
+largest one, in the check also in float64, and not the model.
 """
 
 from __future__ import annotations
