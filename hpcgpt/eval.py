@@ -43,6 +43,11 @@ def main(argv: Sequence[str]) -> int:
     _check_combination(options)
     if options.tasks:
         return _on_tasks(folder, settings, options)
+    if (here := world.discover()).size > 1:
+        raise UserError(
+            f"{here.size} ranks were started, and each would evaluate the whole validation split: start one process, "
+            "without srun or torchrun. Only --tasks are divided among ranks"
+        )
     # Imported here, since it loads torch.
     from hpcgpt.checkpoint import load_model
 
@@ -115,12 +120,11 @@ def _figures(model: Trained, batches: int) -> dict[str, Any]:
     from hpcgpt.training.evaluation import EvalContext, bytes_per_token, evaluate_all, validation_sets
 
     config = model.config
-    # With eval.every 0 the plan would not open the split; and the run that `init_from` names may have been deleted.
-    evaluated = dataclasses.replace(config.eval, every=1, tasks=(), tasks_every=0)
-    run = dataclasses.replace(config.run, init_from="")
-    planned = plan.make(dataclasses.replace(config, eval=evaluated, run=run), world_size=1)
-    if changed := plan.changes(model.state.identity, planned.identity):
-        raise UserError(f"{model.path} was trained with other data or settings: {'; '.join(changed)}")
+    try:
+        # With eval.every 0 the run has not opened the split.
+        planned = plan.open_to_read(config, model.state, validation=True)
+    except UserError as error:
+        raise UserError(f"{model.path}: {error}") from None
     sets, token_bytes = validation_sets(planned), bytes_per_token(model.tokenizer, config.model.vocab_size)
     context = EvalContext(batches, config.train.micro_batch, token_bytes, model.ranks, model.as_trained)
     rounds = sum(-(-context.count(part.windows) // context.micro_batch) for part in sets)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcgpt.checkpoint import go_back, init_from
-from hpcgpt.config.options import Config
+from hpcgpt.checkpoint.layout import State
+from hpcgpt.config.options import Config, Parallel
 from hpcgpt.data import datasets, mix
 from hpcgpt.data.datasets import DataSet
 from hpcgpt.errors import UserError
@@ -214,3 +215,27 @@ def _total_steps(config: Config, windows: int) -> int:
     if train.tokens:
         return math.ceil(train.tokens / (train.global_batch * config.model.block_size))
     return max(1, math.floor(train.epochs * windows / train.global_batch))
+
+
+def open_to_read(config: Config, state: State, validation: bool) -> Plan:
+    """Open the data of the run with this checkpoint, to read it and not to train; validation only if `validation`.
+
+    What a run sends between GPUs, where it began or is to go back to, how large its batch is, and which tasks it
+    answers has nothing to do with reading its windows, and may not even exist any more.
+
+    Raises:
+        UserError: the shards are gone, are not those that it was trained on, or have no validation split.
+    """
+    settings = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, init_from=""),
+        parallel=Parallel(),
+        checkpoint=dataclasses.replace(config.checkpoint, step=0),
+        eval=dataclasses.replace(config.eval, every=int(validation), tasks=(), tasks_every=0),
+        train=dataclasses.replace(config.train, global_batch=1, micro_batch=1),
+    )
+    planned = make(settings, world_size=1)
+    planned = dataclasses.replace(planned, config=dataclasses.replace(planned.config, train=config.train))
+    if changed := changes(state.identity, planned.identity):
+        raise UserError(f"it was trained with other data or settings: {'; '.join(changed)}")
+    return planned

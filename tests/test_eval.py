@@ -17,7 +17,7 @@ from hpcgpt.eval import Progress
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.output import terminal
 from tests.checkpoint.small_checkpoints import flip_byte, update_checksums
-from tests.programs import ROOT, clean_env, command, program
+from tests.programs import ROOT, clean_env, command, on_ranks, program
 from tests.tiny_run import TINY, rows
 
 pytestmark = pytest.mark.processes
@@ -107,6 +107,13 @@ def test_impossible_arguments_are_refused(flags: list[str], sentence: str, runs:
     assert "Traceback" not in done.stderr
 
 
+def test_several_ranks_are_refused_without_tasks(runs: Path) -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = command("hpcgpt.eval", str(runs / "gpt2"), env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "2 ranks were started, and each would evaluate the whole validation split" in done.stderr
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     done = command("hpcgpt.eval", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
@@ -190,6 +197,16 @@ def test_a_damaged_checkpoint_is_refused_if_named_and_otherwise_skipped(runs: Pa
     assert json.loads(done.stdout)["step"] == 8
     assert "warning: checkpoint" in done.stderr
     assert (copy / "checkpoints/step_000000012").is_dir(), "a command that only reads sets nothing aside"
+
+
+def test_one_rank_chooses_the_checkpoint_for_all(runs: Path, tmp_path: Path) -> None:
+    """A run that is training may have another best checkpoint a moment later."""
+    copy = Path(shutil.copytree(runs / "gpt2", tmp_path / "gpt2"))
+    flip_byte(copy / "checkpoints/step_000000012")
+    (tmp_path / "task.jsonl").write_text('{"text": "a word"}\n')
+    done = on_ranks(2, "hpcgpt.eval", str(copy), "--best", "--tasks", str(tmp_path / "task.jsonl"))
+    assert done.returncode != 0
+    assert done.stderr.count("warning: checkpoint") == 1, done.stderr
 
 
 def test_evaluating_other_data_than_the_runs_is_refused(runs: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hpcgpt.checkpoint import load as checkpoint_load
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import rendezvous, world
+from hpcgpt.distributed.collectives import run_on_rank0
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.errors import UserError
 from hpcgpt.model import host_memory, kernels
@@ -89,8 +90,14 @@ def load(folder: Path, step: int | None, best: bool, device_name: str = "", here
 
 
 def choose(folder: Path, step: int | None, best: bool, ranks: Ranks) -> Path:
-    """Return the checkpoint of a step, the best one, or else the newest, after a check of every byte; see `load`."""
-    return _best(folder) if best else _newest(folder, ranks) if step is None else _of_step(folder, step)
+    """Return the checkpoint of a step, the best one, or else the newest, after a check of every byte; see `load`.
+
+    A collective: all ranks get the same.
+    """
+    if not best and step is None:
+        return _newest(folder, ranks)
+    # One rank looks: the run may be training, and another rank may find another best one, or one that is being removed.
+    return run_on_rank0(ranks, lambda: _best(folder) if step is None else _of_step(folder, step))
 
 
 def _newest(folder: Path, ranks: Ranks) -> Path:

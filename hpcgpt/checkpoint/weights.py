@@ -5,7 +5,7 @@ A file is mapped only while a tensor is read from it, so a process that has read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,6 @@ class Weights:
                 part = _read_rows(place, first - place.start, after - place.start)
                 out[first - wanted.start : after - wanted.start].copy_(part)
         return out
-
-
-def rounded(weights: Weights, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Return a function that reads a tensor by its name, rounds it to `dtype`, and returns it as float64."""
-    return lambda name: weights.read(name).to(dtype).double()
 
 
 def _index(path: Path, state: State) -> dict[str, _Stored]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpcgpt.config.options import Model
+from hpcgpt.errors import UserError
 from hpcgpt.export import tensor_names
 from hpcgpt.export.on_demand import Read, Watch, read_on_demand, watched, without_memory_for_parameters
 from hpcgpt.model.gpt import GPT
@@ -66,9 +67,16 @@ def compare(own: Forward, other: Forward, ids: Tensor, config: Model) -> Agreeme
 
     Raises:
         DisagreementError: they differ.
+        UserError: our own logits are not finite.
     """
     with torch.no_grad():
-        expected, found = own(ids, _ignore), other(ids, _ignore)
+        expected = own(ids, _ignore)
+        if not torch.isfinite(expected).all():
+            raise UserError(
+                "the logits that hpcgpt itself computes from these weights are not finite, so there is nothing to "
+                "compare: the training has diverged, or the weights were damaged before. Choose an earlier checkpoint"
+            )
+        found = other(ids, _ignore)
         if expected.shape != found.shape:
             raise DisagreementError(
                 f"it has logits for {found.shape[-1]:,} ids, and the vocabulary of the run has {expected.shape[-1]:,}"

@@ -9,8 +9,8 @@
       tokenizer.json, tokenizer_config.json, special_tokens_map.json     see hpcgpt.export.tokenizer_files
       README.md                          see hpcgpt.export.model_card
 
-Weights are read, converted and written tensor by tensor, in the order of the forward pass: what is in memory is one
-tensor, and not the model.
+Weights are read, converted and written tensor by tensor, in the order of the forward pass. What is in memory is the
+largest one, in the check also in float64, and not the model.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def check(source: Source, folder: Path, probe: Probe) -> Agreement:
         DisagreementError: it does not.
         UserError: the tokenizer gives other ids.
     """
-    tokenizer_files.check(source.tokenizer, (folder / "tokenizer.json").read_bytes(), probe.texts)
+    tokenizer_files.check(source.tokenizer, huggingface_model.encoder(folder), probe.texts)
     names = tensor_names.modules(source.model, tensor_names.architecture(source.model))
     theirs = huggingface_model.forward(folder, names)
     return compare(ours(source.model, source.read()), theirs, probe.ids, source.model)

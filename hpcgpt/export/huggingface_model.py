@@ -11,7 +11,8 @@ The only module that imports transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,8 @@ from hpcgpt.errors import UserError
 from hpcgpt.export.agreement import DisagreementError, Forward
 from hpcgpt.export.on_demand import Read, Watch, read_on_demand, watched, without_memory_for_parameters
 
+# Keys of a config.json by which transformers takes code or another file, from the folder or from a hub.
+_CODE = re.compile("implementation|kernel|auto_map|configuration_files|quantization_config")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -97,17 +100,41 @@ def computing(model: Any, read: Read, names: dict[str, str]) -> Forward:
 def make(folder: Path) -> Any:
     """Make the model of a folder's config.json, without weights.
 
+    The file may be from anywhere, so it is data, and chooses neither code nor other files.
+
     Raises:
         DisagreementError: transformers refuses config.json.
+        UserError: it names code or files.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    configs, models = cast(Any, AutoConfig), cast(Any, AutoModelForCausalLM)  # not every version has types
+    classes, models = cast(Any, CONFIG_MAPPING), cast(Any, AutoModelForCausalLM)  # not every version has types
+    content = json.loads((folder / "config.json").read_bytes())
+    if named := sorted(filter(_CODE.search, content)):
+        raise UserError(f"{folder / 'config.json'}: {named[0]} chooses code or files of its own: remove this key")
     try:
         with _quiet(), without_memory_for_parameters():
-            return models.from_config(configs.from_pretrained(folder)).eval()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            config = classes[content["model_type"]].from_dict(content)
+            return models.from_config(config, trust_remote_code=False, attn_implementation="sdpa").eval()
+    except MemoryError:
+        raise
+    except Exception as error:  # of any type: what its classes raise for a value that they do not expect
         raise DisagreementError(f"transformers cannot make a model from its config.json: {error!r}") from error
+
+
+def encoder(folder: Path) -> Callable[[str], list[int]]:
+    """Return what AutoTokenizer, with the files of `folder`, makes of a text, without special tokens."""
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        found = cast(Any, AutoTokenizer).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def encode(text: str) -> list[int]:
+        with _quiet():  # a text may be longer than the model's context
+            ids: list[int] = found(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return encode
 
 
 def _check_tensors(model: nn.Module, files: Files) -> None:

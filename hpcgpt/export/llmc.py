@@ -30,6 +30,7 @@ from hpcgpt.export import nanogpt, reference_gpt2, tensor_names
 from hpcgpt.export.agreement import Agreement, DisagreementError, compare, ours
 from hpcgpt.export.source import Probe, Source
 from hpcgpt.export.tensor_names import Piece
+from hpcgpt.storage import atomic
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from hpcgpt.tokenizer.interface import Tokenizer
 
@@ -68,7 +69,7 @@ def write(source: Source, folder: Path) -> None:
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:8] = (MAGIC, VERSIONS[source.dtype], model.block_size, model.vocab_size, model.n_layer, model.n_head,
                   model.n_embd, padded)  # fmt: skip
-    with open(folder / FILE, "wb") as file:
+    with atomic.open_plain(folder / FILE) as file:
         file.write(header.tobytes())
         for piece in _in_order(source.pieces("nanoGPT")):
             tensor = source.tensor(piece)
@@ -77,7 +78,8 @@ def write(source: Source, folder: Path) -> None:
                 missing = torch.zeros((padded - len(tensor), model.n_embd), dtype=source.dtype)
                 file.write(missing.view(torch.uint8).numpy().data)
     if (content := tokenizer_file(source.tokenizer)) is not None:
-        (folder / TOKENIZER_FILE).write_bytes(content)
+        with atomic.open_plain(folder / TOKENIZER_FILE) as file:
+            file.write(content)
 
 
 def tokenizer_file(tokenizer: Tokenizer) -> bytes | None:

@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import hpcgpt
+from hpcgpt.checkpoint.init_from import IMPORTED
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.config import sources
+from hpcgpt.config.options import Config
+from hpcgpt.errors import UserError
 from hpcgpt.export.source import Source
 from hpcgpt.export.tensor_names import Architecture, Piece
+from hpcgpt.run import records
 from hpcgpt.slurm import code_snapshot
+
+MOST_RUNS = 100  # before this one that are followed
 
 _HUGGING_FACE = """---
 library_name: transformers
@@ -43,7 +50,7 @@ def text(export: Export, usage: str, notes: list[str]) -> str:
     more = "".join(f"\n- {note}" for note in notes)
     return "\n".join([
         f"{head}# {source.config.run.name}", "",
-        f"Weights of a language model that was pretrained with hpcgpt, of step {source.state.step:,} of its run.", "",
+        _sentence(source), "",
         "| | |", "|---|---|", *rows, "", "## Use", "", usage.strip(),
         *(["", "## Note", "", more.strip()] if notes else []), "",
     ])  # fmt: skip
@@ -82,14 +89,35 @@ def _model(export: Export) -> dict[str, str]:
     }
 
 
+def _sentence(source: Source) -> str:
+    if imported := imported_from(source.folder):
+        return f"Weights of a language model that hpcgpt imported from {imported}, and did not train."
+    runs, imported = runs_before(source.config)
+    if imported:
+        how = f"that hpcgpt imported from {imported} and trained on"
+    else:
+        how = "that was trained on from another run with hpcgpt" if runs else "that was pretrained with hpcgpt"
+    return f"Weights of a language model {how}, of step {source.state.step:,} of its run."
+
+
 def _training(export: Export) -> dict[str, str]:
-    source, state = export.source, export.source.state
+    source = export.source
+    return {
+        **({} if imported_from(source.folder) else _trained(source)),
+        "checkpoint": f"`{source.weights.path.name}` of the run `{source.config.run.name}`",
+        "exported by": f"`{export.command}`, hpcgpt {hpcgpt.__version__}{_with(code_snapshot.commit())}",
+        "checked": export.checked,
+    }
+
+
+def _trained(source: Source) -> dict[str, str]:
+    state = source.state
     row = figures(source.folder, state)
     val_loss, bits = row.get("val/loss"), row.get("val/bits_per_byte")
     digests = state.identity.get("digest of the shards", "unknown")
     digests = digests if isinstance(digests, list) else [digests]
     made_with = {name: state.in_effect.get(name) for name in ("hpcgpt", "torch", "gpu", "ranks")}
-    config = source.config
+    config, (runs, imported) = source.config, runs_before(source.config)
     rate = f"peak learning rate {config.optim.lr:g}, schedule {config.schedule.kind}"
     steps = f"{state.step:,} steps of {source.config.train.global_batch:,} sequences"
     return {
@@ -102,11 +130,9 @@ def _training(export: Export) -> dict[str, str]:
             f"{name} {value}" for name, value in made_with.items() if value not in (None, "none")
         ),
         "optimizer": f"{config.optim.name}, {rate}, weight decay {config.optim.weight_decay:g}",
-        "first weights": f"of `{config.run.init_from}`" if config.run.init_from else "",
-        "commit": _commit(source.folder),
-        "checkpoint": f"`{source.weights.path.name}` of the run `{source.config.run.name}`",
-        "exported by": f"`{export.command}`, hpcgpt {hpcgpt.__version__}{_with(code_snapshot.commit())}",
-        "checked": export.checked,
+        "first weights": ", which began with ".join(f"`{run}`" for run in runs)
+        + (f", imported from {imported}" if imported else ""),
+        "commit": commit_of(source.folder, state.step) or _commit(source.folder),
     }
 
 
@@ -123,3 +149,44 @@ def _commit(run: Path) -> str:
 
 def _with(commit: str) -> str:
     return f", commit {commit}" if commit else ""
+
+
+def imported_from(run: Path) -> str:
+    """Return what a folder of imported weights says of their source; '' for the folder of a run."""
+    try:
+        content = json.loads((run / IMPORTED).read_bytes())
+        return f"`{content['source']}` ({content['format']})"
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "a source that its imported.json does not name"
+
+
+def runs_before(config: Config) -> tuple[list[str], str]:
+    """Return the runs that a run began with, the last one first, and what the first of them was imported from.
+
+    Folders that have been removed end the list.
+    """
+    found: list[str] = []
+    while config.run.init_from and config.run.init_from not in found and len(found) < MOST_RUNS:
+        folder = Path(config.run.init_from)
+        found.append(config.run.init_from)
+        if source := imported_from(folder):
+            return found, source
+        try:
+            config = sources.from_file(folder / "config.toml")
+        except (UserError, OSError):
+            break
+    return found, ""
+
+
+def commit_of(run: Path, step: int) -> str:
+    """Return the commit of the code that computed `step`, as the event ``about`` recorded it; '' if none did."""
+    events = records.events(run)
+    attempts = {
+        event.get("attempt") for event in events if event["event"] == "start" and event.get("step", step) < step
+    }
+    found = [event for event in events if event["event"] == "about" and event.get("attempt") in attempts]
+    if not found or not found[-1].get("commit"):
+        return ""
+    return f"{found[-1]['commit']}{', with uncommitted changes' if found[-1].get('dirty') else ''}"

@@ -28,6 +28,7 @@ from hpcgpt.export import huggingface, huggingface_model, reference_gpt2
 from hpcgpt.export.agreement import Agreement, Forward, compare, loss, ours
 from hpcgpt.export.on_demand import Read
 from hpcgpt.export.source import Probe, Source
+from hpcgpt.storage import atomic
 
 FILE = "ckpt.pt"
 EPSILON = 1e-5
@@ -76,7 +77,8 @@ def write(source: Source, folder: Path) -> None:
         "best_val_loss": source.val_loss if source.val_loss is not None else 1e9,  # as nanoGPT before its first
         "config": {},
     }
-    torch.save(checkpoint, folder / FILE)
+    with atomic.open_plain(folder / FILE) as file:  # torch itself says "unexpected pos" where a disk is full
+        torch.save(checkpoint, file)
     path.unlink()
 
 

@@ -8,7 +8,6 @@ Shapes: B windows, T tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,22 +130,13 @@ def _windows(source: Source) -> tuple[Windows, str]:
         UserError: the shards are gone, or are not those of the run.
     """
     config = source.config
-    # The run that `init_from` names may have been deleted.
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=""))
     try:
-        planned = _planned(config, every=1)
+        planned = plan.open_to_read(config, source.state, validation=True)
     except UserError:  # without validation
-        planned = _planned(config, every=0)
-    if changed := plan.changes(source.state.identity, planned.identity):
-        raise UserError(f"they are not those that it was trained with: {'; '.join(changed)}")
+        planned = plan.open_to_read(config, source.state, validation=False)
     part = next((part for part in planned.sets if part.val), planned.sets[0])
     size = config.model.block_size
     windows = Windows(part.val or part.train, size, size, config.model.vocab_size)
     if windows.count < 1:
         raise UserError("the split has not one window of block_size tokens")
     return windows, "validation" if part.val else "training"
-
-
-def _planned(config: Config, every: int) -> plan.Plan:
-    """Open the data of a run; the validation split only if `every`."""
-    return plan.make(dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every)), world_size=1)

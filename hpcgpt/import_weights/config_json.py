@@ -102,6 +102,14 @@ class _Keys:
     def number(self, key: str, default: float) -> float:
         return float(self._typed(key, default, _is_positive, "a number greater than 0"))
 
+    def epsilon(self, key: str, default: float) -> float:
+        """Return the epsilon of norms, 0.0 if it is the default."""
+        value = float(self._typed(key, default, lambda v: _is_positive(v) and v < 1, "a number from 0 to 1"))
+        return 0.0 if value == default else value
+
+    def rope_base(self, key: str, default: float) -> float:
+        return float(self._typed(key, default, lambda v: _is_positive(v) and v > 1, "a number greater than 1"))
+
     def must_be(self, key: str, allowed: Any, default: Any, because: str) -> None:
         """Refuse any value of a key but one. A missing key has the value `default`."""
         if self.value(key, default) != allowed:
@@ -144,7 +152,7 @@ def _gpt2(keys: _Keys) -> Read:
     model = Model(
         kind="gpt2", n_layer=keys.size("n_layer"), n_head=keys.size("n_head"), n_embd=keys.size("n_embd"),
         block_size=keys.size("n_positions"), vocab_size=keys.size("vocab_size"),
-        tied=keys.flag("tie_word_embeddings", True), norm_eps=_epsilon(keys.number("layer_norm_epsilon", 1e-5), 1e-5),
+        tied=keys.flag("tie_word_embeddings", True), norm_eps=keys.epsilon("layer_norm_epsilon", 1e-5),
         gelu=gelu[activation],
     )  # fmt: skip
     width = keys.optional_size("n_inner")
@@ -165,7 +173,7 @@ def _rotary(keys: _Keys, kind: str) -> Read:
     model = Model(
         kind="modern", n_layer=layers, n_head=heads, n_embd=keys.size("hidden_size"),
         block_size=keys.size("max_position_embeddings"), vocab_size=keys.size("vocab_size"),
-        tied=keys.flag("tie_word_embeddings", False), norm_eps=_epsilon(keys.number("rms_norm_eps", 1e-6), 1e-6),
+        tied=keys.flag("tie_word_embeddings", False), norm_eps=keys.epsilon("rms_norm_eps", 1e-6),
         qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2" or keys.flag("attention_bias", False),
     )  # fmt: skip
     # The defaults are those of transformers' classes.
@@ -184,7 +192,7 @@ def _with_rope(model: Model, keys: _Keys) -> Model:
     """Return the model with its rotary base and scaling: in rope_parameters, or before transformers 5 in two keys."""
     whole, scaling = keys.within("rope_parameters"), keys.within("rope_scaling")
     where = whole or scaling
-    base = keys.number("rope_theta", whole.number("rope_theta", 10_000.0) if whole else 10_000.0)
+    base = keys.rope_base("rope_theta", whole.rope_base("rope_theta", 10_000.0) if whole else 10_000.0)
     model = replace(model, rope_base=base)
     if where is None:
         return model
@@ -202,7 +210,3 @@ def _with_rope(model: Model, keys: _Keys) -> Model:
     if unread := where.unread():
         raise where.refused(unread[0], f"rotary positions of type {kind} have no such key here")
     return model
-
-
-def _epsilon(value: float, default: float) -> float:
-    return 0.0 if value == default else value

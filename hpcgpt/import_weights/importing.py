@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     if not path.exists():
         raise UserError(f"no file or folder {path}")
     of_hugging_face = path.is_dir()
+    _check_options(options, of_hugging_face)
     source = huggingface.read(path) if of_hugging_face else _read_file(path, options)
     model = source.model
     yield f"{path}: {source.format}, {_shape(model)}"
@@ -54,6 +55,15 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
 def _read_file(path: Path, options: argparse.Namespace) -> Source:
     return checkpoints.read(path, checkpoints.Unsaid(options.heads, options.gelu))
+
+
+def _check_options(options: argparse.Namespace, of_hugging_face: bool) -> None:
+    """Raise UserError if an option has no effect, or no meaning."""
+    if options.heads < 0:
+        raise UserError(f"--heads {options.heads} must be at least 1")
+    for name, given in (("--heads", options.heads), ("--gelu", options.gelu)):
+        if of_hugging_face and given:
+            raise UserError(f"{name} has no effect on a folder, whose config.json says it: leave it out")
 
 
 def _tokenizer(path: Path, options: argparse.Namespace) -> Tokenizer:

@@ -28,7 +28,9 @@ import tomli_w
 from hpcgpt.checkpoint import layout, safetensors_writer
 from hpcgpt.checkpoint.init_from import IMPORTED
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.config.options import Model
+from hpcgpt.config import sources
+from hpcgpt.config.options import Model, Train
+from hpcgpt.data.shard_format import WIDTHS
 from hpcgpt.import_weights.assemble import Assembled
 from hpcgpt.run import run_folder
 from hpcgpt.storage import atomic
@@ -37,11 +39,14 @@ from hpcgpt.tokenizer.interface import Tokenizer
 
 _COMMENT = """\
 # Weights that `hpcgpt import` took from {source}. To train on from them, in a new run:
-#   python -m data_prep.make_shards TEXT --tokenizer {out}/tokenizer --out data/shards
+#   python -m data_prep.make_shards TEXT --tokenizer {out}/tokenizer --out data/shards{wide}
 #   hpcgpt train {out}/config.toml --data.dir data/shards
 # Options that are not here have their defaults: think about optim.lr, schedule.* and train.*, as for any run.
 
 """
+# What a micro-batch may need without a word from the user: as many tokens as GPT-2's 16 sequences of 1,024, and logits
+# in float32 of 4 GiB. A released context of 40,960 tokens and 151,936 ids would need 400 GB of them.
+_TOKENS, _LOGIT_BYTES, _CHUNK = 1 << 14, 4 << 30, 1024
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,16 @@ def write(folder: Path, out: Path, assembled: Assembled, tokenizer: Tokenizer, o
     """Fill `folder`, which will be renamed `out`.
 
     Raises:
+        UserError: the model is none that a configuration can have; the message names the option.
         OSError: there is no room.
     """
+    configuration = _config(out, assembled.model, tokenizer, origin)
+    atomic.write(folder / "config.toml", configuration.encode())
+    sources.from_file(folder / "config.toml")  # before gigabytes are written
     run_folder.prepare(folder)
     save_load.save(tokenizer, folder / "tokenizer")
     _write_checkpoint(layout.path_of(folder / "checkpoints", 0), assembled)
     atomic.write(folder / IMPORTED, (json.dumps(dataclasses.asdict(origin), indent=1) + "\n").encode())
-    atomic.write(folder / "config.toml", _config(out, assembled.model, tokenizer, origin).encode())
 
 
 def _write_checkpoint(path: Path, assembled: Assembled) -> None:
@@ -83,7 +91,7 @@ def _write_checkpoint(path: Path, assembled: Assembled) -> None:
 
 
 def _config(out: Path, model: Model, tokenizer: Tokenizer, origin: Origin) -> str:
-    """Return config.toml: what differs from the defaults, and the sizes."""
+    """Return config.toml: what differs from the defaults, the sizes, and what bounds memory."""
     sizes = ("kind", "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "qkv_bias", "tied")
     default = dataclasses.asdict(Model())
     options = {key: value for key, value in dataclasses.asdict(model).items() if key in sizes or value != default[key]}
@@ -92,7 +100,24 @@ def _config(out: Path, model: Model, tokenizer: Tokenizer, origin: Origin) -> st
         "data": {"tokenizer": tokenizer.fingerprint},
         "model": options,
     }
-    return _COMMENT.format(source=_printable(origin.source), out=_printable(str(out))) + tomli_w.dumps(content)
+    if train := _train(model):
+        content["train"] = train
+    wide = " --dtype uint32" if model.vocab_size > WIDTHS["uint16"].most_ids else ""
+    comment = _COMMENT.format(source=_printable(origin.source), out=_printable(str(out)), wide=wide)
+    return comment + tomli_w.dumps(content)
+
+
+def _train(model: Model) -> dict[str, int]:
+    """Return a train.micro_batch and train.loss_chunk that bound the memory of large contexts and vocabularies."""
+    found, micro_batch = {}, Train().micro_batch
+    while micro_batch > 1 and micro_batch * model.block_size > _TOKENS:
+        micro_batch //= 2
+    if micro_batch != Train().micro_batch:
+        found["micro_batch"] = micro_batch
+    tokens = micro_batch * model.block_size
+    if 4 * tokens * model.vocab_size > _LOGIT_BYTES and tokens > _CHUNK:
+        found["loss_chunk"] = _CHUNK
+    return found
 
 
 def _printable(text: str) -> str:

@@ -79,6 +79,8 @@ class RunModel:
             raise UserError(f"--model_args: unknown {', '.join(sorted(unknown))}: expected run=RUN, step=N, best=True")
         if not run:
             raise UserError("--model_args: name the run folder, run=RUN")
+        if step is not None and best:
+            raise UserError("--model_args: step=N and best=True name two checkpoints: leave one of them out")
         if device not in DEVICES:
             raise UserError(f"--device {device}: expected cpu, cuda or cuda:0; CUDA_VISIBLE_DEVICES chooses the GPU")
         folder = Path(paths.expand(str(run), "run"))

@@ -58,15 +58,27 @@ def loglikelihoods(model: GPT, requests: Sequence[Request], how: Computation) ->
     order = sorted(range(len(requests)), key=lambda number: (-len(inputs[number]), inputs[number], number))
     batches = [order[start : start + how.batch] for start in range(0, len(order), how.batch)]
     own: dict[int, LogLikelihood] = {}
+    failed: Exception | None = None
     with _evaluating(model), how.precision():
         for first in range(0, len(batches), world.size):
             if how.stopped():
                 return None
-            if first + world.rank < len(batches):
+            if failed is None and first + world.rank < len(batches):
                 numbers = batches[first + world.rank]
                 chosen = [(inputs[number], requests[number].continuation) for number in numbers]
-                own.update(zip(numbers, _of_batch(model, chosen, how.ranks.device), strict=True))
-    merged = {number: one for of_rank in gather_from_all(how.ranks, lambda: own) for number, one in of_rank.items()}
+                try:
+                    own.update(zip(numbers, _of_batch(model, chosen, how.ranks.device), strict=True))
+                except Exception as error:  # of any type: the others poll `stopped` together with this rank
+                    if world.size == 1:
+                        raise
+                    failed = error
+
+    def computed() -> dict[int, LogLikelihood]:
+        if failed is not None:
+            raise failed
+        return own
+
+    merged = {number: one for of_rank in gather_from_all(how.ranks, computed) for number, one in of_rank.items()}
     return [merged[number] for number in range(len(requests))]
 
 

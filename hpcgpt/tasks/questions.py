@@ -35,6 +35,7 @@ EXPECTED = (
     "and answerKey (ARC), or text (LAMBADA)"
 )
 _NAME = re.compile(r"[\w.+-]+")
+_HALF = re.compile("[\ud800-\udfff]")
 _LONGEST_SHOWN = 60  # characters
 
 
@@ -108,6 +109,7 @@ def read(path: Path, limit: int = 0) -> Task:
         where = f"{shown}, line {number:,}"
         try:
             found, context, answers, right = _parse(line)
+            _check_characters(context, *answers)
         except _LineError as error:
             raise UserError(f"{where}: {error}") from None
         if form not in (None, found):
@@ -142,6 +144,13 @@ def _parse(line: bytes) -> tuple[Form, str, tuple[str, ...], int]:
         return "lambada", *_lambada(row)
     found = ", ".join(terminal.printable(name) for name in fields) or "none"
     raise _LineError(f"it is no question, its fields are {found}: {EXPECTED}")
+
+
+def _check_characters(*texts: str) -> None:
+    """Refuse half a character (a lone UTF-16 surrogate), which JSON can state and no tokenizer encodes."""
+    for text in texts:
+        if half := _HALF.search(text):
+            raise _LineError(f"\\u{ord(half[0]):04x} is half a character, without its other half")
 
 
 def _hellaswag(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], int]:
@@ -212,7 +221,7 @@ def _checked(answers: tuple[str, ...], key: str) -> tuple[str, ...]:
 
 def _number(label: Any, count: int) -> int:
     """Return the number of the right answer; the original files have numbers, Hugging Face's data set has text."""
-    if isinstance(label, str) and label.isascii() and label.isdecimal():
+    if isinstance(label, str) and label.isascii() and label.isdecimal() and len(label) < 10:
         label = int(label)
     if label == "":
         raise _LineError("label is empty: the answers of this split are not published, use the validation split")

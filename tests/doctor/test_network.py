@@ -92,7 +92,7 @@ def test_the_proxy_is_used_and_named_without_its_password(monkeypatch: pytest.Mo
 
 def test_no_answer_is_bad_only_if_wandb_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # not listening: it refuses, and nobody else gets the port
+        closed.bind(("127.0.0.1", 0))  # not listening: it refuses, and no other program gets the port
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
         (found,) = network.wandb("online")
         assert (found.level, "Connection refused" in found.found) == ("bad", True)

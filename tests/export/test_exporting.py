@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpcgpt.checkpoint import run_config
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.export import __main__ as export_command
 from hpcgpt.export import exporting, source
@@ -83,6 +84,25 @@ def test_a_full_disk_leaves_nothing_and_names_the_file(
     assert names(tmp_path) == ["run"]
 
 
+@pytest.mark.parametrize(("to", "name"), [("nanogpt", "ckpt.pt"), ("llmc", "model.bin"), ("llmc", "tokenizer.bin")])
+def test_a_full_disk_is_named_whichever_library_writes(to: str, name: str, run: Path, tmp_path: Path) -> None:
+    """The device /dev/full stands in for the file: every write there fails with ENOSPC."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / name).symlink_to("/dev/full")
+    found = exporting.open_source(run, run_config.config(run), None, False, "float32")
+    with pytest.raises(OSError, match=rf"cannot write .*/files/{name}: No space left on device; .* MB free"):
+        exporting.TARGETS[to].write(found, tmp_path / "files")
+
+
+def test_weights_that_are_not_finite_are_not_blamed_on_the_export(run: Path, tmp_path: Path) -> None:
+    diverged = made_runs.weights(made_runs.GPT2)
+    diverged["norm.weight"][3] = float("nan")
+    made_runs.save(run, diverged, ranks=1, step=9)
+    with pytest.raises(UserError, match=r"itself computes from these weights are not finite, .* earlier checkpoint"):
+        export(run, tmp_path / "out")
+    assert names(tmp_path) == ["run"]
+
+
 def test_without_transformers_it_says_what_to_install(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +169,32 @@ def test_the_readme_says_what_it_is_and_what_was_checked(run: Path, tmp_path: Pa
         assert row in lines
     assert f"`hpcgpt export {run} {tmp_path / 'out'} --to hf`" in readme
     assert "random ids, since the run's shards cannot be read" in readme
+
+
+def test_the_readme_names_the_runs_and_the_import_that_weights_are_from(run: Path, tmp_path: Path) -> None:
+    """A chain of three: imported weights, a run that began with them, and one that began with that."""
+    first, second = (made_runs.make(tmp_path / name, made_runs.GPT2) for name in ("first", "second"))
+    (first / "imported.json").write_text('{"source": "/models/gpt2", "format": "huggingface/gpt2"}')
+    for later, before in ((second, first), (run, second)):
+        path = later / "config.toml"
+        path.write_text(path.read_text().replace('init_from = ""', f'init_from = "{before}"'))
+    events = [
+        {"event": "start", "attempt": 1, "step": 0, "time": 1.0},
+        {"event": "about", "attempt": 1, "commit": "feed123", "dirty": True, "time": 1.5},
+        {"event": "start", "attempt": 2, "step": 7, "time": 2.0},
+        {"event": "about", "attempt": 2, "commit": "abcd456", "dirty": False, "time": 2.5},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert export(run, tmp_path / "out") == 0
+    readme = (tmp_path / "out" / "README.md").read_text()
+    source = "`/models/gpt2` (huggingface/gpt2)"
+    assert f"a language model that hpcgpt imported from {source} and trained on, of step 7 of its run." in readme
+    assert f"| first weights | `{second}`, which began with `{first}`, imported from {source} |" in readme
+    assert "| commit | feed123, with uncommitted changes |" in readme
+    assert export(first, tmp_path / "same") == 0
+    readme = (tmp_path / "same" / "README.md").read_text()
+    assert f"that hpcgpt imported from {source}, and did not train." in readme
+    assert not [word for word in ("pretrained", "| optimizer", "| trained on", "| data") if word in readme]
 
 
 @pytest.mark.processes

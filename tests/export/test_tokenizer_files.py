@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hpcgpt.errors import UserError
-from hpcgpt.export import tokenizer_files
+from hpcgpt.export import huggingface_model, tokenizer_files
 from hpcgpt.tokenizer import equivalence_texts, find_tokenizer, from_huggingface, from_tiktoken
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from hpcgpt.tokenizer.interface import Tokenizer
@@ -47,7 +47,8 @@ def test_autotokenizer_gives_the_ids_of_a_byte_level_bpe(make: Any, tmp_path: Pa
     assert (found.model_max_length, len(found)) == (64, tokenizer.vocab_size)
     assert found(made_runs.END + "the")["input_ids"] == [tokenizer.end_of_text, *tokenizer.encode("the")]
     content = (tmp_path / "tokenizer.json").read_bytes()
-    tokenizer_files.check(tokenizer, content, TEXTS)
+    tokenizer_files.check(tokenizer, huggingface_model.encoder(tmp_path), TEXTS)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["add_prefix_space"] is False
     if tokenizer.name == "gpt2":
         path = Path(find_tokenizer.__file__).parent / "vocab" / "gpt2.bpe"
         published = [line.split() for line in path.read_text(encoding="utf-8").splitlines()[1:]]
@@ -81,10 +82,18 @@ def test_a_tokenizer_that_only_the_library_runs_has_its_special_tokens_back(kind
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"] == model["vocab"]
 
 
-def test_a_tokenizer_that_gives_other_ids_is_refused() -> None:
+@pytest.mark.parametrize("change", ["merges", "prefix"])
+def test_a_tokenizer_that_gives_other_ids_is_refused(change: str, tmp_path: Path) -> None:
+    """Also one whose tokenizer.json is right, and whose tokenizer_config.json makes another one of it."""
     tokenizer = made_runs.tokenizer()
-    made = tokenizer_files.content(tokenizer)
-    made["model"]["merges"] = made["model"]["merges"][::-1]
-    made["model"]["ignore_merges"] = False
+    opened(tokenizer, tmp_path)
+    name = "tokenizer.json" if change == "merges" else "tokenizer_config.json"
+    made = json.loads((tmp_path / name).read_text())
+    if change == "merges":
+        made["model"]["merges"] = made["model"]["merges"][::-1]
+        made["model"]["ignore_merges"] = False
+    else:
+        made |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    (tmp_path / name).write_text(json.dumps(made))
     with pytest.raises(UserError, match=r"the tokenizer tiny cannot be exported: .* other ids, for example for '"):
-        tokenizer_files.check(tokenizer, json.dumps(made).encode(), TEXTS)
+        tokenizer_files.check(tokenizer, huggingface_model.encoder(tmp_path), TEXTS)

@@ -78,6 +78,8 @@ def test_biases_are_those_of_qwen2_and_llamas_fourth_must_be_zero(tmp_path: Path
             {"model_type": "mixtral"},
             'model_type is "mixtral": those that can be imported are gpt2, llama, qwen2, qwen3',
         ),
+        ({"rms_norm_eps": 1.0}, "rms_norm_eps is 1.0: expected a number from 0 to 1"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0: expected a number greater than 1"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu": our modern block has SwiGLU'),
         ({"mlp_bias": True}, "mlp_bias is true: our modern block has no biases in its MLP"),
         ({"use_sliding_window": True}, "use_sliding_window is true: our attention has no sliding window"),

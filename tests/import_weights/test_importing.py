@@ -19,11 +19,12 @@ from hpcgpt.checkpoint import __main__ as checkpoint
 from hpcgpt.checkpoint import load_model
 from hpcgpt.checkpoint.weights import Weights
 from hpcgpt.config import sources
+from hpcgpt.config.options import Train
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.export import __main__ as export
 from hpcgpt.import_weights import __main__ as importing
-from hpcgpt.import_weights import against_transformers
+from hpcgpt.import_weights import against_transformers, weights_folder
 from tests.import_weights import released
 from tests.programs import command
 from tests.tiny_run import rows
@@ -185,6 +186,40 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(source: Path, tmp_path
         importing.main([str(source), "--out", str(tmp_path / "there")])
 
 
+def test_options_without_effect_or_meaning_are_refused(qwen3: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "--heads has no effect on a folder" in refused(qwen3, tmp_path / "out", "--heads", "4")
+    assert "--gelu has no effect on a folder" in refused(qwen3, tmp_path / "out", "--gelu", "exact")
+    (tmp_path / "model_000100.pth").write_bytes(b"")
+    assert "--heads -12 must be at least 1" in refused(
+        tmp_path / "model_000100.pth", tmp_path / "out", "--heads", "-12"
+    )
+
+
+def test_large_contexts_and_vocabularies_get_a_bounded_micro_batch_and_wide_shards(
+    qwen3: Path, tmp_path: Path, imported: Import
+) -> None:
+    """What is printed to be typed works: 16-bit tokens do not hold the ids, and no machine has 400 GB for logits."""
+    small = imported(qwen3, tmp_path / "small", "--no-check")
+    assert "uint32" not in (small / "config.toml").read_text()
+    assert sources.from_file(small / "config.toml").train == Train()
+    large = imported(qwen3, tmp_path / "large", "--no-check", "--vocab-size", "65537", "--block-size", "40960")
+    (command_line,) = re.findall("# +python -m (.*)", (large / "config.toml").read_text())
+    assert command_line == (
+        f"data_prep.make_shards TEXT --tokenizer {large}/tokenizer --out data/shards --dtype uint32"
+    )
+    found = sources.from_file(large / "config.toml")
+    assert (found.train.micro_batch, found.train.loss_chunk) == (1, 1024)
+    assert found.model.block_size * found.train.micro_batch * 4 * found.model.vocab_size > 4 << 30
+
+
+def test_a_configuration_that_would_be_refused_is_found_before_the_weights_are_written(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    monkeypatch.setattr(weights_folder, "_train", lambda _: {"loss_chunk": 10**6})
+    monkeypatch.delattr(weights_folder, "_write_checkpoint")
+    assert "train.loss_chunk 1000000 is more than" in refused(qwen3, tmp_path / "out")
+
+
 def test_other_ways_to_store_the_same_weights_give_the_same_checkpoint(
     source: Path, tmp_path: Path, imported: Import
 ) -> None:
@@ -320,6 +355,13 @@ def test_an_import_that_computes_something_else_is_not_written(
     sentence = refused(qwen3, tmp_path / "out")
     assert "do not compute what transformers computes from them: they part at the module blocks.0.attention" in sentence
     imported(qwen3, tmp_path / "out", "--no-check")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "configuration_files"])
+def test_a_config_json_that_chooses_code_is_refused(key: str, qwen3: Path, tmp_path: Path, refused: Refused) -> None:
+    chosen: dict[str, Any] = {key: "someone/kernel"}
+    other = changed(qwen3, tmp_path / "other", **chosen)
+    assert f"{other}/config.json: {key} chooses code or files of its own" in refused(other, tmp_path / "out")
 
 
 def test_without_transformers_that_is_said(

@@ -134,6 +134,7 @@ def test_a_continuation_that_does_not_fit_is_refused(model: RunModel) -> None:
         ({}, "name the run folder, run=RUN"),
         ({"run": "absent"}, "no run in absent"),
         ({"run": "absent", "pretrained": "gpt2"}, "unknown pretrained: expected run=RUN, step=N, best=True"),
+        ({"run": "absent", "step": 4, "best": True}, "step=N and best=True name two checkpoints"),
         ({"run": "absent", "device": "cuda:3"}, "--device cuda:3: expected cpu, cuda or cuda:0"),
     ],
 )

@@ -65,6 +65,11 @@ def main(out: Path) -> None:
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
     (out / f"rank_{here.rank}.json").write_text(json.dumps(measure(ranks)))
+    try:
+        # One batch, so of one rank; the others wait for nothing.
+        loglikelihoods(model(), [Request((10**6,), (1,)), *some_requests()], Computation(3, ranks))
+    except Exception as error:
+        (out / f"rank_{here.rank}.txt").write_text(f"{type(error).__name__}: {error}")
     rendezvous.disconnect()
 
 

@@ -137,6 +137,8 @@ def test_any_number_of_ranks_computes_the_same_numbers_to_the_last_bit(count: in
     assert done.returncode == 0, done.stderr
     for rank in range(count):
         assert json.loads((tmp_path / f"rank_{rank}.json").read_text()) == alone
+        # What fails on one rank ends all of them.
+        assert (tmp_path / f"rank_{rank}.txt").read_text() == "RuntimeError: IndexError: index out of range in self"
 
 
 def test_rounds_are_counted_for_all_ranks() -> None:

@@ -99,6 +99,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a negative label": (changed(HELLASWAG, label=-1), "label: expected a number from 0 to 3, found -1"),
     "a label that is true": (changed(HELLASWAG, label=True), "label: expected a number from 0 to 3, found true"),
     "a label in words": (changed(HELLASWAG, label="three"), 'label: expected a number from 0 to 3, found "three"'),
+    "a label of many digits": (changed(HELLASWAG, label="9" * 5000), 'label: expected a number from 0 to 3, found "9'),
+    "half a character in an answer": (
+        changed(HELLASWAG, endings=["a", "b\ud83d", "c", "d"]), r"\\ud83d is half a character",
+    ),
+    "half a character in a context": ({"text": "a\udc00 word"}, r"\\udc00 is half a character"),
     "endings of another type": (changed(HELLASWAG, endings="abcd"), 'endings: expected a list of texts, found "abcd"'),
     "an empty right answer": (changed(HELLASWAG, endings=["a", "[step]"], label=1), "the right answer is empty"),
     "a single ending": (changed(HELLASWAG, endings=["a"], label=0), "endings: expected at least 2, found 1"),
@@ -124,6 +129,11 @@ def test_a_wrong_line_is_refused_with_its_file_and_number(name: str, tmp_path: P
     path.write_text(f"\n{line}\n")
     with pytest.raises(UserError, match=rf"^{path}, line 2: {message}"):
         questions.read(path)
+
+
+def test_a_whole_character_of_two_halves_is_read(tmp_path: Path) -> None:
+    found = questions.read(write(tmp_path / "a.jsonl", {"text": "two \U0001f600"}))
+    assert found.questions[0].answers == ("\U0001f600",)
 
 
 def test_control_characters_and_long_values_are_not_printed(tmp_path: Path) -> None:

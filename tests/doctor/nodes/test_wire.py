@@ -80,6 +80,6 @@ def test_a_stranger_without_the_token_is_disconnected(peers: Peers, greeting: by
 def test_the_first_address_that_answers_is_used_and_none_is_an_error(peers: Peers) -> None:
     wire.connect(["127.0.0.2", "127.0.0.1"], peers.port, 20).close()
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # not listening: it refuses, and nobody else gets the port
+        closed.bind(("127.0.0.1", 0))  # not listening: it refuses, and no other program gets the port
         with pytest.raises(ConnectionError, match="cannot reach the coordinator"):
             wire.connect(["127.0.0.1"], closed.getsockname()[1], 0.1)
