@@ -71,7 +71,7 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
         if copy and not RUN_ID.fullmatch(copy):
             raise UserError(f"--copy '{copy}': an id has letters, digits, - and _, at most 64")
         state["run_id"] = copy or ""
-        tracker.check("online")
+        _need_key(f"make a folder for `wandb sync`: hpcgpt tracking sync {folder} --offline DIR")
         generation = lease.newest_number(folder)  # if a newer attempt starts, it sends the rest
     command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(folder), "online", str(generation)]
     env = {**os.environ, tracker.STATE: json.dumps(state)}
@@ -90,7 +90,7 @@ def _make_dashboard(project: str, entity: str, name: str, as_json: bool) -> int:
     if as_json:
         print(dashboard.spec(entity or "ENTITY", project, name))
         return 0
-    tracker.check("online")
+    _need_key("see what would be sent: --json")
     try:
         print(dashboard.save(entity, project, name))
     except UserError:
@@ -98,6 +98,14 @@ def _make_dashboard(project: str, entity: str, name: str, as_json: bool) -> int:
     except Exception as error:  # of a library, and of a server that may answer anything
         raise UserError(f"the dashboard was not made: {' '.join(str(error).split())[:300]}") from None
     return 0
+
+
+def _need_key(otherwise: str) -> None:
+    """Raise UserError if wandb has no key; `otherwise` is what works without one."""
+    try:
+        tracker.check("online")
+    except UserError:
+        raise UserError(f"this needs a key of Weights & Biases: run `wandb login`. Without one, {otherwise}") from None
 
 
 def _refuse_running(folder: Path) -> None:

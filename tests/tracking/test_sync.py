@@ -75,3 +75,12 @@ def test_a_line_that_cannot_be_shown_does_not_stop_those_after_it(tmp_path: Path
     attempt.write(range(1, 6))
     attempt.tracker.close(0, LONG_S)
     assert server.steps(attempt.id) == list(range(1, 6))
+
+
+def test_without_a_key_it_is_said_what_works(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, "disabled")
+    attempt.write(range(1, 6))
+    done = failing_sync(attempt.folder, 60)
+    assert done.returncode == USER_MISTAKE
+    assert "run `wandb login`. Without one, make a folder" in done.stderr
+    assert f"hpcgpt tracking sync {attempt.folder} --offline DIR" in done.stderr
