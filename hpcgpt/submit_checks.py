@@ -18,7 +18,7 @@ from hpcgpt.checkpoint import go_back
 from hpcgpt.errors import UserError
 from hpcgpt.plan import Plan
 from hpcgpt.run import run_folder
-from hpcgpt.slurm import scontrol
+from hpcgpt.slurm import queue, scontrol
 from hpcgpt.storage import lease
 
 # A job in one of these states runs, or will (squeue(1), "job state codes").
@@ -67,11 +67,21 @@ def _refuse_while_held(folder: Path) -> None:
 
 
 def _jobs(folder: Path) -> list[str]:
-    """List the Slurm jobs that may use this run folder: from its events, and from the scripts of `hpcgpt submit`."""
-    events = [event for event in run_folder.events(folder) if event.get("event") in ("job", "start", "chain")]
-    ids = [str(event.get("next_job") or event.get("job")).partition("_")[0] for event in events[-10:]]
-    ids += sorted(path.name.partition("_")[0] for path in folder.glob("submit/*_submission.sh"))[-10:]
-    return [job for job in dict.fromkeys(ids) if re.fullmatch(r"\d+", job)]
+    """List the Slurm jobs that may use this run folder, tasks of arrays as '12_3': from its events.
+
+    Of a job whose event a full disk has lost `hpcgpt submit` left its script. Those of a sweep are in its first run's
+    folder, whose own task is in an event.
+    """
+    ids = []
+    for event in run_folder.events(folder):
+        if event.get("event") == "submit":
+            ids.append(str(event.get("job")))
+        elif event.get("event") in ("job", "start", "chain"):
+            ids.append(str(event.get("next_job") or queue.id_of(str(event.get("job")))))
+    ids = list(dict.fromkeys(ids[-10:]))
+    known = {id_.partition("_")[0] for id_ in ids}
+    scripts = sorted(path.name.partition("_")[0] for path in folder.glob("submit/*_submission.sh"))[-10:]
+    return [job for job in [*ids, *(id_ for id_ in scripts if id_ not in known)] if re.fullmatch(r"\d+(_\d+)?", job)]
 
 
 def _states(jobs: list[str]) -> dict[str, str]:
@@ -79,6 +89,6 @@ def _states(jobs: list[str]) -> dict[str, str]:
     if not jobs:
         return {}
     # squeue fails on a single id that no longer exists, but of two it omits one: hence one twice. (It refuses 0.)
-    asked = ["--me", "--noheader", "--states=all", f"--jobs={','.join([*jobs, jobs[0]])}", "--format=%A %T"]
+    asked = ["--me", "--noheader", "--array", "--states=all", f"--jobs={','.join([*jobs, jobs[0]])}", "--format=%i %T"]
     pairs = [line.split() for line in scontrol.run("squeue", *asked).stdout.splitlines()]
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}

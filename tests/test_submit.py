@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from hpcgpt.errors import UserError
+from hpcgpt.run import run_folder
 from hpcgpt.slurm import code_snapshot, submission
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.storage import lease
@@ -401,6 +402,22 @@ def test_a_run_whose_job_is_still_in_slurm_is_refused_or_queued_after_it(
     assert "#SBATCH --dependency=afterany:123" in (slurm / "submitted.sh").read_text()
     (slurm / "squeue").write_text("#!/bin/sh\necho 123 COMPLETED\n")
     assert submit(slurm, *continuing_arguments).returncode == 0
+
+
+def test_of_a_sweep_each_run_is_refused_while_its_own_task_lives(
+    slurm: Path, continuing_arguments: list[str], tmp_path: Path
+) -> None:
+    """The task of another run of the sweep is no reason, though the script is in the folder of the first."""
+    folder = tmp_path / "runs" / "tiny"
+    run_folder.record(folder, "submit", job="55_0")
+    (folder / "submit").mkdir()
+    (folder / "submit" / "55_submission.sh").touch()
+    (slurm / "squeue").write_text(f'#!/bin/sh\necho "$@" > {slurm}/arguments\necho 55_0 COMPLETED\n')
+    (slurm / "squeue").chmod(0o755)
+    assert submit(slurm, *continuing_arguments, "--dry-run").returncode == 0
+    assert "--jobs=55_0,55_0" in (slurm / "arguments").read_text()
+    (slurm / "squeue").write_text("#!/bin/sh\necho 55_0 PENDING\n")
+    assert "is the run of job 55_0, which waits in the queue" in refusal(slurm, *continuing_arguments)
 
 
 # --- on a login node -------------------------------------------------------------------------------
