@@ -151,6 +151,7 @@ class FaultyBed:
         for root, name in ((runs / "tiny", "run"), (self._shards, "shards")):
             if path == str(root) or path.startswith(f"{root}/"):
                 path = f"{name}/{path[len(str(root)) + 1 :]}"
+        path = re.sub(r"/\.[^/]*-\d+\.probe$", "/.*.probe", path)
         return re.sub(r"/\.([^/]+)\.[^/]*-\d+[^/]*\.(tmp|new)$", r"/.\1.*.\2", path)
 
     def _calls(self, ended: Ended) -> list[Site]:

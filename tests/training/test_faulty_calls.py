@@ -70,7 +70,7 @@ def assert_survived(bed: FaultyBed, cases: list[Case]) -> None:
     found, before = [], bed.hits
     for case in cases:
         found += [f"{case}: {problem}" for problem in bed.problems(case)]
-    assert bed.hits - before >= 0.8 * len(cases), "too many of the calls were never made"
+    assert bed.hits - before >= 0.75 * len(cases), "too many of the calls were never made"
     assert not found, f"{len(found)} of {len(cases)}:\n" + "\n".join(found)
 
 
