@@ -88,8 +88,11 @@ def find(name: str) -> Device:
 def recognised(name: str) -> Device | None:
     """Return the device of a gres type (``a100_80``) or of a driver's name (``NVIDIA A100-SXM4-80GB``); None: unknown.
 
-    Where the name has no size, it is the smallest of its model: what fits there fits everywhere.
+    Where the name has no size, it is the smallest of its model: what fits there fits everywhere. A slice of a GPU
+    (MIG: ``a100_1g.5gb``) is none of the table.
     """
+    if re.search(r"\d+g\.\d+gb", name.lower()):
+        return None
     words = re.split(r"[^a-z0-9]+", name.lower())
     if name == CPU:
         return DEVICES[CPU]

@@ -80,8 +80,8 @@ def recognized(
 def _match(site: Site, environment: Mapping[str, str], host: str, cluster: str) -> str:
     """Return why this machine is the site, or ""."""
     own = site.recognize
-    if cluster and any(fnmatch.fnmatchcase(cluster, pattern) for pattern in own.cluster):
-        return f"ClusterName {cluster}"
+    if cluster and own.cluster:  # it decides: a host name as uan01 is that of many Cray machines
+        return f"ClusterName {cluster}" if any(fnmatch.fnmatchcase(cluster, name) for name in own.cluster) else ""
     for name, pattern in own.variables.items():
         if fnmatch.fnmatchcase(environment.get(name, ""), pattern):
             return f"{name}={environment[name]}"

@@ -51,7 +51,8 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Recognition(Table):
-    """How `--site auto` recognizes the cluster: one match is enough. Patterns are those of a shell.
+    """How `--site auto` recognizes the cluster: one match is enough, but if Slurm says its ClusterName, and there is a
+    pattern for it here, then that alone decides. Patterns are those of a shell.
 
     `cluster`: ClusterName of Slurm. `variables`: of the environment. `hosts`: host names, as `hostname` prints them.
     """

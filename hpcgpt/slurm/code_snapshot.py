@@ -115,6 +115,10 @@ def _check_unchanged(folder: Path, files: Mapping[str, bytes]) -> None:
             raise UserError(
                 f"{folder / name} is not what was kept there: jobs may run it. Remove {folder} if none does"
             )
+    for path in sorted(path for top in ("hpcgpt", "slurm", "config") for path in (folder / top).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and "__pycache__" not in path.parts and name not in files:
+            raise UserError(f"{path} was not kept there: jobs may run it. Remove it, or {folder} if no job runs that")
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

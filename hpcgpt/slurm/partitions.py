@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from hpcgpt.slurm import scontrol
 
 _FORMAT = "%P|%a|%l|%s|%D|%c|%m|%f|%G|%T"
-# Nodes in such a state come back only after an administrator has acted; sinfo(1), "node state codes".
-_UNUSABLE = ("down", "drain", "drng", "fail", "future", "inval", "unk")
-
 
 @dataclass(frozen=True)
 class NodeKind:
@@ -129,7 +126,7 @@ def _kind(row: Sequence[str]) -> NodeKind:
         features=frozenset(row[7].split(",")) - {"(null)", ""},
         gpus=sum(int(count) for _, count in gpus),
         gpu_types=tuple(name for name, _ in gpus),
-        usable=not row[9].startswith(_UNUSABLE) and "*" not in row[9],
+        usable=scontrol.is_usable(row[9]),
     )
 
 

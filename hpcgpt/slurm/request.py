@@ -70,8 +70,12 @@ def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, env
         )
     notes: list[str] = []
     if not written_for_gpus(flags):
-        flags["gpus-per-node"] = str(_default_gpus(partition, kinds, partitions, no_answer, notes))
+        flags["gpus-per-node"] = _default_gpus(partition, kinds, partitions, no_answer, notes)
     gpus = gpus_per_node(flags, nodes)
+    if gpus and (named := _written_type(flags)):
+        kinds = [kind for kind in kinds if named in kind.gpu_types] or kinds  # if no node has it, Slurm says so
+    elif gpus:
+        _note_unlike(kinds, gpus, notes)
     if gpus == 0 and flags.get("gpus-per-node") == "0":
         del flags["gpus-per-node"]  # Slurm 22.05 takes 0 for a request of the gres
     if "ntasks" not in flags and "ntasks-per-node" not in flags:
@@ -123,14 +127,35 @@ def _check_ranks(flags: Flags, nodes: int, ranks: int, gpus: int) -> None:
         )
 
 
+def _note_unlike(kinds: Sequence[NodeKind], gpus: int, notes: list[str]) -> None:
+    """Warn if a request without a type can get several: on unlike GPUs all ranks wait for the slowest."""
+    enough = [kind for kind in kinds if kind.gpus >= gpus]
+    named = [name for kind in enough for name in kind.gpu_types if name]
+    if named and _are_unlike(enough):
+        there = ", ".join(dict.fromkeys(kind.gpu_text for kind in enough))
+        notes.append(
+            f"Slurm may give the job unlike GPUs ({there}): name one, as in --gpus-per-node={named[0]}:{gpus}, or "
+            "choose with --constraint"
+        )
+
+
+def _are_unlike(kinds: Sequence[NodeKind]) -> bool:
+    return len({frozenset(kind.gpu_types) for kind in kinds}) > 1
+
+
 def _gpu_type(flags: Flags, kind: NodeKind | None) -> str:
-    """Return the type in a flag, as in ``a100:4`` or ``gpu:a100:4``; else that of the nodes."""
+    """Return the type in a flag; else that of the nodes."""
+    return _written_type(flags) or (kind.gpu_types[0] if kind and len(kind.gpu_types) == 1 else "")
+
+
+def _written_type(flags: Flags) -> str:
+    """Return the type in a flag, as in ``a100:4`` or ``gpu:a100:4``; "" without one."""
     for name, text in written_for_gpus(flags).items():
         is_gres = name in ("gres", "tres-per-task")
         for named, _ in gpus_in(text if is_gres else ",".join(f"gpu:{part}" for part in text.split(","))):
             if named:
                 return named
-    return kind.gpu_types[0] if kind and len(kind.gpu_types) == 1 else ""
+    return ""
 
 
 def _partition(flags: Flags, partitions: Sequence[Partition], environment: Mapping[str, str]) -> Partition | None:
@@ -151,8 +176,11 @@ def _partition(flags: Flags, partitions: Sequence[Partition], environment: Mappi
 def _default_gpus(
     partition: Partition | None, kinds: Sequence[NodeKind], partitions: Sequence[Partition], no_answer: str,
     notes: list[str],
-) -> int:  # fmt: skip
-    """Return how many GPUs the most common kind of node has."""
+) -> str:  # fmt: skip
+    """Return the GPUs that the most common kind of node has, as --gpus-per-node takes them.
+
+    The type is named where other nodes have another one.
+    """
     if not partition:
         reason = f"Slurm does not answer ({no_answer})" if no_answer else "the partition is not known"
         raise UserError(f"{reason}, so say what to request: --gpus-per-node N, or --gpus-per-node 0 for CPUs only")
@@ -165,8 +193,10 @@ def _default_gpus(
             "train on CPUs: --gpus-per-node 0"
         )
     best = max(with_gpus, key=lambda kind: (kind.usable, kind.count, kind.gpus))
-    notes.append(f"--gpus-per-node={best.gpus}: nodes of partition {partition.name} have {best.gpu_text}")
-    return best.gpus
+    is_named = _are_unlike(with_gpus) and len(best.gpu_types) == 1 and best.gpu_types[0]
+    gpus = f"{best.gpu_types[0]}:{best.gpus}" if is_named else str(best.gpus)
+    notes.append(f"--gpus-per-node={gpus}: nodes of partition {partition.name} have {best.gpu_text}")
+    return gpus
 
 
 def _kind_for(gpus: int, kinds: Sequence[NodeKind]) -> NodeKind | None:

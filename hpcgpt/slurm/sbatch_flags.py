@@ -81,7 +81,7 @@ def split(argv: Sequence[str]) -> tuple[Flags, list[str]]:
         if name not in NAMES:
             others.append(argument)
         elif name in WITH_VALUE and not given:
-            if not rest:
+            if not rest or rest[-1].startswith("--"):  # sbatch would take the next flag for the value
                 raise UserError(f"--{name} needs a value: --{name}=...")
             flags[name] = rest.pop()
         elif name in WITHOUT_VALUE and given:

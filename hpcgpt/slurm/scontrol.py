@@ -99,12 +99,21 @@ def unix_time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
+# Nodes in such a state come back only after an administrator has acted; sinfo(1), "node state codes". Those that save
+# power, or are reserved for maintenance, come back by themselves.
+_UNUSABLE = ("down", "drain", "drng", "fail", "future", "inval", "unk")
+
+
+def is_usable(state: str) -> bool:
+    """Tell whether a node in this state, as sinfo's ``%T`` shows it, will take jobs. ``*``: it does not answer."""
+    return not state.startswith(_UNUSABLE) and "*" not in state
+
+
 def nodes(partition: str) -> dict[str, bool]:
-    """List the nodes of a partition, and whether each is usable: not down, not drained; {} if Slurm does not answer."""
+    """List the nodes of a partition, and whether each is usable (`is_usable`); {} if Slurm does not answer."""
     output = run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T").stdout
     found = [line.split() for line in output.splitlines()]
-    bad = ("down", "drain", "fail", "maint", "unk", "power", "future")
-    return {pair[0]: not pair[1].startswith(bad) and "*" not in pair[1] for pair in found if len(pair) == 2}
+    return {pair[0]: is_usable(pair[1]) for pair in found if len(pair) == 2}
 
 
 # Errors of Slurm's commands while the controller restarts or is overloaded.

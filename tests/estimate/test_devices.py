@@ -39,6 +39,7 @@ def test_a_cpu_has_no_peak_and_an_a100_has() -> None:
         ("nvidia_h100_80gb_hbm3", "h100-80"), ("h100", "h100-64"), ("Tesla V100-SXM2-32GB", "v100-32"),
         ("AMD Instinct MI250X", "mi250x-64"), ("NVIDIA GH200 120GB", "gh200-96"), ("H200", "h200-141"),
         ("l40s", "l40s-48"), ("gtx_1080_ti", None), ("", None), ("a1000", None), ("cpu", "cpu"),
+        ("a100_1g.5gb", None), ("nvidia_h100_80gb_hbm3_3g.40gb", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
     ],
 )  # fmt: skip
 def test_the_names_of_slurm_and_of_drivers_are_recognised(name: str, device: str | None) -> None:

@@ -27,6 +27,7 @@ from hpcgpt.sites import catalog
         ({"BSC_MACHINE": "mn5"}, "alogin1", "", "marenostrum5"),
         ({}, "int4.local.snellius.surf.nl", "", "snellius"),
         ({}, "login1", "mycluster", None),
+        ({}, "uan03", "othercray", None),
         ({"CLUSTER_NAME": "daint"}, "daint-ln001", "", "alps-daint"),
         ({"CLUSTER_NAME": "eiger", "NERSC_HOST": "cori", "IDRPROJ": ""}, "nid001", "", None),
     ],

@@ -76,6 +76,14 @@ def test_equal_code_is_kept_once_and_a_changed_copy_is_never_used(tmp_path: Path
     before = contents(first.folder)
     assert code_snapshot.keep(tmp_path, []) == first
     assert contents(tmp_path / "code") == {f"{first.folder.name}/{name}": content for name, content in before.items()}
+    (first.folder / "hpcgpt" / "__pycache__").mkdir()  # as a job leaves it
+    (first.folder / "hpcgpt" / "__pycache__" / "train.cpython-312.pyc").touch()
+    assert code_snapshot.keep(tmp_path, []) == first
+    added = first.folder / "hpcgpt" / "model" / "numpy.py"
+    added.touch()
+    with pytest.raises(UserError, match=r"hpcgpt/model/numpy\.py was not kept there: .* Remove it, or .*\w{12} if no"):
+        code_snapshot.keep(tmp_path, [])
+    added.unlink()
     (first.folder / "hpcgpt" / "train.py").write_text("edited")
     with pytest.raises(UserError, match=r"hpcgpt/train\.py is not what was kept there"):
         code_snapshot.keep(tmp_path, [])

@@ -64,3 +64,13 @@ def test_a_constraint_selects_kinds_and_what_only_slurm_understands_selects_all(
 )  # fmt: skip
 def test_slurms_formats_of_durations_are_understood(text: str, expected: int | None) -> None:
     assert minutes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "usable"),
+    [("idle", True), ("idle~", True), ("powered_down", True), ("maint", True), ("reserved", True), ("mixed", True),
+     ("down", False), ("idle*", False), ("drained", False), ("draining", False), ("fail", False), ("future", False)],
+)  # fmt: skip
+def test_a_node_that_comes_back_by_itself_is_usable(state: str, usable: bool) -> None:
+    (partition,) = parse(f"p|up|1:00|1|1|8|1000|x|gpu:2|{state}\n")
+    assert partition.kinds[0].usable == usable

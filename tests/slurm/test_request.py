@@ -30,23 +30,24 @@ def requested(command_line: str, environment: dict[str, str] | None = None) -> R
 @pytest.mark.parametrize(
     ("command_line", "expected", "nodes", "ranks"),
     [
-        # Nothing: the partition is the default, its most common nodes have 4 GPUs, it allows 12 hours.
-        ("", "--gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 1, 4),
-        ("--nodes=3", "--gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 3, 12),
+        # Nothing: the partition is the default, its most common nodes have 4 GPUs of a type that others
+        # do not have, it allows 12 hours.
+        ("", "--gpus-per-node=a100:4 --ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 1, 4),
+        ("--nodes=3", "--gpus-per-node=a100:4 --ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 3, 12),
         # A part of a node gets its part of the cores and of the memory.
         ("--gpus-per-node=2", "--ntasks-per-node=2 --cpus-per-task=16 --mem=256000M --time=720", 1, 2),
-        ("--gpus-per-node=h100:2", "--ntasks-per-node=2 --cpus-per-task=16 --mem=256000M --time=720", 1, 2),
+        ("--gpus-per-node=h100:2", "--ntasks-per-node=2 --cpus-per-task=12 --mem=192000M --time=720", 1, 2),
         ("--constraint=h100", "--gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --mem=0 --time=720", 1, 8),
         ("--gpus-per-node=8", "--ntasks-per-node=8 --cpus-per-task=12 --mem=0 --time=720", 1, 8),
         ("--gres=gpu:a100:2 -N2", "--ntasks-per-node=2 --cpus-per-task=16 --mem=256000M --time=720", 2, 4),
         ("--gpus=8 --nodes=2", "--ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 2, 8),
         ("--gpus-per-task=1 --ntasks=8 --nodes=2", "--cpus-per-task=16 --mem=0 --time=720", 2, 8),
         # Other gres are no GPUs.
-        ("--gres=nvme:100", "--gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 1, 4),
+        ("--gres=nvme:100", "--gpus-per-node=a100:4 --ntasks-per-node=4 --cpus-per-task=16 --mem=0 --time=720", 1, 4),
         ("--tres-per-task=cpu=16,gres/gpu:a100:1 --ntasks=2", "--cpus-per-task=16 --mem=256000M --time=720", 1, 2),
         # What is written stays.
         ("--gpus-per-node=4 --ntasks-per-node=1", "--cpus-per-task=64 --mem=0 --time=720", 1, 1),
-        ("-c7 --mem-per-cpu=2G -t30", "--gpus-per-node=4 --ntasks-per-node=4", 1, 4),
+        ("-c7 --mem-per-cpu=2G -t30", "--gpus-per-node=a100:4 --ntasks-per-node=4", 1, 4),
         ("--partition=whole", "--gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=12 --time=24:00:00", 1, 4),
         # CPUs only, if asked for.
         ("-p cpu --gpus-per-node=0 -N2", "--ntasks-per-node=1 --cpus-per-task=128 --mem=0 --time=24:00:00", 2, 2),
@@ -76,10 +77,21 @@ def test_the_name_of_the_gpus_is_what_slurm_has(command_line: str, gpu_type: str
 
 def test_what_was_chosen_for_the_user_is_said() -> None:
     assert requested("").notes == (
-        "--gpus-per-node=4: nodes of partition gpu have 4 x a100",
+        "--gpus-per-node=a100:4: nodes of partition gpu have 4 x a100",
         "--time=720: the longest that partition gpu allows, in minutes",
     )
-    assert requested("--gpus-per-node=4 -t 60").notes == ()
+    assert requested("--gpus-per-node=a100:4 -t 60").notes == ()
+
+
+def test_nodes_with_unlike_gpus_are_named() -> None:
+    """Slurm would give a job without a type any of them, also one of each."""
+    (note,) = requested("--gpus-per-node=4 -t 60").notes
+    assert note == (
+        "Slurm may give the job unlike GPUs (4 x a100, 8 x h100): name one, as in --gpus-per-node=a100:4, or choose "
+        "with --constraint"
+    )
+    for one_kind in ("--gpus-per-node=8 -t 60", "--gpus-per-node=4 -C a100 -t 60", "-p whole -t 60 --gpus-per-node=4"):
+        assert requested(one_kind).notes == ()
 
 
 def test_the_partition_of_the_environment_counts_as_for_sbatch() -> None:
@@ -97,6 +109,7 @@ def test_the_partition_of_the_environment_counts_as_for_sbatch() -> None:
         ("-t 1-0", "--time=1-0 is more than partition gpu allows, 720 minutes: request --time=720; a longer run is"),
         ("-N 5", "--nodes=5: a job in partition gpu may have 4 at most"),
         ("-N 4 -C h100", "--nodes=4: partition gpu has 3 nodes with 8 GPUs and --constraint=h100"),
+        ("-N 4 --gpus-per-node=h100:4", "--nodes=4: partition gpu has 3 nodes with 4 GPUs"),
         ("-p cpu --gpus-per-node=0 -N101", "--nodes=101: partition cpu has 100 nodes"),
         ("--gpus-per-node=9", "9 GPUs per node: no node of partition gpu has more than 8"),
         ("-N 0", "--nodes=0: expected a whole number of at least 1"),

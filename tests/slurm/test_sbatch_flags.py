@@ -33,6 +33,7 @@ def test_the_last_of_a_repeated_flag_counts() -> None:
     [
         (["--nodes"], "--nodes needs a value"),
         (["-p"], "--partition needs a value"),
+        (["--partition", "--nodes", "4"], "--partition needs a value: --partition=..."),
         (["--hold=1"], "--hold has no value"),
     ],
 )
