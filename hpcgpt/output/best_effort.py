@@ -4,7 +4,7 @@ Console, metrics.jsonl, events, samples, traces, goodput and the dashboard only 
 
     only_informs(what)    turns any exception inside into a warning
     Worker                runs on a daemon thread what may wait for a disk or a network
-    within(seconds, ...)  waits that long for a result, and continues without it
+    within(seconds, ...)  waits that long for a result, and continues without it; `limited` raises TimeoutError then
 
 Nothing that a checkpoint needs goes through here: there an error must be raised.
 
@@ -14,7 +14,6 @@ No torch in here.
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,20 +88,33 @@ class Worker:
 
 
 def within(limit_s: float, what: str, work: Callable[[], T]) -> T | None:
-    """Return the result of `work`; None, with a warning, if it fails or takes longer than `limit_s` seconds.
+    """Return the result of `work`; None, with a warning, if it fails or takes longer than `limit_s` seconds."""
+    found: list[T] = []
+    with only_informs(what):
+        found.append(limited(limit_s, work))
+    return found[0] if found else None
+
+
+def limited(limit_s: float, work: Callable[[], T]) -> T:
+    """Return the result of `work`, or raise its error.
 
     Work that takes longer continues on its daemon thread, and its result is discarded.
+
+    Raises:
+        TimeoutError: it takes longer than `limit_s` seconds.
     """
     results: list[T] = []
+    errors: list[Exception] = []
 
     def run() -> None:
-        with only_informs(what):
+        try:
             results.append(work())
+        except Exception as error:
+            errors.append(error)
 
-    thread = threading.Thread(target=run, name=what, daemon=True)
-    started_at = time.monotonic()
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
-    if thread.is_alive():
-        warn(what, TimeoutError(f"no answer within {time.monotonic() - started_at:.0f} s"))
-    return results[0] if results else None
+    if results:
+        return results[0]
+    raise errors[0] if errors else TimeoutError(f"no answer within {limit_s:.0f} s")

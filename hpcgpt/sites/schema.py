@@ -156,9 +156,13 @@ class Environment(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Binding(Table):
-    """Variables of srun that bind ranks to cores and GPUs, set if a job uses all GPUs of its nodes, a rank for each."""
+    """Variables of srun that bind ranks to cores and GPUs, set if a job uses all GPUs of its nodes, a rank for each.
+
+    `partitions`: only in these; () is in all of them.
+    """
 
     variables: Mapping[str, str] = field(default_factory=dict)
+    partitions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

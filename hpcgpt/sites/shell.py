@@ -50,7 +50,7 @@ def text(site: Site, python: Python) -> str:
     ]
     if python.container:
         lines += ["", *_wrapper(site, python.container)]
-    lines += ["", *(f"{line} || return" for line in site.activate.lines), *_in_partitions(site)]
+    lines += ["", *_module(site, python), *(f"{line} || return" for line in site.activate.lines), *_in_partitions(site)]
     if python.container and site.container:
         lines += [f"{line} || return" for line in site.container.lines]
     lines += [*_python(python, inside), *(_srun_flags(site, python.container) if python.container != inside else ())]
@@ -90,6 +90,18 @@ def _srun_flags(site: Site, image: str) -> Iterator[str]:
         flags = [f"--environment={image}"]
     yield _export("HPCGPT_SRUN_FLAGS", " ".join([*flags, *site.container.flags]))
     yield _export("HPCGPT_RANKS_PYTHON", "python3")
+
+
+def _module(site: Site, python: Python) -> Iterator[str]:
+    """Say what is wrong where `module` is missing: a shell function that a job has from the shell that submitted it."""
+    own = site.activate
+    lines = [*own.lines, *(line for some in own.in_partition.values() for line in some)]
+    lines += site.container.lines if python.container and site.container else ()
+    if any(line.startswith("module ") for line in lines):
+        yield "if ! type module > /dev/null 2>&1; then"
+        yield '    echo "there is no command module here: submit from a login shell, and without --export=NONE" >&2'
+        yield "    return 1"
+        yield "fi"
 
 
 def _in_partitions(site: Site) -> Iterator[str]:
@@ -160,9 +172,13 @@ def _binding(site: Site) -> Iterator[str]:
         return
     gpus = max(node.gpus for node in site.node)
     yield f"# For jobs that use all {gpus} GPUs of a node: cores beside each rank's GPU."
-    yield f'if [ "${{SLURM_NTASKS_PER_NODE:-}}" = {gpus} ]; then'
-    yield from (f"    {_export(name, value)}" for name, value in site.binding.variables.items())
-    yield "fi"
+    yield "# srun does not take the number of cores of a rank beside them."
+    partitions = "|".join(site.binding.partitions) or "*"
+    yield "case ${SLURM_NTASKS_PER_NODE:-}/${SLURM_JOB_PARTITION:-} in"
+    yield f"    {gpus}/{partitions.replace('|', f'|{gpus}/')})"
+    yield from (f"        {_export(name, value)}" for name, value in site.binding.variables.items())
+    yield "        ;;"
+    yield "esac"
 
 
 def _export(name: str, value: str) -> str:

@@ -177,8 +177,10 @@ def _contradictions(site: Site) -> Iterator[str]:
     own = {key: value for key, value in (
         ("nccl_interface", site.network.nccl_interface), ("gloo_interface", site.network.gloo_interface),
         ("proxy", site.compute_nodes.proxy)) if value}  # fmt: skip
-    yield from (f"activate: in_partition: {terminal.printable(name)!r} is no name of a partition"
-                for name in site.activate.in_partition if not re.fullmatch(r"[\w.-]+", name))  # fmt: skip
+    named = [("activate: in_partition", name) for name in site.activate.in_partition]
+    named += [("binding: partitions", name) for name in site.binding.partitions]
+    yield from (f"{where}: {terminal.printable(name)!r} is no name of a partition"
+                for where, name in named if not re.fullmatch(r"[\w.-]+", name))  # fmt: skip
     for name, variables in (("environment", site.environment.variables), ("binding", site.binding.variables),
                             ("network", own)):  # fmt: skip
         for key, value in variables.items():

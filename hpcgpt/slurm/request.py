@@ -73,7 +73,8 @@ def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, env
         flags["gpus-per-node"] = _default_gpus(partition, kinds, partitions, no_answer, notes)
     gpus = gpus_per_node(flags, nodes)
     if gpus and (named := _written_type(flags)):
-        kinds = [kind for kind in kinds if named in kind.gpu_types] or kinds  # if no node has it, Slurm says so
+        # If no node has it, Slurm says so.
+        kinds = tuple(kind for kind in kinds if named in kind.gpu_types) or kinds
     elif gpus:
         _note_unlike(kinds, gpus, notes)
     if gpus == 0 and flags.get("gpus-per-node") == "0":

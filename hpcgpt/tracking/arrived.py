@@ -10,17 +10,15 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from hpcgpt.output.best_effort import limited
 from hpcgpt.tracking.missing_rows import RunRows
-
-T = TypeVar("T")
 
 # For each kind of line, the key that only its rows have at the server, and the keys by which it is identified.
 MARKS = {
@@ -86,14 +84,14 @@ def read_server(path: str, lines: RunRows, limit_s: float, from_step: int = 0) -
     import wandb
 
     lines.read_events()
-    run: Any = within(limit_s, partial(wandb.Api(timeout=20).run, path))
+    run: Any = limited(limit_s, partial(wandb.Api(timeout=20).run, path))
     # Read once: rows that arrive meanwhile are beyond it for all four kinds.
-    end = int(within(limit_s, partial(getattr, run, "lastHistoryStep"))) + 1
+    end = int(limited(limit_s, partial(getattr, run, "lastHistoryStep"))) + 1
     found = Arrived(max(from_step, end))
     for first in range(from_step, end, STEPS_AT_A_TIME):
         for name, mark in MARKS.items():
             keys, most = ["_step", "step", "time", mark], min(end, first + STEPS_AT_A_TIME)
-            for row in within(limit_s, partial(_scan, run, keys, first, most)):
+            for row in limited(limit_s, partial(_scan, run, keys, first, most)):
                 step, made_at, own_step = int(row["step"]), float(row["time"]), int(row["_step"])
                 lines.note(name, step, made_at)
                 if name != "events.jsonl" and lines.is_obsolete(step, made_at):
@@ -140,25 +138,6 @@ def _history(path: Path) -> Iterator[tuple[str, int, float]]:
         problem = read.stderr.read()
     if read.returncode:
         raise OSError(f"wandb cannot read {path}: {' '.join(problem.split())[:200]}")
-
-
-def within(limit_s: float, work: Callable[[], T]) -> T:
-    """Return the result of `work`. Raise TimeoutError if it takes longer than `limit_s`; it is then abandoned."""
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if results:
-        return results[0]
-    raise errors[0] if errors else TimeoutError(f"no answer within {limit_s:.0f} s")
 
 
 def summary(error: BaseException) -> str:

@@ -63,20 +63,25 @@ class Child:
             self.process.stdin.write(f"finish {exit_code} {max(0.0, deadline - time.monotonic())}\n".encode())
             self.process.stdin.close()
 
-    def end(self, deadline: float) -> bool:
-        """Wait for its end until `deadline`, and kill what is left of it; return whether it has ended by itself."""
+    def end(self, deadline: float) -> str:
+        """Wait for its end until `deadline`, and kill what is left of it.
+
+        Return "" if it has sent everything, else why not, in words that follow those.
+        """
         if self.process is None:
-            return True
-        has_ended = True
+            return ""
+        began = time.monotonic()
         try:
-            self.process.wait(max(0.0, deadline - time.monotonic()))
+            status = self.process.wait(max(0.0, deadline - began))
+            ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+            problem = f": its process {ended}" if status else ""
         except subprocess.TimeoutExpired:
-            has_ended = False
+            problem = f" within {deadline - began:.0f} s"
         with suppress(OSError):  # wandb's core process is in the same group
             os.killpg(self.process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # it may be waiting for a disk
             self.process.wait(1)
-        return has_ended
+        return problem
 
 
 class Tracker:
@@ -117,9 +122,9 @@ class Tracker:
         for child in children:
             child.finish(exit_code, deadline)
         for child in children:
-            if not child.end(deadline):
+            if problem := child.end(deadline):
                 streams.warn(
-                    f"{child.name} did not take everything within {patience_s:.0f} s; the next attempt sends the rest"
+                    f"{child.name} did not take everything{problem}; the next attempt sends the rest"
                     + (f", or `{sync_command(self._folder)}`" if child.name == "wandb" else "")
                 )
 

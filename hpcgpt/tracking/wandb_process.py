@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpcgpt.errors import UserError
+from hpcgpt.output.best_effort import limited
 from hpcgpt.run import run_folder
 from hpcgpt.tracking import arrived
-from hpcgpt.tracking.arrived import summary, within
+from hpcgpt.tracking.arrived import summary
 from hpcgpt.tracking.tracker import STATE
 from hpcgpt.tracking.wandb_sender import Sender
 
@@ -81,7 +82,7 @@ class Process:
         except Exception as error:
             self._start_again(error)
         with suppress(Exception):  # wandb's core may write the end of a .wandb file after `finish` has returned
-            within(TEARDOWN_S, sys.modules["wandb"].teardown)
+            limited(TEARDOWN_S, sys.modules["wandb"].teardown)
         _end_children()
         os._exit(0)
 

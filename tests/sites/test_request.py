@@ -27,7 +27,7 @@ def flags(site: str, **wanted: str) -> dict[str, str]:
          "--cpus-per-task=7 --mem=480G"),
         # Half of a node: half of its memory.
         ("lumi", {"account": "project_1", "partition": "dev-g", "gpus_per_node": "4"},
-         "--account=project_1 --partition=dev-g --gpus-per-node=4 --time=03:00:00 --ntasks-per-node=4 "
+         "--account=project_1 --partition=dev-g --gpus-per-node=4 --time=02:00:00 --ntasks-per-node=4 "
          "--cpus-per-task=7 --mem=240G"),
         # No GPUs for sbatch, a limit of time that depends on the nodes, and a flag for the network.
         ("frontier", {"nodes": "2"},
@@ -83,7 +83,7 @@ def test_flags_are_completed(site: str, wanted: dict[str, str], expected: str) -
     [
         ("lumi", {}, r"LUMI-G .* needs the account .* --account=project_465000000"),
         ("lumi", {"account": "x", "time": "4-00:00:00"}, r"standard-g: at most --time=2-00:00:00; small-g: at most"),
-        ("lumi", {"account": "x", "partition": "dev-g", "nodes": "64"}, r"dev-g: at most --nodes=32"),
+        ("lumi", {"account": "x", "partition": "dev-g", "nodes": "64"}, r"dev-g: at most --nodes=8"),
         ("frontier", {"nodes": "100", "time": "10:00:00"},
          r"92 to 183 nodes: at most --time=06:00:00; .*184 nodes and more: at least --nodes=184; extended: at most "
          r"--nodes=64\. A longer run is requeued"),
@@ -117,7 +117,7 @@ def test_a_queue_in_the_environment_is_not_replaced() -> None:
     """A flag would have precedence over sbatch's variable."""
     filled = request.fill(catalog.find("lumi"), {"account": "x"}, {"SBATCH_PARTITION": "dev-g"})
     assert "partition" not in filled.flags
-    assert filled.flags["time"] == "03:00:00"
+    assert filled.flags["time"] == "02:00:00"
     filled = request.fill(catalog.find("lumi"), {"account": "x", "partition": "small-g"}, {"SBATCH_PARTITION": "dev-g"})
     assert filled.queue
     assert filled.queue.name == "small-g"

@@ -62,12 +62,15 @@ def test_the_file_of_every_site_is_read_without_a_word(name: str, job: Job) -> N
 
 def test_variables_reach_the_ranks_and_those_of_the_user_keep_their_values(job: Job) -> None:
     names = ("NCCL_SOCKET_IFNAME", "MIOPEN_USER_DB_PATH", "NCCL_NET_GDR_LEVEL", "SLURM_CPU_BIND")
-    status, values = job.read("lumi", *names, NCCL_NET_GDR_LEVEL="PHB", SLURM_NTASKS_PER_NODE="8")
+    status, values = job.read("lumi", *names, NCCL_NET_GDR_LEVEL="PHB", SLURM_NTASKS_PER_NODE="8",
+                              SLURM_JOB_PARTITION="standard-g")  # fmt: skip
     assert status == 0
     assert values[:3] == ["hsn0,hsn1,hsn2,hsn3", "/tmp/ada-miopen-cache-4711", "PHB"]
     assert values[3].startswith("mask_cpu:0x00fe000000000000,")
-    # The binding is for whole nodes only.
-    assert job.read("lumi", "SLURM_CPU_BIND", SLURM_NTASKS_PER_NODE="2") == (0, ["unset"])
+    # The binding is for whole nodes only: for all GPUs, in a partition that gives nothing less.
+    for tasks, partition in (("2", "standard-g"), ("8", "small-g"), ("88", "standard-g"), ("", "")):
+        found = job.read("lumi", "SLURM_CPU_BIND", SLURM_NTASKS_PER_NODE=tasks, SLURM_JOB_PARTITION=partition)
+        assert found == (0, ["unset"])
 
 
 def test_modules_are_loaded_in_order_and_those_of_the_partition(job: Job) -> None:
@@ -79,6 +82,16 @@ def test_a_module_that_is_missing_fails_the_file(job: Job) -> None:
     status, _ = job.read("frontier", LACKING="rocm/7.1.1")
     assert status == 1
     assert job.modules.read_text().splitlines()[-1] == "load rocm/7.1.1"
+
+
+def test_a_job_without_the_command_module_says_where_it_comes_from() -> None:
+    script = shell.text(catalog.find("jean-zay"), NONE)
+    done = subprocess.run(["bash", "-c", script.replace("return", "exit")], env={"PATH": "/usr/bin:/bin"},
+                          capture_output=True, text=True, timeout=20, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        1, "there is no command module here: submit from a login shell, and without --export=NONE\n"
+    )  # fmt: skip
+    assert "module" not in shell.text(catalog.find("lumi"), NONE)
 
 
 def test_ranks_meet_at_the_name_of_the_fast_network(job: Job) -> None:

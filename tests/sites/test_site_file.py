@@ -164,6 +164,8 @@ def test_a_value_for_the_shell_can_execute_nothing(value: str, tmp_path: Path) -
 def test_the_name_of_a_partition_cannot_end_the_case_of_the_shell_file(tmp_path: Path) -> None:
     text = f"{WHOLE}\n[activate]\nsource = 'guide'\n[activate.in_partition]\n\"gpu) rm x;; *\" = ['true']\n"
     assert errors_of(tmp_path, text) == ["activate: in_partition: 'gpu) rm x;; *' is no name of a partition"]
+    text = f"{WHOLE}\n[binding]\nsource = 'guide'\npartitions = ['a) rm x;; *']\nvariables = {{ A = '1' }}\n"
+    assert errors_of(tmp_path, text) == ["binding: partitions: 'a) rm x;; *' is no name of a partition"]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_rows_and_samples_arrive_under_the_runs_id_with_the_names_of_metrics_jso
 
 @pytest.mark.parametrize("seen", [0, 1, 25])
 def test_after_a_sigkill_at_any_moment_the_next_attempt_sends_exactly_what_the_server_lacks(
-    tmp_path: Path, server: WandbServer, seen: int
+    tmp_path: Path, server: WandbServer, seen: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     killed = Attempt(tmp_path)
     killed.write(range(1, 26))
@@ -63,6 +63,7 @@ def test_after_a_sigkill_at_any_moment_the_next_attempt_sends_exactly_what_the_s
     assert server.wait(lambda: len(server.steps(killed.id)) >= seen)
     killed.write(range(26, 41))
     killed.kill()
+    assert "wandb did not take everything: its process was ended by signal 9; the next" in capfd.readouterr().err
     # It resumes at its last checkpoint, and repeats steps 21 to 40.
     last = Attempt(tmp_path, keep=20)
     last.write(range(21, 51))
