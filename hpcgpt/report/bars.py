@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hpcgpt.report.markup import Child, Markup, element, join, table
+from hpcgpt.report.markup import Child, Markup, colour, element, join, table
 from hpcgpt.run.goodput import SHOWN, Goodput
 from hpcgpt.status.figures import span
 
@@ -61,10 +61,10 @@ def attempts_in_time(history: list[dict[str, Any]]) -> Markup | None:
         number = entry["attempt"]
         name = f"attempt {number}" if number is not None else "a start without ranks"
         words = f"{name}: {moment(entry['began_at'])}, {span(entry['ended_at'] - entry['began_at'])}; {entry['reason']}"
-        colour = f"c{(number - 1) % 6}" if number else "none"
+        shade = colour(number - 1) if number else "none"
         parts.append(
             element("rect", element("title", words), x=f"{begin:.1f}", y=0, width=f"{width:.1f}", height=UNITS,
-                    class_=f"run {colour}")
+                    class_=f"run {shade}")
         )  # fmt: skip
     label = f"When the attempts ran, from {moment(first)} to {moment(last)}"
     svg = element("svg", element("title", label), *parts, viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none",

@@ -71,6 +71,14 @@ class Columns:
         taken = (self.attempt[which], self.first[which], self.last[which], self.tokens[which])
         return Columns(self.width, *taken, curves)
 
+    def newest_mean(self, metric: str, least: int) -> tuple[float | None, int]:
+        """Return the mean of the newest values of a metric, and of how many: `least`, or some more to fill a column."""
+        curve = self.curves[metric]
+        counts = np.cumsum(curve.count[::-1])
+        taken = int(np.searchsorted(counts, least)) + 1
+        number = int(curve.count[-taken:].sum())
+        return (float(curve.total[-taken:].sum()) / number if number else None), number
+
     def tokens_at(self, step: float) -> float:
         """Return how many tokens the run had trained on after a step, between columns in proportion."""
         known = np.isfinite(self.tokens)
