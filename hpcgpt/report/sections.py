@@ -101,7 +101,7 @@ def time_spent(run: Facts) -> Markup:
     figures = run.status["goodput"]
     about = (
         "Goodput is the time of productive steps (those that were not repeated later) as a fraction of the time in "
-        "which a job was queued or running. The bar is all time from the first start to the end, idle time included."
+        "which a job was queued or running; so are the other percentages. The bar has idle time, too."
     )
     return section(
         "Where the time went",

@@ -304,6 +304,14 @@ def test_the_figures_at_the_top_agree(long_run: Path) -> None:
     assert float(rate[1].replace(",", "")) * spans["in steps"] == pytest.approx(run.status["tokens"], rel=0.03)
 
 
+def test_productive_time_has_the_percentage_of_goodput(tmp_path: Path) -> None:
+    text = page_of(eventful(tmp_path / "run")).text  # it was idle for 40 s, which are no part of the percentages
+    goodput = re.search(r"goodput\s+([\d.]+%)", text)
+    assert goodput
+    assert re.search(rf"\nproductive [\d.]+ min, {goodput[1]}\n", text)
+    assert re.search(r"\nidle: no job queued or running 40 s\n", text)
+
+
 def test_the_training_loss_is_a_mean_of_the_last_steps(tmp_path: Path) -> None:
     found = page_of(eventful(tmp_path / "run")).text
     assert re.search(r"training loss\s+3\.9500\s+mean of the last 20 steps", found)
