@@ -240,8 +240,8 @@ def overview(runs: Sequence[Facts]) -> Markup:
         ])  # fmt: skip
     names: list[Child] = ["run", "state", "step", "tokens", "training loss", "validation loss", "tokens a second",
                           "goodput", "attempts"]  # fmt: skip
-    about = "Runs (training loss: mean of the last steps; tokens a second: median of all steps)"
-    return table(names, rows, about, numbers=(2, 3, 4, 5, 6, 7, 8))
+    about = element("p", "Training loss: mean of the last steps. Tokens a second: median of all steps.", class_="note")
+    return join(table(names, rows, "Runs", numbers=(2, 3, 4, 5, 6, 7, 8)), about)
 
 
 def _card(name: str, figure: str, below: Child = None) -> Markup:
