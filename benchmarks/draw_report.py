@@ -3,7 +3,7 @@
     python benchmarks/draw_report.py report.html docs/ [--chromium chromium] [--height 1500]
 
 It needs Chromium on PATH, and nothing else: the browser is driven through a pipe, with its DevTools protocol
-(https://chromedevtools.github.io/devtools-protocol/). Pictures become palettes of 64 colours if pngquant is on PATH.
+(https://chromedevtools.github.io/devtools-protocol/). Pictures become palettes of 128 colours if pngquant is on PATH.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
                     path = options.FOLDER / f"report_{name}_{theme}.png"
                     path.write_bytes(picture(browser, options.PAGE, width, theme, options.top, options.height))
                     if quantizer := shutil.which("pngquant"):
-                        subprocess.run([quantizer, "--force", "--output", str(path), "64", str(path)], check=True)
+                        subprocess.run([quantizer, "--force", "--output", str(path), "128", str(path)], check=True)
                     print(path, f"{path.stat().st_size / 1000:.0f} kB")
         finally:
             browser.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hpcgpt.report.markup import Child, Markup, element, join, table
+from hpcgpt.report.markup import Child, Markup, colour, element, join, table
 from hpcgpt.run.goodput import SHOWN, Goodput
 from hpcgpt.status.figures import span
 
@@ -24,19 +24,17 @@ def goodput(found: Goodput) -> Markup:
     for name, label in SHOWN.items():
         share = seconds[name] / total_s if total_s else 0.0
         kind = name.removesuffix("_s").replace("_", "-")
+        of_active = f"{seconds[name] / found.active_s:.1%}" if name != "idle_s" else ""
         if share >= LEAST_SHARE:
-            words = f"{label}: {span(seconds[name])}, {share:.1%} of all time"
+            words = f"{label} {span(seconds[name])}{f', {of_active}' if of_active else ''}"
             parts.append(
                 element("rect", element("title", words), x=f"{at * UNITS:.1f}", y=0, width=f"{share * UNITS:.1f}",
                         height=UNITS, class_=f"g-{kind}")
             )  # fmt: skip
-            keys.append(
-                element("li", element("i", class_=f"key g-{kind}"), f"{label} {span(seconds[name])}, {share:.1%}")
-            )
+            keys.append(element("li", element("i", class_=f"key g-{kind}"), words))
         at += share
         if seconds[name] > 0:
-            of_active = f"{seconds[name] / found.active_s:.1%}" if name != "idle_s" else "not counted"
-            rows.append([label, f"{seconds[name]:,.1f}", of_active])
+            rows.append([label, f"{seconds[name]:,.1f}", of_active or "not counted"])
     rows.append(["total", f"{total_s:,.1f}", ""])
     label = f"Goodput {found.goodput:.1%}: {found.line()}"
     svg = element("svg", element("title", label), *parts, viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none",
@@ -61,10 +59,10 @@ def attempts_in_time(history: list[dict[str, Any]]) -> Markup | None:
         number = entry["attempt"]
         name = f"attempt {number}" if number is not None else "a start without ranks"
         words = f"{name}: {moment(entry['began_at'])}, {span(entry['ended_at'] - entry['began_at'])}; {entry['reason']}"
-        colour = f"c{(number - 1) % 6}" if number else "none"
+        shade = colour(number - 1) if number else "none"
         parts.append(
             element("rect", element("title", words), x=f"{begin:.1f}", y=0, width=f"{width:.1f}", height=UNITS,
-                    class_=f"run {colour}")
+                    class_=f"run {shade}")
         )  # fmt: skip
     label = f"When the attempts ran, from {moment(first)} to {moment(last)}"
     svg = element("svg", element("title", label), *parts, viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none",

@@ -13,16 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hpcgpt.report.columns import Columns, Curve
-from hpcgpt.report.markup import Child, Markup, element, join, table
+from hpcgpt.report.markup import Child, Markup, colour, element, join, table
 from hpcgpt.report.scale import Scale, short
 
 UNITS = 1000
-COLOURS = 6  # of attempts or runs, in style.css: c0 to c5
-LEAST_GAP = 0.045  # between two labels of marks, as a fraction of the width
-NARROW_GAP = 0.12  # the same on a phone
 TABLE_ROWS = 12
 TICKS = 6
-MOST_MARKS = 200
 MOST_DOTS = 120
 
 
@@ -43,18 +39,11 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A vertical line at a step: where an attempt began, or something went wrong."""
-
-    at: float
-    label: str
-    words: str
-    colour: str
-
-
-@dataclass(frozen=True)
 class Chart:
-    """What a chart shows. `along` gives the places on the x axis of columns; `below` a second text for a tick there."""
+    """What a chart shows. `along` gives the places on the x axis of columns; `below` a second text for a tick there.
+
+    `strip` and `marks`: see hpcgpt.report.strip. `level`: a value that gets a dashed line, if it is on the y axis.
+    """
 
     title: str
     unit: str
@@ -62,25 +51,26 @@ class Chart:
     x: Scale
     y: Scale
     x_names: Sequence[str] = ("step",)
-    marks: Sequence[Mark] = ()
+    strip: Markup | None = None
+    marks: Markup | None = None
+    level: float | None = None
     along: Callable[[Columns], np.ndarray] = field(default=lambda columns: (columns.first + columns.last) / 2)
     below: Callable[[float], str] = field(default=lambda _: "")
-    note: str = ""
 
     def html(self) -> Markup:
         """Draw it."""
         caption = element("figcaption", element("b", self.title), " ", element("small", self.unit))
         described = ", ".join(line.name for line in self.lines)
         label = f"{self.title} ({self.unit}) by {self.x_names[0]}: {described}. The figures are in the table below it."
-        inside = join(*self._grid(), *self._marks(), *(part for line in self.lines for part in self._line(line)))
+        inside = join(*self._grid(), *(part for line in self.lines for part in self._line(line)), self._level())
         svg = element(
             "svg", element("title", self.title), element("desc", label), inside, viewBox=f"0 0 {UNITS} {UNITS}",
             preserveAspectRatio="none", role="img", aria_label=label,
         )  # fmt: skip
-        area = element("div", svg, *self._mark_labels(), class_="area")
-        plot = element("div", self._y_labels(), area, self._x_labels(), class_="plot")
-        note = element("p", self.note, class_="note") if self.note else None
-        return element("figure", caption, plot, note, self._table(), class_="chart")
+        area = element("div", self.strip, svg, self.marks, class_="area")
+        kind = f"plot{' stripped' if self.strip else ''}{' marked' if self.marks else ''}"
+        plot = element("div", self._y_labels(), area, self._x_labels(), class_=kind)
+        return element("figure", caption, plot, self._table(), class_="chart")
 
     def _x(self, value: float) -> float:
         return self.x.place(value) * UNITS
@@ -96,55 +86,41 @@ class Chart:
     def _line(self, line: Line) -> list[Markup]:
         """Draw a curve, in pieces of one colour."""
         made = []
-        for columns, colour in _pieces(line):
+        for columns, kind in _pieces(line):
             x = np.array([round(self._x(value)) for value in self.along(columns)])
             curve = columns.curves[line.metric]
             if (columns.width > 1 or (columns.first != columns.last).any()) and not line.dots:
-                made += self._band(x, curve, colour)
+                made += self._band(x, curve, kind)
             places = [round(self._y(value)) for value in curve.mean]
             path = _path(list(zip(x.tolist(), places, strict=True)))
-            made.append(element("path", element("title", line.name), d=path, class_=f"line {colour}"))
+            made.append(element("path", element("title", line.name), d=path, class_=f"line {kind}"))
             if line.dots:
-                made.append(self._dots(line, columns, x, places, colour))
+                made.append(self._dots(line, columns, x, places, kind))
         return made
 
-    def _band(self, x: np.ndarray, curve: Curve, colour: str) -> list[Markup]:
+    def _band(self, x: np.ndarray, curve: Curve, kind: str) -> list[Markup]:
         """Draw the area between the extremes; it has an edge, so that one column alone can be seen."""
         top = list(zip(x.tolist(), (round(self._y(v)) for v in curve.high), strict=True))
         bottom = list(zip(x.tolist(), (round(self._y(v)) for v in curve.low), strict=True))
         if len(top) == 1:
             bottom = [(bottom[0][0] + 1, bottom[0][1])]
-        return [element("path", d=_path([*top, *reversed(bottom)]) + "z", class_=f"band {colour}")]
+        return [element("path", d=_path([*top, *reversed(bottom)]) + "z", class_=f"band {kind}")]
 
-    def _dots(self, line: Line, columns: Columns, x: np.ndarray, y: Sequence[int], colour: str) -> Markup:
+    def _dots(self, line: Line, columns: Columns, x: np.ndarray, y: Sequence[int], kind: str) -> Markup:
         """Draw a dot at each value, with its figures; at most MOST_DOTS of them."""
         every = max(1, math.ceil(len(x) / MOST_DOTS))
         shown = [*range(0, len(x) - 1, every), len(x) - 1]
         curve = columns.curves[line.metric]
         return join(*(
-            element("path", element("title", f"{line.name} {curve.mean[n]:.4f} at step {columns.last[n]:,}"),
-                    d=f"M{x[n]} {y[n]}h0", class_=f"dot {colour}")
+            element("path", element("title", f"{line.name} {curve.mean[n]:.4f} at step {_steps(columns, n)}"),
+                    d=f"M{x[n]} {y[n]}h0", class_=f"dot {kind}")
             for n in shown
         ))  # fmt: skip
 
-    def _marks(self) -> list[Markup]:
-        return [
-            element("path", element("title", mark.words), d=f"M{self._x(mark.at):.0f} 0V{UNITS}",
-                    class_=f"mark {mark.colour}")
-            for mark in self.marks[:MOST_MARKS] if self.x.low <= mark.at <= self.x.high
-        ]  # fmt: skip
-
-    def _mark_labels(self) -> list[Markup]:
-        """Label the marks, without those that would cover another label."""
-        made, free_from, free_on_phone = [], -1.0, -1.0
-        for mark in self.marks[:MOST_MARKS]:
-            place = self.x.place(mark.at)
-            if mark.label and 0 <= place <= 0.98 and place >= free_from:
-                free_from = place + LEAST_GAP
-                wide = " wide" if place < free_on_phone else ""
-                free_on_phone = free_on_phone if wide else place + NARROW_GAP
-                made.append(element("span", mark.label, class_=f"at {mark.colour}{wide}", style=f"left:{place:.2%}"))
-        return made
+    def _level(self) -> Markup | None:
+        if self.level is None or not self.y.low <= self.level <= self.y.high:
+            return None
+        return element("path", d=f"M0 {self._y(self.level):.0f}H{UNITS}", class_="level")
 
     def _y_labels(self) -> Markup:
         labels = [element("span", short(tick), style=f"top:{self._y(tick) / UNITS:.2%}") for tick in self.y.ticks()]
@@ -172,20 +148,13 @@ class Chart:
                 continue
             chosen = known[np.unique(np.linspace(0, len(known) - 1, TABLE_ROWS).round().astype(int))]
             for n in chosen.tolist():
-                first, last = int(line.columns.first[n]), int(line.columns.last[n])
-                steps = f"{first:,}" if first == last else f"{first:,} to {last:,}"
                 figures = (line.curve.mean[n], line.curve.low[n], line.curve.high[n])
-                rows.append([line.name, steps, *(f"{figure:.5g}" for figure in figures)])
+                rows.append([line.name, _steps(line.columns, n), *(f"{figure:.5g}" for figure in figures)])
         if not rows:
             return None
-        head: list[Child] = ["curve", "steps", "mean", "least", "most"]
+        head: list[Child] = ["curve", "steps", "mean", "minimum", "maximum"]
         inner = table(head, rows, f"{self.title}, {self.unit}", numbers=(1, 2, 3, 4))
         return element("details", element("summary", "Table"), inner)
-
-
-def colour(number: int) -> str:
-    """Return the colour of attempt or run `number`."""
-    return f"c{number % COLOURS}"
 
 
 def _pieces(line: Line) -> list[tuple[Columns, str]]:
@@ -209,6 +178,12 @@ def _pieces(line: Line) -> list[tuple[Columns, str]]:
         chosen = colour(max(0, of - 1)) if line.by_attempt else line.colour
         found.append((line.columns.part(shown), chosen))
     return found
+
+
+def _steps(columns: Columns, number: int) -> str:
+    """Name the steps of a column."""
+    first, last = int(columns.first[number]), int(columns.last[number])
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def _path(points: Sequence[tuple[int, int]]) -> str:

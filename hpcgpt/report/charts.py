@@ -5,28 +5,35 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from hpcgpt.report import scale
-from hpcgpt.report.chart import COLOURS, MOST_MARKS, Chart, Line, colour
+from hpcgpt.report.chart import Chart, Line
 from hpcgpt.report.columns import Columns, narrowed
 from hpcgpt.report.facts import Facts
-from hpcgpt.report.markup import Markup, element, join
+from hpcgpt.report.markup import COLOURS, EMPTY, Markup, colour, cut, element, join
+from hpcgpt.report.notes import notes
 from hpcgpt.report.scale import Scale, short
+from hpcgpt.report.strip import marks, stretches, strip
+from hpcgpt.run import records
 
 # metric, title, unit, whether the axis begins at zero
 OTHERS = (
     ("train/lr", "Learning rate", "", True),
     ("train/grad_norm", "Gradient norm", "before clipping", False),
-    ("train/tokens_per_s", "Throughput", "tokens a second, all ranks together", True),
+    ("train/tokens_per_s", "Throughput", "tokens a second", True),
 )
 LOSS, NATS = "Loss", "nats a token"
 ZOOM = 4  # the second chart of the loss leaves out the first of so many parts of the steps
 WORTH_A_ZOOM = 0.4  # of the range of all losses
 ALL_COLUMNS = 2400  # of several runs together
 LEAST_COLUMNS = 24
-BAND = "Each column of pixels stands for several steps. Line: their mean; band: their least and most."
+SMOOTH_COLUMNS = 120  # of throughput: that of single steps is a thicket
+MOST_KEYS = 24  # of attempts, in the legend
+MOST_LINES = 6  # of each kind below the legend
+BAND = "A point of a curve stands for several steps: the line is their mean, the band from their minimum to maximum."
 
 
 def of_one(run: Facts) -> Markup:
@@ -34,21 +41,24 @@ def of_one(run: Facts) -> Markup:
     columns = run.columns
     if len(columns) < 2:
         return element("p", "No curve yet: fewer than two steps.")
-    marks = run.marks
     x = Scale(0.0, float(columns.last[-1]))
+    attempts, changes, faults = stretches(columns), _changes(run), run.marks
 
     def tokens(step: float) -> str:
         found = columns.tokens_at(step)
         return short(found) if step and math.isfinite(found) else ""
 
-    def chart(title: str, unit: str, lines: Sequence[Line], along: Scale, y: Scale, note: str = "") -> Markup:
-        return Chart(title, unit, lines, along, y, ("step", "tokens"), marks, below=tokens, note=note).html()
+    def chart(
+        title: str, unit: str, lines: Sequence[Line], along: Scale, y: Scale, level: float | None = None
+    ) -> Markup:
+        above, below = strip(attempts, changes.__contains__, along), marks(faults, along)
+        return Chart(title, unit, lines, along, y, ("step", "tokens"), above, below, level, below=tokens).html()
 
     made = []
     losses = _losses(columns)
     if losses:
         axis = _axis(losses, steep=True)
-        made.append(chart(LOSS, NATS, losses, x, axis, BAND if columns.width > 1 else ""))
+        made.append(chart(LOSS, NATS, losses, x, axis))
         begin = int(columns.last[-1]) // ZOOM
         later = _losses(columns.part(columns.first > begin))
         if later and len(later[0].columns) > 2:
@@ -56,10 +66,20 @@ def of_one(run: Facts) -> Markup:
             if not axis.logarithmic and near.high - near.low < WORTH_A_ZOOM * (axis.high - axis.low):
                 made.append(chart(f"{LOSS} since step {begin:,}", NATS, later, Scale(float(begin), x.high), near))
     for metric, title, unit, zero in OTHERS:
-        line = Line(title.lower(), columns, metric, "c0", by_attempt=True)
-        if line.curve.known.any():
-            made.append(chart(title, unit, [line], x, _axis([line], zero, steep=True)))
-    return join(_legend_of_one(run), element("div", *made, class_="charts"))
+        shown = columns
+        if metric == "train/tokens_per_s":
+            shown = narrowed(columns, max(SMOOTH_COLUMNS, 2 * len(attempts)))
+            unit += ", of all ranks together" * ((run.status["world_size"] or 1) > 1)
+        line = Line(title.lower(), shown, metric, "c0", by_attempt=True)
+        if not line.curve.known.any():
+            continue
+        axis = _axis([line], zero, steep=True)
+        level = _clip(run) if metric == "train/grad_norm" else None
+        if level is not None:
+            unit += f" at {level:g}{' (dashed)' if axis.low <= level <= axis.high else ''}"
+        made.append(chart(title, unit, [line], x, axis, level))
+    note = element("p", BAND, class_="note") if columns.width > 1 else None
+    return join(_legend_of_one(run), _course(run, changes), note, element("div", *made, class_="charts"))
 
 
 def of_several(runs: Sequence[Facts]) -> Markup:
@@ -128,9 +148,10 @@ def _differ(columns: Sequence[Columns]) -> bool:
 def _legend_of_one(run: Facts) -> Markup:
     """Explain the colours."""
     numbers = sorted({int(number) for number in run.columns.attempt if number > 0})
-    items = [element("li", element("i", class_=f"key {colour(n - 1)}"), f"attempt {n}") for n in numbers[:12]]
-    if len(numbers) > 12:
-        items.append(element("li", f"and {len(numbers) - 12:,} more"))
+    items = [element("li", element("i", class_=f"key {colour(n - 1)}"), f"{n}") for n in numbers[:MOST_KEYS]]
+    items.insert(0, element("li", f"attempt{'s' * (len(items) > 1)}"))
+    if len(numbers) > MOST_KEYS:
+        items.append(element("li", f"and {len(numbers) - MOST_KEYS:,} more"))
     if numbers and numbers[-1] > COLOURS:
         items.append(element("li", f"(colours repeat after {COLOURS})"))
     without = [
@@ -139,12 +160,40 @@ def _legend_of_one(run: Facts) -> Markup:
     if without and numbers:
         listed = ", ".join(map(str, without[:12])) + (", ..." if len(without) > 12 else "")
         items.append(element("li", f"no step of attempt{'s' * (len(without) > 1)} {listed} is part of the result"))
-    items.append(element("li", element("i", class_="key val"), "validation"))
-    if any(mark.colour == "start" for mark in run.marks):
-        items.append(element("li", element("i", class_="key start"), "an attempt began"))
-    if any(mark.colour == "fault" for mark in run.marks):
-        why = "an attempt failed here, or the run went back from here (see Attempts, and Faults and changes)"
-        items.append(element("li", element("i", class_="key fault"), why))
-    if len(run.marks) > MOST_MARKS:
-        items.append(element("li", f"only the first {MOST_MARKS} of {len(run.marks):,} of these lines are drawn"))
+    if run.columns.curves["val/loss"].known.any():
+        items.append(element("li", element("i", class_="key val"), "validation"))
     return element("ul", *items, class_="legend")
+
+
+def _changes(run: Facts) -> dict[int, str]:
+    """Return the changed settings of attempts, in words."""
+    found = {}
+    for note in notes(run.events):
+        if note.kind == "changed" and note.attempt is not None:
+            found[note.attempt] = f"{f'from step {note.step:,}: ' if note.step else ''}{cut(note.words)}"
+    return found
+
+
+def _course(run: Facts, changes: dict[int, str]) -> Markup:
+    """Say what the stars and the marks of the charts stand for."""
+    lines = [("*", "change", f"attempt {attempt}, {words}") for attempt, words in changes.items()]
+    faults = [
+        (mark.glyph, "fault", f"{f'attempt {mark.attempt}' if mark.attempt else 'the run'} {cut(mark.words)}")
+        for mark in run.marks
+    ]
+    items = []
+    for kind in (lines, faults):
+        items += [
+            element("li", element("b", glyph, class_=f"note-{weight}"), " ", words)
+            for glyph, weight, words in kind[:MOST_LINES]
+        ]
+        if len(kind) > MOST_LINES:
+            rest = f"and {len(kind) - MOST_LINES:,} more, in Attempts and in Faults and changes"
+            items.append(element("li", element("b", kind[-1][0], class_=f"note-{kind[-1][1]}"), " ", rest))
+    return element("ul", *items, class_="course") if items else EMPTY
+
+
+def _clip(run: Facts) -> float | None:
+    """Return the norm to which gradients are clipped; None if it is not known, or they are not."""
+    found: Any = run.settings.get("optim.clip_norm")
+    return float(found) if records.is_number(found) and found > 0 else None

@@ -1,8 +1,8 @@
 """The rows of a metrics.jsonl of any size as at most MOST columns, each with the extremes and the mean of its steps.
 
 A column is a range of steps of one attempt. The file is read once; whenever there are more than MOST columns, all
-become twice as wide. So memory and the size of a page do not depend on the length of a run, and a spike of a single
-step is in the maximum of its column, however wide that is.
+become twice as wide. So their memory and the size of a page do not depend on the length of a run, and a spike of a
+single step is in the maximum of its column, however wide that is.
 """
 
 from __future__ import annotations
@@ -70,6 +70,14 @@ class Columns:
         curves = {name: curve.part(which) for name, curve in self.curves.items()}
         taken = (self.attempt[which], self.first[which], self.last[which], self.tokens[which])
         return Columns(self.width, *taken, curves)
+
+    def newest_mean(self, metric: str, least: int) -> tuple[float | None, int]:
+        """Return the mean of the newest values of a metric, and of how many: `least`, or some more to fill a column."""
+        curve = self.curves[metric]
+        counts = np.cumsum(curve.count[::-1])
+        taken = int(np.searchsorted(counts, least)) + 1
+        number = int(curve.count[-taken:].sum())
+        return (float(curve.total[-taken:].sum()) / number if number else None), number
 
     def tokens_at(self, step: float) -> float:
         """Return how many tokens the run had trained on after a step, between columns in proportion."""

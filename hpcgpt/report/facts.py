@@ -6,16 +6,20 @@ import dataclasses
 import json
 import math
 import tomllib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from hpcgpt.checkpoint import layout, listing
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError, sentence
-from hpcgpt.report.chart import Mark
+from hpcgpt.report import ends, strip
 from hpcgpt.report.columns import FIELDS, Columns, Gatherer
+from hpcgpt.report.strip import Mark
 from hpcgpt.run import attempts, crash_report, records
 from hpcgpt.run.condensed import Timing
 from hpcgpt.run.records import Record
@@ -30,6 +34,7 @@ MOST_REPORTS = 5  # crash reports
 REPORT_CHARACTERS = 6000
 CONFIG_BYTES = 1 << 20
 MOST_CHECKPOINTS = 40
+NEWEST_STEPS, NEWEST_SHARE = 20, 0.01  # at least so many, and so many of all steps: their mean is the training loss
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Facts:
     """What is known of a run. `status`: see hpcgpt.status.run_status, with its history.
 
     `settings`: section.key of config.toml -> value. `state`: of the newest readable checkpoint. `crashes`: name and
-    text of crash reports, the newest first. `problems`: what could not be read, and why.
+    text of crash reports, the newest first. `problems`: what could not be read, and why. `tokens_per_s`: the median of
+    all steps.
     """
 
     folder: Path
@@ -53,6 +59,7 @@ class Facts:
     status: dict[str, Any]
     columns: Columns
     events: Sequence[Record]
+    tokens_per_s: float | None = None
     samples: Sequence[Sample] = ()
     all_samples: int = 0
     checkpoints: Sequence[dict[str, Any]] = ()
@@ -62,28 +69,41 @@ class Facts:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def loss(self) -> tuple[float | None, int]:
+        """Return the mean training loss of the newest steps, and of how many: one step alone says little."""
+        last = int(self.columns.last[-1]) if len(self.columns) else 0
+        return self.columns.newest_mean("train/loss", max(NEWEST_STEPS, round(last * NEWEST_SHARE)))
+
+    @property
     def marks(self) -> list[Mark]:
-        """Return where attempts began and where the run went back or failed, in the order of the steps."""
-        found: list[Mark] = []
-        changed = {event.get("attempt"): event for event in self.events if event["event"] == "changed"}
-        for entry in self.status["history"]:
-            if entry["attempt"] is None:
-                continue
-            if found or entry["from_step"]:
-                words = f"attempt {entry['attempt']} began, at step {entry['from_step']:,}"
-                label = f"#{entry['attempt']}"
-                if entry["attempt"] in changed:
-                    words, label = f"{words}, with changed settings", f"{label} changed settings"
-                found.append(Mark(float(entry["from_step"]), label, words, "start"))
-            if entry["lost_steps"]:
-                words = f"attempt {entry['attempt']} ended at step {entry['to_step']:,}: {entry['reason']}"
-                found.append(Mark(float(entry["to_step"]), "", words, "fault"))
+        """Return where attempts failed and where the run went back, in the order of the steps."""
+        entries = [entry for entry in self.status["history"] if entry["attempt"] is not None]
+        found = [_mark(entry, later=entry is not entries[-1]) for entry in entries if _failed_or_lost(entry)]
         for event in self.events:
             if event["event"] == "rollback" and "step" in event:
                 spiked = event.get("spiked_step", event["step"])
-                words = f"a loss spike at step {spiked:,}: back to step {event['step']:,}"
-                found.append(Mark(float(event["step"]), "spike", words, "fault"))
-        return sorted(found, key=lambda mark: mark.at)
+                words = f"went back from step {spiked:,} to step {event['step']:,}: the loss had a spike"
+                found.append(Mark(float(spiked), strip.WENT_BACK, event.get("attempt"), words))
+        return sorted(found, key=_at)
+
+
+def _failed_or_lost(entry: dict[str, Any]) -> bool:
+    return ends.failed(entry) or entry["lost_steps"] > 0
+
+
+def _mark(entry: dict[str, Any], later: bool) -> Mark:
+    """Mark the end of an attempt, after which the run went back if there is a `later` one."""
+    reached, kept = entry["to_step"], entry["to_step"] - entry["lost_steps"]
+    back = "" if kept == reached else f", back to step {kept:,}" if later else f", {reached - kept:,} steps lost"
+    if ends.failed(entry):
+        return Mark(
+            float(reached), strip.FAILED, entry["attempt"], f"failed at step {reached:,}{back}: {entry['reason']}"
+        )
+    return Mark(float(reached), strip.WENT_BACK, entry["attempt"], f"ended at step {reached:,}{back}")
+
+
+def _at(mark: Mark) -> float:
+    return mark.at
 
 
 def read(folder: Path, now: float, queue: Queue | None) -> Facts:
@@ -95,11 +115,14 @@ def read(folder: Path, now: float, queue: Queue | None) -> Facts:
     """
     events = records.events(folder)
     gatherer, timing = Gatherer(), Timing(events)
+    rates = array("f")  # four bytes for each step
     for rows in records.blocks(folder, {*FIELDS, *attempts.TIMING}):
         gatherer.add(rows)
         timing.add(rows)
+        rates.extend(row["train/tokens_per_s"] for row in rows if "train/tokens_per_s" in row)
     status = run_status.complete(folder, now, queue, with_history=True, timing=timing.rows)
     found = Facts(folder, folder.resolve().name, status, gatherer.columns, events)
+    found.tokens_per_s = float(np.median(np.asarray(rates))) if rates else None
 
     def part(what: str, make: Callable[[], T], otherwise: T) -> T:
         try:

@@ -19,6 +19,8 @@ class Markup(str):
 Child: TypeAlias = "str | int | float | Markup | None"
 
 EMPTY = Markup("")
+MOST_CHARACTERS = 200  # of a value in a table
+COLOURS = 8  # of attempts or runs, in style.css: c0 to c7
 _VOID = ("br", "meta", "col", "path", "rect")  # without children
 
 
@@ -27,6 +29,16 @@ def text(value: object) -> Markup:
     if isinstance(value, Markup):
         return value
     return Markup(html.escape(terminal.shown(str(value)), quote=True))
+
+
+def colour(number: int) -> str:
+    """Return the class of attempt or run `number`, counted from 0, in style.css."""
+    return f"c{number % COLOURS}"
+
+
+def cut(value: str) -> str:
+    """Cut off a text that is too long for a table."""
+    return value if len(value) <= MOST_CHARACTERS else f"{value[: MOST_CHARACTERS - 1]}…"
 
 
 def element(name: str, /, *children: Child, **attributes: object) -> Markup:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpcgpt.output import terminal
-from hpcgpt.report import bars, summary
+from hpcgpt.report import bars, ends, summary
 from hpcgpt.report.facts import MOST_CHECKPOINTS, Facts, defaults
-from hpcgpt.report.markup import EMPTY, Child, Markup, element, join, table
+from hpcgpt.report.markup import EMPTY, Child, Markup, colour, cut, element, join, table
 from hpcgpt.report.notes import Note, notes
 from hpcgpt.report.scale import short
 from hpcgpt.run.goodput import Goodput
@@ -19,7 +19,6 @@ from hpcgpt.status.figures import count, span
 
 MOST_ATTEMPTS = 100
 MOST_NOTES = 150
-MOST_VALUE = 200  # characters
 
 
 def section(title: str, *parts: Child) -> Markup:
@@ -35,23 +34,40 @@ def head(run: Facts) -> Markup:
     running = found["state"] == "running" and found["time_left_s"] is not None
     left = f", {span(found['time_left_s'])} left" if running else ""
     progress = join(f"of {total:,}{left}", _progress_bar(found["step"], total)) if total else None
-    goodput = found["goodput"]["goodput"] if found["goodput"] else None
+    goodput = Goodput.from_dict(found["goodput"]) if found["goodput"] else None
+    loss, steps = run.loss
     cards = [
         _card("step", f"{found['step']:,}", progress),
-        _card("training loss", _figure(found["train/loss"], ".4f"), "of the last step"),
+        _card("training loss", _figure(loss, ".4f"), f"mean of the last {steps:,} steps" if steps > 1 else None),
         _card("validation loss", _figure(found["val/loss"], ".4f"), _bits(found)),
         _card("tokens", count(found["tokens"]) if found["tokens"] else "–"),
-        _card("tokens a second", f"{found['train/tokens_per_s']:,.0f}" if found["train/tokens_per_s"] else "–",
-              "in the last step"),
-        _card("goodput", f"{goodput:.1%}" if goodput is not None else "–",
-              f"{found['attempts']} attempt{'s' * (found['attempts'] != 1)}"),
-    ]  # fmt: skip
+        _card("tokens a second", _figure(run.tokens_per_s, ",.0f"), "median of all steps"),
+        _card("goodput", *_goodput(goodput)),
+    ]
     reason = element("p", found["reason"], class_="reason") if found["reason"] not in ("", found["state"]) else None
-    hosts = f" on {why.compressed(found['hosts'])}" if any(found["hosts"]) else ""
-    where = element("p", f"{found['run']}{hosts}", class_="where")
-    about = element("p", summary.sentence(run), class_="about")
+    hosts = list(filter(None, found["hosts"]))
+    on = f", on host{'s' * (len(hosts) > 1)} {why.compressed(hosts)}" if hosts else ""
+    where = element("p", f"{found['run']}{on}", class_="where")
     title = element("h1", run.name, " ", state)
-    return element("header", title, about, where, reason, element("div", *cards, class_="cards"))
+    return element("header", title, *_sentences(run, goodput), where, reason, element("div", *cards, class_="cards"))
+
+
+def _sentences(run: Facts, goodput: Goodput | None) -> list[Markup]:
+    """Say what the run is, why it has several attempts, and what its time was spent on."""
+    lost_steps = goodput.lost_steps if goodput else 0
+    course = [
+        ends.sentence(run.status["history"], lost_steps, run.status["step"]),
+        summary.time_spent(goodput) if goodput else "",
+    ]
+    texts = (summary.sentence(run), " ".join(filter(None, course)))
+    return [element("p", text, class_="about") for text in texts if text]
+
+
+def _goodput(found: Goodput | None) -> tuple[str, str | None]:
+    """Return goodput, and what it is a share of."""
+    if found is None or found.goodput is None:
+        return "–", None
+    return f"{found.goodput:.1%}", f"of {span(found.active_s)} in steps that count"
 
 
 def problems(run: Facts) -> Markup:
@@ -72,7 +88,7 @@ def attempts(run: Facts) -> Markup:
     for entry in shown:
         began, job, took, hosts, gained, reached, end = why.columns(entry)
         number, _, began = began.partition(" ")
-        mark = element("i", class_=f"key c{(entry['attempt'] - 1) % 6}") if entry["attempt"] else EMPTY
+        mark = element("i", class_=f"key {colour(entry['attempt'] - 1)}") if entry["attempt"] else EMPTY
         rows.append([join(mark, number), began, job, took, hosts, gained, reached.removeprefix("to "), end])
     left_out = f" (the last {MOST_ATTEMPTS} of {len(history):,})" if len(shown) < len(history) else ""
     names: list[Child] = ["", "began", "job", "took", "nodes", "steps added", "up to", "how it ended"]
@@ -85,7 +101,7 @@ def time_spent(run: Facts) -> Markup:
     figures = run.status["goodput"]
     about = (
         "Goodput is the time of productive steps (those that were not repeated later) as a fraction of the time in "
-        "which a job was queued or running. The bar is all time from the first start to the end, idle time included."
+        "which a job was queued or running; so are the other percentages. The bar has idle time, too."
     )
     return section(
         "Where the time went",
@@ -216,15 +232,16 @@ def overview(runs: Sequence[Facts]) -> Markup:
         goodput = found["goodput"]["goodput"] if found["goodput"] else None
         total = f" of {found['total_steps']:,}" if found["total_steps"] else ""
         rows.append([
-            join(element("i", class_=f"key c{number % 6}"), element("a", run.name, href=f"#run{number}")),
+            join(element("i", class_=f"key {colour(number)}"), element("a", run.name, href=f"#run{number}")),
             element("span", found["state"], class_=f"state {found['state']}"),
-            f"{found['step']:,}{total}", count(found["tokens"]), _figure(found["train/loss"], ".4f"),
-            _figure(found["val/loss"], ".4f"), count(found["train/tokens_per_s"]),
+            f"{found['step']:,}{total}", count(found["tokens"]), _figure(run.loss[0], ".4f"),
+            _figure(found["val/loss"], ".4f"), count(run.tokens_per_s),
             f"{goodput:.1%}" if goodput is not None else "–", str(found["attempts"]),
         ])  # fmt: skip
     names: list[Child] = ["run", "state", "step", "tokens", "training loss", "validation loss", "tokens a second",
                           "goodput", "attempts"]  # fmt: skip
-    return table(names, rows, "Runs", numbers=(2, 3, 4, 5, 6, 7, 8))
+    about = element("p", "Training loss: mean of the last steps. Tokens a second: median of all steps.", class_="note")
+    return join(table(names, rows, "Runs", numbers=(2, 3, 4, 5, 6, 7, 8)), about)
 
 
 def _card(name: str, figure: str, below: Child = None) -> Markup:
@@ -247,14 +264,14 @@ def _figure(value: float | None, form: str) -> str:
 def _note(note: Note) -> list[Child]:
     kind = element("span", note.kind, class_=f"note-{note.weight}")
     step = f"{note.step:,}" if note.step is not None else ""
-    return [bars.moment(note.time), step, note.attempt, kind, _cut(note.words)]
+    return [bars.moment(note.time), step, note.attempt, kind, cut(note.words)]
 
 
 def _value(value: Any) -> str:
     """Format a value of the configuration in a few characters."""
     if isinstance(value, float):
         return short(value) if 0 < abs(value) < 1e-3 else f"{value:g}"
-    return _cut(value if isinstance(value, str) else json.dumps(value, default=str))
+    return cut(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _distinct(values: Sequence[Any]) -> list[str]:
@@ -263,7 +280,3 @@ def _distinct(values: Sequence[Any]) -> list[str]:
     if len(set(short_ones)) == len(set(map(repr, values))):
         return short_ones
     return [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_VALUE else f"{text[: MOST_VALUE - 1]}…"

@@ -1,4 +1,4 @@
-"""One sentence on what a run is: model, data, hardware, time. What is not known of it is left out."""
+"""What a run is, in one sentence, and what its time was spent on, in another. What is not known is left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.report.facts import Facts
+from hpcgpt.run.goodput import Goodput
 from hpcgpt.status.figures import count, span
+
+_ARCHITECTURES = {"gpt2": "GPT-2's architecture", "modern": "Qwen3's architecture"}  # of model.kind
 
 
 def sentence(run: Facts) -> str:
@@ -17,6 +20,20 @@ def sentence(run: Facts) -> str:
     parts = [_model(run.settings, about), _data(run.settings), _hardware(run, about), _time(run)]
     text = ", ".join(part for part in parts if part)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def time_spent(found: Goodput) -> str:
+    """Return what the time of a run was spent on; the parts add up to the time that goodput is a fraction of."""
+    rest_s = found.restart_s + found.compile_s + found.evaluation_s + found.save_stall_s + found.other_s
+    parts = (
+        (found.productive_s, "in steps that count"),
+        (found.lost_s, "lost to failures and repeated steps"),
+        (rest_s, "for starting, evaluating, saving and the like"),
+        (found.queue_s, "in the queue"),
+    )
+    text = ", ".join(f"{span(seconds)} {words}" for seconds, words in parts if seconds >= 0.5)
+    idle = f" Nothing ran or was queued for another {span(found.idle_s)}." if found.idle_s >= 0.5 else ""
+    return f"{span(found.active_s)} in all: {text}.{idle}" if text else ""
 
 
 def code(run: Facts) -> str:
@@ -34,8 +51,8 @@ def _model(settings: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         f"a context of {context:,} tokens" if type(context) is int else "",
     ]
     known = " and ".join(filter(None, details))
-    kind = settings.get("model.kind")
-    return f"a GPT ({kind} kind) with {known}" if known and kind else f"a GPT with {known}" if known else ""
+    kind = _ARCHITECTURES.get(str(settings.get("model.kind")))
+    return f"a GPT{f' ({kind})' if kind else ''} with {known}" if known else ""
 
 
 def _data(settings: Mapping[str, Any]) -> str:
@@ -52,7 +69,24 @@ def _hardware(run: Facts, about: Mapping[str, Any]) -> str:
     if not ranks:
         return ""
     many = f"{ranks:,} processes (ranks)" if ranks != 1 else "one process"
-    return f"by {many} on {'CPUs' if device == 'cpu' else f'{device} GPUs'}" if device else f"by {many}"
+    if not device:
+        return f"by {many}"
+    plural = "s" * (ranks != 1)
+    return f"by {many} on {'a ' * (ranks == 1)}" + (
+        f"CPU{plural}{_cpu(run)}" if device == "cpu" else f"{device} GPU{plural}"
+    )
+
+
+def _cpu(run: Facts) -> str:
+    """Return the name of the CPU and how many threads each process had, of the newest checkpoint."""
+    recorded = run.state.in_effect if run.state else {}
+    name, threads = recorded.get("cpu"), recorded.get("run.threads")
+    details = [
+        name if isinstance(name, str) else "",
+        f"{threads:,} thread{'s' * (threads != 1)}" if type(threads) is int else "",
+    ]
+    known = ", ".join(filter(None, details))
+    return f" ({known})" if known else ""
 
 
 def _time(run: Facts) -> str:
@@ -64,7 +98,4 @@ def _time(run: Facts) -> str:
         first, last = (time.strftime("%Y-%m-%d", time.localtime(at)) for at in (began, ended))
     except (OverflowError, ValueError, OSError):
         return ""
-    days = f"on {first}" if first == last else f"from {first} to {last}"
-    figures = run.status["goodput"]
-    spent = sum(seconds for key, seconds in figures.items() if key.endswith("_s") and key != "idle_s") if figures else 0
-    return f"{days}: {span(spent)} with a job queued or running" if spent else days
+    return f"on {first}" if first == last else f"from {first} to {last}"

@@ -98,5 +98,13 @@ def test_tokens_between_columns_are_in_proportion() -> None:
     assert columns.tokens_at(2000) == pytest.approx(20_000)
 
 
+@pytest.mark.parametrize(("steps", "least", "taken"), [(5, 20, 5), (100, 20, 20), (5000, 50, 56), (0, 20, 0)])
+def test_the_mean_of_the_newest_steps(steps: int, least: int, taken: int) -> None:
+    found = rows(steps)
+    mean, number = gathered(found).newest_mean("train/loss", least)
+    assert number == taken
+    assert mean == (pytest.approx(np.mean([row["train/loss"] for row in found[-taken:]])) if taken else None)
+
+
 def test_without_rows_there_are_no_columns() -> None:
     assert len(gathered([])) == 0
