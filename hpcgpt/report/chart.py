@@ -171,12 +171,9 @@ def _pieces(line: Line) -> list[tuple[Columns, str]]:
     pieces = np.split(known, np.flatnonzero(breaks))
     found = []
     for number, piece in enumerate(pieces):
-        shown = piece
-        if number and line.by_attempt and piece[0] == pieces[number - 1][-1] + 1:
-            shown = np.insert(piece, 0, piece[0] - 1)  # joined to the attempt before
         of = int(attempt[breaks.cumsum() == number][0])
         chosen = colour(max(0, of - 1)) if line.by_attempt else line.colour
-        found.append((line.columns.part(shown), chosen))
+        found.append((line.columns.part(piece), chosen))
     return found
 
 

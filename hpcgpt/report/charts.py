@@ -70,6 +70,7 @@ def of_one(run: Facts) -> Markup:
         if metric == "train/tokens_per_s":
             shown = narrowed(columns, max(SMOOTH_COLUMNS, 2 * len(attempts)))
             unit += ", of all ranks together" * ((run.status["world_size"] or 1) > 1)
+            unit += f", a point for {shown.width:,} steps" * (shown.width > columns.width)
         line = Line(title.lower(), shown, metric, "c0", by_attempt=True)
         if not line.curve.known.any():
             continue

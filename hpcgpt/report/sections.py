@@ -67,7 +67,7 @@ def _goodput(found: Goodput | None) -> tuple[str, str | None]:
     """Return goodput, and what it is a share of."""
     if found is None or found.goodput is None:
         return "–", None
-    return f"{found.goodput:.1%}", f"of {span(found.active_s)} in steps that count"
+    return f"{found.goodput:.1%}", f"{span(found.productive_s)} of {span(found.active_s)} in steps that count"
 
 
 def problems(run: Facts) -> Markup:

@@ -17,7 +17,7 @@ from hpcgpt.report.scale import Scale
 
 UNITS = 1000
 LEAST_LABEL = 0.012  # of the width, of a part that may get a number
-FAILED, WENT_BACK = "×", "←"
+FAILED, WENT_BACK = "▲", "←"
 GLYPH, DIGIT = 0.042, 0.025  # their widths as fractions of a chart on a phone, of about 300 pixels
 
 

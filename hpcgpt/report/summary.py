@@ -32,7 +32,7 @@ def time_spent(found: Goodput) -> str:
         (found.queue_s, "in the queue"),
     )
     text = ", ".join(f"{span(seconds)} {words}" for seconds, words in parts if seconds >= 0.5)
-    idle = f" Nothing ran or was queued for another {span(found.idle_s)}." if found.idle_s >= 0.5 else ""
+    idle = f" Beside that, no job ran or was queued for {span(found.idle_s)}." if found.idle_s >= 0.5 else ""
     return f"{span(found.active_s)} in all: {text}.{idle}" if text else ""
 
 

@@ -276,9 +276,9 @@ def test_changed_settings_are_in_words_beside_the_charts(tmp_path: Path) -> None
 def test_a_failure_and_going_back_are_two_marks_and_name_the_attempt(tmp_path: Path) -> None:
     now = time.time()
     run = facts.read(eventful(tmp_path / "run"), now, None)
-    assert [(mark.at, mark.glyph, mark.attempt) for mark in run.marks] == [(112, "×", 2), (120, "×", 3), (210, "←", 6)]
+    assert [(mark.at, mark.glyph, mark.attempt) for mark in run.marks] == [(112, "▲", 2), (120, "▲", 3), (210, "←", 6)]
     content = page.page([run], [], now)
-    assert [text for *_, text in _labels(content) if text[0] in "×←"] == ["×", "←6"]  # two are too close to be two
+    assert [text for *_, text in _labels(content) if text[0] in "▲←"] == ["▲", "←6"]  # two are too close to be two
     text = Page(content).text
     assert "attempt 2 failed at step 112, back to step 110: nothing reported" in text
     assert "attempt 6 went back from step 210 to step 200: the loss had a spike" in text
@@ -295,7 +295,7 @@ def test_the_figures_at_the_top_agree(long_run: Path) -> None:
         r"([\d.]+) (s|min|h) (in all|in steps|lost|for starting|in the queue)", sentence)}  # fmt: skip
     whole = spans.pop("in all")
     assert sum(spans.values()) == pytest.approx(whole, rel=0.02)
-    goodput = re.search(r"goodput\s+([\d.]+)%\s+of ([\d.]+ \w+) in steps that count", head)
+    goodput = re.search(r"goodput\s+([\d.]+)%\s+[\d.]+ \w+ of ([\d.]+ \w+) in steps that count", head)
     assert goodput
     assert f"{goodput[2]} in all" in head
     assert float(goodput[1]) / 100 == pytest.approx(spans["in steps"] / whole, rel=0.02)

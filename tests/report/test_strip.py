@@ -51,14 +51,14 @@ def test_the_strip_shows_only_what_is_on_the_axis_and_nothing_of_a_single_attemp
 
 def test_a_mark_has_its_glyph_and_the_number_of_its_attempt() -> None:
     found = [Mark(20, FAILED, 2, ""), Mark(50, WENT_BACK, 3, ""), Mark(70, FAILED, None, ""), Mark(170, FAILED, 4, "")]
-    assert labels(found, Scale(0, 100)) == [(0.2, "×2"), (0.5, "←3"), (0.7, "×")]
+    assert labels(found, Scale(0, 100)) == [(0.2, "▲2"), (0.5, "←3"), (0.7, "▲")]
     assert strip.marks([], Scale(0, 100)) is None
 
 
 def test_marks_that_are_close_share_a_label() -> None:
     near = [Mark(20, FAILED, 2, ""), Mark(21, WENT_BACK, 2, ""), Mark(22, FAILED, 2, "")]
-    assert labels(near, Scale(0, 100)) == [(0.2, "×←2")]
-    assert labels([Mark(20, FAILED, 2, ""), Mark(21, FAILED, 3, "")], Scale(0, 100)) == [(0.2, "×")]
+    assert labels(near, Scale(0, 100)) == [(0.2, "▲←2")]
+    assert labels([Mark(20, FAILED, 2, ""), Mark(21, FAILED, 3, "")], Scale(0, 100)) == [(0.2, "▲")]
 
 
 @pytest.mark.parametrize("number", [2, 10, 30, 500])

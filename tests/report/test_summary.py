@@ -46,7 +46,7 @@ def test_the_times_add_up_to_the_time_of_which_goodput_is_a_share() -> None:
     assert summary.time_spent(found) == (
         "7.5 min in all: 5.0 min in steps that count, 30 s lost to failures and repeated steps, "
         "1.0 min for starting, evaluating, saving and the like, 1.0 min in the queue. "
-        "Nothing ran or was queued for another 40 s."
+        "Beside that, no job ran or was queued for 40 s."
     )
     assert summary.time_spent(dataclasses.replace(found, idle_s=0.0, lost_s=0.0, queue_s=0.0)) == (
         "6.0 min in all: 5.0 min in steps that count, 1.0 min for starting, evaluating, saving and the like."
