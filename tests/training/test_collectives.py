@@ -86,7 +86,7 @@ def test_a_step_has_the_collectives_of_its_gradients_and_one_more_also_during_a_
     expected = only_gradients_and_a_vector(mode, late and not skip)
     assert {step: turns[step] for step in ordinary} == dict.fromkeys(ordinary, expected)
     for step in saving:
-        assert turns[step]["kinds"].keys() & {"allgather_", "broadcast_"}, "nothing has advanced the save"
+        assert sum(turns[step]["kinds"].values()) > sum(expected["kinds"].values()), "nothing has advanced the save"
 
 
 @pytest.mark.parametrize("late", [False, True])
