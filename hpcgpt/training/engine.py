@@ -109,7 +109,8 @@ class Engine:
     def launch(self, step: int, batch: int, votes: Votes = tuple) -> PendingStep:
         """Launch optimizer step number `step` on global batch `batch`. A collective.
 
-        `votes` is called when the loss of this step is reduced: here, or with `defers_metrics` at the next launch.
+        `votes` is called when the loss of this step is reduced: here, or with `defers_metrics` at the next launch (but
+        with train.on_nonfinite skip always here).
         """
         settings = self._config
         self._reduce()
