@@ -2,7 +2,8 @@
 
 A save has two stages. First a thread of each rank writes the rank's share of the tensors. Once all have finished, which
 the ranks find out together at a step boundary, a thread of rank 0 writes state and manifest, renames the folder to its
-final name, and removes old checkpoints (``hpcgpt.checkpoint.pruner``).
+final name, and removes old checkpoints (``hpcgpt.checkpoint.pruner``). They need no collective to find out: the sums of
+`Saver.votes` travel with the loss of the step. Only the beginning of a save and the end of each stage have collectives.
 
 One save is under way at a time: the next one waits for its end.
 
@@ -18,7 +19,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _initial_state(key: str, parameter: nn.Parameter) -> Tensor:
 class Saver:
     """Saves the checkpoints of one attempt. Every rank has one, and calls it at the same points.
 
-    All methods but `busy` are collectives. `lease` is None except on rank 0.
+    All methods but `busy` and `votes` are collectives. `lease` is None except on rank 0.
     """
 
     def __init__(
@@ -122,11 +123,23 @@ class Saver:
         self.prune_old = True
         self._copies: dict[str, Tensor] = {}  # reused: allocating memory takes longer than copying
         self._save: _Save | None = None
+        self._stages = 0  # begun so far, of all saves: the same on every rank
 
     @property
     def busy(self) -> bool:
         """Return whether a save is under way: the same on every rank."""
         return self._save is not None
+
+    @property
+    def votes(self) -> list[float]:
+        """Return this rank's votes on whether the current stage is complete: all must have voted for it.
+
+        Stages have the two places in turn: on a GPU votes are counted one step after they were given, and those on the
+        stage before must not count as votes on this one.
+        """
+        done = [0.0, 0.0]
+        done[self._stages % 2] = float(self._save is not None and self._save.is_ready(self.prune_old))
+        return done
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
         """Copy `tensors`, from `local_state_dict`, and start to write them.
@@ -148,15 +161,20 @@ class Saver:
         path = Path(temporary) / layout.share_name(self._ranks.world.rank, self._ranks.world.size)
         work = _Work(lambda: (path.name, safetensors_writer.write(path, share)))
         self._save = _Save(state, size, path.parent, final, began_at, work, stall_s=time.monotonic() - began_at)
+        self._stages += 1
         return None
 
-    def poll(self) -> Saved | None:
-        """Advance the save at a step boundary, while `busy`; return the outcome if it has ended."""
-        assert self._save is not None
-        started_at = time.monotonic()
-        problem = self._advance(self._save)
-        self._save.stall_s += time.monotonic() - started_at
-        return None if problem is None else self._end(self._save, problem)
+    def poll(self, votes: Sequence[float] | None = None) -> Saved | None:
+        """Advance the save at a step boundary, while `busy`; return the outcome if it has ended.
+
+        `votes` are the sums of ``votes`` over the ranks; None: the ranks are asked now.
+        """
+        save, started_at = self._save, time.monotonic()
+        assert save is not None
+        ready = self._all_ready(save) if votes is None else votes[self._stages % 2] == self._ranks.world.size
+        problem = self._advance(save) if ready else None
+        save.stall_s += time.monotonic() - started_at
+        return None if problem is None else self._end(save, problem)
 
     def finish(self, alive: Callable[[], None]) -> Saved | None:
         """Wait for the save that is under way, if any; return its outcome. Meanwhile call `alive`, up to LONGEST_S."""
@@ -164,7 +182,7 @@ class Saver:
         while save is not None:
             if time.monotonic() - save.began_at < LONGEST_S:
                 alive()
-            problem = self._advance(save)
+            problem = self._advance(save) if self._all_ready(save) else None
             if problem is not None:
                 save.stall_s += time.monotonic() - started_at
                 return self._end(save, problem)
@@ -172,9 +190,7 @@ class Saver:
         return None
 
     def _advance(self, save: _Save) -> str | None:
-        """Begin the next stage if all ranks are ready; return '' or the problem if the save has ended, else None."""
-        if not self._all_ready(save):
-            return None
+        """End the stage, which all ranks have completed; return '' or the problem if the save has ended, else None."""
         try:
             if save.committing:
                 run_on_rank0(self._ranks, save.work.result)
@@ -186,13 +202,13 @@ class Saver:
                 shutil.rmtree(save.temporary, ignore_errors=True)
             return str(error)
         save.committing = True
+        self._stages += 1
         save.work = _Work((lambda: self._commit(save, files)) if self._ranks.world.is_first else lambda: None)
         return None
 
     def _all_ready(self, save: _Save) -> bool:
         """Return whether no rank has to wait for its thread any longer."""
-        only_pruning = save.visible.is_set() and not self.prune_old
-        ready = torch.tensor([int(save.work.ready or only_pruning)])
+        ready = torch.tensor([int(save.is_ready(self.prune_old))])
         if self._ranks.cpu_group is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
         return bool(ready)
@@ -279,6 +295,10 @@ class _Save:
     committing: bool = False
     # Set once the checkpoint is visible; old ones may still be being removed.
     visible: threading.Event = field(default_factory=threading.Event)
+
+    def is_ready(self, prune_old: bool) -> bool:
+        """Return whether this rank does not wait for its thread any longer. `prune_old`: nor for removals."""
+        return self.work.ready or (self.visible.is_set() and not prune_old)
 
     def outcome(self, problem: str = "") -> Saved:
         return Saved(self.state.step, problem, time.monotonic() - self.began_at, self.stall_s, self.bytes)

@@ -1,7 +1,9 @@
 """Stopping: all ranks stop at the same step boundary, for the same reason.
 
-A signal handler sets a flag and returns. ``agree`` takes the maximum of the flags of all ranks, so a signal to one rank
-stops all of them together. Flags are set by
+A signal handler sets a flag and returns. Each rank votes for the reason of its flag, and all get the sums of the votes:
+the largest reason with a vote stops all of them together, so a signal to one rank is enough. The votes of a step travel
+with its loss, which is reduced anyway (``hpcgpt.training.step``). Where there is no step, between the batches of an
+evaluation, ``agree`` is a reduction of its own, of host memory. Flags are set by
 
     SIGUSR1, SIGUSR2   Slurm's warning before the time limit (#SBATCH --signal)
     SIGTERM            preemption, requeue, cancel; it may be sent twice
@@ -12,8 +14,9 @@ stops all of them together. Flags are set by
 
 The job's end counts as near when the remaining time is less than a step, two saves (one that is in progress has to
 finish first) and SLACK_S together: flags are checked between steps, so after each check a whole step passes before the
-next one. Steps and saves are measured during the run, and the most recent ones count; the remaining time is never less
-than `requeue.end_margin_s`. A later warning of Slurm has no effect, because the clock has already stopped the run.
+next one. Where a GPU is ahead of the host, some more pass until the votes are known and all that was launched has ended
+(`late_steps`). Steps and saves are measured during the run, and the most recent ones count; the remaining time is never
+less than `requeue.end_margin_s`. A later warning of Slurm has no effect, because the clock has already stopped the run.
 
 Child processes must not die of signals that Slurm sends to every process of a step: start them inside ``shielded()``.
 """
@@ -25,7 +28,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -63,6 +66,7 @@ class Stop(IntEnum):
         return next((stop for stop, text in _MESSAGES.items() if text == message), cls.NO)
 
 
+REASONS = tuple(Stop)[1:]  # in the order of votes
 # Run folders on disk contain these: a message that is replaced must still be understood by from_message.
 _MESSAGES = {
     Stop.NO: "",
@@ -95,6 +99,7 @@ class StopFlag:
         self._saves: deque[float] = deque(maxlen=RECENT_SAVES)
         self._gaps: deque[float] = deque(maxlen=RECENT)
         self._last_look: float | None = None
+        self.late_steps = 0  # steps that end between a check and the stop, besides the one that runs at the check
 
     def install(self) -> None:
         """Install the signal handlers. Main thread only.
@@ -147,7 +152,7 @@ class StopFlag:
         """
         if math.isinf(self._end) or (not self._saves and not self._gaps):
             return 0.0
-        wanted_s = STEP_FACTOR * self.step_s + 2 * max(self._saves, default=0.0) + SLACK_S
+        wanted_s = STEP_FACTOR * (1 + self.late_steps) * self.step_s + 2 * max(self._saves, default=0.0) + SLACK_S
         return max(0.0, min(wanted_s, (self._end - self._began) / 2))
 
     @property
@@ -163,17 +168,20 @@ class StopFlag:
         """Start measuring the time between checks, when the first step begins."""
         self._last_look = time.monotonic()
 
+    def votes(self, ranks: Ranks) -> list[float]:
+        """Return this rank's votes at the end of a step: 1 for its reason to stop, 0 for the others.
+
+        ``elected`` returns the reason from their sums.
+        """
+        here = self._look(ranks, after_step=True)
+        return [float(here == reason) for reason in REASONS]
+
     def agree(self, ranks: Ranks, after_step: bool = False) -> Stop:
         """Return the reason for which all ranks stop, the same on each. A collective.
 
         `after_step`: a step has ended since the last check; the time since then is expected of the next step.
         """
-        now = time.monotonic()
-        if after_step and self._last_look is not None:
-            self._gaps.append(now - self._last_look)
-        self._last_look = now
-        # Only rank 0 asks Slurm for the job's end, so its clock decides for all.
-        here = self.here(by_clock=ranks.world.is_first)
+        here = self._look(ranks, after_step)
         if ranks.cpu_group is None:
             return here
         import torch
@@ -182,6 +190,20 @@ class StopFlag:
         flag = torch.tensor([int(here)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=ranks.cpu_group)
         return Stop(int(flag))
+
+    def _look(self, ranks: Ranks, after_step: bool) -> Stop:
+        """Return this rank's reason to stop, and measure the time since the last check."""
+        now = time.monotonic()
+        if after_step and self._last_look is not None:
+            self._gaps.append(now - self._last_look)
+        self._last_look = now
+        # Only rank 0 asks Slurm for the job's end, so its clock decides for all.
+        return self.here(by_clock=ranks.world.is_first)
+
+
+def elected(votes: Sequence[float]) -> Stop:
+    """Return the largest reason that has a vote; `votes` are the sums of ``StopFlag.votes`` over the ranks."""
+    return max((reason for reason, count in zip(REASONS, votes, strict=True) if count), default=Stop.NO)
 
 
 def leave_at(end: float, now: float, margin_s: float) -> float:

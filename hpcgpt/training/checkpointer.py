@@ -6,6 +6,7 @@ fails, the run continues without this checkpoint. If the last save fails, the at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,10 @@ class Checkpointer:
         """Begin to save this step, once the previous save has ended."""
         self._ended(self._begin())
 
-    def poll(self) -> None:
-        """Advance the save that is under way, if any. Called at each step boundary."""
+    def poll(self, votes: Sequence[float] | None = None) -> None:
+        """Advance the save that is under way, if any. Called at each step boundary; `votes`: see `Saver.poll`."""
         if self.saver.busy:
-            self._ended(self.saver.poll())
+            self._ended(self.saver.poll(votes))
 
     def finish(self) -> None:
         """Wait for the save that is under way, if any."""

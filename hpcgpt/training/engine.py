@@ -1,7 +1,8 @@
 """Model, optimizer and batches of this rank: launches optimizer steps, and reads their metrics.
 
 A step is launched first, and its metrics are read later. On a GPU (`defers_metrics`) it is best to read them after the
-next step has been launched, so that the device never waits for the host.
+next step has been launched, so that the device never waits for the host. There the loss and the votes of a step are
+reduced just before the next one is launched: as late as possible without a wait, so that the votes are new.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,26 +32,29 @@ from hpcgpt.plan import Plan
 from hpcgpt.run import metrics_file
 from hpcgpt.training import spikes
 from hpcgpt.training.parallel import parallelize
-from hpcgpt.training.step import StepResult, accumulate, train_step
+from hpcgpt.training.step import StepResult, Votes, accumulate, totals, train_step
 from hpcgpt.training.stragglers import LocalTime
 
 
-@dataclass(frozen=True)
+@dataclass
 class PendingStep:
     """A step that has been launched. `step` and `batch`, the number of its global batch, are counted from 0.
 
-    `figures` are loss and norm (2,) float64 in host memory, valid once the device has passed the clock mark `ended`;
-    `began` is the mark before the step.
+    `began` and `ended` are the clock marks before and after it. `votes` returns those of this rank. Once the ranks have
+    reduced them, `figures` are loss, norm and the sums of all votes (2 + V,) float64 in host memory, valid once the
+    device has passed the mark `known`.
     """
 
     step: int
     batch: int
     rate: float
     result: StepResult
-    figures: Tensor
-    began: Any
-    ended: Any
+    votes: Votes
     waited_s: float
+    began: Any
+    ended: Any = None
+    figures: Tensor = field(init=False)
+    known: Any = None
 
 
 class Engine:
@@ -86,6 +90,7 @@ class Engine:
         self.optimizer = make_optimizer(self.model.local, settings.optim)
         self.loader = _loader(planned, ranks)
         self._prefetcher = Prefetcher(self.loader.batch, planned.micro_steps, ranks.device)
+        self._unreduced: PendingStep | None = None
 
     def warm_up(self) -> None:
         """Run one forward and backward pass whose gradients are discarded. The model is compiled here, too.
@@ -101,9 +106,14 @@ class Engine:
         self.model.clear_gradients(self.optimizer)
         self._prefetcher.waited_s()
 
-    def launch(self, step: int, batch: int) -> PendingStep:
-        """Launch optimizer step number `step` on global batch `batch`. A collective."""
+    def launch(self, step: int, batch: int, votes: Votes = tuple) -> PendingStep:
+        """Launch optimizer step number `step` on global batch `batch`. A collective.
+
+        `votes` is called when the loss of this step is reduced: here, or with `defers_metrics` at the next launch (but
+        with train.on_nonfinite skip always here).
+        """
         settings = self._config
+        self._reduce()
         self.model.release()
         began = self._clock.mark()
         rate = learning_rate(step, self._plan.total_steps, settings)
@@ -119,19 +129,25 @@ class Engine:
                 ranks=self._ranks,
                 local=self._local,
                 skip_nonfinite=settings.train.on_nonfinite == "skip",
+                votes=votes,
             )
-        figures = self._to_host(torch.stack([result.loss.double(), result.norm.double()]))
-        waited_s = self._prefetcher.waited_s()
-        return PendingStep(step, batch, rate, result, figures, began, self._clock.mark(), waited_s)
+        pending_step = PendingStep(step, batch, rate, result, votes, self._prefetcher.waited_s(), began)
+        self._unreduced = pending_step
+        if not self.defers_metrics:
+            self._reduce()
+        pending_step.ended = self._clock.mark()
+        return pending_step
 
     def read(self, pending_step: PendingStep) -> dict[str, Any]:
-        """Wait for the end of a step; return its row for metrics.jsonl.
+        """Wait for the end of a step; return its row for metrics.jsonl. A collective, unless another step was launched.
 
         A loss or norm that is not finite is None, because JSON has no such numbers.
         """
+        if pending_step is self._unreduced:
+            self._reduce()
         # Not `.item()`, which would wait for everything launched so far: for the next step, too.
-        self._clock.wait_for(pending_step.ended)
-        loss, norm = pending_step.figures.tolist()
+        self._clock.wait_for(pending_step.known)
+        loss, norm, *_ = pending_step.figures.tolist()
         elapsed_s = self._clock.between_s(pending_step.began, pending_step.ended)
         tokens_per_s = self._plan.tokens_per_step / elapsed_s
         steps = pending_step.step + 1
@@ -165,6 +181,18 @@ class Engine:
         """Set the dtype and the attention kernel of the forward passes inside."""
         with computing_in(self.dtype, self._ranks.device), self._attention():
             yield
+
+    def _reduce(self) -> None:
+        """Reduce loss and votes of the step that was launched last, unless that is done. A collective."""
+        pending_step, self._unreduced = self._unreduced, None
+        if pending_step is None:
+            return
+        result, shared = pending_step.result, pending_step.result.totals
+        if shared is None:
+            shared = totals(result.micro_losses, pending_step.votes(), self._ranks)
+        figures = torch.cat([shared[:1].double(), result.norm.double().reshape(1), shared[1:].double()])
+        pending_step.figures = self._to_host(figures)
+        pending_step.known = self._clock.mark()
 
     def _to_host(self, figures: Tensor) -> Tensor:
         if not self._on_gpu:

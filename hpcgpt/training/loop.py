@@ -1,19 +1,21 @@
 """The training loop: what a step is, and when a run is evaluated, saved, reported and stopped.
 
 Every rank runs it. Every decision depends only on what is the same on all ranks: the step, the configuration, the loss,
-and what they have agreed on at the step boundary.
+and the sums of their votes, on whether to stop and whether a stage of a save is complete. These are reduced together
+with the loss, so a step has no collective for them. Only where there is something else than steps, an evaluation or a
+rollback, the ranks agree by a collective of its own.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpcgpt.checkpoint.layout import TrainState
-from hpcgpt.distributed.stop_signals import Stop, StopFlag
+from hpcgpt.distributed.stop_signals import REASONS, Stop, StopFlag, elected
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import DivergedError
 from hpcgpt.output.best_effort import only_informs
@@ -58,6 +60,16 @@ class Loop:
     reporter: Reporter | None
     profiler: Profiler | None
     _unread: PendingStep | None = None  # the last step that was launched, until its metrics are read
+    _votes: Sequence[float] = ()  # of the last step that was read, until the next step boundary
+    _agrees_now: bool = False  # at the next step boundary: a step was not all since the last one
+
+    def __post_init__(self) -> None:
+        # The host is a step ahead of the device; and several ranks read their votes when one more has been launched.
+        self.stop.late_steps = self.engine.defers_metrics * (1 if self._alone else 2)
+
+    @property
+    def _alone(self) -> bool:
+        return self.ranks.cpu_group is None
 
     @property
     def finished(self) -> bool:
@@ -74,7 +86,7 @@ class Loop:
                 return self.stop.agree(self.ranks)
             if row:
                 self._report(row)
-            if reason := self._agree(after_step=True):
+            if reason := self._decide():
                 self._read_unread()
                 return reason
             if row and self.checkpointer.is_regular(self.state.step):
@@ -87,6 +99,10 @@ class Loop:
         row, self.state.pending = self.state.pending, None
         return row
 
+    def _vote(self) -> list[float]:
+        """Return this rank's votes at the end of a step. Alone it need not vote, and decides at the step boundary."""
+        return [] if self._alone else [*self.stop.votes(self.ranks), *self.checkpointer.saver.votes]
+
     def _step(self) -> Row | None:
         """Make the next step; return its row if it has been read.
 
@@ -95,7 +111,7 @@ class Loop:
         if self.profiler:
             with only_informs("the trace"):
                 self.profiler.before(self.state.step + 1)
-        pending_step = self.engine.launch(self.state.step, self.state.step + self.state.skipped)
+        pending_step = self.engine.launch(self.state.step, self.state.step + self.state.skipped, self._vote)
         if not self._read_unread():
             return None
         self.state.step, self.state.val_loss = self.state.step + 1, None
@@ -130,7 +146,7 @@ class Loop:
             DivergedError: training has failed, and would fail again.
         """
         row = self.engine.read(pending_step) | {"attempt": self.number}
-        loss, norm = pending_step.figures.tolist()
+        loss, norm, *self._votes = pending_step.figures.tolist()
         verdict = self.spikes.check(
             row["step"], loss, norm, pending_step.result.skipped, lambda: self.engine.locate_nonfinite(pending_step)
         )
@@ -143,6 +159,7 @@ class Loop:
 
     def _roll_back(self, pending_step: PendingStep, row: Row) -> bool:
         """Go back to the last regular checkpoint, without the samples since; return False if there is none."""
+        self._agrees_now = True
         self.checkpointer.finish()
         with self.watchdog.patience(START_S):
             target = self.rollback.target(row["step"])
@@ -158,7 +175,7 @@ class Loop:
 
     def _evaluate(self, row: Row) -> bool:
         """Add the validation figures to a row; return False if a stop was requested before they were complete."""
-        started_at = time.monotonic()
+        self._agrees_now, started_at = True, time.monotonic()
         evaluated = self.evaluate(lambda: self._agree() != Stop.NO)
         if evaluated is None:
             return False
@@ -183,14 +200,30 @@ class Loop:
         self.watchdog.alive()
         return self.stop.here() == Stop.NO
 
-    def _agree(self, after_step: bool = False) -> Stop:
-        """Agree with all ranks whether to stop: at each step boundary, and between the batches of an evaluation."""
+    def _decide(self) -> Stop:
+        """Return the reason for which all ranks stop at this step boundary, and advance the save that is under way.
+
+        By the votes of the last step that was read: with metrics that are read late, that is the step before. After
+        something else than a step the ranks agree anew, as a whole step would pass until their next votes.
+        """
+        votes, self._votes = self._votes, ()
+        agrees_now, self._agrees_now = self._agrees_now or self._alone, False
         self.watchdog.alive()
-        self.checkpointer.poll()
-        reason = self.stop.agree(self.ranks, after_step)
-        if after_step and self.reporter:
+        reason = Stop.NO
+        if agrees_now:
+            reason = self._agree(after_step=True)
+        elif votes:
+            self.checkpointer.poll(votes[len(REASONS) :])
+            reason = elected(votes[: len(REASONS)])
+        if self.reporter:
             self.reporter.lead(self.stop.lead_s, self.stop.step_s)
         return reason
+
+    def _agree(self, after_step: bool = False) -> Stop:
+        """Agree with all ranks whether to stop, by a collective: also between the batches of an evaluation."""
+        self.watchdog.alive()
+        self.checkpointer.poll()
+        return self.stop.agree(self.ranks, after_step)
 
     def trace(self, leaving: bool) -> None:
         """Write the trace that ends at this step, if any. `leaving`: end it here, however short it is."""

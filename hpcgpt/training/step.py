@@ -1,5 +1,9 @@
 """One optimizer step: accumulate, reduce, clip, step. It neither logs nor saves.
 
+The ranks reduce their gradients, and one vector, `totals`: the loss, and their votes on what to do at the step boundary
+(whether to stop, whether a stage of a save is complete). A step needs no other collective, and no GPU waits for the
+hosts of all ranks. Votes are 0 or 1, so that their sums are exact in float32 up to 2**24 ranks.
+
 Nothing here waits for the device, so that the host is one step ahead of it; except with `skip_nonfinite`, which needs
 loss and norm before the weights change.
 """
@@ -7,7 +11,7 @@ loss and norm before the weights change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -21,21 +25,22 @@ from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.stragglers import LocalTime
 
 Precision = Callable[[], AbstractContextManager[None]]
+Votes = Callable[[], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class StepResult:
     """The result of a step, in tensors on the device that may not be computed yet.
 
-    `loss`: mean in nats over the targets of the global batch (); `norm`: of the gradient before clipping (). Both are
-    the same on every rank. `micro_losses`: what each micro-batch of this rank adds to the rank's mean loss, () each.
-    `skipped`: the weights were not changed.
+    `norm`: of the gradient before clipping (), the same on every rank. `micro_losses`: what each micro-batch of this
+    rank adds to the rank's mean loss, () each. `skipped`: the weights were not changed. `totals`: see the function of
+    this name; None if the ranks have not computed them yet.
     """
 
-    loss: Tensor
     norm: Tensor
     micro_losses: list[Tensor]
-    skipped: bool = False
+    skipped: bool
+    totals: Tensor | None
 
 
 def train_step(
@@ -50,22 +55,24 @@ def train_step(
     ranks: Ranks,
     local: LocalTime | None = None,
     skip_nonfinite: bool = False,
+    votes: Votes = tuple,
 ) -> StepResult:
     """Make one step on the `micro_steps` micro-batches (B, T+1) of this rank. A collective.
 
     `local` measures the time before gradients are reduced. With `skip_nonfinite`, weights and optimizer are not changed
-    if loss or norm is not finite: on all ranks alike, since both are the same on all.
+    if loss or norm is not finite: on all ranks alike, since both are the same on all. For this alone the loss is needed
+    here, and reduced together with `votes`. Otherwise that is left to the caller (`totals`).
     """
     micro_losses = accumulate(model, micro_batches, micro_steps=micro_steps, precision=precision, local=local)
     # Without a limit the norm is still measured: an infinite one clips nothing.
     norm = model.clip_gradients(clip_norm or float("inf"))
-    loss = mean_over_ranks(sum(micro_losses[1:], micro_losses[0]), ranks)
-    skipped = skip_nonfinite and not (math.isfinite(float(norm)) and math.isfinite(float(loss)))
+    shared = totals(micro_losses, votes(), ranks) if skip_nonfinite else None
+    skipped = shared is not None and not (math.isfinite(float(norm)) and math.isfinite(float(shared[0])))
     if not skipped:
         set_learning_rate(optimizer, rate)
         optimizer.step()
     model.clear_gradients(optimizer)
-    return StepResult(loss, norm, micro_losses, skipped)
+    return StepResult(norm, micro_losses, skipped, shared)
 
 
 def accumulate(
@@ -117,10 +124,16 @@ def to_ids(batch: Tensor) -> Tensor:
     return ids
 
 
-def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
-    """Return the mean of a tensor over all ranks. A collective."""
-    if ranks.cpu_group is None:
-        return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / ranks.world.size
+def totals(micro_losses: Sequence[Tensor], votes: Sequence[float], ranks: Ranks) -> Tensor:
+    """Return the mean loss in nats over the targets of the global batch, then the sums of the ranks' votes (1 + V,).
+
+    A collective; the same on every rank, on the device, in the dtype of the losses.
+    """
+    loss = sum(micro_losses[1:], micro_losses[0])
+    own = torch.tensor([0.0, *votes], dtype=loss.dtype, pin_memory=loss.is_cuda)
+    shared = own.to(loss.device, non_blocking=True)  # the host does not wait for the device
+    shared[0] = loss
+    if ranks.cpu_group is not None:
+        dist.all_reduce(shared)
+        shared[0] /= ranks.world.size
+    return shared

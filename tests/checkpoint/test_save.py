@@ -80,6 +80,36 @@ def test_a_save_finishes_by_polling_and_stalls_training_for_less_than_it_takes(c
     assert layout.verify(checkpoints / "step_000000004") == ""
 
 
+def test_a_stage_ends_by_the_votes_of_all_ranks_on_this_stage_only(checkpoints: Path, lease: Lease) -> None:
+    """On a GPU votes are read late: those on the first stage when the second one is under way."""
+    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL)
+    assert saver.votes == [0.0, 0.0], "no save is under way"
+    gate = threading.Event()
+    for step in (4, 8):
+        gate.clear()
+        saver._before_commit = gate.wait  # type: ignore[assignment]
+        assert saver.begin(state(step), {WEIGHT: torch.zeros(9)}) is None
+        under_way = saver._save
+        assert under_way is not None
+        under_way.work._thread.join()
+        first = saver.votes
+        assert sorted(first) == [0.0, 1.0]
+        committing = []
+        for votes in ([0.0, 0.0], first):
+            assert saver.poll(votes) is None
+            committing.append(under_way.committing)
+        assert committing == [False, True]
+        assert saver.votes == [0.0, 0.0], "the commit waits"
+        assert saver.poll(first) is None
+        assert saver.busy, "a vote on the stage before was counted"
+        gate.set()
+        under_way.work._thread.join()
+        assert saver.votes == first[::-1]
+        saved = saver.poll(saver.votes)
+        assert saved is not None
+        assert (saved.step, saved.problem) == (step, "")
+
+
 def test_waiting_for_a_save_reports_that_the_rank_is_alive(checkpoints: Path, lease: Lease) -> None:
     reported, calls = threading.Event(), 0
 

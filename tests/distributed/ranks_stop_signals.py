@@ -13,9 +13,10 @@ import threading
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from hpcgpt.distributed import rendezvous, world
-from hpcgpt.distributed.stop_signals import StopFlag
+from hpcgpt.distributed.stop_signals import StopFlag, elected
 from hpcgpt.distributed.world import Ranks
 
 # The signals that each rank gets, one case after the other.
@@ -36,6 +37,9 @@ def agreed(ranks: Ranks, out: Path) -> dict[str, str]:
         for number in sent.get(ranks.world.rank, []):
             os.kill(os.getpid(), number)
         reported[name] = flag.agree(ranks).name
+        votes = torch.tensor([2.5, *flag.votes(ranks)])
+        dist.all_reduce(votes)  # as with the loss of a step
+        assert elected(votes[1:].tolist()).name == reported[name]
     stop_file = out / "STOP"
     if ranks.world.is_first:
         stop_file.touch()

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from hpcgpt.distributed import stop_signals
-from hpcgpt.distributed.stop_signals import SIGNALS, Stop, StopFlag, leave_at, shielded
+from hpcgpt.distributed.stop_signals import REASONS, SIGNALS, Stop, StopFlag, elected, leave_at, shielded
 from tests.one_rank import ALONE
 from tests.programs import ROOT, clean_env, on_ranks
 
@@ -218,6 +218,40 @@ def test_a_step_and_its_saves_fit_before_the_end(
     clock[0] += step_s
     flag.agree(ALONE, after_step=True)
     assert end - flag.leave_at == pytest.approx(leads_s)
+
+
+@pytest.mark.parametrize(("late_steps", "leads_s"), [(0, 110.0), (1, 210.0), (2, 310.0)])
+def test_steps_until_the_votes_are_known_fit_before_the_end_too(
+    clock: list[float], late_steps: int, leads_s: float
+) -> None:
+    end = clock[0] + 10_000
+    flag = StopFlag(None, 60.0, {"SLURM_JOB_END_TIME": str(int(end))})
+    flag.late_steps = late_steps
+    flag.look_from_now()
+    clock[0] += 80.0
+    assert flag.votes(ALONE) == [0.0] * len(REASONS)
+    assert end - flag.leave_at == pytest.approx(leads_s)
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "expected"),
+    [
+        ([[], []], Stop.NO),
+        ([[Stop.FILE], []], Stop.FILE),
+        ([[Stop.FILE], [Stop.TERMINATED], [Stop.INTERRUPT]], Stop.TERMINATED),
+        ([[Stop.TIME_LIMIT]] * 1000 + [[Stop.INTERRUPT]], Stop.INTERRUPT),
+    ],
+)
+def test_of_the_votes_of_all_ranks_the_largest_reason_counts_and_not_the_most_frequent(
+    of_ranks: list[list[Stop]], expected: Stop
+) -> None:
+    sums = [0.0] * len(REASONS)
+    for reasons in of_ranks:
+        flag = StopFlag(None, 60.0, {})
+        flag._told = max(reasons, default=Stop.NO)
+        sums = [total + vote for total, vote in zip(sums, flag.votes(ALONE), strict=True)]
+    assert sum(sums) == sum(map(len, of_ranks))
+    assert elected(sums) == expected
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
         report["stop_file"], report["end_margin_s"] = str(stop_file), end_margin_s
 
     record_calls(save.Saver, "begin", begin)
-    record_calls(save.Saver, "poll", lambda _: counts.update(["polls"]))
+    record_calls(save.Saver, "poll", lambda *_: counts.update(["polls"]))
     record_calls(hang_watchdog.Watchdog, "alive", lambda _: counts.update(["alive"]))
     record_calls(metrics_file.MetricsFile, "sync", slow)
     record_calls(stop_signals.StopFlag, "__init__", flag)

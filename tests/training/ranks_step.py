@@ -26,7 +26,7 @@ from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
 from hpcgpt.training.parallel import parallelize
-from hpcgpt.training.step import train_step
+from hpcgpt.training.step import totals, train_step
 
 GLOBAL_BATCH = 16
 ACCUMULATIONS = (1, 2, 4)
@@ -57,7 +57,7 @@ class Bench:
             self.parallel, self.optimizer, batches, micro_steps=self.micro_steps, rate=1e-3, clip_norm=clip_norm,
             precision=nullcontext, ranks=self.ranks,
         )  # fmt: skip
-        return result.loss, result.norm
+        return totals(result.micro_losses, (), self.ranks)[0], result.norm
 
     def _record_gradients(self, *_: Any) -> None:
         self.used_gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
