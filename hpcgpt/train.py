@@ -35,6 +35,9 @@ ABOUT = (
     "Pretrain a GPT, or resume a run. With --dry-run: print what would be trained, and from where, without training or "
     "writing anything; --dry-run=N: on N ranks."
 )
+# For train.deterministic, see hpcgpt.model.kernels.deterministic. cuBLAS reads its variable when it starts. Since 2.13
+# torch's options of the compiler are those of one thread, and backward passes on a GPU are compiled in another.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,6 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
         # Torch's warnings about sockets only repeat what our errors say better.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        if settings.train.deterministic:
+            os.environ.update(DETERMINISTIC | os.environ)
         from hpcgpt.training import attempt
 
         status = attempt.train(planned, here, flag, began_at)
