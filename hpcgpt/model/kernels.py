@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
@@ -94,7 +94,7 @@ def deterministic(inside: Context, device: torch.device) -> Context:
 def _deterministic_algorithms() -> Iterator[None]:
     import torch._inductor.config as inductor  # late, because it takes a moment
 
-    filling = torch.utils.deterministic
+    filling: Any = torch.utils.deterministic
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     compiler, fills = inductor.deterministic, filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -122,18 +123,23 @@ def test_the_configured_kernel_also_recomputes_in_the_backward_pass(tiny: Path) 
 def state_of_torch() -> tuple[object, ...]:
     import torch._inductor.config as inductor
 
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    filling: Any = torch.utils.deterministic
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    return torch.are_deterministic_algorithms_enabled(), warns, inductor.deterministic, filling
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        warns,
+        inductor.deterministic,
+        filling.fill_uninitialized_memory,
+    )
 
 
 def test_deterministic_kernels_are_set_inside_of_the_context_and_what_was_before_outside() -> None:
     context = kernels.deterministic(kernels.attention("math", CPU, torch.float32), CPU)
-    q = torch.ones(1, 2, 16, 8)
+    q, filling = torch.ones(1, 2, 16, 8), cast(Any, torch.utils.deterministic)
     try:
         for before in ((False, False, False, True), (True, True, True, True), (True, False, True, False)):
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.utils.deterministic.fill_uninitialized_memory = before[3]
+            filling.fill_uninitialized_memory = before[3]
             with pytest.raises(KeyError), context(), context():
                 assert state_of_torch() == (True, False, True, False)
                 with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -143,7 +149,7 @@ def test_deterministic_kernels_are_set_inside_of_the_context_and_what_was_before
             assert state_of_torch() == before
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        filling.fill_uninitialized_memory = True
 
 
 def test_deterministic_kernels_on_a_gpu_need_buffers_with_which_cublas_is_deterministic(
