@@ -4,7 +4,7 @@ Each finding is one line of JSON, on disk before the next check begins::
 
     {"part": "works", "check": "compiled", "ok": true, "at_s": 41.2, "took_s": 30.1, "first_loss": 10.82, ...}
 
-`ok`: false is a fault, null says that there was no time left for the check. `at_s` counts from the start of the part.
+`ok`: false is a fault, null says that there was not enough time left for the check. `at_s` counts from the start of the part.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ Figures = dict[str, Any]
 
 class FaultError(Exception):
     """A check has found a fault; the text is what the program said."""
+
+
+class TimeOverError(Exception):
+    """The part's time was over before the check was; the text is what the program said."""
 
 
 @dataclass
@@ -74,9 +78,12 @@ class Part:
         if self.left_s < ENOUGH_S:
             self.note(name, None, {})
             return
-        began_at, ok = time.monotonic(), True
+        began_at = time.monotonic()
+        ok: bool | None = True
         try:
             figures = work()
+        except TimeOverError as error:
+            ok, figures = None, {"said": str(error)}
         except Exception as error:  # whatever it is, the other checks have to run
             ok, figures = False, {"error": f"{type(error).__name__}: {error}"[-TAIL:]}
         self.note(name, ok, {"took_s": round(time.monotonic() - began_at, 1)} | figures)
@@ -87,11 +94,12 @@ class Part:
             for done in [pool.submit(self.check, name, work) for name, work in all_of_them]:
                 done.result()
 
-    def run(self, words: Sequence[str], env: dict[str, str] | None = None, statuses: Sequence[int] = (0,)) -> str:
+    def run(self, words: Sequence[str], env: dict[str, str] | None = None) -> str:
         """Run ``python WORDS`` in the repository to its end; return what it printed.
 
         Raises:
-            FaultError: its exit status is none of `statuses`, or the part's time was over.
+            FaultError: its exit status is not 0.
+            TimeOverError: the part's time was over.
         """
         with self.started(words, env) as running:
             try:
@@ -99,8 +107,8 @@ class Part:
             except subprocess.TimeoutExpired:
                 end(running)
                 printed, _ = running.communicate()
-                raise FaultError(f"ended because the time of the part is over: {printed[-TAIL:]}") from None
-        if running.returncode not in statuses:
+                raise TimeOverError(printed[-TAIL:]) from None
+        if running.returncode:
             raise FaultError(f"status {running.returncode}: {' '.join(words)}\n{printed[-TAIL:]}")
         return printed
 

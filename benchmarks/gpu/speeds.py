@@ -11,7 +11,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from part import FaultError, Figures, Part, end
+from part import ENOUGH_S, TAIL, FaultError, Figures, Part, TimeOverError, end
 
 # Sequences a pass: what fits into 80 GB.
 MICRO_BATCH = {"readme": 8, "124m": 32, "350m": 16, "774m": 8}
@@ -74,7 +74,7 @@ def _ablation(part: Part, model: str) -> Figures:
             end(running)
             printed, _ = running.communicate()
     if not result.exists():
-        raise FaultError(printed[-1500:])
+        raise (TimeOverError if part.left_s < ENOUGH_S else FaultError)(printed[-TAIL:])
     return json.loads(result.read_text()) | {"complete": running.returncode == 0}  # type: ignore[no-any-return]
 
 
