@@ -4,7 +4,8 @@ Each finding is one line of JSON, on disk before the next check begins::
 
     {"part": "works", "check": "compiled", "ok": true, "at_s": 41.2, "took_s": 30.1, "first_loss": 10.82, ...}
 
-`ok`: false is a fault, null says that there was not enough time left for the check. `at_s` counts from the start of the part.
+`ok`: false is a fault, null says that there was not enough time left for the check. `at_s` counts from the start of
+the part.
 """
 
 from __future__ import annotations

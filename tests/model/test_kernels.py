@@ -124,13 +124,8 @@ def state_of_torch() -> tuple[object, ...]:
     import torch._inductor.config as inductor
 
     filling: Any = torch.utils.deterministic
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    return (
-        torch.are_deterministic_algorithms_enabled(),
-        warns,
-        inductor.deterministic,
-        filling.fill_uninitialized_memory,
-    )
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return enabled, warns, inductor.deterministic, filling.fill_uninitialized_memory
 
 
 def test_deterministic_kernels_are_set_inside_of_the_context_and_what_was_before_outside() -> None:
