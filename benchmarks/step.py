@@ -33,7 +33,8 @@ from hpcgpt.distributed import world
 from hpcgpt.model import host_memory, precision
 from hpcgpt.training.engine import Engine, PendingStep
 
-# Beside the fastest way, each alone.
+# Beside the fastest way, each alone. From torch 2.13 on, backward passes on a GPU are compiled without the compiler's
+# deterministic mode here, which is a setting of the process then: benchmarks/against_nanogpt.py has the whole price.
 OPTIONS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
     "document mask": {"data.document_mask": True},

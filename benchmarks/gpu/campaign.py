@@ -32,7 +32,7 @@ import everything_works
 import memory_peaks
 import speeds
 import stalls
-from part import Figures, Part
+from part import Figures, Part, last_json
 
 PARTS = {
     "works": everything_works.run,
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def _machine(part: Part) -> Figures:
-    found: Figures = json.loads(part.run(["benchmarks/machine.py"]).splitlines()[-1])
+    found = last_json(part.run(["benchmarks/machine.py"]))
     if part.device == "cuda" and not found["gpu"]:
         raise RuntimeError(f"torch finds no GPU: {found}")
     return found

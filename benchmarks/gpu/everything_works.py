@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from part import FaultError, Figures, Part, end, flags, rows
+from part import FaultError, Figures, Part, end, flags, last_json, rows
 
 STEPS, SAVES_EVERY = 12, 4
 LAST = f"step_{STEPS:09d}"
@@ -39,7 +40,8 @@ def run(part: Part, _models: list[str] | None, only: list[str] | None) -> None:
     found = dict(_checks(part, Reference(part)))
     if unknown := set(only or ()) - set(found):
         raise SystemExit(f"--only: there is no {'; '.join(sorted(unknown))}, but {'; '.join(found)}")
-    # Small runs leave a GPU idle for most of their time.
+    # Small runs leave a GPU idle for most of their time. Each would start a compiler for every core.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     part.checks([(name, work) for name, work in found.items() if not only or name in only], 1 if part.small else 4)
 
 
@@ -84,7 +86,7 @@ def _checks(part: Part, reference: Reference) -> Iterator[tuple[str, Callable[[]
     yield "resume, documents, compiled, deterministic", partial(_resumes, part, ON | DETERMINISTIC | DOCUMENTS)
     yield computes("modern and muon, compiled", ON | MODERN)
     yield computes("activation checkpointing, compiled", ON | {"train.activation_checkpointing": "true"})
-    yield computes("loss chunks, compiled", ON | {"train.loss_chunk": 32})
+    yield computes("loss chunks, compiled", ON | {"train.loss_chunk": 64 if part.small else 512})
     yield computes("float32, compiled", ON | {"train.dtype": "float32"})
     yield computes("dropout, compiled", ON | {"model.dropout": 0.1}, compared=False)
     yield computes("dropout and documents", OFF | DOCUMENTS | {"model.dropout": 0.1}, compared=False)
@@ -236,8 +238,7 @@ def _one_rank(part: Part, mode: str, compiled: bool) -> Figures:
     """Train in a group of one rank, with NCCL on a GPU: collectives are called as on many."""
     changes = {"parallel.mode": mode, "train.compile": "on" if compiled else "off"}
     words = flags(settings(part, f"one_rank_{mode}", changes))
-    printed = part.run(["benchmarks/gpu/one_rank.py", *words])
-    found: Figures = json.loads(printed.splitlines()[-1])
+    found = last_json(part.run(["benchmarks/gpu/one_rank.py", *words]))
     if not found["losses"][-1] < found["losses"][0]:
         raise FaultError(f"the loss does not fall: {found}")
     return found

@@ -10,7 +10,7 @@ import shutil
 from functools import partial
 from typing import Any
 
-from part import Figures, Part, flags
+from part import Figures, Part, flags, last_json
 from speeds import MICRO_BATCH, configuration, models
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def _compared(part: Part, model: str, way: str) -> Figures:
     words = [str(configuration(part, model)), *flags(values | changes)]
     device = "cpu" if part.device == "cpu" else "h100-80"
     printed = part.run(["-m", "hpcgpt.estimate", "--json", "--ranks", "1", "--gpu", device, "--rate", "1", *words])
-    planned: Figures = json.loads(printed[printed.index("{") :])["memory"]
+    planned: Figures = last_json(printed)["memory"]
     part.run(["benchmarks/gpu/train_measured.py", *words], {"MEASURED_TO": str(result)})
     measured: Figures = json.loads(result.read_text())
     peak = measured["allocated" if part.device == "cuda" else "resident"]

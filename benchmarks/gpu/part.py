@@ -127,6 +127,14 @@ def end(running: subprocess.Popen[str]) -> None:
     os.killpg(running.pid, signal.SIGKILL)
 
 
+def last_json(printed: str) -> Figures:
+    """Return the last line that is an object; libraries may have said something after it."""
+    lines = [line for line in printed.splitlines() if line.startswith("{")]
+    if not lines:
+        raise FaultError(f"no figures in: {printed[-TAIL:]}")
+    return json.loads(lines[-1])  # type: ignore[no-any-return]
+
+
 def flags(values: dict[str, Any]) -> list[str]:
     """Format ``{"train.steps": 3}`` as ``--train.steps 3``."""
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
