@@ -35,9 +35,12 @@ ABOUT = (
     "Pretrain a GPT, or resume a run. With --dry-run: print what would be trained, and from where, without training or "
     "writing anything; --dry-run=N: on N ranks."
 )
-# For train.deterministic, see hpcgpt.model.kernels.deterministic. cuBLAS reads its variable when it starts. Since 2.13
-# torch's options of the compiler are those of one thread, and backward passes on a GPU are compiled in another.
-DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
+# For train.deterministic, see hpcgpt.model.kernels.deterministic. cuBLAS and NCCL read their variables when they start:
+# switches that add (NVLS) do so in no fixed order. Since 2.13 torch's options of the compiler are those of one thread,
+# and backward passes on a GPU are compiled in another.
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "TORCHINDUCTOR_DETERMINISTIC": "1"
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:

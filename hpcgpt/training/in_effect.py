@@ -44,7 +44,8 @@ _ON_CPU_ONLY = {"run.threads", "cpu", "cpu_capability"}  # on a GPU they do not 
 _ENVIRONMENT = "environment "
 # Without a GPU and without the compiler all kernels are deterministic anyway.
 _OF_DETERMINISTIC = {
-    "train.deterministic", f"{_ENVIRONMENT}CUBLAS_WORKSPACE_CONFIG", f"{_ENVIRONMENT}TORCHINDUCTOR_DETERMINISTIC"
+    "train.deterministic", f"{_ENVIRONMENT}CUBLAS_WORKSPACE_CONFIG", f"{_ENVIRONMENT}NCCL_NVLS_ENABLE",
+    f"{_ENVIRONMENT}TORCHINDUCTOR_DETERMINISTIC",
 }  # fmt: skip
 # Variables by which libraries choose another kernel, precision or order of additions. Not OMP_NUM_THREADS: run.threads
 # replaces it.
@@ -56,6 +57,7 @@ _VARIABLES = (
     "MKL_DYNAMIC",
     "MKL_ENABLE_INSTRUCTIONS",
     "NCCL_ALGO",
+    "NCCL_NVLS_ENABLE",
     "NCCL_PROTO",
     "NVIDIA_TF32_OVERRIDE",
     "OMP_DYNAMIC",
