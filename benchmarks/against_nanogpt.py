@@ -3,8 +3,9 @@
     python benchmarks/against_nanogpt.py --peer DIR --data data/quickstart/shards [--model laptop] [--rounds 3]
         [--json benchmarks/results/against_nanogpt_cpu.json]
 
-On a GPU both compute in bf16 and are compiled. On a CPU nanoGPT runs as its README says, in float32 and not compiled
-(its dtype has no effect there); hpcgpt runs in float32, in bf16 if the CPU has it, and compiled, too.
+On a GPU both compute in bf16 and are compiled; hpcgpt also with train.deterministic, to see its price. On a CPU nanoGPT
+runs as its README says, in float32 and not compiled (its dtype has no effect there); hpcgpt runs in float32, in bf16 if
+the CPU has it, and compiled, too.
 
 Figures are target tokens per second of wall-clock time, from the end of step --settle to the end of the last step:
 without compilation and start-up, but with everything between two steps. "Between" is the fraction of that time outside
@@ -40,10 +41,13 @@ def main() -> None:
     ways: dict[str, list[str] | None] = {PEER: None}
     if options.device == "cuda":
         ways["ours"] = words("train", dtype="bfloat16", compile="on")
+        ways["ours, deterministic"] = [*words("train", deterministic="true"), *(ways["ours"] or ())]
     else:
         ways["ours, float32"] = words("train", dtype="float32")
         ways["ours"] = words("train", dtype="auto")
         ways["ours, compiled"] = words("train", dtype="auto", compile="on")
+        if options.model == "readme":  # its steps are short enough for one more
+            ways["ours, compiled, deterministic"] = words("train", dtype="auto", compile="on", deterministic="true")
     tokens = options.batch * MODELS[options.model][3]
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,12 +57,12 @@ def main() -> None:
                 figures = _run(way, ways[way], number, folder, options, tokens)
                 runs[way].append(figures)
                 print(
-                    f"round {number + 1}  {way:16} " + "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()),
+                    f"round {number + 1}  {way:30} " + "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()),
                     flush=True,
                 )
     medians = {way: statistics.median(run["tokens_per_s"] for run in found) for way, found in runs.items()}
     for way, speed in medians.items():
-        print(f"{way:16} {speed:12,.0f} tokens/s   {speed / medians[PEER]:5.2f} x {PEER}")
+        print(f"{way:30} {speed:12,.0f} tokens/s   {speed / medians[PEER]:5.2f} x {PEER}")
     if options.json:
         shape = dict(zip(("n_layer", "n_head", "n_embd", "block_size"), MODELS[options.model], strict=True))
         result: dict[str, Any] = {

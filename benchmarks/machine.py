@@ -1,7 +1,11 @@
-"""Describe the machine and the versions, on which measurements depend, for the JSON of a benchmark."""
+"""Describe the machine and the versions, on which measurements depend, for the JSON of a benchmark.
+
+python benchmarks/machine.py
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -20,7 +24,7 @@ def about() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
     }
 
 
@@ -30,3 +34,7 @@ def _processor() -> str:
     except OSError:
         return platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    print(json.dumps(about()))

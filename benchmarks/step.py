@@ -1,13 +1,14 @@
 """Time one rank's training step with several settings, in turns: compilation, precision and attention kernels.
 
     python benchmarks/step.py --data data/quickstart/shards [--config gpt2-124m] [--micro-batch 8] [--micro-steps 1]
-        [--rounds 5] [--steps 10] [--ways NAME ...] [--json benchmarks/results/step.json]
+        [--rounds 5] [--steps 10] [--ways NAME ...] [--device cuda] [--setup-s SECONDS]
+        [--json benchmarks/results/step.json]
 
 Each setting has an engine as in `hpcgpt train`, with the same initial weights and the same samples. In each round each
 engine makes --steps steps, in a new order; figures are medians over the rounds. Steps are launched and read as in the
 training loop. "Between" is the fraction of the time outside of steps: reading metrics, and whatever keeps the host from
 launching early enough. Settings that this machine does not support are left out, with the reason. All engines are in
-memory at the same time: if that is too much for a GPU, name some with --ways.
+memory at the same time: if that is too much for a GPU, name some with --ways. The JSON is written after each round.
 """
 
 from __future__ import annotations
@@ -32,9 +33,21 @@ from hpcgpt.distributed import world
 from hpcgpt.model import host_memory, precision
 from hpcgpt.training.engine import Engine, PendingStep
 
+# Beside the fastest way, each alone. From torch 2.13 on, backward passes on a GPU are compiled without the compiler's
+# deterministic mode here, which is a setting of the process then: benchmarks/against_nanogpt.py has the whole price.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "deterministic": {"deterministic": True},
+    "document mask": {"data.document_mask": True},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "loss chunks": {"loss_chunk": 4096},
+    "muon": {"optim.name": "muon"},
+}
+
 
 @dataclasses.dataclass
 class Way:
+    """`flags`: options of [train], and of another section as "section.key"."""
+
     flags: dict[str, Any]
     engine: Engine | None = None
     step: int = 0
@@ -43,7 +56,8 @@ class Way:
 
 def main() -> None:
     options = _parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(options.device)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of all ways: deterministic needs it
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         host_memory.keep_freed()
@@ -54,9 +68,12 @@ def main() -> None:
             raise SystemExit(f"--ways: there is no {'; '.join(unknown)} here, but {'; '.join(ways)}")
         ways = {name: ways[name] for name in options.ways}
     refused = {}
+    began_at = time.perf_counter()
     for name, way in list(ways.items()):
         started_at = time.perf_counter()
         try:
+            if started_at - began_at > options.setup_s:
+                raise RuntimeError("the time of --setup-s is over")
             way.engine = Engine(plan.make(_config(options, way.flags), 1), ranks)
             way.engine.warm_up()
             _steps(way, 3, device)
@@ -70,19 +87,31 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in random.sample(sorted(ways), len(ways)):
             found[name].append(_steps(ways[name], options.steps, device))
-    result = {}
-    for name, rounds in found.items():
-        result[name] = {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
-        result[name]["warm_up_s"] = ways[name].warm_up_s
-        text = "  ".join(f"{key} {value:,.4g}" for key, value in result[name].items())
-        print(f"{name:28} {text}", flush=True)
-    if options.json:
-        model = plan.make(_config(options, {}), 1).config.model
-        about = {
-            "model": dataclasses.asdict(model), "micro_batch": options.micro_batch, "micro_steps": options.micro_steps,
-            "rounds": options.rounds, "steps": options.steps, "machine": machine.about(),
-        }  # fmt: skip
-        options.json.write_text(json.dumps(about | {"ways": result, "left_out": refused}, indent=1) + "\n")
+        result = _medians(ways, found)
+        if options.json:
+            _write(options, result, refused, len(next(iter(found.values()), [])))
+    for name, figures in result.items():
+        print(f"{name:28} " + "  ".join(f"{key} {value:,.4g}" for key, value in figures.items()), flush=True)
+
+
+def _medians(ways: dict[str, Way], found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the medians over the rounds so far."""
+    return {
+        name: {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
+        | {"warm_up_s": ways[name].warm_up_s}
+        for name, rounds in found.items()
+    }
+
+
+def _write(options: argparse.Namespace, result: dict[str, Any], refused: dict[str, str], rounds: int) -> None:
+    model = plan.make(_config(options, {}), 1).config.model
+    about = {
+        "model": dataclasses.asdict(model), "micro_batch": options.micro_batch, "micro_steps": options.micro_steps,
+        "rounds": rounds, "steps": options.steps, "machine": machine.about(),
+    }  # fmt: skip
+    unfinished = options.json.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(about | {"ways": result, "left_out": refused}, indent=1) + "\n")
+    unfinished.replace(options.json)
 
 
 def _ways(device: torch.device) -> dict[str, Way]:
@@ -95,16 +124,28 @@ def _ways(device: torch.device) -> dict[str, Way]:
     if on_gpu:
         for kernel in ("flash", "cudnn", "efficient", "fa3"):
             ways[f"bf16, compiled, {kernel}"] = Way({"dtype": "bfloat16", "compile": "on", "attention": kernel})
-    return ways
+    fastest = "bf16, compiled" if "bf16, compiled" in ways else "float32, compiled"
+    for name, flags in OPTIONS.items():
+        ways[f"{fastest}, {name}"] = Way(ways[fastest].flags | flags)
+    # Those that say most come first: --setup-s may end before the last.
+    return {fastest: ways[fastest]} | dict(sorted(ways.items(), key=_importance))
+
+
+def _importance(way: tuple[str, Way]) -> bool:
+    return way[0].startswith("float32")
 
 
 def _config(options: argparse.Namespace, flags: dict[str, Any]) -> Config:
     settings = sources.from_file(sources.find(options.config))
-    train = dataclasses.replace(
-        settings.train, micro_batch=options.micro_batch, global_batch=options.micro_batch * options.micro_steps, **flags
-    )
-    data = dataclasses.replace(settings.data, dir=str(options.data), mix=())
-    return dataclasses.replace(settings, train=train, data=data)
+    changes: dict[str, dict[str, Any]] = {
+        "train": {"micro_batch": options.micro_batch, "global_batch": options.micro_batch * options.micro_steps},
+        "data": {"dir": str(options.data), "mix": ()},
+    }
+    for key, value in flags.items():
+        section, _, name = key.rpartition(".")
+        changes.setdefault(section or "train", {})[name] = value
+    sections = {name: dataclasses.replace(getattr(settings, name), **values) for name, values in changes.items()}
+    return dataclasses.replace(settings, **sections)
 
 
 def _steps(way: Way, count: int, device: torch.device) -> dict[str, float]:
@@ -145,6 +186,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="steps a way and round (default: 10)")
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="only these, in quotes, as the table names them")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--setup-s", type=float, default=float("inf"), metavar="SECONDS",
+                        help="leave out what has not begun to be compiled after this time")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
     return parser
 

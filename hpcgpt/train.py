@@ -36,6 +36,12 @@ ABOUT = (
     "Pretrain a GPT, or resume a run. With --dry-run: print what would be trained, and from where, without training or "
     "writing anything; --dry-run=N: on N ranks."
 )
+# For train.deterministic, see hpcgpt.model.kernels.deterministic. cuBLAS and NCCL read their variables when they start:
+# switches that add (NVLS) do so in no fixed order. Since 2.13 torch's options of the compiler are those of one thread,
+# and backward passes on a GPU are compiled in another.
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "TORCHINDUCTOR_DETERMINISTIC": "1"
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # Until the first step: imports leave no garbage, and to look for it takes a seventh of the time of torch's.
         gc.disable()
+        if settings.train.deterministic:
+            os.environ.update(DETERMINISTIC | os.environ)
         from hpcgpt.training import attempt
 
         status = attempt.train(planned, here, flag, began_at)

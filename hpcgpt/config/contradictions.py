@@ -49,6 +49,8 @@ def find(config: Config) -> Iterator[str]:
         yield f"train.attention {train.attention} has no effect with data.document_mask, which has its own kernel"
     if train.attention == "fa3" and model.dropout:
         yield f"train.attention fa3 has no dropout, and model.dropout is {model.dropout}: use flash or auto"
+    if train.attention == "cudnn" and train.deterministic:
+        yield "train.attention cudnn adds in no fixed order, which train.deterministic rules out: use flash or auto"
     if config.sample.slide > model.block_size:
         yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
     if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:

@@ -192,6 +192,9 @@ class Train:
     attention: Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"] = option(
         "auto", "attention kernel; auto: torch chooses"
     )
+    deterministic: bool = option(
+        False, "compute with kernels that add in the same order each time, on GPUs and when compiled; slower"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "after a loss or gradient that is not finite: stop the run, or skip that step, for which each step has to wait "

@@ -302,6 +302,8 @@ def _remarks(request: Request, config: Config) -> Iterator[str]:
         yield "counted without torch.compile, which usually needs less"
     if config.train.attention == "math":
         yield "train.attention math keeps all scores, which are not counted"
+    if config.train.deterministic:
+        yield "train.deterministic takes buffers of its own in backward passes, which are not counted"
     if config.model.dropout:
         yield "dropout masks of the attention kernel are not counted"
 

@@ -1,14 +1,14 @@
-"""The kernels of a step: which attention kernel, and whether the model is compiled."""
+"""The kernels of a step: which attention kernel, deterministic ones only, and whether the model is compiled."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
@@ -28,6 +28,8 @@ _BACKENDS = {
 _ON_CPU = ("auto", "flash", "math")
 _BF16_ON_GPU = ("flash", "cudnn", "fa3")
 _NVIDIA_ONLY = ("cudnn", "fa3")
+# With other buffers cuBLAS may add in another order when kernels run side by side; torch refuses them, too.
+_WORKSPACES = (":4096:8", ":16:8")
 
 
 def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Context:
@@ -60,6 +62,48 @@ def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Co
         except (ImportError, RuntimeError, ValueError) as error:
             raise UserError(f"train.attention fa3 is not available: {error}") from None
     return partial(sdpa_kernel, _BACKENDS[wanted])
+
+
+def deterministic(inside: Context, device: torch.device) -> Context:
+    """Return the context `inside` with deterministic kernels only: they add in the same order each time.
+
+    Forward passes, backward passes and the compilation of both belong in it. Gradients of attention (flash, efficient,
+    fa3, flex) and of embeddings are then summed in a fixed order, instead of in that in which blocks of threads end,
+    and Inductor chooses no kernel by timing: torch switches that on with its deterministic algorithms, in all versions
+    that hpcgpt supports. An operation without a deterministic kernel raises RuntimeError.
+
+    Raises:
+        UserError: the environment gives cuBLAS buffers with which it is not deterministic.
+    """
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
+    if device.type == "cuda" and workspace not in _WORKSPACES:
+        raise UserError(
+            f"train.deterministic needs CUBLAS_WORKSPACE_CONFIG {' or '.join(_WORKSPACES)} in the environment, and "
+            f"found '{workspace}': unset it, and `hpcgpt train` sets it"
+        )
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with _deterministic_algorithms(), inside():
+            yield
+
+    return both
+
+
+@contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    import torch._inductor.config as inductor  # late, because it takes a moment
+
+    filling: Any = torch.utils.deterministic
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    compiler, fills = inductor.deterministic, filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    filling.fill_uninitialized_memory = False  # nothing here reads memory before it is written, and filling takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        inductor.deterministic, filling.fill_uninitialized_memory = compiler, fills
 
 
 def _tag_compile_cache(wanted: Attention) -> None:

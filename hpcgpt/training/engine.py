@@ -83,7 +83,9 @@ class Engine:
         if self.dtype == torch.float64:
             gpt.double()
         self._flops_per_token = gpt.flops_per_token()
-        self._attention = kernels.attention(settings.train.attention, ranks.device, self.dtype)
+        self._kernels = kernels.attention(settings.train.attention, ranks.device, self.dtype)
+        if settings.train.deterministic:
+            self._kernels = kernels.deterministic(self._kernels, ranks.device)
         # Compiled on all ranks or on none, so that all compute alike.
         self.compiled = all(gather_from_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
         self.model = parallelize(gpt, ranks, settings.parallel, compiled=self.compiled, dtype=self.dtype)
@@ -101,7 +103,7 @@ class Engine:
         """
         self.model.module.train()
         # The compiler's worker processes must not die of Slurm's signals.
-        with shielded() if self.compiled else nullcontext(), self._attention():
+        with shielded() if self.compiled else nullcontext(), self._kernels():
             accumulate(self.model, self._prefetcher.batches(0, 1), micro_steps=1, precision=self.precision)
         self.model.clear_gradients(self.optimizer)
         self._prefetcher.waited_s()
@@ -117,7 +119,7 @@ class Engine:
         self.model.release()
         began = self._clock.mark()
         rate = learning_rate(step, self._plan.total_steps, settings)
-        with self._attention():  # around the backward pass too: activation checkpointing repeats the forward pass in it
+        with self._kernels():  # around the backward pass too: activation checkpointing repeats the forward pass in it
             result = train_step(
                 self.model,
                 self.optimizer,
@@ -178,8 +180,8 @@ class Engine:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Set the dtype and the attention kernel of the forward passes inside."""
-        with computing_in(self.dtype, self._ranks.device), self._attention():
+        """Set the dtype and the kernels of the forward passes inside."""
+        with computing_in(self.dtype, self._ranks.device), self._kernels():
             yield
 
     def _reduce(self) -> None:

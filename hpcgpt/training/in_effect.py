@@ -42,6 +42,11 @@ _HARMLESS_SECTIONS = ("data", "checkpoint", "eval")
 _HARMLESS = {"python", "numpy"}
 _ON_CPU_ONLY = {"run.threads", "cpu", "cpu_capability"}  # on a GPU they do not affect the result
 _ENVIRONMENT = "environment "
+# Without a GPU and without the compiler all kernels are deterministic anyway.
+_OF_DETERMINISTIC = {
+    "train.deterministic", f"{_ENVIRONMENT}CUBLAS_WORKSPACE_CONFIG", f"{_ENVIRONMENT}NCCL_NVLS_ENABLE",
+    f"{_ENVIRONMENT}TORCHINDUCTOR_DETERMINISTIC",
+}  # fmt: skip
 # Variables by which libraries choose another kernel, precision or order of additions. Not OMP_NUM_THREADS: run.threads
 # replaces it.
 _VARIABLES = (
@@ -52,11 +57,14 @@ _VARIABLES = (
     "MKL_DYNAMIC",
     "MKL_ENABLE_INSTRUCTIONS",
     "NCCL_ALGO",
+    "NCCL_NVLS_ENABLE",
     "NCCL_PROTO",
     "NVIDIA_TF32_OVERRIDE",
     "OMP_DYNAMIC",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
+    "TORCHINDUCTOR_DETERMINISTIC",
+    "TORCHINDUCTOR_MAX_AUTOTUNE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 _LONGEST = 200  # characters of a value in a message
@@ -227,6 +235,8 @@ def _affects_result(key: str, before: Mapping[str, Any], now: Mapping[str, Any])
         return any(then_or_now("schedule.kind", kind) for kind in ("cosine", "linear", "wsd"))
     if key in _ON_CPU_ONLY:
         return then_or_now("run.device", "cpu")
+    if key in _OF_DETERMINISTIC:
+        return then_or_now("run.device", "cuda") or then_or_now("train.compile", "on")
     return section not in _HARMLESS_SECTIONS and key not in _HARMLESS
 
 

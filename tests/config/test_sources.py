@@ -172,6 +172,10 @@ CONTRADICTIONS = [
     ('[model]\nkind = "modern"\nn_embd = 36', "n_embd 36 / model.n_head 12 is odd: rotary positions rotate pairs"),
     ("[model]\nblock_size = 8\n[train]\nloss_chunk = 200", "train.loss_chunk 200 is more than the 128 tokens of a"),
     (
+        '[train]\nattention = "cudnn"\ndeterministic = true',
+        "train.attention cudnn adds in no fixed order, which train.deterministic rules out",
+    ),
+    (
         '[model]\ndropout = 0.1\n[train]\nattention = "fa3"',
         "train.attention fa3 has no dropout, and model.dropout is 0.1",
     ),

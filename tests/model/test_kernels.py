@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from hpcgpt import plan
+from hpcgpt import plan, train
 from hpcgpt.config import sources
 from hpcgpt.config.options import Model
 from hpcgpt.distributed.world import Ranks, World
@@ -21,6 +23,7 @@ from hpcgpt.training.engine import Engine
 from tests.programs import command
 from tests.tiny_run import curve, rows
 
+ALONE = World(0, 0, 1, 1, "alone", "test")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -108,14 +111,72 @@ def test_another_kernel_computes_the_same_function(tiny: Path) -> None:
 @pytest.mark.slow
 def test_the_configured_kernel_also_recomputes_in_the_backward_pass(tiny: Path) -> None:
     settings = sources.from_file(tiny)
-    train = replace(settings.train, attention="math", activation_checkpointing=True, dtype="float32")
-    alone = Ranks(World(0, 0, 1, 1, "alone", "test"), CPU, None)
-    engine = Engine(plan.make(replace(settings, train=train), 1), alone)
+    options = replace(settings.train, attention="math", activation_checkpointing=True, dtype="float32")
+    engine = Engine(plan.make(replace(settings, train=options), 1), Ranks(ALONE, CPU, None))
     for work in (engine.warm_up, lambda: engine.launch(0, 0)):
         with profile(activities=[ProfilerActivity.CPU]) as found:
             work()
         names = {event.key for event in found.key_averages() if event.key.startswith("aten::_scaled_dot")}
         assert names == {"aten::_scaled_dot_product_attention_math"}
+
+
+def state_of_torch() -> tuple[object, ...]:
+    import torch._inductor.config as inductor
+
+    filling: Any = torch.utils.deterministic
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return enabled, warns, inductor.deterministic, filling.fill_uninitialized_memory
+
+
+def test_deterministic_kernels_are_set_inside_of_the_context_and_what_was_before_outside() -> None:
+    context = kernels.deterministic(kernels.attention("math", CPU, torch.float32), CPU)
+    q, filling = torch.ones(1, 2, 16, 8), cast(Any, torch.utils.deterministic)
+    try:
+        for before in ((False, False, False, True), (True, True, True, True), (True, False, True, False)):
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            filling.fill_uninitialized_memory = before[3]
+            with pytest.raises(KeyError), context(), context():
+                assert state_of_torch() == (True, False, True, False)
+                with profile(activities=[ProfilerActivity.CPU]) as found:
+                    F.scaled_dot_product_attention(q, q, q, is_causal=True)
+                assert "aten::_scaled_dot_product_attention_math" in {event.key for event in found.key_averages()}
+                raise KeyError
+            assert state_of_torch() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+        filling.fill_uninitialized_memory = True
+
+
+def test_deterministic_kernels_on_a_gpu_need_buffers_with_which_cublas_is_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for found in ("", ":0:0", ":4096:2:16:8"):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", found)
+        with pytest.raises(ValueError, match=rf"needs CUBLAS_WORKSPACE_CONFIG :4096:8 or :16:8.*found '{found}'"):
+            kernels.deterministic(nullcontext, GPU)
+        kernels.deterministic(nullcontext, CPU)
+    for name, value in train.DETERMINISTIC.items():
+        monkeypatch.setenv(name, value)
+    kernels.deterministic(nullcontext, GPU)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_whole_step_computes_with_deterministic_kernels_if_they_are_wanted(tiny: Path, wanted: bool) -> None:
+    settings = sources.from_file(tiny)
+    options = replace(settings.train, deterministic=wanted, activation_checkpointing=True)
+    engine = Engine(plan.make(replace(settings, train=options), 1), Ranks(ALONE, CPU, None))
+    seen: set[object] = set()
+
+    def note(*_: object) -> None:
+        seen.add(state_of_torch()[0])
+
+    engine.model.gpt.blocks[0].register_forward_hook(note)
+    engine.model.gpt.blocks[0].register_full_backward_hook(note)
+    engine.optimizer.register_step_pre_hook(note)
+    engine.warm_up()
+    engine.launch(0, 0)
+    assert seen == {wanted}
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_on_a_cpu_the_model_is_compiled_only_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

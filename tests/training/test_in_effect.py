@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt import plan
+from hpcgpt import plan, train
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import sources
@@ -107,6 +107,48 @@ def test_a_resume_with_the_same_settings_reports_nothing(
     assert "changed" not in output
     assert "changed" not in [event["event"] for event in run_folder.events(interrupted_run)]
     assert tensors(interrupted_run / "checkpoints" / LAST) == tensors(finished_run / "checkpoints" / LAST)
+
+
+@pytest.mark.processes
+def test_deterministic_kernels_change_nothing_on_a_cpu_without_the_compiler(
+    config: Path, interrupted_run: Path, finished_run: Path
+) -> None:
+    output = resumed(config, interrupted_run, "--run.strict", "true", "--train.deterministic", "true")
+    assert "changed since step 8 was saved: train.deterministic was False and is now True" in lines(output)
+    assert tensors(interrupted_run / "checkpoints" / LAST) == tensors(finished_run / "checkpoints" / LAST)
+    known = layout.read_state(interrupted_run / "checkpoints" / LAST).in_effect
+    assert {name: known[f"environment {name}"] for name in train.DETERMINISTIC} == train.DETERMINISTIC
+
+
+@pytest.mark.parametrize(
+    ("now", "affects"), [({}, False), ({"train.compile": "on"}, True), ({"run.device": "cuda"}, True)]
+)
+def test_deterministic_kernels_are_others_on_a_gpu_and_when_compiled(
+    shards_folder: Path, now: dict[str, Any], affects: bool
+) -> None:
+    made = planned(shards_folder)
+    before = in_effect.options(made) | {"train.compile": "off", "run.device": "cpu"}
+    found = in_effect.since(State(4, 1, 1, 1, {}, in_effect=before), before | now | {"train.deterministic": True}, made)
+    assert {change.key: change.affects_result for change in found.found}["train.deterministic"] is affects
+
+
+@pytest.mark.processes
+@pytest.mark.long
+@pytest.mark.timeout(1900)
+def test_compiled_with_deterministic_kernels_a_resumed_run_on_two_threads_has_the_same_bytes(
+    config: Path, tmp_path: Path
+) -> None:
+    """Without them it has not: compiled code adds the gradients of the embeddings in the order of the threads."""
+    flags = ("--run.dir", str(tmp_path), "--run.threads", "2", "--train.compile", "on", "--train.deterministic", "true")
+    last, found = tmp_path / "tiny" / "checkpoints" / LAST, []
+    for _ in range(2):
+        done = command(
+            "hpcgpt.train", str(config), *flags, "--run.strict", "true", timeout_s=900
+        )  # compilers take time
+        assert done.returncode == FINISHED, done.stderr
+        found.append(tensors(last))
+        shutil.rmtree(last)
+    assert found[0] == found[1]
 
 
 @pytest.mark.processes
