@@ -15,8 +15,8 @@ from hpcgpt.checkpoint import layout, listing
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError, sentence
 from hpcgpt.report.chart import Mark
-from hpcgpt.report.columns import FIELDS, Columns, Gatherer
-from hpcgpt.run import attempts, crash_report, records
+from hpcgpt.report.columns import Columns, Gatherer
+from hpcgpt.run import blocks, crash_report, records
 from hpcgpt.run.condensed import Timing
 from hpcgpt.run.records import Record
 from hpcgpt.slurm.queue import Queue
@@ -95,9 +95,9 @@ def read(folder: Path, now: float, queue: Queue | None) -> Facts:
     """
     events = records.events(folder)
     gatherer, timing = Gatherer(), Timing(events)
-    for rows in records.blocks(folder, {*FIELDS, *attempts.TIMING}):
-        gatherer.add(rows)
-        timing.add(rows)
+    for part in blocks.parts(folder, timing.borders):
+        gatherer.add(part)
+        timing.add(part)
     status = run_status.complete(folder, now, queue, with_history=True, timing=timing.rows)
     found = Facts(folder, folder.resolve().name, status, gatherer.columns, events)
 

@@ -12,7 +12,7 @@ or a text instead of a number. All lines are validated here, once:
 Lines without `time` and `event`, or `time` and `step`, are left out. Of several rows of a step the last one counts.
 
 A run of a million steps has half a gigabyte of rows. `rows` reads them all, line by line, and keeps the fields that its
-caller needs; `blocks` keeps none of them; `newest_rows` reads only the end of the file.
+caller needs; hpcgpt.run.blocks keeps none of them; `newest_rows` reads only the end of the file.
 
 No torch in here.
 """
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +55,6 @@ def rows(folder: Path, keys: Collection[str] | None = None) -> list[Record]:
         return []
 
 
-def blocks(folder: Path, keys: Collection[str]) -> Iterator[list[Record]]:
-    """Yield the rows, with these fields, in blocks of about BLOCK_BYTES of the file; memory for one is needed.
-
-    Steps increase, as they do in every metrics.jsonl: a row whose step does not, or is beyond the file's last rows, is
-    damaged, and left out. Rows that are appended meanwhile may be.
-    """
-    last = -1
-    highest = max((row["step"] for row in newest_rows(folder)[-LAST_ROWS:]), default=0)
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            while lines := file.readlines(BLOCK_BYTES):
-                kept = []
-                for row in rows_of(lines, keys):
-                    if last < row["step"] <= highest:
-                        last = row["step"]
-                        kept.append(row)
-                if kept:
-                    yield kept
-    except FileNotFoundError:
-        return
-
-
 def newest_rows(folder: Path) -> list[Record]:
     """Read the last NEWEST_ROWS rows, and those before them that have an evaluation, of the last TAIL_BYTES."""
     try:
@@ -94,18 +72,20 @@ def newest_rows(folder: Path) -> list[Record]:
 
 def rows_of(lines: Iterable[bytes], keys: Collection[str] | None = None) -> list[Record]:
     """Parse lines of metrics.jsonl, as `rows` does."""
-    found: dict[int, Record] = {}
-    for line in lines:
-        row = _parsed(line)
-        if keys is not None:
-            row = {key: row[key] for key in keys if key in row}
-        row = _cleaned(row)
-        if "time" in row and "step" in row:
-            found[row["step"]] = row
+    found = {row["step"]: row for line in lines if (row := row_of(line, keys))}
     return list(found.values())
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def row_of(line: bytes, keys: Collection[str] | None = None) -> Record:
+    """Parse a line of metrics.jsonl; {} if it is no row."""
+    row = parsed(line)
+    if keys is not None:
+        row = {key: row[key] for key in keys if key in row}
+    row = _cleaned(row)
+    return row if "time" in row and "step" in row else {}
+
+
+def parsed(line: bytes) -> dict[str, Any]:
     """Parse a line; {} if it is no JSON object. orjson is fast, but refuses NaN and numbers of any length."""
     try:
         row = orjson.loads(line)
