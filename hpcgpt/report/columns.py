@@ -1,8 +1,8 @@
 """The rows of a metrics.jsonl of any size as at most MOST columns, each with the extremes and the mean of its steps.
 
-A column is a range of steps of one attempt. The blocks of a run (hpcgpt.run.blocks) are read once; whenever there are more than MOST columns, all
-become twice as wide. So memory and the size of a page do not depend on the length of a run, and a spike of a single
-step is in the maximum of its column, however wide that is.
+A column is a range of steps of one attempt. The blocks of a run (hpcgpt.run.blocks) are read once; whenever there are
+more than MOST columns, all become twice as wide. So memory and the size of a page do not depend on the length of a run,
+and a spike of a single step is in the maximum of its column, however wide that is.
 """
 
 from __future__ import annotations

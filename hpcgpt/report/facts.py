@@ -98,7 +98,7 @@ def read(folder: Path, now: float, queue: Queue | None) -> Facts:
     for part in blocks.parts(folder, timing.borders):
         gatherer.add(part)
         timing.add(part)
-    status = run_status.complete(folder, now, queue, with_history=True, timing=timing.rows)
+    status = run_status.complete(folder, now, queue, with_history=True, read=(events, timing.rows))
     found = Facts(folder, folder.resolve().name, status, gatherer.columns, events)
 
     def part(what: str, make: Callable[[], T], otherwise: T) -> T:

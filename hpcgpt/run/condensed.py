@@ -12,8 +12,8 @@ that an event names, such as a save or a start: there other kinds of time begin 
 to the beginning of a condensed row; goodput, which sums up, has the same figures, except that a wait for a save may
 be taken from other or from lost time.
 
-Of a long run the blocks of hpcgpt.run.blocks are read instead of the rows. They end at other steps than those of events:
-only at the EXACT newest of these they are divided.
+Of a long run the blocks of hpcgpt.run.blocks are read instead of the rows. They end at other steps than those of
+events: only at those of the EXACT newest events they are divided.
 
 No torch in here.
 """

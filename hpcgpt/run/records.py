@@ -28,8 +28,6 @@ from typing import Any
 
 import orjson
 
-from hpcgpt.run import run_folder
-
 Record = Mapping[str, Any]
 
 LATEST_S = 1e11  # unix seconds of the year 5138, and longer than any duration
@@ -38,12 +36,38 @@ TAIL_BYTES = 4 << 20  # about 10,000 rows
 NEWEST_ROWS = 200
 LAST_ROWS = 3  # not only one, which may be damaged
 BLOCK_BYTES = 4 << 20
+EVENT_TAIL_BYTES = 256 << 10  # about a thousand events
 
 
-def events(folder: Path) -> list[Record]:
-    """Read the events of a run folder."""
-    found = (_cleaned(event) for event in run_folder.events(folder))
-    return [event for event in found if "time" in event and "event" in event]
+def events(folder: Path, brief: bool = False) -> list[Record]:
+    """Read the events of a run folder.
+
+    With `brief` without events of saves that are older than the last EVENT_TAIL_BYTES, except for the newest of them:
+    of a long run nearly all events are those, and only goodput needs them.
+    """
+    found: list[Record] = []
+    newest_save: tuple[int, bytes] | None = None  # of those that are left out: where it belongs, and its line
+    try:
+        file = open(folder / "events.jsonl", "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return []
+    with file:
+        left = os.fstat(file.fileno()).st_size - EVENT_TAIL_BYTES if brief else 0
+        for line in file:
+            left -= len(line)
+            if left > 0 and b'"event": "save' in line:
+                newest_save = (len(found), line) if b'"event": "save"' in line else newest_save
+            elif event := _event(line):
+                found.append(event)
+    if newest_save and (event := _event(newest_save[1])):
+        found.insert(newest_save[0], event)
+    return found
+
+
+def _event(line: bytes) -> Record:
+    """Parse a line of events.jsonl; {} if it is no event."""
+    event = _cleaned(parsed(line))
+    return event if "time" in event and "event" in event else {}
 
 
 def rows(folder: Path, keys: Collection[str] | None = None) -> list[Record]:

@@ -188,7 +188,7 @@ def test_a_short_run_has_no_such_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(next(blocks.parts(tmp_path))) == 500
 
 
-def test_a_disk_that_takes_no_blocks_costs_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_no_blocks_costs_no_row(tmp_path: Path) -> None:
     (tmp_path / STORED).mkdir()
     train(tmp_path, 1, 600).close()
     assert figures(tmp_path)[0] == 600

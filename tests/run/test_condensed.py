@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt.run import attempts, condensed, goodput, records
+from hpcgpt.run import attempts, condensed, goodput
 
 Record = dict[str, Any]
 
