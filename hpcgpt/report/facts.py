@@ -95,9 +95,9 @@ def read(folder: Path, now: float, queue: Queue | None) -> Facts:
     """
     events = records.events(folder)
     gatherer, timing = Gatherer(), Timing(events)
-    for part in blocks.parts(folder, timing.borders):
-        gatherer.add(part)
-        timing.add(part)
+    for found_blocks in blocks.parts(folder, timing.borders):
+        gatherer.add(found_blocks)
+        timing.add(found_blocks)
     status = run_status.complete(folder, now, queue, with_history=True, read=(events, timing.rows))
     found = Facts(folder, folder.resolve().name, status, gatherer.columns, events)
 

@@ -48,8 +48,8 @@ def _next_row(file: BinaryIO, start: int, end: int) -> tuple[int, int, int] | No
     at = start - 1 + len(file.readline()) if start else 0
     while at < end:
         line = file.readline()
-        step = records.parsed(line).get("step")
+        step: Any = records.parsed(line).get("step")
         if records.is_count(step):
-            return at, at + len(line), int(step)
+            return at, at + len(line), step
         at += len(line)
     return None
