@@ -170,7 +170,7 @@ def _shifted(values: NDArray[Any], first: Any) -> NDArray[Any]:
 def _merged(blocks: Blocks, starts: Integers) -> Blocks:
     """Make one block of the blocks from each start to the next."""
     ends = np.append(starts[1:], len(blocks)) - 1
-    made = blocks[ends].copy()
+    made: Blocks = blocks[ends].copy()
     for name in ("first", "attempt", "val_s"):
         made[name] = blocks[name][starts]
     made["rows"] = np.add.reduceat(blocks["rows"], starts)
