@@ -46,6 +46,7 @@ from safetensors import SafetensorError, safe_open
 
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
+from hpcgpt.run import row_search
 from hpcgpt.storage.lease import Lease
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
@@ -180,13 +181,10 @@ def val_loss(checkpoint: Path) -> float | None:
     state = read_state(checkpoint)
     if state.pending is None:
         return state.val_loss
-    begin = f'{{"step": {state.step}, '.encode()  # no other row is parsed: there may be a million
     try:
-        with open(checkpoint.parents[1] / "metrics.jsonl", "rb") as file:
-            row = json.loads(next((line for line in file if line.startswith(begin)), b"{}"))
-    except (FileNotFoundError, RecursionError, ValueError):  # missing, half written, or not ours
+        loss = row_search.row_of(checkpoint.parents[1] / "metrics.jsonl", state.step).get("val/loss")
+    except FileNotFoundError:
         return None
-    loss = row.get("val/loss")
     return loss if isinstance(loss, float) else None
 
 

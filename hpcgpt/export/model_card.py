@@ -19,7 +19,7 @@ from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
 from hpcgpt.export.source import Source
 from hpcgpt.export.tensor_names import Architecture, Piece
-from hpcgpt.run import records
+from hpcgpt.run import records, row_search
 from hpcgpt.slurm import code_snapshot
 
 MOST_RUNS = 100  # before this one that are followed
@@ -60,15 +60,10 @@ def figures(run: Path, state: State) -> dict[str, Any]:
     """Return the row of metrics of the checkpoint's step; {} if there is none."""
     if state.pending is not None and "val/loss" in state.pending:
         return state.pending
-    begin, found = f'{{"step": {state.step}, '.encode(), b"{}"  # no other row is parsed: there may be a million
     try:
-        with open(run / "metrics.jsonl", "rb") as file:
-            for line in file:
-                found = line if line.startswith(begin) else found  # the last one, where a step was repeated
-        row = json.loads(found)
-    except (OSError, ValueError, RecursionError):
+        return row_search.row_of(run / "metrics.jsonl", state.step)
+    except OSError:
         return {}
-    return row if isinstance(row, dict) else {}
 
 
 def parameter_count(pieces: list[Piece]) -> int:

@@ -1,24 +1,22 @@
 """The rows of a metrics.jsonl of any size as at most MOST columns, each with the extremes and the mean of its steps.
 
-A column is a range of steps of one attempt. The file is read once; whenever there are more than MOST columns, all
-become twice as wide. So their memory and the size of a page do not depend on the length of a run, and a spike of a
-single step is in the maximum of its column, however wide that is.
+A column is a range of steps of one attempt. The blocks of a run (hpcgpt.run.blocks) are read once; whenever there are
+more than MOST columns, all become twice as wide. So memory and the size of a page do not depend on the length of a run,
+and a spike of a single step is in the maximum of its column, however wide that is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcgpt.run.records import Record
+from hpcgpt.run import blocks
+from hpcgpt.run.blocks import CURVES, Blocks
 
 MOST = 800  # columns; a chart is about a thousand pixels wide
-CURVES = ("train/loss", "val/loss", "train/lr", "train/grad_norm", "train/tokens_per_s")
-FIELDS = ("step", "time", "attempt", "tokens", *CURVES)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -92,18 +90,18 @@ class Columns:
 
 
 class Gatherer:
-    """Makes columns of the rows that `add` gets, with `FIELDS`; their steps must increase."""
+    """Makes columns of the blocks that `add` gets; their steps must increase."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._found = _of_rows([])
+        self._found = _of_blocks(blocks.of_rows([]))
 
     @property
     def columns(self) -> Columns:
         return self._found
 
-    def add(self, rows: Sequence[Record]) -> None:
-        self._found = narrowed(_joined(self._found, _of_rows(rows)), self._most)
+    def add(self, found: Blocks) -> None:
+        self._found = narrowed(_joined(self._found, _of_blocks(found)), self._most)
 
 
 def narrowed(columns: Columns, most: int) -> Columns:
@@ -122,17 +120,10 @@ def narrowed(columns: Columns, most: int) -> Columns:
     return merged
 
 
-def _of_rows(rows: Sequence[Record]) -> Columns:
-    """Make a column of each row."""
-    steps = np.array([row["step"] for row in rows], dtype=np.int64)
-    attempts = np.array([row.get("attempt", -1) for row in rows], dtype=np.int64)
-    tokens = np.array([row.get("tokens", np.nan) for row in rows], dtype=np.float64)
-    curves = {}
-    for name in CURVES:
-        values = np.array([row.get(name, np.nan) for row in rows], dtype=np.float64)
-        known = np.isfinite(values)
-        curves[name] = Curve(values, values, np.where(known, values, 0.0), known.astype(np.int64))
-    return Columns(1, attempts, steps, steps, tokens, curves)
+def _of_blocks(found: Blocks) -> Columns:
+    """Make a column of each block."""
+    curves = {name: Curve(*(found[name][field] for field in ("low", "high", "total", "count"))) for name in CURVES}
+    return Columns(1, found["attempt"], found["first"], found["last"], found["tokens"], curves)
 
 
 def _joined(one: Columns, other: Columns) -> Columns:

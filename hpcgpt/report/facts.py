@@ -18,9 +18,9 @@ from hpcgpt.checkpoint import layout, listing
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError, sentence
 from hpcgpt.report import ends, strip
-from hpcgpt.report.columns import FIELDS, Columns, Gatherer
+from hpcgpt.report.columns import Columns, Gatherer
 from hpcgpt.report.strip import Mark
-from hpcgpt.run import attempts, crash_report, records
+from hpcgpt.run import blocks, crash_report, records
 from hpcgpt.run.condensed import Timing
 from hpcgpt.run.records import Record
 from hpcgpt.slurm.queue import Queue
@@ -51,7 +51,7 @@ class Facts:
 
     `settings`: section.key of config.toml -> value. `state`: of the newest readable checkpoint. `crashes`: name and
     text of crash reports, the newest first. `problems`: what could not be read, and why. `tokens_per_s`: the median of
-    all steps.
+    all steps, in a long run of the means of blocks of steps.
     """
 
     folder: Path
@@ -87,6 +87,13 @@ class Facts:
         return sorted(found, key=_at)
 
 
+def _median(values: np.ndarray, counts: np.ndarray) -> float:
+    """Return the median of `values`, each of which stands for so many steps."""
+    order = np.argsort(values)
+    before = np.cumsum(counts[order])
+    return float(values[order[np.searchsorted(before, before[-1] / 2)]])
+
+
 def _failed_or_lost(entry: dict[str, Any]) -> bool:
     return ends.failed(entry) or entry["lost_steps"] > 0
 
@@ -115,14 +122,16 @@ def read(folder: Path, now: float, queue: Queue | None) -> Facts:
     """
     events = records.events(folder)
     gatherer, timing = Gatherer(), Timing(events)
-    rates = array("f")  # four bytes for each step
-    for rows in records.blocks(folder, {*FIELDS, *attempts.TIMING}):
-        gatherer.add(rows)
-        timing.add(rows)
-        rates.extend(row["train/tokens_per_s"] for row in rows if "train/tokens_per_s" in row)
-    status = run_status.complete(folder, now, queue, with_history=True, timing=timing.rows)
+    rates, steps = array("f"), array("q")  # of each block
+    for found_blocks in blocks.parts(folder, timing.borders):
+        gatherer.add(found_blocks)
+        timing.add(found_blocks)
+        rate = found_blocks["train/tokens_per_s"][found_blocks["train/tokens_per_s"]["count"] > 0]
+        rates.extend((rate["total"] / rate["count"]).tolist())
+        steps.extend(rate["count"].tolist())
+    status = run_status.complete(folder, now, queue, with_history=True, read=(events, timing.rows))
     found = Facts(folder, folder.resolve().name, status, gatherer.columns, events)
-    found.tokens_per_s = float(np.median(np.asarray(rates))) if rates else None
+    found.tokens_per_s = _median(np.asarray(rates), np.asarray(steps)) if rates else None
 
     def part(what: str, make: Callable[[], T], otherwise: T) -> T:
         try:

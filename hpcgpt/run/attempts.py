@@ -81,11 +81,15 @@ def attempts(events: Sequence[Row], rows: Sequence[Row], now: float | None = Non
     """Return all attempts, the oldest first. `now` in unix seconds if the newest one is still running, else None."""
     found = starts(events, rows)
     events_of, rows_of = _by_attempt(events), _by_attempt(rows)
-    crashes = [event for event in events if event["event"] == "crash"]
+    crashes = defaultdict(list)
+    for event in events:
+        if event["event"] == "crash" and event.get("job"):
+            crashes[event["job"]].append(event)
     saved = newest_checkpoint(events) or 0  # at which the next attempt would resume
     return [
         _attempt(
-            start, found[index + 1 :], events_of[start["attempt"]], rows_of[start["attempt"]], crashes, saved,
+            start, found[index + 1 :], events_of[start["attempt"]], rows_of[start["attempt"]],
+            crashes.get(str(start.get("job", "")), ()), saved,
             None if index + 1 < len(found) else now,
         )
         for index, start in enumerate(found)
@@ -156,9 +160,7 @@ def _attempt(
     until = _began_at(later[0]) if later else float("inf")
     end = _newest(event for event in events if event["event"] == "end")
     # A job that torchrun restarts has several attempts: the crash belongs to the last of them.
-    crash = _newest(
-        event for event in crashes if job and event.get("job") == job and began_at <= event["time"] < until
-    )  # fmt: skip
+    crash = _newest(event for event in crashes if began_at <= event["time"] < until)
     ready = _newest(event for event in events if event["event"] == "ready")
     first_step_at = float((ready or start)["time"])
     if not ready and rows:

@@ -12,6 +12,9 @@ that an event names, such as a save or a start: there other kinds of time begin 
 to the beginning of a condensed row; goodput, which sums up, has the same figures, except that a wait for a save may
 be taken from other or from lost time.
 
+Of a long run the blocks of hpcgpt.run.blocks are read instead of the rows. They end at other steps than those of
+events: only at those of the EXACT newest events they are divided.
+
 No torch in here.
 """
 
@@ -19,55 +22,57 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from hpcgpt.run import attempts, records
+import numpy as np
+
+from hpcgpt.run import blocks
+from hpcgpt.run.blocks import Blocks
 from hpcgpt.run.records import Record
 
+EXACT = 100
 _STEPS = ("step", "spiked_step", "from_step")  # fields of events
 
 
 class Timing:
-    """Condenses the rows that `add` gets, in their order."""
+    """Condenses the blocks that `add` gets, in their order. `borders`: the steps of events at which blocks must end."""
 
-    def __init__(self, events: Iterable[Record]) -> None:
+    def __init__(self, events: Sequence[Record]) -> None:
         """Condense the rows of a run with these events."""
-        self._borders = {event[key] for event in events for key in _STEPS if key in event}
-        self._done: list[Record] = []
-        self._open: dict[str, Any] = {}  # the newest condensed row
-        self._may_be_joined = False
-        self._before: Record = {}  # the newest row
+        self._steps = _steps(events)
+        self.borders = _steps(events[-EXACT:])
+        self.rows: list[Record] = []
+        self._before: np.void | None = None  # the newest block
 
-    @property
-    def rows(self) -> list[Record]:
-        """Return the rows so far."""
-        return [*self._done, self._open] if self._open else self._done
-
-    def add(self, rows: Iterable[Record]) -> None:
-        """Take the rows that follow, with the fields `attempts.TIMING`."""
-        for row in rows:
-            before, self._before = self._before, row
-            same = bool(before) and row.get("attempt") == before.get("attempt")
-            if same and "train/step_s" in row:
-                # Clocks differ by milliseconds: without what the step before took already.
-                row = {**row, "train/step_s": min(row["train/step_s"], max(0.0, row["time"] - before["time"]))}
-            if self._may_be_joined and same and self._joins(row, before):
-                self._open["train/step_s"] = self._open.get("train/step_s", 0.0) + row.get("train/step_s", 0.0)
-                self._open["time"], self._open["step"] = row["time"], row["step"]
-                continue
-            if self._open:
-                self._done.append(self._open)
-            self._open = dict(row)
-            self._may_be_joined = same and not ("val/elapsed_s" in row or "val/elapsed_s" in before)
-
-    def _joins(self, row: Record, before: Record) -> bool:
-        """Does a row continue the condensed row that ends with the row `before` of the same attempt?"""
-        return "val/elapsed_s" not in row and before["step"] not in self._borders and row["time"] > before["time"]
+    def add(self, found: Blocks) -> None:
+        """Take the blocks that follow."""
+        if len(found):
+            self.rows += _as_rows(blocks.joined(found, self._before, self._steps))
+            self._before = found[-1]
 
 
 def timing(folder: Path, events: Sequence[Record]) -> list[Record]:
     """Read the condensed rows of a run folder with these events."""
     found = Timing(events)
-    for rows in records.blocks(folder, attempts.TIMING):
-        found.add(rows)
+    for part in blocks.parts(folder, found.borders):
+        found.add(part)
     return found.rows
+
+
+def _steps(events: Iterable[Record]) -> blocks.Integers:
+    return np.array(sorted({event[key] for event in events for key in _STEPS if key in event}), dtype=np.int64)
+
+
+def _as_rows(found: Blocks) -> list[Record]:
+    """Return blocks as rows of metrics.jsonl, with the fields `attempts.TIMING`."""
+    made: list[Record] = []
+    names = ("last", "time", "attempt", "step_s", "val_s")
+    for step, time, attempt, step_s, val_s in zip(*(found[name].tolist() for name in names), strict=True):
+        row = {"step": step, "time": time}
+        if attempt >= 0:
+            row["attempt"] = attempt
+        if step_s == step_s:  # not NaN
+            row["train/step_s"] = step_s
+        if val_s == val_s:
+            row["val/elapsed_s"] = val_s
+        made.append(row)
+    return made

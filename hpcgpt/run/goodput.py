@@ -25,7 +25,7 @@ No torch in here.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -147,10 +147,11 @@ def measure(events: Sequence[Row], rows: Sequence[Row], now: float | None = None
     about_to_start = now if not stepping else None
     for start, end in _jobs(events, attempts, about_to_start):
         timeline.claim("queue", start, end)
-    for index, event in enumerate(events):
+    of_jobs = [event for event in events if event["event"] in ("job", "start", "crash", "left")]
+    for index, event in enumerate(of_jobs):
         if event["event"] == "job":
             timeline.claim(
-                "restart", event.get("started_at", event["time"]), _job_steps_at(event, events[index:], about_to_start)
+                "restart", event.get("started_at", event["time"]), _job_steps_at(event, of_jobs[index:], about_to_start)
             )
     for index, attempt in enumerate(attempts):
         following = attempts[index + 1] if index + 1 < len(attempts) else None
@@ -279,9 +280,15 @@ def _lay_out(timeline: Timeline, attempt: Attempt, following: Attempt | None) ->
 
 def _stalls(attempt: Attempt) -> Iterator[tuple[float, float, float]]:
     """Yield (earliest start, latest end, seconds) of each time that training waited for a checkpoint."""
-    ends = {row["step"]: float(row["time"]) for row in attempt.rows}
+    steps = [row["step"] for row in attempt.rows]
     for event in attempt.events:
         if event["event"] in ("save", "save_stall", "save_failed"):
             # An older version saved synchronously: then the whole save was a stall.
             stall_s = float(event.get("stall_s", event.get("seconds", 0.0)))
-            yield ends.get(event.get("step"), float(event["time"]) - stall_s), attempt.ended_at, stall_s
+            start = float(event["time"]) - stall_s
+            index = bisect_left(steps, event.get("step", -1))
+            if index < len(steps) and steps[index] == event.get("step"):
+                start = float(attempt.rows[index]["time"])
+            elif 0 < index < len(steps):  # within a condensed row: the time between steps is at its beginning
+                start = float(attempt.rows[index - 1]["time"])
+            yield start, attempt.ended_at, stall_s

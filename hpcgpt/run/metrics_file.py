@@ -14,23 +14,26 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from hpcgpt.output import streams
-from hpcgpt.run import records, run_folder
+from hpcgpt.output.best_effort import only_informs
+from hpcgpt.run import cut, run_folder
+from hpcgpt.run.blocks_file import BlocksFile
 from hpcgpt.storage import atomic
 
 LINE_EVERY_S = 5.0
-TAIL_ROWS = 1000
-SPIKE_METRICS = ("train/loss", "train/grad_norm")  # read by hpcgpt.training.spikes
+COPIED_AT_ONCE = 64 << 20  # bytes: takes a tenth of a second
 
 # Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the longer name is found first.
 # Without an entry there is no MFU: a utilisation of the wrong chip is worse than none. A V100 has no bf16.
@@ -73,39 +76,70 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 class MetricsFile:
     """Appends rows to metrics.jsonl. Rank 0 only.
 
-    A full disk does not end the run: rows stay in memory until there is room. `cut_off` are the rows that were removed
+    A full disk does not end the run: rows stay in memory until there is room. `lost` are the rows that were removed
     because this attempt repeats their steps, `tail` the last rows before them. Any thread may call `sync`.
 
-    Each attempt makes a new file, so orphans of earlier attempts keep writing to the old one. An orphan that was
+    No two attempts write to one file, since orphans of earlier attempts may keep writing. Who closes the file says so
+    in metrics.closed, and at most one attempt can take that over (by renaming it): the file has no other writer then,
+    and is truncated in place. So it is after a rollback, too. Without metrics.closed, as after a kill, the rows that
+    stay are copied into a new file; of a large one in the background, while training goes on. An orphan that was
     stopped while it made its own new file cannot replace this one: its temporary file is removed here, and before the
-    rename it checks for a newer attempt (`check`). (If a full disk has no room for a new file, the old one is truncated
-    in place, without this protection from orphans.)
+    rename it checks for a newer attempt (`check`). One that had taken metrics.closed over has opened the file before
+    that, and truncates what this attempt does not use. (If a full disk has no room for a new file, the old one is
+    truncated in place, without this protection from orphans.)
 
     A damaged line never ends the run. If a step before the cut has no row, the damaged lines are kept in
     metrics.damaged.jsonl, a warning and the event ``damaged_metrics`` name the missing steps, and the file has a gap
-    there.
+    there. Only the rows that hpcgpt.run.cut reads are looked at.
     """
 
-    def __init__(self, path: Path, keep_below: int, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, path: Path, keep_below: int, check: Callable[[], None] = lambda: None, done: int | None = None
+    ) -> None:
         """Open the file to append to it, after cutting off the rows of step `keep_below` and later.
 
-        Lines after the cut may be damaged: rows are flushed before each checkpoint, and those after it may be lost in
-        part when a host dies.
+        Rows after step `done` are lost; None: all that are cut off. Lines after the cut may be damaged: rows are
+        flushed before each checkpoint, and those after it may be lost in part when a host dies.
         """
-        atomic.remove_stale_temporaries(path)
-        rows, damaged = _read(path)
-        kept = [row for row in rows if row["step"] < keep_below]
-        content = "".join(json.dumps(row) + "\n" for row in kept).encode()
-        if damaged and len(kept) < keep_below - 1:
-            content += _keep_damaged_lines(path, kept, keep_below, damaged)
-        _rewrite(path, content, check)
-        timed = [row for row in rows if all(records.is_time(row.get(key)) for key in ("time", "train/step_s"))]
-        self.cut_off = [row for row in timed if row["step"] >= keep_below]
-        self.tail = [row for row in kept[-TAIL_ROWS:] if all(_is_figure(row, key) for key in SPIKE_METRICS)]
-        self._path, self._end, self._waiting = path, len(content), b""
-        self._descriptor = os.open(path, os.O_WRONLY)
+        self._path, self._check = path, check
+        self._closed_path = path.with_name("metrics.closed")
+        self._descriptor = -1
+        self._has_no_other_writer = self._is_deferred = False
         self._appended: deque[dict[str, Any]] = deque()
+        self._waiting = b""
+        self._newest = 0  # no row has a higher step
         self._lock = threading.Lock()
+        self._blocks = BlocksFile(path, check)
+        atomic.remove_stale_temporaries(path)
+        self.cut_off(keep_below, done)
+
+    def cut_off(self, keep_below: int, done: int | None = None) -> None:
+        """Cut off the rows of step `keep_below` and later, also those that are queued; `done` as at the start."""
+        with self._lock:
+            if self._is_deferred:
+                self._make_file()
+            self._appended.clear()
+            self._waiting = b""
+            found = cut.find(self._path, keep_below, done)
+            if found.damaged:
+                found.kept += _keep_damaged_lines(self._path, found)
+            self.lost, self.tail = found.lost, found.tail
+            in_place = found.is_prefix and (self._is_own() or self._take_over())
+            self._has_no_other_writer = False
+            self._start, self._kept, self._end = found.start, found.kept, found.size
+            self._newest = keep_below - 1
+            with only_informs("metrics.blocks"):
+                self._blocks.cut_off(self._end)
+            if in_place:
+                self._check()
+                os.ftruncate(self._descriptor, self._end)
+                os.fsync(self._descriptor)
+                self._has_no_other_writer = True
+                return
+            self._close_descriptor()
+            self._is_deferred = True
+            if self._end <= COPIED_AT_ONCE:
+                self._make_file()
 
     def append(self, row: dict[str, Any]) -> None:
         """Queue a row and return at once. `write_appended` or `sync` writes it, on another thread."""
@@ -115,6 +149,8 @@ class MetricsFile:
         """Write the queued rows. If that raises OSError, they stay queued."""
         with self._lock:
             self._write_waiting()
+            with only_informs("metrics.blocks"):
+                self._blocks.follow(self._end, self._newest)
 
     def sync(self) -> None:
         """Flush the rows to the disk, as must be done before a checkpoint of their steps becomes visible.
@@ -124,11 +160,16 @@ class MetricsFile:
         """
         with self._lock:
             self._write_waiting()
-        os.fsync(self._descriptor)
+            descriptor = self._descriptor
+        os.fsync(descriptor)
 
     def _write_waiting(self) -> None:
+        if self._is_deferred:
+            self._make_file()
         while self._appended:
-            self._waiting += json.dumps(self._appended.popleft()).encode() + b"\n"
+            row = self._appended.popleft()
+            self._waiting += json.dumps(row).encode() + b"\n"
+            self._newest = row["step"]
         while self._waiting:
             try:
                 written = os.pwrite(self._descriptor, self._waiting, self._end)
@@ -139,63 +180,88 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file. A second call, as after a failed rollback, does nothing."""
+        self._is_deferred = False
+        self._blocks.close()
+        if self._descriptor < 0:
+            return
+        with suppress(OSError):  # then the next attempt makes a new file
+            identity, is_own = _identity(self._descriptor), self._is_own()
+            self._close_descriptor()
+            if is_own:
+                self._check()
+                atomic.write(self._closed_path, identity)
+
+    def _close_descriptor(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
+    def _is_own(self) -> bool:
+        """Is `path` the file that this attempt writes, without another writer?"""
+        return (
+            self._descriptor >= 0
+            and self._has_no_other_writer
+            and os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+        )
 
-def _rewrite(path: Path, content: bytes, check: Callable[[], None]) -> None:
-    """Replace the file; if the disk has no room for a new one, truncate the old one in place."""
-    try:
-        atomic.write(path, content, check)
-        return
-    except OSError as error:
-        if error.errno not in atomic.NO_ROOM:
-            raise
-        if path.exists() and not path.read_bytes().startswith(content):
-            raise
-    streams.warn(f"there is no room for a new {path}: it is truncated in place")
-    check()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        os.ftruncate(descriptor, len(content))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _take_over(self) -> bool:
+        """Open the file if the last one that wrote it has closed it; return whether that is so.
 
-
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """Read the rows of a metrics.jsonl, ordered by step, and its damaged lines."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], []
-    rows: dict[int, dict[str, Any]] = {}
-    damaged = []
-    for line in filter(None, lines):
+        It is opened first: an attempt that is stopped in here then has a file that no newer attempt uses.
+        """
+        self._close_descriptor()
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        sound = isinstance(row, dict) and records.is_count(row.get("step")) and records.is_time(row.get("time", 0.0))
-        if sound and row["step"] not in rows:
-            rows[row["step"]] = row
-        elif not sound:
-            damaged.append(line)
-    return [rows[step] for step in sorted(rows)], damaged
+            self._descriptor = os.open(self._path, os.O_RDWR)
+            taken = self._closed_path.with_name(f".{self._closed_path.name}.{secrets.token_hex(8)}")
+            self._closed_path.rename(taken)
+        except FileNotFoundError:
+            return False
+        atomic.sync_folder(taken.parent)
+        try:
+            return taken.read_bytes() == _identity(self._descriptor)
+        finally:
+            taken.unlink()
+
+    def _make_file(self) -> None:
+        """Copy what stays into a new file; if the disk has no room for one, truncate the old one in place."""
+        try:
+            with atomic.writing(self._path, self._check) as file:
+                if self._start:
+                    with open(self._path, "rb") as old:
+                        atomic.copy_bytes(old, file, self._start)
+                file.write(self._kept)
+            self._has_no_other_writer = True
+        except OSError as error:
+            if error.errno not in atomic.NO_ROOM or not self._has_kept():
+                raise
+            streams.warn(f"there is no room for a new {self._path}: it is truncated in place")
+            self._check()
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        os.ftruncate(self._descriptor, self._end)
+        os.fsync(self._descriptor)
+        self._is_deferred = False
+
+    def _has_kept(self) -> bool:
+        """Does the old file, if there is one, begin with what stays?"""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._start)
+                return file.read(len(self._kept)) == self._kept
+        except FileNotFoundError:
+            return True
 
 
-def _is_figure(row: dict[str, Any], key: str) -> bool:
-    """Does the row have this key, with a number or null (see `finite`)?"""
-    return key in row and (row[key] is None or records.is_number(row[key]))
+def _identity(descriptor: int) -> bytes:
+    """Return what metrics.closed has: which file was closed, and its size."""
+    about = os.fstat(descriptor)
+    return f"{about.st_ino} {about.st_size}\n".encode()
 
 
-def _keep_damaged_lines(path: Path, kept: list[dict[str, Any]], keep_below: int, damaged: list[bytes]) -> bytes:
+def _keep_damaged_lines(path: Path, found: cut.Cut) -> bytes:
     """Move damaged lines to a file beside `path`, and report the missing steps. Returns what could not be moved."""
-    have = {row["step"] for row in kept}
-    missing = [step for step in range(1, keep_below) if step not in have]
+    missing = found.missing
     damaged_path = path.with_name("metrics.damaged.jsonl")
-    lines = b"".join(line + b"\n" for line in damaged)
+    lines = b"".join(line + b"\n" for line in found.damaged)
     problem, rest = "", b""
     try:
         with open(damaged_path, "ab") as file:
@@ -203,13 +269,13 @@ def _keep_damaged_lines(path: Path, kept: list[dict[str, Any]], keep_below: int,
     except OSError as error:
         problem, rest = f" ({error.strerror}: they stay where they are)", lines
     streams.warn(
-        f"{path} has {len(damaged)} damaged lines, kept in {damaged_path}{problem}: {len(missing):,} steps have no "
-        f"row, from step {missing[0]:,} to step {missing[-1]:,}. Training is not affected",
+        f"{path} has {len(found.damaged)} damaged lines, kept in {damaged_path}{problem}: {len(missing):,} steps have "
+        f"no row, from step {missing[0]:,} to step {missing[-1]:,}. Training is not affected",
     )
     try:
         run_folder.record(
-            path.parent, "damaged_metrics", lines=len(damaged), missing_steps=len(missing), first_missing=missing[0],
-            last_missing=missing[-1], kept_in=damaged_path.name,
+            path.parent, "damaged_metrics", lines=len(found.damaged), missing_steps=len(missing),
+            first_missing=missing[0], last_missing=missing[-1], kept_in=damaged_path.name,
         )  # fmt: skip
     except OSError as error:
         streams.warn(error)

@@ -12,7 +12,7 @@ or a text instead of a number. All lines are validated here, once:
 Lines without `time` and `event`, or `time` and `step`, are left out. Of several rows of a step the last one counts.
 
 A run of a million steps has half a gigabyte of rows. `rows` reads them all, line by line, and keeps the fields that its
-caller needs; `blocks` keeps none of them; `newest_rows` reads only the end of the file.
+caller needs; hpcgpt.run.blocks keeps none of them; `newest_rows` reads only the end of the file.
 
 No torch in here.
 """
@@ -22,13 +22,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
-
-from hpcgpt.run import run_folder
 
 Record = Mapping[str, Any]
 
@@ -38,12 +36,38 @@ TAIL_BYTES = 4 << 20  # about 10,000 rows
 NEWEST_ROWS = 200
 LAST_ROWS = 3  # not only one, which may be damaged
 BLOCK_BYTES = 4 << 20
+EVENT_TAIL_BYTES = 256 << 10  # about a thousand events
 
 
-def events(folder: Path) -> list[Record]:
-    """Read the events of a run folder."""
-    found = (_cleaned(event) for event in run_folder.events(folder))
-    return [event for event in found if "time" in event and "event" in event]
+def events(folder: Path, brief: bool = False) -> list[Record]:
+    """Read the events of a run folder.
+
+    With `brief` without events of saves that are older than the last EVENT_TAIL_BYTES, except for the newest of them:
+    of a long run nearly all events are those, and only goodput needs them.
+    """
+    found: list[Record] = []
+    newest_save: tuple[int, bytes] | None = None  # of those that are left out: where it belongs, and its line
+    try:
+        file = open(folder / "events.jsonl", "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return []
+    with file:
+        left = os.fstat(file.fileno()).st_size - EVENT_TAIL_BYTES if brief else 0
+        for line in file:
+            left -= len(line)
+            if left > 0 and b'"event": "save' in line:
+                newest_save = (len(found), line) if b'"event": "save"' in line else newest_save
+            elif event := _event(line):
+                found.append(event)
+    if newest_save and (event := _event(newest_save[1])):
+        found.insert(newest_save[0], event)
+    return found
+
+
+def _event(line: bytes) -> Record:
+    """Parse a line of events.jsonl; {} if it is no event."""
+    event = _cleaned(parsed(line))
+    return event if "time" in event and "event" in event else {}
 
 
 def rows(folder: Path, keys: Collection[str] | None = None) -> list[Record]:
@@ -53,28 +77,6 @@ def rows(folder: Path, keys: Collection[str] | None = None) -> list[Record]:
             return rows_of(file, keys)
     except FileNotFoundError:
         return []
-
-
-def blocks(folder: Path, keys: Collection[str]) -> Iterator[list[Record]]:
-    """Yield the rows, with these fields, in blocks of about BLOCK_BYTES of the file; memory for one is needed.
-
-    Steps increase, as they do in every metrics.jsonl: a row whose step does not, or is beyond the file's last rows, is
-    damaged, and left out. Rows that are appended meanwhile may be.
-    """
-    last = -1
-    highest = max((row["step"] for row in newest_rows(folder)[-LAST_ROWS:]), default=0)
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            while lines := file.readlines(BLOCK_BYTES):
-                kept = []
-                for row in rows_of(lines, keys):
-                    if last < row["step"] <= highest:
-                        last = row["step"]
-                        kept.append(row)
-                if kept:
-                    yield kept
-    except FileNotFoundError:
-        return
 
 
 def newest_rows(folder: Path) -> list[Record]:
@@ -94,18 +96,20 @@ def newest_rows(folder: Path) -> list[Record]:
 
 def rows_of(lines: Iterable[bytes], keys: Collection[str] | None = None) -> list[Record]:
     """Parse lines of metrics.jsonl, as `rows` does."""
-    found: dict[int, Record] = {}
-    for line in lines:
-        row = _parsed(line)
-        if keys is not None:
-            row = {key: row[key] for key in keys if key in row}
-        row = _cleaned(row)
-        if "time" in row and "step" in row:
-            found[row["step"]] = row
+    found = {row["step"]: row for line in lines if (row := row_of(line, keys))}
     return list(found.values())
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def row_of(line: bytes, keys: Collection[str] | None = None) -> Record:
+    """Parse a line of metrics.jsonl; {} if it is no row."""
+    row = parsed(line)
+    if keys is not None:
+        row = {key: row[key] for key in keys if key in row}
+    row = _cleaned(row)
+    return row if "time" in row and "step" in row else {}
+
+
+def parsed(line: bytes) -> dict[str, Any]:
     """Parse a line; {} if it is no JSON object. orjson is fast, but refuses NaN and numbers of any length."""
     try:
         row = orjson.loads(line)

@@ -1,7 +1,7 @@
 """The state and figures of one run, as `hpcgpt status --json` prints them; docs/reference.md lists the keys.
 
-`complete` reads every row of metrics.jsonl, and computes goodput and the history. `brief` reads only the end of the
-file, whatever its size: the same keys, but `goodput` is None.
+`complete` reads every row of metrics.jsonl, or the blocks of a long run (hpcgpt.run.blocks), and computes goodput and
+the history. `brief` reads only the end of the file, whatever its size: the same keys, but `goodput` is None.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from hpcgpt.status.run_state import ALIVE, State, usual_step_s
 
 def complete(
     folder: Path, now: float, queue: Queue | None = None, with_history: bool = False,
-    timing: Sequence[Row] | None = None,
+    read: tuple[Sequence[Row], Sequence[Row]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Collect the state of a run; `now` in unix seconds. Figures that are not known yet are None.
 
-    `queue` has Slurm's answers; with None Slurm is left out. `timing` are the condensed rows of metrics.jsonl, of a
-    caller that has read them; with None they are read.
+    `queue` has Slurm's answers; with None Slurm is left out. `read` are the events and the condensed rows of a caller
+    that has read them; with None they are read.
 
     Raises:
         UserError: there is no run in `folder`.
         OSError: it cannot be read.
     """
     run_folder.run_id(folder)
-    events = records.events(folder)
-    timing = condensed.timing(folder, events) if timing is None else timing
+    events = records.events(folder) if read is None else read[0]
+    timing = condensed.timing(folder, events) if read is None else read[1]
     found = _figures(folder, events, records.newest_rows(folder), now, queue)
     alive = found["state"] in ALIVE
     stepping = found["state"] != "starting"
@@ -47,13 +47,13 @@ def complete(
 
 def brief(folder: Path, now: float, queue: Queue | None = None) -> dict[str, Any]:
     """Collect what a line of the table shows; as `complete`, without goodput."""
-    return _figures(folder, records.events(folder), records.newest_rows(folder), now, queue)
+    return _figures(folder, records.events(folder, brief=True), records.newest_rows(folder), now, queue)
 
 
 def jobs(folder: Path) -> list[str]:
     """List the Slurm jobs on which the state of a run depends; [] if its folder cannot be read."""
     try:
-        return run_state.jobs(records.events(folder))
+        return run_state.jobs(records.events(folder, brief=True))
     except OSError:
         return []
 

@@ -20,6 +20,7 @@ from typing import BinaryIO
 from hpcgpt.output import streams
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+COPY_BYTES = 64 << 20  # at a time
 # Errors of link(2) on file systems without hard links, or without them for this file.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES, errno.EINVAL, errno.EXDEV)
 
@@ -71,6 +72,24 @@ def write(path: Path, content: bytes, check: Callable[[], None] = lambda: None) 
     """Write `content` to `path`, or leave `path` unchanged and raise OSError. `check` as in `writing`."""
     with writing(path, check) as file:
         file.write(content)
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    """Copy the first `count` bytes of a file into a new one, by the file system itself where it can.
+
+    Raises:
+        OSError: there is no room for them, or the source has fewer.
+    """
+    left = count
+    with suppress(OSError):  # not for these files: then read and write them, which fails where it must
+        while left and (copied := os.copy_file_range(source.fileno(), target.fileno(), min(left, COPY_BYTES))):
+            left -= copied
+    while left:
+        chunk = source.read(min(left, COPY_BYTES >> 4))
+        if not chunk:
+            raise OSError(errno.EIO, f"it ends {left:,} bytes too early")
+        target.write(chunk)
+        left -= len(chunk)
 
 
 def remove_stale_temporaries(path: Path) -> None:

@@ -194,7 +194,8 @@ class Attempt:
         assert self.lease is not None
         self._has_config = self._keep_config()
         save_load.save(self.tokenizer, self.folder / "tokenizer")
-        saves = [event.get("seconds", 0.0) for event in records.events(self.folder) if event["event"] == "save"]
+        newest = records.events(self.folder, brief=True)
+        saves = [event.get("seconds", 0.0) for event in newest if event["event"] == "save"]
         info = AttemptInfo(
             plan=self.plan, ranks=self.ranks, number=self.number, hosts=self.hosts,
             parameters=self.engine.model.gpt.parameter_count(), dtype=self.engine.dtype, began_at=self._began_at,

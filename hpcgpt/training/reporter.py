@@ -52,7 +52,7 @@ class AttemptInfo:
     pending: bool
 
 
-DRAIN_S = 5.0  # limit for the queue of writes, at the end of an attempt and before a rollback
+DRAIN_S = 5.0  # limit for the queue of writes, at the end of an attempt
 # Limits for the table at the end, which takes longer the more rows there are: 9 s of CPU for 400,000 (97 MB).
 GOODPUT_S, GOODPUT_S_PER_MB, GOODPUT_MOST_S = 10.0, 0.3, 40.0
 RANKS_EVERY_S = 30.0
@@ -77,8 +77,9 @@ class Reporter:
         self._next_ranks = 0.0
         self._worker = Worker("reporter")
         keep_below = info.step + (0 if info.pending else 1)
-        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", keep_below, lease.check)
-        lost = [row for row in self.metrics.cut_off if row["step"] > info.step]
+        path = self._folder / "metrics.jsonl"
+        self.metrics = metrics_file.MetricsFile(path, keep_below, lease.check, done=info.step)
+        lost = self.metrics.lost
         self.event(
             "start",
             job=world.job_start(),
@@ -88,9 +89,9 @@ class Reporter:
             host=info.hosts[0],
             hosts=info.hosts,
             began_at=info.began_at,
-            lost_steps=len(lost),
-            lost_s=sum(row["train/step_s"] for row in lost),
-            lost_until=max((row["time"] for row in lost), default=None),
+            lost_steps=lost.steps,
+            lost_s=lost.seconds,
+            lost_until=lost.until,
         )
         # In a thread: git may take seconds on a slow file system.
         threading.Thread(target=self._record_about, name="about", daemon=True).start()
@@ -180,17 +181,16 @@ class Reporter:
 
     def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:
         """Report a rollback to `step`. `spiked`: the unreported row of the step that caused it."""
-        if self._worker.drain(DRAIN_S):  # else it may still write: its descriptor must not be reused for another file
-            self.metrics.close()
-        self.metrics = metrics_file.MetricsFile(self._folder / "metrics.jsonl", step + 1, self._lease.check)
-        lost = [*self.metrics.cut_off, spiked]
+        self.metrics.cut_off(step + 1)
+        lost = self.metrics.lost
+        lost.add(spiked)
         self.event(
             "rollback",
             step=step,
             spiked_step=spiked["step"],
             loss=spiked["train/loss"],
-            lost_steps=len(lost),
-            since=lost[0]["time"] - lost[0]["train/step_s"],
+            lost_steps=lost.steps,
+            since=lost.began_at,
             skipped_batches=skipped,
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hpcgpt.report.columns import MOST, Columns, Gatherer, narrowed
+from hpcgpt.run import blocks
 
 
 def rows(steps: int, attempts: int = 1) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def rows(steps: int, attempts: int = 1) -> list[dict[str, Any]]:
 def gathered(found: list[dict[str, Any]], most: int = MOST, block: int = 997) -> Columns:
     gatherer = Gatherer(most)
     for start in range(0, len(found), block):
-        gatherer.add(found[start : start + block])
+        gatherer.add(blocks.of_rows(found[start : start + block]))
     return gatherer.columns
 
 

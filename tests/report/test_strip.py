@@ -11,6 +11,7 @@ from hpcgpt.report import strip
 from hpcgpt.report.columns import Gatherer
 from hpcgpt.report.scale import Scale
 from hpcgpt.report.strip import FAILED, WENT_BACK, Mark, Stretch
+from hpcgpt.run import blocks
 
 PHONE = 300  # pixels of a chart
 WIDEST = 12.5, 7.5  # pixels of a glyph and of a digit, in DejaVu Sans
@@ -24,7 +25,7 @@ def labels(found: list[Mark], x: Scale) -> list[tuple[float, str]]:
 
 def test_stretches_are_the_neighbouring_steps_of_an_attempt() -> None:
     gatherer = Gatherer()
-    gatherer.add([{"step": n, "attempt": (1 if n <= 3 else 2 if n <= 7 else 5)} for n in range(1, 11)])
+    gatherer.add(blocks.of_rows([{"step": n, "attempt": (1 if n <= 3 else 2 if n <= 7 else 5)} for n in range(1, 11)]))
     assert strip.stretches(gatherer.columns) == [Stretch(1, 0, 3), Stretch(2, 3, 7), Stretch(5, 7, 10)]
     assert strip.stretches(Gatherer().columns) == []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt.run import attempts, condensed, goodput, records
+from hpcgpt.run import attempts, condensed, goodput
 
 Record = dict[str, Any]
 
@@ -96,25 +96,3 @@ def test_a_long_attempt_without_saves_is_few_rows(tmp_path: Path) -> None:
     few = condensed.timing(tmp_path, [])
     assert [row["step"] for row in few] == [1, 5000]
     assert few[1]["train/step_s"] == pytest.approx(4999 * 0.75)
-
-
-# --- records.blocks ---------------------------------------------------------------------------------
-
-
-def test_blocks_have_every_sound_row_once_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "BLOCK_BYTES", 500)
-    lines = [json.dumps({"step": n, "time": float(n), "train/loss": 2.0, "more": 1}) for n in range(1, 101)]
-    lines[20] = '{"step": 21, "time": "soon"}'
-    lines[30] = "not JSON"
-    lines[40] = json.dumps({"step": 10**17, "time": 41.0})  # beyond the last rows
-    lines[50] = json.dumps({"step": 3, "time": 51.0})
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 101, "ti')
-    blocks = list(records.blocks(tmp_path, ("step", "time", "train/loss")))
-    assert len(blocks) > 5
-    steps = [row["step"] for block in blocks for row in block]
-    assert steps == [n for n in range(1, 101) if n not in (21, 31, 41, 51)]
-    assert blocks[0][0] == {"step": 1, "time": 1.0, "train/loss": 2.0}
-
-
-def test_without_a_file_there_are_no_blocks(tmp_path: Path) -> None:
-    assert list(records.blocks(tmp_path, ("step",))) == []

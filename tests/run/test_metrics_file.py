@@ -124,7 +124,9 @@ def test_a_row_with_a_field_of_a_wrong_type_stops_no_run(tmp_path: Path, key: st
     bad = [each | ({key: value} if each["step"] in (2, 5) else {}) for each in good]
     path.write_text("".join(json.dumps(each) + "\n" for each in bad))
     file = MetricsFile(path, keep_below=4)
-    assert all(isinstance(each["train/step_s"] + each["time"], float) for each in file.cut_off)
+    assert file.lost.steps in (2, 3)
+    assert isinstance(file.lost.seconds, float)
+    assert isinstance(file.lost.until, float)
     assert all(isinstance(each[name], float | None) for each in file.tail for name in ("train/loss", "train/grad_norm"))
     assert {1, 3} <= {each["step"] for each in rows(path)} <= {1, 2, 3}
     file.close()
@@ -141,12 +143,15 @@ def test_damage_after_the_checkpoint_is_cut_off(tmp_path: Path, damage: bytes) -
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("before", ["closed", "killed"])
 @pytest.mark.parametrize("when", ["before its file has a name", "before its check"])
 def test_a_superseded_attempt_that_was_stopped_at_its_start_does_not_replace_newer_rows(
-    tmp_path: Path, when: str
+    tmp_path: Path, when: str, before: str
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, range(1, 5)).close()
+    if before == "killed":
+        (tmp_path / "metrics.closed").unlink()
     child = os.fork()
     if child == 0:
         try:
@@ -170,11 +175,98 @@ def test_a_superseded_attempt_that_was_stopped_at_its_start_does_not_replace_new
     file = MetricsFile(path, keep_below=4)
     write(file, row(4))
     os.kill(child, signal.SIGCONT)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (SUPERSEDED if when == "before its check" else 1)
+    # Where it could truncate the file in place it has done so, with a file that nobody reads any more.
+    later = 1 if before == "killed" else 99
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (SUPERSEDED if when == "before its check" else later)
     write(file, row(5))
     file.sync()
     file.close()
     assert [each["step"] for each in rows(path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_file_that_was_closed_is_truncated_in_place_and_another_is_not(tmp_path: Path) -> None:
+    """An orphan may still write to a file that nobody closed."""
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 9)).close()
+    closed = path.stat().st_ino
+    second = written(path, range(5, 7))
+    assert path.stat().st_ino == closed
+    assert not (tmp_path / "metrics.closed").exists()
+    third = written(path, range(6, 8))  # the second has not closed it
+    write(second, row(7))
+    write(second, row(8))
+    second.close()
+    assert path.stat().st_ino != closed
+    third.close()
+    assert [each["step"] for each in rows(path)] == list(range(1, 8))
+    written(path, range(8, 9)).close()
+    assert [each["step"] for each in rows(path)] == list(range(1, 9))
+
+
+def test_a_file_that_has_changed_since_it_was_closed_is_not_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 9)).close()
+    before = path.stat().st_ino
+    with path.open("ab") as file:
+        file.write(json.dumps(row(9)).encode() + b"\n")
+    written(path, range(9, 10)).close()
+    assert path.stat().st_ino != before
+    assert [each["step"] for each in rows(path)] == list(range(1, 10))
+
+
+def test_a_rollback_truncates_the_file_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = written(path, range(1, 2001))
+    before = path.stat().st_ino
+    file.append(row(2001))  # never written: the rollback comes first
+    file.cut_off(1501)
+    assert [each["step"] for each in file.tail] == list(range(501, 1501))
+    for step in range(1501, 1503):
+        write(file, row(step, attempt=2))
+    assert [each["step"] for each in rows(path)] == list(range(1, 1503))
+    assert path.stat().st_ino == before
+    file.close()
+
+
+def test_only_the_end_of_the_file_is_looked_at(tmp_path: Path) -> None:
+    """What is before it stays byte for byte: a run of ten million steps has three gigabytes."""
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 10_001)).close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2000] = b"damaged" + lines[2000][7:]
+    path.write_bytes(b"".join(lines))
+    file = MetricsFile(path, keep_below=9001)
+    assert path.read_bytes() == b"".join(lines[:9000])
+    assert (file.lost.steps, len(file.tail)) == (0, 1000)  # rows without train/step_s are no time that was lost
+    assert run_folder.events(tmp_path) == []
+    file.close()
+
+
+@pytest.mark.parametrize("first", ["write", "sync", "rollback", "close"])
+def test_a_large_file_is_copied_when_the_first_row_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setattr("hpcgpt.run.metrics_file.COPIED_AT_ONCE", 1000)
+    path = tmp_path / "metrics.jsonl"
+    orphan = written(path, range(1, 3001))
+    before = path.read_bytes().splitlines(keepends=True)
+    file = MetricsFile(path, keep_below=2501)
+    assert len(file.tail) == 1000
+    assert path.read_bytes() == b"".join(before), "the start does not wait for the copy"
+    if first == "rollback":
+        file.cut_off(2401)
+    elif first == "write":
+        write(file, row(2501, attempt=2))
+    elif first == "sync":
+        file.sync()
+    file.close()
+    write(orphan, row(3001))
+    orphan.close()
+    new = [json.dumps(row(2501, attempt=2)).encode() + b"\n"] if first == "write" else []
+    kept = {"rollback": 2400, "close": 3001}.get(first, 2500)
+    assert path.read_bytes().splitlines(keepends=True)[:3000] == [*before[:kept], *new]
+    MetricsFile(path, keep_below=2301).close()
+    assert path.read_bytes() == b"".join(before[:2300])
 
 
 def test_on_a_full_disk_rows_wait_and_are_written_when_there_is_room(tmp_path: Path) -> None:
