@@ -1,8 +1,9 @@
 """Saves checkpoints during training: the state is copied at a step boundary, and written while the next steps run.
 
-A save has two stages. First a thread of each rank writes the rank's share of the tensors. Once all have finished, which
-the ranks find out together at a step boundary, a thread of rank 0 writes state and manifest, renames the folder to its
-final name, and removes old checkpoints (``hpcgpt.checkpoint.pruner``).
+A save has four stages, each in threads. Each rank writes its share of the tensors. Rank 0 writes state and manifest,
+and renames the folder to its final name. Each rank reads back a part, and compares checksums. Rank 0 removes old
+checkpoints (``hpcgpt.checkpoint.pruner``). A stage begins once all ranks have finished the one before, which they find
+out together at a step boundary.
 
 One save is under way at a time: the next one waits for its end.
 
@@ -19,9 +20,10 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,9 @@ from torch import Tensor, nn
 
 from hpcgpt.checkpoint import layout, safetensors_writer
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.parts import PADDING, Place, joined, own_parts, padded, place_of
 from hpcgpt.checkpoint.pruner import Pruner
+from hpcgpt.checkpoint.retention import Unread
 from hpcgpt.config import options
 from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
 from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
@@ -40,6 +44,7 @@ from hpcgpt.storage.lease import Lease
 
 POLL_S = 0.005
 LONGEST_S = 3600.0  # after that the disk is taken to hang, and the watchdog may end the rank
+Stage = Literal["write", "commit", "read back", "prune"]
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
@@ -120,6 +125,8 @@ class Saver:
         # Remove old checkpoints after each save. Once this is False, a removal under way is not waited for, either:
         # comparing the checksums of a large checkpoint may take longer than a job has that must stop.
         self.prune_old = True
+        self._files = keep.files
+        self._shares_files = keep.files < ranks.world.size  # else each rank has its own
         self._copies: dict[str, Tensor] = {}  # reused: allocating memory takes longer than copying
         self._save: _Save | None = None
 
@@ -135,7 +142,12 @@ class Saver:
         """
         assert not self.busy
         began_at, problem = time.monotonic(), ""
-        size = self._size(tensors)
+        share = share_of(tensors, self._ranks)
+        if self._shares_files:
+            room = padded(byte_count(share)) - byte_count(share)
+            share[f"{PADDING}{self._ranks.world.rank}"] = torch.zeros(room, dtype=torch.uint8)
+        sizes = gather_from_all(self._ranks, lambda: self._bytes(share))
+        size = sum(header + data for header, data in sizes)
         final = layout.path_of(self._checkpoints, state.step)
         try:
             temporary = run_on_rank0(self._ranks, lambda: self._make_folder(final, size))
@@ -144,10 +156,10 @@ class Saver:
         if temporary is None:
             seconds = time.monotonic() - began_at
             return Saved(state.step, problem, seconds, seconds, size)
-        share = self._copy(share_of(tensors, self._ranks))
-        path = Path(temporary) / layout.share_name(self._ranks.world.rank, self._ranks.world.size)
-        work = _Work(lambda: (path.name, safetensors_writer.write(path, share)))
-        self._save = _Save(state, size, path.parent, final, began_at, work, stall_s=time.monotonic() - began_at)
+        copies, folder = self._copy(share), Path(temporary)
+        place = place_of(sizes, self._ranks.world.rank, self._files)
+        work = _Work(lambda: _write(folder, copies, place, self._shares_files))
+        self._save = _Save(state, size, folder, final, began_at, work, stall_s=time.monotonic() - began_at)
         return None
 
     def poll(self) -> Saved | None:
@@ -173,26 +185,38 @@ class Saver:
 
     def _advance(self, save: _Save) -> str | None:
         """Begin the next stage if all ranks are ready; return '' or the problem if the save has ended, else None."""
+        if save.visible and not self.prune_old:
+            return ""
         if not self._all_ready(save):
             return None
         try:
-            if save.committing:
+            if save.stage == "write":
+                files = joined(gather_from_all(self._ranks, save.work.result))
+                save.begin("commit", self._on_first(lambda: self._commit(save, files)))
+            elif save.stage == "commit":
+                unread = run_on_rank0(self._ranks, save.work.result)
+                if not self.prune_old:
+                    return ""
+                save.begin("read back", lambda: self._read_back(unread))
+            elif save.stage == "read back":
+                whole = [set(names) for names in gather_from_all(self._ranks, save.work.result)]
+                save.begin("prune", self._on_first(lambda: self._prune(set.intersection(*whole))))
+            else:
                 run_on_rank0(self._ranks, save.work.result)
                 return ""
-            files = dict(gather_from_all(self._ranks, save.work.result))
         except OSError as error:
             # The error was shared: no rank writes any more, and the incomplete folder is useless.
             if self._lease is not None:
                 shutil.rmtree(save.temporary, ignore_errors=True)
             return str(error)
-        save.committing = True
-        save.work = _Work((lambda: self._commit(save, files)) if self._ranks.world.is_first else lambda: None)
         return None
+
+    def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        return work if self._ranks.world.is_first else lambda: None
 
     def _all_ready(self, save: _Save) -> bool:
         """Return whether no rank has to wait for its thread any longer."""
-        only_pruning = save.visible.is_set() and not self.prune_old
-        ready = torch.tensor([int(save.work.ready or only_pruning)])
+        ready = torch.tensor([int(save.work.ready)])
         if self._ranks.cpu_group is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
         return bool(ready)
@@ -201,11 +225,9 @@ class Saver:
         self._save = None
         return save.outcome(problem)
 
-    def _size(self, tensors: dict[str, Tensor]) -> int:
-        """Return the bytes of a checkpoint of `tensors`, those that only other ranks have included."""
-        common = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
-        own = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
-        return common + sum(gather_from_all(self._ranks, lambda: own))
+    def _bytes(self, share: dict[str, Tensor]) -> tuple[int, int]:
+        """Return the bytes of a rank's share of the header, 0 if its file has no others, and of its tensors."""
+        return safetensors_writer.share_bytes(share) if self._shares_files else (0, byte_count(share))
 
     def _make_folder(self, final: Path, size: int) -> str | None:
         """Make the temporary folder, and room if necessary; return its path, None if the checkpoint exists already."""
@@ -241,8 +263,8 @@ class Saver:
             torch.cuda.current_stream(self._ranks.device).synchronize()
         return {name: self._copies[name] for name in share}
 
-    def _commit(self, save: _Save, files: dict[str, Any]) -> None:
-        """Write state and manifest, make the checkpoint visible, and remove old ones."""
+    def _commit(self, save: _Save, files: dict[str, Any]) -> list[Unread]:
+        """Write state and manifest, and make the checkpoint visible; return what is to be read back."""
         lease, temporary = self._lease, save.temporary
         assert lease is not None
         assert self.pruner is not None
@@ -260,14 +282,27 @@ class Saver:
         atomic.sync_folder(self._checkpoints)
         self.pruner.saved(save.final)
         self._committed(save.outcome())
-        save.visible.set()
-        if self.prune_old:
-            self.pruner.prune_after_save()
+        return self.pruner.unread() if self.prune_old else []
+
+    def _read_back(self, unread: list[Unread]) -> list[str]:
+        """Compare checksums of this rank's parts of checkpoints; return the names of those with no damage in them."""
+        size, whole = self._ranks.world.size, []
+        # Not what this host has written: it may still have that in memory.
+        rank = (self._ranks.world.rank + size // 2) % size
+        for name, parts in unread:
+            with suppress(OSError):
+                if not layout.check_checksums(self._checkpoints / name, own_parts(parts, rank, size)):
+                    whole.append(name)
+        return whole
+
+    def _prune(self, whole: set[str]) -> None:
+        assert self.pruner is not None
+        self.pruner.prune_after_save(whole)
 
 
 @dataclass
 class _Save:
-    """The save that is under way. `work` is its first stage, or its second if `committing`."""
+    """The save that is under way. `work` is its present stage."""
 
     state: State
     bytes: int
@@ -276,9 +311,15 @@ class _Save:
     began_at: float
     work: _Work
     stall_s: float
-    committing: bool = False
-    # Set once the checkpoint is visible; old ones may still be being removed.
-    visible: threading.Event = field(default_factory=threading.Event)
+    stage: Stage = "write"
+
+    @property
+    def visible(self) -> bool:
+        """Return whether the checkpoint is on the disk, and only old ones are yet to be removed."""
+        return self.stage in ("read back", "prune")
+
+    def begin(self, stage: Stage, work: Callable[[], Any]) -> None:
+        self.stage, self.work = stage, _Work(work)
 
     def outcome(self, problem: str = "") -> Saved:
         return Saved(self.state.step, problem, time.monotonic() - self.began_at, self.stall_s, self.bytes)
@@ -308,6 +349,18 @@ class _Work:
         if self._error is not None:
             raise self._error
         return self._result
+
+
+def _write(folder: Path, share: dict[str, Tensor], place: Place, shared: bool) -> tuple[Any, ...]:
+    """Write a rank's share; return the file's name, and ``bytes`` and ``xxh3`` of each part that was written."""
+    path = folder / layout.share_name(place.number, place.files)
+    if shared:
+        return (path.name, *safetensors_writer.write_share(path, share, place))
+    return path.name, safetensors_writer.write(path, share)
+
+
+def byte_count(share: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in share.values())
 
 
 def share_of(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from hpcgpt.slurm import scontrol
 
 _FORMAT = "%P|%a|%l|%s|%D|%c|%m|%f|%G|%T"
 
+
 @dataclass(frozen=True)
 class NodeKind:
     """Nodes of a partition that are alike. `cpus` counts as Slurm does: hardware threads, where they are enabled.
