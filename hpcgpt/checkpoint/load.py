@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,6 +81,18 @@ def newest_valid(
             "another --run.name; training is not started over silently"
         )
     return None
+
+
+def problem_of(path: Path, ranks: Ranks) -> str:
+    """Return what is wrong with a checkpoint, or '': the same on every rank. A collective.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    problem, unreadable = _check(path, ranks)
+    if unreadable:
+        raise unreadable.error
+    return problem
 
 
 @dataclass(frozen=True)
@@ -221,7 +234,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
         seen: dict[str, list[range | None]] = {}
         common: list[Piece] = []
         own_files, own_generators = set(), []
-        for one in sorted(found, key=_file_of):
+        for one in sorted(found, key=attrgetter("file")):
             seen.setdefault(one.name, []).append(one.rows)
             if one.name in generators:
                 own_generators.append(one)
@@ -229,7 +242,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
             if target is None:
                 continue
             if not is_sharded(target):
-                common.append(Piece(one.file, one.start, _rows(target, one.rows), one.dtype))
+                part = target[one.rows.start : one.rows.stop] if one.rows else target
+                common.append(Piece(one.file, one.start, part, one.dtype))
             elif _own_rows(target, one):
                 own_files.add(one.file)
         _check_complete(path, seen, targets, ranks, state)
@@ -283,10 +297,6 @@ class _Targets:
 
 
 _NONE = torch.empty(0)
-
-
-def _file_of(one: Stored) -> str:
-    return one.file
 
 
 def _check_complete(
@@ -360,10 +370,6 @@ def _whole_shape(one: Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
     if not expected or not one.fits or one.rows.stop > expected[0]:
         raise InputError(f"{one.key} is {one.shape} in the checkpoint, expected rows of {expected}")
     return (expected[0], *one.shape[1:])
-
-
-def _rows(target: Tensor, rows: range | None) -> Tensor:
-    return target if rows is None else target[rows.start : rows.stop]
 
 
 def _own_rows(target: Tensor, one: Stored) -> range:

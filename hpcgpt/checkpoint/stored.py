@@ -252,7 +252,7 @@ def read_together(pieces: Iterable[Piece], reader: Reader, ranks: Ranks) -> None
                 _read_part(needed, starts, bounds[ranks.world.rank], here, reader)
         except (OSError, InputError) as error:
             problem = error  # the others get no valid bytes from here, and hear of it in the end
-        dist.all_gather(list(received.split(count)), here.to(device), group=group)
+        dist.all_gather(list(received.view(size, count).unbind()), here.to(device), group=group)
         for rank, (begin, end) in enumerate(bounds):
             at = rank * count
             for piece, a, b in _overlapping(needed, starts, begin, end):

