@@ -50,7 +50,7 @@ def test_each_part_is_checked_by_one_rank_and_none_checks_many_more_than_another
     found += [Part("empty", 0, 0, ""), Part("state.json", 0, 1, "")]
     own = [own_parts(found, rank, ranks) for rank in range(ranks)]
     assert [part for parts in own for part in parts] == found
-    assert max(len(parts) for parts in own) <= 258 / ranks + 1
+    assert max(len(parts) for parts in own) <= 258 // ranks + 2
 
 
 def test_as_many_ranks_as_files_check_one_file_each() -> None:
