@@ -37,7 +37,7 @@ WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "training", "data.prefet
 "distributed.collectives",
               "distributed.sharded_tensor", "checkpoint.save", "checkpoint.load", "checkpoint.load_model",
               "tasks.likelihood", "tasks.evaluation", "lm_eval.adapter",
-              "checkpoint.init_from", "checkpoint.safetensors_writer", "checkpoint.weights",
+              "checkpoint.init_from", "checkpoint.safetensors_writer", "checkpoint.stored", "checkpoint.weights",
               *(f"export.{name}" for name in ("agreement", "exporting", "huggingface", "huggingface_model", "llmc",
                 "model_card", "nanogpt", "on_demand", "reference_gpt2", "source")),
               *(f"import_weights.{name}" for name in ("against_transformers", "assemble", "checkpoints", "huggingface",

@@ -17,7 +17,11 @@ only some rows (parallel.mode zero1 and fsdp) is divided among the shares of tho
 ``<name>[384:768]``, with the first row and the one after the last. Each row is stored once; a run can resume from it in
 any mode.
 
-A folder without its manifest is never loaded, and no file is used unless its checksum is that in the manifest. All
+``checkpoint.files`` limits the number of files. Where there are more ranks, consecutive ranks write into one file, each
+at its own places (``hpcgpt.checkpoint.parts``). Such a checkpoint has format version 3: the manifest has a checksum for
+each part of a file that one rank has written, and tensors ``padding/<rank>`` fill up pages.
+
+A folder without its manifest is never loaded, and no file is used unless its checksums are those in the manifest. All
 files are safetensors or JSON: nothing in a checkpoint can run code.
 
 The checksum is XXH3 with 128 bits. It protects from faulty disks and networks, not from people: a user with write
@@ -31,6 +35,7 @@ No torch in here.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import re
@@ -38,22 +43,25 @@ import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from hpcgpt.checkpoint.parts import Part, parts_of
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.run import row_search
 from hpcgpt.storage.lease import Lease
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
+VERSION_WITH_PARTS = 3  # several ranks have written into one file
 JSON_LIMIT = 64 << 20  # bytes; no state.json or manifest.json of ours is larger
 _NAME = re.compile(r"step_(\d{9,})")
 _NAME_WITH_ROWS = re.compile(r"(.*)\[(\d{1,18}):(\d{1,18})\]", re.ASCII)
-_FILE = re.compile(r"(tensors_\d{5}_of_\d{5}\.safetensors|state\.json)")
+_FILE = re.compile(r"(tensors_\d{5}_of_(\d{5})\.safetensors|state\.json)")
 # These mean that a file is missing. Any other error may be the fault of this host or the network, and is no damage.
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
@@ -124,8 +132,9 @@ def temporary_of(final: Path, generation: int) -> Path:
     return final.with_name(f".{final.name}.g{generation:04d}.tmp")
 
 
-def share_name(rank: int, world_size: int) -> str:
-    return f"tensors_{rank:05d}_of_{world_size:05d}.safetensors"
+def share_name(number: int, files: int) -> str:
+    """Return the name of one of `files` files with tensors; where each rank has its own, `number` is the rank."""
+    return f"tensors_{number:05d}_of_{files:05d}.safetensors"
 
 
 def found(checkpoints: Path) -> list[Path]:
@@ -163,8 +172,12 @@ def state_bytes(state: State) -> bytes:
 
 
 def manifest_bytes(files: dict[str, Any], generation: int) -> bytes:
-    """Return the contents of manifest.json. `files`: name -> {"bytes": int, "xxh3": hex}."""
-    manifest = {"format": FORMAT, "version": VERSION, "generation": generation, "files": files}
+    """Return the contents of manifest.json.
+
+    `files`: name -> {"bytes": int, "xxh3": hex}; or, instead of "xxh3", "parts": a list of such, in their order.
+    """
+    version = VERSION_WITH_PARTS if any("parts" in about for about in files.values()) else VERSION
+    manifest = {"format": FORMAT, "version": version, "generation": generation, "files": files}
     return json.dumps(manifest | {"digest": _digest(manifest)}, indent=1).encode()
 
 
@@ -209,6 +222,11 @@ def read_files(checkpoint: Path) -> dict[str, Any]:
     return dict(_json(checkpoint / "manifest.json")["files"])
 
 
+def tensor_files(checkpoint: Path) -> list[str]:
+    """Return the names of the files with tensors, in order. Raises as `read_files`."""
+    return sorted(set(read_files(checkpoint)) - {"state.json"})
+
+
 def _json(path: Path) -> dict[str, Any]:
     if (problem := _not_a_file(path)) or path.stat().st_size > JSON_LIMIT:
         raise ValueError(problem or f"{path.name} is larger than {JSON_LIMIT >> 20} MB")
@@ -233,7 +251,7 @@ def verify(checkpoint: Path) -> str:
         OSError: a file exists, but cannot be read.
     """
     problem = check_structure(checkpoint)
-    return problem or check_checksums(checkpoint, read_files(checkpoint))
+    return problem or check_checksums(checkpoint, parts_of(read_files(checkpoint)))
 
 
 def check_structure(checkpoint: Path) -> str:
@@ -250,16 +268,17 @@ def check_structure(checkpoint: Path) -> str:
         if type(manifest["version"]) is not int:
             return f"its manifest cannot be read: version {manifest['version']!r}"
         digest = manifest.pop("digest", None)
-        if manifest["version"] != VERSION and digest in (_digest(manifest), None):
+        if manifest["version"] not in (VERSION, VERSION_WITH_PARTS) and digest in (_digest(manifest), None):
             raise FormatError(
-                f"{checkpoint} has format version {manifest['version']}, and this program reads {VERSION}: use the "
-                "hpcgpt that wrote it, or start another --run.name"
+                f"{checkpoint} has format version {manifest['version']}, and this program reads {VERSION} and "
+                f"{VERSION_WITH_PARTS}: use the hpcgpt that wrote it, or start another --run.name"
             )
         if digest != _digest(manifest):
             return "its manifest's own checksum does not hold"
         files = manifest["files"]
         if not all(_FILE.fullmatch(name) for name in files) or "state.json" not in files:
             return f"its manifest names {', '.join(repr(name[:80]) for name in sorted(files)[:3])}"
+        parts_of(files)
         for name, expected in files.items():
             path = checkpoint / name
             if problem := _not_a_file(path):
@@ -269,8 +288,9 @@ def check_structure(checkpoint: Path) -> str:
         state = read_state(checkpoint)
         if checkpoint.name != f"step_{state.step:09d}":
             return f"it holds step {state.step}"
-        shares = [share_name(rank, state.world_size) for rank in range(min(state.world_size, len(files)))]
-        if set(shares) != set(files) - {"state.json"}:
+        count = state.world_size if manifest["version"] == VERSION else _count(files)
+        shares = [share_name(number, count) for number in range(min(count, len(files)))]
+        if set(shares) != set(files) - {"state.json"} or not shares:
             return f"it lacks {', '.join(sorted(set(shares) - set(files))[:3]) or 'shares of tensors'}"
     except FormatError:
         raise
@@ -283,32 +303,46 @@ def check_structure(checkpoint: Path) -> str:
     return ""
 
 
-def check_checksums(checkpoint: Path, names: Iterable[str]) -> str:
-    """Name the first of the files `names` that differs from the manifest, after `check_structure`; '' if none does.
+def _count(files: dict[str, Any]) -> int:
+    """Return how many files with tensors there should be, by the name of one of them."""
+    return max(int(found[2] or 0) for name in files if (found := _FILE.fullmatch(name)))
+
+
+def check_checksums(checkpoint: Path, parts: Iterable[Part]) -> str:
+    """Name the first file of which one of `parts` has another checksum, after `check_structure`; '' if none has.
 
     Raises:
         OSError: a file cannot be read, which may be the fault of this host, and is no damage.
     """
-    files = read_files(checkpoint)
-    for name in names:
+    for name, of_file in itertools.groupby(parts, key=attrgetter("file")):
         with open(checkpoint / name, "rb") as file:
-            if _checksum(file) != files[name].get("xxh3"):
-                return f"the checksum of {name} is not the one in the manifest"
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(checkpoint / name, framework="np"):  # reads the header
-                    pass
-            except SafetensorError as error:
-                return f"{name}: {error}"
-            except MemoryError as error:  # the host has no memory for another map: no damage
-                raise OSError(errno.ENOMEM, f"{checkpoint / name}: {error}") from None
+            for part in of_file:
+                if _checksum(file, part) != part.xxh3:
+                    return f"the checksum of {name} is not the one in the manifest"
+                if part.start == 0 and (problem := _header_problem(checkpoint / name)):
+                    return problem
     return ""
 
 
-def _checksum(file: BinaryIO) -> str:
-    digest = xxhash.xxh3_128()
-    while chunk := file.read(8 << 20):
+def _header_problem(path: Path) -> str:
+    """Return what the library that defines the format finds wrong with a file, or ''."""
+    if path.suffix != ".safetensors":
+        return ""
+    try:
+        with safe_open(path, framework="np"):  # reads the header
+            return ""
+    except SafetensorError as error:
+        return f"{path.name}: {error}"
+    except MemoryError as error:  # the host has no memory for another map: no damage
+        raise OSError(errno.ENOMEM, f"{path}: {error}") from None
+
+
+def _checksum(file: BinaryIO, part: Part) -> str:
+    digest, left = xxhash.xxh3_128(), part.bytes
+    file.seek(part.start)
+    while chunk := file.read(min(left, 8 << 20)):
         digest.update(chunk)
+        left -= len(chunk)
     return str(digest.hexdigest())
 
 

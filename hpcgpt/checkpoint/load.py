@@ -16,19 +16,21 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hpcgpt import errors
-from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint import layout, stored
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.parts import PADDING, Part, own_parts, parts_of
+from hpcgpt.checkpoint.stored import Piece, Reader, Stored
 from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
 from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
@@ -37,6 +39,7 @@ from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.run import run_folder
 from hpcgpt.storage.lease import Lease
 
+T = TypeVar("T")
 RETRY_S = 0.5
 FAILED_ATTEMPTS = 2  # earlier ones that could not read a checkpoint, on any host, until it is set aside
 
@@ -80,6 +83,18 @@ def newest_valid(
     return None
 
 
+def problem_of(path: Path, ranks: Ranks) -> str:
+    """Return what is wrong with a checkpoint, or '': the same on every rank. A collective.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    problem, unreadable = _check(path, ranks)
+    if unreadable:
+        raise unreadable.error
+    return problem
+
+
 @dataclass(frozen=True)
 class _Unreadable:
     """A file that a rank could not read, and why."""
@@ -103,19 +118,20 @@ class _Unreadable:
 
 def _check(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
     """Return what is wrong with a checkpoint, or '', and what of it cannot be read: the same on every rank."""
-    rank = ranks.world.rank
-    found = run_on_rank0(ranks, lambda: _try_twice(lambda: layout.check_structure(path), rank))
-    if found != "":
-        return _first_problem([found])
-
-    def check_share() -> str:
-        names = sorted(layout.read_files(path))
-        return layout.check_checksums(path, names[rank :: ranks.world.size])
-
-    return _first_problem(gather_from_all(ranks, lambda: _try_twice(check_share, rank)))
+    parts = run_on_rank0(ranks, lambda: _try_twice(lambda: _parts(path), ranks.world.rank))
+    if not isinstance(parts, list):
+        return _first_problem([parts])
+    own = own_parts(parts, ranks.world.rank, ranks.world.size)
+    found = gather_from_all(ranks, lambda: _try_twice(lambda: layout.check_checksums(path, own), ranks.world.rank))
+    return _first_problem(found)
 
 
-def _try_twice(check: Callable[[], str], rank: int) -> str | _Unreadable:
+def _parts(path: Path) -> list[Part] | str:
+    """Return the parts of a checkpoint's files, or what is wrong with its structure."""
+    return layout.check_structure(path) or parts_of(layout.read_files(path))
+
+
+def _try_twice(check: Callable[[], T], rank: int) -> T | _Unreadable:
     with suppress(OSError):
         return check()
     time.sleep(RETRY_S)  # a network file system may recover
@@ -131,7 +147,7 @@ def _try_twice(check: Callable[[], str], rank: int) -> str | _Unreadable:
         )
 
 
-def _first_problem(found: list[str | _Unreadable]) -> tuple[str, _Unreadable | None]:
+def _first_problem(found: Sequence[str | _Unreadable]) -> tuple[str, _Unreadable | None]:
     """Return the first problem, or else the first unreadable file: damage counts, whatever could not be read."""
     problem = next((one for one in found if isinstance(one, str) and one), "")
     unreadable = next((one for one in found if isinstance(one, _Unreadable)), None)
@@ -194,95 +210,104 @@ def _reject(path: Path, problem: str, lease: Lease | None) -> None:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> State:
-    """Load model, optimizer (None: leave it out) and this rank's random generators; return the rest.
+    """Load model, optimizer (None: leave it out) and this rank's random generators; return the rest. A collective.
 
-    Tensors in memory may be whole or sharded, and so may those in the files; only the needed rows are read. If the
-    world size has changed, the generators are not changed.
+    Tensors in memory may be whole or sharded, and so may those in the files. Of sharded ones a rank reads its own rows;
+    what all ranks need is read once, an equal part by each of them. If the world size has changed, the generators are
+    not changed.
 
     Raises:
         UserError: the tensors are not those of this model, this optimizer, or this precision.
     """
-    state = layout.read_state(path)
-    parameters = dict(model.named_parameters())
-    keys = state_keys(optimizer) if optimizer is not None else {}
+    state, names = run_on_rank0(ranks, lambda: (layout.read_state(path), layout.tensor_files(path)))
+    targets = _Targets(path, model, optimizer)
     generators = [f"rng/{ranks.world.rank}/{kind}" for kind in ("cpu", "cuda")]
-    if state.world_size != ranks.world.size:
+    if optimizer is None or state.world_size != ranks.world.size:
         generators = []
-    seen: dict[str, list[range | None]] = {}
-    for stored in _tensors(path, state):
-        seen.setdefault(stored.name, []).append(stored.rows)
-        kind, _, rest = stored.name.partition("/")
-        if kind == "model":
-            _fill(_named(parameters, rest), stored, exactly=optimizer is not None)
-        elif kind == "optim" and optimizer is not None:
-            parameter, _, key = rest.rpartition("/")
-            owner = _named(parameters, parameter)
-            if key not in keys[owner]:
-                raise UserError(
-                    f"{stored.name} is not part of this optimizer's state ({', '.join(keys[owner])}): set optim.name "
-                    "as it was"
-                )
-            _fill_state(optimizer.state[owner], key, stored, owner)
-        elif stored.name in generators and optimizer is not None:
-            _restore_generator(stored.name, stored.read(), ranks)
-        elif kind not in ("model", "optim", "rng"):
-            raise InputError(f"{path} has an unknown tensor, {stored.name}")
-    _check_complete(path, seen, parameters, keys, ranks, state)
+    with stored.Reader(path) as reader:
+
+        def headers() -> list[Stored]:
+            return [one for name in names[ranks.world.rank :: ranks.world.size]
+                    for one in stored.merged(reader.header(name), targets.is_sharded)]  # fmt: skip
+
+        found = [one for part in gather_from_all(ranks, headers) for one in part]
+        seen: dict[str, list[range | None]] = {}
+        common: list[Piece] = []
+        own_files, own_generators = set(), []
+        for one in sorted(found, key=attrgetter("file")):
+            seen.setdefault(one.name, []).append(one.rows)
+            if one.name in generators:
+                own_generators.append(one)
+            target = targets.of(one)
+            if target is None:
+                continue
+            if not is_sharded(target):
+                part = target[one.rows.start : one.rows.stop] if one.rows else target
+                common.append(Piece(one.file, one.start, part, one.dtype))
+            elif _own_rows(target, one):
+                own_files.add(one.file)
+        _check_complete(path, seen, targets, ranks, state)
+        stored.read_together(common, reader, ranks)
+
+        def read_own() -> None:
+            own = [one for name in sorted(own_files) for one in reader.header(name) if targets.is_sharded(one.name)]
+            stored.read((piece for one in own for piece in _own_piece(targets.of(one), one)), reader)
+            for one in own_generators:
+                _restore_generator(one, reader, ranks)
+
+        gather_from_all(ranks, read_own)
     return state
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file of a checkpoint, or `rows` of it; None: all rows."""
+class _Targets:
+    """Where in memory the tensors of a checkpoint belong. `optimizer` is None if its state is not loaded."""
 
-    share: Path
-    file: Any
-    key: str
-    name: str
-    rows: range | None
+    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self._path, self._optimizer = path, optimizer
+        self.parameters = dict(model.named_parameters())
+        self.keys = state_keys(optimizer) if optimizer is not None else {}
 
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._try(lambda: self.file.get_slice(self.key).get_shape()))
+    def is_sharded(self, name: str) -> bool:
+        """Return whether this rank has only some rows of a tensor."""
+        kind, _, rest = name.partition("/")
+        parameter, _, key = rest.rpartition("/") if kind == "optim" else (rest, "", "")
+        return kind in ("model", "optim") and key != "step" and is_sharded(self.parameters.get(parameter, _NONE))
 
-    def read(self) -> Tensor:
-        return self._try(lambda: self.file.get_tensor(self.key))  # type: ignore[no-any-return]
+    def of(self, one: Stored) -> Tensor | None:
+        """Return the whole tensor that this belongs to; None if it is not to be loaded.
 
-    def read_rows(self, first: int, after: int) -> Tensor:
-        """Read some of the rows that are stored here, counted from the first of them."""
-        return self._try(lambda: self.file.get_slice(self.key)[first:after])  # type: ignore[no-any-return]
+        Raises:
+            UserError: there is none of that name, shape and precision.
+        """
+        kind, _, rest = one.name.partition("/")
+        if kind == "model":
+            return _parameter(_named(self.parameters, rest), one, exactly=self._optimizer is not None)
+        if kind == "optim" and self._optimizer is not None:
+            parameter, _, key = rest.rpartition("/")
+            owner = _named(self.parameters, parameter)
+            if key not in self.keys[owner]:
+                raise UserError(
+                    f"{one.name} is not part of this optimizer's state ({', '.join(self.keys[owner])}): set optim.name "
+                    "as it was"
+                )
+            return _state(self._optimizer.state[owner], key, one, owner)
+        if kind not in ("model", "optim", "rng", PADDING.rstrip("/")):
+            raise InputError(f"{self._path} has an unknown tensor, {one.name}")
+        return None
 
-    def _try(self, read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that this torch does not have
-            raise InputError(f"{self.share}: {self.key} cannot be read: {error}") from None
 
-
-def _tensors(path: Path, state: State) -> Iterator[_Stored]:
-    """Yield what is stored in a checkpoint."""
-    for rank in range(state.world_size):
-        share = path / layout.share_name(rank, state.world_size)
-        try:
-            with safe_open(share, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    yield _Stored(share, file, key, *layout.rows_of(key))
-        except SafetensorError as error:
-            raise InputError(f"{share}: {error}") from None
-        except MemoryError as error:  # no memory for another map: the fault of the host
-            raise OSError(errno.ENOMEM, f"{share}: {error}") from None
-        except RuntimeError as error:  # torch could not open or map it, though its checksum was read before
-            raise OSError(errno.EIO, f"{share}: {error}") from None
+_NONE = torch.empty(0)
 
 
 def _check_complete(
     path: Path,
     seen: dict[str, list[range | None]],
-    parameters: dict[str, nn.Parameter],
-    keys: dict[nn.Parameter, tuple[str, ...]],
+    targets: _Targets,
     ranks: Ranks,
     state: State,
 ) -> None:
     """Check that each tensor, and each row, was stored exactly once: none may keep its initial value."""
+    parameters, keys = targets.parameters, targets.keys
     expected = {f"model/{name}": len(parameter) for name, parameter in parameters.items()}
     if keys:
         if state.step or any(name.startswith("optim/") for name in seen):
@@ -314,64 +339,62 @@ def _named(parameters: dict[str, nn.Parameter], name: str) -> nn.Parameter:
     return parameters[name]
 
 
-def _fill_state(state: dict[str, Any], key: str, stored: _Stored, owner: nn.Parameter) -> None:
-    """Set a tensor of the optimizer's state of `owner`, or the rows of it that are stored here."""
+def _state(state: dict[str, Any], key: str, one: Stored, owner: nn.Parameter) -> Tensor:
+    """Return a tensor of the optimizer's state of `owner`, which is made if there is none that fits."""
     shape, dtype = ((), torch.float32) if key == "step" else (tuple(owner.shape), owner.dtype)
-    whole = stored.rows is None and (key == "step" or not is_sharded(owner))
-    if whole:
-        value = stored.read()
-        if tuple(value.shape) == shape and value.dtype == dtype:
-            state[key] = value.to(owner.device)
-            return
-        found, found_dtype = tuple(value.shape), value.dtype
-    else:
-        found = _whole_shape(stored, shape)
-        found_dtype = stored.read_rows(0, 0).dtype if found else torch.float32
-    if found != shape or not found or found_dtype != dtype:
-        raise InputError(f"{stored.name} is {found_dtype} {found} in the checkpoint, expected {dtype} {shape}")
-    if key not in state:
-        state[key] = torch.zeros_like(owner)
-    _fill_rows(state[key], stored)
+    found = _whole_shape(one, shape)
+    if found != shape or one.dtype != dtype:
+        raise InputError(f"{one.name} is {one.dtype} {found} in the checkpoint, expected {dtype} {shape}")
+    kept = state.get(key)
+    if kept is None or (tuple(kept.shape), kept.dtype, kept.device) != (shape, dtype, owner.device):
+        state[key] = torch.zeros((), device=owner.device) if key == "step" else torch.zeros_like(owner)
+    return state[key]  # type: ignore[no-any-return]
 
 
-def _fill(target: nn.Parameter, stored: _Stored, exactly: bool) -> None:
-    """Set a parameter, or the rows of it that are stored here. `exactly`: the dtypes must be the same."""
-    shape = _whole_shape(stored, tuple(target.shape))
+def _parameter(target: nn.Parameter, one: Stored, exactly: bool) -> Tensor:
+    """Return a parameter, after a check that what is stored fits it. `exactly`: the dtypes must be the same."""
+    shape, dtype = _whole_shape(one, tuple(target.shape)), one.dtype
     if tuple(target.shape) != shape:
-        raise InputError(f"{stored.name} is {shape} in the checkpoint and {tuple(target.shape)} in the model")
-    dtype = stored.read_rows(0, 0).dtype
+        raise InputError(f"{one.name} is {shape} in the checkpoint and {tuple(target.shape)} in the model")
     if target.dtype != dtype and (exactly or not dtype.is_floating_point):
         raise InputError(
-            f"{stored.name} is {dtype} in the checkpoint and {target.dtype} in the model: set train.dtype as it was"
+            f"{one.name} is {dtype} in the checkpoint and {target.dtype} in the model: set train.dtype as it was"
         )
-    _fill_rows(target.detach(), stored)
+    return target.detach()
 
 
-def _whole_shape(stored: _Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
+def _whole_shape(one: Stored, expected: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the whole tensor, after a check that as many rows are stored as their name says."""
-    shape, rows = stored.shape(), stored.rows
-    if rows is None:
-        return shape
-    if not expected or not shape or shape[0] != len(rows) or not rows or rows.stop > expected[0]:
-        raise InputError(f"{stored.key} is {shape} in the checkpoint, expected rows of {expected}")
-    return (expected[0], *shape[1:])
+    if one.rows is None:
+        return one.shape
+    if not expected or not one.fits or one.rows.stop > expected[0]:
+        raise InputError(f"{one.key} is {one.shape} in the checkpoint, expected rows of {expected}")
+    return (expected[0], *one.shape[1:])
 
 
-@torch.no_grad()
-def _fill_rows(target: Tensor, stored: _Stored) -> None:
-    """Copy the rows that are stored here and that this rank has."""
-    own, rows = local_rows(target), stored.rows or range(len(target))
-    first, after = max(own.start, rows.start), min(own.stop, rows.stop)
-    if first < after:
-        own.local[first - own.start : after - own.start].copy_(stored.read_rows(first - rows.start, after - rows.start))
+def _own_rows(target: Tensor, one: Stored) -> range:
+    """Return the rows of `target` that this rank has and that are stored here."""
+    own, rows = local_rows(target), one.rows or range(len(target))
+    return range(max(own.start, rows.start), min(own.stop, rows.stop))
 
 
-def _restore_generator(name: str, state: Tensor, ranks: Ranks) -> None:
+def _own_piece(target: Tensor | None, one: Stored) -> Iterator[Piece]:
+    """Yield what this rank reads of the rows that are stored here, if anything."""
+    assert target is not None
+    if rows := _own_rows(target, one):
+        own, first = local_rows(target), one.rows.start if one.rows else 0
+        local = own.local[rows.start - own.start : rows.stop - own.start]
+        yield Piece(one.file, one.start + (rows.start - first) * one.row_bytes, local, one.dtype)
+
+
+def _restore_generator(one: Stored, reader: Reader, ranks: Ranks) -> None:
     """Set a random generator of this rank."""
+    state = torch.empty(one.shape, dtype=one.dtype)
+    stored.read([Piece(one.file, one.start, state, one.dtype)], reader)
     try:
-        if name.endswith("/cpu"):
+        if one.name.endswith("/cpu"):
             torch.set_rng_state(state)
         elif ranks.device.type == "cuda":
             torch.cuda.set_rng_state(state, ranks.device)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{name} is not the state of a random generator: {error}") from None
+        raise InputError(f"{one.name} is not the state of a random generator: {error}") from None

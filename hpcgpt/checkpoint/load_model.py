@@ -96,8 +96,7 @@ def choose(folder: Path, step: int | None, best: bool, ranks: Ranks) -> Path:
     """
     if not best and step is None:
         return _newest(folder, ranks)
-    # One rank looks: the run may be training, and another rank may find another best one, or one that is being removed.
-    return run_on_rank0(ranks, lambda: _best(folder) if step is None else _of_step(folder, step))
+    return _best(folder, ranks) if step is None else _of_step(folder, step, ranks)
 
 
 def _newest(folder: Path, ranks: Ranks) -> Path:
@@ -107,29 +106,42 @@ def _newest(folder: Path, ranks: Ranks) -> Path:
     return newest
 
 
-def _of_step(folder: Path, step: int) -> Path:
+def _of_step(folder: Path, step: int, ranks: Ranks) -> Path:
+    path = run_on_rank0(ranks, lambda: _find(folder, step))
+    if problem := checkpoint_load.problem_of(path, ranks):
+        raise UserError(f"{path} is damaged: {problem}")
+    return path
+
+
+def _find(folder: Path, step: int) -> Path:
     by_step = {layout.step_of(path): path for path in reversed(layout.found(folder / "checkpoints"))}
     if step not in by_step:
         steps = f"there are {', '.join(f'{found:,}' for found in by_step)}" if by_step else "there is none yet"
         raise UserError(f"{folder} has no checkpoint of step {step:,}: {steps}")
-    if problem := layout.verify(by_step[step]):
-        raise UserError(f"{by_step[step]} is damaged: {problem}")
     return by_step[step]
 
 
-def _best(folder: Path) -> Path:
+def _best(folder: Path, ranks: Ranks) -> Path:
     """Return the best checkpoint; see layout.best. Warn about better ones that are damaged."""
+    damaged: list[Path] = []
+    while True:
+        # One rank looks: the run may be training, and another may find another best one, or one that is being removed.
+        best = run_on_rank0(ranks, lambda: _best_but(folder, damaged))
+        problem = checkpoint_load.problem_of(best, ranks)
+        if not problem:
+            return best
+        if ranks.world.is_first:
+            layout.warn(best, problem)
+        damaged.append(best)
+
+
+def _best_but(folder: Path, damaged: list[Path]) -> Path:
+    """Return the best checkpoint that is not `damaged`."""
 
     def loss_of(path: Path) -> float | None:
-        return None if layout.check_structure(path) else layout.val_loss(path)
+        return None if path in damaged or layout.check_structure(path) else layout.val_loss(path)
 
-    def is_whole(path: Path) -> bool:
-        problem = layout.verify(path)
-        if problem:
-            layout.warn(path, problem)
-        return not problem
-
-    best = layout.best(layout.found(folder / "checkpoints"), loss_of, is_whole)
+    best = layout.best(layout.found(folder / "checkpoints"), loss_of, lambda _: True)
     if best is None:
         raise UserError(
             f"{folder} has no checkpoint of a step that was evaluated, so none is the best: there is one where "

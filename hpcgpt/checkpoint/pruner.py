@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt.checkpoint import layout, retention
+from hpcgpt.checkpoint.retention import Unread
 from hpcgpt.config import options
 from hpcgpt.output import streams
 from hpcgpt.storage.lease import Lease
@@ -67,9 +68,14 @@ class Pruner:
         """Forget that `path` was verified: after a rollback, the same step is saved again."""
         self._verified.discard(path.name)
 
-    def prune_after_save(self) -> None:
-        """Remove old checkpoints after a save."""
+    def unread(self) -> list[Unread]:
+        """Return the checkpoints whose checksums must be compared before old ones are removed, with their parts."""
+        return retention.unread(self._checkpoints, self._keep, self._verified)
+
+    def prune_after_save(self, whole: set[str]) -> None:
+        """Remove old checkpoints after a save. `whole`: names of those whose checksums the ranks have compared."""
         with self._removing:
+            self._verified |= whole
             try:
                 retention.prune_after_save(self._checkpoints, self._keep, self._lease, self._verified)
             except (OSError, ValueError) as error:

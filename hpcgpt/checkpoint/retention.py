@@ -2,7 +2,8 @@
 
 The `keep_last` newest valid ones are kept, every `keep_every`-th step, and the one with the smallest validation loss.
 After a save (`prune_after_save`), only checkpoints whose checksums have been compared count, so that no old one is
-removed because of a damaged newer one.
+removed because of a damaged newer one. The ranks compare them together, each a part (`unread`); what they could not
+read, or found damaged, is read here once more.
 
 Comparing the checksums of a large checkpoint takes longer than some attempts last. So that their checkpoints do not
 accumulate, each start removes old ones, too, once it has loaded one (`prune`). This reads no tensors: checkpoints whose
@@ -37,12 +38,39 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint.parts import Part, parts_of
 from hpcgpt.config import options
 from hpcgpt.output import streams
 from hpcgpt.storage.lease import Lease
 
+Unread = tuple[str, list[Part]]  # the name of a checkpoint, and all parts of its files
 _HIDDEN = re.compile(r"(\.(step_\d+)\.g(\d+)\.(tmp|removed))(\.gone)?")
 _ASIDE = re.compile(r"damaged_(step_\d+)\.g(\d+)(\.\d+)?")
+
+
+def unread(checkpoints: Path, keep: options.Checkpoint, verified: set[str]) -> list[Unread]:
+    """Return the checkpoints that `prune_after_save` would read back, unless the ranks do so before, with their parts.
+
+    Damaged and unreadable ones are left to `prune_after_save`.
+    """
+    found: list[Path] = []
+    with suppress(OSError):
+        found = layout.found(checkpoints)
+    wanted = found[: keep.keep_last]
+    if keep.keep_best and (best := layout.best(found, _loss_if_readable, lambda _: True)):
+        wanted.append(best)
+    parts = {}
+    for path in wanted:
+        with suppress(OSError, ValueError):  # FormatError is a ValueError
+            if path.name not in verified and not layout.check_structure(path):
+                parts[path.name] = parts_of(layout.read_files(path))
+    return list(parts.items())
+
+
+def _loss_if_readable(path: Path) -> float | None:
+    with suppress(OSError, TypeError, ValueError, RecursionError):
+        return layout.val_loss(path)
+    return None
 
 
 def prune_after_save(checkpoints: Path, keep: options.Checkpoint, lease: Lease, verified: set[str]) -> list[Path]:

@@ -1,9 +1,10 @@
 """Saves checkpoints during training: the state is copied at a step boundary, and written while the next steps run.
 
-A save has two stages. First a thread of each rank writes the rank's share of the tensors. Once all have finished, which
-the ranks find out together at a step boundary, a thread of rank 0 writes state and manifest, renames the folder to its
-final name, and removes old checkpoints (``hpcgpt.checkpoint.pruner``). They need no collective to find out: the sums of
-`Saver.votes` travel with the loss of the step. Only the beginning of a save and the end of each stage have collectives.
+A save has four stages, each in threads. Each rank writes its share of the tensors. Rank 0 writes state and manifest,
+and renames the folder to its final name. Each rank reads back a part, and compares checksums. Rank 0 removes old
+checkpoints (``hpcgpt.checkpoint.pruner``). A stage begins once all ranks have finished the one before, which they find
+out together at a step boundary. They need no collective to find out: the sums of `Saver.votes` travel with the loss of
+the step. Only the beginning of a save and the end of each stage have collectives.
 
 One save is under way at a time: the next one waits for its end.
 
@@ -17,12 +18,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,17 +31,21 @@ from torch import Tensor, nn
 
 from hpcgpt.checkpoint import layout, safetensors_writer
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.parts import PADDING, Place, joined, own_parts, padded, place_of
 from hpcgpt.checkpoint.pruner import Pruner
+from hpcgpt.checkpoint.retention import Unread
 from hpcgpt.config import options
 from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
 from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
-from hpcgpt.distributed.world import Ranks
+from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.storage import atomic
+from hpcgpt.storage.background import Work
 from hpcgpt.storage.lease import Lease
 
 POLL_S = 0.005
 LONGEST_S = 3600.0  # after that the disk is taken to hang, and the watchdog may end the rank
+Stage = Literal["write", "commit", "read back", "prune"]
 SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 
@@ -121,6 +126,8 @@ class Saver:
         # Remove old checkpoints after each save. Once this is False, a removal under way is not waited for, either:
         # comparing the checksums of a large checkpoint may take longer than a job has that must stop.
         self.prune_old = True
+        self._files = keep.files
+        self._shares_files = keep.files < ranks.world.size  # else each rank has its own
         self._copies: dict[str, Tensor] = {}  # reused: allocating memory takes longer than copying
         self._save: _Save | None = None
         self._stages = 0  # begun so far, of all saves: the same on every rank
@@ -138,7 +145,7 @@ class Saver:
         stage before must not count as votes on this one.
         """
         done = [0.0, 0.0]
-        done[self._stages % 2] = float(self._save is not None and self._save.is_ready(self.prune_old))
+        done[self._stages % 2] = float(self._save is not None and self._save.work.ready)
         return done
 
     def begin(self, state: State, tensors: dict[str, Tensor]) -> Saved | None:
@@ -148,7 +155,12 @@ class Saver:
         """
         assert not self.busy
         began_at, problem = time.monotonic(), ""
-        size = self._size(tensors)
+        share = share_of(tensors, self._ranks)
+        if self._shares_files:
+            room = padded(byte_count(share)) - byte_count(share)
+            share[f"{PADDING}{self._ranks.world.rank}"] = torch.zeros(room, dtype=torch.uint8)
+        sizes = gather_from_all(self._ranks, lambda: _sizes(share, self._shares_files))
+        size = sum(header + data for header, data in sizes)
         final = layout.path_of(self._checkpoints, state.step)
         try:
             temporary = run_on_rank0(self._ranks, lambda: self._make_folder(final, size))
@@ -157,10 +169,10 @@ class Saver:
         if temporary is None:
             seconds = time.monotonic() - began_at
             return Saved(state.step, problem, seconds, seconds, size)
-        share = self._copy(share_of(tensors, self._ranks))
-        path = Path(temporary) / layout.share_name(self._ranks.world.rank, self._ranks.world.size)
-        work = _Work(lambda: (path.name, safetensors_writer.write(path, share)))
-        self._save = _Save(state, size, path.parent, final, began_at, work, stall_s=time.monotonic() - began_at)
+        copies, folder = _copied(share, self._copies, self._ranks.device), Path(temporary)
+        place = place_of(sizes, self._ranks.world.rank, self._files)
+        work = Work(lambda: _write(folder, copies, place, self._shares_files), "saver")
+        self._save = _Save(state, size, folder, final, began_at, work, stall_s=time.monotonic() - began_at)
         self._stages += 1
         return None
 
@@ -171,8 +183,7 @@ class Saver:
         """
         save, started_at = self._save, time.monotonic()
         assert save is not None
-        ready = self._all_ready(save) if votes is None else votes[self._stages % 2] == self._ranks.world.size
-        problem = self._advance(save) if ready else None
+        problem = self._advance(save) if self._all_ready(save, votes) else None
         save.stall_s += time.monotonic() - started_at
         return None if problem is None else self._end(save, problem)
 
@@ -191,24 +202,44 @@ class Saver:
 
     def _advance(self, save: _Save) -> str | None:
         """End the stage, which all ranks have completed; return '' or the problem if the save has ended, else None."""
+        if save.visible and not self.prune_old:
+            return ""
         try:
-            if save.committing:
+            if save.stage == "write":
+                files = joined(gather_from_all(self._ranks, save.work.result))
+                self._begin_stage(save, "commit", self._on_first(lambda: self._commit(save, files)))
+            elif save.stage == "commit":
+                unread = run_on_rank0(self._ranks, save.work.result)
+                if not self.prune_old:
+                    return ""
+                self._begin_stage(save, "read back", lambda: _read_back(self._checkpoints, unread, self._ranks.world))
+            elif save.stage == "read back":
+                whole = [set(names) for names in gather_from_all(self._ranks, save.work.result)]
+                self._begin_stage(save, "prune", self._on_first(lambda: self._prune(set.intersection(*whole))))
+            else:
                 run_on_rank0(self._ranks, save.work.result)
                 return ""
-            files = dict(gather_from_all(self._ranks, save.work.result))
         except OSError as error:
             # The error was shared: no rank writes any more, and the incomplete folder is useless.
             if self._lease is not None:
                 shutil.rmtree(save.temporary, ignore_errors=True)
             return str(error)
-        save.committing = True
-        self._stages += 1
-        save.work = _Work((lambda: self._commit(save, files)) if self._ranks.world.is_first else lambda: None)
         return None
 
-    def _all_ready(self, save: _Save) -> bool:
-        """Return whether no rank has to wait for its thread any longer."""
-        ready = torch.tensor([int(save.is_ready(self.prune_old))])
+    def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        return work if self._ranks.world.is_first else lambda: None
+
+    def _begin_stage(self, save: _Save, stage: Stage, work: Callable[[], Any]) -> None:
+        save.stage, save.work = stage, Work(work, "saver")
+        self._stages += 1
+
+    def _all_ready(self, save: _Save, votes: Sequence[float] | None = None) -> bool:
+        """Return whether no rank has to wait for its thread any longer: by the sums of `votes`, or a collective."""
+        if save.visible and not self.prune_old:
+            return True
+        if votes is not None:
+            return votes[self._stages % 2] == self._ranks.world.size
+        ready = torch.tensor([int(save.work.ready)])
         if self._ranks.cpu_group is not None:
             dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
         return bool(ready)
@@ -216,12 +247,6 @@ class Saver:
     def _end(self, save: _Save, problem: str) -> Saved:
         self._save = None
         return save.outcome(problem)
-
-    def _size(self, tensors: dict[str, Tensor]) -> int:
-        """Return the bytes of a checkpoint of `tensors`, those that only other ranks have included."""
-        common = sum(tensor.nbytes for name, tensor in tensors.items() if not _is_own(name))
-        own = sum(tensor.nbytes for name, tensor in tensors.items() if _is_own(name))
-        return common + sum(gather_from_all(self._ranks, lambda: own))
 
     def _make_folder(self, final: Path, size: int) -> str | None:
         """Make the temporary folder, and room if necessary; return its path, None if the checkpoint exists already."""
@@ -247,18 +272,8 @@ class Saver:
         status = os.statvfs(self._checkpoints)
         return status.f_bavail * status.f_frsize
 
-    def _copy(self, share: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to host memory."""
-        for name, tensor in share.items():
-            if name not in self._copies:
-                self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._copies[name].copy_(tensor, non_blocking=tensor.is_cuda)
-        if self._ranks.device.type == "cuda":
-            torch.cuda.current_stream(self._ranks.device).synchronize()
-        return {name: self._copies[name] for name in share}
-
-    def _commit(self, save: _Save, files: dict[str, Any]) -> None:
-        """Write state and manifest, make the checkpoint visible, and remove old ones."""
+    def _commit(self, save: _Save, files: dict[str, Any]) -> list[Unread]:
+        """Write state and manifest, and make the checkpoint visible; return what is to be read back."""
         lease, temporary = self._lease, save.temporary
         assert lease is not None
         assert self.pruner is not None
@@ -276,58 +291,73 @@ class Saver:
         atomic.sync_folder(self._checkpoints)
         self.pruner.saved(save.final)
         self._committed(save.outcome())
-        save.visible.set()
-        if self.prune_old:
-            self.pruner.prune_after_save()
+        return self.pruner.unread() if self.prune_old else []
+
+    def _prune(self, whole: set[str]) -> None:
+        assert self.pruner is not None
+        self.pruner.prune_after_save(whole)
 
 
 @dataclass
 class _Save:
-    """The save that is under way. `work` is its first stage, or its second if `committing`."""
+    """The save that is under way. `work` is its present stage."""
 
     state: State
     bytes: int
     temporary: Path
     final: Path
     began_at: float
-    work: _Work
+    work: Work
     stall_s: float
-    committing: bool = False
-    # Set once the checkpoint is visible; old ones may still be being removed.
-    visible: threading.Event = field(default_factory=threading.Event)
+    stage: Stage = "write"
 
-    def is_ready(self, prune_old: bool) -> bool:
-        """Return whether this rank does not wait for its thread any longer. `prune_old`: nor for removals."""
-        return self.work.ready or (self.visible.is_set() and not prune_old)
+    @property
+    def visible(self) -> bool:
+        """Return whether the checkpoint is on the disk, and only old ones are yet to be removed."""
+        return self.stage in ("read back", "prune")
 
     def outcome(self, problem: str = "") -> Saved:
         return Saved(self.state.step, problem, time.monotonic() - self.began_at, self.stall_s, self.bytes)
 
 
-class _Work:
-    """Runs a function in a thread, and keeps its result or error."""
+def _copied(share: dict[str, Tensor], copies: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy tensors to host memory: into `copies`, by name, which gets those that it lacks."""
+    for name, tensor in share.items():
+        if name not in copies:
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name].copy_(tensor, non_blocking=tensor.is_cuda)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return {name: copies[name] for name in share}
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work, self._result = work, None
-        self._error: BaseException | None = None
-        # A daemon, so that the process can exit while a disk hangs.
-        self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
-        self._thread.start()
 
-    def _run(self) -> None:
-        try:
-            self._result = self._work()
-        except BaseException as error:  # `result` raises it
-            self._error = error
+def _sizes(share: dict[str, Tensor], shared: bool) -> tuple[int, int]:
+    """Return the bytes of a rank's share of the header, 0 if its file has no others, and of its tensors."""
+    return safetensors_writer.share_bytes(share) if shared else (0, byte_count(share))
 
-    @property
-    def ready(self) -> bool:
-        return not self._thread.is_alive()
 
-    def result(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._result
+def _read_back(checkpoints: Path, unread: list[Unread], world: World) -> list[str]:
+    """Compare checksums of this rank's parts of checkpoints; return the names of those with no damage in them."""
+    whole = []
+    # Not what this host has written: it may still have that in memory.
+    rank = (world.rank + world.size // 2) % world.size
+    for name, parts in unread:
+        with suppress(OSError):
+            if not layout.check_checksums(checkpoints / name, own_parts(parts, rank, world.size)):
+                whole.append(name)
+    return whole
+
+
+def _write(folder: Path, share: dict[str, Tensor], place: Place, shared: bool) -> tuple[Any, ...]:
+    """Write a rank's share; return the file's name, and ``bytes`` and ``xxh3`` of each part that was written."""
+    path = folder / layout.share_name(place.number, place.files)
+    if shared:
+        return (path.name, *safetensors_writer.write_share(path, share, place))
+    return path.name, safetensors_writer.write(path, share)
+
+
+def byte_count(share: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in share.values())
 
 
 def share_of(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

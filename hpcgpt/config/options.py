@@ -249,6 +249,9 @@ class Checkpoint:
     keep_every: int = option(0, "also keep the checkpoints of steps that are a multiple of this; 0: none", low=0)
     keep_best: bool = option(True, "also keep the checkpoint with the best validation loss")
     background: bool = option(True, "write checkpoints while training continues")
+    files: int = option(
+        64, "the most files for the tensors of a checkpoint; where there are more ranks, several write into one", low=1
+    )
     step: int = option(
         0, "go back to the checkpoint of this step, once; newer ones are kept aside; 0: continue from the newest", low=0
     )

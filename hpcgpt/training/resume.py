@@ -59,7 +59,7 @@ class Restorer:
         newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), self._initialize())
-        state = layout.read_state(newest)
+        state = run_on_rank0(self.ranks, lambda: layout.read_state(newest))
         plan.check_identity(self.plan.config, state.identity, self.plan.identity)
         changes = in_effect.since(state, now, self.plan)
         if self.plan.config.run.strict:

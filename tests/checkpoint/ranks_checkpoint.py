@@ -27,6 +27,7 @@ from hpcgpt.distributed import rendezvous, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.storage.background import Work
 from hpcgpt.run import run_folder
 from hpcgpt.storage.lease import Lease, acquire
 
@@ -89,6 +90,7 @@ def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) 
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     report["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     report["retried"] = save(folder / "checkpoints", 8)
+    report["shared"] = shared_file(ranks, lease, folder.parent / "shared" / "checkpoints")
     report["background"] = background_save(ranks, lease, folder / "checkpoints")
     report |= choose(ranks, lease, folder / "checkpoints")
     return report
@@ -97,7 +99,7 @@ def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) 
 def choose(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
     """Report what is chosen when rank 1 does not see what rank 0 sees, and when each share is damaged once.
 
-    Rank 0 reads state.json and the second share, rank 1 the first: both must get the result of both.
+    Rank 0 reads the first share, rank 1 the second and state.json: both must get the result of both.
     """
     report: dict[str, Any] = {}
     try:
@@ -115,6 +117,31 @@ def choose(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, An
     return report
 
 
+def shared_file(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
+    """Report checkpoints of one file, into which both ranks write; the first time rank 1 may not."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    model, optimizer = trained(seed=4)
+    saver = Saver(checkpoints, ranks, lease, options.Checkpoint(files=1))
+    before = content(model, optimizer, ranks)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    report: dict[str, Any] = {}
+    for step in (4, 8):
+        if ranks.world.rank == 1 and step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+        saver.begin(State(step, 400, 40, 2, {}), checkpoint_save.local_state_dict(model, optimizer, ranks))
+        saved = saver.finish(lambda: None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert saved is not None
+        report[f"problem of {step}"] = saved.problem
+        report[f"names after {step}"] = sorted(path.name for path in checkpoints.iterdir())
+    other, other_optimizer = trained(seed=2, steps=1)
+    chosen = load.newest_valid(checkpoints, ranks, lease)
+    assert chosen is not None
+    load.load(chosen, other, other_optimizer, ranks)
+    report["same"] = content(other, other_optimizer, ranks) == before
+    return report
+
+
 def background_save(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
     """Report a save in the background: the weights change at once, and rank 1's share is written late."""
     model, optimizer = trained(seed=3)
@@ -129,15 +156,15 @@ def background_save(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dic
     work = under_way.work
     work._thread.join()
     if ranks.world.rank == 1:  # its share is not ready for three more step boundaries
-        under_way.work = slow_work = checkpoint_save._Work(partial(_wait_for, checkpoints / "go", work.result))
+        under_way.work = slow_work = Work(partial(_wait_for, checkpoints / "go", work.result), "saver")
     outcomes = [saver.poll() for _ in range(3)]
-    report: dict[str, Any] = {"waits_for_all": outcomes == [None] * 3 and saver.busy and not under_way.committing}
+    report: dict[str, Any] = {"waits_for_all": outcomes == [None] * 3 and saver.busy and under_way.stage == "write"}
     report["unpublished"] = not (checkpoints / "step_000000012").exists()
     (checkpoints / "go").touch()
     if ranks.world.rank == 1:
         slow_work._thread.join()
     polls = [saver.poll()]
-    report["second_stage"] = polls[0] is None and under_way.committing
+    report["second_stage"] = polls[0] is None and under_way.stage == "commit"
     saved = saver.finish(lambda: None)
     assert saved is not None
     report["problem"], report["step"], report["idle"] = (

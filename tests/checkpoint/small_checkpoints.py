@@ -84,6 +84,12 @@ def update_checksums(folder: Path, manifest: dict[str, Any] | None = None) -> No
     write_manifest(folder, manifest)
 
 
+def add_manifest(folder: Path) -> None:
+    """Write the manifest of what is in the folder."""
+    files = {path.name: fingerprint(path) for path in folder.iterdir()}
+    (folder / "manifest.json").write_bytes(layout.manifest_bytes(files, 1))
+
+
 def write_manifest(folder: Path, manifest: Any) -> None:
     """Write a manifest, whatever it contains, with a digest that fits."""
     if isinstance(manifest, dict):

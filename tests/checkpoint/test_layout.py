@@ -86,11 +86,11 @@ def test_verify_reads_every_byte_and_check_structure_no_tensors(three_checkpoint
 
 def test_another_version_is_refused_only_if_the_manifest_is_undamaged(three_checkpoints: Path) -> None:
     folder = three_checkpoints / "step_000000012"
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"version": 3}
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"version": 4}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "own checksum" in layout.verify(folder)
     write_manifest(folder, manifest)
-    with pytest.raises(FormatError, match=r"format version 3, and this program reads 2"):
+    with pytest.raises(FormatError, match=r"format version 4, and this program reads 2 and 3"):
         layout.verify(folder)
 
 

@@ -33,6 +33,7 @@ from tests.checkpoint.ranks_checkpoint import content, trained
 from tests.checkpoint.small_checkpoints import (
     IDENTITY,
     SHARE,
+    add_manifest,
     fingerprint,
     flip_byte,
     names,
@@ -118,6 +119,7 @@ def test_another_model_is_refused_whichever_share_its_tensors_are_in(tmp_path: P
     (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
     save_file({"optim/blocks.9.mlp.up.weight/exp_avg": torch.zeros(3)}, folder / "tensors_00000_of_00002.safetensors")
     save_file({"model/blocks.9.mlp.up.weight": torch.zeros(3)}, folder / "tensors_00001_of_00002.safetensors")
+    add_manifest(folder)
     model, optimizer = trained(seed=1, steps=0)
     with pytest.raises(ValueError, match=r"blocks\.9\.mlp\.up\.weight"):
         load.load(folder, model, optimizer, ALONE)
@@ -133,6 +135,7 @@ def test_a_duplicate_tensor_is_refused(tmp_path: Path) -> None:
     save_file(everything, folder / "tensors_00000_of_00002.safetensors")
     name = next(name for name in everything if name.startswith("model/"))
     save_file({name: everything[name] + 1}, folder / "tensors_00001_of_00002.safetensors")
+    add_manifest(folder)
     with pytest.raises(ValueError, match=rf"has the tensor {name} twice"):
         load.load(folder, model, optimizer, ALONE)
 
@@ -162,6 +165,7 @@ def write_checkpoint_of_two(folder: Path, shares: tuple[Content, Content]) -> Pa
     (path / "state.json").write_text(json.dumps(dataclasses.asdict(State(4, 40, 4, 2, IDENTITY))))
     for rank, share in enumerate(shares):
         save_file(share, path / layout.share_name(rank, 2))
+    add_manifest(path)
     return path
 
 
@@ -437,13 +441,15 @@ def test_if_all_are_damaged_training_is_not_started_over_now_nor_at_the_next_sta
     assert len(list(three_checkpoints.glob("damaged_step_*"))) == 3
 
 
-@pytest.mark.parametrize("version", [0, 1, 3])
+@pytest.mark.parametrize("version", [0, 1, 4])
 def test_a_checkpoint_of_another_format_is_refused_and_stays_where_it_is(
     three_checkpoints: Path, lease: Lease, version: int
 ) -> None:
     edit_manifest(lambda manifest: manifest.update(version=version))(three_checkpoints / "step_000000012")
     before = names(three_checkpoints)
-    with pytest.raises(FormatError, match=rf"step_000000012 has format version {version}, .*reads 2: use the hpcgpt"):
+    with pytest.raises(
+        FormatError, match=rf"step_000000012 has format version {version}, .*reads 2 and 3: use the hpcgpt"
+    ):
         load.newest_valid(three_checkpoints, ALONE, lease)
     assert names(three_checkpoints) == before
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hpcgpt.checkpoint import layout, load, retention
+from hpcgpt.checkpoint.parts import Part
 from hpcgpt.config.options import Checkpoint
 from hpcgpt.exit_codes import SUPERSEDED
 from hpcgpt.storage.lease import Lease, acquire
@@ -169,9 +170,9 @@ class Unreadable:
             self.try_to_read(path.parent, path.name)
             return real[0](path)
 
-        def damage(folder: Path, files: Iterable[str]) -> str:
+        def damage(folder: Path, parts: Iterable[Part]) -> str:
             self.try_to_read(folder, SHARE)
-            return real[1](folder, files)
+            return real[1](folder, parts)
 
         monkeypatch.setattr(layout, "_json", read_json)
         monkeypatch.setattr(layout, "check_checksums", damage)
@@ -275,8 +276,8 @@ def test_what_was_read_back_once_is_not_read_again(three_checkpoints: Path, leas
 def test_a_checkpoint_of_another_format_prevents_all_removals(three_checkpoints: Path, lease: Lease) -> None:
     from tests.checkpoint.test_load import edit_manifest
 
-    edit_manifest(lambda manifest: manifest.update(version=3))(three_checkpoints / step(12))
-    with pytest.raises(ValueError, match="format version 3"):
+    edit_manifest(lambda manifest: manifest.update(version=4))(three_checkpoints / step(12))
+    with pytest.raises(ValueError, match="format version 4"):
         retention.prune_after_save(three_checkpoints, Checkpoint(keep_last=1), lease, set())
     assert steps(three_checkpoints) == [4, 8, 12]
 

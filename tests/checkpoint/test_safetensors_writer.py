@@ -48,7 +48,7 @@ def test_the_library_reads_the_same_bytes_of_every_dtype_and_shape(tmp_path: Pat
 
 
 def test_every_dtype_that_training_uses_can_be_written() -> None:
-    assert set(safetensors_writer._DTYPES) >= {torch.float32, torch.float64, torch.bfloat16, torch.uint8}
+    assert set(safetensors_writer.DTYPES) >= {torch.float32, torch.float64, torch.bfloat16, torch.uint8}
 
 
 def test_an_empty_share_makes_a_valid_file(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from hpcgpt.checkpoint import layout, load
 from hpcgpt.checkpoint import save as checkpoint_save
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.checkpoint.parts import Part
 from hpcgpt.checkpoint.save import Saved, Saver
 from hpcgpt.config.options import Checkpoint
 from hpcgpt.exit_codes import SUPERSEDED
@@ -94,18 +95,20 @@ def test_a_stage_ends_by_the_votes_of_all_ranks_on_this_stage_only(checkpoints: 
         under_way.work._thread.join()
         first = saver.votes
         assert sorted(first) == [0.0, 1.0]
-        committing = []
+        stages = []
         for votes in ([0.0, 0.0], first):
             assert saver.poll(votes) is None
-            committing.append(under_way.committing)
-        assert committing == [False, True]
+            stages.append(under_way.stage)
+        assert stages == ["write", "commit"]
         assert saver.votes == [0.0, 0.0], "the commit waits"
         assert saver.poll(first) is None
         assert saver.busy, "a vote on the stage before was counted"
         gate.set()
         under_way.work._thread.join()
         assert saver.votes == first[::-1]
+        saver.prune_old = False  # so that there are no further stages
         saved = saver.poll(saver.votes)
+        saver.prune_old = True
         assert saved is not None
         assert (saved.step, saved.problem) == (step, "")
 
@@ -189,7 +192,7 @@ def test_a_checkpoint_is_reported_as_soon_as_it_is_committed_and_not_at_the_next
     saver.begin(state(4), {WEIGHT: torch.zeros(9)})
     under_way = saver._save
     assert under_way is not None
-    while saver.poll() is not None or not under_way.committing:  # only the first stage waits for the ranks
+    while saver.poll() is not None or under_way.stage == "write":  # only the first stage waits for the ranks
         time.sleep(0.001)
     assert there.wait(30)
     assert saver.busy
@@ -340,7 +343,7 @@ def test_an_old_checkpoint_of_another_format_does_not_cost_the_new_one(
 ) -> None:
     from tests.checkpoint.test_load import edit_manifest
 
-    edit_manifest(lambda manifest: manifest.update(version=3))(three_checkpoints / "step_000000008")
+    edit_manifest(lambda manifest: manifest.update(version=4))(three_checkpoints / "step_000000008")
     assert save(three_checkpoints, 16, lease, keep=Checkpoint(keep_last=3)) == ""
     assert len(names(three_checkpoints)) == 4
     assert "warning: old checkpoints were not removed: " in capfd.readouterr().err
@@ -349,15 +352,16 @@ def test_an_old_checkpoint_of_another_format_does_not_cost_the_new_one(
 def test_the_new_checkpoint_is_read_back_after_the_save(checkpoints: Path, lease: Lease) -> None:
     """A write that the disk lost is found at once, while the older checkpoint still exists."""
     assert save(checkpoints, 4, lease) == ""
-    real = layout.verify
+    real, read = layout.check_checksums, list[str]()
 
-    def damage_and_verify(path: Path) -> str:
-        if path.name == "step_000000008":
+    def damage_and_check(path: Path, parts: list[Part]) -> str:
+        if path.name == "step_000000008" and not read:
             flip_byte(path)
-        return real(path)
+        read.append(path.name)
+        return real(path, parts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "verify", damage_and_verify)
+        patch.setattr(layout, "check_checksums", damage_and_check)
         assert save(checkpoints, 8, lease, keep=Checkpoint(keep_last=1)) == ""
     assert names(checkpoints) == ["damaged_step_000000008.g0001", "step_000000004"]
 
@@ -578,6 +582,20 @@ def test_both_ranks_report_a_failure_of_one_and_can_save_again(two_ranks: Two) -
     assert "tensors_00001_of_00002.safetensors: File too large" in reports[0]["one_rank_fails"]
     assert reports[0]["names"] == ["step_000000004"]
     assert [rank["retried"] for rank in reports] == ["", ""]
+
+
+@pytest.mark.processes
+def test_two_ranks_write_into_one_file_which_costs_this_checkpoint_if_one_of_them_cannot(two_ranks: Two) -> None:
+    folder, reports = two_ranks
+    report = reports[0]["shared"]
+    assert report == reports[1]["shared"] | {"names after 4": []}, "rank 1 may look before rank 0 has removed the rest"
+    assert "tensors_00000_of_00001.safetensors: File too large" in report["problem of 4"]
+    assert (report["names after 4"], report["problem of 8"], report["names after 8"]) == ([], "", ["step_000000008"])
+    assert report["same"], "each rank has its own state back, that of its random generator, too"
+    path = folder.parent / "shared/checkpoints/step_000000008"
+    assert layout.verify(path) == ""
+    share = load_file(path / "tensors_00000_of_00001.safetensors")
+    assert {"rng/0/cpu", "rng/1/cpu"} <= set(share)
 
 
 @pytest.mark.processes

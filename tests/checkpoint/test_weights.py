@@ -12,6 +12,7 @@ from hpcgpt.checkpoint import layout, safetensors_writer
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.weights import Weights
 from hpcgpt.errors import InputError
+from tests.checkpoint.small_checkpoints import add_manifest
 
 WHOLE = torch.arange(70, dtype=torch.float32).view(10, 7)
 
@@ -22,6 +23,7 @@ def checkpoint(folder: Path, *shares: dict[str, torch.Tensor]) -> Path:
     (path / "state.json").write_bytes(layout.state_bytes(State(1, 1, 1, len(shares), {})))
     for rank, share in enumerate(shares):
         safetensors_writer.write(path / layout.share_name(rank, len(shares)), share)
+    add_manifest(path)
     return path
 
 

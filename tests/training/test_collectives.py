@@ -76,7 +76,7 @@ def test_a_step_has_the_collectives_of_its_gradients_and_one_more_also_during_a_
     flags = ("--parallel.mode", mode, "--train.on_nonfinite", "skip" if skip else "stop")
     turns = runs.start(mode + "_late" * late, FINISHED, {"late": late}, *flags)
     assert sorted(turns) == list(range(1, STEPS + 1))
-    # A save begins, and each of its two stages ends: if votes are given within a step, and read late, in the next turn.
+    # A save begins, and its first two stages end: if votes are given within a step, and read late, in the next turn.
     saving = {SAVED, WRITTEN + (late and skip), COMMITTED + (late and skip)}
     # The first turn has the end of the start. The step that is saved is not read late, so that nothing is left for the
     # turn after it.

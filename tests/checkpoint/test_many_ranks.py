@@ -1,0 +1,81 @@
+"""Checkpoints of many ranks: who reads what, and files into which several ranks have written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from hpcgpt.checkpoint import layout
+from tests.checkpoint.ranks_many import loads
+from tests.programs import ROOT, clean_env
+
+pytestmark = pytest.mark.processes
+MODES = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What tests.checkpoint.ranks_many has reported, and left in its folder."""
+    command = [sys.executable, "-m", "tests.checkpoint.ranks_many", str(tmp_path_factory.mktemp("many") / "runs")]
+    done = subprocess.run(command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "case", [f"{mode}: {ranks} {sharded}" for mode in MODES for ranks, sharded in loads(mode == "fsdp")]
+)
+def test_64_ranks_save_into_8_files_and_any_other_number_loads_the_same_bytes(report: Any, case: str) -> None:
+    mode, how = case.split(": ")
+    assert [rank["same"] for rank in report[mode]["loads"][how]] == [True] * int(how.split()[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_where_each_rank_has_its_own_file_the_format_is_that_of_older_programs(report: Any, mode: str) -> None:
+    assert report[f"{mode} own"]["version"] == 2
+    assert all(rank["same"] for ranks in report[f"{mode} own"]["loads"].values() for rank in ranks)
+
+
+OWN_NUMBERS = [("ddp own", "8"), ("fsdp own", "8"), ("ddp", "64 False"), ("fsdp", "64 True")]
+
+
+@pytest.mark.parametrize(("run", "ranks"), OWN_NUMBERS)
+def test_a_rank_opens_as_many_files_on_any_number_of_ranks_and_reads_its_part(
+    report: Any, run: str, ranks: str
+) -> None:
+    """Files of its own and of 64 ranks in 8: manifest and state on rank 0, a part to check, a header, its tensors."""
+    found = report[run]["loads"][ranks]
+    assert max(rank["opens"] for rank in found) <= 9
+    total = sum(rank["bytes"] for rank in found)
+    assert max(rank["bytes"] for rank in found) < 4 * total / len(found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_ranks_raise_the_error_of_the_one_that_cannot_read(report: Any, mode: str) -> None:
+    errors = report[f"{mode} own"]["errors"]
+    assert len(set(errors)) == 1
+    assert "tensors_00006_of_00008.safetensors has no valid header" in errors[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_flipped_bit_in_what_one_of_several_ranks_has_written_into_a_file_is_found(report: Any, mode: str) -> None:
+    refused = report[mode]["refused"]
+    assert len(set(refused)) == 1
+    assert "the checksum of tensors_00007_of_00008.safetensors is not the one in the manifest" in refused[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_library_reads_a_file_into_which_several_ranks_have_written(report: Any, mode: str) -> None:
+    path, names = Path(report[mode]["path"]), set[str]()
+    assert layout.tensor_files(path) == [layout.share_name(number, 8) for number in range(8)]
+    for file in layout.tensor_files(path):
+        with safe_open(path / file, framework="np") as opened:
+            assert not names & set(opened.keys()), "a tensor is there twice"
+            names |= set(opened.keys())
+    assert {f"rng/{rank}/cpu" for rank in range(64)} <= names
