@@ -110,7 +110,8 @@ class MetricsFile:
         self._newest = 0  # no row has a higher step
         self._lock = threading.Lock()
         self._blocks = BlocksFile(path, check)
-        atomic.remove_stale_temporaries(path)
+        for stale in (path, self._closed_path):
+            atomic.remove_stale_temporaries(stale)
         self.cut_off(keep_below, done)
 
     def cut_off(self, keep_below: int, done: int | None = None) -> None:
@@ -184,10 +185,12 @@ class MetricsFile:
         self._blocks.close()
         if self._descriptor < 0:
             return
-        with suppress(OSError):  # then the next attempt makes a new file
-            identity, is_own = _identity(self._descriptor), self._is_own()
-            self._close_descriptor()
-            if is_own:
+        is_own, identity = False, b""
+        with suppress(OSError):
+            is_own, identity = self._is_own(), _identity(self._descriptor)
+        self._close_descriptor()
+        if is_own:
+            with suppress(OSError):  # then the next attempt makes a new file
                 self._check()
                 atomic.write(self._closed_path, identity)
 
@@ -212,15 +215,14 @@ class MetricsFile:
         self._close_descriptor()
         try:
             self._descriptor = os.open(self._path, os.O_RDWR)
-            taken = self._closed_path.with_name(f".{self._closed_path.name}.{secrets.token_hex(8)}")
+            taken = self._closed_path.with_name(f".{self._closed_path.name}.{secrets.token_hex(8)}.tmp")
             self._closed_path.rename(taken)
-        except FileNotFoundError:
-            return False
-        atomic.sync_folder(taken.parent)
-        try:
-            return taken.read_bytes() == _identity(self._descriptor)
-        finally:
+            atomic.sync_folder(taken.parent)
+            is_closed = taken.read_bytes() == _identity(self._descriptor)
             taken.unlink()
+        except OSError:  # not closed, or another user's
+            return False
+        return is_closed
 
     def _make_file(self) -> None:
         """Copy what stays into a new file; if the disk has no room for one, truncate the old one in place."""

@@ -2,7 +2,7 @@
 
 In a terminal the view is drawn every few seconds; everywhere else a line is printed for each run that has changed. What
 may take long runs in threads of its own, so that a key is always answered: the run folders, which may be on a file
-system that hangs; Slurm, which is asked at most once in queue.EVERY_S; and goodput, for which every step is read, so
+system that hangs; Slurm, which is asked at most once in queue.EVERY_S; and goodput, which concerns the whole run, so
 that it takes at most a twentieth of the time.
 """
 
@@ -77,7 +77,7 @@ class Watched:
         self.queue.load(self._jobs)
 
     def measure_goodput(self) -> None:
-        """Compute the goodput of a single run, from all of its rows."""
+        """Compute the goodput of a single run."""
         last = self._last
         if last and len(last.runs) == 1 and last.runs[0]["step"]:
             measured = run_status.complete(Path(last.runs[0]["run"]), time.time(), self.queue)["goodput"]

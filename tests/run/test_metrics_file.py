@@ -19,7 +19,8 @@ import pytest
 from hpcgpt.exit_codes import SUPERSEDED
 from hpcgpt.run import run_folder
 from hpcgpt.run.metrics_file import Console, MetricsFile, peak_flops
-from tests.disks import fill, small_disk
+from tests.disks import another_user, fill, small_disk
+from tests.disks import shared as shared  # a fixture
 from tests.programs import ROOT, clean_env
 from tests.tiny_run import rows
 
@@ -212,6 +213,18 @@ def test_a_file_that_has_changed_since_it_was_closed_is_not_taken_over(tmp_path:
     written(path, range(9, 10)).close()
     assert path.stat().st_ino != before
     assert [each["step"] for each in rows(path)] == list(range(1, 10))
+
+
+def test_a_file_that_may_not_be_written_is_copied(shared: Path) -> None:
+    """As another user's, in a folder that a group shares."""
+    path = shared / "metrics.jsonl"
+    written(path, range(1, 9)).close()
+    path.chmod(0o444)
+    before = path.stat().st_ino
+    with another_user():
+        written(path, range(5, 7)).close()
+    assert path.stat().st_ino != before
+    assert [each["step"] for each in rows(path)] == list(range(1, 7))
 
 
 def test_a_rollback_truncates_the_file_in_place(tmp_path: Path) -> None:

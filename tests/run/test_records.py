@@ -170,3 +170,21 @@ def test_files_that_are_being_written_are_read_as_far_as_they_go(tmp_path: Path)
     for size in (len(content) - 1, len(content) - 20):
         os.truncate(folder / "metrics.jsonl", size)
         assert run_status.complete(folder, NOW)["step"] in (8, 9)
+
+
+def test_in_brief_the_events_of_old_saves_are_left_out_but_for_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of ten million steps has a hundred thousand of them."""
+    monkeypatch.setattr(records, "EVENT_TAIL_BYTES", 60)
+    saves = [{"event": name, "step": step} for step in range(1, 9) for name in ("save", "save_stall")]
+    others = [{"event": "start", "step": 0}, {"event": "straggler", "step": 9}, {"event": "end", "step": 10}]
+    events = [{"time": float(n), **event} for n, event in enumerate([others[0], *saves, *others[1:]])]
+    folder = written(tmp_path, events, [])
+    assert records.events(folder) == events
+    brief = records.events(folder, brief=True)
+    assert [(event["event"], event["step"]) for event in brief] == [
+        ("start", 0), ("save", 8), ("straggler", 9), ("end", 10)
+    ]  # fmt: skip
+    assert attempts.newest_checkpoint(brief) == attempts.newest_checkpoint(events) == 8
+    assert records.events(tmp_path / "none", brief=True) == []
