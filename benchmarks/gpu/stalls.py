@@ -33,7 +33,7 @@ def _save(part: Part, model: str) -> Figures:
 
 
 def _run(part: Part, model: str) -> Figures:
-    """Train with saves behind it; compare the time of steps with the time from one row to the next."""
+    """Train, with saves in the background; compare the time of steps with the time from one row to the next."""
     name, micro = f"stalls_{model}", MICRO_BATCH[model]
     folder = part.scratch / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
