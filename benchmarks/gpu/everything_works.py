@@ -192,7 +192,7 @@ def _resumes(part: Part, changes: dict[str, Any]) -> Figures:
 
 
 def _stops(part: Part) -> Figures:
-    """Send SIGTERM in the middle: the run saves and exits with 75, and goes on when it is started again."""
+    """Send SIGTERM in the middle: the run saves and exits with 75, and continues when it is started again."""
     name, changes = "stops", OFF | {"train.steps": 100_000, "checkpoint.every": 0, "eval.every": 0}
     folder = part.scratch / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)

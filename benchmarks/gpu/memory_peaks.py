@@ -32,7 +32,7 @@ def run(part: Part, wanted: list[str] | None, _only: list[str] | None) -> None:
 
 
 def _compared(part: Part, model: str, way: str) -> Figures:
-    """Estimate a run, and make it: a few steps with a save behind them, and an evaluation."""
+    """Estimate a run, and make it: a few steps, during which it saves, and an evaluation."""
     changes = dict(WAYS[way])
     micro = MICRO_BATCH[model] // (2 if changes.pop("halved", False) else 1)
     name, result = f"memory_{model}", part.scratch / "peak.json"

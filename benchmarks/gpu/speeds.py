@@ -89,6 +89,8 @@ def configuration(part: Part, model: str) -> Path:
     layers, heads, width, length = last_json(part.run(words))[model]
     path = part.scratch / f"{model}.toml"
     path.write_text(f"""\
+[run]
+threads = {1 if part.small else 0}
 [data]
 dir = "{part.data}"
 [model]

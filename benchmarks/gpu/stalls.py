@@ -15,8 +15,8 @@ from speeds import MICRO_BATCH, configuration, models
 def run(part: Part, wanted: list[str] | None, _only: list[str] | None) -> None:
     """Measure both for each model; by default only for the first, whose steps are the shortest."""
     for model in wanted or models(part, wanted)[:1]:
-        part.check(f"{model}, run", partial(_run, part, model))
         part.check(f"{model}, save", partial(_save, part, model))
+        part.check(f"{model}, run", partial(_run, part, model))
 
 
 def _save(part: Part, model: str) -> Figures:
@@ -33,11 +33,11 @@ def _save(part: Part, model: str) -> Figures:
 
 
 def _run(part: Part, model: str) -> Figures:
-    """Train with saves behind it; compare the time of steps with the time from one row to the next."""
+    """Train, with saves in the background; compare the time of steps with the time from one row to the next."""
     name, micro = f"stalls_{model}", MICRO_BATCH[model]
     folder = part.scratch / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
-    steps = 40 if part.small else 150
+    steps = 12 if part.small else 150
     values = {
         "run.name": name, "run.dir": folder.parent, "run.device": part.device, "train.steps": steps,
         "train.global_batch": 2 * micro, "train.micro_batch": micro, "schedule.warmup_steps": 3,
@@ -49,7 +49,7 @@ def _run(part: Part, model: str) -> Figures:
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return {
         "step_s": _spread([row["train/step_s"] for row in found[5:]]),
-        "between_s": _spread(between[5:]),
+        "between_s": _spread(between[4:]),
         "data_wait_s": _spread([row["train/data_wait_s"] for row in found[5:]]),
         "mfu": found[-1].get("train/mfu"),
         "saves": [event for event in events if event["event"] == "save"],
