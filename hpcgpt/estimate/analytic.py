@@ -43,7 +43,9 @@ def measure(request: Request, reason: str) -> Memory:
     moments = [Moment("step", parts)]
     if request.on_cpu and request.saves_while_training:
         moments.append(Moment("save", parts | {"other": copied}))
-    host = moments[-1].total if request.on_cpu else CPU_FRAMEWORK_BYTES + max(full * every, copied)
+    # Weights are made in host memory; if they are sharded, tensor by tensor.
+    made = 4 * (_largest_tensor(config.model) if sharded else every)
+    host = moments[-1].total if request.on_cpu else CPU_FRAMEWORK_BYTES + max(made, copied)
     flops = flops_per_token(config.model)
     return Memory(tuple(moments), parameter_count(config.model), flops, saved, copied, host, "analytic", (reason,))
 
@@ -65,6 +67,12 @@ def table_parameters(model: Model) -> int:
     tables = padded_vocabulary(model) * (1 if model.tied else 2)
     gpt2 = model.kind == "gpt2"
     return (tables + (model.block_size if gpt2 else 0)) * model.n_embd + model.n_embd * (2 if gpt2 else 1)
+
+
+def _largest_tensor(model: Model) -> int:
+    """Count the parameters of the largest one."""
+    hidden = model.hidden_width * (1 if model.kind == "gpt2" else 2)
+    return max(padded_vocabulary(model), hidden, 3 * model.n_embd) * model.n_embd
 
 
 def parameter_count(model: Model) -> int:

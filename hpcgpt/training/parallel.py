@@ -13,19 +13,21 @@ The others are FSDP2 (``fully_shard``), with a group for each block and one for 
 rows, and rank r has the r-th part. They differ in when full weights and gradients are freed: after each block, or after
 the step. So zero1 is stage 1 of Rajbhandari et al., "ZeRO", 2020, except that full weights are not kept between steps.
 
-A sharded model cannot run on one rank alone. Evaluation and samples use the original model instead: its weights are
-filled in by `ParallelModel.gather`, and freed by `ParallelModel.release`.
+A sharded model is built without memory for its weights. Each tensor is drawn whole on the CPU and freed again once
+each rank has its rows, so that no rank ever holds all weights, and the initial ones are those of any other mode.
+
+It cannot run on one rank alone: each forward pass gathers blocks from all ranks. For an evaluation or a sample all
+ranks make the same number of passes inside of `ParallelModel.evaluating`.
 
 Gradients are summed in float32 (float64 with that train.dtype) in all modes, so that all modes compute the same result
 up to the order of sums; gradient_dtype bfloat16 halves the bytes that are sent. When training computes in bf16, the
 weights of blocks are gathered in bf16: half of N to send and to hold, and autocast need not cast and keep them for the
-backward pass. This changes only the gains and biases of norms, which autocast would have left in float32.
+backward pass. This changes only the gains and biases of norms, which autocast would have left in float32. Evaluations
+and samples compute with the same weights as training.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,8 +39,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt.config.options import Parallel
-from hpcgpt.distributed.sharded_tensor import full_tensor, is_sharded, local_rows
+from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
+from hpcgpt.model import loss
 from hpcgpt.model.gpt import GPT
 
 
@@ -46,31 +49,33 @@ from hpcgpt.model.gpt import GPT
 class ParallelModel:
     """A model as its ranks train it; see `parallelize`.
 
-    `module` is called to train. `local` has this rank's part of the weights, under the names of `gpt`'s: for the
-    optimizer and for checkpoints. `gpt` is the model itself, to evaluate: the same as `local` unless weights are
-    sharded, then valid between `gather` and `release`.
+    `module` is called to train. `gpt` is the model itself, with this rank's part of the weights: for the optimizer and
+    for checkpoints; and to compute without training, inside of `evaluating`. `in_step`: weights are sharded, and each
+    forward pass needs all ranks.
     """
 
     module: nn.Module
-    local: nn.Module
     gpt: GPT
     device: torch.device
-    _is_gathered: bool = False
+    in_step: bool = False
 
-    @torch.no_grad()
-    def gather(self) -> GPT:
-        """Return `gpt` with all of its weights, until `release`. A collective."""
-        if self.local is not self.gpt:
-            for shard, parameter in zip(self.local.parameters(), self.gpt.parameters(), strict=True):
-                parameter.data = full_tensor(shard.detach())
-            self._is_gathered = True
-        return self.gpt
+    @contextmanager
+    def evaluating(self) -> Iterator[GPT]:
+        """Yield `gpt` for passes without gradients, not compiled: so that its figures are those of ``hpcgpt eval``.
 
-    def release(self) -> None:
-        """Free the weights that `gather` has filled in, if there are any."""
-        if self._is_gathered:
-            free_weights(self.gpt, self.device)
-            self._is_gathered = False
+        If weights are sharded, all ranks must make the same number of passes inside.
+        """
+        if not self.in_step:
+            yield self.gpt
+            return
+        gpt: Any = self.gpt
+        gpt.unshard()  # all but the blocks, which do so by themselves: GPT.hidden may be called without GPT.forward
+        try:
+            with _not_compiled(self.gpt):
+                yield self.gpt
+        finally:
+            for module in (gpt, *gpt.blocks):
+                module.reshard()  # else the next step would compute with the weights of today
 
     def without_sync(self) -> AbstractContextManager[None]:
         """Return a context in which gradients are accumulated on each rank, and not sent.
@@ -103,18 +108,25 @@ class ParallelModel:
         optimizer.zero_grad(set_to_none=not isinstance(self.module, DistributedDataParallel))
 
 
-def parallelize(gpt: GPT, ranks: Ranks, settings: Parallel, *, compiled: bool, dtype: torch.dtype) -> ParallelModel:
+def shards_weights(ranks: Ranks, settings: Parallel) -> bool:
+    """Return whether each rank is to hold a part of the weights."""
+    return ranks.cpu_group is not None and settings.mode != "ddp"
+
+
+def parallelize(
+    gpt: GPT, ranks: Ranks, settings: Parallel, *, seed: int, compiled: bool, dtype: torch.dtype
+) -> ParallelModel:
     """Distribute `gpt` over the ranks. A collective.
 
-    `gpt` must be on the CPU, and the same on all ranks. It is moved to the device; if weights are sharded, its own are
-    freed. `dtype` is that of the forward pass.
+    `gpt` must be the same on all ranks: on the CPU; on the device "meta" if weights are sharded (`shards_weights`). It
+    is moved to the ranks' device, and then has the initial weights of `seed`. `dtype` is that of the forward pass.
     """
-    if ranks.cpu_group is not None and settings.mode != "ddp":
-        return _sharded(gpt, ranks, settings, compiled, dtype)
+    if shards_weights(ranks, settings):
+        return _sharded(gpt, ranks, settings, seed, compiled, dtype)
     gpt.to(ranks.device)
     module: nn.Module = torch.compile(gpt) if compiled else gpt  # type: ignore[assignment]
     if ranks.cpu_group is None:
-        return ParallelModel(module, gpt, gpt, ranks.device)
+        return ParallelModel(module, gpt, ranks.device)
     wrapped = DistributedDataParallel(
         module,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
@@ -125,15 +137,16 @@ def parallelize(gpt: GPT, ranks: Ranks, settings: Parallel, *, compiled: bool, d
 
         # Wrapped: DDP refuses the library's hook by its name without NCCL, though gloo can sum bfloat16 too.
         wrapped.register_comm_hook(None, lambda group, bucket: default_hooks.bf16_compress_hook(group, bucket))
-    return ParallelModel(wrapped, gpt, gpt, ranks.device)
+    return ParallelModel(wrapped, gpt, ranks.device)
 
 
-def _sharded(gpt: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: torch.dtype) -> ParallelModel:
+def _sharded(
+    gpt: GPT, ranks: Ranks, settings: Parallel, seed: int, compiled: bool, dtype: torch.dtype
+) -> ParallelModel:
     # Imported here, since it takes a second.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    local = _take_weights(gpt, ranks.device)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(ranks.device.type, (ranks.world.size,)),
         "reshard_after_forward": None if settings.mode == "fsdp" else False,  # None: all but the outermost
@@ -141,29 +154,39 @@ def _sharded(gpt: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: 
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     sums = torch.bfloat16 if settings.gradient_dtype == "bfloat16" else exact
     if compiled:  # what is between FSDP's hooks; the hooks themselves are not compiled
-        local.mean_loss = torch.compile(local.mean_loss)
-    for block in local.blocks:
+        gpt.mean_loss = torch.compile(gpt.mean_loss)
+    for block in gpt.blocks:
         if compiled:
             block.compile()
         fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, sums, cast_forward_inputs=False), **options)
-    fully_shard(local, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
-    return ParallelModel(Zero1(local) if settings.mode == "zero1" else local, local, gpt, ranks.device)
+    fully_shard(gpt, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
+    gpt.to_empty(device=ranks.device)
+    gpt.initialise(seed, _keep_own_rows)
+    return ParallelModel(Zero1(gpt) if settings.mode == "zero1" else gpt, gpt, ranks.device, in_step=True)
 
 
-def _take_weights(gpt: GPT, device: torch.device) -> GPT:
-    """Return a model with the weights of `gpt`, which is moved to `device` without weights."""
-    same = {id(parameter): nn.Parameter(parameter.data) for parameter in gpt.parameters()}
-    taken = copy.deepcopy(gpt, same)  # copies everything but the weights, which are never in memory twice
-    free_weights(gpt, device)
-    gpt.to(device)
-    return taken
+def _keep_own_rows(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Fill this rank's rows of a parameter from all of its weights."""
+    own = local_rows(parameter.detach())
+    own.local.copy_(whole[own.start : own.stop])
 
 
-@torch.no_grad()
-def free_weights(model: nn.Module, device: torch.device) -> None:
-    """Free the weights of a model: each parameter becomes one NaN, expanded to its shape."""
-    for parameter in model.parameters():
-        parameter.data = torch.full((), math.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)
+@contextmanager
+def _not_compiled(gpt: GPT) -> Iterator[None]:
+    """Run what `_sharded` has compiled as it is written, inside."""
+    compiled, mean_loss = [block._compiled_call_impl for block in gpt.blocks], gpt.mean_loss
+    if not all(compiled):
+        yield
+        return
+    try:
+        gpt.mean_loss = loss.mean_loss
+        for block in gpt.blocks:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        gpt.mean_loss = mean_loss
+        for block, call in zip(gpt.blocks, compiled, strict=True):
+            block._compiled_call_impl = call
 
 
 class Zero1(nn.Module):

@@ -13,12 +13,14 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt import plan
@@ -31,8 +33,16 @@ from hpcgpt.config.options import Config
 from hpcgpt.distributed import rendezvous, sharded_tensor, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model import kernels
+from hpcgpt.model.gpt import GPT
 from hpcgpt.storage.lease import acquire
+from hpcgpt.tasks.likelihood import Computation, loglikelihoods
+from hpcgpt.tasks.requests import Request
+from hpcgpt.tokenizer import save_load
 from hpcgpt.training.engine import Engine
+from hpcgpt.training.parallel import ParallelModel
+from hpcgpt.training.samples import Sampler
+from hpcgpt.training.step import to_inputs_and_targets
+from tests.one_rank import ALONE
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
@@ -73,7 +83,7 @@ def steps(engine: Engine, numbers: Iterable[int]) -> list[tuple[float, float]]:
 def digest(engine: Engine, ranks: Ranks) -> str:
     """Return a digest of every byte that this rank would save."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(checkpoint_save.local_state_dict(engine.model.local, engine.optimizer, ranks).items()):
+    for name, tensor in sorted(checkpoint_save.local_state_dict(engine.model.gpt, engine.optimizer, ranks).items()):
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -93,7 +103,7 @@ def save(engine: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     writes = Saver(folder / "checkpoints", ranks, lease, options.Checkpoint())
     state = State(step, step * 512, step * 16, ranks.world.size, {})
     ended = writes.begin(
-        state, checkpoint_save.local_state_dict(engine.model.local, engine.optimizer, ranks)
+        state, checkpoint_save.local_state_dict(engine.model.gpt, engine.optimizer, ranks)
     ) or writes.finish(lambda: None)
     assert ended is not None
     assert not ended.problem, ended.problem
@@ -114,6 +124,8 @@ def train_and_resume(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: i
             configuration, train=dataclasses.replace(configuration.train, dtype="float64")
         )
     engine = make_engine(configuration, ranks)
+    drawn = GPT(engine.model.gpt.config, configuration.run.seed).to(engine.dtype).state_dict()
+    begins_alike = all(torch.equal(drawn[name], tensor) for name, tensor in full_weights(engine).items())
     figures = steps(engine, range(count - MORE))
     folder = out / f"{'_'.join([mode, *map(str, optim.values())])}_{ranks.world.size}"
     written = save(engine, ranks, folder, count - MORE)
@@ -123,21 +135,92 @@ def train_and_resume(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: i
         "written": written,
         "state": state_bytes(engine),
         "digest": digest(engine, ranks),
+        "begins_alike": begins_alike,
     }
     resumed = make_engine(configuration, ranks)
-    load.load(layout.path_of(folder / "checkpoints", count - MORE), resumed.model.local, resumed.optimizer, ranks)
+    load.load(layout.path_of(folder / "checkpoints", count - MORE), resumed.model.gpt, resumed.optimizer, ranks)
     report["resumed"] = (
         steps(resumed, range(count - MORE, count)) == last and digest(resumed, ranks) == report["digest"]
     )
-    gathered = resumed.model.gather()
-    weights = {
-        name: sharded_tensor.full_tensor(share.detach()) for name, share in resumed.model.local.named_parameters()
-    }
-    report["gathered"] = all(torch.equal(weights[name], p) for name, p in gathered.named_parameters())
+    weights = full_weights(resumed)
     report["full_digest"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    steps(resumed, [count])
-    report["released"] = all(bool(parameter.isnan().all()) for parameter in gathered.parameters())
-    return report
+    plain = with_all(weights, resumed)
+    report |= evaluations(resumed, ranks, plain) | tasks(resumed, ranks, plain)
+    return report | samples(resumed, ranks, plain, shards)
+
+
+def full_weights(engine: Engine) -> dict[str, Tensor]:
+    return {name: sharded_tensor.full_tensor(own.detach()) for name, own in engine.model.gpt.named_parameters()}
+
+
+def with_all(weights: dict[str, Tensor], engine: Engine) -> GPT:
+    """Return the same model with all of its weights."""
+    gpt = engine.model.gpt
+    plain = GPT(gpt.config, options=gpt.options).to(engine.dtype).eval()
+    plain.load_state_dict(weights, strict=False)  # without a second name of a tied head
+    return plain
+
+
+def evaluations(engine: Engine, ranks: Ranks, plain: GPT) -> dict[str, Any]:
+    """Report whether the model evaluates as `plain`; how many bytes of weights it holds meanwhile, and afterwards."""
+    gpt = engine.model.gpt
+    inputs, targets = to_inputs_and_targets(engine.loader.batch(ranks.world.rank, 0), ranks.device)
+    held: list[int] = []
+
+    def note(*_: object) -> None:
+        held.append(sum(map(bytes_here, gpt.blocks.parameters())))
+
+    with torch.no_grad(), engine.model.evaluating() as evaluated:
+        evaluated.eval()
+        for block in evaluated.blocks:
+            block.register_forward_hook(note, prepend=True)  # before FSDP frees it
+        same = [torch.equal(evaluated(inputs, targets), plain(inputs, targets)) for _ in range(2)]
+        same.append(torch.equal(evaluated.hidden(inputs), plain.hidden(inputs)))
+        evaluated.train()
+    after = sum(map(bytes_here, gpt.parameters()))
+    return {"evaluates": all(same), "held": max(held), "after": after, "all": sum(map(bytes_here, plain.parameters()))}
+
+
+def tasks(engine: Engine, ranks: Ranks, plain: GPT) -> dict[str, Any]:
+    """Report whether the log-likelihoods of requests, one more than there are ranks, are those of `plain`."""
+    requests = [Request((7, 8, 9)[: 1 + number % 3], (number, 5)) for number in range(ranks.world.size + 1)]
+    with engine.model.evaluating() as gpt:
+        how = Computation(1, ranks, in_step=engine.model.in_step)
+        return {"scores": loglikelihoods(gpt, requests, how) == loglikelihoods(plain, requests, Computation(1, ALONE))}
+
+
+def samples(engine: Engine, ranks: Ranks, plain: GPT, shards: Path) -> dict[str, Any]:
+    """Report whether the text of rank 0 is that of `plain`, also with an end after 3 tokens; then let rank 0 fail."""
+    left = 0
+
+    def alive() -> bool:
+        nonlocal left
+        left -= 1
+        return left > 0
+
+    def failing() -> bool:
+        if alive() or not ranks.world.is_first:
+            return True
+        raise OSError("no terminal")
+
+    tokenizer, settings = save_load.load(shards / "tokenizer"), options.Sample(tokens=40)  # longer than the window
+    sampler = Sampler(engine.model, ranks, tokenizer, settings, 1, engine.dtype)
+    alone = Sampler(ParallelModel(plain, plain, ranks.device), ALONE, tokenizer, settings, 1, engine.dtype)
+    found = []
+    for limit in (1000, 3):
+        texts = []
+        for one in (sampler, alone):
+            left = limit
+            texts.append(one.generate(step=3, limit_s=600, alive=alive))
+        found.append(texts[0] == (texts[1] if ranks.world.is_first else ""))
+    left = 3
+    with suppress(OSError):
+        sampler.generate(step=3, limit_s=600, alive=failing)
+    return {"samples": found}
+
+
+def bytes_here(tensor: Tensor) -> int:
+    return sharded_tensor.local_rows(tensor.detach()).local.nbytes
 
 
 def collectives(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
@@ -153,7 +236,7 @@ def collectives(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32"
 
     def record(*_: object) -> None:
         gradients = [
-            sharded_tensor.local_rows(p.grad).local for p in engine.model.local.parameters() if p.grad is not None
+            sharded_tensor.local_rows(p.grad).local for p in engine.model.gpt.parameters() if p.grad is not None
         ]
         squared = torch.nn.utils.get_total_norm(gradients).square()
         if mode != "ddp":
@@ -190,7 +273,7 @@ def rounded_gradients(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
 
     def record(*_: object) -> None:
         gradients = [
-            sharded_tensor.local_rows(p.grad).local for p in engine.model.local.parameters() if p.grad is not None
+            sharded_tensor.local_rows(p.grad).local for p in engine.model.gpt.parameters() if p.grad is not None
         ]
         seen.append(all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients))
 
@@ -216,11 +299,12 @@ def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> di
         engine = make_engine(dataclasses.replace(plain, train=saving_options), ranks)
         if not compiled:  # the compiler would compile the hook, too
             passes: list[int] = []
-            engine.model.local.get_submodule("blocks.9").register_forward_pre_hook(lambda *_: passes.append(1))
+            engine.model.gpt.get_submodule("blocks.9").register_forward_pre_hook(lambda *_: passes.append(1))
         report["saving"] = steps(engine, range(2))
         report["passes"] = 0 if compiled else len(passes)
-        engine.model.gather().eval()  # as an evaluation does between two steps
-        engine.model.gather().train()
+        with torch.no_grad(), engine.model.evaluating() as gpt:  # as between two steps
+            gpt.eval()(torch.zeros(1, 5, dtype=torch.int64))
+            gpt.train()
         report["saving"] += steps(engine, [2])
         report["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         torch._dynamo.utils.counters.clear()
@@ -235,7 +319,7 @@ def resume_all(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, A
         for folder in sorted(out.glob("*_[124]")):
             if "muon" not in folder.name:
                 path = layout.path_of(folder / "checkpoints", count - MORE)
-                load.load(path, engine.model.local, engine.optimizer, ranks)
+                load.load(path, engine.model.gpt, engine.optimizer, ranks)
                 report[f"{folder.name} in {mode}"] = steps(engine, range(count - MORE, count))
     return report
 

@@ -103,10 +103,33 @@ def test_gradients_are_clipped_by_the_norm_of_all_of_them(reports: Reports, mode
 
 
 @pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
-def test_gather_returns_the_whole_model_until_the_next_step(reports: Reports, mode: str, ranks: int) -> None:
+def test_the_initial_weights_are_those_of_the_seed_to_the_last_bit(reports: Reports, mode: str, ranks: int) -> None:
+    assert all(rank["begins_alike"] for rank in reports.of(mode, ranks))
+    assert all(rank["begins_alike"] for rank in reports.of("fsdp muon", 2)), "in float64"
+
+
+@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+def test_an_evaluation_has_the_bits_of_a_model_with_all_weights(reports: Reports, mode: str, ranks: int) -> None:
     for rank in reports.of(mode, ranks):
-        assert rank["gathered"]
-        assert rank["released"] == (mode != "ddp")
+        assert rank["evaluates"]
+        assert rank["after"] == (rank["all"] if mode == "ddp" else rank["all"] // ranks)
+
+
+@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+def test_tasks_and_samples_have_the_bits_of_a_model_with_all_weights(reports: Reports, mode: str, ranks: int) -> None:
+    """Samples on rank 0; the others compute with it, until it has ended or failed."""
+    for rank in reports.of(mode, ranks):
+        assert rank["scores"]
+        assert rank["samples"] == [True, True]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_an_evaluation_with_fsdp_holds_one_block_at_a_time(reports: Reports, ranks: int) -> None:
+    in_blocks = 4 * reports.in_blocks
+    for rank in reports.of("fsdp", ranks):
+        assert rank["held"] == in_blocks // 2 + in_blocks // 2 // ranks, (
+            "one of the two blocks, and a share of the other"
+        )
 
 
 @pytest.mark.parametrize("mode", ["zero1", "fsdp"])
