@@ -30,12 +30,14 @@ def measure(request: Request, reason: str) -> Memory:
     blocks, rest = block_parameters(config.model), table_parameters(config.model)
     every = config.model.n_layer * blocks + rest
     sharded = ranks > 1 and config.parallel.mode != "ddp"
-    held = -(-every // ranks) if sharded else every
+    within = config.parallel.shard_within
+    share = ranks if within == "all" else int(within)
+    held = -(-every // share) if sharded else every
     parts = dict.fromkeys(PARTS, 0)
     parts["weights"] = full * held + _copies(config, blocks, rest, sharded, full, width)
     parts["gradients"] = full * (held if config.parallel.mode == "fsdp" else every)
     state = STATE[config.optim.name] * config.model.n_layer * blocks + 2 * rest
-    parts["optimizer"] = full * (-(-state // ranks) if sharded else state)
+    parts["optimizer"] = full * (-(-state // share) if sharded else state)
     parts["activations"], parts["logits"] = _activations(config, full, width)
     parts["framework"] = CPU_FRAMEWORK_BYTES if request.on_cpu else GPU_FRAMEWORK_BYTES
     saved = full * (every + state)

@@ -112,12 +112,12 @@ def fake_ranks(size: int) -> Iterator[Ranks]:
 
     make_mesh = device_mesh.init_device_mesh
 
-    def make_real_mesh(*arguments: Any) -> device_mesh.DeviceMesh:
+    def make_real_mesh(*arguments: Any, **named: Any) -> device_mesh.DeviceMesh:
         with unset_fake_temporarily():  # it reads the numbers of ranks from a tensor
-            return make_mesh(*arguments)
+            return make_mesh(*arguments, **named)
 
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    device_mesh.init_device_mesh = make_real_mesh  # type: ignore[assignment]
+    device_mesh.init_device_mesh = make_real_mesh
     try:
         yield Ranks(world, CPU, dist.group.WORLD)
     finally:

@@ -13,6 +13,11 @@ The others are FSDP2 (``fully_shard``), with a group for each block and one for 
 rows, and rank r has the r-th part. They differ in when full weights and gradients are freed: after each block, or after
 the step. So zero1 is stage 1 of Rajbhandari et al., "ZeRO", 2020, except that full weights are not kept between steps.
 
+With `parallel.shard_within` G < W ranks, each group of G consecutive ranks holds a copy: W in the table is G then, and
+an all-gather or a reduce-scatter stays within a group, for example within a node. Then the groups add up their
+gradients: an all-reduce of N / G between ranks with the same rows, once for each step. PyTorch calls it hybrid
+sharding: the mesh of ranks has two dimensions.
+
 A sharded model is built without memory for its weights. Each tensor is drawn whole on the CPU and freed again once
 each rank has its rows, so that no rank ever holds all weights, and the initial ones are those of any other mode.
 
@@ -31,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -41,8 +46,12 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcgpt.config.options import Parallel
 from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
+from hpcgpt.errors import UserError
 from hpcgpt.model import loss
 from hpcgpt.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -51,13 +60,14 @@ class ParallelModel:
 
     `module` is called to train. `gpt` is the model itself, with this rank's part of the weights: for the optimizer and
     for checkpoints; and to compute without training, inside of `evaluating`. `in_step`: weights are sharded, and each
-    forward pass needs all ranks.
+    forward pass needs all ranks. `mesh`: the ranks, by group and number in it, if there are several groups.
     """
 
     module: nn.Module
     gpt: GPT
     device: torch.device
     in_step: bool = False
+    mesh: DeviceMesh | None = None
 
     @contextmanager
     def evaluating(self) -> Iterator[GPT]:
@@ -80,9 +90,21 @@ class ParallelModel:
     def without_sync(self) -> AbstractContextManager[None]:
         """Return a context in which gradients are accumulated on each rank, and not sent.
 
-        With fsdp they are sent: full gradients would have to be kept, whose size is the reason to choose fsdp.
+        With fsdp they are sent, but only within a group: full gradients would have to be kept, whose size is the reason
+        to choose fsdp.
         """
-        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel | Zero1) else nullcontext()
+        if isinstance(self.module, DistributedDataParallel | Zero1):
+            return self.module.no_sync()
+        return self._without_all_reduce() if self.mesh else nullcontext()
+
+    @contextmanager
+    def _without_all_reduce(self) -> Iterator[None]:
+        sharded: Any = self.gpt
+        sharded.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_all_reduce(True)
 
     def clip_gradients(self, limit: float) -> Tensor:
         """Scale the gradients to a norm of at most `limit`, over all parameters; return the norm before ().
@@ -94,7 +116,8 @@ class ParallelModel:
             return nn.utils.clip_grad_norm_(parameters, limit)
         gradients = [local_rows(parameter.grad).local for parameter in parameters if parameter.grad is not None]
         squared = nn.utils.get_total_norm(gradients).square()
-        dist.all_reduce(squared)
+        # The ranks of a group have all rows between them; another group has the same.
+        dist.all_reduce(squared, group=self.mesh.get_group("shards") if self.mesh else None)
         norm = squared.sqrt()
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -144,11 +167,11 @@ def _sharded(
     gpt: GPT, ranks: Ranks, settings: Parallel, seed: int, compiled: bool, dtype: torch.dtype
 ) -> ParallelModel:
     # Imported here, since it takes a second.
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    mesh = _mesh(ranks, settings.shard_within)
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(ranks.device.type, (ranks.world.size,)),
+        "mesh": mesh,
         "reshard_after_forward": None if settings.mode == "fsdp" else False,  # None: all but the outermost
     }
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -162,7 +185,42 @@ def _sharded(
     fully_shard(gpt, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
     gpt.to_empty(device=ranks.device)
     gpt.initialise(seed, _keep_own_rows)
-    return ParallelModel(Zero1(gpt) if settings.mode == "zero1" else gpt, gpt, ranks.device, in_step=True)
+    module = Zero1(gpt) if settings.mode == "zero1" else gpt
+    return ParallelModel(module, gpt, ranks.device, in_step=True, mesh=mesh if mesh.ndim == 2 else None)
+
+
+def _mesh(ranks: Ranks, within: str) -> DeviceMesh:
+    """Return the mesh of all ranks: of one dimension, or of two if there are several groups. A collective.
+
+    Raises:
+        UserError: the ranks of nodes are not such groups.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = ranks.world.size
+    group = _ranks_of_a_node(ranks) if within == "node" else size if within == "all" else int(within)
+    if group == size:
+        return init_device_mesh(ranks.device.type, (size,))
+    return init_device_mesh(ranks.device.type, (size // group, group), mesh_dim_names=("groups", "shards"))
+
+
+def _ranks_of_a_node(ranks: Ranks) -> int:
+    world = ranks.world
+    is_in_order = world.rank % world.local_size == world.local_rank
+    least = torch.tensor([world.local_size, -world.local_size, int(is_in_order)])
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=ranks.cpu_group)
+    fewest, most = int(least[0]), -int(least[1])
+    if fewest != most or not least[2]:
+        found = f"nodes have {fewest} to {most}" if fewest != most else "they are numbered across nodes"
+        raise UserError(
+            f"parallel.shard_within node needs equally many ranks on each node, numbered node by node, and {found}: "
+            "start them so (srun --ntasks-per-node=N --distribution=block), or give a number of ranks"
+        )
+    if fewest == 1:
+        raise UserError(
+            "parallel.shard_within node would shard nothing, since each node has one rank: use all or a number of ranks"
+        )
+    return fewest
 
 
 def _keep_own_rows(parameter: nn.Parameter, whole: Tensor) -> None:

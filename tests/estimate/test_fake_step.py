@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcgpt.config.options import Config, Eval, Model, Train
-from hpcgpt.estimate import analytic, fake_step, fitting
+from hpcgpt.estimate import analytic, devices, estimates, fake_step, fitting
 from hpcgpt.estimate.account import Memory, Moment
 from hpcgpt.estimate.fake_step import resident_bytes
 from hpcgpt.estimate.request import Request
@@ -166,6 +166,24 @@ def test_no_rank_of_a_sharded_model_holds_more_than_its_share_and_a_tensor_when_
     assert built.total == pytest.approx(sum(sizes) / 8 + max(sizes), rel=0.01)
     assert measure(asked, 0).host_bytes == max(sizes)
     assert measure(request(1), 0).host_bytes == max(sum(sizes), measure(request(1), 0).copied_bytes)
+
+
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_a_rank_holds_the_share_of_its_group_and_writes_that_of_all_ranks(mode: Any) -> None:
+    count = sum(parameter.numel() for parameter in GPT(CONFIG.model).parameters())
+    asked = request(8, parallel__mode=mode, parallel__shard_within="2")
+    memory = measure(asked, 0)
+    assert step_of(memory).parts["optimizer"] == pytest.approx(8 * count / 2, rel=0.05)
+    assert memory.copied_bytes == pytest.approx(12 * count / 8, rel=0.05)
+    assert memory.saved_bytes == pytest.approx(12 * count, rel=0.01)
+    assert tensors(analytic.measure(asked, "").peak) == pytest.approx(tensors(step_of(memory)), rel=0.25)
+
+
+@pytest.mark.parametrize(("ranks", "per_node", "expected"), [(16, 4, "4"), (16, 0, "8"), (4, 0, "all")])
+def test_node_is_the_number_of_its_ranks(ranks: int, per_node: int, expected: str) -> None:
+    config = request(parallel__mode="fsdp", parallel__shard_within="node").config
+    found = estimates.make(config, steps=1, ranks=ranks, device=devices.find("a100-80"), ranks_per_node=per_node)
+    assert found.config.parallel.shard_within == expected
 
 
 def test_an_evaluation_with_fsdp_gathers_block_by_block() -> None:

@@ -1,7 +1,8 @@
 """The program of test_parallel on 1, 2 and 4 ranks: ``-m tests.training.ranks_parallel SHARDS OUT PART STEPS``.
 
-PART is "modes" (each mode trains, saves and continues; each rank writes OUT/modes_W_R.json) or "resume" (each mode
-continues from every checkpoint; OUT/resume_W_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
+PART is "modes" (each mode trains, saves and continues; each rank writes OUT/modes_W_R.json), "resume" (each mode
+continues from every checkpoint; OUT/resume_W_R.json) or "groups" (parallel.shard_within on 4 ranks;
+OUT/groups_4_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt import plan
@@ -48,6 +51,7 @@ Mode = Literal["ddp", "zero1", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
 MORE = 3  # steps after the save
 MANY = 50
+GROUPED: Sequence[tuple[Mode, str]] = (("zero1", "2"), ("fsdp", "2"))  # two groups of two ranks
 SIZES = {"float": 4, "c10::BFloat16": 2}  # bytes of a number, by the profiler's names
 
 
@@ -56,6 +60,7 @@ def settings(
     mode: Mode = "ddp",
     micro_batch: int = 2,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    within: str = "all",
     **optim: Any,
 ) -> Config:
     return Config(
@@ -64,7 +69,7 @@ def settings(
         optim=options.Optim(lr=1e-3, **optim),
         schedule=options.Schedule(warmup_steps=5, min_lr=1e-4),
         train=options.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype=dtype),
-        parallel=options.Parallel(mode=mode),
+        parallel=options.Parallel(mode=mode, shard_within=within),
     )
 
 
@@ -113,12 +118,14 @@ def save(engine: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     return (path / layout.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
 
 
-def train_and_resume(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int, **optim: Any) -> dict[str, Any]:
+def train_and_resume(
+    shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int, within: str = "all", **optim: Any
+) -> dict[str, Any]:
     """Report a run of `count` steps, saved three steps before its end, and another engine that continues from there.
 
     `optim` are other settings of the optimizer; with them the run computes in float64.
     """
-    configuration = settings(shards, mode, **optim)
+    configuration = settings(shards, mode, within=within, **optim)
     if optim:
         configuration = dataclasses.replace(
             configuration, train=dataclasses.replace(configuration.train, dtype="float64")
@@ -127,7 +134,8 @@ def train_and_resume(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: i
     drawn = GPT(engine.model.gpt.config, configuration.run.seed).to(engine.dtype).state_dict()
     begins_alike = all(torch.equal(drawn[name], tensor) for name, tensor in full_weights(engine).items())
     figures = steps(engine, range(count - MORE))
-    folder = out / f"{'_'.join([mode, *map(str, optim.values())])}_{ranks.world.size}"
+    name = mode if within == "all" else f"{mode}-{within}"
+    folder = out / f"{'_'.join([name, *map(str, optim.values())])}_{ranks.world.size}"
     written = save(engine, ranks, folder, count - MORE)
     last = steps(engine, range(count - MORE, count))
     report = {
@@ -263,6 +271,33 @@ def collectives(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32"
     return {"sent": found, "figures": figures, "norms": norms}
 
 
+def trained_alike(shards: Path, ranks: Ranks, ways: list[str]) -> bool:
+    """Return whether some steps with each parallel.shard_within end with the same bytes on this rank."""
+    ends = set()
+    for within in ways:
+        engine = make_engine(settings(shards, "fsdp", within=within), ranks)
+        figures = steps(engine, range(4))
+        ends.add((str(figures), digest(engine, ranks)))
+    return len(ends) == 1
+
+
+def between_groups(shards: Path, ranks: Ranks) -> list[int]:
+    """Return the bytes of each all-reduce between the groups, in a step of 4 micro-batches."""
+    engine = make_engine(settings(shards, "fsdp", micro_batch=1, within="2"), ranks)
+    assert engine.model.mesh is not None
+    group, found = engine.model.mesh.get_group("groups"), []
+    real = torch.distributed.all_reduce
+
+    def counted(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        if named.get("group") is group:
+            found.append(tensor.nbytes)
+        return real(tensor, *given, **named)
+
+    with mock.patch.object(torch.distributed, "all_reduce", counted):
+        steps(engine, [0])
+    return found
+
+
 def rounded_gradients(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
     """With gradients sent in bfloat16: return figures, and whether each resulting gradient is a bfloat16 number."""
     # One micro-batch: fsdp keeps sums of rounded gradients in float32.
@@ -340,11 +375,40 @@ def modes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     return report
 
 
+def groups(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
+    """Report runs of 4 ranks in two groups of two, and steps from other checkpoints there, and from theirs in one."""
+    report: dict[str, Any] = {"fsdp": train_and_resume(shards, out, ranks, "fsdp", count)}
+    for mode, within in GROUPED:
+        report[f"{mode} {within}"] = train_and_resume(shards, out, ranks, mode, count, within)
+    report["muon"] = train_and_resume(shards, out, ranks, "fsdp", count, "2", name="muon")
+    for name, within, others in (("into", "2", ["ddp_1", "fsdp_4"]), ("from", "all", ["fsdp-2_4", "zero1-2_4"])):
+        engine = make_engine(settings(shards, "fsdp", within=within), ranks)
+        report[name] = []
+        for other in others:
+            path = layout.path_of(out / other / "checkpoints", count - MORE)
+            load.load(path, engine.model.gpt, engine.optimizer, ranks)
+            report[name].append(steps(engine, range(count - MORE, count)))
+    report["alike"] = trained_alike(shards, ranks, ["all", "4"])
+    report["between"] = between_groups(shards, ranks)
+    report["rows"] = [rows_in_groups(rows) for rows in (1, 2, 4, 7, 9)]
+    return report
+
+
+def rows_in_groups(rows: int) -> list[int]:
+    """Return the rows of a tensor of so many rows that this rank saves."""
+    layer = torch.nn.Linear(2, rows, bias=False)
+    expected = layer.weight.detach().fill_(0.0).add_(torch.arange(rows).unsqueeze(1)).clone()
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("groups", "shards")))
+    mine = sharded_tensor.rows_to_save(layer.weight.detach())
+    assert torch.equal(mine.local, expected[mine.start : mine.stop])
+    return list(range(mine.start, mine.stop))
+
+
 def main(shards: Path, out: Path, part: str, count: int) -> None:
     torch.set_num_threads(1)
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
-    report = modes(shards, out, ranks, count) if part == "modes" else resume_all(shards, out, ranks, count)
+    report = {"modes": modes, "resume": resume_all, "groups": groups}[part](shards, out, ranks, count)
     (out / f"{part}_{here.size}_{here.rank}.json").write_text(json.dumps(report))
     rendezvous.disconnect()
 
