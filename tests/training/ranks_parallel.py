@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,6 +43,7 @@ from hpcgpt.tasks.likelihood import Computation, loglikelihoods
 from hpcgpt.tasks.requests import Request
 from hpcgpt.tokenizer import save_load
 from hpcgpt.training.engine import Engine
+from hpcgpt.training.evaluation import EvalContext, evaluate
 from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.samples import Sampler
 from hpcgpt.training.step import to_inputs_and_targets
@@ -185,8 +187,20 @@ def evaluations(engine: Engine, ranks: Ranks, plain: GPT) -> dict[str, Any]:
         same = [torch.equal(evaluated(inputs, targets), plain(inputs, targets)) for _ in range(2)]
         same.append(torch.equal(evaluated.hidden(inputs), plain.hidden(inputs)))
         evaluated.train()
+        losses = [loss_of(evaluated, engine, ranks, ranks), loss_of(plain, engine, ALONE, ranks)]
+        same.append(abs(losses[0] - losses[1]) < 1e-12)
     after = sum(map(bytes_here, gpt.parameters()))
     return {"evaluates": all(same), "held": max(held), "after": after, "all": sum(map(bytes_here, plain.parameters()))}
+
+
+def loss_of(model: GPT, engine: Engine, divided: Ranks, ranks: Ranks) -> float:
+    """Return the loss of one batch more than there are `ranks`, divided among `divided`: the last round has one."""
+    in_step = engine.model.in_step and divided is ranks
+    one_byte = np.ones(model.config.vocab_size, dtype=np.int64)
+    context = EvalContext(ranks.world.size + 1, 2, one_byte, divided, in_step=in_step)
+    figures = evaluate(model, engine.loader.mixture.sets[0], context)
+    assert figures is not None
+    return figures["val/loss"]
 
 
 def tasks(engine: Engine, ranks: Ranks, plain: GPT) -> dict[str, Any]:
@@ -376,7 +390,7 @@ def modes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
 
 
 def groups(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
-    """Report runs of 4 ranks in two groups of two, and steps from other checkpoints there, and from theirs in one."""
+    """Report runs of 4 ranks in two groups of two, steps there from other checkpoints, and elsewhere from those."""
     report: dict[str, Any] = {"fsdp": train_and_resume(shards, out, ranks, "fsdp", count)}
     for mode, within in GROUPED:
         report[f"{mode} {within}"] = train_and_resume(shards, out, ranks, mode, count, within)
