@@ -45,7 +45,7 @@ def main() -> None:
     settings = sources.from_file(sources.find(options.config))
     shape = replace(settings.model, vocab_size=50257, block_size=max(settings.model.block_size, options.tokens))
     gpt = GPT(shape, 1)
-    model = parallelize(gpt, alone, Parallel(), compiled=False, dtype=torch.float32)
+    model = parallelize(gpt, alone, Parallel(), seed=1, compiled=False, dtype=torch.float32)
     optimizer = make_optimizer(gpt, settings.optim)
     ids = torch.randint(0, shape.vocab_size, (options.batch, options.tokens))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

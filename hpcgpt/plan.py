@@ -98,6 +98,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
             f"parallel.gradient_dtype is {config.parallel.gradient_dtype}, but a single rank sends no gradients: "
             "leave it at float32, or start more ranks"
         )
+    check_groups(config.parallel.shard_within, world_size)
     sets = datasets.open_all(config, check_sizes)
     for part in sets:
         config = _with_vocabulary(config, part)
@@ -115,6 +116,17 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     planned = Plan(config, sets, _total_steps(config, sets[0].windows), own, tasks)
     init_from.check_samples(config, planned.identity)
     return planned
+
+
+def check_groups(within: str, world_size: int) -> None:
+    """Raise UserError if the ranks cannot be divided into groups of this number; see `parallel.shard_within`."""
+    if within in ("all", "node") or world_size % int(within) == 0:
+        return
+    fitting = [str(size) for size in range(2, world_size + 1) if world_size % size == 0]
+    raise UserError(
+        f"parallel.shard_within is {within}, which does not divide {world_size} ranks: use "
+        f"{' or '.join(['all', *fitting])}"
+    )
 
 
 def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:

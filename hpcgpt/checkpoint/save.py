@@ -36,7 +36,7 @@ from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.checkpoint.retention import Unread
 from hpcgpt.config import options
 from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
-from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
+from hpcgpt.distributed.sharded_tensor import is_sharded, rows_to_save
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.optim.optimizer import state_keys
 from hpcgpt.storage import atomic
@@ -73,7 +73,7 @@ def local_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: 
     tensors: dict[str, Tensor] = {}
 
     def add(name: str, tensor: Tensor) -> None:
-        rows = local_rows(tensor)
+        rows = rows_to_save(tensor)
         if not is_sharded(tensor):
             tensors[name] = tensor
         elif rows.start < rows.stop:

@@ -58,8 +58,7 @@ def find(config: Config) -> Iterator[str]:
     for key in ("muon_lr", "muon_momentum"):
         if config.optim.name != "muon" and getattr(config.optim, key) != getattr(Optim(), key):
             yield f"optim.{key} has no effect with optim.name {config.optim.name}: use muon, or leave it out"
-    if config.parallel.gradient_dtype == "bfloat16" and train.dtype == "float64":
-        yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: use one of them"
+    yield from _parallel_contradictions(config)
     yield from _checkpoint_contradictions(config)
     if config.eval.train_batches and not config.eval.every:
         yield "eval.train_batches has no effect with eval.every 0, which evaluates nothing: give eval.every"
@@ -75,6 +74,19 @@ def find(config: Config) -> Iterator[str]:
             yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
     if any(map(terminal.is_control, config.run.dir)):
         yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
+
+
+def _parallel_contradictions(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.gradient_dtype == "bfloat16" and config.train.dtype == "float64":
+        yield "parallel.gradient_dtype bfloat16 would round what train.dtype float64 computes: use one of them"
+    within = parallel.shard_within
+    if not re.fullmatch(r"all|node|[1-9]\d{0,5}", within, re.ASCII):
+        yield f"parallel.shard_within '{terminal.printable(within)}': expected all, node, or a number of ranks"
+    elif within == "1":
+        yield "parallel.shard_within 1 would shard nothing: use parallel.mode ddp"
+    elif within != "all" and parallel.mode == "ddp":
+        yield "parallel.shard_within has no effect with parallel.mode ddp, which shards nothing: use zero1 or fsdp"
 
 
 def _task_contradictions(evaluation: Eval) -> Iterator[str]:

@@ -221,6 +221,9 @@ class Parallel:
         "float32",
         "dtype in which gradients are reduced between ranks; bfloat16: half the bytes, rounded before the sum",
     )
+    shard_within: str = option(
+        "all", "zero1, fsdp: ranks that share a copy of weights and state: all, node (those of a node), or a number"
+    )
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ def _planned(settings: Config, ranks: int, trains: bool) -> tuple[Config, int, l
             f"{missing[0]} has no shards, so the length of train.epochs is not known: make them first, or give "
             "--train.tokens or --train.steps"
         )
+    plan.check_groups(settings.parallel.shard_within, ranks)
     plan.micro_steps(train.global_batch, train.micro_batch, ranks)
     ids = settings.model.vocab_size or GPT2_IDS
     changes: dict[str, Any] = {"model": dataclasses.replace(settings.model, vocab_size=ids)}

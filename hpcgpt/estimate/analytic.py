@@ -30,12 +30,14 @@ def measure(request: Request, reason: str) -> Memory:
     blocks, rest = block_parameters(config.model), table_parameters(config.model)
     every = config.model.n_layer * blocks + rest
     sharded = ranks > 1 and config.parallel.mode != "ddp"
-    held = -(-every // ranks) if sharded else every
+    within = config.parallel.shard_within
+    share = ranks if within == "all" else int(within)
+    held = -(-every // share) if sharded else every
     parts = dict.fromkeys(PARTS, 0)
     parts["weights"] = full * held + _copies(config, blocks, rest, sharded, full, width)
     parts["gradients"] = full * (held if config.parallel.mode == "fsdp" else every)
     state = STATE[config.optim.name] * config.model.n_layer * blocks + 2 * rest
-    parts["optimizer"] = full * (-(-state // ranks) if sharded else state)
+    parts["optimizer"] = full * (-(-state // share) if sharded else state)
     parts["activations"], parts["logits"] = _activations(config, full, width)
     parts["framework"] = CPU_FRAMEWORK_BYTES if request.on_cpu else GPU_FRAMEWORK_BYTES
     saved = full * (every + state)
@@ -43,7 +45,9 @@ def measure(request: Request, reason: str) -> Memory:
     moments = [Moment("step", parts)]
     if request.on_cpu and request.saves_while_training:
         moments.append(Moment("save", parts | {"other": copied}))
-    host = moments[-1].total if request.on_cpu else CPU_FRAMEWORK_BYTES + max(full * every, copied)
+    # Weights are made in host memory; if they are sharded, tensor by tensor.
+    made = 4 * (_largest_tensor(config.model) if sharded else every)
+    host = moments[-1].total if request.on_cpu else CPU_FRAMEWORK_BYTES + max(made, copied)
     flops = flops_per_token(config.model)
     return Memory(tuple(moments), parameter_count(config.model), flops, saved, copied, host, "analytic", (reason,))
 
@@ -65,6 +69,12 @@ def table_parameters(model: Model) -> int:
     tables = padded_vocabulary(model) * (1 if model.tied else 2)
     gpt2 = model.kind == "gpt2"
     return (tables + (model.block_size if gpt2 else 0)) * model.n_embd + model.n_embd * (2 if gpt2 else 1)
+
+
+def _largest_tensor(model: Model) -> int:
+    """Count the parameters of the largest one."""
+    hidden = model.hidden_width * (1 if model.kind == "gpt2" else 2)
+    return max(padded_vocabulary(model), hidden, 3 * model.n_embd) * model.n_embd
 
 
 def parameter_count(model: Model) -> int:

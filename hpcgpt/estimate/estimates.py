@@ -22,6 +22,8 @@ from hpcgpt.estimate.request import MOST_MICRO_STEPS, Request
 from hpcgpt.estimate.schedule import Disk, Times
 from hpcgpt.plan import micro_steps
 
+RANKS_PER_NODE = 8  # where it is not known: GPUs of most nodes for training
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -99,18 +101,20 @@ def make(
     done: int = 0,
     failure_s: float | None = None,
     save_s: float | None = None,
+    ranks_per_node: int = 0,
     estimator: Estimator | None = None,
 ) -> Estimate:
     """Estimate a run of `steps` steps on `ranks` devices; `config` has its vocab_size (`hpcgpt.plan.make`).
 
     `rate`: measured for this run; else from the table. `limit_s`: the job's time limit. `measured`: how long starts,
     saves and evaluations took before. `done`: steps that need not be made any more. `failure_s`: mean time between
-    failures. Takes some seconds.
+    failures. `ranks_per_node`: 0 if it is not known, which is taken to be RANKS_PER_NODE. Takes some seconds.
 
     Raises:
         UserError: the batch cannot be divided.
     """
     config = _in_dtype_of(device, config)
+    config = _in_groups(config, ranks, ranks_per_node or RANKS_PER_NODE)
     of_a_step = micro_steps(config.train.global_batch, config.train.micro_batch, ranks)
     request = Request(
         config, ranks, device.is_cpu, min(of_a_step, MOST_MICRO_STEPS),
@@ -129,6 +133,14 @@ def make(
         schedule.times(config, rate, max(0, steps - done), ranks, usual, limit_s) if rate else None,
         limit_s, schedule.disk(config, steps, memory.saved_bytes), done,
     )  # fmt: skip
+
+
+def _in_groups(config: Config, ranks: int, ranks_per_node: int) -> Config:
+    """Return the configuration with the number of ranks that "node" means for parallel.shard_within."""
+    if config.parallel.shard_within != "node":
+        return config
+    within = str(ranks_per_node) if ranks % ranks_per_node == 0 else "all"
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, shard_within=within))
 
 
 def _in_dtype_of(device: Device, config: Config) -> Config:

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from hpcgpt.estimate.storage_log import StorageLog
 from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.model.precision import computing_in, pick_dtype
 from hpcgpt.optim.optimizer import make_optimizer
-from hpcgpt.training.parallel import ParallelModel, parallelize
+from hpcgpt.training.parallel import ParallelModel, parallelize, shards_weights
 from hpcgpt.training.step import accumulate, to_inputs_and_targets, train_step
 
 CPU = torch.device("cpu")
@@ -78,10 +78,12 @@ def measure(request: Request, framework_bytes: int) -> Memory:
     ):
         step = _Step(request, ranks, log)
         parameters, flops = step.gpt.parameter_count(), step.gpt.flops_per_token()
+        sizes = [4 * parameter.numel() for parameter in step.gpt.parameters()]
+        made = max(sizes) if step.model.in_step else sum(sizes)
         step.run()
         if config.eval.every:
             step.evaluate()
-        tensors = local_state_dict(step.model.local, step.optimizer, ranks)
+        tensors = local_state_dict(step.model.gpt, step.optimizer, ranks)
         copied = sum(tensor.nbytes for tensor in share_of(tensors, ranks).values())
         saved = step.saved_bytes()
         moments = _moments(log, framework_bytes if request.on_cpu else GPU_FRAMEWORK_BYTES)
@@ -91,8 +93,8 @@ def measure(request: Request, framework_bytes: int) -> Memory:
             moments.append(_with_copy(max(moments, key=lambda moment: moment.total), copied))
         host = max(moment.total for moment in moments)
     else:
-        # Weights are made in host memory, and freed there before the first save.
-        host = framework_bytes + max(4 * parameters, copied)
+        # Weights are made in host memory, sharded ones tensor by tensor, and freed there before the first save.
+        host = framework_bytes + max(made, copied)
     return Memory(
         tuple(moments), parameters, flops, saved, copied, host, "fake tensors", tuple(_remarks(request, config))
     )
@@ -110,12 +112,12 @@ def fake_ranks(size: int) -> Iterator[Ranks]:
 
     make_mesh = device_mesh.init_device_mesh
 
-    def make_real_mesh(*arguments: Any) -> device_mesh.DeviceMesh:
+    def make_real_mesh(*arguments: Any, **named: Any) -> device_mesh.DeviceMesh:
         with unset_fake_temporarily():  # it reads the numbers of ranks from a tensor
-            return make_mesh(*arguments)
+            return make_mesh(*arguments, **named)
 
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    device_mesh.init_device_mesh = make_real_mesh  # type: ignore[assignment]
+    device_mesh.init_device_mesh = make_real_mesh
     try:
         yield Ranks(world, CPU, dist.group.WORLD)
     finally:
@@ -132,12 +134,12 @@ class _Step:
         dtype = pick_dtype(config.train.dtype, CPU)
         log.phase("start")
         with log.within("weights"):
-            self.gpt = _model(request, dtype)
+            self.gpt = _model(request, ranks, dtype)
             self.gpt.mean_loss = _logged_loss(self.gpt.mean_loss, log)
             self.model = _parallel(self.gpt, ranks, config, dtype, log)
-        for parameter in self.model.local.parameters():
+        for parameter in self.model.gpt.parameters():
             log.label(parameter, "weights")
-        self.optimizer = make_optimizer(self.model.local, config.optim)
+        self.optimizer = make_optimizer(self.model.gpt, config.optim)
         self.optimizer.register_step_pre_hook(lambda *_: self._before_optimizer())
         self.optimizer.register_step_post_hook(lambda *_: self._after_optimizer())
         self._precision: Callable[[], Any] = lambda: computing_in(dtype, CPU)
@@ -166,18 +168,15 @@ class _Step:
         """Compute the loss of one batch of an evaluation, as ``hpcgpt.training.evaluation`` does."""
         log = self._log
         log.phase("evaluation")
-        with log.within("weights"):
-            gpt = self.model.gather()
-        gpt.eval()
-        with torch.no_grad(), log.within("activations"), self._precision():
+        with self.model.evaluating() as gpt, torch.no_grad(), log.within("activations"), self._precision():
+            gpt.eval()
             inputs, targets = to_inputs_and_targets(self._batch(), CPU)
             gpt(inputs, targets)
-        self.model.release()
 
     def saved_bytes(self) -> int:
         """Return the bytes of a checkpoint's tensors, of all ranks together."""
         found = 0
-        for parameter in self.model.local.parameters():
+        for parameter in self.model.gpt.parameters():
             state = self.optimizer.state[parameter].values()
             # The size of a sharded tensor is that of all its rows.
             found += sum(tensor.numel() * tensor.itemsize for tensor in (parameter, *state))
@@ -189,7 +188,7 @@ class _Step:
             return torch.zeros(config.train.micro_batch, config.model.block_size + 1, dtype=torch.int32)
 
     def _before_optimizer(self) -> None:
-        for parameter in self.model.local.parameters():
+        for parameter in self.model.gpt.parameters():
             self._log.label(parameter.grad, "gradients")
         self._log.scope = "optimizer"
 
@@ -197,12 +196,13 @@ class _Step:
         self._log.scope = "activations"
 
 
-def _model(request: Request, dtype: torch.dtype) -> GPT:
-    before = torch.get_default_dtype()
+def _model(request: Request, ranks: Ranks, dtype: torch.dtype) -> GPT:
+    config, before = request.config, torch.get_default_dtype()
     # GPT.double() and .to() exchange tensors, which torch does not support for fake ones.
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
     try:
-        gpt = GPT(request.config.model, request.config.run.seed, _options(request))
+        with torch.device("meta") if shards_weights(ranks, config.parallel) else nullcontext():
+            gpt = GPT(config.model, config.run.seed, _options(request))
     finally:
         torch.set_default_dtype(before)
     gpt.to = lambda *_: gpt  # type: ignore[method-assign]
@@ -252,7 +252,7 @@ class _Bucketed(ParallelModel):
 def _parallel(gpt: GPT, ranks: Ranks, config: Config, dtype: torch.dtype, log: StorageLog) -> ParallelModel:
     settings = config.parallel
     if ranks.cpu_group is None or settings.mode != "ddp":
-        return parallelize(gpt, ranks, settings, compiled=False, dtype=dtype)
+        return parallelize(gpt, ranks, settings, seed=config.run.seed, compiled=False, dtype=dtype)
     with log.within("gradients"):
         bucket: list[torch.nn.Parameter] = []
         limit = FIRST_BUCKET_BYTES
@@ -262,7 +262,7 @@ def _parallel(gpt: GPT, ranks: Ranks, config: Config, dtype: torch.dtype, log: S
                 _fill(bucket)
                 bucket, limit = [], BUCKET_BYTES
         _fill(bucket)
-    return _Bucketed(gpt, gpt, gpt, CPU)
+    return _Bucketed(gpt, gpt, CPU)
 
 
 def _fill(bucket: list[torch.nn.Parameter]) -> None:

@@ -45,6 +45,7 @@ def make(planned: Plan, requested: Request, gpu: str) -> tuple[Estimate | None, 
             limit_s=_limit_s(requested),
             measured=measured,
             done=_done(planned),
+            ranks_per_node=requested.ranks // requested.nodes,
         )
     except OSError as error:
         return None, f"no estimate: {error}"

@@ -101,7 +101,7 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if active_fake_mode() is not self._fake_mode:
             return result
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 for storage in get_untyped_storages(leaf):
                     self._number(storage)
         self._relabel(func.name(), args, kwargs or {}, result)

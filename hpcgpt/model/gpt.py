@@ -11,6 +11,7 @@ sqrt(2 n_layer). What differs between ``model.kind = "gpt2"`` and ``"modern"`` i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +64,7 @@ PLAIN = ForwardOptions()
 
 class GPT(nn.Module):
     def __init__(self, config: Model, seed: int = 0, options: ForwardOptions = PLAIN) -> None:
-        """Make a model for `config.vocab_size` ids. The initial weights are drawn on the CPU, from `seed` alone."""
+        """Make a model for `config.vocab_size` ids, with its initial weights; without weights on the device "meta"."""
         super().__init__()
         self.config, self.options = config, options
         rows = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -80,17 +81,24 @@ class GPT(nn.Module):
         self.initialise(seed)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, fill: Callable[[nn.Parameter, Tensor], object] = Tensor.copy_) -> None:
+        """Draw the initial weights on the CPU, from `seed` alone.
+
+        `fill` is called with each parameter and all of its weights, float32: one after the other, so that they need not
+        fit in memory together.
+        """
         generator = torch.Generator().manual_seed(seed)
-        std = self.config.init_std
-        residual_std = std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:  # the gains of norms, and biases
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("residual.weight"):
-                parameter.normal_(0.0, residual_std, generator=generator)
-            else:
-                parameter.normal_(0.0, std, generator=generator)
+            fill(parameter, self._draw(name, parameter.shape, generator))
+
+    def _draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        drawn = torch.empty(shape, dtype=torch.float32)
+        if len(shape) == 1:  # the gains of norms, and biases
+            return drawn.fill_(1.0 if name.endswith("weight") else 0.0)
+        std = self.config.init_std
+        if name.endswith("residual.weight"):
+            std /= math.sqrt(2 * self.config.n_layer)
+        return drawn.normal_(0.0, std, generator=generator)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Return the mean loss in nats over all `targets` (B, T): (). Without targets, the logits of `ids`: (B, T, V).

@@ -37,13 +37,14 @@ class Computation:
     """How to compute: `batch` requests at a time, on `ranks`, inside of `precision`.
 
     `stopped` is called by all ranks together before each round, in which each rank computes one batch; if it returns
-    True, there is no result.
+    True, there is no result. `in_step`: each forward pass needs all ranks, which have parts of the weights.
     """
 
     batch: int
     ranks: Ranks
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     stopped: Callable[[], bool] = lambda: False
+    in_step: bool = False
 
     def rounds(self, requests: int) -> int:
         """Return in how many rounds so many requests are computed."""
@@ -69,9 +70,11 @@ def loglikelihoods(model: GPT, requests: Sequence[Request], how: Computation) ->
                 try:
                     own.update(zip(numbers, _of_batch(model, chosen, how.ranks.device), strict=True))
                 except Exception as error:  # of any type: the others poll `stopped` together with this rank
-                    if world.size == 1:
+                    if world.size == 1 or how.in_step:
                         raise
                     failed = error
+            elif how.in_step:  # the others need this rank's weights
+                model.hidden(torch.zeros(1, 1, dtype=torch.int64, device=how.ranks.device))
 
     def computed() -> dict[int, LogLikelihood]:
         if failed is not None:

@@ -233,12 +233,12 @@ class Attempt:
 
     def _sampler(self) -> Sampler:
         return Sampler(
-            self.engine.model.gpt,
+            self.engine.model,
+            self.ranks,
             self.tokenizer,
             self.config.sample,
             self.config.run.seed,
             self.engine.dtype,
-            self.ranks.device,
         )
 
     def _evaluate(self, stopped: Callable[[], bool]) -> dict[str, float | None] | None:
@@ -246,4 +246,4 @@ class Attempt:
 
         A collective.
         """
-        return self._evaluator.evaluate(self.engine.model.gather(), self.state.step, stopped)
+        return self._evaluator.evaluate(self.engine.model, self.state.step, stopped)

@@ -100,7 +100,7 @@ class Checkpointer:
             identity=self.plan.identity,
             in_effect=self.in_effect,
         )
-        saved = self.saver.begin(state, local_state_dict(self.engine.model.local, self.engine.optimizer, self.ranks))
+        saved = self.saver.begin(state, local_state_dict(self.engine.model.gpt, self.engine.optimizer, self.ranks))
         if saved is None and not self.plan.config.checkpoint.background:
             saved = self.saver.finish(self.watchdog.alive)
         return saved

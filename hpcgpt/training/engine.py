@@ -31,7 +31,7 @@ from hpcgpt.optim.optimizer import make_optimizer
 from hpcgpt.plan import Plan
 from hpcgpt.run import metrics_file
 from hpcgpt.training import spikes
-from hpcgpt.training.parallel import parallelize
+from hpcgpt.training.parallel import parallelize, shards_weights
 from hpcgpt.training.step import StepResult, Votes, accumulate, totals, train_step
 from hpcgpt.training.stragglers import LocalTime
 
@@ -79,7 +79,9 @@ class Engine:
         self._peak_flops = metrics_file.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
         allow_tf32(ranks.device)
         options = ForwardOptions.from_config(settings, planned.sets[0].manifest.tokenizer["end_of_text"])
-        gpt = GPT(settings.model, settings.run.seed, options)
+        # Sharded weights are drawn by `parallelize`, tensor by tensor.
+        with torch.device("meta") if shards_weights(ranks, settings.parallel) else nullcontext():
+            gpt = GPT(settings.model, settings.run.seed, options)
         if self.dtype == torch.float64:
             gpt.double()
         self._flops_per_token = gpt.flops_per_token()
@@ -88,8 +90,10 @@ class Engine:
             self._kernels = kernels.deterministic(self._kernels, ranks.device)
         # Compiled on all ranks or on none, so that all compute alike.
         self.compiled = all(gather_from_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
-        self.model = parallelize(gpt, ranks, settings.parallel, compiled=self.compiled, dtype=self.dtype)
-        self.optimizer = make_optimizer(self.model.local, settings.optim)
+        self.model = parallelize(
+            gpt, ranks, settings.parallel, seed=settings.run.seed, compiled=self.compiled, dtype=self.dtype
+        )
+        self.optimizer = make_optimizer(self.model.gpt, settings.optim)
         self.loader = _loader(planned, ranks)
         self._prefetcher = Prefetcher(self.loader.batch, planned.micro_steps, ranks.device)
         self._unreduced: PendingStep | None = None
@@ -116,7 +120,6 @@ class Engine:
         """
         settings = self._config
         self._reduce()
-        self.model.release()
         began = self._clock.mark()
         rate = learning_rate(step, self._plan.total_steps, settings)
         with self._kernels():  # around the backward pass too: activation checkpointing repeats the forward pass in it

@@ -37,6 +37,7 @@ from hpcgpt.plan import Plan
 from hpcgpt.tasks import evaluation as task_evaluation
 from hpcgpt.tasks.likelihood import Computation
 from hpcgpt.tokenizer.interface import Tokenizer
+from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.step import to_inputs_and_targets
 
 Precision = Callable[[], AbstractContextManager[None]]
@@ -56,7 +57,8 @@ class EvalContext:
     """How to evaluate: `batches` batches of `micro_batch` windows; 0: the whole split.
 
     `bytes_per_token` (V,): see the function of this name. `stopped` is called by all ranks together before each round,
-    in which each rank evaluates one batch; if it returns True, the evaluation ends without a result.
+    in which each rank evaluates one batch; if it returns True, the evaluation ends without a result. `in_step`: see
+    `hpcgpt.training.parallel.ParallelModel`.
     """
 
     batches: int
@@ -65,6 +67,7 @@ class EvalContext:
     ranks: Ranks
     precision: Precision = nullcontext
     stopped: Callable[[], bool] = lambda: False
+    in_step: bool = False
 
     def count(self, windows: Windows) -> int:
         """Return how many of `windows` are evaluated."""
@@ -94,24 +97,33 @@ class Evaluator:
             precision,
         )
 
-    def evaluate(self, model: GPT, step: int, stopped: Callable[[], bool]) -> dict[str, float | None] | None:
+    def evaluate(self, model: ParallelModel, step: int, stopped: Callable[[], bool]) -> dict[str, float | None] | None:
         """Return the figures after `step` steps; None if `stopped` returned True before they were complete.
 
-        A collective. `model` must have all of its weights.
+        A collective.
         """
-        context = replace(self._context, stopped=stopped)
-        of_validation = evaluate_all(model, self._validation, context)
-        if of_validation is None:
-            return None
-        of_training = training_loss(model, self._training, replace(context, batches=self._config.eval.train_batches))
-        if of_training is None:
-            return None
-        of_tasks: dict[str, float | None] | None = {}
-        if self._tasks and (step % self._config.eval.tasks_every == 0 or step == self._total_steps):
-            device = context.ranks.device
-            how = Computation(context.micro_batch, context.ranks, lambda: computing_in(self._dtype, device), stopped)
-            of_tasks = task_evaluation.metrics(model, self._tasks, how)
+        context = replace(self._context, stopped=stopped, in_step=model.in_step)
+        with model.evaluating() as gpt:
+            of_validation = evaluate_all(gpt, self._validation, context)
+            if of_validation is None:
+                return None
+            of_training = training_loss(gpt, self._training, replace(context, batches=self._config.eval.train_batches))
+            if of_training is None:
+                return None
+            of_tasks = self._of_tasks(gpt, step, context)
         return None if of_tasks is None else {**of_validation, **of_training, **of_tasks}
+
+    def _of_tasks(self, gpt: GPT, step: int, context: EvalContext) -> dict[str, float | None] | None:
+        if not self._tasks or (step % self._config.eval.tasks_every and step != self._total_steps):
+            return {}
+        how = Computation(
+            context.micro_batch,
+            context.ranks,
+            lambda: computing_in(self._dtype, context.ranks.device),
+            context.stopped,
+            context.in_step,
+        )
+        return task_evaluation.metrics(gpt, self._tasks, how)
 
 
 def validation_sets(planned: Plan) -> list[ValidationSet]:
@@ -197,6 +209,8 @@ def evaluate(model: nn.Module, windows: Windows, context: EvalContext) -> dict[s
             number = first + ranks.world.rank
             if number < len(batches):
                 sums += _batch_sums(model, windows, batches[number], context)
+            elif context.in_step:  # the others need this rank's weights
+                _batch_sums(model, windows, batches[-1], context)
     finally:
         model.train(training)
     if ranks.cpu_group is not None:

@@ -151,6 +151,8 @@ def collect(planned: Plan, ranks: Ranks, engine: Engine) -> dict[str, Any]:
         "train.dtype": str(engine.dtype).removeprefix("torch."),
         "train.compile": "on" if engine.compiled else "off",
     }
+    if engine.model.mesh and planned.config.parallel.shard_within == "node":
+        resolved["parallel.shard_within"] = str(engine.model.mesh.shape[1])
     machine: dict[str, Any] = {
         "ranks": ranks.world.size,
         "hpcgpt": hpcgpt.__version__,

@@ -185,18 +185,19 @@ class Loop:
         return True
 
     def _report(self, row: Row) -> None:
-        """Report a row, and a sample if the step was evaluated. Rank 0 only; the others return at once."""
-        if not self.reporter:
-            return
-        self.reporter.row(row)
+        """Report a row, and a sample if the step was evaluated."""
+        if self.reporter:
+            self.reporter.row(row)
         settings, step = self.plan.config.sample, self.state.step
         if "val/loss" in row and settings.tokens:
             limit_s = sample_limit_s(settings.max_s, self.watchdog.limit_s)
             with only_informs("the sample"):
-                self.reporter.sample(step, self.sampler.generate(step, limit_s, self._may_sample))
+                text = self.sampler.generate(step, limit_s, self._may_sample)
+                if self.reporter:
+                    self.reporter.sample(step, text)
 
     def _may_sample(self) -> bool:
-        """Reset the watchdog; return False if a stop is requested. Rank 0 calls it for each token of a sample."""
+        """Reset the watchdog; return False if a stop is requested. Called for each token of a sample."""
         self.watchdog.alive()
         return self.stop.here() == Stop.NO
 

@@ -13,23 +13,30 @@ The others are FSDP2 (``fully_shard``), with a group for each block and one for 
 rows, and rank r has the r-th part. They differ in when full weights and gradients are freed: after each block, or after
 the step. So zero1 is stage 1 of Rajbhandari et al., "ZeRO", 2020, except that full weights are not kept between steps.
 
-A sharded model cannot run on one rank alone. Evaluation and samples use the original model instead: its weights are
-filled in by `ParallelModel.gather`, and freed by `ParallelModel.release`.
+With `parallel.shard_within` G < W ranks, each group of G consecutive ranks holds a copy: W in the table is G then, and
+an all-gather or a reduce-scatter stays within a group, for example within a node. Then the groups add up their
+gradients: an all-reduce of N / G between ranks with the same rows, once for each step. PyTorch calls it hybrid
+sharding: the mesh of ranks has two dimensions.
+
+A sharded model is built without memory for its weights. Each tensor is drawn whole on the CPU and freed again once
+each rank has its rows, so that no rank ever holds all weights, and the initial ones are those of any other mode.
+
+It cannot run on one rank alone: each forward pass gathers blocks from all ranks. For an evaluation or a sample all
+ranks make the same number of passes inside of `ParallelModel.evaluating`.
 
 Gradients are summed in float32 (float64 with that train.dtype) in all modes, so that all modes compute the same result
 up to the order of sums; gradient_dtype bfloat16 halves the bytes that are sent. When training computes in bf16, the
 weights of blocks are gathered in bf16: half of N to send and to hold, and autocast need not cast and keep them for the
-backward pass. This changes only the gains and biases of norms, which autocast would have left in float32.
+backward pass. This changes only the gains and biases of norms, which autocast would have left in float32. Evaluations
+and samples compute with the same weights as training.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -37,47 +44,67 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt.config.options import Parallel
-from hpcgpt.distributed.sharded_tensor import full_tensor, is_sharded, local_rows
+from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
+from hpcgpt.errors import UserError
+from hpcgpt.model import loss
 from hpcgpt.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
 class ParallelModel:
     """A model as its ranks train it; see `parallelize`.
 
-    `module` is called to train. `local` has this rank's part of the weights, under the names of `gpt`'s: for the
-    optimizer and for checkpoints. `gpt` is the model itself, to evaluate: the same as `local` unless weights are
-    sharded, then valid between `gather` and `release`.
+    `module` is called to train. `gpt` is the model itself, with this rank's part of the weights: for the optimizer and
+    for checkpoints; and to compute without training, inside of `evaluating`. `in_step`: weights are sharded, and each
+    forward pass needs all ranks. `mesh`: the ranks, by group and number in it, if there are several groups.
     """
 
     module: nn.Module
-    local: nn.Module
     gpt: GPT
     device: torch.device
-    _is_gathered: bool = False
+    in_step: bool = False
+    mesh: DeviceMesh | None = None
 
-    @torch.no_grad()
-    def gather(self) -> GPT:
-        """Return `gpt` with all of its weights, until `release`. A collective."""
-        if self.local is not self.gpt:
-            for shard, parameter in zip(self.local.parameters(), self.gpt.parameters(), strict=True):
-                parameter.data = full_tensor(shard.detach())
-            self._is_gathered = True
-        return self.gpt
+    @contextmanager
+    def evaluating(self) -> Iterator[GPT]:
+        """Yield `gpt` for passes without gradients, not compiled: so that its figures are those of ``hpcgpt eval``.
 
-    def release(self) -> None:
-        """Free the weights that `gather` has filled in, if there are any."""
-        if self._is_gathered:
-            free_weights(self.gpt, self.device)
-            self._is_gathered = False
+        If weights are sharded, all ranks must make the same number of passes inside.
+        """
+        if not self.in_step:
+            yield self.gpt
+            return
+        gpt: Any = self.gpt
+        gpt.unshard()  # all but the blocks, which do so by themselves: GPT.hidden may be called without GPT.forward
+        try:
+            with _not_compiled(self.gpt):
+                yield self.gpt
+        finally:
+            for module in (gpt, *gpt.blocks):
+                module.reshard()  # else the next step would compute with the weights of today
 
     def without_sync(self) -> AbstractContextManager[None]:
         """Return a context in which gradients are accumulated on each rank, and not sent.
 
-        With fsdp they are sent: full gradients would have to be kept, whose size is the reason to choose fsdp.
+        With fsdp they are sent, but only within a group: full gradients would have to be kept, whose size is the reason
+        to choose fsdp.
         """
-        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel | Zero1) else nullcontext()
+        if isinstance(self.module, DistributedDataParallel | Zero1):
+            return self.module.no_sync()
+        return self._without_all_reduce() if self.mesh else nullcontext()
+
+    @contextmanager
+    def _without_all_reduce(self) -> Iterator[None]:
+        sharded: Any = self.gpt
+        sharded.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_all_reduce(True)
 
     def clip_gradients(self, limit: float) -> Tensor:
         """Scale the gradients to a norm of at most `limit`, over all parameters; return the norm before ().
@@ -89,7 +116,8 @@ class ParallelModel:
             return nn.utils.clip_grad_norm_(parameters, limit)
         gradients = [local_rows(parameter.grad).local for parameter in parameters if parameter.grad is not None]
         squared = nn.utils.get_total_norm(gradients).square()
-        dist.all_reduce(squared)
+        # The ranks of a group have all rows between them; another group has the same.
+        dist.all_reduce(squared, group=self.mesh.get_group("shards") if self.mesh else None)
         norm = squared.sqrt()
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -103,18 +131,25 @@ class ParallelModel:
         optimizer.zero_grad(set_to_none=not isinstance(self.module, DistributedDataParallel))
 
 
-def parallelize(gpt: GPT, ranks: Ranks, settings: Parallel, *, compiled: bool, dtype: torch.dtype) -> ParallelModel:
+def shards_weights(ranks: Ranks, settings: Parallel) -> bool:
+    """Return whether each rank is to hold a part of the weights."""
+    return ranks.cpu_group is not None and settings.mode != "ddp"
+
+
+def parallelize(
+    gpt: GPT, ranks: Ranks, settings: Parallel, *, seed: int, compiled: bool, dtype: torch.dtype
+) -> ParallelModel:
     """Distribute `gpt` over the ranks. A collective.
 
-    `gpt` must be on the CPU, and the same on all ranks. It is moved to the device; if weights are sharded, its own are
-    freed. `dtype` is that of the forward pass.
+    `gpt` must be the same on all ranks: on the CPU; on the device "meta" if weights are sharded (`shards_weights`). It
+    is moved to the ranks' device, and then has the initial weights of `seed`. `dtype` is that of the forward pass.
     """
-    if ranks.cpu_group is not None and settings.mode != "ddp":
-        return _sharded(gpt, ranks, settings, compiled, dtype)
+    if shards_weights(ranks, settings):
+        return _sharded(gpt, ranks, settings, seed, compiled, dtype)
     gpt.to(ranks.device)
     module: nn.Module = torch.compile(gpt) if compiled else gpt  # type: ignore[assignment]
     if ranks.cpu_group is None:
-        return ParallelModel(module, gpt, gpt, ranks.device)
+        return ParallelModel(module, gpt, ranks.device)
     wrapped = DistributedDataParallel(
         module,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
@@ -125,45 +160,91 @@ def parallelize(gpt: GPT, ranks: Ranks, settings: Parallel, *, compiled: bool, d
 
         # Wrapped: DDP refuses the library's hook by its name without NCCL, though gloo can sum bfloat16 too.
         wrapped.register_comm_hook(None, lambda group, bucket: default_hooks.bf16_compress_hook(group, bucket))
-    return ParallelModel(wrapped, gpt, gpt, ranks.device)
+    return ParallelModel(wrapped, gpt, ranks.device)
 
 
-def _sharded(gpt: GPT, ranks: Ranks, settings: Parallel, compiled: bool, dtype: torch.dtype) -> ParallelModel:
+def _sharded(
+    gpt: GPT, ranks: Ranks, settings: Parallel, seed: int, compiled: bool, dtype: torch.dtype
+) -> ParallelModel:
     # Imported here, since it takes a second.
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    local = _take_weights(gpt, ranks.device)
+    mesh = _mesh(ranks, settings.shard_within)
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(ranks.device.type, (ranks.world.size,)),
+        "mesh": mesh,
         "reshard_after_forward": None if settings.mode == "fsdp" else False,  # None: all but the outermost
     }
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     sums = torch.bfloat16 if settings.gradient_dtype == "bfloat16" else exact
     if compiled:  # what is between FSDP's hooks; the hooks themselves are not compiled
-        local.mean_loss = torch.compile(local.mean_loss)
-    for block in local.blocks:
+        gpt.mean_loss = torch.compile(gpt.mean_loss)
+    for block in gpt.blocks:
         if compiled:
             block.compile()
         fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, sums, cast_forward_inputs=False), **options)
-    fully_shard(local, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
-    return ParallelModel(Zero1(local) if settings.mode == "zero1" else local, local, gpt, ranks.device)
+    fully_shard(gpt, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
+    gpt.to_empty(device=ranks.device)
+    gpt.initialise(seed, _keep_own_rows)
+    module = Zero1(gpt) if settings.mode == "zero1" else gpt
+    return ParallelModel(module, gpt, ranks.device, in_step=True, mesh=mesh if mesh.ndim == 2 else None)
 
 
-def _take_weights(gpt: GPT, device: torch.device) -> GPT:
-    """Return a model with the weights of `gpt`, which is moved to `device` without weights."""
-    same = {id(parameter): nn.Parameter(parameter.data) for parameter in gpt.parameters()}
-    taken = copy.deepcopy(gpt, same)  # copies everything but the weights, which are never in memory twice
-    free_weights(gpt, device)
-    gpt.to(device)
-    return taken
+def _mesh(ranks: Ranks, within: str) -> DeviceMesh:
+    """Return the mesh of all ranks: of one dimension, or of two if there are several groups. A collective.
+
+    Raises:
+        UserError: the ranks of nodes are not such groups.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = ranks.world.size
+    group = _ranks_of_a_node(ranks) if within == "node" else size if within == "all" else int(within)
+    if group == size:
+        return init_device_mesh(ranks.device.type, (size,))
+    return init_device_mesh(ranks.device.type, (size // group, group), mesh_dim_names=("groups", "shards"))
 
 
-@torch.no_grad()
-def free_weights(model: nn.Module, device: torch.device) -> None:
-    """Free the weights of a model: each parameter becomes one NaN, expanded to its shape."""
-    for parameter in model.parameters():
-        parameter.data = torch.full((), math.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)
+def _ranks_of_a_node(ranks: Ranks) -> int:
+    world = ranks.world
+    is_in_order = world.rank % world.local_size == world.local_rank
+    least = torch.tensor([world.local_size, -world.local_size, int(is_in_order)])
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=ranks.cpu_group)
+    fewest, most = int(least[0]), -int(least[1])
+    if fewest != most or not least[2]:
+        found = f"nodes have {fewest} to {most}" if fewest != most else "they are numbered across nodes"
+        raise UserError(
+            f"parallel.shard_within node needs equally many ranks on each node, numbered node by node, and {found}: "
+            "start them so (srun --ntasks-per-node=N --distribution=block), or give a number of ranks"
+        )
+    if fewest == 1:
+        raise UserError(
+            "parallel.shard_within node would shard nothing, since each node has one rank: use all or a number of ranks"
+        )
+    return fewest
+
+
+def _keep_own_rows(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Fill this rank's rows of a parameter from all of its weights."""
+    own = local_rows(parameter.detach())
+    own.local.copy_(whole[own.start : own.stop])
+
+
+@contextmanager
+def _not_compiled(gpt: GPT) -> Iterator[None]:
+    """Run what `_sharded` has compiled as it is written, inside."""
+    compiled, mean_loss = [block._compiled_call_impl for block in gpt.blocks], gpt.mean_loss
+    if not all(compiled):
+        yield
+        return
+    try:
+        gpt.mean_loss = loss.mean_loss
+        for block in gpt.blocks:
+            block._compiled_call_impl = None
+        yield
+    finally:
+        gpt.mean_loss = mean_loss
+        for block, call in zip(gpt.blocks, compiled, strict=True):
+            block._compiled_call_impl = call
 
 
 class Zero1(nn.Module):

@@ -86,7 +86,7 @@ class Restorer:
         origin = ""
         if settings.init_from:
             optimizer = self.engine.optimizer if settings.init_optimizer else None
-            source = init_from.load(settings, self.engine.model.local, optimizer, self.ranks)
+            source = init_from.load(settings, self.engine.model.gpt, optimizer, self.ranks)
             self.state.skipped = init_from.first_batch(source.state, self.plan.config, self.plan.identity)
             origin = source.message(self.state.skipped * self.plan.config.train.global_batch)
         torch.manual_seed(settings.seed + 7919 * self.ranks.world.rank)
@@ -94,7 +94,7 @@ class Restorer:
 
     def load(self, path: Path) -> None:
         """Load the tensors, random generators and state of a checkpoint."""
-        saved = load.load(path, self.engine.model.local, self.engine.optimizer, self.ranks)
+        saved = load.load(path, self.engine.model.gpt, self.engine.optimizer, self.ranks)
         self.state.become(saved)
         if saved.world_size != self.ranks.world.size:
             torch.manual_seed(self.plan.config.run.seed + 7919 * self.ranks.world.rank + 104729 * saved.step)

@@ -1,23 +1,29 @@
 """Samples: a short text that rank 0 generates after each evaluation, with the weights of that step.
 
-A sample uses the device that training uses, so training waits for it, for a limited time.
+A sample uses the device that training uses, so training waits for it, for a limited time. If weights are sharded, the
+other ranks make a forward pass with each one of rank 0.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from hpcgpt.config import options
 from hpcgpt.distributed import rendezvous
+from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.generate import generate
 from hpcgpt.model.gpt import GPT
+from hpcgpt.model.kv_cache import KVCache
 from hpcgpt.model.precision import computing_in
 from hpcgpt.tokenizer import interface
 from hpcgpt.tokenizer.interface import Tokenizer
+from hpcgpt.training.parallel import ParallelModel
 
 
 def sample_limit_s(wanted_s: float, hang_s: float) -> float:
@@ -27,29 +33,71 @@ def sample_limit_s(wanted_s: float, hang_s: float) -> float:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Generates samples with `model`, which must have all of its weights whenever `generate` is called."""
+    """Generates samples with `model`."""
 
-    model: GPT
+    model: ParallelModel
+    ranks: Ranks
     tokenizer: Tokenizer
     settings: options.Sample
     seed: int
     dtype: torch.dtype
-    device: torch.device
 
     def generate(self, step: int, limit_s: float, alive: Callable[[], bool]) -> str:
-        """Return the prompt and its continuation. The same step always gets the same random numbers.
+        """Return the prompt and its continuation on rank 0, '' on the others.
 
-        `alive` is called for each token. Generation ends when it returns False, and after `limit_s` seconds.
+        A collective if weights are sharded. The same step always gets the same random numbers. `alive` is called for
+        each token. Generation ends when it returns False on rank 0, and after `limit_s` seconds.
         """
+        first, in_step = self.ranks.world.is_first, self.model.in_step
+        if not first and not in_step:
+            return ""
+        # The same attention as `hpcgpt sample`, not train.attention: some kernels cannot process a single token.
+        with self.model.evaluating() as gpt, computing_in(self.dtype, self.ranks.device):
+            if not first:
+                _follow(gpt, self.ranks, alive)
+                return ""
+            with _leading(gpt, self.ranks) if in_step else nullcontext():
+                return self._text(gpt, step, limit_s, alive)
+
+    def _text(self, gpt: GPT, step: int, limit_s: float, alive: Callable[[], bool]) -> str:
         deadline = time.monotonic() + limit_s
         prompt = [self.tokenizer.end_of_text, *self.tokenizer.encode(self.settings.prompt)]
 
         def ids() -> Iterator[int]:
-            for token in generate(self.model, prompt, self.settings, self.device, self.seed + step):
+            for token in generate(gpt, prompt, self.settings, self.ranks.device, self.seed + step):
                 yield token
                 if not alive() or time.monotonic() > deadline:
                     return
 
-        # The same attention as `hpcgpt sample`, not train.attention: some kernels cannot process a single token.
-        with computing_in(self.dtype, self.device):
-            return self.settings.prompt + "".join(interface.stream(self.tokenizer, ids(), after=prompt))
+        return self.settings.prompt + "".join(interface.stream(self.tokenizer, ids(), after=prompt))
+
+
+@contextmanager
+def _leading(gpt: GPT, ranks: Ranks) -> Iterator[None]:
+    """Announce each forward pass inside to the other ranks, and in the end that there are no more: see `_follow`."""
+
+    def announce(*_: object) -> None:
+        _broadcast(True, ranks)
+
+    # Before the hook that waits for the weights of the other ranks.
+    hook = gpt.register_forward_pre_hook(announce, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        _broadcast(False, ranks)
+
+
+@torch.no_grad()
+def _follow(gpt: GPT, ranks: Ranks, alive: Callable[[], bool]) -> None:
+    """Make a forward pass with each one of rank 0, which needs this rank's weights. The ids do not matter."""
+    while _broadcast(None, ranks):
+        gpt(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device), cache=KVCache(gpt.config))
+        alive()
+
+
+def _broadcast(more: bool | None, ranks: Ranks) -> bool:
+    """Return what rank 0 gives. A collective."""
+    given = torch.tensor([int(bool(more))])
+    dist.broadcast(given, src=0, group=ranks.cpu_group)
+    return bool(given)

@@ -27,8 +27,8 @@ from hpcgpt.distributed import rendezvous, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
-from hpcgpt.storage.background import Work
 from hpcgpt.run import run_folder
+from hpcgpt.storage.background import Work
 from hpcgpt.storage.lease import Lease, acquire
 
 

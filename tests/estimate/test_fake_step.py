@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpcgpt.config.options import Config, Eval, Model, Train
-from hpcgpt.estimate import analytic, fake_step, fitting
+from hpcgpt.estimate import analytic, devices, estimates, fake_step, fitting
 from hpcgpt.estimate.account import Memory, Moment
 from hpcgpt.estimate.fake_step import resident_bytes
 from hpcgpt.estimate.request import Request
+from hpcgpt.estimate.storage_log import StorageLog
 from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.model.precision import computing_in
 from hpcgpt.optim.optimizer import make_optimizer
@@ -154,11 +155,44 @@ def test_bfloat16_needs_less_and_float64_twice_as_much() -> None:
     assert tensors(fullest(request(train__dtype="float64"))) == pytest.approx(2 * plain, rel=0.02)
 
 
-def test_an_evaluation_gathers_the_weights_of_sharded_models() -> None:
-    memory = measure(request(8, parallel__mode="fsdp", eval__every=10), 0)
-    evaluation = next(moment for moment in memory.moments if moment.phase == "evaluation")
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_no_rank_of_a_sharded_model_holds_more_than_its_share_and_a_tensor_when_it_is_built(mode: Any) -> None:
+    sizes = [4 * parameter.numel() for parameter in GPT(CONFIG.model).parameters()]
+    asked = request(8, parallel__mode=mode)
+    for _ in range(2):  # the first time, DTensor also computes shapes, on fake tensors of its own
+        with fake_step.fake_ranks(8) as ranks, FakeTensorMode(allow_non_fake_inputs=True), StorageLog() as log:
+            fake_step._Step(asked, ranks, log)
+            (built,) = fake_step._moments(log, 0)
+    assert built.total == pytest.approx(sum(sizes) / 8 + max(sizes), rel=0.01)
+    assert measure(asked, 0).host_bytes == max(sizes)
+    assert measure(request(1), 0).host_bytes == max(sum(sizes), measure(request(1), 0).copied_bytes)
+
+
+@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+def test_a_rank_holds_the_share_of_its_group_and_writes_that_of_all_ranks(mode: Any) -> None:
     count = sum(parameter.numel() for parameter in GPT(CONFIG.model).parameters())
-    assert evaluation.parts["weights"] >= 4 * count
+    asked = request(8, parallel__mode=mode, parallel__shard_within="2")
+    memory = measure(asked, 0)
+    assert step_of(memory).parts["optimizer"] == pytest.approx(8 * count / 2, rel=0.05)
+    assert memory.copied_bytes == pytest.approx(12 * count / 8, rel=0.05)
+    assert memory.saved_bytes == pytest.approx(12 * count, rel=0.01)
+    assert tensors(analytic.measure(asked, "").peak) == pytest.approx(tensors(step_of(memory)), rel=0.25)
+
+
+@pytest.mark.parametrize(("ranks", "per_node", "expected"), [(16, 4, "4"), (16, 0, "8"), (4, 0, "all")])
+def test_node_is_the_number_of_its_ranks(ranks: int, per_node: int, expected: str) -> None:
+    config = request(parallel__mode="fsdp", parallel__shard_within="node").config
+    found = estimates.make(config, steps=1, ranks=ranks, device=devices.find("a100-80"), ranks_per_node=per_node)
+    assert found.config.parallel.shard_within == expected
+
+
+def test_an_evaluation_with_fsdp_gathers_block_by_block() -> None:
+    memory = measure(request(8, parallel__mode="fsdp", model__n_layer=8, eval__every=10), 0)
+    evaluation = next(moment for moment in memory.moments if moment.phase == "evaluation")
+    model = GPT(dataclasses.replace(CONFIG.model, n_layer=8))
+    count, in_blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
+    held, gathered = count / 8, count - in_blocks + in_blocks / 8
+    assert 0.99 * 4 * (held + gathered) <= evaluation.parts["weights"] < 4 * (held + gathered + 2 * in_blocks / 8)
     assert evaluation.parts["optimizer"] == pytest.approx(8 * count / 8, rel=0.05)
 
 

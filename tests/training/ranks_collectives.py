@@ -1,7 +1,8 @@
 """The program of test_collectives on 2 ranks: ``-m tests.training.ranks_collectives OUT FAULTS TRAIN_ARGUMENTS``.
 
 It is `hpcgpt.train`, which counts the collectives of each turn of its loop. The save of step SAVED is held back: its
-first stage ends in step WRITTEN, its second in step COMMITTED, the others after that. FAULTS is JSON; every key is optional:
+first stage ends in step WRITTEN, its second in step COMMITTED, the others after that. FAULTS is JSON; every key is
+optional:
 
     late    true: metrics are read one step late, as on a GPU
     stop    step: rank 1 alone gets SIGUSR1 at the end of its optimizer's step

@@ -1,7 +1,8 @@
 """The program of test_parallel on 1, 2 and 4 ranks: ``-m tests.training.ranks_parallel SHARDS OUT PART STEPS``.
 
-PART is "modes" (each mode trains, saves and continues; each rank writes OUT/modes_W_R.json) or "resume" (each mode
-continues from every checkpoint; OUT/resume_W_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
+PART is "modes" (each mode trains, saves and continues; each rank writes OUT/modes_W_R.json), "resume" (each mode
+continues from every checkpoint; OUT/resume_W_R.json) or "groups" (parallel.shard_within on 4 ranks;
+OUT/groups_4_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 
 from hpcgpt import plan
@@ -31,13 +37,23 @@ from hpcgpt.config.options import Config
 from hpcgpt.distributed import rendezvous, sharded_tensor, world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model import kernels
+from hpcgpt.model.gpt import GPT
 from hpcgpt.storage.lease import acquire
+from hpcgpt.tasks.likelihood import Computation, loglikelihoods
+from hpcgpt.tasks.requests import Request
+from hpcgpt.tokenizer import save_load
 from hpcgpt.training.engine import Engine
+from hpcgpt.training.evaluation import EvalContext, evaluate
+from hpcgpt.training.parallel import ParallelModel
+from hpcgpt.training.samples import Sampler
+from hpcgpt.training.step import to_inputs_and_targets
+from tests.one_rank import ALONE
 
 Mode = Literal["ddp", "zero1", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
 MORE = 3  # steps after the save
 MANY = 50
+GROUPED: Sequence[tuple[Mode, str]] = (("zero1", "2"), ("fsdp", "2"))  # two groups of two ranks
 SIZES = {"float": 4, "c10::BFloat16": 2}  # bytes of a number, by the profiler's names
 
 
@@ -46,6 +62,7 @@ def settings(
     mode: Mode = "ddp",
     micro_batch: int = 2,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    within: str = "all",
     **optim: Any,
 ) -> Config:
     return Config(
@@ -54,7 +71,7 @@ def settings(
         optim=options.Optim(lr=1e-3, **optim),
         schedule=options.Schedule(warmup_steps=5, min_lr=1e-4),
         train=options.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype=dtype),
-        parallel=options.Parallel(mode=mode),
+        parallel=options.Parallel(mode=mode, shard_within=within),
     )
 
 
@@ -73,7 +90,7 @@ def steps(engine: Engine, numbers: Iterable[int]) -> list[tuple[float, float]]:
 def digest(engine: Engine, ranks: Ranks) -> str:
     """Return a digest of every byte that this rank would save."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(checkpoint_save.local_state_dict(engine.model.local, engine.optimizer, ranks).items()):
+    for name, tensor in sorted(checkpoint_save.local_state_dict(engine.model.gpt, engine.optimizer, ranks).items()):
         sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -93,7 +110,7 @@ def save(engine: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     writes = Saver(folder / "checkpoints", ranks, lease, options.Checkpoint())
     state = State(step, step * 512, step * 16, ranks.world.size, {})
     ended = writes.begin(
-        state, checkpoint_save.local_state_dict(engine.model.local, engine.optimizer, ranks)
+        state, checkpoint_save.local_state_dict(engine.model.gpt, engine.optimizer, ranks)
     ) or writes.finish(lambda: None)
     assert ended is not None
     assert not ended.problem, ended.problem
@@ -103,19 +120,24 @@ def save(engine: Engine, ranks: Ranks, folder: Path, step: int) -> int:
     return (path / layout.share_name(ranks.world.rank, ranks.world.size)).stat().st_size
 
 
-def train_and_resume(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int, **optim: Any) -> dict[str, Any]:
+def train_and_resume(
+    shards: Path, out: Path, ranks: Ranks, mode: Mode, count: int, within: str = "all", **optim: Any
+) -> dict[str, Any]:
     """Report a run of `count` steps, saved three steps before its end, and another engine that continues from there.
 
     `optim` are other settings of the optimizer; with them the run computes in float64.
     """
-    configuration = settings(shards, mode, **optim)
+    configuration = settings(shards, mode, within=within, **optim)
     if optim:
         configuration = dataclasses.replace(
             configuration, train=dataclasses.replace(configuration.train, dtype="float64")
         )
     engine = make_engine(configuration, ranks)
+    drawn = GPT(engine.model.gpt.config, configuration.run.seed).to(engine.dtype).state_dict()
+    begins_alike = all(torch.equal(drawn[name], tensor) for name, tensor in full_weights(engine).items())
     figures = steps(engine, range(count - MORE))
-    folder = out / f"{'_'.join([mode, *map(str, optim.values())])}_{ranks.world.size}"
+    name = mode if within == "all" else f"{mode}-{within}"
+    folder = out / f"{'_'.join([name, *map(str, optim.values())])}_{ranks.world.size}"
     written = save(engine, ranks, folder, count - MORE)
     last = steps(engine, range(count - MORE, count))
     report = {
@@ -123,21 +145,104 @@ def train_and_resume(shards: Path, out: Path, ranks: Ranks, mode: Mode, count: i
         "written": written,
         "state": state_bytes(engine),
         "digest": digest(engine, ranks),
+        "begins_alike": begins_alike,
     }
     resumed = make_engine(configuration, ranks)
-    load.load(layout.path_of(folder / "checkpoints", count - MORE), resumed.model.local, resumed.optimizer, ranks)
+    load.load(layout.path_of(folder / "checkpoints", count - MORE), resumed.model.gpt, resumed.optimizer, ranks)
     report["resumed"] = (
         steps(resumed, range(count - MORE, count)) == last and digest(resumed, ranks) == report["digest"]
     )
-    gathered = resumed.model.gather()
-    weights = {
-        name: sharded_tensor.full_tensor(share.detach()) for name, share in resumed.model.local.named_parameters()
-    }
-    report["gathered"] = all(torch.equal(weights[name], p) for name, p in gathered.named_parameters())
+    weights = full_weights(resumed)
     report["full_digest"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    steps(resumed, [count])
-    report["released"] = all(bool(parameter.isnan().all()) for parameter in gathered.parameters())
-    return report
+    plain = with_all(weights, resumed)
+    report |= evaluations(resumed, ranks, plain) | tasks(resumed, ranks, plain)
+    return report | samples(resumed, ranks, plain, shards)
+
+
+def full_weights(engine: Engine) -> dict[str, Tensor]:
+    return {name: sharded_tensor.full_tensor(own.detach()) for name, own in engine.model.gpt.named_parameters()}
+
+
+def with_all(weights: dict[str, Tensor], engine: Engine) -> GPT:
+    """Return the same model with all of its weights."""
+    gpt = engine.model.gpt
+    plain = GPT(gpt.config, options=gpt.options).to(engine.dtype).eval()
+    plain.load_state_dict(weights, strict=False)  # without a second name of a tied head
+    return plain
+
+
+def evaluations(engine: Engine, ranks: Ranks, plain: GPT) -> dict[str, Any]:
+    """Report whether the model evaluates as `plain`; how many bytes of weights it holds meanwhile, and afterwards."""
+    gpt = engine.model.gpt
+    inputs, targets = to_inputs_and_targets(engine.loader.batch(ranks.world.rank, 0), ranks.device)
+    held: list[int] = []
+
+    def note(*_: object) -> None:
+        held.append(sum(map(bytes_here, gpt.blocks.parameters())))
+
+    with torch.no_grad(), engine.model.evaluating() as evaluated:
+        evaluated.eval()
+        for block in evaluated.blocks:
+            block.register_forward_hook(note, prepend=True)  # before FSDP frees it
+        same = [torch.equal(evaluated(inputs, targets), plain(inputs, targets)) for _ in range(2)]
+        same.append(torch.equal(evaluated.hidden(inputs), plain.hidden(inputs)))
+        evaluated.train()
+        losses = [loss_of(evaluated, engine, ranks, ranks), loss_of(plain, engine, ALONE, ranks)]
+        same.append(abs(losses[0] - losses[1]) < 1e-12)
+    after = sum(map(bytes_here, gpt.parameters()))
+    return {"evaluates": all(same), "held": max(held), "after": after, "all": sum(map(bytes_here, plain.parameters()))}
+
+
+def loss_of(model: GPT, engine: Engine, divided: Ranks, ranks: Ranks) -> float:
+    """Return the loss of one batch more than there are `ranks`, divided among `divided`: the last round has one."""
+    in_step = engine.model.in_step and divided is ranks
+    one_byte = np.ones(model.config.vocab_size, dtype=np.int64)
+    context = EvalContext(ranks.world.size + 1, 2, one_byte, divided, in_step=in_step)
+    figures = evaluate(model, engine.loader.mixture.sets[0], context)
+    assert figures is not None
+    return figures["val/loss"]
+
+
+def tasks(engine: Engine, ranks: Ranks, plain: GPT) -> dict[str, Any]:
+    """Report whether the log-likelihoods of requests, one more than there are ranks, are those of `plain`."""
+    requests = [Request((7, 8, 9)[: 1 + number % 3], (number, 5)) for number in range(ranks.world.size + 1)]
+    with engine.model.evaluating() as gpt:
+        how = Computation(1, ranks, in_step=engine.model.in_step)
+        return {"scores": loglikelihoods(gpt, requests, how) == loglikelihoods(plain, requests, Computation(1, ALONE))}
+
+
+def samples(engine: Engine, ranks: Ranks, plain: GPT, shards: Path) -> dict[str, Any]:
+    """Report whether the text of rank 0 is that of `plain`, also with an end after 3 tokens; then let rank 0 fail."""
+    left = 0
+
+    def alive() -> bool:
+        nonlocal left
+        left -= 1
+        return left > 0
+
+    def failing() -> bool:
+        if alive() or not ranks.world.is_first:
+            return True
+        raise OSError("no terminal")
+
+    tokenizer, settings = save_load.load(shards / "tokenizer"), options.Sample(tokens=40)  # longer than the window
+    sampler = Sampler(engine.model, ranks, tokenizer, settings, 1, engine.dtype)
+    alone = Sampler(ParallelModel(plain, plain, ranks.device), ALONE, tokenizer, settings, 1, engine.dtype)
+    found = []
+    for limit in (1000, 3):
+        texts = []
+        for one in (sampler, alone):
+            left = limit
+            texts.append(one.generate(step=3, limit_s=600, alive=alive))
+        found.append(texts[0] == (texts[1] if ranks.world.is_first else ""))
+    left = 3
+    with suppress(OSError):
+        sampler.generate(step=3, limit_s=600, alive=failing)
+    return {"samples": found}
+
+
+def bytes_here(tensor: Tensor) -> int:
+    return sharded_tensor.local_rows(tensor.detach()).local.nbytes
 
 
 def collectives(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
@@ -153,7 +258,7 @@ def collectives(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32"
 
     def record(*_: object) -> None:
         gradients = [
-            sharded_tensor.local_rows(p.grad).local for p in engine.model.local.parameters() if p.grad is not None
+            sharded_tensor.local_rows(p.grad).local for p in engine.model.gpt.parameters() if p.grad is not None
         ]
         squared = torch.nn.utils.get_total_norm(gradients).square()
         if mode != "ddp":
@@ -180,6 +285,33 @@ def collectives(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32"
     return {"sent": found, "figures": figures, "norms": norms}
 
 
+def trained_alike(shards: Path, ranks: Ranks, ways: list[str]) -> bool:
+    """Return whether some steps with each parallel.shard_within end with the same bytes on this rank."""
+    ends = set()
+    for within in ways:
+        engine = make_engine(settings(shards, "fsdp", within=within), ranks)
+        figures = steps(engine, range(4))
+        ends.add((str(figures), digest(engine, ranks)))
+    return len(ends) == 1
+
+
+def between_groups(shards: Path, ranks: Ranks) -> list[int]:
+    """Return the bytes of each all-reduce between the groups, in a step of 4 micro-batches."""
+    engine = make_engine(settings(shards, "fsdp", micro_batch=1, within="2"), ranks)
+    assert engine.model.mesh is not None
+    group, found = engine.model.mesh.get_group("groups"), []
+    real = torch.distributed.all_reduce
+
+    def counted(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        if named.get("group") is group:
+            found.append(tensor.nbytes)
+        return real(tensor, *given, **named)
+
+    with mock.patch.object(torch.distributed, "all_reduce", counted):
+        steps(engine, [0])
+    return found
+
+
 def rounded_gradients(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
     """With gradients sent in bfloat16: return figures, and whether each resulting gradient is a bfloat16 number."""
     # One micro-batch: fsdp keeps sums of rounded gradients in float32.
@@ -190,7 +322,7 @@ def rounded_gradients(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
 
     def record(*_: object) -> None:
         gradients = [
-            sharded_tensor.local_rows(p.grad).local for p in engine.model.local.parameters() if p.grad is not None
+            sharded_tensor.local_rows(p.grad).local for p in engine.model.gpt.parameters() if p.grad is not None
         ]
         seen.append(all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients))
 
@@ -216,11 +348,12 @@ def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> di
         engine = make_engine(dataclasses.replace(plain, train=saving_options), ranks)
         if not compiled:  # the compiler would compile the hook, too
             passes: list[int] = []
-            engine.model.local.get_submodule("blocks.9").register_forward_pre_hook(lambda *_: passes.append(1))
+            engine.model.gpt.get_submodule("blocks.9").register_forward_pre_hook(lambda *_: passes.append(1))
         report["saving"] = steps(engine, range(2))
         report["passes"] = 0 if compiled else len(passes)
-        engine.model.gather().eval()  # as an evaluation does between two steps
-        engine.model.gather().train()
+        with torch.no_grad(), engine.model.evaluating() as gpt:  # as between two steps
+            gpt.eval()(torch.zeros(1, 5, dtype=torch.int64))
+            gpt.train()
         report["saving"] += steps(engine, [2])
         report["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         torch._dynamo.utils.counters.clear()
@@ -235,7 +368,7 @@ def resume_all(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, A
         for folder in sorted(out.glob("*_[124]")):
             if "muon" not in folder.name:
                 path = layout.path_of(folder / "checkpoints", count - MORE)
-                load.load(path, engine.model.local, engine.optimizer, ranks)
+                load.load(path, engine.model.gpt, engine.optimizer, ranks)
                 report[f"{folder.name} in {mode}"] = steps(engine, range(count - MORE, count))
     return report
 
@@ -256,11 +389,40 @@ def modes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     return report
 
 
+def groups(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
+    """Report runs of 4 ranks in two groups of two, steps there from other checkpoints, and elsewhere from those."""
+    report: dict[str, Any] = {"fsdp": train_and_resume(shards, out, ranks, "fsdp", count)}
+    for mode, within in GROUPED:
+        report[f"{mode} {within}"] = train_and_resume(shards, out, ranks, mode, count, within)
+    report["muon"] = train_and_resume(shards, out, ranks, "fsdp", count, "2", name="muon")
+    for name, within, others in (("into", "2", ["ddp_1", "fsdp_4"]), ("from", "all", ["fsdp-2_4", "zero1-2_4"])):
+        engine = make_engine(settings(shards, "fsdp", within=within), ranks)
+        report[name] = []
+        for other in others:
+            path = layout.path_of(out / other / "checkpoints", count - MORE)
+            load.load(path, engine.model.gpt, engine.optimizer, ranks)
+            report[name].append(steps(engine, range(count - MORE, count)))
+    report["alike"] = trained_alike(shards, ranks, ["all", "4"])
+    report["between"] = between_groups(shards, ranks)
+    report["rows"] = [rows_in_groups(rows) for rows in (1, 2, 4, 7, 9)]
+    return report
+
+
+def rows_in_groups(rows: int) -> list[int]:
+    """Return the rows of a tensor of so many rows that this rank saves."""
+    layer = torch.nn.Linear(2, rows, bias=False)
+    expected = layer.weight.detach().fill_(0.0).add_(torch.arange(rows).unsqueeze(1)).clone()
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("groups", "shards")))
+    mine = sharded_tensor.rows_to_save(layer.weight.detach())
+    assert torch.equal(mine.local, expected[mine.start : mine.stop])
+    return list(range(mine.start, mine.stop))
+
+
 def main(shards: Path, out: Path, part: str, count: int) -> None:
     torch.set_num_threads(1)
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
-    report = modes(shards, out, ranks, count) if part == "modes" else resume_all(shards, out, ranks, count)
+    report = {"modes": modes, "resume": resume_all, "groups": groups}[part](shards, out, ranks, count)
     (out / f"{part}_{here.size}_{here.rank}.json").write_text(json.dumps(report))
     rendezvous.disconnect()
 

@@ -76,8 +76,8 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
 
     def build(self: engine.Engine, *given: Any) -> None:
         real_build(self, *given)
-        self.model.local.register_forward_hook(hit)
-        self.model.local.get_submodule("position_embedding").register_forward_hook(hit_row)
+        self.model.gpt.register_forward_hook(hit)
+        self.model.gpt.get_submodule("position_embedding").register_forward_hook(hit_row)
         self.defers_metrics = bool(faults.get("late"))
 
     def load(self: resume.Restorer, path: Path) -> None:

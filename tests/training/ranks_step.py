@@ -40,7 +40,7 @@ class Bench:
         config = Model(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=512, dropout=dropout)
         self.ranks, self.micro_steps = ranks, micro_steps
         self.model = GPT(config, seed=1).to(dtype)
-        self.parallel = parallelize(self.model, ranks, Parallel(), compiled=False, dtype=dtype)
+        self.parallel = parallelize(self.model, ranks, Parallel(), seed=1, compiled=False, dtype=dtype)
         self.optimizer = make_optimizer(self.model, Optim(lr=5.0))  # each step is given its own rate
         self.optimizer.register_step_pre_hook(self._record_gradients)
         self.used_gradients: dict[str, Tensor] = {}

@@ -15,15 +15,19 @@ from torch import nn
 from hpcgpt import plan
 from hpcgpt.config import sources
 from hpcgpt.distributed import sharded_tensor
+from hpcgpt.distributed.world import Ranks, World
+from hpcgpt.errors import UserError
 from hpcgpt.model.gpt import GPT
+from hpcgpt.training import parallel
 from tests.one_rank import ALONE
 from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows
 from tests.training import ranks_parallel
-from tests.training.ranks_parallel import MANY, MODES
+from tests.training.ranks_parallel import GROUPED, MANY, MODES
 
 pytestmark = pytest.mark.processes
 
+GROUPED_WAYS = [f"{mode} {within}" for mode, within in GROUPED]
 MODES_AND_RANKS = [("ddp", 1), *((mode, ranks) for ranks in (2, 4) for mode in MODES)]
 
 
@@ -37,7 +41,7 @@ class Reports:
     parameters: int
     in_blocks: int
 
-    def of(self, mode: str, ranks: int) -> list[dict[str, Any]]:
+    def of(self, mode: str, ranks: int) -> list[Any]:
         return [report[mode] for report in self.modes[ranks]]
 
 
@@ -103,10 +107,33 @@ def test_gradients_are_clipped_by_the_norm_of_all_of_them(reports: Reports, mode
 
 
 @pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
-def test_gather_returns_the_whole_model_until_the_next_step(reports: Reports, mode: str, ranks: int) -> None:
+def test_the_initial_weights_are_those_of_the_seed_to_the_last_bit(reports: Reports, mode: str, ranks: int) -> None:
+    assert all(rank["begins_alike"] for rank in reports.of(mode, ranks))
+    assert all(rank["begins_alike"] for rank in reports.of("fsdp muon", 2)), "in float64"
+
+
+@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+def test_an_evaluation_has_the_bits_of_a_model_with_all_weights(reports: Reports, mode: str, ranks: int) -> None:
     for rank in reports.of(mode, ranks):
-        assert rank["gathered"]
-        assert rank["released"] == (mode != "ddp")
+        assert rank["evaluates"]
+        assert rank["after"] == (rank["all"] if mode == "ddp" else rank["all"] // ranks)
+
+
+@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+def test_tasks_and_samples_have_the_bits_of_a_model_with_all_weights(reports: Reports, mode: str, ranks: int) -> None:
+    """Samples on rank 0; the others compute with it, until it has ended or failed."""
+    for rank in reports.of(mode, ranks):
+        assert rank["scores"]
+        assert rank["samples"] == [True, True]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_an_evaluation_with_fsdp_holds_one_block_at_a_time(reports: Reports, ranks: int) -> None:
+    in_blocks = 4 * reports.in_blocks
+    for rank in reports.of("fsdp", ranks):
+        assert rank["held"] == in_blocks // 2 + in_blocks // 2 // ranks, (
+            "one of the two blocks, and a share of the other"
+        )
 
 
 @pytest.mark.parametrize("mode", ["zero1", "fsdp"])
@@ -141,6 +168,117 @@ def test_compilation_with_both_does_not_change_training(reports: Reports, mode: 
         assert rank["graphs"] == (1 if mode == "ddp" else 2)  # the model; or the blocks, which are alike, and the loss
 
 
+# --- groups of ranks -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grouped(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each of four ranks reports of two groups of two."""
+    out = tmp_path_factory.mktemp("groups")
+    ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", 8)
+    muon = ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", 8, name="muon")
+    done = on_ranks(4, "tests.training.ranks_parallel", str(shards_folder), str(out), "groups", "8")
+    assert done.returncode == 0, done.stderr
+    return [json.loads((out / f"groups_4_{rank}.json").read_text()) | {"muon alone": muon} for rank in range(4)]
+
+
+@pytest.mark.parametrize("way", GROUPED_WAYS)
+def test_in_groups_the_steps_are_the_same_up_to_the_order_of_sums(grouped: list[dict[str, Any]], way: str) -> None:
+    expected = grouped[0]["fsdp"]["figures"]
+    for rank in grouped:
+        assert rank[way]["figures"] == grouped[0][way]["figures"]
+        for (loss, norm), (expected_loss, expected_norm) in zip(rank[way]["figures"], expected, strict=True):
+            assert abs(loss - expected_loss) < 1e-5
+            assert norm == pytest.approx(expected_norm, rel=1e-3)
+    assert len({rank[way]["full_digest"] for rank in grouped}) == 1
+    assert grouped[0][way]["figures"][0][1] == pytest.approx(expected[0][1], rel=1e-6), "not the norm of a group's rows"
+
+
+@pytest.mark.parametrize("way", [*GROUPED_WAYS, "muon"])
+def test_groups_begin_resume_evaluate_and_sample_as_one_model(grouped: list[dict[str, Any]], way: str) -> None:
+    for rank in grouped:
+        found = rank[way]
+        assert [found[name] for name in ("begins_alike", "resumed", "evaluates", "scores")] == [True] * 4
+        assert found["samples"] == [True, True]
+
+
+def test_muon_is_the_same_in_groups(grouped: list[dict[str, Any]]) -> None:
+    """In float64, as above."""
+    for rank in grouped:
+        for figures, expected in zip(rank["muon"]["figures"], rank["muon alone"]["figures"], strict=True):
+            assert figures == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_group_of_all_ranks_is_what_there_was_without_groups(grouped: list[dict[str, Any]]) -> None:
+    assert all(rank["alike"] for rank in grouped)
+
+
+@pytest.mark.parametrize("way", GROUPED_WAYS)
+def test_in_groups_of_two_a_rank_has_half_of_the_state_and_writes_a_quarter(
+    grouped: list[dict[str, Any]], way: str
+) -> None:
+    for rank in grouped:
+        assert rank[way]["state"] == 2 * rank["fsdp"]["state"]
+        assert rank[way]["after"] == rank[way]["all"] // 2
+        assert abs(rank[way]["written"] - rank["fsdp"]["written"]) < 2000, "headers"
+
+
+def test_groups_save_each_row_once_also_where_they_do_not_divide_the_rows(grouped: list[dict[str, Any]]) -> None:
+    for number, count in enumerate((1, 2, 4, 7, 9)):
+        assert sorted(row for rank in grouped for row in rank["rows"][number]) == list(range(count))
+
+
+def test_between_groups_a_ranks_share_of_the_gradients_is_sent_once_in_a_step(grouped: list[dict[str, Any]]) -> None:
+    for rank in grouped:
+        assert len(rank["between"]) == 3, "two blocks and the rest"
+        assert sum(rank["between"]) == rank["fsdp 2"]["after"]
+
+
+def test_checkpoints_resume_into_groups_and_out_of_them(grouped: list[dict[str, Any]]) -> None:
+    expected = [loss for loss, _ in grouped[0]["fsdp"]["figures"][-ranks_parallel.MORE :]]
+    for rank in grouped:
+        for figures in (*rank["into"], *rank["from"]):
+            assert [loss for loss, _ in figures] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (("--parallel.shard_within", "2"), "no effect with parallel.mode ddp"),
+        (("--parallel.mode", "fsdp", "--parallel.shard_within", "1"), "would shard nothing"),
+        (("--parallel.mode", "fsdp", "--parallel.shard_within", "some"), "'some': expected all, node, or a number"),
+    ],
+)
+def test_groups_that_have_no_effect_are_refused(flags: tuple[str, ...], found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        sources.from_command_line([*flags], "train", "")
+
+
+def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="4, which does not divide 6 ranks: use all or 2 or 3 or 6"):
+        plan.check_groups("4", 6)
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "expected"),
+    [(1, 2, 2), (0, 2, "numbered across nodes"), (0, 1, "each node has one rank")],
+)
+def test_the_groups_of_nodes_are_their_ranks(local_rank: int, local_size: int, expected: Any) -> None:
+    """Rank 3 of 4, as it sees itself: nothing is sent."""
+    dist.init_process_group("fake", store=fake_store(), rank=3, world_size=4)
+    try:
+        ranks = Ranks(World(3, local_rank, 4, local_size, "torchrun", "test"), torch.device("cpu"), dist.group.WORLD)
+        if isinstance(expected, str):
+            with pytest.raises(UserError, match=expected):
+                parallel._mesh(ranks, "node")
+            return
+        mesh = parallel._mesh(ranks, "node")
+        assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
+        assert (mesh.get_local_rank("groups"), mesh.get_local_rank("shards")) == (1, 1)
+    finally:
+        dist.destroy_process_group()
+
+
 # --- shares ----------------------------------------------------------------------------------------
 
 
@@ -160,17 +298,22 @@ def test_every_rank_writes_an_equal_share_of_a_checkpoint(reports: Reports, mode
         assert 0 <= rank["written"] - 3 * 4 * reports.parameters // ranks - generator < headers
 
 
+def fake_store() -> Any:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 9])
 def test_local_rows_are_right_also_where_the_ranks_do_not_divide_the_rows(rows: int) -> None:
     """Three ranks, each simulated by this process without communication. Some have no row at all."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     expected = torch.arange(2.0 * rows).view(rows, 2)
     parts = []
     for rank in range(3):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=3)
+        dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=3)
         layer = nn.Linear(2, rows, bias=False)
         layer.weight = nn.Parameter(expected.clone())
         fully_shard(layer, mesh=init_device_mesh("cpu", (3,)))

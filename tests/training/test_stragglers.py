@@ -104,7 +104,7 @@ def test_only_work_without_other_ranks_is_timed(micro_steps: int) -> None:
             yield torch.ones(2, 5, dtype=torch.int32)
 
     watch, module = RecordingLocalTime(calls), Model(4, 1)
-    model = ParallelModel(module, module, cast(GPT, module), torch.device("cpu"))
+    model = ParallelModel(module, cast(GPT, module), torch.device("cpu"))
     accumulate(model, batches(), micro_steps=micro_steps, precision=nullcontext, local=watch)
     alone = ["read", "forward", "backward"] * (micro_steps - 1)
     assert calls == ["start", *alone, "read", "forward", "stop", "backward"]
