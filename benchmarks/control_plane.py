@@ -178,7 +178,7 @@ def _figures_of(world: World, folder: Path, board: Board) -> dict[str, Any]:
 
 
 def _collective_calls(ranks: Ranks, folder: Path) -> None:
-    """Make the calls of a start, an evaluation, a save and a comparison of local times, with objects of the same size."""
+    """Make the calls of a start, an evaluation, a save and a comparison of local times, with like objects."""
     to_rank0 = getattr(collectives, "gather_to_rank0", collectives.gather_from_all)
     held = collectives.make_on_rank0(ranks, lambda: _acquire(folder))
     number = collectives.run_on_rank0(ranks, lambda: held.number if held else 0)

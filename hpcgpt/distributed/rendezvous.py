@@ -7,8 +7,9 @@ address and port in the run folder, in ``rendezvous/<attempt>.json``, which one 
 registers in the store, so that missing ranks can be named. No rank waits longer than run.rendezvous_timeout_s, or falls
 back to another address.
 
-For the store a rank is a constant number of requests. gloo connects two ranks when they first send something to each
-other (TORCH_GLOO_LAZY_INIT), not each rank to all others at the start; which ones do: ``hpcgpt.distributed.tree``.
+For the store a rank is a constant number of requests. With TORCH_GLOO_LAZY_INIT gloo connects two ranks when they
+first send something to each other, not each rank to all others. Those that will, connect here: neighbours in a tree
+(``hpcgpt.distributed.tree``), and where gloo sends gradients, too, neighbours in its ring.
 """
 
 from __future__ import annotations
@@ -82,7 +83,34 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
         device_id=device if backend == "nccl" else None,
     )
     cpu_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Ranks(world, device, cpu_group, channel, server)
+    ranks = Ranks(world, device, cpu_group, channel, server)
+    _open_connections(ranks, trains_on_gloo=backend == "gloo")
+    return ranks
+
+
+def _open_connections(ranks: Ranks, trains_on_gloo: bool) -> None:
+    """Connect this rank to those that it will exchange something with, while all of them are there.
+
+    A broken connection is an error at once, but gloo tries for COLLECTIVE_TIMEOUT to connect to a rank that has ended.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from hpcgpt.distributed import tree
+
+    rank, size = ranks.world.rank, ranks.world.size
+    try:
+        tree.up(ranks, 0, max)
+        if trains_on_gloo:  # its rings, and its broadcast from rank 0, which takes another tree
+            sent = dist.isend(torch.zeros(1), (rank + 1) % size)
+            dist.recv(torch.zeros(1), (rank - 1) % size)
+            assert sent is not None
+            sent.wait()
+            dist.broadcast(torch.zeros(1), 0)
+    except RuntimeError as error:
+        if not is_broken_connection(error):
+            raise
+        raise ConnectionError(f"{ranks.world} lost its connection to another rank, which has ended") from error
 
 
 def is_broken_connection(error: RuntimeError) -> bool:

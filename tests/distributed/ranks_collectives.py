@@ -1,7 +1,8 @@
-"""The program of test_collectives: ``python -m tests.distributed.ranks_collectives FOLDER``.
+"""The program of test_collectives: ``python -m tests.distributed.ranks_collectives FOLDER [RANK]``.
 
 Each rank makes every collective call, without errors and with the errors of two ranks, and writes what it got to
-FOLDER/<rank>.json, with its connections to other ranks.
+FOLDER/<rank>.json, with its connections to other ranks. With RANK this rank ends once all are connected, and the others
+make a call, and write their error.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(argv[0])
     ranks = rendezvous.connect(world.discover(), torch.device("cpu"), folder, "gloo", 60.0)
     rank = ranks.world.rank
+    if argv[1:]:
+        if rank == int(argv[1]):
+            os._exit(9)
+        broken = _error(lambda: [collectives.gather_from_all(ranks, lambda: rank) for _ in range(2)])
+        (folder / f"{rank}.json").write_text(json.dumps(broken))
+        os._exit(0)
     found: dict[str, Any] = {
         "run": collectives.run_on_rank0(ranks, lambda: f"of {rank}"),
         "make": collectives.make_on_rank0(ranks, lambda: rank),
@@ -42,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     }
     found["connections"] = _connections_to_ranks()
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    collectives.run_on_rank0(ranks, lambda: None)
+    collectives.gather_from_all(ranks, lambda: None)  # no rank leaves before all have counted
     rendezvous.disconnect()
     return 0
 

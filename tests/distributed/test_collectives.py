@@ -68,5 +68,18 @@ def test_all_ranks_share_results_and_the_error_of_the_lowest_rank_that_failed(tm
         for name in ("to_rank0_fails", "from_all_fails", "merge_fails"):
             assert of_rank[name] == ["UserError", "rank 1 fails", 1], name
         assert of_rank["large"] == 10_000_000
-    # Connected to parent and children, and to no other rank.
-    assert [of_rank["connections"] for of_rank in found] == [3, 1, 2, 1, 1]
+    # Of a tree and of the ring that gloo uses for gradients: not each to each.
+    edges = {frozenset(edge) for edge in [(0, 1), (0, 2), (0, 4), (2, 3), (1, 2), (3, 4)]} | {frozenset({1, 3})}
+    assert [of_rank["connections"] for of_rank in found] == [sum(rank in edge for edge in edges) for rank in range(5)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ending", [0, 2, 4])
+def test_the_end_of_a_rank_is_an_error_on_all_others_at_once(ending: int, tmp_path: Path) -> None:
+    """Also before anything was sent: gloo would try for ten minutes to connect to a rank that has ended."""
+    done = on_ranks(5, "tests.distributed.ranks_collectives", str(tmp_path), str(ending))
+    assert done.returncode == 9, done.stderr
+    for rank in {*range(5)} - {ending}:
+        kind, message, _ = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert kind == "RuntimeError"
+        assert "gloo/transport" in message
