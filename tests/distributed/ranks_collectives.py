@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,14 +26,10 @@ from hpcgpt.errors import UserError
 
 def main(argv: Sequence[str]) -> int:
     folder = Path(argv[0])
-    ranks = rendezvous.connect(world.discover(), torch.device("cpu"), folder, "gloo", 60.0)
-    rank = ranks.world.rank
     if argv[1:]:
-        if rank == int(argv[1]):
-            os._exit(9)
-        broken = _error(lambda: [collectives.gather_from_all(ranks, lambda: rank) for _ in range(2)])
-        (folder / f"{rank}.json").write_text(json.dumps(broken))
-        os._exit(0)
+        _lose(folder, int(argv[1]))
+    ranks = _connect(folder)
+    rank = ranks.world.rank
     found: dict[str, Any] = {
         "run": collectives.run_on_rank0(ranks, lambda: f"of {rank}"),
         "make": collectives.make_on_rank0(ranks, lambda: rank),
@@ -52,6 +48,24 @@ def main(argv: Sequence[str]) -> int:
     collectives.gather_from_all(ranks, lambda: None)  # no rank leaves before all have counted
     rendezvous.disconnect()
     return 0
+
+
+def _connect(folder: Path) -> Ranks:
+    return rendezvous.connect(world.discover(), torch.device("cpu"), folder, "gloo", 60.0)
+
+
+def _lose(folder: Path, ending: int) -> NoReturn:
+    """Connect, end as rank `ending`, and as another rank write the error."""
+
+    def call() -> None:
+        ranks = _connect(folder)
+        if ranks.world.rank == ending:
+            os._exit(9)
+        for _ in range(2):
+            collectives.gather_from_all(ranks, lambda: 1)
+
+    (folder / f"{world.discover().rank}.json").write_text(json.dumps(_error(call)))
+    os._exit(0)
 
 
 def _fail(ranks: Ranks, *failing: int) -> int:
