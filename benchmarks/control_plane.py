@@ -15,7 +15,8 @@ timed:
     bytes         the same
 
 For each, `most` is that of the rank with the most, `all` the sum over ranks. The figures are fitted with c + d f(N), f
-being 1, log2 N, N, N log2 N or N^2: the first that is within TOLERANCE of all from FIT_FROM ranks, or the nearest.
+being 1, log2 N, N, N log2 N or N^2: the first that is within TOLERANCE of all, or the nearest. Descriptors are fitted
+from FIT_FROM ranks: rank 0 serves the store of fewer itself.
 
 Older code is counted by putting it first on PYTHONPATH: calls that it does not have are made by the one that it used.
 """
@@ -64,7 +65,7 @@ FORMS: dict[str, Callable[[float], float]] = {
     "N log2 N": lambda n: n * math.log2(n),
     "N^2": lambda n: n * n,
 }
-FIT_FROM = 32  # ranks: rank 0 serves the store of fewer itself
+FIT_FROM = 32
 FITTED = (4096, 16384)
 LOOKS = ("open", "os.listdir", "os.scandir")
 
@@ -104,8 +105,7 @@ def main() -> None:
         by_size[size] = _summary(_run(size, min(options.node, size)))
         print(json.dumps({"ranks": size, **by_size[size]}), flush=True)
     names = next(iter(by_size.values()))
-    large = {size: found for size, found in by_size.items() if size >= FIT_FROM} or by_size
-    fitted = {name: _fit({size: found[name] for size, found in large.items()}) for name in names}
+    fitted = {name: _fit({size: found[name] for size, found in by_size.items()}, name) for name in names}
     _show(by_size, fitted)
     if options.json:
         found = {"machine": machine.about(), "ranks_of_a_node": options.node, "counted": by_size, "fitted": fitted}
@@ -288,8 +288,10 @@ def _summary(ranks: list[dict[str, Any]]) -> dict[str, float]:
     return summary
 
 
-def _fit(counted: dict[int, float]) -> dict[str, Any]:
+def _fit(counted: dict[int, float], name: str) -> dict[str, Any]:
     """Return the form that fits, and its values at FITTED."""
+    if name.startswith("descriptors"):
+        counted = {size: value for size, value in counted.items() if size >= FIT_FROM} or counted
     sizes, values = np.array(list(counted), dtype=float), np.array(list(counted.values()), dtype=float)
     best: tuple[float, str, float, float] | None = None
     for form, function in FORMS.items():

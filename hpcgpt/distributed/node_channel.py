@@ -43,9 +43,21 @@ class Leader:
             for connection in self._connections:
                 _send(connection, self._message)
 
+    def close(self) -> None:
+        """End all connections; in training this does the end of the process."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends the thread's wait, too
+        self._listener.close()
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+
     def _accept_forever(self) -> None:
         while True:
-            connection, _ = self._listener.accept()
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # it was closed
+                return
             if not _is_same_user(connection):
                 connection.close()
                 continue
@@ -86,8 +98,7 @@ class Follower:
             except OSError:
                 part = b""
             if not part:
-                self._connection.close()
-                self._connection, self._received = None, b""
+                self.close()
                 return ""
             self._received += part
         return self._received.decode().strip()
@@ -101,6 +112,11 @@ class Follower:
         with suppress(OSError):
             while self._connection.recv(LONGEST_BYTES):
                 pass
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection, self._received = None, b""
 
     def _connect(self) -> bool:
         if self._connection is None:

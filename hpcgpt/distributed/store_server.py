@@ -34,10 +34,13 @@ def start(listener: socket.socket, timeout_s: float) -> subprocess.Popen[bytes]:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True
         )
     assert server.stdout is not None
-    if not select.select([server.stdout], [], [], timeout_s)[0] or not server.stdout.readline():
+    if not select.select([server.stdout], [], [], timeout_s)[0]:
         server.kill()
-        status = server.wait()
-        raise OSError(f"the process that serves the store did not start within {timeout_s:.0f} s (status {status})")
+    if not server.stdout.readline():
+        server.communicate()
+        raise OSError(
+            f"the process that serves the store did not start within {timeout_s:.0f} s (status {server.returncode})"
+        )
     return server
 
 
