@@ -140,7 +140,8 @@ def _run(size: int, of_node: int) -> list[dict[str, Any]]:
 def _be_rank(rank: int, size: int, of_node: int, folder: Path, board: Board) -> None:
     """Be one rank, from its start to its end."""
     try:
-        world = World(rank, rank % of_node, size, of_node, "srun", "7_0_0")
+        # On the way to this host rank 0 has the address of loopback, for which torch asks no name server.
+        world = World(rank, rank % of_node, size, of_node, "srun", "7_0_0", ("localhost",))
         board.write(rank, _figures_of(world, folder, board))
         board.arrive(rank, 5)  # no rank ends before all have counted
     except BaseException as error:  # the parent sees that this rank has no figures

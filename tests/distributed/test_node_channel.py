@@ -155,5 +155,5 @@ def test_the_stores_process_serves_and_ends_with_its_standard_input() -> None:
 
 @pytest.mark.processes
 def test_a_stores_process_that_cannot_serve_is_an_error() -> None:
-    with socket.socket(type=socket.SOCK_DGRAM) as wrong, pytest.raises(OSError, match=r"serves the store did not start .*status 1"):
+    with socket.socket(type=socket.SOCK_DGRAM) as wrong, pytest.raises(OSError, match=r"did not start .*status 1"):
         store_server.start(wrong, 120)
