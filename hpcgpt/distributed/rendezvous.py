@@ -59,6 +59,7 @@ def connect(world: World, device: torch.device, folder: Path, backend: str, time
     import torch.distributed as dist
     from torch.distributed import PrefixStore
 
+    open_files.raise_limit()
     if world.size == 1:
         return Ranks(world, device, None)
     backend = ("nccl" if device.type == "cuda" else "gloo") if backend == "auto" else backend
@@ -129,12 +130,11 @@ def disconnect() -> None:
 
 
 def _check_limit(world: World) -> None:
-    """Raise the limit of open files, and warn if it is too low for a rank.
+    """Warn if the limit of open files is too low for a rank.
 
     Raises:
         UserError: it is too low for the store.
     """
-    open_files.raise_limit()
     if world.is_first and (problem := open_files.why_too_few(world.size)):
         raise UserError(f"the store of {world.size:,} ranks cannot be served on {socket.gethostname()}: {problem}")
     if problem := open_files.why_too_few(world.size.bit_length() + world.local_size):
