@@ -34,7 +34,7 @@ LEVELS = (
 )  # fmt: skip
 # A login node loads none of these, except by late imports. Of the other rooms every module counts.
 WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "training", "data.prefetch", "data.loader",
-"distributed.collectives",
+"distributed.collectives", "distributed.tree",
               "distributed.sharded_tensor", "checkpoint.save", "checkpoint.load", "checkpoint.load_model",
               "tasks.likelihood", "tasks.evaluation", "lm_eval.adapter",
               "checkpoint.init_from", "checkpoint.safetensors_writer", "checkpoint.stored", "checkpoint.weights",

@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from hpcgpt.output import terminal
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+
+    from hpcgpt.distributed.node_channel import Follower, Leader
 
 
 @dataclass(frozen=True)
@@ -307,8 +310,13 @@ def cgroup_cpu_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/
 
 @dataclass(frozen=True)
 class Ranks:
-    """The connected ranks. `cpu_group` is the process group for CPU tensors and objects; None if there is one rank."""
+    """The connected ranks. `cpu_group` is the process group for CPU tensors and objects; None if there is one rank.
+
+    `channel` connects the ranks of this node, if there are several. `store_server` has to be kept.
+    """
 
     world: World
     device: torch.device
     cpu_group: dist.ProcessGroup | None
+    channel: Leader | Follower | None = None
+    store_server: subprocess.Popen[bytes] | None = None

@@ -33,6 +33,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +90,12 @@ class Lease:
             # The next attempt then watches for a few seconds, or sees that this process is gone.
             streams.warn(error)
 
-    def _check_forever(self) -> None:
-        while not self._stop.wait(5 * HEARTBEAT_S):
+    def _check_forever(self, instead: Callable[[], None]) -> None:
+        instead()
+        while True:
             with suppress(OSError):
                 self.check()
+            self._stop.wait(5 * HEARTBEAT_S)
 
     def _beat_forever(self) -> None:
         path = self.folder / f"{self.number:06d}.alive"
@@ -107,13 +110,14 @@ class Lease:
                 streams.warn(f"no heartbeat: {error}")
 
 
-def exit_when_superseded(run_folder: Path, number: int) -> None:
+def exit_when_superseded(run_folder: Path, number: int, instead: Callable[[], None] = lambda: None) -> None:
     """Exit this process as soon as an attempt newer than `number` holds the lease.
 
-    For the ranks without a lease: if rank 0's node has failed, nothing else ends them.
+    For the ranks without a lease: if rank 0's node has failed, nothing else ends them. `instead` is called first, in a
+    thread, and returns when the process that checks instead of this one has ended, if there is one.
     """
     mine = Lease(run_folder / "generations", number, threading.Event())
-    threading.Thread(target=mine._check_forever, name="lease", daemon=True).start()
+    threading.Thread(target=mine._check_forever, args=(instead,), name="lease", daemon=True).start()
 
 
 def acquire(run_folder: Path, job_start: str) -> Lease:

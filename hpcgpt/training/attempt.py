@@ -18,8 +18,8 @@ from hpcgpt import exit_codes
 from hpcgpt.checkpoint.layout import TrainState
 from hpcgpt.config import sources
 from hpcgpt.data.shard_check import ShardCheck
-from hpcgpt.distributed import layout, rendezvous, world
-from hpcgpt.distributed.collectives import gather_from_all, make_on_rank0, run_on_rank0
+from hpcgpt.distributed import layout, node_channel, rendezvous, world
+from hpcgpt.distributed.collectives import gather_to_rank0, make_on_rank0, run_on_rank0
 from hpcgpt.distributed.stop_signals import RECENT_SAVES, StopFlag
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.model import host_memory
@@ -113,11 +113,11 @@ class Attempt:
         self.config, self.folder = planned.config, planned.config.run_folder
         self.number = run_on_rank0(ranks, lambda: lease.number if lease else 0)
         if not lease:
-            exit_when_superseded(self.folder, self.number)
+            exit_when_superseded(self.folder, self.number, instead=lambda: node_channel.wait_for_leader(ranks.channel))
         self.watchdog = Watchdog(self.config, ranks.world, self.number)
         self.stragglers = StragglerDetector(self.config.blame, ranks)
         self.engine = Engine(planned, ranks, self.stragglers.local)
-        self.hosts = gather_from_all(ranks, socket.gethostname)
+        self.hosts = gather_to_rank0(ranks, socket.gethostname)  # [] on other ranks
         first = planned.sets[0]
         self.tokenizer = save_load.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
         self._evaluator = Evaluator(planned, ranks, self.tokenizer, self.engine.precision, self.engine.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpcgpt.data.loader import Loader, Mixture, Windows
 from hpcgpt.data.prefetch import Prefetcher
-from hpcgpt.distributed.collectives import gather_from_all
+from hpcgpt.distributed.collectives import distinct_on_all
 from hpcgpt.distributed.device_clock import DeviceClock
 from hpcgpt.distributed.stop_signals import shielded
 from hpcgpt.distributed.world import Ranks
@@ -71,9 +71,9 @@ class Engine:
         self._on_gpu = self.defers_metrics = ranks.device.type == "cuda"
         self._clock = DeviceClock(ranks.device)
         self.dtype = pick_dtype(settings.train.dtype, ranks.device)
-        dtypes = gather_from_all(ranks, lambda: str(self.dtype))
-        if len(set(dtypes)) > 1:
-            raise UserError(f"the ranks would compute in {' and '.join(sorted(set(dtypes)))}: set train.dtype")
+        dtypes = distinct_on_all(ranks, lambda: str(self.dtype))
+        if len(dtypes) > 1:
+            raise UserError(f"the ranks would compute in {' and '.join(sorted(dtypes))}: set train.dtype")
         # Only bf16 peaks are known.
         measured = self._on_gpu and self.dtype == torch.bfloat16
         self._peak_flops = metrics_file.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
@@ -89,7 +89,7 @@ class Engine:
         if settings.train.deterministic:
             self._kernels = kernels.deterministic(self._kernels, ranks.device)
         # Compiled on all ranks or on none, so that all compute alike.
-        self.compiled = all(gather_from_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
+        self.compiled = all(distinct_on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
         self.model = parallelize(
             gpt, ranks, settings.parallel, seed=settings.run.seed, compiled=self.compiled, dtype=self.dtype
         )

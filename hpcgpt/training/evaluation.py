@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpcgpt.data.loader import Windows
+from hpcgpt.distributed.collectives import merge_on_all
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.gpt import GPT
 from hpcgpt.model.precision import computing_in
@@ -213,9 +213,7 @@ def evaluate(model: nn.Module, windows: Windows, context: EvalContext) -> dict[s
                 _batch_sums(model, windows, batches[-1], context)
     finally:
         model.train(training)
-    if ranks.cpu_group is not None:
-        dist.all_reduce(sums, group=ranks.cpu_group)
-    nats, targets, text_bytes = sums.tolist()
+    nats, targets, text_bytes = merge_on_all(ranks, lambda: sums, torch.add).tolist()
     loss = nats / targets
     return {
         "val/loss": loss,

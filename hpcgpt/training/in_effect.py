@@ -301,14 +301,13 @@ def _length(config: Config) -> str:
 
 def _merge_ranks(of_this_rank: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Return the values of all ranks: one value if it is the same on all, else the different ones, sorted."""
-    from hpcgpt.distributed.collectives import gather_from_all
+    from hpcgpt.distributed.collectives import merge_on_all
 
-    by_rank = gather_from_all(ranks, lambda: of_this_rank)
-    merged = {}
-    for key in of_this_rank:
-        values = sorted({of_rank[key] for of_rank in by_rank})
-        merged[key] = values[0] if len(values) == 1 else values
-    return merged
+    def union(lower: dict[str, set[Any]], higher: dict[str, set[Any]]) -> dict[str, set[Any]]:
+        return {key: lower[key] | higher[key] for key in lower}
+
+    found = merge_on_all(ranks, lambda: {key: {value} for key, value in of_this_rank.items()}, union)
+    return {key: min(values) if len(values) == 1 else sorted(values) for key, values in found.items()}
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

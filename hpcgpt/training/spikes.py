@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hpcgpt.config.options import Spike
 from hpcgpt.data.loader import Loader
-from hpcgpt.distributed.collectives import gather_from_all
+from hpcgpt.distributed.collectives import merge_on_all
 from hpcgpt.distributed.world import Ranks
 
+MOST_NAMED = 8  # micro-batches in a message
 LONGEST_SKIP = 10  # steps in a row with a loss or gradient that is not finite: training has diverged
 
 
@@ -29,14 +30,18 @@ def locate_nonfinite(micro_losses: Sequence[Tensor], number: int, loader: Loader
     `micro_losses`: of this rank's micro-batches; `number`: of the global batch.
     """
 
-    def local_batches() -> list[str]:
+    def local_batches() -> tuple[list[str], int]:
         bad = [micro_step for micro_step, loss in enumerate(micro_losses) if not math.isfinite(float(loss))]
         spans = [loader.samples(number, micro_step) for micro_step in bad]
-        return [f"rank {ranks.world.rank}, samples {span[0]:,} to {span[-1]:,}" for span in spans]
+        named = [f"rank {ranks.world.rank}, samples {span[0]:,} to {span[-1]:,}" for span in spans]
+        return named[:MOST_NAMED], len(named)
 
-    found = [batch for of_rank in gather_from_all(ranks, local_batches) for batch in of_rank]
-    if found:
-        return "; ".join(found[:8]) + (f"; and {len(found) - 8:,} more" if len(found) > 8 else "")
+    def merge(lower: tuple[list[str], int], higher: tuple[list[str], int]) -> tuple[list[str], int]:
+        return (lower[0] + higher[0])[:MOST_NAMED], lower[1] + higher[1]
+
+    named, count = merge_on_all(ranks, local_batches, merge)
+    if count:
+        return "; ".join(named) + (f"; and {count - len(named):,} more" if count > len(named) else "")
     first, after = number * loader.global_batch, (number + 1) * loader.global_batch
     return f"every micro-batch's loss is a finite number, and a gradient is not: samples {first:,} to {after - 1:,}"
 

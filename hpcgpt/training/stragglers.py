@@ -19,7 +19,7 @@ import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpcgpt.distributed import node_figures
 from hpcgpt.distributed.device_clock import DeviceClock
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hpcgpt.distributed.world import Ranks
 
 PATIENCE = 2  # strikes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def usual(local_s: Sequence[float]) -> float:
 
 
 class StragglerDetector:
-    """Gathers and compares local times. Each rank has one, and all find the same stragglers."""
+    """Gathers local times on rank 0, and compares them there. Each rank has one."""
 
     def __init__(self, settings: options.Blame, ranks: Ranks) -> None:
         """Gather the names of the hosts. A collective."""
@@ -92,37 +94,37 @@ class StragglerDetector:
         self.local = LocalTime(ranks.device) if settings.every and ranks.cpu_group is not None else None
         self._hosts: list[str] = []
         self._node = NodeFigures() if self.local and ranks.world.local_rank == 0 else None
-        self.gathered: Gathered | None = None  # what the last call of `after` has gathered
+        self.gathered: Gathered | None = None  # what the last call of `after` has gathered, on rank 0
         if self.local:
-            from hpcgpt.distributed.collectives import gather_from_all
-
-            self._hosts = gather_from_all(ranks, socket.gethostname)
+            self._hosts = self._gather(socket.gethostname())
 
     def after(self, step: int) -> list[Straggler]:
-        """Return the stragglers to report after this step. A collective: every rank calls it after each step."""
+        """Return the stragglers to report after this step, on rank 0; [] on others. A collective, for each step."""
         self.gathered = None
         if self.local is None or step % self._settings.every:
             return []
-        self.gathered = self._gather(self.local.take())
+        of_node = self._node.newest() if self._node else node_figures.UNKNOWN
+        found = self._gather((self.local.take(), of_node))
+        if not found:
+            return []
+        self.gathered = Gathered([local_s for local_s, _ in found], self._nodes([figures for _, figures in found]))
         local_s = self.gathered.local_s
         self._strikes, slow = count_strikes(self._strikes, local_s, self._settings.factor)
         return [Straggler(rank, self._hosts[rank], local_s[rank], usual(local_s)) for rank in slow]
 
-    def _gather(self, local_s: float) -> Gathered:
-        """Return the times of all ranks, by rank, and the figures of the nodes."""
-        import torch
-        import torch.distributed as dist
+    def _gather(self, own: T) -> list[T]:
+        from hpcgpt.distributed.collectives import gather_to_rank0
 
-        of_node = self._node.newest() if self._node else node_figures.UNKNOWN
-        own = torch.tensor([local_s, *of_node], dtype=torch.float64)
-        gathered = [torch.zeros_like(own) for _ in range(self._ranks.world.size)]
-        dist.all_gather(gathered, own, group=self._ranks.cpu_group)
+        return gather_to_rank0(self._ranks, lambda: own)
+
+    def _nodes(self, figures: Sequence[tuple[float, ...]]) -> list[dict[str, Any]]:
+        """Return the figures that are known, with the host of each."""
         nodes = []
-        for host, (_, *figures) in zip(self._hosts, (each.tolist() for each in gathered), strict=True):
-            known = {key: value for key, value in zip(node_figures.KEYS, figures, strict=True) if math.isfinite(value)}
+        for host, of_rank in zip(self._hosts, figures, strict=True):
+            known = {key: value for key, value in zip(node_figures.KEYS, of_rank, strict=True) if math.isfinite(value)}
             if known:
                 nodes.append({"host": host, **known})
-        return Gathered([float(each[0]) for each in gathered], nodes)
+        return nodes
 
 
 class LocalTime:

@@ -242,6 +242,25 @@ def test_only_a_higher_restart_count_of_the_same_job_is_its_next_start(before: s
 
 
 @pytest.mark.processes
+def test_a_rank_looks_for_a_newer_attempt_once_the_process_that_looks_instead_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "generations").mkdir()
+    (tmp_path / "generations" / "000002.json").touch()
+    code = (
+        "import os, sys, threading; from pathlib import Path; from hpcgpt.storage import lease; "
+        "sys.addaudithook(lambda event, args: event == 'os.listdir' and os.write(1, b'looked\\n')); "
+        "lease.exit_when_superseded(Path(sys.argv[1]), 1, instead=sys.stdin.read); os.write(1, b'starts\\n'); "
+        "threading.Event().wait()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as rank:
+        assert rank.stdout
+        assert rank.stdout.readline() == "starts\n"
+        out, _ = rank.communicate(timeout=60)  # closes its standard input
+    assert out.startswith("looked\n")
+    assert rank.returncode == SUPERSEDED
+
+
+@pytest.mark.processes
 def test_a_superseded_holder_exits_at_its_check(tmp_path: Path) -> None:
     code = """
 import os, sys

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from hpcgpt.distributed import rendezvous
+from hpcgpt.distributed import routes
 from hpcgpt.doctor import findings, whole_nodes
 from hpcgpt.doctor.findings import Finding, bad
 from hpcgpt.doctor.nodes import judge
@@ -173,8 +173,8 @@ def own_addresses(nodes: Sequence[str]) -> list[str]:
     for other in nodes:
         if other.split(".")[0] != here.split(".")[0]:
             with suppress(OSError):
-                found.append(rendezvous.route(rendezvous.resolve(_address_of(other)), 9))
+                found.append(routes.route(routes.resolve(_address_of(other)), 9))
                 break
     with suppress(OSError):
-        found.append(rendezvous.resolve(here))
+        found.append(routes.resolve(here))
     return list(dict.fromkeys(found)) or ["127.0.0.1"]

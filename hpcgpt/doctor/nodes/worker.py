@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from hpcgpt.distributed import rendezvous
+from hpcgpt.distributed import routes
 from hpcgpt.doctor.nodes import wire
 from hpcgpt.doctor.nodes.wire import Message
 
@@ -48,7 +48,7 @@ def _work(device: int, addresses: Sequence[str], port: int) -> None:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         connection = wire.connect(addresses, port, CONNECT_S)
-        rendezvous.use_interface_towards(*connection.getpeername()[:2])
+        routes.use_interface_towards(*connection.getpeername()[:2])
         worker = Worker(device)
         own = connection.getsockname()[0]
         greeting = {
