@@ -37,8 +37,7 @@ def main() -> None:
     engine = Engine(plan.make(settings, 1), ranks)
     engine.warm_up()
     rows = [engine.read(engine.launch(step, step)) for step in range(settings.train.steps)]
-    state = local_state_dict(engine.model.local, engine.optimizer, ranks)
-    engine.model.gather()
+    state = local_state_dict(engine.model.gpt, engine.optimizer, ranks)
     found = {
         "backend": backend, "module": type(engine.model.module).__name__, "tensors_to_save": len(state),
         "losses": [row["train/loss"] for row in rows], "step_s": rows[-1]["train/step_s"],

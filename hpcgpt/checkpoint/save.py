@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpcgpt.checkpoint import layout, safetensors_writer
@@ -35,7 +34,7 @@ from hpcgpt.checkpoint.parts import PADDING, Place, joined, own_parts, padded, p
 from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.checkpoint.retention import Unread
 from hpcgpt.config import options
-from hpcgpt.distributed.collectives import gather_from_all, run_on_rank0
+from hpcgpt.distributed.collectives import distinct_on_all, gather_from_all, run_on_rank0
 from hpcgpt.distributed.sharded_tensor import is_sharded, rows_to_save
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.optim.optimizer import state_keys
@@ -239,10 +238,7 @@ class Saver:
             return True
         if votes is not None:
             return votes[self._stages % 2] == self._ranks.world.size
-        ready = torch.tensor([int(save.work.ready)])
-        if self._ranks.cpu_group is not None:
-            dist.all_reduce(ready, dist.ReduceOp.MIN, group=self._ranks.cpu_group)
-        return bool(ready)
+        return all(distinct_on_all(self._ranks, lambda: save.work.ready))
 
     def _end(self, save: _Save, problem: str) -> Saved:
         self._save = None

@@ -184,12 +184,9 @@ class StopFlag:
         here = self._look(ranks, after_step)
         if ranks.cpu_group is None:
             return here
-        import torch
-        import torch.distributed as dist
+        from hpcgpt.distributed.collectives import merge_on_all  # loads torch
 
-        flag = torch.tensor([int(here)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=ranks.cpu_group)
-        return Stop(int(flag))
+        return merge_on_all(ranks, lambda: here, max)
 
     def _look(self, ranks: Ranks, after_step: bool) -> Stop:
         """Return this rank's reason to stop, and measure the time since the last check."""

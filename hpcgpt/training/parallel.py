@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt.config.options import Parallel
+from hpcgpt.distributed.collectives import distinct_on_all
 from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import UserError
@@ -207,10 +208,9 @@ def _mesh(ranks: Ranks, within: str) -> DeviceMesh:
 def _ranks_of_a_node(ranks: Ranks) -> int:
     world = ranks.world
     is_in_order = world.rank % world.local_size == world.local_rank
-    least = torch.tensor([world.local_size, -world.local_size, int(is_in_order)])
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=ranks.cpu_group)
-    fewest, most = int(least[0]), -int(least[1])
-    if fewest != most or not least[2]:
+    found_on_all = distinct_on_all(ranks, lambda: (world.local_size, is_in_order))
+    fewest, most = min(found_on_all)[0], max(found_on_all)[0]
+    if fewest != most or (fewest, False) in found_on_all:
         found = f"nodes have {fewest} to {most}" if fewest != most else "they are numbered across nodes"
         raise UserError(
             f"parallel.shard_within node needs equally many ranks on each node, numbered node by node, and {found}: "

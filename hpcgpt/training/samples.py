@@ -12,10 +12,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from hpcgpt.config import options
 from hpcgpt.distributed import rendezvous
+from hpcgpt.distributed.collectives import run_on_rank0
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.model.generate import generate
 from hpcgpt.model.gpt import GPT
@@ -98,6 +98,4 @@ def _follow(gpt: GPT, ranks: Ranks, alive: Callable[[], bool]) -> None:
 
 def _broadcast(more: bool | None, ranks: Ranks) -> bool:
     """Return what rank 0 gives. A collective."""
-    given = torch.tensor([int(bool(more))])
-    dist.broadcast(given, src=0, group=ranks.cpu_group)
-    return bool(given)
+    return run_on_rank0(ranks, lambda: bool(more))
