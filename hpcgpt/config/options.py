@@ -192,9 +192,7 @@ class Train:
     attention: Literal["auto", "flash", "cudnn", "efficient", "math", "fa3"] = option(
         "auto", "attention kernel; auto: torch chooses"
     )
-    deterministic: bool = option(
-        False, "compute with kernels that add in the same order each time, on GPUs and when compiled; slower"
-    )
+    deterministic: bool = option(False, "kernels that add in the same order each time, on GPUs and compiled; slower")
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "after a loss or gradient that is not finite: stop the run, or skip that step, for which each step has to wait "
@@ -221,9 +219,7 @@ class Parallel:
         "float32",
         "dtype in which gradients are reduced between ranks; bfloat16: half the bytes, rounded before the sum",
     )
-    shard_within: str = option(
-        "all", "zero1, fsdp: ranks that share a copy of weights and state: all, node (those of a node), or a number"
-    )
+    shard_within: str = option("all", "zero1, fsdp: ranks that share a copy of the weights: all, node, or a number")
 
 
 @dataclass(frozen=True)
