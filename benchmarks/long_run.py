@@ -6,7 +6,7 @@ The run is made up: every field of metrics.jsonl that training writes, an evalua
 events from attempts and the others from saves. Each operation runs in a process of its own: seconds from its start to
 its end, interpreter and imports included, CPU seconds, peak memory. "start" and "rollback" open metrics.jsonl as rank 0
 does, after a checkpoint 500 steps before the end; "killed" is a start after an attempt that has not closed the file,
-and `inside_s` what training waits for, without the copy, which goes on beside it. "rebuild" makes metrics.blocks as a
+and `inside_s` what training waits for, without the copy, which is made beside it. "rebuild" makes metrics.blocks as a
 run without one does; then everything is measured with it, and at last "report" without it.
 """
 
