@@ -176,7 +176,7 @@ def test_a_superseded_attempt_that_was_stopped_at_its_start_does_not_replace_new
     file = MetricsFile(path, keep_below=4)
     write(file, row(4))
     os.kill(child, signal.SIGCONT)
-    # Where it could truncate the file in place it has done so, with a file that nobody reads any more.
+    # Where it could truncate the file in place it has done so, with a file that is not read any more.
     later = 1 if before == "killed" else 99
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (SUPERSEDED if when == "before its check" else later)
     write(file, row(5))
@@ -186,7 +186,7 @@ def test_a_superseded_attempt_that_was_stopped_at_its_start_does_not_replace_new
 
 
 def test_a_file_that_was_closed_is_truncated_in_place_and_another_is_not(tmp_path: Path) -> None:
-    """An orphan may still write to a file that nobody closed."""
+    """An orphan may still write to a file that was not closed."""
     path = tmp_path / "metrics.jsonl"
     written(path, range(1, 9)).close()
     closed = path.stat().st_ino
