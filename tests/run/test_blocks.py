@@ -135,7 +135,7 @@ def test_a_file_that_does_not_agree_is_not_believed_and_made_anew(
         + damaged.tobytes(), "of an older run": content, "shifted": content[:middle] + content[middle + size :],
     }[damage]  # fmt: skip
     path.unlink() if changed is None else path.write_bytes(changed)
-    if damage == "of an older run":  # a version that knows of no blocks trained on, from another step
+    if damage == "of an older run":  # a version without blocks trained on, from another step
         rows = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:1200]
         rows += [json.dumps(row(step, 2)).encode() + b"\n" for step in range(1201, 3501)]
         (tmp_path / "metrics.jsonl").write_bytes(b"".join(rows))
