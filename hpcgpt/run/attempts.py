@@ -85,11 +85,16 @@ def attempts(events: Sequence[Row], rows: Sequence[Row], now: float | None = Non
     for event in events:
         if event["event"] == "crash" and event.get("job"):
             crashes[event["job"]].append(event)
-    saved = newest_checkpoint(events) or 0  # at which the next attempt would resume
+    # Up to which step each counts: where the lowest later attempt began; of the newest, where the next would begin.
+    kept = [newest_checkpoint(events) or 0]
+    for start in reversed(found[1:]):
+        step = int(start.get("step", 0))
+        kept.append(step if len(kept) == 1 else min(step, kept[-1]))
+    kept.reverse()
     return [
         _attempt(
-            start, found[index + 1 :], events_of[start["attempt"]], rows_of[start["attempt"]],
-            crashes.get(str(start.get("job", "")), ()), saved,
+            start, found[index + 1 : index + 2], events_of[start["attempt"]], rows_of[start["attempt"]],
+            crashes.get(str(start.get("job", "")), ()), kept[index],
             None if index + 1 < len(found) else now,
         )
         for index, start in enumerate(found)
@@ -152,7 +157,7 @@ def _by_attempt(found: Iterable[Row]) -> dict[int, list[Row]]:
 
 
 def _attempt(
-    start: Row, later: Sequence[Row], events: Sequence[Row], rows: Sequence[Row], crashes: Sequence[Row], saved: int,
+    start: Row, later: Sequence[Row], events: Sequence[Row], rows: Sequence[Row], crashes: Sequence[Row], kept: int,
     now: float | None,
 ) -> Attempt:  # fmt: skip
     job = str(start.get("job", ""))
@@ -165,14 +170,14 @@ def _attempt(
     first_step_at = float((ready or start)["time"])
     if not ready and rows:
         first_step_at = max(began_at, step_began_at(rows[0]))
-    kept_until = min((int(event.get("step", 0)) for event in later), default=None)
+    kept_until = kept if later else None
     from_step = int(start.get("step", 0))
     steps = [int(event["step"]) for event in [*events, *rows] if "step" in event]
     if later:
         steps.append(int(later[0].get("step", 0)) + int(later[0].get("lost_steps", 0)))
     to_step = max([from_step, *steps])
     if kept_until is None and now is None and end.get("status") not in (exit_codes.FINISHED, exit_codes.AGAIN):
-        kept_until = saved
+        kept_until = kept
     return Attempt(
         number=start["attempt"],
         job=job,

@@ -5,9 +5,9 @@ and what goodput is computed from. The file is a header (`HEADER`) and records o
 place in metrics.jsonl where its rows end, so the rows of every block can be found, and those after the last one. A row
 is alone in its block if it is the first of its attempt, has an evaluation, or follows one.
 
-It is derived: rank 0 makes it from the bytes of metrics.jsonl, after its rows (hpcgpt.run.blocks_file), and it may be
-deleted at any time. No reader trusts it blindly: `sound` compares PROBES blocks, first and last among them, with
-their rows. What it lacks is read from metrics.jsonl, row by row, in bounded memory. A run whose metrics.jsonl has at
+It is derived: rank 0 makes it from the bytes of metrics.jsonl, as rows are added (hpcgpt.run.blocks_file), and it may
+be deleted at any time. It is never used unchecked: `sound` compares PROBES blocks, the first and the last among them,
+with their rows. What it lacks is read from metrics.jsonl, row by row, in bounded memory. A run whose metrics.jsonl has at
 most WHOLE_BYTES has no such file, and its rows are read.
 
 No torch in here.

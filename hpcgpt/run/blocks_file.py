@@ -1,4 +1,4 @@
-"""Writes metrics.blocks (hpcgpt.run.blocks) after the rows of metrics.jsonl. Rank 0 only.
+"""Writes metrics.blocks (hpcgpt.run.blocks) as rows are added to metrics.jsonl. Rank 0 only.
 
 It is made from the bytes of metrics.jsonl, a piece at a time, so a file that is missing or does not agree with the rows
 is made anew during training, at the price of some milliseconds a step. Each attempt has a file of its own, since
@@ -59,7 +59,7 @@ class BlocksFile:
             self._open()
         with open(self._metrics, "rb") as rows:
             units, _ = blocks.read_rows(rows, self._at, self._piece, self._before, highest)
-        whole = blocks.joined(units, self._before, width=blocks.WIDTH)[:-1]  # the last one may get more rows
+        whole = blocks.joined(units, self._before, width=blocks.WIDTH)[:-1]  # rows may be added to the last one
         if not len(whole):
             self._piece *= 2  # if that does not help, readers read the rest row by row
             return

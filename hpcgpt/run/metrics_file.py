@@ -79,10 +79,10 @@ class MetricsFile:
     A full disk does not end the run: rows stay in memory until there is room. `lost` are the rows that were removed
     because this attempt repeats their steps, `tail` the last rows before them. Any thread may call `sync`.
 
-    No two attempts write to one file, since orphans of earlier attempts may keep writing. An attempt that closes the
-    file says so in metrics.closed, and at most one attempt can take that over (by renaming it): the file has no other
-    writer then, and is truncated in place. So it is after a rollback, too. Without metrics.closed, as after a kill, the
-    rows that stay are copied into a new file; of a large one in the background, during training. An orphan that was
+    No two attempts write to one file, since orphans of earlier attempts may keep writing. Closing the file is recorded
+    in metrics.closed, and at most one attempt can take that over (by renaming it): the file has no other writer then,
+    and is truncated in place. So it is after a rollback, too. Without metrics.closed, as after a kill, the rows that
+    stay are copied into a new file; of a large one in the background, during training. An orphan that was
     stopped while it made its own new file cannot replace this one: its temporary file is removed here, and before the
     rename it checks for a newer attempt (`check`). One that had taken metrics.closed over has opened the file before
     that, and truncates what this attempt does not use. (If a full disk has no room for a new file, the old one is

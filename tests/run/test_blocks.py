@@ -1,4 +1,4 @@
-"""hpcgpt.run.blocks and blocks_file: figures of many rows without reading them, and never wrong ones."""
+"""hpcgpt.run.blocks and blocks_file: figures of many rows without reading them, the same as from the rows."""
 
 from __future__ import annotations
 

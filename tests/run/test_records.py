@@ -177,10 +177,14 @@ def test_in_brief_the_events_of_old_saves_are_left_out_but_for_the_newest(
 ) -> None:
     """A run of ten million steps has a hundred thousand of them."""
     monkeypatch.setattr(records, "EVENT_TAIL_BYTES", 60)
-    saves = [{"event": name, "step": step} for step in range(1, 9) for name in ("save", "save_stall")]
+    saves: list[dict[str, Any]] = [
+        {"event": name, "step": step} for step in range(1, 9) for name in ("save", "save_stall")
+    ]
     others: list[dict[str, Any]] = [
-        {"event": "start", "step": 0}, {"event": "straggler", "step": 9}, {"event": "end", "step": 10}
-    ]  # fmt: skip
+        {"event": "start", "step": 0},
+        {"event": "straggler", "step": 9},
+        {"event": "end", "step": 10},
+    ]
     events = [{"time": float(n), **event} for n, event in enumerate([others[0], *saves, *others[1:]])]
     folder = written(tmp_path, events, [])
     assert records.events(folder) == events
