@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks: who reads what, and files into which several ranks have written."""
+"""Checkpoints of many ranks: which rank reads what, and files into which several ranks have written."""
 
 from __future__ import annotations
 
