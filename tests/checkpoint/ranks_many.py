@@ -48,9 +48,9 @@ class Run:
             self.counter.start()
             chosen = load.newest_valid(self.checkpoints, here, self._of(here))
             assert chosen is not None
-            checked = self.counter.until_now()
+            checked = self.counter.reads()
             load.load(chosen, model, optimizer, here)
-            read = self.counter.until_now()
+            read = self.counter.reads()
             same = content(model, optimizer, here) == content(*made(self.shape, here, sharded, seed=4), here)
             return {"same": same, **asdict(read), "checking": asdict(checked)}
 

@@ -144,7 +144,7 @@ class Counter:
     def start(self) -> None:
         self._local.opens, self._local.before = 0, _bytes_read()
 
-    def until_now(self) -> Reads:
+    def reads(self) -> Reads:
         return Reads(self._local.opens, _bytes_read() - self._local.before)
 
 
