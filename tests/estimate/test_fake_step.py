@@ -179,6 +179,7 @@ def test_a_rank_holds_the_share_of_its_group_and_writes_that_of_all_ranks(mode: 
     assert tensors(analytic.measure(asked, "").peak) == pytest.approx(tensors(step_of(memory)), rel=0.25)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("ranks", "per_node", "expected"), [(16, 4, "4"), (16, 0, "8"), (4, 0, "all")])
 def test_node_is_the_number_of_its_ranks(ranks: int, per_node: int, expected: str) -> None:
     config = request(parallel__mode="fsdp", parallel__shard_within="node").config
