@@ -7,8 +7,8 @@ is alone in its block if it is the first of its attempt, has an evaluation, or f
 
 It is derived: rank 0 makes it from the bytes of metrics.jsonl, as rows are added (hpcgpt.run.blocks_file), and it may
 be deleted at any time. It is never used unchecked: `sound` compares PROBES blocks, the first and the last among them,
-with their rows. What it lacks is read from metrics.jsonl, row by row, in bounded memory. A run whose metrics.jsonl has at
-most WHOLE_BYTES has no such file, and its rows are read.
+with their rows. What it lacks is read from metrics.jsonl, row by row, in bounded memory. A run whose metrics.jsonl has
+at most WHOLE_BYTES has no such file, and its rows are read.
 
 No torch in here.
 """
