@@ -182,7 +182,7 @@ def test_a_rank_holds_the_share_of_its_group_and_writes_that_of_all_ranks(mode: 
 @pytest.mark.processes
 @pytest.mark.parametrize(("ranks", "per_node", "expected"), [(16, 4, "4"), (16, 0, "8"), (4, 0, "all")])
 def test_node_is_the_number_of_its_ranks(ranks: int, per_node: int, expected: str) -> None:
-    config = request(parallel__mode="fsdp", parallel__shard_within="node").config
+    config = request(train__micro_batch=4, parallel__mode="fsdp", parallel__shard_within="node").config
     found = estimates.make(config, steps=1, ranks=ranks, device=devices.find("a100-80"), ranks_per_node=per_node)
     assert found.config.parallel.shard_within == expected
 
