@@ -38,6 +38,7 @@ import errno
 import itertools
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable
@@ -283,8 +284,8 @@ def check_structure(checkpoint: Path) -> str:
             path = checkpoint / name
             if problem := _not_a_file(path):
                 return problem
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
+            if (size := _size_of(path, expected["bytes"])) != expected["bytes"]:
+                return f"{name} has {size:,} bytes, expected {expected['bytes']:,}"
         state = read_state(checkpoint)
         if checkpoint.name != f"step_{state.step:09d}":
             return f"it holds step {state.step}"
@@ -301,6 +302,15 @@ def check_structure(checkpoint: Path) -> str:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         return f"its manifest or state cannot be read: {error!r}"
     return ""
+
+
+def _size_of(path: Path, expected: int) -> int:
+    """Return the size of a file, which an NFS client may learn only when it opens it, if several hosts write."""
+    size = path.stat().st_size
+    if size != expected:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    return size
 
 
 def _count(files: dict[str, Any]) -> int:

@@ -209,6 +209,7 @@ class Saver:
                 self._begin_stage(save, "commit", self._on_first(lambda: self._commit(save, files)))
             elif save.stage == "commit":
                 unread = run_on_rank0(self._ranks, save.work.result)
+                save.visible_s = time.monotonic() - save.began_at
                 if not self.prune_old:
                     return ""
                 self._begin_stage(save, "read back", lambda: _read_back(self._checkpoints, unread, self._ranks.world))
@@ -306,6 +307,7 @@ class _Save:
     work: Work
     stall_s: float
     stage: Stage = "write"
+    visible_s: float | None = None  # None until the checkpoint is visible
 
     @property
     def visible(self) -> bool:
@@ -313,7 +315,8 @@ class _Save:
         return self.stage in ("read back", "prune")
 
     def outcome(self, problem: str = "") -> Saved:
-        return Saved(self.state.step, problem, time.monotonic() - self.began_at, self.stall_s, self.bytes)
+        seconds = time.monotonic() - self.began_at if self.visible_s is None else self.visible_s
+        return Saved(self.state.step, problem, seconds, self.stall_s, self.bytes)
 
 
 def _copied(share: dict[str, Tensor], copies: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -338,7 +341,7 @@ def _read_back(checkpoints: Path, unread: list[Unread], world: World) -> list[st
     # Not what this host has written: it may still have that in memory.
     rank = (world.rank + world.size // 2) % world.size
     for name, parts in unread:
-        with suppress(OSError):
+        with suppress(Exception):  # it decides only what may be removed: rank 0 checks it again
             if not layout.check_checksums(checkpoints / name, own_parts(parts, rank, world.size)):
                 whole.append(name)
     return whole

@@ -23,6 +23,7 @@ from pathlib import Path
 from hpcgpt.distributed.world import World
 
 LONGEST_BYTES = 4096  # of a message
+CONNECT_S = 1.0
 RETRY_S = 0.1
 
 
@@ -122,6 +123,7 @@ class Follower:
         if self._connection is None:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
+                connection.settimeout(CONNECT_S)  # another process may have taken the name, and accept nothing
                 connection.connect(self._name)
                 if not _is_same_user(connection):
                     raise PermissionError

@@ -108,6 +108,8 @@ def _open_connections(ranks: Ranks, trains_on_gloo: bool) -> None:
             assert sent is not None
             sent.wait()
             dist.broadcast(torch.zeros(1), 0)
+        # No rank returns, and may end, before all are connected: rank 0 also has the store with their addresses.
+        tree.down(ranks, tree.up(ranks, 0, max))
     except RuntimeError as error:
         if not is_broken_connection(error):
             raise
@@ -135,7 +137,8 @@ def _check_limit(world: World) -> None:
     Raises:
         UserError: it is too low for the store.
     """
-    if world.is_first and (problem := open_files.why_too_few(world.size)):
+    served_here = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if served_here and (problem := open_files.why_too_few(world.size)):
         raise UserError(f"the store of {world.size:,} ranks cannot be served on {socket.gethostname()}: {problem}")
     if problem := open_files.why_too_few(world.size.bit_length() + world.local_size):
         streams.warn(f"{world}: {problem}")

@@ -31,10 +31,12 @@ _warned: Counter[str] = Counter()
 
 
 @contextmanager
-def only_informs(what: str) -> Iterator[None]:
-    """Turn any exception inside into a warning that names `what`, the first few times."""
+def only_informs(what: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Turn any exception inside into a warning that names `what`, the first few times; except one of type `but`."""
     try:
         yield
+    except but:
+        raise
     except Exception as error:
         warn(what, error)
 

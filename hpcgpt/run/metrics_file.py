@@ -232,13 +232,17 @@ class MetricsFile:
                     with open(self._path, "rb") as old:
                         atomic.copy_bytes(old, file, self._start)
                 file.write(self._kept)
+                file.flush()
+                # Not opened by its name later: that may be a newer attempt's file then.
+                self._descriptor = os.dup(file.fileno())
             self._has_no_other_writer = True
         except OSError as error:
+            self._close_descriptor()
             if error.errno not in atomic.NO_ROOM or not self._has_kept():
                 raise
             streams.warn(f"there is no room for a new {self._path}: it is truncated in place")
-            self._check()
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._check()  # after it was opened: what is truncated below is no newer attempt's
         os.ftruncate(self._descriptor, self._end)
         os.fsync(self._descriptor)
         self._is_deferred = False

@@ -27,7 +27,7 @@ from hpcgpt.training.hang_watchdog import START_S, Watchdog
 from hpcgpt.training.profiler import Profiler
 from hpcgpt.training.reporter import Reporter
 from hpcgpt.training.resume import Rollback
-from hpcgpt.training.samples import Sampler, sample_limit_s
+from hpcgpt.training.samples import BrokenPassError, Sampler, sample_limit_s
 from hpcgpt.training.spikes import SpikeDetector
 from hpcgpt.training.stragglers import StragglerDetector
 
@@ -191,7 +191,7 @@ class Loop:
         settings, step = self.plan.config.sample, self.state.step
         if "val/loss" in row and settings.tokens:
             limit_s = sample_limit_s(settings.max_s, self.watchdog.limit_s)
-            with only_informs("the sample"):
+            with only_informs("the sample", but=BrokenPassError):
                 text = self.sampler.generate(step, limit_s, self._may_sample)
                 if self.reporter:
                     self.reporter.sample(step, text)

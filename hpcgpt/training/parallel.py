@@ -72,7 +72,7 @@ class ParallelModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[GPT]:
-        """Yield `gpt` for passes without gradients, not compiled: so that its figures are those of ``hpcgpt eval``.
+        """Yield `gpt` for passes without gradients, not compiled, as ``hpcgpt eval`` has it.
 
         If weights are sharded, all ranks must make the same number of passes inside.
         """

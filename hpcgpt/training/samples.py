@@ -72,28 +72,53 @@ class Sampler:
         return self.settings.prompt + "".join(interface.stream(self.tokenizer, ids(), after=prompt))
 
 
+class BrokenPassError(RuntimeError):
+    """A forward pass that all ranks make together has failed on this one, whose end the others have to notice."""
+
+
 @contextmanager
 def _leading(gpt: GPT, ranks: Ranks) -> Iterator[None]:
     """Announce each forward pass inside to the other ranks, and in the end that there are no more: see `_follow`."""
+    in_pass = False
 
     def announce(*_: object) -> None:
+        nonlocal in_pass
         _broadcast(True, ranks)
+        in_pass = True
+
+    def end(*_: object) -> None:
+        nonlocal in_pass
+        in_pass = False
 
     # Before the hook that waits for the weights of the other ranks.
-    hook = gpt.register_forward_pre_hook(announce, prepend=True)
+    hooks = [gpt.register_forward_pre_hook(announce, prepend=True), gpt.register_forward_hook(end)]
     try:
         yield
+    except Exception as error:
+        if in_pass:
+            raise BrokenPassError(f"a sample's forward pass failed: {error}") from error
+        raise
     finally:
-        hook.remove()
-        _broadcast(False, ranks)
+        for hook in hooks:
+            hook.remove()
+        if not in_pass:
+            _broadcast(False, ranks)
 
 
 @torch.no_grad()
 def _follow(gpt: GPT, ranks: Ranks, alive: Callable[[], bool]) -> None:
     """Make a forward pass with each one of rank 0, which needs this rank's weights. The ids do not matter."""
-    while _broadcast(None, ranks):
-        gpt(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device), cache=KVCache(gpt.config))
-        alive()
+    was_training = gpt.training
+    gpt.eval()  # dropout would use this rank's random numbers of training
+    try:
+        while _broadcast(None, ranks):
+            try:
+                gpt(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device), cache=KVCache(gpt.config))
+            except Exception as error:
+                raise BrokenPassError(f"{ranks.world}: a sample's forward pass failed: {error}") from error
+            alive()
+    finally:
+        gpt.train(was_training)
 
 
 def _broadcast(more: bool | None, ranks: Ranks) -> bool:

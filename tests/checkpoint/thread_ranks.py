@@ -7,6 +7,8 @@ processes of their own, because the process group replaces a global variable of 
 
 from __future__ import annotations
 
+import pickle
+import queue
 import sys
 import threading
 from collections.abc import Callable
@@ -35,6 +37,7 @@ T = TypeVar("T")
 SMALL = Model(
     n_layer=2, n_head=2, n_embd=40, block_size=16, vocab_size=331, tied=False
 )  # no number of ranks divides all rows
+LONGEST_S = 120.0  # that a rank waits for another one
 _GENERATOR = threading.Lock()  # there is one for all threads
 _IN_THREADS: Any = _multi_threaded_pg  # neither has types
 _C10D: Any = torch._C._distributed_c10d
@@ -46,7 +49,17 @@ def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
     errors: list[BaseException | None] = [None] * size
     _C10D._set_thread_isolation_mode(True)
     _IN_THREADS._install_threaded_pg()
-    store = dist.HashStore()
+    store, boxes = dist.HashStore(), dict[tuple[int, int], queue.SimpleQueue[bytes]]()
+
+    def box(sender: int, receiver: int) -> queue.SimpleQueue[bytes]:
+        return boxes.setdefault((sender, receiver), queue.SimpleQueue())
+
+    # What this process group lacks, and hpcgpt.distributed.tree uses.
+    def send(objects: list[Any], receiver: int, _group: dist.ProcessGroup) -> None:
+        box(dist.get_rank(), receiver).put(pickle.dumps(objects))
+
+    def receive(objects: list[Any], sender: int, _group: dist.ProcessGroup) -> None:
+        objects[:] = pickle.loads(box(sender, dist.get_rank()).get(timeout=LONGEST_S))
 
     def run(rank: int) -> None:
         try:
@@ -60,12 +73,15 @@ def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
             dist.destroy_process_group()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    real = dist.send_object_list, dist.recv_object_list
+    dist.send_object_list, dist.recv_object_list = send, receive  # type: ignore[assignment]
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     finally:
+        dist.send_object_list, dist.recv_object_list = real
         _IN_THREADS.ProcessLocalGroup.reset()
         _IN_THREADS._uninstall_threaded_pg()
         _C10D._set_thread_isolation_mode(False)

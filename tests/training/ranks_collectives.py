@@ -53,10 +53,13 @@ class TurnCounter:
 
     def __init__(self) -> None:
         self._running = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
-        self._running.start()
+        self._has_begun = False
 
     def turn(self, step: int) -> None:
         """Begin the turn of this step."""
+        if not self._has_begun:  # not before: it keeps references to tensors, which fsdp replaces
+            self._running.start()
+            self._has_begun = True
         with record_function(f"turn {step}"):
             pass
 

@@ -212,8 +212,13 @@ def tasks(engine: Engine, ranks: Ranks, plain: GPT) -> dict[str, Any]:
 
 
 def samples(engine: Engine, ranks: Ranks, plain: GPT, shards: Path) -> dict[str, Any]:
-    """Report whether the text of rank 0 is that of `plain`, also with an end after 3 tokens; then let rank 0 fail."""
-    left = 0
+    """Report whether the text of rank 0 is that of `plain`, also with an end after 3 tokens; then let rank 0 fail.
+
+    And whether training's random numbers are untouched, also with dropout.
+    """
+    left, random = 0, torch.get_rng_state()
+    gpt = engine.model.gpt.train()
+    gpt.dropout.p = 0.5
 
     def alive() -> bool:
         nonlocal left
@@ -238,7 +243,8 @@ def samples(engine: Engine, ranks: Ranks, plain: GPT, shards: Path) -> dict[str,
     left = 3
     with suppress(OSError):
         sampler.generate(step=3, limit_s=600, alive=failing)
-    return {"samples": found}
+    gpt.dropout.p = 0.0
+    return {"samples": [*found, gpt.training and torch.equal(random, torch.get_rng_state())]}
 
 
 def bytes_here(tensor: Tensor) -> int:

@@ -35,7 +35,7 @@ class Runs:
         self.config.write_text(f'{TINY}\n[data]\ndir = "{shards}"\n'.replace("[run]", f'[run]\ndir = "{folder}/runs"'))
 
     def start(self, name: str, status: int, faults: dict[str, Any], *flags: str) -> dict[int, dict[str, Any]]:
-        """Run two ranks; return the collectives of each turn, which are the same on both, by step."""
+        """Run two ranks; return the collectives of each turn, by step: those of rank 0."""
         out = self.folder / f"out_{name}"
         out.mkdir()
         plan = ["--run.name", name, "--train.steps", str(STEPS), "--checkpoint.every", str(SAVED), "--eval.every", "0"]
@@ -43,11 +43,18 @@ class Runs:
         done = on_ranks(2, "tests.training.ranks_collectives", *arguments)
         assert done.returncode == status, done.stderr
         first, second = (json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(2))
-        assert first == second
+        assert collectives(first) == collectives(second)
         return {int(step): turn for step, turn in first.items()}
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
+
+
+def collectives(turns: dict[str, Any]) -> dict[str, Any]:
+    """Leave out messages along the tree of the ranks: one sends what the other receives."""
+    return {step: {"small": turn["small"], "kinds": {kind: count for kind, count in turn["kinds"].items()
+                                                     if kind not in ("send", "recv_")}}
+            for step, turn in turns.items()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
