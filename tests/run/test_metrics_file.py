@@ -19,6 +19,7 @@ import pytest
 from hpcgpt.exit_codes import SUPERSEDED
 from hpcgpt.run import run_folder
 from hpcgpt.run.metrics_file import Console, MetricsFile, peak_flops
+from hpcgpt.storage import atomic
 from tests.disks import another_user, fill, small_disk
 from tests.disks import shared as shared  # a fixture
 from tests.programs import ROOT, clean_env
@@ -202,6 +203,27 @@ def test_a_file_that_was_closed_is_truncated_in_place_and_another_is_not(tmp_pat
     assert [each["step"] for each in rows(path)] == list(range(1, 8))
     written(path, range(8, 9)).close()
     assert [each["step"] for each in rows(path)] == list(range(1, 9))
+
+
+def test_an_orphan_that_is_stopped_after_it_has_renamed_its_file_never_writes_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is flushed after that, which may take long."""
+    path = tmp_path / "metrics.jsonl"
+    newer: list[MetricsFile] = []
+    flush = atomic.sync_folder
+
+    def slow(folder: Path) -> None:
+        monkeypatch.setattr(atomic, "sync_folder", flush)
+        newer.append(written(path, range(1, 9)))
+        flush(folder)
+
+    monkeypatch.setattr(atomic, "sync_folder", slow)
+    orphan = written(path, range(1, 3))
+    write(newer[0], row(9))
+    newer[0].close()
+    orphan.close()
+    assert [each["step"] for each in rows(path)] == list(range(1, 10))
 
 
 def test_a_file_that_has_changed_since_it_was_closed_is_not_taken_over(tmp_path: Path) -> None:
