@@ -35,7 +35,8 @@ class Leader:
         self._message = b""
         self._connections: list[socket.socket] = []
         self._lock = threading.Lock()
-        threading.Thread(target=self._accept_forever, name="node channel", daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept_forever, name="node channel", daemon=True)
+        self._accepting.start()
 
     def tell(self, message: str) -> None:
         """Send `message`, a line of at most LONGEST_BYTES bytes without its end."""
@@ -48,10 +49,10 @@ class Leader:
         """End all connections; in training this does the end of the process."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # ends the thread's wait, too
+        self._accepting.join()
         self._listener.close()
-        with self._lock:
-            for connection in self._connections:
-                connection.close()
+        for connection in self._connections:
+            connection.close()
 
     def _accept_forever(self) -> None:
         while True:
