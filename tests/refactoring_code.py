@@ -150,7 +150,8 @@ def run_folder(run: Path, printed: str) -> Outcome:
     # `about` names the commit, if the code is in a repository, and is written in the background: a run may end before.
     keys = sorted({f"{event['event']}: {', '.join(event)}" for event in events if event["event"] != "about"})
     samples = re.findall(r"--- (sample at step \d+\n.*?)\n---", printed, re.DOTALL)
-    kept = files(run, r"checkpoints/|jsonl$|generations/|rendezvous/|run.json$")
+    # metrics.closed has an inode.
+    kept = files(run, r"checkpoints/|jsonl$|generations/|rendezvous/|run.json$|metrics.closed$")
     return {
         **checkpoints(run),
         **curve(run),
