@@ -88,7 +88,7 @@ class Facts:
 
 
 def _median(values: np.ndarray, counts: np.ndarray) -> float:
-    """Return the median of `values`, each of which stands for so many steps."""
+    """Return the median over all steps. Each value is the mean of as many steps as `counts` has for it."""
     order = np.argsort(values)
     before = np.cumsum(counts[order])
     return float(values[order[np.searchsorted(before, before[-1] / 2)]])
