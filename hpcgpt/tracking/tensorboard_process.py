@@ -159,5 +159,4 @@ def _put(times: array[float], step: int, made_at: float) -> None:
 
 
 if __name__ == "__main__":
-    os.nice(5)
     follow(Path(sys.argv[1]), int(sys.argv[2]))

@@ -30,6 +30,7 @@ from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.run import run_folder
 
+NICE = 10  # of the processes that follow the run: where cores are scarce, the ranks and their loaders come first
 ASK_S = 30.0  # importing wandb from a cold network file system takes many seconds
 STATE = "HPCGPT_TRACKING_STATE"  # the state that the process keeps when it restarts itself: wandb_process.State
 
@@ -50,6 +51,10 @@ class Child:
             # the signal mask, but wandb's core process unblocks SIGTERM, and is restarted if that ends it.
             with shielded():
                 self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+                # At once, since threads and children inherit it. It may have ended.
+                with suppress(ProcessLookupError):
+                    own = os.getpriority(os.PRIO_PROCESS, 0)
+                    os.setpriority(os.PRIO_PROCESS, self.process.pid, max(own, NICE))
         except OSError as error:
             streams.warn(f"nothing of this attempt is sent to {self.name}: {error}")
 

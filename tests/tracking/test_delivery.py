@@ -6,6 +6,7 @@ The shorter cases, one by one, are in test_tracker.py.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.run import run_folder
+from hpcgpt.tracking.tracker import NICE
 from tests.tracking.attempts import LONG_S, Attempt, fragments, home, server, steps_of, sync, until
 
 pytestmark = pytest.mark.processes
@@ -27,8 +29,30 @@ def roll_back(attempt: Attempt, to: int) -> None:
     run_folder.record(attempt.folder, "rollback", attempt=1, step=to, loss=9.0, spiked_step=to + 1)
 
 
+def priorities(group: int) -> dict[str, set[int]]:
+    """Return the nice values of all threads of the processes in a group, by the name of the process."""
+    found: dict[str, set[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            fields = path.read_text().rpartition(")")[2]
+            if int(fields.split()[2]) == group:
+                process = (path.parents[2] / "comm").read_text().strip()
+                found.setdefault(process, set()).add(int(fields.split()[16]))
+    return found
+
+
 def has_rows(folder: Path) -> bool:
     return bool(steps_of(fragments(folder)))
+
+
+def test_all_processes_that_send_have_a_low_priority(tmp_path: Path, server: WandbServer) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write(range(1, 6))
+    assert server.wait(lambda: len(server.steps(attempt.id)) == 5)
+    found = priorities(attempt.wait_for_process().pid)
+    attempt.tracker.close(0, LONG_S)
+    assert len(found) >= 2, "wandb's core is another process"
+    assert set.union(*found.values()) == {NICE}
 
 
 @pytest.mark.long
