@@ -1,6 +1,6 @@
 """Compare settings of the quick start on a split of its own.
 
-    python benchmarks/quickstart.py FOLDER [--vocab-size N] [--json FILE] -- TRIAL...
+    python benchmarks/quickstart.py [--vocab-size N] [--json FILE] FOLDER -- TRIAL...
 
 A trial is the flags of `hpcgpt train` in quotes, "" for the preset as it is. Each is trained on the quick start's training
 works without five of them, and evaluated on those five; never on the works that `make quickstart` reports. Prints for each

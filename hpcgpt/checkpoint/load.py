@@ -300,11 +300,7 @@ _NONE = torch.empty(0)
 
 
 def _check_complete(
-    path: Path,
-    seen: dict[str, list[range | None]],
-    targets: _Targets,
-    ranks: Ranks,
-    state: State,
+    path: Path, seen: dict[str, list[range | None]], targets: _Targets, ranks: Ranks, state: State
 ) -> None:
     """Check that each tensor, and each row, was stored exactly once: none may keep its initial value."""
     parameters, keys = targets.parameters, targets.keys
@@ -314,7 +310,8 @@ def _check_complete(
             for name, parameter in parameters.items():
                 expected |= {f"optim/{name}/{key}": len(parameter) for key in keys[parameter]}
         if state.world_size == ranks.world.size:
-            expected[f"rng/{ranks.world.rank}/cpu"] = 1
+            # Of all ranks, so that all raise the same error, and none waits for the others.
+            expected |= {f"rng/{rank}/cpu": 1 for rank in range(ranks.world.size)}
     if missing := sorted(expected.keys() - seen.keys()):
         raise InputError(f"{path} lacks {', '.join(missing[:3])} of this model")
     for name, parts in seen.items():

@@ -140,6 +140,18 @@ def test_a_duplicate_tensor_is_refused(tmp_path: Path) -> None:
         load.load(folder, model, optimizer, ALONE)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_missing_generator_of_one_rank_is_an_error_on_all(tmp_path: Path, rank: int) -> None:
+    """A rank that raises alone would leave the others waiting for it."""
+    model, optimizer = trained(seed=1)
+    seen: dict[str, list[range | None]] = {name: [None] for name in local_state_dict(model, optimizer, ALONE)}
+    two = dataclasses.replace(ALONE, world=dataclasses.replace(ALONE.world, rank=rank, size=2))
+    with pytest.raises(ValueError, match="lacks rng/1/cpu"):
+        load._check_complete(
+            tmp_path, seen, load._Targets(tmp_path, model, optimizer), two, State(3, 30, 3, 2, IDENTITY)
+        )
+
+
 # --- sharded tensors -------------------------------------------------------------------------------
 
 Content = dict[str, torch.Tensor]
