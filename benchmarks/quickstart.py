@@ -2,8 +2,9 @@
 
     python benchmarks/quickstart.py [--vocab-size N] [--json FILE] FOLDER -- TRIAL...
 
-A trial is the flags of `hpcgpt train` in quotes, "" for the preset as it is. Each is trained on the quick start's training
-works without five of them, and evaluated on those five; never on the works that `make quickstart` reports. Prints for each
+A trial is the flags of `hpcgpt train` in quotes, "" for the preset as it is. Each is trained on the quick start's
+training works without five of them, and evaluated on those five; never on the works that `make quickstart` reports.
+Prints for each
 
     bits/byte   at the end, on the five works
     train s     from the first step to the end of the last one: evaluations, saves and samples included

@@ -13,7 +13,6 @@ also exits when a newer attempt holds the run folder.
 
 from __future__ import annotations
 
-import os
 import select
 import sys
 import time
