@@ -5,9 +5,10 @@ Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
 replaced by approximately U V^T, so that all directions have the same weight. Steps are longer by sqrt(rows / columns)
 for tall matrices, and weight decay is AdamW's.
 
-In float32 the result is that of torch.optim.Muon (2.9 and later), bit for bit. That one is not used because with
-sharded matrices it would communicate in each product of its iteration, and round to bfloat16 before sending. Here the
-momentum stays sharded, each matrix is gathered once a step, and every rank computes the same iteration.
+For float32 matrices the result is that of torch.optim.Muon (2.9 and later), bit for bit, where the hardware computes in
+bfloat16. That one is not used because with sharded matrices it would communicate in each product of its iteration, and
+round to bfloat16 before sending. Here the momentum stays sharded, each matrix is gathered once a step, and every rank
+computes the same iteration.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcgpt.distributed.sharded_tensor import full_tensor, local_rows
+from hpcgpt.model.precision import cpu_has_bf16
 
 ITERATIONS = 5
 # Of an odd polynomial of degree 5 that maps (0, 1] close to 1, small values in few iterations: Jordan et al.
@@ -72,11 +74,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """Approximate U V^T of a matrix U S V^T (rows, columns), with singular values of about 0.7 to 1.2.
 
-    Computed in bfloat16; in float64 if the matrix is float64, which is used to examine the effect of rounding.
+    Computed in bfloat16; in float32 on CPUs that would emulate bfloat16 (13 times slower for 192 x 576, with AVX2); in
+    float64 if the matrix is float64, which is used to examine the effect of rounding.
     """
     a, b, c = COEFFICIENTS
     tall = len(matrix) > matrix.shape[1]
-    x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
+    emulated = matrix.device.type == "cpu" and not cpu_has_bf16()
+    x = matrix if emulated or matrix.dtype == torch.float64 else matrix.bfloat16()
     x = x.T if tall else x
     x = x / x.norm().clamp(min=TINY)
     for _ in range(ITERATIONS):
