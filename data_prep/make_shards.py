@@ -55,7 +55,7 @@ _LARGE = 1_000_000_000  # bytes of input
 # What a worker imports: the imports of this module, which is run again there, and what gigatoken's results need.
 _PRELOADED = ("argparse", "hpcgpt.tokenizer.find_tokenizer", "data_prep.pipeline.finalize",
               "data_prep.pipeline.progress", "data_prep.pipeline.task_share")  # fmt: skip
-_PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
+_PRELOADED_FAST = ("gigatoken.gigatoken_rs",)
 
 
 def main(argv: Sequence[str]) -> int:
