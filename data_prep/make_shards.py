@@ -341,4 +341,4 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, os._exit)

@@ -104,9 +104,13 @@ class GigatokenEncoder:
         if self._numbers is not None:
             ids = self._numbers[ids]
         self._characters += sum(map(len, texts))
-        if not all(map(str.isascii, texts)) and self._may_be_newer[ids].any():
-            return self._with_newer_from_tiktoken(texts, ids, counts)
-        return ids, counts
+        if all(map(str.isascii, texts)):
+            return ids, counts
+        # `take` needs half the time of an index.
+        found = np.flatnonzero(self._may_be_newer.take(ids))
+        suspects = np.unique(np.searchsorted(np.cumsum(counts), found, side="right")).tolist()
+        newer = [number for number in suspects if _NEWER_LETTER.search(texts[number])]
+        return self._with_tiktokens(newer, texts, ids, counts) if newer else (ids, counts)
 
     def _build(self) -> Any:
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
@@ -138,15 +142,12 @@ class GigatokenEncoder:
                 table[number] = True
         return table
 
-    def _with_newer_from_tiktoken(
-        self, texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]
+    def _with_tiktokens(
+        self, numbers: Sequence[int], texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]
     ) -> EncodedBatch:
-        """Replace the ids of texts with newer letters by those of tiktoken."""
-        newer = [number for number, text in enumerate(texts) if not text.isascii() and _NEWER_LETTER.search(text)]
-        if not newer:
-            return ids, counts
+        """Replace the ids of the texts with these numbers by those of tiktoken."""
         parts = np.split(ids, np.cumsum(counts)[:-1])
-        for number in newer:
+        for number in numbers:
             parts[number], _ = self._plain([texts[number]])
         return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64)
 
