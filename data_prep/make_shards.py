@@ -51,7 +51,7 @@ from hpcgpt.tokenizer import find_tokenizer, save_load
 
 GiB = 1 << 30
 VAL_FRACTION = 0.01
-_LARGE = 1_000_000_000  # bytes of input
+_LARGE = 1_000_000_000  # bytes of input, for which it is worth printing why a slower encoder is used
 
 
 def main(argv: Sequence[str]) -> int:
@@ -133,8 +133,10 @@ def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: Tas
         print(f"{out} is complete already, with these inputs and options: nothing to do")
         return
     unfinished = _unfinished(plan, out, share)
-    large = _input_bytes(plan, unfinished) > _LARGE
-    config = WorkerConfig(out, plan.options, backend, plan.plan_hash, large)
+    encoder = encoders.choose(plan.options.tokenizer, backend)
+    if encoder.fallback_reason and _input_bytes(plan, unfinished) > _LARGE:
+        print(encoder.fallback_reason, flush=True)
+    config = WorkerConfig(out, plan.options, encoder, plan.plan_hash)
     # In this order, because the lease has a thread: see `workers`.
     with workers.started(config, min(processes, len(unfinished))) as team, task_share.acquire(out, share):
         save_load.save(plan.options.tokenizer, out / "tokenizer")

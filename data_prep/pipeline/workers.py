@@ -1,14 +1,13 @@
 """Worker processes that make units, and their progress.
 
 They are processes and not threads because most of a unit's time is spent in Python code, and because encoders hold
-the GIL. Each worker builds its encoder once, requests units over its own pipe, and starts the next unit while the last
-one is flushed to the disk. Progress is summed up in shared memory. Nothing here waits for a lock that a killed worker
-could hold.
+the GIL. Each worker requests units over its own pipe, and starts the next unit while the last one is flushed to the
+disk. Progress is summed up in shared memory. Nothing here waits for a lock that a killed worker could hold.
 
-Workers are forked from the command itself, which has imported all that they need, and read the tokenizer. A fork copies
-the thread that calls it and no other, so the command forks before it starts any thread, builds an encoder or opens a
-file to be written. The only threads then are those of numpy's OpenBLAS and pyarrow's, whose libraries end or replace
-them at a fork. Workers build their encoders while the command acquires its lease and saves the tokenizer.
+Workers are forked from the command itself, which has imported all that they need, and built and tested the encoder. A
+fork copies the thread that calls it and no other, so the command forks before it starts any thread. Encoders run in the
+thread that calls them. The only other threads at the fork are those of numpy's OpenBLAS and pyarrow's, whose libraries
+end or replace them.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from data_prep.encode import encoders
-from data_prep.encode.encoders import Backend
 from data_prep.encode.interface import Encoder
 from data_prep.pipeline import unit
 from data_prep.pipeline.plan import ShardOptions
@@ -49,9 +46,8 @@ class WorkerConfig:
 
     out: Path
     options: ShardOptions
-    backend: Backend
+    encoder: Encoder
     plan_hash: str
-    large: bool  # so large that it is worth printing why a slower encoder is used
 
 
 @dataclass(frozen=True)
@@ -208,9 +204,6 @@ def _units_from(pipe: Connection) -> Iterator[NumberedUnit]:
 class _Worker:
     def __init__(self, config: WorkerConfig, table: memoryview, index: int) -> None:
         self._config, self._table, self._row = config, table, 3 * index
-        self._encoder: Encoder = encoders.choose(config.options.tokenizer, config.backend)
-        if self._encoder.fallback_reason and config.large and index == 0:
-            print(self._encoder.fallback_reason, flush=True)
 
     def make_all(self, todo: Iterable[NumberedUnit], report: Callable[[], None] = lambda: None) -> None:
         """Make units one after the other; each is committed by a thread while the next one is made.
@@ -227,7 +220,7 @@ class _Worker:
             committing: Future[None] | None = None
             for number, parts in todo:
                 config = self._config
-                made = unit.make(config.out, number, parts, config.options, self._encoder, config.plan_hash, add)
+                made = unit.make(config.out, number, parts, config.options, config.encoder, config.plan_hash, add)
                 if committing:
                     committing.result()
                 committing = committer.submit(self._commit, made, sum(part.stop - part.start for part in parts))
