@@ -30,6 +30,7 @@ from pathlib import Path
 
 from data_prep.encode import encoders
 from data_prep.encode.encoders import Backend
+from data_prep.encode.interface import Encoder
 from data_prep.pipeline import finalize, task_share, unit, workers
 from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours, claim
 from data_prep.pipeline.progress import ProgressBar
@@ -51,6 +52,8 @@ from hpcgpt.tokenizer import find_tokenizer, save_load
 
 GiB = 1 << 30
 VAL_FRACTION = 0.01
+# Kept until the process ends: to free the tables of an encoder takes 15 ms.
+_kept: list[Encoder] = []
 _LARGE = 1_000_000_000  # bytes of input, for which it is worth printing why a slower encoder is used
 
 
@@ -136,6 +139,7 @@ def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: Tas
     encoder = encoders.choose(plan.options.tokenizer, backend)
     if encoder.fallback_reason and _input_bytes(plan, unfinished) > _LARGE:
         print(encoder.fallback_reason, flush=True)
+    _kept[:] = [encoder]
     config = WorkerConfig(out, plan.options, encoder, plan.plan_hash)
     # In this order, because the lease has a thread: see `workers`.
     with workers.started(config, min(processes, len(unfinished))) as team, task_share.acquire(out, share):

@@ -104,13 +104,21 @@ class GigatokenEncoder:
         if self._numbers is not None:
             ids = self._numbers[ids]
         self._characters += sum(map(len, texts))
-        if all(map(str.isascii, texts)):
-            return ids, counts
-        # `take` needs half the time of an index.
-        found = np.flatnonzero(self._may_be_newer.take(ids))
-        suspects = np.unique(np.searchsorted(np.cumsum(counts), found, side="right")).tolist()
-        newer = [number for number in suspects if _NEWER_LETTER.search(texts[number])]
+        newer = self._newer(texts, ids, counts)
         return self._with_tiktokens(newer, texts, ids, counts) if newer else (ids, counts)
+
+    def _newer(self, texts: Sequence[str], ids: NDArray[np.uint32], counts: NDArray[np.int64]) -> list[int]:
+        """Return the numbers of the texts with newer letters."""
+        suspects = [number for number, text in enumerate(texts) if not text.isascii()]
+        ends = np.cumsum(counts)
+        # `take` needs half the time of an index.
+        if len(suspects) < len(texts) / 8:  # as in English, where they have a tenth of the tokens
+            spans = [(number, ends[number] - counts[number], ends[number]) for number in suspects]
+            suspects = [number for number, start, end in spans if self._may_be_newer.take(ids[start:end]).any()]
+        else:
+            found = np.flatnonzero(self._may_be_newer.take(ids))
+            suspects = np.unique(np.searchsorted(ends, found, side="right")).tolist()
+        return [number for number in suspects if _NEWER_LETTER.search(texts[number])]
 
     def _build(self) -> Any:
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:

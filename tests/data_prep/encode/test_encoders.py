@@ -109,6 +109,7 @@ def test_gigatoken_alone_differs_for_letters_of_newer_unicode_versions() -> None
     assert [number for number in range(6) if alone[number] != expected[number]] == [1, 2, 3]
     assert equal_batches(fast, plain, texts)
     assert equal_batches(fast, plain, texts[::-1])
+    assert equal_batches(fast, plain, [*["plain"] * 40, *texts, *["plain"] * 40])  # few that are not ASCII
 
 
 def test_tokens_that_may_contain_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
