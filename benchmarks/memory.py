@@ -129,15 +129,11 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _what(pid: int) -> str:
-    """Name a process: the command, the fork server, a worker, or Python's resource tracker."""
+    """Name a process: the command, or a worker, which is forked from it and has the same command line."""
     with suppress(OSError):
-        line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if b"resource_tracker" in line:
-            return "tracker"
-        if b"forkserver" not in line:
-            return "command"
-        parent = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split())[1]
-        return "worker" if b"forkserver import" in Path(f"/proc/{parent}/cmdline").read_bytes() else "server"
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        lines = [Path(f"/proc/{number}/cmdline").read_bytes() for number in (pid, parent)]
+        return "worker" if lines[0] == lines[1] else "command"
     return ""
 
 

@@ -30,11 +30,12 @@ from pathlib import Path
 
 from data_prep.encode import encoders
 from data_prep.encode.encoders import Backend
+from data_prep.encode.interface import Encoder
 from data_prep.pipeline import finalize, task_share, unit, workers
 from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours, claim
 from data_prep.pipeline.progress import ProgressBar
 from data_prep.pipeline.task_share import TaskShare
-from data_prep.pipeline.workers import WorkerConfig
+from data_prep.pipeline.workers import Team, WorkerConfig
 from data_prep.text import accounting, inputs, standard_input, unread
 from data_prep.text.inputs import InputFile
 from data_prep.text.options import Skipped, TextOptions, add_text_arguments, printable_path
@@ -51,18 +52,14 @@ from hpcgpt.tokenizer import find_tokenizer, save_load
 
 GiB = 1 << 30
 VAL_FRACTION = 0.01
-_LARGE = 1_000_000_000  # bytes of input
-# What a worker imports: the imports of this module, which is run again there, and what gigatoken's results need.
-_PRELOADED = ("argparse", "hpcgpt.tokenizer.find_tokenizer", "data_prep.pipeline.finalize",
-              "data_prep.pipeline.progress", "data_prep.pipeline.task_share")  # fmt: skip
-_PRELOADED_FAST = ("gigatoken.gigatoken_rs", "awkward")
+# Kept until the process ends: to free the tables of an encoder takes 15 ms.
+_kept: list[Encoder] = []
+_LARGE = 1_000_000_000  # bytes of input, for which it is worth printing why a slower encoder is used
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     _check(arguments)
-    if arguments.workers > 1:
-        workers.prepare(*_PRELOADED, *(() if arguments.backend == "tiktoken" else _PRELOADED_FAST))
     options = _shard_options(arguments)
     out = Path(paths.expand(arguments.out, "--out"))
     names = [str(_standard_input(out, arguments)) if name == "-" else name for name in arguments.INPUT]
@@ -138,9 +135,16 @@ def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: Tas
     if claim(out, plan):
         print(f"{out} is complete already, with these inputs and options: nothing to do")
         return
-    with task_share.acquire(out, share):
+    unfinished = _unfinished(plan, out, share)
+    encoder = encoders.choose(plan.options.tokenizer, backend)
+    if encoder.fallback_reason and _input_bytes(plan, unfinished) > _LARGE:
+        print(encoder.fallback_reason, flush=True)
+    _kept[:] = [encoder]
+    config = WorkerConfig(out, plan.options, encoder, plan.plan_hash)
+    # In this order, because the lease has a thread: see `workers`.
+    with workers.started(config, min(processes, len(unfinished))) as team, task_share.acquire(out, share):
         save_load.save(plan.options.tokenizer, out / "tokenizer")
-        _make_units(plan, out, processes, backend, share)
+        _make_units(plan, out, team, share)
     left = [number for number in range(len(plan.units)) if not unit.folder(out, number).is_dir()]
     # In this order, because the units' folders are removed after the manifest is written.
     if (out / "manifest.json").is_file():
@@ -171,19 +175,28 @@ def _standard_input(out: Path, arguments: argparse.Namespace) -> Path:
     return standard_input.spool(sys.stdin.buffer, prep)
 
 
-def _make_units(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: TaskShare) -> None:
+def _unfinished(plan: PrepPlan, out: Path, share: TaskShare) -> list[int]:
+    """Return the numbers of the units of a share that are left to be made."""
     numbers = range(share.task, len(plan.units), share.tasks)
-    todo = [number for number in numbers if not unit.folder(out, number).is_dir()]
-    if len(todo) < len(numbers):
-        print(f"{len(numbers) - len(todo)} of {len(numbers)} units are finished already")
+    return [number for number in numbers if not unit.folder(out, number).is_dir()]
+
+
+def _input_bytes(plan: PrepPlan, numbers: Sequence[int]) -> int:
+    return sum(part.stop - part.start for number in numbers for part in plan.units[number])
+
+
+def _make_units(plan: PrepPlan, out: Path, team: Team, share: TaskShare) -> None:
+    count = len(range(share.task, len(plan.units), share.tasks))
+    todo = _unfinished(plan, out, share)
+    if len(todo) < count:
+        print(f"{count - len(todo)} of {count} units are finished already")
     for number in todo:
         unit.remove_leftovers(out, number, plan.plan_hash)
-    parts = [part for number in todo for part in plan.units[number]]
-    input_bytes = sum(part.stop - part.start for part in parts)
-    config = WorkerConfig(out, plan.options, backend, plan.plan_hash, large=input_bytes > _LARGE)
-    compressed = any(part.file.compression or part.file.kind == "parquet" for part in parts)
-    with ProgressBar(input_bytes, compressed) as progress:
-        workers.run(config, [(number, plan.units[number]) for number in todo], processes, progress)
+    compressed = any(
+        part.file.compression or part.file.kind == "parquet" for number in todo for part in plan.units[number]
+    )
+    with ProgressBar(_input_bytes(plan, todo), compressed) as progress:
+        workers.run(team, [(number, plan.units[number]) for number in todo], progress)
 
 
 def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
@@ -334,4 +347,4 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, os._exit)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from hpcgpt.errors import UserError, sentence, status_of
 from hpcgpt.output import streams, terminal
@@ -17,8 +18,11 @@ from hpcgpt.output import streams, terminal
 Main = Callable[[Sequence[str]], int]
 
 
-def run(main: Main) -> None:
-    """Run a command on sys.argv and exit with its status.
+def run(main: Main, leave: Callable[[int], NoReturn] = sys.exit) -> None:
+    """Run a command on sys.argv and exit with its status; after a success by calling `leave` with it.
+
+    With os._exit a short command saves the 30 ms for which the interpreter frees its memory. It has no functions to be
+    called at the exit then, no thread that it waits for and no open file.
 
     A UserError (a user's mistake) and an OSError (a full disk, a dead node) are printed as one message; with
     HPCGPT_TRACEBACK=1 as a traceback. Any other exception is a bug of this program, and always has its traceback.
@@ -31,7 +35,7 @@ def run(main: Main) -> None:
         status = main(sys.argv[1:])
         # A full disk is reported here. At the interpreter's exit it would end the process with status 120.
         sys.stdout.flush()
-        sys.exit(status)
+        leave(status)
     except BrokenPipeError:
         # `hpcgpt status | head`: the reader has exited, which is no error.
         _discard_stdout()

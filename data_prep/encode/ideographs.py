@@ -225,10 +225,13 @@ def _crossing_kinds(tokens: Collection[bytes], letters: NDArray[np.uint8]) -> li
     found = {
         (token[:at][-3:], token[at:][:3])
         for token in tokens
+        if not token.isascii()
         for at in range(1, len(token))
         if token[at - 1] >= 0x80 and token[at] >= 0xC0
     }
-    pairs = [(end, start) for end, start in found if _ending(letters, end).any() and _starting(letters, start).any()]
+    ends = {end for end in {end for end, _ in found} if _ending(letters, end).any()}
+    starts = {start for start in {start for _, start in found} if _starting(letters, start).any()}
+    pairs = [(end, start) for end, start in found if end in ends and start in starts]
     return sorted(
         (end, start)
         for end, start in pairs
@@ -238,11 +241,17 @@ def _crossing_kinds(tokens: Collection[bytes], letters: NDArray[np.uint8]) -> li
 
 def _ending(letters: NDArray[np.uint8], end: bytes) -> Bools:
     """Return which of the characters (n, 3) end with these bytes (n,)."""
-    bytes_ = np.frombuffer(end, dtype=np.uint8)
-    return np.asarray((letters[:, 3 - len(end) :] == bytes_).all(axis=1))
+    return _equal(letters[:, 3 - len(end) :], end)
 
 
 def _starting(letters: NDArray[np.uint8], start: bytes) -> Bools:
     """Return which of the characters (n, 3) start with these bytes (n,)."""
-    bytes_ = np.frombuffer(start, dtype=np.uint8)
-    return np.asarray((letters[:, : len(start)] == bytes_).all(axis=1))
+    return _equal(letters[:, : len(start)], start)
+
+
+def _equal(rows: NDArray[np.uint8], expected: bytes) -> Bools:
+    """Return which rows (n, k) are `expected` (n,). Column by column: `all(axis=1)` takes ten times as long."""
+    equal = np.ones(len(rows), dtype=np.bool_)
+    for column, byte in enumerate(expected):
+        equal &= rows[:, column] == byte
+    return equal

@@ -1,44 +1,40 @@
 """Worker processes that make units, and their progress.
 
 They are processes and not threads because most of a unit's time is spent in Python code, and because encoders hold
-the GIL. Each worker builds its encoder once, requests units over its own pipe, and starts the next unit while the last
-one is flushed to the disk. Progress is summed up in shared memory. Nothing here waits for a lock that a killed worker
-could hold.
+the GIL. Each worker requests units over its own pipe, and starts the next unit while the last one is flushed to the
+disk. Progress is summed up in shared memory. Nothing here waits for a lock that a killed worker could hold.
 
-Workers are forked from a server that has imported what they need (`prepare`). It does so while the work is planned.
+Workers are forked from the command itself, which has imported all that they need, and built and tested the encoder. A
+fork copies the thread that calls it and no other, so the command forks before it starts any thread. Encoders run in the
+thread that calls them. The only other threads at the fork are those of numpy's OpenBLAS and pyarrow's, whose libraries
+end or replace them.
 """
 
 from __future__ import annotations
 
+import gc
+import mmap
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from ctypes import c_int64
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Any
 
-from data_prep.encode import encoders
-from data_prep.encode.encoders import Backend
 from data_prep.encode.interface import Encoder
 from data_prep.pipeline import unit
 from data_prep.pipeline.plan import ShardOptions
 from data_prep.text.inputs import Unit
 
 POLL_S = 0.5
-_LONGEST_TMPDIR = 70  # bytes; multiprocessing adds about 31
-_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
-# Columns of the shared table, which has a row for each worker.
+# Columns of the shared table, which has a row of 8-byte integers for each worker.
 _TEXT_BYTES, _TOKENS, _INPUT_BYTES = range(3)
 
 NumberedUnit = tuple[int, Unit]
@@ -50,9 +46,8 @@ class WorkerConfig:
 
     out: Path
     options: ShardOptions
-    backend: Backend
+    encoder: Encoder
     plan_hash: str
-    large: bool  # so large that it is worth printing why a slower encoder is used
 
 
 @dataclass(frozen=True)
@@ -64,63 +59,78 @@ class Totals:
     input_bytes: int
 
 
-def prepare(*modules: str) -> None:
-    """Start the server that workers are forked from. It imports `modules`, except those that are not installed."""
-    multiprocessing.set_forkserver_preload([__name__, *modules])
-    _start_server()
+@dataclass(frozen=True)
+class Team:
+    """The workers of a command, by the pipe to each, and their table. With one worker, the command itself does it all.
 
-
-def _start_server() -> None:
-    """Start the server unless it runs.
-
-    Its socket is in the temporary folder, and the path of a socket has at most 107 bytes. Some clusters set a TMPDIR
-    that is too long for that; then another folder is used.
+    A pipe is removed when its worker has finished.
     """
-    before = tempfile.gettempdir()
-    if len(os.fsencode(before)) > _LONGEST_TMPDIR:
-        tempfile.tempdir = next(name for name in (*_SHORT_FOLDERS, before) if os.access(name, os.W_OK | os.X_OK))
+
+    config: WorkerConfig
+    table: memoryview
+    processes: dict[Connection, BaseProcess]
+
+
+@contextmanager
+def started(config: WorkerConfig, workers: int) -> Iterator[Team]:
+    """Fork workers, which wait for units until `run`; at the end of the block, wait until each has finished its own."""
+    table = memoryview(mmap.mmap(-1, 3 * 8 * max(1, workers))).cast("q")
+    processes: dict[Connection, BaseProcess] = {}
     try:
-        forkserver.ensure_running()
+        if workers > 1:
+            _fork(config, workers, table, processes)
+        yield Team(config, table, processes)
     finally:
-        tempfile.tempdir = before
+        _finish(processes)
 
 
-def run(config: WorkerConfig, todo: Sequence[NumberedUnit], workers: int, report: Callable[[Totals], None]) -> None:
+def run(team: Team, todo: Sequence[NumberedUnit], report: Callable[[Totals], None]) -> None:
     """Make the units in `todo`, calling `report` about twice a second and at the end.
 
     Raises:
         UserError: a document cannot be read.
         OSError: a file could not be written, or a worker was killed. Finished units stay.
     """
-    workers = min(workers, len(todo))
-    table = RawArray(c_int64, 3 * max(1, workers))
-    if workers <= 1:
-        _Worker(config, table, 0).make_all(todo, lambda: report(_totals(table)))
-    else:
-        _distribute(config, iter(todo), workers, table, report)
-    report(_totals(table))
+    if team.processes:
+        _distribute(team, iter(todo), report)
+    elif todo:
+        _Worker(team.config, team.table, 0).make_all(todo, lambda: report(_totals(team.table)))
+    report(_totals(team.table))
 
 
-def _totals(table: Any) -> Totals:
+def _totals(table: memoryview) -> Totals:
     return Totals(*(sum(table[column::3]) for column in range(3)))
 
 
 # --- in the parent ---------------------------------------------------------------------------------
 
 
-def _distribute(
-    config: WorkerConfig, todo: Iterator[NumberedUnit], workers: int, table: Any, report: Callable[[Totals], None]
-) -> None:
-    """Send units to workers that request one, until none is left or a worker fails; then wait for the others."""
-    processes = dict(_start_workers(config, workers, table))
+def _fork(config: WorkerConfig, workers: int, table: memoryview, processes: dict[Connection, BaseProcess]) -> None:
+    """Start the workers and add them to `processes`."""
+    context = multiprocessing.get_context("fork")
+    # A worker that is interrupted before it ignores Ctrl-C would print a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        while processes:
-            for pipe in connection.wait(list(processes), timeout=POLL_S):
-                assert isinstance(pipe, Connection)
-                _answer(pipe, processes, todo)
-            report(_totals(table))
+        for index in range(workers):
+            here, there = context.Pipe()
+            inherited = [*processes, here]
+            process = context.Process(
+                target=_work, args=(there, inherited, config, table, index), name=f"worker {index}"
+            )
+            process.start()
+            there.close()  # so that the end of the worker is the end of the pipe
+            processes[here] = process
     finally:
-        _finish(processes)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _distribute(team: Team, todo: Iterator[NumberedUnit], report: Callable[[Totals], None]) -> None:
+    """Send units to workers that request one, until none is left or a worker fails."""
+    while team.processes:
+        for pipe in connection.wait(list(team.processes), timeout=POLL_S):
+            assert isinstance(pipe, Connection)
+            _answer(pipe, team.processes, todo)
+        report(_totals(team.table))
 
 
 def _answer(pipe: Connection, processes: dict[Connection, BaseProcess], todo: Iterator[NumberedUnit]) -> None:
@@ -145,17 +155,6 @@ def _answer(pipe: Connection, processes: dict[Connection, BaseProcess], todo: It
         processes.pop(pipe).join()
 
 
-def _start_workers(config: WorkerConfig, workers: int, table: Any) -> Iterator[tuple[Connection, BaseProcess]]:
-    _start_server()
-    context = multiprocessing.get_context("forkserver")
-    for index in range(workers):
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, config, table, index), name=f"worker {index}")
-        process.start()
-        there.close()  # so that the end of the worker is the end of the pipe
-        yield here, process
-
-
 def _finish(processes: dict[Connection, BaseProcess]) -> None:
     """Send no more units, and wait until each worker has finished its own."""
     for pipe in processes:
@@ -169,10 +168,16 @@ def _finish(processes: dict[Connection, BaseProcess]) -> None:
 _NEXT, _DONE = "next", "done"
 
 
-def _work(pipe: Connection, config: WorkerConfig, table: Any, index: int) -> None:
+def _work(
+    pipe: Connection, inherited: Sequence[Connection], config: WorkerConfig, table: memoryview, index: int
+) -> None:
     """Make units in this worker process until the parent has no more."""
     # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for of_parent in inherited:
+        of_parent.close()  # so that the end of the parent is the end of the pipe
+    gc.freeze()  # a collection would write to all of the memory that is shared with the parent, which copies it
     # A parent that is killed cannot end its workers, so they end themselves.
     threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
     message: str | BaseException = _DONE
@@ -197,11 +202,8 @@ def _units_from(pipe: Connection) -> Iterator[NumberedUnit]:
 
 
 class _Worker:
-    def __init__(self, config: WorkerConfig, table: Any, index: int) -> None:
+    def __init__(self, config: WorkerConfig, table: memoryview, index: int) -> None:
         self._config, self._table, self._row = config, table, 3 * index
-        self._encoder: Encoder = encoders.choose(config.options.tokenizer, config.backend)
-        if self._encoder.fallback_reason and config.large and index == 0:
-            print(self._encoder.fallback_reason, flush=True)
 
     def make_all(self, todo: Iterable[NumberedUnit], report: Callable[[], None] = lambda: None) -> None:
         """Make units one after the other; each is committed by a thread while the next one is made.
@@ -218,7 +220,7 @@ class _Worker:
             committing: Future[None] | None = None
             for number, parts in todo:
                 config = self._config
-                made = unit.make(config.out, number, parts, config.options, self._encoder, config.plan_hash, add)
+                made = unit.make(config.out, number, parts, config.options, config.encoder, config.plan_hash, add)
                 if committing:
                     committing.result()
                 committing = committer.submit(self._commit, made, sum(part.stop - part.start for part in parts))

@@ -44,8 +44,13 @@ class ByteLevelBPE(Tokenizer):
     def fingerprint(self) -> str:
         parts = [self.pattern, sorted(self.special_tokens.items()), self.end_of_text]
         sha = hashlib.sha256(json.dumps(parts).encode())
-        sha.update(write_ranks(self.ranks))
+        sha.update(self.rank_file)
         return sha.hexdigest()
+
+    @cached_property
+    def rank_file(self) -> bytes:
+        """The content of a .tiktoken file with these ranks."""
+        return write_ranks(self.ranks)
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -79,7 +84,7 @@ class ByteLevelBPE(Tokenizer):
         yield decoder.end()
 
     def files(self) -> dict[str, bytes]:
-        return {"vocab.tiktoken": write_ranks(self.ranks)}
+        return {"vocab.tiktoken": self.rank_file}
 
     def about(self) -> dict[str, Any]:
         return {"pattern": self.pattern}
@@ -116,8 +121,8 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
 
 def write_ranks(ranks: dict[bytes, int]) -> bytes:
     """Return the content of a .tiktoken file."""
-    rows = sorted(ranks.items(), key=lambda row: row[1])
-    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in rows)
+    order = sorted(ranks, key=ranks.__getitem__)
+    return b"".join(b"%b %d\n" % (binascii.b2a_base64(token, newline=False), ranks[token]) for token in order)
 
 
 def byte_characters() -> dict[int, str]:

@@ -26,8 +26,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import equivalence_texts, from_tiktoken, huggingface
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
@@ -216,6 +214,8 @@ def _is_ordered(merges: list[tuple[str, ...]], vocabulary: dict[str, int]) -> bo
 
 def _reachable(model: dict[str, Any], vocabulary: dict[str, int]) -> set[str]:
     """Return the tokens whose text is encoded as just this token by merges alone."""
+    import tokenizers
+
     merging = tokenizers.Tokenizer.from_str(json.dumps({"model": {**model, "dropout": None, "ignore_merges": False}}))
     reached = set()
     for token, number in vocabulary.items():

@@ -8,10 +8,8 @@ named. Nothing is ever deleted.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
 import tempfile
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +92,10 @@ def find(name: str) -> ByteLevelBPE:
     if content is not None:
         _check_hash(content, encoding, str(cached))
     else:
+        # Imported here: most tokenizers are on the disk, and these two take 20 ms.
+        import http.client
+        import urllib.request
+
         try:
             with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
                 content = answer.read()

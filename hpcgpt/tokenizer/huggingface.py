@@ -15,15 +15,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer.byte_level_bpe import byte_characters
 from hpcgpt.tokenizer.interface import CharacterDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Special tokens in the model's own vocabulary are renamed with noncharacters, which text does not contain, so that the
 # model cannot encode text to them.
@@ -151,6 +153,8 @@ def open_library(content: str) -> tokenizers.Tokenizer:
     Raises:
         UserError: the library cannot load it.
     """
+    import tokenizers  # here, because most tokenizers do without
+
     try:
         library = tokenizers.Tokenizer.from_str(content)
     except (KeyboardInterrupt, SystemExit, MemoryError):

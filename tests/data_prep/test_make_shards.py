@@ -276,12 +276,8 @@ def members(session: int) -> list[int]:
 
 
 def workers_of(command: int) -> list[int]:
-    """Return the workers of a command: they are forked from a server, which is its child."""
-
-    def children(pid: int) -> list[int]:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    return [worker for child in children(command) for worker in children(child)]
+    """Return the workers of a command: they are its children."""
+    return [int(child) for child in Path(f"/proc/{command}/task/{command}/children").read_text().split()]
 
 
 @pytest.mark.processes

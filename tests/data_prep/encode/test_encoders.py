@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.encode import encoders, gigatoken_encoder
+from data_prep.encode import encoders, flat_rows, gigatoken_encoder
 from data_prep.encode.interface import Encoder
 from data_prep.text import inputs
 from data_prep.text.documents import read_documents
@@ -108,6 +109,7 @@ def test_gigatoken_alone_differs_for_letters_of_newer_unicode_versions() -> None
     assert [number for number in range(6) if alone[number] != expected[number]] == [1, 2, 3]
     assert equal_batches(fast, plain, texts)
     assert equal_batches(fast, plain, texts[::-1])
+    assert equal_batches(fast, plain, [*["plain"] * 40, *texts, *["plain"] * 40])  # few that are not ASCII
 
 
 def test_tokens_that_may_contain_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,9 +262,38 @@ def test_a_backend_that_encodes_special_tokens_as_such_is_found_by_the_check(
         encoders.check(special, plain)
 
 
-def test_a_result_with_an_unknown_layout_is_refused() -> None:
-    with pytest.raises(ValueError, match="result has an unknown layout"):
-        gigatoken_encoder._as_arrays([1, 2])
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        ([1, 2], "gigatoken's result has an unknown layout: list"),
+        ((np.zeros(2, np.int64), np.zeros(1, np.int64)), "gigatoken's ids are int64"),
+    ],
+)
+def test_a_result_with_an_unknown_layout_is_refused(result: object, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        gigatoken_encoder._as_arrays(result)
+
+
+@pytest.mark.processes
+def test_awkward_is_not_imported_and_is_what_it_was_afterwards() -> None:
+    """In a process of its own: other tests may have imported it."""
+    program = (
+        "import sys; from data_prep.encode import encoders; from hpcgpt.tokenizer import find_tokenizer;"
+        "encoders.choose(find_tokenizer.gpt2(), 'gigatoken').batch(['a b', '']); assert 'awkward' not in sys.modules;"
+        "import awkward; encoders.choose(find_tokenizer.gpt2(), 'gigatoken').batch(['a b', '']);"
+        "assert sys.modules['awkward'] is awkward"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gigatoken_that_asks_more_of_awkward_is_replaced_by_tiktoken(
+    gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(flat_rows, "unflatten")
+    chosen = encoders.choose(gpt2)
+    assert chosen.name == "tiktoken"
+    assert "gigatoken's result has an unknown layout: " in chosen.fallback_reason
 
 
 def test_a_tokenizer_of_the_library_is_only_run_by_the_library(library: Encoder, gpt2: ByteLevelBPE) -> None:
