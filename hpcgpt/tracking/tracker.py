@@ -51,10 +51,7 @@ class Child:
             # the signal mask, but wandb's core process unblocks SIGTERM, and is restarted if that ends it.
             with shielded():
                 self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-                # At once, since threads and children inherit it. It may have ended.
-                with suppress(ProcessLookupError):
-                    own = os.getpriority(os.PRIO_PROCESS, 0)
-                    os.setpriority(os.PRIO_PROCESS, self.process.pid, max(own, NICE))
+                _lower_priority(self.process.pid)  # at once, since threads and children inherit it
         except OSError as error:
             streams.warn(f"nothing of this attempt is sent to {self.name}: {error}")
 
@@ -87,6 +84,15 @@ class Child:
         with suppress(subprocess.TimeoutExpired):  # it may be waiting for a disk
             self.process.wait(1)
         return problem
+
+
+def _lower_priority(pid: int) -> None:
+    """Set the priority of a process, which may have ended. Where Linux gives each session an equal share of a core,
+    whatever the priorities in it (sched_autogroup), that of its session, too.
+    """
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, max(os.getpriority(os.PRIO_PROCESS, 0), NICE))
+        Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
 
 
 class Tracker:

@@ -29,16 +29,19 @@ def roll_back(attempt: Attempt, to: int) -> None:
     run_folder.record(attempt.folder, "rollback", attempt=1, step=to, loss=9.0, spiked_step=to + 1)
 
 
-def priorities(group: int) -> dict[str, set[int]]:
-    """Return the nice values of all threads of the processes in a group, by the name of the process."""
-    found: dict[str, set[int]] = {}
+def priorities(pid: int) -> dict[str, set[int]]:
+    """Return the nice values of all threads of a process and of its descendants, by the name of the process."""
+    parents: dict[str, str] = {}
+    nice: dict[str, set[int]] = {}
     for path in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
         with suppress(OSError):  # it has ended
-            fields = path.read_text().rpartition(")")[2]
-            if int(fields.split()[2]) == group:
-                process = (path.parents[2] / "comm").read_text().strip()
-                found.setdefault(process, set()).add(int(fields.split()[16]))
-    return found
+            fields = path.read_text().rpartition(")")[2].split()
+            parents[path.parts[2]] = fields[1]
+            nice.setdefault(path.parts[2], set()).add(int(fields[16]))
+    family = [str(pid)]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    return {f"{one} {Path('/proc', one, 'comm').read_text().strip()}": nice[one] for one in family}
 
 
 def has_rows(folder: Path) -> bool:
@@ -51,8 +54,8 @@ def test_all_processes_that_send_have_a_low_priority(tmp_path: Path, server: Wan
     assert server.wait(lambda: len(server.steps(attempt.id)) == 5)
     found = priorities(attempt.wait_for_process().pid)
     attempt.tracker.close(0, LONG_S)
-    assert len(found) >= 2, "wandb's core is another process"
     assert set.union(*found.values()) == {NICE}
+    assert any("wandb-core" in name for name in found)
 
 
 @pytest.mark.long
