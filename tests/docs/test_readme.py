@@ -85,7 +85,7 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 def test_the_quick_start_trains_a_model_that_writes_dialogue(
     checkout: Path, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In full: at most 2.3 bits per byte on held-out text; and a second run has nothing to do."""
+    """In full: about 2.0 bits per byte on held-out text; and a second run has nothing to do."""
     folder, arguments = checkout / "runs" / "quickstart", ["quickstart", f"ARGS={flags}"]
     done = make(checkout, *arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -95,7 +95,7 @@ def test_the_quick_start_trains_a_model_that_writes_dialogue(
         assert last["val/bits_per_byte"] < 3.5  # 4.2 before training
         assert len(samples) > 300
     else:
-        assert last["val/bits_per_byte"] <= 2.3
+        assert last["val/bits_per_byte"] <= 2.03
         speakers = re.findall(r"^[A-Z][A-Z .]+\.$", samples, flags=re.MULTILINE)
         assert len(speakers) >= 3, "the samples have too few speakers"
     # The lab job of docs/cluster.md on these shards fits two nodes with two ranks.
