@@ -22,11 +22,12 @@ test -f $data/tokenizer/tokenizer.json ||
 echo "== 3. training (interrupt it if you like: the same command continues from there)"
 "$python" -m hpcgpt.train quickstart "$@"
 echo "== 4. samples"
-"$python" -m hpcgpt.sample runs/quickstart --samples 2 --tokens 200
+# Without a prompt the model begins a play with its title and persons.
+"$python" -m hpcgpt.sample runs/quickstart --samples 2 --tokens 200 --prompt "$(printf '[Enter Hamlet and Horatio.]\n\nHAMLET.')"
 echo "== 5. a page about the run"
 "$python" -m hpcgpt.report runs/quickstart -o runs/quickstart/report.html
 echo "== where things are"
-echo "   $data/shards          token shards    (check: $python -m data_prep.verify $data/shards)"
+echo "   $data/shards        token shards    (check: $python -m data_prep.verify $data/shards)"
 echo "   runs/quickstart               the run: metrics.jsonl, checkpoints/, config.toml, wandb/"
 echo "   runs/quickstart/report.html   the page: open it in a browser"
-echo "   more text: $python -m hpcgpt.sample runs/quickstart --prompt 'HAMLET.' --tokens 300"
+echo "   more text: $python -m hpcgpt.sample runs/quickstart --prompt '[Enter Juliet.]' --tokens 300"

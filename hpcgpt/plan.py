@@ -201,7 +201,8 @@ def _with_vocabulary(config: Config, part: DataSet) -> Config:
     if wanted and wanted != tokenizer["name"] and not tokenizer["fingerprint"].startswith(wanted):
         raise UserError(
             f"data.tokenizer is {wanted}, but the shards in {part.folder} were made with {tokenizer['name']} "
-            f"(fingerprint {tokenizer['fingerprint'][:12]}): point data.dir at other shards, or change data.tokenizer"
+            f"(fingerprint {tokenizer['fingerprint'][: max(12, len(wanted))]}): point data.dir at other shards, or "
+            "change data.tokenizer"
         )
     ids = int(tokenizer["vocab_size"])
     if config.model.vocab_size and config.model.vocab_size < ids:

@@ -1,12 +1,14 @@
 """Checks whether Weights & Biases can be reached, also through a proxy. It only asks: nothing is sent but a request.
 
-No torch and no wandb in here.
+No torch and no wandb in here: wandb's settings are read by another process.
 """
 
 from __future__ import annotations
 
 import netrc
 import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -15,17 +17,23 @@ from urllib.parse import urlsplit
 
 from hpcgpt.doctor.findings import Finding, bad, ok, warning
 
-SERVER = "https://api.wandb.ai"
 TIMEOUT_S = 6.0
+SETTINGS_S = 20.0  # to import wandb from a cold network file system
 
 
-def wandb(mode: str) -> list[Finding]:
-    """Check server and key; `mode` is tracking.wandb. What is missing is bad only if it is "online"."""
+def wandb(mode: str, server: str = "") -> list[Finding]:
+    """Check server and key; `mode` is tracking.wandb. What is missing is bad only if it is "online".
+
+    `server`: its address; "": the one that wandb would use here.
+    """
     mode = _in_effect(mode)
     if mode in ("disabled", "offline"):
         return [ok("wandb", f"{mode}: no network is needed while training")]
-    server = os.environ.get("WANDB_BASE_URL", SERVER).rstrip("/")
     level = bad if needed(mode) else warning
+    try:
+        server = server or server_of_wandb()
+    except (OSError, subprocess.SubprocessError) as error:
+        return [level("wandb", f"wandb does not say which server it uses: {error}", "its address", "`wandb status`")]
     advice = "tracking.wandb offline keeps the rows in the run folder; `hpcgpt tracking sync RUN` sends them later"
     problem, seen = _ask(server)
     if problem:
@@ -35,6 +43,27 @@ def wandb(mode: str) -> list[Finding]:
     if not _has_key(urlsplit(server).hostname or ""):
         found.append(level("wandb key", f"no key for {server}", "WANDB_API_KEY, or one in ~/.netrc", "`wandb login`"))
     return found
+
+
+def server_of_wandb() -> str:
+    """Return the address of the server that wandb uses: WANDB_BASE_URL, its settings files, or its own default.
+
+    Raises:
+        OSError, SubprocessError: wandb cannot be asked.
+    """
+    if named := os.environ.get("WANDB_BASE_URL"):
+        return named.rstrip("/")
+    command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", "--server"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SETTINGS_S,
+                          check=True)  # fmt: skip
+    return done.stdout.strip().rpartition("\n")[2].rstrip("/")
+
+
+def server_for_nodes(mode: str) -> str:
+    """Return the address for `wandb` on the nodes of a job, which have less time; "" if there is none to check."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return "" if _in_effect(mode) in ("disabled", "offline") else server_of_wandb()
+    return ""
 
 
 def needed(mode: str) -> bool:

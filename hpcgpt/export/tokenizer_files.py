@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
 
 from hpcgpt.errors import UserError
-from hpcgpt.tokenizer import equivalence_texts, huggingface
+from hpcgpt.tokenizer import equivalence_texts, from_tiktoken, huggingface
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 from hpcgpt.tokenizer.huggingface import LibraryTokenizer
 from hpcgpt.tokenizer.interface import Tokenizer
@@ -78,8 +77,8 @@ def _byte_level(tokenizer: ByteLevelBPE) -> dict[str, Any]:
     names = {token: "".join(characters[byte] for byte in token) for token in tokenizer.ranks}
     merges = [parts for token in sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
               if len(token) > 1 and len(parts := parts_of(token, tokenizer.ranks)) == 2]  # fmt: skip
-    split = {"type": "Split", "pattern": {"Regex": _for_oniguruma(tokenizer.pattern)}, "behavior": "Isolated",
-             "invert": False}  # fmt: skip
+    pattern = {"Regex": from_tiktoken.for_oniguruma(tokenizer.pattern)}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
@@ -129,14 +128,6 @@ def _adds_a_space(made: dict[str, Any]) -> bool:
     """Return whether the pre-tokenizer of a tokenizer.json puts a space before a text, as ByteLevel may."""
     whole = made.get("pre_tokenizer") or {}
     return any(part.get("add_prefix_space", False) for part in (whole, *whole.get("pretokenizers", ())))
-
-
-def _for_oniguruma(pattern: str) -> str:
-    """Return a pattern of tiktoken in the syntax of Oniguruma, the regular expressions of `tokenizers`.
-
-    There $ is the end of a line, and {1,3}+ repeats a group, instead of being possessive.
-    """
-    return re.sub(r"(\{\d+,\d*\})\+", r"\1", re.sub(r"(?<!\\)\$", r"\\z", pattern))
 
 
 def _name_of(tokenizer: Tokenizer, number: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from hpcgpt.checkpoint import layout, listing
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError, sentence
+from hpcgpt.exit_codes import USER_MISTAKE
 from hpcgpt.report import ends, strip
 from hpcgpt.report.columns import Columns, Gatherer
 from hpcgpt.report.strip import Mark
@@ -232,7 +233,9 @@ def _crashes(folder: Path) -> list[tuple[str, str]]:
         try:
             text = (path / "report.txt").read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            text = "\n\n".join(_fault_text(fault) for fault in crash_report.read(folder, path.name)[:3])
+            # A start that was refused (a wrong setting, a folder in use) is no failure of the run.
+            of_ranks = [fault for fault in crash_report.read(folder, path.name) if fault.status != USER_MISTAKE]
+            text = "\n\n".join(_fault_text(fault) for fault in of_ranks[:3])
         if text:
             found.append((path.name, text[:REPORT_CHARACTERS]))
         if len(found) == MOST_REPORTS:

@@ -170,7 +170,9 @@ def _pattern(source: dict[str, Any]) -> str | None:
     regex = split.get("pattern", {}).get("Regex")
     if len(steps) > 2 or split.get("type") != "Split" or steps[-1].get("use_regex", True) or not whole:
         return None
-    return regex if isinstance(regex, str) else None
+    # As `hpcgpt export` writes them: so that an exported tokenizer has the fingerprint that it had before.
+    ours = {from_tiktoken.for_oniguruma(pattern): pattern for pattern in from_tiktoken.PATTERNS}
+    return ours.get(regex, regex) if isinstance(regex, str) else None
 
 
 def _ranks(model: dict[str, Any], library: LibraryTokenizer) -> dict[bytes, int] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,16 @@ O200K_PATTERN = "|".join([
     r"\s+(?!\S)",
     r"\s+",
 ])  # fmt: skip
+
+PATTERNS = (GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN)
+
+
+def for_oniguruma(pattern: str) -> str:
+    """Return a pattern of tiktoken in the syntax of Oniguruma, the regular expressions of `tokenizers`.
+
+    There $ is the end of a line, and {1,3}+ repeats a group, instead of being possessive.
+    """
+    return re.sub(r"(\{\d+,\d*\})\+", r"\1", re.sub(r"(?<!\\)\$", r"\\z", pattern))
 
 
 @dataclass(frozen=True)

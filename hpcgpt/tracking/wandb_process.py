@@ -170,5 +170,7 @@ def _end_children() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--has-key"]:
         print(arrived.ask_wandb()[2])
+    elif sys.argv[1:] == ["--server"]:
+        print(arrived.ask_wandb()[0])
     else:
         Process(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])).main()

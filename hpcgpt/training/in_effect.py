@@ -216,7 +216,7 @@ def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
             found.append(Change(key, old, new, _affects_result(key, before, now)))
     rate_before, rate_now = _rate(before, step), _rate(now, step)
     known = rate_before is not None and bool(found)
-    schedule = _other_length(before.get("total_steps"), step, planned)
+    schedule = _other_length(before.get("total_steps"), rate_before, step, planned)
     return Changes(step, tuple(found), *((rate_before, rate_now) if known else (None, None)), schedule)
 
 
@@ -242,10 +242,11 @@ def _affects_result(key: str, before: Mapping[str, Any], now: Mapping[str, Any])
     return section not in _HARMLESS_SECTIONS and key not in _HARMLESS
 
 
-def _other_length(before: Any, step: int, planned: Plan) -> str:
+def _other_length(before: Any, rate_before: float | None, step: int, planned: Plan) -> str:
     """Say what it means for the learning rates that a run of `before` steps now has another length; '' if it has not.
 
-    Only the schedule of this attempt counts. That it differs from the one before is reported by itself.
+    `rate_before`: the one at `step` with the options of the attempt before. Only the schedule of this attempt counts
+    otherwise. That it differs from the one before is reported by itself.
     """
     total, config = planned.total_steps, planned.config
     if type(before) is not int or before < 1 or before == total:
@@ -254,7 +255,7 @@ def _other_length(before: Any, step: int, planned: Plan) -> str:
     first = first_that_depends_on_length(min(before, total), config)
     if first is None or step <= first:
         return f"{lengths}; with {kind}, the rates until here are those of a run of {total:,} steps from the start"
-    last = learning_rate(step, before, config)
+    last = learning_rate(step, before, config) if rate_before is None else rate_before
     ways = [f"to train on at the last rate, --schedule.kind constant --optim.lr {last:g}"]
     if kind == "wsd":
         ways.append(f"to leave out the decay, --checkpoint.step with a checkpoint up to step {first:,}")

@@ -77,6 +77,18 @@ def test_a_missing_key_is_bad_only_if_wandb_was_asked_for(tmp_path: Path, monkey
         assert [finding.level for finding in network.wandb("online")] == ["ok"]
 
 
+@pytest.mark.processes
+def test_the_server_is_the_one_of_wandbs_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`wandb login --host` writes it into this file."""
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with serving(200) as server:
+        (tmp_path / "settings").write_text(f"[default]\nbase_url = {server.url}\n")
+        (found,) = network.wandb("online")
+        assert (found.level, server.url in found.found, len(server.lines)) == ("ok", True, 1)
+
+
 def test_the_proxy_is_used_and_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setenv("WANDB_BASE_URL", "http://api.wandb.invalid")

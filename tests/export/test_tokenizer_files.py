@@ -56,6 +56,16 @@ def test_autotokenizer_gives_the_ids_of_a_byte_level_bpe(make: Any, tmp_path: Pa
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("make", [made_runs.tokenizer, gpt4_pattern, find_tokenizer.gpt2])
+def test_an_exported_tokenizer_keeps_its_fingerprint(make: Any, tmp_path: Path) -> None:
+    """Imported again it is that of the shards that were made with it."""
+    tokenizer = make()
+    for name, content in tokenizer_files.files(tokenizer, 64).items():
+        (tmp_path / name).write_bytes(content)
+    assert from_huggingface.read(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["Unigram", "WordPiece"])
 def test_a_tokenizer_that_only_the_library_runs_has_its_special_tokens_back(kind: str, tmp_path: Path) -> None:
     words = ["<unk>", "</s>", "th", "e", " ", "▁the", "▁", "a", "##e", "##a", "the"]

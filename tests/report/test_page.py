@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from hpcgpt.distributed import world
+from hpcgpt.errors import UserError, status_of
 from hpcgpt.report import facts, page
 from hpcgpt.report.page import POLICY
-from hpcgpt.run import run_folder
+from hpcgpt.run import crash_report, run_folder
 from tests.report.made_up import make_run
 from tests.report.page_reader import Page
 
@@ -78,6 +80,16 @@ def test_a_hostile_run_executes_nothing(tmp_path: Path) -> None:
     assert found.text.count("<script>alert(1)</script>") > 10  # as text
     assert "\x1b" not in found.text
     assert "\\x1b[2J\\u202e\\ud800" in found.text
+
+
+def test_a_start_that_was_refused_has_no_crash_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    folder = run_with(tmp_path / "run", START, steps=3)
+    for attempt, error in (("refused", UserError("model.n_layer has changed")), ("crashed", OSError("the disk died"))):
+        here = world.World(0, 0, 1, 1, "alone", attempt)
+        crash_report.write(folder, here, error, status_of(error))
+    text = page_of(folder).text
+    assert ("the disk died" in text, "model.n_layer has changed" in text) == (True, False)
 
 
 def test_the_spike_and_every_attempt_are_drawn(long_run: Path) -> None:

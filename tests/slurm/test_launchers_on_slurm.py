@@ -86,6 +86,11 @@ def test_a_job_with_checkpoint_step_goes_back_once_and_after_a_requeue_continues
     wait_for(lambda: newest_save() > 4, lambda: cluster.describe(jobs.back))
     cluster.slurm("scontrol", "requeue", jobs.back)
     wait_for(lambda: len(starts(folder)) == 3, lambda: cluster.describe(jobs.back))
+    log, advice = (
+        folder / "logs" / f"{jobs.back}_1.log",
+        f"to go back once more: hpcgpt checkpoint back {folder} --step 4",
+    )
+    wait_for(lambda: advice in log.read_text(), lambda: cluster.describe(jobs.back))
     _, first, second = starts(folder)
     cluster.slurm("scancel", jobs.back)
     assert (first["job"], first["step"]) == (f"{jobs.back}_0", 4)
@@ -93,8 +98,6 @@ def test_a_job_with_checkpoint_step_goes_back_once_and_after_a_requeue_continues
     assert [event["step"] for event in events(folder, "went_back")] == [4]
     aside = folder / "checkpoints" / "newer_than_000000004.g0002"
     assert sorted(path.name for path in aside.glob("step_*")) == ["step_000000008", "step_000000012"]
-    log = (folder / "logs" / f"{jobs.back}_1.log").read_text()
-    assert f"to go back once more: hpcgpt checkpoint back {folder} --step 4" in log
 
 
 @pytest.mark.timeout(300)

@@ -58,7 +58,7 @@ def test_an_sbatch_job_that_is_requeued_and_preempted_ends_with_the_same_bytes_a
     assert [(start["job"], start["world_size"]) for start in attempts] == [(f"{job}_{n}", 4) for n in range(3)]
     ends = [event["reason"] for event in events(folder, "end")]
     assert ends == ["told to terminate", "told to terminate", "finished"]
-    assert_one_wandb_run(folder, attempts=3)
+    assert_one_wandb_run(folder)
 
 
 @pytest.mark.timeout(600)
@@ -122,11 +122,12 @@ def test_gpus_that_slurm_allocated_and_torch_does_not_see_are_an_error(cluster: 
     assert "Slurm gave this job GPUs, but torch sees none" in log
 
 
-def assert_one_wandb_run(folder: Path, attempts: int) -> None:
-    """Check that each attempt left offline parts with the same id, and that together they have every step."""
+def assert_one_wandb_run(folder: Path) -> None:
+    """Check that attempts left offline parts with the same id, and that together they have every step."""
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    # There are more where a signal ended wandb's core process, which is then started again.
-    assert len(parts) >= attempts
+    # On busy cores an attempt may end before wandb has begun: the next one sends its steps. There may also be more than
+    # one of an attempt, where a signal ended wandb's core process, which is then started again.
+    assert len(parts) >= 2
     assert {path.stem for path in parts} == {f"run-{run_folder.run_id(folder)}"}
     steps: set[int] = set()
     for part in parts:

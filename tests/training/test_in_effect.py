@@ -179,6 +179,19 @@ def test_more_steps_for_a_finished_run_report_the_jump_of_the_learning_rate(conf
     assert "--schedule.kind constant --optim.lr 6e-05;" in line
 
 
+@pytest.mark.slow
+def test_the_advised_rate_is_the_one_that_the_run_had(config: Path) -> None:
+    """And not that of the new options, which the run never used."""
+    before, now = (
+        plan.make(sources.from_command_line([str(config), *flags], "train", ""), 1)
+        for flags in (["--train.steps", "12"], ["--train.steps", "24", "--optim.lr", "2e-4"])
+    )
+    state = State(10, 0, 0, 1, {}, in_effect=in_effect.options(before))
+    found = in_effect.since(state, in_effect.options(now), now)
+    assert found.rate_before == rate(config, 10, "--train.steps", "12")
+    assert f"--optim.lr {found.rate_before:g};" in found.schedule
+
+
 @pytest.mark.processes
 def test_more_steps_at_a_constant_rate_do_not_change_the_result_so_far(config: Path, tmp_path: Path) -> None:
     folder, flags = tmp_path / "tiny", ("--schedule.kind", "constant", "--run.strict", "true")

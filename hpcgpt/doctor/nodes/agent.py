@@ -100,7 +100,7 @@ class Agent:
             Check("GPU state", gpu_state.check, CHECK_S, "nvidia-smi or rocm-smi"),
             Check(
                 "wandb",
-                partial(network.wandb, str(request["wandb"])),
+                partial(network.wandb, str(request["wandb"]), str(request.get("wandb_server", ""))),
                 CHECK_S,
                 "the W&B server or the proxy",
                 needed=network.needed(str(request["wandb"])),

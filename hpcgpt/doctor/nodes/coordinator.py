@@ -27,7 +27,7 @@ from typing import Any
 
 from hpcgpt.config import paths
 from hpcgpt.config.options import Config
-from hpcgpt.doctor import findings, login
+from hpcgpt.doctor import findings, login, network
 from hpcgpt.doctor.findings import Finding, bad, warning
 from hpcgpt.doctor.nodes import agent, judge, pairs
 from hpcgpt.doctor.nodes.crew import Crew
@@ -118,7 +118,8 @@ class Coordinator:
         folders = [("run folder", paths.absolute(str(self._config.run_folder)))]
         if self._with_data:
             folders += [("data", str(folder)) for folder in login.data_folders(self._config)]
-        request = {"do": "check", "wandb": self._config.tracking.wandb, "folders": folders,
+        mode = self._config.tracking.wandb
+        request = {"do": "check", "wandb": mode, "wandb_server": network.server_for_nodes(mode), "folders": folders,
                    "run_bytes": login.run_bytes(self._config)}  # fmt: skip
         mounts: dict[str, dict[str, str]] = {}
         for node, finding in self._crew.findings(request, "checks", 10):
