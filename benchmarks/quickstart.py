@@ -11,7 +11,7 @@ Prints for each
     tokens/s    median
     parameters
 
-FOLDER keeps the works, one tokenizer and one folder of shards for each vocabulary, and the newest run.
+FOLDER keeps the works, and a tokenizer and a folder of shards for each vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import machine
 
 from data_prep.pipeline import holdout
 from data_prep.shakespeare import WORKS
+from hpcgpt.run import run_folder
 
 VAL_FRACTION = 0.1  # of bundle/quickstart.sh
 # Like the works that are reported: four plays, of all kinds, and a poem.
@@ -59,8 +61,7 @@ def _shards(folder: Path, vocab_size: int) -> Path:
     if len(list(texts.glob("*.txt"))) < WORKS:
         _run("data_prep.shakespeare", "--out", texts)
     for part in (train, val):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        part.mkdir(exist_ok=True)
     for path in sorted(texts.glob("*.txt")):
         if not holdout.is_validation(path.read_text(encoding="utf-8"), VAL_FRACTION):
             shutil.copy(path, val if path.stem in SELECTION else train)
@@ -75,13 +76,13 @@ def _shards(folder: Path, vocab_size: int) -> Path:
 
 
 def _train(folder: Path, shards: Path, flags: list[str]) -> dict[str, Any]:
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    _run(
-        "hpcgpt.train", "quickstart", "--run.dir", folder, "--run.name", "run", "--data.dir", shards,
-        "--tracking.wandb", "disabled", *flags,
-    )  # fmt: skip
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        _run(
+            "hpcgpt.train", "quickstart", "--run.dir", home, "--run.name", "run", "--data.dir", shards,
+            "--tracking.wandb", "disabled", *flags,
+        )  # fmt: skip
+        rows = run_folder.read_rows(Path(home) / "run" / "metrics.jsonl")
+        events = run_folder.events(Path(home) / "run")
     return {
         "bits_per_byte": rows[-1]["val/bits_per_byte"],
         "train_s": rows[-1]["time"] - rows[0]["time"],

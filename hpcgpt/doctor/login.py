@@ -81,7 +81,7 @@ def checks(config: Config, with_data: bool) -> list[Check]:
               "the server of limits", needed=False),
         Check("run folder", partial(disks.operations, "run folder", run), LIMIT_S, disk),
         Check("slurm", slurm, 3 * LIMIT_S, "Slurm's controller", needed=False),
-        Check("wandb", partial(network.wandb, config.tracking.wandb), 3 * LIMIT_S, "the W&B server or the proxy",
+        Check("wandb", partial(network.wandb, config.tracking.wandb), 4 * LIMIT_S, "the W&B server or the proxy",
               needed=network.needed(config.tracking.wandb)),
     ]  # fmt: skip
     if not with_data:

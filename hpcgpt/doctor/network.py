@@ -8,7 +8,6 @@ from __future__ import annotations
 import netrc
 import os
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -16,9 +15,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from hpcgpt.doctor.findings import Finding, bad, ok, warning
+from hpcgpt.tracking import tracker
 
 TIMEOUT_S = 6.0
-SETTINGS_S = 20.0  # to import wandb from a cold network file system
 
 
 def wandb(mode: str, server: str = "") -> list[Finding]:
@@ -53,10 +52,7 @@ def server_of_wandb() -> str:
     """
     if named := os.environ.get("WANDB_BASE_URL"):
         return named.rstrip("/")
-    command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", "--server"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SETTINGS_S,
-                          check=True)  # fmt: skip
-    return done.stdout.strip().rpartition("\n")[2].rstrip("/")
+    return tracker.server_and_key()[0].rstrip("/")
 
 
 def server_for_nodes(mode: str) -> str:

@@ -148,16 +148,26 @@ def check(wanted: str) -> None:
     if wanted != "online" or os.environ.get("WANDB_API_KEY"):
         return
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "hpcgpt.tracking.wandb_process", "--has-key"],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ASK_S, check=False,
-        )  # fmt: skip
-        has_key = done.stdout.strip().rpartition("\n")[2]
-    except (OSError, subprocess.TimeoutExpired) as error:
+        _, has_key = server_and_key()
+    except (OSError, subprocess.SubprocessError) as error:
         streams.warn(f"could not find out whether wandb has a key: {error}")
         return
-    if has_key == "False":
+    if not has_key:
         raise UserError("tracking.wandb is online, but there is no key: run `wandb login`, or use offline")
+
+
+def server_and_key() -> tuple[str, bool]:
+    """Return the address of wandb's server, and whether wandb has a key for it, as another process finds out.
+
+    Raises:
+        OSError, SubprocessError: it does not start, fails, or needs more than ASK_S seconds.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "hpcgpt.tracking.wandb_process", "--settings"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ASK_S, check=True,
+    )  # fmt: skip
+    server, _, has_key = done.stdout.strip().rpartition("\n")[2].partition(" ")
+    return server, has_key == "True"
 
 
 def check_tensorboard(wanted: bool) -> None:

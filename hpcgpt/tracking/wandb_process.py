@@ -168,9 +168,8 @@ def _end_children() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--has-key"]:
-        print(arrived.ask_wandb()[2])
-    elif sys.argv[1:] == ["--server"]:
-        print(arrived.ask_wandb()[0])
+    if sys.argv[1:] == ["--settings"]:
+        server, _, has_key = arrived.ask_wandb()
+        print(server, has_key)
     else:
         Process(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])).main()
