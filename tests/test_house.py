@@ -33,7 +33,7 @@ LEVELS = (
     ("__main__",),
 )  # fmt: skip
 # A login node loads none of these, except by late imports. Of the other rooms every module counts.
-WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "training", "data.prefetch", "data.loader",
+WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "optim.uncompiled", "training", "data.prefetch", "data.loader",
 "distributed.collectives", "distributed.tree",
               "distributed.sharded_tensor", "checkpoint.save", "checkpoint.load", "checkpoint.load_model",
               "tasks.likelihood", "tasks.evaluation", "lm_eval.adapter",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hpcgpt.distributed.sharded_tensor import full_tensor, local_rows
 from hpcgpt.model.precision import cpu_has_bf16
+from hpcgpt.optim.uncompiled import Optimizer
 
 ITERATIONS = 5
 # Of an odd polynomial of degree 5 that maps (0, 1] close to 1, small values in few iterations: Jordan et al.
@@ -29,7 +30,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 TINY = 1e-7
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon for `matrices`, and the optimizer `others` for all other parameters, with common groups and state."""
 
     def __init__(

@@ -7,6 +7,7 @@ from torch import nn
 
 from hpcgpt.config.options import Optim
 from hpcgpt.optim.muon import Muon
+from hpcgpt.optim.uncompiled import AdamW
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, from its first step on
 MUON_STATE = ("momentum_buffer",)
@@ -28,7 +29,7 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
         {"params": with_decay, "weight_decay": config.weight_decay},
         {"params": without_decay, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
+    adamw = AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -1,7 +1,9 @@
-"""hpcgpt.optim.optimizer: AdamW with the configured betas, and weight decay where configured."""
+"""hpcgpt.optim.optimizer and uncompiled: AdamW as configured, with torch's bits and without its compiler."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -40,3 +42,45 @@ def test_the_moving_averages_use_the_betas_and_epsilon_is_the_papers() -> None:
     state = optimizer.state[weight]
     assert state["exp_avg"].mean().item() == pytest.approx(0.25 * 1e-8, rel=1e-5)
     assert state["exp_avg_sq"].mean().item() == pytest.approx(0.5 * 1e-16, rel=1e-5)
+
+
+def test_adamw_has_the_bits_of_torchs() -> None:
+    weights = []
+    for of_torch in (False, True):
+        torch.manual_seed(1)
+        model = GPT(SMALL)
+        optimizer = make_optimizer(model, Optim(lr=0.01))
+        if of_torch:
+            groups = [{"params": group["params"], "weight_decay": group["weight_decay"]}
+                      for group in optimizer.param_groups]  # fmt: skip
+            optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), fused=True)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert model.norm.weight.grad is None
+        weights.append([parameter.detach().numpy().tobytes() for parameter in model.parameters()])
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_does_not_import_the_compiler(name: str) -> None:
+    """Importing it takes a second of each start."""
+    code = f"""
+import sys
+from hpcgpt.config.options import Optim
+from hpcgpt.model.gpt import GPT
+from hpcgpt.optim.optimizer import make_optimizer
+from tests.model.test_gpt import SMALL
+model = GPT(SMALL)
+optimizer = make_optimizer(model, Optim(name="{name}"))
+for parameter in model.parameters():
+    parameter.grad = parameter.detach().clone()
+optimizer.step()
+optimizer.zero_grad(set_to_none=True)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
