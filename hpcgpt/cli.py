@@ -6,6 +6,7 @@ see ``hpcgpt.errors``. ``hpcgpt train`` has more of them: ``hpcgpt.exit_codes``.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from hpcgpt.errors import UserError, sentence, status_of
 from hpcgpt.output import streams, terminal
 
 Main = Callable[[Sequence[str]], int]
+# After how many new objects Python looks for garbage, of itself 700. Imports leave none: torch's take a sixth less so.
+GC_THRESHOLDS = (100_000, 50, 100)
 
 
 def run(main: Main, leave: Callable[[int], NoReturn] = sys.exit) -> None:
@@ -27,6 +30,7 @@ def run(main: Main, leave: Callable[[int], NoReturn] = sys.exit) -> None:
     A UserError (a user's mistake) and an OSError (a full disk, a dead node) are printed as one message; with
     HPCGPT_TRACEBACK=1 as a traceback. Any other exception is a bug of this program, and always has its traceback.
     """
+    gc.set_threshold(*GC_THRESHOLDS)
     streams.open_missing()
     streams.escape_unknown_characters()
     if os.environ.get("HPCGPT_TRACEBACK") == "1":

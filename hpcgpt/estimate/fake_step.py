@@ -5,8 +5,8 @@ that sends nothing (``torch.testing._internal.distributed.fake_pg``), so that th
 what trains: ``parallelize``, ``make_optimizer``, ``train_step``. Only DistributedDataParallel is replaced by gradient
 buckets of the same size, because its C++ part reads the values of tensors.
 
-As a program (``python -m hpcgpt.estimate.fake_step``) it reads requests as JSON from stdin and prints one line of JSON
-for each: ``hpcgpt.estimate.memory`` runs it, so that no other process loads torch.
+`main` reads requests as JSON from stdin and prints one line of JSON for each: ``hpcgpt.estimate.memory`` runs it in a
+process, so that no other loads torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def main() -> None:
 
 def _framework_bytes() -> int:
     """Return what a rank holds beside its tensors: measured here, after a real step of a model of almost nothing."""
-    import hpcgpt.training.attempt  # noqa: F401 - what a rank loads
+    import torch._dynamo  # what a rank of several loads, with DDP or FSDP
+
+    import hpcgpt.training.attempt  # noqa: F401 - what each rank loads
 
     model = GPT(Model(n_layer=1, n_head=1, n_embd=32, block_size=32, vocab_size=64))
     optimizer = make_optimizer(model, Optim())
@@ -306,7 +308,3 @@ def _remarks(request: Request, config: Config) -> Iterator[str]:
         yield "train.deterministic takes buffers of its own in backward passes, which are not counted"
     if config.model.dropout:
         yield "dropout masks of the attention kernel are not counted"
-
-
-if __name__ == "__main__":
-    main()

@@ -16,6 +16,7 @@ holds the run folder. W&B's "Stop run" makes a STOP file in the run folder, so t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from hpcgpt.cli import GC_THRESHOLDS
 from hpcgpt.errors import UserError
 from hpcgpt.output.best_effort import limited
 from hpcgpt.run import run_folder
@@ -168,6 +170,7 @@ def _end_children() -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(*GC_THRESHOLDS)
     if sys.argv[1:] == ["--settings"]:
         server, _, has_key = arrived.ask_wandb()
         print(server, has_key)

@@ -78,7 +78,7 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--train.steps 100 --schedule.warmup_steps 20 --eval.batches 20 --run.threads 1",
+        "--train.steps 50 --schedule.warmup_steps 10 --eval.batches 20 --run.threads 1",
         pytest.param("", marks=pytest.mark.long),
     ],
 )

@@ -39,6 +39,13 @@ def uninterrupted_run(cluster: Cluster) -> Path:
     return cluster.folder("uninterrupted")
 
 
+@pytest.fixture(scope="module")
+def uninterrupted_rank(cluster: Cluster) -> Path:
+    """The folder of such a run of one rank."""
+    cluster.wait(cluster.sbatch("alone", *ONE))
+    return cluster.folder("alone")
+
+
 def batch_log(cluster: Cluster, job: str) -> str:
     return (cluster.home / f"slurm-{job}.out").read_text()
 
@@ -131,25 +138,25 @@ class TestFaultyJobs:
 
 
 @pytest.mark.timeout(600)
-def test_ranks_that_exit_within_the_grace_time_are_requeued_by_the_batch_script(
-    cluster: Cluster, uninterrupted_run: Path
+def test_a_rank_that_exits_within_the_grace_time_is_requeued_by_the_batch_script(
+    cluster: Cluster, uninterrupted_rank: Path
 ) -> None:
     """Slurm before 24.05 considers such a job finished."""
-    job = cluster.sbatch("graceful", *TWO, "--partition=grace", "--nodelist=n1")
+    job = cluster.sbatch("graceful", *ONE, "--partition=grace", "--nodelist=n1")
     cluster.wait_for_rows("graceful", STEPS // 3)
     cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
     cluster.wait_for_ends("graceful", 1)
-    folder = finish(cluster, job, "graceful", uninterrupted_run)
+    folder = finish(cluster, job, "graceful", uninterrupted_rank)
     assert [event["reason"] for event in events(folder, "end")] == ["told to terminate", "finished"]
     assert len(starts(folder)) == 2
 
 
 @pytest.mark.timeout(600)
-def test_a_no_requeue_job_is_followed_by_an_identical_next_job(cluster: Cluster, uninterrupted_run: Path) -> None:
+def test_a_no_requeue_job_is_followed_by_an_identical_next_job(cluster: Cluster, uninterrupted_rank: Path) -> None:
     """Same arguments, with their spaces, and same resources; the restart count begins again at 0."""
     typed = ("--sample.prompt", "two  spaces 'and' quotes")
     flags = ("--no-requeue", "--job-name=a chain", "--time=9", "--mem=1000", f"--output={cluster.home}/slurm-%j.out")
-    job = cluster.sbatch("chained", *TWO, *flags, arguments=typed)
+    job = cluster.sbatch("chained", *ONE, *flags, arguments=typed)
     folder = cluster.folder("chained")
     for hit in (1, 2):
         cluster.wait_for_rows("chained", hit * STEPS // 3)
@@ -161,9 +168,9 @@ def test_a_no_requeue_job_is_followed_by_an_identical_next_job(cluster: Cluster,
         before, job = job, chain["next_job"]
         same = ("JobName", "TimeLimit", "NumTasks", "MinMemoryNode", "TresPerNode", "Requeue", "WorkDir")
         assert {key: shown(cluster, job, key) for key in same} == {key: shown(cluster, before, key) for key in same}
-    finish(cluster, job, "chained", uninterrupted_run)
+    finish(cluster, job, "chained", uninterrupted_rank)
     assert "prompt = \"two  spaces 'and' quotes\"" in (folder / "config.toml").read_text()
-    assert [start["world_size"] for start in starts(folder)] == [2, 2, 2]
+    assert [start["world_size"] for start in starts(folder)] == [1, 1, 1]
 
 
 @pytest.mark.timeout(600)
@@ -184,7 +191,7 @@ def test_the_next_job_runs_the_users_wrapper_around_the_script(cluster: Cluster)
 
 
 @pytest.mark.timeout(600)
-def test_only_the_signalled_task_of_a_job_array_is_requeued(cluster: Cluster) -> None:
+def test_only_the_signalled_task_of_a_job_array_is_requeued(cluster: Cluster, uninterrupted_rank: Path) -> None:
     job = cluster.sbatch("array-%a", *ONE, "--array=1-2")
     cluster.wait_for_rows("array-2", STEPS // 3)
     cluster.slurm("scancel", "--signal=USR1", f"{job}_2")
@@ -192,7 +199,7 @@ def test_only_the_signalled_task_of_a_job_array_is_requeued(cluster: Cluster) ->
     cluster.wait(f"{job}_2")
     for task, count in ((1, 1), (2, 2)):
         folder = cluster.folder(f"array-{task}")
-        assert_same_result(folder, cluster.folder("array-1"), STEPS)
+        assert_same_result(folder, uninterrupted_rank, STEPS)
         assert len(starts(folder)) == count
         assert len(events(folder, "requeue")) == count - 1
 
