@@ -80,11 +80,10 @@ class GigatokenEncoder:
         self._tokenizer, self._scheme, self._plain = tokenizer, scheme, plain
         self._from_tiktoken_ranks: Callable[[str, str], Any] = BPETokenizer.from_tiktoken
         # gigatoken needs ranks without gaps, but the ids of special tokens may be the first ones, or in between.
-        numbers = np.sort(np.fromiter(tokenizer.ranks.values(), np.uint32, len(tokenizer.ranks)))
-        self._numbers = None if numbers[-1] == len(numbers) - 1 else numbers
-        if self._numbers is None:
-            self._content = tokenizer.rank_file
-        else:
+        self._numbers: NDArray[np.uint32] | None = None
+        self._content = tokenizer.rank_file
+        if tokenizer.highest_rank != self._content.count(b"\n") - 1:
+            self._numbers = np.sort(np.fromiter(tokenizer.ranks.values(), np.uint32, len(tokenizer.ranks)))
             order = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
             self._content = write_ranks({token: number for number, token in enumerate(order)})
         self._gigatoken = self._build()

@@ -41,7 +41,7 @@ def fast(gpt2: ByteLevelBPE) -> Encoder:
 @pytest.fixture(scope="module")
 def library(gpt2: ByteLevelBPE) -> Encoder:
     """GPT-2's merges, run by the library `tokenizers`."""
-    lines = (Path(find_tokenizer.__file__).with_name("vocab") / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[2] / "tokenizer" / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
     letters = byte_characters()
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     source = {
@@ -129,7 +129,7 @@ def test_tokens_that_may_contain_a_newer_letter_are_found(gpt2: ByteLevelBPE, mo
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {token.encode(): 256 + number for number, token in enumerate(tokens)}
     ranks |= {b"\xe0\xb1": 264, b"\xe0\xb2": 265, b"\x95\xca": 266, b"\xf0\x9f": 267}
-    tokenizer = ByteLevelBPE("few", gpt2.pattern, ranks, {END: 268}, 268)
+    tokenizer = ByteLevelBPE.from_ranks("few", gpt2.pattern, ranks, {END: 268}, 268)
     fast = gigatoken_encoder.GigatokenEncoder(tokenizer, encoders.choose(tokenizer, "tiktoken").batch)
     assert fast._may_be_newer[256:].tolist() == [*tokens.values(), True, False, True, False, False]
     assert {number for number in range(256) if fast._may_be_newer[number]} == {0xCA, 0xE0, 0xE1, 0xEA, 0xF0}
@@ -166,7 +166,7 @@ def test_ids_above_65535_are_not_truncated(tmp_path: Path) -> None:
     """65,793 ids do not fit uint16. Pairs are numbered in reverse, so that text has the highest ids."""
     pairs = equivalence_texts.all_pairs(from_tiktoken.GPT4_PATTERN)
     ranks = {token: rank if rank < 256 else 256 + 65_791 - rank for token, rank in pairs.ranks.items()}
-    save_load.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
+    save_load.save(ByteLevelBPE.from_ranks("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
     for backend in ("tiktoken", "gigatoken"):
         ids, counts = encoders.choose(save_load.load(tmp_path), backend).batch(["\0\0", "\0\x01\0"])
         assert (ids.tolist(), counts.tolist()) == ([65_791, 0, 65_535], [1, 2])
@@ -211,7 +211,7 @@ def test_without_gigatoken_auto_chooses_tiktoken_and_gives_the_reason(
 
 
 def test_a_pattern_that_gigatoken_does_not_support_is_run_by_tiktoken(gpt2: ByteLevelBPE) -> None:
-    own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.ranks, gpt2.special_tokens, 50256)
+    own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.rank_file, gpt2.special_tokens, 50256)
     chosen = encoders.choose(own)
     assert chosen.name == "tiktoken"
     assert chosen.fallback_reason.endswith("gigatoken does not support the pattern of tokenizer own")
@@ -222,7 +222,7 @@ def test_a_pattern_that_gigatoken_does_not_support_is_run_by_tiktoken(gpt2: Byte
 def test_a_vocabulary_that_gigatoken_cannot_load_is_run_by_tiktoken(gpt2: ByteLevelBPE) -> None:
     """gigatoken panics on a token that no merge produces."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"xyz": 257}
-    chosen = encoders.choose(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
+    chosen = encoders.choose(ByteLevelBPE.from_ranks("unreached", gpt2.pattern, ranks, {END: 258}, 258))
     assert chosen.name == "tiktoken"
     assert "gigatoken cannot run tokenizer unreached: " in chosen.fallback_reason
     assert len(chosen.fallback_reason.splitlines()) == 1
@@ -233,7 +233,7 @@ def test_a_vocabulary_that_gigatoken_cannot_load_is_run_by_tiktoken(gpt2: ByteLe
 def test_gaps_between_the_ids_are_supported(shift: Callable[[int], int], gpt2: ByteLevelBPE) -> None:
     """Many of Hugging Face's tokenizers begin with special tokens; p50k_base leaves out 50256."""
     ranks = {token: shift(rank) for token, rank in gpt2.ranks.items()}
-    tokenizer = ByteLevelBPE("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
+    tokenizer = ByteLevelBPE.from_ranks("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
     chosen = encoders.choose(tokenizer)
     assert (chosen.name, chosen.fallback_reason) == ("gigatoken", "")
     assert equal_batches(
