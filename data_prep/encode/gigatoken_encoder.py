@@ -58,6 +58,11 @@ NEWER = [
 _NEWER_LETTER = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in NEWER) + "]")
 
 
+def has_newer_letter(text: str) -> bool:
+    """Return whether a text has a letter that gigatoken and tiktoken may classify differently."""
+    return _NEWER_LETTER.search(text) is not None
+
+
 class GigatokenEncoder:
     """Encodes with gigatoken; `plain` encodes texts with newer letters.
 
@@ -117,7 +122,7 @@ class GigatokenEncoder:
         else:
             found = np.flatnonzero(self._may_be_newer.take(ids))
             suspects = np.unique(np.searchsorted(ends, found, side="right")).tolist()
-        return [number for number in suspects if _NEWER_LETTER.search(texts[number])]
+        return [number for number in suspects if has_newer_letter(texts[number])]
 
     def _build(self) -> Any:
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:

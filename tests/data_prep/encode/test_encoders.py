@@ -243,6 +243,25 @@ def test_gaps_between_the_ids_are_supported(shift: Callable[[int], int], gpt2: B
     )
 
 
+def test_the_digest_that_stands_for_tiktoken_is_tiktokens(gpt2: ByteLevelBPE, plain: Encoder) -> None:
+    """It is that of all strings without a newer letter, which tiktoken would encode anyway."""
+    assert encoders.TIKTOKENS == {gpt2.fingerprint: encoders.digest(plain)}
+    assert sum(map(gigatoken_encoder.has_newer_letter, equivalence_texts.chosen())) == 1
+
+
+def test_tiktoken_is_built_where_the_digest_differs_and_only_there(
+    gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built() -> bool:
+        tokenizer = find_tokenizer.gpt2()
+        assert encoders.choose(tokenizer).name == "gigatoken"
+        return "encoding" in vars(tokenizer)
+
+    assert not built()
+    monkeypatch.setitem(encoders.TIKTOKENS, gpt2.fingerprint, "another")
+    assert built()
+
+
 def test_a_backend_that_splits_text_differently_is_found_by_the_check(
     gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
