@@ -14,7 +14,12 @@ ids is here, so that tiktoken need not be built. Chinese text is then encoded by
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -67,6 +72,22 @@ def choose(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
         plain.fallback_reason = f"encoding with tiktoken, not gigatoken: {error}"
         return plain
     return fast
+
+
+@contextmanager
+def chosen_meanwhile(tokenizer: Tokenizer, backend: Backend) -> Iterator[Future[Encoder]]:
+    """Make the encoder in a thread while the block runs: for most of its 70 ms gigatoken needs no interpreter.
+
+    The thread has ended after the block, so that processes can be forked.
+    """
+    with ThreadPoolExecutor(1, "encoder") as pool:
+        thread = pool.submit(threading.get_native_id).result()
+        yield pool.submit(choose, tokenizer, backend)
+        if isinstance(tokenizer, ByteLevelBPE):
+            _ = tokenizer.ranks  # parsed here, because the thread needs them last
+    # Until Python 3.13 a thread that was joined may not have ended yet for the system.
+    while Path(f"/proc/self/task/{thread}").exists():
+        time.sleep(0.0001)
 
 
 def digest(encoder: Encoder) -> str:
