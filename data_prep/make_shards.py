@@ -23,13 +23,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from data_prep.encode import encoders
-from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours, claim
+from data_prep.pipeline import data_set
+from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours
+from data_prep.pipeline.task_share import TaskShare
 from data_prep.text import inputs, standard_input, unread
 from data_prep.text.inputs import InputFile
 from data_prep.text.options import Skipped, TextOptions, add_text_arguments, printable_path
@@ -62,17 +63,7 @@ def main(argv: Sequence[str]) -> int:
         options = replace(options, val_units_from=len(units))
         units += inputs.units(val_files, unit_bytes, options.text)
     plan = PrepPlan(options, files, units, unit_bytes, skipped, others, val_files)
-    started_at = time.monotonic()
-    with encoders.chosen_meanwhile(options.tokenizer, arguments.backend) as encoder:
-        is_complete = claim(out, plan)
-        # Imported here to be done meanwhile.
-        from data_prep.pipeline import data_set
-        from data_prep.pipeline.task_share import TaskShare
-    if is_complete:
-        print(f"{out} is complete already, with these inputs and options: nothing to do")
-    else:
-        share = TaskShare(arguments.task, arguments.tasks)
-        data_set.make(plan, out, arguments.workers, encoder.result(), share, started_at)
+    data_set.make(plan, out, arguments.workers, arguments.backend, TaskShare(arguments.task, arguments.tasks))
     return 0
 
 

@@ -14,12 +14,7 @@ ids is here, so that tiktoken need not be built. Chinese text is then encoded by
 from __future__ import annotations
 
 import hashlib
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -36,8 +31,7 @@ from hpcgpt.tokenizer.interface import Tokenizer
 Backend = Literal["auto", "tiktoken", "gigatoken", "tokenizers"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # `digest` of tiktoken, by the tokenizer's fingerprint. Without it tiktoken is built to compare, which takes 30 ms.
-_GPT2 = "b7f16c7f20f21e0cbd753b39c66443240f6b4c3b8608b2817e30dd752f93ebbd"
-TIKTOKENS = {_GPT2: "5c39104525f91b903d7aa1c450c636e2b4cb1a354dfdfc51c1f07850aa96ec37"}
+TIKTOKENS = {gigatoken_encoder.GPT2: "5c39104525f91b903d7aa1c450c636e2b4cb1a354dfdfc51c1f07850aa96ec37"}
 
 
 def choose(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
@@ -65,29 +59,13 @@ def choose(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
         if digest(fast) != TIKTOKENS.get(tokenizer.fingerprint):
             check(fast, plain)
         if tokenizer.pattern == from_tiktoken.GPT2_PATTERN:
-            fast = ideographs.ByCharacterEncoder(fast, tokenizer.ranks, equivalence_texts.chinese())
+            fast = ideographs.ByCharacterEncoder(fast, lambda: tokenizer.ranks, equivalence_texts.chinese())
     except ValueError as error:
         if backend == "gigatoken":
             raise
         plain.fallback_reason = f"encoding with tiktoken, not gigatoken: {error}"
         return plain
     return fast
-
-
-@contextmanager
-def chosen_meanwhile(tokenizer: Tokenizer, backend: Backend) -> Iterator[Future[Encoder]]:
-    """Make the encoder in a thread while the block runs: for most of its 70 ms gigatoken needs no interpreter.
-
-    The thread has ended after the block, so that processes can be forked.
-    """
-    with ThreadPoolExecutor(1, "encoder") as pool:
-        thread = pool.submit(threading.get_native_id).result()
-        yield pool.submit(choose, tokenizer, backend)
-        if isinstance(tokenizer, ByteLevelBPE):
-            _ = tokenizer.ranks  # parsed here, because the thread needs them last
-    # Until Python 3.13 a thread that was joined may not have ended yet for the system.
-    while Path(f"/proc/self/task/{thread}").exists():
-        time.sleep(0.0001)
 
 
 def digest(encoder: Encoder) -> str:

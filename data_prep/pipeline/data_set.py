@@ -10,9 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.encode import encoders
+from data_prep.encode.encoders import Backend
 from data_prep.encode.interface import Encoder
 from data_prep.pipeline import finalize, task_share, unit, workers
-from data_prep.pipeline.plan import PrepPlan
+from data_prep.pipeline.plan import PrepPlan, claim
 from data_prep.pipeline.progress import ProgressBar
 from data_prep.pipeline.task_share import TaskShare
 from data_prep.pipeline.workers import Team, WorkerConfig
@@ -28,16 +30,19 @@ _kept: list[Encoder] = []
 _LARGE = 1_000_000_000  # bytes of input, for which it is worth printing why a slower encoder is used
 
 
-def make(plan: PrepPlan, out: Path, processes: int, encoder: Encoder, share: TaskShare, started_at: float) -> None:
+def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: TaskShare) -> None:
     """Make one task's share of the data set that `plan` describes; if no unit is left, finish the data set.
 
-    `out` is its folder (`data_prep.pipeline.plan.claim`). `started_at` is on the clock time.monotonic.
-
     Raises:
-        UserError: another process makes the same units, or a document cannot be read.
+        UserError: `out` holds something else, another process makes the same units, or a document cannot be read.
         OSError: a file could not be written. Finished units stay, and a rerun continues from there.
     """
+    started_at = time.monotonic()
+    if claim(out, plan):
+        print(f"{out} is complete already, with these inputs and options: nothing to do")
+        return
     unfinished = _unfinished(plan, out, share)
+    encoder = encoders.choose(plan.options.tokenizer, backend)
     if encoder.fallback_reason and _input_bytes(plan, unfinished) > _LARGE:
         print(encoder.fallback_reason, flush=True)
     _kept[:] = [encoder]

@@ -112,6 +112,11 @@ def test_gigatoken_alone_differs_for_letters_of_newer_unicode_versions() -> None
     assert equal_batches(fast, plain, [*["plain"] * 40, *texts, *["plain"] * 40])  # few that are not ASCII
 
 
+def test_those_of_gpt2_that_are_written_down_are_all_that_are_found(gpt2: ByteLevelBPE) -> None:
+    assert gpt2.fingerprint == gigatoken_encoder.GPT2
+    assert gigatoken_encoder.find_starts(gpt2.ranks) == gigatoken_encoder.GPT2_STARTS
+
+
 def test_tokens_that_may_contain_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gigatoken_encoder.GigatokenEncoder, "_build", lambda _: None
@@ -252,14 +257,14 @@ def test_the_digest_that_stands_for_tiktoken_is_tiktokens(gpt2: ByteLevelBPE, pl
 def test_tiktoken_is_built_where_the_digest_differs_and_only_there(
     gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def built() -> bool:
+    def built() -> set[str]:
         tokenizer = find_tokenizer.gpt2()
         assert encoders.choose(tokenizer).name == "gigatoken"
-        return "encoding" in vars(tokenizer)
+        return {"ranks", "encoding"} & set(vars(tokenizer))
 
-    assert not built()
+    assert built() == set()
     monkeypatch.setitem(encoders.TIKTOKENS, gpt2.fingerprint, "another")
-    assert built()
+    assert built() == {"ranks", "encoding"}
 
 
 def test_a_backend_that_splits_text_differently_is_found_by_the_check(
