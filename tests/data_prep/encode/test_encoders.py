@@ -311,6 +311,17 @@ def test_awkward_is_not_imported_and_is_what_it_was_afterwards() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.processes
+def test_the_check_at_the_start_does_not_import_numpys_masked_arrays() -> None:
+    """np.unique does, for 8 ms."""
+    program = (
+        "import sys; from data_prep.encode import encoders; from hpcgpt.tokenizer import find_tokenizer;"
+        "encoders.choose(find_tokenizer.gpt2(), 'gigatoken').batch(['é']); assert 'numpy.ma' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_gigatoken_that_asks_more_of_awkward_is_replaced_by_tiktoken(
     gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
