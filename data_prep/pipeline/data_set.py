@@ -48,9 +48,15 @@ def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: Tas
     _kept[:] = [encoder]
     config = WorkerConfig(out, plan.options, encoder, plan.plan_hash)
     # In this order, because the lease has a thread: see `workers`.
-    with workers.started(config, min(processes, len(unfinished))) as team, task_share.acquire(out, share):
-        save_load.save(plan.options.tokenizer, out / "tokenizer")
-        _make_units(plan, out, team, share)
+    with workers.started(config, min(processes, len(unfinished))) as team:
+        with task_share.acquire(out, share):
+            save_load.save(plan.options.tokenizer, out / "tokenizer")
+            _make_units(plan, out, team, share)
+        _end(plan, out, started_at)
+
+
+def _end(plan: PrepPlan, out: Path, started_at: float) -> None:
+    """Finish the data set if no unit is left, and print what there is."""
     left = [number for number in range(len(plan.units)) if not unit.folder(out, number).is_dir()]
     # In this order, because the units' folders are removed after the manifest is written.
     if (out / "manifest.json").is_file():
