@@ -274,7 +274,7 @@ def _tokenizer(folder: Path) -> Path:
 
         tokenizer = find_tokenizer.gpt2()
         save_load.save(tokenizer, folder)
-        merges = (ROOT / "hpcgpt/tokenizer/vocab/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
+        merges = (ROOT / "tests/tokenizer/gpt2.bpe").read_text(encoding="utf-8").splitlines()[1:]
         letters = byte_characters()
         ids = {"".join(letters[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
         made = Tokenizer(models.BPE(vocab=ids, merges=[(left, right) for left, right in map(str.split, merges)]))

@@ -99,8 +99,8 @@ def difference(one: Encoder, other: Encoder, texts: list[str]) -> str | None:
 
 
 def in_library(gpt2: ByteLevelBPE) -> huggingface.LibraryTokenizer:
-    """Load GPT-2's merges into `tokenizers`, from the same file."""
-    merges = Path(find_tokenizer.__file__).with_name("vocab") / "gpt2.bpe"
+    """Load GPT-2's merges into `tokenizers`, from OpenAI's list of merges."""
+    merges = Path(__file__).parents[1] / "tests" / "tokenizer" / "gpt2.bpe"
     pairs = [line.split(" ") for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
     letters = byte_characters()
     written = {"".join(letters[byte] for byte in token): rank for token, rank in gpt2.ranks.items()}

@@ -23,38 +23,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from data_prep.encode import encoders
-from data_prep.encode.encoders import Backend
-from data_prep.encode.interface import Encoder
-from data_prep.pipeline import finalize, task_share, unit, workers
-from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours, claim
-from data_prep.pipeline.progress import ProgressBar
+from data_prep.pipeline import data_set
+from data_prep.pipeline.plan import PrepPlan, ShardOptions, check_ours
 from data_prep.pipeline.task_share import TaskShare
-from data_prep.pipeline.workers import Team, WorkerConfig
-from data_prep.text import accounting, inputs, standard_input, unread
+from data_prep.text import inputs, standard_input, unread
 from data_prep.text.inputs import InputFile
 from data_prep.text.options import Skipped, TextOptions, add_text_arguments, printable_path
 from data_prep.text.unread import UnreadFile
 from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.data import shard_format
-from hpcgpt.data.shard_format import Manifest
-from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
-from hpcgpt.output import streams
-from hpcgpt.storage import lease
-from hpcgpt.tokenizer import find_tokenizer, save_load
+from hpcgpt.tokenizer import find_tokenizer
 
 GiB = 1 << 30
 VAL_FRACTION = 0.01
-# Kept until the process ends: to free the tables of an encoder takes 15 ms.
-_kept: list[Encoder] = []
-_LARGE = 1_000_000_000  # bytes of input, for which it is worth printing why a slower encoder is used
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         options = replace(options, val_units_from=len(units))
         units += inputs.units(val_files, unit_bytes, options.text)
     plan = PrepPlan(options, files, units, unit_bytes, skipped, others, val_files)
-    make(plan, out, arguments.workers, arguments.backend, TaskShare(arguments.task, arguments.tasks))
+    data_set.make(plan, out, arguments.workers, arguments.backend, TaskShare(arguments.task, arguments.tasks))
     return 0
 
 
@@ -124,37 +112,6 @@ def _shard_options(arguments: argparse.Namespace) -> ShardOptions:
     )
 
 
-def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: TaskShare) -> None:
-    """Make one task's share of the data set that `plan` describes; if no unit is left, finish the data set.
-
-    Raises:
-        UserError: `out` holds something else, another process makes the same units, or a document cannot be read.
-        OSError: a file could not be written. Finished units stay, and a rerun continues from there.
-    """
-    started_at = time.monotonic()
-    if claim(out, plan):
-        print(f"{out} is complete already, with these inputs and options: nothing to do")
-        return
-    unfinished = _unfinished(plan, out, share)
-    encoder = encoders.choose(plan.options.tokenizer, backend)
-    if encoder.fallback_reason and _input_bytes(plan, unfinished) > _LARGE:
-        print(encoder.fallback_reason, flush=True)
-    _kept[:] = [encoder]
-    config = WorkerConfig(out, plan.options, encoder, plan.plan_hash)
-    # In this order, because the lease has a thread: see `workers`.
-    with workers.started(config, min(processes, len(unfinished))) as team, task_share.acquire(out, share):
-        save_load.save(plan.options.tokenizer, out / "tokenizer")
-        _make_units(plan, out, team, share)
-    left = [number for number in range(len(plan.units)) if not unit.folder(out, number).is_dir()]
-    # In this order, because the units' folders are removed after the manifest is written.
-    if (out / "manifest.json").is_file():
-        print(f"{out} is complete")
-    elif left:
-        print(f"this share is finished; {len(left)} of {len(plan.units)} units are left for other tasks")
-    elif manifest := _finalize(plan, out):
-        _print_summary(out, manifest, plan, time.monotonic() - started_at)
-
-
 def _unit_bytes(files: Sequence[InputFile]) -> int:
     """Return the size of a unit: a 64th of the input, but at least 8 and at most 256 MB.
 
@@ -173,80 +130,6 @@ def _standard_input(out: Path, arguments: argparse.Namespace) -> Path:
     if (prep / "plan.json").is_file() and not any(prep.glob("stdin.*")):
         raise UserError(f"{out} holds shards that were made of other inputs: choose another --out")
     return standard_input.spool(sys.stdin.buffer, prep)
-
-
-def _unfinished(plan: PrepPlan, out: Path, share: TaskShare) -> list[int]:
-    """Return the numbers of the units of a share that are left to be made."""
-    numbers = range(share.task, len(plan.units), share.tasks)
-    return [number for number in numbers if not unit.folder(out, number).is_dir()]
-
-
-def _input_bytes(plan: PrepPlan, numbers: Sequence[int]) -> int:
-    return sum(part.stop - part.start for number in numbers for part in plan.units[number])
-
-
-def _make_units(plan: PrepPlan, out: Path, team: Team, share: TaskShare) -> None:
-    count = len(range(share.task, len(plan.units), share.tasks))
-    todo = _unfinished(plan, out, share)
-    if len(todo) < count:
-        print(f"{count - len(todo)} of {count} units are finished already")
-    for number in todo:
-        unit.remove_leftovers(out, number, plan.plan_hash)
-    compressed = any(
-        part.file.compression or part.file.kind == "parquet" for number in todo for part in plan.units[number]
-    )
-    with ProgressBar(_input_bytes(plan, todo), compressed) as progress:
-        workers.run(team, [(number, plan.units[number]) for number in todo], progress)
-
-
-def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
-    """Finish the data set; return None if another task does, or did."""
-    try:
-        # This name is on disk, so it stays: a task that started with an older version may hold the lease.
-        finalize_lease = lease.acquire(out / "prep" / "placing", world.job_start())
-    except ValueError as error:
-        print(f"all units are finished, and another task writes the manifest: {error}")
-        return None
-    try:
-        if not (out / "manifest.json").is_file():
-            return finalize.finalize(out, plan)
-        print(f"{out} is complete")
-        return None
-    finally:
-        finalize_lease.release()
-
-
-def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: float) -> None:
-    for name in manifest.splits:
-        of = [shard for shard in manifest.shards if shard.split == name]
-        tokens = sum(s.tokens for s in of)
-        print(
-            f"{name:5}  {tokens:,} tokens in {sum(s.documents for s in of):,} documents, {len(of)} shards, "
-            f"{sum(s.characters for s in of) / tokens:.2f} characters and "
-            f"{sum(s.text_bytes for s in of) / tokens:.2f} bytes per token"
-        )
-    all_tokens = sum(shard.tokens for shard in manifest.shards)
-    if left_out := accounting.left_out(manifest.counts):
-        print(f"left out: {left_out}")
-    if changed := accounting.changed(manifest.counts, all_tokens):
-        print(f"changed: {changed}")
-    if manifest.unread:
-        print(f"not read: {unread.summarize(manifest.unread)}")
-    if warning := accounting.unknown_warning(manifest.counts, all_tokens):
-        streams.warn(warning)
-    if plan.val_files and "val" not in manifest.splits:
-        streams.warn("no document of --val is left for validation: train with --eval.every 0, or look at these files")
-    if plan.options.val_fraction and "val" not in manifest.splits:
-        documents = sum(shard.documents for shard in manifest.shards)
-        streams.warn(
-            f"no document was held out for validation ({documents:,} documents, --val-fraction "
-            f"{plan.options.val_fraction}): train with --eval.every 0, or make shards with a larger fraction in "
-            "another --out"
-        )
-    print(
-        f"{out}: complete in {elapsed_s:.1f} s, {all_tokens / elapsed_s / 1e6:.2f} Mtok/s "
-        f"(digest {manifest.digest[:12]})"
-    )
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -147,7 +147,7 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     if len(ranks) + 1 < vocab_size:
         raise UserError(f"the text is too small for {vocab_size:,} ids: it gives {len(ranks) + 1:,}")
     end = len(ranks)
-    return ByteLevelBPE(name, tiktoken_pattern, ranks, {from_tiktoken.END_OF_TEXT: end}, end)
+    return ByteLevelBPE.from_ranks(name, tiktoken_pattern, ranks, {from_tiktoken.END_OF_TEXT: end}, end)
 
 
 def _training_texts(arguments: argparse.Namespace, sample_bytes: int) -> Iterator[str]:

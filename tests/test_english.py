@@ -31,7 +31,7 @@ PATTERN = re.compile(
 )
 # (file or "" for any, text of the line, reason)
 ALLOWED = (
-    ("data_prep/make_shards.py", '"prep" / "placing"', "a file in the folder of shards"),
+    ("data_prep/pipeline/data_set.py", '"prep" / "placing"', "a file in the folder of shards"),
     ("hpcgpt/checkpoint/load.py", "set_aside", "a field in events.jsonl, which is on disk"),
     ("", "told to terminate", "a reason in exit.json, which is on disk"),
     ("", "for a quota", "of a disk"),

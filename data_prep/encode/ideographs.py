@@ -22,7 +22,7 @@ characters. Then few characters are free, and the text is encoded as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -68,13 +68,15 @@ class _Table:
 
 
 class ByCharacterEncoder:
-    """Wraps an encoder whose vocabulary is `tokens` and whose pattern is GPT-2's.
+    """Wraps an encoder whose vocabulary is `tokens()` and whose pattern is GPT-2's.
 
     Before the first Chinese text, the two are compared on `equivalence_texts`. If they differ, everything is left to
     the wrapped encoder.
     """
 
-    def __init__(self, inner: Encoder, tokens: Collection[bytes], equivalence_texts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, inner: Encoder, tokens: Callable[[], Collection[bytes]], equivalence_texts: Sequence[str] = ()
+    ) -> None:
         self._inner, self._tokens, self._equivalence_texts = inner, tokens, equivalence_texts
         self.name, self.fallback_reason = inner.name, inner.fallback_reason
 
@@ -91,7 +93,7 @@ class ByCharacterEncoder:
 
     @cached_property
     def _table(self) -> _Table | None:
-        table = _build_table(self._inner, self._tokens)
+        table = _build_table(self._inner, self._tokens())
         if table is None or not self._equivalence_texts:
             return table
         points, ends = _code_points(self._equivalence_texts)

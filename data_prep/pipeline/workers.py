@@ -61,27 +61,34 @@ class Totals:
 
 @dataclass(frozen=True)
 class Team:
-    """The workers of a command, by the pipe to each, and their table. With one worker, the command itself does it all.
+    """The pipes to the workers of a command, and their table. With one worker, the command itself does it all.
 
-    A pipe is removed when its worker has finished.
+    A pipe is removed when its worker has made its last unit.
     """
 
     config: WorkerConfig
     table: memoryview
-    processes: dict[Connection, BaseProcess]
+    pipes: list[Connection]
 
 
 @contextmanager
 def started(config: WorkerConfig, workers: int) -> Iterator[Team]:
-    """Fork workers, which wait for units until `run`; at the end of the block, wait until each has finished its own."""
+    """Fork workers, which wait for units until `run`; at the end of the block, wait until each has finished its own.
+
+    They may end within the block, which takes each 4 ms, for its memory is freed.
+    """
     table = memoryview(mmap.mmap(-1, 3 * 8 * max(1, workers))).cast("q")
-    processes: dict[Connection, BaseProcess] = {}
+    pipes: list[Connection] = []
+    processes: list[BaseProcess] = []
     try:
         if workers > 1:
-            _fork(config, workers, table, processes)
-        yield Team(config, table, processes)
+            _fork(config, workers, table, pipes, processes)
+        yield Team(config, table, pipes)
     finally:
-        _finish(processes)
+        for pipe in pipes:
+            pipe.close()  # so that no more units are sent
+        for process in processes:
+            process.join()
 
 
 def run(team: Team, todo: Sequence[NumberedUnit], report: Callable[[Totals], None]) -> None:
@@ -91,7 +98,7 @@ def run(team: Team, todo: Sequence[NumberedUnit], report: Callable[[Totals], Non
         UserError: a document cannot be read.
         OSError: a file could not be written, or a worker was killed. Finished units stay.
     """
-    if team.processes:
+    if team.pipes:
         _distribute(team, iter(todo), report)
     elif todo:
         _Worker(team.config, team.table, 0).make_all(todo, lambda: report(_totals(team.table)))
@@ -105,35 +112,38 @@ def _totals(table: memoryview) -> Totals:
 # --- in the parent ---------------------------------------------------------------------------------
 
 
-def _fork(config: WorkerConfig, workers: int, table: memoryview, processes: dict[Connection, BaseProcess]) -> None:
-    """Start the workers and add them to `processes`."""
+def _fork(
+    config: WorkerConfig, workers: int, table: memoryview, pipes: list[Connection], processes: list[BaseProcess]
+) -> None:
+    """Start the workers and add them to `pipes` and `processes`."""
     context = multiprocessing.get_context("fork")
     # A worker that is interrupted before it ignores Ctrl-C would print a traceback.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for index in range(workers):
             here, there = context.Pipe()
-            inherited = [*processes, here]
+            inherited = [*pipes, here]
             process = context.Process(
                 target=_work, args=(there, inherited, config, table, index), name=f"worker {index}"
             )
             process.start()
             there.close()  # so that the end of the worker is the end of the pipe
-            processes[here] = process
+            pipes.append(here)
+            processes.append(process)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _distribute(team: Team, todo: Iterator[NumberedUnit], report: Callable[[Totals], None]) -> None:
     """Send units to workers that request one, until none is left or a worker fails."""
-    while team.processes:
-        for pipe in connection.wait(list(team.processes), timeout=POLL_S):
+    while team.pipes:
+        for pipe in connection.wait(team.pipes, timeout=POLL_S):
             assert isinstance(pipe, Connection)
-            _answer(pipe, team.processes, todo)
+            _answer(pipe, team.pipes, todo)
         report(_totals(team.table))
 
 
-def _answer(pipe: Connection, processes: dict[Connection, BaseProcess], todo: Iterator[NumberedUnit]) -> None:
+def _answer(pipe: Connection, pipes: list[Connection], todo: Iterator[NumberedUnit]) -> None:
     """Handle a message of a worker: it requests a unit, has finished because there is none, or has failed.
 
     Raises:
@@ -152,15 +162,8 @@ def _answer(pipe: Connection, processes: dict[Connection, BaseProcess], todo: It
     if isinstance(message, BaseException):
         raise message
     if message == _DONE:
-        processes.pop(pipe).join()
-
-
-def _finish(processes: dict[Connection, BaseProcess]) -> None:
-    """Send no more units, and wait until each worker has finished its own."""
-    for pipe in processes:
+        pipes.remove(pipe)
         pipe.close()
-    for process in processes.values():
-        process.join()
 
 
 # --- in the worker ---------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def all_pairs(pattern: str) -> ByteLevelBPE:
     """Make a tokenizer whose ids show where text was split: 256 bytes, all pairs of bytes, and end-of-text."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {bytes(pair): 256 + number for number, pair in enumerate(itertools.product(range(256), repeat=2))}
-    return ByteLevelBPE("pairs", pattern, ranks, {"<|endoftext|>": len(ranks)}, len(ranks))
+    return ByteLevelBPE.from_ranks("pairs", pattern, ranks, {"<|endoftext|>": len(ranks)}, len(ranks))
 
 
 def first_difference(

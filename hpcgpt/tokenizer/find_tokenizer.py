@@ -1,7 +1,7 @@
 """Find the tokenizer that was named.
 
 =============================  ==============================================================================
-``gpt2``                       GPT-2's; its merges are in this package, so no network is needed
+``gpt2``                       GPT-2's; its ranks are in this package, so no network is needed
 ``cl100k_base``, ...           tiktoken's other encodings, see ``hpcgpt.tokenizer.from_tiktoken``
 ``PATH/cl100k_base.tiktoken``  one of these, from a file with its ranks
 ``DIR``                        a folder that ``data_prep.train_tokenizer`` wrote, or ``tokenizer/`` beside shards
@@ -12,16 +12,14 @@
 from __future__ import annotations
 
 import json
-from itertools import accumulate, pairwise
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 
 from hpcgpt.config import paths
 from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import from_huggingface, from_tiktoken, save_load
-from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from hpcgpt.tokenizer.interface import Tokenizer
 
 
@@ -58,18 +56,8 @@ def find(name: str, end_of_text: str = "") -> Tokenizer:
 
 def gpt2() -> ByteLevelBPE:
     """Make GPT-2's tokenizer, 50,257 ids. Source: Radford et al., 2019; see hpcgpt/tokenizer/vocab/README.md."""
-    merges = (
-        (Path(__file__).parent / "vocab" / "gpt2.bpe").read_text(encoding="utf-8").replace(" ", "").splitlines()[1:]
-    )
-    to_byte = np.zeros(0x200, dtype=np.uint8)
-    for byte, character in byte_characters().items():
-        to_byte[ord(character)] = byte
-    # All merges at once: a loop over their characters would take 40 ms at every start.
-    tokens = to_byte[np.frombuffer("".join(merges).encode("utf-16-le"), dtype="<u2")].tobytes()
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_characters())}
-    borders = pairwise(accumulate(map(len, merges), initial=0))
-    ranks |= {tokens[start:stop]: rank for rank, (start, stop) in enumerate(borders, start=len(ranks))}
-    end = len(ranks)
+    ranks = (Path(__file__).parent / "vocab" / "gpt2.tiktoken").read_bytes()
+    end = 50256
     return ByteLevelBPE("gpt2", from_tiktoken.GPT2_PATTERN, ranks, {from_tiktoken.END_OF_TEXT: end}, end)
 
 
@@ -93,4 +81,4 @@ def _plugin(name: str) -> ByteLevelBPE:
     end = found._special_tokens.get(from_tiktoken.END_OF_TEXT)
     if end is None:
         raise UserError(f"tokenizer {name}: it has no {from_tiktoken.END_OF_TEXT}")
-    return ByteLevelBPE(name, found._pat_str, found._mergeable_ranks, found._special_tokens, end)
+    return ByteLevelBPE.from_ranks(name, found._pat_str, found._mergeable_ranks, found._special_tokens, end)

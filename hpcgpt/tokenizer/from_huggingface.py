@@ -141,7 +141,7 @@ def _as_tiktoken(source: dict[str, Any], library: LibraryTokenizer) -> ByteLevel
         ranks = _ranks(source["model"], library)
     if not pattern or ranks is None:
         return None
-    converted = ByteLevelBPE(library.name, pattern, ranks, library.special_tokens, library.end_of_text)
+    converted = ByteLevelBPE.from_ranks(library.name, pattern, ranks, library.special_tokens, library.end_of_text)
     try:
         texts = [
             *equivalence_texts.chosen(),

@@ -148,7 +148,7 @@ def from_file(path: Path) -> ByteLevelBPE:
 def _build(name: str, content: bytes) -> ByteLevelBPE:
     encoding = ENCODINGS[name]
     special = dict(encoding.special_tokens)
-    return ByteLevelBPE(name, encoding.pattern, parse_ranks(content), special, special[END_OF_TEXT])
+    return ByteLevelBPE.from_ranks(name, encoding.pattern, parse_ranks(content), special, special[END_OF_TEXT])
 
 
 def _check_hash(content: bytes, encoding: TiktokenEncoding, source: str) -> None:

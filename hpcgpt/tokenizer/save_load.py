@@ -65,7 +65,7 @@ def _read(folder: Path) -> Tokenizer:
     found: Tokenizer
     if about["kind"] == byte_level_bpe.ByteLevelBPE.kind:
         ranks = byte_level_bpe.parse_ranks((folder / "vocab.tiktoken").read_bytes())
-        found = byte_level_bpe.ByteLevelBPE(
+        found = byte_level_bpe.ByteLevelBPE.from_ranks(
             about["name"], about["pattern"], ranks, about["special_tokens"], about["end_of_text"]
         )
     elif about["kind"] == huggingface.LibraryTokenizer.kind:

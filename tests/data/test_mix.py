@@ -143,7 +143,7 @@ def tokenizer_of_size(ids: int = IDS) -> ByteLevelBPE:
     """Return a tokenizer with this many ids, the last of which is end-of-text: bytes, then three-byte tokens."""
     made = {bytes([n]): n for n in range(256)}
     made |= {bytes([1 + n // 65536, n // 256 % 256, n % 256]): n for n in range(256, ids - 1)}
-    return ByteLevelBPE(f"made-up-{ids}", r"(?s).", made, {"<|endoftext|>": ids - 1}, ids - 1)
+    return ByteLevelBPE.from_ranks(f"made-up-{ids}", r"(?s).", made, {"<|endoftext|>": ids - 1}, ids - 1)
 
 
 def make_set(folder: Path, seed: int, width: str = "uint32", ids: int = IDS, tokens: int = 20_000,

@@ -326,7 +326,7 @@ def test_a_missing_tokenizer_is_found(copy: Path) -> None:
 def test_another_tokenizer_is_found(copy: Path, tokenizer_folder: Path) -> None:
     found = save_load.load(tokenizer_folder)
     assert isinstance(found, ByteLevelBPE)
-    other = ByteLevelBPE(found.name, found.pattern + "| ", found.ranks, found.special_tokens, found.end_of_text)
+    other = ByteLevelBPE(found.name, found.pattern + "| ", found.rank_file, found.special_tokens, found.end_of_text)
     save_load.save(other, copy / "tokenizer")
     assert "but the shards were made with" in checked(copy)
 

@@ -102,7 +102,7 @@ class ReferenceGPT2:
     """GPT-2's encoder as published by OpenAI (encoder.py, 2019), from the list of merges alone."""
 
     def __init__(self) -> None:
-        merges = (ROOT / "hpcgpt" / "tokenizer" / "vocab" / "gpt2.bpe").read_text().splitlines()[1:]
+        merges = (ROOT / "tests" / "tokenizer" / "gpt2.bpe").read_text().splitlines()[1:]
         self.rank = {tuple(line.split()): n for n, line in enumerate(merges)}
         bytes_first = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
         rest = [b for b in range(256) if b not in bytes_first]
@@ -664,7 +664,7 @@ def test_a_bad_input_in_a_worker_ends_with_status_2_and_its_position(
 @pytest.mark.processes
 def test_a_vocabulary_above_65536_ids_is_refused_with_the_remedy(tmp_path: Path) -> None:
     ranks = {n.to_bytes(3, "big"): 256 + n for n in range(65_400)} | {bytes([b]): b for b in range(256)}
-    big = ByteLevelBPE("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
+    big = ByteLevelBPE.from_ranks("big", r".|\n", ranks, {"<|endoftext|>": 65_656}, 65_656)
     save_load.save(big, tmp_path / "big")
     (tmp_path / "a.txt").write_text("x")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "big", out=tmp_path / "out")
@@ -676,7 +676,7 @@ def test_a_vocabulary_above_65536_ids_is_refused_with_the_remedy(tmp_path: Path)
 @pytest.mark.processes
 def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)} | {n.to_bytes(3, "big"): 256 + n for n in range(65_279)}
-    most = ByteLevelBPE("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
+    most = ByteLevelBPE.from_ranks("most", r".|\n", ranks, {"<|endoftext|>": 65_535}, 65_535)
     save_load.save(most, tmp_path / "most")
     (tmp_path / "a.txt").write_text("ab")
     done = make(tmp_path / "a.txt", "--tokenizer", tmp_path / "most", "--val-fraction", "0", out=tmp_path / "out")

@@ -64,7 +64,7 @@ def tokenizer() -> ByteLevelBPE:
     merges = [*pairs, " t", " a", "the", " th", " the", "ing", "tion", "and", " and", "ion"]
     for merge in merges:
         ranks.setdefault(merge.encode(), len(ranks))
-    return ByteLevelBPE("tiny", GPT2_PATTERN, ranks, {END: 299}, 299)
+    return ByteLevelBPE.from_ranks("tiny", GPT2_PATTERN, ranks, {END: 299}, 299)
 
 
 def make(folder: Path, model: Model, ranks: int = 1) -> Path:

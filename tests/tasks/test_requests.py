@@ -71,7 +71,7 @@ def test_an_answer_longer_than_the_window_is_refused_with_its_line(gpt2: Tokeniz
 def test_an_answer_that_is_merged_with_the_context_is_refused() -> None:
     """A tokenizer may merge across a space; lm-eval ends with an assertion then."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"a ": 256, b"a b": 257}
-    merging = ByteLevelBPE("merging", r"[\s\S]+", ranks, {"<|endoftext|>": 258}, 258)
+    merging = ByteLevelBPE.from_ranks("merging", r"[\s\S]+", ranks, {"<|endoftext|>": 258}, 258)
     assert merging.encode("a b") == [257]
     with pytest.raises(
         UserError, match=r"^task.jsonl, line 3: answer 1 has no token of its own, the tokenizer merging"

@@ -457,13 +457,13 @@ def test_every_change_of_an_id_changes_the_fingerprint(bpe: ByteLevelBPE) -> Non
     one, two = list(swapped)[300:302]
     swapped[one], swapped[two] = swapped[two], swapped[one]
     others = [
-        ByteLevelBPE(bpe.name, bpe.pattern, swapped, bpe.special_tokens, bpe.end_of_text),
-        ByteLevelBPE(bpe.name, bpe.pattern + "|x", bpe.ranks, bpe.special_tokens, bpe.end_of_text),
-        ByteLevelBPE(bpe.name, bpe.pattern, bpe.ranks, {"<|end|>": 511}, bpe.end_of_text),
-        ByteLevelBPE(bpe.name, bpe.pattern, bpe.ranks, bpe.special_tokens, 510),
+        ByteLevelBPE.from_ranks(bpe.name, bpe.pattern, swapped, bpe.special_tokens, bpe.end_of_text),
+        ByteLevelBPE.from_ranks(bpe.name, bpe.pattern + "|x", bpe.ranks, bpe.special_tokens, bpe.end_of_text),
+        ByteLevelBPE.from_ranks(bpe.name, bpe.pattern, bpe.ranks, {"<|end|>": 511}, bpe.end_of_text),
+        ByteLevelBPE.from_ranks(bpe.name, bpe.pattern, bpe.ranks, bpe.special_tokens, 510),
     ]
     assert len({bpe.fingerprint, *(other.fingerprint for other in others)}) == 5
-    renamed = ByteLevelBPE("other", bpe.pattern, bpe.ranks, bpe.special_tokens, bpe.end_of_text)
+    renamed = ByteLevelBPE.from_ranks("other", bpe.pattern, bpe.ranks, bpe.special_tokens, bpe.end_of_text)
     assert renamed.fingerprint == bpe.fingerprint
 
 

@@ -41,7 +41,7 @@ def fast(gpt2: ByteLevelBPE) -> Encoder:
 @pytest.fixture(scope="module")
 def library(gpt2: ByteLevelBPE) -> Encoder:
     """GPT-2's merges, run by the library `tokenizers`."""
-    lines = (Path(find_tokenizer.__file__).with_name("vocab") / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[2] / "tokenizer" / "gpt2.bpe").read_text(encoding="utf-8").splitlines()
     letters = byte_characters()
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     source = {
@@ -112,6 +112,11 @@ def test_gigatoken_alone_differs_for_letters_of_newer_unicode_versions() -> None
     assert equal_batches(fast, plain, [*["plain"] * 40, *texts, *["plain"] * 40])  # few that are not ASCII
 
 
+def test_those_of_gpt2_that_are_written_down_are_all_that_are_found(gpt2: ByteLevelBPE) -> None:
+    assert gpt2.fingerprint == gigatoken_encoder.GPT2
+    assert gigatoken_encoder.find_starts(gpt2.ranks) == gigatoken_encoder.GPT2_STARTS
+
+
 def test_tokens_that_may_contain_a_newer_letter_are_found(gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gigatoken_encoder.GigatokenEncoder, "_build", lambda _: None
@@ -129,7 +134,7 @@ def test_tokens_that_may_contain_a_newer_letter_are_found(gpt2: ByteLevelBPE, mo
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {token.encode(): 256 + number for number, token in enumerate(tokens)}
     ranks |= {b"\xe0\xb1": 264, b"\xe0\xb2": 265, b"\x95\xca": 266, b"\xf0\x9f": 267}
-    tokenizer = ByteLevelBPE("few", gpt2.pattern, ranks, {END: 268}, 268)
+    tokenizer = ByteLevelBPE.from_ranks("few", gpt2.pattern, ranks, {END: 268}, 268)
     fast = gigatoken_encoder.GigatokenEncoder(tokenizer, encoders.choose(tokenizer, "tiktoken").batch)
     assert fast._may_be_newer[256:].tolist() == [*tokens.values(), True, False, True, False, False]
     assert {number for number in range(256) if fast._may_be_newer[number]} == {0xCA, 0xE0, 0xE1, 0xEA, 0xF0}
@@ -166,7 +171,7 @@ def test_ids_above_65535_are_not_truncated(tmp_path: Path) -> None:
     """65,793 ids do not fit uint16. Pairs are numbered in reverse, so that text has the highest ids."""
     pairs = equivalence_texts.all_pairs(from_tiktoken.GPT4_PATTERN)
     ranks = {token: rank if rank < 256 else 256 + 65_791 - rank for token, rank in pairs.ranks.items()}
-    save_load.save(ByteLevelBPE("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
+    save_load.save(ByteLevelBPE.from_ranks("high", pairs.pattern, ranks, {END: 65_792}, 65_792), tmp_path)
     for backend in ("tiktoken", "gigatoken"):
         ids, counts = encoders.choose(save_load.load(tmp_path), backend).batch(["\0\0", "\0\x01\0"])
         assert (ids.tolist(), counts.tolist()) == ([65_791, 0, 65_535], [1, 2])
@@ -211,7 +216,7 @@ def test_without_gigatoken_auto_chooses_tiktoken_and_gives_the_reason(
 
 
 def test_a_pattern_that_gigatoken_does_not_support_is_run_by_tiktoken(gpt2: ByteLevelBPE) -> None:
-    own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.ranks, gpt2.special_tokens, 50256)
+    own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.rank_file, gpt2.special_tokens, 50256)
     chosen = encoders.choose(own)
     assert chosen.name == "tiktoken"
     assert chosen.fallback_reason.endswith("gigatoken does not support the pattern of tokenizer own")
@@ -222,7 +227,7 @@ def test_a_pattern_that_gigatoken_does_not_support_is_run_by_tiktoken(gpt2: Byte
 def test_a_vocabulary_that_gigatoken_cannot_load_is_run_by_tiktoken(gpt2: ByteLevelBPE) -> None:
     """gigatoken panics on a token that no merge produces."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"xyz": 257}
-    chosen = encoders.choose(ByteLevelBPE("unreached", gpt2.pattern, ranks, {END: 258}, 258))
+    chosen = encoders.choose(ByteLevelBPE.from_ranks("unreached", gpt2.pattern, ranks, {END: 258}, 258))
     assert chosen.name == "tiktoken"
     assert "gigatoken cannot run tokenizer unreached: " in chosen.fallback_reason
     assert len(chosen.fallback_reason.splitlines()) == 1
@@ -233,7 +238,7 @@ def test_a_vocabulary_that_gigatoken_cannot_load_is_run_by_tiktoken(gpt2: ByteLe
 def test_gaps_between_the_ids_are_supported(shift: Callable[[int], int], gpt2: ByteLevelBPE) -> None:
     """Many of Hugging Face's tokenizers begin with special tokens; p50k_base leaves out 50256."""
     ranks = {token: shift(rank) for token, rank in gpt2.ranks.items()}
-    tokenizer = ByteLevelBPE("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
+    tokenizer = ByteLevelBPE.from_ranks("gaps", gpt2.pattern, ranks, {END: 40_000}, 40_000)
     chosen = encoders.choose(tokenizer)
     assert (chosen.name, chosen.fallback_reason) == ("gigatoken", "")
     assert equal_batches(
@@ -241,6 +246,25 @@ def test_gaps_between_the_ids_are_supported(shift: Callable[[int], int], gpt2: B
         encoders.choose(tokenizer, "tiktoken"),
         ["hello world", END, "a\u0c5ca", *equivalence_texts.fuzzed(200, seed=6)],
     )
+
+
+def test_the_digest_that_stands_for_tiktoken_is_tiktokens(gpt2: ByteLevelBPE, plain: Encoder) -> None:
+    """It is that of all strings without a newer letter, which tiktoken would encode anyway."""
+    assert {gpt2.fingerprint: encoders.digest(plain)} == encoders.TIKTOKENS
+    assert sum(map(gigatoken_encoder.has_newer_letter, equivalence_texts.chosen())) == 1
+
+
+def test_tiktoken_is_built_where_the_digest_differs_and_only_there(
+    gpt2: ByteLevelBPE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built() -> set[str]:
+        tokenizer = find_tokenizer.gpt2()
+        assert encoders.choose(tokenizer).name == "gigatoken"
+        return {"ranks", "encoding"} & set(vars(tokenizer))
+
+    assert built() == set()
+    monkeypatch.setitem(encoders.TIKTOKENS, gpt2.fingerprint, "another")
+    assert built() == {"ranks", "encoding"}
 
 
 def test_a_backend_that_splits_text_differently_is_found_by_the_check(
@@ -282,6 +306,17 @@ def test_awkward_is_not_imported_and_is_what_it_was_afterwards() -> None:
         "encoders.choose(find_tokenizer.gpt2(), 'gigatoken').batch(['a b', '']); assert 'awkward' not in sys.modules;"
         "import awkward; encoders.choose(find_tokenizer.gpt2(), 'gigatoken').batch(['a b', '']);"
         "assert sys.modules['awkward'] is awkward"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.processes
+def test_the_check_at_the_start_does_not_import_numpys_masked_arrays() -> None:
+    """np.unique does, for 8 ms."""
+    program = (
+        "import sys; from data_prep.encode import encoders; from hpcgpt.tokenizer import find_tokenizer;"
+        "encoders.choose(find_tokenizer.gpt2(), 'gigatoken').batch(['é']); assert 'numpy.ma' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

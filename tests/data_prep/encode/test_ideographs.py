@@ -40,7 +40,7 @@ class Plain:
 
 @pytest.fixture(scope="module")
 def by_character() -> ByCharacterEncoder:
-    return ByCharacterEncoder(Plain(), list(GPT2.ranks))
+    return ByCharacterEncoder(Plain(), lambda: GPT2.ranks)
 
 
 def check(encoder: ByCharacterEncoder, texts: Sequence[str]) -> None:
@@ -116,7 +116,7 @@ def test_tokens_of_the_vocabulary_in_the_middle_of_chinese(by_character: ByChara
 
 def test_most_of_a_chinese_text_is_looked_up() -> None:
     plain = Plain()
-    encoder = ByCharacterEncoder(plain, list(GPT2.ranks))
+    encoder = ByCharacterEncoder(plain, lambda: GPT2.ranks)
     text = "天地玄黃，宇宙洪荒。\n日月盈昃，辰宿列張。\n" * 50
     encoder.batch([text])
     plain.characters = 0
