@@ -105,7 +105,7 @@ def fragments(folder: Path, kind: str = "offline-run") -> list[list[dict[str, An
     """Return the records of each .wandb file of an offline run (with kind "run": an online run), the oldest first."""
     found = []
     for path in sorted((folder / "wandb").glob(f"{kind}-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        read = subprocess.check_output([WANDB_CORE, "leet", "inspect", "--json", path], text=True)
+        read = subprocess.check_output([WANDB_CORE, "leet", "inspect", "--json", "--run-file", path], text=True)
         found.append([json.loads(line) for line in read.splitlines()])
     return found
 
