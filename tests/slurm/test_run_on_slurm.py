@@ -107,10 +107,10 @@ def test_cancelled_jobs_and_user_errors_are_not_requeued(cluster: Cluster) -> No
     cluster.wait_for_rows("cancelled", 20)
     cluster.slurm("scancel", job)
     cluster.wait(job, state="CANCELLED")
-    mistaken = cluster.sbatch("mistaken", "--time=10", arguments=("--train.global_batch", "10"))
+    mistaken = cluster.sbatch("mistaken", "--time=10", arguments=("--train.global_batch", "12"))
     cluster.wait(mistaken, state="FAILED")
     log = next((cluster.folder("mistaken") / "logs").glob(f"{mistaken}_0.log")).read_text()
-    assert "train.global_batch 10 is not a multiple of 4 ranks x train.micro_batch 4" in log
+    assert "train.global_batch 12 is not a multiple of 4 ranks x train.micro_batch 4" in log
     assert "Traceback" not in log
     assert len(starts(cluster.folder("cancelled"))) == 1
 
