@@ -26,6 +26,7 @@ from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
+from hpcgpt.run import which_runs
 from hpcgpt.tasks import questions, report, requests
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if options.batches < 0:
         raise UserError(f"--batches: {options.batches} must be at least 0")
-    folder = Path(paths.expand(options.RUN, "RUN"))
+    folder = which_runs.given(options)
     settings = run_config.config(folder)
     _check_combination(options)
     if options.tasks:
@@ -180,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "docs/evaluation.md."
     )
     parser = argparse.ArgumentParser(prog="hpcgpt eval", description=about)
-    parser.add_argument("RUN", help="run folder")
+    which_runs.add_to(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the smallest validation loss")

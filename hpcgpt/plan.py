@@ -103,6 +103,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     for part in sets:
         config = _with_vocabulary(config, part)
     go_back.check(config)
+    config = init_from.resolved(config)
     init_from.check(config, sets[0].manifest.tokenizer["fingerprint"])
     own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
     parallel = config.parallel

@@ -30,7 +30,7 @@ def lines(config: Config, ranks: int) -> Iterator[str]:
     state = go_back.state_to_continue_from(config)
     changed = list(_changes(state, planned)) if state else []
     yield f"run {config.run_folder}: {_begin(state, planned)}"
-    if state and (note := init_from.not_read(config.run)):
+    if state and (note := init_from.not_read(planned.config.run)):
         yield note
     if lease.is_held(config.run_folder) and not lease.holder_is_gone(config.run_folder):
         yield "lease: another attempt has not released this run; if it is still alive, a start is refused"

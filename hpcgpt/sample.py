@@ -26,6 +26,7 @@ from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Sample
 from hpcgpt.errors import UserError, cannot_read
 from hpcgpt.output import terminal
+from hpcgpt.run import which_runs
 
 if TYPE_CHECKING:
     from hpcgpt.checkpoint.load_model import Trained
@@ -35,7 +36,7 @@ STDIN = "-"
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    folder = Path(paths.expand(options.RUN, "RUN"))
+    folder = which_runs.given(options)
     sampling = _sampling(options, folder)
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples} must be at least 1")
@@ -227,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         "escaped (\\x1b), so that no text can control the terminal; a file or a pipe gets every byte unchanged."
     )
     parser = argparse.ArgumentParser(prog="hpcgpt sample", description=about)
-    parser.add_argument("RUN", help="run folder")
+    which_runs.add_to(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the smallest validation loss")

@@ -78,6 +78,10 @@ def test_a_fork_says_what_it_begins_with(config: Path, run: Path, capsys: pytest
     assert dry_run(capsys, config, run, *flags)[0].endswith(
         f"would begin with the weights of {run}, step 8, with a new optimizer, samples: continue"
     )
+    named = dry_run(capsys, config, run, "--run.name", "fork", "--run.init_from", run.name)
+    assert f"would begin with the weights of {run}, the newest checkpoint" in named[0]
+    with pytest.raises(UserError, match=r"run\.init_from: no run in tony, .* there is tiny \(did you mean tiny\?\)"):
+        dry_run(capsys, config, run, "--run.name", "fork", "--run.init_from", "tony")
     kept = dry_run(capsys, config, run, "--run.init_from", "elsewhere")
     assert kept[1] == "run.init_from elsewhere is not read: this run has checkpoints of its own"
 

@@ -18,7 +18,7 @@ from hpcgpt import cli
 from hpcgpt.checkpoint import go_back, layout, listing
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
-from hpcgpt.run import run_folder
+from hpcgpt.run import run_folder, which_runs
 from hpcgpt.storage import lease
 
 
@@ -33,16 +33,16 @@ def main(argv: Sequence[str]) -> int:
         ("show", "what is in one: its state, and every tensor's dtype and shape"),
     ):
         added = commands.add_parser(name, help=about, description=about)
-        added.add_argument("RUN", help="run folder")
+        which_runs.add_to(added)
         added.add_argument("--json", action="store_true", help="JSON, one object a line")
         if name != "ls":
             added.add_argument("--step", type=int, help="this step (show: the newest by default; verify: all)")
     about = "go back to an older checkpoint: newer ones are set aside, and the next start continues from it"
     added = commands.add_parser("back", help=about, description=about)
-    added.add_argument("RUN", help="run folder")
+    which_runs.add_to(added)
     added.add_argument("--step", type=int, required=True, help="the step to go back to")
     options = parser.parse_args(argv)
-    run = Path(options.RUN)
+    run = which_runs.given(options)
     run_folder.run_id(run)
     if options.command == "back":
         return _back(run, options.step)

@@ -21,7 +21,7 @@ from hpcgpt.config import paths
 from hpcgpt.distributed.stop_signals import SLACK_S, STEP_FACTOR
 from hpcgpt.doctor.findings import Finding, ok, warning
 from hpcgpt.errors import UserError
-from hpcgpt.run import attempts
+from hpcgpt.run import attempts, which_runs
 from hpcgpt.sites import qos
 from hpcgpt.sites.qos import Qos
 from hpcgpt.slurm import scontrol
@@ -47,6 +47,7 @@ def main(argv: Sequence[str], as_json: bool) -> int:
     options, flags = parser.parse_known_args(argv)
     if flags and not options.try_job:
         raise UserError(f"unexpected argument '{flags[0]}': flags of sbatch need --try-job")
+    run = which_runs.one(options.run, which_runs.run_dir()) if options.run else None
     done = scontrol.run("scontrol", "show", "config")
     if done.returncode:
         raise UserError(f"Slurm does not answer ({' '.join(done.stderr.split())}): run this on a login node")
@@ -57,8 +58,8 @@ def main(argv: Sequence[str], as_json: bool) -> int:
         found.append(warning("partitions", f"not shown: {' '.join(shown.stderr.split())}", "a list", "ask again later"))
     if options.try_job:
         found += try_job(flags)
-    if options.run:
-        found.append(lead(Path(options.run)))
+    if run:
+        found.append(lead(run))
     return show(found, as_json)
 
 
