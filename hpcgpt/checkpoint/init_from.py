@@ -24,6 +24,7 @@ from hpcgpt.config import sources
 from hpcgpt.config.options import Config, Run
 from hpcgpt.errors import UserError
 from hpcgpt.run import which_runs
+from hpcgpt.run.run_folder import IMPORTED
 from hpcgpt.tokenizer import save_load
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from hpcgpt.distributed.world import Ranks
 
-# The file in a folder of imported weights that says where they are from: see hpcgpt.import_weights.
-IMPORTED = "imported.json"
 # Options of the model that change neither names nor shapes of weights.
 _FREE = ("dropout", "init_std")
 # Keys of Plan.identity that decide which tokens a sample has. The batch does not: samples are counted, not batches.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import hpcgpt
-from hpcgpt.checkpoint.init_from import IMPORTED
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
@@ -20,6 +19,7 @@ from hpcgpt.errors import UserError
 from hpcgpt.export.source import Source
 from hpcgpt.export.tensor_names import Architecture, Piece
 from hpcgpt.run import records, row_search
+from hpcgpt.run.run_folder import IMPORTED
 from hpcgpt.slurm import code_snapshot
 
 MOST_RUNS = 100  # before this one that are followed

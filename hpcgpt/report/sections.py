@@ -14,7 +14,7 @@ from hpcgpt.report.markup import EMPTY, Child, Markup, colour, cut, element, joi
 from hpcgpt.report.notes import Note, notes
 from hpcgpt.report.scale import short
 from hpcgpt.run.goodput import Goodput
-from hpcgpt.status import why
+from hpcgpt.status import as_text, why
 from hpcgpt.status.figures import count, span
 
 MOST_ATTEMPTS = 100
@@ -158,7 +158,9 @@ def what_next(run: Facts) -> Markup:
     config = f"{folder}/config.toml"
     state, total = run.status["state"], run.status["total_steps"]
     lines: list[tuple[str, str]] = []
-    if state == "finished" and total:
+    if state == "imported":
+        lines.append(("train on from these weights, in a run of its own", as_text.train_on(run.status["run"])))
+    elif state == "finished" and total:
         lines.append(("train longer", f"hpcgpt train {config} --train.steps {total + total // 2}"))
     else:
         lines.append(("continue from the newest checkpoint", f"hpcgpt train {config}"))

@@ -30,7 +30,8 @@ _EPILOG = """\
 RUN is a run's folder, its name below run.dir, a folder of runs, or a pattern in quotes ('sweep-*'). Without RUN: all
 runs below run.dir (./runs). One run is shown with all figures, several in a table with a line each.
 
-states: new, pending, starting, running, stale, finished, saved, requeued, held, stopped, failed; see docs/status.md.
+states: new, imported, pending, starting, running, stale, finished, saved, requeued, held, stopped, failed; see
+docs/status.md.
 """
 
 

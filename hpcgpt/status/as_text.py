@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ def as_text(found: dict[str, Any], now: float) -> str:
     lines = [f"{found['run']}: {found['state']}{reason}"]
     lines += [f"  {line}" for line in queue_lines(found, now)]
     lines.append(f"  step {found['step']:,}{total}, {found['tokens']:,} tokens, attempts so far: {found['attempts']}")
+    if found["state"] == "imported":
+        lines.append(f"  what to do: {train_on(found['run'])}")
     if job := running_job(found, now):
         lines.append(f"  {job}")
     if found["last_step_age_s"] is not None:
@@ -45,6 +48,11 @@ def as_text(found: dict[str, Any], now: float) -> str:
     elif found["goodput"] and found["goodput"]["goodput"] is not None:
         lines.append(f"  {Goodput.from_dict(found['goodput']).line()}")
     return "\n".join(lines)
+
+
+def train_on(folder: str) -> str:
+    """Return the command that trains on from imported weights; what a user must fill in is in capitals."""
+    return f"hpcgpt train {shlex.quote(f'{folder}/config.toml')} --data.dir SHARDS"
 
 
 def running_job(found: dict[str, Any], now: float) -> str:

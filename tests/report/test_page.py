@@ -161,6 +161,15 @@ def test_a_run_at_any_moment(events: tuple[dict[str, Any], ...], steps: int, wor
     assert words in page_of(run_with(tmp_path / "run", *events, steps=steps)).text
 
 
+def test_a_page_of_imported_weights_says_how_to_train_on_from_them(tmp_path: Path) -> None:
+    folder = run_with(tmp_path / "qwen")
+    (folder / "imported.json").write_text("{}")
+    text = page_of(folder).text
+    assert "imported" in text
+    assert f"hpcgpt train {folder}/config.toml --data.dir SHARDS" in text
+    assert "continue from the newest checkpoint" not in text
+
+
 def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     folder = run_with(tmp_path / "run", START, steps=20)
     with open(folder / "metrics.jsonl", "a") as file:

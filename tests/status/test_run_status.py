@@ -157,6 +157,17 @@ def test_the_state_follows_from_the_newest_event(
     assert f"run: {expected}" in _as_text(found)
 
 
+def test_imported_weights_stand_at_step_0_and_a_run_of_its_own_trains_on(tmp_path: Path) -> None:
+    folder = tmp_path / "qwen 3"
+    run_folder_module.prepare(folder)
+    assert status(folder, NOW)["state"] == "new"
+    (folder / "imported.json").write_text("{}")
+    for found in (status(folder, NOW), status(run_folder(tmp_path, (9, "job", JOB), name="qwen 3"), NOW)):
+        assert (found["state"], found["step"], found["checkpoint_step"]) == ("imported", 0, 0)
+        assert f"what to do: hpcgpt train '{folder}/config.toml' --data.dir SHARDS\n" in _as_text(found)
+        assert "newest checkpoint: step 0" in _as_text(found)
+
+
 FINISHED = SAVED | {"status": 0, "reason": "finished"}
 SECOND = JOB | {"job": "9_0"}
 GONE = "job 9 was cancelled, or ended, before training began"
