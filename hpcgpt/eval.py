@@ -26,6 +26,7 @@ from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 from hpcgpt.run import which_runs
 from hpcgpt.tasks import questions, report, requests
 
@@ -85,7 +86,11 @@ def _on_tasks(folder: Path, settings: Config, options: argparse.Namespace) -> in
     here = world.discover()
     if here.is_first:
         for task in tasks:
-            print(f"{task.path}: {len(task.questions):,} questions, form {task.form}", file=sys.stderr, flush=True)
+            print(
+                f"{task.path}: {counted(len(task.questions), 'question')}, form {task.form}",
+                file=sys.stderr,
+                flush=True,
+            )
     # Imported here, since they load torch.
     from hpcgpt.checkpoint import load_model
     from hpcgpt.tasks import evaluation, likelihood
@@ -195,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--tasks", nargs="+", metavar="FILE", help="questions as .jsonl, in the form of HellaSwag, ARC or LAMBADA"
     )
-    tasks.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N questions of each file")
+    tasks.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="only the first N questions of each file (default: all)"
+    )
     tasks.add_argument(
         "--batch", type=int, default=0, metavar="N", help="answers in a forward pass (default: train.micro_batch)"
     )

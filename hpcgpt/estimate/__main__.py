@@ -20,6 +20,7 @@ from hpcgpt import cli
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 from hpcgpt.run import which_runs
 from hpcgpt.slurm.partitions import minutes
 
@@ -86,7 +87,11 @@ def _probe(config: Config, options: argparse.Namespace) -> None:
     here.refuse_on_login_node(os.environ)
     prepared = measure.prepare(config, options.probe_steps)
     steps = prepared.config.train.steps
-    print(f"training {steps} steps on {options.ranks} ranks here, in {prepared.folder}", file=sys.stderr, flush=True)
+    print(
+        f"training {counted(steps, 'step')} on {counted(options.ranks, 'rank')} here, in {prepared.folder}",
+        file=sys.stderr,
+        flush=True,
+    )
     here.run(prepared, options.ranks)
     measure.collect(Path(config.run.dir), ending_s=0, own=prepared.folder)
 

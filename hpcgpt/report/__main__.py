@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hpcgpt import cli
 from hpcgpt.errors import UserError, sentence
+from hpcgpt.output.counted import counted
 from hpcgpt.run import which_runs
 
 _EPILOG = """\
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from hpcgpt.storage import atomic
 
     atomic.write(out, content)
-    print(f"{out}: {len(folders)} run{'s' * (len(folders) != 1)}, {len(content) / 1000:,.0f} kB")
+    print(f"{out}: {counted(len(folders), 'run')}, {len(content) / 1000:,.0f} kB")
     return 0
 
 

@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     where = sync.add_mutually_exclusive_group()
     where.add_argument("--offline", type=Path, metavar="DIR", help="send nothing: make one folder for `wandb sync`")
     where.add_argument("--copy", metavar="ID", help="send the whole run under another id, as a new wandb run")
-    sync.add_argument("--within", type=float, default=SYNC_S, metavar="SECONDS", help="give up after (%(default).0f)")
+    sync.add_argument(
+        "--within", type=float, default=SYNC_S, metavar="SECONDS", help="give up after (default: %(default).0f)"
+    )
     board = actions.add_parser(
         "dashboard", help="make the dashboard of a project",
         description="Make the dashboard of a project, a saved view of its workspace: loss by tokens, throughput, "

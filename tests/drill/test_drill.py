@@ -387,7 +387,7 @@ def test_a_report_counts_hits_and_misses() -> None:
     text = drill_report.markdown(_report())
     assert "| requeue | scontrol requeue | 2 | 1 | 16 | 20.0 | 3 | 2 came back |" in text
     assert "| TERM |  | 0 | 0 | - | - | - | - |" in text
-    assert "**GOOD: 2 faults in 1 runs, and the same bytes" in text
+    assert "**GOOD: 2 faults in 1 run, and the same bytes" in text
 
 
 def test_a_report_fails_on_a_differing_run_a_failed_fault_and_a_drill_without_faults() -> None:

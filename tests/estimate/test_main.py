@@ -78,7 +78,7 @@ def test_without_shards_the_vocabulary_is_assumed(tmp_path: Path, capsys: pytest
 
 def test_steps_that_are_done_take_no_time(run_that_ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, f"{run_that_ended}/config.toml", "--train.steps", "24", "--rate", "256")
-    assert "12 steps are done: times are those of the others" in out
+    assert "12 steps done already: times are those of the others" in out
     assert "12 s of training, 1 s a step" in out
 
 
