@@ -22,6 +22,7 @@ from hpcgpt import exit_codes
 from hpcgpt.checkpoint.save import Saved
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
+from hpcgpt.distributed.core_wait import CoreWait
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.output import streams, terminal
 from hpcgpt.output.best_effort import Worker, only_informs, within
@@ -78,6 +79,7 @@ class Reporter:
         self._reported_lead_s = 0.0
         self._next_ranks = 0.0
         self._worker = Worker("reporter")
+        self._cores = CoreWait(torch.get_num_threads() if info.ranks.device.type == "cpu" else 0)
         keep_below = info.step + (0 if info.pending else 1)
         path = self._folder / "metrics.jsonl"
         self.metrics = metrics_file.MetricsFile(path, keep_below, lease.check, done=info.step)
@@ -146,6 +148,9 @@ class Reporter:
         self._worker.post("metrics.jsonl", self.metrics.write_appended)
         with only_informs("the console"):
             self._console.step(row)
+        with only_informs("the check of busy cores"):
+            if warning := self._cores.warning():
+                self._console.say(f"warning: {warning}")
 
     def committed(self, saved: Saved) -> None:
         """Report a checkpoint that has become visible.
