@@ -38,6 +38,7 @@ from hpcgpt.data import shard_format, shard_writer
 from hpcgpt.data.shard_format import Manifest, Shard, Width
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
+from hpcgpt.output.counted import counted
 from hpcgpt.storage import atomic
 from hpcgpt.tokenizer import find_tokenizer, save_load
 from hpcgpt.tokenizer.interface import Tokenizer
@@ -225,7 +226,8 @@ def _check_covered(file: TokenFile, options: ImportOptions) -> int:
 
 def _print_split(split: str, files: int, splitter: DocumentSplitter) -> None:
     print(
-        f"{split:5}  {files} files, end-of-text {splitter.eot_id} {splitter.convention}; read {splitter.read:,} "
+        f"{split:5}  {counted(files, 'file')}, end-of-text {splitter.eot_id} {splitter.convention}; read "
+        f"{splitter.read:,} "
         f"tokens, {splitter.read - splitter.eot_tokens:,} of text and {splitter.eot_tokens:,} end-of-text"
     )
     if splitter.eot_tokens and splitter.starts_without_eot:
@@ -294,8 +296,8 @@ def _print_summary(out: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     for name in manifest.splits:
         of = [shard for shard in manifest.shards if shard.split == name]
         print(
-            f"{name:5}  {sum(s.tokens for s in of):,} tokens in {sum(s.documents for s in of):,} documents, "
-            f"{len(of)} shards, end-of-text {tokenizer.end_of_text} before each document"
+            f"{name:5}  {sum(s.tokens for s in of):,} tokens in {counted(sum(s.documents for s in of), 'document')}, "
+            f"{counted(len(of), 'shard')}, end-of-text {tokenizer.end_of_text} before each document"
         )
     if manifest.counts["empty"]:
         print(f"left out: {manifest.counts['empty']:,} empty documents")

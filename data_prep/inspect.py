@@ -29,6 +29,7 @@ from hpcgpt.data import shard_format, shard_reader
 from hpcgpt.data.shard_format import Manifest, Shard, Tokens
 from hpcgpt.errors import UserError
 from hpcgpt.output import terminal
+from hpcgpt.output.counted import counted
 from hpcgpt.tokenizer import interface, save_load
 from hpcgpt.tokenizer.interface import Tokenizer
 
@@ -283,7 +284,8 @@ def _summary_lines(found: dict[str, Any]) -> Iterator[str]:
     for name, split in found["splits"].items():
         lengths = split["document_tokens"]
         yield (
-            f"{name:9}  {split['tokens']:,} tokens in {split['documents']:,} documents, {split['shards']:,} shards; "
+            f"{name:9}  {split['tokens']:,} tokens in {counted(split['documents'], 'document')}, "
+            f"{counted(split['shards'], 'shard')}; "
             f"{split['bytes_per_token']:.2f} bytes and {split['characters_per_token']:.2f} characters per token"
         )
         yield (

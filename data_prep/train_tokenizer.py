@@ -37,6 +37,7 @@ from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.data import shard_format
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 from hpcgpt.tokenizer import from_tiktoken, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     del sample[count_fitting(sample, max(_FEWEST_WORD_BYTES, sample_bytes // _WORDS_SHARE)) :]
     left_out = f" (of {all_bytes / 1e6:,.1f}: too many words for the memory)" if len(sample) < documents else ""
     print(
-        f"sample: {len(sample):,} documents, {sum(map(len, sample)) / 1e6:,.1f} MB{left_out}; "
+        f"sample: {counted(len(sample), 'document')}, {sum(map(len, sample)) / 1e6:,.1f} MB{left_out}; "
         f"learning {arguments.vocab_size:,} ids",
         flush=True,
     )
@@ -175,7 +176,7 @@ def _training_texts(arguments: argparse.Namespace, sample_bytes: int) -> Iterato
             bar.update(sizes[number])
     counts["skipped"] += len(skipped)
     spread = "" if stride == 1 else f", from {len(chosen):,} of {len(units):,} parts spread over them"
-    print(f"read: {len(files):,} files{spread}", flush=True)
+    print(f"read: {counted(len(files), 'file')}{spread}", flush=True)
     for what in filter(None, (accounting.left_out(counts), accounting.changed(counts, 0))):
         print(f"left out or changed: {what.replace(', listed in skipped.jsonl', '')}", flush=True)
 

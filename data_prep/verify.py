@@ -33,6 +33,7 @@ from hpcgpt.config import paths
 from hpcgpt.data import shard_format, shard_reader
 from hpcgpt.data.shard_format import HEADER_BYTES, Manifest, Shard, Width
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 from hpcgpt.tokenizer import save_load
 
 CHUNK_TOKENS = 1 << 20
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     what = "sizes and headers" if arguments.quick else "all"
     # In less than a second it was not read from a disk, so a rate would mean nothing.
     rate = "" if arguments.quick or elapsed_s < 1 else f" ({size / 1e6:,.0f} MB, {size / 1e6 / elapsed_s:,.0f} MB/s)"
-    print(f"{folder}: {len(manifest.shards):,} shards, {tokens:,} tokens, {what} as the manifest says{rate}")
+    print(f"{folder}: {counted(len(manifest.shards), 'shard')}, {tokens:,} tokens, {what} as the manifest says{rate}")
     if unlisted := unlisted_files(folder, manifest):
         print(f"not checked, because the manifest does not list them: {', '.join(unlisted)}")
     return 0

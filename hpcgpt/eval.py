@@ -26,6 +26,8 @@ from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
+from hpcgpt.run import which_runs
 from hpcgpt.tasks import questions, report, requests
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     if options.batches < 0:
         raise UserError(f"--batches: {options.batches} must be at least 0")
-    folder = Path(paths.expand(options.RUN, "RUN"))
+    folder = which_runs.given(options)
     settings = run_config.config(folder)
     _check_combination(options)
     if options.tasks:
@@ -84,7 +86,11 @@ def _on_tasks(folder: Path, settings: Config, options: argparse.Namespace) -> in
     here = world.discover()
     if here.is_first:
         for task in tasks:
-            print(f"{task.path}: {len(task.questions):,} questions, form {task.form}", file=sys.stderr, flush=True)
+            print(
+                f"{task.path}: {counted(len(task.questions), 'question')}, form {task.form}",
+                file=sys.stderr,
+                flush=True,
+            )
     # Imported here, since they load torch.
     from hpcgpt.checkpoint import load_model
     from hpcgpt.tasks import evaluation, likelihood
@@ -180,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "docs/evaluation.md."
     )
     parser = argparse.ArgumentParser(prog="hpcgpt eval", description=about)
-    parser.add_argument("RUN", help="run folder")
+    which_runs.add_to(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the smallest validation loss")
@@ -194,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--tasks", nargs="+", metavar="FILE", help="questions as .jsonl, in the form of HellaSwag, ARC or LAMBADA"
     )
-    tasks.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N questions of each file")
+    tasks.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="only the first N questions of each file (default: all)"
+    )
     tasks.add_argument(
         "--batch", type=int, default=0, metavar="N", help="answers in a forward pass (default: train.micro_batch)"
     )

@@ -21,6 +21,7 @@ from hpcgpt.data import datasets, mix
 from hpcgpt.data.datasets import DataSet
 from hpcgpt.errors import UserError
 from hpcgpt.optim.lr_schedule import learning_rate
+from hpcgpt.output.counted import counted
 from hpcgpt.tasks import questions, requests
 from hpcgpt.tasks.requests import EncodedTask
 from hpcgpt.tokenizer import save_load
@@ -77,7 +78,7 @@ class Plan:
         highest = learning_rate(self.total_steps - 1, self.total_steps, self.config)
         return [
             f"the learning rate of this run only rises, to {highest:.3g}: schedule.warmup_steps is {warmup:,}, the run "
-            f"has {self.total_steps:,} steps, and optim.lr {peak:g} is never reached"
+            f"has {counted(self.total_steps, 'step')}, and optim.lr {peak:g} is never reached"
         ]
 
     @property
@@ -103,6 +104,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     for part in sets:
         config = _with_vocabulary(config, part)
     go_back.check(config)
+    config = init_from.resolved(config)
     init_from.check(config, sets[0].manifest.tokenizer["fingerprint"])
     own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
     parallel = config.parallel
@@ -116,6 +118,11 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     planned = Plan(config, sets, _total_steps(config, sets[0].windows), own, tasks)
     init_from.check_samples(config, planned.identity)
     return planned
+
+
+def longer(total_steps: int) -> int:
+    """Return the steps that a finished run may be given instead: half as many again."""
+    return total_steps + max(1, total_steps // 2)
 
 
 def check_groups(within: str, world_size: int) -> None:
@@ -140,12 +147,12 @@ def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
         share = global_batch // world_size
         fitting = [n for n in range(1, share + 1) if share % n == 0] if global_batch % world_size == 0 else []
         advice = (
-            f"with {world_size} ranks train.micro_batch may be {', '.join(map(str, fitting))}"
+            f"with {counted(world_size, 'rank')} train.micro_batch may be {', '.join(map(str, fitting))}"
             if fitting
             else f"choose a train.global_batch that is a multiple of {micro_batch * world_size}"
         )
         raise UserError(
-            f"train.global_batch {global_batch} is not a multiple of {world_size} ranks x train.micro_batch "
+            f"train.global_batch {global_batch} is not a multiple of {counted(world_size, 'rank')} x train.micro_batch "
             f"{micro_batch}: {advice}"
         )
     return steps

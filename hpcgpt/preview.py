@@ -13,6 +13,7 @@ from hpcgpt.checkpoint.layout import State
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
 from hpcgpt.optim.lr_schedule import learning_rate
+from hpcgpt.output.counted import counted
 from hpcgpt.plan import Plan
 from hpcgpt.storage import lease
 
@@ -29,11 +30,13 @@ def lines(config: Config, ranks: int) -> Iterator[str]:
     planned = plan.make(config, ranks)
     state = go_back.state_to_continue_from(config)
     changed = list(_changes(state, planned)) if state else []
-    yield f"run {config.run_folder}: {_begin(state, planned)}"
-    if state and (note := init_from.not_read(config.run)):
+    begin = _begin(state, planned)
+    if holder := lease.holder(config.run_folder):
+        yield f"run {config.run_folder} is in use by {holder}: a start is refused unless that has ended"
+        begin = f"once it has ended, as it is now: {begin}"
+    yield f"run {config.run_folder}: {begin}"
+    if state and (note := init_from.not_read(planned.config.run)):
         yield note
-    if lease.is_held(config.run_folder) and not lease.holder_is_gone(config.run_folder):
-        yield "lease: another attempt has not released this run; if it is still alive, a start is refused"
     yield from _model_and_length(planned, ranks)
     yield from _data(planned)
     yield from _rates(planned, state.step if state else 0)
@@ -56,7 +59,8 @@ def _begin(state: State | None, planned: Plan) -> str:
         optimizer = "with its optimizer" if run.init_optimizer else "with a new optimizer"
         return f"would begin with the weights of {run.init_from}, {step}, {optimizer}, samples: {run.init_data}"
     if state.step == total and state.pending is None:
-        return f"is finished, at step {total:,}: nothing would be trained; to train longer, give more --train.steps"
+        longer = f"to train longer, add --train.steps {plan.longer(total)}"
+        return f"is finished, at step {total:,}: nothing would be trained; {longer}"
     found = layout.found(config.run_folder / "checkpoints") if state.step == config.checkpoint.step else []
     newer = sorted(path.name for path in found if layout.step_of(path) > state.step)
     back = f"would go back to step {state.step:,}, keep {', '.join(newer)} aside, and " if newer else "would "
@@ -84,19 +88,20 @@ def _model_and_length(planned: Plan, ranks: int) -> Iterator[str]:
     with torch.device("meta"):
         parameters = GPT(model, planned.config.run.seed).parameter_count()
     yield (
-        f"model: {model.kind}, {model.n_layer} layers of {model.n_embd}, {model.n_head} heads, {model.block_size:,} "
+        f"model: {model.kind}, {counted(model.n_layer, 'layer')} of {model.n_embd}, "
+        f"{counted(model.n_head, 'head')}, {model.block_size:,} "
         f"tokens of context, {model.vocab_size:,} ids: {parameters:,} parameters"
     )
     samples = total * train.global_batch
     epochs = f", {samples / planned.sets[0].windows:.3g} epochs" if len(planned.sets) == 1 else ""
     yield (
-        f"length: {total:,} steps of {planned.tokens_per_step:,} tokens, {total * planned.tokens_per_step:,} "
+        f"length: {counted(total, 'step')} of {planned.tokens_per_step:,} tokens, {total * planned.tokens_per_step:,} "
         f"tokens{epochs}"
     )
     yield (
-        f"batch: {train.global_batch:,} sequences, on {ranks:,} rank{'s' if ranks > 1 else ''} in "
-        f"{planned.micro_steps:,} micro-steps of {train.micro_batch:,}; at most "
-        f"{train.global_batch // train.micro_batch:,} ranks with this micro-batch"
+        f"batch: {counted(train.global_batch, 'sequence')}, on {counted(ranks, 'rank')} in "
+        f"{counted(planned.micro_steps, 'micro-step')} of {train.micro_batch:,}; at most "
+        f"{counted(train.global_batch // train.micro_batch, 'rank')} with this micro-batch"
     )
 
 
@@ -117,7 +122,7 @@ def _rates(planned: Plan, step: int) -> Iterator[str]:
         first, last = (learning_rate(one, total, config) for one in (step, total - 1))
         yield (
             f"learning rate: {config.schedule.kind}, {first:.3g} at the next step, {config.optim.lr:.3g} after "
-            f"{config.schedule.warmup_steps:,} steps of warm-up, {last:.3g} at the last step"
+            f"{counted(config.schedule.warmup_steps, 'step')} of warm-up, {last:.3g} at the last step"
         )
 
 

@@ -26,6 +26,7 @@ from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Sample
 from hpcgpt.errors import UserError, cannot_read
 from hpcgpt.output import terminal
+from hpcgpt.run import which_runs
 
 if TYPE_CHECKING:
     from hpcgpt.checkpoint.load_model import Trained
@@ -35,7 +36,7 @@ STDIN = "-"
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    folder = Path(paths.expand(options.RUN, "RUN"))
+    folder = which_runs.given(options)
     sampling = _sampling(options, folder)
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples} must be at least 1")
@@ -227,23 +228,29 @@ def _parser() -> argparse.ArgumentParser:
         "escaped (\\x1b), so that no text can control the terminal; a file or a pipe gets every byte unchanged."
     )
     parser = argparse.ArgumentParser(prog="hpcgpt sample", description=about)
-    parser.add_argument("RUN", help="run folder")
+    which_runs.add_to(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the smallest validation loss")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--prompt", help="text to start from")
+    start.add_argument("--prompt", help="text to start from (default: the run's sample.prompt)")
     start.add_argument(
         "--prompts", metavar="FILE",
         help='a prompt from each line of a file or of standard input (-), or from "prompt" of each object of a .jsonl',
     )  # fmt: skip
     start.add_argument("--interactive", action="store_true", help="continue the lines that you type")
     parser.add_argument("--json", action="store_true", help="one JSON object for each text (docs/reference.md)")
-    parser.add_argument("--tokens", type=int, help="tokens to generate")
-    parser.add_argument("--temperature", type=float, help="sampling temperature; 0: greedy")
-    parser.add_argument("--top-k", type=int, help="sample among the k most likely tokens; 0: all")
-    parser.add_argument("--top-p", type=float, help="sample among the most likely tokens with this total probability")
-    parser.add_argument("--slide", type=int, help="drop this many tokens at a time once the context is full")
+    parser.add_argument("--tokens", type=int, help="tokens to generate (default: the run's sample.tokens)")
+    parser.add_argument("--temperature", type=float, help="sampling temperature; 0: greedy (default: the run's)")
+    parser.add_argument("--top-k", type=int, help="sample among the k most likely tokens; 0: all (default: the run's)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        help="sample among the most likely tokens with this total probability (default: the run's)",
+    )
+    parser.add_argument(
+        "--slide", type=int, help="drop this many tokens at a time once the context is full (default: the run's)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="number of texts, generated in one batch (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first text; then the next ones (default: 0)")
     return parser

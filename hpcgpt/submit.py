@@ -27,6 +27,7 @@ from hpcgpt.config import sources
 from hpcgpt.doctor import site as doctor_site
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
+from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
 from hpcgpt.sites import catalog, qos
 from hpcgpt.sites import job as site_job
@@ -158,7 +159,7 @@ def _probe(options: argparse.Namespace, requested: Request, run: Run, environmen
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    say(f"job {job} trains {prepared.config.train.steps} steps in {prepared.folder}, to measure them")
+    say(f"job {job} trains {counted(prepared.config.train.steps, 'step')} in {prepared.folder}, to measure them")
     try:
         in_job.wait(prepared, job, say)
     except KeyboardInterrupt:
@@ -183,7 +184,7 @@ def _confirm(options: argparse.Namespace, requested: Request, runs: Sequence[Run
     if requested.idle_gpus and runs[0].planned.config.run.device != "cpu":
         _ask(
             f"{requested.idle_gpus} of {requested.gpus_per_node * requested.nodes} GPUs would be idle: there "
-            f"{'is 1 rank' if requested.ranks == 1 else f'are {requested.ranks} ranks'}, and a rank uses one GPU",
+            f"{'is' if requested.ranks == 1 else 'are'} {counted(requested.ranks, 'rank')}, and a rank uses one GPU",
             "or leave out --ntasks, --ntasks-per-node and --gpus-per-task",
         )
     limit = for_job.ASK_ABOVE_GPU_HOURS if options.ask_above is None else options.ask_above
@@ -247,12 +248,13 @@ def _summary(requested: Request, runs: Sequence[Run]) -> str:
     """Describe the job in a line: resources, model and length."""
     planned, model = runs[0].planned, runs[0].planned.config.model
     each = f"{len(runs)} runs, each with " if len(runs) > 1 else ""
-    nodes = "1 node" if requested.nodes == 1 else f"{requested.nodes} nodes"
-    ranks = "1 rank" if requested.ranks == 1 else f"{requested.ranks} ranks"
+    nodes, ranks = counted(requested.nodes, "node"), counted(requested.ranks, "rank")
     return (
-        f"{each}{nodes}, {ranks} on {'GPUs' if requested.gpus_per_node else 'CPUs'}: {planned.total_steps:,} steps of "
-        f"{planned.tokens_per_step:,} tokens, {planned.micro_steps} micro-steps per rank; a {model.kind} model of "
-        f"{model.n_layer} layers x {model.n_embd}"
+        f"{each}{nodes}, {ranks} on {'GPUs' if requested.gpus_per_node else 'CPUs'}: "
+        f"{counted(planned.total_steps, 'step')} of "
+        f"{planned.tokens_per_step:,} tokens, {counted(planned.micro_steps, 'micro-step')} per rank; a {model.kind} "
+        "model of "
+        f"{counted(model.n_layer, 'layer')} x {model.n_embd}"
     )
 
 

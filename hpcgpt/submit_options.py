@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
         "--grid", action="append", default=[], metavar="KEY=VALUE,...",
         help="queue a job array with a run for each value; may be repeated: for each combination",
     )  # fmt: skip
-    slurm.add_argument("--at-once", type=int, metavar="N", help="run at most N tasks of the array at a time")
+    slurm.add_argument(
+        "--at-once", type=int, metavar="N", help="run at most N tasks of the array at a time (default: all)"
+    )
     _add_before_and_after(slurm)
     # For --help only: sbatch_flags.split has taken them out before.
     slurm.add_argument("--nodes", metavar="N", help="nodes (default: 1)")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
+import importlib
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -364,6 +367,36 @@ def test_every_listed_command_has_help() -> None:
         assert f"hpcgpt {name}" in done.stdout
     listed = command("hpcgpt", "--help").stdout
     assert all(about in listed for about in COMMANDS.values())
+
+
+def test_an_option_with_a_default_says_it_in_its_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every command and its parts; those of `train` are tables of all keys, with defaults."""
+    from hpcgpt.__main__ import COMMANDS, PACKAGES, RENAMED
+
+    found: list[argparse.Action] = []
+    add = argparse._ActionsContainer._add_action
+
+    def recorded(self: argparse._ActionsContainer, action: argparse.Action) -> argparse.Action:
+        found.append(action)
+        return add(self, action)
+
+    monkeypatch.setattr(argparse._ActionsContainer, "_add_action", recorded)
+    for name in COMMANDS:
+        package = RENAMED.get(name, name)
+        module = f"hpcgpt.{package}.__main__" if package in PACKAGES else f"hpcgpt.{package.replace('-', '_')}"
+        with suppress(SystemExit):
+            importlib.import_module(module).main(["--help"])
+    silent = {
+        "/".join(action.option_strings): action.default
+        for action in found
+        if action.nargs != 0 and action.option_strings and action.default not in (None, False, "", 0, [])
+        if "default" not in str(action.help)
+    }
+    assert len(found) > 200
+    assert silent == {"-h/--help": argparse.SUPPRESS} or silent == {}
+    of_run = [action for action in found if action.dest in ("tokens", "temperature", "top_k", "top_p", "slide")]
+    assert len(of_run) == 5
+    assert all("(default: the run's" in str(action.help) for action in of_run)
 
 
 @pytest.mark.processes

@@ -61,7 +61,8 @@ def test_a_run_on_several_ranks_is_planned_for_them(
 def test_a_finished_run_a_longer_one_and_going_back(
     config: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "is finished, at step 12: nothing would be trained; to train longer" in dry_run(capsys, config, run)[0]
+    done = "is finished, at step 12: nothing would be trained; to train longer, add --train.steps 18"
+    assert done in dry_run(capsys, config, run)[0]
     longer = dry_run(capsys, config, run, "--train.steps", "24")
     assert longer[0] == f"run {run}: would continue at step 12 of 24"
     assert "warning: changed since step 12 was saved: total_steps was 12 and is now 24" in longer
@@ -78,6 +79,10 @@ def test_a_fork_says_what_it_begins_with(config: Path, run: Path, capsys: pytest
     assert dry_run(capsys, config, run, *flags)[0].endswith(
         f"would begin with the weights of {run}, step 8, with a new optimizer, samples: continue"
     )
+    named = dry_run(capsys, config, run, "--run.name", "fork", "--run.init_from", run.name)
+    assert f"would begin with the weights of {run}, the newest checkpoint" in named[0]
+    with pytest.raises(UserError, match=r"run\.init_from: no run in tony, .* there is tiny \(did you mean tiny\?\)"):
+        dry_run(capsys, config, run, "--run.name", "fork", "--run.init_from", "tony")
     kept = dry_run(capsys, config, run, "--run.init_from", "elsewhere")
     assert kept[1] == "run.init_from elsewhere is not read: this run has checkpoints of its own"
 
@@ -105,10 +110,13 @@ def test_what_a_start_would_refuse_is_refused(
 def test_a_stop_file_and_an_attempt_that_runs_are_reported(
     config: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not any(line.startswith("lease") for line in dry_run(capsys, config, run))
+    assert not any("in use" in line for line in dry_run(capsys, config, run))
     (run / "generations" / "000001.done").unlink()
     (run / "generations" / "000001.json").write_text('{"host": "elsewhere", "pid": 1}')
-    assert any(line.startswith("lease: another attempt") for line in dry_run(capsys, config, run))
+    first, second = dry_run(capsys, config, run, "--train.steps", "24")[:2]
+    in_use = "is in use by attempt 1 (host elsewhere, pid 1): a start is refused unless that has ended"
+    assert first == f"run {run} {in_use}"
+    assert second == f"run {run}: once it has ended, as it is now: would continue at step 12 of 24"
     (run / "STOP").touch()
     with pytest.raises(UserError, match="keeps this run stopped"):
         dry_run(capsys, config, run)

@@ -14,6 +14,7 @@ from hpcgpt import requeue
 from hpcgpt.config import options
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, SUPERSEDED
+from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
 from hpcgpt.run.crash_report import FirstFailure
 from hpcgpt.run.run_folder import Exit
@@ -204,7 +205,9 @@ def test_a_job_whose_starts_cost_more_than_they_gain_is_ended(ended: Exit, idle:
     assert ended.reason in decision.reason
     if idle:  # each of them is reported
         assert "took 25 s until its first step and trained for 3 s, 1 step" in decision.reason
-    assert (f"{idle} starts in a row without progress, 10 allowed" in decision.reason) == (requeue and idle > 0)
+    assert (f"{counted(idle, 'start')} in a row without progress, 10 allowed" in decision.reason) == (
+        requeue and idle > 0
+    )
     assert ("with a longer --time" in decision.reason) != requeue
 
 
@@ -214,7 +217,10 @@ def test_node_failures_bring_a_job_back_a_limited_number_of_times(before: int, r
     for decision in (decide(NO_EXIT_FILE, 143, job, 0, past, LIMITS), decide_early(job, 0, past, LIMITS)):
         assert decision is not None
         assert (decision.requeue, decision.crashed, decision.gave_up) == (requeue, False, not requeue)
-        assert requeue or f"{before + 1} starts without a new checkpoint ended with a node failure" in decision.reason
+        assert (
+            requeue
+            or f"{counted(before + 1, 'start')} without a new checkpoint ended with a node failure" in decision.reason
+        )
 
 
 ENDING = "COMPLETING"

@@ -22,6 +22,7 @@ from data_prep.text import accounting, unread
 from hpcgpt.data.shard_format import Manifest
 from hpcgpt.distributed import world
 from hpcgpt.output import streams
+from hpcgpt.output.counted import counted
 from hpcgpt.storage import lease
 from hpcgpt.tokenizer import save_load
 
@@ -113,7 +114,8 @@ def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: flo
         of = [shard for shard in manifest.shards if shard.split == name]
         tokens = sum(s.tokens for s in of)
         print(
-            f"{name:5}  {tokens:,} tokens in {sum(s.documents for s in of):,} documents, {len(of)} shards, "
+            f"{name:5}  {tokens:,} tokens in {counted(sum(s.documents for s in of), 'document')}, "
+            f"{counted(len(of), 'shard')}, "
             f"{sum(s.characters for s in of) / tokens:.2f} characters and "
             f"{sum(s.text_bytes for s in of) / tokens:.2f} bytes per token"
         )
@@ -131,7 +133,7 @@ def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: flo
     if plan.options.val_fraction and "val" not in manifest.splits:
         documents = sum(shard.documents for shard in manifest.shards)
         streams.warn(
-            f"no document was held out for validation ({documents:,} documents, --val-fraction "
+            f"no document was held out for validation ({counted(documents, 'document')}, --val-fraction "
             f"{plan.options.val_fraction}): train with --eval.every 0, or make shards with a larger fraction in "
             "another --out"
         )

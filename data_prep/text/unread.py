@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 
 HIDDEN, REPEATED = "hidden", "the same file as one before"  # reasons in the manifest, so part of its digest
 MOST_NAMED = 1000
@@ -56,7 +57,8 @@ def check(unread: Sequence[UnreadFile], ignore: bool) -> None:
     data = [row for row in unread if row.looks_like_data]
     if data and not ignore:
         raise UserError(
-            f"{_files(len(data))} below the inputs look like data and would not be read: {_some(data)}; convert or "
+            f"{counted(len(data), 'file')} below the inputs look like data and would not be read: {_some(data)}; "
+            "convert or "
             "remove them, name the files that are meant, as in '**/*.jsonl', or leave these out with "
             "--ignore-other-files"
         )
@@ -86,7 +88,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> str:
         counts[row["reason"]] += row.get("count", 1)
         names.setdefault(row["reason"], []).extend(filter(None, [row["name"]]))
     return "; ".join(
-        f"{_files(count)} ({reason})" + (f": {_names(names[reason], count)}" if names[reason] else "")
+        f"{counted(count, 'file')} ({reason})" + (f": {_names(names[reason], count)}" if names[reason] else "")
         for reason, count in counts.items()
     )
 
@@ -97,7 +99,3 @@ def _some(unread: Sequence[UnreadFile]) -> str:
 
 def _names(names: Sequence[str], count: int) -> str:
     return ", ".join(names[:5]) + (f" and {count - 5:,} more" if count > 5 else "")
-
-
-def _files(count: int) -> str:
-    return f"{count:,} file" + "s" * (count != 1)

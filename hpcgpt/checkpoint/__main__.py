@@ -18,7 +18,8 @@ from hpcgpt import cli
 from hpcgpt.checkpoint import go_back, layout, listing
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
-from hpcgpt.run import run_folder
+from hpcgpt.output.counted import counted
+from hpcgpt.run import run_folder, which_runs
 from hpcgpt.storage import lease
 
 
@@ -33,16 +34,16 @@ def main(argv: Sequence[str]) -> int:
         ("show", "what is in one: its state, and every tensor's dtype and shape"),
     ):
         added = commands.add_parser(name, help=about, description=about)
-        added.add_argument("RUN", help="run folder")
+        which_runs.add_to(added)
         added.add_argument("--json", action="store_true", help="JSON, one object a line")
         if name != "ls":
             added.add_argument("--step", type=int, help="this step (show: the newest by default; verify: all)")
     about = "go back to an older checkpoint: newer ones are set aside, and the next start continues from it"
     added = commands.add_parser("back", help=about, description=about)
-    added.add_argument("RUN", help="run folder")
+    which_runs.add_to(added)
     added.add_argument("--step", type=int, required=True, help="the step to go back to")
     options = parser.parse_args(argv)
-    run = Path(options.RUN)
+    run = which_runs.given(options)
     run_folder.run_id(run)
     if options.command == "back":
         return _back(run, options.step)
@@ -83,7 +84,7 @@ def _print(rows: Sequence[dict[str, Any]], as_json: bool, none: str) -> int:
         print(none)
     for row in rows:
         size = f"{row['bytes'] / 1e6:12,.1f} MB" if row["bytes"] is not None else " " * 15
-        ranks = f"{row['world_size']:4} ranks" if row["world_size"] else " " * 10
+        ranks = f"{counted(row['world_size'], 'rank'):10}" if row["world_size"] else " " * 10
         loss = f"  val loss {row['val_loss']:.4f}" if row["val_loss"] is not None else ""
         problem = f"  {row['problem']}" if row["problem"] else ""
         print(f"{row['name']:30} {row['state']:9}{size} {ranks} {row['age_s'] / 3600:8.1f} h old{loss}{problem}")
@@ -105,7 +106,8 @@ def _show(path: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"path": str(path), "state": asdict(state), "tensors": tensors}))
         return 0
-    print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.samples:,} samples, {state.world_size} ranks")
+    ranks = counted(state.world_size, "rank")
+    print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.samples:,} samples, {ranks}")
     for key, value in (state.identity | state.in_effect).items():
         print(f"  {key} = {value!r}")
     for key, tensor in tensors.items():

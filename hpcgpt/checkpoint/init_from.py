@@ -1,5 +1,5 @@
-"""A run that begins with another one's weights: ``run.init_from`` names its folder, ``run.init_step`` the
-checkpoint, by default the newest valid one.
+"""A run that begins with another one's weights: ``run.init_from`` names it (hpcgpt.run.which_runs), ``run.init_step``
+the checkpoint, by default the newest valid one.
 
 Step, schedule and random generators start from the beginning: the new run may have another learning rate, another
 length, another batch, other data (with the same tokenizer). ``run.init_optimizer`` takes the optimizer's state as well.
@@ -23,7 +23,8 @@ from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config, Run
 from hpcgpt.errors import UserError
-from hpcgpt.run import run_folder
+from hpcgpt.run import which_runs
+from hpcgpt.run.run_folder import IMPORTED
 from hpcgpt.tokenizer import save_load
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from hpcgpt.distributed.world import Ranks
 
-# The file in a folder of imported weights that says where they are from: see hpcgpt.import_weights.
-IMPORTED = "imported.json"
 # Options of the model that change neither names nor shapes of weights.
 _FREE = ("dropout", "init_std")
 # Keys of Plan.identity that decide which tokens a sample has. The batch does not: samples are counted, not batches.
@@ -55,8 +54,30 @@ class Origin:
         return f"first weights from {self.path}, step {self.state.step:,}{optimizer}{samples}"
 
 
+def resolved(config: Config) -> Config:
+    """Return the configuration with the folder of the run that `run.init_from` names.
+
+    A run with checkpoints of its own does not read that folder, which may be gone by now: then the name stays.
+
+    Raises:
+        UserError: there is no such run.
+        OSError: the machine cannot read the folder.
+    """
+    if not config.run.init_from:
+        return config
+    try:
+        folder = which_runs.one(config.run.init_from, Path(config.run.dir))
+    except (UserError, OSError) as error:
+        if not _is_needed(config):
+            return config
+        if isinstance(error, UserError):
+            raise UserError(f"run.init_from: {error}") from None
+        raise
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=str(folder)))
+
+
 def check(config: Config, fingerprint: str) -> None:
-    """Check that `run.init_from` fits this run, whose tokenizer has this fingerprint. Without torch.
+    """Check that `run.init_from`, `resolved`, fits this run, whose tokenizer has this fingerprint. Without torch.
 
     Raises:
         UserError: it has no checkpoint, or another model or tokenizer.
@@ -72,7 +93,6 @@ def check(config: Config, fingerprint: str) -> None:
     if source.resolve() == config.run_folder.resolve():
         raise UserError(f"run.init_from {source} is this run itself")
     try:
-        run_folder.run_id(source)
         other_config = sources.from_file(source / "config.toml")
         save_load.load(source / "tokenizer", fingerprint)
     except ValueError as error:

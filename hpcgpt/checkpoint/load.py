@@ -36,6 +36,7 @@ from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.optim.optimizer import state_keys
+from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
 from hpcgpt.storage.lease import Lease
 
@@ -182,9 +183,7 @@ def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
             run, "unreadable", attempt=lease.number, step=step, rank=now.rank, host=now.host, problem=now.message,
             identity=identity, set_aside=enough,
         )  # fmt: skip
-    return (
-        f"{len(found)} earlier attempt{'s' if len(found) > 1 else ''} on {', '.join(sorted(hosts))}" if enough else ""
-    )
+    return f"{counted(len(found), 'earlier attempt')} on {', '.join(sorted(hosts))}" if enough else ""
 
 
 def _stamp(path: Path) -> str:

@@ -42,7 +42,7 @@ class Run:
     dir: str = option("runs", "folder that holds the run folders, on a file system that all nodes see", path=True)
     seed: int = option(1, "seed of weights, sample order and dropout", low=0, below=2**63)
     init_from: str = option(
-        "", "folder of another run, whose newest weights are the initial ones; empty: random weights", path=True
+        "", "folder or name of another run, whose newest weights are the initial ones; empty: random weights", path=True
     )
     init_step: int = option(0, "init_from: take the checkpoint of this step; 0: the newest", low=0)
     init_optimizer: bool = option(False, "init_from: also take the state of the optimizer; else it begins anew")

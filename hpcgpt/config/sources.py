@@ -145,7 +145,7 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
         for item in dataclasses.fields(cls):
             hint = get_type_hints(cls)[item.name]
             choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else _METAVAR.get(hint, "")
-            default = "none" if item.default == () else item.default
+            default = "none" if item.default == () else "empty" if item.default == "" else item.default
             group.add_argument(
                 f"--{section}.{item.name}",
                 dest=f"{section}.{item.name}",

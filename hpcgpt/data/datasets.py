@@ -15,6 +15,7 @@ from hpcgpt.data import mix, sample_order, shard_format, shard_reader
 from hpcgpt.data.shard_format import Manifest
 from hpcgpt.data.shard_reader import Split
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _open(config: Config, name: str, folder: Path, manifest: Manifest, count: in
     if windows * mix.MIX_BLOCK < batch * count:
         part = "" if count == mix.MIX_BLOCK else f"its {count / mix.MIX_BLOCK:.2%} of "
         raise UserError(
-            f"{folder} has {windows:,} windows of {block_size} tokens, fewer than {part}one global batch of {batch}: "
+            f"{folder} has {counted(windows, 'window')} of {block_size} tokens, fewer than {part}one global batch "
+            f"of {batch}: "
             "add text, or lower train.global_batch or model.block_size"
         )
     val = None

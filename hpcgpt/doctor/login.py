@@ -21,6 +21,7 @@ from hpcgpt.doctor import bounded, disk_limits, disks, machine, network
 from hpcgpt.doctor.bounded import Check
 from hpcgpt.doctor.findings import Finding, bad, ok, warning
 from hpcgpt.estimate import analytic, schedule
+from hpcgpt.output.counted import counted
 from hpcgpt.slurm import scontrol
 
 TORCH_S = 60.0  # the first import reads thousands of files, from a file system that may be slow
@@ -131,7 +132,7 @@ def _driver(cuda: bool, hip: bool, gpus: Sequence[str]) -> list[Finding]:
         if path.is_file():
             version = f"{path.parent.name} {path.read_text().strip()}"
     if gpus:
-        return [ok("driver", f"{version}, {len(gpus)} GPUs: {', '.join(dict.fromkeys(gpus))}")]
+        return [ok("driver", f"{version}, {counted(len(gpus), 'GPU')}: {', '.join(dict.fromkeys(gpus))}")]
     if not version:
         return [ok("driver", "no GPU driver on this machine, as on many login nodes: see --nodes")]
     wanted = "amdgpu" if version.startswith("amdgpu") else "nvidia"
@@ -150,7 +151,7 @@ def shards(config: Config) -> list[Finding]:
     found = []
     for part in datasets.open_all(config, check_sizes=True):
         tokens = sum(shard.tokens for shard in part.manifest.shards)
-        found.append(ok("shards", f"{part.folder}: {len(part.manifest.shards):,} shards, {tokens:,} tokens"))
+        found.append(ok("shards", f"{part.folder}: {counted(len(part.manifest.shards), 'shard')}, {tokens:,} tokens"))
         about = part.manifest.tokenizer
         save_load.load(part.folder / "tokenizer", about["fingerprint"])
         words, wanted = int(about["vocab_size"]), config.model.vocab_size

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hpcgpt.doctor import disks
 from hpcgpt.doctor.findings import Finding, bad, ok, warning
+from hpcgpt.output.counted import counted
 
 LEAST_PYTHON = (3, 11)
 # A rank keeps up to 512 shards open (hpcgpt/data/shard_reader.py), beside sockets to the other ranks.
@@ -25,7 +26,8 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 
 def python() -> list[Finding]:
-    found = f"{platform.python_version()}, {sys.executable}, on {platform.machine()} with {os.cpu_count()} cores"
+    cores = counted(os.cpu_count() or 1, "core")
+    found = f"{platform.python_version()}, {sys.executable}, on {platform.machine()} with {cores}"
     if sys.version_info[:2] < LEAST_PYTHON:
         least = ".".join(map(str, LEAST_PYTHON))
         return [bad("python", found, f"{least} or newer", "load a newer Python, and make the environment again")]

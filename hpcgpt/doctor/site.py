@@ -21,7 +21,8 @@ from hpcgpt.config import paths
 from hpcgpt.distributed.stop_signals import SLACK_S, STEP_FACTOR
 from hpcgpt.doctor.findings import Finding, ok, warning
 from hpcgpt.errors import UserError
-from hpcgpt.run import attempts
+from hpcgpt.output.counted import counted
+from hpcgpt.run import attempts, which_runs
 from hpcgpt.sites import qos
 from hpcgpt.sites.qos import Qos
 from hpcgpt.slurm import scontrol
@@ -47,6 +48,7 @@ def main(argv: Sequence[str], as_json: bool) -> int:
     options, flags = parser.parse_known_args(argv)
     if flags and not options.try_job:
         raise UserError(f"unexpected argument '{flags[0]}': flags of sbatch need --try-job")
+    run = which_runs.one(options.run, which_runs.run_dir()) if options.run else None
     done = scontrol.run("scontrol", "show", "config")
     if done.returncode:
         raise UserError(f"Slurm does not answer ({' '.join(done.stderr.split())}): run this on a login node")
@@ -57,8 +59,8 @@ def main(argv: Sequence[str], as_json: bool) -> int:
         found.append(warning("partitions", f"not shown: {' '.join(shown.stderr.split())}", "a list", "ask again later"))
     if options.try_job:
         found += try_job(flags)
-    if options.run:
-        found.append(lead(Path(options.run)))
+    if run:
+        found.append(lead(run))
     return show(found, as_json)
 
 
@@ -114,7 +116,8 @@ def judge_partitions(partitions: Sequence[Mapping[str, str]], config: Mapping[st
         mode, grace = fields.get("PreemptMode", "OFF"), fields.get("GraceTime", "0")
         size, state = (fields.get(key, "?") for key in ("TotalNodes", "State"))
         usual, longest = (fields.get(key, "?") for key in ("DefaultTime", "MaxTime"))
-        text = f"{size} nodes, {state}, time {usual} by default, at most {longest}; preemption {mode}, grace {grace} s"
+        nodes = counted(int(size), "node") if size.isdecimal() else f"{size} nodes"
+        text = f"{nodes}, {state}, time {usual} by default, at most {longest}; preemption {mode}, grace {grace} s"
         if fields.get("State") != "UP":
             found.append(warning(name, text, "UP", "no job starts there now: choose another partition"))
         elif "CANCEL" in mode.upper() and preempts(config):
@@ -146,7 +149,7 @@ def _limits(limits: Qos) -> Iterator[str]:
         if most:
             yield f"{whose} at most {', '.join(f'{name}={count}' for name, count in most.items())}"
     if limits.jobs is not None:
-        yield f"{limits.jobs} jobs of a user at one time"
+        yield f"{counted(limits.jobs, 'job')} of a user at one time"
     if limits.submitted is not None:
         yield f"{limits.submitted} with those that wait: more with --after or an array are refused"
     yield f"grace {limits.grace_s} s, preemption {limits.preempt_mode or 'as the cluster'}"
@@ -217,7 +220,8 @@ def lead(folder: Path) -> Finding:
     steps_s, saves_s = _measured(folder)
     advised = advised_lead_s(folder)
     if advised is None:
-        return warning("lead time", f"{folder} has {len(steps_s)} measured steps and {len(saves_s)} saves",
+        measured = f"{counted(len(steps_s), 'measured step')} and {counted(len(saves_s), 'save')}"
+        return warning("lead time", f"{folder} has {measured}",
                        "one of each", "let it save once, then ask again")  # fmt: skip
     return ok("lead time", f"the longest step took {max(steps_s):.1f} s, the longest save {max(saves_s):.1f} s: "
               f"--signal=USR1@{advised}")  # fmt: skip

@@ -34,6 +34,7 @@ from hpcgpt.drill.drill import Drill
 from hpcgpt.drill.faults import FaultKind
 from hpcgpt.drill.testbed_lab import why_no_lab
 from hpcgpt.errors import UserError
+from hpcgpt.slurm import code_snapshot
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     home = Path(options.dir or f"runs/drills/{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     if home.exists():
         raise UserError(f"{home} exists already: the drill creates its folder, choose another --dir")
+    # Jobs of the lab start in a folder of the drill, those here in this one.
+    code_snapshot.check_imported(Path.cwd() if where == "here" else Path(home.anchor))
     home.mkdir(parents=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)

@@ -24,6 +24,7 @@ from hpcgpt.drill.report import Report, RoundReport
 from hpcgpt.drill.testbed_here import LocalTestbed
 from hpcgpt.drill.testbed_lab import CHECKOUT, LabTestbed
 from hpcgpt.drill.watched_run import CheckpointCounter, WatchedRun
+from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
 
 TRIAL_STEPS, UNDISTURBED_S, SAVE_EVERY_S = 60, 80.0, 3.0
@@ -238,8 +239,8 @@ class Drill:
         self.report.rounds.append(each)
         self.report.faults += this_round.faults
         verdict = "NOT IDENTICAL" if problems else "IDENTICAL"
-        self.log(f"round {each.number}: {verdict}, {each.faults} faults, {each.attempts} attempts, {seconds:.0f} s; "
-                 f"wandb: {about_wandb}")  # fmt: skip
+        faults, attempts = counted(each.faults, "fault"), counted(each.attempts, "attempt")
+        self.log(f"round {each.number}: {verdict}, {faults}, {attempts}, {seconds:.0f} s; wandb: {about_wandb}")
         for problem in problems:
             self.log(f"  {problem}")
         self._move(run.folder, whole=bool(problems))

@@ -17,6 +17,7 @@ from typing import Literal
 from hpcgpt.drill.testbed import Rank, Testbed
 from hpcgpt.drill.wandb_server import Mode
 from hpcgpt.drill.watched_run import CleanupStack, WatchedRun
+from hpcgpt.output.counted import counted
 
 # What must follow: "restart": another attempt continues. "on": this attempt continues. "either": one of the two.
 Expected = Literal["restart", "on", "either"]
@@ -114,7 +115,7 @@ def kill_rank(context: FaultContext) -> str:
 
 
 def kill_all(context: FaultContext) -> str:
-    return f"{len(_kill_all(context))} ranks"
+    return counted(len(_kill_all(context)), "rank")
 
 
 def _kill_all(context: FaultContext) -> list[Rank]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from hpcgpt.drill.faults import Expected, FaultContext, FaultKind, FaultSchedule, MissedError, ScheduledFault
 from hpcgpt.drill.testbed import Testbed
 from hpcgpt.drill.watched_run import CleanupStack, WatchedRun
+from hpcgpt.output.counted import counted
 
 Outcome = Literal["came back", "went on", "missed", "FAILED"]
 NO_FAULTS_AFTER = 0.85  # share of a run's steps
@@ -273,6 +274,6 @@ def _line(result: FaultResult) -> str:
     parts = [f"  {result.kind}: {result.outcome}"]
     if result.back_s is not None:
         parts.append(f"first new step after {result.back_s:.1f} s")
-    if result.outcome == "came back":
-        parts.append(f"{result.lost_steps} steps lost")
+    if result.outcome == "came back" and result.lost_steps is not None:
+        parts.append(f"{counted(result.lost_steps, 'step')} lost")
     return ", ".join([*parts, *([result.note] if result.note else [])])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.drill.injector import FaultResult
+from hpcgpt.output.counted import counted
 from hpcgpt.storage import atomic
 
 
@@ -63,11 +64,12 @@ class Report:
     @property
     def verdict(self) -> str:
         if self.identical:
-            return f"GOOD: {self.hits} faults in {len(self.rounds)} runs, and {self.proves}"
+            return f"GOOD: {counted(self.hits, 'fault')} in {counted(len(self.rounds), 'run')}, and {self.proves}"
         if self.rounds and not self.hits:
             return "NOTHING PROVEN: no fault found a victim"
         wrong = sum(bool(each.problems) for each in self.rounds)
-        return f"NOT GOOD (other bytes, or not by itself): {wrong} of {len(self.rounds)} runs, after {self.hits} faults"
+        after = f"{wrong} of {counted(len(self.rounds), 'run')}, after {counted(self.hits, 'fault')}"
+        return f"NOT GOOD (other bytes, or not by itself): {after}"
 
 
 def write(report: Report, folder: Path, name: str, hidden: Mapping[str, str]) -> list[Path]:
@@ -148,7 +150,7 @@ def machine(slurm: str) -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": metadata.version("torch"),
         "Slurm": slurm or "none",
-        "machine": f"{platform.machine()}, {_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.machine()}, {_processor()}, {counted(len(os.sched_getaffinity(0)), 'core')}",
     }
 
 

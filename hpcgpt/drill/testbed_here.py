@@ -21,6 +21,7 @@ from hpcgpt.config import sources
 from hpcgpt.drill.faults import FaultContext, FaultKind, MissedError
 from hpcgpt.drill.testbed import TRACKING_TIMES, Disk, Rank, State, ranks_among
 from hpcgpt.drill.wandb_server import WandbServer
+from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
 from hpcgpt.slurm import requeue_policy, restart_history, scontrol
 from hpcgpt.slurm.restart_history import RestartHistory
@@ -35,7 +36,7 @@ class LocalTestbed:
 
     def __init__(self, home: Path, ranks: int) -> None:
         self.home, self.count = home, ranks
-        self.shape = f"this machine without a Slurm, {ranks} ranks"
+        self.shape = f"this machine without a Slurm, {counted(ranks, 'rank')}"
         self.disk = Disk(home / "disk", own=False)
         self._jobs: dict[str, LocalJob] = {}
 
@@ -177,7 +178,7 @@ def _signal_all(context: FaultContext, number: signal.Signals) -> str:
     sent = sum(rank.send(number) for rank in context.ranks())
     if not sent:
         raise MissedError("no rank was there")
-    return f"{sent} ranks"
+    return counted(sent, "rank")
 
 
 def second_start(context: FaultContext) -> str:

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcgpt import cli
-from hpcgpt.config import paths, sources
+from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
+from hpcgpt.run import which_runs
 from hpcgpt.slurm.partitions import minutes
 
 if TYPE_CHECKING:
@@ -85,7 +87,11 @@ def _probe(config: Config, options: argparse.Namespace) -> None:
     here.refuse_on_login_node(os.environ)
     prepared = measure.prepare(config, options.probe_steps)
     steps = prepared.config.train.steps
-    print(f"training {steps} steps on {options.ranks} ranks here, in {prepared.folder}", file=sys.stderr, flush=True)
+    print(
+        f"training {counted(steps, 'step')} on {counted(options.ranks, 'rank')} here, in {prepared.folder}",
+        file=sys.stderr,
+        flush=True,
+    )
     here.run(prepared, options.ranks)
     measure.collect(Path(config.run.dir), ending_s=0, own=prepared.folder)
 
@@ -108,7 +114,7 @@ def _device_and_pace(
     if options.rate:
         rate = rates.given(options.rate, "--rate")
     elif options.measured:
-        folder = Path(paths.expand(options.measured, "--measured"))
+        folder = which_runs.one(options.measured, Path(config.run.dir))
         measured = pace.read(folder)
         rate = rates.from_pace(measured, str(folder))
     else:
@@ -175,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--time", metavar="LIMIT", help="the job's time limit, as for sbatch: counts requeues")
     own.add_argument("--rate", type=float, metavar="TOKENS_PER_S", help="measured rate of all ranks together")
     own.add_argument(
-        "--measured", metavar="RUN", help="folder of a run: what its steps, evaluations, saves and starts took"
+        "--measured", metavar="RUN", help="folder or name of a run: what its steps, evaluations, saves and starts took"
     )
     own.add_argument(
         "--probe", action="store_true",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from hpcgpt.estimate.account import PARTS
 from hpcgpt.estimate.estimates import Estimate
 from hpcgpt.output import terminal
+from hpcgpt.output.counted import counted
 
 _WIDTH = 24
 
@@ -25,11 +26,12 @@ def _run(estimate: Estimate) -> Iterator[str]:
     yield _row("device", f"{estimate.ranks} x {estimate.device.name}")
     yield _row(
         "length",
-        f"{estimate.steps:,} steps of {estimate.tokens_per_step:,} tokens ({estimate.tokens / 1e9:,.3g} billion), "
-        f"{_count(estimate.micro_steps, 'micro-step')} a rank",
+        f"{counted(estimate.steps, 'step')} of {estimate.tokens_per_step:,} tokens ({estimate.tokens / 1e9:,.3g} "
+        "billion), "
+        f"{counted(estimate.micro_steps, 'micro-step')} a rank",
     )
     if estimate.done:
-        yield _row("", f"{estimate.done:,} steps are done: times are those of the others")
+        yield _row("", f"{counted(estimate.done, 'step')} done already: times are those of the others")
 
 
 def _memory(estimate: Estimate) -> Iterator[str]:
@@ -63,7 +65,8 @@ def _time(estimate: Estimate) -> Iterator[str]:
         yield _row("time", "not known: nothing was measured on this device, or in this dtype. Measure it: --probe;")
         yield _row("", "or give what you have measured: --rate TOKENS_PER_S, or --measured RUN_FOLDER")
         return
-    speed = f"{rate.low:,.0f} tokens/s" + (f" to {rate.high:,.0f}" if rate.high > rate.low else "")
+    low, high = f"{rate.low:,.0f}", f"{rate.high:,.0f}"
+    speed = f"{low} tokens/s" + (f" to {high}" if high != low else "")
     yield _row("speed", speed + (f", MFU {estimate.mfu:.0%}" if estimate.mfu is not None else ""))
     for number, source in enumerate(rate.sources):
         yield _row("" if number else "measured by", terminal.printable(source))
@@ -74,14 +77,15 @@ def _time(estimate: Estimate) -> Iterator[str]:
     if times is None:
         yield _row("time", f"no step fits into a time limit of {_span(estimate.limit_s or 0)}: ask for more")
         return
-    between = f"{_span(times.fewest_s)} to " if times.fewest_s < times.seconds else ""
-    yield _row("time", f"{between}{_span(times.seconds)} of training, {times.step_s:.3g} s a step")
+    fewest, most = _span(times.fewest_s), _span(times.seconds)
+    between = f"{fewest} to " if fewest != most else ""
+    yield _row("time", f"{between}{most} of training, {times.step_s:.3g} s a step")
     usual = times.habits
     if usual.eval_s and times.evaluations:
-        evaluations = f"{_count(times.evaluations, 'evaluation')} of {usual.eval_s:.3g} s"
+        evaluations = f"{counted(times.evaluations, 'evaluation')} of {usual.eval_s:.3g} s"
         yield _row("", f"{_span(times.evaluation_s)} in {evaluations}")
     if usual.stall_s and times.saves:
-        yield _row("", f"{_span(times.stalls_s)} waiting for {_count(times.saves, 'save')}")
+        yield _row("", f"{_span(times.stalls_s)} waiting for {counted(times.saves, 'save')}")
     ends = "start, with the save at its end" if times.starts == 1 else "starts, each with the save at its end"
     yield _row("", f"{_span(times.starts * (usual.start_s + usual.save_s))} for {times.starts:,} {ends}")
     yield _row("in all", f"{_span(times.total_s)} while the job runs" + (", at most" if between else ""))
@@ -90,12 +94,14 @@ def _time(estimate: Estimate) -> Iterator[str]:
     if estimate.limit_s is not None:
         yield _row(
             "starts",
-            f"{times.starts:,} within a limit of {_span(estimate.limit_s)}: {_count(times.requeues, 'requeue')}, up to "
-            f"{times.steps_per_start:,} steps each",
+            f"{times.starts:,} within a limit of {_span(estimate.limit_s)}: {counted(times.requeues, 'requeue')}, "
+            "up to "
+            f"{counted(times.steps_per_start, 'step')} each",
         )
     yield _row(
         "checkpoint.every",
-        f"at most {times.checkpoint_every:,} steps is advised ({estimate.config.checkpoint.every:,} is set): a save of "
+        f"at most {counted(times.checkpoint_every, 'step')} is advised ({estimate.config.checkpoint.every:,} is "
+        "set): a save of "
         f"{times.habits.save_s:.3g} s, a failure every {_span(times.habits.failure_s)}",
     )
     for number, assumed in enumerate(times.habits.assumed):
@@ -104,7 +110,7 @@ def _time(estimate: Estimate) -> Iterator[str]:
 
 def _disk(estimate: Estimate) -> Iterator[str]:
     disk = estimate.disk
-    kept = f"{_count(disk.kept, 'checkpoint')} of {_gb(disk.checkpoint_bytes)}"
+    kept = f"{counted(disk.kept, 'checkpoint')} of {_gb(disk.checkpoint_bytes)}"
     yield _row("disk", f"{_gb(disk.needed_bytes)}: {kept}, and those that a save has not yet replaced")
     if disk.free_bytes is not None:
         verdict = "" if disk.is_enough else ": NOT enough"
@@ -117,10 +123,6 @@ def _row(name: str, value: str) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.2f} GB"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _span(seconds: float) -> str:

@@ -15,11 +15,12 @@ from hpcgpt.checkpoint import run_config
 from hpcgpt.config import paths
 from hpcgpt.exit_codes import FAILED
 from hpcgpt.export import new_folder
+from hpcgpt.run import which_runs
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    folder, out = Path(paths.expand(options.RUN, "RUN")), Path(paths.expand(options.OUT, "OUT"))
+    folder, out = which_runs.given(options), Path(paths.expand(options.OUT, "OUT"))
     config = run_config.config(folder)
     new_folder.check(out)
     # Imported here, since they load torch.
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "its name: the same logits in float64, on windows of the validation split."
     )
     parser = argparse.ArgumentParser(prog="hpcgpt export", description=about)
-    parser.add_argument("RUN", help="run folder")
+    which_runs.add_to(parser)
     parser.add_argument("OUT", help="folder to make; it must not exist")
     parser.add_argument(
         "--to",

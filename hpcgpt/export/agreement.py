@@ -144,3 +144,11 @@ def _largest(values: Tensor) -> float:
 
 def _ignore(_name: str, _output: Tensor) -> None:
     pass
+
+
+def losses(after: float, before: float, there: str = "") -> str:
+    """Compare two losses in nats, with as many digits as they need to differ; `there`: where `after` holds."""
+    if after == before:
+        return f"the loss of these tokens is {after:.5f} nats {there}as well"
+    digits = next((digits for digits in range(5, 17) if f"{after:.{digits}f}" != f"{before:.{digits}f}"), 17)
+    return f"the loss of these tokens is {after:.{digits}f} nats {there}instead of {before:.{digits}f}"

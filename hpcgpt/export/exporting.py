@@ -15,7 +15,7 @@ from hpcgpt.distributed import world
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.export import huggingface, huggingface_model, llmc, model_card, nanogpt, new_folder, tensor_names
 from hpcgpt.export import source as sources
-from hpcgpt.export.agreement import Agreement, DisagreementError, loss, ours
+from hpcgpt.export.agreement import Agreement, DisagreementError, loss, losses, ours
 from hpcgpt.export.model_card import Export
 from hpcgpt.export.on_demand import Read
 from hpcgpt.export.source import Probe, Source
@@ -144,10 +144,7 @@ def _rounding(source: Source, probe: Probe) -> str:
         return ""
     before = loss(ours(source.model, source.read(torch.float64)), probe.ids)
     after = loss(ours(source.model, source.read()), probe.ids)
-    return (
-        f"the weights are rounded to {source.dtype_name}: the loss of these tokens is {after:.5f} nats instead of "
-        f"{before:.5f}"
-    )
+    return f"the weights are rounded to {source.dtype_name}: {losses(after, before)}"
 
 
 def _documents(source: Source) -> str:

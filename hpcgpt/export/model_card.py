@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import hpcgpt
-from hpcgpt.checkpoint.init_from import IMPORTED
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
 from hpcgpt.export.source import Source
 from hpcgpt.export.tensor_names import Architecture, Piece
+from hpcgpt.output.counted import counted
 from hpcgpt.run import records, row_search
+from hpcgpt.run.run_folder import IMPORTED
 from hpcgpt.slurm import code_snapshot
 
 MOST_RUNS = 100  # before this one that are followed
@@ -73,12 +74,12 @@ def parameter_count(pieces: list[Piece]) -> int:
 
 def _model(export: Export) -> dict[str, str]:
     source, model = export.source, export.source.model
-    heads = f"{model.n_head} heads"
+    heads = counted(model.n_head, "head")
     heads += "" if model.kv_heads == model.n_head else f" ({model.kv_heads} for keys and values)"
     return {
         "format": f"{export.kind}, {source.dtype_name}",
         "parameters": f"{parameter_count(source.pieces(export.kind)):,}",
-        "shape": f"{model.n_layer} layers, {heads}, width {model.n_embd:,}, MLP {model.hidden_width:,}",
+        "shape": f"{counted(model.n_layer, 'layer')}, {heads}, width {model.n_embd:,}, MLP {model.hidden_width:,}",
         "context": f"{model.block_size:,} tokens",
         "vocabulary": f"{model.vocab_size:,} ids, tokenizer {source.tokenizer.name}",
     }
@@ -114,7 +115,7 @@ def _trained(source: Source) -> dict[str, str]:
     made_with = {name: state.in_effect.get(name) for name in ("hpcgpt", "torch", "gpu", "ranks")}
     config, (runs, imported) = source.config, runs_before(source.config)
     rate = f"peak learning rate {config.optim.lr:g}, schedule {config.schedule.kind}"
-    steps = f"{state.step:,} steps of {source.config.train.global_batch:,} sequences"
+    steps = f"{counted(state.step, 'step')} of {counted(source.config.train.global_batch, 'sequence')}"
     return {
         "trained on": f"{state.tokens:,} tokens, {steps}",
         "data": ", ".join(f"shards with digest `{digest}`" for digest in digests),

@@ -25,7 +25,7 @@ from torch import Tensor
 from hpcgpt.config.options import Model
 from hpcgpt.errors import UserError
 from hpcgpt.export import huggingface, huggingface_model, reference_gpt2
-from hpcgpt.export.agreement import Agreement, Forward, compare, loss, ours
+from hpcgpt.export.agreement import Agreement, Forward, compare, loss, losses, ours
 from hpcgpt.export.on_demand import Read
 from hpcgpt.export.source import Probe, Source
 from hpcgpt.storage import atomic
@@ -98,8 +98,7 @@ def notes(source: Source, folder: Path, probe: Probe) -> list[str]:
         exact = dataclasses.replace(source.model, gelu="exact")
         before, after = (loss(_forward(source, folder, model), probe.ids) for model in (source.model, exact))
         found.append(
-            f"nanoGPT's GELU is the exact one, and the run's the tanh form of GPT-2: the loss of these tokens is "
-            f"{after:.5f} nats there instead of {before:.5f}"
+            f"nanoGPT's GELU is the exact one, and the run's the tanh form of GPT-2: {losses(after, before, 'there ')}"
         )
     if source.tokenizer.name != "gpt2":
         found.append(

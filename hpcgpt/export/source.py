@@ -25,6 +25,7 @@ from hpcgpt.data.loader import Windows
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.export import tensor_names
 from hpcgpt.export.tensor_names import Architecture, Piece
+from hpcgpt.output.counted import counted
 from hpcgpt.tokenizer.interface import Tokenizer, stream
 from hpcgpt.training.step import to_ids
 
@@ -116,7 +117,7 @@ def probe(source: Source) -> Probe:
     numbers = np.unique(np.linspace(0, windows.count - 1, count).astype(np.int64))
     ids = to_ids(windows.read(numbers))[:, :length]
     texts = ["".join(stream(source.tokenizer, row.tolist())) for row in ids]
-    what = f"{len(numbers):,} windows of the {split} split, {ids.numel():,} tokens"
+    what = f"{counted(len(numbers), 'window')} of the {split} split, {ids.numel():,} tokens"
     # An unfinished character at the border of a window is no text that could be encoded again.
     return Probe(
         ids, what, [text for text in texts if "\ufffd" not in text] or [text.strip("\ufffd") for text in texts]

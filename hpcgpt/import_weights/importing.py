@@ -16,6 +16,7 @@ from hpcgpt.export import new_folder
 from hpcgpt.import_weights import against_transformers, checkpoints, huggingface, weights_folder
 from hpcgpt.import_weights.assemble import Source, assemble
 from hpcgpt.import_weights.weights_folder import Origin
+from hpcgpt.output.counted import counted
 from hpcgpt.tokenizer import find_tokenizer
 from hpcgpt.tokenizer.interface import Tokenizer
 
@@ -120,6 +121,7 @@ def _sizes(path: Path) -> dict[str, int]:
 def _shape(model: Model) -> str:
     groups = f" in {model.kv_heads} groups" if model.kv_heads != model.n_head else ""
     return (
-        f"{model.n_layer} layers of {model.n_embd}, {model.n_head} heads of {model.head_width}{groups}, "
+        f"{counted(model.n_layer, 'layer')} of {model.n_embd}, {counted(model.n_head, 'head')} of "
+        f"{model.head_width}{groups}, "
         f"{model.block_size:,} tokens of context, {model.vocab_size:,} ids, head {'' if model.tied else 'not '}tied"
     )

@@ -26,7 +26,6 @@ from typing import Any
 import tomli_w
 
 from hpcgpt.checkpoint import layout, safetensors_writer
-from hpcgpt.checkpoint.init_from import IMPORTED
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import sources
 from hpcgpt.config.options import Model, Train
@@ -76,7 +75,7 @@ def write(folder: Path, out: Path, assembled: Assembled, tokenizer: Tokenizer, o
     run_folder.prepare(folder)
     save_load.save(tokenizer, folder / "tokenizer")
     _write_checkpoint(layout.path_of(folder / "checkpoints", 0), assembled)
-    atomic.write(folder / IMPORTED, (json.dumps(dataclasses.asdict(origin), indent=1) + "\n").encode())
+    atomic.write(folder / run_folder.IMPORTED, (json.dumps(dataclasses.asdict(origin), indent=1) + "\n").encode())
 
 
 def _write_checkpoint(path: Path, assembled: Assembled) -> None:

@@ -12,16 +12,16 @@ Log-likelihoods are those of ``hpcgpt eval --tasks`` (``hpcgpt.tasks``). One pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from hpcgpt.checkpoint import load_model
-from hpcgpt.config import paths, sources
+from hpcgpt.config import sources
 from hpcgpt.config.options import Sample
 from hpcgpt.errors import UserError
 from hpcgpt.model.generate import generate
+from hpcgpt.run import which_runs
 from hpcgpt.tasks.likelihood import Computation, loglikelihoods
 from hpcgpt.tasks.requests import Request, encode_pair
 from hpcgpt.tasks.scores import LogLikelihood
@@ -83,7 +83,7 @@ class RunModel:
             raise UserError("--model_args: step=N and best=True name two checkpoints: leave one of them out")
         if device not in DEVICES:
             raise UserError(f"--device {device}: expected cpu, cuda or cuda:0; CUDA_VISIBLE_DEVICES chooses the GPU")
-        folder = Path(paths.expand(str(run), "run"))
+        folder = which_runs.one(str(run), which_runs.run_dir())
         self._trained = load_model.load(folder, step, best, DEVICES[device])
         automatic = batch_size is None or str(batch_size).startswith("auto")
         batch = self._trained.config.train.micro_batch if automatic else int(batch_size or 1)

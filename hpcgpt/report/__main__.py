@@ -14,6 +14,8 @@ from pathlib import Path
 
 from hpcgpt import cli
 from hpcgpt.errors import UserError, sentence
+from hpcgpt.output.counted import counted
+from hpcgpt.run import which_runs
 
 _EPILOG = """\
 RUN is a run's folder, its name below run.dir, a folder of runs, or a pattern in quotes ('sweep-*'). Several runs are
@@ -23,11 +25,7 @@ drawn over each other.
 
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
-    # Imported late, so that --help takes a tenth of a second.
-    from hpcgpt.config.options import Run
-    from hpcgpt.status import which_runs
-
-    folders = which_runs.find(options.RUN, Path(options.run_dir or Run().dir))
+    folders = which_runs.find(options.RUN, which_runs.run_dir(options))
     out = Path(options.out)
     _check(out)
     content = _page(folders)
@@ -37,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     from hpcgpt.storage import atomic
 
     atomic.write(out, content)
-    print(f"{out}: {len(folders)} run{'s' * (len(folders) != 1)}, {len(content) / 1000:,.0f} kB")
+    print(f"{out}: {counted(len(folders), 'run')}, {len(content) / 1000:,.0f} kB")
     return 0
 
 
@@ -87,11 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="hpcgpt report", description="Show runs on one HTML page, without scripts, to read, mail or print.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("RUN", nargs="+", help="run folders, names, patterns, or folders of runs")
+    which_runs.add_to(parser, nargs="+")
     parser.add_argument(
         "-o", "--out", default="report.html", metavar="FILE", help="the page (default: report.html; -: standard output)"
     )
-    parser.add_argument("--run.dir", dest="run_dir", metavar="DIR", help="folder of the runs (default: runs)")
     return parser
 
 

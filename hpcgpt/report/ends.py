@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from hpcgpt.output.counted import counted
 from hpcgpt.status.run_state import NOTHING_REPORTED
 
 FAILED = "failed"
@@ -41,13 +42,13 @@ def sentence(history: Sequence[dict[str, Any]], lost_steps: int, last_step: int)
     without_ranks = len(history) - len(attempts)
     if len(history) < 2:
         return ""
-    counted = ", ".join(f"{number:,} {ended}" for ended, number in Counter(map(words, attempts)).most_common())
-    parts = [f"{len(attempts):,} attempt{'s' * (len(attempts) != 1)}: {counted}."] if attempts else []
+    each = ", ".join(f"{number:,} {ended}" for ended, number in Counter(map(words, attempts)).most_common())
+    parts = [f"{counted(len(attempts), 'attempt')}: {each}."] if attempts else []
     if without_ranks:
-        parts.append(f"{without_ranks:,} start{'s' * (without_ranks != 1)} failed before any rank ran.")
+        parts.append(f"{counted(without_ranks, 'start')} failed before any rank ran.")
     if lost_steps:
         share = f" ({lost_steps / last_step:.1%} of {last_step:,})" if last_step else ""
-        parts.append(f"{lost_steps:,} step{'s' * (lost_steps != 1)}{share} had to be repeated.")
+        parts.append(f"{counted(lost_steps, 'step')}{share} had to be repeated.")
     elif attempts:
         parts.append("No step had to be repeated.")
     return " ".join(parts)

@@ -18,6 +18,7 @@ from hpcgpt.checkpoint import layout, listing
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError, sentence
 from hpcgpt.exit_codes import USER_MISTAKE
+from hpcgpt.output.counted import counted
 from hpcgpt.report import ends, strip
 from hpcgpt.report.columns import Columns, Gatherer
 from hpcgpt.report.strip import Mark
@@ -102,7 +103,9 @@ def _failed_or_lost(entry: dict[str, Any]) -> bool:
 def _mark(entry: dict[str, Any], later: bool) -> Mark:
     """Mark the end of an attempt, after which the run went back if there is a `later` one."""
     reached, kept = entry["to_step"], entry["to_step"] - entry["lost_steps"]
-    back = "" if kept == reached else f", back to step {kept:,}" if later else f", {reached - kept:,} steps lost"
+    back = (
+        "" if kept == reached else f", back to step {kept:,}" if later else f", {counted(reached - kept, 'step')} lost"
+    )
     if ends.failed(entry):
         return Mark(
             float(reached), strip.FAILED, entry["attempt"], f"failed at step {reached:,}{back}: {entry['reason']}"

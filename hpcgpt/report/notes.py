@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hpcgpt.output.counted import counted
 from hpcgpt.run.records import Record
 from hpcgpt.status.figures import span
 
@@ -80,7 +81,7 @@ _WORDS: dict[str, tuple[str, Weight, Callable[[Record], str]]] = {
     "went_back": ("went back", "change", lambda e: f"from step {e.get('from_step', 0):,} to step {e['step']:,}"),
     "save_failed": ("not saved", "fault", lambda e: str(e.get("problem", ""))),
     "unreadable": ("checkpoint", "fault", lambda e: f"not readable: {e.get('problem', '')}"),
-    "damaged_metrics": ("metrics", "fault", lambda e: f"{e.get('missing_steps', 0):,} steps have no row"),
+    "damaged_metrics": ("metrics", "fault", lambda e: f"{counted(e.get('missing_steps', 0), 'step')} without a row"),
     "damaged_shard": ("shard", "fault", lambda e: f"{e.get('path', '')}: {e.get('problem', '')}"),
     "node_failed": ("node failed", "fault", lambda e: str(e.get("host", ""))),
     "straggler": (

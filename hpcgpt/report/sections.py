@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpcgpt.output import terminal
+from hpcgpt.plan import longer
 from hpcgpt.report import bars, ends, summary
 from hpcgpt.report.facts import MOST_CHECKPOINTS, Facts, defaults
 from hpcgpt.report.markup import EMPTY, Child, Markup, colour, cut, element, join, table
@@ -16,6 +17,7 @@ from hpcgpt.report.scale import short
 from hpcgpt.run.goodput import Goodput
 from hpcgpt.status import why
 from hpcgpt.status.figures import count, span
+from hpcgpt.status.run_state import ALIVE, STOP_FILE, WAITING
 
 MOST_ATTEMPTS = 100
 MOST_NOTES = 150
@@ -158,12 +160,21 @@ def what_next(run: Facts) -> Markup:
     config = f"{folder}/config.toml"
     state, total = run.status["state"], run.status["total_steps"]
     lines: list[tuple[str, str]] = []
-    if state == "finished" and total:
-        lines.append(("train longer", f"hpcgpt train {config} --train.steps {total + total // 2}"))
-    else:
-        lines.append(("continue from the newest checkpoint", f"hpcgpt train {config}"))
+    if state in (*ALIVE, *WAITING):
+        lines.append(("follow it", f"hpcgpt status {folder} --watch"))
+    elif run.settings:
+        about, first, arguments = "continue from the newest checkpoint", "", config
+        if state == "imported":
+            about, arguments = "train on from these weights, in a run of its own", f"{config} --data.dir SHARDS"
+        elif state == "finished" and total:
+            about, arguments = "train longer", f"{config} --train.steps {longer(total)}"
+        elif run.status["reason"] == STOP_FILE:
+            first = f"rm {folder}/STOP && "
+        lines += [
+            (about, f"{first}hpcgpt train {arguments}"),
+            ("the same on Slurm, with the flags of your job", f"{first}hpcgpt submit --nodes N {arguments}"),
+        ]
     lines += [
-        ("the same on Slurm, with the flags of your job", f"hpcgpt submit --nodes N {config}"),
         ("write text", f'hpcgpt sample {folder} --prompt "Once upon a time"'),
         ("loss over the whole validation split", f"hpcgpt eval {folder}"),
         ("why each attempt ended", f"hpcgpt status {folder} --why"),

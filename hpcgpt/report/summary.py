@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpcgpt.output.counted import counted
 from hpcgpt.report.facts import Facts
 from hpcgpt.run.goodput import Goodput
 from hpcgpt.status.figures import count, span
@@ -83,7 +84,7 @@ def _cpu(run: Facts) -> str:
     name, threads = recorded.get("cpu"), recorded.get("run.threads")
     details = [
         name if isinstance(name, str) else "",
-        f"{threads:,} thread{'s' * (threads != 1)}" if type(threads) is int else "",
+        counted(threads, "thread") if type(threads) is int else "",
     ]
     known = ", ".join(filter(None, details))
     return f" ({known})" if known else ""

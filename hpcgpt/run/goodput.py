@@ -31,6 +31,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hpcgpt.output.counted import counted
 from hpcgpt.run import attempts as attempt_history
 from hpcgpt.run import condensed, records
 from hpcgpt.run.attempts import Attempt, evaluation_s, step_began_at
@@ -114,8 +115,8 @@ class Goodput:
         """Format the figures as a table."""
         if self.goodput is None:
             return "goodput: nothing has been trained yet"
-        lost = f", {self.lost_steps:,} steps lost" if self.lost_steps else ""
-        lines = [f"goodput {self.goodput:.1%} over {self.attempts} attempt{'s' * (self.attempts != 1)}{lost}"]
+        lost = f", {counted(self.lost_steps, 'step')} lost" if self.lost_steps else ""
+        lines = [f"goodput {self.goodput:.1%} over {counted(self.attempts, 'attempt')}{lost}"]
         width = max(len(f"{self.total_s:,.1f}"), 8)
         for name, label in SHOWN.items():
             share = f"{self.seconds[name] / self.active_s:6.1%}" if name != "idle_s" else " " * 5 + "-"

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from hpcgpt.output import streams
 from hpcgpt.output.best_effort import only_informs
+from hpcgpt.output.counted import counted
 from hpcgpt.run import cut, run_folder
 from hpcgpt.run.blocks_file import BlocksFile
 from hpcgpt.storage import atomic
@@ -275,8 +276,9 @@ def _keep_damaged_lines(path: Path, found: cut.Cut) -> bytes:
     except OSError as error:
         problem, rest = f" ({error.strerror}: they stay where they are)", lines
     streams.warn(
-        f"{path} has {len(found.damaged)} damaged lines, kept in {damaged_path}{problem}: {len(missing):,} steps have "
-        f"no row, from step {missing[0]:,} to step {missing[-1]:,}. Training is not affected",
+        f"{path} has {counted(len(found.damaged), 'damaged line')}, kept in {damaged_path}{problem}: "
+        f"{counted(len(missing), 'step')} without a row, from step {missing[0]:,} to step {missing[-1]:,}. Training is "
+        "not affected",
     )
     try:
         run_folder.record(

@@ -21,6 +21,9 @@
       wandb/
       tensorboard/
 
+A folder of imported weights has config.toml, run.json, checkpoints/, tokenizer/ and imported.json, which says where
+they come from (hpcgpt.import_weights); no attempt trains there.
+
 A file named STOP in it makes a running job save and exit, and keeps other jobs from starting.
 
 No torch in here.
@@ -49,6 +52,7 @@ from hpcgpt.errors import NodeError, UserError, cannot_read
 from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 
+IMPORTED = "imported.json"
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _recording = threading.Lock()  # truncating a line that did not fit must not remove another thread's line
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hpcgpt.output.counted import counted
 from hpcgpt.sites.qos import NOT_READABLE, Qos
 from hpcgpt.sites.schema import Queue, Site
 from hpcgpt.slurm.partitions import Partition, minutes
@@ -77,9 +78,9 @@ def _nodes(site: Site, queue: Queue, partitions: Sequence[Partition]) -> Finding
     if not kinds:
         return Finding(queue.name, "differs", f"there are no nodes{features}")
     cpus = node.gpus * node.cpus_per_gpu
-    text = f"{node.gpus} GPUs and {cpus} CPUs a node"
+    text = f"{counted(node.gpus, 'GPU')} and {counted(cpus, 'CPU')} a node"
     # Cores that the system reserves are counted by sinfo, but not in the file.
     if any(kind.gpus == node.gpus and kind.cpus >= cpus for kind in kinds):
         return Finding(queue.name, "agrees", text)
-    there = ", ".join(sorted({f"{kind.gpus} GPUs and {kind.cpus} CPUs" for kind in kinds}))
+    there = ", ".join(sorted({f"{counted(kind.gpus, 'GPU')} and {counted(kind.cpus, 'CPU')}" for kind in kinds}))
     return Finding(queue.name, "differs", f"the file has {text}{features}, Slurm {there}")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 from hpcgpt.sites.schema import Node, Queue, Site
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.slurm.request import DEFAULT_MINUTES, gpus_per_node, written_for_gpus
@@ -138,7 +139,7 @@ def _refusal(queue: Queue, nodes: int, gpus: int, limit: int | None) -> str:
     if queue.max_nodes and nodes > queue.max_nodes:
         return f"at most --nodes={queue.max_nodes}"
     if queue.max_gpus and nodes * gpus > queue.max_gpus:
-        return f"at most {queue.max_gpus} GPUs, {queue.max_gpus // gpus} nodes"
+        return f"at most {counted(queue.max_gpus, 'GPU')}, {counted(queue.max_gpus // gpus, 'node')}"
     return ""
 
 
@@ -166,7 +167,9 @@ def _request_gpus(site: Site, node: Node, flags: dict[str, str], nodes: int, not
     if gpus > node.gpus:
         raise UserError(f"{text}: a node of {site.title} has {node.gpus} ({node.gpu})")
     if gpus < node.gpus and site.request.whole_nodes:
-        raise UserError(f"{text}: {site.title} gives and charges whole nodes, with {node.gpus} GPUs: request all")
+        raise UserError(
+            f"{text}: {site.title} gives and charges whole nodes, with {counted(node.gpus, 'GPU')}: request all"
+        )
     if own and own != ["gpus-per-node"]:
         return gpus
     form = site.request.form

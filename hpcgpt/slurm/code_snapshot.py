@@ -85,6 +85,27 @@ def keep(run_folder: Path, arguments: Sequence[str]) -> Snapshot:
     return Snapshot(folder, tuple(kept), is_kept=True)
 
 
+def check_imported(folder: Path) -> None:
+    """Check that this Python, started in `folder`, imports this code.
+
+    A virtual environment may have hpcgpt installed from another checkout. In a checkout that does not show, since the
+    current folder is before it in Python's path. A job of `submit` has HPCGPT_CODE, which is before both.
+
+    Raises:
+        UserError: it imports other code, or none.
+    """
+    command = [sys.executable, "-c", "import hpcgpt; print(hpcgpt.__file__)"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60, check=False)
+    there = Path(done.stdout.strip()).resolve().parent
+    if done.returncode == 0 and there == PACKAGE:
+        return
+    found = f"imports {there}" if done.returncode == 0 else "cannot import hpcgpt"
+    raise UserError(
+        f"jobs would not run the code of this checkout, {PACKAGE}: {sys.executable}, started in {folder}, {found}. Use "
+        f"the .venv of this checkout (`make install` there makes it), or set PYTHONPATH={PACKAGE.parent}"
+    )
+
+
 def _files() -> dict[str, bytes]:
     """Read the package and the batch scripts; by path in the snapshot."""
     found = {}

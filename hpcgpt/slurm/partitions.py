@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hpcgpt.output.counted import counted
 from hpcgpt.slurm import scontrol
 
 _FORMAT = "%P|%a|%l|%s|%D|%c|%m|%f|%G|%T"
@@ -34,7 +35,7 @@ class NodeKind:
     @property
     def gpu_text(self) -> str:
         names = " ".join(name for name in self.gpu_types if name)
-        return f"{self.gpus} x {names}" if names else f"{self.gpus} GPU{'' if self.gpus == 1 else 's'}"
+        return f"{self.gpus} x {names}" if names else counted(self.gpus, "GPU")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from hpcgpt.config.unknown_flags import nearest
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 from hpcgpt.slurm.partitions import NodeKind, Partition, gpus_in, minutes
 from hpcgpt.slurm.sbatch_flags import GPU_FLAGS, MEMORY_FLAGS, Flags
 
@@ -123,7 +124,7 @@ def _check_ranks(flags: Flags, nodes: int, ranks: int, gpus: int) -> None:
     each = -(-ranks // nodes)
     if gpus and each > gpus:
         raise UserError(
-            f"{each} ranks per node on {gpus} GPU{'' if gpus == 1 else 's'}: each rank needs one of its own, so leave "
+            f"{each} ranks per node on {counted(gpus, 'GPU')}: each rank needs one of its own, so leave "
             f"out --ntasks and --ntasks-per-node, or give --ntasks-per-node={gpus}"
         )
 
@@ -240,11 +241,11 @@ def _check_limits(flags: Flags, partition: Partition, kinds: Sequence[NodeKind],
     enough = sum(kind.count for kind in kinds if kind.gpus >= gpus)
     if not enough:
         most = max(kind.gpus for kind in kinds)
-        raise UserError(f"{gpus} GPUs per node: no node of partition {name} has more than {most}")
+        raise UserError(f"{counted(gpus, 'GPU')} per node: no node of partition {name} has more than {most}")
     if nodes > enough:
         constraint = f" and --constraint={flags['constraint']}" if "constraint" in flags else ""
-        having = f" with {gpus} GPUs{constraint}" if gpus else constraint.replace(" and", " with")
-        raise UserError(f"--nodes={nodes}: partition {name} has {enough} nodes{having}")
+        having = f" with {counted(gpus, 'GPU')}{constraint}" if gpus else constraint.replace(" and", " with")
+        raise UserError(f"--nodes={nodes}: partition {name} has {counted(enough, 'node')}{having}")
 
 
 def _ranks(flags: Flags, nodes: int) -> int:

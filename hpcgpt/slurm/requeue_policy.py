@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from hpcgpt.config.options import Requeue
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.exit_codes import AGAIN, FINISHED, SUPERSEDED, USER_MISTAKE
+from hpcgpt.output.counted import counted
 from hpcgpt.run.crash_report import FirstFailure
 from hpcgpt.run.run_folder import Exit
 from hpcgpt.slurm.restart_history import RestartHistory
@@ -98,7 +99,10 @@ def decide(
     crashes = past.crashes + 1
     if crashes >= limits.max_crashes:
         return Decision(
-            False, f"crash loop: {crashes} crashes without a new checkpoint, the last one: {what}", True, gave_up=True
+            False,
+            f"crash loop: {counted(crashes, 'crash', 'crashes')} without a new checkpoint, the last one: {what}",
+            True,
+            gave_up=True,
         )
     return _again(f"crash {crashes} since the last new checkpoint: {what}", past, limits, crashed=True)
 
@@ -133,7 +137,7 @@ def _again(why: str, past: RestartHistory, limits: Requeue, crashed: bool = Fals
         return Decision(False, f"{_no_progress_message(past)} ({why})", crashed, gave_up=True)
     if past.without_progress and past.last:
         why += (
-            f". This start {past.last.summary}: {past.without_progress} starts in a row without progress, "
+            f". This start {past.last.summary}: {counted(past.without_progress, 'start')} in a row without progress, "
             f"{limits.max_idle} allowed"
         )
     return Decision(True, why, crashed)
@@ -149,14 +153,14 @@ def _node_failed(past: RestartHistory, limits: Requeue) -> Decision:
 def _no_progress_message(past: RestartHistory) -> str:
     last = f", the last one {past.last.summary}" if past.last else ""
     return (
-        f"no progress: {past.without_progress} starts in a row trained for less time than they took to start{last}. "
-        "Submit it again with a longer --time, or on nodes that are preempted less. requeue.max_idle sets how many "
-        "such starts are allowed"
+        f"no progress: {counted(past.without_progress, 'start')} in a row trained for less time than they took to "
+        f"start{last}. Submit it again with a longer --time, or on nodes that are preempted less. "
+        "requeue.max_idle sets how many such starts are allowed"
     )
 
 
 def _node_failures_message(count: int) -> str:
     return (
-        f"{count} starts without a new checkpoint ended with a node failure: check the nodes, then submit it again. "
-        "requeue.max_node_failures sets how many are allowed"
+        f"{counted(count, 'start')} without a new checkpoint ended with a node failure: check the nodes, then submit "
+        "it again. requeue.max_node_failures sets how many are allowed"
     )

@@ -31,6 +31,7 @@ from typing import Any
 
 from hpcgpt.checkpoint import layout
 from hpcgpt.checkpoint.layout import FormatError
+from hpcgpt.output.counted import counted
 
 Row = Mapping[str, Any]
 
@@ -67,7 +68,7 @@ class Start:
             return f"{cost}made no new checkpoint"
         steps = self.to_step - self.from_step
         time = "" if self.trained_s is None else f"trained for {self.trained_s:.0f} s, "
-        return f"{cost}{time}{steps:,} step{'s' if steps > 1 else ''}"
+        return f"{cost}{time}{counted(steps, 'step')}"
 
 
 @dataclass(frozen=True)

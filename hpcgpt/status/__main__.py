@@ -22,6 +22,7 @@ from typing import Any
 
 from hpcgpt import cli
 from hpcgpt.errors import UserError
+from hpcgpt.run import which_runs
 
 _USUAL = -1.0  # --watch without a number
 
@@ -29,17 +30,14 @@ _EPILOG = """\
 RUN is a run's folder, its name below run.dir, a folder of runs, or a pattern in quotes ('sweep-*'). Without RUN: all
 runs below run.dir (./runs). One run is shown with all figures, several in a table with a line each.
 
-states: new, pending, starting, running, stale, finished, saved, requeued, held, stopped, failed; see docs/status.md.
+states: new, imported, pending, starting, running, stale, finished, saved, requeued, held, stopped, failed; see
+docs/status.md.
 """
 
 
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
-    # Imported late, so that --help takes a tenth of a second.
-    from hpcgpt.config.options import Run
-    from hpcgpt.status import which_runs
-
-    default = Path(options.run_dir or Run().dir)
+    default = which_runs.run_dir(options)
 
     def find() -> list[Path]:
         return which_runs.find(options.RUN, default)
@@ -116,7 +114,7 @@ def _parse(argv: Sequence[str]) -> Any:
         prog="hpcgpt status", description="Show how runs are going.", epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("RUN", nargs="*", help="run folders, names, patterns, or folders of runs")
+    which_runs.add_to(parser, nargs="*")
     parser.add_argument("--why", action="store_true", help="a line for each attempt: how it ended, what was decided")
     parser.add_argument("--history", action="store_true", help="also show each attempt, and what the time was spent on")
     parser.add_argument(
@@ -124,7 +122,6 @@ def _parse(argv: Sequence[str]) -> Any:
         help="follow the runs, every S seconds (default: 2; 30 without a terminal); Slurm is asked at most every 30 s",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per line (docs/reference.md)")
-    parser.add_argument("--run.dir", dest="run_dir", metavar="DIR", help="folder of the runs (default: runs)")
     options = parser.parse_args(_with_default_watch(argv))
     chosen = {
         "watch": options.watch is not None,

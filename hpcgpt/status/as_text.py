@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
+from hpcgpt.output.counted import counted
 from hpcgpt.run.goodput import Goodput
 from hpcgpt.run.records import Record as Row
 from hpcgpt.status.figures import figure, moment, span
 from hpcgpt.status.run_state import ALIVE, SILENT_S, WAITING
-from hpcgpt.status.why import compressed
+from hpcgpt.status.why import compressed, title
 
 
 def as_text(found: dict[str, Any], now: float) -> str:
     """Format what `run_status.complete` returned; `now` in unix seconds."""
     total = f" of {found['total_steps']:,}" if found["total_steps"] else ""
-    reason = f" ({found['reason']})" if found["reason"] else ""
-    lines = [f"{found['run']}: {found['state']}{reason}"]
+    lines = [title(found)]
     lines += [f"  {line}" for line in queue_lines(found, now)]
     lines.append(f"  step {found['step']:,}{total}, {found['tokens']:,} tokens, attempts so far: {found['attempts']}")
+    if found["state"] == "imported":
+        lines.append(f"  what to do: {train_on(found['run'])}")
     if job := running_job(found, now):
         lines.append(f"  {job}")
     if found["last_step_age_s"] is not None:
+        ranks = counted(found["world_size"], "rank") if found["world_size"] else "? ranks"
         lines.append(
             f"  loss {figure(found['train/loss'], '.4f')}, {figure(found['train/tokens_per_s'], ',.0f')} tokens/s on "
-            f"{found['world_size'] or '?'} ranks, last step {span(found['last_step_age_s'])} ago"
+            f"{ranks}, last step {span(found['last_step_age_s'])} ago"
         )
     if found["val/loss"] is not None:
         lines.append(
@@ -45,6 +49,11 @@ def as_text(found: dict[str, Any], now: float) -> str:
     elif found["goodput"] and found["goodput"]["goodput"] is not None:
         lines.append(f"  {Goodput.from_dict(found['goodput']).line()}")
     return "\n".join(lines)
+
+
+def train_on(folder: str) -> str:
+    """Return the command that trains on from imported weights; what a user must fill in is in capitals."""
+    return f"hpcgpt train {shlex.quote(f'{folder}/config.toml')} --data.dir SHARDS"
 
 
 def running_job(found: dict[str, Any], now: float) -> str:

@@ -5,6 +5,7 @@ job that was refused does not change the state of the attempt that is running. I
 a job still exists, Slurm is asked (`presence_of`); without Slurm, elapsed time decides.
 
     new        nothing has started yet
+    imported   it holds the weights of another program, and no run trains in it (hpcgpt.import_weights)
     pending    a job for it waits in Slurm's queue
     starting   its job has started, its ranks have not reported yet
     running    it has written something recently
@@ -35,14 +36,16 @@ from hpcgpt.slurm.requeue_policy import CANCELLED
 from hpcgpt.storage import lease
 
 Name = Literal[
-    "new", "pending", "starting", "running", "stale", "finished", "saved", "requeued", "held", "stopped", "failed"
-]
+    "new", "imported", "pending", "starting", "running", "stale", "finished", "saved", "requeued", "held", "stopped",
+    "failed",
+]  # fmt: skip
 ALIVE: tuple[Name, ...] = ("starting", "running", "stale")
 WAITING: tuple[Name, ...] = ("pending", "requeued", "held")
 # A run is not stale before this long, and before its first step, in which a model may be compiled, not before that.
 SILENT_S, SILENT_AT_START_S = 120.0, 600.0
 RECENT_EVALUATIONS = 5
 NOTHING_REPORTED = "nothing reported: killed, or its node failed"
+WEIGHTS_ALONE = "weights of another program; a run of its own trains on from them"
 STOP_FILE = "a STOP file keeps it stopped"
 NEWEST_JOBS, NEWEST_SUBMISSIONS = 2, 5
 
@@ -72,6 +75,8 @@ def find(
     start = starts[-1] if starts else {}
     since = _events_since(start, events)
     end, position = _end_event(start, since)
+    if not start and not end and (folder / run_folder.IMPORTED).exists():
+        return State("imported", WEIGHTS_ALONE)
     if start and not end and _is_held(folder) and not _was_started_again(start, since):
         alive = _of_attempt(folder, start, events, rows, now, ask)
         if alive:

@@ -98,7 +98,7 @@ def _figures(
         "attempts": len(starts),
         "world_size": start.get("world_size"),
         "hosts": list(dict.fromkeys(start.get("hosts") or [])),
-        "checkpoint_step": attempts.newest_checkpoint(events),
+        "checkpoint_step": 0 if state.name == "imported" else attempts.newest_checkpoint(events),
         "stragglers": _stragglers(events, start) if alive else [],
         "job": job.as_dict() if job else _unknown_job(state),
         "goodput": None,

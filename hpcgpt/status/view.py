@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcgpt.output import terminal
+from hpcgpt.output.counted import counted
 from hpcgpt.run.goodput import Goodput
 from hpcgpt.status import curve, table
 from hpcgpt.status.as_text import queue_lines
@@ -124,7 +125,7 @@ def _figures(run: dict[str, Any], snapshot: Snapshot, width: int) -> list[str]:
         found.append("goodput: being computed from all steps ...")
     where = [f"attempt {run['attempts']}"] if run["attempts"] else []
     if run["world_size"]:
-        where.append(f"{run['world_size']} rank{'s' * (run['world_size'] != 1)} on {compressed(run['hosts']) or '?'}")
+        where.append(f"{counted(run['world_size'], 'rank')} on {compressed(run['hosts']) or '?'}")
     job = run["job"] or {}
     if job.get("ends_at") and run["state"] not in WAITING:
         where.append(f"job {job['id']} until {moment(job['ends_at'], snapshot.at)}")

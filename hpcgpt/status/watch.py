@@ -27,7 +27,7 @@ from hpcgpt.status.view import Snapshot
 EVERY_S, PLAIN_EVERY_S = 2.0, 30.0
 GOODPUT_EVERY_S, GOODPUT_SHARE = 30.0, 0.05
 READING_SHARE = 0.2  # of the time, at most, is spent on reading run folders: there may be hundreds
-OVER = ("finished", "failed", "stopped", "saved", "new", table.UNREADABLE)
+OVER = ("finished", "failed", "stopped", "saved", "new", "imported", table.UNREADABLE)
 
 Find = Callable[[], Sequence[Path]]
 

@@ -14,14 +14,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from hpcgpt.output.counted import counted
 from hpcgpt.status.figures import short_span
 from hpcgpt.status.history import LEFT
 
 
+def title(found: dict[str, Any]) -> str:
+    """Format a run's state, and the reason for it, unless that only repeats the state."""
+    reason = f" ({found['reason']})" if found["reason"] not in ("", found["state"]) else ""
+    return f"{found['run']}: {found['state']}{reason}"
+
+
 def as_text(found: dict[str, Any]) -> str:
     """Format a run's state, and below it its attempts."""
-    reason = f" ({found['reason']})" if found["reason"] else ""
-    return "\n".join([f"{found['run']}: {found['state']}{reason}", *(f"  {line}" for line in lines(found))])
+    return "\n".join([title(found), *(f"  {line}" for line in lines(found))])
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -58,7 +64,7 @@ def _end(entry: dict[str, Any]) -> str:
     """Describe how an attempt ended, and what was decided then."""
     if entry.get("running"):
         return "running"
-    lost = f", {entry['lost_steps']:,} steps lost" if entry.get("lost_steps") else ""
+    lost = f", {counted(entry['lost_steps'], 'step')} lost" if entry.get("lost_steps") else ""
     reason, why = str(entry["reason"]), str(entry["decision_reason"])
     if entry["decision"] == LEFT and reason == "finished":
         return reason

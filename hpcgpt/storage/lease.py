@@ -159,6 +159,14 @@ def holder_is_gone(run_folder: Path) -> bool:
         return False
 
 
+def holder(run_folder: Path) -> str:
+    """Describe the attempt with the newest lease; '' if it has released it, or is known to have ended."""
+    if not is_held(run_folder) or holder_is_gone(run_folder):
+        return ""
+    folder = run_folder / "generations"
+    return _describe(folder, _newest(folder))
+
+
 def wait_until_gone(run_folder: Path, job_start: str) -> int:
     """Return the number of the newest lease once its holder is gone; 0 if there was none yet.
 

@@ -18,7 +18,7 @@ from hpcgpt.config import sources
 from hpcgpt.config.options import Tracking
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FAILED
-from hpcgpt.run import run_folder
+from hpcgpt.run import run_folder, which_runs
 from hpcgpt.storage import lease
 from hpcgpt.tracking import tracker
 
@@ -34,11 +34,13 @@ def main(argv: Sequence[str]) -> int:
         description="Send what the server does not have of a run: rows, events and samples, of the run folder. It may "
         "be repeated.",
     )  # fmt: skip
-    sync.add_argument("run", type=Path, help="the run's folder")
+    which_runs.add_to(sync)
     where = sync.add_mutually_exclusive_group()
     where.add_argument("--offline", type=Path, metavar="DIR", help="send nothing: make one folder for `wandb sync`")
     where.add_argument("--copy", metavar="ID", help="send the whole run under another id, as a new wandb run")
-    sync.add_argument("--within", type=float, default=SYNC_S, metavar="SECONDS", help="give up after (%(default).0f)")
+    sync.add_argument(
+        "--within", type=float, default=SYNC_S, metavar="SECONDS", help="give up after (default: %(default).0f)"
+    )
     board = actions.add_parser(
         "dashboard", help="make the dashboard of a project",
         description="Make the dashboard of a project, a saved view of its workspace: loss by tokens, throughput, "
@@ -51,13 +53,11 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     if given.action == "dashboard":
         return _make_dashboard(given.project, given.entity, given.name, given.json)
-    return _sync(given.run, given.offline, given.copy, given.within)
+    return _sync(which_runs.given(given), given.offline, given.copy, given.within)
 
 
 def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) -> int:
     """Run the process that sends a run; return the exit status."""
-    if not (folder / "run.json").is_file():
-        raise UserError(f"no run in {folder}: there is no run.json")
     sources.from_file(folder / "config.toml")  # refused here, and not for as long as it is tried
     ended = run_folder.read_exit(folder)
     state: dict[str, Any] = {"finish": [ended.status if ended else 1, time.time() + limit_s], "sync": True}

@@ -6,6 +6,7 @@ exception leaves this module, a thread writes the files, and exit.json is writte
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import threading
@@ -21,12 +22,14 @@ from hpcgpt import exit_codes
 from hpcgpt.checkpoint.save import Saved
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
+from hpcgpt.distributed.core_wait import CoreWait
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.output import streams, terminal
 from hpcgpt.output.best_effort import Worker, only_informs, within
-from hpcgpt.plan import Plan
+from hpcgpt.output.counted import counted
+from hpcgpt.plan import Plan, longer
 from hpcgpt.run import goodput, metrics_file, run_folder
-from hpcgpt.slurm import code_snapshot
+from hpcgpt.slurm import code_snapshot, scontrol
 from hpcgpt.storage.lease import Lease
 from hpcgpt.tracking import totals
 from hpcgpt.tracking.tracker import Tracker
@@ -76,6 +79,7 @@ class Reporter:
         self._reported_lead_s = 0.0
         self._next_ranks = 0.0
         self._worker = Worker("reporter")
+        self._cores = CoreWait(torch.get_num_threads() if info.ranks.device.type == "cpu" else 0)
         keep_below = info.step + (0 if info.pending else 1)
         path = self._folder / "metrics.jsonl"
         self.metrics = metrics_file.MetricsFile(path, keep_below, lease.check, done=info.step)
@@ -124,7 +128,7 @@ class Reporter:
             f"run {self._folder}, generation {info.number}: {info.parameters:,} parameters, "
             f"{info.ranks.world.size} x {info.ranks.device.type}, "
             f"{str(info.dtype).removeprefix('torch.')}, {info.plan.tokens_per_step:,} tokens a step "
-            f"({info.plan.micro_steps} micro-steps a rank)"
+            f"({counted(info.plan.micro_steps, 'micro-step')} a rank)"
         )
         for line in info.plan.warnings:
             self._console.say(f"warning: {line}")
@@ -132,7 +136,8 @@ class Reporter:
             self._console.say(f"samples: {line}")
         if info.step >= total and not info.pending:
             self._console.say(
-                f"finished already, at step {total:,}: nothing to do; to train longer, give more --train.steps"
+                f"finished already, at step {total:,}: nothing to do; to train longer, add --train.steps "
+                f"{longer(total)}"
             )
         elif info.step:
             self._console.say(f"resumed at step {info.step:,} of {total:,}")
@@ -143,6 +148,9 @@ class Reporter:
         self._worker.post("metrics.jsonl", self.metrics.write_appended)
         with only_informs("the console"):
             self._console.step(row)
+        with only_informs("the check of busy cores"):
+            if warning := self._cores.warning():
+                self._console.say(f"warning: {warning}")
 
     def committed(self, saved: Saved) -> None:
         """Report a checkpoint that has become visible.
@@ -215,7 +223,11 @@ class Reporter:
             table = within(goodput_limit_s(self._folder), "goodput", lambda: goodput.table(self._folder))
             self.say(table or f"goodput: see `python -m hpcgpt.status {shlex.quote(str(self._folder))}`")
         elif status == exit_codes.AGAIN:
-            self.say(f"saved at step {step:,} and stopping: {message}")
+            stop = self._folder / "STOP"
+            first = f"remove {stop}, then " if stop.exists() else ""
+            # In a job the batch script decides, and says what follows.
+            again = "" if scontrol.job_id(os.environ) else f"; {first}the same command continues from there"
+            self.say(f"saved at step {step:,} and stopping: {message}{again}")
         elif status == exit_codes.FAILED:
             print(f"error: {message}", file=sys.stderr, flush=True)
 

@@ -97,6 +97,7 @@ def test_a_source_that_is_no_run_or_has_no_checkpoint_or_tokenizer_of_its_own_is
     empty = tmp_path / "empty"
     shutil.copytree(first, empty, ignore=shutil.ignore_patterns("step_*"))
     assert f"run.init_from {empty} has no checkpoint yet" in start(trained, "refused", empty)[2]
+    run_folder.prepare(trained / "runs" / "new")  # as the batch script does
     assert (
         f"run.init_from {trained / 'runs' / 'new'} is this run itself"
         in start(trained, "new", trained / "runs" / "new")[2]

@@ -164,7 +164,7 @@ def test_the_command_lists_verifies_and_shows_a_real_run(run: Path) -> None:
     assert [line.split()[0] for line in lines] == ["step_000000012", "step_000000008", "step_000000004",
                                                    "damaged_step_000000002.g0003"]  # fmt: skip
     assert "sizes fit" in lines[0]
-    assert "1 ranks" in lines[0]
+    assert "1 rank " in lines[0]
     assert "val loss " in lines[0]
     assert "damaged" in lines[1]
     assert f"{SHARE} has 1,000 bytes, expected " in lines[1]
@@ -197,7 +197,7 @@ def test_the_command_lists_verifies_and_shows_a_real_run(run: Path) -> None:
 def test_show_prints_the_state_and_every_tensor_of_the_newest_or_a_given_step(run: Path) -> None:
     shown = command("hpcgpt.checkpoint", "show", str(run))
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert shown.stdout.startswith(f"{run / 'checkpoints/step_000000012'}: step 12, 3,072 tokens, 96 samples, 1 ranks")
+    assert shown.stdout.startswith(f"{run / 'checkpoints/step_000000012'}: step 12, 3,072 tokens, 96 samples, 1 rank")
     assert "model.n_layer = 2" in shown.stdout
     shown_rows = json.loads(command("hpcgpt.checkpoint", "show", str(run), "--step", "4", "--json").stdout)
     assert shown_rows["state"]["step"] == 4

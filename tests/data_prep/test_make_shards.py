@@ -736,7 +736,7 @@ def test_a_corpus_too_small_for_a_validation_split_causes_a_warning(tmp_path: Pa
     done = command("data_prep.make_shards", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"),
                    "--val-fraction", "0.000001")  # fmt: skip
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: no document was held out for validation (1 documents, ")
+    assert done.stderr.startswith("warning: no document was held out for validation (1 document, ")
     assert shard_format.read_manifest(tmp_path / "out").splits == ["train"]
 
 

@@ -29,7 +29,9 @@ from hpcgpt.drill.report import Report, RoundReport
 from hpcgpt.drill.testbed import Rank
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.drill.watched_run import CheckpointCounter, CleanupStack, WatchedRun
+from hpcgpt.errors import UserError
 from hpcgpt.run import run_folder
+from hpcgpt.slurm import code_snapshot
 from tests.programs import ROOT, command
 
 STEPS = 12
@@ -387,7 +389,7 @@ def test_a_report_counts_hits_and_misses() -> None:
     text = drill_report.markdown(_report())
     assert "| requeue | scontrol requeue | 2 | 1 | 16 | 20.0 | 3 | 2 came back |" in text
     assert "| TERM |  | 0 | 0 | - | - | - | - |" in text
-    assert "**GOOD: 2 faults in 1 runs, and the same bytes" in text
+    assert "**GOOD: 2 faults in 1 run, and the same bytes" in text
 
 
 def test_a_report_fails_on_a_differing_run_a_failed_fault_and_a_drill_without_faults() -> None:
@@ -436,6 +438,35 @@ def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path: Path) -> 
     done = command("hpcgpt.drill", "--on", "here", "--minutes", "0", "--dir", str(tmp_path / "new"))
     assert done.returncode == 2
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def other_checkout(tmp_path: Path) -> Path:
+    """A folder with another package of this name, as that from which a virtual environment has it installed."""
+    (tmp_path / "other/hpcgpt").mkdir(parents=True)
+    (tmp_path / "other/hpcgpt/__init__.py").touch()
+    return tmp_path / "other"
+
+
+@pytest.mark.processes
+def test_a_python_whose_jobs_would_run_another_checkout_is_refused(
+    other_checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lab's jobs start, and here, where `hpcgpt drill` runs in another checkout than the one installed."""
+    home = tmp_path / "new"
+    monkeypatch.setattr(drill_command, "why_no_lab", str)  # no lab is needed for this,
+    monkeypatch.setattr(drill_command, "Drill", None)  # nor may one be started
+    monkeypatch.setenv("PYTHONPATH", str(other_checkout))
+    advice = rf"jobs would not run .* imports {other_checkout}/hpcgpt\. .* PYTHONPATH={ROOT}"
+    with pytest.raises(UserError, match=advice):
+        drill_command.main(["--on", "lab", "--dir", str(home)])
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.chdir(other_checkout)
+    with pytest.raises(UserError, match="jobs would not run"):
+        drill_command.main(["--on", "here", "--dir", str(home)])
+    assert not home.exists()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code_snapshot.check_imported(Path("/"))
 
 
 @pytest.mark.processes

@@ -14,6 +14,7 @@ from hpcgpt.estimate import analytic, memory
 from hpcgpt.estimate.account import Memory
 from hpcgpt.estimate.probe import measure
 from hpcgpt.estimate.request import Request
+from hpcgpt.run import run_folder
 from tests.estimate.probe.made import finished_probe
 from tests.programs import command
 
@@ -77,7 +78,7 @@ def test_without_shards_the_vocabulary_is_assumed(tmp_path: Path, capsys: pytest
 
 def test_steps_that_are_done_take_no_time(run_that_ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, f"{run_that_ended}/config.toml", "--train.steps", "24", "--rate", "256")
-    assert "12 steps are done: times are those of the others" in out
+    assert "12 steps done already: times are those of the others" in out
     assert "12 s of training, 1 s a step" in out
 
 
@@ -112,6 +113,7 @@ def test_a_wrong_flag_is_named(words: list[str], message: str) -> None:
 
 def test_the_rate_of_an_earlier_attempt(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"step": n, "time": 1e9 + n, "tokens": 4000 * n} for n in range(1, 9)]
+    run_folder.prepare(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = run(capsys, str(tiny), "--measured", str(tmp_path))
     assert "4,000 tokens/s" in out
@@ -119,6 +121,7 @@ def test_the_rate_of_an_earlier_attempt(tiny: Path, tmp_path: Path, capsys: pyte
 
 
 def test_an_attempt_that_has_hardly_begun_is_refused(tiny: Path, tmp_path: Path) -> None:
+    run_folder.prepare(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path} has 0 steady steps"):
         estimate.main([str(tiny), "--measured", str(tmp_path)])
 

@@ -92,6 +92,15 @@ def test_an_unknown_rate(estimate: Estimate) -> None:
     assert "MFU" not in text
 
 
+def test_ends_of_a_range_that_look_equal_are_one_figure(estimate: Estimate) -> None:
+    assert estimate.times is not None
+    almost = dataclasses.replace(estimate.times, fewest_s=estimate.times.seconds * 0.9999)
+    close = dataclasses.replace(estimate.rate or rates.given(1, ""), low=1e6, high=1e6 + 0.1)
+    text = report.text(dataclasses.replace(estimate, times=almost, rate=close))
+    assert "\n  time                  8 min of training" in text
+    assert "\n  speed                 1,000,000 tokens/s," in text
+
+
 def test_control_characters_of_paths_are_shown(estimate: Estimate) -> None:
     disk = dataclasses.replace(estimate.disk, folder="/scratch/\x1b[2J")
     assert "\x1b" not in report.text(dataclasses.replace(estimate, disk=disk))

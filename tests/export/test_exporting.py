@@ -15,7 +15,7 @@ import torch
 from hpcgpt.checkpoint import run_config
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.export import __main__ as export_command
-from hpcgpt.export import exporting, source
+from hpcgpt.export import agreement, exporting, source
 from tests.checkpoint.small_checkpoints import flip_byte
 from tests.export import made_runs
 from tests.programs import command, on_ranks
@@ -251,3 +251,10 @@ def test_bytes_that_no_window_uses_are_compared_as_well(
 
 def test_every_target_of_the_command_is_known() -> None:
     assert set(exporting.TARGETS) == {"hf", "nanogpt", "llmc"}
+
+
+def test_two_losses_are_shown_with_the_digits_in_which_they_differ() -> None:
+    assert agreement.losses(2.5, 2.25) == "the loss of these tokens is 2.50000 nats instead of 2.25000"
+    close = agreement.losses(9.486221, 9.486224, "there ")
+    assert close == "the loss of these tokens is 9.486221 nats there instead of 9.486224"
+    assert agreement.losses(9.48622, 9.48622, "there ") == "the loss of these tokens is 9.48622 nats there as well"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from hpcgpt.exit_codes import FINISHED
 from hpcgpt.export import __main__ as export
 from hpcgpt.import_weights import __main__ as importing
 from hpcgpt.import_weights import against_transformers, weights_folder
+from hpcgpt.slurm.queue import Queue
+from hpcgpt.status import run_status
 from tests.import_weights import released
 from tests.programs import command
 from tests.tiny_run import rows
@@ -91,6 +94,7 @@ def test_imported_evaluated_trained_on_and_exported_again(
     printed = capsys.readouterr().out
     assert float(re.findall(r"they differ by (\S+) at most", printed)[0]) < 1e-10
     assert checkpoint.main(["verify", str(out)]) == 0
+    assert run_status.brief(out, time.time(), Queue())["state"] == "imported"
     # Some of the ids that these random weights generate are no tokens.
     assert sample.main([str(out), "--tokens", "40", "--temperature", "2"]) == 0
 

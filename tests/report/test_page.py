@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpcgpt import train
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError, status_of
 from hpcgpt.report import facts, page
 from hpcgpt.report.page import POLICY
 from hpcgpt.run import crash_report, run_folder
+from hpcgpt.status import run_state
 from tests.report.made_up import make_run
 from tests.report.page_reader import Page
 
@@ -159,6 +163,50 @@ def test_several_runs_are_drawn_over_each_other(long_run: Path, tmp_path: Path) 
 )
 def test_a_run_at_any_moment(events: tuple[dict[str, Any], ...], steps: int, words: str, tmp_path: Path) -> None:
     assert words in page_of(run_with(tmp_path / "run", *events, steps=steps)).text
+
+
+def test_a_page_of_imported_weights_says_how_to_train_on_from_them(tmp_path: Path) -> None:
+    folder = run_with(tmp_path / "qwen")
+    (folder / "imported.json").write_text("{}")
+    (folder / "config.toml").write_text("[run]\nname = 'qwen-continued'\n")
+    text = page_of(folder).text
+    assert "imported" in text
+    assert f"hpcgpt train {folder}/config.toml --data.dir SHARDS" in text
+    assert "continue from the newest checkpoint" not in text
+
+
+@pytest.mark.processes
+def test_the_commands_with_which_to_continue_work(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are on the page, with --dry-run; the flags of a job are the reader's."""
+    commands = _commands(run)
+    assert commands["train longer"] == f"hpcgpt train {run}/config.toml --train.steps 18"
+    on_slurm = commands["the same on Slurm, with the flags of your job"]
+    assert on_slurm == f"hpcgpt submit --nodes N {run}/config.toml --train.steps 18"
+    assert train.main([*shlex.split(commands["train longer"])[2:], "--run.dir", str(run.parent), "--dry-run"]) == 0
+    assert "would continue at step 12 of 18" in capsys.readouterr().out
+    monkeypatch.setattr(run_state, "find", _stopped)
+    assert _commands(run)["continue from the newest checkpoint"] == f"rm {run}/STOP && hpcgpt train {run}/config.toml"
+    monkeypatch.setattr(run_state, "find", _running)
+    assert _commands(run)["follow it"] == f"hpcgpt status {run} --watch"
+    assert not any("hpcgpt train /" in command for command in _commands(run).values())
+
+
+def _stopped(*_: object) -> run_state.State:
+    return run_state.State("stopped", run_state.STOP_FILE)
+
+
+def _running(*_: object) -> run_state.State:
+    return run_state.State("running", still_s=1.0)
+
+
+def _commands(folder: Path) -> dict[str, str]:
+    """Return the commands on a page, by what they do."""
+    content = page.page([facts.read(folder, time.time(), None)], [], time.time())
+    part = content[content.index("How to continue") :]
+    found = re.findall(r"<dt>(.*?)</dt>\s*<dd><code>(.*?)</code></dd>", part)
+    return {about: html.unescape(command) for about, command in found}
 
 
 def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:

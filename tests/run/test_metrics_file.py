@@ -100,7 +100,7 @@ def test_a_damaged_line_in_the_middle_is_moved_to_another_file_and_the_run_conti
     file.close()
     assert [each["step"] for each in rows(path)] == [1, 3, 4]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damage + b"\n"
-    warning = f"warning: {path} has 1 damaged lines, kept in {tmp_path}/metrics.damaged.jsonl: 1 steps have no row"
+    warning = f"warning: {path} has 1 damaged line, kept in {tmp_path}/metrics.damaged.jsonl: 1 step without a row"
     assert warning in capfd.readouterr().err
     (damaged,) = run_folder.events(tmp_path)
     assert (damaged["event"], damaged["missing_steps"], damaged["first_missing"]) == ("damaged_metrics", 1, 2)

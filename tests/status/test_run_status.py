@@ -38,7 +38,7 @@ def test_a_finished_run_is_shown_as_text_and_in_json(tiny: Path, tmp_path: Path)
     folder = tmp_path / "runs" / "tiny"
     done = command("hpcgpt.status", str(folder))
     assert done.returncode == 0
-    assert f"{folder}: finished (finished)\n  step 12 of 12" in done.stdout
+    assert f"{folder}: finished\n  step 12 of 12" in done.stdout
     assert "\n  goodput " in done.stdout
     found = json.loads(command("hpcgpt.status", "--json", str(folder)).stdout)
     last = rows(folder / "metrics.jsonl")[-1]
@@ -154,7 +154,20 @@ def test_the_state_follows_from_the_newest_event(
 ) -> None:
     found = status(run_folder(tmp_path, *events, steps=steps, held=held), NOW)
     assert (found["state"], found["reason"]) == (expected, reason)
-    assert f"run: {expected}" in _as_text(found)
+    # A reason that only repeats the state is not shown.
+    shown = expected if reason in ("", expected) else f"{expected} ({reason})"
+    assert _as_text(found).splitlines()[0] == f"{tmp_path}/run: {shown}"
+
+
+def test_imported_weights_stand_at_step_0_and_a_run_of_its_own_trains_on(tmp_path: Path) -> None:
+    folder = tmp_path / "qwen 3"
+    run_folder_module.prepare(folder)
+    assert status(folder, NOW)["state"] == "new"
+    (folder / "imported.json").write_text("{}")
+    for found in (status(folder, NOW), status(run_folder(tmp_path, (9, "job", JOB), name="qwen 3"), NOW)):
+        assert (found["state"], found["step"], found["checkpoint_step"]) == ("imported", 0, 0)
+        assert f"what to do: hpcgpt train '{folder}/config.toml' --data.dir SHARDS\n" in _as_text(found)
+        assert "newest checkpoint: step 0" in _as_text(found)
 
 
 FINISHED = SAVED | {"status": 0, "reason": "finished"}

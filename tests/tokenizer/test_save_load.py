@@ -370,7 +370,7 @@ def test_a_bpe_of_chinese_text_needs_fewer_tokens_than_gpt2s(tmp_path: Path, gpt
     done = command("data_prep.train_tokenizer", str(tmp_path / "zh.txt"), "--out", str(out), "--vocab-size", "330",
                    "--pattern", "gpt4", "--val-fraction", "0")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "sample: 1 documents, 0.0 MB; learning 330 ids" in done.stdout
+    assert "sample: 1 document, 0.0 MB; learning 330 ids" in done.stdout
     assert "characters per token of the sample" in done.stdout
     found = save_load.load(out)
     assert isinstance(found, ByteLevelBPE)

@@ -35,6 +35,7 @@ from hpcgpt.doctor.nodes.expected import Metric
 from hpcgpt.doctor.nodes.judge import Device
 from hpcgpt.doctor.nodes.pairs import Pair
 from hpcgpt.doctor.nodes.wire import Message, Peer
+from hpcgpt.output.counted import counted
 
 BUDGET_S = 85.0
 MEASURE_S = 1.0  # of each rate
@@ -135,7 +136,7 @@ class Coordinator:
         for node, workers in self._crew.by_node().items():
             visible = int(workers[0].greeting["visible"])
             if visible < gpus[node]:
-                found = f"torch sees {visible} GPUs, and Slurm gave {gpus[node]}"
+                found = f"torch sees {counted(visible, 'GPU')}, and Slurm gave {gpus[node]}"
                 advice = "check the driver there, and that torch was built for it; see `hpcgpt doctor`"
                 self._add(node, bad("GPUs", found, "all of them", advice))
                 for peer in workers:

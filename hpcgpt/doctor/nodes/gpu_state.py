@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hpcgpt.doctor.findings import Finding, bad, ok, warning
+from hpcgpt.output.counted import counted
 
 NVIDIA, AMD = Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version")
 # What these checks find is the fault of a node, also if it is found on every node of a job.
@@ -101,7 +102,9 @@ def judge_nvidia(
         if reasons:
             found.append(bad("GPU throttling", f"GPU {gpu}: {', '.join(reasons)}", "none", advice))
     found += [_foreign(pid, f"{program}, {used} MiB") for pid, program, used in (row[:3] for row in processes)]
-    return found or [ok("GPU state", f"no memory errors, throttling or other processes on {len(errors)} GPUs")]
+    return found or [
+        ok("GPU state", f"no memory errors, throttling or other processes on {counted(len(errors), 'GPU')}")
+    ]
 
 
 def _foreign(pid: str, what: str) -> Finding:
@@ -122,5 +125,5 @@ def amd(classes: Path) -> list[Finding]:
                                  "exclude the node, and report it to the site"))  # fmt: skip
     with suppress(OSError):
         found += [_foreign(path.name, "a ROCm program") for path in sorted((classes / "kfd/kfd/proc").iterdir())]
-    return found or [ok("GPU state", f"no memory errors on {len(counters)} GPUs, no other processes; throttling "
-                        "is not read on AMD")]  # fmt: skip
+    return found or [ok("GPU state", f"no memory errors on {counted(len(counters), 'GPU')}, no other processes; "
+                        "throttling is not read on AMD")]  # fmt: skip

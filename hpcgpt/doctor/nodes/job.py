@@ -25,6 +25,7 @@ from hpcgpt.distributed import world
 from hpcgpt.doctor import findings, login
 from hpcgpt.doctor.nodes import coordinator
 from hpcgpt.errors import UserError
+from hpcgpt.output.counted import counted
 from hpcgpt.sites import catalog
 from hpcgpt.sites import job as site_job
 from hpcgpt.slurm import sbatch_flags, scontrol
@@ -57,7 +58,8 @@ def main(argv: Sequence[str], as_json: bool) -> int:
     if inside:
         if asked.nodes > len(inside) or asked.flags:
             raise UserError(
-                f"this is job {os.environ.get('SLURM_JOB_ID')} with {len(inside)} nodes: --nodes may be at most that, "
+                f"this is job {os.environ.get('SLURM_JOB_ID')} with {counted(len(inside), 'node')}: --nodes may be "
+                "at most that, "
                 f"and flags of sbatch ({', '.join(asked.flags) or 'none were given'}) have no effect in it"
             )
         with_data = login.names_data(asked.training, config)

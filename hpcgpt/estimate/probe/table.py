@@ -19,6 +19,7 @@ from hpcgpt.errors import cannot_read
 from hpcgpt.estimate.devices import CPU, Device, recognised
 from hpcgpt.estimate.probe.pace import Pace
 from hpcgpt.output import terminal
+from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
 
 _LENGTHS = ("steps", "tokens", "epochs")
@@ -46,10 +47,11 @@ class Probe:
     def __str__(self) -> str:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.time))
         device = self.cpu if self.device == CPU else self.device
-        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
+        nodes = counted(self.nodes, "node")
         commit = f", commit {self.commit}" if self.commit else ""
         return terminal.printable(
-            f"probe of {when}: {self.pace.steps} steady steps, {self.ranks} x {device} on {nodes}, torch {self.torch}"
+            f"probe of {when}: {counted(self.pace.steps, 'steady step')}, {self.ranks} x {device} on {nodes}, torch "
+            f"{self.torch}"
             f"{commit}"
         )
 
