@@ -343,6 +343,7 @@ def test_metrics_that_are_read_late_are_the_same(spiked: Runs) -> None:
         name = f"late {late}"
         done = spiked.start(name, {"late": late, "stop": 6})
         assert done.returncode == AGAIN, done.stderr
+        assert done.stdout.rstrip().endswith("; the same command continues from there")
         assert [row["step"] for row in rows(spiked.run(name) / "metrics.jsonl")] == list(range(1, 8))
         assert spiked.start(name, {"late": late}).returncode == FINISHED
     first, second = spiked.run("late False"), spiked.run("late True")
