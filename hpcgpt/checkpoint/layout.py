@@ -13,7 +13,7 @@
 
 The tensors are spread over the ranks by size: ``model/<parameter>``, ``optim/<parameter>/<state>``, and
 ``rng/<rank>/cpu`` (and ``/cuda``), the state of each rank's random generators as bytes. A tensor of which each rank had
-only some rows (parallel.mode zero1 and fsdp) is divided among the shares of those ranks: ``<name>[0:384]``,
+only some rows (parallel.mode zero1, zero2 and fsdp) is divided among the shares of those ranks: ``<name>[0:384]``,
 ``<name>[384:768]``, with the first row and the one after the last. Each row is stored once; a run can resume from it in
 any mode.
 
