@@ -112,7 +112,8 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
         # FSDP2 accumulates gradients in the dtype in which it will reduce them.
         raise UserError(
             f"parallel.gradient_dtype bfloat16 with zero1 would also accumulate a step's {own} micro-batches in "
-            "bfloat16, and lose small values: use ddp or fsdp, which accumulate in float32, or leave it at float32"
+            "bfloat16, and lose small values: use another parallel.mode, which accumulates in float32, or leave it "
+            "at float32"
         )
     tasks = _tasks(config, sets[0])
     planned = Plan(config, sets, _total_steps(config, sets[0].windows), own, tasks)

@@ -9,10 +9,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from hpcgpt import cli
 from hpcgpt.checkpoint import go_back, layout, listing
@@ -20,7 +19,8 @@ from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
 from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder, which_runs
-from hpcgpt.storage import lease
+from hpcgpt.storage import lease, safetensors_header
+from hpcgpt.storage.safetensors_header import HeaderError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,14 +95,14 @@ def _show(path: Path, as_json: bool) -> int:
     if problem := layout.check_structure(path):
         raise UserError(f"{path} is damaged: {problem}")
     state, tensors = layout.read_state(path), {}
-    for name in sorted(set(layout.read_files(path)) - {"state.json"}):
+    for name in layout.tensor_files(path):
         try:
-            with safe_open(path / name, framework="np") as file:
-                for key in sorted(file.keys()):
-                    stored = file.get_slice(key)
-                    tensors[key] = {"dtype": stored.get_dtype(), "shape": list(stored.get_shape()), "file": name}
-        except SafetensorError as error:
-            raise UserError(f"{path / name} is damaged: {error}") from None
+            with open(path / name, "rb") as file:
+                found = safetensors_header.read(file.fileno(), path / name)
+        except HeaderError as error:
+            raise UserError(f"{path / name} is damaged: it has {error}") from None
+        for entry in sorted(found, key=attrgetter("key")):
+            tensors[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "file": name}
     if as_json:
         print(json.dumps({"path": str(path), "state": asdict(state), "tensors": tensors}))
         return 0

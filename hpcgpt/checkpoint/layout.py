@@ -13,7 +13,7 @@
 
 The tensors are spread over the ranks by size: ``model/<parameter>``, ``optim/<parameter>/<state>``, and
 ``rng/<rank>/cpu`` (and ``/cuda``), the state of each rank's random generators as bytes. A tensor of which each rank had
-only some rows (parallel.mode zero1 and fsdp) is divided among the shares of those ranks: ``<name>[0:384]``,
+only some rows (parallel.mode zero1, zero2 and fsdp) is divided among the shares of those ranks: ``<name>[0:384]``,
 ``<name>[384:768]``, with the first row and the one after the last. Each row is stored once; a run can resume from it in
 any mode.
 
@@ -49,13 +49,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
-from safetensors import SafetensorError, safe_open
 
 from hpcgpt.checkpoint.parts import Part, parts_of
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.run import row_search
+from hpcgpt.storage import safetensors_header
 from hpcgpt.storage.lease import Lease
+from hpcgpt.storage.safetensors_header import HeaderError
 
 FORMAT, VERSION = "hpcgpt-checkpoint", 2
 VERSION_WITH_PARTS = 3  # several ranks have written into one file
@@ -329,22 +330,19 @@ def check_checksums(checkpoint: Path, parts: Iterable[Part]) -> str:
             for part in of_file:
                 if _checksum(file, part) != part.xxh3:
                     return f"the checksum of {name} is not the one in the manifest"
-                if part.start == 0 and (problem := _header_problem(checkpoint / name)):
+                if part.start == 0 and (problem := _header_problem(file, checkpoint / name)):
                     return problem
     return ""
 
 
-def _header_problem(path: Path) -> str:
-    """Return what the library that defines the format finds wrong with a file, or ''."""
+def _header_problem(file: BinaryIO, path: Path) -> str:
     if path.suffix != ".safetensors":
         return ""
     try:
-        with safe_open(path, framework="np"):  # reads the header
-            return ""
-    except SafetensorError as error:
-        return f"{path.name}: {error}"
-    except MemoryError as error:  # the host has no memory for another map: no damage
-        raise OSError(errno.ENOMEM, f"{path}: {error}") from None
+        safetensors_header.read(file.fileno(), path)
+        return ""
+    except HeaderError as error:
+        return f"{path.name} has {error}"
 
 
 def _checksum(file: BinaryIO, part: Part) -> str:

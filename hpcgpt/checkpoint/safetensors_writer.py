@@ -1,10 +1,8 @@
 """Writes and hashes a safetensors file in one pass.
 
-The format (https://github.com/huggingface/safetensors, "Format"): the length N of the header, 8 bytes little-endian;
-N bytes of JSON with dtype, shape and offsets of each tensor; then the tensors' bytes, one after the other.
-
-Why not the library's own writer: it holds the interpreter lock during the whole write, which would stop training; it
-turns the operating system's errors into strings; and the checksum would need a second pass. Reading uses the library.
+The format is described in ``hpcgpt.storage.safetensors_header``, which reads it. Why not the library's own writer: it
+holds the interpreter lock during the whole write, which would stop training; it turns the operating system's errors
+into strings; and the checksum would need a second pass.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ and a disk that fails raises OSError instead of killing the process.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from bisect import bisect_right
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import torch
 import torch.distributed as dist
@@ -29,10 +28,11 @@ from hpcgpt.checkpoint.safetensors_writer import DTYPES
 from hpcgpt.distributed.collectives import gather_from_all
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import InputError
+from hpcgpt.storage import safetensors_header
+from hpcgpt.storage.safetensors_header import HeaderError
 
 CHUNK = 64 << 20  # bytes that are read at a time, if they cannot be read to where they belong
 ROUND = 64 << 20  # bytes that all ranks together send in a round of `read_together`
-MOST_HEADER = 100 << 20  # bytes; the library's limit
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -104,44 +104,15 @@ class Reader:
         Raises:
             OSError, InputError: it cannot be read, or is no file of ours.
         """
-        path, size = self._folder / name, os.fstat(self._open(name).fileno()).st_size
+        path = self._folder / name
         try:
-            length = int.from_bytes(self._bytes(name, 0, min(8, size)), "little")
-            if size < 8 or length > min(MOST_HEADER, size - 8):
-                raise ValueError(f"a header of {length:,} bytes in {size:,}")
-            found = json.loads(self._bytes(name, 8, length))
-            found.pop("__metadata__", None)
-            stored = [_stored(name, key, about, 8 + length) for key, about in found.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path} has no valid header: {error}") from None
-        stored.sort(key=_place)
-        ends = [one.start + math.prod(one.shape) * one.dtype.itemsize for one in stored]
-        if [one.start for one in stored] != [8 + length, *ends[:-1]][: len(stored)] or (
-            (ends or [8 + length])[-1] != size
-        ):
-            raise InputError(f"{path} has no valid header: its tensors are not one after the other")
-        return stored
-
-    def _bytes(self, name: str, start: int, count: int) -> bytes:
-        into = torch.empty(count, dtype=torch.uint8)
-        self.read(name, start, into)
-        return into.numpy().tobytes()
-
-
-def _stored(file: str, key: str, about: dict[str, Any], data: int) -> Stored:
-    if about["dtype"] not in _DTYPES:
-        raise ValueError(f"{key} is of dtype {about['dtype']}, expected one of {', '.join(_DTYPES)}")
-    dtype, shape, (start, end) = _DTYPES[about["dtype"]], tuple(about["shape"]), about["data_offsets"]
-    counts = (*shape, start, end)
-    if not all(type(count) is int and count >= 0 for count in counts) or (
-        end - start != math.prod(shape) * dtype.itemsize
-    ):
-        raise ValueError(f"{key} is of shape {shape} at {start} to {end}")
-    return Stored(file, key, *layout.rows_of(key), dtype, shape, data + start)
-
-
-def _place(stored: Stored) -> tuple[int, int]:
-    return stored.start, math.prod(stored.shape)  # one without elements before the one that begins there
+            found = safetensors_header.read(self._open(name).fileno(), path)
+        except HeaderError as error:
+            raise InputError(f"{path} has {error}") from None
+        if other := next((one for one in found if one.dtype not in _DTYPES), None):
+            raise InputError(f"{path}: {other.key} is of dtype {other.dtype}, expected one of {', '.join(_DTYPES)}")
+        return [Stored(name, one.key, *layout.rows_of(one.key), _DTYPES[one.dtype], one.shape, one.start)
+                for one in found]  # fmt: skip
 
 
 def merged(stored: Iterable[Stored], which: Callable[[str], bool]) -> list[Stored]:

@@ -86,7 +86,7 @@ def _parallel_contradictions(config: Config) -> Iterator[str]:
     elif within == "1":
         yield "parallel.shard_within 1 would shard nothing: use parallel.mode ddp"
     elif within != "all" and parallel.mode == "ddp":
-        yield "parallel.shard_within has no effect with parallel.mode ddp, which shards nothing: use zero1 or fsdp"
+        yield "parallel.shard_within has no effect with parallel.mode ddp, which shards nothing: use another"
 
 
 def _task_contradictions(evaluation: Eval) -> Iterator[str]:

@@ -210,16 +210,16 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    mode: Literal["ddp", "zero1", "fsdp"] = option(
+    mode: Literal["ddp", "zero1", "zero2", "fsdp"] = option(
         "ddp",
-        "ddp: every rank holds everything; zero1: shards the optimizer's state, and the weights between steps; "
-        "fsdp: also shards gradients, at the cost of more communication",
+        "ddp: every rank holds everything; zero1: shards the optimizer's state, and the weights between steps; zero2: "
+        "also gradients, sent for each micro-batch; fsdp: also the weights within a step, gathered twice for each",
     )
     gradient_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
         "dtype in which gradients are reduced between ranks; bfloat16: half the bytes, rounded before the sum",
     )
-    shard_within: str = option("all", "zero1, fsdp: ranks that share a copy of the weights: all, node, or a number")
+    shard_within: str = option("all", "but for ddp: ranks that share a copy of the weights: all, node, or a number")
 
 
 @dataclass(frozen=True)

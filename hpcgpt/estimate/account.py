@@ -2,8 +2,8 @@
 
 ::
 
-    weights       parameters, also those that zero1 and fsdp gather, and their copies in bfloat16
-    gradients     of parameters: the buckets of ddp, the full ones before zero1 and fsdp reduce them
+    weights       parameters, also those that sharding modes gather, and their copies in bfloat16
+    gradients     of parameters: the buckets of ddp, full ones before the other modes reduce them
     optimizer     its state, and what a step of it computes
     activations   what the forward pass keeps for the backward pass, and what both compute on the way
     logits        the same from the head to the loss

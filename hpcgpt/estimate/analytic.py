@@ -35,7 +35,7 @@ def measure(request: Request, reason: str) -> Memory:
     held = -(-every // share) if sharded else every
     parts = dict.fromkeys(PARTS, 0)
     parts["weights"] = full * held + _copies(config, blocks, rest, sharded, full, width)
-    parts["gradients"] = full * (held if config.parallel.mode == "fsdp" else every)
+    parts["gradients"] = full * (held if config.parallel.mode in ("zero2", "fsdp") else every)
     state = STATE[config.optim.name] * config.model.n_layer * blocks + 2 * rest
     parts["optimizer"] = full * (-(-state // share) if sharded else state)
     parts["activations"], parts["logits"] = _activations(config, full, width)
@@ -101,9 +101,7 @@ def _copies(config: Config, blocks: int, rest: int, sharded: bool, full: int, wi
     if not sharded:
         head = padded_vocabulary(config.model) * config.model.n_embd
         return (every + head) * width if width < full else 0
-    if config.parallel.mode == "zero1":
-        return every * width + rest * full
-    return blocks * width + rest * full
+    return (blocks if config.parallel.mode == "fsdp" else every) * width + rest * full
 
 
 def _activations(config: Config, full: int, width: int) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def _candidates(request: Request) -> Iterator[tuple[Changes, str]]:
     if recompute:
         yield recompute, "a third more computation"
     for changes in sharded:
-        yield changes, "more communication" if changes["parallel.mode"] == "fsdp" else "the same communication"
+        yield changes, "the same communication" if changes["parallel.mode"] == "zero1" else "more communication"
     if chunk and recompute:
         yield chunk | recompute, "a third more computation, and one more product with the head"
     for changes in smaller[2:]:
@@ -117,7 +117,7 @@ def _halves(size: int) -> Iterator[int]:
 def _stronger(request: Request, mode: str) -> list[str]:
     if request.ranks == 1:
         return []
-    modes = ["ddp", "zero1", "fsdp"]
+    modes = ["ddp", "zero1", "zero2", "fsdp"]
     reduced = request.config.parallel.gradient_dtype == "bfloat16"
     later = modes[modes.index(mode) + 1 :]
     # hpcgpt.plan refuses this combination.

@@ -5,13 +5,16 @@ W ranks, N bytes of weights, m micro-batches for each step and rank; gradients a
     mode    between steps a rank holds    in a step, in addition           and sends
     ddp     weights and state: 3 N        gradients N                      all-reduce N
     zero1   a shard of both: 3 N / W      weights N, gradients N           all-gather N, reduce-scatter N
+    zero2   a shard of both: 3 N / W      weights N, gradients N / W,      all-gather N, and
+                                          and those of a block or two      m times reduce-scatter N
     fsdp    a shard of both: 3 N / W      gradients N / W, and weights     m times: all-gather up to 2 N,
                                           and gradients of a block or two  reduce-scatter N
 
 An all-reduce is a reduce-scatter and an all-gather, so zero1 sends as much as ddp. ``ddp`` is DistributedDataParallel.
 The others are FSDP2 (``fully_shard``), with a group for each block and one for the rest: each parameter is sharded by
 rows, and rank r has the r-th part. They differ in when full weights and gradients are freed: after each block, or after
-the step. So zero1 is stage 1 of Rajbhandari et al., "ZeRO", 2020, except that full weights are not kept between steps.
+the step. So zero1 and zero2 are stages 1 and 2 of Rajbhandari et al., "ZeRO", 2020, except that full weights are not
+kept between steps. zero2 adds the same numbers in the same order as fsdp: its result has the same bytes.
 
 With `parallel.shard_within` G < W ranks, each group of G consecutive ranks holds a copy: W in the table is G then, and
 an all-gather or a reduce-scatter stays within a group, for example within a node. Then the groups add up their
@@ -62,6 +65,7 @@ class ParallelModel:
     `module` is called to train. `gpt` is the model itself, with this rank's part of the weights: for the optimizer and
     for checkpoints; and to compute without training, inside of `evaluating`. `in_step`: weights are sharded, and each
     forward pass needs all ranks. `mesh`: the ranks, by group and number in it, if there are several groups.
+    `keeps_weights`, `keeps_gradients`: full ones are kept for all micro-batches of a step.
     """
 
     module: nn.Module
@@ -69,6 +73,8 @@ class ParallelModel:
     device: torch.device
     in_step: bool = False
     mesh: DeviceMesh | None = None
+    keeps_weights: bool = False
+    keeps_gradients: bool = False
 
     @contextmanager
     def evaluating(self) -> Iterator[GPT]:
@@ -88,24 +94,32 @@ class ParallelModel:
             for module in (gpt, *gpt.blocks):
                 module.reshard()  # else the next step would compute with the weights of today
 
-    def without_sync(self) -> AbstractContextManager[None]:
-        """Return a context in which gradients are accumulated on each rank, and not sent.
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Return a context for the micro-batches of a step before its last one.
 
-        With fsdp they are sent, but only within a group: full gradients would have to be kept, whose size is the reason
-        to choose fsdp.
+        Gradients are not sent in it. Those of zero2 and fsdp are, but only within a group: full gradients would have to
+        be kept, whose size is the reason to choose these modes. Weights are freed as the mode says.
         """
-        if isinstance(self.module, DistributedDataParallel | Zero1):
+        if isinstance(self.module, DistributedDataParallel):
             return self.module.no_sync()
-        return self._without_all_reduce() if self.mesh else nullcontext()
+        return self._keeping() if self.in_step else nullcontext()
 
     @contextmanager
-    def _without_all_reduce(self) -> Iterator[None]:
+    def _keeping(self) -> Iterator[None]:
+        """Keep inside what this mode keeps until the end of a step; after the last micro-batch it is freed."""
         sharded: Any = self.gpt
-        sharded.set_requires_all_reduce(False)
+        switches = [sharded.set_requires_all_reduce] if self.mesh else []
+        if self.keeps_weights:
+            switches.append(sharded.set_reshard_after_backward)
+        if self.keeps_gradients:
+            switches.append(sharded.set_requires_gradient_sync)
         try:
+            for switch in switches:
+                switch(False)
             yield
         finally:
-            sharded.set_requires_all_reduce(True)
+            for switch in switches:
+                switch(True)
 
     def clip_gradients(self, limit: float) -> Tensor:
         """Scale the gradients to a norm of at most `limit`, over all parameters; return the norm before ().
@@ -170,10 +184,10 @@ def _sharded(
     # Imported here, since it takes a second.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = _mesh(ranks, settings.shard_within)
+    mesh, keeps_weights = _mesh(ranks, settings.shard_within), settings.mode != "fsdp"
     options: dict[str, Any] = {
         "mesh": mesh,
-        "reshard_after_forward": None if settings.mode == "fsdp" else False,  # None: all but the outermost
+        "reshard_after_forward": False if keeps_weights else None,  # None: all but the outermost
     }
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     sums = torch.bfloat16 if settings.gradient_dtype == "bfloat16" else exact
@@ -186,8 +200,15 @@ def _sharded(
     fully_shard(gpt, mp_policy=MixedPrecisionPolicy(exact, sums), **options)
     gpt.to_empty(device=ranks.device)
     gpt.initialise(seed, _keep_own_rows)
-    module = Zero1(gpt) if settings.mode == "zero1" else gpt
-    return ParallelModel(module, gpt, ranks.device, in_step=True, mesh=mesh if mesh.ndim == 2 else None)
+    return ParallelModel(
+        gpt,
+        gpt,
+        ranks.device,
+        in_step=True,
+        mesh=mesh if mesh.ndim == 2 else None,
+        keeps_weights=keeps_weights,
+        keeps_gradients=settings.mode == "zero1",
+    )
 
 
 def _mesh(ranks: Ranks, within: str) -> DeviceMesh:
@@ -245,27 +266,3 @@ def _not_compiled(gpt: GPT) -> Iterator[None]:
         gpt.mean_loss = mean_loss
         for block, call in zip(gpt.blocks, compiled, strict=True):
             block._compiled_call_impl = call
-
-
-class Zero1(nn.Module):
-    """FSDP2 that gathers weights and scatters gradients once for each step, with the interface of DDP."""
-
-    def __init__(self, sharded: nn.Module) -> None:
-        super().__init__()
-        self.module: Any = sharded
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.module(inputs, targets)  # type: ignore[no-any-return]
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Keep full weights and gradients inside: for all micro-batches of a step but the last."""
-        self._keep_full(True)
-        try:
-            yield
-        finally:
-            self._keep_full(False)
-
-    def _keep_full(self, keep: bool) -> None:
-        self.module.set_requires_gradient_sync(not keep)
-        self.module.set_reshard_after_backward(not keep)

@@ -86,14 +86,14 @@ def accumulate(
     """Add the gradient of the mean loss over the global batch to the parameters; return what each micro-batch adds to
     this rank's mean loss.
 
-    Gradients are all-reduced once, after the last micro-batch; with fsdp after each (hpcgpt.training.parallel).
+    Gradients are reduced once, after the last micro-batch; with zero2 and fsdp after each (hpcgpt.training.parallel).
     """
     micro_losses = []
     if local:
         local.start()
     for number, batch in enumerate(micro_batches, start=1):
         inputs, targets = to_inputs_and_targets(batch, model.device)
-        with model.without_sync() if number < micro_steps else nullcontext():
+        with model.accumulating() if number < micro_steps else nullcontext():
             with precision():
                 loss = model.module(inputs, targets) / micro_steps
             if local and number == micro_steps:

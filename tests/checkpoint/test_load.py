@@ -43,6 +43,7 @@ from tests.checkpoint.small_checkpoints import (
     write_manifest,
 )
 from tests.one_rank import ALONE
+from tests.programs import on_ranks
 
 # --- what is loaded --------------------------------------------------------------------------------
 
@@ -92,6 +93,13 @@ def test_for_sampling_only_the_weights_are_loaded(checkpoints: Path, lease: Leas
     load.load(checkpoints / "step_000000003", other, None, ALONE)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_run_resumes_under_a_limit_that_its_checkpoint_does_not_fit_into(tmp_path: Path, limit: str) -> None:
+    done = on_ranks(1, "tests.checkpoint.limited_memory", str(tmp_path), limit)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,10 @@ def test_a_rank_opens_as_many_files_on_any_number_of_ranks_and_reads_its_part(
 ) -> None:
     """Files of its own and of 64 ranks in 8: manifest and state on rank 0, a part to check, a header, its tensors."""
     found = report[run]["loads"][ranks]
-    assert max(rank["opens"] for rank in found) <= 9
+    assert max(rank["opens"] for rank in found) <= 8
     total = sum(rank["bytes"] for rank in found)
-    assert max(rank["bytes"] for rank in found) < 4 * total / len(found)
+    # A header that ranks share is read to check it and to load; it is large beside the tensors of so small a model.
+    assert max(rank["bytes"] for rank in found) < 5 * total / len(found)
 
 
 @pytest.mark.parametrize("mode", MODES)

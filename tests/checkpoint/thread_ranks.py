@@ -144,7 +144,7 @@ class Reads:
 
 
 class Counter:
-    """Counts what each thread reads below a folder, from `start` on. Files are opened by Python, and by safe_open."""
+    """Counts what each thread reads below a folder, from `start` on. Python opens all files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._local = str(folder), threading.local()
@@ -152,10 +152,7 @@ class Counter:
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and str(arguments[0]).startswith(self._folder):
-            self.opened()
-
-    def opened(self) -> None:
-        self._local.opens = getattr(self._local, "opens", 0) + 1
+            self._local.opens = getattr(self._local, "opens", 0) + 1
 
     def start(self) -> None:
         self._local.opens, self._local.before = 0, _bytes_read()

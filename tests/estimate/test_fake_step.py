@@ -32,7 +32,7 @@ CONFIG = Config(
 )
 MODERN = {"model__kind": "modern", "model__qkv_bias": False}
 OTHER = MODERN | {"optim__name": "muon", "train__dtype": "bfloat16"}
-MODES: tuple[Any, ...] = ("ddp", "zero1", "fsdp")
+MODES: tuple[Any, ...] = ("ddp", "zero1", "zero2", "fsdp")
 measure = cache(fake_step.measure)
 
 
@@ -139,6 +139,13 @@ def test_fsdp_holds_fewer_weights_and_gradients_than_zero1() -> None:
     assert fsdp["gradients"] < 0.6 * zero1["gradients"]
 
 
+def test_zero2_holds_the_weights_of_zero1_and_fewer_gradients() -> None:
+    values: dict[str, Any] = {"model__n_layer": 4, "model__vocab_size": 512}
+    zero1, zero2 = (fullest(request(8, parallel__mode=mode, **values)).parts for mode in ("zero1", "zero2"))
+    assert zero2["weights"] == pytest.approx(zero1["weights"], rel=0.05)
+    assert zero2["gradients"] < 0.6 * zero1["gradients"]
+
+
 def test_checkpointing_chunks_and_a_smaller_micro_batch_save_what_they_should() -> None:
     plain = fullest(request()).parts
     assert fullest(request(train__activation_checkpointing=True)).parts["activations"] < 0.5 * plain["activations"]
@@ -155,7 +162,7 @@ def test_bfloat16_needs_less_and_float64_twice_as_much() -> None:
     assert tensors(fullest(request(train__dtype="float64"))) == pytest.approx(2 * plain, rel=0.02)
 
 
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_no_rank_of_a_sharded_model_holds_more_than_its_share_and_a_tensor_when_it_is_built(mode: Any) -> None:
     sizes = [4 * parameter.numel() for parameter in GPT(CONFIG.model).parameters()]
     asked = request(8, parallel__mode=mode)
@@ -168,7 +175,7 @@ def test_no_rank_of_a_sharded_model_holds_more_than_its_share_and_a_tensor_when_
     assert measure(request(1), 0).host_bytes == max(sum(sizes), measure(request(1), 0).copied_bytes)
 
 
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_a_rank_holds_the_share_of_its_group_and_writes_that_of_all_ranks(mode: Any) -> None:
     count = sum(parameter.numel() for parameter in GPT(CONFIG.model).parameters())
     asked = request(8, parallel__mode=mode, parallel__shard_within="2")

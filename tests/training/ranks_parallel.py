@@ -49,11 +49,11 @@ from hpcgpt.training.samples import Sampler
 from hpcgpt.training.step import to_inputs_and_targets
 from tests.one_rank import ALONE
 
-Mode = Literal["ddp", "zero1", "fsdp"]
-MODES: Sequence[Mode] = ("ddp", "zero1", "fsdp")
+Mode = Literal["ddp", "zero1", "zero2", "fsdp"]
+MODES: Sequence[Mode] = ("ddp", "zero1", "zero2", "fsdp")
 MORE = 3  # steps after the save
 MANY = 50
-GROUPED: Sequence[tuple[Mode, str]] = (("zero1", "2"), ("fsdp", "2"))  # two groups of two ranks
+GROUPED: Sequence[tuple[Mode, str]] = (("zero1", "2"), ("zero2", "2"), ("fsdp", "2"))  # two groups of two ranks
 SIZES = {"float": 4, "c10::BFloat16": 2}  # bytes of a number, by the profiler's names
 
 

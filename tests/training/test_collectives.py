@@ -22,9 +22,10 @@ pytestmark = pytest.mark.processes
 GRADIENTS = {
     "ddp": {"allreduce_": 1},
     "zero1": {"_allgather_base_": 3, "_reduce_scatter_base_": 3, "allreduce_": 1},
+    "zero2": {"_allgather_base_": 3, "_reduce_scatter_base_": 2 * 3, "allreduce_": 1},
     "fsdp": {"_allgather_base_": 2 * 5, "_reduce_scatter_base_": 2 * 3, "allreduce_": 1},
 }
-NORM = {"ddp": [], "zero1": [1], "fsdp": [1]}  # of shards; part of the gradients' collectives
+NORM = {"ddp": [], "zero1": [1], "zero2": [1], "fsdp": [1]}  # of shards; part of the gradients' collectives
 VECTOR = 1 + 4 + 2  # loss, reasons to stop, stages of a save
 STEPS = COMMITTED + 3
 
@@ -73,6 +74,7 @@ def only_gradients_and_a_vector(mode: str, of_the_step_before: bool) -> dict[str
     [
         ("ddp", False, False),
         ("zero1", False, False),
+        ("zero2", False, False),
         ("fsdp", True, False),
         ("ddp", True, True),
     ],

@@ -87,12 +87,9 @@ ONCE_ENDED_A_RUN = (
     Case("start", Site("open", "run/run.json", 1), errno.EIO),
     Case("start", Site("read", "run/run.json", 1), errno.ESTALE),
     Case("resume", Site("close", "run/run.json", 1), errno.EDQUOT),
-    Case("start", Site("mmap", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 1), errno.ENOMEM),
-    Case("resume", Site("mmap", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 1), errno.ENOMEM),
     Case("start", Site("link", "run/generations/000001.json", 1), errno.EPERM),
     Case("resume", Site("write", "run/generations/.000002.json.*.new", 1), errno.ENOSPC, "disk"),
     Case("resume", Site("open", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 4), errno.EIO),
-    Case("resume", Site("mmap", "run/checkpoints/step_000000004/tensors_00000_of_00001.safetensors", 3), errno.ENOMEM),
     Case("resume", Site("fsync", "run/generations", 1), errno.ENOSPC),
     Case("resume", Site("close", "run/generations", 1), errno.ENOSPC),
 )

@@ -88,7 +88,7 @@ def test_every_rank_has_the_same_figures_and_in_the_end_the_same_weights(
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_the_gradient_norm_is_that_of_all_parameters_not_of_a_ranks_share(
     reports: Reports, mode: str, ranks: int
 ) -> None:
@@ -136,7 +136,7 @@ def test_an_evaluation_with_fsdp_holds_one_block_at_a_time(reports: Reports, ran
         )
 
 
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_muon_is_the_same_in_every_mode(reports: Reports, mode: str) -> None:
     """In float64: in float32 its iteration rounds to 8 bits, which amplifies the order of sums."""
     expected = reports.of("ddp muon", 2)[0]["figures"]
@@ -350,6 +350,26 @@ def test_zero1_gathers_all_weights_and_scatters_all_gradients_once_in_a_step(rep
             assert sum(sent["_reduce_scatter_base_"]) == 4 * reports.parameters
 
 
+def test_zero2_gathers_all_weights_once_in_a_step_and_scatters_the_gradients_in_every_micro_batch(
+    reports: Reports,
+) -> None:
+    for variant, saved in (("zero2 messages", 0), ("zero2 messages bf16", 2 * reports.in_blocks)):
+        for rank in reports.of(variant, 2):
+            sent = rank["sent"]
+            assert sent["all_reduce"] == FIGURES
+            assert len(sent["_allgather_base_"]) == 3, "two blocks and the rest"
+            assert sum(sent["_allgather_base_"]) == 4 * reports.parameters - saved
+            assert sum(sent["_reduce_scatter_base_"]) == 8 * 4 * reports.parameters
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_zero2_has_the_bytes_of_fsdp(reports: Reports, ranks: int) -> None:
+    """Four micro-batches a rank on two ranks, two on four."""
+    zero2, fsdp = reports.of("zero2", ranks), reports.of("fsdp", ranks)
+    for key in ("figures", "full_digest"):
+        assert [rank[key] for rank in zero2] == [rank[key] for rank in fsdp]
+
+
 def test_fsdp_gathers_the_blocks_twice_and_scatters_the_gradients_in_every_micro_batch(reports: Reports) -> None:
     for variant, saved in (("fsdp messages", 0), ("fsdp messages bf16", 2 * 2 * reports.in_blocks)):
         for rank in reports.of(variant, 2):
@@ -359,7 +379,7 @@ def test_fsdp_gathers_the_blocks_twice_and_scatters_the_gradients_in_every_micro
             assert sum(sent["_allgather_base_"]) == 8 * (4 * (reports.parameters + reports.in_blocks) - saved)
 
 
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_in_bfloat16_a_step_is_the_same_in_every_mode(reports: Reports, mode: str) -> None:
     """The norms' gains are still near 1: where they are not, gathering rounds them."""
     expected = reports.of("ddp messages bf16", 2)[0]["figures"]
@@ -415,7 +435,7 @@ def test_float64_with_bfloat16_gradients_is_refused() -> None:
 # --- the program -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_the_program_evaluates_samples_saves_and_resumes_in_every_mode(tiny: Path, mode: str, tmp_path: Path) -> None:
     for name, flags in [("ddp", ()), ("shares", ("--parallel.mode", mode))]:
         done = on_ranks(2, "hpcgpt.train", str(tiny), "--run.name", name, "--train.dtype", "float32", *flags)

@@ -177,7 +177,7 @@ def with_one_rank_run(spiked: Runs) -> Runs:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("mode", ["zero1", "fsdp"])
+@pytest.mark.parametrize("mode", ["zero1", "zero2", "fsdp"])
 def test_ranks_with_shares_roll_back_and_skip_together(with_one_rank_run: Runs, mode: str) -> None:
     """Only rank 1's losses spike, twice, and only it has the row whose gradient is not finite. As on one rank."""
     flags = (*SKIP, "--parallel.mode", mode, "--train.activation_checkpointing", "true")
