@@ -451,6 +451,21 @@ def test_a_warning_before_sruns_pid_is_known_is_passed_on_to_it(batch: Batch) ->
     assert batch.start().returncode == 75
 
 
+def test_a_line_that_the_time_limit_of_read_divides_is_read_whole(batch: Batch) -> None:
+    """The script looks for signals every two seconds. Here that is in the middle of srun's pid, where it warns srun."""
+    (batch.bin / "srun").write_text(
+        '#!/bin/bash\ntrap "exit 75" USR1\nread -r _ _ _ script _ < "/proc/$PPID/stat"\nsleep 0.5\n'
+        'kill -USR1 "$script"\n'
+        "for _ in {1..100}; do sleep 0.1; done\nexit 3\n"
+    )
+    batch._program(
+        batch.bin / "bash",
+        '#!/bin/bash\nif [[ $2 == "echo "* ]]; then\n    pid=$$\n    printf %s "${pid:0:1}" >&4\n    sleep 3\n'
+        '    printf "%s\\n" "${pid:1}" >&4\n    shift 3\n    exec "$@" 2>&1 4>&-\nfi\nexec /bin/bash "$@"\n',
+    )
+    assert batch.start().returncode == 75
+
+
 def without_slurm(batch: Batch) -> None:
     """Make HPCGPT_PYTHON run as in a container without Slurm's tools."""
     batch.set_python("case $2 in hpcgpt.train) exit 0 ;; esac; PATH=/usr/bin/nowhere")
