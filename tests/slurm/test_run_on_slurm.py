@@ -29,8 +29,7 @@ OFFLINE = ("--tracking.wandb", "offline")
 
 @pytest.fixture(scope="module")
 def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    arguments = ("--tracking.wandb", "disabled", "--train.micro_batch", "4")  # one micro-batch for each of four ranks
-    return Cluster(lab, shards_folder, tmp_path_factory.mktemp("cluster"), STEPS, arguments)
+    return Cluster(lab, shards_folder, tmp_path_factory.mktemp("cluster"), STEPS, ("--tracking.wandb", "disabled"))
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +106,10 @@ def test_cancelled_jobs_and_user_errors_are_not_requeued(cluster: Cluster) -> No
     cluster.wait_for_rows("cancelled", 20)
     cluster.slurm("scancel", job)
     cluster.wait(job, state="CANCELLED")
-    mistaken = cluster.sbatch("mistaken", "--time=10", arguments=("--train.global_batch", "12"))
+    mistaken = cluster.sbatch("mistaken", "--time=10", arguments=("--train.global_batch", "10"))
     cluster.wait(mistaken, state="FAILED")
     log = next((cluster.folder("mistaken") / "logs").glob(f"{mistaken}_0.log")).read_text()
-    assert "train.global_batch 12 is not a multiple of 4 ranks x train.micro_batch 4" in log
+    assert "train.global_batch 10 is not a multiple of 4 ranks x train.micro_batch 2" in log
     assert "Traceback" not in log
     assert len(starts(cluster.folder("cancelled"))) == 1
 
