@@ -303,13 +303,7 @@ def _print_summary(out: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
         print(f"left out: {manifest.counts['empty']:,} empty documents")
     if missing := manifest.counts.get("uncovered_bytes"):
         print(f"left out: {missing:,} bytes that belong to no document of the index")
-    all_tokens = sum(shard.tokens for shard in manifest.shards)
-    if changed := accounting.changed(manifest.counts, all_tokens):
-        print(f"changed: {changed}")
-    if manifest.unread:
-        print(f"not read: {unread.summarize(manifest.unread)}")
-    if warning := accounting.unknown_warning(manifest.counts, all_tokens):
-        streams.warn(warning)
+    accounting.print_changes(manifest)
     with chunked_file.open_file(out / f"{manifest.shards[0].name}.bin") as file:
         first = file.read(manifest.width.dtype, shard_format.HEADER_BYTES, min(40, manifest.shards[0].tokens))
     text = inspect.token_text(tokenizer, *first[1:].tolist())

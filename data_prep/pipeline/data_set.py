@@ -18,7 +18,7 @@ from data_prep.pipeline.plan import PrepPlan, claim
 from data_prep.pipeline.progress import ProgressBar
 from data_prep.pipeline.task_share import TaskShare
 from data_prep.pipeline.workers import Team, WorkerConfig
-from data_prep.text import accounting, unread
+from data_prep.text import accounting
 from hpcgpt.data.shard_format import Manifest
 from hpcgpt.distributed import world
 from hpcgpt.output import streams
@@ -122,12 +122,7 @@ def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: flo
     all_tokens = sum(shard.tokens for shard in manifest.shards)
     if left_out := accounting.left_out(manifest.counts):
         print(f"left out: {left_out}")
-    if changed := accounting.changed(manifest.counts, all_tokens):
-        print(f"changed: {changed}")
-    if manifest.unread:
-        print(f"not read: {unread.summarize(manifest.unread)}")
-    if warning := accounting.unknown_warning(manifest.counts, all_tokens):
-        streams.warn(warning)
+    accounting.print_changes(manifest)
     if plan.val_files and "val" not in manifest.splits:
         streams.warn("no document of --val is left for validation: train with --eval.every 0, or look at these files")
     if plan.options.val_fraction and "val" not in manifest.splits:

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from data_prep.text import unread
+from hpcgpt.data.shard_format import Manifest
+from hpcgpt.output import streams
+
 ALWAYS = ("too_short", "duplicates", "skipped")
 # Why documents are in no shard.
 LEFT_OUT = {
@@ -51,3 +55,14 @@ def unknown_warning(counts: Mapping[str, int], tokens: int) -> str:
         "use a tokenizer that can encode any text as bytes, such as gpt2, or train one with "
         "`python -m data_prep.train_tokenizer`"
     )
+
+
+def print_changes(manifest: Manifest) -> None:
+    """Print what was changed and not read, and a warning if the tokenizer cannot encode much of the text."""
+    tokens = sum(shard.tokens for shard in manifest.shards)
+    if what := changed(manifest.counts, tokens):
+        print(f"changed: {what}")
+    if manifest.unread:
+        print(f"not read: {unread.summarize(manifest.unread)}")
+    if warning := unknown_warning(manifest.counts, tokens):
+        streams.warn(warning)

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from data_prep import make_shards, verify
 from data_prep.text.compression import zstd
 from hpcgpt import cli
 from hpcgpt.data import shard_format
+from tests.disks import another_user
 from tests.programs import ROOT
 
 CHINESE = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。"
@@ -427,18 +427,6 @@ def test_an_invalid_input_or_option_is_refused_before_anything_is_made(
 # --- errors of the machine ----------------------------------------------------------------------------
 
 
-@contextmanager
-def without_root() -> Iterator[None]:
-    """Act without root's rights to files within the block."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 @pytest.fixture
 def open_folder(tokenizer_folder: Path) -> Iterator[Path]:
     """A folder that every user may enter, unlike pytest's own, with the tokenizer and a writable folder."""
@@ -464,7 +452,7 @@ def test_unreadable_files_and_folders_are_reported_or_counted(
     fill(given, one("a.txt", b"private") if name == "a.txt" else lambda folder: (folder / "a").mkdir())
     (given / name).chmod(0)
     run.tokenizer = open_folder / "tokenizer"
-    with without_root():
+    with another_user():
         run.assert_refused(message, given, "--out", open_folder / "writable" / "out")
         assert not (open_folder / "writable" / "out").exists()
         code, output, err = run(given, "--out", open_folder / "writable" / "out", "--on-bad-input", "skip")
@@ -475,7 +463,7 @@ def test_a_folder_without_write_permission_is_reported(run: Run, open_folder: Pa
     fill(open_folder / "in", {})
     run.tokenizer = open_folder / "tokenizer"
     before = everything(open_folder)
-    with without_root():
+    with another_user():
         run.assert_refused("Permission denied", open_folder / "in", "--out", open_folder / "out", status=1)
     assert everything(open_folder) == before
 

@@ -107,20 +107,24 @@ def test_a_vocabulary_that_needs_no_padding_works_too() -> None:
 # --- the computation -------------------------------------------------------------------------------
 
 
+def assert_same_loss(our_model: GPT, hf_model: Any) -> None:
+    """Compare logits and loss with those of Hugging Face's model; compute the gradients of both."""
+    x, y = ids(batch=3), ids(batch=3, seed=6)
+    expected = hf_model(x).logits
+    assert (our_model(x) - expected).abs().max() < 1e-10
+    assert expected.std() > 0.5, "the logits hardly differ, so the comparison proves nothing"
+    loss, reference = our_model(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
+    assert (loss - reference).abs() < 1e-10
+    loss.backward()
+    reference.backward()  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_same_weights_give_the_logits_loss_and_gradients_of_hugging_faces_gpt2(tied: bool) -> None:
     our_model, hf_model = small(tied=tied), hugging_face(tied)
     copy_weights(our_model, hf_model)
-    x, y = ids(batch=3), ids(batch=3, seed=6)
-    expected = hf_model(x).logits
-    assert (our_model(x) - expected).abs().max() < 1e-10
-    assert expected.std() > 0.5, "the logits hardly differ, so the comparison proves nothing"
-
-    loss, reference = our_model(x, y), F.cross_entropy(expected.flatten(0, 1), y.flatten())
-    assert (loss - reference).abs() < 1e-10
-    loss.backward()
-    reference.backward()  # type: ignore[no-untyped-call]
+    assert_same_loss(our_model, hf_model)
     seen = 0
     for our_parameter, hf_parameter, transposed in pairs(our_model, hf_model):
         assert our_parameter.grad is not None
