@@ -107,18 +107,31 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     config = init_from.resolved(config)
     init_from.check(config, sets[0].manifest.tokenizer["fingerprint"])
     own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
-    parallel = config.parallel
-    if parallel.mode == "zero1" and parallel.gradient_dtype == "bfloat16" and own > 1:
-        # FSDP2 accumulates gradients in the dtype in which it will reduce them.
-        raise UserError(
-            f"parallel.gradient_dtype bfloat16 with zero1 would also accumulate a step's {own} micro-batches in "
-            "bfloat16, and lose small values: use another parallel.mode, which accumulates in float32, or leave it "
-            "at float32"
-        )
+    _check_accumulation(config.parallel, world_size, own)
     tasks = _tasks(config, sets[0])
     planned = Plan(config, sets, _total_steps(config, sets[0].windows), own, tasks)
     init_from.check_samples(config, planned.identity)
     return planned
+
+
+def accumulates_reduced(parallel: Parallel, world_size: int) -> bool:
+    """Return whether a step's micro-batches are added up in `parallel.gradient_dtype`.
+
+    FSDP2 adds up what it has not reduced yet in the dtype in which it will: before the reduce-scatter with zero1,
+    before the all-reduce of several groups with the other modes. (Groups of a node are taken for several.)
+    """
+    grouped = parallel.shard_within not in ("all", str(world_size))
+    return parallel.mode == "zero1" or (parallel.mode != "ddp" and grouped)
+
+
+def _check_accumulation(parallel: Parallel, world_size: int, micro_steps: int) -> None:
+    if parallel.gradient_dtype == "bfloat16" and micro_steps > 1 and accumulates_reduced(parallel, world_size):
+        groups = "" if parallel.mode == "zero1" else f" in groups (parallel.shard_within {parallel.shard_within})"
+        raise UserError(
+            f"parallel.gradient_dtype bfloat16 with {parallel.mode}{groups} would also accumulate a step's "
+            f"{micro_steps} micro-batches in bfloat16, and lose small values: use ddp, or zero2 or fsdp without "
+            "groups, which accumulate in float32, or leave it at float32"
+        )
 
 
 def longer(total_steps: int) -> int:

@@ -104,8 +104,19 @@ def test_rounded_gradients_are_not_accumulated_with_zero1(shards_folder: Path) -
     with pytest.raises(ValueError, match="with zero1 would also accumulate a step's 2 micro-batches"):
         plan.make(settings(shards_folder, **flags), world_size=2)
     plan.make(settings(shards_folder, **flags), world_size=4)  # one micro-batch each
-    for mode in ("ddp", "fsdp"):
+    for mode in ("ddp", "zero2", "fsdp"):
         plan.make(settings(shards_folder, **flags | {"parallel__mode": mode}), world_size=2)
+
+
+@pytest.mark.parametrize("mode", ["zero2", "fsdp"])
+def test_nor_in_groups_with_the_other_modes(shards_folder: Path, mode: str) -> None:
+    """What a group has added up is rounded, and micro-batches are added to it before the groups' all-reduce."""
+    flags = {"parallel__mode": mode, "parallel__gradient_dtype": "bfloat16", "parallel__shard_within": "2"}
+    batch = {"train__global_batch": 16, "train__micro_batch": 2}
+    with pytest.raises(ValueError, match=rf"with {mode} in groups .* would also accumulate a step's 2 micro-batches"):
+        plan.make(settings(shards_folder, **flags, **batch), world_size=4)
+    plan.make(settings(shards_folder, **flags, **batch), world_size=2)  # one group
+    plan.make(settings(shards_folder, **flags, **batch), world_size=8)  # one micro-batch each
 
 
 # --- the shards ------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ class Origin:
 def resolved(config: Config) -> Config:
     """Return the configuration with the folder of the run that `run.init_from` names.
 
-    A run with checkpoints of its own does not read that folder, which may be gone by now: then the name stays.
+    A run with checkpoints of its own does not look for that folder, which may be gone or hang by now: the folder is the
+    one that its config.toml names.
 
     Raises:
         UserError: there is no such run.
@@ -65,15 +66,22 @@ def resolved(config: Config) -> Config:
     """
     if not config.run.init_from:
         return config
-    try:
-        folder = which_runs.one(config.run.init_from, Path(config.run.dir))
-    except (UserError, OSError) as error:
-        if not _is_needed(config):
-            return config
-        if isinstance(error, UserError):
+    if _is_needed(config):
+        try:
+            folder = str(which_runs.exact(config.run.init_from, Path(config.run.dir)))
+        except UserError as error:
             raise UserError(f"run.init_from: {error}") from None
-        raise
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=str(folder)))
+    else:
+        folder = _recorded(config) or config.run.init_from
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=folder))
+
+
+def _recorded(config: Config) -> str:
+    """Return the run.init_from of the attempts before; '' if they had none, or config.toml cannot be read."""
+    try:
+        return sources.from_file(config.run_folder / "config.toml").run.init_from
+    except (UserError, OSError):
+        return ""
 
 
 def check(config: Config, fingerprint: str) -> None:

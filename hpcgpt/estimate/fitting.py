@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hpcgpt import plan
 from hpcgpt.config.options import Config
 from hpcgpt.estimate.account import Memory
 from hpcgpt.estimate.request import MOST_MICRO_STEPS, Request
@@ -118,10 +119,11 @@ def _stronger(request: Request, mode: str) -> list[str]:
     if request.ranks == 1:
         return []
     modes = ["ddp", "zero1", "zero2", "fsdp"]
-    reduced = request.config.parallel.gradient_dtype == "bfloat16"
-    later = modes[modes.index(mode) + 1 :]
-    # hpcgpt.plan refuses this combination.
-    return [name for name in later if not (name == "zero1" and reduced and request.micro_steps > 1)]
+    parallel = request.config.parallel
+    accumulates = parallel.gradient_dtype == "bfloat16" and request.micro_steps > 1
+    later = [dataclasses.replace(parallel, mode=name) for name in modes[modes.index(mode) + 1 :]]  # type: ignore[arg-type]
+    # hpcgpt.plan refuses these combinations.
+    return [one.mode for one in later if not (accumulates and plan.accumulates_reduced(one, request.ranks))]
 
 
 def _written(value: Any) -> str:

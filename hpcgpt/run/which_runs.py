@@ -64,6 +64,20 @@ def one(name: str, below: Path) -> Path:
     return found[0]
 
 
+def exact(name: str, below: Path) -> Path:
+    """Return the run folder `name`, or the run of that name below run.dir: no pattern, and no folder of runs.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not os.path.lexists(below / name):
+        name = paths.expand(name, "the run")
+    for folder in (Path(name), below / name):
+        if _is_folder(folder) and is_run(folder):
+            return folder
+    raise UserError(_absent(name, below))
+
+
 def find(names: Sequence[str], below: Path) -> list[Path]:
     """Return the run folders that `names` mean; `below` is run.dir. Those that changed last come first.
 
@@ -112,7 +126,12 @@ def _of_name(name: str, below: Path) -> list[Path]:
         if found:
             return list(dict.fromkeys(found))
         raise UserError(f"no run matches '{shown}', neither here nor below {_where(below)}; there {_are(name, below)}")
-    raise UserError(f"no run in {shown}, nor a run of that name below {_where(below)}; there {_are(name, below)}")
+    raise UserError(_absent(name, below))
+
+
+def _absent(name: str, below: Path) -> str:
+    shown = terminal.printable(name)
+    return f"no run in {shown}, nor a run of that name below {_where(below)}; there {_are(name, below)}"
 
 
 def _is_folder(path: Path) -> bool:
@@ -157,7 +176,7 @@ def _listed(runs: Sequence[Path]) -> str:
 def _below(folder: Path, depth: int = 1) -> Iterator[Path]:
     """Yield the run folders below a folder."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        names = sorted(entry.name for entry in os.scandir(folder) if _leads_to_folder(entry))
     except OSError:
         return
     for name in names:
@@ -166,6 +185,12 @@ def _below(folder: Path, depth: int = 1) -> Iterator[Path]:
             yield path
         elif depth < DEEPEST:
             yield from _below(path, depth + 1)
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link to itself, or into a folder that is closed
+        return entry.is_dir()
+    return False
 
 
 def _changed_at(folder: Path) -> float:

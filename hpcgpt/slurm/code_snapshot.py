@@ -95,7 +95,10 @@ def check_imported(folder: Path) -> None:
         UserError: it imports other code, or none.
     """
     command = [sys.executable, "-c", "import hpcgpt; print(hpcgpt.__file__)"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{sys.executable}, started in {folder}, has not imported hpcgpt within 60 s") from None
     there = Path(done.stdout.strip()).resolve().parent
     if done.returncode == 0 and there == PACKAGE:
         return

@@ -164,7 +164,11 @@ def holder(run_folder: Path) -> str:
     if not is_held(run_folder) or holder_is_gone(run_folder):
         return ""
     folder = run_folder / "generations"
-    return _describe(folder, _newest(folder))
+    number = _newest(folder)
+    try:
+        return _describe(folder, number)
+    except (OSError, KeyError, TypeError, AttributeError, RecursionError):  # its file is unreadable, or damaged
+        return f"attempt {number}"
 
 
 def wait_until_gone(run_folder: Path, job_start: str) -> int:
@@ -264,7 +268,7 @@ def _describe(folder: Path, number: int) -> str:
     holder = _holder(folder, number)
     if not {"host", "pid"} <= holder.keys():
         return f"attempt {number}"
-    job = f"Slurm job {holder['attempt'].rpartition('_')[0]}, " if holder.get("attempt") else ""
+    job = f"Slurm job {str(holder['attempt']).rpartition('_')[0]}, " if holder.get("attempt") else ""
     return f"attempt {number} ({job}host {holder['host']}, pid {holder['pid']})"
 
 

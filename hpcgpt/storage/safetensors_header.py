@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MOST = 100 << 20  # bytes of a header; the library's limit
+MOST_DIMENSIONS = 64  # torch's limit: a product of millions of large numbers would take hours
 BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -85,9 +86,12 @@ def _entry(key: str, about: dict[str, Any], data: int) -> Entry:
     if about["dtype"] not in BYTES:
         raise ValueError(f"{key} is of dtype {about['dtype']}")
     shape, (start, end) = tuple(about["shape"]), about["data_offsets"]
-    counts = (*shape, start, end)
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{key} has {len(shape):,} dimensions")
+    if not all(type(count) is int and 0 <= count < 2**63 for count in (*shape, start, end)):
+        raise ValueError(f"{key} is of shape {shape} at {start} to {end}")
     entry = Entry(key, about["dtype"], shape, data + start)
-    if not all(type(count) is int and count >= 0 for count in counts) or end - start != entry.bytes:
+    if end - start != entry.bytes:
         raise ValueError(f"{key} is of shape {shape} at {start} to {end}")
     return entry
 

@@ -223,8 +223,9 @@ class Reporter:
             table = within(goodput_limit_s(self._folder), "goodput", lambda: goodput.table(self._folder))
             self.say(table or f"goodput: see `python -m hpcgpt.status {shlex.quote(str(self._folder))}`")
         elif status == exit_codes.AGAIN:
-            stop = self._folder / "STOP"
-            first = f"remove {stop}, then " if stop.exists() else ""
+            stop, first = self._folder / "STOP", ""
+            with suppress(OSError):
+                first = f"remove {stop}, then " if stop.exists() else ""
             # In a job the batch script decides, and says what follows.
             again = "" if scontrol.job_id(os.environ) else f"; {first}the same command continues from there"
             self.say(f"saved at step {step:,} and stopping: {message}{again}")

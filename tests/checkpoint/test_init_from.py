@@ -65,8 +65,10 @@ def test_a_run_with_a_checkpoint_does_not_need_the_other_run_any_more(trained: P
     (trained / "runs" / "third" / "STOP").unlink()
     assert start(trained, "third", source, "--train.steps", "5")[0] == FINISHED
     shutil.rmtree(source)
-    status, out, err = start(trained, "third", source)
+    # A name means another folder now, that of this run, if it were looked for.
+    status, out, err = start(trained, "third", "source")
     assert status == FINISHED, err
+    assert sources.from_file(trained / "runs" / "third" / "config.toml").run.init_from == str(source)
     assert "resumed at step 5" in out
     assert "first weights" not in out
     assert f"run.init_from {source} is not read: this run has checkpoints of its own" in out
@@ -94,6 +96,9 @@ def test_a_source_that_is_no_run_or_has_no_checkpoint_or_tokenizer_of_its_own_is
 ) -> None:
     first = trained / "runs" / "first"
     assert "no run in" in start(trained, "refused", tmp_path)[2]
+    # A folder of runs, or a pattern, would mean something else once this run's folder is there.
+    assert "no run in" in start(trained, "refused", trained / "runs")[2]
+    assert "no run in" in start(trained, "refused", "fir*")[2]
     empty = tmp_path / "empty"
     shutil.copytree(first, empty, ignore=shutil.ignore_patterns("step_*"))
     assert f"run.init_from {empty} has no checkpoint yet" in start(trained, "refused", empty)[2]

@@ -199,3 +199,9 @@ def test_the_name_of_a_run_works_in_commands_that_read_it(
     assert str(finished_run / "checkpoints/step_000000012") in capsys.readouterr().out
     (tmp_path / "runs").symlink_to(finished_run.parent)
     assert checkpoint.main(["verify", "tiny"]) == 0
+
+
+def test_a_link_that_leads_nowhere_hides_no_run_beside_it(here: Path) -> None:
+    before = names()
+    (here / "runs" / "circle").symlink_to("circle")
+    assert names() == before

@@ -125,6 +125,13 @@ def test_the_heartbeat_file_is_never_empty(tmp_path: Path, monkeypatch: pytest.M
     assert len(seen) > 10, "there was no heartbeat"
 
 
+@pytest.mark.parametrize("content", ['{"host": "h", "pid": 1, "attempt": 5}', "[" * 100_000, "nothing"])
+def test_the_holder_of_a_damaged_lease_is_described(tmp_path: Path, content: str) -> None:
+    (tmp_path / "generations").mkdir()
+    (tmp_path / "generations" / "000001.json").write_text(content)
+    assert lease.holder(tmp_path).startswith("attempt 1")
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("host", ["", "elsewhere"])
 def test_acquiring_from_a_living_holder_is_refused_and_names_it(tmp_path: Path, host: str) -> None:
