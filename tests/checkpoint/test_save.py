@@ -67,8 +67,11 @@ def test_a_save_has_the_state_at_its_beginning(checkpoints: Path, lease: Lease) 
 
 
 def test_a_save_finishes_by_polling_and_stalls_training_for_less_than_it_takes(checkpoints: Path, lease: Lease) -> None:
-    saver = Saver(checkpoints, ALONE, lease, KEEP_ALL)
+    saver, gate = Saver(checkpoints, ALONE, lease, KEEP_ALL), threading.Event()
+    saver._before_commit = gate.wait  # type: ignore[assignment]
     assert saver.begin(state(4), {WEIGHT: torch.zeros(1 << 20)}) is None
+    time.sleep(1.0)  # training goes on; on busy cores to write takes less than to copy
+    gate.set()
     saved, polls = None, 0
     while saved is None:
         assert saver.busy
