@@ -114,18 +114,18 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     return planned
 
 
-def accumulates_reduced(parallel: Parallel, world_size: int) -> bool:
-    """Return whether a step's micro-batches are added up in `parallel.gradient_dtype`.
+def accumulates_reduced(mode: str, within: str, world_size: int) -> bool:
+    """Return whether `parallel.mode` and `shard_within` add up a step's micro-batches in `parallel.gradient_dtype`.
 
     FSDP2 adds up what it has not reduced yet in the dtype in which it will: before the reduce-scatter with zero1,
     before the all-reduce of several groups with the other modes. (Groups of a node are taken for several.)
     """
-    grouped = parallel.shard_within not in ("all", str(world_size))
-    return parallel.mode == "zero1" or (parallel.mode != "ddp" and grouped)
+    return mode == "zero1" or (mode != "ddp" and within not in ("all", str(world_size)))
 
 
 def _check_accumulation(parallel: Parallel, world_size: int, micro_steps: int) -> None:
-    if parallel.gradient_dtype == "bfloat16" and micro_steps > 1 and accumulates_reduced(parallel, world_size):
+    reduced = parallel.gradient_dtype == "bfloat16" and micro_steps > 1
+    if reduced and accumulates_reduced(parallel.mode, parallel.shard_within, world_size):
         groups = "" if parallel.mode == "zero1" else f" in groups (parallel.shard_within {parallel.shard_within})"
         raise UserError(
             f"parallel.gradient_dtype bfloat16 with {parallel.mode}{groups} would also accumulate a step's "

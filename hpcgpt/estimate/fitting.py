@@ -121,9 +121,12 @@ def _stronger(request: Request, mode: str) -> list[str]:
     modes = ["ddp", "zero1", "zero2", "fsdp"]
     parallel = request.config.parallel
     accumulates = parallel.gradient_dtype == "bfloat16" and request.micro_steps > 1
-    later = [dataclasses.replace(parallel, mode=name) for name in modes[modes.index(mode) + 1 :]]  # type: ignore[arg-type]
-    # hpcgpt.plan refuses these combinations.
-    return [one.mode for one in later if not (accumulates and plan.accumulates_reduced(one, request.ranks))]
+    return [
+        name
+        for name in modes[modes.index(mode) + 1 :]
+        # hpcgpt.plan refuses these combinations.
+        if not (accumulates and plan.accumulates_reduced(name, parallel.shard_within, request.ranks))
+    ]
 
 
 def _written(value: Any) -> str:

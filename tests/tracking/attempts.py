@@ -6,7 +6,6 @@ half second that loading wandb takes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ from hpcgpt.tracking.tracker import Tracker
 from tests.programs import ROOT
 
 KEY = "k" * 40
-(WANDB,) = importlib.util.find_spec("wandb").submodule_search_locations  # type: ignore[union-attr,misc]
-WANDB_CORE = Path(WANDB, "bin", "wandb-core")
+WANDB_CORE = str(metadata.distribution("wandb").locate_file("wandb/bin/wandb-core"))
 LONG_S = 180.0  # on a busy machine; a tracker that has sent everything exits at once
 
 
