@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,11 +68,16 @@ def test_a_save_has_the_state_at_its_beginning(checkpoints: Path, lease: Lease) 
         assert found[WEIGHT].eq(step).all()
 
 
-def test_a_save_finishes_by_polling_and_stalls_training_for_less_than_it_takes(checkpoints: Path, lease: Lease) -> None:
-    saver, gate = Saver(checkpoints, ALONE, lease, KEEP_ALL), threading.Event()
+def test_a_save_finishes_by_polling_and_stalls_training_only_during_its_calls(
+    checkpoints: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that is a second later whenever the saver reads it, and a thousand while training goes its way."""
+    clock, saver, gate = itertools.count(), Saver(checkpoints, ALONE, lease, KEEP_ALL), threading.Event()
+    times = SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=time.sleep)
+    monkeypatch.setattr(checkpoint_save, "time", times)
     saver._before_commit = gate.wait  # type: ignore[assignment]
     assert saver.begin(state(4), {WEIGHT: torch.zeros(1 << 20)}) is None
-    time.sleep(1.0)  # training goes on; on busy cores to write takes less than to copy
+    clock = itertools.count(1000)
     gate.set()
     saved, polls = None, 0
     while saved is None:
@@ -79,7 +86,8 @@ def test_a_save_finishes_by_polling_and_stalls_training_for_less_than_it_takes(c
         saved, polls = saver.poll(), polls + 1
     assert polls >= 2, "there are two stages"
     assert (saved.problem, saved.bytes) == ("", 4 << 20)
-    assert 0 < saved.stall_s < saved.seconds
+    assert saved.stall_s == 1 + polls + 1, "begin, each poll, and the time of the commit, which is read within a poll"
+    assert saved.seconds >= 1000
     assert saver.finish(lambda: None) is None
     assert layout.verify(checkpoints / "step_000000004") == ""
 
