@@ -337,11 +337,11 @@ def rounded_gradients(shards: Path, ranks: Ranks, mode: Mode) -> dict[str, Any]:
 
 
 def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> dict[str, Any]:
-    """Report figures of a model with more blocks than torch compiles separately: plain, and with activation
-    checkpointing and a loss in chunks, compiled or not. Without the compiler's slow last stage.
+    """Report figures of a model, if `compiled` with more blocks than torch compiles separately: plain, and with
+    activation checkpointing and a loss in chunks, compiled or not. Without the compiler's slow last stage.
     """
-    plain = settings(shards, mode)
-    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, n_layer=10))
+    plain, blocks = settings(shards, mode), 10 if compiled else 2
+    plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, n_layer=blocks))
     saving_options = dataclasses.replace(plain.train, activation_checkpointing=True, loss_chunk=24)
     engine = make_engine(plain, ranks)
     report: dict[str, Any] = {"plain": steps(engine, range(3))}
@@ -354,7 +354,7 @@ def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> di
         engine = make_engine(dataclasses.replace(plain, train=saving_options), ranks)
         if not compiled:  # the compiler would compile the hook, too
             passes: list[int] = []
-            engine.model.gpt.get_submodule("blocks.9").register_forward_pre_hook(lambda *_: passes.append(1))
+            engine.model.gpt.get_submodule(f"blocks.{blocks - 1}").register_forward_pre_hook(lambda *_: passes.append(1))
         report["saving"] = steps(engine, range(2))
         report["passes"] = 0 if compiled else len(passes)
         with torch.no_grad(), engine.model.evaluating() as gpt:  # as between two steps
@@ -366,16 +366,28 @@ def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> di
     return report
 
 
+def resumed_from(mode: str, ranks: int, count: int) -> list[str]:
+    """Return the folders whose checkpoints `mode` continues from on so many ranks.
+
+    With MANY steps all of them; else on one rank all, and on 2 and 4 ranks that of one rank and, of the modes, half on
+    the other number: so each mode continues from each.
+    """
+    folders = {("ddp", 1): "ddp_1"} | {(other, size): f"{other}_{size}" for other in MODES for size in (2, 4)}
+    if count >= MANY or ranks == 1:
+        return list(folders.values())
+    half = MODES[(MODES.index(mode) + ranks // 2) % 2 :: 2]
+    return [folders["ddp", 1], *(folders[other, 6 - ranks] for other in half)]
+
+
 def resume_all(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
-    """Continue from every checkpoint in every mode; return figures."""
+    """Continue from the checkpoints of other modes and numbers of ranks, in every mode; return figures."""
     report = {}
     for mode in MODES if ranks.world.size > 1 else MODES[:1]:
         engine = make_engine(settings(shards, mode), ranks)
-        for folder in sorted(out.glob("*_[124]")):
-            if "muon" not in folder.name:
-                path = layout.path_of(folder / "checkpoints", count - MORE)
-                load.load(path, engine.model.gpt, engine.optimizer, ranks)
-                report[f"{folder.name} in {mode}"] = steps(engine, range(count - MORE, count))
+        for folder in resumed_from(mode, ranks.world.size, count):
+            path = layout.path_of(out / folder / "checkpoints", count - MORE)
+            load.load(path, engine.model.gpt, engine.optimizer, ranks)
+            report[f"{folder} in {mode}"] = steps(engine, range(count - MORE, count))
     return report
 
 
