@@ -354,7 +354,9 @@ def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> di
         engine = make_engine(dataclasses.replace(plain, train=saving_options), ranks)
         if not compiled:  # the compiler would compile the hook, too
             passes: list[int] = []
-            engine.model.gpt.get_submodule(f"blocks.{blocks - 1}").register_forward_pre_hook(lambda *_: passes.append(1))
+            engine.model.gpt.get_submodule(f"blocks.{blocks - 1}").register_forward_pre_hook(
+                lambda *_: passes.append(1)
+            )
         report["saving"] = steps(engine, range(2))
         report["passes"] = 0 if compiled else len(passes)
         with torch.no_grad(), engine.model.evaluating() as gpt:  # as between two steps
