@@ -74,7 +74,7 @@ test: $(VENV)/.installed-test ## run all tests but the longest, with a real Slur
 ifneq ($(LAB),0)
 	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
 endif
-	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 3)
+	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 4)
 
 test-all: test ## then also the longest: drills, large samples of damage, races of many rounds
 	@LAB=$(LAB) $(PYTEST) -m long

@@ -1,4 +1,4 @@
-"""The program of test_many_ranks: ``-m tests.checkpoint.ranks_many FOLDER``; prints a report as JSON."""
+"""The program of test_many_ranks: ``-m tests.checkpoint.ranks_many FOLDER RANKS``; prints a report as JSON."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from hpcgpt.config.options import Model
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.storage.lease import Lease, acquire
 from tests.checkpoint.thread_ranks import SMALL, Counter, content, made, on_threads, save
-
-OTHERS = ((1, False), (3, True), (8, False), (8, True), (64, True), (70, False))
 
 
 class Run:
@@ -77,16 +75,16 @@ class Run:
         return self.lease if here.world.is_first else None
 
 
-def main(folder: Path) -> None:
-    """Save with 64 ranks into 8 files and with 8 into as many, load with others, then damage the files."""
+def main(folder: Path, many: int) -> None:
+    """Save with `many` ranks into 8 files and with 8 into as many, load with others, then damage the files."""
     report: dict[str, Any] = {}
     for sharded in (False, True):
         mode = "fsdp" if sharded else "ddp"
-        run = Run(folder / mode, 64, sharded, files=8)
+        run = Run(folder / mode, many, sharded, files=8)
         report[mode] = {
             "path": str(run.path),
             "loads": {
-                f"{ranks} {with_shards}": run.loaded(ranks, with_shards) for ranks, with_shards in loads(sharded)
+                f"{ranks} {with_shards}": run.loaded(ranks, with_shards) for ranks, with_shards in loads(sharded, many)
             },
         }
         own = Run(folder / f"{mode} own", 8, sharded, files=64)
@@ -103,10 +101,12 @@ def main(folder: Path) -> None:
     print(json.dumps(report))
 
 
-def loads(sharded: bool) -> Sequence[tuple[int, bool]]:
-    """Return the numbers and kinds of ranks that load what ranks of this kind have saved."""
-    return OTHERS if sharded else ((1, False), (3, True), (64, False))
+def loads(sharded: bool, many: int) -> Sequence[tuple[int, bool]]:
+    """Return the numbers and kinds of ranks that load what `many` ranks of this kind have saved."""
+    if sharded:
+        return ((1, False), (3, True), (8, False), (8, True), (many, True), (many + 6, False))
+    return ((1, False), (3, True), (many, False))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

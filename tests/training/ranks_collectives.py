@@ -31,6 +31,7 @@ from hpcgpt.distributed import world
 from hpcgpt.run import metrics_file
 from hpcgpt.training import engine
 from hpcgpt.training.loop import Loop
+from tests.training.traces import trace_events
 
 SAVED, WRITTEN, COMMITTED = 7, 10, 13
 SMALL = 100  # numbers; gradients are more
@@ -68,14 +69,13 @@ class TurnCounter:
         self._running.stop()
         turns: dict[int, dict[str, Any]] = {}
         kinds, small = Counter[str](), list[int]()  # before the first turn
-        events = self._running.events()  # type: ignore[no-untyped-call]
-        for event in sorted(events, key=lambda event: event.time_range.start):
-            if event.name.startswith("turn "):
+        for event in trace_events(self._running):
+            if event["name"].startswith("turn "):
                 kinds, small = Counter(), []
-                turns[int(event.name.removeprefix("turn "))] = {"kinds": kinds, "small": small}
-            elif event.name.startswith("c10d::"):
-                kinds[event.name.removeprefix("c10d::")] += 1
-            elif event.name == "gloo:all_reduce" and (count := math.prod(event.input_shapes[0])) < SMALL:
+                turns[int(event["name"].removeprefix("turn "))] = {"kinds": kinds, "small": small}
+            elif event["name"].startswith("c10d::"):
+                kinds[event["name"].removeprefix("c10d::")] += 1
+            elif event["name"] == "gloo:all_reduce" and (count := math.prod(event["args"]["Input Dims"][0])) < SMALL:
                 small.append(count)
         return turns
 

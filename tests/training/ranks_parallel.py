@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -48,6 +47,7 @@ from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.samples import Sampler
 from hpcgpt.training.step import to_inputs_and_targets
 from tests.one_rank import ALONE
+from tests.training.traces import trace_events
 
 Mode = Literal["ddp", "zero1", "zero2", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "zero2", "fsdp")
@@ -276,12 +276,8 @@ def collectives(shards: Path, ranks: Ranks, mode: Mode, dtype: Literal["float32"
     watching.remove()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         figures = steps(engine, [1])
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
     found: dict[str, list[int]] = {name: [] for name in ("all_reduce", "_allgather_base_", "_reduce_scatter_base_")}
-    for event in sorted(events, key=lambda event: event.get("ts", 0)):
+    for event in trace_events(profiled):
         kind = event["name"].removeprefix("c10d::").removeprefix("gloo:")
         if kind in found:
             tensors = zip(event["args"]["Input Dims"], event["args"]["Input type"], strict=True)

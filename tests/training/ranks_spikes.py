@@ -3,6 +3,8 @@
 It is `hpcgpt.train` with injected losses and gradients. FAULTS is JSON; every key is optional:
 
     nan      [rank, global batch, micro-step]: its loss is NaN
+    nans     global batches: the losses of all their micro-batches are NaN
+    most     so many events of a kind are recorded
     grad     [rank, global batch, micro-step]: its loss is finite, its gradient is not
     row      global batch: of all gradients only that of the last position's embedding is not finite
     spikes   global batches: the losses of all their micro-batches are three times as large
@@ -32,7 +34,7 @@ from torch import Tensor
 from hpcgpt import cli, train
 from hpcgpt.data import prefetch
 from hpcgpt.distributed import world
-from hpcgpt.training import engine, resume
+from hpcgpt.training import engine, reporter, resume
 
 
 def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
@@ -60,7 +62,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
         if len(inputs) < 2 or not asked or not torch.is_grad_enabled():
             return loss
         position, micro_step = [rank, asked[-1], micro_step], micro_step + 1
-        if position == faults.get("nan"):
+        if position == faults.get("nan") or asked[-1] in faults.get("nans", ()):
             return loss * float("nan")
         if position == faults.get("grad"):
             loss.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
@@ -88,6 +90,7 @@ def main(folder: Path, faults: dict[str, Any], arguments: list[str]) -> None:
     real_load, resume.Restorer.load = resume.Restorer.load, load  # type: ignore[method-assign]
     real_batches, prefetch.Prefetcher.batches = prefetch.Prefetcher.batches, batches  # type: ignore[method-assign]
     real_build, engine.Engine.__init__ = engine.Engine.__init__, build  # type: ignore[method-assign, assignment]
+    reporter.MOST_OF_A_KIND = faults.get("most", reporter.MOST_OF_A_KIND)
     sys.argv[1:] = arguments
     cli.run(train.main)
 

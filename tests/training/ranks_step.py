@@ -27,6 +27,7 @@ from hpcgpt.model.gpt import GPT
 from hpcgpt.optim.optimizer import make_optimizer
 from hpcgpt.training.parallel import parallelize
 from hpcgpt.training.step import totals, train_step
+from tests.training.traces import trace_events
 
 GLOBAL_BATCH = 16
 ACCUMULATIONS = (1, 2, 4)
@@ -97,8 +98,8 @@ def reductions(ranks: Ranks, folder: Path) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         for bench in benches:
             bench.step(1, clip_norm=1.0)
-    shapes = [event.input_shapes for event in profiled.events() if event.name == "gloo:all_reduce"]
-    return [math.prod(shape[0]) for shape in shapes]
+    sent = [event["args"]["Input Dims"] for event in trace_events(profiled) if event["name"] == "gloo:all_reduce"]
+    return [math.prod(shapes[0]) for shapes in sent]
 
 
 def in_buckets(ranks: Ranks, folder: Path) -> list[bool]:

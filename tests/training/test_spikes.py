@@ -100,6 +100,16 @@ def test_skip_drops_that_step_on_all_ranks_and_nothing_else(runs: Runs) -> None:
 
 
 @pytest.mark.processes
+def test_of_a_kind_of_event_that_may_occur_at_every_step_an_attempt_records_the_first_ones(runs: Runs) -> None:
+    done = runs.start("tiny", {"nans": [2, 4, 6, 8], "most": 2}, "--train.on_nonfinite", "skip")
+    assert done.returncode == FINISHED, done.stderr
+    assert [event["step"] for event in events(runs.run("tiny"), "nonfinite")] == [3, 5]
+    assert done.stdout.count("events.jsonl will not have more of them") == 1
+    assert done.stdout.count(": skipped") == 4, "the console has all"
+    assert len(events(runs.run("tiny"), "save")) == 3, "a regular kind is not limited"
+
+
+@pytest.mark.processes
 def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(runs: Runs) -> None:
     skip = ("--train.on_nonfinite", "skip", "--checkpoint.every", "1", "--checkpoint.keep_last", "20")
     assert runs.start("tiny", {"grad": [0, 6, 2]}, *skip).returncode == FINISHED
