@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcgpt import cli
+from hpcgpt.config import paths
 from hpcgpt.errors import UserError
 from hpcgpt.storage import atomic
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m data_prep.shakespeare", description="Download Shakespeare's works."
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the texts")
-    out = Path(parser.parse_args(argv).out)
+    out = Path(paths.expand(parser.parse_args(argv).out, "--out"))
     if len(list(out.glob("*.txt"))) == WORKS:
         print(f"{out} has the {WORKS} works already")
         return 0

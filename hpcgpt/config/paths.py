@@ -5,6 +5,8 @@ for every path of the configuration and of a command, before anything is created
 
     ~, ~user            the home folder; an error if there is no such user
     $NAME, ${NAME}      the environment variable; an error if it is not set, or empty
+    nothing             an error: in a shell, "$NAME" is nothing where NAME is not set, and a path of nothing would be
+                        the current folder
     anything else       unchanged
 
 The name of an existing file or folder is never expanded, whatever characters it has.
@@ -31,8 +33,11 @@ def expand(text: str, what: str) -> str:
     """Expand `text` to a path, which stays relative if it is; `what` names the option or argument in errors.
 
     Raises:
-        UserError: a variable or user does not exist, or there are control characters in a name that does not exist.
+        UserError: `text` is empty; a variable or user does not exist; or there are control characters in a name that
+            does not exist.
     """
+    if not text:
+        raise UserError(f"{what} is empty: was a variable of the shell not set?")
     if "\0" in text:
         raise UserError(f"{what} '{terminal.printable(text)}': a path has no NUL characters")
     if os.path.lexists(text):

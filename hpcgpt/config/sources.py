@@ -246,7 +246,9 @@ def checked(section: str, key: str, value: Any) -> Any:
     limits = item.metadata
     if isinstance(value, str):
         _check_text(value)
-        return paths.expand(value, "path") if limits["path"] and value else value
+        # An empty path is a value of its own where it is the default, or means that another key is given.
+        may_be_empty = not item.default or key in _ONE_OF.get(section, {})
+        return paths.expand(value, "path") if limits["path"] and not (may_be_empty and not value) else value
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{value} is not a finite number")
     if isinstance(value, int | float) and not isinstance(value, bool):

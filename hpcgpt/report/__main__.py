@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpcgpt import cli
+from hpcgpt.config import paths
 from hpcgpt.errors import UserError, sentence
 from hpcgpt.output.counted import counted
 from hpcgpt.run import which_runs
@@ -26,7 +27,7 @@ drawn over each other.
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     folders = which_runs.find(options.RUN, which_runs.run_dir(options))
-    out = Path(options.out)
+    out = Path(paths.expand(options.out, "--out"))
     _check(out)
     content = _page(folders)
     if options.out == "-":

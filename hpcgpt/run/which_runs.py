@@ -41,7 +41,7 @@ def run_dir(options: argparse.Namespace | None = None) -> Path:
     from hpcgpt.config.options import Run
 
     given = options.run_dir if options else None
-    return Path(paths.expand(given, "--run.dir") if given else Run().dir)
+    return Path(Run().dir if given is None else paths.expand(given, "--run.dir"))
 
 
 def given(options: argparse.Namespace) -> Path:
@@ -70,8 +70,7 @@ def exact(name: str, below: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if not os.path.lexists(below / name):
-        name = paths.expand(name, "the run")
+    name = _expanded(name, below)
     for folder in (Path(name), below / name):
         if _is_folder(folder) and is_run(folder):
             return folder
@@ -107,8 +106,7 @@ def is_run(folder: Path) -> bool:
 
 def _of_name(name: str, below: Path) -> list[Path]:
     """Return the run folders that one argument means."""
-    if not os.path.lexists(below / name):
-        name = paths.expand(name, "RUN")
+    name = _expanded(name, below)
     shown = terminal.printable(name)
     for folder in (Path(name), below / name):
         if _is_folder(folder):
@@ -127,6 +125,11 @@ def _of_name(name: str, below: Path) -> list[Path]:
             return list(dict.fromkeys(found))
         raise UserError(f"no run matches '{shown}', neither here nor below {_where(below)}; there {_are(name, below)}")
     raise UserError(_absent(name, below))
+
+
+def _expanded(name: str, below: Path) -> str:
+    """Expand a name like a path, unless a run has it as it is."""
+    return name if name and os.path.lexists(below / name) else paths.expand(name, "RUN")
 
 
 def _absent(name: str, below: Path) -> str:

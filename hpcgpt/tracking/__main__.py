@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt import cli
-from hpcgpt.config import sources
+from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Tracking
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FAILED
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     which_runs.add_to(sync)
     where = sync.add_mutually_exclusive_group()
-    where.add_argument("--offline", type=Path, metavar="DIR", help="send nothing: make one folder for `wandb sync`")
+    where.add_argument("--offline", metavar="DIR", help="send nothing: make one folder for `wandb sync`")
     where.add_argument("--copy", metavar="ID", help="send the whole run under another id, as a new wandb run")
     sync.add_argument(
         "--within", type=float, default=SYNC_S, metavar="SECONDS", help="give up after (default: %(default).0f)"
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     if given.action == "dashboard":
         return _make_dashboard(given.project, given.entity, given.name, given.json)
-    return _sync(which_runs.given(given), given.offline, given.copy, given.within)
+    offline = None if given.offline is None else Path(paths.expand(given.offline, "--offline"))
+    return _sync(which_runs.given(given), offline, given.copy, given.within)
 
 
 def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) -> int:

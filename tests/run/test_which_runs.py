@@ -153,11 +153,14 @@ TAKE_A_RUN: dict[str, list[tuple[list[str], list[str]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("here")
-@pytest.mark.parametrize(
+EACH_COMMAND = pytest.mark.parametrize(
     ("module", "before", "after"),
     [(module, *around) for module, several in TAKE_A_RUN.items() for around in several],
 )
+
+
+@pytest.mark.usefixtures("here")
+@EACH_COMMAND
 def test_every_command_takes_a_name_and_says_which_runs_there_are(
     module: str, before: list[str], after: list[str]
 ) -> None:
@@ -166,6 +169,41 @@ def test_every_command_takes_a_name_and_says_which_runs_there_are(
         main([*before, "olt", *after])
     with pytest.raises(UserError, match=r"no run in olt, nor .* below elsewhere in .*; there are no runs"):
         main([*before, "olt", *after, "--run.dir", "elsewhere"])
+
+
+@pytest.mark.usefixtures("here")
+@EACH_COMMAND
+def test_an_empty_name_is_not_the_current_folder(module: str, before: list[str], after: list[str]) -> None:
+    main = importlib.import_module(module).main
+    with pytest.raises(UserError, match=r"^RUN is empty: was a variable of the shell not set\?"):
+        main([*before, "", *after])
+    with pytest.raises(UserError, match=r"^--run.dir is empty"):
+        main([*before, "old", *after, "--run.dir", ""])
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("module", "words", "named"),
+    [
+        ("data_prep.export", ["x", "--to", "nanogpt", "--out", ""], "--out"),
+        ("data_prep.import_shards", ["x", "--from", "llmc", "--tokenizer", "gpt2", "--out", ""], "--out"),
+        ("data_prep.inspect", [""], "DIR"),
+        ("data_prep.make_shards", ["x", "--out", ""], "--out"),
+        ("data_prep.shakespeare", ["--out", ""], "--out"),
+        ("data_prep.train_tokenizer", ["x", "--out", ""], "--out"),
+        ("data_prep.verify", [""], "DIR"),
+        ("hpcgpt.export.__main__", ["old", "", "--to", "hf"], "OUT"),
+        ("hpcgpt.import_weights.__main__", ["x", "--out", ""], "--out"),
+        ("hpcgpt.report.__main__", ["old", "-o", ""], "--out"),
+        ("hpcgpt.tracking.__main__", ["sync", "old", "--offline", ""], "--offline"),
+        ("hpcgpt.train", ["--run.dir", ""], "run.dir: path"),
+    ],
+)
+def test_no_path_of_a_command_may_be_empty(module: str, words: list[str], named: str) -> None:
+    """It would be the current folder; what a command writes would be there."""
+    main = importlib.import_module(module).main
+    with pytest.raises(UserError, match=rf"{named} is empty: was a variable of the shell not set\?"):
+        main(words)
 
 
 @pytest.mark.usefixtures("here")

@@ -7,7 +7,7 @@ The faults of the six nodes, in one job:
     n4   the mount of the shards is missing: an empty file system hides it
     n5   its clock is wrong: a preloaded library shifts the clock of its Python (shifted_clock.c); the kernel's is the
          machine's, and the same on all nodes of a lab
-    n6   it gets a tenth of a CPU: a limit of the cgroup of its slurmd
+    n6   it gets a tenth of a CPU, and where others want the CPU a third of what they get: its slurmd has a cgroup
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.lab_fixture import SESSION_LAB
 
 CPU_SHARE = 0.1
+CPU_WEIGHT = 1 / 3  # on busy cores all nodes get a tenth of a CPU
 CGROUPS = Path("/sys/fs/cgroup")
 CLOCK_SHIFT_S = 120
 
@@ -91,9 +92,11 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
         group.mkdir()
         if first:
             (group / "cpu.cfs_quota_us").write_text(f"{CPU_SHARE * 100_000:.0f}")
+            (group / "cpu.shares").write_text(f"{CPU_WEIGHT * 1024:.0f}")
         else:
             (CGROUPS / "cgroup.subtree_control").write_text("+cpu")
             (group / "cpu.max").write_text(f"{CPU_SHARE * 100_000:.0f} 100000")
+            (group / "cpu.weight").write_text(f"{CPU_WEIGHT * 100:.0f}")
         for pid in lab_hosts.processes(lab, node):
             (group / "cgroup.procs").write_text(str(pid))
     except OSError as error:
