@@ -4,6 +4,7 @@ tiny run on it, and the lab.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from data_prep import make_shards, train_tokenizer
 from data_prep.text import documents, inputs
+from hpcgpt.cli import GC_THRESHOLDS
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.tokenizer import save_load
 from tests.checkpoint.small_checkpoints import checkpoints as checkpoints  # fixtures
@@ -31,6 +33,12 @@ from tests.tiny_run import TINY
 # threads as cores in each, models of this size wait for each other's threads most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+gc.set_threshold(*GC_THRESHOLDS)
+
+
+def pytest_collection_finish() -> None:
+    """Take what was collected, which stays until the end, out of every search for garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
