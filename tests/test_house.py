@@ -329,7 +329,7 @@ def read_in(path: Path) -> set[tuple[str, str]]:
 
 @cache
 def read_outside() -> set[tuple[str, str]]:
-    """Not when the tests are collected, which each process of theirs does."""
+    """Computed by the first test that asks, not in each process that collects the tests."""
     return set().union(*(read_in(path) for path in HPCGPT if path.parent.name != "config"))
 
 
