@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpcgpt import cli
+from hpcgpt.config import paths
 from hpcgpt.errors import UserError
 from hpcgpt.sites import catalog, compare, qos, request, shell
 from hpcgpt.sites.schema import Site, facts
@@ -78,7 +79,7 @@ def _list(as_json: bool) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     site = catalog.find(options.name)
-    python = shell.Python(options.venv, options.conda, options.container)
+    python = shell.Python(options.venv or "", options.conda or "", options.container or "")
     if options.shell:
         text = shell.text(site, python)
         if options.output:
@@ -168,10 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--sources", action="store_true", help="with the address of each fact's source")
     show.add_argument("--json", action="store_true", help="as JSON")
     show.add_argument("--shell", action="store_true", help="print the shell file for HPCGPT_SITE")
-    show.add_argument("-o", "--output", default="", metavar="FILE", help="write the shell file there")
-    show.add_argument("--venv", default="", metavar="DIR", help="the job's Python is in this virtual environment")
-    show.add_argument("--conda", default="", metavar="NAME", help="... in this conda environment")
-    show.add_argument("--container", default="", metavar="IMAGE", help="... in this image; Slurm's tools stay outside")
+    show.add_argument("-o", "--output", type=paths.not_empty, metavar="FILE", help="write the shell file there")
+    for flag, metavar, where in (
+        ("--venv", "DIR", "the job's Python is in this virtual environment"),
+        ("--conda", "NAME", "... in this conda environment"),
+        ("--container", "IMAGE", "... in this image; Slurm's tools stay outside"),
+    ):
+        show.add_argument(flag, type=paths.not_empty, metavar=metavar, help=where)
     for action, about in (("script", "print the batch script with the flags for a job"),
                           ("flags", "print the flags of sbatch for a job")):  # fmt: skip
         flags = actions.add_parser(

@@ -5,8 +5,8 @@ for every path of the configuration and of a command, before anything is created
 
     ~, ~user            the home folder; an error if there is no such user
     $NAME, ${NAME}      the environment variable; an error if it is not set, or empty
-    nothing             an error: in a shell, "$NAME" is nothing where NAME is not set, and a path of nothing would be
-                        the current folder
+    an empty text       an error: a shell passes one for "$NAME" where NAME is not set, and it would be the current
+                        folder
     anything else       unchanged
 
 The name of an existing file or folder is never expanded, whatever characters it has.
@@ -18,6 +18,7 @@ No torch in here.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ from pathlib import Path
 from hpcgpt.errors import UserError
 from hpcgpt.output import terminal
 
+EMPTY = "in a shell, so is a variable that is not set"
 NAME_BYTES = 200  # file systems allow 255, and suffixes are added
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
@@ -37,7 +39,7 @@ def expand(text: str, what: str) -> str:
             does not exist.
     """
     if not text:
-        raise UserError(f"{what} is empty: was a variable of the shell not set?")
+        raise UserError(f"{what} is empty: {EMPTY}")
     if "\0" in text:
         raise UserError(f"{what} '{terminal.printable(text)}': a path has no NUL characters")
     if os.path.lexists(text):
@@ -53,6 +55,13 @@ def expand(text: str, what: str) -> str:
     if any(map(terminal.is_control, expanded)):
         raise UserError(f"{what} '{shown}': a path must have no control characters")
     return expanded
+
+
+def not_empty(text: str) -> str:
+    """Return `text`: the `type` of an argument for argparse whose default is None, where nothing is expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"it is empty: {EMPTY}")
+    return text
 
 
 def absolute(text: str) -> str:

@@ -56,7 +56,7 @@ def from_command_line(
     if not problems and rest:
         problems.append(f"unexpected argument '{terminal.printable(rest[0])}': flags are spelled --section.key value")
     written: list[tuple[str, Mapping[str, Any]]] = []
-    if flags.CONFIG:
+    if flags.CONFIG is not None:
         try:
             path = find(flags.CONFIG)
             written.append((str(path), _read_toml(path)))
@@ -74,7 +74,7 @@ def from_command_line(
 def configuration_named(argv: Sequence[str]) -> str:
     """Return the CONFIG in these arguments of `from_command_line`, as it is written; "" if there is none."""
     arguments, _ = unknown_flags.split(argv, _keys(), _is_configuration)
-    return str(_parser("", "").parse_known_args(arguments)[0].CONFIG)
+    return _parser("", "").parse_known_args(arguments)[0].CONFIG or ""
 
 
 def presets() -> list[str]:
@@ -137,7 +137,7 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "CONFIG",
         nargs="?",
-        default="",
+        default=None,
         help="a TOML file, or the name of a preset: " + ", ".join(presets()),
     )
     for section, cls in _sections().items():
@@ -191,6 +191,8 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
                 values.setdefault(section, {})[key] = good
         # A length replaces the length of an earlier source, also in another unit; data.dir and data.mix likewise.
         for section, given in chosen.items():
+            if given.get("dir") == "" and not given.get("mix"):
+                problems.append(f"{where}: {section}.dir is empty: {paths.EMPTY}")
             if any(given.values()):
                 values.setdefault(section, {}).update(_ONE_OF[section] | given)
     if model := values.get("model"):
@@ -246,7 +248,7 @@ def checked(section: str, key: str, value: Any) -> Any:
     limits = item.metadata
     if isinstance(value, str):
         _check_text(value)
-        # An empty path is a value of its own where it is the default, or means that another key is given.
+        # An empty path is a value where it is the default, or where another key may be given instead: see `_build`.
         may_be_empty = not item.default or key in _ONE_OF.get(section, {})
         return paths.expand(value, "path") if limits["path"] and not (may_be_empty and not value) else value
     if isinstance(value, float) and not math.isfinite(value):

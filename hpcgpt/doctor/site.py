@@ -44,7 +44,9 @@ def main(argv: Sequence[str], as_json: bool) -> int:
     parser = argparse.ArgumentParser(prog="hpcgpt doctor site", description="Show what this Slurm does.",
                                      allow_abbrev=False)  # fmt: skip
     parser.add_argument("--try-job", action="store_true", help="queue a job that calls Slurm's commands on a node")
-    parser.add_argument("--run", metavar="RUN", help="advise the lead time from the saves and steps of this run")
+    parser.add_argument(
+        "--run", type=paths.not_empty, metavar="RUN", help="advise the lead time from the saves and steps of this run"
+    )
     options, flags = parser.parse_known_args(argv)
     if flags and not options.try_job:
         raise UserError(f"unexpected argument '{flags[0]}': flags of sbatch need --try-job")

@@ -29,6 +29,7 @@ from types import FrameType
 from typing import NoReturn
 
 from hpcgpt import cli
+from hpcgpt.config import paths
 from hpcgpt.drill import elastic, faults, slurm_faults, testbed_here
 from hpcgpt.drill.drill import Drill
 from hpcgpt.drill.faults import FaultKind
@@ -92,9 +93,14 @@ def parser() -> argparse.ArgumentParser:
     add("--every", type=int, default=0, help="steps between checkpoints; default: about 3 s")
     add("--limit-s", type=float, default=240.0, help="longest wait for the next step, in seconds; default: %(default)g")
     add("--elastic", action="store_true", help="change the number of ranks between attempts")
-    add("--data", default="", metavar="DIR", help="token shards to train on; default: made from Python's sources")
-    add("--dir", default="", help="the drill's folder; default: runs/drills/SEED-TIME")
-    add("--out", default="", metavar="DIR", help="folder of the report; default: the drill's folder")
+    add(
+        "--data",
+        type=paths.not_empty,
+        metavar="DIR",
+        help="token shards to train on; default: made from Python's sources",
+    )
+    add("--dir", type=paths.not_empty, help="the drill's folder; default: runs/drills/SEED-TIME")
+    add("--out", type=paths.not_empty, metavar="DIR", help="folder of the report; default: the drill's folder")
     add("--keep", action="store_true", help="also keep the checkpoints of identical runs")
     return made
 

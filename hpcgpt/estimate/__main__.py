@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcgpt import cli
-from hpcgpt.config import sources
+from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
 from hpcgpt.output.counted import counted
@@ -181,7 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--time", metavar="LIMIT", help="the job's time limit, as for sbatch: counts requeues")
     own.add_argument("--rate", type=float, metavar="TOKENS_PER_S", help="measured rate of all ranks together")
     own.add_argument(
-        "--measured", metavar="RUN", help="folder or name of a run: what its steps, evaluations, saves and starts took"
+        "--measured",
+        type=paths.not_empty,
+        metavar="RUN",
+        help="folder or name of a run: what its steps, evaluations, saves and starts took",
     )
     own.add_argument(
         "--probe", action="store_true",

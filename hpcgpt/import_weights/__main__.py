@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from hpcgpt import cli
+from hpcgpt.config import paths
 
 ABOUT = (
     "Make a run folder of released weights: GPT-2, Llama, Qwen2 or Qwen3 as Hugging Face has them, nanoGPT's ckpt.pt, "
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("PATH", help="folder with config.json, or a file that torch.save wrote")
     parser.add_argument("--out", required=True, metavar="OUT", help="the folder to make")
     parser.add_argument(
-        "--tokenizer", default="", metavar="NAME|FOLDER",
+        "--tokenizer", type=paths.not_empty, metavar="NAME|FOLDER",
         help="the tokenizer of the weights, if PATH has no tokenizer.json: as for make_shards, for example gpt2",
     )  # fmt: skip
     parser.add_argument(

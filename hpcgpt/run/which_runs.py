@@ -70,7 +70,7 @@ def exact(name: str, below: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    name = _expanded(name, below)
+    name = _expanded(name, below, "the run")
     for folder in (Path(name), below / name):
         if _is_folder(folder) and is_run(folder):
             return folder
@@ -106,7 +106,7 @@ def is_run(folder: Path) -> bool:
 
 def _of_name(name: str, below: Path) -> list[Path]:
     """Return the run folders that one argument means."""
-    name = _expanded(name, below)
+    name = _expanded(name, below, "RUN")
     shown = terminal.printable(name)
     for folder in (Path(name), below / name):
         if _is_folder(folder):
@@ -127,9 +127,9 @@ def _of_name(name: str, below: Path) -> list[Path]:
     raise UserError(_absent(name, below))
 
 
-def _expanded(name: str, below: Path) -> str:
-    """Expand a name like a path, unless a run has it as it is."""
-    return name if name and os.path.lexists(below / name) else paths.expand(name, "RUN")
+def _expanded(name: str, below: Path, what: str) -> str:
+    """Expand a name like a path, unless a run has it as it is; `what` names the argument in errors."""
+    return name if name and os.path.lexists(below / name) else paths.expand(name, what)
 
 
 def _absent(name: str, below: Path) -> str:

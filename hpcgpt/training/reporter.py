@@ -60,8 +60,8 @@ DRAIN_S = 5.0  # limit for the queue of writes, at the end of an attempt
 # Limits for the table at the end, which takes longer the more rows there are: 9 s of CPU for 400,000 (97 MB).
 GOODPUT_S, GOODPUT_S_PER_MB, GOODPUT_MOST_S = 10.0, 0.3, 40.0
 RANKS_EVERY_S = 30.0
-# Kinds of events that may occur at every step: only the first ones of an attempt are recorded, so that events.jsonl
-# grows with the attempts and checkpoints of a run, not with its steps.
+# Kinds of events that may occur at every step: only the first ones of an attempt are recorded, of each host, so that
+# events.jsonl grows with the attempts and checkpoints of a run, not with its steps.
 AT_ANY_STEP = ("nonfinite", "spike", "straggler")
 MOST_OF_A_KIND = 1000
 FINISH_S, LEAVE_S = 20.0, 4.0  # limits for W&B: at the end of training; when the job must stop (KillWait may be 30 s)
@@ -78,7 +78,7 @@ def goodput_limit_s(folder: Path) -> float:
 class Reporter:
     def __init__(self, info: AttemptInfo, lease: Lease) -> None:
         self._info, self._lease = info, lease
-        self._recorded: Counter[str] = Counter()  # events, by kind
+        self._recorded: Counter[tuple[str, str]] = Counter()  # events, by kind and host
         self._config: Config = info.plan.config
         self._folder = self._config.run_folder
         self._committed: Saved | None = None  # the save whose commit has been reported, until its end is
@@ -249,13 +249,13 @@ class Reporter:
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line to events.jsonl in the background. If that fails, the line is lost with a warning."""
-        self._recorded[event] += 1
-        if event in AT_ANY_STEP and self._recorded[event] >= MOST_OF_A_KIND:
-            if self._recorded[event] > MOST_OF_A_KIND:
+        kind = event, str(fields.get("host", ""))  # of each host: a slow one must not hide another
+        self._recorded[kind] += 1
+        if event in AT_ANY_STEP and self._recorded[kind] >= MOST_OF_A_KIND:
+            if self._recorded[kind] > MOST_OF_A_KIND:
                 return
-            self.say(
-                f"the event {event} has occurred {MOST_OF_A_KIND:,} times: events.jsonl will not have more of them"
-            )
+            times = f"{MOST_OF_A_KIND:,} times in this attempt"
+            self.say(f"{' of '.join(filter(None, kind))}: {times}, further ones are not written to events.jsonl")
         line = {"time": time.time(), "attempt": self._info.number, **fields}
         self._worker.post("events.jsonl", lambda: run_folder.record(self._folder, event, **line))
 

@@ -69,7 +69,7 @@ def test_a_path_that_exists_as_written_is_not_expanded(written: str, at_home: Pa
         ("a\nb", r"INPUT 'a\nb': a path must have no control characters"),
         ("a\x1b[2Jb", r"INPUT 'a\x1b[2Jb': a path must have no control characters"),
         ("a\0b", r"INPUT 'a\x00b': a path has no NUL characters"),
-        ("", "INPUT is empty: was a variable of the shell not set?"),
+        ("", "INPUT is empty: in a shell, so is a variable that is not set"),
     ],
 )
 def test_a_path_that_cannot_be_expanded_is_refused_with_a_remedy(written: str, sentence: str) -> None:

@@ -175,7 +175,7 @@ def test_every_command_takes_a_name_and_says_which_runs_there_are(
 @EACH_COMMAND
 def test_an_empty_name_is_not_the_current_folder(module: str, before: list[str], after: list[str]) -> None:
     main = importlib.import_module(module).main
-    with pytest.raises(UserError, match=r"^RUN is empty: was a variable of the shell not set\?"):
+    with pytest.raises(UserError, match=r"^RUN is empty: in a shell, so is a variable that is not set"):
         main([*before, "", *after])
     with pytest.raises(UserError, match=r"^--run.dir is empty"):
         main([*before, "old", *after, "--run.dir", ""])
@@ -197,13 +197,40 @@ def test_an_empty_name_is_not_the_current_folder(module: str, before: list[str],
         ("hpcgpt.report.__main__", ["old", "-o", ""], "--out"),
         ("hpcgpt.tracking.__main__", ["sync", "old", "--offline", ""], "--offline"),
         ("hpcgpt.train", ["--run.dir", ""], "run.dir: path"),
+        ("hpcgpt.train", ["--data.dir", ""], "data.dir"),
+        ("hpcgpt.train", [""], "CONFIG"),
+        ("hpcgpt.submit", ["", "--dry-run"], "CONFIG"),
     ],
 )
 def test_no_path_of_a_command_may_be_empty(module: str, words: list[str], named: str) -> None:
     """It would be the current folder; what a command writes would be there."""
     main = importlib.import_module(module).main
-    with pytest.raises(UserError, match=rf"{named} is empty: was a variable of the shell not set\?"):
+    with pytest.raises(UserError, match=rf"{named} is empty: in a shell, so is a variable that is not set"):
         main(words)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("hpcgpt.site", ["show", "alps", "--shell", "--output"]),
+        ("hpcgpt.site", ["show", "alps", "--shell", "--venv"]),
+        ("hpcgpt.site", ["show", "alps", "--shell", "--conda"]),
+        ("hpcgpt.site", ["show", "alps", "--shell", "--container"]),
+        ("hpcgpt.drill.__main__", ["--dir"]),
+        ("hpcgpt.drill.__main__", ["--data"]),
+        ("hpcgpt.drill.__main__", ["--out"]),
+        ("hpcgpt.import_weights.__main__", ["x", "--out", "y", "--tokenizer"]),
+        ("hpcgpt.estimate.__main__", ["--measured"]),
+        ("hpcgpt.doctor.__main__", ["site", "--run"]),
+    ],
+)
+def test_an_option_without_a_path_of_its_own_may_not_be_empty_either(
+    module: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(module).main([*words, ""])
+    wanted = f"argument .*{words[-1]}: it is empty: in a shell, so is a variable that is not set"
+    assert re.search(wanted, capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("here")

@@ -1,7 +1,7 @@
 """The program of test_parallel on 1, 2 and 4 ranks: ``-m tests.training.ranks_parallel SHARDS OUT PART STEPS``.
 
 PART is "modes" (each mode trains, saves and continues; each rank writes OUT/modes_W_R.json), "resume" (each mode
-continues from every checkpoint; OUT/resume_W_R.json) or "groups" (parallel.shard_within on 4 ranks;
+continues from checkpoints of all modes; OUT/resume_W_R.json) or "groups" (parallel.shard_within on 4 ranks;
 OUT/groups_4_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
 """
 
@@ -367,14 +367,14 @@ def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> di
 def resumed_from(mode: str, ranks: int, count: int) -> list[str]:
     """Return the folders whose checkpoints `mode` continues from on so many ranks.
 
-    With MANY steps all of them; else on one rank all, and on 2 and 4 ranks that of one rank and, of the modes, half on
-    the other number: so each mode continues from each.
+    With MANY steps, and on one rank, all of them. Else, on 2 ranks and on 4, those of one rank and, on the other
+    number, of this mode and of half of the modes: the other half when the numbers are exchanged.
     """
     folders = {("ddp", 1): "ddp_1"} | {(other, size): f"{other}_{size}" for other in MODES for size in (2, 4)}
     if count >= MANY or ranks == 1:
         return list(folders.values())
     half = MODES[(MODES.index(mode) + ranks // 2) % 2 :: 2]
-    return [folders["ddp", 1], *(folders[other, 6 - ranks] for other in half)]
+    return [folders["ddp", 1], *(folders[other, 6 - ranks] for other in MODES if other == mode or other in half)]
 
 
 def resume_all(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:

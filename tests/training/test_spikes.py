@@ -104,7 +104,7 @@ def test_of_a_kind_of_event_that_may_occur_at_every_step_an_attempt_records_the_
     done = runs.start("tiny", {"nans": [2, 4, 6, 8], "most": 2}, "--train.on_nonfinite", "skip")
     assert done.returncode == FINISHED, done.stderr
     assert [event["step"] for event in events(runs.run("tiny"), "nonfinite")] == [3, 5]
-    assert done.stdout.count("events.jsonl will not have more of them") == 1
+    assert done.stdout.count("nonfinite: 2 times in this attempt, further ones are not written to events.jsonl") == 1
     assert done.stdout.count(": skipped") == 4, "the console has all"
     assert len(events(runs.run("tiny"), "save")) == 3, "a regular kind is not limited"
 
