@@ -37,7 +37,7 @@ LEVELS = (
 )  # fmt: skip
 # A login node loads none of these, except by late imports. Of the other rooms every module counts.
 WITH_TORCH = ("model", "optim.optimizer", "optim.muon", "optim.uncompiled", "training", "data.prefetch", "data.loader",
-"distributed.collectives", "distributed.tree",
+"distributed.collectives", "distributed.eager_ddp", "distributed.tree",
               "distributed.sharded_tensor", "checkpoint.save", "checkpoint.load", "checkpoint.load_model",
               "tasks.likelihood", "tasks.evaluation", "lm_eval.adapter",
               "checkpoint.init_from", "checkpoint.safetensors_writer", "checkpoint.stored", "checkpoint.weights",

@@ -2,7 +2,7 @@
 
 The first call of a method of a torch optimizer imports ``torch._dynamo``, which keeps the call out of compiled code: a
 second of CPU time at each start. Here an optimizer is never part of compiled code, so its methods are torch's functions
-without that decorator. (DDP and FSDP import the compiler as well, so only runs of one process start sooner.)
+without that decorator. (`hpcgpt.distributed.eager_ddp` does the same for DDP. FSDP imports the compiler.)
 """
 
 from __future__ import annotations

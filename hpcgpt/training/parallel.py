@@ -48,6 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcgpt.config.options import Parallel
 from hpcgpt.distributed.collectives import distinct_on_all
+from hpcgpt.distributed.eager_ddp import eager_ddp
 from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import UserError
@@ -165,7 +166,7 @@ def parallelize(
     module: nn.Module = torch.compile(gpt) if compiled else gpt  # type: ignore[assignment]
     if ranks.cpu_group is None:
         return ParallelModel(module, gpt, ranks.device)
-    wrapped = DistributedDataParallel(
+    wrapped = (DistributedDataParallel if compiled else eager_ddp)(
         module,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
