@@ -1,8 +1,8 @@
 """DistributedDataParallel without torch's compiler, for models that are not compiled.
 
 DDP's constructor asks ``torch._dynamo`` for a setting of the compiler, and its forward pass is marked for the compiler.
-The first of these loads it: more than a second of CPU time in each rank at each start, as much as torch itself. Here the
-constructor gets the default of that setting, and the forward pass is not marked.
+The first of these loads it: more than a second of CPU time in each rank at each start, as much as torch itself. Here
+the constructor gets the default of that setting, and the forward pass is not marked.
 """
 
 from __future__ import annotations
