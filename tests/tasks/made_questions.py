@@ -21,10 +21,12 @@ CHINESE = ("三十年河东", "三十年河西", "莫欺少年穷", "斗之力",
 def text() -> str:
     """Return the sources of data_prep, which the tests' models are trained on, without what is not ASCII.
 
-    And without "<|endoftext|>": transformers reads it as the special token wherever it stands, hpcgpt as text.
+    And without "<|endoftext|>": transformers reads it as the special token wherever it stands, hpcgpt as text. And
+    without brackets: from HellaSwag's texts what is in them is removed, which would leave some answers empty.
     """
     content = b"".join(path.read_bytes() for path in sorted(ROOT.glob("data_prep/**/*.py")))
-    return content.decode("ascii", "ignore").replace("<|endoftext|>", "")
+    plain = content.decode("ascii", "ignore").replace("<|endoftext|>", "")
+    return plain.translate(str.maketrans("[]", "()"))
 
 
 def endings(count: int = COUNT, seed: int = 0) -> Iterator[dict[str, Any]]:
