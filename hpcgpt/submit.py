@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         options.dry_run = "json"
     if options.watch and (options.json or options.dry_run):
         raise UserError(f"--watch cannot be combined with {'--json' if options.json else '--dry-run'}")
+    if options.no_estimate and (options.probe or not options.dry_run):
+        raise UserError("--no-estimate is for --dry-run without --probe: nothing else makes an estimate")
     if options.at_once is not None and not options.grid:
         raise UserError(f"--at-once {options.at_once}: it is for the tasks of --grid, which is not given")
     flags |= submit_options.further_flags(options, flags)
@@ -132,7 +134,10 @@ def _dry_run(options: argparse.Namespace, requested: Request, runs: Sequence[Run
     """Print the script, and on standard error what would be trained and what it would need; or both as JSON."""
     from hpcgpt.estimate import for_job, report
 
-    estimate, reason = for_job.make(runs[0].planned, requested, options.gpu)
+    if options.no_estimate:
+        estimate, reason = None, "no estimate: --no-estimate is given"
+    else:
+        estimate, reason = for_job.make(runs[0].planned, requested, options.gpu)
     if options.dry_run == "json":
         shown = {"script": script, "flags": requested.flags, "ranks": requested.ranks, "notes": requested.notes,
                  "runs": [{"run": str(run.folder), "steps": run.planned.total_steps} for run in runs],

@@ -74,6 +74,9 @@ def _add_before_and_after(group: argparse._ArgumentGroup) -> None:
         "--dry-run=json: both as JSON",
     )  # fmt: skip
     group.add_argument(
+        "--no-estimate", action="store_true", help="with --dry-run: leave the estimate out, which takes some seconds"
+    )
+    group.add_argument(
         "--gpu", default="", metavar="NAME",
         help="kind of GPU for the estimate, as for `hpcgpt estimate` (default: what Slurm or the site file names)",
     )  # fmt: skip

@@ -31,6 +31,9 @@ pytestmark = pytest.mark.processes
 
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
 
+# The batch script is printed, and torch is not loaded to estimate what the job needs.
+SCRIPT_ONLY = ("--dry-run", "--no-estimate")
+
 # As a user might type them.
 ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; #!*\n\tnew line  "]
 
@@ -80,14 +83,14 @@ def run_by(script: str, folder: Path) -> list[str]:
 
 
 def test_the_job_runs_the_batch_script_with_exactly_these_arguments(slurm: Path, tiny: Path, tmp_path: Path) -> None:
-    done = submit(slurm, "--nodes", "2", "--ntasks-per-node", "2", str(tiny), *ODD, "--dry-run")
+    done = submit(slurm, "--nodes", "2", "--ntasks-per-node", "2", str(tiny), *ODD, *SCRIPT_ONLY)
     assert done.returncode == 0, done.stderr
     assert run_by(done.stdout, tmp_path) == ["bash", str(ROOT / "slurm" / "pretrain.sbatch"), str(tiny), *ODD]
 
 
 def test_the_submitted_job_is_the_one_that_dry_run_shows(slurm: Path, tiny: Path, tmp_path: Path) -> None:
     flags = ["--nodes", "2", "--ntasks-per-node", "2", "--time", "1:30:00", str(tiny), *ODD]
-    shown = submit(slurm, *flags, "--dry-run")
+    shown = submit(slurm, *flags, *SCRIPT_ONLY)
     assert not (slurm / "submitted.sh").exists()
     done = submit(slurm, *flags)
     assert done.returncode == 0, done.stderr
@@ -106,7 +109,7 @@ def test_the_resources_are_the_requested_ones(slurm: Path, tiny: Path) -> None:
     done = submit(
         slurm, "-N2", "--tasks-per-node", "2", "--gpus-per-node=2", "--time", "1-2", "-p", "low",
         "--signal-lead-s", "90", "--exclusive", "--comment=a b", "--mail-type=END", "--sbatch", "bb-site=x",
-        str(tiny), "--dry-run",
+        str(tiny), *SCRIPT_ONLY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = resources(done.stdout)
@@ -132,7 +135,7 @@ def test_a_flag_that_is_written_comes_before_the_variable_of_sbatch(slurm: Path,
 
 def test_the_defaults_are_those_of_the_batch_script(slurm: Path, tiny: Path) -> None:
     """Both ways give the same time limit, the same signal and an appended log."""
-    done = submit(slurm, "--nodes", "1", str(tiny), "--dry-run")
+    done = submit(slurm, "--nodes", "1", str(tiny), *SCRIPT_ONLY)
     from_submit, from_script = resources(done.stdout), resources(SCRIPT.read_text())
     assert minutes(from_submit["time"]) == minutes(from_script["time"])
     assert from_submit["signal"] == from_script["signal"]
@@ -152,7 +155,7 @@ def test_the_job_runs_the_python_that_submitted_it_unless_another_is_named(
     variables: dict[str, str], runs: str, slurm: Path, tiny: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.sh"
-    script.write_text(submit(slurm, str(tiny), "--dry-run").stdout)
+    script.write_text(submit(slurm, str(tiny), *SCRIPT_ONLY).stdout)
     (slurm / "bash").write_text('#!/bin/sh\nprintf %s "$HPCGPT_PYTHON"\n')
     (slurm / "bash").chmod(0o755)
     env = {key: value for key, value in clean_env().items() if not key.startswith("HPCGPT_")}
@@ -289,7 +292,7 @@ def test_a_percent_sign_in_a_name_is_escaped_for_slurm(slurm: Path, tiny: Path, 
 
 
 def test_without_a_time_limit_any_lead_is_fine(slurm: Path, tiny: Path) -> None:
-    assert submit(slurm, str(tiny), "--time", "0", "--signal-lead-s", "3600", "--dry-run").returncode == 0
+    assert submit(slurm, str(tiny), "--time", "0", "--signal-lead-s", "3600", *SCRIPT_ONLY).returncode == 0
 
 
 # --- an existing run -------------------------------------------------------------------------------
@@ -337,12 +340,12 @@ def test_the_warning_comes_as_early_as_the_saves_of_the_run_need(
 ) -> None:
     with open(tmp_path / "runs" / "tiny" / "events.jsonl", "a") as file:
         file.write(json.dumps({"event": "save", "time": 1.0, "attempt": 1, "step": 12, "seconds": 200.0}) + "\n")
-    done = submit(slurm, *continuing_arguments, "--dry-run")
+    done = submit(slurm, *continuing_arguments, *SCRIPT_ONLY)
     assert resources(done.stdout)["signal"] in ("USR1@420", "USR1@430", "USR1@440"), done.stderr
     assert "a step and two saves of this run take as long" in done.stderr
     for flags, signal in ((["--signal=USR1@90"], "USR1@90"), (["--time=5"], "USR1@120"),
                           (["--time=0"], resources(done.stdout)["signal"])):  # fmt: skip
-        assert resources(submit(slurm, *continuing_arguments, "--dry-run", *flags).stdout)["signal"] == signal
+        assert resources(submit(slurm, *continuing_arguments, *SCRIPT_ONLY, *flags).stdout)["signal"] == signal
 
 
 def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, continuing_arguments: list[str]) -> None:
@@ -414,7 +417,7 @@ def test_of_a_sweep_each_run_is_refused_while_its_own_task_lives(
     (folder / "submit" / "55_submission.sh").touch()
     (slurm / "squeue").write_text(f'#!/bin/sh\necho "$@" > {slurm}/arguments\necho 55_0 COMPLETED\n')
     (slurm / "squeue").chmod(0o755)
-    assert submit(slurm, *continuing_arguments, "--dry-run").returncode == 0
+    assert submit(slurm, *continuing_arguments, *SCRIPT_ONLY).returncode == 0
     assert "--jobs=55_0,55_0" in (slurm / "arguments").read_text()
     (slurm / "squeue").write_text("#!/bin/sh\necho 55_0 PENDING\n")
     assert "is the run of job 55_0, which waits in the queue" in refusal(slurm, *continuing_arguments)
@@ -482,7 +485,7 @@ def test_a_site_gives_the_flags_and_the_environment_of_the_job(slurm: Path, tiny
         "#!/bin/sh\necho 'boost_usr_prod|up|1-00:00:00|1-64|3456|32|494000|x|gpu:a100:4|idle'\n"
     )
     (slurm / "sinfo").chmod(0o755)
-    done = submit(slurm, "--site", "leonardo", "--account=abc", str(tiny), "--run.device", "cuda", "--dry-run")
+    done = submit(slurm, "--site", "leonardo", "--account=abc", str(tiny), "--run.device", "cuda", *SCRIPT_ONLY)
     assert done.returncode == 0, done.stderr
     asked = resources(done.stdout)
     assert {key: asked[key] for key in ("partition", "gres", "ntasks-per-node", "cpus-per-task", "mem", "account")} == {
@@ -492,7 +495,7 @@ def test_a_site_gives_the_flags_and_the_environment_of_the_job(slurm: Path, tiny
     assert "gpus-per-node" not in asked
     assert 'export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME-ib0}"' in done.stdout
     assert run_by(done.stdout, tmp_path)[:3] == ["bash", str(SCRIPT), str(tiny)]
-    refused = submit(slurm, "--site", "leonardo", str(tiny), "--dry-run")
+    refused = submit(slurm, "--site", "leonardo", str(tiny), *SCRIPT_ONLY)
     assert refused.returncode == 2
     assert "needs the account that pays for the job" in refused.stderr
 
@@ -553,4 +556,18 @@ def test_a_probe_is_for_an_estimate(slurm: Path, tiny: Path) -> None:
         done = submit(slurm, "--gpus-per-node", "1", str(tiny), *words)
         assert (done.returncode, done.stdout) == (2, "")
         assert "give --dry-run and --probe together" in done.stderr
+    assert not (slurm / "submitted.sh").exists()
+
+
+def test_a_dry_run_without_an_estimate_does_not_load_torch(slurm: Path, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is loaded')\n")
+    flags = ["--nodes", "2", str(tiny), "--no-estimate"]
+    done = submit(slurm, *flags, "--dry-run=json", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = json.loads(done.stdout)
+    assert (shown["estimate"], shown["no_estimate"]) == (None, "no estimate: --no-estimate is given")
+    for words in ([], ["--dry-run", "--probe"]):
+        refused = submit(slurm, *flags, *words)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "--no-estimate is for --dry-run without --probe" in refused.stderr
     assert not (slurm / "submitted.sh").exists()

@@ -46,15 +46,37 @@ def main() -> None:
     """Answer the requests on stdin, a line each."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever libraries print is no answer
-    framework_bytes = _framework_bytes()
+    framework = _Framework.measured_here()
     for line in sys.stdin:
-        print(json.dumps(asdict(measure(from_json(line), framework_bytes))), file=answers, flush=True)
+        request = from_json(line)
+        print(json.dumps(asdict(measure(request, framework.bytes(request)))), file=answers, flush=True)
 
 
-def _framework_bytes() -> int:
-    """Return what a rank holds beside its tensors: measured here, after a real step of a model of almost nothing."""
-    import torch._dynamo  # what a rank of several loads, with DDP or FSDP
+@dataclass(frozen=True)
+class _Framework:
+    """The bytes that a rank holds beside its tensors: Python, torch and this package, without and with the compiler."""
 
+    eager: int
+    compiler: int
+
+    @classmethod
+    def measured_here(cls) -> _Framework:
+        """Measure this process, in which nothing has loaded torch's compiler yet. Loads it, as fake tensors do."""
+        eager = _loaded_and_stepped()
+        import torch._dynamo  # noqa: F401 - to measure it
+
+        return cls(eager, max(eager, resident_bytes()))
+
+    def bytes(self, request: Request) -> int:
+        """Return the bytes of a rank of `request`. FSDP loads the compiler, too."""
+        config = request.config
+        compiles = config.train.compile == "on" or (config.train.compile == "auto" and not request.on_cpu)
+        sharded = request.ranks > 1 and config.parallel.mode != "ddp"
+        return self.compiler if compiles or sharded else self.eager
+
+
+def _loaded_and_stepped() -> int:
+    """Return what this process holds after a real step of a model of almost nothing."""
     import hpcgpt.training.attempt  # noqa: F401 - what each rank loads
 
     model = GPT(Model(n_layer=1, n_head=1, n_embd=32, block_size=32, vocab_size=64))

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
-from torch.distributed._tools.common_utils import get_untyped_storages
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary, weakref
 
@@ -29,6 +27,19 @@ _LARGE = 1 << 16  # bytes; what is reduced below that is a loss or a norm
 # all-gather, freed with the output that FSDP2 allocates for it; a copy of what a reduce-scatter reduces.
 _GATHERS_BESIDE, _REDUCES_BESIDE = "c10d::_allgather_base_", "c10d::_reduce_scatter_base_"
 _GATHERS_FULL = "_c10d_functional::all_gather_into_tensor"
+
+
+def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Return the storage of a tensor, or those of the tensors in a wrapper such as DTensor.
+
+    As ``torch.distributed._tools.common_utils``, which would load torch's compiler.
+    """
+    wrapper: Any = tensor
+    if not is_traceable_wrapper_subclass(wrapper):
+        return [tensor.untyped_storage()]
+    names, _ = wrapper.__tensor_flatten__()
+    inner = [getattr(wrapper, name) for name in names]
+    return [storage for part in inner if isinstance(part, Tensor) for storage in storages(part)]
 
 
 class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -68,12 +79,12 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def label(self, tensor: Tensor | None, holds: str) -> None:
         """Note what a tensor holds."""
-        for storage in get_untyped_storages(tensor) if tensor is not None else ():
+        for storage in storages(tensor) if tensor is not None else ():
             self.holds[self._number(storage)] = holds
 
     def held_by(self, tensor: Tensor) -> str:
         """Return what a tensor holds, '' if it is not known."""
-        numbers = [self._numbers.get(storage) for storage in get_untyped_storages(tensor)]
+        numbers = [self._numbers.get(storage) for storage in storages(tensor)]
         return self.holds[numbers[0]] if numbers and numbers[0] is not None else ""
 
     def __enter__(self) -> StorageLog:
@@ -92,8 +103,8 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*arguments)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind is DTensor for kind in types):
-            return NotImplemented  # it dispatches again, on its local tensors
+        if any(hasattr(kind, "to_local") for kind in types):
+            return NotImplemented  # a DTensor dispatches again, on its local tensors
         result = func(*args, **(kwargs or {}))
         if func is torch.ops._c10d_functional.wait_tensor.default:
             result = args[0]  # in truth it returns the same tensor, in fake mode a new one
@@ -102,7 +113,7 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                for storage in get_untyped_storages(leaf):
+                for storage in storages(leaf):
                     self._number(storage)
         self._relabel(func.name(), args, kwargs or {}, result)
         if self._gloo:
@@ -125,7 +136,7 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         beside = self._new("gradients" if name == _REDUCES_BESIDE else "weights")
         self._set(beside, tensor.numel() * tensor.itemsize)
         if name == _GATHERS_BESIDE:
-            (storage,) = get_untyped_storages(tensor)
+            (storage,) = storages(tensor)
             self._beside.setdefault(self._number(storage), []).append(beside)
         else:
             self._set(beside, 0)

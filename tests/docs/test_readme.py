@@ -78,7 +78,7 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--train.steps 50 --schedule.warmup_steps 10 --eval.batches 20 --run.threads 1",
+        "--train.steps 25 --schedule.warmup_steps 10 --eval.batches 5 --run.threads 1",
         pytest.param("", marks=pytest.mark.long),
     ],
 )
@@ -112,7 +112,7 @@ def test_the_quick_start_trains_a_model_that_writes_dialogue(
         line = next(line for line in COMMANDS if f"hpcgpt.{module}" in line)
         shown = [part.replace("gpt2-124m", "quickstart") for part in line[3:]]
         if flags and module == "eval":
-            shown += ["--batches", "20"]
+            shown += ["--batches", "5"]
         done = command(f"hpcgpt.{module}", *shown, cwd=checkout)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout

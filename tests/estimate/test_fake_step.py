@@ -15,6 +15,7 @@ from hpcgpt.config.options import Config, Eval, Model, Train
 from hpcgpt.estimate import analytic, devices, estimates, fake_step, fitting
 from hpcgpt.estimate.account import Memory, Moment
 from hpcgpt.estimate.fake_step import resident_bytes
+from hpcgpt.estimate.memory import Estimator
 from hpcgpt.estimate.request import Request
 from hpcgpt.estimate.storage_log import StorageLog
 from hpcgpt.model.gpt import GPT, ForwardOptions
@@ -187,11 +188,16 @@ def test_a_rank_holds_the_share_of_its_group_and_writes_that_of_all_ranks(mode: 
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("ranks", "per_node", "expected"), [(16, 4, "4"), (16, 0, "8"), (4, 0, "all")])
-def test_node_is_the_number_of_its_ranks(ranks: int, per_node: int, expected: str) -> None:
+def test_node_is_the_number_of_its_ranks() -> None:
     config = request(train__micro_batch=4, parallel__mode="fsdp", parallel__shard_within="node").config
-    found = estimates.make(config, steps=1, ranks=ranks, device=devices.find("a100-80"), ranks_per_node=per_node)
-    assert found.config.parallel.shard_within == expected
+    device = devices.find("a100-80")
+    with Estimator() as estimator:
+        for ranks, per_node, expected in ((16, 4, "4"), (16, 0, "8"), (4, 0, "all")):
+            found = estimates.make(
+                config, steps=1, ranks=ranks, device=device, ranks_per_node=per_node, estimator=estimator
+            )
+            assert found.config.parallel.shard_within == expected
+            assert found.memory.method == "fake tensors"
 
 
 def test_an_evaluation_with_fsdp_gathers_block_by_block() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcgpt.config.options import Config, Model, Train
+from hpcgpt.config.options import Config, Model, Parallel, Train
 from hpcgpt.estimate.analytic import measure
 from hpcgpt.estimate.memory import Estimator
 from hpcgpt.estimate.request import Request, from_json, to_json
@@ -28,6 +28,10 @@ def test_a_process_answers_and_answers_again() -> None:
         assert first.method == "fake tensors", first.remarks
         assert first.peak.parts["framework"] > 50e6
         assert estimator.ask(REQUEST) is first
+        fsdp = dataclasses.replace(CONFIG, parallel=Parallel(mode="fsdp"))
+        sharded = estimator.ask(dataclasses.replace(REQUEST, config=fsdp))
+        # FSDP loads torch's compiler, of 75 MB.
+        assert sharded.peak.parts["framework"] > first.peak.parts["framework"] + 30e6
         assert estimator.problem == ""
 
 

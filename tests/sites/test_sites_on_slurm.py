@@ -382,7 +382,7 @@ def test_a_submitted_job_of_a_site_requests_the_same_as_its_script(
 ) -> None:
     cluster = Cluster(slurm, shards_folder, tmp_path, 60, ("--tracking.wandb", "disabled"))
     (tmp_path / "own.toml").write_text(OWN_FILE)
-    command = (sys.executable, "-m", "hpcgpt.submit", "--site", "own.toml", "--nodes=2", "--dry-run")
+    command = (sys.executable, "-m", "hpcgpt.submit", "--site", "own.toml", "--nodes=2", "--dry-run", "--no-estimate")
     submitted = cluster.slurm(*command, str(cluster.config), "--run.device", "cuda")
     assert "export MASTER_ADDR=${MASTER_ADDR%%.*}i" in submitted
     (tmp_path / "submitted.sbatch").write_text(submitted)

@@ -172,7 +172,7 @@ def test_the_next_job_has_the_same_name_folder_and_arguments_whatever_is_in_them
     workdir.mkdir()
     name = "x JobState=CANCELLED\n   Restarts=9 Reason=NodeDown"
     flags = (*ONE, "--no-requeue", f"--job-name={name}", "--chdir", str(workdir), "--output", "out %% %j.txt")
-    arguments = ("--train.steps", "600", "--run.dir", "here%t", "--sample.prompt", "WorkDir=/a b")
+    arguments = ("--train.steps", "250", "--run.dir", "here%t", "--sample.prompt", "WorkDir=/a b")
     job = cluster.sbatch("spaced", *flags, arguments=arguments)
     folder = workdir / "here%t" / "spaced"
     wait_for_rows(folder, 40)

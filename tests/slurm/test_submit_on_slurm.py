@@ -42,7 +42,7 @@ def requests(cluster: Cluster, job: str) -> dict[str, str]:
 def test_submit_sbatch_and_the_script_of_dry_run_make_the_same_job(cluster: Cluster) -> None:
     """With nothing written, a node's 2 GPUs, 8 cores and whole memory are requested, and a rank for each GPU."""
     arguments = ["--nodes", "2", "--hold", "--comment", "a b", str(cluster.config), "--run.device", "auto"]
-    dry = cluster.try_to_submit(*arguments, "--dry-run")
+    dry = cluster.try_to_submit(*arguments, "--dry-run", "--no-estimate")
     assert dry.returncode == 0, dry.stderr
     assert "2 nodes, 4 ranks on GPUs: 20 steps of 512 tokens" in dry.stderr
     script = cluster.home / "dry.sh"
@@ -67,7 +67,7 @@ def test_the_script_of_dry_run_trains_in_a_fresh_run_folder_also_without_the_use
 ) -> None:
     """Slurm ends a job that cannot open its log. With --export=NONE the ranks need what the script exports."""
     dry = cluster.try_to_submit(
-        "--gpus-per-node=1", "--export=NONE", str(cluster.config), "--run.name", "fresh", "--dry-run",
+        "--gpus-per-node=1", "--export=NONE", str(cluster.config), "--run.name", "fresh", "--dry-run", "--no-estimate",
         "--tracking.wandb", "disabled",
     )  # fmt: skip
     assert dry.returncode == 0, dry.stderr

@@ -377,8 +377,8 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
     env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
     env |= {"HPCGPT_TRACKING_INIT_S": "100000"}  # wandb itself would give up after a while
-    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--tracking.wandb", "auto", "--train.steps", "800"]
-    command_line += ["--checkpoint.every", "400", "--eval.every", "400"]
+    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--tracking.wandb", "auto", "--train.steps", "300"]
+    command_line += ["--checkpoint.every", "150", "--eval.every", "150"]
     with started(command_line, env) as training:
         until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
         training.send_signal(signal.SIGSTOP)  # or it might end before wandb has sent anything
@@ -393,5 +393,5 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     server.mode = "healthy"
     last = subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert last.returncode == FINISHED, last.stderr
-    assert steps < 800
-    assert server.steps(run_folder.run_id(folder)) == list(range(1, 801))
+    assert steps < 300
+    assert server.steps(run_folder.run_id(folder)) == list(range(1, 301))
