@@ -119,11 +119,15 @@ def _measured(way: str, corpus: Corpus, folder: Path, tokenizer: Path, warm_up: 
         # subprocess.run with a timeout asks every 50 ms whether the program has ended: too coarse for 700 ms.
         limit = threading.Timer(LIMIT_S, process.kill)
         limit.start()
-        status = process.wait()
-        elapsed_s = time.perf_counter() - started_at
-        limit.cancel()
+        try:
+            status = process.wait()
+            elapsed_s = time.perf_counter() - started_at
+        finally:
+            limit.cancel()
+            process.kill()
     if status:
-        raise SystemExit(f"{way} failed:\n{(folder / 'output.txt').read_text()[-3000:]}")
+        ended = f"took more than {LIMIT_S} s" if elapsed_s >= LIMIT_S else f"failed with status {status}"
+        raise SystemExit(f"{way} {ended}:\n{(folder / 'output.txt').read_text()[-3000:]}")
     if way != "alone" or warm_up:
         reader: Callable[[Path], Stream] = READERS[way]
         problem = _ours_differs(out / "shards", corpus) if way in OURS else _differs(reader(out), corpus)

@@ -61,8 +61,10 @@ def main(argv: Sequence[str]) -> int:
         options.dry_run = "json"
     if options.watch and (options.json or options.dry_run):
         raise UserError(f"--watch cannot be combined with {'--json' if options.json else '--dry-run'}")
-    if options.no_estimate and (options.probe or not options.dry_run):
-        raise UserError("--no-estimate is for --dry-run without --probe: nothing else makes an estimate")
+    if options.no_estimate and not options.dry_run:
+        raise UserError("--no-estimate is for --dry-run: nothing else makes an estimate")
+    if options.no_estimate and (options.gpu or options.probe or options.probe_steps is not None):
+        raise UserError("--gpu, --probe and --probe-steps are for an estimate: leave them out, or --no-estimate")
     if options.at_once is not None and not options.grid:
         raise UserError(f"--at-once {options.at_once}: it is for the tasks of --grid, which is not given")
     flags |= submit_options.further_flags(options, flags)
@@ -131,7 +133,9 @@ def _queue(
 
 
 def _dry_run(options: argparse.Namespace, requested: Request, runs: Sequence[Run], script: str) -> int:
-    """Print the script, and on standard error what would be trained and what it would need; or both as JSON."""
+    """Print the script, and on standard error what would be trained and, unless --no-estimate is given, what it would
+    need; or all as JSON.
+    """
     from hpcgpt.estimate import for_job, report
 
     if options.no_estimate:

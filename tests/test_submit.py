@@ -562,12 +562,21 @@ def test_a_probe_is_for_an_estimate(slurm: Path, tiny: Path) -> None:
 def test_a_dry_run_without_an_estimate_does_not_load_torch(slurm: Path, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is loaded')\n")
     flags = ["--nodes", "2", str(tiny), "--no-estimate"]
+    printed = submit(slurm, *flags, "--dry-run", PYTHONPATH=str(tmp_path))
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stderr.endswith("\n\nno estimate: --no-estimate is given\n")
     done = submit(slurm, *flags, "--dry-run=json", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     shown = json.loads(done.stdout)
     assert (shown["estimate"], shown["no_estimate"]) == (None, "no estimate: --no-estimate is given")
-    for words in ([], ["--dry-run", "--probe"]):
-        refused = submit(slurm, *flags, *words)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert "--no-estimate is for --dry-run without --probe" in refused.stderr
+    assert shown["script"] == printed.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--dry-run", "--probe"], ["--dry-run", "--probe-steps", "20"], ["--dry-run", "--gpu", "a100-80"]]
+)
+def test_settings_of_an_estimate_are_refused_without_one(slurm: Path, tiny: Path, words: list[str]) -> None:
+    refused = submit(slurm, "--nodes", "2", str(tiny), "--no-estimate", *words)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert ("are for an estimate: leave them out" if words else "--no-estimate is for --dry-run") in refused.stderr
     assert not (slurm / "submitted.sh").exists()

@@ -68,11 +68,23 @@ class _Framework:
         return cls(eager, max(eager, resident_bytes()))
 
     def bytes(self, request: Request) -> int:
-        """Return the bytes of a rank of `request`. FSDP loads the compiler, too."""
-        config = request.config
-        compiles = config.train.compile == "on" or (config.train.compile == "auto" and not request.on_cpu)
-        sharded = request.ranks > 1 and config.parallel.mode != "ddp"
-        return self.compiler if compiles or sharded else self.eager
+        """Return the bytes of a rank of `request`."""
+        return self.compiler if loads_compiler(request) else self.eager
+
+
+def loads_compiler(request: Request) -> bool:
+    """Return whether a rank loads torch's compiler.
+
+    Beside torch.compile, FSDP does, the recomputation of activations or of the loss in chunks
+    (``torch.utils.checkpoint``), the compiler's own settings for train.deterministic, and document masks on a GPU,
+    whose kernel is always compiled.
+    """
+    config, train = request.config, request.config.train
+    compiled = train.compile == "on" or (train.compile == "auto" and not request.on_cpu)
+    sharded = request.ranks > 1 and config.parallel.mode != "ddp"
+    chunked = 0 < train.loss_chunk < train.micro_batch * config.model.block_size
+    masked = config.data.document_mask and not request.on_cpu
+    return compiled or sharded or chunked or train.activation_checkpointing or train.deterministic or masked
 
 
 def _loaded_and_stepped() -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -21,6 +24,8 @@ from hpcgpt.estimate.storage_log import StorageLog
 from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.model.precision import computing_in
 from hpcgpt.optim.optimizer import make_optimizer
+from tests.estimate import compiler_loads
+from tests.programs import ROOT, clean_env
 
 pytestmark = pytest.mark.slow
 
@@ -198,6 +203,37 @@ def test_node_is_the_number_of_its_ranks() -> None:
             )
             assert found.config.parallel.shard_within == expected
             assert found.memory.method == "fake tensors"
+
+
+@pytest.mark.processes
+def test_the_compiler_is_counted_where_a_step_loads_it() -> None:
+    """In a process that has not loaded it yet."""
+    ways: list[fitting.Changes] = [
+        {}, {"train.loss_chunk": 64}, {"train.loss_chunk": 16}, {"train.activation_checkpointing": True},
+        {"train.deterministic": True},
+    ]  # fmt: skip
+    arguments = [sys.executable, "-m", "tests.estimate.compiler_loads", json.dumps(ways)]
+    done = subprocess.run(arguments, cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=True)
+    configs = [fitting.with_values(compiler_loads.CONFIG, values) for values in ways]
+    counted = [fake_step.loads_compiler(Request(config, 1, True, 1, False)) for config in configs]
+    assert json.loads(done.stdout) == counted == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks", "on_cpu", "expected"),
+    [
+        ({"train.compile": "auto"}, 2, True, False), ({"train.compile": "auto"}, 2, False, True),
+        ({"train.compile": "on"}, 1, True, True), ({"train.compile": "off"}, 2, False, False),
+        ({"parallel.mode": "fsdp"}, 1, True, False), ({"parallel.mode": "zero1"}, 2, True, True),
+        ({"train.compile": "off", "data.document_mask": True}, 1, False, True),
+        ({"data.document_mask": True}, 1, True, False),
+    ],
+)  # fmt: skip
+def test_the_compiler_is_counted_for_compiled_and_sharded_models(
+    values: fitting.Changes, ranks: int, on_cpu: bool, expected: bool
+) -> None:
+    config = fitting.with_values(compiler_loads.CONFIG, values)
+    assert fake_step.loads_compiler(Request(config, ranks, on_cpu, 1, False)) is expected
 
 
 def test_an_evaluation_with_fsdp_gathers_block_by_block() -> None:
