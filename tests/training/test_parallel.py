@@ -45,7 +45,7 @@ class Reports:
         return [report[mode] for report in self.modes[ranks]]
 
 
-@pytest.fixture(scope="module", params=[12, pytest.param(MANY, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[8, pytest.param(MANY, marks=pytest.mark.long)])
 def reports(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Reports:
     out, count = tmp_path_factory.mktemp("modes"), request.param
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
