@@ -48,7 +48,9 @@ def test_a_test_that_starts_a_process_without_the_mark_fails(tmp_path: Path) -> 
         env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     failed = [line.split("::")[1].split()[0] for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    assert failed == ["test_start", "test_fixture", "test_second_user_of_the_fixture"], done.stdout + done.stderr
+    assert sorted(failed) == ["test_fixture", "test_second_user_of_the_fixture", "test_start"], (
+        done.stdout + done.stderr
+    )
     assert "mark it with `processes`" in done.stdout
 
 
