@@ -11,6 +11,7 @@ process, so that no other loads torch.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -63,8 +64,7 @@ class _Framework:
     def measured_here(cls) -> _Framework:
         """Measure this process, in which nothing has loaded torch's compiler yet. Loads it, as fake tensors do."""
         eager = _loaded_and_stepped()
-        import torch._dynamo  # noqa: F401 - to measure it
-
+        importlib.import_module("torch._dynamo")
         return cls(eager, max(eager, resident_bytes()))
 
     def bytes(self, request: Request) -> int:
