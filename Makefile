@@ -16,15 +16,16 @@ PYTHON_VERSION ?=
 SHARDS ?=
 
 # pip would compile all modules to bytecode, 12,000; training imports 3,000. They are compiled here, once, and not by all
-# ranks of the first job.
+# ranks of the first job: by two processes, which begin with different modules.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
-COMPILE := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import hpcgpt.training.attempt, torch._inductor.compile_fx, wandb'
+IMPORT := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
+COMPILE := { $(IMPORT) 'import sympy, wandb' & $(IMPORT) 'import hpcgpt.training.attempt, torch._inductor.compile_fx' && wait $$!; }
 
 # pytest rewrites the tests' assertions, which takes each of its processes ten seconds, and keeps the result as bytecode.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart bundle shards train test test-fast test-all check lab lab-down
+.PHONY: help install quickstart bundle shards train test test-fast test-all check lab lab-packages lab-down
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -35,6 +36,7 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hpcgpt needs Python 3.11 or later; name one: make PYTHON=python3.12 ..."; exit 2; }
 	@echo "making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install $(PIP_FLAGS) --upgrade pip || echo "so pip stays as it is" # pip 23, of Python 3.11, takes 12 s longer than 26
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pip
 	@echo "installing hpcgpt and what it needs into $(VENV) (torch is large: a minute, or several)"
@@ -69,12 +71,15 @@ check: $(VENV)/.installed-test ## run the linter, the formatter and the type che
 test-fast: $(VENV)/.installed-test ## run the tests that start no other process and take no seconds: a minute and a half
 	@LAB=0 $(PYTEST) -m 'not processes and not slurm and not slow and not long' --numprocesses 2 $(ARGS)
 
-test: $(VENV)/.installed-test ## run all tests but the longest, with a real Slurm if one can run here (LAB=0: without; nothing is installed)
+test: ## run all tests but the longest, with a real Slurm if one can run here (LAB=0: without; nothing is installed)
+	@$(MAKE) --no-print-directory --jobs 2 $(VENV)/.installed-test lab-packages
 	@$(BIN)/python -m compileall -q hpcgpt data_prep # once, and not in each process that the tests start
+	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 4)
+
+lab-packages: | $(VENV)/bin/pip
 ifneq ($(LAB),0)
 	@$(BIN)/python slurm/lab/lab.py check --install || echo "so the tests that need a Slurm will be reported as skipped"
 endif
-	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 4)
 
 test-all: test ## then also the longest: drills, large samples of damage, races of many rounds
 	@LAB=$(LAB) $(PYTEST) -m long

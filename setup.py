@@ -7,12 +7,18 @@ tests/test_wheel.py compares a wheel's files with the tracked ones.
 """
 
 import tempfile
+import warnings
 
 from setuptools import find_packages, setup
 
+# To setuptools every folder with data is a package, and it warns of those that are not named.
+DATA = ("hpcgpt.config.presets", "hpcgpt.tokenizer.vocab", "hpcgpt.slurm.scripts", "hpcgpt.slurm.scripts.sites")
+# pip 26 prints this general remark at each `pip install --editable`.
+warnings.filterwarnings("ignore", "Editable installation")
+
 with tempfile.TemporaryDirectory() as folder:
     setup(
-        packages=[*find_packages(include=["hpcgpt*", "data_prep*"]), "hpcgpt.slurm.scripts"],
+        packages=[*find_packages(include=["hpcgpt*", "data_prep*"]), *DATA],
         # A build/ that stayed here would give the next wheel modules that are gone by then.
         options={"build": {"build_base": folder}},
     )

@@ -239,7 +239,8 @@ def traces() -> dict[str, object]:
         "routes": output_of("ip", "route"),
         "named namespaces": output_of("ip", "netns", "list"),
         "mounts": without_other_labs(Path("/proc/self/mounts").read_text().splitlines()),
-        "/run": without_other_labs(entry.name for entry in Path("/run").iterdir()),
+        # /run/mount is made by the first mount of any lab, without the option -n.
+        "/run": without_other_labs(entry.name for entry in Path("/run").iterdir() if entry.name != "mount"),
         "hosts": Path("/etc/hosts").read_bytes(),
         "host name": socket.gethostname(),
     }

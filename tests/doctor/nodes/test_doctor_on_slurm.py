@@ -7,7 +7,7 @@ The faults of the six nodes, in one job:
     n4   the mount of the shards is missing: an empty file system hides it
     n5   its clock is wrong: a preloaded library shifts the clock of its Python (shifted_clock.c); the kernel's is the
          machine's, and the same on all nodes of a lab
-    n6   it gets a tenth of a CPU, and where others want the CPU a third of what they get: its slurmd has a cgroup
+    n6   it gets six hundredths of a CPU, and where others want the CPU a third of what they get: by a cgroup of slurmd
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from tests.programs import ROOT, clean_env, command, run_group
 from tests.slurm.cluster import Cluster
 from tests.slurm.lab_fixture import SESSION_LAB
 
-CPU_SHARE = 0.1
-CPU_WEIGHT = 1 / 3  # on busy cores all nodes get a tenth of a CPU
+CPU_SHARE = 0.06
+CPU_WEIGHT = 1 / 3  # on busy cores the others get a tenth of a CPU, too
 CGROUPS = Path("/sys/fs/cgroup")
 CLOCK_SHIFT_S = 120
 
@@ -182,7 +182,7 @@ def test_the_sound_node_is_not_excluded_and_the_others_are(report: dict[str, Any
 
 @pytest.mark.timeout(400)
 def test_no_other_node_is_blamed_for_the_network_or_the_clock(report: dict[str, Any]) -> None:
-    """n6 is slow in its pairs, too: it has a tenth of a CPU to send with."""
+    """n6 is slow in its pairs, too: it has little of a CPU to send with."""
     for check, nodes in (("pairs", {"n2", "n6"}), ("clock", {"n5"}), ("data mount", {"n4"}), ("TMPDIR room", {"n3"})):
         bad = [finding for finding in report["findings"] if finding["level"] == "bad"]
         blamed = {finding["node"] for finding in bad if finding["check"] == check}
