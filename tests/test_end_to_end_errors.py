@@ -113,8 +113,8 @@ def test_a_rank_that_never_starts_is_named(config: Path, run: Path, rank: int, e
 
 def test_a_global_batch_that_the_ranks_cannot_divide_is_refused_with_a_remedy(config: Path, run: Path) -> None:
     message = refused(config, run, env=as_rank(0, 3))
-    assert "train.global_batch 8 is not a multiple of 3 ranks x train.micro_batch 2" in message
-    assert "choose a train.global_batch that is a multiple of 6" in message
+    assert "train.global_batch 8 is not a multiple of 3 ranks x train.micro_batch 4" in message
+    assert "choose a train.global_batch that is a multiple of 12" in message
 
 
 def test_a_missing_gpu_is_refused(config: Path, run: Path) -> None:

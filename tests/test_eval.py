@@ -75,7 +75,7 @@ def test_a_step_or_the_best_checkpoint_may_be_chosen(runs: Path) -> None:
 
 def test_with_batches_the_same_part_of_the_split_is_used_as_in_training(runs: Path) -> None:
     part = evaluated(str(runs / "gpt2"), "--batches", "3")
-    assert part["tokens"] == 3 * 2 * 32
+    assert part["tokens"] == 3 * 4 * 32
     assert part["val/loss"] != evaluated(str(runs / "gpt2"))["val/loss"]
 
 

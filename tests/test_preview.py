@@ -38,7 +38,7 @@ def test_a_new_run_says_what_would_be_trained_and_the_run_does_it(
     (start,) = [event for event in run_folder.events(finished_run) if event["event"] == "start"]
     last = rows(finished_run / "metrics.jsonl")[-1]
     assert found["length"].startswith(f"{start['total_steps']} steps of 256 tokens, {last['tokens']:,} tokens, ")
-    assert found["batch"] == "8 sequences, on 1 rank in 4 micro-steps of 2; at most 4 ranks with this micro-batch"
+    assert found["batch"] == "8 sequences, on 1 rank in 2 micro-steps of 4; at most 2 ranks with this micro-batch"
     assert f"{last['train/lr']:.3g} at the last step" in found["learning rate"]
     assert found["checkpoints"] == "every 4 steps; evaluation: every 6 steps"
     assert found["dry run"] == "nothing was trained, and nothing was written"
@@ -51,7 +51,7 @@ def test_a_run_on_several_ranks_is_planned_for_them(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = dry_run(capsys, config, tmp_path / "runs" / "tiny", "--parallel.gradient_dtype", "bfloat16", ranks="=2")
-    assert "batch: 8 sequences, on 2 ranks in 2 micro-steps of 2; at most 4 ranks with this micro-batch" in found
+    assert "batch: 8 sequences, on 2 ranks in 1 micro-step of 4; at most 2 ranks with this micro-batch" in found
     with pytest.raises(UserError, match="not a multiple of 3 ranks"):
         dry_run(capsys, config, tmp_path / "runs" / "tiny", ranks="=3")
     with pytest.raises(UserError, match="--dry-run=many: expected a number of ranks"):

@@ -39,6 +39,13 @@ ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; 
 
 
 @pytest.fixture
+def tiny(tiny: Path) -> Path:
+    """A configuration file for a run on up to four ranks."""
+    tiny.write_text(tiny.read_text().replace("micro_batch = 4", "micro_batch = 2"))
+    return tiny
+
+
+@pytest.fixture
 def slurm(tmp_path: Path) -> Path:
     """Stand-ins for srun and sbatch; sbatch saves the script as submitted.sh beside it."""
     folder = tmp_path / "bin"

@@ -129,7 +129,8 @@ def test_diverging_training_ends_before_it_is_saved(tiny: Path, tmp_path: Path) 
 
 def test_a_run_continues_on_another_number_of_ranks_with_the_same_samples(tiny: Path, tmp_path: Path) -> None:
     """Two ranks, then one, then four: the curve of a run on one rank, up to the order of additions."""
-    flags = [str(tiny), "--schedule.kind", "constant", "--checkpoint.every", "0", "--train.dtype", "float64"]
+    flags = [str(tiny), "--schedule.kind", "constant", "--checkpoint.every", "0", "--train.dtype", "float64",
+             "--train.micro_batch", "2"]  # fmt: skip
     assert command("hpcgpt.train", *flags, "--run.name", "one_rank").returncode == FINISHED
     for ranks, steps in ((2, 4), (1, 8), (4, 12)):
         elastic = ["hpcgpt.train", *flags, "--run.name", "elastic", "--train.steps", str(steps)]

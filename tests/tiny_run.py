@@ -25,7 +25,7 @@ warmup_steps = 3
 [train]
 steps = 12
 global_batch = 8
-micro_batch = 2
+micro_batch = 4
 
 [checkpoint]
 every = 4

@@ -189,7 +189,7 @@ def test_a_fork_on_two_ranks_with_another_batch_continues_after_the_samples_that
     """4 steps of 8 samples are 2.67 of 12: the new run begins with its batch 3."""
     done = on_ranks(
         2, "hpcgpt.train", str(trained / "tiny.toml"), "--run.name", "wider", "--run.init_from", str(constant), *FORK,
-        "--train.global_batch", "12", "--train.steps", "2",
+        "--train.global_batch", "12", "--train.micro_batch", "2", "--train.steps", "2",
     )  # fmt: skip
     assert done.returncode == FINISHED, done.stderr
     assert "samples from 36 on" in done.stdout

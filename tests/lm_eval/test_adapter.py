@@ -148,7 +148,7 @@ def test_what_is_reported_about_the_model(model: RunModel) -> None:
     assert (about["model_step"], about["model_dtype"]) == (12, "torch.float32")
     assert model.tokenizer_name == model._trained.tokenizer.fingerprint
     assert model._how.batch == 16
-    assert RunModel(run=str(Path(about["model_path"]).parents[1]), batch_size="auto", step=4)._how.batch == 2
+    assert RunModel(run=str(Path(about["model_path"]).parents[1]), batch_size="auto", step=4)._how.batch == 4
 
 
 def test_without_lm_eval_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

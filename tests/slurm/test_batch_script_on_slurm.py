@@ -139,7 +139,7 @@ def test_a_mount_that_is_lost_in_mid_run_is_survived_without_python(cluster: Clu
     wait_for_starts(cluster.folder("lost"), 2)
     first, second = starts(cluster.folder("lost"))
     assert (first["host"], second["host"]) == ("n1", "n2")
-    assert second["step"] >= 40 // 20 * 20
+    assert second["step"] >= 20  # a save runs beside the steps, and ends before the next begins
     output = log(cluster, job)
     assert "without hpcgpt.requeue: srun ended with status 137, and hpcgpt.requeue could not decide" in output
     cluster.slurm("scancel", job)

@@ -21,7 +21,7 @@ from lab_conf import Lab
 from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, rank_pids, starts
 from tests.tiny_run import rows
 
-STEPS = 150
+STEPS = 120
 QUICK = ("--train.micro_batch", "8", "--sample.tokens", "0", "--tracking.wandb", "disabled", "--checkpoint.every", "25")
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=10")
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=10")

@@ -40,6 +40,7 @@ class Runs:
         out = self.folder / f"out_{name}"
         out.mkdir()
         plan = ["--run.name", name, "--train.steps", str(STEPS), "--checkpoint.every", str(SAVED), "--eval.every", "0"]
+        plan += ["--train.micro_batch", "2"]
         arguments = [str(out), json.dumps(faults), str(self.config), *plan, *flags]
         done = on_ranks(2, "tests.training.ranks_collectives", *arguments)
         assert done.returncode == status, done.stderr

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +21,7 @@ LAST = "checkpoints/step_000000012"
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    found: list[dict[str, Any]] = orjson.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     return found
 
 
@@ -38,7 +38,7 @@ def test_traced_steps_do_not_change_the_result(tiny: Path) -> None:
     assert trace.name == "steps_000000003_to_000000004.json.gz"
     assert f"traced until step 4: {trace}" in done.stdout
     assert count(trace, "Optimizer.step#AdamW.step") == 2
-    assert count(trace, "aten::gelu") == 2 * 4 * 2  # steps, micro-steps, layers
+    assert count(trace, "aten::gelu") == 2 * 2 * 2  # steps, micro-steps, layers
     assert command("hpcgpt.train", str(tiny), "--run.name", "plain").returncode == FINISHED
     assert curve(runs / "tiny") == curve(runs / "plain")
     assert tensors(runs / "tiny" / LAST) == tensors(runs / "plain" / LAST)

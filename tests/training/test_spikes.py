@@ -39,7 +39,8 @@ class Runs:
     def start(self, name: str, faults: dict[str, Any], *flags: str, ranks: int = 1) -> CompletedProcess[str]:
         out = self.folder / f"out_{name}"
         out.mkdir(exist_ok=True)
-        arguments = (str(out), json.dumps(faults), str(self.config), "--run.name", name, *flags)
+        plan = ("--run.name", name, "--train.micro_batch", "2")
+        arguments = (str(out), json.dumps(faults), str(self.config), *plan, *flags)
         return on_ranks(ranks, "tests.training.ranks_spikes", *arguments)
 
     def run(self, name: str) -> Path:

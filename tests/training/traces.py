@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import orjson
 from torch.profiler import profile
 
 
@@ -18,5 +18,5 @@ def trace_events(profiled: profile) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
-        events: list[dict[str, Any]] = json.loads(trace.read_bytes())["traceEvents"]
+        events: list[dict[str, Any]] = orjson.loads(trace.read_bytes())["traceEvents"]
     return sorted(events, key=lambda event: event.get("ts", 0))
