@@ -19,11 +19,15 @@ SHARDS ?=
 # ranks of the first job: by two processes, which begin with different modules.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 IMPORT := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
-COMPILE := { $(IMPORT) 'import sympy, wandb' & $(IMPORT) 'import hpcgpt.training.attempt, torch._inductor.compile_fx' && wait $$!; }
+COMPILE := { $(IMPORT) 'import sympy, wandb' & $(IMPORT) 'import hpcgpt.training.attempt, torch._inductor.compile_fx'; made=$$?; wait $$! && exit $$made; }
 
 # pytest rewrites the tests' assertions, which takes each of its processes ten seconds, and keeps the result as bytecode.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 
+# One target after the other, since several install into the same environment; `test` says what it makes at the same time.
+ifndef AT_ONCE
+.NOTPARALLEL:
+endif
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart bundle shards train test test-fast test-all check lab lab-packages lab-down
 
@@ -72,7 +76,7 @@ test-fast: $(VENV)/.installed-test ## run the tests that start no other process 
 	@LAB=0 $(PYTEST) -m 'not processes and not slurm and not slow and not long' --numprocesses 2 $(ARGS)
 
 test: ## run all tests but the longest, with a real Slurm if one can run here (LAB=0: without; nothing is installed)
-	@$(MAKE) --no-print-directory --jobs 2 $(VENV)/.installed-test lab-packages
+	@$(MAKE) --silent --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,--jobs 2) AT_ONCE=1 $(VENV)/.installed-test lab-packages
 	@$(BIN)/python -m compileall -q hpcgpt data_prep # once, and not in each process that the tests start
 	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 4)
 

@@ -13,7 +13,7 @@ from setuptools import find_packages, setup
 
 # To setuptools every folder with data is a package, and it warns of those that are not named.
 DATA = ("hpcgpt.config.presets", "hpcgpt.tokenizer.vocab", "hpcgpt.slurm.scripts", "hpcgpt.slurm.scripts.sites")
-# pip 26 prints this general remark at each `pip install --editable`.
+# A general remark of setuptools at each `pip install --editable`, which pip 26 prints.
 warnings.filterwarnings("ignore", "Editable installation")
 
 with tempfile.TemporaryDirectory() as folder:

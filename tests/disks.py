@@ -16,14 +16,14 @@ import pytest
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """Mount a real file system of that size at `folder`. Skip the test where that is not possible."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True,
+    mounted = subprocess.run(["mount", "-n", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True,
                              text=True, check=False) if os.geteuid() == 0 else None  # fmt: skip
     if mounted is None or mounted.returncode:
         pytest.skip("a small disk needs root and the right to mount a tmpfs")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        subprocess.run(["umount", "-n", "--lazy", folder], check=True)
 
 
 def fill(folder: Path) -> Path:

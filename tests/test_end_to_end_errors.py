@@ -351,7 +351,7 @@ def test_without_room_for_the_last_checkpoint_the_run_fails_and_later_continues_
         found = [event["event"] for event in run_folder.events(folder)]
         assert [name for name in found if name != "shards_verified"] == [  # that one may be recorded at any time
             "start", "ready", "about", "save", "save_stall", "save_failed", "stop", "save_failed", "end"]  # fmt: skip
-        subprocess.run(["mount", "-o", f"remount,size={ROOMY}", disk], check=True)
+        subprocess.run(["mount", "-n", "-o", f"remount,size={ROOMY}", disk], check=True)
         second = command("hpcgpt.train", str(config), "--run.dir", str(disk))
         assert second.returncode == FINISHED, second.stderr
         assert "resumed at step 4 of 12" in second.stdout
@@ -364,7 +364,7 @@ def test_training_continues_on_a_full_disk_and_saves_again_once_there_is_room(co
         running = start(config, disk, "--train.steps", "300", "--checkpoint.every", "20", "--eval.every", "0")
         assert running.stderr is not None
         assert matches("warning: no checkpoint of step 40: .*No space left on device", running.stderr.readline())
-        subprocess.run(["mount", "-o", f"remount,size={ROOMY}", disk], check=True)
+        subprocess.run(["mount", "-n", "-o", f"remount,size={ROOMY}", disk], check=True)
         running.communicate()
         assert running.returncode == FINISHED
         assert "step_000000300" in [path.name for path in (folder / "checkpoints").iterdir()]

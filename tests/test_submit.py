@@ -41,6 +41,7 @@ ODD = ["--run.name", 'it\'s a "run"', "--sample.prompt", "$HOME `id` \\ 萧炎; 
 @pytest.fixture
 def tiny(tiny: Path) -> Path:
     """A configuration file for a run on up to four ranks."""
+    assert "micro_batch = 4" in tiny.read_text()
     tiny.write_text(tiny.read_text().replace("micro_batch = 4", "micro_batch = 2"))
     return tiny
 

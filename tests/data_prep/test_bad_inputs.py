@@ -505,7 +505,7 @@ def test_a_file_in_place_of_the_folder_stays(run: Run, tmp_path: Path) -> None:
 def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    arguments = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    arguments = ["mount", "-n", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(arguments, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small file system")
     try:
@@ -516,11 +516,11 @@ def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Pat
             assert (disk / "out" / "prep" / "units" / "000000" / "record.json").is_file()
             assert (disk / "NOTES").read_text() == "years of work"
         (disk / "out" / "prep").chmod(0o755)
-        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        subprocess.run(["mount", "-n", "-o", "remount,size=8m", str(disk)], check=True)
         code, _, err = run(tmp_path / "in", "--out", disk / "out")
         assert (code, err) == (0, "")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-n", str(disk)], check=True)
 
 
 # --- as a process ----------------------------------------------------------------------------------

@@ -694,12 +694,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True,
+    mounted = subprocess.run(["mount", "-n", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True,
                              text=True, check=False)  # fmt: skip
     if mounted.returncode:
         pytest.skip(f"this root may not mount: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-n", str(folder)], check=True)
 
 
 @pytest.mark.processes

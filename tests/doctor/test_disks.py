@@ -37,7 +37,7 @@ def test_a_small_and_a_full_file_system_are_named(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_a_disk_that_can_only_be_read_needs_no_room(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        subprocess.run(["mount", "-n", "-o", "remount,ro", str(disk)], check=True)
         (found,) = disks.room("data", disk, 1 << 40, 10)
         assert (found.level, found.found) == ("ok", f"the file system of {disk} can only be read here")
 

@@ -113,7 +113,7 @@ def test_an_impossible_folder_is_refused_with_the_advice_to_choose_another(place
 def test_a_read_only_disk_is_a_machine_fault_with_the_same_remedy(tmp_path: Path) -> None:
     """Nodes often remount a failing disk read-only."""
     with small_disk(tmp_path / "disk", "64k") as disk:
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        subprocess.run(["mount", "-n", "-o", "remount,ro", disk], check=True)
         with pytest.raises(OSError, match=r"Read-only file system .*choose a folder"):
             run_folder.prepare(disk / "run")
 

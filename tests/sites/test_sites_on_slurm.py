@@ -304,12 +304,12 @@ shift 4
 echo "in the container: $ACTIVATED$OF_STEP" >> "$CONTAINER_LOG"
 exec unshare --mount bash -c '
     set -e
-    mount --make-rprivate /
-    mount --rbind / "$IMAGE_ROOT"
+    mount -n --make-rprivate /
+    mount -n --rbind / "$IMAGE_ROOT"
     for tool in $(type -P sbatch salloc srun scancel scontrol sinfo squeue); do
-        mount --bind /dev/null "$IMAGE_ROOT$(realpath "$tool")"
+        mount -n --bind /dev/null "$IMAGE_ROOT$(realpath "$tool")"
     done
-    mount -t tmpfs none "$IMAGE_ROOT${SLURM_CONF%/*}"
+    mount -n -t tmpfs none "$IMAGE_ROOT${SLURM_CONF%/*}"
     exec chroot "$IMAGE_ROOT" bash -c "
         if { scontrol --version || srun --version; } 2>/dev/null || [ -e \\"\\$SLURM_CONF\\" ]; then exit 9; fi
         cd \\"\\$1\\" && shift && exec \\"\\$@\\"" in "$@"

@@ -239,8 +239,7 @@ def traces() -> dict[str, object]:
         "routes": output_of("ip", "route"),
         "named namespaces": output_of("ip", "netns", "list"),
         "mounts": without_other_labs(Path("/proc/self/mounts").read_text().splitlines()),
-        # /run/mount is made by the first mount of any lab, without the option -n.
-        "/run": without_other_labs(entry.name for entry in Path("/run").iterdir() if entry.name != "mount"),
+        "/run": without_other_labs(entry.name for entry in Path("/run").iterdir()),
         "hosts": Path("/etc/hosts").read_bytes(),
         "host name": socket.gethostname(),
     }

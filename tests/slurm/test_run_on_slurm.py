@@ -22,15 +22,14 @@ from lab_conf import Lab
 from hpcgpt.run import run_folder
 from tests.slurm.cluster import Cluster, assert_same_result, events, rank_pids, starts
 
-STEPS = 120
+STEPS = 150
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=10")
-QUICK = ("--train.micro_batch", "4", "--tracking.wandb", "disabled")
 OFFLINE = ("--tracking.wandb", "offline")
 
 
 @pytest.fixture(scope="module")
 def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    return Cluster(lab, shards_folder, tmp_path_factory.mktemp("cluster"), STEPS, QUICK)
+    return Cluster(lab, shards_folder, tmp_path_factory.mktemp("cluster"), STEPS, ("--tracking.wandb", "disabled"))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_cancelled_jobs_and_user_errors_are_not_requeued(cluster: Cluster) -> No
     mistaken = cluster.sbatch("mistaken", "--time=10", arguments=("--train.global_batch", "10"))
     cluster.wait(mistaken, state="FAILED")
     log = next((cluster.folder("mistaken") / "logs").glob(f"{mistaken}_0.log")).read_text()
-    assert "train.global_batch 10 is not a multiple of 4 ranks x train.micro_batch 4" in log
+    assert "train.global_batch 10 is not a multiple of 4 ranks x train.micro_batch 2" in log
     assert "Traceback" not in log
     assert len(starts(cluster.folder("cancelled"))) == 1
 

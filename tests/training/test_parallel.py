@@ -446,8 +446,9 @@ def test_float64_with_bfloat16_gradients_is_refused() -> None:
 
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_the_program_evaluates_samples_saves_and_resumes_in_every_mode(tiny: Path, mode: str, tmp_path: Path) -> None:
+    program = ("hpcgpt.train", str(tiny), "--train.dtype", "float32", "--train.micro_batch", "2")
     for name, flags in [("ddp", ()), ("shares", ("--parallel.mode", mode))]:
-        done = on_ranks(2, "hpcgpt.train", str(tiny), "--run.name", name, "--train.dtype", "float32", *flags)
+        done = on_ranks(2, *program, "--run.name", name, *flags)
         assert done.returncode == 0, done.stderr
     ddp, shares = curve(tmp_path / "runs/ddp"), curve(tmp_path / "runs/shares")
     assert "--- sample at step 12" in done.stdout + done.stderr
@@ -456,8 +457,7 @@ def test_the_program_evaluates_samples_saves_and_resumes_in_every_mode(tiny: Pat
         assert [value is None for value in row] == [value is None for value in expected]
         assert [value or 0 for value in row] == pytest.approx([value or 0 for value in expected], abs=2e-5, rel=1e-6)
     # The last checkpoint of one mode, continued in the other for four more steps.
-    done = on_ranks(2, "hpcgpt.train", str(tiny), "--run.name", "shares", "--train.dtype", "float32",
-                    "--train.steps", "16")  # fmt: skip
+    done = on_ranks(2, *program, "--run.name", "shares", "--train.steps", "16")
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows(tmp_path / "runs/shares/metrics.jsonl")] == list(range(1, 17))
 
