@@ -4,6 +4,7 @@ tiny run on it, and the lab.
 
 from __future__ import annotations
 
+import codecs
 import gc
 import os
 import shutil
@@ -34,6 +35,9 @@ from tests.tiny_run import TINY
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 gc.set_threshold(*GC_THRESHOLDS)
+# A codec that is not found stays unknown to the process, and the first test to look this one up may do so without the
+# right to read Python's library.
+codecs.lookup("utf-32-le")
 
 
 def pytest_collection_finish() -> None:
