@@ -28,7 +28,7 @@ from data_prep import make_shards, verify
 from data_prep.text.compression import zstd
 from hpcgpt import cli
 from hpcgpt.data import shard_format
-from tests.disks import another_user
+from tests.disks import another_user, small_disk
 from tests.programs import ROOT
 
 CHINESE = "少年面无表情,唇角有着一抹自嘲,紧握的手掌,因为大力,而导致略微尖锐的指甲深深的刺进了掌心之中。"
@@ -503,12 +503,7 @@ def test_a_file_in_place_of_the_folder_stays(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    arguments = ["mount", "-n", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(arguments, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a small file system")
-    try:
+    with small_disk(tmp_path / "disk", "512k") as disk:
         fill(tmp_path / "in", one("a.txt", os.urandom(500_000).hex().encode()))
         (disk / "NOTES").write_text("years of work")
         for _ in range(2):
@@ -519,8 +514,6 @@ def test_a_full_disk_is_reported_and_finished_units_stay(run: Run, tmp_path: Pat
         subprocess.run(["mount", "-n", "-o", "remount,size=8m", str(disk)], check=True)
         code, _, err = run(tmp_path / "in", "--out", disk / "out")
         assert (code, err) == (0, "")
-    finally:
-        subprocess.run(["umount", "-n", str(disk)], check=True)
 
 
 # --- as a process ----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from data_prep.pipeline.task_share import TaskShare
 from hpcgpt.data import shard_format, shard_reader
 from hpcgpt.tokenizer import save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
+from tests.disks import small_disk
 from tests.programs import ROOT, clean_env, command
 
 CHINESE = "萧炎,斗之力,三段。\n“三十年河东,三十年河西,莫欺少年穷!”\n"
@@ -688,30 +689,22 @@ def test_a_vocabulary_of_65536_ids_fits(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-n", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True,
-                             text=True, check=False)  # fmt: skip
-    if mounted.returncode:
-        pytest.skip(f"this root may not mount: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-n", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "8m") as folder:
+        yield folder
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("room", "workers"), [(0, 1), (9_000, 1), (30_000, 1), (2_000_000, 1), (2_000_000, 2)])
 def test_a_full_disk_is_an_error_and_a_rerun_continues(
-    room: int, workers: int, options: list[str], uninterrupted: Path, small_disk: Path
+    room: int, workers: int, options: list[str], uninterrupted: Path, disk: Path
 ) -> None:
     """The disk fills up at the plan, at the tokenizer, or within a shard."""
-    ballast = small_disk / "ballast"
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast = disk / "ballast"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     ballast.write_bytes(bytes(free - room))
-    out = small_disk / "out"
+    out = disk / "out"
     done = make(*options, "--workers", str(workers), out=out)
     assert done.returncode == 1
     one_file = rf"error: (\[Errno 28\] )?cannot write {out}/\S+: No space left on device; [\d.]+ MB free there\n"
