@@ -75,16 +75,14 @@ class _Framework:
 def loads_compiler(request: Request) -> bool:
     """Return whether a rank loads torch's compiler.
 
-    Beside torch.compile, FSDP does, the recomputation of activations or of the loss in chunks
-    (``torch.utils.checkpoint``), the compiler's own settings for train.deterministic, and document masks on a GPU,
-    whose kernel is always compiled.
+    Beside torch.compile, FSDP does, activation checkpointing (``torch.utils.checkpoint``), the compiler's own settings
+    for train.deterministic, and document masks on a GPU, whose kernel is always compiled.
     """
     config, train = request.config, request.config.train
     compiled = train.compile == "on" or (train.compile == "auto" and not request.on_cpu)
     sharded = request.ranks > 1 and config.parallel.mode != "ddp"
-    chunked = 0 < train.loss_chunk < train.micro_batch * config.model.block_size
     masked = config.data.document_mask and not request.on_cpu
-    return compiled or sharded or chunked or train.activation_checkpointing or train.deterministic or masked
+    return compiled or sharded or train.activation_checkpointing or train.deterministic or masked
 
 
 def _loaded_and_stepped() -> int:

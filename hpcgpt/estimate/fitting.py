@@ -90,7 +90,7 @@ def _candidates(request: Request) -> Iterator[tuple[Changes, str]]:
     smaller: list[Changes] = [{"train.micro_batch": size} for size in _halves(train.micro_batch)]
     sharded: list[Changes] = [{"parallel.mode": name} for name in _stronger(request, mode)]
     if chunk:
-        yield chunk, "one more product with the head, about a tenth of a small model's computation"
+        yield chunk, "smaller products with the head"
     for changes in smaller[:2]:
         yield changes, "smaller matrix products, which use a GPU less well"
     if recompute:
@@ -98,7 +98,7 @@ def _candidates(request: Request) -> Iterator[tuple[Changes, str]]:
     for changes in sharded:
         yield changes, "the same communication" if changes["parallel.mode"] == "zero1" else "more communication"
     if chunk and recompute:
-        yield chunk | recompute, "a third more computation, and one more product with the head"
+        yield chunk | recompute, "a third more computation, and smaller products with the head"
     for changes in smaller[2:]:
         yield changes, "smaller matrix products, which use a GPU less well"
     for changes in sharded:

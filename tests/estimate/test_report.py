@@ -33,7 +33,7 @@ memory of a rank, at its fullest (step)
   found by              fake tensors
                         counted without torch.compile, which usually needs less
   would fit             68.00 GB with --train.loss_chunk 4096
-                          at the cost of: one more product with the head
+                          at the cost of: smaller products with the head
 
   speed                 1,048,576 tokens/s, MFU 11%
   measured by           --rate
@@ -66,7 +66,7 @@ def estimate() -> Estimate:
     config = Config(run=Run(name="novels"), model=Model(vocab_size=50_257), train=Train(dtype="bfloat16"))
     rate = rates.given(1_048_576, "--rate")
     usual = Habits(120.0, 2.0, 1e5, ("a start takes 120 s",), eval_s=6.0, stall_s=3.0)
-    chunked = Fitting({"train.loss_chunk": 4096}, "one more product with the head", memory(44.53))
+    chunked = Fitting({"train.loss_chunk": 4096}, "smaller products with the head", memory(44.53))
     return Estimate(
         config, devices.find("h100-80"), 8, 4, 1000, memory(60.0), False, (chunked,), rate,
         times(config, rate, 1000, 8, usual, 600), 600.0,

@@ -138,6 +138,7 @@ def test_flex_attention_is_for_gpus_without_dropout_and_up_to_32_bits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd:DeprecationWarning")  # of the compiler, at a Function
 @KINDS
 @pytest.mark.parametrize(
     "options", [ForwardOptions(), ForwardOptions(START, 16, 1e-3, recompute=True)], ids=["plain", "all options"]

@@ -125,9 +125,9 @@ def test_gpus_that_slurm_allocated_and_torch_does_not_see_are_an_error(cluster: 
 def assert_one_wandb_run(folder: Path) -> None:
     """Check that attempts left offline parts with the same id, and that together they have every step."""
     parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    # On busy cores an attempt may end before wandb has begun: the next one sends its steps. There may also be more than
-    # one of an attempt, where a signal ended wandb's core process, which is then started again.
-    assert len(parts) >= 2
+    # On busy cores an attempt may end before wandb has begun: the next one sends its steps, and on a slow machine one
+    # part has them all. There may also be more than one of an attempt, where a signal ended wandb's core process, which
+    # is then started again. That several attempts are one run at any speed: tests/tracking/test_tracker.py.
     assert {path.stem for path in parts} == {f"run-{run_folder.run_id(folder)}"}
     steps: set[int] = set()
     for part in parts:

@@ -182,10 +182,13 @@ def test_the_sound_node_is_not_excluded_and_the_others_are(report: dict[str, Any
 
 @pytest.mark.timeout(400)
 def test_no_other_node_is_blamed_for_the_network_or_the_clock(report: dict[str, Any]) -> None:
-    """n6 is slow in its pairs, too: it has little of a CPU to send with."""
+    """n6 is slow in its pairs, too: it has little of a CPU to send with.
+
+    A finding without a node blames none: of two sound nodes that were slow with each other, on a busy machine.
+    """
     for check, nodes in (("pairs", {"n2", "n6"}), ("clock", {"n5"}), ("data mount", {"n4"}), ("TMPDIR room", {"n3"})):
         bad = [finding for finding in report["findings"] if finding["level"] == "bad"]
-        blamed = {finding["node"] for finding in bad if finding["check"] == check}
+        blamed = {finding["node"] for finding in bad if finding["check"] == check} - {""}
         assert blamed <= nodes, report["printed"]
 
 
