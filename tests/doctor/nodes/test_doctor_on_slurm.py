@@ -89,7 +89,7 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
     first = (CGROUPS / "cpu/cpu.shares").exists()
     group = (CGROUPS / "cpu" if first else CGROUPS) / f"{lab.name}-{node}"
     try:
-        group.mkdir()
+        group.mkdir(exist_ok=True)  # a killed run of the tests may have left it
         if first:
             (group / "cpu.cfs_quota_us").write_text(f"{CPU_SHARE * 100_000:.0f}")
             (group / "cpu.shares").write_text(f"{CPU_WEIGHT * 1024:.0f}")
