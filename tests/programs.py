@@ -72,7 +72,7 @@ def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -
             while any(rank.wait(0.01) is None for rank in running):
                 assert time.monotonic() < deadline, f"{module} still runs after {timeout_s} s: {_output(err)}"
                 if any(rank.returncode for rank in running):
-                    deadline = min(deadline, time.monotonic() + 5)  # they may end by themselves, and report the reason
+                    deadline = min(deadline, time.monotonic() + 30)  # they may end by themselves, and report the reason
         finally:
             for rank in running:
                 rank.kill()

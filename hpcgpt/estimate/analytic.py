@@ -105,7 +105,10 @@ def _copies(config: Config, blocks: int, rest: int, sharded: bool, full: int, wi
 
 
 def _activations(config: Config, full: int, width: int) -> tuple[int, int]:
-    """Return the bytes of activations, and those of logits and their gradients."""
+    """Return the bytes of activations, and those of logits and their gradients.
+
+    With loss chunks the gradient of the head is in memory as soon as the logits are: see hpcgpt.model.loss.
+    """
     model, train = config.model, config.train
     tokens = train.micro_batch * model.block_size
     channels, hidden = model.n_embd, model.hidden_width
@@ -120,4 +123,7 @@ def _activations(config: Config, full: int, width: int) -> tuple[int, int]:
     if train.activation_checkpointing:
         layers = model.n_layer * full * channels + block
     rows = min(tokens, train.loss_chunk or tokens)
-    return tokens * (layers + 2 * full * channels), rows * padded_vocabulary(model) * 3 * full
+    logits = rows * padded_vocabulary(model) * 3 * full
+    if rows < tokens:
+        logits += padded_vocabulary(model) * channels * full
+    return tokens * (layers + 2 * full * channels), logits

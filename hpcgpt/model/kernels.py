@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config as functorch
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 
 from hpcgpt.errors import UserError
@@ -41,7 +42,7 @@ def attention(wanted: Attention, device: torch.device, dtype: torch.dtype) -> Co
     Raises:
         UserError: the kernel is not available on this device, or not in `dtype`.
     """
-    _tag_compile_cache(wanted)
+    _set_up_compile_cache(wanted)
     if wanted == "auto":
         return nullcontext
     if device.type == "cpu" and wanted not in _ON_CPU:
@@ -106,11 +107,14 @@ def _deterministic_algorithms() -> Iterator[None]:
         inductor.deterministic, filling.fill_uninitialized_memory = compiler, fills
 
 
-def _tag_compile_cache(wanted: Attention) -> None:
-    """Add the attention kernel to the key of torch's cache of compiled code, which does not include it.
+def _set_up_compile_cache(wanted: Attention) -> None:
+    """Add the attention kernel to the key of torch's cache of compiled code, and keep models with loss chunks there.
 
-    Otherwise code compiled by an earlier process for another kernel is reused (pytorch issue 185449, still in 2.13).
+    Without the kernel, code compiled by an earlier process for another one is reused (pytorch issue 185449, still in
+    2.13). Graphs with an autograd.Function, as hpcgpt.model.loss has one, are not kept by default, since one may call
+    code that is in no graph.
     """
+    functorch.autograd_cache_allow_custom_autograd_functions = True
     tag = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
     torch.compiler.config.cache_key_tag = tag if wanted == "auto" else f"{tag} attention: {wanted}"
 

@@ -1,9 +1,10 @@
 """The loss: mean cross-entropy over the target tokens, in nats.
 
 The logits are the largest tensor of a small GPT: with 16 sequences of 1,024 tokens and 50,304 ids they take 3.3 GB in
-float32, and their gradient as much again. In chunks, only one chunk's logits are in memory: its gradients are computed
-right after its loss, in the forward pass, so that nothing is computed twice. What stays until the backward pass is the
-gradient of the hidden states and that of the head. The result changes by rounding only.
+float32, and their gradient as much again. In chunks, only one chunk's logits are in memory: their gradient is computed
+right after their loss, in the forward pass, so that nothing is computed twice. The gradients of the hidden states
+(N, C) and of the head (V, C) are in memory from then on, instead of from the backward pass on. The result changes by
+rounding only.
 
 Shapes: N targets, C channels, V vocabulary.
 """
@@ -30,7 +31,7 @@ def mean_loss(
     count = len(targets)
     if chunk == 0 or chunk >= count:
         return _loss(_logits(hidden, weight, bias), targets, z_loss, "mean")
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedLoss.apply(hidden, targets, weight, bias, chunk, z_loss)  # type: ignore[no-any-return, no-untyped-call]
     parts = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     return torch.stack([_loss(_logits(part, weight, bias), ids, z_loss, "sum") for part, ids in parts]).sum() / count
@@ -57,36 +58,43 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, chunk: int, z_loss: float
     ) -> Tensor:
-        device, ctx.dtypes = hidden.device.type, (hidden.dtype, weight.dtype)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        head, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        # What many chunks add is summed in float32, also where the head is in bfloat16.
-        head_gradient = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))  # (V, C)
-        sums, hidden_gradients = [], []
-        for part, ids in zip(torch.split(hidden.to(dtype), chunk), torch.split(targets, chunk), strict=True):
-            total, gradient = _sum_and_gradient(_logits(part, head, bias), ids, z_loss)
-            gradient = gradient.div_(len(targets)).to(dtype)  # (n, V), n of `chunk` or fewer targets
+        ctx.dtypes, head_gradient = (hidden.dtype, weight.dtype), torch.zeros_like(weight)  # (V, C)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # cast once, and not for each product
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden_gradient = torch.empty_like(hidden)
+        sums = []
+        chunks = zip(*(torch.split(tensor, chunk) for tensor in (hidden, targets, hidden_gradient)), strict=True)
+        for part, ids, place in chunks:
+            total, gradient = _sum_and_gradient(F.linear(part, weight, bias), ids, z_loss)
             sums.append(total)
-            hidden_gradients.append(gradient @ head)
+            gradient = gradient.div_(len(targets)).to(hidden.dtype)  # (n, V), n of `chunk` or fewer targets
+            place.copy_(gradient @ weight)
             head_gradient += gradient.T @ part
-        ctx.save_for_backward(torch.cat(hidden_gradients), head_gradient)
+            del gradient  # or it would be in memory beside the next chunk's logits
+        ctx.save_for_backward(hidden_gradient, head_gradient)
         return torch.stack(sums).sum() / len(targets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
+        # In place: there is no memory for a second gradient of the head.
         of_hidden, of_head = (
-            (slope * gradient).to(dtype) for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            gradient.mul_(slope).to(dtype) for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return of_hidden, None, of_head, None, None, None
 
 
 def _sum_and_gradient(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Return the sum of the losses () and its gradient (N, V), which takes the memory of `logits`."""
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)  # (N, 1)
-    total = (normaliser - logits.gather(1, targets.unsqueeze(1)) + z_loss * normaliser.square()).sum()
-    gradient = logits.sub_(normaliser).exp_()  # the probabilities
+    """Return the sum of the losses () and its gradient (N, V), both in float32 where `logits` are in bfloat16."""
+    places = targets.unsqueeze(1)  # (N, 1)
+    logs = logits.log_softmax(dim=-1, dtype=torch.float32 if logits.dtype == torch.bfloat16 else None)
+    of_targets = logs.gather(1, places)
+    total, normaliser = -of_targets.sum(), logits.gather(1, places) - of_targets
+    gradient = logs.exp_()  # the probabilities
     if z_loss:
+        total = total + z_loss * normaliser.square().sum()
         gradient *= 1 + 2 * z_loss * normaliser
     gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
     return total, gradient

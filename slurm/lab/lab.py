@@ -207,7 +207,7 @@ def _bring_up(lab: Lab) -> None:
         lab_hosts.start_daemon(lab, host, "slurmctld" if host == "ctl" else "slurmd")
     wait_until_idle(lab)
     # Idle nodes can reach the controller. A job shows that they can reach srun, too.
-    printed = slurm(lab, "srun", f"--nodes={lab.nodes}", "--ntasks-per-node=1", "hostname", timeout_s=30).split()
+    printed = slurm(lab, "srun", f"--nodes={lab.nodes}", "--ntasks-per-node=1", "hostname", timeout_s=90).split()
     if sorted(printed) != sorted(lab.node_names):
         raise LabError(f"the first job printed the host names {printed}, not {lab.node_names}")
     wait_until_idle(lab)
@@ -265,8 +265,8 @@ def _one_at_a_time() -> Iterator[None]:
         return False
 
     try:
-        if not _wait_until(locked, timeout_s=120):
-            raise LabError("another `up` or `down` has been running for two minutes: find it with ps and end it")
+        if not _wait_until(locked, timeout_s=300):
+            raise LabError("another `up` or `down` has been running for five minutes: find it with ps and end it")
         yield
     finally:
         os.close(folder)

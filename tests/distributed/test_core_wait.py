@@ -65,4 +65,4 @@ def test_waiting_for_something_else_does_not_count() -> None:
     after = core_wait.waited_s()
     assert before is not None
     assert after is not None
-    assert after - before < 0.5 * core_wait.LARGE
+    assert after - before < 0.25  # of the 0.5 s; on busy cores the thread waits a moment for one

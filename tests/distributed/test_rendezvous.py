@@ -106,7 +106,7 @@ def test_ranks_connect_in_any_order_and_leave_no_address_file(tmp_path: Path) ->
 def test_a_missing_rank_is_named_by_all_others(tmp_path: Path) -> None:
     """Also by ranks that still wait when rank 0 gives up and exits."""
     second = Rank(tmp_path, 1, 4, 30).wait_until_up()
-    first = Rank(tmp_path, 0, 4, 3)
+    first = Rank(tmp_path, 0, 4, 10)
     with kill_at_end(first, second):
         assert_error(*first.end(), "rank 0 of 4", "missing: 2, 3", "Start as many processes")
         assert_error(*second.end(), "rank 1 of 4")

@@ -29,6 +29,6 @@ subprocess.run(command, env=whole_nodes.environment(os.environ), check=True)
 def test_the_one_task_of_each_node_has_all_gpus(lab: Lab, request_: str, tmp_path: Path) -> None:
     script = f"#!/bin/bash\ncd {shlex.quote(str(ROOT))}\nexec {shlex.quote(sys.executable)} -c {shlex.quote(STEP)}\n"
     command = ["sbatch", "--wait", "--nodes=2", "--time=5", f"--output={tmp_path}/log", *request_.split()]
-    done = subprocess.run(command, input=script, text=True, env=clean_env() | lab.environ(), timeout=60, check=False)
+    done = subprocess.run(command, input=script, text=True, env=clean_env() | lab.environ(), timeout=200, check=False)
     log = (tmp_path / "log").read_text()
     assert (done.returncode, log.split()) == (0, ["gpus=0,1", "gpus=0,1"]), log

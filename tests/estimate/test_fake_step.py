@@ -256,7 +256,9 @@ def test_a_cpu_counts_the_copy_of_a_checkpoint_and_the_process_itself() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("values", [{}, {"train__activation_checkpointing": True}, OTHER], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, {"train__activation_checkpointing": True}, {"train__loss_chunk": 64}, OTHER], ids=str
+)
 def test_the_analytic_account_is_near(mode: Any, values: dict[str, Any]) -> None:
     """What is used without torch is coarse: within a quarter."""
     asked = request(4, parallel__mode=mode, **values)

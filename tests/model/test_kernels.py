@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from hpcgpt.exit_codes import FINISHED
 from hpcgpt.model import kernels
 from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.training.engine import Engine
-from tests.programs import command
+from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import curve, rows
 
 ALONE = World(0, 0, 1, 1, "alone", "test")
@@ -95,6 +97,37 @@ def test_code_compiled_for_one_kernel_is_not_used_for_another() -> None:
         names.append(torch.compiler.config.cache_key_tag)
     assert found == [False, True, True, False]
     assert names == [" attention: math", " attention: flash", "", " attention: math"]
+
+
+COMPILED_CHUNKS = """
+import torch
+from torch._dynamo.utils import counters
+from hpcgpt.config.options import Model
+from hpcgpt.model import kernels
+from hpcgpt.model.gpt import GPT, ForwardOptions
+kernels.attention("auto", torch.device("cpu"), torch.float32)
+shape = Model(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=100)
+ids = torch.arange(128).view(2, 64) % 100
+model = torch.compile(GPT(shape, options=ForwardOptions(loss_chunk=32)))
+model(ids, ids).backward()
+print([key for key in sorted(counters["aot_autograd"]) if "cache" in key])
+print(sum(parameter.grad.double().abs().sum().item() for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.long
+def test_a_model_with_loss_chunks_is_compiled_once_for_all_starts(tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        env = clean_env() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED_CHUNKS], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+        )
+        found.append(done.stdout.splitlines())
+    assert found[0][0] == "['autograd_cache_miss', 'autograd_cache_saved']"
+    assert found[1][0] == "['autograd_cache_hit']"
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.processes

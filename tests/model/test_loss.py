@@ -45,7 +45,6 @@ def test_chunks_change_neither_the_loss_nor_a_gradient(chunk: int, z_loss: float
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_in_bfloat16_have_the_gradients_of_float32_but_for_rounding(dtype: torch.dtype, z_loss: float) -> None:
-    """`dtype`: of weight and hidden states. FSDP keeps both in bfloat16, other modes leave it to autocast."""
     hidden, targets, weight, bias = head(torch.float32)
     expected = torch.autograd.grad(mean_loss(hidden, targets, weight, bias, z_loss=z_loss) / 3, (hidden, weight))
     given = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]

@@ -93,6 +93,7 @@ def slurm() -> Iterator[Lab]:
               more=slurm_conf(), accounts=accounts())  # fmt: skip
     if missing := lab_needs.missing_packages(lab_needs.FOR_ACCOUNTING):
         pytest.skip(f"a lab with accounting needs {', '.join(missing)}")
+    down(name)  # what a killed run of the tests has left
     up(lab)
     yield lab
     down(lab.name)
@@ -162,7 +163,8 @@ def test_every_task_of_a_job_sees_the_gpus_that_the_site_gives(name: str, slurm:
     # Frontier adds the node's GPUs to a job; this Slurm does not.
     added = ["--gpus-per-node=8"] if site.request.form == "none" else []
     command = ["sbatch", "--wait", "--nodes=1", *added, str(tmp_path / "job.sbatch")]
-    subprocess.run(command, env=clean_env() | slurm.environ(), capture_output=True, timeout=60, check=True)
+    # sbatch looks after 2, 10, 42 and 74 s whether the job is over.
+    subprocess.run(command, env=clean_env() | slurm.environ(), capture_output=True, timeout=200, check=True)
     seen = [line.count(",") + 1 for line in (tmp_path / "out").read_text().splitlines() if line.startswith("gpus=")]
     gpus = site.node_of(queue).gpus
     # Frontier's --gpu-bind=closest has no effect here, where GPUs are close to no core.

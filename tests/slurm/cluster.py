@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,21 @@ def rank_pids(lab: Lab, job: str) -> dict[int, int]:
     """Return the pid of each rank of a job."""
     ranks = ((int(env["SLURM_PROCID"]), pid, env) for pid, env in running(lab, "hpcgpt.train"))
     return {rank: pid for rank, pid, env in ranks if env.get("SLURM_JOB_ID") == job}
+
+
+@contextmanager
+def paused(lab: Lab, job: str) -> Iterator[None]:
+    """Stop the ranks of a job while something else happens: on a slow machine they would end meanwhile."""
+    pids = list(rank_pids(lab, job).values())
+    assert pids, f"job {job} has no ranks"
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def running(lab: Lab, module: str) -> Iterator[tuple[int, dict[str, str]]]:

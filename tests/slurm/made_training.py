@@ -3,7 +3,8 @@
     python -m tests.slurm.made_training finish|crash|wait TRAIN_ARGUMENTS
 
 It is the batch script of a real Slurm job. `finish` makes all steps; `crash` makes some, and ends with status 1; `wait`
-makes some, and waits for SIGTERM, at which it saves. hpcgpt.requeue then decides, as slurm/pretrain.sbatch has it do.
+makes some, and waits for SIGTERM, at which it saves; until then its rows are replaced by new ones, as in a run that
+trains. hpcgpt.requeue then decides, as slurm/pretrain.sbatch has it do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hpcgpt.run.run_folder import Exit
 from hpcgpt.storage import lease
 
 TOTAL, SOME = 900, 120
+RENEWED_S = 20  # a run without news for two minutes is stale
 
 
 def main() -> int:
@@ -43,8 +45,12 @@ def main() -> int:
     write_steps(folder, held.number, steps)
     run_folder.record(folder, "save", **attempt, step=steps, seconds=0.1, stall_s=0.0)
     status = 1
+    written = time.monotonic()
     while scenario == "wait" and not terminated:
         time.sleep(0.05)
+        if time.monotonic() > written + RENEWED_S:
+            write_steps(folder, held.number, steps)
+            written = time.monotonic()
     if scenario != "crash":
         status, reason = (AGAIN, "told to terminate") if terminated else (FINISHED, "finished")
         run_folder.write_exit(folder, Exit(job, status, reason, steps, saved=True))
@@ -62,7 +68,9 @@ def write_steps(folder: Path, attempt: int, steps: int) -> None:
         for step in range(1, steps + 1)
     ]
     rows[-1] |= {"val/loss": 2.5, "val/bits_per_byte": 1.25, "val/elapsed_s": 0.0}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new = folder / "metrics.new"
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new.replace(folder / "metrics.jsonl")
 
 
 if __name__ == "__main__":

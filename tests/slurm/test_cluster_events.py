@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pytest
 from lab import cut, heal, wait_until_idle
 from lab_conf import Lab
 
-from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, rank_pids, starts
+from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, paused, rank_pids, starts
 from tests.tiny_run import rows
 
 STEPS = 120
@@ -74,16 +74,18 @@ def faulty_jobs(cluster: Cluster, uninterrupted_run: Path) -> Iterator[FaultyJob
     """One job whose ranks hang when it is preempted, and two that lose a node."""
     hung = cluster.sbatch("hung", *TWO, "--partition=grace", "--nodelist=n1", "--exclusive")
     cluster.wait_for_rows("hung", 1)
-    node = cluster.sbatch("node", *TWO)
-    chained = cluster.sbatch("lost", *TWO, "--no-requeue")
     stopped = threading.Thread(target=keep_stopped, args=[rank_pids(cluster.lab, hung)])
     stopped.start()
+    node = cluster.sbatch("node", *TWO)
+    chained = cluster.sbatch("lost", *TWO, "--no-requeue")
     cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
-    for name in ("node", "lost"):
-        cluster.wait_for_rows(name, STEPS // 4)
-    hosts = events(cluster.folder("node"), "job")[0]["hosts"]
-    assert hosts == events(cluster.folder("lost"), "job")[0]["hosts"]
-    cut(cluster.lab, hosts[1])
+    with ExitStack() as under_way:
+        for name, job in (("node", node), ("lost", chained)):
+            cluster.wait_for_rows(name, STEPS // 4)
+            under_way.enter_context(paused(cluster.lab, job))
+        hosts = events(cluster.folder("node"), "job")[0]["hosts"]
+        assert hosts == events(cluster.folder("lost"), "job")[0]["hosts"]
+        cut(cluster.lab, hosts[1])
     yield FaultyJobs(hung, node, chained, hosts[1])
     heal(cluster.lab, hosts[1])
     wait_until_idle(cluster.lab)

@@ -53,6 +53,9 @@ WRONG = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the lab, and for all of the jobs
+
+
 class Jobs:
     """The jobs of both tables, which all run at the same time."""
 
@@ -92,7 +95,7 @@ class Jobs:
 
     def end(self, run: str) -> tuple[int, str]:
         """Wait for a job; return its exit status, and all that it and its ranks have printed."""
-        printed = self.running[run].communicate(timeout=120)[0]
+        printed = self.running[run].communicate(timeout=250)[0]
         files = [self.cluster.home / f"{run}.out", *(self.cluster.folder(run) / "logs").glob("*.log")]
         return self.running[run].returncode, "\n".join([printed, *(one.read_text() for one in files if one.exists())])
 

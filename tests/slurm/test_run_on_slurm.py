@@ -101,6 +101,7 @@ def hold_until_warned(pid: int | None, until: float) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.timeout(600)
 def test_cancelled_jobs_and_user_errors_are_not_requeued(cluster: Cluster) -> None:
     job = cluster.sbatch("cancelled", *ONE)
     cluster.wait_for_rows("cancelled", 20)
@@ -114,6 +115,7 @@ def test_cancelled_jobs_and_user_errors_are_not_requeued(cluster: Cluster) -> No
     assert len(starts(cluster.folder("cancelled"))) == 1
 
 
+@pytest.mark.timeout(600)
 def test_gpus_that_slurm_allocated_and_torch_does_not_see_are_an_error(cluster: Cluster) -> None:
     """The lab's GPUs are fake, so this is a real case: no silent training on the CPU."""
     job = cluster.sbatch("blind", *ONE, arguments=("--run.device", "auto"))

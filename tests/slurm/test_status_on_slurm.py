@@ -64,11 +64,11 @@ class Jobs:
             )
             time.sleep(0.2)
 
-    def wait_for_event(self, name: str, *kinds: str) -> None:
-        def recorded() -> bool:
-            return any(event.get("event") in kinds for event in run_folder.events(self.runs / name))
+    def has_event(self, name: str, kind: str) -> bool:
+        return any(event.get("event") == kind for event in run_folder.events(self.runs / name))
 
-        self.wait(recorded, f"{name} has no event {kinds}")
+    def wait_for_event(self, name: str, kind: str) -> None:
+        self.wait(lambda: self.has_event(name, kind), f"{name} has no event {kind}")
 
     def reason(self, name: str) -> str:
         return self.slurm("squeue", "--noheader", "--format=%T %r", f"--jobs={self.ids[name]}")
@@ -94,6 +94,9 @@ class Jobs:
         return re.sub(r"goodput .*", "goodput ...", text)
 
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the lab, and for all of the jobs
+
+
 @pytest.fixture(scope="module")
 def jobs(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     made = Jobs(lab, tmp_path_factory.mktemp("status"))
@@ -113,10 +116,16 @@ def states(jobs: Jobs) -> Jobs:
     jobs.submit("held", "crash")
     jobs.wait_for_event("stopped", "save")
     jobs.slurm("scancel", jobs.ids["stopped"])
-    for name in ("requeued", "held"):
-        jobs.wait_for_event(name, "requeue")
-    jobs.slurm("scontrol", "hold", jobs.ids["held"])
-    jobs.slurm("scontrol", "update", f"JobId={jobs.ids['requeued']}", "StartTime=now+2hours")
+    later = {"held": ("hold", jobs.ids["held"]),
+             "requeued": ("update", f"JobId={jobs.ids['requeued']}", "StartTime=now+2hours")}  # fmt: skip
+
+    def none_starts_again() -> bool:
+        """Stop each of them as soon as it is queued again: Slurm starts it a few seconds later."""
+        for name in [name for name in later if jobs.has_event(name, "requeue")]:
+            jobs.slurm("scontrol", *later.pop(name))
+        return not later
+
+    jobs.wait(none_starts_again, "no requeue")
     jobs.wait_for_event("finished", "no_requeue")
     jobs.wait_for_event("failed", "crash")
     jobs.wait_for_event("stopped", "no_requeue")

@@ -72,8 +72,8 @@ def start(run: Path) -> int:
 
 
 def wait_for(run: Path, what: str, newer_than: int, children: list[int]) -> int:
-    """Return the number of the attempt above `newer_than` that has logged this; fail after 30 s."""
-    deadline = time.monotonic() + 30
+    """Return the number of the attempt above `newer_than` that has logged this; fail after 90 s."""
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         lines = (run / "log").read_text().splitlines() if (run / "log").exists() else []
         for line in lines:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def six(lab: Lab) -> Iterator[Lab]:  # noqa: ARG001 (skips where no lab can be s
     """A lab of six nodes beside the tests' own."""
     first, second, third = SESSION_LAB.subnet.split(".")
     beside = Lab(f"{SESSION_LAB.name}d", f"{first}.{int(second) + 10}.{third}", nodes=6, gpus=0)
+    commands.down(beside.name)  # what a killed run of the tests has left, with its faults
     commands.up(beside)
     yield beside
     commands.down(beside.name)
@@ -102,9 +104,14 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
     except OSError as error:
         pytest.skip(f"no limit on CPU time can be set here: {error}")
     yield
-    for member in (group / "cgroup.procs").read_text().split():
-        (group.parent / "cgroup.procs").write_text(member)
-    group.rmdir()
+    while True:  # until it is empty: its processes start others, and end, meanwhile
+        for member in (group / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                (group.parent / "cgroup.procs").write_text(member)
+        with suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.1)
 
 
 def python_with_a_wrong_clock(folder: Path, node: str) -> Path:
