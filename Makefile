@@ -86,7 +86,8 @@ ifneq ($(LAB),0)
 endif
 
 test-all: test ## then also the longest: drills, large samples of damage, races of many rounds
-	@LAB=$(LAB) $(PYTEST) -m long
+	@LAB=$(LAB) $(PYTEST) -m 'long and not alone' --numprocesses 2
+	@LAB=$(LAB) $(PYTEST) -m 'long and alone'
 
 lab: install ## start a real four-node Slurm on this machine (as root; it installs its Debian packages)
 	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)

@@ -3,7 +3,8 @@
     make test-fast   not `processes`, `slurm`, `slow` or `long`: what this process computes by itself, in little time;
                      `slow` are tests, also tables of them, that add a second or more to it
     make test        not `long`
-    make test-all    everything: `long` adds whole drills, large samples of random damage, races of many rounds
+    make test-all    everything: `long` adds whole drills, large samples of random damage, races of many rounds; in two
+                     processes, and then those that are `alone`, which need all cores
 
 A test that needs the lab (the fixture `lab`) is marked `slurm` here. `processes` and `long` are written where the test
 is. A test that starts a process without the mark `processes` fails, also if one of its fixtures started it for an

@@ -478,6 +478,7 @@ def test_the_drill_package_loads_no_torch() -> None:
 
 @pytest.mark.processes
 @pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_three_minutes_on_a_real_slurm(lab: Lab, shards_folder: Path, tmp_path: Path) -> None:
     faults = "kill a rank,kill in a save,requeue,second job,TERM,truncate,wandb outage at the start"

@@ -55,6 +55,9 @@ def test_chunks_in_bfloat16_have_the_gradients_of_float32_but_for_rounding(dtype
         assert (gradient - reference).norm() < 0.01 * reference.norm()
 
 
+aten = torch.ops.aten
+
+
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts matrix products."""
 
@@ -63,7 +66,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.count += func in (aten.mm.default, aten.addmm.default, aten.addmm_.default)
         return func(*args, **(kwargs or {}))
 
 
