@@ -36,6 +36,8 @@ help: ## show this list
 
 install: $(VENV)/.installed ## make .venv with hpcgpt in it
 
+# Ctrl-C while pip is upgraded must not remove it: venv would not write it again.
+.PRECIOUS: $(VENV)/bin/pip
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hpcgpt needs Python 3.11 or later; name one: make PYTHON=python3.12 ..."; exit 2; }
 	@echo "making $(VENV)"
@@ -86,8 +88,7 @@ ifneq ($(LAB),0)
 endif
 
 test-all: test ## then also the longest: drills, large samples of damage, races of many rounds
-	@LAB=$(LAB) $(PYTEST) -m 'long and not alone' --numprocesses 2
-	@LAB=$(LAB) $(PYTEST) -m 'long and alone'
+	@LAB=$(LAB) $(PYTEST) -m 'long and not alone' --numprocesses 2; first=$$?; LAB=$(LAB) $(PYTEST) -m 'long and alone' && exit $$first
 
 lab: install ## start a real four-node Slurm on this machine (as root; it installs its Debian packages)
 	@$(BIN)/python slurm/lab/lab.py up $(if $(filter 0,$(LAB)),,--install)

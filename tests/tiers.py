@@ -44,6 +44,8 @@ LAB_GROUPS = (
     },
 )
 
+LONG_S = 900  # what a test marked `long` may take
+
 # Files that take minutes begin first.
 LONGEST = ("test_tracker.py", "test_parallel.py", "test_make_shards.py")
 
@@ -74,10 +76,12 @@ def _record(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need the lab, and begin with the files that take longest."""
+    """Mark the tests that need the lab, give long ones more time, and begin with the files that take longest."""
     for item in items:
         if "lab" in getattr(item, "fixturenames", ()):
             item.add_marker("slurm")
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_S))
     marked = {(item.path, mark.name) for item in items for mark in item.iter_markers()}
 
     def order(item: pytest.Item) -> list[bool]:

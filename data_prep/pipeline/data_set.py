@@ -100,13 +100,11 @@ def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
     except ValueError as error:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None
-    try:
+    with finalize_lease:
         if not (out / "manifest.json").is_file():
             return finalize.finalize(out, plan)
         print(f"{out} is complete")
         return None
-    finally:
-        finalize_lease.release()
 
 
 def _print_summary(out: Path, manifest: Manifest, plan: PrepPlan, elapsed_s: float) -> None:

@@ -45,15 +45,13 @@ def acquire(out: Path, share: TaskShare) -> Iterator[None]:
         task_lease = lease.acquire(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
     except ValueError as error:
         raise UserError(f"{out} is being made already: {error}") from None
-    try:
+    with task_lease:
         for path in sorted(folder.iterdir()):
             found = _NAME.fullmatch(path.name)
             other = TaskShare(int(found[1]), int(found[2])) if found else share
             if other != share and share.overlaps(other):
                 _refuse_if_alive(out, path, attempt)
         yield
-    finally:
-        task_lease.release()
 
 
 def _refuse_if_alive(out: Path, folder: Path, attempt: str) -> None:

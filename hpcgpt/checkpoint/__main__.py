@@ -66,11 +66,8 @@ def main(argv: Sequence[str]) -> int:
 def _back(run: Path, step: int) -> int:
     """Go back to the checkpoint of `step`, unless an attempt is running."""
     go_back.find(run, step, "--step")  # before the lease, for which it may have to wait
-    held = lease.acquire(run, world.job_start())
-    try:
+    with lease.acquire(run, world.job_start()) as held:
         done = go_back.set_aside_newer(run, step, held, "--step")
-    finally:
-        held.release()
     print(done or f"the checkpoint of step {step:,} is the newest already")
     return 0
 

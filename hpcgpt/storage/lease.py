@@ -62,6 +62,19 @@ class Lease:
     number: int
     _stop: threading.Event
 
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Release the lease. After an error, exit the process if a newer attempt has acquired it.
+
+        That is the reason then: a newer attempt removes what an older one, which was stopped for a while, is writing.
+        """
+        if kind is not None:
+            with suppress(OSError):
+                self.check()
+        self.release()
+
     def superseded_by(self) -> int | None:
         """Return the newest lease's number if it is higher than this one's, else None."""
         newest = _newest(self.folder)

@@ -10,6 +10,7 @@ import gc
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -62,17 +63,16 @@ def train(planned: Plan, here: World, flag: StopFlag, began_at: float) -> int:
     )
     lease = make_on_rank0(ranks, lambda: _acquire(settings.run_folder, here))
     times["meet_s"] = time.time() - began_at - times["imports_s"]
-    try:
-        status = Attempt(planned, ranks, lease, flag, began_at, times).run()
-        # Wait for rank 0, which has more to do at the end: `srun -K` ends all ranks once the first one has exited.
-        run_on_rank0(ranks, lambda: None)
-    except RuntimeError as error:
-        if not rendezvous.is_broken_connection(error):
-            raise
-        raise ConnectionError(f"{here} lost its connection to another rank, which has ended: see its error") from error
-    finally:
-        if lease is not None:
-            lease.release()
+    with lease or nullcontext():
+        try:
+            status = Attempt(planned, ranks, lease, flag, began_at, times).run()
+            # Wait for rank 0, which has more to do at the end: `srun -K` ends all ranks once the first one has exited.
+            run_on_rank0(ranks, lambda: None)
+        except RuntimeError as error:
+            if not rendezvous.is_broken_connection(error):
+                raise
+            lost = f"{here} lost its connection to another rank, which has ended: see its error"
+            raise ConnectionError(lost) from error
     return status
 
 

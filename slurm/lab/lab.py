@@ -303,6 +303,8 @@ def _obey(asked: argparse.Namespace) -> int:
         case "up":
             lab = Lab(name, asked.subnet, asked.nodes, asked.gpus)
             print(up(lab, install=asked.install))
+            # It is the caller's from now on, also if tests that were killed have left it (tests/slurm/lab_fixture.py).
+            (lab.state / "tests.pid").unlink(missing_ok=True)
             which = [] if name == Lab().name else ["--name", name]
             print(f"to use it: eval $({shlex.join([sys.executable, __file__, 'env', *which])})")
         case "down":

@@ -35,7 +35,7 @@ from tests.checkpoint.ranks_checkpoint import content, trained
 from tests.checkpoint.small_checkpoints import IDENTITY, KEEP_ALL, SHARE, flip_byte, names, save, save_tensors
 from tests.disks import fill, small_disk
 from tests.one_rank import ALONE
-from tests.programs import ROOT, clean_env, on_ranks
+from tests.programs import ROOT, clean_env, on_ranks, run_group
 from tests.tiny_run import tensors
 
 WEIGHT = "model/weight"
@@ -524,8 +524,7 @@ def test_a_saver_that_lost_the_lease_exits_and_publishes_nothing(
 def test_sigkills_at_random_moments_never_cost_an_existing_checkpoint(tmp_path: Path, rounds: int) -> None:
     seed = random.randrange(10_000)
     killed = [sys.executable, "-m", "tests.checkpoint.ranks_killed", str(tmp_path / "run"), str(rounds), str(seed)]
-    done = subprocess.run(killed, cwd=ROOT, env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=240, check=False)  # fmt: skip
+    done = run_group(killed, clean_env() | {"PYTHONPATH": str(ROOT)}, ROOT, timeout_s=160 + 1.5 * rounds)
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["status"] for each in reports] == [-9] * rounds, done.stderr

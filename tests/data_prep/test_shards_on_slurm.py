@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,22 +99,34 @@ def makers(lab: Lab) -> Iterator[tuple[int, int, str]]:
             yield pid, int(env["SLURM_ARRAY_TASK_ID"]), env["SLURMD_NODENAME"]
 
 
+def stop_a_maker(lab: Lab, out: Path) -> tuple[int, int, str]:
+    """Stop a process that has made some units of its task, and not all; return its pidfd, its task and its node."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for pid, task, node in makers(lab):
+            with suppress(ProcessLookupError):
+                process = os.pidfd_open(pid)
+                signal.pidfd_send_signal(process, signal.SIGSTOP)
+                done, all_of_them = set(units(out)), set(range((task - 10) // 2, UNITS, 5))
+                if done & all_of_them and all_of_them - done:
+                    return process, task, node
+                signal.pidfd_send_signal(process, signal.SIGCONT)
+                os.close(process)
+        time.sleep(0.02)
+    raise AssertionError("no process with some of its units done was found")
+
+
 @pytest.mark.timeout(400)
 def test_an_array_that_loses_a_node_makes_the_same_files(site: Site, uninterrupted: Path) -> None:
     """Five tasks for four nodes. A process on the node that is cut off is stopped, and continued when another one has
     done its work: it exits, and changes nothing."""
     out = site.home / "out"
     job = site.sbatch(out, "--array=10-18:2")
-    wait_for_units(out, 4)
-    pid, task, node = next(makers(site.lab))
-    os.kill(pid, signal.SIGSTOP)
-    superseded = os.pidfd_open(pid)
+    superseded, task, node = stop_a_maker(site.lab, out)
     cut(site.lab, node)
     try:
         # An operator is faster than Slurm, which would notice after SlurmdTimeout.
         slurm(site.lab, "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=cut")
-        left = set(range((task - 10) // 2, UNITS, 5)) - set(units(out))
-        assert left, "the task was finished before its node was cut off"
         site.wait(job)
         assert "start 1, on" in (site.home / f"shards-{job}_{task}.out").read_text()
         assert files(out) == files(uninterrupted)

@@ -74,12 +74,12 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "flags",
     [
         "--train.steps 25 --schedule.warmup_steps 10 --eval.batches 5 --run.threads 1",
-        pytest.param("", marks=[pytest.mark.long, pytest.mark.alone]),
+        pytest.param("", marks=[pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1500)]),
     ],
 )
 def test_the_quick_start_trains_a_model_that_writes_dialogue(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import lab_needs
 import pytest
-from lab import down, up
+from lab import down
 from lab_conf import Lab
 
 from hpcgpt.sites import catalog, qos, request, shell, site_file
@@ -93,8 +93,7 @@ def slurm() -> Iterator[Lab]:
               more=slurm_conf(), accounts=accounts())  # fmt: skip
     if missing := lab_needs.missing_packages(lab_needs.FOR_ACCOUNTING):
         pytest.skip(f"a lab with accounting needs {', '.join(missing)}")
-    down(name)  # what a killed run of the tests has left
-    up(lab)
+    lab_fixture.bring_up(lab)
     yield lab
     down(lab.name)
 

@@ -146,16 +146,17 @@ def rank_pids(lab: Lab, job: str) -> dict[int, int]:
 @contextmanager
 def paused(lab: Lab, job: str) -> Iterator[None]:
     """Stop the ranks of a job while something else happens: on a slow machine they would end meanwhile."""
-    pids = list(rank_pids(lab, job).values())
-    assert pids, f"job {job} has no ranks"
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    handles = [os.pidfd_open(pid) for pid in rank_pids(lab, job).values()]
+    assert handles, f"job {job} has no ranks"
     try:
+        for handle in handles:
+            signal.pidfd_send_signal(handle, signal.SIGSTOP)
         yield
     finally:
-        for pid in pids:
+        for handle in handles:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+                signal.pidfd_send_signal(handle, signal.SIGCONT)
+            os.close(handle)
 
 
 def running(lab: Lab, module: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -38,10 +38,30 @@ def _session_lab() -> Lab:
 SESSION_LAB = _session_lab()
 
 
-def _runs(pid: int) -> bool:
-    with suppress(FileNotFoundError):
-        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+def bring_up(lab: Lab) -> bool:
+    """Bring the lab up for this process; return whether it was not up before.
+
+    One that belongs to a test run that was killed has its jobs and faults: it is taken down first.
+    """
+    owner = lab.state / "tests.pid"
+    with suppress(FileNotFoundError, NotADirectoryError):
+        pid_and_start = owner.read_text()
+        if pid_and_start != _identity(int(pid_and_start.split()[0])):
+            commands.down(lab.name)
+    was_up = commands.status(lab.name).up
+    commands.up(lab)
+    if not was_up:
+        new = owner.with_suffix(".new")
+        new.write_text(_identity(os.getpid()))
+        new.replace(owner)
+    return not was_up
+
+
+def _identity(pid: int) -> str:
+    """Return the process's pid and its start, in ticks since boot; '' if there is none."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return f"{pid} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    return ""
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +70,7 @@ def lab() -> Iterator[Lab]:
         pytest.skip("LAB=0")
     if reason := lab_needs.why_not():
         pytest.skip(reason)
-    owner = SESSION_LAB.state / "tests.pid"
-    if owner.exists() and not _runs(int(owner.read_text())):
-        commands.down(SESSION_LAB.name)
-    was_up = commands.status(SESSION_LAB.name).up
-    commands.up(SESSION_LAB)
-    if not was_up:
-        owner.write_text(str(os.getpid()))
+    is_ours = bring_up(SESSION_LAB)
     yield SESSION_LAB
-    if not was_up:
+    if is_ours:
         commands.down(SESSION_LAB.name)

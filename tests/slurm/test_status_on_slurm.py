@@ -200,7 +200,7 @@ def test_the_expected_start_is_that_of_squeue_start(states: Jobs) -> None:
 
 def test_a_job_that_slurm_does_not_know_and_a_machine_without_slurm(states: Jobs) -> None:
     folder = states.runs.parent / "unknown/lost"
-    shutil.copytree(states.runs / "running", folder, ignore=shutil.ignore_patterns("*.alive"))
+    shutil.copytree(states.runs / "running", folder, ignore=shutil.ignore_patterns("*.alive", "metrics.new"))
     (folder / "generations/000001.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "attempt": "999999_0"}))
     events = (folder / "events.jsonl").read_text().replace(f'"{states.ids["running"]}_0"', '"999999_0"')
     old = re.sub(r'"time": (\d+)', lambda found: f'"time": {int(found[1]) - 5000}', events)

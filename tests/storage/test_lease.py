@@ -20,7 +20,7 @@ from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FINISHED, SUPERSEDED
 from hpcgpt.storage import lease
 from tests.disks import fill, small_disk
-from tests.programs import ROOT, clean_env, command
+from tests.programs import ROOT, clean_env, command, run_group
 from tests.tiny_run import rows
 
 # Acquires the lease, prints its number, and hangs: its main thread sleeps, as in a collective.
@@ -286,6 +286,27 @@ print("has continued", flush=True)
     assert "exits without writing anything more" in done.stderr
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("has_successor", [False, True])
+def test_an_error_of_a_superseded_attempt_is_that_it_was_superseded(tmp_path: Path, has_successor: bool) -> None:
+    """A newer attempt removes what this one was writing, and this one then finds that a file is missing."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from hpcgpt.storage import lease
+lease.HEARTBEAT_S = 1000
+with lease.acquire(Path(sys.argv[1]), "7_0") as held:
+    if {has_successor}:
+        os.link(held.folder / "000001.json", held.folder / "000002.json")
+    raise FileNotFoundError("a part of a file")
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=clean_env(), capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    expected = (SUPERSEDED, "has taken over") if has_successor else (1, "FileNotFoundError: a part of a file")
+    assert (done.returncode, expected[1] in done.stderr) == (expected[0], True), done.stderr
+    assert len(list(tmp_path.rglob("000001.done"))) == (not has_successor)
+
+
 def test_a_lease_can_be_released_on_a_full_disk(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m,nr_inodes=20") as disk:
         held = lease.acquire(disk, "")
@@ -334,13 +355,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=[pytest.mark.long, pytest.mark.alone])])
 def test_of_competing_jobs_no_step_is_committed_twice_or_by_an_older_attempt(tmp_path: Path, rounds: int) -> None:
     """The holder is killed in one round; in the next it is stopped, and continues after the next one has committed."""
     seed, run = random.randrange(10_000), tmp_path / "run"
-    done = subprocess.run([sys.executable, "-m", "tests.storage.ranks_writers", run, str(rounds), str(seed)], cwd=ROOT,
-                          env=clean_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=240, check=False)  # fmt: skip
+    command = [sys.executable, "-m", "tests.storage.ranks_writers", str(run), str(rounds), str(seed)]
+    done = run_group(command, clean_env() | {"PYTHONPATH": str(ROOT)}, ROOT, timeout_s=200 + 5 * rounds)
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     reported = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(reported) == rounds

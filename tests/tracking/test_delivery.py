@@ -59,6 +59,7 @@ def test_all_processes_that_send_have_a_low_priority(tmp_path: Path, server: Wan
 
 
 @pytest.mark.long
+@pytest.mark.alone  # it waits for processes of low priority
 @pytest.mark.timeout(900)
 def test_five_attempts_three_rollbacks_kills_and_outages_leave_each_step_once(
     tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch

@@ -51,7 +51,8 @@ def reports(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory, reque
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
         "modes": {1: [ranks_parallel.modes(shards_folder, out, ALONE, count)]}, "resume": {}}  # fmt: skip
     for part, ranks in [("modes", 2), ("modes", 4), ("resume", 4), ("resume", 2)]:
-        done = on_ranks(ranks, "tests.training.ranks_parallel", str(shards_folder), str(out), part, str(count))
+        arguments = (str(shards_folder), str(out), part, str(count))
+        done = on_ranks(ranks, "tests.training.ranks_parallel", *arguments, timeout_s=800 if count == MANY else 240)
         assert done.returncode == 0, done.stderr
         found[part][ranks] = [json.loads((out / f"{part}_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
     found["resume"][1] = [ranks_parallel.resume_all(shards_folder, out, ALONE, count)]

@@ -32,6 +32,7 @@ from hpcgpt.run import run_folder
 from hpcgpt.sites import qos
 from hpcgpt.slurm import scontrol
 from tests.programs import ROOT, clean_env, command, run_group
+from tests.slurm import lab_fixture
 from tests.slurm.cluster import Cluster
 from tests.slurm.lab_fixture import SESSION_LAB
 
@@ -46,8 +47,7 @@ def six(lab: Lab) -> Iterator[Lab]:  # noqa: ARG001 (skips where no lab can be s
     """A lab of six nodes beside the tests' own."""
     first, second, third = SESSION_LAB.subnet.split(".")
     beside = Lab(f"{SESSION_LAB.name}d", f"{first}.{int(second) + 10}.{third}", nodes=6, gpus=0)
-    commands.down(beside.name)  # what a killed run of the tests has left, with its faults
-    commands.up(beside)
+    lab_fixture.bring_up(beside)
     yield beside
     commands.down(beside.name)
 
@@ -103,14 +103,24 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
             (group / "cgroup.procs").write_text(str(pid))
     except OSError as error:
         pytest.skip(f"no limit on CPU time can be set here: {error}")
-    yield
-    while True:  # until it is empty: its processes start others, and end, meanwhile
+    try:
+        yield
+    finally:
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Remove a cgroup, with its processes moved out of it; they start others, and end, meanwhile."""
+    deadline = time.monotonic() + 30
+    while True:
         for member in (group / "cgroup.procs").read_text().split():
             with suppress(ProcessLookupError):
                 (group.parent / "cgroup.procs").write_text(member)
-        with suppress(OSError):
-            group.rmdir()
-            return
+        try:
+            return group.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
         time.sleep(0.1)
 
 
