@@ -23,7 +23,7 @@ from hpcgpt.model import kernels
 from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.training.engine import Engine
 from tests.programs import ROOT, clean_env, command
-from tests.tiny_run import curve, rows
+from tests.tiny_run import rows, tensors
 
 ALONE = World(0, 0, 1, 1, "alone", "test")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -143,7 +143,8 @@ def test_another_kernel_computes_the_same_function(tiny: Path) -> None:
         assert command("hpcgpt.train", str(tiny), *flags).returncode == FINISHED
     losses = [[row["train/loss"] for row in rows(runs / name / "metrics.jsonl")] for name in ("math", "flash")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    assert curve(runs / "math") != curve(runs / "flash"), "both used the same kernel"
+    weights = [tensors(runs / name / "checkpoints/step_000000012") for name in ("math", "flash")]
+    assert weights[0] != weights[1], "both used the same kernel"  # losses may be equal to their last bit
 
 
 @pytest.mark.slow
