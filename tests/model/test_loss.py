@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpcgpt.config.options import Model
 from hpcgpt.model.gpt import GPT, PLAIN, ForwardOptions
@@ -55,29 +56,15 @@ def test_chunks_in_bfloat16_have_the_gradients_of_float32_but_for_rounding(dtype
         assert (gradient - reference).norm() < 0.01 * reference.norm()
 
 
-aten = torch.ops.aten
-
-
-class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (aten.mm.default, aten.addmm.default, aten.addmm_.default)
-        return func(*args, **(kwargs or {}))
-
-
 def test_chunks_repeat_no_product_and_without_gradients_make_one_each() -> None:
     hidden, targets, weight, bias = head()
-    with Products() as training:
-        mean_loss(hidden, targets, weight, bias, chunk=35).backward()  # type: ignore[no-untyped-call]
-    assert training.count == 2 * 3
-    with Products() as evaluation, torch.no_grad():
-        loss = mean_loss(hidden, targets, weight, bias, chunk=35)
-    assert evaluation.count == 2
+    product = 2 * weight.numel() * len(targets)  # FLOPs
+    with FlopCounterMode(display=False) as training:
+        mean_loss(hidden, targets, weight, bias, chunk=32).backward()  # type: ignore[no-untyped-call]
+    assert training.get_total_flops() == 3 * product
+    with FlopCounterMode(display=False) as evaluation, torch.no_grad():
+        loss = mean_loss(hidden, targets, weight, bias, chunk=32)
+    assert evaluation.get_total_flops() == product
     assert (loss - mean_loss(hidden, targets, weight, bias)).abs() < 1e-13
 
 

@@ -359,8 +359,8 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_of_competing_jobs_no_step_is_committed_twice_or_by_an_older_attempt(tmp_path: Path, rounds: int) -> None:
     """The holder is killed in one round; in the next it is stopped, and continues after the next one has committed."""
     seed, run = random.randrange(10_000), tmp_path / "run"
-    command = [sys.executable, "-m", "tests.storage.ranks_writers", str(run), str(rounds), str(seed)]
-    done = run_group(command, clean_env() | {"PYTHONPATH": str(ROOT)}, ROOT, timeout_s=200 + 5 * rounds)
+    writers = [sys.executable, "-m", "tests.storage.ranks_writers", str(run), str(rounds), str(seed)]
+    done = run_group(writers, clean_env() | {"PYTHONPATH": str(ROOT)}, ROOT, timeout_s=200 + 5 * rounds)
     assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     reported = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(reported) == rounds
