@@ -121,7 +121,6 @@ print([key for key in sorted(counters["aot_autograd"]) if "cache" in key])
 
 @pytest.mark.processes
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_model_with_loss_chunks_is_compiled_once_for_all_starts(tmp_path: Path) -> None:
     """Its gradients are those of the uncompiled model, also from the cache; another loss is compiled again."""
     env = clean_env() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
