@@ -7,7 +7,8 @@ The faults of the six nodes, in one job:
     n4   the mount of the shards is missing: an empty file system hides it
     n5   its clock is wrong: a preloaded library shifts the clock of its Python (shifted_clock.c); the kernel's is the
          machine's, and the same on all nodes of a lab
-    n6   it gets six hundredths of a CPU, and where others want the CPU a third of what they get: by a cgroup of slurmd
+    n6   it gets a tenth of a CPU, and where others want the CPU a third of what they get: by a cgroup, from when its
+         worker has started, which would take too long with so little
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,7 +38,7 @@ from tests.slurm import lab_fixture
 from tests.slurm.cluster import Cluster
 from tests.slurm.lab_fixture import SESSION_LAB
 
-CPU_SHARE = 0.06
+CPU_SHARE = 0.1
 CPU_WEIGHT = 1 / 3  # on busy cores the others get a tenth of a CPU, too
 CGROUPS = Path("/sys/fs/cgroup")
 CLOCK_SHIFT_S = 120
@@ -87,7 +89,7 @@ def missing_mount(lab: Lab, node: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
-    """Limit the CPU time of the node's slurmd and its jobs, with the cgroups that this machine has."""
+    """Limit the CPU time of the node once a worker of the doctor runs there, with the cgroups of this machine."""
     first = (CGROUPS / "cpu/cpu.shares").exists()
     group = (CGROUPS / "cpu" if first else CGROUPS) / f"{lab.name}-{node}"
     try:
@@ -99,14 +101,46 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
             (CGROUPS / "cgroup.subtree_control").write_text("+cpu")
             (group / "cpu.max").write_text(f"{CPU_SHARE * 100_000:.0f} 100000")
             (group / "cpu.weight").write_text(f"{CPU_WEIGHT * 100:.0f}")
-        for pid in lab_hosts.processes(lab, node):
-            (group / "cgroup.procs").write_text(str(pid))
+        (slurmd, *_) = lab_hosts.processes(lab, node, "slurmd")
+        (group / "cgroup.procs").write_text(str(slurmd))
+        (group.parent / "cgroup.procs").write_text(str(slurmd))
     except OSError as error:
         pytest.skip(f"no limit on CPU time can be set here: {error}")
+    ended = threading.Event()
+    limiting = threading.Thread(target=_limit_workers, args=[lab, node, group, ended])
+    limiting.start()
     try:
         yield
     finally:
+        ended.set()
+        limiting.join()
         _remove(group)
+
+
+def _limit_workers(lab: Lab, node: str, group: Path, ended: threading.Event) -> None:
+    """Move all processes of the node into the cgroup when a worker runs there: one that its own like has forked."""
+    while not ended.wait(0.1):
+        pids = lab_hosts.processes(lab, node)
+        if any(_is_worker(pid) and _is_worker(_parent(pid)) for pid in pids):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    (group / "cgroup.procs").write_text(str(pid))
+            return
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return b"hpcgpt.doctor.nodes.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _parent(pid: int) -> int:
+    """Return the pid of the process that started it; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _remove(group: Path) -> None:
