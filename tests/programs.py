@@ -49,6 +49,56 @@ def command(module: str, *arguments: str, env: dict[str, str] | None = None, tim
         return subprocess.CompletedProcess(command_line, status, _output(out), _output(err))
 
 
+class Running:
+    """``python -m module arguments`` beside the test, where torch is loaded already: what tests need of Popen.
+
+    Its output goes to `out`, or into a file that is read at its end.
+    """
+
+    def __init__(self, module: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT,
+                 out: IO[Any] | None = None) -> None:  # fmt: skip
+        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed at its end)
+        to = (out, out) if out else self._files
+        self._program = program(module, arguments, clean_env() if env is None else env, cwd, *to)
+        self.pid = self._program.pid
+        self.output = self.errors = ""
+
+    @property
+    def returncode(self) -> int | None:
+        return self._program.returncode
+
+    def poll(self) -> int | None:
+        return self._program.wait(0)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Return its status, with `output` and `errors` read."""
+        status = self._program.wait(timeout_s)
+        assert status is not None, f"it still runs after {timeout_s:g} s: {_output(self._files[1])}"
+        self._close()
+        return status
+
+    def kill(self) -> None:
+        """Kill it, also one that is stopped, unless it has ended."""
+        self._program.kill()
+        self._close()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _close(self) -> None:
+        if not self._files[0].closed:
+            self.output, self.errors = map(_output, self._files)
+            for file in self._files:
+                file.close()
+
+
 def _output(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode()

@@ -24,7 +24,7 @@ from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, USER_MISTAKE
 from hpcgpt.run import run_folder
 from hpcgpt.tokenizer import save_load
 from tests.disks import small_disk
-from tests.programs import ROOT, clean_env, command
+from tests.programs import ROOT, Running, clean_env, command
 from tests.tiny_run import rows, tensors
 
 pytestmark = pytest.mark.processes
@@ -136,12 +136,15 @@ def test_an_error_on_one_rank_ends_all_of_them_with_a_message(
     settings = run / "config.toml"
     settings.write_text(settings.read_text().replace(str(shards_folder), str(folder)))
     before = kept(run)
-    ranks = [start(config, run.parent, "--data.dir", str(folder), env=as_rank(rank, 2)) for rank in range(2)]
-    message = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks][1] == FAILED
-    assert "id 700 is outside of the vocabulary" in sentence(message[1])
-    assert ranks[0].returncode not in (FINISHED, AGAIN)
-    sentence(message[0])
+    train = ("hpcgpt.train", str(config), "--run.dir", str(run.parent), "--data.dir", str(folder))
+    with (
+        Running(*train, env=clean_env() | as_rank(0, 2)) as first,
+        Running(*train, env=clean_env() | as_rank(1, 2)) as second,
+    ):
+        assert second.wait(60) == FAILED
+        assert "id 700 is outside of the vocabulary" in sentence(second.errors)
+        assert first.wait(60) not in (FINISHED, AGAIN)
+        sentence(first.errors)
     assert kept(run) == before
 
 
@@ -283,8 +286,8 @@ def test_a_stop_file_keeps_a_run_from_starting(config: Path, run: Path) -> None:
 def test_a_run_folder_that_a_living_process_holds_is_refused_and_that_process_continues(
     config: Path, run: Path
 ) -> None:
-    holder = start(config, run.parent, "--train.steps", "1000000", "--checkpoint.every", "0", "--eval.every", "0")
-    try:
+    endless = ("--train.steps", "1000000", "--checkpoint.every", "0", "--eval.every", "0")
+    with Running("hpcgpt.train", str(config), "--run.dir", str(run.parent), *endless) as holder:
         while len(rows(run / "metrics.jsonl")) < 20:
             assert holder.poll() is None
             time.sleep(0.02)
@@ -299,9 +302,6 @@ def test_a_run_folder_that_a_living_process_holds_is_refused_and_that_process_co
         ended = run_folder.read_exit(run)
         assert ended is not None
         assert (ended.status, ended.step) == (AGAIN, len(steps))
-    finally:
-        holder.kill()
-        holder.communicate()
 
 
 def test_if_every_checkpoint_is_damaged_the_run_ends_and_its_metrics_stay(config: Path, run: Path) -> None:

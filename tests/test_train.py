@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.run import run_folder
-from tests.programs import ROOT, clean_env, command, on_ranks
+from tests.programs import Running, command, on_ranks
 from tests.tiny_run import TINY, curve, rows, tensors
 
 pytestmark = pytest.mark.processes
@@ -76,10 +74,11 @@ def test_each_signal_saves_the_step_and_the_next_start_ends_with_the_same_bytes(
     reasons = {signal.SIGUSR1: "the time limit is near", signal.SIGTERM: "told to terminate",
                signal.SIGINT: "interrupted"}  # fmt: skip
     for number in reasons:
-        running = start(str(uninterrupted_run.parents[1] / "tiny.toml"), *LONGER, "--run.name", "cut")
-        wait_for_rows(folder / "metrics.jsonl", more=10)
-        running.send_signal(number)
-        assert running.wait(60) == AGAIN
+        config = str(uninterrupted_run.parents[1] / "tiny.toml")
+        with Running("hpcgpt.train", config, *LONGER, "--run.name", "cut") as running:
+            wait_for_rows(folder / "metrics.jsonl", more=10)
+            running.send_signal(number)
+            assert running.wait(60) == AGAIN
     ends = [event for event in run_folder.events(folder) if event["event"] == "end"]
     assert [end["reason"] for end in ends] == list(reasons.values())
     starts = [event["step"] for event in run_folder.events(folder) if event["event"] == "start"]
@@ -88,10 +87,9 @@ def test_each_signal_saves_the_step_and_the_next_start_ends_with_the_same_bytes(
 
 
 def test_sigkill_costs_only_the_steps_since_the_checkpoint(uninterrupted_run: Path) -> None:
-    killed = start(str(uninterrupted_run.parents[1] / "tiny.toml"), *LONGER, "--run.name", "killed")
-    wait_for_rows(uninterrupted_run.parent / "killed" / "metrics.jsonl", more=50)
-    killed.kill()
-    killed.wait(10)
+    config = str(uninterrupted_run.parents[1] / "tiny.toml")
+    with Running("hpcgpt.train", config, *LONGER, "--run.name", "killed"):
+        wait_for_rows(uninterrupted_run.parent / "killed" / "metrics.jsonl", more=50)
     finish(uninterrupted_run, "killed")
     first, second = (
         event for event in run_folder.events(uninterrupted_run.parent / "killed") if event["event"] == "start"
@@ -99,11 +97,6 @@ def test_sigkill_costs_only_the_steps_since_the_checkpoint(uninterrupted_run: Pa
     assert first["step"] == 0
     assert second["step"] >= 20
     assert second["step"] % 20 == 0
-
-
-def start(*flags: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "hpcgpt.train", *flags], cwd=ROOT, env=clean_env(),
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
 
 def wait_for_rows(path: Path, more: int) -> None:

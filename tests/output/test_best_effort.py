@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,7 +17,7 @@ from hpcgpt.output.best_effort import Worker, only_informs, within
 from hpcgpt.run import run_folder
 from hpcgpt.training import attempt, reporter, samples
 from tests.output import broken_part
-from tests.programs import ROOT, clean_env, command
+from tests.programs import Running, command
 from tests.tiny_run import curve, rows
 
 
@@ -166,24 +163,11 @@ def test_a_long_sample_is_cut_short_and_is_not_a_hang(tiny: Path) -> None:
 
 @pytest.mark.processes
 def test_a_signal_within_a_sample_is_handled(tiny: Path) -> None:
-    command_line = [
-        sys.executable,
-        "-m",
-        "hpcgpt.train",
-        str(tiny),
-        "--sample.tokens",
-        "1000000",
-        "--sample.max_s",
-        "3600",
-    ]
-    with subprocess.Popen(
-        command_line, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as running:
+    with Running("hpcgpt.train", str(tiny), "--sample.tokens", "1000000", "--sample.max_s", "3600") as running:
         folder = tiny.parent / "runs" / "tiny"
         deadline = time.monotonic() + 120
         while not (folder / "metrics.jsonl").exists() or b"val/loss" not in (folder / "metrics.jsonl").read_bytes():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(running.pid, signal.SIGTERM)
-        out, _ = running.communicate(timeout=60)
-    assert running.returncode == AGAIN, out
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == AGAIN, running.errors

@@ -12,7 +12,7 @@ import pytest
 
 from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
 from hpcgpt.output.streams import BackgroundStream
-from tests.programs import ROOT, clean_env, command
+from tests.programs import ROOT, Running, clean_env, command
 from tests.tiny_run import curve
 
 TRAIN = [sys.executable, "-m", "hpcgpt.train"]
@@ -36,10 +36,9 @@ def expected_curve(tmp_path_factory: pytest.TempPathFactory, shards_folder: Path
     home = tmp_path_factory.mktemp("expected")
     config = home / "tiny.toml"
     config.write_text(f'{TINY}\n[data]\ndir = "{shards_folder}"\n'.replace("[run]", f'[run]\ndir = "{home / "runs"}"'))
-    with train(config) as running:
-        out, err = running.communicate(timeout=120)
-    assert running.returncode == FINISHED, err
-    assert "萧炎 é ☃ 𝕏".encode() in out
+    done = command("hpcgpt.train", str(config), *PROMPT)
+    assert done.returncode == FINISHED, done.stderr
+    assert "萧炎 é ☃ 𝕏" in done.stdout
     return curve(home / "runs" / "printed")
 
 
@@ -93,10 +92,8 @@ def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: 
         while True:
             os.write(writer, b"x" * 4096)
     os.set_blocking(writer, True)
-    command_line = [*TRAIN, str(tiny), *PROMPT]
-    with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=writer, stderr=writer) as running:
-        assert running.wait(timeout=120) == FINISHED
-    os.close(writer)
+    with open(writer, "wb") as full, Running("hpcgpt.train", str(tiny), *PROMPT, out=full) as running:
+        assert running.wait(120) == FINISHED
     os.close(reader)
     assert curve(tiny.parent / "runs" / "printed") == expected_curve
 

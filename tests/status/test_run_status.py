@@ -19,7 +19,7 @@ from hpcgpt.run import run_folder as run_folder_module
 from hpcgpt.slurm.queue import Presence
 from hpcgpt.status import as_text, run_status, why
 from hpcgpt.status.run_state import NOTHING_REPORTED
-from tests.programs import ROOT, clean_env, command
+from tests.programs import ROOT, Running, clean_env, command
 from tests.status.made_runs import NOW, answering, run_folder, squeue
 from tests.tiny_run import rows
 
@@ -76,18 +76,15 @@ def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_a_run_is_running_then_stale_then_failed_by_a_kill_then_finished(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
-    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "3000"]
-    with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as process:  # fmt: skip
+    with Running("hpcgpt.train", str(tiny), "--train.steps", "3000") as process:
         deadline = time.monotonic() + 60
         while len(run_folder_module.read_rows(folder / "metrics.jsonl")) < 20:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGSTOP)  # so that it stays at one step while it is read
+        process.send_signal(signal.SIGSTOP)  # so that it stays at one step while it is read
         alive = status(folder, time.time())
         later = status(folder, time.time() + 1000)
-        process.kill()
     killed = status(folder, time.time() + 1000)
     assert (alive["state"], alive["reason"]) == ("running", "")
     assert (killed["state"], killed["reason"]) == ("failed", NOTHING_REPORTED)

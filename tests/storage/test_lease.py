@@ -20,7 +20,7 @@ from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FINISHED, SUPERSEDED
 from hpcgpt.storage import lease
 from tests.disks import fill, small_disk
-from tests.programs import ROOT, clean_env, command, run_group
+from tests.programs import ROOT, Running, clean_env, command, run_group
 from tests.tiny_run import rows
 
 # Acquires the lease, prints its number, and hangs: its main thread sleeps, as in a collective.
@@ -323,10 +323,8 @@ def test_a_stopped_holder_that_was_superseded_exits_on_continuing_and_changes_no
 ) -> None:
     """The real program: a process that was stopped in mid-training, as by a suspended node, and its successor."""
     folder = tmp_path / "runs" / "tiny"
-    sleeper = subprocess.Popen([sys.executable, "-m", "hpcgpt.train", str(tiny), "--train.steps", "100000",
-                                "--checkpoint.every", "0", "--eval.every", "0"], cwd=ROOT, env=clean_env(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    try:
+    endless = ("--train.steps", "100000", "--checkpoint.every", "0", "--eval.every", "0")
+    with Running("hpcgpt.train", str(tiny), *endless) as sleeper:
         while not (folder / "metrics.jsonl").exists() or len(rows(folder / "metrics.jsonl")) < 20:
             assert sleeper.poll() is None
             time.sleep(0.02)
@@ -339,11 +337,7 @@ def test_a_stopped_holder_that_was_superseded_exits_on_continuing_and_changes_no
         sleeper.send_signal(signal.SIGCONT)
         assert sleeper.wait(30) == SUPERSEDED
         assert content(folder) == before
-        assert sleeper.stderr is not None
-        assert "attempt 2 has taken over" in sleeper.stderr.read()
-    finally:
-        sleeper.kill()
-        sleeper.communicate()
+        assert "attempt 2 has taken over" in sleeper.errors
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -12,8 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.run import run_folder
 from hpcgpt.tracking.tracker import check
-from tests.programs import ROOT, clean_env
+from tests.programs import Running, clean_env
 from tests.tiny_run import rows
 from tests.tracking.attempts import KEY, LONG_S, Attempt, fragments, home, server, steps_of, sync, until
 from tests.tracking.connect_proxy import ConnectProxy
@@ -354,19 +352,6 @@ def test_online_without_a_key_is_refused_with_what_to_do(monkeypatch: pytest.Mon
 # --- training never waits --------------------------------------------------------------------------
 
 
-@contextmanager
-def started(command_line: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Start a program; whatever a test does, it has ended afterwards."""
-    program = subprocess.Popen(
-        command_line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield program
-    finally:
-        program.kill()  # also one that is stopped
-        program.communicate()
-
-
 @pytest.mark.parametrize("mode", ["silent", "failing"])
 def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_everything(
     tiny: Path, tmp_path: Path, server: WandbServer, mode: Any
@@ -377,21 +362,20 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
     env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
     env |= {"HPCGPT_TRACKING_INIT_S": "100000"}  # wandb itself would give up after a while
-    command_line = [sys.executable, "-m", "hpcgpt.train", str(tiny), "--tracking.wandb", "auto", "--train.steps", "300"]
-    command_line += ["--checkpoint.every", "150", "--eval.every", "150"]
-    with started(command_line, env) as training:
+    train = ("hpcgpt.train", str(tiny), "--tracking.wandb", "auto", "--train.steps", "300", "--checkpoint.every", "150",
+             "--eval.every", "150")  # fmt: skip
+    with Running(*train, env=env) as training:
         until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
         training.send_signal(signal.SIGSTOP)  # or it might end before wandb has sent anything
         assert server.wait(lambda: bool(server.requests))
         training.send_signal(signal.SIGTERM)
         training.send_signal(signal.SIGCONT)
-        printed = training.communicate(timeout=120)[1]
-        assert training.returncode == AGAIN, printed
+        assert training.wait(120) == AGAIN, training.errors
     steps = len(rows(folder / "metrics.jsonl"))
     assert run_folder.read_exit(folder).status == AGAIN  # type: ignore[union-attr]
     assert server.history == {}
     server.mode = "healthy"
-    last = subprocess.run(command_line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert last.returncode == FINISHED, last.stderr
+    with Running(*train, env=env) as last:
+        assert last.wait(200) == FINISHED, last.errors
     assert steps < 300
     assert server.steps(run_folder.run_id(folder)) == list(range(1, 301))

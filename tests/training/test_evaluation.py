@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from hpcgpt.model.precision import computing_in
 from hpcgpt.training.evaluation import EvalContext, evaluate
 from hpcgpt.training.step import to_inputs_and_targets
 from tests.one_rank import ALONE
-from tests.programs import ROOT, clean_env, command, on_ranks
+from tests.programs import Running, command, on_ranks
 from tests.tiny_run import curve, rows, tensors
 from tests.training.ranks_evaluation import BATCHES, CONTEXT, MICRO_BATCH, measure, model_and_windows
 
@@ -170,14 +168,13 @@ def test_an_evaluation_that_a_stop_interrupted_is_repeated_with_the_same_rows_an
 def stopped_after_step_3(runs: Path, number: int, flags: list[str]) -> Path | None:
     """Stop a run after step 3; return its folder if step 4 is saved and its row is not written yet, else None."""
     folder = runs / f"cut_{number}"
-    running = subprocess.Popen([sys.executable, "-m", "hpcgpt.train", *flags, "--run.name", folder.name], cwd=ROOT,
-                               env=clean_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    while not (folder / "metrics.jsonl").exists() or len(rows(folder / "metrics.jsonl")) < 3:
-        assert running.poll() is None
-        time.sleep(0.001)
-    time.sleep(0.05)
-    running.send_signal(signal.SIGUSR1)
-    assert running.wait(60) == AGAIN
+    with Running("hpcgpt.train", *flags, "--run.name", folder.name) as running:
+        while not (folder / "metrics.jsonl").exists() or len(rows(folder / "metrics.jsonl")) < 3:
+            assert running.poll() is None
+            time.sleep(0.001)
+        time.sleep(0.05)
+        running.send_signal(signal.SIGUSR1)
+        assert running.wait(60) == AGAIN
     newest = max(path.name for path in (folder / "checkpoints").glob("step_*"))
     return folder if (len(rows(folder / "metrics.jsonl")), newest) == (3, "step_000000004") else None
 
