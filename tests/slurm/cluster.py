@@ -76,11 +76,11 @@ class Cluster:
         command_line = (*SHAPE, *flags, SCRIPT, str(self.config), "--run.name", name, *self.arguments, *arguments)
         return self.slurm("sbatch", "--parsable", *command_line, env=env)
 
-    def submit(self, name: str, *flags: str) -> str:
+    def submit(self, name: str, *flags: str, arguments: tuple[str, ...] = ()) -> str:
         answer = self.slurm(
             sys.executable, "-m", "hpcgpt.submit", "--json", "--nodes", "2", "--ntasks-per-node", "2",
             "--gpus-per-node", "2", *flags, str(self.config), "--run.name", name,
-            *self.arguments,
+            *self.arguments, *arguments,
         )  # fmt: skip
         return str(json.loads(answer)["job"])
 

@@ -18,6 +18,9 @@ import pytest
 from lab import cut, heal, wait_until_idle
 from lab_conf import Lab
 
+from hpcgpt.exit_codes import FINISHED
+from hpcgpt.slurm.scontrol import fields_of
+from tests.programs import command, on_ranks
 from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, paused, rank_pids, starts
 from tests.tiny_run import rows
 
@@ -34,15 +37,17 @@ def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def uninterrupted_run(cluster: Cluster) -> Path:
-    """The folder of a run that nothing interrupted."""
-    cluster.wait(cluster.sbatch("uninterrupted", *TWO))
+    """The folder of a run of two ranks that nothing interrupted, on this host."""
+    done = on_ranks(2, "hpcgpt.train", str(cluster.config), "--run.name", "uninterrupted", *QUICK)
+    assert done.returncode == FINISHED, done.stderr
     return cluster.folder("uninterrupted")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted_rank(cluster: Cluster) -> Path:
     """The folder of such a run of one rank."""
-    cluster.wait(cluster.sbatch("alone", *ONE))
+    done = command("hpcgpt.train", str(cluster.config), "--run.name", "alone", *QUICK)
+    assert done.returncode == FINISHED, done.stderr
     return cluster.folder("alone")
 
 
@@ -70,9 +75,9 @@ class FaultyJobs:
 
 
 @pytest.fixture(scope="class")  # heals the node before the next test
-def faulty_jobs(cluster: Cluster, uninterrupted_run: Path) -> Iterator[FaultyJobs]:  # noqa: ARG001 (must run first, alone)
-    """One job whose ranks hang when it is preempted, and two that lose a node."""
-    hung = cluster.sbatch("hung", *TWO, "--partition=grace", "--nodelist=n1", "--exclusive")
+def faulty_jobs(cluster: Cluster) -> Iterator[FaultyJobs]:
+    """One job whose rank hangs when it is preempted, and two that lose a node."""
+    hung = cluster.sbatch("hung", *ONE, "--partition=grace", "--nodelist=n1", "--exclusive")
     cluster.wait_for_rows("hung", 1)
     stopped = threading.Thread(target=keep_stopped, args=[rank_pids(cluster.lab, hung)])
     stopped.start()
@@ -106,10 +111,10 @@ def keep_stopped(ranks: dict[int, int]) -> None:
 
 class TestFaultyJobs:
     @pytest.mark.timeout(600)
-    def test_ranks_that_hang_through_the_grace_time_are_killed_and_slurm_requeues_the_job(
-        self, cluster: Cluster, faulty_jobs: FaultyJobs, uninterrupted_run: Path
+    def test_a_rank_that_hangs_through_the_grace_time_is_killed_and_slurm_requeues_the_job(
+        self, cluster: Cluster, faulty_jobs: FaultyJobs, uninterrupted_rank: Path
     ) -> None:
-        folder = finish(cluster, faulty_jobs.hung, "hung", uninterrupted_run)
+        folder = finish(cluster, faulty_jobs.hung, "hung", uninterrupted_rank)
         assert [start["job"] for start in starts(folder)] == [f"{faulty_jobs.hung}_0", f"{faulty_jobs.hung}_1"]
         assert events(folder, "requeue", "crash", "chain") == []
 
@@ -193,8 +198,16 @@ def test_the_next_job_runs_the_users_wrapper_around_the_script(cluster: Cluster)
 
 
 @pytest.mark.timeout(600)
-def test_only_the_signalled_task_of_a_job_array_is_requeued(cluster: Cluster, uninterrupted_rank: Path) -> None:
-    job = cluster.sbatch("array-%a", *ONE, "--array=1-2")
+def test_only_the_signalled_task_of_a_job_array_is_requeued_and_processes_around_its_rank_survive_the_signal(
+    cluster: Cluster, uninterrupted_rank: Path
+) -> None:
+    """A shell that waits for python, and a program beside it: SIGUSR1 would end both, and `srun -K` the job step."""
+    wrapper = cluster.home / "python-in-a-shell"
+    wrapper.write_text(
+        f'#!/bin/bash\nsleep 300 &\n{cluster.env["HPCGPT_PYTHON"]} "$@"\nstatus=$?\nkill -9 $!\nexit $status\n'
+    )
+    wrapper.chmod(0o755)
+    job = cluster.sbatch("array-%a", *ONE, "--array=1-2", env={"HPCGPT_PYTHON": str(wrapper)})
     cluster.wait_for_rows("array-2", STEPS // 3)
     cluster.slurm("scancel", "--signal=USR1", f"{job}_2")
     cluster.wait(f"{job}_1")
@@ -204,35 +217,30 @@ def test_only_the_signalled_task_of_a_job_array_is_requeued(cluster: Cluster, un
         assert_same_result(folder, uninterrupted_rank, STEPS)
         assert len(starts(folder)) == count
         assert len(events(folder, "requeue")) == count - 1
-
-
-@pytest.mark.timeout(600)
-def test_processes_around_the_ranks_survive_the_ranks_signals(cluster: Cluster, uninterrupted_run: Path) -> None:
-    """A shell that waits for python, and a program beside it: SIGUSR1 would end both, and `srun -K` the job step."""
-    wrapper = cluster.home / "python-in-a-shell"
-    wrapper.write_text(
-        f'#!/bin/bash\nsleep 300 &\n{cluster.env["HPCGPT_PYTHON"]} "$@"\nstatus=$?\nkill -9 $!\nexit $status\n'
-    )
-    wrapper.chmod(0o755)
-    job = cluster.sbatch("around", *TWO, env={"HPCGPT_PYTHON": str(wrapper)})
-    cluster.wait_for_rows("around", STEPS // 3)
-    cluster.slurm("scancel", "--signal=USR1", job)
-    cluster.wait_for_ends("around", 1)
-    folder = finish(cluster, job, "around", uninterrupted_run)
-    assert [event["reason"] for event in events(folder, "end")] == ["the time limit is near", "finished"]
-    assert len(events(folder, "requeue")) == 1
+    ends = events(cluster.folder("array-2"), "end")
+    assert [event["reason"] for event in ends] == ["the time limit is near", "finished"]
     # So small a model is saved before srun has ended the rest; what counts is that there was no reason to end it.
-    assert "User defined signal" not in batch_log(cluster, job)
+    own_id = fields_of(cluster.slurm("scontrol", "show", "job", f"{job}_2"))["JobId"]
+    assert "User defined signal" not in batch_log(cluster, own_id)
 
 
 # --- one rank ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_rank_is_reported_and_its_host_is_excluded(cluster: Cluster, uninterrupted_run: Path) -> None:
+def test_a_stopped_rank_continues_and_a_killed_one_is_reported_and_excluded(
+    cluster: Cluster, uninterrupted_run: Path
+) -> None:
     job = cluster.sbatch("killed", *TWO, arguments=("--requeue.exclude_bad_nodes", "true"))
     cluster.wait_for_rows("killed", STEPS // 3)
     folder = cluster.folder("killed")
+    stopped = rank_pids(cluster.lab, job)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(5)
+    assert len((folder / "metrics.jsonl").read_bytes().splitlines()) < STEPS
+    os.kill(stopped, signal.SIGCONT)
+    cluster.wait_for_rows("killed", STEPS * 2 // 3)
+    assert len(starts(folder)) == 1, "a rank that was stopped for a while continues"
     bad = events(folder, "job")[0]["hosts"][1]
     os.kill(rank_pids(cluster.lab, job)[1], signal.SIGKILL)
     finish(cluster, job, "killed", uninterrupted_run)
@@ -271,20 +279,6 @@ def test_an_exception_on_one_rank_is_reported_with_its_traceback_and_a_user_erro
     assert "a person has to act: rank 1 on" in odd
     assert "no folder of shards at nowhere" in odd
     assert events(cluster.folder("odd"), "crash", "requeue") == []
-
-
-@pytest.mark.timeout(600)
-def test_a_rank_that_is_stopped_for_a_while_continues(cluster: Cluster, uninterrupted_run: Path) -> None:
-    job = cluster.sbatch("stopped", *TWO)
-    cluster.wait_for_rows("stopped", STEPS // 3)
-    pid = rank_pids(cluster.lab, job)[1]
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(5)
-    done = len((cluster.folder("stopped") / "metrics.jsonl").read_bytes().splitlines())
-    assert done < STEPS
-    os.kill(pid, signal.SIGCONT)
-    folder = finish(cluster, job, "stopped", uninterrupted_run)
-    assert len(starts(folder)) == 1
 
 
 @pytest.mark.timeout(600)

@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 from lab_conf import Lab
 
+from hpcgpt.exit_codes import FINISHED
 from hpcgpt.run import run_folder
+from tests.programs import on_ranks
 from tests.slurm.cluster import Cluster, assert_same_result, events, rank_pids, starts
 
 STEPS = 150
@@ -34,54 +36,44 @@ def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def uninterrupted_run(cluster: Cluster) -> Path:
-    """The folder of a run that nothing interrupted."""
-    job = cluster.sbatch("uninterrupted", "--time=10")
-    cluster.wait(job)
+    """The folder of a run of four ranks that nothing interrupted, on this host."""
+    done = on_ranks(4, "hpcgpt.train", str(cluster.config), "--run.name", "uninterrupted", *cluster.arguments)
+    assert done.returncode == FINISHED, done.stderr
     return cluster.folder("uninterrupted")
 
 
-@pytest.mark.timeout(600)
-def test_an_sbatch_job_that_is_requeued_and_preempted_ends_with_the_same_bytes_and_one_wandb_run(
+@pytest.mark.timeout(900)
+def test_after_a_time_limit_a_requeue_and_a_preemption_there_are_the_same_bytes_and_one_wandb_run(
     cluster: Cluster, uninterrupted_run: Path
 ) -> None:
-    job = cluster.sbatch("requeued", "--time=10", arguments=OFFLINE)
-    folder = cluster.folder("requeued")
-    cluster.wait_for_rows("requeued", STEPS // 3)
-    cluster.slurm("scontrol", "requeue", job)
-    cluster.wait_for_ends("requeued", 1)
-    cluster.wait_for_rows("requeued", STEPS * 2 // 3)
-    cluster.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
-    cluster.wait_for_ends("requeued", 2)
-    cluster.wait(job)
-    assert_same_result(folder, uninterrupted_run, STEPS)
-    attempts = starts(folder)
-    assert [(start["job"], start["world_size"]) for start in attempts] == [(f"{job}_{n}", 4) for n in range(3)]
-    ends = [event["reason"] for event in events(folder, "end")]
-    assert ends == ["told to terminate", "told to terminate", "finished"]
-    assert_one_wandb_run(folder)
-
-
-@pytest.mark.timeout(600)
-def test_a_submitted_job_continues_after_its_time_limit(cluster: Cluster, uninterrupted_run: Path) -> None:
-    """USR1 before the end of the one minute that Slurm allows; saved, status 75, requeued by the batch script.
+    """One submitted job. First USR1 before the end of the one minute that Slurm allows; saved, status 75, requeued by
+    the batch script.
 
     Slurm checks every 30 s, so the signal arrives at any time of the first 30: on a slow machine before the second
     step. Else rank 0 is stopped until it has arrived.
     """
-    job = cluster.submit("limited", "--time", "1", "--signal-lead-s", "30")
-    folder = cluster.folder("limited")
-    cluster.wait_for_rows("limited", 1)
+    job = cluster.submit("requeued", "--time", "1", "--signal-lead-s", "30", arguments=OFFLINE)
+    folder = cluster.folder("requeued")
+    cluster.wait_for_rows("requeued", 1)
     begun = events(folder, "job")[0]
     hold_until_warned(rank_pids(cluster.lab, job).get(0), begun["started_at"] + 47)
-    cluster.wait_for_ends("limited", 1)
+    cluster.wait_for_ends("requeued", 1)
     # One time limit is enough: a slow machine would need a minute for every few steps.
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    cluster.wait_for_rows("requeued", STEPS // 3)
+    cluster.slurm("scontrol", "requeue", job)
+    cluster.wait_for_ends("requeued", 2)
+    cluster.wait_for_rows("requeued", STEPS * 2 // 3)
+    cluster.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    cluster.wait_for_ends("requeued", 3)
     cluster.wait(job)
     assert_same_result(folder, uninterrupted_run, STEPS)
-    requeued = [event for event in run_folder.events(folder) if event["event"] == "requeue"]
-    assert requeued, "the job was over before its time limit"
-    assert all("the time limit is near" in event["reason"] for event in requeued)
-    assert len(starts(folder)) == len(requeued) + 1
+    attempts = starts(folder)
+    assert [(start["job"], start["world_size"]) for start in attempts] == [(f"{job}_{n}", 4) for n in range(4)]
+    ends = [event["reason"] for event in events(folder, "end")]
+    assert ends == ["the time limit is near", "told to terminate", "told to terminate", "finished"]
+    assert "the time limit is near" in events(folder, "requeue")[0]["reason"]
+    assert_one_wandb_run(folder)
 
 
 def hold_until_warned(pid: int | None, until: float) -> None:
