@@ -78,7 +78,7 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--train.steps 25 --schedule.warmup_steps 10 --eval.batches 5 --run.threads 1 --tracking.wandb disabled",
+        "--train.steps 10 --schedule.warmup_steps 4 --eval.batches 5 --run.threads 1 --tracking.wandb disabled",
         pytest.param("", marks=[pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1500)]),
     ],
 )
