@@ -18,7 +18,7 @@ pytestmark = pytest.mark.processes
 MODES = ("ddp", "fsdp")
 
 
-@pytest.fixture(scope="module", params=[20, pytest.param(64, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[12, pytest.param(64, marks=pytest.mark.long)])
 def many(request: pytest.FixtureRequest) -> int:
     """How many ranks save into 8 files."""
     return int(request.param)
