@@ -112,11 +112,9 @@ def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -
     """
     run_id = secrets.token_hex(4)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        running: list[Program] = []
-        for number in range(count):
-            variables = {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(number), "LOCAL_RANK": str(number),
-                     "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
-            running.append(program(module, arguments, clean_env() | variables, ROOT, out, err))
+        running = [
+            program(module, arguments, rank_env(run_id, number, count), ROOT, out, err) for number in range(count)
+        ]
         deadline = time.monotonic() + timeout_s
         try:
             while any(rank.wait(0.01) is None for rank in running):
@@ -128,6 +126,12 @@ def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -
                 rank.kill()
         status = next((rank.returncode for rank in running if rank.returncode), 0)
         return subprocess.CompletedProcess([module, *arguments], status, _output(out), _output(err))
+
+
+def rank_env(run_id: str, number: int, count: int) -> dict[str, str]:
+    """Return the environment of rank `number` of `count` on this host, with the variables that torchrun sets."""
+    return clean_env() | {"TORCHELASTIC_RUN_ID": run_id, "RANK": str(number), "LOCAL_RANK": str(number),
+                          "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:

@@ -78,12 +78,12 @@ def gradients(ranks: Ranks, folder: Path) -> tuple[dict[str, Any], dict[str, Ten
     return report, tensors
 
 
-def hundred_steps(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def forty_steps(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Return weights and norms of a run in which every step is clipped, with dropout, on two micro-steps."""
     torch.manual_seed(ranks.world.rank)
     bench = Bench(ranks, folder, 2, torch.float32, dropout=0.1)
     norms, used = [], []
-    for step in range(100):
+    for step in range(40):
         _, norm = bench.step(step, clip_norm=0.05)
         norms.append(norm.item())
         used.append(nn.utils.get_total_norm(bench.used_gradients.values()).item())
@@ -131,7 +131,7 @@ def main(folder: Path, out: Path) -> None:
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
     report_of_gradients, tensors = gradients(ranks, folder)
     report = {
-        "gradients": report_of_gradients, "hundred": hundred_steps(ranks, folder),
+        "gradients": report_of_gradients, "forty": forty_steps(ranks, folder),
         "reductions": reductions(ranks, folder),
     }  # fmt: skip
     report["in_buckets"] = in_buckets(ranks, folder)

@@ -93,21 +93,21 @@ def test_the_norm_is_the_one_before_clipping(reports: Reports, whole_batch: dict
 
 
 @pytest.mark.processes
-def test_after_a_hundred_steps_the_parameters_are_the_same_bytes_on_every_rank(reports: Reports) -> None:
-    assert len({rank["hundred"]["digest"] for rank in reports.ranks}) == 1
+def test_after_forty_steps_the_parameters_are_the_same_bytes_on_every_rank(reports: Reports) -> None:
+    assert len({rank["forty"]["digest"] for rank in reports.ranks}) == 1
 
 
 @pytest.mark.processes
-def test_the_norm_of_each_of_a_hundred_steps_is_the_same_on_every_rank(reports: Reports) -> None:
-    assert all(rank["hundred"]["norms"] == reports.ranks[0]["hundred"]["norms"] for rank in reports.ranks)
-    assert len(set(reports.ranks[0]["hundred"]["norms"])) == 100
+def test_the_norm_of_each_of_forty_steps_is_the_same_on_every_rank(reports: Reports) -> None:
+    assert all(rank["forty"]["norms"] == reports.ranks[0]["forty"]["norms"] for rank in reports.ranks)
+    assert len(set(reports.ranks[0]["forty"]["norms"])) == 40
 
 
 @pytest.mark.processes
 def test_every_step_is_clipped_from_the_first_on(reports: Reports) -> None:
-    hundred = reports.ranks[0]["hundred"]
-    assert min(hundred["norms"]) > 0.05
-    assert hundred["used"] == pytest.approx([0.05] * 100, rel=1e-4)
+    forty = reports.ranks[0]["forty"]
+    assert min(forty["norms"]) > 0.05
+    assert forty["used"] == pytest.approx([0.05] * 40, rel=1e-4)
 
 
 @pytest.mark.processes

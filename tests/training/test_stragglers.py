@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from hpcgpt.config.options import Blame as Settings
+from hpcgpt.exit_codes import AGAIN
 from hpcgpt.model.gpt import GPT
 from hpcgpt.run import run_folder
 from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.step import accumulate
 from hpcgpt.training.stragglers import LocalTime, Straggler, StragglerDetector, count_strikes, usual
 from tests.one_rank import ALONE
-from tests.programs import ROOT, clean_env
+from tests.programs import Running, rank_env
 
 # --- which rank is slow ----------------------------------------------------------------------------
 
@@ -133,19 +133,20 @@ SLOW = 2
 
 @pytest.mark.processes
 def test_of_four_real_ranks_the_one_that_is_slowed_down_is_reported_once(tiny: Path, tmp_path: Path) -> None:
-    """Another process stops and continues rank 2 all the time, so that it runs for a small part of the time."""
+    """A thread stops and continues rank 2 all the time, so that it runs for a small part of the time."""
     folder = tmp_path / "runs" / "tiny"
-    with training(tiny) as process:
-        wait(process, lambda: steps(folder) >= 4 * EVERY)
+    with training(tiny) as ranks:
+        wait(ranks, lambda: steps(folder) >= 4 * EVERY)
         assert stragglers(folder) == [], "reported while all were equal"
-        with slowed_down(rank_process(process.pid, SLOW)):
-            wait(process, lambda: bool(stragglers(folder)))
+        with slowed_down(ranks[SLOW].pid):
+            wait(ranks, lambda: bool(stragglers(folder)))
             there = steps(folder)
-            wait(process, lambda: steps(folder) >= there + EVERY)
+            wait(ranks, lambda: steps(folder) >= there + EVERY)
         (folder / "STOP").touch()
-        out, err = process.communicate(timeout=60)
+        assert [rank.wait(60) for rank in ranks] == [AGAIN] * 4
+        out = ranks[0].output
     reported = stragglers(folder)
-    assert [found["rank"] for found in reported] == [SLOW], out + err
+    assert [found["rank"] for found in reported] == [SLOW], out
     assert reported[0]["host"] == os.uname().nodename
     assert reported[0]["factor"] == pytest.approx(reported[0]["local_s"] / reported[0]["usual_s"])
     assert reported[0]["factor"] > 2.5
@@ -154,19 +155,16 @@ def test_of_four_real_ranks_the_one_that_is_slowed_down_is_reported_once(tiny: P
 
 
 @contextmanager
-def training(config: Path) -> Iterator[subprocess.Popen[str]]:
+def training(config: Path) -> Iterator[list[Running]]:
     """Train on four ranks, whose steps take longer than the slices in which one of them is stopped."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "-m",
-             "hpcgpt.train", str(config), "--train.steps", "100000", "--train.global_batch", "32", "--model.n_embd",
-             "64", "--checkpoint.every", "0", "--eval.every", "0", "--blame.every", str(EVERY),
-             "--blame.factor", "2.5"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                          env=clean_env(), start_new_session=True) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    flags = ("--train.steps", "100000", "--train.global_batch", "32", "--model.n_embd", "64", "--checkpoint.every", "0",
+             "--eval.every", "0", "--blame.every", str(EVERY), "--blame.factor", "2.5")  # fmt: skip
+    run_id = secrets.token_hex(4)
+    with ExitStack() as running:
+        yield [
+            running.enter_context(Running("hpcgpt.train", str(config), *flags, env=rank_env(run_id, number, 4)))
+            for number in range(4)
+        ]
 
 
 @contextmanager
@@ -189,14 +187,6 @@ def slowed_down(pid: int) -> Iterator[None]:
         thread.join()
 
 
-def rank_process(launcher: int, rank: int) -> int:
-    """Return the pid of a rank, among the children of torchrun."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    found = [int(pid) for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
-    assert len(found) == 1
-    return found[0]
-
-
 def steps(folder: Path) -> int:
     return len(run_folder.read_rows(folder / "metrics.jsonl"))
 
@@ -205,9 +195,9 @@ def stragglers(folder: Path) -> list[dict[str, Any]]:
     return [event for event in run_folder.events(folder) if event["event"] == "straggler"]
 
 
-def wait(process: subprocess.Popen[str], until: Callable[[], bool], limit_s: float = 120) -> None:
+def wait(ranks: list[Running], until: Callable[[], bool], limit_s: float = 120) -> None:
     deadline = time.monotonic() + limit_s
     while not until():
-        assert process.poll() is None, process.communicate()
+        assert [rank.poll() for rank in ranks] == [None] * len(ranks)
         assert time.monotonic() < deadline, f"the condition is still false after {limit_s} s"
         time.sleep(0.1)
