@@ -22,7 +22,6 @@ from hpcgpt.exit_codes import FINISHED
 from hpcgpt.slurm.scontrol import fields_of
 from tests.programs import command, on_ranks
 from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, paused, rank_pids, starts
-from tests.tiny_run import rows
 
 STEPS = 120
 QUICK = ("--train.micro_batch", "8", "--sample.tokens", "0", "--tracking.wandb", "disabled", "--checkpoint.every", "25")
@@ -159,11 +158,17 @@ def test_a_rank_that_exits_within_the_grace_time_is_requeued_by_the_batch_script
 
 
 @pytest.mark.timeout(600)
-def test_a_no_requeue_job_is_followed_by_an_identical_next_job(cluster: Cluster, uninterrupted_rank: Path) -> None:
+def test_a_no_requeue_job_is_followed_by_an_identical_next_job_also_with_the_users_wrapper_around_the_script(
+    cluster: Cluster, uninterrupted_rank: Path
+) -> None:
     """Same arguments, with their spaces, and same resources; the restart count begins again at 0."""
-    typed = ("--sample.prompt", "two  spaces 'and' quotes")
+    wrapper = cluster.home / "mine.sh"
+    wrapper.write_text(
+        f'#!/bin/bash\ntrap : TERM INT USR1 USR2\necho "mine: $1"\nshift\nbash {SCRIPT} {cluster.config} "$@"\n'
+    )
+    typed = ("a  b", "--run.name", "chained", *QUICK, "--sample.prompt", "two  spaces 'and' quotes")
     flags = ("--no-requeue", "--job-name=a chain", "--time=9", "--mem=1000", f"--output={cluster.home}/slurm-%j.out")
-    job = cluster.sbatch("chained", *ONE, *flags, arguments=typed)
+    job = cluster.slurm("sbatch", "--parsable", *ONE, *flags, str(wrapper), *typed)
     folder = cluster.folder("chained")
     for hit in (1, 2):
         cluster.wait_for_rows("chained", hit * STEPS // 3)
@@ -176,25 +181,9 @@ def test_a_no_requeue_job_is_followed_by_an_identical_next_job(cluster: Cluster,
         same = ("JobName", "TimeLimit", "NumTasks", "MinMemoryNode", "TresPerNode", "Requeue", "WorkDir")
         assert {key: shown(cluster, job, key) for key in same} == {key: shown(cluster, before, key) for key in same}
     finish(cluster, job, "chained", uninterrupted_rank)
+    assert "mine: a  b\n" in batch_log(cluster, job)
     assert "prompt = \"two  spaces 'and' quotes\"" in (folder / "config.toml").read_text()
     assert [start["world_size"] for start in starts(folder)] == [1, 1, 1]
-
-
-@pytest.mark.timeout(600)
-def test_the_next_job_runs_the_users_wrapper_around_the_script(cluster: Cluster) -> None:
-    wrapper = cluster.home / "mine.sh"
-    wrapper.write_text(
-        f'#!/bin/bash\ntrap : TERM INT USR1 USR2\necho "mine: $1"\nshift\nbash {SCRIPT} {cluster.config} "$@"\n'
-    )
-    typed = ("a  b", "--run.name", "wrapped", *QUICK)
-    job = cluster.slurm("sbatch", "--parsable", "--no-requeue", *ONE, str(wrapper), *typed)
-    cluster.wait_for_rows("wrapped", STEPS // 3)
-    cluster.slurm("scancel", "--signal=USR1", job)
-    cluster.wait(job, state="FAILED")
-    (chain,) = events(cluster.folder("wrapped"), "chain")
-    cluster.wait(chain["next_job"])
-    assert len(rows(cluster.folder("wrapped") / "metrics.jsonl")) == STEPS
-    assert "mine: a  b\n" in batch_log(cluster, chain["next_job"])
 
 
 @pytest.mark.timeout(600)
