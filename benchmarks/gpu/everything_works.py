@@ -86,7 +86,9 @@ def _checks(part: Part, reference: Reference) -> Iterator[tuple[str, Callable[[]
     yield "resume, documents, compiled, deterministic", partial(_resumes, part, ON | DETERMINISTIC | DOCUMENTS)
     yield computes("modern and muon, compiled", ON | MODERN)
     yield computes("activation checkpointing, compiled", ON | {"train.activation_checkpointing": "true"})
-    yield computes("loss chunks, compiled", ON | {"train.loss_chunk": 64 if part.small else 512})
+    chunks = ON | {"train.loss_chunk": 64 if part.small else 512}
+    yield computes("loss chunks, compiled", chunks)
+    yield "resume, loss chunks, compiled, deterministic", partial(_resumes, part, chunks | DETERMINISTIC)
     yield computes("float32, compiled", ON | {"train.dtype": "float32"})
     yield computes("dropout, compiled", ON | {"model.dropout": 0.1}, compared=False)
     yield computes("dropout and documents", OFF | DOCUMENTS | {"model.dropout": 0.1}, compared=False)
