@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -47,10 +48,14 @@ class Program:
             self._connection.close()
         return self.returncode
 
-    def kill(self) -> None:
+    def send_signal(self, number: int) -> None:
         if self.wait(0) is None:
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait(60)
+            with suppress(ProcessLookupError):  # it has ended, and that is not reported yet
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+        self.wait(60)
 
 
 class Preloaded:

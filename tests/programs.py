@@ -50,29 +50,22 @@ def command(module: str, *arguments: str, env: dict[str, str] | None = None, tim
 
 
 class Running:
-    """``python -m module arguments`` beside the test, where torch is loaded already: what tests need of Popen.
+    """``python -m module arguments`` for a test that does not wait for its end, forked from a process with torch.
 
-    Its output goes to `out`, or into a file that is read at its end.
+    It has what tests need of Popen. `env` is its whole environment. Its output is read at its end.
     """
 
-    def __init__(self, module: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT,
-                 out: IO[Any] | None = None) -> None:  # fmt: skip
+    def __init__(self, module: str, *arguments: str, env: dict[str, str] | None = None) -> None:
         self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed at its end)
-        to = (out, out) if out else self._files
-        self._program = program(module, arguments, clean_env() if env is None else env, cwd, *to)
+        self._program = program(module, arguments, clean_env() if env is None else env, ROOT, *self._files)
         self.pid = self._program.pid
         self.output = self.errors = ""
-
-    @property
-    def returncode(self) -> int | None:
-        return self._program.returncode
 
     def poll(self) -> int | None:
         return self._program.wait(0)
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        self._program.send_signal(number)
 
     def wait(self, timeout_s: float) -> int:
         """Return its status, with `output` and `errors` read."""
@@ -101,7 +94,7 @@ class Running:
 
 def _output(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read().decode()
+    return file.read().decode(errors="replace")  # what was killed may have written a part of a character
 
 
 def on_ranks(count: int, module: str, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:

@@ -43,12 +43,12 @@ def test_a_second_start_of_a_finished_run_changes_nothing(tiny: Path, tmp_path: 
 
 
 # With dropout, a random generator that was not restored would show.
-LONGER = ("--model.dropout", "0.1", "--train.steps", "180", "--eval.every", "60", "--checkpoint.every", "20")
+LONGER = ("--model.dropout", "0.1", "--train.steps", "240", "--eval.every", "80", "--checkpoint.every", "20")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted_run(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of 180 steps; its configuration is ../../tiny.toml."""
+    """An uninterrupted run of 240 steps; its configuration is ../../tiny.toml."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = folder / "tiny.toml"
     config.write_text(
@@ -65,7 +65,7 @@ def finish(uninterrupted_run: Path, name: str) -> None:
     assert done.returncode == FINISHED, done.stderr
     folder = uninterrupted_run.parent / name
     assert curve(folder) == curve(uninterrupted_run)
-    last = "checkpoints/step_000000180"
+    last = "checkpoints/step_000000240"
     assert tensors(folder / last) == tensors(uninterrupted_run / last)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
 from hpcgpt.output.streams import BackgroundStream
-from tests.programs import ROOT, Running, clean_env, command
+from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import curve
 
 TRAIN = [sys.executable, "-m", "hpcgpt.train"]
@@ -92,8 +92,11 @@ def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: 
         while True:
             os.write(writer, b"x" * 4096)
     os.set_blocking(writer, True)
-    with open(writer, "wb") as full, Running("hpcgpt.train", str(tiny), *PROMPT, out=full) as running:
-        assert running.wait(120) == FINISHED
+    # Not forked, since it is also Python's own end that must not wait for the pipe.
+    command_line = [*TRAIN, str(tiny), *PROMPT]
+    with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=writer, stderr=writer) as running:
+        assert running.wait(timeout=120) == FINISHED
+    os.close(writer)
     os.close(reader)
     assert curve(tiny.parent / "runs" / "printed") == expected_curve
 

@@ -10,7 +10,7 @@ import pytest
 from hpcgpt.distributed.world import World
 from hpcgpt.run import crash_report
 from hpcgpt.run.crash_report import Fault, FirstFailure, TaskExit, first_failure, task_exits
-from tests.programs import command, on_ranks
+from tests.programs import command, torchrun
 
 # The output of srun 22.05, in the lab.
 KILLED = """\
@@ -140,7 +140,7 @@ def test_a_process_that_ends_with_an_error_leaves_its_traceback(tiny: Path, tmp_
     folder = tmp_path / "runs" / "tiny"
     assert command("hpcgpt.requeue", "folder", str(tiny)).returncode == 0
     (folder / "generations").write_text("a file where a folder belongs")
-    done = on_ranks(2, "hpcgpt.train", str(tiny))
+    done = torchrun(2, "hpcgpt.train", str(tiny))
     assert done.returncode != 0
     (attempt,) = (folder / "faults").iterdir()
     found = crash_report.read(folder, attempt.name)

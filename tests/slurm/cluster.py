@@ -113,6 +113,13 @@ class Cluster:
             assert time.monotonic() < deadline, f"{name} did not record its end: {self.describe('*')}"
             time.sleep(0.1)
 
+    def wait_for_starts(self, name: str, count: int, limit_s: float = 200) -> None:
+        """Wait until `count` attempts have recorded their start."""
+        deadline = time.monotonic() + limit_s
+        while len(starts(self.folder(name))) < count:
+            assert time.monotonic() < deadline, f"{name} has not started again: {self.describe('*')}"
+            time.sleep(0.1)
+
     def describe(self, job: str) -> str:
         """Return what `job` printed (with "*": every job) and what Slurm reports of it, for a failing test."""
         report = "" if job == "*" else self.slurm("scontrol", "show", "job", job)

@@ -181,7 +181,7 @@ def test_the_next_job_has_the_same_name_folder_and_arguments_whatever_is_in_them
     (chain,) = events(folder, "chain")
     next_job = chain["next_job"]
     cluster.wait(next_job)
-    for field in ("%Z", "%j"):
+    for field in ("%Z", "%j", "%l", "%m", "%C", "%b"):
         assert shown(cluster, next_job, f"--format={field}") == shown(cluster, job, f"--format={field}")
     assert sorted(path.name for path in workdir.glob("out*")) == sorted(f"out % {n}.txt" for n in (job, next_job))
     logs = sorted(path.name for path in (folder / "logs").glob("*.log"))

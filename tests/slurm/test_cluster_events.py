@@ -1,4 +1,4 @@
-"""What a cluster does to a job, one test each, on a real Slurm: the run ends with the bytes of an uninterrupted one.
+"""What a cluster does to a job, on a real Slurm: the run ends with the bytes of an uninterrupted one.
 
 tests/slurm/test_run_on_slurm.py has `scontrol requeue`, the time limit, preemption and scancel.
 """
@@ -226,9 +226,10 @@ def test_a_stopped_rank_continues_and_a_killed_one_is_reported_and_excluded(
     stopped = rank_pids(cluster.lab, job)[1]
     os.kill(stopped, signal.SIGSTOP)
     time.sleep(5)
-    assert len((folder / "metrics.jsonl").read_bytes().splitlines()) < STEPS
+    there = len((folder / "metrics.jsonl").read_bytes().splitlines())
+    assert there < STEPS
     os.kill(stopped, signal.SIGCONT)
-    cluster.wait_for_rows("killed", STEPS * 2 // 3)
+    cluster.wait_for_rows("killed", there + 2)  # one may have been under way
     assert len(starts(folder)) == 1, "a rank that was stopped for a while continues"
     bad = events(folder, "job")[0]["hosts"][1]
     os.kill(rank_pids(cluster.lab, job)[1], signal.SIGKILL)

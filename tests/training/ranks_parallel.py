@@ -52,7 +52,7 @@ from tests.training.traces import trace_events
 Mode = Literal["ddp", "zero1", "zero2", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "zero2", "fsdp")
 MORE = 3  # steps after the save
-MANY, MUON = 50, 8
+MANY, MUON_STEPS = 50, 8
 GROUPED: Sequence[tuple[Mode, str]] = (("zero1", "2"), ("zero2", "2"), ("fsdp", "2"))  # two groups of two ranks
 SIZES = {"float": 4, "c10::BFloat16": 2}  # bytes of a number, by the profiler's names
 
@@ -125,7 +125,7 @@ def train_and_resume(
 ) -> dict[str, Any]:
     """Report a run of `count` steps, saved three steps before its end, and another engine that continues from there.
 
-    `optim` are other settings of the optimizer; with them the run computes in float64, and is not evaluated.
+    `optim` are other settings of the optimizer; with them the run computes in float64, and makes no samples.
     """
     configuration = settings(shards, mode, within=within, **optim)
     if optim:
@@ -154,11 +154,9 @@ def train_and_resume(
     )
     weights = full_weights(resumed)
     report["full_digest"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    if optim:
-        return report
     plain = with_all(weights, resumed)
     report |= evaluations(resumed, ranks, plain) | tasks(resumed, ranks, plain)
-    return report | samples(resumed, ranks, plain, shards)
+    return report if optim else report | samples(resumed, ranks, plain, shards)
 
 
 def full_weights(engine: Engine) -> dict[str, Tensor]:
@@ -397,7 +395,9 @@ def modes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     chosen = MODES if ranks.world.size > 1 else MODES[:1]
     report: dict[str, Any] = {mode: train_and_resume(shards, out, ranks, mode, count) for mode in chosen}
     if ranks.world.size == 2:
-        report |= {f"{mode} muon": train_and_resume(shards, out, ranks, mode, MUON, name="muon") for mode in chosen}
+        report |= {
+            f"{mode} muon": train_and_resume(shards, out, ranks, mode, MUON_STEPS, name="muon") for mode in chosen
+        }
         report |= {f"{mode} messages": collectives(shards, ranks, mode, "float32") for mode in chosen}
         report |= {f"{mode} messages bf16": collectives(shards, ranks, mode, "bfloat16") for mode in chosen}
         report |= {f"{mode} rounded": rounded_gradients(shards, ranks, mode) for mode in chosen}

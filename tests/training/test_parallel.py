@@ -208,7 +208,7 @@ def test_muon_is_the_same_in_groups(grouped: list[dict[str, Any]]) -> None:
     for rank in grouped:
         for figures, expected in zip(rank["muon"]["figures"], rank["muon alone"]["figures"], strict=True):
             assert figures == pytest.approx(expected, abs=1e-12)
-        assert (rank["muon"]["begins_alike"], rank["muon"]["resumed"]) == (True, True)
+        assert [rank["muon"][name] for name in ("begins_alike", "resumed", "evaluates", "scores")] == [True] * 4
 
 
 def test_one_group_of_all_ranks_is_what_there_was_without_groups(grouped: list[dict[str, Any]]) -> None:

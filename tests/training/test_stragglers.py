@@ -143,7 +143,8 @@ def test_of_four_real_ranks_the_one_that_is_slowed_down_is_reported_once(tiny: P
             there = steps(folder)
             wait(ranks, lambda: steps(folder) >= there + EVERY)
         (folder / "STOP").touch()
-        assert [rank.wait(60) for rank in ranks] == [AGAIN] * 4
+        ended = [rank.wait(60) for rank in ranks]
+        assert ended == [AGAIN] * 4, [rank.errors for rank in ranks]
         out = ranks[0].output
     reported = stragglers(folder)
     assert [found["rank"] for found in reported] == [SLOW], out
@@ -198,6 +199,9 @@ def stragglers(folder: Path) -> list[dict[str, Any]]:
 def wait(ranks: list[Running], until: Callable[[], bool], limit_s: float = 120) -> None:
     deadline = time.monotonic() + limit_s
     while not until():
-        assert [rank.poll() for rank in ranks] == [None] * len(ranks)
+        if any(rank.poll() is not None for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+            raise AssertionError([rank.errors for rank in ranks])
         assert time.monotonic() < deadline, f"the condition is still false after {limit_s} s"
         time.sleep(0.1)

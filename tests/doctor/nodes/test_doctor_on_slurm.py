@@ -7,8 +7,8 @@ The faults of the six nodes, in one job:
     n4   the mount of the shards is missing: an empty file system hides it
     n5   its clock is wrong: a preloaded library shifts the clock of its Python (shifted_clock.c); the kernel's is the
          machine's, and the same on all nodes of a lab
-    n6   it gets a tenth of a CPU, and where others want the CPU a third of what they get: by a cgroup, from when its
-         worker has started, which would take too long with so little
+    n6   it gets six hundredths of a CPU, and where others want the CPU a fifth of what they get: by a cgroup, which it
+         joins when its worker has loaded torch: with so little CPU that would take too long
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tests.slurm import lab_fixture
 from tests.slurm.cluster import Cluster
 from tests.slurm.lab_fixture import SESSION_LAB
 
-CPU_SHARE = 0.1
-CPU_WEIGHT = 1 / 3  # on busy cores the others get a tenth of a CPU, too
+CPU_SHARE = 0.06
+CPU_WEIGHT = 1 / 5  # on busy cores the others get a tenth of a CPU, too
 CGROUPS = Path("/sys/fs/cgroup")
 CLOCK_SHIFT_S = 120
 
@@ -89,7 +89,7 @@ def missing_mount(lab: Lab, node: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
-    """Limit the CPU time of the node once a worker of the doctor runs there, with the cgroups of this machine."""
+    """Limit the CPU time of the node once its worker has loaded torch, with the cgroups that this machine has."""
     first = (CGROUPS / "cpu/cpu.shares").exists()
     group = (CGROUPS / "cpu" if first else CGROUPS) / f"{lab.name}-{node}"
     try:
@@ -105,6 +105,8 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
         (group / "cgroup.procs").write_text(str(slurmd))
         (group.parent / "cgroup.procs").write_text(str(slurmd))
     except OSError as error:
+        if group.exists():
+            _remove(group)
         pytest.skip(f"no limit on CPU time can be set here: {error}")
     ended = threading.Event()
     limiting = threading.Thread(target=_limit_workers, args=[lab, node, group, ended])
@@ -118,11 +120,14 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
 
 
 def _limit_workers(lab: Lab, node: str, group: Path, ended: threading.Event) -> None:
-    """Move all processes of the node into the cgroup when a worker runs there: one that its own like has forked."""
-    while not ended.wait(0.1):
+    """Move all processes of the node into the cgroup, once one of them is a worker that has been forked: it first.
+
+    It will be asked to measure when all nodes' workers have connected, which may be at once.
+    """
+    while not ended.wait(0.02):
         pids = lab_hosts.processes(lab, node)
-        if any(_is_worker(pid) and _is_worker(_parent(pid)) for pid in pids):
-            for pid in pids:
+        if workers := [pid for pid in pids if _is_worker(pid) and _is_worker(_parent(pid))]:
+            for pid in [*workers, *pids]:
                 with suppress(ProcessLookupError):
                     (group / "cgroup.procs").write_text(str(pid))
             return
@@ -258,7 +263,10 @@ def test_a_node_without_python_has_answered_nothing_and_the_others_are_measured(
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert named(found, "n3")["answer"].found == "this node has answered nothing"
-    assert found["exclude"] == ["n3"]
+    assert "n3" in found["exclude"]
+    # Of two nodes on a busy machine one may be half as fast as the other.
+    rates = {"matrix products, CPU", "memory bandwidth, CPU"}
+    assert named(found, "n1").keys() | named(found, "n2").keys() <= rates
     assert {node for node, rates in found["rates"]["matmul"].items() if rates[0] > 0} == {"n1", "n2"}
     ((pair,),) = [found["pairs"]]
     assert (pair["nodes"], pair["gbps"] > 0, pair["latency_s"] > 0) == (["n1", "n2"], True, True)
