@@ -28,7 +28,7 @@ from hpcgpt.slurm import pending_reasons, scontrol
 from hpcgpt.slurm.partitions import minutes
 from tests.programs import ROOT, clean_env
 from tests.slurm import lab_fixture
-from tests.slurm.cluster import Cluster, events, starts
+from tests.slurm.cluster import Cluster, events, paused, starts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.processes]
 
@@ -361,7 +361,9 @@ def test_a_job_of_a_site_file_is_requeued_and_resumes_in_a_container(
     job = cluster.slurm("sbatch", "--parsable", "own.sbatch", str(cluster.config), "--run.name", "own",
                         *cluster.arguments, env=env)  # fmt: skip
     cluster.wait_for_rows("own", 20, limit_s=100)
-    cluster.slurm("scontrol", "requeue", job)
+    with paused(cluster.lab, job):
+        cluster.slurm("scontrol", "requeue", job)
+        cluster.wait_for_ends("own", 1)
     cluster.wait(job)
     folder = cluster.folder("own")
     assert [(start["job"], start["world_size"]) for start in starts(folder)] == [(f"{job}_0", 2), (f"{job}_1", 2)]

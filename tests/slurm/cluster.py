@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,9 +101,13 @@ class Cluster:
             time.sleep(0.5)
         assert now == state, self.describe(job)
 
+    def has_rows(self, name: str, count: int) -> bool:
+        path = self.folder(name) / "metrics.jsonl"
+        return path.exists() and len(path.read_bytes().splitlines()) >= count
+
     def wait_for_rows(self, name: str, count: int, limit_s: float = 200) -> None:
-        path, deadline = self.folder(name) / "metrics.jsonl", time.monotonic() + limit_s
-        while not path.exists() or len(path.read_bytes().splitlines()) < count:
+        deadline = time.monotonic() + limit_s
+        while not self.has_rows(name, count):
             assert time.monotonic() < deadline, f"{name} made no progress: {self.describe('*')}"
             time.sleep(0.1)
 
@@ -164,6 +169,25 @@ def paused(lab: Lab, job: str) -> Iterator[None]:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, signal.SIGCONT)
             os.close(handle)
+
+
+def warn(cluster: Cluster, job: str) -> None:
+    """Send SIGUSR1 to the ranks of a job, and hold them until it has arrived: they might end meanwhile."""
+    # The ranks of an array's task have another id; but that one may mean the whole array to scancel.
+    own_id = fields_of(cluster.slurm("scontrol", "show", "job", job))["JobId"]
+    with paused(cluster.lab, own_id):
+        pids = rank_pids(cluster.lab, own_id).values()
+        cluster.slurm("scancel", "--signal=USR1", job)
+        deadline = time.monotonic() + 60
+        while not all(has_pending(pid, signal.SIGUSR1) for pid in pids):
+            assert time.monotonic() < deadline, "SIGUSR1 has not arrived"
+            time.sleep(0.05)
+
+
+def has_pending(pid: int, number: int) -> bool:
+    """Return whether the process has not yet handled such a signal."""
+    waiting = re.search(r"ShdPnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return waiting is not None and bool(int(waiting[1], 16) >> (number - 1) & 1)
 
 
 def running(lab: Lab, module: str) -> Iterator[tuple[int, dict[str, str]]]:

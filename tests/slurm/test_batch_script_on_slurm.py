@@ -14,7 +14,7 @@ import pytest
 from lab import hide, unhide, wait_until_idle
 from lab_conf import Lab
 
-from tests.slurm.cluster import SCRIPT, Cluster, events, starts
+from tests.slurm.cluster import SCRIPT, Cluster, events, starts, warn
 
 STEPS = 60
 QUICK = ("--train.micro_batch", "8", "--sample.tokens", "0", "--tracking.wandb", "disabled", "--checkpoint.every", "20")
@@ -176,7 +176,7 @@ def test_the_next_job_has_the_same_name_folder_and_arguments_whatever_is_in_them
     job = cluster.sbatch("spaced", *flags, arguments=arguments)
     folder = workdir / "here%t" / "spaced"
     wait_for_rows(folder, 40)
-    cluster.slurm("scancel", "--signal=USR1", f"{job}.0")
+    warn(cluster, job)
     cluster.wait(job, state="FAILED")
     (chain,) = events(folder, "chain")
     next_job = chain["next_job"]

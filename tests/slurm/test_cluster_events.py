@@ -21,7 +21,7 @@ from lab_conf import Lab
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.slurm.scontrol import fields_of
 from tests.programs import command, on_ranks
-from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, paused, rank_pids, starts
+from tests.slurm.cluster import SCRIPT, Cluster, assert_same_result, events, paused, rank_pids, starts, warn
 
 STEPS = 120
 QUICK = ("--train.micro_batch", "8", "--sample.tokens", "0", "--tracking.wandb", "disabled", "--checkpoint.every", "25")
@@ -78,15 +78,20 @@ def faulty_jobs(cluster: Cluster) -> Iterator[FaultyJobs]:
     """One job whose rank hangs when it is preempted, and two that lose a node."""
     hung = cluster.sbatch("hung", *ONE, "--partition=grace", "--nodelist=n1", "--exclusive")
     cluster.wait_for_rows("hung", 1)
-    stopped = threading.Thread(target=keep_stopped, args=[rank_pids(cluster.lab, hung)])
+    handles = [os.pidfd_open(pid) for pid in rank_pids(cluster.lab, hung).values()]
+    assert handles
+    stopped = threading.Thread(target=keep_stopped, args=[handles])
     stopped.start()
     node = cluster.sbatch("node", *TWO)
     chained = cluster.sbatch("lost", *TWO, "--no-requeue")
     cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
     with ExitStack() as under_way:
-        for name, job in (("node", node), ("lost", chained)):
-            cluster.wait_for_rows(name, STEPS // 4)
-            under_way.enter_context(paused(cluster.lab, job))
+        starting, deadline = {"node": node, "lost": chained}, time.monotonic() + 200
+        while starting:
+            for name in [name for name in starting if cluster.has_rows(name, STEPS // 4)]:
+                under_way.enter_context(paused(cluster.lab, starting.pop(name)))
+            assert time.monotonic() < deadline, f"no progress: {cluster.describe('*')}"
+            time.sleep(0.05)
         hosts = events(cluster.folder("node"), "job")[0]["hosts"]
         assert hosts == events(cluster.folder("lost"), "job")[0]["hosts"]
         cut(cluster.lab, hosts[1])
@@ -96,10 +101,8 @@ def faulty_jobs(cluster: Cluster) -> Iterator[FaultyJobs]:
     stopped.join()
 
 
-def keep_stopped(ranks: dict[int, int]) -> None:
+def keep_stopped(handles: list[int]) -> None:
     """Keep these processes stopped until they are killed: Slurm continues a stopped one before it terminates it."""
-    handles = [os.pidfd_open(pid) for pid in ranks.values()]
-    assert handles
     deadline = time.monotonic() + 200
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
@@ -150,8 +153,10 @@ def test_a_rank_that_exits_within_the_grace_time_is_requeued_by_the_batch_script
     """Slurm before 24.05 considers such a job finished."""
     job = cluster.sbatch("graceful", *ONE, "--partition=grace", "--nodelist=n1")
     cluster.wait_for_rows("graceful", STEPS // 3)
-    cluster.slurm("sbatch", "--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
-    cluster.wait_for_ends("graceful", 1)
+    high = ("--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap", "true")
+    with paused(cluster.lab, job):  # Slurm continues it
+        cluster.slurm("sbatch", *high)
+        cluster.wait_for_ends("graceful", 1)
     folder = finish(cluster, job, "graceful", uninterrupted_rank)
     assert [event["reason"] for event in events(folder, "end")] == ["told to terminate", "finished"]
     assert len(starts(folder)) == 2
@@ -172,7 +177,7 @@ def test_a_no_requeue_job_is_followed_by_an_identical_next_job_also_with_the_use
     folder = cluster.folder("chained")
     for hit in (1, 2):
         cluster.wait_for_rows("chained", hit * STEPS // 3)
-        cluster.slurm("scancel", "--signal=USR1", job)
+        warn(cluster, job)
         cluster.wait(job, state="FAILED")
         chain = events(folder, "chain")[-1]
         assert chain["job"] == f"{job}_0"
@@ -198,7 +203,7 @@ def test_only_the_signalled_task_of_a_job_array_is_requeued_and_processes_around
     wrapper.chmod(0o755)
     job = cluster.sbatch("array-%a", *ONE, "--array=1-2", env={"HPCGPT_PYTHON": str(wrapper)})
     cluster.wait_for_rows("array-2", STEPS // 3)
-    cluster.slurm("scancel", "--signal=USR1", f"{job}_2")
+    warn(cluster, f"{job}_2")
     cluster.wait(f"{job}_1")
     cluster.wait(f"{job}_2")
     for task, count in ((1, 1), (2, 2)):
@@ -232,7 +237,7 @@ def test_a_stopped_rank_continues_and_a_killed_one_is_reported_and_excluded(
     cluster.wait_for_rows("killed", there + 2)  # one may have been under way
     assert len(starts(folder)) == 1, "a rank that was stopped for a while continues"
     bad = events(folder, "job")[0]["hosts"][1]
-    os.kill(rank_pids(cluster.lab, job)[1], signal.SIGKILL)
+    os.kill(stopped, signal.SIGKILL)
     finish(cluster, job, "killed", uninterrupted_run)
     (crash,) = events(folder, "crash")
     assert (crash["rank"], crash["host"], crash["excluded"]) == (1, bad, [bad])

@@ -228,10 +228,13 @@ def processes_with(text: str) -> list[str]:
 
 
 def traces() -> dict[str, object]:
-    """Return what a lab changes on this machine, except processes; without other labs, which may come and go."""
+    """Return what a lab changes on this machine, except processes.
+
+    Without other labs, and without mounts of other tests: both may come and go.
+    """
 
     def without_other_labs(lines: Iterable[str]) -> list[str]:
-        return sorted(line for line in lines if not re.search(rf"hpcgpt-(?!{SECOND.name[7:]}\b)", line))
+        return sorted(line for line in lines if not re.search(rf"hpcgpt-(?!{SECOND.name[7:]}\b)|/pytest-of-", line))
 
     def output_of(*command: str) -> list[str]:
         return without_other_labs(lab_hosts.run(command).splitlines())

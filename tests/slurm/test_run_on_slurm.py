@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from lab_conf import Lab
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.run import run_folder
 from tests.programs import on_ranks
-from tests.slurm.cluster import Cluster, assert_same_result, events, rank_pids, starts
+from tests.slurm.cluster import Cluster, assert_same_result, events, has_pending, paused, rank_pids, starts
 
 STEPS = 150
 ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=10")
@@ -62,12 +61,15 @@ def test_after_a_time_limit_a_requeue_and_a_preemption_there_are_the_same_bytes_
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     cluster.wait_for_starts("requeued", 2)
     cluster.wait_for_rows("requeued", events(folder, "end")[0]["step"] + 10)
-    cluster.slurm("scontrol", "requeue", job)
-    cluster.wait_for_ends("requeued", 2)
+    with paused(cluster.lab, job):  # Slurm continues them
+        cluster.slurm("scontrol", "requeue", job)
+        cluster.wait_for_ends("requeued", 2)
     cluster.wait_for_starts("requeued", 3)
     cluster.wait_for_rows("requeued", events(folder, "end")[1]["step"] + 10)
-    cluster.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
-    cluster.wait_for_ends("requeued", 3)
+    high = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    with paused(cluster.lab, job):
+        cluster.slurm("sbatch", *high)
+        cluster.wait_for_ends("requeued", 3)
     cluster.wait(job)
     assert_same_result(folder, uninterrupted_run, STEPS)
     attempts = starts(folder)
@@ -88,8 +90,7 @@ def hold_until_warned(pid: int | None, until: float) -> None:
     with suppress(ProcessLookupError, FileNotFoundError):
         os.kill(pid, signal.SIGSTOP)
         while time.time() < until:
-            waiting = re.search(r"ShdPnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
-            if waiting and int(waiting[1], 16) >> (signal.SIGUSR1 - 1) & 1:
+            if has_pending(pid, signal.SIGUSR1):
                 break
             time.sleep(0.1)
         os.kill(pid, signal.SIGCONT)

@@ -112,10 +112,10 @@ def states(jobs: Jobs) -> Jobs:
     jobs.submit("stopped", "wait")
     jobs.submit("finished", "finish")
     jobs.submit("failed", "crash", arguments="--requeue.max_crashes 1")
-    jobs.submit("requeued", "crash")
-    jobs.submit("held", "crash")
     jobs.wait_for_event("stopped", "save")
     jobs.slurm("scancel", jobs.ids["stopped"])
+    jobs.submit("requeued", "crash")
+    jobs.submit("held", "crash")
     later = {"held": ("hold", jobs.ids["held"]),
              "requeued": ("update", f"JobId={jobs.ids['requeued']}", "StartTime=now+2hours")}  # fmt: skip
 

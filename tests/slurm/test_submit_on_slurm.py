@@ -19,7 +19,7 @@ from lab_conf import Lab
 from hpcgpt.slurm import sbatch_flags
 from hpcgpt.slurm.scontrol import fields_of
 from tests.programs import ROOT
-from tests.slurm.cluster import SCRIPT, Cluster, starts
+from tests.slurm.cluster import SCRIPT, Cluster, paused, starts
 from tests.tiny_run import rows
 
 # What differs between two jobs that request the same.
@@ -101,8 +101,10 @@ def test_the_code_and_the_configuration_that_were_submitted_run_whatever_is_edit
     config.write_text("edited")
     cluster.slurm("scontrol", "release", job)
     cluster.wait_for_rows("kept", 20)
-    config.unlink()
-    cluster.slurm("scontrol", "requeue", job)
+    with paused(cluster.lab, job):
+        config.unlink()
+        cluster.slurm("scontrol", "requeue", job)
+        cluster.wait_for_ends("kept", 1)
     cluster.wait(job)
     assert [row["step"] for row in rows(cluster.folder("kept") / "metrics.jsonl")] == list(range(1, 61))
     assert [start["job"] for start in starts(cluster.folder("kept"))] == [f"{job}_0", f"{job}_1"]

@@ -362,9 +362,8 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     env = {key: value for key, value in clean_env().items() if key != "WANDB_MODE"}
     env |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": os.environ["HOME"]}
     env |= {"HPCGPT_TRACKING_INIT_S": "100000"}  # wandb itself would give up after a while
-    train = ("hpcgpt.train", str(tiny), "--tracking.wandb", "auto", "--train.steps", "300", "--checkpoint.every", "150",
-             "--eval.every", "150")  # fmt: skip
-    with Running(*train, env=env) as training:
+    train = ("hpcgpt.train", str(tiny), "--tracking.wandb", "auto", "--checkpoint.every", "150", "--eval.every", "150")
+    with Running(*train, "--train.steps", "100000", env=env) as training:
         until(lambda: (folder / "metrics.jsonl").exists() and len(rows(folder / "metrics.jsonl")) > 3)
         training.send_signal(signal.SIGSTOP)  # or it might end before wandb has sent anything
         assert server.wait(lambda: bool(server.requests))
@@ -375,7 +374,7 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     assert run_folder.read_exit(folder).status == AGAIN  # type: ignore[union-attr]
     assert server.history == {}
     server.mode = "healthy"
-    with Running(*train, env=env) as last:
+    with Running(*train, "--train.steps", "300", env=env) as last:
         assert last.wait(200) == FINISHED, last.errors
     assert steps < 300
     assert server.steps(run_folder.run_id(folder)) == list(range(1, 301))

@@ -150,7 +150,7 @@ def test_of_four_real_ranks_the_one_that_is_slowed_down_is_reported_once(tiny: P
     assert [found["rank"] for found in reported] == [SLOW], out
     assert reported[0]["host"] == os.uname().nodename
     assert reported[0]["factor"] == pytest.approx(reported[0]["local_s"] / reported[0]["usual_s"])
-    assert reported[0]["factor"] > 2.5
+    assert reported[0]["factor"] > 4
     assert reported[0]["step"] % EVERY == 0
     assert out.count(f"rank {SLOW} on {os.uname().nodename} is slow") == 1
 
@@ -159,7 +159,7 @@ def test_of_four_real_ranks_the_one_that_is_slowed_down_is_reported_once(tiny: P
 def training(config: Path) -> Iterator[list[Running]]:
     """Train on four ranks, whose steps take longer than the slices in which one of them is stopped."""
     flags = ("--train.steps", "100000", "--train.global_batch", "32", "--model.n_embd", "64", "--checkpoint.every", "0",
-             "--eval.every", "0", "--blame.every", str(EVERY), "--blame.factor", "2.5")  # fmt: skip
+             "--eval.every", "0", "--blame.every", str(EVERY), "--blame.factor", "4")  # fmt: skip
     run_id = secrets.token_hex(4)
     with ExitStack() as running:
         yield [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcgpt.doctor.nodes import crew as crew_module
 from hpcgpt.doctor.nodes.crew import Crew, own_addresses
 from tests.programs import clean_env
 
@@ -19,9 +20,11 @@ pytestmark = pytest.mark.processes
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
-    """A crew of one node, this machine, whose agent is started as srun would."""
-    found = Crew(["here"], budget_s=100)
+def crew(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
+    """A crew of one node, this machine, whose agent is started as srun would. With the time that a busy one needs."""
+    monkeypatch.setattr(crew_module, "AGENTS_S", 100.0)
+    monkeypatch.setattr(crew_module, "WORKERS_S", 150.0)
+    found = Crew(["here"], budget_s=400)
     env = clean_env() | {"SLURMD_NODENAME": "here", "HPCGPT_DOCTOR_TOKEN": found.peers.token}
     command = [sys.executable, "-m", "hpcgpt.doctor.nodes.agent", "127.0.0.1", str(found.peers.port)]
     with subprocess.Popen(command, env=env) as agent:
@@ -46,8 +49,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced_and_the_others_answer(crew: 
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, "the hung worker was not killed"
         time.sleep(0.01)
+    assert crew.peers.wait(lambda: len(crew.peers.workers()) == 3, 60)
     replaced = crew.peers.workers()
-    assert len(replaced) == 3
     assert pid not in [worker.greeting["pid"] for worker in replaced]
     # The new one can take part: its rate and the sums are those of all three ranks.
     ((rate, latency),) = crew.reduce([replaced], 0, 20)
