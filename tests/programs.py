@@ -50,7 +50,7 @@ def command(module: str, *arguments: str, env: dict[str, str] | None = None, tim
 
 
 class Running:
-    """``python -m module arguments`` for a test that does not wait for its end, forked from a process with torch.
+    """``python -m module arguments`` that runs beside the test, forked from a process that has loaded torch.
 
     It has what tests need of Popen. `env` is its whole environment. Its output is read at its end.
     """

@@ -95,9 +95,12 @@ def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: 
     # Not forked, since it is also Python's own end that must not wait for the pipe.
     command_line = [*TRAIN, str(tiny), *PROMPT]
     with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=writer, stderr=writer) as running:
-        assert running.wait(timeout=120) == FINISHED
-    os.close(writer)
-    os.close(reader)
+        try:
+            assert running.wait(timeout=120) == FINISHED
+        finally:
+            running.kill()
+            os.close(writer)
+            os.close(reader)
     assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 

@@ -172,11 +172,12 @@ def paused(lab: Lab, job: str) -> Iterator[None]:
 
 
 def warn(cluster: Cluster, job: str) -> None:
-    """Send SIGUSR1 to the ranks of a job, and hold them until it has arrived: they might end meanwhile."""
+    """Send SIGUSR1 to the ranks of a job, which are stopped until it is pending: else they could end first."""
     # The ranks of an array's task have another id; but that one may mean the whole array to scancel.
     own_id = fields_of(cluster.slurm("scontrol", "show", "job", job))["JobId"]
     with paused(cluster.lab, own_id):
         pids = rank_pids(cluster.lab, own_id).values()
+        assert pids
         cluster.slurm("scancel", "--signal=USR1", job)
         deadline = time.monotonic() + 60
         while not all(has_pending(pid, signal.SIGUSR1) for pid in pids):

@@ -234,16 +234,17 @@ def traces() -> dict[str, object]:
     """
 
     def without_other_labs(lines: Iterable[str]) -> list[str]:
-        return sorted(line for line in lines if not re.search(rf"hpcgpt-(?!{SECOND.name[7:]}\b)|/pytest-of-", line))
+        return sorted(line for line in lines if not re.search(rf"hpcgpt-(?!{SECOND.name[7:]}\b)", line))
 
     def output_of(*command: str) -> list[str]:
         return without_other_labs(lab_hosts.run(command).splitlines())
 
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
     return {
         "interfaces": output_of("ip", "-brief", "link"),
         "routes": output_of("ip", "route"),
         "named namespaces": output_of("ip", "netns", "list"),
-        "mounts": without_other_labs(Path("/proc/self/mounts").read_text().splitlines()),
+        "mounts": without_other_labs(mount for mount in mounts if "/pytest-of-" not in mount),
         "/run": without_other_labs(entry.name for entry in Path("/run").iterdir()),
         "hosts": Path("/etc/hosts").read_bytes(),
         "host name": socket.gethostname(),

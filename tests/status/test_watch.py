@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,7 @@ def test_the_view_of_a_run_is_drawn_in_place_follows_it_and_restores_the_termina
         assert "/run  running" in lines[0]
         assert lines[0].endswith("q: quit, z: zoom")
         text = "\n".join(lines)
+        assert re.search(r"goodput \d", text)
         for part in ("step 150 of 900  [###", "16.7%, 12m30s left", "loss 2.0533, 1.25M tokens/s, 1 s a step",
                      "attempt 1, 4 ranks on n[1-2]", "step 150"):  # fmt: skip
             assert part in text

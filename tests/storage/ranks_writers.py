@@ -3,7 +3,7 @@
 Real processes compete for a run folder as jobs do: each acquires the lease, recovers leftovers, continues from the
 newest valid checkpoint and saves step after step while its weights change. It appends "generation step
 began|committed" to RUN_FOLDER/log, with one write each. They are forked from one parent, so that torch is loaded once.
-The seconds for which a process watches a silent holder are shortened to tenths; only the waiting changes.
+The seconds for which a process watches a stopped holder are shortened to tenths; only the waiting changes.
 
 In each round two processes compete while the holder is killed, or stopped, at a random moment. A stopped one is
 continued after the next holder has committed: it is superseded. A line of JSON reports how it ended.
@@ -94,7 +94,8 @@ def main(run: Path, rounds: int, seed: int) -> None:
     for round_number in range(rounds):
         time.sleep(dice.uniform(0.0, 0.08))
         superseded = round_number % 2 == 1
-        # Only a stopped holder has to be watched to the end. A living one, on busy cores, may not beat for a while.
+        # A stopped holder has to be watched to the end. Where it is dead, the rivals watch only each other, and on
+        # busy cores a living one may not beat for a while.
         lease.WATCH_S = 0.3 if superseded else 10.0
         os.kill(holder, signal.SIGSTOP if superseded else signal.SIGKILL)
         if not superseded:

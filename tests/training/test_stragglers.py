@@ -199,9 +199,7 @@ def stragglers(folder: Path) -> list[dict[str, Any]]:
 def wait(ranks: list[Running], until: Callable[[], bool], limit_s: float = 120) -> None:
     deadline = time.monotonic() + limit_s
     while not until():
-        if any(rank.poll() is not None for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-            raise AssertionError([rank.errors for rank in ranks])
+        ended = [rank for rank in ranks if rank.poll() is not None]
+        assert not ended, [(rank.wait(1), rank.errors) for rank in ended]
         assert time.monotonic() < deadline, f"the condition is still false after {limit_s} s"
         time.sleep(0.1)

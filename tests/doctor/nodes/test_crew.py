@@ -21,7 +21,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture
 def crew(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
-    """A crew of one node, this machine, whose agent is started as srun would. With the time that a busy one needs."""
+    """A crew of one node, this machine, whose agent is started as srun would; with longer limits, for a busy one."""
     monkeypatch.setattr(crew_module, "AGENTS_S", 100.0)
     monkeypatch.setattr(crew_module, "WORKERS_S", 150.0)
     found = Crew(["here"], budget_s=400)
@@ -49,8 +49,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced_and_the_others_answer(crew: 
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, "the hung worker was not killed"
         time.sleep(0.01)
-    assert crew.peers.wait(lambda: len(crew.peers.workers()) == 3, 60)
     replaced = crew.peers.workers()
+    assert len(replaced) == 3
     assert pid not in [worker.greeting["pid"] for worker in replaced]
     # The new one can take part: its rate and the sums are those of all three ranks.
     ((rate, latency),) = crew.reduce([replaced], 0, 20)

@@ -14,6 +14,7 @@ The faults of the six nodes, in one job:
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from lab_conf import Lab
 
 from hpcgpt.doctor import login
 from hpcgpt.doctor.findings import Finding, from_dict
+from hpcgpt.doctor.nodes import judge
 from hpcgpt.run import run_folder
 from hpcgpt.sites import qos
 from hpcgpt.slurm import scontrol
@@ -42,8 +44,7 @@ CPU_SHARE = 0.06
 CPU_WEIGHT = 1 / 5  # on busy cores the others get a tenth of a CPU, too
 CGROUPS = Path("/sys/fs/cgroup")
 CLOCK_SHIFT_S = 120
-# On a busy machine a sound node may be half as fast as others.
-RATES = {"matrix products, CPU", "memory bandwidth, CPU"}
+RATES = {"matmul": "matrix products, CPU", "memory": "memory bandwidth, CPU"}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
         (group / "cgroup.procs").write_text(str(slurmd))
         (group.parent / "cgroup.procs").write_text(str(slurmd))
     except OSError as error:
-        if group.exists():
+        with suppress(OSError):
             _remove(group)
         pytest.skip(f"no limit on CPU time can be set here: {error}")
     ended = threading.Event()
@@ -122,14 +123,15 @@ def limited_cpu(lab: Lab, node: str) -> Iterator[None]:
 
 
 def _limit_workers(lab: Lab, node: str, group: Path, ended: threading.Event) -> None:
-    """Move all processes of the node into the cgroup, once one of them is a worker that has been forked: it first.
+    """Once a worker has been forked, move it, and then all other processes of the node, into the cgroup.
 
     It will be asked to measure when all nodes' workers have connected, which may be at once.
     """
-    while not ended.wait(0.02):
-        pids = lab_hosts.processes(lab, node)
+    before = lab_hosts.processes(lab, node)
+    while not ended.wait(0.05):
+        pids = [pid for pid in lab_hosts.processes(lab, node) if pid not in before]
         if workers := [pid for pid in pids if _is_worker(pid) and _is_worker(_parent(pid))]:
-            for pid in [*workers, *pids]:
+            for pid in [*workers, *pids, *before]:
                 with suppress(ProcessLookupError):
                     (group / "cgroup.procs").write_text(str(pid))
             return
@@ -202,13 +204,26 @@ def report(six: Lab, shards_folder: Path, config: Path, tmp_path_factory: pytest
         for last in (False, False, True):
             with limited_cpu(six, "n6"):
                 done = command(*doctor, env=env, timeout_s=200, cwd=home)
-            (file,) = (home / "doctor").glob("*.json")
-            found = {**json.loads(file.read_text()), "printed": done.stdout, "returncode": done.returncode}
+            files = list((home / "doctor").glob("*.json"))
+            assert len(files) == 1, done.stderr
+            found = {**json.loads(files[0].read_text()), "printed": done.stdout, "returncode": done.returncode}
             # On a busy machine six processes may take too long to load torch at once.
-            if last or not {finding["check"] for finding in found["findings"]} & {"answer", "workers"}:
+            if last or "workers" not in {finding["check"] for finding in found["findings"]}:
                 return found
-            file.unlink()
+            print(f"once more:\n{done.stdout}")
+            files[0].unlink()
     raise AssertionError
+
+
+def too_slow(report: dict[str, Any], node: str) -> set[str]:
+    """Return the checks of a sound node's rates that have to be bad: on a busy machine it may get half of a CPU."""
+    found = set()
+    for metric, check in RATES.items():
+        rates = {name: rate for name, (rate,) in report["rates"][metric].items() if rate is not None}
+        others = [rate for name, rate in rates.items() if name != node]
+        if rates.get(node, 0.0) < judge.OF_OTHER_CPUS[1] * statistics.median(others):
+            found.add(check)
+    return found
 
 
 def named(report: dict[str, Any], node: str) -> dict[str, Finding]:
@@ -230,13 +245,13 @@ def named(report: dict[str, Any], node: str) -> dict[str, Finding]:
 def test_each_fault_is_named_with_its_node(report: dict[str, Any], node: str, check: str, words: str) -> None:
     found = named(report, node)
     assert check in found, report["printed"]
-    assert words in found[check].found
+    assert words in found[check].found or (node == "n6" and found[check].found == judge.NO_RESULT)
 
 
 @pytest.mark.timeout(600)
 def test_the_sound_node_is_not_excluded_and_the_others_are(report: dict[str, Any]) -> None:
-    slow = named(report, "n1").keys()
-    assert slow <= RATES, report["printed"]
+    slow = too_slow(report, "n1")
+    assert named(report, "n1").keys() == slow, report["printed"]
     excluded = [*(["n1"] if slow else []), "n2", "n3", "n4", "n5", "n6"]
     assert report["exclude"] == excluded
     assert report["printed"].endswith(f"\n--exclude={','.join(excluded)}\n")
@@ -271,8 +286,9 @@ def test_a_node_without_python_has_answered_nothing_and_the_others_are_measured(
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert named(found, "n3")["answer"].found == "this node has answered nothing"
-    assert "n3" in found["exclude"]
-    assert named(found, "n1").keys() | named(found, "n2").keys() <= RATES
+    slow = {node: too_slow(found, node) for node in ("n1", "n2")}
+    assert {node: named(found, node).keys() for node in slow} == slow
+    assert found["exclude"] == [*(node for node in slow if slow[node]), "n3"]
     assert {node for node, rates in found["rates"]["matmul"].items() if rates[0] > 0} == {"n1", "n2"}
     ((pair,),) = [found["pairs"]]
     assert (pair["nodes"], pair["gbps"] > 0, pair["latency_s"] > 0) == (["n1", "n2"], True, True)
@@ -288,7 +304,7 @@ def test_the_site_is_described_as_it_is_configured(lab: Lab, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     found = {finding["check"]: finding["found"] for finding in json.loads(done.stdout)["findings"]}
     assert found["version"].startswith("Slurm 2")
-    assert found["KillWait"].startswith("15 sec")
+    assert found["KillWait"].startswith("5 sec")
     assert found["requeue delay"].startswith("a requeued job waits for 5 s")
     assert "grace 25 s" in found["partition grace"]
     assert found["JobRequeue"] == "jobs may be requeued"
