@@ -499,12 +499,14 @@ BLOCKED = sum(1 << (number - 1) for number in (signal.SIGTERM, signal.SIGINT, si
 
 def rank_status(batch: Batch) -> dict[str, int]:
     """Return the signal masks of a rank's process before it installs a handler."""
-    look = f'kill -TERM $$; grep -E "Sig(Blk|Pnd)|ShdPnd" /proc/$$/status > {batch.state}/masks; exit 0'
-    batch.set_python(f'if [ "$2" = hpcgpt.train ]; then {look}; fi')
+    # Read by bash itself: while it starts a program, which might read them, it blocks signals.
+    look = f'kill -TERM $$; mapfile -t lines < /proc/$$/status; printf "%s\\n" "${{lines[@]}}" > {batch.state}/masks'
+    batch.set_python(f'if [ "$2" = hpcgpt.train ]; then {look}; exit 0; fi')
     done = batch.start()
     assert done.returncode == 0, done.stderr
     lines = (batch.state / "masks").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1], 16) for line in lines}
+    masks = ("SigBlk", "SigPnd", "ShdPnd")
+    return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith(masks)}
 
 
 def test_a_signal_stays_pending_until_the_rank_has_handlers(batch: Batch) -> None:
