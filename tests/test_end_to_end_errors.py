@@ -88,11 +88,9 @@ def as_rank(rank: int, size: int) -> dict[str, str]:
             "SLURM_STEP_NODELIST": socket.gethostname()}  # fmt: skip
 
 
-def start(
-    config: Path, runs: Path, *flags: str, env: dict[str, str] | None = None, **pipes: Any
-) -> subprocess.Popen[str]:
+def start(config: Path, runs: Path, *flags: str, **pipes: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "hpcgpt.train", str(config), "--run.dir", str(runs), *flags],
-                            cwd=ROOT, env=clean_env() | (env or {}), text=True,
+                            cwd=ROOT, env=clean_env(), text=True,
                             **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | pipes)  # fmt: skip
 
 
