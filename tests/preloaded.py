@@ -31,6 +31,8 @@ LIBRARIES = ("numpy", "torch", "torch._dynamo", "torch.distributed", "torch.dist
              "numpy.typing", "tomllib", "tomli_w")  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
+Running = dict[int, tuple[socket.socket, int]]  # by pid: the test's connection, and a pidfd
+
 
 class Program:
     """A running program: what the tests need of subprocess.Popen."""
@@ -83,15 +85,18 @@ class Preloaded:
         return Program(connection)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        """End the process, and all programs that still run."""
+        self._process.communicate()  # closes its stdin
 
 
 # --- the process -----------------------------------------------------------------------------------
 
 
 def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
-    """Serve until the end of the tests; return in each fork, with the program that it has to become."""
+    """Serve until the end of the tests; return in each fork, with the program that it has to become.
+
+    A fork copies the tables of all memory, 25 ms of CPU time: so there is one for each program, and none that waits.
+    """
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.freeze()
@@ -99,38 +104,51 @@ def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
     server.bind(f"\0{address}")
     server.listen(64)
     print("ready", flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for those that wait for the programs
+    running: Running = {}
     while True:
-        # When stdin is closed the tests have ended.
-        if sys.stdin in select.select([server, sys.stdin], [], [])[0]:
+        ends = {end: pid for pid, (connection, pidfd) in running.items() for end in (connection.fileno(), pidfd)}
+        ready = select.select([server, sys.stdin, *ends], [], [])[0]
+        for pid in {ends[end] for end in ready if end in ends}:
+            finish(pid, *running.pop(pid))
+        if sys.stdin in ready:  # it is closed when the tests have ended
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
             os._exit(0)
-        connection = server.accept()[0]
-        if os.fork() == 0:
-            server.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            return become(connection)
-        connection.close()
+        if server in ready:
+            connection = server.accept()[0]
+            files = socket.recv_fds(connection, 1, 2)[1]
+            module, arguments, env, cwd = json.loads(connection.makefile("r").readline())
+            pid = os.fork()
+            if pid == 0:
+                server.close()
+                become(files, [(connection, -1), *running.values()])
+                return module, arguments, env, cwd
+            for file in files:
+                os.close(file)
+            connection.sendall(f"{pid}\n".encode())
+            running[pid] = connection, os.pidfd_open(pid)
 
 
-def become(connection: socket.socket) -> tuple[str, list[str], dict[str, str], str]:
-    _, files, _, _ = socket.recv_fds(connection, 1, 2)
-    module, arguments, env, cwd = json.loads(connection.makefile("r").readline())
-    child = os.fork()
-    if child:
-        os.closerange(0, 3)
-        connection.sendall(f"{child}\n".encode())
-        ended = os.pidfd_open(child)
-        if ended not in select.select([connection.fileno(), ended], [], [])[0]:
-            os.kill(child, signal.SIGKILL)  # the test that started it has closed the connection
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def finish(pid: int, connection: socket.socket, pidfd: int) -> None:
+    """Report the status of a program that has ended; end one whose test has closed the connection."""
+    if not select.select([pidfd], [], [], 0)[0]:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with suppress(BrokenPipeError), connection:
         connection.sendall(f"{status}\n".encode())
-        os._exit(0)
-    connection.close()
+    os.close(pidfd)
+
+
+def become(files: Sequence[int], servers: Sequence[tuple[socket.socket, int]]) -> None:
+    """In a fork: take these files as stdout and stderr, and close what is the server's."""
+    for connection, pidfd in servers:
+        connection.close()
+        if pidfd >= 0:
+            os.close(pidfd)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((nothing, *files)):
         os.dup2(file, number)
         os.close(file)
-    return module, arguments, env, cwd
 
 
 def leave(end: SystemExit) -> NoReturn:
@@ -164,3 +182,4 @@ if __name__ == "__main__":
         runpy.run_module(_module, run_name="__main__", alter_sys=True)
     except SystemExit as _end:
         leave(_end)
+    leave(SystemExit())  # a normal end would cost half a second of CPU time: see there

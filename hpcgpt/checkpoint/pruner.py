@@ -50,19 +50,23 @@ class Pruner:
         if self._removing.acquire(timeout=WAIT_S):
             self._removing.release()
 
-    def make_room(self, name: str) -> None:
-        """Remove now what would be removed once the checkpoint `name` exists; never the last valid one."""
+    def make_room(self, name: str) -> bool:
+        """Remove now what would be removed once the checkpoint `name` exists; never the last valid one.
+
+        Return whether any was removed.
+        """
         if not self._removing.acquire(timeout=WAIT_S):
-            return
+            return False
         try:
             removed = retention.prune(self._checkpoints, self._keep, self._lease, self._verified, 1, self._regular)
         except OSError as error:
             _warn_not_removed(error)
-            return
+            return False
         finally:
             self._removing.release()
         for path in removed:
             streams.warn(f"no room for {name}: {path.name} was removed first")
+        return bool(removed)
 
     def saved(self, path: Path) -> None:
         """Forget that `path` was verified: after a rollback, the same step is saved again."""

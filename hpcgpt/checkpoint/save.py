@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,9 +170,11 @@ class Saver:
             return Saved(state.step, problem, seconds, seconds, size)
         copies, folder = _copied(share, self._copies, self._ranks.device), Path(temporary)
         place = place_of(sizes, self._ranks.world.rank, self._files)
-        work = Work(lambda: _write(folder, copies, place, self._shares_files), "saver")
-        self._save = _Save(state, size, folder, final, began_at, work, stall_s=time.monotonic() - began_at)
-        self._stages += 1
+        self._save = _Save(
+            state, size, folder, final, began_at, lambda: _write(folder, copies, place, self._shares_files)
+        )
+        self._begin_stage(self._save, "write", self._save.write)
+        self._save.stall_s = time.monotonic() - began_at
         return None
 
     def poll(self, votes: Sequence[float] | None = None) -> Saved | None:
@@ -223,8 +225,30 @@ class Saver:
             # The error was shared: no rank writes any more, and the incomplete folder is useless.
             if self._lease is not None:
                 shutil.rmtree(save.temporary, ignore_errors=True)
-            return str(error)
+            if error.errno not in atomic.NO_ROOM or save.visible or not self._make_room(save):
+                return str(error)
+            self._begin_stage(save, "write", save.write)
         return None
+
+    def _make_room(self, save: _Save) -> bool:
+        """Return whether old checkpoints were removed for this save, after it had no room: once, and on every rank.
+
+        What a user may still write, in bytes or in files, is not in the free space of the disk, which `_make_folder`
+        compares: it is found out by writing.
+        """
+        if save.made_room:
+            return False
+        save.made_room = True
+        with suppress(OSError):
+            return run_on_rank0(self._ranks, lambda: self._remade(save))
+        return False
+
+    def _remade(self, save: _Save) -> bool:
+        assert self.pruner is not None
+        removed = self.pruner.make_room(save.final.name)
+        if removed:
+            save.temporary.mkdir()
+        return removed
 
     def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
         return work if self._ranks.world.is_first else lambda: None
@@ -260,7 +284,12 @@ class Saver:
                 self.pruner.make_room(final.name)
             if self._free() < needed:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
-            temporary.mkdir()
+            try:
+                temporary.mkdir()
+            except OSError as error:
+                if error.errno not in atomic.NO_ROOM or not self.pruner.make_room(final.name):
+                    raise
+                temporary.mkdir()
         except OSError as error:
             raise atomic.with_path_and_free_space(error, temporary) from error
         return str(temporary)
@@ -297,16 +326,18 @@ class Saver:
 
 @dataclass
 class _Save:
-    """The save that is under way. `work` is its present stage."""
+    """The save that is under way. `write` writes this rank's share; `work` is the present stage, once one has begun."""
 
     state: State
     bytes: int
     temporary: Path
     final: Path
     began_at: float
-    work: Work
-    stall_s: float
+    write: Callable[[], tuple[Any, ...]]
+    work: Work = field(init=False)
+    stall_s: float = 0.0
     stage: Stage = "write"
+    made_room: bool = False
     visible_s: float | None = None  # None until the checkpoint is visible
 
     @property

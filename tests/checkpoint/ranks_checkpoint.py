@@ -5,14 +5,18 @@ Each rank writes RUN_FOLDER/rank_R.json. SMALL_DISK has no room for a checkpoint
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -90,6 +94,7 @@ def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) 
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     report["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     report["retried"] = save(folder / "checkpoints", 8)
+    report["over quota"] = over_quota(ranks, lease, folder.parent / "quota" / "checkpoints")
     report["shared"] = shared_file(ranks, lease, folder.parent / "shared" / "checkpoints")
     report["background"] = background_save(ranks, lease, folder / "checkpoints")
     report |= choose(ranks, lease, folder / "checkpoints")
@@ -115,6 +120,29 @@ def choose(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, An
             path.write_bytes(content)
     report["undamaged"] = str(load.newest_valid(checkpoints, ranks, lease))
     return report
+
+
+def over_quota(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
+    """Report a third checkpoint, of which two are kept: rank 1's first write finds its user's quota used up."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    model, optimizer = trained(seed=5)
+    saver = Saver(checkpoints, ranks, lease, options.Checkpoint(keep_last=2, keep_best=False))
+    report: dict[str, Any] = {}
+    for step in (4, 8, 12):
+        tensors = checkpoint_save.local_state_dict(model, optimizer, ranks)
+        with ExitStack() as stack:
+            if ranks.world.rank == 1 and step == 12:
+                stack.enter_context(mock.patch.object(checkpoint_save, "_write", side_effect=[no_quota(), mock.DEFAULT],
+                                                      wraps=checkpoint_save._write))  # fmt: skip
+            saved = saver.begin(State(step, 400, 40, 2, {}), tensors) or saver.finish(lambda: None)
+        assert saved is not None
+        report[f"problem of {step}"] = saved.problem
+    report["names"] = sorted(path.name for path in checkpoints.iterdir())
+    return report
+
+
+def no_quota() -> OSError:
+    return OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 
 def shared_file(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:

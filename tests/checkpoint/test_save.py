@@ -339,6 +339,43 @@ def test_a_save_makes_room_by_removing_what_it_replaces(
         assert "warning: no room for step_000000016: step_000000004 was removed first" in capfd.readouterr().err
 
 
+def test_a_save_whose_writing_finds_no_room_makes_some_and_writes_again(
+    tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with a limit of the user's own, which the free space of the disk does not show."""
+    monkeypatch.setattr(Saver, "_free", lambda _: 1 << 40)
+    with small_disk(tmp_path / "disk", "3700k") as folder:
+        saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=3, keep_best=False))
+        for step in (4, 8, 12, 16, 20):
+            weight = torch.full((250_000,), float(step))
+            saved = saver.begin(state(step), {WEIGHT: weight}) or saver.finish(lambda: None)
+            assert saved is not None
+            assert (saved.problem, saver.busy) == ("", False)
+            weight.fill_(-1.0)
+            assert load_file(folder / f"step_{step:09d}" / SHARE)[WEIGHT].eq(step).all()
+        assert names(folder) == ["step_000000012", "step_000000016", "step_000000020"]
+        assert "warning: no room for step_000000016: step_000000004 was removed first" in capfd.readouterr().err
+
+
+def test_a_save_that_still_has_no_room_fails_after_one_more_attempt(
+    tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Saver, "_free", lambda _: 1 << 40)
+    written: list[int] = []
+    real = checkpoint_save._write
+    monkeypatch.setattr(checkpoint_save, "_write", lambda *given: written.append(1) or real(*given))
+    with small_disk(tmp_path / "disk", "3m") as folder:
+        saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=2, keep_best=False))
+        for step, more in ((4, 0), (8, 0), (12, 500_000)):
+            weights = {WEIGHT: torch.zeros(250_000), "model/more": torch.zeros(more)}
+            saver._copies.clear()
+            saved = saver.begin(state(step), weights) or saver.finish(lambda: None)
+        assert saved is not None
+        assert "No space left on device" in saved.problem
+        assert len(written) == 4
+        assert list(folder.iterdir()) == [folder / "step_000000008"], "nothing incomplete is left"
+
+
 def test_the_last_valid_one_is_not_removed_to_make_room(tmp_path: Path, lease: Lease) -> None:
     with small_disk(tmp_path / "disk", "3m") as folder:
         saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=1, keep_best=False))
@@ -592,6 +629,14 @@ def test_both_ranks_report_a_failure_of_one_and_can_save_again(two_ranks: Two) -
     assert "tensors_00001_of_00002.safetensors: File too large" in reports[0]["one_rank_fails"]
     assert reports[0]["names"] == ["step_000000004"]
     assert [rank["retried"] for rank in reports] == ["", ""]
+
+
+@pytest.mark.processes
+def test_both_ranks_write_again_when_room_was_made_for_the_one_that_had_none(two_ranks: Two) -> None:
+    _, reports = two_ranks
+    for rank in reports:
+        assert [rank["over quota"][f"problem of {step}"] for step in (4, 8, 12)] == ["", "", ""]
+    assert reports[0]["over quota"]["names"] == ["step_000000008", "step_000000012"]
 
 
 @pytest.mark.processes
