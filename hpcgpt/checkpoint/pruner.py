@@ -6,6 +6,8 @@ continues with less room. Rank 0 only.
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ from hpcgpt.checkpoint import layout, retention
 from hpcgpt.checkpoint.retention import Unread
 from hpcgpt.config import options
 from hpcgpt.output import streams
+from hpcgpt.storage import atomic
 from hpcgpt.storage.lease import Lease
 
 WAIT_S = 10.0  # limit for waiting until the start's removals end: a job that must stop has little time
@@ -49,6 +52,42 @@ class Pruner:
         """Wait, for a bounded time, until the removals of `loaded` have ended."""
         if self._removing.acquire(timeout=WAIT_S):
             self._removing.release()
+
+    def make_folder(self, temporary: Path, name: str, needed: int) -> None:
+        """Make the folder for a save of `needed` bytes, which will be called `name`, and room for it if necessary.
+
+        Raises:
+            OSError: there is no room.
+        """
+        try:
+            if self._free() < needed:
+                self.make_room(name)
+            if self._free() < needed:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
+            try:
+                temporary.mkdir()
+            except OSError as error:
+                if error.errno not in atomic.NO_ROOM or not self.remake(temporary, name):
+                    raise
+        except OSError as error:
+            raise atomic.with_path_and_free_space(error, temporary) from error
+
+    def remake(self, temporary: Path, name: str) -> bool:
+        """Make room for a save that found none while it wrote, and its folder anew; return False if there is none.
+
+        What a user may still write, in bytes or in files, is not in the free space of the disk: only writing shows it.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        if not self.make_room(name):
+            return False
+        temporary.mkdir()
+        return True
+
+    def _free(self) -> int:
+        status = os.statvfs(self._checkpoints)
+        return status.f_bavail * status.f_frsize
 
     def make_room(self, name: str) -> bool:
         """Remove now what would be removed once the checkpoint `name` exists; never the last valid one.

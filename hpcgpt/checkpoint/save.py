@@ -15,8 +15,6 @@ waits for one that has exited.
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -231,24 +229,16 @@ class Saver:
         return None
 
     def _make_room(self, save: _Save) -> bool:
-        """Return whether old checkpoints were removed for this save, after it had no room: once, and on every rank.
-
-        What a user may still write, in bytes or in files, is not in the free space of the disk, which `_make_folder`
-        compares: it is found out by writing.
-        """
+        """Return whether old checkpoints were removed for this save, after it had no room: once, and on every rank."""
         if save.made_room:
             return False
         save.made_room = True
+        pruner = self.pruner
         with suppress(OSError):
-            return run_on_rank0(self._ranks, lambda: self._remade(save))
+            return run_on_rank0(
+                self._ranks, lambda: pruner is not None and pruner.remake(save.temporary, save.final.name)
+            )
         return False
-
-    def _remade(self, save: _Save) -> bool:
-        assert self.pruner is not None
-        removed = self.pruner.make_room(save.final.name)
-        if removed:
-            save.temporary.mkdir()
-        return removed
 
     def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
         return work if self._ranks.world.is_first else lambda: None
@@ -278,25 +268,8 @@ class Saver:
             return None
         self.pruner.wait()
         temporary = layout.temporary_of(final, self._lease.number)
-        needed = size + SPARE_BYTES
-        try:
-            if self._free() < needed:
-                self.pruner.make_room(final.name)
-            if self._free() < needed:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")
-            try:
-                temporary.mkdir()
-            except OSError as error:
-                if error.errno not in atomic.NO_ROOM or not self.pruner.make_room(final.name):
-                    raise
-                temporary.mkdir()
-        except OSError as error:
-            raise atomic.with_path_and_free_space(error, temporary) from error
+        self.pruner.make_folder(temporary, final.name, size + SPARE_BYTES)
         return str(temporary)
-
-    def _free(self) -> int:
-        status = os.statvfs(self._checkpoints)
-        return status.f_bavail * status.f_frsize
 
     def _commit(self, save: _Save, files: dict[str, Any]) -> list[Unread]:
         """Write state and manifest, and make the checkpoint visible; return what is to be read back."""

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from hpcgpt.distributed import node_channel, open_files, store_server
 from hpcgpt.distributed.node_channel import Follower, Leader
 from hpcgpt.distributed.routes import resolve, route, use_interface_towards
-from hpcgpt.distributed.world import Ranks, World
+from hpcgpt.distributed.world import Ranks, World, same_gpu
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.storage import atomic
@@ -323,7 +323,7 @@ def _register(store: Store, world: World, device: torch.device, timeout_s: float
     if device.type == "cuda":
         gpu = identity(torch.cuda.get_device_properties(device))
         if store.add(f"gpu/{host}/{gpu}", 1) > 1:
-            raise UserError(f"{world}: another rank uses {device} as well: ask for one GPU a task")
+            raise same_gpu(world, str(device))
     store.set(f"ready/{world.rank}", host)
     if store.add("ready", 1) == world.size:
         store.set("all ready", "")

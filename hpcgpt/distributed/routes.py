@@ -33,9 +33,10 @@ def use_interface_towards(address: str, port: int) -> None:
     name = _interface_of(route(address, port))
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        # NCCL finds shared memory and NVLink itself; loopback would only hide the network.
+        # NCCL finds shared memory and NVLink itself; loopback would only hide the network. Without "=" it takes every
+        # interface whose name begins like this: bond0.4010, too.
         if name != "lo":
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def _interface_of(address: str) -> str | None:

@@ -258,6 +258,20 @@ def device_index(world: World, visible: int, requested: str, allocated: int) -> 
     )
 
 
+def same_gpu(world: World, device: str, env: Mapping[str, str] = os.environ) -> UserError | NodeError:
+    """Return the error of two ranks that use the same GPU.
+
+    Where Slurm gave a node enough GPUs it is the node's: with one left of two, each rank takes it for its own.
+    """
+    shared = f"{world}: another rank uses {device} as well"
+    if world.launcher == "srun" and (allocated := allocated_gpus(env)) >= world.local_size:
+        return NodeError(
+            f"{shared}, though Slurm gave this job {allocated} GPUs here: one has failed, or --gpu-bind gives several "
+            "tasks the same one"
+        )
+    return UserError(f"{shared}: ask for one GPU a task")
+
+
 def pick_device(world: World, requested: str, env: Mapping[str, str] = os.environ) -> torch.device:
     """Return the device of this rank. CUDA_VISIBLE_DEVICES is left to torch."""
     import torch

@@ -118,7 +118,8 @@ def measure(request: Request, framework_bytes: int) -> Memory:
         if config.eval.every:
             step.evaluate()
         tensors = local_state_dict(step.model.gpt, step.optimizer, ranks)
-        copied = sum(tensor.nbytes for tensor in share_of(tensors, ranks).values())
+        sizes = [tensor.nbytes for tensor in share_of(tensors, ranks).values()]
+        copied = sum(sizes)
         saved = step.saved_bytes()
         moments = _moments(log, framework_bytes if request.on_cpu else GPU_FRAMEWORK_BYTES)
         del step, tensors
@@ -127,11 +128,17 @@ def measure(request: Request, framework_bytes: int) -> Memory:
             moments.append(_with_copy(max(moments, key=lambda moment: moment.total), copied))
         host = max(moment.total for moment in moments)
     else:
-        # Weights are made in host memory, sharded ones tensor by tensor, and freed there before the first save.
-        host = framework_bytes + max(made, copied)
+        # Weights are made in host memory, sharded ones tensor by tensor, and freed there before the first save, which
+        # copies each tensor into pinned memory.
+        host = framework_bytes + max(made, sum(map(pinned_bytes, sizes)))
     return Memory(
         tuple(moments), parameters, flops, saved, copied, host, "fake tensors", tuple(_remarks(request, config))
     )
+
+
+def pinned_bytes(size: int) -> int:
+    """Return how much pinned memory torch takes for a tensor of so many bytes: a power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 @contextmanager

@@ -39,7 +39,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Under autocast the gains would stay float32, and torch has no fused kernel for bfloat16 with float32 gains.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+        # Since torch 2.12 autocast on a GPU returns float32: as keys they would take twice the memory in a KV cache.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hpcgpt.config.options import Config, Model
-from hpcgpt.model import attention_context, block_gpt2, block_modern, loss
+from hpcgpt.model import attention_context, block_gpt2, block_modern, kernels, loss
 from hpcgpt.model.attention_context import AttentionContext
 from hpcgpt.model.kv_cache import KVCache, LayerKVCache
 
@@ -77,6 +77,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tied:
             self.head.weight = self.token_embedding.weight
+        # Flex attention is compiled, whatever train.compile is. Asked here, where no compiler traces the question.
+        self.can_use_flex = not kernels.lacks_to_compile("cuda")
         self.mean_loss = loss.mean_loss  # an attribute, since FSDP compiles it separately: see hpcgpt.training.parallel
         self.initialise(seed)
 
@@ -153,7 +155,8 @@ class GPT(nn.Module):
         else:
             dropout = c.dropout if self.training else 0.0
             # Flex attention is compiled for each length, and while text is generated every length occurs.
-            flex = may_use_flex and attention_context.supports_flex(weight.device, weight.dtype, dropout)
+            flex = may_use_flex and self.can_use_flex
+            flex = flex and attention_context.supports_flex(weight.device, weight.dtype, dropout)
             context = attention_context.document_context(new, ids, self.options.document_start, flex)
         if c.kind == "modern":
             rope = attention_context.rope_cos_sin(context.positions, c)

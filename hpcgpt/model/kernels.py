@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -119,21 +121,35 @@ def _set_up_compile_cache(wanted: Attention) -> None:
     torch.compiler.config.cache_key_tag = tag if wanted == "auto" else f"{tag} attention: {wanted}"
 
 
-def compiles(wanted: Literal["auto", "on", "off"], device: torch.device) -> bool:
-    """Return whether to compile the model. "auto": on a GPU, if what torch.compile needs there is installed.
+def compiles(wanted: Literal["auto", "on", "off"], device: torch.device, lacking: Collection[str]) -> bool:
+    """Return whether to compile the model; `lacking` is what `lacks_to_compile` returned on the ranks.
 
-    Not on a CPU, where compiling takes up to a minute, for steps that are at most 20 % faster.
+    "auto": on a GPU, if nothing is lacking. Not on a CPU, where compiling takes up to a minute, for steps that are at
+    most 20 % faster.
 
     Raises:
-        UserError: "on", and what torch.compile needs is missing.
+        UserError: "on", and something is lacking.
     """
-    if device.type == "cuda":
-        possible, lacks = find_spec("triton") is not None and _has("CC", "gcc", "clang"), "triton and a C compiler"
-    else:
-        possible, lacks = _has("CXX", "g++", "clang++"), "a C++ compiler"
-    if wanted == "on" and not possible:
+    lacks = " and ".join(sorted(filter(None, lacking)))
+    if wanted == "on" and lacks:
         raise UserError(f"train.compile on needs {lacks}: install it, or use off")
-    return possible and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
+    return not lacks and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
+
+
+@cache
+def lacks_to_compile(kind: Literal["cpu", "cuda"]) -> str:
+    """Return what torch.compile needs on this host for code of this kind of device, and does not find; '' for nothing.
+
+    Both kinds compile C or C++ that is loaded into Python, and includes Python.h.
+    """
+    lacks = []
+    if kind == "cuda" and find_spec("triton") is None:
+        lacks.append("triton")
+    if not (_has("CC", "gcc", "clang") if kind == "cuda" else _has("CXX", "g++", "clang++")):
+        lacks.append("a C compiler" if kind == "cuda" else "a C++ compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        lacks.append("Python.h (of python3-dev or python3-devel)")
+    return " and ".join(lacks)
 
 
 def _has(variable: str, *names: str) -> bool:

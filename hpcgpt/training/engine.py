@@ -28,6 +28,7 @@ from hpcgpt.model.gpt import GPT, ForwardOptions
 from hpcgpt.model.precision import allow_tf32, computing_in, pick_dtype
 from hpcgpt.optim.lr_schedule import learning_rate
 from hpcgpt.optim.optimizer import make_optimizer
+from hpcgpt.output import streams
 from hpcgpt.plan import Plan
 from hpcgpt.run import metrics_file
 from hpcgpt.training import spikes
@@ -89,7 +90,12 @@ class Engine:
         if settings.train.deterministic:
             self._kernels = kernels.deterministic(self._kernels, ranks.device)
         # Compiled on all ranks or on none, so that all compute alike.
-        self.compiled = all(distinct_on_all(ranks, lambda: kernels.compiles(settings.train.compile, ranks.device)))
+        lacking = distinct_on_all(ranks, lambda: kernels.lacks_to_compile("cuda" if self._on_gpu else "cpu"))
+        self.compiled = kernels.compiles(settings.train.compile, ranks.device, lacking)
+        if self._on_gpu and settings.train.compile == "auto" and not self.compiled and ranks.world.is_first:
+            lacks = ", ".join(sorted(lacking - {""}))
+            lacks = ", ".join(sorted(lacking - {""}))
+            streams.warn(f"the model is not compiled, which is slower: a host lacks {lacks}")
         self.model = parallelize(
             gpt, ranks, settings.parallel, seed=settings.run.seed, compiled=self.compiled, dtype=self.dtype
         )
@@ -106,8 +112,8 @@ class Engine:
         not interrupted.
         """
         self.model.module.train()
-        # The compiler's worker processes must not die of Slurm's signals.
-        with shielded() if self.compiled else nullcontext(), self._kernels():
+        # The compiler's worker processes must not die of Slurm's signals. Flex attention is always compiled.
+        with shielded() if self.compiled or self._on_gpu else nullcontext(), self._kernels():
             accumulate(self.model, self._prefetcher.batches(0, 1), micro_steps=1, precision=self.precision)
         self.model.clear_gradients(self.optimizer)
         self._prefetcher.waited_s()

@@ -94,7 +94,7 @@ def measure(ranks: Ranks, lease: Lease | None, folder: Path, full: Path | None) 
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     report["names"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     report["retried"] = save(folder / "checkpoints", 8)
-    report["over quota"] = over_quota(ranks, lease, folder.parent / "quota" / "checkpoints")
+    report["over limit"] = over_limit(ranks, lease, folder.parent / "limited" / "checkpoints")
     report["shared"] = shared_file(ranks, lease, folder.parent / "shared" / "checkpoints")
     report["background"] = background_save(ranks, lease, folder / "checkpoints")
     report |= choose(ranks, lease, folder / "checkpoints")
@@ -122,8 +122,8 @@ def choose(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, An
     return report
 
 
-def over_quota(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
-    """Report a third checkpoint, of which two are kept: rank 1's first write finds its user's quota used up."""
+def over_limit(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str, Any]:
+    """Report a third checkpoint, of which two are kept: rank 1's first write reaches its user's limit."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     model, optimizer = trained(seed=5)
     saver = Saver(checkpoints, ranks, lease, options.Checkpoint(keep_last=2, keep_best=False))
@@ -132,7 +132,8 @@ def over_quota(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str
         tensors = checkpoint_save.local_state_dict(model, optimizer, ranks)
         with ExitStack() as stack:
             if ranks.world.rank == 1 and step == 12:
-                stack.enter_context(mock.patch.object(checkpoint_save, "_write", side_effect=[no_quota(), mock.DEFAULT],
+                outcomes = [limit_reached(), mock.DEFAULT]
+                stack.enter_context(mock.patch.object(checkpoint_save, "_write", side_effect=outcomes,
                                                       wraps=checkpoint_save._write))  # fmt: skip
             saved = saver.begin(State(step, 400, 40, 2, {}), tensors) or saver.finish(lambda: None)
         assert saved is not None
@@ -141,7 +142,7 @@ def over_quota(ranks: Ranks, lease: Lease | None, checkpoints: Path) -> dict[str
     return report
 
 
-def no_quota() -> OSError:
+def limit_reached() -> OSError:
     return OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 

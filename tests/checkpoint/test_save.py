@@ -27,6 +27,7 @@ from hpcgpt.checkpoint import layout, load
 from hpcgpt.checkpoint import save as checkpoint_save
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.parts import Part
+from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.checkpoint.save import Saved, Saver
 from hpcgpt.config.options import Checkpoint
 from hpcgpt.exit_codes import SUPERSEDED
@@ -343,7 +344,7 @@ def test_a_save_whose_writing_finds_no_room_makes_some_and_writes_again(
     tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As with a limit of the user's own, which the free space of the disk does not show."""
-    monkeypatch.setattr(Saver, "_free", lambda _: 1 << 40)
+    monkeypatch.setattr(Pruner, "_free", lambda _: 1 << 40)
     with small_disk(tmp_path / "disk", "3700k") as folder:
         saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=3, keep_best=False))
         for step in (4, 8, 12, 16, 20):
@@ -360,7 +361,7 @@ def test_a_save_whose_writing_finds_no_room_makes_some_and_writes_again(
 def test_a_save_that_still_has_no_room_fails_after_one_more_attempt(
     tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Saver, "_free", lambda _: 1 << 40)
+    monkeypatch.setattr(Pruner, "_free", lambda _: 1 << 40)
     written: list[int] = []
     real = checkpoint_save._write
     monkeypatch.setattr(checkpoint_save, "_write", lambda *given: written.append(1) or real(*given))
@@ -635,8 +636,8 @@ def test_both_ranks_report_a_failure_of_one_and_can_save_again(two_ranks: Two) -
 def test_both_ranks_write_again_when_room_was_made_for_the_one_that_had_none(two_ranks: Two) -> None:
     _, reports = two_ranks
     for rank in reports:
-        assert [rank["over quota"][f"problem of {step}"] for step in (4, 8, 12)] == ["", "", ""]
-    assert reports[0]["over quota"]["names"] == ["step_000000008", "step_000000012"]
+        assert [rank["over limit"][f"problem of {step}"] for step in (4, 8, 12)] == ["", "", ""]
+    assert reports[0]["over limit"]["names"] == ["step_000000008", "step_000000012"]
 
 
 @pytest.mark.processes

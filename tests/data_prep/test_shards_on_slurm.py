@@ -34,7 +34,8 @@ class Site:
         done = subprocess.run(
             ["sbatch", "--parsable", "--time=10", "--cpus-per-task=1", "--exclusive", *flags, SCRIPT, *self.options,
              "--out", str(out)], cwd=self.home, capture_output=True, text=True, timeout=60, check=False,
-            env=clean_env() | self.lab.environ() | {"HPCGPT_PYTHON": sys.executable},
+            env=clean_env() | self.lab.environ()
+            | {"HPCGPT_PYTHON": sys.executable, "HPCGPT_SITE": str(self.home / "site.sh")},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -60,6 +61,7 @@ def site(lab: Lab, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFact
     words = [word for path in sorted(ROOT.glob("hpcgpt/**/*.py")) for word in path.read_text().split(" ")]
     chance = random.Random(2)
     (home / "corpus").mkdir()
+    (home / "site.sh").write_text('export SEEN="$NOT_SET_AT_ALL:yes"\n')  # as conda's and many modules' scripts do
     for number in range(UNITS):
         text = " ".join(chance.choices(words, k=1_000_000 // 6))
         (home / "corpus" / f"{number:02d}.txt").write_text((text * 3)[:1_100_000])

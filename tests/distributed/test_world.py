@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcgpt.distributed import world
-from hpcgpt.distributed.world import World, device_index, discover, expand_hosts
+from hpcgpt.distributed.world import World, device_index, discover, expand_hosts, same_gpu
 from hpcgpt.errors import NodeError, UserError
 
 # --- rank and world size ---------------------------------------------------------------------------
@@ -245,6 +245,17 @@ def test_missing_gpus_are_an_error_without_fallback(
     """The course's script ended with status 0, untrained. GPUs that Slurm allocated and torch lacks: a node fault."""
     with pytest.raises(NodeError if allocated > visible else UserError, match=sentence):
         device_index(at(local_rank), visible, requested, allocated)
+
+
+def test_two_ranks_with_one_gpu_are_the_nodes_fault_where_slurm_gave_it_enough() -> None:
+    error = same_gpu(at(1), "cuda:0", {"SLURM_GPUS_ON_NODE": "8"})
+    assert isinstance(error, NodeError)
+    assert "another rank uses cuda:0 as well, though Slurm gave this job 8 GPUs here: one has failed" in str(error)
+    for asked in ({"SLURM_GPUS_ON_NODE": "4"}, {}):
+        assert not isinstance(same_gpu(at(1), "cuda:0", asked), NodeError)
+    assert "ask for one GPU a task" in str(
+        same_gpu(World(1, 1, 2, 2, "torchrun", ""), "cuda:0", {"SLURM_GPUS_ON_NODE": "2"})
+    )
 
 
 def test_a_task_has_the_cores_that_slurm_allocated_at_most_those_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,9 @@ def test_flex_attention_equals_naive_attention_with_the_mask(kind: Model, monkey
     with torch.no_grad():
         expected = model(rows)
         monkeypatch.setattr(attention_context, "supports_flex", lambda *_: True)
+        model.can_use_flex = False
+        assert isinstance(model._attention_context(rows, 300).mask, Tensor), "without a compiler"
+        model.can_use_flex = True
         monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
         context = model._attention_context(rows, 300)
         assert isinstance(context.mask, BlockMask)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -217,29 +218,41 @@ def test_a_whole_step_computes_with_deterministic_kernels_if_they_are_wanted(tin
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_on_a_cpu_the_model_is_compiled_only_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+WAYS: tuple[Literal["auto", "on", "off"], ...] = ("auto", "on", "off")
+
+
+def test_a_model_is_compiled_on_gpus_unless_refused_and_on_cpus_on_request() -> None:
+    assert [kernels.compiles(wanted, CPU, {""}) for wanted in WAYS] == [False, True, False]
+    assert [kernels.compiles(wanted, GPU, {""}) for wanted in WAYS] == [True, True, False]
+
+
+def test_where_a_rank_lacks_something_for_it_no_model_is_compiled() -> None:
+    assert [kernels.compiles(wanted, GPU, {"", "Python.h"}) for wanted in ("auto", "off")] == [False, False]
+    with pytest.raises(ValueError, match=r"train\.compile on needs Python\.h and triton: install it, or use off"):
+        kernels.compiles("on", GPU, {"", "triton", "Python.h"})
+
+
+def test_the_compiler_needs_a_c_compiler_and_the_headers_of_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether triton is installed depends on the build of torch."""
+
+    def lacks(kind: Literal["cpu", "cuda"]) -> str:
+        kernels.lacks_to_compile.cache_clear()
+        return kernels.lacks_to_compile(kind)
+
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
-    for name in ("g++", "gcc"):
-        (tmp_path / name).write_text("")
-        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert [kernels.compiles(name, CPU) for name in ("auto", "on", "off")] == [False, True, False]
-    (tmp_path / "g++").unlink()
-    with pytest.raises(ValueError, match=r"train\.compile on needs a C\+\+ compiler"):
-        kernels.compiles("on", CPU)
-    monkeypatch.setenv("CXX", str(tmp_path / "gcc"))
-    assert kernels.compiles("on", CPU)
-
-
-def test_on_a_gpu_the_model_is_compiled_where_possible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whether triton is installed depends on the build of torch; without a C compiler it is useless."""
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert [kernels.compiles(name, GPU) for name in ("auto", "off")] == [False, False]
-    with pytest.raises(ValueError, match=r"train\.compile on needs triton and a C compiler"):
-        kernels.compiles("on", GPU)
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    headers = "Python.h (of python3-dev or python3-devel)"
+    assert lacks("cpu") == f"a C++ compiler and {headers}"
+    assert lacks("cuda") == f"triton and a C compiler and {headers}"
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setattr(kernels, "find_spec", lambda _: object())
     (tmp_path / "gcc").write_text("")
     (tmp_path / "gcc").chmod(0o755)
-    monkeypatch.setattr(kernels, "find_spec", lambda _: object())
-    assert [kernels.compiles(name, GPU) for name in ("auto", "on", "off")] == [True, True, False]
+    assert (lacks("cpu"), lacks("cuda")) == ("a C++ compiler", "")
+    monkeypatch.setenv("CXX", str(tmp_path / "gcc"))
+    assert lacks("cpu") == ""

@@ -49,12 +49,14 @@ def check(allocated: int = 0) -> list[Finding]:
 
 
 def _nvidia(allocated: int) -> list[Finding]:
-    questions = [_ask("gpu", ("index",)), _ask("gpu", ("mig.mode.current",)), _ask("gpu", ("index", _ERRORS)),
-                 _ask("remapped-rows", ("gpu_bus_id", *_ROWS)), _ask("gpu", ("index", *_THROTTLE)),
-                 _ask("compute-apps", ("pid", "process_name", "used_memory"))]  # fmt: skip
+    asked = [("gpu", ("index",)), ("gpu", ("mig.mode.current",)), ("gpu", ("index", _ERRORS)),
+             ("remapped-rows", ("gpu_bus_id", *_ROWS)), ("gpu", ("index", *_THROTTLE)),
+             ("compute-apps", ("pid", "process_name", "used_memory"))]  # fmt: skip
+    questions = [_ask(what, fields) for what, fields in asked]
     answers = [question.communicate()[0] for question in questions]
     gpus, mig, *state = (
-        rows(answer) if question.returncode == 0 else [] for question, answer in zip(questions, answers, strict=True)
+        rows(answer, len(fields)) if question.returncode == 0 else []
+        for question, answer, (_, fields) in zip(questions, answers, asked, strict=True)
     )
     if questions[0].returncode:  # every driver has this field
         said = (answers[0].strip() or f"status {questions[0].returncode}").splitlines()[-1]
@@ -74,8 +76,9 @@ def _ask(what: str, fields: Sequence[str]) -> subprocess.Popen[str]:
                             text=True, errors="replace")  # fmt: skip
 
 
-def rows(text: str) -> list[list[str]]:
-    return [row for row in csv.reader(text.splitlines(), skipinitialspace=True) if row]
+def rows(text: str, fields: int = 1) -> list[list[str]]:
+    """Return the rows of a table. A line with fewer fields is a sentence, as some drivers say that a GPU has none."""
+    return [row for row in csv.reader(text.splitlines(), skipinitialspace=True) if len(row) >= fields]
 
 
 def judge_nvidia(
