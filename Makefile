@@ -64,7 +64,7 @@ bundle: install ## make one archive that installs and runs without a network: [A
 
 shards: install ## turn text into token shards: make shards CORPUS=~/novels [OUT=data/shards] [TOKENIZER=gpt2] [VAL=0.01] [ARGS=...]
 	@test -n "$(CORPUS)" || { echo "name the text: make shards CORPUS=~/novels"; exit 2; }
-	@$(BIN)/python -m data_prep.make_shards $(CORPUS) --out $(OUT) --tokenizer $(TOKENIZER) --val-fraction $(VAL) $(ARGS)
+	@$(BIN)/python -m data_prep.make_shards $(CORPUS) --out $(OUT) --tokenizer $(TOKENIZER) $(if $(VAL),--val-fraction $(VAL)) $(ARGS)
 
 train: install ## train on this machine: make train [CONFIG=gpt2-124m] [ARGS='--train.steps 100']
 	@$(BIN)/python -m hpcgpt.train $(CONFIG) $(ARGS)

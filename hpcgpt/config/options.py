@@ -308,7 +308,8 @@ class Requeue:
     )
     max_idle: int = option(
         10,
-        "do not requeue a job after this many starts in a row that trained for less time than they took to start",
+        "do not requeue a job after this many starts in a row without a new checkpoint, or with less training up to it "
+        "than the start took",
         low=1,
     )
     max_node_failures: int = option(

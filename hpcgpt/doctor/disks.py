@@ -78,9 +78,11 @@ def operations(what: str, folder: Path) -> list[Finding]:
         with _probe_folder(folder) as probe:
             return [_write(what, probe), *_links(what, probe), _lock(what, probe), clock(what, probe)]
     except OSError as error:
-        why = {errno.ENOSPC: "it is full", errno.EDQUOT: "your limit is reached"}.get(error.errno or 0, error.strerror)
-        return [bad(f"{what} write", f"cannot write to {folder}: {why}", "a folder that you may write to",
-                    "make room there, or choose another folder with --run.dir")]  # fmt: skip
+        full = {errno.ENOSPC: "it is full", errno.EDQUOT: "your limit is reached"}.get(error.errno or 0)
+        check = f"{what} room" if full else f"{what} write"
+        found = f"cannot write to {folder}: {full or error.strerror}"
+        advice = "make room there, or choose another folder with --run.dir"
+        return [bad(check, found, "a folder that you may write to", advice)]
 
 
 @contextmanager

@@ -97,7 +97,9 @@ def is_common(failing: Mapping[str, str], nodes: int) -> bool:
 def main(argv: Sequence[str]) -> int:
     run, *data = map(Path, argv)
     found = bounded.run(checks(run, data))
-    reason = "; ".join(f"{finding.check}: {finding.found}" for finding in found if finding.level == "bad")
+    # A full disk is no node's fault, and a run on one trains.
+    failed = [finding for finding in found if finding.level == "bad" and finding.check != "run folder room"]
+    reason = "; ".join(f"{finding.check}: {finding.found}" for finding in failed)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     print(PREFIX + json.dumps({"node": node, "reason": reason}), flush=True)
     return 0

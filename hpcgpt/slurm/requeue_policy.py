@@ -153,8 +153,9 @@ def _node_failed(past: RestartHistory, limits: Requeue) -> Decision:
 def _no_progress_message(past: RestartHistory) -> str:
     last = f", the last one {past.last.summary}" if past.last else ""
     return (
-        f"no progress: {counted(past.without_progress, 'start')} in a row trained for less time than they took to "
-        f"start{last}. Submit it again with a longer --time, or on nodes that are preempted less. "
+        f"no progress: {counted(past.without_progress, 'start')} in a row made no new checkpoint, or trained for less "
+        f"time than they took to start{last}. If checkpoints could not be written, make room for them; else submit it "
+        "again with a longer --time, or on nodes that are preempted less. "
         "requeue.max_idle sets how many such starts are allowed"
     )
 

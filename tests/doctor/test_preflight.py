@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hpcgpt.config import sources
-from hpcgpt.doctor import preflight
+from hpcgpt.doctor import disks, preflight
 from hpcgpt.run import run_folder
+from tests.disks import fill, small_disk
 from tests.fake_slurm import FakeSlurm
 from tests.fake_slurm import slurm as slurm
 from tests.programs import command
@@ -60,6 +61,17 @@ def test_a_node_reports_what_is_bad_in_one_line(tmp_path: Path, shards_folder: P
     broken = command(*arguments, env={"SLURMD_NODENAME": "n7", "TMPDIR": "/does/not/exist"})
     reason = json.loads(broken.stdout.removeprefix(preflight.PREFIX))["reason"]
     assert reason == f"TMPDIR: there is no folder /does/not/exist; data: there is no {data}/manifest.json"
+
+
+@pytest.mark.processes
+def test_a_full_disk_is_no_nodes_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run on one trains."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        fill(disk)
+        assert preflight.main([str(disk)]) == 0
+        (written,) = disks.operations("run folder", disk)
+    assert written.level == "bad"
+    assert json.loads(capsys.readouterr().out.removeprefix(preflight.PREFIX))["reason"] == ""
 
 
 @pytest.mark.processes
