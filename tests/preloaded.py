@@ -32,6 +32,7 @@ LIBRARIES = ("numpy", "torch", "torch._dynamo", "torch.distributed", "torch.dist
 ROOT = Path(__file__).resolve().parent.parent
 
 Running = dict[int, tuple[socket.socket, int]]  # by pid: the test's connection, and a pidfd
+Start = tuple[str, list[str], dict[str, str], str]  # module, arguments, environment, current folder
 
 
 class Program:
@@ -45,7 +46,11 @@ class Program:
     def wait(self, timeout_s: float) -> int | None:
         """Wait; return its exit status, or None if it still runs."""
         if self.returncode is None and select.select([self._connection], [], [], timeout_s)[0]:
-            self.returncode = int(self._messages.readline())
+            line = self._messages.readline()
+            if not line:  # the server has ended, and with it the only one that may wait for the program
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+            self.returncode = int(line or -signal.SIGKILL)
             self._messages.close()
             self._connection.close()
         return self.returncode
@@ -86,13 +91,20 @@ class Preloaded:
 
     def close(self) -> None:
         """End the process, and all programs that still run."""
-        self._process.communicate()  # closes its stdin
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):  # a fork of this process may have its stdin open still
+            self._process.wait(10)
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
 
 
 # --- the process -----------------------------------------------------------------------------------
 
 
-def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
+def serve(address: str) -> Start:
     """Serve until the end of the tests; return in each fork, with the program that it has to become.
 
     A fork copies the tables of all memory, 25 ms of CPU time: so there is one for each program, and none that waits.
@@ -100,6 +112,7 @@ def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which then end this process
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"\0{address}")
     server.listen(64)
@@ -114,19 +127,34 @@ def serve(address: str) -> tuple[str, list[str], dict[str, str], str]:
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
             os._exit(0)
-        if server in ready:
-            connection = server.accept()[0]
-            files = socket.recv_fds(connection, 1, 2)[1]
-            module, arguments, env, cwd = json.loads(connection.makefile("r").readline())
-            pid = os.fork()
-            if pid == 0:
-                server.close()
-                become(files, [(connection, -1), *running.values()])
-                return module, arguments, env, cwd
-            for file in files:
-                os.close(file)
-            connection.sendall(f"{pid}\n".encode())
-            running[pid] = connection, os.pidfd_open(pid)
+        if server in ready and (start := begin(server, running)):
+            return start
+
+
+def begin(server: socket.socket, running: Running) -> Start | None:
+    """Read what is to be started, and fork; return it in the fork, None in the server."""
+    connection, files = server.accept()[0], list[int]()
+    try:
+        connection.settimeout(10)
+        files += socket.recv_fds(connection, 1, 2)[1]
+        start: Start = tuple(json.loads(connection.makefile("r").readline()))
+        connection.settimeout(None)
+    except (OSError, ValueError):  # the test that connected has ended
+        connection.close()
+        for file in files:
+            os.close(file)
+        return None
+    pid = os.fork()
+    if pid == 0:
+        server.close()
+        become(files, [(connection, -1), *running.values()])
+        return start
+    for file in files:
+        os.close(file)
+    running[pid] = connection, os.pidfd_open(pid)
+    with suppress(OSError):  # then the connection is closed, which `serve` sees
+        connection.sendall(f"{pid}\n".encode())
+    return None
 
 
 def finish(pid: int, connection: socket.socket, pidfd: int) -> None:
@@ -134,13 +162,14 @@ def finish(pid: int, connection: socket.socket, pidfd: int) -> None:
     if not select.select([pidfd], [], [], 0)[0]:
         os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with suppress(BrokenPipeError), connection:
+    with suppress(OSError), connection:
         connection.sendall(f"{status}\n".encode())
     os.close(pidfd)
 
 
 def become(files: Sequence[int], servers: Sequence[tuple[socket.socket, int]]) -> None:
     """In a fork: take these files as stdout and stderr, and close what is the server's."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for connection, pidfd in servers:
         connection.close()
         if pidfd >= 0:

@@ -29,6 +29,7 @@ class Pruner:
         self._checkpoints, self._lease, self._keep, self._regular = checkpoints, lease, keep, regular
         self._verified: set[str] = set()  # names of checkpoints whose checksums this process has compared
         self._removing = threading.Lock()
+        self.is_tight = False  # a save has found no room: what the next one replaces is removed before it
 
     def loaded(self, path: Path) -> None:
         """Remove old checkpoints in a thread: training continues from `path`, whose checksums have been compared.
@@ -60,7 +61,7 @@ class Pruner:
             OSError: there is no room.
         """
         try:
-            if self._free() < needed:
+            if self.is_tight or self._free() < needed:
                 self.make_room(name)
             if self._free() < needed:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:,.1f} MB needed")

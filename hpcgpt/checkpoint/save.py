@@ -4,12 +4,13 @@ A save has four stages, each in threads. Each rank writes its share of the tenso
 and renames the folder to its final name. Each rank reads back a part, and compares checksums. Rank 0 removes old
 checkpoints (``hpcgpt.checkpoint.pruner``). A stage begins once all ranks have finished the one before, which they find
 out together at a step boundary. They need no collective to find out: the sums of `Saver.votes` travel with the loss of
-the step. Only the beginning of a save and the end of each stage have collectives.
+the step. Only the beginning of a save and the end of each stage have collectives. If one of the first two stages finds
+no room, rank 0 removes the checkpoints that this one replaces, and the first begins once more.
 
 One save is under way at a time: the next one waits for its end.
 
 Files are flushed to the disk, then their folder; then it is renamed, and the folder above is flushed. Ranks share the
-outcome of each stage before the next one, so a full disk on one of them costs all of them this checkpoint, and no rank
+outcome of each stage before the next one, so an error on one of them costs all of them this checkpoint, and no rank
 waits for one that has exited.
 """
 
@@ -186,9 +187,14 @@ class Saver:
         save.stall_s += time.monotonic() - started_at
         return None if problem is None else self._end(save, problem)
 
-    def finish(self, alive: Callable[[], None]) -> Saved | None:
-        """Wait for the save that is under way, if any; return its outcome. Meanwhile call `alive`, up to LONGEST_S."""
+    def finish(self, alive: Callable[[], None], followed: bool = False) -> Saved | None:
+        """Wait for the save that is under way, if any; return its outcome. Meanwhile call `alive`, up to LONGEST_S.
+
+        `followed`: another one follows at once, so if this one finds no room it fails, and leaves making room to that.
+        """
         save, started_at = self._save, time.monotonic()
+        if save is not None:
+            save.may_repeat &= not followed
         while save is not None:
             if time.monotonic() - save.began_at < LONGEST_S:
                 alive()
@@ -221,8 +227,9 @@ class Saver:
                 return ""
         except OSError as error:
             # The error was shared: no rank writes any more, and the incomplete folder is useless.
-            if self._lease is not None:
+            if self.pruner is not None:
                 shutil.rmtree(save.temporary, ignore_errors=True)
+                self.pruner.is_tight |= error.errno in atomic.NO_ROOM
             if error.errno not in atomic.NO_ROOM or save.visible or not self._make_room(save):
                 return str(error)
             self._begin_stage(save, "write", save.write)
@@ -230,14 +237,9 @@ class Saver:
 
     def _make_room(self, save: _Save) -> bool:
         """Return whether old checkpoints were removed for this save, after it had no room: once, and on every rank."""
-        if save.made_room:
-            return False
-        save.made_room = True
-        pruner = self.pruner
+        may_repeat, save.may_repeat = save.may_repeat, False
         with suppress(OSError):
-            return run_on_rank0(
-                self._ranks, lambda: pruner is not None and pruner.remake(save.temporary, save.final.name)
-            )
+            return may_repeat and run_on_rank0(self._ranks, lambda: _make_anew(save, self.pruner))
         return False
 
     def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -310,7 +312,7 @@ class _Save:
     work: Work = field(init=False)
     stall_s: float = 0.0
     stage: Stage = "write"
-    made_room: bool = False
+    may_repeat: bool = True  # if it finds no room
     visible_s: float | None = None  # None until the checkpoint is visible
 
     @property
@@ -321,6 +323,11 @@ class _Save:
     def outcome(self, problem: str = "") -> Saved:
         seconds = time.monotonic() - self.began_at if self.visible_s is None else self.visible_s
         return Saved(self.state.step, problem, seconds, self.stall_s, self.bytes)
+
+
+def _make_anew(save: _Save, pruner: Pruner | None) -> bool:
+    assert pruner is not None
+    return not save.final.exists() and pruner.remake(save.temporary, save.final.name)
 
 
 def _copied(share: dict[str, Tensor], copies: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -266,8 +266,8 @@ def same_gpu(world: World, device: str, env: Mapping[str, str] = os.environ) -> 
     shared = f"{world}: another rank uses {device} as well"
     if world.launcher == "srun" and (allocated := allocated_gpus(env)) >= world.local_size:
         return NodeError(
-            f"{shared}, though Slurm gave this job {allocated} GPUs here: one has failed, or --gpu-bind gives several "
-            "tasks the same one"
+            f"{shared}, though Slurm gave this job {allocated} GPUs here: one has failed, or --gpu-bind or a variable "
+            "like CUDA_VISIBLE_DEVICES gives several tasks the same one"
         )
     return UserError(f"{shared}: ask for one GPU a task")
 

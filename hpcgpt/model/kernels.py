@@ -122,7 +122,7 @@ def _set_up_compile_cache(wanted: Attention) -> None:
 
 
 def compiles(wanted: Literal["auto", "on", "off"], device: torch.device, lacking: Collection[str]) -> bool:
-    """Return whether to compile the model; `lacking` is what `lacks_to_compile` returned on the ranks.
+    """Return whether to compile the model; `lacking` is what `lacks_to_compile` returned, on all ranks together.
 
     "auto": on a GPU, if nothing is lacking. Not on a CPU, where compiling takes up to a minute, for steps that are at
     most 20 % faster.
@@ -130,15 +130,14 @@ def compiles(wanted: Literal["auto", "on", "off"], device: torch.device, lacking
     Raises:
         UserError: "on", and something is lacking.
     """
-    lacks = " and ".join(sorted(filter(None, lacking)))
-    if wanted == "on" and lacks:
-        raise UserError(f"train.compile on needs {lacks}: install it, or use off")
-    return not lacks and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
+    if wanted == "on" and lacking:
+        raise UserError(f"train.compile on needs {' and '.join(sorted(lacking))}: install it, or use off")
+    return not lacking and (wanted == "on" or (wanted == "auto" and device.type == "cuda"))
 
 
 @cache
-def lacks_to_compile(kind: Literal["cpu", "cuda"]) -> str:
-    """Return what torch.compile needs on this host for code of this kind of device, and does not find; '' for nothing.
+def lacks_to_compile(kind: Literal["cpu", "cuda"]) -> frozenset[str]:
+    """Return what torch.compile needs on this host for code of this kind of device, and does not find.
 
     Both kinds compile C or C++ that is loaded into Python, and includes Python.h.
     """
@@ -147,9 +146,12 @@ def lacks_to_compile(kind: Literal["cpu", "cuda"]) -> str:
         lacks.append("triton")
     if not (_has("CC", "gcc", "clang") if kind == "cuda" else _has("CXX", "g++", "clang++")):
         lacks.append("a C compiler" if kind == "cuda" else "a C++ compiler")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
+    for variable in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):  # of gcc and clang
+        folders += os.environ.get(variable, "").split(os.pathsep)
+    if not any(Path(folder, "Python.h").is_file() for folder in folders if folder):
         lacks.append("Python.h (of python3-dev or python3-devel)")
-    return " and ".join(lacks)
+    return frozenset(lacks)
 
 
 def _has(variable: str, *names: str) -> bool:

@@ -91,7 +91,7 @@ class Checkpointer:
 
     def _begin(self) -> Saved | None:
         """Begin a save; return its outcome if it has ended already."""
-        self.finish()
+        self._ended(self.saver.finish(self.watchdog.alive, followed=True))
         state = layout.State(
             **vars(self.state),
             tokens=self.state.step * self.plan.tokens_per_step,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -89,13 +89,14 @@ class Engine:
         self._kernels = kernels.attention(settings.train.attention, ranks.device, self.dtype)
         if settings.train.deterministic:
             self._kernels = kernels.deterministic(self._kernels, ranks.device)
-        # Compiled on all ranks or on none, so that all compute alike.
-        lacking = distinct_on_all(ranks, lambda: kernels.lacks_to_compile("cuda" if self._on_gpu else "cpu"))
+        # Compiled on all ranks or on none, so that all compute alike; flex attention, too.
+        kind: Literal["cpu", "cuda"] = "cuda" if self._on_gpu else "cpu"
+        lacking = set().union(*distinct_on_all(ranks, lambda: kernels.lacks_to_compile(kind)))
         self.compiled = kernels.compiles(settings.train.compile, ranks.device, lacking)
-        if self._on_gpu and settings.train.compile == "auto" and not self.compiled and ranks.world.is_first:
-            lacks = ", ".join(sorted(lacking - {""}))
-            lacks = ", ".join(sorted(lacking - {""}))
-            streams.warn(f"the model is not compiled, which is slower: a host lacks {lacks}")
+        if self._on_gpu:
+            gpt.can_use_flex = not lacking
+            if lacking and (settings.train.compile != "off" or settings.data.document_mask) and ranks.world.is_first:
+                streams.warn(f"nothing is compiled, which is slower: a host lacks {', '.join(sorted(lacking))}")
         self.model = parallelize(
             gpt, ranks, settings.parallel, seed=settings.run.seed, compiled=self.compiled, dtype=self.dtype
         )

@@ -340,31 +340,63 @@ def test_a_save_makes_room_by_removing_what_it_replaces(
         assert "warning: no room for step_000000016: step_000000004 was removed first" in capfd.readouterr().err
 
 
+def count_writes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list that gets the folder of each write of a share."""
+    written, real = list[Path](), checkpoint_save._write
+
+    def write(folder: Path, *given: Any) -> Any:
+        written.append(folder)
+        return real(folder, *given)
+
+    monkeypatch.setattr(checkpoint_save, "_write", write)
+    return written
+
+
 def test_a_save_whose_writing_finds_no_room_makes_some_and_writes_again(
     tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As with a limit of the user's own, which the free space of the disk does not show."""
     monkeypatch.setattr(Pruner, "_free", lambda _: 1 << 40)
+    written = count_writes(monkeypatch)
     with small_disk(tmp_path / "disk", "3700k") as folder:
         saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=3, keep_best=False))
         for step in (4, 8, 12, 16, 20):
             weight = torch.full((250_000,), float(step))
-            saved = saver.begin(state(step), {WEIGHT: weight}) or saver.finish(lambda: None)
+            assert saver.begin(state(step), {WEIGHT: weight}) is None
+            weight.fill_(-1.0)
+            saved = saver.finish(lambda: None)
             assert saved is not None
             assert (saved.problem, saver.busy) == ("", False)
-            weight.fill_(-1.0)
             assert load_file(folder / f"step_{step:09d}" / SHARE)[WEIGHT].eq(step).all()
         assert names(folder) == ["step_000000012", "step_000000016", "step_000000020"]
-        assert "warning: no room for step_000000016: step_000000004 was removed first" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert "warning: no room for step_000000016: step_000000004 was removed first" in said
+        assert "warning: no room for step_000000020: step_000000008 was removed first" in said
+    assert len(written) == 6, "from then on room is made before a save"
+
+
+def test_a_save_that_another_one_follows_leaves_making_room_to_that(
+    tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the last save of a job that has to stop, for which there may be time once."""
+    monkeypatch.setattr(Pruner, "_free", lambda _: 1 << 40)
+    with small_disk(tmp_path / "disk", "2700k") as folder:
+        saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=2, keep_best=False))
+        problems = []
+        for step in (4, 8, 12, 16):
+            assert saver.begin(state(step), {WEIGHT: torch.zeros(250_000)}) is None
+            saved = saver.finish(lambda: None, followed=step == 12)
+            assert saved is not None
+            problems.append(saved.problem)
+        assert ["No space left" in problem for problem in problems] == [False, False, True, False]
+        assert names(folder) == ["step_000000008", "step_000000016"]
 
 
 def test_a_save_that_still_has_no_room_fails_after_one_more_attempt(
     tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pruner, "_free", lambda _: 1 << 40)
-    written: list[int] = []
-    real = checkpoint_save._write
-    monkeypatch.setattr(checkpoint_save, "_write", lambda *given: written.append(1) or real(*given))
+    written = count_writes(monkeypatch)
     with small_disk(tmp_path / "disk", "3m") as folder:
         saver = Saver(folder, ALONE, lease, Checkpoint(keep_last=2, keep_best=False))
         for step, more in ((4, 0), (8, 0), (12, 500_000)):
