@@ -30,7 +30,9 @@ from hpcgpt.run import run_folder
 TRIAL_STEPS, UNDISTURBED_S, SAVE_EVERY_S = 60, 80.0, 3.0
 MAX_CRASHES = 20
 KEEP_LAST = 3
-MOST_CHECKPOINTS = KEEP_LAST + 2  # beside these the one with the smallest loss, and the one just saved
+# Beside these the one with the smallest loss, the last one of an attempt, and the one just saved before that: there was
+# no time to remove what it replaces.
+MOST_CHECKPOINTS = KEEP_LAST + 3
 CONFIG = """
 [run]
 dir = "{runs}"
