@@ -2,7 +2,7 @@
 
 Real processes compete for a run folder as jobs do: each acquires the lease, recovers leftovers, continues from the
 newest valid checkpoint and saves step after step while its weights change. It appends "generation step
-began|committed" to RUN_FOLDER/log, with one write each. They are forked from one parent, so that torch is loaded once.
+chose|committed" to RUN_FOLDER/log, with one write each. They are forked from one parent, so that torch is loaded once.
 The seconds for which a process watches a stopped holder are shortened to tenths; only the waiting changes.
 
 In each round two processes compete while the holder is killed, or stopped, at a random moment. A stopped one is
@@ -38,29 +38,34 @@ def work(run: Path) -> int:
     except ValueError:
         return REFUSED
     log = os.open(run / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(log, f"{lease.number} 0 acquired\n".encode())
+    note(log, lease.number, 0, "acquired")
     retention.recover_leftovers(run / "checkpoints", lease)
     newest = load.newest_valid(run / "checkpoints", ALONE, lease)
     step = layout.read_state(newest).step if newest else 0
-    os.write(log, f"{lease.number} {step} chose\n".encode())
+    note(log, lease.number, step, "chose")
     saver = Saver(run / "checkpoints", ALONE, lease, options.Checkpoint(keep_last=1000, keep_best=False))
     while True:
         step += 1
         saved = saver.begin(layout.State(step, lease.number, 0, 1, {}), content(step))
         if saved is not None and not saved.problem:
-            os.write(log, f"{lease.number} {step} found\n".encode())  # another process saved it: no commit of this one
+            note(log, lease.number, step, "found")  # another process saved it: no commit of this one
             continue
         while saved is None:
             time.sleep(0.0005)
             saved = saver.poll()
         if saved.problem:
-            os.write(log, f"{lease.number} {step} failed\n".encode())
+            note(log, lease.number, step, "failed")
             step -= 1
         else:
-            os.write(log, f"{lease.number} {step} committed\n".encode())
+            note(log, lease.number, step, "committed")
 
 
-def start(run: Path) -> int:
+def note(log: int, number: int, step: int, what: str) -> None:
+    """Append a line of 32 bytes, so that none crosses a page of the file: a reader, or SIGKILL, would cut it in two."""
+    os.write(log, f"{number} {step} {what}".ljust(31).encode() + b"\n")
+
+
+def start(run: Path, running: set[int]) -> int:
     child = os.fork()
     if child == 0:
         try:
@@ -68,7 +73,14 @@ def start(run: Path) -> int:
             os._exit(work(run))
         finally:
             os._exit(1)
+    running.add(child)
     return child
+
+
+def wait(child: int, running: set[int]) -> int:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    running.remove(child)
+    return status
 
 
 def wait_for(run: Path, what: str, newer_than: int, children: list[int]) -> int:
@@ -88,8 +100,16 @@ def main(run: Path, rounds: int, seed: int) -> None:
     torch.set_num_threads(1)
     lease.HEARTBEAT_S = 0.05
     (run / "checkpoints").mkdir(parents=True)
-    dice = random.Random(seed)
-    holder = start(run)
+    running: set[int] = set()
+    try:
+        compete(run, rounds, random.Random(seed), running)
+    finally:
+        for child in running:
+            os.kill(child, signal.SIGKILL)
+
+
+def compete(run: Path, rounds: int, dice: random.Random, running: set[int]) -> None:
+    holder = start(run, running)
     number = wait_for(run, "chose", 0, [holder])
     for round_number in range(rounds):
         time.sleep(dice.uniform(0.0, 0.08))
@@ -99,20 +119,18 @@ def main(run: Path, rounds: int, seed: int) -> None:
         lease.WATCH_S = 0.3 if superseded else 10.0
         os.kill(holder, signal.SIGSTOP if superseded else signal.SIGKILL)
         if not superseded:
-            os.waitpid(holder, 0)
-        rivals = [start(run), start(run)]
+            wait(holder, running)
+        rivals = [start(run, running), start(run, running)]
         newer = wait_for(run, "committed", number, rivals)
         reported = {"superseded": superseded, "number": newer, "superseded_status": None}
         if superseded:
             os.kill(holder, signal.SIGCONT)
-            reported["superseded_status"] = os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1])
+            reported["superseded_status"] = wait(holder, running)
         winner = json.loads((run / f"generations/{newer:06d}.json").read_text())["pid"]
         (loser,) = [rival for rival in rivals if rival != winner]
-        reported["loser"] = os.waitstatus_to_exitcode(os.waitpid(loser, 0)[1])
+        reported["loser"] = wait(loser, running)
         print(json.dumps(reported), flush=True)
         holder, number = winner, newer
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
 
 
 if __name__ == "__main__":
