@@ -155,8 +155,8 @@ class GPT(nn.Module):
         else:
             dropout = c.dropout if self.training else 0.0
             # Flex attention is compiled for each length, and while text is generated every length occurs.
-            flex = may_use_flex and self.can_use_flex
-            flex = flex and attention_context.supports_flex(weight.device, weight.dtype, dropout)
+            possible = may_use_flex and self.can_use_flex
+            flex = possible and attention_context.supports_flex(weight.device, weight.dtype, dropout)
             context = attention_context.document_context(new, ids, self.options.document_start, flex)
         if c.kind == "modern":
             rope = attention_context.rope_cos_sin(context.positions, c)
