@@ -80,7 +80,7 @@ test-fast: $(VENV)/.installed-test ## run the tests that start no other process 
 test: ## run all tests but the longest, with a real Slurm if one can run here (LAB=0: without; nothing is installed)
 	@$(MAKE) --silent --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,--jobs 2) AT_ONCE=1 $(VENV)/.installed-test lab-packages
 	@$(BIN)/python -m compileall -q hpcgpt data_prep # once, and not in each process that the tests start
-	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 4)
+	@LAB=$(LAB) $(PYTEST) $(if $(ARGS),$(ARGS),-m 'not long' --numprocesses 5)
 
 lab-packages: | $(VENV)/bin/pip
 ifneq ($(LAB),0)

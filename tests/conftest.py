@@ -30,7 +30,7 @@ from tests.tiers import pytest_runtest_call as pytest_runtest_call
 from tests.tiers import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 from tests.tiny_run import TINY
 
-# One thread for each process of the tests, of which four run at a time: torch loads later than this. With as many
+# One thread for each process of the tests, of which five run at a time: torch loads later than this. With as many
 # threads as cores in each, models of this size wait for each other's threads most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded

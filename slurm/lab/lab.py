@@ -30,13 +30,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import json
 import os
 import pwd
 import secrets
 import shlex
 import signal
+import socket
 import stat
 import sys
 import time
@@ -56,6 +57,7 @@ from lab_hosts import LabError, run
 
 # The states of a node that answers and takes jobs, in sinfo; an asterisk after a state: it does not answer.
 RESPONDING = {"idle", "mix", "alloc", "comp", "plnd", "resv"}
+MACHINE = ""  # no lab's name
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,19 @@ def up(lab: Lab, *, install: bool = False) -> str:
         lab_needs.install_missing()
     if reason := lab_needs.why_not():
         raise LabError(reason, lab_needs.CANNOT)
-    with _one_at_a_time():
+    with _alone(lab.name):
         if status(lab.name).up:
             if (running := load_lab(lab.name)) != lab:
                 raise LabError(f"another lab is up, {running}, not {lab}: take it down first")
             return f"{lab.name} is up already"
         began_at = time.monotonic()
         lab_hosts.remove_everything(lab)
-        lab_hosts.refuse_what_is_taken(lab)
         try:
-            _bring_up(lab)
+            with _alone(MACHINE):  # else two labs could take the same subnet
+                lab_hosts.refuse_what_is_taken(lab)
+                _write_files(lab)
+                lab_hosts.build_network(lab)
+            _start(lab)
         except BaseException as error:
             logs = _ends_of_logs(lab)
             lab_hosts.remove_everything(lab)
@@ -96,7 +101,7 @@ def up(lab: Lab, *, install: bool = False) -> str:
 def down(name: str) -> str:
     """Remove everything that a lab of this name has, or left, on this machine. Returns a message."""
     _need_root()
-    with _one_at_a_time():
+    with _alone(name):
         lab = load_lab(name) or Lab(name)
         was_there = lab.state.exists() or lab_hosts.link_kind(name) == "veth"
         if status(name).up:
@@ -185,7 +190,7 @@ def _end_jobs(lab: Lab) -> None:
             _wait_until(lambda: not jobs(), timeout_s=8)
 
 
-def _bring_up(lab: Lab) -> None:
+def _write_files(lab: Lab) -> None:
     lab.state.mkdir(mode=0o755)
     for folder in ("ctld", "dev", "log", "munge", "pid", "spool"):
         (lab.state / folder).mkdir()
@@ -196,7 +201,9 @@ def _bring_up(lab: Lab) -> None:
     (lab.state / "hosts").write_text(hosts_file(lab))
     for gpu in range(lab.gpus):
         os.mknod(lab.state / f"dev/gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # another /dev/null
-    lab_hosts.build_network(lab)
+
+
+def _start(lab: Lab) -> None:
     # A munged on each host, as on any cluster. With a single one, every node would decode the same credential there: a
     # replay, which Slurm accepts only if it was built for several slurmd on one host.
     munged = _prepare_munge(lab)
@@ -254,22 +261,25 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Let only one `up` or `down` run on a machine. The lock is on the folder /run itself, so it leaves no file."""
-    folder = os.open("/run", os.O_RDONLY)
+def _alone(what: str) -> Iterator[None]:
+    """Let only one `up` or `down` work on this lab, or on MACHINE, at a time.
 
-    def locked() -> bool:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    The lock is an address of a socket, so it leaves no file.
+    """
+    with socket.socket(socket.AF_UNIX) as holder:
+
+        def locked() -> bool:
+            try:
+                holder.bind(f"\0hpcgpt-lab/{what}")
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                return False
             return True
-        return False
 
-    try:
         if not _wait_until(locked, timeout_s=300):
             raise LabError("another `up` or `down` has been running for five minutes: find it with ps and end it")
         yield
-    finally:
-        os.close(folder)
 
 
 def _need_root() -> None:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lab_hosts
 import lab_needs
 import pytest
-from lab import cut, down, heal, kill_slurmd, slurm, start_slurmd, status, up, wait_until_idle
+from lab import _alone, cut, down, heal, kill_slurmd, slurm, start_slurmd, status, up, wait_until_idle
 from lab_conf import SLURMD_PORT, Lab
 from lab_hosts import LabError
 
@@ -144,6 +145,16 @@ def test_down_leaves_no_trace(second_lab: Lab, tmp_path: Path) -> None:
     assert processes_with(sleep) == []
     assert processes_with(second_lab.name) == []
     assert down(second_lab.name) == f"{second_lab.name} was down already"
+
+
+@pytest.mark.processes
+def test_a_command_waits_for_another_on_the_same_lab_and_not_for_one_on_another_lab(second_lab: Lab) -> None:
+    with _alone("hpcgpt-other"), ThreadPoolExecutor() as pool:
+        with _alone(second_lab.name):
+            waiting = pool.submit(down, second_lab.name)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
+        assert waiting.result(LONG_S) == f"{second_lab.name} was down already"
 
 
 @pytest.mark.processes
