@@ -35,7 +35,7 @@ class Site:
             ["sbatch", "--parsable", "--time=10", "--cpus-per-task=1", "--exclusive", *flags, SCRIPT, *self.options,
              "--out", str(out)], cwd=self.home, capture_output=True, text=True, timeout=60, check=False,
             env=clean_env() | self.lab.environ()
-            | {"HPCGPT_PYTHON": sys.executable, "HPCGPT_SITE": str(self.home / "site.sh")},
+            | {"HPCGPT_PYTHON": sys.executable, "HPCGPT_SITE": str(self.home / "site.sh"), "HERE": str(self.home)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -61,7 +61,8 @@ def site(lab: Lab, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFact
     words = [word for path in sorted(ROOT.glob("hpcgpt/**/*.py")) for word in path.read_text().split(" ")]
     chance = random.Random(2)
     (home / "corpus").mkdir()
-    (home / "site.sh").write_text('export SEEN="$NOT_SET_AT_ALL:yes"\n')  # as conda's and many modules' scripts do
+    # As conda's and many modules' scripts do; and, as users write, options and arguments of its own.
+    (home / "site.sh").write_text('export SEEN="$NOT_SET_AT_ALL:yes"\nset -euo pipefail\nset -- none of these\nIFS=,\n')
     for number in range(UNITS):
         text = " ".join(chance.choices(words, k=1_000_000 // 6))
         (home / "corpus" / f"{number:02d}.txt").write_text((text * 3)[:1_100_000])
@@ -157,7 +158,7 @@ def wait_until_gone(process: int) -> None:
 def test_a_task_at_its_time_limit_requeues_itself_and_continues(site: Site, uninterrupted: Path) -> None:
     """Slurm's signal before the time limit is sent by hand, so that the test does not wait for a minute."""
     out = site.home / "limited"
-    job = site.sbatch(out, "--array=0")
+    job = site.sbatch(Path("$HERE/limited"), "--array=0")  # which make_shards expands, and the shell does not
     wait_for_units(out, 2)
     slurm(site.lab, "scancel", "--signal=USR1", "--batch", job)
     site.wait(job)

@@ -349,6 +349,26 @@ def test_a_site_file_is_sourced_in_this_shell_and_may_use_unset_variables(batch:
     assert set((batch.state / "seen").read_text().split()) == {":yes"}
 
 
+def test_of_a_site_file_only_the_environment_stays(batch: Batch) -> None:
+    """Not its options, with which this script would end without a decision; its arguments; and its separators."""
+    site = batch.home / "site.sh"
+    site.write_text("set -euo pipefail -f\nset -- other arguments\nIFS=/\nexport SEEN=yes\n")
+    batch.set_python(f"""[ "$2" != hpcgpt.train ] || {{ echo "$SEEN $*" >> {batch.state}/seen; sleep 3; exit 75; }}""")
+    done = batch.start(HPCGPT_SITE=str(site))
+    assert done.returncode == 75, done.stderr
+    assert (batch.state / "seen").read_text() == f"yes -m hpcgpt.train --run.dir {batch.home}/runs --run.name mine\n"
+    assert "requeue 7" in batch.calls
+
+
+def test_a_site_file_that_ends_the_shell_is_refused(batch: Batch) -> None:
+    site = batch.home / "site.sh"
+    for text in ("exit 0\n", "set -e\nfalse\n"):
+        site.write_text(text)
+        done = batch.start(HPCGPT_SITE=str(site))
+        assert done.returncode == 2
+        assert f"cannot read HPCGPT_SITE={site}: it ends the shell" in done.stderr
+
+
 def test_a_missing_site_file_is_a_user_error_at_first_and_the_nodes_fault_later(batch: Batch) -> None:
     assert batch.start(HPCGPT_SITE="/nowhere/site.sh").returncode == 2
     assert batch.calls == []
