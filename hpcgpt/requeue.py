@@ -118,7 +118,11 @@ def _begin(settings: Config) -> str:
 
 
 def _preflight(settings: Config) -> int:
-    """Check the nodes; print the run folder, or, with status BAD_NODES, the nodes that the next start is to avoid."""
+    """Check the nodes; print the run folder, or, with status BAD_NODES, the nodes that the next start is to avoid.
+
+    What all nodes have is a mistake only at the first start: later the same command has worked before. Then none is to
+    be avoided, but the only one of a job, which may be at fault.
+    """
     folder = settings.run_folder
     failing = preflight.failing(settings)
     if not failing:
@@ -128,11 +132,13 @@ def _preflight(settings: Config) -> int:
         _log(f"{node} fails the check before the start: {reason}")
     if problem := _record(folder, world.job_start(), [{"event": "preflight", "failing": failing}]):
         streams.warn(problem)
-    if preflight.is_common(failing, len(world.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", "")))):
+    common = preflight.is_common(failing, len(world.expand_hosts(os.environ.get("SLURM_JOB_NODELIST", ""))))
+    if common and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and not os.environ.get("HPCGPT_CHAINED"):
         message = "all nodes fail the check before the start: correct it, or pass --doctor.preflight off"
         return cli.print_error(UserError(message), REFUSED)
-    bad_nodes.update_list(folder, failing)
-    print(" ".join(failing))
+    avoided = {} if common and len(failing) > 1 else failing
+    bad_nodes.update_list(folder, avoided)
+    print(" ".join(avoided))
     return BAD_NODES
 
 

@@ -19,6 +19,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,11 @@ from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
 from hpcgpt.sites import catalog, qos
 from hpcgpt.sites import job as site_job
+from hpcgpt.sites.schema import Site
 from hpcgpt.slurm import code_snapshot, partitions, request, sbatch_flags, submission, sweep
 from hpcgpt.slurm.code_snapshot import Snapshot
 from hpcgpt.slurm.request import Request
+from hpcgpt.slurm.sbatch_flags import Flags
 
 if TYPE_CHECKING:
     from hpcgpt.plan import Plan  # loads numpy, which --help should not
@@ -77,11 +80,7 @@ def main(argv: Sequence[str]) -> int:
     if settings.run.device == "cpu" and not request.written_for_gpus(flags):
         flags["gpus-per-node"] = "0"
     site = catalog.find(options.site) if options.site else None
-    offered = partitions.ask()
-    requested = (
-        site_job.complete(site, flags, offered, os.environ) if site else request.complete(flags, *offered, os.environ)
-    )
-    requested = qos.fit(requested, flags, os.environ)
+    requested = qos.fit(_complete(flags, site), flags, os.environ)
     tasks = sweep.expand(training, options.grid)
     runs = [_checked(arguments, requested) for arguments in tasks]
     to_do = [run for run in runs if not run.nothing_to_do]
@@ -229,6 +228,14 @@ def _record(folder: Path, job: str) -> None:
         run_folder.record(folder, "submit", job=job)
     except OSError as error:
         streams.warn(error)
+
+
+def _complete(flags: Flags, site: Site | None) -> Request:
+    """Complete the flags that the user wrote by the site's file, and by what Slurm offers."""
+    offered = partitions.ask()
+    if site:
+        return site_job.complete(site, flags, offered, os.environ)
+    return request.complete(flags, *offered, os.environ, partial(qos.over_partition, environment=os.environ))
 
 
 def _checked(arguments: list[str], requested: Request) -> Run:

@@ -193,6 +193,9 @@ def test_the_job_id_is_printed_as_json(slurm: Path, tiny: Path, tmp_path: Path) 
         (["--nodes"], "--nodes needs a value"),
         (["--hold=1"], "--hold has no value"),
         (["--wrap", "true"], "--wrap: the job runs hpcgpt's own batch script"),
+        (["--wait"], "--wait: submit returns when the job is queued"),
+        (["--quiet"], "--quiet: the job's id would not be known"),
+        (["-D", "/scratch/me"], "--chdir: the configuration's relative paths are those of the current folder"),
         (["--after", "7", "--dependency=singleton"], "--after 7 is --dependency=afterany:7: give one of the two"),
         (["--signal=TERM@60"], "--signal=TERM@60: expected USR1@SECONDS or USR2@SECONDS"),
         (["--gpus-per-node=x"], "--gpus-per-node=x: expected a number of GPUs"),
@@ -259,6 +262,17 @@ def test_slurms_refusal_is_reported_as_a_message(slurm: Path, tiny: Path) -> Non
     assert "Slurm refused the job" in done.stderr
     assert "Invalid partition name" in done.stderr
     assert "Traceback" not in done.stderr
+    (slurm / "sbatch").write_text('#!/bin/sh\n[ "$1" = --help ] || echo queued\n')
+    done = submit(slurm, "--nodes", "1", str(tiny))
+    assert done.returncode == 2
+    assert "sbatch printed no job's id; the job may be queued: see `squeue --me`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sbatch_is_not_told_to_wait_for_the_end_of_the_job(slurm: Path, tiny: Path) -> None:
+    done = submit(slurm, "--nodes", "1", str(tiny), SBATCH_WAIT="1")
+    assert done.returncode == 0, done.stderr
+    assert "SBATCH_WAIT" not in (slurm / "environment").read_text()
 
 
 def test_without_slurm_there_is_a_message(tiny: Path, tmp_path: Path) -> None:

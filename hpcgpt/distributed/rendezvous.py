@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from hpcgpt.distributed import node_channel, open_files, store_server
 from hpcgpt.distributed.node_channel import Follower, Leader
-from hpcgpt.distributed.routes import resolve, route, use_interface_towards
+from hpcgpt.distributed.routes import listen, master, resolve, route, use_interface_towards
 from hpcgpt.distributed.world import Ranks, World, same_gpu
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
@@ -152,14 +152,14 @@ def _connect_store(
     Sets the network interface of gloo and NCCL, unless the user has.
     """
     limit = timedelta(seconds=timeout_s)
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if chosen := master():
+        host, port = chosen
         use_interface_towards(resolve(host), port)
         # torchrun's agent already serves its own store on that port.
         serve = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         with _timeout_error(world, f"{host}:{port}, from MASTER_ADDR and MASTER_PORT", timeout_s):
             if serve:
-                return _serve(world, host, socket.create_server(("", port), backlog=BACKLOG), limit)
+                return _serve(world, host, listen(port, BACKLOG), limit)
             deadline = time.monotonic() + timeout_s
             while time.monotonic() < deadline:
                 if store := _open(host, port, timeout_s):
@@ -372,9 +372,10 @@ def _timeout_error(world: World, where: str, timeout_s: float) -> Iterator[None]
 
 def _own_address(world: World) -> str:
     """Return the address at which the other hosts of the step reach this one."""
+    if world.local_size == world.size:
+        return "127.0.0.1"
     here = socket.gethostname()
-    others = [host for host in world.hosts if host.split(".")[0] != here.split(".")[0]]
-    if others:
-        # The source address of the route to another node: a host's own name may resolve to loopback.
-        return route(resolve(others[0]), 9)
-    return "127.0.0.1" if world.local_size == world.size else resolve(here)
+    own = {name.split(".")[0] for name in (here, os.environ.get("SLURMD_NODENAME", here))}
+    others = [host for host in world.hosts if host.split(".")[0] not in own]
+    # The source address of the route to another node: a host's own name may resolve to loopback.
+    return route(resolve(others[0]), 9) if others else resolve(here)

@@ -7,14 +7,45 @@ import socket
 import struct
 from contextlib import suppress
 
+from hpcgpt.errors import UserError
+
+
+def master() -> tuple[str, int] | None:
+    """Return MASTER_ADDR and MASTER_PORT; None if not both are set.
+
+    Raises:
+        UserError: MASTER_PORT is no port.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if host is None or port is None:
+        return None
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise UserError(f"MASTER_PORT is '{port}': expected a port from 1 to 65535; or unset it, and MASTER_ADDR")
+    return host, int(port)
+
+
+def listen(port: int, backlog: int) -> socket.socket:
+    """Listen on the port that MASTER_PORT names."""
+    try:
+        return socket.create_server(("", port), backlog=backlog)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise OSError(
+            error.errno, f"MASTER_PORT {port} on {socket.gethostname()}: {reason}; choose another, or unset it"
+        ) from None
+
 
 def resolve(host: str) -> str:
     try:
         return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]  # type: ignore[return-value]
     except socket.gaierror as error:
+        reason = error.strerror
+        with suppress(socket.gaierror):
+            socket.getaddrinfo(host, None, socket.AF_INET6, socket.SOCK_STREAM)
+            reason = "it has an IPv6 address only"
         raise OSError(
-            f"{socket.gethostname()} cannot resolve the host name '{host}': {error.strerror}; set "
-            "MASTER_ADDR and MASTER_PORT to an address that all nodes reach"
+            f"{socket.gethostname()} cannot resolve the host name '{host}': {reason}; set "
+            "MASTER_ADDR and MASTER_PORT to an IPv4 address that all nodes reach"
         ) from None
 
 

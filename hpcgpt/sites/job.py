@@ -8,10 +8,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from hpcgpt.sites import qos, shell
 from hpcgpt.sites import request as site_request
-from hpcgpt.sites import shell
 from hpcgpt.sites.schema import Site
 from hpcgpt.slurm import request
 from hpcgpt.slurm.partitions import Partition
@@ -33,7 +34,7 @@ def complete(
     # Where nodes' GPUs come without a request, they are counted nevertheless.
     if filled.queue and site.request.form == "none" and flags.get("gpus-per-node") != "0":
         flags["gpus-per-node"] = str(site.node_of(filled.queue).gpus)
-    completed = request.complete(flags, *offered, environment)
+    completed = request.complete(flags, *offered, environment, partial(qos.over_partition, environment=environment))
     left_out = filled.not_wanted - filled.flags.keys()
     kept = {name: value for name, value in completed.flags.items() if name not in left_out}
     gpu = site.node_of(filled.queue).gpu if filled.queue and completed.gpus_per_node else completed.gpu_type
@@ -56,15 +57,19 @@ def one_task_per_node(site: Site, wanted: Mapping[str, str], environment: Mappin
 def setup(site: Site, folder: Path) -> list[str]:
     """Return lines of bash that write the site's shell file into `folder`, for every node, and name it in HPCGPT_SITE.
 
-    A file that the user has named in HPCGPT_SITE at submission is used instead.
+    If the folder is on a mount that the node lacks, that never answers or that is full, it is written into TMPDIR. A
+    file that the user has named in HPCGPT_SITE at submission is used instead.
     """
     text = shell.text(site, shell.Python()).rstrip("\n")
     return [
         'if [ -z "${HPCGPT_SITE:-}" ]; then',
-        f"mkdir -p {shlex.quote(str(folder))}",
-        f'export HPCGPT_SITE={shlex.quote(str(folder))}/site_"$SLURM_JOB_ID".sh',
-        f"cat > \"$HPCGPT_SITE\" <<'{_END}'",
+        f"site_file() {{ cat <<'{_END}'",
         *text.split("\n"),
         _END,
+        "}",
+        "write_site_file() { site_file | timeout --signal=KILL 60 sh -c "
+        """'mkdir -p "${1%/*}" && cat > "$1.new" && mv -f "$1.new" "$1"' hpcgpt "$HPCGPT_SITE"; }""",
+        f'export HPCGPT_SITE={shlex.quote(str(folder))}/site_"$SLURM_JOB_ID".sh',
+        "write_site_file || { HPCGPT_SITE=$(mktemp -d)/site.sh; write_site_file; }",
         "fi",
     ]

@@ -24,6 +24,7 @@ _COLUMNS = ("Name", "Flags", "MaxWall", "MaxTRES", "MaxTRESPU", "MaxTRESPA", "Gr
 # The same in `scontrol show assoc_mgr`. A limit is there as 8(3), with what is used of it, or N(3) without a limit.
 _IN_MEMORY = {"MaxWall": "MaxWallPJ", "MaxTRES": "MaxTRESPJ", "MaxTRESPU": "MaxTRESPU", "MaxTRESPA": "MaxTRESPA",
               "GrpTRES": "GrpTRES", "MaxJobsPU": "MaxJobsPU", "MaxSubmitPU": "MaxSubmitJobsPU"}  # fmt: skip
+OVER_PARTITION = frozenset(["PartitionTimeLimit", "PartitionMaxNodes", "PartitionMinNodes"])
 NOT_READABLE = "not readable here: there is no accounting, or users may not ask"
 
 
@@ -33,11 +34,12 @@ class Qos:
 
     `per_job`, `per_user`, `per_account` and `in_all`: of one job, of all jobs of a user or an account that run at one
     time, and of all jobs in the QOS. `jobs` and `submitted`: of a user, running and with those that wait.
-    `over_partition`: its time limit replaces that of the partition; otherwise the shorter one counts.
+    `flags`: None if they are not readable. With some of them, OVER_PARTITION, its limits replace those of the
+    partition; otherwise the stricter one counts.
     """
 
     max_minutes: int | None = None
-    over_partition: bool = False
+    flags: frozenset[str] | None = None
     per_job: Mapping[str, int] = field(default_factory=dict)
     per_user: Mapping[str, int] = field(default_factory=dict)
     per_account: Mapping[str, int] = field(default_factory=dict)
@@ -46,6 +48,11 @@ class Qos:
     submitted: int | None = None
     grace_s: int = 0
     preempt_mode: str = ""
+
+    @property
+    def over_partition(self) -> bool:
+        """Tell whether its time limit replaces that of the partition."""
+        return "PartitionTimeLimit" in (self.flags or ())
 
     def most(self, resource: str) -> int | None:
         """Return how much of a resource one job can have: a job above any of the limits would wait for ever."""
@@ -68,6 +75,15 @@ def ask() -> dict[str, Qos]:
         return found
     done = scontrol.run("scontrol", "show", "assoc_mgr", "flags=qos")
     return parse_memory(done.stdout) if done.returncode == 0 else {}
+
+
+def over_partition(flags: Mapping[str, str], environment: Mapping[str, str]) -> frozenset[str]:
+    """Return which limits of its partition the QOS of a job replaces, of OVER_PARTITION; all, if that is not known."""
+    name = _name(flags, environment)
+    if not name:
+        return frozenset()
+    found = ask().get(name)
+    return OVER_PARTITION if found is None or found.flags is None else OVER_PARTITION & found.flags
 
 
 def fit(requested: Request, wanted: Mapping[str, str], environment: Mapping[str, str]) -> Request:
@@ -139,9 +155,10 @@ def _qos(row: Mapping[str, str]) -> Qos:
     limit = {column: {name: int(most) for name, most in re.findall(r"([\w/:.-]+)=(\d+)", row.get(column, ""))}
              for column in ("MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES")}  # fmt: skip
     wall = row["MaxWall"]
+    flags = frozenset(row["Flags"].split(",")) - {""} if "Flags" in row else None
     return Qos(
-        minutes(wall), "PartitionTimeLimit" in row.get("Flags", ""), limit["MaxTRES"], limit["MaxTRESPU"],
-        limit["MaxTRESPA"], limit["GrpTRES"], _number(row["MaxJobsPU"]), _number(row["MaxSubmitPU"]),
+        minutes(wall), flags, limit["MaxTRES"], limit["MaxTRESPU"], limit["MaxTRESPA"],
+        limit["GrpTRES"], _number(row["MaxJobsPU"]), _number(row["MaxSubmitPU"]),
         _seconds(row.get("GraceTime", "")), row.get("PreemptMode", ""),
     )  # fmt: skip
 

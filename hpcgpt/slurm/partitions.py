@@ -1,6 +1,6 @@
 """What Slurm offers: partitions with their limits, and the nodes in them. From one call of sinfo.
 
-    sinfo --exact --noconvert --format=%P|%a|%l|%s|%D|%c|%m|%f|%G|%T      sinfo(1); the same in Slurm 22.05 to 24.11
+    sinfo --all --exact --noconvert --format=%P|%a|%l|%s|%D|%c|%m|%f|%G|%T    sinfo(1); the same in Slurm 22.05 to 24.11
 
 No torch in here.
 """
@@ -58,8 +58,8 @@ class Partition:
 
 
 def ask() -> tuple[list[Partition], str]:
-    """Ask Slurm for its partitions; return also why there is no answer, "" if there is one."""
-    done = scontrol.run("sinfo", "--noheader", "--exact", "--noconvert", f"--format={_FORMAT}")
+    """Ask Slurm for its partitions, the hidden ones, too; return also why there is no answer, "" if there is one."""
+    done = scontrol.run("sinfo", "--all", "--noheader", "--exact", "--noconvert", f"--format={_FORMAT}")
     found = parse(done.stdout)
     if found:
         return found, ""

@@ -12,7 +12,7 @@ No torch in here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpcgpt.config.unknown_flags import nearest
@@ -48,11 +48,18 @@ class Request:
         return max(self.gpus_per_node * self.nodes - self.ranks, 0)
 
 
-def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, environment: Mapping[str, str]) -> Request:
+def complete(
+    wanted: Flags,
+    partitions: Sequence[Partition],
+    no_answer: str,
+    environment: Mapping[str, str],
+    not_counted: Callable[[Flags], Collection[str]] = lambda _: (),
+) -> Request:
     """Complete the flags that the user wrote.
 
     `partitions` is what sinfo lists; if it lists none, `no_answer` says why, and only what the user wrote is requested.
-    `environment` may choose a partition with SBATCH_PARTITION, as for sbatch.
+    `environment` may choose a partition with SBATCH_PARTITION, as for sbatch. `not_counted` is asked which of the
+    partition's limits do not count for a job that exceeds one (hpcgpt.sites.qos.over_partition).
 
     Raises:
         UserError: the GPUs of a node are not known, the nodes have none, or the job exceeds a limit.
@@ -89,7 +96,8 @@ def complete(wanted: Flags, partitions: Sequence[Partition], no_answer: str, env
         _add_cores_and_memory(flags, kind, gpus, -(-ranks // nodes))
     if partition:
         _set_time(flags, partition, notes)
-        _check_limits(flags, partition, kinds, nodes, gpus)
+        _check_limits(flags, partition, nodes, not_counted)
+        _check_nodes(flags, partition, kinds, nodes, gpus)
     flags.setdefault("time", "24:00:00")
     return Request(flags, nodes, ranks, gpus, _gpu_type(flags, kind) if gpus else "", tuple(notes))
 
@@ -224,20 +232,34 @@ def _set_time(flags: Flags, partition: Partition, notes: list[str]) -> None:
         notes.append(f"--time={most}: the longest that partition {partition.name} allows, in minutes")
 
 
-def _check_limits(flags: Flags, partition: Partition, kinds: Sequence[NodeKind], nodes: int, gpus: int) -> None:
+def _check_limits(
+    flags: Flags, partition: Partition, nodes: int, not_counted: Callable[[Flags], Collection[str]]
+) -> None:
     name = partition.name
     if not partition.is_up:
         raise UserError(f"partition {name} is down: jobs in it are not started")
+    exceeded = {}
     asked = minutes(flags.get("time", ""))
     if asked is not None and partition.max_minutes is not None and asked > partition.max_minutes:
-        raise UserError(
+        exceeded["PartitionTimeLimit"] = (
             f"--time={flags['time']} is more than partition {name} allows, {partition.max_minutes} minutes: request "
             f"--time={partition.max_minutes}; a longer run is requeued at the limit and continues"
         )
     if partition.max_nodes is not None and nodes > partition.max_nodes:
-        raise UserError(f"--nodes={nodes}: a job in partition {name} may have {partition.max_nodes} at most")
+        exceeded["PartitionMaxNodes"] = (
+            f"--nodes={nodes}: a job in partition {name} may have {partition.max_nodes} at most"
+        )
     if nodes < partition.min_nodes:
-        raise UserError(f"--nodes={nodes}: a job in partition {name} has at least {partition.min_nodes}")
+        exceeded["PartitionMinNodes"] = f"--nodes={nodes}: a job in partition {name} has at least {partition.min_nodes}"
+    if exceeded:
+        free = not_counted(flags)
+        for limit, sentence in exceeded.items():
+            if limit not in free:
+                raise UserError(sentence)
+
+
+def _check_nodes(flags: Flags, partition: Partition, kinds: Sequence[NodeKind], nodes: int, gpus: int) -> None:
+    name = partition.name
     enough = sum(kind.count for kind in kinds if kind.gpus >= gpus)
     if not enough:
         most = max(kind.gpus for kind in kinds)

@@ -96,9 +96,10 @@ def split(argv: Sequence[str]) -> tuple[Flags, list[str]]:
 def from_environment(written: Flags, environment: Mapping[str, str]) -> Flags:
     """Return the flags that the user wrote, and those that sbatch would read from its SBATCH_ variables.
 
-    A flag that is written replaces its variable, and those of flags that ask for the same in another form.
+    A flag that is written replaces its variable, and those of flags that ask for the same in another form. SBATCH_WAIT
+    is left out: it is no property of the job, and submit returns when the job is queued.
     """
-    taken = set(written).union(*(group for group in _TOGETHER if written.keys() & set(group)))
+    taken = {"wait"}.union(written).union(*(group for group in _TOGETHER if written.keys() & set(group)))
     found = {name: environment[variable] for name in sorted(_WITH_VARIABLE - taken)
              if (variable := _variable(name)) in environment}  # fmt: skip
     return {name: "" if name in WITHOUT_VALUE else value for name, value in found.items()} | written

@@ -138,8 +138,13 @@ def run_patiently(*command: str, patience_s: float) -> subprocess.CompletedProce
 def run(
     *command: str, env: Mapping[str, str] | None = None, cwd: str | None = None, stdin: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command. No answer within 20 s, or a missing command, is returned as a failure."""
-    environment = {**(os.environ if env is None else env), "SLURM_TIME_FORMAT": "%s"}
+    """Run a Slurm command. No answer within 20 s, or a missing command, is returned as a failure.
+
+    Without the variables by which a user has squeue and sinfo show a part only, as SQUEUE_PARTITION.
+    """
+    given = os.environ if env is None else env
+    environment = {name: value for name, value in given.items() if not name.startswith(("SQUEUE_", "SINFO_"))}
+    environment["SLURM_TIME_FORMAT"] = "%s"
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=20, check=False, env=environment,

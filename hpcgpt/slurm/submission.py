@@ -29,13 +29,16 @@ DEFAULT_LEAD_S = 120
 _SBATCH_S = 120  # a controller that restarts is waited for by sbatch itself
 LONGEST_LEAD_S = 65535  # sbatch(1), --signal
 
-# Flags that would make another job than the one that is checked, and what to use instead.
+# Flags with which the job or sbatch's answer would be another one than is expected here, and what to use instead.
 _REFUSED = {
     "array": "submit makes an array of the runs of --grid KEY=VALUE,VALUE...; for any other use "
     "`sbatch --array=0-7 {script} CONFIG --run.name sweep-%a`, where %a is replaced by the task's number",
     "wrap": "the job runs hpcgpt's own batch script",
     "test-only": "--dry-run prints the script, for `sbatch --test-only`",
     "parsable": "--json prints the job's id",
+    "quiet": "the job's id would not be known: --json prints little more",
+    "wait": "submit returns when the job is queued: `hpcgpt status --watch` follows it",
+    "chdir": "the configuration's relative paths are those of the current folder: change into {value} before",
 }
 
 
@@ -46,7 +49,8 @@ def job_parameters(flags: Flags, folder: Path) -> dict[str, Any]:
         UserError: a value that Slurm, submitit or a batch script would misread.
     """
     for name in _REFUSED.keys() & flags.keys():
-        raise UserError(f"--{name}: {_REFUSED[name].format(script=batch_scripts.FOLDER / 'pretrain.sbatch')}")
+        instead = _REFUSED[name].format(script=batch_scripts.FOLDER / "pretrain.sbatch", value=flags[name])
+        raise UserError(f"--{name}: {instead}")
     if tag := re.search("%[jtAa]", paths.absolute(str(folder))):
         raise UserError(
             f"the run folder {folder} has {tag[0]} in its path, which submitit replaces by a number: choose another "
@@ -108,10 +112,10 @@ def submit(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot], 
     Raises:
         UserError: Slurm refuses the job.
     """
-    from submitit.core.utils import CommandFunction, FailedJobError
+    from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissionError
 
     executor = _executor(folder, parameters, codes, environment)
-    named = {name.replace("_", "-"): "" for name in (*parameters["additional_parameters"], "job-name")}
+    named = {name.replace("_", "-"): "" for name in (*parameters["additional_parameters"], "job-name", "wait")}
     inherited = dict(os.environ)
     kept = sbatch_flags.without_variables(named, inherited)
     try:
@@ -126,6 +130,8 @@ def submit(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot], 
                 "before you submit it again"
             ) from None
         raise UserError(f"Slurm refused the job: {error}") from None
+    except FailedSubmissionError as error:
+        raise UserError(f"sbatch printed no job's id; the job may be queued: see `squeue --me`. {error}") from None
     finally:
         os.environ.update(inherited)
     return str(job.job_id)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcgpt.config import sources
+from hpcgpt.distributed.world import expand_hosts
 from hpcgpt.doctor import disks, preflight
 from hpcgpt.run import run_folder
 from tests.disks import fill, small_disk
@@ -90,22 +91,32 @@ def test_a_step_that_does_not_end_is_cancelled_and_what_it_printed_counts(
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("failing", "status", "printed"),
-    [((), 0, ""), (("n1", "n3"), 4, "n1 n3\n"), (("n1", "n2", "n3"), 3, "")],
+    ("nodes", "failing", "again", "status", "printed"),
+    [
+        ("n[1-3]", (), {}, 0, ""),
+        ("n[1-3]", ("n1", "n3"), {}, 4, "n1 n3\n"),
+        ("n[1-3]", ("n1", "n2", "n3"), {}, 3, ""),
+        ("n[1-3]", ("n1", "n2", "n3"), {"SLURM_RESTART_COUNT": "1"}, 4, "\n"),
+        ("n1", ("n1",), {}, 3, ""),
+        ("n1", ("n1",), {"SLURM_RESTART_COUNT": "2"}, 4, "n1\n"),
+        ("n1", ("n1",), {"HPCGPT_CHAINED": "1"}, 4, "n1\n"),
+    ],
 )
-def test_the_start_of_a_job_ends_with_the_nodes_that_fail_unless_all_do(
-    failing: tuple[str, ...], status: int, printed: str, slurm: FakeSlurm, tiny: Path, tmp_path: Path
-) -> None:
-    answers = "".join(line(node, "data: missing" if node in failing else "") for node in NODES)
+def test_the_start_of_a_job_ends_with_the_nodes_that_fail_and_the_first_for_good_if_all_do(
+    nodes: str, failing: tuple[str, ...], again: dict[str, str], status: int, printed: str, slurm: FakeSlurm,
+    tiny: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    names = expand_hosts(nodes)
+    answers = "".join(line(node, "data: missing" if node in failing else "") for node in names)
     (slurm.folder / "srun").write_text(f"#!/bin/sh\ncat <<'END'\n{answers}END\n")
     (slurm.folder / "srun").chmod(0o755)
-    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "PATH": f"{slurm.folder}:/usr/bin:/bin"}
+    env = again | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": nodes, "PATH": f"{slurm.folder}:/usr/bin:/bin"}
     done = command("hpcgpt.requeue", "folder", str(tiny), "--doctor.preflight", "quick", env=env)
     folder = tmp_path / "runs" / "tiny"
     assert (done.returncode, done.stdout) == (status, printed or ("" if status else f"{folder}\n")), done.stderr
     assert ("all nodes fail" in done.stderr) == (status == 3)
     events = [event for event in run_folder.events(folder) if event["event"] == "preflight"]
     assert [sorted(event["failing"]) for event in events] == ([list(failing)] if failing else [])
-    assert (folder / "excluded_nodes.json").exists() == (status == 4)
+    assert (folder / "excluded_nodes.json").exists() == bool(printed.strip())
     off = command("hpcgpt.requeue", "folder", str(tiny), env=env)
     assert (off.returncode, off.stdout) == (0, f"{folder}\n")

@@ -90,7 +90,14 @@ def test_what_a_node_may_call_is_read_from_the_jobs_output() -> None:
 
 
 def test_the_limits_of_a_qos_are_shown_and_without_accounting_that_is_said() -> None:
-    long = Qos(5760, True, per_job={"node": 3}, per_account={"node": 8, "gres/gpu": 32}, jobs=2, submitted=10)
+    long = Qos(
+        5760,
+        frozenset(["PartitionTimeLimit"]),
+        per_job={"node": 3},
+        per_account={"node": 8, "gres/gpu": 32},
+        jobs=2,
+        submitted=10,
+    )
     (found,) = site.judge_qos({"long": long})
     assert (found.check, found.found) == (
         "QOS long",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpcgpt.errors import UserError
-from hpcgpt.sites import catalog, job
+from hpcgpt.sites import catalog, job, shell
 from hpcgpt.slurm import partitions
 from hpcgpt.slurm.request import Request
 
@@ -50,6 +50,14 @@ def test_the_job_writes_the_shell_file_unless_the_user_has_named_one(tmp_path: P
     done = subprocess.run(["bash", "-c", script], env={"SLURM_JOB_ID": "7", "PATH": "/usr/bin:/bin"},
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert (done.stdout, done.stderr) == (f"{tmp_path}/my run/submit/site_7.sh ib0\n", "")
+    # The folder cannot be made: a file is in its place, as if a mount were missing.
+    (tmp_path / "file").touch()
+    elsewhere = "\n".join([*job.setup(catalog.find("leonardo"), tmp_path / "file" / "submit"), 'cat "$HPCGPT_SITE"'])
+    done = subprocess.run(
+        ["bash", "-c", elsewhere], env={"SLURM_JOB_ID": "7", "PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.rstrip() == shell.text(catalog.find("leonardo"), shell.Python()).rstrip()
     own = tmp_path / "own.sh"
     own.write_text("export NCCL_SOCKET_IFNAME=eth0\n")
     done = subprocess.run(["bash", "-c", script], env={"HPCGPT_SITE": str(own), "PATH": "/usr/bin:/bin"},

@@ -42,16 +42,25 @@ QOS=boost_qos_lprod(7)
 
 def test_the_limits_are_read_from_sacctmgr() -> None:
     found = qos.parse(SACCTMGR)
-    assert found["normal"] == Qos(preempt_mode="cluster")
+    assert found["normal"] == Qos(flags=frozenset(), preempt_mode="cluster")
     assert found["boost_qos_lprod"] == Qos(
-        5760, True, {"node": 8}, {"gres/gpu": 64}, {}, {"gres/gpu": 32}, 4, 20, 300, "requeue"
+        5760,
+        frozenset(["DenyOnLimit", "PartitionTimeLimit"]),
+        {"node": 8},
+        {"gres/gpu": 64},
+        {},
+        {"gres/gpu": 32},
+        4,
+        20,
+        300,
+        "requeue",
     )
 
 
 def test_the_controller_shows_the_same_limits() -> None:
     found = qos.parse_memory(MEMORY)
     assert found == {"normal": Qos(), "boost_qos_lprod": Qos(
-        5760, False, {"node": 8}, {"gres/gpu": 64}, {}, {"gres/gpu": 32}, 4, 20
+        5760, None, {"node": 8}, {"gres/gpu": 64}, {}, {"gres/gpu": 32}, 4, 20
     )}  # fmt: skip
     assert qos.parse_memory("") == qos.parse_memory("Current Association Manager state\n") == {}
 
@@ -69,7 +78,8 @@ def test_the_tightest_limit_is_that_of_a_job() -> None:
 def test_a_qos_exceeds_the_time_of_a_partition_only_with_its_flag(
     own: int | None, over: bool, partition: int | None, expected: int | None
 ) -> None:
-    assert Qos(own, over).minutes_in(partition) == expected
+    flags = frozenset(["PartitionTimeLimit"] if over else [])
+    assert Qos(own, flags).minutes_in(partition) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,6 +134,22 @@ def test_a_qos_in_the_environment_counts_and_one_that_slurm_does_not_show_is_lef
     monkeypatch.setattr(qos, "ask", dict)
     unknown = requested({"qos": "any"}, 9999, 9999)
     assert qos.fit(unknown, {}, {}) == unknown
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, []), ({"qos": "normal"}, []), ({"qos": "boost_qos_lprod"}, ["PartitionTimeLimit"]),
+        ({"qos": "unknown"}, ["PartitionMaxNodes", "PartitionMinNodes", "PartitionTimeLimit"]),
+    ],
+)  # fmt: skip
+def test_the_flags_of_a_qos_say_which_limits_of_the_partition_it_replaces(
+    flags: dict[str, str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qos, "ask", lambda: qos.parse(SACCTMGR))
+    assert sorted(qos.over_partition(flags, {})) == expected
+    monkeypatch.setattr(qos, "ask", lambda: qos.parse_memory(MEMORY))  # without flags: Slurm decides
+    assert (len(qos.over_partition(flags, {})) == 3) == bool(flags)
 
 
 @pytest.mark.processes

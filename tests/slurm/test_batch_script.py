@@ -25,6 +25,7 @@ SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
 
 # The stand-ins keep the job's fields in files, as slurmctld does in memory, and record their calls in `calls`.
 SQUEUE = """#!/bin/bash
+[ -z "$SQUEUE_PARTITION" ] || exit
 cd "$STATE"
 for word; do case $word in
     --format=%T) cat state ;; --format=%r) cat reason ;; --format=%k) cat comment ;; --format=%x) cat excluded ;;
@@ -334,6 +335,12 @@ def test_a_job_that_slurm_started_in_tmp_instead_of_its_folder_makes_no_run_ther
     )  # fmt: skip
     assert "cannot enter /gone/away" in done.stderr
     assert not (batch.home / "runs").exists()
+    assert "requeue 7" in batch.calls
+
+
+def test_what_the_user_has_squeue_leave_out_does_not_hide_the_job(batch: Batch) -> None:
+    batch.set_python("exit 9")
+    assert batch.start(1, SQUEUE_PARTITION="other").returncode == 1
     assert "requeue 7" in batch.calls
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from hpcgpt.slurm import partitions
 from hpcgpt.slurm.partitions import minutes, parse
 
 # The formats are from sinfo(1); sockets after a gres, names of types and "infinite" as real clusters print them.
@@ -74,3 +77,20 @@ def test_slurms_formats_of_durations_are_understood(text: str, expected: int | N
 def test_a_node_that_comes_back_by_itself_is_usable(state: str, usable: bool) -> None:
     (partition,) = parse(f"p|up|1:00|1|1|8|1000|x|gpu:2|{state}\n")
     assert partition.kinds[0].usable == usable
+
+
+@pytest.mark.processes
+def test_hidden_partitions_and_what_the_user_has_sinfo_leave_out_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sinfo").write_text(
+        "#!/bin/sh\n"
+        '[ -z "$SINFO_PARTITION$SQUEUE_PARTITION" ] || exit 0\n'
+        'case " $* " in *" --all "*) echo "hidden|up|infinite|1-4|4|64|512000|x|gpu:4|idle" ;; esac\n'
+    )
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SINFO_PARTITION", "other")
+    monkeypatch.setenv("SQUEUE_PARTITION", "other")
+    found, problem = partitions.ask()
+    assert ([partition.name for partition in found], problem) == (["hidden"], "")

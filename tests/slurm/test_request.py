@@ -130,6 +130,19 @@ def test_a_job_that_could_never_run_is_refused(command_line: str, message: str) 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("command_line", "limit"),
+    [("-t 1-0", "PartitionTimeLimit"), ("-N 5", "PartitionMaxNodes"), ("-p large -N 2", "PartitionMinNodes")],
+)
+def test_a_qos_may_replace_a_limit_of_the_partition(command_line: str, limit: str) -> None:
+    flags, _ = split([*command_line.split(), "--qos=long"])
+    assert complete(flags, CLUSTER, "", {}, lambda asked: [limit] if asked["qos"] == "long" else []).flags
+    with pytest.raises(UserError):
+        complete(
+            flags, CLUSTER, "", {}, lambda _: {"PartitionTimeLimit", "PartitionMaxNodes", "PartitionMinNodes"} - {limit}
+        )
+
+
 def test_without_an_answer_of_slurm_only_what_is_written_is_requested() -> None:
     flags = {"gpus-per-node": "4", "nodes": "2"}
     found = complete(flags, [], "sinfo did not answer within 20 s", {})
