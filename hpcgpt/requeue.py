@@ -104,7 +104,8 @@ def _begin(settings: Config) -> str:
     with suppress(OSError):
         if not lease.is_held(folder) or lease.holder_is_gone(folder):
             run_folder.rotate_records(folder, job_start)
-    past = restart_history.count_restarts(_events(folder), job_start, newest)
+    begun = restart_history.without_older_job([*_events(folder), {"event": "job", "job": job_start}], job_start)
+    past = restart_history.count_restarts(begun[:-1], job_start, newest)
     problem = requeue_policy.reason_to_refuse(past, settings.requeue)
     try:
         run_folder.record(folder, "job", job=job_start, newest_step=newest, **job_event(scontrol.ask(job)))
@@ -172,7 +173,7 @@ def _act(settings: Config, status: int | None) -> int | None:
     decides, and counts.
     """
     folder, job_start, id_ = settings.run_folder, world.job_start(), scontrol.job_id(os.environ)
-    events = _events(folder)
+    events = restart_history.without_older_job(_events(folder), job_start)
     if any(event["event"] == "chain" and event.get("job") == job_start for event in events):
         _log(f"no requeue of job {id_}: the next job is queued already")
         return 0

@@ -168,6 +168,18 @@ def starts(events: Sequence[Row], job: str, newest: int | None) -> list[Start]:
     return found
 
 
+def without_older_job(events: Sequence[Row], job: str) -> list[Row]:
+    """Leave out what an older job with the id of `job` did: ids begin again some day, and clusters share a folder.
+
+    The job began with its newest start that is no restart, which is on record.
+    """
+    id_ = job.rpartition("_")[0]
+    first = max((index for index, event in enumerate(events)
+                 if event.get("event") == "job" and event.get("job") == f"{id_}_0"), default=0)  # fmt: skip
+    return [event for index, event in enumerate(events)
+            if index >= first or str(event.get("job", "")).rpartition("_")[0] != id_]  # fmt: skip
+
+
 def chain_of(events: Sequence[Row], job: str) -> set[str]:
     """Return the ids of a job and of those before it in its chain."""
     queued_by = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpcgpt.slurm.restart_history import RestartHistory, count_restarts, newest_step, starts
+from hpcgpt.slurm.restart_history import RestartHistory, count_restarts, newest_step, starts, without_older_job
 from tests.checkpoint.small_checkpoints import flip_byte, names, write_manifest
 
 Event = dict[str, Any]
@@ -230,3 +230,19 @@ def test_without_a_checkpoint_the_newest_step_is_0(checkpoints: Path) -> None:
 def test_an_unreadable_folder_has_an_unknown_newest_step(checkpoints: Path) -> None:
     (checkpoints / "file").write_text("")
     assert newest_step(checkpoints / "file") is None
+
+
+def test_an_older_job_with_the_same_id_does_not_count() -> None:
+    """Ids begin again some day, and two clusters may share a disk."""
+    run = RecordedRun()
+    for restart in range(3):
+        run.begin(f"57_{restart}", 0).ready(0).crash()
+    run.chain("58").begin("58_0", 0).ready(0).crash()
+    assert run.counts("57_2", 0)[0] == 2
+    assert without_older_job(run.events, "57_2") == run.events
+    run.begin("57_0", 0)
+    run.events = [dict(event) for event in without_older_job(run.events, "57_0")]
+    assert [event.get("job") for event in run.events if event["event"] == "job"] == ["58_0", "57_0"]
+    assert not any(event["event"] == "chain" for event in run.events)
+    assert run.ready(0).crash().begin("57_1", 0).counts("57_1", 0)[0] == 1
+    assert without_older_job(run.events, "57_1") == run.events
