@@ -195,15 +195,16 @@ def test_the_limits_of_qos_are_those_that_sacctmgr_and_the_controller_show(
     )  # the controller has a user's limits once the user had a job
     found = qos.ask()
     assert found["tight"] == Qos(
-        30, per_job={"node": 1, "gres/gpu": 4}, submitted=9, grace_s=90, preempt_mode="cluster"
-    )
+        30, frozenset(["DenyOnLimit"]), per_job={"node": 1, "gres/gpu": 4}, submitted=9, grace_s=90,
+        preempt_mode="cluster",
+    )  # fmt: skip
     assert found["waiting"].most("node") == 1
     shown = scontrol.run("scontrol", "show", "assoc_mgr", "flags=qos")
     in_memory = qos.parse_memory(shown.stdout)
     assert in_memory.keys() == found.keys()
     for name, limits in found.items():
         # The controller does not show these.
-        assert in_memory[name] == dataclasses.replace(limits, grace_s=0, preempt_mode=""), name
+        assert in_memory[name] == dataclasses.replace(limits, flags=None, grace_s=0, preempt_mode=""), name
 
 
 @pytest.mark.parametrize(
