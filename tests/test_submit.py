@@ -262,6 +262,9 @@ def test_slurms_refusal_is_reported_as_a_message(slurm: Path, tiny: Path) -> Non
     assert "Slurm refused the job" in done.stderr
     assert "Invalid partition name" in done.stderr
     assert "Traceback" not in done.stderr
+    refused = "Batch job submission failed: Requested node configuration is not available"
+    (slurm / "sbatch").write_text(f"#!/bin/sh\necho 'sbatch: error: {refused}' >&2\nexit 1\n")
+    assert "request fewer with --cpus-per-task, and --mem" in submit(slurm, "--nodes", "1", str(tiny)).stderr
     (slurm / "sbatch").write_text('#!/bin/sh\n[ "$1" = --help ] || echo queued\n')
     done = submit(slurm, "--nodes", "1", str(tiny))
     assert done.returncode == 2

@@ -129,7 +129,10 @@ def submit(folder: Path, parameters: dict[str, Any], codes: Sequence[Snapshot], 
                 f"sbatch did not answer within {_SBATCH_S} s. The job may be queued nevertheless: see `squeue --me` "
                 "before you submit it again"
             ) from None
-        raise UserError(f"Slurm refused the job: {error}") from None
+        hint = ""
+        if "node configuration is not available" in str(error):
+            hint = ". Cores or memory of the nodes may be reserved: request fewer with --cpus-per-task, and --mem"
+        raise UserError(f"Slurm refused the job: {error}{hint}") from None
     except FailedSubmissionError as error:
         raise UserError(f"sbatch printed no job's id; the job may be queued: see `squeue --me`. {error}") from None
     finally:
