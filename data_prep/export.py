@@ -32,6 +32,7 @@ SPLITS = ("train", "val")
 NANOGPT_IDS = 50_304
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep.export", description="Shards -> nanoGPT's files.")
     parser.add_argument("DIR", help="folder of shards")

@@ -76,6 +76,7 @@ class TokenFile:
     folder: Path | None = None
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     tokenizer = find_tokenizer.find(arguments.tokenizer)

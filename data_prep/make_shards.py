@@ -39,12 +39,14 @@ from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.data import shard_format
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.tokenizer import find_tokenizer
 
 GiB = 1 << 30
 VAL_FRACTION = 0.01
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     _check(arguments)

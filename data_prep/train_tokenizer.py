@@ -37,6 +37,7 @@ from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.data import shard_format
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.output.counted import counted
 from hpcgpt.tokenizer import from_tiktoken, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, byte_characters
@@ -59,6 +60,7 @@ _WORDS_SHARE, _FEWEST_WORD_BYTES = 32, 16_000_000
 _WORD = re.compile(r"\w+|[^\w\s]+")
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     out = Path(paths.expand(arguments.out, "--out"))

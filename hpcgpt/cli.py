@@ -41,7 +41,8 @@ def run(main: Main, leave: Callable[[int], NoReturn] = sys.exit) -> None:
         sys.stdout.flush()
         leave(status)
     except BrokenPipeError:
-        # `hpcgpt status | head`: the reader has exited, which is no error.
+        # `hpcgpt status | head`: the reader has exited, which is no error. A command that writes something continues
+        # instead: `streams.continue_without_reader`.
         _discard_stdout()
         sys.exit(0)
     except (UserError, OSError) as error:

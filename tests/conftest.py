@@ -9,6 +9,9 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,17 @@ codecs.lookup("utf-32-le")
 def pytest_collection_finish() -> None:
     """Take what was collected, which stays until the end, out of every search for garbage."""
     gc.freeze()
+
+
+@pytest.fixture
+def lose_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Make standard output a pipe whose reader has gone. A function, since pytest sets stdout again before a test."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    yield lambda: monkeypatch.setattr(sys, "stdout", stream)
+    with suppress(BrokenPipeError):  # of what a test that fails has left in it
+        stream.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from hpcgpt import cli
 from hpcgpt.checkpoint import go_back, layout, listing
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder, which_runs
 from hpcgpt.storage import lease, safetensors_header
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     return _show(paths[0], options.json)
 
 
+@streams.continue_without_reader()
 def _back(run: Path, step: int) -> int:
     """Go back to the checkpoint of `step`, unless an attempt is running."""
     go_back.find(run, step, "--step")  # before the lease, for which it may have to wait

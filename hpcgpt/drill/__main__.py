@@ -35,9 +35,11 @@ from hpcgpt.drill.drill import Drill
 from hpcgpt.drill.faults import FaultKind
 from hpcgpt.drill.testbed_lab import why_no_lab
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.slurm import code_snapshot
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     if options.minutes <= 0 or options.steps < 0:

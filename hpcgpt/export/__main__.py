@@ -15,9 +15,11 @@ from hpcgpt.checkpoint import run_config
 from hpcgpt.config import paths
 from hpcgpt.exit_codes import FAILED
 from hpcgpt.export import new_folder
+from hpcgpt.output import streams
 from hpcgpt.run import which_runs
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     folder, out = which_runs.given(options), Path(paths.expand(options.OUT, "OUT"))

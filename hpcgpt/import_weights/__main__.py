@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from hpcgpt import cli
 from hpcgpt.config import paths
+from hpcgpt.output import streams
 
 ABOUT = (
     "Make a run folder of released weights: GPT-2, Llama, Qwen2 or Qwen3 as Hugging Face has them, nanoGPT's ckpt.pt, "
@@ -21,13 +22,14 @@ ABOUT = (
 )
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     # Imported here, since it loads torch.
     from hpcgpt.import_weights import importing
 
     for line in importing.run(options):
-        print(line)
+        print(line, flush=True)
     return 0
 
 

@@ -3,6 +3,7 @@
 The reader may be gone (a closed pipe) or stopped (Ctrl-S, a pager), the disk of the log full, and the encoding may lack
 a character (PYTHONIOENCODING=gbk, LC_ALL=C). After ``in_background`` each write only queues its text, and a thread
 writes it, so training never waits. Code that ends the process calls ``drain`` first, which waits for a bounded time.
+A command that writes files in the foreground is inside ``continue_without_reader``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 MOST_WAITING = 4 << 20  # characters; with more, the oldest text is dropped
@@ -35,6 +37,49 @@ def escape_unknown_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def continue_without_reader() -> Iterator[None]:
+    """Discard what is printed inside once its reader has gone (`| head -1`), instead of raising BrokenPipeError.
+
+    For commands that write something: what they print only informs, so that it must not end them before they have.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _DiscardingStream(sys.stdout), _DiscardingStream(sys.stderr)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _DiscardingStream:
+    """A text stream whose descriptor becomes os.devnull when its reader has gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._discard()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._discard()
+
+    def _discard(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class BackgroundStream:

@@ -18,6 +18,7 @@ from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Tracking
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FAILED
+from hpcgpt.output import streams
 from hpcgpt.run import run_folder, which_runs
 from hpcgpt.storage import lease
 from hpcgpt.tracking import tracker
@@ -26,6 +27,7 @@ SYNC_S = 3600.0
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="hpcgpt tracking", description="Send runs to Weights & Biases.")
     actions = parser.add_subparsers(dest="action", required=True)

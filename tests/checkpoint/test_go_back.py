@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,18 @@ def test_the_command_goes_back_each_time_and_ls_shows_what_is_kept(
     assert layout.found(run / "checkpoints")[0].name == "step_000000004"
     assert main(["back", str(run), "--step", "4"]) == 0
     assert "is the newest already" in capsys.readouterr().out
+
+
+def test_the_command_goes_back_although_its_reader_has_gone(
+    run: Path, lose_reader: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prints that it waits for the lease of an attempt that was killed."""
+    monkeypatch.setattr(leases, "WATCH_S", 0.0)
+    (run / "generations" / "000001.done").unlink()
+    (run / "generations" / "000001.json").write_text("{}")
+    lose_reader()
+    assert main(["back", str(run), "--step", "4"]) == 0
+    assert names(run / "checkpoints") == ["step_000000004"]
 
 
 def test_the_command_is_refused_while_an_attempt_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,11 @@ def documents_of(folder: Path, split: str) -> Documents:
     return [d for shard in manifest.shards if shard.split == split for d in read_like_megatron(folder / shard.name)]
 
 
+def test_a_closed_pipe_ends_no_import(tmp_path: Path, imported: Import, lose_reader: Callable[[], None]) -> None:
+    lose_reader()
+    assert imported("nanogpt", nanogpt(tmp_path / "a.bin", [256, 1, 2, 256]))[1].digest
+
+
 # --- round trips -----------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def test_an_out_that_appears_meanwhile_is_left_as_it_is(
         export(run, out)
     assert names(out) == []
     assert names(tmp_path) == ["out", "run"]
+
+
+def test_a_closed_pipe_does_not_discard_the_export(run: Path, tmp_path: Path, lose_reader: Callable[[], None]) -> None:
+    lose_reader()
+    assert export(run, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_a_full_disk_leaves_nothing_and_names_the_file(

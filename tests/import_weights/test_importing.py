@@ -150,6 +150,13 @@ def loss_of(theirs: Any, out: Path, shards: Path) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
 
 
+def test_a_closed_pipe_does_not_discard_the_import(
+    qwen3: Path, tmp_path: Path, imported: Import, lose_reader: Callable[[], None]
+) -> None:
+    lose_reader()
+    assert (imported(qwen3, tmp_path / "out", "--no-check") / "imported.json").is_file()
+
+
 # --- fitted, and other forms of the same ------------------------------------------------------------
 
 

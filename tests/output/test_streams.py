@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
+from hpcgpt.output import streams
 from hpcgpt.output.streams import BackgroundStream
 from tests.programs import ROOT, clean_env, command
 from tests.tiny_run import curve
@@ -102,6 +104,35 @@ def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: 
             os.close(writer)
             os.close(reader)
     assert curve(tiny.parent / "runs" / "printed") == expected_curve
+
+
+def test_a_command_that_writes_continues_without_a_reader(lose_reader: Callable[[], None]) -> None:
+    lose_reader()
+    with streams.continue_without_reader():
+        print("flushed", flush=True)
+        print("flushed", flush=True)
+        print("left in the buffer")
+    print("now nothing is printed", flush=True)
+
+
+def test_text_before_the_reader_has_gone_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with streams.continue_without_reader():
+            print("first", flush=True)
+            assert os.read(reader, 100) == b"first\n"
+            os.close(reader)
+            print("second", flush=True)
+        assert sys.stdout is stream
+
+
+def test_a_full_disk_is_still_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left"), streams.continue_without_reader():
+            print("text", flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
 
 
 @pytest.mark.processes
