@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import math
 import operator
+import shlex
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,8 @@ def from_command_line(
     """Parse ``[CONFIG] [--section.key value]...`` into the checked configuration.
 
     CONFIG is a TOML file or the name of a preset. ``--help`` exits with status 0. `elsewhere` maps flags of other
-    programs, which are not valid here, to the advice to print.
+    programs, which are not valid here, to the advice to print. The config.toml of a run that was moved is refused
+    without a flag that says which run is meant: it names the folder where the run was.
 
     Raises:
         UserError: all errors, one on each line.
@@ -68,7 +70,10 @@ def from_command_line(
             section, key = name.split(".")
             table.setdefault(section, {})[key] = _Text(text)
     written.append(("command line", table))
-    return _build(written, problems)
+    config = _build(written, problems)
+    if flags.CONFIG is not None and not {"run.dir", "run.name"} & vars(flags).keys():
+        _refuse_moved(find(flags.CONFIG), config)
+    return config
 
 
 def configuration_named(argv: Sequence[str]) -> str:
@@ -112,6 +117,31 @@ def find(name: str) -> Path:
     raise UserError(
         f"no configuration '{shown}': it is neither a file nor a preset ({', '.join(names)})" + nearest(name, names)
     )
+
+
+def flags_if_moved(path: Path, folder: Path) -> str:
+    """Return the flags that a run's config.toml at `path` needs in order to continue the run that it lies in.
+
+    "" if it needs none. `folder` is the run folder that it names, and is another one after a move, a copy, or a new
+    name of either. A config.toml of imported weights names a new run on purpose.
+    """
+    here = path.parent
+    if path.name != "config.toml" or not (here / "run.json").is_file() or (here / "imported.json").exists():
+        return ""
+    here = here.resolve()
+    try:
+        is_same = here == folder.resolve() or here.samefile(folder)
+    except OSError:
+        is_same = False
+    return "" if is_same else f"--run.dir {shlex.quote(str(here.parent))} --run.name {shlex.quote(here.name)}"
+
+
+def _refuse_moved(path: Path, config: Config) -> None:
+    if flags := flags_if_moved(path, config.run_folder):
+        raise UserError(
+            f"{path} is that of the run in its folder, and names {config.run_folder}: was it moved or copied? To "
+            f"continue the run in its folder, add {terminal.printable(flags)}; for a new run, another --run.name"
+        )
 
 
 def _is_configuration(name: str) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from hpcgpt.config import sources
 from hpcgpt.output import terminal
 from hpcgpt.plan import longer
 from hpcgpt.report import bars, ends, summary
@@ -163,11 +165,12 @@ def what_next(run: Facts) -> Markup:
     if state in (*ALIVE, *WAITING):
         lines.append(("follow it", f"hpcgpt status {folder} --watch"))
     elif run.settings:
-        about, first, arguments = "continue from the newest checkpoint", "", config
+        about, first = "continue from the newest checkpoint", ""
+        arguments = " ".join(filter(None, (config, _flags_if_moved(run))))
         if state == "imported":
             about, arguments = "train on from these weights, in a run of its own", f"{config} --data.dir SHARDS"
         elif state == "finished" and total:
-            about, arguments = "train longer", f"{config} --train.steps {longer(total)}"
+            about, arguments = "train longer", f"{arguments} --train.steps {longer(total)}"
         elif run.status["reason"] == STOP_FILE:
             first = f"rm {folder}/STOP && "
         lines += [
@@ -184,6 +187,13 @@ def what_next(run: Facts) -> Markup:
         element("dl", *(join(element("dt", about), element("dd", element("code", line))) for about, line in lines))
     ]
     return section("How to continue", *items)
+
+
+def _flags_if_moved(run: Facts) -> str:
+    """Return the flags without which the run's config.toml means another folder; see `sources.flags_if_moved`."""
+    named = defaults() | run.settings
+    folder = Path(str(named["run.dir"])) / str(named["run.name"])
+    return terminal.printable(sources.flags_if_moved(Path(run.status["run"]) / "config.toml", folder))
 
 
 def settings(run: Facts) -> Markup:

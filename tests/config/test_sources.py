@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
 from hpcgpt.config.sources import PRESETS
+from hpcgpt.errors import UserError
 from tests.programs import ROOT, clean_env, command
 
 
@@ -344,6 +346,44 @@ def test_from_anywhere_means_the_same_in_any_folder(tmp_path: Path, monkeypatch:
     assert mixed.run.init_from == ""
     monkeypatch.chdir("/")
     assert kept.from_anywhere == kept
+
+
+def moved_run(folder: Path) -> str:
+    """Make a run folder as it is after a move: its config.toml names another place. Return its config.toml."""
+    folder.mkdir()
+    (folder / "run.json").write_text('{"id": "a"}')
+    (folder / "config.toml").write_text('[run]\ndir = "/old/place"\nname = "first"\n[model]\nn_layer = 3\n')
+    return f"{folder}/config.toml"
+
+
+def test_the_configuration_of_a_run_that_was_moved_is_refused_with_the_flags_to_type(tmp_path: Path) -> None:
+    config = moved_run(tmp_path / "a copy")
+    with pytest.raises(UserError) as caught:
+        from_flags(config)
+    assert "names /old/place/first" in str(caught.value)
+    flags = re.search(r"add (--run.dir .*); for a new run", str(caught.value))
+    assert flags is not None
+    assert from_flags(config, *shlex.split(flags[1])).run_folder == tmp_path / "a copy"
+    # A fork says which run is meant, and so does who continues the old one.
+    assert from_flags(config, "--run.name", "fork").run_folder == Path("/old/place/fork")
+    assert from_flags(config, "--run.dir", "/old/place").run.name == "first"
+    assert sources.from_file(Path(config)).run.name == "first"  # other commands are given the folder
+
+
+def test_the_configuration_of_a_run_is_taken_where_it_names_its_folder(tmp_path: Path) -> None:
+    config = moved_run(tmp_path / "run")
+    (tmp_path / "first").symlink_to("run")  # left where the run was
+    here = Path(config).read_text().replace("/old/place", str(tmp_path))
+    Path(config).write_text(here)
+    assert from_flags(config).run.name == "first"
+    (tmp_path / "run" / "mine.toml").write_text('[run]\nname = "other"\n')
+    assert from_flags(f"{tmp_path}/run/mine.toml").run.name == "other"
+
+
+def test_the_configuration_of_imported_weights_names_a_new_run(tmp_path: Path) -> None:
+    config = moved_run(tmp_path / "weights")
+    (tmp_path / "weights" / "imported.json").write_text("{}")
+    assert from_flags(config).run.name == "first"
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hpcgpt import train
+from hpcgpt.config import sources
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError, status_of
 from hpcgpt.report import facts, page
@@ -181,12 +182,16 @@ def test_the_commands_with_which_to_continue_work(
 ) -> None:
     """As they are on the page, with --dry-run; the flags of a job are the reader's."""
     commands = _commands(run)
-    assert commands["train longer"] == f"hpcgpt train {run}/config.toml --train.steps 18"
+    moved = f"{run}/config.toml --run.dir {run.parent} --run.name {run.name}"  # this one is a copy
+    assert commands["train longer"] == f"hpcgpt train {moved} --train.steps 18"
     on_slurm = commands["the same on Slurm, with the flags of your job"]
-    assert on_slurm == f"hpcgpt submit --nodes N {run}/config.toml --train.steps 18"
-    assert train.main([*shlex.split(commands["train longer"])[2:], "--run.dir", str(run.parent), "--dry-run"]) == 0
+    assert on_slurm == f"hpcgpt submit --nodes N {moved} --train.steps 18"
+    assert train.main([*shlex.split(commands["train longer"])[2:], "--dry-run"]) == 0
     assert "would continue at step 12 of 18" in capsys.readouterr().out
     monkeypatch.setattr(run_state, "find", _stopped)
+    assert _commands(run)["continue from the newest checkpoint"] == f"rm {run}/STOP && hpcgpt train {moved}"
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace(sources.from_file(run / "config.toml").run.dir, str(run.parent)))
     assert _commands(run)["continue from the newest checkpoint"] == f"rm {run}/STOP && hpcgpt train {run}/config.toml"
     monkeypatch.setattr(run_state, "find", _running)
     assert _commands(run)["follow it"] == f"hpcgpt status {run} --watch"
