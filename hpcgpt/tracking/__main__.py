@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
     which_runs.add_to(sync)
     where = sync.add_mutually_exclusive_group()
     where.add_argument("--offline", metavar="DIR", help="send nothing: make one folder for `wandb sync`")
-    where.add_argument("--copy", metavar="ID", help="send the whole run under another id, as a new wandb run")
+    where.add_argument(
+        "--copy", type=paths.not_empty, metavar="ID", help="send the whole run under another id, as a new wandb run"
+    )
     sync.add_argument(
         "--within", type=float, default=SYNC_S, metavar="SECONDS", help="give up after (default: %(default).0f)"
     )
@@ -80,7 +82,14 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
     env = {**os.environ, tracker.STATE: json.dumps(state)}
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        return FAILED
+        # The process ends without a word at its deadline and when a newer attempt has started.
+        if generation and lease.newest_number(folder) > generation:
+            why = "a newer attempt has started, whose own process sends the rest"
+        elif time.time() > state["finish"][1]:
+            why = f"it takes longer than {limit_s:,.0f} s: repeat the command, which continues, or raise --within"
+        else:
+            why = f"the process that sends it ended with status {done.returncode}"
+        return cli.print_error(RuntimeError(f"{folder}: not everything is sent: {why}"), FAILED)
     if offline:
         made = min(offline.glob("wandb/offline-run-*"))
         print(f"made {made}; where there is a network: wandb sync {made}")

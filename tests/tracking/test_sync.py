@@ -11,6 +11,7 @@ import pytest
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.exit_codes import FAILED, USER_MISTAKE
 from hpcgpt.run import run_folder
+from hpcgpt.tracking import __main__ as tracking_command
 from tests.programs import ROOT
 from tests.tracking.attempts import LONG_S, Attempt, home, server, sync, until
 
@@ -44,6 +45,35 @@ def test_rows_are_not_sent_before_it_is_known_which_have_arrived(tmp_path: Path,
     server.mode = "healthy"
     sync(second.folder)
     assert server.steps(first.id) == list(range(1, 16))
+
+
+@pytest.mark.parametrize(
+    ("within_s", "status", "why"),
+    [
+        ("-1", 1, "it takes longer than -1 s: repeat the command, which continues, or raise --within"),
+        ("60", -9, "the process that sends it ended with status -9"),
+    ],
+)
+def test_a_process_that_ends_without_a_word_is_reported(
+    within_s: str, status: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It ends so at its deadline."""
+    (tmp_path / "run.json").write_text('{"id": "a"}')
+    (tmp_path / "config.toml").write_text("")
+    ended = subprocess.CompletedProcess[str]([], status)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    offline = str(tmp_path / "offline")
+    assert tracking_command.main(["sync", str(tmp_path), "--offline", offline, "--within", within_s]) == FAILED
+    assert capsys.readouterr().err == f"error: {tmp_path}: not everything is sent: {why}\n"
+
+
+def test_an_empty_copy_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a variable of the shell that is not set: the run itself would be sent again."""
+    with pytest.raises(SystemExit) as caught:
+        tracking_command.main(["sync", str(tmp_path), "--copy", ""])
+    assert caught.value.code == USER_MISTAKE
+    assert "argument --copy: it is empty" in capsys.readouterr().err
 
 
 def test_settings_that_wandb_refuses_are_named_and_nothing_is_written(
