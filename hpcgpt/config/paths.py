@@ -11,7 +11,8 @@ for every path of the configuration and of a command, before anything is created
 
 The name of an existing file or folder is never expanded, whatever characters it has.
 
-`problem_of_name` checks names that become file names, job names and lines of scripts.
+`problem_of_name` checks names that become file names, job names and lines of scripts; `problem_of_text` what becomes
+part of a config.toml.
 
 No torch in here.
 """
@@ -78,6 +79,15 @@ def problem_of_name(name: str) -> str:
     size = len(name.encode(errors="surrogateescape"))
     if size > NAME_BYTES:
         return f"it has {size} bytes, and {NAME_BYTES} are the most"
+    return ""
+
+
+def problem_of_text(text: str) -> str:
+    """Return why `text` cannot be written to config.toml, which is UTF-8; "" if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"'{terminal.printable(text)}' is not valid UTF-8"
     return ""
 
 

@@ -71,6 +71,7 @@ def from_command_line(
             table.setdefault(section, {})[key] = _Text(text)
     written.append(("command line", table))
     config = _build(written, problems)
+    _check_absolute_paths(config)
     if flags.CONFIG is not None and not {"run.dir", "run.name"} & vars(flags).keys():
         _refuse_moved(find(flags.CONFIG), config)
     return config
@@ -142,6 +143,15 @@ def _refuse_moved(path: Path, config: Config) -> None:
             f"{path} is that of the run in its folder, and names {config.run_folder}: was it moved or copied? To "
             f"continue the run in its folder, add {terminal.printable(flags)}; for a new run, another --run.name"
         )
+
+
+def _check_absolute_paths(config: Config) -> None:
+    """Raise UserError if config.toml could not state one: the current folder may have any bytes."""
+    for section, keys in dataclasses.asdict(config.from_anywhere).items():
+        for key, value in keys.items():
+            text = value if isinstance(value, str) else tomli_w.dumps({key: value}).strip()
+            if problem := paths.problem_of_text(text):
+                raise UserError(f"{section}.{key}: {problem}: start in another folder, or give an absolute path")
 
 
 def _is_configuration(name: str) -> bool:
@@ -293,10 +303,8 @@ def checked(section: str, key: str, value: Any) -> Any:
 
 def _check_text(text: str) -> None:
     """Raise UserError if `text` cannot be written as UTF-8, which config.toml is."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"'{terminal.printable(text)}' is not valid UTF-8") from None
+    if problem := paths.problem_of_text(text):
+        raise UserError(problem)
 
 
 # One of these keys of a section is given; the others have these values, which mean "not given".

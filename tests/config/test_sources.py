@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -384,6 +385,22 @@ def test_the_configuration_of_imported_weights_names_a_new_run(tmp_path: Path) -
     config = moved_run(tmp_path / "weights")
     (tmp_path / "weights" / "imported.json").write_text("{}")
     assert from_flags(config).run.name == "first"
+
+
+def test_a_current_folder_that_is_not_utf_8_is_refused_where_a_path_begins_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.toml gets absolute paths, and is UTF-8; it is written after all ranks have met."""
+    folder = tmp_path / os.fsdecode(b"\xb2\xe2")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    found = rf"run.dir: '{tmp_path}/\udcb2\udce2/runs' is not valid UTF-8: start in another folder"
+    with pytest.raises(UserError, match=re.escape(found)):
+        from_flags()
+    absolute = ("--run.dir", "/runs", "--data.dir", "/shards")
+    with pytest.raises(UserError, match=re.escape("eval.tasks: 'tasks = [")):
+        from_flags(*absolute, "--eval.tasks", "a.jsonl", "--eval.tasks_every", "250")
+    assert from_flags(*absolute).run.dir == "/runs"
 
 
 # --- the command -----------------------------------------------------------------------------------
