@@ -2,11 +2,15 @@
 
 What each key means is defined by the configuration classes of transformers (``GPT2Config``, ``Qwen3Config``,
 ``LlamaConfig``). Rotary positions are written as released models have them, ``rope_theta`` and ``rope_scaling``, which
-every version of transformers reads, and other programs as well. No torch in here.
+every version of transformers reads, and other programs as well. Also which keys of a foreign one are refused. No torch
+in here.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from hpcgpt.config.options import Model
@@ -20,6 +24,16 @@ MODEL_TYPES: dict[str, str] = {
 }
 # Theirs for model.gelu.
 ACTIVATIONS = {"tanh": "gelu_new", "exact": "gelu"}
+# Keys by which transformers takes code or another file, from the folder or from a hub.
+_CODE = re.compile("implementation|kernel|auto_map|configuration_files|quantization_config")
+# Whether transformers had chosen the implementation by itself: versions before 5 saved it.
+_HARMLESS = {"_attn_implementation_autoset"}
+
+
+def refuse_code(path: Path, keys: Iterable[str]) -> None:
+    """Raise UserError if one of the keys of the config.json at `path` chooses code or other files."""
+    if named := sorted(key for key in keys if _CODE.search(key) and key not in _HARMLESS):
+        raise UserError(f"{path}: {named[0]} chooses code or files of its own: remove this key")
 
 
 def config(model: Model, target: Architecture, end_of_text: int, dtype: str) -> dict[str, Any]:

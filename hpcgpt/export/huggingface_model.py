@@ -11,7 +11,6 @@ The only module that imports transformers.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hpcgpt.errors import UserError
+from hpcgpt.export import huggingface_config
 from hpcgpt.export.agreement import DisagreementError, Forward
 from hpcgpt.export.on_demand import Read, Watch, read_on_demand, watched, without_memory_for_parameters
 
-# Keys of a config.json by which transformers takes code or another file, from the folder or from a hub.
-_CODE = re.compile("implementation|kernel|auto_map|configuration_files|quantization_config")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -110,8 +108,7 @@ def make(folder: Path) -> Any:
 
     classes, models = cast(Any, CONFIG_MAPPING), cast(Any, AutoModelForCausalLM)  # not every version has types
     content = json.loads((folder / "config.json").read_bytes())
-    if named := sorted(filter(_CODE.search, content)):
-        raise UserError(f"{folder / 'config.json'}: {named[0]} chooses code or files of its own: remove this key")
+    huggingface_config.refuse_code(folder / "config.json", content)
     try:
         with _quiet(), without_memory_for_parameters():
             config = classes[content["model_type"]].from_dict(content)

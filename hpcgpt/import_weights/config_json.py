@@ -18,13 +18,15 @@ from typing import Any, Literal
 from hpcgpt.config import contradictions
 from hpcgpt.config.options import Config, Model
 from hpcgpt.errors import UserError, cannot_read
+from hpcgpt.export import huggingface_config
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")
 MOST_BYTES = 1 << 20  # of a config.json; released ones have about 1 kB
 MOST = 1 << 24  # of any size in it: more layers, heads or channels than any model has
 # Keys that say nothing about what the model computes.
 _SILENT = {
-    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "attn_pdrop",
+    "bos_token_id", "chunk_size_feed_forward",
     "dtype", "embd_pdrop", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
     "keys_to_ignore_at_inference", "label2id", "max_window_layers", "model_type", "n_ctx", "output_attentions",
     "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop",
@@ -63,6 +65,7 @@ def read(path: Path) -> Read:
         key = "auto_map" if "auto_map" in content else "quantization_config"
         why = "a model with code of its own" if key == "auto_map" else "quantized weights"
         raise keys.refused(key, f"{why} cannot be imported")
+    huggingface_config.refuse_code(path, content)
     kind = keys.text("model_type", "")
     if kind not in KINDS:
         raise keys.refused("model_type", f"those that can be imported are {', '.join(KINDS)}")

@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     """
     path, out = Path(paths.expand(options.PATH, "PATH")), Path(paths.expand(options.out, "--out"))
     new_folder.check(out)
+    if problem := paths.problem_of_text(str(out.resolve())):
+        raise UserError(f"--out: {problem}, and its config.toml names it: choose another one")
     if not path.exists():
         raise UserError(f"no file or folder {path}")
     of_hugging_face = path.is_dir()
@@ -76,7 +78,8 @@ def _tokenizer(path: Path, options: argparse.Namespace) -> Tokenizer:
             f"{path} has no tokenizer.json: name the tokenizer of these weights, as --tokenizer gpt2, or a folder with "
             "a tokenizer.json"
         )
-    return find_tokenizer.find(str(path), options.end_of_text)
+    # As a path that begins with /: the name of a folder may also be that of a tokenizer, such as gpt2.
+    return find_tokenizer.find(str(path.absolute()), options.end_of_text)
 
 
 def _fit(model: Model, tokenizer: Tokenizer, vocab_size: int, block_size: int) -> tuple[Model, list[str]]:

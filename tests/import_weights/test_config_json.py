@@ -89,6 +89,8 @@ def test_biases_are_those_of_qwen2_and_llamas_fourth_must_be_zero(tmp_path: Path
         ({"rope_scaling": {"rope_type": "default", "truncate": True}}, "rope_scaling: truncate is true: "),
         ({"quantization_config": {"bits": 4}}, "quantization_config is "),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map is "),
+        ({"attn_implementation": "someone/kernel"}, "attn_implementation chooses code or files of its own"),
+        ({"configuration_files": ["other.json"]}, "configuration_files chooses code or files of its own"),
         ({"num_hidden_layers": 10**30}, "num_hidden_layers is 1000000000000000000000000000000: expected an integer up"),
         ({"num_hidden_layers": True}, "num_hidden_layers is true: expected an integer"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1: expected an integer"),
@@ -117,6 +119,10 @@ def test_gpt2s_variants_are_refused(change: dict[str, Any], tmp_path: Path) -> N
     with pytest.raises(UserError, match=f"{next(iter(change))} is "):
         read(tmp_path, GPT2 | change)
     assert read(tmp_path, GPT2 | {"activation_function": "gelu"}).model.gelu == "exact"
+
+
+def test_a_key_that_only_looks_like_a_choice_of_code_is_read(tmp_path: Path) -> None:
+    assert read(tmp_path, LLAMA | {"_attn_implementation_autoset": True}).notes == []
 
 
 def test_a_key_that_is_not_known_is_named(tmp_path: Path) -> None:

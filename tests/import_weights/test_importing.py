@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from hpcgpt.import_weights import __main__ as importing
 from hpcgpt.import_weights import against_transformers, weights_folder
 from hpcgpt.slurm.queue import Queue
 from hpcgpt.status import run_status
+from hpcgpt.tokenizer import save_load
 from tests.import_weights import released
 from tests.programs import command
 from tests.tiny_run import rows
@@ -373,6 +375,32 @@ def test_a_config_json_that_chooses_code_is_refused(key: str, qwen3: Path, tmp_p
     chosen: dict[str, Any] = {key: "someone/kernel"}
     other = changed(qwen3, tmp_path / "other", **chosen)
     assert f"{other}/config.json: {key} chooses code or files of its own" in refused(other, tmp_path / "out")
+
+
+def test_a_config_json_that_older_versions_of_transformers_saved_is_imported(
+    qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], imported: Import
+) -> None:
+    imported(changed(qwen3, tmp_path / "old", _attn_implementation_autoset=True), tmp_path / "out")
+    assert "logits agree with transformers'" in capsys.readouterr().out
+
+
+def test_an_out_that_config_toml_cannot_name_is_refused_first(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    folder = tmp_path / os.fsdecode(b"\xb2\xe2")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert r"/\udcb2\udce2/out' is not valid UTF-8, and its config.toml names it" in refused(qwen3, Path("out"))
+
+
+def test_a_folder_that_is_called_like_a_tokenizer_has_its_own(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is bundled as `gpt2` has 50,257 ids, which are more than this model's."""
+    changed(qwen3, tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    assert importing.main(["gpt2", "--out", "out", "--no-check"]) == 0
+    assert save_load.load(tmp_path / "out" / "tokenizer").vocab_size <= 517
 
 
 def test_without_transformers_that_is_said(
