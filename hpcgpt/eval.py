@@ -27,7 +27,7 @@ from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
 from hpcgpt.output.counted import counted
-from hpcgpt.run import which_runs
+from hpcgpt.run import metrics_file, which_runs
 from hpcgpt.tasks import questions, report, requests
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     report = {"path": str(model.path), "step": model.state.step, **_figures(model, options.batches)}
     report["elapsed_s"] = time.monotonic() - started_at
     if options.json:
-        print(json.dumps(report))
+        print(json.dumps(metrics_file.finite(report)))
         return 0
     print(f"{report['path']}: {report['tokens']:,} tokens of validation in {report['elapsed_s']:.1f} s")
     for name, value in report.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hpcgpt import eval as evaluation
 from hpcgpt.eval import Progress
 from hpcgpt.exit_codes import FINISHED
 from hpcgpt.output import terminal
@@ -78,6 +80,19 @@ def test_with_batches_the_same_part_of_the_split_is_used_as_in_training(runs: Pa
     part = evaluated(str(runs / "gpt2"), "--batches", "3")
     assert part["tokens"] == 3 * 4 * 32
     assert part["val/loss"] != evaluated(str(runs / "gpt2"))["val/loss"]
+
+
+def test_figures_that_are_not_finite_are_null_in_json(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that has diverged. As in metrics.jsonl: JSON has no NaN."""
+    figures = {"val/loss": math.nan, "val/perplexity": math.inf, "tokens": 32}
+    monkeypatch.setattr(evaluation, "_figures", lambda *_: figures)
+    assert evaluation.main([str(runs / "gpt2"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["val/loss"], found["val/perplexity"], found["tokens"]) == (None, None, 32)
+    assert evaluation.main([str(runs / "gpt2")]) == 0
+    assert "val/loss           nan" in capsys.readouterr().out
 
 
 def test_without_json_the_output_is_readable(runs: Path) -> None:
@@ -286,6 +301,7 @@ def test_without_a_prompt_a_sample_is_a_document_from_its_beginning(runs: Path) 
         (["--slide", "33"], "--slide: 33 is more than the run's block_size of 32"),
         (["--slide", "0"], "--slide: 0 must be at least 1"),
         (["--samples", "0"], "--samples: 0 must be at least 1"),
+        (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 must be from -9223372036854775807 to"),
         (["--step", "7"], "has no checkpoint of step 7: there are 4, 8, 12"),
     ],
 )

@@ -68,6 +68,14 @@ def test_a_tiny_temperature_with_enormous_logits_works() -> None:
     assert drawn(torch.tensor([-3e4, 2e4, 1e4]), draws=20, temperature=1e-4) == {1: 1.0}
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-50, 5e-324])
+@pytest.mark.parametrize("logits", [[1.0, 30.0, 29.0], [-9.0, -1.0, -2.0], [-1.0, 0.0, -1.0]])
+def test_a_temperature_that_float32_cannot_divide_by_is_nearly_zero(logits: list[float], temperature: float) -> None:
+    assert drawn(torch.tensor(logits), draws=20, temperature=temperature) == {1: 1.0}
+    several = drawn(torch.tensor([*logits, max(logits)]), draws=60, temperature=temperature)
+    assert several.keys() == {1, 3}
+
+
 @pytest.fixture
 def model() -> GPT:
     """A model that repeats itself little, in training mode, with dropout."""
