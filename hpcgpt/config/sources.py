@@ -233,8 +233,12 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
         for section, given in chosen.items():
             if given.get("dir") == "" and not given.get("mix"):
                 problems.append(f"{where}: {section}.dir is empty: {paths.EMPTY}")
-            if any(given.values()):
+            elif any(given.values()):
                 values.setdefault(section, {}).update(_ONE_OF[section] | given)
+            elif zeros := [key for key in given if isinstance(table[section][key], _Text)]:
+                # In a file 0 is "not given", as in the config.toml of a run; a flag is meant.
+                advice = "0 has no effect: give a length, or leave it out"
+                problems += [f"{where}: {section}.{key}: {advice}" for key in zeros]
     if model := values.get("model"):
         values["model"] = KIND_DEFAULTS.get(model.get("kind", ""), {}) | model
     config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})

@@ -89,6 +89,18 @@ def test_a_length_in_a_file_replaces_the_default_one(tmp_path: Path) -> None:
     assert (train.steps, train.tokens, train.epochs) == (0, 0, 2.0)
 
 
+def test_a_length_of_zero_is_refused_on_the_command_line_and_not_given_in_a_file(tmp_path: Path) -> None:
+    """Each run has zeros in its config.toml. As a flag it would train for the default length, or the file's."""
+    assert from_text(tmp_path, "[train]\nsteps = 0\n") == Config()
+    assert from_flags("--train.steps", "0", "--train.epochs", "1.5").train.epochs == 1.5
+    with pytest.raises(UserError) as caught:
+        from_flags("gpt2-124m", "--train.steps", "0", "--train.epochs", "0")
+    assert str(caught.value).splitlines() == [
+        "command line: train.steps: 0 has no effect: give a length, or leave it out",
+        "command line: train.epochs: 0 has no effect: give a length, or leave it out",
+    ]
+
+
 def test_two_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"exactly one of .*found train\.steps and train\.epochs"):
         from_flags("--train.steps", "5", "--train.epochs", "1")
@@ -365,7 +377,7 @@ def test_the_configuration_of_a_run_that_was_moved_is_refused_with_the_flags_to_
     flags = re.search(r"add (--run.dir .*); for a new run", str(caught.value))
     assert flags is not None
     assert from_flags(config, *shlex.split(flags[1])).run_folder == tmp_path / "a copy"
-    # A fork says which run is meant, and so does who continues the old one.
+    # A fork says which run is meant, and so does a start of the old one.
     assert from_flags(config, "--run.name", "fork").run_folder == Path("/old/place/fork")
     assert from_flags(config, "--run.dir", "/old/place").run.name == "first"
     assert sources.from_file(Path(config)).run.name == "first"  # other commands are given the folder
