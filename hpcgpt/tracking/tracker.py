@@ -164,7 +164,7 @@ def server_and_key() -> tuple[str, bool]:
     """
     done = subprocess.run(
         [sys.executable, "-m", "hpcgpt.tracking.wandb_process", "--settings"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ASK_S, check=True,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=ASK_S, check=True,
     )  # fmt: skip
     server, _, has_key = done.stdout.strip().rpartition("\n")[2].partition(" ")
     return server, has_key == "True"

@@ -162,10 +162,10 @@ class Process:
 
 def _end_children() -> None:
     """Kill wandb's core process: rows that it has not sent are lost, and are sent again."""
-    own_pid = str(os.getpid())
+    own_pid = str(os.getpid()).encode()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError, ValueError):
-            if path.read_text().rpartition(")")[2].split()[1] == own_pid:
+            if path.read_bytes().rpartition(b")")[2].split()[1] == own_pid:
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
