@@ -121,7 +121,7 @@ def _has_trained_with(settings: Config) -> bool:
     if not run_folder.has_trained(settings.run_folder):
         return False
     try:
-        before = tomllib.loads((settings.run_folder / "config.toml").read_text())["data"]
+        before = tomllib.loads((settings.run_folder / "config.toml").read_text(encoding="utf-8"))["data"]
     except (OSError, KeyError, ValueError):  # unknown: assume that the inputs have not changed
         return True
     now = tomllib.loads(sources.to_toml(settings.from_anywhere))["data"]

@@ -366,7 +366,7 @@ def quarantine(checkpoint: Path, problem: str, lease: Lease) -> None:
     # On a full disk there is only the warning below. What a link points to is not ours.
     with suppress(OSError):
         if not aside.is_symlink():
-            (aside / "REASON.txt").write_text(problem + "\n")
+            (aside / "REASON.txt").write_bytes(f"{problem}\n".encode(errors="backslashreplace"))
     warn(checkpoint, f"{problem}; set aside as {aside.name}")
 
 

@@ -35,7 +35,7 @@ def row(path: Path, problem: str | None = None) -> dict[str, Any]:
 def _set_aside(path: Path) -> dict[str, Any]:
     """Return the row of a damaged checkpoint that was set aside."""
     try:
-        problem = (path / "REASON.txt").read_text().strip()
+        problem = (path / "REASON.txt").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         problem = "no reason is kept"
     found = dict.fromkeys(("bytes", "val_loss", "world_size")) | {"name": path.name, "problem": problem}

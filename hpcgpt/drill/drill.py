@@ -154,7 +154,8 @@ class Drill:
                 eval_every=size.eval_every,
                 max_crashes=MAX_CRASHES,
                 keep_last=KEEP_LAST,
-            )
+            ),
+            encoding="utf-8",
         )
 
     def train_undisturbed(self, name: str, size: RunLength) -> tuple[Path, float]:

@@ -117,7 +117,9 @@ def export(source: Source, to: str, out: Path, command: str, report: Callable[[s
         for line in notes:
             report(f"note: {line}")
         about = Export(source, target.kind(source), f"{checked}, on {probe.what}", command)
-        (folder / "README.md").write_text(model_card.text(about, target.usage, notes))
+        # The names of files in it may have any bytes.
+        card = model_card.text(about, target.usage, notes).encode(errors="backslashreplace")
+        (folder / "README.md").write_bytes(card)
     report(f"{out}: {about.kind}, {source.dtype_name}, {size_mb(out):,.1f} MB")
 
 

@@ -232,8 +232,9 @@ def _process(pid: int) -> dict[str, Any]:
     boot: str | None = None
     with suppress(OSError):
         boot = BOOT_ID.read_text().strip()
-    # The name before the last bracket may contain spaces and brackets. The 22nd field is the start time.
-    began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    # The name before the last bracket may contain spaces, brackets and bytes that are not UTF-8. The 22nd field is the
+    # start time.
+    began = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     return {"pid": pid, "boot": boot, "pid_namespace": os.stat("/proc/self/ns/pid").st_ino, "began": began}
 
 

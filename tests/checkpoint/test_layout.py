@@ -13,7 +13,7 @@ import pytest
 import xxhash
 from safetensors.torch import load_file
 
-from hpcgpt.checkpoint import layout
+from hpcgpt.checkpoint import layout, listing
 from hpcgpt.checkpoint.layout import FormatError, State
 from hpcgpt.run import run_folder
 from hpcgpt.storage.lease import Lease
@@ -29,6 +29,12 @@ from tests.checkpoint.small_checkpoints import (
 from tests.programs import command
 
 # --- the format ------------------------------------------------------------------------------------
+
+
+def test_a_reason_that_names_a_file_with_any_bytes_is_kept(three_checkpoints: Path, lease: Lease) -> None:
+    layout.quarantine(three_checkpoints / "step_000000012", f"{os.fsdecode(bytes([0xB2]))} is no file of it", lease)
+    (row,) = [row for row in listing.rows(three_checkpoints) if row["state"] == "set aside"]
+    assert row["problem"] == r"\udcb2 is no file of it"
 
 
 def test_the_files_are_as_documented(three_checkpoints: Path) -> None:

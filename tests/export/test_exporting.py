@@ -72,6 +72,12 @@ def test_a_closed_pipe_does_not_discard_the_export(run: Path, tmp_path: Path, lo
     assert (tmp_path / "out" / "README.md").is_file()
 
 
+def test_a_run_whose_path_is_not_utf_8_is_exported(run: Path, tmp_path: Path) -> None:
+    moved = run.rename(tmp_path / os.fsdecode(b"run \xb2"))
+    assert export(moved, tmp_path / "out") == 0
+    assert rf"{tmp_path}/run \udcb2" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_full_disk_leaves_nothing_and_names_the_file(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,17 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
     holder.end()
 
 
+def test_the_name_of_a_process_may_have_any_bytes() -> None:
+    """As that of another user's program with the number of a holder that has ended."""
+    own = Path("/proc/self/comm")
+    name = own.read_bytes()
+    own.write_bytes(b"\xb2) (x")
+    try:
+        assert lease._process(os.getpid())["began"] > 0
+    finally:
+        own.write_bytes(name)
+
+
 def test_numbers_rise_and_the_file_names_the_process(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         held = lease.acquire(tmp_path, f"7_{number}")

@@ -100,7 +100,7 @@ def prepare(config: Config, steps: int | None = None) -> Prepared:
     shutil.rmtree(folder, ignore_errors=True)
     run_folder.prepare(folder)
     file = folder / "probe.toml"
-    file.write_text(sources.to_toml(probe.from_anywhere))
+    file.write_text(sources.to_toml(probe.from_anywhere), encoding="utf-8")
     about = {"settings": table.settings_of(config), "commit": code_snapshot.commit()}
     (folder / "probe.json").write_text(json.dumps(about))
     return Prepared(folder, file, probe)
