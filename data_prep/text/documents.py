@@ -236,6 +236,10 @@ class _Reader:
             else:
                 if self._part.row_groups == (0, 0):
                     parquet.row_group_sizes(path, column)  # raises what made this file unusable when it was planned
+                    raise UserError(
+                        f"{printable_path(path)} could not be opened when this was planned, and now it can: choose "
+                        "another --out"
+                    )
                 rows = parquet.read_rows(path, column, range(*self._part.row_groups))
             for row in rows:
                 if row.text is None and not row.problem:

@@ -348,16 +348,20 @@ def _parts(files: Sequence[InputFile], unit_bytes: int, options: TextOptions) ->
 def _row_groups(file: InputFile, unit_bytes: int, options: TextOptions) -> Iterator[FilePart]:
     """Yield runs of row groups of about `unit_bytes` each.
 
-    An unusable file becomes one part without row groups; reading it reports the problem.
+    An unusable file becomes one part without row groups; reading it reports the problem. A failure of the machine,
+    which may be gone when the file is read, is raised.
     """
     try:
         sizes = parquet.row_group_sizes(file.path, options.text_key)
-    except (parquet.UnreadableTableError, OSError) as error:
+    except (parquet.UnreadableTableError, PermissionError) as error:
         if options.on_bad_input == "stop":
             remedy = error.remedy if isinstance(error, parquet.UnreadableTableError) else ""
             BadInputSink("stop", []).report(file.path, file.name, "", str(error), remedy)
         yield FilePart(file, 0, file.bytes)
         return
+    except OSError as error:
+        message = f"cannot read {printable_path(file.path)}: {error.strerror or error}"
+        raise type(error)(error.errno, message) from error
     # Where each row group ends, in bytes of the file, by its share of the text.
     ends = [file.bytes * upto // max(1, sum(sizes)) for upto in accumulate(sizes)]
     first = start = 0

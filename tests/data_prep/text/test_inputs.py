@@ -3,6 +3,7 @@ file is cut into units."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import itertools
@@ -419,6 +420,41 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_also_with_skip(tmp_pat
             list(texts)
         with pytest.raises(ValueError, match="was planned"):
             next(documents.read_documents(unit, options, []))
+
+
+def test_a_failing_disk_at_the_opening_of_a_parquet_is_raised_also_with_skip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its row groups the file would be a part with nothing in it."""
+    rows(tmp_path / "a.parquet", TEXTS)
+
+    def fail(*_: object) -> list[int]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for choice in ("stop", "skip", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(inputs.parquet, "row_group_sizes", fail)
+            with pytest.raises(OSError, match=r"cannot read .*a\.parquet: Input/output error"):
+                read(tmp_path, TextOptions(on_bad_input=choice))  # type: ignore[arg-type]
+
+
+def test_a_parquet_that_can_be_opened_only_after_planning_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows(tmp_path / "a.parquet", TEXTS)
+    options = TextOptions(on_bad_input="skip")
+
+    def refuse(*_: object) -> list[int]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs.parquet, "row_group_sizes", refuse)
+        cut = inputs.units(inputs.find([str(tmp_path)]), 10**9, options)
+        skipped: list[Skipped] = []
+        assert list(documents.read_documents(cut[0], options, skipped)) == []
+        assert ["no permission" in row.problem for row in skipped] == [True]
+    with pytest.raises(ValueError, match=r"a\.parquet could not be opened when this was planned, and now it can"):
+        list(documents.read_documents(cut[0], options, []))
 
 
 MEMORY = """
