@@ -51,7 +51,7 @@ def choose(tokenizer: Tokenizer, backend: Backend = "auto") -> Encoder:
         raise UserError(
             f"backend {backend} cannot run tokenizer {tokenizer.name}, which tiktoken runs: leave the backend at auto"
         )
-    plain = OneByOneEncoder("tiktoken", lambda text: tokenizer.encoding.encode_to_numpy(text, disallowed_special=()))
+    plain = OneByOneEncoder("tiktoken", tokenizer.encode_to_numpy)
     if backend == "tiktoken":
         return plain
     try:

@@ -23,27 +23,22 @@ from numpy.typing import NDArray
 from data_prep.encode import flat_rows
 from data_prep.encode.interface import EncodedBatch
 from hpcgpt.errors import UserError
-from hpcgpt.tokenizer import from_tiktoken
+from hpcgpt.tokenizer import split_patterns
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, write_ranks
 
 MOST_GROWTH_BYTES = 256_000_000
 # It is built again only after this much text: the growth may have other causes, or be unknown.
 FEWEST_CHARACTERS = 16_000_000
 
-_GPT4_AS_HUGGING_FACE_WRITES_IT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 # Pattern -> its name in gigatoken. A test of encoders compares each pair on every code point, with a vocabulary that
 # shows where text was split.
 SCHEMES = {
-    from_tiktoken.GPT2_PATTERN: "gpt2",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
-    from_tiktoken.GPT4_PATTERN: "gpt4",
-    from_tiktoken.O200K_PATTERN: "o200k",
-    # Llama 3, OLMo 2 and others. Line feeds at the end of a text are split differently than by tiktoken's for GPT-4.
-    _GPT4_AS_HUGGING_FACE_WRITES_IT: "olmo3",
-    _GPT4_AS_HUGGING_FACE_WRITES_IT.replace("{1,3}", ""): "qwen2",
+    split_patterns.GPT2_PATTERN: "gpt2",
+    split_patterns.GPT2_ORIGINAL_PATTERN: "gpt2",
+    split_patterns.GPT4_PATTERN: "gpt4",
+    split_patterns.O200K_PATTERN: "o200k",
+    split_patterns.LLAMA3_PATTERN: "olmo3",
+    split_patterns.QWEN2_PATTERN: "qwen2",
 }
 # Ranges of letters, marks and digits that are new in Unicode 17, and U+0295, which is no longer lower case (only o200k
 # depends on that). Found by comparing every code point between others, as benchmarks/fuzz_backends.py does.

@@ -34,11 +34,13 @@ from data_prep.pipeline.plan import ShardOptions
 from data_prep.text import accounting
 from data_prep.text.documents import read_documents
 from data_prep.text.inputs import Unit
-from data_prep.text.options import Skipped
+from data_prep.text.options import Skipped, printable_path
 from hpcgpt.data import shard_writer
 from hpcgpt.data.shard_format import Shard, Tokens
 from hpcgpt.data.shard_writer import ShardWriter
+from hpcgpt.errors import UserError
 from hpcgpt.storage import atomic
+from hpcgpt.tokenizer.byte_level_bpe import UnencodableError
 
 # Large enough to keep the encoder busy, small enough for the CPU's caches.
 BATCH_BYTES = 2 << 20
@@ -98,6 +100,10 @@ def make(
     temporary.mkdir()
     try:
         _fill(temporary, unit, options, options.val_fraction_of(number), encoder, report)
+    except UnencodableError as error:
+        shutil.rmtree(temporary)
+        names = list(dict.fromkeys(printable_path(part.file.path) for part in unit))
+        raise UserError(f"{' or '.join(names[:3])}{' or others' if len(names) > 3 else ''}: {error}") from None
     except BaseException:
         shutil.rmtree(temporary)
         raise

@@ -22,7 +22,12 @@ import tiktoken
 from numpy.typing import NDArray
 
 from hpcgpt.errors import UserError
+from hpcgpt.tokenizer import split_patterns
 from hpcgpt.tokenizer.interface import CharacterDecoder, Tokenizer
+
+
+class UnencodableError(UserError):
+    """A text that tiktoken cannot split into words."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,35 @@ class ByteLevelBPE(Tokenizer):
         return table
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        ids: list[int] = self.encode_to_numpy(text).tolist()
+        return ids
+
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        """Encode plain text (n,).
+
+        Raises:
+            UnencodableError: it has a run of white space that tiktoken cannot split with this pattern.
+        """
+        try:
+            return self._encode_words(text)
+        except UnicodeEncodeError:  # lone surrogates
+            return self.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError as error:
+            parts = split_patterns.split_long_runs(text, self.pattern)
+            if parts is None or len(parts) == 1:
+                raise UnencodableError(
+                    f"a document of {len(text):,} characters, which begins {text[:60]!r}, cannot be split by the "
+                    f"pattern of tokenizer {self.name} ({error}): shorten its runs of white space or leave it out"
+                ) from None
+        encode_word = self.encoding._encode_single_piece
+        return np.concatenate([
+            np.array(encode_word(part), np.uint32) if number % 2 else self._encode_words(part)
+            for number, part in enumerate(parts)
+        ])  # fmt: skip
+
+    def _encode_words(self, text: str) -> NDArray[np.uint32]:
+        # Not encode_ordinary, which panics where this one raises a ValueError.
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def stream(
         self,

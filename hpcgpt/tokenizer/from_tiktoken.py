@@ -19,29 +19,13 @@ from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE, parse_ranks
+from hpcgpt.tokenizer.split_patterns import GPT2_PATTERN as GPT2_PATTERN  # also for others
+from hpcgpt.tokenizer.split_patterns import GPT4_PATTERN as GPT4_PATTERN
+from hpcgpt.tokenizer.split_patterns import O200K_PATTERN as O200K_PATTERN
 
 END_OF_TEXT = "<|endoftext|>"
 _URL = "https://openaipublic.blob.core.windows.net/encodings/"
 _TIMEOUT_S = 20
-
-# GPT-2's pattern: contractions, words, numbers, punctuation and white space are never merged with each other. Written
-# with possessive quantifiers as in tiktoken; it splits text exactly like the original.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# GPT-4's: numbers in groups of three, line feeds stay with the punctuation before them.
-GPT4_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-    r"|\s+(?!\S)|\s"
-)
-# GPT-4o's: a word ends where lower case turns to upper.
-O200K_PATTERN = "|".join([
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-])  # fmt: skip
 
 PATTERNS = (GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN)
 

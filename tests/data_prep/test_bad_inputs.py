@@ -28,6 +28,8 @@ from data_prep import make_shards, verify
 from data_prep.text.compression import zstd
 from hpcgpt import cli
 from hpcgpt.data import shard_format
+from hpcgpt.tokenizer import find_tokenizer, save_load
+from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from tests.disks import another_user, small_disk
 from tests.programs import ROOT
 
@@ -491,6 +493,15 @@ def test_standard_input_is_not_copied_into_a_folder_with_other_files(
         monkeypatch.setattr(sys, "stdin", stdin)
         run.assert_refused("is not empty, and what is in it was not made by this", "-", "--out", tmp_path / "out")
     assert everything(tmp_path) == before
+
+
+def test_a_text_that_cannot_be_split_is_reported_with_its_file(run: Run, tmp_path: Path) -> None:
+    gpt2 = find_tokenizer.gpt2()
+    own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.rank_file, gpt2.special_tokens, 50256)
+    save_load.save(own, tmp_path / "own")
+    (tmp_path / "a.txt").write_text("a" + " " * 1_000_001 + "b")
+    message = "a.txt: a document of 1,000,003 characters"
+    run.assert_refused(message, tmp_path / "a.txt", "--tokenizer", tmp_path / "own", "--out", tmp_path / "out")
 
 
 def test_a_file_in_place_of_the_folder_stays(run: Run, tmp_path: Path) -> None:

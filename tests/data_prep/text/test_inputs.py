@@ -433,9 +433,9 @@ def test_a_failing_disk_at_the_opening_of_a_parquet_is_raised_also_with_skip(
 
     for choice in ("stop", "skip", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(inputs.parquet, "row_group_sizes", fail)
+            patch.setattr("data_prep.text.parquet.row_group_sizes", fail)
             with pytest.raises(OSError, match=r"cannot read .*a\.parquet: Input/output error"):
-                read(tmp_path, TextOptions(on_bad_input=choice))  # type: ignore[arg-type]
+                read(tmp_path, TextOptions(on_bad_input=choice))
 
 
 def test_a_parquet_that_can_be_opened_only_after_planning_is_an_error(
@@ -448,7 +448,7 @@ def test_a_parquet_that_can_be_opened_only_after_planning_is_an_error(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     with monkeypatch.context() as patch:
-        patch.setattr(inputs.parquet, "row_group_sizes", refuse)
+        patch.setattr("data_prep.text.parquet.row_group_sizes", refuse)
         cut = inputs.units(inputs.find([str(tmp_path)]), 10**9, options)
         skipped: list[Skipped] = []
         assert list(documents.read_documents(cut[0], options, skipped)) == []
