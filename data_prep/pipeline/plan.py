@@ -126,7 +126,7 @@ def _has_other_files(out: Path) -> bool:
     prep = out / "prep"
 
     def is_own(path: Path) -> bool:
-        return path == prep or (path.parent == prep and path.name.startswith((".plan.json.", "stdin.")))
+        return path == prep or (path.parent == prep and path.name.startswith((".plan.json.", "stdin.", ".stdin.")))
 
     return out.is_dir() and not all(is_own(path) for path in out.rglob("*"))
 

@@ -28,7 +28,8 @@ def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = ""
         UserError: the stream is empty, compressed or binary, or differs from the copy.
         OSError: it could not be written.
     """
-    copies = [path for path in (folder / "stdin.jsonl", folder / "stdin.txt") if path.exists()]
+    paths = (folder / "stdin.jsonl", folder / "stdin.txt")
+    copies = [path for path in paths if path.exists()]
     if stream.isatty():
         if not copies:
             raise UserError("standard input is a terminal: pipe the text in, as in `cat novels/* | ...`")
@@ -47,6 +48,8 @@ def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = ""
         _check_same(stream, head, path)
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    for each in paths:  # what a run left that was killed here
+        atomic.remove_stale_temporaries(each)
     with atomic.writing(path) as file:
         while head:
             file.write(head)

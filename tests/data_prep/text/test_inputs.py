@@ -20,6 +20,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from data_prep.pipeline import plan
 from data_prep.text import compression, documents, encodings, inputs, standard_input
 from data_prep.text.compression import zstd
 from data_prep.text.options import MOST_LISTED, Skipped, TextOptions
@@ -526,6 +527,16 @@ def test_standard_input_is_copied_to_a_file_named_by_its_kind(
     path = standard_input.spool(Stdin(content), tmp_path / "prep", kind)  # type: ignore[arg-type]
     assert (path.name, path.read_bytes()) == (name, content)
     assert [p.name for p in path.parent.iterdir()] == [name]
+
+
+def test_what_a_killed_copy_left_is_removed_and_does_not_prevent_the_rerun(tmp_path: Path) -> None:
+    for name in ("stdin.txt", "stdin.jsonl"):
+        left = tmp_path / "prep" / f".{name}.node07-4711-0badcafe.tmp"
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"half of it")
+    plan.check_ours(tmp_path)
+    path = standard_input.spool(Stdin(b"a novel"), tmp_path / "prep")
+    assert [p.name for p in path.parent.iterdir()] == ["stdin.txt"]
 
 
 def test_a_rerun_accepts_the_same_input_or_a_terminal_and_refuses_any_other(tmp_path: Path) -> None:
