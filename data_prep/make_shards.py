@@ -56,8 +56,13 @@ def main(argv: Sequence[str]) -> int:
     skipped: list[Skipped] = []
     others: list[UnreadFile] = []
     skips = options.text.on_bad_input == "skip"
-    files = inputs.find(names, skipped if skips else None, others, options.text.text_key)
-    val_files = _val_files(arguments, files, skipped if skips else None, others, options.text.text_key)
+
+    def found(given: Sequence[str]) -> list[InputFile]:
+        return inputs.find(given, skipped if skips else None, others, options.text.text_key, out)
+
+    files = found(names)
+    val_files = found(arguments.val) if arguments.val else []
+    _check_apart(files, val_files)
     unread.check(others, arguments.ignore_other_files)
     unit_bytes = arguments.unit_mb * 1_000_000 if arguments.unit_mb else _unit_bytes([*files, *val_files])
     units = inputs.units(files, unit_bytes, options.text)
@@ -69,28 +74,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _val_files(
-    arguments: argparse.Namespace,
-    files: Sequence[InputFile],
-    skipped: list[Skipped] | None,
-    others: list[UnreadFile],
-    text_key: str,
-) -> list[InputFile]:
-    """Find the files of --val; none without it.
-
-    Raises:
-        UserError: one of them is also among `files`, to train on; or as `inputs.find`.
-    """
-    if not arguments.val:
-        return []
-    found = inputs.find(arguments.val, skipped, others, text_key)
+def _check_apart(files: Sequence[InputFile], val_files: Sequence[InputFile]) -> None:
+    """Raise UserError if one of the files to validate on is also among those to train on."""
     for_training = {os.path.realpath(file.path) for file in files}
-    if both := [file for file in found if os.path.realpath(file.path) in for_training]:
+    if both := [file for file in val_files if os.path.realpath(file.path) in for_training]:
         raise UserError(
             f"{printable_path(both[0].path)} is in INPUT and in --val: it would be trained on and validated on. Name "
             "the folders or patterns to train on without it"
         )
-    return found
 
 
 def _shard_options(arguments: argparse.Namespace) -> ShardOptions:

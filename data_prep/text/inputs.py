@@ -89,8 +89,9 @@ def find(
     skipped: list[Skipped] | None = None,
     others: list[UnreadFile] | None = None,
     text_key: str = "text",
+    out: Path | None = None,
 ) -> list[InputFile]:
-    """Find the files that the INPUT arguments name, in the order in which they are read.
+    """Find the files that the INPUT arguments name, in the order in which they are read, but not those below `out`.
 
     Files that cannot be read are an error, or are added to `skipped` if that is given. Files that were found but are
     not to be read are added to `others`.
@@ -100,10 +101,11 @@ def find(
     """
     sink = BadInputSink("stop" if skipped is None else "skip", [] if skipped is None else skipped)
     others = [] if others is None else others
+    left_out = os.path.realpath(out) if out else None
     files: list[InputFile] = []
     seen: set[tuple[int, ...]] = set()
     for name in inputs:
-        root, found, hidden = _find_one(Path(paths.expand(name, "INPUT")), sink, text_key)
+        root, found, hidden = _find_one(Path(paths.expand(name, "INPUT")), sink, text_key, left_out)
         candidates = sorted(set(found), key=lambda path: path.relative_to(root).as_posix())
         others += [UnreadFile(printable_path(path.relative_to(root)), 0, unread.HIDDEN) for path in sorted(hidden)]
         if not any(path.name.lower().endswith(KINDS) for path in candidates):
@@ -129,7 +131,9 @@ def _endings(found: Sequence[Path]) -> str:
     return f"; it has {', '.join(endings[:8])}" if endings else ""
 
 
-def _find_one(path: Path, sink: BadInputSink, text_key: str) -> tuple[Path, Iterator[Path], set[Path]]:
+def _find_one(
+    path: Path, sink: BadInputSink, text_key: str, left_out: str | None
+) -> tuple[Path, Iterator[Path], set[Path]]:
     """Find what one INPUT names: the folder that names are relative to, the files, and the hidden files.
 
     The set of hidden files is complete only after the files have been iterated over.
@@ -140,11 +144,11 @@ def _find_one(path: Path, sink: BadInputSink, text_key: str) -> tuple[Path, Iter
         if error.errno != ENAMETOOLONG and path.is_symlink():
             return path.parent, iter([path]), set()  # a broken link: reported by `_examine`
         if error.errno != ENAMETOOLONG and has_magic(str(path)):
-            return _find_matching(path, sink)
+            return _find_matching(path, sink, left_out)
         why = f" ({error.strerror})" if error.errno != ENOENT else ""
         raise UserError(f"no such input: {printable_path(path)}{why}") from None
     if stat.S_ISDIR(mode):
-        walk = _Walk(path, sink)
+        walk = _Walk(path, sink, left_out)
         return path, iter(list(walk.below(path))), walk.hidden
     if not stat.S_ISREG(mode):
         remedy = "name a file, or pipe the text in and name '-'"
@@ -157,10 +161,10 @@ def _find_one(path: Path, sink: BadInputSink, text_key: str) -> tuple[Path, Iter
 
 
 class _Walk:
-    """Walks folders, following links, except those to a folder that they are in."""
+    """Walks folders, following links, except those to a folder that they are in, and except `left_out`."""
 
-    def __init__(self, root: Path, sink: BadInputSink) -> None:
-        self._root, self._sink = root, sink
+    def __init__(self, root: Path, sink: BadInputSink, left_out: str | None) -> None:
+        self._root, self._sink, self._left_out = root, sink, left_out
         self._above: list[tuple[int, int]] = []
         self._reported: set[Path] = set()
         self.hidden: set[Path] = set()
@@ -193,7 +197,7 @@ class _Walk:
         try:
             status = folder.stat()
             with os.scandir(folder) as scanned:
-                every = list(scanned)
+                every = [entry for entry in scanned if not self._is_left_out(entry)]
         except OSError as error:
             self._report(folder, f"this folder cannot be read: {error.strerror}")
             return
@@ -214,6 +218,9 @@ class _Walk:
                 yield entry
         self._above.pop()
 
+    def _is_left_out(self, entry: os.DirEntry[str]) -> bool:
+        return self._left_out is not None and _is_folder(entry) and os.path.realpath(entry.path) == self._left_out
+
     def _report(self, path: Path, problem: str) -> None:
         if path not in self._reported:
             self._reported.add(path)
@@ -231,13 +238,13 @@ def _leads_up(entry: os.DirEntry[str]) -> bool:
     return Path(os.path.realpath(Path(entry.path).parent)).is_relative_to(os.path.realpath(entry.path))
 
 
-def _find_matching(pattern: Path, sink: BadInputSink) -> tuple[Path, Iterator[Path], set[Path]]:
+def _find_matching(pattern: Path, sink: BadInputSink, left_out: str | None) -> tuple[Path, Iterator[Path], set[Path]]:
     """Find the files that match a pattern, and the folder in which it starts. Hidden files are not counted then."""
     fixed = next(n for n, part in enumerate(pattern.parts) if has_magic(part))
     root = Path(*pattern.parts[:fixed])
     if not root.is_dir():
         raise UserError(f"no such input: {printable_path(pattern)}: there is no folder {printable_path(root)}")
-    return root, _Walk(root, sink).matching(root, pattern.parts[fixed:]), set()
+    return root, _Walk(root, sink, left_out).matching(root, pattern.parts[fixed:]), set()
 
 
 def _examine(

@@ -24,6 +24,7 @@ from data_prep.pipeline import plan
 from data_prep.text import compression, documents, encodings, inputs, standard_input
 from data_prep.text.compression import zstd
 from data_prep.text.options import MOST_LISTED, Skipped, TextOptions
+from data_prep.text.unread import UnreadFile
 from tests.programs import ROOT, clean_env
 
 GOOD = b'{"text": "a"}\n'
@@ -349,6 +350,20 @@ def test_a_whole_text_may_be_in_utf16_or_utf32(encoding: str, tmp_path: Path) ->
 def test_an_encoding_has_one_name() -> None:
     assert {TextOptions(encoding=name).encoding for name in ("gbk", "GB2312", "gb18030", "cp936")} == {"gb18030"}
     assert {TextOptions(encoding=name).encoding for name in ("utf8", "UTF-8", "utf-8-sig")} == {"utf-8"}
+
+
+def test_the_folder_for_the_shards_is_no_input_also_through_a_link(tmp_path: Path) -> None:
+    """`cd novels; make_shards . --out shards`: the rerun finds what the first run made."""
+    out = tmp_path / "shards"
+    (out / "prep").mkdir(parents=True)
+    for path in (tmp_path / "a.txt", out / "prep" / "stdin.txt", out / "train_000000.bin", out / "b.txt"):
+        path.write_text("a")
+    (tmp_path / "link").symlink_to(out)
+    for given in (str(tmp_path), f"{tmp_path}/**/*.txt", f"{tmp_path}/*"):
+        others: list[UnreadFile] = []
+        assert [file.name for file in inputs.find([given], None, others, out=out)] == ["a.txt"]
+        assert others == []
+    assert len(inputs.find([str(tmp_path)])) == 3
 
 
 # --- bad input -------------------------------------------------------------------------------------
