@@ -32,7 +32,7 @@ from data_prep.text import compression, encodings, parquet, unread
 from data_prep.text.options import BadInputSink, Skipped, TextOptions, printable_path
 from data_prep.text.unread import UnreadFile
 from hpcgpt.config import paths
-from hpcgpt.errors import UserError
+from hpcgpt.errors import UserError, cannot_read
 
 _LINES, _TABLES = (".txt", ".jsonl", ".ndjson", ".json"), (".parquet", ".arrow", ".feather")
 KINDS = (*_LINES, *(kind + ending for kind in _LINES for ending in compression.ENDINGS), *_TABLES)
@@ -199,6 +199,7 @@ class _Walk:
             with os.scandir(folder) as scanned:
                 every = [entry for entry in scanned if not self._is_left_out(entry)]
         except OSError as error:
+            _raise_if_of_machine(error, folder)
             self._report(folder, f"this folder cannot be read: {error.strerror}")
             return
         here = (status.st_dev, status.st_ino)
@@ -252,15 +253,17 @@ def _examine(
 ) -> InputFile | UnreadFile | None:
     """Return the file to read, or why it is not read; None if it cannot be read and was skipped."""
     name = printable_path(path.relative_to(root))
-    if not name.lower().endswith(KINDS):
-        ending = path.suffix.lower()
-        return UnreadFile(name, path.lstat().st_size, f"ending in {ending}" if ending else "without an ending")
     try:
+        # Before its ending is looked at: a broken link may lead to a folder of text, on a disk that is not mounted.
         status = path.stat()
     except OSError as error:
+        _raise_if_of_machine(error, path)
         target = f"a link to {printable_path(path.readlink())}, which" if path.is_symlink() else "a file that"
         sink.report(path, name, "", f"{target} cannot be opened: {error.strerror}")
         return None
+    if not name.lower().endswith(KINDS):
+        ending = path.suffix.lower()
+        return UnreadFile(name, path.lstat().st_size, f"ending in {ending}" if ending else "without an ending")
     if not stat.S_ISREG(status.st_mode):
         sink.report(path, name, "", "no file but a pipe, a socket or a device")
         return None
@@ -275,6 +278,13 @@ def _examine(
         return UnreadFile(name, status.st_size, _NO_LINES.format(key=text_key))
     seen.add(same)
     return InputFile(name, path.absolute(), status.st_size, status.st_mtime_ns)
+
+
+def _raise_if_of_machine(error: OSError, path: Path) -> None:
+    """Raise an OSError unless the path itself is wrong: failures of a disk (EIO, ESTALE, ...) are never skipped."""
+    failure = cannot_read(error, f"cannot read {printable_path(path)}: {error.strerror or error}")
+    if isinstance(failure, OSError):
+        raise failure from error
 
 
 def _is_json(name: str) -> bool:
@@ -360,15 +370,14 @@ def _row_groups(file: InputFile, unit_bytes: int, options: TextOptions) -> Itera
     """
     try:
         sizes = parquet.row_group_sizes(file.path, options.text_key)
-    except (parquet.UnreadableTableError, PermissionError) as error:
+    except (parquet.UnreadableTableError, OSError) as error:
+        if isinstance(error, OSError):
+            _raise_if_of_machine(error, file.path)
         if options.on_bad_input == "stop":
             remedy = error.remedy if isinstance(error, parquet.UnreadableTableError) else ""
             BadInputSink("stop", []).report(file.path, file.name, "", str(error), remedy)
         yield FilePart(file, 0, file.bytes)
         return
-    except OSError as error:
-        message = f"cannot read {printable_path(file.path)}: {error.strerror or error}"
-        raise type(error)(error.errno, message) from error
     # Where each row group ends, in bytes of the file, by its share of the text.
     ends = [file.bytes * upto // max(1, sum(sizes)) for upto in accumulate(sizes)]
     first = start = 0

@@ -242,6 +242,8 @@ IN_PARQUET = [
 FILES = [
     Bad("a link to nothing", link("a.txt", "gone"), "a.txt: a link to gone, which cannot be opened: No such", (0, 1),
         plan=True),
+    Bad("a link to a folder that is not mounted", link("books", "/gone/books"), "books: a link to /gone/books, which",
+        (0, 1), plan=True),
     Bad("a link to itself", link("a.txt", "a.txt"), "cannot be opened: Too many levels of symbolic", (0, 1), plan=True),
     Bad("a link upwards", link("a", ".."), "a link in a circle, to a folder that it is in: ..", (0, 1), plan=True),
     Bad("links in a circle", links_in_a_circle, "links that lead in a circle", (0, 2), plan=True),

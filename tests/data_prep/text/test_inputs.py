@@ -454,6 +454,24 @@ def test_a_failing_disk_at_the_opening_of_a_parquet_is_raised_also_with_skip(
                 read(tmp_path, TextOptions(on_bad_input=choice))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_a_failing_disk_at_the_search_for_files_is_raised_also_with_skip(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "folder").mkdir()
+    real = Path.stat
+
+    def fail(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path == tmp_path / name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    with pytest.raises(OSError, match=rf"cannot read .*{name}: Stale file handle"):
+        inputs.find([str(tmp_path)], skipped=[])
+
+
 def test_a_parquet_that_can_be_opened_only_after_planning_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
