@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     val_files = found(arguments.val) if arguments.val else []
     _check_apart(files, val_files)
     unread.check(others, arguments.ignore_other_files)
+    inputs.check_options([*files, *val_files], options.text)
     unit_bytes = arguments.unit_mb * 1_000_000 if arguments.unit_mb else _unit_bytes([*files, *val_files])
     units = inputs.units(files, unit_bytes, options.text)
     if val_files:

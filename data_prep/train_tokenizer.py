@@ -162,6 +162,7 @@ def _training_texts(arguments: argparse.Namespace, sample_bytes: int) -> Iterato
     skips = options.on_bad_input == "skip"
     files = inputs.find(arguments.INPUT, skipped if skips else None, others, options.text_key)
     unread.check(others, arguments.ignore_other_files)
+    inputs.check_options(files, options)
     units = inputs.units(files, _UNIT_BYTES, options)
     sizes = [sum(part.stop - part.start for part in unit) for unit in units]
     stride = max(1, sum(sizes) // (_READ_PER_SAMPLE * sample_bytes))

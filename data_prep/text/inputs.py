@@ -319,11 +319,10 @@ def units(files: Sequence[InputFile], unit_bytes: int, options: TextOptions | No
     """Divide the files into units of about `unit_bytes`.
 
     Raises:
-        UserError: an option cannot take effect on these files; or, unless bad input is skipped, a parquet file has no
-            such column, or a text is too long for one document.
+        UserError: unless bad input is skipped, a parquet file has no such column, or a text is too long for one
+            document.
     """
     options = options or TextOptions()
-    _check_options(files, options)
     made: list[Unit] = []
     unit: Unit = []
     size = 0
@@ -387,8 +386,8 @@ def _row_groups(file: InputFile, unit_bytes: int, options: TextOptions) -> Itera
             first, start = number + 1, end
 
 
-def _check_options(files: Sequence[InputFile], options: TextOptions) -> None:
-    """Raise UserError for an option that cannot take effect."""
+def check_options(files: Sequence[InputFile], options: TextOptions) -> None:
+    """Raise UserError for an option that cannot take effect on any of these files, which are all that are read."""
     kinds = {file.kind for file in files}
     if options.separator and "txt" not in kinds:
         raise UserError("--separator cuts .txt files, and the inputs have none")

@@ -810,3 +810,13 @@ def test_other_files_of_val_are_another_data_set(two_folders: tuple[Path, Path],
         make_shards.main([str(train), "--val", str(val), "--out", out, "--workers", "1"])
     with pytest.raises(ValueError, match=r"made differently \(val_fraction, val_inputs changed\)"):
         make_shards.main([str(train), "--out", out, "--workers", "1"])
+
+
+def test_an_option_may_concern_only_the_files_of_val(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "train.txt").write_text("a\n==\nb")
+    (tmp_path / "val.jsonl").write_text('{"body": "c"}\n')
+    flags = ["--text-key", "body", "--separator", "==", "--tokenizer", str(tokenizer_folder), "--workers", "1"]
+    given = [str(tmp_path / "train.txt"), "--val", str(tmp_path / "val.jsonl"), "--out", str(tmp_path / "out")]
+    assert make_shards.main([*given, *flags]) == 0
+    made = shard_format.read_manifest(tmp_path / "out").shards
+    assert {shard.split: shard.documents for shard in made} == {"train": 2, "val": 1}
