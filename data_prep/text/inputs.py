@@ -319,8 +319,7 @@ def units(files: Sequence[InputFile], unit_bytes: int, options: TextOptions | No
     """Divide the files into units of about `unit_bytes`.
 
     Raises:
-        UserError: unless bad input is skipped, a parquet file has no such column, or a text is too long for one
-            document.
+        UserError: a parquet file has no such column, or a text is too long; unless bad input is skipped.
     """
     options = options or TextOptions()
     made: list[Unit] = []
@@ -332,6 +331,9 @@ def units(files: Sequence[InputFile], unit_bytes: int, options: TextOptions | No
         if size >= unit_bytes:
             made.append(unit)
             unit, size = [], 0
+    if unit and not size and made:  # empty files alone are no unit
+        made[-1] += unit
+        unit = []
     return [*made, unit] if unit else made
 
 
@@ -354,8 +356,7 @@ def _parts(files: Sequence[InputFile], unit_bytes: int, options: TextOptions) ->
         elif file.kind == "txt" and not options.separator:
             if file.bytes > options.max_document_bytes and options.on_bad_input == "stop":
                 sink.report(file.path, file.name, "", *too_long(options, "txt"))
-            if file.bytes:
-                yield FilePart(file, 0, file.bytes)
+            yield FilePart(file, 0, file.bytes)  # also of an empty file, which is counted
         else:
             for start in range(0, file.bytes, unit_bytes):
                 yield FilePart(file, start, min(start + unit_bytes, file.bytes))

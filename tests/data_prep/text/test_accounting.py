@@ -271,6 +271,14 @@ def test_null_and_empty_documents_are_counted(make: Make, tmp_path: Path) -> Non
     assert (manifest.counts["null"], manifest.counts["empty"], documents_in(manifest)) == (2, 4, 3)
 
 
+def test_an_empty_text_is_counted_and_makes_no_unit(make: Make, tmp_path: Path) -> None:
+    given = folder_of(tmp_path / "in", {"a.txt": b"", "b.txt": b"text", "c.txt": b""})
+    assert [len(unit) for unit in inputs.units(inputs.find([str(given)]), 4)] == [3]
+    assert make(given)[0] == 0
+    manifest = manifest_of(tmp_path)
+    assert (manifest.counts["empty"], documents_in(manifest)) == (2, 1)
+
+
 def test_a_corpus_of_nulls_is_not_explained_by_the_validation_fraction(make: Make, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     parquet.write_table(pa.table({"text": pa.array([None] * 5, pa.string())}), tmp_path / "in" / "a.parquet")
