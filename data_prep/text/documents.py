@@ -280,7 +280,10 @@ def _rest_of_line(stream: Stream, at_most: int) -> int:
 def _bytes_before(line: bytes, content: str, characters: int, encoding: str) -> int:
     """Return how many bytes of the line its first `characters` take; 0 if bytes were replaced, so that is unknown."""
     encoding = "utf-8" if encoding == AUTO else encoding
-    bom_bytes = len(line) - len(content.encode(encoding))  # the byte-order mark is not part of the text
+    try:
+        bom_bytes = len(line) - len(content.encode(encoding))  # the byte-order mark is not part of the text
+    except UnicodeEncodeError:  # U+FFFD, which most encodings do not have
+        return 0
     return bom_bytes + len(content[:characters].encode(encoding)) if bom_bytes in (0, 3, 4) else 0
 
 

@@ -410,6 +410,14 @@ def test_what_zlib_still_buffers_at_the_end_of_the_input_is_kept(tmp_path: Path)
         assert len(read(tmp_path / "a.jsonl.gz", TextOptions(on_bad_input="skip"))) == lines
 
 
+@pytest.mark.parametrize("encoding", ["shift_jis", "cp1251", "utf-8"])
+def test_bad_json_after_replaced_bytes_is_reported_at_its_line(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"text": "\x98\xff", bad}\n')
+    options = TextOptions(encoding=encoding, on_bad_input="replace")
+    with pytest.raises(ValueError, match=r"a\.jsonl, byte 14: not JSON"):
+        read(tmp_path, options)
+
+
 def test_the_list_of_bad_lines_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbad\n' * 3000)
     skipped: list[Skipped] = []
