@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import socket
 import sys
 from collections import Counter
@@ -165,7 +166,10 @@ def make(out: Path, files: list[TokenFile], options: ImportOptions) -> Manifest:
             raise UserError("there is not one document in these files")
         save_load.save(options.tokenizer, out / "tokenizer")
         rule = f"everything is {options.split}" if options.split else "val if the file is named so, else train"
-        inputs = [{"name": str(f.path), "bytes": f.bytes, "format": options.kind, "split": f.split} for f in files]
+        inputs = [
+            {"name": printable_path(file.path), "bytes": file.bytes, "format": options.kind, "split": file.split}
+            for file in files
+        ]
         about = options.tokenizer.describe()
         listed = {key: count for key, count in counts.items() if count or key == "empty"}
         return shard_format.write_manifest(
@@ -174,6 +178,7 @@ def make(out: Path, files: list[TokenFile], options: ImportOptions) -> Manifest:
     except BaseException:
         for path in (out / f"{shard.name}{suffix}" for shard in made for suffix in (".bin", ".idx")):
             path.unlink(missing_ok=True)
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
         raise
     finally:
         claim.unlink(missing_ok=True)

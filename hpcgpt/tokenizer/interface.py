@@ -60,7 +60,8 @@ class Tokenizer(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the tokenizer's entry in a manifest."""
         return {
-            "name": self.name,
+            # Of a folder whose name is no UTF-8, which the manifest could not be written with.
+            "name": self.name.encode(errors="backslashreplace").decode(),
             "fingerprint": self.fingerprint,
             "vocab_size": self.vocab_size,
             "end_of_text": self.end_of_text,

@@ -199,6 +199,28 @@ def test_megatrons_sequences_may_be_anywhere_and_several_make_a_document(
     assert manifest.counts == {"empty": 1}
 
 
+def test_files_below_a_folder_whose_name_is_no_utf8_are_imported(
+    tmp_path: Path, imported: Import, bpe: interface.Tokenizer
+) -> None:
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    folder.mkdir()
+    _, manifest = imported("nanogpt", nanogpt(folder / "a.bin", [bpe.end_of_text, 1, 2]))
+    assert [row["name"] for row in manifest.inputs] == [f"{tmp_path}/a\\xff/a.bin"]
+
+
+def test_an_import_that_fails_at_its_end_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(shard_format, "write_manifest", fail)
+    path, out = nanogpt(tmp_path / "a.bin", [bpe.end_of_text, 1, 2]), tmp_path / "out"
+    with pytest.raises(OSError, match="the disk is full"):
+        import_shards.main(["--from", "nanogpt", str(path), "--out", str(out), "--tokenizer", str(tokenizer_folder)])
+    assert list(out.iterdir()) == []
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 100])
 def test_empty_documents_are_left_out_and_counted(
     chunk_tokens: int, tmp_path: Path, imported: Import, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -820,3 +821,13 @@ def test_an_option_may_concern_only_the_files_of_val(tmp_path: Path, tokenizer_f
     assert make_shards.main([*given, *flags]) == 0
     made = shard_format.read_manifest(tmp_path / "out").shards
     assert {shard.split: shard.documents for shard in made} == {"train": 2, "val": 1}
+
+
+def test_the_tokenizer_may_be_of_a_folder_whose_name_is_no_utf8(tmp_path: Path, tokenizer_folder: Path) -> None:
+    named = dataclasses.replace(save_load.load(tokenizer_folder), name=os.fsdecode(b"bpe\xff"))  # type: ignore[type-var]
+    save_load.save(named, tmp_path / "bpe")
+    (tmp_path / "a.txt").write_text("a b")
+    flags = ["--tokenizer", str(tmp_path / "bpe"), "--val-fraction", "0", "--workers", "1"]
+    assert make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *flags]) == 0
+    made = shard_format.read_manifest(tmp_path / "out")
+    assert made.tokenizer["name"] == r"bpe\udcff"
