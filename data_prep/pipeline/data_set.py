@@ -96,7 +96,7 @@ def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
     """Finish the data set; return None if another task does, or did."""
     try:
         # This name is on disk, so it stays: a task that started with an older version may hold the lease.
-        finalize_lease = lease.acquire(out / "prep" / "placing", world.job_start())
+        finalize_lease = lease.acquire(out / "prep" / "placing", world.job_start(), task_share.REMEDY)
     except ValueError as error:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None

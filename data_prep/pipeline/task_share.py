@@ -18,6 +18,7 @@ from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
 from hpcgpt.storage import lease
 
+REMEDY = "wait until it has finished, or end it first"
 _NAME = re.compile(r"(\d+)_of_(\d+)")
 
 
@@ -42,20 +43,18 @@ def acquire(out: Path, share: TaskShare) -> Iterator[None]:
     folder = out / "prep" / "shares"
     attempt = world.job_start()
     try:
-        task_lease = lease.acquire(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt)
+        task_lease = lease.acquire(folder / f"{share.task:04d}_of_{share.tasks:04d}", attempt, REMEDY)
     except ValueError as error:
         raise UserError(f"{out} is being made already: {error}") from None
     with task_lease:
+        overlapping = []
         for path in sorted(folder.iterdir()):
             found = _NAME.fullmatch(path.name)
             other = TaskShare(int(found[1]), int(found[2])) if found else share
             if other != share and share.overlaps(other):
-                _refuse_if_alive(out, path, attempt)
+                overlapping.append(path)
+        try:
+            lease.wait_until_all_gone(overlapping, attempt, REMEDY)
+        except ValueError as error:
+            raise UserError(f"{out} is being made already, in other shares: {error}") from None
         yield
-
-
-def _refuse_if_alive(out: Path, folder: Path, attempt: str) -> None:
-    try:
-        lease.wait_until_gone(folder, attempt)
-    except ValueError as error:
-        raise UserError(f"{out} is being made already, in other shares: {error}") from None

@@ -33,7 +33,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ HEARTBEAT_S = 2.0
 WATCH_S = 5 * HEARTBEAT_S
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LEASE_FILE = re.compile(r"\d+\.json")
+_REMEDY = "end it first, or give this run another --run.name"
 
 
 class HeldError(UserError):
@@ -133,7 +134,7 @@ def exit_when_superseded(run_folder: Path, number: int, instead: Callable[[], No
     threading.Thread(target=mine._check_forever, args=(instead,), name="lease", daemon=True).start()
 
 
-def acquire(run_folder: Path, job_start: str) -> Lease:
+def acquire(run_folder: Path, job_start: str, remedy: str = _REMEDY) -> Lease:
     """Acquire the next lease on a run folder. `job_start` is world.job_start: '<job>_<restart>' or ''.
 
     Raises:
@@ -141,7 +142,7 @@ def acquire(run_folder: Path, job_start: str) -> Lease:
     """
     folder = run_folder / "generations"
     folder.mkdir(parents=True, exist_ok=True)
-    newest = wait_until_gone(run_folder, job_start)
+    newest = wait_until_gone(run_folder, job_start, remedy)
     number = newest + 1
     holder = {"host": socket.gethostname(), "attempt": job_start, "time": time.time(), **_process(os.getpid())}
     if not atomic.claim(folder / f"{number:06d}.json", json.dumps(holder).encode()):
@@ -184,34 +185,47 @@ def holder(run_folder: Path) -> str:
         return f"attempt {number}"
 
 
-def wait_until_gone(run_folder: Path, job_start: str) -> int:
+def wait_until_gone(run_folder: Path, job_start: str, remedy: str = _REMEDY) -> int:
     """Return the number of the newest lease once its holder is gone; 0 if there was none yet.
 
     Raises:
-        HeldError: its holder is alive.
+        HeldError: its holder is alive; the message ends with `remedy`.
     """
-    folder = run_folder / "generations"
-    number = _newest(folder)
+    return wait_until_all_gone([run_folder], job_start, remedy)[0]
+
+
+def wait_until_all_gone(run_folders: Sequence[Path], job_start: str, remedy: str = _REMEDY) -> list[int]:
+    """Do so for several folders, whose leases are watched at the same time.
+
+    Raises:
+        HeldError: one of the holders is alive.
+    """
+    folders = [run_folder / "generations" for run_folder in run_folders]
+    newest = [(folder, _newest(folder)) for folder in folders]
+    watched = {lease: _beats(*lease) for lease in newest if _is_to_be_watched(*lease, job_start)}
+    if watched:
+        first, more = _describe(*next(iter(watched))), len(watched) - 1
+        others = f", like {more:,} others" if more else ""
+        print(f"{first} has not released its lease{others}: watching it for {WATCH_S:.0f} s", flush=True)
+    deadline = time.monotonic() + WATCH_S
+    while watched and time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_S / 4)
+        for (folder, number), before in list(watched.items()):
+            if _beats(folder, number) != before:
+                raise HeldError(f"{folder.parent} is in use by {_describe(folder, number)}, which is alive: {remedy}")
+            if (folder / f"{number:06d}.done").exists():
+                del watched[folder, number]
+    return [number for _, number in newest]
+
+
+def _is_to_be_watched(folder: Path, number: int, job_start: str) -> bool:
+    """Is there a lease that was not released, and may its holder be alive?"""
     if not number:
-        return 0
+        return False
     holder = _holder(folder, number)
     if (folder / f"{number:06d}.done").exists() or _is_next_start(holder.get("attempt", ""), job_start):
-        return number
-    if _is_known_to_be_gone(holder):
-        return number
-    print(f"{_describe(folder, number)} has not released its lease: watching it for {WATCH_S:.0f} s", flush=True)
-    before = _beats(folder, number)
-    deadline = time.monotonic() + WATCH_S
-    while time.monotonic() < deadline:
-        time.sleep(HEARTBEAT_S / 4)
-        if _beats(folder, number) != before:
-            raise HeldError(
-                f"{folder.parent} is in use by {_describe(folder, number)}, which is alive: end it first, or give "
-                "this run another --run.name"
-            )
-        if (folder / f"{number:06d}.done").exists():
-            break
-    return number
+        return False
+    return not _is_known_to_be_gone(holder)
 
 
 def _is_next_start(before: str, now: str) -> bool:
