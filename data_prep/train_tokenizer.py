@@ -19,6 +19,7 @@ import heapq
 import json
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -66,11 +67,14 @@ def main(argv: Sequence[str]) -> int:
     out = Path(paths.expand(arguments.out, "--out"))
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} exists already, with a tokenizer in it: choose another --out")
+    if (out / "vocab.tiktoken").exists():
+        raise UserError(f"{out / 'vocab.tiktoken'} would be overwritten: choose another --out, or move that file away")
     most = shard_format.WIDTHS["uint16"].most_ids
     if not 257 <= arguments.vocab_size <= most:
         raise UserError(f"--vocab-size {arguments.vocab_size}: expected 257 to {most}")
     if arguments.sample_mb < 1:
         raise UserError(f"--sample-mb {arguments.sample_mb}: expected 1 or more")
+    _prepare_folder(out)
     sample_bytes = arguments.sample_mb * 1_000_000
     sample = draw_sample(_training_texts(arguments, sample_bytes), sample_bytes)
     all_bytes, documents = sum(map(len, sample)), len(sample)
@@ -85,6 +89,20 @@ def main(argv: Sequence[str]) -> int:
     save_load.save(trained, out)
     print(f"{out}: {trained.vocab_size:,} ids{_density(trained, sample)}")
     return 0
+
+
+def _prepare_folder(out: Path) -> None:
+    """Make the folder and write a byte in it, so that a wrong --out is not found only after hours of training.
+
+    Raises:
+        UserError: it is a file.
+        OSError: it cannot be made, or not be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out) as file:
+        file.write(b"x")
 
 
 def draw_sample(texts: Iterable[str], most_bytes: int) -> list[bytes]:

@@ -23,6 +23,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from data_prep import train_tokenizer
 from data_prep.pipeline import holdout
+from hpcgpt.errors import UserError
 from hpcgpt.tokenizer import equivalence_texts, find_tokenizer, from_tiktoken, interface, save_load
 from hpcgpt.tokenizer.byte_level_bpe import ByteLevelBPE
 from tests.programs import ROOT, clean_env, command
@@ -326,6 +327,34 @@ def test_training_splits_text_like_the_saved_pattern(pattern: str) -> None:
         parts = [part for part, _ in by_trainer.pre_tokenize_str(text)]
         assert "".join(parts) == text
         assert [n for part in parts for n in pairs._encode_single_piece(part)] == pairs.encode_ordinary(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("a file", "is a file: choose another --out"), ("a vocabulary", "vocab.tiktoken would be overwritten"),
+     ("below a file", "Not a directory")],
+)  # fmt: skip
+def test_a_folder_that_cannot_take_the_tokenizer_is_found_before_any_text_is_read(
+    kind: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("text was read")
+
+    monkeypatch.setattr(train_tokenizer, "_training_texts", read)
+    out = tmp_path / "bpe"
+    if kind == "a vocabulary":
+        out.mkdir()
+        (out / "vocab.tiktoken").write_text("years of work")
+    else:
+        out.write_text("years of work")
+    out = out / "below" if kind == "below a file" else out
+    with pytest.raises((UserError, OSError), match=expected):
+        train_tokenizer.main([str(tmp_path), "--out", str(out)])
+
+
+def test_the_check_of_the_folder_leaves_nothing_in_it(tmp_path: Path) -> None:
+    train_tokenizer._prepare_folder(tmp_path / "new" / "bpe")
+    assert list((tmp_path / "new" / "bpe").iterdir()) == []
 
 
 def test_a_sample_is_even_bounded_and_independent_of_the_order() -> None:
