@@ -59,6 +59,9 @@ _PROBE_BYTES = 4_000_000
 _WORDS_SHARE, _FEWEST_WORD_BYTES = 32, 16_000_000
 # Close enough to the patterns to estimate the size of the distinct words.
 _WORD = re.compile(r"\w+|[^\w\s]+")
+# Runs of letters, of punctuation or of white space, of which the trainer would make one word each. Its time grows with
+# the square of a word's length: a million letters, as in a base64 without line ends, take hours.
+_LONG_WORD = re.compile(r"(?<![^\W_])[^\W_]{10000,}|(?<!(?:[^\w\s]|_))(?:[^\w\s]|_){10000,}|(?<!\s)\s{10000,}")
 
 
 @streams.continue_without_reader()
@@ -144,7 +147,7 @@ def count_fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
 
 
 def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2") -> ByteLevelBPE:
-    """Train a byte-level BPE with `vocab_size` ids, of which the last is end-of-text.
+    """Train a byte-level BPE with `vocab_size` ids, of which the last is end-of-text. Very long words are left out.
 
     Raises:
         UserError: the text is too small for that many merges.
@@ -158,7 +161,7 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator((_LONG_WORD.sub("", text) if len(text) >= 10_000 else text for text in texts), trainer)
     merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
     to_byte = {character: byte for byte, character in byte_characters().items()}
     ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_characters())}

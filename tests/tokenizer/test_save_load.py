@@ -329,6 +329,16 @@ def test_training_splits_text_like_the_saved_pattern(pattern: str) -> None:
         assert [n for part in parts for n in pairs._encode_single_piece(part)] == pairs.encode_ordinary(text)
 
 
+@pytest.mark.parametrize("word", ["qz" * 5000, "_-" * 5000, " \n" * 5000], ids=["letters", "signs", "white space"])
+def test_a_word_of_ten_thousand_characters_is_left_out_of_training(word: str) -> None:
+    """The trainer would take hours for one of a million. Its pairs are the most frequent here, and are not learned."""
+    text = "the cat and the hat " * 20
+    expected = train_tokenizer.train(iter([text]), 262, "x")
+    assert train_tokenizer.train(iter([f"{text}{word}", word]), 262, "x") == expected
+    with_shorter = train_tokenizer.train(iter([f"{text}{word[2:]}"]), 262, "x")
+    assert with_shorter != expected
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("a file", "is a file: choose another --out"), ("a vocabulary", "vocab.tiktoken would be overwritten"),
