@@ -70,14 +70,15 @@ def main(argv: Sequence[str]) -> int:
     out = Path(paths.expand(arguments.out, "--out"))
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} exists already, with a tokenizer in it: choose another --out")
-    if (out / "vocab.tiktoken").exists():
+    # Alone it is what a run left that was killed before it wrote tokenizer.json.
+    if (out / "vocab.tiktoken").exists() and _visible(out) != ["vocab.tiktoken"]:
         raise UserError(f"{out / 'vocab.tiktoken'} would be overwritten: choose another --out, or move that file away")
     most = shard_format.WIDTHS["uint16"].most_ids
     if not 257 <= arguments.vocab_size <= most:
         raise UserError(f"--vocab-size {arguments.vocab_size}: expected 257 to {most}")
     if arguments.sample_mb < 1:
         raise UserError(f"--sample-mb {arguments.sample_mb}: expected 1 or more")
-    _prepare_folder(out)
+    _check_folder(out)
     sample_bytes = arguments.sample_mb * 1_000_000
     sample = draw_sample(_training_texts(arguments, sample_bytes), sample_bytes)
     all_bytes, documents = sum(map(len, sample)), len(sample)
@@ -94,8 +95,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _prepare_folder(out: Path) -> None:
-    """Make the folder and write a byte in it, so that a wrong --out is not found only after hours of training.
+def _visible(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _check_folder(out: Path) -> None:
+    """Write a byte in the folder, so that a wrong --out is not found only after hours of training.
+
+    A new one is removed again: a run that fails leaves none.
 
     Raises:
         UserError: it is a file.
@@ -103,9 +110,12 @@ def _prepare_folder(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out) as file:
         file.write(b"x")
+    if is_new:
+        out.rmdir()
 
 
 def draw_sample(texts: Iterable[str], most_bytes: int) -> list[bytes]:

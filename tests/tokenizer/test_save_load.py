@@ -354,7 +354,8 @@ def test_a_folder_that_cannot_take_the_tokenizer_is_found_before_any_text_is_rea
     out = tmp_path / "bpe"
     if kind == "a vocabulary":
         out.mkdir()
-        (out / "vocab.tiktoken").write_text("years of work")
+        for name in ("vocab.tiktoken", "tokenizer.model"):
+            (out / name).write_text("years of work")
     else:
         out.write_text("years of work")
     out = out / "below" if kind == "below a file" else out
@@ -363,8 +364,9 @@ def test_a_folder_that_cannot_take_the_tokenizer_is_found_before_any_text_is_rea
 
 
 def test_the_check_of_the_folder_leaves_nothing_in_it(tmp_path: Path) -> None:
-    train_tokenizer._prepare_folder(tmp_path / "new" / "bpe")
-    assert list((tmp_path / "new" / "bpe").iterdir()) == []
+    for folder in (tmp_path, tmp_path / "bpe"):
+        train_tokenizer._check_folder(folder)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sample_is_even_bounded_and_independent_of_the_order() -> None:
