@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
     out = Path(paths.expand(arguments.out, "--out"))
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} exists already, with a tokenizer in it: choose another --out")
-    if (out / "vocab.tiktoken").exists():
+    # Alone it is what a run left that was killed before it wrote tokenizer.json.
+    if (out / "vocab.tiktoken").exists() and _visible(out) != ["vocab.tiktoken"]:
         raise UserError(f"{out / 'vocab.tiktoken'} would be overwritten: choose another --out, or move that file away")
     most = shard_format.WIDTHS["uint16"].most_ids
     if not 257 <= arguments.vocab_size <= most:
@@ -92,6 +93,10 @@ def main(argv: Sequence[str]) -> int:
     save_load.save(trained, out)
     print(f"{out}: {trained.vocab_size:,} ids{_density(trained, sample)}")
     return 0
+
+
+def _visible(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _check_folder(out: Path) -> None:

@@ -354,7 +354,8 @@ def test_a_folder_that_cannot_take_the_tokenizer_is_found_before_any_text_is_rea
     out = tmp_path / "bpe"
     if kind == "a vocabulary":
         out.mkdir()
-        (out / "vocab.tiktoken").write_text("years of work")
+        for name in ("vocab.tiktoken", "tokenizer.model"):
+            (out / name).write_text("years of work")
     else:
         out.write_text("years of work")
     out = out / "below" if kind == "below a file" else out
