@@ -83,7 +83,7 @@ def choose(logits: Tensor, config: Sample, generator: torch.Generator) -> int:
     if config.top_k:  # of equally likely ids the first are kept
         values, ids = values[: config.top_k], ids[: config.top_k]
     scaled = values / config.temperature
-    if scaled[0].isinf() and not values[0].isinf():  # so small a temperature leaves the most likely ids only
+    if values[0].isfinite() and not scaled[0].isfinite():  # so small a temperature leaves the most likely ids only
         scaled = torch.zeros_like(values).masked_fill(values < values[0], -torch.inf)
     probabilities = scaled.softmax(dim=0)
     # An id is kept while the probabilities before it add up to less than top_p; so the first always is.
