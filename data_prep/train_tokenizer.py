@@ -60,8 +60,8 @@ _WORDS_SHARE, _FEWEST_WORD_BYTES = 32, 16_000_000
 # Close enough to the patterns to estimate the size of the distinct words.
 _WORD = re.compile(r"\w+|[^\w\s]+")
 # Runs of letters, of punctuation or of white space, of which the trainer would make one word each. Its time grows with
-# the square of a word's length: a million letters, as in a base64 without line ends, take hours.
-_LONG_WORD = re.compile(r"(?<![^\W_])[^\W_]{10000,}|(?<!(?:[^\w\s]|_))(?:[^\w\s]|_){10000,}|(?<!\s)\s{10000,}")
+# the square of a word's length: a million letters, as a genome has, take hours.
+_LONG_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]{10000,}|(?<!(?:[^\w\s]|_))(?:[^\w\s]|_){10000,}|(?<!\s)\s{10000,}")
 
 
 @streams.continue_without_reader()
@@ -156,6 +156,17 @@ def count_fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
     return len(sample)
 
 
+def _without_long_words(texts: Iterator[str]) -> Iterator[str]:
+    """Yield the texts without such words, and print how many there were."""
+    count = 0
+    for text in texts:
+        kept, found = _LONG_WORD.subn("", text) if len(text) >= 10_000 else (text, 0)
+        count += found
+        yield kept
+    if count:
+        print(f"left out: {counted(count, 'word')} of 10,000 characters or more")
+
+
 def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2") -> ByteLevelBPE:
     """Train a byte-level BPE with `vocab_size` ids, of which the last is end-of-text. Very long words are left out.
 
@@ -171,7 +182,7 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
-    model.train_from_iterator((_LONG_WORD.sub("", text) if len(text) >= 10_000 else text for text in texts), trainer)
+    model.train_from_iterator(_without_long_words(texts), trainer)
     merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
     to_byte = {character: byte for byte, character in byte_characters().items()}
     ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_characters())}

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in ("folder", "decide"):
         raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
-        settings = sources.from_command_line(argv[1:], "requeue folder", ABOUT)
+        settings = sources.for_training(argv[1:], "requeue folder", ABOUT)
         if problem := _begin(settings):
             return cli.print_error(UserError(problem), REFUSED)
         if settings.doctor.preflight == "quick" and scontrol.job_id(os.environ):

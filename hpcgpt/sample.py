@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hpcgpt.checkpoint.load_model import Trained
 
 STDIN = "-"
-MOST_SEED = (1 << 63) - 1  # torch takes up to twice as much, and later texts have the next seeds
+SEEDS = range(-(1 << 63), 1 << 64)  # that torch takes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
     sampling = _sampling(options, folder)
     if options.samples < 1:
         raise UserError(f"--samples: {options.samples} must be at least 1")
-    if abs(options.seed) > MOST_SEED:
-        raise UserError(f"--seed: {options.seed} must be from -{MOST_SEED} to {MOST_SEED}")
+    if options.seed not in SEEDS or options.seed + options.samples not in SEEDS:  # each text has the next one
+        raise UserError(f"--seed: {options.seed} must be from {SEEDS.start} to {SEEDS.stop - 1 - options.samples}")
     if options.interactive and options.json:
         raise UserError("--interactive and --json cannot be combined: --prompts - reads prompts from another program")
     # A file is read before torch is loaded, standard input while texts are generated.

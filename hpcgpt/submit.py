@@ -242,7 +242,7 @@ def _checked(arguments: list[str], requested: Request) -> Run:
     """Check the configuration, the shards and the run folder of one run."""
     from hpcgpt import plan, submit_checks  # imported late, so that --help does not load numpy
 
-    settings = sources.from_command_line(arguments, "submit", "")
+    settings = sources.for_training(arguments, "submit", "")
     planned = plan.make(settings, requested.ranks)
     waits = "dependency" in requested.flags
     return Run(arguments, settings.run_folder, planned, submit_checks.check(planned, waits))

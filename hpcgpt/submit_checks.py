@@ -89,6 +89,14 @@ def _states(jobs: list[str]) -> dict[str, str]:
     if not jobs:
         return {}
     # squeue fails on a single id that no longer exists, but of two it omits one: hence one twice. (It refuses 0.)
-    asked = ["--me", "--noheader", "--array", "--states=all", f"--jobs={','.join([*jobs, jobs[0]])}", "--format=%i %T"]
+    asked = [
+        "--me",
+        "--all",
+        "--noheader",
+        "--array",
+        "--states=all",
+        f"--jobs={','.join([*jobs, jobs[0]])}",
+        "--format=%i %T",
+    ]
     pairs = [line.split() for line in scontrol.run("squeue", *asked).stdout.splitlines()]
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}

@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
 def _settings(argv: Sequence[str]) -> Config:
     """Read the configuration. If the batch script could read it (HPCGPT_CHECKED), an error is this node's fault."""
     try:
-        return sources.from_command_line(argv, "train", ABOUT)
+        return sources.for_training(argv, "train", ABOUT)
     except UserError as error:
         if os.environ.get("HPCGPT_CHECKED", "") == world.job_start() != "":
             raise NodeError(f"{error} (the batch script could read it: {socket.gethostname()} cannot)") from error

@@ -53,7 +53,7 @@ def lose_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
     """Make standard output a pipe whose reader has gone. A function, since pytest sets stdout again before a test."""
     reader, writer = os.pipe()
     os.close(reader)
-    stream = os.fdopen(writer, "w")
+    stream = os.fdopen(writer, "w", buffering=1)
     yield lambda: monkeypatch.setattr(sys, "stdout", stream)
     with suppress(BrokenPipeError):  # of what a test that fails has left in it
         stream.close()

@@ -393,6 +393,13 @@ def test_three_crashes_without_a_new_checkpoint_end_the_job(
 
 
 @pytest.mark.processes
+def test_crashes_of_an_older_job_with_the_same_id_do_not_count(slurm: FakeSlurm, run: Path) -> None:
+    output = [crash(slurm, run, restart) for restart in (0, 1, 0, 1)]
+    assert ["crash loop" in text for text in output] == [False] * 4
+    assert len(slurm.requeued) == 4
+
+
+@pytest.mark.processes
 def test_two_jobs_that_crash_alternately_in_one_folder_are_both_ended(slurm: FakeSlurm, run: Path) -> None:
     """The `job` event of one job does not reset the crashes of the other."""
     output: dict[str, list[str]] = {"7": [], "8": []}

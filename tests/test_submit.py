@@ -241,6 +241,19 @@ def test_the_limits_of_the_qos_are_looked_at_before_the_job_is_queued(slurm: Pat
         assert not (slurm / "submitted.sh").exists()
 
 
+@pytest.mark.parametrize("site", [[], ["--site", "generic"]])
+def test_a_qos_may_replace_the_limits_of_the_partition(slurm: Path, tiny: Path, site: list[str]) -> None:
+    for program, line in (("sinfo", "cpu*|up|30:00|1-4|4|8|16000|x|(null)|idle"),
+                          ("sacctmgr", "long|PartitionTimeLimit|9:00:00||||||||\nshort||9:00:00||||||||")):  # fmt: skip
+        (slurm / program).write_text(f"#!/bin/sh\ncat <<'END'\n{line}\nEND\n")
+        (slurm / program).chmod(0o755)
+    refused = submit(slurm, str(tiny), *site, "--time=60", "--qos=short", *SCRIPT_ONLY)
+    assert (refused.returncode, "is more than partition cpu allows" in refused.stderr) == (2, True), refused.stderr
+    done = submit(slurm, str(tiny), *site, "--time=60", "--qos=long", *SCRIPT_ONLY)
+    assert done.returncode == 0, done.stderr
+    assert "queued nevertheless, since its QOS may allow more" in done.stderr
+
+
 def test_a_truncated_shard_is_found_before_the_job_is_queued(
     slurm: Path, tiny: Path, shards_folder: Path, tmp_path: Path
 ) -> None:

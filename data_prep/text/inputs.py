@@ -253,8 +253,11 @@ def _examine(
 ) -> InputFile | UnreadFile | None:
     """Return the file to read, or why it is not read; None if it cannot be read and was skipped."""
     name = printable_path(path.relative_to(root))
+    ending = path.suffix.lower()
+    if ending and not name.lower().endswith(KINDS):
+        return UnreadFile(name, path.lstat().st_size, f"ending in {ending}")
     try:
-        # Before its ending is looked at: a broken link may lead to a folder of text, on a disk that is not mounted.
+        # A broken link without an ending may lead to a folder of text, on a disk that is not mounted.
         status = path.stat()
     except OSError as error:
         _raise_if_of_machine(error, path)
@@ -262,8 +265,7 @@ def _examine(
         sink.report(path, name, "", f"{target} cannot be opened: {error.strerror}")
         return None
     if not name.lower().endswith(KINDS):
-        ending = path.suffix.lower()
-        return UnreadFile(name, path.lstat().st_size, f"ending in {ending}" if ending else "without an ending")
+        return UnreadFile(name, status.st_size, "without an ending")
     if not stat.S_ISREG(status.st_mode):
         sink.report(path, name, "", "no file but a pipe, a socket or a device")
         return None
@@ -322,18 +324,16 @@ def units(files: Sequence[InputFile], unit_bytes: int, options: TextOptions | No
         UserError: a parquet file has no such column, or a text is too long; unless bad input is skipped.
     """
     options = options or TextOptions()
-    made: list[Unit] = []
-    unit: Unit = []
-    size = 0
+    made, unit, size = list[Unit](), list[FilePart](), 0
     for part in _parts(files, unit_bytes, options):
+        if made and not unit and not part.stop and part.file.name.lower().endswith(".txt"):
+            made[-1].append(part)  # it is counted there, and is no unit
+            continue
         unit.append(part)
         size += part.stop - part.start
         if size >= unit_bytes:
             made.append(unit)
             unit, size = [], 0
-    if unit and not size and made:  # empty files alone are no unit
-        made[-1] += unit
-        unit = []
     return [*made, unit] if unit else made
 
 

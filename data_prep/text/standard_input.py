@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -48,13 +49,20 @@ def spool(stream: BinaryIO, folder: Path, kind: Literal["", "txt", "jsonl"] = ""
         _check_same(stream, head, path)
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    for each in paths:  # what a run left that was killed here
-        atomic.remove_stale_temporaries(each)
+    _remove_copies_of_killed_runs(folder)
     with atomic.writing(path) as file:
         while head:
             file.write(head)
             head = stream.read(_CHUNK)
     return path
+
+
+def _remove_copies_of_killed_runs(folder: Path) -> None:
+    """Remove what runs left here that were killed while they copied; not of one that is alive, or on another host."""
+    for path in folder.glob(f".stdin.*.{socket.gethostname()}-*.tmp"):
+        pid = path.name.removesuffix(".tmp").split("-")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
 
 
 def _check_same(stream: BinaryIO, head: bytes, path: Path) -> None:

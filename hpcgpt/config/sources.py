@@ -44,8 +44,7 @@ def from_command_line(
     """Parse ``[CONFIG] [--section.key value]...`` into the checked configuration.
 
     CONFIG is a TOML file or the name of a preset. ``--help`` exits with status 0. `elsewhere` maps flags of other
-    programs, which are not valid here, to the advice to print. The config.toml of a run that was moved is refused
-    without a flag that says which run is meant: it names the folder where the run was.
+    programs, which are not valid here, to the advice to print.
 
     Raises:
         UserError: all errors, one on each line.
@@ -70,10 +69,25 @@ def from_command_line(
             section, key = name.split(".")
             table.setdefault(section, {})[key] = _Text(text)
     written.append(("command line", table))
-    config = _build(written, problems)
+    return _build(written, problems)
+
+
+def for_training(argv: Sequence[str], command: str, about: str) -> Config:
+    """Do as `from_command_line`, for a command that begins a run or continues one.
+
+    Raises:
+        UserError: also if a path cannot be written to config.toml; or if CONFIG is the config.toml of a run and names
+            another folder than that of the run, without a flag that says which of them is meant.
+    """
+    config = from_command_line(argv, command, about)
     _check_absolute_paths(config)
-    if flags.CONFIG is not None and not {"run.dir", "run.name"} & vars(flags).keys():
-        _refuse_moved(find(flags.CONFIG), config)
+    if (named := configuration_named(argv)) and not any(flag.startswith(("--run.dir", "--run.name")) for flag in argv):
+        path = find(named)
+        if flags := flags_if_moved(path, config.run_folder):
+            raise UserError(
+                f"{path} is in the folder of a run, and names another, {config.run_folder}. To continue the run in its "
+                f"folder, add {terminal.printable(flags)}; for another run, --run.name with its name"
+            )
     return config
 
 
@@ -132,17 +146,11 @@ def flags_if_moved(path: Path, folder: Path) -> str:
     here = here.resolve()
     try:
         is_same = here == folder.resolve() or here.samefile(folder)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         is_same = False
+    except OSError:  # a disk that fails, which is no move
+        is_same = True
     return "" if is_same else f"--run.dir {shlex.quote(str(here.parent))} --run.name {shlex.quote(here.name)}"
-
-
-def _refuse_moved(path: Path, config: Config) -> None:
-    if flags := flags_if_moved(path, config.run_folder):
-        raise UserError(
-            f"{path} is that of the run in its folder, and names {config.run_folder}: was it moved or copied? To "
-            f"continue the run in its folder, add {terminal.printable(flags)}; for a new run, another --run.name"
-        )
 
 
 def _check_absolute_paths(config: Config) -> None:

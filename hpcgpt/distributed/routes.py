@@ -19,6 +19,7 @@ def master() -> tuple[str, int] | None:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:
         return None
+    port = port.strip()
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise UserError(f"MASTER_PORT is '{port}': expected a port from 1 to 65535; or unset it, and MASTER_ADDR")
     return host, int(port)

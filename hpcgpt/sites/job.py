@@ -58,11 +58,12 @@ def setup(site: Site, folder: Path) -> list[str]:
     """Return lines of bash that write the site's shell file into `folder`, for every node, and name it in HPCGPT_SITE.
 
     If the folder is on a mount that the node lacks, that never answers or that is full, it is written into TMPDIR. A
-    file that the user has named in HPCGPT_SITE at submission is used instead.
+    file that the user has named in HPCGPT_SITE at submission is used instead; but not what an earlier job of a chain
+    wrote, HPCGPT_SITE_WRITTEN, which may have been on its own node.
     """
     text = shell.text(site, shell.Python()).rstrip("\n")
     return [
-        'if [ -z "${HPCGPT_SITE:-}" ]; then',
+        'if [ -z "${HPCGPT_SITE:-}" ] || [ "$HPCGPT_SITE" = "${HPCGPT_SITE_WRITTEN:-}" ]; then',
         f"site_file() {{ cat <<'{_END}'",
         *text.split("\n"),
         _END,
@@ -70,6 +71,8 @@ def setup(site: Site, folder: Path) -> list[str]:
         "write_site_file() { site_file | timeout --signal=KILL 60 sh -c "
         """'mkdir -p "${1%/*}" && cat > "$1.new" && mv -f "$1.new" "$1"' hpcgpt "$HPCGPT_SITE"; }""",
         f'export HPCGPT_SITE={shlex.quote(str(folder))}/site_"$SLURM_JOB_ID".sh',
-        "write_site_file || { HPCGPT_SITE=$(mktemp -d)/site.sh; write_site_file; }",
+        "write_site_file || { HPCGPT_SITE=$(mktemp -d)/site.sh; write_site_file && "
+        'echo "hpcgpt: the site file is in $HPCGPT_SITE" >&2; }',
+        "export HPCGPT_SITE_WRITTEN=$HPCGPT_SITE",
         "fi",
     ]

@@ -1,6 +1,6 @@
 """What Slurm's queue shows of jobs, for `hpcgpt status`: one squeue for many jobs, at most one every EVERY_S.
 
-    squeue --noheader --array --states=all --jobs=7,8,7 --format=%i|%T|%S|%e|%N|%r    squeue(1), Slurm 22.05 to 25.11
+    squeue --all --noheader --array --states=all --jobs=7,8,7 --format=%i|%T|%S|%e|%N|%r squeue(1), Slurm 22.05 to 25.11
 
 For a single job that is gone squeue ends with an error, of two it omits one; so one is named twice. An answer without
 a job means that it is gone, and no answer means nothing. SLURM_TIME_FORMAT (hpcgpt.slurm.scontrol) gives unix seconds.
@@ -102,7 +102,7 @@ class Queue:
                 return
             self._asked_at = self._clock()
         done = self._run(
-            "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join([*wanted, wanted[0]])}",
+            "squeue", "--all", "--noheader", "--array", "--states=all", f"--jobs={','.join([*wanted, wanted[0]])}",
             f"--format={_FORMAT}",
         )  # fmt: skip
         with self._lock:
@@ -138,7 +138,7 @@ def without_run(
 
     A job that was queued with sbatch leaves nothing in a run folder before its first start.
     """
-    done = run("squeue", "--me", "--noheader", "--array", f"--format={_FORMAT}|%o")
+    done = run("squeue", "--me", "--all", "--noheader", "--array", f"--format={_FORMAT}|%o")
     found = []
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
         *fields, command = line.split("|", 6)

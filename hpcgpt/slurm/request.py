@@ -96,7 +96,7 @@ def complete(
         _add_cores_and_memory(flags, kind, gpus, -(-ranks // nodes))
     if partition:
         _set_time(flags, partition, notes)
-        _check_limits(flags, partition, nodes, not_counted)
+        notes += _check_limits(flags, partition, nodes, not_counted)
         _check_nodes(flags, partition, kinds, nodes, gpus)
     flags.setdefault("time", "24:00:00")
     return Request(flags, nodes, ranks, gpus, _gpu_type(flags, kind) if gpus else "", tuple(notes))
@@ -234,7 +234,8 @@ def _set_time(flags: Flags, partition: Partition, notes: list[str]) -> None:
 
 def _check_limits(
     flags: Flags, partition: Partition, nodes: int, not_counted: Callable[[Flags], Collection[str]]
-) -> None:
+) -> list[str]:
+    """Check the limits of the partition; return notes on those that the job exceeds and that may not count."""
     name = partition.name
     if not partition.is_up:
         raise UserError(f"partition {name} is down: jobs in it are not started")
@@ -251,11 +252,11 @@ def _check_limits(
         )
     if nodes < partition.min_nodes:
         exceeded["PartitionMinNodes"] = f"--nodes={nodes}: a job in partition {name} has at least {partition.min_nodes}"
-    if exceeded:
-        free = not_counted(flags)
-        for limit, sentence in exceeded.items():
-            if limit not in free:
-                raise UserError(sentence)
+    free = not_counted(flags) if exceeded else ()
+    for limit, sentence in exceeded.items():
+        if limit not in free:
+            raise UserError(sentence)
+    return [f"{sentence}; queued nevertheless, since its QOS may allow more" for sentence in exceeded.values()]
 
 
 def _check_nodes(flags: Flags, partition: Partition, kinds: Sequence[NodeKind], nodes: int, gpus: int) -> None:

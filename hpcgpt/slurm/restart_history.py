@@ -171,7 +171,7 @@ def starts(events: Sequence[Row], job: str, newest: int | None) -> list[Start]:
 def without_older_job(events: Sequence[Row], job: str) -> list[Row]:
     """Leave out what an older job with the id of `job` did: ids begin again some day, and clusters share a folder.
 
-    The job began with its newest start that is no restart, which is on record.
+    The job began with its newest start that is no restart; if none is on record, nothing is left out.
     """
     id_ = job.rpartition("_")[0]
     first = max((index for index, event in enumerate(events)

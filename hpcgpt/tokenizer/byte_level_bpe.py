@@ -98,18 +98,20 @@ class ByteLevelBPE(Tokenizer):
             return self._encode_words(text)
         except UnicodeEncodeError:  # lone surrogates
             return self.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        except ValueError as error:
-            parts = split_patterns.split_long_runs(text, self.pattern)
-            if parts is None or len(parts) == 1:
-                raise UnencodableError(
-                    f"a document of {len(text):,} characters, which begins {text[:60]!r}, cannot be split by the "
-                    f"pattern of tokenizer {self.name} ({error}): shorten its runs of white space or leave it out"
-                ) from None
+        except ValueError:
+            # Without a run to cut out, the whole is encoded again, with the same error.
+            parts = split_patterns.split_long_runs(text, self.pattern) or [text]
         encode_word = self.encoding._encode_single_piece
-        return np.concatenate([
-            np.array(encode_word(part), np.uint32) if number % 2 else self._encode_words(part)
-            for number, part in enumerate(parts)
-        ])  # fmt: skip
+        try:
+            return np.concatenate([
+                np.array(encode_word(part), np.uint32) if number % 2 else self._encode_words(part)
+                for number, part in enumerate(parts)
+            ])  # fmt: skip
+        except ValueError as error:
+            raise UnencodableError(
+                f"a document of {len(text):,} characters, which begins {text[:60]!r}, cannot be split by the pattern "
+                f"of tokenizer {self.name} ({error}): shorten its runs of white space, or leave it out"
+            ) from None
 
     def _encode_words(self, text: str) -> NDArray[np.uint32]:
         # Not encode_ordinary, which panics where this one raises a ValueError.

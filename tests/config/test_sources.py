@@ -369,17 +369,22 @@ def moved_run(folder: Path) -> str:
     return f"{folder}/config.toml"
 
 
+def to_train(*argv: str) -> Config:
+    return sources.for_training(argv, "train", "")
+
+
 def test_the_configuration_of_a_run_that_was_moved_is_refused_with_the_flags_to_type(tmp_path: Path) -> None:
     config = moved_run(tmp_path / "a copy")
+    assert from_flags(config).run.name == "first"  # for a command that trains nothing
     with pytest.raises(UserError) as caught:
-        from_flags(config)
-    assert "names /old/place/first" in str(caught.value)
-    flags = re.search(r"add (--run.dir .*); for a new run", str(caught.value))
+        to_train(config)
+    assert "names another, /old/place/first" in str(caught.value)
+    flags = re.search(r"add (--run.dir .*); for another run", str(caught.value))
     assert flags is not None
-    assert from_flags(config, *shlex.split(flags[1])).run_folder == tmp_path / "a copy"
+    assert to_train(config, *shlex.split(flags[1])).run_folder == tmp_path / "a copy"
     # A fork says which run is meant, and so does a start of the old one.
-    assert from_flags(config, "--run.name", "fork").run_folder == Path("/old/place/fork")
-    assert from_flags(config, "--run.dir", "/old/place").run.name == "first"
+    assert to_train(config, "--run.name", "fork").run_folder == Path("/old/place/fork")
+    assert to_train(config, "--run.dir", "/old/place").run.name == "first"
     assert sources.from_file(Path(config)).run.name == "first"  # other commands are given the folder
 
 
@@ -388,15 +393,15 @@ def test_the_configuration_of_a_run_is_taken_where_it_names_its_folder(tmp_path:
     (tmp_path / "first").symlink_to("run")  # left where the run was
     here = Path(config).read_text().replace("/old/place", str(tmp_path))
     Path(config).write_text(here)
-    assert from_flags(config).run.name == "first"
+    assert to_train(config).run.name == "first"
     (tmp_path / "run" / "mine.toml").write_text('[run]\nname = "other"\n')
-    assert from_flags(f"{tmp_path}/run/mine.toml").run.name == "other"
+    assert to_train(f"{tmp_path}/run/mine.toml").run.name == "other"
 
 
 def test_the_configuration_of_imported_weights_names_a_new_run(tmp_path: Path) -> None:
     config = moved_run(tmp_path / "weights")
     (tmp_path / "weights" / "imported.json").write_text("{}")
-    assert from_flags(config).run.name == "first"
+    assert to_train(config).run.name == "first"
 
 
 def test_a_current_folder_that_is_not_utf_8_is_refused_where_a_path_begins_in_it(
@@ -408,11 +413,11 @@ def test_a_current_folder_that_is_not_utf_8_is_refused_where_a_path_begins_in_it
     monkeypatch.chdir(folder)
     found = rf"run.dir: '{tmp_path}/\udcb2\udce2/runs' is not valid UTF-8: start in another folder"
     with pytest.raises(UserError, match=re.escape(found)):
-        from_flags()
+        to_train()
     absolute = ("--run.dir", "/runs", "--data.dir", "/shards")
     with pytest.raises(UserError, match=re.escape("eval.tasks: 'tasks = [")):
-        from_flags(*absolute, "--eval.tasks", "a.jsonl", "--eval.tasks_every", "250")
-    assert from_flags(*absolute).run.dir == "/runs"
+        to_train(*absolute, "--eval.tasks", "a.jsonl", "--eval.tasks_every", "250")
+    assert to_train(*absolute).run.dir == "/runs"
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -62,7 +62,9 @@ def site(lab: Lab, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFact
     chance = random.Random(2)
     (home / "corpus").mkdir()
     # As conda's and many modules' scripts do; and, as users write, options and arguments of its own.
-    (home / "site.sh").write_text('export SEEN="$NOT_SET_AT_ALL:yes"\nset -euo pipefail\nset -- none of these\nIFS=,\n')
+    (home / "site.sh").write_text(
+        'export SEEN="$NOT_SET_AT_ALL:yes"\nset -eEuo pipefail\ntrap "exit 9" ERR\nset -- none of these\nIFS=,\n'
+    )
     for number in range(UNITS):
         text = " ".join(chance.choices(words, k=1_000_000 // 6))
         (home / "corpus" / f"{number:02d}.txt").write_text((text * 3)[:1_100_000])

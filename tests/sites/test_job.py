@@ -58,6 +58,12 @@ def test_the_job_writes_the_shell_file_unless_the_user_has_named_one(tmp_path: P
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.rstrip() == shell.text(catalog.find("leonardo"), shell.Python()).rstrip()
+    # The next job of a chain inherits the variables, and not the file of another node.
+    for site_file in ("/gone/site.sh", str(tmp_path / "my run" / "submit" / "site_7.sh")):
+        inherited = {"HPCGPT_SITE": site_file, "HPCGPT_SITE_WRITTEN": site_file}
+        done = subprocess.run(["bash", "-c", script], env=inherited | {"SLURM_JOB_ID": "8", "PATH": "/usr/bin:/bin"},
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        assert done.stdout == f"{tmp_path}/my run/submit/site_8.sh ib0\n"
     own = tmp_path / "own.sh"
     own.write_text("export NCCL_SOCKET_IFNAME=eth0\n")
     done = subprocess.run(["bash", "-c", script], env={"HPCGPT_SITE": str(own), "PATH": "/usr/bin:/bin"},

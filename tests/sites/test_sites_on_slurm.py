@@ -335,7 +335,7 @@ def test_doctor_gives_one_task_of_each_node_all_that_the_site_has(slurm: Lab, tm
     assert {name: shown.get(name) for name in requested} == requested
     assert (shown["OverSubscribe"], shown["TimeLimit"]) == ("NO", "00:05:00")
     assert f'export HPCGPT_SITE={tmp_path}/doctor/site_"$SLURM_JOB_ID".sh' in script
-    assert script.index("write_site_file; }\nfi\n") < script.index('. "$HPCGPT_SITE" || exit')
+    assert script.index("HPCGPT_SITE_WRITTEN=$HPCGPT_SITE\nfi\n") < script.index('. "$HPCGPT_SITE" || exit')
 
 
 @pytest.mark.timeout(600)

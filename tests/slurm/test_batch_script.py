@@ -356,10 +356,10 @@ def test_a_site_file_is_sourced_in_this_shell_and_may_use_unset_variables(batch:
     assert set((batch.state / "seen").read_text().split()) == {":yes"}
 
 
-def test_of_a_site_file_only_the_environment_stays(batch: Batch) -> None:
-    """Not its options, with which this script would end without a decision; its arguments; and its separators."""
+def test_the_options_traps_arguments_and_separators_of_a_site_file_do_not_stay(batch: Batch) -> None:
+    """With its options or traps for errors this script would end without a decision."""
     site = batch.home / "site.sh"
-    site.write_text("set -euo pipefail -f\nset -- other arguments\nIFS=/\nexport SEEN=yes\n")
+    site.write_text("set -eEuo pipefail -f\ntrap 'exit 9' ERR\nset -- other arguments\nIFS=/\nexport SEEN=yes\n")
     batch.set_python(f"""[ "$2" != hpcgpt.train ] || {{ echo "$SEEN $*" >> {batch.state}/seen; sleep 3; exit 75; }}""")
     done = batch.start(HPCGPT_SITE=str(site))
     assert done.returncode == 75, done.stderr

@@ -48,7 +48,7 @@ def test_all_jobs_are_asked_about_at_once() -> None:
     slurm = Slurm()
     queue = slurm.queue()
     queue.load(["7", "8", "7", "not an id", "10", "11", "99"])
-    assert [command[4] for command in slurm.asked] == ["--jobs=7,8,10,11,99,7"]
+    assert [command[5] for command in slurm.asked] == ["--jobs=7,8,10,11,99,7"]
     found = [queue.presence(job) for job in ("7", "8", "10", "11", "99")]
     assert found == ["there", "pending", "held", "gone", "gone"]
     assert queue.presence("1000") == "unknown"  # was not asked about

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import zlib
@@ -571,13 +572,15 @@ def test_standard_input_is_copied_to_a_file_named_by_its_kind(
 
 
 def test_what_a_killed_copy_left_is_removed_and_does_not_prevent_the_rerun(tmp_path: Path) -> None:
-    for name in ("stdin.txt", "stdin.jsonl"):
-        left = tmp_path / "prep" / f".{name}.node07-4711-0badcafe.tmp"
-        left.parent.mkdir(exist_ok=True)
-        left.write_bytes(b"half of it")
+    """What a living process, or another host, is copying stays."""
+    here = socket.gethostname()
+    others = [f".stdin.txt.{here}-{os.getpid()}-0badcafe.tmp", ".stdin.txt.node07-4711-0badcafe.tmp"]
+    (tmp_path / "prep").mkdir()
+    for name in (f".stdin.txt.{here}-99999999-0badcafe.tmp", f".stdin.jsonl.{here}-99999999-0badcafe.tmp", *others):
+        (tmp_path / "prep" / name).write_bytes(b"half of it")
     plan.check_ours(tmp_path)
     path = standard_input.spool(Stdin(b"a novel"), tmp_path / "prep")
-    assert [p.name for p in path.parent.iterdir()] == ["stdin.txt"]
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([*others, "stdin.txt"])
 
 
 def test_a_rerun_accepts_the_same_input_or_a_terminal_and_refuses_any_other(tmp_path: Path) -> None:
