@@ -301,7 +301,7 @@ def test_without_a_prompt_a_sample_is_a_document_from_its_beginning(runs: Path) 
         (["--slide", "33"], "--slide: 33 is more than the run's block_size of 32"),
         (["--slide", "0"], "--slide: 0 must be at least 1"),
         (["--samples", "0"], "--samples: 0 must be at least 1"),
-        (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 must be from -9223372036854775807 to"),
+        (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 must be from -9223372036854775808 to"),
         (["--step", "7"], "has no checkpoint of step 7: there are 4, 8, 12"),
     ],
 )

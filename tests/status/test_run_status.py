@@ -360,7 +360,7 @@ def test_the_command_asks_slurm_about_the_job(tmp_path: Path, squeue: str | None
     tools = tmp_path / "bin"
     tools.mkdir()
     if squeue is not None:
-        expected_arguments = "--noheader --array --states=all --jobs=7,7 --format=%i|%T|%S|%e|%N|%r"
+        expected_arguments = "--all --noheader --array --states=all --jobs=7,7 --format=%i|%T|%S|%e|%N|%r"
         (tools / "squeue").write_text(f"#!/bin/sh\n[ \"$*\" = '{expected_arguments}' ] || exit 9\n{squeue}\n")
         (tools / "squeue").chmod(0o755)
     done = command("hpcgpt.status", "--json", str(folder), env={"PATH": str(tools)})
