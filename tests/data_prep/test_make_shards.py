@@ -843,8 +843,9 @@ def test_an_option_may_concern_only_the_files_of_val(tmp_path: Path, tokenizer_f
 
 
 def test_the_tokenizer_may_be_of_a_folder_whose_name_is_no_utf8(tmp_path: Path, tokenizer_folder: Path) -> None:
-    named = dataclasses.replace(save_load.load(tokenizer_folder), name=os.fsdecode(b"bpe\xff"))  # type: ignore[type-var]
-    save_load.save(named, tmp_path / "bpe")
+    loaded = save_load.load(tokenizer_folder)
+    assert isinstance(loaded, ByteLevelBPE)
+    save_load.save(dataclasses.replace(loaded, name=os.fsdecode(b"bpe\xff")), tmp_path / "bpe")
     (tmp_path / "a.txt").write_text("a b")
     flags = ["--tokenizer", str(tmp_path / "bpe"), "--val-fraction", "0", "--workers", "1"]
     assert make_shards.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), *flags]) == 0
