@@ -376,5 +376,9 @@ def test_training_never_waits_for_a_broken_server_and_the_next_attempt_sends_eve
     assert server.history == {}
     server.mode = "healthy"
     with Running(*train, "--train.steps", "300", env=env) as last:
+        until(lambda: len(rows(folder / "metrics.jsonl")) > steps)
+        last.send_signal(signal.SIGSTOP)  # on a busy machine wandb's start takes more than the 20 s at the end
+        assert server.wait(lambda: "RunHistoryKeys" in server.requests)
+        last.send_signal(signal.SIGCONT)
         assert last.wait(200) == FINISHED, last.errors
-    assert server.steps(run_folder.run_id(folder)) == list(range(1, 301))
+    assert server.steps(run_folder.run_id(folder)) == list(range(1, 301)), last.errors
