@@ -45,7 +45,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpcgpt.config.options import Blame
+from hpcgpt.config.operation import Blame
 from hpcgpt.distributed import collectives, rendezvous
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.run import run_folder

@@ -29,7 +29,8 @@ from typing import Any
 import machine
 import torch
 
-from hpcgpt.config.options import Model, Sample
+from hpcgpt.config.operation import Sample
+from hpcgpt.config.options import Model
 from hpcgpt.model.generate import generate
 from hpcgpt.model.gpt import GPT, PLAIN, ForwardOptions
 

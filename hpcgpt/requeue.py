@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         _claim(settings.run_folder, os.environ)
         return 0
     if not argv or argv[0] not in ("folder", "decide"):
-        raise UserError("usage: python -m hpcgpt.requeue folder|decide [--status N] TRAIN_ARGUMENTS")
+        raise UserError("usage: python -m hpcgpt.requeue folder|check|decide [--status N] TRAIN_ARGUMENTS")
     if argv[0] == "folder":
         settings = sources.for_training(argv[1:], "requeue folder", ABOUT)
         if problem := _begin(settings):

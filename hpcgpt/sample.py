@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from hpcgpt import cli
 from hpcgpt.checkpoint import run_config
 from hpcgpt.config import paths, sources
-from hpcgpt.config.options import Sample
+from hpcgpt.config.operation import Sample
 from hpcgpt.errors import UserError, cannot_read
 from hpcgpt.output import terminal
 from hpcgpt.run import which_runs

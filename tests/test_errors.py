@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcgpt.checkpoint.layout import FormatError
-from hpcgpt.config.options import Requeue
+from hpcgpt.config.operation import Requeue
 from hpcgpt.errors import (
     DivergedError,
     InputError,

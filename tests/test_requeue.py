@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpcgpt import requeue
-from hpcgpt.config import options
+from hpcgpt.config import operation
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, SUPERSEDED
 from hpcgpt.output.counted import counted
@@ -36,14 +36,14 @@ from tests.tiny_run import rows
 NO_EXIT_FILE = None  # rank 0 could not write exit.json: it was killed, or its node failed
 
 
-NEW, LIMITS = RestartHistory(), options.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
+NEW, LIMITS = RestartHistory(), operation.Requeue(max_crashes=3, max_idle=10, max_node_failures=4)
 
 
 def policy(
     ended: Exit | None, status: int, crashes: int = 0, most: int = 3, failure: FirstFailure | None = None
 ) -> Decision:
     """Return the decision at the first start of a job that Slurm leaves alone."""
-    limits = options.Requeue(max_crashes=most)
+    limits = operation.Requeue(max_crashes=most)
     return decide(ended, status, Job("RUNNING"), 0, RestartHistory(crashes), limits, failure)
 
 

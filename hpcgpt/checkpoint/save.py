@@ -286,7 +286,7 @@ class Saver:
         atomic.write(temporary / "manifest.json", layout.manifest_bytes(files, lease.number))
         lease.check()
         try:
-            temporary.rename(save.final)
+            temporary.rename(save.final)  # from here on readers find the checkpoint
         except OSError as error:
             raise atomic.with_path_and_free_space(error, save.final) from error
         atomic.sync_folder(self._checkpoints)
@@ -313,7 +313,7 @@ class _Save:
     stall_s: float = 0.0
     stage: Stage = "write"
     may_repeat: bool = True  # if it finds no room
-    visible_s: float | None = None  # None until the checkpoint is visible
+    visible_s: float | None = None  # None until all ranks know that the checkpoint is visible
 
     @property
     def visible(self) -> bool:

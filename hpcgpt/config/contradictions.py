@@ -17,21 +17,54 @@ _MODERN = ("head_size", "qk_norm", "rope_base", "rope_factor", "rope_low", "rope
 
 def find(config: Config) -> Iterator[str]:
     """Yield a message for each error in the combination of several keys."""
-    model, train = config.model, config.train
-    if model.n_embd % model.n_head and not model.head_size:
-        yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
-    yield from _model_contradictions(model)
-    if config.stride > model.block_size:
+    yield from _run_contradictions(config)
+    yield from _data_contradictions(config)
+    yield from _model_contradictions(config.model)
+    yield from _train_contradictions(config)
+    yield from _optim_contradictions(config)
+    yield from _parallel_contradictions(config)
+    yield from _checkpoint_contradictions(config)
+    yield from _eval_contradictions(config.eval)
+    if config.sample.slide > config.model.block_size:
+        yield f"sample.slide {config.sample.slide} is more than model.block_size {config.model.block_size}"
+    steps = config.profile.steps
+    if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
+        yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
+
+
+def _run_contradictions(config: Config) -> Iterator[str]:
+    run = config.run
+    for key, name in (("run.name", run.name), ("tracking.project", config.tracking.project)):
+        if problem := paths.problem_of_name(name):
+            yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
+    if any(map(terminal.is_control, run.dir)):
+        yield f"run.dir '{terminal.printable(run.dir)}' has control characters: no script could name it"
+    for key in ("init_step", "init_optimizer", "init_data"):
+        if not run.init_from and getattr(run, key) != getattr(Run(), key):
+            yield f"run.{key} has no effect without run.init_from, the folder of another run: give both"
+
+
+def _data_contradictions(config: Config) -> Iterator[str]:
+    data, block_size = config.data, config.model.block_size
+    if config.stride > block_size:
         yield (
-            f"data.stride {config.stride} is larger than model.block_size {model.block_size}: "
+            f"data.stride {config.stride} is larger than model.block_size {block_size}: "
             "the tokens between two windows would never be trained on"
         )
+    if data.dir and data.mix:
+        yield "give one of data.dir and data.mix, not both"
+    if data.document_mask and config.train.attention != "auto":
+        yield (
+            f"train.attention {config.train.attention} has no effect with data.document_mask, which has its own kernel"
+        )
+
+
+def _train_contradictions(config: Config) -> Iterator[str]:
+    model, train = config.model, config.train
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name)]
     if len(lengths) != 1:
         found = " and ".join(f"train.{name}" for name in lengths) or "none"
         yield f"give exactly one of train.steps, train.tokens and train.epochs (found {found})"
-    if config.data.dir and config.data.mix:
-        yield "give one of data.dir and data.mix, not both"
     if train.epochs and config.data.mix:
         yield (
             "train.epochs is not defined for data.mix, whose data sets have different epochs: give train.tokens or "
@@ -45,35 +78,19 @@ def find(config: Config) -> Iterator[str]:
             f"train.loss_chunk {train.loss_chunk} is more than the {tokens} tokens of a micro-batch and has no effect: "
             "give 0"
         )
-    if config.data.document_mask and train.attention != "auto":
-        yield f"train.attention {train.attention} has no effect with data.document_mask, which has its own kernel"
     if train.attention == "fa3" and model.dropout:
         yield f"train.attention fa3 has no dropout, and model.dropout is {model.dropout}: use flash or auto"
     if train.attention == "cudnn" and train.deterministic:
         yield "train.attention cudnn adds in no fixed order, which train.deterministic rules out: use flash or auto"
-    if config.sample.slide > model.block_size:
-        yield f"sample.slide {config.sample.slide} is more than model.block_size {model.block_size}"
-    if config.schedule.kind != "constant" and config.schedule.min_lr > config.optim.lr:
-        yield f"schedule.min_lr {config.schedule.min_lr} is above optim.lr {config.optim.lr}"
+
+
+def _optim_contradictions(config: Config) -> Iterator[str]:
+    optim, schedule = config.optim, config.schedule
+    if schedule.kind != "constant" and schedule.min_lr > optim.lr:
+        yield f"schedule.min_lr {schedule.min_lr} is above optim.lr {optim.lr}"
     for key in ("muon_lr", "muon_momentum"):
-        if config.optim.name != "muon" and getattr(config.optim, key) != getattr(Optim(), key):
-            yield f"optim.{key} has no effect with optim.name {config.optim.name}: use muon, or leave it out"
-    yield from _parallel_contradictions(config)
-    yield from _checkpoint_contradictions(config)
-    if config.eval.train_batches and not config.eval.every:
-        yield "eval.train_batches has no effect with eval.every 0, which evaluates nothing: give eval.every"
-    yield from _task_contradictions(config.eval)
-    for key in ("init_step", "init_optimizer", "init_data"):
-        if not config.run.init_from and getattr(config.run, key) != getattr(Run(), key):
-            yield f"run.{key} has no effect without run.init_from, the folder of another run: give both"
-    steps = config.profile.steps
-    if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
-        yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
-    for key, name in (("run.name", config.run.name), ("tracking.project", config.tracking.project)):
-        if problem := paths.problem_of_name(name):
-            yield f"{key} '{terminal.printable(name)}' must be a plain folder name: {problem}"
-    if any(map(terminal.is_control, config.run.dir)):
-        yield f"run.dir '{terminal.printable(config.run.dir)}' has control characters: no script could name it"
+        if optim.name != "muon" and getattr(optim, key) != getattr(Optim(), key):
+            yield f"optim.{key} has no effect with optim.name {optim.name}: use muon, or leave it out"
 
 
 def _parallel_contradictions(config: Config) -> Iterator[str]:
@@ -89,8 +106,10 @@ def _parallel_contradictions(config: Config) -> Iterator[str]:
         yield "parallel.shard_within has no effect with parallel.mode ddp, which shards nothing: use another"
 
 
-def _task_contradictions(evaluation: Eval) -> Iterator[str]:
+def _eval_contradictions(evaluation: Eval) -> Iterator[str]:
     every, tasks_every = evaluation.every, evaluation.tasks_every
+    if evaluation.train_batches and not every:
+        yield "eval.train_batches has no effect with eval.every 0, which evaluates nothing: give eval.every"
     if bool(evaluation.tasks) != bool(tasks_every):
         given, missing = ("eval.tasks", "eval.tasks_every") if evaluation.tasks else ("eval.tasks_every", "eval.tasks")
         yield f"{given} has no effect without {missing}: give both"
@@ -112,7 +131,8 @@ def _checkpoint_contradictions(config: Config) -> Iterator[str]:
 
 
 def _model_contradictions(model: Model) -> Iterator[str]:
-    """Yield a message for each setting that the kind of model does not have."""
+    if model.n_embd % model.n_head and not model.head_size:
+        yield f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}"
     if model.kind == "gpt2":
         if model.n_kv_head not in (0, model.n_head):
             yield f'model.n_kv_head {model.n_kv_head} is for model.kind "modern": gpt2 has a key for each head'

@@ -1,6 +1,6 @@
 """The batches of a rank, read from memory-mapped shards. Which samples a batch has is computed, not remembered.
 
-Global step s is samples [s*G, (s+1)*G) of the run (see ``hpcgpt.data.sample_order``; for several data sets also
+Global batch b is samples [b*G, (b+1)*G) of the run (see ``hpcgpt.data.sample_order``; for several data sets also
 ``hpcgpt.data.mix``). Rank r of R takes the r-th of R equal slices of those, and divides it into micro-batches. So the
 loader has no state to save and no worker processes to protect from signals, and any number of ranks that divides the
 global batch sees the same samples in the same global batches.
@@ -42,20 +42,20 @@ class Loader:
     global_batch: int
     micro_batch: int
 
-    def batch(self, step: int, micro_step: int) -> Tensor:
-        """Read micro-batch `micro_step` of global batch `step`, both counted from 0: (B, T+1), see `read_windows`.
+    def batch(self, number: int, micro_step: int) -> Tensor:
+        """Read micro-batch `micro_step` of global batch `number`, both counted from 0: (B, T+1), see `read_windows`.
 
         Raises:
             InputError: an id outside of the vocabulary, or a shard that cannot be read.
         """
-        number = step * (self._samples_per_step // self.micro_batch) + micro_step
-        block, index = divmod(number, self._batches_ahead)
+        all_before = number * (self._samples_per_step // self.micro_batch) + micro_step
+        block, index = divmod(all_before, self._batches_ahead)
         starts = self._cached_starts(block)[index * self.micro_batch : (index + 1) * self.micro_batch]
         return read_windows(self.mixture.sets, starts)
 
-    def samples(self, step: int, micro_step: int) -> range:
-        """Return the numbers of that micro-batch's samples, counted over the whole run."""
-        first = step * self.global_batch + self.rank * self._samples_per_step + micro_step * self.micro_batch
+    def samples(self, number: int, micro_step: int) -> range:
+        """Return the numbers of that micro-batch's samples, counted over the whole run: for messages."""
+        first = number * self.global_batch + self.rank * self._samples_per_step + micro_step * self.micro_batch
         return range(first, first + self.micro_batch)
 
     @cached_property

@@ -11,7 +11,7 @@ finite domains", 2002). So the order takes no memory for a corpus of any size, a
 disjoint by construction:
 
     sample i of the run   = window permute(i mod W, W, (seed, i div W)),   W windows in an epoch
-    global step s         = samples [s*G, (s+1)*G) at global batch G
+    global batch b        = samples [b*G, (b+1)*G) of G samples each
     rank r of R           = the r-th of R equal slices of those
 """
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hpcgpt.checkpoint import load_model
 from hpcgpt.config import sources
-from hpcgpt.config.options import Sample
+from hpcgpt.config.operation import Sample
 from hpcgpt.errors import UserError
 from hpcgpt.model.generate import generate
 from hpcgpt.run import which_runs

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hpcgpt.config.options import Sample
+from hpcgpt.config.operation import Sample
 from hpcgpt.errors import DivergedError
 from hpcgpt.model.gpt import GPT
 from hpcgpt.model.kv_cache import KVCache

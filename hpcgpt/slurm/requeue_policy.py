@@ -15,6 +15,8 @@ The first line that applies decides:
     another rank has found a user's         leave it: a person has to act
       mistake, or another attempt has the
       run folder
+    exit.json could not be written, and     as above: finished, or saved before the end
+      srun returned 0 or 75
     a crash                                 requeue, unless the last requeue.max_crashes starts crashed without a new
                                             checkpoint (a crash loop), or the last requeue.max_idle made no progress
 
@@ -36,7 +38,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpcgpt.config.options import Requeue
+from hpcgpt.config.operation import Requeue
 from hpcgpt.distributed.stop_signals import Stop
 from hpcgpt.exit_codes import AGAIN, FINISHED, SUPERSEDED, USER_MISTAKE
 from hpcgpt.output.counted import counted
@@ -124,7 +126,7 @@ def decide_early(job: Job, restart: int, past: RestartHistory, limits: Requeue) 
 
 
 def reason_to_refuse(past: RestartHistory, limits: Requeue) -> str:
-    """Return why a job that Slurm itself requeued may not train again; '' if it may."""
+    """Return why a start may not train, asked before its ranks are started; '' if it may."""
     if past.without_progress >= limits.max_idle:
         return _no_progress_message(past)
     if past.node_failures >= limits.max_node_failures:

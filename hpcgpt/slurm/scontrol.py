@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Job:
-    """A job's state in Slurm after srun has returned.
+    """A job's state in Slurm, as `scontrol show job` reports it.
 
     If srun ended by itself the job is RUNNING. If Slurm is ending the job it is COMPLETING, and Slurm 22.05 shows the
     cause only if it is the time limit, a preemption or a node failure: otherwise it was cancelled with scancel.

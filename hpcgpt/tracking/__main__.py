@@ -15,7 +15,7 @@ from typing import Any
 
 from hpcgpt import cli
 from hpcgpt.config import paths, sources
-from hpcgpt.config.options import Tracking
+from hpcgpt.config.operation import Tracking
 from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FAILED
 from hpcgpt.output import streams

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hpcgpt.config import options
+from hpcgpt.config import operation
 from hpcgpt.distributed import rendezvous
 from hpcgpt.distributed.collectives import run_on_rank0
 from hpcgpt.distributed.world import Ranks
@@ -38,7 +38,7 @@ class Sampler:
     model: ParallelModel
     ranks: Ranks
     tokenizer: Tokenizer
-    settings: options.Sample
+    settings: operation.Sample
     seed: int
     dtype: torch.dtype
 

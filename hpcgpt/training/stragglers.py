@@ -28,7 +28,7 @@ from hpcgpt.distributed.node_figures import NodeFigures
 if TYPE_CHECKING:
     import torch
 
-    from hpcgpt.config import options
+    from hpcgpt.config import operation
     from hpcgpt.distributed.world import Ranks
 
 PATIENCE = 2  # strikes
@@ -86,7 +86,7 @@ def usual(local_s: Sequence[float]) -> float:
 class StragglerDetector:
     """Gathers local times on rank 0, and compares them there. Each rank has one."""
 
-    def __init__(self, settings: options.Blame, ranks: Ranks) -> None:
+    def __init__(self, settings: operation.Blame, ranks: Ranks) -> None:
         """Gather the names of the hosts. A collective."""
         self._settings, self._ranks = settings, ranks
         self._strikes = [0] * ranks.world.size

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcgpt.config.options import Model, Sample
+from hpcgpt.config.operation import Sample
+from hpcgpt.config.options import Model
 from hpcgpt.export import __main__ as export_command
 from hpcgpt.export import huggingface, huggingface_config, tensor_names
 from hpcgpt.export import source as sources

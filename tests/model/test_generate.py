@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpcgpt.config.options import Model, Sample
+from hpcgpt.config.operation import Sample
+from hpcgpt.config.options import Model
 from hpcgpt.model.generate import choose, generate, generate_several
 from hpcgpt.model.gpt import GPT, ForwardOptions
 

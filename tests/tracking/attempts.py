@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from hpcgpt.config import sources
+from hpcgpt.config.operation import Tracking as TrackingOptions
 from hpcgpt.config.options import Config, Run
-from hpcgpt.config.options import Tracking as TrackingOptions
 from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.run import run_folder
 from hpcgpt.storage import atomic

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpcgpt.config.options import Requeue
+from hpcgpt.config.operation import Requeue
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED
 from hpcgpt.run import crash_report, run_folder
 from hpcgpt.slurm import requeue_policy

@@ -31,7 +31,7 @@ from hpcgpt.checkpoint import layout, load
 from hpcgpt.checkpoint import save as checkpoint_save
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.save import Saver
-from hpcgpt.config import options
+from hpcgpt.config import operation, options
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import rendezvous, sharded_tensor, world
 from hpcgpt.distributed.world import Ranks
@@ -230,7 +230,7 @@ def samples(engine: Engine, ranks: Ranks, plain: GPT, shards: Path) -> dict[str,
             return True
         raise OSError("no terminal")
 
-    tokenizer, settings = save_load.load(shards / "tokenizer"), options.Sample(tokens=40)  # longer than the window
+    tokenizer, settings = save_load.load(shards / "tokenizer"), operation.Sample(tokens=40)  # longer than the window
     sampler = Sampler(engine.model, ranks, tokenizer, settings, 1, engine.dtype)
     alone = Sampler(ParallelModel(plain, plain, ranks.device), ALONE, tokenizer, settings, 1, engine.dtype)
     found = []

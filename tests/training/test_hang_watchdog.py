@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcgpt.config.options import Config, Watchdog
+from hpcgpt.config.operation import Watchdog
+from hpcgpt.config.options import Config
 from hpcgpt.distributed.world import World
 from hpcgpt.exit_codes import FAILED
 from hpcgpt.run import run_folder
@@ -23,13 +24,13 @@ from tests.programs import ROOT, clean_env
 # beyond that when the GIL is held.
 RANK = """
 import ctypes, dataclasses, sys, threading, time
-from hpcgpt.config import options
+from hpcgpt.config import operation, options
 from hpcgpt.training import hang_watchdog
 from hpcgpt.distributed.world import World
 run, mode, report_s, factor = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
 hang_watchdog.REPORT_S, hang_watchdog.TICK_S = report_s, 0.2
 settings = dataclasses.replace(options.Config(), run=options.Run(dir=run, name="tiny"),
-                               watchdog=options.Watchdog(hang_factor=factor, hang_min_s=1.5))
+                               watchdog=operation.Watchdog(hang_factor=factor, hang_min_s=1.5))
 dog = hang_watchdog.Watchdog(settings, World(3, 0, 4, 1, "alone", "7_0"), 5)
 for step in range(1, 6):
     dog.step(step)

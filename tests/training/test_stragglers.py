@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpcgpt.config.options import Blame as Settings
+from hpcgpt.config.operation import Blame as Settings
 from hpcgpt.exit_codes import AGAIN
 from hpcgpt.model.gpt import GPT
 from hpcgpt.run import run_folder
