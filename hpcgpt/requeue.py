@@ -56,7 +56,7 @@ ABOUT = "Prepare the run folder, or decide whether the job runs again; for the b
 
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "check":
-        settings = sources.from_command_line(argv[1:], "requeue check", ABOUT)
+        settings = sources.for_training(argv[1:], "requeue check", ABOUT)
         run_folder.prepare(settings.run_folder)
         _claim(settings.run_folder, os.environ)
         return 0

@@ -13,6 +13,7 @@ import pytest
 from hpcgpt import requeue
 from hpcgpt.config import operation
 from hpcgpt.distributed.stop_signals import Stop
+from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import AGAIN, FAILED, FINISHED, SUPERSEDED
 from hpcgpt.output.counted import counted
 from hpcgpt.run import run_folder
@@ -549,6 +550,18 @@ def test_reports_of_an_earlier_start_in_the_same_allocation_do_not_count(slurm: 
     assert "n0" not in output
     assert sorted(path.name for path in (run / "logs").glob("7_0.srun.*")) == ["7_0.srun.1", "7_0.srun.2"]
     assert {"7_0.1", "7_0.2"} < {path.name for path in (run / "faults").iterdir()}, "beside those of this start"
+
+
+def test_the_check_on_each_node_refuses_what_the_first_node_refuses(tmp_path: Path) -> None:
+    """Else the job would be requeued: its configuration would look good on other nodes."""
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "run.json").write_text('{"id": "a"}')
+    (moved / "config.toml").write_text(f'[run]\ndir = "{tmp_path}/old"\nname = "first"\n')
+    for task in ("folder", "check"):
+        with pytest.raises(UserError, match="names another"):
+            requeue.main([task, f"{moved}/config.toml"])
+    assert not (tmp_path / "old").exists()
 
 
 @pytest.mark.processes

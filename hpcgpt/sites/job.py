@@ -69,7 +69,8 @@ def setup(site: Site, folder: Path) -> list[str]:
         _END,
         "}",
         "write_site_file() { site_file | timeout --signal=KILL 60 sh -c "
-        """'mkdir -p "${1%/*}" && cat > "$1.new" && mv -f "$1.new" "$1"' hpcgpt "$HPCGPT_SITE"; }""",
+        # Empty: bash had no room for the text, which it keeps in TMPDIR.
+        """'mkdir -p "${1%/*}" && cat > "$1.new" && [ -s "$1.new" ] && mv -f "$1.new" "$1"' hpcgpt "$HPCGPT_SITE"; }""",
         f'export HPCGPT_SITE={shlex.quote(str(folder))}/site_"$SLURM_JOB_ID".sh',
         "write_site_file || { HPCGPT_SITE=$(mktemp -d)/site.sh; write_site_file && "
         'echo "hpcgpt: the site file is in $HPCGPT_SITE" >&2; }',

@@ -256,7 +256,7 @@ def _check_limits(
     for limit, sentence in exceeded.items():
         if limit not in free:
             raise UserError(sentence)
-    return [f"{sentence}; queued nevertheless, since its QOS may allow more" for sentence in exceeded.values()]
+    return [f"{sentence} (not refused, since its QOS may allow more)" for sentence in exceeded.values()]
 
 
 def _check_nodes(flags: Flags, partition: Partition, kinds: Sequence[NodeKind], nodes: int, gpus: int) -> None:

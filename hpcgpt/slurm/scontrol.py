@@ -140,11 +140,14 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a Slurm command. No answer within 20 s, or a missing command, is returned as a failure.
 
-    Without the variables by which a user has squeue and sinfo show a part only, as SQUEUE_PARTITION, or sbatch wait.
+    Without the variables by which a user has squeue and sinfo show a part only, as SQUEUE_PARTITION, or sbatch wait for
+    the job's end.
     """
     given = os.environ if env is None else env
     environment = {
-        name: value for name, value in given.items() if not name.startswith(("SQUEUE_", "SINFO_", "SBATCH_WAIT"))
+        name: value
+        for name, value in given.items()
+        if not name.startswith(("SQUEUE_", "SINFO_")) and name != "SBATCH_WAIT"
     }
     environment["SLURM_TIME_FORMAT"] = "%s"
     try:

@@ -1,8 +1,9 @@
 """One optimizer step: accumulate, reduce, clip, step. It neither logs nor saves.
 
 The ranks reduce their gradients, and one vector, `totals`: the loss, and their votes on what to do at the step boundary
-(whether to stop, whether a stage of a save is complete). With ddp a step has no other collective (where weights are
-sharded they are gathered, too, and the norm is a sum over ranks), and no GPU waits for the hosts of all ranks. Votes are 0 or 1, so that their sums are exact in float32 up to 2**24 ranks.
+(whether to stop, whether a stage of a save is complete). With ddp a step has no other collective; where weights are
+sharded, they are gathered too, and the norm of the gradients is a sum over ranks. No GPU waits for the hosts of all
+ranks. Votes are 0 or 1, so that their sums are exact in float32 up to 2**24 ranks.
 
 Nothing here waits for the device, so that the host is one step ahead of it; except with `skip_nonfinite`, which needs
 loss and norm before the weights change.

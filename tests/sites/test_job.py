@@ -71,6 +71,18 @@ def test_the_job_writes_the_shell_file_unless_the_user_has_named_one(tmp_path: P
     assert done.stdout == f"{own} eth0\n"
 
 
+@pytest.mark.processes
+def test_an_empty_shell_file_is_not_taken_for_the_sites(tmp_path: Path) -> None:
+    """Older bash writes the text into TMPDIR first; where there is no room, the text would be empty."""
+    lines = job.setup(catalog.find("leonardo"), tmp_path / "submit")
+    first = next(number for number, line in enumerate(lines) if line.startswith("site_file()"))
+    last = lines.index("}")
+    script = "\n".join([*lines[:first], "site_file() { false; }", *lines[last + 1 :], 'echo "$HPCGPT_SITE"'])
+    done = subprocess.run(["bash", "-c", script], env={"SLURM_JOB_ID": "7", "PATH": "/usr/bin:/bin"},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert not Path(done.stdout.rstrip("\n")).exists()
+
+
 def test_a_job_on_cpus_requests_no_gpus() -> None:
     frontier = complete("frontier", FRONTIER, **{"gpus-per-node": "0"})
     assert (frontier.ranks, frontier.gpus_per_node) == (1, 0)

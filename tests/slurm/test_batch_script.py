@@ -376,6 +376,16 @@ def test_a_site_file_that_ends_the_shell_is_refused(batch: Batch) -> None:
         assert f"cannot read HPCGPT_SITE={site}: it ends the shell" in done.stderr
 
 
+def test_what_a_site_file_leaves_in_the_background_is_not_waited_for(batch: Batch) -> None:
+    """As a tunnel. It has the output of the check, which is named hpcgpt."""
+    site = batch.home / "site.sh"
+    site.write_text(f'[ "$0" != hpcgpt ] || {{ sleep 60 & echo $! > {batch.state}/left; }}\n')
+    batch.set_python('[ "$2" != hpcgpt.train ] || exit 0')
+    done = batch.start(HPCGPT_SITE=str(site))
+    assert done.returncode == 0, done.stderr
+    os.kill(int((batch.state / "left").read_text()), signal.SIGKILL)  # raises if it has ended
+
+
 def test_a_missing_site_file_is_a_user_error_at_first_and_the_nodes_fault_later(batch: Batch) -> None:
     assert batch.start(HPCGPT_SITE="/nowhere/site.sh").returncode == 2
     assert batch.calls == []

@@ -137,7 +137,7 @@ def test_a_job_that_could_never_run_is_refused(command_line: str, message: str) 
 def test_a_qos_may_replace_a_limit_of_the_partition(command_line: str, limit: str) -> None:
     flags, _ = split([*command_line.split(), "--qos=long"])
     (note,) = complete(flags, CLUSTER, "", {}, lambda asked: [limit] if asked["qos"] == "long" else []).notes[-1:]
-    assert note.endswith("queued nevertheless, since its QOS may allow more")
+    assert note.endswith("(not refused, since its QOS may allow more)")
     with pytest.raises(UserError):
         complete(
             flags, CLUSTER, "", {}, lambda _: {"PartitionTimeLimit", "PartitionMaxNodes", "PartitionMinNodes"} - {limit}

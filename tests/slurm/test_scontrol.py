@@ -1,9 +1,12 @@
-"""hpcgpt.slurm.scontrol.fields_of: text that a user may choose is never taken for a field of Slurm's."""
+"""hpcgpt.slurm.scontrol: text that a user may choose is never taken for a field of Slurm's; what its commands get."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from hpcgpt.slurm import scontrol
 from hpcgpt.slurm.scontrol import fields_of
 
 # How Slurm 22.05 shows a job with a free name, arguments and folders.
@@ -66,3 +69,11 @@ def test_of_several_jobs_the_first_counts_also_for_a_task_of_an_array() -> None:
 def test_without_an_answer_there_are_no_fields() -> None:
     assert fields_of("") == {}
     assert fields_of("slurm_load_jobs error: Invalid job id specified\n") == {}
+
+
+@pytest.mark.processes
+def test_slurms_commands_get_no_variable_that_hides_jobs_or_has_sbatch_wait_for_the_end() -> None:
+    given = {"SQUEUE_PARTITION": "a", "SINFO_ALL": "1", "SBATCH_WAIT": "1"}
+    kept = {"SBATCH_WAIT_ALL_NODES": "1", "SBATCH_WAIT4SWITCH": "5", "PATH": os.environ["PATH"]}
+    printed = scontrol.run("env", env=given | kept).stdout.split()
+    assert sorted(printed) == sorted(f"{name}={value}" for name, value in [*kept.items(), ("SLURM_TIME_FORMAT", "%s")])
