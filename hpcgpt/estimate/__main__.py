@@ -121,7 +121,7 @@ def _device_and_pace(
         measure.collect(Path(config.run.dir))
         if probe := table.find(Path(config.run.dir), config, options.ranks, device):
             rate, measured = rates.from_pace(probe.pace, str(probe)), probe.pace
-            device = device or probe.on
+            device = device.sized_by(probe.on) if device else probe.on
     if device is None:
         device = devices.find(DEFAULT_GPU)
         remarks.append(f"--gpu is not given: {DEFAULT_GPU} is assumed")

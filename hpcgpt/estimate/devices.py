@@ -9,7 +9,9 @@ No torch in here.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpcgpt.config.unknown_flags import nearest
@@ -21,12 +23,16 @@ CPU = "cpu"
 
 @dataclass(frozen=True)
 class Device:
-    """`name`: as `--gpu` takes it. `reported`: part of the name that the driver reports. `memory_gb`: 0 is unknown."""
+    """`name`: as `--gpu` takes it. `reported`: part of the name that the driver reports. `memory_gb`: 0 is unknown.
+
+    `size_given`: False if it was named without its size (``a100``), and there are several: then `memory_gb` is a guess.
+    """
 
     name: str
     reported: str
     memory_gb: float
     has_bf16: bool = True
+    size_given: bool = True
 
     @property
     def is_cpu(self) -> bool:
@@ -40,6 +46,16 @@ class Device:
     def peak_flops(self) -> float | None:
         """Return the dense bf16 peak in FLOP/s, None if it is not known."""
         return None if self.is_cpu else metrics_file.peak_flops(self.reported)
+
+    def is_same_kind(self, other: Device) -> bool:
+        """Return whether both names may mean one device: the same model, and the same size where both give one."""
+        if self.size_given and other.size_given:
+            return self.name == other.name
+        return _model(self.name) == _model(other.name)
+
+    def sized_by(self, measured: Device) -> Device:
+        """Return the device that was measured, of the same kind, if its size is known and this one's is not."""
+        return measured if measured.size_given and not self.size_given else self
 
 
 # An MI250X is two devices of 64 GB each, as torch and Slurm count them.
@@ -67,10 +83,12 @@ DEVICES = {
         Device(CPU, "", 0),
     )
 }
+# Words of a driver's name that mean a size which it does not give: "NVIDIA H100 NVL", "NVIDIA H100 PCIe".
+_SIZES_BY_WORD = {("h100", "nvl"): 94, ("h100", "pcie"): 80}
 
 
 def find(name: str) -> Device:
-    """Return the device that `name` means: ``h100-80``, or ``h100`` where there is one size, or the largest of them.
+    """Return the device that `name` means: ``h100-80``; or ``h100``, the largest where there are several sizes.
 
     Raises:
         UserError: it is not in the table.
@@ -78,8 +96,8 @@ def find(name: str) -> Device:
     wanted = re.sub(r"[\s_]+", "-", name.strip().lower()).removeprefix("nvidia-").removeprefix("amd-")
     found = DEVICES.get(wanted)
     if not found:
-        sized = [device for key, device in DEVICES.items() if key.partition("-")[0] == wanted]
-        found = max(sized, key=lambda device: device.memory_gb, default=None)
+        same = [device for key, device in DEVICES.items() if _model(key) == wanted]
+        found = _of_unknown_size(max(same, key=lambda device: device.memory_gb), same) if same else None
     if not found:
         raise UserError(f"--gpu {name}: not in the table ({', '.join(DEVICES)}){nearest(wanted, list(DEVICES))}")
     return found
@@ -96,7 +114,19 @@ def recognised(name: str) -> Device | None:
     words = re.split(r"[^a-z0-9]+", name.lower())
     if name == CPU:
         return DEVICES[CPU]
-    same = [device for key, device in DEVICES.items() if key.partition("-")[0] in words]
+    same = [device for key, device in DEVICES.items() if _model(key) in words]
     sizes = {int(found[1]) for word in words if (found := re.fullmatch(r"(\d+)(?:gb?)?", word))}
-    return next((device for device in same if device.memory_gb in sizes),
-                min(same, key=lambda device: device.memory_gb, default=None))  # fmt: skip
+    sizes = sizes or {size for (model, word), size in _SIZES_BY_WORD.items() if model in words and word in words}
+    sized = next((device for device in same if device.memory_gb in sizes), None)
+    if sized or not same:
+        return sized
+    return _of_unknown_size(min(same, key=lambda device: device.memory_gb), same)
+
+
+def _model(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def _of_unknown_size(chosen: Device, same: Sequence[Device]) -> Device:
+    """Return the one that was chosen of the `same` model. Where there is only one, its size is known."""
+    return dataclasses.replace(chosen, size_given=len(same) == 1)

@@ -88,7 +88,8 @@ def _device_and_pace(planned: Plan, requested: Request, gpu: str) -> tuple[Devic
         device = devices.recognised(requested.gpu_type)
     measure.collect(run_dir)
     if probe := table.find(run_dir, config, requested.ranks, device, requested.nodes):
-        return device or probe.on, rates.from_pace(probe.pace, str(probe)), probe.pace
+        device = device.sized_by(probe.on) if device else probe.on
+        return device, rates.from_pace(probe.pace, str(probe)), probe.pace
     return device, None, pace.read(config.run_folder)
 
 

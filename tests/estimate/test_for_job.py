@@ -55,6 +55,31 @@ def test_a_probe_goes_before_the_table(tmp_path: Path) -> None:
     assert "probe of" in by
 
 
+@pytest.mark.parametrize(
+    ("gres", "driver"),
+    [("a100", "NVIDIA A100-SXM4-80GB"), ("h100", "NVIDIA H100 80GB HBM3"), ("v100", "Tesla V100-SXM2-32GB")],
+)
+def test_a_gres_without_a_size_uses_the_probe_of_its_cards(tmp_path: Path, gres: str, driver: str) -> None:
+    planned = plan(tmp_path, 1000)
+    pace = Pace(20, 36.0, planned.tokens_per_step / 36.0, eval_s=0.0, stall_s=0.0, save_s=0.0, start_s=0.0)
+    table.add(tmp_path, Probe(0.0, table.settings_of(planned.config), 8, 2, driver, "", "", "", pace))
+    for gpu in ("", gres):
+        hours, by = for_job.gpu_hours(planned, job(gpu_type=gres), gpu)
+        assert hours == pytest.approx(1000 * 36 / 3600 * 8)
+        assert f"8 x {driver} on 2 nodes" in by
+
+
+@pytest.mark.processes
+def test_a_gres_without_a_size_has_the_memory_of_the_card_that_was_probed(tmp_path: Path) -> None:
+    planned = plan(tmp_path, 1000)
+    pace = Pace(20, 36.0, planned.tokens_per_step / 36.0)
+    settings = table.settings_of(planned.config)
+    table.add(tmp_path, Probe(0.0, settings, 8, 2, "NVIDIA A100-SXM4-80GB", "", "", "", pace))
+    estimate, _ = for_job.make(planned, job(gpu_type="a100"), "")
+    assert estimate is not None
+    assert (estimate.device.name, estimate.device.memory_bytes) == ("a100-80", 80 * 10**9)
+
+
 def test_a_job_on_cpus_takes_no_gpu_hours(tmp_path: Path) -> None:
     assert for_job.gpu_hours(plan(tmp_path, 10**9), job(gpus=0), "")[0] == 0.0
 

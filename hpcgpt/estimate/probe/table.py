@@ -1,7 +1,8 @@
 """The table of probes, ``<run.dir>/probes.jsonl``: what was measured, of which settings, on which machine and code.
 
 A line is one probe (`Probe`). It counts for a run with the same settings, as far as they affect the time of a step, an
-evaluation or a save (`settings_of`), on as many ranks and on the same kind of device; of several lines the newest.
+evaluation or a save (`settings_of`), on as many ranks and on the same kind of device (`Device.is_same_kind`); of
+several lines the newest.
 
 No torch in here.
 """
@@ -95,7 +96,7 @@ def find(run_dir: Path, config: Config, ranks: int, device: Device | None, nodes
             probe.settings == wanted
             and probe.ranks == ranks
             and nodes in (None, probe.nodes)
-            and (device is None or device.name == probe.on.name)
+            and (device is None or device.is_same_kind(probe.on))
         ):
             return probe
     return None

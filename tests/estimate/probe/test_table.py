@@ -59,6 +59,21 @@ def test_any_device_counts_where_none_is_named_and_nodes_only_where_they_are_kno
 
 
 @pytest.mark.parametrize(
+    ("gpu", "driver"),
+    [
+        ("a100", "NVIDIA A100-SXM4-40GB"),
+        ("h100", H100),
+        ("h100-94", "NVIDIA H100 NVL"),
+        ("h100-80", "NVIDIA H100 PCIe"),
+    ],
+)
+def test_a_name_without_a_size_means_cards_of_each_size(tmp_path: Path, gpu: str, driver: str) -> None:
+    table.add(tmp_path, probe(device=driver))
+    assert found(tmp_path, gpu=gpu) == 1.0
+    assert found(tmp_path, gpu="a100-64") is None
+
+
+@pytest.mark.parametrize(
     ("changes", "counts"),
     [
         ({"train.steps": 7, "train.tokens": 0}, True), ({"run.name": "other"}, True), ({"optim.lr": 1e-5}, True),
