@@ -109,7 +109,7 @@ def make(config: Config, world_size: int, check_sizes: bool = True) -> Plan:
     own = micro_steps(config.train.global_batch, config.train.micro_batch, world_size)
     _check_accumulation(config.parallel, world_size, own)
     tasks = _tasks(config, sets[0])
-    planned = Plan(config, sets, _total_steps(config, sets[0].windows), own, tasks)
+    planned = Plan(config, sets, total_steps(config, sets[0].windows), own, tasks)
     init_from.check_samples(config, planned.identity)
     return planned
 
@@ -242,7 +242,8 @@ def _with_vocabulary(config: Config, part: DataSet) -> Config:
     )
 
 
-def _total_steps(config: Config, windows: int) -> int:
+def total_steps(config: Config, windows: int) -> int:
+    """Return the steps of a run; `windows`: of an epoch of its data set, which only train.epochs needs."""
     train = config.train
     if train.steps:
         return train.steps

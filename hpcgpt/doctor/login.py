@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -59,9 +60,30 @@ def run_bytes(config: Config) -> int:
     """Estimate the bytes that the checkpoints of this run have at most at one time."""
     vocabulary = config.model.vocab_size or GPT2_VOCABULARY
     model: Model = dataclasses.replace(config.model, vocab_size=vocabulary)
-    steps = config.train.steps or config.train.tokens // (config.train.global_batch * config.model.block_size)
-    _, most = schedule.kept_checkpoints(config, max(1, steps))
+    _, most = schedule.kept_checkpoints(config, steps_of(config))
     return most * PARAMETER_BYTES * analytic.parameter_count(model)
+
+
+def steps_of(config: Config) -> int:
+    """Return how many steps the run has. Those of train.epochs are counted in the shards' manifest.
+
+    Where that cannot be read, it is as many as make all checkpoints that checkpoint.keep_last keeps. It is read in a
+    process that is cut off.
+    """
+    train, keep = config.train, config.checkpoint
+    if not train.epochs:
+        return train.steps or math.ceil(train.tokens / (train.global_batch * config.model.block_size))
+    (found,) = bounded.run([Check("steps", partial(_steps_by_epochs, config), LIMIT_S, "")])
+    return int(found.found) if found.level == "ok" else (keep.keep_last + 2) * max(1, keep.every)
+
+
+def _steps_by_epochs(config: Config) -> list[Finding]:
+    """Return the steps as the text of a finding, which is what a check returns."""
+    from hpcgpt import plan
+    from hpcgpt.data import datasets
+
+    (part,) = datasets.open_all(config, check_sizes=False)  # train.epochs is for one data set
+    return [ok("steps", str(plan.total_steps(config, part.windows)))]
 
 
 def check(config: Config, with_data: bool) -> list[Finding]:

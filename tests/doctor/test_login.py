@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from hpcgpt import plan
 from hpcgpt.config import sources
 from hpcgpt.doctor import login
+from hpcgpt.estimate import schedule
 from tests.disks import small_disk
 from tests.programs import command
 
@@ -91,6 +93,22 @@ def test_a_larger_model_needs_more_room(tiny: Path) -> None:
     gpt2 = dataclasses.replace(config, model=sources.from_command_line([], "doctor", "").model)
     # GPT-2's 124M parameters take 1.4 GiB with AdamW's moments, and 3 to 6 checkpoints are there while it saves.
     assert login.run_bytes(config) < 1 << 30 < 3 * 1.39 * (1 << 30) < login.run_bytes(gpt2) < 6 * 1.41 * (1 << 30)
+
+
+@pytest.mark.processes
+def test_a_run_by_epochs_needs_the_room_of_its_steps(tiny: Path) -> None:
+    by_steps = [str(tiny), "--checkpoint.every", "2", "--checkpoint.keep_every", "4"]
+    by_epochs = [*by_steps, "--train.steps", "0", "--train.epochs", "1"]
+    config = sources.from_command_line(by_epochs, "doctor", "")
+    steps = plan.make(config, 1).total_steps
+    assert login.steps_of(config) == steps > 30
+    known = sources.from_command_line([*by_steps, "--train.steps", str(steps)], "doctor", "")
+    assert login.run_bytes(config) == login.run_bytes(known)
+    # Without shards: as many steps as fill all the checkpoints that are kept, and those of a save.
+    nowhere = sources.from_command_line([*by_epochs, "--data.dir", "/nowhere"], "doctor", "")
+    keep = nowhere.checkpoint
+    assert login.steps_of(nowhere) == 2 * (keep.keep_last + 2)
+    assert schedule.kept_checkpoints(nowhere, login.steps_of(nowhere))[1] >= keep.keep_last + 2
 
 
 @pytest.mark.processes

@@ -68,6 +68,7 @@ class Coordinator:
     def __init__(self, config: Config, with_data: bool, nodes: Sequence[str], budget_s: float = BUDGET_S) -> None:
         self._config, self._with_data, self._nodes = config, with_data, list(nodes)
         self._began_at = time.monotonic()
+        self._run_bytes = login.run_bytes(config)  # may fork: before there are threads
         self._crew = Crew(nodes, budget_s)
         self.report = Report(list(nodes))
         self._gpu = ""  # its name; '' on CPUs
@@ -121,7 +122,7 @@ class Coordinator:
             folders += [("data", str(folder)) for folder in login.data_folders(self._config)]
         mode = self._config.tracking.wandb
         request = {"do": "check", "wandb": mode, "wandb_server": network.server_for_nodes(mode), "folders": folders,
-                   "run_bytes": login.run_bytes(self._config)}  # fmt: skip
+                   "run_bytes": self._run_bytes}  # fmt: skip
         mounts: dict[str, dict[str, str]] = {}
         for node, finding in self._crew.findings(request, "checks", 10):
             if finding.check.endswith(agent.MOUNT) and finding.level == "ok":
