@@ -6,6 +6,7 @@ No torch in here.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,21 @@ def rows(checkpoints: Path) -> list[dict[str, Any]]:
     found = [row(path) for path in layout.found(checkpoints)]
     found += [_set_aside(path) for path in layout.damaged(checkpoints)]
     return found + [row(path) | {"name": f"{path.parent.name}/{path.name}"} for path in go_back.kept_aside(checkpoints)]
+
+
+def kept_bytes(checkpoints: Path) -> int:
+    """Return the bytes of the checkpoints that a save counts: it keeps them, or they make room for newer ones.
+
+    Those that were set aside stay beside them. What another process removes meanwhile is left out.
+
+    Raises:
+        OSError: the folder exists, but cannot be read.
+    """
+    total = 0
+    for path in layout.found(checkpoints):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            total += sum(file.stat().st_size for file in layout.entries(path))
+    return total
 
 
 def row(path: Path, problem: str | None = None) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcgpt.doctor.disks import existing, judge_room, size
+from hpcgpt.checkpoint import listing
+from hpcgpt.doctor.disks import RUN_FILES, existing, judge_room, size
 from hpcgpt.doctor.findings import Finding, ok
 
 GPFS_COMMANDS = "/usr/lpp/mmfs/bin"  # seldom in PATH: https://www.ibm.com/docs/en/storage-scale
@@ -55,6 +56,12 @@ def check(what: str, folder: Path, need_bytes: int, need_files: int) -> list[Fin
     if not limits:
         return [ok(name, f"not readable here: {problem}" if problem else f"none shown for {mount.point}")]
     return _judge(name, limits, mount, need_bytes, need_files)
+
+
+def check_of_run(what: str, run: Path, run_bytes: int) -> list[Finding]:
+    """Check the limits for a run; `run_bytes` as for `disks.room_of_run`. What is there already is used already."""
+    left_bytes = max(0, run_bytes - listing.kept_bytes(run / "checkpoints"))
+    return check(what, run, left_bytes, RUN_FILES)
 
 
 def _ask(commands: Sequence[tuple[str, Sequence[str]]], mount: Mount) -> tuple[list[Limit], str]:

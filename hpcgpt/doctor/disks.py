@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hpcgpt.checkpoint import listing
 from hpcgpt.doctor.findings import Finding, bad, ok, warning
 
 GIB = 1 << 30
@@ -37,17 +38,31 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def room(what: str, folder: Path, need_bytes: int, need_files: int) -> list[Finding]:
-    """Check free bytes and free inodes of the file system of `folder`; half of what is needed is bad."""
+def room_of_run(what: str, run: Path, run_bytes: int) -> list[Finding]:
+    """Check the room in a run folder; `run_bytes`: of all its checkpoints at one time, also of those that are there.
+
+    Raises:
+        OSError: the folder of its checkpoints cannot be read.
+    """
+    there_bytes = listing.kept_bytes(run / "checkpoints")
+    return room(what, run, max(0, run_bytes - there_bytes), RUN_FILES, there_bytes)
+
+
+def room(what: str, folder: Path, need_bytes: int, need_files: int, there_bytes: int = 0) -> list[Finding]:
+    """Check free bytes and free inodes of the file system of `folder`; half of what is needed is bad.
+
+    `there_bytes`: what is there already of the same; it is only named.
+    """
     found = os.statvfs(existing(folder))
     if found.f_flag & os.ST_RDONLY:
         return [ok(f"{what} room", f"the file system of {folder} can only be read here")]
     free, files = found.f_bavail * found.f_frsize, found.f_favail
     total = found.f_blocks * found.f_frsize
     where = f"on the file system of {folder}"
+    besides = f", besides {size(there_bytes)} there already" if there_bytes else ""
     advice = f"remove something there, or choose another folder than {folder}"
     results = [judge_room(f"{what} room", free, need_bytes, f"{size(free)} of {size(total)} free {where}",
-                     f"at least {size(need_bytes)}", advice)]  # fmt: skip
+                     f"at least {size(need_bytes)}{besides}", advice)]  # fmt: skip
     # btrfs, and some parallel file systems, make inodes as they are needed and show none.
     if found.f_files:
         results.append(judge_room(f"{what} inodes", files, need_files, f"{files:,} more files {where}",

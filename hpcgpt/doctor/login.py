@@ -92,15 +92,15 @@ def check(config: Config, with_data: bool) -> list[Finding]:
 
 
 def checks(config: Config, with_data: bool) -> list[Check]:
-    run, need = config.run_folder, (run_bytes(config), disks.RUN_FILES)
+    run, most_bytes = config.run_folder, run_bytes(config)
     disk = f"the file system of {run}"
     found = [
         Check("python", machine.python, LIMIT_S, "Python"),
         Check("torch", torch_and_driver, TORCH_S, "torch or the GPU's driver"),
         Check("limits", machine.limits_of_login, LIMIT_S, "the kernel"),
         Check("TMPDIR", machine.scratch, LIMIT_S, "the folder for temporary files"),
-        Check("run folder", partial(disks.room, "run folder", run, *need), LIMIT_S, disk),
-        Check("run folder quota", partial(disk_limits.check, "run folder", run, *need), LIMIT_S,
+        Check("run folder", partial(disks.room_of_run, "run folder", run, most_bytes), LIMIT_S, disk),
+        Check("run folder quota", partial(disk_limits.check_of_run, "run folder", run, most_bytes), LIMIT_S,
               "the server of limits", needed=False),
         Check("run folder", partial(disks.operations, "run folder", run), LIMIT_S, disk),
         Check("slurm", slurm, 3 * LIMIT_S, "Slurm's controller", needed=False),

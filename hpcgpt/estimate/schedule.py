@@ -15,6 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hpcgpt.checkpoint import listing
 from hpcgpt.config.options import Config
 from hpcgpt.estimate.probe.pace import Pace
 from hpcgpt.estimate.rates import Rate
@@ -77,7 +78,8 @@ class Times:
 class Disk:
     """`kept` checkpoints of `checkpoint_bytes` each at the end; `needed_bytes`: with the two that a save may add.
 
-    `free_bytes` in `folder`, the nearest that exists; None if it cannot be read.
+    `there_bytes`: those of the run's checkpoints that are there already, which need no more room. `free_bytes` in
+    `folder`, the nearest that exists; None if it cannot be read.
     """
 
     checkpoint_bytes: int
@@ -85,10 +87,11 @@ class Disk:
     needed_bytes: int
     free_bytes: int | None
     folder: str
+    there_bytes: int = 0
 
     @property
     def is_enough(self) -> bool | None:
-        return None if self.free_bytes is None else self.needed_bytes <= self.free_bytes
+        return None if self.free_bytes is None else self.needed_bytes - self.there_bytes <= self.free_bytes
 
 
 def habits(
@@ -173,7 +176,8 @@ def disk(config: Config, steps: int, saved_bytes: int) -> Disk:
         folder = folder.parent
     try:
         status = os.statvfs(folder)
-        free = status.f_bavail * status.f_frsize
+        free: int | None = status.f_bavail * status.f_frsize
+        there = listing.kept_bytes(config.run_folder / "checkpoints")
     except OSError:
-        free = None
-    return Disk(saved_bytes, kept, most * saved_bytes, free, str(folder))
+        free, there = None, 0
+    return Disk(saved_bytes, kept, most * saved_bytes, free, str(folder), there)

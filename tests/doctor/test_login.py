@@ -12,7 +12,8 @@ import pytest
 
 from hpcgpt import plan
 from hpcgpt.config import sources
-from hpcgpt.doctor import login
+from hpcgpt.doctor import disks, login
+from hpcgpt.doctor.findings import Finding
 from hpcgpt.estimate import schedule
 from tests.disks import small_disk
 from tests.programs import command
@@ -93,6 +94,25 @@ def test_a_larger_model_needs_more_room(tiny: Path) -> None:
     gpt2 = dataclasses.replace(config, model=sources.from_command_line([], "doctor", "").model)
     # GPT-2's 124M parameters take 1.4 GiB with AdamW's moments, and 3 to 6 checkpoints are there while it saves.
     assert login.run_bytes(config) < 1 << 30 < 3 * 1.39 * (1 << 30) < login.run_bytes(gpt2) < 6 * 1.41 * (1 << 30)
+
+
+@pytest.mark.processes
+def test_checkpoints_that_are_there_need_no_more_room(tiny: Path, tmp_path: Path) -> None:
+    def room_of_run() -> Finding:
+        found = [check.run() for check in login.checks(config, False) if check.name == "run folder"]
+        return next(finding for findings in found for finding in findings if finding.check == "run folder room")
+
+    config = sources.from_command_line([str(tiny), "--run.dir", str(tmp_path / "disk")], "doctor", "")
+    needed = login.run_bytes(config)
+    with small_disk(tmp_path / "disk", str(needed * 2 // 3)):
+        full = room_of_run()
+        assert (full.level, full.expected) == ("warning", f"at least {disks.size(needed)}")
+        checkpoint = config.run_folder / "checkpoints" / "step_000000002"
+        checkpoint.mkdir(parents=True)
+        with open(checkpoint / "tensors.safetensors", "wb") as file:
+            file.truncate(needed // 2)
+        some = disks.size(needed // 2)
+        assert (room_of_run().level, room_of_run().expected) == ("ok", f"at least {some}, besides {some} there already")
 
 
 @pytest.mark.processes

@@ -101,6 +101,14 @@ def test_ends_of_a_range_that_look_equal_are_one_figure(estimate: Estimate) -> N
     assert "\n  speed                 1,000,000 tokens/s," in text
 
 
+def test_checkpoints_that_are_there_are_named(estimate: Estimate) -> None:
+    some = dataclasses.replace(estimate.disk, there_bytes=3_000_000_000)
+    line = "                        3.00 GB of it there already, 5.00 GB free in /scratch"
+    assert report.text(dataclasses.replace(estimate, disk=some)).endswith(f"{line}: NOT enough")
+    most = dataclasses.replace(estimate.disk, there_bytes=4_000_000_000)
+    assert report.text(dataclasses.replace(estimate, disk=most)).endswith(f"{line.replace('3.00', '4.00')}")
+
+
 def test_control_characters_of_paths_are_shown(estimate: Estimate) -> None:
     disk = dataclasses.replace(estimate.disk, folder="/scratch/\x1b[2J")
     assert "\x1b" not in report.text(dataclasses.replace(estimate, disk=disk))

@@ -138,6 +138,29 @@ def test_disk(tmp_path: Path, keep: Checkpoint, evaluated: bool, steps: int, kep
     assert found.is_enough
 
 
+def sparse_checkpoints(run: Path, names: list[str], size: int) -> None:
+    """Make files of `size` bytes that take no room, as tensors of checkpoints."""
+    for name in names:
+        folder = run / "checkpoints" / name
+        folder.mkdir(parents=True)
+        with open(folder / "tensors.safetensors", "wb") as file:
+            file.truncate(size)
+
+
+def test_checkpoints_that_are_there_need_no_more_room(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, run=Run(dir=str(tmp_path)), checkpoint=Checkpoint(every=100))
+    empty = schedule.disk(config, 1000, 1)
+    assert empty.free_bytes is not None
+    size = empty.free_bytes // 4  # 6 of them have no room beside each other, and 2 have
+    assert schedule.disk(config, 1000, size).is_enough is False
+    others = ["damaged_step_000000100.g1", "newer_than_000000300.g1/step_000000400", ".step_000000800.g1.tmp"]
+    sparse_checkpoints(config.run_folder, others, size)
+    assert schedule.disk(config, 1000, size).is_enough is False  # these stay beside the others
+    sparse_checkpoints(config.run_folder, [f"step_{step:09}" for step in (400, 500, 600, 700)], size)
+    found = schedule.disk(config, 1000, size)
+    assert (found.needed_bytes, found.there_bytes, found.is_enough) == (6 * size, 4 * size, True)
+
+
 def test_disk_that_is_not_enough(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, run=Run(dir=str(tmp_path)))
     assert schedule.disk(config, 1000, 10**18).is_enough is False

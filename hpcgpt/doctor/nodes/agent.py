@@ -92,7 +92,7 @@ class Agent:
     def check(self, request: Message) -> Message:
         """Check this node's limits, mounts and disks; `folders` are pairs of name and path.
 
-        `run_bytes`: the room that the run folder needs.
+        `run_bytes`: of all checkpoints that the run folder has at one time.
         """
         checks = [
             Check("limits", machine.limits, CHECK_S, "the kernel"),
@@ -110,7 +110,7 @@ class Agent:
             disk, folder = f"the file system of {path}", Path(path)
             checks.append(Check(f"{name}{MOUNT}", partial(mount, name, folder), CHECK_S, disk))
             if name == "run folder":
-                room = partial(disks.room, name, folder, int(request["run_bytes"]), disks.RUN_FILES)
+                room = partial(disks.room_of_run, name, folder, int(request["run_bytes"]))
                 checks += [Check(name, room, CHECK_S, disk),
                            Check(name, partial(disks.operations, name, folder), CHECK_S, disk)]  # fmt: skip
         return {"findings": [finding.as_dict() for finding in bounded.run(checks)]}
