@@ -275,13 +275,20 @@ def _summary(requested: Request, runs: Sequence[Run]) -> str:
 
 
 def _with_measured_lead(requested: Request, folders: Sequence[Path]) -> Request:
-    """Have Slurm warn as early as the saves of these runs need, if some were measured and nothing else is asked for."""
+    """Have Slurm warn as early as the saves of these runs need, if some were measured and nothing else is asked for.
+
+    At most half of the job before its end, as the ranks by themselves (hpcgpt.distributed.stop_signals).
+    """
     started = [folder for folder in folders if (folder / "events.jsonl").exists()]
     lead_s = max((doctor_site.advised_lead_s(folder) or 0 for folder in started), default=0)
-    limit_s = 60 * (partitions.minutes(requested.flags["time"]) or 0) or math.inf
-    if "signal" in requested.flags or not submission.DEFAULT_LEAD_S < lead_s < limit_s:
+    note = "a step and two saves of this run take as long"
+    half_s = 30 * (partitions.minutes(requested.flags["time"]) or 0) or math.inf
+    if lead_s > half_s:
+        note = f"half of the time limit; a step and two saves of this run take longer, {lead_s} s"
+        lead_s = int(half_s)
+    if "signal" in requested.flags or lead_s <= submission.DEFAULT_LEAD_S:
         return requested
-    note = f"--signal=USR1@{lead_s}: a step and two saves of this run take as long"
+    note = f"--signal=USR1@{lead_s}: {note}"
     return replace(requested, flags={**requested.flags, "signal": f"USR1@{lead_s}"}, notes=(*requested.notes, note))
 
 

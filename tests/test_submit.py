@@ -381,7 +381,8 @@ def test_the_warning_comes_as_early_as_the_saves_of_the_run_need(
     done = submit(slurm, *continuing_arguments, *SCRIPT_ONLY)
     assert resources(done.stdout)["signal"] in ("USR1@420", "USR1@430", "USR1@440"), done.stderr
     assert "a step and two saves of this run take as long" in done.stderr
-    for flags, signal in ((["--signal=USR1@90"], "USR1@90"), (["--time=5"], "USR1@120"),
+    for flags, signal in ((["--signal=USR1@90"], "USR1@90"), (["--time=5"], "USR1@150"),
+                          (["--time=3"], "USR1@120"),
                           (["--time=0"], resources(done.stdout)["signal"])):  # fmt: skip
         assert resources(submit(slurm, *continuing_arguments, *SCRIPT_ONLY, *flags).stdout)["signal"] == signal
 

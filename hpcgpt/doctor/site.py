@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hpcgpt.config import paths
-from hpcgpt.distributed.stop_signals import SLACK_S, STEP_FACTOR
+from hpcgpt.distributed.stop_signals import RECENT, RECENT_SAVES, SLACK_S, STEP_FACTOR
 from hpcgpt.doctor.findings import Finding, ok, warning
 from hpcgpt.errors import UserError
 from hpcgpt.output.counted import counted
-from hpcgpt.run import attempts, which_runs
+from hpcgpt.run import records, which_runs
 from hpcgpt.sites import qos
 from hpcgpt.sites.qos import Qos
 from hpcgpt.slurm import scontrol
@@ -225,13 +225,14 @@ def lead(folder: Path) -> Finding:
         measured = f"{counted(len(steps_s), 'measured step')} and {counted(len(saves_s), 'save')}"
         return warning("lead time", f"{folder} has {measured}",
                        "one of each", "let it save once, then ask again")  # fmt: skip
-    return ok("lead time", f"the longest step took {max(steps_s):.1f} s, the longest save {max(saves_s):.1f} s: "
-              f"--signal=USR1@{advised}")  # fmt: skip
+    steps, saves = counted(len(steps_s), "step"), counted(len(saves_s), "save")
+    return ok("lead time", f"the longest of the last {steps} took {max(steps_s):.1f} s, of the last {saves} "
+              f"{max(saves_s):.1f} s: --signal=USR1@{advised}")  # fmt: skip
 
 
 def advised_lead_s(folder: Path) -> int | None:
     """Return the lead time in seconds: a step, two saves and some slack, as a run itself computes it
-    (hpcgpt.distributed.stop_signals), from the longest of those measured. None before the first save.
+    (hpcgpt.distributed.stop_signals), from the longest of as many recent ones. None before the first save.
 
     Raises:
         UserError: there is no run in the folder.
@@ -243,7 +244,8 @@ def advised_lead_s(folder: Path) -> int | None:
 
 
 def _measured(folder: Path) -> tuple[list[float], list[float]]:
-    """Return the seconds of the steps and of the saves of a run."""
-    events, rows = attempts.read(folder)
-    saves = [float(event["seconds"]) for event in events if event["event"] == "save" and "seconds" in event]
-    return [float(row["train/step_s"]) for row in rows if "train/step_s" in row], saves
+    """Return the seconds of the last steps and saves of a run: as many as its next attempt would go by at its end."""
+    events, rows = records.events(folder, brief=True), records.newest_rows(folder)
+    saves_s = [float(event["seconds"]) for event in events if event["event"] == "save" and "seconds" in event]
+    steps_s = [float(row["train/step_s"]) for row in rows if "train/step_s" in row]
+    return steps_s[-RECENT:], saves_s[-RECENT_SAVES:]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from hpcgpt.distributed.stop_signals import RECENT, RECENT_SAVES
 from hpcgpt.doctor import site
 from hpcgpt.doctor.findings import Finding
 from hpcgpt.sites.qos import Qos
@@ -132,6 +134,41 @@ def test_the_lead_time_is_a_step_two_saves_and_some_slack(
 ) -> None:
     found = site.lead(make_run(tmp_path / "run", step_s, save_s))
     assert (found.level, found.found.endswith(f"--signal=USR1@{lead_s}")) == ("ok", True), found
+
+
+def test_only_the_most_recent_steps_and_saves_count_as_in_a_run_itself(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 500.0, 900.0)
+    row = json.loads((run / "metrics.jsonl").read_text())
+    save = json.loads((run / "events.jsonl").read_text())
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(
+            json.dumps(row | {"step": step, "train/step_s": 40.0}) + "\n" for step in range(2, 2 + RECENT - 1)
+        )
+    with open(run / "events.jsonl", "a") as file:
+        file.writelines(
+            json.dumps(save | {"step": step, "seconds": 100.0}) + "\n" for step in range(2, 2 + RECENT_SAVES - 1)
+        )
+    assert site.advised_lead_s(run) == 2440  # the slow ones are among them
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row | {"step": 2 + RECENT, "train/step_s": 40.0}) + "\n")
+    with open(run / "events.jsonl", "a") as file:
+        file.write(json.dumps(save | {"step": 2 + RECENT, "seconds": 100.0}) + "\n")
+    assert site.advised_lead_s(run) == 260
+    assert site.lead(run).found.startswith("the longest of the last 20 steps took 40.0 s, of the last 5 saves 100.0 s")
+
+
+def test_the_rows_of_a_long_run_are_not_all_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 40.0, 100.0)
+    last = (run / "metrics.jsonl").read_bytes()
+    with open(run / "metrics.jsonl", "wb") as file:
+        file.seek(200 << 20)
+        file.write(b"\n" + last)
+    tracemalloc.start()
+    try:
+        assert site.advised_lead_s(run) == 260
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_run_that_has_not_saved_yet_gives_no_lead_time(tmp_path: Path) -> None:
