@@ -25,14 +25,13 @@ from hpcgpt.output.counted import counted
 from hpcgpt.run import records, which_runs
 from hpcgpt.sites import qos
 from hpcgpt.sites.qos import Qos
-from hpcgpt.slurm import scontrol
+from hpcgpt.slurm import scontrol, submission
 
 # slurm.conf(5), AuthInfo: how long a credential is valid if cred_expire does not say. A requeued job waits as long.
 CREDENTIAL_S = 120
 # Before it, a job whose processes leave within the grace time of a preemption counts as finished
 # (tests/slurm/test_cluster_events.py shows it; the batch script requeues it then).
 REQUEUES_WITHIN_GRACE = (24, 5)
-SHORTEST_LEAD_S = 120  # that of slurm/pretrain.sbatch
 TRY_S = 120.0
 LOOK_S, LATE_S = 1.0, 3.0  # between two looks at the job; for its output to arrive through a network file system
 CAN, END = "hpcgpt can ", "hpcgpt end"  # what the job prints
@@ -240,7 +239,9 @@ def advised_lead_s(folder: Path) -> int | None:
     steps_s, saves_s = _measured(folder)
     if not steps_s or not saves_s:
         return None
-    return max(SHORTEST_LEAD_S, 10 * math.ceil((STEP_FACTOR * max(steps_s) + 2 * max(saves_s) + SLACK_S) / 10))
+    return max(
+        submission.DEFAULT_LEAD_S, 10 * math.ceil((STEP_FACTOR * max(steps_s) + 2 * max(saves_s) + SLACK_S) / 10)
+    )
 
 
 def _measured(folder: Path) -> tuple[list[float], list[float]]:

@@ -21,6 +21,7 @@ from hpcgpt.estimate.rates import Rate
 from hpcgpt.estimate.request import MOST_MICRO_STEPS, Request
 from hpcgpt.estimate.schedule import Disk, Times
 from hpcgpt.plan import micro_steps
+from hpcgpt.slurm import submission
 
 RANKS_PER_NODE = 8  # where it is not known: GPUs of most nodes for training
 
@@ -97,6 +98,7 @@ def make(
     device: Device,
     rate: Rate | None = None,
     limit_s: float | None = None,
+    lead_s: float = submission.DEFAULT_LEAD_S,
     measured: Pace | None = None,
     done: int = 0,
     failure_s: float | None = None,
@@ -106,9 +108,10 @@ def make(
 ) -> Estimate:
     """Estimate a run of `steps` steps on `ranks` devices; `config` has its vocab_size (`hpcgpt.plan.make`).
 
-    `rate`: measured for this run; else from the table. `limit_s`: the job's time limit. `measured`: how long starts,
-    saves and evaluations took before. `done`: steps that need not be made any more. `failure_s`: mean time between
-    failures. `ranks_per_node`: 0 if it is not known, which is taken to be RANKS_PER_NODE. Takes some seconds.
+    `rate`: measured for this run; else from the table. `limit_s`: the job's time limit; `lead_s` before it Slurm warns
+    the job. `measured`: how long starts, saves and evaluations took before. `done`: steps that need not be made any
+    more. `failure_s`: mean time between failures. `ranks_per_node`: 0 if it is not known, which is taken to be
+    RANKS_PER_NODE. Takes some seconds.
 
     Raises:
         UserError: the batch cannot be divided.
@@ -130,7 +133,7 @@ def make(
     usual = schedule.habits(config, measured or Pace(0), ranks, memory.saved_bytes, failure_s, save_s)
     return Estimate(
         config, device, ranks, of_a_step, steps, memory, fits, tuple(found), rate,
-        schedule.times(config, rate, max(0, steps - done), ranks, usual, limit_s) if rate else None,
+        schedule.times(config, rate, max(0, steps - done), ranks, usual, limit_s, lead_s) if rate else None,
         limit_s, schedule.disk(config, steps, memory.saved_bytes), done,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from hpcgpt.estimate.probe import measure, pace, table
 from hpcgpt.estimate.probe.pace import Pace
 from hpcgpt.estimate.rates import Rate
 from hpcgpt.plan import Plan
+from hpcgpt.slurm import submission
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.slurm.request import Request
 
@@ -43,6 +44,7 @@ def make(planned: Plan, requested: Request, gpu: str) -> tuple[Estimate | None, 
             device=device,
             rate=rate,
             limit_s=_limit_s(requested),
+            lead_s=submission.lead_s(requested.flags),
             measured=measured,
             done=_done(planned),
             ranks_per_node=requested.ranks // requested.nodes,
@@ -68,7 +70,7 @@ def gpu_hours(planned: Plan, requested: Request, gpu: str) -> tuple[float, str]:
         saved = 12 * analytic.parameter_count(config.model)  # weights and two moments in float32
         usual = schedule.habits(config, measured, requested.ranks, saved)
         left = max(0, planned.total_steps - _done(planned))
-        times = schedule.times(config, rate, left, requested.ranks, usual, limit_s)
+        times = schedule.times(config, rate, left, requested.ranks, usual, limit_s, submission.lead_s(requested.flags))
         if times:
             gpus = max(requested.gpus_per_node * requested.nodes, requested.ranks)
             return times.gpu_hours * gpus / requested.ranks, f"at {rate.low:,.0f} tokens/s ({rate.sources[0]})"

@@ -19,6 +19,7 @@ from hpcgpt.checkpoint import listing
 from hpcgpt.config.options import Config
 from hpcgpt.estimate.probe.pace import Pace
 from hpcgpt.estimate.rates import Rate
+from hpcgpt.slurm import submission
 
 # Llama 3: 419 unexpected interruptions in 54 days on 16,384 GPUs (https://arxiv.org/abs/2407.21783, section 3.3.4).
 GPU_HOURS_PER_FAILURE = 54 * 24 * 16_384 / 419
@@ -123,9 +124,13 @@ def habits(
 
 
 def times(
-    config: Config, rate: Rate, steps: int, ranks: int, usual: Habits, limit_s: float | None = None
-) -> Times | None:
-    """Return the time of `steps` steps; None if not even one fits into a start within `limit_s`."""
+    config: Config, rate: Rate, steps: int, ranks: int, usual: Habits, limit_s: float | None = None,
+    lead_s: float = submission.DEFAULT_LEAD_S,
+) -> Times | None:  # fmt: skip
+    """Return the time of `steps` steps; None if not even one fits into a start within `limit_s`.
+
+    `lead_s`: how many seconds before its time limit Slurm warns the job, which ends the start.
+    """
     tokens = config.train.global_batch * config.model.block_size
     step_s = tokens / rate.low
     seconds, fewest_s = steps * step_s, steps * tokens / rate.high
@@ -134,8 +139,8 @@ def times(
     each_s = (seconds + evaluation_s + stalls_s) / steps if steps else step_s
     starts, per_start = 1, steps
     if limit_s is not None:
-        # A job stops this long before its end, or a step and two saves before (hpcgpt.distributed.stop_signals).
-        margin_s = max(config.requeue.end_margin_s, step_s + 2 * usual.save_s)
+        # A job stops at Slurm's warning, or before it if its end is too near (hpcgpt.distributed.stop_signals).
+        margin_s = max(lead_s, config.requeue.end_margin_s, step_s + 2 * usual.save_s)
         per_start = min(steps, max(0, int((limit_s - usual.start_s - margin_s) / each_s)))
         if steps and not per_start:
             return None

@@ -25,7 +25,7 @@ from hpcgpt.slurm.code_snapshot import Snapshot
 from hpcgpt.slurm.partitions import minutes
 from hpcgpt.slurm.sbatch_flags import Flags
 
-DEFAULT_LEAD_S = 120
+DEFAULT_LEAD_S = 120  # that of slurm/pretrain.sbatch
 _SBATCH_S = 120  # a controller that restarts is waited for by sbatch itself
 LONGEST_LEAD_S = 65535  # sbatch(1), --signal
 
@@ -61,7 +61,7 @@ def job_parameters(flags: Flags, folder: Path) -> dict[str, Any]:
     if "no-requeue" not in flags:
         flags.setdefault("requeue", "")
     flags.setdefault("signal", f"USR1@{DEFAULT_LEAD_S}")
-    _check_signal(flags["signal"], flags["time"])
+    _check_lead(flags)
     for name, value in flags.items():
         if any(map(terminal.is_control, name + value)):
             raise UserError(f"control characters in a flag for Slurm: --{name} '{terminal.printable(value)}'")
@@ -82,16 +82,26 @@ def _parameter(flag: str) -> str:
     return flag if flag == "open-mode" else flag.replace("-", "_")  # submitit itself sets "open-mode"
 
 
-def _check_signal(signal: str, time: str) -> None:
-    """Check that the warning before the end is one that the ranks handle, and leaves time for training."""
+def lead_s(flags: Flags) -> int:
+    """Return how many seconds before its time limit Slurm warns a job with these flags.
+
+    Raises:
+        UserError: its signal is none that the ranks handle.
+    """
+    signal = flags.get("signal", f"USR1@{DEFAULT_LEAD_S}")
     found = re.fullmatch(r"(?:[BR]{1,2}:)?(?:(?:SIG)?USR[12]|10|12)(?:@(\d+))?", signal)
     if not found:
         raise UserError(f"--signal={signal}: expected USR1@SECONDS or USR2@SECONDS, at which the ranks save and exit")
+    return int(found[1] or 60)
+
+
+def _check_lead(flags: Flags) -> None:
+    """Check that the warning before the end is one that the ranks handle, and leaves time for training."""
+    lead, signal, time = lead_s(flags), flags["signal"], flags["time"]
     limit = minutes(time)
     if limit is None:
         raise UserError(f"--time {time}: expected minutes, HH:MM:SS or D-HH:MM:SS")
-    lead_s = int(found[1] or 60)
-    if not 1 <= lead_s <= LONGEST_LEAD_S or 0 < 60 * limit <= lead_s:
+    if not 1 <= lead <= LONGEST_LEAD_S or 0 < 60 * limit <= lead:
         raise UserError(
             f"--signal={signal}: expected 1 to {LONGEST_LEAD_S:,} seconds, and less than the time limit "
             f"(--time {time}, {60 * limit:,} s): only the rest is left for training"

@@ -55,6 +55,13 @@ def test_a_probe_goes_before_the_table(tmp_path: Path) -> None:
     assert "probe of" in by
 
 
+def test_a_start_of_the_job_ends_at_its_own_warning(tmp_path: Path) -> None:
+    usual, _ = for_job.gpu_hours(plan(tmp_path, 100_000), job(gpu_type="a100"), "")
+    requested = job(gpu_type="a100")
+    early = dataclasses.replace(requested, flags={**requested.flags, "signal": "USR1@18000"})  # half of the job
+    assert for_job.gpu_hours(plan(tmp_path, 100_000), early, "")[0] > usual
+
+
 @pytest.mark.parametrize(
     ("gres", "driver"),
     [("a100", "NVIDIA A100-SXM4-80GB"), ("h100", "NVIDIA H100 80GB HBM3"), ("v100", "Tesla V100-SXM2-32GB")],

@@ -43,8 +43,8 @@ memory of a rank, at its fullest (step)
                         4 min for 2 starts, each with the save at its end
   in all                13 min while the job runs
   GPU hours             1.7
-  starts                2 within a limit of 10 min: 1 requeue, up to 796 steps each
-  checkpoint.every      at most 796 steps is advised (500 is set): a save of 2 s, a failure every 27.8 h
+  starts                2 within a limit of 10 min: 1 requeue, up to 683 steps each
+  checkpoint.every      at most 683 steps is advised (500 is set): a save of 2 s, a failure every 27.8 h
   assumed               a start takes 120 s
 
   disk                  9.00 GB: 4 checkpoints of 1.50 GB, and those that a save has not yet replaced

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from hpcgpt.config.operation import Requeue
 from hpcgpt.config.options import Checkpoint, Config, Eval, Run
 from hpcgpt.estimate import rates, schedule
 from hpcgpt.estimate.probe.pace import Pace
 from hpcgpt.estimate.schedule import Habits
 
-CONFIG = Config()  # 512 x 1024 tokens a step; ends 60 s before its limit
+CONFIG = Config()  # 512 x 1024 tokens a step
 TOKENS = 512 * 1024
 USUAL = Habits(start_s=100.0, save_s=10.0, failure_s=200_000.0, assumed=())
 RATE = rates.given(TOKENS / 2, "2 s a step")
@@ -27,15 +28,25 @@ def test_without_a_limit_everything_is_one_start() -> None:
 
 
 def test_a_limit_makes_starts_of_equal_length() -> None:
-    # 1,000 s: 100 for the start, 60 before the end, 420 steps of 2 s between.
+    # 1,000 s: 100 for the start, 120 from Slurm's warning to the end, 390 steps of 2 s between.
     found = schedule.times(CONFIG, RATE, 1000, 8, USUAL, limit_s=1000)
     assert found is not None
-    assert (found.steps_per_start, found.starts, found.requeues) == (420, 3, 2)
+    assert (found.steps_per_start, found.starts, found.requeues) == (390, 3, 2)
+
+
+@pytest.mark.parametrize(("end_margin_s", "lead_s", "steps"), [(60.0, 300, 300), (300.0, 120, 300), (0.0, 10, 439)])
+def test_a_start_ends_at_the_warning_or_at_the_margin_or_early_enough_to_save(
+    end_margin_s: float, lead_s: int, steps: int
+) -> None:
+    config = dataclasses.replace(CONFIG, requeue=Requeue(end_margin_s=end_margin_s))
+    found = schedule.times(config, RATE, 1000, 8, USUAL, limit_s=1000, lead_s=lead_s)
+    assert found is not None
+    assert found.steps_per_start == steps
 
 
 def test_a_limit_that_leaves_no_step_gives_no_time() -> None:
-    assert schedule.times(CONFIG, RATE, 1000, 8, USUAL, limit_s=161) is None
-    found = schedule.times(CONFIG, RATE, 1000, 8, USUAL, limit_s=162)
+    assert schedule.times(CONFIG, RATE, 1000, 8, USUAL, limit_s=221) is None
+    found = schedule.times(CONFIG, RATE, 1000, 8, USUAL, limit_s=222)
     assert found is not None
     assert found.steps_per_start == 1
 
@@ -56,7 +67,7 @@ def test_the_interval_is_the_root_of_twice_save_times_failure() -> None:
 def test_the_interval_is_no_longer_than_a_start() -> None:
     found = schedule.times(CONFIG, RATE, 10_000, 8, USUAL, limit_s=1000)
     assert found is not None
-    assert found.checkpoint_every == found.steps_per_start == 420
+    assert found.checkpoint_every == found.steps_per_start == 390
 
 
 def test_evaluations_and_saves_count() -> None:
@@ -74,7 +85,7 @@ def test_the_steps_of_a_start_leave_room_for_evaluations() -> None:
     usual = dataclasses.replace(USUAL, eval_s=500.0)  # as much as 250 steps
     found = schedule.times(CONFIG, RATE, 1000, 8, usual, limit_s=1000)
     assert found is not None
-    assert (found.steps_per_start, found.starts) == (210, 5)
+    assert (found.steps_per_start, found.starts) == (195, 6)
 
 
 @pytest.mark.parametrize(
