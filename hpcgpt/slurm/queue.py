@@ -23,7 +23,8 @@ EVERY_S = 30.0
 SCRIPT = "pretrain.sbatch"
 MOST_JOBS = 1000  # of one question; a command line has room for more
 _FORMAT = "%i|%T|%S|%e|%N|%r"
-_OVER = {
+# The states of a job that has ended (squeue(1), "job state codes").
+OVER = {
     *("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED"),
     *("BOOT_FAIL", "REVOKED"),
 }
@@ -48,7 +49,7 @@ class QueuedJob:
 
     @property
     def presence(self) -> Presence:
-        if self.state in _OVER:
+        if self.state in OVER:
             return "gone"
         if self.state not in _WAITING:
             return "there"

@@ -15,6 +15,7 @@ from hpcgpt.estimate.probe.measure import Prepared
 from hpcgpt.run import run_folder
 from hpcgpt.slurm import code_snapshot, scontrol, submission
 from hpcgpt.slurm.partitions import minutes
+from hpcgpt.slurm.queue import OVER
 from hpcgpt.slurm.sbatch_flags import Flags
 
 LONGEST_MINUTES = 20  # its time limit; a probe that needs more is requeued there, and continues
@@ -23,7 +24,6 @@ _NOT_COPIED = ("dependency", "begin", "deadline", "hold", "job-name", "output", 
 _POLL_S = 1.0
 _ASK_SLURM_S = 15.0  # at most this often
 _PATIENCE_S = 120.0  # with a controller that cannot be reached
-_ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "")
 
 
 def flags_for(flags: Flags) -> Flags:
@@ -67,7 +67,7 @@ def wait(
             if state != shown:
                 shown = state
                 say(f"the probe's job {job}: {state.lower() or 'is no longer known to Slurm'}")
-            if state in _ENDED:
+            if not state or state in OVER:
                 break
         time.sleep(_POLL_S)
     ended = run_folder.read_exit(probe.folder)

@@ -77,7 +77,8 @@ def test_no_answer_of_slurm_is_no_end_of_the_job(probe: Prepared, monkeypatch: p
     assert said[1] == "the probe's job 12: no answer of slurm"
 
 
-@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "TIMEOUT"])
+@pytest.mark.timeout(60)  # it would wait for ever
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "REVOKED"])
 def test_a_probe_that_fails_is_named_with_its_log(probe: Prepared, state: str) -> None:
     log = probe.folder / "logs" / "12_0.log"
     log.write_text("error: no GPU\n")
