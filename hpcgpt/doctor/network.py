@@ -100,7 +100,7 @@ def _proxy(server: str) -> str:
 def _has_key(host: str) -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    with suppress(OSError, netrc.NetrcParseError):
+    with suppress(OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: this user has no home folder
         path = os.environ.get("NETRC") or str(Path("~/.netrc").expanduser())
         return netrc.netrc(path).authenticators(host) is not None
     return False

@@ -262,8 +262,10 @@ class Drill:
     def _write_report(self) -> None:
         out = Path(self.options.out) if self.options.out else self.home
         name = f"{'elastic' if self.options.elastic else 'drill'}-seed{self.options.seed}"
-        hidden = {str(self.home): "DRILL", str(CHECKOUT): "CHECKOUT", str(Path.home()): "HOME", sys.prefix: "PYTHON"}
+        hidden = {str(self.home): "DRILL", str(CHECKOUT): "CHECKOUT", sys.prefix: "PYTHON"}
         hidden |= {socket.gethostname(): "HOST", str(self.data): "SHARDS"}
+        with suppress(RuntimeError):  # this user has no home folder
+            hidden[str(Path.home())] = "HOME"
         paths = report.write(self.report, out, name, hidden)
         print("\n" + "\n".join(report.table(self.report.faults, self.report.kinds)))
         for problem in self.report.problems:

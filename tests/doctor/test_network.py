@@ -77,6 +77,17 @@ def test_a_missing_key_is_bad_only_if_wandb_was_asked_for(tmp_path: Path, monkey
         assert [finding.level for finding in network.wandb("online")] == ["ok"]
 
 
+def test_a_user_without_a_home_folder_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with --user 12345 without an entry in its passwd."""
+    for name in ("NETRC", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    with pytest.raises(RuntimeError, match="home"):
+        Path.home()
+    with serving(200) as server:
+        assert [finding.level for finding in network.wandb("online", server.url)] == ["ok", "bad"]
+
+
 @pytest.mark.processes
 def test_the_server_is_the_one_of_wandbs_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`wandb login --host` writes it into this file."""
