@@ -20,6 +20,7 @@ from hpcgpt.plan import Plan
 from hpcgpt.run import run_folder
 from hpcgpt.slurm import queue, scontrol
 from hpcgpt.storage import lease
+from hpcgpt.training import in_effect
 
 # A job in one of these states runs, or will (squeue(1), "job state codes").
 _ALIVE = {
@@ -36,8 +37,8 @@ def check(planned: Plan, waits_for_others: bool) -> str:
     `waits_for_others`: the job has a dependency on other jobs, so these may still use the folder.
 
     Raises:
-        UserError: a job would be refused, or stop at once: a STOP file, other settings, only damaged checkpoints, or
-            another job or process that uses the folder.
+        UserError: a job would be refused, or stop at once: a STOP file, other settings, fewer steps than the
+            run has made, only damaged checkpoints, or another job or process that uses the folder.
     """
     folder = planned.config.run_folder
     stop_file = folder / "STOP"
@@ -46,9 +47,10 @@ def check(planned: Plan, waits_for_others: bool) -> str:
     state = go_back.state_to_continue_from(planned.config)
     if state:
         plan.check_identity(planned.config, state.identity, planned.identity)
+        in_effect.refuse_shorter(state.step, planned)
     if not waits_for_others:
         _refuse_while_held(folder)
-    if state and state.step >= planned.total_steps and state.pending is None:
+    if state and state.step == planned.total_steps and state.pending is None:
         return f"{folder} is finished already, at step {state.step:,} of {planned.total_steps:,}: nothing to do"
     return ""
 

@@ -396,6 +396,13 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_queued(slurm: Path, continu
     assert not (slurm / "submitted.sh").exists()
 
 
+def test_a_run_that_is_longer_than_it_should_be_is_refused_as_by_train(
+    slurm: Path, continuing_arguments: list[str]
+) -> None:
+    reported = refusal(slurm, continuing_arguments[0], "--train.steps", "10")
+    assert "the run has made 12 steps already, and train.steps 10 means 10: give at least 12, go back to" in reported
+
+
 def test_settings_other_than_the_runs_are_refused(slurm: Path, continuing_arguments: list[str]) -> None:
     reported = refusal(slurm, *continuing_arguments, "--model.n_layer", "3", "--run.seed", "5")
     assert "with other settings than these: model.n_layer was 2 and is now 3; run.seed was 1 and" in reported

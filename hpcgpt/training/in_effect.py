@@ -188,6 +188,21 @@ def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {_ENVIRONMENT + name: env[name] for name in _VARIABLES if name in env}
 
 
+def refuse_shorter(step: int, planned: Plan) -> None:
+    """Refuse a run that has made `step` steps, which are more than it should have now.
+
+    Raises:
+        UserError: it has.
+    """
+    total = planned.total_steps
+    if step > total:
+        raise UserError(
+            f"the run has made {step:,} steps already, and {_length(planned.config)} means {total:,}: give at least "
+            f"{step:,}, go back to an earlier checkpoint with --checkpoint.step, or train a shorter run under another "
+            "--run.name"
+        )
+
+
 def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
     """Return what differs between the attempt that saved `state` and this one; nothing if no step is left.
 
@@ -197,13 +212,8 @@ def since(state: State, now: Mapping[str, Any], planned: Plan) -> Changes:
     Raises:
         UserError: the run has made more steps than it should have now.
     """
+    refuse_shorter(state.step, planned)
     step, total = state.step, planned.total_steps
-    if step > total:
-        raise UserError(
-            f"the run has made {step:,} steps already, and {_length(planned.config)} means {total:,}: give at least "
-            f"{step:,}, go back to an earlier checkpoint with --checkpoint.step, or train a shorter run under another "
-            "--run.name"
-        )
     if step == total and state.pending is None:
         return Changes(step)
     before: Mapping[str, Any] = {"ranks": state.world_size} | state.in_effect
