@@ -37,6 +37,8 @@ from tests.tiny_run import TINY
 # threads as cores in each, models of this size wait for each other's threads most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+# wandb's process has a low priority: beside other tests its start alone may take longer than a finished run waits.
+os.environ["HPCGPT_TRACKING_FINISH_S"] = "180"
 gc.set_threshold(*GC_THRESHOLDS)
 # A codec that is not found stays unknown to the process, and the first test to look this one up may do so without the
 # right to read Python's library.

@@ -64,7 +64,8 @@ RANKS_EVERY_S = 30.0
 # events.jsonl grows with the attempts and checkpoints of a run, not with its steps.
 AT_ANY_STEP = ("nonfinite", "spike", "straggler")
 MOST_OF_A_KIND = 1000
-FINISH_S, LEAVE_S = 20.0, 4.0  # limits for W&B: at the end of training; when the job must stop (KillWait may be 30 s)
+# Limits for W&B: at the end of training; when the job must stop (KillWait may be 30 s).
+FINISH_S, LEAVE_S = float(os.environ.get("HPCGPT_TRACKING_FINISH_S", "20")), 4.0
 
 
 def goodput_limit_s(folder: Path) -> float:
