@@ -1,9 +1,9 @@
 """`hpcgpt status --watch`: follow runs while they go.
 
-In a terminal the view is drawn every few seconds; everywhere else a line is printed for each run that has changed. What
-may take long runs in threads of its own, so that a key is always answered: the run folders, which may be on a file
-system that hangs; Slurm, which is asked at most once in queue.EVERY_S; and goodput, which concerns the whole run, so
-that it takes at most a twentieth of the time.
+In a terminal the view is drawn every few seconds; everywhere else a line is printed for each run that has changed,
+until all runs are over. What may take long runs in threads of its own, so that a key is always answered: the run
+folders, which may be on a file system that hangs; Slurm, which is asked at most once in queue.EVERY_S; and goodput,
+which concerns the whole run, so that it takes at most a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.errors import UserError, sentence
+from hpcgpt.run import records
 from hpcgpt.run.goodput import Goodput
 from hpcgpt.slurm.queue import Queue
-from hpcgpt.status import run_status, table, view
+from hpcgpt.status import run_state, run_status, table, view
 from hpcgpt.status.curve import LossCurve, dots_for
 from hpcgpt.status.screen import Screen, usable
 from hpcgpt.status.view import Snapshot
@@ -27,7 +28,13 @@ from hpcgpt.status.view import Snapshot
 EVERY_S, PLAIN_EVERY_S = 2.0, 30.0
 GOODPUT_EVERY_S, GOODPUT_SHARE = 30.0, 0.05
 READING_SHARE = 0.2  # of the time, at most, is spent on reading run folders: there may be hundreds
-OVER = ("finished", "failed", "stopped", "saved", "new", "imported", table.UNREADABLE)
+OVER = ("finished", "stopped", "new", "imported")
+# A run that has ended is `saved` or `failed` until the batch script has decided whether its job runs again, and what
+# cannot be read may be readable the next time. These are over if they stay so: where Slurm no longer has the job, for
+# as long as a file system may show old events (NFS: 60 s); where Slurm cannot be asked, for as long as a decision takes
+# (ASK_S and REQUEUE_S of hpcgpt.requeue).
+ENDED = ("saved", "failed", table.UNREADABLE)
+GONE_S, UNKNOWN_S = 60.0, 300.0
 
 Find = Callable[[], Sequence[Path]]
 
@@ -98,6 +105,48 @@ class Watched:
         last = self._last or Snapshot(now)
         goodput = self.goodput if len(last.runs) == 1 else None
         return Snapshot(now, last.runs, last.points, goodput, sentence(error), self.queue.problem)
+
+
+class Over:
+    """Whether runs are over, seen from one reading to the next; `queue` has Slurm's answers about their jobs."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._ended: dict[str, tuple[tuple[Any, ...], float]] = {}  # of each run: what it shows, and since when
+
+    def all(self, runs: Sequence[dict[str, Any]], now: float) -> bool:
+        """Return whether all are; `runs` are from `run_status.brief`, `now` is when, in monotonic seconds."""
+        over = [self._is(run, now) for run in runs]  # each is looked at, also after one that is not over
+        return all(over)
+
+    def _is(self, run: dict[str, Any], now: float) -> bool:
+        if run["state"] in OVER:
+            return True
+        limit_s = self._limit_s(run) if run["state"] in ENDED else None
+        if limit_s is None:
+            self._ended.pop(run["run"], None)
+            return False
+        shown = tuple(run.get(key) for key in ("state", "reason", "attempts"))
+        before, since = self._ended.get(run["run"], ((), now))
+        if before != shown:
+            since = now
+        self._ended[run["run"]] = shown, since
+        return now - since >= limit_s
+
+    def _limit_s(self, run: dict[str, Any]) -> float | None:
+        """Return how long a run that has ended must stay so to be over; None while Slurm has a job of it."""
+        if run["state"] == table.UNREADABLE:
+            return GONE_S
+        try:
+            jobs = run_state.jobs(records.events(Path(run["run"]), brief=True))
+        except OSError:
+            return GONE_S
+        answers = {self._queue.presence(job) for job in jobs}
+        if not answers:
+            return 0.0  # outside of Slurm nothing starts it again
+        if not answers <= {"gone", "unknown"}:
+            return None
+        return GONE_S if answers == {"gone"} else UNKNOWN_S
 
 
 class Repeated:
@@ -171,6 +220,7 @@ def _in_lines(watched: Watched, every_s: float) -> None:
             if text:
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
+    over = Over(watched.queue)
     watched.read()  # finds the jobs to ask about
     while True:
         watched.ask_slurm()
@@ -180,6 +230,6 @@ def _in_lines(watched: Watched, every_s: float) -> None:
         for run in snapshot.runs:
             print_if_new(run["run"], view.plain_line(run, snapshot.at))
         print_if_new("not readable", snapshot.problem and f"not readable now: {snapshot.problem}")
-        if not snapshot.problem and snapshot.runs and all(run["state"] in OVER for run in snapshot.runs):
+        if not snapshot.problem and snapshot.runs and over.all(snapshot.runs, time.monotonic()):
             return
         time.sleep(every_s)

@@ -17,15 +17,18 @@ from typing import Any
 import pytest
 
 from hpcgpt.run import run_folder as run_folder_module
+from hpcgpt.slurm.queue import Presence
 from hpcgpt.status import run_status, view
 from hpcgpt.status.view import Snapshot
-from hpcgpt.status.watch import Repeated, Watched
+from hpcgpt.status.watch import Over, Repeated, Watched
 from tests.programs import ROOT, clean_env
 from tests.status.made_runs import NOW, answering, run_folder
 from tests.status.pty_terminal import PtyTerminal, Reader
 
 START = {"attempt": 1, "job": "7_0", "step": 0, "total_steps": 900, "world_size": 4, "hosts": ["n1", "n1", "n2", "n2"]}
 FINISHED = {"attempt": 1, "status": 0, "reason": "finished", "step": 900}
+SAVED = {"attempt": 1, "status": 75, "reason": "told to terminate", "step": 3}
+CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed"}
 
 
 def live_run(tmp_path: Path, steps: int = 150, name: str = "run", total: int = 900) -> Path:
@@ -238,6 +241,92 @@ def test_a_line_is_not_repeated_where_only_slurms_estimate_of_the_start_has_chan
         lines = running.stdout.read().splitlines()
     shown = [line.partition(": ")[2].partition(",")[0] for line in lines]
     assert shown == ["pending", "stopped (a STOP file keeps it stopped)"]
+
+
+@pytest.mark.processes
+def test_a_run_that_is_requeued_is_followed_until_it_has_finished(tmp_path: Path) -> None:
+    """From its end until the batch script has requeued its job, it is `saved`, and Slurm still has the job."""
+    folder = live_run(tmp_path, steps=9)
+    tools, answer = tmp_path / "bin", tmp_path / "answer"
+    tools.mkdir()
+    (tools / "squeue").write_text(f"#!/bin/sh\ncat {answer}\n")
+    (tools / "squeue").chmod(0o755)
+    answer.write_text("7|RUNNING|1|2|n1|None\n")
+    code = (
+        "import sys; from pathlib import Path; from hpcgpt.slurm import queue; from hpcgpt.status import watch\n"
+        "queue.EVERY_S, watch.GONE_S = 0.1, 0.5; watch.watch(lambda: [Path(sys.argv[1])], 0.1, '')"
+    )
+    env = clean_env() | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                          text=True) as running:  # fmt: skip
+        assert running.stdout
+        event: str
+        fields: dict[str, Any]
+        for state, event, fields in (
+            ("running", "end", SAVED),
+            ("saved (told to terminate)", "requeue", {"job": "7_0"}),
+            ("requeued", "job", {"job": "7_1"}),
+            ("starting", "start", START | {"attempt": 2, "job": "7_1"}),
+            ("running", "crash", {"job": "7_1", "reason": "crash 1", "status": 1}),
+            ("failed (crash 1)", "requeue", {"job": "7_1"}),
+            ("requeued", "start", START | {"attempt": 3, "job": "7_2"}),
+            ("running", "crash", {"job": "7_2", "reason": "crash loop", "status": 1}),
+            ("failed (crash loop)", "", {}),
+        ):
+            assert running.stdout.readline().partition(": ")[2].startswith(f"{state}, "), state
+            time.sleep(1.0)  # several readings
+            assert running.poll() is None, state
+            if event:
+                run_folder_module.record(folder, event, **fields)
+        answer.write_text("")
+        assert running.wait(30) == 0
+        assert running.stdout.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("event", "presence", "over_after_s"),
+    [
+        (("end", SAVED), "there", None),
+        (("end", SAVED), "pending", None),
+        (("end", SAVED), "gone", 60),
+        (("end", SAVED), "unknown", 300),
+        (("crash", CRASH), "there", None),
+        (("crash", CRASH), "gone", 60),
+        (("end", FINISHED), "there", 0),
+        (("no_requeue", {"job": "7_0", "attempt": 1, "reason": "the job was cancelled"}), "there", 0),
+    ],
+)
+def test_a_run_that_has_ended_is_over_when_its_job_is_not_started_again(
+    tmp_path: Path, event: tuple[str, dict[str, Any]], presence: Presence, over_after_s: float | None
+) -> None:
+    folder = run_folder(tmp_path, (9, "start", START), (5, *event), steps=3)
+    queue = answering(presence)
+    run, over = run_status.brief(folder, NOW, queue), Over(queue)
+    readings = [after_s for after_s in range(0, 3600, 30) if over.all([run], 1000.0 + after_s)]
+    assert readings[:1] == ([] if over_after_s is None else [over_after_s])
+
+
+def test_only_what_stays_as_it_was_is_over(tmp_path: Path) -> None:
+    """Another attempt that fails, or a folder that can be read again, counts anew."""
+    folder = run_folder(tmp_path, (9, "start", START), (5, "crash", CRASH), steps=3)
+    queue = answering("gone")
+    run, over = run_status.brief(folder, NOW, queue), Over(queue)
+    unreadable = {"run": str(folder), "state": "unreadable", "reason": "Stale file handle"}
+    assert not over.all([run], 0)
+    assert not over.all([run | {"attempts": 2}], 60)
+    assert not over.all([unreadable], 90)
+    assert not over.all([run | {"state": "running"}], 140)
+    assert not over.all([unreadable], 150)
+    assert over.all([unreadable], 210)
+    assert not over.all([run, unreadable], 211)  # both are looked at
+
+
+def test_without_slurm_a_run_that_has_ended_is_over_at_once(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (9, "start", START | {"job": ""}), (5, "end", SAVED), steps=3, held=False)
+    queue = answering("unknown")
+    run = run_status.brief(folder, NOW, queue)
+    assert run["state"] == "saved"
+    assert Over(queue).all([run], 0)
 
 
 @pytest.mark.processes
