@@ -57,3 +57,39 @@ def test_a_mistake_in_a_grid_is_refused(training: list[str], grid: list[str], me
     with pytest.raises(UserError) as caught:
         sweep.expand(training, grid)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("grid", "both"),
+    [
+        (["CONFIG=a/small.toml,b/small.toml"],
+         "CONFIG=a/small.toml and of CONFIG=b/small.toml would both have runs/small"),
+        (["CONFIG=a/named.toml,b/named_too.toml", "run.seed=1,2"],
+         "CONFIG=a/named.toml run.seed=1 and of CONFIG=b/named_too.toml run.seed=1 would both have runs/mine-seed1"),
+        (["data.dir=/d/a_b,/d/a/b"], "data.dir=/d/a_b and of data.dir=/d/a/b would both have runs/gpt2-dir_d_a_b"),
+    ],
+)  # fmt: skip
+def test_two_runs_in_the_same_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: list[str], both: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = 'name = "mine"'
+    for name, text in (("a/small", ""), ("b/small", ""), ("a/named", named), ("b/named_too", named)):
+        path = tmp_path / f"{name}.toml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"[run]\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        sweep.expand([], grid)
+    assert both in str(caught.value)
+
+
+def test_two_runs_of_the_same_name_in_different_folders_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "small.toml").write_text(f'[run]\ndir = "{name}/runs"\n')
+    found = sweep.expand([], ["CONFIG=a/small.toml,b/small.toml"])
+    settings = [sources.from_command_line(arguments, "submit", "") for arguments in found]
+    assert [each.run_folder for each in settings] == [Path("a/runs/small"), Path("b/runs/small")]
