@@ -79,13 +79,16 @@ def rows(folder: Path, keys: Collection[str] | None = None) -> list[Record]:
         return []
 
 
-def newest_rows(folder: Path) -> list[Record]:
-    """Read the last NEWEST_ROWS rows, and those before them that have an evaluation, of the last TAIL_BYTES."""
+def newest_rows(folder: Path, end: int | None = None) -> list[Record]:
+    """Read the last NEWEST_ROWS rows, and those before them that have an evaluation, of the last TAIL_BYTES.
+
+    `end`: where metrics.jsonl ends for this; with None it is read to its end.
+    """
     try:
         with open(folder / "metrics.jsonl", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size if end is None else end
             file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read(TAIL_BYTES).split(b"\n")
+            lines = file.read(min(size, TAIL_BYTES)).split(b"\n")
     except FileNotFoundError:
         return []
     if size > TAIL_BYTES:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hpcgpt.run import attempts, condensed, goodput, records, run_folder
+from hpcgpt.run import attempts, condensed, goodput, records, row_search, run_folder
 from hpcgpt.run.records import Record as Row
 from hpcgpt.slurm.queue import Queue
 from hpcgpt.status import history, run_state
@@ -64,14 +64,14 @@ def _figures(
     """Compute everything that needs only the newest rows."""
     starts = attempts.starts(events, newest)
     start = starts[-1] if starts else {}
-    # Rows after the step to which the run went back are cut off when an attempt continues.
     back = attempts.went_back_to(events)
-    kept = newest if back is None else [row for row in newest if row["step"] <= back]
-    last: Row = kept[-1] if kept else {"step": back or 0}
+    kept = newest if back is None else _newest_up_to(folder, back)
+    last: Row = kept[-1] if kept else {}
+    step = last.get("step", 0) if back is None else back
     total = start.get("total_steps")
     evaluated: Row = next((row for row in reversed(kept) if "val/loss" in row), {})
     step_s = usual_step_s(kept)
-    left = max(0, total - last["step"]) if kept and total else None
+    left = max(0, total - step) if kept and total else None
     state = run_state.find(folder, events, newest, now, queue.presence if queue else None)
     alive = state.name in ALIVE
     job = queue.job(state.job) if queue and state.job else None
@@ -80,7 +80,7 @@ def _figures(
         "id": run_folder.run_id(folder),
         "state": state.name,
         "reason": state.reason,
-        "step": last["step"],
+        "step": step,
         "total_steps": total,
         "tokens": last.get("tokens", 0),
         "train/loss": last.get("train/loss"),
@@ -103,6 +103,14 @@ def _figures(
         "job": job.as_dict() if job else _unknown_job(state),
         "goodput": None,
     }
+
+
+def _newest_up_to(folder: Path, step: int) -> list[Row]:
+    """Read the newest rows up to a step that the run went back to: later ones are cut off when an attempt continues."""
+    with suppress(FileNotFoundError), open(folder / "metrics.jsonl", "rb") as file:
+        end = row_search.first_from(file, step + 1)
+        return [row for row in records.newest_rows(folder, end) if row["step"] <= step]
+    return []
 
 
 def _unknown_job(state: State) -> dict[str, Any] | None:

@@ -314,6 +314,33 @@ def test_a_run_that_went_back_is_at_that_step_with_that_checkpoint(tmp_path: Pat
     assert why.lines(found)[-1].split("+0")[-1].split(maxsplit=2)[2].startswith("went back to step 4; nothing reported")
 
 
+@pytest.mark.parametrize("every", [0, 300])
+def test_a_run_that_went_back_by_many_steps_has_the_figures_of_that_step(tmp_path: Path, every: int) -> None:
+    """Its row is far from the end of metrics.jsonl, of which only the end is read otherwise."""
+    before: list[tuple[float, str, dict[str, Any]]] = [
+        (2000, "start", START | {"total_steps": 1000}), (40, "end", FINISHED | {"step": 1000})
+    ]  # fmt: skip
+    folder = run_folder(tmp_path, *before, held=False)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, 1001):
+            row = {"step": step, "time": NOW - 1100 + step, "attempt": 1, "tokens": 8 * step}
+            row |= {"train/loss": 9 - step / 200, "train/step_s": 1.0 if step <= 700 else 3.0}
+            print(json.dumps(row | ({"val/loss": step / 100} if every and step % every == 0 else {})), file=file)
+    run_folder_module.record(folder, "went_back", attempt=2, step=700, from_step=1000, aside="x")
+    for found in (status(folder, NOW), run_status.brief(folder, NOW)):
+        assert (found["step"], found["tokens"], found["train/loss"]) == (700, 5600, 5.5)
+        assert (found["val/loss"], found["val_step"]) == ((6.0, 600) if every else (None, None))
+        assert (found["step_s"], found["time_left_s"], found["last_step_age_s"]) == (1.0, 300.0, 400.0)
+    # Where that row is damaged, the step is that of the checkpoint nevertheless.
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines[699] = "{\n"
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    found = status(folder, NOW)
+    assert (found["step"], found["tokens"]) == (700, 5592)
+    (folder / "metrics.jsonl").unlink()
+    assert (status(folder, NOW)["step"], status(folder, NOW)["train/loss"]) == (700, None)
+
+
 def test_the_newest_checkpoint_is_the_one_that_a_start_would_use() -> None:
     def event(name: str, step: int) -> dict[str, Any]:
         return {"event": name, "time": 1.0, "step": step}
