@@ -327,6 +327,10 @@ class Console:
                 f"grad norm {_number(row['train/grad_norm'], 3)}  {_clock(left_s)} left"
             )
 
+    def went_back(self, step: int) -> None:
+        """Compute the time left from the steps after this one: those before are repeated, and are not progress."""
+        self._started_at, self._first_step = time.monotonic(), step
+
     def say(self, text: str) -> None:
         """Print a line above the bar; in a log, with the time before it."""
         if self._bar is not None:

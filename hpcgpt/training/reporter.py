@@ -208,6 +208,8 @@ class Reporter:
             since=lost.began_at,
             skipped_batches=skipped,
         )
+        with only_informs("the console"):
+            self._console.went_back(step)
 
     def lead(self, lead_s: float, step_s: float) -> None:
         """Report how early the run will stop, if it needs more than requeue.end_margin_s; again when that has grown."""

@@ -25,7 +25,7 @@ PARTS: dict[str, tuple[object, tuple[str, ...]]] = {
     "events": (run_folder, ("record",)),
     "goodput": (goodput, ("table",)),
     "samples": (samples, ("generate",)),
-    "console": (metrics_file.Console, ("step", "say", "close")),
+    "console": (metrics_file.Console, ("step", "went_back", "say", "close")),
     "metrics file": (metrics_file.MetricsFile, ("write_appended",)),
     "dashboard": (tracker.Tracker, ("sample", "close")),
     "traces": (profiler.Profiler, ("before", "after")),
