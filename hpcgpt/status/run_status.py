@@ -17,6 +17,8 @@ from hpcgpt.slurm.queue import Queue
 from hpcgpt.status import history, run_state
 from hpcgpt.status.run_state import ALIVE, State, usual_step_s
 
+DEAD_S = 3600.0  # a stale run without a heartbeat for longer than this does not get older
+
 
 def complete(
     folder: Path, now: float, queue: Queue | None = None, with_history: bool = False,
@@ -37,7 +39,7 @@ def complete(
     found = _figures(folder, events, records.newest_rows(folder), now, queue)
     alive = found["state"] in ALIVE
     stepping = found["state"] != "starting"
-    at = _latest(now, events, timing) if alive else None
+    at = _latest(_last_sign_at(found, now, queue), events, timing) if alive else None
     found["attempts"] = len(attempts.starts(events, timing))
     found["goodput"] = goodput.measure(events, timing, at, stepping=stepping).as_dict()
     if with_history:
@@ -122,6 +124,18 @@ def _changed_at(events: Sequence[Row], newest: Sequence[Row], now: float) -> flo
     """Return when the run last wrote something; a time in the future, after a clock was set back, counts as now."""
     times = [record["time"] for record in (*events[-1:], *newest[-1:])]
     return min(now, max(times)) if times else None
+
+
+def _last_sign_at(found: dict[str, Any], now: float, queue: Queue | None) -> float:
+    """Return until when the time of a run that should be running counts: now, unless it seems to be dead.
+
+    Where Slurm cannot be asked, as on a laptop with a copy of the folder, nothing records its end.
+    """
+    beat_s, still_s = found["heartbeat_age_s"], found["still_s"]
+    silent_s = still_s if beat_s is None else min(still_s, beat_s)
+    job = found["job"]
+    has_job = bool(queue and job and queue.presence(job["id"]) == "there")
+    return now - silent_s if found["state"] == "stale" and silent_s > DEAD_S and not has_job else now
 
 
 def _latest(now: float, events: Sequence[Row], rows: Sequence[Row]) -> float:

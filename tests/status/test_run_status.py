@@ -494,6 +494,30 @@ def test_a_silent_run_with_a_living_rank_0_is_reported_as_waiting(tmp_path: Path
     assert f"look at {log} and {folder / 'faults'}" in _as_text(status(folder, NOW + 500))
 
 
+@pytest.mark.parametrize(
+    ("presence", "beat_ago_s", "counted_s"),
+    [
+        ("unknown", 30 * 86400, 900 + 60),  # a copy on a laptop: the time ends with the last heartbeat
+        ("unknown", 3000, 900 + 30 * 86400 + 60),  # it may be back: a node that is out of reach, or suspended
+        ("there", 30 * 86400, 900 + 30 * 86400 + 60),  # Slurm says that the job still runs
+        ("unknown", None, 900),  # no heartbeat is there: the last record
+    ],
+)
+def test_where_slurm_cannot_be_asked_the_time_of_a_dead_run_ends_with_its_heartbeat(
+    tmp_path: Path, presence: Presence, beat_ago_s: float | None, counted_s: float
+) -> None:
+    folder, now = run_folder(tmp_path, (900, "start", START), steps=3), NOW + 30 * 86400 + 60
+    if beat_ago_s is not None:
+        beat = folder / "generations/000001.alive"
+        beat.write_text("9")
+        os.utime(beat, (now - beat_ago_s, now - beat_ago_s))
+    found = status(folder, now, with_history=True, presence=presence)
+    assert (found["state"], found["still_s"]) == ("stale", now - NOW)
+    assert found["goodput"]["total_s"] == counted_s
+    (attempt,) = found["history"]
+    assert attempt["ended_at"] - attempt["began_at"] == counted_s
+
+
 def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3, held=False)
     run_folder_module.write_exit(folder, run_folder_module.Exit("7_0", 1, "training has diverged", 0, saved=False))
