@@ -53,13 +53,14 @@ NEWEST_JOBS, NEWEST_SUBMISSIONS = 2, 5
 @dataclass(frozen=True)
 class State:
     """`still_s`: seconds since a run that should be running wrote something; None if it should not. `job`: the Slurm
-    job that the state is about, '' if there is none.
+    job that the state is about, '' if there is none. `before_ranks`: that job has started, its ranks have not reported.
     """
 
     name: Name
     reason: str = ""
     still_s: float | None = None
     job: str = ""
+    before_ranks: bool = False
 
 
 def find(
@@ -295,10 +296,10 @@ def _starting(folder: Path, before: State, began: Row, now: float, ask: Callable
     if presence == "unknown" and (folder / "STOP").exists():
         return _refused(before, STOP_FILE)
     if still_s <= SILENT_AT_START_S:
-        return State("starting", still_s=still_s, job=job)
+        return State("starting", still_s=still_s, job=job, before_ranks=True)
     if presence == "unknown" and before.name == "finished":
         return before
-    return State("stale", still_s=still_s, job=job)
+    return State("stale", still_s=still_s, job=job, before_ranks=True)
 
 
 # --- jobs that have not started yet ------------------------------------------------------------------
@@ -323,7 +324,7 @@ def _of_submitted_jobs(state: State, events: Sequence[Row], ask: Callable[[str],
         if presence in ("pending", "held"):
             return State(presence, job=job)
         if presence == "there":
-            return State("starting", job=job)
+            return State("starting", job=job, before_ranks=True)
         if presence == "unknown" and state.name == "new":
             return State("pending", job=job)  # as far as is known
     return state

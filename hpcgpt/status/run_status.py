@@ -36,9 +36,8 @@ def complete(
     run_folder.run_id(folder)
     events = records.events(folder) if read is None else read[0]
     timing = condensed.timing(folder, events) if read is None else read[1]
-    found = _figures(folder, events, records.newest_rows(folder), now, queue)
-    alive = found["state"] in ALIVE
-    stepping = found["state"] != "starting"
+    found, state = _figures(folder, events, records.newest_rows(folder), now, queue)
+    alive, stepping = state.name in ALIVE, not state.before_ranks
     at = _latest(_last_sign_at(found, now, queue), events, timing) if alive else None
     found["attempts"] = len(attempts.starts(events, timing))
     found["goodput"] = goodput.measure(events, timing, at, stepping=stepping).as_dict()
@@ -49,7 +48,7 @@ def complete(
 
 def brief(folder: Path, now: float, queue: Queue | None = None) -> dict[str, Any]:
     """Collect what a line of the table shows; as `complete`, without goodput."""
-    return _figures(folder, records.events(folder, brief=True), records.newest_rows(folder), now, queue)
+    return _figures(folder, records.events(folder, brief=True), records.newest_rows(folder), now, queue)[0]
 
 
 def jobs(folder: Path) -> list[str]:
@@ -62,8 +61,8 @@ def jobs(folder: Path) -> list[str]:
 
 def _figures(
     folder: Path, events: Sequence[Row], newest: Sequence[Row], now: float, queue: Queue | None
-) -> dict[str, Any]:
-    """Compute everything that needs only the newest rows."""
+) -> tuple[dict[str, Any], State]:
+    """Compute everything that needs only the newest rows, and the state, which they include."""
     starts = attempts.starts(events, newest)
     start = starts[-1] if starts else {}
     back = attempts.went_back_to(events)
@@ -77,7 +76,7 @@ def _figures(
     state = run_state.find(folder, events, newest, now, queue.presence if queue else None)
     alive = state.name in ALIVE
     job = queue.job(state.job) if queue and state.job else None
-    return {
+    found = {
         "run": str(folder),
         "id": run_folder.run_id(folder),
         "state": state.name,
@@ -105,6 +104,7 @@ def _figures(
         "job": job.as_dict() if job else _unknown_job(state),
         "goodput": None,
     }
+    return found, state
 
 
 def _newest_up_to(folder: Path, step: int) -> list[Row]:

@@ -518,6 +518,17 @@ def test_where_slurm_cannot_be_asked_the_time_of_a_dead_run_ends_with_its_heartb
     assert attempt["ended_at"] - attempt["began_at"] == counted_s
 
 
+def test_a_job_whose_ranks_never_report_does_not_revive_the_attempt_before_it(tmp_path: Path) -> None:
+    folder = run_folder(
+        tmp_path, (2000, "start", START), (1500, "end", SAVED), (1000, "job", {"job": "7_1"}), held=False
+    )
+    found = status(folder, NOW, with_history=True, presence="there")
+    assert found["state"] == "stale"
+    (attempt,) = found["history"]
+    assert (attempt["running"], attempt["ended_at"], attempt["reason"]) == (False, NOW - 1500, SAVED["reason"])
+    assert found["goodput"]["restart_s"] == 1000
+
+
 def test_an_error_that_ended_a_run_is_its_reason(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, (900, "start", START), steps=3, held=False)
     run_folder_module.write_exit(folder, run_folder_module.Exit("7_0", 1, "training has diverged", 0, saved=False))
