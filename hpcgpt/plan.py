@@ -16,6 +16,7 @@ from typing import Any
 
 from hpcgpt.checkpoint import go_back, init_from
 from hpcgpt.checkpoint.layout import State
+from hpcgpt.config import contradictions
 from hpcgpt.config.options import Config, Parallel
 from hpcgpt.data import datasets, mix
 from hpcgpt.data.datasets import DataSet
@@ -72,13 +73,15 @@ class Plan:
     @property
     def warnings(self) -> list[str]:
         """List settings that are allowed but probably not intended."""
+        ignored = list(contradictions.without_effect(self.config.schedule))
         warmup, peak = self.config.schedule.warmup_steps, self.config.optim.lr
         if not warmup or warmup < self.total_steps:
-            return []
+            return ignored
         highest = learning_rate(self.total_steps - 1, self.total_steps, self.config)
         return [
+            *ignored,
             f"the learning rate of this run only rises, to {highest:.3g}: schedule.warmup_steps is {warmup:,}, the run "
-            f"has {counted(self.total_steps, 'step')}, and optim.lr {peak:g} is never reached"
+            f"has {counted(self.total_steps, 'step')}, and optim.lr {peak:g} is never reached",
         ]
 
     @property

@@ -65,6 +65,31 @@ def test_a_smaller_stride_makes_more_windows(shards_folder: Path) -> None:
     assert made.sets[0].windows == sample_order.window_count(made.sets[0].train.tokens, 32, 8)
 
 
+# --- settings without effect -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        ({"decay_fraction": 0.1}, "schedule.decay_fraction 0.1 has no effect with schedule.kind cosine: it is for wsd"),
+        ({"decay_fraction": 0.1, "kind": "wsd"}, ""),
+        (
+            {"initial_lr": 1e-5, "warmup_steps": 0},
+            "schedule.initial_lr 1e-05 has no effect with schedule.warmup_steps 0",
+        ),
+        ({"initial_lr": 1e-5}, ""),
+        ({"min_lr": 1e-5, "kind": "constant"}, "schedule.min_lr 1e-05 has no effect with schedule.kind constant"),
+        ({"min_lr": 1e-5}, ""),
+        ({"kind": "constant", "warmup_steps": 0}, ""),
+    ],
+)
+def test_a_schedule_setting_without_effect_is_a_warning_as_older_runs_have_some(
+    shards_folder: Path, flags: dict[str, Any], warning: str
+) -> None:
+    given = {f"schedule__{key}": value for key, value in ({"warmup_steps": 1} | flags).items()}
+    assert plan.make(settings(shards_folder, **given), 1).warnings == ([warning] if warning else [])
+
+
 # --- the batch -------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from hpcgpt.config import paths
-from hpcgpt.config.options import Config, Eval, Model, Optim, Run
+from hpcgpt.config.options import Config, Eval, Model, Optim, Run, Schedule
 from hpcgpt.output import terminal
 
 _MODERN = ("head_size", "qk_norm", "rope_base", "rope_factor", "rope_low", "rope_high", "rope_context")
@@ -30,6 +30,18 @@ def find(config: Config) -> Iterator[str]:
     steps = config.profile.steps
     if steps and (not re.fullmatch(r"\d+(-\d+)?", steps, re.ASCII) or not config.profiled_steps):
         yield f"profile.steps '{steps}': expected a step or FIRST-LAST, as 100-102"
+
+
+def without_effect(schedule: Schedule) -> Iterator[str]:
+    """Yield a message for each setting that is ignored, but no error: the config.toml of an older run may have it."""
+    for key, is_ignored, by in (
+        ("decay_fraction", schedule.kind != "wsd", f"schedule.kind {schedule.kind}: it is for wsd"),
+        ("min_lr", schedule.kind == "constant", "schedule.kind constant"),
+        ("initial_lr", not schedule.warmup_steps, "schedule.warmup_steps 0"),
+    ):
+        value = getattr(schedule, key)
+        if is_ignored and value != getattr(Schedule(), key):
+            yield f"schedule.{key} {value:g} has no effect with {by}"
 
 
 def _run_contradictions(config: Config) -> Iterator[str]:
