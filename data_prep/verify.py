@@ -33,6 +33,7 @@ from hpcgpt.config import paths
 from hpcgpt.data import shard_format, shard_reader
 from hpcgpt.data.shard_format import HEADER_BYTES, Manifest, Shard, Width
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.output.counted import counted
 from hpcgpt.tokenizer import save_load
 
@@ -40,6 +41,7 @@ CHUNK_TOKENS = 1 << 20
 CHUNK_DOCUMENTS = 1 << 16
 
 
+@streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check a folder of shards.")
     parser.add_argument("DIR", help="folder of shards")

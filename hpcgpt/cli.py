@@ -35,16 +35,17 @@ def run(main: Main, leave: Callable[[int], NoReturn] = sys.exit) -> None:
     streams.escape_unknown_characters()
     if os.environ.get("HPCGPT_TRACEBACK") == "1":
         sys.exit(main(sys.argv[1:]))
+    status = 0
     try:
         status = main(sys.argv[1:])
         # A full disk is reported here. At the interpreter's exit it would end the process with status 120.
         sys.stdout.flush()
         leave(status)
     except BrokenPipeError:
-        # `hpcgpt status | head`: the reader has exited, which is no error. A command that writes something continues
-        # instead: `streams.continue_without_reader`.
+        # `hpcgpt status | head`: the reader has exited, which is no error. A command that writes something, or whose
+        # status says what it found, continues instead: `streams.continue_without_reader`.
         _discard_stdout()
-        sys.exit(0)
+        sys.exit(status)
     except (UserError, OSError) as error:
         status = print_error(error, status_of(error))
         _discard_stdout()

@@ -25,6 +25,7 @@ from pathlib import Path
 from hpcgpt import cli
 from hpcgpt.config import paths
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.sites import catalog, compare, qos, request, shell
 from hpcgpt.sites.schema import Site, facts
 from hpcgpt.slurm import batch_scripts, partitions, sbatch_flags
@@ -136,6 +137,7 @@ def _request(name: str, arguments: Sequence[str], as_script: bool) -> int:
     return 0
 
 
+@streams.continue_without_reader()
 def _check(name: str, as_json: bool) -> int:
     site = catalog.find(name)
     found, no_answer = partitions.ask()

@@ -74,6 +74,7 @@ def _back(run: Path, step: int) -> int:
     return 0
 
 
+@streams.continue_without_reader()
 def _print(rows: Sequence[dict[str, Any]], as_json: bool, none: str) -> int:
     if as_json:
         for row in rows:

@@ -12,6 +12,7 @@ from hpcgpt import cli
 from hpcgpt.config import sources
 from hpcgpt.doctor import findings
 from hpcgpt.doctor.findings import Finding
+from hpcgpt.output import streams
 
 HELP = """\
 usage: hpcgpt doctor [--json] [CONFIG] [--section.key value]...
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     return show(login.check(config, with_data=login.names_data(arguments, config)), as_json)
 
 
+@streams.continue_without_reader()
 def show(found: Sequence[Finding], as_json: bool) -> int:
     """Print the findings; return the exit status."""
     if as_json:

@@ -3,7 +3,7 @@
 The reader may be gone (a closed pipe) or stopped (Ctrl-S, a pager), the disk of the log full, and the encoding may lack
 a character (PYTHONIOENCODING=gbk, LC_ALL=C). After ``in_background`` each write only queues its text, and a thread
 writes it, so training never waits. Code that ends the process calls ``drain`` first, which waits for a bounded time.
-A command that writes files in the foreground is inside ``continue_without_reader``.
+A command that writes files in the foreground, or has a verdict as its status, is inside ``continue_without_reader``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def escape_unknown_characters() -> None:
 def continue_without_reader() -> Iterator[None]:
     """Discard what is printed inside once its reader has gone (`| head -1`), instead of raising BrokenPipeError.
 
-    For commands that write something: what they print only informs, so that it must not end them before they have.
+    For commands that write something, or whose exit status says what they found: what they print only informs, so that
+    it must not end them before they have.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _DiscardingStream(sys.stdout), _DiscardingStream(sys.stderr)

@@ -25,6 +25,7 @@ from hpcgpt.distributed import world
 from hpcgpt.doctor import findings, login
 from hpcgpt.doctor.nodes import coordinator
 from hpcgpt.errors import UserError
+from hpcgpt.output import streams
 from hpcgpt.output.counted import counted
 from hpcgpt.sites import catalog
 from hpcgpt.sites import job as site_job
@@ -179,6 +180,7 @@ def _wait(job: str, report: Path) -> str:
 # --- the report ------------------------------------------------------------------------------------
 
 
+@streams.continue_without_reader()
 def show(report: Mapping[str, Any], as_json: bool) -> int:
     print(json.dumps(report) if as_json else as_text(report))
     return int(report["status"])
