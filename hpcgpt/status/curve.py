@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from hpcgpt.run import records
+from hpcgpt.status.figures import fitted
 
 Dots = Literal["braille", "blocks", "ascii"]
 Point = tuple[int, float]  # step, loss
@@ -122,7 +123,7 @@ def draw(points: Sequence[Point], width: int, height: int, dots: Dots) -> list[s
     lines = []
     for number, line_cells in enumerate(cells):
         value = labels.get(number)
-        label = "" if value is None else f"{value:.{places}f}"[:LABEL]
+        label = "" if value is None else fitted(value, LABEL, places)
         lines.append(
             f"{label:>{LABEL}} {'|' if dots == 'ascii' else '│'}{''.join(_character(dots, c) for c in line_cells)}"
         )

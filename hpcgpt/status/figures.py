@@ -24,6 +24,22 @@ def count(number: float | None) -> str:
     return f"{number:.0f}"
 
 
+def fitted(number: float, width: int, places: int) -> str:
+    """Format a number in at most `width` characters, 7 or more: 123.4567, 123.457 or 1.235e7.
+
+    It has `places` decimals, or as many as there is room for. It is never cut: what is left of one would be another
+    number.
+    """
+    for decimals in range(places, -1, -1):
+        if len(text := f"{number:.{decimals}f}") <= width:
+            return text
+    for decimals in range(width - 4, -1, -1):
+        mantissa, _, exponent = f"{number:.{decimals}e}".partition("e")
+        if len(text := f"{mantissa}e{int(exponent)}") <= width:
+            break
+    return text
+
+
 def span(seconds: float) -> str:
     """Format a duration for a sentence: 12 s, 3.5 min, 2.1 h, 1.4 days."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):

@@ -17,13 +17,14 @@ from hpcgpt.output import terminal
 from hpcgpt.slurm.queue import Queue, QueuedJob
 from hpcgpt.status import run_status
 from hpcgpt.status.as_text import expected_start, reason_in_words
-from hpcgpt.status.figures import UNKNOWN, columns, count, figure, pad, short_span, shorten
+from hpcgpt.status.figures import UNKNOWN, columns, count, fitted, pad, short_span, shorten
 from hpcgpt.status.run_state import WAITING
 
 WIDTH = 80
 UNREADABLE = "unreadable"
 _HEAD = ("RUN", "STATE", "STEP/TOTAL", "LOSS", "TOK/S", "LEFT", "CHANGED")
-_WIDTHS = (0, 10, 13, 7, 6, 6, 7)  # of the columns; the first one gets the rest
+_LOSS = 7
+_WIDTHS = (0, 10, 13, _LOSS, 6, 6, 7)  # of the columns; the first one gets the rest
 _GAP = 1
 _LEAST_NAME = 12  # figures are left out rather than that names get less
 
@@ -94,7 +95,7 @@ def _cells(name: str, run: dict[str, Any], now: float) -> tuple[str, ...]:
         name,
         run["state"],
         f"{count(run['step'])}{total}",
-        figure(run["train/loss"], ".4f", UNKNOWN)[:7],
+        UNKNOWN if run["train/loss"] is None else fitted(run["train/loss"], _LOSS, 4),
         count(run["train/tokens_per_s"]) if running else UNKNOWN,
         short_span(run["time_left_s"]) if running else UNKNOWN,
         short_span(max(0.0, now - changed)) if changed is not None else UNKNOWN,

@@ -129,6 +129,11 @@ def test_labels_have_as_many_places_as_the_range_needs() -> None:
     assert [line.split()[0] for line in draw(narrow, 40, 6, "ascii")][::2] == ["3.000140", "3.000120", "3.000100"]
 
 
+def test_labels_of_a_loss_that_has_diverged_keep_its_size() -> None:
+    lines = draw([(1, 3.0), (2, 1_234_567_891.0)], 40, 6, "ascii")
+    assert [float(lines[number].split()[0]) for number in (0, 4)] == [pytest.approx(1_234_567_891, rel=0.01), 3.0]
+
+
 def test_every_size_is_drawn_within_it() -> None:
     for dots in ("braille", "blocks", "ascii"):
         for width in range(1, 60, 7):

@@ -26,6 +26,28 @@ def test_counts_and_durations_fit_their_columns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("number", "width", "places", "text"),
+    [(3.4120499, 7, 4, "3.4120"), (123.45678, 7, 4, "123.457"), (99999.96, 7, 4, "100000"),
+     (1_234_567.0, 7, 4, "1234567"), (12_345_678.0, 7, 4, "1.235e7"), (1.7e308, 7, 4, "1.7e308"),
+     (-12_345_678.0, 7, 4, "-1.23e7"), (0.0, 7, 4, "0.0000"), (12_345_678.0, 8, 2, "12345678"),
+     (123_456_789.0, 8, 2, "1.2346e8"), (10.123456, 8, 6, "10.12346")],
+)  # fmt: skip
+def test_a_number_that_is_too_long_has_fewer_places_and_then_an_exponent(
+    number: float, width: int, places: int, text: str
+) -> None:
+    assert figures.fitted(number, width, places) == text
+
+
+def test_no_number_is_wider_than_its_column_or_another_number() -> None:
+    for power in range(-5, 308):
+        for factor in (0.99999996, 1.0, 4.5678912, -9.9999996):
+            number = factor * 10.0**power
+            text = figures.fitted(number, 7, 4)
+            assert len(text) <= 7
+            assert float(text) == pytest.approx(number, rel=0.06, abs=1e-4)
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [(None, "-"), (0, "0s"), (59.4, "59s"), (60, "1m00s"), (185, "3m05s"), (3599.6, "1h00m"), (7620, "2h07m"),
      (4.46 * 86400, "4d11h"), (123 * 86400, "123d")],

@@ -60,6 +60,13 @@ def test_no_line_is_wider_than_the_terminal_and_figures_are_left_out_from_the_ri
         assert len(shown) == {24: 2, 40: 3, 56: 5, 64: 6}.get(width, 7)
 
 
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(3.41204, "3.4120"), (1234.56789, "1234.57"), (12_345_678.0, "1.235e7"), (None, "-")]
+)
+def test_a_loss_keeps_its_size(loss: float | None, shown: str) -> None:
+    assert lines_of(1, 80, **{"train/loss": loss})[1].split()[3] == shown
+
+
 def test_names_of_wide_characters_keep_the_columns_in_line() -> None:
     base = {"state": "new", "step": 1, "total_steps": 9, "train/loss": 1.0, "changed_at": None, "job": None}
     names = ("萧炎", "gpt2", "斗之力" * 20)
