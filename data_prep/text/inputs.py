@@ -20,7 +20,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from errno import ENAMETOOLONG, ENOENT
-from fnmatch import fnmatchcase
 from glob import has_magic
 from itertools import accumulate
 from pathlib import Path
@@ -31,8 +30,9 @@ import orjson
 from data_prep.text import compression, encodings, parquet, unread
 from data_prep.text.options import BadInputSink, Skipped, TextOptions, printable_path
 from data_prep.text.unread import UnreadFile
+from data_prep.text.walk import Walk, raise_if_of_machine
 from hpcgpt.config import paths
-from hpcgpt.errors import UserError, cannot_read
+from hpcgpt.errors import UserError
 
 _LINES, _TABLES = (".txt", ".jsonl", ".ndjson", ".json"), (".parquet", ".arrow", ".feather")
 KINDS = (*_LINES, *(kind + ending for kind in _LINES for ending in compression.ENDINGS), *_TABLES)
@@ -108,16 +108,17 @@ def find(
         root, found, hidden = _find_one(Path(paths.expand(name, "INPUT")), sink, text_key, left_out)
         candidates = sorted(set(found), key=lambda path: path.relative_to(root).as_posix())
         others += [UnreadFile(printable_path(path.relative_to(root)), 0, unread.HIDDEN) for path in sorted(hidden)]
-        if not any(path.name.lower().endswith(KINDS) for path in candidates):
-            is_pattern = has_magic(name) and not Path(name).is_dir()
-            what = "matches no file ending in" if is_pattern else "has no files ending in"
-            raise UserError(f"{printable_path(Path(name))} {what} {_KINDS_IN_WORDS}{_endings(candidates)}")
         for path in candidates:
             read = _examine(path, root, sink, seen, text_key)
             if isinstance(read, InputFile):
                 files.append(read)
             elif read:
                 others.append(read)
+        # After each was examined: a folder that cannot be reached may be why there are none.
+        if not any(path.name.lower().endswith(KINDS) for path in candidates):
+            is_pattern = has_magic(name) and not Path(name).is_dir()
+            what = "matches no file ending in" if is_pattern else "has no files ending in"
+            raise UserError(f"{printable_path(Path(name))} {what} {_KINDS_IN_WORDS}{_endings(candidates)}")
     if not any(file.bytes for file in files):
         first = f"{skipped[0].name}: {skipped[0].problem}" if skipped else "all of their files are empty"
         if not files and not skipped:
@@ -148,7 +149,7 @@ def _find_one(
         why = f" ({error.strerror})" if error.errno != ENOENT else ""
         raise UserError(f"no such input: {printable_path(path)}{why}") from None
     if stat.S_ISDIR(mode):
-        walk = _Walk(path, sink, left_out)
+        walk = Walk(path, sink, left_out)
         return path, iter(list(walk.below(path))), walk.hidden
     if not stat.S_ISREG(mode):
         remedy = "name a file, or pipe the text in and name '-'"
@@ -160,92 +161,13 @@ def _find_one(
     return path.parent, iter([path]), set()
 
 
-class _Walk:
-    """Walks folders, following links, except those to a folder that they are in, and except `left_out`."""
-
-    def __init__(self, root: Path, sink: BadInputSink, left_out: str | None) -> None:
-        self._root, self._sink, self._left_out = root, sink, left_out
-        self._above: list[tuple[int, int]] = []
-        self._reported: set[Path] = set()
-        self.hidden: set[Path] = set()
-
-    def below(self, folder: Path) -> Iterator[Path]:
-        """Yield the files below a folder, of any kind."""
-        for entry in self._entries(folder):
-            if _is_folder(entry):
-                yield from self.below(folder / entry.name)
-            else:
-                yield folder / entry.name
-
-    def matching(self, folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-        """Yield the files of any kind that match the parts of a pattern; of a folder that matches, all files."""
-        first, rest = parts[0], parts[1:]
-        if first == "**":
-            yield from self.matching(folder, rest or ["*"])
-        for entry in self._entries(folder):
-            path = folder / entry.name
-            if first == "**":
-                if _is_folder(entry):
-                    yield from self.matching(path, parts)
-            elif fnmatchcase(entry.name, first):
-                if _is_folder(entry):
-                    yield from self.matching(path, rest) if rest else self.below(path)
-                elif not rest:
-                    yield path
-
-    def _entries(self, folder: Path) -> Iterator[os.DirEntry[str]]:
-        try:
-            status = folder.stat()
-            with os.scandir(folder) as scanned:
-                every = [entry for entry in scanned if not self._is_left_out(entry)]
-        except OSError as error:
-            _raise_if_of_machine(error, folder)
-            self._report(folder, f"this folder cannot be read: {error.strerror}")
-            return
-        here = (status.st_dev, status.st_ino)
-        if here in self._above:
-            self._report(folder, "links that lead in a circle")
-            return
-        self._above.append(here)
-        entries = [entry for entry in every if not entry.name.startswith(".")]
-        self.hidden |= {folder / entry.name for entry in every if entry.name.startswith(".")}
-        for entry in entries:
-            if entry.is_symlink() and _is_folder(entry) and _leads_up(entry):
-                self._report(
-                    Path(entry.path),
-                    f"a link in a circle, to a folder that it is in: {printable_path(Path(entry.path).readlink())}",
-                )
-            else:
-                yield entry
-        self._above.pop()
-
-    def _is_left_out(self, entry: os.DirEntry[str]) -> bool:
-        return self._left_out is not None and _is_folder(entry) and os.path.realpath(entry.path) == self._left_out
-
-    def _report(self, path: Path, problem: str) -> None:
-        if path not in self._reported:
-            self._reported.add(path)
-            self._sink.report(path, printable_path(path.relative_to(self._root)), "", problem)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder without permission: reported by `_examine`
-        return False
-
-
-def _leads_up(entry: os.DirEntry[str]) -> bool:
-    return Path(os.path.realpath(Path(entry.path).parent)).is_relative_to(os.path.realpath(entry.path))
-
-
 def _find_matching(pattern: Path, sink: BadInputSink, left_out: str | None) -> tuple[Path, Iterator[Path], set[Path]]:
     """Find the files that match a pattern, and the folder in which it starts. Hidden files are not counted then."""
     fixed = next(n for n, part in enumerate(pattern.parts) if has_magic(part))
     root = Path(*pattern.parts[:fixed])
     if not root.is_dir():
         raise UserError(f"no such input: {printable_path(pattern)}: there is no folder {printable_path(root)}")
-    return root, _Walk(root, sink, left_out).matching(root, pattern.parts[fixed:]), set()
+    return root, Walk(root, sink, left_out).matching(root, pattern.parts[fixed:]), set()
 
 
 def _examine(
@@ -260,7 +182,7 @@ def _examine(
         # A broken link without an ending may lead to a folder of text, on a disk that is not mounted.
         status = path.stat()
     except OSError as error:
-        _raise_if_of_machine(error, path)
+        raise_if_of_machine(error, path)
         target = f"a link to {printable_path(path.readlink())}, which" if path.is_symlink() else "a file that"
         sink.report(path, name, "", f"{target} cannot be opened: {error.strerror}")
         return None
@@ -280,13 +202,6 @@ def _examine(
         return UnreadFile(name, status.st_size, _NO_LINES.format(key=text_key))
     seen.add(same)
     return InputFile(name, path.absolute(), status.st_size, status.st_mtime_ns)
-
-
-def _raise_if_of_machine(error: OSError, path: Path) -> None:
-    """Raise an OSError unless the path itself is wrong: failures of a disk (EIO, ESTALE, ...) are never skipped."""
-    failure = cannot_read(error, f"cannot read {printable_path(path)}: {error.strerror or error}")
-    if isinstance(failure, OSError):
-        raise failure from error
 
 
 def _is_json(name: str) -> bool:
@@ -372,7 +287,7 @@ def _row_groups(file: InputFile, unit_bytes: int, options: TextOptions) -> Itera
         sizes = parquet.row_group_sizes(file.path, options.text_key)
     except (parquet.UnreadableTableError, OSError) as error:
         if isinstance(error, OSError):
-            _raise_if_of_machine(error, file.path)
+            raise_if_of_machine(error, file.path)
         if options.on_bad_input == "stop":
             remedy = error.remedy if isinstance(error, parquet.UnreadableTableError) else ""
             BadInputSink("stop", []).report(file.path, file.name, "", str(error), remedy)

@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -479,6 +480,74 @@ def test_a_failing_disk_at_the_search_for_files_is_raised_also_with_skip(
     monkeypatch.setattr(Path, "stat", fail)
     with pytest.raises(OSError, match=rf"cannot read .*{name}: Stale file handle"):
         inputs.find([str(tmp_path)], skipped=[])
+
+
+@pytest.mark.parametrize(
+    "given", ["**/*.jsonl", "*/*.jsonl", "b*/**/*.jsonl", "**", "**/deep/*.jsonl", "*/deep/*.jsonl", "*"]
+)
+@pytest.mark.parametrize("target", ["/gone/books", "books"], ids=["not mounted", "itself"])
+def test_a_pattern_leaves_no_folder_out_that_a_link_leads_to(target: str, given: str, tmp_path: Path) -> None:
+    (tmp_path / "better" / "deep").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "better", tmp_path / "better" / "deep"):
+        (folder / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "books").symlink_to(target)
+    message = rf"/books: a link to {target}, which cannot be opened"
+    with pytest.raises(ValueError, match=message):
+        inputs.find([f"{tmp_path}/{given}"])
+    skipped: list[Skipped] = []
+    assert inputs.find([f"{tmp_path}/{given}"], skipped)
+    assert [row.name for row in skipped] == ["books"]
+
+
+def test_a_link_to_nowhere_is_reported_also_where_nothing_else_is_found(tmp_path: Path) -> None:
+    (tmp_path / "books").symlink_to("/gone/books")
+    for given in (tmp_path, tmp_path / "*" / "*.jsonl"):
+        with pytest.raises(ValueError, match=r"/books: a link to /gone/books, which cannot be opened"):
+            inputs.find([str(given)])
+
+
+@pytest.mark.parametrize("given", ["", "**/*.jsonl", "*/*.jsonl"])
+@pytest.mark.parametrize("name", ["books"])
+def test_a_failing_disk_behind_a_link_is_raised_also_with_skip(
+    name: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file server that does not answer: nothing can be asked about what is behind the link."""
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    (tmp_path / "in" / "x" / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "in" / name).symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    real_stat, real_scandir = Path.stat, os.scandir
+
+    def fail(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path.name == name and follow_symlinks:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real_stat(path, follow_symlinks=follow_symlinks)
+
+    @contextmanager
+    def scandir(folder: Path) -> Iterator[Iterator[Entry]]:
+        with real_scandir(folder) as found:
+            yield (Entry(entry, entry.name == name) for entry in found)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=rf"cannot read .*{name}: Stale file handle"):
+        inputs.find([f"{tmp_path}/in/{given}"], skipped=[])
+
+
+class Entry:
+    """An entry of a folder; if `fails`, what its link leads to is on a disk that fails."""
+
+    def __init__(self, entry: os.DirEntry[str], fails: bool) -> None:
+        self.name, self.path, self.is_symlink = entry.name, entry.path, entry.is_symlink
+        self._entry, self._fails = entry, fails
+
+    def is_dir(self) -> bool:
+        return self.stat() is not None and self._entry.is_dir()
+
+    def stat(self) -> os.stat_result:
+        if self._fails:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return self._entry.stat()
 
 
 def test_a_parquet_that_can_be_opened_only_after_planning_is_an_error(
