@@ -176,17 +176,21 @@ def _examine(
     """Return the file to read, or why it is not read; None if it cannot be read and was skipped."""
     name = printable_path(path.relative_to(root))
     ending = path.suffix.lower()
-    if ending and not name.lower().endswith(KINDS):
+    is_read = name.lower().endswith(KINDS)
+    if ending and not is_read and not path.is_symlink():
         return UnreadFile(name, path.lstat().st_size, f"ending in {ending}")
     try:
-        # A broken link without an ending may lead to a folder of text, on a disk that is not mounted.
+        # Whatever its name, a broken link may lead to a folder of text, on a disk that is not mounted.
         status = path.stat()
     except OSError as error:
         raise_if_of_machine(error, path)
         target = f"a link to {printable_path(path.readlink())}, which" if path.is_symlink() else "a file that"
         sink.report(path, name, "", f"{target} cannot be opened: {error.strerror}")
         return None
-    if not name.lower().endswith(KINDS):
+    if not is_read and ending:
+        # The size of the link itself: it is part of the manifest's digest, which stays.
+        return UnreadFile(name, path.lstat().st_size, f"ending in {ending}")
+    if not is_read:
         return UnreadFile(name, status.st_size, "without an ending")
     if not stat.S_ISREG(status.st_mode):
         sink.report(path, name, "", "no file but a pipe, a socket or a device")

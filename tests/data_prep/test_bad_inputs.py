@@ -244,6 +244,8 @@ FILES = [
         plan=True),
     Bad("a link to a folder that is not mounted", link("books", "/gone/books"), "books: a link to /gone/books, which",
         (0, 1), plan=True),
+    Bad("a link to such a folder with a dot in its name", link("c4.en", "/gone/c4.en"),
+        "c4.en: a link to /gone/c4.en, which cannot be opened", (0, 1), plan=True),
     Bad("a link to itself", link("a.txt", "a.txt"), "cannot be opened: Too many levels of symbolic", (0, 1), plan=True),
     Bad("a link upwards", link("a", ".."), "a link in a circle, to a folder that it is in: ..", (0, 1), plan=True),
     Bad("links in a circle", links_in_a_circle, "links that lead in a circle", (0, 2), plan=True),

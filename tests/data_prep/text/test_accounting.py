@@ -200,6 +200,14 @@ def test_a_file_that_is_named_twice_is_read_once_and_reported(make: Make, tmp_pa
     assert documents_in(manifest_of(tmp_path)) == 3
 
 
+def test_a_link_to_a_file_that_is_not_read_is_listed_with_its_own_size(make: Make, tmp_path: Path) -> None:
+    given = folder_of(tmp_path / "in", {"a.jsonl": LINES, "notes.md": b"# Notes on it\n"})
+    (given / "link.md").symlink_to("notes.md")
+    assert make(given)[0] == 0
+    listed = {row["name"]: row["bytes"] for row in manifest_of(tmp_path).unread}
+    assert listed == {"notes.md": 14, "link.md": len("notes.md")}
+
+
 def test_equal_files_are_two_files(make: Make, tmp_path: Path) -> None:
     given = folder_of(tmp_path / "in", {"a.jsonl": LINES, "b.jsonl": LINES})
     for path in given.iterdir():

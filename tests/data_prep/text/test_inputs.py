@@ -507,7 +507,7 @@ def test_a_link_to_nowhere_is_reported_also_where_nothing_else_is_found(tmp_path
 
 
 @pytest.mark.parametrize("given", ["", "**/*.jsonl", "*/*.jsonl"])
-@pytest.mark.parametrize("name", ["books"])
+@pytest.mark.parametrize("name", ["books", "c4.en"])
 def test_a_failing_disk_behind_a_link_is_raised_also_with_skip(
     name: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
