@@ -81,6 +81,9 @@ def _input_bytes(plan: PrepPlan, numbers: Sequence[int]) -> int:
 def _make_units(plan: PrepPlan, out: Path, team: Team, share: TaskShare) -> None:
     count = len(range(share.task, len(plan.units), share.tasks))
     todo = _unfinished(plan, out, share)
+    # In this order, because the units' folders are removed after the manifest is written.
+    if (out / "manifest.json").is_file():
+        return  # another task has finished the data set since `claim`
     if len(todo) < count:
         print(f"{count - len(todo)} of {count} units are finished already")
     for number in todo:

@@ -556,6 +556,32 @@ def test_two_runs_into_one_folder_are_refused_if_their_shares_overlap(
     assert make(*options, out=out).returncode == 0
 
 
+def test_a_task_that_starts_while_another_one_finishes_makes_nothing_again(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between its look for the manifest and its lease, the manifest is written and the units' folders are removed."""
+    (tmp_path / "a.txt").write_text("hello world")
+    out = tmp_path / "out"
+    flags = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--workers", "1", "--out", str(out)]
+    assert make_shards.main([str(tmp_path / "a.txt"), *flags]) == 0
+    made = files(out)
+    (out / "manifest.json").rename(tmp_path / "manifest.json")
+    real = task_share.acquire
+
+    @contextmanager
+    def acquire(folder: Path, share: TaskShare) -> Iterator[None]:
+        with real(folder, share):
+            (tmp_path / "manifest.json").rename(out / "manifest.json")
+            yield
+
+    monkeypatch.setattr(task_share, "acquire", acquire)
+    capsys.readouterr()
+    assert make_shards.main([str(tmp_path / "a.txt"), *flags]) == 0
+    assert capsys.readouterr().out == f"{out} is complete\n"
+    assert files(out) == made
+    assert not (out / "prep" / "units").exists()
+
+
 # --- existing folders ------------------------------------------------------------------------------
 
 
