@@ -59,9 +59,14 @@ _PROBE_BYTES = 4_000_000
 _WORDS_SHARE, _FEWEST_WORD_BYTES = 32, 16_000_000
 # Close enough to the patterns to estimate the size of the distinct words.
 _WORD = re.compile(r"\w+|[^\w\s]+")
-# Runs of letters, of punctuation or of white space, of which the trainer would make one word each. Its time grows with
-# the square of a word's length: a million letters, as a genome has, take hours.
-_LONG_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_]{10000,}|(?<!(?:[^\w\s]|_))(?:[^\w\s]|_){10000,}|(?<!\s)\s{10000,}")
+# Runs of letters, of punctuation, of white space or of digits, of which the trainer would make one word each. Its time
+# grows with the square of a word's length: a million letters, as a genome has, take hours.
+_LETTERS, _SIGNS = r"(?<![^\W\d_])[^\W\d_]{10000,}", r"(?<!(?:[^\w\s]|_))(?:[^\w\s]|_){10000,}"
+_BLANKS, _DIGITS = r"(?<!\s)\s{10000,}", r"(?<!\d)\d{10000,}"
+_LONG_WORD = {
+    "gpt2": re.compile(f"{_LETTERS}|{_SIGNS}|{_BLANKS}|{_DIGITS}"),
+    "gpt4": re.compile(f"{_LETTERS}|{_SIGNS}|{_BLANKS}"),  # which splits digits into groups of three
+}
 
 
 @streams.continue_without_reader()
@@ -156,11 +161,11 @@ def count_fitting(sample: Sequence[bytes], most_word_bytes: int) -> int:
     return len(sample)
 
 
-def _without_long_words(texts: Iterator[str]) -> Iterator[str]:
+def _without_long_words(texts: Iterator[str], pattern: str) -> Iterator[str]:
     """Yield the texts without such words, and print how many there were."""
-    count = 0
+    long_word, count = _LONG_WORD[pattern], 0
     for text in texts:
-        kept, found = _LONG_WORD.subn("", text) if len(text) >= 10_000 else (text, 0)
+        kept, found = long_word.subn("", text) if len(text) >= 10_000 else (text, 0)
         count += found
         yield kept
     if count:
@@ -182,7 +187,7 @@ def train(texts: Iterator[str], vocab_size: int, name: str, pattern: str = "gpt2
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
-    model.train_from_iterator(_without_long_words(texts), trainer)
+    model.train_from_iterator(_without_long_words(texts, pattern), trainer)
     merges = [tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
     to_byte = {character: byte for byte, character in byte_characters().items()}
     ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_characters())}

@@ -329,7 +329,8 @@ def test_training_splits_text_like_the_saved_pattern(pattern: str) -> None:
         assert [n for part in parts for n in pairs._encode_single_piece(part)] == pairs.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("word", ["qz" * 5000, "_-" * 5000, " \n" * 5000], ids=["letters", "signs", "white space"])
+@pytest.mark.parametrize("word", ["qz" * 5000, "_-" * 5000, " \n" * 5000, "27" * 5000, "٢٧" * 5000],
+                         ids=["letters", "signs", "white space", "digits", "Arabic digits"])  # fmt: skip
 def test_a_word_of_ten_thousand_characters_is_left_out_of_training(word: str) -> None:
     """The trainer would take hours for one of a million. Its pairs are the most frequent here, and are not learned."""
     text = "the cat and the hat " * 20
@@ -337,6 +338,15 @@ def test_a_word_of_ten_thousand_characters_is_left_out_of_training(word: str) ->
     assert train_tokenizer.train(iter([f"{text}{word}", word]), 262, "x") == expected
     with_shorter = train_tokenizer.train(iter([f"{text}{word[2:]}"]), 262, "x")
     assert with_shorter != expected
+
+
+def test_long_numbers_are_left_out_of_training_only_where_one_is_one_word() -> None:
+    """GPT-4's pattern splits them into groups of three digits."""
+    text = "the cat and the hat " * 20
+    expected = train_tokenizer.train(iter([text]), 262, "x", "gpt4")
+    assert train_tokenizer.train(iter([f"{text}{'27' * 5000}"]), 262, "x", "gpt4") != expected
+    for word in ("qz" * 5000, "_-" * 5000, " \n" * 5000):
+        assert train_tokenizer.train(iter([f"{text}{word}", word]), 262, "x", "gpt4") == expected
 
 
 @pytest.mark.parametrize(
