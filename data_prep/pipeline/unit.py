@@ -28,17 +28,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.encode.interface import Encoder
+from data_prep.encode.interface import EncodedBatch, Encoder
 from data_prep.pipeline import holdout
 from data_prep.pipeline.plan import ShardOptions
 from data_prep.text import accounting
-from data_prep.text.documents import read_documents
-from data_prep.text.inputs import Unit
-from data_prep.text.options import Skipped, printable_path
+from data_prep.text.documents import read_with_files
+from data_prep.text.inputs import InputFile, Unit
+from data_prep.text.options import BadInputSink, Skipped
 from hpcgpt.data import shard_writer
 from hpcgpt.data.shard_format import Shard, Tokens
 from hpcgpt.data.shard_writer import ShardWriter
-from hpcgpt.errors import UserError
 from hpcgpt.storage import atomic
 from hpcgpt.tokenizer.byte_level_bpe import UnencodableError
 
@@ -91,7 +90,7 @@ def make(
     """Make unit `number`, which is visible after `commit`. `report` is called with text bytes and tokens of each batch.
 
     Raises:
-        UserError: a document cannot be read.
+        UserError: a document cannot be read or encoded, and bad input is not to be skipped.
         OSError: a file could not be written. Then nothing of the unit is left.
     """
     final = folder(out, number)
@@ -100,10 +99,6 @@ def make(
     temporary.mkdir()
     try:
         _fill(temporary, unit, options, options.val_fraction_of(number), encoder, report)
-    except UnencodableError as error:
-        shutil.rmtree(temporary)
-        names = list(dict.fromkeys(printable_path(part.file.path) for part in unit))
-        raise UserError(f"{' or '.join(names[:3])}{' or others' if len(names) > 3 else ''}: {error}") from None
     except BaseException:
         shutil.rmtree(temporary)
         raise
@@ -145,9 +140,11 @@ def _fill(
     skipped: list[Skipped] = []
     counts: Counter[str] = Counter()
     too_short = 0
+    # It and that of the documents' reader have one limit, because both begin with the same empty list.
+    sink = BadInputSink(options.text.on_bad_input, skipped)
     with ExitStack() as stack:
         outputs: dict[str, _SplitOutput] = {}
-        for text in read_documents(unit, options.text, skipped, counts):
+        for file, text in read_with_files(unit, options.text, skipped, counts):
             if len(text) < options.min_characters:
                 too_short += 1
                 continue
@@ -155,8 +152,8 @@ def _fill(
             digest = holdout.digest(content)
             name = "val" if holdout.is_held_out(digest, val_fraction) else "train"
             if name not in outputs:
-                outputs[name] = stack.enter_context(_SplitOutput(where, name, options, encoder, report))
-            outputs[name].add(text, len(content), digest)
+                outputs[name] = stack.enter_context(_SplitOutput(where, name, options, encoder, report, sink))
+            outputs[name].add(file, text, len(content), digest)
     shards = [asdict(shard) for name in sorted(outputs) for shard in outputs[name].shards]
     counts[accounting.UNKNOWN] += sum(output.unknown for output in outputs.values())
     record = {
@@ -165,8 +162,8 @@ def _fill(
         "skipped": [asdict(row) for row in skipped],
         "counts": counts,
     }
-    with atomic.open_plain(where / "record.json") as file:
-        file.write(json.dumps(record, ensure_ascii=False).encode())
+    with atomic.open_plain(where / "record.json") as written:
+        written.write(json.dumps(record, ensure_ascii=False).encode())
 
 
 @dataclass
@@ -178,8 +175,10 @@ class _SplitOutput:
     options: ShardOptions
     encoder: Encoder
     report: ReportProgress
+    sink: BadInputSink
     shards: list[Shard] = field(default_factory=list)
     unknown: int = 0  # tokens for text that the tokenizer cannot encode
+    _files: list[InputFile] = field(default_factory=list)
     _texts: list[str] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
     _digests: list[bytes] = field(default_factory=list)
@@ -199,10 +198,11 @@ class _SplitOutput:
         with self._stack:  # closes the files if writing the last documents fails
             self._flush()
             self._close()
-        if self.options.dedup:
+        if self._rows:
             _write_documents(self.where / f"{self.name}.documents", np.concatenate(self._rows))
 
-    def add(self, text: str, text_bytes: int, digest: bytes) -> None:
+    def add(self, file: InputFile, text: str, text_bytes: int, digest: bytes) -> None:
+        self._files.append(file)
         self._texts.append(text)
         self._sizes.append(text_bytes)
         self._digests.append(digest)
@@ -215,17 +215,20 @@ class _SplitOutput:
             return
         tokens, lengths = self._encode()
         self._write(tokens, lengths)
-        if self.options.dedup:
+        if self.options.dedup and self._texts:
             self._rows.append(self._document_rows())
         self.report(self._pending, len(tokens))
         self._documents += len(self._texts)
         self._pending = 0
-        for column in (self._texts, self._sizes, self._digests):
+        for column in (self._files, self._texts, self._sizes, self._digests):
             column.clear()
 
     def _encode(self) -> tuple[Tokens, NDArray[np.int64]]:
         """Return the tokens of the batch (n,), each document after an end-of-text id, and their lengths (k,)."""
-        ids, counts = self.encoder.batch(self._texts)
+        try:
+            ids, counts = self.encoder.batch(self._texts)
+        except UnencodableError:
+            ids, counts = self._encode_one_by_one()
         lengths = counts + 1
         starts = np.cumsum(lengths) - lengths
         tokens = np.empty(len(ids) + len(counts), dtype=self.options.width.dtype)
@@ -236,6 +239,27 @@ class _SplitOutput:
         if self.options.tokenizer.unknown is not None:
             self.unknown += int((ids == self.options.tokenizer.unknown).sum())
         return tokens, lengths
+
+    def _encode_one_by_one(self) -> EncodedBatch:
+        """Return the ids of the batch after removing the documents from it that cannot be encoded: they are bad input.
+
+        Raises:
+            UserError: there is one, and bad input is not to be skipped.
+        """
+        parts: list[NDArray[np.uint32]] = []
+        kept: list[int] = []
+        for number, (file, text) in enumerate(zip(self._files, self._texts, strict=True)):
+            try:
+                parts.append(self.encoder.batch([text])[0])
+                kept.append(number)
+            except UnencodableError as error:
+                remedy = "shorten its runs of white space, or leave it out: --on-bad-input skip"
+                self.sink.report(file.path, file.name, "", error.problem, remedy)
+        self._files = [self._files[number] for number in kept]
+        self._texts = [self._texts[number] for number in kept]
+        self._sizes = [self._sizes[number] for number in kept]
+        self._digests = [self._digests[number] for number in kept]
+        return np.concatenate([np.empty(0, np.uint32), *parts]), np.array([len(part) for part in parts], dtype=np.int64)
 
     def _write(self, tokens: Tokens, lengths: NDArray[np.int64]) -> None:
         """Write the documents of a batch, starting a new shard when one is full."""

@@ -33,17 +33,24 @@ def read_documents(
     skipped: list[Skipped] | None = None,
     counts: Counter[str] | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of a unit in order, without the empty ones. Lone surrogates become U+FFFD.
+    """Yield the documents of a unit in order, as `read_with_files` does, without their files."""
+    for _, text in read_with_files(unit, options or TextOptions(), [] if skipped is None else skipped, counts):
+        yield text
 
-    Bad input that is skipped is added to `skipped`; what else is left out or changed, to `counts`
-    (see `data_prep.text.accounting`).
+
+def read_with_files(
+    unit: Unit, options: TextOptions, skipped: list[Skipped], counts: Counter[str] | None = None
+) -> Iterator[tuple[InputFile, str]]:
+    """Yield the documents of a unit in order, each with its file, without the empty ones.
+
+    Lone surrogates become U+FFFD. Bad input that is skipped is added to `skipped`; what else is left out or changed, to
+    `counts` (see `data_prep.text.accounting`).
 
     Raises:
         UserError: there is bad input, and it is not to be skipped; or a file has changed since the unit was planned.
         OSError: a file that may be read could not be read.
     """
-    options = options or TextOptions()
-    sink = BadInputSink(options.on_bad_input, [] if skipped is None else skipped)
+    sink = BadInputSink(options.on_bad_input, skipped)
     counts = Counter() if counts is None else counts
     for part in unit:
         _check_unchanged(part.file)
@@ -51,7 +58,7 @@ def read_documents(
         counted = not (options.separator and part.file.kind == "txt")
         for text in _Reader(part, options, sink, counts).texts():
             if text and not text.isspace():
-                yield text
+                yield part.file, text
             elif counted:
                 counts["empty"] += 1
         _check_unchanged(part.file)

@@ -27,7 +27,14 @@ from hpcgpt.tokenizer.interface import CharacterDecoder, Tokenizer
 
 
 class UnencodableError(UserError):
-    """A text that tiktoken cannot split into words."""
+    """A text that tiktoken cannot split into words; `problem` is the message without the remedy."""
+
+    @property
+    def problem(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.problem}: shorten its runs of white space, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class ByteLevelBPE(Tokenizer):
         except ValueError as error:
             raise UnencodableError(
                 f"a document of {len(text):,} characters, which begins {text[:60]!r}, cannot be split by the pattern "
-                f"of tokenizer {self.name} ({error}): shorten its runs of white space, or leave it out"
+                f"of tokenizer {self.name} ({error})"
             ) from None
 
     def _encode_words(self, text: str) -> NDArray[np.uint32]:

@@ -499,13 +499,52 @@ def test_standard_input_is_not_copied_into_a_folder_with_other_files(
     assert everything(tmp_path) == before
 
 
-def test_a_text_that_cannot_be_split_is_reported_with_its_file(run: Run, tmp_path: Path) -> None:
+def own_pattern(folder: Path) -> Path:
+    """Save a tokenizer whose pattern is not known, so that its long runs of white space are not cut out before."""
     gpt2 = find_tokenizer.gpt2()
     own = ByteLevelBPE("own", gpt2.pattern.replace("[sdmt]", "[sdm]"), gpt2.rank_file, gpt2.special_tokens, 50256)
-    save_load.save(own, tmp_path / "own")
-    (tmp_path / "a.txt").write_text("a" + " " * 1_000_001 + "b")
-    message = "a.txt: a document of 1,000,003 characters"
-    run.assert_refused(message, tmp_path / "a.txt", "--tokenizer", tmp_path / "own", "--out", tmp_path / "out")
+    save_load.save(own, folder)
+    return folder
+
+
+def test_a_text_that_cannot_be_split_is_reported_with_its_file(run: Run, tmp_path: Path) -> None:
+    fill(tmp_path / "in", one("a.txt", b"a" + b" " * 1_000_001 + b"b"))
+    message = "/a.txt: a document of 1,000,003 characters"
+    run.assert_refused(message, tmp_path / "in", "--tokenizer", own_pattern(tmp_path / "own"), "--out",
+                       tmp_path / "out", "--unit-mb", "9")  # fmt: skip
+
+
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+@pytest.mark.parametrize("files", [["a.txt"], ["a.txt", "b.jsonl"]], ids=["one", "two"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_text_that_cannot_be_split_is_skipped(
+    dedup: str, files: list[str], alone: bool, run: Run, tmp_path: Path
+) -> None:
+    """Alone: there is no other document in its split, or in its unit."""
+    unsplit = "a" + " " * 1_000_001 + "b"
+    contents = {"a.txt": unsplit, "b.jsonl": json.dumps({"text": f"b{unsplit}"}) + "\n"}
+    fill(tmp_path / "in", {name: contents[name].encode() for name in files})
+    good: list[str | Path] = [
+        "--tokenizer",
+        own_pattern(tmp_path / "own"),
+        "--dedup",
+        dedup,
+        "--unit-mb",
+        "1" if alone else "9",
+    ]
+    code, output, err = run(tmp_path / "in", "--out", tmp_path / "out", "--on-bad-input", "skip", *good)
+    assert (code, err) == (0, "")
+    assert f"left out: {len(files)} bad input, listed in skipped.jsonl" in output
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["count"]) for row in listed] == [(name, 1) for name in files]
+    assert "characters, which begins" in listed[0]["problem"]
+    for name in files:
+        (tmp_path / "in" / name).unlink()
+    run(tmp_path / "in", "--out", tmp_path / "without", *good)
+    made, without = (shard_format.read_manifest(tmp_path / name) for name in ("out", "without"))
+    assert verify.verify(tmp_path / "out", made) == []
+    assert made.counts["skipped"] == len(files)
+    assert [shard.xxh3 for shard in made.shards] == [shard.xxh3 for shard in without.shards]
 
 
 def test_a_file_in_place_of_the_folder_stays(run: Run, tmp_path: Path) -> None:
