@@ -27,7 +27,7 @@ def read_rows(path: Path, column: str) -> Iterator[TextRow]:
     import pyarrow as pa
 
     number = batch_number = 0
-    with pa.OSFile(str(path)) as file:
+    with pa.OSFile(os.fsencode(path)) as file:  # pyarrow encodes a path that is a str as UTF-8
         magic = file.read(len(_FILE_MAGIC))
         file.seek(0)
         try:

@@ -5,7 +5,9 @@ pyarrow is imported late because it takes long, and most corpora have no parquet
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,23 +92,22 @@ def _row_of(value: Any, number: int) -> TextRow:
         return TextRow(number, "", f"not UTF-8 (byte {error.start} of the text)")
 
 
-def _open(path: Path, column: str) -> ParquetFile:
+@contextmanager
+def _open(path: Path, column: str) -> Iterator[ParquetFile]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    try:
-        # Without the first two settings, a whole column of a row group is read at once.
-        file = ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise UnreadableTableError(f"no parquet file that can be read ({_first_line(error)})") from None
-    try:
+    # Opened here, because pyarrow encodes a path that is a str as UTF-8, and closed here, because it leaves that to us.
+    with pa.OSFile(os.fsencode(path)) as source:
+        try:
+            # Without the first two settings, a whole column of a row group is read at once.
+            file = ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise UnreadableTableError(f"no parquet file that can be read ({_first_line(error)})") from None
         check_column(file.schema_arrow, column)
-    except UnreadableTableError:
-        file.close()
-        raise
-    return file
+        yield file
 
 
 def check_column(schema: Schema, column: str) -> None:

@@ -13,6 +13,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from pyarrow import feather, parquet
 
 from data_prep.pipeline import plan
-from data_prep.text import compression, documents, encodings, inputs, standard_input
+from data_prep.text import arrow, compression, documents, encodings, inputs, standard_input
 from data_prep.text.compression import zstd
 from data_prep.text.options import MOST_LISTED, Skipped, TextOptions
+from data_prep.text.parquet import UnreadableTableError, row_group_sizes
 from data_prep.text.unread import UnreadFile
+from tests.disks import another_user
 from tests.programs import ROOT, clean_env
 
 GOOD = b'{"text": "a"}\n'
@@ -272,6 +275,40 @@ def test_names_that_are_not_utf8_or_contain_line_ends_are_read(tmp_path: Path) -
     assert read(tmp_path) == ["萧炎"] * 3
     found = {source.name for source in inputs.find([str(tmp_path)])}
     assert found == {"\\xb6\\xb7\\xc6Ʋ\\xd4\\xf1\\xb7.txt", "a\\nb.txt", "斗.txt"}
+
+
+def test_tables_below_a_folder_whose_name_is_not_utf8_are_read_and_closed(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode("斗破".encode("gb18030"))
+    folder.mkdir()
+    rows(tmp_path / "a.parquet", TEXTS)
+    feather.write_feather(pa.table({"text": TEXTS}), tmp_path / "b.arrow")
+    for name in ("a.parquet", "b.arrow"):
+        (tmp_path / name).rename(folder / name)
+    (folder / "c.parquet").write_bytes(b"<html>404</html>")
+    before = len(os.listdir("/proc/self/fd"))
+    assert read(folder / "b.arrow") == TEXTS
+    assert read(folder / "a.parquet") == TEXTS
+    for name, key in (("a.parquet", "body"), ("c.parquet", "text")):
+        with pytest.raises(UnreadableTableError) as refused:
+            row_group_sizes(folder / name, key)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert refused.value.problem
+
+
+@pytest.mark.parametrize(
+    "opened", [lambda path: row_group_sizes(path, "text"), lambda path: next(arrow.read_rows(path, "text"))],
+    ids=["parquet", "arrow"],
+)  # fmt: skip
+def test_a_table_that_is_gone_or_private_is_an_error_with_its_number(opened: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory() as name:  # which another user may enter
+        path = Path(name, os.fsdecode(b"\xff"))
+        Path(name).chmod(0o755)
+        with pytest.raises(FileNotFoundError) as gone:
+            opened(path)
+        path.touch(0o000)
+        with another_user(), pytest.raises(PermissionError) as private:
+            opened(path)
+    assert (gone.value.errno, private.value.errno) == (errno.ENOENT, errno.EACCES)
 
 
 # --- encodings -------------------------------------------------------------------------------------
