@@ -14,7 +14,7 @@ from data_prep.encode import encoders
 from data_prep.encode.encoders import Backend
 from data_prep.encode.interface import Encoder
 from data_prep.pipeline import finalize, task_share, unit, workers
-from data_prep.pipeline.plan import PrepPlan, claim
+from data_prep.pipeline.plan import PrepPlan, claim, is_complete
 from data_prep.pipeline.progress import ProgressBar
 from data_prep.pipeline.task_share import TaskShare
 from data_prep.pipeline.workers import Team, WorkerConfig
@@ -58,20 +58,20 @@ def make(plan: PrepPlan, out: Path, processes: int, backend: Backend, share: Tas
 
 def _end(plan: PrepPlan, out: Path, started_at: float) -> None:
     """Finish the data set if no unit is left, and print what there is."""
-    left = [number for number in range(len(plan.units)) if not unit.folder(out, number).is_dir()]
+    left = len(plan.units) - len(unit.finished(out))
     # In this order, because the units' folders are removed after the manifest is written.
-    if (out / "manifest.json").is_file():
+    if is_complete(out):
         print(f"{out} is complete")
     elif left:
-        print(f"this share is finished; {len(left)} of {len(plan.units)} units are left for other tasks")
+        print(f"this share is finished; {left} of {len(plan.units)} units are left for other tasks")
     elif manifest := _finalize(plan, out):
         _print_summary(out, manifest, plan, time.monotonic() - started_at)
 
 
 def _unfinished(plan: PrepPlan, out: Path, share: TaskShare) -> list[int]:
     """Return the numbers of the units of a share that are left to be made."""
-    numbers = range(share.task, len(plan.units), share.tasks)
-    return [number for number in numbers if not unit.folder(out, number).is_dir()]
+    finished = unit.finished(out)
+    return [number for number in range(share.task, len(plan.units), share.tasks) if number not in finished]
 
 
 def _input_bytes(plan: PrepPlan, numbers: Sequence[int]) -> int:
@@ -82,7 +82,7 @@ def _make_units(plan: PrepPlan, out: Path, team: Team, share: TaskShare) -> None
     count = len(range(share.task, len(plan.units), share.tasks))
     todo = _unfinished(plan, out, share)
     # In this order, because the units' folders are removed after the manifest is written.
-    if (out / "manifest.json").is_file():
+    if is_complete(out):
         return  # another task has finished the data set since `claim`
     if len(todo) < count:
         print(f"{count - len(todo)} of {count} units are finished already")
@@ -104,7 +104,7 @@ def _finalize(plan: PrepPlan, out: Path) -> Manifest | None:
         print(f"all units are finished, and another task writes the manifest: {error}")
         return None
     with finalize_lease:
-        if not (out / "manifest.json").is_file():
+        if not is_complete(out):
             return finalize.finalize(out, plan)
         print(f"{out} is complete")
         return None

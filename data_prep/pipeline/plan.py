@@ -8,6 +8,7 @@ plan is refused.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -91,13 +92,25 @@ def _rows(files: list[InputFile]) -> list[dict[str, Any]]:
     return [{"name": file.name, "bytes": file.bytes, "modified_ns": file.modified_ns} for file in files]
 
 
+def is_complete(out: Path) -> bool:
+    """Return whether the folder has a manifest, so that nothing is left to be made.
+
+    The folder is listed, as that asks an NFS server for its current state. A look for the file could be answered by
+    what this node remembers, for a minute after another node has written it (see `hpcgpt.storage.lease`).
+    """
+    try:
+        return "manifest.json" in os.listdir(out)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def claim(out: Path, plan: PrepPlan) -> bool:
     """Make `out` the folder of `plan`; return whether the data set in it is complete already.
 
     Raises:
         UserError: it belongs to another plan, or holds something else.
     """
-    path, complete = out / "prep" / "plan.json", (out / "manifest.json").is_file()
+    path, complete = out / "prep" / "plan.json", is_complete(out)
     check_ours(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not atomic.create(path, plan.as_json):

@@ -64,6 +64,19 @@ def folder(out: Path, number: int) -> Path:
     return out / "prep" / "units" / f"{number:06d}"
 
 
+def finished(out: Path) -> set[int]:
+    """Return the numbers of the units that are finished, and whose folders the end of the data set has not removed."""
+    return {int(name) for name in _names(out) if name.isdecimal()}
+
+
+def _names(out: Path) -> list[str]:
+    """List the folder of the units, which asks an NFS server for its current state; a look for one may not."""
+    try:
+        return os.listdir(out / "prep" / "units")
+    except FileNotFoundError:
+        return []
+
+
 def read_record(out: Path, number: int) -> UnitRecord:
     body = json.loads((folder(out, number) / "record.json").read_bytes())
     skipped = [Skipped(**row) for row in body["skipped"]]

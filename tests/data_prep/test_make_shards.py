@@ -237,6 +237,33 @@ def test_a_folder_that_another_task_claims_meanwhile_is_accepted(
         plan.check_ours(out)
 
 
+def test_what_another_node_has_made_is_seen_though_this_one_remembers_that_it_was_not_there(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An NFS client may answer for a minute that a file is not there. Opening its folder asks the server."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n} {"x" * 99}"}}\n' for n in range(20_000)))
+    out = tmp_path / "out"
+    flags = ["--tokenizer", str(tokenizer_folder), "--val-fraction", "0", "--unit-mb", "1", "--workers", "1"]
+
+    def task(number: int) -> str:
+        shared = ["--out", str(out), "--task", str(number), "--tasks", "3"]
+        assert make_shards.main([str(tmp_path / "a.jsonl"), *flags, *shared]) == 0
+        return capsys.readouterr().out
+
+    assert "2 of 3 units are left" in task(0)
+    assert "1 of 3 units are left" in task(1)
+    forgotten = {out / "prep" / "units" / f"00000{number}" for number in range(3)}
+
+    def patched(real: Callable[[Path], bool]) -> Callable[[Path], bool]:
+        return lambda path: path not in forgotten and real(path)
+
+    for name in ("is_file", "is_dir", "exists"):
+        monkeypatch.setattr(Path, name, patched(getattr(Path, name)))
+    assert "complete in" in task(2)
+    forgotten = {out / "manifest.json"}
+    assert f"{out} is complete already" in task(0)
+
+
 def make_task(options: list[str], out: Path, task: int, tasks: int) -> subprocess.Popen[str]:
     shared = ["--task", str(task), "--tasks", str(tasks), "--workers", "1", "--out", str(out)]
     return subprocess.Popen([sys.executable, "-m", "data_prep.make_shards", *options, *shared], cwd=ROOT,
