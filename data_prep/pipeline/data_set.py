@@ -86,8 +86,7 @@ def _make_units(plan: PrepPlan, out: Path, team: Team, share: TaskShare) -> None
         return  # another task has finished the data set since `claim`
     if len(todo) < count:
         print(f"{count - len(todo)} of {count} units are finished already")
-    for number in todo:
-        unit.remove_leftovers(out, number, plan.plan_hash)
+    unit.remove_leftovers(out, todo, plan.plan_hash)
     compressed = any(
         part.file.compression or part.file.kind == "parquet" for number in todo for part in plan.units[number]
     )

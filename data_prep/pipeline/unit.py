@@ -15,10 +15,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -141,10 +142,14 @@ def commit(made: PendingUnit) -> None:
     atomic.sync_folder(made.final.parent)
 
 
-def remove_leftovers(out: Path, number: int, plan_hash: str) -> None:
-    """Remove the temporary folders of processes that were killed while they made this unit of this plan."""
-    for path in folder(out, number).parent.glob(f".{number:06d}.{plan_hash}.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_leftovers(out: Path, numbers: Iterable[int], plan_hash: str) -> None:
+    """Remove the temporary folders of processes that were killed while they made one of these units of this plan."""
+    ours = set(numbers)
+    temporary = re.compile(rf"\.(\d+)\.{plan_hash}\..+\.tmp")
+    for name in _names(out):
+        found = temporary.fullmatch(name)
+        if found and int(found[1]) in ours:
+            shutil.rmtree(out / "prep" / "units" / name, ignore_errors=True)
 
 
 def _fill(
