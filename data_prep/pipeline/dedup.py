@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +87,12 @@ def _open_rows(path: Path) -> NDArray[Any]:
 def _hash_ranges(tables: list[NDArray[Any]], total: int) -> Iterator[list[NDArray[Any]]]:
     """Yield the rows of all tables, one of several equal ranges of hashes at a time."""
     count = -(-total // ROWS_AT_ONCE)
-    borders = [(2**64 * n // count) for n in range(1, count)]
-    indices = [[0] * len(tables)]
-    indices += [[int(np.searchsorted(table["high"], np.uint64(border))) for table in tables] for border in borders]
-    indices += [[len(table) for table in tables]]
-    for start, stop in pairwise(indices):
-        yield [table[a:b] for table, a, b in zip(tables, start, stop, strict=True)]
+    borders = np.array([2**64 * n // count for n in range(1, count)], dtype=np.uint64)
+    # Of each table, where the ranges begin and end. A column of these rows is not aligned: searchsorted would copy it
+    # at every call, so it is copied once and searched once.
+    cuts = [np.r_[0, np.searchsorted(table["high"].copy(), borders), len(table)] for table in tables]
+    for number in range(max(1, count)):
+        yield [table[cut[number] : cut[number + 1]] for table, cut in zip(tables, cuts, strict=True)]
 
 
 def _without_duplicates(
