@@ -16,6 +16,7 @@ import gc
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -186,11 +187,20 @@ def _work(
     message: str | BaseException = _DONE
     try:
         _Worker(config, table, index).make_all(_units_from(pipe))
-    except Exception as error:
-        error.add_note(f"in a worker: {traceback.format_exc()}")
-        message = error
+    except BaseException as error:  # a panic in Rust is not an Exception
+        message = _as_sent(error)
+        message.add_note(f"in a worker: {traceback.format_exc()}")
     with suppress(OSError):  # the parent closes the pipe when it stops
         pipe.send(message)
+
+
+def _as_sent(error: BaseException) -> BaseException:
+    """Return the error, or a RuntimeError that describes it if it is no Exception or cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the class of the error does when it is made again
+        return RuntimeError(repr(error))
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
 def _units_from(pipe: Connection) -> Iterator[NumberedUnit]:

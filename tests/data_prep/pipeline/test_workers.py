@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from data_prep.encode import encoders, gigatoken_encoder
 from data_prep.encode.interface import EncodedBatch, Encoder
 from data_prep.make_shards import main
 from hpcgpt.data import shard_format
+from hpcgpt.tokenizer import find_tokenizer
 from tests.programs import ROOT, clean_env, command
 
 pytestmark = pytest.mark.processes
@@ -77,6 +78,41 @@ def test_an_error_of_the_encoder_in_a_worker_ends_the_command(
 
     monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "batch", batch)
     with pytest.raises(RuntimeError, match="the encoder broke") as failed:
+        digest(flags, tmp_path / "two", "--workers", "2")
+    assert "in a worker: Traceback" in failed.value.__notes__[0]
+
+
+class UnsendableError(Exception):
+    """As some libraries' errors, it cannot be made again from its arguments."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other} differ")
+
+
+def panic() -> None:
+    """Fail as Rust's code does; such an error is no Exception, and its class cannot be imported."""
+    find_tokenizer.gpt2().encoding.encode_ordinary("a" + " " * 1_000_001 + "b")
+
+
+def fail() -> None:
+    raise UnsendableError(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"), [(panic, r"PanicException\('.*"), (fail, "UnsendableError.*1 and 2 differ")]
+)
+def test_an_error_that_cannot_be_sent_is_reported_with_its_kind(
+    broken: Callable[[], None], message: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, here = gigatoken_encoder.GigatokenEncoder.batch, os.getpid()
+
+    def batch(self: gigatoken_encoder.GigatokenEncoder, texts: Sequence[str]) -> EncodedBatch:
+        if os.getpid() != here:
+            broken()
+        return real(self, texts)
+
+    monkeypatch.setattr(gigatoken_encoder.GigatokenEncoder, "batch", batch)
+    with pytest.raises(RuntimeError, match=message) as failed:
         digest(flags, tmp_path / "two", "--workers", "2")
     assert "in a worker: Traceback" in failed.value.__notes__[0]
 
