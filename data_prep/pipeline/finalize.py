@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections import Counter
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from data_prep.pipeline import dedup, holdout, unit
@@ -33,8 +34,7 @@ def finalize(out: Path, plan: PrepPlan) -> Manifest:
     kept, removed = [record.shards for record in records], 0
     if plan.options.dedup:
         kept, removed = dedup.remove(out, records, plan.options.width)
-    skipped = [*plan.skipped, *(row for record in records for row in record.skipped)]
-    counts = _counts(records, removed, skipped)
+    counts = _counts(records, removed, plan.skipped)
     if not any(shard.split == "train" for of_unit in kept for shard in of_unit):
         held_out = sum(shard.documents for of_unit in kept for shard in of_unit)
         if held_out and not plan.val_files:
@@ -43,11 +43,7 @@ def finalize(out: Path, plan: PrepPlan) -> Manifest:
         raise UserError(
             f"no document is left for training: {why}; look at the inputs, or choose others and another --out"
         )
-    if skipped:
-        atomic.write(
-            out / "skipped.jsonl",
-            "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in skipped).encode(),
-        )
+    _write_skipped(out, plan.skipped, records)
     shards = _move_shards(out, kept)
     atomic.sync_folder(out)
     manifest = shard_format.write_manifest(
@@ -65,12 +61,23 @@ def finalize(out: Path, plan: PrepPlan) -> Manifest:
     return manifest
 
 
-def _counts(records: list[UnitRecord], duplicates: int, skipped: list[Skipped]) -> dict[str, int]:
+def _write_skipped(out: Path, whole_files: list[Skipped], records: list[UnitRecord]) -> None:
+    """Write skipped.jsonl, if there is anything to list. The rows of one unit at a time are in memory."""
+    listed = [number for number, record in enumerate(records) if record.skipped_rows]
+    if not whole_files and not listed:
+        return
+    with atomic.writing(out / "skipped.jsonl") as file:
+        for rows in chain([whole_files], (unit.read_skipped(out, number) for number in listed)):
+            for row in rows:
+                file.write((json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n").encode())
+
+
+def _counts(records: list[UnitRecord], duplicates: int, whole_files: list[Skipped]) -> dict[str, int]:
     """Count what was left out or changed, by reason; see `data_prep.text.accounting`."""
     counts = {
         "too_short": sum(record.too_short for record in records),
         "duplicates": duplicates,
-        "skipped": sum(row.count for row in skipped),
+        "skipped": sum(row.count for row in whole_files) + sum(record.skipped for record in records),
     }
     rest: Counter[str] = Counter()
     for record in records:

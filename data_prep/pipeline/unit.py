@@ -53,11 +53,15 @@ ReportProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """The content of record.json: what a finished unit holds. The names in `shards` are those in its folder."""
+    """The content of record.json: what a finished unit holds. The names in `shards` are those in its folder.
+
+    Of the bad input it has only how many rows there are and how many inputs they stand for: see `read_skipped`.
+    """
 
     shards: list[Shard]
     too_short: int
-    skipped: list[Skipped]
+    skipped_rows: int
+    skipped: int
     counts: dict[str, int] = field(default_factory=dict)  # what else was left out or changed: data_prep.text.accounting
 
 
@@ -79,9 +83,19 @@ def _names(out: Path) -> list[str]:
 
 
 def read_record(out: Path, number: int) -> UnitRecord:
-    body = json.loads((folder(out, number) / "record.json").read_bytes())
-    skipped = [Skipped(**row) for row in body["skipped"]]
-    return UnitRecord([Shard(**row) for row in body["shards"]], body["too_short"], skipped, body.get("counts", {}))
+    body = _read(out, number)
+    shards = [Shard(**row) for row in body["shards"]]
+    skipped = sum(row.get("count", 1) for row in body["skipped"])
+    return UnitRecord(shards, body["too_short"], len(body["skipped"]), skipped, body.get("counts", {}))
+
+
+def read_skipped(out: Path, number: int) -> list[Skipped]:
+    """Return the bad input of a finished unit, and its notes on input that was kept in another form."""
+    return [Skipped(**row) for row in _read(out, number)["skipped"]]
+
+
+def _read(out: Path, number: int) -> dict[str, Any]:
+    return dict(json.loads((folder(out, number) / "record.json").read_bytes()))
 
 
 @dataclass(frozen=True)
