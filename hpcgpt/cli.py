@@ -33,7 +33,7 @@ def run(main: Main, leave: Callable[[int], NoReturn] = sys.exit) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     streams.open_missing()
     streams.escape_unknown_characters()
-    if os.environ.get("HPCGPT_TRACEBACK") == "1":
+    if wants_traceback():
         sys.exit(main(sys.argv[1:]))
     status = 0
     try:
@@ -52,6 +52,22 @@ def run(main: Main, leave: Callable[[int], NoReturn] = sys.exit) -> None:
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def wants_traceback() -> bool:
+    """Return whether every error is to be shown with its traceback, as Python does it."""
+    return os.environ.get("HPCGPT_TRACEBACK") == "1"
+
+
+def print_ending(error: Exception) -> int:
+    """Print the error that ends a command, as `run` does; return its exit status.
+
+    For ranks, which must not leave by raising it: see ``hpcgpt.train``.
+    """
+    if isinstance(error, UserError | OSError):
+        return print_error(error, status_of(error))
+    sys.excepthook(type(error), error, error.__traceback__)
+    return status_of(error)
 
 
 def _discard_stdout() -> None:

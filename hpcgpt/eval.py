@@ -14,9 +14,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from hpcgpt.checkpoint import run_config
 from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config
 from hpcgpt.distributed import world
+from hpcgpt.distributed.world import World
 from hpcgpt.errors import UserError
 from hpcgpt.output.counted import counted
 from hpcgpt.run import metrics_file, which_runs
@@ -44,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     settings = run_config.config(folder)
     _check_combination(options)
     if options.tasks:
-        return _on_tasks(folder, settings, options)
+        here = world.discover()
+        work = partial(_on_tasks, folder, settings, options, here)
+        return work() if here.size == 1 else _leave_after(work)
     if (here := world.discover()).size > 1:
         raise UserError(
             f"{here.size} ranks were started, and each would evaluate the whole validation split: start one process, "
@@ -80,10 +84,26 @@ def _check_combination(options: argparse.Namespace) -> None:
             raise UserError(f"{name}: {of_tasks[name]} must be at least 1")
 
 
-def _on_tasks(folder: Path, settings: Config, options: argparse.Namespace) -> int:
+def _leave_after(work: Callable[[], int]) -> NoReturn:
+    """Do the work of one rank of several, and end it as `hpcgpt train` does, also after an error.
+
+    Threads of gloo may still hold Python objects, and abort a process that finalizes the interpreter.
+    """
+    try:
+        status = work()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `cli.run`: the reader has exited
+        status = 0
+    except Exception as error:
+        if cli.wants_traceback():
+            raise
+        status = cli.print_ending(error)
+    os._exit(status)
+
+
+def _on_tasks(folder: Path, settings: Config, options: argparse.Namespace, here: World) -> int:
     """Evaluate on tasks, divided among the ranks that were started; rank 0 prints the result."""
     tasks = questions.read_all([paths.expand(path, "--tasks") for path in options.tasks], options.limit)
-    here = world.discover()
     if here.is_first:
         for task in tasks:
             print(
@@ -109,10 +129,6 @@ def _on_tasks(folder: Path, settings: Config, options: argparse.Namespace) -> in
         about = {"path": str(model.path), "step": model.state.step, "dtype": str(model.dtype).removeprefix("torch.")}
         whole = about | {"tasks": {one.task.name: result for one, result in zip(encoded, results, strict=True)}}
         print(json.dumps(whole) if options.json else report.as_text(whole))
-    if here.size > 1:
-        # As `hpcgpt train` does: threads of gloo may still hold Python objects.
-        sys.stdout.flush()
-        os._exit(0)
     return 0
 
 

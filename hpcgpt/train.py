@@ -81,11 +81,14 @@ def main(argv: Sequence[str]) -> int:
 
         status = attempt.train(planned, here, flag, began_at)
     except Exception as error:
+        ending: Exception = error
         if isinstance(error, InputError) and here.launcher == "srun" and has_trained_before:
-            node_error = as_node_error(error)
-            _record_error(folder, here, node_error)
-            raise node_error from error
-        _record_error(folder, here, error)
+            ending = as_node_error(error)
+        _record_error(folder, here, ending)
+        if here.size > 1 and not cli.wants_traceback():
+            _leave(cli.print_ending(ending))
+        if ending is not error:
+            raise ending from error
         raise
     if here.size > 1:
         _leave(status)
@@ -145,7 +148,7 @@ def _record_error(folder: Path, here: World, error: Exception) -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """End this rank without finalizing the interpreter.
+    """End this rank without finalizing the interpreter, after a success as after an error.
 
     gloo's threads may still hold Python objects. A thread that acquires the interpreter's lock during finalization ends
     the process with SIGABRT (docs/lab-notes.md), and then `srun -K` kills the other ranks. All output has been written.

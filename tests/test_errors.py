@@ -144,3 +144,22 @@ def test_missing_shards_that_the_run_has_trained_with_are_no_user_error(tiny: Pa
     assert alone.returncode == USER_MISTAKE  # a user starts it by hand
     other = command("hpcgpt.train", str(tiny), *wrong, env=srun | {"SLURM_JOB_ID": "8"})
     assert other.returncode == USER_MISTAKE  # the run has never trained with these
+
+
+ENDS = {
+    "a user's mistake of all ranks": (("hpcgpt.train",), ("--optim.lr", "1e30"), USER_MISTAKE, "training has diverged"),
+    "a bug on one rank": (("tests.ranks_broken", "1", *MACHINE["a library's ValueError"]), (), FAILED,
+                          "ValueError: invalid gradient"),
+    "a disk on one rank": (("tests.ranks_broken", "1", *MACHINE["ESTALE at a shard"]), (), FAILED, "Stale file handle"),
+}  # fmt: skip
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("end", ENDS)
+def test_a_rank_with_an_error_ends_with_its_status_although_gloo_would_abort_its_finalization(
+    tiny: Path, end: str
+) -> None:
+    program, flags, status, message = ENDS[end]
+    done = on_ranks(2, "tests.ranks_aborting", *program, str(tiny), *flags)
+    assert (done.returncode, message in done.stderr) == (status, True), done.stderr
+    assert ("Traceback" in done.stderr) == (end == "a bug on one rank")

@@ -12,7 +12,7 @@ import pytest
 from hpcgpt import train
 from hpcgpt.config import sources
 from hpcgpt.errors import UserError
-from hpcgpt.exit_codes import FINISHED
+from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
 from hpcgpt.tasks import questions, report
 from tests.programs import ROOT, command, on_ranks
 from tests.tasks import made_questions
@@ -62,6 +62,15 @@ def test_any_number_of_ranks_prints_the_same_bytes(
     ranks: int, alone: str, finished_run: Path, files: list[str]
 ) -> None:
     assert evaluated(finished_run, "--tasks", *files, ranks=ranks) == alone
+
+
+def test_ranks_with_an_error_end_with_its_status_although_gloo_would_abort_their_finalization(
+    finished_run: Path, files: list[str]
+) -> None:
+    flags = [str(finished_run), "--tasks", *files, "--step", "5"]
+    done = on_ranks(2, "tests.ranks_aborting", "hpcgpt.eval", *flags)
+    assert done.returncode == USER_MISTAKE, done.stderr
+    assert "no checkpoint of step 5" in done.stderr
 
 
 def test_a_limit_takes_the_first_questions_and_a_batch_changes_only_rounding(
