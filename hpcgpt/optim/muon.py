@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from hpcgpt.distributed.sharded_tensor import full_tensor, local_rows
-from hpcgpt.model.precision import cpu_has_bf16
 from hpcgpt.optim.uncompiled import Optimizer
 
 ITERATIONS = 5
@@ -41,9 +40,12 @@ class Muon(Optimizer):
         momentum: float,
         weight_decay: float,
         others: torch.optim.Optimizer,
+        cpus_have_bf16: bool,
     ) -> None:
+        """`cpus_have_bf16`, the same on every rank: their updates of the same matrix must have the same bytes."""
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._matrices, self._others = self.param_groups[:], others
+        self._cpus_have_bf16 = cpus_have_bf16
         self.param_groups += others.param_groups
         others.state = self.state
 
@@ -65,22 +67,23 @@ class Muon(Optimizer):
         gradient = local_rows(matrix.grad).local
         mean = local_rows(state["momentum_buffer"]).local.lerp_(gradient, 1 - momentum)
         gradient.lerp_(mean, momentum)  # in place: the gradient is not needed any more
-        update = orthogonal(full_tensor(matrix.grad))
+        update = orthogonal(full_tensor(matrix.grad), self._cpus_have_bf16)
         mine = local_rows(matrix)
         mine.local.mul_(1 - lr * weight_decay)
         rows, columns = matrix.shape
         mine.local.add_(update[mine.start : mine.stop], alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal(matrix: Tensor, cpus_have_bf16: bool) -> Tensor:
     """Approximate U V^T of a matrix U S V^T (rows, columns), with singular values of about 0.7 to 1.2.
 
-    Computed in bfloat16; in float32 on CPUs that would emulate bfloat16 (13 times slower for 192 x 576, with AVX2); in
-    float64 if the matrix is float64, which is used to examine the effect of rounding.
+    Computed in bfloat16; in float32 on CPUs unless `cpus_have_bf16`, because one of them would emulate bfloat16 (13
+    times slower for 192 x 576, with AVX2); in float64 if the matrix is float64, which is used to examine the effect of
+    rounding.
     """
     a, b, c = COEFFICIENTS
     tall = len(matrix) > matrix.shape[1]
-    emulated = matrix.device.type == "cpu" and not cpu_has_bf16()
+    emulated = matrix.device.type == "cpu" and not cpus_have_bf16
     x = matrix if emulated or matrix.dtype == torch.float64 else matrix.bfloat16()
     x = x.T if tall else x
     x = x / x.norm().clamp(min=TINY)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hpcgpt.config.options import Optim
+from hpcgpt.model.precision import cpu_has_bf16
 from hpcgpt.optim.muon import Muon
 from hpcgpt.optim.uncompiled import AdamW
 
@@ -13,12 +14,13 @@ ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each paramet
 MUON_STATE = ("momentum_buffer",)
 
 
-def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: Optim, cpus_have_bf16: bool | None = None) -> torch.optim.Optimizer:
     """Make AdamW (Loshchilov and Hutter, 2019; fused), or Muon for the blocks' matrices and AdamW for the other
     parameters.
 
     With ``decay = "matrices"`` biases and norms do not decay, since pulling a gain towards zero does not regularize;
-    "all" decays everything. The learning rate is set before every step.
+    "all" decays everything. The learning rate is set before every step. `cpus_have_bf16`: whether the CPUs of all ranks
+    compute in bfloat16; None: there is only this one.
     """
     named = dict(model.named_parameters())
     of_muon = [p for name, p in named.items() if config.name == "muon" and name.startswith("blocks.") and p.dim() == 2]
@@ -39,7 +41,11 @@ def make_optimizer(model: nn.Module, config: Optim) -> torch.optim.Optimizer:
         return adamw
     # Decay is multiplied by the learning rate, so Muon's is scaled to decay as much per step as AdamW's.
     decay = config.weight_decay * config.lr / config.muon_lr
-    muon = Muon(of_muon, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay, others=adamw)
+    has_bf16 = cpu_has_bf16() if cpus_have_bf16 is None else cpus_have_bf16
+    muon = Muon(
+        of_muon, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=decay, others=adamw,
+        cpus_have_bf16=has_bf16,
+    )  # fmt: skip
     muon.param_groups[0]["times"] = config.muon_lr / config.lr
     return muon
 

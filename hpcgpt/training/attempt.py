@@ -29,7 +29,7 @@ from hpcgpt.plan import Plan
 from hpcgpt.run import records, run_folder
 from hpcgpt.storage.lease import HeldError, Lease, acquire, exit_when_superseded
 from hpcgpt.tokenizer import save_load
-from hpcgpt.training import in_effect
+from hpcgpt.training import in_effect, parallel
 from hpcgpt.training.checkpointer import Checkpointer
 from hpcgpt.training.engine import Engine
 from hpcgpt.training.evaluation import Evaluator
@@ -122,6 +122,10 @@ class Attempt:
         self.tokenizer = save_load.load(first.folder / "tokenizer", first.manifest.tokenizer["fingerprint"])
         self._evaluator = Evaluator(planned, ranks, self.tokenizer, self.engine.precision, self.engine.dtype)
         self._in_effect = in_effect.collect(planned, ranks, self.engine)
+        groups, cpus_have_bf16 = self.engine.model.mesh is not None, self.engine.cpus_have_bf16
+        unlike = parallel.drift(self.config, self._in_effect, groups, cpus_have_bf16)
+        if unlike and ranks.world.is_first:
+            streams.warn(unlike)
         self._has_config = False  # rank 0: whether config.toml is written, which other commands need
         self.state = TrainState()
 

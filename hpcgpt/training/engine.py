@@ -25,7 +25,7 @@ from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import UserError
 from hpcgpt.model import kernels
 from hpcgpt.model.gpt import GPT, ForwardOptions
-from hpcgpt.model.precision import allow_tf32, computing_in, pick_dtype
+from hpcgpt.model.precision import allow_tf32, computing_in, cpu_has_bf16, pick_dtype
 from hpcgpt.optim.lr_schedule import learning_rate
 from hpcgpt.optim.optimizer import make_optimizer
 from hpcgpt.output import streams
@@ -72,9 +72,10 @@ class Engine:
         self._on_gpu = self.defers_metrics = ranks.device.type == "cuda"
         self._clock = DeviceClock(ranks.device)
         self.dtype = pick_dtype(settings.train.dtype, ranks.device)
-        dtypes = distinct_on_all(ranks, lambda: str(self.dtype))
-        if len(dtypes) > 1:
+        found = distinct_on_all(ranks, lambda: (str(self.dtype), not self._on_gpu and cpu_has_bf16()))
+        if len(dtypes := {dtype for dtype, _ in found}) > 1:
             raise UserError(f"the ranks would compute in {' and '.join(sorted(dtypes))}: set train.dtype")
+        self.cpus_have_bf16 = {has_bf16 for _, has_bf16 in found}  # of all ranks
         # Only bf16 peaks are known.
         measured = self._on_gpu and self.dtype == torch.bfloat16
         self._peak_flops = metrics_file.peak_flops(torch.cuda.get_device_name(ranks.device)) if measured else None
@@ -100,7 +101,7 @@ class Engine:
         self.model = parallelize(
             gpt, ranks, settings.parallel, seed=settings.run.seed, compiled=self.compiled, dtype=self.dtype
         )
-        self.optimizer = make_optimizer(self.model.gpt, settings.optim)
+        self.optimizer = make_optimizer(self.model.gpt, settings.optim, all(self.cpus_have_bf16))
         self.loader = _loader(planned, ranks)
         self._prefetcher = Prefetcher(self.loader.batch, planned.micro_steps, ranks.device)
         self._unreduced: PendingStep | None = None

@@ -27,6 +27,11 @@ each rank has its rows, so that no rank ever holds all weights, and the initial 
 It cannot run on one rank alone: each forward pass gathers blocks from all ranks. For an evaluation or a sample all
 ranks make the same number of passes inside of `ParallelModel.evaluating`.
 
+With ddp every rank updates its own copy of the weights, and in groups every group does. Gradients are summed for all of
+them, and weights are never compared: the copies stay equal because the updates have the same bytes, which only equal
+hardware computes. Otherwise they drift apart until the next start, and a checkpoint has some tensors of each (`drift`).
+With Muon most: it computes in bfloat16, with 16 bits less than AdamW's float32.
+
 Gradients are summed in float32 (float64 with that train.dtype) in all modes, so that all modes compute the same result
 up to the order of sums; gradient_dtype bfloat16 halves the bytes that are sent. When training computes in bf16, the
 weights of blocks are gathered in bf16: half of N to send and to hold, and autocast need not cast and keep them for the
@@ -36,7 +41,7 @@ and samples compute with the same weights as training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,7 +51,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcgpt.config.options import Parallel
+from hpcgpt.config.options import Config, Parallel
 from hpcgpt.distributed.collectives import distinct_on_all
 from hpcgpt.distributed.eager_ddp import eager_ddp
 from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
@@ -150,6 +155,31 @@ class ParallelModel:
 def shards_weights(ranks: Ranks, settings: Parallel) -> bool:
     """Return whether each rank is to hold a part of the weights."""
     return ranks.cpu_group is not None and settings.mode != "ddp"
+
+
+def drift(settings: Config, in_effect: Mapping[str, Any], groups: bool, cpus_have_bf16: set[bool]) -> str:
+    """Return a warning if copies of the weights would drift apart (see the module's docstring), else ''.
+
+    `in_effect`: see ``hpcgpt.training.in_effect``. `groups`: there are several groups of ranks with a copy each.
+    `cpus_have_bf16`: what the ranks' CPUs have, if they train on them.
+    """
+    if in_effect["ranks"] == 1 or (settings.parallel.mode != "ddp" and not groups):
+        return ""
+    on_gpu = in_effect["run.device"] != "cpu"
+    found = in_effect["gpu" if on_gpu else "cpu_capability"]
+    if not isinstance(found, str):
+        unlike = " and ".join(found if on_gpu else (f"CPUs with {name}" for name in found))
+    elif not on_gpu and len(cpus_have_bf16) > 1:
+        unlike = "CPUs with and without bfloat16"
+    else:
+        return ""
+    copies = "every rank" if settings.parallel.mode == "ddp" else "every group of parallel.shard_within"
+    remedy = "parallel.mode zero1" + (" with parallel.shard_within all" if groups else "")
+    muon = ", with optim.name muon soon and visibly" if settings.optim.name == "muon" else ""
+    return (
+        f"the ranks compute on {unlike}: {copies} updates its own copy of the weights, and on unlike hardware these "
+        f"copies round differently and drift apart{muon}. {remedy} keeps one copy, so that none can differ"
+    )
 
 
 def parallelize(
