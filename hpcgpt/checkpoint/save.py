@@ -52,7 +52,8 @@ class Saved:
     """The outcome of a save. `problem`: why it failed, the same on every rank; '' if it did not.
 
     `seconds` is the time from the copy until the checkpoint was visible, `stall_s` how long training waited for it,
-    `bytes` its size.
+    `bytes` its size. `may_pass`: another try may succeed, since the problem is not lack of room, for which the save has
+    been tried again already.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Saved:
     seconds: float
     stall_s: float
     bytes: int
+    may_pass: bool = False
 
 
 def local_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ class Saver:
         Return the outcome if it has ended already: the checkpoint exists, or there is no room.
         """
         assert not self.busy
-        began_at, problem = time.monotonic(), ""
+        began_at, problem, may_pass = time.monotonic(), "", False
         share = share_of(tensors, self._ranks)
         if self._shares_files:
             room = padded(byte_count(share)) - byte_count(share)
@@ -163,10 +165,10 @@ class Saver:
         try:
             temporary = run_on_rank0(self._ranks, lambda: self._make_folder(final, size))
         except OSError as error:
-            temporary, problem = None, str(error)
+            temporary, problem, may_pass = None, str(error), error.errno not in atomic.NO_ROOM
         if temporary is None:
             seconds = time.monotonic() - began_at
-            return Saved(state.step, problem, seconds, seconds, size)
+            return Saved(state.step, problem, seconds, seconds, size, may_pass)
         copies, folder = _copied(share, self._copies, self._ranks.device), Path(temporary)
         place = place_of(sizes, self._ranks.world.rank, self._files)
         self._save = _Save(
@@ -230,17 +232,11 @@ class Saver:
             if self.pruner is not None:
                 shutil.rmtree(save.temporary, ignore_errors=True)
                 self.pruner.is_tight |= error.errno in atomic.NO_ROOM
-            if error.errno not in atomic.NO_ROOM or save.visible or not self._make_room(save):
+            save.may_pass = error.errno not in atomic.NO_ROOM and not save.visible
+            if error.errno not in atomic.NO_ROOM or save.visible or not _has_made_room(save, self.pruner, self._ranks):
                 return str(error)
             self._begin_stage(save, "write", save.write)
         return None
-
-    def _make_room(self, save: _Save) -> bool:
-        """Return whether old checkpoints were removed for this save, after it had no room: once, and on every rank."""
-        may_repeat, save.may_repeat = save.may_repeat, False
-        with suppress(OSError):
-            return may_repeat and run_on_rank0(self._ranks, lambda: _make_anew(save, self.pruner))
-        return False
 
     def _on_first(self, work: Callable[[], Any]) -> Callable[[], Any]:
         return work if self._ranks.world.is_first else lambda: None
@@ -267,9 +263,11 @@ class Saver:
         assert self.pruner is not None
         self._lease.check()  # an older generation must not write, nor take a newer one's checkpoint for its own
         if final.exists():
+            atomic.sync_folder(self._checkpoints)  # which may be what has failed, after it got its name
             return None
         self.pruner.wait()
         temporary = layout.temporary_of(final, self._lease.number)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a failed save that could not remove it
         self.pruner.make_folder(temporary, final.name, size + SPARE_BYTES)
         return str(temporary)
 
@@ -313,6 +311,7 @@ class _Save:
     stall_s: float = 0.0
     stage: Stage = "write"
     may_repeat: bool = True  # if it finds no room
+    may_pass: bool = False  # the problem: see Saved
     visible_s: float | None = None  # None until all ranks know that the checkpoint is visible
 
     @property
@@ -322,7 +321,15 @@ class _Save:
 
     def outcome(self, problem: str = "") -> Saved:
         seconds = time.monotonic() - self.began_at if self.visible_s is None else self.visible_s
-        return Saved(self.state.step, problem, seconds, self.stall_s, self.bytes)
+        return Saved(self.state.step, problem, seconds, self.stall_s, self.bytes, bool(problem) and self.may_pass)
+
+
+def _has_made_room(save: _Save, pruner: Pruner | None, ranks: Ranks) -> bool:
+    """Return whether old checkpoints were removed for this save, after it had no room: once. A collective."""
+    may_repeat, save.may_repeat = save.may_repeat, False
+    with suppress(OSError):
+        return may_repeat and run_on_rank0(ranks, lambda: _make_anew(save, pruner))
+    return False
 
 
 def _make_anew(save: _Save, pruner: Pruner | None) -> bool:

@@ -6,6 +6,7 @@ fails, the run continues without this checkpoint. If the last save fails, the at
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from hpcgpt.storage.lease import Lease
 from hpcgpt.training.engine import Engine
 from hpcgpt.training.hang_watchdog import Watchdog
 from hpcgpt.training.reporter import Reporter
+
+RETRY_S = 1.0  # before the last save is tried again
 
 
 @dataclass(kw_only=True)
@@ -82,10 +85,18 @@ class Checkpointer:
         self._ended(self.saver.finish(self.watchdog.alive))
 
     def last_save(self, prune_old: bool) -> str:
-        """Save the last step; return '' or why that failed, on every rank. `prune_old`: then remove old checkpoints."""
+        """Save the last step; return '' or why that failed, on every rank. `prune_old`: then remove old checkpoints.
+
+        It is tried twice, because no later save makes up for it: a disk or its server may have failed for a moment.
+        """
         self.saver.prune_old = prune_old
         saved = self._begin() or self.saver.finish(self.watchdog.alive)
         assert saved is not None
+        if saved.may_pass:
+            self._ended(saved)
+            time.sleep(RETRY_S)
+            saved = self._begin() or self.saver.finish(self.watchdog.alive)
+            assert saved is not None
         self._ended(saved)
         return saved.problem
 
