@@ -16,7 +16,6 @@ import gc
 import mmap
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import traceback
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 from data_prep.encode.interface import Encoder
@@ -197,7 +197,7 @@ def _work(
 def _as_sent(error: BaseException) -> BaseException:
     """Return the error, or a RuntimeError that describes it if it is no Exception or cannot be pickled."""
     try:
-        pickle.loads(pickle.dumps(error))
+        ForkingPickler.loads(ForkingPickler.dumps(error))  # as the pipe does
     except Exception:  # whatever the class of the error does when it is made again
         return RuntimeError(repr(error))
     return error if isinstance(error, Exception) else RuntimeError(repr(error))

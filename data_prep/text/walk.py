@@ -1,7 +1,7 @@
 """Walk folders and patterns of folders: yield the files below them, of any kind.
 
 Links are followed. Nothing is left out without a word: a folder that cannot be read, or links that lead in a circle,
-are reported as bad input, and a link that leads nowhere is yielded, so that whoever examines the files reports it.
+are reported as bad input, and a link that leads nowhere is yielded, so that the examination of the files reports it.
 """
 
 from __future__ import annotations

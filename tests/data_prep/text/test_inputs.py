@@ -548,7 +548,7 @@ def test_a_link_to_nowhere_is_reported_also_where_nothing_else_is_found(tmp_path
 def test_a_failing_disk_behind_a_link_is_raised_also_with_skip(
     name: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a file server that does not answer: nothing can be asked about what is behind the link."""
+    """As a file server that does not answer: nothing can be asked about the target of the link."""
     (tmp_path / "in" / "x").mkdir(parents=True)
     (tmp_path / "in" / "x" / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "in" / name).symlink_to(tmp_path / "disk")
