@@ -34,7 +34,7 @@ from hpcgpt.slurm import code_snapshot, scontrol
 from hpcgpt.storage.lease import Lease
 from hpcgpt.tracking import totals
 from hpcgpt.tracking.tracker import Tracker
-from hpcgpt.training.stragglers import Gathered, Straggler
+from hpcgpt.training.stragglers import Gathered, Straggler, record_every_s
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class AttemptInfo:
 DRAIN_S = 5.0  # limit for the queue of writes, at the end of an attempt
 # Limits for the table at the end, which takes longer the more rows there are: 9 s of CPU for 400,000 (97 MB).
 GOODPUT_S, GOODPUT_S_PER_MB, GOODPUT_MOST_S = 10.0, 0.3, 40.0
-RANKS_EVERY_S = 30.0
 # Kinds of events that may occur at every step: only the first ones of an attempt are recorded, of each host, so that
 # events.jsonl grows with the attempts and checkpoints of a run, not with its steps.
 AT_ANY_STEP = ("nonfinite", "spike", "straggler")
@@ -186,12 +185,11 @@ class Reporter:
         self.event("straggler", step=step, **asdict(found), factor=found.factor)
 
     def ranks(self, step: int, found: Gathered) -> None:
-        """Report the local times of the ranks and the figures of the nodes, at most every RANKS_EVERY_S seconds."""
+        """Report the local times of the ranks and the figures of the nodes, unless that was done a moment ago."""
         if time.monotonic() < self._next_ranks:
             return
-        self._next_ranks = time.monotonic() + RANKS_EVERY_S
-        line = {"attempt": self._info.number, "local_s": [round(time_s, 6) for time_s in found.local_s],
-                "nodes": found.nodes}  # fmt: skip
+        self._next_ranks = time.monotonic() + record_every_s(len(found.local_s))
+        line = {"attempt": self._info.number, **found.line}
         self._worker.post("ranks.jsonl", lambda: self._tracker.ranks(step, line))
 
     def roll_back(self, step: int, spiked: dict[str, Any], skipped: int) -> None:

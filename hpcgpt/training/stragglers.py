@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hpcgpt.distributed.world import Ranks
 
 PATIENCE = 2  # strikes
+RECORD_EVERY_S, MOST_RANKS, DIGITS = 30.0, 128, 3  # of ranks.jsonl
 
 T = TypeVar("T")
 
@@ -65,6 +66,27 @@ class Gathered:
 
     local_s: list[float]
     nodes: list[dict[str, Any]]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Return these figures for ranks.jsonl, with DIGITS significant digits: no curve shows more."""
+        nodes = [
+            {key: value if key == "host" else _rounded(value) for key, value in node.items()} for node in self.nodes
+        ]
+        return {"local_s": [_rounded(time_s) for time_s in self.local_s], "nodes": nodes}
+
+
+def record_every_s(ranks: int) -> float:
+    """Return the least seconds between two lines of ranks.jsonl.
+
+    A line has figures of each rank and node. So above MOST_RANKS of them the file grows as fast as with MOST_RANKS:
+    with four ranks a node by 0.5 GB a month.
+    """
+    return RECORD_EVERY_S * max(1.0, ranks / MOST_RANKS)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def count_strikes(strikes: Sequence[int], local_s: Sequence[float], factor: float) -> tuple[list[int], list[int]]:

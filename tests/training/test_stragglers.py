@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 import signal
@@ -17,14 +19,66 @@ import torch
 from torch import Tensor, nn
 
 from hpcgpt.config.operation import Blame as Settings
-from hpcgpt.exit_codes import AGAIN
+from hpcgpt.distributed import node_figures
+from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.model.gpt import GPT
 from hpcgpt.run import run_folder
 from hpcgpt.training.parallel import ParallelModel
 from hpcgpt.training.step import accumulate
-from hpcgpt.training.stragglers import LocalTime, Straggler, StragglerDetector, count_strikes, usual
+from hpcgpt.training.stragglers import (
+    Gathered,
+    LocalTime,
+    Straggler,
+    StragglerDetector,
+    count_strikes,
+    record_every_s,
+    usual,
+)
 from tests.one_rank import ALONE
-from tests.programs import Running, rank_env
+from tests.programs import Running, on_ranks, rank_env
+
+# --- what is recorded ------------------------------------------------------------------------------
+
+
+def gathered(ranks: int) -> Gathered:
+    """Return figures of that many ranks, four a node, with as many digits as measured ones have."""
+    nodes = [
+        {"host": f"nid{node:06d}", **dict.fromkeys(node_figures.KEYS, 100 * math.pi + node % 9 / 7)}
+        for node in range(ranks // 4)
+    ]
+    return Gathered([0.1 + rank / 7e5 for rank in range(ranks)], nodes)
+
+
+def bytes_per_s(ranks: int) -> float:
+    return len(json.dumps(gathered(ranks).line)) / record_every_s(ranks)
+
+
+def test_the_file_of_local_times_grows_no_faster_with_more_than_128_ranks() -> None:
+    assert record_every_s(2) == record_every_s(128) == 30.0
+    assert record_every_s(4096) == 32 * 30.0
+    assert bytes_per_s(16) < bytes_per_s(128) / 5
+    for ranks in (256, 4096, 20_000):
+        assert bytes_per_s(ranks) < 1.05 * bytes_per_s(128)
+    month = 30 * 24 * 3600
+    assert bytes_per_s(4096) * month < 1e9
+
+
+def test_figures_are_recorded_with_three_significant_digits_and_compared_with_all() -> None:
+    found = Gathered([0.123456, 0.0, 12.3456, 0.0000123456], [{"host": "n1", "cpu": 0.98765, "gpu_power_w": 1234.56}])
+    assert found.line == {
+        "local_s": [0.123, 0.0, 12.3, 0.0000123], "nodes": [{"host": "n1", "cpu": 0.988, "gpu_power_w": 1230.0}],
+    }  # fmt: skip
+    assert found.local_s[0] == 0.123456
+
+
+@pytest.mark.processes
+def test_real_ranks_record_such_a_line_and_in_their_first_30_seconds_no_other(tiny: Path, tmp_path: Path) -> None:
+    done = on_ranks(2, "hpcgpt.train", str(tiny), "--blame.every", "4", "--tracking.wandb", "offline")
+    assert done.returncode == FINISHED, done.stderr
+    (line,) = run_folder.read_rows(tmp_path / "runs" / "tiny" / "ranks.jsonl")
+    assert (line["step"], line["attempt"], len(line["local_s"])) == (4, 1, 2)
+    assert all(0 < time_s == float(f"{time_s:.3g}") for time_s in line["local_s"])
+
 
 # --- which rank is slow ----------------------------------------------------------------------------
 
