@@ -63,14 +63,27 @@ class BlocksFile:
         if not len(whole):
             self._piece *= 2  # if that does not help, readers read the rest row by row
             return
-        os.pwrite(self._descriptor, whole.tobytes(), HEADER_BYTES + self._count * BLOCK.itemsize)
+        try:
+            os.pwrite(self._descriptor, whole.tobytes(), HEADER_BYTES + self._count * BLOCK.itemsize)
+        except OSError as error:
+            if error.errno not in atomic.NO_ROOM:  # as ESTALE: this descriptor is of no use any more
+                self.begin_anew()
+            raise
         self._count += len(whole)
         self._at, self._before = int(whole[-1]["end"]), whole[-1]
+
+    def begin_anew(self) -> None:
+        """Open the file anew with the next block, and look how many agree with the rows, which may be others now."""
+        if self._descriptor >= 0:
+            self._size = self._at
+        self.close()
+        self._at, self._piece = 0, PIECE_BYTES
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            with suppress(OSError):
+                os.close(descriptor)
 
     def _open(self) -> None:
         """Make a new file of the blocks so far that agree with the rows."""

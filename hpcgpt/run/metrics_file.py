@@ -30,6 +30,7 @@ from hpcgpt.output import streams
 from hpcgpt.output.best_effort import only_informs
 from hpcgpt.output.counted import counted
 from hpcgpt.run import cut, run_folder
+from hpcgpt.run.appended_file import AppendedFile
 from hpcgpt.run.blocks_file import BlocksFile
 from hpcgpt.storage import atomic
 
@@ -104,7 +105,7 @@ class MetricsFile:
         """
         self._path, self._check = path, check
         self._closed_path = path.with_name("metrics.closed")
-        self._descriptor = -1
+        self._file = AppendedFile(path, check, self._opened_anew)
         self._has_no_other_writer = self._is_deferred = False
         self._appended: deque[dict[str, Any]] = deque()
         self._waiting = b""
@@ -128,19 +129,19 @@ class MetricsFile:
             self.lost, self.tail = found.lost, found.tail
             in_place = found.is_prefix and (self._is_own() or self._take_over())
             self._has_no_other_writer = False
-            self._start, self._kept, self._end = found.start, found.kept, found.size
+            self._start, self._kept, self._file.end = found.start, found.kept, found.size
             self._newest = keep_below - 1
             with only_informs("metrics.blocks"):
-                self._blocks.cut_off(self._end)
+                self._blocks.cut_off(found.size)
             if in_place:
                 self._check()
-                os.ftruncate(self._descriptor, self._end)
-                os.fsync(self._descriptor)
+                os.ftruncate(self._file.descriptor, found.size)
+                os.fsync(self._file.descriptor)
                 self._has_no_other_writer = True
                 return
-            self._close_descriptor()
+            self._file.close()
             self._is_deferred = True
-            if self._end <= COPIED_AT_ONCE:
+            if found.size <= COPIED_AT_ONCE:
                 self._make_file()
 
     def append(self, row: dict[str, Any]) -> None:
@@ -152,7 +153,7 @@ class MetricsFile:
         with self._lock:
             self._write_waiting()
             with only_informs("metrics.blocks"):
-                self._blocks.follow(self._end, self._newest)
+                self._blocks.follow(self._file.end, self._newest)
 
     def sync(self) -> None:
         """Flush the rows to the disk, as must be done before a checkpoint of their steps becomes visible.
@@ -162,8 +163,20 @@ class MetricsFile:
         """
         with self._lock:
             self._write_waiting()
-            descriptor = self._descriptor
-        os.fsync(descriptor)
+            # Of its own: another thread may open the file anew meanwhile.
+            descriptor = os.dup(self._file.descriptor)
+        try:
+            os.fsync(descriptor)
+            return
+        except OSError as error:
+            if error.errno in atomic.NO_ROOM:
+                raise
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
+        with self._lock:
+            self._file.reopen()
+            os.fsync(self._file.descriptor)
 
     def _write_waiting(self) -> None:
         if self._is_deferred:
@@ -173,53 +186,45 @@ class MetricsFile:
             self._waiting += json.dumps(row).encode() + b"\n"
             self._newest = row["step"]
         while self._waiting:
-            try:
-                written = os.pwrite(self._descriptor, self._waiting, self._end)
-            except OSError as error:
-                raise atomic.with_path_and_free_space(error, self._path) from error
-            self._end += written
+            written = self._file.write(self._waiting)
             self._waiting = self._waiting[written:]
+
+    def _opened_anew(self) -> None:
+        """Forget what was known of the file: another program may have written it."""
+        self._has_no_other_writer = False
+        self._blocks.begin_anew()
 
     def close(self) -> None:
         """Close the file. A second call, as after a failed rollback, does nothing."""
         self._is_deferred = False
         self._blocks.close()
-        if self._descriptor < 0:
+        if self._file.descriptor < 0:
             return
         is_own, identity = False, b""
         with suppress(OSError):
-            is_own, identity = self._is_own(), _identity(self._descriptor)
-        self._close_descriptor()
+            is_own, identity = self._is_own(), _identity(self._file.descriptor)
+        self._file.close()
         if is_own:
             with suppress(OSError):  # then the next attempt makes a new file
                 self._check()
                 atomic.write(self._closed_path, identity)
 
-    def _close_descriptor(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
     def _is_own(self) -> bool:
         """Is `path` the file that this attempt writes, without another writer?"""
-        return (
-            self._descriptor >= 0
-            and self._has_no_other_writer
-            and os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
-        )
+        return self._has_no_other_writer and self._file.is_at_path()
 
     def _take_over(self) -> bool:
         """Open the file if the last one that wrote it has closed it; return whether that is so.
 
         It is opened first: an attempt that is stopped in here then has a file that no newer attempt uses.
         """
-        self._close_descriptor()
+        self._file.close()
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR)
+            self._file.descriptor = os.open(self._path, os.O_RDWR)
             taken = self._closed_path.with_name(f".{self._closed_path.name}.{secrets.token_hex(8)}.tmp")
             self._closed_path.rename(taken)
             atomic.sync_folder(taken.parent)
-            is_closed = taken.read_bytes() == _identity(self._descriptor)
+            is_closed = taken.read_bytes() == _identity(self._file.descriptor)
             taken.unlink()
         except OSError:  # not closed, or another user's
             return False
@@ -235,17 +240,17 @@ class MetricsFile:
                 file.write(self._kept)
                 file.flush()
                 # Not opened by its name later: that may be a newer attempt's file then.
-                self._descriptor = os.dup(file.fileno())
+                self._file.descriptor = os.dup(file.fileno())
             self._has_no_other_writer = True
         except OSError as error:
-            self._close_descriptor()
+            self._file.close()
             if error.errno not in atomic.NO_ROOM or not self._has_kept():
                 raise
             streams.warn(f"there is no room for a new {self._path}: it is truncated in place")
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._file.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             self._check()  # after it was opened: what is truncated below is no newer attempt's
-        os.ftruncate(self._descriptor, self._end)
-        os.fsync(self._descriptor)
+        os.ftruncate(self._file.descriptor, self._file.end)
+        os.fsync(self._file.descriptor)
         self._is_deferred = False
 
     def _has_kept(self) -> bool:

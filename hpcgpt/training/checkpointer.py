@@ -18,7 +18,9 @@ from hpcgpt.checkpoint.pruner import Pruner
 from hpcgpt.checkpoint.save import Saved, Saver, local_state_dict
 from hpcgpt.distributed.stop_signals import StopFlag
 from hpcgpt.distributed.world import Ranks
+from hpcgpt.output import best_effort
 from hpcgpt.plan import Plan
+from hpcgpt.storage import atomic
 from hpcgpt.storage.lease import Lease
 from hpcgpt.training.engine import Engine
 from hpcgpt.training.hang_watchdog import Watchdog
@@ -132,6 +134,18 @@ class Checkpointer:
         self.reporter.committed(saved)
 
     def _flush_rows(self) -> None:
-        """Flush the rows to the disk before their checkpoint becomes visible: a resume would not write them again."""
+        """Flush the rows to the disk before their checkpoint becomes visible: a resume would not write them again.
+
+        Rows that wait for room will be written, so the checkpoint waits with them. Whatever else is wrong with that
+        file may last, and a missing row is cheaper than a missing checkpoint.
+
+        Raises:
+            OSError: the disk has no room.
+        """
         assert self.reporter is not None
-        self.reporter.metrics.sync()
+        try:
+            self.reporter.metrics.sync()
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in atomic.NO_ROOM:
+                raise
+            best_effort.warn("metrics.jsonl", error)

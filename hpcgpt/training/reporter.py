@@ -244,7 +244,8 @@ class Reporter:
         with only_informs("the console"):
             self._console.close()
         if self._worker.drain(DRAIN_S):
-            self.metrics.close()
+            with only_informs("metrics.jsonl"):
+                self.metrics.close()
         with only_informs("the dashboard"):
             self._tracker.close(status, FINISH_S if status == exit_codes.FINISHED else LEAVE_S)
 

@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[object, tuple[str, ...]]] = {
     "samples": (samples, ("generate",)),
     "console": (metrics_file.Console, ("step", "went_back", "say", "close")),
     "metrics file": (metrics_file.MetricsFile, ("write_appended",)),
+    "metrics file, also at a save": (metrics_file.MetricsFile, ("write_appended", "sync", "close")),
     "dashboard": (tracker.Tracker, ("sample", "close")),
     "traces": (profiler.Profiler, ("before", "after")),
 }

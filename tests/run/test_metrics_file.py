@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,26 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 def write(file: MetricsFile, row: dict[str, Any]) -> None:
     """Write a row as the training loop and its reporter do; on a full disk it stays waiting."""
     file.append(row)
-    with suppress(OSError):
+    with suppress(OSError, SupersededError):
         file.write_appended()
 
 
-def written(path: Path, steps: range) -> MetricsFile:
-    file = MetricsFile(path, keep_below=steps.start)
+class SupersededError(Exception):
+    """Instead of the exit of a process whose lease a newer attempt has taken."""
+
+
+class Orphan:
+    """The check of an attempt, until a newer one is there."""
+
+    superseded = False
+
+    def check(self) -> None:
+        if self.superseded:
+            raise SupersededError
+
+
+def written(path: Path, steps: range, check: Callable[[], None] = lambda: None) -> MetricsFile:
+    file = MetricsFile(path, steps.start, check)
     for step in steps:
         write(file, row(step))
     return file
@@ -191,9 +206,11 @@ def test_a_file_that_was_closed_is_truncated_in_place_and_another_is_not(tmp_pat
     path = tmp_path / "metrics.jsonl"
     written(path, range(1, 9)).close()
     closed = path.stat().st_ino
-    second = written(path, range(5, 7))
+    attempt = Orphan()
+    second = written(path, range(5, 7), attempt.check)
     assert path.stat().st_ino == closed
     assert not (tmp_path / "metrics.closed").exists()
+    attempt.superseded = True
     third = written(path, range(6, 8))  # the second has not closed it
     write(second, row(7))
     write(second, row(8))
@@ -211,15 +228,16 @@ def test_an_orphan_that_is_stopped_after_it_has_renamed_its_file_never_writes_a_
     """Its folder is flushed after that, which may take long."""
     path = tmp_path / "metrics.jsonl"
     newer: list[MetricsFile] = []
-    flush = atomic.sync_folder
+    flush, attempt = atomic.sync_folder, Orphan()
 
     def slow(folder: Path) -> None:
+        attempt.superseded = True
         monkeypatch.setattr(atomic, "sync_folder", flush)
         newer.append(written(path, range(1, 9)))
         flush(folder)
 
     monkeypatch.setattr(atomic, "sync_folder", slow)
-    orphan = written(path, range(1, 3))
+    orphan = written(path, range(1, 3), attempt.check)
     write(newer[0], row(9))
     newer[0].close()
     orphan.close()
@@ -283,8 +301,10 @@ def test_a_large_file_is_copied_when_the_first_row_is_written(
 ) -> None:
     monkeypatch.setattr("hpcgpt.run.metrics_file.COPIED_AT_ONCE", 1000)
     path = tmp_path / "metrics.jsonl"
-    orphan = written(path, range(1, 3001))
+    attempt = Orphan()
+    orphan = written(path, range(1, 3001), attempt.check)
     before = path.read_bytes().splitlines(keepends=True)
+    attempt.superseded = first != "close"  # else the other one has made no file
     file = MetricsFile(path, keep_below=2501)
     assert len(file.tail) == 1000
     assert path.read_bytes() == b"".join(before), "the start does not wait for the copy"
@@ -342,6 +362,70 @@ def test_rows_that_cannot_be_written_prevent_a_checkpoint(tmp_path: Path) -> Non
         with pytest.raises(OSError, match="No space left on device"):
             file.sync()
         file.close()
+
+
+def replaced(path: Path, how: str) -> None:
+    """Replace metrics.jsonl as people do while a run trains."""
+    if how == "sed":
+        subprocess.run(["sed", "-i", "s/3.25/3.5/", str(path)], check=True)
+    elif how == "copied without its last line feed":
+        copy = path.with_name("copy")
+        copy.write_bytes(path.read_bytes()[:-1])
+        copy.rename(path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("how", "kept"), [("sed", [1, 2, 3]), ("copied without its last line feed", [1, 2, 3]), ("removed", [])]
+)
+def test_rows_go_into_the_file_that_has_replaced_the_open_one(
+    tmp_path: Path, how: str, kept: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = written(path, range(1, 4))
+    replaced(path, how)
+    write(file, row(4))
+    assert [each["step"] for each in rows(path)] == [*kept, 4]
+    assert f"{path} was replaced, or could not be written" in capfd.readouterr().err
+    write(file, row(5))
+    file.sync()
+    file.close()
+    assert [each["step"] for each in rows(path)] == [*kept, 4, 5]
+    assert not capfd.readouterr().err
+    written(path, range(5, 7)).close()
+    assert [each["step"] for each in rows(path)] == [*kept, 4, 5, 6]
+
+
+@pytest.mark.parametrize("first", ["write_appended", "sync", "cut_off"])
+def test_a_descriptor_that_fails_is_opened_anew(tmp_path: Path, first: str) -> None:
+    """As on NFS with ESTALE: here the descriptor has become one that can be neither written nor flushed."""
+    path = tmp_path / "metrics.jsonl"
+    file = written(path, range(1, 4))
+    reader, writer = os.pipe()
+    os.dup2(reader, file._file.descriptor)
+    os.close(reader)
+    os.close(writer)
+    if first == "cut_off":
+        file.cut_off(4)
+    file.append(row(4))
+    {"write_appended": file.write_appended}.get(first, file.sync)()
+    assert [each["step"] for each in rows(path)] == [1, 2, 3, 4]
+    file.sync()
+    file.close()
+
+
+def test_a_superseded_attempt_does_not_write_the_file_that_has_replaced_its_own(tmp_path: Path) -> None:
+    path, attempt = tmp_path / "metrics.jsonl", Orphan()
+    orphan = written(path, range(1, 3), attempt.check)
+    attempt.superseded = True
+    newer = MetricsFile(path, 3)
+    orphan.append(row(3, attempt=1))
+    with pytest.raises(SupersededError):
+        orphan.write_appended()
+    write(newer, row(3, attempt=2))
+    assert [each.get("attempt") for each in rows(path)] == [None, None, 2]
 
 
 # --- the console -----------------------------------------------------------------------------------

@@ -175,6 +175,20 @@ int close(int descriptor) {
     return status;
 }
 
+/* os.dup: a copy of a descriptor is about the same path. */
+#define FCNTL(name)                                                                    \
+    int name(int descriptor, int command, ...) {                                       \
+        va_list rest;                                                                  \
+        va_start(rest, command);                                                       \
+        void *argument = va_arg(rest, void *);                                         \
+        va_end(rest);                                                                  \
+        int result = REAL(name)(descriptor, command, argument);                        \
+        if (command == F_DUPFD_CLOEXEC) opened(result, file(descriptor));              \
+        return result;                                                                 \
+    }
+FCNTL(fcntl)
+FCNTL(fcntl64)
+
 #define OF_FILE(type, name, call, kind, parameters, ...) \
     type name parameters {                               \
         FAIL_IF(call, file(descriptor), kind, (type)-1); \

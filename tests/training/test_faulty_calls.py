@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcgpt.exit_codes import FINISHED
 from tests.training.faulty_bed import ANSWERS, Case, FaultyBed, Site
 
 SAMPLES = [4, pytest.param(40, marks=pytest.mark.long)]  # of each of the two groups below; plus the known regressions
@@ -97,6 +98,17 @@ ONCE_ENDED_A_RUN = (
 
 def test_failures_that_once_ended_a_run_cost_at_most_a_start(bed: FaultyBed) -> None:
     assert_survived(bed, list(ONCE_ENDED_A_RUN))
+
+
+def test_a_descriptor_of_the_metrics_that_fails_from_some_row_on_costs_nothing(bed: FaultyBed) -> None:
+    """As on NFS with ESTALE. The descriptor was opened under the first name of the file."""
+    row = Site("write", "run/.metrics.jsonl.*.tmp", 4)
+    assert row in bed.calls["start"]
+    case = Case("start", row, errno.ESTALE, "path")
+    ended = bed.train(bed.folder / "stale", 0, case)
+    assert ended.status == FINISHED, ended.err
+    assert "metrics.jsonl was replaced, or could not be written: it was opened anew" in ended.err
+    assert_survived(bed, [case])
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
