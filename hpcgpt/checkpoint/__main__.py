@@ -69,8 +69,11 @@ def _back(run: Path, step: int) -> int:
     """Go back to the checkpoint of `step`, unless an attempt is running."""
     go_back.find(run, step, "--step")  # before the lease, for which it may have to wait
     with lease.acquire(run, world.job_start()) as held:
-        done = go_back.set_aside_newer(run, step, held, "--step")
-    print(done or f"the checkpoint of step {step:,} is the newest already")
+        target, done = go_back.target(run, step, "--step"), f"the checkpoint of step {step:,} is the newest already"
+        if target:
+            go_back.refuse_damaged(target, layout.verify(target), "--step")
+            done = go_back.set_aside_newer(run, step, held)
+    print(done)
     return 0
 
 

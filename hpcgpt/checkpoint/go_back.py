@@ -73,20 +73,38 @@ def find(run: Path, step: int, asked_by: str) -> Path:
     )
 
 
-def set_aside_newer(run: Path, step: int, lease: Lease, asked_by: str = KEY) -> str:
-    """Set the checkpoints after `step` aside; return a message, or '' if there were none. `asked_by`: see `find`.
+# A run goes back in three parts. One process does the first and the last; in between all ranks check the checkpoint,
+# because one alone may take longer for a large one than the others wait in a collective.
+
+
+def target(run: Path, step: int, asked_by: str = KEY) -> Path | None:
+    """Return the checkpoint of `step`, to go back to; None if it is the newest already. `asked_by`: see `find`.
 
     Raises:
-        UserError: there is no checkpoint of this step, or it is damaged: then nothing is changed.
-        OSError: a checkpoint could not be read or moved.
+        UserError: there is none.
     """
-    checkpoints = run / "checkpoints"
-    target = find(run, step, asked_by)
-    newer = [path for path in layout.found(checkpoints) if layout.step_of(path) > step]
-    if not newer:
-        return ""
-    if problem := layout.verify(target):
-        raise UserError(f"{asked_by} {step}: {target} is damaged ({problem}): choose another")
+    path = find(run, step, asked_by)
+    return path if _newer(run, step) else None
+
+
+def refuse_damaged(path: Path, problem: str, asked_by: str = KEY) -> None:
+    """Raise UserError if the checkpoint to go back to has a `problem`: then nothing is changed."""
+    if problem:
+        step = layout.step_of(path)
+        raise UserError(f"{asked_by} {step}: {path} is damaged ({problem}): choose another")
+
+
+def _newer(run: Path, step: int) -> list[Path]:
+    return [path for path in layout.found(run / "checkpoints") if layout.step_of(path) > step]
+
+
+def set_aside_newer(run: Path, step: int, lease: Lease) -> str:
+    """Set the checkpoints after `step` aside, of which there is at least one; return a message.
+
+    Raises:
+        OSError: a checkpoint could not be moved.
+    """
+    checkpoints, newer = run / "checkpoints", _newer(run, step)
     aside = checkpoints / f"newer_than_{step:09d}.g{lease.number:04d}"
     newest = layout.step_of(newer[0])
     # First, so that W&B gets the rows of repeated steps, however far this comes.

@@ -55,7 +55,7 @@ class Restorer:
         """
         if self.lease:
             retention.recover_leftovers(self.checkpoints, self.lease)
-        back = run_on_rank0(self.ranks, self._go_back)
+        back = self._go_back()
         newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), self._initialize())
@@ -69,16 +69,30 @@ class Restorer:
         return Resumed(newest, changes, notes=tuple(note for note in notes if note))
 
     def _go_back(self) -> str:
-        """Go back to `checkpoint.step`, unless that was done before; return a message, or ''. Rank 0 only."""
+        """Go back to `checkpoint.step`, unless that was done before; return a message, or ''."""
+        run, step = self.plan.config.run_folder, self.plan.config.checkpoint.step
+        note, target = run_on_rank0(self.ranks, self._to_go_back_to)
+        if target is None:
+            return note
+        go_back.refuse_damaged(target, load.problem_of(target, self.ranks))
+
+        def move() -> str:
+            assert self.lease is not None
+            return go_back.set_aside_newer(run, step, self.lease)
+
+        return run_on_rank0(self.ranks, move)
+
+    def _to_go_back_to(self) -> tuple[str, Path | None]:
+        """Return a message, or '', and the checkpoint to go back to, if that is still to be done. Rank 0 only."""
         config, step = self.plan.config, self.plan.config.checkpoint.step
         if not step or not self.lease:
-            return ""
+            return "", None
         if go_back.was_done(config):
             return (
                 f"checkpoint.step {step}: this run has gone back there already and continues from its newest "
                 f"checkpoint; to go back once more: hpcgpt checkpoint back {config.run_folder} --step {step}"
-            )
-        return go_back.set_aside_newer(config.run_folder, step, self.lease)
+            ), None
+        return "", go_back.target(config.run_folder, step)
 
     def _initialize(self) -> str:
         """Load what `run.init_from` names, if anything, and seed the generators; return a message on the origin."""

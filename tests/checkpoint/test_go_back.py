@@ -16,7 +16,8 @@ from hpcgpt.errors import UserError
 from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
 from hpcgpt.run import run_folder
 from hpcgpt.storage import lease as leases
-from tests.programs import command
+from tests.checkpoint.small_checkpoints import flip_byte
+from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows, tensors
 
 pytestmark = pytest.mark.processes
@@ -118,14 +119,33 @@ def test_a_job_that_goes_back_is_not_taken_for_a_finished_one(config: Path, run:
 
 def test_nothing_moves_if_the_checkpoint_to_go_back_to_is_damaged(run: Path) -> None:
     (run / "checkpoints" / "step_000000004" / "state.json").write_text("{}")
-    lease = leases.acquire(run, "")
-    try:
-        with pytest.raises(UserError, match=r"checkpoint\.step 4: .*step_000000004 is damaged"):
-            go_back.set_aside_newer(run, 4, lease)
-    finally:
-        lease.release()
     with pytest.raises(UserError, match=r"--step 4: .*step_000000004 is damaged"):
         main(["back", str(run), "--step", "4"])
+    assert names(run / "checkpoints") == ["step_000000004", "step_000000008", LAST]
+
+
+def test_all_ranks_together_check_the_checkpoint_to_go_back_to(config: Path, run: Path, tmp_path: Path) -> None:
+    """One rank alone would take longer for a large one than the others wait for it in a collective."""
+    files = layout.read_files(run / "checkpoints" / "step_000000004")
+    flags = ("--run.dir", str(run.parent), "--checkpoint.step", "4", "--train.steps", "5")
+    done = on_ranks(2, "tests.checkpoint.ranks_go_back", str(tmp_path), str(config), *flags)
+    assert done.returncode == FINISHED, done.stderr
+    first, second = ((tmp_path / f"rank_{rank}.txt").read_text().splitlines() for rank in range(2))
+    name, own = first[0].split()
+    assert (name, first[1]) == ("step_000000004", "move 0")
+    name, others = second[0].split()
+    assert name == "step_000000004"
+    assert "move 0" not in second
+    assert int(own) + int(others) == sum(file["bytes"] for file in files.values())
+    assert int(own) > 0 < int(others)
+
+
+def test_a_start_is_refused_if_the_checkpoint_to_go_back_to_is_damaged(config: Path, run: Path) -> None:
+    flip_byte(run / "checkpoints" / "step_000000004")
+    done = command("hpcgpt.train", str(config), "--run.dir", str(run.parent), "--checkpoint.step", "4")
+    assert done.returncode == USER_MISTAKE
+    assert "checkpoint.step 4: " in done.stderr
+    assert "step_000000004 is damaged (the checksum of tensors_00000_of_00001.safetensors is not" in done.stderr
     assert names(run / "checkpoints") == ["step_000000004", "step_000000008", LAST]
 
 
