@@ -131,11 +131,12 @@ class Attempt:
 
     def run(self) -> int:
         """Train to the end, or until a stop is requested; return the exit status."""
+        self.watchdog.alive()
         started_at = time.monotonic()
         self.engine.warm_up()
         self._times["warm_up_s"] = time.monotonic() - started_at
         started_at = time.monotonic()
-        restorer = Restorer(self.plan, self.ranks, self.lease, self.engine, self.state)
+        restorer = Restorer(self.plan, self.ranks, self.lease, self.engine, self.state, self.watchdog)
         resumed = restorer.resume(self._in_effect)
         self._times["load_s"] = time.monotonic() - started_at
         reporter = make_on_rank0(self.ranks, lambda: self._begin_to_report(resumed))

@@ -40,7 +40,7 @@ from hpcgpt.output import streams
 from hpcgpt.run import crash_report, run_folder
 
 TICK_S = 1.0
-START_S = 1800.0  # limit until the first steps: compilation, a cold file system
+START_S = 1800.0  # limit for each part of the start but loading, and until the first steps: compilation, a cold disk
 REPORT_S = 10.0  # limit for writing stacks: the disk may not answer
 
 

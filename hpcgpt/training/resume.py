@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from hpcgpt import plan
 from hpcgpt.checkpoint import go_back, init_from, layout, load, retention
 from hpcgpt.checkpoint.layout import TrainState
+from hpcgpt.checkpoint.save import LONGEST_S
 from hpcgpt.distributed.collectives import run_on_rank0
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import DivergedError
@@ -19,6 +21,7 @@ from hpcgpt.storage.lease import Lease
 from hpcgpt.training import in_effect
 from hpcgpt.training.checkpointer import Checkpointer
 from hpcgpt.training.engine import Engine
+from hpcgpt.training.hang_watchdog import Watchdog
 from hpcgpt.training.reporter import Reporter
 from hpcgpt.training.spikes import SpikeDetector
 
@@ -43,8 +46,17 @@ class Restorer:
     `lease` is None except on rank 0.
     """
 
-    def __init__(self, planned: Plan, ranks: Ranks, lease: Lease | None, engine: Engine, state: TrainState) -> None:
+    def __init__(
+        self,
+        planned: Plan,
+        ranks: Ranks,
+        lease: Lease | None,
+        engine: Engine,
+        state: TrainState,
+        watchdog: Watchdog,
+    ) -> None:
         self.plan, self.ranks, self.lease, self.engine, self.state = planned, ranks, lease, engine, state
+        self._watchdog = watchdog
         self.checkpoints = planned.config.run_folder / "checkpoints"
 
     def resume(self, now: dict[str, Any]) -> Resumed:
@@ -53,10 +65,12 @@ class Restorer:
         Raises:
             UserError: the run was trained with other settings, or `run.strict` refuses a change.
         """
-        if self.lease:
-            retention.recover_leftovers(self.checkpoints, self.lease)
-        back = self._go_back()
-        newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
+        with self.patience():
+            if self.lease:
+                retention.recover_leftovers(self.checkpoints, self.lease)
+            back = self._go_back()
+            self._watchdog.alive()
+            newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), self._initialize())
         state = run_on_rank0(self.ranks, lambda: layout.read_state(newest))
@@ -100,15 +114,21 @@ class Restorer:
         origin = ""
         if settings.init_from:
             optimizer = self.engine.optimizer if settings.init_optimizer else None
-            source = init_from.load(settings, self.engine.model.gpt, optimizer, self.ranks)
+            with self.patience():
+                source = init_from.load(settings, self.engine.model.gpt, optimizer, self.ranks)
             self.state.skipped = init_from.first_batch(source.state, self.plan.config, self.plan.identity)
             origin = source.message(self.state.skipped * self.plan.config.train.global_batch)
         torch.manual_seed(settings.seed + 7919 * self.ranks.world.rank)
         return origin
 
+    def patience(self) -> AbstractContextManager[None]:
+        """Allow to read a checkpoint for as long as it may take to write one: that is no hang."""
+        return self._watchdog.patience(LONGEST_S)
+
     def load(self, path: Path) -> None:
         """Load the tensors, random generators and state of a checkpoint."""
-        saved = load.load(path, self.engine.model.gpt, self.engine.optimizer, self.ranks)
+        with self.patience():
+            saved = load.load(path, self.engine.model.gpt, self.engine.optimizer, self.ranks)
         self.state.become(saved)
         if saved.world_size != self.ranks.world.size:
             torch.manual_seed(self.plan.config.run.seed + 7919 * self.ranks.world.rank + 104729 * saved.step)
@@ -135,12 +155,13 @@ class Rollback:
             DivergedError: the run has gone back spike.max_rollbacks times.
         """
         run_on_rank0(self._ranks, lambda: self._checkpointer.pruner.wait())
-        found = load.newest_valid(
-            self._restorer.checkpoints,
-            self._ranks,
-            self._restorer.lease,
-            lambda saved: saved < step and self._checkpointer.is_regular(saved),
-        )
+        with self._restorer.patience():
+            found = load.newest_valid(
+                self._restorer.checkpoints,
+                self._ranks,
+                self._restorer.lease,
+                lambda saved: saved < step and self._checkpointer.is_regular(saved),
+            )
         if found is None:
             if self._reporter:
                 self._reporter.say("there is no checkpoint to go back to yet")

@@ -42,7 +42,12 @@ def record_calls(owner: Any, name: str, note: Callable[..., None]) -> None:
 def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     rank = world.discover().rank
     counts: Counter[str] = Counter()
-    report: dict[str, Any] = {"order": [], "saves": [], "save_takes": [], "evaluations": []}
+    report: dict[str, Any] = {"order": [], "saves": [], "save_takes": [], "evaluations": [],
+                              "loading": []}  # fmt: skip
+    watched: list[hang_watchdog.Watchdog] = []
+
+    def loading(*_: object) -> None:
+        report["loading"].append([watched[0].limit_s, counts["alive"]])
 
     def begin(saver: save.Saver, state: Any, _: object) -> None:
         report["saves"].append(
@@ -86,6 +91,9 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     record_calls(engine, "accumulate", lambda *_, **__: report["order"].append("warm_up"))
     record_calls(retention, "recover_leftovers", lambda *_: report["order"].append("recover_leftovers"))
     record_calls(load, "newest_valid", lambda *_: report["order"].append("newest_valid"))
+    record_calls(hang_watchdog.Watchdog, "__init__", lambda dog, *_: watched.append(dog))
+    record_calls(load, "newest_valid", loading)
+    record_calls(load, "load", loading)
     record_calls(loop.Loop, "run", stepping)
     record_calls(reporter.Reporter, "close", close)
     train._leave = leave  # type: ignore[assignment]  # it would end this process before the report is written

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hpcgpt.checkpoint.save import LONGEST_S
 from hpcgpt.exit_codes import AGAIN, FINISHED
 from hpcgpt.run import run_folder
 from hpcgpt.storage import lease
@@ -110,6 +111,14 @@ def test_the_stop_flag_gets_the_durations_of_all_saves_also_of_earlier_attempts(
 def test_every_batch_of_an_evaluation_resets_the_watchdog(finished: Reports) -> None:
     """8 batches on 2 ranks; a long evaluation is not a hang."""
     assert [rank["evaluations"] for rank in finished] == [[4, 4], [4, 4]]
+
+
+def test_a_checkpoint_may_take_as_long_to_load_as_to_save(finished: Reports) -> None:
+    """Each of its passes, on each rank; other parts of the start may not."""
+    for rank in finished:
+        (choice_s, alive_before), (load_s, alive_after) = rank["loading"]
+        assert choice_s == load_s == LONGEST_S
+        assert alive_after > alive_before > 0
 
 
 def test_every_rank_has_a_watchdog_and_looks_for_a_newer_attempt(stopped: Reports) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ def test_a_rollback_chooses_its_checkpoint_after_the_removals_of_the_start(
         state=TrainState(),
         checkpoints=three_checkpoints,
         lease=lease,
+        patience=nullcontext,
         plan=SimpleNamespace(config=Config()),
     )
     checkpointer: Any = SimpleNamespace(pruner=pruning, is_regular=lambda step: step % 4 == 0)
