@@ -18,7 +18,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +25,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hpcgpt import errors
 from hpcgpt.checkpoint import layout, stored
 from hpcgpt.checkpoint.layout import State
 from hpcgpt.checkpoint.parts import PADDING, Part, own_parts, parts_of
@@ -36,22 +34,27 @@ from hpcgpt.distributed.sharded_tensor import is_sharded, local_rows
 from hpcgpt.distributed.world import Ranks
 from hpcgpt.errors import InputError, UserError
 from hpcgpt.optim.optimizer import state_keys
-from hpcgpt.output.counted import counted
-from hpcgpt.run import run_folder
+from hpcgpt.output import streams
+from hpcgpt.run import unreadable
+from hpcgpt.run.unreadable import Unreadable
 from hpcgpt.storage.lease import Lease
 
 T = TypeVar("T")
 RETRY_S = 0.5
-FAILED_ATTEMPTS = 2  # earlier ones that could not read a checkpoint, on any host, until it is set aside
 
 
 def newest_valid(
-    checkpoints: Path, ranks: Ranks, lease: Lease | None, wanted: Callable[[int], bool] = lambda _: True
+    checkpoints: Path,
+    ranks: Ranks,
+    lease: Lease | None,
+    wanted: Callable[[int], bool] = lambda _: True,
+    required: bool = True,
 ) -> Path | None:
     """Return the newest valid checkpoint of a step that is `wanted`, the same on every rank. A collective.
 
-    None if there never was a checkpoint, or none of such a step. Damaged ones are set aside with a warning; without a
-    lease, as for a command that only reads, they are skipped.
+    None if there never was a checkpoint, or none of such a step. Unless it is `required`, also if all of them are
+    damaged, or have another format version.
+    Damaged ones are set aside with a warning; without a lease, as for a command that only reads, they are skipped.
 
     Raises:
         UserError: there are such checkpoints, but none is valid; or the newest has another format version.
@@ -63,20 +66,27 @@ def newest_valid(
         path = checkpoints / name
         if not wanted(layout.step_of(path)):
             continue
-        problem, unreadable = _check(path, ranks)
-        if unreadable:
-            earlier = run_on_rank0(ranks, lambda path=path, one=unreadable: _failed_before(path, one, lease))  # type: ignore[misc]
+        try:
+            problem, unread = _check(path, ranks)
+        except layout.FormatError as error:
+            if required:
+                raise
+            if ranks.world.is_first:
+                streams.warn(error)
+            continue
+        if unread:
+            earlier = run_on_rank0(ranks, lambda path=path, one=unread: _failed_before(path, one, lease))  # type: ignore[misc]
             if not earlier:
-                raise unreadable.error
-            problem = f"it cannot be read, as {earlier} found as well: {unreadable.message}"
+                raise unread.error
+            problem = f"it cannot be read, as {earlier} found as well: {unread.message}"
         if not problem:
             return path
         problems.append(f"{name}: {problem}")
         run_on_rank0(ranks, lambda path=path, problem=problem: _reject(path, problem, lease))  # type: ignore[misc]
-    if not names:
+    if not names and required:
         # If earlier starts have set all of them aside, the run must not silently start from scratch.
         problems = run_on_rank0(ranks, lambda: [path.name for path in layout.damaged(checkpoints)])
-    if problems:
+    if problems and required:
         raise UserError(
             f"{checkpoints} has checkpoints, but none is valid ({'; '.join(problems)}): restore one, or start "
             "another --run.name; training is not started over silently"
@@ -90,34 +100,13 @@ def problem_of(path: Path, ranks: Ranks) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    problem, unreadable = _check(path, ranks)
-    if unreadable:
-        raise unreadable.error
+    problem, unread = _check(path, ranks)
+    if unread:
+        raise unread.error
     return problem
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    """A file that a rank could not read, and why."""
-
-    rank: int
-    host: str
-    errno: int
-    reason: str
-    file: str
-
-    @property
-    def message(self) -> str:
-        return f"{self.file}: {self.reason}"
-
-    @property
-    def error(self) -> OSError:
-        error = OSError(self.errno, self.reason, self.file)
-        errors.mark(error, self.rank)
-        return error
-
-
-def _check(path: Path, ranks: Ranks) -> tuple[str, _Unreadable | None]:
+def _check(path: Path, ranks: Ranks) -> tuple[str, Unreadable | None]:
     """Return what is wrong with a checkpoint, or '', and what of it cannot be read: the same on every rank."""
     parts = run_on_rank0(ranks, lambda: _try_twice(lambda: _parts(path), ranks.world.rank))
     if not isinstance(parts, list):
@@ -132,14 +121,14 @@ def _parts(path: Path) -> list[Part] | str:
     return layout.check_structure(path) or parts_of(layout.read_files(path))
 
 
-def _try_twice(check: Callable[[], T], rank: int) -> T | _Unreadable:
+def _try_twice(check: Callable[[], T], rank: int) -> T | Unreadable:
     with suppress(OSError):
         return check()
     time.sleep(RETRY_S)  # a network file system may recover
     try:
         return check()
     except OSError as error:
-        return _Unreadable(
+        return Unreadable(
             rank,
             socket.gethostname(),
             error.errno or errno.EIO,
@@ -148,42 +137,21 @@ def _try_twice(check: Callable[[], T], rank: int) -> T | _Unreadable:
         )
 
 
-def _first_problem(found: Sequence[str | _Unreadable]) -> tuple[str, _Unreadable | None]:
+def _first_problem(found: Sequence[str | Unreadable]) -> tuple[str, Unreadable | None]:
     """Return the first problem, or else the first unreadable file: damage counts, whatever could not be read."""
     problem = next((one for one in found if isinstance(one, str) and one), "")
-    unreadable = next((one for one in found if isinstance(one, _Unreadable)), None)
-    return problem, None if problem else unreadable
+    unread = next((one for one in found if isinstance(one, Unreadable)), None)
+    return problem, None if problem else unread
 
 
-def _failed_before(path: Path, now: _Unreadable, lease: Lease | None) -> str:
+def _failed_before(path: Path, now: Unreadable, lease: Lease | None) -> str:
     """Record that a checkpoint cannot be read; return which earlier attempts could not either, if enough, or ''.
 
     Rank 0 only. Without a lease, nothing is recorded, and the result is ''.
     """
     if lease is None:
         return ""
-    run, step, identity = path.parents[1], layout.step_of(path), _stamp(path)
-    found: list[dict[str, Any]] = []
-    for event in run_folder.events(run):
-        if event.get("step") != step:
-            continue
-        if event.get("event") == "save" or event.get("set_aside"):
-            found = []  # earlier events are about one that was replaced, or restored, since
-        # If its identity is not known, its step is enough: a disk that cannot be read must not block the run.
-        elif (
-            event.get("event") == "unreadable"
-            and event.get("attempt") != lease.number
-            and (not identity or event.get("identity", "") in ("", identity))
-        ):
-            found.append(event)
-    hosts = {str(event.get("host")) for event in found}
-    enough = len({event.get("attempt") for event in found}) >= FAILED_ATTEMPTS or bool(hosts - {now.host})
-    with suppress(OSError):  # if it is not recorded, the next failure counts as the first
-        run_folder.record(
-            run, "unreadable", attempt=lease.number, step=step, rank=now.rank, host=now.host, problem=now.message,
-            identity=identity, set_aside=enough,
-        )  # fmt: skip
-    return f"{counted(len(found), 'earlier attempt')} on {', '.join(sorted(hosts))}" if enough else ""
+    return unreadable.failed_before(path.parents[1], layout.step_of(path), _stamp(path), now, lease)
 
 
 def _stamp(path: Path) -> str:

@@ -149,7 +149,7 @@ class Rollback:
         self._ranks, self._state = restorer.ranks, restorer.state
 
     def target(self, step: int) -> Path | None:
-        """Return the checkpoint to go back to after a spike at `step`; None if there is none yet.
+        """Return the checkpoint to go back to after a spike at `step`; None if there is none.
 
         Raises:
             DivergedError: the run has gone back spike.max_rollbacks times.
@@ -161,10 +161,11 @@ class Rollback:
                 self._ranks,
                 self._restorer.lease,
                 lambda saved: saved < step and self._checkpointer.is_regular(saved),
+                required=False,
             )
         if found is None:
             if self._reporter:
-                self._reporter.say("there is no checkpoint to go back to yet")
+                self._reporter.say("there is no valid regular checkpoint to go back to")
             return None
         limit = self._restorer.plan.config.spike.max_rollbacks
         if self._state.rollbacks >= limit:

@@ -280,7 +280,7 @@ def test_metrics_that_cannot_be_cut_off_end_every_rank_with_the_same_error(runs:
 def test_before_the_first_checkpoint_a_spike_is_only_reported(runs: Runs) -> None:
     done = runs.start("tiny", {"spikes": [3]}, *SPIKE)
     assert done.returncode == FINISHED, done.stderr
-    assert "there is no checkpoint to go back to yet" in done.stdout
+    assert "there is no valid regular checkpoint to go back to" in done.stdout
     assert [event["step"] for event in events(runs.run("tiny"), "spike")] == [4]
     assert runs.batches("tiny") == list(range(12))
 
