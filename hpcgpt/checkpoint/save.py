@@ -49,7 +49,8 @@ SPARE_BYTES = 1 << 20  # state, manifest, headers
 
 @dataclass(frozen=True)
 class Saved:
-    """The outcome of a save. `problem`: why it failed, the same on every rank; '' if it did not.
+    """The outcome of a save. `problem`: why it failed, the same on every rank; '' if it did not. `existed`: nothing was
+    written, as the checkpoint was there already; its times say nothing about saving.
 
     `seconds` is the time from the copy until the checkpoint was visible, `stall_s` how long training waited for it,
     `bytes` its size. `may_pass`: another try may succeed, since the problem is not lack of room, for which the save has
@@ -62,6 +63,7 @@ class Saved:
     stall_s: float
     bytes: int
     may_pass: bool = False
+    existed: bool = False
 
 
 def local_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
@@ -168,7 +170,7 @@ class Saver:
             temporary, problem, may_pass = None, str(error), error.errno not in atomic.NO_ROOM
         if temporary is None:
             seconds = time.monotonic() - began_at
-            return Saved(state.step, problem, seconds, seconds, size, may_pass)
+            return Saved(state.step, problem, seconds, seconds, size, may_pass, existed=not problem)
         copies, folder = _copied(share, self._copies, self._ranks.device), Path(temporary)
         place = place_of(sizes, self._ranks.world.rank, self._files)
         self._save = _Save(

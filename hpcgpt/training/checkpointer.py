@@ -124,7 +124,8 @@ class Checkpointer:
             return
         if self.reporter:
             self.reporter.saved(saved)
-        if not saved.problem:  # the time of a failed save is no estimate for the next one
+        # The time of a failed save is no estimate for the next one, nor is that of one with nothing to write.
+        if not saved.problem and not saved.existed:
             self.stop.save_takes(saved.seconds)
 
     # Called from the saver's thread, on rank 0.

@@ -176,7 +176,7 @@ class Reporter:
             self.event("save_failed", step=saved.step, problem=saved.problem, stall_s=saved.stall_s)
         elif committed:
             self.event("save_stall", step=saved.step, stall_s=saved.stall_s - committed.stall_s)
-        else:  # the checkpoint existed already, or its commit could not be recorded
+        elif not saved.existed:  # its commit could not be recorded
             self.committed(saved)
 
     def straggler(self, step: int, found: Straggler) -> None:

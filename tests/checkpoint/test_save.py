@@ -61,7 +61,7 @@ def test_a_save_has_the_state_at_its_beginning(checkpoints: Path, lease: Lease) 
         weight.fill_(-1.0)
         saved = saver.finish(lambda: None)
         assert saved is not None
-        assert (saved.problem, saved.step, saver.busy) == ("", step, False)
+        assert (saved.problem, saved.step, saved.existed, saver.busy) == ("", step, False, False)
         addresses.append(saver._copies[WEIGHT].data_ptr())
     assert addresses[0] == addresses[1], "new memory costs more than the copying"
     for step in (4, 8):
@@ -266,6 +266,7 @@ def test_if_the_synchronisation_fails_there_is_no_checkpoint(checkpoints: Path, 
     saved = saver.finish(lambda: None)
     assert saved is not None
     assert "the rows have no room" in saved.problem
+    assert not saved.existed
     assert names(checkpoints) == []
     assert save(checkpoints, 4, lease) == ""
 
@@ -275,7 +276,9 @@ def test_a_step_that_is_saved_already_stays_as_it_is(three_checkpoints: Path, le
         path.name: (path.read_bytes(), path.stat().st_mtime_ns)
         for path in (three_checkpoints / "step_000000012").iterdir()
     }
-    assert save(three_checkpoints, 12, lease) == ""
+    saved = Saver(three_checkpoints, ALONE, lease, KEEP_ALL).begin(state(12), {WEIGHT: torch.zeros(9)})
+    assert saved is not None
+    assert (saved.problem, saved.existed) == ("", True)
     assert before == {
         p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (three_checkpoints / "step_000000012").iterdir()
     }
