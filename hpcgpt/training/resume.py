@@ -126,12 +126,16 @@ class Restorer:
         return self._watchdog.patience(LONGEST_S)
 
     def load(self, path: Path) -> None:
-        """Load the tensors, random generators and state of a checkpoint."""
+        """Load the tensors, random generators and state of a checkpoint.
+
+        A generator whose state it lacks, as that of a GPU if the run was on CPUs, or all if the number of ranks was
+        another, is seeded: differently on each rank, or all would draw the same masks for dropout.
+        """
+        settings, step = self.plan.config.run, layout.step_of(path)
+        torch.manual_seed(settings.seed + 7919 * self.ranks.world.rank + 104729 * step)  # of all devices
         with self.patience():
             saved = load.load(path, self.engine.model.gpt, self.engine.optimizer, self.ranks)
         self.state.become(saved)
-        if saved.world_size != self.ranks.world.size:
-            torch.manual_seed(self.plan.config.run.seed + 7919 * self.ranks.world.rank + 104729 * saved.step)
 
 
 class Rollback:

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpcgpt import train
 from hpcgpt.checkpoint import load, retention, save
 from hpcgpt.distributed import stop_signals, world
@@ -43,7 +45,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     rank = world.discover().rank
     counts: Counter[str] = Counter()
     report: dict[str, Any] = {"order": [], "saves": [], "save_takes": [], "evaluations": [],
-                              "loading": []}  # fmt: skip
+                              "loading": [], "gpu_seeds": []}  # fmt: skip
     watched: list[hang_watchdog.Watchdog] = []
 
     def loading(*_: object) -> None:
@@ -94,6 +96,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     record_calls(hang_watchdog.Watchdog, "__init__", lambda dog, *_: watched.append(dog))
     record_calls(load, "newest_valid", loading)
     record_calls(load, "load", loading)
+    record_calls(torch.cuda, "manual_seed_all", lambda seed: report["gpu_seeds"].append(seed))
     record_calls(loop.Loop, "run", stepping)
     record_calls(reporter.Reporter, "close", close)
     train._leave = leave  # type: ignore[assignment]  # it would end this process before the report is written

@@ -121,6 +121,12 @@ def test_a_checkpoint_may_take_as_long_to_load_as_to_save(finished: Reports) -> 
         assert alive_after > alive_before > 0
 
 
+def test_where_a_checkpoint_has_no_generator_of_a_gpu_each_rank_seeds_its_own(finished: Reports) -> None:
+    """As if the run was on CPUs before. Here there are no GPUs to seed, and the last seed that they would have got."""
+    seeds = [rank["gpu_seeds"][-1] for rank in finished]
+    assert seeds == [1 + 104729 * 6, 1 + 7919 + 104729 * 6]
+
+
 def test_every_rank_has_a_watchdog_and_looks_for_a_newer_attempt(stopped: Reports) -> None:
     assert {"watchdog", "heartbeat"} <= set(stopped[0]["threads"])
     assert {"watchdog", "lease"} <= set(stopped[1]["threads"])
