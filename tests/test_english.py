@@ -35,6 +35,7 @@ ALLOWED = (
     *((name, "prep/placing", "the same file") for name in (
         "slurm/shards.sbatch", "tests/data_prep/test_shards_script.py")),
     ("hpcgpt/checkpoint/load.py", "set_aside", "a field in events.jsonl, which is on disk"),
+    ("hpcgpt/run/unreadable.py", "set_aside", "a field in events.jsonl, which is on disk"),
     ("", "told to terminate", "a reason in exit.json, which is on disk"),
     ("", "for a quota", "of a disk"),
     ("", "or its quota", "of a disk"),

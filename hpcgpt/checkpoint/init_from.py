@@ -6,7 +6,9 @@ length, another batch, other data (with the same tokenizer). ``run.init_optimize
 With ``run.init_data = "continue"`` the samples continue after those that the other run has trained on, so that a fork
 at step k with both, and at the same constant rate, computes what the other run did after step k.
 
-Once the new run has a checkpoint of its own, the other one is not read any more.
+The first attempt records the step in config.toml, and later ones begin with the same checkpoint: the other run may have
+newer ones by then, and an interruption must not change the result. Once the new run has a checkpoint of its own, the
+other one is not read any more.
 
 Only `load` imports torch.
 """
@@ -14,13 +16,14 @@ Only `load` imports torch.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcgpt.checkpoint import go_back, layout
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.config import sources
+from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config, Run
 from hpcgpt.errors import UserError
 from hpcgpt.run import which_runs
@@ -55,33 +58,62 @@ class Origin:
 
 
 def resolved(config: Config) -> Config:
-    """Return the configuration with the folder of the run that `run.init_from` names.
+    """Return the configuration with the folder of the run that `run.init_from` names, and the step that earlier
+    attempts began with, unless `run.init_step` is set.
 
     A run with checkpoints of its own does not look for that folder, which may be gone or hang by now: the folder is the
     one that its config.toml names.
 
     Raises:
-        UserError: there is no such run.
-        OSError: the machine cannot read the folder.
+        UserError: there is no such run, or it has no longer the checkpoint that this run began with.
+        OSError: the machine cannot read the folder, or config.toml.
     """
     if not config.run.init_from:
         return config
+    recorded, step = _recorded(config)
     if _is_needed(config):
         try:
             folder = str(which_runs.exact(config.run.init_from, Path(config.run.dir)))
         except UserError as error:
             raise UserError(f"run.init_from: {error}") from None
     else:
-        folder = _recorded(config) or config.run.init_from
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=folder))
+        folder = recorded or config.run.init_from
+    if config.run.init_step or recorded != paths.absolute(folder):
+        step = config.run.init_step
+    elif step and _is_needed(config):
+        _check_is_kept(folder, step)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=folder, init_step=step))
 
 
-def _recorded(config: Config) -> str:
-    """Return the run.init_from of the attempts before; '' if they had none, or config.toml cannot be read."""
+def begun_with(config: Config, step: int) -> Config:
+    """Return the configuration to record once a run has begun with the other one's checkpoint of `step`."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_step=step))
+
+
+def _recorded(config: Config) -> tuple[str, int]:
+    """Return run.init_from and run.init_step of the attempts before; '' and 0 if there were none, or config.toml is
+    damaged.
+    """
+    path = config.run_folder / "config.toml"
+    if _is_needed(config):
+        with suppress(FileNotFoundError):
+            path.read_bytes()  # raises OSError: what cannot be read now must not change what the run begins with
     try:
-        return sources.from_file(config.run_folder / "config.toml").run.init_from
-    except (UserError, OSError):
-        return ""
+        run = sources.from_file(path).run
+    except UserError:
+        return "", 0
+    return run.init_from, run.init_step
+
+
+def _check_is_kept(folder: str, step: int) -> None:
+    steps = sorted(layout.step_of(path) for path in layout.found(Path(folder) / "checkpoints"))
+    if step not in steps:
+        there = f"those of steps {', '.join(f'{one:,}' for one in steps)}" if steps else "none"
+        raise UserError(
+            f"run.init_from {folder}: this run began with its checkpoint of step {step:,} and has none of its own yet; "
+            f"that one is gone, there are {there}. From another one the result would be another: choose it with "
+            "--run.init_step, and next time a step that checkpoint.keep_every keeps"
+        )
 
 
 def check(config: Config, fingerprint: str) -> None:
@@ -188,8 +220,10 @@ def load(settings: Run, model: nn.Module, optimizer: torch.optim.Optimizer | Non
         UserError: there is no valid checkpoint, or it has another model or optimizer.
     """
     from hpcgpt.checkpoint import load as checkpoint_load
+    from hpcgpt.distributed.collectives import run_on_rank0
 
-    source, step = Path(settings.init_from), settings.init_step
+    source = Path(settings.init_from)
+    step = run_on_rank0(ranks, lambda: settings.init_step)  # read from a file that other nodes may not see yet
     found = checkpoint_load.newest_valid(source / "checkpoints", ranks, None, lambda one: step in (0, one))
     if found is None:
         raise UserError(f"run.init_from {source} has no checkpoint {f'of step {step:,}' if step else 'yet'}")

@@ -1,4 +1,4 @@
-"""The open file behind metrics.jsonl, whose end one process writes for days.
+"""The open file of metrics.jsonl, whose end one process writes for days.
 
 Meanwhile the descriptor may stop being the file at that path. An editor, ``sed -i`` and rsync replace it: rows would go
 into a file without a name. On NFS the server answers ESTALE then, and after a failover of its disks. So each write

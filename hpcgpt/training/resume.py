@@ -31,12 +31,14 @@ class Resumed:
     """Where an attempt continues: at the checkpoint `path`; None: at the beginning.
 
     `changes`: what differs from the attempt that saved it. `origin`: a message if the first weights come from another
-    run. `notes`: messages on options that make the run go back, or that have no effect any more.
+    run, and `origin_step`: the step of its checkpoint. `notes`: messages on options that make the run go back, or that
+    have no effect any more.
     """
 
     path: Path | None
     changes: in_effect.Changes
     origin: str = ""
+    origin_step: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -72,7 +74,7 @@ class Restorer:
             self._watchdog.alive()
             newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
-            return Resumed(None, in_effect.Changes(0), self._initialize())
+            return Resumed(None, in_effect.Changes(0), *self._initialize())
         state = run_on_rank0(self.ranks, lambda: layout.read_state(newest))
         plan.check_identity(self.plan.config, state.identity, self.plan.identity)
         changes = in_effect.since(state, now, self.plan)
@@ -108,18 +110,19 @@ class Restorer:
             ), None
         return "", go_back.target(config.run_folder, step)
 
-    def _initialize(self) -> str:
-        """Load what `run.init_from` names, if anything, and seed the generators; return a message on the origin."""
+    def _initialize(self) -> tuple[str, int]:
+        """Load what `run.init_from` names, if anything, and seed the generators; return `origin` and `origin_step`."""
         settings = self.plan.config.run
-        origin = ""
+        origin, step = "", 0
         if settings.init_from:
             optimizer = self.engine.optimizer if settings.init_optimizer else None
             with self.patience():
                 source = init_from.load(settings, self.engine.model.gpt, optimizer, self.ranks)
             self.state.skipped = init_from.first_batch(source.state, self.plan.config, self.plan.identity)
             origin = source.message(self.state.skipped * self.plan.config.train.global_batch)
+            step = source.state.step
         torch.manual_seed(settings.seed + 7919 * self.ranks.world.rank)
-        return origin
+        return origin, step
 
     def patience(self) -> AbstractContextManager[None]:
         """Allow to read a checkpoint for as long as it may take to write one: that is no hang."""

@@ -166,6 +166,38 @@ def test_a_fork_with_optimizer_and_samples_computes_what_the_other_run_did(train
     assert "first weights" not in start(trained, "fork", constant, *CONSTANT, *FORK, "--train.steps", "10")[1]
 
 
+def test_a_fork_that_was_killed_before_its_first_checkpoint_begins_with_the_same_weights(
+    trained: Path, tmp_path: Path
+) -> None:
+    """Though the other run trains on meanwhile, and has a newer checkpoint."""
+    source, fork, later = tmp_path / "source", trained / "runs" / "killed", tmp_path / "later"
+    shutil.copytree(trained / "runs" / "first", source)
+    (source / LAST).rename(later)
+    flags = ("--train.steps", "2", "--checkpoint.keep_last", "1")
+    status, out, err = start(trained, "killed", source, *flags)
+    assert status == FINISHED, err
+    assert "step_000000008, step 8" in out
+    before = tensors(fork / "checkpoints" / "step_000000002")
+    shutil.rmtree(fork / "checkpoints")  # as if it was killed before
+    later.rename(source / LAST)
+    status, out, err = start(trained, "killed", source, *flags)
+    assert status == FINISHED, err
+    assert "step_000000008, step 8" in out
+    assert tensors(fork / "checkpoints" / "step_000000002") == before
+    (event, again) = [event for event in run_folder.events(fork) if event["event"] == "init_from"]
+    assert event["from_step"] == again["from_step"] == 8
+    shutil.rmtree(fork / "checkpoints")
+    shutil.rmtree(source / "checkpoints" / "step_000000008")
+    status, out, err = start(trained, "killed", source, *flags)
+    assert status == 2
+    assert "this run began with its checkpoint of step 8" in err
+    assert "that one is gone, there are those of steps 4, 12" in err
+    status, out, err = start(trained, "killed", source, *flags, "--run.init_step", "12")
+    assert status == FINISHED, err
+    assert "step_000000012, step 12" in out
+    assert tensors(fork / "checkpoints" / "step_000000002") != before
+
+
 @pytest.mark.parametrize("left_out", ["--run.init_optimizer", "--run.init_data"])
 def test_without_one_of_them_it_does_not(left_out: str, trained: Path, constant: Path) -> None:
     flags = [*FORK, "--train.steps", "1"]
