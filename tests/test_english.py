@@ -34,7 +34,6 @@ ALLOWED = (
     ("data_prep/pipeline/data_set.py", '"prep" / "placing"', "a file in the folder of shards"),
     *((name, "prep/placing", "the same file") for name in (
         "slurm/shards.sbatch", "tests/data_prep/test_shards_script.py")),
-    ("hpcgpt/checkpoint/load.py", "set_aside", "a field in events.jsonl, which is on disk"),
     ("hpcgpt/run/unreadable.py", "set_aside", "a field in events.jsonl, which is on disk"),
     ("", "told to terminate", "a reason in exit.json, which is on disk"),
     ("", "for a quota", "of a disk"),
