@@ -84,7 +84,7 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
 def test_the_name_of_a_process_may_have_any_bytes() -> None:
     """As that of another user's program with the number of a holder that has ended."""
     own = Path("/proc/self/comm")
-    name = own.read_bytes()
+    name = own.read_bytes().removesuffix(b"\n")  # which would become a part of the name
     own.write_bytes(b"\xb2) (x")
     try:
         assert lease._process(os.getpid())["began"] > 0
