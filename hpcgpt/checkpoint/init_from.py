@@ -6,9 +6,9 @@ length, another batch, other data (with the same tokenizer). ``run.init_optimize
 With ``run.init_data = "continue"`` the samples continue after those that the other run has trained on, so that a fork
 at step k with both, and at the same constant rate, computes what the other run did after step k.
 
-The first attempt records the step in config.toml, and later ones begin with the same checkpoint: the other run may have
-newer ones by then, and an interruption must not change the result. Once the new run has a checkpoint of its own, the
-other one is not read any more.
+The first attempt records the checkpoint that it begins with (the event ``init_from``), and later ones begin with the
+same: the other run may have newer ones by then, and an interruption must not change the result. Once the new run has a
+checkpoint of its own, the other one is not read any more.
 
 Only `load` imports torch.
 """
@@ -16,7 +16,6 @@ Only `load` imports torch.
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from hpcgpt.checkpoint.layout import State
 from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config, Run
 from hpcgpt.errors import UserError
-from hpcgpt.run import which_runs
+from hpcgpt.run import run_folder, which_runs
 from hpcgpt.run.run_folder import IMPORTED
 from hpcgpt.tokenizer import save_load
 
@@ -58,61 +57,61 @@ class Origin:
 
 
 def resolved(config: Config) -> Config:
-    """Return the configuration with the folder of the run that `run.init_from` names, and the step that earlier
-    attempts began with, unless `run.init_step` is set.
+    """Return the configuration with the folder of the run that `run.init_from` names.
 
     A run with checkpoints of its own does not look for that folder, which may be gone or hang by now: the folder is the
     one that its config.toml names.
 
     Raises:
-        UserError: there is no such run, or it has no longer the checkpoint that this run began with.
-        OSError: the machine cannot read the folder, or config.toml.
+        UserError: there is no such run.
+        OSError: the machine cannot read the folder.
     """
     if not config.run.init_from:
         return config
-    recorded, step = _recorded(config)
     if _is_needed(config):
         try:
             folder = str(which_runs.exact(config.run.init_from, Path(config.run.dir)))
         except UserError as error:
             raise UserError(f"run.init_from: {error}") from None
     else:
-        folder = recorded or config.run.init_from
-    if config.run.init_step or recorded != paths.absolute(folder):
-        step = config.run.init_step
-    elif step and _is_needed(config):
-        _check_is_kept(folder, step)
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=folder, init_step=step))
+        folder = _recorded(config) or config.run.init_from
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_from=folder))
 
 
-def begun_with(config: Config, step: int) -> Config:
-    """Return the configuration to record once a run has begun with the other one's checkpoint of `step`."""
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, init_step=step))
-
-
-def _recorded(config: Config) -> tuple[str, int]:
-    """Return run.init_from and run.init_step of the attempts before; '' and 0 if there were none, or config.toml is
-    damaged.
-    """
-    path = config.run_folder / "config.toml"
-    if _is_needed(config):
-        with suppress(FileNotFoundError):
-            path.read_bytes()  # raises OSError: what cannot be read now must not change what the run begins with
+def _recorded(config: Config) -> str:
+    """Return the run.init_from of the attempts before; '' if they had none, or config.toml cannot be read."""
     try:
-        run = sources.from_file(path).run
-    except UserError:
-        return "", 0
-    return run.init_from, run.init_step
+        return sources.from_file(config.run_folder / "config.toml").run.init_from
+    except (UserError, OSError):
+        return ""
 
 
-def _check_is_kept(folder: str, step: int) -> None:
-    steps = sorted(layout.step_of(path) for path in layout.found(Path(folder) / "checkpoints"))
+def _first_step(config: Config) -> int:
+    """Return the step of the other run's checkpoint to begin with; 0: the newest.
+
+    It is run.init_step, else what the attempts before began with, if they made a step.
+
+    Raises:
+        OSError: the events of this run cannot be read.
+    """
+    if config.run.init_step or not run_folder.has_trained(config.run_folder):
+        return config.run.init_step
+    source = paths.absolute(config.run.init_from)
+    for event in reversed(run_folder.events(config.run_folder)):
+        if event.get("event") == "init_from" and event.get("from_run") == source:
+            step = event.get("from_step")
+            return step if type(step) is int else 0
+    return 0
+
+
+def _check_is_kept(source: Path, step: int) -> None:
+    steps = sorted(layout.step_of(path) for path in layout.found(source / "checkpoints"))
     if step not in steps:
-        there = f"those of steps {', '.join(f'{one:,}' for one in steps)}" if steps else "none"
+        there = ", ".join(f"{one:,}" for one in steps)
         raise UserError(
-            f"run.init_from {folder}: this run began with its checkpoint of step {step:,} and has none of its own yet; "
-            f"that one is gone, there are {there}. From another one the result would be another: choose it with "
-            "--run.init_step, and next time a step that checkpoint.keep_every keeps"
+            f"run.init_from {source}: this run began with its checkpoint of step {step:,} and has none of its own yet; "
+            f"that one is gone, there are those of steps {there}. From another one the result would be another: choose "
+            "it with --run.init_step, and next time a step that checkpoint.keep_every keeps"
         )
 
 
@@ -141,6 +140,8 @@ def check(config: Config, fingerprint: str) -> None:
         raise UserError(f"run.init_from {source} has no checkpoint yet")
     if config.run.init_step:
         go_back.find(source, config.run.init_step, "run.init_step")
+    elif step := _first_step(config):
+        _check_is_kept(source, step)
     other = other_config.model
     # No weight of a model with rotary positions depends on the length of its context.
     free = (*_FREE, "block_size") if config.model.kind == "modern" else _FREE
@@ -170,7 +171,7 @@ def check_samples(config: Config, identity: dict[str, Any]) -> None:
     if not _is_needed(config) or config.run.init_data == "start":
         return
     checkpoints = Path(config.run.init_from) / "checkpoints"
-    step = config.run.init_step
+    step = _first_step(config)
     path = layout.path_of(checkpoints, step) if step else layout.found(checkpoints)[0]
     try:
         state = layout.read_state(path)
@@ -213,7 +214,7 @@ def first_batch(other: State, config: Config, identity: dict[str, Any]) -> int:
     return -(-used // config.train.global_batch)
 
 
-def load(settings: Run, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> Origin:
+def load(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> Origin:
     """Load the weights of `model`, and the state of `optimizer` unless it is None. A collective.
 
     Raises:
@@ -222,8 +223,8 @@ def load(settings: Run, model: nn.Module, optimizer: torch.optim.Optimizer | Non
     from hpcgpt.checkpoint import load as checkpoint_load
     from hpcgpt.distributed.collectives import run_on_rank0
 
-    source = Path(settings.init_from)
-    step = run_on_rank0(ranks, lambda: settings.init_step)  # read from a file that other nodes may not see yet
+    source = Path(config.run.init_from)
+    step = run_on_rank0(ranks, lambda: _first_step(config))  # from a file that other nodes may not see yet
     found = checkpoint_load.newest_valid(source / "checkpoints", ranks, None, lambda one: step in (0, one))
     if found is None:
         raise UserError(f"run.init_from {source} has no checkpoint {f'of step {step:,}' if step else 'yet'}")

@@ -114,7 +114,8 @@ def _disk(estimate: Estimate) -> Iterator[str]:
     yield _row("disk", f"{_gb(disk.needed_bytes)}: {kept}, and those that a save has not yet replaced")
     if disk.free_bytes is not None:
         verdict = "" if disk.is_enough else ": NOT enough"
-        there = f"{_gb(disk.there_bytes)} of it there already, " if disk.there_bytes else ""
+        there_bytes = min(disk.there_bytes, disk.needed_bytes)  # it may have kept more until now
+        there = f"{_gb(there_bytes)} of it there already, " if there_bytes else ""
         yield _row("", f"{there}{_gb(disk.free_bytes)} free in {terminal.printable(disk.folder)}{verdict}")
 
 

@@ -8,6 +8,7 @@ rows that were written between the copy and its rename, or had not been flushed.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,9 @@ from hpcgpt.storage import atomic
 
 
 class AppendedFile:
-    """The file at `path`, with bytes up to `end`. Not thread-safe. `descriptor` is -1 while none is open."""
+    """The file at `path`, with bytes up to `end`. Not thread-safe. `descriptor` is -1 while none is open. Once it
+    `has_ended`, the next attempt may write the same file, and it is not opened anew.
+    """
 
     def __init__(self, path: Path, check: Callable[[], None], reopened: Callable[[], None]) -> None:
         """Prepare; the owner opens the file. After it was opened anew, `check` exits if a newer attempt writes it, and
@@ -26,6 +29,7 @@ class AppendedFile:
         """
         self.path, self._check, self._reopened = path, check, reopened
         self.descriptor, self.end = -1, 0
+        self.has_ended = False
 
     def write(self, content: bytes) -> int:
         """Write the first bytes of `content` after the others; return how many.
@@ -61,8 +65,10 @@ class AppendedFile:
         """Open the path anew, to write after what is there.
 
         Raises:
-            OSError: it cannot be opened; the descriptor stays as it was.
+            OSError: it cannot be opened, or has ended; the descriptor stays as it was.
         """
+        if self.has_ended:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), str(self.path))
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._check()  # after it was opened: what is written below is no newer attempt's

@@ -126,7 +126,7 @@ class MetricsFile:
             found = cut.find(self._path, keep_below, done)
             if found.damaged:
                 found.kept += _keep_damaged_lines(self._path, found)
-            self.lost, self.tail = found.lost, found.tail
+            self.lost, self.tail, self._file.has_ended = found.lost, found.tail, False
             in_place = found.is_prefix and (self._is_own() or self._take_over())
             self._has_no_other_writer = False
             self._start, self._kept, self._file.end = found.start, found.kept, found.size
@@ -196,7 +196,7 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file. A second call, as after a failed rollback, does nothing."""
-        self._is_deferred = False
+        self._is_deferred, self._file.has_ended = False, True
         self._blocks.close()
         if self._file.descriptor < 0:
             return

@@ -131,11 +131,13 @@ def _last_sign_at(found: dict[str, Any], now: float, queue: Queue | None) -> flo
 
     Where Slurm cannot be asked, as on a laptop with a copy of the folder, nothing records its end.
     """
+    if found["state"] != "stale":
+        return now
     beat_s, still_s = found["heartbeat_age_s"], found["still_s"]
     silent_s = still_s if beat_s is None else min(still_s, beat_s)
     job = found["job"]
     has_job = bool(queue and job and queue.presence(job["id"]) == "there")
-    return now - silent_s if found["state"] == "stale" and silent_s > DEAD_S and not has_job else now
+    return now - silent_s if silent_s > DEAD_S and not has_job else now
 
 
 def _latest(now: float, events: Sequence[Row], rows: Sequence[Row]) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 from hpcgpt.errors import UserError, sentence
 from hpcgpt.run import records
 from hpcgpt.run.goodput import Goodput
-from hpcgpt.slurm.queue import Queue
+from hpcgpt.slurm.queue import Queue, id_of
 from hpcgpt.status import run_state, run_status, table, view
 from hpcgpt.status.curve import LossCurve, dots_for
 from hpcgpt.status.screen import Screen, usable
@@ -35,6 +35,7 @@ OVER = ("finished", "stopped", "new", "imported")
 # (ASK_S and REQUEUE_S of hpcgpt.requeue).
 ENDED = ("saved", "failed", table.UNREADABLE)
 GONE_S, UNKNOWN_S = 60.0, 300.0
+DECIDED = ("job", "requeue", "chain", "submit")  # events about jobs of slurm/pretrain.sbatch
 
 Find = Callable[[], Sequence[Path]]
 
@@ -134,16 +135,19 @@ class Over:
         return now - since >= limit_s
 
     def _limit_s(self, run: dict[str, Any]) -> float | None:
-        """Return how long a run that has ended must stay so to be over; None while Slurm has a job of it."""
+        """Return how long a run that has ended must stay so to be over; None if Slurm has a job to continue it."""
         if run["state"] == table.UNREADABLE:
             return GONE_S
         try:
-            jobs = run_state.jobs(records.events(Path(run["run"]), brief=True))
+            events = records.events(Path(run["run"]), brief=True)
         except OSError:
             return GONE_S
-        answers = {self._queue.presence(job) for job in jobs}
+        # Not an allocation, or a script of the user's own, in which `hpcgpt train` was started: nothing decides there.
+        recorded = (event.get("next_job") or event.get("job") for event in events if event["event"] in DECIDED)
+        may_continue = {id_of(str(job)) for job in recorded if job}
+        answers = {self._queue.presence(job) for job in run_state.jobs(events) if job in may_continue}
         if not answers:
-            return 0.0  # outside of Slurm nothing starts it again
+            return 0.0  # outside of the batch script nothing starts it again
         if not answers <= {"gone", "unknown"}:
             return None
         return GONE_S if answers == {"gone"} else UNKNOWN_S

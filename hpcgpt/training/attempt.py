@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from hpcgpt import exit_codes
-from hpcgpt.checkpoint import init_from
 from hpcgpt.checkpoint.layout import TrainState
-from hpcgpt.config import sources
+from hpcgpt.config import paths, sources
 from hpcgpt.data.shard_check import ShardCheck
 from hpcgpt.distributed import layout, node_channel, rendezvous, world
 from hpcgpt.distributed.collectives import gather_to_rank0, make_on_rank0, run_on_rank0
@@ -198,8 +197,6 @@ class Attempt:
     def _begin_to_report(self, resumed: Resumed) -> Reporter:
         """Write config.toml and the tokenizer, and report the start. Rank 0 only."""
         assert self.lease is not None
-        if resumed.origin:
-            self.config = init_from.begun_with(self.config, resumed.origin_step)
         self._has_config = self._keep_config()
         save_load.save(self.tokenizer, self.folder / "tokenizer")
         newest = records.events(self.folder, brief=True)
@@ -214,7 +211,8 @@ class Attempt:
             reporter.say(note)
         if resumed.origin:
             reporter.say(resumed.origin)
-            reporter.event("init_from", words=resumed.origin, from_step=resumed.origin_step)
+            source = paths.absolute(self.config.run.init_from)
+            reporter.event("init_from", words=resumed.origin, from_run=source, from_step=resumed.origin_step)
         for line in resumed.changes.lines:
             reporter.say(line)
         if resumed.changes.found:

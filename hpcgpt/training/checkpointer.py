@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,10 @@ class Checkpointer:
         if saved.may_pass:
             self._ended(saved)
             time.sleep(RETRY_S)
-            saved = self._begin() or self.saver.finish(self.watchdog.alive)
-            assert saved is not None
+            again = self._begin() or self.saver.finish(self.watchdog.alive)
+            assert again is not None
+            # It is there if only the flush of its folder had failed.
+            saved = replace(again, existed=False, seconds=saved.seconds) if again.existed else again
         self._ended(saved)
         return saved.problem
 

@@ -117,7 +117,7 @@ class Restorer:
         if settings.init_from:
             optimizer = self.engine.optimizer if settings.init_optimizer else None
             with self.patience():
-                source = init_from.load(settings, self.engine.model.gpt, optimizer, self.ranks)
+                source = init_from.load(self.plan.config, self.engine.model.gpt, optimizer, self.ranks)
             self.state.skipped = init_from.first_batch(source.state, self.plan.config, self.plan.identity)
             origin = source.message(self.state.skipped * self.plan.config.train.global_batch)
             step = source.state.step

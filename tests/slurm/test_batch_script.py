@@ -376,6 +376,16 @@ def test_a_site_file_that_ends_the_shell_is_refused(batch: Batch) -> None:
         assert f"cannot read HPCGPT_SITE={site}: it ends the shell" in done.stderr
 
 
+def test_what_a_site_file_prints_is_not_taken_for_its_status(batch: Batch) -> None:
+    site = batch.home / "site.sh"
+    site.write_text("printf '\\001\\033[0m\\002%s\\n7' hpcgpt-1\n")
+    batch.set_python('[ "$2" != hpcgpt.train ] || exit 0')
+    assert batch.start(HPCGPT_SITE=str(site)).returncode == 0
+    site.write_text("printf 'no such module'\nreturn 3\n")
+    done = batch.start(HPCGPT_SITE=str(site), POSIXLY_CORRECT="1")
+    assert (done.returncode, f"cannot read HPCGPT_SITE={site}: no such module\n" in done.stderr) == (2, True)
+
+
 def test_what_a_site_file_leaves_in_the_background_is_not_waited_for(batch: Batch) -> None:
     """As a tunnel. It has the output of the check, which is named hpcgpt."""
     site = batch.home / "site.sh"

@@ -518,6 +518,15 @@ def test_where_slurm_cannot_be_asked_the_time_of_a_dead_run_ends_with_its_heartb
     assert attempt["ended_at"] - attempt["began_at"] == counted_s
 
 
+def test_a_job_that_starts_again_after_a_lease_was_held_is_starting(tmp_path: Path) -> None:
+    """Slurm has started the job, and the batch script has written nothing yet."""
+    folder = run_folder(tmp_path, (900, "start", START), (500, "end", SAVED), (400, "submit", {"job": "8"}), held=False)
+    (folder / "generations/000001.alive").write_text("9")
+    found = status(folder, NOW, with_history=True, presence="there")
+    assert (found["state"], found["still_s"]) == ("starting", None)
+    assert found["heartbeat_age_s"] is not None
+
+
 def test_a_job_whose_ranks_never_report_does_not_revive_the_attempt_before_it(tmp_path: Path) -> None:
     folder = run_folder(
         tmp_path, (2000, "start", START), (1500, "end", SAVED), (1000, "job", {"job": "7_1"}), held=False

@@ -247,6 +247,8 @@ def test_a_line_is_not_repeated_where_only_slurms_estimate_of_the_start_has_chan
 def test_a_run_that_is_requeued_is_followed_until_it_has_finished(tmp_path: Path) -> None:
     """From its end until the batch script has requeued its job, it is `saved`, and Slurm still has the job."""
     folder = live_run(tmp_path, steps=9)
+    events = (folder / "events.jsonl").read_text()
+    (folder / "events.jsonl").write_text('{"event": "job", "job": "7_0", "time": 1.0}\n' + events)
     tools, answer = tmp_path / "bin", tmp_path / "answer"
     tools.mkdir()
     (tools / "squeue").write_text(f"#!/bin/sh\ncat {answer}\n")
@@ -299,16 +301,22 @@ def test_a_run_that_is_requeued_is_followed_until_it_has_finished(tmp_path: Path
 def test_a_run_that_has_ended_is_over_when_its_job_is_not_started_again(
     tmp_path: Path, event: tuple[str, dict[str, Any]], presence: Presence, over_after_s: float | None
 ) -> None:
-    folder = run_folder(tmp_path, (9, "start", START), (5, *event), steps=3)
+    folder = run_folder(tmp_path, (10, "job", {"job": "7_0"}), (9, "start", START), (5, *event), steps=3)
     queue = answering(presence)
     run, over = run_status.brief(folder, NOW, queue), Over(queue)
     readings = [after_s for after_s in range(0, 3600, 30) if over.all([run], 1000.0 + after_s)]
     assert readings[:1] == ([] if over_after_s is None else [over_after_s])
 
 
+def test_an_allocation_in_which_a_run_was_started_by_hand_does_not_continue_it(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (9, "start", START), (5, "end", SAVED), steps=3)
+    queue = answering("there")
+    assert Over(queue).all([run_status.brief(folder, NOW, queue)], 0)
+
+
 def test_only_what_stays_as_it_was_is_over(tmp_path: Path) -> None:
     """Another attempt that fails, or a folder that can be read again, counts anew."""
-    folder = run_folder(tmp_path, (9, "start", START), (5, "crash", CRASH), steps=3)
+    folder = run_folder(tmp_path, (10, "job", {"job": "7_0"}), (9, "start", START), (5, "crash", CRASH), steps=3)
     queue = answering("gone")
     run, over = run_status.brief(folder, NOW, queue), Over(queue)
     unreadable = {"run": str(folder), "state": "unreadable", "reason": "Stale file handle"}

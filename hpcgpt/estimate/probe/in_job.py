@@ -32,6 +32,7 @@ def flags_for(flags: Flags) -> Flags:
     limit = minutes(flags["time"])
     if not limit or limit > LONGEST_MINUTES:
         kept["time"] = str(LONGEST_MINUTES)
+        kept.pop("signal", None)  # for a longer job: it may leave the probe no time
     return kept
 
 

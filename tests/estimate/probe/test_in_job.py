@@ -46,6 +46,11 @@ def test_a_job_of_minutes_keeps_its_limit(limit: str, probes: str) -> None:
     assert in_job.flags_for({"time": limit})["time"] == probes
 
 
+def test_the_warning_of_a_longer_job_is_not_that_of_the_probe() -> None:
+    assert "signal" not in in_job.flags_for({"time": "45", "signal": "USR1@1350"})
+    assert in_job.flags_for({"time": "15", "signal": "USR1@300"})["signal"] == "USR1@300"
+
+
 def test_a_requeued_probe_is_waited_for_until_its_job_has_ended(probe: Prepared) -> None:
     said: list[str] = []
 
