@@ -55,7 +55,7 @@ def _begin(state: State | None, planned: Plan) -> str:
         run = config.run
         if not run.init_from:
             return f"would begin with random weights, seed {run.seed}"
-        step = f"step {run.init_step:,}" if run.init_step else "the newest checkpoint"
+        step = f"step {first:,}" if (first := init_from.first_step(config)) else "the newest checkpoint"
         optimizer = "with its optimizer" if run.init_optimizer else "with a new optimizer"
         return f"would begin with the weights of {run.init_from}, {step}, {optimizer}, samples: {run.init_data}"
     if state.step == total and state.pending is None:

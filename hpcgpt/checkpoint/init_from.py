@@ -86,7 +86,7 @@ def _recorded(config: Config) -> str:
         return ""
 
 
-def _first_step(config: Config) -> int:
+def first_step(config: Config) -> int:
     """Return the step of the other run's checkpoint to begin with; 0: the newest.
 
     It is run.init_step, else what the attempts before began with, if they made a step.
@@ -94,10 +94,14 @@ def _first_step(config: Config) -> int:
     Raises:
         OSError: the events of this run cannot be read.
     """
-    if config.run.init_step or not run_folder.has_trained(config.run_folder):
+    if config.run.init_step:
         return config.run.init_step
-    source = paths.absolute(config.run.init_from)
-    for event in reversed(run_folder.events(config.run_folder)):
+    source, events = paths.absolute(config.run.init_from), run_folder.events(config.run_folder)
+    # Their rows are gone if a later one was ended before its first step.
+    had_rows = any(event.get("event") == "start" and event.get("lost_steps") for event in events)
+    if not had_rows and not run_folder.has_trained(config.run_folder):
+        return 0
+    for event in reversed(events):
         if event.get("event") == "init_from" and event.get("from_run") == source:
             step = event.get("from_step")
             return step if type(step) is int else 0
@@ -140,7 +144,7 @@ def check(config: Config, fingerprint: str) -> None:
         raise UserError(f"run.init_from {source} has no checkpoint yet")
     if config.run.init_step:
         go_back.find(source, config.run.init_step, "run.init_step")
-    elif step := _first_step(config):
+    elif step := first_step(config):
         _check_is_kept(source, step)
     other = other_config.model
     # No weight of a model with rotary positions depends on the length of its context.
@@ -171,7 +175,7 @@ def check_samples(config: Config, identity: dict[str, Any]) -> None:
     if not _is_needed(config) or config.run.init_data == "start":
         return
     checkpoints = Path(config.run.init_from) / "checkpoints"
-    step = _first_step(config)
+    step = first_step(config)
     path = layout.path_of(checkpoints, step) if step else layout.found(checkpoints)[0]
     try:
         state = layout.read_state(path)
@@ -224,7 +228,7 @@ def load(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer | No
     from hpcgpt.distributed.collectives import run_on_rank0
 
     source = Path(config.run.init_from)
-    step = run_on_rank0(ranks, lambda: _first_step(config))  # from a file that other nodes may not see yet
+    step = run_on_rank0(ranks, lambda: first_step(config))  # from a file that other nodes may not see yet
     found = checkpoint_load.newest_valid(source / "checkpoints", ranks, None, lambda one: step in (0, one))
     if found is None:
         raise UserError(f"run.init_from {source} has no checkpoint {f'of step {step:,}' if step else 'yet'}")

@@ -143,8 +143,12 @@ class Over:
         except OSError:
             return GONE_S
         # Not an allocation, or a script of the user's own, in which `hpcgpt train` was started: nothing decides there.
-        recorded = (event.get("next_job") or event.get("job") for event in events if event["event"] in DECIDED)
-        may_continue = {id_of(str(job)) for job in recorded if job}
+        may_continue = set()
+        for event in events:
+            if event["event"] in DECIDED:
+                # Of a start, as 7_1, the job's id counts; a submitted 7_1 is itself one, of a task of an array.
+                job = str(event.get("next_job") or event.get("job"))
+                may_continue.add(job if event["event"] == "submit" else id_of(job))
         answers = {self._queue.presence(job) for job in run_state.jobs(events) if job in may_continue}
         if not answers:
             return 0.0  # outside of the batch script nothing starts it again

@@ -189,14 +189,17 @@ def test_a_fork_that_was_killed_before_its_first_checkpoint_begins_with_the_same
     assert sources.from_file(fork / "config.toml").run.init_step == 0  # as it was given
     shutil.rmtree(fork / "checkpoints")
     shutil.rmtree(source / "checkpoints" / "step_000000008")
-    rows = (fork / "metrics.jsonl").read_bytes()
-    (fork / "metrics.jsonl").write_bytes(b"")  # as if no attempt had made a step: nothing depends on that checkpoint
-    status, out, err = start(trained, "killed", source, *flags, "--train.steps", "1")
-    assert "step_000000012, step 12" in out, err
-    shutil.rmtree(fork / "checkpoints")
+    rows, events = (fork / "metrics.jsonl").read_bytes(), (fork / "events.jsonl").read_text()
+    first = "".join(events.splitlines(keepends=True)[: events[: events.index('"init_from"')].count("\n") + 1])
+    (fork / "metrics.jsonl").write_bytes(b"")
+    (fork / "events.jsonl").write_text(first)  # as if no attempt had made a step: nothing depends on that checkpoint
+    status, out, err = start(trained, "killed", source, *flags, "--dry-run")
+    assert "the newest checkpoint" in out, err
+    # As if the second one had been ended before its first step, which cuts off the rows of the first.
+    (fork / "events.jsonl").write_text(events)
+    status, out, err = start(trained, "killed", source, *flags, "--dry-run")
+    assert status == 2, out
     (fork / "metrics.jsonl").write_bytes(rows)
-    events = (fork / "events.jsonl").read_bytes()
-    (fork / "events.jsonl").write_bytes(events.replace(b'"from_step": 12', b'"from_step": 8'))
     status, out, err = start(trained, "killed", source, *flags)
     assert status == 2
     assert "this run began with its checkpoint of step 8" in err

@@ -386,6 +386,17 @@ def test_what_a_site_file_prints_is_not_taken_for_its_status(batch: Batch) -> No
     assert (done.returncode, f"cannot read HPCGPT_SITE={site}: no such module\n" in done.stderr) == (2, True)
 
 
+def test_a_site_file_is_sourced_whatever_it_prints_and_whatever_the_patience_is(batch: Batch) -> None:
+    """Comparing all of the output after each of its lines would take longer than there is time."""
+    site = batch.home / "site.sh"
+    site.write_text('[ "$0" != hpcgpt ] || seq 200000\nexport SEEN=yes\n')
+    batch.set_python(f'echo "$SEEN" >> {batch.state}/seen; [ "$2" != hpcgpt.train ] || exit 0')
+    done = batch.start(HPCGPT_SITE=str(site), HPCGPT_PATIENCE_S="5m")
+    assert done.returncode == 0, done.stderr
+    assert "HPCGPT_PATIENCE_S=5m: expected whole seconds, so it is 300" in done.stderr
+    assert set((batch.state / "seen").read_text().split()) == {"yes"}
+
+
 def test_what_a_site_file_leaves_in_the_background_is_not_waited_for(batch: Batch) -> None:
     """As a tunnel. It has the output of the check, which is named hpcgpt."""
     site = batch.home / "site.sh"

@@ -314,6 +314,15 @@ def test_an_allocation_in_which_a_run_was_started_by_hand_does_not_continue_it(t
     assert Over(queue).all([run_status.brief(folder, NOW, queue)], 0)
 
 
+def test_a_task_of_a_grid_that_was_submitted_may_continue_a_run(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, (9, "start", START), (8, "end", SAVED), (5, "submit", {"job": "12_3"}), steps=3)
+    queue = answering("unknown")
+    run = run_status.brief(folder, NOW, queue)
+    over = Over(queue)
+    assert not over.all([run | {"state": "saved"}], 0)
+    assert over.all([run | {"state": "saved"}], 300)
+
+
 def test_only_what_stays_as_it_was_is_over(tmp_path: Path) -> None:
     """Another attempt that fails, or a folder that can be read again, counts anew."""
     folder = run_folder(tmp_path, (10, "job", {"job": "7_0"}), (9, "start", START), (5, "crash", CRASH), steps=3)
