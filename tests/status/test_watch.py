@@ -31,6 +31,15 @@ SAVED = {"attempt": 1, "status": 75, "reason": "told to terminate", "step": 3}
 CRASH = {"job": "7_0", "status": 137, "reason": "crash 1: rank 3 was killed"}
 
 
+def with_squeue(tmp_path: Path, script: str) -> str:
+    """Make a stand-in for squeue of these lines of shell; return a PATH that begins with it."""
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(f"#!/bin/sh\n{script}\n")
+    squeue.chmod(0o755)
+    return f"{squeue.parent}:{os.environ['PATH']}"
+
+
 def live_run(tmp_path: Path, steps: int = 150, name: str = "run", total: int = 900) -> Path:
     """Make a run whose last step is now."""
     folder = run_folder(tmp_path, held=True, name=name)
@@ -153,12 +162,9 @@ def test_a_folder_that_vanishes_and_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_a_slurm_that_hangs_neither_stops_the_view_nor_the_keys_and_is_asked_once(tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "squeue").write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\nexec sleep 100\n")
-    (tools / "squeue").chmod(0o755)
+    path = with_squeue(tmp_path, f"echo asked >> {tmp_path}/asked\nexec sleep 100")
     folder = live_run(tmp_path)
-    with watch(str(folder), env={"PATH": f"{tools}:{os.environ['PATH']}"}) as terminal:
+    with watch(str(folder), env={"PATH": path}) as terminal:
         terminal.wait_for_text("step 150 of 900")
         for step in range(151, 161):
             add_steps(folder, step, step + 1, time.time() - 1)
@@ -218,18 +224,14 @@ def test_without_a_terminal_a_line_is_printed_for_each_change_until_the_run_is_o
 def test_a_line_is_not_repeated_where_only_slurms_estimate_of_the_start_has_changed(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, held=False)
     run_folder_module.record(folder, "submit", job="7")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    squeue = tools / "squeue"
     asked = tmp_path / "asked"
     start = f"$(date +%s)$(wc -l < {asked})"  # another one each time
-    squeue.write_text(f'#!/bin/sh\necho >> {asked}\necho "7|PENDING|{start}|N/A||Priority"\n')
-    squeue.chmod(0o755)
+    path = with_squeue(tmp_path, f'echo >> {asked}\necho "7|PENDING|{start}|N/A||Priority"')
     code = (
         "import sys; from pathlib import Path; from hpcgpt.slurm import queue; queue.EVERY_S = 0.1\n"
         "from hpcgpt.status import watch; watch.watch(lambda: [Path(sys.argv[1])], 0.2, '')"
     )
-    env = clean_env() | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    env = clean_env() | {"PATH": path}
     with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, env=env, stdout=subprocess.PIPE,
                           text=True) as running:  # fmt: skip
         deadline = time.monotonic() + 60
@@ -249,16 +251,14 @@ def test_a_run_that_is_requeued_is_followed_until_it_has_finished(tmp_path: Path
     folder = live_run(tmp_path, steps=9)
     events = (folder / "events.jsonl").read_text()
     (folder / "events.jsonl").write_text('{"event": "job", "job": "7_0", "time": 1.0}\n' + events)
-    tools, answer = tmp_path / "bin", tmp_path / "answer"
-    tools.mkdir()
-    (tools / "squeue").write_text(f"#!/bin/sh\ncat {answer}\n")
-    (tools / "squeue").chmod(0o755)
+    answer = tmp_path / "answer"
+    path = with_squeue(tmp_path, f"cat {answer}")
     answer.write_text("7|RUNNING|1|2|n1|None\n")
     code = (
         "import sys; from pathlib import Path; from hpcgpt.slurm import queue; from hpcgpt.status import watch\n"
         "queue.EVERY_S, watch.GONE_S = 0.1, 0.5; watch.watch(lambda: [Path(sys.argv[1])], 0.1, '')"
     )
-    env = clean_env() | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    env = clean_env() | {"PATH": path}
     with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, env=env, stdout=subprocess.PIPE,
                           text=True) as running:  # fmt: skip
         assert running.stdout

@@ -11,6 +11,7 @@ import hashlib
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -24,7 +25,7 @@ if __name__ == "__main__":
     capability = "DEFAULT" if rank == 1 and unlike == "capability" else "AVX2"
     torch.backends.cpu.get_cpu_capability = lambda: capability
     # Before the modules that use it are imported.
-    precision.cpu_has_bf16 = lambda *_: rank == 0 and unlike == "bf16"  # type: ignore[assignment]
+    mock.patch.object(precision, "cpu_has_bf16", lambda *_: rank == 0 and unlike == "bf16").start()
     from hpcgpt.distributed.sharded_tensor import local_rows
     from hpcgpt.training.loop import Loop
 
@@ -38,6 +39,6 @@ if __name__ == "__main__":
         (Path(out) / f"rank_{rank}.txt").write_text(digest.hexdigest())
         return reason
 
-    Loop.run = run  # type: ignore[method-assign]
+    mock.patch.object(Loop, "run", run).start()
     sys.argv[1:] = arguments
     cli.run(train.main)
