@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 
 def option(
@@ -21,3 +22,9 @@ def option(
     """
     metadata = {"help": about, "low": low, "above": above, "high": high, "below": below, "path": path}
     return field(default=default, metadata=metadata)
+
+
+@cache
+def types_of(cls: type) -> dict[str, Any]:
+    """Return the type of each field of a dataclass. Its annotations are text, which takes long to evaluate again."""
+    return get_type_hints(cls)

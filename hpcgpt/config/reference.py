@@ -12,10 +12,11 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 
+from hpcgpt.config.option import types_of
 from hpcgpt.config.options import Config, Part
 
 BEGIN = "<!-- keys: made by `python -m hpcgpt.config.reference docs/reference.md` -->"
@@ -27,8 +28,8 @@ _BOUNDS = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
 def tables() -> str:
     """Return a section of Markdown for each section of the configuration."""
     parts = []
-    for section, cls in get_type_hints(Config).items():
-        hints = get_type_hints(cls)
+    for section, cls in types_of(Config).items():
+        hints = types_of(cls)
         rows = [
             f"| `{item.name}` | {_type(hints[item.name], item.metadata)} | `{_shown(item.default)}` "
             f"| {_escaped(item.metadata['help'])} |"

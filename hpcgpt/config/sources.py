@@ -25,11 +25,12 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 
 from hpcgpt.config import contradictions, paths, unknown_flags
+from hpcgpt.config.option import types_of
 from hpcgpt.config.options import KIND_DEFAULTS, Config, Part
 from hpcgpt.config.unknown_flags import nearest, nearest_key
 from hpcgpt.errors import UserError
@@ -188,10 +189,10 @@ def _parser(command: str, about: str) -> argparse.ArgumentParser:
         default=None,
         help="a TOML file, or the name of a preset: " + ", ".join(presets()),
     )
-    for section, cls in _sections().items():
+    for section, cls in types_of(Config).items():
         group = parser.add_argument_group(f"[{section}]")
         for item in dataclasses.fields(cls):
-            hint = get_type_hints(cls)[item.name]
+            hint = types_of(cls)[item.name]
             choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else _METAVAR.get(hint, "")
             default = "none" if item.default == () else "empty" if item.default == "" else item.default
             group.add_argument(
@@ -215,12 +216,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 # --- checking --------------------------------------------------------------------------------------
 
 
-def _sections() -> dict[str, type]:
-    return get_type_hints(Config)
-
-
 def _keys() -> list[str]:
-    return [f"{section}.{item.name}" for section, cls in _sections().items() for item in dataclasses.fields(cls)]
+    return [f"{section}.{item.name}" for section, cls in types_of(Config).items() for item in dataclasses.fields(cls)]
 
 
 def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]) -> Config:
@@ -249,7 +246,7 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
                 problems += [f"{where}: {section}.{key}: {advice}" for key in zeros]
     if model := values.get("model"):
         values["model"] = KIND_DEFAULTS.get(model.get("kind", ""), {}) | model
-    config = Config(**{name: cls(**values.get(name, {})) for name, cls in _sections().items()})
+    config = Config(**{name: cls(**values.get(name, {})) for name, cls in types_of(Config).items()})
     if not problems:
         problems.extend(contradictions.find(config))
     if problems:
@@ -258,7 +255,7 @@ def _build(written: Sequence[tuple[str, Mapping[str, Any]]], problems: list[str]
 
 
 def _entries(where: str, table: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, str, Any]]:
-    sections = _sections()
+    sections = types_of(Config)
     for section, keys in table.items():
         if section not in sections:
             problems.append(f"{where}: unknown section [{section}]{nearest(section, list(sections))}")
@@ -280,8 +277,8 @@ def from_text(section: str, key: str, text: str) -> Any:
 
 def checked(section: str, key: str, value: Any) -> Any:
     """Return `value` as the type of its field. Raises UserError if it has another type, or is out of range."""
-    cls = _sections()[section]
-    hint = get_type_hints(cls)[key]
+    cls = types_of(Config)[section]
+    hint = types_of(cls)[key]
     if get_origin(hint) is Literal:
         choices = list(get_args(hint))
         if value not in choices:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
+from hpcgpt.config.option import types_of
 from hpcgpt.config.options import Config
 
 MOST_MICRO_STEPS = 2  # from the second on every one needs the same
@@ -37,7 +38,7 @@ def to_json(request: Request) -> str:
 
 def from_json(line: str) -> Request:
     values: dict[str, Any] = json.loads(line)
-    sections = get_type_hints(Config)
+    sections = types_of(Config)
     known = {item.name for item in fields(Config)}
     config = Config(**{name: sections[name](**_with_tuples(given)) for name, given in values["config"].items()
                        if name in known})  # fmt: skip

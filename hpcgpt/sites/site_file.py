@@ -29,8 +29,9 @@ import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
+from hpcgpt.config.option import types_of
 from hpcgpt.config.unknown_flags import nearest
 from hpcgpt.errors import UserError, cannot_read
 from hpcgpt.output import terminal
@@ -69,7 +70,7 @@ def read(path: Path) -> Site:
 
 
 def _site(table: dict[str, Any], problems: list[str]) -> Site | None:
-    hints, found = get_type_hints(Site), dict[str, Any]()
+    hints, found = types_of(Site), dict[str, Any]()
     problems += [f"unknown table or key {terminal.printable(key)}{nearest(key, list(hints))}"
                  for key in table if key not in hints]  # fmt: skip
     for item in dataclasses.fields(Site):
@@ -113,7 +114,7 @@ def _table(cls: type, where: str, value: Any, problems: list[str]) -> Any:
     if not isinstance(value, dict):
         problems.append(f"{where}: expected a table, found {value!r}")
         return None
-    hints, before = get_type_hints(cls), len(problems)
+    hints, before = types_of(cls), len(problems)
     problems += [f"{where}: unknown key {terminal.printable(key)}{nearest(key, list(hints))}"
                  for key in value if key not in hints]  # fmt: skip
     chosen = {}
