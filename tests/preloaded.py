@@ -1,9 +1,10 @@
 """Starts programs in a process that has loaded torch already: loading takes a second of both cores, most of the time of
 a small run, and the tests start more than a hundred.
 
-``Preloaded`` keeps one process that has imported the libraries, and none of our modules. It forks for each program; the
-fork becomes ``python -m module arguments`` with the given environment and files. Tests of the start itself (what is
-imported, early signals, a real launcher) start python for real.
+``Preloaded`` keeps one process that has imported the libraries, and our modules, which do nothing then
+(tests/test_house.py). It forks for each program; the fork becomes ``python -m module arguments`` with the given
+environment and files. Tests of the start itself (what is imported, early signals, a real launcher) start python for
+real.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +31,9 @@ from typing import IO, Any, NoReturn
 LIBRARIES = ("numpy", "torch", "torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.nn.parallel",
              "torch.nn.attention.flex_attention", "safetensors.torch", "tokenizers", "tiktoken", "tqdm", "xxhash",
              "numpy.typing", "tomllib", "tomli_w")  # fmt: skip
+# Together they import nearly everything that a rank, a sample or an evaluation needs.
+OURS = ("hpcgpt.training.attempt", "hpcgpt.train", "hpcgpt.sample", "hpcgpt.eval", "hpcgpt.export.exporting",
+        "hpcgpt.import_weights.importing")  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 Running = dict[int, tuple[socket.socket, int]]  # by pid: the test's connection, and a pidfd
@@ -67,7 +72,7 @@ class Program:
 
 class Preloaded:
     def __init__(self, library: Path | None = None, code: Path | None = None) -> None:
-        """`library` is preloaded by the dynamic linker; `code` is the folder of another version to run."""
+        """`library` is preloaded by the dynamic linker; `code` is the folder of another version of ours to run."""
         # An abstract address: the path of a socket file is limited to 107 bytes, and TMPDIR may be longer.
         self._address = f"hpcgpt-preloaded-{os.getpid()}-{secrets.token_hex(8)}"
         env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as hpcgpt.train sets it before torch is loaded
@@ -75,7 +80,8 @@ class Preloaded:
             env["LD_PRELOAD"] = str(library)
         if code:
             env["PYTHONPATH"] = str(code)
-        command = [sys.executable, "-m", "tests.preloaded", self._address]
+        imported = LIBRARIES if code else LIBRARIES + OURS
+        command = [sys.executable, "-m", "tests.preloaded", self._address, *imported]
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
@@ -104,13 +110,15 @@ class Preloaded:
 # --- the process -----------------------------------------------------------------------------------
 
 
-def serve(address: str) -> Start:
-    """Serve until the end of the tests; return in each fork, with the program that it has to become.
+def serve(address: str, imported: Sequence[str]) -> Start:
+    """Import these modules, and serve until the end of the tests; return in each fork, with the program to become.
 
     A fork copies the tables of all memory, 25 ms of CPU time: so there is one for each program, and none that waits.
     """
-    for name in LIBRARIES:
+    for name in imported:
         importlib.import_module(name)
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        finalizer.atexit = False  # torch's take 30 ms in a fork, since they write to memory that is shared
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which then end this process
     server = socket.socket(socket.AF_UNIX)
@@ -199,7 +207,8 @@ def leave(end: SystemExit) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _module, _arguments, _env, _cwd = serve(sys.argv[1])
+    _module, _arguments, _env, _cwd = serve(sys.argv[1], sys.argv[2:])
+    sys.modules.pop(_module, None)  # it becomes __main__
     os.chdir(_cwd)
     os.environ.clear()
     os.environ.update(_env)
