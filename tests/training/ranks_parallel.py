@@ -442,6 +442,7 @@ def main(shards: Path, out: Path, part: str, count: int) -> None:
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
     report = {"modes": modes, "resume": resume_all, "groups": groups}[part](shards, out, ranks, count)
     (out / f"{part}_{here.size}_{here.rank}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()  # others may still connect a group through rank 0's store
     rendezvous.disconnect()
 
 

@@ -17,18 +17,19 @@ import torch
 
 from hpcgpt import cli, train
 from hpcgpt.distributed import world
+from hpcgpt.distributed.sharded_tensor import local_rows
 from hpcgpt.model import precision
+from hpcgpt.optim import optimizer
+from hpcgpt.training import engine
+from hpcgpt.training.loop import Loop
 
 if __name__ == "__main__":
     out, unlike, *arguments = sys.argv[1:]
     rank = world.discover().rank
     capability = "DEFAULT" if rank == 1 and unlike == "capability" else "AVX2"
     torch.backends.cpu.get_cpu_capability = lambda: capability
-    # Before the modules that use it are imported.
-    mock.patch.object(precision, "cpu_has_bf16", lambda *_: rank == 0 and unlike == "bf16").start()
-    from hpcgpt.distributed.sharded_tensor import local_rows
-    from hpcgpt.training.loop import Loop
-
+    for module in (precision, engine, optimizer):
+        mock.patch.object(module, "cpu_has_bf16", lambda *_: rank == 0 and unlike == "bf16").start()
     real_run = Loop.run
 
     def run(self: Loop) -> Any:
