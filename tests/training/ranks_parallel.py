@@ -52,7 +52,7 @@ from tests.training.traces import trace_events
 Mode = Literal["ddp", "zero1", "zero2", "fsdp"]
 MODES: Sequence[Mode] = ("ddp", "zero1", "zero2", "fsdp")
 MORE = 3  # steps after the save
-MANY, MUON_STEPS = 50, 8
+FEW, MANY, MUON_STEPS = 6, 50, 6
 GROUPED: Sequence[tuple[Mode, str]] = (("zero1", "2"), ("zero2", "2"), ("fsdp", "2"))  # two groups of two ranks
 SIZES = {"float": 4, "c10::BFloat16": 2}  # bytes of a number, by the profiler's names
 

@@ -23,7 +23,7 @@ from tests.one_rank import ALONE
 from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows
 from tests.training import ranks_parallel
-from tests.training.ranks_parallel import GROUPED, MANY, MODES
+from tests.training.ranks_parallel import FEW, GROUPED, MANY, MODES, MUON_STEPS
 
 pytestmark = pytest.mark.processes
 
@@ -45,7 +45,7 @@ class Reports:
         return [report[mode] for report in self.modes[ranks]]
 
 
-@pytest.fixture(scope="module", params=[8, pytest.param(MANY, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[FEW, pytest.param(MANY, marks=pytest.mark.long)])
 def reports(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Reports:
     out, count = tmp_path_factory.mktemp("modes"), request.param
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
@@ -176,9 +176,9 @@ def test_compilation_with_both_does_not_change_training(reports: Reports, mode: 
 def grouped(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each of four ranks reports of two groups of two."""
     out = tmp_path_factory.mktemp("groups")
-    ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", 8)
-    muon = ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", 8, name="muon")
-    done = on_ranks(4, "tests.training.ranks_parallel", str(shards_folder), str(out), "groups", "8")
+    ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", FEW)
+    muon = ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", MUON_STEPS, name="muon")
+    done = on_ranks(4, "tests.training.ranks_parallel", str(shards_folder), str(out), "groups", str(FEW))
     assert done.returncode == 0, done.stderr
     return [json.loads((out / f"groups_4_{rank}.json").read_text()) | {"muon alone": muon} for rank in range(4)]
 
