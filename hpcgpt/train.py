@@ -74,11 +74,13 @@ def main(argv: Sequence[str]) -> int:
         # Torch's warnings about sockets only repeat what our errors say better.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # Until the first step: imports leave no garbage, and to look for it takes a seventh of the time of torch's.
+        # Nor is it looked for later among what they leave.
         gc.disable()
         if settings.train.deterministic:
             os.environ.update(DETERMINISTIC | os.environ)
         from hpcgpt.training import attempt
 
+        gc.freeze()
         status = attempt.train(planned, here, flag, began_at)
     except Exception as error:
         ending: Exception = error
@@ -90,9 +92,7 @@ def main(argv: Sequence[str]) -> int:
         if ending is not error:
             raise ending from error
         raise
-    if here.size > 1:
-        _leave(status)
-    return status
+    return _leave(status)
 
 
 def _settings(argv: Sequence[str]) -> Config:
@@ -151,7 +151,8 @@ def _leave(status: int) -> NoReturn:
     """End this rank without finalizing the interpreter, after a success as after an error.
 
     gloo's threads may still hold Python objects. A thread that acquires the interpreter's lock during finalization ends
-    the process with SIGABRT (docs/lab-notes.md), and then `srun -K` kills the other ranks. All output has been written.
+    the process with SIGABRT (docs/lab-notes.md), and then `srun -K` kills the other ranks. A single process saves the
+    0.2 s in which its memory would be freed. All output has been written.
     """
     streams.drain()
     os._exit(status)
