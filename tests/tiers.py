@@ -85,8 +85,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = {(item.path, mark.name) for item in items for mark in item.iter_markers()}
 
     def order(item: pytest.Item) -> list[bool]:
-        slurm, processes = ((item.path, name) in marked for name in ("slurm", "processes"))
-        return [not slurm, item.path.name not in LONGEST, not processes]
+        slurm, processes, slow = ((item.path, name) in marked for name in ("slurm", "processes", "slow"))
+        return [not slurm, item.path.name not in LONGEST, not processes, not slow]
 
     items.sort(key=order)
 
