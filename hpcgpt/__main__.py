@@ -56,7 +56,8 @@ def main() -> None:
         sys.exit(cli.print_error(UserError(message), USER_MISTAKE))
     name = RENAMED.get(name, name)
     module = f"hpcgpt.{name}.__main__" if name in PACKAGES else f"hpcgpt.{name.replace('-', '_')}"
-    cli.run(importlib.import_module(module).main)
+    command = importlib.import_module(module)
+    cli.run(command.main, getattr(command, "leave", sys.exit))
 
 
 def _suggestion(name: str) -> str:

@@ -74,13 +74,12 @@ def main(argv: Sequence[str]) -> int:
         # Torch's warnings about sockets only repeat what our errors say better.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # Until the first step: imports leave no garbage, and to look for it takes a seventh of the time of torch's.
-        # Nor is it looked for later among what they leave.
         gc.disable()
         if settings.train.deterministic:
             os.environ.update(DETERMINISTIC | os.environ)
         from hpcgpt.training import attempt
 
-        gc.freeze()
+        gc.freeze()  # what the imports made stays until the end: it is never searched for garbage
         status = attempt.train(planned, here, flag, began_at)
     except Exception as error:
         ending: Exception = error
@@ -88,11 +87,13 @@ def main(argv: Sequence[str]) -> int:
             ending = as_node_error(error)
         _record_error(folder, here, ending)
         if here.size > 1 and not cli.wants_traceback():
-            _leave(cli.print_ending(ending))
+            leave(cli.print_ending(ending))
         if ending is not error:
             raise ending from error
         raise
-    return _leave(status)
+    if here.size > 1:
+        leave(status)
+    return status
 
 
 def _settings(argv: Sequence[str]) -> Config:
@@ -147,16 +148,16 @@ def _record_error(folder: Path, here: World, error: Exception) -> None:
             run_folder.write_exit(folder, ended)
 
 
-def _leave(status: int) -> NoReturn:
-    """End this rank without finalizing the interpreter, after a success as after an error.
+def leave(status: int) -> NoReturn:
+    """End this process without finalizing the interpreter: a rank of several also after an error.
 
     gloo's threads may still hold Python objects. A thread that acquires the interpreter's lock during finalization ends
-    the process with SIGABRT (docs/lab-notes.md), and then `srun -K` kills the other ranks. A single process saves the
-    0.2 s in which its memory would be freed. All output has been written.
+    the process with SIGABRT (docs/lab-notes.md), and then `srun -K` kills the other ranks. A command of one process
+    saves the 0.2 s in which its memory would be freed. All output has been written.
     """
     streams.drain()
     os._exit(status)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, leave)

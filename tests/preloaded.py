@@ -3,8 +3,8 @@ a small run, and the tests start more than a hundred.
 
 ``Preloaded`` keeps one process that has imported the libraries, and our modules, which do nothing then
 (tests/test_house.py). It forks for each program; the fork becomes ``python -m module arguments`` with the given
-environment and files. Tests of the start itself (what is imported, early signals, a real launcher) start python for
-real.
+environment and files; of the variables that a module reads when it is imported it has this process's. Tests of the
+start itself (what is imported, early signals, a real launcher) start python for real.
 """
 
 from __future__ import annotations

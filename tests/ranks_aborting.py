@@ -14,4 +14,5 @@ if __name__ == "__main__":
     module = sys.argv[1]
     atexit.register(os.abort)
     sys.argv[:] = [module, *sys.argv[2:]]
+    sys.modules.pop(module, None)  # tests.preloaded may have imported it
     runpy.run_module(module, run_name="__main__", alter_sys=True)

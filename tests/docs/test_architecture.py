@@ -113,6 +113,10 @@ def test_the_line_numbers_in_the_walks_are_right() -> None:
     assert {(path, name): int(line) for path, name, line in found} == {
         (path, name): line_of(ROOT / path, name) for path, name, _ in found
     }
+    renames = re.findall(r"`([\w/]+\.py):[\w.]+` \(line \d+; the rename is its line (\d+)\)", ARCHITECTURE)
+    assert len(renames) == 1
+    for path, line in renames:
+        assert ".rename(" in (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

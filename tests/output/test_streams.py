@@ -86,7 +86,10 @@ def test_closed_and_full_outputs_have_no_effect(
 
 
 @pytest.mark.processes
-def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: list[tuple[object, ...]]) -> None:
+@pytest.mark.parametrize(("flags", "status"), [((), FINISHED), (("--data.dir", "/nowhere"), 2)])
+def test_a_reader_that_stops_reading_delays_nothing(
+    flags: tuple[str, ...], status: int, tiny: Path, expected_curve: list[tuple[object, ...]]
+) -> None:
     """The pipe is full before the first line, as with a pager or after Ctrl-S."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -94,16 +97,17 @@ def test_a_reader_that_stops_reading_delays_nothing(tiny: Path, expected_curve: 
         while True:
             os.write(writer, b"x" * 4096)
     os.set_blocking(writer, True)
-    # Not forked, since it is also Python's own end that must not wait for the pipe.
-    command_line = [*TRAIN, str(tiny), *PROMPT]
+    # Not forked: after an error it is Python's own end that must not wait for the pipe.
+    command_line = [*TRAIN, str(tiny), *PROMPT, *flags]
     with subprocess.Popen(command_line, cwd=ROOT, env=clean_env(), stdout=writer, stderr=writer) as running:
         try:
-            assert running.wait(timeout=120) == FINISHED
+            assert running.wait(timeout=120) == status
         finally:
             running.kill()
             os.close(writer)
             os.close(reader)
-    assert curve(tiny.parent / "runs" / "printed") == expected_curve
+    if status == FINISHED:
+        assert curve(tiny.parent / "runs" / "printed") == expected_curve
 
 
 def test_a_command_that_writes_continues_without_a_reader(lose_reader: Callable[[], None]) -> None:

@@ -99,7 +99,7 @@ def main(folder: Path, hit: bool, arguments: list[str]) -> None:
     record_calls(torch.cuda, "manual_seed_all", lambda seed: report["gpu_seeds"].append(seed))
     record_calls(loop.Loop, "run", stepping)
     record_calls(reporter.Reporter, "close", close)
-    train._leave = leave  # type: ignore[assignment]  # it would end this process before the report is written
+    train.leave = leave  # type: ignore[assignment]  # it would end this process before the report is written
     train.main(arguments)
     report |= {"polls": counts["polls"], "synced": counts["synced"]}
     (folder / f"rank_{rank}.json").write_text(json.dumps(report))

@@ -69,7 +69,7 @@ def settings(
         data=options.Data(dir=str(shards)),
         model=options.Model(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0),
         optim=options.Optim(lr=1e-3, **optim),
-        schedule=options.Schedule(warmup_steps=5, min_lr=1e-4),
+        schedule=options.Schedule(warmup_steps=3, min_lr=1e-4),
         train=options.Train(steps=200, tokens=0, global_batch=16, micro_batch=micro_batch, dtype=dtype),
         parallel=options.Parallel(mode=mode, shard_within=within),
     )
