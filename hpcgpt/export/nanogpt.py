@@ -29,6 +29,8 @@ from hpcgpt.export.agreement import Agreement, Forward, compare, loss, losses, o
 from hpcgpt.export.on_demand import Read
 from hpcgpt.export.source import Probe, Source
 from hpcgpt.storage import atomic
+from hpcgpt.tokenizer import find_tokenizer
+from hpcgpt.tokenizer.interface import Tokenizer
 
 FILE = "ckpt.pt"
 EPSILON = 1e-5
@@ -100,11 +102,16 @@ def notes(source: Source, folder: Path, probe: Probe) -> list[str]:
         found.append(
             f"nanoGPT's GELU is the exact one, and the run's the tanh form of GPT-2: {losses(after, before, 'there ')}"
         )
-    if source.tokenizer.name != "gpt2":
+    if not is_gpt2s(source.tokenizer):
         found.append(
             f"sample.py decodes ids with GPT-2's tokenizer, and this model has another one, {source.tokenizer.name}"
         )
     return found
+
+
+def is_gpt2s(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer has GPT-2's pattern, vocabulary and special tokens, whatever its name."""
+    return tokenizer.fingerprint == find_tokenizer.gpt2().fingerprint
 
 
 def read(folder: Path) -> Read:

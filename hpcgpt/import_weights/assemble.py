@@ -23,8 +23,10 @@ from hpcgpt.export.tensor_names import Piece, by_ours, zeros
 from hpcgpt.import_weights.stored import Stored, Tensors
 from hpcgpt.model.gpt import GPT
 
+# The course's names of a block's attention.
+ATTENTION = "att|attn|attention|mha|self_attention|multi_head_attention"
 # Buffers that torch saves beside weights: masks of causal attention, and frequencies of rotary positions.
-_BUFFERS = re.compile(r"(.*\.)?(attn\.(bias|masked_bias)|att(n|ention)?\.mask|rotary_emb\.inv_freq)")
+_BUFFERS = re.compile(rf"(.*\.)?(attn\.(bias|masked_bias)|({ATTENTION})\.mask|rotary_emb\.inv_freq)")
 _TABLES = ("token_embedding.weight", "head.weight")
 _POSITIONS = "position_embedding.weight"
 

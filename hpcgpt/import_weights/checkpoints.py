@@ -25,7 +25,7 @@ from hpcgpt.errors import UserError
 from hpcgpt.export import tensor_names
 from hpcgpt.export.tensor_names import Piece
 from hpcgpt.import_weights import stored
-from hpcgpt.import_weights.assemble import Source
+from hpcgpt.import_weights.assemble import ATTENTION, Source
 from hpcgpt.import_weights.stored import Tensors
 
 _PREFIXES = ("module.", "_orig_mod.")
@@ -34,7 +34,7 @@ _MOST = 1 << 24  # of any size
 # Spellings of the course's names, for each of ours; "#" is the number of a block.
 _NORM = {"weight": r"(scale|weight|gamma)", "bias": r"(shift|bias|beta)"}
 _BLOCK = r"(trf_blocks|transformer_blocks|trf_block|blocks|layers|h)\.#"
-_ATTENTION = r"(att|attn|attention|mha|self_attention|multi_head_attention)"
+_ATTENTION = rf"({ATTENTION})"
 _MLP = r"(ff|ffn|mlp|feed_forward|feedforward)"
 _QKV = {
     "query": r"(W_query|W_q|w_q|wq|q_proj|query)",

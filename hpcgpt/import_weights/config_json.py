@@ -75,7 +75,22 @@ def read(path: Path) -> Read:
             raise UserError(f"{path}: {problem}")
     if unused := sorted(str(key) for key in content.keys() - keys.asked - _SILENT):
         found.notes.append(f"not used of config.json: {', '.join(unused)}")
+    found.notes += _other_ends(content)
     return found
+
+
+def _other_ends(content: dict[str, Any]) -> list[str]:
+    """Note what a config.json says of the beginnings and ends of texts that a tokenizer of ours does not keep."""
+    first, last = content.get("bos_token_id"), content.get("eos_token_id")
+    ends = last if isinstance(last, list) else [last]
+    notes = []
+    if type(first) is int and last is not None and first not in ends:
+        notes.append(
+            f"texts began with token {first} (bos_token_id): here, and in exports, they begin with end-of-text"
+        )
+    if len(ends) > 1:
+        notes.append(f"of {len(ends)} tokens that end a text (eos_token_id) only the tokenizer's end-of-text is kept")
+    return notes
 
 
 class _Keys:

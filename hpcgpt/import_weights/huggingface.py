@@ -32,4 +32,14 @@ def read(folder: Path) -> Source:
             f"{folder}: config.json says {found.model.n_layer:,} layers, and there are {len(tensors):,} tensors"
         )
     pieces = tensor_names.pieces(found.model, ARCHITECTURES[found.kind])
-    return Source(str(folder), f"huggingface/{found.kind}", found.model, pieces, tensors, notes=found.notes)
+    notes = [*found.notes, "not used: the chat template"] if _has_chat_template(folder) else found.notes
+    return Source(str(folder), f"huggingface/{found.kind}", found.model, pieces, tensors, notes=notes)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists():
+        return True
+    try:
+        return b'"chat_template"' in (folder / "tokenizer_config.json").read_bytes()
+    except OSError:
+        return False

@@ -29,7 +29,6 @@ from hpcgpt.tokenizer import interface
 
 NAME = "hpcgpt"
 MOST_NEW_TOKENS = 256  # as lm_eval's own models, where a task does not say
-_SEED = 0
 # What a task may ask of generation. `until` and `max_gen_toks` end it.
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
@@ -141,13 +140,15 @@ class RunModel:
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text that follows each context, up to one of the strings `until`, end-of-text or `max_gen_toks`.
 
+        Where a task samples, the seed is the request's number: a repeated context is continued in another way.
+
         Raises:
             UserError: a task asks for what generation here does not have.
         """
         texts = []
-        for request in tqdm(requests, desc="generating", disable=disable_tqdm):
+        for number, request in enumerate(tqdm(requests, desc="generating", disable=disable_tqdm)):
             context, settings = request.args
-            text = self._generate(context, settings)
+            text = self._generate(context, settings, seed=number)
             self.cache_hook.add_partial("generate_until", (context, settings), text)
             texts.append(text)
         return texts
@@ -169,7 +170,7 @@ class RunModel:
         assert found is not None, "None is returned only if `stopped` returns True"
         return found
 
-    def _generate(self, context: str, settings: Mapping[str, Any]) -> str:
+    def _generate(self, context: str, settings: Mapping[str, Any], seed: int) -> str:
         if unknown := settings.keys() - set(_GENERATION):
             raise UserError(f"generation: unknown {', '.join(sorted(unknown))}: expected {', '.join(_GENERATION)}")
         most = int(settings.get("max_gen_toks", MOST_NEW_TOKENS))
@@ -185,16 +186,17 @@ class RunModel:
         prompt = tokenizer.encode(context)[-room:] or [tokenizer.end_of_text]
         text = ""
         with self._trained.computing():
-            for piece in interface.stream(tokenizer, self._new_tokens(prompt, _sampling(settings, most)), after=prompt):
+            ids = self._new_tokens(prompt, _sampling(settings, most), seed)
+            for piece in interface.stream(tokenizer, ids, after=prompt):
                 text += piece
                 if any(stop in text for stop in stops):
                     break
         ends = [text.index(stop) for stop in stops if stop in text]
         return text[: min(ends)] if ends else text
 
-    def _new_tokens(self, prompt: Sequence[int], sampling: Sample) -> Iterator[int]:
+    def _new_tokens(self, prompt: Sequence[int], sampling: Sample, seed: int) -> Iterator[int]:
         """Yield the ids that follow `prompt`, up to end-of-text."""
-        for token in generate(self._trained.model, prompt, sampling, self._trained.ranks.device, _SEED):
+        for token in generate(self._trained.model, prompt, sampling, self._trained.ranks.device, seed):
             if token == self._trained.tokenizer.end_of_text:
                 return
             yield token

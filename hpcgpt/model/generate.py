@@ -39,12 +39,13 @@ def generate_several(
     training = model.training
     model.eval()
     texts = [list(prompt) for _ in seeds]
-    cache, begin = KVCache(model.config), -1
+    longest = len(prompt) + config.tokens
+    cache, begin = KVCache(model.config, longest), -1
     try:
         for _ in range(config.tokens):
             start = window_start(len(texts[0]), model.config.block_size, config.slide)
             if start != begin:
-                cache, begin = KVCache(model.config), start
+                cache, begin = KVCache(model.config, longest), start
                 unread = [text[start:] for text in texts]
             else:
                 unread = [text[-1:] for text in texts]

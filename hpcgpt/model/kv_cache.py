@@ -1,7 +1,7 @@
 """The KV cache: keys and values of the tokens that a model has processed, so that each further token costs one token's
 pass.
 
-A cache belongs to one model and one text, or a batch of texts of equal length. It holds at most block_size tokens.
+A cache belongs to one model and one text, or a batch of texts of equal length.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class LayerKVCache:
 class KVCache:
     """The ids (B, S) that a model has processed, and the cache of each block."""
 
-    def __init__(self, config: Model) -> None:
-        self.layers = [LayerKVCache(config.block_size) for _ in range(config.n_layer)]
+    def __init__(self, config: Model, tokens: int) -> None:
+        """Make an empty cache; it will hold at most so many tokens, or block_size."""
+        self.layers = [LayerKVCache(min(config.block_size, tokens)) for _ in range(config.n_layer)]
         self.ids: Tensor | None = None
 
     def extend(self, ids: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _follow(gpt: GPT, ranks: Ranks, alive: Callable[[], bool]) -> None:
     try:
         while _broadcast(None, ranks):
             try:
-                gpt(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device), cache=KVCache(gpt.config))
+                gpt(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device), cache=KVCache(gpt.config, 1))
             except Exception as error:
                 raise BrokenPassError(f"{ranks.world}: a sample's forward pass failed: {error}") from error
             alive()

@@ -13,6 +13,7 @@ from hpcgpt.config.options import Model
 from hpcgpt.errors import UserError
 from hpcgpt.export import __main__ as export_command
 from hpcgpt.export import nanogpt, tensor_names
+from hpcgpt.tokenizer import find_tokenizer
 from tests.export import made_runs
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,11 @@ def test_what_nanogpt_does_otherwise_is_measured(tmp_path: Path, capsys: pytest.
 def test_with_exact_gelu_nothing_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exported(tmp_path, dataclasses.replace(made_runs.GPT2, gelu="exact"), 1, "--dtype", "bfloat16")
     assert "GELU" not in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_gpt2s_by_its_content_and_not_by_its_name() -> None:
+    assert nanogpt.is_gpt2s(dataclasses.replace(find_tokenizer.gpt2(), name="gpt2-medium"))
+    assert not nanogpt.is_gpt2s(dataclasses.replace(made_runs.tokenizer(), name="gpt2"))
 
 
 @pytest.mark.parametrize(

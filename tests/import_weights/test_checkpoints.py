@@ -174,7 +174,10 @@ def of_the_course() -> Any:
     return reference
 
 
-@pytest.mark.parametrize(("names", "prefix", "bias"), [(USUAL, "module.", False), (OTHER, "", True)])
+@pytest.mark.parametrize(
+    ("names", "prefix", "bias"),
+    [(USUAL, "module.", False), (OTHER, "", True), (USUAL | {"attention": "mha"}, "", False)],
+)
 def test_the_courses_files_with_the_prefix_of_ddp(
     names: dict[str, str], prefix: str, bias: bool, of_the_course: Any, tokenizer_folder: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

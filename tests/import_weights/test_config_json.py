@@ -132,6 +132,26 @@ def test_a_key_that_is_not_known_is_named(tmp_path: Path) -> None:
         read(tmp_path, missing)
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"bos_token_id": 50256, "eos_token_id": 50256}, []),
+        (
+            {"bos_token_id": 151643, "eos_token_id": [151645, 151643]},
+            ["of 2 tokens that end a text (eos_token_id)"],
+        ),
+        ({"bos_token_id": 128000, "eos_token_id": 128001}, ["texts began with token 128000 (bos_token_id): here,"]),
+        ({"bos_token_id": 1, "eos_token_id": [2, 3]}, ["texts began with token 1 ", "of 2 tokens that end a text"]),
+        ({"bos_token_id": None, "eos_token_id": 3}, []),
+    ],
+)
+def test_beginnings_and_ends_of_texts_that_are_not_kept_are_noted(
+    ends: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    notes = read(tmp_path, LLAMA | ends).notes
+    assert [note for note, start in zip(notes, expected, strict=True) if not note.startswith(start)] == []
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "null", "{" * 100_000, '{"model_type": ' + "[" * 100_000, "\x00"])
 def test_what_is_no_config_json_is_refused(content: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,18 @@ def refused(tokenizer_folder: Path) -> Refused:
 def exported(run: Path, out: Path) -> dict[str, Any]:
     assert export.main([str(run), "--to", "hf", str(out)]) == 0
     return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_that_is_not_kept_is_noted(
+    file: str, qwen3: Path, imported: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(qwen3, tmp_path / "copy")
+    imported(copy, tmp_path / "without")
+    assert "chat template" not in capsys.readouterr().out
+    (copy / file).write_text('{"chat_template": "{{ messages }}"}')
+    imported(copy, tmp_path / "with")
+    assert "note: not used: the chat template" in capsys.readouterr().out
 
 
 def test_imported_evaluated_trained_on_and_exported_again(

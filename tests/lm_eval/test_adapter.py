@@ -108,6 +108,17 @@ def test_text_is_continued_until_a_stop_or_a_number_of_tokens(model: RunModel) -
     assert first == second != [whole]
 
 
+def test_a_task_that_repeats_a_context_gets_another_text_for_each(model: RunModel) -> None:
+    """As lm_eval does it for pass@k and for the majority of several answers."""
+    sampled = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 3.0, "top_k": 0}
+    four = [Instance(("Once", sampled)) for _ in range(4)]
+    texts = model.generate_until(four, disable_tqdm=True)
+    assert len(set(texts)) == 4
+    assert model.generate_until(four, disable_tqdm=True) == texts
+    greedy = [Instance(("Once", {"until": [], "max_gen_toks": 20})) for _ in range(2)]
+    assert len(set(model.generate_until(greedy, disable_tqdm=True))) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -149,7 +149,7 @@ def test_slow_rotations_are_those_of_llama_3() -> None:
 
 def test_every_option_of_the_block_changes_what_it_computes_and_the_kv_cache_follows() -> None:
     model = small(shape=RELEASED).eval()
-    expected, cache = model(ids()), KVCache(RELEASED)
+    expected, cache = model(ids()), KVCache(RELEASED, 24)
     for position in range(24):
         found = model(ids()[:, position : position + 1], cache=cache)
         assert (found[:, 0] - expected[:, position]).abs().max() < 1e-10

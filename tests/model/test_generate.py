@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hpcgpt.config.operation import Sample
 from hpcgpt.config.options import Model
+from hpcgpt.model import kv_cache
 from hpcgpt.model.generate import choose, generate, generate_several
 from hpcgpt.model.gpt import GPT, ForwardOptions
 
@@ -144,6 +145,24 @@ def test_the_cache_does_not_change_a_text_also_beyond_the_context(
         assert list(generate(model, prompt, config, CPU, seed=1)) == expected
         assert len(set(expected)) > 2, "a constant text proves nothing"
         assert 0 in expected or document_start is None or not temperature, "no document ends within the text"
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(4, 7), (12, 15), (40, 16)])
+def test_the_cache_has_room_for_the_text_and_no_more(
+    tokens: int, expected: int, model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context of 131,072 tokens would take gigabytes for each short text."""
+    rooms = set()
+    extend = kv_cache.LayerKVCache.extend
+
+    def recorded(cache: kv_cache.LayerKVCache, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        found = extend(cache, keys, values)
+        rooms.add(found[0].untyped_storage().nbytes() // (keys.nbytes // keys.shape[2]))
+        return found
+
+    monkeypatch.setattr(kv_cache.LayerKVCache, "extend", recorded)
+    assert len(list(generate(model, [1, 2, 3], Sample(tokens=tokens), CPU, seed=0))) == tokens
+    assert rooms == {expected}
 
 
 @pytest.mark.parametrize("slide", [1, 5, 16])
