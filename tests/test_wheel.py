@@ -52,11 +52,13 @@ def tracked() -> set[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files alone: no old build/ gets into the wheel, and none is left here."""
+    """The tracked files, so no old build/, and some of a user's that do not belong into a wheel. None is left here."""
     folder = tmp_path_factory.mktemp("checkout") / "source"
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
+    for name in ("mine.sbatch", "sites/mycluster.sh", "sites/.env"):
+        (folder / "slurm" / name).write_text("export WANDB_API_KEY=secret\n")
     return folder
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 _INSTALLED = Path(__file__).resolve().parent / "scripts"
+# The files that belong to hpcgpt, and the user's own site files; pyproject.toml has the same list for wheels. Beside
+# them a user may have shell files with keys, which get into no wheel and no run folder.
+PATTERNS = ("pretrain.sbatch", "shards.sbatch", "sites/*.toml", "sites/README.md")
 _CHECKOUT = Path(__file__).resolve().parents[2] / "slurm"
 FOLDER = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 

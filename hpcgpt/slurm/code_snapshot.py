@@ -110,14 +110,17 @@ def check_imported(folder: Path) -> None:
 
 
 def _files() -> dict[str, bytes]:
-    """Read the package and the batch scripts; by path in the snapshot."""
+    """Read the package, the batch scripts and the site files; by path in the snapshot."""
     found = {}
-    for top, root in (("hpcgpt", PACKAGE), ("slurm", batch_scripts.FOLDER)):
-        for path in sorted(root.rglob("*")):
+    for top, root, patterns in (
+        ("hpcgpt", PACKAGE, ("**/*",)),
+        ("slurm", batch_scripts.FOLDER, batch_scripts.PATTERNS),
+    ):
+        for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
             relative = path.relative_to(root)
-            if top == "slurm" and relative.parts[0] not in ("sites", "pretrain.sbatch", "shards.sbatch"):
+            if any(part in ("__pycache__", "scripts") or part.startswith(".") for part in relative.parts):
                 continue
-            if path.is_file() and not {"__pycache__", "scripts"} & set(relative.parts):
+            if path.is_file():
                 found[f"{top}/{relative.as_posix()}"] = path.read_bytes()
     return found
 

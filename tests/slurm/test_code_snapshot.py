@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,20 @@ def test_only_the_configuration_is_replaced_by_its_copy(tmp_path: Path, monkeypa
     (tmp_path / "mine.toml").write_text("[train]\nsteps = 3\n")
     kept = code_snapshot.keep(tmp_path / "run", ["--run.name", "mine.toml", "mine.toml"])
     assert kept.arguments == ("--run.name", "mine.toml", str(kept.folder / "config" / "mine.toml"))
+
+
+def test_files_of_the_user_beside_those_of_the_project_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell file of a site may have a key in it, and a run folder is often shared."""
+    scripts = tmp_path / "slurm"
+    shutil.copytree(batch_scripts.FOLDER / "sites", scripts / "sites")
+    for path in batch_scripts.FOLDER.glob("*.sbatch"):
+        shutil.copy(path, scripts)
+    for name in ("mine.sbatch", "sites/mycluster.sh", "sites/.env", "sites/.mine.toml.swp"):
+        (scripts / name).write_text("export WANDB_API_KEY=secret\n")
+    (scripts / "sites/mine.toml").write_text("")  # a site that `--site mine` finds
+    monkeypatch.setattr(batch_scripts, "FOLDER", scripts)
+    found = contents(code_snapshot.keep(tmp_path / "run", []).folder)
+    assert not [name for name, content in found.items() if content == b"export WANDB_API_KEY=secret\n"]
+    assert {"slurm/sites/mine.toml", "slurm/sites/README.md", "slurm/sites/lumi.toml"} <= found.keys()
