@@ -166,7 +166,9 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _about() -> dict[str, bytes]:
     """Describe where the code came from."""
-    packages = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    # An installation that was interrupted may leave a folder without METADATA, so without a name.
+    found = [each for each in importlib.metadata.distributions() if each.metadata and "Name" in each.metadata]
+    packages = {each.metadata["Name"]: each.version for each in found}
     about = {
         "time": time.time(),
         "python": platform.python_version(),

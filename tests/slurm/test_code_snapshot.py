@@ -119,3 +119,12 @@ def test_files_of_the_user_beside_those_of_the_project_are_not_kept(
     found = contents(code_snapshot.keep(tmp_path / "run", []).folder)
     assert not [name for name, content in found.items() if content == b"export WANDB_API_KEY=secret\n"]
     assert {"slurm/sites/mine.toml", "slurm/sites/README.md", "slurm/sites/lumi.toml"} <= found.keys()
+
+
+def test_a_distribution_without_metadata_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation that was interrupted leaves such a folder."""
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    about = json.loads((code_snapshot.keep(tmp_path / "run", []).folder / "about.json").read_text())
+    assert about["packages"]["torch"]
+    assert all(about["packages"].values())
