@@ -149,13 +149,18 @@ def _check_unchanged(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    about = _about()
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    for name, content in {**files, **_about()}.items():
-        path = temporary / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    for name in ("pretrain.sbatch", "shards.sbatch"):
-        (temporary / "slurm" / name).chmod(0o755)
+    try:
+        for name, content in {**files, **about}.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        for name in ("pretrain.sbatch", "shards.sbatch"):
+            (temporary / "slurm" / name).chmod(0o755)
+    except BaseException:  # a full disk, Ctrl-C
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     try:
         temporary.rename(folder)
     except OSError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -128,3 +129,15 @@ def test_a_distribution_without_metadata_is_left_out(tmp_path: Path, monkeypatch
     about = json.loads((code_snapshot.keep(tmp_path / "run", []).folder / "about.json").read_text())
     assert about["packages"]["torch"]
     assert all(about["packages"].values())
+
+
+def test_a_write_that_fails_leaves_no_part_of_a_copy(tmp_path: Path) -> None:
+    """As on a full disk; here a limit of the size of files is what fails it."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            code_snapshot.keep(tmp_path, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list((tmp_path / "code").iterdir())
