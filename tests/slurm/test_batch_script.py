@@ -46,7 +46,12 @@ esac
 SINFO = '#!/bin/bash\ncat "$STATE/nodes"\n'
 # srun's own flags come before `bash -c`; it ends with the status that the test set, or runs its command.
 SRUN = """#!/bin/bash
-if [[ " $* " == *" --overlap "* ]]; then cat "$STATE/can" 2>/dev/null; exit; fi
+if [[ " $* " == *" --overlap "* ]]; then
+    # As Slurm does: a mask of the ranks' cores, which a site exports, does not suit a step of one task.
+    [[ ${SLURM_CPU_BIND:-} != mask_cpu:* || " $* " == *" --cpu-bind=none "* ]] || exit 1
+    cat "$STATE/can" 2>/dev/null
+    exit
+fi
 printf '%s\\n' "$@" > "$STATE/srun"
 [ ! -e "$STATE/status" ] || exit "$(cat "$STATE/status")"
 [ "${SRUN_EXPORT_ENV:-${SLURM_EXPORT_ENV:-ALL}}" != NONE ] || exec env -i "PATH=$PATH" "STATE=$STATE" "$0" "$@"
@@ -284,6 +289,15 @@ def test_of_several_nodes_those_without_python_are_excluded(batch: Batch) -> Non
     batch.python.unlink()
     batch.set_field("can", "<n2>").set_field("nodes", "n1\nn2\nn3\nn4\nn5\nn6")
     done = batch.start(SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="n1,n2,n3")
+    assert "requeue of job 7, 1 of 5" in done.stderr
+    assert batch.field("excluded") == "n1,n3"
+
+
+def test_masks_of_cores_that_a_site_exports_do_not_keep_the_other_nodes_from_being_checked(batch: Batch) -> None:
+    batch.python.unlink()
+    batch.set_field("can", "<n2>").set_field("nodes", "n1\nn2\nn3\nn4\nn5\nn6")
+    masks = {"SLURM_CPU_BIND": "mask_cpu:0xfe,0xfe00"}
+    done = batch.start(SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="n1,n2,n3", **masks)
     assert "requeue of job 7, 1 of 5" in done.stderr
     assert batch.field("excluded") == "n1,n3"
 
