@@ -2,8 +2,8 @@
 
 A step inherits what the job requests. With --gpus-per-task its one task would get one task's GPUs, and with --gpus the
 GPUs of a node may go to other nodes' tasks; of GPUs that the job only has by --exclusive it would get none. (Seen on
-Slurm 22.05.) So the GPUs are requested by number. And srun would refuse the
-masks of cores that a site exports for the ranks (SLURM_CPU_BIND, as on LUMI), so the task is not bound to cores.
+Slurm 22.05.) So the GPUs are requested by number. And srun would refuse the masks of cores that a site exports for the
+ranks (SLURM_CPU_BIND, as on LUMI), so the task is not bound to cores.
 
 No torch in here.
 """

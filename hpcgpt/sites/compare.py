@@ -78,9 +78,12 @@ def _nodes(site: Site, queue: Queue, partitions: Sequence[Partition]) -> Finding
     if not kinds:
         return Finding(queue.name, "differs", f"there are no nodes{features}")
     cpus = node.gpus * node.cpus_per_gpu
-    text = f"{counted(node.gpus, 'GPU')} and {counted(cpus, 'CPU')} a node"
+    # Where jobs do not request GPUs, Slurm need not know of them.
+    unlisted = site.request.form == "none" and not any(kind.gpus for kind in kinds)
+    gpus = counted(node.gpus, "GPU") + (" (which Slurm does not list)" if unlisted else "")
+    text = f"{gpus} and {counted(cpus, 'CPU')} a node"
     # Cores that the system reserves are counted by sinfo, but not in the file.
-    if any(kind.gpus == node.gpus and kind.cpus >= cpus for kind in kinds):
+    if any((unlisted or kind.gpus == node.gpus) and kind.cpus >= cpus for kind in kinds):
         return Finding(queue.name, "agrees", text)
     there = ", ".join(sorted({f"{counted(kind.gpus, 'GPU')} and {counted(kind.cpus, 'CPU')}" for kind in kinds}))
     return Finding(queue.name, "differs", f"the file has {text}{features}, Slurm {there}")

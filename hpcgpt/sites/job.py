@@ -30,15 +30,26 @@ def complete(
         UserError: the file or Slurm forbids the job; see hpcgpt.sites.request and hpcgpt.slurm.request.
     """
     filled = site_request.fill(site, wanted, environment)
-    flags = dict(filled.flags)
+    flags, (partitions, no_answer) = dict(filled.flags), offered
     # Where nodes' GPUs come without a request, they are counted nevertheless.
     if filled.queue and site.request.form == "none" and flags.get("gpus-per-node") != "0":
-        flags["gpus-per-node"] = str(site.node_of(filled.queue).gpus)
-    completed = request.complete(flags, *offered, environment, partial(qos.over_partition, environment=environment))
+        gpus = site.node_of(filled.queue).gpus
+        flags["gpus-per-node"] = str(gpus)
+        partitions = [_with_gpus(partition, gpus) for partition in partitions]
+    completed = request.complete(
+        flags, partitions, no_answer, environment, partial(qos.over_partition, environment=environment)
+    )
     left_out = filled.not_wanted - filled.flags.keys()
     kept = {name: value for name, value in completed.flags.items() if name not in left_out}
     gpu = site.node_of(filled.queue).gpu if filled.queue and completed.gpus_per_node else completed.gpu_type
     return replace(completed, flags=kept, gpu_type=gpu, notes=(*filled.notes, *completed.notes))
+
+
+def _with_gpus(partition: Partition, gpus: int) -> Partition:
+    """Return the partition with so many GPUs a node if Slurm lists none: jobs do not request them, so it need not."""
+    if any(kind.gpus for kind in partition.kinds):
+        return partition
+    return replace(partition, kinds=tuple(replace(kind, gpus=gpus) for kind in partition.kinds))
 
 
 def one_task_per_node(site: Site, wanted: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:

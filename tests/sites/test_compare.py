@@ -55,6 +55,13 @@ def test_qos_have_precedence_over_the_partition_and_may_be_hidden() -> None:
     assert "agrees v100 t4: max_time 6000 minutes" in hidden
 
 
+def test_gpus_that_slurm_does_not_list_are_not_compared_where_nodes_are_given_whole() -> None:
+    sinfo = "batch|up|02:00:00|1-infinite|9000|128|512000|nvme|(null)|idle\n"
+    nodes = "batch, 1 to 91 nodes: 8 GPUs (which Slurm does not list) and 56 CPUs a node"
+    assert f"agrees {nodes}" in found("frontier", sinfo)
+    assert [line for line in found("frontier", sinfo.replace("|128|", "|48|")) if "Slurm 0 GPUs and 48 CPUs" in line]
+
+
 def test_features_that_no_node_has_and_partitions_that_are_down_are_named() -> None:
     sinfo = "batch|down|02:00:00|1-infinite|9000|128|512000|nvme|gpu:8|idle\n"
     assert "differs batch, 1 to 91 nodes: partition batch is down" in found("frontier", sinfo)

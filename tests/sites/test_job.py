@@ -38,6 +38,15 @@ def test_what_the_site_does_not_take_is_not_added_from_sinfo() -> None:
     assert complete("marenostrum5", MN5, account="x", mem="10G").flags["mem"] == "10G"
 
 
+def test_gpus_that_slurm_does_not_list_are_those_of_the_file_where_nodes_are_given_whole() -> None:
+    done = complete("frontier", FRONTIER.replace("gpu:8", "(null)"), nodes="2")
+    assert (done.nodes, done.ranks, done.gpus_per_node) == (2, 16, 8)
+    assert done.flags == complete("frontier", FRONTIER, nodes="2").flags
+    # On any other site such nodes have no GPUs, and a file that says otherwise is refused.
+    with pytest.raises(UserError, match="8 GPUs per node: no node of partition standard-g has more than 0"):
+        complete("lumi", LUMI.replace("gpu:mi250:8(S:0)", "(null)"), account="x")
+
+
 def test_a_limit_that_has_changed_since_the_file_was_written_is_slurms() -> None:
     with pytest.raises(UserError, match="is more than partition standard-g allows, 600 minutes"):
         complete("lumi", LUMI.replace("2-00:00:00", "10:00:00"), account="x", time="1-00:00:00")
