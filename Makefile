@@ -4,21 +4,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# For `make shards`, `make train` and `make bundle`.
-CORPUS ?=
-OUT ?= data/shards
-TOKENIZER ?= gpt2
-VAL ?= 0.01
-CONFIG ?= gpt2-124m
-ARGS ?=
-ARCH ?=
-PYTHON_VERSION ?=
-SHARDS ?=
+# For `make shards`, `make train` and `make bundle`. Only the command line sets them: an environment has such names for
+# other purposes, as PYTHON_VERSION in Docker's images of Python.
+CORPUS :=
+OUT := data/shards
+TOKENIZER := gpt2
+VAL := 0.01
+CONFIG := gpt2-124m
+ARGS :=
+ARCH :=
+PYTHON_VERSION :=
+SHARDS :=
+
+# PYTHONPATH of a loaded module: pip would take what is there for installed, and leave it out.
+CLEAN := env -u PYTHONPATH -u PYTHONHOME
 
 # pip would compile all modules to bytecode, 12,000; training imports 3,000. They are compiled here, once, and not by all
 # ranks of the first job: by two processes, which begin with different modules.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
-IMPORT := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
+IMPORT := $(CLEAN) -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c
 COMPILE := { $(IMPORT) 'import sympy, wandb' & $(IMPORT) 'import hpcgpt.training.attempt, torch._inductor.compile_fx'; made=$$?; wait $$! && exit $$made; }
 
 # pytest rewrites the tests' assertions, which takes each of its processes ten seconds, and keeps the result as bytecode.
@@ -39,20 +43,20 @@ install: $(VENV)/.installed ## make .venv with hpcgpt in it
 # Ctrl-C while pip is upgraded must not remove it: venv would not write it again.
 .PRECIOUS: $(VENV)/bin/pip
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hpcgpt needs Python 3.11 or later; name one: make PYTHON=python3.12 ..."; exit 2; }
+	@$(CLEAN) $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hpcgpt needs Python 3.11 or later; name one: make PYTHON=python3.12 ..."; exit 2; }
 	@echo "making $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install $(PIP_FLAGS) --upgrade pip || echo "so pip stays as it is" # pip 23, of Python 3.11, takes 12 s longer than 26
+	@$(CLEAN) $(PYTHON) -m venv $(VENV)
+	@$(CLEAN) $(BIN)/pip install $(PIP_FLAGS) --upgrade pip || echo "so pip stays as it is" # pip 23, of Python 3.11, takes 12 s longer than 26
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pip
 	@echo "installing hpcgpt and what it needs into $(VENV) (torch is large: a minute, or several)"
-	@$(BIN)/pip install $(PIP_FLAGS) --editable .
+	@$(CLEAN) $(BIN)/pip install $(PIP_FLAGS) --editable .
 	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml setup.py constraints.txt | $(VENV)/bin/pip
 	@echo "installing hpcgpt and what its tests need into $(VENV) (torch is large: a minute, or several)"
-	@$(BIN)/pip install $(PIP_FLAGS) --editable '.[test]'
+	@$(CLEAN) $(BIN)/pip install $(PIP_FLAGS) --editable '.[test]'
 	@$(COMPILE)
 	@touch $(VENV)/.installed $@
 
