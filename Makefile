@@ -4,17 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# For `make shards`, `make train` and `make bundle`. Only the command line sets them: an environment has such names for
-# other purposes, as PYTHON_VERSION in Docker's images of Python.
-CORPUS :=
-OUT := data/shards
-TOKENIZER := gpt2
-VAL := 0.01
-CONFIG := gpt2-124m
-ARGS :=
+# For `make shards`, `make train` and `make bundle`.
+CORPUS ?=
+OUT ?= data/shards
+TOKENIZER ?= gpt2
+VAL ?= 0.01
+CONFIG ?= gpt2-124m
+ARGS ?=
+SHARDS ?=
+# From the command line only: an environment has these names for other purposes, as Docker's images of Python.
 ARCH :=
 PYTHON_VERSION :=
-SHARDS :=
 
 # PYTHONPATH of a loaded module: pip would take what is there for installed, and leave it out.
 CLEAN := env -u PYTHONPATH -u PYTHONHOME

@@ -63,7 +63,7 @@ def test_a_new_environment_is_made_without_what_a_loaded_module_has(checkout: Pa
 def test_a_bundle_is_for_what_the_command_line_says_and_not_the_environment(checkout: Path) -> None:
     """Docker's images of Python export PYTHON_VERSION=3.11.9."""
     (checkout / ".venv" / ".installed").touch()
-    image = {"PYTHON_VERSION": "3.11.9", "ARCH": "arm64", "SHARDS": "/elsewhere", "ARGS": "--unknown"}
+    image = {"PYTHON_VERSION": "3.11.9", "ARCH": "arm64"}
     (call,) = make(checkout, "bundle", **image)
     assert call.endswith(" bundle/make_bundle.py")
     *_, call = make(checkout, "bundle", "ARCH=aarch64", "PYTHON_VERSION=3.12", **image)
