@@ -38,6 +38,8 @@ from hpcgpt.errors import UserError
 from hpcgpt.output import streams
 from hpcgpt.slurm import code_snapshot
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last one when the terminal or the ssh session has ended
+
 
 @streams.continue_without_reader()
 def main(argv: Sequence[str]) -> int:
@@ -55,8 +57,9 @@ def main(argv: Sequence[str]) -> int:
     # Jobs of the lab start in a folder of the drill, those here in this one.
     code_snapshot.check_imported(Path.cwd() if where == "here" else Path(home.anchor))
     home.mkdir(parents=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupted)
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup: it outlives the session
+            signal.signal(number, _interrupted)
     if no_lab:
         print(f"no lab: {no_lab}; so this drill runs without Slurm")
     return Drill(options, where, kinds, home).run(elastic.change_ranks if options.elastic else Drill.rounds)
@@ -74,7 +77,7 @@ def chosen(where: str, names: str = "") -> dict[str, FaultKind]:
 
 def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
     """Raise KeyboardInterrupt once: the cleanup that follows must not be interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -9,7 +9,9 @@ A command that writes files in the foreground, or has a verdict as its status, i
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+import stat
 import sys
 import threading
 import time
@@ -41,7 +43,7 @@ def escape_unknown_characters() -> None:
 
 @contextmanager
 def continue_without_reader() -> Iterator[None]:
-    """Discard what is printed inside once its reader has gone (`| head -1`), instead of raising BrokenPipeError.
+    """Discard what is printed inside once its reader (`| head -1`) or terminal has gone, instead of raising an error.
 
     For commands that write something, or whose exit status says what they found: what they print only informs, so that
     it must not end them before they have.
@@ -56,7 +58,7 @@ def continue_without_reader() -> Iterator[None]:
 
 
 class _DiscardingStream:
-    """A text stream whose descriptor becomes os.devnull when its reader has gone."""
+    """A text stream whose descriptor becomes os.devnull when its reader, or its terminal, has gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -64,20 +66,27 @@ class _DiscardingStream:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._discard()
+        except OSError as error:
+            self._discard_if_gone(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._discard()
+        except OSError as error:
+            self._discard_if_gone(error)
 
-    def _discard(self) -> None:
+    def _discard_if_gone(self, error: OSError) -> None:
+        """Raise other errors again, as that of a full disk. EIO: the terminal has been closed, or the session lost."""
+        if not isinstance(error, BrokenPipeError) and not (error.errno == errno.EIO and self._is_terminal()):
+            raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
+
+    def _is_terminal(self) -> bool:
+        """isatty() says no once the terminal is closed."""
+        return stat.S_ISCHR(os.fstat(self._stream.fileno()).st_mode)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -58,6 +58,7 @@ from lab_hosts import LabError, run
 # The states of a node that answers and takes jobs, in sinfo; an asterisk after a state: it does not answer.
 RESPONDING = {"idle", "mix", "alloc", "comp", "plnd", "resv"}
 MACHINE = ""  # no lab's name
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last one when the terminal or the ssh session has ended
 
 
 @dataclass(frozen=True)
@@ -287,13 +288,18 @@ def _need_root() -> None:
         raise LabError(f"this needs root, and runs as user id {os.geteuid()}: run it with sudo", lab_needs.CANNOT)
 
 
-def _terminated(_signal: int, _frame: object) -> NoReturn:
-    sys.exit(143)  # as an exception, so that `up` cleans up after itself
+def _terminated(number: int, _frame: object) -> NoReturn:
+    """Exit by an exception, so that `up` cleans up after itself; which a second signal must not interrupt."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in ENDING:
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it outlives the session
+            signal.signal(number, _terminated)
     os.umask(0o022)  # other users of this machine may read slurm.conf
     try:
         return _obey(asked)
@@ -303,8 +309,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"lab: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _obey(asked: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -172,6 +173,22 @@ def test_a_failing_up_reports_why_and_leaves_no_trace(second_lab: Lab, monkeypat
     with pytest.raises(LabError, match=r"slurmctld on ctl: exit status 1: .*Nonsense"):
         up(second_lab)
     assert traces() == before
+
+
+@pytest.mark.processes
+def test_up_that_loses_its_terminal_leaves_no_trace(second_lab: Lab) -> None:
+    """The shell and the kernel both send SIGHUP: the second one must not end the removal half-way."""
+    before = traces()
+    command = [sys.executable, str(SCRIPT), "up", "--name", second_lab.name, "--subnet", second_lab.subnet,
+               "--nodes", "2"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as starting:
+        wait_for(lambda: len(processes_with(f"/run/{second_lab.name}/")) > 1, LONG_S)  # a daemon runs
+        starting.send_signal(signal.SIGHUP)
+        time.sleep(0.05)
+        starting.send_signal(signal.SIGHUP)
+        assert starting.wait(LONG_S) == 128 + signal.SIGHUP
+    assert traces() == before
+    assert processes_with(f"/run/{second_lab.name}/") == []
 
 
 def test_a_subnet_in_use_is_refused(lab: Lab) -> None:
