@@ -36,7 +36,7 @@ from hpcgpt.run import run_folder
 from hpcgpt.tracking import arrived
 from hpcgpt.tracking.arrived import summary
 from hpcgpt.tracking.tracker import STATE
-from hpcgpt.tracking.wandb_sender import Sender
+from hpcgpt.tracking.wandb_sender import Sender, doubled
 
 LOOK_S = 0.5
 RETRY_S, MOST_RETRY_S = 1.0, 60.0
@@ -129,7 +129,7 @@ class Process:
         """Replace this process by a fresh one, without any state of wandb."""
         state = self.state
         state.failures += 1
-        wait_s = min(MOST_RETRY_S, RETRY_S * 2 ** (state.failures - 1))
+        wait_s = min(MOST_RETRY_S, doubled(RETRY_S, state.failures - 1))
         if not state.offline and (state.failures <= 3 or state.failures % 20 == 0):
             self.say(f"failed and is started again in {wait_s:.0f} s, metrics.jsonl has everything: {summary(error)}")
         _end_children()

@@ -40,6 +40,7 @@ MOST_REWINDS = 3
 # wandb's own limits for a request with rows are 180 s, and 60 s between two: after an outage of a minute it would send
 # nothing for three.
 REQUEST_S, MOST_PAUSE_S = 20.0, 15.0
+MOST_DOUBLINGS = 30  # a float cannot be multiplied by 2**1024; no pause is that long
 
 
 class UnansweredError(Exception):
@@ -211,7 +212,7 @@ class Sender:
     def _follow(self, online: bool) -> None:
         process, state = self._process, self._process.state
         next_check = time.monotonic() + CHECK_S
-        next_probe = time.monotonic() + min(MOST_PROBE_S, PROBE_S * 2**state.probes)
+        next_probe = time.monotonic() + min(MOST_PROBE_S, doubled(PROBE_S, state.probes))
         assert self._shown
         while True:
             finish = state.finish  # read before the files, which were complete when it was requested
@@ -247,6 +248,11 @@ class Sender:
             self._unconfirmed.append((time.monotonic(), sent, line["step"], line["time"]))
             self._shown.alert(self._run, line, self._process.state)
         self._process.state.failures = 0
+
+
+def doubled(pause_s: float, times: int) -> float:
+    """Return a pause in seconds, doubled as often as something has failed before; at most MOST_DOUBLINGS times."""
+    return float(pause_s * 2 ** min(times, MOST_DOUBLINGS))
 
 
 def _labels(config: Config) -> dict[str, Any]:
