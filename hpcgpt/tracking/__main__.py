@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) -> int:
-    """Run the process that sends a run; return the exit status."""
+    """Run the process that sends a run, if no other `sync` does; return the exit status."""
     sources.from_file(folder / "config.toml")  # refused here, and not for as long as it is tried
+    if offline is None:
+        _refuse_running(folder)
+        if copy and not RUN_ID.fullmatch(copy):
+            raise UserError(f"--copy '{copy}': an id has letters, digits, - and _, at most 64")
+        _need_key(f"make a folder for `wandb sync`: hpcgpt tracking sync {folder} --offline DIR")
+    with _alone(offline or folder) as lock:
+        return _sync_alone(folder, offline, copy, limit_s, lock)
+
+
+def _sync_alone(folder: Path, offline: Path | None, copy: str | None, limit_s: float, lock: int) -> int:
     ended = run_folder.read_exit(folder)
     state: dict[str, Any] = {"finish": [ended.status if ended else 1, time.time() + limit_s], "sync": True}
     generation = 0
@@ -72,15 +84,11 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
             raise UserError(f"{offline} has a run already: choose another folder, or remove {offline / 'wandb'}")
         state["into"] = str(offline.absolute())
     else:
-        _refuse_running(folder)
-        if copy and not RUN_ID.fullmatch(copy):
-            raise UserError(f"--copy '{copy}': an id has letters, digits, - and _, at most 64")
         state["run_id"] = copy or ""
-        _need_key(f"make a folder for `wandb sync`: hpcgpt tracking sync {folder} --offline DIR")
         generation = lease.newest_number(folder)  # if a newer attempt starts, it sends the rest
     command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(folder), "online", str(generation)]
     env = {**os.environ, tracker.STATE: json.dumps(state)}
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=False, pass_fds=(lock,))
     if done.returncode:
         # The process ends without a word at its deadline and when a newer attempt has started.
         if generation and lease.newest_number(folder) > generation:
@@ -91,7 +99,7 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
             why = f"the process that sends it ended with status {done.returncode}"
         return cli.print_error(RuntimeError(f"{folder}: not everything is sent: {why}"), FAILED)
     if offline:
-        made = min(offline.glob("wandb/offline-run-*"))
+        made = max(offline.glob("wandb/offline-run-*"))
         print(f"made {made}; where there is a network: wandb sync {made}")
     return 0
 
@@ -118,6 +126,30 @@ def _need_key(otherwise: str) -> None:
         tracker.check("online")
     except UserError:
         raise UserError(f"this needs a key of Weights & Biases: run `wandb login`. Without one, {otherwise}") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Lock the wandb folder in `folder`; yield the descriptor of the lock, for the process that sends.
+
+    The lock belongs to both processes, so it is held until the last one ends, however it ends. On a file system without
+    locks, or with locks of each host alone, two are not told apart.
+
+    Raises:
+        UserError: another `hpcgpt tracking sync` has locked it.
+        OSError: there can be no file in it.
+    """
+    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    with open(folder / "wandb" / "sync.lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another `hpcgpt tracking sync` is sending it, or writing there: wait until it has ended"
+            ) from None
+        except OSError:
+            pass
+        yield file.fileno()
 
 
 def _refuse_running(folder: Path) -> None:

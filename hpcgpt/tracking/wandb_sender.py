@@ -8,6 +8,7 @@ has gone back from since (a rollback), the run is ended there and rewound to the
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections import deque
 from contextlib import suppress
@@ -66,6 +67,9 @@ class Sender:
         """Send until training has ended, and then what is left."""
         process, state = self._process, self._process.state
         if state.into:
+            # Of a start that has failed: `wandb sync` would send its rows as well.
+            for part in Path(state.into).glob("wandb/offline-run-*"):
+                shutil.rmtree(part, ignore_errors=True)
             self._open("offline", Path(state.into))
             self._follow(online=False)
             return

@@ -124,6 +124,12 @@ def steps_of(parts: list[list[dict[str, Any]]]) -> list[int]:
     return [item["step"] for item in items if "train/loss" in item]
 
 
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True,
+                            check=False)  # fmt: skip
+    return [int(pid_text) for pid_text in listed.stdout.split()]
+
+
 def until(what: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 120
     while not what():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from hpcgpt.exit_codes import FAILED, USER_MISTAKE
 from hpcgpt.run import run_folder
 from hpcgpt.tracking import __main__ as tracking_command
 from tests.programs import ROOT
-from tests.tracking.attempts import LONG_S, Attempt, home, server, sync, until
+from tests.tracking.attempts import LONG_S, Attempt, children, fragments, home, server, steps_of, sync, until
 
 __all__ = ["home", "server"]  # fixtures
 
@@ -45,6 +47,48 @@ def test_rows_are_not_sent_before_it_is_known_which_have_arrived(tmp_path: Path,
     server.mode = "healthy"
     sync(second.folder)
     assert server.steps(first.id) == list(range(1, 16))
+
+
+def test_a_second_sync_of_a_run_is_refused_while_the_first_one_sends(tmp_path: Path, server: WandbServer) -> None:
+    """Both would send the same rows. The process that sends goes on when the command itself is killed."""
+    attempt = Attempt(tmp_path, "disabled")
+    attempt.write(range(1, 11))
+    (attempt.folder / "generations/000001.done").touch()
+    server.mode = "unreadable"
+    command = [sys.executable, "-m", "hpcgpt.tracking", "sync", str(attempt.folder)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as first:
+        try:
+            until(lambda: list(attempt.folder.glob("wandb/run-*")))
+            for is_killed in (False, True):
+                if is_killed:
+                    first.kill()
+                    first.wait()
+                done = failing_sync(attempt.folder, 10)
+                assert done.returncode == USER_MISTAKE, done.stderr
+                assert f"error: {attempt.folder}: another `hpcgpt tracking sync` is sending it" in done.stderr
+        finally:
+            os.killpg(first.pid, signal.SIGKILL)
+    server.mode = "healthy"
+    sync(attempt.folder)
+    assert server.steps(attempt.id) == list(range(1, 11))
+
+
+def test_a_folder_for_wandb_sync_is_whole_after_wandb_was_killed_midway(tmp_path: Path) -> None:
+    """Its process starts again, from the first row on, and the part from before is not there to be sent, too."""
+    attempt, offline = Attempt(tmp_path, "disabled"), tmp_path / "offline"
+    attempt.write(range(1, 10_001))
+    command = [sys.executable, "-m", "hpcgpt.tracking", "sync", str(attempt.folder), "--offline", str(offline)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as made:
+        until(lambda: list(offline.glob("wandb/offline-run-*/*.wandb")))
+        (sender,) = children(made.pid)
+        for core in children(sender):
+            os.kill(core, signal.SIGKILL)
+        output, errors = made.communicate()
+    assert made.returncode == 0, errors
+    assert "failed and is started again" in errors
+    (part,) = fragments(offline)
+    assert steps_of([part]) == list(range(1, 10_001))
+    assert output.startswith(f"made {next(offline.glob('wandb/offline-run-*'))}; ")
 
 
 @pytest.mark.parametrize(

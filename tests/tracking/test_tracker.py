@@ -24,7 +24,7 @@ from hpcgpt.run import run_folder
 from hpcgpt.tracking.tracker import check
 from tests.programs import Running, clean_env
 from tests.tiny_run import rows
-from tests.tracking.attempts import KEY, LONG_S, Attempt, fragments, home, server, steps_of, sync, until
+from tests.tracking.attempts import KEY, LONG_S, Attempt, children, fragments, home, server, steps_of, sync, until
 from tests.tracking.connect_proxy import ConnectProxy
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
@@ -207,12 +207,6 @@ def test_offline_parts_contain_each_row_once_whatever_is_killed(tmp_path: Path) 
     assert sorted(steps_of(parts)) == list(range(1, 51))
     ids = {record["run"]["run_id"] for part in parts for record in part if record["type"] == "run"}
     assert ids == {last.id}
-
-
-def children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True,
-                            check=False)  # fmt: skip
-    return [int(pid_text) for pid_text in listed.stdout.split()]
 
 
 def test_disabled_tracking_writes_nothing_but_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
