@@ -22,7 +22,7 @@ from hpcgpt.output.counted import counted
 from hpcgpt.report import ends, strip
 from hpcgpt.report.columns import Columns, Gatherer
 from hpcgpt.report.strip import Mark
-from hpcgpt.run import blocks, crash_report, records
+from hpcgpt.run import attempts, blocks, crash_report, records
 from hpcgpt.run.condensed import Timing
 from hpcgpt.run.records import Record
 from hpcgpt.slurm.queue import Queue
@@ -127,9 +127,13 @@ def read(folder: Path, now: float, queue: Queue | None) -> Facts:
     events = records.events(folder)
     gatherer, timing = Gatherer(), Timing(events)
     rates, steps = array("f"), array("q")  # of each block
-    for found_blocks in blocks.parts(folder, timing.borders):
+    back = attempts.went_back_to(events)  # later rows are cut off when an attempt continues
+    borders = timing.borders if back is None else np.union1d(timing.borders, back)
+    for found_blocks in blocks.parts(folder, borders):
+        timing.add(found_blocks)  # of all: the time was spent
+        if back is not None:
+            found_blocks = found_blocks[found_blocks["last"] <= back]
         gatherer.add(found_blocks)
-        timing.add(found_blocks)
         rate = found_blocks["train/tokens_per_s"][found_blocks["train/tokens_per_s"]["count"] > 0]
         rates.extend((rate["total"] / rate["count"]).tolist())
         steps.extend(rate["count"].tolist())

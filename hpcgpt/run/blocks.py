@@ -73,7 +73,7 @@ def parts(folder: Path, borders: Integers = NONE) -> Iterator[Blocks]:
             begin = at
             units, at = read_rows(file, at, records.BLOCK_BYTES, before, highest)
             if len(units):
-                yield units if size <= WHOLE_BYTES else joined(units, before, width=WIDTH)
+                yield units if size <= WHOLE_BYTES else joined(units, before, borders, WIDTH)
                 before = units[-1]
             if at == begin:
                 return

@@ -99,7 +99,9 @@ class Watched:
             self._curve[1].refresh()
         except (OSError, UserError) as error:
             return self._as_before(now, error)
-        self._last = Snapshot(now, [run], self._curve[1].points, self.goodput, slurm_problem=self.queue.problem)
+        # A run that has gone back has the rows of later steps until an attempt continues.
+        points = [point for point in self._curve[1].points if point[0] <= run["step"]]
+        self._last = Snapshot(now, [run], points, self.goodput, slurm_problem=self.queue.problem)
         return self._last
 
     def _as_before(self, now: float, error: Exception) -> Snapshot:

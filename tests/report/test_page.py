@@ -19,7 +19,7 @@ from hpcgpt.distributed import world
 from hpcgpt.errors import UserError, status_of
 from hpcgpt.report import facts, page
 from hpcgpt.report.page import POLICY
-from hpcgpt.run import crash_report, run_folder
+from hpcgpt.run import blocks, blocks_file, condensed, crash_report, run_folder
 from hpcgpt.status import run_state
 from tests.report.made_up import make_run
 from tests.report.page_reader import Page
@@ -257,6 +257,36 @@ def test_samples_that_the_run_went_back_from_are_not_shown_and_none_is_shown_twi
     found = facts.read(folder, time.time(), None)
     assert [(sample.step, sample.text) for sample in found.samples] == [(10, "first"), (20, "new")]
     assert found.all_samples == 2
+
+
+@pytest.mark.parametrize("whole_bytes", [blocks.WHOLE_BYTES, 0])
+def test_steps_that_the_run_went_back_over_are_in_no_curve_and_no_figure(
+    whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in metrics.jsonl until an attempt continues. With 0, it is read as that of a long run, in blocks."""
+    monkeypatch.setattr(blocks, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(blocks_file, "PIECE_BYTES", 1000)
+    back = {"event": "went_back", "attempt": 2, "step": 100, "from_step": 200, "time": 2000.0}
+    told = [{"event": "wandb", "attempt": 0, "words": f"{n}", "time": 2001.0 + n} for n in range(condensed.EXACT)]
+    folder = run_with(tmp_path / "run", START, back, *told)
+    rows = [{"step": n, "time": 1010.0 + n, "attempt": 1, "tokens": n * 100, "train/step_s": 1.0,
+             "train/loss": 3.0 if n <= 100 else 9.0, "train/tokens_per_s": 100.0 if n <= 100 else 7.0}
+            for n in range(1, 251)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not whole_bytes:
+        stored = blocks_file.BlocksFile(folder / "metrics.jsonl", lambda: None)
+        stored.follow((folder / "metrics.jsonl").stat().st_size, 250)
+        stored.close()
+        assert (folder / blocks.FILE_NAME).stat().st_size > blocks.HEADER_BYTES
+    found = facts.read(folder, time.time(), None)
+    assert found.status["step"] == 100
+    assert (int(found.columns.last[-1]), found.columns.tokens[-1]) == (100, 10_000)
+    assert (found.loss[0], found.tokens_per_s) == (3.0, 100.0)
+    again = START | {"attempt": 3, "step": 100, "time": 3000.0}
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:150]))
+    assert int(facts.read(folder, time.time(), None).columns.last[-1]) == 150
 
 
 def test_runs_that_differ_by_little_look_different(tmp_path: Path) -> None:

@@ -417,6 +417,15 @@ def test_reading_keeps_the_last_snapshot_of_a_folder_that_vanished(tmp_path: Pat
     assert "run.json" in after.problem
 
 
+def test_the_curve_of_a_run_that_went_back_ends_there(tmp_path: Path) -> None:
+    """metrics.jsonl has the later steps until an attempt continues."""
+    folder = run_folder(tmp_path, (300, "start", {"attempt": 1}), steps=150, held=False)
+    watched = Watched(lambda: [folder])
+    assert watched.read().points[-1][0] == 150
+    run_folder_module.record(folder, "went_back", attempt=2, step=100, from_step=150, aside="x")
+    assert watched.read().points[-1][0] == 100
+
+
 def test_an_error_in_a_thread_is_kept_and_the_next_call_may_succeed() -> None:
     calls: list[int] = []
 
