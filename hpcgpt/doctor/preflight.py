@@ -46,7 +46,8 @@ def failing(config: Config, env: Mapping[str, str] = os.environ) -> dict[str, st
     folders = [config.from_anywhere.run_folder, *(Path(part.dir) for part in data.mix)]
     folders += [] if data.mix else [Path(data.dir)]
     python = env.get("HPCGPT_PYTHON") or sys.executable
-    command = ["srun", *whole_nodes.flags(len(nodes), env), "--cpus-per-task=1", python, "-m",
+    # srun refuses masks of cores that a site exports for the ranks (SLURM_CPU_BIND, as on LUMI).
+    command = ["srun", *whole_nodes.flags(len(nodes), env), "--cpus-per-task=1", "--cpu-bind=none", python, "-m",
                "hpcgpt.doctor.preflight", *map(str, folders)]  # fmt: skip
     try:
         output, errors = _run(command, LIMIT_S, whole_nodes.environment(env))

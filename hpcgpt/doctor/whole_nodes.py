@@ -2,8 +2,7 @@
 
 A step inherits what the job requests. With --gpus-per-task its one task would get one task's GPUs, and with --gpus the
 GPUs of a node may go to other nodes' tasks; of GPUs that the job only has by --exclusive it would get none. (Seen on
-Slurm 22.05.) So the GPUs are requested by number. And srun would refuse the masks of cores that a site exports for the
-ranks (SLURM_CPU_BIND, as on LUMI), so the task is not bound to cores.
+Slurm 22.05.) So the GPUs are requested by number.
 
 No torch in here.
 """
@@ -19,7 +18,7 @@ def flags(count: int, env: Mapping[str, str]) -> list[str]:
     """Return the flags of srun for a step on `count` nodes. `env`: that of the job, whose nodes are alike."""
     gpus = env.get("SLURM_GPUS_ON_NODE", "0")  # not set in the shell of salloc
     return [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "--kill-on-bad-exit=0",
-            "--cpu-bind=none", *([f"--gpus-per-node={gpus}"] if gpus.isdigit() and int(gpus) else [])]  # fmt: skip
+            *([f"--gpus-per-node={gpus}"] if gpus.isdigit() and int(gpus) else [])]  # fmt: skip
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:

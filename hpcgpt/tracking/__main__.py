@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -75,7 +76,7 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
         return _sync_alone(folder, offline, copy, limit_s, lock)
 
 
-def _sync_alone(folder: Path, offline: Path | None, copy: str | None, limit_s: float, lock: int) -> int:
+def _sync_alone(folder: Path, offline: Path | None, copy: str | None, limit_s: float, lock: tuple[int, ...]) -> int:
     ended = run_folder.read_exit(folder)
     state: dict[str, Any] = {"finish": [ended.status if ended else 1, time.time() + limit_s], "sync": True}
     generation = 0
@@ -88,7 +89,7 @@ def _sync_alone(folder: Path, offline: Path | None, copy: str | None, limit_s: f
         generation = lease.newest_number(folder)  # if a newer attempt starts, it sends the rest
     command = [sys.executable, "-m", "hpcgpt.tracking.wandb_process", str(folder), "online", str(generation)]
     env = {**os.environ, tracker.STATE: json.dumps(state)}
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=False, pass_fds=(lock,))
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, check=False, pass_fds=lock)
     if done.returncode:
         # The process ends without a word at its deadline and when a newer attempt has started.
         if generation and lease.newest_number(folder) > generation:
@@ -129,18 +130,27 @@ def _need_key(otherwise: str) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[int]:
+def _alone(folder: Path) -> Iterator[tuple[int, ...]]:
     """Lock the wandb folder in `folder`; yield the descriptor of the lock, for the process that sends.
 
+    Nothing is locked, and yielded, in a folder that this user may only read, from which wandb can still send.
+
     The lock belongs to both processes, so it is held until the last one ends, however it ends. On a file system without
-    locks, or with locks of each host alone, two are not told apart.
+    locks, or with locks of each host alone, a second one is not noticed.
 
     Raises:
         UserError: another `hpcgpt tracking sync` has locked it.
-        OSError: there can be no file in it.
+        OSError: no file can be made in it, as on a full disk.
     """
-    (folder / "wandb").mkdir(parents=True, exist_ok=True)
-    with open(folder / "wandb" / "sync.lock", "ab") as file:
+    try:
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        file = open(folder / "wandb" / "sync.lock", "ab")  # noqa: SIM115
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield ()
+        return
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -149,7 +159,7 @@ def _alone(folder: Path) -> Iterator[int]:
             ) from None
         except OSError:
             pass
-        yield file.fileno()
+        yield (file.fileno(),)
 
 
 def _refuse_running(folder: Path) -> None:

@@ -296,8 +296,8 @@ def test_of_several_nodes_those_without_python_are_excluded(batch: Batch) -> Non
 def test_masks_of_cores_that_a_site_exports_do_not_keep_the_other_nodes_from_being_checked(batch: Batch) -> None:
     batch.python.unlink()
     batch.set_field("can", "<n2>").set_field("nodes", "n1\nn2\nn3\nn4\nn5\nn6")
-    masks = {"SLURM_CPU_BIND": "mask_cpu:0xfe,0xfe00"}
-    done = batch.start(SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="n1,n2,n3", **masks)
+    masks = "mask_cpu:0xfe,0xfe00"
+    done = batch.start(SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="n1,n2,n3", SLURM_CPU_BIND=masks)
     assert "requeue of job 7, 1 of 5" in done.stderr
     assert batch.field("excluded") == "n1,n3"
 

@@ -14,6 +14,7 @@ from hpcgpt.drill.wandb_server import WandbServer
 from hpcgpt.exit_codes import FAILED, USER_MISTAKE
 from hpcgpt.run import run_folder
 from hpcgpt.tracking import __main__ as tracking_command
+from tests.disks import another_user
 from tests.programs import ROOT
 from tests.tracking.attempts import LONG_S, Attempt, children, fragments, home, server, steps_of, sync, until
 
@@ -158,3 +159,12 @@ def test_without_a_key_it_is_said_what_works(tmp_path: Path) -> None:
     assert done.returncode == USER_MISTAKE
     assert "run `wandb login`. Without one, make a folder" in done.stderr
     assert f"hpcgpt tracking sync {attempt.folder} --offline DIR" in done.stderr
+
+
+def test_a_folder_of_another_user_is_not_locked(tmp_path: Path) -> None:
+    """wandb sends from it nevertheless, with its files elsewhere."""
+    tmp_path.chmod(0o755)
+    with another_user(), tracking_command._alone(tmp_path) as lock:
+        assert lock == ()
+    with tracking_command._alone(tmp_path) as lock:
+        assert len(lock) == 1

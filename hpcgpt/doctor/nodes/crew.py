@@ -43,8 +43,8 @@ class Crew:
         """Start an agent on each node with srun, and end them."""
         python = os.environ.get("HPCGPT_PYTHON") or sys.executable  # it may be a wrapper
         count, addresses = len(self._nodes), ",".join(own_addresses(self._nodes))
-        command = ["srun", *whole_nodes.flags(count, os.environ), python, "-m",
-                   "hpcgpt.doctor.nodes.agent", addresses, str(self.peers.port)]  # fmt: skip
+        command = ["srun", *whole_nodes.flags(count, os.environ), "--cpu-bind=none", python,
+                   "-m", "hpcgpt.doctor.nodes.agent", addresses, str(self.peers.port)]  # fmt: skip
         # Variables of this step, if there is one, would shape the new one.
         job = whole_nodes.environment(os.environ)
         env = {key: value for key, value in job.items() if not key.startswith(("SLURM_STEP", "SRUN_"))}
