@@ -86,7 +86,7 @@ def found_in_files() -> list[tuple[str, int, str, str]]:
 
 def test_no_dropped_word_is_used() -> None:
     wrong = [found for found in found_in_files() if not is_allowed(found[0], found[3])]
-    assert [f"{name}:{number}: '{word}' in: {line}" for name, number, word, line in wrong] == []
+    assert not wrong, "\n".join(f"{name}:{number}: '{word}' in: {line}" for name, number, word, line in wrong)
 
 
 def test_every_exception_is_still_needed() -> None:

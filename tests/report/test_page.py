@@ -267,8 +267,8 @@ def test_steps_that_the_run_went_back_over_are_in_no_curve_and_no_figure(
     monkeypatch.setattr(blocks, "WHOLE_BYTES", whole_bytes)
     monkeypatch.setattr(blocks_file, "PIECE_BYTES", 1000)
     back = {"event": "went_back", "attempt": 2, "step": 100, "from_step": 200, "time": 2000.0}
-    told = [{"event": "wandb", "attempt": 0, "words": f"{n}", "time": 2001.0 + n} for n in range(condensed.EXACT)]
-    folder = run_with(tmp_path / "run", START, back, *told)
+    more = [{"event": "wandb", "attempt": 0, "words": f"{n}", "time": 2001.0 + n} for n in range(condensed.EXACT)]
+    folder = run_with(tmp_path / "run", START, back, *more)
     rows = [{"step": n, "time": 1010.0 + n, "attempt": 1, "tokens": n * 100, "train/step_s": 1.0,
              "train/loss": 3.0 if n <= 100 else 9.0, "train/tokens_per_s": 100.0 if n <= 100 else 7.0}
             for n in range(1, 251)]  # fmt: skip

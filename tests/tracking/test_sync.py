@@ -51,7 +51,7 @@ def test_rows_are_not_sent_before_it_is_known_which_have_arrived(tmp_path: Path,
 
 
 def test_a_second_sync_of_a_run_is_refused_while_the_first_one_sends(tmp_path: Path, server: WandbServer) -> None:
-    """Both would send the same rows. The process that sends goes on when the command itself is killed."""
+    """Both would send the same rows. The process that sends continues when the command itself is killed."""
     attempt = Attempt(tmp_path, "disabled")
     attempt.write(range(1, 11))
     (attempt.folder / "generations/000001.done").touch()
