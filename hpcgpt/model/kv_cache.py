@@ -37,7 +37,7 @@ class KVCache:
     """The ids (B, S) that a model has processed, and the cache of each block."""
 
     def __init__(self, config: Model, tokens: int) -> None:
-        """Make an empty cache; it will hold at most so many tokens, or block_size."""
+        """Make an empty cache with room for `tokens` tokens, but for no more than block_size."""
         self.layers = [LayerKVCache(min(config.block_size, tokens)) for _ in range(config.n_layer)]
         self.ids: Tensor | None = None
 
