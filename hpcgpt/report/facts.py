@@ -25,6 +25,7 @@ from hpcgpt.report.strip import Mark
 from hpcgpt.run import attempts, blocks, crash_report, records
 from hpcgpt.run.condensed import Timing
 from hpcgpt.run.records import Record
+from hpcgpt.run.undone import Undone
 from hpcgpt.slurm.queue import Queue
 from hpcgpt.status import run_status
 
@@ -187,7 +188,9 @@ def _samples(path: Path, events: Sequence[Record]) -> tuple[list[Sample], int]:
 
     Without those that the run went back from. Of each sample only its place is kept until it is chosen.
     """
-    back = [(e["step"], e["time"]) for e in events if e["event"] in ("rollback", "went_back") and "step" in e]
+    undone = Undone()
+    for event in events:
+        undone.add(event)
     places: dict[int, int] = {}
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -197,7 +200,7 @@ def _samples(path: Path, events: Sequence[Record]) -> tuple[list[Sample], int]:
         at = 0
         for line in file:
             found = _sample(line)
-            if found and not any(to < found[0].step and found[1] <= when for to, when in back):
+            if found and not undone.has(found[0].step, found[1]):
                 places[found[0].step] = at
             at += len(line)
         steps = sorted(places)

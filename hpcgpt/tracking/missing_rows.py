@@ -2,8 +2,8 @@
 
 Rows and samples are identified by their steps. A requeued run repeats a step with the same metrics, so one row of a
 step is enough. A rollback (an event with the step that the run has gone back to) makes the rows of later steps
-obsolete: of these, only rows made after the rollback count as arrived. So does the event of checkpoint.step. Events are
-identified by their times, and are never obsolete: a rollback has happened.
+obsolete: of these, only rows made after the rollback (hpcgpt.run.undone) count as arrived. So does the event of
+checkpoint.step. Events are identified by their times, and are never obsolete: a rollback has happened.
 
 No torch in here, and no wandb.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgpt.run import records
+from hpcgpt.run.undone import Undone
 
 READ_AHEAD = 1000  # rows
 LINES = ("metrics.jsonl", "samples.jsonl", "ranks.jsonl")  # files of lines with a step
@@ -70,13 +71,24 @@ class ArrivedSteps:
             self._times.extend([0.0] * (step + 1024 - len(self._times)))
         self._times[step] = max(self._times[step], made_at)
 
+    def replace(self, step: int, made_at: float) -> None:
+        """Note a row that counts instead of the one before, whatever the clock of that one's host was."""
+        self.add(step, made_at)
+        self._times[step] = made_at
+
     def has(self, step: int, since: float) -> bool:
         """Has a row of this step arrived that was made after `since`?"""
         return step < len(self._times) and self._times[step] > since
 
-    def any_obsolete(self, back_to: int, at: float) -> bool:
-        """Has a row of a step after `back_to` arrived that was made before the time `at`?"""
-        return any(0.0 < made_at <= at for made_at in self._times[back_to + 1 :])
+    def after(self, step: int) -> Iterator[tuple[int, float]]:
+        """Yield the later steps whose rows have arrived, with their times."""
+        for later in range(step + 1, len(self._times)):
+            if self._times[later] > 0.0:
+                yield later, self._times[later]
+
+    def at(self, step: int) -> float:
+        """Return the time of the row of a step; 0 if none has arrived."""
+        return self._times[step] if step < len(self._times) else 0.0
 
 
 class RunRows:
@@ -93,7 +105,7 @@ class RunRows:
         self.evaluations: dict[int, float] = {}
         self._events = JsonlTail(folder / "events.jsonl")
         self._files = tuple((JsonlTail(folder / name), self.arrived(name)) for name in LINES)
-        self._rollbacks: list[tuple[int, float]] = []
+        self._undone = Undone()
         self._new_events: deque[dict[str, Any]] = deque()
         self._step = 0  # of the newest row or event
         self._loss: float | None = None
@@ -126,15 +138,16 @@ class RunRows:
                 # Read after the rows: a rollback's event is written before the rows that repeat its steps.
                 self.read_events()
                 for row in rows:
-                    if not _is_row(row) or self.is_obsolete(row["step"], row["time"]):
+                    if not _is_row(row) or self.is_obsolete(row["step"], row["time"], row.get("attempt")):
                         continue
                     if arrived is self.rows:
                         yield from self._lacking_events(until=row["time"])
                         self._step, self._loss = row["step"], row.get("train/loss", self._loss)
                         if records.is_number(row.get("val/loss")):
                             self.evaluations[row["step"]] = row["val/loss"]
-                    if not arrived.has(row["step"], self._invalid_until(row["step"], row["time"])):
-                        arrived.add(row["step"], row["time"])
+                    made_at = arrived.at(row["step"])
+                    if made_at <= 0.0 or self.is_obsolete(row["step"], made_at):
+                        arrived.replace(row["step"], row["time"])
                         yield row
         self.read_events()
         yield from self._lacking_events(until=float("inf"))
@@ -145,15 +158,18 @@ class RunRows:
             if not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):
                 continue
             self._new_events.append(event)
-            if event["event"] in ("rollback", "went_back") and _is_row(event):
-                self._rollbacks.append((event["step"], event["time"]))
+            if self._undone.add(event):
                 self.evaluations = {step: loss for step, loss in self.evaluations.items() if step <= event["step"]}
                 arrived = (self.rows, self.samples, self.ranks)
-                self.has_obsolete |= any(each.any_obsolete(event["step"], event["time"]) for each in arrived)
+                self.has_obsolete |= any(
+                    self._undone.has(step, at, newest=True)
+                    for each in arrived
+                    for step, at in each.after(event["step"])
+                )
 
-    def is_obsolete(self, step: int, made_at: float) -> bool:
-        """Has the run gone back from this step after the time `made_at`?"""
-        return any(back_to < step and made_at <= at for back_to, at in self._rollbacks)
+    def is_obsolete(self, step: int, made_at: float, attempt: Any = None) -> bool:
+        """Has the run gone back from this step since a row of it was made, at a time and by an attempt, if known?"""
+        return self._undone.has(step, made_at, attempt)
 
     def _lacking_events(self, until: float) -> Iterator[dict[str, Any]]:
         while self._new_events and self._new_events[0]["time"] <= until:
@@ -163,13 +179,6 @@ class RunRows:
             if event["time"] not in self.events:
                 self.events.add(event["time"])
                 yield event | {"step": self._step, "loss_before": self._loss}
-
-    def _invalid_until(self, step: int, made_at: float) -> float:
-        """Return the time of the last rollback over this step before `made_at`, which made older rows of it obsolete.
-
-        0 if there is none.
-        """
-        return max((at for back_to, at in self._rollbacks if back_to < step and at <= made_at), default=0.0)
 
 
 def _is_row(row: dict[str, Any]) -> bool:

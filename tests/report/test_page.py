@@ -259,6 +259,16 @@ def test_samples_that_the_run_went_back_from_are_not_shown_and_none_is_shown_twi
     assert found.all_samples == 2
 
 
+def test_a_sample_of_an_attempt_on_a_host_whose_clock_is_behind_is_shown(tmp_path: Path) -> None:
+    back = {"event": "went_back", "attempt": 2, "step": 15, "from_step": 20, "time": 2000.0}
+    folder = run_with(tmp_path / "run", START, back, START | {"attempt": 3, "step": 15, "time": 1900.0}, steps=5)
+    made = ((10, 1010.0, "first"), (20, 1020.0, "old"), (25, 1030.0, "abandoned"), (20, 1950.0, "new"))
+    lines = [json.dumps({"step": step, "time": at, "text": text}) for step, at, text in made]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    found = facts.read(folder, time.time(), None)
+    assert [(sample.step, sample.text) for sample in found.samples] == [(10, "first"), (20, "new")]
+
+
 @pytest.mark.parametrize("whole_bytes", [blocks.WHOLE_BYTES, 0])
 def test_steps_that_the_run_went_back_over_are_in_no_curve_and_no_figure(
     whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -76,6 +76,41 @@ def test_obsolete_rows_that_have_not_arrived_are_not_sent(tmp_path: Path) -> Non
     assert steps(RunRows(tmp_path).lacking()) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("event", ["rollback", "went_back"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "ranks.jsonl"])
+def test_lines_of_an_attempt_on_a_host_whose_clock_is_behind_are_sent(tmp_path: Path, name: str, event: str) -> None:
+    """Its lines seem to be older than the rollback on another host; the attempt has started after it nevertheless."""
+    kinds: dict[str, dict[str, Any]] = {"samples.jsonl": {"text": "a"}, "ranks.jsonl": {"local_s": [0.1]}}
+    more = kinds.get(name, {})
+    number: dict[str, Any] = {} if name == "samples.jsonl" else {"attempt": 3}
+    back = {"event": event, "time": 1000.0, "step": 2, "attempt": 2}
+    start = {"event": "start", "time": 900.0, "step": 2, "attempt": 3}
+    add(tmp_path, "events.jsonl", {"event": "start", "time": 50.0, "step": 0, "attempt": 1}, back, start)
+    add(tmp_path, name, *[row | more | number for row in rows(3, 5, 950.0)])
+    run = RunRows(tmp_path)
+    run.read_events()
+    for row in rows(3, 5, 100.0):
+        assert run.is_obsolete(row["step"], row["time"])
+        run.note(name, row["step"], row["time"])
+    assert steps(run.lacking()) == [3, 4, 5]
+    assert steps(run.lacking()) == []
+    for row in rows(3, 5, 950.0):
+        assert not run.is_obsolete(row["step"], row["time"])
+
+
+def test_rows_of_an_attempt_on_a_host_whose_clock_is_ahead_are_obsolete(tmp_path: Path) -> None:
+    """Their times are after that at which the run went back, on another host; they are of the attempt before."""
+    start = {"event": "start", "time": 300.0, "step": 2, "attempt": 3}
+    back = {"event": "went_back", "time": 200.0, "step": 2, "attempt": 2}
+    add(tmp_path, "events.jsonl", {"event": "start", "time": 50.0, "step": 0, "attempt": 1}, back, start)
+    run = RunRows(tmp_path)
+    run.read_events()
+    assert run.is_obsolete(3, 250.0)
+    assert not run.is_obsolete(3, 301.0)
+    add(tmp_path, "metrics.jsonl", *[row | {"attempt": 1} for row in rows(1, 4, 350.0)])
+    assert steps(run.lacking()) == [1, 2]
+
+
 def test_an_event_comes_between_the_rows_it_lies_between_with_their_step_and_loss(tmp_path: Path) -> None:
     add(tmp_path, "metrics.jsonl", *[row | {"train/loss": 9.0 - row["step"]} for row in rows(1, 4, 100.0)])
     add(tmp_path, "events.jsonl", {"event": "crash", "time": 100.025}, {"event": "damaged"}, {"event": 3, "time": 1})

@@ -1,0 +1,72 @@
+"""Which lines of a run it has gone back from since: those of later steps that were made before it went back.
+
+The clocks of two hosts differ, so attempts decide: the lines of one that has started since, in the order of
+events.jsonl, are kept. Times are compared only within an attempt. A line without the number of its attempt (a sample, a
+row at a server) is of the newest attempt that had started by its time. Where no number is known, the time decides.
+
+No torch in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpcgpt.run import records
+
+
+@dataclass(frozen=True)
+class _Return:
+    """A `rollback` or `went_back` of an attempt to the step `to`, at the unix time `at`.
+
+    `within`: the attempt has made rows before it (a rollback); `went_back` is recorded before the first one.
+    """
+
+    to: int
+    at: float
+    attempt: int | None
+    within: bool
+
+    def undoes(self, made_at: float, attempt: int | None) -> bool:
+        """Is a line of a later step undone, whose attempt has not started since?"""
+        if attempt is None or self.attempt is None:
+            return made_at <= self.at
+        return attempt < self.attempt or (attempt == self.attempt and self.within and made_at <= self.at)
+
+
+class Undone:
+    """The lines that are undone by the events so far."""
+
+    def __init__(self) -> None:
+        self._returns: list[_Return] = []
+        self._starts: list[tuple[float, int]] = []
+        self._returns_before: dict[int, int] = {}  # the start of each attempt
+
+    def add(self, event: Mapping[str, Any]) -> bool:
+        """Take the next event, in the order of events.jsonl; return whether the run went back there."""
+        found: Any = event
+        kind, at, step, number = (found.get(key) for key in ("event", "time", "step", "attempt"))
+        if not records.is_time(at):
+            return False
+        attempt = number if records.is_count(number) else None
+        if kind == "start" and attempt is not None:
+            self._starts.append((float(at), attempt))
+            self._returns_before[attempt] = len(self._returns)
+        if kind not in ("rollback", "went_back") or not records.is_count(step):
+            return False
+        self._returns.append(_Return(step, float(at), attempt, kind == "rollback"))
+        return True
+
+    def has(self, step: int, made_at: float, attempt: Any = None, newest: bool = False) -> bool:
+        """Is a line undone, or with `newest`: by the newest event? `made_at`: in unix seconds."""
+        first = len(self._returns) - 1 if newest else 0
+        over = [(index, back) for index, back in enumerate(self._returns) if index >= first and back.to < step]
+        if not over:
+            return False
+        number = attempt if records.is_count(attempt) else self._attempt_at(made_at)
+        kept_by = 0 if number is None else self._returns_before.get(number, 0)
+        return any(index >= kept_by and back.undoes(made_at, number) for index, back in over)
+
+    def _attempt_at(self, made_at: float) -> int | None:
+        return next((number for at, number in reversed(self._starts) if at <= made_at), None)
