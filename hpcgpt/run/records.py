@@ -169,7 +169,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("step", "attempt", "total_steps", "lost_steps", "spiked_step", "skipped_batches"), is_count),
     **dict.fromkeys(("world_size", "from_step", "rank", "bytes", "tokens", "samples"), is_count),
     "status": _is_status,
-    **dict.fromkeys(("event", "job", "next_job", "reason", "problem", "host"), _is_text),
+    **dict.fromkeys(("event", "job", "next_job", "reason", "problem", "host", "settings"), _is_text),
     **dict.fromkeys(("hosts", "excluded"), _are_texts),
     **dict.fromkeys(("train/step_s", "train/data_wait_s", "val/elapsed_s"), is_time),
     **dict.fromkeys(("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/mfu"), is_number),

@@ -5,7 +5,7 @@
     runs/<name>/
       config.toml          the resolved configuration, of the newest attempt
       configs/             see keep_config
-      run.json             the run's id (also wandb's), made once
+      run.json             the run's id (also wandb's), made once; a copy of the folder gets another one
       metrics.jsonl        see hpcgpt.run.metrics_file
       samples.jsonl        one JSON object for each generated text: step, time, text
       ranks.jsonl          times of all ranks, figures of all nodes: see hpcgpt.training.stragglers
@@ -40,6 +40,7 @@ import socket
 import string
 import threading
 import time
+import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -79,8 +80,6 @@ def prepare(folder: Path) -> str:
         UserError: the folder cannot be made, or cannot be written to.
         NodeError: the same on a later start of a Slurm job: its first start could use the folder.
     """
-    letters = string.ascii_lowercase + string.digits
-    made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time()}
     try:
         for name in ("checkpoints", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,7 @@ def prepare(folder: Path) -> str:
         for path in (folder, *(folder / name for name in ("checkpoints", "logs", "generations"))):
             if path.exists():
                 _try_to_write(path)
-        atomic.create(folder / "run.json", (json.dumps(made) + "\n").encode())
+        atomic.create(folder / "run.json", _new_identity())
     except OSError as error:
         why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
         problem = f"{folder} cannot be a run folder: {why}"
@@ -98,6 +97,54 @@ def prepare(folder: Path) -> str:
             ) from None
         raise cannot_read(error, f"{problem}: choose a folder that you may write to, with --run.dir") from None
     return run_id(folder)
+
+
+def _new_identity(**more: str) -> bytes:
+    """Return the content of a run.json."""
+    letters = string.ascii_lowercase + string.digits
+    made = {"id": "".join(secrets.choice(letters) for _ in range(10)), "created": time.time(), **more}
+    return (json.dumps(made) + "\n").encode()
+
+
+def _copied_from(folder: Path) -> Path | None:
+    """Return the run folder that `folder` is a copy of: its config.toml names another one, which has the same id.
+
+    A folder that was moved or renamed is no copy: there is no other one then.
+    """
+    probe = folder / f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.probe"
+    try:
+        run = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["run"]
+        named = Path(run["dir"]) / run["name"]
+        if named.samefile(folder) or run_id(named) != run_id(folder):
+            return None
+        probe.touch()
+        try:  # one folder may be seen at two places
+            return None if (named / probe.name).exists() else named
+        finally:
+            probe.unlink()
+    except (OSError, UserError, KeyError, TypeError, ValueError):
+        return None
+
+
+def separate(folder: Path) -> str:
+    """Give a copy of a run an id of its own, or both would send their rows to one run at W&B; return a message.
+
+    What the original has kept offline is set aside. Return '' if the folder is no copy.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    original = _copied_from(folder)
+    if original is None:
+        return ""
+    before = run_id(folder)
+    with suppress(FileNotFoundError):
+        (folder / "wandb").rename(folder / f"wandb-of-{before}")
+    atomic.write(folder / "run.json", _new_identity(copied_from=str(original), copied_id=before))
+    return (
+        f"{folder} is a copy of {original}, which still exists: it is a run of its own at W&B from here on, "
+        f"{run_id(folder)}, not {before}. To continue that one instead: docs/continue.md"
+    )
 
 
 def rotate_records(folder: Path, attempt: str) -> None:

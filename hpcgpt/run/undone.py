@@ -1,8 +1,11 @@
 """Which lines of a run it has gone back from since: those of later steps that were made before it went back.
 
-The clocks of two hosts differ, so attempts decide: the lines of one that has started since, in the order of
-events.jsonl, are kept. Times are compared only within an attempt. A line without the number of its attempt (a sample, a
-row at a server) is of the newest attempt that had started by its time. Where no number is known, the time decides.
+It goes back by a rollback after a loss spike, by checkpoint.step, and by a start with other settings (their digest is
+in the event), which makes the steps after its checkpoint again. With the same settings they have the same metrics.
+
+The clocks of two hosts differ, so attempts decide: the lines of an attempt whose `start` comes later in events.jsonl
+are kept. Times are compared only within an attempt. A line without the number of its attempt (a sample, a row at a
+server) is of the newest attempt that had started by its time. Where no number is known, the time decides.
 
 No torch in here.
 """
@@ -18,9 +21,9 @@ from hpcgpt.run import records
 
 @dataclass(frozen=True)
 class _Return:
-    """A `rollback` or `went_back` of an attempt to the step `to`, at the unix time `at`.
+    """The return of an attempt to the step `to`, at the unix time `at`.
 
-    `within`: the attempt has made rows before it (a rollback); `went_back` is recorded before the first one.
+    `within`: the attempt has made rows before it (a rollback); the others are recorded before its first one.
     """
 
     to: int
@@ -42,6 +45,7 @@ class Undone:
         self._returns: list[_Return] = []
         self._starts: list[tuple[float, int]] = []
         self._returns_before: dict[int, int] = {}  # the start of each attempt
+        self._settings = ""  # of the newest start
 
     def add(self, event: Mapping[str, Any]) -> bool:
         """Take the next event, in the order of events.jsonl; return whether the run went back there."""
@@ -53,7 +57,10 @@ class Undone:
         if kind == "start" and attempt is not None:
             self._starts.append((float(at), attempt))
             self._returns_before[attempt] = len(self._returns)
-        if kind not in ("rollback", "went_back") or not records.is_count(step):
+        returns = kind in ("rollback", "went_back")
+        if kind == "start" and isinstance(settings := found.get("settings"), str):
+            returns, self._settings = self._settings not in ("", settings), settings
+        if not returns or not records.is_count(step):
             return False
         self._returns.append(_Return(step, float(at), attempt, kind == "rollback"))
         return True

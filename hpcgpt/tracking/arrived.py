@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 from hpcgpt.output.best_effort import limited
 from hpcgpt.tracking.missing_rows import RunRows
@@ -48,6 +49,15 @@ def ask_wandb() -> tuple[str, str, bool]:
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     key = wbauth.authenticate_session(host=settings.base_url, source="hpcgpt", prompt=False, update_session=False)
     return settings.base_url, settings.mode, key is not None
+
+
+def address() -> tuple[str, dict[str, str]]:
+    """Return wandb's server and its proxies by scheme."""
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    own = {"http": settings.http_proxy, "https": settings.https_proxy}
+    return settings.base_url, getproxies() | {scheme: url for scheme, url in own.items() if url}
 
 
 def choose_mode(wanted: str, why_offline: str) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """Which lines of a run the dashboard lacks: the lines of the run folder, less those that have arrived.
 
 Rows and samples are identified by their steps. A requeued run repeats a step with the same metrics, so one row of a
-step is enough. A rollback (an event with the step that the run has gone back to) makes the rows of later steps
-obsolete: of these, only rows made after the rollback (hpcgpt.run.undone) count as arrived. So does the event of
-checkpoint.step. Events are identified by their times, and are never obsolete: a rollback has happened.
+step is enough. Where the run goes back (a rollback, checkpoint.step, a start with other settings: hpcgpt.run.undone),
+the rows of later steps become obsolete: of these, only rows made afterwards count as arrived. Events are identified by
+their times, and are never obsolete: a rollback has happened.
 
 No torch in here, and no wandb.
 """

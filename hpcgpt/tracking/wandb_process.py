@@ -6,8 +6,7 @@ failure the process replaces itself by a fresh one (exec), which asks again: so 
 loses a row or sends one twice. What it sends, and when: ``hpcgpt.tracking.wandb_sender``.
 
 Settings (host, key, mode, proxy) are read through wandb. The reason for keeping a run offline is printed and recorded
-once. A run that is offline only because the server did not answer tries again, first after
-PROBE_S seconds.
+once. If a run is offline only because the server did not answer, it is asked again: ``hpcgpt.tracking.server_probe``.
 
 Standard input is a pipe from the training process: ``finish EXIT_CODE SECONDS`` is the request to send the rest within
 that time; end of file without it means that training has died. The process also exits at once when a newer attempt
@@ -35,8 +34,9 @@ from hpcgpt.output.best_effort import limited
 from hpcgpt.run import run_folder
 from hpcgpt.tracking import arrived
 from hpcgpt.tracking.arrived import summary
+from hpcgpt.tracking.server_probe import doubled
 from hpcgpt.tracking.tracker import STATE
-from hpcgpt.tracking.wandb_sender import Sender, doubled
+from hpcgpt.tracking.wandb_sender import Sender
 
 LOOK_S = 0.5
 RETRY_S, MOST_RETRY_S = 1.0, 60.0
@@ -49,7 +49,8 @@ class State:
 
     failures: int = 0
     offline: str = ""  # why the run is kept offline although there is a key
-    probes: int = 0  # how often in a row it was tried again
+    probes: int = 0  # how often the server was asked since whether it answers
+    openings: int = 0  # how often in a row the run was opened there again
     said: list[str] = field(default_factory=list)
     finish: tuple[int, float] | None = None
     rewind_to: int | None = None  # the last of wandb's own steps that the run keeps when it is opened next

@@ -23,6 +23,7 @@ from hpcgpt.run import run_folder
 from hpcgpt.tracking import arrived
 from hpcgpt.tracking.arrived import summary
 from hpcgpt.tracking.missing_rows import RunRows
+from hpcgpt.tracking.server_probe import ServerProbe
 from hpcgpt.tracking.shown import Shown
 from hpcgpt.tracking.tracker import sync_command
 
@@ -34,14 +35,11 @@ INIT_S = float(os.environ.get("HPCGPT_TRACKING_INIT_S", "30"))
 ASK_S = 120.0  # without any answer
 CHECK_S = float(os.environ.get("HPCGPT_TRACKING_CHECK_S", "600"))
 UPLOAD_S = 120.0  # rows that a healthy server still lacks after this time have been lost on the way
-# How long a run that the server did not answer stays offline: at first, and at most.
-PROBE_S, MOST_PROBE_S = 30.0, float(os.environ.get("HPCGPT_TRACKING_PROBE_S", "300"))
 FINISH_S = 20.0
 MOST_REWINDS = 3
 # wandb's own limits for a request with rows are 180 s, and 60 s between two: after an outage of a minute it would send
 # nothing for three.
 REQUEST_S, MOST_PAUSE_S = 20.0, 15.0
-MOST_DOUBLINGS = 30  # a float cannot be multiplied by 2**1024; no pause is that long
 
 
 class UnansweredError(Exception):
@@ -94,7 +92,7 @@ class Sender:
                     state.offline = f"the server does not answer ({summary(error)})"
                 raise
             self._ask_server()
-            state.probes = 0
+            state.probes = state.openings = 0
         self._follow(online=mode == "online")
 
     # --- the run -----------------------------------------------------------------------------------
@@ -216,7 +214,7 @@ class Sender:
     def _follow(self, online: bool) -> None:
         process, state = self._process, self._process.state
         next_check = time.monotonic() + CHECK_S
-        next_probe = time.monotonic() + min(MOST_PROBE_S, doubled(PROBE_S, state.probes))
+        probe = ServerProbe(state) if state.offline and not online else None
         assert self._shown
         while True:
             finish = state.finish  # read before the files, which were complete when it was requested
@@ -231,9 +229,9 @@ class Sender:
             if online and time.monotonic() >= next_check:
                 self._check()
                 next_check = time.monotonic() + CHECK_S
-            if state.offline and not online and time.monotonic() >= next_probe:
+            if probe and probe.should_open():
                 self._run.finish(exit_code=0)
-                state.offline, state.probes = "", state.probes + 1
+                state.offline = ""
                 process.replace()
             process.changed.wait(LOOK_S)
         self._shown.finish(self._run, finish[1] - time.time())
@@ -252,11 +250,6 @@ class Sender:
             self._unconfirmed.append((time.monotonic(), sent, line["step"], line["time"]))
             self._shown.alert(self._run, line, self._process.state)
         self._process.state.failures = 0
-
-
-def doubled(pause_s: float, times: int) -> float:
-    """Return a pause in seconds, doubled as often as something has failed before; at most MOST_DOUBLINGS times."""
-    return float(pause_s * 2 ** min(times, MOST_DOUBLINGS))
 
 
 def _labels(config: Config) -> dict[str, Any]:

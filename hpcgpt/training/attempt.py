@@ -25,6 +25,7 @@ from hpcgpt.distributed.stop_signals import RECENT_SAVES, StopFlag
 from hpcgpt.distributed.world import Ranks, World
 from hpcgpt.model import host_memory
 from hpcgpt.output import streams
+from hpcgpt.output.best_effort import only_informs
 from hpcgpt.plan import Plan
 from hpcgpt.run import records, run_folder
 from hpcgpt.storage.lease import HeldError, Lease, acquire, exit_when_superseded
@@ -197,6 +198,9 @@ class Attempt:
     def _begin_to_report(self, resumed: Resumed) -> Reporter:
         """Write config.toml and the tokenizer, and report the start. Rank 0 only."""
         assert self.lease is not None
+        with only_informs("run.json"):
+            if separated := run_folder.separate(self.folder):  # before config.toml, which shows it, is replaced
+                streams.warn(separated)
         self._has_config = self._keep_config()
         save_load.save(self.tokenizer, self.folder / "tokenizer")
         newest = records.events(self.folder, brief=True)

@@ -7,7 +7,8 @@ resolved to, the number of ranks, the hardware and the versions of the software.
      "cpu": "AMD EPYC 7763", "gpu": "none", "torch": "2.13.0", "environment NCCL_ALGO": "Ring", ...}
 
 A resume prints each difference and records them all in the event ``changed``. `run.strict` refuses those that change
-the result: another order of additions is enough to change its bytes.
+the result: another order of additions is enough to change its bytes. The event ``start`` has a digest (`settings`) of
+the fewer that metrics depend on: steps that are made again with another one replace those before.
 
 Only `collect` imports torch.
 """
@@ -15,6 +16,7 @@ Only `collect` imports torch.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -40,6 +42,7 @@ _SECTIONS = ("optim", "schedule", "train", "parallel", "spike", "data", "checkpo
 _ELSEWHERE = {"train.global_batch", "data.stride", "data.document_mask", "train.steps", "train.tokens", "train.epochs"}
 _HARMLESS_SECTIONS = ("data", "checkpoint", "eval")
 _HARMLESS = {"python", "numpy"}
+_WITH_LENGTH = ("cosine", "linear", "wsd")  # schedules that depend on it
 _ON_CPU_ONLY = {"run.threads", "cpu", "cpu_capability"}  # on a GPU they do not affect the result
 _ENVIRONMENT = "environment "
 # Without a GPU and without the compiler all kernels are deterministic anyway.
@@ -183,6 +186,23 @@ def options(planned: Plan) -> dict[str, Any]:
     return found
 
 
+def settings(planned: Plan) -> str:
+    """Return a digest of the settings that the metrics of a step depend on, beyond the last digits of sums.
+
+    Where shards lie, how a batch is divided, the kernels and the number of ranks are not among them.
+    """
+    config = planned.config
+    run = config.run
+    found = planned.identity | {f"optim.{key}": value for key, value in asdict(config.optim).items()}
+    found |= {f"schedule.{key}": value for key, value in asdict(config.schedule).items()}
+    found |= {"train.dtype": config.train.dtype, "parallel.gradient_dtype": config.parallel.gradient_dtype}
+    if config.schedule.kind in _WITH_LENGTH:
+        found["total_steps"] = planned.total_steps
+    if run.init_from:
+        found["run.init"] = [Path(run.init_from).name, run.init_step, run.init_optimizer, run.init_data]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the variables that are set, of those that affect how libraries compute."""
     return {_ENVIRONMENT + name: env[name] for name in _VARIABLES if name in env}
@@ -244,7 +264,7 @@ def _affects_result(key: str, before: Mapping[str, Any], now: Mapping[str, Any])
     if key == "checkpoint.every" or section == "spike":  # a spike sends the run back to a regular checkpoint
         return watches_spikes
     if key == "total_steps":  # it changes only the length, unless the schedule depends on it
-        return any(then_or_now("schedule.kind", kind) for kind in ("cosine", "linear", "wsd"))
+        return any(then_or_now("schedule.kind", kind) for kind in _WITH_LENGTH)
     if key in _ON_CPU_ONLY:
         return then_or_now("run.device", "cpu")
     if key in _OF_DETERMINISTIC:

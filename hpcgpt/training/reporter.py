@@ -34,6 +34,7 @@ from hpcgpt.slurm import code_snapshot, scontrol
 from hpcgpt.storage.lease import Lease
 from hpcgpt.tracking import totals
 from hpcgpt.tracking.tracker import Tracker
+from hpcgpt.training import in_effect
 from hpcgpt.training.stragglers import Gathered, Straggler, record_every_s
 
 
@@ -102,6 +103,7 @@ class Reporter:
             lost_steps=lost.steps,
             lost_s=lost.seconds,
             lost_until=lost.until,
+            settings=in_effect.settings(info.plan),
         )
         # In a thread: git may take seconds on a slow file system.
         threading.Thread(target=self._record_about, name="about", daemon=True).start()

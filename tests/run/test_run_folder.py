@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +36,59 @@ def test_a_run_gets_its_id_once_and_keeps_it(tmp_path: Path) -> None:
 
 def test_two_runs_have_two_ids(tmp_path: Path) -> None:
     assert run_folder.prepare(tmp_path / "a") != run_folder.prepare(tmp_path / "b")
+
+
+def run_in(folder: Path) -> str:
+    """Make a run as a first attempt does; return its id."""
+    found = run_folder.prepare(folder)
+    run_folder.keep_config(folder, 1, f'[run]\ndir = "{folder.parent}"\nname = "{folder.name}"\n')
+    return found
+
+
+def test_a_copy_of_a_run_gets_an_id_of_its_own_and_the_original_keeps_its(tmp_path: Path) -> None:
+    first = run_in(tmp_path / "first")
+    (tmp_path / "first/wandb/offline-run-1").mkdir(parents=True)
+    copy = shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    assert run_folder.prepare(copy) == first, "not before it is trained"
+    message = run_folder.separate(copy)
+    assert message.startswith(f"{copy} is a copy of {tmp_path}/first, which still exists: ")
+    second = run_folder.run_id(copy)
+    assert second != first
+    assert second in message
+    assert (copy / f"wandb-of-{first}/offline-run-1").is_dir()
+    made = json.loads((copy / "run.json").read_text())
+    assert (made["copied_from"], made["copied_id"]) == (str(tmp_path / "first"), first)
+    (copy / "wandb").mkdir()
+    assert run_folder.separate(copy) == "", "once is enough, also before config.toml is written anew"
+    assert run_folder.separate(tmp_path / "first") == ""
+    assert run_folder.run_id(tmp_path / "first") == first
+    assert {path.name for path in copy.iterdir()} == {
+        "run.json", "config.toml", "configs", "checkpoints", "logs", "wandb", f"wandb-of-{first}"}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["moved", "linked", "replaced", "without-config"])
+def test_a_folder_that_is_no_copy_keeps_its_id(tmp_path: Path, how: str) -> None:
+    first, now = run_in(tmp_path / "first"), tmp_path / "now"
+    if how == "linked":
+        now.symlink_to(tmp_path / "first")
+    elif how == "without-config":
+        shutil.copytree(tmp_path / "first", now)
+        (now / "config.toml").unlink()
+    else:
+        (tmp_path / "first").rename(now)
+    if how == "replaced":
+        run_in(tmp_path / "first")
+    assert run_folder.separate(now) == ""
+    assert run_folder.run_id(now) == first
+
+
+def test_a_folder_at_two_places_is_no_copy_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two mounts of a network file system may have two device numbers, so that one folder does not look the same."""
+    first = run_in(tmp_path / "first")
+    (tmp_path / "now").symlink_to(tmp_path / "first")
+    monkeypatch.setattr(Path, "samefile", lambda *_: False)
+    assert run_folder.separate(tmp_path / "now") == ""
+    assert run_folder.run_id(tmp_path / "now") == first
 
 
 @pytest.mark.processes

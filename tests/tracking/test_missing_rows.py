@@ -111,6 +111,25 @@ def test_rows_of_an_attempt_on_a_host_whose_clock_is_ahead_are_obsolete(tmp_path
     assert steps(run.lacking()) == [1, 2]
 
 
+@pytest.mark.parametrize(("settings", "repeats"), [("a", True), ("b", False), (None, True)])
+def test_a_start_with_other_settings_makes_rows_of_earlier_attempts_obsolete(
+    tmp_path: Path, settings: str | None, repeats: bool
+) -> None:
+    """With the same settings it repeats them, so they need not be sent again. Of an older version none are known."""
+    run = RunRows(tmp_path)
+    add(tmp_path, "events.jsonl", {"event": "start", "time": 50.0, "step": 0, "attempt": 1, "settings": "a"})
+    add(tmp_path, "metrics.jsonl", *[row | {"attempt": 1} for row in rows(1, 5, 100.0)])
+    assert steps(run.lacking()) == [1, 2, 3, 4, 5]
+    (tmp_path / "metrics.jsonl").unlink()
+    add(tmp_path, "events.jsonl", {"event": "start", "time": 200.0, "step": 2, "attempt": 2, "settings": settings})
+    add(tmp_path, "metrics.jsonl", *[row | {"attempt": 1} for row in rows(1, 2, 100.0)],
+        *[row | {"attempt": 2} for row in rows(3, 6, 201.0)])  # fmt: skip
+    assert steps(run.lacking()) == ([6] if repeats else [3, 4, 5, 6])
+    assert run.has_obsolete != repeats
+    assert run.is_obsolete(3, 100.03, 1) != repeats
+    assert not run.is_obsolete(3, 201.03, 2)
+
+
 def test_an_event_comes_between_the_rows_it_lies_between_with_their_step_and_loss(tmp_path: Path) -> None:
     add(tmp_path, "metrics.jsonl", *[row | {"train/loss": 9.0 - row["step"]} for row in rows(1, 4, 100.0)])
     add(tmp_path, "events.jsonl", {"event": "crash", "time": 100.025}, {"event": "damaged"}, {"event": 3, "time": 1})

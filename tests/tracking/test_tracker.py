@@ -139,6 +139,8 @@ def test_an_outage_that_ends_during_the_run_costs_nothing(
     attempt = Attempt(tmp_path)
     attempt.write(range(1, 11))
     until(lambda: (attempt.folder / "events.jsonl").exists())
+    assert server.wait(lambda: server.requests.count("/") >= 3), "it is asked again and again"
+    assert len(list(attempt.folder.glob("wandb/offline-run-*"))) == 1, "each of which leaves no file"
     server.mode = "healthy"
     attempt.write(range(11, 21))
     assert server.wait(lambda: len(server.steps(attempt.id)) == 20)

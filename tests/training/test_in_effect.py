@@ -20,6 +20,7 @@ from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
 from hpcgpt.optim.lr_schedule import learning_rate
 from hpcgpt.plan import Plan
 from hpcgpt.run import run_folder
+from hpcgpt.run.undone import Undone
 from hpcgpt.training import in_effect
 from tests.programs import command, on_ranks
 from tests.test_end_to_end_errors import kept, sentence
@@ -315,6 +316,55 @@ def test_strict_refuses_a_stretched_schedule(config: Path, run: Path) -> None:
 
 
 # --- the configurations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--run.threads", "3", "--checkpoint.every", "7", "--tracking.wandb", "disabled", "--eval.every", "3"),
+        ("--train.micro_batch", "1", "--train.compile", "on", "--train.loss_chunk", "8", "--parallel.mode", "fsdp"),
+        ("--train.steps", "99", "--schedule.kind", "constant"),
+    ],
+)
+def test_the_digest_of_the_settings_is_the_same_whatever_does_not_change_the_metrics(
+    shards_folder: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    moved = shutil.copytree(shards_folder, tmp_path / "moved")
+    kind = ("--schedule.kind", "constant")
+    assert in_effect.settings(planned(moved, *kind, *flags)) == in_effect.settings(planned(shards_folder, *kind))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--optim.lr", "0.5"),
+        ("--schedule.warmup_steps", "1"),
+        ("--run.seed", "7"),
+        ("--model.n_layer", "3"),
+        ("--data.stride", "5"),
+        ("--train.steps", "99"),
+        ("--train.dtype", "float64"),
+    ],
+)
+def test_the_digest_of_the_settings_differs_with_each_that_changes_the_metrics(
+    shards_folder: Path, flags: tuple[str, ...]
+) -> None:
+    assert in_effect.settings(planned(shards_folder, *flags)) != in_effect.settings(planned(shards_folder))
+
+
+@pytest.mark.processes
+def test_steps_that_are_made_again_with_other_settings_replace_those_before(config: Path, tmp_path: Path) -> None:
+    """Nothing had been saved, so there is no checkpoint that the settings could be compared with."""
+    run = tmp_path / "tiny"
+    obsolete = []
+    for flags in ((), (), ("--optim.lr", "0.002")):
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        resumed(config, run, *flags)
+        undone = Undone()
+        for event in run_folder.events(run):
+            undone.add(event)
+        obsolete.append(undone.has(5, 0.0, 1))
+    assert obsolete == [False, False, True]
 
 
 @pytest.mark.processes
