@@ -71,11 +71,13 @@ def test_any_status_but_a_failure_is_an_answer(status: int | None, expected: boo
                 self.end_headers()
 
     http = HTTPServer(("127.0.0.1", 0), Handler)
+    http.timeout = 30  # the end of the thread if nothing is asked
     thread = threading.Thread(target=http.handle_request)
     thread.start()
-    assert server_probe.answers(f"http://127.0.0.1:{http.server_port}", {}, 10.0) == expected
+    found = server_probe.answers(f"http://127.0.0.1:{http.server_port}", {}, 10.0)
     thread.join()
     http.server_close()
+    assert found == expected
 
 
 def test_a_server_behind_a_proxy_that_only_wandb_can_use_is_not_taken_for_silent() -> None:
