@@ -138,9 +138,10 @@ def separate(folder: Path) -> str:
     if original is None:
         return ""
     before = run_id(folder)
+    # First what a full disk may refuse: then the next start does all of it.
+    atomic.write(folder / "run.json", _new_identity(copied_from=str(original), copied_id=before))
     with suppress(FileNotFoundError):
         (folder / "wandb").rename(folder / f"wandb-of-{before}")
-    atomic.write(folder / "run.json", _new_identity(copied_from=str(original), copied_id=before))
     return (
         f"{folder} is a copy of {original}, which still exists: it is a run of its own at W&B from here on, "
         f"{run_id(folder)}, not {before}. To continue that one instead: docs/continue.md"
