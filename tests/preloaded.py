@@ -1,10 +1,10 @@
 """Starts programs in a process that has loaded torch already: loading takes a second of both cores, most of the time of
 a small run, and the tests start more than a hundred.
 
-``Preloaded`` keeps one process that has imported the libraries, and our modules, which do nothing then
-(tests/test_house.py). It forks for each program; the fork becomes ``python -m module arguments`` with the given
-environment and files; of the variables that a module reads when it is imported it has this process's. Tests of the
-start itself (what is imported, early signals, a real launcher) start python for real.
+``Preloaded`` has a process that has imported the libraries, and our modules, which do nothing then
+(tests/test_house.py). All processes of pytest-xdist share one. It forks for each program; the fork becomes ``python -m
+module arguments`` with the given environment and files; of the variables that a module reads when it is imported it has
+this process's. Tests of the start itself (what is imported, early signals, a real launcher) start python for real.
 """
 
 from __future__ import annotations
@@ -71,10 +71,17 @@ class Program:
 
 
 class Preloaded:
-    def __init__(self, library: Path | None = None, code: Path | None = None) -> None:
-        """`library` is preloaded by the dynamic linker; `code` is the folder of another version of ours to run."""
+    def __init__(self, library: Path | None = None, code: Path | None = None, shared: bool = False) -> None:
+        """`library` is preloaded by the dynamic linker; `code` is the folder of another version of ours to run.
+
+        The `shared` process is started by the first that needs it, and ends with the one that has started the tests.
+        """
         # An abstract address: the path of a socket file is limited to 107 bytes, and TMPDIR may be longer.
-        self._address = f"hpcgpt-preloaded-{os.getpid()}-{secrets.token_hex(8)}"
+        if shared:
+            first = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+            self._address, stdin = f"hpcgpt-preloaded-{first}", os.pidfd_open(first)  # readable once it has ended
+        else:
+            self._address, stdin = f"hpcgpt-preloaded-{os.getpid()}-{secrets.token_hex(8)}", subprocess.PIPE
         env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as hpcgpt.train sets it before torch is loaded
         if library:
             env["LD_PRELOAD"] = str(library)
@@ -82,9 +89,12 @@ class Preloaded:
             env["PYTHONPATH"] = str(code)
         imported = LIBRARIES if code else LIBRARIES + OURS
         command = [sys.executable, "-m", "tests.preloaded", self._address, *imported]
-        self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=stdin, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n"
+        answer = self._process.stdout.readline()
+        assert answer == b"ready\n" or (shared and answer == b"there is one\n")
+        if shared:
+            os.close(stdin)
 
     def start(self, module: str, arguments: Sequence[str], env: dict[str, str], cwd: Path, out: IO[Any],
               err: IO[Any]) -> Program:  # fmt: skip
@@ -113,25 +123,30 @@ class Preloaded:
 def serve(address: str, imported: Sequence[str]) -> Start:
     """Import these modules, and serve until the end of the tests; return in each fork, with the program to become.
 
-    A fork copies the tables of all memory, 25 ms of CPU time: so there is one for each program, and none that waits.
+    Their end is seen at standard input: the end of a pipe, or of the process whose pidfd it is. A fork copies the
+    tables of all memory, 25 ms of CPU time: so there is one for each program, and none that waits.
     """
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.bind(f"\0{address}")
+    except OSError:
+        print("there is one", flush=True)
+        os._exit(0)
+    server.listen(64)
     for name in imported:
         importlib.import_module(name)
     for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
         finalizer.atexit = False  # torch's take 30 ms in a fork, since they write to memory that is shared
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which then end this process
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(f"\0{address}")
-    server.listen(64)
     print("ready", flush=True)
     running: Running = {}
     while True:
         ends = {end: pid for pid, (connection, pidfd) in running.items() for end in (connection.fileno(), pidfd)}
-        ready = select.select([server, sys.stdin, *ends], [], [])[0]
+        ready = select.select([server, 0, *ends], [], [])[0]
         for pid in {ends[end] for end in ready if end in ends}:
             finish(pid, *running.pop(pid))
-        if sys.stdin in ready:  # it is closed when the tests have ended
+        if 0 in ready:
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
             os._exit(0)

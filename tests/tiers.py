@@ -47,7 +47,7 @@ LAB_GROUPS = (
 LONG_S = 900  # what a test marked `long` may take
 
 # Files that take minutes begin first.
-LONGEST = ("test_tracker.py", "test_parallel.py", "test_make_shards.py")
+LONGEST = ("test_tracker.py", "test_parallel.py", "test_make_shards.py", "test_wandb_settings.py", "test_sync.py")
 
 _started: list[str] = []
 _fixtures: dict[str, str] = {}  # by the fixture's id: the first process that it started

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from hpcgpt.checkpoint import layout
-from tests.programs import ROOT, clean_env
+from tests.programs import command
 
 pytestmark = pytest.mark.processes
 MODES = ("ddp", "fsdp")
@@ -28,8 +26,7 @@ def many(request: pytest.FixtureRequest) -> int:
 def report(many: int, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What tests.checkpoint.ranks_many has reported, and left in its folder."""
     folder = tmp_path_factory.mktemp("many") / "runs"
-    command = [sys.executable, "-m", "tests.checkpoint.ranks_many", str(folder), str(many)]
-    done = subprocess.run(command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=600, check=False)
+    done = command("tests.checkpoint.ranks_many", str(folder), str(many), timeout_s=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

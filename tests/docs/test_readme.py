@@ -85,7 +85,7 @@ def test_the_drill_accepts_the_shown_arguments() -> None:
 def test_the_quick_start_trains_a_model_that_writes_dialogue(
     checkout: Path, flags: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In full: about 2.0 bits per byte on held-out text; and a second run has nothing to do."""
+    """In full: about 2.0 bits per byte on held-out text; and then a second run, which has nothing to do."""
     folder, arguments = checkout / "runs" / "quickstart", ["quickstart", f"ARGS={flags}"]
     done = make(checkout, *arguments, timeout_s=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -118,6 +118,8 @@ def test_the_quick_start_trains_a_model_that_writes_dialogue(
         assert expected in done.stdout
     assert "runs/quickstart/report.html: 1 run, " in samples
     assert "Samples over time" in (folder / "report.html").read_text(encoding="utf-8")
+    if flags:
+        return
     before = (folder / "metrics.jsonl").read_bytes()
     second = make(checkout, *arguments)
     assert second.returncode == 0, second.stderr

@@ -263,9 +263,15 @@ def test_a_cpu_counts_the_copy_of_a_checkpoint_and_the_process_itself() -> None:
     assert memory.peak.total == step.total + memory.copied_bytes == memory.host_bytes
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "values", [{}, {"train__activation_checkpointing": True}, {"train__loss_chunk": 64}, OTHER], ids=str
+    ("values", "mode"),
+    [
+        *(({}, mode) for mode in MODES),
+        *((OTHER, mode) for mode in MODES),
+        *(({"train__activation_checkpointing": True}, mode) for mode in ("ddp", "fsdp")),
+        *(({"train__loss_chunk": 64}, mode) for mode in ("ddp", "zero2")),
+    ],
+    ids=str,
 )
 def test_the_analytic_account_is_near(mode: Any, values: dict[str, Any]) -> None:
     """What is used without torch is coarse: within a quarter."""

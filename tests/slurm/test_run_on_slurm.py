@@ -1,4 +1,4 @@
-"""A run on a real Slurm, two nodes with two ranks each: interrupted, it ends with the bytes of an uninterrupted one.
+"""A run on a real Slurm, on two nodes: interrupted, it ends with the bytes of an uninterrupted one.
 
 The jobs run in the lab (slurm/lab): real slurmctld, slurmd, srun and scontrol; hosts with their own names and
 addresses; fake GPUs.
@@ -35,8 +35,8 @@ def cluster(lab: Lab, shards_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def uninterrupted_run(cluster: Cluster) -> Path:
-    """The folder of a run of four ranks that nothing interrupted, on this host."""
-    done = on_ranks(4, "hpcgpt.train", str(cluster.config), "--run.name", "uninterrupted", *cluster.arguments)
+    """The folder of a run of two ranks that nothing interrupted, on this host."""
+    done = on_ranks(2, "hpcgpt.train", str(cluster.config), "--run.name", "uninterrupted", *cluster.arguments)
     assert done.returncode == FINISHED, done.stderr
     return cluster.folder("uninterrupted")
 
@@ -51,7 +51,10 @@ def test_after_a_time_limit_a_requeue_and_a_preemption_there_are_the_same_bytes_
     Slurm checks every 30 s, so the signal arrives at any time of the first 30: on a slow machine before the second
     step. Else rank 0 is stopped until it has arrived.
     """
-    job = cluster.submit("requeued", "--time", "1", "--signal-lead-s", "30", arguments=OFFLINE)
+    job = cluster.submit(
+        "requeued", "--ntasks-per-node", "1", "--gpus-per-node", "1", "--time", "1", "--signal-lead-s", "30",
+        arguments=OFFLINE,
+    )  # fmt: skip
     folder = cluster.folder("requeued")
     cluster.wait_for_rows("requeued", 1)
     begun = events(folder, "job")[0]
@@ -73,7 +76,7 @@ def test_after_a_time_limit_a_requeue_and_a_preemption_there_are_the_same_bytes_
     cluster.wait(job)
     assert_same_result(folder, uninterrupted_run, STEPS)
     attempts = starts(folder)
-    assert [(start["job"], start["world_size"]) for start in attempts] == [(f"{job}_{n}", 4) for n in range(4)]
+    assert [(start["job"], start["world_size"]) for start in attempts] == [(f"{job}_{n}", 2) for n in range(4)]
     ends = [event["reason"] for event in events(folder, "end")]
     assert ends == ["the time limit is near", "told to terminate", "told to terminate", "finished"]
     assert "the time limit is near" in events(folder, "requeue")[0]["reason"]

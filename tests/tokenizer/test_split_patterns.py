@@ -17,7 +17,7 @@ MILLION = 1_000_001  # characters, above tiktoken's limit
 LONG = {
     "spaces before a letter": "a" + " " * MILLION + "b",
     "line feeds before a letter": "!" + "\n" * MILLION + "/b",
-    "at the end, after a mixed run": "x" + " \n" * MILLION + " " * MILLION,
+    "at the end, after a mixed run": "x" + " \n" * (MILLION // 4) + " " * (MILLION // 2 + 2),
     "two": "x" + " " * MILLION + "\nb \u3000" + "\u3000" * MILLION + "萧",
 }
 

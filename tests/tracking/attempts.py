@@ -130,8 +130,9 @@ def children(pid: int) -> list[int]:
     return [int(pid_text) for pid_text in listed.stdout.split()]
 
 
-def until(what: Callable[[], Any]) -> None:
+def until(what: Callable[[], Any], every_s: float = 0.05) -> None:
+    """Wait until `what()`; ask less often where each question starts a process."""
     deadline = time.monotonic() + 120
     while not what():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(every_s)

@@ -1,8 +1,8 @@
 """The program of test_parallel on 1, 2 and 4 ranks: ``-m tests.training.ranks_parallel SHARDS OUT PART STEPS``.
 
-PART is "modes" (each mode trains, saves and continues; each rank writes OUT/modes_W_R.json), "resume" (each mode
-continues from checkpoints of all modes; OUT/resume_W_R.json) or "groups" (parallel.shard_within on 4 ranks;
-OUT/groups_4_R.json). Checkpoints: OUT/<mode>_<W>/checkpoints.
+PART is "modes" (each mode trains, saves and continues, on 4 ranks also with parallel.shard_within; each rank writes
+OUT/modes_W_R.json) or "resume" (each mode continues from checkpoints of others; OUT/resume_W_R.json). Checkpoints:
+OUT/<mode>_<W>/checkpoints.
 """
 
 from __future__ import annotations
@@ -364,23 +364,30 @@ def memory_savings(shards: Path, ranks: Ranks, mode: Mode, compiled: bool) -> di
     return report
 
 
+def modes_on(ranks: int, count: int) -> Sequence[Mode]:
+    """Return the modes in which so many ranks train: on 4 ranks, unless with MANY steps, the two that differ most."""
+    if ranks == 1:
+        return MODES[:1]
+    return MODES if ranks == 2 or count >= MANY else ("ddp", "fsdp")
+
+
 def resumed_from(mode: str, ranks: int, count: int) -> list[str]:
     """Return the folders whose checkpoints `mode` continues from on so many ranks.
 
-    With MANY steps, and on one rank, all of them. Else, on 2 ranks and on 4, those of one rank and, on the other
-    number, of this mode and of half of the modes: the other half when the numbers are exchanged.
+    With MANY steps, and on one rank, all of them. Else those of one rank and, on the other number of ranks, of this
+    mode and of every second one.
     """
-    folders = {("ddp", 1): "ddp_1"} | {(other, size): f"{other}_{size}" for other in MODES for size in (2, 4)}
     if count >= MANY or ranks == 1:
-        return list(folders.values())
-    half = MODES[(MODES.index(mode) + ranks // 2) % 2 :: 2]
-    return [folders["ddp", 1], *(folders[other, 6 - ranks] for other in MODES if other == mode or other in half)]
+        return [f"{other}_{size}" for size in (1, 2, 4) for other in modes_on(size, count)]
+    others = modes_on(6 - ranks, count)
+    half = others[MODES.index(mode) % 2 :: 2]
+    return ["ddp_1", *(f"{other}_{6 - ranks}" for other in others if other == mode or other in half)]
 
 
 def resume_all(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     """Continue from the checkpoints of other modes and numbers of ranks, in every mode; return figures."""
     report = {}
-    for mode in MODES if ranks.world.size > 1 else MODES[:1]:
+    for mode in modes_on(ranks.world.size, count):
         engine = make_engine(settings(shards, mode), ranks)
         for folder in resumed_from(mode, ranks.world.size, count):
             path = layout.path_of(out / folder / "checkpoints", count - MORE)
@@ -392,7 +399,7 @@ def resume_all(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, A
 def modes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     """Train in each mode, and return the reports. Compiling takes a minute: only with many steps."""
     compiled = count >= MANY
-    chosen = MODES if ranks.world.size > 1 else MODES[:1]
+    chosen = modes_on(ranks.world.size, count)
     report: dict[str, Any] = {mode: train_and_resume(shards, out, ranks, mode, count) for mode in chosen}
     if ranks.world.size == 2:
         report |= {
@@ -404,14 +411,16 @@ def modes(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
         report |= {f"{mode} saving": memory_savings(shards, ranks, mode, compiled=False) for mode in chosen}
     if ranks.world.size == 2 and compiled:
         report |= {f"{mode} compiled": memory_savings(shards, ranks, mode, compiled=True) for mode in chosen}
+    if ranks.world.size == 4 and not compiled:
+        report["groups"] = groups(shards, out, ranks, count)
     return report
 
 
 def groups(shards: Path, out: Path, ranks: Ranks, count: int) -> dict[str, Any]:
     """Report runs of 4 ranks in two groups of two, steps there from other checkpoints, and elsewhere from those."""
-    report: dict[str, Any] = {"fsdp": train_and_resume(shards, out, ranks, "fsdp", count)}
-    for mode, within in GROUPED:
-        report[f"{mode} {within}"] = train_and_resume(shards, out, ranks, mode, count, within)
+    report: dict[str, Any] = {
+        f"{mode} {within}": train_and_resume(shards, out, ranks, mode, count, within) for mode, within in GROUPED
+    }
     report["muon"] = train_and_resume(shards, out, ranks, "fsdp", count, "2", name="muon")
     for name, within, others in (("into", "2", ["ddp_1", "fsdp_4"]), ("from", "all", ["fsdp-2_4", "zero1-2_4"])):
         engine = make_engine(settings(shards, "fsdp", within=within), ranks)
@@ -440,7 +449,7 @@ def main(shards: Path, out: Path, part: str, count: int) -> None:
     torch.set_num_threads(1)
     here = world.discover()
     ranks = rendezvous.connect(here, torch.device("cpu"), out, "gloo", 60.0)
-    report = {"modes": modes, "resume": resume_all, "groups": groups}[part](shards, out, ranks, count)
+    report = {"modes": modes, "resume": resume_all}[part](shards, out, ranks, count)
     (out / f"{part}_{here.size}_{here.rank}.json").write_text(json.dumps(report))
     torch.distributed.barrier()  # others may still connect a group through rank 0's store
     rendezvous.disconnect()

@@ -23,12 +23,23 @@ from tests.one_rank import ALONE
 from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows
 from tests.training import ranks_parallel
-from tests.training.ranks_parallel import FEW, GROUPED, MANY, MODES, MUON_STEPS
+from tests.training.ranks_parallel import FEW, GROUPED, MANY, MODES
 
 pytestmark = pytest.mark.processes
 
 GROUPED_WAYS = [f"{mode} {within}" for mode, within in GROUPED]
-MODES_AND_RANKS = [("ddp", 1), *((mode, ranks) for ranks in (2, 4) for mode in MODES)]
+COUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.long)]
+# Each mode with each number of ranks that trains in it.
+runs = pytest.mark.parametrize(
+    ("reports", "mode", "ranks"),
+    [
+        pytest.param(count, mode, ranks, marks=[pytest.mark.long] if count == MANY else [])
+        for count in (FEW, MANY)
+        for ranks in (1, 2, 4)
+        for mode in ranks_parallel.modes_on(ranks, count)
+    ],
+    indirect=["reports"],
+)
 
 
 @dataclass(frozen=True)
@@ -45,18 +56,32 @@ class Reports:
         return [report[mode] for report in self.modes[ranks]]
 
 
-@pytest.fixture(scope="module", params=[FEW, pytest.param(MANY, marks=pytest.mark.long)])
-def reports(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Reports:
-    out, count = tmp_path_factory.mktemp("modes"), request.param
+@pytest.fixture(params=COUNTS)
+def reports(request: pytest.FixtureRequest) -> Reports:
+    found: Reports = request.getfixturevalue({FEW: "few_steps", MANY: "many_steps"}[request.param])
+    return found
+
+
+@pytest.fixture(scope="module")
+def few_steps(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    return train_and_resume(shards_folder, tmp_path_factory.mktemp("modes"), FEW)
+
+
+@pytest.fixture(scope="module")
+def many_steps(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    return train_and_resume(shards_folder, tmp_path_factory.mktemp("modes"), MANY)
+
+
+def train_and_resume(shards: Path, out: Path, count: int) -> Reports:
     found: dict[str, dict[int, list[dict[str, Any]]]] = {
-        "modes": {1: [ranks_parallel.modes(shards_folder, out, ALONE, count)]}, "resume": {}}  # fmt: skip
+        "modes": {1: [ranks_parallel.modes(shards, out, ALONE, count)]}, "resume": {}}  # fmt: skip
     for part, ranks in [("modes", 2), ("modes", 4), ("resume", 4), ("resume", 2)]:
-        arguments = (str(shards_folder), str(out), part, str(count))
+        arguments = (str(shards), str(out), part, str(count))
         done = on_ranks(ranks, "tests.training.ranks_parallel", *arguments, timeout_s=800 if count == MANY else 240)
         assert done.returncode == 0, done.stderr
         found[part][ranks] = [json.loads((out / f"{part}_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
-    found["resume"][1] = [ranks_parallel.resume_all(shards_folder, out, ALONE, count)]
-    model = GPT(plan.make(ranks_parallel.settings(shards_folder), 1).config.model)
+    found["resume"][1] = [ranks_parallel.resume_all(shards, out, ALONE, count)]
+    model = GPT(plan.make(ranks_parallel.settings(shards), 1).config.model)
     everything, in_blocks = (
         sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.blocks)
     )
@@ -66,7 +91,7 @@ def reports(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory, reque
 # --- the same training -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_the_steps_have_the_same_losses_and_norms_in_every_mode_on_any_number_of_ranks(
     reports: Reports, mode: str, ranks: int
 ) -> None:
@@ -79,7 +104,7 @@ def test_the_steps_have_the_same_losses_and_norms_in_every_mode_on_any_number_of
             assert norm == pytest.approx(expected_norm, rel=1e-3)
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_every_rank_has_the_same_figures_and_in_the_end_the_same_weights(
     reports: Reports, mode: str, ranks: int
 ) -> None:
@@ -88,8 +113,7 @@ def test_every_rank_has_the_same_figures_and_in_the_end_the_same_weights(
     assert len({rank["full_digest"] for rank in of_ranks}) == 1
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("mode", MODES[1:])
+@runs
 def test_the_gradient_norm_is_that_of_all_parameters_not_of_a_ranks_share(
     reports: Reports, mode: str, ranks: int
 ) -> None:
@@ -107,20 +131,20 @@ def test_gradients_are_clipped_by_the_norm_of_all_of_them(reports: Reports, mode
         assert after == pytest.approx(0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_the_initial_weights_are_those_of_the_seed_to_the_last_bit(reports: Reports, mode: str, ranks: int) -> None:
     assert all(rank["begins_alike"] for rank in reports.of(mode, ranks))
     assert all(rank["begins_alike"] for rank in reports.of("fsdp muon", 2)), "in float64"
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_an_evaluation_has_the_bits_of_a_model_with_all_weights(reports: Reports, mode: str, ranks: int) -> None:
     for rank in reports.of(mode, ranks):
         assert rank["evaluates"]
         assert rank["after"] == (rank["all"] if mode == "ddp" else rank["all"] // ranks)
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_tasks_and_samples_have_the_bits_of_a_model_with_all_weights(reports: Reports, mode: str, ranks: int) -> None:
     """Samples on rank 0; the others compute with it, until it has ended or failed."""
     for rank in reports.of(mode, ranks):
@@ -172,17 +196,16 @@ def test_compilation_with_both_does_not_change_training(reports: Reports, mode: 
 # --- groups of ranks -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def grouped(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return what each of four ranks reports of two groups of two."""
-    out = tmp_path_factory.mktemp("groups")
-    ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", FEW)
-    muon = ranks_parallel.train_and_resume(shards_folder, out, ALONE, "ddp", MUON_STEPS, name="muon")
-    done = on_ranks(4, "tests.training.ranks_parallel", str(shards_folder), str(out), "groups", str(FEW))
-    assert done.returncode == 0, done.stderr
-    return [json.loads((out / f"groups_4_{rank}.json").read_text()) | {"muon alone": muon} for rank in range(4)]
+few = pytest.mark.parametrize("reports", [FEW], indirect=True)
 
 
+@pytest.fixture
+def grouped(reports: Reports) -> list[dict[str, Any]]:
+    """Return what each of four ranks reports of two groups of two, and of all four as one."""
+    return [rank["groups"] | {"fsdp": rank["fsdp"]} for rank in reports.modes[4]]
+
+
+@few
 @pytest.mark.parametrize("way", GROUPED_WAYS)
 def test_in_groups_the_steps_are_the_same_up_to_the_order_of_sums(grouped: list[dict[str, Any]], way: str) -> None:
     expected = grouped[0]["fsdp"]["figures"]
@@ -195,6 +218,7 @@ def test_in_groups_the_steps_are_the_same_up_to_the_order_of_sums(grouped: list[
     assert grouped[0][way]["figures"][0][1] == pytest.approx(expected[0][1], rel=1e-6), "not the norm of a group's rows"
 
 
+@few
 @pytest.mark.parametrize("way", GROUPED_WAYS)
 def test_groups_begin_resume_evaluate_and_sample_as_one_model(grouped: list[dict[str, Any]], way: str) -> None:
     for rank in grouped:
@@ -203,18 +227,21 @@ def test_groups_begin_resume_evaluate_and_sample_as_one_model(grouped: list[dict
         assert found["samples"] == [True, True, True]
 
 
-def test_muon_is_the_same_in_groups(grouped: list[dict[str, Any]]) -> None:
+@few
+def test_muon_is_the_same_in_groups(grouped: list[dict[str, Any]], reports: Reports) -> None:
     """In float64, as above."""
     for rank in grouped:
-        for figures, expected in zip(rank["muon"]["figures"], rank["muon alone"]["figures"], strict=True):
+        for figures, expected in zip(rank["muon"]["figures"], reports.of("ddp muon", 2)[0]["figures"], strict=True):
             assert figures == pytest.approx(expected, abs=1e-12)
         assert [rank["muon"][name] for name in ("begins_alike", "resumed", "evaluates", "scores")] == [True] * 4
 
 
+@few
 def test_one_group_of_all_ranks_is_what_there_was_without_groups(grouped: list[dict[str, Any]]) -> None:
     assert all(rank["alike"] for rank in grouped)
 
 
+@few
 @pytest.mark.parametrize("way", GROUPED_WAYS)
 def test_in_groups_of_two_a_rank_has_half_of_the_state_and_writes_a_quarter(
     grouped: list[dict[str, Any]], way: str
@@ -225,17 +252,20 @@ def test_in_groups_of_two_a_rank_has_half_of_the_state_and_writes_a_quarter(
         assert abs(rank[way]["written"] - rank["fsdp"]["written"]) < 2000, "headers"
 
 
+@few
 def test_groups_save_each_row_once_also_where_they_do_not_divide_the_rows(grouped: list[dict[str, Any]]) -> None:
     for number, count in enumerate((1, 2, 4, 7, 9)):
         assert sorted(row for rank in grouped for row in rank["rows"][number]) == list(range(count))
 
 
+@few
 def test_between_groups_a_ranks_share_of_the_gradients_is_sent_once_in_a_step(grouped: list[dict[str, Any]]) -> None:
     for rank in grouped:
         assert len(rank["between"]) == 3, "two blocks and the rest"
         assert sum(rank["between"]) == rank["fsdp 2"]["after"]
 
 
+@few
 def test_checkpoints_resume_into_groups_and_out_of_them(grouped: list[dict[str, Any]]) -> None:
     expected = [loss for loss, _ in grouped[0]["fsdp"]["figures"][-ranks_parallel.MORE :]]
     for rank in grouped:
@@ -287,7 +317,7 @@ def test_the_groups_of_nodes_are_their_ranks(
 # --- shares ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_a_ranks_share_of_the_optimizer_state_shrinks_with_the_number_of_ranks(
     reports: Reports, mode: str, ranks: int
 ) -> None:
@@ -296,7 +326,7 @@ def test_a_ranks_share_of_the_optimizer_state_shrinks_with_the_number_of_ranks(
         assert rank["state"] == (everything if mode == "ddp" else everything // ranks)
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_every_rank_writes_an_equal_share_of_a_checkpoint(reports: Reports, mode: str, ranks: int) -> None:
     generator, headers = 5056, 16_000
     for rank in reports.of(mode, ranks):
@@ -364,7 +394,11 @@ def test_zero2_gathers_all_weights_once_in_a_step_and_scatters_the_gradients_in_
             assert sum(sent["_reduce_scatter_base_"]) == 8 * 4 * reports.parameters
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("reports", "ranks"),
+    [(FEW, 2), *(pytest.param(MANY, ranks, marks=pytest.mark.long) for ranks in (2, 4))],
+    indirect=["reports"],
+)
 def test_zero2_has_the_bytes_of_fsdp(reports: Reports, ranks: int) -> None:
     """Four micro-batches a rank on two ranks, two on four."""
     zero2, fsdp = reports.of("zero2", ranks), reports.of("fsdp", ranks)
@@ -391,32 +425,37 @@ def test_in_bfloat16_a_step_is_the_same_in_every_mode(reports: Reports, mode: st
 # --- checkpoints -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(reports: Reports, mode: str, ranks: int) -> None:
     assert all(rank["resumed"] for rank in reports.of(mode, ranks))
 
 
-@pytest.mark.parametrize(("mode", "ranks"), MODES_AND_RANKS)
+@runs
 def test_a_checkpoint_of_one_mode_and_number_of_ranks_resumes_in_another(
     reports: Reports, mode: str, ranks: int
 ) -> None:
     expected = reports.of("ddp", 1)[0]["figures"][-ranks_parallel.MORE :]
     for rank in reports.resumed[ranks]:
         resumed = {name: figures for name, figures in rank.items() if name.endswith(f" in {mode}")}
-        assert len(resumed) == (9 if reports.steps >= MANY else {1: 9, 2: 4, 4: 3}[ranks])
+        folders = ranks_parallel.resumed_from(mode, ranks, reports.steps)
+        assert set(resumed) == {f"{folder} in {mode}" for folder in folders}
         for name, figures in resumed.items():
             for (loss, norm), (expected_loss, expected_norm) in zip(figures, expected, strict=True):
                 assert abs(loss - expected_loss) < 1e-5, name
                 assert norm == pytest.approx(expected_norm, rel=1e-3), name
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_each_mode_resumes_from_each_on_another_number_of_ranks(mode: str) -> None:
-    from_two, from_four = ranks_parallel.resumed_from(mode, 4, 12), ranks_parallel.resumed_from(mode, 2, 12)
-    assert {folder.partition("_")[0] for folder in [*from_two, *from_four]} == set(MODES)
-    assert {folder.partition("_")[2] for folder in from_two} == {"1", "2"}
-    assert {folder.partition("_")[2] for folder in from_four} == {"1", "4"}
-    assert f"{mode}_4" in from_four, "fewer ranks, with the same mode: the usual case"
+def test_each_mode_resumes_from_each_on_another_number_of_ranks() -> None:
+    def pairs(ranks: int, count: int) -> set[tuple[str, str]]:
+        modes = ranks_parallel.modes_on(ranks, count)
+        return {(folder, mode) for mode in modes for folder in ranks_parallel.resumed_from(mode, ranks, count)}
+
+    for mode in MODES:
+        assert ("ddp_1", mode) in pairs(2, FEW)
+        assert {("ddp_4", mode), ("fsdp_4", mode)} & pairs(2, FEW), "fewer ranks"
+        assert {(f"{mode}_2", "ddp"), (f"{mode}_2", "fsdp")} & pairs(4, FEW), "more ranks"
+    assert {("ddp_4", "ddp"), ("fsdp_4", "fsdp"), ("fsdp_4", "zero1"), ("ddp_4", "zero2")} <= pairs(2, FEW)
+    assert len(pairs(2, MANY)) == len(pairs(4, MANY)) == 4 * 9
 
 
 # --- gradients in bfloat16 -------------------------------------------------------------------------
