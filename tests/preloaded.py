@@ -143,7 +143,8 @@ def serve(address: str, imported: Sequence[str]) -> Start:
     running: Running = {}
     while True:
         ends = {end: pid for pid, (connection, pidfd) in running.items() for end in (connection.fileno(), pidfd)}
-        ready = select.select([server, 0, *ends], [], [])[0]
+        watched: list[Any] = [server, 0, *ends]
+        ready = select.select(watched, [], [])[0]
         for pid in {ends[end] for end in ready if end in ends}:
             finish(pid, *running.pop(pid))
         if 0 in ready:
