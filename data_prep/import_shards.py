@@ -176,6 +176,7 @@ def make(out: Path, files: list[TokenFile], options: ImportOptions) -> Manifest:
             out, options.width.name, about, inputs, rule, listed, made, unread=unread.for_manifest(others)
         )
     except BaseException:
+        (out / "manifest.json").unlink(missing_ok=True)  # first: without it no file here counts
         for path in (out / f"{shard.name}{suffix}" for shard in made for suffix in (".bin", ".idx")):
             path.unlink(missing_ok=True)
         shutil.rmtree(out / "tokenizer", ignore_errors=True)

@@ -214,10 +214,10 @@ def histogram(folder: Path, manifest: Manifest, split: str | None, top: int) -> 
     counts = np.zeros(size, dtype=np.int64)
     tokenizer = save_load.load(folder / "tokenizer", manifest.tokenizer["fingerprint"])
     for path, tokens in _token_chunks(folder, manifest, [split] if split else manifest.splits):
-        found = np.bincount(tokens)
-        if len(found) > size:
-            raise UserError(f"{path}: id {len(found) - 1:,} is outside of the tokenizer's {size:,} ids")
-        counts[: len(found)] += found
+        largest = int(tokens.max()) if len(tokens) else 0
+        if largest >= size:  # bincount would make a table up to it
+            raise UserError(f"{path}: id {largest:,} is outside of the tokenizer's {size:,} ids")
+        counts += np.bincount(tokens, minlength=size)
     total = int(counts.sum())
     order = np.argsort(-counts, kind="stable")[:top]
     return {

@@ -64,8 +64,8 @@ class _Duplicates:
 
 
 def _find_duplicates(out: Path, records: list[UnitRecord], split: str) -> _Duplicates:
-    tables = [_open_rows(unit.folder(out, number) / f"{split}.documents") for number in range(len(records))]
-    starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
+    tables = [unit.folder(out, number) / f"{split}.documents" for number in range(len(records))]
+    starts = np.concatenate([[0], np.cumsum([_row_count(table) for table in tables])]).astype(np.int64)
     is_duplicate = np.zeros(starts[-1], dtype=bool)
     for parts in _hash_ranges(tables, int(starts[-1])):
         # The rows are in the order of the units and the sort is stable: of equal hashes the first document comes first.
@@ -78,21 +78,32 @@ def _find_duplicates(out: Path, records: list[UnitRecord], split: str) -> _Dupli
     return _Duplicates(starts, is_duplicate)
 
 
-def _open_rows(path: Path) -> NDArray[Any]:
-    if not path.exists() or not path.stat().st_size:
+def _row_count(table: Path) -> int:
+    return table.stat().st_size // DOCUMENT.itemsize if table.exists() else 0
+
+
+def _read_rows(table: Path, first: int = 0, end: int | None = None) -> NDArray[Any]:
+    end = _row_count(table) if end is None else end
+    if first == end:
         return np.zeros(0, dtype=DOCUMENT)
-    return np.memmap(path, dtype=DOCUMENT, mode="r")
+    return np.fromfile(table, DOCUMENT, end - first, offset=first * DOCUMENT.itemsize)
 
 
-def _hash_ranges(tables: list[NDArray[Any]], total: int) -> Iterator[list[NDArray[Any]]]:
-    """Yield the rows of all tables, one of several equal ranges of hashes at a time."""
+def _hash_ranges(tables: list[Path], total: int) -> Iterator[list[NDArray[Any]]]:
+    """Yield the rows of all tables, one of several equal ranges of hashes at a time.
+
+    One table is open at a time: there may be more of them than a process may have open files.
+    """
     count = -(-total // ROWS_AT_ONCE)
     borders = np.array([2**64 * n // count for n in range(1, count)], dtype=np.uint64)
     # Of each table, where the ranges begin and end. A column of these rows is not aligned: searchsorted would copy it
     # at every call, so it is copied once and searched once.
-    cuts = [np.r_[0, np.searchsorted(table["high"].copy(), borders), len(table)] for table in tables]
+    cuts = []
+    for table in tables:
+        high = _read_rows(table)["high"].copy()
+        cuts.append([0, *np.searchsorted(high, borders).tolist(), len(high)])
     for number in range(max(1, count)):
-        yield [table[cut[number] : cut[number + 1]] for table, cut in zip(tables, cuts, strict=True)]
+        yield [_read_rows(table, cut[number], cut[number + 1]) for table, cut in zip(tables, cuts, strict=True)]
 
 
 def _without_duplicates(
@@ -108,7 +119,7 @@ def _without_duplicates(
             yield shard
         elif not drop.all():
             sizes = np.zeros(shard.documents, dtype=DOCUMENT)
-            rows = _open_rows(folder / f"{shard.split}.documents")
+            rows = _read_rows(folder / f"{shard.split}.documents")
             inside = (rows["number"] >= first) & (rows["number"] < first + shard.documents)
             sizes[rows["number"][inside] - first] = rows[inside]
             yield _rewrite(folder, shard, ~drop, sizes, width)

@@ -95,6 +95,7 @@ class BadInputSink:
         Raises:
             UserError: always, unless bad input is to be skipped.
         """
+        problem = problem.encode(errors="backslashreplace").decode()  # a key of JSON may have half of a surrogate pair
         where = ", ".join(filter(None, (printable_path(path), place)))
         if self._stop:
             raise UserError(f"{where}: {problem}; {remedy or _SKIP_REMEDY}") from None

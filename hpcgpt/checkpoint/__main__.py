@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from hpcgpt import cli
-from hpcgpt.checkpoint import go_back, layout, listing
+from hpcgpt.checkpoint import go_back, layout, listing, retention
 from hpcgpt.distributed import world
 from hpcgpt.errors import UserError
 from hpcgpt.output import streams
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="ls|verify|show|back")
     for name, about in (
         ("ls", "what there is; sizes and states are checked, checksums not"),
-        ("verify", "check every byte; status 1 if anything is damaged"),
+        ("verify", "check every byte; status 1 if anything is damaged, or cannot be read"),
         ("show", "what is in one: its state, and every tensor's dtype and shape"),
     ):
         added = commands.add_parser(name, help=about, description=about)
@@ -56,12 +56,18 @@ def main(argv: Sequence[str]) -> int:
         if not paths:
             raise UserError(f"{run} has no checkpoint of step {options.step}")
     if options.command == "verify":
-        rows = [listing.row(path, layout.verify(path)) for path in paths]
-        _print(rows, options.json, f"{run} has no checkpoint yet")
-        return 1 if any(row["problem"] for row in rows) else 0
+        problems: list[str] = []
+        _print(_noting(listing.verified(paths), problems), options.json, f"{run} has no checkpoint yet")
+        return 1 if any(problems) else 0
     if not paths:
         raise UserError(f"{run} has no checkpoint yet")
     return _show(paths[0], options.json)
+
+
+def _noting(rows: Iterable[dict[str, Any]], problems: list[str]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        problems.append(row["problem"])
+        yield row
 
 
 @streams.continue_without_reader()
@@ -69,6 +75,7 @@ def _back(run: Path, step: int) -> int:
     """Go back to the checkpoint of `step`, unless an attempt is running."""
     go_back.find(run, step, "--step")  # before the lease, for which it may have to wait
     with lease.acquire(run, world.job_start()) as held:
+        retention.recover_leftovers(run / "checkpoints", held)  # what is half removed would be the newest otherwise
         target, done = go_back.target(run, step, "--step"), f"the checkpoint of step {step:,} is the newest already"
         if target:
             go_back.refuse_damaged(target, layout.verify(target), "--step")
@@ -78,19 +85,22 @@ def _back(run: Path, step: int) -> int:
 
 
 @streams.continue_without_reader()
-def _print(rows: Sequence[dict[str, Any]], as_json: bool, none: str) -> int:
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-        return 0
-    if not rows:
-        print(none)
+def _print(rows: Iterable[dict[str, Any]], as_json: bool, none: str) -> int:
+    """Print the rows, each as soon as it is there; `none` if there is none."""
+    is_empty = True
     for row in rows:
+        is_empty = False
+        if as_json:
+            print(json.dumps(row), flush=True)
+            continue
         size = f"{row['bytes'] / 1e6:12,.1f} MB" if row["bytes"] is not None else " " * 15
         ranks = f"{counted(row['world_size'], 'rank'):10}" if row["world_size"] else " " * 10
         loss = f"  val loss {row['val_loss']:.4f}" if row["val_loss"] is not None else ""
         problem = f"  {row['problem']}" if row["problem"] else ""
-        print(f"{row['name']:30} {row['state']:9}{size} {ranks} {row['age_s'] / 3600:8.1f} h old{loss}{problem}")
+        age = f"{row['age_s'] / 3600:8.1f} h old" if row["age_s"] is not None else " " * 14
+        print(f"{row['name']:30} {row['state']:9}{size} {ranks} {age}{loss}{problem}", flush=True)
+    if is_empty and not as_json:
+        print(none)
     return 0
 
 

@@ -28,6 +28,7 @@ from hpcgpt.checkpoint.layout import State
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
 from hpcgpt.run import run_folder
+from hpcgpt.storage import atomic
 from hpcgpt.storage.lease import Lease
 
 KEY = "checkpoint.step"
@@ -107,11 +108,20 @@ def set_aside_newer(run: Path, step: int, lease: Lease) -> str:
     checkpoints, newer = run / "checkpoints", _newer(run, step)
     aside = checkpoints / f"newer_than_{step:09d}.g{lease.number:04d}"
     newest = layout.step_of(newer[0])
-    # First, so that W&B gets the rows of repeated steps, however far this comes.
-    run_folder.record(run, "went_back", attempt=lease.number, step=step, from_step=newest, aside=aside.name)
     aside.mkdir(exist_ok=True)
-    with suppress(FileNotFoundError):
-        shutil.copy2(run / "metrics.jsonl", aside / "metrics.jsonl")
+    try:
+        with (
+            suppress(FileNotFoundError),
+            open(run / "metrics.jsonl", "rb") as rows,
+            atomic.writing(aside / "metrics.jsonl") as copy,
+        ):
+            shutil.copyfileobj(rows, copy)
+    except BaseException:  # a full disk: the run does not go back
+        with suppress(OSError):
+            aside.rmdir()
+        raise
+    # Before the first is moved, so that W&B gets the rows of repeated steps, however far this comes.
+    run_folder.record(run, "went_back", attempt=lease.number, step=step, from_step=newest, aside=aside.name)
     for path in newer:
         lease.check()
         path.rename(aside / path.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,7 +86,16 @@ def writing(
         OSError: a file could not be written; neither file remains.
         UserError: see `ShardWriter.add`.
     """
-    with opened(folder / f"{name}.bin") as bin_file, opened(folder / f"{name}.idx") as idx_file:
-        writer = ShardWriter(bin_file, name, split, width)
-        yield writer
-        writer.finish(idx_file)
+    paths, is_written = (folder / f"{name}.idx", folder / f"{name}.bin"), False
+    try:
+        with opened(paths[0]) as idx_file, opened(paths[1]) as bin_file:
+            writer = ShardWriter(bin_file, name, split, width)
+            yield writer
+            writer.finish(idx_file)
+            is_written = True
+    except BaseException:
+        if is_written:  # one of them may have its name already
+            for path in paths:
+                with suppress(OSError):
+                    path.unlink()
+        raise

@@ -14,6 +14,7 @@ first send something to each other, not each rank to all others. Those that will
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -207,8 +208,16 @@ def _serve(
 
 
 def _publish(card: Path, address: str, port: int, token: str) -> None:
-    card.parent.mkdir(parents=True, exist_ok=True)
-    _withdraw(card)
+    try:
+        card.parent.mkdir(parents=True, exist_ok=True)
+        _withdraw(card)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UserError(
+            f"ranks that srun starts find each other through {card.parent}, where you may not write "
+            f"({error.strerror}): start them with torchrun, set MASTER_ADDR and MASTER_PORT, or use one process"
+        ) from None
     try:
         atomic.write(card, json.dumps({"address": address, "port": port, "token": token}).encode())
     except OSError as error:

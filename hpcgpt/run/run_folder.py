@@ -44,16 +44,19 @@ import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hpcgpt.distributed import world
 from hpcgpt.distributed.stop_signals import Stop
-from hpcgpt.errors import NodeError, UserError, cannot_read
+from hpcgpt.errors import NodeError, UserError, cannot_read, sentence
 from hpcgpt.output import streams
+from hpcgpt.output.best_effort import limited
 from hpcgpt.storage import atomic
 
 IMPORTED = "imported.json"
+LOOK_S = 10.0  # that the file system of another run folder may take to answer
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _recording = threading.Lock()  # truncating a line that did not fit must not remove another thread's line
 
@@ -106,11 +109,23 @@ def _new_identity(**more: str) -> bytes:
     return (json.dumps(made) + "\n").encode()
 
 
-def _copied_from(folder: Path) -> Path | None:
+def original_of(folder: Path) -> Path | None:
     """Return the run folder that `folder` is a copy of: its config.toml names another one, which has the same id.
 
-    A folder that was moved or renamed is no copy: there is no other one then.
+    A folder that was moved or renamed is no copy: there is no other one then. A warning is printed if it cannot be known,
+    as where another file system does not answer.
     """
+    try:
+        return limited(LOOK_S, partial(_copied_from, folder))
+    except OSError as error:
+        streams.warn(
+            f"cannot tell whether {folder} is a copy of another run ({sentence(error)}); if it is, both send their "
+            "rows to one run at W&B"
+        )
+        return None
+
+
+def _copied_from(folder: Path) -> Path | None:
     probe = folder / f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.probe"
     try:
         run = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["run"]
@@ -122,26 +137,23 @@ def _copied_from(folder: Path) -> Path | None:
             return None if (named / probe.name).exists() else named
         finally:
             probe.unlink()
-    except (OSError, UserError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, UserError, KeyError, TypeError, ValueError):
         return None
 
 
 def separate(folder: Path) -> str:
     """Give a copy of a run an id of its own, or both would send their rows to one run at W&B; return a message.
 
-    What the original has kept offline is set aside. Return '' if the folder is no copy.
+    Return '' if the folder is no copy.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: run.json cannot be written.
     """
-    original = _copied_from(folder)
+    original = original_of(folder)
     if original is None:
         return ""
     before = run_id(folder)
-    # First what a full disk may refuse: then the next start does all of it.
     atomic.write(folder / "run.json", _new_identity(copied_from=str(original), copied_id=before))
-    with suppress(FileNotFoundError):
-        (folder / "wandb").rename(folder / f"wandb-of-{before}")
     return (
         f"{folder} is a copy of {original}, which still exists: it is a run of its own at W&B from here on, "
         f"{run_id(folder)}, not {before}. To continue that one instead: docs/continue.md"

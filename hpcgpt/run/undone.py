@@ -4,8 +4,12 @@ It goes back by a rollback after a loss spike, by checkpoint.step, and by a star
 in the event), which makes the steps after its checkpoint again. With the same settings they have the same metrics.
 
 The clocks of two hosts differ, so attempts decide: the lines of an attempt whose `start` comes later in events.jsonl
-are kept. Times are compared only within an attempt. A line without the number of its attempt (a sample, a row at a
-server) is of the newest attempt that had started by its time. Where no number is known, the time decides.
+are kept. Times are compared only within an attempt. A line without the number of its attempt (a sample, a row of an
+older version) is of the newest attempt that had started by its time. Where no number is known, the time decides.
+
+The event of checkpoint.step is recorded before newer checkpoints are set aside, which may fail, and which a user may
+take back. A later start at one of those steps, which no attempt has saved since, shows it: only what is after that
+step is undone.
 
 No torch in here.
 """
@@ -13,7 +17,7 @@ No torch in here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpcgpt.run import records
@@ -45,6 +49,7 @@ class Undone:
         self._returns: list[_Return] = []
         self._starts: list[tuple[float, int]] = []
         self._returns_before: dict[int, int] = {}  # the start of each attempt
+        self._saved_since: dict[int, int] = {}  # the newest step, by the index of each return by checkpoint.step
         self._settings = ""  # of the newest start
 
     def add(self, event: Mapping[str, Any]) -> bool:
@@ -57,13 +62,27 @@ class Undone:
         if kind == "start" and attempt is not None:
             self._starts.append((float(at), attempt))
             self._returns_before[attempt] = len(self._returns)
+        if kind in ("start", "save") and records.is_count(step):
+            for index, saved in self._saved_since.items():
+                back = self._returns[index]
+                if kind == "save":
+                    self._saved_since[index] = max(saved, step)
+                elif step > max(saved, back.to):
+                    self._returns[index] = replace(back, to=step)
         returns = kind in ("rollback", "went_back")
         if kind == "start" and isinstance(settings := found.get("settings"), str):
             returns, self._settings = self._settings not in ("", settings), settings
         if not returns or not records.is_count(step):
             return False
+        if kind == "went_back":
+            self._saved_since[len(self._returns)] = 0
         self._returns.append(_Return(step, float(at), attempt, kind == "rollback"))
         return True
+
+    @property
+    def has_returns(self) -> bool:
+        """Has the run gone back at all?"""
+        return bool(self._returns)
 
     def has(self, step: int, made_at: float, attempt: Any = None, newest: bool = False) -> bool:
         """Is a line undone, or with `newest`: by the newest event? `made_at`: in unix seconds."""

@@ -24,7 +24,7 @@ from hpcgpt.exit_codes import FAILED
 from hpcgpt.output import streams
 from hpcgpt.run import run_folder, which_runs
 from hpcgpt.storage import lease
-from hpcgpt.tracking import tracker
+from hpcgpt.tracking import arrived, tracker
 
 SYNC_S = 3600.0
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -68,6 +68,12 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
     """Run the process that sends a run, if no other `sync` does; return the exit status."""
     sources.from_file(folder / "config.toml")  # refused here, and not for as long as it is tried
     if offline is None:
+        original = None if copy else run_folder.original_of(folder)
+        if original:
+            raise UserError(
+                f"{folder} is a copy of {original} and still has its id, so it would be sent to that run: train it, "
+                "which gives it an id of its own, or send it under another one, with --copy ID"
+            )
         _refuse_running(folder)
         if copy and not RUN_ID.fullmatch(copy):
             raise UserError(f"--copy '{copy}': an id has letters, digits, - and _, at most 64")
@@ -100,7 +106,7 @@ def _sync_alone(folder: Path, offline: Path | None, copy: str | None, limit_s: f
             why = f"the process that sends it ended with status {done.returncode}"
         return cli.print_error(RuntimeError(f"{folder}: not everything is sent: {why}"), FAILED)
     if offline:
-        made = max(offline.glob("wandb/offline-run-*"))
+        made = max(arrived.offline_parts(offline / "wandb", run_folder.run_id(folder)))
         print(f"made {made}; where there is a network: wandb sync {made}")
     return 0
 

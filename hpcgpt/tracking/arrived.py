@@ -100,13 +100,17 @@ def read_server(path: str, lines: RunRows, limit_s: float, from_step: int = 0) -
     found = Arrived(max(from_step, end))
     for first in range(from_step, end, STEPS_AT_A_TIME):
         for name, mark in MARKS.items():
-            keys, most = ["_step", "step", "time", mark], min(end, first + STEPS_AT_A_TIME)
-            for row in limited(limit_s, partial(_scan, run, keys, first, most)):
+            most, attempts = min(end, first + STEPS_AT_A_TIME), dict[int, Any]()
+            if name == "metrics.jsonl" and lines.goes_back:  # a key that not all rows have: those of older versions
+                with_attempt = limited(limit_s, partial(_scan, run, ["_step", "attempt", mark], first, most))
+                attempts = {int(row["_step"]): row["attempt"] for row in with_attempt}
+            for row in limited(limit_s, partial(_scan, run, ["_step", "step", "time", mark], first, most)):
                 step, made_at, own_step = int(row["step"]), float(row["time"]), int(row["_step"])
-                lines.note(name, step, made_at)
-                if name != "events.jsonl" and lines.is_obsolete(step, made_at):
+                if name != "events.jsonl" and lines.is_obsolete(step, made_at, attempts.get(own_step)):
                     before = found.first_obsolete
                     found.first_obsolete = own_step if before is None else min(own_step, before)
+                else:
+                    lines.note(name, step, made_at)
     return found
 
 
@@ -115,8 +119,13 @@ def _scan(run: Any, keys: list[str], first: int, end: int) -> list[dict[str, Any
     return list(run.scan_history(keys=keys, min_step=first, max_step=end, use_cache=False))
 
 
-def read_files(folder: Path, lines: RunRows) -> None:
-    """Note in `lines` what the .wandb files of offline runs in `folder` have.
+def offline_parts(folder: Path, run_id: str) -> list[Path]:
+    """Return the offline runs with this id in one of wandb's folders: ``offline-run-<time>-<id>``."""
+    return [path for path in folder.glob("offline-run-*-*") if path.name.split("-", 3)[3] == run_id]
+
+
+def read_files(folder: Path, run_id: str, lines: RunRows) -> None:
+    """Note in `lines` what the .wandb files of the offline runs with this id in `folder` have.
 
     If a row in them is obsolete, all of these files are removed, and nothing is noted: what is sent next is the whole
     run, in one file.
@@ -125,17 +134,18 @@ def read_files(folder: Path, lines: RunRows) -> None:
         OSError: wandb's own reader cannot read one of them.
     """
     lines.read_events()
-    found = [line for path in folder.glob("offline-run-*/*.wandb") for line in _history(path)]
-    if any(name != "events.jsonl" and lines.is_obsolete(step, made_at) for name, step, made_at in found):
-        for part in folder.glob("offline-run-*"):
+    parts = offline_parts(folder, run_id)
+    found = [line for part in parts for path in part.glob("*.wandb") for line in _history(path)]
+    if any(name != "events.jsonl" and lines.is_obsolete(*made) for name, *made in found):
+        for part in parts:
             shutil.rmtree(part)
         return
-    for name, step, made_at in found:
+    for name, step, made_at, _ in found:
         lines.note(name, step, made_at)
 
 
-def _history(path: Path) -> Iterator[tuple[str, int, float]]:
-    """Yield file, step and time of the lines that a .wandb file has, as wandb's own reader finds them."""
+def _history(path: Path) -> Iterator[tuple[str, int, float, Any]]:
+    """Yield file, step, time and attempt (None: unknown) of the lines that a .wandb file has, by wandb's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
@@ -146,7 +156,7 @@ def _history(path: Path) -> Iterator[tuple[str, int, float]]:
                 item = dict(json.loads(text)["history"]["item"])
                 names = [name for name, mark in MARKS.items() if mark in item]
                 if names and isinstance(item.get("step"), int) and isinstance(item.get("time"), int | float):
-                    yield names[0], item["step"], item["time"]
+                    yield names[0], item["step"], item["time"], item.get("attempt")
         problem = read.stderr.read()
     if read.returncode:
         raise OSError(f"wandb cannot read {path}: {' '.join(problem.split())[:200]}")

@@ -155,7 +155,7 @@ class RunRows:
     def read_events(self) -> None:
         """Read the events added since the last call."""
         for event in self._events.read():
-            if not isinstance(event.get("event"), str) or not isinstance(event.get("time"), int | float):
+            if not isinstance(event.get("event"), str) or not records.is_time(event.get("time")):
                 continue
             self._new_events.append(event)
             if self._undone.add(event):
@@ -166,6 +166,11 @@ class RunRows:
                     for each in arrived
                     for step, at in each.after(event["step"])
                 )
+
+    @property
+    def goes_back(self) -> bool:
+        """Has the run gone back, by the events so far?"""
+        return self._undone.has_returns
 
     def is_obsolete(self, step: int, made_at: float, attempt: Any = None) -> bool:
         """Has the run gone back from this step since a row of it was made, at a time and by an attempt, if known?"""
@@ -182,4 +187,4 @@ class RunRows:
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    return isinstance(row.get("step"), int) and row["step"] >= 0 and isinstance(row.get("time"), int | float)
+    return records.is_count(row.get("step")) and records.is_time(row.get("time"))

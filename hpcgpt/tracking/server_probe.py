@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 PROBE_S, MOST_PROBE_S = 30.0, float(os.environ.get("HPCGPT_TRACKING_PROBE_S", "300"))
 ANSWER_S = 10.0
 # Whatever the answers are, the run is opened once in so many seconds: a proxy may let only wandb through. If it could
-# not be opened so often in a row although there were answers (another program answers), it is opened no oftener.
+# not be opened so often in a row although there were answers (another program answers, or a part of the server), it is
+# opened no oftener, until there was no answer for once.
 OPEN_S, MOST_OPENINGS = 3600.0, 3
 MOST_DOUBLINGS = 30  # a float cannot be multiplied by 2**1024; no pause is that long
 
@@ -44,9 +45,10 @@ class ServerProbe:
             state.probes += 1
             self._next_probe = time.monotonic() + self._pause_s()
             threading.Thread(target=self._ask, args=arrived.address(), daemon=True).start()
-        if time.monotonic() < self._next_opening and not (self._answers.is_set() and state.openings < MOST_OPENINGS):
+        because_of_answers = self._answers.is_set() and state.openings < MOST_OPENINGS
+        if time.monotonic() < self._next_opening and not because_of_answers:
             return False
-        state.openings += 1
+        state.openings += because_of_answers
         return True
 
     def _pause_s(self) -> float:
@@ -55,6 +57,9 @@ class ServerProbe:
     def _ask(self, url: str, proxies: dict[str, str]) -> None:
         if answers(url, proxies, ANSWER_S):
             self._answers.set()
+        else:
+            self._answers.clear()
+            self._state.openings = 0
 
 
 def doubled(pause_s: float, times: int) -> float:

@@ -63,10 +63,10 @@ class Sender:
 
     def send_everything(self) -> None:
         """Send until training has ended, and then what is left."""
-        process, state = self._process, self._process.state
+        process, state, run_id = self._process, self._process.state, run_folder.run_id(self._process.folder)
         if state.into:
             # Of a start that has failed: `wandb sync` would send its rows as well.
-            for part in Path(state.into).glob("wandb/offline-run-*"):
+            for part in arrived.offline_parts(Path(state.into) / "wandb", run_id):
                 shutil.rmtree(part, ignore_errors=True)
             self._open("offline", Path(state.into))
             self._follow(online=False)
@@ -80,7 +80,7 @@ class Sender:
         if mode == "offline":
             if why:
                 process.say(f"offline, because {why}; `{sync_command(process.folder)}` later", event=True)
-            arrived.read_files(process.folder / "wandb", self._lines)
+            arrived.read_files(process.folder / "wandb", run_id, self._lines)
             self._open("offline", process.folder)
         else:
             try:

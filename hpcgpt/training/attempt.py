@@ -198,10 +198,13 @@ class Attempt:
     def _begin_to_report(self, resumed: Resumed) -> Reporter:
         """Write config.toml and the tokenizer, and report the start. Rank 0 only."""
         assert self.lease is not None
+        # config.toml shows that a folder is a copy: it stays as it is until the copy has an id of its own.
+        is_separate = False
         with only_informs("run.json"):
-            if separated := run_folder.separate(self.folder):  # before config.toml, which shows it, is replaced
-                streams.warn(separated)
-        self._has_config = self._keep_config()
+            if message := run_folder.separate(self.folder):
+                streams.warn(message)
+            is_separate = True
+        self._has_config = not is_separate or self._keep_config()
         save_load.save(self.tokenizer, self.folder / "tokenizer")
         newest = records.events(self.folder, brief=True)
         saves = [event.get("seconds", 0.0) for event in newest if event["event"] == "save"]

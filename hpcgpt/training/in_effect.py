@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import hpcgpt
 from hpcgpt.checkpoint.layout import State
-from hpcgpt.config import sources
+from hpcgpt.config import paths, sources
 from hpcgpt.config.options import Config
 from hpcgpt.errors import UserError
 from hpcgpt.optim.lr_schedule import first_that_depends_on_length, learning_rate
@@ -194,12 +194,15 @@ def settings(planned: Plan) -> str:
     config = planned.config
     run = config.run
     found = planned.identity | {f"optim.{key}": value for key, value in asdict(config.optim).items()}
-    found |= {f"schedule.{key}": value for key, value in asdict(config.schedule).items()}
+    for section in ("schedule", "eval", "spike"):
+        found |= {f"{section}.{key}": value for key, value in asdict(getattr(config, section)).items()}
     found |= {"train.dtype": config.train.dtype, "parallel.gradient_dtype": config.parallel.gradient_dtype}
+    if config.spike.factor:
+        found["checkpoint.every"] = config.checkpoint.every  # where a rollback leads to
     if config.schedule.kind in _WITH_LENGTH:
         found["total_steps"] = planned.total_steps
     if run.init_from:
-        found["run.init"] = [Path(run.init_from).name, run.init_step, run.init_optimizer, run.init_data]
+        found["run.init"] = [paths.absolute(run.init_from), run.init_step, run.init_optimizer, run.init_data]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -70,27 +70,36 @@ class Restorer:
         with self.patience():
             if self.lease:
                 retention.recover_leftovers(self.checkpoints, self.lease)
-            back = self._go_back()
+            back = self._go_back(now)
             self._watchdog.alive()
             newest = load.newest_valid(self.checkpoints, self.ranks, self.lease)
         if newest is None:
             return Resumed(None, in_effect.Changes(0), *self._initialize())
-        state = run_on_rank0(self.ranks, lambda: layout.read_state(newest))
-        plan.check_identity(self.plan.config, state.identity, self.plan.identity)
-        changes = in_effect.since(state, now, self.plan)
-        if self.plan.config.run.strict:
-            changes.refuse()
+        changes = self._changes_since(newest, now)
         self.load(newest)
         notes = (back, init_from.not_read(self.plan.config.run))
         return Resumed(newest, changes, notes=tuple(note for note in notes if note))
 
-    def _go_back(self) -> str:
-        """Go back to `checkpoint.step`, unless that was done before; return a message, or ''."""
+    def _changes_since(self, checkpoint: Path, now: dict[str, Any]) -> in_effect.Changes:
+        """Return what differs from the attempt that saved `checkpoint`; raise UserError if it must not differ so."""
+        state = run_on_rank0(self.ranks, lambda: layout.read_state(checkpoint))
+        plan.check_identity(self.plan.config, state.identity, self.plan.identity)
+        changes = in_effect.since(state, now, self.plan)
+        if self.plan.config.run.strict:
+            changes.refuse()
+        return changes
+
+    def _go_back(self, now: dict[str, Any]) -> str:
+        """Go back to `checkpoint.step`, unless that was done before; return a message, or ''.
+
+        What would refuse a start there refuses it before anything is moved.
+        """
         run, step = self.plan.config.run_folder, self.plan.config.checkpoint.step
         note, target = run_on_rank0(self.ranks, self._to_go_back_to)
         if target is None:
             return note
         go_back.refuse_damaged(target, load.problem_of(target, self.ranks))
+        self._changes_since(target, now)
 
         def move() -> str:
             assert self.lease is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcgpt.checkpoint import go_back, layout
+from hpcgpt.checkpoint import go_back, layout, retention
 from hpcgpt.checkpoint.__main__ import main
 from hpcgpt.config import sources
 from hpcgpt.config.options import Config
@@ -17,6 +17,7 @@ from hpcgpt.exit_codes import FINISHED, USER_MISTAKE
 from hpcgpt.run import run_folder
 from hpcgpt.storage import lease as leases
 from tests.checkpoint.small_checkpoints import flip_byte
+from tests.disks import fill, small_disk
 from tests.programs import command, on_ranks
 from tests.tiny_run import curve, rows, tensors
 
@@ -147,6 +148,48 @@ def test_a_start_is_refused_if_the_checkpoint_to_go_back_to_is_damaged(config: P
     assert "checkpoint.step 4: " in done.stderr
     assert "step_000000004 is damaged (the checksum of tensors_00000_of_00001.safetensors is not" in done.stderr
     assert names(run / "checkpoints") == ["step_000000004", "step_000000008", LAST]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--run.seed", "5"), "run.seed"),
+        (("--optim.lr", "0.001", "--run.strict", "true"), "run.strict: this would change the result"),
+    ],
+)
+def test_a_start_that_is_refused_has_moved_nothing(
+    config: Path, run: Path, flags: tuple[str, ...], message: str
+) -> None:
+    done = command("hpcgpt.train", str(config), "--run.dir", str(run.parent), "--checkpoint.step", "4", *flags)
+    assert done.returncode == USER_MISTAKE
+    assert message in done.stderr
+    assert names(run / "checkpoints") == ["step_000000004", "step_000000008", LAST]
+    assert [event["event"] for event in run_folder.events(run)].count("went_back") == 0
+
+
+def test_a_disk_without_room_for_the_copy_of_the_rows_moves_nothing(run: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        full = Path(shutil.copytree(run, disk / "run"))
+        with (full / "metrics.jsonl").open("ab") as file:
+            file.write(b" " * (1 << 20) + b"\n")
+        fill(disk).open("ab").close()
+        with pytest.raises(OSError, match="No space left"):
+            main(["back", str(full), "--step", "4"])
+        assert names(full / "checkpoints") == ["step_000000004", "step_000000008", LAST]
+        assert go_back.kept_aside(full / "checkpoints") == []
+        assert [event["event"] for event in run_folder.events(full)].count("went_back") == 0
+
+
+def test_a_checkpoint_whose_removal_was_interrupted_does_not_come_back_after_the_command(run: Path) -> None:
+    """The next start restores it, if it is whole; then it would be newer than the one that the run went back to."""
+    (run / "checkpoints/step_000000008").rename(run / "checkpoints/.step_000000008.g0001.removed")
+    assert main(["back", str(run), "--step", "4"]) == 0
+    lease = leases.acquire(run, "")
+    try:
+        retention.recover_leftovers(run / "checkpoints", lease)
+    finally:
+        lease.release()
+    assert names(run / "checkpoints") == ["step_000000004"]
 
 
 def test_a_move_that_was_interrupted_is_completed(config: Path, run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import xxhash
 from safetensors.torch import load_file
 
+from hpcgpt.checkpoint import __main__ as checkpoint_command
 from hpcgpt.checkpoint import layout, listing
 from hpcgpt.checkpoint.layout import FormatError, State
 from hpcgpt.run import run_folder
@@ -197,6 +199,29 @@ def test_the_command_lists_verifies_and_shows_a_real_run(run: Path) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, (
         "a read-only command changed something"
     )
+
+
+@pytest.mark.processes
+def test_checkpoints_that_are_removed_or_cannot_be_read_meanwhile_hide_no_other(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a run is trained the command reads for minutes, and old checkpoints are removed."""
+    check = layout.check_checksums
+
+    def reading(checkpoint: Path, parts: Any) -> str:
+        if checkpoint.name == "step_000000012":
+            shutil.rmtree(checkpoint.with_name("step_000000004"))
+        if checkpoint.name == "step_000000008":
+            raise OSError(errno.EIO, "Input/output error", str(checkpoint / SHARE))
+        return check(checkpoint, parts)
+
+    monkeypatch.setattr(layout, "check_checksums", reading)
+    assert checkpoint_command.main(["verify", str(run), "--json"]) == 1
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["step"], row["state"]) for row in shown] == [(12, "whole"), (8, "unknown")]
+    assert shown[1]["problem"].startswith("cannot be read: ")
+    assert checkpoint_command.main(["verify", str(run)]) == 1
+    assert "cannot be read: " in capsys.readouterr().out
 
 
 @pytest.mark.processes

@@ -6,6 +6,7 @@ read them. They share no line with the tested code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -126,6 +127,27 @@ def test_a_shard_whose_writing_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), shard_writer.writing(tmp_path, "train_000000", "train") as writer:
         writer.add(np.array([0, 1], dtype=np.uint16), np.array([2]), 1, 1)
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_shard_of_which_one_file_does_not_get_its_name_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """A full disk may be noticed at the end of a file, when the other one has its name already."""
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if str(target).endswith(suffix):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        shard_writer.writing(tmp_path, "train_000000", "train") as writer,
+    ):
+        writer.add(np.array([0, 1], dtype=np.uint16), np.array([2]), 1, 1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -136,6 +136,8 @@ IN_JSONL = [
     Bad("a wrong key asked for", one("a.jsonl", GOOD),
         "0.jsonl, line at byte 0: no text under 'body' (it has text); name the right one with --text-key",
         None, ("--text-key", "body")),
+    Bad("a key with half of a surrogate pair", one("a.jsonl", GOOD + b'{"\\ud800": "x"}\n'),
+        f"line at byte {AT}: no text under 'text' (it has \\ud800); name the right one", (1, 1)),
     Bad("no key", one("a.jsonl", b"{}\n"), "line at byte 0: no text under 'text' (it has no keys)", (0, 1)),
     Bad("no object", one("a.jsonl", b'["x"]\n'), "no text under 'text' (it is no object); expected one", (0, 1)),
     Bad("an array of lines", one("a.jsonl", b'[\n{"text": "x"},\n{"text": "y"}\n]\n'), "`jq -c .[]` makes", (1, 3)),

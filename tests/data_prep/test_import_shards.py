@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +218,23 @@ def test_an_import_that_fails_at_its_end_leaves_nothing(
     monkeypatch.setattr(shard_format, "write_manifest", fail)
     path, out = nanogpt(tmp_path / "a.bin", [bpe.end_of_text, 1, 2]), tmp_path / "out"
     with pytest.raises(OSError, match="the disk is full"):
+        import_shards.main(["--from", "nanogpt", str(path), "--out", str(out), "--tokenizer", str(tokenizer_folder)])
+    assert list(out.iterdir()) == []
+
+
+def test_an_import_that_is_interrupted_after_its_manifest_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, bpe: interface.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest without its shards would look like a data set."""
+    write = shard_format.write_manifest
+
+    def interrupted(*given: Any, **named: Any) -> None:
+        write(*given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shard_format, "write_manifest", interrupted)
+    path, out = nanogpt(tmp_path / "a.bin", [bpe.end_of_text, 1, 2]), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
         import_shards.main(["--from", "nanogpt", str(path), "--out", str(out), "--tokenizer", str(tokenizer_folder)])
     assert list(out.iterdir()) == []
 

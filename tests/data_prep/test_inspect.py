@@ -203,11 +203,22 @@ def test_the_histogram_counts_every_token(
     assert all(row["text"] == tokenizer.encoding.decode([row["id"]]) for row in complete)
 
 
-def test_an_id_outside_of_the_vocabulary_is_reported_with_its_file(folder: Path, tmp_path: Path) -> None:
+def test_an_id_outside_of_the_vocabulary_is_reported_with_its_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = write(tmp_path / "shards", {"train": [[[0, 1]], [[0, 600]]]})
     copy = tmp_path / "shards"
     shutil.copytree(folder / "tokenizer", copy / "tokenizer")
     about = shard_format.read_manifest(folder).tokenizer
     shard_format.write_manifest(copy, "uint16", about, [], "by hand", {}, manifest.shards)
+    lengths, bincount = [], np.bincount
+
+    def counted(*given: Any, **named: Any) -> Any:
+        found = bincount(*given, **named)
+        lengths.append(len(found))
+        return found
+
+    monkeypatch.setattr(np, "bincount", counted)
     with pytest.raises(ValueError, match=r"train_000001\.bin: id 600 is outside of the tokenizer's 512 ids"):
         inspect.main([str(copy), "--histogram"])
+    assert max(lengths) == 512, "a table up to a damaged id of 32 bits would have 34 GB"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +49,6 @@ def run_in(folder: Path) -> str:
 
 def test_a_copy_of_a_run_gets_an_id_of_its_own_and_the_original_keeps_its(tmp_path: Path) -> None:
     first = run_in(tmp_path / "first")
-    (tmp_path / "first/wandb/offline-run-1").mkdir(parents=True)
     copy = shutil.copytree(tmp_path / "first", tmp_path / "copy")
     assert run_folder.prepare(copy) == first, "not before it is trained"
     message = run_folder.separate(copy)
@@ -55,15 +56,12 @@ def test_a_copy_of_a_run_gets_an_id_of_its_own_and_the_original_keeps_its(tmp_pa
     second = run_folder.run_id(copy)
     assert second != first
     assert second in message
-    assert (copy / f"wandb-of-{first}/offline-run-1").is_dir()
     made = json.loads((copy / "run.json").read_text())
     assert (made["copied_from"], made["copied_id"]) == (str(tmp_path / "first"), first)
-    (copy / "wandb").mkdir()
     assert run_folder.separate(copy) == "", "once is enough, also before config.toml is written anew"
     assert run_folder.separate(tmp_path / "first") == ""
     assert run_folder.run_id(tmp_path / "first") == first
-    assert {path.name for path in copy.iterdir()} == {
-        "run.json", "config.toml", "configs", "checkpoints", "logs", "wandb", f"wandb-of-{first}"}  # fmt: skip
+    assert {path.name for path in copy.iterdir()} == {"run.json", "config.toml", "configs", "checkpoints", "logs"}
 
 
 @pytest.mark.parametrize("how", ["moved", "linked", "replaced", "without-config"])
@@ -80,6 +78,32 @@ def test_a_folder_that_is_no_copy_keeps_its_id(tmp_path: Path, how: str) -> None
         run_in(tmp_path / "first")
     assert run_folder.separate(now) == ""
     assert run_folder.run_id(now) == first
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("refuses", "Permission denied"), ("does not answer", "no answer within")],
+)
+def test_where_the_other_folder_cannot_be_looked_at_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str, message: str
+) -> None:
+    first, looked = run_in(tmp_path / "first"), threading.Event()
+    (tmp_path / "first").rename(tmp_path / "now")
+
+    def samefile(*_: object) -> bool:
+        if fault == "refuses":
+            raise PermissionError(errno.EACCES, "Permission denied", "/home/other")
+        looked.wait(60)
+        return False
+
+    monkeypatch.setattr(Path, "samefile", samefile)
+    monkeypatch.setattr(run_folder, "LOOK_S", 0.1)
+    assert run_folder.separate(tmp_path / "now") == ""
+    looked.set()
+    assert run_folder.run_id(tmp_path / "now") == first
+    shown = capfd.readouterr().err
+    assert f"cannot tell whether {tmp_path}/now is a copy of another run (" in shown
+    assert message in shown
 
 
 def test_a_folder_at_two_places_is_no_copy_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,4 +21,12 @@ def test_what_wandbs_reader_prints_may_have_any_bytes(tmp_path: Path, monkeypatc
     reader.write_text(READER)
     reader.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(reader))
-    assert list(arrived._history(tmp_path / "run.wandb")) == [("samples.jsonl", 1, 2.5)]
+    assert list(arrived._history(tmp_path / "run.wandb")) == [("samples.jsonl", 1, 2.5, None)]
+
+
+def test_only_offline_runs_with_the_id_are_parts_of_a_run(tmp_path: Path) -> None:
+    """A copied folder has those of the original; another program may be offline in the same folder."""
+    for name in ("a1", "b2", "x-a1"):
+        (tmp_path / f"offline-run-20261201_101112-{name}").mkdir()
+    (tmp_path / "offline-run-a1").mkdir()
+    assert [path.name for path in arrived.offline_parts(tmp_path, "a1")] == ["offline-run-20261201_101112-a1"]

@@ -111,6 +111,37 @@ def test_rows_of_an_attempt_on_a_host_whose_clock_is_ahead_are_obsolete(tmp_path
     assert steps(run.lacking()) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("later", "expected"),
+    [
+        ([("start", 3, 2)], [1, 2]),
+        ([("start", 3, 4)], [1, 2, 3, 4]),
+        ([("start", 3, 3)], [1, 2, 3]),
+        ([("start", 3, 2), ("start", 4, 4)], [1, 2, 3, 4]),
+        ([("start", 3, 2), ("save", 3, 4), ("start", 4, 4)], [1, 2]),
+        ([("start", 3, 2), ("save", 3, 3), ("start", 4, 4)], [1, 2, 3, 4]),
+    ],
+    ids=["made", "not made", "half made", "taken back later", "made and trained on", "taken back after a save"],
+)
+def test_checkpoints_that_were_not_set_aside_or_were_brought_back_keep_their_rows(
+    tmp_path: Path, later: list[tuple[str, int, int]], expected: list[int]
+) -> None:
+    """The event comes first: a full disk may stop what it announces. A later start shows what has become of it."""
+    add(tmp_path, "events.jsonl", {"event": "start", "time": 50.0, "step": 0, "attempt": 1},
+        {"event": "save", "time": 104.0, "step": 4, "attempt": 1},
+        {"event": "went_back", "time": 200.0, "step": 2, "attempt": 2},
+        *[{"event": event, "time": 300.0 + number, "step": step, "attempt": attempt}
+          for number, (event, attempt, step) in enumerate(later)])  # fmt: skip
+    add(tmp_path, "metrics.jsonl", *[row | {"attempt": 1} for row in rows(1, 4, 100.0)])
+    assert steps(RunRows(tmp_path).lacking()) == expected
+
+
+def test_a_damaged_time_of_an_event_does_not_hold_back_those_after_it(tmp_path: Path) -> None:
+    add(tmp_path, "metrics.jsonl", *rows(1, 2, 100.0))
+    add(tmp_path, "events.jsonl", {"event": "odd", "time": float("nan")}, {"event": "crash", "time": 300.0})
+    assert [line["event"] for line in RunRows(tmp_path).lacking() if "event" in line] == ["crash"]
+
+
 @pytest.mark.parametrize(("settings", "repeats"), [("a", True), ("b", False), (None, True)])
 def test_a_start_with_other_settings_makes_rows_of_earlier_attempts_obsolete(
     tmp_path: Path, settings: str | None, repeats: bool

@@ -96,13 +96,18 @@ class Immediate:
         self._run()
 
 
-def openings(monkeypatch: pytest.MonkeyPatch, answers: bool, hours: float) -> tuple[list[int], State]:
-    """Return the seconds at which a run is opened within some hours, if each time that fails; and the state then."""
+def openings(
+    monkeypatch: pytest.MonkeyPatch, answers: Callable[[float], bool], hours: float
+) -> tuple[list[int], State]:
+    """Return the seconds at which a run is opened within some hours, if each time that fails; and the state then.
+
+    `answers`: is there an answer, so many seconds after the beginning?
+    """
     now = [1000.0]
     monkeypatch.setattr(server_probe, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(server_probe, "threading", SimpleNamespace(Event=threading.Event, Thread=Immediate))
     monkeypatch.setattr(arrived, "address", lambda: ("http://wandb.invalid", {}))
-    monkeypatch.setattr(server_probe, "answers", lambda *_: answers)
+    monkeypatch.setattr(server_probe, "answers", lambda *_: answers(now[0] - 1000.0))
     state, opened = State(), []
     probe = ServerProbe(state)
     for second in range(int(hours * 3600)):
@@ -115,7 +120,7 @@ def openings(monkeypatch: pytest.MonkeyPatch, answers: bool, hours: float) -> tu
 
 def test_after_answers_a_run_is_opened_three_times_and_then_once_in_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program may answer in place of the server: a page to log in at, a proxy that refuses."""
-    opened, _ = openings(monkeypatch, answers=True, hours=3.5)
+    opened, _ = openings(monkeypatch, lambda _: True, hours=3.5)
     assert len(opened) == 6
     assert opened[0] < 60
     assert opened[2] < 900
@@ -123,6 +128,13 @@ def test_after_answers_a_run_is_opened_three_times_and_then_once_in_an_hour(monk
 
 
 def test_without_an_answer_a_run_is_opened_once_in_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, state = openings(monkeypatch, answers=False, hours=3.5)
+    opened, state = openings(monkeypatch, lambda _: False, hours=3.5)
     assert opened == [3599, 7199, 10799]
     assert state.probes > 30
+
+
+def test_an_answer_after_a_long_silence_opens_the_run_within_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if other answers, to which it could not be opened, were followed by the silence."""
+    opened, _ = openings(monkeypatch, lambda second: second < 1800 or second > 16_000, hours=6)
+    assert len([second for second in opened if second < 1800]) == 3
+    assert next(second for second in opened if second > 16_000) < 16_360

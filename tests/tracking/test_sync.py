@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,24 @@ def test_a_process_that_ends_without_a_word_is_reported(
     offline = str(tmp_path / "offline")
     assert tracking_command.main(["sync", str(tmp_path), "--offline", offline, "--within", within_s]) == FAILED
     assert capsys.readouterr().err == f"error: {tmp_path}: not everything is sent: {why}\n"
+
+
+def test_a_copied_folder_that_was_not_trained_is_not_sent_to_the_run_of_the_original(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    """It has gone back, which would cut the rows of the original off."""
+    original = Attempt(tmp_path, "disabled")
+    original.write(range(1, 11))
+    sync(original.folder)
+    copy = shutil.copytree(original.folder, tmp_path / "copy")
+    run_folder.record(copy, "went_back", attempt=2, step=5, from_step=10)
+    done = failing_sync(copy, 10)
+    assert done.returncode == USER_MISTAKE
+    assert f"{copy} is a copy of {original.folder} and still has its id" in done.stderr
+    assert server.steps(original.id) == list(range(1, 11))
+    sync(copy, "--copy", "other")
+    assert server.steps("other") == list(range(1, 6)), "the rows after step 5 are undone"
+    assert server.steps(original.id) == list(range(1, 11))
 
 
 def test_an_empty_copy_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,23 @@ def test_after_a_rollback_the_server_has_each_step_once(tmp_path: Path, server: 
     assert own == sorted(set(own))
 
 
+def test_rows_of_an_attempt_whose_clock_was_ahead_are_replaced_when_the_run_goes_back(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    """Their times are after the start of the next attempt, on another host; the server has their attempt, too."""
+    first = Attempt(tmp_path)
+    run_folder.record(first.folder, "start", attempt=1, step=0)
+    first.write(range(1, 21), clock_ahead_s=3600, attempt=1)
+    first.tracker.close(0, LONG_S)
+    run_folder.record(first.folder, "went_back", attempt=2, step=10, from_step=20)
+    again = Attempt(tmp_path, keep=10)
+    run_folder.record(first.folder, "start", attempt=2, step=10)
+    again.write(range(11, 16), attempt=2)
+    again.tracker.close(0, LONG_S)
+    found = {row["step"]: row["attempt"] for row in server.history[first.id] if "tokens" in row}
+    assert found == dict.fromkeys(range(1, 11), 1) | dict.fromkeys(range(11, 16), 2)
+
+
 def test_a_server_that_cannot_rewind_keeps_both_and_the_log_says_so(
     tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
 ) -> None:

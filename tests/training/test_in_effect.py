@@ -321,7 +321,7 @@ def test_strict_refuses_a_stretched_schedule(config: Path, run: Path) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--run.threads", "3", "--checkpoint.every", "7", "--tracking.wandb", "disabled", "--eval.every", "3"),
+        ("--run.threads", "3", "--checkpoint.every", "7", "--tracking.wandb", "disabled", "--sample.tokens", "3"),
         ("--train.micro_batch", "1", "--train.compile", "on", "--train.loss_chunk", "8", "--parallel.mode", "fsdp"),
         ("--train.steps", "99", "--schedule.kind", "constant"),
     ],
@@ -344,12 +344,22 @@ def test_the_digest_of_the_settings_is_the_same_whatever_does_not_change_the_met
         ("--data.stride", "5"),
         ("--train.steps", "99"),
         ("--train.dtype", "float64"),
+        ("--eval.every", "3"),
+        ("--spike.factor", "2"),
     ],
 )
 def test_the_digest_of_the_settings_differs_with_each_that_changes_the_metrics(
     shards_folder: Path, flags: tuple[str, ...]
 ) -> None:
     assert in_effect.settings(planned(shards_folder, *flags)) != in_effect.settings(planned(shards_folder))
+
+
+def test_with_rollbacks_the_digest_has_the_checkpoints_that_they_lead_to(shards_folder: Path) -> None:
+    first, second = (
+        in_effect.settings(planned(shards_folder, "--spike.factor", "2", "--checkpoint.every", every))
+        for every in ("4", "6")
+    )
+    assert first != second
 
 
 @pytest.mark.processes
