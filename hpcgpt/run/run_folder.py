@@ -112,8 +112,8 @@ def _new_identity(**more: str) -> bytes:
 def original_of(folder: Path) -> Path | None:
     """Return the run folder that `folder` is a copy of: its config.toml names another one, which has the same id.
 
-    A folder that was moved or renamed is no copy: there is no other one then. A warning is printed if it cannot be known,
-    as where another file system does not answer.
+    A folder that was moved or renamed is no copy: there is no other one then. A warning is printed if it cannot be
+    known, as where another file system does not answer.
     """
     try:
         return limited(LOOK_S, partial(_copied_from, folder))
