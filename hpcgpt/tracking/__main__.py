@@ -69,10 +69,10 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
     sources.from_file(folder / "config.toml")  # refused here, and not for as long as it is tried
     if offline is None:
         original = None if copy else run_folder.original_of(folder)
-        if original:
+        if original and _has_own_events(folder, original):
             raise UserError(
-                f"{folder} is a copy of {original} and still has its id, so it would be sent to that run: train it, "
-                "which gives it an id of its own, or send it under another one, with --copy ID"
+                f"{folder} is a copy of {original} and still has its id, so what has happened in it since would change "
+                "that run at W&B: train it, which gives it an id of its own, or send it under another one: --copy ID"
             )
         _refuse_running(folder)
         if copy and not RUN_ID.fullmatch(copy):
@@ -80,6 +80,16 @@ def _sync(folder: Path, offline: Path | None, copy: str | None, limit_s: float) 
         _need_key(f"make a folder for `wandb sync`: hpcgpt tracking sync {folder} --offline DIR")
     with _alone(offline or folder) as lock:
         return _sync_alone(folder, offline, copy, limit_s, lock)
+
+
+def _has_own_events(copy: Path, original: Path) -> bool:
+    """Has the copy events that the original has not, as of `hpcgpt checkpoint back`?"""
+    try:
+        own = (copy / "events.jsonl").read_bytes()
+        with open(original / "events.jsonl", "rb") as file:
+            return file.read(len(own)) != own
+    except FileNotFoundError:
+        return (copy / "events.jsonl").exists()
 
 
 def _sync_alone(folder: Path, offline: Path | None, copy: str | None, limit_s: float, lock: tuple[int, ...]) -> int:

@@ -114,14 +114,16 @@ def test_a_process_that_ends_without_a_word_is_reported(
     assert capsys.readouterr().err == f"error: {tmp_path}: not everything is sent: {why}\n"
 
 
-def test_a_copied_folder_that_was_not_trained_is_not_sent_to_the_run_of_the_original(
+def test_a_copied_folder_that_has_gone_back_is_not_sent_to_the_run_of_the_original(
     tmp_path: Path, server: WandbServer
 ) -> None:
-    """It has gone back, which would cut the rows of the original off."""
+    """It would cut the rows of the original off. Without events of its own it has nothing but rows of the original."""
     original = Attempt(tmp_path, "disabled")
     original.write(range(1, 11))
     sync(original.folder)
     copy = shutil.copytree(original.folder, tmp_path / "copy")
+    sync(copy)
+    assert server.steps(original.id) == list(range(1, 11))
     run_folder.record(copy, "went_back", attempt=2, step=5, from_step=10)
     done = failing_sync(copy, 10)
     assert done.returncode == USER_MISTAKE
