@@ -53,7 +53,10 @@ class Undone:
         self._settings = ""  # of the newest start
 
     def add(self, event: Mapping[str, Any]) -> bool:
-        """Take the next event, in the order of events.jsonl; return whether the run went back there."""
+        """Take the next event, of all in the order of events.jsonl; return whether the run went back there.
+
+        Saves are needed, too: `records.events(brief=True)` would not do.
+        """
         found: Any = event
         kind, at, step, number = (found.get(key) for key in ("event", "time", "step", "attempt"))
         if not records.is_time(at):
