@@ -32,7 +32,7 @@ from hpcgpt.distributed import node_channel, open_files, store_server
 from hpcgpt.distributed.node_channel import Follower, Leader
 from hpcgpt.distributed.routes import listen, master, resolve, route, use_interface_towards
 from hpcgpt.distributed.world import Ranks, World, same_gpu
-from hpcgpt.errors import UserError
+from hpcgpt.errors import NodeError, UserError
 from hpcgpt.output import streams
 from hpcgpt.storage import atomic
 
@@ -214,9 +214,11 @@ def _publish(card: Path, address: str, port: int, token: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        raise UserError(
+        # A run that trains has checked its folder: then it is the node's fault, and the job may run again.
+        raise NodeError(
+            error.errno,
             f"ranks that srun starts find each other through {card.parent}, where you may not write "
-            f"({error.strerror}): start them with torchrun, set MASTER_ADDR and MASTER_PORT, or use one process"
+            f"({error.strerror}): start them with torchrun, set MASTER_ADDR and MASTER_PORT, or use one process",
         ) from None
     try:
         atomic.write(card, json.dumps({"address": address, "port": port, "token": token}).encode())

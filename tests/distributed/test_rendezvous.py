@@ -21,7 +21,7 @@ import pytest
 
 from hpcgpt.distributed import rendezvous
 from hpcgpt.distributed.world import discover
-from hpcgpt.errors import UserError
+from hpcgpt.errors import NodeError
 from tests.disks import another_user
 from tests.distributed.test_world import srun
 from tests.programs import ROOT, clean_env, program
@@ -107,7 +107,7 @@ def test_ranks_connect_in_any_order_and_leave_no_address_file(tmp_path: Path) ->
 def test_a_folder_of_another_user_is_an_error_with_other_ways_to_connect(tmp_path: Path) -> None:
     """As for `srun hpcgpt eval` of a colleague's run."""
     expected = r"where you may not write \(Permission denied\): start them with torchrun, set MASTER_ADDR"
-    with another_user(), pytest.raises(UserError, match=expected):
+    with another_user(), pytest.raises(NodeError, match=expected):
         rendezvous._publish(tmp_path / "rendezvous" / "7_0_0.json", "n1", 1, "token")
 
 
